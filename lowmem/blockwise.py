@@ -1,0 +1,194 @@
+"""Block-wise 4-bit quantization: ``w ~ levels[code] * scale``, one scale for each block of a row.
+
+Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.1, and
+QLoRA, arXiv 2305.14314, section 2. Blocks run along the last dimension and never cross a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem.formats import Format, get_format
+from lowmem.packing import by_block, check_block_size, pack, unpack
+from lowmem.scales import ScaleEncoding, get_encoding
+
+__all__ = ["SCRATCH_BYTES", "QuantizedTensor", "check_weight", "quantize", "row_chunks"]
+
+SCRATCH_BYTES = 2**20
+"""The most temporary memory that restoring a chunk of rows takes (one row at least is restored at a time)."""
+
+_BYTES_PER_WEIGHT = 12  # at the peak of restore: a code, its int32 copy, a value, its scale, and a cast
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices over ``rows`` such that restoring each one fits ``SCRATCH_BYTES``."""
+    step = max(1, SCRATCH_BYTES // (_BYTES_PER_WEIGHT * max(1, columns)))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A 4-bit tensor: packed codes, the scales of its blocks, and how to read them.
+
+    Args:
+        packed: uint8 (..., ceil(n / 2)), see ``lowmem.packing``.
+        scales: (..., blocks), in the dtype of the scale encoding; ``double`` adds two bytes a row.
+        shape: of the tensor that was quantized, (..., n).
+        format: a key of ``FORMATS``.
+        block_size: B, weights a scale.
+        scale_encoding: a key of ``ENCODINGS``.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    shape: torch.Size
+    format: str
+    block_size: int
+    scale_encoding: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes and the scales."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each weight, scales included."""
+        return 8 * self.nbytes / self.shape.numel() if self.shape.numel() else 0.0
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return ``levels[codes] * scales``, rounded once to ``dtype``, in ``shape``."""
+        columns = self.shape[-1]
+        out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        rows = out.view(-1, columns)
+        for chunk in row_chunks(rows.shape[0], columns):
+            rows[chunk] = self.restore(chunk)
+        return out
+
+    def restore(self, rows: slice) -> Tensor:
+        """Return some rows of the tensor seen as (rows, n), in float32."""
+        columns = self.shape[-1]
+        levels = torch.tensor(get_format(self.format).levels, device=self.packed.device)
+        packed = self.packed.reshape(-1, self.packed.shape[-1])[rows]
+        codes = unpack(packed, self.block_size)[:, :columns]  # (rows, n), without the padding
+        values = levels.index_select(0, codes.int().flatten()).view(codes.shape)
+        return values.mul_(self._scale_of_each(rows))
+
+    def error_bound(self) -> Tensor:
+        """Return what ``|w - dequantize()|`` never exceeds, element by element, float32, in ``shape``.
+
+        Within [-scale, scale] a weight lies at most half the widest gap between levels, times the
+        scale, from its level; beyond, at most as far as the stored scale can fall short of the
+        block's largest weight. Float rounding adds four units in the last place of the scale.
+        """
+        scale = self._scale_of_each(slice(None))  # (rows, n)
+        shortfall = get_encoding(self.scale_encoding).shortfall(scale)
+        bound = torch.maximum(scale * get_format(self.format).max_distance, shortfall)
+        rounding = scale * 2**-22 + 2**-148  # the second for products that are subnormal in float32
+        return (bound + rounding).view(self.shape)
+
+    def _scale_of_each(self, rows: slice) -> Tensor:
+        """Return the float32 scale of every weight of some rows: (rows, n)."""
+        stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
+        scales = get_encoding(self.scale_encoding).decode(stored)  # (rows, blocks)
+        return scales.repeat_interleave(self.block_size, dim=-1)[:, : self.shape[-1]]
+
+
+def quantize(
+    weight: Tensor,
+    format: str = "nf4",
+    *,
+    block_size: int | None = None,
+    scales: str | None = None,
+) -> QuantizedTensor:
+    """Quantize a tensor to 4 bits a weight, block by block along its last dimension.
+
+    Args:
+        weight: floating point (..., n), n > 0, finite; any strides. It is read in float32.
+        format: a key of ``FORMATS``.
+        block_size: weights a scale, even, 8 to 4096; None takes the format's own.
+        scales: "float32", "float16" or "double"; None takes the format's own.
+
+    Returns:
+        The codes nearest to ``weight / scale``, where the scale is the block's largest magnitude as
+        it is stored. The bytes depend on the values alone: not on strides, threads or the run.
+
+    Raises:
+        TypeError: not a dense floating-point tensor.
+        ValueError: an unknown format or scales, a bad block size, a meta tensor, an empty row, NaN or
+            infinite weights, or a magnitude that the scales cannot hold.
+    """
+    form = get_format(format)
+    encoding = get_encoding(form.scales if scales is None else scales)
+    size = form.block_size if block_size is None else block_size
+    check_block_size(size)
+    check_weight(weight)
+    columns = weight.shape[-1]
+    if columns == 0:
+        raise ValueError(f"weight.shape={tuple(weight.shape)} has empty rows: there is nothing to quantize")
+
+    rows = weight.detach().reshape(-1, columns)
+    blocks = -(-columns // size)
+    packed = torch.empty(rows.shape[0], -(-columns // 2), dtype=torch.uint8, device=weight.device)
+    stored = torch.empty(rows.shape[0], blocks + encoding.extra, dtype=encoding.dtype, device=weight.device)
+    for chunk in row_chunks(rows.shape[0], columns):
+        packed[chunk], stored[chunk] = _quantize_rows(rows[chunk].float().contiguous(), form, size, encoding)
+    leading = weight.shape[:-1]
+    return QuantizedTensor(
+        packed=packed.view(*leading, packed.shape[-1]),
+        scales=stored.view(*leading, stored.shape[-1]),
+        shape=weight.shape,
+        format=form.name,
+        block_size=size,
+        scale_encoding=encoding.name,
+    )
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise unless ``weight`` is a dense floating-point tensor with values and a last dimension.
+
+    Raises:
+        TypeError: not a tensor, or an integer, complex, sparse or otherwise quantized one.
+        ValueError: on the meta device, or zero-dimensional.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, found {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight.dtype={weight.dtype} must be a floating-point dtype; convert it first")
+    if weight.layout != torch.strided:
+        raise TypeError(f"weight.layout={weight.layout} must be dense; call weight.to_dense() first")
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device and has no values; load its values first")
+    if weight.dim() == 0:
+        raise ValueError("weight.shape=() has no last dimension to divide into blocks; reshape it to (1,)")
+
+
+def _quantize_rows(rows: Tensor, form: Format, size: int, encoding: ScaleEncoding) -> tuple[Tensor, Tensor]:
+    """Quantize float32 (rows, n) to packed (rows, ceil(n / 2)) and stored scales (rows, blocks + extra)."""
+    absmax = by_block(rows.abs(), size, lambda block: block.amax(-1, keepdim=True))  # (rows, blocks)
+    largest = float(absmax.max())
+    if not largest <= encoding.largest:  # also when it is NaN
+        raise ValueError(_why_not_held(rows, largest, encoding))
+    stored = encoding.encode(absmax)
+    scales = encoding.decode(stored)
+    divisors = scales.masked_fill(scales == 0, torch.inf)  # a block without a scale gets the zero code
+    relative = rows / divisors.repeat_interleave(size, dim=-1)[:, : rows.shape[-1]]  # (rows, n), in [-1, 1]
+    boundaries = torch.tensor(form.boundaries, device=rows.device)
+    codes = torch.bucketize(relative, boundaries, out_int32=True).to(torch.uint8)
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1), value=form.zero_code)
+    return pack(codes, size), stored
+
+
+def _why_not_held(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:
+    broken = int((~rows.isfinite()).sum())
+    if broken:
+        return f"weight holds {broken} values that are NaN, infinite or beyond float32; repair them first"
+    return (
+        f"weight holds the magnitude {largest:.6g}, above {encoding.largest:.6g}, the most that "
+        f"scales={encoding.name!r} can hold; use scales='float32'"
+    )

@@ -1,0 +1,88 @@
+"""Two 4-bit codes a byte. The only file that knows the order of the nibbles.
+
+Within a block of B codes, byte j holds code j in its low nibble and code j + B/2 in its high one
+("split halves"). Unpacking is then two vector operations with no shuffle::
+
+    block  c0 c1 c2 c3 c4 c5 c6 c7
+    byte   c0|c4  c1|c5  c2|c6  c3|c7      (low|high)
+
+A row's last block is as short as what is left of the row, and is split in halves like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["by_block", "check_block_size", "pack", "unpack"]
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise a ValueError unless ``block_size`` is an even integer from 8 to 4096."""
+    if not isinstance(block_size, int) or isinstance(block_size, bool):
+        raise ValueError(f"block_size={block_size!r} must be an integer")
+    if block_size % 2 or not 8 <= block_size <= 4096:
+        raise ValueError(f"block_size={block_size} must be an even number from 8 to 4096")
+
+
+def pack(codes: Tensor, block_size: int) -> Tensor:
+    """Pack 4-bit codes, two a byte.
+
+    Args:
+        codes: uint8 (..., n), values 0 to 15, n even.
+        block_size: B, even, 8 to 4096.
+
+    Returns:
+        uint8 (..., n // 2).
+
+    Raises:
+        TypeError: ``codes`` is not a uint8 tensor.
+        ValueError: a code above 15, an odd or missing last dimension, or a bad block size.
+    """
+    check_block_size(block_size)
+    _check_bytes("codes", codes)
+    if codes.shape[-1] % 2:
+        raise ValueError(f"codes.shape={tuple(codes.shape)}: the last dimension must be even; pad it by one code")
+    if codes.numel() and not codes.is_meta and int(codes.max()) > 15:
+        raise ValueError(f"codes hold {int(codes.max())}: a 4-bit code is 0 to 15")
+
+    def join(block: Tensor) -> Tensor:
+        low, high = block.chunk(2, dim=-1)  # (..., B / 2) each
+        return low | (high << 4)
+
+    return by_block(codes, block_size, join)
+
+
+def unpack(packed: Tensor, block_size: int) -> Tensor:
+    """Undo ``pack``: uint8 (..., m) -> uint8 (..., 2 m). ``pack(unpack(p)) == p`` for every byte.
+
+    Raises:
+        TypeError: ``packed`` is not a uint8 tensor.
+        ValueError: no last dimension, or a bad block size.
+    """
+    check_block_size(block_size)
+    _check_bytes("packed", packed)
+
+    def split(block: Tensor) -> Tensor:
+        return torch.cat([block & 15, block >> 4], dim=-1)  # (..., B)
+
+    return by_block(packed, block_size // 2, split)
+
+
+def by_block(rows: Tensor, size: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply ``change`` to the blocks of each row, (..., blocks, size) and the short last one, and join the rows."""
+    length = rows.shape[-1]
+    blocks, rest = divmod(length, size)
+    whole = rows[..., : length - rest].unflatten(-1, (blocks, size))  # (..., blocks, size)
+    changed = change(whole).flatten(-2)
+    return torch.cat([changed, change(rows[..., length - rest :])], dim=-1) if rest else changed
+
+
+def _check_bytes(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8:
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a uint8 tensor, found {found}")
+    if tensor.dim() == 0:
+        raise ValueError(f"{name}.shape=() has no last dimension to pack along")

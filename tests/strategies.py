@@ -1,0 +1,64 @@
+"""What the properties are tried on: weights of every kind, formats, block sizes and scale encodings."""
+
+import math
+
+import torch
+from hypothesis import strategies as st
+
+from lowmem.formats import FORMATS
+from lowmem.scales import ENCODINGS
+
+formats = st.sampled_from(sorted(FORMATS))
+encodings = st.sampled_from(sorted(ENCODINGS))
+block_sizes = st.one_of(st.sampled_from([8, 16, 64, 4096]), st.integers(4, 2048).map(lambda half: 2 * half))
+small_blocks = st.sampled_from([8, 10, 16, 32, 64])
+seeds = st.integers(0, 2**31 - 1)
+leading_shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+
+KINDS = ("normal", "zeros", "zero blocks", "subnormal", "float16 subnormal", "constant", "outlier", "mixed", "few")
+
+
+def make_weight(kind: str, shape: tuple[int, ...], exponent: int, seed: int) -> torch.Tensor:
+    """Return float32 weights of one kind, times 2 ** exponent where the kind has a size of its own to choose."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(shape, generator=generator)
+    columns = shape[-1]
+    scale = 2.0**exponent
+    if kind == "zeros":
+        return torch.zeros(shape)
+    if kind == "zero blocks":
+        return normal * scale * (torch.arange(columns) // 8 % 2)
+    if kind == "subnormal":
+        return normal * 2.0**-140
+    if kind == "float16 subnormal":
+        return normal * 2.0**-24
+    if kind == "constant":
+        return torch.full(shape, float(normal.flatten()[0]) * scale if normal.numel() else 0.0)
+    if kind == "outlier":
+        return torch.where(torch.arange(columns) == seed % columns, normal * scale * 1000, normal * scale)
+    if kind == "mixed":
+        return normal * torch.exp2(torch.randint(-60, 10, shape, generator=generator).float())
+    if kind == "few":
+        return torch.randint(-2, 3, shape, generator=generator) * scale
+    return normal * scale
+
+
+@st.composite
+def weights(draw, min_dims=1, max_dims=3, max_columns=200, max_exponent=2, views=True):
+    """Draw float32 weights, some of them strided, transposed or offset views, that every encoding can hold."""
+    leading = draw(st.lists(st.integers(1, 5), min_size=min_dims - 1, max_size=max_dims - 1))
+    columns = draw(st.integers(1, max_columns))
+    kind = draw(st.sampled_from(KINDS))
+    weight = make_weight(kind, (*leading, columns), draw(st.integers(-30, max_exponent)), draw(seeds))
+    view = draw(st.sampled_from(["plain", "strided", "transposed", "offset"])) if views else "plain"
+    if view == "strided":
+        wide = torch.full((*leading, 2 * columns), math.nan)
+        wide[..., ::2] = weight
+        return wide[..., ::2]
+    if view == "transposed" and weight.dim() > 1:
+        return weight.transpose(0, -1).contiguous().transpose(0, -1)
+    if view == "offset":
+        wide = torch.full((*leading, columns + 3), math.nan)
+        wide[..., 3:] = weight
+        return wide[..., 3:]
+    return weight

@@ -1,0 +1,257 @@
+"""Quantization: its error is bounded, the bound is tight, and the bytes depend on the values alone."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lowmem import FORMATS, QuantizedTensor, quantize, unpack
+from lowmem.blockwise import SCRATCH_BYTES, row_chunks
+from lowmem.scales import ENCODINGS
+from tests import strategies
+
+every_format = pytest.mark.parametrize("format", sorted(FORMATS))
+every_encoding = pytest.mark.parametrize("scales", sorted(ENCODINGS))
+
+
+def codes_of(q: QuantizedTensor) -> torch.Tensor:
+    return unpack(q.packed, q.block_size)[..., : q.shape[-1]]
+
+
+def assert_within_bound(weight: torch.Tensor, q: QuantizedTensor) -> None:
+    error = (weight.double() - q.dequantize().double()).abs()
+    excess = error - q.error_bound().double()
+    assert (excess <= 0).all(), f"error exceeds the bound by {float(excess.max())}"
+
+
+@given(strategies.weights(), strategies.formats, strategies.block_sizes, strategies.encodings)
+def test_error_never_exceeds_the_bound(weight, format, block_size, scales):
+    q = quantize(weight, format, block_size=block_size, scales=scales)
+    assert q.shape == weight.shape
+    assert q.packed.shape == (*weight.shape[:-1], math.ceil(weight.shape[-1] / 2))
+    assert q.error_bound().shape == q.dequantize().shape == weight.shape
+    assert q.dequantize().isfinite().all()
+    assert_within_bound(weight, q)
+
+
+@given(
+    st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=40),
+    strategies.formats,
+    strategies.small_blocks,
+)
+@example([3.4028234663852886e38, -1e-45, 0.0], "nf4", 8)
+@example([1e-45, 3e-45, -1.4e-44], "int4", 8)
+def test_error_never_exceeds_the_bound_for_any_float32(values, format, block_size):
+    weight = torch.tensor(values)
+    assert_within_bound(weight, quantize(weight, format, block_size=block_size, scales="float32"))
+
+
+@given(strategies.formats, strategies.encodings, st.floats(2**-20, 60000, width=32), strategies.small_blocks)
+def test_the_bound_is_tight_in_the_widest_gap(format, scales, magnitude, block_size):
+    """A weight in the middle of the widest gap between two levels reaches 99% of the bound."""
+    levels = torch.tensor(FORMATS[format].levels)
+    probe = quantize(torch.full((block_size,), magnitude), format, block_size=block_size, scales=scales)
+    scale = float(probe.dequantize().abs().max())  # what is stored for this magnitude
+    widest = int((levels[1:] - levels[:-1]).argmax())
+    middle = float(levels[widest] + levels[widest + 1]) / 2
+    weight = torch.full((block_size,), middle * scale)
+    weight[0] = magnitude
+    q = quantize(weight, format, block_size=block_size, scales=scales)
+    error = (weight.double() - q.dequantize().double()).abs()
+    assert float((error / q.error_bound().double()).max()) >= 0.99
+    assert_within_bound(weight, q)
+
+
+@every_format
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_the_bound_is_tight_where_a_float16_scale_falls_short(format, steps):
+    """A block just below the next subnormal float16 loses almost a whole step of it."""
+    weight = torch.nextafter(torch.full((8,), (steps + 1) * 2.0**-24), torch.zeros(8))
+    q = quantize(weight, format, block_size=8, scales="float16")
+    error = (weight.double() - q.dequantize().double()).abs()
+    assert float((error / q.error_bound().double()).max()) >= 0.99
+    assert_within_bound(weight, q)
+
+
+@given(
+    strategies.weights(),
+    strategies.formats,
+    strategies.block_sizes,
+    st.sampled_from(sorted(set(ENCODINGS) - {"double"})),
+)
+def test_quantizing_what_was_dequantized_gives_the_same_codes(weight, format, block_size, scales):
+    q = quantize(weight, format, block_size=block_size, scales=scales)
+    again = quantize(q.dequantize(), format, block_size=block_size, scales=scales)
+    assert torch.equal(again.packed, q.packed)
+    assert torch.equal(again.scales, q.scales)
+
+
+@every_format
+@pytest.mark.parametrize("unit", [2.0**-149, 2.0**-126, 2.0**-30, 2.0**-24])
+@pytest.mark.parametrize("scales", ["float16", "float32"])
+def test_tiny_scales_are_found_again_by_a_second_quantization(format, scales, unit):
+    """Every pair of a block's absmax and one other weight, in the units where few bits are left."""
+    pairs = torch.cartesian_prod(torch.arange(1, 60), torch.arange(-60, 60))
+    weight = (pairs * unit).float()
+    q = quantize(weight, format, block_size=8, scales=scales)
+    again = quantize(q.dequantize(), format, block_size=8, scales=scales)
+    assert torch.equal(again.packed, q.packed)
+    assert torch.equal(again.dequantize(), q.dequantize())
+    assert_within_bound(weight, q)
+
+
+@given(
+    strategies.formats, strategies.encodings, strategies.small_blocks, st.integers(-6, 9), strategies.seeds
+)
+def test_scaling_by_a_power_of_two_scales_the_result_exactly(format, scales, block_size, exponent, seed):
+    weight = strategies.make_weight("normal", (3, 75), 0, seed) + 1
+    q = quantize(weight, format, block_size=block_size, scales=scales)
+    scaled = quantize(weight * 2.0**exponent, format, block_size=block_size, scales=scales)
+    assert torch.equal(scaled.packed, q.packed)
+    assert torch.equal(scaled.dequantize(), q.dequantize() * 2.0**exponent)
+
+
+@given(
+    strategies.formats, strategies.encodings, strategies.small_blocks, st.permutations(range(5)), strategies.seeds
+)
+def test_permuting_blocks_permutes_the_result(format, scales, block_size, order, seed):
+    weight = strategies.make_weight("mixed", (2, 5, block_size), 0, seed)
+    permuted = quantize(weight[:, order].flatten(1), format, block_size=block_size, scales=scales)
+    plain = quantize(weight.flatten(1), format, block_size=block_size, scales=scales)
+    assert torch.equal(permuted.dequantize().view_as(weight), plain.dequantize().view_as(weight)[:, order])
+
+
+@given(strategies.weights(min_dims=2), strategies.formats, strategies.small_blocks, strategies.encodings)
+def test_rows_are_independent(weight, format, block_size, scales):
+    whole = quantize(weight, format, block_size=block_size, scales=scales)
+    first = quantize(weight[0], format, block_size=block_size, scales=scales)
+    assert torch.equal(whole.packed[0], first.packed)
+    assert torch.equal(whole.scales[0], first.scales)
+
+
+@given(strategies.weights(), strategies.formats, strategies.block_sizes, strategies.encodings)
+def test_views_and_thread_counts_give_the_same_bytes(weight, format, block_size, scales):
+    q = quantize(weight, format, block_size=block_size, scales=scales)
+    plain = quantize(weight.clone(memory_format=torch.contiguous_format), format, block_size=block_size, scales=scales)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        other = quantize(weight, format, block_size=block_size, scales=scales)
+    finally:
+        torch.set_num_threads(threads)
+    for same in (plain, other):
+        assert torch.equal(same.packed, q.packed)
+        assert torch.equal(same.scales.view(torch.uint8), q.scales.view(torch.uint8))
+
+
+def test_large_weights_give_the_same_bytes_for_one_and_two_threads():
+    weight = strategies.make_weight("normal", (300, 1000), 0, 0)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            q = quantize(weight)
+            results.append((q.packed, q.scales, q.dequantize()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@every_format
+@every_encoding
+def test_an_all_zero_block_dequantizes_to_zeros(format, scales):
+    weight = torch.zeros(2, 40)
+    weight[:, 16:32] = 1.5
+    q = quantize(weight, format, block_size=16, scales=scales)
+    assert torch.equal(q.dequantize()[:, :16], torch.zeros(2, 16))
+    assert torch.equal(q.dequantize()[:, 32:], torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@every_encoding
+def test_zeros_stay_exact_zeros_where_the_format_has_one(format, scales):
+    weight = torch.tensor([0.0, 1.0, -0.0, -2.0, 0.0, 3.0])
+    restored = quantize(weight, format, scales=scales).dequantize()
+    assert (restored[weight == 0] == 0).all()
+
+
+def test_an_odd_row_is_padded_by_the_code_nearest_to_zero():
+    q = quantize(torch.ones(3, 5), "nf4", block_size=8)
+    assert q.packed.shape == (3, 3)
+    assert (q.packed[:, 2] >> 4 == FORMATS["nf4"].zero_code).all()
+
+
+def test_nbytes_and_bits_per_weight():
+    q = quantize(torch.ones(64, 1024), "nf4", block_size=64, scales="double")
+    assert q.nbytes == 64 * (512 + 16 + 2)
+    assert q.bits_per_weight == 8 * (512 + 16 + 2) / 1024
+    int4 = quantize(torch.ones(64, 1024), "int4")
+    assert (int4.block_size, int4.scale_encoding, int4.bits_per_weight) == (16, "float16", 5.0)
+    assert quantize(torch.ones(0, 8)).bits_per_weight == 0
+
+
+def test_error_of_a_normal_matrix_is_what_the_format_is_known_for():
+    weight = strategies.make_weight("normal", (1024, 4096), 0, 0)
+    error = weight - quantize(weight, "nf4", block_size=64, scales="float32").dequantize()
+    assert float(error.abs().mean()) == pytest.approx(0.0728, abs=2e-4)
+    assert float(error.pow(2).mean().sqrt()) == pytest.approx(0.0920, abs=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_read_in_float32(dtype):
+    weight = strategies.make_weight("normal", (3, 50), 0, 1).to(dtype)
+    q = quantize(weight)
+    assert torch.equal(q.packed, quantize(weight.float()).packed)
+    assert q.dequantize().dtype == torch.float32
+    assert torch.equal(q.dequantize(dtype), q.dequantize().to(dtype))
+    assert_within_bound(weight, q)
+
+
+def test_a_parameter_is_quantized_without_a_graph():
+    q = quantize(torch.nn.Parameter(torch.ones(2, 8)))
+    assert not q.dequantize().requires_grad
+
+
+@given(st.integers(0, 5000), st.integers(1, 2**20))
+def test_chunks_cover_every_row_once_within_the_scratch(rows, columns):
+    chunks = list(row_chunks(rows, columns))
+    assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(rows))
+    assert all((c.stop - c.start) * columns * 12 <= SCRATCH_BYTES or c.stop - c.start == 1 for c in chunks)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        ([1.0, 2.0], TypeError, "must be a tensor, found list"),
+        (torch.ones(8, dtype=torch.int32), TypeError, "torch.int32 must be a floating-point dtype"),
+        (torch.ones(8, dtype=torch.complex64), TypeError, "torch.complex64 must be a floating-point dtype"),
+        (torch.ones(2, 8).to_sparse(), TypeError, "must be dense"),
+        (torch.ones(8, device="meta"), ValueError, "meta device"),
+        (torch.tensor(1.0), ValueError, "no last dimension"),
+        (torch.ones(4, 0), ValueError, r"shape=\(4, 0\) has empty rows"),
+        (torch.tensor([1.0, math.nan]), ValueError, "1 values that are NaN"),
+        (torch.tensor([-math.inf, math.inf]), ValueError, "2 values that are NaN, infinite"),
+        (torch.tensor([1e300], dtype=torch.float64), ValueError, "beyond float32"),
+    ],
+)
+def test_a_wrong_weight_is_named(weight, error, message):
+    with pytest.raises(error, match=message):
+        quantize(weight)
+
+
+@pytest.mark.parametrize(("scales", "limit"), [("float16", "65504"), ("double", r"1.67035e\+07")])
+def test_a_magnitude_that_the_scales_cannot_hold_names_the_remedy(scales, limit):
+    with pytest.raises(ValueError, match=f"above {limit}.*use scales='float32'"):
+        quantize(torch.tensor([2e7, 1.0]), scales=scales)
+
+
+def test_bad_options_are_named():
+    with pytest.raises(ValueError, match="format='q4' is unknown"):
+        quantize(torch.ones(8), "q4")
+    with pytest.raises(ValueError, match="scales='float8' is unknown"):
+        quantize(torch.ones(8), scales="float8")
+    with pytest.raises(ValueError, match="block_size=7 must be"):
+        quantize(torch.ones(8), block_size=7)

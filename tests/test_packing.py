@@ -1,0 +1,86 @@
+"""Packing loses nothing, in either direction, for every byte, shape and block size."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem import pack, unpack
+from tests import strategies
+
+ALL_BYTES = torch.arange(256, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("block_size", [8, 10, 16, 64, 512, 4096])
+def test_every_byte_survives_unpack_and_pack(block_size):
+    assert torch.equal(pack(unpack(ALL_BYTES, block_size), block_size), ALL_BYTES)
+
+
+@pytest.mark.parametrize("block_size", [8, 10, 16, 64, 512, 4096])
+def test_every_pair_of_codes_survives_pack_and_unpack(block_size):
+    codes = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8).flatten()
+    assert torch.equal(unpack(pack(codes, block_size), block_size), codes)
+
+
+@given(strategies.leading_shapes, st.integers(0, 300), strategies.block_sizes, strategies.seeds)
+def test_round_trips_for_every_shape_and_block_size(leading, pairs, block_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (*leading, 2 * pairs), generator=generator, dtype=torch.uint8)
+    packed = pack(codes, block_size)
+    assert packed.shape == (*leading, pairs)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed, block_size), codes)
+    other = torch.randint(0, 256, (*leading, pairs), generator=generator, dtype=torch.uint8)
+    assert torch.equal(pack(unpack(other, block_size), block_size), other)
+
+
+def test_low_nibbles_hold_the_first_half_of_a_block():
+    codes = torch.arange(8, dtype=torch.uint8)
+    assert pack(codes, 8).tolist() == [0 | 4 << 4, 1 | 5 << 4, 2 | 6 << 4, 3 | 7 << 4]
+
+
+def test_the_short_last_block_is_split_in_halves_too():
+    codes = torch.arange(12, dtype=torch.uint8)
+    assert pack(codes, 8)[4:].tolist() == [8 | 10 << 4, 9 | 11 << 4]
+
+
+def test_a_block_longer_than_the_row_is_one_short_block():
+    codes = torch.arange(6, dtype=torch.uint8)
+    assert torch.equal(pack(codes, 4096), pack(codes, 8))
+
+
+@given(st.integers(1, 40), strategies.small_blocks)
+def test_strided_codes_pack_like_contiguous_ones(pairs, block_size):
+    codes = torch.arange(4 * pairs, dtype=torch.uint8) % 16
+    view = codes.view(2, -1).t().contiguous().t()
+    assert torch.equal(pack(view, block_size), pack(view.contiguous(), block_size))
+
+
+@pytest.mark.parametrize("block_size", [0, -8, 6, 9, 4098, 8.0, True, "16", None])
+@pytest.mark.parametrize("function", [pack, unpack])
+def test_a_bad_block_size_is_named(function, block_size):
+    with pytest.raises(ValueError, match=f"block_size={block_size!r} must be"):
+        function(torch.zeros(8, dtype=torch.uint8), block_size)
+
+
+@pytest.mark.parametrize("function", [pack, unpack])
+@pytest.mark.parametrize("wrong", [torch.zeros(8), torch.zeros(8, dtype=torch.int64), [1, 2]])
+def test_anything_but_uint8_is_a_type_error(function, wrong):
+    with pytest.raises(TypeError, match="must be a uint8 tensor, found"):
+        function(wrong, 8)
+
+
+@pytest.mark.parametrize("function", [pack, unpack])
+def test_a_scalar_has_nothing_to_pack_along(function):
+    with pytest.raises(ValueError, match="no last dimension"):
+        function(torch.tensor(3, dtype=torch.uint8), 8)
+
+
+def test_an_odd_row_is_refused():
+    with pytest.raises(ValueError, match="must be even"):
+        pack(torch.zeros(2, 7, dtype=torch.uint8), 8)
+
+
+def test_a_code_above_15_is_refused():
+    with pytest.raises(ValueError, match="codes hold 16"):
+        pack(torch.tensor([1, 16], dtype=torch.uint8), 8)

@@ -1,0 +1,63 @@
+"""A stored scale holds its block's absmax up to a shortfall that is known."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem.scales import ENCODINGS, get_encoding
+from tests import strategies
+
+magnitudes = st.lists(
+    st.one_of(st.just(0.0), st.floats(2.0**-149, 65504.0, width=32), st.floats(2.0**-26, 2.0**-12, width=32)),
+    min_size=1,
+    max_size=9,
+)
+
+
+@given(magnitudes, strategies.encodings)
+def test_absmax_never_exceeds_the_scale_by_more_than_the_shortfall(values, name):
+    encoding = ENCODINGS[name]
+    absmax = torch.tensor([values])
+    stored = encoding.encode(absmax)
+    assert stored.dtype == encoding.dtype
+    assert stored.shape[-1] == absmax.shape[-1] + encoding.extra
+    scales = encoding.decode(stored)
+    assert scales.shape == absmax.shape
+    rounding = absmax.double() * 2**-23
+    assert (absmax.double() - scales.double() <= encoding.shortfall(scales).double() + rounding).all()
+    assert (scales[absmax == 0] == 0).all()
+
+
+@given(magnitudes)
+def test_float16_scales_round_towards_zero(values):
+    absmax = torch.tensor([values])
+    scales = ENCODINGS["float16"].decode(ENCODINGS["float16"].encode(absmax))
+    assert (scales <= absmax).all()
+    again = ENCODINGS["float16"].encode(scales)
+    assert torch.equal(ENCODINGS["float16"].decode(again), scales)
+
+
+@given(magnitudes)
+def test_double_scales_stay_within_one_step_above(values):
+    absmax = torch.tensor([values])
+    scales = ENCODINGS["double"].decode(ENCODINGS["double"].encode(absmax)).double()
+    step = (absmax.double().max() / 255).clamp_min(2**-24) * (1 + 2**-10) + 2**-24
+    assert (scales - absmax.double() <= step).all()
+
+
+@pytest.mark.parametrize("name", sorted(ENCODINGS))
+def test_the_largest_magnitude_is_held(name):
+    largest = torch.tensor([[ENCODINGS[name].largest]])
+    assert torch.equal(ENCODINGS[name].decode(ENCODINGS[name].encode(largest)), largest)
+
+
+def test_an_outlier_does_not_erase_the_other_blocks_of_its_row():
+    scales = ENCODINGS["double"].decode(ENCODINGS["double"].encode(torch.tensor([[1000.0, 0.001]])))
+    assert scales[0, 1] > 0
+
+
+@pytest.mark.parametrize("name", ["fp8", "", None, 16])
+def test_an_unknown_encoding_lists_the_choices(name):
+    with pytest.raises(ValueError, match="choose from float32, float16, double"):
+        get_encoding(name)
