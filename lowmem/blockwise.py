@@ -21,7 +21,7 @@ __all__ = ["SCRATCH_BYTES", "QuantizedTensor", "check_weight", "quantize", "row_
 SCRATCH_BYTES = 2**20
 """The most temporary memory that restoring a chunk of rows takes (one row at least is restored at a time)."""
 
-_BYTES_PER_WEIGHT = 12  # at the peak of restore: a code, its int32 copy, a value, its scale, and a cast
+_BYTES_PER_WEIGHT = 16  # at the peak of restore: a code, its int32 copy, a value, its scale, and a cast
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:

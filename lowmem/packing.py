@@ -75,7 +75,7 @@ def by_block(rows: Tensor, size: int, change: Callable[[Tensor], Tensor]) -> Ten
     """Apply ``change`` to the blocks of each row, (..., blocks, size) and the short last one, and join the rows."""
     length = rows.shape[-1]
     blocks, rest = divmod(length, size)
-    whole = rows[..., : length - rest].unflatten(-1, (blocks, size))  # (..., blocks, size)
+    whole = rows[..., : length - rest].reshape(*rows.shape[:-1], blocks, size)  # (..., blocks, size)
     changed = change(whole).flatten(-2)
     return torch.cat([changed, change(rows[..., length - rest :])], dim=-1) if rest else changed
 

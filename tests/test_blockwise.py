@@ -102,9 +102,7 @@ def test_tiny_scales_are_found_again_by_a_second_quantization(format, scales, un
     assert_within_bound(weight, q)
 
 
-@given(
-    strategies.formats, strategies.encodings, strategies.small_blocks, st.integers(-6, 9), strategies.seeds
-)
+@given(strategies.formats, strategies.encodings, strategies.small_blocks, st.integers(-6, 9), strategies.seeds)
 def test_scaling_by_a_power_of_two_scales_the_result_exactly(format, scales, block_size, exponent, seed):
     weight = strategies.make_weight("normal", (3, 75), 0, seed) + 1
     q = quantize(weight, format, block_size=block_size, scales=scales)
@@ -113,9 +111,7 @@ def test_scaling_by_a_power_of_two_scales_the_result_exactly(format, scales, blo
     assert torch.equal(scaled.dequantize(), q.dequantize() * 2.0**exponent)
 
 
-@given(
-    strategies.formats, strategies.encodings, strategies.small_blocks, st.permutations(range(5)), strategies.seeds
-)
+@given(strategies.formats, strategies.encodings, strategies.small_blocks, st.permutations(range(5)), strategies.seeds)
 def test_permuting_blocks_permutes_the_result(format, scales, block_size, order, seed):
     weight = strategies.make_weight("mixed", (2, 5, block_size), 0, seed)
     permuted = quantize(weight[:, order].flatten(1), format, block_size=block_size, scales=scales)
@@ -134,7 +130,9 @@ def test_rows_are_independent(weight, format, block_size, scales):
 @given(strategies.weights(), strategies.formats, strategies.block_sizes, strategies.encodings)
 def test_views_and_thread_counts_give_the_same_bytes(weight, format, block_size, scales):
     q = quantize(weight, format, block_size=block_size, scales=scales)
-    plain = quantize(weight.clone(memory_format=torch.contiguous_format), format, block_size=block_size, scales=scales)
+    plain = quantize(
+        weight.clone(memory_format=torch.contiguous_format), format, block_size=block_size, scales=scales
+    )
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
@@ -219,7 +217,7 @@ def test_a_parameter_is_quantized_without_a_graph():
 def test_chunks_cover_every_row_once_within_the_scratch(rows, columns):
     chunks = list(row_chunks(rows, columns))
     assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(rows))
-    assert all((c.stop - c.start) * columns * 12 <= SCRATCH_BYTES or c.stop - c.start == 1 for c in chunks)
+    assert all((c.stop - c.start) * columns * 16 <= SCRATCH_BYTES or c.stop - c.start == 1 for c in chunks)
 
 
 @pytest.mark.parametrize(

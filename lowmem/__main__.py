@@ -1,0 +1,50 @@
+"""``lowmem COMMAND ...``, the same as ``python -m lowmem COMMAND ...``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from lowmem.tools import COMMANDS
+from lowmem.version import __version__
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 a check failed, 2 usage or bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(prog="lowmem", description="Make PyTorch models small, and measure what that does.")
+    parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name in argv[:1]:
+            import_module(f"lowmem.tools.{name}").add_arguments(command)
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = import_module(f"lowmem.tools.{arguments.command}").run(arguments)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        return _fail(arguments.command, " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        return _fail(arguments.command, "interrupted; nothing was written")
+    return code
+
+
+def _fail(command: str, reason: str) -> int:
+    print(f"lowmem {command}: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

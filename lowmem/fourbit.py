@@ -1,0 +1,112 @@
+"""4-bit linear layers: codes and scales are stored, rows are restored as they are needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.blockwise import QuantizedTensor, quantize
+from lowmem.formats import get_format
+from lowmem.frozen import FrozenStorage, autocast, frozen_linear
+from lowmem.packing import check_block_size
+from lowmem.scales import get_encoding
+
+__all__ = ["FourBit", "Linear4Bit"]
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """The technique: weights as 4-bit codes with a scale a block, frozen; biases stay as they are.
+
+    Args:
+        format: a key of ``FORMATS``.
+        block_size: weights a scale, even, 8 to 4096; None takes the format's own.
+        scales: "float32", "float16" or "double"; None takes the format's own.
+        compute_dtype: to multiply in; None takes the input's.
+
+    Raises:
+        ValueError: an unknown format or scales, a bad block size, or a dtype that is not floating point.
+    """
+
+    format: str = "nf4"
+    block_size: int | None = None
+    scales: str | None = None
+    compute_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        get_format(self.format)
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+        if self.scales is not None:
+            get_encoding(self.scales)
+        dtype = self.compute_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"compute_dtype={dtype!r} must be a floating-point torch.dtype or None")
+
+
+class Linear4Bit(FrozenStorage):
+    """``y = x W^T + b`` with W stored in 4 bits, frozen, and b as it was.
+
+    Args:
+        weight: quantized (out_features, in_features).
+        bias: floating point (out_features,), or None.
+        compute_dtype: to multiply in; None takes the input's.
+    """
+
+    stored = ("packed", "scales")
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, weight: QuantizedTensor, bias: nn.Parameter | None, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.format, self.block_size, self.scale_encoding = weight.format, weight.block_size, weight.scale_encoding
+        self.compute_dtype = compute_dtype
+        self.packed = nn.Parameter(weight.packed, requires_grad=False)
+        self.scales = nn.Parameter(weight.scales, requires_grad=False)
+        self.bias = bias
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, technique: FourBit) -> Linear4Bit:
+        """Build it from a dense layer, whose bias it takes over.
+
+        Raises:
+            TypeError, ValueError: weights that ``quantize`` refuses.
+        """
+        quantized = quantize(
+            linear.weight, technique.format, block_size=technique.block_size, scales=technique.scales
+        )
+        return cls(quantized, linear.bias, technique.compute_dtype)
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight: a view of what is stored, never a copy."""
+        return QuantizedTensor(
+            self.packed,
+            self.scales,
+            torch.Size((self.out_features, self.in_features)),
+            self.format,
+            self.block_size,
+            self.scale_encoding,
+        )
+
+    @property
+    def weight_count(self) -> int:
+        """How many weights the stored bytes stand for, the bias included."""
+        return self.out_features * self.in_features + (0 if self.bias is None else self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_features) in x's dtype, for x (..., in_features)."""
+        x = autocast(x)
+        out = frozen_linear(x, self.quantized, self.compute_dtype or x.dtype)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as nn.Linear does, and how it is stored."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format}, block_size={self.block_size}, scales={self.scale_encoding}"
+        )

@@ -1,0 +1,101 @@
+"""The product with a frozen weight: its gradient reaches the input alone, and its graph holds stored bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem import kernels
+from lowmem.blockwise import QuantizedTensor
+
+__all__ = ["FrozenStorage", "autocast", "frozen_linear"]
+
+
+def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype) -> Tensor:
+    """Return ``x @ W.T`` computed in ``dtype``, without a gradient for W.
+
+    Args:
+        x: floating point (..., in); the result has its dtype. Under autocast it is cast first, as
+            nn.Linear's input is.
+        weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape.
+        dtype: to compute in.
+
+    Raises:
+        RuntimeError: a wrong last dimension or dtype, as nn.Linear raises.
+    """
+    out_features, in_features = weight.shape
+    if not x.is_floating_point():
+        raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
+    rows = x.reshape(x.shape[:-1].numel(), in_features)
+    out: Tensor = _FrozenProduct.apply(rows, weight, dtype, False)  # type: ignore[no-untyped-call]
+    return out.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype that autocast gives to a linear layer's input, if autocast is on."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """``x @ W.T``, or ``x @ W`` when transposed. Each is the other's derivative, so any order of them exists."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
+        return (kernels.input_grad if transposed else kernels.linear)(x, weight, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.weight, ctx.dtype, ctx.transposed = inputs
+        ctx.input_dtype = x.dtype
+        # Saved through torch, so that a weight changed in place before backward is an error.
+        if isinstance(ctx.weight, QuantizedTensor):
+            ctx.save_for_backward(ctx.weight.packed, ctx.weight.scales)
+        else:
+            ctx.save_for_backward(ctx.weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        weight = saved[0]
+        if isinstance(ctx.weight, QuantizedTensor):
+            weight = replace(ctx.weight, packed=saved[0], scales=saved[1])
+        grad = _FrozenProduct.apply(grad, weight, ctx.dtype, not ctx.transposed)  # type: ignore[no-untyped-call]
+        return grad.to(ctx.input_dtype), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        out: Tensor = _FrozenProduct.apply(tangent, ctx.weight, ctx.dtype, ctx.transposed)  # type: ignore[no-untyped-call]
+        return out
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        batch = x.movedim(in_dims[0], 0)  # (examples, batch, in): more rows of the same product
+        out = _FrozenProduct.apply(batch.flatten(0, 1), *rest)  # type: ignore[no-untyped-call]
+        return out.unflatten(0, batch.shape[:2]), 0
+
+
+class FrozenStorage(nn.Module):
+    """A module whose stored tensors named in ``stored`` move between devices but never change dtype."""
+
+    stored: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        kept = [getattr(self, name) for name in self.stored]
+
+        def guarded(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            if changed.dtype != tensor.dtype and any(tensor is k for k in kept):
+                return tensor.to(changed.device)
+            return changed
+
+        applied: nn.Module = super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
+        return applied

@@ -1,0 +1,98 @@
+"""Half precision: store 16 bits a weight, compute without losing any more.
+
+A weight is rounded once, when it is converted; the product is taken in the wider of the input's and
+the weight's dtypes, on a chunk of rows at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.blockwise import check_weight
+from lowmem.frozen import FrozenStorage, autocast, frozen_linear
+
+__all__ = ["Half", "HalfLinear", "round_to"]
+
+
+@dataclass(frozen=True)
+class Half:
+    """The technique: weights and biases in float16 (or bfloat16), frozen.
+
+    Args:
+        dtype: ``torch.float16`` keeps 11 bits of each weight and holds up to 65504; ``torch.bfloat16``
+            keeps 8 bits and holds what float32 holds.
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype={self.dtype} must be torch.float16 or torch.bfloat16")
+
+
+class HalfLinear(FrozenStorage):
+    """``y = x W^T + b`` with W and b stored in 16 bits and frozen.
+
+    The product is computed in ``torch.promote_types(x.dtype, W.dtype)``: float32 for a float32 input.
+
+    Args:
+        weight: float16 or bfloat16 (out_features, in_features).
+        bias: the same dtype (out_features,), or None.
+    """
+
+    stored = ("weight", "bias")
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, technique: Half) -> HalfLinear:
+        """Build it from a dense layer.
+
+        Raises:
+            TypeError, ValueError: weights that are not floating point, have no values, or that the
+                dtype cannot hold.
+        """
+        bias = None if linear.bias is None else round_to(linear.bias, technique.dtype, "bias")
+        return cls(round_to(linear.weight, technique.dtype, "weight"), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_features) in x's dtype, for x (..., in_features)."""
+        x = autocast(x)
+        if x.dtype == self.weight.dtype:
+            return nn.functional.linear(x, self.weight, self.bias)
+        out = frozen_linear(x, self.weight, torch.promote_types(x.dtype, self.weight.dtype))
+        return out if self.bias is None else (out + self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as nn.Linear does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, dtype={self.weight.dtype}"
+        )
+
+
+def round_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a copy in ``dtype``, with an error that names what it cannot hold."""
+    check_weight(tensor)
+    broken = int((~tensor.isfinite()).sum())
+    if broken:
+        raise ValueError(f"{name} holds {broken} values that are NaN or infinite; repair them first")
+    rounded = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if not rounded.isfinite().all():
+        largest = float(tensor.detach().abs().max())
+        raise ValueError(
+            f"{name} holds the magnitude {largest:.6g}, above {torch.finfo(dtype).max:.6g}, the most that "
+            f"{dtype} can hold; use Half(torch.bfloat16), or leave the layer out with skip="
+        )
+    return rounded

@@ -1,0 +1,226 @@
+"""What a model costs and how close another comes: bytes, peak memory, error. Torch only.
+
+Peak memory is exact and the same in every run: every storage that an operation allocates is counted
+when it appears and discounted when it is freed. On CUDA the allocator's own figures are taken.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "Counts",
+    "Difference",
+    "PeakMemory",
+    "actual_bytes",
+    "backward_bytes",
+    "counts",
+    "difference",
+    "forward_bytes",
+    "peak_bytes",
+    "theoretical_bytes",
+    "weight_count",
+]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Elements of the distinct parameters, as they are stored: two 4-bit codes are one uint8 element."""
+
+    trainable: int
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        """All elements."""
+        return self.trainable + self.frozen
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output is from another: largest and mean magnitude, and the ratio of the norms."""
+
+    max: float
+    mean: float
+    relative: float
+
+
+def counts(model: nn.Module) -> Counts:
+    """Count the elements of the distinct parameters."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Counts(trainable, sum(p.numel() for p in model.parameters()) - trainable)
+
+
+def weight_count(model: nn.Module) -> int:
+    """Count the weights that the model stands for, however few bytes hold them.
+
+    A module that stores them in another shape says how many in an attribute ``weight_count``. A
+    parameter that two modules share is counted once.
+    """
+    declared = 0
+    own: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        if hasattr(module, "weight_count"):
+            declared += int(module.weight_count)  # type: ignore[arg-type]
+        else:
+            own.update((p, p.numel()) for p in module.parameters(recurse=False))
+    return declared + sum(own.values())
+
+
+def theoretical_bytes(model: nn.Module) -> int:
+    """Sum numel * itemsize over the distinct parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in _tensors(model))
+
+
+def actual_bytes(model: nn.Module) -> int:
+    """Sum the bytes of the distinct storages that the parameters and buffers hold."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(model)}
+    return sum(storages.values())
+
+
+def forward_bytes(model: nn.Module, x: Tensor) -> int:
+    """Return the peak bytes beyond model and input of one inference forward, its output included.
+
+    The model is left as it was: mode, gradients, buffers and torch's generator.
+    """
+
+    def run() -> object:
+        with torch.no_grad():
+            return model(x)
+
+    with _unchanged(model, training=False):
+        return peak_bytes(run, x.device)
+
+
+def backward_bytes(model: nn.Module, x: Tensor) -> int:
+    """Return the peak bytes beyond model and input of one forward and backward, gradients included.
+
+    The loss is the sum of the outputs. Where nothing trains, that is what the forward alone needs.
+    The model is left as it was: mode, gradients, buffers and torch's generator.
+
+    Raises:
+        TypeError: the model returns no tensor.
+    """
+
+    def run() -> None:
+        outputs = [t for t in tree_leaves(model(x)) if isinstance(t, Tensor)]
+        if not outputs:
+            raise TypeError(f"{type(model).__name__} returns no tensor, so there is nothing to take a gradient of")
+        losses = [t.sum() for t in outputs if t.requires_grad]
+        del outputs
+        if losses:
+            torch.autograd.backward(losses)
+
+    with _unchanged(model, training=True):
+        return peak_bytes(run, x.device)
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device | None = None) -> int:
+    """Return the peak of the bytes that ``run`` allocates and has not freed, what it returns included."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    memory = PeakMemory()
+    with memory:
+        run()
+    return memory.peak
+
+
+def difference(base: Tensor, other: Tensor) -> Difference:
+    """Compare two outputs of one shape, in float64.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    if base.shape != other.shape:
+        raise ValueError(f"shapes {tuple(base.shape)} and {tuple(other.shape)} cannot be compared")
+    if base.numel() == 0:
+        return Difference(0.0, 0.0, 0.0)
+    base = base.detach().double()
+    error = (base - other.detach().double()).abs()
+    norm = float(base.norm())
+    relative = float(error.norm()) / norm if norm else float(error.norm())
+    return Difference(float(error.max()), float(error.mean()), relative)
+
+
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operations allocate while it is active, and their peak.
+
+    What existed before is not counted. What an operation allocates and frees inside itself (a
+    workspace of a matrix product) is not seen.
+
+    Attributes:
+        current: bytes that are allocated now.
+        peak: the most that ``current`` ever was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.current = 0
+        self.peak = 0
+        self._known: dict[int, int] = {}  # storage -> bytes counted for it, none for those from before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            self._see(tensor, new=False)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            self._see(tensor, new=True)
+        self.peak = max(self.peak, self.current)
+        return result
+
+    def _see(self, tensor: Any, new: bool) -> None:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = 0
+            weakref.finalize(storage, self._forget, key).atexit = False
+        elif not self._known[key]:
+            return
+        if new:  # also when an operation resized a storage that is counted
+            self.current += storage.nbytes() - self._known[key]
+            self._known[key] = storage.nbytes()
+
+    def _forget(self, key: int) -> None:
+        self.current -= self._known.pop(key)
+
+
+def _tensors(model: nn.Module) -> set[Tensor]:
+    return {*model.parameters(), *model.buffers()}
+
+
+@contextmanager
+def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put the model in a mode, without gradients, and give everything back as it was."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = {p: p.grad for p in model.parameters()}
+    buffers = {b: b.clone() for b in model.buffers()}
+    with torch.random.fork_rng():
+        try:
+            model.train(training)
+            for parameter in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            with torch.no_grad():
+                for buffer, value in buffers.items():
+                    buffer.copy_(value)

@@ -1,0 +1,16 @@
+"""The commands: one file each, with ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
+
+from types import MappingProxyType
+
+__all__ = ["COMMANDS"]
+
+# name -> what it does. The module of the same name is imported only when its command runs.
+COMMANDS = MappingProxyType(
+    {
+        "stats": "what models cost: parameters, bytes, peak memory of a forward and a backward",
+        "compare": "how close the outputs of models come to those of a base",
+        "fit": "fine-tune a variant on a classification task",
+        "bundle": "write a directory as one reproducible, runnable zip",
+        "info": "versions, processor and kernel: what a bug report needs",
+    }
+)

@@ -1,0 +1,98 @@
+"""``lowmem stats``: parameters, stored bytes, and the peak memory of a forward and a backward."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from lowmem import measure
+from lowmem.tools.models import (
+    MIB,
+    add_input_arguments,
+    known_models,
+    make_input,
+    make_model,
+    print_table,
+    run_model,
+)
+
+__all__ = ["Stats", "add_arguments", "run", "stats_of"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """One row. Params are elements as they are stored: two 4-bit codes are one uint8 element."""
+
+    model: str
+    trainable_params: int
+    frozen_params: int
+    total_params: int
+    theoretical_bytes: int
+    actual_bytes: int
+    forward_bytes: int
+    backward_bytes: int
+    bits_per_weight: float
+
+
+def stats_of(name: str, x: Tensor, seed: int = 0) -> Stats:
+    """Build the model that ``name`` stands for and measure it on ``x``."""
+    model = make_model(name, seed=seed)
+    forward = run_model(name, lambda: measure.forward_bytes(model, x))
+    backward = run_model(name, lambda: measure.backward_bytes(model, x))
+    counts = measure.counts(model)
+    stored = measure.theoretical_bytes(model)
+    weights = measure.weight_count(model)
+    return Stats(
+        model=name,
+        trainable_params=counts.trainable,
+        frozen_params=counts.frozen,
+        total_params=counts.total,
+        theoretical_bytes=stored,
+        actual_bytes=measure.actual_bytes(model),
+        forward_bytes=forward,
+        backward_bytes=backward,
+        bits_per_weight=8 * stored / weights if weights else 0.0,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="VARIANT, module:factory, or module:factory@VARIANT (default: every variant of BigNet)",
+    )
+    add_input_arguments(parser)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON with integer bytes")
+    output.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    x = make_input(arguments)
+    rows = [stats_of(name, x, arguments.seed) for name in known_models(arguments.models)]
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return 0
+    print_table(
+        ["Model", "Trainable", "Frozen", "Total", "Theoretical", "Actual", "Forward", "Backward", "Bits/weight"],
+        [
+            [
+                row.model,
+                *(f"{n / 1e6:.2f} M" for n in (row.trainable_params, row.frozen_params, row.total_params)),
+                *(
+                    f"{n / MIB:.2f} MiB"
+                    for n in (row.theoretical_bytes, row.actual_bytes, row.forward_bytes, row.backward_bytes)
+                ),
+                f"{row.bits_per_weight:.2f}",
+            ]
+            for row in rows
+        ],
+        markdown=arguments.markdown,
+    )
+    return 0

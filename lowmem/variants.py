@@ -1,0 +1,71 @@
+"""The named variants of a model: each is a tuple of techniques. A new variant is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from lowmem.bignet import BigNet
+from lowmem.convert import Technique, convert
+from lowmem.fourbit import FourBit
+from lowmem.half import Half
+from lowmem.lora import LoRA
+
+__all__ = ["VARIANTS", "build", "techniques_of"]
+
+_INT4 = FourBit("int4", block_size=16, scales="float16")
+
+VARIANTS: MappingProxyType[str, tuple[Technique, ...]] = MappingProxyType(
+    {
+        "bignet": (),
+        "half_precision": (Half(),),
+        "low_precision": (_INT4,),
+        "lora": (Half(), LoRA(rank=32)),
+        "qlora": (_INT4, LoRA(rank=32)),
+        "low_precision_nf4": (FourBit("nf4"),),
+        "qlora_nf4": (FourBit("nf4"), LoRA(rank=32)),
+    }
+)
+
+
+def techniques_of(name: str, rank: int | None = None) -> tuple[Technique, ...]:
+    """Return ``VARIANTS[name]``, with another LoRA rank if one is given.
+
+    Raises:
+        ValueError: an unknown variant (the choices are listed), a bad rank, or a rank for a variant
+            that has no LoRA.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"variant={name!r} is unknown: choose from {', '.join(VARIANTS)}")
+    techniques = VARIANTS[name]
+    if rank is None:
+        return techniques
+    if not any(isinstance(t, LoRA) for t in techniques):
+        adapted = [other for other, parts in VARIANTS.items() if any(isinstance(t, LoRA) for t in parts)]
+        raise ValueError(f"rank={rank} has no use for variant={name!r}, which has no LoRA; {', '.join(adapted)} have")
+    return tuple(replace(t, rank=rank) if isinstance(t, LoRA) else t for t in techniques)
+
+
+def build(
+    name: str, factory: Callable[[], nn.Module] = BigNet, *, seed: int = 0, rank: int | None = None
+) -> nn.Module:
+    """Build a variant. The same seed gives every variant the same weights to start from.
+
+    Args:
+        name: a key of ``VARIANTS``.
+        factory: makes the float32 model.
+        seed: of torch's generator while the model is made; the caller's generator is not touched.
+        rank: another LoRA rank than the variant's.
+
+    Raises:
+        ValueError: as ``techniques_of`` and ``convert``.
+    """
+    techniques = techniques_of(name, rank)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = factory()
+        return convert(model, *techniques) if techniques else model
