@@ -11,8 +11,10 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from typing import TypeVar
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from lowmem.variants import VARIANTS, build
 __all__ = ["add_input_arguments", "make_input", "make_model", "positive_int", "print_table", "shape"]
 
 MIB = 2**20
+Result = TypeVar("Result")
 
 
 def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Module:
@@ -44,7 +47,7 @@ def _factory(target: str) -> Callable[[], nn.Module]:
         sys.path.insert(0, os.getcwd())  # as python -m does: the user's model is most often a file right here
     try:
         factory = import_module(module_name)
-    except Exception as reason:  # noqa: BLE001 - the user's module can raise anything; it is named, not swallowed
+    except Exception as reason:
         raise ValueError(f"model={target!r}: cannot import {module_name!r}: {_short(reason)}") from reason
     for part in attribute.split("."):
         if not hasattr(factory, part):
@@ -56,7 +59,7 @@ def _factory(target: str) -> Callable[[], nn.Module]:
     def checked() -> nn.Module:
         try:
             model = factory()
-        except Exception as reason:  # noqa: BLE001 - as above
+        except Exception as reason:
             raise ValueError(f"model={target!r}: calling it failed: {_short(reason)}") from reason
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={target!r}: it returned a {type(model).__name__}, not a torch.nn.Module")
@@ -65,7 +68,7 @@ def _factory(target: str) -> Callable[[], nn.Module]:
     return checked
 
 
-def run_model(name: str, run: Callable[[], object]) -> object:
+def run_model(name: str, run: Callable[[], Result]) -> Result:
     """Return ``run()``, a call of the user's model, with its failures told as bad input."""
     try:
         return run()
@@ -138,12 +141,15 @@ def print_table(columns: list[str], rows: list[list[str]], *, markdown: bool = F
         for row in [columns, rule, *rows]:
             print("| " + " | ".join(row) + " |")
         return
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
+        table.add_column(column.replace(" ", "\n"), justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console.width = 1000
+    console.print(table)
 
 
 def known_models(names: list[str]) -> list[str]:

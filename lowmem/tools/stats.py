@@ -80,13 +80,18 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return 0
     print_table(
-        ["Model", "Trainable", "Frozen", "Total", "Theoretical", "Actual", "Forward", "Backward", "Bits/weight"],
+        [
+            "Model",
+            *(f"{name} M" for name in ("Trains", "Frozen", "Total")),
+            *(f"{name} MiB" for name in ("Theory", "Actual", "Forward", "Backward")),
+            "Bits/ weight",
+        ],
         [
             [
                 row.model,
-                *(f"{n / 1e6:.2f} M" for n in (row.trainable_params, row.frozen_params, row.total_params)),
+                *(f"{n / 1e6:.2f}" for n in (row.trainable_params, row.frozen_params, row.total_params)),
                 *(
-                    f"{n / MIB:.2f} MiB"
+                    f"{n / MIB:.2f}"
                     for n in (row.theoretical_bytes, row.actual_bytes, row.forward_bytes, row.backward_bytes)
                 ),
                 f"{row.bits_per_weight:.2f}",
