@@ -187,6 +187,7 @@ def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Modu
     """Put every replacement where its layer stands. This step does not fail, so a model is never half changed."""
     places = _places(model)
     for old, new in replacements.items():
+        new._is_full_backward_hook = old._is_full_backward_hook
         for name in _HOOKS:
             hooks = vars(old)[name]
             vars(old)[name] = type(hooks)()  # a wrapped base must not run them a second time

@@ -33,7 +33,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype) -> Tens
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
     rows = x.reshape(x.shape[:-1].numel(), in_features)
-    out: Tensor = _FrozenProduct.apply(rows, weight, dtype, False)  # type: ignore[no-untyped-call]
+    out = _product(rows, weight, dtype, False)
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
@@ -68,19 +68,23 @@ class _FrozenProduct(torch.autograd.Function):
         weight = saved[0]
         if isinstance(ctx.weight, QuantizedTensor):
             weight = replace(ctx.weight, packed=saved[0], scales=saved[1])
-        grad = _FrozenProduct.apply(grad, weight, ctx.dtype, not ctx.transposed)  # type: ignore[no-untyped-call]
+        grad = _product(grad, weight, ctx.dtype, not ctx.transposed)
         return grad.to(ctx.input_dtype), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        out: Tensor = _FrozenProduct.apply(tangent, ctx.weight, ctx.dtype, ctx.transposed)  # type: ignore[no-untyped-call]
-        return out
+        return _product(tangent, ctx.weight, ctx.dtype, ctx.transposed)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
         batch = x.movedim(in_dims[0], 0)  # (examples, batch, in): more rows of the same product
-        out = _FrozenProduct.apply(batch.flatten(0, 1), *rest)  # type: ignore[no-untyped-call]
+        out = _product(batch.flatten(0, 1), *rest)
         return out.unflatten(0, batch.shape[:2]), 0
+
+
+def _product(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
+    out: Tensor = _FrozenProduct.apply(x, weight, dtype, transposed)  # type: ignore[no-untyped-call]
+    return out
 
 
 class FrozenStorage(nn.Module):

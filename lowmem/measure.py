@@ -156,7 +156,7 @@ def difference(base: Tensor, other: Tensor) -> Difference:
     return Difference(float(error.max()), float(error.mean()), relative)
 
 
-class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PeakMemory(TorchDispatchMode):
     """Counts the bytes of the storages that operations allocate while it is active, and their peak.
 
     What existed before is not counted. What an operation allocates and frees inside itself (a
@@ -171,7 +171,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
-        self._known: dict[int, int] = {}  # storage -> bytes counted for it, none for those from before
+        self._known: dict[int, int | None] = {}  # storage -> bytes counted; None: it is from before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
@@ -188,16 +188,15 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known:
-            self._known[key] = 0
+            self._known[key] = 0 if new else None
             weakref.finalize(storage, self._forget, key).atexit = False
-        elif not self._known[key]:
-            return
-        if new:  # also when an operation resized a storage that is counted
-            self.current += storage.nbytes() - self._known[key]
+        counted = self._known[key]
+        if new and counted is not None:  # again when an operation has resized a storage that is counted
+            self.current += storage.nbytes() - counted
             self._known[key] = storage.nbytes()
 
     def _forget(self, key: int) -> None:
-        self.current -= self._known.pop(key)
+        self.current -= self._known.pop(key) or 0
 
 
 def _tensors(model: nn.Module) -> set[Tensor]:

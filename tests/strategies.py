@@ -62,3 +62,22 @@ def weights(draw, min_dims=1, max_dims=3, max_columns=200, max_exponent=2, views
         wide[..., 3:] = weight
         return wide[..., 3:]
     return weight
+
+
+@st.composite
+def linears(draw, dtype=torch.float32, max_features=40):
+    """Draw an nn.Linear of any small size, with or without a bias."""
+    sizes = st.integers(1, max_features)
+    in_features, out_features, bias = draw(sizes), draw(sizes), draw(st.booleans())
+    linear = torch.nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    generator = torch.Generator().manual_seed(draw(seeds))
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return linear
+
+
+def make_input(leading: tuple[int, ...], features: int, seed: int, dtype=torch.float32) -> torch.Tensor:
+    """Return a normal input (*leading, features) that takes a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*leading, features, generator=generator, dtype=dtype).requires_grad_()

@@ -141,7 +141,7 @@ def print_table(columns: list[str], rows: list[list[str]], *, markdown: bool = F
         for row in [columns, rule, *rows]:
             print("| " + " | ".join(row) + " |")
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column.replace(" ", "\n"), justify="right" if number else "left", no_wrap=True)
     for row in rows:

@@ -1,0 +1,199 @@
+"""``lowmem bundle``: a directory as one zip that runs, verifies, and comes out the same everywhere.
+
+Its bytes depend on the names and contents of the files alone. Files are stored, because what deflate makes of them
+differs from one zlib to the next, in the order of their names, with one date and one mode for all. Everything is
+read before anything is written, so the manifest describes exactly what the zip holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import os
+import re
+import secrets
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from zipfile import ZipFile, ZipInfo
+
+__all__ = ["COMMENT", "LEFT_OUT", "MANIFEST", "add_arguments", "archive", "publish", "read_files", "run", "runnable"]
+
+MANIFEST = "MANIFEST.sha256"
+COMMENT = b"made by lowmem bundle"  # ends every bundle, so that the next one knows it and leaves it out
+
+# Caches, other programs' records, and what is built. Compiled code too: it fits one machine, and no Python
+# imports it from a zip. A project's top-level build and dist go as well, unless they are packages.
+LEFT_OUT = (
+    *("__pycache__", "*.py[cod]", "*.so", "*.so.*", "*.dylib", "*.dll", "*.o", "*.a", "*.egg-info", ".eggs"),
+    *(".git", ".hg", ".svn", ".tox", ".nox", ".venv", "venv", "node_modules"),  # and what has a pyvenv.cfg
+    *(".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".benchmarks", ".ipynb_checkpoints"),
+    *(".coverage", ".coverage.*", "htmlcov", ".DS_Store", "Thumbs.db", "*.swp", "*~", ".bundle-*.partial"),
+)
+
+# Backslashes and line ends are escaped in a manifest and changed by some unzips; lone surrogates are no UTF-8.
+UNPORTABLE = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+
+MAIN = '''\
+"""Runs the bundled package: python BUNDLE.zip ..."""
+
+import runpy
+
+runpy.run_module("{package}", run_name="__main__")
+'''
+
+
+def read_files(directory: str) -> dict[str, bytes]:
+    """Read the files of a project, or of a package under its own name: name with slashes -> content.
+
+    Raises:
+        ValueError: it is no directory, nothing is left of it, or a link, a name or a kind of file in it cannot be
+            stored so that it unzips alike everywhere.
+        OSError: something in it cannot be read.
+    """
+    if not os.path.isdir(directory):  # Path("") would be the current one
+        raise ValueError(f"directory={directory!r} is no directory; name a package or what holds one")
+    root = Path(os.path.realpath(directory))
+    package = os.path.isfile(root / "__init__.py")
+    products = () if package else (root / "build", root / "dist")
+    files = {}
+    path = root
+    try:
+        for path in _walk(root, root, products):
+            content = path.read_bytes()
+            if not (path.suffix.lower() == ".zip" and content.endswith(COMMENT)):
+                files[path.relative_to(root.parent if package else root).as_posix()] = content
+    except OSError as reason:
+        where = reason.filename or str(path)
+        raise OSError(f"cannot read {where!r}: {reason.strerror}; make it readable or take it out") from reason
+    if not files:
+        raise ValueError(f"directory={directory!r} has no files besides caches and build products")
+    return files
+
+
+def _walk(directory: Path, root: Path, products: Collection[Path]) -> Iterator[Path]:
+    for path in sorted(directory.iterdir()):
+        if any(fnmatchcase(path.name, pattern) for pattern in LEFT_OUT) or os.path.isfile(path / "pyvenv.cfg"):
+            continue
+        if path in products and path.is_dir() and not os.path.isfile(path / "__init__.py"):
+            continue
+        if UNPORTABLE.search(path.name):
+            raise ValueError(f"file={str(path)!r}: not every system can unzip this name; rename it")
+        if path.is_symlink():
+            _check_link(path, root)
+        if path.is_dir():
+            yield from _walk(path, root, products)
+        elif path.is_file():
+            yield path
+        else:
+            raise ValueError(f"file={str(path)!r} is neither a file nor a directory; take it out of the directory")
+
+
+def _check_link(link: Path, root: Path) -> None:
+    target = Path(os.path.realpath(link))
+    if not os.path.exists(target):
+        where = "nowhere"
+    elif target.is_dir():
+        where = "to a directory"
+    elif not target.is_relative_to(root):
+        where = "outside the directory that is bundled"
+    else:
+        return
+    raise ValueError(f"link={str(link)!r} points {where}; replace it by a copy of what it stands for, or remove it")
+
+
+def runnable(files: Mapping[str, bytes], directory: str) -> dict[str, bytes]:
+    """Return the files with a ``__main__.py`` at the top: their own, or one that runs their only package.
+
+    Raises:
+        ValueError: they have none, and there is no package to run or more than one.
+    """
+    if "__main__.py" in files:
+        return dict(files)
+    split = [name.partition("/") for name in files]
+    packages = [top for top, _, rest in split if rest == "__main__.py" and f"{top}/__init__.py" in files]
+    packages = sorted(filter(str.isidentifier, packages))
+    if not packages:
+        raise ValueError(
+            f"directory={directory!r} has nothing to run; add a __main__.py to its top, or to a package "
+            "(a directory with an __init__.py) that is the directory or lies right in it"
+        )
+    if len(packages) > 1:
+        raise ValueError(
+            f"directory={directory!r} has several packages to run: {', '.join(packages)}; bundle one of them, "
+            "or add a __main__.py to the top that chooses"
+        )
+    return {**files, "__main__.py": MAIN.format(package=packages[0]).encode()}
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """Return a zip of the files and a manifest of their SHA-256 digests, which replaces one they may have."""
+    lines = [f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files) if name != MANIFEST]
+    files = {**files, MANIFEST: "".join(lines).encode()}
+    buffer = io.BytesIO()
+    with ZipFile(buffer, "w") as bundle:
+        bundle.comment = COMMENT
+        for name in sorted(files):
+            entry = ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3  # Unix, whatever this system is: it says how to read the next line
+            entry.external_attr = 0o100644 << 16
+            bundle.writestr(entry, files[name])
+    return buffer.getvalue()
+
+
+def publish(payload: bytes, destination: Path) -> None:
+    """Write a file that does not exist yet: whole or not at all.
+
+    Raises:
+        FileExistsError: it exists, or came to exist meanwhile.
+        OSError: it cannot be written.
+    """
+    partial = destination.with_name(f".bundle-{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:  # tempfile's files do not follow the umask
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(partial, destination)  # unlike a rename, never overwrites
+        except OSError:  # it exists, or this file system has no hard links
+            _check_free(destination)
+            os.rename(partial, destination)
+    except FileExistsError:
+        raise
+    except OSError as reason:
+        where = f"destination={str(destination)!r}"
+        raise OSError(f"cannot write {where}: {reason.strerror}; choose a directory that can be written") from reason
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _check_free(destination: Path) -> None:
+    if os.path.lexists(destination):  # a dangling link is in the way too
+        raise FileExistsError(f"destination={str(destination)!r} exists; remove it or choose another name")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("directory", metavar="DIRECTORY", help="a package, or a directory with one package to run")
+    parser.add_argument("name", metavar="NAME", help="where to write: NAME.zip, which must not exist")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    name, directory = arguments.name, arguments.directory
+    if os.path.basename(name).lower() in ("", ".", "..", ".zip"):
+        raise ValueError(f"name={name!r} must end in a file name, such as project_bundle")
+    destination = Path(name if name.lower().endswith(".zip") else f"{name}.zip")
+    _check_free(destination)
+    files = runnable(read_files(directory), directory)
+    payload = archive(files)
+    publish(payload, destination)
+    count = len({*files, MANIFEST})
+    digest = hashlib.sha256(payload).hexdigest()
+    print(f"{destination}: {count} files, {len(payload)} bytes, sha256 {digest}", file=sys.stderr)
+    return 0

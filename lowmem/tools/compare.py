@@ -1,0 +1,82 @@
+"""``lowmem compare``: how far the outputs of models are from those of a base, on one input."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from torch import Tensor
+
+from lowmem import measure
+from lowmem.tools.models import add_input_arguments, known_models, make_input, make_model, positive_float, run_model
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="a base and at least one other: VARIANT, module:factory, or module:factory@VARIANT "
+        "(default: bignet and every other variant)",
+    )
+    add_input_arguments(parser)
+    parser.add_argument(
+        "--tolerance",
+        type=positive_float,
+        metavar="T",
+        help="exit with 1 when any largest difference is above T",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    base, *others = known_models(arguments.models)
+    if not others:
+        raise ValueError(f"models={base!r} is a base alone: name at least one other model to compare with it")
+    x = make_input(arguments)
+    expected = _output(base, x, arguments.seed)
+    differences = {}
+    for other in others:
+        output = _output(other, x, arguments.seed)
+        if output.shape != expected.shape:
+            raise ValueError(
+                f"model={other!r} returns shape {tuple(output.shape)}, {base!r} {tuple(expected.shape)}: "
+                "only outputs of one shape can be compared"
+            )
+        differences[other] = measure.difference(expected, output)
+    if arguments.json:
+        rows = [
+            {
+                "base": base,
+                "other": other,
+                "max_difference": found.max,
+                "mean_difference": found.mean,
+                "relative_error": found.relative,
+            }
+            for other, found in differences.items()
+        ]
+        print(json.dumps(rows, indent=2))
+    else:
+        for other, found in differences.items():
+            print(f"Comparing {base} and {other}")
+            print(f" - Max difference: {found.max:.4f}")
+            print(f" - Mean difference: {found.mean:.4f}")
+            print(f" - Relative error: {found.relative:.3g}\n")
+    tolerance = arguments.tolerance
+    return 1 if tolerance is not None and any(not d.max <= tolerance for d in differences.values()) else 0
+
+
+def _output(name: str, x: Tensor, seed: int) -> Tensor:
+    model = make_model(name, seed=seed).eval()
+    with torch.no_grad():
+        output = run_model(name, lambda: model(x))
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"model={name!r} returns a {type(output).__name__}; compare takes models that return a tensor"
+        )
+    return output

@@ -1,0 +1,102 @@
+"""The data that ``fit`` trains on: a synthetic task, scikit-learn's digits, or arrays in an .npz file."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Split", "load_data"]
+
+TEST_SHARE = 0.2
+CHANNELS = 1024
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs (examples, ...) in float32 and class indices (examples,), shuffled and cut by a seed."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+
+
+def load_data(name: str, seed: int) -> Split:
+    """Return the data that ``name`` stands for, split by ``seed`` into 80% and 20%.
+
+    Args:
+        name: "synthetic", "digits", or the path of an .npz file with arrays ``x`` (examples, ...) and
+            ``y`` (examples,) of integer classes.
+        seed: of the split, and of the synthetic task.
+
+    Raises:
+        ValueError: an unknown name, or arrays that are missing, of wrong shape, dtype or value.
+        ImportError: digits without scikit-learn.
+        OSError: the file cannot be read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if name == "synthetic":
+        x, y = _synthetic(generator)
+    elif name == "digits":
+        x, y = _digits()
+    elif name.endswith(".npz"):
+        x, y = _npz(Path(name))
+    else:
+        raise ValueError(f"data={name!r} is unknown: choose synthetic, digits, or a file whose name ends in .npz")
+    order = torch.randperm(len(x), generator=generator)
+    test, train = order.tensor_split([round(TEST_SHARE * len(x))])
+    return Split(x[train], y[train], x[test], y[test], int(y.max()) + 1)
+
+
+def _synthetic(generator: torch.Generator, examples: int = 1000, classes: int = 10) -> tuple[Tensor, Tensor]:
+    """Return normal clouds around one random center a class: a task that a model can learn."""
+    centers = torch.randn(classes, CHANNELS, generator=generator) * 0.2
+    y = torch.randint(classes, (examples,), generator=generator)
+    return centers[y] + torch.randn(examples, CHANNELS, generator=generator), y
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """Return the 1797 handwritten digits, 8 x 8 pictures resized to 32 x 32, in [-1, 1]."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as reason:
+        raise ImportError("data='digits' needs scikit-learn: pip install 'lowmem[digits]'") from reason
+    images, y = load_digits(return_X_y=True)
+    pictures = torch.from_numpy(images).float().view(-1, 1, 8, 8)
+    resized = torch.nn.functional.interpolate(pictures, size=(32, 32), mode="bilinear", align_corners=False)
+    return resized.flatten(1) / 8 - 1, torch.from_numpy(y).long()  # pixels are 0 to 16
+
+
+def _npz(path: Path) -> tuple[Tensor, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = {"x", "y"} - set(arrays.files)
+            if missing:
+                found = ", ".join(arrays.files) or "nothing"
+                raise ValueError(f"it holds {found}; arrays x and y are needed")
+            x, y = arrays["x"], arrays["y"]
+        _check_arrays(x, y)
+    except (ValueError, zipfile.BadZipFile, EOFError) as reason:
+        raise ValueError(f"data={str(path)!r}: {reason}") from reason
+    return torch.from_numpy(np.asarray(x, dtype=np.float32)), torch.from_numpy(np.asarray(y, dtype=np.int64))
+
+
+def _check_arrays(x: np.ndarray, y: np.ndarray) -> None:
+    if x.ndim < 2 or x.dtype.kind not in "fiub":
+        raise ValueError(f"x.shape={x.shape}, dtype={x.dtype} must be numbers (examples, ...)")
+    if y.ndim != 1 or y.dtype.kind not in "iu":
+        raise ValueError(f"y.shape={y.shape}, dtype={y.dtype} must be integer classes (examples,)")
+    if len(x) != len(y):
+        raise ValueError(f"x holds {len(x)} examples and y {len(y)}; they must be as many")
+    if len(x) < 5:
+        raise ValueError(f"{len(x)} examples are too few to split into training and test; 5 is the least")
+    if not np.isfinite(np.asarray(x, dtype=np.float32)).all():
+        raise ValueError("x holds values that are NaN, infinite or beyond float32")
+    if y.min() < 0 or y.max() == 0 or y.max() >= len(y):
+        raise ValueError(f"y holds classes from {y.min()} to {y.max()}; number them from 0, at least two of them")

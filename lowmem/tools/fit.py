@@ -1,0 +1,210 @@
+"""``lowmem fit``: train what a variant lets train, and a float32 linear head on its output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from lowmem import measure
+from lowmem.tools.data import Split, load_data
+from lowmem.tools.files import check_writable, write_atomically
+from lowmem.tools.models import MIB, make_model, positive_float, positive_int, run_model
+from lowmem.version import __version__
+
+__all__ = ["Classifier", "Result", "add_arguments", "fit", "run"]
+
+
+class Classifier(nn.Module):
+    """A model of any kind, and a float32 linear head on its flattened output."""
+
+    def __init__(self, body: nn.Module, features: int, classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (examples, classes)."""
+        logits: Tensor = self.head(self.body(x).flatten(1).float())
+        return logits
+
+
+@dataclass
+class Result:
+    """What a run gives.
+
+    ``train_accuracy`` is that of the last epoch's batches as they were trained on; ``peak_bytes`` is the
+    peak of the first training step, optimizer included, beyond the model and its input.
+    """
+
+    variant: str
+    epochs: int
+    losses: list[float]
+    train_accuracy: float
+    test_accuracy: float
+    peak_bytes: int
+    seconds_per_step: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("model", metavar="VARIANT", help="VARIANT, module:factory, or module:factory@VARIANT")
+    parser.add_argument(
+        "--data",
+        default="synthetic",
+        metavar="synthetic|digits|FILE.npz",
+        help="digits needs scikit-learn; a file holds x (examples, ...) and y, classes from 0 (default synthetic)",
+    )
+    parser.add_argument("--epochs", type=positive_int, default=10, metavar="N", help="default 10")
+    parser.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="default 64")
+    parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of AdamW (default 0.001)")
+    parser.add_argument(
+        "--rank", type=int, metavar="N", help="LoRA rank, where the variant has LoRA (default its own)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, split and batches (default 0)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the trained model as safetensors")
+    parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    if arguments.save is not None:
+        check_writable(arguments.save)  # before the training, not after it
+    data = load_data(arguments.data, arguments.seed)
+    name = arguments.model
+    body = make_model(name, seed=arguments.seed, rank=arguments.rank)
+    if ":" not in name:  # BigNet takes a row of features
+        data = Split(data.train_x.flatten(1), data.train_y, data.test_x.flatten(1), data.test_y, data.classes)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(arguments.seed)
+        body.eval()
+        features = run_model(name, lambda: body(data.train_x[:1]).flatten(1).shape[1])
+        model = Classifier(body, features, data.classes)
+    out = sys.stderr if arguments.json else sys.stdout
+    with torch.random.fork_rng():
+        torch.manual_seed(arguments.seed)  # of dropout
+        result = fit(
+            model,
+            data,
+            variant=name,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            lr=arguments.lr,
+            seed=arguments.seed,
+            report=lambda line: print(line, file=out, flush=True),
+        )
+    if arguments.save is not None:
+        metadata = {"lowmem": __version__, "model": name, "data": arguments.data, "seed": str(arguments.seed)}
+        write_atomically(arguments.save, safetensors.torch.save(_tensors(model), metadata))
+        print(f"saved {arguments.save}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(asdict(result), indent=2))
+    else:
+        print(f"peak memory of a step: {result.peak_bytes / MIB:.2f} MiB beyond the model and its input")
+        print(f"time of a step: {result.seconds_per_step:.3f} s")
+    return 0
+
+
+def fit(
+    model: Classifier,
+    data: Split,
+    *,
+    variant: str,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    report: Callable[[str], None],
+) -> Result:
+    """Train with AdamW and cross entropy; call ``report`` with a line an epoch.
+
+    Raises:
+        ValueError: the loss is no longer finite.
+    """
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    examples = len(data.train_x)
+    result = Result(variant, epochs, [], 0.0, 0.0, 0, 0.0)
+    seconds: list[float] = []
+
+    def step(x: Tensor, y: Tensor) -> tuple[float, int]:
+        optimizer.zero_grad(set_to_none=True)
+        logits = model(x)
+        loss = nn.functional.cross_entropy(logits, y)
+        loss.backward()
+        optimizer.step()
+        return loss.item(), int((logits.argmax(1) == y).sum())
+
+    with _progress() as progress:
+        task = progress.add_task(variant, total=epochs * math.ceil(examples / batch_size))
+        for epoch in range(1, epochs + 1):
+            model.train()
+            outcomes: list[tuple[float, int]] = []
+            batches = torch.randperm(examples, generator=generator).split(batch_size)
+            for rows in batches:
+                x, y = data.train_x[rows], data.train_y[rows]
+                started = time.perf_counter()
+                memory = nullcontext() if seconds else measure.PeakMemory()
+                with memory:
+                    outcomes.append(step(x, y))
+                if isinstance(memory, measure.PeakMemory):
+                    result.peak_bytes = memory.peak
+                seconds.append(time.perf_counter() - started)
+                if not math.isfinite(outcomes[-1][0]):
+                    raise ValueError(f"the loss is {outcomes[-1][0]} in epoch {epoch}: lower --lr={lr:g}")
+                progress.advance(task)
+            result.losses.append(
+                sum(loss * len(rows) for (loss, _), rows in zip(outcomes, batches, strict=True)) / examples
+            )
+            result.train_accuracy = sum(correct for _, correct in outcomes) / examples
+            result.test_accuracy = accuracy(model, data.test_x, data.test_y, batch_size)
+            report(
+                f"epoch {epoch}/{epochs}  loss {result.losses[-1]:.4f}  "
+                f"train accuracy {result.train_accuracy:.1%}  test accuracy {result.test_accuracy:.1%}"
+            )
+    timed = seconds[1:] or seconds  # the first step is tracked, which makes it slower
+    result.seconds_per_step = sum(timed) / len(timed)
+    return result
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
+    """Return the share of examples whose class has the largest logit."""
+    model.eval()
+    with torch.no_grad():
+        batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        return sum(int((model(part).argmax(1) == label).sum()) for part, label in batches) / len(y)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state as contiguous tensors of their own: safetensors takes no two that share memory."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        shared = tensor.untyped_storage()._cdata in seen
+        seen.add(tensor.untyped_storage()._cdata)
+        tensors[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
+    return tensors

@@ -1,0 +1,73 @@
+"""``lowmem info``: what a bug report needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from lowmem.kernels import backend
+from lowmem.version import __version__
+
+__all__ = ["add_arguments", "facts", "run"]
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def facts() -> dict[str, str | int | bool | list[str] | None]:
+    """Return what is installed, what it runs on, and which kernel serves it. None is what cannot be known."""
+    cuda = torch.cuda.is_available()
+    return {
+        "lowmem": __version__,
+        "location": str(Path(__file__).parents[1]),
+        "python": platform.python_version(),
+        "implementation": platform.python_implementation(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu": _cpu(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **{name: _version(name) for name in ("torch", "numpy", "safetensors", "rich")},
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda_available": cuda,
+        "cuda_devices": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else [],
+        "backend": backend(),
+    }
+
+
+def _cpu() -> str | None:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(errors="replace"), re.MULTILINE)
+    except OSError:  # not Linux
+        found = None
+    return found[1] if found else platform.processor() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # copied by hand or bundled: it works, but no record says which version
+        return None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    found = facts()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for name, value in found.items():
+        text = ", ".join(value) or "none" if isinstance(value, list) else "unknown" if value is None else str(value)
+        print(f"{name.replace('_', ' '):<16}{text}")
+    return 0

@@ -1,0 +1,54 @@
+"""`lowmem compare` prints how close outputs stay, and gates on it."""
+
+import json
+
+import pytest
+
+from lowmem import VARIANTS
+from lowmem.__main__ import main
+
+
+def test_the_lines_of_a_comparison(capsys):
+    assert main(["compare", "bignet", "half_precision"]) == 0
+    first, largest, mean, relative, _ = capsys.readouterr().out.splitlines()
+    assert first == "Comparing bignet and half_precision"
+    assert largest.startswith(" - Max difference: 0.000")
+    assert mean == " - Mean difference: 0.0001"
+    assert relative.startswith(" - Relative error: ")
+
+
+def test_json_of_every_variant(capsys):
+    assert main(["compare", "--json", "--batch", "4"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["other"] for row in rows] == list(VARIANTS)[1:]
+    assert all(row["base"] == "bignet" for row in rows)
+    by_name = {row["other"]: row for row in rows}
+    assert by_name["half_precision"]["max_difference"] <= 0.0005
+    assert by_name["half_precision"]["mean_difference"] <= 0.0001
+    assert by_name["lora"]["max_difference"] == by_name["half_precision"]["max_difference"]
+    assert by_name["qlora"]["max_difference"] == by_name["low_precision"]["max_difference"]
+    assert 0.01 < by_name["low_precision"]["relative_error"] < 0.05
+
+
+@pytest.mark.parametrize(("tolerance", "code"), [("0.0005", 0), ("0.00001", 1)])
+def test_a_tolerance_gates(tolerance, code):
+    assert main(["compare", "bignet", "half_precision", "--tolerance", tolerance]) == code
+
+
+def test_a_model_equals_itself_exactly(capsys):
+    assert main(["compare", "qlora", "low_precision", "--json", "--tolerance", "1e-30"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["max_difference"] == 0
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "compare_models.py").write_text(
+        "from torch import nn\n"
+        "class Pair(nn.Module):\n    def forward(self, x):\n        return x, x\n"
+        "narrow = lambda: nn.Linear(1024, 3)\n"
+    )
+    assert main(["compare", "bignet", "compare_models:Pair"]) == 2
+    assert "returns a tuple; compare takes models that return a tensor" in capsys.readouterr().err
+    assert main(["compare", "bignet", "compare_models:narrow"]) == 2
+    assert "returns shape (1, 3), 'bignet' (1, 1024)" in capsys.readouterr().err

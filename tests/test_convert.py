@@ -1,0 +1,250 @@
+"""One walk converts any model, and an error leaves it as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, convert
+from lowmem.convert import REGISTRY
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+class Odd(nn.Module):
+    """A model as users write them: nested, shared, in containers, with things that are not layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(8, 8)
+        self.again = self.shared
+        self.list = nn.ModuleList([nn.Linear(8, 8), nn.ReLU()])
+        self.dict = nn.ModuleDict({"head": nn.Linear(8, 8), "shared": self.shared})
+        self.inner = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Conv1d(8, 8, 1))
+        self.special = Subclass(8, 8)
+        self.nothing = None
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x):
+        x = self.again(self.shared(x))
+        x = self.list[1](self.list[0](x)) + self.dict["head"](x) + self.dict["shared"](x)
+        return self.special(self.inner[0](x)) * self.scale
+
+
+def kinds(model):
+    return {path: type(module) for path, module in model.named_modules() if hasattr(module, "in_features")}
+
+
+@pytest.mark.parametrize(("techniques", "layer"), [((Half(),), HalfLinear), ((FourBit(),), Linear4Bit)])
+def test_every_exact_linear_is_converted_wherever_it_stands(techniques, layer):
+    model = Odd()
+    expected = model(torch.ones(2, 8))
+    assert convert(model, *techniques) is model
+    assert kinds(model) == {
+        "shared": layer,
+        "list.0": layer,
+        "dict.head": layer,
+        "inner.0.0": layer,
+        "special": Subclass,
+    }
+    assert model.shared is model.again is model.dict["shared"]
+    assert model(torch.ones(2, 8)).shape == expected.shape
+
+
+def test_techniques_compose_from_left_to_right():
+    model = convert(Odd(), FourBit(), LoRA(2))
+    assert type(model.shared) is LoRALinear
+    assert type(model.shared.base) is Linear4Bit
+    adapted = convert(convert(Odd(), Half()), LoRA(2))
+    assert type(adapted.shared.base) is HalfLinear
+
+
+def test_the_root_itself_can_be_the_layer():
+    assert type(convert(nn.Linear(4, 4), Half())) is HalfLinear
+    assert type(convert(nn.Linear(4, 4), FourBit(), LoRA(1))) is LoRALinear
+
+
+def test_where_sees_every_path_and_chooses():
+    seen = []
+    model = convert(Odd(), Half(), where=lambda path, module: seen.append(path) or path.startswith("list"))
+    assert [path for path, kind in kinds(model).items() if kind is HalfLinear] == ["list.0"]
+    assert {"", "shared", "list", "list.0", "dict", "inner.0.0", "special"} <= set(seen)
+    assert "again" not in seen
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ("list.*", {"list.0"}),
+        (["dict.head", "inner.*"], {"dict.head", "inner.0.0"}),
+        ("again", {"shared"}),  # any path of a shared module
+        ("*.0", {"list.0", "inner.0.0"}),
+    ],
+)
+def test_skip_leaves_matching_paths_alone(skip, left):
+    model = convert(Odd(), FourBit(), skip=skip)
+    assert {path for path, kind in kinds(model).items() if kind is nn.Linear} == left
+
+
+def test_layers_left_out_can_be_converted_later():
+    model = convert(Odd(), FourBit(), skip="dict.*")
+    convert(model, Half(), where=lambda path, _: path.startswith("dict"))
+    assert type(model.dict["head"]) is HalfLinear
+    assert type(model.shared) is nn.Linear  # it stands in dict too: skipped once, not chosen by its first path
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
+        parametrizations.spectral_norm,
+        parametrizations.weight_norm,
+    ],
+)
+def test_weights_that_are_recomputed_are_left_alone(wrap):
+    model = nn.Sequential(wrap(nn.Linear(8, 8)), nn.Linear(8, 8))
+    expected = type(model[0])
+    convert(model, FourBit())
+    assert type(model[0]) is expected
+    assert type(model[1]) is Linear4Bit
+
+
+def test_hooks_move_to_the_new_layer_fire_once_and_can_be_removed():
+    calls = []
+    model = nn.Sequential(nn.Linear(8, 8))
+    handles = [
+        model[0].register_forward_pre_hook(lambda module, args: calls.append("pre")),
+        model[0].register_forward_hook(lambda module, args, out: calls.append(type(module).__name__)),
+        model[0].register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
+    ]
+    convert(model, LoRA(2))
+    model(torch.ones(1, 8, requires_grad=True)).sum().backward()
+    assert calls == ["pre", "LoRALinear", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(torch.ones(1, 8))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_and_device_are_kept(training):
+    model = convert(Odd().train(training), FourBit(), LoRA(2, dropout=0.1))
+    assert all(module.training == training for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("techniques", [(Half(),), (FourBit(),), (FourBit(), LoRA(2))])
+def test_a_transformer_keeps_working_where_torch_would_read_dense_weights(techniques, training):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).train(training)
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=mask)
+        got = convert(model, *techniques)(x, src_key_padding_mask=mask)
+    keep = ~mask
+    assert type(model.layers[0].linear1) is not nn.Linear
+    assert float((got - expected)[keep].norm() / expected[keep].norm()) < 0.2
+
+
+@pytest.mark.parametrize("technique", [Half(), FourBit(), LoRA()])
+def test_the_same_technique_twice_on_a_layer_is_refused(technique):
+    model = convert(Odd(), technique)
+    layers = list(model.modules())
+    with pytest.raises(ValueError, match=f"it has {type(technique).__name__} already"):
+        convert(model, technique)
+    assert list(model.modules()) == layers
+
+
+def test_another_technique_finds_nothing_in_a_converted_model():
+    model = convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), Half())
+    with pytest.raises(ValueError, match=r"FourBit looks for Linear .*found HalfLinear x1, ReLU x1"):
+        convert(model, FourBit())
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.ReLU()), "found Conv2d x2, ReLU x1"),
+        (nn.Sequential(), "found Sequential x1"),
+        (nn.Sequential(Subclass(4, 4)), "found Subclass x1"),
+    ],
+)
+def test_a_model_with_nothing_to_convert_says_what_it_has(model, found):
+    with pytest.raises(ValueError, match=f"FourBit looks for Linear.*{found}"):
+        convert(model, FourBit())
+
+
+def test_techniques_that_do_not_compose_are_refused():
+    with pytest.raises(ValueError, match="0: FourBit cannot follow .* made a HalfLinear; it takes Linear"):
+        convert(nn.Sequential(nn.Linear(4, 4)), Half(), FourBit())
+    with pytest.raises(ValueError, match="Half cannot follow .* made a LoRALinear"):
+        convert(nn.Linear(4, 4), LoRA(), Half())
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, found OrderedDict"):
+        convert(nn.Linear(2, 2).state_dict(), Half())
+    with pytest.raises(ValueError, match="no technique was given"):
+        convert(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="technique='nf4' must be an instance"):
+        convert(nn.Linear(2, 2), "nf4")
+    with pytest.raises(TypeError, match="must be an instance of Half, FourBit or LoRA"):
+        convert(nn.Linear(2, 2), Half)
+    with pytest.raises(ValueError, match="LoRA was given 2 times"):
+        convert(nn.Linear(2, 2), LoRA(1), LoRA(2))
+    with pytest.raises(ValueError, match="skip='typo' matches no module of Odd"):
+        convert(Odd(), Half(), skip="typo")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (
+            lambda layer: nn.init.constant_(layer.weight, float("nan")),
+            ValueError,
+            "inner.0.0: weight holds 64 values",
+        ),
+        (lambda layer: layer.to("meta"), ValueError, "inner.0.0: weight is on the meta device"),
+        (lambda layer: layer.to(torch.complex64), TypeError, "inner.0.0: weight.dtype=torch.complex64"),
+        (
+            lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(8, 8).int(), False)),
+            TypeError,
+            "torch.int32",
+        ),
+        (lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(8, 0))), ValueError, "empty rows"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize("technique", [FourBit(scales="float16"), FourBit()])
+def test_a_weight_that_cannot_be_stored_is_named_and_nothing_changes(spoil, error, message, technique):
+    model = Odd()
+    spoil(model.inner[0][0])
+    layers, flags = list(model.modules()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=message):
+        convert(model, technique, LoRA(2))
+    assert list(model.modules()) == layers
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_a_model_converts_the_same_after_deepcopy():
+    model = Odd()
+    twin = convert(copy.deepcopy(model), FourBit())
+    convert(model, FourBit())
+    x = torch.randn(2, 8)
+    assert torch.equal(model(x), twin(x))
+
+
+def test_every_entry_of_the_registry_builds_a_layer_that_replaces_its_source():
+    sources = {nn.Linear: (), HalfLinear: (Half(),), Linear4Bit: (FourBit(),)}
+    for technique, source in REGISTRY:
+        layer = convert(nn.Linear(16, 8), *sources[source], technique())
+        assert layer(torch.randn(3, 16)).shape == (3, 8)

@@ -1,0 +1,149 @@
+"""HalfLinear loses what rounding to 16 bits loses, and nothing more."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem import BigNet, Half, HalfLinear, build, convert, measure
+from tests import strategies
+
+half_dtypes = st.sampled_from([torch.float16, torch.bfloat16])
+
+
+def dense_twin(layer: HalfLinear, dtype: torch.dtype) -> torch.nn.Linear:
+    twin = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=dtype)
+    twin.load_state_dict(layer.state_dict())
+    return twin
+
+
+@given(strategies.linears(), half_dtypes, strategies.leading_shapes, strategies.seeds)
+def test_it_equals_a_dense_layer_with_the_rounded_weights(linear, dtype, leading, seed):
+    layer = convert(linear, Half(dtype))
+    twin = dense_twin(layer, torch.float64)
+    x = strategies.make_input(leading, layer.in_features, seed)
+    exact = x.detach().double().requires_grad_()
+    out, expected = layer(x), twin(exact)
+    assert out.dtype == x.dtype
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
+
+
+@given(strategies.linears(), half_dtypes)
+def test_stored_weights_are_the_rounded_ones_frozen_and_copied(linear, dtype):
+    original = copy.deepcopy(linear)
+    layer = convert(linear, Half(dtype))
+    assert isinstance(layer, HalfLinear)
+    assert torch.equal(layer.weight, original.weight.to(dtype))
+    assert (layer.bias is None) == (original.bias is None)
+    assert layer.bias is None or torch.equal(layer.bias, original.bias.to(dtype))
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+@given(strategies.linears(torch.float64), half_dtypes)
+def test_input_gradient_passes_gradcheck_in_float64(linear, dtype):
+    layer = convert(linear, Half(dtype))
+    assert torch.autograd.gradcheck(layer, strategies.make_input((2,), layer.in_features, 0, torch.float64))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bignet_stays_within_what_the_rounding_allows(seed):
+    x = torch.randn(32, 1024, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        error = measure.difference(build("bignet", seed=seed)(x), build("half_precision", seed=seed)(x))
+    assert error.max <= 0.0005
+    assert error.mean <= 0.0001
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "compute"),
+    [
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.float64, torch.bfloat16, torch.float64),
+    ],
+)
+def test_the_product_is_taken_in_the_wider_dtype(x, weight, compute):
+    linear = torch.nn.Linear(64, 32)
+    layer = convert(linear, Half(weight))
+    value = torch.randn(5, 64).to(x)
+    out = layer(value)
+    expected = torch.nn.functional.linear(value.to(compute), layer.weight.to(compute)) + layer.bias.to(compute)
+    assert out.dtype == x
+    torch.testing.assert_close(out, expected.to(x), rtol=2e-3 if compute == x else 1e-2, atol=1e-2)
+
+
+def test_autocast_gives_its_dtype_as_for_a_dense_layer():
+    layer = convert(torch.nn.Linear(16, 8), Half())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(2, 16)).dtype == torch.bfloat16
+        assert layer(torch.randn(2, 16, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("cast", ["float", "double", "half", "bfloat16"])
+def test_casting_the_model_never_changes_a_stored_bit(cast):
+    layer = convert(torch.nn.Linear(16, 8), Half())
+    before = copy.deepcopy(layer.state_dict())
+    getattr(layer, cast)()
+    after = layer.state_dict()
+    assert all(torch.equal(after[name], before[name]) and after[name].dtype == torch.float16 for name in before)
+
+
+def test_it_moves_copies_and_pickles_like_a_layer():
+    layer = convert(torch.nn.Linear(16, 8), Half())
+    x = torch.randn(3, 16)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), layer(x))
+    assert layer.to("meta").weight.is_meta
+    assert "in_features=16, out_features=8, bias=True, dtype=torch.float16" in repr(layer)
+
+
+def test_state_dict_round_trips_strictly():
+    one, two = (convert(torch.nn.Linear(16, 8), Half()) for _ in range(2))
+    two.load_state_dict(one.state_dict(), strict=True)
+    assert torch.equal(two.weight, one.weight)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        two.load_state_dict({"weight": one.weight}, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, "float16", None])
+def test_another_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match=r"must be torch.float16 or torch.bfloat16"):
+        Half(dtype)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "0.weight holds 1 values that are NaN"),
+        (float("inf"), "0.weight holds 1 values that are NaN or infinite"),
+        (1e5, "magnitude 100000, above 65504.*bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_values_that_cannot_be_stored_are_named(name, value, message):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with torch.no_grad():
+        getattr(model[0], name).view(-1)[0] = value
+    with pytest.raises(ValueError, match=message.replace("0.weight", f"0: {name}")):
+        convert(model, Half())
+    assert type(model[0]) is torch.nn.Linear
+
+
+def test_bfloat16_holds_what_float16_cannot():
+    linear = torch.nn.Linear(4, 4)
+    torch.nn.init.constant_(linear.weight, 1e5)
+    assert convert(linear, Half(torch.bfloat16))(torch.ones(1, 4)).isfinite().all()
+
+
+def test_bignet_halves():
+    model = convert(BigNet(), Half())
+    assert measure.theoretical_bytes(model) == 37_826_560

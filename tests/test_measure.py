@@ -1,0 +1,265 @@
+"""The measured bytes are exact: against arithmetic, torch's profiler, and the resident memory of a process."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from lowmem import BigNet, FourBit, Half, LoRA, build, convert, measure
+
+MIB = 2**20
+
+
+def test_counts_and_bytes_of_shared_and_buffered_modules():
+    linear = nn.Linear(4, 6, bias=False)
+    model = nn.Sequential(linear, nn.BatchNorm1d(6), nn.Linear(6, 4), linear).double()
+    model[2].requires_grad_(False)
+    counts = measure.counts(model)
+    assert (counts.trainable, counts.frozen, counts.total) == (24 + 12, 28, 64)
+    assert measure.theoretical_bytes(model) == 8 * (64 + 12) + 8  # running statistics, and an int64 counter
+    assert measure.actual_bytes(model) == measure.theoretical_bytes(model)
+
+
+def test_actual_bytes_count_a_whole_storage_once():
+    base = torch.zeros(100)
+    model = nn.Module()
+    model.one, model.two = nn.Parameter(base[:10]), nn.Parameter(base[10:20])
+    assert measure.theoretical_bytes(model) == 80
+    assert measure.actual_bytes(model) == 400
+
+
+@pytest.mark.parametrize("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4)), (LoRA(4),)])
+def test_weight_count_is_that_of_the_float_model(techniques):
+    model = nn.Sequential(nn.Linear(40, 30), nn.LayerNorm(30), nn.Linear(30, 7, bias=False))
+    expected = 40 * 30 + 30 + 60 + 210
+    assert measure.weight_count(convert(model, *techniques) if techniques else model) == expected
+
+
+def test_a_shared_parameter_counts_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert measure.weight_count(model) == 16 + 8
+
+
+def test_peak_memory_follows_what_is_allocated_and_freed():
+    memory = measure.PeakMemory()
+    with memory:
+        one = torch.zeros(1000)
+        assert memory.current == memory.peak == 4000
+        view = one[:10].view(5, 2)
+        view += 1
+        assert memory.current == 4000
+        two = one * 2
+        assert memory.current == 8000
+        del one
+        assert memory.current == 8000  # the view holds the storage
+        del view
+        assert memory.current == 4000
+        del two
+        assert memory.current == 0
+        assert memory.peak == 8000
+
+
+def test_peak_memory_does_not_count_what_existed_before():
+    before = torch.zeros(1000)
+    memory = measure.PeakMemory()
+    with memory:
+        view = before[:500]
+        before.add_(1)
+        other = view + 1
+    assert memory.peak == other.nbytes == 2000
+    del other, view  # freed after the measurement: still followed
+
+
+def test_peak_memory_follows_a_resize():
+    memory = measure.PeakMemory()
+    with memory:
+        grows = torch.empty(0)
+        torch.add(torch.ones(8), 1, out=grows)
+        assert memory.current == 32
+    assert memory.peak == 64
+
+
+def test_forward_bytes_by_hand():
+    model = nn.Sequential(nn.Linear(100, 200), nn.ReLU(), nn.Linear(200, 50))
+    x = torch.randn(10, 100)
+    assert measure.forward_bytes(model, x) == 4 * 10 * (200 + 200)
+
+
+def test_backward_bytes_of_a_large_layer_are_its_gradients_and_activations():
+    model = nn.Linear(1000, 1000)
+    gradients = 4 * 1_001_000
+    got = measure.backward_bytes(model, torch.randn(1, 1000))
+    assert gradients <= got <= gradients + 3 * 4000
+
+
+def test_backward_bytes_where_nothing_trains_are_those_of_the_forward():
+    model = nn.Linear(10, 10).requires_grad_(False)
+    x = torch.randn(4, 10)
+    assert measure.backward_bytes(model, x) == measure.forward_bytes(model, x)
+
+
+@pytest.mark.parametrize("function", [measure.forward_bytes, measure.backward_bytes])
+def test_measuring_leaves_the_model_and_the_generator_as_they_were(function):
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+    model[1].eval()
+    model[0].weight.grad = torch.ones(6, 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    function(model, torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(model[0].weight.grad, torch.ones(6, 4))
+    assert model[0].bias.grad is None
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_failing_forward_leaves_the_model_as_it_was():
+    model = nn.Linear(4, 4).eval()
+    with pytest.raises(RuntimeError):
+        measure.backward_bytes(model, torch.randn(2, 5))
+    assert not model.training
+
+
+def test_outputs_in_containers_are_found_and_none_is_an_error():
+    class Two(nn.Module):
+        def __init__(self, tensors):
+            super().__init__()
+            self.linear, self.tensors = nn.Linear(4, 4), tensors
+
+        def forward(self, x):
+            return {"a": [self.linear(x)], "b": 3} if self.tensors else "nothing"
+
+    assert measure.backward_bytes(Two(True), torch.randn(1, 4)) >= 80
+    with pytest.raises(TypeError, match="Two returns no tensor"):
+        measure.backward_bytes(Two(False), torch.randn(1, 4))
+
+
+@pytest.mark.parametrize("name", ["bignet", "half_precision", "low_precision", "lora", "qlora"])
+def test_figures_are_the_same_in_every_run(name):
+    model, x = build(name), torch.randn(2, 1024)
+    assert len({measure.forward_bytes(model, x) for _ in range(2)}) == 1
+    assert len({measure.backward_bytes(model, x) for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [
+        ("bignet", 0.05, 72.4),
+        ("half_precision", 1.05, 1.2),
+        ("low_precision", 1.05, 1.2),
+        ("lora", 1.05, 5.9),
+        ("qlora", 1.05, 5.9),
+    ],
+)
+def test_bignet_variants_stay_within_their_memory_at_batch_1(name, forward, backward):
+    model, x = build(name), torch.randn(1, 1024)
+    assert measure.forward_bytes(model, x) <= forward * MIB
+    assert measure.backward_bytes(model, x) <= backward * MIB
+
+
+def profiled_peak(run) -> int:
+    """Replay the allocator's events as torch's own profiler recorded them: the peak of their running sum."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        kept = run()
+    del kept
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+@pytest.mark.parametrize("name", ["bignet", "half_precision", "low_precision", "qlora_nf4"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_torch_s_profiler_sees_the_same_forward_peak(name, batch):
+    """The profiler sees the allocator, workspaces included: never less, and little more."""
+    model, x = build(name).eval(), torch.randn(batch, 1024)
+
+    def run():
+        with torch.no_grad():
+            return model(x)
+
+    run()
+    tracked = measure.forward_bytes(model, x)
+    assert tracked <= profiled_peak(run) <= tracked * 1.1 + 8192
+
+
+@pytest.mark.parametrize("name", ["bignet", "lora", "qlora_nf4"])
+def test_torch_s_profiler_sees_the_same_backward_peak(name):
+    model, x = build(name), torch.randn(8, 1024)
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        model(x).sum().backward()
+
+    run()
+    model.zero_grad(set_to_none=True)
+    tracked = measure.backward_bytes(model, x)
+    assert tracked <= profiled_peak(run) <= tracked * 1.1 + 8192
+
+
+RESIDENT = r"""
+    import re, sys, torch
+    from lowmem import build, measure
+
+    def high_water():  # not ru_maxrss: a process inherits that from its parent
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1])
+
+    model, small, x = build(sys.argv[1])[0], torch.randn(1, 1024), torch.randn(int(sys.argv[2]), 1024)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model(small).sum()  # what a first call costs is not the model's
+    run = lambda: model(x.requires_grad_()).sum().backward()
+    tracked = measure.peak_bytes(run) if sys.argv[3] == "track" else 0
+    before = high_water()
+    if not tracked:
+        run()
+    print(tracked, high_water() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the high-water mark of a process by itself")
+@pytest.mark.parametrize("name", ["bignet", "low_precision"])
+def test_the_resident_high_water_mark_of_a_process_rises_by_the_peak(name):
+    """One process tracks the peak, another runs the same without tracking and asks the system for its own."""
+    batch = "16384"  # 64 MiB an activation: large beside what the system rounds and caches
+    script = textwrap.dedent(RESIDENT)
+    runs = {
+        mode: subprocess.run(
+            [sys.executable, "-c", script, name, batch, mode], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for mode in ("track", "run")
+    }
+    tracked, resident = int(runs["track"][0]), int(runs["run"][1])
+    assert tracked > 200 * MIB
+    assert 0.9 * tracked <= resident <= 1.1 * tracked + 32 * MIB
+
+
+def test_difference_by_hand():
+    result = measure.difference(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0]))
+    assert (result.max, result.mean, result.relative) == (1.0, 0.5, 0.2)
+    zero = measure.difference(torch.zeros(2), torch.tensor([0.0, 2.0]))
+    assert (zero.max, zero.relative) == (2.0, 2.0)
+    assert measure.difference(torch.zeros(0, 3), torch.zeros(0, 3)).max == 0
+
+
+def test_difference_of_two_shapes_is_refused():
+    with pytest.raises(ValueError, match=r"shapes \(2,\) and \(3,\) cannot be compared"):
+        measure.difference(torch.zeros(2), torch.zeros(3))
+
+
+def test_bignet_needs_its_gradients_and_little_more():
+    assert measure.backward_bytes(BigNet(), torch.randn(1, 1024)) - 75_612_160 < 0.3 * MIB
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_figures_are_the_allocator_s():
+    x = torch.randn(1024, 1024, device="cuda")
+    assert measure.peak_bytes(lambda: x + 1, x.device) == x.nbytes

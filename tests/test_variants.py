@@ -1,0 +1,64 @@
+"""Every variant is its techniques over the same weights."""
+
+import pytest
+import torch
+
+from lowmem import VARIANTS, FourBit, LoRA, LoRALinear, build, convert, measure
+from lowmem.variants import techniques_of
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_its_techniques_over_the_seeded_float_model(name):
+    dense = build("bignet", seed=3)
+    expected = convert(dense, *VARIANTS[name]) if VARIANTS[name] else dense
+    x = torch.randn(1, 1024)
+    with torch.no_grad():
+        assert torch.equal(build(name, seed=3)(x), expected(x))
+
+
+def test_the_caller_s_generator_is_left_alone_and_the_seed_decides():
+    state = torch.random.get_rng_state()
+    one = build("lora", seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    two, other = build("lora", seed=1), build("lora", seed=2)
+    assert torch.equal(one[0].layers[0].lora_a, two[0].layers[0].lora_a)
+    assert not torch.equal(one[0].layers[0].lora_a, other[0].layers[0].lora_a)
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable", "frozen", "stored"),
+    [
+        ("bignet", 18_903_040, 0, 75_612_160),
+        ("half_precision", 10_240, 18_892_800, 37_826_560),
+        ("low_precision", 28_672, 10_616_832, 11_911_168),
+        ("lora", 1_179_648, 18_903_040, 42_545_152),
+        ("qlora", 1_179_648, 10_645_504, 16_629_760),
+        ("low_precision_nf4", 28_672, 9_768_960, 9_883_648),
+        ("qlora_nf4", 1_179_648, 9_797_632, 14_602_240),
+    ],
+)
+def test_parameters_and_bytes_are_exact(name, trainable, frozen, stored):
+    model = build(name)
+    counts = measure.counts(model)
+    assert (counts.trainable, counts.frozen) == (trainable, frozen)
+    assert measure.theoretical_bytes(model) == measure.actual_bytes(model) == stored
+
+
+def test_qlora_is_a_composition():
+    assert VARIANTS["qlora"] == (FourBit("int4", block_size=16, scales="float16"), LoRA(rank=32))
+
+
+def test_another_rank():
+    assert techniques_of("qlora", 4)[1] == LoRA(rank=4)
+    model = build("lora", lambda: torch.nn.Linear(8, 8), rank=2)
+    assert isinstance(model, LoRALinear)
+    assert model.rank == 2
+
+
+def test_wrong_names_and_ranks_list_the_choices():
+    with pytest.raises(ValueError, match="variant='q4' is unknown: choose from bignet, half_precision"):
+        build("q4")
+    with pytest.raises(ValueError, match="rank=4 has no use for variant='low_precision'.*lora, qlora"):
+        build("low_precision", rank=4)
+    with pytest.raises(ValueError, match="rank=0 must be a positive integer"):
+        build("lora", rank=0)
