@@ -201,7 +201,7 @@ def test_a_bundle_never_holds_an_earlier_one_but_other_zips_stay(project, monkey
         "toy/a.a",
         "toy/a.dylib",
         "toy/.DS_Store",
-        ".bundle-0123456789abcdef.partial",
+        ".lowmem-0123456789abcdef.partial",
     ],
 )
 def test_caches_and_build_products_are_left_out(project, name):
@@ -428,13 +428,13 @@ def test_a_file_that_fails_while_it_is_read_is_named(project, refused, monkeypat
 def test_an_existing_destination_is_refused(project, refused, make):
     make(Path("out.zip"))
     for directory in (project, "nowhere"):  # it is noticed before anything is read
-        assert "destination='out.zip' exists; remove it or choose another name" in refused(directory)
+        assert "'out.zip' exists; remove it or choose another name" in refused(directory)
 
 
 @pytest.mark.parametrize("name", ["nowhere/out", "file/out", "x" * 300])
 def test_an_unwritable_destination_is_refused(project, refused, name):
     Path("file").touch()
-    assert f"cannot write destination={name + '.zip'!r}: " in refused(project, name)
+    assert f"cannot write {name + '.zip'!r}: " in refused(project, name)
 
 
 # Whole or not at all.
@@ -463,7 +463,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(project, capsys, monke
 
     monkeypatch.setattr("os.fsync", appear)
     assert main(["bundle", str(project), "out"]) == 2
-    assert "destination='out.zip' exists" in capsys.readouterr().err
+    assert "'out.zip' exists" in capsys.readouterr().err
     assert [(path.name, path.read_bytes()) for path in Path().iterdir()] == [("out.zip", b"theirs")]
 
 

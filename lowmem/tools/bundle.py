@@ -12,15 +12,15 @@ import hashlib
 import io
 import os
 import re
-import secrets
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
 
-__all__ = ["COMMENT", "LEFT_OUT", "MANIFEST", "add_arguments", "archive", "publish", "read_files", "run", "runnable"]
+from lowmem.tools.files import PARTIAL, check_free, write_atomically
+
+__all__ = ["COMMENT", "LEFT_OUT", "MANIFEST", "add_arguments", "archive", "read_files", "run", "runnable"]
 
 MANIFEST = "MANIFEST.sha256"
 COMMENT = b"made by lowmem bundle"  # ends every bundle, so that the next one knows it and leaves it out
@@ -31,7 +31,7 @@ LEFT_OUT = (
     *("__pycache__", "*.py[cod]", "*.so", "*.so.*", "*.dylib", "*.dll", "*.o", "*.a", "*.egg-info", ".eggs"),
     *(".git", ".hg", ".svn", ".tox", ".nox", ".venv", "venv", "node_modules"),  # and what has a pyvenv.cfg
     *(".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".benchmarks", ".ipynb_checkpoints"),
-    *(".coverage", ".coverage.*", "htmlcov", ".DS_Store", "Thumbs.db", "*.swp", "*~", ".bundle-*.partial"),
+    *(".coverage", ".coverage.*", "htmlcov", ".DS_Store", "Thumbs.db", "*.swp", "*~", PARTIAL),
 )
 
 # Backslashes and line ends are escaped in a manifest and changed by some unzips; lone surrogates are no UTF-8.
@@ -144,39 +144,6 @@ def archive(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def publish(payload: bytes, destination: Path) -> None:
-    """Write a file that does not exist yet: whole or not at all.
-
-    Raises:
-        FileExistsError: it exists, or came to exist meanwhile.
-        OSError: it cannot be written.
-    """
-    partial = destination.with_name(f".bundle-{secrets.token_hex(8)}.partial")
-    try:
-        with open(partial, "xb") as file:  # tempfile's files do not follow the umask
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(partial, destination)  # unlike a rename, never overwrites
-        except OSError:  # it exists, or this file system has no hard links
-            _check_free(destination)
-            os.rename(partial, destination)
-    except FileExistsError:
-        raise
-    except OSError as reason:
-        where = f"destination={str(destination)!r}"
-        raise OSError(f"cannot write {where}: {reason.strerror}; choose a directory that can be written") from reason
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def _check_free(destination: Path) -> None:
-    if os.path.lexists(destination):  # a dangling link is in the way too
-        raise FileExistsError(f"destination={str(destination)!r} exists; remove it or choose another name")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("directory", metavar="DIRECTORY", help="a package, or a directory with one package to run")
@@ -189,10 +156,10 @@ def run(arguments: argparse.Namespace) -> int:
     if os.path.basename(name).lower() in ("", ".", "..", ".zip"):
         raise ValueError(f"name={name!r} must end in a file name, such as project_bundle")
     destination = Path(name if name.lower().endswith(".zip") else f"{name}.zip")
-    _check_free(destination)
+    check_free(destination)
     files = runnable(read_files(directory), directory)
     payload = archive(files)
-    publish(payload, destination)
+    write_atomically(destination, payload, overwrite=False)
     count = len({*files, MANIFEST})
     digest = hashlib.sha256(payload).hexdigest()
     print(f"{destination}: {count} files, {len(payload)} bytes, sha256 {digest}", file=sys.stderr)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from lowmem import measure
-from lowmem.tools.models import add_input_arguments, known_models, make_input, make_model, positive_float, run_model
+from lowmem.tools.models import (
+    add_input_arguments,
+    known_models,
+    make_input,
+    make_model,
+    positive_float,
+    print_table,
+    run_model,
+)
 
 __all__ = ["add_arguments", "run"]
 
@@ -30,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="exit with 1 when any largest difference is above T",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON")
+    output.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,6 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
             for other, found in differences.items()
         ]
         print(json.dumps(rows, indent=2))
+    elif arguments.markdown:
+        print_table(
+            [f"Compared with {base}", "Max difference", "Mean difference", "Relative error"],
+            [[other, f"{d.max:.4f}", f"{d.mean:.4f}", f"{d.relative:.2g}"] for other, d in differences.items()],
+            markdown=True,
+        )
     else:
         for other, found in differences.items():
             print(f"Comparing {base} and {other}")

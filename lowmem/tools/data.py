@@ -75,7 +75,10 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 def _npz(path: Path) -> tuple[Tensor, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise ValueError("it is a single array; save x and y with numpy.savez")
             missing = {"x", "y"} - set(arrays.files)
             if missing:
                 found = ", ".join(arrays.files) or "nothing"

@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["check_writable", "write_atomically"]
+__all__ = ["PARTIAL", "check_free", "check_writable", "write_atomically"]
+
+PARTIAL = ".lowmem-*.partial"
+"""What a file that is being written is called, for those who list directories."""
 
 
 def check_writable(path: Path) -> None:
     """Raise an OSError that names ``path`` unless a file can be written there."""
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; name a file in it")
+        raise IsADirectoryError(f"cannot write {str(path)!r}: it is a directory; name a file in it")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as reason:
-        raise OSError(f"{path} cannot be written: {reason.strerror}") from reason
+        raise _cannot_write(path, reason) from reason
+
+
+def check_free(path: Path) -> None:
+    """Raise a FileExistsError if there is anything at ``path``, a dangling link too."""
+    if os.path.lexists(path):
+        raise FileExistsError(f"{str(path)!r} exists; remove it or choose another name")
 
 
 def write_atomically(path: Path, content: bytes, *, overwrite: bool = True) -> None:
-    """Write ``content`` to ``path``; an error or an interruption leaves what was there before.
+    """Write a file; an error or an interruption leaves what was there before.
 
     Raises:
-        FileExistsError: the file exists and ``overwrite`` is False.
+        FileExistsError: something is there, or came to be meanwhile, and ``overwrite`` is False.
         OSError: it cannot be written.
     """
-    check_writable(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(PARTIAL.replace("*", secrets.token_hex(8)))
     try:
-        with open(partial, "xb") as file:  # not mkstemp: the file's permissions follow the umask
+        with open(partial, "xb") as file:  # tempfile's files do not follow the umask
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if overwrite:
             os.replace(partial, path)
-        else:
-            os.link(partial, path)  # unlike a rename, it never replaces a file that appeared meanwhile
+            return
+        try:
+            os.link(partial, path)  # unlike a rename, never overwrites
+        except OSError:  # it exists, or this file system has no hard links
+            check_free(path)
+            os.rename(partial, path)
     except FileExistsError:
-        raise FileExistsError(f"{path} exists; remove it or choose another name") from None
+        raise
+    except OSError as reason:
+        raise _cannot_write(path, reason) from reason
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # gone when it was renamed
+            partial.unlink()
+
+
+def _cannot_write(path: Path, reason: OSError) -> OSError:
+    return OSError(f"cannot write {str(path)!r}: {reason.strerror}; choose a directory that can be written")

@@ -106,8 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
             report=lambda line: print(line, file=out, flush=True),
         )
     if arguments.save is not None:
-        metadata = {"lowmem": __version__, "model": name, "data": arguments.data, "seed": str(arguments.seed)}
-        write_atomically(arguments.save, safetensors.torch.save(_tensors(model), metadata))
+        origin = {"version": __version__, "model": name, "data": arguments.data, "seed": arguments.seed}
+        # One entry: safetensors writes several in an order that differs from run to run.
+        content = safetensors.torch.save(_tensors(model), {"lowmem": json.dumps(origin)})
+        write_atomically(arguments.save, content)
         print(f"saved {arguments.save}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(asdict(result), indent=2))

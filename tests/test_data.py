@@ -1,0 +1,109 @@
+"""Data is split by the seed alone, and wrong arrays are named."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lowmem.tools.data import load_data
+
+
+def saved(tmp_path, **arrays):
+    np.savez(tmp_path / "data.npz", **arrays)
+    return str(tmp_path / "data.npz")
+
+
+@pytest.mark.parametrize(("name", "examples"), [("synthetic", 1000), ("digits", 1797)])
+def test_the_seed_decides_the_split(name, examples):
+    one, two, other = load_data(name, 1), load_data(name, 1), load_data(name, 2)
+    assert len(one.test_x) == len(one.test_y) == round(0.2 * examples)
+    assert len(one.train_x) + len(one.test_x) == examples
+    assert one.train_x.shape[1:] == one.test_x.shape[1:] == (1024,)
+    assert one.classes == 10
+    assert torch.equal(one.train_x, two.train_x)
+    assert torch.equal(one.test_y, two.test_y)
+    assert not torch.equal(one.train_y, other.train_y)
+
+
+def test_digits_are_the_real_pictures_resized():
+    from sklearn.datasets import load_digits
+
+    data = load_data("digits", 0)
+    every = torch.cat([data.train_x, data.test_x])
+    assert every.amin() >= -1
+    assert every.amax() <= 1
+    assert sorted(torch.cat([data.train_y, data.test_y]).tolist()) == sorted(load_digits().target.tolist())
+    means = torch.from_numpy(load_digits().data).mean(1) / 8 - 1
+    torch.testing.assert_close(every.mean(1).double().sort().values, means.sort().values, atol=1e-5, rtol=0)
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'lowmem\[digits\]'"):
+        load_data("digits", 0)
+
+
+def test_a_file_keeps_its_pairs_and_shapes(tmp_path):
+    x = np.arange(40 * 6, dtype=np.uint8).reshape(40, 2, 3)
+    y = x[:, 0, 0] // 6 % 4
+    data = load_data(saved(tmp_path, x=x, y=y), 0)
+    assert data.train_x.shape == (32, 2, 3)
+    assert data.test_x.shape == (8, 2, 3)
+    assert data.classes == 4
+    for part_x, part_y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
+        assert torch.equal(part_x[:, 0, 0].long() // 6 % 4, part_y)
+
+
+GOOD_X, GOOD_Y = np.ones((10, 4)), np.arange(10) % 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": GOOD_X}, "it holds x; arrays x and y are needed"),
+        ({}, "it holds nothing; arrays x and y are needed"),
+        ({"x": GOOD_X, "labels": GOOD_Y}, "it holds x, labels; arrays x and y are needed"),
+        ({"x": GOOD_X, "y": GOOD_Y[:-1]}, "x holds 10 examples and y 9"),
+        ({"x": GOOD_X[0], "y": GOOD_Y}, r"x.shape=\(4,\), dtype=float64 must be numbers"),
+        ({"x": GOOD_X.astype(complex), "y": GOOD_Y}, "dtype=complex128 must be numbers"),
+        ({"x": GOOD_X.astype(str), "y": GOOD_Y}, "must be numbers"),
+        ({"x": GOOD_X, "y": GOOD_Y.astype(float)}, "dtype=float64 must be integer classes"),
+        ({"x": GOOD_X, "y": GOOD_Y[:, None]}, r"y.shape=\(10, 1\)"),
+        ({"x": GOOD_X[:4], "y": GOOD_Y[:4]}, "4 examples are too few"),
+        ({"x": GOOD_X * np.nan, "y": GOOD_Y}, "x holds values that are NaN"),
+        ({"x": GOOD_X * 1e300, "y": GOOD_Y}, "beyond float32"),
+        ({"x": GOOD_X, "y": GOOD_Y - 1}, "y holds classes from -1 to 0"),
+        ({"x": GOOD_X, "y": GOOD_Y * 0}, "y holds classes from 0 to 0"),
+        ({"x": GOOD_X, "y": GOOD_Y * 10**9}, "y holds classes from 0 to 1000000000"),
+        ({"x": np.array([[None]] * 10), "y": GOOD_Y}, "Object arrays cannot be loaded"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_wrong_arrays_are_named(tmp_path, arrays, message):
+    with pytest.raises(ValueError, match=f"data='.*data.npz': .*{message}"):
+        load_data(saved(tmp_path, **arrays), 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 cut"])
+def test_a_file_that_is_no_npz_is_named(tmp_path, content):
+    (tmp_path / "data.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="data='.*data.npz': "):
+        load_data(str(tmp_path / "data.npz"), 0)
+
+
+def test_an_npy_array_under_the_name_of_an_npz_is_named(tmp_path):
+    np.save(tmp_path / "data.npy", GOOD_X)
+    (tmp_path / "data.npy").rename(tmp_path / "data.npz")
+    with pytest.raises(ValueError, match="data='.*data.npz': it is a single array"):
+        load_data(str(tmp_path / "data.npz"), 0)
+
+
+def test_unknown_data_lists_the_choices():
+    with pytest.raises(ValueError, match="data='mnist' is unknown: choose synthetic, digits"):
+        load_data("mnist", 0)
+
+
+def test_a_missing_file_is_an_os_error():
+    with pytest.raises(OSError, match=r"missing\.npz"):
+        load_data("missing.npz", 0)

@@ -1,0 +1,59 @@
+"""A file is written whole or not at all."""
+
+import os
+
+import pytest
+
+from lowmem.tools.files import check_free, check_writable, write_atomically
+
+
+def test_it_writes_and_overwrites_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    for content in (b"one", b"two"):
+        write_atomically(path, content)
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch, overwrite, failure):
+    path = tmp_path / ("file" if overwrite else "other")
+    (tmp_path / "file").write_bytes(b"before")
+
+    def fail(_):
+        raise failure
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(failure), match="No space left|^$"):
+        write_atomically(path, b"after", overwrite=overwrite)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]
+
+
+def test_without_overwrite_nothing_is_lost(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(FileExistsError, match="exists; remove it"):
+        write_atomically(path, b"after", overwrite=False)
+    with pytest.raises(FileExistsError, match="exists; remove it"):
+        check_free(path)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    check_writable(tmp_path / "fine")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(IsADirectoryError, match="is a directory; name a file in it"):
+        check_writable(tmp_path)
+    for function in (check_writable, lambda path: write_atomically(path, b"")):
+        with pytest.raises(OSError, match=r"cannot write '.*missing/file': No such file or directory; choose"):
+            function(tmp_path / "missing" / "file")

@@ -1,0 +1,154 @@
+"""`lowmem fit` trains every variant, on the built-in tasks and on a user's arrays, and saves whole files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lowmem import VARIANTS, build, measure
+from lowmem.__main__ import main
+from lowmem.tools import fit as tool
+from lowmem.tools.data import load_data
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """A task of 40 examples that anything learns: the class is in every feature."""
+    y = np.arange(40) % 2
+    np.savez(tmp_path / "task.npz", x=np.random.default_rng(0).normal(size=(40, 1024)) * 0.1 + y[:, None], y=y)
+    return str(tmp_path / "task.npz")
+
+
+def results(capsys, *argv):
+    assert main(["fit", *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_learns_a_user_s_task(name, npz, capsys):
+    found = results(capsys, name, "--data", npz, "--epochs", "12", "--batch-size", "16")
+    keys = ["variant", "epochs", "losses", "train_accuracy", "test_accuracy", "peak_bytes", "seconds_per_step"]
+    assert list(found) == keys
+    assert (found["variant"], found["epochs"], len(found["losses"])) == (name, 12, 12)
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["test_accuracy"] == 1.0
+    assert found["seconds_per_step"] > 0
+    trained = measure.counts(build(name)).trainable * 4
+    assert trained * 3 <= found["peak_bytes"] <= trained * 3.2 + 4 * 2**20  # gradients and AdamW's two moments
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_adapters_reach_95_percent_on_digits(name, capsys):
+    found = results(capsys, name, "--data", "digits", "--epochs", "4")
+    assert found["test_accuracy"] >= 0.95
+
+
+def test_synthetic_is_the_default_and_can_be_learnt(capsys):
+    assert main(["fit", "lora", "--epochs", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:3]] == ["1/3", "2/3", "3/3"]
+    assert all("loss" in line and "train accuracy" in line and "test accuracy" in line for line in lines[:3])
+    assert lines[3].startswith("peak memory of a step: ")
+    assert float(lines[2].split()[-1].rstrip("%")) > 50
+
+
+def test_the_seed_decides_everything_but_the_time(npz, capsys):
+    runs = [results(capsys, "lora", "--data", npz, "--epochs", "1", "--seed", seed) for seed in ("1", "1", "2")]
+    for run in runs:
+        del run["seconds_per_step"]
+    assert runs[0] == runs[1]
+    assert runs[0]["losses"] != runs[2]["losses"]
+
+
+def test_only_the_adapters_and_the_head_change():
+    torch.manual_seed(0)
+    model = tool.Classifier(build("qlora"), 1024, 10)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    data = load_data("synthetic", 0)
+    tool.fit(model, data, variant="qlora", epochs=1, batch_size=400, lr=1e-3, seed=0, report=lambda line: None)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name for name in changed if not name.startswith("head")} == {name for name in before if "lora_" in name}
+
+
+def test_saved_weights_are_those_of_the_trained_model(tmp_path, npz, capsys):
+    path = tmp_path / "saved.safetensors"
+    argv = ["qlora", "--data", npz, "--epochs", "2", "--rank", "4", "--save", str(path)]
+    accuracy = results(capsys, *argv)["test_accuracy"]
+    model = tool.Classifier(build("qlora", rank=4), 1024, 2)
+    model.load_state_dict(load_file(path), strict=True)
+    data = load_data(npz, 0)
+    assert tool.accuracy(model, data.test_x, data.test_y, 16) == accuracy
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["lowmem"])["model"] == "qlora"
+    first = path.read_bytes()
+    results(capsys, *argv)
+    assert path.read_bytes() == first
+
+
+def test_a_user_s_factory_is_trained_with_the_shape_of_the_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fit_models.py").write_text(
+        "from torch import nn\n"
+        "class Tied(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)\n"
+        "        self.two.weight = self.one.weight\n"
+        "    def forward(self, x):\n"
+        "        return self.two(self.one(x))\n"
+    )
+    x = np.random.default_rng(0).normal(size=(30, 2, 6))
+    np.savez("pictures.npz", x=x, y=(x[:, 0, 0] > 0).astype(int))
+    found = results(capsys, "fit_models:Tied", "--data", "pictures.npz", "--epochs", "2", "--save", "out.safetensors")
+    assert len(found["losses"]) == 2
+    assert load_file("out.safetensors")["body.two.weight"].shape == (6, 6)
+
+
+def test_a_loss_that_is_no_longer_finite_stops_and_saves_nothing(tmp_path, npz, capsys):
+    path = tmp_path / "saved.safetensors"
+    assert main(["fit", "bignet", "--data", npz, "--lr", "1e30", "--save", str(path)]) == 2
+    assert "lower --lr=1e+30" in capsys.readouterr().err
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("path", ["missing/file.safetensors", "."])
+def test_an_unwritable_output_is_named_before_the_training(path, npz, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tool, "fit", lambda *args, **options: pytest.fail("it trained"))
+    assert main(["fit", "lora", "--data", npz, "--save", path]) == 2
+    assert f"cannot write '{path}'" in capsys.readouterr().err
+
+
+def test_data_of_another_width_is_one_line(tmp_path, capsys):
+    np.savez(tmp_path / "narrow.npz", x=np.ones((10, 3)), y=np.arange(10) % 2)
+    assert main(["fit", "lora", "--data", str(tmp_path / "narrow.npz")]) == 2
+    shown = capsys.readouterr().err
+    assert "model='lora' cannot take this input" in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_in_the_middle_leaves_the_file_of_before(tmp_path):
+    path = tmp_path / "saved.safetensors"
+    path.write_bytes(b"before")
+    argv = [sys.executable, "-m", "lowmem", "fit", "lora", "--epochs", "1000", "--save", str(path)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("epoch 1/1000")
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 60
+    assert process.returncode == 2
+    assert errors.strip().splitlines()[-1] == "lowmem fit: interrupted; nothing was written"
+    assert "Traceback" not in errors
+    assert path.read_bytes() == b"before"
+    assert os.listdir(tmp_path) == [path.name]
