@@ -1,8 +1,10 @@
-"""Hypothesis profiles: ``HYPOTHESIS_PROFILE=ci`` or ``nightly`` picks another than the fast default."""
+"""Hypothesis profiles (``HYPOTHESIS_PROFILE=ci`` or ``nightly`` picks another than the fast default), and the gate."""
 
 import os
 
 from hypothesis import HealthCheck, settings
+
+from benchmarks.gate import pytest_addoption, pytest_configure  # noqa: F401 - hooks
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=40, **_COMMON)

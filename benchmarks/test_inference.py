@@ -1,0 +1,26 @@
+"""The forward of every variant of BigNet, beside the float32 one at the same batch."""
+
+import pytest
+import torch
+
+from lowmem import VARIANTS
+from lowmem.measure import difference
+
+pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32, 128, 512], ids="batch{}".format)
+@pytest.mark.parametrize("variant", list(VARIANTS), ids=str)
+def test_inference(benchmark, record_memory, timed, model, variant, batch):
+    benchmark.group = f"inference, batch {batch:3}"
+    x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch))
+    compressed, float32 = model(variant), model("bignet")
+    record_memory(compressed, x)
+
+    with torch.no_grad():
+        output = timed(lambda: compressed(x), reference=lambda: float32(x))
+        expected = float32(x)
+
+    assert output.dtype == torch.float32
+    assert output.isfinite().all()
+    assert difference(expected, output).relative < 0.1

@@ -1,0 +1,56 @@
+"""Quantizing and restoring a matrix in every format, beside a float32 copy of it."""
+
+import pytest
+import torch
+
+import lowmem
+from lowmem import FORMATS
+from lowmem.measure import peak_bytes
+
+pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
+
+every_format = pytest.mark.parametrize("form", list(FORMATS), ids=str)
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def copy(weight):
+    out = torch.empty_like(weight)
+    return lambda: out.copy_(weight)
+
+
+@every_format
+def test_quantize(benchmark, timed, weight, copy, form):
+    benchmark.group = "quantize"
+    record(benchmark, lowmem.quantize(weight, form), lambda: lowmem.quantize(weight, form))
+
+    quantized = timed(lambda: lowmem.quantize(weight, form), reference=copy)
+
+    assert ((weight - quantized.dequantize()).abs() <= quantized.error_bound()).all()
+
+
+@every_format
+def test_dequantize(benchmark, timed, weight, copy, form):
+    benchmark.group = "dequantize"
+    quantized = lowmem.quantize(weight, form)
+    record(benchmark, quantized, quantized.dequantize)
+
+    restored = timed(quantized.dequantize, reference=copy)
+
+    assert ((weight - restored).abs() <= quantized.error_bound()).all()
+
+
+def record(benchmark, quantized, run):
+    """Record the bytes of what is stored, and the peak of the call."""
+    stored = (quantized.packed, quantized.scales)
+    peak = peak_bytes(run)
+    benchmark.extra_info.update(
+        theoretical_bytes=quantized.nbytes,
+        actual_bytes=sum(tensor.untyped_storage().nbytes() for tensor in stored),
+        forward_bytes=peak,
+        backward_bytes=peak,  # nothing trains: what the forward alone needs, as in measure.backward_bytes
+    )
