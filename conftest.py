@@ -1,4 +1,4 @@
-"""Hypothesis profiles (``HYPOTHESIS_PROFILE=ci`` or ``nightly`` picks another than the fast default), and the gate."""
+"""Hypothesis profiles (``HYPOTHESIS_PROFILE=ci`` or ``nightly`` is another than the default), and the gate."""
 
 import os
 
