@@ -21,7 +21,7 @@ __all__ = ["SCRATCH_BYTES", "QuantizedTensor", "check_weight", "quantize", "row_
 SCRATCH_BYTES = 2**20
 """The most temporary memory that restoring a chunk of rows takes (one row at least is restored at a time)."""
 
-_BYTES_PER_WEIGHT = 16  # at the peak of restore: a code, its int32 copy, a value, its scale, and a cast
+_BYTES_PER_WEIGHT = 16  # at the peak of restore: a code, a value, its scale (twice at most, for a short last block)
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -61,7 +61,13 @@ class QuantizedTensor:
         return 8 * self.nbytes / self.shape.numel() if self.shape.numel() else 0.0
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return ``levels[codes] * scales``, rounded once to ``dtype``, in ``shape``."""
+        """Return ``levels[codes] * scales``, rounded once to ``dtype``, in ``shape``.
+
+        Raises:
+            ValueError: a dtype that is not floating point.
+        """
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype} must be a floating-point dtype")
         columns = self.shape[-1]
         out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
         rows = out.view(-1, columns)
@@ -72,11 +78,13 @@ class QuantizedTensor:
     def restore(self, rows: slice) -> Tensor:
         """Return some rows of the tensor seen as (rows, n), in float32."""
         columns = self.shape[-1]
-        levels = torch.tensor(get_format(self.format).levels, device=self.packed.device)
+        levels = torch.tensor(get_format(self.format).levels, dtype=torch.float32, device=self.packed.device)
         packed = self.packed.reshape(-1, self.packed.shape[-1])[rows]
         codes = unpack(packed, self.block_size)[:, :columns]  # (rows, n), without the padding
         values = levels.index_select(0, codes.int().flatten()).view(codes.shape)
-        return values.mul_(self._scale_of_each(rows))
+        stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
+        scales = get_encoding(self.scale_encoding).decode(stored)  # (rows, blocks)
+        return values.mul_(_spread(scales, self.block_size, columns))
 
     def error_bound(self) -> Tensor:
         """Return what ``|w - dequantize()|`` never exceeds, element by element, float32, in ``shape``.
@@ -85,17 +93,12 @@ class QuantizedTensor:
         scale, from its level; beyond, at most as far as the stored scale can fall short of the
         block's largest weight. Float rounding adds four units in the last place of the scale.
         """
-        scale = self._scale_of_each(slice(None))  # (rows, n)
-        shortfall = get_encoding(self.scale_encoding).shortfall(scale)
+        encoding = get_encoding(self.scale_encoding)
+        stored = self.scales.reshape(-1, self.scales.shape[-1])
+        scale, shortfall = encoding.decode(stored), encoding.shortfall(stored)  # (rows, blocks)
         bound = torch.maximum(scale * get_format(self.format).max_distance, shortfall)
         rounding = scale * 2**-22 + 2**-148  # the second for products that are subnormal in float32
-        return (bound + rounding).view(self.shape)
-
-    def _scale_of_each(self, rows: slice) -> Tensor:
-        """Return the float32 scale of every weight of some rows: (rows, n)."""
-        stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
-        scales = get_encoding(self.scale_encoding).decode(stored)  # (rows, blocks)
-        return scales.repeat_interleave(self.block_size, dim=-1)[:, : self.shape[-1]]
+        return _spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
 
 
 def quantize(
@@ -129,7 +132,9 @@ def quantize(
     check_weight(weight)
     columns = weight.shape[-1]
     if columns == 0:
-        raise ValueError(f"weight.shape={tuple(weight.shape)} has empty rows: there is nothing to quantize")
+        raise ValueError(
+            f"weight.shape={tuple(weight.shape)} has empty rows: there is nothing to quantize; leave it out"
+        )
 
     rows = weight.detach().reshape(-1, columns)
     blocks = -(-columns // size)
@@ -176,12 +181,17 @@ def _quantize_rows(rows: Tensor, form: Format, size: int, encoding: ScaleEncodin
     stored = encoding.encode(absmax)
     scales = encoding.decode(stored)
     divisors = scales.masked_fill(scales == 0, torch.inf)  # a block without a scale gets the zero code
-    relative = rows / divisors.repeat_interleave(size, dim=-1)[:, : rows.shape[-1]]  # (rows, n), in [-1, 1]
-    boundaries = torch.tensor(form.boundaries, device=rows.device)
+    relative = rows / _spread(divisors, size, rows.shape[-1])  # (rows, n), in [-1, 1]
+    boundaries = torch.tensor(form.boundaries, dtype=torch.float32, device=rows.device)
     codes = torch.bucketize(relative, boundaries, out_int32=True).to(torch.uint8)
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=form.zero_code)
     return pack(codes, size), stored
+
+
+def _spread(scales: Tensor, block_size: int, columns: int) -> Tensor:
+    """Repeat the scales of blocks, (rows, blocks), for each of their weights: (rows, columns)."""
+    return scales.repeat_interleave(min(block_size, columns), dim=-1)[:, :columns]
 
 
 def _why_not_held(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:

@@ -25,7 +25,7 @@ class ScaleEncoding:
         dtype: of the stored tensor.
         encode: float32 absmax (rows, blocks) -> stored (rows, blocks + extra).
         decode: stored -> float32 scales (rows, blocks).
-        shortfall: float32 scales -> how far a block's absmax may lie above its stored scale.
+        shortfall: stored -> how far a block's absmax may lie above its scale, float32 (rows, blocks).
         largest: the largest absmax that can be held.
         extra: stored elements a row beyond one a block.
     """
@@ -48,31 +48,41 @@ def _encode_float32(absmax: Tensor) -> Tensor:
     return absmax.masked_fill(absmax < _SMALLEST_NORMAL, 0)
 
 
-def _step(positive: Tensor, by: int) -> Tensor:
-    """Return the float16 that is ``by`` steps above a non-negative float16: its bits count upwards."""
-    return (positive.view(torch.int16) + by).view(torch.float16)
+def _float16_spacing(stored: Tensor) -> Tensor:
+    """Return at least the distance to the next float16: exact where it matters, at subnormals."""
+    return (stored.float() * 2**-10).clamp_min(2**-24)
 
 
 def _encode_float16(absmax: Tensor) -> Tensor:
     # Rounded towards zero: the largest weight of a block then always takes an end level, so that
     # quantizing the dequantized block finds the same scale and the same codes, subnormals included.
     nearest = absmax.to(torch.float16)
-    return torch.where(nearest.float() > absmax, _step(nearest, -1), nearest)
+    below = (nearest.view(torch.int16) - 1).view(torch.float16)  # the bits of a positive float count upwards
+    return torch.where(nearest.float() > absmax, below, nearest)
 
 
 def _encode_double(absmax: Tensor) -> Tensor:
-    # Both levels are rounded up, so that no scale falls short of its block: a row with one large
-    # outlier keeps its small blocks instead of losing them to a scale of zero.
-    row_absmax = absmax.amax(-1, keepdim=True)  # (rows, 1)
-    row_scale = (row_absmax / 255).to(torch.float16)
-    row_scale = torch.where(row_scale.float() * 255 < row_absmax, _step(row_scale, 1), row_scale)
-    steps = torch.ceil(absmax / row_scale.float().clamp_min(2**-24))  # (rows, blocks), 0 to 255
+    # A scale is steps / 255 of the row's, at least one step (a row with one large outlier keeps its small
+    # blocks), else rounded down: the largest weight of a block takes an end level, as above.
+    row_scale = _encode_float16(absmax.amax(-1, keepdim=True))  # (rows, 1)
+    # The quotient is raised a little, lest it be rounded to just below the step that a dequantized block is on.
+    steps = (absmax * (255 * (1 + 2**-20)) / row_scale.float().clamp_min(2**-24)).floor()
+    steps = steps.clamp(1, 255).masked_fill((absmax == 0) | (row_scale == 0), 0)  # (rows, blocks)
     return torch.cat([steps.to(torch.uint8), row_scale.view(torch.uint8)], dim=-1)  # (rows, blocks + 2)
 
 
+def _row_scale(stored: Tensor) -> Tensor:
+    return stored[..., -2:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()  # (rows, 1)
+
+
 def _decode_double(stored: Tensor) -> Tensor:
-    row_scale = stored[..., -2:].clone(memory_format=torch.contiguous_format).view(torch.float16)  # (rows, 1)
-    return stored[..., :-2].float() * row_scale.float()
+    return stored[..., :-2].float() * _row_scale(stored) / 255
+
+
+def _double_shortfall(stored: Tensor) -> Tensor:
+    row_scale = _row_scale(stored)
+    within = (stored[..., :-2] < 255) & (row_scale > 0)  # below the next step; else below the next row scale
+    return torch.where(within, row_scale / 255, _float16_spacing(row_scale))
 
 
 _ENCODINGS = (
@@ -81,7 +91,7 @@ _ENCODINGS = (
         dtype=torch.float32,
         encode=_encode_float32,
         decode=lambda stored: stored,
-        shortfall=lambda scales: torch.where(scales == 0, _SMALLEST_NORMAL, 0.0),
+        shortfall=lambda stored: torch.where(stored == 0, _SMALLEST_NORMAL, 0.0),
         largest=torch.finfo(torch.float32).max,
     ),
     ScaleEncoding(
@@ -89,7 +99,7 @@ _ENCODINGS = (
         dtype=torch.float16,
         encode=_encode_float16,
         decode=lambda stored: stored.float(),
-        shortfall=lambda scales: (scales * 2**-10).clamp_min(2**-24),  # the distance to the next float16
+        shortfall=_float16_spacing,
         largest=torch.finfo(torch.float16).max,
     ),
     ScaleEncoding(
@@ -97,8 +107,8 @@ _ENCODINGS = (
         dtype=torch.uint8,
         encode=_encode_double,
         decode=_decode_double,
-        shortfall=torch.zeros_like,
-        largest=255 * torch.finfo(torch.float16).max,
+        shortfall=_double_shortfall,
+        largest=torch.finfo(torch.float16).max,
         extra=2,
     ),
 )
