@@ -24,6 +24,16 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 a check failed, 2 usage or bad input."""
     argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv and argv[0] in COMMANDS else ""
+    try:
+        return _run(argv)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        return _fail(command, " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        return _fail(command, "interrupted; nothing was written")
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = _Parser(prog="lowmem", description="Make PyTorch models small, and measure what that does.")
     parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -32,17 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in argv[:1]:
             import_module(f"lowmem.tools.{name}").add_arguments(command)
     arguments = parser.parse_args(argv)
-    try:
-        code: int = import_module(f"lowmem.tools.{arguments.command}").run(arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        return _fail(arguments.command, " ".join(str(error).split()))
-    except KeyboardInterrupt:
-        return _fail(arguments.command, "interrupted; nothing was written")
+    code: int = import_module(f"lowmem.tools.{arguments.command}").run(arguments)
     return code
 
 
 def _fail(command: str, reason: str) -> int:
-    print(f"lowmem {command}: {reason}", file=sys.stderr)
+    print(f"lowmem {command}: {reason}".replace("lowmem :", "lowmem:"), file=sys.stderr)
     return 2
 
 

@@ -21,19 +21,20 @@ from lowmem.lora import LoRA, LoRALinear
 __all__ = ["REGISTRY", "Technique", "convert", "merge"]
 
 Technique: TypeAlias = Half | FourBit | LoRA
+Converted: TypeAlias = HalfLinear | Linear4Bit | LoRALinear
 
-# What builds the replacement of a layer of exactly this type. A new layer type is one line here.
-REGISTRY: MappingProxyType[tuple[type[Technique], type[nn.Module]], Callable[..., nn.Module]] = MappingProxyType(
+# What replaces a layer of exactly this type, by its `from_layer`. A new layer type is one line here.
+REGISTRY: MappingProxyType[tuple[type[Technique], type[nn.Module]], type[Converted]] = MappingProxyType(
     {
-        (Half, nn.Linear): HalfLinear.from_linear,
-        (FourBit, nn.Linear): Linear4Bit.from_linear,
+        (Half, nn.Linear): HalfLinear,
+        (FourBit, nn.Linear): Linear4Bit,
         (LoRA, nn.Linear): LoRALinear,
         (LoRA, HalfLinear): LoRALinear,
         (LoRA, Linear4Bit): LoRALinear,
     }
 )
 
-_MADE_BY: dict[type[nn.Module], type[Technique]] = {HalfLinear: Half, Linear4Bit: FourBit, LoRALinear: LoRA}
+_MADE_BY: dict[type[nn.Module], type[Technique]] = {made: technique for (technique, _), made in REGISTRY.items()}
 
 
 def convert(
@@ -52,7 +53,7 @@ def convert(
     Args:
         model: any module; the root itself can be the layer.
         techniques: ``Half``, ``FourBit``, ``LoRA``.
-        where: called with (path, module); a layer is taken only where it returns True.
+        where: called with (path, module); a layer is taken only where it returns True, for all its paths.
         skip: glob patterns of paths that are left alone.
 
     Returns:
@@ -66,6 +67,8 @@ def convert(
     """
     _check_arguments(model, techniques)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    if not all(isinstance(pattern, str) for pattern in skip):
+        raise TypeError(f"skip={skip!r} must be glob patterns of paths")
     places = _places(model)
     for pattern in skip:
         if not any(fnmatchcase(path, pattern) for paths in places.values() for path in paths):
@@ -75,7 +78,7 @@ def convert(
     for module, paths in places.items():
         if any(fnmatchcase(path, pattern) for path in paths for pattern in skip):
             continue
-        if where is not None and not where(paths[0], module):
+        if where is not None and not all(where(path, module) for path in paths):
             continue
         made_by = _MADE_BY.get(type(module))
         if made_by is not None and made_by in {type(t) for t in techniques}:
@@ -117,7 +120,10 @@ def merge(model: nn.Module) -> nn.Module:
             try:
                 replacements[module], error = module.merged()
             except ValueError as reason:
-                raise ValueError(f"{_name(paths[0])}: {reason}") from reason
+                found = str(reason).partition(";")[0]
+                raise ValueError(
+                    f"{_name(paths[0])}: the adapted {found}; scale the adapter down, or convert the base otherwise"
+                ) from reason
             if isinstance(module.base, Linear4Bit):
                 errors[_name(paths[0])] = error
     if not replacements:
@@ -163,21 +169,21 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether weight and bias are the module's own parameters, not recomputed by pruning or weight norm."""
     if type(module) is not nn.Linear:
         return True
-    own = {name for name, _ in module.named_parameters(recurse=False)}
+    own = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     return own == ({"weight"} if module.bias is None else {"weight", "bias"})
 
 
 def _build(module: nn.Module, techniques: tuple[Technique, ...], path: str) -> nn.Module:
     layer = module
     for technique in techniques:
-        build = REGISTRY.get((type(technique), type(layer)))
-        if build is None:
+        made = REGISTRY.get((type(technique), type(layer)))
+        if made is None:
             raise ValueError(
                 f"{_name(path)}: {type(technique).__name__} cannot follow the techniques before it, which made "
                 f"a {type(layer).__name__}; it takes {_takes(technique)}"
             )
         try:
-            layer = build(layer, technique)
+            layer = made.from_layer(layer, technique)  # type: ignore[arg-type]
         except (TypeError, ValueError) as reason:
             raise type(reason)(f"{_name(path)}: {reason}") from reason
     return layer.train(module.training)

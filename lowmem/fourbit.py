@@ -65,21 +65,21 @@ class Linear4Bit(FrozenStorage):
         self.out_features, self.in_features = weight.shape
         self.format, self.block_size, self.scale_encoding = weight.format, weight.block_size, weight.scale_encoding
         self.compute_dtype = compute_dtype
+        # torch keeps a module's version beside its state: loading codes into another format is an error, not noise.
+        self._version = f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"  # type: ignore[assignment]
         self.packed = nn.Parameter(weight.packed, requires_grad=False)
         self.scales = nn.Parameter(weight.scales, requires_grad=False)
         self.bias = bias
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, technique: FourBit) -> Linear4Bit:
+    def from_layer(cls, layer: nn.Linear, technique: FourBit) -> Linear4Bit:
         """Build it from a dense layer, whose bias it takes over.
 
         Raises:
             TypeError, ValueError: weights that ``quantize`` refuses.
         """
-        quantized = quantize(
-            linear.weight, technique.format, block_size=technique.block_size, scales=technique.scales
-        )
-        return cls(quantized, linear.bias, technique.compute_dtype)
+        quantized = quantize(layer.weight, technique.format, block_size=technique.block_size, scales=technique.scales)
+        return cls(quantized, layer.bias, technique.compute_dtype)
 
     @property
     def quantized(self) -> QuantizedTensor:

@@ -72,18 +72,23 @@ class _FrozenProduct(torch.autograd.Function):
         return grad.to(ctx.input_dtype), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _product(tangent, ctx.weight, ctx.dtype, ctx.transposed)
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
         batch = x.movedim(in_dims[0], 0)  # (examples, batch, in): more rows of the same product
         out = _product(batch.flatten(0, 1), *rest)
         return out.unflatten(0, batch.shape[:2]), 0
 
 
+class _ForwardModeProduct(_FrozenProduct):
+    """The same with forward-mode derivatives, which torch.compile does not take in a function of one's own."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _product(tangent, ctx.weight, ctx.dtype, ctx.transposed)
+
+
 def _product(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
-    out: Tensor = _FrozenProduct.apply(x, weight, dtype, transposed)  # type: ignore[no-untyped-call]
+    function = _FrozenProduct if torch.compiler.is_compiling() else _ForwardModeProduct
+    out: Tensor = function.apply(x, weight, dtype, transposed)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -103,3 +108,20 @@ class FrozenStorage(nn.Module):
 
         applied: nn.Module = super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
         return applied
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Refuse stored tensors of another dtype, or of another format as far as the state says."""
+        wrong = []
+        version = local_metadata.get("version")
+        if isinstance(version, str) and version != str(self._version):
+            wrong.append(f"{prefix.rstrip('.') or 'the layer'} stores {self._version}; the state holds {version}")
+        for name in self.stored:
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and own is not None and given.dtype != own.dtype:
+                wrong.append(f"{prefix}{name} stores {own.dtype}; the state holds {given.dtype}")
+        if wrong:
+            rest[-1].extend(wrong)  # torch gathers these and raises
+        else:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)

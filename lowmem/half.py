@@ -56,21 +56,21 @@ class HalfLinear(FrozenStorage):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, technique: Half) -> HalfLinear:
+    def from_layer(cls, layer: nn.Linear, technique: Half) -> HalfLinear:
         """Build it from a dense layer.
 
         Raises:
             TypeError, ValueError: weights that are not floating point, have no values, or that the
                 dtype cannot hold.
         """
-        bias = None if linear.bias is None else round_to(linear.bias, technique.dtype, "bias")
-        return cls(round_to(linear.weight, technique.dtype, "weight"), bias)
+        bias = None if layer.bias is None else round_to(layer.bias, technique.dtype, "bias")
+        return cls(round_to(layer.weight, technique.dtype, "weight"), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in x's dtype, for x (..., in_features)."""
         x = autocast(x)
         if x.dtype == self.weight.dtype:
-            return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, self.weight.detach(), None if self.bias is None else self.bias.detach())
         out = frozen_linear(x, self.weight, torch.promote_types(x.dtype, self.weight.dtype))
         return out if self.bias is None else (out + self.bias).to(x.dtype)
 
@@ -85,12 +85,13 @@ class HalfLinear(FrozenStorage):
 def round_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Return a copy in ``dtype``, with an error that names what it cannot hold."""
     check_weight(tensor)
-    broken = int((~tensor.isfinite()).sum())
+    wide = tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()  # float8 has no isfinite
+    broken = int((~wide.isfinite()).sum())
     if broken:
         raise ValueError(f"{name} holds {broken} values that are NaN or infinite; repair them first")
     rounded = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     if not rounded.isfinite().all():
-        largest = float(tensor.detach().abs().max())
+        largest = float(wide.abs().max())
         raise ValueError(
             f"{name} holds the magnitude {largest:.6g}, above {torch.finfo(dtype).max:.6g}, the most that "
             f"{dtype} can hold; use Half(torch.bfloat16), or leave the layer out with skip="

@@ -7,6 +7,7 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685,
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"rank={self.rank!r} must be a positive integer")
-        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha < math.inf):
+        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha <= sys.float_info.max):
             raise ValueError(f"alpha={self.alpha!r} must be a positive number, or None for the rank")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
@@ -71,6 +72,11 @@ class LoRALinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, self.rank, dtype=dtype, device=stored.device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear's own weight
 
+    @classmethod
+    def from_layer(cls, layer: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA) -> LoRALinear:
+        """Build it over a layer, which it keeps."""
+        return cls(layer, technique)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in the base's dtype, for x (..., in_features)."""
         out: Tensor = self.base(x)
@@ -79,8 +85,9 @@ class LoRALinear(nn.Module):
         return out + update.to(out.dtype)
 
     def delta(self) -> Tensor:
-        """Return the update of the weight, ``(alpha / rank) B A``: (out, in)."""
-        return (self.lora_b.detach() * self.scaling) @ self.lora_a.detach()
+        """Return the update of the weight, ``(alpha / rank) B A``: (out, in), in float32 or wider."""
+        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # whatever the adapter was cast to
+        return (self.lora_b.detach().to(dtype) * self.scaling) @ self.lora_a.detach().to(dtype)
 
     def merged(self) -> tuple[nn.Module, float]:
         """Return a new base with the update folded in, and the relative error that storing it adds.
@@ -93,13 +100,13 @@ class LoRALinear(nn.Module):
         """
         base = self.base
         if isinstance(base, Linear4Bit):
-            adapted = base.quantized.dequantize(self.lora_a.dtype) + self.delta()
+            adapted = base.quantized.dequantize() + self.delta()
             quantized = quantize(adapted, base.format, block_size=base.block_size, scales=base.scale_encoding)
             layer: nn.Module = Linear4Bit(quantized, base.bias, base.compute_dtype)
             stored = quantized.dequantize(adapted.dtype)
         else:
-            adapted = base.weight.detach().to(self.lora_a.dtype) + self.delta()
-            stored = round_to(adapted, base.weight.dtype, "adapted weight")
+            adapted = base.weight.detach() + self.delta()
+            stored = round_to(adapted, base.weight.dtype, "weight")
             if isinstance(base, HalfLinear):
                 layer = HalfLinear(stored, base.bias)
             else:

@@ -36,8 +36,18 @@ def test_a_tolerance_gates(tolerance, code):
 
 
 def test_a_model_equals_itself_exactly(capsys):
-    assert main(["compare", "qlora", "low_precision", "--json", "--tolerance", "1e-30"]) == 0
+    assert main(["compare", "qlora", "low_precision", "--json", "--tolerance", "0"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["max_difference"] == 0
+
+
+def test_outputs_that_are_not_finite_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "compare_nan.py").write_text(
+        "from torch import nn\nclass Nan(nn.Module):\n    def forward(self, x):\n        return x * float('nan')\n"
+    )
+    assert main(["compare", "bignet", "compare_nan:Nan", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[0]["max_difference"] is None
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, capsys):

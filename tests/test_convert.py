@@ -75,7 +75,6 @@ def test_where_sees_every_path_and_chooses():
     model = convert(Odd(), Half(), where=lambda path, module: seen.append(path) or path.startswith("list"))
     assert [path for path, kind in kinds(model).items() if kind is HalfLinear] == ["list.0"]
     assert {"", "shared", "list", "list.0", "dict", "inner.0.0", "special"} <= set(seen)
-    assert "again" not in seen
 
 
 @pytest.mark.parametrize(
@@ -117,6 +116,20 @@ def test_weights_that_are_recomputed_are_left_alone(wrap):
     assert type(model[1]) is Linear4Bit
 
 
+@pytest.mark.parametrize("alias", ["shared", "again", "dict.shared"])
+def test_where_leaves_a_shared_module_alone_when_it_refuses_any_of_its_paths(alias):
+    model = convert(Odd(), FourBit(), where=lambda path, _: path != alias)
+    assert type(model.shared) is nn.Linear
+    assert type(model.list[0]) is Linear4Bit
+
+
+def test_a_layer_with_parts_of_its_own_is_left_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].register_buffer("mask", torch.ones(8))
+    convert(model, FourBit())
+    assert type(model[0]) is nn.Linear
+
+
 def test_hooks_move_to_the_new_layer_fire_once_and_can_be_removed():
     calls = []
     model = nn.Sequential(nn.Linear(8, 8))
@@ -135,7 +148,7 @@ def test_hooks_move_to_the_new_layer_fire_once_and_can_be_removed():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_mode_and_device_are_kept(training):
+def test_the_mode_is_kept(training):
     model = convert(Odd().train(training), FourBit(), LoRA(2, dropout=0.1))
     assert all(module.training == training for module in model.modules())
 
@@ -191,6 +204,8 @@ def test_techniques_that_do_not_compose_are_refused():
 
 
 def test_wrong_arguments_are_named():
+    with pytest.raises(TypeError, match=r"skip=\(3,\) must be glob patterns"):
+        convert(nn.Linear(2, 2), Half(), skip=[3])
     with pytest.raises(TypeError, match="must be a torch.nn.Module, found OrderedDict"):
         convert(nn.Linear(2, 2).state_dict(), Half())
     with pytest.raises(ValueError, match="no technique was given"):

@@ -79,7 +79,6 @@ GOOD_X, GOOD_Y = np.ones((10, 4)), np.arange(10) % 2
         ({"x": np.array([[None]] * 10), "y": GOOD_Y}, "Object arrays cannot be loaded"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_wrong_arrays_are_named(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=f"data='.*data.npz': .*{message}"):
         load_data(saved(tmp_path, **arrays), 0)

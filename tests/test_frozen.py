@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import quantize
+from lowmem import FourBit, Half, LoRA, convert, quantize
 from lowmem.frozen import frozen_linear
 from tests import strategies
 
@@ -91,3 +91,31 @@ def test_a_wrong_input_raises_what_linear_raises(kind, x, message):
         torch.nn.Linear(10, 6)(x)
     with pytest.raises(RuntimeError, match=message):
         frozen_linear(x, make_weight(kind), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does
+@kinds
+def test_compile_takes_a_whole_training_step(kind):
+    technique = Half() if kind == "half" else FourBit(block_size=8)
+    model = convert(
+        torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8)), technique, LoRA(2)
+    )
+    x = torch.randn(3, 16)
+    expected = torch.autograd.grad(model(x).sum(), model[0].lora_b)[0]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), model[0].lora_b)[0], expected)
+
+
+def test_stored_tensors_of_another_format_or_dtype_are_not_loaded():
+    make = lambda technique: convert(torch.nn.Sequential(torch.nn.Linear(32, 8)), technique)  # noqa: E731
+    model = make(FourBit("nf4", 16, "float16"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="0 stores nf4, block_size=16, scales=float16; the state holds int4"):
+        model.load_state_dict(make(FourBit("int4", 16, "float16")).state_dict())
+    wide = dict(make(FourBit("nf4", 16, "float32")).state_dict())  # a plain dict says no version
+    with pytest.raises(RuntimeError, match="0.scales stores torch.float16; the state holds torch.float32"):
+        model.load_state_dict(wide)
+    half = make(Half())
+    with pytest.raises(RuntimeError, match="0.weight stores torch.float16; the state holds torch.bfloat16"):
+        half.load_state_dict(make(Half(torch.bfloat16)).state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

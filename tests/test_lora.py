@@ -100,6 +100,19 @@ def test_merge_into_a_4bit_base_quantizes_again_and_says_the_error(linear, rank,
     assert f"at most {float(error):.3g} (the model itself)" in str(caught[0].message)
 
 
+@pytest.mark.parametrize("base", ["dense", "bfloat16", "4-bit"])
+def test_a_fresh_adapter_folds_to_nothing_whatever_the_model_was_cast_to(base):
+    linear = torch.nn.Linear(8, 8)
+    torch.nn.init.normal_(linear.weight, std=1e-9)
+    layer = convert(linear, *BASES[base], LoRA(2))
+    stored = copy.deepcopy(layer.base.state_dict())
+    layer.lora_a.data, layer.lora_b.data = layer.lora_a.data.half(), layer.lora_b.data.half()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = merge(layer).state_dict()
+    assert all(torch.equal(merged[name], stored[name]) for name in stored)
+
+
 def test_merge_leaves_the_rest_of_the_model_and_the_modes_alone():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).eval()
     norm = model[1]
@@ -126,10 +139,10 @@ def test_merging_twice_is_refused(base):
 @pytest.mark.parametrize(
     ("base", "value", "message"),
     [
-        ("half", 1e5, "1: adapted weight holds the magnitude"),
-        ("half", float("nan"), "1: adapted weight holds 4 values that are NaN"),
-        ("dense", float("nan"), "1: adapted weight holds 4 values that are NaN"),
-        ("4-bit", float("inf"), "1: weight holds 4 values that are NaN"),
+        ("half", 1e5, "1: the adapted weight holds the magnitude .*scale the adapter down"),
+        ("half", float("nan"), "1: the adapted weight holds 4 values that are NaN"),
+        ("dense", float("nan"), "1: the adapted weight holds 4 values that are NaN"),
+        ("4-bit", float("inf"), "1: the adapted weight holds 4 values that are NaN"),
     ],
 )
 def test_an_adapter_that_cannot_be_folded_leaves_the_model_as_it_was(base, value, message):

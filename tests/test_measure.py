@@ -119,6 +119,44 @@ def test_measuring_leaves_the_model_and_the_generator_as_they_were(function):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_buffers_that_a_forward_replaces_or_that_are_views_are_given_back():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("view", torch.ones(1).expand(4))
+            self.register_buffer("none", None)
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return self.linear(x) * self.view
+
+    model, x = Counts(), torch.randn(2, 4, requires_grad=True)
+    calls, view = model.calls, model.view
+    measure.backward_bytes(model, x)
+    assert model.calls is calls
+    assert model.view is view
+    assert float(calls) == 0
+    assert x.grad is None
+
+
+def test_a_complex_output_has_a_gradient_too():
+    class Spectrum(nn.Linear):
+        def forward(self, x):
+            return torch.fft.fft(super().forward(x))
+
+    assert measure.backward_bytes(Spectrum(4, 4), torch.randn(2, 4)) >= 80
+
+
+def test_an_attribute_of_the_user_s_that_is_no_number_is_not_taken_for_one():
+    class Own(nn.Linear):
+        def weight_count(self):
+            return "many"
+
+    assert measure.weight_count(Own(4, 4)) == 20
+
+
 def test_a_failing_forward_leaves_the_model_as_it_was():
     model = nn.Linear(4, 4).eval()
     with pytest.raises(RuntimeError):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lowmem import Linear4Bit
+from lowmem.__main__ import main
 from lowmem.tools import models
 
 FACTORY = """
@@ -25,6 +26,17 @@ def wrong():
     return 3
 
 number = 4
+
+def exits():
+    raise SystemExit(3)
+
+class Asserts(nn.Module):
+    def forward(self, x):
+        assert x.shape[-1] == 3
+
+class Key(nn.Module):
+    def forward(self, x):
+        return {}["missing"]
 """
 
 
@@ -58,6 +70,7 @@ def test_a_variant_applies_to_a_factory(user_module):
         ("user_models:", "'user_models' has no ''"),
         ("user_models:number", "it is a int, not a callable"),
         ("user_models:fails", "calling it failed: RuntimeError: no weights"),
+        ("user_models:exits", "calling it failed: SystemExit: 3"),
         ("user_models:wrong", "it returned a int, not a torch.nn.Module"),
         ("user_models:small@q4", "variant='q4' is unknown"),
         ("q4", "variant='q4' is unknown"),
@@ -71,9 +84,18 @@ def test_a_wrong_name_says_what_is_wrong(name, message):
 
 def test_a_failing_call_names_the_model_and_the_remedy():
     with pytest.raises(
-        ValueError, match=r"model='mine' cannot take this input: RuntimeError: mat1 and mat2.*--input-shape"
+        ValueError, match=r"model='mine' cannot take this input: RuntimeError: mat1 and mat2.*check the input"
     ):
         models.run_model("mine", lambda: torch.nn.Linear(3, 3)(torch.ones(1, 4)))
+
+
+@pytest.mark.parametrize("name", ["Asserts", "Key"])
+@pytest.mark.parametrize("command", ["stats", "compare"])
+def test_a_model_that_fails_in_any_way_is_one_line(user_module, name, command, capsys):
+    assert main([command, f"{user_module}:{name}", f"{user_module}:{name}"]) == 2
+    shown = capsys.readouterr().err
+    assert f"model='{user_module}:{name}' cannot take this input" in shown
+    assert shown.count("\n") == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64"])

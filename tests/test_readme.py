@@ -26,7 +26,7 @@ def test_every_python_block_runs(code):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("line", LOWMEM)
+@pytest.mark.parametrize("line", [line for line in LOWMEM if line.removeprefix("lowmem ") not in dict(TABLES)])
 def test_every_lowmem_command_runs(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line)[1:]) == 0

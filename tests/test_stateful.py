@@ -100,7 +100,7 @@ class Lifecycle(RuleBasedStateMachine):
             optimizer.step()
             optimizer.zero_grad()
 
-    @precondition(lambda self: self.layers(LoRALinear) and self.dtype() == torch.float32)
+    @precondition(lambda self: self.layers(LoRALinear))
     @rule()
     def merge_adapters(self):
         before = self.output()
@@ -112,7 +112,8 @@ class Lifecycle(RuleBasedStateMachine):
         assert bool(caught) == quantized
         assert not self.layers(LoRALinear)
         if not quantized:
-            torch.testing.assert_close(self.output(), before, rtol=0, atol=0.2 if halved else 1e-3)
+            exact = not halved and self.dtype() in (torch.float32, torch.float64)
+            torch.testing.assert_close(self.output(), before, rtol=0, atol=1e-3 if exact else 0.2)
         self.bits = stored_bits(self.model)
 
     @precondition(lambda self: not self.layers(LoRALinear))

@@ -1,9 +1,13 @@
-"""``lowmem compare``: how far the outputs of models are from those of a base, on one input."""
+"""``lowmem compare``: how far the outputs of models are from those of a base, on one input.
+
+Outputs that are not finite fail the comparison, whatever the tolerance.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 
 import torch
 from torch import Tensor
@@ -34,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument(
         "--tolerance",
-        type=positive_float,
+        type=tolerance,
         metavar="T",
-        help="exit with 1 when any largest difference is above T",
+        help="exit with 1 when any largest difference is above T; 0 asks for equal outputs",
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
@@ -64,9 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "base": base,
                 "other": other,
-                "max_difference": found.max,
-                "mean_difference": found.mean,
-                "relative_error": found.relative,
+                "max_difference": _finite(found.max),
+                "mean_difference": _finite(found.mean),
+                "relative_error": _finite(found.relative),
             }
             for other, found in differences.items()
         ]
@@ -83,8 +87,17 @@ def run(arguments: argparse.Namespace) -> int:
             print(f" - Max difference: {found.max:.4f}")
             print(f" - Mean difference: {found.mean:.4f}")
             print(f" - Relative error: {found.relative:.3g}\n")
-    tolerance = arguments.tolerance
-    return 1 if tolerance is not None and any(not d.max <= tolerance for d in differences.values()) else 0
+    most = math.inf if arguments.tolerance is None else arguments.tolerance
+    return 0 if all(d.max <= most and math.isfinite(d.max) for d in differences.values()) else 1
+
+
+def tolerance(text: str) -> float:
+    """Parse a finite number of at least 0."""
+    return 0.0 if text.strip("0.") == "" and "0" in text else positive_float(text)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def _output(name: str, x: Tensor, seed: int) -> Tensor:

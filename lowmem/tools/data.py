@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowmem.bignet import CHANNELS
+
 __all__ = ["Split", "load_data"]
 
 TEST_SHARE = 0.2
-CHANNELS = 1024
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,16 @@ def _npz(path: Path) -> tuple[Tensor, Tensor]:
                 raise ValueError(f"it holds {found}; arrays x and y are needed")
             x, y = arrays["x"], arrays["y"]
         _check_arrays(x, y)
-    except (ValueError, zipfile.BadZipFile, EOFError) as reason:
-        raise ValueError(f"data={str(path)!r}: {reason}") from reason
+    except OSError:
+        raise
+    except Exception as reason:  # a file that was not written by numpy can fail in any way
+        raise ValueError(f"data={str(path)!r}: {reason or type(reason).__name__}") from reason
     return torch.from_numpy(np.asarray(x, dtype=np.float32)), torch.from_numpy(np.asarray(y, dtype=np.int64))
 
 
 def _check_arrays(x: np.ndarray, y: np.ndarray) -> None:
+    if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray):
+        raise ValueError("its members are not arrays; save x and y with numpy.savez")
     if x.ndim < 2 or x.dtype.kind not in "fiub":
         raise ValueError(f"x.shape={x.shape}, dtype={x.dtype} must be numbers (examples, ...)")
     if y.ndim != 1 or y.dtype.kind not in "iu":
@@ -99,7 +103,9 @@ def _check_arrays(x: np.ndarray, y: np.ndarray) -> None:
         raise ValueError(f"x holds {len(x)} examples and y {len(y)}; they must be as many")
     if len(x) < 5:
         raise ValueError(f"{len(x)} examples are too few to split into training and test; 5 is the least")
-    if not np.isfinite(np.asarray(x, dtype=np.float32)).all():
+    with np.errstate(over="ignore"):  # infinity is what is looked for
+        finite = bool(np.isfinite(np.asarray(x, dtype=np.float32)).all())
+    if not finite:
         raise ValueError("x holds values that are NaN, infinite or beyond float32")
     if y.min() < 0 or y.max() == 0 or y.max() >= len(y):
         raise ValueError(f"y holds classes from {y.min()} to {y.max()}; number them from 0, at least two of them")

@@ -18,8 +18,10 @@ def check_writable(path: Path) -> None:
     """Raise an OSError that names ``path`` unless a file can be written there."""
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {str(path)!r}: it is a directory; name a file in it")
+    if path.exists() and not path.is_file():
+        raise OSError(f"cannot write {str(path)!r}: it is a device or a pipe; name a regular file")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=_target(path).parent):
             pass
     except OSError as reason:
         raise _cannot_write(path, reason) from reason
@@ -38,6 +40,7 @@ def write_atomically(path: Path, content: bytes, *, overwrite: bool = True) -> N
         FileExistsError: something is there, or came to be meanwhile, and ``overwrite`` is False.
         OSError: it cannot be written.
     """
+    path = _target(path) if overwrite else path
     partial = path.with_name(PARTIAL.replace("*", secrets.token_hex(8)))
     try:
         with open(partial, "xb") as file:  # tempfile's files do not follow the umask
@@ -59,6 +62,10 @@ def write_atomically(path: Path, content: bytes, *, overwrite: bool = True) -> N
     finally:
         with suppress(OSError):  # gone when it was renamed
             partial.unlink()
+
+
+def _target(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # a link stays, and what it points to is written
 
 
 def _cannot_write(path: Path, reason: OSError) -> OSError:

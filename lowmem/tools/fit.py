@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lowmem import measure
 from lowmem.tools.data import Split, load_data
 from lowmem.tools.files import check_writable, write_atomically
-from lowmem.tools.models import MIB, make_model, positive_float, positive_int, run_model
+from lowmem.tools.models import MIB, make_model, positive_float, positive_int, run_model, seed
 from lowmem.version import __version__
 
 __all__ = ["Classifier", "Result", "add_arguments", "fit", "run"]
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rank", type=int, metavar="N", help="LoRA rank, where the variant has LoRA (default its own)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, split and batches (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, split and batches (default 0)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the trained model as safetensors")
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
 
@@ -90,9 +90,15 @@ def run(arguments: argparse.Namespace) -> int:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(arguments.seed)
         body.eval()
-        features = run_model(name, lambda: body(data.train_x[:1]).flatten(1).shape[1])
+        output = run_model(name, lambda: body(data.train_x[:1]))
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"model={name!r} returns a {type(output).__name__}; fit takes models that return a tensor"
+            )
+        features = output.flatten(1).shape[1]
         model = Classifier(body, features, data.classes)
-    out = sys.stderr if arguments.json else sys.stdout
+    if arguments.save is not None and not all(isinstance(value, Tensor) for value in model.state_dict().values()):
+        raise ValueError(f"model={name!r} has a state that is not all tensors; safetensors cannot --save it")
     with torch.random.fork_rng():
         torch.manual_seed(arguments.seed)  # of dropout
         result = fit(
@@ -103,10 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             lr=arguments.lr,
             seed=arguments.seed,
-            report=lambda line: print(line, file=out, flush=True),
+            report=lambda line: print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True),
         )
     if arguments.save is not None:
-        origin = {"version": __version__, "model": name, "data": arguments.data, "seed": arguments.seed}
+        options = ("model", "data", "epochs", "batch_size", "lr", "rank", "seed")
+        origin = {"version": __version__, **{option: getattr(arguments, option) for option in options}}
         # One entry: safetensors writes several in an order that differs from run to run.
         content = safetensors.torch.save(_tensors(model), {"lowmem": json.dumps(origin)})
         write_atomically(arguments.save, content)
@@ -190,14 +197,17 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
 
 
 def _progress() -> Progress:
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # lines then go above the bar; a file or a pipe gets them as they are
     )
 
 

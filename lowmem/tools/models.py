@@ -22,7 +22,19 @@ from torch import Tensor, nn
 from lowmem.bignet import BigNet
 from lowmem.variants import VARIANTS, build
 
-__all__ = ["add_input_arguments", "make_input", "make_model", "positive_int", "print_table", "shape"]
+__all__ = [
+    "MIB",
+    "add_input_arguments",
+    "known_models",
+    "make_input",
+    "make_model",
+    "positive_float",
+    "positive_int",
+    "print_table",
+    "run_model",
+    "seed",
+    "shape",
+]
 
 MIB = 2**20
 Result = TypeVar("Result")
@@ -36,9 +48,11 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
             not callable, or a factory that fails or returns something else than an nn.Module.
     """
     target, _, variant = name.partition("@") if ":" in name else ("", "", name)
-    if not target:
-        return build(variant, BigNet, seed=seed, rank=rank)
-    return build(variant or "bignet", _factory(target), seed=seed, rank=rank)
+    factory = _factory(target) if target else BigNet
+    try:
+        return build(variant or "bignet", factory, seed=seed, rank=rank)
+    except RuntimeError as reason:  # most often an allocation that the system refuses
+        raise ValueError(f"model={name!r}, rank={rank} cannot be built: {_short(reason)}") from reason
 
 
 def _factory(target: str) -> Callable[[], nn.Module]:
@@ -47,7 +61,7 @@ def _factory(target: str) -> Callable[[], nn.Module]:
         sys.path.insert(0, os.getcwd())  # as python -m does: the user's model is most often a file right here
     try:
         factory = import_module(module_name)
-    except Exception as reason:
+    except (Exception, SystemExit) as reason:
         raise ValueError(f"model={target!r}: cannot import {module_name!r}: {_short(reason)}") from reason
     for part in attribute.split("."):
         if not hasattr(factory, part):
@@ -59,7 +73,7 @@ def _factory(target: str) -> Callable[[], nn.Module]:
     def checked() -> nn.Module:
         try:
             model = factory()
-        except Exception as reason:
+        except (Exception, SystemExit) as reason:
             raise ValueError(f"model={target!r}: calling it failed: {_short(reason)}") from reason
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={target!r}: it returned a {type(model).__name__}, not a torch.nn.Module")
@@ -69,12 +83,12 @@ def _factory(target: str) -> Callable[[], nn.Module]:
 
 
 def run_model(name: str, run: Callable[[], Result]) -> Result:
-    """Return ``run()``, a call of the user's model, with its failures told as bad input."""
+    """Return ``run()``, a call of the user's model, with its failures told as bad input, whatever they are."""
     try:
         return run()
-    except (RuntimeError, IndexError, ValueError, TypeError) as reason:
+    except Exception as reason:
         raise ValueError(
-            f"model={name!r} cannot take this input: {_short(reason)}; check --input-shape and --input-dtype"
+            f"model={name!r} cannot take this input: {_short(reason)}; check the input's shape and dtype"
         ) from reason
 
 
@@ -99,16 +113,19 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="dtype of the input; int64 gives zeros, which every vocabulary has (default float32)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the input (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and input (default 0)")
 
 
 def make_input(arguments: argparse.Namespace) -> Tensor:
     """Return a random input (batch, *input_shape) as the arguments ask for."""
     size = (arguments.batch, *arguments.input_shape)
     dtype = getattr(torch, arguments.input_dtype)
-    if not dtype.is_floating_point:
-        return torch.zeros(size, dtype=dtype)
-    return torch.randn(size, generator=torch.Generator().manual_seed(arguments.seed)).to(dtype)
+    try:
+        if not dtype.is_floating_point:
+            return torch.zeros(size, dtype=dtype)
+        return torch.randn(size, generator=torch.Generator().manual_seed(arguments.seed)).to(dtype)
+    except RuntimeError as reason:
+        raise ValueError(f"an input of shape {size} cannot be made: {_short(reason)}") from reason
 
 
 def positive_int(text: str) -> int:
@@ -127,6 +144,13 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} must be a positive number")
     return value
+
+
+def seed(text: str) -> int:
+    """Parse a seed that every generator takes."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer from 0 to 2**63 - 1")
+    return int(text)
 
 
 def shape(text: str) -> tuple[int, ...]:
