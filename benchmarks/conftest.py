@@ -12,6 +12,9 @@ import lowmem
 from lowmem import measure
 
 
+torch.set_num_threads(2)  # each thread has scratch of its own, so that memory depends on their number
+
+
 @pytest.fixture(scope="session")
 def model():
     """Return a variant for inference, built once; who changes a model builds another."""

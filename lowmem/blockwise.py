@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,17 +17,17 @@ from lowmem.formats import Format, get_format
 from lowmem.packing import by_block, check_block_size, pack, unpack
 from lowmem.scales import ScaleEncoding, get_encoding
 
-__all__ = ["SCRATCH_BYTES", "QuantizedTensor", "check_weight", "quantize", "row_chunks"]
+__all__ = ["BYTES_PER_WEIGHT", "SCRATCH_BYTES", "QuantizedTensor", "check_weight", "quantize", "row_chunks"]
 
 SCRATCH_BYTES = 2**20
 """The most temporary memory that restoring a chunk of rows takes (one row at least is restored at a time)."""
 
-_BYTES_PER_WEIGHT = 16  # at the peak of restore: a code, a value, its scale (twice at most, for a short last block)
+BYTES_PER_WEIGHT = 16  # at the peak of restore: a code, a value, its scale (twice at most, for a short last block)
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+def row_chunks(rows: int, columns: int, bytes_per_weight: int = BYTES_PER_WEIGHT) -> Iterator[slice]:
     """Yield slices over ``rows`` such that restoring each one fits ``SCRATCH_BYTES``."""
-    step = max(1, SCRATCH_BYTES // (_BYTES_PER_WEIGHT * max(1, columns)))
+    step = max(1, SCRATCH_BYTES // (bytes_per_weight * max(1, columns)))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -49,6 +50,13 @@ class QuantizedTensor:
     format: str
     block_size: int
     scale_encoding: str
+
+    @cached_property
+    def stored_shapes(self) -> tuple[torch.Size, torch.Size]:
+        """The shapes that ``packed`` and ``scales`` have."""
+        *leading, columns = self.shape
+        blocks = -(-columns // self.block_size) + get_encoding(self.scale_encoding).extra
+        return torch.Size((*leading, -(-columns // 2))), torch.Size((*leading, blocks))
 
     @property
     def nbytes(self) -> int:

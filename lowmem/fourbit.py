@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class Linear4Bit(FrozenStorage):
         self.packed = nn.Parameter(weight.packed, requires_grad=False)
         self.scales = nn.Parameter(weight.scales, requires_grad=False)
         self.bias = bias
+        self._quantized = replace(weight, packed=self.packed, scales=self.scales)  # made once: calls are frequent
 
     @classmethod
     def from_layer(cls, layer: nn.Linear, technique: FourBit) -> Linear4Bit:
@@ -84,14 +85,12 @@ class Linear4Bit(FrozenStorage):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight: a view of what is stored, never a copy."""
-        return QuantizedTensor(
-            self.packed,
-            self.scales,
-            torch.Size((self.out_features, self.in_features)),
-            self.format,
-            self.block_size,
-            self.scale_encoding,
-        )
+        packed, scales = self._parameters["packed"], self._parameters["scales"]
+        assert packed is not None
+        assert scales is not None
+        if self._quantized.packed is not packed or self._quantized.scales is not scales:
+            self._quantized = replace(self._quantized, packed=packed, scales=scales)
+        return self._quantized
 
     @property
     def weight_count(self) -> int:
@@ -101,8 +100,7 @@ class Linear4Bit(FrozenStorage):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in x's dtype, for x (..., in_features)."""
         x = autocast(x)
-        out = frozen_linear(x, self.quantized, self.compute_dtype or x.dtype)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
+        return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, self.bias)
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, and how it is stored."""

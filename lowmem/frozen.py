@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lowmem import kernels
 from lowmem.blockwise import QuantizedTensor
@@ -15,14 +16,14 @@ from lowmem.blockwise import QuantizedTensor
 __all__ = ["FrozenStorage", "autocast", "frozen_linear"]
 
 
-def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype) -> Tensor:
-    """Return ``x @ W.T`` computed in ``dtype``, without a gradient for W.
+def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ W.T + bias`` computed in ``dtype``, without a gradient for W.
 
     Args:
-        x: floating point (..., in); the result has its dtype. Under autocast it is cast first, as
-            nn.Linear's input is.
+        x: floating point (..., in); the result has its dtype.
         weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape.
         dtype: to compute in.
+        bias: floating point (out,), or None.
 
     Raises:
         RuntimeError: a wrong last dimension or dtype, as nn.Linear raises.
@@ -32,9 +33,26 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype) -> Tens
         raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
-    rows = x.reshape(x.shape[:-1].numel(), in_features)
-    out = _product(rows, weight, dtype, False)
-    return out.to(x.dtype).view(*x.shape[:-1], out_features)
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
+    if _is_plain_call(x, bias):
+        out = kernels.linear(rows, weight, dtype, bias)
+    else:
+        out = _product(rows, weight, dtype, False)
+        out = out if bias is None else out + bias.to(dtype)
+    out = out if out.dtype == x.dtype else out.to(x.dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out_features)
+
+
+def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing differentiates, transforms or traces this call, so that autograd can be left out."""
+    trains = x.requires_grad or (bias is not None and bias.requires_grad)
+    return not (
+        (trains and torch.is_grad_enabled())
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    )
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -71,8 +71,7 @@ class HalfLinear(FrozenStorage):
         x = autocast(x)
         if x.dtype == self.weight.dtype:
             return nn.functional.linear(x, self.weight.detach(), None if self.bias is None else self.bias.detach())
-        out = frozen_linear(x, self.weight, torch.promote_types(x.dtype, self.weight.dtype))
-        return out if self.bias is None else (out + self.bias).to(x.dtype)
+        return frozen_linear(x, self.weight, torch.promote_types(x.dtype, self.weight.dtype), self.bias)
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does."""

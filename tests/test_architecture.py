@@ -15,9 +15,10 @@ MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"
 # Each layer may import from the layers before it, and nothing from its own or those behind it, except
 # as listed. Modules of one layer stand together.
 LAYERS = [
-    {"formats", "packing", "scales", "bignet", "measure", "version"},
+    {"formats", "packing", "scales", "bignet", "measure", "version", "kernels._native"},
     {"blockwise"},
     {"kernels.reference"},
+    {"kernels.cpu"},
     {"kernels"},
     {"frozen"},
     {"half", "fourbit"},
@@ -40,7 +41,7 @@ def imports_of(path: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lowmem":
             base = node.module.partition(".")[2]
             names = [f"{base}.{alias.name}".strip(".") for alias in node.names]
-            known = {module_name(m) for m in MODULES}
+            known = {module_name(m) for m in MODULES} | {"kernels._native"}
             found |= {name if name in known else base for name in names}
         elif isinstance(node, ast.Import):
             found |= {a.name.partition(".")[2] for a in node.names if a.name.split(".")[0] == "lowmem"}

@@ -1,4 +1,9 @@
-"""The reference kernel against a plain product with the restored weight."""
+"""Every kernel against a plain product with the restored weight, and against bounds of accuracy and memory."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,10 +34,9 @@ def test_both_products_equal_those_with_the_restored_weight(weight, batch, dtype
     dense = restored(weight, dtype)
     x = torch.randn(batch, dense.shape[1], generator=generator).to(dtype)
     grad = torch.randn(batch, dense.shape[0], generator=generator).to(dtype)
-    for got, expected in (
-        (kernels.linear(x, weight, dtype), x @ dense.t()),
-        (kernels.input_grad(grad, weight, dtype), grad @ dense),
-    ):
+    with kernels.using("reference"):
+        products = kernels.linear(x, weight, dtype), kernels.input_grad(grad, weight, dtype)
+    for got, expected in zip(products, (x @ dense.t(), grad @ dense), strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got, expected, rtol=1e-5 if dtype != torch.bfloat16 else 2e-2, atol=1e-30)
 
@@ -73,4 +77,228 @@ def test_thread_counts_give_the_same_result():
 
 
 def test_backend_says_what_serves_and_why():
-    assert backend().startswith("reference: plain torch")
+    for name in kernels.available():
+        with kernels.using(name):
+            assert backend().startswith(f"{name}: ")
+    assert backend().startswith(kernels.available()[-1])
+
+
+def run_python(script: str, *argv: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", kernels.available())
+def test_the_environment_variable_forces_a_level(name):
+    assert run_python("import lowmem; print(lowmem.backend())", LOWMEM_KERNEL=name).startswith(f"{name}: ")
+
+
+def test_a_level_that_cannot_serve_lists_the_choices():
+    with (
+        pytest.raises(ValueError, match=r"LOWMEM_KERNEL='sse9' cannot serve here: choose from reference"),
+        kernels.using("sse9"),
+    ):
+        pass
+
+
+def test_without_the_compiled_module_the_reference_serves_and_says_why():
+    script = (
+        "import sys; sys.modules['lowmem.kernels._native'] = None\n"
+        "import torch, lowmem; print(lowmem.backend())\n"
+        "print(lowmem.convert(torch.nn.Linear(8, 8), lowmem.FourBit())(torch.ones(1, 8)).shape)"
+    )
+    shown = run_python(script, LOWMEM_KERNEL="")
+    assert shown.startswith("reference: plain torch restores rows in chunks; the compiled kernel cannot be imported")
+    assert "needs a C compiler" in shown
+    assert "torch.Size([1, 8])" in shown
+
+
+# The compiled kernel against the reference, at every level that this processor has.
+
+compiled = pytest.mark.parametrize("level", kernels.available()[1:])
+
+
+def assert_exact(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Within 1e-6 of the norms' product of the float64 product, as torch's own float32 product is."""
+    expected = x.double() @ dense.double().t()
+    expected = expected if bias is None else expected + bias.double()
+    allowed = 1e-6 * x.double().norm(dim=1)[:, None] * dense.double().norm(dim=1) + 1e-40
+    allowed = allowed if bias is None else allowed + 1e-6 * bias.double().abs()
+    assert got.dtype == torch.float32
+    assert ((got.double() - expected).abs() <= allowed).all()
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fill every fresh tensor with NaN, so that an element that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@compiled
+@given(
+    strategies.weights(min_dims=2, max_dims=2, max_columns=400, max_exponent=0),
+    strategies.formats,
+    strategies.block_sizes,
+    strategies.encodings,
+    st.integers(1, 9),
+    st.booleans(),
+    strategies.seeds,
+)
+def test_4bit_products_are_exact_to_float32(level, weight, format, block_size, scales, batch, with_bias, seed):
+    q = quantize(weight, format, block_size=block_size, scales=scales)
+    dense = q.dequantize()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, q.shape[1], generator=generator)
+    grad = torch.randn(batch, q.shape[0], generator=generator)
+    bias = torch.randn(q.shape[0], generator=generator) if with_bias else None
+    with kernels.using(level):
+        assert_exact(kernels.linear(x, q, torch.float32, bias), x, dense, bias)
+        assert_exact(kernels.input_grad(grad, q, torch.float32), grad, dense.t())
+
+
+@compiled
+@pytest.mark.parametrize("block_size", [8, 16, 24, 32, 64, 80, 128, 512, 4096])
+@pytest.mark.parametrize("columns", [1, 127, 1024, 1025, 2300])
+def test_every_block_and_batch_of_a_larger_layer(level, block_size, columns):
+    q = quantize(strategies.make_weight("normal", (37, columns), 0, 0), "int4", block_size=block_size)
+    dense = q.dequantize()
+    with kernels.using(level):
+        for batch in (1, 2, 3, 4, 5, 8, 33, 300):
+            x, grad = torch.randn(batch, columns), torch.randn(batch, 37)
+            assert_exact(kernels.linear(x, q, torch.float32), x, dense)
+            assert_exact(kernels.input_grad(grad, q, torch.float32), grad, dense.t())
+
+
+@compiled
+@given(
+    strategies.weights(min_dims=2, max_dims=2, max_columns=300),
+    strategies.formats,
+    strategies.block_sizes,
+    strategies.encodings,
+    st.integers(0, 4),
+)
+def test_restored_rows_are_the_reference_s_bit_for_bit(level, weight, format, block_size, scales, start):
+    q = quantize(weight, format, block_size=block_size, scales=scales)
+    native, _ = kernels.cpu.load()
+    for dtype in (torch.float32, torch.bfloat16):
+        got = kernels.cpu.Kernel(native, level).restore(q, slice(start, None), dtype)
+        assert torch.equal(got, q.dequantize()[start:].to(dtype))
+
+
+@compiled
+@given(
+    strategies.weights(min_dims=2, max_dims=2, max_columns=300),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+    st.integers(1, 9),
+    strategies.seeds,
+)
+def test_16bit_products_are_exact_to_float32(level, weight, dtype, batch, seed):
+    stored = weight.to(dtype).contiguous()
+    x = torch.randn(batch, stored.shape[1], generator=torch.Generator().manual_seed(seed))
+    with kernels.using(level):
+        assert_exact(kernels.linear(x, stored, torch.float32), x, stored)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16bit_weights_of_every_value_are_read_as_torch_reads_them(level, dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
+    with kernels.using(level):
+        for batch in (1, 4):
+            got = kernels.linear(torch.ones(batch, 1), every, torch.float32)
+            expected = every.float().t().expand(batch, -1)
+            assert torch.equal(got.isnan(), expected.isnan())
+            assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+@compiled
+def test_threads_and_strides_change_nothing(level):
+    q = quantize(strategies.make_weight("normal", (301, 520), 0, 0))
+    half = strategies.make_weight("normal", (301, 520), 0, 0).half()
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            with kernels.using(level):
+                for batch in (1, 3, 9):
+                    wide = strategies.make_weight("normal", (batch, 1040), 0, 1)
+                    for x in (wide[:, ::2], wide[:, ::2].contiguous(), wide[:, ::2].t().contiguous().t()):
+                        products = [kernels.linear(x, w, torch.float32) for w in (q, half)]
+                        results.append((batch, *products, kernels.input_grad(products[0][:2], q, torch.float32)))
+    finally:
+        torch.set_num_threads(threads)
+    for batch in (1, 3, 9):
+        same = [result[1:] for result in results if result[0] == batch]
+        assert all(torch.equal(one, other) for row in same for one, other in zip(row, same[0], strict=True))
+
+
+@compiled
+def test_what_c_cannot_read_goes_to_the_reference(level):
+    q = quantize(strategies.make_weight("normal", (6, 40), 0, 0), block_size=8)
+    x, dense = torch.randn(3, 40), q.dequantize()
+    strided = replace(q, packed=q.packed.t().contiguous().t(), scales=q.scales.t().contiguous().t())
+    odd = quantize(dense, block_size=10)
+    with kernels.using(level):
+        assert_exact(kernels.linear(x, strided, torch.float32), x, dense)
+        assert_exact(kernels.linear(x, odd, torch.float32), x, odd.dequantize())
+        assert kernels.linear(x[:0], q, torch.float32).shape == (0, 6)
+        meta = replace(q, packed=q.packed.to("meta"), scales=q.scales.to("meta"))
+        assert kernels.linear(x.to("meta"), meta, torch.float32).shape == (3, 6)
+        short = replace(q, scales=q.scales[:, :-1].contiguous())
+        with pytest.raises(RuntimeError):
+            kernels.linear(x, short, torch.float32)
+
+
+PAGE_EDGE = """
+import ctypes, mmap, sys, torch
+from dataclasses import replace
+from lowmem import kernels, quantize
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+
+def at_the_edge(tensor):
+    # A copy whose last byte is the last one of a page; the page behind it cannot be read.
+    size = max(1, -(-tensor.nbytes // PAGE)) * PAGE
+    memory = mmap.mmap(-1, size + PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + size), PAGE, 0) == 0
+    kept.append(memory)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=size - tensor.nbytes)
+    return copy.view(tensor.shape).copy_(tensor)
+
+with kernels.using(sys.argv[1]):
+    for columns in (1, 7, 31, 33, 100, 127, 129, 1023, 1025):
+        for scales in ("float16", "float32", "double"):
+            for block in (8, 16, 64):
+                q = quantize(torch.randn(5, columns), block_size=block, scales=scales)
+                q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
+                native, _ = kernels.cpu.load()
+                kernels.cpu.Kernel(native, sys.argv[1]).restore(q, slice(0, 5), torch.float32)
+                for batch in (1, 5):
+                    x, grad = at_the_edge(torch.randn(batch, columns)), at_the_edge(torch.randn(batch, 5))
+                    kernels.linear(x, q, torch.float32, at_the_edge(torch.randn(5)))
+                    kernels.input_grad(grad, q, torch.float32)
+        for dtype in (torch.float16, torch.bfloat16):
+            half = at_the_edge(torch.randn(5, columns).to(dtype))
+            for batch in (1, 5):
+                kernels.linear(at_the_edge(torch.randn(batch, columns)), half, torch.float32)
+print("fine")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as Linux has it")
+@compiled
+def test_nothing_past_the_end_is_read(level):
+    assert run_python(PAGE_EDGE, level) == "fine\n"

@@ -2,18 +2,85 @@
 
 The contract is two functions of an input, a weight and the dtype to compute in:
 
-    linear(x, weight, dtype)         (batch, in)  -> (batch, out)    x @ W.T
+    linear(x, weight, dtype, bias)   (batch, in)  -> (batch, out)    x @ W.T + bias
     input_grad(grad, weight, dtype)  (batch, out) -> (batch, in)     grad @ W
 
 where a weight is a float16 or bfloat16 tensor (out, in) or a 4-bit ``QuantizedTensor``. Neither may
 hold a whole restored weight. ``reference`` is the definition of what is true: plain torch, any device.
+``cpu`` binds the compiled kernel, whose level is the best that the processor has, or the one that the
+environment variable ``LOWMEM_KERNEL`` names: reference, portable, avx2 or avx512.
 """
 
-from lowmem.kernels.reference import Weight, input_grad, linear
+from __future__ import annotations
 
-__all__ = ["Weight", "backend", "input_grad", "linear"]
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.kernels import cpu, reference
+from lowmem.kernels.reference import Weight
+
+__all__ = ["Weight", "available", "backend", "input_grad", "linear", "using"]
+
+VARIABLE = "LOWMEM_KERNEL"
+
+
+class _Contract(Protocol):
+    def linear(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor: ...
+    def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor: ...
+
+
+class _Reference:
+    linear = staticmethod(reference.linear)
+    input_grad = staticmethod(reference.input_grad)
+
+
+def available() -> list[str]:
+    """Return the names of what can serve this machine, the slowest first."""
+    native, _ = cpu.load()
+    return ["reference", *(native.levels() if native else [])]
 
 
 def backend() -> str:
     """Say which kernel serves this machine, and why."""
-    return "reference: plain torch restores rows in chunks; this version has no compiled kernel"
+    return f"{_name}: {_why}"
+
+
+def linear(x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ W.T + bias``: (batch, in) -> (batch, out), computed and returned in ``dtype``."""
+    return _serves.linear(x, weight, dtype, bias)
+
+
+def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return ``grad @ W``: (batch, out) -> (batch, in), computed and returned in ``dtype``."""
+    return _serves.input_grad(grad, weight, dtype)
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Let one of ``available()`` serve inside the block: for tests and benchmarks."""
+    global _serves, _name, _why
+    before = _serves, _name, _why
+    _serves, _name, _why = _choose(name)
+    try:
+        yield
+    finally:
+        _serves, _name, _why = before
+
+
+def _choose(name: str | None) -> tuple[_Contract, str, str]:
+    native, reason = cpu.load()
+    chosen = name or available()[-1]
+    because = f"{VARIABLE} or a test asks for it" if name else "the best that this processor has"
+    if chosen not in available():
+        raise ValueError(f"{VARIABLE}={chosen!r} cannot serve here: choose from {', '.join(available())}; {reason}")
+    if chosen == "reference" or native is None:
+        return _Reference(), "reference", f"plain torch restores rows in chunks; {because if name else reason}"
+    return cpu.Kernel(native, chosen), chosen, f"compiled C, {because}, {reason}"
+
+
+_serves, _name, _why = _choose(os.environ.get(VARIABLE))

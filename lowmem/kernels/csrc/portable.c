@@ -1,0 +1,105 @@
+/* The portable level: plain C that any compiler turns into correct code for any processor. */
+#include "kernel.h"
+
+#define LANES 8
+#define LEVEL(name) portable_##name
+typedef struct {
+    float v[LANES];
+} V;
+typedef struct {
+    uint32_t v[LANES];
+} W;
+typedef const float *T;
+
+#define EACH for (int i = 0; i < LANES; i++)
+
+static inline V v_set1(float value)
+{
+    V r;
+    EACH r.v[i] = value;
+    return r;
+}
+static inline V v_zero(void) { return v_set1(0.0f); }
+static inline V v_load(const float *p)
+{
+    V r;
+    memcpy(r.v, p, sizeof r.v);
+    return r;
+}
+static inline void v_store(float *p, V a) { memcpy(p, a.v, sizeof a.v); }
+static inline V v_mul(V a, V b)
+{
+    EACH a.v[i] *= b.v[i];
+    return a;
+}
+static inline V v_fma(V a, V b, V c)
+{
+    EACH c.v[i] += a.v[i] * b.v[i];
+    return c;
+}
+static inline float v_sum(V a)
+{
+    float sum = 0.0f;
+    EACH sum += a.v[i];
+    return sum;
+}
+static inline W words_load(const uint8_t *p, long left)
+{
+    W r = {{0}};
+    EACH for (int b = 0; b < 4; b++) /* by bytes: the order of a word's bytes is the processor's */
+        if (4 * i + b < left)
+            r.v[i] |= (uint32_t)p[4 * i + b] << (8 * b);
+    return r;
+}
+static inline W bytes_load(const uint8_t *p)
+{
+    W r;
+    EACH r.v[i] = p[i];
+    return r;
+}
+static inline W block_load(const uint8_t *p)
+{
+    W r;
+    EACH r.v[i] = i < LANES / 2 ? p[i] : (uint32_t)p[i - LANES / 2] >> 4;
+    return r;
+}
+static inline T table_load(const float *levels) { return levels; }
+static inline V v_lookup(T table, W words, int k)
+{
+    V r;
+    EACH r.v[i] = table[words.v[i] >> (4 * k) & 15];
+    return r;
+}
+static inline V v_spread(const float *p, const int32_t *index)
+{
+    V r;
+    EACH r.v[i] = p[index[i]];
+    return r;
+}
+static inline void v_from_half(const uint16_t *p, long n, float *out)
+{
+    for (long i = 0; i < n; i++)
+        out[i] = half_to_float(p[i]);
+}
+
+static inline V v_half(const uint16_t *p)
+{
+    V r;
+    v_from_half(p, LANES, r.v);
+    return r;
+}
+static inline V v_bfloat(const uint16_t *p)
+{
+    V r;
+    EACH {
+        const uint32_t wide = (uint32_t)p[i] << 16;
+        memcpy(&r.v[i], &wide, 4);
+    }
+    return r;
+}
+
+#include "body.h"
+
+const struct level level_portable = {
+    "portable", LANES, portable_linear, portable_input_grad, portable_restore, portable_half_linear,
+};
