@@ -11,7 +11,6 @@ import torch
 import lowmem
 from lowmem import measure
 
-
 torch.set_num_threads(2)  # each thread has scratch of its own, so that memory depends on their number
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem import build, measure
+from lowmem import backend, build, measure
 from lowmem.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +52,8 @@ def numbers(cell):
 @pytest.mark.parametrize(("command", "table"), TABLES)
 def test_every_table_is_what_its_command_prints(command, table, capsys):
     """To the digit, but for the last: sums are rounded in another order by other processors."""
+    if command.startswith("stats") and backend().startswith("reference"):
+        pytest.skip("the memory figures are those of the compiled kernel, and this machine compiled none")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # each thread has scratch of its own
     try:
