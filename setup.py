@@ -1,11 +1,18 @@
 """Compiles the kernel where there is a compiler; without one, the install succeeds and plain torch serves."""
 
+import sysconfig
+
 from setuptools import Extension, setup
 
 CSRC = "lowmem/kernels/csrc"
 
+# The limited API has no free-threaded form: there, plain torch serves.
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
 setup(
-    ext_modules=[
+    ext_modules=[]
+    if FREE_THREADED
+    else [
         Extension(
             "lowmem.kernels._native",
             sources=[f"{CSRC}/{name}.c" for name in ("module", "portable", "avx2", "avx512")],
@@ -15,5 +22,5 @@ setup(
             optional=True,
         )
     ],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

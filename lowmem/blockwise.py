@@ -51,12 +51,17 @@ class QuantizedTensor:
     block_size: int
     scale_encoding: str
 
+    def __post_init__(self) -> None:
+        check_block_size(self.block_size)
+
     @cached_property
-    def stored_shapes(self) -> tuple[torch.Size, torch.Size]:
-        """The shapes that ``packed`` and ``scales`` have."""
+    def stored_layout(self) -> tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]:
+        """The shape and dtype that ``packed`` has to have, and those of ``scales``."""
         *leading, columns = self.shape
-        blocks = -(-columns // self.block_size) + get_encoding(self.scale_encoding).extra
-        return torch.Size((*leading, -(-columns // 2))), torch.Size((*leading, blocks))
+        encoding = get_encoding(self.scale_encoding)
+        blocks = -(-columns // self.block_size) + encoding.extra
+        packed, scales = torch.Size((*leading, -(-columns // 2))), torch.Size((*leading, blocks))
+        return packed, torch.uint8, scales, encoding.dtype
 
     @property
     def nbytes(self) -> int:

@@ -49,6 +49,7 @@ def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
     return not (
         (trains and torch.is_grad_enabled())
         or type(x) not in (Tensor, nn.Parameter)
+        or type(bias) not in (Tensor, nn.Parameter, type(None))
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.compiler.is_compiling()

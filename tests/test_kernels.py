@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lowmem import QuantizedTensor, backend, kernels, measure, quantize
 from tests import strategies
@@ -167,7 +169,7 @@ def test_4bit_products_are_exact_to_float32(level, weight, format, block_size, s
 
 @compiled
 @pytest.mark.parametrize("block_size", [8, 16, 24, 32, 64, 80, 128, 512, 4096])
-@pytest.mark.parametrize("columns", [1, 127, 1024, 1025, 2300])
+@pytest.mark.parametrize("columns", [1, 127, 1025, 2300])
 def test_every_block_and_batch_of_a_larger_layer(level, block_size, columns):
     q = quantize(strategies.make_weight("normal", (37, columns), 0, 0), "int4", block_size=block_size)
     dense = q.dequantize()
@@ -257,6 +259,119 @@ def test_what_c_cannot_read_goes_to_the_reference(level):
         short = replace(q, scales=q.scales[:, :-1].contiguous())
         with pytest.raises(RuntimeError):
             kernels.linear(x, short, torch.float32)
+
+
+def both(weight: str):
+    dense = strategies.make_weight("normal", (6, 40), 0, 0)
+    return dense.half() if weight == "half" else quantize(dense, block_size=8)
+
+
+stored = pytest.mark.parametrize("weight", ["half", "4-bit"])
+
+
+@compiled
+@stored
+def test_a_default_device_changes_nothing(level, weight):
+    """Fresh tensors are asked for on the CPU, whatever the mode or the default says."""
+    w, x = both(weight), torch.randn(3, 40)
+    kernels.cpu._levels.cache_clear()
+    with kernels.using(level):
+        with torch.device("meta"):
+            got = kernels.linear(x, w, torch.float32)
+        assert_exact(got, x, restored(w, torch.float32))
+
+
+@compiled
+@stored
+def test_what_records_operations_sees_the_reference(level, weight):
+    w, x = both(weight), torch.randn(3, 40)
+    expected = x @ restored(w, torch.float32).t()
+    with kernels.using(level):
+        graph = make_fx(lambda x: kernels.linear(x, w, torch.float32))(x)
+        torch.testing.assert_close(graph(x), expected)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert kernels.linear(x, w, torch.float32).shape == (3, 6)
+
+
+@compiled
+@stored
+def test_values_that_are_not_their_memory_are_resolved(level, weight):
+    w = both(weight)
+    negative = torch.complex(torch.zeros(3, 40), torch.randn(3, 40)).conj().imag  # its memory holds the opposite
+    assert negative.is_neg()
+    with kernels.using(level):
+        assert_exact(kernels.linear(negative, w, torch.float32), negative.clone(), restored(w, torch.float32))
+        zero = torch._efficientzerotensor(3, 40)
+        assert not kernels.linear(zero, w, torch.float32).any()
+
+
+@compiled
+@stored
+@pytest.mark.parametrize("bias", [torch.ones(1), torch.ones(6, dtype=torch.float64), torch.ones(12)[::2]])
+def test_any_bias_that_broadcasts_is_added(level, weight, bias):
+    w, x = both(weight), torch.randn(3, 40)
+    with kernels.using(level):
+        got = kernels.linear(x, w, torch.float32, bias)
+    assert_exact(got, x, restored(w, torch.float32), torch.ones(6))
+
+
+@compiled
+@stored
+def test_wrong_shapes_and_dtypes_raise_as_the_reference_does(level, weight):
+    w = both(weight)
+    with kernels.using(level):
+        with pytest.raises(RuntimeError):
+            kernels.linear(torch.randn(2, 10), w, torch.float32)
+        with pytest.raises(RuntimeError):
+            kernels.input_grad(torch.randn(2, 10), w, torch.float32)
+    q = both("4-bit")
+    with kernels.using(level), pytest.raises(TypeError):
+        kernels.linear(torch.randn(2, 40), replace(q, packed=q.packed.float()), torch.float32)
+    with pytest.raises(ValueError, match="block_size=9 must be"):
+        replace(q, block_size=9)
+
+
+@compiled
+@stored
+def test_freed_storage_is_an_error(level, weight):
+    w = both(weight)
+    (w if weight == "half" else w.packed).untyped_storage().resize_(0)
+    with kernels.using(level), pytest.raises((RuntimeError, ValueError)):
+        kernels.linear(torch.randn(1, 40), w, torch.float32)
+
+
+@compiled
+@stored
+@pytest.mark.parametrize("columns", [1024, 4096, 4100])
+@pytest.mark.parametrize("batch", [1, 64, 191])
+def test_scratch_of_every_batch_stays_within_a_mebibyte(level, weight, columns, batch):
+    dense = strategies.make_weight("normal", (64, columns), 0, 0)
+    w = dense.half() if weight == "half" else quantize(dense)
+    x = torch.randn(batch, columns)
+    with kernels.using(level):
+        peak = measure.peak_bytes(lambda: kernels.linear(x, w, torch.float32))
+        assert_exact(kernels.linear(x, w, torch.float32), x, restored(w, torch.float32))
+    assert peak <= 2**20 + batch * 64 * 4
+
+
+FORKED = """
+import os, sys, torch
+from lowmem import kernels, quantize
+torch.set_num_threads(2)
+w, x = quantize(torch.randn(64, 32)), torch.randn(2, 32)
+with kernels.using(sys.argv[1]):
+    expected = kernels.linear(x, w, torch.float32)
+    child = os.fork()
+    if not child:
+        os._exit(0 if torch.equal(kernels.linear(x, w, torch.float32), expected) else 1)
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@compiled
+def test_a_small_layer_works_in_a_forked_process(level):
+    assert run_python("import warnings; warnings.simplefilter('ignore')\n" + FORKED, level) == "0\n"
 
 
 PAGE_EDGE = """

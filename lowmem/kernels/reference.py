@@ -61,6 +61,8 @@ def input_grad(
     """
     restore = restore or partial(_restore, weight)
     out_features, in_features = weight.shape
+    if grad.shape[1] != out_features:
+        raise RuntimeError(f"grad.shape={tuple(grad.shape)} must end in out_features={out_features}")
     grad = grad.to(dtype)
     sums = torch.zeros(
         grad.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device

@@ -44,7 +44,7 @@ static inline float v_sum(V a)
     b = _mm_add_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
-static inline W words_load(const uint8_t *p, long left)
+static inline W words_load(const uint8_t *p, int64_t left)
 {
     if (left >= 32)
         return _mm256_loadu_si256((const __m256i *)p);
@@ -59,11 +59,11 @@ static inline W block_load(const uint8_t *p)
     memcpy(&four, p, 4);
     return _mm256_srlv_epi32(_mm256_cvtepu8_epi32(_mm_set1_epi32(four)), _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0));
 }
-static inline void v_from_half(const uint16_t *p, long n, float *out)
+static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
 {
     for (; n >= 8; n -= 8, p += 8, out += 8)
         _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
-    for (long i = 0; i < n; i++)
+    for (int64_t i = 0; i < n; i++)
         out[i] = half_to_float(p[i]);
 }
 

@@ -27,7 +27,7 @@ typedef __m512 T;
 #define v_lookup(table, words, k) _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * (k)), table)
 #define v_spread(p, index) _mm512_permutexvar_ps(_mm512_loadu_si512(index), _mm512_loadu_ps(p))
 
-static inline W words_load(const uint8_t *p, long left)
+static inline W words_load(const uint8_t *p, int64_t left)
 {
     if (left >= 64)
         return _mm512_loadu_si512(p);
@@ -41,7 +41,7 @@ static inline W block_load(const uint8_t *p)
     const W twice = _mm512_cvtepu8_epi32(_mm_set1_epi64x(eight));
     return _mm512_srlv_epi32(twice, _mm512_set_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0));
 }
-static inline void v_from_half(const uint16_t *p, long n, float *out)
+static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
 {
     for (; n >= 16; n -= 16, p += 16, out += 16)
         _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)));

@@ -18,9 +18,9 @@
 #define GROUP (LANES * 8) /* weights in a group of words */
 #define TILE_GROUPS (TILE_COLUMNS / GROUP)
 
-static void LEVEL(scales)(const struct weight *w, long row, float *out)
+static void LEVEL(scales)(const struct weight *w, int64_t row, float *out)
 {
-    const long blocks = w->blocks;
+    const int64_t blocks = w->blocks;
     if (w->encoding == SCALES_FLOAT32) {
         memcpy(out, (const float *)w->scales + row * blocks, (size_t)blocks * sizeof *out);
     } else if (w->encoding == SCALES_FLOAT16) {
@@ -30,24 +30,24 @@ static void LEVEL(scales)(const struct weight *w, long row, float *out)
         uint16_t bits;
         memcpy(&bits, p + blocks, 2);
         const float row_scale = half_to_float(bits);
-        for (long i = 0; i < blocks; i++)
+        for (int64_t i = 0; i < blocks; i++)
             out[i] = (float)p[i] * row_scale / 255.0f;
     }
 }
 
-static inline W LEVEL(words)(const struct weight *w, long row, long group)
+static inline W LEVEL(words)(const struct weight *w, int64_t row, int64_t group)
 {
-    const long start = group * LANES * 4;
+    const int64_t start = group * LANES * 4;
     return words_load(w->packed + row * w->row_bytes + start, w->row_bytes - start);
 }
 
-static inline V LEVEL(spread)(const struct job *job, const float *scales, long group)
+static inline V LEVEL(spread)(const struct job *job, const float *scales, int64_t group)
 {
     return v_spread(scales + job->first_block[group], job->lane_block + group * LANES);
 }
 
 /* R rows of the product with M sorted inputs, decoded in registers. */
-static inline __attribute__((always_inline)) void LEVEL(few)(const struct job *job, long r, const int R, long m0,
+static inline __attribute__((always_inline)) void LEVEL(few)(const struct job *job, int64_t r, const int R, int64_t m0,
                                                              const int M, float *scales)
 {
     const struct weight *w = &job->weight;
@@ -58,7 +58,7 @@ static inline __attribute__((always_inline)) void LEVEL(few)(const struct job *j
         for (int m = 0; m < M; m++)
             acc[i][m] = v_zero();
     }
-    for (long g = 0; g < job->groups; g++) {
+    for (int64_t g = 0; g < job->groups; g++) {
         const float *x = job->sorted + m0 * job->sorted_stride + g * GROUP;
         for (int i = 0; i < R; i++) {
             const W words = LEVEL(words)(w, r + i, g);
@@ -83,15 +83,15 @@ static inline __attribute__((always_inline)) void LEVEL(few)(const struct job *j
 
 /* 4 rows of a tile with M inputs. */
 static inline __attribute__((always_inline)) void LEVEL(multiply)(const struct job *job, const float *tile,
-                                                                  long floats, long column, long r, const int R,
-                                                                  long m0, const int M)
+                                                                  int64_t floats, int64_t column, int64_t r, const int R,
+                                                                  int64_t m0, const int M)
 {
     V acc[4][4];
     for (int i = 0; i < R; i++)
         for (int m = 0; m < M; m++)
             acc[i][m] = v_zero();
     const float *x = job->sorted + m0 * job->sorted_stride + column;
-    for (long c = 0; c < floats; c += LANES) {
+    for (int64_t c = 0; c < floats; c += LANES) {
         V row[4];
         for (int i = 0; i < R; i++)
             row[i] = v_load(tile + i * (TILE_GROUPS * GROUP) + c);
@@ -110,24 +110,24 @@ static inline __attribute__((always_inline)) void LEVEL(multiply)(const struct j
 }
 
 /* The rows of a tile, from row r, with the whole batch. */
-static void LEVEL(multiply_tile)(const struct job *job, const float *tile, int rows, long floats, long column, long r)
+static void LEVEL(multiply_tile)(const struct job *job, const float *tile, int rows, int64_t floats, int64_t column, int64_t r)
 {
     int i = 0;
     for (; i + 4 <= rows; i += 4) {
         const float *part = tile + i * (TILE_GROUPS * GROUP);
-        long m = 0;
+        int64_t m = 0;
         for (; m + 4 <= job->batch; m += 4)
             LEVEL(multiply)(job, part, floats, column, r + i, 4, m, 4);
         for (; m < job->batch; m++)
             LEVEL(multiply)(job, part, floats, column, r + i, 4, m, 1);
     }
     for (; i < rows; i++)
-        for (long m = 0; m < job->batch; m++)
+        for (int64_t m = 0; m < job->batch; m++)
             LEVEL(multiply)(job, tile + i * (TILE_GROUPS * GROUP), floats, column, r + i, 1, m, 1);
 }
 
 /* Rows r to `to` with the whole batch: restored into a tile that stays in the first cache. */
-static void LEVEL(many)(const struct job *job, long r, long to, float *scratch)
+static void LEVEL(many)(const struct job *job, int64_t r, int64_t to, float *scratch)
 {
     const struct weight *w = &job->weight;
     const T table = table_load(w->levels);
@@ -135,10 +135,10 @@ static void LEVEL(many)(const struct job *job, long r, long to, float *scratch)
     float *tile = scratch + TILE_ROWS * job->scale_stride;
     for (int i = 0; i < rows; i++)
         LEVEL(scales)(w, r + i, scratch + i * job->scale_stride);
-    for (long g0 = 0; g0 < job->groups; g0 += TILE_GROUPS) {
-        const long g1 = g0 + TILE_GROUPS < job->groups ? g0 + TILE_GROUPS : job->groups;
+    for (int64_t g0 = 0; g0 < job->groups; g0 += TILE_GROUPS) {
+        const int64_t g1 = g0 + TILE_GROUPS < job->groups ? g0 + TILE_GROUPS : job->groups;
         for (int i = 0; i < rows; i++)
-            for (long g = g0; g < g1; g++) {
+            for (int64_t g = g0; g < g1; g++) {
                 const W words = LEVEL(words)(w, r + i, g);
                 const V scale = LEVEL(spread)(job, scratch + i * job->scale_stride, g);
                 float *out = tile + i * (TILE_GROUPS * GROUP) + (g - g0) * GROUP;
@@ -146,14 +146,14 @@ static void LEVEL(many)(const struct job *job, long r, long to, float *scratch)
                 for (int k = 0; k < 8; k++)
                     v_store(out + k * LANES, v_mul(v_lookup(table, words, k), scale));
             }
-        const long floats = (g1 - g0) * GROUP, column = g0 * GROUP;
+        const int64_t floats = (g1 - g0) * GROUP, column = g0 * GROUP;
         LEVEL(multiply_tile)(job, tile, rows, floats, column, r);
     }
 }
 
-static void LEVEL(linear)(const struct job *job, long thread, float *scratch)
+static void LEVEL(linear)(const struct job *job, int64_t thread, float *scratch)
 {
-    long r, to;
+    int64_t r, to;
     share(job->weight.rows, TILE_ROWS, job->threads, thread, &r, &to);
     if (job->batch >= FEW_ROWS) {
         for (; r < to; r += TILE_ROWS)
@@ -169,30 +169,30 @@ static void LEVEL(linear)(const struct job *job, long thread, float *scratch)
             LEVEL(few)(job, r, 4, 0, 3, scratch);
     }
     for (; r < to; r++)
-        for (long m = 0; m < job->batch; m++)
+        for (int64_t m = 0; m < job->batch; m++)
             LEVEL(few)(job, r, 1, m, 1, scratch);
 }
 
 /* grad @ W into `sorted`: a thread takes groups of columns, and for each of them all rows in order. */
-static void LEVEL(input_grad)(const struct job *job, long thread, float *scratch)
+static void LEVEL(input_grad)(const struct job *job, int64_t thread, float *scratch)
 {
     const struct weight *w = &job->weight;
     const T table = table_load(w->levels);
-    long g0, g1;
+    int64_t g0, g1;
     share(job->groups, 1, job->threads, thread, &g0, &g1);
-    for (long m = 0; m < job->batch; m++)
+    for (int64_t m = 0; m < job->batch; m++)
         memset(job->sorted + m * job->sorted_stride + g0 * GROUP, 0, (size_t)((g1 - g0) * GROUP) * sizeof(float));
-    for (long r0 = 0; r0 < w->rows && g0 < g1; r0 += GRAD_ROWS) {
-        const long r1 = r0 + GRAD_ROWS < w->rows ? r0 + GRAD_ROWS : w->rows;
-        for (long r = r0; r < r1; r++)
+    for (int64_t r0 = 0; r0 < w->rows && g0 < g1; r0 += GRAD_ROWS) {
+        const int64_t r1 = r0 + GRAD_ROWS < w->rows ? r0 + GRAD_ROWS : w->rows;
+        for (int64_t r = r0; r < r1; r++)
             LEVEL(scales)(w, r, scratch + (r - r0) * job->scale_stride);
-        for (long g = g0; g < g1; g++)
-            for (long m = 0; m < job->batch; m++) {
+        for (int64_t g = g0; g < g1; g++)
+            for (int64_t m = 0; m < job->batch; m++) {
                 float *out = job->sorted + m * job->sorted_stride + g * GROUP;
                 V acc[8];
                 for (int k = 0; k < 8; k++)
                     acc[k] = v_load(out + k * LANES);
-                for (long r = r0; r < r1; r++) {
+                for (int64_t r = r0; r < r1; r++) {
                     const W words = LEVEL(words)(w, r, g);
                     const V scale = LEVEL(spread)(job, scratch + (r - r0) * job->scale_stride, g);
                     const V factor = v_mul(scale, v_set1(job->x[m * w->rows + r]));
@@ -207,21 +207,21 @@ static void LEVEL(input_grad)(const struct job *job, long thread, float *scratch
 }
 
 /* The rows of W in their own order. */
-static void LEVEL(restore)(const struct job *job, long thread, float *scratch)
+static void LEVEL(restore)(const struct job *job, int64_t thread, float *scratch)
 {
     const struct weight *w = &job->weight;
     const T table = table_load(w->levels);
-    const long size = 2 * w->half;
-    long r, to;
+    const int64_t size = 2 * w->half;
+    int64_t r, to;
     share(w->rows, 1, job->threads, thread, &r, &to);
     for (; r < to; r++) {
         const uint8_t *p = w->packed + r * w->row_bytes;
         float *out = job->out + r * w->columns;
         LEVEL(scales)(w, r, scratch);
-        for (long b = 0; b < w->blocks; b++) {
-            const long left = w->columns - b * size, half = left < size ? (left + 1) / 2 : w->half;
+        for (int64_t b = 0; b < w->blocks; b++) {
+            const int64_t left = w->columns - b * size, half = left < size ? (left + 1) / 2 : w->half;
             const V scale = v_set1(scratch[b]);
-            long j = 0;
+            int64_t j = 0;
             if (left >= size && half == LANES / 2) { /* a block is one vector */
                 v_store(out, v_mul(v_lookup(table, block_load(p), 0), scale));
                 j = half;
@@ -258,18 +258,18 @@ static inline float LEVEL(one_sixteen)(uint16_t bits, const int bfloat)
 }
 
 /* R rows of 16-bit floats with M inputs, widened in registers. */
-static inline __attribute__((always_inline)) void LEVEL(half_few)(const struct job *job, long r, const int R, long m0,
+static inline __attribute__((always_inline)) void LEVEL(half_few)(const struct job *job, int64_t r, const int R, int64_t m0,
                                                                   const int M, const int bfloat)
 {
     const struct weight *w = &job->weight;
     const uint16_t *rows = (const uint16_t *)w->packed + r * w->columns;
     const float *x = job->x + m0 * w->columns;
-    const long whole = w->columns / LANES * LANES;
+    const int64_t whole = w->columns / LANES * LANES;
     V acc[4][4];
     for (int i = 0; i < R; i++)
         for (int m = 0; m < M; m++)
             acc[i][m] = v_zero();
-    for (long c = 0; c < whole; c += LANES)
+    for (int64_t c = 0; c < whole; c += LANES)
         for (int i = 0; i < R; i++) {
             const V row = LEVEL(sixteen)(rows + i * w->columns + c, bfloat);
             for (int m = 0; m < M; m++)
@@ -278,34 +278,34 @@ static inline __attribute__((always_inline)) void LEVEL(half_few)(const struct j
     for (int i = 0; i < R; i++)
         for (int m = 0; m < M; m++) {
             float sum = v_sum(acc[i][m]) + (job->bias ? job->bias[r + i] : 0.0f);
-            for (long c = whole; c < w->columns; c++)
+            for (int64_t c = whole; c < w->columns; c++)
                 sum += LEVEL(one_sixteen)(rows[i * w->columns + c], bfloat) * x[m * w->columns + c];
             job->out[(m0 + m) * w->rows + r + i] = sum;
         }
 }
 
 /* Rows r to `to` with the whole batch, widened into a tile; `sorted` holds the inputs, padded with zeros. */
-static inline __attribute__((always_inline)) void LEVEL(half_many)(const struct job *job, long r, long to, float *tile,
+static inline __attribute__((always_inline)) void LEVEL(half_many)(const struct job *job, int64_t r, int64_t to, float *tile,
                                                                    const int bfloat)
 {
     const struct weight *w = &job->weight;
     const int rows = (int)(to - r);
-    for (long column = 0; column < w->columns; column += TILE_COLUMNS) {
-        const long left = w->columns - column < TILE_COLUMNS ? w->columns - column : TILE_COLUMNS;
-        const long whole = left / LANES * LANES, floats = whole == left ? whole : whole + LANES;
+    for (int64_t column = 0; column < w->columns; column += TILE_COLUMNS) {
+        const int64_t left = w->columns - column < TILE_COLUMNS ? w->columns - column : TILE_COLUMNS;
+        const int64_t whole = left / LANES * LANES, floats = whole == left ? whole : whole + LANES;
         for (int i = 0; i < rows; i++) {
             const uint16_t *p = (const uint16_t *)w->packed + (r + i) * w->columns + column;
             float *out = tile + i * (TILE_GROUPS * GROUP);
-            for (long c = 0; c < whole; c += LANES)
+            for (int64_t c = 0; c < whole; c += LANES)
                 v_store(out + c, LEVEL(sixteen)(p + c, bfloat));
-            for (long c = whole; c < floats; c++)
+            for (int64_t c = whole; c < floats; c++)
                 out[c] = c < left ? LEVEL(one_sixteen)(p[c], bfloat) : 0.0f;
         }
         LEVEL(multiply_tile)(job, tile, rows, floats, column, r);
     }
 }
 
-static inline __attribute__((always_inline)) void LEVEL(half)(const struct job *job, long r, long to, float *scratch,
+static inline __attribute__((always_inline)) void LEVEL(half)(const struct job *job, int64_t r, int64_t to, float *scratch,
                                                               const int bfloat)
 {
     if (job->batch >= FEW_ROWS) {
@@ -314,16 +314,16 @@ static inline __attribute__((always_inline)) void LEVEL(half)(const struct job *
         return;
     }
     for (; r + 4 <= to; r += 4)
-        for (long m = 0; m < job->batch; m++)
+        for (int64_t m = 0; m < job->batch; m++)
             LEVEL(half_few)(job, r, 4, m, 1, bfloat);
     for (; r < to; r++)
-        for (long m = 0; m < job->batch; m++)
+        for (int64_t m = 0; m < job->batch; m++)
             LEVEL(half_few)(job, r, 1, m, 1, bfloat);
 }
 
-static void LEVEL(half_linear)(const struct job *job, long thread, float *scratch)
+static void LEVEL(half_linear)(const struct job *job, int64_t thread, float *scratch)
 {
-    long r, to;
+    int64_t r, to;
     share(job->weight.rows, TILE_ROWS, job->threads, thread, &r, &to);
     if (job->weight.encoding == HALF_BFLOAT16)
         LEVEL(half)(job, r, to, scratch, 1);

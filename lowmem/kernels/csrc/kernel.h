@@ -19,8 +19,8 @@ struct weight {
     const uint8_t *packed; /* (rows, row_bytes); the 16-bit floats, where there are no codes */
     const uint8_t *scales;
     const float *levels; /* 16 */
-    long rows, columns, row_bytes, blocks;
-    long half; /* bytes of a whole block */
+    int64_t rows, columns, row_bytes, blocks;
+    int64_t half; /* bytes of a whole block */
     int encoding;
 };
 
@@ -30,24 +30,24 @@ struct job {
     const float *x; /* (batch, columns) of linear, (batch, rows) of input_grad */
     const float *bias;
     float *out;
-    long batch, groups, threads;
+    int64_t batch, groups, threads;
     float *sorted; /* (batch, groups * GROUP): the input, or the gradient, in the order of the words */
-    long sorted_stride;
+    int64_t sorted_stride;
     const int32_t *lane_block;  /* (groups * LANES): the word's block, counted from the group's first */
     const int32_t *first_block; /* (groups) */
     float *thread_scratch;
-    long thread_floats, scale_stride;
-    void (*body)(const struct job *, long thread, float *scratch);
+    int64_t thread_floats, scale_stride;
+    void (*body)(const struct job *, int64_t thread, float *scratch);
 };
 
 /* One instruction set. */
 struct level {
     const char *name;
     int lanes;
-    void (*linear)(const struct job *, long thread, float *scratch);
-    void (*input_grad)(const struct job *, long thread, float *scratch);
-    void (*restore)(const struct job *, long thread, float *scratch);
-    void (*half_linear)(const struct job *, long thread, float *scratch);
+    void (*linear)(const struct job *, int64_t thread, float *scratch);
+    void (*input_grad)(const struct job *, int64_t thread, float *scratch);
+    void (*restore)(const struct job *, int64_t thread, float *scratch);
+    void (*half_linear)(const struct job *, int64_t thread, float *scratch);
 };
 
 extern const struct level level_portable, level_avx2, level_avx512;
@@ -67,9 +67,9 @@ static inline float half_to_float(uint16_t h)
 }
 
 /* The part of n that a thread takes, in steps: the same for every run. */
-static inline void share(long n, long step, long threads, long thread, long *from, long *to)
+static inline void share(int64_t n, int64_t step, int64_t threads, int64_t thread, int64_t *from, int64_t *to)
 {
-    const long steps = (n + step - 1) / step;
+    const int64_t steps = (n + step - 1) / step;
     *from = steps * thread / threads * step;
     *to = steps * (thread + 1) / threads * step;
     if (*to > n)

@@ -22,8 +22,8 @@ static int (*thread_count)(void);
 static void region(void *data)
 {
     const struct job *job = data;
-    const long count = thread_count(); /* can be fewer than were asked for */
-    for (long t = thread_number(); t < job->threads; t += count)
+    const int64_t count = thread_count(); /* can be fewer than were asked for */
+    for (int64_t t = thread_number(); t < job->threads; t += count)
         job->body(job, t, job->thread_scratch + t * job->thread_floats);
 }
 
@@ -33,11 +33,11 @@ static void run(const struct job *job)
         run_parallel(region, (void *)job, (unsigned)job->threads, 0);
         return;
     }
-    for (long t = 0; t < job->threads; t++)
+    for (int64_t t = 0; t < job->threads; t++)
         job->body(job, t, job->thread_scratch + t * job->thread_floats);
 }
 
-static const struct level *level_of(long index)
+static const struct level *level_of(int64_t index)
 {
     static const struct level *levels[] = {
         &level_portable,
@@ -49,13 +49,13 @@ static const struct level *level_of(long index)
     return levels[index];
 }
 
-/* Where an element of a row lies: word d, nibble k. Calls `move` for all of them: sort and unsort share it. */
+/* Put a row into the order of the words: element e of word d, nibble k, to d's group, vector k, lane d. */
 static void sort_row(const struct weight *w, int lanes, const float *x, float *sorted)
 {
-    const long size = 2 * w->half, full = w->columns / size, rest = w->columns % size;
-    const long words = full * w->half / 4;
-    for (long d = 0; d < words; d++) {
-        const long block = 4 * d / w->half;
+    const int64_t size = 2 * w->half, full = w->columns / size, rest = w->columns % size;
+    const int64_t words = full * w->half / 4;
+    for (int64_t d = 0; d < words; d++) {
+        const int64_t block = 4 * d / w->half;
         const float *low = x + block * size + (4 * d - block * w->half), *high = low + w->half;
         float *out = sorted + d / lanes * lanes * 8 + d % lanes;
         for (int b = 0; b < 4; b++) {
@@ -63,9 +63,9 @@ static void sort_row(const struct weight *w, int lanes, const float *x, float *s
             out[(2 * b + 1) * lanes] = high[b];
         }
     }
-    const long half = (rest + 1) / 2;
-    for (long j = 0; j < half; j++) {
-        const long byte = full * w->half + j, d = byte / 4, b = byte % 4;
+    const int64_t half = (rest + 1) / 2;
+    for (int64_t j = 0; j < half; j++) {
+        const int64_t byte = full * w->half + j, d = byte / 4, b = byte % 4;
         float *out = sorted + d / lanes * lanes * 8 + d % lanes;
         out[2 * b * lanes] = x[full * size + j];
         out[(2 * b + 1) * lanes] = half + j < rest ? x[full * size + half + j] : 0.0f;
@@ -74,11 +74,11 @@ static void sort_row(const struct weight *w, int lanes, const float *x, float *s
 
 static void unsort_row(const struct weight *w, int lanes, const float *sorted, float *x)
 {
-    const long size = 2 * w->half, full = w->columns / size, rest = w->columns % size;
-    for (long byte = 0; byte < w->row_bytes; byte++) {
-        const long block = byte / w->half, j = byte - block * w->half;
-        const long half = block < full ? w->half : (rest + 1) / 2, left = block < full ? size : rest;
-        const long d = byte / 4, b = byte % 4;
+    const int64_t size = 2 * w->half, full = w->columns / size, rest = w->columns % size;
+    for (int64_t byte = 0; byte < w->row_bytes; byte++) {
+        const int64_t block = byte / w->half, j = byte - block * w->half;
+        const int64_t half = block < full ? w->half : (rest + 1) / 2, left = block < full ? size : rest;
+        const int64_t d = byte / 4, b = byte % 4;
         const float *in = sorted + d / lanes * lanes * 8 + d % lanes;
         x[block * size + j] = in[2 * b * lanes];
         if (half + j < left)
@@ -86,13 +86,13 @@ static void unsort_row(const struct weight *w, int lanes, const float *sorted, f
     }
 }
 
-static void fill_tables(const struct weight *w, int lanes, long groups, int32_t *lane_block, int32_t *first_block)
+static void fill_tables(const struct weight *w, int lanes, int64_t groups, int32_t *lane_block, int32_t *first_block)
 {
-    for (long g = 0; g < groups; g++) {
-        const long first = g * lanes * 4 / w->half;
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t first = g * lanes * 4 / w->half;
         first_block[g] = (int32_t)first;
         for (int i = 0; i < lanes; i++) {
-            const long byte = (g * lanes + i) * 4;
+            const int64_t byte = (g * lanes + i) * 4;
             lane_block[g * lanes + i] = byte < w->row_bytes ? (int32_t)(byte / w->half - first) : 0;
         }
     }
@@ -116,12 +116,12 @@ static int read_numbers(PyObject *const *args, Py_ssize_t given, long long *numb
 
 static struct weight read_weight(const long long *n)
 {
-    const long size = (long)n[BLOCK], columns = (long)n[COLUMNS];
+    const int64_t size = (int64_t)n[BLOCK], columns = (int64_t)n[COLUMNS];
     const struct weight w = {
         .packed = (const uint8_t *)(intptr_t)n[PACKED],
         .scales = (const uint8_t *)(intptr_t)n[SCALES],
         .levels = (const float *)(intptr_t)n[LEVELS],
-        .rows = (long)n[ROWS],
+        .rows = (int64_t)n[ROWS],
         .columns = columns,
         .row_bytes = (columns + 1) / 2,
         .blocks = (columns + size - 1) / size,
@@ -131,18 +131,21 @@ static struct weight read_weight(const long long *n)
     return w;
 }
 
-static long round_up(long n, long to) { return (n + to - 1) / to * to; }
+static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /* Floats of scratch: shared by the threads, and a thread's own. */
-static long shared_floats(const struct weight *w, long batch)
+static int64_t shared_floats(const struct weight *w, int64_t batch)
 {
-    const long columns = round_up(2 * w->row_bytes, 8 * MAX_LANES);
+    if (w->encoding == HALF_FLOAT16 || w->encoding == HALF_BFLOAT16)
+        return w->columns % MAX_LANES ? batch * round_up(w->columns, MAX_LANES) : 0; /* the padded input */
+    const int64_t columns = round_up(2 * w->row_bytes, 8 * MAX_LANES);
     return batch * columns + columns / 4; /* the sorted input; the tables of fill_tables */
 }
 
-static long thread_floats(const struct weight *w, long batch)
+static int64_t thread_floats(const struct weight *w, int64_t batch)
 {
-    return TILE_ROWS * (w->blocks + MAX_LANES) + (batch >= FEW_ROWS ? TILE_ROWS * TILE_COLUMNS : 0);
+    const int64_t rows = batch ? TILE_ROWS : 1; /* of scales; restoring has no batch, and takes a row at a time */
+    return rows * (w->blocks + MAX_LANES) + (batch >= FEW_ROWS ? TILE_ROWS * TILE_COLUMNS : 0);
 }
 
 /* scratch(level, threads, 0, 0, 0, encoding, block, rows, columns, batch) -> bytes that linear and input_grad need */
@@ -153,8 +156,8 @@ static PyObject *scratch(PyObject *self, PyObject *const *args, Py_ssize_t given
     if (read_numbers(args, given, n, WEIGHT_ARGUMENTS + 1))
         return NULL;
     const struct weight w = read_weight(n);
-    const long batch = (long)n[WEIGHT_ARGUMENTS];
-    return PyLong_FromLongLong(4LL * (shared_floats(&w, batch) + (long)n[THREADS] * thread_floats(&w, batch)));
+    const int64_t batch = (int64_t)n[WEIGHT_ARGUMENTS];
+    return PyLong_FromLongLong(4LL * (shared_floats(&w, batch) + (int64_t)n[THREADS] * thread_floats(&w, batch)));
 }
 
 static PyObject *call(PyObject *const *args, Py_ssize_t given, int kind)
@@ -163,26 +166,33 @@ static PyObject *call(PyObject *const *args, Py_ssize_t given, int kind)
     long long n[ARGUMENTS];
     if (read_numbers(args, given, n, ARGUMENTS))
         return NULL;
-    const struct level *level = level_of((long)n[LEVEL_INDEX]);
+    const struct level *level = level_of((int64_t)n[LEVEL_INDEX]);
     struct job job = {
         .weight = read_weight(n),
         .x = (const float *)(intptr_t)n[X],
         .bias = (const float *)(intptr_t)n[BIAS],
         .out = (float *)(intptr_t)n[OUT],
-        .batch = (long)n[BATCH],
-        .threads = (long)n[THREADS],
+        .batch = (int64_t)n[BATCH],
+        .threads = (int64_t)n[THREADS],
     };
     const struct weight *w = &job.weight;
     float *memory = (float *)(intptr_t)n[SCRATCH];
+    if (!job.weight.packed || !job.out || !memory || (kind != 2 && !job.x) ||
+        (kind != 3 && (!job.weight.scales || !job.weight.levels))) {
+        PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
+        return NULL;
+    }
     Py_BEGIN_ALLOW_THREADS
     job.groups = round_up(w->row_bytes, 4 * level->lanes) / (4 * level->lanes);
     job.sorted_stride = job.groups * level->lanes * 8;
     job.sorted = memory;
-    int32_t *lane_block = (int32_t *)(memory + job.batch * job.sorted_stride);
-    int32_t *first_block = lane_block + job.groups * level->lanes;
-    fill_tables(w, level->lanes, job.groups, lane_block, first_block);
-    job.lane_block = lane_block;
-    job.first_block = first_block;
+    if (kind < 2) {
+        int32_t *lane_block = (int32_t *)(memory + job.batch * job.sorted_stride);
+        int32_t *first_block = lane_block + job.groups * level->lanes;
+        fill_tables(w, level->lanes, job.groups, lane_block, first_block);
+        job.lane_block = lane_block;
+        job.first_block = first_block;
+    }
     job.thread_scratch = memory + shared_floats(w, job.batch);
     job.thread_floats = thread_floats(w, job.batch);
     job.scale_stride = w->blocks + MAX_LANES;
@@ -190,13 +200,13 @@ static PyObject *call(PyObject *const *args, Py_ssize_t given, int kind)
         job.body = level->linear;
         /* What lies beyond the row, in its last group, must be zeros: it is multiplied with real levels. */
         memset(job.sorted, 0, (size_t)(job.batch * job.sorted_stride) * sizeof(float));
-        for (long m = 0; m < job.batch; m++)
+        for (int64_t m = 0; m < job.batch; m++)
             sort_row(w, level->lanes, job.x + m * w->columns, job.sorted + m * job.sorted_stride);
         run(&job);
     } else if (kind == 1) {
         job.body = level->input_grad;
         run(&job);
-        for (long m = 0; m < job.batch; m++)
+        for (int64_t m = 0; m < job.batch; m++)
             unsort_row(w, level->lanes, job.sorted + m * job.sorted_stride, job.out + m * w->columns);
     } else if (kind == 2) {
         job.body = level->restore;
@@ -204,7 +214,10 @@ static PyObject *call(PyObject *const *args, Py_ssize_t given, int kind)
     } else {
         job.body = level->half_linear;
         job.sorted_stride = round_up(w->columns, MAX_LANES);
-        for (long m = 0; m < job.batch && job.batch >= FEW_ROWS; m++) {
+        const int padded = job.sorted_stride != w->columns;
+        if (!padded)
+            job.sorted = (float *)job.x; /* read only */
+        for (int64_t m = 0; m < job.batch && padded; m++) {
             float *row = job.sorted + m * job.sorted_stride;
             memcpy(row, job.x + m * w->columns, (size_t)w->columns * sizeof *row);
             memset(row + w->columns, 0, (size_t)(job.sorted_stride - w->columns) * sizeof *row);
@@ -273,7 +286,7 @@ static PyObject *levels(PyObject *self, PyObject *unused)
 static PyObject *share_threads(PyObject *self, PyObject *path)
 {
     (void)self;
-    PyObject *bytes = PyUnicode_AsUTF8String(path);
+    PyObject *bytes = PyUnicode_EncodeFSDefault(path);
     if (!bytes)
         return NULL;
     void *library = dlopen_loaded(PyBytes_AsString(bytes));

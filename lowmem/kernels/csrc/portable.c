@@ -43,7 +43,7 @@ static inline float v_sum(V a)
     EACH sum += a.v[i];
     return sum;
 }
-static inline W words_load(const uint8_t *p, long left)
+static inline W words_load(const uint8_t *p, int64_t left)
 {
     W r = {{0}};
     EACH for (int b = 0; b < 4; b++) /* by bytes: the order of a word's bytes is the processor's */
@@ -76,9 +76,9 @@ static inline V v_spread(const float *p, const int32_t *index)
     EACH r.v[i] = p[index[i]];
     return r;
 }
-static inline void v_from_half(const uint16_t *p, long n, float *out)
+static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
 {
-    for (long i = 0; i < n; i++)
+    for (int64_t i = 0; i < n; i++)
         out[i] = half_to_float(p[i]);
 }
 
