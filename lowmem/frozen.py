@@ -45,6 +45,8 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
 
 def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing differentiates, transforms or traces this call, so that autograd can be left out."""
+    if torch.compiler.is_compiling():
+        return False
     trains = x.requires_grad or (bias is not None and bias.requires_grad)
     return not (
         (trains and torch.is_grad_enabled())
@@ -52,14 +54,13 @@ def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
         or type(bias) not in (Tensor, nn.Parameter, type(None))
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
     )
 
 
 def autocast(x: Tensor) -> Tensor:
     """Return ``x`` in the dtype that autocast gives to a linear layer's input, if autocast is on."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(device):  # meta has no autocast
         return x.to(torch.get_autocast_dtype(device))
     return x
 
