@@ -94,6 +94,10 @@ def test_a_wrong_input_raises_what_linear_raises(kind, x, message):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
+    reason="torch 2.4's compiler does not take such a function whole; the versions between were not tried",
+)
 @kinds
 def test_compile_takes_a_whole_training_step(kind):
     technique = Half() if kind == "half" else FourBit(block_size=8)
