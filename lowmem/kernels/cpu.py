@@ -71,7 +71,8 @@ class Kernel:
         if not self._multiplies(x, weight, dtype, LINEAR_BATCH, 1):
             return reference.linear(x, weight, dtype, bias, **self._restoring(weight, dtype))
         run = self._native.linear if isinstance(weight, QuantizedTensor) else self._native.half_linear
-        if bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1] and _real(bias)):
+        plain = bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and _real(bias))
+        if bias is None or (plain and bias.shape == weight.shape[:1]):
             return self._product(run, x, weight, weight.shape[0], bias)
         return self._product(run, x, weight, weight.shape[0], None).add_(bias)
 
