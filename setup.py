@@ -1,6 +1,7 @@
 """Compiles the kernel where there is a compiler; without one, the install succeeds and plain torch serves."""
 
 import sysconfig
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -15,8 +16,8 @@ setup(
     else [
         Extension(
             "lowmem.kernels._native",
-            sources=[f"{CSRC}/{name}.c" for name in ("module", "portable", "avx2", "avx512")],
-            depends=[f"{CSRC}/{name}.h" for name in ("kernel", "body")],
+            sources=[f"{CSRC}/{name}.c" for name in ("module", "portable", "avx2", "avx512", "avx512bf16")],
+            depends=sorted(glob(f"{CSRC}/*.h")),
             extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off"],
             py_limited_api=True,
             optional=True,

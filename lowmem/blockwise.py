@@ -7,8 +7,9 @@ QLoRA, arXiv 2305.14314, section 2. Blocks run along the last dimension and neve
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from lowmem.formats import Format, get_format
 from lowmem.packing import by_block, check_block_size, pack, unpack
 from lowmem.scales import ScaleEncoding, get_encoding
 
-__all__ = ["BYTES_PER_WEIGHT", "SCRATCH_BYTES", "QuantizedTensor", "check_weight", "quantize", "row_chunks"]
+__all__ = ["PLAIN", "SCRATCH_BYTES", "QuantizedTensor", "check_weight", "quantize", "row_chunks", "serve"]
 
 SCRATCH_BYTES = 2**20
 """The most temporary memory that restoring a chunk of rows takes (one row at least is restored at a time)."""
@@ -81,12 +82,8 @@ class QuantizedTensor:
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
-        columns = self.shape[-1]
-        out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
-        rows = out.view(-1, columns)
-        for chunk in row_chunks(rows.shape[0], columns):
-            rows[chunk] = self.restore(chunk)
-        return out
+        matrix = self if len(self.shape) == 2 else self._as_matrix()
+        return _serves.dequantize(matrix, slice(None), dtype).view(self.shape)
 
     def restore(self, rows: slice) -> Tensor:
         """Return some rows of the tensor seen as (rows, n), in float32."""
@@ -98,6 +95,13 @@ class QuantizedTensor:
         stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
         scales = get_encoding(self.scale_encoding).decode(stored)  # (rows, blocks)
         return values.mul_(_spread(scales, self.block_size, columns))
+
+    def _as_matrix(self) -> QuantizedTensor:
+        packed, scales = (t.reshape(-1, t.shape[-1]) for t in (self.packed, self.scales))
+        return replace(self, packed=packed, scales=scales, shape=torch.Size((packed.shape[0], self.shape[-1])))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}  # and not what a kernel keeps
 
     def error_bound(self) -> Tensor:
         """Return what ``|w - dequantize()|`` never exceeds, element by element, float32, in ``shape``.
@@ -154,7 +158,8 @@ def quantize(
     packed = torch.empty(rows.shape[0], -(-columns // 2), dtype=torch.uint8, device=weight.device)
     stored = torch.empty(rows.shape[0], blocks + encoding.extra, dtype=encoding.dtype, device=weight.device)
     for chunk in row_chunks(rows.shape[0], columns):
-        packed[chunk], stored[chunk] = _quantize_rows(rows[chunk].float().contiguous(), form, size, encoding)
+        part = rows[chunk].float().contiguous()
+        _serves.quantize_rows(part, form, size, encoding, packed[chunk], stored[chunk])
     leading = weight.shape[:-1]
     return QuantizedTensor(
         packed=packed.view(*leading, packed.shape[-1]),
@@ -164,6 +169,52 @@ def quantize(
         block_size=size,
         scale_encoding=encoding.name,
     )
+
+
+class _RowKernel(Protocol):
+    """What a kernel does with rows. Bit for bit what ``PLAIN`` does."""
+
+    def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor: ...
+    def quantize_rows(
+        self, rows: Tensor, form: Format, size: int, encoding: ScaleEncoding, packed: Tensor, stored: Tensor
+    ) -> None: ...
+
+
+class _Plain:
+    """Plain torch, any device: the definition of what is true."""
+
+    @staticmethod
+    def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return some rows of a matrix, restored in float32 and rounded once to ``dtype``."""
+        start, stop, _ = rows.indices(weight.packed.shape[0])
+        columns = weight.shape[-1]
+        out = torch.empty(max(0, stop - start), columns, dtype=dtype, device=weight.packed.device)
+        for chunk in row_chunks(out.shape[0], columns):
+            out[chunk] = weight.restore(slice(start + chunk.start, start + chunk.stop))
+        return out
+
+    @staticmethod
+    def quantize_rows(
+        rows: Tensor, form: Format, size: int, encoding: ScaleEncoding, packed: Tensor, stored: Tensor
+    ) -> None:
+        """Quantize float32 (rows, n) into ``packed`` (rows, ceil(n / 2)) and ``stored`` (rows, blocks + extra).
+
+        Raises:
+            ValueError: NaN or infinite weights, or a magnitude that the scales cannot hold.
+        """
+        codes, scales = _quantize_rows(rows, form, size, encoding)
+        packed.copy_(codes)
+        stored.copy_(scales)
+
+
+PLAIN: _RowKernel = _Plain()
+_serves = PLAIN
+
+
+def serve(kernel: _RowKernel) -> None:
+    """Let a kernel quantize and dequantize rows; ``lowmem.kernels`` chooses which."""
+    global _serves
+    _serves = kernel
 
 
 def check_weight(weight: Tensor) -> None:

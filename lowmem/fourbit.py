@@ -69,7 +69,7 @@ class Linear4Bit(FrozenStorage):
         self._version = f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"  # type: ignore[assignment]
         self.packed = nn.Parameter(weight.packed, requires_grad=False)
         self.scales = nn.Parameter(weight.scales, requires_grad=False)
-        self.bias = bias
+        self.register_parameter("bias", bias)
         self._quantized = replace(weight, packed=self.packed, scales=self.scales)  # made once: calls are frequent
 
     @classmethod
@@ -85,12 +85,10 @@ class Linear4Bit(FrozenStorage):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight: a view of what is stored, never a copy."""
-        packed, scales = self._parameters["packed"], self._parameters["scales"]
-        assert packed is not None
-        assert scales is not None
-        if self._quantized.packed is not packed or self._quantized.scales is not scales:
-            self._quantized = replace(self._quantized, packed=packed, scales=scales)
-        return self._quantized
+        known, stored = self._quantized, self._parameters
+        if known.packed is not stored["packed"] or known.scales is not stored["scales"]:
+            self._quantized = known = replace(known, packed=self.packed, scales=self.scales)
+        return known
 
     @property
     def weight_count(self) -> int:
@@ -100,7 +98,7 @@ class Linear4Bit(FrozenStorage):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in x's dtype, for x (..., in_features)."""
         x = autocast(x)
-        return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, self.bias)
+        return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, and how it is stored."""

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from lowmem import kernels
 from lowmem.blockwise import QuantizedTensor
+from lowmem.kernels import ops
 
 __all__ = ["FrozenStorage", "autocast", "frozen_linear"]
 
@@ -31,38 +32,41 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     out_features, in_features = weight.shape
     if not x.is_floating_point():
         raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
+    shape = x.shape
+    if not shape or shape[-1] != in_features:
+        raise RuntimeError(f"input.shape={tuple(shape)} must end in in_features={in_features}")
+    rows = x if len(shape) == 2 else x.reshape(shape[:-1].numel(), in_features)
     if _is_plain_call(x, bias):
         out = kernels.linear(rows, weight, dtype, bias)
     else:
         out = _product(rows, weight, dtype, False)
         out = out if bias is None else out + bias.to(dtype)
-    out = out if out.dtype == x.dtype else out.to(x.dtype)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], out_features)
+    if dtype is not x.dtype:
+        out = out.to(x.dtype)
+    return out if len(shape) == 2 else out.view(*shape[:-1], out_features)
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing differentiates, transforms or traces this call, so that autograd can be left out."""
-    if torch.compiler.is_compiling():
-        return False
-    trains = x.requires_grad or (bias is not None and bias.requires_grad)
     return not (
-        (trains and torch.is_grad_enabled())
-        or type(x) not in (Tensor, nn.Parameter)
-        or type(bias) not in (Tensor, nn.Parameter, type(None))
+        (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or type(x) not in _PLAIN
+        or (bias is not None and type(bias) not in _PLAIN)
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
     )
 
 
 def autocast(x: Tensor) -> Tensor:
     """Return ``x`` in the dtype that autocast gives to a linear layer's input, if autocast is on."""
-    device = x.device.type
-    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(device):  # meta has no autocast
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    device = "cpu" if x.is_cpu else x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -97,18 +101,15 @@ class _FrozenProduct(torch.autograd.Function):
         out = _product(batch.flatten(0, 1), *rest)
         return out.unflatten(0, batch.shape[:2]), 0
 
-
-class _ForwardModeProduct(_FrozenProduct):
-    """The same with forward-mode derivatives, which torch.compile does not take in a function of one's own."""
-
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return _product(tangent, ctx.weight, ctx.dtype, ctx.transposed)
 
 
 def _product(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
-    function = _FrozenProduct if torch.compiler.is_compiling() else _ForwardModeProduct
-    out: Tensor = function.apply(x, weight, dtype, transposed)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        return ops.product(x, weight, dtype, transposed)
+    out: Tensor = _FrozenProduct.apply(x, weight, dtype, transposed)  # type: ignore[no-untyped-call]
     return out
 
 

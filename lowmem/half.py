@@ -53,7 +53,7 @@ class HalfLinear(FrozenStorage):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
     def from_layer(cls, layer: nn.Linear, technique: Half) -> HalfLinear:
@@ -69,9 +69,12 @@ class HalfLinear(FrozenStorage):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in x's dtype, for x (..., in_features)."""
         x = autocast(x)
-        if x.dtype == self.weight.dtype:
-            return nn.functional.linear(x, self.weight.detach(), None if self.bias is None else self.bias.detach())
-        return frozen_linear(x, self.weight, torch.promote_types(x.dtype, self.weight.dtype), self.bias)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        if x.dtype is weight.dtype and not (x.is_cpu and x.dtype is torch.float16):  # which torch multiplies slowly
+            return nn.functional.linear(x, weight.detach(), None if bias is None else bias.detach())
+        wide = x.dtype if x.dtype is torch.float32 else torch.promote_types(x.dtype, weight.dtype)
+        return frozen_linear(x, weight, wide, bias)
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does."""

@@ -20,6 +20,7 @@ LAYERS = [
     {"kernels.reference"},
     {"kernels.cpu"},
     {"kernels"},
+    {"kernels.ops"},
     {"frozen"},
     {"half", "fourbit"},
     {"lora"},

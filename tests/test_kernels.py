@@ -192,7 +192,7 @@ def test_restored_rows_are_the_reference_s_bit_for_bit(level, weight, format, bl
     q = quantize(weight, format, block_size=block_size, scales=scales)
     native, _ = kernels.cpu.load()
     for dtype in (torch.float32, torch.bfloat16):
-        got = kernels.cpu.Kernel(native, level).restore(q, slice(start, None), dtype)
+        got = kernels.cpu.Kernel(native, level).dequantize(q, slice(start, None), dtype)
         assert torch.equal(got, q.dequantize()[start:].to(dtype))
 
 
@@ -274,7 +274,7 @@ stored = pytest.mark.parametrize("weight", ["half", "4-bit"])
 def test_a_default_device_changes_nothing(level, weight):
     """Fresh tensors are asked for on the CPU, whatever the mode or the default says."""
     w, x = both(weight), torch.randn(3, 40)
-    kernels.cpu._levels.cache_clear()
+    kernels.cpu._floats.cache_clear()
     with kernels.using(level):
         with torch.device("meta"):
             got = kernels.linear(x, w, torch.float32)
@@ -400,7 +400,7 @@ with kernels.using(sys.argv[1]):
                 q = quantize(torch.randn(5, columns), block_size=block, scales=scales)
                 q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
                 native, _ = kernels.cpu.load()
-                kernels.cpu.Kernel(native, sys.argv[1]).restore(q, slice(0, 5), torch.float32)
+                kernels.cpu.Kernel(native, sys.argv[1]).dequantize(q, slice(0, 5), torch.float32)
                 for batch in (1, 5):
                     x, grad = at_the_edge(torch.randn(batch, columns)), at_the_edge(torch.randn(batch, 5))
                     kernels.linear(x, q, torch.float32, at_the_edge(torch.randn(5)))

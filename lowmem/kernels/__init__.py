@@ -8,7 +8,8 @@ The contract is two functions of an input, a weight and the dtype to compute in:
 where a weight is a float16 or bfloat16 tensor (out, in) or a 4-bit ``QuantizedTensor``. Neither may
 hold a whole restored weight. ``reference`` is the definition of what is true: plain torch, any device.
 ``cpu`` binds the compiled kernel, whose level is the best that the processor has, or the one that the
-environment variable ``LOWMEM_KERNEL`` names: reference, portable, avx2 or avx512.
+environment variable ``LOWMEM_KERNEL`` names: reference, portable, avx2, avx512 or avx512bf16. What serves
+here also quantizes and dequantizes rows for ``lowmem.blockwise``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowmem import blockwise
 from lowmem.kernels import cpu, reference
 from lowmem.kernels.reference import Weight
 
@@ -37,6 +39,10 @@ class _Contract(Protocol):
 class _Reference:
     linear = staticmethod(reference.linear)
     input_grad = staticmethod(reference.input_grad)
+
+
+_serves: _Contract = _Reference()
+_name = _why = "reference"
 
 
 def available() -> list[str]:
@@ -63,13 +69,18 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """Let one of ``available()`` serve inside the block: for tests and benchmarks."""
-    global _serves, _name, _why
     before = _serves, _name, _why
-    _serves, _name, _why = _choose(name)
+    _serve(*_choose(name))
     try:
         yield
     finally:
-        _serves, _name, _why = before
+        _serve(*before)
+
+
+def _serve(kernel: _Contract, name: str, why: str) -> None:
+    global _serves, _name, _why
+    _serves, _name, _why = kernel, name, why
+    blockwise.serve(kernel if isinstance(kernel, cpu.Kernel) else blockwise.PLAIN)
 
 
 def _choose(name: str | None) -> tuple[_Contract, str, str]:
@@ -83,4 +94,4 @@ def _choose(name: str | None) -> tuple[_Contract, str, str]:
     return cpu.Kernel(native, chosen), chosen, f"compiled C, {because}, {reason}"
 
 
-_serves, _name, _why = _choose(os.environ.get(VARIABLE))
+_serve(*_choose(os.environ.get(VARIABLE)))

@@ -1,45 +1,43 @@
-"""The binding of the compiled CPU kernel (``csrc/``): float32 products with 4-bit and 16-bit weights.
+"""The binding of the compiled CPU kernel (``csrc/``).
 
-What C does not take goes to the reference: another device or dtype, a wrapped or traced tensor, and large
-batches, for which a chunk of rows is restored and the product left to torch's own matrix multiplication.
-The checks that keep C from reading past an end are all here.
+What C does not take goes to plain torch: another device or dtype, a wrapped or traced tensor. The checks that keep
+C from reading past an end are all here.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
-from functools import cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from lowmem.blockwise import SCRATCH_BYTES, QuantizedTensor
-from lowmem.formats import get_format
+from lowmem import blockwise
+from lowmem.blockwise import QuantizedTensor
+from lowmem.formats import Format, get_format
 from lowmem.kernels import reference
 from lowmem.kernels.reference import Weight
+from lowmem.scales import ScaleEncoding
 
 __all__ = ["Kernel", "load"]
 
-# enum encoding of csrc/kernel.h
+# enum type and enum encoding of csrc/kernel.h
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_HALVES = (torch.bfloat16, torch.float16)
 _ENCODINGS = {"float32": 0, "float16": 1, "double": 2}
-_HALVES = {torch.float16: 3, torch.bfloat16: 4}
 
-# The batches from which on torch's own product is faster.
-LINEAR_BATCH = 192
-INPUT_GRAD_BATCH = 6
+_WIDE = 8192  # columns that C packs at a time: beyond, an output in 16 bits would round every part of a sum
+_WIDE_BYTES = 2**18  # of a float32 output then
 
-_GRAIN = 2**16  # multiplications that are worth a thread
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 _KEYS = torch._C._TorchDispatchModeKey
 _RECORDERS = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
 
 
-@cache
+@lru_cache(maxsize=1)
 def load() -> tuple[ModuleType | None, str]:
     """Return the compiled module and whose threads it uses; or None and the reason why there is none."""
     try:
@@ -54,6 +52,40 @@ def load() -> tuple[ModuleType | None, str]:
     return _native, "on one thread, since torch's OpenMP library was not found"
 
 
+class _Prepared:
+    """A weight as C knows it, for as long as the addresses hold."""
+
+    __slots__ = ("bias", "handle", "kernel", "packed", "scales", "sizes")
+
+    def __init__(self, kernel: Kernel, handle: Any, packed: int, scales: int) -> None:
+        self.kernel, self.handle, self.packed, self.scales = kernel, handle, packed, scales
+        self.sizes: dict[tuple[int, int, bool], int] = {}
+        self.bias: tuple[Tensor | None, int, int] = None, 0, 0  # the last one, its address and its type
+
+    def bias_arguments(self, bias: Tensor | None, rows: int) -> tuple[int, int] | None:
+        """Return a bias as C takes it, or None where C cannot read it."""
+        if bias is None:
+            return 0, 0
+        known, address, kind = self.bias
+        if known is not bias or bias.data_ptr() != address:
+            if bias.dtype not in _TYPES or bias.shape != (rows,) or not bias.is_contiguous() or not _is_real(bias):
+                return None
+            address, kind = bias.data_ptr(), _TYPES[bias.dtype]
+            if self.scales:  # what is known of 16-bit weights outlives them: it must not keep a bias
+                self.bias = bias, address, kind
+        return address, kind
+
+    def scratch(self, batch: int, threads: int, transposed: bool) -> int:
+        """Return how many bytes of scratch a product takes."""
+        key = batch, threads, transposed
+        size = self.sizes.get(key)
+        if size is None:
+            if len(self.sizes) > 64:  # a batch of every size has been here
+                self.sizes.clear()
+            size = self.sizes[key] = self.kernel._native.scratch(self.handle, batch, threads, transposed)
+        return size
+
+
 class Kernel:
     """The contract of ``lowmem.kernels`` at one level of the compiled kernel.
 
@@ -65,111 +97,177 @@ class Kernel:
     def __init__(self, native: ModuleType, level: str) -> None:
         self._native = native
         self._level = native.levels().index(level)
+        self._multiplies_bfloat16 = level == "avx512bf16"
+        self._order = lru_cache(maxsize=64)(native.order)  # a table of the columns, shared by layers of one shape
+        self._known_half = lru_cache(maxsize=256)(self._new_half)  # true of any weight that lies there
 
     def linear(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + bias``: (batch, in) -> (batch, out)."""
-        if not self._multiplies(x, weight, dtype, LINEAR_BATCH, 1):
-            return reference.linear(x, weight, dtype, bias, **self._restoring(weight, dtype))
-        run = self._native.linear if isinstance(weight, QuantizedTensor) else self._native.half_linear
-        plain = bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and _real(bias))
-        if bias is None or (plain and bias.shape == weight.shape[:1]):
-            return self._product(run, x, weight, weight.shape[0], bias)
-        return self._product(run, x, weight, weight.shape[0], None).add_(bias)
+        rows, columns = weight.shape
+        prepared = self._prepare(weight)
+        kind = _TYPES.get(dtype)
+        if prepared is None or kind is None or not _takes(x, columns) or rows == 0:
+            return reference.linear(x, weight, dtype, bias)
+        if columns > _WIDE and kind:
+            return self._in_pieces(x, weight, dtype, bias)
+        if x.dtype is not dtype:
+            x = x.to(dtype)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        added = prepared.bias_arguments(bias, rows)
+        if added is None:
+            return self.linear(x, weight, dtype).add_(0 if bias is None else bias)
+        batch, threads = x.shape[0], torch.get_num_threads()
+        out = x.new_empty(batch, rows)
+        scratch = x.new_empty(prepared.scratch(batch, threads, False) // x.itemsize)
+        self._native.linear(
+            prepared.handle, x.data_ptr(), *added, out.data_ptr(), scratch.data_ptr(), batch, threads, kind
+        )
+        return out
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
-        if isinstance(weight, QuantizedTensor) and self._multiplies(grad, weight, dtype, INPUT_GRAD_BATCH, 0):
-            return self._product(self._native.input_grad, grad, weight, weight.shape[1], None)
-        return reference.input_grad(grad, weight, dtype, **self._restoring(weight, dtype))
-
-    def restore(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return some rows of W, restored in float32 and rounded once to ``dtype``."""
-        start, stop, _ = rows.indices(weight.shape[0])
-        out = torch.empty(stop - start, weight.shape[1], dtype=torch.float32, device="cpu")
-        threads = _threads(out.numel())
-        numbers = self._numbers(weight, threads, weight.packed[start:stop], weight.scales[start:stop], stop - start)
-        scratch = torch.empty(self._native.scratch(*numbers, 0), dtype=torch.uint8, device="cpu")
-        if out.numel():
-            self._native.restore(*numbers, 0, 0, out.data_ptr(), 0, scratch.data_ptr())
-        return out.to(dtype)
-
-    def _product(
-        self, run: Callable[..., None], x: Tensor, weight: Weight, features: int, bias: Tensor | None
-    ) -> Tensor:
-        x = x.to(torch.float32).contiguous()
         rows, columns = weight.shape
-        batch = x.shape[0]
-        out = torch.empty(batch, features, dtype=torch.float32, device="cpu")
-        piece = min(batch, max(1, SCRATCH_BYTES // (8 * columns)))  # inputs whose sorted copy takes half the scratch
-        threads = _threads(rows * columns * piece)
-        if isinstance(weight, QuantizedTensor):
-            numbers = self._numbers(weight, threads, weight.packed, weight.scales, rows)
+        prepared = self._prepare(weight)
+        kind = _TYPES.get(dtype)
+        if prepared is None or kind is None or not _takes(grad, rows) or columns == 0:
+            return reference.input_grad(grad, weight, dtype)
+        if isinstance(weight, QuantizedTensor) and dtype is torch.bfloat16 and self._multiplies_bfloat16:
+            read = grad.to(dtype)
+            read = (torch.nn.functional.pad(read, (0, 1)) if rows % 2 else read).contiguous()  # pairs of rows
         else:
-            numbers = (self._level, threads, weight.data_ptr(), 0, 0, _HALVES[weight.dtype], 4096, rows, columns)
-        scratch = torch.empty(self._native.scratch(*numbers, piece), dtype=torch.uint8, device="cpu").data_ptr
-        added = 0 if bias is None else bias.data_ptr()
-        for start in range(0, batch, piece):
-            part, to = x[start : start + piece], out[start : start + piece]
-            run(*numbers, part.data_ptr(), added, to.data_ptr(), part.shape[0], scratch())
+            read = grad.to(torch.float32).contiguous()
+        batch, threads = len(grad), torch.get_num_threads()
+        out = read.new_empty(batch, columns, dtype=dtype)
+        scratch = out.new_empty(prepared.scratch(batch, threads, True) // out.itemsize)
+        self._native.input_grad(
+            prepared.handle, read.data_ptr(), 0, 0, out.data_ptr(), scratch.data_ptr(), batch, threads, kind
+        )
         return out
 
-    def _numbers(
-        self, weight: QuantizedTensor, threads: int, packed: Tensor, scales: Tensor, rows: int
-    ) -> tuple[int, ...]:
-        return (
+    def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return some rows of W, restored in float32 and rounded once to ``dtype``."""
+        prepared = self._prepare(weight)
+        if prepared is None or dtype not in _TYPES:
+            return blockwise.PLAIN.dequantize(weight, rows, dtype)
+        start, stop, _ = rows.indices(weight.packed.shape[0])
+        out = weight.packed.new_empty(max(0, stop - start), weight.shape[-1], dtype=dtype)
+        if out.numel():
+            threads = torch.get_num_threads()
+            self._native.restore(prepared.handle, start, out.shape[0], out.data_ptr(), threads, _TYPES[dtype])
+        return out
+
+    def quantize_rows(
+        self, rows: Tensor, form: Format, size: int, encoding: ScaleEncoding, packed: Tensor, stored: Tensor
+    ) -> None:
+        """Quantize float32 (rows, n) into ``packed`` and ``stored``."""
+        outputs_fit = all(_is_real(t) and t.is_contiguous() for t in (rows, packed, stored))
+        if not outputs_fit or encoding.name not in _ENCODINGS or _is_traced() or not rows.numel():
+            return blockwise.PLAIN.quantize_rows(rows, form, size, encoding, packed, stored)
+        threads, (count, columns) = torch.get_num_threads(), rows.shape
+        scratch = rows.new_empty(threads * (-(-columns // size) + size + 64))
+        held = self._native.quantize(
             self._level,
+            rows.data_ptr(),
+            packed.data_ptr(),
+            stored.data_ptr(),
+            _floats(form.boundaries).buffer_info()[0],
+            _ENCODINGS[encoding.name],
+            size,
+            count,
+            columns,
+            form.zero_code,
+            _bits(encoding.largest),
+            scratch.data_ptr(),
             threads,
+        )
+        if not held:
+            blockwise.PLAIN.quantize_rows(rows, form, size, encoding, packed, stored)  # raises, and says why
+        return None
+
+    def _prepare(self, weight: Weight) -> _Prepared | None:
+        """Return a weight as C knows it, or None where C cannot read it."""
+        if torch.compiler.is_compiling() or _is_traced():
+            return None
+        if not isinstance(weight, QuantizedTensor):
+            return self._prepare_half(weight)
+        kept: _Prepared | None = weight.__dict__.get("prepared")
+        packed, scales = weight.packed, weight.scales
+        if (
+            kept is not None
+            and kept.kernel is self
+            and packed.data_ptr() == kept.packed
+            and scales.data_ptr() == kept.scales
+            and packed.is_contiguous()
+            and scales.is_contiguous()
+        ):
+            return kept
+        if not (
+            (packed.shape, packed.dtype, scales.shape, scales.dtype) == weight.stored_layout
+            and len(weight.shape) == 2
+            and weight.shape[1] > 0
+            and _is_real(packed)
+            and _is_real(scales)
+            and packed.is_contiguous()
+            and scales.is_contiguous()
+        ):
+            return None
+        rows, columns = weight.shape
+        handle = self._native.prepare(
+            self._order(self._level, columns, weight.block_size),
+            self._level,
             packed.data_ptr(),
             scales.data_ptr(),
-            _levels(weight.format).buffer_info()[0],
+            _floats(get_format(weight.format).levels).buffer_info()[0],
             _ENCODINGS[weight.scale_encoding],
             weight.block_size,
             rows,
-            weight.shape[1],
+            columns,
         )
+        kept = _Prepared(self, handle, packed.data_ptr(), scales.data_ptr())
+        weight.__dict__["prepared"] = kept
+        return kept
 
-    def _restoring(self, weight: Weight, dtype: torch.dtype) -> dict[str, Any]:
-        """Return how the reference can restore rows faster, and the scratch a weight that it then takes."""
-        if not isinstance(weight, QuantizedTensor) or not _readable(weight):
-            return {}
-        cast = 0 if dtype == torch.float32 else dtype.itemsize
-        return {"restore": partial(self.restore, weight), "bytes_per_weight": 5 + cast}  # float32, a cast, scales
+    def _prepare_half(self, weight: Tensor) -> _Prepared | None:
+        if not (
+            weight.dtype in _HALVES
+            and weight.dim() == 2
+            and weight.shape[1] > 0
+            and _is_real(weight)
+            and weight.is_contiguous()
+        ):
+            return None
+        return self._known_half(weight.data_ptr(), _TYPES[weight.dtype], *weight.shape)
 
-    @staticmethod
-    def _multiplies(x: Tensor, weight: Weight, dtype: torch.dtype, most: int, contracted: int) -> bool:
-        """Whether C takes the product: blocks of whole 32-bit words, and a batch that is not too large for it."""
-        return (
-            dtype == torch.float32
-            and x.dim() == 2
-            and 0 < x.shape[0] < most
-            and _readable(weight)
-            and x.shape[1] == weight.shape[contracted] > 0
-            and weight.shape.numel() > 0
-            and _real(x)
-            and not (isinstance(weight, QuantizedTensor) and weight.block_size % 8)
-        )
+    def _new_half(self, address: int, kind: int, rows: int, columns: int) -> _Prepared:
+        handle = self._native.prepare(None, self._level, address, 0, 0, kind, 0, rows, columns)
+        return _Prepared(self, handle, address, 0)
 
-
-def _readable(weight: Weight) -> bool:
-    """Whether C may read a weight: a matrix that is stored as its shape and encoding say, contiguously."""
-    if torch.compiler.is_compiling() or _is_traced():
-        return False
-    if not isinstance(weight, QuantizedTensor):
-        return weight.dim() == 2 and weight.dtype in _HALVES and _real(weight) and weight.is_contiguous()
-    packed, scales = weight.packed, weight.scales
-    return (
-        len(weight.shape) == 2
-        and (packed.shape, packed.dtype, scales.shape, scales.dtype) == weight.stored_layout
-        and _real(packed)
-        and _real(scales)
-        and packed.is_contiguous()
-        and scales.is_contiguous()
-    )
+    def _in_pieces(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+        """Multiply in float32, a few inputs at a time: the sums are rounded once, and stay small."""
+        out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+        step = max(1, _WIDE_BYTES // (4 * weight.shape[0]))
+        for start in range(0, x.shape[0], step):
+            part = x[start : start + step].to(dtype).float()
+            out[start : start + step] = self.linear(part, weight, torch.float32, bias)
+        return out
 
 
-def _real(tensor: Tensor) -> bool:
+def _takes(x: Tensor, features: int) -> bool:
+    """Whether C can read a batch."""
+    shape = x.shape
+    return len(shape) == 2 and shape[1] == features and shape[0] > 0 and _is_real(x)
+
+
+def _is_real(tensor: Tensor) -> bool:
     """Whether a tensor's memory on the CPU is its value: no wrapper, no lazy negation, no zero without memory."""
-    return type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_neg() and not tensor._is_zerotensor()
+    kind = type(tensor)
+    return (
+        (kind is Tensor or kind is Parameter)
+        and tensor.is_cpu
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
 
 
 def _is_traced() -> bool:
@@ -181,11 +279,10 @@ def _is_traced() -> bool:
     )
 
 
-def _threads(work: int) -> int:
-    """Return how many of torch's threads a number of multiplications is worth."""
-    return min(torch.get_num_threads(), 1 + work // _GRAIN)
+@lru_cache(maxsize=64)
+def _floats(values: tuple[float, ...]) -> array[float]:
+    return array("f", values)  # not a tensor, which a mode that is active now could replace
 
 
-@cache
-def _levels(format: str) -> array[float]:
-    return array("f", get_format(format).levels)  # not a tensor, which a mode that is active now could replace
+def _bits(value: float) -> int:
+    return int.from_bytes(array("f", [value]).tobytes(), "little")

@@ -5,29 +5,19 @@ Readable rather than fast. Every compiled kernel is tested against these lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lowmem.blockwise import BYTES_PER_WEIGHT, QuantizedTensor, row_chunks
+from lowmem.blockwise import QuantizedTensor, row_chunks
 
 __all__ = ["Weight", "input_grad", "linear"]
 
 Weight: TypeAlias = Tensor | QuantizedTensor
-Restore: TypeAlias = Callable[[slice, torch.dtype], Tensor]
 
 
-def linear(
-    x: Tensor,
-    weight: Weight,
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-    restore: Restore | None = None,
-    bytes_per_weight: int = BYTES_PER_WEIGHT,
-) -> Tensor:
+def linear(x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ W.T + bias``: (batch, in) -> (batch, out), computed and returned in ``dtype``.
 
     Args:
@@ -35,31 +25,21 @@ def linear(
         weight: (out, in).
         dtype: to compute in.
         bias: (out,), or None.
-        restore: returns a slice of the rows of W in a dtype, if another can do it better.
-        bytes_per_weight: the scratch that it takes.
     """
-    restore = restore or partial(_restore, weight)
     out_features, in_features = weight.shape
     x = x.to(dtype)
     out = x.new_empty(x.shape[0], out_features)
-    for rows in row_chunks(out_features, in_features, bytes_per_weight):
-        torch.mm(x, restore(rows, dtype).t(), out=out[:, rows])  # (batch, rows)
+    for rows in row_chunks(out_features, in_features):
+        torch.mm(x, _restore(weight, rows, dtype).t(), out=out[:, rows])  # (batch, rows)
     return out if bias is None else out.add_(bias)
 
 
-def input_grad(
-    grad: Tensor,
-    weight: Weight,
-    dtype: torch.dtype,
-    restore: Restore | None = None,
-    bytes_per_weight: int = BYTES_PER_WEIGHT,
-) -> Tensor:
+def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """Return ``grad @ W``: (batch, out) -> (batch, in), computed and returned in ``dtype``.
 
     Half-precision sums over chunks are kept in float32, as a single product keeps them. The arguments are
     those of ``linear``.
     """
-    restore = restore or partial(_restore, weight)
     out_features, in_features = weight.shape
     if grad.shape[1] != out_features:
         raise RuntimeError(f"grad.shape={tuple(grad.shape)} must end in out_features={out_features}")
@@ -67,8 +47,8 @@ def input_grad(
     sums = torch.zeros(
         grad.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device
     )
-    for rows in row_chunks(out_features, in_features, bytes_per_weight):
-        part = restore(rows, dtype)  # (rows, in)
+    for rows in row_chunks(out_features, in_features):
+        part = _restore(weight, rows, dtype)  # (rows, in)
         if sums.dtype == dtype:
             sums.addmm_(grad[:, rows], part)
         else:

@@ -1,80 +1,15 @@
-/* AVX2 with FMA and F16C: the sixteen levels are two registers; bit 3 of a code chooses between them. */
+/* AVX2. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include <immintrin.h>
-
-#include "kernel.h"
-
-#define LANES 8
-#define LEVEL(name) avx2_##name
-typedef __m256 V;
-typedef __m256i W;
-typedef struct {
-    __m256 low, high;
-} T;
-
-#define v_zero _mm256_setzero_ps
-#define v_set1 _mm256_set1_ps
-#define v_load _mm256_loadu_ps
-#define v_store _mm256_storeu_ps
-#define v_mul _mm256_mul_ps
-#define v_fma _mm256_fmadd_ps
-#define v_spread(p, index) \
-    _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_loadu_si256((const __m256i *)(index)))
-
-static inline T table_load(const float *levels)
-{
-    const T table = {_mm256_loadu_ps(levels), _mm256_loadu_ps(levels + 8)};
-    return table;
-}
-static inline __attribute__((always_inline)) V v_lookup(T table, W words, const int k)
-{
-    const W index = _mm256_srli_epi32(words, 4 * k); /* the permute reads three bits of it */
-    const V bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * k)); /* the blend reads the sign */
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
-                            _mm256_permutevar8x32_ps(table.high, index), bit3);
-}
-static inline float v_sum(V a)
-{
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-static inline W words_load(const uint8_t *p, int64_t left)
-{
-    if (left >= 32)
-        return _mm256_loadu_si256((const __m256i *)p);
-    uint8_t part[32] = {0};
-    memcpy(part, p, (size_t)left);
-    return _mm256_loadu_si256((const __m256i *)part);
-}
-static inline W bytes_load(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
-static inline W block_load(const uint8_t *p)
-{
-    int four;
-    memcpy(&four, p, 4);
-    return _mm256_srlv_epi32(_mm256_cvtepu8_epi32(_mm_set1_epi32(four)), _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0));
-}
-static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
-{
-    for (; n >= 8; n -= 8, p += 8, out += 8)
-        _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
-    for (int64_t i = 0; i < n; i++)
-        out[i] = half_to_float(p[i]);
-}
-
-#define v_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
-#define v_bfloat(p) \
-    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
-
-#include "body.h"
+#define LEVEL(level_name) avx2_##level_name
+#include "avx2.h"
 
 const struct level level_avx2 = {
-    "avx2", LANES, avx2_linear, avx2_input_grad, avx2_restore, avx2_half_linear,
+    "avx2", LANES, LEVEL_LOW, avx2_linear, avx2_input_grad, avx2_restore, avx2_quantize,
 };
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -7,63 +7,155 @@
 
 /* Sizes of scratch, the same at every level, so that memory is the same on every processor. */
 #define MAX_LANES 16
-#define TILE_ROWS 8       /* rows restored at a time, */
-#define TILE_COLUMNS 1024 /* in pieces that stay in the first cache */
-#define FEW_ROWS 4
-#define GRAD_ROWS 8
+#define MAX_GROUP (MAX_LANES * 8)
+#define TILE_ROWS 8      /* rows restored at a time, */
+#define TILE_COLUMNS 512 /* in pieces that stay in the first cache, */
+#define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES) /* the scales of a row, and as much as may be read behind */
+#define GRAD_ROWS 32    /* rows of a tile of the gradient, a group of columns wide */
+#define FEW_COLUMNS 2048 /* columns whose scales are read at a time with a small batch */
+#define FEW_SCALES (FEW_COLUMNS / 8 + 2 * MAX_LANES)
+#define FEW 4           /* inputs at a time that are multiplied with codes decoded in registers */
+#define WIDE 8192       /* columns of the input that are packed at a time */
+#define PACKED_BYTES (640 * 1024) /* the most that a packed input takes, */
+#define MOST 512                  /* and the most inputs in it */
 
-enum encoding { SCALES_FLOAT32, SCALES_FLOAT16, SCALES_DOUBLE, HALF_FLOAT16, HALF_BFLOAT16 };
+/* Types of inputs, outputs and 16-bit weights. */
+enum type { FLOAT32, BFLOAT16, FLOAT16 };
+
+enum encoding { SCALES_FLOAT32, SCALES_FLOAT16, SCALES_DOUBLE };
+
+/* Where the columns of a row of codes come up, for one number of columns, block and number of lanes: column c in
+ * vector place[c] / lanes, lane place[c] % lanes. The block of a group's word i, byte b, counted from the group's
+ * first block, is block[(g * 4 + b) * lanes + i]: the same for all four bytes where blocks are whole words. */
+struct order {
+    int64_t lanes, groups, whole_words;
+    const int32_t *place, *block, *first_block;
+    int32_t tables[];
+};
 
 /* A matrix (rows, columns): 4-bit, as lowmem/packing.py and lowmem/scales.py lay it out, or of 16-bit floats. */
 struct weight {
     const uint8_t *packed; /* (rows, row_bytes); the 16-bit floats, where there are no codes */
     const uint8_t *scales;
     const float *levels; /* 16 */
+    const struct order *order; /* NULL for 16-bit floats, which keep their own order */
     int64_t rows, columns, row_bytes, blocks;
     int64_t half; /* bytes of a whole block */
-    int encoding;
+    int64_t stride; /* columns, padded to whole groups of words at every level */
+    int encoding; /* enum encoding; enum type for 16-bit floats */
 };
 
 /* One call. Everything in it but the output is read by all threads. */
 struct job {
-    struct weight weight;
-    const float *x; /* (batch, columns) of linear, (batch, rows) of input_grad */
-    const float *bias;
-    float *out;
-    int64_t batch, groups, threads;
-    float *sorted; /* (batch, groups * GROUP): the input, or the gradient, in the order of the words */
-    int64_t sorted_stride;
-    const int32_t *lane_block;  /* (groups * LANES): the word's block, counted from the group's first */
-    const int32_t *first_block; /* (groups) */
-    float *thread_scratch;
-    int64_t thread_floats, scale_stride;
-    void (*body)(const struct job *, int64_t thread, float *scratch);
+    const struct weight *weight;
+    const void *x; /* (batch, columns) of linear, (batch, rows) of input_grad */
+    const void *bias;
+    void *out;
+    int type, bias_type; /* enum type of x and out, and of the bias */
+    int low; /* whether products are taken in bfloat16 */
+    int64_t batch, threads;
+    float *packed; /* the input, or the gradient, in the order of the words */
+    float *own; /* scratch of the threads */
+    int64_t own_floats;
+    /* What is multiplied now: a piece of the batch, and groups of columns. */
+    int64_t m0, m1, g0, g1;
+    struct quantizing *quantizing; /* of module.c */
 };
+
+typedef void (*body)(const struct job *, int64_t thread);
+
+/* Run a body once for each thread of a job. */
+void parallel(const struct job *, body);
 
 /* One instruction set. */
 struct level {
     const char *name;
-    int lanes;
-    void (*linear)(const struct job *, int64_t thread, float *scratch);
-    void (*input_grad)(const struct job *, int64_t thread, float *scratch);
-    void (*restore)(const struct job *, int64_t thread, float *scratch);
-    void (*half_linear)(const struct job *, int64_t thread, float *scratch);
+    int lanes, low; /* low: whether it multiplies bfloat16 */
+    void (*linear)(struct job *);
+    void (*input_grad)(struct job *);
+    void (*restore)(struct job *);
+    int (*quantize)(const float *x, int64_t rows, const struct weight *w, const float *boundaries, int zero, float largest,
+                    uint8_t *packed, uint8_t *scales, uint8_t *codes);
 };
 
-extern const struct level level_portable, level_avx2, level_avx512;
+extern const struct level level_portable, level_avx2, level_avx512, level_avx512bf16;
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* How many inputs are packed at a time: all that fit, in whole vectors from the first vector on. */
+static inline int64_t piece_of(int64_t batch, int64_t columns)
+{
+    const int64_t fit = smaller(PACKED_BYTES / (columns * (int64_t)sizeof(float)), MOST);
+    return batch <= fit ? batch : fit >= MAX_LANES ? fit / MAX_LANES * MAX_LANES : fit ? fit : 1;
+}
+
+static inline uint32_t bits_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
 
 static inline float half_to_float(uint16_t h)
 {
     const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-    uint32_t bits;
-    float value;
-    if (rest >= 0x0400) {
-        bits = sign | ((rest << 13) + ((rest >= 0x7c00 ? 224u : 112u) << 23)); /* 224: infinity, NaN */
-        memcpy(&value, &bits, 4);
-        return value;
-    }
-    value = (float)rest * 0x1p-24f;
+    if (rest >= 0x0400)
+        return float_of(sign | ((rest << 13) + ((rest >= 0x7c00 ? 224u : 112u) << 23))); /* 224: infinity, NaN */
+    const float value = (float)rest * 0x1p-24f;
     return sign ? -value : value;
+}
+
+static inline float bfloat_to_float(uint16_t b) { return float_of((uint32_t)b << 16); }
+
+/* To the nearest, ties to even; a NaN stays one. */
+static inline uint16_t float_to_bfloat(float value)
+{
+    const uint32_t bits = bits_of(value);
+    const uint16_t rounded = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+
+static inline uint16_t float_to_half(float value)
+{
+    const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000)
+        return (uint16_t)(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) /* 65520 and more round to infinity */
+        return (uint16_t)(sign | 0x7c00);
+    if (magnitude < 0x38800000) /* subnormal: the addition rounds to units of 2^-24 */
+        return (uint16_t)(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
+}
+
+/* Towards zero, for what is not negative and not above 65504. */
+static inline uint16_t float_to_half_below(float value)
+{
+    const uint32_t bits = bits_of(value);
+    return (uint16_t)(bits < 0x38800000 ? (uint32_t)(value * 0x1p24f) : (bits - 0x38000000) >> 13);
+}
+
+static inline float read_as_float(const void *p, int type, int64_t i)
+{
+    if (type == FLOAT32)
+        return ((const float *)p)[i];
+    const uint16_t bits = ((const uint16_t *)p)[i];
+    return type == BFLOAT16 ? bfloat_to_float(bits) : half_to_float(bits);
+}
+
+static inline void write_as(void *p, int type, int64_t i, float value)
+{
+    if (type == FLOAT32)
+        ((float *)p)[i] = value;
+    else
+        ((uint16_t *)p)[i] = type == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
 }
 
 /* The part of n that a thread takes, in steps: the same for every run. */

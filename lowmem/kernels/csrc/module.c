@@ -13,92 +13,62 @@
 #define dlopen_loaded(path) dlopen(path, RTLD_LAZY | RTLD_NOLOAD)
 #endif
 
-#include "kernel.h"
+#include "order.h"
+
+#define GRAIN 65536 /* multiplications that are worth a thread */
 
 static void (*run_parallel)(void (*)(void *), void *, unsigned, unsigned);
 static int (*thread_number)(void);
 static int (*thread_count)(void);
 
-static void region(void *data)
+struct region {
+    const struct job *job;
+    body run;
+};
+
+static void region_body(void *data)
 {
-    const struct job *job = data;
+    const struct region *region = data;
     const int64_t count = thread_count(); /* can be fewer than were asked for */
-    for (int64_t t = thread_number(); t < job->threads; t += count)
-        job->body(job, t, job->thread_scratch + t * job->thread_floats);
+    for (int64_t t = thread_number(); t < region->job->threads; t += count)
+        region->run(region->job, t);
 }
 
-static void run(const struct job *job)
+void parallel(const struct job *job, body run)
 {
+    struct region region = {job, run};
     if (job->threads > 1 && run_parallel) {
-        run_parallel(region, (void *)job, (unsigned)job->threads, 0);
+        run_parallel(region_body, &region, (unsigned)job->threads, 0);
         return;
     }
     for (int64_t t = 0; t < job->threads; t++)
-        job->body(job, t, job->thread_scratch + t * job->thread_floats);
+        run(job, t);
 }
 
-static const struct level *level_of(int64_t index)
+static int64_t threads_for(long long most, double work)
 {
-    static const struct level *levels[] = {
-        &level_portable,
+    const double worth = 1.0 + work / GRAIN;
+    return worth < (double)most ? (int64_t)worth : (int64_t)most;
+}
+
+static const struct level *const all_levels[] = {
+    &level_portable,
 #if defined(__x86_64__)
-        &level_avx2,
-        &level_avx512,
+    &level_avx2,
+    &level_avx512,
+    &level_avx512bf16,
 #endif
-    };
-    return levels[index];
-}
+};
 
-/* Put a row into the order of the words: element e of word d, nibble k, to d's group, vector k, lane d. */
-static void sort_row(const struct weight *w, int lanes, const float *x, float *sorted)
-{
-    const int64_t size = 2 * w->half, full = w->columns / size, rest = w->columns % size;
-    const int64_t words = full * w->half / 4;
-    for (int64_t d = 0; d < words; d++) {
-        const int64_t block = 4 * d / w->half;
-        const float *low = x + block * size + (4 * d - block * w->half), *high = low + w->half;
-        float *out = sorted + d / lanes * lanes * 8 + d % lanes;
-        for (int b = 0; b < 4; b++) {
-            out[2 * b * lanes] = low[b];
-            out[(2 * b + 1) * lanes] = high[b];
-        }
-    }
-    const int64_t half = (rest + 1) / 2;
-    for (int64_t j = 0; j < half; j++) {
-        const int64_t byte = full * w->half + j, d = byte / 4, b = byte % 4;
-        float *out = sorted + d / lanes * lanes * 8 + d % lanes;
-        out[2 * b * lanes] = x[full * size + j];
-        out[(2 * b + 1) * lanes] = half + j < rest ? x[full * size + half + j] : 0.0f;
-    }
-}
+/* A weight that has been prepared: what Python holds as a capsule. */
+struct prepared {
+    struct weight weight;
+    const struct level *level;
+    PyObject *order;
+};
 
-static void unsort_row(const struct weight *w, int lanes, const float *sorted, float *x)
-{
-    const int64_t size = 2 * w->half, full = w->columns / size, rest = w->columns % size;
-    for (int64_t byte = 0; byte < w->row_bytes; byte++) {
-        const int64_t block = byte / w->half, j = byte - block * w->half;
-        const int64_t half = block < full ? w->half : (rest + 1) / 2, left = block < full ? size : rest;
-        const int64_t d = byte / 4, b = byte % 4;
-        const float *in = sorted + d / lanes * lanes * 8 + d % lanes;
-        x[block * size + j] = in[2 * b * lanes];
-        if (half + j < left)
-            x[block * size + half + j] = in[(2 * b + 1) * lanes];
-    }
-}
-
-static void fill_tables(const struct weight *w, int lanes, int64_t groups, int32_t *lane_block, int32_t *first_block)
-{
-    for (int64_t g = 0; g < groups; g++) {
-        const int64_t first = g * lanes * 4 / w->half;
-        first_block[g] = (int32_t)first;
-        for (int i = 0; i < lanes; i++) {
-            const int64_t byte = (g * lanes + i) * 4;
-            lane_block[g * lanes + i] = byte < w->row_bytes ? (int32_t)(byte / w->half - first) : 0;
-        }
-    }
-}
-
-enum { LEVEL_INDEX, THREADS, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, WEIGHT_ARGUMENTS };
+#define PREPARED "lowmem.prepared"
+#define ORDER "lowmem.order"
 
 static int read_numbers(PyObject *const *args, Py_ssize_t given, long long *numbers, Py_ssize_t expected)
 {
@@ -114,142 +84,240 @@ static int read_numbers(PyObject *const *args, Py_ssize_t given, long long *numb
     return 0;
 }
 
+#define ADDRESS(n) ((void *)(intptr_t)(n))
+
+static void free_order(PyObject *capsule) { free(PyCapsule_GetPointer(capsule, ORDER)); }
+
+/* order(level, columns, block_size) -> capsule */
+static PyObject *order(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    long long n[3];
+    (void)self;
+    if (read_numbers(args, given, n, 3))
+        return NULL;
+    struct order *made = make_order(all_levels[n[0]]->lanes, n[1], n[2]);
+    return made ? PyCapsule_New(made, ORDER, free_order) : PyErr_NoMemory();
+}
+
+static void free_prepared(PyObject *capsule)
+{
+    struct prepared *prepared = PyCapsule_GetPointer(capsule, PREPARED);
+    Py_XDECREF(prepared->order);
+    free(prepared);
+}
+
 static struct weight read_weight(const long long *n)
 {
-    const int64_t size = (int64_t)n[BLOCK], columns = (int64_t)n[COLUMNS];
+    enum { PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS };
+    const int64_t size = n[BLOCK], columns = n[COLUMNS];
     const struct weight w = {
-        .packed = (const uint8_t *)(intptr_t)n[PACKED],
-        .scales = (const uint8_t *)(intptr_t)n[SCALES],
-        .levels = (const float *)(intptr_t)n[LEVELS],
-        .rows = (int64_t)n[ROWS],
+        .packed = ADDRESS(n[PACKED]),
+        .scales = ADDRESS(n[SCALES]),
+        .levels = ADDRESS(n[LEVELS]),
+        .rows = n[ROWS],
         .columns = columns,
         .row_bytes = (columns + 1) / 2,
-        .blocks = (columns + size - 1) / size,
+        .blocks = size ? (columns + size - 1) / size : 0,
         .half = size / 2,
+        .stride = round_up(columns + columns % 2, MAX_GROUP),
         .encoding = (int)n[ENCODING],
     };
     return w;
 }
 
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-/* Floats of scratch: shared by the threads, and a thread's own. */
-static int64_t shared_floats(const struct weight *w, int64_t batch)
+/* prepare(order or None, level, packed, scales, levels, encoding, block_size, rows, columns) -> capsule */
+static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    if (w->encoding == HALF_FLOAT16 || w->encoding == HALF_BFLOAT16)
-        return w->columns % MAX_LANES ? batch * round_up(w->columns, MAX_LANES) : 0; /* the padded input */
-    const int64_t columns = round_up(2 * w->row_bytes, 8 * MAX_LANES);
-    return batch * columns + columns / 4; /* the sorted input; the tables of fill_tables */
+    long long n[8];
+    (void)self;
+    if (read_numbers(args + 1, given - 1, n, 8))
+        return NULL;
+    struct prepared *prepared = malloc(sizeof *prepared);
+    if (!prepared)
+        return PyErr_NoMemory();
+    prepared->level = all_levels[n[0]];
+    prepared->weight = read_weight(n + 1);
+    prepared->order = NULL;
+    PyObject *capsule = PyCapsule_New(prepared, PREPARED, free_prepared);
+    if (!capsule) {
+        free(prepared);
+        return NULL;
+    }
+    if (args[0] != Py_None) {
+        prepared->weight.order = PyCapsule_GetPointer(args[0], ORDER);
+        if (!prepared->weight.order) {
+            Py_DECREF(capsule);
+            return NULL;
+        }
+        Py_INCREF(args[0]);
+        prepared->order = args[0];
+    }
+    return capsule;
 }
 
-static int64_t thread_floats(const struct weight *w, int64_t batch)
+static int64_t linear_own(int64_t batch)
 {
-    const int64_t rows = batch ? TILE_ROWS : 1; /* of scales; restoring has no batch, and takes a row at a time */
-    return rows * (w->blocks + MAX_LANES) + (batch >= FEW_ROWS ? TILE_ROWS * TILE_COLUMNS : 0);
+    return batch <= FEW ? 0 : TILE_SCALES + TILE_ROWS * TILE_COLUMNS + TILE_ROWS * round_up(batch, MAX_LANES);
 }
 
-/* scratch(level, threads, 0, 0, 0, encoding, block, rows, columns, batch) -> bytes that linear and input_grad need */
+static int64_t grad_own(void) { return GRAD_ROWS * (TILE_SCALES + MAX_GROUP); }
+
+/* scratch(prepared, batch, threads, transposed) -> bytes that linear, or input_grad, needs */
 static PyObject *scratch(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    long long n[WEIGHT_ARGUMENTS + 1];
+    long long n[3];
     (void)self;
-    if (read_numbers(args, given, n, WEIGHT_ARGUMENTS + 1))
+    if (read_numbers(args + 1, given - 1, n, 3))
         return NULL;
-    const struct weight w = read_weight(n);
-    const int64_t batch = (int64_t)n[WEIGHT_ARGUMENTS];
-    return PyLong_FromLongLong(4LL * (shared_floats(&w, batch) + (int64_t)n[THREADS] * thread_floats(&w, batch)));
+    const struct prepared *prepared = PyCapsule_GetPointer(args[0], PREPARED);
+    if (!prepared)
+        return NULL;
+    const struct weight *w = &prepared->weight;
+    const int64_t width = n[2] ? w->stride : smaller(w->stride, WIDE), piece = piece_of(n[0], width);
+    const int64_t threads = threads_for(n[1], (double)w->rows * w->columns * n[0]);
+    const int64_t shared = (n[2] || n[0] <= FEW ? piece : round_up(piece, MAX_LANES)) * width;
+    return PyLong_FromLongLong(4 * (shared + threads * (n[2] ? grad_own() : linear_own(piece))));
 }
 
-static PyObject *call(PyObject *const *args, Py_ssize_t given, int kind)
+static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed)
 {
-    enum { X = WEIGHT_ARGUMENTS, BIAS, OUT, BATCH, SCRATCH, ARGUMENTS };
+    enum { X, BIAS, BIAS_TYPE, OUT, SCRATCH, BATCH, THREADS, TYPE, ARGUMENTS };
     long long n[ARGUMENTS];
-    if (read_numbers(args, given, n, ARGUMENTS))
+    if (read_numbers(args + 1, given - 1, n, ARGUMENTS))
         return NULL;
-    const struct level *level = level_of((int64_t)n[LEVEL_INDEX]);
-    struct job job = {
-        .weight = read_weight(n),
-        .x = (const float *)(intptr_t)n[X],
-        .bias = (const float *)(intptr_t)n[BIAS],
-        .out = (float *)(intptr_t)n[OUT],
-        .batch = (int64_t)n[BATCH],
-        .threads = (int64_t)n[THREADS],
-    };
-    const struct weight *w = &job.weight;
-    float *memory = (float *)(intptr_t)n[SCRATCH];
-    if (!job.weight.packed || !job.out || !memory || (kind != 2 && !job.x) ||
-        (kind != 3 && (!job.weight.scales || !job.weight.levels))) {
+    const struct prepared *prepared = PyCapsule_GetPointer(args[0], PREPARED);
+    if (!prepared)
+        return NULL;
+    const struct weight *w = &prepared->weight;
+    if (!w->packed || !n[X] || !n[OUT] || !n[SCRATCH] || (w->order && !w->scales)) {
         PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
         return NULL;
     }
+    const int64_t width = transposed ? w->stride : smaller(w->stride, WIDE), piece = piece_of(n[BATCH], width);
+    float *memory = ADDRESS(n[SCRATCH]);
+    struct job job = {
+        .weight = w,
+        .x = ADDRESS(n[X]),
+        .bias = ADDRESS(n[BIAS]),
+        .out = ADDRESS(n[OUT]),
+        .type = (int)n[TYPE],
+        .bias_type = (int)n[BIAS_TYPE],
+        .low = prepared->level->low && n[TYPE] == BFLOAT16 && w->order,
+        .batch = n[BATCH],
+        .threads = threads_for(n[THREADS], (double)w->rows * w->columns * n[BATCH]),
+        .packed = memory,
+        .own = memory + (transposed || n[BATCH] <= FEW ? piece : round_up(piece, MAX_LANES)) * width,
+        .own_floats = transposed ? grad_own() : linear_own(piece),
+    };
     Py_BEGIN_ALLOW_THREADS
-    job.groups = round_up(w->row_bytes, 4 * level->lanes) / (4 * level->lanes);
-    job.sorted_stride = job.groups * level->lanes * 8;
-    job.sorted = memory;
-    if (kind < 2) {
-        int32_t *lane_block = (int32_t *)(memory + job.batch * job.sorted_stride);
-        int32_t *first_block = lane_block + job.groups * level->lanes;
-        fill_tables(w, level->lanes, job.groups, lane_block, first_block);
-        job.lane_block = lane_block;
-        job.first_block = first_block;
-    }
-    job.thread_scratch = memory + shared_floats(w, job.batch);
-    job.thread_floats = thread_floats(w, job.batch);
-    job.scale_stride = w->blocks + MAX_LANES;
-    if (kind == 0) {
-        job.body = level->linear;
-        /* What lies beyond the row, in its last group, must be zeros: it is multiplied with real levels. */
-        memset(job.sorted, 0, (size_t)(job.batch * job.sorted_stride) * sizeof(float));
-        for (int64_t m = 0; m < job.batch; m++)
-            sort_row(w, level->lanes, job.x + m * w->columns, job.sorted + m * job.sorted_stride);
-        run(&job);
-    } else if (kind == 1) {
-        job.body = level->input_grad;
-        run(&job);
-        for (int64_t m = 0; m < job.batch; m++)
-            unsort_row(w, level->lanes, job.sorted + m * job.sorted_stride, job.out + m * w->columns);
-    } else if (kind == 2) {
-        job.body = level->restore;
-        run(&job);
-    } else {
-        job.body = level->half_linear;
-        job.sorted_stride = round_up(w->columns, MAX_LANES);
-        const int padded = job.sorted_stride != w->columns;
-        if (!padded)
-            job.sorted = (float *)job.x; /* read only */
-        for (int64_t m = 0; m < job.batch && padded; m++) {
-            float *row = job.sorted + m * job.sorted_stride;
-            memcpy(row, job.x + m * w->columns, (size_t)w->columns * sizeof *row);
-            memset(row + w->columns, 0, (size_t)(job.sorted_stride - w->columns) * sizeof *row);
-        }
-        run(&job);
-    }
+    (transposed ? prepared->level->input_grad : prepared->level->linear)(&job);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
+/* linear(prepared, x, bias, type of the bias, out, scratch, batch, threads, type) */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     (void)self;
-    return call(args, given, 0);
+    return product(args, given, 0);
 }
 
+/* input_grad(prepared, grad, 0, 0, out, scratch, batch, threads, type); grad is float32, or bfloat16 in rows that are
+ * even where the level multiplies it */
 static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     (void)self;
-    return call(args, given, 1);
+    return product(args, given, 1);
 }
 
+/* Of a row. */
+static int64_t scale_bytes(const struct weight *w)
+{
+    return w->encoding == SCALES_DOUBLE ? w->blocks + 2 : w->blocks * (w->encoding == SCALES_FLOAT16 ? 2 : 4);
+}
+
+/* restore(prepared, first row, rows, out, threads, type) */
 static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
+    enum { FIRST, ROWS, OUT, THREADS, TYPE, ARGUMENTS };
+    long long n[ARGUMENTS];
     (void)self;
-    return call(args, given, 2);
+    if (read_numbers(args + 1, given - 1, n, ARGUMENTS))
+        return NULL;
+    const struct prepared *prepared = PyCapsule_GetPointer(args[0], PREPARED);
+    if (!prepared)
+        return NULL;
+    struct weight w = prepared->weight;
+    if (!w.packed || !w.scales || !n[OUT]) {
+        PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
+        return NULL;
+    }
+    w.packed += n[FIRST] * w.row_bytes;
+    w.scales += n[FIRST] * scale_bytes(&w);
+    w.rows = n[ROWS];
+    struct job job = {
+        .weight = &w, .out = ADDRESS(n[OUT]), .type = (int)n[TYPE], .threads = threads_for(n[THREADS], (double)w.rows * w.columns),
+    };
+    Py_BEGIN_ALLOW_THREADS
+    prepared->level->restore(&job);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
 }
 
-static PyObject *half_linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
+struct quantizing {
+    const struct level *level;
+    const float *x, *boundaries;
+    float largest;
+    int zero;
+    uint8_t *packed, *scales, *scratch;
+    int64_t own, scale_bytes;
+    int failed; /* only ever set */
+};
+
+static void quantize_body(const struct job *job, int64_t thread)
 {
+    struct quantizing *q = job->quantizing;
+    const struct weight *w = job->weight;
+    int64_t from, to;
+    share(w->rows, 1, job->threads, thread, &from, &to);
+    if (!q->level->quantize(q->x + from * w->columns, to - from, w, q->boundaries, q->zero, q->largest,
+                            q->packed + from * w->row_bytes, q->scales + from * q->scale_bytes, q->scratch + thread * q->own))
+        q->failed = 1;
+}
+
+/* quantize(level, x, packed, scales, boundaries, encoding, block_size, rows, columns, zero code, bits of the largest
+ * magnitude, scratch, threads) -> whether the scales can hold every weight */
+static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    enum { LEVEL_INDEX, X, WEIGHT, ZERO = WEIGHT + 7, LARGEST, SCRATCH, THREADS, ARGUMENTS };
+    long long n[ARGUMENTS];
     (void)self;
-    return call(args, given, 3);
+    if (read_numbers(args, given, n, ARGUMENTS))
+        return NULL;
+    const struct weight w = read_weight(n + WEIGHT);
+    struct quantizing q = {
+        .level = all_levels[n[LEVEL_INDEX]],
+        .x = ADDRESS(n[X]),
+        .boundaries = w.levels,
+        .largest = float_of((uint32_t)n[LARGEST]),
+        .zero = (int)n[ZERO],
+        .packed = (uint8_t *)w.packed,
+        .scales = (uint8_t *)w.scales,
+        .scratch = ADDRESS(n[SCRATCH]),
+        .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES),
+        .scale_bytes = scale_bytes(&w),
+    };
+    struct job job = {
+        .weight = &w, .threads = threads_for(n[THREADS], (double)w.rows * w.columns), .quantizing = &q,
+    };
+    if (!q.x || !q.packed || !q.scales || !q.scratch) {
+        PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    parallel(&job, quantize_body);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(!q.failed);
 }
 
 /* levels() -> the names of the levels that this processor can run, the slowest first; their order is their index */
@@ -267,11 +335,11 @@ static PyObject *levels(PyObject *self, PyObject *unused)
         count = 2;
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-            count = 3;
+            count = __builtin_cpu_supports("avx512bf16") ? 4 : 3;
     }
 #endif
     for (int i = 0; i < count; i++) {
-        PyObject *name = PyUnicode_FromString(level_of(i)->name);
+        PyObject *name = PyUnicode_FromString(all_levels[i]->name);
         if (!name || PyList_Append(names, name)) {
             Py_XDECREF(name);
             Py_DECREF(names);
@@ -303,14 +371,18 @@ static PyObject *share_threads(PyObject *self, PyObject *path)
     Py_RETURN_TRUE;
 }
 
+#define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
+
 static PyMethodDef methods[] = {
     {"levels", levels, METH_NOARGS, NULL},
     {"share_threads", share_threads, METH_O, NULL},
-    {"scratch", (PyCFunction)(void (*)(void))scratch, METH_FASTCALL, NULL},
-    {"linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL, NULL},
-    {"input_grad", (PyCFunction)(void (*)(void))input_grad, METH_FASTCALL, NULL},
-    {"restore", (PyCFunction)(void (*)(void))restore, METH_FASTCALL, NULL},
-    {"half_linear", (PyCFunction)(void (*)(void))half_linear, METH_FASTCALL, NULL},
+    FAST(order),
+    FAST(prepare),
+    FAST(scratch),
+    FAST(linear),
+    FAST(input_grad),
+    FAST(restore),
+    FAST(quantize),
     {NULL, NULL, 0, NULL},
 };
 

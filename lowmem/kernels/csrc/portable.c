@@ -43,6 +43,22 @@ static inline float v_sum(V a)
     EACH sum += a.v[i];
     return sum;
 }
+static inline void v_sum4(V a, V b, V c, V d, float *out)
+{
+    out[0] = v_sum(a), out[1] = v_sum(b), out[2] = v_sum(c), out[3] = v_sum(d);
+}
+static inline void v_transpose(V *v)
+{
+    float square[LANES][LANES];
+    for (int i = 0; i < LANES; i++)
+        v_store(square[i], v[i]);
+    for (int i = 0; i < LANES; i++) {
+        float column[LANES];
+        for (int j = 0; j < LANES; j++)
+            column[j] = square[j][i];
+        v[i] = v_load(column);
+    }
+}
 static inline W words_load(const uint8_t *p, int64_t left)
 {
     W r = {{0}};
@@ -98,8 +114,16 @@ static inline V v_bfloat(const uint16_t *p)
     return r;
 }
 
+static inline void v_to_half(uint16_t *p, V a) { EACH p[i] = float_to_half(a.v[i]); }
+static inline void v_to_bfloat(uint16_t *p, V a) { EACH p[i] = float_to_bfloat(a.v[i]); }
+
+#define FEW_BATCH 8
+#define FEW_ROWS(M) 2
+#define MANY_ROWS 4
+#define GRAD_VECTORS 4
+
 #include "body.h"
 
 const struct level level_portable = {
-    "portable", LANES, portable_linear, portable_input_grad, portable_restore, portable_half_linear,
+    "portable", LANES, LEVEL_LOW, portable_linear, portable_input_grad, portable_restore, portable_quantize,
 };

@@ -1,0 +1,101 @@
+/* Vector operations of AVX2 with FMA and F16C: the sixteen levels are two registers; bit 3 of a code chooses. */
+#include <immintrin.h>
+
+#include "kernel.h"
+
+#define LANES 8
+typedef __m256 V;
+typedef __m256i W;
+typedef struct {
+    __m256 low, high;
+} T;
+
+#define v_zero _mm256_setzero_ps
+#define v_set1 _mm256_set1_ps
+#define v_load _mm256_loadu_ps
+#define v_store _mm256_storeu_ps
+#define v_mul _mm256_mul_ps
+#define v_fma _mm256_fmadd_ps
+#define v_spread(p, index) \
+    _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_loadu_si256((const __m256i *)(index)))
+
+static inline T table_load(const float *levels)
+{
+    const T table = {_mm256_loadu_ps(levels), _mm256_loadu_ps(levels + 8)};
+    return table;
+}
+static inline __attribute__((always_inline)) V v_lookup(T table, W words, const int k)
+{
+    const W index = _mm256_srli_epi32(words, 4 * k); /* the permute reads three bits of it */
+    const V bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * k)); /* the blend reads the sign */
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
+                            _mm256_permutevar8x32_ps(table.high, index), bit3);
+}
+static inline float v_sum(V a)
+{
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+static inline void v_sum4(V a, V b, V c, V d, float *out)
+{
+    out[0] = v_sum(a), out[1] = v_sum(b), out[2] = v_sum(c), out[3] = v_sum(d);
+}
+static inline void v_transpose(V *v)
+{
+    float square[LANES][LANES];
+    for (int i = 0; i < LANES; i++)
+        v_store(square[i], v[i]);
+    for (int i = 0; i < LANES; i++) {
+        float column[LANES];
+        for (int j = 0; j < LANES; j++)
+            column[j] = square[j][i];
+        v[i] = v_load(column);
+    }
+}
+static inline W words_load(const uint8_t *p, int64_t left)
+{
+    if (left >= 32)
+        return _mm256_loadu_si256((const __m256i *)p);
+    uint8_t part[32] = {0};
+    if (left > 0)
+        memcpy(part, p, (size_t)left);
+    return _mm256_loadu_si256((const __m256i *)part);
+}
+static inline W bytes_load(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+static inline W block_load(const uint8_t *p)
+{
+    int four;
+    memcpy(&four, p, 4);
+    return _mm256_srlv_epi32(_mm256_cvtepu8_epi32(_mm_set1_epi32(four)), _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0));
+}
+static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
+{
+    for (; n >= 8; n -= 8, p += 8, out += 8)
+        _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
+    for (int64_t i = 0; i < n; i++)
+        out[i] = half_to_float(p[i]);
+}
+
+#define v_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define v_bfloat(p) \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+
+static inline void v_to_half(uint16_t *p, V a)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline void v_to_bfloat(uint16_t *p, V a)
+{
+    float values[LANES];
+    v_store(values, a);
+    for (int i = 0; i < LANES; i++)
+        p[i] = float_to_bfloat(values[i]);
+}
+
+#define FEW_BATCH 8
+#define FEW_ROWS(M) 2
+#define MANY_ROWS 4
+#define GRAD_VECTORS 4
+
+#include "body.h"

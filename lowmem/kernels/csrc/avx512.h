@@ -1,0 +1,107 @@
+/* Vector operations of AVX-512: sixteen levels are one register, and a permute looks sixteen of them up. */
+#include <immintrin.h>
+
+#include "kernel.h"
+
+#define LANES 16
+typedef __m512 V;
+typedef __m512i W;
+typedef __m512 T;
+
+#define v_zero _mm512_setzero_ps
+#define v_set1 _mm512_set1_ps
+#define v_load _mm512_loadu_ps
+#define v_store _mm512_storeu_ps
+#define v_mul _mm512_mul_ps
+#define v_fma _mm512_fmadd_ps
+#define v_sum _mm512_reduce_add_ps
+static inline void v_sum4(V a, V b, V c, V d, float *out)
+{
+    const V ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const V cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const V all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)); /* a, b, c, d in each quarter */
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+/* A square of vectors, by pairs, fours, eights and halves. */
+static inline void v_transpose(V *v)
+{
+    V a[16], b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        a[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            const __m512d x = _mm512_castps_pd(a[i + j]), y = _mm512_castps_pd(a[i + j + 2]);
+            b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+            b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* b[i + 4 q]: columns i, i + 4, i + 8, i + 12 of rows 4 q to 4 q + 3 */
+        const V low0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), low1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+        const V high0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd), high1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+        v[i] = _mm512_shuffle_f32x4(low0, low1, 0x88);
+        v[i + 8] = _mm512_shuffle_f32x4(low0, low1, 0xdd);
+        v[i + 4] = _mm512_shuffle_f32x4(high0, high1, 0x88);
+        v[i + 12] = _mm512_shuffle_f32x4(high0, high1, 0xdd);
+    }
+}
+#define table_load _mm512_loadu_ps
+/* The permute reads four bits of each index, so the nibbles above need not be cleared. */
+#define v_lookup(table, words, k) _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * (k)), table)
+#define v_spread(p, index) _mm512_permutexvar_ps(_mm512_loadu_si512(index), _mm512_loadu_ps(p))
+
+static inline W words_load(const uint8_t *p, int64_t left)
+{
+    if (left >= 64)
+        return _mm512_loadu_si512(p);
+    if (left <= 0)
+        return _mm512_setzero_si512();
+    return _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, p);
+}
+static inline W bytes_load(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline W block_load(const uint8_t *p)
+{
+    long long eight;
+    memcpy(&eight, p, 8);
+    const W twice = _mm512_cvtepu8_epi32(_mm_set1_epi64x(eight));
+    return _mm512_srlv_epi32(twice, _mm512_set_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0));
+}
+static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
+{
+    for (; n >= 16; n -= 16, p += 16, out += 16)
+        _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)));
+    if (n > 0) {
+        const __mmask16 mask = (__mmask16)((1u << n) - 1);
+        _mm512_mask_storeu_ps(out, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)));
+    }
+}
+
+#define v_half(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define v_bfloat(p) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+
+static inline void v_to_half(uint16_t *p, V a)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+/* By integers: the instruction of AVX512_BF16 takes subnormals for zeros. */
+static inline void v_to_bfloat(uint16_t *p, V a)
+{
+    const W bits = _mm512_castps_si512(a), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    W rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even), 16);
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded));
+}
+
+#define FEW_BATCH 8
+#define FEW_ROWS(M) ((M) <= 3 ? 4 : 2)
+#define MANY_ROWS 8
+#define GRAD_VECTORS 8
+
+#include "body.h"

@@ -1,0 +1,20 @@
+/* AVX-512 with products in bfloat16. */
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16")
+#endif
+#define LEVEL(level_name) avx512bf16_##level_name
+#define LEVEL_LOW 1
+#include "avx512.h"
+
+const struct level level_avx512bf16 = {
+    "avx512bf16", LANES, LEVEL_LOW, avx512bf16_linear, avx512bf16_input_grad, avx512bf16_restore, avx512bf16_quantize,
+};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#else
+typedef int nothing_here;
+#endif

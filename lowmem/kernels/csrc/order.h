@@ -1,0 +1,49 @@
+/* The order in which the words of a row bring its columns up: struct order of kernel.h. */
+#ifndef LOWMEM_ORDER_H
+#define LOWMEM_ORDER_H
+
+#include <stdlib.h>
+
+#include "kernel.h"
+
+static int32_t place_of(int64_t byte, int high, int64_t lanes)
+{
+    const int64_t word = byte / 4, nibble = 2 * (byte % 4) + high;
+    return (int32_t)(word / lanes * lanes * 8 + nibble * lanes + word % lanes);
+}
+
+static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
+{
+    const int64_t stride = round_up(columns + columns % 2, MAX_GROUP), groups = stride / (lanes * 8), half = size / 2;
+    const int64_t row_bytes = (columns + 1) / 2;
+    struct order *order = malloc(sizeof *order + (size_t)(columns + stride / 2 + groups) * sizeof(int32_t));
+    if (!order)
+        return NULL;
+    int32_t *place = order->tables, *block = place + columns, *first_block = block + stride / 2;
+    for (int64_t start = 0; start < columns; start += size) {
+        const int64_t left = smaller(columns - start, size), low = (left + 1) / 2;
+        for (int64_t j = 0; j < low; j++) {
+            place[start + j] = place_of(start / 2 + j, 0, lanes);
+            if (low + j < left)
+                place[start + low + j] = place_of(start / 2 + j, 1, lanes);
+        }
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t byte = smaller(g * lanes * 4, row_bytes - 1);
+        first_block[g] = (int32_t)(byte / half);
+        for (int b = 0; b < 4; b++)
+            for (int64_t i = 0; i < lanes; i++) {
+                const int64_t at = (g * lanes + i) * 4 + b;
+                block[(g * 4 + b) * lanes + i] = at < row_bytes ? (int32_t)(at / half) - first_block[g] : 0;
+            }
+    }
+    order->lanes = lanes;
+    order->groups = groups;
+    order->whole_words = half % 4 == 0;
+    order->place = place;
+    order->block = block;
+    order->first_block = first_block;
+    return order;
+}
+
+#endif

@@ -1,0 +1,155 @@
+/* Rows of a weight as vectors of float32, over the few vector operations that each level defines:
+ *
+ *   LANES, LEVEL(name), V, v_zero, v_set1, v_load, v_store, v_mul, v_fma, v_sum
+ *   W, words_load(p, left)   LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero
+ *   bytes_load(p)            LANES bytes, each widened to a word
+ *   block_load(p)            LANES / 2 bytes, each widened to a word; then the same, shifted by a nibble
+ *   T, table_load(levels), v_lookup(table, words, k)   the level of nibble k, 0 to 7, of each word
+ *   v_spread(p, index)       p[index[i]], where 0 <= index[i] < LANES
+ *   v_from_half(p, n, out)   n float16 to float32
+ *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32
+ *   v_to_half(p, a), v_to_bfloat(p, a)   the same, stored
+ *
+ * A 32-bit word of a row holds eight codes: the low nibble of a byte is a weight of the block's first half, the
+ * high nibble the one half a block later. Rather than sort the codes of every row, the input is sorted once a
+ * call into the order in which shifts bring them up: for a group of LANES words, nibble k of every word.
+ */
+
+#define INLINE static inline __attribute__((always_inline))
+#define GROUP (LANES * 8) /* weights in a group of words */
+#define TILE_GROUPS (TILE_COLUMNS / GROUP)
+
+/* The scales of n blocks of a row, from block `first`. */
+INLINE void LEVEL(scales)(const struct weight *w, int64_t row, int64_t first, int64_t n, float *out)
+{
+    if (w->encoding == SCALES_FLOAT32) {
+        memcpy(out, (const float *)w->scales + row * w->blocks + first, (size_t)n * sizeof *out);
+    } else if (w->encoding == SCALES_FLOAT16) {
+        v_from_half((const uint16_t *)w->scales + row * w->blocks + first, n, out);
+    } else {
+        const uint8_t *p = w->scales + row * (w->blocks + 2);
+        uint16_t bits;
+        memcpy(&bits, p + w->blocks, 2);
+        const float row_scale = half_to_float(bits);
+        for (int64_t i = 0; i < n; i++)
+            out[i] = (float)p[first + i] * row_scale / 255.0f;
+    }
+}
+
+/* The scales that groups g0 to g1 of a row need: those of the first of them come first. */
+INLINE void LEVEL(group_scales)(const struct weight *w, int64_t row, int64_t g0, int64_t g1, float *out)
+{
+    const int64_t first = w->order->first_block[g0];
+    const int64_t last = g1 < w->order->groups ? w->order->first_block[g1] + 1 : w->blocks;
+    LEVEL(scales)(w, row, first, smaller(last, w->blocks) - first, out);
+}
+
+INLINE W LEVEL(words)(const struct weight *w, int64_t row, int64_t group)
+{
+    const int64_t start = group * LANES * 4;
+    return words_load(w->packed + row * w->row_bytes + start, w->row_bytes - start);
+}
+
+/* The scale of byte b of each word of a group, where `scales` starts at the first block of group g0. */
+INLINE V LEVEL(spread)(const struct order *order, const float *scales, int64_t g0, int64_t group, int b)
+{
+    return v_spread(scales + order->first_block[group] - order->first_block[g0], order->block + (group * 4 + b) * LANES);
+}
+
+INLINE V LEVEL(sixteen)(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
+
+/* Columns from..to of a row of 16-bit floats, padded with zeros up to `floats`. */
+INLINE void LEVEL(widen)(const struct weight *w, int64_t row, int64_t from, int64_t floats, float *out, const int type)
+{
+    const uint16_t *p = (const uint16_t *)w->packed + row * w->columns + from;
+    const int64_t left = smaller(w->columns - from, floats);
+    int64_t c = 0;
+    for (; c + LANES <= left; c += LANES)
+        v_store(out + c, LEVEL(sixteen)(p + c, type));
+    for (; c < floats; c++)
+        out[c] = c < left ? read_as_float(p, type, c) : 0.0f;
+}
+
+/* Groups g0 to g1 of a row, in the order of the words; `scales` is scratch. */
+static void LEVEL(decode)(const struct weight *w, int64_t row, int64_t g0, int64_t g1, float *scales, float *out)
+{
+    const struct order *order = w->order;
+    if (!order) {
+        if (w->encoding == BFLOAT16)
+            LEVEL(widen)(w, row, g0 * GROUP, (g1 - g0) * GROUP, out, BFLOAT16);
+        else
+            LEVEL(widen)(w, row, g0 * GROUP, (g1 - g0) * GROUP, out, FLOAT16);
+        return;
+    }
+    const T table = table_load(w->levels);
+    LEVEL(group_scales)(w, row, g0, g1, scales);
+    for (int64_t g = g0; g < g1; g++, out += GROUP) {
+        const W words = LEVEL(words)(w, row, g);
+        V scale = LEVEL(spread)(order, scales, g0, g, 0);
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) {
+            if (k && k % 2 == 0 && !order->whole_words)
+                scale = LEVEL(spread)(order, scales, g0, g, k / 2);
+            v_store(out + k * LANES, v_mul(v_lookup(table, words, k), scale));
+        }
+    }
+}
+
+INLINE void LEVEL(store_as)(void *out, const int type, int64_t i, V a)
+{
+    if (type == FLOAT32)
+        v_store((float *)out + i, a);
+    else if (type == BFLOAT16)
+        v_to_bfloat((uint16_t *)out + i, a);
+    else
+        v_to_half((uint16_t *)out + i, a);
+}
+
+/* Some rows of W in their own order. */
+INLINE void LEVEL(restore_rows)(const struct job *job, int64_t r, int64_t to, float *scales, const int type)
+{
+    const struct weight *w = job->weight;
+    const T table = table_load(w->levels);
+    const int64_t size = 2 * w->half;
+    for (; r < to; r++) {
+        const uint8_t *p = w->packed + r * w->row_bytes;
+        int64_t out = r * w->columns;
+        for (int64_t b = 0; b < w->blocks; b++, p += w->half, out += size) {
+            if (b % (TILE_COLUMNS / 8) == 0)
+                LEVEL(scales)(w, r, b, smaller(w->blocks - b, TILE_COLUMNS / 8), scales);
+            const int64_t left = w->columns - b * size, half = left < size ? (left + 1) / 2 : w->half;
+            const float one = scales[b % (TILE_COLUMNS / 8)];
+            const V scale = v_set1(one);
+            int64_t j = 0;
+            if (left >= size && half == LANES / 2) { /* a block is one vector */
+                LEVEL(store_as)(job->out, type, out, v_mul(v_lookup(table, block_load(p), 0), scale));
+                j = half;
+            } else if (left >= size)
+                for (; j + LANES <= half; j += LANES) {
+                    const W words = bytes_load(p + j);
+                    LEVEL(store_as)(job->out, type, out + j, v_mul(v_lookup(table, words, 0), scale));
+                    LEVEL(store_as)(job->out, type, out + half + j, v_mul(v_lookup(table, words, 1), scale));
+                }
+            for (; j < half; j++) {
+                write_as(job->out, type, out + j, w->levels[p[j] & 15] * one);
+                if (half + j < left) /* not the code that pads an odd row */
+                    write_as(job->out, type, out + half + j, w->levels[p[j] >> 4] * one);
+            }
+        }
+    }
+}
+
+static void LEVEL(restore_body)(const struct job *job, int64_t thread)
+{
+    float scales[TILE_SCALES];
+    int64_t r, to;
+    share(job->weight->rows, 1, job->threads, thread, &r, &to);
+    if (job->type == FLOAT32)
+        LEVEL(restore_rows)(job, r, to, scales, FLOAT32);
+    else if (job->type == BFLOAT16)
+        LEVEL(restore_rows)(job, r, to, scales, BFLOAT16);
+    else
+        LEVEL(restore_rows)(job, r, to, scales, FLOAT16);
+}
+
+static void LEVEL(restore)(struct job *job) { parallel(job, LEVEL(restore_body)); }

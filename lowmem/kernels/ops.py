@@ -1,0 +1,89 @@
+"""The two products as operators that torch knows, for ``torch.compile`` and ``torch.export``.
+
+A compiled graph calls them as they are, so that the kernel serves there too. Eager calls go past them: an operator
+written in Python costs more than a small product.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lowmem import kernels
+from lowmem.blockwise import QuantizedTensor
+from lowmem.kernels.reference import Weight
+
+__all__ = ["product"]
+
+
+def product(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """Return ``x @ W.T``, or ``x @ W`` when transposed, differentiable in ``x``: (batch, in) -> (batch, out)."""
+    if isinstance(weight, QuantizedTensor):
+        stored, described = (weight.packed, weight.scales), (weight.format, weight.block_size, weight.scale_encoding)
+        out = torch.ops.lowmem.product_4bit(x, *stored, *described, weight.shape[1], dtype, transposed)
+    else:
+        out = torch.ops.lowmem.product_16bit(x, weight, dtype, transposed)
+    return cast(Tensor, out)
+
+
+@torch.library.custom_op(
+    "lowmem::product_4bit",
+    mutates_args=(),
+    schema="(Tensor x, Tensor packed, Tensor scales, str format, int block_size, str scale_encoding, int columns, "
+    "ScalarType dtype, bool transposed) -> Tensor",
+)
+def _product_4bit(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    format: str,
+    block_size: int,
+    scale_encoding: str,
+    columns: int,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> Tensor:
+    shape = torch.Size((packed.shape[0], columns))
+    weight = QuantizedTensor(packed, scales, shape, format, block_size, scale_encoding)
+    return (kernels.input_grad if transposed else kernels.linear)(x, weight, dtype)
+
+
+@torch.library.custom_op(
+    "lowmem::product_16bit",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, ScalarType dtype, bool transposed) -> Tensor",
+)
+def _product_16bit(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    return (kernels.input_grad if transposed else kernels.linear)(x, weight, dtype)
+
+
+@_product_4bit.register_fake
+def _(x: Tensor, packed: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    columns, dtype, transposed = rest[-3:]
+    return x.new_empty(x.shape[0], columns if transposed else packed.shape[0], dtype=dtype)
+
+
+@_product_16bit.register_fake
+def _(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *weight = inputs
+    ctx.input_dtype = x.dtype
+    ctx.save_for_backward(*(item for item in weight if isinstance(item, Tensor)))
+    ctx.rest = [item for item in weight if not isinstance(item, Tensor)]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    *described, transposed = ctx.rest
+    operator = torch.ops.lowmem.product_4bit if len(saved) == 2 else torch.ops.lowmem.product_16bit
+    found = operator(grad, *saved, *described, not transposed)
+    return found.to(ctx.input_dtype), *([None] * (len(saved) + len(ctx.rest)))
+
+
+for _operator in (_product_4bit, _product_16bit):
+    _operator.register_autograd(_backward, setup_context=_setup_context)
