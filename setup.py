@@ -1,5 +1,6 @@
 """Compiles the kernel where there is a compiler; without one, the install succeeds and plain torch serves."""
 
+import os
 import sysconfig
 from glob import glob
 
@@ -10,6 +11,9 @@ CSRC = "lowmem/kernels/csrc"
 # The limited API has no free-threaded form: there, plain torch serves.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
+# What CFLAGS asks for comes before these, and would be overruled.
+OPTIMIZE = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
+
 setup(
     ext_modules=[]
     if FREE_THREADED
@@ -18,7 +22,7 @@ setup(
             "lowmem.kernels._native",
             sources=[f"{CSRC}/{name}.c" for name in ("module", "portable", "avx2", "avx512", "avx512bf16")],
             depends=sorted(glob(f"{CSRC}/*.h")),
-            extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off"],
+            extra_compile_args=["-std=gnu11", "-ffp-contract=off", *OPTIMIZE],
             py_limited_api=True,
             optional=True,
         )

@@ -14,7 +14,7 @@ from lowmem import kernels
 from lowmem.blockwise import QuantizedTensor
 from lowmem.kernels import ops
 
-__all__ = ["FrozenStorage", "autocast", "frozen_linear"]
+__all__ = ["FrozenStorage", "autocast", "frozen_linear", "is_plain_call"]
 
 
 def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -36,7 +36,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     if not shape or shape[-1] != in_features:
         raise RuntimeError(f"input.shape={tuple(shape)} must end in in_features={in_features}")
     rows = x if len(shape) == 2 else x.reshape(shape[:-1].numel(), in_features)
-    if _is_plain_call(x, bias):
+    if is_plain_call(x, bias):
         out = kernels.linear(rows, weight, dtype, bias)
     else:
         out = _product(rows, weight, dtype, False)
@@ -49,16 +49,17 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing differentiates, transforms or traces this call, so that autograd can be left out."""
-    return not (
-        (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        or type(x) not in _PLAIN
-        or (bias is not None and type(bias) not in _PLAIN)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-    )
+def is_plain_call(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether nothing differentiates, transforms or traces a call, so that autograd can be left out."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        return False
+    trains = torch.is_grad_enabled()
+    if type(x) not in _PLAIN or (trains and x.requires_grad):
+        return False
+    for other in others:
+        if other is not None and (type(other) not in _PLAIN or (trains and other.requires_grad)):
+            return False
+    return True
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowmem import kernels
 from lowmem.blockwise import quantize
 from lowmem.fourbit import Linear4Bit
+from lowmem.frozen import is_plain_call
 from lowmem.half import HalfLinear, round_to
+from lowmem.kernels import reference
 
 __all__ = ["LoRA", "LoRALinear"]
 
@@ -79,10 +82,25 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in the base's dtype, for x (..., in_features)."""
-        out: Tensor = self.base(x)
-        narrow = nn.functional.linear(self.dropout(x.to(self.lora_a.dtype)), self.lora_a)  # (..., rank)
-        update = nn.functional.linear(narrow * self.scaling, self.lora_b)  # (..., out)
-        return out + update.to(out.dtype)
+        base, dropout = self._modules["base"], self._modules["dropout"]
+        a, b = self._parameters["lora_a"], self._parameters["lora_b"]
+        assert base is not None
+        assert dropout is not None
+        assert a is not None
+        assert b is not None
+        out: Tensor = base(x)
+        x = x if x.dtype is a.dtype else x.to(a.dtype)
+        if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
+            x = dropout(x)
+        wide = out if out.dim() == 2 else out.reshape(-1, self.out_features)  # (batch, out)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # (batch, in)
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):  # which would narrow a sum with the base
+            narrow = nn.functional.linear(rows, a) * self.scaling  # (batch, rank)
+            wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
+        else:
+            add_update = kernels.add_update if is_plain_call(x, out, a, b) else reference.add_update
+            wide = add_update(wide, rows, a, b, self.scaling)
+        return wide if out.dim() == 2 else wide.view(out.shape)
 
     def delta(self) -> Tensor:
         """Return the update of the weight, ``(alpha / rank) B A``: (out, in), in float32 or wider."""

@@ -17,7 +17,7 @@ MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"
 LAYERS = [
     {"formats", "packing", "scales", "bignet", "measure", "version", "kernels._native"},
     {"blockwise"},
-    {"kernels.reference"},
+    {"kernels.reference", "kernels.memory"},
     {"kernels.cpu"},
     {"kernels"},
     {"kernels.ops"},

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import FourBit, Half, LoRA, convert, quantize
+from lowmem import FourBit, Half, convert, quantize
 from lowmem.frozen import frozen_linear
 from tests import strategies
 
@@ -91,23 +91,6 @@ def test_a_wrong_input_raises_what_linear_raises(kind, x, message):
         torch.nn.Linear(10, 6)(x)
     with pytest.raises(RuntimeError, match=message):
         frozen_linear(x, make_weight(kind), torch.float32)
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
-    reason="torch 2.4's compiler does not take such a function whole; the versions between were not tried",
-)
-@kinds
-def test_compile_takes_a_whole_training_step(kind):
-    technique = Half() if kind == "half" else FourBit(block_size=8)
-    model = convert(
-        torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8)), technique, LoRA(2)
-    )
-    x = torch.randn(3, 16)
-    expected = torch.autograd.grad(model(x).sum(), model[0].lora_b)[0]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), model[0].lora_b)[0], expected)
 
 
 def test_stored_tensors_of_another_format_or_dtype_are_not_loaded():

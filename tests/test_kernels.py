@@ -378,6 +378,8 @@ PAGE_EDGE = """
 import ctypes, mmap, sys, torch
 from dataclasses import replace
 from lowmem import kernels, quantize
+from lowmem.formats import get_format
+from lowmem.scales import get_encoding
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -393,22 +395,32 @@ def at_the_edge(tensor):
     copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=size - tensor.nbytes)
     return copy.view(tensor.shape).copy_(tensor)
 
-with kernels.using(sys.argv[1]):
+level = sys.argv[1]
+native, _ = kernels.cpu.load()
+kernel = kernels.cpu.Kernel(native, level)
+with kernels.using(level):
     for columns in (1, 7, 31, 33, 100, 127, 129, 1023, 1025):
         for scales in ("float16", "float32", "double"):
-            for block in (8, 16, 64):
-                q = quantize(torch.randn(5, columns), block_size=block, scales=scales)
+            for block in (8, 10, 16, 64):
+                weight = at_the_edge(torch.randn(5, columns))
+                q = quantize(weight, block_size=block, scales=scales)
                 q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
-                native, _ = kernels.cpu.load()
-                kernels.cpu.Kernel(native, sys.argv[1]).dequantize(q, slice(0, 5), torch.float32)
-                for batch in (1, 5):
-                    x, grad = at_the_edge(torch.randn(batch, columns)), at_the_edge(torch.randn(batch, 5))
-                    kernels.linear(x, q, torch.float32, at_the_edge(torch.randn(5)))
-                    kernels.input_grad(grad, q, torch.float32)
-        for dtype in (torch.float16, torch.bfloat16):
-            half = at_the_edge(torch.randn(5, columns).to(dtype))
-            for batch in (1, 5):
+                described = get_format("nf4"), block, get_encoding(scales)
+                kernel.quantize_rows(weight, *described, at_the_edge(q.packed), at_the_edge(q.scales))
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    kernel.dequantize(q, slice(0, 5), dtype)
+                    for batch in (1, 5, 13):
+                        x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 5).to(dtype)
+                        kernels.linear(at_the_edge(x), q, dtype, at_the_edge(torch.randn(5)))
+                        kernels.input_grad(at_the_edge(grad), q, dtype)
+        for stored in (torch.float16, torch.bfloat16):
+            half = at_the_edge(torch.randn(5, columns).to(stored))
+            for batch in (1, 5, 13):
                 kernels.linear(at_the_edge(torch.randn(batch, columns)), half, torch.float32)
+                kernels.input_grad(at_the_edge(torch.randn(batch, 5)), half, torch.float32)
+        for rank in (1, 3, 16):
+            shapes = (2, 5), (2, columns), (rank, columns), (5, rank)
+            kernels.add_update(*(at_the_edge(torch.randn(shape)) for shape in shapes), 0.5)
 print("fine")
 """
 

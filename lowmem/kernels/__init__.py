@@ -1,9 +1,10 @@
 """One contract for the products with frozen weights, and the choice of who serves it.
 
-The contract is two functions of an input, a weight and the dtype to compute in:
+The contract is two functions of an input, a weight and the dtype to compute in, and the update of an adapter:
 
     linear(x, weight, dtype, bias)   (batch, in)  -> (batch, out)    x @ W.T + bias
     input_grad(grad, weight, dtype)  (batch, out) -> (batch, in)     grad @ W
+    add_update(base, x, a, b, s)     (batch, out) -> (batch, out)    base + s (x @ A.T) @ B.T
 
 where a weight is a float16 or bfloat16 tensor (out, in) or a 4-bit ``QuantizedTensor``. Neither may
 hold a whole restored weight. ``reference`` is the definition of what is true: plain torch, any device.
@@ -26,7 +27,7 @@ from lowmem import blockwise
 from lowmem.kernels import cpu, reference
 from lowmem.kernels.reference import Weight
 
-__all__ = ["Weight", "available", "backend", "input_grad", "linear", "using"]
+__all__ = ["Weight", "add_update", "available", "backend", "input_grad", "linear", "using"]
 
 VARIABLE = "LOWMEM_KERNEL"
 
@@ -34,11 +35,13 @@ VARIABLE = "LOWMEM_KERNEL"
 class _Contract(Protocol):
     def linear(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor: ...
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor: ...
+    def add_update(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor: ...
 
 
 class _Reference:
     linear = staticmethod(reference.linear)
     input_grad = staticmethod(reference.input_grad)
+    add_update = staticmethod(reference.add_update)
 
 
 _serves: _Contract = _Reference()
@@ -64,6 +67,11 @@ def linear(x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = 
 def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """Return ``grad @ W``: (batch, out) -> (batch, in), computed and returned in ``dtype``."""
     return _serves.input_grad(grad, weight, dtype)
+
+
+def add_update(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in its dtype, with nothing to differentiate."""
+    return _serves.add_update(base, x, a, b, scaling)
 
 
 @contextmanager

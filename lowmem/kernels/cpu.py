@@ -1,7 +1,6 @@
 """The binding of the compiled CPU kernel (``csrc/``).
 
-What C does not take goes to plain torch: another device or dtype, a wrapped or traced tensor. The checks that keep
-C from reading past an end are all here.
+What C does not take goes to plain torch: another device or dtype, a wrapped or traced tensor.
 """
 
 from __future__ import annotations
@@ -10,31 +9,27 @@ from array import array
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from lowmem import blockwise
 from lowmem.blockwise import QuantizedTensor
 from lowmem.formats import Format, get_format
 from lowmem.kernels import reference
+from lowmem.kernels.memory import HALVES, TYPES, Prepared, is_float, is_real, is_traced, takes
 from lowmem.kernels.reference import Weight
 from lowmem.scales import ScaleEncoding
 
 __all__ = ["Kernel", "load"]
 
-# enum type and enum encoding of csrc/kernel.h
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_HALVES = (torch.bfloat16, torch.float16)
+# enum encoding of csrc/kernel.h
 _ENCODINGS = {"float32": 0, "float16": 1, "double": 2}
 
+_UPDATE_BATCH = 12  # beyond, torch's own products are faster
+_GRAD_FEW = 3  # inputs whose gradient in bfloat16 is computed in float32
 _WIDE = 8192  # columns that C packs at a time: beyond, an output in 16 bits would round every part of a sum
 _WIDE_BYTES = 2**18  # of a float32 output then
-
-_KEYS = torch._C._TorchDispatchModeKey
-_RECORDERS = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
 
 
 @lru_cache(maxsize=1)
@@ -52,40 +47,6 @@ def load() -> tuple[ModuleType | None, str]:
     return _native, "on one thread, since torch's OpenMP library was not found"
 
 
-class _Prepared:
-    """A weight as C knows it, for as long as the addresses hold."""
-
-    __slots__ = ("bias", "handle", "kernel", "packed", "scales", "sizes")
-
-    def __init__(self, kernel: Kernel, handle: Any, packed: int, scales: int) -> None:
-        self.kernel, self.handle, self.packed, self.scales = kernel, handle, packed, scales
-        self.sizes: dict[tuple[int, int, bool], int] = {}
-        self.bias: tuple[Tensor | None, int, int] = None, 0, 0  # the last one, its address and its type
-
-    def bias_arguments(self, bias: Tensor | None, rows: int) -> tuple[int, int] | None:
-        """Return a bias as C takes it, or None where C cannot read it."""
-        if bias is None:
-            return 0, 0
-        known, address, kind = self.bias
-        if known is not bias or bias.data_ptr() != address:
-            if bias.dtype not in _TYPES or bias.shape != (rows,) or not bias.is_contiguous() or not _is_real(bias):
-                return None
-            address, kind = bias.data_ptr(), _TYPES[bias.dtype]
-            if self.scales:  # what is known of 16-bit weights outlives them: it must not keep a bias
-                self.bias = bias, address, kind
-        return address, kind
-
-    def scratch(self, batch: int, threads: int, transposed: bool) -> int:
-        """Return how many bytes of scratch a product takes."""
-        key = batch, threads, transposed
-        size = self.sizes.get(key)
-        if size is None:
-            if len(self.sizes) > 64:  # a batch of every size has been here
-                self.sizes.clear()
-            size = self.sizes[key] = self.kernel._native.scratch(self.handle, batch, threads, transposed)
-        return size
-
-
 class Kernel:
     """The contract of ``lowmem.kernels`` at one level of the compiled kernel.
 
@@ -95,7 +56,7 @@ class Kernel:
     """
 
     def __init__(self, native: ModuleType, level: str) -> None:
-        self._native = native
+        self.native = native
         self._level = native.levels().index(level)
         self._multiplies_bfloat16 = level == "avx512bf16"
         self._order = lru_cache(maxsize=64)(native.order)  # a table of the columns, shared by layers of one shape
@@ -105,8 +66,8 @@ class Kernel:
         """Return ``x @ W.T + bias``: (batch, in) -> (batch, out)."""
         rows, columns = weight.shape
         prepared = self._prepare(weight)
-        kind = _TYPES.get(dtype)
-        if prepared is None or kind is None or not _takes(x, columns) or rows == 0:
+        kind = TYPES.get(dtype)
+        if prepared is None or kind is None or not takes(x, columns) or rows == 0:
             return reference.linear(x, weight, dtype, bias)
         if columns > _WIDE and kind:
             return self._in_pieces(x, weight, dtype, bias)
@@ -120,7 +81,7 @@ class Kernel:
         batch, threads = x.shape[0], torch.get_num_threads()
         out = x.new_empty(batch, rows)
         scratch = x.new_empty(prepared.scratch(batch, threads, False) // x.itemsize)
-        self._native.linear(
+        self.native.linear(
             prepared.handle, x.data_ptr(), *added, out.data_ptr(), scratch.data_ptr(), batch, threads, kind
         )
         return out
@@ -129,44 +90,82 @@ class Kernel:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
         rows, columns = weight.shape
         prepared = self._prepare(weight)
-        kind = _TYPES.get(dtype)
-        if prepared is None or kind is None or not _takes(grad, rows) or columns == 0:
+        kind = TYPES.get(dtype)
+        if prepared is None or kind is None or not takes(grad, rows) or columns == 0:
             return reference.input_grad(grad, weight, dtype)
-        if isinstance(weight, QuantizedTensor) and dtype is torch.bfloat16 and self._multiplies_bfloat16:
+        pairs = self._multiplies_bfloat16 and dtype is torch.bfloat16 and isinstance(weight, QuantizedTensor)
+        if pairs and len(grad) > _GRAD_FEW:  # of rows, which lie side by side; fewer inputs are faster in float32
             read = grad.to(dtype)
-            read = (torch.nn.functional.pad(read, (0, 1)) if rows % 2 else read).contiguous()  # pairs of rows
+            read = (torch.nn.functional.pad(read, (0, 1)) if rows % 2 else read).contiguous()
         else:
             read = grad.to(torch.float32).contiguous()
         batch, threads = len(grad), torch.get_num_threads()
         out = read.new_empty(batch, columns, dtype=dtype)
         scratch = out.new_empty(prepared.scratch(batch, threads, True) // out.itemsize)
-        self._native.input_grad(
-            prepared.handle, read.data_ptr(), 0, 0, out.data_ptr(), scratch.data_ptr(), batch, threads, kind
+        self.native.input_grad(
+            prepared.handle,
+            read.data_ptr(),
+            0,
+            TYPES[read.dtype],
+            out.data_ptr(),
+            scratch.data_ptr(),
+            batch,
+            threads,
+            kind,
+        )
+        return out
+
+    def add_update(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), of (batch, in), (rank, in), (out, rank)."""
+        batch, rows, (rank, columns) = base.shape[0], base.shape[1], a.shape
+        if (
+            not 0 < batch <= _UPDATE_BATCH
+            or x.shape != (batch, columns)
+            or b.shape != (rows, rank)
+            or not (is_float(base) and is_float(x) and is_float(a) and is_float(b))
+            or is_traced()
+        ):
+            return reference.add_update(base, x, a, b, scaling)
+        narrow, out = x.new_empty(batch, rank), x.new_empty(batch, rows)
+        self.native.update(
+            self._level,
+            x.data_ptr(),
+            a.data_ptr(),
+            b.data_ptr(),
+            base.data_ptr(),
+            narrow.data_ptr(),
+            out.data_ptr(),
+            batch,
+            rank,
+            rows,
+            columns,
+            torch.get_num_threads(),
+            scaling,
         )
         return out
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return some rows of W, restored in float32 and rounded once to ``dtype``."""
         prepared = self._prepare(weight)
-        if prepared is None or dtype not in _TYPES:
+        if prepared is None or dtype not in TYPES:
             return blockwise.PLAIN.dequantize(weight, rows, dtype)
         start, stop, _ = rows.indices(weight.packed.shape[0])
         out = weight.packed.new_empty(max(0, stop - start), weight.shape[-1], dtype=dtype)
         if out.numel():
             threads = torch.get_num_threads()
-            self._native.restore(prepared.handle, start, out.shape[0], out.data_ptr(), threads, _TYPES[dtype])
+            self.native.restore(prepared.handle, start, out.shape[0], out.data_ptr(), threads, TYPES[dtype])
         return out
 
     def quantize_rows(
         self, rows: Tensor, form: Format, size: int, encoding: ScaleEncoding, packed: Tensor, stored: Tensor
     ) -> None:
         """Quantize float32 (rows, n) into ``packed`` and ``stored``."""
-        outputs_fit = all(_is_real(t) and t.is_contiguous() for t in (rows, packed, stored))
-        if not outputs_fit or encoding.name not in _ENCODINGS or _is_traced() or not rows.numel():
+        outputs_fit = all(is_real(t) and t.is_contiguous() for t in (rows, packed, stored))
+        if not outputs_fit or encoding.name not in _ENCODINGS or is_traced() or not rows.numel():
             return blockwise.PLAIN.quantize_rows(rows, form, size, encoding, packed, stored)
         threads, (count, columns) = torch.get_num_threads(), rows.shape
         scratch = rows.new_empty(threads * (-(-columns // size) + size + 64))
-        held = self._native.quantize(
+        held = self.native.quantize(
             self._level,
             rows.data_ptr(),
             packed.data_ptr(),
@@ -185,13 +184,13 @@ class Kernel:
             blockwise.PLAIN.quantize_rows(rows, form, size, encoding, packed, stored)  # raises, and says why
         return None
 
-    def _prepare(self, weight: Weight) -> _Prepared | None:
+    def _prepare(self, weight: Weight) -> Prepared | None:
         """Return a weight as C knows it, or None where C cannot read it."""
-        if torch.compiler.is_compiling() or _is_traced():
+        if torch.compiler.is_compiling() or is_traced():
             return None
         if not isinstance(weight, QuantizedTensor):
             return self._prepare_half(weight)
-        kept: _Prepared | None = weight.__dict__.get("prepared")
+        kept: Prepared | None = weight.__dict__.get("prepared")
         packed, scales = weight.packed, weight.scales
         if (
             kept is not None
@@ -206,14 +205,14 @@ class Kernel:
             (packed.shape, packed.dtype, scales.shape, scales.dtype) == weight.stored_layout
             and len(weight.shape) == 2
             and weight.shape[1] > 0
-            and _is_real(packed)
-            and _is_real(scales)
+            and is_real(packed)
+            and is_real(scales)
             and packed.is_contiguous()
             and scales.is_contiguous()
         ):
             return None
         rows, columns = weight.shape
-        handle = self._native.prepare(
+        handle = self.native.prepare(
             self._order(self._level, columns, weight.block_size),
             self._level,
             packed.data_ptr(),
@@ -224,24 +223,24 @@ class Kernel:
             rows,
             columns,
         )
-        kept = _Prepared(self, handle, packed.data_ptr(), scales.data_ptr())
+        kept = Prepared(self, handle, packed.data_ptr(), scales.data_ptr())
         weight.__dict__["prepared"] = kept
         return kept
 
-    def _prepare_half(self, weight: Tensor) -> _Prepared | None:
+    def _prepare_half(self, weight: Tensor) -> Prepared | None:
         if not (
-            weight.dtype in _HALVES
+            weight.dtype in HALVES
             and weight.dim() == 2
             and weight.shape[1] > 0
-            and _is_real(weight)
+            and is_real(weight)
             and weight.is_contiguous()
         ):
             return None
-        return self._known_half(weight.data_ptr(), _TYPES[weight.dtype], *weight.shape)
+        return self._known_half(weight.data_ptr(), TYPES[weight.dtype], *weight.shape)
 
-    def _new_half(self, address: int, kind: int, rows: int, columns: int) -> _Prepared:
-        handle = self._native.prepare(None, self._level, address, 0, 0, kind, 0, rows, columns)
-        return _Prepared(self, handle, address, 0)
+    def _new_half(self, address: int, kind: int, rows: int, columns: int) -> Prepared:
+        handle = self.native.prepare(None, self._level, address, 0, 0, kind, 0, rows, columns)
+        return Prepared(self, handle, address, 0)
 
     def _in_pieces(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         """Multiply in float32, a few inputs at a time: the sums are rounded once, and stay small."""
@@ -251,32 +250,6 @@ class Kernel:
             part = x[start : start + step].to(dtype).float()
             out[start : start + step] = self.linear(part, weight, torch.float32, bias)
         return out
-
-
-def _takes(x: Tensor, features: int) -> bool:
-    """Whether C can read a batch."""
-    shape = x.shape
-    return len(shape) == 2 and shape[1] == features and shape[0] > 0 and _is_real(x)
-
-
-def _is_real(tensor: Tensor) -> bool:
-    """Whether a tensor's memory on the CPU is its value: no wrapper, no lazy negation, no zero without memory."""
-    kind = type(tensor)
-    return (
-        (kind is Tensor or kind is Parameter)
-        and tensor.is_cpu
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
-    )
-
-
-def _is_traced() -> bool:
-    """Whether something records operations, or runs them on tensors without values: it would not see C."""
-    if torch._C._get_tracing_state() is not None:
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 and any(
-        torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS
-    )
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowmem.blockwise import QuantizedTensor, row_chunks
 
-__all__ = ["Weight", "input_grad", "linear"]
+__all__ = ["Weight", "add_update", "input_grad", "linear"]
 
 Weight: TypeAlias = Tensor | QuantizedTensor
 
@@ -55,6 +55,21 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
             sums += grad[:, rows] @ part
         del part  # before the next is restored
     return sums.to(dtype)
+
+
+def add_update(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in its dtype.
+
+    Args:
+        base: (batch, out).
+        x: (batch, in), in the dtype of A and B.
+        a, b: (rank, in) and (out, rank).
+        scaling: of the update.
+    """
+    narrow = x @ a.t()  # (batch, rank)
+    if base.dtype == b.dtype:
+        return torch.addmm(base, narrow, b.t(), alpha=scaling)
+    return base + ((narrow * scaling) @ b.t()).to(base.dtype)
 
 
 def _restore(weight: Weight, rows: slice, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ typedef struct {
 #define v_set1 _mm256_set1_ps
 #define v_load _mm256_loadu_ps
 #define v_store _mm256_storeu_ps
+#define v_add _mm256_add_ps
 #define v_mul _mm256_mul_ps
 #define v_fma _mm256_fmadd_ps
 #define v_spread(p, index) \
@@ -93,9 +94,10 @@ static inline void v_to_bfloat(uint16_t *p, V a)
         p[i] = float_to_bfloat(values[i]);
 }
 
-#define FEW_BATCH 8
+#define FEW_BATCH 12
 #define FEW_ROWS(M) 2
 #define MANY_ROWS 4
+#define TILE_VECTORS 2
 #define GRAD_VECTORS 4
 
 #include "body.h"

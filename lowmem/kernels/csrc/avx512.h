@@ -12,6 +12,7 @@ typedef __m512 T;
 #define v_set1 _mm512_set1_ps
 #define v_load _mm512_loadu_ps
 #define v_store _mm512_storeu_ps
+#define v_add _mm512_add_ps
 #define v_mul _mm512_mul_ps
 #define v_fma _mm512_fmadd_ps
 #define v_sum _mm512_reduce_add_ps
@@ -99,9 +100,10 @@ static inline void v_to_bfloat(uint16_t *p, V a)
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded));
 }
 
-#define FEW_BATCH 8
+#define FEW_BATCH 12
 #define FEW_ROWS(M) ((M) <= 3 ? 4 : 2)
 #define MANY_ROWS 8
+#define TILE_VECTORS 4
 #define GRAD_VECTORS 8
 
 #include "body.h"

@@ -46,6 +46,7 @@ INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t t0,
     for (int64_t g = t0; g < t1; g++, p += LANES * 4, x += M * (GROUP / 2), block += 4 * LANES) {
         const int64_t left = row_bytes - g * (LANES * 4);
         const float *scale_at = scales + first[g];
+        EACH_ROW prefetch(p + (i + 8 * R) * row_bytes);
         W words[4];
         V sum[FEW_SUMS];
         if (left >= LANES * 4)

@@ -1,120 +1,168 @@
 /* grad @ W: a thread takes groups of columns, and for each of them all rows in order. Columns lie across the lanes. */
 
-/* M rows of the gradient with `rows` restored rows of N vectors of columns: sums += grad @ tile. */
-INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int M, const float *tile, int rows, const int N,
-                              float *sums, int64_t stride)
+#define GRAD_INPUTS 6     /* of the gradient at a time with a tile, */
+#define GRAD_FEW_INPUTS 3 /* and with codes decoded in registers, */
+#define GRAD_FEW_BATCH 8  /* up to this batch */
+#define EACH_VECTOR(most) _Pragma("GCC unroll 8") for (int n = 0; n < most; n++)
+
+/* M rows of the gradient with restored rows: sums, a GROUP an input, += grad @ tile. */
+INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int M, const float *tile, int rows, float *sums)
 {
-    V acc[3][8];
-    for (int j = 0; j < M; j++)
-        for (int n = 0; n < N; n++)
-            acc[j][n] = v_load(sums + j * stride + n * LANES);
-    for (int r = 0; r < rows; r++) {
-        V row[8];
-        for (int n = 0; n < N; n++)
-            row[n] = v_load(tile + r * GROUP + n * LANES);
-        for (int j = 0; j < M; j++) {
+    V acc[GRAD_INPUTS * TILE_VECTORS];
+    EACH_INPUT EACH_VECTOR(TILE_VECTORS) acc[j * TILE_VECTORS + n] = v_load(sums + j * GROUP + n * LANES);
+    for (int r = 0; r < rows; r++, tile += GROUP) {
+        V row[TILE_VECTORS];
+        EACH_VECTOR(TILE_VECTORS) row[n] = v_load(tile + n * LANES);
+        EACH_INPUT {
             const V factor = v_set1(grad[j * grad_stride + r]);
-            for (int n = 0; n < N; n++)
-                acc[j][n] = v_fma(row[n], factor, acc[j][n]);
+            EACH_VECTOR(TILE_VECTORS) acc[j * TILE_VECTORS + n] = v_fma(row[n], factor, acc[j * TILE_VECTORS + n]);
         }
     }
-    for (int j = 0; j < M; j++)
-        for (int n = 0; n < N; n++)
-            v_store(sums + j * stride + n * LANES, acc[j][n]);
+    EACH_INPUT EACH_VECTOR(TILE_VECTORS) v_store(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
 }
 
-/* The same with codes decoded in registers, for a batch of at most 3: r0 to r1 of group g. */
-INLINE void LEVEL(accumulate_few)(const struct job *job, const float *grad, const int M, int64_t r0, int64_t r1, int64_t g,
-                                  const float *scales, float *sums)
+/* The same with codes of group g decoded in registers, vectors k0 and on: rows r0 to r1. */
+INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, const int M, int64_t r0, int64_t r1, int64_t g,
+                                  const float *scales, const int k0, float *sums)
 {
-    const struct weight *w = job->weight;
     const T table = table_load(w->levels);
-    for (int k0 = 0; k0 < 8; k0 += GRAD_VECTORS) {
-        V acc[3][8];
-        for (int j = 0; j < M; j++)
-            for (int n = 0; n < GRAD_VECTORS; n++)
-                acc[j][n] = v_load(sums + j * w->stride + (k0 + n) * LANES);
-        for (int64_t r = r0; r < r1; r++) {
-            const W words = LEVEL(words)(w, r, g);
-            const V scale = LEVEL(spread)(w->order, scales + (r - r0) * TILE_SCALES, g, g, 0);
-            V factor[3];
-            for (int j = 0; j < M; j++)
-                factor[j] = v_mul(scale, v_set1(grad[j * w->rows + r]));
-#pragma GCC unroll 8
-            for (int n = 0; n < GRAD_VECTORS; n++) {
-                const V level = v_lookup(table, words, k0 + n);
-                for (int j = 0; j < M; j++)
-                    acc[j][n] = v_fma(level, factor[j], acc[j][n]);
-            }
+    const int32_t *block = w->order->block + g * 4 * LANES;
+    const int64_t rows = w->rows;
+    V acc[GRAD_FEW_INPUTS * GRAD_VECTORS];
+    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_load(sums + j * GROUP + (k0 + n) * LANES);
+    for (int64_t r = r0; r < r1; r++, scales += TILE_SCALES) {
+        const W words = LEVEL(words)(w, r, g);
+        const V scale = v_spread(scales, block);
+        V factor[GRAD_FEW_INPUTS];
+        EACH_INPUT factor[j] = v_mul(scale, v_set1(grad[j * rows + r]));
+        EACH_VECTOR(GRAD_VECTORS) {
+            const V level = v_lookup(table, words, k0 + n);
+            EACH_INPUT acc[j * GRAD_VECTORS + n] = v_fma(level, factor[j], acc[j * GRAD_VECTORS + n]);
         }
-        for (int j = 0; j < M; j++)
-            for (int n = 0; n < GRAD_VECTORS; n++)
-                v_store(sums + j * w->stride + (k0 + n) * LANES, acc[j][n]);
     }
+    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) v_store(sums + j * GROUP + (k0 + n) * LANES, acc[j * GRAD_VECTORS + n]);
 }
 
-static void LEVEL(grad_tile)(const float *grad, int64_t grad_stride, int64_t batch, const float *tile, int rows, float *sums,
-                             int64_t stride)
+/* The same with 16-bit weights, from column c on, of which there is a whole GROUP. */
+INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, const int M, int64_t r0, int64_t r1, int64_t c,
+                                      float *sums, const int type)
 {
-    for (int n = 0; n < 8; n += GRAD_VECTORS) {
-        int64_t m = 0;
-        for (; m + 3 <= batch; m += 3)
-            LEVEL(accumulate)(grad + m * grad_stride, grad_stride, 3, tile + n * LANES, rows, GRAD_VECTORS,
-                              sums + m * stride + n * LANES, stride);
-        for (; m < batch; m++)
-            LEVEL(accumulate)(grad + m * grad_stride, grad_stride, 1, tile + n * LANES, rows, GRAD_VECTORS,
-                              sums + m * stride + n * LANES, stride);
+    const int64_t stride = w->columns, rows = w->rows;
+    const uint16_t *p = (const uint16_t *)w->packed + r0 * stride + c;
+    V acc[GRAD_FEW_INPUTS * GRAD_VECTORS];
+    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_load(sums + j * GROUP + n * LANES);
+    for (int64_t r = r0; r < r1; r++, p += stride) {
+        V factor[GRAD_FEW_INPUTS];
+        EACH_INPUT factor[j] = v_set1(grad[j * rows + r]);
+        EACH_VECTOR(GRAD_VECTORS) {
+            const V row = LEVEL(sixteen)(p + n * LANES, type);
+            if (n % 2 == 0)
+                prefetch(p + GRAD_ROWS * stride + n * LANES);
+            EACH_INPUT acc[j * GRAD_VECTORS + n] = v_fma(row, factor[j], acc[j * GRAD_VECTORS + n]);
+        }
     }
+    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) v_store(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
 }
+
+/* Call with M inputs at a time, `most` or fewer, from input m on; all about as many. */
+#define IN_PASSES(batch, most, call)                                             \
+    for (int64_t m = 0, now; m < (batch); m += now) {                            \
+        const int64_t left = (batch) - m, passes = (left + (most) - 1) / (most); \
+        now = (left + passes - 1) / passes;                                      \
+        switch (now) {                                                           \
+        case 1: call(1); break;                                                  \
+        case 2: call(2); break;                                                  \
+        case 3: call(3); break;                                                  \
+        case 4: if ((most) >= 4) call(4); break;                                 \
+        case 5: if ((most) >= 5) call(5); break;                                 \
+        default: if ((most) >= 6) call(6);                                       \
+        }                                                                        \
+    }
 
 #if LEVEL_LOW
 #include "gradient_bfloat16.h"
 #endif
 
-/* The sums of a group of columns: out of the order of the words, and into the type of the output. */
-static void LEVEL(unpack)(const struct job *job, int64_t m, int64_t c0, int64_t c1)
+/* Rows r0 to r1 of group g, of the chunk that starts at group t0; `scales` holds those of the chunk, row by row. */
+static void LEVEL(grad_group)(const struct job *job, int64_t r0, int64_t r1, int64_t t0, int64_t g, const float *scales,
+                              float *tile, float *sums)
 {
     const struct weight *w = job->weight;
-    const float *sums = job->packed + (m - job->m0) * w->stride;
-    const int32_t *place = w->order ? w->order->place : NULL;
-    for (int64_t c = c0; c < c1; c++)
-        write_as(job->out, job->type, m * w->columns + c, sums[place ? place[c] : c]);
+    const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
+    const float *grad = (const float *)job->x + job->m0 * w->rows; /* float32: the binding has seen to it */
+    if (w->order && w->order->whole_words && batch <= GRAD_FEW_BATCH) {
+        const float *first = scales + w->order->first_block[g] - w->order->first_block[t0];
+        for (int k = 0; k < 8; k += GRAD_VECTORS) {
+#define CALL(M) LEVEL(accumulate_few)(w, grad + m * w->rows, M, r0, r1, g, first, k, sums + m * GROUP)
+            IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
+#undef CALL
+        }
+        return;
+    }
+    if (!w->order && (g + 1) * GROUP <= w->columns && batch <= GRAD_FEW_BATCH) {
+        for (int k = 0; k < 8; k += GRAD_VECTORS) {
+            const int64_t c = g * GROUP + k * LANES;
+            float *to = sums + k * LANES;
+#define CALL(M) LEVEL(accumulate_sixteen)(w, grad + m * w->rows, M, r0, r1, c, to + m * GROUP, FLOAT16)
+#define CALL_BFLOAT(M) LEVEL(accumulate_sixteen)(w, grad + m * w->rows, M, r0, r1, c, to + m * GROUP, BFLOAT16)
+            if (w->encoding == BFLOAT16)
+                IN_PASSES(batch, GRAD_FEW_INPUTS, CALL_BFLOAT)
+            else
+                IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
+#undef CALL
+#undef CALL_BFLOAT
+        }
+        return;
+    }
+    const T table = table_load(w->order ? w->levels : tile); /* any sixteen floats */
+    for (int64_t i = 0; i < rows; i++)
+        if (w->order)
+            LEVEL(decode_group)(w, r0 + i, g, t0, table, scales + i * TILE_SCALES, tile + i * GROUP);
+        else
+            LEVEL(widen_typed)(w, r0 + i, g * GROUP, GROUP, tile + i * GROUP);
+    for (int n0 = 0; n0 < 8; n0 += TILE_VECTORS) {
+#define CALL(M)                                                                                                     \
+    LEVEL(accumulate)(grad + m * w->rows + r0, w->rows, M, tile + n0 * LANES, (int)rows, sums + m * GROUP + n0 * LANES)
+        IN_PASSES(batch, GRAD_INPUTS, CALL)
+#undef CALL
+    }
 }
 
 static void LEVEL(grad_body)(const struct job *job, int64_t thread)
 {
     const struct weight *w = job->weight;
-    const int64_t batch = job->m1 - job->m0;
     float *scales = job->own + thread * job->own_floats, *tile = scales + GRAD_ROWS * TILE_SCALES;
-    const float *grad = (const float *)job->x + job->m0 * w->rows; /* float32: the binding has seen to it */
-    const int few = w->order && w->order->whole_words && batch <= 3 && !job->low;
+    const int64_t batch = (job->m1 - job->m0) * GROUP;
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, job->threads, thread, &g0, &g1);
-    for (int64_t g = g0; g < g1; g++) {
-        float *sums = job->packed + g * GROUP;
-        for (int64_t m = 0; m < batch; m++)
-            memset(sums + m * w->stride, 0, GROUP * sizeof(float));
+    for (int64_t t0 = g0; t0 < g1; t0 += TILE_GROUPS) {
+        const int64_t t1 = smaller(t0 + TILE_GROUPS, g1);
+        memset(job->packed + t0 * batch, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
         for (int64_t r0 = 0; r0 < w->rows; r0 += GRAD_ROWS) {
             const int64_t r1 = smaller(r0 + GRAD_ROWS, w->rows);
-            if (few) {
-                for (int64_t r = r0; r < r1; r++)
-                    LEVEL(group_scales)(w, r, g, g + 1, scales + (r - r0) * TILE_SCALES);
-                if (batch == 1)
-                    LEVEL(accumulate_few)(job, grad, 1, r0, r1, g, scales, sums);
-                else if (batch == 2)
-                    LEVEL(accumulate_few)(job, grad, 2, r0, r1, g, scales, sums);
-                else
-                    LEVEL(accumulate_few)(job, grad, 3, r0, r1, g, scales, sums);
+            for (int64_t r = r0; r < r1 && w->order; r++)
+                LEVEL(group_scales)(w, r, t0, t1, scales + (r - r0) * TILE_SCALES);
+            for (int64_t g = t0; g < t1; g++)
 #if LEVEL_LOW
-            } else if (job->low) {
-                LEVEL(grad_tile_low)(job, r0, r1, g, scales, tile, sums);
+                if (job->low)
+                    LEVEL(grad_group_low)(job, r0, r1, t0, g, scales, tile, job->packed + g * batch);
+                else
 #endif
-            } else {
-                for (int64_t r = r0; r < r1; r++)
-                    LEVEL(decode)(w, r, g, g + 1, scales, tile + (r - r0) * GROUP);
-                LEVEL(grad_tile)(grad + r0, w->rows, batch, tile, (int)(r1 - r0), sums, w->stride);
-            }
+                    LEVEL(grad_group)(job, r0, r1, t0, g, scales, tile, job->packed + g * batch);
         }
+    }
+}
+
+/* The sums out of the order of the words, and into the type of the output. */
+INLINE void LEVEL(unpack)(const struct job *job, int64_t m, int64_t c0, int64_t c1, const int type)
+{
+    const struct weight *w = job->weight;
+    const float *sums = job->packed + (m - job->m0) * GROUP; /* (groups, batch, GROUP) */
+    const int64_t group = (job->m1 - job->m0) * GROUP;
+    const int32_t *place = w->order ? w->order->place : NULL;
+    for (int64_t c = c0; c < c1; c++) {
+        const int64_t s = place ? place[c] : c;
+        write_as(job->out, type, m * w->columns + c, sums[s / GROUP * group + s % GROUP]);
     }
 }
 
@@ -123,7 +171,12 @@ static void LEVEL(unpack_body)(const struct job *job, int64_t thread)
     int64_t c0, c1;
     share(job->weight->columns, MAX_LANES, job->threads, thread, &c0, &c1);
     for (int64_t m = job->m0; m < job->m1; m++)
-        LEVEL(unpack)(job, m, c0, c1);
+        if (job->type == FLOAT32)
+            LEVEL(unpack)(job, m, c0, c1, FLOAT32);
+        else if (job->type == BFLOAT16)
+            LEVEL(unpack)(job, m, c0, c1, BFLOAT16);
+        else
+            LEVEL(unpack)(job, m, c0, c1, FLOAT16);
 }
 
 static void LEVEL(input_grad)(struct job *job)

@@ -2,47 +2,56 @@
 
 /* M rows of the gradient with pairs of restored rows: `grad` holds bfloat16, of which a pair is one float here. */
 INLINE void LEVEL(accumulate_low)(const float *grad, int64_t grad_stride, const int M, const float *tile, int pairs,
-                                  float *sums, int64_t stride)
+                                  float *sums)
 {
-    V acc[3][8];
-    for (int j = 0; j < M; j++)
-        for (int n = 0; n < 8; n++)
-            acc[j][n] = v_load(sums + j * stride + n * LANES);
-    for (int r = 0; r < pairs; r++) {
-        __m512bh row[8];
-        for (int n = 0; n < 8; n++)
-            row[n] = (__m512bh)_mm512_loadu_si512(tile + r * GROUP + n * LANES);
-        for (int j = 0; j < M; j++) {
+    V acc[GRAD_INPUTS * TILE_VECTORS];
+    EACH_INPUT EACH_VECTOR(TILE_VECTORS) acc[j * TILE_VECTORS + n] = v_load(sums + j * GROUP + n * LANES);
+    for (int r = 0; r < pairs; r++, tile += GROUP) {
+        __m512bh row[TILE_VECTORS];
+        EACH_VECTOR(TILE_VECTORS) row[n] = (__m512bh)_mm512_loadu_si512(tile + n * LANES);
+        EACH_INPUT {
             const __m512bh factor = (__m512bh)v_set1(grad[j * grad_stride + r]);
-            for (int n = 0; n < 8; n++)
-                acc[j][n] = _mm512_dpbf16_ps(acc[j][n], row[n], factor);
+            EACH_VECTOR(TILE_VECTORS)
+                acc[j * TILE_VECTORS + n] = _mm512_dpbf16_ps(acc[j * TILE_VECTORS + n], row[n], factor);
         }
     }
-    for (int j = 0; j < M; j++)
-        for (int n = 0; n < 8; n++)
-            v_store(sums + j * stride + n * LANES, acc[j][n]);
+    EACH_INPUT EACH_VECTOR(TILE_VECTORS) v_store(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
 }
 
-static void LEVEL(grad_tile_low)(const struct job *job, int64_t r0, int64_t r1, int64_t g, float *scales, float *tile,
-                                 float *sums)
+/* Two rows of group g, lane by lane side by side: GROUP pairs. */
+INLINE void LEVEL(decode_pair)(const struct weight *w, int64_t row, int both, int64_t g, int64_t t0, T table,
+                               const float *scales, float *out)
+{
+    const W one = LEVEL(words)(w, row, g), two = both ? LEVEL(words)(w, row + 1, g) : _mm512_setzero_si512();
+    const int whole = (int)w->order->whole_words;
+    V first = LEVEL(spread)(w->order, scales, t0, g, 0);
+    V second = both ? LEVEL(spread)(w->order, scales + TILE_SCALES, t0, g, 0) : v_zero();
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
+        if (k && k % 2 == 0 && !whole) {
+            first = LEVEL(spread)(w->order, scales, t0, g, k / 2);
+            second = both ? LEVEL(spread)(w->order, scales + TILE_SCALES, t0, g, k / 2) : v_zero();
+        }
+        const V even = v_mul(v_lookup(table, one, k), first), odd = v_mul(v_lookup(table, two, k), second);
+        _mm512_storeu_si512(out + k * LANES, LEVEL(pairs)(even, odd));
+    }
+}
+
+/* As grad_group. */
+static void LEVEL(grad_group_low)(const struct job *job, int64_t r0, int64_t r1, int64_t t0, int64_t g, const float *scales,
+                                  float *tile, float *sums)
 {
     const struct weight *w = job->weight;
-    float pair[2][GROUP];
-    for (int64_t r = r0; r < r1; r += 2) {
-        LEVEL(decode)(w, r, g, g + 1, scales, pair[0]);
-        if (r + 1 < r1)
-            LEVEL(decode)(w, r + 1, g, g + 1, scales, pair[1]);
-        else
-            memset(pair[1], 0, sizeof pair[1]);
-        for (int n = 0; n < GROUP; n += LANES)
-            _mm512_storeu_si512(tile + (r - r0) / 2 * GROUP + n, LEVEL(pairs)(v_load(pair[0] + n), v_load(pair[1] + n)));
-    }
-    const int64_t stride = round_up(w->rows, 2) / 2, batch = job->m1 - job->m0;
+    const T table = table_load(w->levels);
+    for (int64_t r = r0; r < r1; r += 2)
+        LEVEL(decode_pair)(w, r, r + 1 < r1, g, t0, table, scales + (r - r0) * TILE_SCALES, tile + (r - r0) / 2 * GROUP);
+    const int64_t stride = round_up(w->rows, 2) / 2;
     const float *grad = (const float *)job->x + job->m0 * stride + r0 / 2;
     const int pairs = (int)((r1 - r0 + 1) / 2);
-    int64_t m = 0;
-    for (; m + 3 <= batch; m += 3)
-        LEVEL(accumulate_low)(grad + m * stride, stride, 3, tile, pairs, sums + m * w->stride, w->stride);
-    for (; m < batch; m++)
-        LEVEL(accumulate_low)(grad + m * stride, stride, 1, tile, pairs, sums + m * w->stride, w->stride);
+    for (int n0 = 0; n0 < 8; n0 += TILE_VECTORS) {
+#define CALL(M) \
+    LEVEL(accumulate_low)(grad + m * stride, stride, M, tile + n0 * LANES, pairs, sums + m * GROUP + n0 * LANES)
+        IN_PASSES(job->m1 - job->m0, GRAD_INPUTS, CALL)
+#undef CALL
+    }
 }

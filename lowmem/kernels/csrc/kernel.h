@@ -11,7 +11,7 @@
 #define TILE_ROWS 8      /* rows restored at a time, */
 #define TILE_COLUMNS 512 /* in pieces that stay in the first cache, */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES) /* the scales of a row, and as much as may be read behind */
-#define GRAD_ROWS 32    /* rows of a tile of the gradient, a group of columns wide */
+#define GRAD_ROWS 48    /* rows of a tile of the gradient, a group of columns wide */
 #define FEW_COLUMNS 2048 /* columns whose scales are read at a time with a small batch */
 #define FEW_SCALES (FEW_COLUMNS / 8 + 2 * MAX_LANES)
 #define FEW 4           /* inputs at a time that are multiplied with codes decoded in registers */
@@ -45,6 +45,14 @@ struct weight {
     int encoding; /* enum encoding; enum type for 16-bit floats */
 };
 
+/* A low-rank update: A (rank, columns), B (rows, rank), x (batch, columns), base and out (batch, rows). */
+struct update {
+    const float *x, *a, *b, *base;
+    float *narrow, *out; /* narrow: scratch (batch, rank) */
+    float scaling;
+    int64_t rank, rows, columns;
+};
+
 /* One call. Everything in it but the output is read by all threads. */
 struct job {
     const struct weight *weight;
@@ -60,6 +68,7 @@ struct job {
     /* What is multiplied now: a piece of the batch, and groups of columns. */
     int64_t m0, m1, g0, g1;
     struct quantizing *quantizing; /* of module.c */
+    const struct update *update;
 };
 
 typedef void (*body)(const struct job *, int64_t thread);
@@ -74,11 +83,18 @@ struct level {
     void (*linear)(struct job *);
     void (*input_grad)(struct job *);
     void (*restore)(struct job *);
+    void (*update)(struct job *);
     int (*quantize)(const float *x, int64_t rows, const struct weight *w, const float *boundaries, int zero, float largest,
                     uint8_t *packed, uint8_t *scales, uint8_t *codes);
 };
 
 extern const struct level level_portable, level_avx2, level_avx512, level_avx512bf16;
+
+#if defined(__GNUC__)
+#define prefetch(p) __builtin_prefetch(p)
+#else
+#define prefetch(p) ((void)0)
+#endif
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

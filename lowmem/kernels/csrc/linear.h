@@ -75,6 +75,7 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t t0, int
     for (int64_t g = t0; g < t1; g++, p += LANES * 4, x += M * GROUP, block += 4 * LANES) {
         const int64_t left = row_bytes - g * (LANES * 4);
         const float *scale_at = scales + first[g];
+        EACH_ROW prefetch(p + (i + 8 * R) * row_bytes);
         W words[4];
         V scale[4], sum[FEW_SUMS];
         if (left >= LANES * 4)
@@ -140,6 +141,8 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
     for (int64_t c = 0; c < whole; c += LANES, x += M * LANES) {
         V row[4];
         EACH_ROW row[i] = LEVEL(sixteen)(rows + i * stride + c, type);
+        if (c % 32 == 0) /* a line; rows are read from memory faster than the processor foresees */
+            EACH_ROW prefetch(rows + (i + 8 * R) * stride + c);
         EACH_INPUT {
             const V value = v_load(x + j * LANES);
             EACH_ROW acc[AT] = v_fma(row[i], value, acc[AT]);
@@ -333,16 +336,17 @@ INLINE void LEVEL(put_tile)(const struct job *job, int64_t r, int rows, const fl
                 LEVEL(put)(job, m, r + i, sums[i * batch + m - job->m0]);
         return;
     }
-    for (int64_t m = job->m0; m < job->m1; m++) {
-        const int64_t at = m * job->weight->rows + r;
-        float out[TILE_ROWS];
-        for (int i = 0; i < TILE_ROWS; i++)
-            out[i] = sums[i * batch + m - job->m0] + bias[i];
-        if (type == FLOAT32)
-            memcpy((float *)job->out + at, out, sizeof out);
-        else
-            for (int i = 0; i < TILE_ROWS; i++)
-                write_as(job->out, type, at + i, out[i]);
+    for (int64_t m = job->m0; m < job->m1; m += LANES) {
+        V v[LANES];
+        for (int i = 0; i < LANES; i++)
+            v[i] = i < TILE_ROWS ? v_add(v_load(sums + i * batch + m - job->m0), v_set1(bias[i])) : v_zero();
+        v_transpose(v);
+        for (int64_t j = 0; j < smaller(LANES, job->m1 - m); j++) {
+            float out[LANES]; /* TILE_ROWS of them, in any type */
+            LEVEL(store_as)(out, type, 0, v[j]);
+            const int64_t at = (m + j) * job->weight->rows + r, size = type == FLOAT32 ? 4 : 2;
+            memcpy((char *)job->out + at * size, out, (size_t)(TILE_ROWS * size));
+        }
     }
 }
 

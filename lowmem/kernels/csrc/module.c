@@ -181,7 +181,7 @@ static PyObject *scratch(PyObject *self, PyObject *const *args, Py_ssize_t given
 
 static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed)
 {
-    enum { X, BIAS, BIAS_TYPE, OUT, SCRATCH, BATCH, THREADS, TYPE, ARGUMENTS };
+    enum { X, BIAS, SECOND_TYPE, OUT, SCRATCH, BATCH, THREADS, TYPE, ARGUMENTS };
     long long n[ARGUMENTS];
     if (read_numbers(args + 1, given - 1, n, ARGUMENTS))
         return NULL;
@@ -201,8 +201,8 @@ static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed
         .bias = ADDRESS(n[BIAS]),
         .out = ADDRESS(n[OUT]),
         .type = (int)n[TYPE],
-        .bias_type = (int)n[BIAS_TYPE],
-        .low = prepared->level->low && n[TYPE] == BFLOAT16 && w->order,
+        .bias_type = (int)n[SECOND_TYPE],
+        .low = prepared->level->low && w->order && n[TYPE] == BFLOAT16 && (!transposed || n[SECOND_TYPE] == BFLOAT16),
         .batch = n[BATCH],
         .threads = threads_for(n[THREADS], (double)w->rows * w->columns * n[BATCH]),
         .packed = memory,
@@ -222,8 +222,8 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
     return product(args, given, 0);
 }
 
-/* input_grad(prepared, grad, 0, 0, out, scratch, batch, threads, type); grad is float32, or bfloat16 in rows that are
- * even where the level multiplies it */
+/* input_grad(prepared, grad, 0, type of grad, out, scratch, batch, threads, type); grad is float32; or bfloat16 in rows
+ * of an even number, where the level multiplies it */
 static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     (void)self;
@@ -260,6 +260,35 @@ static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t given
     };
     Py_BEGIN_ALLOW_THREADS
     prepared->level->restore(&job);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+/* update(level, x, A, B, base, narrow, out, batch, rank, rows, columns, threads, scaling) */
+static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    enum { LEVEL_INDEX, X, A, B, BASE, NARROW, OUT, BATCH, RANK, ROWS, COLUMNS, THREADS, NUMBERS };
+    long long n[NUMBERS];
+    (void)self;
+    if (read_numbers(args, given - 1, n, NUMBERS))
+        return NULL;
+    const double scaling = PyFloat_AsDouble(args[NUMBERS]);
+    if (scaling == -1.0 && PyErr_Occurred())
+        return NULL;
+    const struct update u = {
+        .x = ADDRESS(n[X]), .a = ADDRESS(n[A]), .b = ADDRESS(n[B]), .base = ADDRESS(n[BASE]), .narrow = ADDRESS(n[NARROW]),
+        .out = ADDRESS(n[OUT]), .scaling = (float)scaling, .rank = n[RANK], .rows = n[ROWS], .columns = n[COLUMNS],
+    };
+    struct job job = {
+        .update = &u, .batch = n[BATCH],
+        .threads = threads_for(n[THREADS], (double)u.rank * (u.rows + u.columns) * n[BATCH]),
+    };
+    if (!u.x || !u.a || !u.b || !u.base || !u.narrow || !u.out) {
+        PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    all_levels[n[LEVEL_INDEX]]->update(&job);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -383,6 +412,7 @@ static PyMethodDef methods[] = {
     FAST(input_grad),
     FAST(restore),
     FAST(quantize),
+    FAST(update),
     {NULL, NULL, 0, NULL},
 };
 

@@ -27,6 +27,11 @@ static inline V v_load(const float *p)
     return r;
 }
 static inline void v_store(float *p, V a) { memcpy(p, a.v, sizeof a.v); }
+static inline V v_add(V a, V b)
+{
+    EACH a.v[i] += b.v[i];
+    return a;
+}
 static inline V v_mul(V a, V b)
 {
     EACH a.v[i] *= b.v[i];
@@ -117,13 +122,14 @@ static inline V v_bfloat(const uint16_t *p)
 static inline void v_to_half(uint16_t *p, V a) { EACH p[i] = float_to_half(a.v[i]); }
 static inline void v_to_bfloat(uint16_t *p, V a) { EACH p[i] = float_to_bfloat(a.v[i]); }
 
-#define FEW_BATCH 8
+#define FEW_BATCH 12
 #define FEW_ROWS(M) 2
 #define MANY_ROWS 4
+#define TILE_VECTORS 2
 #define GRAD_VECTORS 4
 
 #include "body.h"
 
 const struct level level_portable = {
-    "portable", LANES, LEVEL_LOW, portable_linear, portable_input_grad, portable_restore, portable_quantize,
+    "portable", LANES, LEVEL_LOW, portable_linear, portable_input_grad, portable_restore, portable_update, portable_quantize,
 };

@@ -1,6 +1,7 @@
 /* Rows of a weight as vectors of float32, over the few vector operations that each level defines:
  *
- *   LANES, LEVEL(name), V, v_zero, v_set1, v_load, v_store, v_mul, v_fma, v_sum
+ *   LANES, LEVEL(name), V, v_zero, v_set1, v_load, v_store, v_add, v_mul, v_fma, v_sum
+ *   v_sum4(a, b, c, d, out)  four sums; v_transpose(v), LANES vectors of LANES
  *   W, words_load(p, left)   LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero
  *   bytes_load(p)            LANES bytes, each widened to a word
  *   block_load(p)            LANES / 2 bytes, each widened to a word; then the same, shifted by a nibble
@@ -70,29 +71,39 @@ INLINE void LEVEL(widen)(const struct weight *w, int64_t row, int64_t from, int6
         out[c] = c < left ? read_as_float(p, type, c) : 0.0f;
 }
 
+/* One group of a row of codes, in the order of the words; `scales` starts at the first block of group g0. */
+INLINE void LEVEL(decode_group)(const struct weight *w, int64_t row, int64_t g, int64_t g0, T table, const float *scales,
+                                float *out)
+{
+    const W words = LEVEL(words)(w, row, g);
+    V scale = LEVEL(spread)(w->order, scales, g0, g, 0);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
+        if (k && k % 2 == 0 && !w->order->whole_words)
+            scale = LEVEL(spread)(w->order, scales, g0, g, k / 2);
+        v_store(out + k * LANES, v_mul(v_lookup(table, words, k), scale));
+    }
+}
+
+INLINE void LEVEL(widen_typed)(const struct weight *w, int64_t row, int64_t from, int64_t floats, float *out)
+{
+    if (w->encoding == BFLOAT16)
+        LEVEL(widen)(w, row, from, floats, out, BFLOAT16);
+    else
+        LEVEL(widen)(w, row, from, floats, out, FLOAT16);
+}
+
 /* Groups g0 to g1 of a row, in the order of the words; `scales` is scratch. */
 static void LEVEL(decode)(const struct weight *w, int64_t row, int64_t g0, int64_t g1, float *scales, float *out)
 {
-    const struct order *order = w->order;
-    if (!order) {
-        if (w->encoding == BFLOAT16)
-            LEVEL(widen)(w, row, g0 * GROUP, (g1 - g0) * GROUP, out, BFLOAT16);
-        else
-            LEVEL(widen)(w, row, g0 * GROUP, (g1 - g0) * GROUP, out, FLOAT16);
+    if (!w->order) {
+        LEVEL(widen_typed)(w, row, g0 * GROUP, (g1 - g0) * GROUP, out);
         return;
     }
     const T table = table_load(w->levels);
     LEVEL(group_scales)(w, row, g0, g1, scales);
-    for (int64_t g = g0; g < g1; g++, out += GROUP) {
-        const W words = LEVEL(words)(w, row, g);
-        V scale = LEVEL(spread)(order, scales, g0, g, 0);
-#pragma GCC unroll 8
-        for (int k = 0; k < 8; k++) {
-            if (k && k % 2 == 0 && !order->whole_words)
-                scale = LEVEL(spread)(order, scales, g0, g, k / 2);
-            v_store(out + k * LANES, v_mul(v_lookup(table, words, k), scale));
-        }
-    }
+    for (int64_t g = g0; g < g1; g++, out += GROUP)
+        LEVEL(decode_group)(w, row, g, g0, table, scales, out);
 }
 
 INLINE void LEVEL(store_as)(void *out, const int type, int64_t i, V a)

@@ -1,0 +1,62 @@
+"""What one layer costs: the call, the gradient of its input beside the forward, and products in bfloat16."""
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem import FourBit, Half, kernels
+from lowmem.measure import difference
+
+pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
+
+BATCHES = pytest.mark.parametrize("batch", [1, 8, 32, 128, 512], ids="batch{}".format)
+INT4 = FourBit("int4", block_size=16, scales="float16")
+
+
+@pytest.mark.parametrize("technique", [INT4, Half()], ids=["int4", "half"])
+def test_call(benchmark, timed, technique):
+    """A layer so small that only the call counts, beside nn.Linear."""
+    benchmark.group = "one call"
+    plain = nn.Linear(16, 16).eval()
+    layer, x = lowmem.convert(nn.Linear(16, 16).eval(), technique), torch.randn(1, 16)
+
+    with torch.no_grad():
+        output = timed(lambda: layer(x), reference=lambda: plain(x))
+
+    assert output.shape == (1, 16)
+
+
+@BATCHES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int4", "half"])
+def test_input_gradient(benchmark, timed, kind, dtype, batch):
+    """The gradient of the input, beside the forward, of as many layers as BigNet has."""
+    benchmark.group = f"input gradient, {dtype}, batch {batch:3}"
+    generator = torch.Generator().manual_seed(0)
+    dense = [torch.randn(1024, 1024, generator=generator) for _ in range(18)]
+    weights = [w.half() if kind == "half" else lowmem.quantize(w, "int4", block_size=16) for w in dense]
+    x = torch.randn(batch, 1024, generator=generator).to(dtype)
+
+    output = timed(
+        lambda: [kernels.input_grad(x, w, dtype) for w in weights],
+        reference=lambda: [kernels.linear(x, w, dtype) for w in weights],
+    )
+
+    assert difference(x.float() @ dense[-1], output[-1].float()).relative < 0.15
+
+
+@BATCHES
+@pytest.mark.parametrize("variant", ["low_precision", "low_precision_nf4"])
+def test_inference_in_bfloat16(benchmark, timed, variant, batch):
+    """BigNet in bfloat16 throughout, beside torch's own."""
+    benchmark.group = f"inference in bfloat16, batch {batch:3}"
+    compressed, plain = lowmem.build(variant).eval().bfloat16(), lowmem.build("bignet").eval().bfloat16()
+    x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch)).bfloat16()
+
+    with torch.no_grad():
+        output = timed(lambda: compressed(x), reference=lambda: plain(x))
+        expected = plain(x)
+
+    assert output.dtype == torch.bfloat16
+    assert difference(expected.float(), output.float()).relative < 0.15

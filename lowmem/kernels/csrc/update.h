@@ -1,0 +1,88 @@
+/* A low-rank update of a small batch, in float32: out = base + scaling * (x @ A.T) @ B.T. */
+
+/* Rows r to r + R of a matrix (rows, columns) with M inputs (batch, columns): R * M sums. */
+INLINE void LEVEL(dots)(const float *matrix, int64_t columns, const int R, const float *x, const int M, float *out)
+{
+    V acc[FEW_SUMS];
+    const int64_t whole = columns / LANES * LANES;
+    EACH_ROW EACH_INPUT acc[AT] = v_zero();
+    for (int64_t c = 0; c < whole; c += LANES) {
+        V row[4];
+        EACH_ROW row[i] = v_load(matrix + i * columns + c);
+        EACH_INPUT {
+            const V value = v_load(x + j * columns + c);
+            EACH_ROW acc[AT] = v_fma(row[i], value, acc[AT]);
+        }
+    }
+    for (int j = 0; j < M; j++) {
+        if (R == 4)
+            v_sum4(acc[j], acc[M + j], acc[2 * M + j], acc[3 * M + j], out + j * R);
+        else
+            out[j * R] = v_sum(acc[j]);
+        for (int i = 0; i < R; i++)
+            for (int64_t c = whole; c < columns; c++)
+                out[j * R + i] += matrix[i * columns + c] * x[j * columns + c];
+    }
+}
+
+INLINE void LEVEL(dots_of)(const float *matrix, int64_t columns, const int R, const float *x, int64_t M, float *out)
+{
+    switch (M) {
+    case 1: LEVEL(dots)(matrix, columns, R, x, 1, out); break;
+    case 2: LEVEL(dots)(matrix, columns, R, x, 2, out); break;
+    case 3: LEVEL(dots)(matrix, columns, R, x, 3, out); break;
+    default: LEVEL(dots)(matrix, columns, R, x, FEW, out); break;
+    }
+}
+
+static void LEVEL(narrow_body)(const struct job *job, int64_t thread)
+{
+    const struct update *u = job->update;
+    int64_t r, to, R;
+    share(u->rank, 4, job->threads, thread, &r, &to);
+    for (; r < to; r += R) {
+        R = to - r >= 4 ? 4 : 1;
+        for (int64_t m = 0; m < job->batch; m += FEW) {
+            const int64_t M = smaller(FEW, job->batch - m);
+            float sums[FEW_SUMS];
+            const float *rows = u->a + r * u->columns, *x = u->x + m * u->columns;
+            if (R == 4)
+                LEVEL(dots_of)(rows, u->columns, 4, x, M, sums);
+            else
+                LEVEL(dots_of)(rows, u->columns, 1, x, M, sums);
+            for (int64_t j = 0; j < M; j++)
+                for (int64_t i = 0; i < R; i++)
+                    u->narrow[(m + j) * u->rank + r + i] = sums[j * R + i] * u->scaling;
+        }
+    }
+}
+
+static void LEVEL(wide_body)(const struct job *job, int64_t thread)
+{
+    const struct update *u = job->update;
+    int64_t r, to, R;
+    share(u->rows, 4, job->threads, thread, &r, &to);
+    for (; r < to; r += R) {
+        R = to - r >= 4 ? 4 : 1;
+        for (int64_t m = 0; m < job->batch; m += FEW) {
+            const int64_t M = smaller(FEW, job->batch - m);
+            float sums[FEW_SUMS];
+            const float *rows = u->b + r * u->rank, *x = u->narrow + m * u->rank;
+            if (R == 4)
+                LEVEL(dots_of)(rows, u->rank, 4, x, M, sums);
+            else
+                LEVEL(dots_of)(rows, u->rank, 1, x, M, sums);
+            for (int64_t j = 0; j < M; j++)
+                for (int64_t i = 0; i < R; i++) {
+                    const int64_t at = (m + j) * u->rows + r + i;
+                    u->out[at] = u->base[at] + sums[j * R + i];
+                }
+        }
+    }
+}
+
+static void LEVEL(update)(struct job *job)
+{
+    parallel(job, LEVEL(narrow_body));
+    parallel(job, LEVEL(wide_body));
+}

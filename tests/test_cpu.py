@@ -1,0 +1,332 @@
+"""The compiled kernel beyond float32 products: other dtypes, quantizing, restoring, updates, what it remembers."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem import blockwise, kernels, measure, quantize
+from lowmem.formats import get_format
+from lowmem.kernels import cpu, reference
+from lowmem.scales import get_encoding
+from tests import strategies
+from tests.test_kernels import assert_exact, compiled
+
+batches = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 12, 13, 16, 17, 33, 50])
+low_dtypes = st.sampled_from([torch.bfloat16, torch.float16])
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fill every fresh tensor with NaN, so that an element that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def only_c(monkeypatch):
+    """Let no test here pass because plain torch did the work: its products raise."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("plain torch served")
+
+    monkeypatch.setattr(reference, "linear", refuse)
+    monkeypatch.setattr(reference, "input_grad", refuse)
+
+
+def assert_close_in(dtype: torch.dtype, got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
+    """Within the roundings of both factors and of the result of the float64 product; sums are in float32."""
+    unit = torch.finfo(dtype).eps / 2  # what one rounding loses
+    expected = x.double() @ dense.double().t()
+    magnitudes = x.double().abs() @ dense.double().abs().t()
+    factors = 2.1 * unit if dtype == torch.bfloat16 else 1e-6  # float16 is widened: its factors are exact
+    tiny = torch.finfo(dtype).smallest_normal * (1 + x.double().abs().sum(1, keepdim=True))  # subnormals count as 0
+    allowed = factors * magnitudes + 1.1 * unit * expected.abs() + tiny
+    assert got.dtype == dtype
+    assert ((got.double() - expected).abs() <= allowed).all()
+
+
+@compiled
+@given(
+    strategies.weights(min_dims=2, max_dims=2, max_columns=400, max_exponent=0),
+    strategies.formats,
+    strategies.block_sizes,
+    strategies.encodings,
+    batches,
+    low_dtypes,
+    strategies.seeds,
+)
+def test_products_in_16_bits_lose_no_more_than_their_roundings(level, weight, form, size, scales, batch, dtype, seed):
+    q = quantize(weight, form, block_size=size, scales=scales)
+    dense = q.dequantize()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, q.shape[1], generator=generator).to(dtype)
+    grad = torch.randn(batch, q.shape[0], generator=generator).to(dtype)
+    with kernels.using(level):
+        assert_close_in(dtype, kernels.linear(x, q, dtype), x, dense)
+        assert_close_in(dtype, kernels.input_grad(grad, q, dtype), grad, dense.t())
+
+
+@compiled
+@given(
+    strategies.weights(min_dims=2, max_dims=2, max_columns=300),
+    low_dtypes,
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    batches,
+    strategies.seeds,
+)
+def test_both_products_with_16bit_weights_in_every_dtype(level, weight, stored, dtype, batch, seed):
+    w = weight.to(stored).contiguous()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, w.shape[1], generator=generator).to(dtype)
+    grad = torch.randn(batch, w.shape[0], generator=generator).to(dtype)
+    with kernels.using(level):
+        products = kernels.linear(x, w, dtype), kernels.input_grad(grad, w, dtype)
+    for got, left, right in zip(products, (x, grad), (w, w.t()), strict=True):
+        if dtype == torch.float32:
+            assert_exact(got, left, right)
+        else:
+            assert_close_in(dtype, got, left, right)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_a_bias_of_every_dtype_is_added_before_the_result_is_rounded(level, dtype, bias_dtype, batch):
+    q = quantize(strategies.make_weight("normal", (21, 70), 0, 0))
+    x, bias = torch.randn(batch, 70).to(dtype), torch.randn(21).to(bias_dtype)
+    with kernels.using(level):
+        got, without = kernels.linear(x, q, dtype, bias), kernels.linear(x, q, torch.float32)
+    wide = without + bias.float()
+    unit = torch.finfo(dtype).eps
+    assert ((got.float() - wide).abs() <= 3 * unit * (x.float().abs() @ q.dequantize().abs().t() + bias.abs())).all()
+
+
+@compiled
+@pytest.mark.parametrize("block_size", [10, 12, 30, 62, 100, 1022])
+@pytest.mark.parametrize("batch", [1, 4, 20])
+def test_blocks_that_are_not_whole_words(level, block_size, batch):
+    q = quantize(strategies.make_weight("mixed", (19, 517), 0, 0), "int4", block_size=block_size, scales="float32")
+    x, grad, dense = torch.randn(batch, 517), torch.randn(batch, 19), q.dequantize()
+    with kernels.using(level):
+        assert_exact(kernels.linear(x, q, torch.float32), x, dense)
+        assert_exact(kernels.input_grad(grad, q, torch.float32), grad, dense.t())
+        assert_close_in(torch.bfloat16, kernels.linear(x.bfloat16(), q, torch.bfloat16), x.bfloat16(), dense)
+
+
+@compiled
+@pytest.mark.parametrize("columns", [8192, 8194, 20000])
+@pytest.mark.parametrize("batch", [1, 5, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["half", "4-bit"])
+def test_wide_rows_are_packed_in_parts(level, columns, batch, dtype, kind):
+    dense = strategies.make_weight("normal", (9, columns), 0, 0)
+    w = dense.half() if kind == "half" else quantize(dense, block_size=96)
+    x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 9).to(dtype)
+    restored = w.float() if kind == "half" else w.dequantize()
+    bias = torch.randn(9)
+    with kernels.using(level):
+        got, back = kernels.linear(x, w, dtype, bias), kernels.input_grad(grad, w, dtype)
+        assert measure.peak_bytes(lambda: kernels.linear(x, w, dtype, bias)) <= 2**20 + got.nbytes + x.numel() * 4
+    if dtype == torch.float32:
+        assert_exact(got, x, restored, bias)
+        assert_exact(back, grad, restored.t())
+    else:
+        magnitudes = x.float().abs() @ restored.abs().t() + bias.abs()
+        assert ((got.float() - (x.float() @ restored.t() + bias)).abs() <= 2**-7 * magnitudes).all()
+        assert_close_in(dtype, back, grad, restored.t())
+
+
+@compiled
+@pytest.mark.parametrize("batch", [161, 330, 513, 1100])
+@pytest.mark.parametrize("columns", [40, 1024])
+def test_batches_of_several_pieces(level, batch, columns):
+    q = quantize(strategies.make_weight("normal", (10, columns), 0, 0))
+    half = strategies.make_weight("normal", (10, columns), 0, 0).half()
+    x, grad = torch.randn(batch, columns), torch.randn(batch, 10)
+    with kernels.using(level):
+        for w, dense in ((q, q.dequantize()), (half, half)):
+            assert_exact(kernels.linear(x, w, torch.float32), x, dense)
+            assert_exact(kernels.input_grad(grad, w, torch.float32), grad, dense.t())
+        low = grad.bfloat16()
+        assert_close_in(torch.bfloat16, kernels.input_grad(low, q, torch.bfloat16), low, q.dequantize().t())
+
+
+@compiled
+@given(
+    strategies.weights(min_dims=1, max_dims=3, max_columns=500),
+    strategies.formats,
+    strategies.block_sizes,
+    strategies.encodings,
+    low_dtypes,
+)
+def test_quantizing_gives_the_bytes_of_plain_torch_and_restoring_its_bits(level, weight, form, size, scales, dtype):
+    with kernels.using("reference"):
+        expected = quantize(weight, form, block_size=size, scales=scales)
+        values = expected.dequantize(), expected.dequantize(dtype)
+    with kernels.using(level):
+        got = quantize(weight, form, block_size=size, scales=scales)
+        assert torch.equal(got.packed, expected.packed)
+        assert torch.equal(got.scales.view(torch.uint8), expected.scales.view(torch.uint8))
+        assert torch.equal(got.dequantize(), values[0])
+        assert torch.equal(got.dequantize(dtype), values[1])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_restored_values_are_rounded_as_torch_rounds(level, dtype):
+    """Magnitudes around every rounding: subnormal, halfway, and beyond what the dtype holds."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.exp2(torch.rand(64, 300, generator=generator) * 160 - 140)
+    q = quantize(torch.randn(64, 300 * 8, generator=generator), "fp4", block_size=8, scales="float32")
+    q = replace(q, scales=scales)
+    with kernels.using(level):
+        assert torch.equal(q.dequantize(dtype), q.dequantize().to(dtype))
+        broken = replace(q, scales=torch.full_like(scales, torch.nan))
+        assert broken.dequantize(dtype).isnan().sum() == broken.dequantize().to(dtype).isnan().sum()
+
+
+@compiled
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_weights_that_cannot_be_held_raise_what_plain_torch_raises(level, value):
+    weight = torch.ones(300, 64)
+    weight[299, 63] = value
+    messages = []
+    for name in ("reference", level):
+        with kernels.using(name), pytest.raises(ValueError, match="weight holds") as error:
+            quantize(weight, "nf4", scales="float16")
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+@compiled
+def test_threads_change_no_bit_of_anything(level):
+    q = quantize(strategies.make_weight("normal", (301, 520), 0, 0))
+    x = strategies.make_weight("normal", (40, 520), 0, 1)
+    grad = strategies.make_weight("normal", (40, 301), 0, 2)
+    a, b = strategies.make_weight("normal", (7, 520), 0, 3), strategies.make_weight("normal", (301, 7), 0, 4)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            with kernels.using(level):
+                made = [quantize(x, scales="double").packed]
+                for batch in (1, 4, 6, 12, 13, 40):
+                    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                        made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
+                        made.append(kernels.input_grad(grad[:batch].to(dtype), q, dtype))
+                made.append(kernels.add_update(grad[:3].contiguous(), x[:3].contiguous(), a, b, 0.5))
+                results.append(made)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for made in results for one, other in zip(made, results[0], strict=True))
+
+
+@compiled
+@given(
+    st.integers(1, 12),
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.floats(0.01, 8),
+    strategies.seeds,
+)
+def test_an_update_equals_the_two_products(level, batch, rank, rows, columns, scaling, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (batch, rows), (batch, columns), (rank, columns), (rows, rank)
+    base, x, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
+    before = base.clone()
+    with kernels.using(level):
+        got = kernels.add_update(base, x, a, b, scaling)
+    expected = base.double() + scaling * (x.double() @ a.double().t()) @ b.double().t()
+    sizes = base.abs() + scaling * (x.abs() @ a.abs().t()) @ b.abs().t()
+    assert ((got - expected).abs() <= 2e-6 * sizes + 1e-12).all()
+    assert torch.equal(base, before)
+
+
+def test_an_update_that_c_does_not_take_goes_to_torch():
+    base, x, a, b = torch.randn(3, 5), torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 2)
+    expected = base + 0.5 * (x @ a.t()) @ b.t()
+    torch.testing.assert_close(kernels.add_update(base.t().contiguous().t(), x, a, b, 0.5), expected)
+    many = kernels.add_update(base.repeat(30, 1), x.repeat(30, 1), a, b, 0.5)
+    torch.testing.assert_close(many, expected.repeat(30, 1))
+    wide = kernels.add_update(base.half(), x, a, b, 0.5)
+    torch.testing.assert_close(wide, expected.half(), atol=1e-2, rtol=1e-2)
+    with pytest.raises(RuntimeError):
+        kernels.add_update(base, x[:, :3], a, b, 0.5)
+
+
+@compiled
+def test_what_is_remembered_of_a_weight_follows_it(level):
+    """Changed in place, moved, copied, or shared between levels: the product is that of its values."""
+    q = quantize(strategies.make_weight("normal", (12, 64), 0, 0))
+    other = quantize(strategies.make_weight("normal", (12, 64), 0, 1))
+    x = torch.randn(2, 64)
+    with kernels.using(level):
+        assert_exact(kernels.linear(x, q, torch.float32), x, q.dequantize())
+        twins = copy.deepcopy(q), pickle.loads(pickle.dumps(q))
+        q.packed.copy_(other.packed)
+        q.scales.copy_(other.scales)
+        assert_exact(kernels.linear(x, q, torch.float32), x, other.dequantize())
+        for twin in twins:
+            assert_exact(kernels.linear(x, twin, torch.float32), x, twin.dequantize())
+            assert not torch.equal(twin.packed, q.packed)
+        q.packed.data = twins[0].packed.clone()
+        q.scales.data = twins[0].scales.clone()
+        assert_exact(kernels.linear(x, q, torch.float32), x, twins[0].dequantize())
+        bias = torch.randn(12)
+        first = kernels.linear(x, q, torch.float32, bias)
+        bias.data = bias.flip(0)
+        assert_exact(kernels.linear(x, q, torch.float32, bias), x, q.dequantize(), bias)
+        assert not torch.equal(first, kernels.linear(x, q, torch.float32, bias))
+    with kernels.using("portable"):
+        assert_exact(kernels.linear(x, q, torch.float32), x, q.dequantize())
+
+
+@compiled
+def test_many_batch_sizes_keep_what_is_remembered_small(level):
+    q = quantize(strategies.make_weight("normal", (3, 16), 0, 0))
+    with kernels.using(level):
+        for batch in range(1, 200):
+            kernels.linear(torch.randn(batch, 16), q, torch.float32)
+    assert len(q.__dict__["prepared"].sizes) <= 65
+
+
+def test_memory_that_cannot_be_written_is_left_to_plain_torch():
+    weight = strategies.make_weight("normal", (4, 16), 0, 0)
+    form, encoding = get_format("nf4"), get_encoding("float16")
+    expected = quantize(weight, scales="float16", block_size=16)
+    packed = torch.empty(8, 4, dtype=torch.uint8).t()
+    stored = torch.empty(1, 4, dtype=torch.float16).t()
+    kernel = cpu.Kernel(cpu.load()[0], kernels.available()[-1])
+    kernel.quantize_rows(weight, form, 16, encoding, packed, stored)
+    assert torch.equal(packed, expected.packed)
+    assert torch.equal(stored, expected.scales)
+    meta = replace(expected, packed=expected.packed.to("meta"), scales=expected.scales.to("meta"))
+    assert kernel.dequantize(meta, slice(1, 3), torch.float32).shape == (2, 16)
+    assert torch.equal(
+        blockwise.PLAIN.dequantize(expected, slice(1, 3), torch.float64)[0], expected.dequantize()[1].double()
+    )
+
+
+@compiled
+@pytest.mark.parametrize(
+    "function", ["linear", "input_grad", "restore", "quantize", "update", "prepare", "scratch", "order"]
+)
+def test_a_wrong_number_of_arguments_is_an_error(level, function):
+    native, _ = cpu.load()
+    handle = native.prepare(None, 0, 1, 0, 0, 1, 0, 1, 8)
+    takes_handle = function in ("linear", "input_grad", "restore", "scratch")
+    with pytest.raises(TypeError, match="arguments, got"):
+        getattr(native, function)(*((handle, 1) if takes_handle else (1, 1)))
+    if takes_handle:
+        expected = {"linear": 8, "input_grad": 8, "restore": 5, "scratch": 3}[function]
+        with pytest.raises(ValueError, match="PyCapsule"):
+            getattr(native, function)(object(), *[0] * expected)
