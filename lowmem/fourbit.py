@@ -86,7 +86,7 @@ class Linear4Bit(FrozenStorage):
     def quantized(self) -> QuantizedTensor:
         """The weight: a view of what is stored, never a copy."""
         known, stored = self._quantized, self._parameters
-        if known.packed is not stored["packed"] or known.scales is not stored["scales"]:
+        if known.packed is not stored.get("packed") or known.scales is not stored.get("scales"):
             self._quantized = known = replace(known, packed=self.packed, scales=self.scales)
         return known
 
@@ -98,7 +98,9 @@ class Linear4Bit(FrozenStorage):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in x's dtype, for x (..., in_features)."""
         x = autocast(x)
-        return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, self._parameters["bias"])
+        own = self._parameters  # faster than attributes; not all are there where something wraps the layer
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, bias)
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, and how it is stored."""

@@ -29,21 +29,21 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     Raises:
         RuntimeError: a wrong last dimension or dtype, as nn.Linear raises.
     """
+    if x.dim() == 2 and is_plain_call(x, bias):
+        out = kernels.linear(x, weight, dtype, bias)
+        return out if dtype is x.dtype else out.to(x.dtype)
     out_features, in_features = weight.shape
     if not x.is_floating_point():
         raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
-    shape = x.shape
-    if not shape or shape[-1] != in_features:
-        raise RuntimeError(f"input.shape={tuple(shape)} must end in in_features={in_features}")
-    rows = x if len(shape) == 2 else x.reshape(shape[:-1].numel(), in_features)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
     if is_plain_call(x, bias):
         out = kernels.linear(rows, weight, dtype, bias)
     else:
         out = _product(rows, weight, dtype, False)
         out = out if bias is None else out + bias.to(dtype)
-    if dtype is not x.dtype:
-        out = out.to(x.dtype)
-    return out if len(shape) == 2 else out.view(*shape[:-1], out_features)
+    return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -75,6 +75,9 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
+        # A transform inside of a compiled function sees plain torch: an operator has no forward-mode derivative.
+        if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            return ops.product(x, weight, dtype, transposed)
         return (kernels.input_grad if transposed else kernels.linear)(x, weight, dtype)
 
     @staticmethod
@@ -102,15 +105,18 @@ class _FrozenProduct(torch.autograd.Function):
         out = _product(batch.flatten(0, 1), *rest)
         return out.unflatten(0, batch.shape[:2]), 0
 
+
+class _ForwardModeProduct(_FrozenProduct):
+    """The same with forward-mode derivatives, which torch.compile does not take in a function of one's own."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return _product(tangent, ctx.weight, ctx.dtype, ctx.transposed)
 
 
 def _product(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
-    if torch.compiler.is_compiling():
-        return ops.product(x, weight, dtype, transposed)
-    out: Tensor = _FrozenProduct.apply(x, weight, dtype, transposed)  # type: ignore[no-untyped-call]
+    function = _FrozenProduct if torch.compiler.is_compiling() else _ForwardModeProduct
+    out: Tensor = function.apply(x, weight, dtype, transposed)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -69,8 +69,10 @@ class HalfLinear(FrozenStorage):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in x's dtype, for x (..., in_features)."""
         x = autocast(x)
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        assert weight is not None
+        own = self._parameters  # faster than attributes; not all are there where something wraps the layer
+        weight = own.get("weight")
+        weight = self.weight if weight is None else weight
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         if x.dtype is weight.dtype and not (x.is_cpu and x.dtype is torch.float16):  # which torch multiplies slowly
             return nn.functional.linear(x, weight.detach(), None if bias is None else bias.detach())
         wide = x.dtype if x.dtype is torch.float32 else torch.promote_types(x.dtype, weight.dtype)

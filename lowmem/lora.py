@@ -82,12 +82,13 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in the base's dtype, for x (..., in_features)."""
-        base, dropout = self._modules["base"], self._modules["dropout"]
-        a, b = self._parameters["lora_a"], self._parameters["lora_b"]
+        parts, own = self._modules, self._parameters  # faster than attributes
+        base, dropout = parts["base"], parts["dropout"]
         assert base is not None
         assert dropout is not None
-        assert a is not None
-        assert b is not None
+        a, b = own.get("lora_a"), own.get("lora_b")
+        if a is None or b is None:  # something wraps the layer
+            a, b = self.lora_a, self.lora_b
         out: Tensor = base(x)
         x = x if x.dtype is a.dtype else x.to(a.dtype)
         if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):

@@ -193,7 +193,8 @@ def test_restored_rows_are_the_reference_s_bit_for_bit(level, weight, format, bl
     native, _ = kernels.cpu.load()
     for dtype in (torch.float32, torch.bfloat16):
         got = kernels.cpu.Kernel(native, level).dequantize(q, slice(start, None), dtype)
-        assert torch.equal(got, q.dequantize()[start:].to(dtype))
+        with kernels.using("reference"):
+            assert torch.equal(got, q.dequantize()[start:].to(dtype))
 
 
 @compiled
@@ -399,7 +400,7 @@ level = sys.argv[1]
 native, _ = kernels.cpu.load()
 kernel = kernels.cpu.Kernel(native, level)
 with kernels.using(level):
-    for columns in (1, 7, 31, 33, 100, 127, 129, 1023, 1025):
+    for columns in (1, 7, 31, 33, 100, 127, 129, 1023, 1025, 8200):
         for scales in ("float16", "float32", "double"):
             for block in (8, 10, 16, 64):
                 weight = at_the_edge(torch.randn(5, columns))

@@ -201,3 +201,29 @@ def test_repr_names_rank_and_scaling():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         LoRA(**options)
+
+
+def test_layers_whose_parameters_something_replaced_still_work():
+    """parametrize and DataParallel take parameters out of the module's own table."""
+    torch.manual_seed(0)
+    layer = convert(torch.nn.Linear(6, 4), FourBit(block_size=8), LoRA(2)).eval()
+    half = convert(torch.nn.Linear(6, 4), Half())
+    x = torch.randn(2, 6)
+    expected = layer(x), half(x)
+    torch.nn.utils.parametrize.register_parametrization(layer, "lora_a", torch.nn.Identity())
+    bias = layer.base.bias.detach().clone()
+    del layer.base.bias
+    layer.base.bias = bias
+    weight = half.weight.detach().clone()
+    del half.weight
+    half.weight = weight
+    torch.testing.assert_close(layer(x), expected[0])
+    torch.testing.assert_close(half(x), expected[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_an_adapter_of_an_empty_layer_gives_an_empty_or_plain_output(shape):
+    with pytest.warns(UserWarning, match="zero-element"):
+        layer = convert(torch.nn.Linear(*shape), LoRA(1)).eval()
+    with torch.no_grad():
+        assert layer(torch.randn(2, shape[0])).shape == (2, shape[1])

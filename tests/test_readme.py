@@ -1,6 +1,7 @@
 """The README's code runs, its tables are what the commands print, and the commands it names exist."""
 
 import configparser
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.results import read_run
 from lowmem import backend, build, measure
 from lowmem.__main__ import main
 
@@ -92,3 +94,17 @@ def test_every_file_and_folder_it_names_exists():
             path = Path(name) if "/" in name else folder / name
             folder = path.parent
             assert (ROOT / path).exists(), path
+
+
+def test_the_speed_table_is_that_of_the_stored_run():
+    run = json.loads((ROOT / "benchmarks" / "baselines" / "0001_baseline.json").read_text())
+    results, _ = read_run(run)
+    ratios = {name.partition("::")[2]: result.ratio for name, result in results.items()}
+    lines = []
+    for test, title in (("test_inference", ""), ("test_inference_in_bfloat16", ", bfloat16")):
+        for variant in dict.fromkeys(re.findall(rf"{test}\[(\w+)-batch1\]", " ".join(ratios))):
+            cells = [1 / ratios[f"{test}[{variant}-batch{batch}]"] for batch in (1, 8, 32, 128, 512)]
+            if variant != "bignet":
+                lines.append(f"| {variant}{title} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    written = README.partition("| Times as fast |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert written == lines

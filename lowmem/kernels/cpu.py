@@ -17,7 +17,7 @@ from lowmem import blockwise
 from lowmem.blockwise import QuantizedTensor
 from lowmem.formats import Format, get_format
 from lowmem.kernels import reference
-from lowmem.kernels.memory import HALVES, TYPES, Prepared, is_float, is_real, is_traced, takes
+from lowmem.kernels.memory import HALVES, TYPES, Prepared, bias_arguments, is_float, is_real, is_traced, takes
 from lowmem.kernels.reference import Weight
 from lowmem.scales import ScaleEncoding
 
@@ -27,7 +27,6 @@ __all__ = ["Kernel", "load"]
 _ENCODINGS = {"float32": 0, "float16": 1, "double": 2}
 
 _UPDATE_BATCH = 12  # beyond, torch's own products are faster
-_GRAD_FEW = 3  # inputs whose gradient in bfloat16 is computed in float32
 _WIDE = 8192  # columns that C packs at a time: beyond, an output in 16 bits would round every part of a sum
 _WIDE_BYTES = 2**18  # of a float32 output then
 
@@ -58,7 +57,6 @@ class Kernel:
     def __init__(self, native: ModuleType, level: str) -> None:
         self.native = native
         self._level = native.levels().index(level)
-        self._multiplies_bfloat16 = level == "avx512bf16"
         self._order = lru_cache(maxsize=64)(native.order)  # a table of the columns, shared by layers of one shape
         self._known_half = lru_cache(maxsize=256)(self._new_half)  # true of any weight that lies there
 
@@ -67,51 +65,52 @@ class Kernel:
         rows, columns = weight.shape
         prepared = self._prepare(weight)
         kind = TYPES.get(dtype)
-        if prepared is None or kind is None or not takes(x, columns) or rows == 0:
+        batch = takes(x, columns)
+        if prepared is None or kind is None or not batch or rows == 0:
             return reference.linear(x, weight, dtype, bias)
-        if columns > _WIDE and kind:
-            return self._in_pieces(x, weight, dtype, bias)
         if x.dtype is not dtype:
+            if not x.is_floating_point():
+                return reference.linear(x, weight, dtype, bias)  # raises
             x = x.to(dtype)
         if not x.is_contiguous():
             x = x.contiguous()
-        added = prepared.bias_arguments(bias, rows)
-        if added is None:
-            return self.linear(x, weight, dtype).add_(0 if bias is None else bias)
-        batch, threads = x.shape[0], torch.get_num_threads()
+        if columns > _WIDE and kind:
+            return self._in_pieces(prepared, x, rows, bias)
+        added = (0, 0) if bias is None else bias_arguments(bias, rows)
         out = x.new_empty(batch, rows)
+        self._multiply(prepared, x, out, batch, kind, kind, added or (0, 0))
+        return out if added is not None or bias is None else out.add_(bias)
+
+    def _multiply(
+        self,
+        prepared: Prepared,
+        x: Tensor,
+        out: Tensor,
+        batch: int,
+        kind: int,
+        out_kind: int,
+        added: tuple[int, int],
+    ) -> None:
+        threads = torch.get_num_threads()
         scratch = x.new_empty(prepared.scratch(batch, threads, False) // x.itemsize)
         self.native.linear(
-            prepared.handle, x.data_ptr(), *added, out.data_ptr(), scratch.data_ptr(), batch, threads, kind
+            prepared.handle, x.data_ptr(), *added, out.data_ptr(), scratch.data_ptr(), batch, threads, kind, out_kind
         )
-        return out
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
         rows, columns = weight.shape
         prepared = self._prepare(weight)
         kind = TYPES.get(dtype)
-        if prepared is None or kind is None or not takes(grad, rows) or columns == 0:
+        batch = takes(grad, rows)
+        if prepared is None or kind is None or not batch or columns == 0:
             return reference.input_grad(grad, weight, dtype)
-        pairs = self._multiplies_bfloat16 and dtype is torch.bfloat16 and isinstance(weight, QuantizedTensor)
-        if pairs and len(grad) > _GRAD_FEW:  # of rows, which lie side by side; fewer inputs are faster in float32
-            read = grad.to(dtype)
-            read = (torch.nn.functional.pad(read, (0, 1)) if rows % 2 else read).contiguous()
-        else:
-            read = grad.to(torch.float32).contiguous()
-        batch, threads = len(grad), torch.get_num_threads()
-        out = read.new_empty(batch, columns, dtype=dtype)
-        scratch = out.new_empty(prepared.scratch(batch, threads, True) // out.itemsize)
+        grad = grad.to(dtype).contiguous()
+        threads = torch.get_num_threads()
+        out = grad.new_empty(batch, columns)
+        scratch = grad.new_empty(prepared.scratch(batch, threads, True) // grad.itemsize)
         self.native.input_grad(
-            prepared.handle,
-            read.data_ptr(),
-            0,
-            TYPES[read.dtype],
-            out.data_ptr(),
-            scratch.data_ptr(),
-            batch,
-            threads,
-            kind,
+            prepared.handle, grad.data_ptr(), 0, 0, out.data_ptr(), scratch.data_ptr(), batch, threads, kind, kind
         )
         return out
 
@@ -120,6 +119,7 @@ class Kernel:
         batch, rows, (rank, columns) = base.shape[0], base.shape[1], a.shape
         if (
             not 0 < batch <= _UPDATE_BATCH
+            or 0 in (rows, columns)
             or x.shape != (batch, columns)
             or b.shape != (rows, rank)
             or not (is_float(base) and is_float(x) and is_float(a) and is_float(b))
@@ -197,6 +197,8 @@ class Kernel:
             and kept.kernel is self
             and packed.data_ptr() == kept.packed
             and scales.data_ptr() == kept.scales
+            and packed.shape == kept.packed_shape
+            and scales.shape == kept.scales_shape
             and packed.is_contiguous()
             and scales.is_contiguous()
         ):
@@ -212,18 +214,19 @@ class Kernel:
         ):
             return None
         rows, columns = weight.shape
+        levels = _floats(get_format(weight.format).levels)
         handle = self.native.prepare(
             self._order(self._level, columns, weight.block_size),
             self._level,
             packed.data_ptr(),
             scales.data_ptr(),
-            _floats(get_format(weight.format).levels).buffer_info()[0],
+            levels.buffer_info()[0],
             _ENCODINGS[weight.scale_encoding],
             weight.block_size,
             rows,
             columns,
         )
-        kept = Prepared(self, handle, packed.data_ptr(), scales.data_ptr())
+        kept = Prepared(self, handle, levels, packed, scales)
         weight.__dict__["prepared"] = kept
         return kept
 
@@ -240,16 +243,18 @@ class Kernel:
 
     def _new_half(self, address: int, kind: int, rows: int, columns: int) -> Prepared:
         handle = self.native.prepare(None, self._level, address, 0, 0, kind, 0, rows, columns)
-        return Prepared(self, handle, address, 0)
+        return Prepared(self, handle)
 
-    def _in_pieces(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-        """Multiply in float32, a few inputs at a time: the sums are rounded once, and stay small."""
-        out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
-        step = max(1, _WIDE_BYTES // (4 * weight.shape[0]))
-        for start in range(0, x.shape[0], step):
-            part = x[start : start + step].to(dtype).float()
-            out[start : start + step] = self.linear(part, weight, torch.float32, bias)
-        return out
+    def _in_pieces(self, prepared: Prepared, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
+        """Sum in float32, a few inputs at a time, and round once: C adds up a wide row in parts."""
+        out = x.new_empty(x.shape[0], rows)
+        added = (0, 0) if bias is None else bias_arguments(bias, rows)
+        step = max(1, _WIDE_BYTES // (4 * rows))
+        for part, rounded in zip(x.split(step), out.split(step), strict=True):
+            sums = part.new_empty(len(part), rows, dtype=torch.float32)
+            self._multiply(prepared, part, sums, len(part), TYPES[x.dtype], 0, added or (0, 0))
+            rounded.copy_(sums)
+        return out if added is not None or bias is None else out.add_(bias)
 
 
 @lru_cache(maxsize=64)

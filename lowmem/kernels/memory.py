@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["HALVES", "TYPES", "Prepared", "is_float", "is_real", "is_traced", "takes"]
+__all__ = ["HALVES", "TYPES", "Prepared", "bias_arguments", "is_float", "is_real", "is_traced", "takes"]
 
 # enum type of csrc/kernel.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -21,25 +21,21 @@ _RECORDERS = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
 class Prepared:
     """A weight as C knows it, for as long as the addresses hold."""
 
-    __slots__ = ("bias", "handle", "kernel", "packed", "scales", "sizes")
+    __slots__ = ("handle", "kernel", "levels", "packed", "packed_shape", "scales", "scales_shape", "sizes")
 
-    def __init__(self, kernel: Any, handle: Any, packed: int, scales: int) -> None:
-        self.kernel, self.handle, self.packed, self.scales = kernel, handle, packed, scales
+    def __init__(
+        self,
+        kernel: Any,
+        handle: Any,
+        levels: object = None,
+        packed: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> None:
+        self.kernel, self.handle, self.levels = kernel, handle, levels  # the levels live as long as what points there
+        if packed is not None and scales is not None:
+            self.packed, self.packed_shape = packed.data_ptr(), packed.shape
+            self.scales, self.scales_shape = scales.data_ptr(), scales.shape
         self.sizes: dict[tuple[int, int, bool], int] = {}
-        self.bias: tuple[Tensor | None, int, int] = None, 0, 0  # the last one, its address and its type
-
-    def bias_arguments(self, bias: Tensor | None, rows: int) -> tuple[int, int] | None:
-        """Return a bias as C takes it, or None where C cannot read it."""
-        if bias is None:
-            return 0, 0
-        known, address, kind = self.bias
-        if known is not bias or bias.data_ptr() != address:
-            if bias.dtype not in TYPES or bias.shape != (rows,) or not bias.is_contiguous() or not is_real(bias):
-                return None
-            address, kind = bias.data_ptr(), TYPES[bias.dtype]
-            if self.scales:  # what is known of 16-bit weights outlives them: it must not keep a bias
-                self.bias = bias, address, kind
-        return address, kind
 
     def scratch(self, batch: int, threads: int, transposed: bool) -> int:
         """Return how many bytes of scratch a product takes."""
@@ -52,10 +48,27 @@ class Prepared:
         return size
 
 
-def takes(x: Tensor, features: int) -> bool:
-    """Whether C can read a batch."""
+def bias_arguments(bias: Tensor, rows: int) -> tuple[int, int] | None:
+    """Return the address and the type of a bias, or None where C cannot read it."""
+    kind, address, python_type = TYPES.get(bias.dtype), bias.data_ptr(), type(bias)
+    if (
+        kind is None
+        or not address  # a zero without memory, or freed storage
+        or bias.numel() != rows
+        or bias.dim() != 1
+        or not bias.is_contiguous()
+        or not (python_type is Parameter or python_type is Tensor)
+        or not bias.is_cpu
+        or bias.is_neg()
+    ):
+        return None
+    return address, kind
+
+
+def takes(x: Tensor, features: int) -> int:
+    """Return how many inputs C can read in a batch of so many features: 0 if it is none."""
     shape = x.shape
-    return len(shape) == 2 and shape[1] == features and shape[0] > 0 and is_real(x)
+    return shape[0] if len(shape) == 2 and shape[1] == features and is_real(x) else 0
 
 
 def is_real(tensor: Tensor) -> bool:

@@ -25,8 +25,15 @@ def linear(x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = 
         weight: (out, in).
         dtype: to compute in.
         bias: (out,), or None.
+
+    Raises:
+        RuntimeError: x has another shape, or is not floating point.
     """
     out_features, in_features = weight.shape
+    if not x.is_floating_point():
+        raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
+    if x.shape[1] != in_features:
+        raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
     x = x.to(dtype)
     out = x.new_empty(x.shape[0], out_features)
     for rows in row_chunks(out_features, in_features):

@@ -14,6 +14,7 @@ typedef struct {
 #define v_set1 _mm256_set1_ps
 #define v_load _mm256_loadu_ps
 #define v_store _mm256_storeu_ps
+#define v_keep(a) __asm__("" : "+x"(a))
 #define v_add _mm256_add_ps
 #define v_mul _mm256_mul_ps
 #define v_fma _mm256_fmadd_ps

@@ -5,11 +5,13 @@
 #define GRAD_FEW_BATCH 8  /* up to this batch */
 #define EACH_VECTOR(most) _Pragma("GCC unroll 8") for (int n = 0; n < most; n++)
 
+INLINE void LEVEL(add_to)(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
+
 /* M rows of the gradient with restored rows: sums, a GROUP an input, += grad @ tile. */
 INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int M, const float *tile, int rows, float *sums)
 {
     V acc[GRAD_INPUTS * TILE_VECTORS];
-    EACH_INPUT EACH_VECTOR(TILE_VECTORS) acc[j * TILE_VECTORS + n] = v_load(sums + j * GROUP + n * LANES);
+    EACH_INPUT EACH_VECTOR(TILE_VECTORS) acc[j * TILE_VECTORS + n] = v_zero();
     for (int r = 0; r < rows; r++, tile += GROUP) {
         V row[TILE_VECTORS];
         EACH_VECTOR(TILE_VECTORS) row[n] = v_load(tile + n * LANES);
@@ -18,42 +20,41 @@ INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int 
             EACH_VECTOR(TILE_VECTORS) acc[j * TILE_VECTORS + n] = v_fma(row[n], factor, acc[j * TILE_VECTORS + n]);
         }
     }
-    EACH_INPUT EACH_VECTOR(TILE_VECTORS) v_store(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
+    EACH_INPUT EACH_VECTOR(TILE_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
 }
 
 /* The same with codes of group g decoded in registers, vectors k0 and on: rows r0 to r1. */
-INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, const int M, int64_t r0, int64_t r1, int64_t g,
+INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, int64_t r0, int64_t r1, int64_t g,
                                   const float *scales, const int k0, float *sums)
 {
     const T table = table_load(w->levels);
     const int32_t *block = w->order->block + g * 4 * LANES;
-    const int64_t rows = w->rows;
     V acc[GRAD_FEW_INPUTS * GRAD_VECTORS];
-    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_load(sums + j * GROUP + (k0 + n) * LANES);
+    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
     for (int64_t r = r0; r < r1; r++, scales += TILE_SCALES) {
         const W words = LEVEL(words)(w, r, g);
         const V scale = v_spread(scales, block);
         V factor[GRAD_FEW_INPUTS];
-        EACH_INPUT factor[j] = v_mul(scale, v_set1(grad[j * rows + r]));
+        EACH_INPUT factor[j] = v_mul(scale, v_set1(grad[j * grad_stride + r - r0]));
         EACH_VECTOR(GRAD_VECTORS) {
             const V level = v_lookup(table, words, k0 + n);
             EACH_INPUT acc[j * GRAD_VECTORS + n] = v_fma(level, factor[j], acc[j * GRAD_VECTORS + n]);
         }
     }
-    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) v_store(sums + j * GROUP + (k0 + n) * LANES, acc[j * GRAD_VECTORS + n]);
+    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + (k0 + n) * LANES, acc[j * GRAD_VECTORS + n]);
 }
 
 /* The same with 16-bit weights, from column c on, of which there is a whole GROUP. */
-INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, const int M, int64_t r0, int64_t r1, int64_t c,
+INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, int64_t r0, int64_t r1, int64_t c,
                                       float *sums, const int type)
 {
-    const int64_t stride = w->columns, rows = w->rows;
+    const int64_t stride = w->columns;
     const uint16_t *p = (const uint16_t *)w->packed + r0 * stride + c;
     V acc[GRAD_FEW_INPUTS * GRAD_VECTORS];
-    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_load(sums + j * GROUP + n * LANES);
+    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
     for (int64_t r = r0; r < r1; r++, p += stride) {
         V factor[GRAD_FEW_INPUTS];
-        EACH_INPUT factor[j] = v_set1(grad[j * rows + r]);
+        EACH_INPUT factor[j] = v_set1(grad[j * grad_stride + r - r0]);
         EACH_VECTOR(GRAD_VECTORS) {
             const V row = LEVEL(sixteen)(p + n * LANES, type);
             if (n % 2 == 0)
@@ -61,7 +62,7 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
             EACH_INPUT acc[j * GRAD_VECTORS + n] = v_fma(row, factor[j], acc[j * GRAD_VECTORS + n]);
         }
     }
-    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) v_store(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
+    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
 }
 
 /* Call with M inputs at a time, `most` or fewer, from input m on; all about as many. */
@@ -83,17 +84,17 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
 #include "gradient_bfloat16.h"
 #endif
 
-/* Rows r0 to r1 of group g, of the chunk that starts at group t0; `scales` holds those of the chunk, row by row. */
-static void LEVEL(grad_group)(const struct job *job, int64_t r0, int64_t r1, int64_t t0, int64_t g, const float *scales,
-                              float *tile, float *sums)
+/* Rows r0 to r1 of group g, of the chunk that starts at group t0; `scales` holds those of the chunk, row by row, and
+ * `grad` what the inputs have for the rows. */
+static void LEVEL(grad_group)(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
+                              int64_t g, const float *scales, float *tile, float *sums)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
-    const float *grad = (const float *)job->x + job->m0 * w->rows; /* float32: the binding has seen to it */
     if (w->order && w->order->whole_words && batch <= GRAD_FEW_BATCH) {
         const float *first = scales + w->order->first_block[g] - w->order->first_block[t0];
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
-#define CALL(M) LEVEL(accumulate_few)(w, grad + m * w->rows, M, r0, r1, g, first, k, sums + m * GROUP)
+#define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, r0, r1, g, first, k, sums + m * GROUP)
             IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
 #undef CALL
         }
@@ -103,8 +104,8 @@ static void LEVEL(grad_group)(const struct job *job, int64_t r0, int64_t r1, int
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
             const int64_t c = g * GROUP + k * LANES;
             float *to = sums + k * LANES;
-#define CALL(M) LEVEL(accumulate_sixteen)(w, grad + m * w->rows, M, r0, r1, c, to + m * GROUP, FLOAT16)
-#define CALL_BFLOAT(M) LEVEL(accumulate_sixteen)(w, grad + m * w->rows, M, r0, r1, c, to + m * GROUP, BFLOAT16)
+#define CALL(M) LEVEL(accumulate_sixteen)(w, grad + m * stride, stride, M, r0, r1, c, to + m * GROUP, FLOAT16)
+#define CALL_BFLOAT(M) LEVEL(accumulate_sixteen)(w, grad + m * stride, stride, M, r0, r1, c, to + m * GROUP, BFLOAT16)
             if (w->encoding == BFLOAT16)
                 IN_PASSES(batch, GRAD_FEW_INPUTS, CALL_BFLOAT)
             else
@@ -121,10 +122,30 @@ static void LEVEL(grad_group)(const struct job *job, int64_t r0, int64_t r1, int
         else
             LEVEL(widen_typed)(w, r0 + i, g * GROUP, GROUP, tile + i * GROUP);
     for (int n0 = 0; n0 < 8; n0 += TILE_VECTORS) {
-#define CALL(M)                                                                                                     \
-    LEVEL(accumulate)(grad + m * w->rows + r0, w->rows, M, tile + n0 * LANES, (int)rows, sums + m * GROUP + n0 * LANES)
+#define CALL(M) \
+    LEVEL(accumulate)(grad + m * stride, stride, M, tile + n0 * LANES, (int)rows, sums + m * GROUP + n0 * LANES)
         IN_PASSES(batch, GRAD_INPUTS, CALL)
 #undef CALL
+    }
+}
+
+/* What the inputs have for rows r0 to r1, GRAD_ROWS apart: as float32, or as pairs of bfloat16, a zero after the last. */
+static void LEVEL(grad_rows)(const struct job *job, int64_t r0, int64_t r1, int low, float *out)
+{
+    for (int64_t m = job->m0; m < job->m1; m++, out += GRAD_ROWS) {
+        const int64_t from = m * job->weight->rows;
+        if (low) {
+            uint16_t *pairs = (uint16_t *)out;
+            for (int64_t r = r0; r < r1; r++)
+                pairs[r - r0] = ((const uint16_t *)job->x)[from + r];
+            pairs[r1 - r0] = 0;
+        } else if (job->type == BFLOAT16) {
+            for (int64_t r = r0; r < r1; r++)
+                out[r - r0] = read_as_float(job->x, BFLOAT16, from + r);
+        } else {
+            for (int64_t r = r0; r < r1; r++)
+                out[r - r0] = read_as_float(job->x, FLOAT16, from + r);
+        }
     }
 }
 
@@ -132,6 +153,8 @@ static void LEVEL(grad_body)(const struct job *job, int64_t thread)
 {
     const struct weight *w = job->weight;
     float *scales = job->own + thread * job->own_floats, *tile = scales + GRAD_ROWS * TILE_SCALES;
+    float *rows = tile + GRAD_ROWS * MAX_GROUP;
+    const int low = job->low && job->m1 - job->m0 > GRAD_FEW_INPUTS; /* fewer are faster in float32 */
     const int64_t batch = (job->m1 - job->m0) * GROUP;
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, job->threads, thread, &g0, &g1);
@@ -142,13 +165,19 @@ static void LEVEL(grad_body)(const struct job *job, int64_t thread)
             const int64_t r1 = smaller(r0 + GRAD_ROWS, w->rows);
             for (int64_t r = r0; r < r1 && w->order; r++)
                 LEVEL(group_scales)(w, r, t0, t1, scales + (r - r0) * TILE_SCALES);
+            const float *grad = (const float *)job->x + job->m0 * w->rows + r0;
+            if (job->type != FLOAT32) {
+                LEVEL(grad_rows)(job, r0, r1, low, rows);
+                grad = rows;
+            }
             for (int64_t g = t0; g < t1; g++)
 #if LEVEL_LOW
-                if (job->low)
-                    LEVEL(grad_group_low)(job, r0, r1, t0, g, scales, tile, job->packed + g * batch);
+                if (low)
+                    LEVEL(grad_group_low)(job, grad, GRAD_ROWS, r0, r1, t0, g, scales, tile, job->packed + g * batch);
                 else
 #endif
-                    LEVEL(grad_group)(job, r0, r1, t0, g, scales, tile, job->packed + g * batch);
+                    LEVEL(grad_group)(job, grad, job->type == FLOAT32 ? w->rows : GRAD_ROWS, r0, r1, t0, g, scales, tile,
+                                      job->packed + g * batch);
         }
     }
 }
@@ -171,9 +200,9 @@ static void LEVEL(unpack_body)(const struct job *job, int64_t thread)
     int64_t c0, c1;
     share(job->weight->columns, MAX_LANES, job->threads, thread, &c0, &c1);
     for (int64_t m = job->m0; m < job->m1; m++)
-        if (job->type == FLOAT32)
+        if (job->out_type == FLOAT32)
             LEVEL(unpack)(job, m, c0, c1, FLOAT32);
-        else if (job->type == BFLOAT16)
+        else if (job->out_type == BFLOAT16)
             LEVEL(unpack)(job, m, c0, c1, BFLOAT16);
         else
             LEVEL(unpack)(job, m, c0, c1, FLOAT16);

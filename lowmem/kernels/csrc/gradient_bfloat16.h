@@ -5,7 +5,7 @@ INLINE void LEVEL(accumulate_low)(const float *grad, int64_t grad_stride, const 
                                   float *sums)
 {
     V acc[GRAD_INPUTS * TILE_VECTORS];
-    EACH_INPUT EACH_VECTOR(TILE_VECTORS) acc[j * TILE_VECTORS + n] = v_load(sums + j * GROUP + n * LANES);
+    EACH_INPUT EACH_VECTOR(TILE_VECTORS) acc[j * TILE_VECTORS + n] = v_zero();
     for (int r = 0; r < pairs; r++, tile += GROUP) {
         __m512bh row[TILE_VECTORS];
         EACH_VECTOR(TILE_VECTORS) row[n] = (__m512bh)_mm512_loadu_si512(tile + n * LANES);
@@ -15,7 +15,7 @@ INLINE void LEVEL(accumulate_low)(const float *grad, int64_t grad_stride, const 
                 acc[j * TILE_VECTORS + n] = _mm512_dpbf16_ps(acc[j * TILE_VECTORS + n], row[n], factor);
         }
     }
-    EACH_INPUT EACH_VECTOR(TILE_VECTORS) v_store(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
+    EACH_INPUT EACH_VECTOR(TILE_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
 }
 
 /* Two rows of group g, lane by lane side by side: GROUP pairs. */
@@ -38,15 +38,13 @@ INLINE void LEVEL(decode_pair)(const struct weight *w, int64_t row, int both, in
 }
 
 /* As grad_group. */
-static void LEVEL(grad_group_low)(const struct job *job, int64_t r0, int64_t r1, int64_t t0, int64_t g, const float *scales,
-                                  float *tile, float *sums)
+static void LEVEL(grad_group_low)(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
+                                  int64_t g, const float *scales, float *tile, float *sums)
 {
     const struct weight *w = job->weight;
     const T table = table_load(w->levels);
     for (int64_t r = r0; r < r1; r += 2)
         LEVEL(decode_pair)(w, r, r + 1 < r1, g, t0, table, scales + (r - r0) * TILE_SCALES, tile + (r - r0) / 2 * GROUP);
-    const int64_t stride = round_up(w->rows, 2) / 2;
-    const float *grad = (const float *)job->x + job->m0 * stride + r0 / 2;
     const int pairs = (int)((r1 - r0 + 1) / 2);
     for (int n0 = 0; n0 < 8; n0 += TILE_VECTORS) {
 #define CALL(M) \

@@ -11,13 +11,14 @@
 #define TILE_ROWS 8      /* rows restored at a time, */
 #define TILE_COLUMNS 512 /* in pieces that stay in the first cache, */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES) /* the scales of a row, and as much as may be read behind */
-#define GRAD_ROWS 48    /* rows of a tile of the gradient, a group of columns wide */
+#define PART 128        /* products that are added up before their sum is added to the others, */
+#define GRAD_ROWS 32    /* rows of a tile of the gradient, a group of columns wide */
 #define FEW_COLUMNS 2048 /* columns whose scales are read at a time with a small batch */
 #define FEW_SCALES (FEW_COLUMNS / 8 + 2 * MAX_LANES)
 #define FEW 4           /* inputs at a time that are multiplied with codes decoded in registers */
 #define WIDE 8192       /* columns of the input that are packed at a time */
 #define PACKED_BYTES (640 * 1024) /* the most that a packed input takes, */
-#define MOST 512                  /* and the most inputs in it */
+#define MOST 256                  /* and the most inputs in it */
 
 /* Types of inputs, outputs and 16-bit weights. */
 enum type { FLOAT32, BFLOAT16, FLOAT16 };
@@ -59,7 +60,7 @@ struct job {
     const void *x; /* (batch, columns) of linear, (batch, rows) of input_grad */
     const void *bias;
     void *out;
-    int type, bias_type; /* enum type of x and out, and of the bias */
+    int type, out_type, bias_type; /* enum type of x, out and the bias */
     int low; /* whether products are taken in bfloat16 */
     int64_t batch, threads;
     float *packed; /* the input, or the gradient, in the order of the words */

@@ -38,10 +38,10 @@ INLINE void LEVEL(put)(const struct job *job, int64_t m, int64_t r, float sum)
 {
     const int64_t i = m * job->weight->rows + r;
     if (job->g0)
-        sum += read_as_float(job->out, job->type, i);
+        sum += read_as_float(job->out, job->out_type, i);
     else if (job->bias)
         sum += read_as_float(job->bias, job->bias_type, r);
-    write_as(job->out, job->type, i, sum);
+    write_as(job->out, job->out_type, i, sum);
 }
 
 INLINE void LEVEL(put_sums)(const struct job *job, int64_t r, const int R, const int M, const V *sums)
@@ -93,7 +93,9 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t t0, int
             if (scaled)
                 EACH_ROW level[i] = v_mul(level[i], scale[i]);
             EACH_INPUT {
-                const V value = v_load(x + (k * M + j) * LANES);
+                V value = v_load(x + (k * M + j) * LANES);
+                if (M > 2)
+                    v_keep(value);
                 if (scaled)
                     EACH_ROW acc[AT] = v_fma(level[i], value, acc[AT]);
                 else
@@ -299,27 +301,32 @@ static void LEVEL(pack_many)(const struct job *job, int64_t thread)
     }
 }
 
-/* R rows of a tile with N vectors of inputs, from panel p. */
+/* R rows of a tile with N vectors of inputs, added to `sums` a part at a time: a long sum loses what it adds. */
 INLINE void LEVEL(multiply)(const float *tile, const int R, int64_t floats, const float *x, int64_t panel, const int N,
-                            float *sums, int64_t batch, const int first)
+                            float *sums, int64_t batch, int first)
 {
-    V acc[TILE_ROWS][3];
-    for (int i = 0; i < R; i++)
-        for (int n = 0; n < N; n++)
-            acc[i][n] = first ? v_zero() : v_load(sums + i * batch + n * LANES);
-    for (int64_t s = 0; s < floats; s++) {
-        V value[3];
-        for (int n = 0; n < N; n++)
-            value[n] = v_load(x + n * panel + s * LANES);
-        for (int i = 0; i < R; i++) {
-            const V weight = v_set1(tile[i * TILE_COLUMNS + s]);
+    for (int64_t part = 0; part < floats; part += PART, first = 0) {
+        const int64_t end = smaller(part + PART, floats);
+        V acc[TILE_ROWS][3];
+        for (int i = 0; i < R; i++)
             for (int n = 0; n < N; n++)
-                acc[i][n] = v_fma(weight, value[n], acc[i][n]);
+                acc[i][n] = v_zero();
+        for (int64_t s = part; s < end; s++) {
+            V value[3];
+            for (int n = 0; n < N; n++)
+                value[n] = v_load(x + n * panel + s * LANES);
+            for (int i = 0; i < R; i++) {
+                const V weight = v_set1(tile[i * TILE_COLUMNS + s]);
+                for (int n = 0; n < N; n++)
+                    acc[i][n] = v_fma(weight, value[n], acc[i][n]);
+            }
         }
+        for (int i = 0; i < R; i++)
+            for (int n = 0; n < N; n++) {
+                float *to = sums + i * batch + n * LANES;
+                v_store(to, first ? acc[i][n] : v_add(v_load(to), acc[i][n]));
+            }
     }
-    for (int i = 0; i < R; i++)
-        for (int n = 0; n < N; n++)
-            v_store(sums + i * batch + n * LANES, acc[i][n]);
 }
 
 MULTIPLY_TILE(multiply_tile, multiply, TILE_COLUMNS)
@@ -377,9 +384,9 @@ static void LEVEL(many_body)(const struct job *job, int64_t thread)
                 LEVEL(decode)(w, r + i, t0, t1, scales, tile + i * TILE_COLUMNS);
             LEVEL(multiply_tile)(tile, rows, floats, job->packed + before * LANES, panel, panels, sums, t0 == job->g0);
         }
-        if (job->type == FLOAT32)
+        if (job->out_type == FLOAT32)
             LEVEL(put_tile)(job, r, rows, sums, batch, FLOAT32);
-        else if (job->type == BFLOAT16)
+        else if (job->out_type == BFLOAT16)
             LEVEL(put_tile)(job, r, rows, sums, batch, BFLOAT16);
         else
             LEVEL(put_tile)(job, r, rows, sums, batch, FLOAT16);

@@ -160,7 +160,7 @@ static int64_t linear_own(int64_t batch)
     return batch <= FEW ? 0 : TILE_SCALES + TILE_ROWS * TILE_COLUMNS + TILE_ROWS * round_up(batch, MAX_LANES);
 }
 
-static int64_t grad_own(void) { return GRAD_ROWS * (TILE_SCALES + MAX_GROUP); }
+static int64_t grad_own(int64_t batch) { return GRAD_ROWS * (TILE_SCALES + MAX_GROUP + batch); }
 
 /* scratch(prepared, batch, threads, transposed) -> bytes that linear, or input_grad, needs */
 static PyObject *scratch(PyObject *self, PyObject *const *args, Py_ssize_t given)
@@ -176,12 +176,12 @@ static PyObject *scratch(PyObject *self, PyObject *const *args, Py_ssize_t given
     const int64_t width = n[2] ? w->stride : smaller(w->stride, WIDE), piece = piece_of(n[0], width);
     const int64_t threads = threads_for(n[1], (double)w->rows * w->columns * n[0]);
     const int64_t shared = (n[2] || n[0] <= FEW ? piece : round_up(piece, MAX_LANES)) * width;
-    return PyLong_FromLongLong(4 * (shared + threads * (n[2] ? grad_own() : linear_own(piece))));
+    return PyLong_FromLongLong(4 * (shared + threads * (n[2] ? grad_own(piece) : linear_own(piece))));
 }
 
 static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed)
 {
-    enum { X, BIAS, SECOND_TYPE, OUT, SCRATCH, BATCH, THREADS, TYPE, ARGUMENTS };
+    enum { X, BIAS, BIAS_TYPE, OUT, SCRATCH, BATCH, THREADS, TYPE, OUT_TYPE, ARGUMENTS };
     long long n[ARGUMENTS];
     if (read_numbers(args + 1, given - 1, n, ARGUMENTS))
         return NULL;
@@ -201,13 +201,14 @@ static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed
         .bias = ADDRESS(n[BIAS]),
         .out = ADDRESS(n[OUT]),
         .type = (int)n[TYPE],
-        .bias_type = (int)n[SECOND_TYPE],
-        .low = prepared->level->low && w->order && n[TYPE] == BFLOAT16 && (!transposed || n[SECOND_TYPE] == BFLOAT16),
+        .out_type = (int)n[OUT_TYPE],
+        .bias_type = (int)n[BIAS_TYPE],
+        .low = prepared->level->low && w->order && n[TYPE] == BFLOAT16,
         .batch = n[BATCH],
         .threads = threads_for(n[THREADS], (double)w->rows * w->columns * n[BATCH]),
         .packed = memory,
         .own = memory + (transposed || n[BATCH] <= FEW ? piece : round_up(piece, MAX_LANES)) * width,
-        .own_floats = transposed ? grad_own() : linear_own(piece),
+        .own_floats = transposed ? grad_own(piece) : linear_own(piece),
     };
     Py_BEGIN_ALLOW_THREADS
     (transposed ? prepared->level->input_grad : prepared->level->linear)(&job);
@@ -215,15 +216,14 @@ static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed
     Py_RETURN_NONE;
 }
 
-/* linear(prepared, x, bias, type of the bias, out, scratch, batch, threads, type) */
+/* linear(prepared, x, bias, type of the bias, out, scratch, batch, threads, type of x, type of out) */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     (void)self;
     return product(args, given, 0);
 }
 
-/* input_grad(prepared, grad, 0, type of grad, out, scratch, batch, threads, type); grad is float32; or bfloat16 in rows
- * of an even number, where the level multiplies it */
+/* input_grad(prepared, grad, 0, 0, out, scratch, batch, threads, type of grad, type of out) */
 static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     (void)self;
@@ -256,7 +256,7 @@ static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t given
     w.scales += n[FIRST] * scale_bytes(&w);
     w.rows = n[ROWS];
     struct job job = {
-        .weight = &w, .out = ADDRESS(n[OUT]), .type = (int)n[TYPE], .threads = threads_for(n[THREADS], (double)w.rows * w.columns),
+        .weight = &w, .out = ADDRESS(n[OUT]), .out_type = (int)n[TYPE], .threads = threads_for(n[THREADS], (double)w.rows * w.columns),
     };
     Py_BEGIN_ALLOW_THREADS
     prepared->level->restore(&job);

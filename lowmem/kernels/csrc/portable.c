@@ -11,6 +11,7 @@ typedef struct {
 } W;
 typedef const float *T;
 
+#define v_keep(a) ((void)0)
 #define EACH for (int i = 0; i < LANES; i++)
 
 static inline V v_set1(float value)

@@ -8,6 +8,7 @@
  *   T, table_load(levels), v_lookup(table, words, k)   the level of nibble k, 0 to 7, of each word
  *   v_spread(p, index)       p[index[i]], where 0 <= index[i] < LANES
  *   v_from_half(p, n, out)   n float16 to float32
+ *   v_keep(a)                in a register: what several rows use, the compiler would load for each of them
  *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32
  *   v_to_half(p, a), v_to_bfloat(p, a)   the same, stored
  *
@@ -155,9 +156,9 @@ static void LEVEL(restore_body)(const struct job *job, int64_t thread)
     float scales[TILE_SCALES];
     int64_t r, to;
     share(job->weight->rows, 1, job->threads, thread, &r, &to);
-    if (job->type == FLOAT32)
+    if (job->out_type == FLOAT32)
         LEVEL(restore_rows)(job, r, to, scales, FLOAT32);
-    else if (job->type == BFLOAT16)
+    else if (job->out_type == BFLOAT16)
         LEVEL(restore_rows)(job, r, to, scales, BFLOAT16);
     else
         LEVEL(restore_rows)(job, r, to, scales, FLOAT16);
