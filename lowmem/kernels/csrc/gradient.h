@@ -156,13 +156,16 @@ static void LEVEL(grad_body)(const struct job *job, int64_t thread)
     float *rows = tile + GRAD_ROWS * MAX_GROUP;
     const int low = job->low && job->m1 - job->m0 > GRAD_FEW_INPUTS; /* fewer are faster in float32 */
     const int64_t batch = (job->m1 - job->m0) * GROUP;
+    /* Without a tile, its memory holds the scales of as many rows more. */
+    const int in_registers = w->order && w->order->whole_words && job->m1 - job->m0 <= GRAD_FEW_BATCH && job->type == FLOAT32;
+    const int64_t step = in_registers ? 2 * GRAD_ROWS : GRAD_ROWS;
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, job->threads, thread, &g0, &g1);
     for (int64_t t0 = g0; t0 < g1; t0 += TILE_GROUPS) {
         const int64_t t1 = smaller(t0 + TILE_GROUPS, g1);
         memset(job->packed + t0 * batch, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
-        for (int64_t r0 = 0; r0 < w->rows; r0 += GRAD_ROWS) {
-            const int64_t r1 = smaller(r0 + GRAD_ROWS, w->rows);
+        for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
+            r1 = smaller(r0 + step, w->rows);
             for (int64_t r = r0; r < r1 && w->order; r++)
                 LEVEL(group_scales)(w, r, t0, t1, scales + (r - r0) * TILE_SCALES);
             const float *grad = (const float *)job->x + job->m0 * w->rows + r0;
