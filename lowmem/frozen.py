@@ -51,7 +51,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def is_plain_call(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing differentiates, transforms or traces a call, so that autograd can be left out."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     trains = torch.is_grad_enabled()
     if type(x) not in _PLAIN or (trains and x.requires_grad):

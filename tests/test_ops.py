@@ -85,6 +85,7 @@ def test_a_compiled_graph_is_served_by_the_kernel(kind, monkeypatch):
     assert torch.Size((5, 16)) in served
 
 
+@compiles
 @kinds
 def test_an_exported_model_gives_the_same(kind):
     model = build(kind).eval()
