@@ -29,7 +29,8 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     Raises:
         RuntimeError: a wrong last dimension or dtype, as nn.Linear raises.
     """
-    if x.dim() == 2 and is_plain_call(x, bias):
+    plain = is_plain_call(x, bias)
+    if plain and x.dim() == 2:
         out = kernels.linear(x, weight, dtype, bias)
         return out if dtype is x.dtype else out.to(x.dtype)
     out_features, in_features = weight.shape
@@ -38,7 +39,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
-    if is_plain_call(x, bias):
+    if plain:
         out = kernels.linear(rows, weight, dtype, bias)
     else:
         out = _product(rows, weight, dtype, False)

@@ -27,8 +27,7 @@ __all__ = ["Kernel", "load"]
 _ENCODINGS = {"float32": 0, "float16": 1, "double": 2}
 
 _UPDATE_BATCH = 12  # beyond, torch's own products are faster
-_WIDE = 8192  # columns that C packs at a time: beyond, an output in 16 bits would round every part of a sum
-_WIDE_BYTES = 2**18  # of a float32 output then
+_WIDE_BYTES = 2**18  # of a float32 output for rows that C adds up in parts
 
 
 @lru_cache(maxsize=1)
@@ -74,11 +73,12 @@ class Kernel:
             x = x.to(dtype)
         if not x.is_contiguous():
             x = x.contiguous()
-        if columns > _WIDE and kind:
-            return self._in_pieces(prepared, x, rows, bias)
         added = (0, 0) if bias is None else bias_arguments(bias, rows)
         out = x.new_empty(batch, rows)
-        self._multiply(prepared, x, out, batch, kind, kind, added or (0, 0))
+        if columns > self.native.WIDE and kind:
+            self._multiply_wide(prepared, x, out, kind, added or (0, 0))
+        else:
+            self._multiply(prepared, x, out, batch, kind, kind, added or (0, 0))
         return out if added is not None or bias is None else out.add_(bias)
 
     def _multiply(
@@ -96,6 +96,14 @@ class Kernel:
         self.native.linear(
             prepared.handle, x.data_ptr(), *added, out.data_ptr(), scratch.data_ptr(), batch, threads, kind, out_kind
         )
+
+    def _multiply_wide(self, prepared: Prepared, x: Tensor, out: Tensor, kind: int, added: tuple[int, int]) -> None:
+        """Sum in float32, a few inputs at a time, and round once: a row beyond WIDE is added up in parts."""
+        step = max(1, _WIDE_BYTES // (4 * out.shape[1]))
+        for part, rounded in zip(x.split(step), out.split(step), strict=True):
+            sums = torch.empty_like(rounded, dtype=torch.float32)
+            self._multiply(prepared, part, sums, len(part), kind, 0, added)
+            rounded.copy_(sums)
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
@@ -244,17 +252,6 @@ class Kernel:
     def _new_half(self, address: int, kind: int, rows: int, columns: int) -> Prepared:
         handle = self.native.prepare(None, self._level, address, 0, 0, kind, 0, rows, columns)
         return Prepared(self, handle)
-
-    def _in_pieces(self, prepared: Prepared, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
-        """Sum in float32, a few inputs at a time, and round once: C adds up a wide row in parts."""
-        out = x.new_empty(x.shape[0], rows)
-        added = (0, 0) if bias is None else bias_arguments(bias, rows)
-        step = max(1, _WIDE_BYTES // (4 * rows))
-        for part, rounded in zip(x.split(step), out.split(step), strict=True):
-            sums = part.new_empty(len(part), rows, dtype=torch.float32)
-            self._multiply(prepared, part, sums, len(part), TYPES[x.dtype], 0, added or (0, 0))
-            rounded.copy_(sums)
-        return out if added is not None or bias is None else out.add_(bias)
 
 
 @lru_cache(maxsize=64)

@@ -49,7 +49,10 @@ class Prepared:
 
 
 def bias_arguments(bias: Tensor, rows: int) -> tuple[int, int] | None:
-    """Return the address and the type of a bias, or None where C cannot read it."""
+    """Return the address and the type of a bias, or None where C cannot read it.
+
+    Asked in every call: ``is_real`` in place, whose last question the address answers.
+    """
     kind, address, python_type = TYPES.get(bias.dtype), bias.data_ptr(), type(bias)
     if (
         kind is None

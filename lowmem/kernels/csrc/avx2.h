@@ -39,22 +39,6 @@ static inline float v_sum(V a)
     b = _mm_add_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
-static inline void v_sum4(V a, V b, V c, V d, float *out)
-{
-    out[0] = v_sum(a), out[1] = v_sum(b), out[2] = v_sum(c), out[3] = v_sum(d);
-}
-static inline void v_transpose(V *v)
-{
-    float square[LANES][LANES];
-    for (int i = 0; i < LANES; i++)
-        v_store(square[i], v[i]);
-    for (int i = 0; i < LANES; i++) {
-        float column[LANES];
-        for (int j = 0; j < LANES; j++)
-            column[j] = square[j][i];
-        v[i] = v_load(column);
-    }
-}
 static inline W words_load(const uint8_t *p, int64_t left)
 {
     if (left >= 32)

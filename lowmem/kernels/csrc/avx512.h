@@ -12,6 +12,7 @@ typedef __m512 T;
 #define v_set1 _mm512_set1_ps
 #define v_load _mm512_loadu_ps
 #define v_store _mm512_storeu_ps
+#define OWN_SHUFFLES /* v_sum4, v_transpose */
 #define v_keep(a) __asm__("" : "+x"(a))
 #define v_add _mm512_add_ps
 #define v_mul _mm512_mul_ps

@@ -24,8 +24,8 @@ INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int 
 }
 
 /* The same with codes of group g decoded in registers, vectors k0 and on: rows r0 to r1. */
-INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, int64_t r0, int64_t r1, int64_t g,
-                                  const float *scales, const int k0, float *sums)
+INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int64_t grad_stride, const int M,
+                                  int64_t r0, int64_t r1, int64_t g, const float *scales, const int k0, float *sums)
 {
     const T table = table_load(w->levels);
     const int32_t *block = w->order->block + g * 4 * LANES;
@@ -45,8 +45,8 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
 }
 
 /* The same with 16-bit weights, from column c on, of which there is a whole GROUP. */
-INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, int64_t r0, int64_t r1, int64_t c,
-                                      float *sums, const int type)
+INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, int64_t grad_stride, const int M,
+                                      int64_t r0, int64_t r1, int64_t c, float *sums, const int type)
 {
     const int64_t stride = w->columns;
     const uint16_t *p = (const uint16_t *)w->packed + r0 * stride + c;
@@ -84,6 +84,12 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
 #include "gradient_bfloat16.h"
 #endif
 
+/* Whether the gradient of a batch needs no tile: its codes are decoded in registers. */
+INLINE int LEVEL(grad_few)(const struct weight *w, int64_t batch)
+{
+    return w->order && w->order->whole_words && batch <= GRAD_FEW_BATCH;
+}
+
 /* Rows r0 to r1 of group g, of the chunk that starts at group t0; `scales` holds those of the chunk, row by row, and
  * `grad` what the inputs have for the rows. */
 static void LEVEL(grad_group)(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
@@ -91,7 +97,7 @@ static void LEVEL(grad_group)(const struct job *job, const float *grad, int64_t 
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
-    if (w->order && w->order->whole_words && batch <= GRAD_FEW_BATCH) {
+    if (LEVEL(grad_few)(w, batch)) {
         const float *first = scales + w->order->first_block[g] - w->order->first_block[t0];
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
 #define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, r0, r1, g, first, k, sums + m * GROUP)
@@ -157,8 +163,7 @@ static void LEVEL(grad_body)(const struct job *job, int64_t thread)
     const int low = job->low && job->m1 - job->m0 > GRAD_FEW_INPUTS; /* fewer are faster in float32 */
     const int64_t batch = (job->m1 - job->m0) * GROUP;
     /* Without a tile, its memory holds the scales of as many rows more. */
-    const int in_registers = w->order && w->order->whole_words && job->m1 - job->m0 <= GRAD_FEW_BATCH && job->type == FLOAT32;
-    const int64_t step = in_registers ? 2 * GRAD_ROWS : GRAD_ROWS;
+    const int64_t step = LEVEL(grad_few)(w, job->m1 - job->m0) && job->type == FLOAT32 ? 2 * GRAD_ROWS : GRAD_ROWS;
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, job->threads, thread, &g0, &g1);
     for (int64_t t0 = g0; t0 < g1; t0 += TILE_GROUPS) {

@@ -5,7 +5,8 @@
 #define LEVEL_LOW 0
 #endif
 
-/* Put columns of one input where their codes come up, as float32: vectors lie `step` vectors apart. What lies beyond the row is left alone. */
+/* Put columns of one input where their codes come up, as float32: vectors lie `step` vectors apart. What lies
+ * beyond the row is left alone. */
 INLINE void LEVEL(place)(const struct job *job, int64_t m, int64_t c0, int64_t c1, float *out, int64_t step, const int type)
 {
     const struct weight *w = job->weight;
@@ -59,12 +60,10 @@ INLINE void LEVEL(put_sums)(const struct job *job, int64_t r, const int R, const
 }
 
 /* Add to `sums` what R rows with M inputs make in groups t0 to t1, decoding codes in registers. A block's products are
- * summed before its scale is applied, where the registers hold the sums; blocks that are not whole words (`apart`) are
- * scaled first, and a large M as well. */
+ * summed before its scale is applied; blocks that are not whole words (`apart`) are scaled first. */
 INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t t0, int64_t t1, const int R, const int M,
                               const int apart, const float *scales, const float *x, V *sums)
 {
-    const int scaled = apart || R * M > 12;
     const int64_t row_bytes = w->row_bytes;
     const int32_t *first = w->order->first_block, *block = w->order->block + t0 * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + t0 * LANES * 4;
@@ -90,19 +89,19 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t t0, int
             if (apart && k && k % 2 == 0)
                 EACH_ROW scale[i] = v_spread(scale_at + i * FEW_SCALES, block + k / 2 * LANES);
             EACH_ROW level[i] = v_lookup(table, words[i], k);
-            if (scaled)
+            if (apart)
                 EACH_ROW level[i] = v_mul(level[i], scale[i]);
             EACH_INPUT {
                 V value = v_load(x + (k * M + j) * LANES);
                 if (M > 2)
                     v_keep(value);
-                if (scaled)
+                if (apart)
                     EACH_ROW acc[AT] = v_fma(level[i], value, acc[AT]);
                 else
                     EACH_ROW sum[AT] = v_fma(level[i], value, sum[AT]);
             }
         }
-        if (!scaled)
+        if (!apart)
             EACH_ROW EACH_INPUT acc[AT] = v_fma(sum[AT], scale[i], acc[AT]);
     }
     EACH_ROW EACH_INPUT sums[AT] = acc[AT];

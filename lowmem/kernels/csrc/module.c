@@ -155,12 +155,30 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     return capsule;
 }
 
-static int64_t linear_own(int64_t batch)
+/* How a product's scratch is laid out, in floats: what the threads share, then what each has of its own. */
+struct layout {
+    int64_t threads, shared, own;
+};
+
+static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed)
 {
-    return batch <= FEW ? 0 : TILE_SCALES + TILE_ROWS * TILE_COLUMNS + TILE_ROWS * round_up(batch, MAX_LANES);
+    const int64_t width = transposed ? w->stride : smaller(w->stride, WIDE), piece = piece_of(batch, width);
+    const int few = batch <= FEW;
+    const struct layout layout = {
+        .threads = threads_for(threads, (double)w->rows * w->columns * batch),
+        .shared = (transposed || few ? piece : round_up(piece, MAX_LANES)) * width,
+        .own = transposed ? GRAD_ROWS * (TILE_SCALES + MAX_GROUP + piece)
+               : few      ? 0
+                          : TILE_SCALES + TILE_ROWS * TILE_COLUMNS + TILE_ROWS * round_up(piece, MAX_LANES),
+    };
+    return layout;
 }
 
-static int64_t grad_own(int64_t batch) { return GRAD_ROWS * (TILE_SCALES + MAX_GROUP + batch); }
+static PyObject *no_memory(void)
+{
+    PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
+    return NULL;
+}
 
 /* scratch(prepared, batch, threads, transposed) -> bytes that linear, or input_grad, needs */
 static PyObject *scratch(PyObject *self, PyObject *const *args, Py_ssize_t given)
@@ -172,11 +190,8 @@ static PyObject *scratch(PyObject *self, PyObject *const *args, Py_ssize_t given
     const struct prepared *prepared = PyCapsule_GetPointer(args[0], PREPARED);
     if (!prepared)
         return NULL;
-    const struct weight *w = &prepared->weight;
-    const int64_t width = n[2] ? w->stride : smaller(w->stride, WIDE), piece = piece_of(n[0], width);
-    const int64_t threads = threads_for(n[1], (double)w->rows * w->columns * n[0]);
-    const int64_t shared = (n[2] || n[0] <= FEW ? piece : round_up(piece, MAX_LANES)) * width;
-    return PyLong_FromLongLong(4 * (shared + threads * (n[2] ? grad_own(piece) : linear_own(piece))));
+    const struct layout layout = layout_of(&prepared->weight, n[0], n[1], n[2] != 0);
+    return PyLong_FromLongLong(4 * (layout.shared + layout.threads * layout.own));
 }
 
 static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed)
@@ -189,11 +204,9 @@ static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed
     if (!prepared)
         return NULL;
     const struct weight *w = &prepared->weight;
-    if (!w->packed || !n[X] || !n[OUT] || !n[SCRATCH] || (w->order && !w->scales)) {
-        PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
-        return NULL;
-    }
-    const int64_t width = transposed ? w->stride : smaller(w->stride, WIDE), piece = piece_of(n[BATCH], width);
+    if (!w->packed || !n[X] || !n[OUT] || !n[SCRATCH] || (w->order && !w->scales))
+        return no_memory();
+    const struct layout layout = layout_of(w, n[BATCH], n[THREADS], transposed);
     float *memory = ADDRESS(n[SCRATCH]);
     struct job job = {
         .weight = w,
@@ -205,10 +218,10 @@ static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed
         .bias_type = (int)n[BIAS_TYPE],
         .low = prepared->level->low && w->order && n[TYPE] == BFLOAT16,
         .batch = n[BATCH],
-        .threads = threads_for(n[THREADS], (double)w->rows * w->columns * n[BATCH]),
+        .threads = layout.threads,
         .packed = memory,
-        .own = memory + (transposed || n[BATCH] <= FEW ? piece : round_up(piece, MAX_LANES)) * width,
-        .own_floats = transposed ? grad_own(piece) : linear_own(piece),
+        .own = memory + layout.shared,
+        .own_floats = layout.own,
     };
     Py_BEGIN_ALLOW_THREADS
     (transposed ? prepared->level->input_grad : prepared->level->linear)(&job);
@@ -248,10 +261,8 @@ static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t given
     if (!prepared)
         return NULL;
     struct weight w = prepared->weight;
-    if (!w.packed || !w.scales || !n[OUT]) {
-        PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
-        return NULL;
-    }
+    if (!w.packed || !w.scales || !n[OUT])
+        return no_memory();
     w.packed += n[FIRST] * w.row_bytes;
     w.scales += n[FIRST] * scale_bytes(&w);
     w.rows = n[ROWS];
@@ -283,10 +294,8 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
         .update = &u, .batch = n[BATCH],
         .threads = threads_for(n[THREADS], (double)u.rank * (u.rows + u.columns) * n[BATCH]),
     };
-    if (!u.x || !u.a || !u.b || !u.base || !u.narrow || !u.out) {
-        PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
-        return NULL;
-    }
+    if (!u.x || !u.a || !u.b || !u.base || !u.narrow || !u.out)
+        return no_memory();
     Py_BEGIN_ALLOW_THREADS
     all_levels[n[LEVEL_INDEX]]->update(&job);
     Py_END_ALLOW_THREADS
@@ -339,10 +348,8 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     struct job job = {
         .weight = &w, .threads = threads_for(n[THREADS], (double)w.rows * w.columns), .quantizing = &q,
     };
-    if (!q.x || !q.packed || !q.scales || !q.scratch) {
-        PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
-        return NULL;
-    }
+    if (!q.x || !q.packed || !q.scales || !q.scratch)
+        return no_memory();
     Py_BEGIN_ALLOW_THREADS
     parallel(&job, quantize_body);
     Py_END_ALLOW_THREADS
@@ -420,4 +427,12 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_native", "The compiled kernel; see lowmem.kernels.cpu.", -1, methods, NULL, NULL, NULL, NULL,
 };
 
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__native(void)
+{
+    PyObject *module = PyModule_Create(&definition);
+    if (module && PyModule_AddIntConstant(module, "WIDE", WIDE)) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

@@ -49,22 +49,6 @@ static inline float v_sum(V a)
     EACH sum += a.v[i];
     return sum;
 }
-static inline void v_sum4(V a, V b, V c, V d, float *out)
-{
-    out[0] = v_sum(a), out[1] = v_sum(b), out[2] = v_sum(c), out[3] = v_sum(d);
-}
-static inline void v_transpose(V *v)
-{
-    float square[LANES][LANES];
-    for (int i = 0; i < LANES; i++)
-        v_store(square[i], v[i]);
-    for (int i = 0; i < LANES; i++) {
-        float column[LANES];
-        for (int j = 0; j < LANES; j++)
-            column[j] = square[j][i];
-        v[i] = v_load(column);
-    }
-}
 static inline W words_load(const uint8_t *p, int64_t left)
 {
     W r = {{0}};

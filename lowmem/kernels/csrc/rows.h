@@ -21,6 +21,25 @@
 #define GROUP (LANES * 8) /* weights in a group of words */
 #define TILE_GROUPS (TILE_COLUMNS / GROUP)
 
+#ifndef OWN_SHUFFLES
+static inline void v_sum4(V a, V b, V c, V d, float *out)
+{
+    out[0] = v_sum(a), out[1] = v_sum(b), out[2] = v_sum(c), out[3] = v_sum(d);
+}
+static inline void v_transpose(V *v)
+{
+    float square[LANES][LANES];
+    for (int i = 0; i < LANES; i++)
+        v_store(square[i], v[i]);
+    for (int i = 0; i < LANES; i++) {
+        float column[LANES];
+        for (int j = 0; j < LANES; j++)
+            column[j] = square[j][i];
+        v[i] = v_load(column);
+    }
+}
+#endif
+
 /* The scales of n blocks of a row, from block `first`. */
 INLINE void LEVEL(scales)(const struct weight *w, int64_t row, int64_t first, int64_t n, float *out)
 {

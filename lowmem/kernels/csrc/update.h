@@ -35,50 +35,40 @@ INLINE void LEVEL(dots_of)(const float *matrix, int64_t columns, const int R, co
     }
 }
 
-static void LEVEL(narrow_body)(const struct job *job, int64_t thread)
+/* out = base + scale * (x @ matrix.T), or without a base: a thread's rows of a matrix (rows, columns). */
+INLINE void LEVEL(small_product)(const struct job *job, int64_t thread, const float *matrix, int64_t rows, int64_t columns,
+                                 const float *x, const float *base, float scale, float *out)
 {
-    const struct update *u = job->update;
     int64_t r, to, R;
-    share(u->rank, 4, job->threads, thread, &r, &to);
+    share(rows, 4, job->threads, thread, &r, &to);
     for (; r < to; r += R) {
         R = to - r >= 4 ? 4 : 1;
         for (int64_t m = 0; m < job->batch; m += FEW) {
             const int64_t M = smaller(FEW, job->batch - m);
             float sums[FEW_SUMS];
-            const float *rows = u->a + r * u->columns, *x = u->x + m * u->columns;
             if (R == 4)
-                LEVEL(dots_of)(rows, u->columns, 4, x, M, sums);
+                LEVEL(dots_of)(matrix + r * columns, columns, 4, x + m * columns, M, sums);
             else
-                LEVEL(dots_of)(rows, u->columns, 1, x, M, sums);
+                LEVEL(dots_of)(matrix + r * columns, columns, 1, x + m * columns, M, sums);
             for (int64_t j = 0; j < M; j++)
-                for (int64_t i = 0; i < R; i++)
-                    u->narrow[(m + j) * u->rank + r + i] = sums[j * R + i] * u->scaling;
+                for (int64_t i = 0; i < R; i++) {
+                    const int64_t at = (m + j) * rows + r + i;
+                    out[at] = (base ? base[at] : 0.0f) + sums[j * R + i] * scale;
+                }
         }
     }
+}
+
+static void LEVEL(narrow_body)(const struct job *job, int64_t thread)
+{
+    const struct update *u = job->update;
+    LEVEL(small_product)(job, thread, u->a, u->rank, u->columns, u->x, NULL, u->scaling, u->narrow);
 }
 
 static void LEVEL(wide_body)(const struct job *job, int64_t thread)
 {
     const struct update *u = job->update;
-    int64_t r, to, R;
-    share(u->rows, 4, job->threads, thread, &r, &to);
-    for (; r < to; r += R) {
-        R = to - r >= 4 ? 4 : 1;
-        for (int64_t m = 0; m < job->batch; m += FEW) {
-            const int64_t M = smaller(FEW, job->batch - m);
-            float sums[FEW_SUMS];
-            const float *rows = u->b + r * u->rank, *x = u->narrow + m * u->rank;
-            if (R == 4)
-                LEVEL(dots_of)(rows, u->rank, 4, x, M, sums);
-            else
-                LEVEL(dots_of)(rows, u->rank, 1, x, M, sums);
-            for (int64_t j = 0; j < M; j++)
-                for (int64_t i = 0; i < R; i++) {
-                    const int64_t at = (m + j) * u->rows + r + i;
-                    u->out[at] = u->base[at] + sums[j * R + i];
-                }
-        }
-    }
+    LEVEL(small_product)(job, thread, u->b, u->rows, u->rank, u->narrow, u->base, 1.0f, u->out);
 }
 
 static void LEVEL(update)(struct job *job)
