@@ -55,6 +55,20 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
 
+    @classmethod
+    def empty(
+        cls, shape: torch.Size, format: str, block_size: int, scale_encoding: str, *, device: torch.device | str
+    ) -> QuantizedTensor:
+        """Return one of a shape without values, as ``torch.empty`` does."""
+        nothing = torch.empty(0, device=device)
+        shaped = cls(nothing, nothing, shape, format, block_size, scale_encoding)
+        packed, byte, scales, dtype = shaped.stored_layout
+        return replace(
+            shaped,
+            packed=torch.empty(packed, dtype=byte, device=device),
+            scales=torch.empty(scales, dtype=dtype, device=device),
+        )
+
     @cached_property
     def stored_layout(self) -> tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]:
         """The shape and dtype that ``packed`` has to have, and those of ``scales``."""
@@ -153,22 +167,13 @@ def quantize(
             f"weight.shape={tuple(weight.shape)} has empty rows: there is nothing to quantize; leave it out"
         )
 
+    quantized = QuantizedTensor.empty(weight.shape, form.name, size, encoding.name, device=weight.device)
+    matrix = quantized._as_matrix()
     rows = weight.detach().reshape(-1, columns)
-    blocks = -(-columns // size)
-    packed = torch.empty(rows.shape[0], -(-columns // 2), dtype=torch.uint8, device=weight.device)
-    stored = torch.empty(rows.shape[0], blocks + encoding.extra, dtype=encoding.dtype, device=weight.device)
     for chunk in row_chunks(rows.shape[0], columns):
         part = rows[chunk].float().contiguous()
-        _serves.quantize_rows(part, form, size, encoding, packed[chunk], stored[chunk])
-    leading = weight.shape[:-1]
-    return QuantizedTensor(
-        packed=packed.view(*leading, packed.shape[-1]),
-        scales=stored.view(*leading, stored.shape[-1]),
-        shape=weight.shape,
-        format=form.name,
-        block_size=size,
-        scale_encoding=encoding.name,
-    )
+        _serves.quantize_rows(part, form, size, encoding, matrix.packed[chunk], matrix.scales[chunk])
+    return quantized
 
 
 class _RowKernel(Protocol):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.blockwise import QuantizedTensor, quantize
 from lowmem.formats import get_format
-from lowmem.frozen import FrozenStorage, autocast, frozen_linear
+from lowmem.frozen import FrozenStorage, autocast, freeze, frozen_linear
 from lowmem.packing import check_block_size
 from lowmem.scales import get_encoding
 
-__all__ = ["FourBit", "Linear4Bit"]
+__all__ = ["FourBit", "FourBitStore", "Linear4Bit"]
+
+FourBitStore: TypeAlias = Callable[[Tensor, str], QuantizedTensor]
+"""What turns a weight, named for errors, into a stored one: ``FourBit.store``, or another in its place."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,27 @@ class FourBit:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"compute_dtype={dtype!r} must be a floating-point torch.dtype or None")
 
+    def store(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
+        """Quantize a weight and freeze what is stored.
+
+        Raises:
+            TypeError, ValueError: a weight that ``quantize`` refuses.
+        """
+        return _freeze(quantize(weight, self.format, block_size=self.block_size, scales=self.scales))
+
+    def shell(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
+        """Return what ``store`` returns, without its values: on the meta device."""
+        form = get_format(self.format)
+        return _freeze(
+            QuantizedTensor.empty(
+                weight.shape, form.name, self.block_size or form.block_size, self.scales or form.scales, device="meta"
+            )
+        )
+
+
+def _freeze(weight: QuantizedTensor) -> QuantizedTensor:
+    return replace(weight, packed=freeze(weight.packed), scales=freeze(weight.scales))
+
 
 class Linear4Bit(FrozenStorage):
     """``y = x W^T + b`` with W stored in 4 bits, frozen, and b as it was.
@@ -67,20 +93,18 @@ class Linear4Bit(FrozenStorage):
         self.compute_dtype = compute_dtype
         # torch keeps a module's version beside its state: loading codes into another format is an error, not noise.
         self._version = f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"  # type: ignore[assignment]
-        self.packed = nn.Parameter(weight.packed, requires_grad=False)
-        self.scales = nn.Parameter(weight.scales, requires_grad=False)
+        self.packed, self.scales = freeze(weight.packed), freeze(weight.scales)
         self.register_parameter("bias", bias)
         self._quantized = replace(weight, packed=self.packed, scales=self.scales)  # made once: calls are frequent
 
     @classmethod
-    def from_layer(cls, layer: nn.Linear, technique: FourBit) -> Linear4Bit:
-        """Build it from a dense layer, whose bias it takes over.
+    def from_layer(cls, layer: nn.Linear, technique: FourBit, store: FourBitStore | None = None) -> Linear4Bit:
+        """Build it from a dense layer, whose weight ``store`` stores (None: the technique does); its bias stays.
 
         Raises:
             TypeError, ValueError: weights that ``quantize`` refuses.
         """
-        quantized = quantize(layer.weight, technique.format, block_size=technique.block_size, scales=technique.scales)
-        return cls(quantized, layer.bias, technique.compute_dtype)
+        return cls((store or technique.store)(layer.weight, "weight"), layer.bias, technique.compute_dtype)
 
     @property
     def quantized(self) -> QuantizedTensor:

@@ -14,7 +14,7 @@ from lowmem import kernels
 from lowmem.blockwise import QuantizedTensor
 from lowmem.kernels import ops
 
-__all__ = ["FrozenStorage", "autocast", "frozen_linear", "is_plain_call"]
+__all__ = ["FrozenStorage", "autocast", "freeze", "frozen_linear", "is_plain_call"]
 
 
 def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -119,6 +119,13 @@ def _product(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: 
     function = _FrozenProduct if torch.compiler.is_compiling() else _ForwardModeProduct
     out: Tensor = function.apply(x, weight, dtype, transposed)  # type: ignore[no-untyped-call]
     return out
+
+
+def freeze(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter that does not train: the tensor itself if it is one, so that what is shared stays shared."""
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 class FrozenStorage(nn.Module):

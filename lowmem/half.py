@@ -6,15 +6,20 @@ the weight's dtypes, on a chunk of rows at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.blockwise import check_weight
-from lowmem.frozen import FrozenStorage, autocast, frozen_linear
+from lowmem.frozen import FrozenStorage, autocast, freeze, frozen_linear
 
-__all__ = ["Half", "HalfLinear", "round_to"]
+__all__ = ["Half", "HalfLinear", "HalfStore", "round_to"]
+
+HalfStore: TypeAlias = Callable[[Tensor, str], nn.Parameter]
+"""What turns a tensor, named for errors, into a stored one: ``Half.store``, or another in its place."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,18 @@ class Half:
         if self.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"dtype={self.dtype} must be torch.float16 or torch.bfloat16")
 
+    def store(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
+        """Round a tensor once and freeze it.
+
+        Raises:
+            TypeError, ValueError: it is not floating point, has no values, or the dtype cannot hold it.
+        """
+        return freeze(round_to(tensor, self.dtype, name))
+
+    def shell(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
+        """Return what ``store`` returns, without its values: on the meta device."""
+        return freeze(torch.empty_like(tensor, dtype=self.dtype, device="meta"))
+
 
 class HalfLinear(FrozenStorage):
     """``y = x W^T + b`` with W and b stored in 16 bits and frozen.
@@ -52,19 +69,19 @@ class HalfLinear(FrozenStorage):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.weight = freeze(weight)
+        self.register_parameter("bias", None if bias is None else freeze(bias))
 
     @classmethod
-    def from_layer(cls, layer: nn.Linear, technique: Half) -> HalfLinear:
-        """Build it from a dense layer.
+    def from_layer(cls, layer: nn.Linear, technique: Half, store: HalfStore | None = None) -> HalfLinear:
+        """Build it from a dense layer, whose tensors ``store`` stores (None: the technique does).
 
         Raises:
             TypeError, ValueError: weights that are not floating point, have no values, or that the
                 dtype cannot hold.
         """
-        bias = None if layer.bias is None else round_to(layer.bias, technique.dtype, "bias")
-        return cls(round_to(layer.weight, technique.dtype, "weight"), bias)
+        store = store or technique.store
+        return cls(store(layer.weight, "weight"), None if layer.bias is None else store(layer.bias, "bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in x's dtype, for x (..., in_features)."""
