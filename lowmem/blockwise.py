@@ -6,7 +6,7 @@ QLoRA, arXiv 2305.14314, section 2. Blocks run along the last dimension and neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem.formats import Format, get_format
-from lowmem.packing import by_block, check_block_size, pack, unpack
+from lowmem.formats import get_format
+from lowmem.packing import check_block_size, pack, unpack
 from lowmem.scales import ScaleEncoding, get_encoding
+from lowmem.search import CANDIDATES, largest_weights, nearest_codes, searched_scales, spread
 
 __all__ = ["PLAIN", "SCRATCH_BYTES", "QuantizedTensor", "check_weight", "quantize", "row_chunks", "serve"]
 
@@ -32,6 +33,10 @@ def row_chunks(rows: int, columns: int, bytes_per_weight: int = BYTES_PER_WEIGHT
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
+METHODS = {"absmax": 1.0, "search": min(CANDIDATES), "calibrated": 0.0}
+"""How scales are chosen: the least part of a block's largest magnitude that its scale is (0: no bound)."""
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """A 4-bit tensor: packed codes, the scales of its blocks, and how to read them.
@@ -43,6 +48,7 @@ class QuantizedTensor:
         format: a key of ``FORMATS``.
         block_size: B, weights a scale.
         scale_encoding: a key of ``ENCODINGS``.
+        method: how scales and codes were chosen, a key of ``METHODS``.
     """
 
     packed: Tensor
@@ -51,17 +57,27 @@ class QuantizedTensor:
     format: str
     block_size: int
     scale_encoding: str
+    method: str = "absmax"
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown: choose from {', '.join(METHODS)}")
 
     @classmethod
     def empty(
-        cls, shape: torch.Size, format: str, block_size: int, scale_encoding: str, *, device: torch.device | str
+        cls,
+        shape: torch.Size,
+        format: str,
+        block_size: int,
+        scale_encoding: str,
+        method: str,
+        *,
+        device: torch.device | str,
     ) -> QuantizedTensor:
         """Return one of a shape without values, as ``torch.empty`` does."""
         nothing = torch.empty(0, device=device)
-        shaped = cls(nothing, nothing, shape, format, block_size, scale_encoding)
+        shaped = cls(nothing, nothing, shape, format, block_size, scale_encoding, method)
         packed, byte, scales, dtype = shaped.stored_layout
         return replace(
             shaped,
@@ -73,10 +89,15 @@ class QuantizedTensor:
     def stored_layout(self) -> tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]:
         """The shape and dtype that ``packed`` has to have, and those of ``scales``."""
         *leading, columns = self.shape
-        encoding = get_encoding(self.scale_encoding)
+        encoding = self.encoding
         blocks = -(-columns // self.block_size) + encoding.extra
         packed, scales = torch.Size((*leading, -(-columns // 2))), torch.Size((*leading, blocks))
         return packed, torch.uint8, scales, encoding.dtype
+
+    @property
+    def encoding(self) -> ScaleEncoding:
+        """How the scales are stored."""
+        return get_encoding(self.scale_encoding, get_format(self.format).signed)
 
     @property
     def nbytes(self) -> int:
@@ -107,8 +128,13 @@ class QuantizedTensor:
         codes = unpack(packed, self.block_size)[:, :columns]  # (rows, n), without the padding
         values = levels.index_select(0, codes.int().flatten()).view(codes.shape)
         stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
-        scales = get_encoding(self.scale_encoding).decode(stored)  # (rows, blocks)
-        return values.mul_(_spread(scales, self.block_size, columns))
+        scales = self.encoding.decode(stored)  # (rows, blocks)
+        return values.mul_(spread(scales, self.block_size, columns))
+
+    def again(self, weight: Tensor) -> QuantizedTensor:
+        """Quantize another weight as this one was; what was calibrated is searched, for want of the inputs."""
+        search = self.method != "absmax"
+        return quantize(weight, self.format, block_size=self.block_size, scales=self.scale_encoding, search=search)
 
     def _as_matrix(self) -> QuantizedTensor:
         packed, scales = (t.reshape(-1, t.shape[-1]) for t in (self.packed, self.scales))
@@ -120,69 +146,115 @@ class QuantizedTensor:
     def error_bound(self) -> Tensor:
         """Return what ``|w - dequantize()|`` never exceeds, element by element, float32, in ``shape``.
 
-        Within [-scale, scale] a weight lies at most half the widest gap between levels, times the
-        scale, from its level; beyond, at most as far as the stored scale can fall short of the
-        block's largest weight. Float rounding adds four units in the last place of the scale.
+        Between the end levels times the scale, a weight lies at most half the widest gap between levels,
+        times the scale, from its level. Beyond, it lies at most as far as the block's largest weight, which
+        the scale is a known part of, less what storing the scale takes from it. Float rounding adds four
+        units in the last place of the scale.
+
+        Raises:
+            ValueError: the codes were chosen for a layer's output (``calibrate``), and have no such bound.
         """
-        encoding = get_encoding(self.scale_encoding)
+        part = METHODS[self.method]
+        if not part:
+            raise ValueError(
+                f"method={self.method!r} has no bound for single weights: it moves them to keep the layer's output; "
+                "compare outputs instead"
+            )
+        form = get_format(self.format)
         stored = self.scales.reshape(-1, self.scales.shape[-1])
-        scale, shortfall = encoding.decode(stored), encoding.shortfall(stored)  # (rows, blocks)
-        bound = torch.maximum(scale * get_format(self.format).max_distance, shortfall)
+        scale, shortfall = self.encoding.decode(stored).abs(), self.encoding.shortfall(stored)  # (rows, blocks)
+        # Shortfall and scale apart: their sum would round away what a scale falls short of the smallest weights.
+        beyond = shortfall / part + scale * (1 / part - form.end)
+        bound = torch.maximum(scale * form.half_gap, beyond)
         rounding = scale * 2**-22 + 2**-148  # the second for products that are subnormal in float32
-        return _spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
+        return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
 
 
 def quantize(
     weight: Tensor,
-    format: str = "nf4",
+    format: str | Sequence[str] = "nf4",
     *,
     block_size: int | None = None,
     scales: str | None = None,
+    search: bool | None = None,
+    importance: Tensor | None = None,
 ) -> QuantizedTensor:
     """Quantize a tensor to 4 bits a weight, block by block along its last dimension.
 
     Args:
         weight: floating point (..., n), n > 0, finite; any strides. It is read in float32.
-        format: a key of ``FORMATS``.
+        format: a key of ``FORMATS``; or several, of which the one with the least squared error is taken.
         block_size: weights a scale, even, 8 to 4096; None takes the format's own.
         scales: "float32", "float16" or "double"; None takes the format's own.
+        search: whether to search for the scale of each block that leaves the least squared error, instead of
+            taking its largest magnitude; None takes the format's own.
+        importance: floating point (n,), at least 0: what the squared error of each column counts in the
+            search and in the choice of the format; None: all count alike.
 
     Returns:
-        The codes nearest to ``weight / scale``, where the scale is the block's largest magnitude as
-        it is stored. The bytes depend on the values alone: not on strides, threads or the run.
+        The codes nearest to ``weight / scale``, where the scale is the block's largest magnitude (or what the
+        search found) as it is stored. The bytes depend on the values alone: not on strides, threads or the run.
 
     Raises:
         TypeError: not a dense floating-point tensor.
         ValueError: an unknown format or scales, a bad block size, a meta tensor, an empty row, NaN or
-            infinite weights, or a magnitude that the scales cannot hold.
+            infinite weights, a magnitude that the scales cannot hold, or an importance of another length, negative
+            or not finite.
     """
-    form = get_format(format)
-    encoding = get_encoding(form.scales if scales is None else scales)
-    size = form.block_size if block_size is None else block_size
-    check_block_size(size)
     check_weight(weight)
     columns = weight.shape[-1]
     if columns == 0:
         raise ValueError(
             f"weight.shape={tuple(weight.shape)} has empty rows: there is nothing to quantize; leave it out"
         )
-
-    quantized = QuantizedTensor.empty(weight.shape, form.name, size, encoding.name, device=weight.device)
+    if importance is not None:
+        importance = _checked_importance(importance, weight)
+    if not isinstance(format, str):
+        tried = [
+            quantize(weight, name, block_size=block_size, scales=scales, search=search, importance=importance)
+            for name in format
+        ]
+        if not tried:
+            raise ValueError("format=() names no format: name one, or several to choose from")
+        return min(tried, key=lambda q: _squared_error(weight, q, importance))
+    form = get_format(format)
+    encoding = get_encoding(form.scales if scales is None else scales, form.signed)
+    size = form.block_size if block_size is None else block_size
+    method = "search" if (form.search if search is None else search) else "absmax"
+    quantized = QuantizedTensor.empty(weight.shape, form.name, size, encoding.name, method, device=weight.device)
     matrix = quantized._as_matrix()
     rows = weight.detach().reshape(-1, columns)
-    for chunk in row_chunks(rows.shape[0], columns):
+    scratch = BYTES_PER_WEIGHT if method == "absmax" else 2 * BYTES_PER_WEIGHT
+    for chunk in row_chunks(rows.shape[0], columns, scratch):
         part = rows[chunk].float().contiguous()
-        _serves.quantize_rows(part, form, size, encoding, matrix.packed[chunk], matrix.scales[chunk])
+        _serves.quantize_rows(part, matrix, chunk, importance)
     return quantized
+
+
+def _checked_importance(importance: Tensor, weight: Tensor) -> Tensor:
+    if not isinstance(importance, Tensor) or not importance.is_floating_point():
+        raise TypeError(f"importance={type(importance).__name__} must be a floating-point tensor")
+    if importance.shape != weight.shape[-1:]:
+        raise ValueError(f"importance.shape={tuple(importance.shape)} must be ({weight.shape[-1]},), one a column")
+    importance = importance.detach().to(weight.device, torch.float32).contiguous()
+    if not (importance.isfinite().all() and (importance >= 0).all()):
+        raise ValueError("importance holds values that are negative, NaN or infinite; repair them first")
+    return importance
+
+
+def _squared_error(weight: Tensor, quantized: QuantizedTensor, importance: Tensor | None) -> float:
+    rows, matrix, total = weight.detach().reshape(-1, weight.shape[-1]), quantized._as_matrix(), 0.0
+    for chunk in row_chunks(rows.shape[0], rows.shape[1]):
+        error = (rows[chunk].float() - _serves.dequantize(matrix, chunk, torch.float32)).square()
+        total += float((error if importance is None else error * importance).sum(dtype=torch.float64))
+    return total
 
 
 class _RowKernel(Protocol):
     """What a kernel does with rows. Bit for bit what ``PLAIN`` does."""
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor: ...
-    def quantize_rows(
-        self, rows: Tensor, form: Format, size: int, encoding: ScaleEncoding, packed: Tensor, stored: Tensor
-    ) -> None: ...
+    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None: ...
 
 
 class _Plain:
@@ -199,17 +271,22 @@ class _Plain:
         return out
 
     @staticmethod
-    def quantize_rows(
-        rows: Tensor, form: Format, size: int, encoding: ScaleEncoding, packed: Tensor, stored: Tensor
-    ) -> None:
-        """Quantize float32 (rows, n) into ``packed`` (rows, ceil(n / 2)) and ``stored`` (rows, blocks + extra).
+    def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
+        """Quantize float32 (rows, n) into a chunk of a matrix, by its method.
 
         Raises:
             ValueError: NaN or infinite weights, or a magnitude that the scales cannot hold.
         """
-        codes, scales = _quantize_rows(rows, form, size, encoding)
-        packed.copy_(codes)
-        stored.copy_(scales)
+        form, encoding, size = get_format(into.format), into.encoding, into.block_size
+        scales = largest_weights(rows, size, form.signed)  # (rows, blocks)
+        largest = float(scales.abs().max())
+        if not largest <= encoding.largest:  # also when it is NaN
+            raise ValueError(_why_not_held(rows, largest, encoding))
+        if into.method == "search":
+            scales = searched_scales(rows, form, size, encoding.largest, importance)
+        stored = encoding.encode(scales)
+        into.packed[chunk] = pack(nearest_codes(rows, encoding.decode(stored), form, size), size)
+        into.scales[chunk] = stored
 
 
 PLAIN: _RowKernel = _Plain()
@@ -239,28 +316,6 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError("weight is on the meta device and has no values; load its values first")
     if weight.dim() == 0:
         raise ValueError("weight.shape=() has no last dimension to divide into blocks; reshape it to (1,)")
-
-
-def _quantize_rows(rows: Tensor, form: Format, size: int, encoding: ScaleEncoding) -> tuple[Tensor, Tensor]:
-    """Quantize float32 (rows, n) to packed (rows, ceil(n / 2)) and stored scales (rows, blocks + extra)."""
-    absmax = by_block(rows.abs(), size, lambda block: block.amax(-1, keepdim=True))  # (rows, blocks)
-    largest = float(absmax.max())
-    if not largest <= encoding.largest:  # also when it is NaN
-        raise ValueError(_why_not_held(rows, largest, encoding))
-    stored = encoding.encode(absmax)
-    scales = encoding.decode(stored)
-    divisors = scales.masked_fill(scales == 0, torch.inf)  # a block without a scale gets the zero code
-    relative = rows / _spread(divisors, size, rows.shape[-1])  # (rows, n), in [-1, 1]
-    boundaries = torch.tensor(form.boundaries, dtype=torch.float32, device=rows.device)
-    codes = torch.bucketize(relative, boundaries, out_int32=True).to(torch.uint8)
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1), value=form.zero_code)
-    return pack(codes, size), stored
-
-
-def _spread(scales: Tensor, block_size: int, columns: int) -> Tensor:
-    """Repeat the scales of blocks, (rows, blocks), for each of their weights: (rows, columns)."""
-    return scales.repeat_interleave(min(block_size, columns), dim=-1)[:, :columns]
 
 
 def _why_not_held(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:

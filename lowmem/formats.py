@@ -24,6 +24,9 @@ class Format:
         block_size: default number of weights that share a scale.
         scales: default encoding of the scales, a key of ``lowmem.scales.ENCODINGS``.
         source: where the levels come from.
+        signed: whether a scale has the sign of its block's largest weight, so that this weight is always at
+            the upper end, and the lower end can be nearer to zero.
+        search: whether the scales are searched for by default (``lowmem.search``).
     """
 
     name: str
@@ -31,6 +34,8 @@ class Format:
     block_size: int
     scales: str
     source: str
+    signed: bool = False
+    search: bool = False
 
     def __post_init__(self) -> None:
         if len(self.levels) != 16 or list(self.levels) != sorted(self.levels):
@@ -51,10 +56,14 @@ class Format:
         return tuple(boundaries)
 
     @property
-    def max_distance(self) -> float:
-        """The largest distance of any value in [-1, 1] to its nearest level: half the widest gap, or an end."""
-        gaps = [(high - low) / 2 for low, high in pairwise(self.levels)]
-        return max(*gaps, 1 + self.levels[0], 1 - self.levels[-1])
+    def half_gap(self) -> float:
+        """The largest distance of any value between the end levels to its nearest level: half the widest gap."""
+        return max((high - low) / 2 for low, high in pairwise(self.levels))
+
+    @property
+    def end(self) -> float:
+        """The magnitude of the end level that is nearer to zero."""
+        return min(-self.levels[0], self.levels[-1])
 
     @property
     def zero_code(self) -> int:
@@ -102,6 +111,33 @@ _FORMATS = (
         block_size=32,
         scales="float16",
         source="E2M1 divided by 6: OCP Microscaling Formats v1.0, section 5.3.3",
+    ),
+    Format(
+        name="bof4s",
+        levels=(
+            -0.82273,
+            -0.63426,
+            -0.49414,
+            -0.37775,
+            -0.27434,
+            -0.17893,
+            -0.08872,
+            0.0,
+            0.08422,
+            0.17130,
+            0.26377,
+            0.36355,
+            0.47513,
+            0.60593,
+            0.77183,
+            1.0,
+        ),
+        block_size=64,
+        scales="double",
+        source="fitted to blocks of 64 normal weights with signed scales, as BOF4-S (arXiv 2505.06653), and with "
+        "the scales searched for: each level is the mean of what falls to it, weighted by the scale squared",
+        signed=True,
+        search=True,
     ),
 )
 

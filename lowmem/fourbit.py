@@ -26,22 +26,29 @@ class FourBit:
     """The technique: weights as 4-bit codes with a scale a block, frozen; biases stay as they are.
 
     Args:
-        format: a key of ``FORMATS``.
+        format: a key of ``FORMATS``; or several, of which each weight gets the one with the least squared error.
         block_size: weights a scale, even, 8 to 4096; None takes the format's own.
         scales: "float32", "float16" or "double"; None takes the format's own.
         compute_dtype: to multiply in; None takes the input's.
+        search: whether to search for the scales that leave the least squared error; None takes the format's own.
 
     Raises:
         ValueError: an unknown format or scales, a bad block size, or a dtype that is not floating point.
     """
 
-    format: str = "nf4"
+    format: str | tuple[str, ...] = "nf4"
     block_size: int | None = None
     scales: str | None = None
     compute_dtype: torch.dtype | None = None
+    search: bool | None = None
 
     def __post_init__(self) -> None:
-        get_format(self.format)
+        if not isinstance(self.format, str):
+            object.__setattr__(self, "format", tuple(self.format))  # a list, too, makes it hashable
+        if not self.format:
+            raise ValueError(f"format={self.format!r} names no format: name one, or several to choose from")
+        for name in [self.format] if isinstance(self.format, str) else self.format:
+            get_format(name)
         if self.block_size is not None:
             check_block_size(self.block_size)
         if self.scales is not None:
@@ -56,15 +63,23 @@ class FourBit:
         Raises:
             TypeError, ValueError: a weight that ``quantize`` refuses.
         """
-        return _freeze(quantize(weight, self.format, block_size=self.block_size, scales=self.scales))
+        return _freeze(
+            quantize(weight, self.format, block_size=self.block_size, scales=self.scales, search=self.search)
+        )
 
     def shell(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
-        """Return what ``store`` returns, without its values: on the meta device."""
+        """Return what ``store`` returns, without its values: on the meta device.
+
+        Raises:
+            ValueError: several formats, of which only values could choose.
+        """
+        if not isinstance(self.format, str):
+            raise ValueError(f"format={self.format!r}: without values there is no choosing; name one format")
         form = get_format(self.format)
+        size = form.block_size if self.block_size is None else self.block_size
+        method = "search" if (form.search if self.search is None else self.search) else "absmax"
         return _freeze(
-            QuantizedTensor.empty(
-                weight.shape, form.name, self.block_size or form.block_size, self.scales or form.scales, device="meta"
-            )
+            QuantizedTensor.empty(weight.shape, form.name, size, self.scales or form.scales, method, device="meta")
         )
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lowmem import kernels
-from lowmem.blockwise import quantize
 from lowmem.fourbit import Linear4Bit
 from lowmem.frozen import is_plain_call
 from lowmem.half import HalfLinear, round_to
@@ -120,7 +119,7 @@ class LoRALinear(nn.Module):
         base = self.base
         if isinstance(base, Linear4Bit):
             adapted = base.quantized.dequantize() + self.delta()
-            quantized = quantize(adapted, base.format, block_size=base.block_size, scales=base.scale_encoding)
+            quantized = base.quantized.again(adapted)
             layer: nn.Module = Linear4Bit(quantized, base.bias, base.compute_dtype)
             stored = quantized.dequantize(adapted.dtype)
         else:

@@ -1,7 +1,7 @@
 """How the scale of each block is stored: float32, float16, or double (8 bits a block, float16 a row).
 
-An encoding turns the largest magnitude of each block into stored scales and back. A code is chosen
-against the *stored* scale, so that what a scale loses by rounding costs accuracy once, not twice.
+An encoding turns the scales of blocks into stored ones and back. A code is chosen against the *stored*
+scale, so that what a scale loses by rounding costs accuracy once, not twice.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ class ScaleEncoding:
     Args:
         name: the key in ``ENCODINGS``.
         dtype: of the stored tensor.
-        encode: float32 absmax (rows, blocks) -> stored (rows, blocks + extra).
+        encode: float32 scales (rows, blocks) -> stored (rows, blocks + extra), never further from zero
+            than they were, but for what ``double`` says.
         decode: stored -> float32 scales (rows, blocks).
-        shortfall: stored -> how far a block's absmax may lie above its scale, float32 (rows, blocks).
-        largest: the largest absmax that can be held.
+        shortfall: stored -> how much larger the magnitude of a scale may have been, float32 (rows, blocks).
+        largest: the largest magnitude that can be held.
         extra: stored elements a row beyond one a block.
+        signed: whether a scale can be negative.
     """
 
     name: str
@@ -37,52 +39,75 @@ class ScaleEncoding:
     shortfall: Callable[[Tensor], Tensor]
     largest: float
     extra: int = 0
+    signed: bool = True
 
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def _encode_float32(absmax: Tensor) -> Tensor:
+def _encode_float32(scales: Tensor) -> Tensor:
     # A subnormal scale would leave its products too few bits to find the same codes again, and
     # processors that flush subnormals would disagree: such blocks become zeros.
-    return absmax.masked_fill(absmax < _SMALLEST_NORMAL, 0)
+    return scales.masked_fill(scales.abs() < _SMALLEST_NORMAL, 0)
 
 
 def _float16_spacing(stored: Tensor) -> Tensor:
     """Return at least the distance to the next float16: exact where it matters, at subnormals."""
-    return (stored.float() * 2**-10).clamp_min(2**-24)
+    return (stored.float().abs() * 2**-10).clamp_min(2**-24)
 
 
-def _encode_float16(absmax: Tensor) -> Tensor:
+def _encode_float16(scales: Tensor) -> Tensor:
     # Rounded towards zero: the largest weight of a block then always takes an end level, so that
     # quantizing the dequantized block finds the same scale and the same codes, subnormals included.
-    nearest = absmax.to(torch.float16)
-    below = (nearest.view(torch.int16) - 1).view(torch.float16)  # the bits of a positive float count upwards
-    return torch.where(nearest.float() > absmax, below, nearest)
-
-
-def _encode_double(absmax: Tensor) -> Tensor:
-    # A scale is steps / 255 of the row's, at least one step (a row with one large outlier keeps its small
-    # blocks), else rounded down: the largest weight of a block takes an end level, as above.
-    row_scale = _encode_float16(absmax.amax(-1, keepdim=True))  # (rows, 1)
-    # The quotient is raised a little, lest it be rounded to just below the step that a dequantized block is on.
-    steps = (absmax * (255 * (1 + 2**-20)) / row_scale.float().clamp_min(2**-24)).floor()
-    steps = steps.clamp(1, 255).masked_fill((absmax == 0) | (row_scale == 0), 0)  # (rows, blocks)
-    return torch.cat([steps.to(torch.uint8), row_scale.view(torch.uint8)], dim=-1)  # (rows, blocks + 2)
+    nearest = scales.to(torch.float16)
+    below = (nearest.view(torch.int16) - 1).view(torch.float16)  # the bits of a magnitude count upwards
+    return torch.where(nearest.float().abs() > scales.abs(), below, nearest)
 
 
 def _row_scale(stored: Tensor) -> Tensor:
     return stored[..., -2:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()  # (rows, 1)
 
 
-def _decode_double(stored: Tensor) -> Tensor:
-    return stored[..., :-2].float() * _row_scale(stored) / 255
+def _double(steps: int) -> ScaleEncoding:
+    """Double quantization: QLoRA, arXiv 2305.14314, section 3, here kept local to the row.
 
+    A scale is n / ``steps`` of the row's, n at least 1 (a row with one large outlier keeps its small blocks),
+    else rounded down: the largest weight of a block takes an end level, as above. A byte has 8 bits for n, or
+    a sign and 7 bits.
+    """
+    signed = steps < 255
 
-def _double_shortfall(stored: Tensor) -> Tensor:
-    row_scale = _row_scale(stored)
-    within = (stored[..., :-2] < 255) & (row_scale > 0)  # below the next step; else below the next row scale
-    return torch.where(within, row_scale / 255, _float16_spacing(row_scale))
+    def encode(scales: Tensor) -> Tensor:
+        magnitude = scales.abs()
+        row_scale = _encode_float16(magnitude.amax(-1, keepdim=True))  # (rows, 1)
+        # The quotient is raised a little, lest it be rounded to just below the step that a dequantized block is on.
+        count = (magnitude * (steps * (1 + 2**-20)) / row_scale.float().clamp_min(2**-24)).floor()
+        count = count.clamp(1, steps).masked_fill((magnitude == 0) | (row_scale == 0), 0)  # (rows, blocks)
+        if signed:
+            count += (scales < 0) * 128.0
+        return torch.cat([count.to(torch.uint8), row_scale.view(torch.uint8)], dim=-1)  # (rows, blocks + 2)
+
+    def decode(stored: Tensor) -> Tensor:
+        count = stored[..., :-2].float()
+        if signed:
+            count = torch.where(count >= 128, 128 - count, count)
+        return count * _row_scale(stored) / steps
+
+    def shortfall(stored: Tensor) -> Tensor:
+        row_scale = _row_scale(stored)
+        within = ((stored[..., :-2] & (127 if signed else 255)) < steps) & (row_scale > 0)  # below the next step
+        return torch.where(within, row_scale / steps, _float16_spacing(row_scale))  # else below the next row scale
+
+    return ScaleEncoding(
+        name="double",
+        dtype=torch.uint8,
+        encode=encode,
+        decode=decode,
+        shortfall=shortfall,
+        largest=torch.finfo(torch.float16).max,
+        extra=2,
+        signed=signed,
+    )
 
 
 _ENCODINGS = (
@@ -102,27 +127,21 @@ _ENCODINGS = (
         shortfall=_float16_spacing,
         largest=torch.finfo(torch.float16).max,
     ),
-    ScaleEncoding(
-        name="double",  # double quantization: QLoRA, arXiv 2305.14314, section 3, here kept local to the row
-        dtype=torch.uint8,
-        encode=_encode_double,
-        decode=_decode_double,
-        shortfall=_double_shortfall,
-        largest=torch.finfo(torch.float16).max,
-        extra=2,
-    ),
+    _double(255),
 )
 
 ENCODINGS = MappingProxyType({e.name: e for e in _ENCODINGS})
+_SIGNED_DOUBLE = _double(127)
 
 
-def get_encoding(name: str) -> ScaleEncoding:
-    """Return ``ENCODINGS[name]``.
+def get_encoding(name: str, signed: bool = False) -> ScaleEncoding:
+    """Return ``ENCODINGS[name]``, or its kind that holds negative scales too.
 
     Raises:
         ValueError: there is no such encoding; the choices are listed.
     """
     try:
-        return ENCODINGS[name]
+        found = ENCODINGS[name]
     except (KeyError, TypeError):
         raise ValueError(f"scales={name!r} is unknown: choose from {', '.join(ENCODINGS)}") from None
+    return found if found.signed or not signed else _SIGNED_DOUBLE

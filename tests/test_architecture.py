@@ -16,6 +16,7 @@ MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"
 # as listed. Modules of one layer stand together.
 LAYERS = [
     {"formats", "packing", "scales", "bignet", "measure", "version", "kernels._native"},
+    {"search"},
     {"blockwise"},
     {"kernels.reference", "kernels.memory"},
     {"kernels.cpu"},

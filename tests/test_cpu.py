@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import blockwise, kernels, measure, quantize
-from lowmem.formats import get_format
 from lowmem.kernels import cpu, reference
-from lowmem.scales import get_encoding
 from tests import strategies
 from tests.test_kernels import assert_exact, compiled
 
@@ -376,12 +374,11 @@ def test_many_batch_sizes_keep_what_is_remembered_small(level):
 
 def test_memory_that_cannot_be_written_is_left_to_plain_torch():
     weight = strategies.make_weight("normal", (4, 16), 0, 0)
-    form, encoding = get_format("nf4"), get_encoding("float16")
     expected = quantize(weight, scales="float16", block_size=16)
     packed = torch.empty(8, 4, dtype=torch.uint8).t()
     stored = torch.empty(1, 4, dtype=torch.float16).t()
     kernel = cpu.Kernel(cpu.load()[0], kernels.available()[-1])
-    kernel.quantize_rows(weight, form, 16, encoding, packed, stored)
+    kernel.quantize_rows(weight, replace(expected, packed=packed, scales=stored), slice(None), None)
     assert torch.equal(packed, expected.packed)
     assert torch.equal(stored, expected.scales)
     meta = replace(expected, packed=expected.packed.to("meta"), scales=expected.scales.to("meta"))

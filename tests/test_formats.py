@@ -9,15 +9,15 @@ from lowmem import FORMATS
 from lowmem.formats import Format, get_format
 from lowmem.packing import check_block_size
 from lowmem.scales import ENCODINGS
+from lowmem.search import nearest_codes, searched_scales
 
 every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 
 @every_format
-def test_levels_are_sixteen_ascending_and_reach_both_ends(form):
+def test_levels_are_sixteen_and_ascending(form):
     assert len(form.levels) == 16
     assert list(form.levels) == sorted(form.levels)
-    assert (form.levels[0], form.levels[-1]) == (-1, 1)
 
 
 @every_format
@@ -37,10 +37,17 @@ def test_boundaries_choose_the_nearest_level(form):
 
 
 @every_format
-def test_max_distance_is_reached_and_never_exceeded(form):
-    values = torch.linspace(-1, 1, 40001, dtype=torch.float64)
+def test_half_gap_is_reached_and_never_exceeded_between_the_ends(form):
+    values = torch.linspace(form.levels[0], form.levels[-1], 40001, dtype=torch.float64)
     nearest = (values[:, None] - torch.tensor(form.levels, dtype=torch.float64)).abs().amin(-1)
-    assert 0.999 * form.max_distance < float(nearest.max()) <= form.max_distance
+    assert 0.999 * form.half_gap < float(nearest.max()) <= form.half_gap * (1 + 1e-12)
+
+
+@every_format
+def test_the_largest_weight_has_a_level_of_its_own(form):
+    """A signed scale brings it to the upper end; a scale without a sign brings it to either end."""
+    assert form.levels[-1] == 1
+    assert form.end == (1 if not form.signed else -form.levels[0])
 
 
 def test_the_numbers_of_each_format():
@@ -51,14 +58,21 @@ def test_the_numbers_of_each_format():
     assert [6 * level for level in FORMATS["fp4"].levels[8:]] == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 
-@pytest.mark.parametrize(("name", "level"), [("nf4", 0.0), ("fp4", 0.0), ("int4", -1 / 15)])
+@pytest.mark.parametrize(("name", "level"), [("nf4", 0.0), ("fp4", 0.0), ("bof4s", 0.0), ("int4", -1 / 15)])
 def test_zero_code_is_the_level_that_zero_gets(name, level):
     assert FORMATS[name].levels[FORMATS[name].zero_code] == level
 
 
-def test_a_format_that_stops_short_of_one_counts_its_ends():
-    half = Format("half", tuple(i / 30 for i in range(16)), 16, "float16", "test")
-    assert half.max_distance == 1
+def test_bof4s_is_what_normal_weights_ask_for():
+    """Each level but the zero and the one is the mean of what falls to it, weighted by the scale squared."""
+    form = FORMATS["bof4s"]
+    weight = torch.randn(2**15, form.block_size, generator=torch.Generator().manual_seed(0))
+    scales = searched_scales(weight, form, form.block_size, 1e30)  # (rows, 1)
+    codes = nearest_codes(weight, scales, form, form.block_size).int().flatten()
+    count = scales.square().expand_as(weight).flatten()
+    sums = torch.zeros(16).index_add_(0, codes, (weight / scales).flatten() * count)
+    means = sums / torch.zeros(16).index_add_(0, codes, count)
+    torch.testing.assert_close(means / means[15], torch.tensor(form.levels), rtol=0, atol=4e-3)
 
 
 @pytest.mark.parametrize(

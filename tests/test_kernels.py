@@ -406,8 +406,7 @@ with kernels.using(level):
                 weight = at_the_edge(torch.randn(5, columns))
                 q = quantize(weight, block_size=block, scales=scales)
                 q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
-                described = get_format("nf4"), block, get_encoding(scales)
-                kernel.quantize_rows(weight, *described, at_the_edge(q.packed), at_the_edge(q.scales))
+                kernel.quantize_rows(weight, q, slice(None), None)
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     kernel.dequantize(q, slice(0, 5), dtype)
                     for batch in (1, 5, 13):

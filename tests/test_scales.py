@@ -29,6 +29,21 @@ def test_absmax_never_exceeds_the_scale_by_more_than_the_shortfall(values, name)
     assert (scales[absmax == 0] == 0).all()
 
 
+@given(magnitudes, strategies.encodings, st.randoms())
+def test_a_signed_scale_keeps_its_sign_and_falls_as_short(values, name, random):
+    encoding = get_encoding(name, signed=True)
+    assert encoding.signed
+    scales = torch.tensor([[value * random.choice([1, -1]) for value in values]])
+    stored = encoding.encode(scales)
+    assert (stored.dtype, stored.shape[-1]) == (encoding.dtype, scales.shape[-1] + encoding.extra)
+    decoded = encoding.decode(stored)
+    assert (decoded * scales >= 0).all()
+    rounding = scales.double().abs() * 2**-23
+    excess = scales.double().abs() - decoded.double().abs() - encoding.shortfall(stored).double()
+    assert (excess <= rounding).all()
+    assert torch.equal(encoding.decode(encoding.encode(decoded)), decoded)
+
+
 @given(magnitudes)
 def test_float16_scales_round_towards_zero(values):
     absmax = torch.tensor([values])

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from lowmem import blockwise
 from lowmem.blockwise import QuantizedTensor
-from lowmem.formats import Format, get_format
+from lowmem.formats import get_format
 from lowmem.kernels import reference
 from lowmem.kernels.memory import HALVES, TYPES, Prepared, bias_arguments, is_float, is_real, is_traced, takes
 from lowmem.kernels.reference import Weight
-from lowmem.scales import ScaleEncoding
 
 __all__ = ["Kernel", "load"]
 
-# enum encoding of csrc/kernel.h
-_ENCODINGS = {"float32": 0, "float16": 1, "double": 2}
+# enum encoding of csrc/kernel.h, of a name that holds signs or not
+_ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2}
 
 _UPDATE_BATCH = 12  # beyond, torch's own products are faster
 _WIDE_BYTES = 2**18  # of a float32 output for rows that C adds up in parts
@@ -164,13 +163,14 @@ class Kernel:
             self.native.restore(prepared.handle, start, out.shape[0], out.data_ptr(), threads, TYPES[dtype])
         return out
 
-    def quantize_rows(
-        self, rows: Tensor, form: Format, size: int, encoding: ScaleEncoding, packed: Tensor, stored: Tensor
-    ) -> None:
-        """Quantize float32 (rows, n) into ``packed`` and ``stored``."""
+    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
+        """Quantize float32 (rows, n) into a chunk of a matrix."""
+        form, size, packed, stored = get_format(into.format), into.block_size, into.packed[chunk], into.scales[chunk]
+        encoding = _ENCODINGS.get((into.encoding.name, into.encoding.signed))
         outputs_fit = all(is_real(t) and t.is_contiguous() for t in (rows, packed, stored))
-        if not outputs_fit or encoding.name not in _ENCODINGS or is_traced() or not rows.numel():
-            return blockwise.PLAIN.quantize_rows(rows, form, size, encoding, packed, stored)
+        plain = form.signed or into.method != "absmax" or is_traced() or not rows.numel()
+        if not outputs_fit or encoding is None or plain:
+            return blockwise.PLAIN.quantize_rows(rows, into, chunk, importance)
         threads, (count, columns) = torch.get_num_threads(), rows.shape
         scratch = rows.new_empty(threads * (-(-columns // size) + size + 64))
         held = self.native.quantize(
@@ -179,17 +179,17 @@ class Kernel:
             packed.data_ptr(),
             stored.data_ptr(),
             _floats(form.boundaries).buffer_info()[0],
-            _ENCODINGS[encoding.name],
+            encoding,
             size,
             count,
             columns,
             form.zero_code,
-            _bits(encoding.largest),
+            _bits(into.encoding.largest),
             scratch.data_ptr(),
             threads,
         )
         if not held:
-            blockwise.PLAIN.quantize_rows(rows, form, size, encoding, packed, stored)  # raises, and says why
+            blockwise.PLAIN.quantize_rows(rows, into, chunk, importance)  # raises, and says why
         return None
 
     def _prepare(self, weight: Weight) -> Prepared | None:
@@ -211,7 +211,8 @@ class Kernel:
             and scales.is_contiguous()
         ):
             return kept
-        if not (
+        encoding = _ENCODINGS.get((weight.encoding.name, weight.encoding.signed))
+        if encoding is None or not (
             (packed.shape, packed.dtype, scales.shape, scales.dtype) == weight.stored_layout
             and len(weight.shape) == 2
             and weight.shape[1] > 0
@@ -229,7 +230,7 @@ class Kernel:
             packed.data_ptr(),
             scales.data_ptr(),
             levels.buffer_info()[0],
-            _ENCODINGS[weight.scale_encoding],
+            encoding,
             weight.block_size,
             rows,
             columns,
