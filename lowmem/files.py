@@ -17,6 +17,7 @@ __all__ = [
     "check_free",
     "check_writable",
     "open_regular",
+    "read_errors",
     "write_atomically",
     "write_errors",
 ]
@@ -97,17 +98,24 @@ def write_errors(path: Path) -> Iterator[None]:
         ) from reason
 
 
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into one that names the file and what to do."""
+    try:
+        yield
+    except OSError as reason:
+        raise OSError(f"cannot read {str(path)!r}: {reason.strerror}; name a file that can be read") from reason
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading, without waiting where it is a pipe.
 
     Raises:
         OSError: there is none, it is no regular file, or it cannot be read.
     """
-    try:
+    with read_errors(path):
         # O_NONBLOCK: a pipe opens at once, and is then refused; regular files know no such thing.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except OSError as reason:
-        raise OSError(f"cannot read {str(path)!r}: {reason.strerror}; name a file that can be read") from reason
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"cannot read {str(path)!r}: it is a directory, a device or a pipe; name a regular file")
