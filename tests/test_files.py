@@ -110,7 +110,14 @@ def test_what_cannot_be_written_at_the_end_is_an_error_too(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def next_descriptor():
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    os.close(descriptor)
+    return descriptor
+
+
 def test_only_a_regular_file_is_opened(tmp_path):
+    before = next_descriptor()
     with pytest.raises(OSError, match=r"cannot read '.*missing': No such file or directory; name a file that can"):
         open_regular(tmp_path / "missing")
     refused = [tmp_path, os.devnull]
@@ -120,6 +127,7 @@ def test_only_a_regular_file_is_opened(tmp_path):
     for path in refused:
         with pytest.raises(OSError, match="it is a directory, a device or a pipe; name a regular file"):
             open_regular(path)
+    assert next_descriptor() == before
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
     with open_regular(tmp_path / "link") as file:

@@ -47,6 +47,14 @@ def test_large_items_come_first_then_names():
     assert [(name, placed.begin) for name, placed in place(specs).items()] == [("z", 0), ("é", 4), ("a", 4), ("b", 6)]
 
 
+def test_entries_stand_in_any_order_in_a_header():
+    full = {"dtype": "U8", "shape": [6], "data_offsets": [0, 6]}
+    empty = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    last = {"dtype": "U8", "shape": [0], "data_offsets": [6, 6]}
+    content = {"last": last, "full": full, "empty": empty}
+    assert list(parse(json.dumps(content).encode(), 6).tensors) == ["last", "full", "empty"]
+
+
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 HALVES = {"a": {**ENTRY, "shape": [3], "data_offsets": [0, 12]}, "b": {**ENTRY, "shape": [3]}}
 

@@ -103,6 +103,7 @@ FILE = written(SMALL, {"format": "nf4", "block_size": 64})
 
 @given(st.dictionaries(names, tensors(), max_size=5), metadatas)
 @example({}, {})
+@example({"conjugate": (1j * torch.ones(2)).conj(), "negative": (1j * torch.ones(1)).conj().imag}, {})
 @example(
     {
         "a": torch.ones(2, 2, dtype=torch.int16)[:, :1].T[:, :0],
@@ -277,7 +278,7 @@ def test_a_header_that_someone_changed_is_refused_or_means_what_it_says(changes)
     header = copy.deepcopy(HEADER)
     for path, value in changes:
         if not path:
-            header = value
+            header = copy.deepcopy(value)
             continue
         parent = header
         try:
@@ -286,7 +287,7 @@ def test_a_header_that_someone_changed_is_refused_or_means_what_it_says(changes)
             if value == "delete":
                 del parent[path[-1]]
             else:
-                parent[path[-1]] = value
+                parent[path[-1]] = copy.deepcopy(value)
         except (TypeError, LookupError):
             continue  # an earlier change removed it
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -341,6 +342,7 @@ PLAIN = safetensors.torch.save({"a": torch.ones(3)}, {"format": "pt"})
     ("content", "reason"),
     [
         (b"", "it is empty; get it again"),
+        ((len(FILE) - 7).to_bytes(8, "little") + FILE[8:], "its header takes .* bytes, and it ends after .*; get it"),
         (b"\0", "it is no safetensors file, or is damaged; name a safetensors file"),
         (b"\0" * 100, "it is no safetensors file, or is damaged; name a safetensors file"),
         (b"The quick brown fox jumps over the lazy dog", "it is no safetensors file, or is damaged"),
