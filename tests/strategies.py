@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from lowmem.formats import FORMATS
+from lowmem.header import DTYPES
 from lowmem.scales import ENCODINGS
 
 formats = st.sampled_from(sorted(FORMATS))
@@ -81,3 +82,33 @@ def make_input(leading: tuple[int, ...], features: int, seed: int, dtype=torch.f
     """Return a normal input (*leading, features) that takes a gradient."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*leading, features, generator=generator, dtype=dtype).requires_grad_()
+
+
+names = st.text(max_size=12).filter(lambda name: name != "__metadata__")
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+metadatas = st.dictionaries(st.text().filter(lambda name: name != "version"), json_values, max_size=4)
+
+
+@st.composite
+def tensors(draw):
+    """Draw a small tensor of any dtype that safetensors has and any bits, some of them views, some of them empty."""
+    dtype = draw(st.sampled_from(list(DTYPES.values())))
+    shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    high = 2 if dtype == torch.bool else 256
+    values = torch.randint(high, (math.prod(shape) * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+    tensor = values.view(dtype).view(shape)
+    view = draw(st.sampled_from(["plain", "transposed", "strided", "conjugate"]))
+    if view == "transposed":
+        return tensor.transpose(0, -1) if shape else tensor
+    if view == "strided" and shape:
+        return tensor[::2]
+    return tensor.conj() if view == "conjugate" else tensor

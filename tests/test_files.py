@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lowmem.tools.files import check_free, check_writable, write_atomically
+from lowmem.files import atomic_file, check_free, check_writable, open_regular, write_atomically, write_errors
 
 
 def test_it_writes_and_overwrites_and_leaves_nothing_else(tmp_path):
@@ -71,3 +71,64 @@ def test_what_cannot_be_written_is_named(tmp_path):
     for function in (check_writable, lambda path: write_atomically(path, b"")):
         with pytest.raises(OSError, match=r"cannot write '.*missing/file': No such file or directory; choose"):
             function(tmp_path / "missing" / "file")
+
+
+def test_a_new_file_can_be_read_back_and_changed_before_it_gets_its_name(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with atomic_file(path) as file:
+        file.write(b"after")
+        file.seek(0)
+        assert file.read() == b"after"
+        file.seek(0)
+        file.write(b"A")
+        assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"After"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), ValueError("bad"), OSError(5, "Input/output error", "source")]
+)
+def test_what_the_block_raises_is_passed_on(tmp_path, failure):
+    def write():
+        with atomic_file(tmp_path / "file") as file:
+            file.write(b"half")
+            raise failure
+
+    with pytest.raises(type(failure)) as caught:
+        write()
+    assert caught.value is failure
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_at_the_end_is_an_error_too(tmp_path):
+    with pytest.raises(OSError, match="cannot write .*full.*: No space left on device; choose"), write_errors("full"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="Is a directory|cannot write"), atomic_file(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def next_descriptor():
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    os.close(descriptor)
+    return descriptor
+
+
+def test_only_a_regular_file_is_opened(tmp_path):
+    before = next_descriptor()
+    with pytest.raises(OSError, match=r"cannot read '.*missing': No such file or directory; name a file that can"):
+        open_regular(tmp_path / "missing")
+    refused = [tmp_path, os.devnull]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        refused.append(tmp_path / "pipe")
+    for path in refused:
+        with pytest.raises(OSError, match="it is a directory, a device or a pipe; name a regular file"):
+            open_regular(path)
+    assert next_descriptor() == before
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    with open_regular(tmp_path / "link") as file:
+        assert file.read() == b"content"

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
 
-from lowmem.tools.files import PARTIAL, check_free, write_atomically
+from lowmem.files import PARTIAL, check_free, write_atomically
 
 __all__ = ["COMMENT", "LEFT_OUT", "MANIFEST", "add_arguments", "archive", "read_files", "run", "runnable"]
 

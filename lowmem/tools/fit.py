@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from lowmem import measure
+from lowmem.files import check_writable, write_atomically
 from lowmem.tools.data import Split, load_data
-from lowmem.tools.files import check_writable, write_atomically
 from lowmem.tools.models import MIB, make_model, positive_float, positive_int, run_model, seed
 from lowmem.version import __version__
 
