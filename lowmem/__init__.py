@@ -2,7 +2,9 @@
 
 from lowmem.bignet import BigNet
 from lowmem.blockwise import QuantizedTensor, quantize
+from lowmem.conv import Conv4Bit, HalfConv
 from lowmem.convert import convert, merge
+from lowmem.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.formats import FORMATS, Format
 from lowmem.fourbit import FourBit, Linear4Bit
 from lowmem.half import Half, HalfLinear
@@ -16,9 +18,13 @@ __all__ = [
     "FORMATS",
     "VARIANTS",
     "BigNet",
+    "Conv4Bit",
+    "Embedding4Bit",
     "Format",
     "FourBit",
     "Half",
+    "HalfConv",
+    "HalfEmbedding",
     "HalfLinear",
     "Linear4Bit",
     "LoRA",

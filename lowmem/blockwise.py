@@ -115,10 +115,18 @@ class QuantizedTensor:
         Raises:
             ValueError: a dtype that is not floating point.
         """
+        return self.dequantize_rows(slice(None), dtype).view(self.shape)
+
+    def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return what ``dequantize`` gives for some rows of the tensor seen as (rows, n).
+
+        Raises:
+            ValueError: a dtype that is not floating point.
+        """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
         matrix = self if len(self.shape) == 2 else self._as_matrix()
-        return _serves.dequantize(matrix, slice(None), dtype).view(self.shape)
+        return _serves.dequantize(matrix, rows, dtype)
 
     def restore(self, rows: slice) -> Tensor:
         """Return some rows of the tensor seen as (rows, n), in float32."""

@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 from torch import nn
 
+from lowmem.conv import Conv4Bit, HalfConv
+from lowmem.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.fourbit import FourBit, Linear4Bit
 from lowmem.half import Half, HalfLinear
 from lowmem.lora import LoRA, LoRALinear
@@ -21,13 +23,19 @@ from lowmem.lora import LoRA, LoRALinear
 __all__ = ["REGISTRY", "Technique", "convert", "merge"]
 
 Technique: TypeAlias = Half | FourBit | LoRA
-Converted: TypeAlias = HalfLinear | Linear4Bit | LoRALinear
+Converted: TypeAlias = HalfLinear | Linear4Bit | LoRALinear | HalfEmbedding | Embedding4Bit | HalfConv | Conv4Bit
 
 # What replaces a layer of exactly this type, by its `from_layer`. A new layer type is one line here.
 REGISTRY: MappingProxyType[tuple[type[Technique], type[nn.Module]], type[Converted]] = MappingProxyType(
     {
         (Half, nn.Linear): HalfLinear,
         (FourBit, nn.Linear): Linear4Bit,
+        (Half, nn.Embedding): HalfEmbedding,
+        (FourBit, nn.Embedding): Embedding4Bit,
+        (Half, nn.Conv1d): HalfConv,
+        (FourBit, nn.Conv1d): Conv4Bit,
+        (Half, nn.Conv2d): HalfConv,
+        (FourBit, nn.Conv2d): Conv4Bit,
         (LoRA, nn.Linear): LoRALinear,
         (LoRA, HalfLinear): LoRALinear,
         (LoRA, Linear4Bit): LoRALinear,
@@ -44,6 +52,8 @@ def convert(
     skip: str | Iterable[str] = (),
 ) -> nn.Module:
     """Apply techniques, left to right, to every layer that the first one takes.
+
+    A later technique passes over the layers that it does not take.
 
     A layer is taken when its type is exactly one in ``REGISTRY`` (a subclass is left alone) and its
     weight is its own parameter (not recomputed by a parametrization or pruning hook). A module that
@@ -75,6 +85,7 @@ def convert(
             raise ValueError(f"skip={pattern!r} matches no module of {type(model).__name__}; check the pattern")
 
     replacements: dict[nn.Module, nn.Module] = {}
+    unused: dict[Technique, str | None] = {}
     for module, paths in places.items():
         if any(fnmatchcase(path, pattern) for path in paths for pattern in skip):
             continue
@@ -86,10 +97,14 @@ def convert(
                 f"{_name(paths[0])} is a {type(module).__name__}: it has {made_by.__name__} already; "
                 "convert a model once, or leave the layer out with skip="
             )
-        if (type(techniques[0]), type(module)) in REGISTRY and _is_plain(module):
-            replacements[module] = _build(module, techniques, paths[0])
+        made = REGISTRY.get((type(techniques[0]), type(module)))
+        if made is not None and _is_plain(module) and _refusal(made, module) is None:
+            replacements[module] = _build(module, techniques, paths[0], unused)
     if not replacements:
         raise ValueError(_nothing_found(techniques[0], places))
+    for why in unused.values():
+        if why is not None:
+            raise ValueError(why)
 
     model = _swap(model, replacements)
     if any(isinstance(t, LoRA) for t in techniques):
@@ -167,21 +182,33 @@ def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether weight and bias are the module's own parameters, not recomputed by pruning or weight norm."""
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d):
         return True
     own = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    return own == ({"weight"} if module.bias is None else {"weight", "bias"})
+    return own == ({"weight"} if getattr(module, "bias", None) is None else {"weight", "bias"})
 
 
-def _build(module: nn.Module, techniques: tuple[Technique, ...], path: str) -> nn.Module:
+def _refusal(made: type[Converted], module: nn.Module) -> str | None:
+    """Return why what would replace a layer does not take this one, or None where it does."""
+    refuses: Callable[[nn.Module], str | None] | None = getattr(made, "refuses", None)
+    return None if refuses is None else refuses(module)
+
+
+def _build(
+    module: nn.Module, techniques: tuple[Technique, ...], path: str, unused: dict[Technique, str | None]
+) -> nn.Module:
+    """Apply the techniques that take the layer; ``unused`` gathers why others do not, None once one takes any."""
     layer = module
     for technique in techniques:
         made = REGISTRY.get((type(technique), type(layer)))
         if made is None:
-            raise ValueError(
+            unused.setdefault(
+                technique,
                 f"{_name(path)}: {type(technique).__name__} cannot follow the techniques before it, which made "
-                f"a {type(layer).__name__}; it takes {_takes(technique)}"
+                f"a {type(layer).__name__}; it takes {_takes(technique)}",
             )
+            continue
+        unused[technique] = None
         try:
             layer = made.from_layer(layer, technique)  # type: ignore[arg-type]
         except (TypeError, ValueError) as reason:

@@ -1,4 +1,4 @@
-"""4-bit linear layers: codes and scales are stored, rows are restored as they are needed."""
+"""4-bit layers: codes and scales are stored, rows are restored as they are needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowmem.frozen import FrozenStorage, autocast, freeze, frozen_linear
 from lowmem.packing import check_block_size
 from lowmem.scales import get_encoding
 
-__all__ = ["FourBit", "FourBitStore", "Linear4Bit"]
+__all__ = ["FourBit", "FourBitStorage", "FourBitStore", "Linear4Bit"]
 
 FourBitStore: TypeAlias = Callable[[Tensor, str], QuantizedTensor]
 """What turns a weight, named for errors, into a stored one: ``FourBit.store``, or another in its place."""
@@ -87,39 +87,22 @@ def _freeze(weight: QuantizedTensor) -> QuantizedTensor:
     return replace(weight, packed=freeze(weight.packed), scales=freeze(weight.scales))
 
 
-class Linear4Bit(FrozenStorage):
-    """``y = x W^T + b`` with W stored in 4 bits, frozen, and b as it was.
+class FourBitStorage(FrozenStorage):
+    """A module whose weight is stored in 4 bits, frozen: what the forms of all layers share.
 
     Args:
-        weight: quantized (out_features, in_features).
-        bias: floating point (out_features,), or None.
-        compute_dtype: to multiply in; None takes the input's.
+        weight: quantized; its rows are what the layer restores.
     """
 
     stored = ("packed", "scales")
-    bias: nn.Parameter | None
 
-    def __init__(
-        self, weight: QuantizedTensor, bias: nn.Parameter | None, compute_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, weight: QuantizedTensor) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
         self.format, self.block_size, self.scale_encoding = weight.format, weight.block_size, weight.scale_encoding
-        self.compute_dtype = compute_dtype
         # torch keeps a module's version beside its state: loading codes into another format is an error, not noise.
         self._version = f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"  # type: ignore[assignment]
         self.packed, self.scales = freeze(weight.packed), freeze(weight.scales)
-        self.register_parameter("bias", bias)
         self._quantized = replace(weight, packed=self.packed, scales=self.scales)  # made once: calls are frequent
-
-    @classmethod
-    def from_layer(cls, layer: nn.Linear, technique: FourBit, store: FourBitStore | None = None) -> Linear4Bit:
-        """Build it from a dense layer, whose weight ``store`` stores (None: the technique does); its bias stays.
-
-        Raises:
-            TypeError, ValueError: weights that ``quantize`` refuses.
-        """
-        return cls((store or technique.store)(layer.weight, "weight"), layer.bias, technique.compute_dtype)
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -132,7 +115,41 @@ class Linear4Bit(FrozenStorage):
     @property
     def weight_count(self) -> int:
         """How many weights the stored bytes stand for, the bias included."""
-        return self.out_features * self.in_features + (0 if self.bias is None else self.out_features)
+        bias = getattr(self, "bias", None)
+        return self._quantized.shape.numel() + (0 if bias is None else int(bias.numel()))
+
+    def extra_repr(self) -> str:
+        """Describe how the weight is stored."""
+        return f"format={self._version}"
+
+
+class Linear4Bit(FourBitStorage):
+    """``y = x W^T + b`` with W stored in 4 bits, frozen, and b as it was.
+
+    Args:
+        weight: quantized (out_features, in_features).
+        bias: floating point (out_features,), or None.
+        compute_dtype: to multiply in; None takes the input's.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, weight: QuantizedTensor, bias: nn.Parameter | None, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(weight)
+        self.out_features, self.in_features = weight.shape
+        self.compute_dtype = compute_dtype
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_layer(cls, layer: nn.Linear, technique: FourBit, store: FourBitStore | None = None) -> Linear4Bit:
+        """Build it from a dense layer, whose weight ``store`` stores (None: the technique does); its bias stays.
+
+        Raises:
+            TypeError, ValueError: weights that ``quantize`` refuses.
+        """
+        return cls((store or technique.store)(layer.weight, "weight"), layer.bias, technique.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in x's dtype, for x (..., in_features)."""
@@ -145,5 +162,5 @@ class Linear4Bit(FrozenStorage):
         """Describe the layer as nn.Linear does, and how it is stored."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format}, block_size={self.block_size}, scales={self.scale_encoding}"
+            f"{super().extra_repr()}"
         )

@@ -112,3 +112,25 @@ def tensors(draw):
     if view == "strided" and shape:
         return tensor[::2]
     return tensor.conj() if view == "conjugate" else tensor
+
+
+@st.composite
+def convolutions(draw, dtype=torch.float32):
+    """Draw an nn.Conv1d or nn.Conv2d of any geometry, and the size of an input that it takes."""
+    dims, groups = draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 2, 3]))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))  # noqa: E731
+    kernel, dilation, stride = each(1, 4), each(1, 2), each(1, 3)
+    padding = draw(st.sampled_from([each(0, 2), "valid", "same"]))
+    layer = (torch.nn.Conv1d if dims == 1 else torch.nn.Conv2d)(
+        groups * draw(st.integers(1, 3)),
+        groups * draw(st.integers(1, 3)),
+        kernel,
+        (1,) * dims if padding == "same" else stride,
+        padding,
+        dilation,
+        groups,
+        bias=draw(st.booleans()),
+        padding_mode=draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"])),
+        dtype=dtype,
+    )
+    return layer, each(7, 10)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, convert
+from lowmem import Embedding4Bit, FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, convert, measure
 from lowmem.convert import REGISTRY
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
@@ -179,14 +179,14 @@ def test_the_same_technique_twice_on_a_layer_is_refused(technique):
 
 def test_another_technique_finds_nothing_in_a_converted_model():
     model = convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), Half())
-    with pytest.raises(ValueError, match=r"FourBit looks for Linear .*found HalfLinear x1, ReLU x1"):
+    with pytest.raises(ValueError, match=r"FourBit looks for Linear, .*found HalfLinear x1, ReLU x1"):
         convert(model, FourBit())
 
 
 @pytest.mark.parametrize(
     ("model", "found"),
     [
-        (nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.ReLU()), "found Conv2d x2, ReLU x1"),
+        (nn.Sequential(nn.Conv3d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.ReLU()), "found Conv3d x2, ReLU x1"),
         (nn.Sequential(), "found Sequential x1"),
         (nn.Sequential(Subclass(4, 4)), "found Subclass x1"),
     ],
@@ -258,8 +258,58 @@ def test_a_model_converts_the_same_after_deepcopy():
     assert torch.equal(model(x), twin(x))
 
 
-def test_every_entry_of_the_registry_builds_a_layer_that_replaces_its_source():
-    sources = {nn.Linear: (), HalfLinear: (Half(),), Linear4Bit: (FourBit(),)}
-    for technique, source in REGISTRY:
-        layer = convert(nn.Linear(16, 8), *sources[source], technique())
-        assert layer(torch.randn(3, 16)).shape == (3, 8)
+INPUTS = {
+    nn.Linear: (lambda: nn.Linear(16, 8), torch.randn(3, 16)),
+    nn.Embedding: (lambda: nn.Embedding(16, 8), torch.arange(3)),
+    nn.Conv1d: (lambda: nn.Conv1d(4, 8, 3), torch.randn(3, 4, 9)),
+    nn.Conv2d: (lambda: nn.Conv2d(4, 8, 3), torch.randn(3, 4, 9, 9)),
+}
+SOURCES = {HalfLinear: (nn.Linear, (Half(),)), Linear4Bit: (nn.Linear, (FourBit(),))}
+
+
+@pytest.mark.parametrize(("technique", "source"), REGISTRY)
+def test_every_entry_of_the_registry_builds_a_layer_that_replaces_its_source(technique, source):
+    kind, before = SOURCES.get(source, (source, ()))
+    make, x = INPUTS[kind]
+    dense = make()
+    expected = dense(x)
+    layer = convert(copy.deepcopy(dense), *before, technique())
+    assert type(layer) is REGISTRY[technique, source]
+    assert layer(x).shape == expected.shape
+    assert measure.difference(expected, layer(x)).relative < 0.15
+    assert measure.weight_count(layer) == measure.weight_count(dense)
+
+
+def test_a_later_technique_passes_over_what_it_does_not_take():
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8))
+    convert(model, FourBit(), LoRA(2))
+    assert type(model[0]) is Embedding4Bit
+    assert type(model[1]) is LoRALinear
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["1.lora_a", "1.lora_b"]
+
+
+def test_a_later_technique_that_takes_no_layer_is_refused():
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Conv1d(8, 8, 1))
+    layers = list(model.modules())
+    with pytest.raises(ValueError, match="0: LoRA cannot follow .* made a Embedding4Bit; it takes Linear"):
+        convert(model, FourBit(), LoRA(2))
+    assert list(model.modules()) == layers
+
+
+@pytest.mark.parametrize("technique", [Half(), FourBit()])
+def test_what_a_replacement_refuses_is_left_alone(technique):
+    model = nn.Sequential(nn.Embedding(16, 8, max_norm=1.0), nn.Linear(8, 8))
+    convert(model, technique)
+    assert type(model[0]) is nn.Embedding
+    assert type(model[1]) is not nn.Linear
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Embedding(16, 8), lambda: nn.Conv1d(8, 8, 1), lambda: nn.Conv2d(8, 8, 1)]
+)
+def test_recomputed_weights_of_any_layer_are_left_alone(make):
+    model = nn.Sequential(parametrizations.weight_norm(make()), make())
+    kind = type(model[0])
+    convert(model, FourBit())
+    assert type(model[0]) is kind
+    assert type(model[1]) is not kind
