@@ -5,7 +5,6 @@ Nothing of the model changes until every replacement exists, so an error leaves 
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -16,9 +15,20 @@ from torch import nn
 
 from lowmem.fourbit import FourBit, Linear4Bit
 from lowmem.half import Half, HalfLinear
-from lowmem.lora import LoRA, LoRALinear
+from lowmem.lora import Adapter, LoRA, LoRALinear
 
-__all__ = ["REGISTRY", "Technique", "convert", "merge"]
+__all__ = [
+    "REGISTRY",
+    "Technique",
+    "chosen",
+    "convert",
+    "freeze_all_but_adapters",
+    "layer_name",
+    "nothing_found",
+    "places",
+    "swap",
+    "takes",
+]
 
 Technique: TypeAlias = Half | FourBit | LoRA
 Converted: TypeAlias = HalfLinear | Linear4Bit | LoRALinear
@@ -65,84 +75,52 @@ def convert(
             ``skip`` that matches nothing, a layer that has the technique already, or a weight that
             cannot be stored (its path is named). The model is left as it was.
     """
-    _check_arguments(model, techniques)
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    if not all(isinstance(pattern, str) for pattern in skip):
-        raise TypeError(f"skip={skip!r} must be glob patterns of paths")
-    places = _places(model)
-    for pattern in skip:
-        if not any(fnmatchcase(path, pattern) for paths in places.values() for path in paths):
-            raise ValueError(f"skip={pattern!r} matches no module of {type(model).__name__}; check the pattern")
-
+    _check_arguments(techniques)
     replacements: dict[nn.Module, nn.Module] = {}
-    for module, paths in places.items():
-        if any(fnmatchcase(path, pattern) for path in paths for pattern in skip):
-            continue
-        if where is not None and not all(where(path, module) for path in paths):
-            continue
+    for module, path in chosen(model, where, skip):
         made_by = _MADE_BY.get(type(module))
         if made_by is not None and made_by in {type(t) for t in techniques}:
+            remedy = "add another with add_adapter" if made_by is LoRA else "convert a model once"
             raise ValueError(
-                f"{_name(paths[0])} is a {type(module).__name__}: it has {made_by.__name__} already; "
-                "convert a model once, or leave the layer out with skip="
+                f"{layer_name(path)} is a {type(module).__name__}: it has {made_by.__name__} already; "
+                f"{remedy}, or leave the layer out with skip="
             )
-        if (type(techniques[0]), type(module)) in REGISTRY and _is_plain(module):
-            replacements[module] = _build(module, techniques, paths[0])
+        if takes(type(techniques[0]), module):
+            replacements[module] = _build(module, techniques, path)
     if not replacements:
-        raise ValueError(_nothing_found(techniques[0], places))
+        raise ValueError(nothing_found(type(techniques[0]), model))
 
-    model = _swap(model, replacements)
+    model = swap(model, replacements)
     if any(isinstance(t, LoRA) for t in techniques):
-        _train_adapters_only(model)
+        freeze_all_but_adapters(model)
     return model
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Fold every LoRA adapter into its base: ``W + (alpha / rank) B A``.
-
-    A half-precision base is rounded once more. A 4-bit base is quantized once more, and a warning
-    says what error that adds. What the adapters froze stays frozen.
-
-    Returns:
-        The model, changed in place; or the base, when the root itself was a LoRALinear.
+def chosen(
+    model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
+) -> list[tuple[nn.Module, str]]:
+    """Return every module that ``where`` and ``skip`` do not leave out, with its first path.
 
     Raises:
-        TypeError: the model is not a module.
-        ValueError: no LoRALinear is left (merged already?), or an adapted weight cannot be stored.
-            The model is left as it was.
+        TypeError: the model is not a module, or a pattern not a string.
+        ValueError: a pattern matches nothing.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    replacements: dict[nn.Module, nn.Module] = {}
-    errors: dict[str, float] = {}
-    for module, paths in _places(model).items():
-        if isinstance(module, LoRALinear):
-            try:
-                replacements[module], error = module.merged()
-            except ValueError as reason:
-                found = str(reason).partition(";")[0]
-                raise ValueError(
-                    f"{_name(paths[0])}: the adapted {found}; scale the adapter down, or convert the base otherwise"
-                ) from reason
-            if isinstance(module.base, Linear4Bit):
-                errors[_name(paths[0])] = error
-    if not replacements:
-        raise ValueError(
-            f"{type(model).__name__} has no LoRALinear to merge: it was never adapted, or is merged already"
-        )
-    if errors:
-        worst = max(errors, key=errors.__getitem__)
-        warnings.warn(
-            f"merge quantized {len(errors)} adapted weights to 4 bits again: that adds a relative error of "
-            f"{sum(errors.values()) / len(errors):.3g} on average, at most {errors[worst]:.3g} ({worst})",
-            stacklevel=2,
-        )
-    return _swap(model, replacements)
+    found = places(model)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    if not all(isinstance(pattern, str) for pattern in skip):
+        raise TypeError(f"skip={skip!r} must be glob patterns of paths")
+    for pattern in skip:
+        if not any(fnmatchcase(path, pattern) for paths in found.values() for path in paths):
+            raise ValueError(f"skip={pattern!r} matches no module of {type(model).__name__}; check the pattern")
+    return [
+        (module, paths[0])
+        for module, paths in found.items()
+        if not any(fnmatchcase(path, pattern) for path in paths for pattern in skip)
+        and (where is None or all(where(path, module) for path in paths))
+    ]
 
 
-def _check_arguments(model: nn.Module, techniques: tuple[Technique, ...]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+def _check_arguments(techniques: tuple[Technique, ...]) -> None:
     if not techniques:
         raise ValueError("no technique was given: pass Half(), FourBit() or LoRA()")
     known = {technique for technique, _ in REGISTRY}
@@ -154,19 +132,23 @@ def _check_arguments(model: nn.Module, techniques: tuple[Technique, ...]) -> Non
             raise ValueError(f"{kind.__name__} was given {count} times: a layer takes a technique once")
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+def places(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Return every module with all its paths, in the order of the walk, which does not enter converted layers."""
-    places: dict[nn.Module, list[str]] = {}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    found: dict[nn.Module, list[str]] = {}
     inside = None  # the prefix of the paths inside the last converted layer
     for path, module in model.named_modules(remove_duplicate=False):
         if inside is None or not path.startswith(inside):
-            places.setdefault(module, []).append(path)
+            found.setdefault(module, []).append(path)
             inside = (path and f"{path}.") if type(module) in _MADE_BY else None
-    return places
+    return found
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether weight and bias are the module's own parameters, not recomputed by pruning or weight norm."""
+def takes(technique: type[Technique], module: nn.Module) -> bool:
+    """Whether a technique takes a module: by its exact type, with parameters that nothing recomputes."""
+    if (technique, type(module)) not in REGISTRY:
+        return False
     if type(module) is not nn.Linear:
         return True
     own = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
@@ -179,26 +161,29 @@ def _build(module: nn.Module, techniques: tuple[Technique, ...], path: str) -> n
         made = REGISTRY.get((type(technique), type(layer)))
         if made is None:
             raise ValueError(
-                f"{_name(path)}: {type(technique).__name__} cannot follow the techniques before it, which made "
-                f"a {type(layer).__name__}; it takes {_takes(technique)}"
+                f"{layer_name(path)}: {type(technique).__name__} cannot follow the techniques before it, which made "
+                f"a {type(layer).__name__}; it takes {_takes(type(technique))}"
             )
         try:
             layer = made.from_layer(layer, technique)  # type: ignore[arg-type]
         except (TypeError, ValueError) as reason:
-            raise type(reason)(f"{_name(path)}: {reason}") from reason
+            raise type(reason)(f"{layer_name(path)}: {reason}") from reason
     return layer.train(module.training)
 
 
-def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
     """Put every replacement where its layer stands. This step does not fail, so a model is never half changed."""
-    places = _places(model)
+    found = places(model)
     for old, new in replacements.items():
-        new._is_full_backward_hook = old._is_full_backward_hook
+        if old._is_full_backward_hook is not None:
+            new._is_full_backward_hook = old._is_full_backward_hook
         for name in _HOOKS:
             hooks = vars(old)[name]
-            vars(old)[name] = type(hooks)()  # a wrapped base must not run them a second time
-            vars(new)[name] = hooks  # the same dictionary, so that the handles still remove them
-        for path in places[old]:
+            if hooks:
+                vars(old)[name] = type(hooks)()  # a wrapped base must not run them a second time
+                hooks.update(vars(new)[name])  # those that a base got while it was wrapped
+                vars(new)[name] = hooks  # the same dictionary, so that the handles still remove them
+        for path in found[old]:
             parent_path, _, child = path.rpartition(".")
             if not path:
                 return new
@@ -224,26 +209,28 @@ _HOOKS = (
 )
 
 
-def _train_adapters_only(model: nn.Module) -> None:
-    model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.lora_a.requires_grad_(True)
-            module.lora_b.requires_grad_(True)
+def freeze_all_but_adapters(model: nn.Module) -> None:
+    """Freeze every parameter that is not an adapter's; those stay as they are, and train when they are new."""
+    adapters = {p for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    for parameter in model.parameters():
+        if parameter not in adapters:
+            parameter.requires_grad_(False)
 
 
-def _nothing_found(technique: Technique, places: dict[nn.Module, list[str]]) -> str:
-    found = Counter(type(module).__name__ for module in places if not list(module.children()))
+def nothing_found(technique: type[Technique], model: nn.Module) -> str:
+    """Say what a technique looks for, and what the model has."""
+    found = Counter(type(module).__name__ for module in places(model) if not list(module.children()))
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
     return (
-        f"nothing to convert: {type(technique).__name__} looks for {_takes(technique)} (the exact type, with a "
+        f"nothing to convert: {technique.__name__} looks for {_takes(technique)} (the exact type, with a "
         f"weight of its own), not left out by where= or skip=; found {listed or 'no layers'}"
     )
 
 
-def _takes(technique: Technique) -> str:
-    return ", ".join(layer.__name__ for known, layer in REGISTRY if known is type(technique))
+def _takes(technique: type[Technique]) -> str:
+    return ", ".join(layer.__name__ for known, layer in REGISTRY if known is technique)
 
 
-def _name(path: str) -> str:
+def layer_name(path: str) -> str:
+    """Return how an error names the module at a path."""
     return path or "the model itself"

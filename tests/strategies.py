@@ -5,6 +5,7 @@ import math
 import torch
 from hypothesis import strategies as st
 
+from lowmem import FourBit, Half, LoRA, LoRALinear, convert
 from lowmem.formats import FORMATS
 from lowmem.scales import ENCODINGS
 
@@ -15,6 +16,7 @@ small_blocks = st.sampled_from([8, 10, 16, 32, 64])
 seeds = st.integers(0, 2**31 - 1)
 leading_shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 
+BASES = {"dense": (), "half": (Half(),), "bfloat16": (Half(torch.bfloat16),), "4-bit": (FourBit(block_size=16),)}
 KINDS = ("normal", "zeros", "zero blocks", "subnormal", "float16 subnormal", "constant", "outlier", "mixed", "few")
 
 
@@ -81,3 +83,14 @@ def make_input(leading: tuple[int, ...], features: int, seed: int, dtype=torch.f
     """Return a normal input (*leading, features) that takes a gradient."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*leading, features, generator=generator, dtype=dtype).requires_grad_()
+
+
+def make_adapted(
+    linear: torch.nn.Linear, base: str, rank: int = 4, alpha: float | None = None, seed: int = 0
+) -> LoRALinear:
+    """Return a LoRALinear over one of ``BASES`` whose lora_b is no longer zero."""
+    layer = convert(linear, *BASES[base], LoRA(rank, alpha))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        layer.lora_b.copy_(torch.randn(layer.lora_b.shape, generator=generator))
+    return layer
