@@ -1,16 +1,29 @@
 """Makes PyTorch models small: half precision, 4-bit block-wise quantization, LoRA and QLoRA."""
 
+from lowmem.adapters import (
+    activate,
+    active_adapters,
+    adapter_layers,
+    adapter_names,
+    add_adapter,
+    deactivate,
+    delete_adapter,
+    merge_adapter,
+    unmerge_adapter,
+)
 from lowmem.bignet import BigNet
-from lowmem.blockwise import QuantizedTensor, quantize
+from lowmem.blockwise import QuantizedTensor
 from lowmem.conv import Conv4Bit, HalfConv
-from lowmem.convert import convert, merge
+from lowmem.convert import convert
 from lowmem.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.formats import FORMATS, Format
 from lowmem.fourbit import FourBit, Linear4Bit
 from lowmem.half import Half, HalfLinear
 from lowmem.kernels import backend
 from lowmem.lora import LoRA, LoRALinear
+from lowmem.merge import merge
 from lowmem.packing import pack, unpack
+from lowmem.quantizing import quantize
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__
 
@@ -31,11 +44,20 @@ __all__ = [
     "LoRALinear",
     "QuantizedTensor",
     "__version__",
+    "activate",
+    "active_adapters",
+    "adapter_layers",
+    "adapter_names",
+    "add_adapter",
     "backend",
     "build",
     "convert",
+    "deactivate",
+    "delete_adapter",
     "merge",
+    "merge_adapter",
     "pack",
     "quantize",
+    "unmerge_adapter",
     "unpack",
 ]

@@ -6,7 +6,7 @@ QLoRA, arXiv 2305.14314, section 2. Blocks run along the last dimension and neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,7 +19,15 @@ from lowmem.packing import check_block_size, pack, unpack
 from lowmem.scales import ScaleEncoding, get_encoding
 from lowmem.search import CANDIDATES, largest_weights, nearest_codes, searched_scales, spread
 
-__all__ = ["PLAIN", "SCRATCH_BYTES", "QuantizedTensor", "check_weight", "quantize", "row_chunks", "serve"]
+__all__ = [
+    "BYTES_PER_WEIGHT",
+    "PLAIN",
+    "SCRATCH_BYTES",
+    "QuantizedTensor",
+    "row_chunks",
+    "serve",
+    "serving",
+]
 
 SCRATCH_BYTES = 2**20
 """The most temporary memory that restoring a chunk of rows takes (one row at least is restored at a time)."""
@@ -125,7 +133,7 @@ class QuantizedTensor:
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
-        matrix = self if len(self.shape) == 2 else self._as_matrix()
+        matrix = self if len(self.shape) == 2 else self.as_matrix()
         return _serves.dequantize(matrix, rows, dtype)
 
     def restore(self, rows: slice) -> Tensor:
@@ -139,12 +147,8 @@ class QuantizedTensor:
         scales = self.encoding.decode(stored)  # (rows, blocks)
         return values.mul_(spread(scales, self.block_size, columns))
 
-    def again(self, weight: Tensor) -> QuantizedTensor:
-        """Quantize another weight as this one was; what was calibrated is searched, for want of the inputs."""
-        search = self.method != "absmax"
-        return quantize(weight, self.format, block_size=self.block_size, scales=self.scale_encoding, search=search)
-
-    def _as_matrix(self) -> QuantizedTensor:
+    def as_matrix(self) -> QuantizedTensor:
+        """Return it seen as (rows, n): a view."""
         packed, scales = (t.reshape(-1, t.shape[-1]) for t in (self.packed, self.scales))
         return replace(self, packed=packed, scales=scales, shape=torch.Size((packed.shape[0], self.shape[-1])))
 
@@ -176,86 +180,6 @@ class QuantizedTensor:
         bound = torch.maximum(scale * form.half_gap, beyond)
         rounding = scale * 2**-22 + 2**-148  # the second for products that are subnormal in float32
         return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
-
-
-def quantize(
-    weight: Tensor,
-    format: str | Sequence[str] = "nf4",
-    *,
-    block_size: int | None = None,
-    scales: str | None = None,
-    search: bool | None = None,
-    importance: Tensor | None = None,
-) -> QuantizedTensor:
-    """Quantize a tensor to 4 bits a weight, block by block along its last dimension.
-
-    Args:
-        weight: floating point (..., n), n > 0, finite; any strides. It is read in float32.
-        format: a key of ``FORMATS``; or several, of which the one with the least squared error is taken.
-        block_size: weights a scale, even, 8 to 4096; None takes the format's own.
-        scales: "float32", "float16" or "double"; None takes the format's own.
-        search: whether to search for the scale of each block that leaves the least squared error, instead of
-            taking its largest magnitude; None takes the format's own.
-        importance: floating point (n,), at least 0: what the squared error of each column counts in the
-            search and in the choice of the format; None: all count alike.
-
-    Returns:
-        The codes nearest to ``weight / scale``, where the scale is the block's largest magnitude (or what the
-        search found) as it is stored. The bytes depend on the values alone: not on strides, threads or the run.
-
-    Raises:
-        TypeError: not a dense floating-point tensor.
-        ValueError: an unknown format or scales, a bad block size, a meta tensor, an empty row, NaN or
-            infinite weights, a magnitude that the scales cannot hold, or an importance of another length, negative
-            or not finite.
-    """
-    check_weight(weight)
-    columns = weight.shape[-1]
-    if columns == 0:
-        raise ValueError(
-            f"weight.shape={tuple(weight.shape)} has empty rows: there is nothing to quantize; leave it out"
-        )
-    if importance is not None:
-        importance = _checked_importance(importance, weight)
-    if not isinstance(format, str):
-        tried = [
-            quantize(weight, name, block_size=block_size, scales=scales, search=search, importance=importance)
-            for name in format
-        ]
-        if not tried:
-            raise ValueError("format=() names no format: name one, or several to choose from")
-        return min(tried, key=lambda q: _squared_error(weight, q, importance))
-    form = get_format(format)
-    encoding = get_encoding(form.scales if scales is None else scales, form.signed)
-    size = form.block_size if block_size is None else block_size
-    method = "search" if (form.search if search is None else search) else "absmax"
-    quantized = QuantizedTensor.empty(weight.shape, form.name, size, encoding.name, method, device=weight.device)
-    matrix = quantized._as_matrix()
-    rows = weight.detach().reshape(-1, columns)
-    scratch = BYTES_PER_WEIGHT if method == "absmax" else 2 * BYTES_PER_WEIGHT
-    for chunk in row_chunks(rows.shape[0], columns, scratch):
-        part = rows[chunk].float().contiguous()
-        _serves.quantize_rows(part, matrix, chunk, importance)
-    return quantized
-
-
-def _checked_importance(importance: Tensor, weight: Tensor) -> Tensor:
-    if not isinstance(importance, Tensor) or not importance.is_floating_point():
-        raise TypeError(f"importance={type(importance).__name__} must be a floating-point tensor")
-    if importance.shape != weight.shape[-1:]:
-        raise ValueError(f"importance.shape={tuple(importance.shape)} must be ({weight.shape[-1]},), one a column")
-    importance = importance.detach().to(weight.device, torch.float32).contiguous()
-    if not (importance.isfinite().all() and (importance >= 0).all()):
-        raise ValueError("importance holds values that are negative, NaN or infinite; repair them first")
-    return importance
-
-
-def _squared_error(weight: Tensor, quantized: QuantizedTensor, importance: Tensor | None) -> float:
-    rows, matrix, total = weight.detach().reshape(-1, weight.shape[-1]), quantized._as_matrix(), 0.0
-    for chunk in row_chunks(rows.shape[0], rows.shape[1]):
-        error = (rows[chunk].float() - _serves.dequantize(matrix, chunk, torch.float32)).square()
-        total += float((error if importance is None else error * importance).sum(dtype=torch.float64))
-    return total
 
 
 class _RowKernel(Protocol):
@@ -301,29 +225,15 @@ PLAIN: _RowKernel = _Plain()
 _serves = PLAIN
 
 
+def serving() -> _RowKernel:
+    """Return what quantizes and dequantizes rows."""
+    return _serves
+
+
 def serve(kernel: _RowKernel) -> None:
     """Let a kernel quantize and dequantize rows; ``lowmem.kernels`` chooses which."""
     global _serves
     _serves = kernel
-
-
-def check_weight(weight: Tensor) -> None:
-    """Raise unless ``weight`` is a dense floating-point tensor with values and a last dimension.
-
-    Raises:
-        TypeError: not a tensor, or an integer, complex, sparse or otherwise quantized one.
-        ValueError: on the meta device, or zero-dimensional.
-    """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, found {type(weight).__name__}")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight.dtype={weight.dtype} must be a floating-point dtype; convert it first")
-    if weight.layout != torch.strided:
-        raise TypeError(f"weight.layout={weight.layout} must be dense; call weight.to_dense() first")
-    if weight.is_meta:
-        raise ValueError("weight is on the meta device and has no values; load its values first")
-    if weight.dim() == 0:
-        raise ValueError("weight.shape=() has no last dimension to divide into blocks; reshape it to (1,)")
 
 
 def _why_not_held(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:

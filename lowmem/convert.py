@@ -5,44 +5,30 @@ Nothing of the model changes until every replacement exists, so an error leaves 
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
-from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lowmem.conv import Conv4Bit, HalfConv
-from lowmem.embedding import Embedding4Bit, HalfEmbedding
-from lowmem.fourbit import FourBit, Linear4Bit
-from lowmem.half import Half, HalfLinear
-from lowmem.lora import LoRA, LoRALinear
-
-__all__ = ["REGISTRY", "Technique", "convert", "merge"]
-
-Technique: TypeAlias = Half | FourBit | LoRA
-Converted: TypeAlias = HalfLinear | Linear4Bit | LoRALinear | HalfEmbedding | Embedding4Bit | HalfConv | Conv4Bit
-
-# What replaces a layer of exactly this type, by its `from_layer`. A new layer type is one line here.
-REGISTRY: MappingProxyType[tuple[type[Technique], type[nn.Module]], type[Converted]] = MappingProxyType(
-    {
-        (Half, nn.Linear): HalfLinear,
-        (FourBit, nn.Linear): Linear4Bit,
-        (Half, nn.Embedding): HalfEmbedding,
-        (FourBit, nn.Embedding): Embedding4Bit,
-        (Half, nn.Conv1d): HalfConv,
-        (FourBit, nn.Conv1d): Conv4Bit,
-        (Half, nn.Conv2d): HalfConv,
-        (FourBit, nn.Conv2d): Conv4Bit,
-        (LoRA, nn.Linear): LoRALinear,
-        (LoRA, HalfLinear): LoRALinear,
-        (LoRA, Linear4Bit): LoRALinear,
-    }
+from lowmem.fourbit import FourBitStorage
+from lowmem.frozen import FrozenStorage
+from lowmem.lora import Adapter, LoRA
+from lowmem.quantizing import relative_error
+from lowmem.registry import (
+    MADE_BY,
+    REGISTRY,
+    Technique,
+    chosen,
+    holders,
+    layer_name,
+    nothing_found,
+    places,
+    taken_types,
+    why_left,
 )
 
-_MADE_BY: dict[type[nn.Module], type[Technique]] = {made: technique for (technique, _), made in REGISTRY.items()}
+__all__ = ["convert", "freeze_all_but_adapters", "keep_ties", "stored_weight", "swap"]
 
 
 def convert(
@@ -53,12 +39,12 @@ def convert(
 ) -> nn.Module:
     """Apply techniques, left to right, to every layer that the first one takes.
 
-    A later technique passes over the layers that it does not take.
-
     A layer is taken when its type is exactly one in ``REGISTRY`` (a subclass is left alone) and its
-    weight is its own parameter (not recomputed by a parametrization or pruning hook). A module that
-    stands in several places is replaced by one module in all of them. Forward and backward hooks move
-    to the replacement. After ``LoRA``, only the adapters of the model train.
+    weight is its own parameter (not recomputed by a parametrization or pruning hook). A later technique
+    passes over the layers that it does not take. A module that stands in several places is replaced by one
+    module in all of them; modules that share a weight (tied embeddings) share what is stored of it, or are
+    left alone together. Forward and backward hooks move to the replacement. After ``LoRA``, only the adapters
+    of the model train. ``summary`` lists what became of every layer.
 
     Args:
         model: any module; the root itself can be the layer.
@@ -75,89 +61,68 @@ def convert(
             ``skip`` that matches nothing, a layer that has the technique already, or a weight that
             cannot be stored (its path is named). The model is left as it was.
     """
-    _check_arguments(model, techniques)
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    if not all(isinstance(pattern, str) for pattern in skip):
-        raise TypeError(f"skip={skip!r} must be glob patterns of paths")
-    places = _places(model)
-    for pattern in skip:
-        if not any(fnmatchcase(path, pattern) for paths in places.values() for path in paths):
-            raise ValueError(f"skip={pattern!r} matches no module of {type(model).__name__}; check the pattern")
-
-    replacements: dict[nn.Module, nn.Module] = {}
-    unused: dict[Technique, str | None] = {}
-    for module, paths in places.items():
-        if any(fnmatchcase(path, pattern) for path in paths for pattern in skip):
-            continue
-        if where is not None and not all(where(path, module) for path in paths):
-            continue
-        made_by = _MADE_BY.get(type(module))
+    _check_arguments(techniques)
+    candidates: dict[nn.Module, str] = {}
+    for module, path in chosen(model, where, skip).items():
+        made_by = MADE_BY.get(type(module))
         if made_by is not None and made_by in {type(t) for t in techniques}:
+            remedy = "add another with add_adapter" if made_by is LoRA else "convert a model once"
             raise ValueError(
-                f"{_name(paths[0])} is a {type(module).__name__}: it has {made_by.__name__} already; "
-                "convert a model once, or leave the layer out with skip="
+                f"{layer_name(path)} is a {type(module).__name__}: it has {made_by.__name__} already; "
+                f"{remedy}, or leave the layer out with skip="
             )
-        made = REGISTRY.get((type(techniques[0]), type(module)))
-        if made is not None and _is_plain(module) and _refusal(made, module) is None:
-            replacements[module] = _build(module, techniques, paths[0], unused)
-    if not replacements:
-        raise ValueError(_nothing_found(techniques[0], places))
+        if why_left(type(techniques[0]), module) is None:
+            candidates[module] = path
+    if type(techniques[0]) is not LoRA:  # whose base keeps its weight
+        keep_ties(model, candidates)
+    if not candidates:
+        raise ValueError(nothing_found(type(techniques[0]), model))
+
+    store = _Store()
+    unused: dict[Technique, str | None] = {}
+    replacements = {module: _build(module, techniques, path, unused, store) for module, path in candidates.items()}
     for why in unused.values():
         if why is not None:
             raise ValueError(why)
-
-    model = _swap(model, replacements)
+    model = swap(model, replacements)
     if any(isinstance(t, LoRA) for t in techniques):
-        _train_adapters_only(model)
+        freeze_all_but_adapters(model)
     return model
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Fold every LoRA adapter into its base: ``W + (alpha / rank) B A``.
-
-    A half-precision base is rounded once more. A 4-bit base is quantized once more, and a warning
-    says what error that adds. What the adapters froze stays frozen.
-
-    Returns:
-        The model, changed in place; or the base, when the root itself was a LoRALinear.
-
-    Raises:
-        TypeError: the model is not a module.
-        ValueError: no LoRALinear is left (merged already?), or an adapted weight cannot be stored.
-            The model is left as it was.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    replacements: dict[nn.Module, nn.Module] = {}
-    errors: dict[str, float] = {}
-    for module, paths in _places(model).items():
-        if isinstance(module, LoRALinear):
-            try:
-                replacements[module], error = module.merged()
-            except ValueError as reason:
-                found = str(reason).partition(";")[0]
-                raise ValueError(
-                    f"{_name(paths[0])}: the adapted {found}; scale the adapter down, or convert the base otherwise"
-                ) from reason
-            if isinstance(module.base, Linear4Bit):
-                errors[_name(paths[0])] = error
-    if not replacements:
-        raise ValueError(
-            f"{type(model).__name__} has no LoRALinear to merge: it was never adapted, or is merged already"
-        )
-    if errors:
-        worst = max(errors, key=errors.__getitem__)
-        warnings.warn(
-            f"merge quantized {len(errors)} adapted weights to 4 bits again: that adds a relative error of "
-            f"{sum(errors.values()) / len(errors):.3g} on average, at most {errors[worst]:.3g} ({worst})",
-            stacklevel=2,
-        )
-    return _swap(model, replacements)
+def keep_ties(model: nn.Module, candidates: dict[nn.Module, str]) -> None:
+    """Take out of the candidates those whose weight another module holds that is none, until none is left."""
+    held = holders(model)
+    while True:
+        torn = [m for m in candidates if any(other not in candidates for other, _ in held[id(m.weight)])]
+        if not torn:
+            return
+        for module in torn:
+            del candidates[module]
 
 
-def _check_arguments(model: nn.Module, techniques: tuple[Technique, ...]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+def stored_weight(layer: nn.Module) -> Any:
+    """Return what a converted layer stores of its weight: a QuantizedTensor, or a 16-bit tensor."""
+    return layer.quantized if isinstance(layer, FourBitStorage) else layer.weight
+
+
+class _Store:
+    """Stores each weight once, so that layers that share a weight share what is stored of it."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Tensor, Any]] = {}
+
+    def by(self, technique: Any) -> Callable[[Tensor, str], Any]:
+        def store(tensor: Tensor, name: str) -> Any:
+            key = technique, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+            if key not in self._known:
+                self._known[key] = tensor, technique.store(tensor, name)  # the tensor, so that its address stays its
+            return self._known[key][1]
+
+        return store
+
+
+def _check_arguments(techniques: tuple[Technique, ...]) -> None:
     if not techniques:
         raise ValueError("no technique was given: pass Half(), FourBit() or LoRA()")
     known = {technique for technique, _ in REGISTRY}
@@ -169,63 +134,52 @@ def _check_arguments(model: nn.Module, techniques: tuple[Technique, ...]) -> Non
             raise ValueError(f"{kind.__name__} was given {count} times: a layer takes a technique once")
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return every module with all its paths, in the order of the walk, which does not enter converted layers."""
-    places: dict[nn.Module, list[str]] = {}
-    inside = None  # the prefix of the paths inside the last converted layer
-    for path, module in model.named_modules(remove_duplicate=False):
-        if inside is None or not path.startswith(inside):
-            places.setdefault(module, []).append(path)
-            inside = (path and f"{path}.") if type(module) in _MADE_BY else None
-    return places
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether weight and bias are the module's own parameters, not recomputed by pruning or weight norm."""
-    if type(module) not in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d):
-        return True
-    own = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    return own == ({"weight"} if getattr(module, "bias", None) is None else {"weight", "bias"})
-
-
-def _refusal(made: type[Converted], module: nn.Module) -> str | None:
-    """Return why what would replace a layer does not take this one, or None where it does."""
-    refuses: Callable[[nn.Module], str | None] | None = getattr(made, "refuses", None)
-    return None if refuses is None else refuses(module)
-
-
 def _build(
-    module: nn.Module, techniques: tuple[Technique, ...], path: str, unused: dict[Technique, str | None]
+    module: nn.Module,
+    techniques: tuple[Technique, ...],
+    path: str,
+    unused: dict[Technique, str | None],
+    store: _Store,
 ) -> nn.Module:
     """Apply the techniques that take the layer; ``unused`` gathers why others do not, None once one takes any."""
-    layer = module
+    layer: Any = module
     for technique in techniques:
-        made = REGISTRY.get((type(technique), type(layer)))
+        made: Any = REGISTRY.get((type(technique), type(layer)))
         if made is None:
             unused.setdefault(
                 technique,
-                f"{_name(path)}: {type(technique).__name__} cannot follow the techniques before it, which made "
-                f"a {type(layer).__name__}; it takes {_takes(technique)}",
+                f"{layer_name(path)}: {type(technique).__name__} cannot follow the techniques before it, which made "
+                f"a {type(layer).__name__}; it takes {taken_types(type(technique))}",
             )
             continue
         unused[technique] = None
         try:
-            layer = made.from_layer(layer, technique)  # type: ignore[arg-type]
+            if isinstance(technique, LoRA):
+                layer = made.from_layer(layer, technique)
+            else:
+                layer = made.from_layer(layer, technique, store.by(technique))
         except (TypeError, ValueError) as reason:
-            raise type(reason)(f"{_name(path)}: {reason}") from reason
-    return layer.train(module.training)
+            raise type(reason)(f"{layer_name(path)}: {reason}") from reason
+        if isinstance(layer, FrozenStorage) and layer is not module:
+            weight: Any = module.weight
+            layer.weight_error = relative_error(weight, stored_weight(layer))
+    built: nn.Module = layer.train(module.training)
+    return built
 
 
-def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
     """Put every replacement where its layer stands. This step does not fail, so a model is never half changed."""
-    places = _places(model)
+    found = places(model)
     for old, new in replacements.items():
-        new._is_full_backward_hook = old._is_full_backward_hook
+        if old._is_full_backward_hook is not None:
+            new._is_full_backward_hook = old._is_full_backward_hook
         for name in _HOOKS:
             hooks = vars(old)[name]
-            vars(old)[name] = type(hooks)()  # a wrapped base must not run them a second time
-            vars(new)[name] = hooks  # the same dictionary, so that the handles still remove them
-        for path in places[old]:
+            if hooks:
+                vars(old)[name] = type(hooks)()  # a wrapped base must not run them a second time
+                hooks.update(vars(new)[name])  # those that a base got while it was wrapped
+                vars(new)[name] = hooks  # the same dictionary, so that the handles still remove them
+        for path in found[old]:
             parent_path, _, child = path.rpartition(".")
             if not path:
                 return new
@@ -251,26 +205,9 @@ _HOOKS = (
 )
 
 
-def _train_adapters_only(model: nn.Module) -> None:
-    model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.lora_a.requires_grad_(True)
-            module.lora_b.requires_grad_(True)
-
-
-def _nothing_found(technique: Technique, places: dict[nn.Module, list[str]]) -> str:
-    found = Counter(type(module).__name__ for module in places if not list(module.children()))
-    listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
-    return (
-        f"nothing to convert: {type(technique).__name__} looks for {_takes(technique)} (the exact type, with a "
-        f"weight of its own), not left out by where= or skip=; found {listed or 'no layers'}"
-    )
-
-
-def _takes(technique: Technique) -> str:
-    return ", ".join(layer.__name__ for known, layer in REGISTRY if known is type(technique))
-
-
-def _name(path: str) -> str:
-    return path or "the model itself"
+def freeze_all_but_adapters(model: nn.Module) -> None:
+    """Freeze every parameter that is not an adapter's; those stay as they are, and train when they are new."""
+    adapters = {p for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    for parameter in model.parameters():
+        if parameter not in adapters:
+            parameter.requires_grad_(False)

@@ -9,10 +9,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lowmem.blockwise import QuantizedTensor, quantize
+from lowmem.blockwise import QuantizedTensor
 from lowmem.formats import get_format
 from lowmem.frozen import FrozenStorage, autocast, freeze, frozen_linear
 from lowmem.packing import check_block_size
+from lowmem.quantizing import quantize
 from lowmem.scales import get_encoding
 
 __all__ = ["FourBit", "FourBitStorage", "FourBitStore", "Linear4Bit"]

@@ -132,6 +132,7 @@ class FrozenStorage(nn.Module):
     """A module whose stored tensors named in ``stored`` move between devices but never change dtype."""
 
     stored: tuple[str, ...] = ()
+    weight_error: float | None = None  # of what is stored, relative to the weight it was made from, where known
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         kept = [getattr(self, name) for name in self.stored]

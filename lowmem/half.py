@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lowmem.blockwise import check_weight
 from lowmem.frozen import FrozenStorage, autocast, freeze, frozen_linear
+from lowmem.quantizing import check_weight
 
 __all__ = ["Half", "HalfLinear", "HalfStore", "round_to"]
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,9 @@ from lowmem.fourbit import Linear4Bit
 from lowmem.frozen import is_plain_call
 from lowmem.half import HalfLinear, round_to
 from lowmem.kernels import reference
+from lowmem.quantizing import quantize_again
 
-__all__ = ["LoRA", "LoRALinear"]
+__all__ = ["Adapter", "LoRA", "LoRALinear"]
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,13 @@ class LoRA:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
 
 
-class LoRALinear(nn.Module):
-    """``y = base(x) + (alpha / rank) B A x``, with A (rank, in) random and B (out, rank) zero at first.
+class Adapter(nn.Module):
+    """The update of one layer: ``(alpha / rank) B A x``, with A (rank, in) random and B (out, rank) zero at first.
 
     A fresh adapter therefore changes nothing, bit for bit.
 
     Args:
-        base: an nn.Linear, HalfLinear or Linear4Bit.
+        base: the layer that it is for, which it does not keep.
         technique: rank, alpha and dropout.
     """
 
@@ -63,37 +66,28 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA) -> None:
         super().__init__()
-        self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.technique = technique
         self.rank = technique.rank
         self.scaling = (technique.rank if technique.alpha is None else technique.alpha) / technique.rank
         self.dropout = nn.Dropout(technique.dropout) if technique.dropout else nn.Identity()
         stored = base.packed if isinstance(base, Linear4Bit) else base.weight
         dtype = stored.dtype if stored.dtype in (torch.float32, torch.float64) else torch.float32
-        self.lora_a = nn.Parameter(torch.empty(self.rank, self.in_features, dtype=dtype, device=stored.device))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, self.rank, dtype=dtype, device=stored.device))
+        self.lora_a = nn.Parameter(torch.empty(self.rank, base.in_features, dtype=dtype, device=stored.device))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, self.rank, dtype=dtype, device=stored.device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear's own weight
 
-    @classmethod
-    def from_layer(cls, layer: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA) -> LoRALinear:
-        """Build it over a layer, which it keeps."""
-        return cls(layer, technique)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out_features) in the base's dtype, for x (..., in_features)."""
-        parts, own = self._modules, self._parameters  # faster than attributes
-        base, dropout = parts["base"], parts["dropout"]
-        assert base is not None
+    def forward(self, out: Tensor, x: Tensor) -> Tensor:
+        """Return ``out`` (..., out_features) and the update of ``x`` (..., in_features) summed, in out's dtype."""
+        own, dropout = self._parameters, self._modules["dropout"]  # faster than attributes
         assert dropout is not None
         a, b = own.get("lora_a"), own.get("lora_b")
-        if a is None or b is None:  # something wraps the layer
+        if a is None or b is None:  # something wraps the adapter
             a, b = self.lora_a, self.lora_b
-        out: Tensor = base(x)
         x = x if x.dtype is a.dtype else x.to(a.dtype)
         if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
             x = dropout(x)
-        wide = out if out.dim() == 2 else out.reshape(-1, self.out_features)  # (batch, out)
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # (batch, in)
+        wide = out if out.dim() == 2 else out.reshape(-1, b.shape[0])  # (batch, out)
+        rows = x if x.dim() == 2 else x.reshape(-1, a.shape[1])  # (batch, in)
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):  # which would narrow a sum with the base
             narrow = nn.functional.linear(rows, a) * self.scaling  # (batch, rank)
             wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
@@ -107,8 +101,84 @@ class LoRALinear(nn.Module):
         dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # whatever the adapter was cast to
         return (self.lora_b.detach().to(dtype) * self.scaling) @ self.lora_a.detach().to(dtype)
 
-    def merged(self) -> tuple[nn.Module, float]:
-        """Return a new base with the update folded in, and the relative error that storing it adds.
+    def extra_repr(self) -> str:
+        """Describe the adapter."""
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+def _of_the_only_adapter(name: str) -> Any:
+    def get(layer: LoRALinear) -> Any:
+        if len(layer.adapters) != 1:
+            raise AttributeError(name)
+        return getattr(next(iter(layer.adapters.values())), name)
+
+    return property(get, doc=f"The adapter's ``{name}``, while there is one adapter only.")
+
+
+class LoRALinear(nn.Module):
+    """``y = base(x) +`` the updates of the active adapters, summed in the order that they were added.
+
+    Args:
+        base: an nn.Linear, HalfLinear or Linear4Bit.
+        technique: rank, alpha and dropout of a first adapter, which is active.
+        name: of that adapter.
+
+    Attributes:
+        adapters: every ``Adapter`` by its name.
+        active: the names of those that add their update; the others cost nothing.
+        merged: the name of the adapter that ``merged_base`` holds, or None.
+        merged_base: what computes in the base's place: a copy of it with one adapter folded in. It is no
+            part of the state, and is made again when a state is loaded.
+    """
+
+    merged_base: nn.Module | None
+    lora_a = _of_the_only_adapter("lora_a")
+    lora_b = _of_the_only_adapter("lora_b")
+    rank = _of_the_only_adapter("rank")
+    scaling = _of_the_only_adapter("scaling")
+
+    def __init__(self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA, name: str = "default") -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.merged: str | None = None
+        self.register_module("merged_base", None)
+        self._register_state_dict_hook(_leave_out_merged_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
+        self.add(name, Adapter(base, technique))
+
+    @classmethod
+    def from_layer(cls, layer: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA) -> LoRALinear:
+        """Build it over a layer, which it keeps."""
+        return cls(layer, technique)
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Take an adapter in, and make it active."""
+        self.adapters[name] = adapter.train(self.training)
+        self.active += (name,)
+
+    @property
+    def in_use(self) -> tuple[str, ...]:
+        """The adapters that the output holds: the active ones and the merged one, in the order they were added."""
+        return tuple(name for name in self.adapters if name in self.active or name == self.merged)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_features) in the base's dtype, for x (..., in_features)."""
+        parts = self._modules  # faster than attributes
+        base, merged = parts["merged_base"], self.merged
+        if base is None:
+            base, merged = parts["base"], None
+        out: Tensor = base(x)  # type: ignore[misc]
+        adapters = parts["adapters"]._modules  # type: ignore[union-attr]
+        for name in self.active:
+            if name != merged:
+                out = adapters[name].forward(out, x)  # type: ignore[union-attr]  # past the cost of __call__
+        return out
+
+    def folded(self, names: Iterable[str]) -> tuple[nn.Module, float]:
+        """Return a new base with adapters folded in, and the relative error that storing it adds.
 
         The error is the root mean square of what is lost over that of the adapted weight. This layer
         and its base are not changed.
@@ -117,13 +187,14 @@ class LoRALinear(nn.Module):
             ValueError: the adapted weight is not finite, or the base's dtype or scales cannot hold it.
         """
         base = self.base
+        adapted = base.quantized.dequantize() if isinstance(base, Linear4Bit) else base.weight.detach()
+        for name in names:
+            adapted = adapted + cast(Adapter, self.adapters[name]).delta()
         if isinstance(base, Linear4Bit):
-            adapted = base.quantized.dequantize() + self.delta()
-            quantized = base.quantized.again(adapted)
+            quantized = quantize_again(base.quantized, adapted)
             layer: nn.Module = Linear4Bit(quantized, base.bias, base.compute_dtype)
             stored = quantized.dequantize(adapted.dtype)
         else:
-            adapted = base.weight.detach() + self.delta()
             stored = round_to(adapted, base.weight.dtype, "weight")
             if isinstance(base, HalfLinear):
                 layer = HalfLinear(stored, base.bias)
@@ -136,9 +207,27 @@ class LoRALinear(nn.Module):
         error = float((stored - adapted).pow(2).mean().sqrt())
         return layer.train(base.training), error / size if size else 0.0
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.merged_base = None  # so that nothing is loaded into it
+        super()._load_from_state_dict(*args)
+
     def extra_repr(self) -> str:
-        """Describe the adapter."""
-        return f"rank={self.rank}, scaling={self.scaling:g}"
+        """Say which adapters the output holds."""
+        return f"active={', '.join(self.active) or None}, merged={self.merged}"
+
+
+def _leave_out_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: object) -> None:
+    if layer.merged_base is not None:
+        for name in layer.merged_base.state_dict():
+            del state[f"{prefix}merged_base.{name}"]
+        getattr(state, "_metadata", {}).pop(f"{prefix}merged_base", None)
+
+
+def _merge_again(layer: LoRALinear, _: object) -> None:
+    if layer.merged is not None:
+        name, layer.merged = layer.merged, None  # which stays so if the loaded values cannot be merged
+        layer.merged_base, _ = layer.folded([name])
+        layer.merged = name
 
 
 def _is_number(value: object) -> bool:

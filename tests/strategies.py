@@ -5,6 +5,7 @@ import math
 import torch
 from hypothesis import strategies as st
 
+from lowmem import FourBit, Half, LoRA, LoRALinear, convert
 from lowmem.formats import FORMATS
 from lowmem.header import DTYPES
 from lowmem.scales import ENCODINGS
@@ -16,6 +17,7 @@ small_blocks = st.sampled_from([8, 10, 16, 32, 64])
 seeds = st.integers(0, 2**31 - 1)
 leading_shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 
+BASES = {"dense": (), "half": (Half(),), "bfloat16": (Half(torch.bfloat16),), "4-bit": (FourBit(block_size=16),)}
 KINDS = ("normal", "zeros", "zero blocks", "subnormal", "float16 subnormal", "constant", "outlier", "mixed", "few")
 
 
@@ -134,3 +136,14 @@ def convolutions(draw, dtype=torch.float32):
         dtype=dtype,
     )
     return layer, each(7, 10)
+
+
+def make_adapted(
+    linear: torch.nn.Linear, base: str, rank: int = 4, alpha: float | None = None, seed: int = 0
+) -> LoRALinear:
+    """Return a LoRALinear over one of ``BASES`` whose lora_b is no longer zero."""
+    layer = convert(linear, *BASES[base], LoRA(rank, alpha))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        layer.lora_b.copy_(torch.randn(layer.lora_b.shape, generator=generator))
+    return layer

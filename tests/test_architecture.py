@@ -18,6 +18,7 @@ LAYERS = [
     {"formats", "packing", "scales", "bignet", "measure", "version", "files", "header", "kernels._native"},
     {"search"},
     {"blockwise", "tensorfile"},
+    {"quantizing"},
     {"kernels.reference", "kernels.memory"},
     {"kernels.cpu"},
     {"kernels"},
@@ -25,8 +26,10 @@ LAYERS = [
     {"frozen"},
     {"half", "fourbit", "frozen_conv"},
     {"lora", "embedding", "conv"},
+    {"registry"},
     {"convert"},
-    {"variants"},
+    {"variants", "merge"},
+    {"adapters"},
     {"tools"},
 ]
 TORCH_ONLY = {"bignet", "measure"}
@@ -103,5 +106,4 @@ def test_importing_takes_torch_and_nothing_else_that_is_heavy():
 def test_everything_public_is_exported_and_documented():
     for name in lowmem.__all__:
         assert hasattr(lowmem, name)
-    for name in ("quantize", "convert", "merge", "build", "pack", "unpack", "backend", "Half", "FourBit", "LoRA"):
-        assert getattr(lowmem, name).__doc__
+        assert name in ("FORMATS", "VARIANTS", "__version__") or getattr(lowmem, name).__doc__

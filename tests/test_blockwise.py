@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lowmem import FORMATS, QuantizedTensor, measure, quantize, unpack
 from lowmem.blockwise import SCRATCH_BYTES, row_chunks
+from lowmem.quantizing import quantize_again
 from lowmem.scales import ENCODINGS
 from tests import strategies
 
@@ -253,7 +254,7 @@ def test_what_was_calibrated_has_no_bound_for_single_weights():
     q = replace(quantize(torch.ones(2, 8)), method="calibrated")
     with pytest.raises(ValueError, match="method='calibrated' has no bound"):
         q.error_bound()
-    assert q.again(torch.ones(2, 8)).method == "search"
+    assert quantize_again(q, torch.ones(2, 8)).method == "search"
     with pytest.raises(ValueError, match="method='magic' is unknown"):
         replace(q, method="magic")
 

@@ -285,7 +285,10 @@ def test_a_later_technique_passes_over_what_it_does_not_take():
     convert(model, FourBit(), LoRA(2))
     assert type(model[0]) is Embedding4Bit
     assert type(model[1]) is LoRALinear
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["1.lora_a", "1.lora_b"]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "1.adapters.default.lora_a",
+        "1.adapters.default.lora_b",
+    ]
 
 
 def test_a_later_technique_that_takes_no_layer_is_refused():

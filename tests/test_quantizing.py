@@ -1,0 +1,35 @@
+"""Quantizing chooses, weighs and measures; what is stored is tested with blockwise."""
+
+import pytest
+import torch
+from hypothesis import given
+
+from lowmem import quantize
+from lowmem.quantizing import quantize_again, relative_error
+from tests import strategies
+
+
+@given(strategies.weights(), strategies.formats, strategies.block_sizes, strategies.encodings)
+def test_quantizing_again_does_it_the_same_way(weight, format, block_size, scales):
+    for search in (False, True):
+        q = quantize(weight, format, block_size=block_size, scales=scales, search=search)
+        again = quantize_again(q, weight)
+        assert torch.equal(again.packed, q.packed)
+        assert again.method == q.method
+
+
+@given(strategies.weights(), strategies.formats)
+def test_the_relative_error_is_that_of_all_weights(weight, format):
+    q = quantize(weight, format, scales="float32")
+    norm = float(weight.double().norm())
+    expected = float((weight.double() - q.dequantize().double()).norm()) / norm if norm else 0.0
+    assert relative_error(weight, q) == pytest.approx(expected, rel=1e-3, abs=1e-30) or norm < 1e-18
+    assert relative_error(weight, weight.half()) == pytest.approx(0, abs=1) or norm > 60000
+
+
+def test_the_relative_error_of_what_is_stored_in_16_bits():
+    weight = strategies.make_weight("normal", (300, 1000), 0, 0)
+    expected = float((weight - weight.half()).norm() / weight.norm())
+    assert relative_error(weight, weight.half()) == pytest.approx(expected, rel=1e-3)
+    conv = weight.view(300, 10, 10, 10)
+    assert relative_error(conv, quantize(weight)) == relative_error(weight, quantize(weight))

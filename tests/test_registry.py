@@ -1,0 +1,56 @@
+"""Which layers are taken, and why others are not."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lowmem import FourBit, Half, LoRA
+from lowmem.registry import MADE_BY, REGISTRY, chosen, holders, places, why_left
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(("technique", "kind"), REGISTRY)
+def test_every_kind_of_layer_in_the_registry_says_what_makes_it(technique, kind):
+    made = REGISTRY[technique, kind]
+    assert MADE_BY[made] is technique
+    assert callable(made.from_layer)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Linear(4, 4), None),
+        (nn.Embedding(4, 4), None),
+        (Subclass(4, 4), "a subclass of Linear"),
+        (nn.LayerNorm(4), "FourBit has no form of it"),
+        (parametrizations.weight_norm(nn.Linear(4, 4)), "a subclass of Linear"),
+        (nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_left_alone_has_a_reason(module, reason):
+    found = why_left(FourBit, module)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in found
+
+
+def test_a_layer_with_tensors_of_its_own_has_a_reason():
+    layer = nn.Linear(4, 4)
+    layer.register_buffer("mask", torch.ones(4))
+    assert "mask" in why_left(Half, layer)
+    assert why_left(LoRA, nn.Embedding(4, 4)) == "LoRA has no form of it"
+
+
+def test_places_and_holders_know_every_path():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})
+    model["c"].weight = shared.weight
+    assert places(model)[shared] == ["a", "b.0"]
+    assert [path for _, path in holders(model)[id(shared.weight)]] == ["a", "c"]
+    assert list(chosen(model, None, "b*").values()) == ["", "c"]
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+        places([shared])
