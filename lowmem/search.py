@@ -32,7 +32,7 @@ def largest_weights(rows: Tensor, size: int, signed: bool) -> Tensor:
     if not signed:
         return high
     low = by_block(rows, size, lambda block: block.amin(-1, keepdim=True))
-    return torch.where(-low > high, low, high)
+    return torch.where(-low > high, low, high) + 0.0  # a zero gets no sign
 
 
 def searched_scales(

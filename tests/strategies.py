@@ -67,6 +67,19 @@ def weights(draw, min_dims=1, max_dims=3, max_columns=200, max_exponent=2, views
     return weight
 
 
+def make_importance(kind: str, columns: int, seed: int) -> torch.Tensor | None:
+    """Return what the squared errors of columns count: some nothing, powers of two far apart, or all alike."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "some zeros":
+        return torch.rand(columns, generator=generator) * torch.randint(0, 2, (columns,), generator=generator)
+    if kind == "mixed":
+        return torch.exp2(torch.randint(-149, 128, (columns,), generator=generator).float())
+    return None
+
+
+importance_kinds = st.sampled_from(["none", "some zeros", "mixed"])
+
+
 @st.composite
 def linears(draw, dtype=torch.float32, max_features=40):
     """Draw an nn.Linear of any small size, with or without a bias."""

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import blockwise, kernels, measure, quantize
+from lowmem import QuantizedTensor, blockwise, kernels, measure, quantize
 from lowmem.kernels import cpu, reference
 from tests import strategies
 from tests.test_kernels import assert_exact, compiled
@@ -175,18 +175,81 @@ def test_batches_of_several_pieces(level, batch, columns):
     strategies.formats,
     strategies.block_sizes,
     strategies.encodings,
+    st.booleans(),
+    strategies.importance_kinds,
     low_dtypes,
+    strategies.seeds,
 )
-def test_quantizing_gives_the_bytes_of_plain_torch_and_restoring_its_bits(level, weight, form, size, scales, dtype):
+def test_quantizing_gives_the_bytes_of_plain_torch_and_restoring_its_bits(
+    level, weight, form, size, scales, search, kind, dtype, seed
+):
+    options = {
+        "block_size": size,
+        "scales": scales,
+        "search": search,
+        "importance": strategies.make_importance(kind, weight.shape[-1], seed),
+    }
     with kernels.using("reference"):
-        expected = quantize(weight, form, block_size=size, scales=scales)
+        expected = quantize(weight, form, **options)
         values = expected.dequantize(), expected.dequantize(dtype)
     with kernels.using(level), no_plain_rows():
-        got = quantize(weight, form, block_size=size, scales=scales)
-        assert torch.equal(got.packed, expected.packed)
-        assert torch.equal(got.scales.view(torch.uint8), expected.scales.view(torch.uint8))
+        got = quantize(weight, form, **options)
+        assert_same_bytes(got, expected)
         assert torch.equal(got.dequantize(), values[0])
         assert torch.equal(got.dequantize(dtype), values[1])
+
+
+def assert_same_bytes(got: QuantizedTensor, expected: QuantizedTensor) -> None:
+    assert torch.equal(got.packed, expected.packed)
+    assert torch.equal(got.scales.view(torch.uint8), expected.scales.view(torch.uint8))
+
+
+@compiled
+@pytest.mark.parametrize("form", ["nf4", "int4", "fp4", "bof4s"])
+@pytest.mark.parametrize("importance", ["none", "some zeros", "mixed"])
+@pytest.mark.parametrize("exponent", [-149, -140, -126, -75, 0, 15, 62, 65, 127])
+def test_a_search_at_the_ends_of_float32_finds_the_bytes_of_plain_torch(level, form, importance, exponent):
+    """Squares that vanish or overflow, candidates above the largest scale, zeros of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    for size, columns in ((8, 83), (64, 200), (24, 40), (4096, 5000)):
+        weight = (torch.rand(6, columns, generator=generator) * 2 - 1) * 2.0**exponent
+        weight[0, ::2] = -0.0
+        weight[1] = torch.where(torch.arange(columns) % 3 == 0, -0.0, 0.0)
+        weight[2, : columns // 2] = -(2.0**exponent)
+        weight[3, 1] = -torch.finfo(torch.float32).max
+        weight[4] = torch.where(weight[4] > 0, 1.0, -1.0) * 2.0**exponent
+        for scales in ("float32", "float16", "double"):
+            fits = weight if scales == "float32" else weight.clamp(-65504, 65504)
+            counts = strategies.make_importance(importance, columns, 1)
+            options = {"block_size": size, "scales": scales, "search": True, "importance": counts}
+            with kernels.using("reference"):
+                expected = quantize(fits, form, **options)
+            with kernels.using(level), no_plain_rows():
+                assert_same_bytes(quantize(fits, form, **options), expected)
+
+
+@compiled
+@pytest.mark.parametrize("block_size", [8, 10, 64, 256])
+def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(level, block_size):
+    """All bytes of signed double scales, under row scales of every kind, and all float16 scales."""
+    generator = torch.Generator().manual_seed(0)
+    columns = 256 * block_size
+    q = quantize(torch.randn(5, columns, generator=generator), "bof4s", block_size=block_size, search=False)
+    row_scales = torch.tensor([[0.0], [2.0**-24], [0.37], [1.0], [65504.0]], dtype=torch.float16).view(torch.uint8)
+    every = torch.arange(256).to(torch.uint8).expand(5, -1)
+    double = replace(q, scales=torch.cat([every, row_scales], dim=-1).contiguous())
+    bits = torch.arange(-(2**15), 2**15, 51)[:1280].to(torch.int16).view(torch.float16).view(5, 256)
+    half = replace(q, scales=bits.nan_to_num(0, 0, 0), scale_encoding="float16")
+    x, grad = torch.randn(3, columns), torch.randn(3, 5)
+    for signed in (double, half):
+        with kernels.using("reference"):
+            dense = signed.dequantize()
+        assert (dense < 0).any()
+        with kernels.using(level), no_plain_rows():
+            assert torch.equal(signed.dequantize(), dense)
+            for batch in (1, 3):
+                assert_exact(kernels.linear(x[:batch], signed, torch.float32), x[:batch], dense)
+                assert_exact(kernels.input_grad(grad[:batch], signed, torch.float32), grad[:batch], dense.t())
 
 
 @compiled
@@ -232,6 +295,7 @@ def test_threads_change_no_bit_of_anything(level):
             torch.set_num_threads(count)
             with kernels.using(level):
                 made = [quantize(large, scales="double").packed, quantize(large).dequantize()]
+                made += [quantize(large, "bof4s", search=True).scales]
                 for batch in (1, 4, 6, 12, 13, 40):
                     for dtype in (torch.float32, torch.bfloat16, torch.float16):
                         made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
@@ -381,6 +445,11 @@ def test_memory_that_cannot_be_written_is_left_to_plain_torch():
     kernel.quantize_rows(weight, replace(expected, packed=packed, scales=stored), slice(None), None)
     assert torch.equal(packed, expected.packed)
     assert torch.equal(stored, expected.scales)
+    strided = torch.rand(32)[::2]
+    expected = quantize(weight, scales="float16", block_size=16, search=True, importance=strided)
+    searched = replace(expected, packed=torch.zeros_like(expected.packed), scales=torch.zeros_like(expected.scales))
+    kernel.quantize_rows(weight, searched, slice(None), strided)
+    assert_same_bytes(searched, expected)
     meta = replace(expected, packed=expected.packed.to("meta"), scales=expected.scales.to("meta"))
     assert kernel.dequantize(meta, slice(1, 3), torch.float32).shape == (2, 16)
     assert torch.equal(

@@ -407,6 +407,14 @@ with kernels.using(level):
                 q = quantize(weight, block_size=block, scales=scales)
                 q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
                 kernel.quantize_rows(weight, q, slice(None), None)
+                signed = quantize(weight, "bof4s", block_size=block, scales=scales)
+                signed = replace(signed, packed=at_the_edge(signed.packed), scales=at_the_edge(signed.scales))
+                for importance in (None, at_the_edge(torch.rand(columns))):
+                    kernel.quantize_rows(weight, replace(q, method="search"), slice(None), importance)
+                    kernel.quantize_rows(weight, signed, slice(None), importance)
+                kernel.dequantize(signed, slice(0, 5), torch.float32)
+                kernels.linear(at_the_edge(torch.randn(2, columns)), signed, torch.float32)
+                kernels.input_grad(at_the_edge(torch.randn(2, 5)), signed, torch.float32)
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     kernel.dequantize(q, slice(0, 5), dtype)
                     for batch in (1, 5, 13):

@@ -19,11 +19,12 @@ from lowmem.formats import get_format
 from lowmem.kernels import reference
 from lowmem.kernels.memory import HALVES, TYPES, Prepared, bias_arguments, is_float, is_real, is_traced, takes
 from lowmem.kernels.reference import Weight
+from lowmem.search import CANDIDATES
 
 __all__ = ["Kernel", "load"]
 
 # enum encoding of csrc/kernel.h, of a name that holds signs or not
-_ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2}
+_ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2, ("double", True): 3}
 
 _UPDATE_BATCH = 12  # beyond, torch's own products are faster
 _WIDE_BYTES = 2**18  # of a float32 output for rows that C adds up in parts
@@ -166,11 +167,14 @@ class Kernel:
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
         """Quantize float32 (rows, n) into a chunk of a matrix."""
         form, size, packed, stored = get_format(into.format), into.block_size, into.packed[chunk], into.scales[chunk]
-        encoding = _ENCODINGS.get((into.encoding.name, into.encoding.signed))
-        outputs_fit = all(is_real(t) and t.is_contiguous() for t in (rows, packed, stored))
-        plain = form.signed or into.method != "absmax" or is_traced() or not rows.numel()
-        if not outputs_fit or encoding is None or plain:
+        encoding = _ENCODINGS[into.encoding.name, into.encoding.signed]
+        fits = is_float(rows) and all(is_real(t) and t.is_contiguous() for t in (packed, stored))
+        if importance is not None:
+            fits = fits and is_float(importance) and importance.shape == rows.shape[1:]
+        if not fits or is_traced() or not rows.numel():
             return blockwise.PLAIN.quantize_rows(rows, into, chunk, importance)
+        levels, boundaries = _floats(form.levels), _floats(form.boundaries)
+        candidates = _floats(CANDIDATES if into.method == "search" else ())
         threads, (count, columns) = torch.get_num_threads(), rows.shape
         scratch = rows.new_empty(threads * (-(-columns // size) + size + 64))
         held = self.native.quantize(
@@ -178,13 +182,17 @@ class Kernel:
             rows.data_ptr(),
             packed.data_ptr(),
             stored.data_ptr(),
-            _floats(form.boundaries).buffer_info()[0],
+            levels.buffer_info()[0],
             encoding,
             size,
             count,
             columns,
-            form.zero_code,
+            boundaries.buffer_info()[0],
+            *candidates.buffer_info(),
+            0 if importance is None else importance.data_ptr(),
             _bits(into.encoding.largest),
+            form.zero_code,
+            form.signed,
             scratch.data_ptr(),
             threads,
         )
@@ -211,8 +219,8 @@ class Kernel:
             and scales.is_contiguous()
         ):
             return kept
-        encoding = _ENCODINGS.get((weight.encoding.name, weight.encoding.signed))
-        if encoding is None or not (
+        encoding = _ENCODINGS[weight.encoding.name, weight.encoding.signed]
+        if not (
             (packed.shape, packed.dtype, scales.shape, scales.dtype) == weight.stored_layout
             and len(weight.shape) == 2
             and weight.shape[1] > 0

@@ -17,6 +17,8 @@ typedef struct {
 #define v_keep(a) __asm__("" : "+x"(a))
 #define v_add _mm256_add_ps
 #define v_mul _mm256_mul_ps
+#define v_sub _mm256_sub_ps
+#define v_div _mm256_div_ps
 #define v_fma _mm256_fmadd_ps
 #define v_spread(p, index) \
     _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_loadu_si256((const __m256i *)(index)))
@@ -61,6 +63,36 @@ static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
         _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
     for (int64_t i = 0; i < n; i++)
         out[i] = half_to_float(p[i]);
+}
+
+/* A binary search: each bit of a code chooses the boundary that the next one is found with. */
+typedef struct {
+    V bit3, bit2[2], bit1, bit0; /* bit1 and bit0: looked up with the bits that are known */
+} B;
+static inline B boundaries_load(const float *p)
+{
+    const B b = {
+        _mm256_set1_ps(p[7]),
+        {_mm256_set1_ps(p[3]), _mm256_set1_ps(p[11])},
+        _mm256_setr_ps(p[1], p[5], p[9], p[13], 0.0f, 0.0f, 0.0f, 0.0f),
+        _mm256_setr_ps(p[0], p[2], p[4], p[6], p[8], p[10], p[12], p[14]),
+    };
+    return b;
+}
+static inline W v_code(B b, V a)
+{
+#define ABOVE(boundary) _mm256_castps_si256(_mm256_cmp_ps(a, boundary, _CMP_GT_OQ)) /* -1 or 0 */
+#define TWICE_LESS(code, above) _mm256_sub_epi32(_mm256_add_epi32(code, code), above)
+    const W bit3 = ABOVE(b.bit3);
+    const W bit2 = ABOVE(_mm256_blendv_ps(b.bit2[0], b.bit2[1], _mm256_castsi256_ps(bit3)));
+    W code = TWICE_LESS(_mm256_abs_epi32(bit3), bit2);
+    code = TWICE_LESS(code, ABOVE(_mm256_permutevar8x32_ps(b.bit1, code)));
+    return TWICE_LESS(code, ABOVE(_mm256_permutevar8x32_ps(b.bit0, code)));
+}
+static inline void codes_store(uint8_t *p, W codes)
+{
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
 }
 
 #define v_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))

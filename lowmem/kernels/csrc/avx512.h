@@ -16,6 +16,8 @@ typedef __m512 T;
 #define v_keep(a) __asm__("" : "+x"(a))
 #define v_add _mm512_add_ps
 #define v_mul _mm512_mul_ps
+#define v_sub _mm512_sub_ps
+#define v_div _mm512_div_ps
 #define v_fma _mm512_fmadd_ps
 #define v_sum _mm512_reduce_add_ps
 static inline void v_sum4(V a, V b, V c, V d, float *out)
@@ -84,6 +86,29 @@ static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
         _mm512_mask_storeu_ps(out, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)));
     }
 }
+
+/* A binary search: each bit of a code chooses the boundary that the next one is found with. */
+typedef struct {
+    V bit3, bit2, bit1, bit0; /* looked up with the bits that are known */
+} B;
+static inline B boundaries_load(const float *p)
+{
+    const B b = {_mm512_set1_ps(p[7]), _mm512_maskz_loadu_ps(0x0fff, p + 3), _mm512_maskz_loadu_ps(0x3fff, p + 1),
+                 _mm512_maskz_loadu_ps(0x7fff, p)};
+    return b;
+}
+static inline W v_code(B b, V a)
+{
+    W code = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a, b.bit3, _CMP_GT_OQ), 8);
+#define CODE_BIT(boundary, bit)                                                                                  \
+    code = _mm512_mask_or_epi32(code, _mm512_cmp_ps_mask(a, _mm512_permutexvar_ps(code, boundary), _CMP_GT_OQ), code, \
+                                _mm512_set1_epi32(bit))
+    CODE_BIT(b.bit2, 4);
+    CODE_BIT(b.bit1, 2);
+    CODE_BIT(b.bit0, 1);
+    return code;
+}
+static inline void codes_store(uint8_t *p, W codes) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(codes)); }
 
 #define v_half(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define v_bfloat(p) \

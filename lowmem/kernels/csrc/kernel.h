@@ -2,6 +2,7 @@
 #ifndef LOWMEM_KERNEL_H
 #define LOWMEM_KERNEL_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -23,7 +24,7 @@
 /* Types of inputs, outputs and 16-bit weights. */
 enum type { FLOAT32, BFLOAT16, FLOAT16 };
 
-enum encoding { SCALES_FLOAT32, SCALES_FLOAT16, SCALES_DOUBLE };
+enum encoding { SCALES_FLOAT32, SCALES_FLOAT16, SCALES_DOUBLE, SCALES_SIGNED /* double with a sign */ };
 
 /* Where the columns of a row of codes come up, for one number of columns, block and number of lanes: column c in
  * vector place[c] / lanes, lane place[c] % lanes. The block of a group's word i, byte b, counted from the group's
@@ -54,6 +55,23 @@ struct update {
     int64_t rank, rows, columns;
 };
 
+/* What rows of float32 are quantized to, and how the scales of their blocks are chosen. */
+struct quantizing {
+    const struct weight *weight; /* of what is made: its levels, encoding and sizes */
+    const struct level *level;
+    const float *x;          /* (rows, columns) */
+    const float *boundaries; /* 15 */
+    const float *candidates; /* scales to try, in units of a block's largest weight; none: that weight is the scale */
+    const float *importance; /* (columns,): what squared errors count, or NULL: all count alike */
+    int64_t tried;           /* number of candidates */
+    float largest;           /* magnitude that a scale can have */
+    int zero;                /* the zero code */
+    int has_sign;            /* whether a scale has one */
+    uint8_t *packed, *scales, *scratch;
+    int64_t own, scale_bytes; /* of a thread's scratch, of a row's scales */
+    int failed; /* only ever set */
+};
+
 /* One call. Everything in it but the output is read by all threads. */
 struct job {
     const struct weight *weight;
@@ -68,7 +86,7 @@ struct job {
     int64_t own_floats;
     /* What is multiplied now: a piece of the batch, and groups of columns. */
     int64_t m0, m1, g0, g1;
-    struct quantizing *quantizing; /* of module.c */
+    struct quantizing *quantizing;
     const struct update *update;
 };
 
@@ -85,8 +103,7 @@ struct level {
     void (*input_grad)(struct job *);
     void (*restore)(struct job *);
     void (*update)(struct job *);
-    int (*quantize)(const float *x, int64_t rows, const struct weight *w, const float *boundaries, int zero, float largest,
-                    uint8_t *packed, uint8_t *scales, uint8_t *codes);
+    int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
 };
 
 extern const struct level level_portable, level_avx2, level_avx512, level_avx512bf16;
@@ -130,6 +147,9 @@ static inline float half_to_float(uint16_t h)
     return sign ? -value : value;
 }
 
+/* What a byte of SCALES_SIGNED counts: a sign and 7 bits. */
+static inline float signed_steps(uint8_t byte) { return (float)(byte >= 128 ? 128 - byte : byte); }
+
 static inline float bfloat_to_float(uint16_t b) { return float_of((uint32_t)b << 16); }
 
 /* To the nearest, ties to even; a NaN stays one. */
@@ -152,11 +172,12 @@ static inline uint16_t float_to_half(float value)
     return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
 }
 
-/* Towards zero, for what is not negative and not above 65504. */
+/* Towards zero, for magnitudes that are not above 65504. */
 static inline uint16_t float_to_half_below(float value)
 {
-    const uint32_t bits = bits_of(value);
-    return (uint16_t)(bits < 0x38800000 ? (uint32_t)(value * 0x1p24f) : (bits - 0x38000000) >> 13);
+    const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    const uint32_t below = magnitude < 0x38800000 ? (uint32_t)(float_of(magnitude) * 0x1p24f) : (magnitude - 0x38000000) >> 13;
+    return (uint16_t)(sign | below);
 }
 
 static inline float read_as_float(const void *p, int type, int64_t i)

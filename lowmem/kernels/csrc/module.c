@@ -246,7 +246,7 @@ static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t gi
 /* Of a row. */
 static int64_t scale_bytes(const struct weight *w)
 {
-    return w->encoding == SCALES_DOUBLE ? w->blocks + 2 : w->blocks * (w->encoding == SCALES_FLOAT16 ? 2 : 4);
+    return w->encoding >= SCALES_DOUBLE ? w->blocks + 2 : w->blocks * (w->encoding == SCALES_FLOAT16 ? 2 : 4);
 }
 
 /* restore(prepared, first row, rows, out, threads, type) */
@@ -302,43 +302,38 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     Py_RETURN_NONE;
 }
 
-struct quantizing {
-    const struct level *level;
-    const float *x, *boundaries;
-    float largest;
-    int zero;
-    uint8_t *packed, *scales, *scratch;
-    int64_t own, scale_bytes;
-    int failed; /* only ever set */
-};
-
 static void quantize_body(const struct job *job, int64_t thread)
 {
     struct quantizing *q = job->quantizing;
-    const struct weight *w = job->weight;
     int64_t from, to;
-    share(w->rows, 1, job->threads, thread, &from, &to);
-    if (!q->level->quantize(q->x + from * w->columns, to - from, w, q->boundaries, q->zero, q->largest,
-                            q->packed + from * w->row_bytes, q->scales + from * q->scale_bytes, q->scratch + thread * q->own))
+    share(q->weight->rows, 1, job->threads, thread, &from, &to);
+    if (!q->level->quantize(q, from, to, q->scratch + thread * q->own))
         q->failed = 1;
 }
 
-/* quantize(level, x, packed, scales, boundaries, encoding, block_size, rows, columns, zero code, bits of the largest
- * magnitude, scratch, threads) -> whether the scales can hold every weight */
+/* quantize(level, x, packed, scales, levels, encoding, block_size, rows, columns, boundaries, candidates, number of
+ * candidates, importance, bits of the largest magnitude, zero code, whether a scale has a sign, scratch, threads)
+ * -> whether the scales can hold every weight */
 static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { LEVEL_INDEX, X, WEIGHT, ZERO = WEIGHT + 7, LARGEST, SCRATCH, THREADS, ARGUMENTS };
+    enum { LEVEL_INDEX, X, WEIGHT, BOUNDARIES = WEIGHT + 7, CANDIDATES, TRIED, IMPORTANCE, LARGEST, ZERO, SIGN, SCRATCH, THREADS,
+           ARGUMENTS };
     long long n[ARGUMENTS];
     (void)self;
     if (read_numbers(args, given, n, ARGUMENTS))
         return NULL;
     const struct weight w = read_weight(n + WEIGHT);
     struct quantizing q = {
+        .weight = &w,
         .level = all_levels[n[LEVEL_INDEX]],
         .x = ADDRESS(n[X]),
-        .boundaries = w.levels,
+        .boundaries = ADDRESS(n[BOUNDARIES]),
+        .candidates = ADDRESS(n[CANDIDATES]),
+        .importance = ADDRESS(n[IMPORTANCE]),
+        .tried = n[TRIED],
         .largest = float_of((uint32_t)n[LARGEST]),
         .zero = (int)n[ZERO],
+        .has_sign = (int)n[SIGN],
         .packed = (uint8_t *)w.packed,
         .scales = (uint8_t *)w.scales,
         .scratch = ADDRESS(n[SCRATCH]),
@@ -346,7 +341,7 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
         .scale_bytes = scale_bytes(&w),
     };
     struct job job = {
-        .weight = &w, .threads = threads_for(n[THREADS], (double)w.rows * w.columns), .quantizing = &q,
+        .weight = &w, .threads = threads_for(n[THREADS], (double)w.rows * w.columns * (1 + n[TRIED])), .quantizing = &q,
     };
     if (!q.x || !q.packed || !q.scales || !q.scratch)
         return no_memory();

@@ -38,6 +38,16 @@ static inline V v_mul(V a, V b)
     EACH a.v[i] *= b.v[i];
     return a;
 }
+static inline V v_sub(V a, V b)
+{
+    EACH a.v[i] -= b.v[i];
+    return a;
+}
+static inline V v_div(V a, V b)
+{
+    EACH a.v[i] /= b.v[i];
+    return a;
+}
 static inline V v_fma(V a, V b, V c)
 {
     EACH c.v[i] += a.v[i] * b.v[i];
@@ -87,6 +97,17 @@ static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
     for (int64_t i = 0; i < n; i++)
         out[i] = half_to_float(p[i]);
 }
+
+typedef const float *B;
+static inline B boundaries_load(const float *p) { return p; }
+static inline W v_code(B boundaries, V a)
+{
+    W r = {{0}};
+    for (int k = 0; k < 15; k++)
+        EACH r.v[i] += a.v[i] > boundaries[k];
+    return r;
+}
+static inline void codes_store(uint8_t *p, W codes) { EACH p[i] = (uint8_t)codes.v[i]; }
 
 static inline V v_half(const uint16_t *p)
 {

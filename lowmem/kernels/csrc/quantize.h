@@ -1,5 +1,18 @@
-/* The codes and scales of rows, bit for bit those of lowmem/blockwise.py. Plain loops: the compiler makes vectors. */
+/* The codes and scales of rows, bit for bit those of lowmem/blockwise.py and lowmem/search.py: what those round twice,
+ * a product and a sum, is no v_fma here. */
 
+#define ERROR_SUMS 16 /* parts in which a block's error is added up */
+
+/* The first n values of a vector, the others zero. */
+INLINE V LEVEL(first)(const float *p, int64_t n)
+{
+    float rest[LANES] = {0};
+    for (int64_t i = 0; i < n && i < LANES; i++)
+        rest[i] = p[i];
+    return v_load(rest);
+}
+
+/* The bits of the largest magnitude. */
 INLINE uint32_t LEVEL(largest)(const float *x, int64_t n)
 {
     uint32_t most = 0; /* magnitudes are ordered as their bits are, and a NaN lies above infinity */
@@ -10,84 +23,184 @@ INLINE uint32_t LEVEL(largest)(const float *x, int64_t n)
     return most;
 }
 
-/* The stored scale of every block of a row, and what divides its weights, from the magnitudes in `divisors`. */
-static void LEVEL(encode)(const struct weight *w, int64_t row, float *divisors, uint8_t *scales)
+/* Whether the largest weight is negative, and no positive one as large. */
+INLINE int LEVEL(is_negative)(const float *x, int64_t n, uint32_t largest)
+{
+    int positive = largest == 0;
+    for (int64_t i = 0; i < n; i++)
+        positive |= bits_of(x[i]) == largest;
+    return !positive;
+}
+
+/* What divides the weights of a block: one without a scale gets the zero code. */
+INLINE float LEVEL(divisor)(float scale) { return scale == 0.0f ? float_of(0x7f800000) : scale; }
+
+/* Put the squared error of LANES weights at a scale into out[0], and that at the negative scale into out[1]. */
+INLINE void LEVEL(squares)(V x, V importance, V scale, V divisor, B boundaries, T levels, const int both, const int weighted,
+                           V *out)
+{
+    const V relative = v_div(x, divisor);
+    const V error = v_sub(x, v_mul(v_lookup(levels, v_code(boundaries, relative), 0), scale));
+    out[0] = v_mul(error, error);
+    if (weighted)
+        out[0] = v_mul(out[0], importance);
+    if (both) {
+        const W code = v_code(boundaries, v_sub(v_zero(), relative));
+        const V opposite = v_add(x, v_mul(v_lookup(levels, code, 0), scale));
+        out[1] = v_mul(opposite, opposite);
+        if (weighted)
+            out[1] = v_mul(out[1], importance);
+    }
+}
+
+/* The squared error of a block at a scale, and at the negative scale. */
+INLINE void LEVEL(errors)(const float *x, const float *importance, int64_t n, float scale, B boundaries, T levels,
+                          const int both, const int weighted, float *out)
+{
+    const V factor = v_set1(scale), divisor = v_set1(LEVEL(divisor)(scale));
+    V sums[2][ERROR_SUMS / LANES], square[2];
+    for (int h = 0; h < ERROR_SUMS / LANES; h++)
+        sums[0][h] = sums[1][h] = v_zero();
+    int64_t i = 0;
+    for (; i + ERROR_SUMS <= n; i += ERROR_SUMS) {
+#pragma GCC unroll 2
+        for (int h = 0; h < ERROR_SUMS / LANES; h++) {
+            const int64_t at = i + h * LANES;
+            LEVEL(squares)(v_load(x + at), weighted ? v_load(importance + at) : v_zero(), factor, divisor, boundaries, levels,
+                           both, weighted, square);
+            for (int s = 0; s <= both; s++)
+                sums[s][h] = v_add(sums[s][h], square[s]);
+        }
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < ERROR_SUMS / LANES; h++) {
+        const int64_t at = i + h * LANES;
+        if (at >= n)
+            break;
+        LEVEL(squares)(LEVEL(first)(x + at, n - at), weighted ? LEVEL(first)(importance + at, n - at) : v_zero(), factor,
+                       divisor, boundaries, levels, both, weighted, square);
+        for (int s = 0; s <= both; s++) {
+            float values[LANES]; /* what lies beyond the block has an error too, where a zero has no level */
+            v_store(values, square[s]);
+            sums[s][h] = v_add(sums[s][h], LEVEL(first)(values, n - at));
+        }
+    }
+    for (int s = 0; s <= both; s++) {
+        float parts[ERROR_SUMS];
+        for (int h = 0; h < ERROR_SUMS / LANES; h++)
+            v_store(parts + h * LANES, sums[s][h]);
+        for (int half = ERROR_SUMS / 2; half; half /= 2)
+            for (int j = 0; j < half; j++)
+                parts[j] += parts[j + half];
+        out[s] = parts[0];
+    }
+}
+
+/* The candidate with the least error, of those the first; a NaN is never less. */
+INLINE float LEVEL(best)(const struct quantizing *q, const float *x, const float *importance, int64_t n, float top,
+                         const int both, const int weighted)
+{
+    const B boundaries = boundaries_load(q->boundaries);
+    const T levels = table_load(q->weight->levels);
+    float best = 0.0f, least = 0.0f;
+    for (int64_t c = 0; c < q->tried; c++) {
+        float scale = top * q->candidates[c], error[2];
+        scale = scale > q->largest ? q->largest : scale < -q->largest ? -q->largest : scale;
+        LEVEL(errors)(x, importance, n, scale, boundaries, levels, both, weighted, error);
+        if (c == 0 || error[0] < least)
+            best = scale, least = error[0];
+        if (both && error[1] < least)
+            best = -scale, least = error[1];
+    }
+    return best;
+}
+
+static float LEVEL(searched)(const struct quantizing *q, const float *x, int64_t column, int64_t n, float top)
+{
+    const float *importance = q->importance ? q->importance + column : NULL;
+    if (q->has_sign)
+        return importance ? LEVEL(best)(q, x, importance, n, top, 1, 1) : LEVEL(best)(q, x, NULL, n, top, 1, 0);
+    return importance ? LEVEL(best)(q, x, importance, n, top, 0, 1) : LEVEL(best)(q, x, NULL, n, top, 0, 0);
+}
+
+/* Double quantization of n scales: bytes that count steps of the row's, which the two bytes behind them hold. */
+INLINE void LEVEL(encode_double)(float *scales, int64_t n, const int has_sign, uint8_t *out)
+{
+    const float most = has_sign ? 127.0f : 255.0f, raise = has_sign ? (float)(127 * (1 + 0x1p-20)) : (float)(255 * (1 + 0x1p-20));
+    float largest = 0.0f;
+    for (int64_t b = 0; b < n; b++)
+        largest = fabsf(scales[b]) > largest ? fabsf(scales[b]) : largest;
+    const uint16_t bits = float_to_half_below(largest);
+    const float row_scale = half_to_float(bits), divisor = row_scale > 0x1p-24f ? row_scale : 0x1p-24f;
+    memcpy(out + n, &bits, 2);
+    for (int64_t b = 0; b < n; b++) {
+        const float raised = fabsf(scales[b]) * raise / divisor;
+        int steps = raised >= most ? (int)most : raised < 1.0f ? 1 : (int)raised;
+        if (scales[b] == 0.0f || row_scale == 0.0f)
+            steps = 0;
+        out[b] = (uint8_t)(steps + (has_sign && scales[b] < 0.0f ? 128 : 0));
+        scales[b] = (has_sign ? signed_steps(out[b]) : (float)steps) * row_scale / most;
+    }
+}
+
+/* Store the scale of every block of a row, and put what divides its weights in their place. */
+static void LEVEL(encode)(const struct weight *w, float *scales, uint8_t *out)
 {
     const int64_t n = w->blocks;
     if (w->encoding == SCALES_FLOAT32) {
-        float *out = (float *)scales + row * n;
         for (int64_t b = 0; b < n; b++)
-            divisors[b] = out[b] = divisors[b] < 0x1p-126f ? 0.0f : divisors[b];
+            scales[b] = fabsf(scales[b]) < 0x1p-126f ? 0.0f : scales[b];
+        memcpy(out, scales, (size_t)n * sizeof *scales);
     } else if (w->encoding == SCALES_FLOAT16) {
-        uint16_t *out = (uint16_t *)scales + row * n;
         for (int64_t b = 0; b < n; b++) {
-            out[b] = float_to_half_below(divisors[b]);
-            divisors[b] = half_to_float(out[b]);
+            const uint16_t bits = float_to_half_below(scales[b]);
+            memcpy(out + 2 * b, &bits, 2);
+            scales[b] = half_to_float(bits);
         }
+    } else if (w->encoding == SCALES_DOUBLE) {
+        LEVEL(encode_double)(scales, n, 0, out);
     } else {
-        uint8_t *out = scales + row * (n + 2);
-        float most = 0.0f;
-        for (int64_t b = 0; b < n; b++)
-            most = divisors[b] > most ? divisors[b] : most;
-        const uint16_t bits = float_to_half_below(most);
-        const float row_scale = half_to_float(bits), divisor = row_scale > 0x1p-24f ? row_scale : 0x1p-24f;
-        memcpy(out + n, &bits, 2);
-        for (int64_t b = 0; b < n; b++) {
-            const float raised = divisors[b] * (float)(255 * (1 + 0x1p-20)) / divisor;
-            int steps = raised >= 255.0f ? 255 : raised < 1.0f ? 1 : (int)raised;
-            if (divisors[b] == 0.0f || row_scale == 0.0f)
-                steps = 0;
-            out[b] = (uint8_t)steps;
-            divisors[b] = (float)steps * row_scale / 255.0f;
-        }
+        LEVEL(encode_double)(scales, n, 1, out);
     }
     for (int64_t b = 0; b < n; b++)
-        if (divisors[b] == 0.0f)
-            divisors[b] = float_of(0x7f800000); /* a block without a scale gets the zero code */
+        scales[b] = LEVEL(divisor)(scales[b]);
 }
 
-/* Rows of float32 to packed codes and scales; `codes` is scratch for a row and a block's divisors. Returns whether all
- * weights are finite and no magnitude is above `most`; if not, nothing that was written counts. */
-static int LEVEL(quantize)(const float *x, int64_t rows, const struct weight *w, const float *boundaries, int zero,
-                           float most, uint8_t *packed, uint8_t *scales, uint8_t *codes)
+/* Quantize some rows; `own` is scratch for the scales of a row and the codes of a block. Returns whether all weights are
+ * finite and no magnitude is above the largest; if not, nothing that was written counts. */
+static int LEVEL(quantize)(const struct quantizing *q, int64_t from, int64_t to, uint8_t *own)
 {
+    const struct weight *w = q->weight;
     const int64_t size = 2 * w->half;
-    float *divisors = (float *)codes;
-    uint8_t *row_codes = codes + round_up(w->blocks, MAX_LANES) * (int64_t)sizeof(float);
-    for (int64_t r = 0; r < rows; r++, x += w->columns, packed += w->row_bytes) {
-        uint32_t largest = 0;
+    const B boundaries = boundaries_load(q->boundaries);
+    float *scales = (float *)own;
+    uint8_t *codes = own + round_up(w->blocks, MAX_LANES) * (int64_t)sizeof(float);
+    for (int64_t r = from; r < to; r++) {
+        const float *x = q->x + r * w->columns;
+        uint8_t *packed = q->packed + r * w->row_bytes;
         for (int64_t b = 0; b < w->blocks; b++) {
-            const uint32_t bits = LEVEL(largest)(x + b * size, smaller(size, w->columns - b * size));
-            largest = bits > largest ? bits : largest;
-            divisors[b] = float_of(bits);
+            const int64_t n = smaller(size, w->columns - b * size);
+            const uint32_t largest = LEVEL(largest)(x + b * size, n);
+            if (largest > bits_of(q->largest))
+                return 0;
+            const int negative = q->has_sign && LEVEL(is_negative)(x + b * size, n, largest);
+            scales[b] = negative ? -float_of(largest) : float_of(largest);
+            if (q->tried)
+                scales[b] = LEVEL(searched)(q, x + b * size, b * size, n, scales[b]);
         }
-        if (largest > bits_of(most))
-            return 0;
-        LEVEL(encode)(w, r, divisors, scales);
-        for (int64_t b = 0; b < w->blocks; b++) {
+        LEVEL(encode)(w, scales, q->scales + r * q->scale_bytes);
+        for (int64_t b = 0; b < w->blocks; b++, x += size) {
             const int64_t n = smaller(size, w->columns - b * size), half = (n + 1) / 2;
-            const float *from = x + b * size;
-            const float divisor = divisors[b];
-            for (int64_t i = 0; i < n; i += 16) {
-                uint32_t code[16] = {0};
-                float relative[16] = {0};
-                const int64_t m = smaller(16, n - i);
-                if (m == 16)
-                    for (int j = 0; j < 16; j++)
-                        relative[j] = from[i + j] / divisor;
-                else
-                    for (int64_t j = 0; j < m; j++)
-                        relative[j] = from[i + j] / divisor;
-                for (int k = 0; k < 15; k++)
-                    for (int j = 0; j < 16; j++)
-                        code[j] += relative[j] > boundaries[k];
-                for (int64_t j = 0; j < m; j++)
-                    row_codes[i + j] = (uint8_t)code[j];
-            }
+            const V divisor = v_set1(scales[b]);
+            int64_t i = 0;
+            for (; i + LANES <= n; i += LANES)
+                codes_store(codes + i, v_code(boundaries, v_div(v_load(x + i), divisor)));
+            if (i < n)
+                codes_store(codes + i, v_code(boundaries, v_div(LEVEL(first)(x + i, n - i), divisor)));
             if (n % 2)
-                row_codes[n] = (uint8_t)zero;
+                codes[n] = (uint8_t)q->zero;
             for (int64_t j = 0; j < half; j++)
-                packed[b * w->half + j] = (uint8_t)(row_codes[j] | row_codes[half + j] << 4);
+                packed[b * w->half + j] = (uint8_t)(codes[j] | codes[half + j] << 4);
         }
     }
     return 1;

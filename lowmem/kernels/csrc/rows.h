@@ -8,6 +8,8 @@
  *   T, table_load(levels), v_lookup(table, words, k)   the level of nibble k, 0 to 7, of each word
  *   v_spread(p, index)       p[index[i]], where 0 <= index[i] < LANES
  *   v_from_half(p, n, out)   n float16 to float32
+ *   v_sub, v_div; B, boundaries_load(p), v_code(boundaries, a)   how many of 15 boundaries lie below each value
+ *   codes_store(p, words)    LANES words, each below 256, as bytes
  *   v_keep(a)                in a register: what several rows use, the compiler would load for each of them
  *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32
  *   v_to_half(p, a), v_to_bfloat(p, a)   the same, stored
@@ -52,8 +54,12 @@ INLINE void LEVEL(scales)(const struct weight *w, int64_t row, int64_t first, in
         uint16_t bits;
         memcpy(&bits, p + w->blocks, 2);
         const float row_scale = half_to_float(bits);
-        for (int64_t i = 0; i < n; i++)
-            out[i] = (float)p[first + i] * row_scale / 255.0f;
+        if (w->encoding == SCALES_SIGNED)
+            for (int64_t i = 0; i < n; i++)
+                out[i] = signed_steps(p[first + i]) * row_scale / 127.0f;
+        else
+            for (int64_t i = 0; i < n; i++)
+                out[i] = (float)p[first + i] * row_scale / 255.0f;
     }
 }
 
