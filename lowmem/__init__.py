@@ -1,5 +1,6 @@
 """Makes PyTorch models small: half precision, 4-bit block-wise quantization, LoRA and QLoRA."""
 
+from lowmem.adapter_files import load_adapter, save_adapter
 from lowmem.adapters import (
     activate,
     active_adapters,
@@ -13,6 +14,7 @@ from lowmem.adapters import (
 )
 from lowmem.bignet import BigNet
 from lowmem.blockwise import QuantizedTensor
+from lowmem.checkpoint import load, save
 from lowmem.conv import Conv4Bit, HalfConv
 from lowmem.convert import convert
 from lowmem.embedding import Embedding4Bit, HalfEmbedding
@@ -54,10 +56,14 @@ __all__ = [
     "convert",
     "deactivate",
     "delete_adapter",
+    "load",
+    "load_adapter",
     "merge",
     "merge_adapter",
     "pack",
     "quantize",
+    "save",
+    "save_adapter",
     "unmerge_adapter",
     "unpack",
 ]

@@ -64,14 +64,15 @@ class TensorFile:
     """The content of a file that lowmem wrote.
 
     ``tensors`` are views of the file, mapped into memory: pages are read when they are used, and a change stays in
-    this process. ``metadata`` is what the writer gave.
+    this process. ``metadata`` is what the writer gave, ``sha256`` the file's digest.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
+    sha256: str
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
     """Write a file of ``tensors`` whole or not at all; see ``write``.
 
     Example::
@@ -79,7 +80,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
         write_tensors("model.safetensors", model.state_dict(), {"format": "nf4"})
     """
     specs = {name: _spec(name, tensor) for name, tensor in tensors.items()}
-    write(path, specs, metadata, tensors.items())
+    return write(path, specs, metadata, tensors.items())
 
 
 def write(
@@ -87,8 +88,8 @@ def write(
     specs: Mapping[str, TensorSpec],
     metadata: Mapping[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
-) -> None:
-    """Write a file whole or not at all, of tensors that come one at a time, in any order.
+) -> str:
+    """Write a file whole or not at all, of tensors that come one at a time, in any order; return its digest.
 
     No tensor is held after the next is asked for. They may be views of the file that ``path`` names: what they see
     stays as it is.
@@ -128,6 +129,7 @@ def write(
             digest = _digest(file)
             file.seek(DIGEST.start)
             file.write(digest)
+    return digest.decode()
 
 
 def read(path: str | os.PathLike[str]) -> TensorFile:
@@ -147,7 +149,8 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
         size = file.seek(0, os.SEEK_END)
         if not text.startswith(MAGIC):
             raise _foreign(path, text, size - start)
-        if _digest(file) != text[DIGEST.start - 8 : DIGEST.stop - 8]:
+        digest = _digest(file)
+        if digest != text[DIGEST.start - 8 : DIGEST.stop - 8]:
             raise refusal(path, "it is damaged: its content does not match its digest; get it again")
         metadata = _metadata(path, text)
         try:
@@ -158,7 +161,9 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
         if text[: DIGEST.start - 8] + b"0" * 64 + text[DIGEST.stop - 8 :] != expected[8:]:
             raise refusal(path, "it is not laid out as lowmem does it; write it again with lowmem")
         content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    return TensorFile({name: _view(content, start, placed) for name, placed in header.tensors.items()}, metadata)
+    return TensorFile(
+        {name: _view(content, start, placed) for name, placed in header.tensors.items()}, metadata, digest.decode()
+    )
 
 
 class Checkpoint:

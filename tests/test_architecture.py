@@ -18,7 +18,7 @@ LAYERS = [
     {"formats", "packing", "scales", "bignet", "measure", "version", "files", "header", "kernels._native"},
     {"search"},
     {"blockwise", "tensorfile"},
-    {"quantizing"},
+    {"quantizing", "shards"},
     {"kernels.reference", "kernels.memory"},
     {"kernels.cpu"},
     {"kernels"},
@@ -28,8 +28,9 @@ LAYERS = [
     {"lora", "embedding", "conv"},
     {"registry"},
     {"convert"},
-    {"variants", "merge"},
-    {"adapters"},
+    {"variants", "merge", "checkpoint"},
+    {"adapters", "stream"},
+    {"adapter_files"},
     {"tools"},
 ]
 TORCH_ONLY = {"bignet", "measure"}

@@ -10,6 +10,7 @@ COMMANDS = MappingProxyType(
         "stats": "what models cost: parameters, bytes, peak memory of a forward and a backward",
         "compare": "how close the outputs of models come to those of a base",
         "fit": "fine-tune a variant on a classification task",
+        "quantize": "convert a safetensors checkpoint to 4 bits, in bounded memory",
         "bundle": "write a directory as one reproducible, runnable zip",
         "info": "versions, processor and kernel: what a bug report needs",
     }

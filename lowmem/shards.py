@@ -1,0 +1,118 @@
+"""A model in several files, and the index that names them: ``model.safetensors.index.json``.
+
+An index that lowmem writes has the digest of each file in it, and one form only: no file of another run, and no
+changed byte, goes unseen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowmem.files import open_regular, read_errors, write_atomically
+from lowmem.header import parse_json, refusal
+from lowmem.tensorfile import FORMAT_VERSION, TensorFile, read
+
+__all__ = ["INDEX", "index_of", "parse_index", "read_index", "read_model", "shard_name", "write_index"]
+
+INDEX = ".index.json"
+MAX_INDEX = 2**26  # bytes
+
+
+def shard_name(path: Path, number: int, count: int) -> Path:
+    """Return the path of one of ``count`` files, the first being 1."""
+    return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
+
+
+def index_of(path: Path) -> Path:
+    """Return the path of the index of a sharded file."""
+    return path.with_name(path.name + INDEX)
+
+
+def write_index(path: Path, shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> None:
+    """Write an index: file name -> its digest, and the bytes of each of its tensors."""
+    write_atomically(path, _encode(shards))
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the file of each tensor of a sharded checkpoint, of any origin.
+
+    Raises:
+        FileError: it is no index, or names a file outside its own directory.
+        OSError: it cannot be read.
+    """
+    return parse_index(path, _read(path))
+
+
+def read_model(path: str | os.PathLike[str]) -> TensorFile:
+    """Read what lowmem wrote of a model: a file, or all files of an index.
+
+    Raises:
+        FileError: something in it is damaged, missing, of another run or version, or no model.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if not path.name.endswith(INDEX):
+        return _checked(path, read(path))
+    text = _read(path)
+    files = sorted(set(parse_index(path, text).values()))
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    shards: dict[str, tuple[str, Mapping[str, int]]] = {}
+    for name in files:
+        part = _checked(path.with_name(name), read(path.with_name(name)))
+        shards[name] = part.sha256, {key: tensor.nbytes for key, tensor in part.tensors.items()}
+        tensors |= part.tensors
+        layers |= part.metadata["layers"]
+    if text != _encode(shards):
+        raise refusal(path, "it does not describe the files that it names; get it and them again from one source")
+    return TensorFile(tensors, {"kind": "model", "layers": layers}, "")
+
+
+def parse_index(path: Path, text: bytes) -> dict[str, str]:
+    """Return the file of each tensor that the text of an index names."""
+    try:
+        weight_map = parse_json(text)["weight_map"]
+        entries = dict(weight_map)
+    except (ValueError, TypeError, LookupError):
+        raise refusal(path, "it is no index of a sharded checkpoint, or is damaged; get it again") from None
+    for name, file in entries.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
+            raise refusal(path, f"it puts tensor {name!r} in {file!r}, which is no file beside it; repair it")
+    if not entries:
+        raise refusal(path, "it names no tensors; get it again")
+    return entries
+
+
+def _checked(path: Path, file: TensorFile) -> TensorFile:
+    metadata = file.metadata
+    kind = metadata.get("kind")
+    if kind != "model" or not isinstance(metadata.get("layers"), dict):
+        remedy = "; load it with load_adapter(model, path)" if kind == "adapter" else "; name a file that save wrote"
+        raise refusal(path, f"it holds {'an adapter' if kind == 'adapter' else 'something else'}, no model{remedy}")
+    return file
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file, read_errors(path):
+        text = file.read(MAX_INDEX + 1)
+    if len(text) > MAX_INDEX:
+        raise refusal(path, f"it takes more than {MAX_INDEX} bytes, which no index does; name the index")
+    return text
+
+
+def _encode(shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> bytes:
+    sizes = [size for _, tensors in shards.values() for size in tensors.values()]
+    content = {
+        "metadata": {
+            "lowmem": {"version": FORMAT_VERSION, "sha256": {name: digest for name, (digest, _) in shards.items()}},
+            "total_size": sum(sizes),
+        },
+        "weight_map": {tensor: name for name, (_, tensors) in shards.items() for tensor in tensors},
+    }
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,112 @@
+"""``lowmem quantize``: a safetensors checkpoint to a 4-bit one, in bounded memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from lowmem.formats import FORMATS
+from lowmem.fourbit import FourBit
+from lowmem.scales import ENCODINGS
+from lowmem.shards import INDEX
+from lowmem.stream import Row, Source, convert_checkpoint
+from lowmem.tools.models import MIB, positive_int, print_table
+
+__all__ = ["add_arguments", "run", "size"]
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("source", type=Path, metavar="IN", help=f"a .safetensors file, or a sharded one's {INDEX}")
+    parser.add_argument("target", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--format", choices=list(FORMATS), default="nf4", help="default nf4")
+    parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
+    parser.add_argument("--scales", choices=list(ENCODINGS), help="how scales are stored (default the format's)")
+    parser.add_argument(
+        "--search",
+        action=argparse.BooleanOptionalAction,
+        help="search for the scales that lose least (default the format's)",
+    )
+    parser.add_argument(
+        "--include", action="append", metavar="GLOB", help="convert only tensors so named; may be given again"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="copy tensors so named; may be given again"
+    )
+    parser.add_argument("--shard-size", type=size, metavar="SIZE", help="split the output, such as 2GB or 500MiB")
+    parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
+
+
+def size(text: str) -> int:
+    """Parse a number of bytes with its unit, as 500MiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text, re.ASCII)
+    unit = UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or int(float(match[1]) * unit) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 2GB or 500MiB")
+    return int(float(match[1]) * unit)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    technique = FourBit(
+        arguments.format, block_size=arguments.block_size, scales=arguments.scales, search=arguments.search
+    )
+    with Source(arguments.source) as source:
+        total = sum(spec.nbytes for spec in source.specs.values())
+    with _progress() as progress:
+        task = progress.add_task("quantize", total=total)
+
+        def advance(name: str, nbytes: int) -> None:
+            progress.update(task, advance=nbytes)
+
+        rows = convert_checkpoint(
+            arguments.source,
+            arguments.target,
+            technique,
+            include=arguments.include or ["*"],
+            exclude=arguments.exclude,
+            shard_bytes=arguments.shard_size,
+            progress=advance,
+        )
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return 0
+    print_table(["Tensor", "Shape", "Before MiB", "After MiB", "Error"], [_cells(row) for row in rows])
+    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
+    count = sum(row.converted for row in rows)
+    print(f"converted {count} of {len(rows)} tensors: {before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
+    print(f"saved {arguments.target}", file=sys.stderr)
+    return 0
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.name,
+        " x ".join(map(str, row.shape)) or "scalar",
+        f"{row.before_bytes / MIB:.2f}",
+        f"{row.after_bytes / MIB:.2f}",
+        "copied" if row.error is None else f"{row.error:.4f}",
+    ]
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,105 @@
+"""An adapter alone: saved, loaded onto its own base, and refused by every other."""
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem import FourBit, LoRA, convert, load_adapter, save_adapter
+from lowmem.header import FileError
+from lowmem.tensorfile import read
+from tests.models import INDICES, TECHNIQUES, small
+
+
+def base(name="qlora", seed=0):
+    """The model that ``small`` adapts, without its adapter."""
+    model = small(name, seed)
+    return lowmem.delete_adapter(model, "default").eval()
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_an_adapter_comes_back_on_its_own_base(name, tmp_path):
+    model = small(name)
+    expected = model(INDICES)
+    save_adapter(model, tmp_path / "a")
+    assert all("lora_" in key for key in read(tmp_path / "a").tensors)
+    assert torch.equal(load_adapter(base(name), tmp_path / "a").eval()(INDICES), expected)
+    fresh = convert(base(name), TECHNIQUES[name][-1]).eval()  # has an adapter of that name, and takes the values
+    load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(fresh(INDICES), expected)
+    content = (tmp_path / "a").read_bytes()
+    save_adapter(fresh, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == content
+
+
+def test_several_adapters_are_saved_and_loaded_by_name(tmp_path):
+    model = base()
+    outputs = {}
+    for seed, name in enumerate(["french", "legal"]):
+        torch.manual_seed(seed)
+        lowmem.add_adapter(model, name, LoRA(seed + 1), skip=["conv", "again", "layers.0"] if seed else [])
+        with torch.no_grad():
+            for adapter in lowmem.adapter_layers(model, name).values():
+                adapter.lora_b.normal_()
+        lowmem.deactivate(model)
+        lowmem.activate(model, name)
+        outputs[name] = model.eval()(INDICES)
+        save_adapter(model, tmp_path / name, name)
+    with pytest.raises(ValueError, match="one of several adapters: french, legal"):
+        save_adapter(model, tmp_path / "x")
+    for name, expected in outputs.items():
+        assert torch.equal(load_adapter(base(), tmp_path / name).eval()(INDICES), expected)
+        renamed = load_adapter(base(), tmp_path / name, "mine")
+        assert lowmem.adapter_names(renamed) == ["mine"]
+    both = base()
+    for name in outputs:
+        load_adapter(both, tmp_path / name)
+    assert lowmem.active_adapters(both) == ["french", "legal"]
+
+
+def refused(model, path, message, **options):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(FileError, match=message) as caught:
+        load_adapter(model, path, **options)
+    assert str(path) in str(caught.value)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_what_it_does_not_fit_is_left_as_it_was(tmp_path):
+    save_adapter(small("qlora"), tmp_path / "a")
+    refused(base(seed=1), tmp_path / "a", "trained on another base")
+    refused(small("dense"), tmp_path / "a", "trained on another base")
+    refused(small("nf4"), tmp_path / "a", "trained on another base")  # another block size
+    refused(nn.Sequential(nn.Linear(4, 4)), tmp_path / "a", "of another architecture")
+    narrow = base()
+    narrow.head = nn.Linear(20, 50)
+    refused(narrow, tmp_path / "a", "head.lora_a is .* the model takes")
+    odd = base()
+    odd.head = nn.modules.linear.NonDynamicallyQuantizableLinear(24, 50)
+    refused(odd, tmp_path / "a", "NonDynamicallyQuantizableLinear here: a subclass")
+    other_rank = convert(base(), LoRA(2))
+    refused(other_rank, tmp_path / "a", "an adapter 'default' of other layers, ranks")
+
+
+def test_other_files_are_refused(tmp_path):
+    lowmem.save(small("qlora"), tmp_path / "m")
+    refused(base(), tmp_path / "m", "no adapter alone")
+    (tmp_path / "p").write_bytes(b"\x80\x04.")
+    refused(base(), tmp_path / "p", "executed nothing")
+    with pytest.raises(ValueError, match="has no adapter"):
+        save_adapter(small("nf4"), tmp_path / "x")
+    with pytest.raises(TypeError, match="model must be"):
+        load_adapter([], tmp_path / "m")
+
+
+def test_the_root_itself_can_be_adapted(tmp_path):
+    torch.manual_seed(0)
+    layer = convert(nn.Linear(16, 8), FourBit(), LoRA(2))
+    with torch.no_grad():
+        layer.lora_b.normal_()
+    save_adapter(layer, tmp_path / "a")
+    expected = layer(torch.ones(1, 16))
+    loaded = load_adapter(layer.base, tmp_path / "a")
+    assert torch.equal(loaded(torch.ones(1, 16)), expected)
