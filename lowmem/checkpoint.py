@@ -58,12 +58,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             tensors[name] = value
             seen.add(id(value))
     stored: dict[str, Any] = {}
+    known: dict[int, Any] = {}  # by what is stored of a weight: its record, which goes for layers that share it, too
     adapters: dict[str, Any] = {}
     for layer, place in layers.items():
         base = base_of(layer)
-        inside = "base." if isinstance(layer, LoRALinear) else ""
-        if isinstance(base, FrozenStorage) and f"{place}.{inside}{base.stored[0]}".lstrip(".") in tensors:
-            stored[place] = how_stored(base)
+        if isinstance(base, FrozenStorage):
+            record = how_stored(base)
+            first = known.setdefault(id(getattr(base, base.stored[0])), record)
+            if first is record or first != record:
+                stored[place] = record
         if isinstance(layer, LoRALinear):
             adapters[place] = [
                 {**adapter_record(part), "name": name, "active": name in layer.in_use} for name, part in _parts(layer)
@@ -182,33 +185,35 @@ def _shells(model: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
     records: dict[str, Any] = metadata["layers"]
     held = holders(model)
     by_path = {path: module for module, paths in places(model).items() for path in paths}
-    shells: dict[nn.Module, Any] = {}
+    recorded: dict[nn.Module, Any] = {}
     for path, record in records.items():
-        technique, method = _technique(record)
         module = by_path.get(path)
         if module is None:
             raise ValueError(f"it has a layer {layer_name(path)!r} that the model has not: is this its factory?")
-        stored: Any = None
+        recorded[module] = record
+        for tied, _ in held.get(id(getattr(module, "weight", None)), ()):
+            recorded.setdefault(tied, record)  # without a record of its own, it shares what is stored
+    stored: dict[Any, Any] = {}
+    shells: dict[nn.Module, Any] = {}
+    for module, record in recorded.items():
+        technique, method = _technique(record)
+        why = why_left(type(technique), module)
+        if why is not None:
+            path = next(path for path, other in by_path.items() if other is module)
+            raise ValueError(
+                f"{layer_name(path)} is stored by {record['technique']}, and the model has a "
+                f"{type(module).__name__} there: {why}; leave it out when the file is made (skip= or --exclude)"
+            )
 
         def store(tensor: Tensor, name: str, technique: Any = technique, method: str | None = method) -> Any:
-            nonlocal stored
-            if name != "weight":
-                return technique.shell(tensor, name)
-            if stored is None:
-                stored = technique.shell(tensor, name)
-                stored = stored if method is None else replace(stored, method=method)
-            return stored
+            key = tensor.untyped_storage()._cdata, tensor.shape
+            if key not in stored:
+                shell = technique.shell(tensor, name)
+                stored[key] = shell if method is None else replace(shell, method=method)
+            return stored[key]
 
-        # Those that share the weight share what is stored of it.
-        tied = [module, *(m for m, _ in held.get(id(getattr(module, "weight", None)), ()) if m is not module)]
-        for layer in tied:
-            why = why_left(type(technique), layer)
-            if why is not None:
-                raise ValueError(
-                    f"{layer_name(path)} is stored by {record['technique']}, and the model has a "
-                    f"{type(layer).__name__} there: {why}; leave it out when the file is made (skip= or --exclude)"
-                )
-            shells[layer] = REGISTRY[type(technique), type(layer)].from_layer(layer, technique, store)  # type: ignore
+        made: Any = REGISTRY[type(technique), type(module)]
+        shells[module] = made.from_layer(module, technique, store)
     model = swap(model, {old: new.train(old.training) for old, new in shells.items()})
     adapted: dict[nn.Module, nn.Module] = {}
     by_path = {path: module for module, paths in places(model).items() for path in paths}

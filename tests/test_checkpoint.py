@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, load, save
+from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, load, measure, save
 from lowmem.header import FileError
 from lowmem.tensorfile import read, write_tensors
 from tests.models import INDICES, TECHNIQUES, Small, small
@@ -31,7 +31,7 @@ def test_a_model_comes_back_bit_for_bit(name, tmp_path):
     ]
     assert repr(loaded) == repr(model)
     assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
-    assert lowmem.measure.theoretical_bytes(loaded) == lowmem.measure.theoretical_bytes(model)
+    assert measure.theoretical_bytes(loaded) == measure.theoretical_bytes(model)
 
 
 @every_technique
