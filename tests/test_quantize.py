@@ -1,0 +1,92 @@
+"""``lowmem quantize``."""
+
+import argparse
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import lowmem
+from lowmem.__main__ import main
+from lowmem.tools.quantize import size
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "in.safetensors")
+    return tmp_path / "in.safetensors"
+
+
+def make():
+    return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8))
+
+
+def test_it_prints_a_table_and_writes_what_loads(checkpoint, capsys):
+    out = checkpoint.with_name("out.safetensors")
+    options = ["--format", "bof4s", "--block-size", "16", "--scales", "float16", "--exclude", "2.*"]
+    assert main(["quantize", str(checkpoint), str(out), *options]) == 0
+    shown = capsys.readouterr()
+    assert "64 x 64" in shown.out
+    assert "copied" in shown.out
+    assert "converted 1 of 6 tensors: 0.02 MiB became 0.01 MiB" in shown.out
+    assert f"saved {out}" in shown.err
+    model = lowmem.load(out, make)
+    assert (model[0].format, model[0].block_size, model[0].scale_encoding) == ("bof4s", 16, "float16")
+    assert type(model[2]) is nn.Linear
+
+
+def test_json_and_shards(checkpoint, capsys):
+    out = checkpoint.with_name("out.safetensors")
+    options = ["--json", "--search", "--include", "0.*", "--include", "2.*", "--shard-size", "2.5KB"]
+    assert main(["quantize", str(checkpoint), str(out), *options]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows if row["converted"]] == ["0.weight", "2.weight"]
+    assert all((row["error"] is not None) == row["converted"] for row in rows)
+    assert lowmem.load(f"{out}.index.json", make)[0].quantized.method == "search"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "q4"], "invalid choice: 'q4'"),
+        (["--block-size", "7"], "block_size=7 must be an even number"),
+        (["--shard-size", "many"], "'many' must be a size such as 2GB"),
+        (["--include", "nothing*"], "matches no tensor"),
+    ],
+)
+def test_bad_options_are_one_line(checkpoint, options, message, capsys):
+    try:
+        code = main(["quantize", str(checkpoint), str(checkpoint) + "x", *options])
+    except SystemExit as stopped:
+        code = stopped.code
+    shown = capsys.readouterr()
+    assert code == 2
+    assert message in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
+
+
+def test_bad_files_are_one_line(checkpoint, capsys):
+    (checkpoint.parent / "p.bin").write_bytes(b"\x80\x04.")
+    for source in (checkpoint.parent, checkpoint.parent / "none", checkpoint.parent / "p.bin"):
+        assert main(["quantize", str(source), str(checkpoint) + "x"]) == 2
+        shown = capsys.readouterr()
+        assert str(source) in shown.err
+        assert len(shown.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3", 3), ("2GB", 2 * 10**9), ("1.5 KiB", 1536), ("500mib", 500 * 2**20)]
+)
+def test_sizes(text, expected):
+    assert size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GB", "GB", "1XB", "1e3", "0.1"])
+def test_what_is_no_size(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a size"):
+        size(text)
