@@ -25,8 +25,17 @@ TABLES = re.findall(r"<!-- lowmem (.*?) -->\n(.*?)<!-- end -->", README, re.DOTA
 
 
 @pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])
-def test_every_python_block_runs(code):
+def test_every_python_block_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_code_that_reads_a_file_by_its_description_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "format.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "docs/format.md", "exec"), {"__name__": "format"})
+    assert text.count("<64 hexadecimal digits>") == 1
 
 
 @pytest.mark.parametrize("line", [line for line in LOWMEM if line.removeprefix("lowmem ") not in dict(TABLES)])
