@@ -13,6 +13,7 @@ from lowmem.adapters import (
 )
 from lowmem.bignet import BigNet
 from lowmem.blockwise import QuantizedTensor
+from lowmem.calibrate import calibrate
 from lowmem.conv import Conv4Bit, HalfConv
 from lowmem.convert import convert
 from lowmem.embedding import Embedding4Bit, HalfEmbedding
@@ -51,6 +52,7 @@ __all__ = [
     "add_adapter",
     "backend",
     "build",
+    "calibrate",
     "convert",
     "deactivate",
     "delete_adapter",

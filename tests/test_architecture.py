@@ -25,10 +25,10 @@ LAYERS = [
     {"kernels.ops"},
     {"frozen"},
     {"half", "fourbit", "frozen_conv"},
-    {"lora", "embedding", "conv"},
+    {"lora", "embedding", "conv", "gptq"},
     {"registry"},
     {"convert"},
-    {"variants", "merge"},
+    {"variants", "merge", "calibrate"},
     {"adapters"},
     {"tools"},
 ]
