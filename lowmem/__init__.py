@@ -14,6 +14,7 @@ from lowmem.adapters import (
 )
 from lowmem.bignet import BigNet
 from lowmem.blockwise import QuantizedTensor
+from lowmem.calibrate import calibrate
 from lowmem.checkpoint import load, save
 from lowmem.conv import Conv4Bit, HalfConv
 from lowmem.convert import convert
@@ -53,6 +54,7 @@ __all__ = [
     "add_adapter",
     "backend",
     "build",
+    "calibrate",
     "convert",
     "deactivate",
     "delete_adapter",

@@ -6,7 +6,7 @@ Nothing of the model changes until every replacement exists, so an error leaves 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +28,17 @@ from lowmem.registry import (
     why_left,
 )
 
-__all__ = ["convert", "freeze_all_but_adapters", "keep_ties", "stored_weight", "swap"]
+__all__ = [
+    "Store",
+    "convert",
+    "freeze_all_but_adapters",
+    "keep_ties",
+    "layers_to_convert",
+    "rebuild",
+    "stored_weight",
+    "swap",
+    "weight_key",
+]
 
 
 def convert(
@@ -62,6 +72,33 @@ def convert(
             cannot be stored (its path is named). The model is left as it was.
     """
     _check_arguments(techniques)
+    candidates = layers_to_convert(model, techniques, where, skip)
+    store = Store()
+    unused: dict[Technique, str | None] = {}
+    replacements = {
+        module: rebuild(module, techniques, path, unused, store.by) for module, path in candidates.items()
+    }
+    for why in unused.values():
+        if why is not None:
+            raise ValueError(why)
+    model = swap(model, replacements)
+    if any(isinstance(t, LoRA) for t in techniques):
+        freeze_all_but_adapters(model)
+    return model
+
+
+def layers_to_convert(
+    model: nn.Module,
+    techniques: tuple[Technique, ...],
+    where: Callable[[str, nn.Module], bool] | None,
+    skip: str | Iterable[str],
+) -> dict[nn.Module, str]:
+    """Return the layers that the first technique takes, each with its first path.
+
+    Raises:
+        TypeError: the model is not a module, or a pattern not a string.
+        ValueError: nothing to convert, a pattern that matches nothing, or a layer that has a technique already.
+    """
     candidates: dict[nn.Module, str] = {}
     for module, path in chosen(model, where, skip).items():
         made_by = MADE_BY.get(type(module))
@@ -77,17 +114,7 @@ def convert(
         keep_ties(model, candidates)
     if not candidates:
         raise ValueError(nothing_found(type(techniques[0]), model))
-
-    store = _Store()
-    unused: dict[Technique, str | None] = {}
-    replacements = {module: _build(module, techniques, path, unused, store) for module, path in candidates.items()}
-    for why in unused.values():
-        if why is not None:
-            raise ValueError(why)
-    model = swap(model, replacements)
-    if any(isinstance(t, LoRA) for t in techniques):
-        freeze_all_but_adapters(model)
-    return model
+    return candidates
 
 
 def keep_ties(model: nn.Module, candidates: dict[nn.Module, str]) -> None:
@@ -106,15 +133,22 @@ def stored_weight(layer: nn.Module) -> Any:
     return layer.quantized if isinstance(layer, FourBitStorage) else layer.weight
 
 
-class _Store:
+def weight_key(weight: Tensor) -> Hashable:
+    """Return what is equal for two weights that are the same values in the same memory."""
+    return weight.untyped_storage()._cdata, weight.storage_offset(), weight.shape, weight.stride()
+
+
+class Store:
     """Stores each weight once, so that layers that share a weight share what is stored of it."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Tensor, Any]] = {}
 
     def by(self, technique: Any) -> Callable[[Tensor, str], Any]:
+        """Return what stores a weight, named for errors, by a technique."""
+
         def store(tensor: Tensor, name: str) -> Any:
-            key = technique, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+            key = technique, weight_key(tensor)
             if key not in self._known:
                 self._known[key] = tensor, technique.store(tensor, name)  # the tensor, so that its address stays its
             return self._known[key][1]
@@ -134,14 +168,17 @@ def _check_arguments(techniques: tuple[Technique, ...]) -> None:
             raise ValueError(f"{kind.__name__} was given {count} times: a layer takes a technique once")
 
 
-def _build(
+def rebuild(
     module: nn.Module,
     techniques: tuple[Technique, ...],
     path: str,
     unused: dict[Technique, str | None],
-    store: _Store,
+    store_by: Callable[[Any], Callable[[Tensor, str], Any]],
 ) -> nn.Module:
-    """Apply the techniques that take the layer; ``unused`` gathers why others do not, None once one takes any."""
+    """Apply the techniques that take the layer, and store its weight by ``store_by(technique)``.
+
+    ``unused`` gathers why others do not take it, None once one takes any.
+    """
     layer: Any = module
     for technique in techniques:
         made: Any = REGISTRY.get((type(technique), type(layer)))
@@ -157,7 +194,7 @@ def _build(
             if isinstance(technique, LoRA):
                 layer = made.from_layer(layer, technique)
             else:
-                layer = made.from_layer(layer, technique, store.by(technique))
+                layer = made.from_layer(layer, technique, store_by(technique))
         except (TypeError, ValueError) as reason:
             raise type(reason)(f"{layer_name(path)}: {reason}") from reason
         if isinstance(layer, FrozenStorage) and layer is not module:
