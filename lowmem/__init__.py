@@ -24,6 +24,7 @@ from lowmem.lora import LoRA, LoRALinear
 from lowmem.merge import merge
 from lowmem.packing import pack, unpack
 from lowmem.quantizing import quantize
+from lowmem.summary import LayerSummary, Summary, summary
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__
 
@@ -39,10 +40,12 @@ __all__ = [
     "HalfConv",
     "HalfEmbedding",
     "HalfLinear",
+    "LayerSummary",
     "Linear4Bit",
     "LoRA",
     "LoRALinear",
     "QuantizedTensor",
+    "Summary",
     "__version__",
     "activate",
     "active_adapters",
@@ -58,6 +61,7 @@ __all__ = [
     "merge_adapter",
     "pack",
     "quantize",
+    "summary",
     "unmerge_adapter",
     "unpack",
 ]

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lowmem.conv import Conv4Bit, HalfConv
 from lowmem.embedding import Embedding4Bit, HalfEmbedding
@@ -107,6 +108,8 @@ def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def why_left(technique: type[Technique], module: nn.Module) -> str | None:
     """Return why a technique leaves a module alone, or None where it takes it."""
     made = REGISTRY.get((technique, type(module)))
+    if is_parametrized(module):  # which makes it a subclass of what it was
+        return "its weight or bias is computed by a parametrization"
     if made is None:
         base = next((kind for known, kind in REGISTRY if known is technique and isinstance(module, kind)), None)
         if base is not None:

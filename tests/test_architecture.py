@@ -28,7 +28,7 @@ LAYERS = [
     {"lora", "embedding", "conv"},
     {"registry"},
     {"convert"},
-    {"variants", "merge"},
+    {"variants", "merge", "summary"},
     {"adapters"},
     {"tools"},
 ]
