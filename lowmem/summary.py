@@ -12,7 +12,7 @@ from lowmem.convert import keep_ties
 from lowmem.fourbit import FourBit, FourBitStorage
 from lowmem.half import Half
 from lowmem.lora import Adapter, LoRA, LoRALinear
-from lowmem.registry import MADE_BY, Technique, holders, layer_name, places, why_left
+from lowmem.registry import MADE_BY, Technique, holders, layer_name, places, read_by_attention, why_left
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -150,14 +150,16 @@ def summary(model: nn.Module) -> Summary:
 
 def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, str]:
     """Return why each module that is not converted was left, as far as the model tells."""
-    techniques = _techniques(model)
+    techniques, inside = _techniques(model), read_by_attention(model)
     left: dict[nn.Module, str] = {}
     taken: dict[nn.Module, str] = {}
     for module in found:
         if type(module) in MADE_BY:
             continue
         whys = [why_left(technique, module) for technique in techniques]
-        if None in whys:
+        if module in inside and None in whys:
+            left[module] = f"{type(module).__name__}: nn.MultiheadAttention reads its weight itself"
+        elif None in whys:
             taken[module] = _NOT_CHOSEN
         else:
             left[module] = f"{type(module).__name__}: {whys[0]}"
@@ -170,7 +172,9 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
         others = [layer_name(path) for other, path in held[id(module.weight)] if other is not module]
         if module not in kept:
             # One that convert always leaves says more than one that is left for this very tie.
-            never = [layer_name(p) for other, p in held[id(module.weight)] if other is not module and other not in taken]
+            never = [
+                layer_name(p) for other, p in held[id(module.weight)] if other is not module and other not in taken
+            ]
             taken[module] = f"its weight is tied to `{(never or others)[0]}`, which is left"
         elif others:
             taken[module] = f"{_NOT_CHOSEN}; its weight is tied to `{others[0]}`, which is left"

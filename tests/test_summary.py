@@ -106,6 +106,13 @@ def test_the_reasons_are_those_of_the_techniques_that_were_applied():
     assert by_path(convert(adapted, Half()))["1"].reason == "LayerNorm: Half has no form of it"
 
 
+def test_the_projection_of_attention_is_left_whatever_its_type():
+    attention = nn.MultiheadAttention(8, 2)
+    assert "a subclass of Linear" in by_path(attention)["out_proj"].reason
+    attention.out_proj = nn.Linear(8, 8)
+    assert by_path(attention)["out_proj"].reason == "Linear: nn.MultiheadAttention reads its weight itself"
+
+
 def test_parameters_that_a_container_holds_have_a_row():
     rows = by_path(Tied())
     assert (rows[""].type, rows[""].weights) == ("Tied", 16)

@@ -1,4 +1,4 @@
-"""``lowmem stats``: parameters, stored bytes, the peak memory of a forward and a backward; a user's model by layers."""
+"""``lowmem stats``: parameters, stored bytes, peak memory of a forward and a backward; a user's model by layers."""
 
 from __future__ import annotations
 
