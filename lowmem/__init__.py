@@ -27,6 +27,7 @@ from lowmem.lora import LoRA, LoRALinear
 from lowmem.merge import merge
 from lowmem.packing import pack, unpack
 from lowmem.quantizing import quantize
+from lowmem.summary import LayerSummary, Summary, summary
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__
 
@@ -42,10 +43,12 @@ __all__ = [
     "HalfConv",
     "HalfEmbedding",
     "HalfLinear",
+    "LayerSummary",
     "Linear4Bit",
     "LoRA",
     "LoRALinear",
     "QuantizedTensor",
+    "Summary",
     "__version__",
     "activate",
     "active_adapters",
@@ -66,6 +69,7 @@ __all__ = [
     "quantize",
     "save",
     "save_adapter",
+    "summary",
     "unmerge_adapter",
     "unpack",
 ]

@@ -50,11 +50,12 @@ def convert(
     """Apply techniques, left to right, to every layer that the first one takes.
 
     A layer is taken when its type is exactly one in ``REGISTRY`` (a subclass is left alone) and its
-    weight is its own parameter (not recomputed by a parametrization or pruning hook). A later technique
-    passes over the layers that it does not take. A module that stands in several places is replaced by one
-    module in all of them; modules that share a weight (tied embeddings) share what is stored of it, or are
-    left alone together. Forward and backward hooks move to the replacement. After ``LoRA``, only the adapters
-    of the model train. ``summary`` lists what became of every layer.
+    weight is its own parameter (not recomputed by a parametrization or pruning hook), which no
+    nn.MultiheadAttention reads past it. A later technique passes over the layers that it does not take. A
+    module that stands in several places is replaced by one module in all of them; modules that share a weight
+    (tied embeddings) share what is stored of it, or are left alone together. Forward and backward hooks move to
+    the replacement. After ``LoRA``, only the adapters of the model train. ``summary`` lists what
+    became of every layer.
 
     Args:
         model: any module; the root itself can be the layer.

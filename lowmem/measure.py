@@ -65,17 +65,20 @@ def counts(model: nn.Module) -> Counts:
 def weight_count(model: nn.Module) -> int:
     """Count the weights that the model stands for, however few bytes hold them.
 
-    A module that stores them in another shape says how many in an attribute ``weight_count``. A
-    parameter that two modules share is counted once.
+    A module that stores them in another shape says how many in an attribute ``weight_count``, and holds
+    them in its first parameter. A parameter that two modules share is counted once.
     """
     declared = 0
     own: dict[nn.Parameter, int] = {}
+    stored: set[nn.Parameter] = set()  # what the declared counts are of
     for module in model.modules():
         count = getattr(module, "weight_count", None)
-        if isinstance(count, int):
+        parameters = list(module.parameters(recurse=False))
+        if isinstance(count, int) and stored.isdisjoint(parameters[:1]):
             declared += count
+            stored.update(parameters)
         else:
-            own.update((p, p.numel()) for p in module.parameters(recurse=False))
+            own.update((p, p.numel()) for p in parameters if p not in stored)
     return declared + sum(own.values())
 
 

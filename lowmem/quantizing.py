@@ -102,14 +102,14 @@ def relative_error(weight: Tensor, stored: Tensor | QuantizedTensor) -> float:
     """Return the root mean square of what storing a weight lost over that of the weight, to 4 digits.
 
     Args:
-        weight: floating point, seen as (rows, n), as ``stored`` is.
-        stored: what was made of it, of as many values.
+        weight: floating point, of any shape.
+        stored: what was made of it, of as many values in the same order.
     """
-    rows = weight.detach().flatten(1) if weight.dim() > 1 else weight.detach().reshape(1, -1)  # (rows, n)
+    if not weight.numel():
+        return 0.0
+    rows = weight.detach().reshape(-1, stored.shape[-1])  # (rows, n), as what is stored has them
     lost = _squared_error(rows, stored, None)
-    size = sum(
-        float(rows[c].float().square().sum(dtype=torch.float64)) for c in row_chunks(rows.shape[0], rows.shape[1])
-    )
+    size = sum(float(rows[chunk].double().square_().sum()) for chunk in row_chunks(*rows.shape))
     return float(f"{math.sqrt(lost / size) if size else 0.0:.4g}")
 
 
@@ -117,13 +117,14 @@ def _squared_error(weight: Tensor, stored: Tensor | QuantizedTensor, importance:
     """Add up the squared errors of a weight, seen as rows, each counting as its column's importance."""
     rows, total = weight.detach().reshape(-1, weight.shape[-1]), 0.0
     matrix = stored.as_matrix() if isinstance(stored, QuantizedTensor) else stored.detach().reshape(rows.shape)
-    for chunk in row_chunks(rows.shape[0], rows.shape[1]):
+    for chunk in row_chunks(*rows.shape):
         if isinstance(matrix, QuantizedTensor):
             restored = serving().dequantize(matrix, chunk, torch.float32)
         else:
             restored = matrix[chunk].float()
-        error = (rows[chunk].float() - restored).square_()
-        total += float((error if importance is None else error * importance).sum(dtype=torch.float64))
+        # Squares of float32 numbers are not float32 numbers: many are too large, or too small, for it.
+        error = rows[chunk].double().sub_(restored).square_()
+        total += float((error if importance is None else error.mul_(importance)).sum())
     return total
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lowmem.conv import Conv4Bit, HalfConv
 from lowmem.embedding import Embedding4Bit, HalfEmbedding
@@ -26,6 +27,7 @@ __all__ = [
     "layer_name",
     "nothing_found",
     "places",
+    "read_by_attention",
     "taken_types",
     "why_left",
 ]
@@ -73,13 +75,14 @@ def places(model: nn.Module) -> dict[nn.Module, list[str]]:
 def chosen(
     model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
 ) -> dict[nn.Module, str]:
-    """Return every module that ``where`` and ``skip`` do not leave out, with its first path.
+    """Return every module that ``where`` and ``skip`` do not leave out, nor attention, with its first path.
 
     Raises:
         TypeError: the model is not a module, or a pattern not a string.
         ValueError: a pattern matches nothing.
     """
     found = places(model)
+    inside = read_by_attention(model)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if not all(isinstance(pattern, str) for pattern in skip):
         raise TypeError(f"skip={skip!r} must be glob patterns of paths")
@@ -89,8 +92,16 @@ def chosen(
     return {
         module: paths[0]
         for module, paths in found.items()
-        if not any(fnmatchcase(path, pattern) for path in paths for pattern in skip)
+        if module not in inside
+        and not any(fnmatchcase(path, pattern) for path in paths for pattern in skip)
         and (where is None or all(where(path, module) for path in paths))
+    }
+
+
+def read_by_attention(model: nn.Module) -> set[nn.Module]:
+    """Return the projections whose weights nn.MultiheadAttention reads without calling them."""
+    return {
+        getattr(module, "out_proj", module) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
     }
 
 
@@ -107,6 +118,8 @@ def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def why_left(technique: type[Technique], module: nn.Module) -> str | None:
     """Return why a technique leaves a module alone, or None where it takes it."""
     made = REGISTRY.get((technique, type(module)))
+    if is_parametrized(module):  # which makes it a subclass of what it was
+        return "its weight or bias is computed by a parametrization"
     if made is None:
         base = next((kind for known, kind in REGISTRY if known is technique and isinstance(module, kind)), None)
         if base is not None:

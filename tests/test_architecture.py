@@ -28,7 +28,7 @@ LAYERS = [
     {"lora", "embedding", "conv", "gptq"},
     {"registry"},
     {"convert"},
-    {"variants", "merge", "calibrate", "checkpoint"},
+    {"variants", "merge", "calibrate", "checkpoint", "summary"},
     {"adapters", "stream"},
     {"adapter_files"},
     {"tools"},

@@ -168,6 +168,171 @@ def test_a_transformer_keeps_working_where_torch_would_read_dense_weights(techni
     assert float((got - expected)[keep].norm() / expected[keep].norm()) < 0.2
 
 
+def dense_twin(dense, converted):
+    """Return a copy of a dense model whose weights are what the converted one stores."""
+    twin = copy.deepcopy(dense)
+    for path, layer in twin.named_modules():
+        made = converted.get_submodule(path) if type(layer) in (nn.Linear, nn.Embedding) else layer
+        made = getattr(made, "base", made)
+        if made is not layer and type(made) is not type(layer):
+            with torch.no_grad():
+                weight = made.quantized.dequantize() if hasattr(made, "quantized") else made.weight
+                layer.weight.copy_(weight)
+                if getattr(layer, "bias", None) is not None:
+                    layer.bias.copy_(made.bias)
+    return twin
+
+
+def encoder(batch_first, norm_first, activation="relu"):
+    layer = nn.TransformerEncoderLayer(
+        16, 2, 32, dropout=0.0, activation=activation, batch_first=batch_first, norm_first=norm_first
+    )
+    return nn.TransformerEncoder(layer, 2)
+
+
+EVERY = [(Half(),), (Half(torch.bfloat16),), (FourBit(block_size=16),), (FourBit(block_size=16), LoRA(2))]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("techniques", EVERY)
+def test_an_encoder_computes_with_what_is_stored(techniques, batch_first, norm_first, training):
+    dense = encoder(batch_first, norm_first).train(training)
+    model = convert(copy.deepcopy(dense), *techniques)
+    expected, x = dense_twin(dense, model), torch.randn(2, 5, 16)
+    x = x if batch_first else x.transpose(0, 1)
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for gradients in (True, False):
+        for mask in (None, padded):
+            with torch.set_grad_enabled(gradients):
+                got = model(x, src_key_padding_mask=mask)
+                wanted = expected(x, src_key_padding_mask=mask)
+            keep = ~(torch.zeros(2, 5, dtype=torch.bool) if mask is None else mask)
+            keep = keep if batch_first else keep.T
+            torch.testing.assert_close(got[keep], wanted[keep], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("techniques", EVERY)
+def test_an_encoder_s_layers_are_read_afresh_in_inference(techniques):
+    """Neither a copy of a converted layer in a new encoder, nor a change of what is stored, meets a stale weight."""
+    model = encoder(True, False).eval()
+    dense = copy.deepcopy(model)
+    convert(model, *techniques)
+    again = nn.TransformerEncoder(model.layers[0], 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        twin = nn.TransformerEncoder(dense_twin(dense, model).layers[0], 2).eval()
+        torch.testing.assert_close(
+            again(x, src_key_padding_mask=mask)[~mask],
+            twin(x, src_key_padding_mask=mask)[~mask],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        before = model(x)
+        tensors_of(model.layers[0].linear1)[-1].zero_()  # the scales, or the weight
+        assert not torch.allclose(model(x), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("techniques", EVERY)
+def test_a_decoder_layer_computes_with_what_is_stored(techniques, norm_first, training):
+    dense = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first).train(
+        training
+    )
+    model = convert(copy.deepcopy(dense), *techniques)
+    expected, x, memory = dense_twin(dense, model), torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(
+                model(x, memory, tgt_mask=mask), expected(x, memory, tgt_mask=mask), rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 8, "vdim": 12}])
+@pytest.mark.parametrize("techniques", EVERY)
+def test_attention_keeps_the_projections_that_it_reads_itself(techniques, sizes, training):
+    attention = nn.MultiheadAttention(16, 2, batch_first=True, **sizes)
+    attention.out_proj = nn.Linear(16, 16)  # even of the exact type
+    model = nn.ModuleDict({"attention": attention, "head": nn.Linear(16, 4)}).train(training)
+    dense = copy.deepcopy(model)
+    convert(model, *techniques)
+    assert type(model["attention"].out_proj) is nn.Linear
+    assert type(model["head"]) is not nn.Linear
+    x = torch.randn(2, 5, 16)
+    key, value = torch.randn(2, 5, sizes.get("kdim", 16)), torch.randn(2, 5, sizes.get("vdim", 16))
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            got, wanted = model["attention"](x, key, value)[0], dense["attention"](x, key, value)[0]
+            torch.testing.assert_close(got, wanted)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.mix, self.head = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 50, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, indices):
+        return self.head(self.mix(self.tokens(indices)))
+
+
+def tensors_of(layer):
+    base = getattr(layer, "base", layer)
+    return (base.packed, base.scales) if hasattr(base, "packed") else (base.weight,)
+
+
+@pytest.mark.parametrize("techniques", EVERY)
+def test_tied_weights_stay_tied(techniques):
+    dense, untied = Tied(), Tied()
+    untied.head.weight = nn.Parameter(untied.tokens.weight.detach().clone())
+    model = convert(copy.deepcopy(dense), *techniques)
+    stored = tensors_of(model.tokens)
+    for one in (model, copy.deepcopy(model)):
+        assert all(a is b for a, b in zip(tensors_of(one.tokens), tensors_of(one.head), strict=True))
+    torch.testing.assert_close(model(torch.arange(50)), dense_twin(dense, model)(torch.arange(50)))
+    once = sum(t.numel() * t.element_size() for t in stored)
+    convert(untied, *techniques)
+    assert measure.theoretical_bytes(model) == measure.theoretical_bytes(untied) - once
+    assert measure.weight_count(model) == measure.weight_count(dense)
+    twin = convert(Tied(), *techniques)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(torch.arange(50)), model(torch.arange(50)))
+    assert tensors_of(twin.tokens)[0] is tensors_of(twin.head)[0]
+
+
+@pytest.mark.parametrize("techniques", EVERY)
+@pytest.mark.parametrize("skip", ["tokens", "head"])
+def test_tied_weights_are_left_alone_together(techniques, skip):
+    model = convert(Tied(), *techniques, skip=skip)
+    assert (type(model.tokens), type(model.head)) == (nn.Embedding, nn.Linear)
+    assert model.tokens.weight is model.head.weight
+    assert type(model.mix) is not nn.Linear
+
+
+def test_an_adapter_over_a_tied_layer_leaves_the_tie():
+    model = convert(Tied(), LoRA(2))
+    assert model.head.base.weight is model.tokens.weight
+    model.more = nn.Linear(4, 4)
+    convert(model, FourBit())
+    assert type(model.more) is Linear4Bit
+    assert type(model.tokens) is nn.Embedding  # the adapter's base holds its weight
+
+
+@pytest.mark.parametrize("techniques", EVERY)
+def test_a_weight_that_a_module_holds_itself_is_left_alone(techniques):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.register_parameter("own", model[0].weight)
+    convert(model, *techniques)
+    assert type(model[0]) is nn.Linear
+    assert type(model[1]) is not nn.Linear
+
+
 @pytest.mark.parametrize("technique", [Half(), FourBit(), LoRA()])
 def test_the_same_technique_twice_on_a_layer_is_refused(technique):
     model = convert(Odd(), technique)

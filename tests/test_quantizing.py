@@ -23,8 +23,19 @@ def test_the_relative_error_is_that_of_all_weights(weight, format):
     q = quantize(weight, format, scales="float32")
     norm = float(weight.double().norm())
     expected = float((weight.double() - q.dequantize().double()).norm()) / norm if norm else 0.0
-    assert relative_error(weight, q) == pytest.approx(expected, rel=1e-3, abs=1e-30) or norm < 1e-18
+    assert relative_error(weight, q) == pytest.approx(expected, rel=1e-3, abs=1e-30)
     assert relative_error(weight, weight.half()) == pytest.approx(0, abs=1) or norm > 60000
+
+
+@pytest.mark.parametrize("exponent", [-120, -80, 0, 60, 120])
+def test_the_relative_error_has_no_magnitude(exponent):
+    weight = strategies.make_weight("normal", (3, 4, 64), 0, 0)
+    expected = relative_error(weight, quantize(weight, scales="float32"))
+    scaled = weight * 2.0**exponent
+    assert relative_error(scaled, quantize(scaled, scales="float32")) == expected > 0
+    tried = [quantize(scaled, name, scales="float32") for name in ("fp4", "nf4")]
+    best = min(tried, key=lambda q: relative_error(scaled, q))
+    assert quantize(scaled, ("fp4", "nf4"), scales="float32").format == best.format
 
 
 def test_the_relative_error_of_what_is_stored_in_16_bits():

@@ -27,7 +27,7 @@ def test_every_kind_of_layer_in_the_registry_says_what_makes_it(technique, kind)
         (nn.Embedding(4, 4), None),
         (Subclass(4, 4), "a subclass of Linear"),
         (nn.LayerNorm(4), "FourBit has no form of it"),
-        (parametrizations.weight_norm(nn.Linear(4, 4)), "a subclass of Linear"),
+        (parametrizations.weight_norm(nn.Linear(4, 4)), "computed by a parametrization"),
         (nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
     ],
     ids=lambda value: type(value).__name__,

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lowmem.__main__ import main
+from lowmem.summary import LayerSummary
 from lowmem.tools.stats import Stats
 
 MIB = 2**20
@@ -26,7 +27,7 @@ def test_json_has_exact_bytes_and_the_documented_keys(capsys):
     }
     for name, (trainable, frozen, stored) in exact.items():
         row = found[name]
-        assert list(row) == list(Stats.__dataclass_fields__)
+        assert list(row) == list(Stats.__dataclass_fields__)  # layers are listed for a user's model only
         assert (row["trainable_params"], row["frozen_params"]) == (trainable, frozen)
         assert row["total_params"] == trainable + frozen
         assert row["theoretical_bytes"] == row["actual_bytes"] == stored
@@ -75,6 +76,26 @@ def test_a_user_s_model(tmp_path, monkeypatch, capsys, options, factory):
     row = rows(capsys, f"{name}:make", *options)[f"{name}:make"]
     assert row["trainable_params"] > 0
     assert row["backward_bytes"] >= row["forward_bytes"] > 0
+    assert list(row) == [*Stats.__dataclass_fields__, "layers"]
+    assert list(row["layers"][0]) == list(LayerSummary.__dataclass_fields__)
+    assert sum(layer["weights"] for layer in row["layers"]) == row["total_params"]
+
+
+def test_the_layers_of_a_user_s_model_follow_the_table(capsys):
+    name = "lowmem:BigNet@qlora_nf4"
+    assert main(["stats", "bignet", name]) == 0
+    table, title, layers = capsys.readouterr().out.split("\n\n")[-3:]
+    assert title == name
+    assert "bignet" in table
+    assert len([line for line in layers.splitlines() if " LoRALinear " in line]) == 18
+    assert "nf4, block_size=64, scales=double + default (rank 32)" in layers
+    assert layers.splitlines()[-1].startswith("total ")
+    assert main(["stats", name, "--markdown"]) == 0
+    layers = capsys.readouterr().out.partition(f"\n\n{name}\n\n")[2].splitlines()
+    assert layers[0].startswith("| Layer | Type | Stored |")
+    assert {line.count("|") for line in layers} == {9}
+    assert main(["stats", "qlora_nf4"]) == 0
+    assert "LoRALinear" not in capsys.readouterr().out
 
 
 def test_an_input_that_the_model_cannot_take_is_one_line(capsys):

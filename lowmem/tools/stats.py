@@ -1,4 +1,4 @@
-"""``lowmem stats``: parameters, stored bytes, and the peak memory of a forward and a backward."""
+"""``lowmem stats``: parameters, stored bytes, peak memory of a forward and a backward; a user's model by layers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem import measure
+from lowmem.summary import Summary, summary
 from lowmem.tools.models import (
     MIB,
     add_input_arguments,
@@ -37,9 +38,8 @@ class Stats:
     bits_per_weight: float
 
 
-def stats_of(name: str, x: Tensor, seed: int = 0) -> Stats:
-    """Build the model that ``name`` stands for and measure it on ``x``."""
-    model = make_model(name, seed=seed)
+def stats_of(name: str, model: nn.Module, x: Tensor) -> Stats:
+    """Measure the model that ``name`` stands for on ``x``."""
     forward = run_model(name, lambda: measure.forward_bytes(model, x))
     backward = run_model(name, lambda: measure.backward_bytes(model, x))
     counts = measure.counts(model)
@@ -75,9 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     x = make_input(arguments)
-    rows = [stats_of(name, x, arguments.seed) for name in known_models(arguments.models)]
+    rows: list[Stats] = []
+    layers: dict[str, Summary] = {}  # of the user's models
+    for name in known_models(arguments.models):
+        model = make_model(name, seed=arguments.seed)
+        rows.append(stats_of(name, model, x))
+        if ":" in name:
+            layers[name] = summary(model)
     if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        listed = {name: {"layers": [asdict(layer) for layer in found]} for name, found in layers.items()}
+        print(json.dumps([asdict(row) | listed.get(row.model, {}) for row in rows], indent=2))
         return 0
     print_table(
         [
@@ -100,4 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
         ],
         markdown=arguments.markdown,
     )
+    for name, found in layers.items():
+        print(f"\n{name}\n")
+        if arguments.markdown:
+            print_table(found.columns, found.cells, markdown=True)
+        else:
+            print(found)
     return 0

@@ -1,0 +1,182 @@
+"""The summary has every module with parameters, says why it was left, and its rows add up."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from lowmem import FourBit, Half, LoRA, add_adapter, convert, measure, merge_adapter, summary
+
+NOT_CHOSEN = "not chosen: where=, skip= or never converted"
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+class Tied(nn.Module):
+    """A language model in small: the output layer has the weight of the embedding, and a bias of its own."""
+
+    def __init__(self, features=16, words=50):
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(1, features))
+        self.tokens = nn.Embedding(words, features)
+        self.mix = nn.LSTM(features, features, batch_first=True)
+        self.norm = nn.LayerNorm(features)
+        self.head = nn.Linear(features, words)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, indices):
+        return self.head(self.norm(self.mix(self.tokens(indices))[0] + self.start))
+
+
+def by_path(model):
+    return {row.path: row for row in summary(model)}
+
+
+@pytest.mark.parametrize(
+    "techniques", [(), (Half(),), (Half(torch.bfloat16),), (FourBit(),), (FourBit(), LoRA(2)), (LoRA(2),)]
+)
+@pytest.mark.parametrize(
+    "make", [Tied, lambda: nn.TransformerEncoderLayer(16, 2, 32), lambda: nn.Sequential(nn.Linear(16, 8), nn.PReLU())]
+)
+def test_the_rows_add_up_to_what_the_model_stores_and_stands_for(make, techniques):
+    model = make()
+    weights = measure.weight_count(model)
+    model = convert(model, *techniques) if techniques else model
+    layers = summary(model)
+    assert layers.weights == measure.weight_count(model) == weights
+    assert layers.bytes == measure.theoretical_bytes(model)
+    assert layers.bits_per_weight == 8 * layers.bytes / weights
+    assert all((row.reason is None) == row.converted for row in layers)
+
+
+def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
+    model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4))
+    dense = copy.deepcopy(model)
+    convert(model, FourBit("int4", block_size=32, scales="float16"), LoRA(2), where=lambda path, _: path == "0")
+    convert(model, Half(), where=lambda path, _: path == "1")
+    add_adapter(model, "second", LoRA(4), where=lambda path, _: path in ("0", "2"))
+    first, second, third, last = summary(model)
+    assert (first.type, first.stored) == ("LoRALinear", "int4, block_size=32, scales=float16")
+    assert first.adapters == (("default", 2), ("second", 4))
+    assert first.weights == 64 * 32
+    assert first.bytes == 64 * 32 // 2 + 64 * 2 + 4 * 6 * (64 + 32)
+    assert first.bits_per_weight == 8 * first.bytes / first.weights
+    lost = measure.difference(dense[0].weight, model[0].base.quantized.dequantize()).relative
+    assert first.weight_error == pytest.approx(lost, rel=1e-3)
+    assert (second.type, second.stored, second.bits_per_weight) == ("HalfLinear", "float16", 16)
+    assert 0 < second.weight_error < 1e-3
+    assert (third.stored, third.adapters, third.weight_error) == ("float32", (("second", 4),), None)
+    assert third.converted
+    assert (last.type, last.converted, last.stored, last.reason) == ("Linear", False, "float32", NOT_CHOSEN)
+    assert summary(model).weight_error == (first.weight_error + second.weight_error) / 2
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.LayerNorm(8), "LayerNorm: FourBit has no form of it"),
+        (nn.LSTM(8, 8), "LSTM: FourBit has no form of it"),
+        (Subclass(8, 8), "Subclass: a subclass of Linear may compute something else"),
+        (nn.Embedding(8, 8, max_norm=1.0), "Embedding: max_norm rescales its rows in place"),
+        (parametrizations.weight_norm(nn.Linear(8, 8)), "its weight or bias is computed by a parametrization"),
+        (prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5), "weight_mask, weight_orig"),
+        (nn.MultiheadAttention(8, 2), "MultiheadAttention: FourBit has no form of it"),
+        (nn.Linear(8, 8), NOT_CHOSEN),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_was_left_has_a_reason(module, reason):
+    model = nn.Sequential(nn.Linear(8, 8), module)
+    convert(model, FourBit(), where=lambda path, _: path != "1")
+    row = by_path(model)["1"]
+    assert not row.converted
+    assert reason in row.reason
+    assert reason in str(summary(model))
+
+
+def test_the_reasons_are_those_of_the_techniques_that_were_applied():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(8, 8))
+    assert by_path(model)["1"].reason == "LayerNorm: FourBit has no form of it"
+    adapted = convert(copy.deepcopy(model), LoRA(2))
+    assert by_path(adapted)["2"].reason == "Embedding: LoRA has no form of it"
+    assert by_path(convert(adapted, Half()))["1"].reason == "LayerNorm: Half has no form of it"
+
+
+def test_the_projection_of_attention_is_left_whatever_its_type():
+    attention = nn.MultiheadAttention(8, 2)
+    assert "a subclass of Linear" in by_path(attention)["out_proj"].reason
+    attention.out_proj = nn.Linear(8, 8)
+    assert by_path(attention)["out_proj"].reason == "Linear: nn.MultiheadAttention reads its weight itself"
+
+
+def test_parameters_that_a_container_holds_have_a_row():
+    rows = by_path(Tied())
+    assert (rows[""].type, rows[""].weights) == ("Tied", 16)
+    assert "the model itself" in str(summary(Tied()))
+
+
+def test_a_layer_that_is_the_model_is_one_row():
+    for layer in (nn.Linear(4, 4), convert(nn.Linear(4, 4), FourBit(), LoRA(1))):
+        (row,) = summary(layer)
+        assert row.path == ""
+    assert summary(nn.ReLU()) == ()
+    assert summary(nn.ReLU()).bits_per_weight == 0
+    assert summary(nn.ReLU()).weight_error is None
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, found OrderedDict"):
+        summary(nn.Linear(2, 2).state_dict())
+
+
+def test_a_module_in_several_places_is_one_row_with_all_its_paths():
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    for row in (*summary(model), *summary(convert(model, FourBit()))):
+        assert (row.path, row.also) == ("a", ("b.0",))
+    assert "also at `b.0`" in str(summary(model))
+
+
+@pytest.mark.parametrize("technique", [Half(), FourBit()])
+def test_a_tied_weight_is_counted_in_its_first_row(technique):
+    rows = by_path(convert(Tied(), technique))
+    assert rows["head"].shared_with == "tokens"
+    assert rows["head"].weights == 50  # its bias
+    assert rows["head"].bytes == 50 * (2 if technique == Half() else 4)
+    assert rows["tokens"].weights == 50 * 16
+    assert rows["head"].bits_per_weight == pytest.approx(rows["tokens"].bits_per_weight, rel=0.4)
+    assert ", shared with `tokens`" in str(summary(convert(Tied(), technique)))
+
+
+@pytest.mark.parametrize("technique", [Half(), FourBit()])
+def test_a_tie_to_what_is_left_is_the_reason(technique):
+    model = Tied()
+    model.mix = nn.Linear(16, 16)
+    convert(model, technique, skip="tokens")
+    rows = by_path(model)
+    assert rows["mix"].converted
+    assert rows["tokens"].reason == f"{NOT_CHOSEN}; its weight is tied to `head`, which is left"
+    assert rows["head"].reason == f"{NOT_CHOSEN}; its weight is tied to `tokens`, which is left"
+    model.tokens = nn.Embedding(50, 16, max_norm=1.0)
+    model.tokens.weight = model.head.weight
+    assert by_path(model)["head"].reason == "its weight is tied to `tokens`, which is left"
+
+
+def test_a_merged_adapter_adds_bytes_and_no_weights():
+    model = convert(nn.Sequential(nn.Linear(8, 8)), Half(), LoRA(2))
+    before = summary(model)
+    merge_adapter(model, "default")
+    (row,) = summary(model)
+    assert row.weights == before.weights == 72
+    assert row.bytes == before.bytes + 2 * 64
+
+
+def test_it_prints_an_aligned_table_with_totals():
+    model = convert(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)), FourBit())
+    header, first, second, total = str(summary(model)).splitlines()
+    assert header.split()[:6] == ["Layer", "Type", "Stored", "Weights", "MiB", "Bits/weight"]
+    assert first.index("Linear4Bit") == second.index("LayerNorm") == header.index("Type")
+    error = summary(model)[0].weight_error
+    assert total.split() == ["total", "4,288", "0.00", f"{summary(model).bits_per_weight:.2f}", f"{error:.3g}"]
+    assert copy.deepcopy(summary(model)) == summary(model)
