@@ -73,9 +73,9 @@ class HalfConv(FrozenStorage):
         bias = None if layer.bias is None else store(layer.bias, "bias")
         return cls(store(layer.weight, "weight"), bias, geometry_of(layer))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, out_channels, *out size) in x's dtype, for x (batch, in_channels, *size), batch or not."""
-        x = autocast(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (batch, out_channels, *out size) in the input's dtype, for input (batch, in_channels, *size), batch or not."""
+        x = autocast(input)
         return frozen_conv(x, self.weight, self.geometry, torch.promote_types(x.dtype, self.weight.dtype), self.bias)
 
     def extra_repr(self) -> str:
@@ -119,9 +119,9 @@ class Conv4Bit(FourBitStorage):
         bias = cast("nn.Parameter | None", layer.bias)
         return cls(weight, bias, geometry_of(layer), technique.compute_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, out_channels, *out size) in x's dtype, for x (batch, in_channels, *size), batch or not."""
-        x = autocast(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (batch, out_channels, *out size) in the input's dtype, for input (batch, in_channels, *size), batch or not."""
+        x = autocast(input)
         return frozen_conv(x, self.quantized, self.geometry, self.compute_dtype or x.dtype, self.bias)
 
     def extra_repr(self) -> str:

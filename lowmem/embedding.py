@@ -40,8 +40,8 @@ class _Embedding(FrozenStorage):
         """Return the restored rows (..., embedding_dim) of indices (...)."""
         raise NotImplementedError
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """Return (..., embedding_dim) in ``dtype``, for int32 or int64 indices (...).
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., embedding_dim) in ``dtype``, for int32 or int64 input (...).
 
         Raises:
             IndexError, RuntimeError: indices out of range, or of another dtype, as nn.Embedding raises.

@@ -152,9 +152,9 @@ class Linear4Bit(FourBitStorage):
         """
         return cls((store or technique.store)(layer.weight, "weight"), layer.bias, technique.compute_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out_features) in x's dtype, for x (..., in_features)."""
-        x = autocast(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
+        x = autocast(input)
         own = self._parameters  # faster than attributes; not all are there where something wraps the layer
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, bias)

@@ -83,9 +83,9 @@ class HalfLinear(FrozenStorage):
         store = store or technique.store
         return cls(store(layer.weight, "weight"), None if layer.bias is None else store(layer.bias, "bias"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out_features) in x's dtype, for x (..., in_features)."""
-        x = autocast(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
+        x = autocast(input)
         own = self._parameters  # faster than attributes; not all are there where something wraps the layer
         weight = own.get("weight")
         weight = self.weight if weight is None else weight

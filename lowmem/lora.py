@@ -164,17 +164,17 @@ class LoRALinear(nn.Module):
         """The adapters that the output holds: the active ones and the merged one, in the order they were added."""
         return tuple(name for name in self.adapters if name in self.active or name == self.merged)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out_features) in the base's dtype, for x (..., in_features)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., out_features) in the base's dtype, for input (..., in_features)."""
         parts = self._modules  # faster than attributes
         base, merged = parts["merged_base"], self.merged
         if base is None:
             base, merged = parts["base"], None
-        out: Tensor = base(x)  # type: ignore[misc]
+        out: Tensor = base(input)  # type: ignore[misc]
         adapters = parts["adapters"]._modules  # type: ignore[union-attr]
         for name in self.active:
             if name != merged:
-                out = adapters[name].forward(out, x)  # type: ignore[union-attr]  # past the cost of __call__
+                out = adapters[name].forward(out, input)  # type: ignore[union-attr]  # past the cost of __call__
         return out
 
     def folded(self, names: Iterable[str]) -> tuple[nn.Module, float]:

@@ -1,5 +1,7 @@
 """Which layers are taken, and why others are not."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,13 @@ def test_what_is_left_alone_has_a_reason(module, reason):
     found = why_left(FourBit, module)
     assert (found is None) == (reason is None)
     assert reason is None or reason in found
+
+
+@pytest.mark.parametrize(("technique", "kind"), REGISTRY)
+def test_what_replaces_a_layer_is_called_as_it_is(technique, kind):
+    """Models call layers by keyword, too."""
+    names = [list(inspect.signature(form.forward).parameters) for form in (REGISTRY[technique, kind], kind)]
+    assert names[0] == names[1]
 
 
 def test_a_layer_with_tensors_of_its_own_has_a_reason():
