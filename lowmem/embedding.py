@@ -41,19 +41,19 @@ class _Embedding(FrozenStorage):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (..., embedding_dim) in ``dtype``, for int32 or int64 input (...).
+        """Return (..., embedding_dim) in ``dtype``, for int32 or int64 indices (...).
 
         Raises:
             IndexError, RuntimeError: indices out of range, or of another dtype, as nn.Embedding raises.
         """
-        chunks = list(row_chunks(indices.numel(), self.embedding_dim, _BYTES)) if is_plain_call(indices) else []
+        chunks = list(row_chunks(input.numel(), self.embedding_dim, _BYTES)) if is_plain_call(input) else []
         if len(chunks) <= 1:  # a compiler or a transform sees no loop, and needs none
-            return self.rows(indices)
-        flat = indices.reshape(-1)
+            return self.rows(input)
+        flat = input.reshape(-1)
         out = torch.empty(flat.shape[0], self.embedding_dim, dtype=self.dtype, device=flat.device)
         for chunk in chunks:
             out[chunk] = self.rows(flat[chunk])
-        return out.view(*indices.shape, self.embedding_dim)
+        return out.view(*input.shape, self.embedding_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # ``model.half()`` asks for rows in half precision
