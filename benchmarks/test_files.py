@@ -1,0 +1,75 @@
+"""Saving, loading and converting on disk, beside a copy of the float32 weights in memory."""
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import lowmem
+from lowmem.measure import peak_bytes
+from lowmem.stream import convert_checkpoint
+
+pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
+
+LAYERS = 16  # of 4 MiB in float32
+
+
+def dense():
+    return nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(LAYERS)])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A dense checkpoint, the model converted, and a file of that."""
+    directory = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    model = dense()
+    safetensors.torch.save_file(model.state_dict(), directory / "dense")
+    lowmem.convert(model, lowmem.FourBit("nf4"))
+    lowmem.save(model, directory / "converted")
+    return directory, model
+
+
+@pytest.fixture(scope="module")
+def copy():
+    weights = torch.ones(LAYERS, 1024, 1024)
+    out = torch.empty_like(weights)
+    return lambda: out.copy_(weights)
+
+
+def record(benchmark, stored, run):
+    """Record the bytes of the file, and the peak of the call."""
+    peak = peak_bytes(run)
+    benchmark.group = "files"
+    benchmark.extra_info.update(
+        theoretical_bytes=stored.stat().st_size,
+        actual_bytes=stored.stat().st_size,
+        forward_bytes=peak,
+        backward_bytes=peak,  # nothing trains
+    )
+
+
+def test_save(benchmark, timed, files, copy):
+    directory, model = files
+    record(benchmark, directory / "converted", lambda: lowmem.save(model, directory / "saved"))
+    timed(lambda: lowmem.save(model, directory / "saved"), reference=copy)
+    assert (directory / "saved").read_bytes() == (directory / "converted").read_bytes()
+
+
+def test_load(benchmark, timed, files, copy):
+    directory, model = files
+    record(benchmark, directory / "converted", lambda: lowmem.load(directory / "converted", dense))
+    loaded = timed(lambda: lowmem.load(directory / "converted", dense), reference=copy)
+    x = torch.ones(1, 1024)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("search", [False, True], ids=["absmax", "search"])
+def test_convert_checkpoint(benchmark, timed, files, copy, search):
+    directory, _ = files
+    run = lambda: convert_checkpoint(directory / "dense", directory / "out", lowmem.FourBit(search=search))  # noqa: E731
+    run()
+    record(benchmark, directory / "out", run)
+    rows = timed(run, reference=copy)
+    benchmark.extra_info["input_bytes"] = sum(row.before_bytes for row in rows)
+    assert ((directory / "out").read_bytes() == (directory / "converted").read_bytes()) != search
