@@ -22,6 +22,7 @@ from lowmem.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.formats import FORMATS, Format
 from lowmem.fourbit import FourBit, Linear4Bit
 from lowmem.half import Half, HalfLinear
+from lowmem.header import FileError
 from lowmem.kernels import backend
 from lowmem.lora import LoRA, LoRALinear
 from lowmem.merge import merge
@@ -37,6 +38,7 @@ __all__ = [
     "BigNet",
     "Conv4Bit",
     "Embedding4Bit",
+    "FileError",
     "Format",
     "FourBit",
     "Half",

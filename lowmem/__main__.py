@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
 
@@ -26,11 +29,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv and argv[0] in COMMANDS else ""
     try:
-        return _run(argv)
+        with _terminated_as_interrupted():
+            return _run(argv)
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _fail(command, " ".join(str(error).split()))
     except KeyboardInterrupt:
-        return _fail(command, "interrupted; nothing was written")
+        return _fail(command, "interrupted; what was not finished is not there: run it again")
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let a command that is told to end clean up, as Ctrl-C does."""
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.default_int_handler) for number in _numbers(names)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _numbers(names: Sequence[str]) -> list[signal.Signals]:
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.adapters import adapter_layers, adapter_names, add_adapter
-from lowmem.checkpoint import adapter_record, base_of, how_stored, lora_of
+from lowmem.adapters import adapter_layers, adapter_names, add_adapter, check_name
+from lowmem.checkpoint import base_of, how_stored
 from lowmem.frozen import FrozenStorage
 from lowmem.lora import LoRA, LoRALinear
+from lowmem.records import adapter_record, lora_of
 from lowmem.registry import layer_name, places, why_left
 from lowmem.tensorfile import FileError, read, write_tensors
 
@@ -69,19 +70,28 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         OSError: it cannot be read.
     """
     by_path = {place: module for module, paths in places(model).items() for place in paths}
+    first = {module: paths[0] for module, paths in places(model).items()}
     file = read(path)
     try:
         if file.metadata.get("kind") != "adapter":
             raise ValueError("it holds no adapter alone; load it with load(path, factory)")
         name = file.metadata["name"] if name is None else name
+        check_name(name)
         records = {place: lora_of(record) for place, record in file.metadata["layers"].items()}
         _check_fits(model, by_path, records, file.tensors, file.metadata["base"])
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
-        if present and {place: part.technique for place, part in present.items()} != records:
+        own = {first[by_path[place]]: place for place in records}  # the model's path of a layer: the file's
+        if len(own) < len(records):
+            raise ValueError("it adapts two layers that are one here: it is of another architecture")
+        if present and {at: part.technique for at, part in present.items()} != {
+            at: records[place] for at, place in own.items()
+        }:
             raise ValueError(
                 f"the model has an adapter {name!r} of other layers, ranks, alphas or dropouts; "
                 "delete that adapter first, or load this one under another name="
             )
+        if any(isinstance(by_path[place], LoRALinear) and by_path[place].merged == name for place in records):
+            raise ValueError(f"the model's adapter {name!r} is merged: call unmerge_adapter(model) first")
     except (ValueError, TypeError, LookupError, AttributeError) as reason:
         text = str(reason) if isinstance(reason, ValueError) else f"its record is not lowmem's ({reason})"
         raise FileError(f"cannot load the adapter {str(path)!r}: {text}") from reason
@@ -90,9 +100,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
             wanted = {by_path[place] for place, of in records.items() if of == technique}
             model = add_adapter(model, name, technique, where=_is_in(wanted))
     with torch.no_grad():
-        for place, adapter in adapter_layers(model, name).items():
+        for at, adapter in adapter_layers(model, name).items():
             for part, value in _values(adapter).items():
-                value.copy_(file.tensors[_key(place, part)])
+                value.copy_(file.tensors[_key(own[at], part)])
     return model
 
 

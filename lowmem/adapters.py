@@ -22,6 +22,7 @@ __all__ = [
     "adapter_layers",
     "adapter_names",
     "add_adapter",
+    "check_name",
     "deactivate",
     "delete_adapter",
     "merge_adapter",
@@ -57,7 +58,7 @@ def add_adapter(
         ValueError: a name that cannot be one, or that a layer has already, nothing to adapt, or a pattern
             of ``skip`` that matches nothing. The model is left as it was.
     """
-    _check_name(name)
+    check_name(name)
     if not isinstance(technique, LoRA):
         raise TypeError(f"technique={technique!r} must be an instance of LoRA")
     wrapped: dict[nn.Module, nn.Module] = {}
@@ -191,7 +192,13 @@ def unmerge_adapter(model: nn.Module) -> None:
         layer.merged = layer.merged_base = None
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise unless an adapter can be called so.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: empty, with a dot, or an attribute of nn.ModuleDict.
+    """
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} must be a string")
     if not name or "." in name or hasattr(nn.ModuleDict, name) or name in vars(nn.ModuleDict()):

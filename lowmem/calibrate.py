@@ -173,16 +173,16 @@ def _in_order(
     first: dict[nn.Module, set[nn.Module]] = {}  # which layers got a layer's inputs before it, itself included
     last: tuple[Tensor, int, nn.Module] | None = None  # the last input, its version, and which layer got it first
 
-    def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         nonlocal last
-        x = args[0]
+        x = args[0] if args else kwargs["input"]
         version = -1 if x.is_inference() else x._version
         if last is None or version < 0 or last[0] is not x or last[1] != version:
             last = x, version, layer
         first.setdefault(layer, set()).add(last[2])
         now[layer] += 1
 
-    handles = [layer.register_forward_pre_hook(see) for layer in layers]
+    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
     try:
         runs = 0
         for batch in batches:
@@ -214,15 +214,15 @@ def _moments(model: nn.Module, batches: Iterable[Any], layer: Any, calls: int) -
     sums = torch.zeros(columns, columns, device=layer.weight.device)
     rows = left = 0
 
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def add(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         nonlocal rows, left
-        x = args[0].reshape(-1, columns).float()
+        x = (args[0] if args else kwargs["input"]).reshape(-1, columns).float()
         sums.addmm_(x.T, x)
         rows, left = rows + len(x), left - 1
         if not left:
             raise _Stop
 
-    handle = layer.register_forward_pre_hook(add)
+    handle = layer.register_forward_pre_hook(add, with_kwargs=True)
     try:
         for batch in batches:
             left = calls

@@ -8,29 +8,22 @@ into memory, take the place of the shells' parameters: nothing is copied, or cha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.nn.parameter import UninitializedParameter
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowmem.convert import freeze_all_but_adapters, swap
 from lowmem.fourbit import FourBit, FourBitStorage
 from lowmem.frozen import FrozenStorage
 from lowmem.half import Half
-from lowmem.lora import Adapter, LoRA, LoRALinear
-from lowmem.registry import MADE_BY, REGISTRY, holders, layer_name, places, why_left
+from lowmem.lora import LoRALinear
+from lowmem.records import adapter_record, technique_record
+from lowmem.registry import MADE_BY, places
 from lowmem.shards import read_model
+from lowmem.shells import assign, build
 from lowmem.tensorfile import FileError, write_tensors
 
-__all__ = ["adapter_record", "base_of", "how_stored", "load", "lora_of", "save", "technique_record"]
-
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+__all__ = ["base_of", "how_stored", "load", "save"]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -87,7 +80,8 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         factory: makes the dense model that was converted; called once.
 
     Returns:
-        The model as it was saved, in the mode that ``factory`` left it in. What ``convert`` lets train, trains.
+        The model as it was saved, in the mode that ``factory`` left it in. What ``convert`` lets train, trains,
+        whatever was frozen by hand.
 
     Raises:
         TypeError: ``factory`` is not callable, or returned no module.
@@ -98,14 +92,10 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     if not callable(factory):
         raise TypeError(f"factory={type(factory).__name__} must be a callable that makes the model")
     file = read_model(path)
-    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
-        model = factory()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"factory returned a {type(model).__name__}, not a torch.nn.Module")
     try:
-        model = _shells(model, file.metadata)
-        _assign(model, file.tensors)
-    except (ValueError, TypeError, LookupError, AttributeError) as reason:
+        model = build(factory, file.metadata, file.tensors)
+        assign(model, file.tensors)
+    except (ValueError, LookupError, AttributeError, OverflowError) as reason:
         text = (
             str(reason) if isinstance(reason, ValueError) else f"its record of the layers is not lowmem's ({reason})"
         )
@@ -125,32 +115,6 @@ def how_stored(layer: FrozenStorage) -> dict[str, Any]:
     return technique_record(Half(stored.dtype))
 
 
-def technique_record(technique: Half | FourBit, method: str = "absmax") -> dict[str, Any]:
-    """Return what a file says of how a weight is stored."""
-    if isinstance(technique, Half):
-        return {"technique": "Half", "dtype": str(technique.dtype).removeprefix("torch.")}
-    compute = None if technique.compute_dtype is None else str(technique.compute_dtype).removeprefix("torch.")
-    return {
-        "technique": "FourBit",
-        "format": technique.format,
-        "block_size": technique.block_size,
-        "scales": technique.scales,
-        "method": method,
-        **({} if compute is None else {"compute_dtype": compute}),
-    }
-
-
-def adapter_record(adapter: Adapter) -> dict[str, Any]:
-    """Return what a file says of one layer's part of an adapter."""
-    technique = adapter.technique
-    return {"rank": technique.rank, "alpha": technique.alpha, "dropout": technique.dropout}
-
-
-def lora_of(record: Mapping[str, Any]) -> LoRA:
-    """Undo ``adapter_record``."""
-    return LoRA(record["rank"], record["alpha"], record["dropout"])
-
-
 def base_of(layer: nn.Module) -> nn.Module:
     """Return the layer that stores the weight: an adapted layer's base."""
     return layer.base if isinstance(layer, LoRALinear) else layer
@@ -158,135 +122,3 @@ def base_of(layer: nn.Module) -> nn.Module:
 
 def _parts(layer: LoRALinear) -> Iterator[tuple[str, Any]]:
     return iter(layer.adapters.items())
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Put every parameter on the meta device as a module takes it; what two modules take stays one parameter."""
-    known: Any = WeakTensorKeyDictionary()
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta or isinstance(parameter, UninitializedParameter):
-            return None
-        if parameter not in known:
-            known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        found: nn.Parameter = known[parameter]
-        return found
-
-    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _shells(model: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
-    """Replace the layers that were converted by shells of what they were converted to."""
-    records: dict[str, Any] = metadata["layers"]
-    held = holders(model)
-    by_path = {path: module for module, paths in places(model).items() for path in paths}
-    recorded: dict[nn.Module, Any] = {}
-    for path, record in records.items():
-        module = by_path.get(path)
-        if module is None:
-            raise ValueError(f"it has a layer {layer_name(path)!r} that the model has not: is this its factory?")
-        recorded[module] = record
-        for tied, _ in held.get(id(getattr(module, "weight", None)), ()):
-            recorded.setdefault(tied, record)  # without a record of its own, it shares what is stored
-    stored: dict[Any, Any] = {}
-    shells: dict[nn.Module, Any] = {}
-    for module, record in recorded.items():
-        technique, method = _technique(record)
-        why = why_left(type(technique), module)
-        if why is not None:
-            path = next(path for path, other in by_path.items() if other is module)
-            raise ValueError(
-                f"{layer_name(path)} is stored by {record['technique']}, and the model has a "
-                f"{type(module).__name__} there: {why}; leave it out when the file is made (skip= or --exclude)"
-            )
-
-        def store(tensor: Tensor, name: str, technique: Any = technique, method: str | None = method) -> Any:
-            key = tensor.untyped_storage()._cdata, tensor.shape
-            if key not in stored:
-                shell = technique.shell(tensor, name)
-                stored[key] = shell if method is None else replace(shell, method=method)
-            return stored[key]
-
-        made: Any = REGISTRY[type(technique), type(module)]
-        shells[module] = made.from_layer(module, technique, store)
-    model = swap(model, {old: new.train(old.training) for old, new in shells.items()})
-    adapted: dict[nn.Module, nn.Module] = {}
-    by_path = {path: module for module, paths in places(model).items() for path in paths}
-    for path, parts in metadata.get("adapters", {}).items():
-        base = by_path.get(path)
-        why = f"the model has no layer {layer_name(path)!r}" if base is None else why_left(LoRA, base)
-        if base is None or why is not None:
-            raise ValueError(f"it has adapters for {layer_name(path)}: {why}; is this its factory?")
-        layer = _adapted(base, parts)
-        adapted[base] = layer.train(base.training)
-    model = swap(model, adapted)
-    if adapted:
-        freeze_all_but_adapters(model)
-    return model
-
-
-def _adapted(base: Any, parts: list[dict[str, Any]]) -> LoRALinear:
-    layer = LoRALinear(base, lora_of(parts[0]), parts[0]["name"])
-    for part in parts[1:]:
-        layer.add(part["name"], Adapter(base, lora_of(part)))
-    layer.active = tuple(part["name"] for part in parts if part["active"])
-    return layer
-
-
-def _technique(record: Mapping[str, Any]) -> tuple[Half | FourBit, str | None]:
-    if record["technique"] == "Half":
-        return Half(_DTYPES[record["dtype"]]), None
-    if record["technique"] != "FourBit":
-        raise ValueError(f"its technique {record['technique']!r} is unknown: upgrade lowmem")
-    compute = record.get("compute_dtype")
-    technique = FourBit(
-        record["format"], record["block_size"], record["scales"], None if compute is None else _DTYPES[compute]
-    )
-    return technique, record["method"]
-
-
-def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put a file's tensors in the place of the model's, once all of them are known to fit."""
-    names: dict[int, list[str]] = {}
-    own: dict[int, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the model's state {name!r} is a {type(value).__name__}, no tensor")
-        names.setdefault(id(value), []).append(name)
-        own[id(value)] = value
-    known = {name for group in names.values() for name in group}
-    missing = [group[0] for group in names.values() if not any(name in tensors for name in group)]
-    extra = [name for name in tensors if name not in known]
-    if missing or extra:
-        raise ValueError(
-            f"it holds another model than the factory makes: {_listed('it lacks', missing)}"
-            f"{', and ' if missing and extra else ''}{_listed('the model lacks', extra)}"
-        )
-    found: dict[int, Tensor] = {}
-    for key, group in names.items():
-        first, *others = [name for name in group if name in tensors]
-        given, mine = tensors[first], own[key]
-        if given.shape != mine.shape or given.dtype != mine.dtype:
-            raise ValueError(
-                f"{first} is {given.dtype} {tuple(given.shape)} in it, and {mine.dtype} {tuple(mine.shape)} in the "
-                "model that the factory makes: let the factory make the model that was saved"
-            )
-        for other in others:
-            if not torch.equal(tensors[other], given):
-                raise ValueError(f"{first} and {other} differ in it, and are one tensor in the model")
-        found[key] = nn.Parameter(given, mine.requires_grad) if isinstance(mine, nn.Parameter) else given
-    for module in model.modules():
-        for tensors_of in (module._parameters, module._buffers):
-            for name, value in tensors_of.items():
-                if value is not None and id(value) in found:
-                    tensors_of[name] = found[id(value)]  # type: ignore[assignment]
-
-
-def _listed(what: str, names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what} {', '.join(names[:3])}{more}" if names else ""

@@ -74,7 +74,7 @@ class HalfConv(FrozenStorage):
         return cls(store(layer.weight, "weight"), bias, geometry_of(layer))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (batch, out_channels, *out size) in the input's dtype, for input (batch, in_channels, *size), batch or not."""
+        """Return (batch, out_channels, *size) in the input's dtype, for (batch, in_channels, *size), batch or not."""
         x = autocast(input)
         return frozen_conv(x, self.weight, self.geometry, torch.promote_types(x.dtype, self.weight.dtype), self.bias)
 
@@ -120,7 +120,7 @@ class Conv4Bit(FourBitStorage):
         return cls(weight, bias, geometry_of(layer), technique.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (batch, out_channels, *out size) in the input's dtype, for input (batch, in_channels, *size), batch or not."""
+        """Return (batch, out_channels, *size) in the input's dtype, for (batch, in_channels, *size), batch or not."""
         x = autocast(input)
         return frozen_conv(x, self.quantized, self.geometry, self.compute_dtype or x.dtype, self.bias)
 

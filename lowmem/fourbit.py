@@ -55,8 +55,10 @@ class FourBit:
         if self.scales is not None:
             get_encoding(self.scales)
         dtype = self.compute_dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"compute_dtype={dtype!r} must be a floating-point torch.dtype or None")
+        if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(
+                f"compute_dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more, or None"
+            )
 
     def store(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
         """Quantize a weight and freeze what is stored.

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lowmem.blockwise import QuantizedTensor
-from lowmem.checkpoint import technique_record
 from lowmem.files import check_writable
 from lowmem.fourbit import FourBit
 from lowmem.header import refusal, show
 from lowmem.quantizing import relative_error
+from lowmem.records import technique_record
 from lowmem.shards import INDEX, index_of, read_index, shard_name, write_index
 from lowmem.tensorfile import Checkpoint, TensorSpec, open_checkpoint, write
 
@@ -128,6 +128,8 @@ def convert_checkpoint(
         OSError: a file cannot be read or written.
     """
     source, target = Path(source), Path(target)
+    if target.name.endswith(INDEX):
+        raise ValueError(f"target={str(target)!r} is what an index is called; name a .safetensors file")
     check_writable(target)
     with Source(source) as opened:
         wanted = _wanted(opened.specs, list(include), list(exclude))
@@ -145,7 +147,7 @@ def convert_checkpoint(
         written: dict[str, tuple[str, dict[str, int]]] = {}
         for path, names in zip(outputs, shards, strict=True):
             specs = {out: spec for name in names for out, spec in plan[name].items()}
-            record = technique_record(technique_of(technique), _method(technique))
+            record = technique_record(_spelled_out(technique), _method(technique))
             layers = {name.removesuffix("weight").rstrip("."): record for name in names if name in wanted}
             tensors = _converted(opened, names, wanted, technique, rows, progress)
             digest = write(path, specs, {"kind": "model", "layers": layers}, tensors)
@@ -155,7 +157,7 @@ def convert_checkpoint(
     return [rows[name] for name in sorted(rows)]
 
 
-def technique_of(technique: FourBit) -> FourBit:
+def _spelled_out(technique: FourBit) -> FourBit:
     """Return the technique with its format's own block size and scales spelled out, as a file has them."""
     shell = technique.shell(torch.empty(1, 8, device="meta"))
     return FourBit(shell.format, shell.block_size, shell.scale_encoding)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lowmem.convert import keep_ties
 from lowmem.fourbit import FourBit, FourBitStorage
@@ -190,7 +191,9 @@ def _techniques(model: nn.Module) -> list[type[Technique]]:
 
 def _weights(layer: nn.Module) -> dict[Tensor, int]:
     """Return how many weights each of a layer's own parameters stands for."""
-    counts: dict[Tensor, int] = {parameter: parameter.numel() for parameter in layer.parameters(recurse=False)}
+    counts: dict[Tensor, int] = {
+        parameter: 0 if is_lazy(parameter) else parameter.numel() for parameter in layer.parameters(recurse=False)
+    }
     if isinstance(layer, FourBitStorage):
         counts |= {layer.packed: layer.quantized.shape.numel(), layer.scales: 0}
     return counts
@@ -222,7 +225,7 @@ def _numbers(row: LayerSummary | Summary) -> list[str]:
 
 
 def _bytes(tensors: Iterable[Tensor] | Mapping[Tensor, object]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not is_lazy(tensor))
 
 
 def _bits(stored: int, weights: int) -> float:

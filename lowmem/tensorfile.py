@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lowmem.files import atomic_file, check_writable, open_regular, read_errors, write_errors
 from lowmem.header import (
@@ -237,7 +238,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, Any]) -> Hea
 
 
 def _spec(name: str, tensor: Tensor) -> TensorSpec:
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+    if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError(f"tensor {show(name)} is no dense tensor with values; convert it or leave it out")
     try:
         return TensorSpec.of(tensor)

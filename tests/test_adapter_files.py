@@ -94,6 +94,43 @@ def test_other_files_are_refused(tmp_path):
         load_adapter([], tmp_path / "m")
 
 
+class Places(nn.Module):
+    """One layer, in one place or in two."""
+
+    def __init__(self, twice):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 16)
+        if twice:
+            self.a = layer
+        self.b = layer
+
+
+def test_a_layer_that_stands_in_several_places_here_is_one(tmp_path):
+    model = lowmem.add_adapter(Places(False), "mine", LoRA(2))
+    nn.init.normal_(model.b.lora_b)
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(Places(True), tmp_path / "a")
+    assert loaded.a is loaded.b
+    assert torch.equal(loaded.a.lora_b, model.b.lora_b)
+    load_adapter(loaded, tmp_path / "a")  # onto its own
+    save_adapter(loaded, tmp_path / "b")
+    assert torch.equal(load_adapter(Places(True), tmp_path / "b").b.lora_b, model.b.lora_b)
+
+
+def test_a_merged_adapter_takes_no_values(tmp_path):
+    model = small("lora")
+    save_adapter(model, tmp_path / "a")
+    lowmem.merge_adapter(model, "default")
+    refused(model, tmp_path / "a", "is merged: call unmerge_adapter")
+
+
+def test_a_name_that_cannot_be_one_is_refused(tmp_path):
+    save_adapter(small("qlora"), tmp_path / "a")
+    for name in ("keys", "a.b", "", 7):
+        refused(base(), tmp_path / "a", "name=", name=name)
+
+
 def test_the_root_itself_can_be_adapted(tmp_path):
     torch.manual_seed(0)
     layer = convert(nn.Linear(16, 8), FourBit(), LoRA(2))

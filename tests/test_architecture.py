@@ -26,10 +26,10 @@ LAYERS = [
     {"frozen"},
     {"half", "fourbit", "frozen_conv"},
     {"lora", "embedding", "conv", "gptq"},
-    {"registry"},
+    {"registry", "records"},
     {"convert"},
-    {"variants", "merge", "calibrate", "checkpoint", "summary"},
-    {"adapters", "stream"},
+    {"variants", "merge", "calibrate", "shells", "summary", "stream"},
+    {"adapters", "checkpoint"},
     {"adapter_files"},
     {"tools"},
 ]

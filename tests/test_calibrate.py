@@ -311,3 +311,16 @@ def assert_stays(net, error, message, run):
         assert vars(module).get("forward") is attributes.get("forward")
     assert hooks == [len(module._forward_pre_hooks) for module in net.modules()]
     assert torch.is_grad_enabled()
+
+
+def test_layers_that_are_called_by_keyword_are_calibrated():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    model = calibrate(Keyword(), [torch.randn(9, 16)], FourBit())
+    assert model.layer.quantized.method == "calibrated"

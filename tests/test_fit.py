@@ -209,6 +209,6 @@ def test_ctrl_c_in_the_middle_leaves_the_file_of_before(tmp_path):
         finally:
             process.kill()
     assert process.returncode == 2
-    assert errors == "lowmem fit: interrupted; nothing was written\n"
+    assert errors == "lowmem fit: interrupted; what was not finished is not there: run it again\n"
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == [path.name]

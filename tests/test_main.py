@@ -77,7 +77,7 @@ def test_ctrl_c_is_one_line_and_exit_code_2(monkeypatch, capsys):
 
     monkeypatch.setattr("lowmem.tools.stats.run", interrupted)
     assert run("stats") == 2
-    assert capsys.readouterr().err == "lowmem stats: interrupted; nothing was written\n"
+    assert capsys.readouterr().err == "lowmem stats: interrupted; what was not finished is not there: run it again\n"
 
 
 def test_python_m_lowmem_is_the_same():

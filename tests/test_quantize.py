@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -56,6 +58,7 @@ def test_json_and_shards(checkpoint, capsys):
         (["--block-size", "7"], "block_size=7 must be an even number"),
         (["--shard-size", "many"], "'many' must be a size such as 2GB"),
         (["--include", "nothing*"], "matches no tensor"),
+        (["--shard-size", "9" * 400 + "GB"], "must be a size"),
     ],
 )
 def test_bad_options_are_one_line(checkpoint, options, message, capsys):
@@ -68,6 +71,31 @@ def test_bad_options_are_one_line(checkpoint, options, message, capsys):
     assert message in shown.err
     assert len(shown.err.strip().splitlines()) == 1
     assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
+
+
+def test_what_was_told_to_end_leaves_no_half_file(checkpoint):
+    script = (
+        "import os, signal, sys\n"
+        "import lowmem.tools.quantize as q\n"
+        "from lowmem.__main__ import main\n"
+        "q.convert_checkpoint.__globals__['relative_error'] = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    out = checkpoint.with_name("out.safetensors")
+    ended = subprocess.run(
+        [sys.executable, "-c", script, "quantize", str(checkpoint), str(out)], capture_output=True, text=True
+    )
+    assert (ended.returncode, len(ended.stderr.strip().splitlines())) == (2, 1)
+    assert "interrupted" in ended.stderr
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
+
+
+def test_names_are_printed_as_they_are(checkpoint, capsys):
+    state = {"w[bold].weight": torch.ones(2, 8), "[/x].weight": torch.ones(2, 8)}
+    safetensors.torch.save_file(state, checkpoint)
+    assert main(["quantize", str(checkpoint), str(checkpoint.with_name("out"))]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in state)
 
 
 def test_bad_files_are_one_line(checkpoint, capsys):

@@ -143,6 +143,8 @@ def test_the_source_is_never_overwritten_and_not_converted_twice(tmp_path):
     for bad, kind in ((tmp_path, OSError), (tmp_path / "none", OSError)):
         with pytest.raises(kind):
             convert_checkpoint(bad, tmp_path / "again", FourBit())
+    with pytest.raises(ValueError, match="is what an index is called"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "m.index.json", FourBit())
     with pytest.raises(ValueError, match="name one format"):
         convert_checkpoint(tmp_path / "in", tmp_path / "again", FourBit(("nf4", "int4")))
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -169,7 +170,7 @@ def print_table(columns: list[str], rows: list[list[str]], *, markdown: bool = F
     for number, column in enumerate(columns):
         table.add_column(column.replace(" ", "\n"), justify="right" if number else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # a name may hold what rich reads as markup
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to keep to
         console.width = 1000

@@ -50,7 +50,7 @@ def size(text: str) -> int:
     """Parse a number of bytes with its unit, as 500MiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text, re.ASCII)
     unit = UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or int(float(match[1]) * unit) < 1:
+    if match is None or unit is None or len(text) > 20 or int(float(match[1]) * unit) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 2GB or 500MiB")
     return int(float(match[1]) * unit)
 
