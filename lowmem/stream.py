@@ -136,6 +136,11 @@ def convert_checkpoint(
         plan = {
             name: _outputs(name, opened.specs[name], technique if name in wanted else None) for name in opened.specs
         }
+        taken: dict[str, str] = {}
+        for name, outs in plan.items():
+            for out in outs:
+                if taken.setdefault(out, name) != name:
+                    raise ValueError(f"both {taken[out]} and {name} would be {out}; copy one as it is with --exclude")
         shards = _divide(plan, shard_bytes)
         outputs = [target]
         if shard_bytes is not None:

@@ -130,6 +130,14 @@ def test_a_weight_that_cannot_be_quantized_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_names_that_meet_are_refused(tmp_path):
+    state = {"a.weight": torch.ones(2, 8), "a.packed": torch.ones(2)}
+    safetensors.torch.save_file(state, tmp_path / "in")
+    with pytest.raises(ValueError, match=r"both a.* and a.* would be a.packed; copy one"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_source_is_never_overwritten_and_not_converted_twice(tmp_path):
     dense(tmp_path / "in")
     with pytest.raises(ValueError, match="belongs to the source"):
