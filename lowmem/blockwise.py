@@ -142,7 +142,9 @@ class QuantizedTensor:
         levels = torch.tensor(get_format(self.format).levels, dtype=torch.float32, device=self.packed.device)
         packed = self.packed.reshape(-1, self.packed.shape[-1])[rows]
         codes = unpack(packed, self.block_size)[:, :columns]  # (rows, n), without the padding
-        values = levels.index_select(0, codes.int().flatten()).view(codes.shape)
+        # Under a transform of an older torch only 64-bit indices will do; elsewhere they would double the scratch.
+        index = codes.long() if torch._C._are_functorch_transforms_active() else codes.int()
+        values = levels.index_select(0, index.flatten()).view(codes.shape)
         stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
         scales = self.encoding.decode(stored)  # (rows, blocks)
         return values.mul_(spread(scales, self.block_size, columns))
