@@ -69,8 +69,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
             architecture, rank, shape or dtype. The model is left as it was.
         OSError: it cannot be read.
     """
-    by_path = {place: module for module, paths in places(model).items() for place in paths}
-    first = {module: paths[0] for module, paths in places(model).items()}
+    found = places(model)
+    by_path = {place: module for module, paths in found.items() for place in paths}
     file = read(path)
     try:
         if file.metadata.get("kind") != "adapter":
@@ -80,7 +80,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         records = {place: lora_of(record) for place, record in file.metadata["layers"].items()}
         _check_fits(model, by_path, records, file.tensors, file.metadata["base"])
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
-        own = {first[by_path[place]]: place for place in records}  # the model's path of a layer: the file's
+        own = {found[by_path[place]][0]: place for place in records}  # the model's path of a layer: the file's
         if len(own) < len(records):
             raise ValueError("it adapts two layers that are one here: it is of another architecture")
         if present and {at: part.technique for at, part in present.items()} != {

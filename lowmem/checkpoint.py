@@ -8,15 +8,15 @@ into memory, take the place of the shells' parameters: nothing is copied, or cha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lowmem.fourbit import FourBit, FourBitStorage
 from lowmem.frozen import FrozenStorage
 from lowmem.half import Half
-from lowmem.lora import LoRALinear
+from lowmem.lora import Adapter, LoRALinear
 from lowmem.records import adapter_record, technique_record
 from lowmem.registry import MADE_BY, places
 from lowmem.shards import read_model
@@ -62,7 +62,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 stored[place] = record
         if isinstance(layer, LoRALinear):
             adapters[place] = [
-                {**adapter_record(part), "name": name, "active": name in layer.in_use} for name, part in _parts(layer)
+                {**adapter_record(cast(Adapter, part)), "name": name, "active": name in layer.in_use}
+                for name, part in layer.adapters.items()
             ]
     metadata = {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}
     write_tensors(path, tensors, metadata)
@@ -118,7 +119,3 @@ def how_stored(layer: FrozenStorage) -> dict[str, Any]:
 def base_of(layer: nn.Module) -> nn.Module:
     """Return the layer that stores the weight: an adapted layer's base."""
     return layer.base if isinstance(layer, LoRALinear) else layer
-
-
-def _parts(layer: LoRALinear) -> Iterator[tuple[str, Any]]:
-    return iter(layer.adapters.items())

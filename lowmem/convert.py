@@ -198,7 +198,7 @@ def rebuild(
                 layer = made.from_layer(layer, technique, store_by(technique))
         except (TypeError, ValueError) as reason:
             raise type(reason)(f"{layer_name(path)}: {reason}") from reason
-        if isinstance(layer, FrozenStorage) and layer is not module:
+        if isinstance(layer, FrozenStorage):
             weight: Any = module.weight
             layer.weight_error = relative_error(weight, stored_weight(layer))
     built: nn.Module = layer.train(module.training)

@@ -13,7 +13,7 @@ from lowmem.blockwise import QuantizedTensor
 from lowmem.formats import get_format
 from lowmem.frozen import FrozenStorage, autocast, freeze, frozen_linear
 from lowmem.packing import check_block_size
-from lowmem.quantizing import quantize
+from lowmem.quantizing import method_of, quantize
 from lowmem.scales import get_encoding
 
 __all__ = ["FourBit", "FourBitStorage", "FourBitStore", "Linear4Bit"]
@@ -80,7 +80,7 @@ class FourBit:
             raise ValueError(f"format={self.format!r}: without values there is no choosing; name one format")
         form = get_format(self.format)
         size = form.block_size if self.block_size is None else self.block_size
-        method = "search" if (form.search if self.search is None else self.search) else "absmax"
+        method = method_of(form, self.search)
         return _freeze(
             QuantizedTensor.empty(weight.shape, form.name, size, self.scales or form.scales, method, device="meta")
         )

@@ -72,6 +72,8 @@ def quantize_against(weight: Tensor, technique: FourBit, inputs: Inputs) -> Quan
         technique: how to store it; of several formats the one with the least weighted error is taken.
         inputs: what the layer's inputs say.
 
+    Returns:
+        The weight (out, in), whose ``method`` is "calibrated".
 
     Raises:
         TypeError, ValueError: weights that ``quantize`` refuses.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lowmem.blockwise import BYTES_PER_WEIGHT, QuantizedTensor, row_chunks, serving
-from lowmem.formats import get_format
+from lowmem.formats import Format, get_format
 from lowmem.scales import get_encoding
 
-__all__ = ["check_weight", "quantize", "quantize_again", "relative_error"]
+__all__ = ["check_weight", "method_of", "quantize", "quantize_again", "relative_error"]
 
 
 def quantize(
@@ -65,7 +65,7 @@ def quantize(
     form = get_format(format)
     encoding = get_encoding(form.scales if scales is None else scales, form.signed)
     size = form.block_size if block_size is None else block_size
-    method = "search" if (form.search if search is None else search) else "absmax"
+    method = method_of(form, search)
     quantized = QuantizedTensor.empty(weight.shape, form.name, size, encoding.name, method, device=weight.device)
     matrix = quantized.as_matrix()
     rows = weight.detach().reshape(-1, columns)
@@ -74,6 +74,11 @@ def quantize(
         part = rows[chunk].float().contiguous()
         serving().quantize_rows(part, matrix, chunk, importance)
     return quantized
+
+
+def method_of(form: Format, search: bool | None) -> str:
+    """Return how scales are chosen, where None takes the format's own way."""
+    return "search" if (form.search if search is None else search) else "absmax"
 
 
 def quantize_again(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, register_module_parameter_registration_hook
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowmem.convert import freeze_all_but_adapters, swap, weight_key
@@ -67,7 +67,7 @@ def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         made.add(module)
-        if parameter is None or parameter.is_meta or isinstance(parameter, UninitializedParameter):
+        if parameter is None or parameter.is_meta or is_lazy(parameter):
             return None
         if parameter not in known:
             known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)

@@ -148,11 +148,11 @@ def convert_checkpoint(
         for path in (*outputs, index_of(target)):
             if path.resolve() in opened.paths:
                 raise ValueError(f"{str(path)!r} belongs to the source, which would be lost; choose another target")
+        record = _record(technique)
         rows: dict[str, Row] = {}
         written: dict[str, tuple[str, dict[str, int]]] = {}
         for path, names in zip(outputs, shards, strict=True):
             specs = {out: spec for name in names for out, spec in plan[name].items()}
-            record = technique_record(_spelled_out(technique), _method(technique))
             layers = {name.removesuffix("weight").rstrip("."): record for name in names if name in wanted}
             tensors = _converted(opened, names, wanted, technique, rows, progress)
             digest = write(path, specs, {"kind": "model", "layers": layers}, tensors)
@@ -162,14 +162,10 @@ def convert_checkpoint(
     return [rows[name] for name in sorted(rows)]
 
 
-def _spelled_out(technique: FourBit) -> FourBit:
-    """Return the technique with its format's own block size and scales spelled out, as a file has them."""
+def _record(technique: FourBit) -> dict[str, Any]:
+    """Return what a file says of it, with the format's own block size and scales spelled out."""
     shell = technique.shell(torch.empty(1, 8, device="meta"))
-    return FourBit(shell.format, shell.block_size, shell.scale_encoding)
-
-
-def _method(technique: FourBit) -> str:
-    return technique.shell(torch.empty(1, 8, device="meta")).method
+    return technique_record(FourBit(shell.format, shell.block_size, shell.scale_encoding), shell.method)
 
 
 def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
