@@ -92,7 +92,7 @@ class Kernel:
         added: tuple[int, int],
     ) -> None:
         threads = torch.get_num_threads()
-        scratch = x.new_empty(prepared.scratch(batch, threads, False) // x.itemsize)
+        scratch = x.new_empty(prepared.scratch(batch, threads, False, kind) // x.itemsize)
         self.native.linear(
             prepared.handle, x.data_ptr(), *added, out.data_ptr(), scratch.data_ptr(), batch, threads, kind, out_kind
         )
@@ -116,7 +116,7 @@ class Kernel:
         grad = grad.to(dtype).contiguous()
         threads = torch.get_num_threads()
         out = grad.new_empty(batch, columns)
-        scratch = grad.new_empty(prepared.scratch(batch, threads, True) // grad.itemsize)
+        scratch = grad.new_empty(prepared.scratch(batch, threads, True, kind) // grad.itemsize)
         self.native.input_grad(
             prepared.handle, grad.data_ptr(), 0, 0, out.data_ptr(), scratch.data_ptr(), batch, threads, kind, kind
         )

@@ -35,16 +35,16 @@ class Prepared:
         if packed is not None and scales is not None:
             self.packed, self.packed_shape = packed.data_ptr(), packed.shape
             self.scales, self.scales_shape = scales.data_ptr(), scales.shape
-        self.sizes: dict[tuple[int, int, bool], int] = {}
+        self.sizes: dict[tuple[int, int, bool, int], int] = {}
 
-    def scratch(self, batch: int, threads: int, transposed: bool) -> int:
+    def scratch(self, batch: int, threads: int, transposed: bool, kind: int) -> int:
         """Return how many bytes of scratch a product takes."""
-        key = batch, threads, transposed
+        key = batch, threads, transposed, kind
         size = self.sizes.get(key)
         if size is None:
             if len(self.sizes) > 64:  # a batch of every size has been here
                 self.sizes.clear()
-            size = self.sizes[key] = self.kernel.native.scratch(self.handle, batch, threads, transposed)
+            size = self.sizes[key] = self.kernel.native.scratch(self.handle, batch, threads, transposed, kind)
         return size
 
 

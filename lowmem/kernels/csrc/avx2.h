@@ -10,6 +10,8 @@ typedef struct {
     __m256 low, high;
 } T;
 
+#define v_of_words _mm256_castsi256_ps
+#define words_of_v _mm256_castps_si256
 #define v_zero _mm256_setzero_ps
 #define v_set1 _mm256_set1_ps
 #define v_load _mm256_loadu_ps
@@ -20,8 +22,7 @@ typedef struct {
 #define v_sub _mm256_sub_ps
 #define v_div _mm256_div_ps
 #define v_fma _mm256_fmadd_ps
-#define v_spread(p, index) \
-    _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_loadu_si256((const __m256i *)(index)))
+#define v_spread(a, index) _mm256_permutevar8x32_ps(a, _mm256_loadu_si256((const __m256i *)(index)))
 
 static inline T table_load(const float *levels)
 {
@@ -63,6 +64,27 @@ static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
         _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
     for (int64_t i = 0; i < n; i++)
         out[i] = half_to_float(p[i]);
+}
+
+#define OWN_SCALES
+static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
+{
+    if (n < LANES) {
+        float scales[LANES] = {0};
+        for (int64_t i = 0; i < n; i++)
+            scales[i] = scale_as_stored(p, from + i, encoding);
+        return v_load(scales);
+    }
+    if (encoding == SCALES_FLOAT32)
+        return v_load((const float *)p + from);
+    if (encoding == SCALES_FLOAT16)
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)p + from)));
+    const W steps = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + from)));
+    if (encoding == SCALES_DOUBLE)
+        return _mm256_cvtepi32_ps(steps);
+    /* 1, or -1 for a byte with the sign */
+    const W sign = _mm256_sub_epi32(_mm256_set1_epi32(1), _mm256_srli_epi32(_mm256_and_si256(steps, _mm256_set1_epi32(128)), 6));
+    return _mm256_cvtepi32_ps(_mm256_sign_epi32(_mm256_and_si256(steps, _mm256_set1_epi32(127)), sign));
 }
 
 /* A binary search: each bit of a code chooses the boundary that the next one is found with. */
@@ -111,9 +133,10 @@ static inline void v_to_bfloat(uint16_t *p, V a)
         p[i] = float_to_bfloat(values[i]);
 }
 
-#define FEW_BATCH 12
+#define FUSED_BATCH 8
+#define FUSED_INPUTS 4
+#define MANY_INPUTS 12
 #define FEW_ROWS(M) 2
-#define MANY_ROWS 4
 #define TILE_VECTORS 2
 #define GRAD_VECTORS 4
 

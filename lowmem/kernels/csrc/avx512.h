@@ -8,6 +8,8 @@ typedef __m512 V;
 typedef __m512i W;
 typedef __m512 T;
 
+#define v_of_words _mm512_castsi512_ps
+#define words_of_v _mm512_castps_si512
 #define v_zero _mm512_setzero_ps
 #define v_set1 _mm512_set1_ps
 #define v_load _mm512_loadu_ps
@@ -59,7 +61,7 @@ static inline void v_transpose(V *v)
 #define table_load _mm512_loadu_ps
 /* The permute reads four bits of each index, so the nibbles above need not be cleared. */
 #define v_lookup(table, words, k) _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * (k)), table)
-#define v_spread(p, index) _mm512_permutexvar_ps(_mm512_loadu_si512(index), _mm512_loadu_ps(p))
+#define v_spread(a, index) _mm512_permutexvar_ps(_mm512_loadu_si512(index), a)
 
 static inline W words_load(const uint8_t *p, int64_t left)
 {
@@ -85,6 +87,25 @@ static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
         const __mmask16 mask = (__mmask16)((1u << n) - 1);
         _mm512_mask_storeu_ps(out, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)));
     }
+}
+
+#define OWN_SCALES
+static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
+{
+    /* a load under a mask is slower than one without */
+    const __mmask16 mask = n >= LANES ? 0xffff : (__mmask16)((1u << (n < 0 ? 0 : n)) - 1);
+    if (encoding == SCALES_FLOAT32)
+        return n >= LANES ? v_load((const float *)p + from) : _mm512_maskz_loadu_ps(mask, (const float *)p + from);
+    if (encoding == SCALES_FLOAT16) {
+        const uint16_t *scales = (const uint16_t *)p + from;
+        return _mm512_cvtph_ps(n >= LANES ? _mm256_loadu_si256((const __m256i *)scales) : _mm256_maskz_loadu_epi16(mask, scales));
+    }
+    W steps = _mm512_cvtepu8_epi32(n >= LANES ? _mm_loadu_si128((const __m128i *)(p + from)) : _mm_maskz_loadu_epi8(mask, p + from));
+    if (encoding == SCALES_SIGNED) {
+        const W positive = _mm512_and_si512(steps, _mm512_set1_epi32(127));
+        steps = _mm512_mask_sub_epi32(positive, _mm512_test_epi32_mask(steps, _mm512_set1_epi32(128)), _mm512_setzero_si512(), positive);
+    }
+    return _mm512_cvtepi32_ps(steps);
 }
 
 /* A binary search: each bit of a code chooses the boundary that the next one is found with. */
@@ -127,9 +148,10 @@ static inline void v_to_bfloat(uint16_t *p, V a)
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded));
 }
 
-#define FEW_BATCH 12
+#define FUSED_BATCH 24
+#define FUSED_INPUTS 12
+#define MANY_INPUTS 16
 #define FEW_ROWS(M) ((M) <= 3 ? 4 : 2)
-#define MANY_ROWS 8
 #define TILE_VECTORS 4
 #define GRAD_VECTORS 8
 

@@ -33,7 +33,8 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
     EACH_INPUT EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
     for (int64_t r = r0; r < r1; r++, scales += TILE_SCALES) {
         const W words = LEVEL(words)(w, r, g);
-        const V scale = v_spread(scales, block);
+        prefetch(w->packed + (r + r1 - r0) * w->row_bytes + g * LANES * 4);
+        const V scale = v_spread(v_load(scales), block);
         V factor[GRAD_FEW_INPUTS];
         EACH_INPUT factor[j] = v_mul(scale, v_set1(grad[j * grad_stride + r - r0]));
         EACH_VECTOR(GRAD_VECTORS) {
@@ -64,21 +65,6 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
     }
     EACH_INPUT EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
 }
-
-/* Call with M inputs at a time, `most` or fewer, from input m on; all about as many. */
-#define IN_PASSES(batch, most, call)                                             \
-    for (int64_t m = 0, now; m < (batch); m += now) {                            \
-        const int64_t left = (batch) - m, passes = (left + (most) - 1) / (most); \
-        now = (left + passes - 1) / passes;                                      \
-        switch (now) {                                                           \
-        case 1: call(1); break;                                                  \
-        case 2: call(2); break;                                                  \
-        case 3: call(3); break;                                                  \
-        case 4: if ((most) >= 4) call(4); break;                                 \
-        case 5: if ((most) >= 5) call(5); break;                                 \
-        default: if ((most) >= 6) call(6);                                       \
-        }                                                                        \
-    }
 
 #if LEVEL_LOW
 #include "gradient_bfloat16.h"
@@ -155,7 +141,7 @@ static void LEVEL(grad_rows)(const struct job *job, int64_t r0, int64_t r1, int 
     }
 }
 
-static void LEVEL(grad_body)(const struct job *job, int64_t thread)
+static void LEVEL(grad_body)(const struct job *job, int64_t part, int64_t thread)
 {
     const struct weight *w = job->weight;
     float *scales = job->own + thread * job->own_floats, *tile = scales + GRAD_ROWS * TILE_SCALES;
@@ -165,7 +151,7 @@ static void LEVEL(grad_body)(const struct job *job, int64_t thread)
     /* Without a tile, its memory holds the scales of as many rows more. */
     const int64_t step = LEVEL(grad_few)(w, job->m1 - job->m0) && job->type == FLOAT32 ? 2 * GRAD_ROWS : GRAD_ROWS;
     int64_t g0, g1;
-    share(w->stride / GROUP, MAX_GROUP / GROUP, job->threads, thread, &g0, &g1);
+    share(w->stride / GROUP, MAX_GROUP / GROUP, job->parts, part, &g0, &g1);
     for (int64_t t0 = g0; t0 < g1; t0 += TILE_GROUPS) {
         const int64_t t1 = smaller(t0 + TILE_GROUPS, g1);
         memset(job->packed + t0 * batch, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
@@ -203,10 +189,11 @@ INLINE void LEVEL(unpack)(const struct job *job, int64_t m, int64_t c0, int64_t 
     }
 }
 
-static void LEVEL(unpack_body)(const struct job *job, int64_t thread)
+static void LEVEL(unpack_body)(const struct job *job, int64_t part, int64_t thread)
 {
+    (void)thread;
     int64_t c0, c1;
-    share(job->weight->columns, MAX_LANES, job->threads, thread, &c0, &c1);
+    share(job->weight->columns, MAX_LANES, job->parts, part, &c0, &c1);
     for (int64_t m = job->m0; m < job->m1; m++)
         if (job->out_type == FLOAT32)
             LEVEL(unpack)(job, m, c0, c1, FLOAT32);
@@ -218,10 +205,10 @@ static void LEVEL(unpack_body)(const struct job *job, int64_t thread)
 
 static void LEVEL(input_grad)(struct job *job)
 {
-    const int64_t piece = piece_of(job->batch, job->weight->stride);
+    const int64_t piece = piece_of(job->batch, job->weight->stride * (int64_t)sizeof(float));
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + piece, job->batch);
-        parallel(job, LEVEL(grad_body));
-        parallel(job, LEVEL(unpack_body));
+        parallel(job, 1, LEVEL(grad_body));
+        parallel(job, 1, LEVEL(unpack_body));
     }
 }

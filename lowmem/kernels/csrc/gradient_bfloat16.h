@@ -10,7 +10,7 @@ INLINE void LEVEL(accumulate_low)(const float *grad, int64_t grad_stride, const 
         __m512bh row[TILE_VECTORS];
         EACH_VECTOR(TILE_VECTORS) row[n] = (__m512bh)_mm512_loadu_si512(tile + n * LANES);
         EACH_INPUT {
-            const __m512bh factor = (__m512bh)v_set1(grad[j * grad_stride + r]);
+            const __m512bh factor = LEVEL(pair_of)(grad + j * grad_stride + r);
             EACH_VECTOR(TILE_VECTORS)
                 acc[j * TILE_VECTORS + n] = _mm512_dpbf16_ps(acc[j * TILE_VECTORS + n], row[n], factor);
         }
@@ -24,6 +24,8 @@ INLINE void LEVEL(decode_pair)(const struct weight *w, int64_t row, int both, in
 {
     const W one = LEVEL(words)(w, row, g), two = both ? LEVEL(words)(w, row + 1, g) : _mm512_setzero_si512();
     const int whole = (int)w->order->whole_words;
+    prefetch(w->packed + (row + GRAD_ROWS) * w->row_bytes + g * LANES * 4);
+    prefetch(w->packed + (row + 1 + GRAD_ROWS) * w->row_bytes + g * LANES * 4);
     V first = LEVEL(spread)(w->order, scales, t0, g, 0);
     V second = both ? LEVEL(spread)(w->order, scales + TILE_SCALES, t0, g, 0) : v_zero();
 #pragma GCC unroll 8

@@ -9,16 +9,19 @@
 /* Sizes of scratch, the same at every level, so that memory is the same on every processor. */
 #define MAX_LANES 16
 #define MAX_GROUP (MAX_LANES * 8)
-#define TILE_ROWS 8      /* rows restored at a time, */
-#define TILE_COLUMNS 512 /* in pieces that stay in the first cache, */
-#define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES) /* the scales of a row, and as much as may be read behind */
-#define PART 128        /* products that are added up before their sum is added to the others, */
+#define SHARE_ROWS 8     /* of a thread, at least */
+#define CHUNK 256        /* columns of rows that are restored at a time, so that they stay in the first cache */
+#define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */
+#define PART 128         /* products that are added up before their sum is added to the others */
+#define TILE_COLUMNS 512 /* columns whose scales are read at a time in the gradient */
+#define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
 #define GRAD_ROWS 32    /* rows of a tile of the gradient, a group of columns wide */
-#define FEW_COLUMNS 2048 /* columns whose scales are read at a time with a small batch */
-#define FEW_SCALES (FEW_COLUMNS / 8 + 2 * MAX_LANES)
-#define FEW 4           /* inputs at a time that are multiplied with codes decoded in registers */
+#define FEW 4           /* inputs that are few */
 #define WIDE 8192       /* columns of the input that are packed at a time */
-#define PACKED_BYTES (640 * 1024) /* the most that a packed input takes, */
+#define PARTS 4 /* of a thread, where its work is long: a thread that is held up leaves them to others */
+#define LARGEST_BLOCK 4096
+#define PACKED_ALONE 16 /* inputs that one thread packs for all */
+#define PACKED_BYTES (704 * 1024) /* the most that a packed input takes, */
 #define MOST 256                  /* and the most inputs in it */
 
 /* Types of inputs, outputs and 16-bit weights. */
@@ -45,6 +48,8 @@ struct weight {
     int64_t half; /* bytes of a whole block */
     int64_t stride; /* columns, padded to whole groups of words at every level */
     int encoding; /* enum encoding; enum type for 16-bit floats */
+    uint8_t steps[16]; /* where the levels lie on a grid, levels[c] = levels[0] + step * steps[c]; */
+    float step;        /* else 0 */
 };
 
 /* A low-rank update: A (rank, columns), B (rows, rank), x (batch, columns), base and out (batch, rows). */
@@ -79,8 +84,9 @@ struct job {
     const void *bias;
     void *out;
     int type, out_type, bias_type; /* enum type of x, out and the bias */
-    int low; /* whether products are taken in bfloat16 */
-    int64_t batch, threads;
+    int low; /* whether products are taken in bfloat16, */
+    int grid; /* or in integers */
+    int64_t batch, threads, parts;
     float *packed; /* the input, or the gradient, in the order of the words */
     float *own; /* scratch of the threads */
     int64_t own_floats;
@@ -90,10 +96,11 @@ struct job {
     const struct update *update;
 };
 
-typedef void (*body)(const struct job *, int64_t thread);
+/* One part of a job's work, by one of its threads: which one changes no bit. */
+typedef void (*body)(const struct job *, int64_t part, int64_t thread);
 
-/* Run a body once for each thread of a job. */
-void parallel(const struct job *, body);
+/* Run a body for as many parts a thread of the job; who is done takes the next. */
+void parallel(struct job *, int64_t parts, body);
 
 /* One instruction set. */
 struct level {
@@ -117,12 +124,15 @@ extern const struct level level_portable, level_avx2, level_avx512, level_avx512
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* How many inputs are packed at a time: all that fit, in whole vectors from the first vector on. */
-static inline int64_t piece_of(int64_t batch, int64_t columns)
+/* How many inputs of so many bytes are packed at a time: pieces of a batch that are about as large. */
+static inline int64_t piece_of(int64_t batch, int64_t bytes)
 {
-    const int64_t fit = smaller(PACKED_BYTES / (columns * (int64_t)sizeof(float)), MOST);
-    return batch <= fit ? batch : fit >= MAX_LANES ? fit / MAX_LANES * MAX_LANES : fit ? fit : 1;
+    const int64_t most = smaller(PACKED_BYTES / bytes, MOST), pieces = most ? (batch + most - 1) / most : batch;
+    return pieces ? (batch + pieces - 1) / pieces : 0;
 }
+
+/* Columns of an input that are packed, where there are more than a few: whole chunks. */
+static inline int64_t packed_width(const struct weight *w) { return smaller(round_up(w->stride, CHUNK), WIDE); }
 
 static inline uint32_t bits_of(float value)
 {
@@ -155,6 +165,22 @@ static inline float signed_steps(uint8_t byte)
 }
 
 static inline float bfloat_to_float(uint16_t b) { return float_of((uint32_t)b << 16); }
+
+/* Scale i of a row at p, or the steps that it counts. */
+static inline float scale_as_stored(const uint8_t *p, int64_t i, int encoding)
+{
+    if (encoding == SCALES_FLOAT32)
+        return ((const float *)p)[i];
+    if (encoding == SCALES_FLOAT16)
+        return half_to_float(((const uint16_t *)p)[i]);
+    return encoding == SCALES_SIGNED ? signed_steps(p[i]) : (float)p[i];
+}
+
+/* Bytes of the scales of a row. */
+static inline int64_t scale_bytes(const struct weight *w)
+{
+    return w->encoding >= SCALES_DOUBLE ? w->blocks + 2 : w->blocks * (w->encoding == SCALES_FLOAT16 ? 2 : 4);
+}
 
 /* To the nearest, ties to even; a NaN stays one. */
 static inline uint16_t float_to_bfloat(float value)
@@ -200,12 +226,12 @@ static inline void write_as(void *p, int type, int64_t i, float value)
         ((uint16_t *)p)[i] = type == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
 }
 
-/* The part of n that a thread takes, in steps: the same for every run. */
-static inline void share(int64_t n, int64_t step, int64_t threads, int64_t thread, int64_t *from, int64_t *to)
+/* One of the parts of n, in steps. */
+static inline void share(int64_t n, int64_t step, int64_t parts, int64_t part, int64_t *from, int64_t *to)
 {
     const int64_t steps = (n + step - 1) / step;
-    *from = steps * thread / threads * step;
-    *to = steps * (thread + 1) / threads * step;
+    *from = steps * part / parts * step;
+    *to = steps * (part + 1) / parts * step;
     if (*to > n)
         *to = n;
 }

@@ -1,5 +1,4 @@
-/* x @ W.T. Few inputs: codes are decoded in registers. More: rows are restored into a tile that stays in the
- * first cache, and multiplied with a batch that lies across the lanes. */
+/* x @ W.T with a few inputs: columns lie across the lanes, and codes are decoded in registers. many.h has more inputs. */
 
 #ifndef LEVEL_LOW /* whether the level multiplies bfloat16 */
 #define LEVEL_LOW 0
@@ -47,6 +46,7 @@ INLINE void LEVEL(put)(const struct job *job, int64_t m, int64_t r, float sum)
 
 INLINE void LEVEL(put_sums)(const struct job *job, int64_t r, const int R, const int M, const V *sums)
 {
+    const int whole = R == 4 && !job->g0 && job->out_type == FLOAT32 && (!job->bias || job->bias_type == FLOAT32);
     for (int j = 0; j < M; j++) {
         float out[4];
         if (R == 4)
@@ -54,40 +54,67 @@ INLINE void LEVEL(put_sums)(const struct job *job, int64_t r, const int R, const
         else
             for (int i = 0; i < R; i++)
                 out[i] = v_sum(sums[AT]);
-        for (int i = 0; i < R; i++)
-            LEVEL(put)(job, job->m0 + j, r + i, out[i]);
+        if (!whole) {
+            for (int i = 0; i < R; i++)
+                LEVEL(put)(job, job->m0 + j, r + i, out[i]);
+            continue;
+        }
+        for (int i = 0; i < 4 && job->bias; i++)
+            out[i] += ((const float *)job->bias)[r + i];
+        memcpy((float *)job->out + (job->m0 + j) * job->weight->rows + r, out, sizeof out);
     }
 }
 
-/* Add to `sums` what R rows with M inputs make in groups t0 to t1, decoding codes in registers. A block's products are
+/* The scales of R rows from a block on, as many as there are lanes, as they are stored. */
+INLINE void LEVEL(few_scales)(const struct weight *w, int64_t r, int64_t first, const int R, V *out)
+{
+    const int64_t stride = scale_bytes(w), n = w->blocks - first;
+    const uint8_t *p = w->scales + r * stride;
+#define READ(encoding)                                                     \
+    if (n >= LANES)                                                        \
+        EACH_ROW out[i] = v_scales(p + i * stride, first, LANES, encoding); \
+    else                                                                   \
+        EACH_ROW out[i] = v_scales(p + i * stride, first, n, encoding)
+    if (w->encoding == SCALES_FLOAT16) {
+        READ(SCALES_FLOAT16);
+    } else if (w->encoding == SCALES_FLOAT32) {
+        READ(SCALES_FLOAT32);
+    } else if (w->encoding == SCALES_DOUBLE) {
+        READ(SCALES_DOUBLE);
+    } else {
+        READ(SCALES_SIGNED);
+    }
+#undef READ
+}
+
+/* What R rows with M inputs make in groups g to g1, decoding codes in registers. A block's products are
  * summed before its scale is applied; blocks that are not whole words (`apart`) are scaled first. */
-INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t t0, int64_t t1, const int R, const int M,
-                              const int apart, const float *scales, const float *x, V *sums)
+INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
+                              const int apart, const float *x, V *sums)
 {
     const int64_t row_bytes = w->row_bytes;
-    const int32_t *first = w->order->first_block, *block = w->order->block + t0 * 4 * LANES;
-    const uint8_t *p = w->packed + r * row_bytes + t0 * LANES * 4;
+    const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
+    const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
     const T table = table_load(w->levels);
     V acc[FEW_SUMS];
-    EACH_ROW EACH_INPUT acc[AT] = sums[AT];
-    scales -= first[t0];
-    for (int64_t g = t0; g < t1; g++, p += LANES * 4, x += M * GROUP, block += 4 * LANES) {
+    EACH_ROW EACH_INPUT acc[AT] = v_zero();
+    for (; g < g1; g++, p += LANES * 4, x += M * GROUP, block += 4 * LANES) {
         const int64_t left = row_bytes - g * (LANES * 4);
-        const float *scale_at = scales + first[g];
         EACH_ROW prefetch(p + (i + 8 * R) * row_bytes);
         W words[4];
-        V scale[4], sum[FEW_SUMS];
+        V stored[4], scale[4], sum[FEW_SUMS];
+        LEVEL(few_scales)(w, r, first[g], R, stored);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
         else
             EACH_ROW words[i] = words_load(p + i * row_bytes, left);
-        EACH_ROW scale[i] = v_spread(scale_at + i * FEW_SCALES, block);
+        EACH_ROW scale[i] = v_spread(stored[i], block);
         EACH_ROW EACH_INPUT sum[AT] = v_zero();
 #pragma GCC unroll 8
         for (int k = 0; k < 8; k++) {
             V level[4];
             if (apart && k && k % 2 == 0)
-                EACH_ROW scale[i] = v_spread(scale_at + i * FEW_SCALES, block + k / 2 * LANES);
+                EACH_ROW scale[i] = v_spread(stored[i], block + k / 2 * LANES);
             EACH_ROW level[i] = v_lookup(table, words[i], k);
             if (apart)
                 EACH_ROW level[i] = v_mul(level[i], scale[i]);
@@ -108,26 +135,21 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t t0, int
 }
 
 /* R rows with M inputs. */
-#define FEW_PRODUCT(name, groups, step, ...)                                                                         \
+#define FEW_PRODUCT(name, groups, ...)                                                                               \
     INLINE void LEVEL(name)(const struct job *job, int64_t r, const int R, const int M)                              \
     {                                                                                                                \
-        const struct weight *w = job->weight;                                                                        \
-        const float *x = job->packed;                                                                                \
-        float scales[4 * FEW_SCALES];                                                                                \
         V sums[FEW_SUMS];                                                                                            \
-        EACH_ROW EACH_INPUT sums[AT] = v_zero();                                                                     \
-        for (int64_t t0 = job->g0, t1; t0 < job->g1; t0 = t1) {                                                      \
-            t1 = smaller(t0 + FEW_COLUMNS / GROUP, job->g1);                                                         \
-            for (int i = 0; i < R; i++)                                                                              \
-                LEVEL(group_scales)(w, r + i, t0, t1, scales + i * FEW_SCALES);                                      \
-            LEVEL(groups)(w, r, t0, t1, R, M, __VA_ARGS__ scales, x, sums);                                          \
-            x += (t1 - t0) * M * step;                                                                               \
-        }                                                                                                            \
+        LEVEL(groups)(job->weight, r, job->g0, job->g1, R, M, __VA_ARGS__ job->packed, sums);                        \
+        if (job->weight->encoding >= SCALES_DOUBLE)                                                                  \
+            EACH_ROW {                                                                                               \
+                const V unit = v_set1(LEVEL(row_unit)(job->weight, r + i));                                          \
+                EACH_INPUT sums[AT] = v_mul(sums[AT], unit);                                                         \
+            }                                                                                                        \
         LEVEL(put_sums)(job, r, R, M, sums);                                                                         \
     }
 
-FEW_PRODUCT(few, few_groups, GROUP, 0, )
-FEW_PRODUCT(few_apart, few_groups, GROUP, 1, )
+FEW_PRODUCT(few, few_groups, 0, )
+FEW_PRODUCT(few_apart, few_groups, 1, )
 
 /* The same with 16-bit weights. */
 INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, const int M, const int type)
@@ -158,34 +180,12 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
     LEVEL(put_sums)(job, r, R, M, acc);
 }
 
-/* Rows of a tile with all panels, three vectors of inputs at a time; but four are two and two. */
-#define MULTIPLY(multiply, R, N) multiply(tile + i * width, R, floats, x, panel, N, sums + i * batch + p * LANES, batch, first)
-#define MULTIPLY_PANELS(multiply, R)                 \
-    for (int64_t p = 0, n; p < panels; p += n) {     \
-        const int64_t left = panels - p;             \
-        const float *x = packed + p * panel;         \
-        n = left == 4 ? 2 : left < 3 ? left : 3;     \
-        if (n == 3)                                  \
-            MULTIPLY(multiply, R, 3);                \
-        else if (n == 2)                             \
-            MULTIPLY(multiply, R, 2);                \
-        else                                         \
-            MULTIPLY(multiply, R, 1);                \
-    }
-#define MULTIPLY_TILE(name, multiply, tile_width)                                                                     \
-    static void LEVEL(name)(const float *tile, int rows, int64_t floats, const float *packed, int64_t panel,          \
-                            int64_t panels, float *sums, int first)                                                   \
-    {                                                                                                                 \
-        const int64_t batch = panels * LANES, width = tile_width;                                                     \
-        int i = 0;                                                                                                    \
-        for (; i + MANY_ROWS <= rows; i += MANY_ROWS)                                                                 \
-            MULTIPLY_PANELS(LEVEL(multiply), MANY_ROWS)                                                               \
-        for (; i < rows; i++)                                                                                         \
-            MULTIPLY_PANELS(LEVEL(multiply), 1)                                                                       \
-    }
-
 #if LEVEL_LOW
 #include "bfloat16.h"
+#endif
+#include "many.h"
+#if LEVEL_LOW
+#include "grid.h"
 #endif
 
 /* All rows of a thread with M inputs. */
@@ -207,6 +207,11 @@ INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const 
         for (; r < to; r++)
             LEVEL(few_apart)(job, r, 1, M);
 #if LEVEL_LOW
+    } else if (job->grid) {
+        for (; r + R <= to; r += R)
+            LEVEL(few_grid)(job, r, R, M);
+        for (; r < to; r++)
+            LEVEL(few_grid)(job, r, 1, M);
     } else if (job->low) {
         for (; r + R <= to; r += R)
             LEVEL(few_low)(job, r, R, M);
@@ -222,8 +227,13 @@ INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const 
 }
 
 /* Pack the inputs of a small batch side by side, vector by vector. */
-static void LEVEL(pack_few)(const struct job *job)
+static void LEVEL(pack_few)(struct job *job)
 {
+#if LEVEL_LOW
+    job->grid = LEVEL(pack_grid)(job);
+    if (job->grid)
+        return;
+#endif
     const int64_t floats = (job->g1 - job->g0) * GROUP, batch = job->m1 - job->m0;
     if (floats != job->weight->columns)
         memset(job->packed, 0, (size_t)(batch * floats) * sizeof(float));
@@ -235,10 +245,11 @@ static void LEVEL(pack_few)(const struct job *job)
 #endif
 }
 
-static void LEVEL(few_body)(const struct job *job, int64_t thread)
+static void LEVEL(few_body)(const struct job *job, int64_t part, int64_t thread)
 {
+    (void)thread;
     int64_t r, to;
-    share(job->weight->rows, TILE_ROWS, job->threads, thread, &r, &to);
+    share(job->weight->rows, SHARE_ROWS, job->parts, part, &r, &to);
     switch (job->m1 - job->m0) {
     case 1: LEVEL(few_rows)(job, r, to, 1); break;
     case 2: LEVEL(few_rows)(job, r, to, 2); break;
@@ -247,168 +258,26 @@ static void LEVEL(few_body)(const struct job *job, int64_t thread)
     }
 }
 
-/* Put LANES columns of up to LANES inputs into a panel: across the lanes, where their codes come up. */
-INLINE void LEVEL(place_panel)(const struct job *job, int64_t m, int64_t c, float *panel, const int type)
-{
-    const struct weight *w = job->weight;
-    const int64_t before = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, columns = w->columns;
-    const int32_t *place = w->order ? w->order->place : NULL;
-    V v[LANES];
-    for (int j = 0; j < LANES; j++) {
-        const int64_t from = (m + j) * columns + c;
-        if (m + j >= job->m1) {
-            v[j] = v_zero();
-        } else if (c + LANES > columns) {
-            float rest[LANES] = {0};
-            for (int64_t i = 0; i < columns - c; i++)
-                rest[i] = read_as_float(job->x, type, from + i);
-            v[j] = v_load(rest);
-        } else {
-            v[j] = type == FLOAT32 ? v_load((const float *)job->x + from) : LEVEL(sixteen)((const uint16_t *)job->x + from, type);
-        }
-    }
-    v_transpose(v);
-    for (int64_t i = 0; i < smaller(LANES, columns - c); i++) {
-        const int64_t s = (place ? place[c + i] : c + i) - before;
-        if (s >= 0 && s < floats)
-            v_store(panel + s * LANES, v[i]);
-    }
-}
-
-/* Pack a piece of the batch across the lanes: element s of LANES inputs side by side, and after them element s + 1. */
-static void LEVEL(pack_many)(const struct job *job, int64_t thread)
-{
-    const int64_t floats = (job->g1 - job->g0) * GROUP, columns = job->weight->columns;
-    int64_t from, to;
-    share((job->m1 - job->m0 + LANES - 1) / LANES, 1, job->threads, thread, &from, &to);
-    for (int64_t p = from; p < to; p++) {
-        float *panel = job->packed + p * floats * LANES;
-        const int64_t m = job->m0 + p * LANES;
-        if (floats != columns)
-            memset(panel, 0, (size_t)(floats * LANES) * sizeof(float));
-        for (int64_t c = 0; c < columns; c += LANES)
-            if (job->type == FLOAT32)
-                LEVEL(place_panel)(job, m, c, panel, FLOAT32);
-            else if (job->type == BFLOAT16)
-                LEVEL(place_panel)(job, m, c, panel, BFLOAT16);
-            else
-                LEVEL(place_panel)(job, m, c, panel, FLOAT16);
-#if LEVEL_LOW
-        if (job->low)
-            LEVEL(lower_panel)(panel, floats);
-#endif
-    }
-}
-
-/* R rows of a tile with N vectors of inputs, added to `sums` a part at a time: a long sum loses what it adds. */
-INLINE void LEVEL(multiply)(const float *tile, const int R, int64_t floats, const float *x, int64_t panel, const int N,
-                            float *sums, int64_t batch, int first)
-{
-    for (int64_t part = 0; part < floats; part += PART, first = 0) {
-        const int64_t end = smaller(part + PART, floats);
-        V acc[TILE_ROWS][3];
-        for (int i = 0; i < R; i++)
-            for (int n = 0; n < N; n++)
-                acc[i][n] = v_zero();
-        for (int64_t s = part; s < end; s++) {
-            V value[3];
-            for (int n = 0; n < N; n++)
-                value[n] = v_load(x + n * panel + s * LANES);
-            for (int i = 0; i < R; i++) {
-                const V weight = v_set1(tile[i * TILE_COLUMNS + s]);
-                for (int n = 0; n < N; n++)
-                    acc[i][n] = v_fma(weight, value[n], acc[i][n]);
-            }
-        }
-        for (int i = 0; i < R; i++)
-            for (int n = 0; n < N; n++) {
-                float *to = sums + i * batch + n * LANES;
-                v_store(to, first ? acc[i][n] : v_add(v_load(to), acc[i][n]));
-            }
-    }
-}
-
-MULTIPLY_TILE(multiply_tile, multiply, TILE_COLUMNS)
-
-/* The sums of the rows of a tile, (rows, batch), to the output. */
-INLINE void LEVEL(put_tile)(const struct job *job, int64_t r, int rows, const float *sums, int64_t batch, const int type)
-{
-    float bias[TILE_ROWS] = {0};
-    for (int i = 0; i < rows && job->bias; i++)
-        bias[i] = read_as_float(job->bias, job->bias_type, r + i);
-    if (rows < TILE_ROWS || job->g0) {
-        for (int64_t m = job->m0; m < job->m1; m++)
-            for (int i = 0; i < rows; i++)
-                LEVEL(put)(job, m, r + i, sums[i * batch + m - job->m0]);
-        return;
-    }
-    for (int64_t m = job->m0; m < job->m1; m += LANES) {
-        V v[LANES];
-        for (int i = 0; i < LANES; i++)
-            v[i] = i < TILE_ROWS ? v_add(v_load(sums + i * batch + m - job->m0), v_set1(bias[i])) : v_zero();
-        v_transpose(v);
-        for (int64_t j = 0; j < smaller(LANES, job->m1 - m); j++) {
-            float out[LANES]; /* TILE_ROWS of them, in any type */
-            LEVEL(store_as)(out, type, 0, v[j]);
-            const int64_t at = (m + j) * job->weight->rows + r, size = type == FLOAT32 ? 4 : 2;
-            memcpy((char *)job->out + at * size, out, (size_t)(TILE_ROWS * size));
-        }
-    }
-}
-
-static void LEVEL(many_body)(const struct job *job, int64_t thread)
-{
-    const struct weight *w = job->weight;
-    const int64_t panels = (job->m1 - job->m0 + LANES - 1) / LANES, batch = panels * LANES;
-    const int64_t panel = (job->g1 - job->g0) * GROUP * LANES;
-    float *scales = job->own + thread * job->own_floats;
-    float *tile = scales + TILE_SCALES, *sums = tile + TILE_ROWS * TILE_COLUMNS;
-    int64_t r, to;
-    share(w->rows, TILE_ROWS, job->threads, thread, &r, &to);
-    for (; r < to; r += TILE_ROWS) {
-        const int rows = (int)smaller(TILE_ROWS, to - r);
-        for (int64_t t0 = job->g0; t0 < job->g1; t0 += TILE_GROUPS) {
-            const int64_t t1 = smaller(t0 + TILE_GROUPS, job->g1), before = (t0 - job->g0) * GROUP;
-            const int64_t floats = (t1 - t0) * GROUP;
-#if LEVEL_LOW
-            if (job->low) {
-                for (int i = 0; i < rows; i++)
-                    LEVEL(decode_low)(w, r + i, t0, t1, scales, tile + i * (TILE_COLUMNS / 2));
-                LEVEL(multiply_tile_low)(tile, rows, floats / 2, job->packed + before / 2 * LANES, panel, panels, sums,
-                                         t0 == job->g0);
-                continue;
-            }
-#endif
-            for (int i = 0; i < rows; i++)
-                LEVEL(decode)(w, r + i, t0, t1, scales, tile + i * TILE_COLUMNS);
-            LEVEL(multiply_tile)(tile, rows, floats, job->packed + before * LANES, panel, panels, sums, t0 == job->g0);
-        }
-        if (job->out_type == FLOAT32)
-            LEVEL(put_tile)(job, r, rows, sums, batch, FLOAT32);
-        else if (job->out_type == BFLOAT16)
-            LEVEL(put_tile)(job, r, rows, sums, batch, BFLOAT16);
-        else
-            LEVEL(put_tile)(job, r, rows, sums, batch, FLOAT16);
-    }
-}
-
 static void LEVEL(linear)(struct job *job)
 {
     const struct weight *w = job->weight;
     const int64_t groups = w->stride / GROUP, wide = WIDE / GROUP;
-    const int64_t piece = piece_of(job->batch, smaller(w->stride, WIDE));
+    const int few = job->batch <= FEW;
+    const int64_t piece = few ? job->batch : piece_of(job->batch, packed_width(w) * (job->low ? 2 : 4));
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
-        const int64_t left = job->batch - job->m0, passes = (left + FEW - 1) / FEW;
-        const int few = left <= FEW_BATCH;
-        job->m1 = job->m0 + (few ? (left + passes - 1) / passes : smaller(left, piece));
+        job->m1 = smaller(job->m0 + piece, job->batch);
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + wide, groups);
             if (few) {
                 LEVEL(pack_few)(job);
-                parallel(job, LEVEL(few_body));
+                parallel(job, 1, LEVEL(few_body));
+            } else if (job->m1 - job->m0 <= PACKED_ALONE) {
+                job->parts = 1;
+                LEVEL(pack_many)(job, 0, 0);
+                parallel(job, PARTS, LEVEL(many_body));
             } else {
-                parallel(job, LEVEL(pack_many));
-                parallel(job, LEVEL(many_body));
+                parallel(job, PARTS, LEVEL(pack_many));
+                parallel(job, PARTS, LEVEL(many_body));
             }
         }
     }

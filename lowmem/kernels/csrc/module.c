@@ -19,30 +19,31 @@
 
 static void (*run_parallel)(void (*)(void *), void *, unsigned, unsigned);
 static int (*thread_number)(void);
-static int (*thread_count)(void);
 
 struct region {
     const struct job *job;
     body run;
+    int64_t next;
 };
 
 static void region_body(void *data)
 {
-    const struct region *region = data;
-    const int64_t count = thread_count(); /* can be fewer than were asked for */
-    for (int64_t t = thread_number(); t < region->job->threads; t += count)
-        region->run(region->job, t);
+    struct region *region = data;
+    const int64_t thread = thread_number();
+    for (int64_t part; (part = __atomic_fetch_add(&region->next, 1, __ATOMIC_RELAXED)) < region->job->parts;)
+        region->run(region->job, part, thread);
 }
 
-void parallel(const struct job *job, body run)
+void parallel(struct job *job, int64_t parts, body run)
 {
-    struct region region = {job, run};
+    struct region region = {job, run, 0};
+    job->parts = job->threads > 1 ? parts * job->threads : 1;
     if (job->threads > 1 && run_parallel) {
         run_parallel(region_body, &region, (unsigned)job->threads, 0);
         return;
     }
-    for (int64_t t = 0; t < job->threads; t++)
-        run(job, t);
+    for (int64_t part = 0; part < job->parts; part++)
+        run(job, part, 0);
 }
 
 static int64_t threads_for(long long most, double work)
@@ -125,6 +126,27 @@ static struct weight read_weight(const long long *n)
     return w;
 }
 
+/* Whether the levels lie on a grid of at most 32 points, as far as float32 can tell. */
+static void find_grid(struct weight *w)
+{
+    float step = INFINITY;
+    for (int c = 1; c < 16; c++)
+        if (w->levels[c] > w->levels[c - 1])
+            step = fminf(step, w->levels[c] - w->levels[c - 1]);
+    /* The widest distance says best how long the step is. */
+    const float wide = w->levels[15] - w->levels[0], points = rintf(wide / step);
+    if (!(points >= 1.0f && points <= 31.0f))
+        return;
+    step = wide / points;
+    for (int c = 0; c < 16; c++) {
+        const float at = rintf((w->levels[c] - w->levels[0]) / step);
+        if (!(fabsf(w->levels[0] + at * step - w->levels[c]) <= wide * 0x1p-24f))
+            return;
+        w->steps[c] = (uint8_t)at;
+    }
+    w->step = step;
+}
+
 /* prepare(order or None, level, packed, scales, levels, encoding, block_size, rows, columns) -> capsule */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
@@ -137,6 +159,8 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
         return PyErr_NoMemory();
     prepared->level = all_levels[n[0]];
     prepared->weight = read_weight(n + 1);
+    if (args[0] != Py_None)
+        find_grid(&prepared->weight);
     prepared->order = NULL;
     PyObject *capsule = PyCapsule_New(prepared, PREPARED, free_prepared);
     if (!capsule) {
@@ -160,16 +184,17 @@ struct layout {
     int64_t threads, shared, own;
 };
 
-static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed)
+static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low)
 {
-    const int64_t width = transposed ? w->stride : smaller(w->stride, WIDE), piece = piece_of(batch, width);
     const int few = batch <= FEW;
+    const int64_t width = transposed ? w->stride : packed_width(w);
+    const int64_t piece = few && !transposed ? batch : piece_of(batch, width * (low && !transposed ? 2 : 4));
     const struct layout layout = {
         .threads = threads_for(threads, (double)w->rows * w->columns * batch),
-        .shared = (transposed || few ? piece : round_up(piece, MAX_LANES)) * width,
+        .shared = piece * width / (low && !few && !transposed ? 2 : 1),
         .own = transposed ? GRAD_ROWS * (TILE_SCALES + MAX_GROUP + piece)
                : few      ? 0
-                          : TILE_SCALES + TILE_ROWS * TILE_COLUMNS + TILE_ROWS * round_up(piece, MAX_LANES),
+                          : MAX_LANES * (CHUNK_SCALES + MAX_LANES + CHUNK + piece),
     };
     return layout;
 }
@@ -180,17 +205,23 @@ static PyObject *no_memory(void)
     return NULL;
 }
 
-/* scratch(prepared, batch, threads, transposed) -> bytes that linear, or input_grad, needs */
+/* Whether products with an input of a type are taken in bfloat16. */
+static int is_low(const struct prepared *prepared, long long type)
+{
+    return prepared->level->low && prepared->weight.order && type == BFLOAT16;
+}
+
+/* scratch(prepared, batch, threads, transposed, type of x) -> bytes that linear, or input_grad, needs */
 static PyObject *scratch(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    long long n[3];
+    long long n[4];
     (void)self;
-    if (read_numbers(args + 1, given - 1, n, 3))
+    if (read_numbers(args + 1, given - 1, n, 4))
         return NULL;
     const struct prepared *prepared = PyCapsule_GetPointer(args[0], PREPARED);
     if (!prepared)
         return NULL;
-    const struct layout layout = layout_of(&prepared->weight, n[0], n[1], n[2] != 0);
+    const struct layout layout = layout_of(&prepared->weight, n[0], n[1], n[2] != 0, is_low(prepared, n[3]));
     return PyLong_FromLongLong(4 * (layout.shared + layout.threads * layout.own));
 }
 
@@ -206,7 +237,8 @@ static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed
     const struct weight *w = &prepared->weight;
     if (!w->packed || !n[X] || !n[OUT] || !n[SCRATCH] || (w->order && !w->scales))
         return no_memory();
-    const struct layout layout = layout_of(w, n[BATCH], n[THREADS], transposed);
+    const int low = is_low(prepared, n[TYPE]);
+    const struct layout layout = layout_of(w, n[BATCH], n[THREADS], transposed, low);
     float *memory = ADDRESS(n[SCRATCH]);
     struct job job = {
         .weight = w,
@@ -216,7 +248,7 @@ static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed
         .type = (int)n[TYPE],
         .out_type = (int)n[OUT_TYPE],
         .bias_type = (int)n[BIAS_TYPE],
-        .low = prepared->level->low && w->order && n[TYPE] == BFLOAT16,
+        .low = low,
         .batch = n[BATCH],
         .threads = layout.threads,
         .packed = memory,
@@ -241,12 +273,6 @@ static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t gi
 {
     (void)self;
     return product(args, given, 1);
-}
-
-/* Of a row. */
-static int64_t scale_bytes(const struct weight *w)
-{
-    return w->encoding >= SCALES_DOUBLE ? w->blocks + 2 : w->blocks * (w->encoding == SCALES_FLOAT16 ? 2 : 4);
 }
 
 /* restore(prepared, first row, rows, out, threads, type) */
@@ -302,11 +328,11 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     Py_RETURN_NONE;
 }
 
-static void quantize_body(const struct job *job, int64_t thread)
+static void quantize_body(const struct job *job, int64_t part, int64_t thread)
 {
     struct quantizing *q = job->quantizing;
     int64_t from, to;
-    share(q->weight->rows, 1, job->threads, thread, &from, &to);
+    share(q->weight->rows, 1, job->parts, part, &from, &to);
     if (!q->level->quantize(q, from, to, q->scratch + thread * q->own))
         q->failed = 1;
 }
@@ -346,7 +372,7 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     if (!q.x || !q.packed || !q.scales || !q.scratch)
         return no_memory();
     Py_BEGIN_ALLOW_THREADS
-    parallel(&job, quantize_body);
+    parallel(&job, 1, quantize_body);
     Py_END_ALLOW_THREADS
     return PyBool_FromLong(!q.failed);
 }
@@ -366,7 +392,7 @@ static PyObject *levels(PyObject *self, PyObject *unused)
         count = 2;
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-            count = __builtin_cpu_supports("avx512bf16") ? 4 : 3;
+            count = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 4 : 3;
     }
 #endif
     for (int i = 0; i < count; i++) {
@@ -393,12 +419,11 @@ static PyObject *share_threads(PyObject *self, PyObject *path)
     if (!library)
         Py_RETURN_FALSE;
     void *start = dlsym(library, "GOMP_parallel");
-    void *number = dlsym(library, "omp_get_thread_num"), *count = dlsym(library, "omp_get_num_threads");
-    if (!start || !number || !count)
+    void *number = dlsym(library, "omp_get_thread_num");
+    if (!start || !number)
         Py_RETURN_FALSE;
     memcpy(&run_parallel, &start, sizeof start);
     memcpy(&thread_number, &number, sizeof number);
-    memcpy(&thread_count, &count, sizeof count);
     Py_RETURN_TRUE;
 }
 

@@ -67,6 +67,18 @@ static inline W words_load(const uint8_t *p, int64_t left)
             r.v[i] |= (uint32_t)p[4 * i + b] << (8 * b);
     return r;
 }
+static inline V v_of_words(W a)
+{
+    V r;
+    memcpy(r.v, a.v, sizeof r.v);
+    return r;
+}
+static inline W words_of_v(V a)
+{
+    W r;
+    memcpy(r.v, a.v, sizeof r.v);
+    return r;
+}
 static inline W bytes_load(const uint8_t *p)
 {
     W r;
@@ -86,10 +98,10 @@ static inline V v_lookup(T table, W words, int k)
     EACH r.v[i] = table[words.v[i] >> (4 * k) & 15];
     return r;
 }
-static inline V v_spread(const float *p, const int32_t *index)
+static inline V v_spread(V a, const int32_t *index)
 {
     V r;
-    EACH r.v[i] = p[index[i]];
+    EACH r.v[i] = a.v[index[i]];
     return r;
 }
 static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
@@ -128,9 +140,10 @@ static inline V v_bfloat(const uint16_t *p)
 static inline void v_to_half(uint16_t *p, V a) { EACH p[i] = float_to_half(a.v[i]); }
 static inline void v_to_bfloat(uint16_t *p, V a) { EACH p[i] = float_to_bfloat(a.v[i]); }
 
-#define FEW_BATCH 12
+#define FUSED_BATCH 8
+#define FUSED_INPUTS 4
+#define MANY_INPUTS 4
 #define FEW_ROWS(M) 2
-#define MANY_ROWS 4
 #define TILE_VECTORS 2
 #define GRAD_VECTORS 4
 

@@ -2,11 +2,13 @@
  *
  *   LANES, LEVEL(name), V, v_zero, v_set1, v_load, v_store, v_add, v_mul, v_fma, v_sum
  *   v_sum4(a, b, c, d, out)  four sums; v_transpose(v), LANES vectors of LANES
+ *   v_scales(p, from, n, encoding)   up to n stored scales of a row at p, or the steps that they count; then zeros
  *   W, words_load(p, left)   LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero
+ *   v_of_words(words), words_of_v(a)   the same bits
  *   bytes_load(p)            LANES bytes, each widened to a word
  *   block_load(p)            LANES / 2 bytes, each widened to a word; then the same, shifted by a nibble
  *   T, table_load(levels), v_lookup(table, words, k)   the level of nibble k, 0 to 7, of each word
- *   v_spread(p, index)       p[index[i]], where 0 <= index[i] < LANES
+ *   v_spread(a, index)       a[index[i]], where 0 <= index[i] < LANES
  *   v_from_half(p, n, out)   n float16 to float32
  *   v_sub, v_div; B, boundaries_load(p), v_code(boundaries, a)   how many of 15 boundaries lie below each value
  *   codes_store(p, words)    LANES words, each below 256, as bytes
@@ -23,6 +25,30 @@
 #define GROUP (LANES * 8) /* weights in a group of words */
 #define TILE_GROUPS (TILE_COLUMNS / GROUP)
 
+/* Call with M inputs at a time, `most` or fewer, from input m on; all about as many. */
+#define CASE_OF(most, n, call) \
+    case n: if ((most) >= n) call(((most) >= n ? n : 1)); break;
+#define IN_PASSES(batch, most, call)                                             \
+    for (int m = 0, now; m < (int)(batch); m += now) {                           \
+        const int left = (int)(batch) - m, passes = (left + (most) - 1) / (most); \
+        now = (left + passes - 1) / passes;                                      \
+        switch (now) {                                                           \
+            CASE_OF(most, 1, call) CASE_OF(most, 2, call) CASE_OF(most, 3, call) CASE_OF(most, 4, call)     \
+            CASE_OF(most, 5, call) CASE_OF(most, 6, call) CASE_OF(most, 7, call) CASE_OF(most, 8, call)     \
+            CASE_OF(most, 9, call) CASE_OF(most, 10, call) CASE_OF(most, 11, call) CASE_OF(most, 12, call)  \
+            CASE_OF(most, 13, call) CASE_OF(most, 14, call) CASE_OF(most, 15, call) CASE_OF(most, 16, call) \
+        }                                                                        \
+    }
+
+#ifndef OWN_SCALES
+static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
+{
+    float scales[LANES] = {0};
+    for (int64_t i = 0; i < smaller(n, LANES); i++)
+        scales[i] = scale_as_stored(p, from + i, encoding);
+    return v_load(scales);
+}
+#endif
 #ifndef OWN_SHUFFLES
 static inline void v_sum4(V a, V b, V c, V d, float *out)
 {
@@ -71,6 +97,16 @@ INLINE void LEVEL(group_scales)(const struct weight *w, int64_t row, int64_t g0,
     LEVEL(scales)(w, row, first, smaller(last, w->blocks) - first, out);
 }
 
+/* What the steps of a row's scales count, or 1 where scales are stored as they are. */
+INLINE float LEVEL(row_unit)(const struct weight *w, int64_t row)
+{
+    if (w->encoding < SCALES_DOUBLE)
+        return 1.0f;
+    uint16_t bits;
+    memcpy(&bits, w->scales + row * scale_bytes(w) + w->blocks, 2);
+    return half_to_float(bits) / (w->encoding == SCALES_SIGNED ? 127.0f : 255.0f);
+}
+
 INLINE W LEVEL(words)(const struct weight *w, int64_t row, int64_t group)
 {
     const int64_t start = group * LANES * 4;
@@ -80,7 +116,7 @@ INLINE W LEVEL(words)(const struct weight *w, int64_t row, int64_t group)
 /* The scale of byte b of each word of a group, where `scales` starts at the first block of group g0. */
 INLINE V LEVEL(spread)(const struct order *order, const float *scales, int64_t g0, int64_t group, int b)
 {
-    return v_spread(scales + order->first_block[group] - order->first_block[g0], order->block + (group * 4 + b) * LANES);
+    return v_spread(v_load(scales + order->first_block[group] - order->first_block[g0]), order->block + (group * 4 + b) * LANES);
 }
 
 INLINE V LEVEL(sixteen)(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
@@ -102,6 +138,7 @@ INLINE void LEVEL(decode_group)(const struct weight *w, int64_t row, int64_t g, 
                                 float *out)
 {
     const W words = LEVEL(words)(w, row, g);
+    prefetch(w->packed + (row + GRAD_ROWS) * w->row_bytes + g * LANES * 4);
     V scale = LEVEL(spread)(w->order, scales, g0, g, 0);
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++) {
@@ -117,19 +154,6 @@ INLINE void LEVEL(widen_typed)(const struct weight *w, int64_t row, int64_t from
         LEVEL(widen)(w, row, from, floats, out, BFLOAT16);
     else
         LEVEL(widen)(w, row, from, floats, out, FLOAT16);
-}
-
-/* Groups g0 to g1 of a row, in the order of the words; `scales` is scratch. */
-static void LEVEL(decode)(const struct weight *w, int64_t row, int64_t g0, int64_t g1, float *scales, float *out)
-{
-    if (!w->order) {
-        LEVEL(widen_typed)(w, row, g0 * GROUP, (g1 - g0) * GROUP, out);
-        return;
-    }
-    const T table = table_load(w->levels);
-    LEVEL(group_scales)(w, row, g0, g1, scales);
-    for (int64_t g = g0; g < g1; g++, out += GROUP)
-        LEVEL(decode_group)(w, row, g, g0, table, scales, out);
 }
 
 INLINE void LEVEL(store_as)(void *out, const int type, int64_t i, V a)
@@ -176,11 +200,12 @@ INLINE void LEVEL(restore_rows)(const struct job *job, int64_t r, int64_t to, fl
     }
 }
 
-static void LEVEL(restore_body)(const struct job *job, int64_t thread)
+static void LEVEL(restore_body)(const struct job *job, int64_t part, int64_t thread)
 {
+    (void)thread;
     float scales[TILE_SCALES];
     int64_t r, to;
-    share(job->weight->rows, 1, job->threads, thread, &r, &to);
+    share(job->weight->rows, 1, job->parts, part, &r, &to);
     if (job->out_type == FLOAT32)
         LEVEL(restore_rows)(job, r, to, scales, FLOAT32);
     else if (job->out_type == BFLOAT16)
@@ -189,4 +214,4 @@ static void LEVEL(restore_body)(const struct job *job, int64_t thread)
         LEVEL(restore_rows)(job, r, to, scales, FLOAT16);
 }
 
-static void LEVEL(restore)(struct job *job) { parallel(job, LEVEL(restore_body)); }
+static void LEVEL(restore)(struct job *job) { parallel(job, 1, LEVEL(restore_body)); }

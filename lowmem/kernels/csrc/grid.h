@@ -1,0 +1,126 @@
+/* A few inputs with levels on a grid: level[c] = level[0] + step * steps[c], as int4's and fp4's are. Sums are taken in
+ * integers (vpdpbusd), four products a lane, and are exact:
+ *
+ *   sum of level[c] x = step * (sum of steps[c] v) * unit + level[0] * (sum of v) * unit,        x ~ v * unit
+ *
+ * where v is an integer of DIGITS signed bytes, and unit the largest magnitude of the GROUP columns over the most that
+ * v can be: x is off by about 2^-24 of that magnitude, less than a sum in float32 loses. The second sum is the input's alone, and is taken once for all rows.
+ *
+ * A group of an input: DIGITS times the bytes of the low and of the high nibbles (64 and 64), the second term of each lane,
+ * and step * unit. It is as long as the GROUP floats that it is made from. */
+
+#define DIGITS 3
+#define GRID_SUMS (DIGITS * 2 * 16) /* in floats */
+#define GRID_UNIT (GRID_SUMS + LANES)
+
+/* Bytes of both halves, the highest digit first: sum = sum * 256 + products of the next digit. */
+INLINE W LEVEL(digit_sums)(W lows, W highs, const float *group)
+{
+    W sum = _mm512_setzero_si512();
+#pragma GCC unroll 3
+    for (int d = DIGITS - 1; d >= 0; d--) {
+        if (d < DIGITS - 1)
+            sum = _mm512_slli_epi32(sum, 8);
+        sum = _mm512_dpbusd_epi32(sum, lows, _mm512_loadu_si512(group + d * 32));
+        sum = _mm512_dpbusd_epi32(sum, highs, _mm512_loadu_si512(group + d * 32 + 16));
+    }
+    return sum;
+}
+
+/* As few_groups. */
+INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
+                                   const float *x, V *sums)
+{
+    const int64_t row_bytes = w->row_bytes, g0 = g;
+    const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
+    const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
+    const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
+    V acc[FEW_SUMS];
+    EACH_ROW EACH_INPUT acc[AT] = v_zero();
+    for (; g < g1; g++, p += LANES * 4, block += 4 * LANES) {
+        const int64_t left = row_bytes - g * (LANES * 4);
+        const float *group = x + ((g - g0) / 2 * 2 * M + (g - g0) % 2) * GROUP;
+        W words[4], lows[4], highs[4];
+        V scale[4];
+        LEVEL(few_scales)(w, r, first[g], R, scale);
+        EACH_ROW prefetch(p + (i + 8 * R) * row_bytes);
+        if (left >= LANES * 4)
+            EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
+        else
+            EACH_ROW words[i] = words_load(p + i * row_bytes, left);
+        EACH_ROW {
+            lows[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(words[i], nibble));
+            highs[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words[i], 4), nibble));
+            scale[i] = v_spread(scale[i], block);
+        }
+        EACH_INPUT {
+            const float *of = group + j * CHUNK;
+            EACH_ROW {
+                const V whole = _mm512_cvtepi32_ps(LEVEL(digit_sums)(lows[i], highs[i], of));
+                acc[AT] = v_fma(v_fma(whole, v_set1(of[GRID_UNIT]), v_load(of + GRID_SUMS)), scale[i], acc[AT]);
+            }
+        }
+    }
+    EACH_ROW EACH_INPUT sums[AT] = acc[AT];
+}
+
+FEW_PRODUCT(few_grid, few_groups_grid, )
+
+/* Turn a group of packed floats into digits, in place; 0 where they are so large, so small or so undefined that they stay. */
+INLINE int LEVEL(to_digits)(const struct weight *w, float *group)
+{
+    const W magnitude = _mm512_set1_epi32(0x7fffffff);
+    V x[8];
+    W most = _mm512_setzero_si512(), value[8];
+    for (int i = 0; i < 8; i++) {
+        x[i] = v_load(group + i * LANES);
+        most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(x[i]), magnitude));
+    }
+    const float largest = float_of((uint32_t)_mm512_reduce_max_epi32(most));
+    if (!(largest <= 0x1p100f && (largest >= 0x1p-90f || largest == 0.0f)))
+        return 0;
+    const float range = 0x7f7f00; /* below 127 in every digit, whatever rounds up */
+    const V factor = v_set1(largest > 0.0f ? range / largest : 0.0f);
+    for (int i = 0; i < 8; i++)
+        value[i] = _mm512_cvtps_epi32(v_mul(x[i], factor));
+    const W low_words = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const W high_words = _mm512_add_epi32(low_words, _mm512_set1_epi32(1));
+    for (int d = 0; d < DIGITS; d++) {
+        uint8_t bytes[GROUP];
+        for (int i = 0; i < 8; i++) {
+            codes_store(bytes + i * LANES, value[i]);
+            const W digit = _mm512_srai_epi32(_mm512_slli_epi32(value[i], 24), 24);
+            value[i] = _mm512_srai_epi32(_mm512_sub_epi32(value[i], digit), 8);
+        }
+        const W front = _mm512_loadu_si512(bytes), back = _mm512_loadu_si512(bytes + 64);
+        _mm512_storeu_si512(group + d * 32, _mm512_permutex2var_epi32(front, low_words, back));
+        _mm512_storeu_si512(group + d * 32 + 16, _mm512_permutex2var_epi32(front, high_words, back));
+    }
+    const float unit = largest / range;
+    const W one = _mm512_set1_epi8(1);
+    const V sums = _mm512_cvtepi32_ps(LEVEL(digit_sums)(one, one, group));
+    v_store(group + GRID_SUMS, v_mul(sums, v_set1(unit * w->levels[0])));
+    group[GRID_UNIT] = unit * w->step;
+    return 1;
+}
+
+/* Pack a few inputs as digits, if they can be. */
+static int LEVEL(pack_grid)(struct job *job)
+{
+    const int64_t batch = job->m1 - job->m0, floats = (job->g1 - job->g0) * GROUP;
+    float scratch[LARGEST_BLOCK];
+    if (job->low || !job->weight->step || !job->weight->order->whole_words)
+        return 0; /* in bfloat16, decoding is as fast */
+    for (int64_t m = job->m0; m < job->m1; m++)
+        if (job->type == FLOAT32)
+            LEVEL(pack_input)(job, m, scratch, FLOAT32, 0);
+        else
+            LEVEL(pack_input)(job, m, scratch, FLOAT16, 0);
+    for (int64_t s = 0; s < floats; s += GROUP)
+        for (int64_t m = 0; m < batch; m++) {
+            float *group = job->packed + s / CHUNK * CHUNK * batch + m * CHUNK + s % CHUNK;
+            if (!LEVEL(to_digits)(job->weight, group))
+                return 0;
+        }
+    return 1;
+}
