@@ -183,6 +183,7 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
 #if LEVEL_LOW
 #include "bfloat16.h"
 #endif
+#include "pack.h"
 #include "many.h"
 #if LEVEL_LOW
 #include "grid.h"

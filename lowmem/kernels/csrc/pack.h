@@ -1,0 +1,109 @@
+/* Inputs in the order of the words of a row. A word holds eight codes; the columns of the low nibbles of its bytes come
+ * first, then those of the high ones:
+ *
+ *   column of byte b, low nibble: 8 * word + b        high nibble: 8 * word + 4 + b
+ *
+ * which is the input's own order, four columns at a time. CHUNK columns of an input lie together, and after them those of
+ * the next input. 16-bit weights have the columns in their own order. */
+
+/* Columns from c on of input m, n of them, as float32. */
+INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c, int64_t n, float *scratch, const int type)
+{
+    const int64_t from = m * job->weight->columns + c;
+    if (type == FLOAT32)
+        return (const float *)job->x + from;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        v_store(scratch + i, LEVEL(sixteen)((const uint16_t *)job->x + from + i, type));
+    for (; i < n; i++)
+        scratch[i] = read_as_float(job->x, type, from + i);
+    return scratch;
+}
+
+/* A chunk of blocks: four columns of a block's first half, four of its second, and so on. */
+INLINE void LEVEL(interleave)(const char *x, char *out, const int half, const int bytes)
+{
+    for (int block = 0; block < CHUNK / 2; block += half, x += 2 * half * bytes)
+#pragma GCC unroll 8
+        for (int j = 0; j < half; j += 4, out += 8 * bytes) {
+            memcpy(out, x + j * bytes, (size_t)(4 * bytes));
+            memcpy(out + 4 * bytes, x + (half + j) * bytes, (size_t)(4 * bytes));
+        }
+}
+
+/* Pack input m in the order of the words: as float32, or as it is where products are taken in bfloat16. */
+INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, const int type, const int low)
+{
+    const struct weight *w = job->weight;
+    const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, bytes = low ? 2 : 4;
+    const int64_t last = (floats - 1) / CHUNK * CHUNK;
+#define PLACE(s)                                                                                                       \
+    ((char *)job->packed +                                                                                             \
+     bytes * ((s) / CHUNK * CHUNK * batch + (m - job->m0) * CHUNK + (s) % CHUNK))
+    if (floats != w->columns)
+        memset(PLACE(last), 0, (size_t)((floats - last) * bytes));
+    if (!w->order) {
+        for (int64_t s = 0, n; s < floats && begin + s < w->columns; s += CHUNK) {
+            n = smaller(smaller(CHUNK, floats - s), w->columns - begin - s);
+            memcpy(PLACE(s), LEVEL(floats_of)(job, m, begin + s, n, scratch, type), (size_t)n * sizeof(float));
+        }
+        return;
+    }
+    const int64_t end = smaller((begin + floats) / 2, w->row_bytes), half = w->half;
+    int64_t block = begin / 2 / half;
+    if (CHUNK / 2 % half == 0 && half % 4 == 0) /* blocks are whole parts of a chunk: a chunk of them at a time */
+        for (; (block + 1) * half <= end && (block * half + CHUNK / 2) * 2 <= w->columns; block += CHUNK / 2 / half) {
+            const int64_t start = block * 2 * half;
+            const char *x = low ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
+                                : (const char *)LEVEL(floats_of)(job, m, start, CHUNK, scratch, type);
+            char *place = PLACE(start - begin);
+            switch (half) {
+            case 8: LEVEL(interleave)(x, place, 8, (int)bytes); break;
+            case 16: LEVEL(interleave)(x, place, 16, (int)bytes); break;
+            case 32: LEVEL(interleave)(x, place, 32, (int)bytes); break;
+            default: LEVEL(interleave)(x, place, (int)half, (int)bytes);
+            }
+        }
+    for (; block * half < end; block++) {
+        const int64_t start = block * 2 * half, columns = smaller(w->columns - start, 2 * half), lower = (columns + 1) / 2;
+        const char *lows = low ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
+                               : (const char *)LEVEL(floats_of)(job, m, start, columns, scratch, type);
+        const char *highs = lows + lower * bytes;
+        int64_t j = block * half < begin / 2 ? begin / 2 - block * half : 0;
+        const int64_t to = smaller(lower, end - block * half);
+        if (w->order->whole_words)
+            for (; j + 4 <= smaller(to, columns - lower); j += 4) {
+                char *place = PLACE(2 * (block * half + j) - begin);
+                memcpy(place, lows + j * bytes, (size_t)(4 * bytes));
+                memcpy(place + 4 * bytes, highs + j * bytes, (size_t)(4 * bytes));
+            }
+        for (; j < to; j++) {
+            const int64_t byte = block * half + j;
+            char *place = PLACE(byte / 4 * 8 - begin) + byte % 4 * bytes;
+            memcpy(place, lows + j * bytes, (size_t)bytes);
+            if (lower + j < columns)
+                memcpy(place + 4 * bytes, highs + j * bytes, (size_t)bytes);
+        }
+    }
+#undef PLACE
+}
+
+/* Pack a piece of the batch: chunk by chunk, input by input. */
+static void LEVEL(pack_many)(const struct job *job, int64_t part, int64_t thread)
+{
+    float *scratch = job->own + thread * job->own_floats;
+    int64_t m, to;
+    share(job->m1 - job->m0, 1, job->parts, part, &m, &to);
+    for (m += job->m0, to += job->m0; m < to; m++)
+#if LEVEL_LOW
+        if (job->low)
+            LEVEL(pack_input)(job, m, scratch, BFLOAT16, 1);
+        else
+#endif
+        if (job->type == FLOAT32)
+            LEVEL(pack_input)(job, m, scratch, FLOAT32, 0);
+        else if (job->type == BFLOAT16)
+            LEVEL(pack_input)(job, m, scratch, BFLOAT16, 0);
+        else
+            LEVEL(pack_input)(job, m, scratch, FLOAT16, 0);
+}

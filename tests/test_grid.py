@@ -1,0 +1,85 @@
+"""Levels on a grid and a few inputs: sums in integers are as close as float32's, for every input that float32 holds."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem import kernels, quantize
+from tests import strategies
+from tests.test_kernels import assert_exact, compiled
+
+pytestmark = pytest.mark.parametrize("form", ["int4", "fp4"])
+few = st.integers(1, 4)
+
+
+@compiled
+@given(
+    few,
+    st.integers(1, 700),
+    st.sampled_from([8, 16, 24, 64, 256, 1024]),
+    st.sampled_from(["float32", "float16", "double"]),
+    st.integers(0, 38),
+    strategies.seeds,
+)
+def test_products_lose_no_more_than_float32_s(level, form, batch, columns, block_size, scales, decades, seed):
+    """Inputs whose magnitudes lie up to 38 decades apart: a column's own, and an input's own."""
+    generator = torch.Generator().manual_seed(seed)
+    q = quantize(torch.randn(9, columns, generator=generator), form, block_size=block_size, scales=scales)
+    spread = -decades * torch.rand(columns, generator=generator) ** 3
+    x = torch.randn(batch, columns, generator=generator) * 10**spread * 10 ** torch.arange(-3.0, batch - 3)[:, None]
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.float32)
+    assert_exact(got, x, q.dequantize(torch.float64))
+
+
+@compiled
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-38, 1e-28, 1e-26, 1.0, 1.2e30, 1.3e30, 1e35])
+def test_inputs_of_every_magnitude(level, form, largest):
+    q = quantize(strategies.make_weight("normal", (7, 300), 0, 0), form)
+    x = torch.linspace(-1, 1, 600).reshape(2, 300) * largest
+    x[1, :128] = 0  # a group without an input
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.float32)
+    assert got.isfinite().all()
+    assert_exact(got, x, q.dequantize(torch.float64))
+
+
+@compiled
+@pytest.mark.parametrize("tiny", [2.0**-24, 0.49 * 2.0**-23, 1.49 * 2.0**-23, 2.0**-20 / 3])
+def test_what_is_small_beside_a_large_neighbour_is_off_by_less_than_the_norms_allow(level, form, tiny):
+    """Every small input is rounded the same way and every weight has one sign: the errors add up as far as they can."""
+    q = quantize(torch.full((3, 1024), 0.7) + 0.3 * torch.rand(3, 1024), form)
+    x = torch.full((2, 1024), tiny)
+    x[:, ::128] = 1.0
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.float32)
+    assert_exact(got, x, q.dequantize(torch.float64))
+
+
+@compiled
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("column", [0, 129, 299])
+def test_what_is_not_finite_shows_as_in_float32(level, form, value, column):
+    q = quantize(strategies.make_weight("normal", (7, 300), 0, 0) + 3, form)  # no weight is zero
+    x = torch.randn(3, 300)
+    x[1, column] = value
+    expected = x @ q.dequantize().t()
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.float32)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got[1].nan_to_num(), expected[1].nan_to_num())
+    assert_exact(got[::2], x[::2], q.dequantize(torch.float64))
+
+
+@compiled
+@given(few, st.integers(1, 300), strategies.seeds)
+def test_float16_is_widened_and_rounded_once(level, form, batch, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q = quantize(torch.randn(5, columns, generator=generator), form)
+    x = torch.randn(batch, columns, generator=generator).half()
+    expected = x.double() @ q.dequantize(torch.float64).t()
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.float16)
+    allowed = 2.0**-11 * expected.abs() + 1e-6 * x.double().norm(dim=1)[:, None] * 4 * columns**0.5 + 2.0**-24
+    assert ((got.double() - expected).abs() <= allowed).all()
