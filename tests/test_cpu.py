@@ -471,3 +471,17 @@ def test_a_wrong_number_of_arguments_is_an_error(level, function):
         expected = {"linear": 9, "input_grad": 9, "restore": 5, "scratch": 4}[function]
         with pytest.raises(ValueError, match="PyCapsule"):
             getattr(native, function)(object(), *[0] * expected)
+
+
+@compiled
+@pytest.mark.parametrize("form", ["int4", "nf4", "bof4s"])
+@pytest.mark.parametrize("batch", [1, 4, 5, 30])
+def test_large_inputs_and_small_steps_make_no_infinity(level, form, batch):
+    """The scales of `double` are steps of a small unit: no sum is held in steps."""
+    weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) * 0.01
+    q = quantize(weight, form, scales="double")
+    x = 4e35 * weight.sign().expand(batch, 64)
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.float32)
+    assert got.isfinite().all()
+    assert_exact(got, x, q.dequantize())

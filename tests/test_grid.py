@@ -83,3 +83,21 @@ def test_float16_is_widened_and_rounded_once(level, form, batch, columns, seed):
         got = kernels.linear(x, q, torch.float16)
     allowed = 2.0**-11 * expected.abs() + 1e-6 * x.double().norm(dim=1)[:, None] * 4 * columns**0.5 + 2.0**-24
     assert ((got.double() - expected).abs() <= allowed).all()
+
+
+@compiled
+@pytest.mark.parametrize("block_size", [64, 1024, 4096])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_sums_that_cancel_are_as_exact_as_those_of_single_levels(level, form, block_size, spread):
+    """One sign of inputs, and weights far below the scale of their block: what is large must not be there to cancel."""
+    weight = torch.full((2, 4096), 0.0 if form == "fp4" else 1 / 15)
+    weight[1, ::2] *= -1
+    weight[:, ::block_size] = 1.0
+    q = quantize(weight, form, block_size=block_size, scales="float32")
+    x = 1 + spread * torch.rand(2, 4096, generator=torch.Generator().manual_seed(0))
+    x[:, ::block_size] = 0
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.float32)
+    assert_exact(got, x, q.dequantize(torch.float64))
+    if form == "fp4":
+        assert torch.equal(got, torch.zeros(2, 2))

@@ -48,6 +48,8 @@ INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, 
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
     const W table = LEVEL(table_low)(w->levels);
+    V unit[4];
+    LEVEL(row_units)(w, r, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, x += M * (GROUP / 2), block += 4 * LANES) {
@@ -55,7 +57,7 @@ INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, 
         EACH_ROW prefetch(p + (i + 8 * R) * row_bytes);
         W words[4];
         V stored[4], sum[FEW_SUMS];
-        LEVEL(few_scales)(w, r, first[g], R, stored);
+        LEVEL(few_scales)(w, r, first[g], R, unit, stored);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
         else

@@ -1,13 +1,14 @@
-/* A few inputs with levels on a grid: level[c] = level[0] + step * steps[c], as int4's and fp4's are. Sums are taken in
+/* A few inputs with levels on a grid: level[c] = step * (steps[c] + base), as int4's and fp4's are. Sums are taken in
  * integers (vpdpbusd), four products a lane, and are exact:
  *
- *   sum of level[c] x = step * (sum of steps[c] v) * unit + level[0] * (sum of v) * unit,        x ~ v * unit
+ *   sum of level[c] x = step * unit * (sum of steps[c] v + base * sum of v),        x ~ unit * v
  *
- * where v is an integer of DIGITS signed bytes, and unit the largest magnitude of the GROUP columns over the most that
- * v can be: x is off by about 2^-24 of that magnitude, less than a sum in float32 loses. The second sum is the input's alone, and is taken once for all rows.
+ * where v is an integer of DIGITS signed bytes, and unit the largest magnitude of the GROUP columns over the most that v
+ * can be: x is off by about 2^-24 of that magnitude, less than a sum in float32 loses. The sum of v is the input's alone,
+ * and is taken once for all rows.
  *
- * A group of an input: DIGITS times the bytes of the low and of the high nibbles (64 and 64), the second term of each lane,
- * and step * unit. It is as long as the GROUP floats that it is made from. */
+ * A group of an input: DIGITS times the bytes of the low and of the high nibbles (64 and 64), base * sum of v for each
+ * lane, and step * unit. It is as long as the GROUP floats that it is made from. */
 
 #define DIGITS 3
 #define GRID_SUMS (DIGITS * 2 * 16) /* in floats */
@@ -34,6 +35,8 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
     const int64_t row_bytes = w->row_bytes, g0 = g;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
+    V unit[4];
+    LEVEL(row_units)(w, r, R, unit);
     const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
@@ -42,7 +45,7 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
         const float *group = x + ((g - g0) / 2 * 2 * M + (g - g0) % 2) * GROUP;
         W words[4], lows[4], highs[4];
         V scale[4];
-        LEVEL(few_scales)(w, r, first[g], R, scale);
+        LEVEL(few_scales)(w, r, first[g], R, unit, scale);
         EACH_ROW prefetch(p + (i + 8 * R) * row_bytes);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
@@ -56,8 +59,9 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
         EACH_INPUT {
             const float *of = group + j * CHUNK;
             EACH_ROW {
-                const V whole = _mm512_cvtepi32_ps(LEVEL(digit_sums)(lows[i], highs[i], of));
-                acc[AT] = v_fma(v_fma(whole, v_set1(of[GRID_UNIT]), v_load(of + GRID_SUMS)), scale[i], acc[AT]);
+                const W sum = LEVEL(digit_sums)(lows[i], highs[i], of), based = _mm512_loadu_si512(of + GRID_SUMS);
+                const V whole = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, based));
+                acc[AT] = v_fma(v_mul(whole, v_set1(of[GRID_UNIT])), scale[i], acc[AT]);
             }
         }
     }
@@ -96,11 +100,9 @@ INLINE int LEVEL(to_digits)(const struct weight *w, float *group)
         _mm512_storeu_si512(group + d * 32, _mm512_permutex2var_epi32(front, low_words, back));
         _mm512_storeu_si512(group + d * 32 + 16, _mm512_permutex2var_epi32(front, high_words, back));
     }
-    const float unit = largest / range;
-    const W one = _mm512_set1_epi8(1);
-    const V sums = _mm512_cvtepi32_ps(LEVEL(digit_sums)(one, one, group));
-    v_store(group + GRID_SUMS, v_mul(sums, v_set1(unit * w->levels[0])));
-    group[GRID_UNIT] = unit * w->step;
+    const W one = _mm512_set1_epi8(1), sums = LEVEL(digit_sums)(one, one, group);
+    _mm512_storeu_si512(group + GRID_SUMS, _mm512_mullo_epi32(sums, _mm512_set1_epi32(w->base)));
+    group[GRID_UNIT] = largest / range * w->step;
     return 1;
 }
 

@@ -48,8 +48,9 @@ struct weight {
     int64_t half; /* bytes of a whole block */
     int64_t stride; /* columns, padded to whole groups of words at every level */
     int encoding; /* enum encoding; enum type for 16-bit floats */
-    uint8_t steps[16]; /* where the levels lie on a grid, levels[c] = levels[0] + step * steps[c]; */
-    float step;        /* else 0 */
+    uint8_t steps[16]; /* where the levels lie on a grid, levels[c] = step * (steps[c] + base) */
+    int base;
+    float step; /* else 0 */
 };
 
 /* A low-rank update: A (rank, columns), B (rows, rank), x (batch, columns), base and out (batch, rows). */

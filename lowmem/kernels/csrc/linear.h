@@ -65,8 +65,16 @@ INLINE void LEVEL(put_sums)(const struct job *job, int64_t r, const int R, const
     }
 }
 
-/* The scales of R rows from a block on, as many as there are lanes, as they are stored. */
-INLINE void LEVEL(few_scales)(const struct weight *w, int64_t r, int64_t first, const int R, V *out)
+/* What the steps of the scales of R rows count. */
+INLINE void LEVEL(row_units)(const struct weight *w, int64_t r, const int R, V *out)
+{
+    EACH_ROW out[i] = v_zero();
+    if (w->encoding >= SCALES_DOUBLE)
+        EACH_ROW out[i] = v_set1(LEVEL(row_unit)(w, r + i));
+}
+
+/* The scales of R rows from a block on, as many as there are lanes. */
+INLINE void LEVEL(few_scales)(const struct weight *w, int64_t r, int64_t first, const int R, const V *unit, V *out)
 {
     const int64_t stride = scale_bytes(w), n = w->blocks - first;
     const uint8_t *p = w->scales + r * stride;
@@ -81,8 +89,10 @@ INLINE void LEVEL(few_scales)(const struct weight *w, int64_t r, int64_t first, 
         READ(SCALES_FLOAT32);
     } else if (w->encoding == SCALES_DOUBLE) {
         READ(SCALES_DOUBLE);
+        EACH_ROW out[i] = v_mul(out[i], unit[i]);
     } else {
         READ(SCALES_SIGNED);
+        EACH_ROW out[i] = v_mul(out[i], unit[i]);
     }
 #undef READ
 }
@@ -96,6 +106,8 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int6
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
     const T table = table_load(w->levels);
+    V unit[4];
+    LEVEL(row_units)(w, r, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, x += M * GROUP, block += 4 * LANES) {
@@ -103,7 +115,7 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int6
         EACH_ROW prefetch(p + (i + 8 * R) * row_bytes);
         W words[4];
         V stored[4], scale[4], sum[FEW_SUMS];
-        LEVEL(few_scales)(w, r, first[g], R, stored);
+        LEVEL(few_scales)(w, r, first[g], R, unit, stored);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
         else
@@ -140,11 +152,6 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int6
     {                                                                                                                \
         V sums[FEW_SUMS];                                                                                            \
         LEVEL(groups)(job->weight, r, job->g0, job->g1, R, M, __VA_ARGS__ job->packed, sums);                        \
-        if (job->weight->encoding >= SCALES_DOUBLE)                                                                  \
-            EACH_ROW {                                                                                               \
-                const V unit = v_set1(LEVEL(row_unit)(job->weight, r + i));                                          \
-                EACH_INPUT sums[AT] = v_mul(sums[AT], unit);                                                         \
-            }                                                                                                        \
         LEVEL(put_sums)(job, r, R, M, sums);                                                                         \
     }
 

@@ -126,24 +126,29 @@ static struct weight read_weight(const long long *n)
     return w;
 }
 
-/* Whether the levels lie on a grid of at most 32 points, as far as float32 can tell. */
+#define GRID_MOST 31 /* of steps, so that sums of them stay below 2^31 */
+
+/* Whether the levels lie on a grid that has a zero, as far as float32 can tell. */
 static void find_grid(struct weight *w)
 {
-    float step = INFINITY;
+    const float *levels = w->levels, wide = levels[15] - levels[0];
+    float least = wide;
     for (int c = 1; c < 16; c++)
-        if (w->levels[c] > w->levels[c - 1])
-            step = fminf(step, w->levels[c] - w->levels[c - 1]);
-    /* The widest distance says best how long the step is. */
-    const float wide = w->levels[15] - w->levels[0], points = rintf(wide / step);
-    if (!(points >= 1.0f && points <= 31.0f))
+        if (levels[c] > levels[c - 1])
+            least = fminf(least, levels[c] - levels[c - 1]);
+    float points = rintf(wide / least), step = wide / points; /* the widest distance says best how long a step is */
+    if (fabsf(levels[0] / step - rintf(levels[0] / step)) > 0.25f) /* zero lies between two points */
+        points *= 2.0f, step = wide / points;
+    const float base = rintf(levels[0] / step);
+    if (!(points >= 1.0f && points <= GRID_MOST && fabsf(base) <= GRID_MOST && fabsf(base + points) <= GRID_MOST))
         return;
-    step = wide / points;
     for (int c = 0; c < 16; c++) {
-        const float at = rintf((w->levels[c] - w->levels[0]) / step);
-        if (!(fabsf(w->levels[0] + at * step - w->levels[c]) <= wide * 0x1p-24f))
+        const float at = rintf(levels[c] / step);
+        if (!(fabsf(at * step - levels[c]) <= wide * 0x1p-24f))
             return;
-        w->steps[c] = (uint8_t)at;
+        w->steps[c] = (uint8_t)(at - base);
     }
+    w->base = (int)base;
     w->step = step;
 }
 

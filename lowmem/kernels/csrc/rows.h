@@ -97,11 +97,9 @@ INLINE void LEVEL(group_scales)(const struct weight *w, int64_t row, int64_t g0,
     LEVEL(scales)(w, row, first, smaller(last, w->blocks) - first, out);
 }
 
-/* What the steps of a row's scales count, or 1 where scales are stored as they are. */
+/* What the steps of a row's scales count. */
 INLINE float LEVEL(row_unit)(const struct weight *w, int64_t row)
 {
-    if (w->encoding < SCALES_DOUBLE)
-        return 1.0f;
     uint16_t bits;
     memcpy(&bits, w->scales + row * scale_bytes(w) + w->blocks, 2);
     return half_to_float(bits) / (w->encoding == SCALES_SIGNED ? 127.0f : 255.0f);
