@@ -1,4 +1,4 @@
-"""Levels on a grid and a few inputs: sums in integers are as close as float32's, for every input that float32 holds."""
+"""Levels on a grid and a few inputs: sums in integers are as close as float32's, whatever the inputs."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_inputs_of_every_magnitude(level, form, largest):
 @compiled
 @pytest.mark.parametrize("tiny", [2.0**-24, 0.49 * 2.0**-23, 1.49 * 2.0**-23, 2.0**-20 / 3])
 def test_what_is_small_beside_a_large_neighbour_is_off_by_less_than_the_norms_allow(level, form, tiny):
-    """Every small input is rounded the same way and every weight has one sign: the errors add up as far as they can."""
+    """Every small input is rounded the same way, all weights have one sign: the errors add up."""
     q = quantize(torch.full((3, 1024), 0.7) + 0.3 * torch.rand(3, 1024), form)
     x = torch.full((2, 1024), tiny)
     x[:, ::128] = 1.0
@@ -89,7 +89,7 @@ def test_float16_is_widened_and_rounded_once(level, form, batch, columns, seed):
 @pytest.mark.parametrize("block_size", [64, 1024, 4096])
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_sums_that_cancel_are_as_exact_as_those_of_single_levels(level, form, block_size, spread):
-    """One sign of inputs, and weights far below the scale of their block: what is large must not be there to cancel."""
+    """Inputs of one sign, weights far below their block's scale: nothing large may be there to cancel."""
     weight = torch.full((2, 4096), 0.0 if form == "fp4" else 1 / 15)
     weight[1, ::2] *= -1
     weight[:, ::block_size] = 1.0
