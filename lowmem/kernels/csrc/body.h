@@ -1,8 +1,8 @@
 /* One level of the kernel, over the operations that the file that includes this has defined; rows.h lists them.
  *
+ *   FEW_ROWS(M)    rows at a time with M inputs where these are few, at most 4
  *   FUSED_BATCH    the largest batch that is multiplied with codes decoded in registers, FUSED_INPUTS at a time
  *   MANY_INPUTS    inputs at a time that are multiplied with restored rows, at most 16
- *   FEW_ROWS(M)    rows at a time with M inputs there, at most 4
  *   GRAD_VECTORS, TILE_VECTORS   vectors of columns at a time in the gradient, decoded in registers or in a tile:
  *                  divisors of 8
  */

@@ -9,20 +9,20 @@
 /* Sizes of scratch, the same at every level, so that memory is the same on every processor. */
 #define MAX_LANES 16
 #define MAX_GROUP (MAX_LANES * 8)
-#define SHARE_ROWS 8     /* of a thread, at least */
-#define CHUNK 256        /* columns of rows that are restored at a time, so that they stay in the first cache */
+#define FEW 4                     /* inputs that are few */
+#define SHARE_ROWS 8              /* of a thread, at least */
+#define PARTS 4                   /* of a thread, where work is long: a thread that is held up leaves them to others */
+#define CHUNK 256                 /* columns of rows that are restored at a time, so that they stay in the first cache */
 #define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */
-#define PART 128         /* products that are added up before their sum is added to the others */
-#define TILE_COLUMNS 512 /* columns whose scales are read at a time in the gradient */
-#define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
-#define GRAD_ROWS 32    /* rows of a tile of the gradient, a group of columns wide */
-#define FEW 4           /* inputs that are few */
-#define WIDE 8192       /* columns of the input that are packed at a time */
-#define PARTS 4 /* of a thread, where its work is long: a thread that is held up leaves them to others */
+#define PART 128                  /* products that are added up before their sum is added to the others */
 #define LARGEST_BLOCK 4096
-#define PACKED_ALONE 16 /* inputs that one thread packs for all */
+#define WIDE 8192                 /* columns of the input that are packed at a time */
+#define PACKED_ALONE 16           /* inputs that one thread packs for all */
 #define PACKED_BYTES (704 * 1024) /* the most that a packed input takes, */
 #define MOST 256                  /* and the most inputs in it */
+#define GRAD_ROWS 32              /* rows of a tile of the gradient, a group of columns wide */
+#define TILE_COLUMNS 512          /* columns whose scales are read at a time in the gradient */
+#define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
 
 /* Types of inputs, outputs and 16-bit weights. */
 enum type { FLOAT32, BFLOAT16, FLOAT16 };
