@@ -15,6 +15,7 @@
 #define CHUNK 256                 /* columns of rows that are restored at a time, so that they stay in the first cache */
 #define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */
 #define PART 128                  /* products that are added up before their sum is added to the others */
+#define SUMS_AT (MAX_LANES * (CHUNK_SCALES + MAX_LANES + CHUNK)) /* behind a chunk's scales, words and tile */
 #define LARGEST_BLOCK 4096
 #define WIDE 8192                 /* columns of the input that are packed at a time */
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */
@@ -182,6 +183,15 @@ static inline int64_t scale_bytes(const struct weight *w)
 {
     return w->encoding >= SCALES_DOUBLE ? w->blocks + 2 : w->blocks * (w->encoding == SCALES_FLOAT16 ? 2 : 4);
 }
+
+/* The float16 behind the steps of a row, and how many steps it counts: a scale is steps * row_scale / row_steps. */
+static inline float row_scale(const struct weight *w, int64_t row)
+{
+    uint16_t bits;
+    memcpy(&bits, w->scales + row * scale_bytes(w) + w->blocks, 2);
+    return half_to_float(bits);
+}
+static inline float row_steps(const struct weight *w) { return w->encoding == SCALES_SIGNED ? 127.0f : 255.0f; }
 
 /* To the nearest, ties to even; a NaN stays one. */
 static inline uint16_t float_to_bfloat(float value)

@@ -70,7 +70,7 @@ INLINE void LEVEL(row_units)(const struct weight *w, int64_t r, const int R, V *
 {
     EACH_ROW out[i] = v_zero();
     if (w->encoding >= SCALES_DOUBLE)
-        EACH_ROW out[i] = v_set1(LEVEL(row_unit)(w, r + i));
+        EACH_ROW out[i] = v_set1(row_scale(w, r + i) / row_steps(w));
 }
 
 /* The scales of R rows from a block on, as many as there are lanes. */
@@ -196,7 +196,7 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
 #include "grid.h"
 #endif
 
-/* All rows of a thread with M inputs. */
+/* All rows of a part with M inputs. */
 INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const int M)
 {
     const struct weight *w = job->weight;
@@ -271,7 +271,7 @@ static void LEVEL(linear)(struct job *job)
     const struct weight *w = job->weight;
     const int64_t groups = w->stride / GROUP, wide = WIDE / GROUP;
     const int few = job->batch <= FEW;
-    const int64_t piece = few ? job->batch : piece_of(job->batch, packed_width(w) * (job->low ? 2 : 4));
+    const int64_t piece = piece_of(job->batch, packed_width(w) * (job->low ? 2 : 4)); /* of a few, all */
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + piece, job->batch);
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {

@@ -48,25 +48,22 @@ INLINE void LEVEL(scales_across)(const struct weight *w, int64_t r, int64_t firs
     V unit = v_zero();
     if (many) {
         float units[LANES];
-        for (int64_t i = 0; i < LANES; i++) {
-            uint16_t bits;
-            memcpy(&bits, w->scales + smaller(r + i, last) * stride + w->blocks, 2);
-            units[i] = half_to_float(bits);
-        }
+        for (int64_t i = 0; i < LANES; i++)
+            units[i] = row_scale(w, smaller(r + i, last));
         unit = v_load(units);
     }
     for (int64_t b = 0; b < n; b += LANES, out += LANES * LANES) {
         V v[LANES];
-        const int64_t there = smaller(n, w->blocks - first) - b;
+        const int64_t there = smaller(n, w->blocks - first) - b, next = LANES * stride + (first + b) * stride / w->blocks;
         for (int64_t i = 0; i < LANES; i++) {
             const uint8_t *p = w->scales + smaller(r + i, last) * stride;
             v[i] = v_scales(p, first + b, there, w->encoding);
-            prefetch(p + LANES * stride + (first + b) * stride / w->blocks);
+            prefetch(p + next);
         }
         v_transpose(v);
         for (int64_t i = 0; i < LANES; i++) { /* rounded as the scales of a row are */
             if (many)
-                v[i] = v_div(v_mul(v[i], unit), v_set1(w->encoding == SCALES_SIGNED ? 127.0f : 255.0f));
+                v[i] = v_div(v_mul(v[i], unit), v_set1(row_steps(w)));
             v_store(out + i * LANES, v[i]);
         }
     }
@@ -198,12 +195,11 @@ INLINE void LEVEL(widen_across)(const struct weight *w, int64_t r, int64_t c, fl
 
 /* One chunk of LANES rows with all inputs of a piece: columns from `start` on, `columns` of them. */
 INLINE void LEVEL(chunk)(const struct job *job, int64_t r, int64_t start, int64_t columns, const float *x, float *own,
-                         const int low)
+                         float *sums, const int low)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, units = columns / (low ? 2 : 1);
     float *scales = own, *words = scales + CHUNK_SCALES * MAX_LANES, *tile = words + MAX_LANES * MAX_LANES;
-    float *sums = tile + CHUNK * MAX_LANES;
     if (!w->order) {
         for (int64_t c = 0; c < columns; c += LANES)
             if (w->encoding == BFLOAT16)
@@ -256,8 +252,7 @@ INLINE void LEVEL(put_rows)(const struct job *job, int64_t r, int64_t rows, cons
 
 static void LEVEL(many_body)(const struct job *job, int64_t part, int64_t thread)
 {
-    float *own = job->own + thread * job->own_floats;
-    float *sums = own + CHUNK_SCALES * MAX_LANES + MAX_LANES * MAX_LANES + CHUNK * MAX_LANES;
+    float *own = job->own + thread * job->own_floats, *sums = own + SUMS_AT;
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, columns = (job->g1 - job->g0) * GROUP;
     int64_t r, to;
     share(job->weight->rows, LANES, job->parts, part, &r, &to);
@@ -267,11 +262,11 @@ static void LEVEL(many_body)(const struct job *job, int64_t part, int64_t thread
             const int64_t width = smaller(CHUNK, columns - c);
 #if LEVEL_LOW
             if (job->low) {
-                LEVEL(chunk)(job, r, begin + c, width, job->packed + c / 2 * batch, own, 1);
+                LEVEL(chunk)(job, r, begin + c, width, job->packed + c / 2 * batch, own, sums, 1);
                 continue;
             }
 #endif
-            LEVEL(chunk)(job, r, begin + c, width, job->packed + c * batch, own, 0);
+            LEVEL(chunk)(job, r, begin + c, width, job->packed + c * batch, own, sums, 0);
         }
         const int64_t rows = smaller(LANES, to - r);
         if (job->out_type == FLOAT32)

@@ -191,15 +191,14 @@ struct layout {
 
 static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low)
 {
-    const int few = batch <= FEW;
-    const int64_t width = transposed ? w->stride : packed_width(w);
-    const int64_t piece = few && !transposed ? batch : piece_of(batch, width * (low && !transposed ? 2 : 4));
+    const int few = batch <= FEW, bytes = low && !few && !transposed ? 2 : 4; /* of a packed number */
+    const int64_t width = transposed ? w->stride : packed_width(w), piece = piece_of(batch, width * bytes);
     const struct layout layout = {
         .threads = threads_for(threads, (double)w->rows * w->columns * batch),
-        .shared = piece * width / (low && !few && !transposed ? 2 : 1),
+        .shared = piece * width * bytes / 4,
         .own = transposed ? GRAD_ROWS * (TILE_SCALES + MAX_GROUP + piece)
                : few      ? 0
-                          : MAX_LANES * (CHUNK_SCALES + MAX_LANES + CHUNK + piece),
+                          : SUMS_AT + MAX_LANES * piece,
     };
     return layout;
 }

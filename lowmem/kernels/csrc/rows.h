@@ -76,16 +76,14 @@ INLINE void LEVEL(scales)(const struct weight *w, int64_t row, int64_t first, in
     } else if (w->encoding == SCALES_FLOAT16) {
         v_from_half((const uint16_t *)w->scales + row * w->blocks + first, n, out);
     } else {
-        const uint8_t *p = w->scales + row * (w->blocks + 2);
-        uint16_t bits;
-        memcpy(&bits, p + w->blocks, 2);
-        const float row_scale = half_to_float(bits);
+        const uint8_t *p = w->scales + row * scale_bytes(w);
+        const float scale = row_scale(w, row);
         if (w->encoding == SCALES_SIGNED)
             for (int64_t i = 0; i < n; i++)
-                out[i] = signed_steps(p[first + i]) * row_scale / 127.0f;
+                out[i] = signed_steps(p[first + i]) * scale / 127.0f;
         else
             for (int64_t i = 0; i < n; i++)
-                out[i] = (float)p[first + i] * row_scale / 255.0f;
+                out[i] = (float)p[first + i] * scale / 255.0f;
     }
 }
 
@@ -95,14 +93,6 @@ INLINE void LEVEL(group_scales)(const struct weight *w, int64_t row, int64_t g0,
     const int64_t first = w->order->first_block[g0];
     const int64_t last = g1 < w->order->groups ? w->order->first_block[g1] + 1 : w->blocks;
     LEVEL(scales)(w, row, first, smaller(last, w->blocks) - first, out);
-}
-
-/* What the steps of a row's scales count. */
-INLINE float LEVEL(row_unit)(const struct weight *w, int64_t row)
-{
-    uint16_t bits;
-    memcpy(&bits, w->scales + row * scale_bytes(w) + w->blocks, 2);
-    return half_to_float(bits) / (w->encoding == SCALES_SIGNED ? 127.0f : 255.0f);
 }
 
 INLINE W LEVEL(words)(const struct weight *w, int64_t row, int64_t group)
