@@ -48,17 +48,20 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
 
 
 _PLAIN = (Tensor, nn.Parameter)
+_is_compiling, _transforms, _trains = (  # asked in every call: faster than attributes of attributes
+    torch.compiler.is_compiling,
+    torch._C._are_functorch_transforms_active,
+    torch.is_grad_enabled,
+)
 
 
-def is_plain_call(x: Tensor, *others: Tensor | None) -> bool:
+def is_plain_call(*tensors: Tensor | None) -> bool:
     """Whether nothing differentiates, transforms or traces a call, so that autograd can be left out."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _is_compiling() or _transforms() or forward_ad._current_level >= 0:
         return False
-    trains = torch.is_grad_enabled()
-    if type(x) not in _PLAIN or (trains and x.requires_grad):
-        return False
-    for other in others:
-        if other is not None and (type(other) not in _PLAIN or (trains and other.requires_grad)):
+    trains = _trains()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or (trains and tensor.requires_grad)):
             return False
     return True
 

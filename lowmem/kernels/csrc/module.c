@@ -1,4 +1,5 @@
-/* The binding: Python passes addresses and sizes that lowmem/kernels/cpu.py has checked. One binary serves every
+/* The binding: products are handed tensors, whose memory is checked here; quantize is handed addresses and sizes that
+ * lowmem/kernels/cpu.py has checked. One binary serves every
  * Python from 3.10 (the limited API) and every PyTorch (none of its headers). Threads are those of the OpenMP
  * library that torch has loaded: a second one would fight it for the cores. */
 #define PY_SSIZE_T_CLEAN
@@ -14,6 +15,7 @@
 #endif
 
 #include "order.h"
+#include "tensor.h"
 
 #define GRAIN 65536 /* multiplications that are worth a thread */
 
@@ -64,19 +66,23 @@ static const struct level *const all_levels[] = {
 /* A weight that has been prepared: what Python holds as a capsule. */
 struct prepared {
     struct weight weight;
-    const struct level *level;
     PyObject *order;
 };
 
 #define PREPARED "lowmem.prepared"
 #define ORDER "lowmem.order"
 
+static int has_count(Py_ssize_t given, Py_ssize_t expected)
+{
+    if (given != expected)
+        PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, given);
+    return given != expected;
+}
+
 static int read_numbers(PyObject *const *args, Py_ssize_t given, long long *numbers, Py_ssize_t expected)
 {
-    if (given != expected) {
-        PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, given);
+    if (has_count(given, expected))
         return -1;
-    }
     for (Py_ssize_t i = 0; i < given; i++) {
         numbers[i] = PyLong_AsLongLong(args[i]);
         if (numbers[i] == -1 && PyErr_Occurred())
@@ -107,21 +113,20 @@ static void free_prepared(PyObject *capsule)
     free(prepared);
 }
 
-static struct weight read_weight(const long long *n)
+static struct weight weight_of(const void *packed, const void *scales, const float *levels, int encoding, int64_t size,
+                               int64_t rows, int64_t columns)
 {
-    enum { PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS };
-    const int64_t size = n[BLOCK], columns = n[COLUMNS];
     const struct weight w = {
-        .packed = ADDRESS(n[PACKED]),
-        .scales = ADDRESS(n[SCALES]),
-        .levels = ADDRESS(n[LEVELS]),
-        .rows = n[ROWS],
+        .packed = packed,
+        .scales = scales,
+        .levels = levels,
+        .rows = rows,
         .columns = columns,
         .row_bytes = (columns + 1) / 2,
         .blocks = size ? (columns + size - 1) / size : 0,
         .half = size / 2,
         .stride = round_up(columns + columns % 2, MAX_GROUP),
-        .encoding = (int)n[ENCODING],
+        .encoding = encoding,
     };
     return w;
 }
@@ -152,36 +157,57 @@ static void find_grid(struct weight *w)
     w->step = step;
 }
 
-/* prepare(order or None, level, packed, scales, levels, encoding, block_size, rows, columns) -> capsule */
+/* prepare(order, level, packed, scales, levels, encoding, block_size, rows, columns) -> capsule, or None: C cannot read it */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    long long n[8];
+    enum { ORDER_OF, LEVEL_INDEX, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, ARGUMENTS };
+    long long level, n[ARGUMENTS];
+    struct tensor packed, scales;
+    int is = 1;
     (void)self;
-    if (read_numbers(args + 1, given - 1, n, 8))
+    if (has_count(given, ARGUMENTS) || read_numbers(args + LEVEL_INDEX, 1, &level, 1) ||
+        read_numbers(args + LEVELS, given - LEVELS, n + LEVELS, ARGUMENTS - LEVELS))
         return NULL;
+    struct order *order = PyCapsule_GetPointer(args[ORDER_OF], ORDER);
+    if (!order || (is = read_tensor(args[PACKED], &packed)) < 0 || (is && (is = read_tensor(args[SCALES], &scales)) < 0))
+        return NULL;
+    struct weight w;
+    if (is)
+        w = weight_of(packed.data, scales.data, ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK], n[ROWS], n[COLUMNS]);
+    if (!is || packed.bytes != w.rows * w.row_bytes || scales.bytes != w.rows * scale_bytes(&w))
+        Py_RETURN_NONE;
     struct prepared *prepared = malloc(sizeof *prepared);
-    if (!prepared)
-        return PyErr_NoMemory();
-    prepared->level = all_levels[n[0]];
-    prepared->weight = read_weight(n + 1);
-    if (args[0] != Py_None)
-        find_grid(&prepared->weight);
-    prepared->order = NULL;
-    PyObject *capsule = PyCapsule_New(prepared, PREPARED, free_prepared);
+    PyObject *capsule = prepared ? PyCapsule_New(prepared, PREPARED, free_prepared) : PyErr_NoMemory();
     if (!capsule) {
         free(prepared);
         return NULL;
     }
-    if (args[0] != Py_None) {
-        prepared->weight.order = PyCapsule_GetPointer(args[0], ORDER);
-        if (!prepared->weight.order) {
-            Py_DECREF(capsule);
-            return NULL;
-        }
-        Py_INCREF(args[0]);
-        prepared->order = args[0];
-    }
+    find_grid(&w);
+    w.order = order;
+    Py_INCREF(args[ORDER_OF]);
+    prepared->weight = w;
+    prepared->order = args[ORDER_OF];
     return capsule;
+}
+
+/* The weight that is handed over: a prepared one that still lies where it did, or 16-bit floats. 1: it is w. 0: C cannot
+ * read it, or no longer. -1: an error. */
+static int read_weight(const struct level *level, PyObject *prepared, PyObject *packed, PyObject *scales, struct weight *w)
+{
+    struct tensor p, s;
+    if (prepared == Py_None) {
+        const int is = read_tensor(packed, &p);
+        if (is <= 0 || p.dims != 2 || !p.shape[1] || (p.type != BFLOAT16 && p.type != FLOAT16))
+            return is < 0 ? -1 : 0;
+        *w = weight_of(p.data, NULL, NULL, p.type, 0, p.shape[0], p.shape[1]);
+        return 1;
+    }
+    const struct prepared *known = PyCapsule_GetPointer(prepared, PREPARED);
+    if (!known)
+        return -1;
+    *w = known->weight;
+    return read_memory(packed, &p) && read_memory(scales, &s) && p.data == w->packed && s.data == w->scales &&
+           p.bytes == w->rows * w->row_bytes && s.bytes == w->rows * scale_bytes(w) && w->order->lanes == level->lanes;
 }
 
 /* How a product's scratch is laid out, in floats: what the threads share, then what each has of its own. */
@@ -203,133 +229,166 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
     return layout;
 }
 
-static PyObject *no_memory(void)
-{
-    PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
-    return NULL;
-}
-
 /* Whether products with an input of a type are taken in bfloat16. */
-static int is_low(const struct prepared *prepared, long long type)
+static int is_low(const struct level *level, const struct weight *w, int type)
 {
-    return prepared->level->low && prepared->weight.order && type == BFLOAT16;
+    return level->low && w->order && type == BFLOAT16;
 }
 
-/* scratch(prepared, batch, threads, transposed, type of x) -> bytes that linear, or input_grad, needs */
-static PyObject *scratch(PyObject *self, PyObject *const *args, Py_ssize_t given)
-{
-    long long n[4];
-    (void)self;
-    if (read_numbers(args + 1, given - 1, n, 4))
-        return NULL;
-    const struct prepared *prepared = PyCapsule_GetPointer(args[0], PREPARED);
-    if (!prepared)
-        return NULL;
-    const struct layout layout = layout_of(&prepared->weight, n[0], n[1], n[2] != 0, is_low(prepared, n[3]));
-    return PyLong_FromLongLong(4 * (layout.shared + layout.threads * layout.own));
-}
+/* Where the arguments of a product, and those of restore, lie. */
+enum { LEVEL_INDEX, PREPARED_OF, PACKED, SCALES };
 
 static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed)
 {
-    enum { X, BIAS, BIAS_TYPE, OUT, SCRATCH, BATCH, THREADS, TYPE, OUT_TYPE, ARGUMENTS };
-    long long n[ARGUMENTS];
-    if (read_numbers(args + 1, given - 1, n, ARGUMENTS))
+    enum { X = SCALES + 1, BIAS, OUT, THREADS, ARGUMENTS };
+    long long index, threads;
+    struct weight w;
+    struct tensor x, out, bias = {.data = NULL};
+    if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + THREADS, 1, &threads, 1))
         return NULL;
-    const struct prepared *prepared = PyCapsule_GetPointer(args[0], PREPARED);
-    if (!prepared)
+    const struct level *level = all_levels[index];
+    int is = read_weight(level, args[PREPARED_OF], args[PACKED], args[SCALES], &w);
+    if (is == 1 && (is = read_tensor(args[X], &x)) == 1 && args[BIAS] != Py_None)
+        is = read_tensor(args[BIAS], &bias);
+    if (is < 0)
         return NULL;
-    const struct weight *w = &prepared->weight;
-    if (!w->packed || !n[X] || !n[OUT] || !n[SCRATCH] || (w->order && !w->scales))
-        return no_memory();
-    const int low = is_low(prepared, n[TYPE]);
-    const struct layout layout = layout_of(w, n[BATCH], n[THREADS], transposed, low);
-    float *memory = ADDRESS(n[SCRATCH]);
+    const int64_t from = transposed ? w.rows : w.columns, to = transposed ? w.columns : w.rows;
+    if (!is || x.type < 0 || !has_shape(&x, x.shape[0], from) || !x.shape[0] || !from || !to)
+        Py_RETURN_NONE;
+    if (args[BIAS] != Py_None && (bias.type < 0 || bias.dims != 1 || bias.shape[0] != to))
+        Py_RETURN_NONE;
+    PyObject *made = args[OUT];
+    if (made != Py_None)
+        Py_INCREF(made);
+    else if (!transposed && x.type != FLOAT32 && from > WIDE)
+        Py_RETURN_NONE; /* a row in parts would round their sums in between */
+    else if (!(made = empty_like(args[X], x.shape[0], to)))
+        return NULL;
+    const int low = is_low(level, &w, x.type);
+    const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low);
+    const int64_t bytes = 4 * (layout.shared + layout.threads * layout.own);
+    struct scratch scratch;
+    if (!read_memory(made, &out) || out.type < 0 || !has_shape(&out, x.shape[0], to) ||
+        take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, bytes, &scratch)) {
+        Py_DECREF(made);
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "out is no tensor (batch, features) that C can write");
+        return NULL;
+    }
     struct job job = {
-        .weight = w,
-        .x = ADDRESS(n[X]),
-        .bias = ADDRESS(n[BIAS]),
-        .out = ADDRESS(n[OUT]),
-        .type = (int)n[TYPE],
-        .out_type = (int)n[OUT_TYPE],
-        .bias_type = (int)n[BIAS_TYPE],
+        .weight = &w,
+        .x = x.data,
+        .bias = bias.data,
+        .out = out.data,
+        .type = x.type,
+        .out_type = out.type,
+        .bias_type = bias.type,
         .low = low,
-        .batch = n[BATCH],
+        .batch = x.shape[0],
         .threads = layout.threads,
-        .packed = memory,
-        .own = memory + layout.shared,
+        .packed = scratch.memory,
+        .own = scratch.memory + layout.shared,
         .own_floats = layout.own,
     };
     Py_BEGIN_ALLOW_THREADS
-    (transposed ? prepared->level->input_grad : prepared->level->linear)(&job);
+    (transposed ? level->input_grad : level->linear)(&job);
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    free_scratch(&scratch);
+    return made;
 }
 
-/* linear(prepared, x, bias, type of the bias, out, scratch, batch, threads, type of x, type of out) */
+/* linear(level, prepared or None, packed or 16-bit weight, scales or None, x, bias or None, out or None, threads)
+ * -> out, or None: there is something that C does not take */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     (void)self;
     return product(args, given, 0);
 }
 
-/* input_grad(prepared, grad, 0, 0, out, scratch, batch, threads, type of grad, type of out) */
+/* input_grad(level, prepared or None, packed or 16-bit weight, scales or None, grad, None, out or None, threads)
+ * -> out, or None: there is something that C does not take */
 static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     (void)self;
     return product(args, given, 1);
 }
 
-/* restore(prepared, first row, rows, out, threads, type) */
+/* restore(level, prepared, packed, scales, first row, out, threads) -> out, or None: there is something that C does not take */
 static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { FIRST, ROWS, OUT, THREADS, TYPE, ARGUMENTS };
-    long long n[ARGUMENTS];
+    enum { FIRST = SCALES + 1, OUT, THREADS, ARGUMENTS };
+    long long index, first, threads;
+    struct weight w;
+    struct tensor out;
     (void)self;
-    if (read_numbers(args + 1, given - 1, n, ARGUMENTS))
+    if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + FIRST, 1, &first, 1) ||
+        read_numbers(args + THREADS, 1, &threads, 1))
         return NULL;
-    const struct prepared *prepared = PyCapsule_GetPointer(args[0], PREPARED);
-    if (!prepared)
+    int is = read_weight(all_levels[index], args[PREPARED_OF], args[PACKED], args[SCALES], &w);
+    if (is == 1)
+        is = read_tensor(args[OUT], &out);
+    if (is < 0)
         return NULL;
-    struct weight w = prepared->weight;
-    if (!w.packed || !w.scales || !n[OUT])
-        return no_memory();
-    w.packed += n[FIRST] * w.row_bytes;
-    w.scales += n[FIRST] * scale_bytes(&w);
-    w.rows = n[ROWS];
+    if (!is || !w.order || out.type < 0 || !has_shape(&out, out.shape[0], w.columns) || first < 0 ||
+        first + out.shape[0] > w.rows)
+        Py_RETURN_NONE;
+    w.packed += first * w.row_bytes;
+    w.scales += first * scale_bytes(&w);
+    w.rows = out.shape[0];
     struct job job = {
-        .weight = &w, .out = ADDRESS(n[OUT]), .out_type = (int)n[TYPE], .threads = threads_for(n[THREADS], (double)w.rows * w.columns),
+        .weight = &w, .out = out.data, .out_type = out.type, .threads = threads_for(threads, (double)w.rows * w.columns),
     };
     Py_BEGIN_ALLOW_THREADS
-    prepared->level->restore(&job);
+    all_levels[index]->restore(&job);
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    Py_INCREF(args[OUT]);
+    return args[OUT];
 }
 
-/* update(level, x, A, B, base, narrow, out, batch, rank, rows, columns, threads, scaling) */
+#define UPDATED 12 /* inputs; for more, torch's own products are faster */
+
+/* update(level, base, x, A, B, scaling, threads) -> out, or None: there is something that C does not take */
 static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { LEVEL_INDEX, X, A, B, BASE, NARROW, OUT, BATCH, RANK, ROWS, COLUMNS, THREADS, NUMBERS };
-    long long n[NUMBERS];
+    enum { BASE = 1, X, A, B, SCALING, THREADS, ARGUMENTS };
+    long long index, threads;
+    struct tensor base, x, a, b, out;
+    int is;
     (void)self;
-    if (read_numbers(args, given - 1, n, NUMBERS))
+    if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + THREADS, 1, &threads, 1))
         return NULL;
-    const double scaling = PyFloat_AsDouble(args[NUMBERS]);
+    const double scaling = PyFloat_AsDouble(args[SCALING]);
     if (scaling == -1.0 && PyErr_Occurred())
         return NULL;
+    if ((is = read_tensor(args[BASE], &base)) == 1 && (is = read_tensor(args[X], &x)) == 1 &&
+        (is = read_tensor(args[A], &a)) == 1)
+        is = read_tensor(args[B], &b);
+    if (is < 0)
+        return NULL;
+    if (!is || base.type != FLOAT32 || x.type != FLOAT32 || a.type != FLOAT32 || b.type != FLOAT32 || base.dims != 2 ||
+        a.dims != 2)
+        Py_RETURN_NONE;
+    const int64_t batch = base.shape[0], rows = base.shape[1], rank = a.shape[0], columns = a.shape[1];
+    if (!has_shape(&x, batch, columns) || !has_shape(&b, rows, rank) || !batch || batch > UPDATED || !rows || !columns)
+        Py_RETURN_NONE;
+    PyObject *made = empty_like(args[BASE], batch, rows);
+    struct scratch narrow;
+    if (!made || !read_memory(made, &out) || take_scratch(args[BASE], 4, 4 * batch * (rank + !rank), &narrow)) {
+        Py_XDECREF(made);
+        return PyErr_Occurred() ? NULL : no_memory();
+    }
     const struct update u = {
-        .x = ADDRESS(n[X]), .a = ADDRESS(n[A]), .b = ADDRESS(n[B]), .base = ADDRESS(n[BASE]), .narrow = ADDRESS(n[NARROW]),
-        .out = ADDRESS(n[OUT]), .scaling = (float)scaling, .rank = n[RANK], .rows = n[ROWS], .columns = n[COLUMNS],
+        .x = x.data, .a = a.data, .b = b.data, .base = base.data, .narrow = narrow.memory, .out = out.data,
+        .scaling = (float)scaling, .rank = rank, .rows = rows, .columns = columns,
     };
     struct job job = {
-        .update = &u, .batch = n[BATCH],
-        .threads = threads_for(n[THREADS], (double)u.rank * (u.rows + u.columns) * n[BATCH]),
+        .update = &u, .batch = batch, .threads = threads_for(threads, (double)rank * (rows + columns) * batch),
     };
-    if (!u.x || !u.a || !u.b || !u.base || !u.narrow || !u.out)
-        return no_memory();
     Py_BEGIN_ALLOW_THREADS
-    all_levels[n[LEVEL_INDEX]]->update(&job);
+    all_levels[index]->update(&job);
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    free_scratch(&narrow);
+    return made;
 }
 
 static void quantize_body(const struct job *job, int64_t part, int64_t thread)
@@ -346,13 +405,14 @@ static void quantize_body(const struct job *job, int64_t part, int64_t thread)
  * -> whether the scales can hold every weight */
 static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { LEVEL_INDEX, X, WEIGHT, BOUNDARIES = WEIGHT + 7, CANDIDATES, TRIED, IMPORTANCE, LARGEST, ZERO, SIGN, SCRATCH, THREADS,
+    enum { LEVEL_INDEX, X, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, BOUNDARIES, CANDIDATES, TRIED, IMPORTANCE, LARGEST, ZERO, SIGN, SCRATCH, THREADS,
            ARGUMENTS };
     long long n[ARGUMENTS];
     (void)self;
     if (read_numbers(args, given, n, ARGUMENTS))
         return NULL;
-    const struct weight w = read_weight(n + WEIGHT);
+    const struct weight w = weight_of(ADDRESS(n[PACKED]), ADDRESS(n[SCALES]), ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK],
+                                      n[ROWS], n[COLUMNS]);
     struct quantizing q = {
         .weight = &w,
         .level = all_levels[n[LEVEL_INDEX]],
@@ -436,9 +496,9 @@ static PyObject *share_threads(PyObject *self, PyObject *path)
 static PyMethodDef methods[] = {
     {"levels", levels, METH_NOARGS, NULL},
     {"share_threads", share_threads, METH_O, NULL},
+    {"use_torch", use_torch, METH_VARARGS, NULL},
     FAST(order),
     FAST(prepare),
-    FAST(scratch),
     FAST(linear),
     FAST(input_grad),
     FAST(restore),

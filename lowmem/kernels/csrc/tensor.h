@@ -1,0 +1,232 @@
+/* Tensors as C reads them. What is read comes by DLPack (its header dlpack.h, version 1), which torch keeps stable and
+ * which needs none of torch's headers: by its table of C functions where torch has one, else by a capsule. */
+#ifndef LOWMEM_TENSOR_H
+#define LOWMEM_TENSOR_H
+
+#include "kernel.h"
+
+/* DLTensor, DLManagedTensor, DLManagedTensorVersioned and the head of DLPackExchangeAPI. */
+struct dl_tensor {
+    void *data;
+    struct {
+        int32_t type, id;
+    } device;
+    int32_t dims;
+    struct {
+        uint8_t code, bits;
+        uint16_t lanes;
+    } dtype;
+    int64_t *shape, *strides;
+    uint64_t offset;
+};
+
+struct dl_capsule {
+    struct dl_tensor tensor;
+    void *context;
+    void (*deleter)(struct dl_capsule *);
+};
+
+struct dl_managed {
+    uint32_t major, minor;
+    void *context;
+    void (*deleter)(struct dl_managed *);
+    uint64_t flags;
+    struct dl_tensor tensor;
+};
+
+struct dl_table {
+    uint32_t major, minor;
+    struct dl_table *before;
+    int (*allocate)(struct dl_tensor *, struct dl_managed **, void *, void (*)(void *, const char *, const char *));
+    int (*managed_of)(void *, struct dl_managed **);
+    int (*object_of)(struct dl_managed *, void **);
+    int (*read)(void *, struct dl_tensor *);
+};
+
+enum { DL_CPU = 1, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
+
+/* What torch has given: its types of plain tensors, its table or NULL, its function that makes a capsule. */
+static struct {
+    PyTypeObject *tensor, *parameter;
+    const struct dl_table *table;
+    PyObject *to_capsule, *new_empty, *is_neg, *is_zero;
+} torch;
+
+/* Memory on the CPU without gaps, which is the tensor's value. */
+struct tensor {
+    void *data;
+    int dims, type; /* enum type, or -1: another */
+    int64_t shape[2], bytes;
+};
+
+static PyObject *no_memory(void)
+{
+    PyErr_SetString(PyExc_ValueError, "a tensor has no memory: its storage was freed, or it is not a real one");
+    return NULL;
+}
+
+/* The answer of a method without arguments: 1, 0, or -1 with an error. */
+static int ask(PyObject *object, PyObject *method)
+{
+    PyObject *answer = PyObject_CallMethodObjArgs(object, method, NULL);
+    const int is = answer ? PyObject_IsTrue(answer) : -1;
+    Py_XDECREF(answer);
+    return is;
+}
+
+static int read_dl(const struct dl_tensor *from, struct tensor *t)
+{
+    const int bits = from->dtype.bits;
+    if (from->device.type != DL_CPU || from->dims < 1 || from->dims > 2 || from->dtype.lanes != 1)
+        return 0;
+    int64_t count = 1;
+    for (int i = from->dims - 1; i >= 0; i--) {
+        if (from->strides && from->shape[i] != 1 && from->strides[i] != count)
+            return 0;
+        count *= from->shape[i];
+        t->shape[i] = from->shape[i];
+    }
+    t->data = from->data ? (char *)from->data + from->offset : NULL;
+    t->dims = from->dims;
+    t->type = from->dtype.code == DL_FLOAT && bits == 32    ? FLOAT32
+              : from->dtype.code == DL_FLOAT && bits == 16  ? FLOAT16
+              : from->dtype.code == DL_BFLOAT && bits == 16 ? BFLOAT16
+                                                            : -1;
+    t->bytes = count * bits / 8;
+    return t->type >= 0 || (from->dtype.code == DL_UINT && bits == 8);
+}
+
+/* 1: it is read. 0: it is no plain tensor of one or two dimensions without gaps, in memory of the CPU and of a type
+ * that C takes. */
+static int read_memory(PyObject *object, struct tensor *t)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    if (type != torch.tensor && type != torch.parameter)
+        return 0;
+    int is = 0, failed;
+    if (torch.table) {
+        struct dl_tensor found;
+        failed = torch.table->read(object, &found);
+        if (!failed)
+            is = read_dl(&found, t);
+    } else {
+        PyObject *capsule = PyObject_CallFunctionObjArgs(torch.to_capsule, object, NULL);
+        struct dl_capsule *found = capsule ? PyCapsule_GetPointer(capsule, "dltensor") : NULL;
+        failed = !found;
+        if (!failed)
+            is = read_dl(&found->tensor, t);
+        Py_XDECREF(capsule); /* which gives back what nobody has taken */
+    }
+    if (failed) /* a layout that DLPack does not know */
+        PyErr_Clear();
+    return is;
+}
+
+/* The same, where memory may not be the value. -1, with an error: there is no memory. */
+static int read_tensor(PyObject *object, struct tensor *t)
+{
+    if (!read_memory(object, t))
+        return 0;
+    const int lazy = t->type < 0 ? 0 : ask(object, torch.is_neg); /* a sign that is not in memory yet */
+    if (lazy)
+        return lazy > 0 ? 0 : -1;
+    if (t->data || !t->bytes)
+        return 1;
+    const int zero = ask(object, torch.is_zero); /* which has no memory */
+    if (!zero)
+        no_memory();
+    return zero > 0 ? 0 : -1;
+}
+
+static int has_shape(const struct tensor *t, int64_t rows, int64_t columns)
+{
+    return t->dims == 2 && t->shape[0] == rows && t->shape[1] == columns;
+}
+
+/* A new tensor (rows, columns) of the dtype of another. */
+static PyObject *empty_like(PyObject *other, int64_t rows, int64_t columns)
+{
+    PyObject *r = PyLong_FromLongLong(rows), *c = PyLong_FromLongLong(columns);
+    PyObject *made = r && c ? PyObject_CallMethodObjArgs(other, torch.new_empty, r, c, NULL) : NULL;
+    Py_XDECREF(r);
+    Py_XDECREF(c);
+    return made;
+}
+
+/* Scratch, allocated through torch, so that its memory figures count it. */
+struct scratch {
+    float *memory;
+    struct dl_managed *managed;
+    PyObject *object;
+};
+
+static void set_error(void *unused, const char *kind, const char *message)
+{
+    (void)unused;
+    PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
+}
+
+/* So many bytes; `like` is a tensor on the CPU whose elements have `size` of them. -1, with an error: there are none. */
+static int take_scratch(PyObject *like, int64_t size, int64_t bytes, struct scratch *s)
+{
+    const struct scratch none = {0};
+    *s = none;
+    if (torch.table) {
+        struct dl_tensor wanted = {.device = {DL_CPU, 0}, .dims = 1, .dtype = {DL_UINT, 8, 1}, .shape = &bytes};
+        if (torch.table->allocate(&wanted, &s->managed, NULL, set_error)) {
+            if (!PyErr_Occurred())
+                PyErr_NoMemory();
+            return -1;
+        }
+        s->memory = s->managed->tensor.data;
+    } else {
+        struct tensor t;
+        s->object = empty_like(like, 1, bytes / size);
+        if (!s->object || !read_memory(s->object, &t)) {
+            Py_XDECREF(s->object);
+            if (!PyErr_Occurred())
+                no_memory();
+            return -1;
+        }
+        s->memory = t.data;
+    }
+    return 0;
+}
+
+static void free_scratch(struct scratch *s)
+{
+    if (s->managed)
+        s->managed->deleter(s->managed);
+    Py_XDECREF(s->object);
+}
+
+/* use_torch(Tensor, Parameter, its table or None, its function that makes a capsule) -> None */
+static PyObject *use_torch(PyObject *self, PyObject *args)
+{
+    PyObject *tensor, *parameter, *table, *to_capsule;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOOO", &tensor, &parameter, &table, &to_capsule))
+        return NULL;
+    torch.table = NULL;
+    if (table != Py_None) {
+        const struct dl_table *given = PyCapsule_GetPointer(table, "dlpack_exchange_api");
+        if (!given)
+            return NULL;
+        if (given->major == 1 && given->allocate && given->read)
+            torch.table = given;
+    }
+    Py_INCREF(tensor); /* for as long as the process lives */
+    Py_INCREF(parameter);
+    Py_INCREF(to_capsule);
+    torch.tensor = (PyTypeObject *)tensor;
+    torch.parameter = (PyTypeObject *)parameter;
+    torch.to_capsule = to_capsule;
+    torch.new_empty = PyUnicode_InternFromString("new_empty");
+    torch.is_neg = PyUnicode_InternFromString("is_neg");
+    torch.is_zero = PyUnicode_InternFromString("_is_zerotensor");
+    if (!torch.new_empty || !torch.is_neg || !torch.is_zero)
+        return NULL;
+    return PyBool_FromLong(torch.table != NULL);
+}
+
+#endif
