@@ -141,7 +141,7 @@ static void LEVEL(grad_rows)(const struct job *job, int64_t r0, int64_t r1, int 
     }
 }
 
-static void LEVEL(grad_body)(const struct job *job, int64_t part, int64_t thread)
+static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
     float *scales = job->own + thread * job->own_floats, *tile = scales + GRAD_ROWS * TILE_SCALES;
@@ -151,7 +151,7 @@ static void LEVEL(grad_body)(const struct job *job, int64_t part, int64_t thread
     /* Without a tile, its memory holds the scales of as many rows more. */
     const int64_t step = LEVEL(grad_few)(w, job->m1 - job->m0) && job->type == FLOAT32 ? 2 * GRAD_ROWS : GRAD_ROWS;
     int64_t g0, g1;
-    share(w->stride / GROUP, MAX_GROUP / GROUP, job->parts, part, &g0, &g1);
+    share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
     for (int64_t t0 = g0; t0 < g1; t0 += TILE_GROUPS) {
         const int64_t t1 = smaller(t0 + TILE_GROUPS, g1);
         memset(job->packed + t0 * batch, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
@@ -189,11 +189,11 @@ INLINE void LEVEL(unpack)(const struct job *job, int64_t m, int64_t c0, int64_t 
     }
 }
 
-static void LEVEL(unpack_body)(const struct job *job, int64_t part, int64_t thread)
+static void LEVEL(unpack_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
     int64_t c0, c1;
-    share(job->weight->columns, MAX_LANES, job->parts, part, &c0, &c1);
+    share(job->weight->columns, MAX_LANES, parts, part, &c0, &c1);
     for (int64_t m = job->m0; m < job->m1; m++)
         if (job->out_type == FLOAT32)
             LEVEL(unpack)(job, m, c0, c1, FLOAT32);
@@ -208,7 +208,6 @@ static void LEVEL(input_grad)(struct job *job)
     const int64_t piece = piece_of(job->batch, job->weight->stride * (int64_t)sizeof(float));
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + piece, job->batch);
-        parallel(job, 1, LEVEL(grad_body));
-        parallel(job, 1, LEVEL(unpack_body));
+        parallel(job, LEVEL(grad_body), 1, LEVEL(unpack_body), 1);
     }
 }

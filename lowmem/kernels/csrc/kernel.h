@@ -79,7 +79,7 @@ struct quantizing {
     int failed; /* only ever set */
 };
 
-/* One call. Everything in it but the output is read by all threads. */
+/* One call. All threads read it. */
 struct job {
     const struct weight *weight;
     const void *x; /* (batch, columns) of linear, (batch, rows) of input_grad */
@@ -88,7 +88,7 @@ struct job {
     int type, out_type, bias_type; /* enum type of x, out and the bias */
     int low; /* whether products are taken in bfloat16, */
     int grid; /* or in integers */
-    int64_t batch, threads, parts;
+    int64_t batch, threads;
     float *packed; /* the input, or the gradient, in the order of the words */
     float *own; /* scratch of the threads */
     int64_t own_floats;
@@ -98,11 +98,12 @@ struct job {
     const struct update *update;
 };
 
-/* One part of a job's work, by one of its threads: which one changes no bit. */
-typedef void (*body)(const struct job *, int64_t part, int64_t thread);
+/* One of so many parts of a job's work, by one of its threads: which one changes no bit. */
+typedef void (*body)(struct job *, int64_t part, int64_t parts, int64_t thread);
 
-/* Run a body for as many parts a thread of the job; who is done takes the next. */
-void parallel(struct job *, int64_t parts, body);
+/* Run bodies for as many parts a thread of the job each, or for one part in all (0). Who is done takes the next part; no
+ * part of `then`, which may be NULL, begins before all of `first` are done. */
+void parallel(struct job *, body first, int64_t first_parts, body then, int64_t then_parts);
 
 /* One instruction set. */
 struct level {

@@ -235,8 +235,9 @@ INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const 
 }
 
 /* Pack the inputs of a small batch side by side, vector by vector. */
-static void LEVEL(pack_few)(struct job *job)
+static void LEVEL(pack_few)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
+    (void)part, (void)parts, (void)thread;
 #if LEVEL_LOW
     job->grid = LEVEL(pack_grid)(job);
     if (job->grid)
@@ -253,11 +254,11 @@ static void LEVEL(pack_few)(struct job *job)
 #endif
 }
 
-static void LEVEL(few_body)(const struct job *job, int64_t part, int64_t thread)
+static void LEVEL(few_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
     int64_t r, to;
-    share(job->weight->rows, SHARE_ROWS, job->parts, part, &r, &to);
+    share(job->weight->rows, SHARE_ROWS, parts, part, &r, &to);
     switch (job->m1 - job->m0) {
     case 1: LEVEL(few_rows)(job, r, to, 1); break;
     case 2: LEVEL(few_rows)(job, r, to, 2); break;
@@ -276,17 +277,10 @@ static void LEVEL(linear)(struct job *job)
         job->m1 = smaller(job->m0 + piece, job->batch);
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + wide, groups);
-            if (few) {
-                LEVEL(pack_few)(job);
-                parallel(job, 1, LEVEL(few_body));
-            } else if (job->m1 - job->m0 <= PACKED_ALONE) {
-                job->parts = 1;
-                LEVEL(pack_many)(job, 0, 0);
-                parallel(job, PARTS, LEVEL(many_body));
-            } else {
-                parallel(job, PARTS, LEVEL(pack_many));
-                parallel(job, PARTS, LEVEL(many_body));
-            }
+            if (few)
+                parallel(job, LEVEL(pack_few), 0, LEVEL(few_body), 1);
+            else
+                parallel(job, LEVEL(pack_many), job->m1 - job->m0 > PACKED_ALONE ? PARTS : 0, LEVEL(many_body), PARTS);
         }
     }
 }

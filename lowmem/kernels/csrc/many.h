@@ -250,12 +250,12 @@ INLINE void LEVEL(put_rows)(const struct job *job, int64_t r, int64_t rows, cons
     }
 }
 
-static void LEVEL(many_body)(const struct job *job, int64_t part, int64_t thread)
+static void LEVEL(many_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     float *own = job->own + thread * job->own_floats, *sums = own + SUMS_AT;
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, columns = (job->g1 - job->g0) * GROUP;
     int64_t r, to;
-    share(job->weight->rows, LANES, job->parts, part, &r, &to);
+    share(job->weight->rows, LANES, parts, part, &r, &to);
     for (; r < to; r += LANES) {
         memset(sums, 0, (size_t)(batch * LANES) * sizeof(float));
         for (int64_t c = 0; c < columns; c += CHUNK) {

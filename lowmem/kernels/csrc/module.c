@@ -7,10 +7,12 @@
 #include <Python.h>
 
 #if defined(_WIN32)
+#define sched_yield() ((void)0)
 #define dlopen_loaded(path) NULL
 #define dlsym(handle, name) NULL
 #else
 #include <dlfcn.h>
+#include <sched.h>
 #define dlopen_loaded(path) dlopen(path, RTLD_LAZY | RTLD_NOLOAD)
 #endif
 
@@ -23,29 +25,49 @@ static void (*run_parallel)(void (*)(void *), void *, unsigned, unsigned);
 static int (*thread_number)(void);
 
 struct region {
-    const struct job *job;
-    body run;
-    int64_t next;
+    struct job *job;
+    int many; /* whether there are threads */
+    body first, then;
+    int64_t firsts, parts; /* of first, and of both */
+    int64_t next, done;    /* the next part, and how many of first are done */
 };
+
+#if defined(__x86_64__)
+#define pause() __builtin_ia32_pause()
+#else
+#define pause() ((void)0)
+#endif
+#define PATIENCE 4096 /* pauses before a waiting thread gives its core away */
 
 static void region_body(void *data)
 {
     struct region *region = data;
-    const int64_t thread = thread_number();
-    for (int64_t part; (part = __atomic_fetch_add(&region->next, 1, __ATOMIC_RELAXED)) < region->job->parts;)
-        region->run(region->job, part, thread);
+    const int64_t thread = region->many ? thread_number() : 0, firsts = region->firsts;
+    for (int64_t part; (part = __atomic_fetch_add(&region->next, 1, __ATOMIC_RELAXED)) < region->parts;) {
+        if (part < firsts) {
+            region->first(region->job, part, firsts, thread);
+            __atomic_fetch_add(&region->done, 1, __ATOMIC_RELEASE);
+            continue;
+        }
+        for (int64_t waited = 0; __atomic_load_n(&region->done, __ATOMIC_ACQUIRE) < firsts; waited++)
+            if (waited < PATIENCE)
+                pause();
+            else
+                sched_yield();
+        region->then(region->job, part - firsts, region->parts - firsts, thread);
+    }
 }
 
-void parallel(struct job *job, int64_t parts, body run)
+void parallel(struct job *job, body first, int64_t first_parts, body then, int64_t then_parts)
 {
-    struct region region = {job, run, 0};
-    job->parts = job->threads > 1 ? parts * job->threads : 1;
-    if (job->threads > 1 && run_parallel) {
+    const int many = job->threads > 1 && run_parallel;
+    const int64_t firsts = many && first_parts ? first_parts * job->threads : 1;
+    const int64_t thens = !then ? 0 : many ? then_parts * job->threads : 1;
+    struct region region = {job, many, first, then, firsts, firsts + thens, 0, 0};
+    if (many)
         run_parallel(region_body, &region, (unsigned)job->threads, 0);
-        return;
-    }
-    for (int64_t part = 0; part < job->parts; part++)
-        run(job, part, 0);
+    else
+        region_body(&region);
 }
 
 static int64_t threads_for(long long most, double work)
@@ -391,11 +413,11 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     return made;
 }
 
-static void quantize_body(const struct job *job, int64_t part, int64_t thread)
+static void quantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     struct quantizing *q = job->quantizing;
     int64_t from, to;
-    share(q->weight->rows, 1, job->parts, part, &from, &to);
+    share(q->weight->rows, 1, parts, part, &from, &to);
     if (!q->level->quantize(q, from, to, q->scratch + thread * q->own))
         q->failed = 1;
 }
@@ -436,7 +458,7 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     if (!q.x || !q.packed || !q.scales || !q.scratch)
         return no_memory();
     Py_BEGIN_ALLOW_THREADS
-    parallel(&job, 1, quantize_body);
+    parallel(&job, quantize_body, 1, NULL, 0);
     Py_END_ALLOW_THREADS
     return PyBool_FromLong(!q.failed);
 }

@@ -89,11 +89,11 @@ INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, 
 }
 
 /* Pack a piece of the batch: chunk by chunk, input by input. */
-static void LEVEL(pack_many)(const struct job *job, int64_t part, int64_t thread)
+static void LEVEL(pack_many)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     float *scratch = job->own + thread * job->own_floats;
     int64_t m, to;
-    share(job->m1 - job->m0, 1, job->parts, part, &m, &to);
+    share(job->m1 - job->m0, 1, parts, part, &m, &to);
     for (m += job->m0, to += job->m0; m < to; m++)
 #if LEVEL_LOW
         if (job->low)

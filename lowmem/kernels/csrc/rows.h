@@ -188,12 +188,12 @@ INLINE void LEVEL(restore_rows)(const struct job *job, int64_t r, int64_t to, fl
     }
 }
 
-static void LEVEL(restore_body)(const struct job *job, int64_t part, int64_t thread)
+static void LEVEL(restore_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
     float scales[TILE_SCALES];
     int64_t r, to;
-    share(job->weight->rows, 1, job->parts, part, &r, &to);
+    share(job->weight->rows, 1, parts, part, &r, &to);
     if (job->out_type == FLOAT32)
         LEVEL(restore_rows)(job, r, to, scales, FLOAT32);
     else if (job->out_type == BFLOAT16)
@@ -202,4 +202,4 @@ static void LEVEL(restore_body)(const struct job *job, int64_t part, int64_t thr
         LEVEL(restore_rows)(job, r, to, scales, FLOAT16);
 }
 
-static void LEVEL(restore)(struct job *job) { parallel(job, 1, LEVEL(restore_body)); }
+static void LEVEL(restore)(struct job *job) { parallel(job, LEVEL(restore_body), 1, NULL, 0); }

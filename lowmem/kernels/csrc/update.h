@@ -36,11 +36,11 @@ INLINE void LEVEL(dots_of)(const float *matrix, int64_t columns, const int R, co
 }
 
 /* out = base + scale * (x @ matrix.T), or without a base: a thread's rows of a matrix (rows, columns). */
-INLINE void LEVEL(small_product)(const struct job *job, int64_t part, const float *matrix, int64_t rows, int64_t columns,
+INLINE void LEVEL(small_product)(const struct job *job, int64_t part, int64_t parts, const float *matrix, int64_t rows, int64_t columns,
                                  const float *x, const float *base, float scale, float *out)
 {
     int64_t r, to, R;
-    share(rows, 4, job->parts, part, &r, &to);
+    share(rows, 4, parts, part, &r, &to);
     for (; r < to; r += R) {
         R = to - r >= 4 ? 4 : 1;
         for (int64_t m = 0; m < job->batch; m += FEW) {
@@ -59,22 +59,18 @@ INLINE void LEVEL(small_product)(const struct job *job, int64_t part, const floa
     }
 }
 
-static void LEVEL(narrow_body)(const struct job *job, int64_t part, int64_t thread)
+static void LEVEL(narrow_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
     const struct update *u = job->update;
-    LEVEL(small_product)(job, part, u->a, u->rank, u->columns, u->x, NULL, u->scaling, u->narrow);
+    LEVEL(small_product)(job, part, parts, u->a, u->rank, u->columns, u->x, NULL, u->scaling, u->narrow);
 }
 
-static void LEVEL(wide_body)(const struct job *job, int64_t part, int64_t thread)
+static void LEVEL(wide_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
     const struct update *u = job->update;
-    LEVEL(small_product)(job, part, u->b, u->rows, u->rank, u->narrow, u->base, 1.0f, u->out);
+    LEVEL(small_product)(job, part, parts, u->b, u->rows, u->rank, u->narrow, u->base, 1.0f, u->out);
 }
 
-static void LEVEL(update)(struct job *job)
-{
-    parallel(job, 1, LEVEL(narrow_body));
-    parallel(job, 1, LEVEL(wide_body));
-}
+static void LEVEL(update)(struct job *job) { parallel(job, LEVEL(narrow_body), 1, LEVEL(wide_body), 1); }
