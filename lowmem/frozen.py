@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 
 from lowmem import kernels
 from lowmem.blockwise import QuantizedTensor
 from lowmem.kernels import ops
 
-__all__ = ["FrozenStorage", "autocast", "freeze", "frozen_linear", "is_plain_call"]
+__all__ = ["FrozenStorage", "autocast", "freeze", "frozen_linear", "is_observed", "is_plain_call"]
 
 
 def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -64,6 +65,28 @@ def is_plain_call(*tensors: Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN or (trains and tensor.requires_grad)):
             return False
     return True
+
+
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether hooks, or what has taken the place of its forward, are to see a call of a module."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl")
+        or any(_GLOBAL_HOOKS)
+    )
 
 
 def autocast(x: Tensor) -> Tensor:

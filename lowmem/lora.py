@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem import kernels
 from lowmem.fourbit import Linear4Bit
-from lowmem.frozen import is_plain_call
+from lowmem.frozen import is_observed, is_plain_call
 from lowmem.half import HalfLinear, round_to
 from lowmem.kernels import reference
 from lowmem.quantizing import quantize_again
@@ -170,8 +170,12 @@ class LoRALinear(nn.Module):
         base, merged = parts["merged_base"], self.merged
         if base is None:
             base, merged = parts["base"], None
-        out: Tensor = base(input)  # type: ignore[misc]
         adapters = parts["adapters"]._modules  # type: ignore[union-attr]
+        if len(self.active) == 1 and self.active[0] != merged:
+            at_once = _at_once(base, adapters[self.active[0]], input)  # type: ignore[arg-type]
+            if at_once is not None:
+                return at_once
+        out: Tensor = base(input)  # type: ignore[misc]
         for name in self.active:
             if name != merged:
                 out = adapters[name].forward(out, input)  # type: ignore[union-attr]  # past the cost of __call__
@@ -214,6 +218,31 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         """Say which adapters the output holds."""
         return f"active={', '.join(self.active) or None}, merged={self.merged}"
+
+
+def _at_once(base: nn.Module, adapter: Adapter, x: Tensor) -> Tensor | None:
+    """Return the base's output and an update in one call of the kernel; None where their parts are to be seen."""
+    weight: kernels.Weight
+    if type(base) is Linear4Bit and base.compute_dtype in (None, torch.float32):
+        weight = base.quantized
+    elif type(base) is HalfLinear:
+        weight = base.weight
+    else:
+        return None
+    own, bases, dropout = adapter._parameters, base._parameters, adapter._modules["dropout"]
+    a, b = own.get("lora_a"), own.get("lora_b")
+    if (
+        a is None
+        or b is None
+        or "bias" not in bases  # something wraps the layers
+        or not is_plain_call(x, bases["bias"], a, b)
+        or not (x.dtype is a.dtype is b.dtype is torch.float32 and x.dim() == 2)
+        or not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
+        or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+        or is_observed(base)
+    ):
+        return None
+    return kernels.linear(x, weight, torch.float32, bases["bias"], (a, b, adapter.scaling))
 
 
 def _leave_out_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: object) -> None:

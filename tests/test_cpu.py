@@ -301,6 +301,7 @@ def test_threads_change_no_bit_of_anything(level):
                         made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
                         made.append(kernels.input_grad(grad[:batch].to(dtype), q, dtype))
                 made.append(kernels.add_update(grad[:3].contiguous(), x[:3].contiguous(), a, b, 0.5))
+                made += [kernels.linear(x[:n].contiguous(), q, torch.float32, None, (a, b, 0.5)) for n in (3, 12)]
                 results.append(made)
     finally:
         torch.set_num_threads(threads)
@@ -327,6 +328,61 @@ def test_an_update_equals_the_two_products(level, batch, rank, rows, columns, sc
     sizes = base.abs() + scaling * (x.abs() @ a.abs().t()) @ b.abs().t()
     assert ((got - expected).abs() <= 2e-6 * sizes + 1e-12).all()
     assert torch.equal(base, before)
+
+
+@compiled
+@given(
+    st.sampled_from(["int4", "nf4", "half"]),
+    st.integers(1, 12),
+    st.integers(1, 40),
+    st.integers(1, 150),
+    st.sampled_from([1, 30, 70, 256, 9000]),
+    st.booleans(),
+    strategies.seeds,
+)
+def test_a_product_with_an_update_is_the_product_and_then_the_update(
+    level, kind, batch, rank, rows, columns, with_bias, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (rows, columns), (batch, columns), (rank, columns), (rows, rank)
+    dense, x, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
+    weight = dense.half() if kind == "half" else quantize(dense, kind, block_size=16)
+    bias = torch.randn(rows, generator=generator) if with_bias else None
+    before = torch.get_num_threads()
+    with kernels.using(level):
+        expected = kernels.add_update(kernels.linear(x, weight, torch.float32, bias), x, a, b, 0.75)
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                got = kernels.linear(x, weight, torch.float32, bias, (a, b, 0.75))
+                assert torch.equal(got, expected)
+        finally:
+            torch.set_num_threads(before)
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(3, 5), (2, 7)])
+def test_an_update_that_does_not_fit_its_layer_is_torch_s_error(level, shape, monkeypatch):
+    monkeypatch.setattr(reference, "add_update", PLAIN_UPDATE)
+    half, x = torch.randn(4, 6).half(), torch.randn(2, 6)
+    with kernels.using(level), pytest.raises(RuntimeError):
+        kernels.linear(x, half, torch.float32, None, (torch.randn(shape), torch.randn(4, shape[0]), 1.0))
+
+
+@compiled
+def test_an_update_of_another_dtype_or_layout_is_added_by_torch(level, monkeypatch):
+    monkeypatch.setattr(reference, "add_update", PLAIN_UPDATE)
+    half, x, a, b = torch.randn(4, 6).half(), torch.randn(2, 6), torch.randn(3, 6), torch.randn(4, 3)
+    with kernels.using(level):
+        expected = kernels.linear(x, half, torch.float32, None, (a, b, 2.0))
+        strided = kernels.linear(x, half, torch.float32, None, (a.t().contiguous().t(), b, 2.0))
+        twice = kernels.linear(x.t().contiguous().t(), half, torch.float32, None, (a, b, 2.0))
+        low = kernels.linear(x.bfloat16(), half, torch.bfloat16, None, (a.bfloat16(), b.bfloat16(), 2.0))
+        many = kernels.linear(x.repeat(7, 1), half, torch.float32, None, (a, b, 2.0))  # torch's products are faster
+    torch.testing.assert_close(strided, expected)
+    torch.testing.assert_close(twice, expected)
+    torch.testing.assert_close(many, expected.repeat(7, 1))
+    torch.testing.assert_close(low, expected.bfloat16(), atol=0.1, rtol=0.1)
 
 
 def test_an_update_that_c_does_not_take_goes_to_torch(monkeypatch):
@@ -448,7 +504,7 @@ def test_memory_that_cannot_be_written_is_left_to_plain_torch():
     )
 
 
-PRODUCTS = {"linear": 8, "input_grad": 8, "restore": 7}
+PRODUCTS = {"linear": 11, "input_grad": 6, "restore": 7}
 
 
 @compiled
@@ -511,7 +567,7 @@ def test_what_c_cannot_read_never_reaches_it(level):
         pass
 
     def linear(weight=half, x=x, bias=None, out=None, handle=None, scales=None):
-        return native.linear(index, handle, weight, scales, x, bias, out, 2)
+        return native.linear(index, handle, weight, scales, x, bias, out, 2, None, None, None)
 
     def everywhere():
         assert linear().shape == (3, 5)
@@ -548,7 +604,7 @@ def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level
     handle = q.__dict__["prepared"].handle
 
     def linear(packed=q.packed, scales=q.scales):
-        return native.linear(index, handle, packed, scales, x, None, None, 2)
+        return native.linear(index, handle, packed, scales, x, None, None, 2, None, None, None)
 
     assert linear() is not None
     assert linear(packed=q.packed.clone()) is None
@@ -561,7 +617,7 @@ def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level
     assert native.restore(index, handle, q.packed, q.scales, 4, torch.empty(2, 63), 2) is None
     assert native.restore(index, handle, q.packed, q.scales, 4, torch.empty(2, 64), 2) is not None
     for other, name in enumerate(native.levels()):
-        found = native.linear(other, handle, q.packed, q.scales, x, None, None, 2)
+        found = native.linear(other, handle, q.packed, q.scales, x, None, None, 2, None, None, None)
         assert (found is not None) == (name.startswith("avx512") == level.startswith("avx512"))  # as many lanes
 
 

@@ -429,6 +429,8 @@ with kernels.using(level):
         for rank in (1, 3, 16):
             shapes = (2, 5), (2, columns), (rank, columns), (5, rank)
             kernels.add_update(*(at_the_edge(torch.randn(shape)) for shape in shapes), 0.5)
+            x, a, b = (at_the_edge(torch.randn(shape)) for shape in shapes[1:])
+            kernels.linear(x, half, torch.float32, None, (a, b, 0.5))
 print("fine")
 """
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from lowmem import FourBit, Half, LoRA, convert
+from lowmem import FourBit, Half, LoRA, convert, kernels
 from tests import strategies
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
@@ -56,6 +57,114 @@ def test_only_the_adapters_train(base):
     model = convert(model, *strategies.BASES[base], LoRA(2), where=lambda path, _: path == "0")
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trains == ["0.adapters.default.lora_a", "0.adapters.default.lora_b"]
+
+
+def one_adapter(base=None, **options):
+    """A layer whose adapter is not zero, over a 4-bit base unless another is given."""
+    torch.manual_seed(0)
+    layer = convert(nn.Linear(24, 16), *([FourBit("int4")] if base is None else base), LoRA(4, **options)).eval()
+    nn.init.normal_(layer.lora_b)
+    return layer
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Whether each product of a base was taken with its update in one call."""
+    seen = []
+    linear = kernels.linear
+
+    def watched(x, weight, dtype, bias=None, update=None):
+        seen.append(update is not None)
+        return linear(x, weight, dtype, bias, update)
+
+    monkeypatch.setattr(kernels, "linear", watched)
+    return seen
+
+
+def expected_of(layer, x):
+    return layer.adapters["default"](layer.base(x), x)
+
+
+@pytest.mark.parametrize("base", [[FourBit("int4")], [FourBit("nf4")], [Half()], [Half(torch.bfloat16)]], ids=repr)
+@torch.no_grad()
+def test_a_base_and_its_only_adapter_take_one_call(base, updates):
+    layer = one_adapter(base)
+    for batch in (1, 3, 12, 40):
+        x = torch.randn(batch, 24)
+        expected = expected_of(layer, x)
+        updates.clear()
+        got = layer(x)
+        assert updates == [True]
+        assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_hooks_on_the_base_see_its_own_output(updates):
+    layer, x = one_adapter(), torch.randn(2, 24)
+    expected, plain = layer(x), layer.base(x)
+    updates.clear()
+    registrations = [
+        layer.base.register_forward_hook,
+        layer.base.register_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        layer.base.register_full_backward_hook,
+        layer.base.register_full_backward_pre_hook,
+    ]
+    for register in registrations:
+        outputs = []
+        handle = register(lambda *given, outputs=outputs: outputs.append(given[-1]))
+        assert torch.equal(layer(x), expected)
+        handle.remove()
+        assert updates.pop() is False
+        if register == layer.base.register_forward_hook:
+            assert torch.equal(outputs[0], plain)
+    layer.base.forward = lambda given: torch.ones(len(given), 16)
+    assert torch.equal(layer(x), layer.adapters["default"](torch.ones(2, 16), x))
+    del layer.base.forward
+    layer(x)
+    assert updates == [True]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.train(),
+        lambda layer: layer.adapters["default"].double(),
+        lambda layer: setattr(layer.base, "compute_dtype", torch.bfloat16),
+        lambda layer: layer.adapters["default"].register_parameter("lora_a", nn.Parameter(torch.randn(24, 4).t())),
+    ],
+    ids=["dropout", "dtype", "compute_dtype", "strides"],
+)
+@torch.no_grad()
+def test_what_one_call_cannot_take_is_taken_in_two(change):
+    layer = one_adapter(dropout=0.5)
+    change(layer)
+    x = torch.randn(2, 24)
+    torch.manual_seed(1)
+    expected = expected_of(layer, x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@torch.no_grad()
+def test_an_input_that_one_call_cannot_take_is_taken_in_two(updates):
+    layer = one_adapter()
+    for x in (torch.randn(2, 3, 24), torch.randn(24), torch.randn(2, 24).bfloat16(), torch.randn(2, 24).double()):
+        assert torch.equal(layer(x), expected_of(layer, x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(torch.ones(2, 24)), expected_of(layer, torch.ones(2, 24)))
+    assert True not in updates
+    for bad in (torch.randn(2, 23), torch.ones(2, 24).int()):
+        with pytest.raises(RuntimeError):
+            layer(bad)
+
+
+def test_gradients_flow_where_one_call_would_cut_them(updates):
+    layer, x = one_adapter(), torch.randn(2, 24, requires_grad=True)
+    layer(x).sum().backward()
+    assert all(tensor.grad is not None for tensor in (x, layer.lora_a, layer.lora_b))
+    assert True not in updates
 
 
 def test_dropout_acts_on_the_update_in_training_only():

@@ -2,7 +2,7 @@
 
 The contract is two functions of an input, a weight and the dtype to compute in, and the update of an adapter:
 
-    linear(x, weight, dtype, bias)   (batch, in)  -> (batch, out)    x @ W.T + bias
+    linear(x, weight, dtype, bias, (A, B, s))  (batch, in) -> (batch, out)  x @ W.T + bias + s (x @ A.T) @ B.T
     input_grad(grad, weight, dtype)  (batch, out) -> (batch, in)     grad @ W
     add_update(base, x, a, b, s)     (batch, out) -> (batch, out)    base + s (x @ A.T) @ B.T
 
@@ -25,15 +25,17 @@ from torch import Tensor
 
 from lowmem import blockwise
 from lowmem.kernels import cpu, reference
-from lowmem.kernels.reference import Weight
+from lowmem.kernels.reference import Update, Weight
 
-__all__ = ["Weight", "add_update", "available", "backend", "input_grad", "linear", "using"]
+__all__ = ["Update", "Weight", "add_update", "available", "backend", "input_grad", "linear", "using"]
 
 VARIABLE = "LOWMEM_KERNEL"
 
 
 class _Contract(Protocol):
-    def linear(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor: ...
+    def linear(
+        self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None, update: Update | None
+    ) -> Tensor: ...
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor: ...
     def add_update(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor: ...
 
@@ -59,9 +61,11 @@ def backend() -> str:
     return f"{_name}: {_why}"
 
 
-def linear(x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ W.T + bias``: (batch, in) -> (batch, out), computed and returned in ``dtype``."""
-    return _serves.linear(x, weight, dtype, bias)
+def linear(
+    x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, update: Update | None = None
+) -> Tensor:
+    """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out), computed and returned in ``dtype``."""
+    return _serves.linear(x, weight, dtype, bias, update)
 
 
 def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:

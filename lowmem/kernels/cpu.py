@@ -6,7 +6,7 @@ What C does not take goes to plain torch: another device or dtype, a wrapped or 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from lowmem.blockwise import QuantizedTensor
 from lowmem.formats import get_format
 from lowmem.kernels import reference
 from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector
-from lowmem.kernels.reference import Weight
+from lowmem.kernels.reference import Update, Weight
 from lowmem.search import CANDIDATES
 
 __all__ = ["Kernel", "load"]
@@ -32,6 +32,8 @@ _ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2, 
 
 Given: TypeAlias = tuple[object, Tensor, Tensor | None]
 """A weight as C is handed it: its handle, codes and scales; or None, 16-bit floats and None."""
+
+_NO_UPDATE = (None, None, None)
 
 _WIDE_BYTES = 2**18  # of a float32 output for rows that C adds up in parts
 
@@ -62,7 +64,7 @@ class Prepared:
     levels: array[float] | None  # which live as long as what points there
 
 
-_NONE = Prepared(None, None, None)
+_SIXTEEN_BITS = Prepared(None, None, None)  # of which there is nothing to know
 
 
 class Kernel:
@@ -76,43 +78,59 @@ class Kernel:
     def __init__(self, native: ModuleType, level: str) -> None:
         self.native = native
         self._level = native.levels().index(level)
-        self._linear, self._update = native.linear, native.update  # faster than attributes of attributes
+        # Faster than attributes of attributes, and with types.
+        self._linear: Callable[..., Tensor | None] = native.linear
+        self._input_grad: Callable[..., Tensor | None] = native.input_grad
+        self._update: Callable[..., Tensor | None] = native.update
         self._order = lru_cache(maxsize=64)(native.order)  # a table of the columns, shared by layers of one shape
 
-    def linear(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-        """Return ``x @ W.T + bias``: (batch, in) -> (batch, out)."""
+    def linear(
+        self,
+        x: Tensor,
+        weight: Weight,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        update: Update | None = None,
+    ) -> Tensor:
+        """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out)."""
         if is_traced():
-            return reference.linear(x, weight, dtype, bias)
-        kept = None if isinstance(weight, Tensor) else weight.__dict__.get("prepared", _NONE)
-        if x.dtype is dtype and (kept is None or kept.kernel is self):
-            handle, packed, scales = (None, weight, None) if kept is None else (kept.handle, weight.packed, weight.scales)
-            out = self._linear(self._level, handle, packed, scales, x, bias, None, torch.get_num_threads())
+            return reference.linear(x, weight, dtype, bias, update)
+        kept: Prepared | None
+        if isinstance(weight, Tensor):
+            kept, packed, scales = _SIXTEEN_BITS, weight, None
+        else:
+            kept, packed, scales = weight.__dict__.get("prepared"), weight.packed, weight.scales
+        if x.dtype is dtype and kept is not None and (kept.kernel is self or kept is _SIXTEEN_BITS):
+            a, b, scaling = _NO_UPDATE if update is None else update
+            threads = torch.get_num_threads()
+            out = self._linear(self._level, kept.handle, packed, scales, x, bias, None, threads, a, b, scaling)
             if out is not None:
                 return out
-        return self._linear_of_others(x, weight, dtype, bias)
+        out = self._linear_of_others(x, weight, dtype, bias)
+        return out if update is None else self.add_update(out, x, *update)
 
     def _linear_of_others(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         """Put in a form that C takes what it does not take as it is, or leave it to plain torch."""
         if dtype not in TYPES or not (is_real(x) and x.is_floating_point() and x.dim() == 2):
             return reference.linear(x, weight, dtype, bias)
-        rows, columns = weight.shape
+        rows = weight.shape[0]
         x, added = x.to(dtype).contiguous(), bias if bias is not None and is_vector(bias, rows) else None
         for given in self._ways(weight):
             out = self._multiply(given, x, rows, added)
             if out is not None:
-                return out if added is bias else out.add_(bias)
+                return out if bias is None or added is bias else out.add_(bias)
         return reference.linear(x, weight, dtype, bias)
 
     def _multiply(self, given: Given, x: Tensor, rows: int, bias: Tensor | None) -> Tensor | None:
         threads = torch.get_num_threads()
         if x.shape[1] <= self.native.WIDE or x.dtype is torch.float32:
-            return self._linear(self._level, *given, x, bias, None, threads)
+            return self._linear(self._level, *given, x, bias, None, threads, *_NO_UPDATE)
         # A row is added up in parts: in float32, a few inputs at a time, and rounded once.
         out = x.new_empty(x.shape[0], rows)
         step = max(1, _WIDE_BYTES // (4 * max(1, rows)))
         for part, rounded in zip(x.split(step), out.split(step), strict=True):
             sums = torch.empty_like(rounded, dtype=torch.float32)
-            if self._linear(self._level, *given, part, bias, sums, threads) is None:
+            if self._linear(self._level, *given, part, bias, sums, threads, *_NO_UPDATE) is None:
                 return None
             rounded.copy_(sums)
         return out
@@ -122,7 +140,7 @@ class Kernel:
         if dtype in TYPES and is_real(grad) and not is_traced():
             ready, threads = grad.to(dtype).contiguous(), torch.get_num_threads()
             for given in self._ways(weight):
-                out = self.native.input_grad(self._level, *given, ready, None, None, threads)
+                out = self._input_grad(self._level, *given, ready, threads)
                 if out is not None:
                     return out
         return reference.input_grad(grad, weight, dtype)

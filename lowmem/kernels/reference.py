@@ -12,19 +12,24 @@ from torch import Tensor
 
 from lowmem.blockwise import QuantizedTensor, row_chunks
 
-__all__ = ["Weight", "add_update", "input_grad", "linear"]
+__all__ = ["Update", "Weight", "add_update", "input_grad", "linear"]
 
 Weight: TypeAlias = Tensor | QuantizedTensor
+Update: TypeAlias = tuple[Tensor, Tensor, float]
+"""A low-rank update: A (rank, in), B (out, rank) and the scaling."""
 
 
-def linear(x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ W.T + bias``: (batch, in) -> (batch, out), computed and returned in ``dtype``.
+def linear(
+    x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, update: Update | None = None
+) -> Tensor:
+    """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out), computed and returned in ``dtype``.
 
     Args:
         x: (batch, in).
         weight: (out, in).
         dtype: to compute in.
         bias: (out,), or None.
+        update: what ``add_update`` adds for x, in the dtype of A and B; or None.
 
     Raises:
         RuntimeError: x has another shape, or is not floating point.
@@ -34,11 +39,13 @@ def linear(x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = 
         raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
     if x.shape[1] != in_features:
         raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
-    x = x.to(dtype)
-    out = x.new_empty(x.shape[0], out_features)
+    factor = x.to(dtype)
+    out = factor.new_empty(x.shape[0], out_features)
     for rows in row_chunks(out_features, in_features):
-        torch.mm(x, _restore(weight, rows, dtype).t(), out=out[:, rows])  # (batch, rows)
-    return out if bias is None else out.add_(bias)
+        torch.mm(factor, _restore(weight, rows, dtype).t(), out=out[:, rows])  # (batch, rows)
+    if bias is not None:
+        out.add_(bias)
+    return out if update is None else add_update(out, x, *update)
 
 
 def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:

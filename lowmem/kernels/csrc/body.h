@@ -10,4 +10,3 @@
 #include "linear.h"
 #include "gradient.h"
 #include "quantize.h"
-#include "update.h"

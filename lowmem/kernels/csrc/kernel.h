@@ -11,6 +11,7 @@
 #define MAX_GROUP (MAX_LANES * 8)
 #define FEW 4                     /* inputs that are few */
 #define SHARE_ROWS 8              /* of a thread, at least */
+#define UPDATE_ROWS 64            /* rows after which an update is added */
 #define PARTS 4                   /* of a thread, where work is long: a thread that is held up leaves them to others */
 #define CHUNK 256                 /* columns of rows that are restored at a time, so that they stay in the first cache */
 #define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */
@@ -54,7 +55,7 @@ struct weight {
     float step; /* else 0 */
 };
 
-/* A low-rank update: A (rank, columns), B (rows, rank), x (batch, columns), base and out (batch, rows). */
+/* A low-rank update: A (rank, columns), B (rows, rank), x (batch, columns), base and out (batch, rows), which may be one. */
 struct update {
     const float *x, *a, *b, *base;
     float *narrow, *out; /* narrow: scratch (batch, rank) */
@@ -95,7 +96,7 @@ struct job {
     /* What is multiplied now: a piece of the batch, and groups of columns. */
     int64_t m0, m1, g0, g1;
     struct quantizing *quantizing;
-    const struct update *update;
+    const struct update *update; /* or NULL */
 };
 
 /* One of so many parts of a job's work, by one of its threads: which one changes no bit. */

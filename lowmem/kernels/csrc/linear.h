@@ -191,6 +191,7 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
 #include "bfloat16.h"
 #endif
 #include "pack.h"
+#include "update.h"
 #include "many.h"
 #if LEVEL_LOW
 #include "grid.h"
@@ -235,9 +236,8 @@ INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const 
 }
 
 /* Pack the inputs of a small batch side by side, vector by vector. */
-static void LEVEL(pack_few)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void LEVEL(pack_few)(struct job *job)
 {
-    (void)part, (void)parts, (void)thread;
 #if LEVEL_LOW
     job->grid = LEVEL(pack_grid)(job);
     if (job->grid)
@@ -254,16 +254,34 @@ static void LEVEL(pack_few)(struct job *job, int64_t part, int64_t parts, int64_
 #endif
 }
 
+/* The first part packs the inputs; the others multiply them with an update's A. */
+static void LEVEL(pack_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    if (part == 0)
+        LEVEL(pack_few)(job);
+    if (job->update && !job->g0 && (part || parts == 1))
+        LEVEL(narrow_body)(job, part - (parts > 1), parts - (parts > 1), thread);
+}
+
 static void LEVEL(few_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
     int64_t r, to;
     share(job->weight->rows, SHARE_ROWS, parts, part, &r, &to);
-    switch (job->m1 - job->m0) {
-    case 1: LEVEL(few_rows)(job, r, to, 1); break;
-    case 2: LEVEL(few_rows)(job, r, to, 2); break;
-    case 3: LEVEL(few_rows)(job, r, to, 3); break;
-    default: LEVEL(few_rows)(job, r, to, FEW); break;
+    const struct update *u = job->g1 * GROUP < job->weight->columns ? NULL : job->update; /* once the rows are whole */
+    for (int64_t end; r < to; r = end) {
+        end = u ? smaller(r + UPDATE_ROWS, to) : to;
+        for (int64_t i = r; u && i < end; i++) /* B, which is read from further away than it takes to multiply rows */
+            for (int64_t k = 0; k < u->rank; k += 16)
+                prefetch(u->b + i * u->rank + k);
+        switch (job->m1 - job->m0) {
+        case 1: LEVEL(few_rows)(job, r, end, 1); break;
+        case 2: LEVEL(few_rows)(job, r, end, 2); break;
+        case 3: LEVEL(few_rows)(job, r, end, 3); break;
+        default: LEVEL(few_rows)(job, r, end, FEW); break;
+        }
+        if (u)
+            LEVEL(add_wide)(job, r, end);
     }
 }
 
@@ -278,9 +296,11 @@ static void LEVEL(linear)(struct job *job)
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + wide, groups);
             if (few)
-                parallel(job, LEVEL(pack_few), 0, LEVEL(few_body), 1);
+                parallel(job, LEVEL(pack_body), job->update ? 2 : 0, LEVEL(few_body), 1);
             else
                 parallel(job, LEVEL(pack_many), job->m1 - job->m0 > PACKED_ALONE ? PARTS : 0, LEVEL(many_body), PARTS);
         }
     }
+    if (job->update && !few)
+        LEVEL(update)(job);
 }

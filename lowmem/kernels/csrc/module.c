@@ -257,46 +257,74 @@ static int is_low(const struct level *level, const struct weight *w, int type)
     return level->low && w->order && type == BFLOAT16;
 }
 
-/* Where the arguments of a product, and those of restore, lie. */
-enum { LEVEL_INDEX, PREPARED_OF, PACKED, SCALES };
+#define UPDATED 12 /* inputs; for more, torch's own products are faster */
 
-static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed)
+/* A low-rank update with x: as read_tensor, and 0 where shapes or types do not fit. */
+static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, const struct tensor *x, int64_t rows,
+                       struct update *u)
 {
-    enum { X = SCALES + 1, BIAS, OUT, THREADS, ARGUMENTS };
+    struct tensor a, b;
+    int is = read_tensor(a_given, &a);
+    if (is <= 0 || (is = read_tensor(b_given, &b)) <= 0)
+        return is;
+    const double factor = PyFloat_AsDouble(scaling);
+    if (factor == -1.0 && PyErr_Occurred())
+        return -1;
+    const struct update found = {
+        .x = x->data, .a = a.data, .b = b.data, .scaling = (float)factor, .rank = a.shape[0], .rows = rows, .columns = a.shape[1],
+    };
+    *u = found;
+    return x->type == FLOAT32 && a.type == FLOAT32 && b.type == FLOAT32 && a.dims == 2 && has_shape(x, x->shape[0], a.shape[1]) &&
+           has_shape(&b, rows, a.shape[0]) && x->shape[0] && x->shape[0] <= UPDATED && rows && a.shape[1];
+}
+
+/* Where the arguments of a product, and those of restore, lie. */
+enum { LEVEL_INDEX, PREPARED_OF, PACKED, SCALES, X };
+
+/* A product with a weight, and with an update (A, B, scaling) unless A is None. */
+static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_given, PyObject *out_given, PyObject *threads_given,
+                         PyObject *const *update_given)
+{
     long long index, threads;
     struct weight w;
+    struct update u = {.rank = 0};
     struct tensor x, out, bias = {.data = NULL};
-    if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + THREADS, 1, &threads, 1))
+    if (read_numbers(args, 1, &index, 1) || read_numbers(&threads_given, 1, &threads, 1))
         return NULL;
     const struct level *level = all_levels[index];
     int is = read_weight(level, args[PREPARED_OF], args[PACKED], args[SCALES], &w);
-    if (is == 1 && (is = read_tensor(args[X], &x)) == 1 && args[BIAS] != Py_None)
-        is = read_tensor(args[BIAS], &bias);
+    if (is == 1 && (is = read_tensor(args[X], &x)) == 1 && bias_given != Py_None)
+        is = read_tensor(bias_given, &bias);
     if (is < 0)
         return NULL;
     const int64_t from = transposed ? w.rows : w.columns, to = transposed ? w.columns : w.rows;
     if (!is || x.type < 0 || !has_shape(&x, x.shape[0], from) || !x.shape[0] || !from || !to)
         Py_RETURN_NONE;
-    if (args[BIAS] != Py_None && (bias.type < 0 || bias.dims != 1 || bias.shape[0] != to))
+    if (bias_given != Py_None && (bias.type < 0 || bias.dims != 1 || bias.shape[0] != to))
         Py_RETURN_NONE;
-    PyObject *made = args[OUT];
-    if (made != Py_None)
-        Py_INCREF(made);
-    else if (!transposed && x.type != FLOAT32 && from > WIDE)
-        Py_RETURN_NONE; /* a row in parts would round their sums in between */
-    else if (!(made = empty_like(args[X], x.shape[0], to)))
+    const int updated = update_given && update_given[0] != Py_None;
+    if (updated && (is = read_update(update_given[0], update_given[1], update_given[2], &x, to, &u)) < 0)
         return NULL;
+    if (!is || (out_given == Py_None && !transposed && x.type != FLOAT32 && from > WIDE))
+        Py_RETURN_NONE; /* a row in parts would round their sums in between */
+    PyObject *made = out_given == Py_None ? empty_like(args[X], x.shape[0], to) : out_given;
+    if (!made)
+        return NULL;
+    if (made == out_given)
+        Py_INCREF(made);
     const int low = is_low(level, &w, x.type);
     const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low);
-    const int64_t bytes = 4 * (layout.shared + layout.threads * layout.own);
+    const int64_t floats = layout.shared + layout.threads * layout.own;
     struct scratch scratch;
-    if (!read_memory(made, &out) || out.type < 0 || !has_shape(&out, x.shape[0], to) ||
-        take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, bytes, &scratch)) {
+    if (!read_memory(made, &out) || out.type < 0 || !has_shape(&out, x.shape[0], to) || (updated && out.type != FLOAT32) ||
+        take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, 4 * (floats + x.shape[0] * u.rank), &scratch)) {
         Py_DECREF(made);
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_ValueError, "out is no tensor (batch, features) that C can write");
         return NULL;
     }
+    u.base = u.out = out.data;
+    u.narrow = scratch.memory + floats;
     struct job job = {
         .weight = &w,
         .x = x.data,
@@ -311,6 +339,7 @@ static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed
         .packed = scratch.memory,
         .own = scratch.memory + layout.shared,
         .own_floats = layout.own,
+        .update = updated ? &u : NULL,
     };
     Py_BEGIN_ALLOW_THREADS
     (transposed ? level->input_grad : level->linear)(&job);
@@ -319,20 +348,22 @@ static PyObject *product(PyObject *const *args, Py_ssize_t given, int transposed
     return made;
 }
 
-/* linear(level, prepared or None, packed or 16-bit weight, scales or None, x, bias or None, out or None, threads)
- * -> out, or None: there is something that C does not take */
+/* linear(level, prepared or None, packed or 16-bit weight, scales or None, x, bias or None, out or None, threads,
+ * A or None, B, scaling) -> out, or None: there is something that C does not take */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
+    enum { BIAS = X + 1, OUT, THREADS, A, B, SCALING, ARGUMENTS };
     (void)self;
-    return product(args, given, 0);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, 0, args[BIAS], args[OUT], args[THREADS], args + A);
 }
 
-/* input_grad(level, prepared or None, packed or 16-bit weight, scales or None, grad, None, out or None, threads)
+/* input_grad(level, prepared or None, packed or 16-bit weight, scales or None, grad, threads)
  * -> out, or None: there is something that C does not take */
 static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
+    enum { THREADS = X + 1, ARGUMENTS };
     (void)self;
-    return product(args, given, 1);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, 1, Py_None, Py_None, args[THREADS], NULL);
 }
 
 /* restore(level, prepared, packed, scales, first row, out, threads) -> out, or None: there is something that C does not take */
@@ -367,44 +398,35 @@ static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t given
     return args[OUT];
 }
 
-#define UPDATED 12 /* inputs; for more, torch's own products are faster */
-
 /* update(level, base, x, A, B, scaling, threads) -> out, or None: there is something that C does not take */
 static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { BASE = 1, X, A, B, SCALING, THREADS, ARGUMENTS };
+    enum { BASE = 1, INPUT, A, B, SCALING, THREADS, ARGUMENTS };
     long long index, threads;
-    struct tensor base, x, a, b, out;
+    struct tensor base, x, out;
+    struct update u;
     int is;
     (void)self;
     if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + THREADS, 1, &threads, 1))
         return NULL;
-    const double scaling = PyFloat_AsDouble(args[SCALING]);
-    if (scaling == -1.0 && PyErr_Occurred())
-        return NULL;
-    if ((is = read_tensor(args[BASE], &base)) == 1 && (is = read_tensor(args[X], &x)) == 1 &&
-        (is = read_tensor(args[A], &a)) == 1)
-        is = read_tensor(args[B], &b);
+    if ((is = read_tensor(args[BASE], &base)) == 1 && (is = read_tensor(args[INPUT], &x)) == 1 && base.dims == 2)
+        is = read_update(args[A], args[B], args[SCALING], &x, base.shape[1], &u);
     if (is < 0)
         return NULL;
-    if (!is || base.type != FLOAT32 || x.type != FLOAT32 || a.type != FLOAT32 || b.type != FLOAT32 || base.dims != 2 ||
-        a.dims != 2)
+    if (!is || base.type != FLOAT32 || !has_shape(&base, x.shape[0], u.rows))
         Py_RETURN_NONE;
-    const int64_t batch = base.shape[0], rows = base.shape[1], rank = a.shape[0], columns = a.shape[1];
-    if (!has_shape(&x, batch, columns) || !has_shape(&b, rows, rank) || !batch || batch > UPDATED || !rows || !columns)
-        Py_RETURN_NONE;
-    PyObject *made = empty_like(args[BASE], batch, rows);
+    PyObject *made = empty_like(args[BASE], base.shape[0], u.rows);
     struct scratch narrow;
-    if (!made || !read_memory(made, &out) || take_scratch(args[BASE], 4, 4 * batch * (rank + !rank), &narrow)) {
+    if (!made || !read_memory(made, &out) || take_scratch(args[BASE], 4, 4 * base.shape[0] * (u.rank + !u.rank), &narrow)) {
         Py_XDECREF(made);
         return PyErr_Occurred() ? NULL : no_memory();
     }
-    const struct update u = {
-        .x = x.data, .a = a.data, .b = b.data, .base = base.data, .narrow = narrow.memory, .out = out.data,
-        .scaling = (float)scaling, .rank = rank, .rows = rows, .columns = columns,
-    };
+    u.base = base.data;
+    u.narrow = narrow.memory;
+    u.out = out.data;
     struct job job = {
-        .update = &u, .batch = batch, .threads = threads_for(threads, (double)rank * (rows + columns) * batch),
+        .update = &u, .batch = base.shape[0],
+        .threads = threads_for(threads, (double)u.rank * (u.rows + u.columns) * base.shape[0]),
     };
     Py_BEGIN_ALLOW_THREADS
     all_levels[index]->update(&job);

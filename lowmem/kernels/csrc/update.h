@@ -35,16 +35,15 @@ INLINE void LEVEL(dots_of)(const float *matrix, int64_t columns, const int R, co
     }
 }
 
-/* out = base + scale * (x @ matrix.T), or without a base: a thread's rows of a matrix (rows, columns). */
-INLINE void LEVEL(small_product)(const struct job *job, int64_t part, int64_t parts, const float *matrix, int64_t rows, int64_t columns,
+/* out = base + scale * (x @ matrix.T), or without a base: rows r to `to` of a matrix (rows, columns). Groups of four start
+ * at every fourth row, so that parts of a matrix make the same sums as the whole. */
+INLINE void LEVEL(small_product)(int64_t batch, int64_t r, int64_t to, const float *matrix, int64_t rows, int64_t columns,
                                  const float *x, const float *base, float scale, float *out)
 {
-    int64_t r, to, R;
-    share(rows, 4, parts, part, &r, &to);
-    for (; r < to; r += R) {
+    for (int64_t R; r < to; r += R) {
         R = to - r >= 4 ? 4 : 1;
-        for (int64_t m = 0; m < job->batch; m += FEW) {
-            const int64_t M = smaller(FEW, job->batch - m);
+        for (int64_t m = 0; m < batch; m += FEW) {
+            const int64_t M = smaller(FEW, batch - m);
             float sums[FEW_SUMS];
             if (R == 4)
                 LEVEL(dots_of)(matrix + r * columns, columns, 4, x + m * columns, M, sums);
@@ -59,18 +58,29 @@ INLINE void LEVEL(small_product)(const struct job *job, int64_t part, int64_t pa
     }
 }
 
+/* narrow = scaling * (x @ A.T): a part of its columns. */
 static void LEVEL(narrow_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
     const struct update *u = job->update;
-    LEVEL(small_product)(job, part, parts, u->a, u->rank, u->columns, u->x, NULL, u->scaling, u->narrow);
+    int64_t r, to;
+    share(u->rank, 4, parts, part, &r, &to);
+    LEVEL(small_product)(job->batch, r, to, u->a, u->rank, u->columns, u->x, NULL, u->scaling, u->narrow);
+}
+
+/* out = base + narrow @ B.T: rows r to `to` of B. */
+static void LEVEL(add_wide)(const struct job *job, int64_t r, int64_t to)
+{
+    const struct update *u = job->update;
+    LEVEL(small_product)(job->batch, r, to, u->b, u->rows, u->rank, u->narrow, u->base, 1.0f, u->out);
 }
 
 static void LEVEL(wide_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
-    const struct update *u = job->update;
-    LEVEL(small_product)(job, part, parts, u->b, u->rows, u->rank, u->narrow, u->base, 1.0f, u->out);
+    int64_t r, to;
+    share(job->update->rows, 4, parts, part, &r, &to);
+    LEVEL(add_wide)(job, r, to);
 }
 
 static void LEVEL(update)(struct job *job) { parallel(job, LEVEL(narrow_body), 1, LEVEL(wide_body), 1); }
