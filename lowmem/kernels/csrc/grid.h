@@ -42,7 +42,7 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, block += 4 * LANES) {
         const int64_t left = row_bytes - g * (LANES * 4);
-        const float *group = x + ((g - g0) / 2 * 2 * M + (g - g0) % 2) * GROUP;
+        const float *group = x + (g - g0) * M * GROUP; /* a PART is a group */
         W words[4], lows[4], highs[4];
         V scale[4];
         LEVEL(few_scales)(w, r, first[g], R, unit, scale);
@@ -57,7 +57,7 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
             scale[i] = v_spread(scale[i], block);
         }
         EACH_INPUT {
-            const float *of = group + j * CHUNK;
+            const float *of = group + j * GROUP;
             EACH_ROW {
                 const W sum = LEVEL(digit_sums)(lows[i], highs[i], of), based = _mm512_loadu_si512(of + GRID_SUMS);
                 const V whole = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, based));
@@ -120,7 +120,7 @@ static int LEVEL(pack_grid)(struct job *job)
             LEVEL(pack_input)(job, m, scratch, FLOAT16, 0);
     for (int64_t s = 0; s < floats; s += GROUP)
         for (int64_t m = 0; m < batch; m++) {
-            float *group = job->packed + s / CHUNK * CHUNK * batch + m * CHUNK + s % CHUNK;
+            float *group = job->packed + s * batch + m * GROUP;
             if (!LEVEL(to_digits)(job->weight, group))
                 return 0;
         }

@@ -13,10 +13,12 @@
 #define SHARE_ROWS 8              /* of a thread, at least */
 #define UPDATE_ROWS 64            /* rows after which an update is added */
 #define PARTS 4                   /* of a thread, where work is long: a thread that is held up leaves them to others */
-#define CHUNK 256                 /* columns of rows that are restored at a time, so that they stay in the first cache */
+#define CHUNK 256                 /* columns whose scales are read at a time */
 #define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */
-#define PART 128                  /* products that are added up before their sum is added to the others */
-#define SUMS_AT (MAX_LANES * (CHUNK_SCALES + MAX_LANES + CHUNK)) /* behind a chunk's scales, words and tile */
+#define PART 128                  /* units of a tile, which stays in the first cache: columns, or pairs of them in bfloat16 */
+#define WORDS_AT (MAX_LANES * CHUNK_SCALES)         /* behind the scales of a chunk; */
+#define TILES_AT (WORDS_AT + MAX_LANES * CHUNK / 8) /* two of them, behind its words; */
+#define SUMS_AT (TILES_AT + MAX_LANES * 2 * PART)   /* behind those */
 #define LARGEST_BLOCK 4096
 #define WIDE 8192                 /* columns of the input that are packed at a time */
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */
@@ -179,6 +181,9 @@ static inline float scale_as_stored(const uint8_t *p, int64_t i, int encoding)
         return half_to_float(((const uint16_t *)p)[i]);
     return encoding == SCALES_SIGNED ? signed_steps(p[i]) : (float)p[i];
 }
+
+/* Bytes from a row to the next. */
+static inline int64_t row_stride(const struct weight *w) { return w->order ? w->row_bytes : 2 * w->columns; }
 
 /* Bytes of the scales of a row. */
 static inline int64_t scale_bytes(const struct weight *w)

@@ -6,7 +6,6 @@
  * input comes as pack.h packs it. */
 
 #define UNITS(low) ((low) ? 4 : 8) /* of a word */
-#define STRIDE(low) (CHUNK / ((low) ? 2 : 1)) /* units from an input to the next: constant, so that addresses are, too */
 #define EACH_LANE _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
 #define EACH_OF_MANY _Pragma("GCC unroll 16") for (int j = 0; j < M; j++)
 
@@ -29,10 +28,7 @@ INLINE void LEVEL(words_across)(const struct weight *w, int64_t r, int64_t group
     V v[LANES];
     if (r + LANES <= w->rows && left >= LANES * 4) {
         p += r * w->row_bytes;
-        EACH_LANE {
-            v[i] = v_of_words(words_load(p + i * w->row_bytes, LANES * 4));
-            prefetch(p + (i + LANES) * w->row_bytes);
-        }
+        EACH_LANE v[i] = v_of_words(words_load(p + i * w->row_bytes, LANES * 4));
     } else {
         EACH_LANE v[i] = v_of_words(words_load(p + smaller(r + i, last) * w->row_bytes, left));
     }
@@ -83,10 +79,10 @@ INLINE V LEVEL(unit_levels)(T table, W words, const int k, const int low)
 /* Add to `sums`, LANES an input, what M inputs make with a group of words. A block's products are summed before its
  * scale is applied. `scales` are those of the block of the first word, which has `ahead` words in front of it. */
 INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float *scales, int64_t ahead, const float *x,
-                         const int M, float *sums, const int low)
+                         const int M, float *sums, const uint8_t *fetch, const int low)
 {
     const int64_t size = w->half / 4;
-    const int units = UNITS(low), stride = STRIDE(low);
+    const int units = UNITS(low);
 #if LEVEL_LOW
     const T table = low ? (T)LEVEL(table_low)(w->levels) : table_load(w->levels);
 #else
@@ -99,6 +95,8 @@ INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float
         EACH_OF_MANY sum[j] = v_zero();
         for (; word < end; word++, x += units) {
             W codes = words_of_v(v_load(words + word * LANES));
+            if (fetch)
+                prefetch(fetch + word * w->row_bytes);
 #if LEVEL_LOW
             if (low) /* bytes 0 2 1 3: so that the halves of a word hold neighbours */
                 codes = _mm512_shuffle_epi8(codes, _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200));
@@ -107,7 +105,7 @@ INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float
             for (int k = 0; k < units; k++) {
                 const V level = LEVEL(unit_levels)(table, codes, k, low);
                 const int64_t at = k % 2 * (units / 2) + k / 2;
-                EACH_OF_MANY sum[j] = LEVEL(multiply_add)(level, x + j * stride + at, sum[j], low);
+                EACH_OF_MANY sum[j] = LEVEL(multiply_add)(level, x + j * PART + at, sum[j], low);
             }
         }
         const V scale = v_load(scales);
@@ -116,124 +114,30 @@ INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float
     EACH_OF_MANY v_store(sums + j * LANES, v_add(v_load(sums + j * LANES), acc[j]));
 }
 
-/* M inputs with restored rows, a part at a time: a long sum loses what it adds. */
-INLINE void LEVEL(multiply)(const float *tile, int64_t units, const float *x, const int M, float *sums, const int low)
+/* Levels times the scales of each byte of a word, LANES a unit. */
+INLINE void LEVEL(put_word)(W codes, V scale0, V scale1, V scale2, V scale3, T table, float *tile, const int low)
 {
-    const int stride = STRIDE(low);
-    for (int64_t from = 0; from < units; from += PART) {
-        const int64_t to = smaller(from + PART, units);
-        V acc[MANY_INPUTS];
-        EACH_OF_MANY acc[j] = v_zero();
-        for (int64_t u = from; u < to; u++) {
-            const V row = v_load(tile + u * LANES);
-            EACH_OF_MANY acc[j] = LEVEL(multiply_add)(row, x + j * stride + u, acc[j], low);
-        }
-        EACH_OF_MANY v_store(sums + j * LANES, v_add(v_load(sums + j * LANES), acc[j]));
-    }
-}
-
-/* Restore a group of words into a tile, LANES a unit. */
-INLINE void LEVEL(restore_across)(const struct weight *w, const float *words, const float *scales, int64_t byte, float *tile,
-                                  const int low)
-{
-    const T table = table_load(w->levels);
-    const int64_t half = w->half, first = byte / half;
-    const int whole = (int)w->order->whole_words;
-    int64_t block = first, end = (block + 1) * half;
-    for (int64_t word = 0; word < LANES; word++, tile += UNITS(low) * LANES) {
-        const W codes = words_of_v(v_load(words + word * LANES));
-        V scale[4];
-        for (int b = 0; b < 4; b++, byte++) {
-            if (byte == end)
-                block++, end += half;
-            if (!b || !whole)
-                scale[b] = v_load(scales + (block - first) * LANES);
-            else
-                scale[b] = scale[0];
-        }
-        V value[8];
+    const V scale[4] = {scale0, scale1, scale2, scale3};
+    V value[8];
 #pragma GCC unroll 8
-        for (int k = 0; k < 8; k++)
-            value[k % 2 * 4 + k / 2] = v_mul(v_lookup(table, codes, k), scale[k / 2]);
+    for (int k = 0; k < 8; k++)
+        value[k % 2 * 4 + k / 2] = v_mul(v_lookup(table, codes, k), scale[k / 2]);
 #if LEVEL_LOW
-        if (low) {
+    if (low) {
 #pragma GCC unroll 4
-            for (int k = 0; k < 4; k++)
-                v_store(tile + k * LANES, (V)LEVEL(pairs)(value[2 * k], value[2 * k + 1]));
-            continue;
-        }
+        for (int k = 0; k < 4; k++)
+            v_store(tile + k * LANES, (V)LEVEL(pairs)(value[2 * k], value[2 * k + 1]));
+        return;
+    }
 #endif
+    (void)low;
 #pragma GCC unroll 8
-        for (int k = 0; k < 8; k++)
-            v_store(tile + k * LANES, value[k]);
-    }
-}
-
-/* Columns from c on of LANES rows of 16-bit floats into a tile: LANES columns, of which those beyond a row are zeros. */
-INLINE void LEVEL(widen_across)(const struct weight *w, int64_t r, int64_t c, float *tile, const int type)
-{
-    const int64_t stride = w->columns, last = w->rows - 1, left = w->columns - c;
-    const uint16_t *p = (const uint16_t *)w->packed + c;
-    V v[LANES];
-    if (left >= LANES && r + LANES <= w->rows) {
-        p += r * stride;
-        EACH_LANE {
-            v[i] = LEVEL(sixteen)(p + i * stride, type);
-            prefetch(p + (i + LANES) * stride);
-        }
-    } else {
-        for (int i = 0; i < LANES; i++) {
-            float row[LANES] = {0};
-            for (int64_t k = 0; k < smaller(left, LANES); k++)
-                row[k] = read_as_float(p + smaller(r + i, last) * stride, type, k);
-            v[i] = v_load(row);
-        }
-    }
-    v_transpose(v);
-    EACH_LANE v_store(tile + i * LANES, v[i]);
-}
-
-/* One chunk of LANES rows with all inputs of a piece: columns from `start` on, `columns` of them. */
-INLINE void LEVEL(chunk)(const struct job *job, int64_t r, int64_t start, int64_t columns, const float *x, float *own,
-                         float *sums, const int low)
-{
-    const struct weight *w = job->weight;
-    const int64_t batch = job->m1 - job->m0, units = columns / (low ? 2 : 1);
-    float *scales = own, *words = scales + CHUNK_SCALES * MAX_LANES, *tile = words + MAX_LANES * MAX_LANES;
-    if (!w->order) {
-        for (int64_t c = 0; c < columns; c += LANES)
-            if (w->encoding == BFLOAT16)
-                LEVEL(widen_across)(w, r, start + c, tile + c * LANES, BFLOAT16);
-            else
-                LEVEL(widen_across)(w, r, start + c, tile + c * LANES, FLOAT16);
-    } else {
-        const int64_t first = start / 2 / w->half, end = (start + columns) / 2 - 1;
-        const int fused = w->order->whole_words && batch <= FUSED_BATCH;
-        LEVEL(scales_across)(w, r, first, end / w->half - first + 1, scales);
-        for (int64_t c = 0; c < columns; c += GROUP) {
-            const int64_t at = (start + c) / 2, block = at / w->half;
-            LEVEL(words_across)(w, r, (start + c) / GROUP, words);
-            const float *of_block = scales + (block - first) * LANES;
-            if (!fused) {
-                LEVEL(restore_across)(w, words, of_block, at, tile + c / (low ? 2 : 1) * LANES, low);
-                continue;
-            }
-            const float *of_group = x + c / (low ? 2 : 1);
-            const int64_t ahead = (at - block * w->half) / 4;
-#define CALL(M) LEVEL(fused)(w, words, of_block, ahead, of_group + m * STRIDE(low), M, sums + m * LANES, low)
-            IN_PASSES(batch, FUSED_INPUTS, CALL)
-#undef CALL
-        }
-        if (fused)
-            return;
-    }
-#define CALL(M) LEVEL(multiply)(tile, units, x + m * STRIDE(low), M, sums + m * LANES, low)
-    IN_PASSES(batch, MANY_INPUTS, CALL)
-#undef CALL
+    for (int k = 0; k < 8; k++)
+        v_store(tile + k * LANES, value[k]);
 }
 
 /* Sums of LANES rows, of which `rows` are there, to the output. */
-INLINE void LEVEL(put_rows)(const struct job *job, int64_t r, int64_t rows, const float *sums, const int type)
+INLINE void LEVEL(put_rows_as)(const struct job *job, int64_t r, int64_t rows, const float *sums, const int type)
 {
     float bias[LANES] = {0};
     for (int64_t i = 0; i < rows && job->bias && !job->g0; i++)
@@ -250,30 +154,240 @@ INLINE void LEVEL(put_rows)(const struct job *job, int64_t r, int64_t rows, cons
     }
 }
 
-static void LEVEL(many_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void LEVEL(put_rows)(const struct job *job, int64_t r, int64_t rows, const float *sums)
 {
-    float *own = job->own + thread * job->own_floats, *sums = own + SUMS_AT;
-    const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, columns = (job->g1 - job->g0) * GROUP;
-    int64_t r, to;
-    share(job->weight->rows, LANES, parts, part, &r, &to);
+    if (job->out_type == FLOAT32)
+        LEVEL(put_rows_as)(job, r, rows, sums, FLOAT32);
+    else if (job->out_type == BFLOAT16)
+        LEVEL(put_rows_as)(job, r, rows, sums, BFLOAT16);
+    else
+        LEVEL(put_rows_as)(job, r, rows, sums, FLOAT16);
+}
+
+/* Words of LANES rows that are being restored into a tile, LANES a unit. */
+struct LEVEL(restoring) {
+    const struct weight *w;
+    const float *words, *scales; /* of the block of the next word */
+    float *tile;
+    int64_t left; /* words until the next block */
+    int word, count;
+};
+
+/* Restore the next word. */
+INLINE void LEVEL(restore_word)(struct LEVEL(restoring) *to, T table, const int low)
+{
+    const W codes = words_of_v(v_load(to->words + to->word * LANES));
+    float *tile = to->tile + to->word * UNITS(low) * LANES;
+    if (!to->left)
+        to->scales += LANES, to->left = to->w->half / 4;
+    const V scale = v_load(to->scales);
+    LEVEL(put_word)(codes, scale, scale, scale, scale, table, tile, low);
+    to->left--, to->word++;
+}
+
+/* The same where blocks are not whole words: n words, from a byte of the row on. */
+INLINE void LEVEL(restore_apart)(const struct weight *w, const float *words, const float *scales, int64_t byte, int64_t n,
+                                 float *tile, const int low)
+{
+    const T table = table_load(w->levels);
+    const int64_t first = byte / w->half;
+    for (int64_t i = 0; i < n; i++, byte += 4, tile += UNITS(low) * LANES) {
+        V scale[4];
+        for (int b = 0; b < 4; b++)
+            scale[b] = v_load(scales + ((byte + b) / w->half - first) * LANES);
+        LEVEL(put_word)(words_of_v(v_load(words + i * LANES)), scale[0], scale[1], scale[2], scale[3], table, tile, low);
+    }
+}
+
+/* M inputs with n words of restored rows. In between, the next tile is restored up to a word: the pipes that look up and
+ * store are idle while those of products are not. `fetch`: what to fetch, or NULL; all at once, it would have to wait. */
+INLINE void LEVEL(multiply)(const float *tile, int n, const float *x, const int M, float *sums, struct LEVEL(restoring) *next,
+                            int until, const uint8_t *fetch, const int low)
+{
+    const T table = table_load(next->w->levels ? next->w->levels : tile); /* any sixteen floats */
+    const int units = UNITS(low), before = next->word, due = until - before;
+    const int64_t stride = row_stride(next->w), step = next->w->order ? LANES * 4 : LANES * 16;
+    V acc[MANY_INPUTS];
+    EACH_OF_MANY acc[j] = v_zero();
+    for (int word = 0; word < n; word++, tile += units * LANES, x += units) {
+        if ((next->word - before) * n < due * (word + 1))
+            LEVEL(restore_word)(next, table, low);
+        for (int64_t i = 0; fetch && i < step; i += 64)
+            prefetch(fetch + word % LANES * stride + word / LANES * step + i);
+#pragma GCC unroll 8
+        for (int k = 0; k < units; k++) {
+            const V row = v_load(tile + k * LANES);
+            EACH_OF_MANY acc[j] = LEVEL(multiply_add)(row, x + j * PART + k, acc[j], low);
+        }
+    }
+    while (next->word < until)
+        LEVEL(restore_word)(next, table, low);
+    EACH_OF_MANY v_store(sums + j * LANES, v_add(v_load(sums + j * LANES), acc[j]));
+}
+
+/* Columns from c on of LANES rows of 16-bit floats into a tile: LANES columns, of which those beyond a row are zeros. */
+INLINE void LEVEL(widen_across)(const struct weight *w, int64_t r, int64_t c, float *tile, const int type)
+{
+    const int64_t stride = w->columns, last = w->rows - 1, left = w->columns - c;
+    const uint16_t *p = (const uint16_t *)w->packed + c;
+    V v[LANES];
+    if (left >= LANES && r + LANES <= w->rows) {
+        p += r * stride;
+        EACH_LANE v[i] = LEVEL(sixteen)(p + i * stride, type);
+    } else {
+        for (int i = 0; i < LANES; i++) {
+            float row[LANES] = {0};
+            for (int64_t k = 0; k < smaller(left, LANES); k++)
+                row[k] = read_as_float(p + smaller(r + i, last) * stride, type, k);
+            v[i] = v_load(row);
+        }
+    }
+    v_transpose(v);
+    EACH_LANE v_store(tile + i * LANES, v[i]);
+}
+
+/* The input at a column, counted from the first that is packed: the first of a piece. */
+INLINE const float *LEVEL(packed_at)(const struct job *job, int64_t c, const int low)
+{
+    const int64_t part = PART_COLUMNS(low), batch = job->m1 - job->m0;
+    return job->packed + (c / part * part * batch + c % part) / (low ? 2 : 1);
+}
+
+/* The codes, or 16-bit floats, at a column of a row; after the last column that is packed come the next rows. */
+INLINE const uint8_t *LEVEL(codes_at)(const struct job *job, int64_t r, int64_t c)
+{
+    if (c >= job->g1 * GROUP)
+        c -= (job->g1 - job->g0) * GROUP, r += LANES;
+    return job->weight->packed + r * row_stride(job->weight) + (job->weight->order ? c / 2 : c * 2);
+}
+
+/* The scales of LANES rows, from a column on that a CHUNK starts at; where that of the first block is counted from. */
+INLINE int64_t LEVEL(chunk_scales)(const struct job *job, int64_t r, int64_t start, float *scales)
+{
+    const struct weight *w = job->weight;
+    const int64_t first = start / 2 / w->half, end = smaller(start + CHUNK, job->g1 * GROUP) / 2 - 1;
+    LEVEL(scales_across)(w, r, first, end / w->half - first + 1, scales);
+    return first;
+}
+
+/* LANES rows with all inputs of a piece, codes decoded in registers. */
+INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, float *sums, const int low)
+{
+    const struct weight *w = job->weight;
+    const int64_t begin = job->g0 * GROUP;
+    float *scales = own, *words = own + WORDS_AT;
+    int64_t first = 0;
+    for (int64_t c = begin; c < job->g1 * GROUP; c += GROUP) {
+        const int64_t at = c / 2, block = at / w->half, ahead = (at - block * w->half) / 4;
+        if ((c - begin) % CHUNK == 0)
+            first = LEVEL(chunk_scales)(job, r, c, scales);
+        LEVEL(words_across)(w, r, c / GROUP, words);
+        const float *of_block = scales + (block - first) * LANES, *x = LEVEL(packed_at)(job, c - begin, low);
+        const uint8_t *fetch = LEVEL(codes_at)(job, r, c + GROUP);
+#define CALL(M) LEVEL(fused)(w, words, of_block, ahead, x + m * PART, M, sums + m * LANES, m ? NULL : fetch, low)
+        IN_PASSES(job->m1 - job->m0, FUSED_INPUTS, CALL)
+#undef CALL
+    }
+}
+
+/* Begin to restore LANES rows into a tile, from a column on: what is left to do is in `to`. `first` is the block that the
+ * scales start with. */
+INLINE void LEVEL(begin_tile)(const struct job *job, int64_t r, int64_t start, int64_t columns, float *own, float *tile,
+                              int64_t *first, struct LEVEL(restoring) *to, const int low)
+{
+    const struct weight *w = job->weight;
+    float *scales = own, *words = own + WORDS_AT;
+    const struct LEVEL(restoring) nothing = {.w = w, .tile = tile};
+    *to = nothing;
+    if (!w->order) {
+        for (int64_t c = 0; c < columns; c += LANES)
+            if (w->encoding == BFLOAT16)
+                LEVEL(widen_across)(w, r, start + c, tile + c * LANES, BFLOAT16);
+            else
+                LEVEL(widen_across)(w, r, start + c, tile + c * LANES, FLOAT16);
+        return;
+    }
+    if ((start - job->g0 * GROUP) % CHUNK == 0)
+        *first = LEVEL(chunk_scales)(job, r, start, scales);
+    for (int64_t c = 0; c < columns; c += GROUP)
+        LEVEL(words_across)(w, r, (start + c) / GROUP, words + c / 8 * LANES);
+    const int64_t byte = start / 2, block = byte / w->half;
+    to->words = words;
+    to->scales = scales + (block - *first) * LANES;
+    if (w->order->whole_words) {
+        to->left = ((block + 1) * w->half - byte) / 4;
+        to->count = (int)(columns / 8);
+    } else {
+        LEVEL(restore_apart)(w, words, to->scales, byte, columns / 8, tile, low);
+    }
+}
+
+/* Rows r to `to` with all inputs of a piece, from tiles of PART units: while one is multiplied, the next is restored. */
+INLINE void LEVEL(tiled_rows)(const struct job *job, int64_t r, int64_t to, float *own, const int low)
+{
+    const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, end = job->g1 * GROUP, part = PART_COLUMNS(low);
+    float *tile = own + TILES_AT, *other = tile + PART * MAX_LANES, *sums = own + SUMS_AT;
+    int64_t first = 0, columns = smaller(part, end - begin);
+    struct LEVEL(restoring) next;
+    LEVEL(begin_tile)(job, r, begin, columns, own, tile, &first, &next, low);
+    const T table = table_load(job->weight->levels ? job->weight->levels : tile); /* any sixteen floats */
+    while (next.word < next.count)
+        LEVEL(restore_word)(&next, table, low);
+    for (int64_t c = begin; r < to;) {
+        const int64_t this_r = r, this_c = c, n = columns;
+        c += columns;
+        if (c == end)
+            c = begin, r += LANES;
+        columns = smaller(part, end - c);
+        if (this_c == begin)
+            memset(sums, 0, (size_t)(batch * LANES) * sizeof(float));
+        next.count = 0;
+        if (r < to)
+            LEVEL(begin_tile)(job, r, c, columns, own, other, &first, &next, low);
+        const uint8_t *fetch = LEVEL(codes_at)(job, r, c + columns);
+        const float *x = LEVEL(packed_at)(job, this_c - begin, low);
+#define CALL(M)                                                                                                   LEVEL(multiply)(tile, (int)n / 8, x + m * PART, M, sums + m * LANES, &next, (int)(next.count * (m + M) / batch), \
+                    m ? NULL : fetch, low)
+        next.word = 0;
+        IN_PASSES(batch, MANY_INPUTS, CALL)
+#undef CALL
+        float *done = tile;
+        tile = other;
+        other = done;
+        if (r != this_r)
+            LEVEL(put_rows)(job, this_r, smaller(LANES, to - this_r), sums);
+    }
+}
+
+/* Rows r to `to` with all inputs of a piece. */
+INLINE void LEVEL(many_rows)(const struct job *job, int64_t r, int64_t to, float *own, const int low)
+{
+    const struct weight *w = job->weight;
+    const int64_t batch = job->m1 - job->m0;
+    if (!w->order || !w->order->whole_words || batch > FUSED_BATCH) {
+        LEVEL(tiled_rows)(job, r, to, own, low);
+        return;
+    }
+    float *sums = own + SUMS_AT;
     for (; r < to; r += LANES) {
         memset(sums, 0, (size_t)(batch * LANES) * sizeof(float));
-        for (int64_t c = 0; c < columns; c += CHUNK) {
-            const int64_t width = smaller(CHUNK, columns - c);
-#if LEVEL_LOW
-            if (job->low) {
-                LEVEL(chunk)(job, r, begin + c, width, job->packed + c / 2 * batch, own, sums, 1);
-                continue;
-            }
-#endif
-            LEVEL(chunk)(job, r, begin + c, width, job->packed + c * batch, own, sums, 0);
-        }
-        const int64_t rows = smaller(LANES, to - r);
-        if (job->out_type == FLOAT32)
-            LEVEL(put_rows)(job, r, rows, sums, FLOAT32);
-        else if (job->out_type == BFLOAT16)
-            LEVEL(put_rows)(job, r, rows, sums, BFLOAT16);
-        else
-            LEVEL(put_rows)(job, r, rows, sums, FLOAT16);
+        LEVEL(fused_rows)(job, r, own, sums, low);
+        LEVEL(put_rows)(job, r, smaller(LANES, to - r), sums);
     }
+}
+
+static void LEVEL(many_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    float *own = job->own + thread * job->own_floats;
+    int64_t r, to;
+    share(job->weight->rows, LANES, parts, part, &r, &to);
+    if (r >= to)
+        return;
+#if LEVEL_LOW
+    if (job->low) {
+        LEVEL(many_rows)(job, r, to, own, 1);
+        return;
+    }
+#endif
+    LEVEL(many_rows)(job, r, to, own, 0);
 }

@@ -3,8 +3,10 @@
  *
  *   column of byte b, low nibble: 8 * word + b        high nibble: 8 * word + 4 + b
  *
- * which is the input's own order, four columns at a time. CHUNK columns of an input lie together, and after them those of
- * the next input. 16-bit weights have the columns in their own order. */
+ * which is the input's own order, four columns at a time. PART units of an input lie together (columns, or pairs of them as
+ * bfloat16), and after them those of the next input. 16-bit weights have the columns in their own order. */
+
+#define PART_COLUMNS(low) (PART * ((low) ? 2 : 1))
 
 /* Columns from c on of input m, n of them, as float32. */
 INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c, int64_t n, float *scratch, const int type)
@@ -20,10 +22,10 @@ INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c
     return scratch;
 }
 
-/* A chunk of blocks: four columns of a block's first half, four of its second, and so on. */
+/* A part of whole blocks: four columns of a block's first half, four of its second, and so on. */
 INLINE void LEVEL(interleave)(const char *x, char *out, const int half, const int bytes)
 {
-    for (int block = 0; block < CHUNK / 2; block += half, x += 2 * half * bytes)
+    for (int block = 0; block < PART * 2 / bytes; block += half, x += 2 * half * bytes)
 #pragma GCC unroll 8
         for (int j = 0; j < half; j += 4, out += 8 * bytes) {
             memcpy(out, x + j * bytes, (size_t)(4 * bytes));
@@ -36,26 +38,24 @@ INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, 
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, bytes = low ? 2 : 4;
-    const int64_t last = (floats - 1) / CHUNK * CHUNK;
-#define PLACE(s)                                                                                                       \
-    ((char *)job->packed +                                                                                             \
-     bytes * ((s) / CHUNK * CHUNK * batch + (m - job->m0) * CHUNK + (s) % CHUNK))
+    const int64_t part = PART_COLUMNS(low), last = (floats - 1) / part * part;
+#define PLACE(s) ((char *)job->packed + bytes * ((s) / part * part * batch + (m - job->m0) * part + (s) % part))
     if (floats != w->columns)
         memset(PLACE(last), 0, (size_t)((floats - last) * bytes));
     if (!w->order) {
-        for (int64_t s = 0, n; s < floats && begin + s < w->columns; s += CHUNK) {
-            n = smaller(smaller(CHUNK, floats - s), w->columns - begin - s);
+        for (int64_t s = 0, n; s < floats && begin + s < w->columns; s += part) {
+            n = smaller(smaller(part, floats - s), w->columns - begin - s);
             memcpy(PLACE(s), LEVEL(floats_of)(job, m, begin + s, n, scratch, type), (size_t)n * sizeof(float));
         }
         return;
     }
     const int64_t end = smaller((begin + floats) / 2, w->row_bytes), half = w->half;
     int64_t block = begin / 2 / half;
-    if (CHUNK / 2 % half == 0 && half % 4 == 0) /* blocks are whole parts of a chunk: a chunk of them at a time */
-        for (; (block + 1) * half <= end && (block * half + CHUNK / 2) * 2 <= w->columns; block += CHUNK / 2 / half) {
+    if (part / 2 % half == 0 && half % 4 == 0) /* a part is whole blocks */
+        for (; (block + 1) * half <= end && block * half * 2 + part <= w->columns; block += part / 2 / half) {
             const int64_t start = block * 2 * half;
             const char *x = low ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
-                                : (const char *)LEVEL(floats_of)(job, m, start, CHUNK, scratch, type);
+                                : (const char *)LEVEL(floats_of)(job, m, start, part, scratch, type);
             char *place = PLACE(start - begin);
             switch (half) {
             case 8: LEVEL(interleave)(x, place, 8, (int)bytes); break;
@@ -88,7 +88,7 @@ INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, 
 #undef PLACE
 }
 
-/* Pack a piece of the batch: chunk by chunk, input by input. */
+/* Pack a piece of the batch: part by part, input by input. */
 static void LEVEL(pack_many)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     float *scratch = job->own + thread * job->own_floats;
