@@ -44,20 +44,22 @@ INLINE W LEVEL(table_low)(const float *levels)
 INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
                                   const float *x, V *sums)
 {
-    const int64_t row_bytes = w->row_bytes;
+    const int64_t row_bytes = w->row_bytes, ahead = 8 * R * w->row_bytes;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
     const W table = LEVEL(table_low)(w->levels);
-    V unit[4];
+    V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+    int32_t from = -1;
     LEVEL(row_units)(w, r, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, x += M * (GROUP / 2), block += 4 * LANES) {
         const int64_t left = row_bytes - g * (LANES * 4);
-        EACH_ROW prefetch(p + (i + 8 * R) * row_bytes);
+        EACH_ROW prefetch(p + ahead + i * row_bytes);
         W words[4];
-        V stored[4], sum[FEW_SUMS];
-        LEVEL(few_scales)(w, r, first[g], R, unit, stored);
+        V sum[FEW_SUMS];
+        if (first[g] != from)
+            LEVEL(few_scales)(w, r, from = first[g], R, unit, stored);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
         else

@@ -14,28 +14,30 @@
 #define GRID_SUMS (DIGITS * 2 * 16) /* in floats */
 #define GRID_UNIT (GRID_SUMS + LANES)
 
-/* Bytes of both halves, the highest digit first: sum = sum * 256 + products of the next digit. */
-INLINE W LEVEL(digit_sums)(W lows, W highs, const float *group)
+/* Bytes of both halves of R rows, the highest digit first: sum = sum * 256 + products of the next digit. The rows take
+ * turns: a row's sum is one long chain, and chains behind each other would fill what waits for operands. */
+INLINE void LEVEL(digit_sums)(const W *lows, const W *highs, const float *group, const int R, W *sum)
 {
-    W sum = _mm512_setzero_si512();
+    EACH_ROW sum[i] = _mm512_setzero_si512();
 #pragma GCC unroll 3
     for (int d = DIGITS - 1; d >= 0; d--) {
         if (d < DIGITS - 1)
-            sum = _mm512_slli_epi32(sum, 8);
-        sum = _mm512_dpbusd_epi32(sum, lows, _mm512_loadu_si512(group + d * 32));
-        sum = _mm512_dpbusd_epi32(sum, highs, _mm512_loadu_si512(group + d * 32 + 16));
+            EACH_ROW sum[i] = _mm512_slli_epi32(sum[i], 8);
+        const W low = _mm512_loadu_si512(group + d * 32), high = _mm512_loadu_si512(group + d * 32 + 16);
+        EACH_ROW sum[i] = _mm512_dpbusd_epi32(sum[i], lows[i], low);
+        EACH_ROW sum[i] = _mm512_dpbusd_epi32(sum[i], highs[i], high);
     }
-    return sum;
 }
 
 /* As few_groups. */
 INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
                                    const float *x, V *sums)
 {
-    const int64_t row_bytes = w->row_bytes, g0 = g;
+    const int64_t row_bytes = w->row_bytes, ahead = 8 * R * w->row_bytes, g0 = g;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
-    V unit[4];
+    V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+    int32_t from = -1;
     LEVEL(row_units)(w, r, R, unit);
     const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
     V acc[FEW_SUMS];
@@ -45,8 +47,9 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
         const float *group = x + (g - g0) * M * GROUP; /* a PART is a group */
         W words[4], lows[4], highs[4];
         V scale[4];
-        LEVEL(few_scales)(w, r, first[g], R, unit, scale);
-        EACH_ROW prefetch(p + (i + 8 * R) * row_bytes);
+        if (first[g] != from)
+            LEVEL(few_scales)(w, r, from = first[g], R, unit, stored);
+        EACH_ROW prefetch(p + ahead + i * row_bytes);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
         else
@@ -54,14 +57,17 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
         EACH_ROW {
             lows[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(words[i], nibble));
             highs[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words[i], 4), nibble));
-            scale[i] = v_spread(scale[i], block);
+            scale[i] = v_spread(stored[i], block);
         }
         EACH_INPUT {
             const float *of = group + j * GROUP;
+            W sum[4];
+            LEVEL(digit_sums)(lows, highs, of, R, sum);
+            const W based = _mm512_loadu_si512(of + GRID_SUMS);
+            const V steps = v_set1(of[GRID_UNIT]);
             EACH_ROW {
-                const W sum = LEVEL(digit_sums)(lows[i], highs[i], of), based = _mm512_loadu_si512(of + GRID_SUMS);
-                const V whole = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, based));
-                acc[AT] = v_fma(v_mul(whole, v_set1(of[GRID_UNIT])), scale[i], acc[AT]);
+                const V whole = _mm512_cvtepi32_ps(_mm512_add_epi32(sum[i], based));
+                acc[AT] = v_fma(v_mul(whole, steps), scale[i], acc[AT]);
             }
         }
     }
@@ -100,8 +106,10 @@ INLINE int LEVEL(to_digits)(const struct weight *w, float *group)
         _mm512_storeu_si512(group + d * 32, _mm512_permutex2var_epi32(front, low_words, back));
         _mm512_storeu_si512(group + d * 32 + 16, _mm512_permutex2var_epi32(front, high_words, back));
     }
-    const W one = _mm512_set1_epi8(1), sums = LEVEL(digit_sums)(one, one, group);
-    _mm512_storeu_si512(group + GRID_SUMS, _mm512_mullo_epi32(sums, _mm512_set1_epi32(w->base)));
+    const W one = _mm512_set1_epi8(1);
+    W sum;
+    LEVEL(digit_sums)(&one, &one, group, 1, &sum);
+    _mm512_storeu_si512(group + GRID_SUMS, _mm512_mullo_epi32(sum, _mm512_set1_epi32(w->base)));
     group[GRID_UNIT] = largest / range * w->step;
     return 1;
 }

@@ -34,8 +34,8 @@ enum type { FLOAT32, BFLOAT16, FLOAT16 };
 enum encoding { SCALES_FLOAT32, SCALES_FLOAT16, SCALES_DOUBLE, SCALES_SIGNED /* double with a sign */ };
 
 /* Where the columns of a row of codes come up, for one number of columns, block and number of lanes: column c in
- * vector place[c] / lanes, lane place[c] % lanes. The block of a group's word i, byte b, counted from the group's
- * first block, is block[(g * 4 + b) * lanes + i]: the same for all four bytes where blocks are whole words. */
+ * vector place[c] / lanes, lane place[c] % lanes. The block of a group's word i, byte b, counted from first_block[g], is
+ * block[(g * 4 + b) * lanes + i]: the same for all four bytes where blocks are whole words. */
 struct order {
     int64_t lanes, groups, whole_words;
     const int32_t *place, *block, *first_block;

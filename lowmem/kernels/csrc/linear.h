@@ -34,35 +34,15 @@ static void LEVEL(place_typed)(const struct job *job, int64_t m, int64_t c0, int
 #define AT (i * M + j)
 #define FEW_SUMS 16 /* the most rows times inputs */
 
-INLINE void LEVEL(put)(const struct job *job, int64_t m, int64_t r, float sum)
+/* The sums across the lanes of R rows with M inputs: LANES an input. */
+INLINE void LEVEL(few_sums)(const int R, const int M, const V *sums, float *out)
 {
-    const int64_t i = m * job->weight->rows + r;
-    if (job->g0)
-        sum += read_as_float(job->out, job->out_type, i);
-    else if (job->bias)
-        sum += read_as_float(job->bias, job->bias_type, r);
-    write_as(job->out, job->out_type, i, sum);
-}
-
-INLINE void LEVEL(put_sums)(const struct job *job, int64_t r, const int R, const int M, const V *sums)
-{
-    const int whole = R == 4 && !job->g0 && job->out_type == FLOAT32 && (!job->bias || job->bias_type == FLOAT32);
-    for (int j = 0; j < M; j++) {
-        float out[4];
+    for (int j = 0; j < M; j++)
         if (R == 4)
-            v_sum4(sums[j], sums[M + j], sums[2 * M + j], sums[3 * M + j], out);
+            v_sum4(sums[j], sums[M + j], sums[2 * M + j], sums[3 * M + j], out + j * LANES);
         else
             for (int i = 0; i < R; i++)
-                out[i] = v_sum(sums[AT]);
-        if (!whole) {
-            for (int i = 0; i < R; i++)
-                LEVEL(put)(job, job->m0 + j, r + i, out[i]);
-            continue;
-        }
-        for (int i = 0; i < 4 && job->bias; i++)
-            out[i] += ((const float *)job->bias)[r + i];
-        memcpy((float *)job->out + (job->m0 + j) * job->weight->rows + r, out, sizeof out);
-    }
+                out[j * LANES + i] = v_sum(sums[AT]);
 }
 
 /* What the steps of the scales of R rows count. */
@@ -102,20 +82,22 @@ INLINE void LEVEL(few_scales)(const struct weight *w, int64_t r, int64_t first, 
 INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
                               const int apart, const float *x, V *sums)
 {
-    const int64_t row_bytes = w->row_bytes;
+    const int64_t row_bytes = w->row_bytes, ahead = 8 * R * w->row_bytes;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
     const T table = table_load(w->levels);
-    V unit[4];
+    V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+    int32_t from = -1;
     LEVEL(row_units)(w, r, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, x += M * GROUP, block += 4 * LANES) {
         const int64_t left = row_bytes - g * (LANES * 4);
-        EACH_ROW prefetch(p + (i + 8 * R) * row_bytes);
+        EACH_ROW prefetch(p + ahead + i * row_bytes);
         W words[4];
-        V stored[4], scale[4], sum[FEW_SUMS];
-        LEVEL(few_scales)(w, r, first[g], R, unit, stored);
+        V scale[4], sum[FEW_SUMS];
+        if (first[g] != from)
+            LEVEL(few_scales)(w, r, from = first[g], R, unit, stored);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
         else
@@ -147,19 +129,19 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int6
 }
 
 /* R rows with M inputs. */
-#define FEW_PRODUCT(name, groups, ...)                                                                               \
-    INLINE void LEVEL(name)(const struct job *job, int64_t r, const int R, const int M)                              \
-    {                                                                                                                \
-        V sums[FEW_SUMS];                                                                                            \
-        LEVEL(groups)(job->weight, r, job->g0, job->g1, R, M, __VA_ARGS__ job->packed, sums);                        \
-        LEVEL(put_sums)(job, r, R, M, sums);                                                                         \
+#define FEW_PRODUCT(name, groups, ...)                                                         \
+    INLINE void LEVEL(name)(const struct job *job, int64_t r, const int R, const int M, float *out) \
+    {                                                                                          \
+        V sums[FEW_SUMS];                                                                      \
+        LEVEL(groups)(job->weight, r, job->g0, job->g1, R, M, __VA_ARGS__ job->packed, sums);  \
+        LEVEL(few_sums)(R, M, sums, out);                                                      \
     }
 
 FEW_PRODUCT(few, few_groups, 0, )
 FEW_PRODUCT(few_apart, few_groups, 1, )
 
 /* The same with 16-bit weights. */
-INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, const int M, const int type)
+INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, const int M, float *out, const int type)
 {
     const struct weight *w = job->weight;
     const int64_t from = job->g0 * GROUP, columns = smaller(w->columns - from, (job->g1 - job->g0) * GROUP);
@@ -184,7 +166,7 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
             rest[i][c] = whole + c < columns ? read_as_float(rows + i * stride, type, whole + c) : 0.0f;
         EACH_INPUT EACH_ROW acc[AT] = v_fma(v_load(rest[i]), v_load(x + j * LANES), acc[AT]);
     }
-    LEVEL(put_sums)(job, r, R, M, acc);
+    LEVEL(few_sums)(R, M, acc, out);
 }
 
 #if LEVEL_LOW
@@ -197,42 +179,36 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
 #include "grid.h"
 #endif
 
-/* All rows of a part with M inputs. */
+/* Rows r to `to` with M inputs, LANES of them at a time. */
 INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const int M)
 {
     const struct weight *w = job->weight;
-    const int R = FEW_ROWS(M);
-    if (!w->order && w->encoding == BFLOAT16) {
-        for (; r + R <= to; r += R)
-            LEVEL(few_sixteen)(job, r, R, M, BFLOAT16);
-        for (; r < to; r++)
-            LEVEL(few_sixteen)(job, r, 1, M, BFLOAT16);
-    } else if (!w->order) {
-        for (; r + R <= to; r += R)
-            LEVEL(few_sixteen)(job, r, R, M, FLOAT16);
-        for (; r < to; r++)
-            LEVEL(few_sixteen)(job, r, 1, M, FLOAT16);
-    } else if (!w->order->whole_words) {
-        for (; r < to; r++)
-            LEVEL(few_apart)(job, r, 1, M);
-#if LEVEL_LOW
-    } else if (job->grid) {
-        for (; r + R <= to; r += R)
-            LEVEL(few_grid)(job, r, R, M);
-        for (; r < to; r++)
-            LEVEL(few_grid)(job, r, 1, M);
-    } else if (job->low) {
-        for (; r + R <= to; r += R)
-            LEVEL(few_low)(job, r, R, M);
-        for (; r < to; r++)
-            LEVEL(few_low)(job, r, 1, M);
-#endif
-    } else {
-        for (; r + R <= to; r += R)
-            LEVEL(few)(job, r, R, M);
-        for (; r < to; r++)
-            LEVEL(few)(job, r, 1, M);
+    float sums[FEW * LANES];
+#define ROWS(rows, product, ...)                                            \
+    for (; r < to; r += LANES) {                                            \
+        const int n = (int)smaller(LANES, to - r);                          \
+        int i = 0;                                                          \
+        for (; i + rows <= n; i += rows)                                    \
+            LEVEL(product)(job, r + i, rows, M, sums + i __VA_ARGS__);      \
+        for (; i < n; i++)                                                  \
+            LEVEL(product)(job, r + i, 1, M, sums + i __VA_ARGS__);         \
+        LEVEL(put_rows)(job, r, n, sums);                                   \
     }
+    if (!w->order && w->encoding == BFLOAT16)
+        ROWS(FEW_ROWS(M), few_sixteen, , BFLOAT16)
+    else if (!w->order)
+        ROWS(FEW_ROWS(M), few_sixteen, , FLOAT16)
+    else if (!w->order->whole_words)
+        ROWS(1, few_apart)
+#if LEVEL_LOW
+    else if (job->grid)
+        ROWS(FEW_ROWS(M), few_grid)
+    else if (job->low)
+        ROWS(FEW_ROWS(M), few_low)
+#endif
+    else
+        ROWS(FEW_ROWS(M), few)
+#undef ROWS
 }
 
 /* Pack the inputs of a small batch side by side, vector by vector. */

@@ -140,8 +140,11 @@ INLINE void LEVEL(put_word)(W codes, V scale0, V scale1, V scale2, V scale3, T t
 INLINE void LEVEL(put_rows_as)(const struct job *job, int64_t r, int64_t rows, const float *sums, const int type)
 {
     float bias[LANES] = {0};
-    for (int64_t i = 0; i < rows && job->bias && !job->g0; i++)
-        bias[i] = read_as_float(job->bias, job->bias_type, r + i);
+    if (job->bias && !job->g0 && job->bias_type == FLOAT32)
+        memcpy(bias, (const float *)job->bias + r, (size_t)rows * sizeof(float));
+    else
+        for (int64_t i = 0; i < rows && job->bias && !job->g0; i++)
+            bias[i] = read_as_float(job->bias, job->bias_type, r + i);
     const V added = v_load(bias);
     for (int64_t m = job->m0; m < job->m1; m++, sums += LANES) {
         const int64_t at = m * job->weight->rows + r;
