@@ -14,7 +14,7 @@ typedef __m512 T;
 #define v_set1 _mm512_set1_ps
 #define v_load _mm512_loadu_ps
 #define v_store _mm512_storeu_ps
-#define OWN_SHUFFLES /* v_sum4, v_transpose */
+#define OWN_SHUFFLES /* v_sum4, v_runs, v_transpose */
 #define v_keep(a) __asm__("" : "+x"(a))
 #define v_add _mm512_add_ps
 #define v_mul _mm512_mul_ps
@@ -31,6 +31,22 @@ static inline void v_sum4(V a, V b, V c, V d, float *out)
     const V all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)); /* a, b, c, d in each quarter */
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+static inline void v_runs(V a, V b, V c, V d, float *out)
+{
+    const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+    const __m512d cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(c, d)), cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+    const V run[4] = { /* those of lanes i, i + 4, i + 8, i + 12 */
+        _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low)),
+        _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high)),
+    };
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        _mm_storeu_ps(out + 4 * i, _mm512_castps512_ps128(run[i]));
+        _mm_storeu_ps(out + 16 + 4 * i, _mm512_extractf32x4_ps(run[i], 1));
+        _mm_storeu_ps(out + 32 + 4 * i, _mm512_extractf32x4_ps(run[i], 2));
+        _mm_storeu_ps(out + 48 + 4 * i, _mm512_extractf32x4_ps(run[i], 3));
+    }
 }
 /* A square of vectors, by pairs, fours, eights and halves. */
 static inline void v_transpose(V *v)

@@ -141,6 +141,46 @@ static void LEVEL(grad_rows)(const struct job *job, int64_t r0, int64_t r1, int 
     }
 }
 
+/* The sums of a group, GROUP an input, out of the order of the words and into the output. */
+INLINE void LEVEL(unpack)(const struct job *job, int64_t g, const float *sums, const int type)
+{
+    const struct weight *w = job->weight;
+    const int64_t half = w->half, from = g * LANES * 4, size = type == FLOAT32 ? 4 : 2;
+    char *out = (char *)job->out + job->m0 * w->columns * size;
+    if (w->order && w->order->whole_words && ((from + LANES * 4 - 1) / half + 1) * 2 * half <= w->columns) {
+        int64_t column[LANES]; /* of the first of the four low nibbles of a word; the high ones come half a block later */
+        for (int64_t i = 0; i < LANES; i++)
+            column[i] = (from + 4 * i) + (from + 4 * i) / half * half;
+        for (int64_t m = job->m0; m < job->m1; m++, sums += GROUP, out += w->columns * size)
+            for (int high = 0; high < 2; high++) {
+                float runs[4 * LANES]; /* four columns a word */
+                const float *of = sums + high * LANES;
+                v_runs(v_load(of), v_load(of + 2 * LANES), v_load(of + 4 * LANES), v_load(of + 6 * LANES), runs);
+                char typed[4 * LANES * sizeof(float)];
+                for (int i = 0; i < 4 && type != FLOAT32; i++)
+                    LEVEL(store_as)(typed, type, i * LANES, v_load(runs + i * LANES));
+                for (int i = 0; i < LANES; i++)
+                    memcpy(out + (column[i] + high * half) * size,
+                           type == FLOAT32 ? (const char *)(runs + 4 * i) : typed + 8 * i, (size_t)(4 * size));
+            }
+        return;
+    }
+    for (int64_t m = job->m0; m < job->m1; m++, sums += GROUP, out += w->columns * size)
+        if (!w->order) {
+            for (int64_t i = 0; i < GROUP && g * GROUP + i < w->columns; i++)
+                write_as(out, type, g * GROUP + i, sums[i]);
+        } else {
+            for (int64_t i = 0; i < LANES * 4 && from + i < w->row_bytes; i++) {
+                const int64_t start = (from + i) / half * 2 * half, j = (from + i) % half;
+                const int64_t left = smaller(w->columns - start, 2 * half), lower = (left + 1) / 2;
+                const float *of = sums + i % 4 * 2 * LANES + i / 4;
+                write_as(out, type, start + j, of[0]);
+                if (lower + j < left)
+                    write_as(out, type, start + lower + j, of[LANES]);
+            }
+        }
+}
+
 static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
@@ -173,34 +213,14 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
                     LEVEL(grad_group)(job, grad, job->type == FLOAT32 ? w->rows : GRAD_ROWS, r0, r1, t0, g, scales, tile,
                                       job->packed + g * batch);
         }
+        for (int64_t g = t0; g < t1; g++)
+            if (job->out_type == FLOAT32)
+                LEVEL(unpack)(job, g, job->packed + g * batch, FLOAT32);
+            else if (job->out_type == BFLOAT16)
+                LEVEL(unpack)(job, g, job->packed + g * batch, BFLOAT16);
+            else
+                LEVEL(unpack)(job, g, job->packed + g * batch, FLOAT16);
     }
-}
-
-/* The sums out of the order of the words, and into the type of the output. */
-INLINE void LEVEL(unpack)(const struct job *job, int64_t m, int64_t c0, int64_t c1, const int type)
-{
-    const struct weight *w = job->weight;
-    const float *sums = job->packed + (m - job->m0) * GROUP; /* (groups, batch, GROUP) */
-    const int64_t group = (job->m1 - job->m0) * GROUP;
-    const int32_t *place = w->order ? w->order->place : NULL;
-    for (int64_t c = c0; c < c1; c++) {
-        const int64_t s = place ? place[c] : c;
-        write_as(job->out, type, m * w->columns + c, sums[s / GROUP * group + s % GROUP]);
-    }
-}
-
-static void LEVEL(unpack_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
-{
-    (void)thread;
-    int64_t c0, c1;
-    share(job->weight->columns, MAX_LANES, parts, part, &c0, &c1);
-    for (int64_t m = job->m0; m < job->m1; m++)
-        if (job->out_type == FLOAT32)
-            LEVEL(unpack)(job, m, c0, c1, FLOAT32);
-        else if (job->out_type == BFLOAT16)
-            LEVEL(unpack)(job, m, c0, c1, BFLOAT16);
-        else
-            LEVEL(unpack)(job, m, c0, c1, FLOAT16);
 }
 
 static void LEVEL(input_grad)(struct job *job)
@@ -208,6 +228,6 @@ static void LEVEL(input_grad)(struct job *job)
     const int64_t piece = piece_of(job->batch, job->weight->stride * (int64_t)sizeof(float));
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + piece, job->batch);
-        parallel(job, LEVEL(grad_body), 1, LEVEL(unpack_body), 1);
+        parallel(job, LEVEL(grad_body), 1, NULL, 0);
     }
 }

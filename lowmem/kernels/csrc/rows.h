@@ -1,7 +1,7 @@
 /* Rows of a weight as vectors of float32, over the few vector operations that each level defines:
  *
  *   LANES, LEVEL(name), V, v_zero, v_set1, v_load, v_store, v_add, v_mul, v_fma, v_sum
- *   v_sum4(a, b, c, d, out)  four sums; v_transpose(v), LANES vectors of LANES
+ *   v_sum4(a, b, c, d, out)  four sums; v_runs(a, b, c, d, out), lane by lane four numbers; v_transpose(v), LANES vectors
  *   v_scales(p, from, n, encoding)   up to n stored scales of a row at p, or the steps that they count; then zeros
  *   W, words_load(p, left)   LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero
  *   v_of_words(words), words_of_v(a)   the same bits
@@ -50,6 +50,13 @@ static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding
 }
 #endif
 #ifndef OWN_SHUFFLES
+static inline void v_runs(V a, V b, V c, V d, float *out)
+{
+    float in[4][LANES];
+    v_store(in[0], a), v_store(in[1], b), v_store(in[2], c), v_store(in[3], d);
+    for (int i = 0; i < 4 * LANES; i++)
+        out[i] = in[i % 4][i / 4];
+}
 static inline void v_sum4(V a, V b, V c, V d, float *out)
 {
     out[0] = v_sum(a), out[1] = v_sum(b), out[2] = v_sum(c), out[3] = v_sum(d);
