@@ -25,16 +25,20 @@ INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int 
 
 /* The same with codes of group g decoded in registers, vectors k0 and on: rows r0 to r1. */
 INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int64_t grad_stride, const int M,
-                                  int64_t r0, int64_t r1, int64_t g, const float *scales, const int k0, float *sums)
+                                  int64_t r0, int64_t r1, int64_t g, const int k0, float *sums)
 {
     const T table = table_load(w->levels);
     const int32_t *block = w->order->block + g * 4 * LANES;
+    const int64_t first = w->order->first_block[g];
     V acc[GRAD_FEW_INPUTS * GRAD_VECTORS];
     EACH_INPUT EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
-    for (int64_t r = r0; r < r1; r++, scales += TILE_SCALES) {
+    for (int64_t r = r0; r < r1; r++) {
         const W words = LEVEL(words)(w, r, g);
-        prefetch(w->packed + (r + r1 - r0) * w->row_bytes + g * LANES * 4);
-        const V scale = v_spread(v_load(scales), block);
+        prefetch(w->packed + (r + GRAD_ROWS) * w->row_bytes + g * LANES * 4);
+        V unit, stored;
+        LEVEL(row_units)(w, r, 1, &unit);
+        LEVEL(few_scales)(w, r, first, 1, &unit, &stored);
+        const V scale = v_spread(stored, block);
         V factor[GRAD_FEW_INPUTS];
         EACH_INPUT factor[j] = v_mul(scale, v_set1(grad[j * grad_stride + r - r0]));
         EACH_VECTOR(GRAD_VECTORS) {
@@ -84,9 +88,8 @@ static void LEVEL(grad_group)(const struct job *job, const float *grad, int64_t 
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
     if (LEVEL(grad_few)(w, batch)) {
-        const float *first = scales + w->order->first_block[g] - w->order->first_block[t0];
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
-#define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, r0, r1, g, first, k, sums + m * GROUP)
+#define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, r0, r1, g, k, sums + m * GROUP)
             IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
 #undef CALL
         }
@@ -188,8 +191,8 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     float *rows = tile + GRAD_ROWS * MAX_GROUP;
     const int low = job->low && job->m1 - job->m0 > GRAD_FEW_INPUTS; /* fewer are faster in float32 */
     const int64_t batch = (job->m1 - job->m0) * GROUP;
-    /* Without a tile, its memory holds the scales of as many rows more. */
-    const int64_t step = LEVEL(grad_few)(w, job->m1 - job->m0) && job->type == FLOAT32 ? 2 * GRAD_ROWS : GRAD_ROWS;
+    const int few = LEVEL(grad_few)(w, job->m1 - job->m0) && !low;
+    const int64_t step = few && job->type == FLOAT32 ? 2 * GRAD_ROWS : GRAD_ROWS; /* which need no scratch */
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
     for (int64_t t0 = g0; t0 < g1; t0 += TILE_GROUPS) {
@@ -197,7 +200,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
         memset(job->packed + t0 * batch, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
         for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
             r1 = smaller(r0 + step, w->rows);
-            for (int64_t r = r0; r < r1 && w->order; r++)
+            for (int64_t r = r0; r < r1 && w->order && !few; r++)
                 LEVEL(group_scales)(w, r, t0, t1, scales + (r - r0) * TILE_SCALES);
             const float *grad = (const float *)job->x + job->m0 * w->rows + r0;
             if (job->type != FLOAT32) {
