@@ -2,7 +2,7 @@
 
 #define GRAD_INPUTS 6     /* of the gradient at a time with a tile, */
 #define GRAD_FEW_INPUTS 3 /* and with codes decoded in registers, */
-#define GRAD_FEW_BATCH 8  /* up to this batch */
+#define GRAD_FEW_BATCH 8  /* up to this batch (in bfloat16: of GRAD_FEW_INPUTS) */
 #define EACH_VECTOR(most) _Pragma("GCC unroll 8") for (int n = 0; n < most; n++)
 
 INLINE void LEVEL(add_to)(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
@@ -70,15 +70,15 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
     EACH_INPUT EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
 }
 
+/* Whether the gradient of a batch needs no tile: its codes are decoded in registers. */
+INLINE int LEVEL(grad_few)(const struct weight *w, int64_t batch, int low)
+{
+    return w->order && w->order->whole_words && batch <= (low ? GRAD_FEW_INPUTS : GRAD_FEW_BATCH);
+}
+
 #if LEVEL_LOW
 #include "gradient_bfloat16.h"
 #endif
-
-/* Whether the gradient of a batch needs no tile: its codes are decoded in registers. */
-INLINE int LEVEL(grad_few)(const struct weight *w, int64_t batch)
-{
-    return w->order && w->order->whole_words && batch <= GRAD_FEW_BATCH;
-}
 
 /* Rows r0 to r1 of group g, of the chunk that starts at group t0; `scales` holds those of the chunk, row by row, and
  * `grad` what the inputs have for the rows. */
@@ -87,7 +87,7 @@ static void LEVEL(grad_group)(const struct job *job, const float *grad, int64_t 
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
-    if (LEVEL(grad_few)(w, batch)) {
+    if (LEVEL(grad_few)(w, batch, 0)) {
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
 #define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, r0, r1, g, k, sums + m * GROUP)
             IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
@@ -189,9 +189,9 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     const struct weight *w = job->weight;
     float *scales = job->own + thread * job->own_floats, *tile = scales + GRAD_ROWS * TILE_SCALES;
     float *rows = tile + GRAD_ROWS * MAX_GROUP;
-    const int low = job->low && job->m1 - job->m0 > GRAD_FEW_INPUTS; /* fewer are faster in float32 */
+    const int low = job->low;
     const int64_t batch = (job->m1 - job->m0) * GROUP;
-    const int few = LEVEL(grad_few)(w, job->m1 - job->m0) && !low;
+    const int few = LEVEL(grad_few)(w, job->m1 - job->m0, low);
     const int64_t step = few && job->type == FLOAT32 ? 2 * GRAD_ROWS : GRAD_ROWS; /* which need no scratch */
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
