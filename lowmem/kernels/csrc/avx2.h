@@ -135,6 +135,7 @@ static inline void v_to_bfloat(uint16_t *p, V a)
 
 #define FUSED_BATCH 8
 #define FUSED_INPUTS 4
+#define MANY_VECTORS 1
 #define MANY_INPUTS 12
 #define FEW_ROWS(M) 2
 #define TILE_VECTORS 2

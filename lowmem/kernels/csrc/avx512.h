@@ -15,7 +15,7 @@ typedef __m512 T;
 #define v_load _mm512_loadu_ps
 #define v_store _mm512_storeu_ps
 #define OWN_SHUFFLES /* v_sum4, v_runs, v_transpose */
-#define v_keep(a) __asm__("" : "+x"(a))
+#define v_keep(a) __asm__("" : "+v"(a))
 #define v_add _mm512_add_ps
 #define v_mul _mm512_mul_ps
 #define v_sub _mm512_sub_ps
@@ -166,7 +166,8 @@ static inline void v_to_bfloat(uint16_t *p, V a)
 
 #define FUSED_BATCH 24
 #define FUSED_INPUTS 12
-#define MANY_INPUTS 16
+#define MANY_VECTORS 2
+#define MANY_INPUTS 12
 #define FEW_ROWS(M) ((M) <= 3 ? 4 : 2)
 #define TILE_VECTORS 4
 #define GRAD_VECTORS 8

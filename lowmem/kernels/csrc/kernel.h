@@ -15,10 +15,11 @@
 #define PARTS 4                   /* of a thread, where work is long: a thread that is held up leaves them to others */
 #define CHUNK 256                 /* columns whose scales are read at a time */
 #define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */
-#define PART 128                  /* units of a tile, which stays in the first cache: columns, or pairs of them in bfloat16 */
-#define WORDS_AT (MAX_LANES * CHUNK_SCALES)         /* behind the scales of a chunk; */
-#define TILES_AT (WORDS_AT + MAX_LANES * CHUNK / 8) /* two of them, behind its words; */
-#define SUMS_AT (TILES_AT + MAX_LANES * 2 * PART)   /* behind those */
+#define PART 128                  /* columns of a tile, which stays in the first cache */
+#define MAX_VECTORS 2             /* of rows, in a tile */
+#define WORDS_AT (MAX_VECTORS * MAX_LANES * CHUNK_SCALES)        /* behind the scales of a chunk; */
+#define TILES_AT (WORDS_AT + MAX_VECTORS * MAX_LANES * PART / 8) /* two of them, behind the words of one; */
+#define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART)  /* behind those */
 #define LARGEST_BLOCK 4096
 #define WIDE 8192                 /* columns of the input that are packed at a time */
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */

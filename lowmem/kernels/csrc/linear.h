@@ -192,7 +192,7 @@ INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const 
             LEVEL(product)(job, r + i, rows, M, sums + i __VA_ARGS__);      \
         for (; i < n; i++)                                                  \
             LEVEL(product)(job, r + i, 1, M, sums + i __VA_ARGS__);         \
-        LEVEL(put_rows)(job, r, n, sums);                                   \
+        LEVEL(put_rows)(job, r, n, 1, sums);                                       \
     }
     if (!w->order && w->encoding == BFLOAT16)
         ROWS(FEW_ROWS(M), few_sixteen, , BFLOAT16)

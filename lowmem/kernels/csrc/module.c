@@ -246,7 +246,7 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
         .shared = piece * width * bytes / 4,
         .own = transposed ? GRAD_ROWS * (TILE_SCALES + MAX_GROUP + piece)
                : few      ? 0
-                          : SUMS_AT + MAX_LANES * piece,
+                          : SUMS_AT + MAX_VECTORS * MAX_LANES * piece,
     };
     return layout;
 }

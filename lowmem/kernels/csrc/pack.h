@@ -6,7 +6,7 @@
  * which is the input's own order, four columns at a time. PART units of an input lie together (columns, or pairs of them as
  * bfloat16), and after them those of the next input. 16-bit weights have the columns in their own order. */
 
-#define PART_COLUMNS(low) (PART * ((low) ? 2 : 1))
+#define PART_UNITS(low) (PART / ((low) ? 2 : 1)) /* floats that they take */
 
 /* Columns from c on of input m, n of them, as float32. */
 INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c, int64_t n, float *scratch, const int type)
@@ -25,7 +25,7 @@ INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c
 /* A part of whole blocks: four columns of a block's first half, four of its second, and so on. */
 INLINE void LEVEL(interleave)(const char *x, char *out, const int half, const int bytes)
 {
-    for (int block = 0; block < PART * 2 / bytes; block += half, x += 2 * half * bytes)
+    for (int block = 0; block < PART / 2; block += half, x += 2 * half * bytes)
 #pragma GCC unroll 8
         for (int j = 0; j < half; j += 4, out += 8 * bytes) {
             memcpy(out, x + j * bytes, (size_t)(4 * bytes));
@@ -38,7 +38,7 @@ INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, 
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, bytes = low ? 2 : 4;
-    const int64_t part = PART_COLUMNS(low), last = (floats - 1) / part * part;
+    const int64_t part = PART, last = (floats - 1) / part * part;
 #define PLACE(s) ((char *)job->packed + bytes * ((s) / part * part * batch + (m - job->m0) * part + (s) % part))
     if (floats != w->columns)
         memset(PLACE(last), 0, (size_t)((floats - last) * bytes));
