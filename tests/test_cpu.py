@@ -444,22 +444,29 @@ def test_a_bias_that_changed_under_the_same_address_is_read_anew(level):
 
 
 @compiled
-@pytest.mark.parametrize("size", [1024, 4096])
+@pytest.mark.parametrize("size", [512, 4096])
 @pytest.mark.parametrize("kind", ["half", "4-bit"])
 def test_long_sums_of_one_sign_lose_no_more_than_torch_s(level, kind, size):
-    dense = torch.rand(5, size, generator=torch.Generator().manual_seed(0)) + 0.1
+    """Of numbers so alike that every sum is rounded the same way: torch's own loses more than 1e-6 of some."""
+    dense = 0.9 + 0.05 * torch.rand(256, size, generator=torch.Generator().manual_seed(0))
     wide, tall = dense, dense.t().contiguous()
     if kind == "half":
         wide, tall = wide.half(), tall.half()
     else:
         wide, tall = quantize(wide, "int4"), quantize(tall, "int4", block_size=8)
+
+    def lost(got, x, exact):
+        norms = x.double().norm(dim=1)[:, None] * exact.double().norm(dim=1)
+        return ((got.double() - x.double() @ exact.double().t()).abs() / norms).max()
+
     with kernels.using(level):
         for batch in (1, 4, 12, 16, 40):
-            for x in (torch.ones(batch, size), torch.rand(batch, size)):
-                exact = wide.dequantize() if kind == "4-bit" else wide
-                assert_exact(kernels.linear(x, wide, torch.float32), x, exact)
-                exact = tall.dequantize() if kind == "4-bit" else tall
-                assert_exact(kernels.input_grad(x, tall, torch.float32), x, exact.t())
+            for x in (torch.full((batch, size), 0.37), torch.full((batch, size), 0.61), torch.rand(batch, size)):
+                exact = wide.dequantize() if kind == "4-bit" else wide.float()
+                assert lost(kernels.linear(x, wide, torch.float32), x, exact) <= max(1e-6, lost(x @ exact.t(), x, exact))
+                exact = tall.dequantize().t() if kind == "4-bit" else tall.float().t()
+                got = kernels.input_grad(x, tall, torch.float32)
+                assert lost(got, x, exact) <= max(1e-6, lost(x @ exact.t(), x, exact))
 
 
 @compiled

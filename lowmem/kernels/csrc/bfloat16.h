@@ -50,7 +50,7 @@ INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, 
     const W table = LEVEL(table_low)(w->levels);
     V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     int32_t from = -1;
-    LEVEL(row_units)(w, r, R, unit);
+    LEVEL(row_units)(w, r, 1, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, x += M * (GROUP / 2), block += 4 * LANES) {
@@ -59,7 +59,7 @@ INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, 
         W words[4];
         V sum[FEW_SUMS];
         if (first[g] != from)
-            LEVEL(few_scales)(w, r, from = first[g], R, unit, stored);
+            LEVEL(few_scales)(w, r, 1, from = first[g], R, unit, stored);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
         else

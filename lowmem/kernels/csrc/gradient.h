@@ -3,7 +3,11 @@
 #define GRAD_INPUTS 6     /* of the gradient at a time with a tile, */
 #define GRAD_FEW_INPUTS 3 /* and with codes decoded in registers, */
 #define GRAD_FEW_BATCH 8  /* up to this batch (in bfloat16: of GRAD_FEW_INPUTS) */
+#define GRAD_FEW_ROWS 128 /* rows at a time then, which one sum has: what the inputs have for them lies where a tile would */
+_Static_assert(GRAD_FEW_BATCH * GRAD_FEW_ROWS <= GRAD_ROWS * MAX_GROUP, "they fit a tile");
 #define EACH_VECTOR(most) _Pragma("GCC unroll 8") for (int n = 0; n < most; n++)
+
+#define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
 INLINE void LEVEL(add_to)(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
 
@@ -23,124 +27,165 @@ INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int 
     EACH_INPUT EACH_VECTOR(TILE_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
 }
 
-/* The same with codes of group g decoded in registers, vectors k0 and on: rows r0 to r1. */
-INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int64_t grad_stride, const int M,
+/* Whether groups g and g + 1 can be multiplied side by side: one vector holds the scales of both. */
+INLINE int LEVEL(two_groups)(const struct weight *w, int64_t batch, int64_t g, int64_t g1)
+{
+    const int32_t *first = w->order ? w->order->first_block + g : NULL;
+    return batch == 1 && GRAD_VECTORS == 8 && g + 1 < g1 && (!first || first[0] == first[1]);
+}
+
+/* What a row is multiplied with: the scales from block `first` on times what the inputs have for it, spread over the words. */
+INLINE void LEVEL(row_factors)(const struct weight *w, int64_t r, int64_t first, const int32_t *block, const float *grad,
+                               int64_t grad_stride, const int M, const int G, V *factor)
+{
+    V unit, scale;
+    LEVEL(row_units)(w, r, 1, 1, &unit);
+    LEVEL(few_scales)(w, r, 1, first, 1, &unit, &scale);
+    if (M == 1) {
+        scale = v_mul(scale, v_set1(*grad));
+        EACH_SUM factor[j] = v_spread(scale, block + j * 4 * LANES);
+    } else {
+        scale = v_spread(scale, block);
+        EACH_INPUT factor[j] = v_mul(scale, v_set1(grad[j * grad_stride]));
+    }
+}
+
+/* The same with codes of group g decoded in registers, vectors k0 and on: rows r0 to r1. Two groups (G) with one input. */
+INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
                                   int64_t r0, int64_t r1, int64_t g, const int k0, float *sums)
 {
     const T table = table_load(w->levels);
     const int32_t *block = w->order->block + g * 4 * LANES;
-    const int64_t first = w->order->first_block[g];
-    V acc[GRAD_FEW_INPUTS * GRAD_VECTORS];
-    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
-    for (int64_t r = r0; r < r1; r++) {
-        const W words = LEVEL(words)(w, r, g);
-        prefetch(w->packed + (r + GRAD_ROWS) * w->row_bytes + g * LANES * 4);
-        V unit, stored;
-        LEVEL(row_units)(w, r, 1, &unit);
-        LEVEL(few_scales)(w, r, first, 1, &unit, &stored);
-        const V scale = v_spread(stored, block);
-        V factor[GRAD_FEW_INPUTS];
-        EACH_INPUT factor[j] = v_mul(scale, v_set1(grad[j * grad_stride + r - r0]));
-        EACH_VECTOR(GRAD_VECTORS) {
-            const V level = v_lookup(table, words, k0 + n);
-            EACH_INPUT acc[j * GRAD_VECTORS + n] = v_fma(level, factor[j], acc[j * GRAD_VECTORS + n]);
+    const int64_t first = w->order->first_block[g], row_bytes = w->row_bytes, left = row_bytes - g * LANES * 4;
+    const uint8_t *p = w->packed + r0 * row_bytes + g * LANES * 4;
+    V acc[GRAD_FEW_INPUTS * GRAD_VECTORS], factor[GRAD_FEW_INPUTS];
+    EACH_SUM EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
+    LEVEL(row_factors)(w, r0, first, block, grad, grad_stride, M, G, factor);
+    for (int64_t r = r0; r < r1; r++, p += row_bytes) {
+        V later[GRAD_FEW_INPUTS]; /* factors take so long that they are begun a row ahead */
+        const int64_t next = smaller(r + 1, r1 - 1);
+        LEVEL(row_factors)(w, next, first, block, grad + (next - r0), grad_stride, M, G, later);
+        W words[2];
+        for (int i = 0; i < G; i++) {
+            words[i] = words_load(p + i * LANES * 4, left - i * LANES * 4);
+            prefetch(p + GRAD_ROWS * row_bytes + i * LANES * 4);
         }
+        EACH_VECTOR(GRAD_VECTORS) {
+            V level[2];
+            for (int i = 0; i < G; i++)
+                level[i] = v_lookup(table, words[i], k0 + n);
+            EACH_SUM acc[j * GRAD_VECTORS + n] = v_fma(level[G == 2 ? j : 0], factor[j], acc[j * GRAD_VECTORS + n]);
+        }
+        EACH_SUM factor[j] = later[j];
     }
-    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + (k0 + n) * LANES, acc[j * GRAD_VECTORS + n]);
+    EACH_SUM EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
 }
 
-/* The same with 16-bit weights, from column c on, of which there is a whole GROUP. */
-INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, int64_t grad_stride, const int M,
+/* The same with 16-bit weights, from column c on, of which there are G whole groups. */
+INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
                                       int64_t r0, int64_t r1, int64_t c, float *sums, const int type)
 {
     const int64_t stride = w->columns;
     const uint16_t *p = (const uint16_t *)w->packed + r0 * stride + c;
     V acc[GRAD_FEW_INPUTS * GRAD_VECTORS];
-    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
-    for (int64_t r = r0; r < r1; r++, p += stride) {
+    EACH_SUM EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
+    for (int64_t r = r0; r < r1; r++, p += stride, grad++) {
         V factor[GRAD_FEW_INPUTS];
-        EACH_INPUT factor[j] = v_set1(grad[j * grad_stride + r - r0]);
-        EACH_VECTOR(GRAD_VECTORS) {
-            const V row = LEVEL(sixteen)(p + n * LANES, type);
-            if (n % 2 == 0)
-                prefetch(p + GRAD_ROWS * stride + n * LANES);
-            EACH_INPUT acc[j * GRAD_VECTORS + n] = v_fma(row, factor[j], acc[j * GRAD_VECTORS + n]);
-        }
+        EACH_INPUT factor[j] = v_set1(grad[j * grad_stride]);
+        for (int i = 0; i < G; i++)
+            EACH_VECTOR(GRAD_VECTORS) {
+                const uint16_t *at = p + i * GROUP + n * LANES;
+                const V row = LEVEL(sixteen)(at, type);
+                if (n % 2 == 0)
+                    prefetch(at + (G == 2 ? GRAD_ROWS / 4 : GRAD_ROWS) * stride);
+                EACH_INPUT {
+                    const int sum = (j + i) * GRAD_VECTORS + n; /* one input, or one group */
+                    acc[sum] = v_fma(row, factor[j], acc[sum]);
+                }
+            }
     }
-    EACH_INPUT EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
+    EACH_SUM EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
 }
 
-/* Whether the gradient of a batch needs no tile: its codes are decoded in registers. */
+INLINE void LEVEL(accumulate_any)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
+                                  int64_t r0, int64_t r1, int64_t g, const int k0, float *sums)
+{
+    const int64_t c = g * GROUP + k0 * LANES;
+    if (w->order)
+        LEVEL(accumulate_few)(w, grad, grad_stride, M, G, r0, r1, g, k0, sums);
+    else if (w->encoding == BFLOAT16)
+        LEVEL(accumulate_sixteen)(w, grad, grad_stride, M, G, r0, r1, c, sums, BFLOAT16);
+    else
+        LEVEL(accumulate_sixteen)(w, grad, grad_stride, M, G, r0, r1, c, sums, FLOAT16);
+}
+
+/* Whether the gradient of a batch needs no tile: rows are decoded in registers. */
 INLINE int LEVEL(grad_few)(const struct weight *w, int64_t batch, int low)
 {
-    return w->order && w->order->whole_words && batch <= (low ? GRAD_FEW_INPUTS : GRAD_FEW_BATCH);
+    return batch <= (low ? GRAD_FEW_INPUTS : GRAD_FEW_BATCH) && (!w->order || w->order->whole_words);
 }
 
 #if LEVEL_LOW
 #include "gradient_bfloat16.h"
 #endif
 
-/* Rows r0 to r1 of group g, of the chunk that starts at group t0; `scales` holds those of the chunk, row by row, and
- * `grad` what the inputs have for the rows. */
-static void LEVEL(grad_group)(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
-                              int64_t g, const float *scales, float *tile, float *sums)
+/* Rows r0 to r1 of group g, of the chunk of groups t0 to t1; `scales` holds those of the chunk, row by row, and `grad` what
+ * the inputs have for the rows. Returns how many groups are done. */
+static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
+                             int64_t t1, int64_t g, const float *scales, float *tile, float *sums)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
-    if (LEVEL(grad_few)(w, batch, 0)) {
+    if (LEVEL(grad_few)(w, batch, 0) && (w->order || (g + 1) * GROUP <= w->columns)) {
+        const int64_t whole = w->order ? t1 : smaller(t1, w->columns / GROUP);
+        if (LEVEL(two_groups)(w, batch, g, whole)) {
+            LEVEL(accumulate_any)(w, grad, stride, 1, 2, r0, r1, g, 0, sums);
+            return 2;
+        }
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
-#define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, r0, r1, g, k, sums + m * GROUP)
+#define CALL(M) LEVEL(accumulate_any)(w, grad + m * stride, stride, M, 1, r0, r1, g, k, sums + m * GROUP + k * LANES)
             IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
 #undef CALL
         }
-        return;
-    }
-    if (!w->order && (g + 1) * GROUP <= w->columns && batch <= GRAD_FEW_BATCH) {
-        for (int k = 0; k < 8; k += GRAD_VECTORS) {
-            const int64_t c = g * GROUP + k * LANES;
-            float *to = sums + k * LANES;
-#define CALL(M) LEVEL(accumulate_sixteen)(w, grad + m * stride, stride, M, r0, r1, c, to + m * GROUP, FLOAT16)
-#define CALL_BFLOAT(M) LEVEL(accumulate_sixteen)(w, grad + m * stride, stride, M, r0, r1, c, to + m * GROUP, BFLOAT16)
-            if (w->encoding == BFLOAT16)
-                IN_PASSES(batch, GRAD_FEW_INPUTS, CALL_BFLOAT)
-            else
-                IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
-#undef CALL
-#undef CALL_BFLOAT
-        }
-        return;
+        return 1;
     }
     const T table = table_load(w->order ? w->levels : tile); /* any sixteen floats */
     for (int64_t i = 0; i < rows; i++)
         if (w->order)
             LEVEL(decode_group)(w, r0 + i, g, t0, table, scales + i * TILE_SCALES, tile + i * GROUP);
-        else
+        else {
+            for (int64_t c = 0; c < GROUP; c += 32)
+                prefetch((const uint16_t *)w->packed + (r0 + i + GRAD_ROWS) * w->columns + g * GROUP + c);
             LEVEL(widen_typed)(w, r0 + i, g * GROUP, GROUP, tile + i * GROUP);
+        }
     for (int n0 = 0; n0 < 8; n0 += TILE_VECTORS) {
 #define CALL(M) \
     LEVEL(accumulate)(grad + m * stride, stride, M, tile + n0 * LANES, (int)rows, sums + m * GROUP + n0 * LANES)
         IN_PASSES(batch, GRAD_INPUTS, CALL)
 #undef CALL
     }
+    return 1;
 }
 
-/* What the inputs have for rows r0 to r1, GRAD_ROWS apart: as float32, or as pairs of bfloat16, a zero after the last. */
-static void LEVEL(grad_rows)(const struct job *job, int64_t r0, int64_t r1, int low, float *out)
+/* What the inputs have for rows r0 to r1, room for `step` each: as float32, or as pairs of bfloat16. A zero comes after the
+ * last of an odd number. */
+static void LEVEL(grad_rows)(const struct job *job, int64_t r0, int64_t r1, int paired, float *out, int64_t step)
 {
-    for (int64_t m = job->m0; m < job->m1; m++, out += GRAD_ROWS) {
-        const int64_t from = m * job->weight->rows;
-        if (low) {
-            uint16_t *pairs = (uint16_t *)out;
-            for (int64_t r = r0; r < r1; r++)
-                pairs[r - r0] = ((const uint16_t *)job->x)[from + r];
-            pairs[r1 - r0] = 0;
-        } else if (job->type == BFLOAT16) {
-            for (int64_t r = r0; r < r1; r++)
-                out[r - r0] = read_as_float(job->x, BFLOAT16, from + r);
-        } else {
-            for (int64_t r = r0; r < r1; r++)
-                out[r - r0] = read_as_float(job->x, FLOAT16, from + r);
+    const int64_t rows = r1 - r0;
+    for (int64_t m = job->m0; m < job->m1; m++, out += paired ? step / 2 : step) {
+        const uint16_t *of = (const uint16_t *)job->x + m * job->weight->rows + r0;
+        if (paired) {
+            memcpy(out, of, (size_t)rows * sizeof *of);
+            if (rows % 2)
+                ((uint16_t *)out)[rows] = 0;
+            continue;
         }
+        if (job->type == BFLOAT16)
+            LEVEL(widen_run)(of, rows, out, BFLOAT16);
+        else
+            LEVEL(widen_run)(of, rows, out, FLOAT16);
+        if (rows % 2)
+            out[rows] = 0.0f;
     }
 }
 
@@ -187,12 +232,13 @@ INLINE void LEVEL(unpack)(const struct job *job, int64_t g, const float *sums, c
 static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
-    float *scales = job->own + thread * job->own_floats, *tile = scales + GRAD_ROWS * TILE_SCALES;
-    float *rows = tile + GRAD_ROWS * MAX_GROUP;
+    float *scales = job->own + thread * job->own_floats, *tile = scales + 2 * GRAD_ROWS * TILE_SCALES;
     const int low = job->low;
     const int64_t batch = (job->m1 - job->m0) * GROUP;
-    const int few = LEVEL(grad_few)(w, job->m1 - job->m0, low);
-    const int64_t step = few && job->type == FLOAT32 ? 2 * GRAD_ROWS : GRAD_ROWS; /* which need no scratch */
+    const int few = LEVEL(grad_few)(w, job->m1 - job->m0, low), no_tile = few && (w->order || w->columns % GROUP == 0);
+    const int paired = low && !few;
+    const int64_t step = no_tile ? GRAD_FEW_ROWS : paired ? 2 * GRAD_ROWS : GRAD_ROWS;
+    float *rows = no_tile ? tile : tile + GRAD_ROWS * MAX_GROUP;
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
     for (int64_t t0 = g0; t0 < g1; t0 += TILE_GROUPS) {
@@ -204,17 +250,17 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
                 LEVEL(group_scales)(w, r, t0, t1, scales + (r - r0) * TILE_SCALES);
             const float *grad = (const float *)job->x + job->m0 * w->rows + r0;
             if (job->type != FLOAT32) {
-                LEVEL(grad_rows)(job, r0, r1, low, rows);
+                LEVEL(grad_rows)(job, r0, r1, paired, rows, step);
                 grad = rows;
             }
-            for (int64_t g = t0; g < t1; g++)
+            const int64_t stride = job->type == FLOAT32 ? w->rows : paired ? step / 2 : step;
+            for (int64_t g = t0; g < t1;)
 #if LEVEL_LOW
                 if (low)
-                    LEVEL(grad_group_low)(job, grad, GRAD_ROWS, r0, r1, t0, g, scales, tile, job->packed + g * batch);
+                    g += LEVEL(grad_group_low)(job, grad, stride, r0, r1, t0, t1, g, scales, tile, job->packed + g * batch);
                 else
 #endif
-                    LEVEL(grad_group)(job, grad, job->type == FLOAT32 ? w->rows : GRAD_ROWS, r0, r1, t0, g, scales, tile,
-                                      job->packed + g * batch);
+                    g += LEVEL(grad_group)(job, grad, stride, r0, r1, t0, t1, g, scales, tile, job->packed + g * batch);
         }
         for (int64_t g = t0; g < t1; g++)
             if (job->out_type == FLOAT32)

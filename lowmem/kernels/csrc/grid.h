@@ -38,7 +38,7 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
     V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     int32_t from = -1;
-    LEVEL(row_units)(w, r, R, unit);
+    LEVEL(row_units)(w, r, 1, R, unit);
     const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
@@ -48,7 +48,7 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
         W words[4], lows[4], highs[4];
         V scale[4];
         if (first[g] != from)
-            LEVEL(few_scales)(w, r, from = first[g], R, unit, stored);
+            LEVEL(few_scales)(w, r, 1, from = first[g], R, unit, stored);
         EACH_ROW prefetch(p + ahead + i * row_bytes);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);

@@ -25,8 +25,8 @@
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */
 #define PACKED_BYTES (704 * 1024) /* the most that a packed input takes, */
 #define MOST 256                  /* and the most inputs in it */
-#define GRAD_ROWS 32              /* rows of a tile of the gradient, a group of columns wide */
-#define TILE_COLUMNS 512          /* columns whose scales are read at a time in the gradient */
+#define GRAD_ROWS 32              /* rows, or pairs of them, of a tile of the gradient, a group of columns wide */
+#define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
 
 /* Types of inputs, outputs and 16-bit weights. */

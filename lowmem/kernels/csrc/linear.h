@@ -45,19 +45,19 @@ INLINE void LEVEL(few_sums)(const int R, const int M, const V *sums, float *out)
                 out[j * LANES + i] = v_sum(sums[AT]);
 }
 
-/* What the steps of the scales of R rows count. */
-INLINE void LEVEL(row_units)(const struct weight *w, int64_t r, const int R, V *out)
+/* What the steps of the scales of R rows count, which are `step` apart. */
+INLINE void LEVEL(row_units)(const struct weight *w, int64_t r, int64_t step, const int R, V *out)
 {
     EACH_ROW out[i] = v_zero();
     if (w->encoding >= SCALES_DOUBLE)
-        EACH_ROW out[i] = v_set1(row_scale(w, r + i) / row_steps(w));
+        EACH_ROW out[i] = v_set1(row_scale(w, r + i * step) / row_steps(w));
 }
 
 /* The scales of R rows from a block on, as many as there are lanes. */
-INLINE void LEVEL(few_scales)(const struct weight *w, int64_t r, int64_t first, const int R, const V *unit, V *out)
+INLINE void LEVEL(few_scales)(const struct weight *w, int64_t r, int64_t step, int64_t first, const int R, const V *unit, V *out)
 {
-    const int64_t stride = scale_bytes(w), n = w->blocks - first;
-    const uint8_t *p = w->scales + r * stride;
+    const int64_t stride = scale_bytes(w) * step, n = w->blocks - first;
+    const uint8_t *p = w->scales + r * scale_bytes(w);
 #define READ(encoding)                                                     \
     if (n >= LANES)                                                        \
         EACH_ROW out[i] = v_scales(p + i * stride, first, LANES, encoding); \
@@ -88,7 +88,7 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int6
     const T table = table_load(w->levels);
     V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     int32_t from = -1;
-    LEVEL(row_units)(w, r, R, unit);
+    LEVEL(row_units)(w, r, 1, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, x += M * GROUP, block += 4 * LANES) {
@@ -97,7 +97,7 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int6
         W words[4];
         V scale[4], sum[FEW_SUMS];
         if (first[g] != from)
-            LEVEL(few_scales)(w, r, from = first[g], R, unit, stored);
+            LEVEL(few_scales)(w, r, 1, from = first[g], R, unit, stored);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
         else

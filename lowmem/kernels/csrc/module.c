@@ -244,7 +244,7 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
     const struct layout layout = {
         .threads = threads_for(threads, (double)w->rows * w->columns * batch),
         .shared = piece * width * bytes / 4,
-        .own = transposed ? GRAD_ROWS * (TILE_SCALES + MAX_GROUP + piece)
+        .own = transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP + piece)
                : few      ? 0
                           : SUMS_AT + MAX_VECTORS * MAX_LANES * piece,
     };

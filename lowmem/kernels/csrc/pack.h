@@ -14,11 +14,7 @@ INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c
     const int64_t from = m * job->weight->columns + c;
     if (type == FLOAT32)
         return (const float *)job->x + from;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        v_store(scratch + i, LEVEL(sixteen)((const uint16_t *)job->x + from + i, type));
-    for (; i < n; i++)
-        scratch[i] = read_as_float(job->x, type, from + i);
+    LEVEL(widen_run)((const uint16_t *)job->x + from, n, scratch, type);
     return scratch;
 }
 

@@ -117,16 +117,23 @@ INLINE V LEVEL(spread)(const struct order *order, const float *scales, int64_t g
 
 INLINE V LEVEL(sixteen)(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
 
+INLINE void LEVEL(widen_run)(const uint16_t *p, int64_t n, float *out, const int type)
+{
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        v_store(out + i, LEVEL(sixteen)(p + i, type));
+    for (; i < n; i++)
+        out[i] = read_as_float(p, type, i);
+}
+
 /* Columns from..to of a row of 16-bit floats, padded with zeros up to `floats`. */
 INLINE void LEVEL(widen)(const struct weight *w, int64_t row, int64_t from, int64_t floats, float *out, const int type)
 {
     const uint16_t *p = (const uint16_t *)w->packed + row * w->columns + from;
     const int64_t left = smaller(w->columns - from, floats);
-    int64_t c = 0;
-    for (; c + LANES <= left; c += LANES)
-        v_store(out + c, LEVEL(sixteen)(p + c, type));
-    for (; c < floats; c++)
-        out[c] = c < left ? read_as_float(p, type, c) : 0.0f;
+    LEVEL(widen_run)(p, left, out, type);
+    for (int64_t c = left < 0 ? 0 : left; c < floats; c++)
+        out[c] = 0.0f;
 }
 
 /* One group of a row of codes, in the order of the words; `scales` starts at the first block of group g0. */
