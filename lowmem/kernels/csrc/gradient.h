@@ -274,9 +274,8 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
 
 static void LEVEL(input_grad)(struct job *job)
 {
-    const int64_t piece = piece_of(job->batch, job->weight->stride * (int64_t)sizeof(float));
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
-        job->m1 = smaller(job->m0 + piece, job->batch);
+        job->m1 = smaller(job->m0 + job->piece, job->batch);
         parallel(job, LEVEL(grad_body), 1, NULL, 0);
     }
 }

@@ -24,7 +24,9 @@
 #define WIDE 8192                 /* columns of the input that are packed at a time */
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */
 #define PACKED_BYTES (704 * 1024) /* the most that a packed input takes, */
-#define MOST 256                  /* and the most inputs in it */
+#define MOST 256                  /* and the most inputs in it; */
+#define SCRATCH_BYTES (1008 * 1024) /* fewer, where scratch of many threads would be more with it, */
+#define LEAST_BYTES (256 * 1024)  /* but no less of it */
 #define GRAD_ROWS 32              /* rows, or pairs of them, of a tile of the gradient, a group of columns wide */
 #define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
@@ -96,6 +98,7 @@ struct job {
     float *packed; /* the input, or the gradient, in the order of the words */
     float *own; /* scratch of the threads */
     int64_t own_floats;
+    int64_t piece; /* inputs that are packed at a time */
     /* What is multiplied now: a piece of the batch, and groups of columns. */
     int64_t m0, m1, g0, g1;
     struct quantizing *quantizing;
@@ -131,10 +134,13 @@ extern const struct level level_portable, level_avx2, level_avx512, level_avx512
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* How many inputs of so many bytes are packed at a time: pieces of a batch that are about as large. */
-static inline int64_t piece_of(int64_t batch, int64_t bytes)
+/* How many inputs of so many packed bytes, and so many of the threads' own, are packed at a time beside `others`: pieces of a
+ * batch that are about as large. */
+static inline int64_t piece_of(int64_t batch, int64_t packed, int64_t own, int64_t others)
 {
-    const int64_t most = smaller(PACKED_BYTES / bytes, MOST), pieces = most ? (batch + most - 1) / most : batch;
+    const int64_t room = SCRATCH_BYTES - others < LEAST_BYTES ? LEAST_BYTES : SCRATCH_BYTES - others;
+    const int64_t most = smaller(smaller(PACKED_BYTES / packed, room / (packed + own)), MOST);
+    const int64_t pieces = most ? (batch + most - 1) / most : batch;
     return pieces ? (batch + pieces - 1) / pieces : 0;
 }
 

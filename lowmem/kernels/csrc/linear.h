@@ -266,9 +266,8 @@ static void LEVEL(linear)(struct job *job)
     const struct weight *w = job->weight;
     const int64_t groups = w->stride / GROUP, wide = WIDE / GROUP;
     const int few = job->batch <= FEW;
-    const int64_t piece = piece_of(job->batch, packed_width(w) * (job->low ? 2 : 4)); /* of a few, all */
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
-        job->m1 = smaller(job->m0 + piece, job->batch);
+        job->m1 = smaller(job->m0 + job->piece, job->batch); /* of a few, all */
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + wide, groups);
             if (few)

@@ -234,19 +234,18 @@ static int read_weight(const struct level *level, PyObject *prepared, PyObject *
 
 /* How a product's scratch is laid out, in floats: what the threads share, then what each has of its own. */
 struct layout {
-    int64_t threads, shared, own;
+    int64_t threads, piece, shared, own;
 };
 
 static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low)
 {
     const int few = batch <= FEW, bytes = low && !few && !transposed ? 2 : 4; /* of a packed number */
-    const int64_t width = transposed ? w->stride : packed_width(w), piece = piece_of(batch, width * bytes);
+    const int64_t width = transposed ? w->stride : packed_width(w), all = threads_for(threads, (double)w->rows * w->columns * batch);
+    const int64_t own = transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
+    const int64_t own_of_input = transposed ? GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
+    const int64_t piece = piece_of(batch, width * bytes, 4 * all * own_of_input, 4 * all * own);
     const struct layout layout = {
-        .threads = threads_for(threads, (double)w->rows * w->columns * batch),
-        .shared = piece * width * bytes / 4,
-        .own = transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP + piece)
-               : few      ? 0
-                          : SUMS_AT + MAX_VECTORS * MAX_LANES * piece,
+        .threads = all, .piece = piece, .shared = piece * width * bytes / 4, .own = own + own_of_input * piece,
     };
     return layout;
 }
@@ -339,6 +338,7 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
         .packed = scratch.memory,
         .own = scratch.memory + layout.shared,
         .own_floats = layout.own,
+        .piece = layout.piece,
         .update = updated ? &u : NULL,
     };
     Py_BEGIN_ALLOW_THREADS
