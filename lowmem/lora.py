@@ -229,6 +229,8 @@ def _at_once(base: nn.Module, adapter: Adapter, x: Tensor) -> Tensor | None:
         weight = base.weight
     else:
         return None
+    if type(adapter) is not Adapter or "forward" in adapter.__dict__:
+        return None
     own, bases, dropout = adapter._parameters, base._parameters, adapter._modules["dropout"]
     a, b = own.get("lora_a"), own.get("lora_b")
     if (

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem import QuantizedTensor, backend, kernels, measure, quantize
 from tests import strategies
@@ -439,3 +440,30 @@ print("fine")
 @compiled
 def test_nothing_past_the_end_is_read(level):
     assert run_python(PAGE_EDGE, level) == "fine\n"
+
+
+@compiled
+def test_tensors_of_another_kind_are_left_to_plain_torch(level):
+    """A mode that wraps what is made: C could not write into it."""
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    class Wraps(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            return made.as_subclass(Wrapped) if isinstance(made, torch.Tensor) and "empty" in str(func) else made
+
+    q, x, grad = quantize(torch.randn(8, 32)), torch.randn(2, 32), torch.randn(2, 8)
+    a, b = torch.randn(4, 32), torch.randn(8, 4)
+    with kernels.using(level):
+        runs = (
+            lambda: kernels.linear(x, q, torch.float32),
+            lambda: kernels.input_grad(grad, q, torch.float32),
+            lambda: kernels.add_update(grad, x, a, b, 0.5),
+        )
+        for run in runs:
+            expected = run()
+            with Wraps():
+                got = run()
+            torch.testing.assert_close(got.as_subclass(torch.Tensor), expected)

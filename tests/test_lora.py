@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import FourBit, Half, LoRA, convert, kernels
+from lowmem.lora import Adapter
 from tests import strategies
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
@@ -124,6 +125,26 @@ def test_hooks_on_the_base_see_its_own_output(updates):
     del layer.base.forward
     layer(x)
     assert updates == [True]
+
+
+@torch.no_grad()
+def test_an_adapter_s_own_forward_is_called(updates):
+    layer, x = one_adapter(), torch.randn(2, 24)
+    expected, adapter = layer(x), layer.adapters["default"]
+    before = adapter.forward
+    adapter.forward = lambda out, given: before(out, given) + 1
+    updates.clear()
+    assert torch.equal(layer(x), expected + 1)
+    assert updates == [False]
+    del adapter.forward
+    assert torch.equal(layer(x), expected)
+
+    class Doubled(Adapter):
+        def forward(self, out, given):
+            return super().forward(out, given) * 2
+
+    adapter.__class__ = Doubled
+    assert torch.equal(layer(x), expected * 2)
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,8 @@ INLINE int LEVEL(grad_few)(const struct weight *w, int64_t batch, int low)
 #include "gradient_bfloat16.h"
 #endif
 
-/* Rows r0 to r1 of group g, of the chunk of groups t0 to t1; `scales` holds those of the chunk, row by row, and `grad` what
- * the inputs have for the rows. Returns how many groups are done. */
+/* Rows r0 to r1 of group g, of the chunk of groups t0 to t1; `scales` holds those of the chunk, row by row, where a tile is
+ * restored, and `grad` what the inputs have for the rows. Returns how many groups are done. */
 static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
                              int64_t t1, int64_t g, const float *scales, float *tile, float *sums)
 {
@@ -204,12 +204,12 @@ INLINE void LEVEL(unpack)(const struct job *job, int64_t g, const float *sums, c
                 float runs[4 * LANES]; /* four columns a word */
                 const float *of = sums + high * LANES;
                 v_runs(v_load(of), v_load(of + 2 * LANES), v_load(of + 4 * LANES), v_load(of + 6 * LANES), runs);
-                char typed[4 * LANES * sizeof(float)];
+                uint16_t typed[4 * LANES];
                 for (int i = 0; i < 4 && type != FLOAT32; i++)
                     LEVEL(store_as)(typed, type, i * LANES, v_load(runs + i * LANES));
                 for (int i = 0; i < LANES; i++)
                     memcpy(out + (column[i] + high * half) * size,
-                           type == FLOAT32 ? (const char *)(runs + 4 * i) : typed + 8 * i, (size_t)(4 * size));
+                           type == FLOAT32 ? (const void *)(runs + 4 * i) : typed + 4 * i, (size_t)(4 * size));
             }
         return;
     }
@@ -235,7 +235,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     float *scales = job->own + thread * job->own_floats, *tile = scales + 2 * GRAD_ROWS * TILE_SCALES;
     const int low = job->low;
     const int64_t batch = (job->m1 - job->m0) * GROUP;
-    const int few = LEVEL(grad_few)(w, job->m1 - job->m0, low), no_tile = few && (w->order || w->columns % GROUP == 0);
+    const int few = LEVEL(grad_few)(w, job->m1 - job->m0, low), no_tile = few && (w->order || w->columns == w->stride);
     const int paired = low && !few;
     const int64_t step = no_tile ? GRAD_FEW_ROWS : paired ? 2 * GRAD_ROWS : GRAD_ROWS;
     float *rows = no_tile ? tile : tile + GRAD_ROWS * MAX_GROUP;

@@ -318,8 +318,11 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
     if (!read_memory(made, &out) || out.type < 0 || !has_shape(&out, x.shape[0], to) || (updated && out.type != FLOAT32) ||
         take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, 4 * (floats + x.shape[0] * u.rank), &scratch)) {
         Py_DECREF(made);
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_ValueError, "out is no tensor (batch, features) that C can write");
+        if (PyErr_Occurred())
+            return NULL;
+        if (out_given == Py_None)
+            Py_RETURN_NONE; /* something makes tensors of another kind */
+        PyErr_SetString(PyExc_ValueError, "out is no tensor (batch, features) that C can write");
         return NULL;
     }
     u.base = u.out = out.data;
@@ -417,7 +420,11 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
         Py_RETURN_NONE;
     PyObject *made = empty_like(args[BASE], base.shape[0], u.rows);
     struct scratch narrow;
-    if (!made || !read_memory(made, &out) || take_scratch(args[BASE], 4, 4 * base.shape[0] * (u.rank + !u.rank), &narrow)) {
+    if (made && !read_memory(made, &out) && !PyErr_Occurred()) {
+        Py_DECREF(made);
+        Py_RETURN_NONE; /* something makes tensors of another kind */
+    }
+    if (!made || PyErr_Occurred() || take_scratch(args[BASE], 4, 4 * base.shape[0] * (u.rank + !u.rank), &narrow)) {
         Py_XDECREF(made);
         return PyErr_Occurred() ? NULL : no_memory();
     }

@@ -3,8 +3,8 @@
  *
  *   column of byte b, low nibble: 8 * word + b        high nibble: 8 * word + 4 + b
  *
- * which is the input's own order, four columns at a time. PART units of an input lie together (columns, or pairs of them as
- * bfloat16), and after them those of the next input. 16-bit weights have the columns in their own order. */
+ * which is the input's own order, four columns at a time. PART columns of an input lie together, as float32 or as bfloat16,
+ * and after them those of the next input. 16-bit weights have the columns in their own order. */
 
 #define PART_UNITS(low) (PART / ((low) ? 2 : 1)) /* floats that they take */
 
