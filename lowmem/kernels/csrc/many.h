@@ -417,6 +417,7 @@ static void LEVEL(many_body)(struct job *job, int64_t part, int64_t parts, int64
     share(job->weight->rows, MANY_ROWS, parts, part, &r, &to);
     if (r >= to)
         return;
+    LEVEL(fetch_packed)(job, part, (job->m1 - job->m0) * (job->g1 - job->g0) * GROUP * (job->low ? 2 : 4));
 #if LEVEL_LOW
     if (job->low) {
         LEVEL(many_rows)(job, r, to, own, 1);

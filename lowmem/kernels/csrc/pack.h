@@ -8,6 +8,14 @@
 
 #define PART_UNITS(low) (PART / ((low) ? 2 : 1)) /* floats that they take */
 
+/* Fetch what is packed, where a thread begins: others have written it. Line by line, as products need it, each line would be
+ * waited for, which takes as long as the products where cores share no cache. */
+INLINE void LEVEL(fetch_packed)(const struct job *job, int64_t part, int64_t bytes)
+{
+    for (int64_t i = 0; part < job->threads && i < smaller(bytes, FETCHED_BYTES); i += 64)
+        prefetch((const char *)job->packed + i);
+}
+
 /* Columns from c on of input m, n of them, as float32. */
 INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c, int64_t n, float *scratch, const int type)
 {
