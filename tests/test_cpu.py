@@ -457,17 +457,32 @@ def test_gradients_of_16_bit_weights_whose_last_group_of_columns_is_short(level,
                 assert_exact(got, x, w.float().t())
 
 
+def stored(kind, dense, **options):
+    """A weight of a kind, and the numbers that it stands for."""
+    w = dense.half() if kind == "half" else quantize(dense, "int4", **options)
+    return w, w.float() if kind == "half" else w.dequantize()
+
+
+@compiled
+@pytest.mark.parametrize("size", [1024, 4096])
+@pytest.mark.parametrize("kind", ["half", "4-bit"])
+def test_long_sums_of_one_sign_lose_no_more_than_torch_s(level, kind, size):
+    dense = torch.rand(5, size, generator=torch.Generator().manual_seed(0)) + 0.1
+    (wide, of_wide), (tall, of_tall) = stored(kind, dense), stored(kind, dense.t().contiguous(), block_size=8)
+    with kernels.using(level):
+        for batch in (1, 4, 12, 16, 40):
+            for x in (torch.ones(batch, size), torch.rand(batch, size)):
+                assert_exact(kernels.linear(x, wide, torch.float32), x, of_wide)
+                assert_exact(kernels.input_grad(x, tall, torch.float32), x, of_tall.t())
+
+
 @compiled
 @pytest.mark.parametrize("size", [512, 4096])
 @pytest.mark.parametrize("kind", ["half", "4-bit"])
-def test_long_sums_of_one_sign_lose_no_more_than_torch_s(level, kind, size):
-    """Of numbers so alike that every sum is rounded the same way: torch's own loses more than 1e-6 of some."""
+def test_sums_that_round_one_way_lose_no_more_than_torch_s(level, kind, size):
+    """Of numbers so alike that torch's own product loses more than 1e-6 of some."""
     dense = 0.9 + 0.05 * torch.rand(256, size, generator=torch.Generator().manual_seed(0))
-    wide, tall = dense, dense.t().contiguous()
-    if kind == "half":
-        wide, tall = wide.half(), tall.half()
-    else:
-        wide, tall = quantize(wide, "int4"), quantize(tall, "int4", block_size=8)
+    (wide, of_wide), (tall, of_tall) = stored(kind, dense), stored(kind, dense.t().contiguous(), block_size=8)
 
     def lost(got, x, exact):
         norms = x.double().norm(dim=1)[:, None] * exact.double().norm(dim=1)
@@ -475,22 +490,23 @@ def test_long_sums_of_one_sign_lose_no_more_than_torch_s(level, kind, size):
 
     with kernels.using(level):
         for batch in (1, 4, 12, 16, 40):
-            for x in (torch.full((batch, size), 0.37), torch.full((batch, size), 0.61), torch.rand(batch, size)):
-                exact = wide.dequantize() if kind == "4-bit" else wide.float()
-                assert lost(kernels.linear(x, wide, torch.float32), x, exact) <= max(
-                    1e-6, lost(x @ exact.t(), x, exact)
-                )
-                exact = tall.dequantize().t() if kind == "4-bit" else tall.float().t()
-                got = kernels.input_grad(x, tall, torch.float32)
-                assert lost(got, x, exact) <= max(1e-6, lost(x @ exact.t(), x, exact))
+            for x in (torch.full((batch, size), 0.37), torch.full((batch, size), 0.61)):
+                for got, exact in (
+                    (kernels.linear(x, wide, torch.float32), of_wide),
+                    (kernels.input_grad(x, tall, torch.float32), of_tall.t()),
+                ):
+                    assert lost(got, x, exact) <= max(1e-6, lost(x @ exact.t(), x, exact))
 
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("batch", "threads"), [(64, 8), (512, 8), (512, 16)])
 @pytest.mark.parametrize("kind", ["half", "4-bit"])
-def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyte(level, dtype, batch, threads, kind):
-    rows, columns = 1024, 1280
+@pytest.mark.parametrize("shape", [(4096, 256), (1024, 1280)])
+def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyte(
+    level, dtype, batch, threads, kind, shape
+):
+    rows, columns = shape
     dense = strategies.make_weight("normal", (rows, columns), 0, 0)
     w = dense.half() if kind == "half" else quantize(dense)
     x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, rows).to(dtype)

@@ -2,7 +2,8 @@
  *
  *   FEW_ROWS(M)    rows at a time with M inputs where these are few, at most 4
  *   FUSED_BATCH    the largest batch that is multiplied with codes decoded in registers, FUSED_INPUTS at a time
- *   MANY_INPUTS    inputs at a time that are multiplied with restored rows, at most 16
+ *   MANY_VECTORS   vectors of rows that are restored together, at most MAX_VECTORS, and
+ *   MANY_INPUTS    inputs at a time that are multiplied with them, at most 16
  *   GRAD_VECTORS, TILE_VECTORS   vectors of columns at a time in the gradient, decoded in registers or in a tile:
  *                  divisors of 8
  */

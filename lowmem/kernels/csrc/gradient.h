@@ -6,7 +6,6 @@
 #define GRAD_FEW_ROWS 128 /* rows at a time then, which one sum has: what the inputs have for them lies where a tile would */
 _Static_assert(GRAD_FEW_BATCH * GRAD_FEW_ROWS <= GRAD_ROWS * MAX_GROUP, "they fit a tile");
 #define EACH_VECTOR(most) _Pragma("GCC unroll 8") for (int n = 0; n < most; n++)
-
 #define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
 INLINE void LEVEL(add_to)(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
@@ -107,6 +106,7 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
     EACH_SUM EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
 }
 
+/* The same with a weight of either kind. */
 INLINE void LEVEL(accumulate_any)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
                                   int64_t r0, int64_t r1, int64_t g, const int k0, float *sums)
 {

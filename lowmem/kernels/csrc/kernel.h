@@ -21,7 +21,6 @@
 #define TILES_AT (WORDS_AT + MAX_VECTORS * MAX_LANES * PART / 8) /* two of them, behind the words of one; */
 #define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART)  /* behind those */
 #define LARGEST_BLOCK 4096
-#define FETCHED_BYTES (256 * 1024) /* the most of a packed input that a thread fetches before it begins */
 #define WIDE 8192                 /* columns of the input that are packed at a time */
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */
 #define PACKED_BYTES (704 * 1024) /* the most that a packed input takes, */

@@ -244,7 +244,6 @@ static void LEVEL(few_body)(struct job *job, int64_t part, int64_t parts, int64_
     (void)thread;
     int64_t r, to;
     share(job->weight->rows, SHARE_ROWS, parts, part, &r, &to);
-    LEVEL(fetch_packed)(job, part, (job->m1 - job->m0) * (job->g1 - job->g0) * GROUP * (job->low ? 2 : 4));
     const struct update *u = job->g1 * GROUP < job->weight->columns ? NULL : job->update; /* once the rows are whole */
     for (int64_t end; r < to; r = end) {
         end = u ? smaller(r + UPDATE_ROWS, to) : to;

@@ -7,7 +7,8 @@
 
 #define UNITS(low) ((low) ? 4 : 8) /* of a word */
 #define MANY_ROWS (LANES * MANY_VECTORS) /* of a tile */
-#define MANY_SUMS 24 /* vectors of rows times inputs, the most at a time */
+#define MANY_SUMS (MANY_VECTORS * MANY_INPUTS) /* in registers */
+_Static_assert(MANY_VECTORS <= MAX_VECTORS && MANY_INPUTS <= 16, "scratch and passes have room for them");
 #define EACH_LANE _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
 #define EACH_OF_MANY _Pragma("GCC unroll 16") for (int j = 0; j < M; j++)
 #define EACH_ROWS for (int v = 0; v < MANY_VECTORS; v++)
@@ -344,7 +345,10 @@ INLINE void LEVEL(begin_tile)(const struct job *job, int64_t r, int64_t start, i
     if ((start - job->g0 * GROUP) % CHUNK == 0)
         *first = LEVEL(chunk_scales)(job, r, start, MANY_VECTORS, scales);
     for (int64_t c = 0; c < columns; c += GROUP)
-        EACH_ROWS LEVEL(words_across)(w, r + v * LANES, (start + c) / GROUP, MANY_ROWS, words + c / 8 * MANY_ROWS + v * LANES);
+        EACH_ROWS {
+            float *at = words + c / 8 * MANY_ROWS + v * LANES;
+            LEVEL(words_across)(w, r + v * LANES, (start + c) / GROUP, MANY_ROWS, at);
+        }
     const int64_t byte = start / 2, block = byte / w->half;
     to->words = words;
     to->scales = scales + (block - *first) * MANY_ROWS;
@@ -417,7 +421,6 @@ static void LEVEL(many_body)(struct job *job, int64_t part, int64_t parts, int64
     share(job->weight->rows, MANY_ROWS, parts, part, &r, &to);
     if (r >= to)
         return;
-    LEVEL(fetch_packed)(job, part, (job->m1 - job->m0) * (job->g1 - job->g0) * GROUP * (job->low ? 2 : 4));
 #if LEVEL_LOW
     if (job->low) {
         LEVEL(many_rows)(job, r, to, own, 1);

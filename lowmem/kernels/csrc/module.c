@@ -419,14 +419,14 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     if (!is || base.type != FLOAT32 || !has_shape(&base, x.shape[0], u.rows))
         Py_RETURN_NONE;
     PyObject *made = empty_like(args[BASE], base.shape[0], u.rows);
+    if (!made)
+        return NULL;
     struct scratch narrow;
-    if (made && !read_memory(made, &out) && !PyErr_Occurred()) {
+    if (!read_memory(made, &out) || take_scratch(args[BASE], 4, 4 * base.shape[0] * (u.rank + !u.rank), &narrow)) {
         Py_DECREF(made);
+        if (PyErr_Occurred())
+            return NULL;
         Py_RETURN_NONE; /* something makes tensors of another kind */
-    }
-    if (!made || PyErr_Occurred() || take_scratch(args[BASE], 4, 4 * base.shape[0] * (u.rank + !u.rank), &narrow)) {
-        Py_XDECREF(made);
-        return PyErr_Occurred() ? NULL : no_memory();
     }
     u.base = base.data;
     u.narrow = narrow.memory;

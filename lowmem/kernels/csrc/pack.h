@@ -8,14 +8,6 @@
 
 #define PART_UNITS(low) (PART / ((low) ? 2 : 1)) /* floats that they take */
 
-/* Fetch what is packed, where a thread begins: others have written it. Line by line, as products need it, each line would be
- * waited for, which takes as long as the products where cores share no cache. */
-INLINE void LEVEL(fetch_packed)(const struct job *job, int64_t part, int64_t bytes)
-{
-    for (int64_t i = 0; part < job->threads && i < smaller(bytes, FETCHED_BYTES); i += 64)
-        prefetch((const char *)job->packed + i);
-}
-
 /* Columns from c on of input m, n of them, as float32. */
 INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c, int64_t n, float *scratch, const int type)
 {
@@ -42,24 +34,24 @@ INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, 
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, bytes = low ? 2 : 4;
-    const int64_t part = PART, last = (floats - 1) / part * part;
-#define PLACE(s) ((char *)job->packed + bytes * ((s) / part * part * batch + (m - job->m0) * part + (s) % part))
+    const int64_t last = (floats - 1) / PART * PART;
+#define PLACE(s) ((char *)job->packed + bytes * ((s) / PART * PART * batch + (m - job->m0) * PART + (s) % PART))
     if (floats != w->columns)
         memset(PLACE(last), 0, (size_t)((floats - last) * bytes));
     if (!w->order) {
-        for (int64_t s = 0, n; s < floats && begin + s < w->columns; s += part) {
-            n = smaller(smaller(part, floats - s), w->columns - begin - s);
+        for (int64_t s = 0, n; s < floats && begin + s < w->columns; s += PART) {
+            n = smaller(smaller(PART, floats - s), w->columns - begin - s);
             memcpy(PLACE(s), LEVEL(floats_of)(job, m, begin + s, n, scratch, type), (size_t)n * sizeof(float));
         }
         return;
     }
     const int64_t end = smaller((begin + floats) / 2, w->row_bytes), half = w->half;
     int64_t block = begin / 2 / half;
-    if (part / 2 % half == 0 && half % 4 == 0) /* a part is whole blocks */
-        for (; (block + 1) * half <= end && block * half * 2 + part <= w->columns; block += part / 2 / half) {
+    if (PART / 2 % half == 0 && half % 4 == 0) /* a part is whole blocks */
+        for (; (block + 1) * half <= end && block * half * 2 + PART <= w->columns; block += PART / 2 / half) {
             const int64_t start = block * 2 * half;
             const char *x = low ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
-                                : (const char *)LEVEL(floats_of)(job, m, start, part, scratch, type);
+                                : (const char *)LEVEL(floats_of)(job, m, start, PART, scratch, type);
             char *place = PLACE(start - begin);
             switch (half) {
             case 8: LEVEL(interleave)(x, place, 8, (int)bytes); break;

@@ -117,6 +117,7 @@ INLINE V LEVEL(spread)(const struct order *order, const float *scales, int64_t g
 
 INLINE V LEVEL(sixteen)(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
 
+/* n 16-bit floats as float32. */
 INLINE void LEVEL(widen_run)(const uint16_t *p, int64_t n, float *out, const int type)
 {
     int64_t i = 0;
