@@ -16,21 +16,57 @@ INLINE __m512bh LEVEL(pair_of)(const float *p)
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-/* Turn packed float32 into bfloat16 in the order in which 16-bit words bring codes up: for a group, nibble 0 to 3 of
- * every 16-bit word, of which word 2 i + h is half h of the 32-bit word i. */
-static void LEVEL(lower)(float *x, int64_t floats, int64_t batch)
+/* 64 columns, those of a group's low nibbles or of its high ones: of even bytes to out, of odd ones to out + step. */
+INLINE void LEVEL(put_nibbles)(W front, W back, uint16_t *out, int64_t step)
 {
-    uint16_t *out = (uint16_t *)x; /* what is written has been read */
-    for (int64_t g = 0; g < floats; g += GROUP, x += batch * GROUP, out += batch * GROUP) {
-        W low[FEW][4];
-        for (int64_t m = 0; m < batch; m++)
-            for (int k = 0; k < 4; k++) {
-                const V even = v_load(x + (k * batch + m) * LANES), odd = v_load(x + ((k + 4) * batch + m) * LANES);
-                low[m][k] = LEVEL(pairs)(even, odd);
+    const W lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const W even = _mm512_add_epi32(_mm512_set1_epi32(0x00020000), _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00040004)));
+    const W odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(front, even, back));
+    _mm512_storeu_si512(out + step, _mm512_permutex2var_epi16(front, odd, back));
+}
+
+/* Pack input m in the order in which 16-bit words bring codes up: for a group, nibble 0 to 3 of every 16-bit word, of which
+ * word 2 i + h is half h of the 32-bit word i; for each nibble, all inputs. */
+static void LEVEL(pack_low)(const struct job *job, int64_t m)
+{
+    const struct weight *w = job->weight;
+    const int64_t half = w->half, step = (job->m1 - job->m0) * 32; /* from a nibble to the next */
+    const uint16_t *x = (const uint16_t *)job->x + m * w->columns;
+    uint16_t *out = (uint16_t *)job->packed + (m - job->m0) * 32;
+    uint64_t fours[2][8]; /* of two vectors, in small blocks: where four columns of a block's first half lie, or of its second */
+    for (int64_t n = 0, run = smaller(half / 4, 4); n < 8; n++) {
+        fours[0][n] = (uint64_t)(n / run * 2 * run + n % run);
+        fours[1][n] = fours[0][n] + (uint64_t)run;
+    }
+    for (int64_t g = job->g0; g < job->g1; g++, out += 4 * step) {
+        const int64_t byte = g * LANES * 4, block = byte / half;
+        const int whole_blocks = LANES * 4 % half == 0 && 2 * byte + GROUP <= w->columns; /* of them, the group is made */
+        if (whole_blocks && half <= 16) {
+            W v[4];
+            for (int i = 0; i < 4; i++)
+                v[i] = _mm512_loadu_si512(x + 2 * byte + 32 * i);
+            for (int high = 0; high < 2; high++) {
+                const W from = _mm512_loadu_si512(fours[high]);
+                LEVEL(put_nibbles)(_mm512_permutex2var_epi64(v[0], from, v[1]), _mm512_permutex2var_epi64(v[2], from, v[3]),
+                                   out + high * step, 2 * step);
             }
-        for (int64_t m = 0; m < batch; m++)
+        } else if (whole_blocks || (half % (LANES * 4) == 0 && 2 * half * (block + 1) <= w->columns)) {
+            const uint16_t *lows = x + byte + block * half, *backs = lows + (half == 32 ? 64 : 32);
+            for (int high = 0; high < 2; high++, lows += half, backs += half)
+                LEVEL(put_nibbles)(_mm512_loadu_si512(lows), _mm512_loadu_si512(backs), out + high * step, 2 * step);
+        } else {
             for (int k = 0; k < 4; k++)
-                _mm512_storeu_si512(out + (k * batch + m) * 32, low[m][k]);
+                memset(out + k * step, 0, 64);
+            for (int64_t i = 0; i < LANES * 4 && byte + i < w->row_bytes; i++) {
+                const int64_t start = (byte + i) / half * 2 * half, j = (byte + i) % half;
+                const int64_t left = smaller(w->columns - start, 2 * half), lower = (left + 1) / 2;
+                uint16_t *to = out + i % 2 * 2 * step + i / 2;
+                to[0] = x[start + j];
+                if (lower + j < left)
+                    to[step] = x[start + lower + j];
+            }
+        }
     }
 }
 
@@ -40,7 +76,10 @@ INLINE W LEVEL(table_low)(const float *levels)
     return (W)_mm512_cvtne2ps_pbh(table, table); /* twice: the permute reads a bit above the nibble */
 }
 
-/* As few_groups: 32 levels are looked up at once. */
+#define LOW_ROWS(M) ((M) <= 2 ? 4 : 2) /* at a time with M inputs, of which two are multiplied side by side: */
+#define EACH_OF_TWO EACH_INPUT if (j / 2 == two)
+
+/* As few_groups: 32 levels are looked up at once, and what has been looked up stays in registers for all inputs. */
 INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
                                   const float *x, V *sums)
 {
@@ -56,27 +95,30 @@ INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, 
     for (; g < g1; g++, p += LANES * 4, x += M * (GROUP / 2), block += 4 * LANES) {
         const int64_t left = row_bytes - g * (LANES * 4);
         EACH_ROW prefetch(p + ahead + i * row_bytes);
-        W words[4];
-        V sum[FEW_SUMS];
+        W words[4], level[4 * 4];
+        V scale[4];
         if (first[g] != from)
             LEVEL(few_scales)(w, r, 1, from = first[g], R, unit, stored);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
         else
             EACH_ROW words[i] = words_load(p + i * row_bytes, left);
-        EACH_ROW EACH_INPUT sum[AT] = v_zero();
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) {
-            W level[4];
-            EACH_ROW level[i] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[i], 4 * k), table);
-            EACH_INPUT {
-                const __m512bh value = (__m512bh)_mm512_loadu_si512(x + (k * M + j) * LANES);
-                EACH_ROW sum[AT] = _mm512_dpbf16_ps(sum[AT], (__m512bh)level[i], value);
+        for (int two = 0; 2 * two < M; two++) {
+            V sum[FEW_SUMS];
+            EACH_ROW EACH_OF_TWO sum[AT] = v_zero();
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) {
+                if (!two)
+                    EACH_ROW level[i * 4 + k] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[i], 4 * k), table);
+                EACH_OF_TWO {
+                    const __m512bh value = (__m512bh)_mm512_loadu_si512(x + (k * M + j) * LANES);
+                    EACH_ROW sum[AT] = _mm512_dpbf16_ps(sum[AT], (__m512bh)level[i * 4 + k], value);
+                }
             }
-        }
-        EACH_ROW {
-            const V scale = v_spread(stored[i], block);
-            EACH_INPUT acc[AT] = v_fma(sum[AT], scale, acc[AT]);
+            if (!two)
+                EACH_ROW scale[i] = v_spread(stored[i], block);
+            EACH_ROW EACH_OF_TWO acc[AT] = v_fma(sum[AT], scale[i], acc[AT]);
         }
     }
     EACH_ROW EACH_INPUT sums[AT] = acc[AT];

@@ -2,9 +2,9 @@
 
 #define GRAD_INPUTS 6     /* of the gradient at a time with a tile, */
 #define GRAD_FEW_INPUTS 3 /* and with codes decoded in registers, */
-#define GRAD_FEW_BATCH 8  /* up to this batch (in bfloat16: of GRAD_FEW_INPUTS) */
-#define GRAD_FEW_ROWS 128 /* rows at a time then, which one sum has: what the inputs have for them lies where a tile would */
-_Static_assert(GRAD_FEW_BATCH * GRAD_FEW_ROWS <= GRAD_ROWS * MAX_GROUP, "they fit a tile");
+#define GRAD_FEW_BATCH 8  /* up to this batch */
+#define GRAD_FEW_ROWS 128 /* rows at a time then, which one sum has: what the inputs have for them lies where scales would */
+_Static_assert(GRAD_FEW_BATCH * GRAD_FEW_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "they fit there");
 #define EACH_VECTOR(most) _Pragma("GCC unroll 8") for (int n = 0; n < most; n++)
 #define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
@@ -26,11 +26,10 @@ INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int 
     EACH_INPUT EACH_VECTOR(TILE_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
 }
 
-/* Whether groups g and g + 1 can be multiplied side by side: one vector holds the scales of both. */
-INLINE int LEVEL(two_groups)(const struct weight *w, int64_t batch, int64_t g, int64_t g1)
+/* Whether one vector holds the scales of groups g and g + 1, of those before t1. */
+INLINE int LEVEL(share_scales)(const struct weight *w, int64_t g, int64_t t1)
 {
-    const int32_t *first = w->order ? w->order->first_block + g : NULL;
-    return batch == 1 && GRAD_VECTORS == 8 && g + 1 < g1 && (!first || first[0] == first[1]);
+    return g + 1 < t1 && (!w->order || w->order->first_block[g] == w->order->first_block[g + 1]);
 }
 
 /* What a row is multiplied with: the scales from block `first` on times what the inputs have for it, spread over the words. */
@@ -120,9 +119,9 @@ INLINE void LEVEL(accumulate_any)(const struct weight *w, const float *grad, int
 }
 
 /* Whether the gradient of a batch needs no tile: rows are decoded in registers. */
-INLINE int LEVEL(grad_few)(const struct weight *w, int64_t batch, int low)
+INLINE int LEVEL(grad_few)(const struct weight *w, int64_t batch)
 {
-    return batch <= (low ? GRAD_FEW_INPUTS : GRAD_FEW_BATCH) && (!w->order || w->order->whole_words);
+    return batch <= GRAD_FEW_BATCH && (!w->order || w->order->whole_words);
 }
 
 #if LEVEL_LOW
@@ -136,9 +135,9 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
-    if (LEVEL(grad_few)(w, batch, 0) && (w->order || (g + 1) * GROUP <= w->columns)) {
+    if (LEVEL(grad_few)(w, batch) && (w->order || (g + 1) * GROUP <= w->columns)) {
         const int64_t whole = w->order ? t1 : smaller(t1, w->columns / GROUP);
-        if (LEVEL(two_groups)(w, batch, g, whole)) {
+        if (batch == 1 && GRAD_VECTORS == 8 && LEVEL(share_scales)(w, g, whole)) { /* side by side */
             LEVEL(accumulate_any)(w, grad, stride, 1, 2, r0, r1, g, 0, sums);
             return 2;
         }
@@ -235,14 +234,14 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     float *scales = job->own + thread * job->own_floats, *tile = scales + 2 * GRAD_ROWS * TILE_SCALES;
     const int low = job->low;
     const int64_t batch = (job->m1 - job->m0) * GROUP;
-    const int few = LEVEL(grad_few)(w, job->m1 - job->m0, low), no_tile = few && (w->order || w->columns == w->stride);
+    const int few = LEVEL(grad_few)(w, job->m1 - job->m0), no_tile = few && (w->order || w->columns == w->stride);
     const int paired = low && !few;
     const int64_t step = no_tile ? GRAD_FEW_ROWS : paired ? 2 * GRAD_ROWS : GRAD_ROWS;
-    float *rows = no_tile ? tile : tile + GRAD_ROWS * MAX_GROUP;
+    float *rows = no_tile ? scales : tile + GRAD_ROWS * MAX_GROUP;
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
-    for (int64_t t0 = g0; t0 < g1; t0 += TILE_GROUPS) {
-        const int64_t t1 = smaller(t0 + TILE_GROUPS, g1);
+    for (int64_t t0 = g0, t1; t0 < g1; t0 = t1) {
+        t1 = few ? g1 : smaller(t0 + TILE_GROUPS, g1);
         memset(job->packed + t0 * batch, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
         for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
             r1 = smaller(r0 + step, w->rows);

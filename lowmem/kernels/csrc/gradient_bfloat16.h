@@ -18,61 +18,143 @@ INLINE void LEVEL(accumulate_low)(const float *grad, int64_t grad_stride, const 
     EACH_INPUT EACH_VECTOR(TILE_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
 }
 
-/* What a pair of rows is multiplied with: the scales from block `first` on times two numbers of `grad`, side by side, spread
- * over the words. */
-INLINE void LEVEL(pair_factors)(const struct weight *w, int64_t r, int64_t next, int64_t first, const W *spread,
-                                const float *grad, int64_t grad_stride, const int M, const int G, W *factor)
+/* What a pair of rows is multiplied with: the scales from block `first` on times what M inputs have for the rows, as bfloat16,
+ * those of the second row behind those of the first. */
+INLINE void LEVEL(pair_factors)(const struct weight *w, int64_t r, int64_t next, int64_t first, const float *grad, const int M,
+                                W *factor)
 {
     V unit[2], scale[2];
     LEVEL(row_units)(w, r, next, 2, unit);
     LEVEL(few_scales)(w, r, next, first, 2, unit, scale);
     EACH_INPUT {
-        const V one = v_mul(scale[0], v_set1(grad[j * grad_stride])), two = v_mul(scale[1], v_set1(grad[j * grad_stride + 1]));
-        const W both = (W)_mm512_cvtne2ps_pbh(two, one);
-        for (int i = 0; i < G; i++)
-            factor[j + i] = _mm512_permutexvar_epi16(spread[i], both);
+        const float *of = grad + j * GRAD_FEW_ROWS;
+        const V one = v_mul(scale[0], v_set1(of[0])), two = v_mul(scale[1], v_set1(of[1]));
+        factor[j] = (W)_mm512_cvtne2ps_pbh(two, one);
     }
 }
 
-/* As accumulate_few, for pairs of rows: `grad` has a zero after the last of an odd number. Halves of a word of each row lie
- * side by side, and so do their factors, which hold the scales: levels are looked up as bfloat16. */
-INLINE void LEVEL(accumulate_few_low)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
-                                      int64_t r0, int64_t r1, int64_t g, float *sums)
+/* Where a pair's factors for the words of a group lie: that of the first row, and that of the second, side by side. */
+INLINE W LEVEL(pair_spread)(const struct order *order, int64_t g)
+{
+    const W block = _mm512_loadu_si512(order->block + g * 4 * LANES);
+    return _mm512_or_si512(block, _mm512_slli_epi32(_mm512_add_epi32(block, _mm512_set1_epi32(LANES)), 16));
+}
+
+/* The low or the high halves of the words of two rows, side by side. */
+INLINE W LEVEL(pair_halves)(W one, W two, const int high)
+{
+    const __mmask32 odd = 0xaaaaaaaa;
+    return high ? _mm512_mask_blend_epi16(odd, _mm512_srli_epi32(one, 16), two)
+                : _mm512_mask_blend_epi16(odd, one, _mm512_slli_epi32(two, 16));
+}
+
+INLINE __m512bh LEVEL(pair_level)(W halves, const int k, W table)
+{
+    return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 4 * k), table);
+}
+
+/* As accumulate_few, with one input and G groups, for pairs of rows: `grad` has a zero after the last of an odd number. Factors
+ * hold the scales, so that levels are looked up as bfloat16. */
+INLINE void LEVEL(accumulate_one_low)(const struct weight *w, const float *grad, const int G, int64_t r0, int64_t r1, int64_t g,
+                                      float *sums)
 {
     const W table = LEVEL(table_low)(w->levels);
     const int64_t first = w->order->first_block[g], row_bytes = w->row_bytes, left = row_bytes - g * LANES * 4;
     const uint8_t *p = w->packed + r0 * row_bytes + g * LANES * 4;
-    const __mmask32 odd = 0xaaaaaaaa;
-    W spread[2]; /* of two vectors of scales, one behind the other, that of the first row's block and that of the second's */
+    V acc[2 * 8];
+    W spread[2], both;
     for (int i = 0; i < G; i++) {
-        const W block = _mm512_loadu_si512(w->order->block + (g + i) * 4 * LANES);
-        spread[i] = _mm512_or_si512(block, _mm512_slli_epi32(_mm512_add_epi32(block, _mm512_set1_epi32(LANES)), 16));
+        spread[i] = LEVEL(pair_spread)(w->order, g + i);
+        EACH_VECTOR(8) acc[i * 8 + n] = v_zero();
     }
-    V acc[GRAD_FEW_INPUTS * 8];
-    W factor[GRAD_FEW_INPUTS];
-    EACH_SUM EACH_VECTOR(8) acc[j * 8 + n] = v_zero();
-    LEVEL(pair_factors)(w, r0, r0 + 1 < r1, first, spread, grad, grad_stride, M, G, factor);
+    LEVEL(pair_factors)(w, r0, r0 + 1 < r1, first, grad, 1, &both);
     for (int64_t r = r0; r < r1; r += 2, p += 2 * row_bytes) {
         const int64_t next = (r + 1 < r1) * row_bytes, pair = r + 2 < r1 ? r + 2 : r;
-        W halves[2 * 2], later[GRAD_FEW_INPUTS]; /* factors take so long that they are begun a pair ahead */
-        LEVEL(pair_factors)(w, pair, pair + 1 < r1, first, spread, grad + (pair - r0), grad_stride, M, G, later);
+        W halves[2 * 2], later; /* factors take so long that they are begun a pair ahead */
+        __m512bh factor[2];
+        LEVEL(pair_factors)(w, pair, pair + 1 < r1, first, grad + (pair - r0), 1, &later);
         for (int i = 0; i < G; i++) {
             const uint8_t *at = p + i * LANES * 4;
             const W one = words_load(at, left - i * LANES * 4), two = words_load(at + next, left - i * LANES * 4);
-            halves[2 * i] = _mm512_mask_blend_epi16(odd, one, _mm512_slli_epi32(two, 16));
-            halves[2 * i + 1] = _mm512_mask_blend_epi16(odd, _mm512_srli_epi32(one, 16), two);
+            halves[2 * i] = LEVEL(pair_halves)(one, two, 0);
+            halves[2 * i + 1] = LEVEL(pair_halves)(one, two, 1);
+            factor[i] = (__m512bh)_mm512_permutexvar_epi16(spread[i], both);
             prefetch(at + GRAD_ROWS * row_bytes);
             prefetch(at + (GRAD_ROWS + 1) * row_bytes);
         }
-        EACH_VECTOR(8) {
-            __m512bh level[2];
+        EACH_VECTOR(8)
             for (int i = 0; i < G; i++)
-                level[i] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(halves[2 * i + n / 4], 4 * (n % 4)), table);
-            EACH_SUM acc[j * 8 + n] = _mm512_dpbf16_ps(acc[j * 8 + n], level[G == 2 ? j : 0], (__m512bh)factor[j]);
-        }
-        EACH_SUM factor[j] = later[j];
+                acc[i * 8 + n] =
+                    _mm512_dpbf16_ps(acc[i * 8 + n], LEVEL(pair_level)(halves[2 * i + n / 4], n % 4, table), factor[i]);
+        both = later;
     }
-    EACH_SUM EACH_VECTOR(8) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * 8 + n]);
+    for (int i = 0; i < G; i++)
+        EACH_VECTOR(8) LEVEL(add_to)(sums + i * GROUP + n * LANES, acc[i * 8 + n]);
+}
+
+/* The same with several inputs, one half of every word (H is 1, which says `high`) or both (2). What the inputs have for a pair
+ * of rows comes from `factors`, `batch` vectors a pair. `whole`: all words of the group are there. */
+INLINE void LEVEL(accumulate_halves)(const struct weight *w, const float *factors, int64_t batch, const int M, const int H,
+                                     const int high, int64_t r0, int64_t r1, int64_t g, const int whole, float *sums)
+{
+    const W table = LEVEL(table_low)(w->levels), spread = LEVEL(pair_spread)(w->order, g);
+    const int64_t row_bytes = w->row_bytes, left = whole ? LANES * 4 : row_bytes - g * LANES * 4;
+    const uint8_t *p = w->packed + r0 * row_bytes + g * LANES * 4;
+    V acc[GRAD_INPUTS * 4];
+    EACH_INPUT EACH_VECTOR(4 * H) acc[j * 4 * H + n] = v_zero();
+    for (int64_t r = r0; r < r1; r += 2, p += 2 * row_bytes, factors += batch * LANES) {
+        const W one = words_load(p, left), two = words_load(p + (r + 1 < r1) * row_bytes, left);
+        W halves[2];
+        for (int i = 0; i < H; i++) {
+            halves[i] = LEVEL(pair_halves)(one, two, high + i);
+            prefetch(p + (GRAD_ROWS + high + i) * row_bytes);
+        }
+        __m512bh level[4 * 2];
+        EACH_VECTOR(4 * H) level[n] = LEVEL(pair_level)(halves[n / 4], n % 4, table);
+        EACH_INPUT {
+            const __m512bh factor = (__m512bh)_mm512_permutexvar_epi16(spread, _mm512_loadu_si512(factors + j * LANES));
+            EACH_VECTOR(4 * H) acc[j * 4 * H + n] = _mm512_dpbf16_ps(acc[j * 4 * H + n], level[n], factor);
+        }
+    }
+    EACH_INPUT EACH_VECTOR(4 * H) LEVEL(add_to)(sums + j * GROUP + (high * 4 + n) * LANES, acc[j * 4 * H + n]);
+}
+
+INLINE void LEVEL(put_factors)(const struct weight *w, const float *grad, const int M, int64_t r0, int64_t r1, int64_t g,
+                               float *out)
+{
+    for (int64_t r = r0; r < r1; r += 2, grad += 2, out += M * LANES) {
+        W factor[GRAD_FEW_BATCH];
+        LEVEL(pair_factors)(w, r, r + 1 < r1, w->order->first_block[g], grad, M, factor);
+        EACH_INPUT _mm512_storeu_si512(out + j * LANES, factor[j]);
+    }
+}
+
+#define FACTOR_ROWS 64 /* whose factors, of a few inputs, lie in a tile */
+_Static_assert(GRAD_FEW_BATCH * FACTOR_ROWS / 2 * LANES <= GRAD_ROWS * MAX_GROUP, "they fit it");
+
+/* Several inputs with rows r0 to r1 of one or two groups, whose scales one vector holds. */
+INLINE void LEVEL(accumulate_several_low)(const struct weight *w, const float *grad, int64_t batch, int64_t r0, int64_t r1,
+                                          int64_t g, int64_t groups, float *factors, float *sums)
+{
+#define CALL(M) LEVEL(put_factors)(w, grad, M, r0, r1, g, factors)
+    IN_PASSES(batch, GRAD_FEW_BATCH, CALL)
+#undef CALL
+    for (const int64_t end = g + groups; g < end; g++, sums += batch * GROUP) {
+        const int whole = w->row_bytes >= (g + 1) * LANES * 4;
+#define HALVES(M, H, high, whole) \
+    LEVEL(accumulate_halves)(w, factors + m * LANES, batch, M, H, high, r0, r1, g, whole, sums + m * GROUP)
+#define CALL(M) (whole ? HALVES(M, 2, 0, 1) : HALVES(M, 2, 0, 0))
+        if (batch <= GRAD_INPUTS / 2) {
+            IN_PASSES(batch, GRAD_INPUTS / 2, CALL)
+            continue;
+        }
+#undef CALL
+#define CALL(M) \
+    (whole ? HALVES(M, 1, 0, 1) : HALVES(M, 1, 0, 0)), (whole ? HALVES(M, 1, 1, 1) : HALVES(M, 1, 1, 0))
+        IN_PASSES(batch, GRAD_INPUTS, CALL)
+#undef CALL
+#undef HALVES
+    }
 }
 
 /* Two rows of group g, lane by lane side by side: GROUP pairs. */
@@ -101,15 +183,19 @@ static int LEVEL(grad_group_low)(const struct job *job, const float *grad, int64
                                  int64_t t1, int64_t g, const float *scales, float *tile, float *sums)
 {
     const struct weight *w = job->weight;
-    if (LEVEL(grad_few)(w, job->m1 - job->m0, 1)) {
-        if (LEVEL(two_groups)(w, job->m1 - job->m0, g, t1)) {
-            LEVEL(accumulate_few_low)(w, grad, stride, 1, 2, r0, r1, g, sums);
-            return 2;
-        }
-#define CALL(M) LEVEL(accumulate_few_low)(w, grad + m * stride, stride, M, 1, r0, r1, g, sums + m * GROUP)
-        IN_PASSES(job->m1 - job->m0, GRAD_FEW_INPUTS, CALL)
-#undef CALL
-        return 1;
+    const int64_t batch = job->m1 - job->m0;
+    if (LEVEL(grad_few)(w, batch)) {
+        const int groups = LEVEL(share_scales)(w, g, t1) ? 2 : 1;
+        if (batch == 1 && groups == 2)
+            LEVEL(accumulate_one_low)(w, grad, 2, r0, r1, g, sums);
+        else if (batch == 1)
+            LEVEL(accumulate_one_low)(w, grad, 1, r0, r1, g, sums);
+        else
+            for (int64_t r = r0, to; r < r1; r = to) {
+                to = smaller(r + FACTOR_ROWS, r1);
+                LEVEL(accumulate_several_low)(w, grad + (r - r0), batch, r, to, g, groups, tile, sums);
+            }
+        return groups;
     }
     const T table = table_load(w->levels);
     for (int64_t r = r0; r < r1; r += 2)
@@ -118,7 +204,7 @@ static int LEVEL(grad_group_low)(const struct job *job, const float *grad, int64
     for (int n0 = 0; n0 < 8; n0 += TILE_VECTORS) {
 #define CALL(M) \
     LEVEL(accumulate_low)(grad + m * stride, stride, M, tile + n0 * LANES, pairs, sums + m * GROUP + n0 * LANES)
-        IN_PASSES(job->m1 - job->m0, GRAD_INPUTS, CALL)
+        IN_PASSES(batch, GRAD_INPUTS, CALL)
 #undef CALL
     }
     return 1;

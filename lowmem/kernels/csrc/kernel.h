@@ -10,10 +10,11 @@
 #define MAX_LANES 16
 #define MAX_GROUP (MAX_LANES * 8)
 #define FEW 4                     /* inputs that are few */
+#define FEW_LOW 8                 /* in bfloat16 */
 #define SHARE_ROWS 8              /* of a thread, at least */
 #define UPDATE_ROWS 64            /* rows after which an update is added */
 #define PARTS 4                   /* of a thread, where work is long: a thread that is held up leaves them to others */
-#define CHUNK 256                 /* columns whose scales are read at a time */
+#define CHUNK 256                 /* columns whose scales are read at a time, at least */
 #define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */
 #define PART 128                  /* columns of a tile, which stays in the first cache */
 #define MAX_VECTORS 2             /* of rows, in a tile */
@@ -142,6 +143,14 @@ static inline int64_t piece_of(int64_t batch, int64_t packed, int64_t own, int64
     const int64_t most = smaller(smaller(PACKED_BYTES / packed, room / (packed + own)), MOST);
     const int64_t pieces = most ? (batch + most - 1) / most : batch;
     return pieces ? (batch + pieces - 1) / pieces : 0;
+}
+
+/* Columns whose scales are read at a time: whole parts, of at most MAX_LANES blocks if blocks are no smaller than CHUNK has so
+ * many of them. */
+static inline int64_t chunk_of(const struct weight *w)
+{
+    const int64_t most = 2 * w->half * MAX_LANES / PART * PART;
+    return most > CHUNK ? most : CHUNK;
 }
 
 /* Columns of an input that are packed, where there are more than a few: whole chunks. */

@@ -37,12 +37,20 @@ static void LEVEL(place_typed)(const struct job *job, int64_t m, int64_t c0, int
 /* The sums across the lanes of R rows with M inputs: LANES an input. */
 INLINE void LEVEL(few_sums)(const int R, const int M, const V *sums, float *out)
 {
-    for (int j = 0; j < M; j++)
-        if (R == 4)
+#pragma GCC unroll 8
+    for (int j = 0; j < M; j += R == 2 ? 2 : 1) {
+        float four[4];
+        if (R == 4) {
             v_sum4(sums[j], sums[M + j], sums[2 * M + j], sums[3 * M + j], out + j * LANES);
-        else
+        } else if (R == 2 && j + 1 < M) {
+            v_sum4(sums[j], sums[M + j], sums[j + 1], sums[M + j + 1], four);
+            memcpy(out + j * LANES, four, 2 * sizeof(float));
+            memcpy(out + (j + 1) * LANES, four + 2, 2 * sizeof(float));
+        } else {
             for (int i = 0; i < R; i++)
                 out[j * LANES + i] = v_sum(sums[AT]);
+        }
+    }
 }
 
 /* What the steps of the scales of R rows count, which are `step` apart. */
@@ -183,7 +191,7 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
 INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const int M)
 {
     const struct weight *w = job->weight;
-    float sums[FEW * LANES];
+    float sums[FEW_LOW * LANES];
 #define ROWS(rows, product, ...)                                            \
     for (; r < to; r += LANES) {                                            \
         const int n = (int)smaller(LANES, to - r);                          \
@@ -194,18 +202,19 @@ INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const 
             LEVEL(product)(job, r + i, 1, M, sums + i __VA_ARGS__);         \
         LEVEL(put_rows)(job, r, n, 1, sums);                                       \
     }
+#if LEVEL_LOW
+    if (M > FEW || (job->low && w->order->whole_words))
+        ROWS(LOW_ROWS(M), few_low)
+    else if (job->grid)
+        ROWS(FEW_ROWS(M), few_grid)
+    else
+#endif
     if (!w->order && w->encoding == BFLOAT16)
         ROWS(FEW_ROWS(M), few_sixteen, , BFLOAT16)
     else if (!w->order)
         ROWS(FEW_ROWS(M), few_sixteen, , FLOAT16)
     else if (!w->order->whole_words)
         ROWS(1, few_apart)
-#if LEVEL_LOW
-    else if (job->grid)
-        ROWS(FEW_ROWS(M), few_grid)
-    else if (job->low)
-        ROWS(FEW_ROWS(M), few_low)
-#endif
     else
         ROWS(FEW_ROWS(M), few)
 #undef ROWS
@@ -215,6 +224,11 @@ INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const 
 static void LEVEL(pack_few)(struct job *job)
 {
 #if LEVEL_LOW
+    if (job->low && job->weight->order->whole_words) {
+        for (int64_t m = job->m0; m < job->m1; m++)
+            LEVEL(pack_low)(job, m);
+        return;
+    }
     job->grid = LEVEL(pack_grid)(job);
     if (job->grid)
         return;
@@ -224,10 +238,6 @@ static void LEVEL(pack_few)(struct job *job)
         memset(job->packed, 0, (size_t)(batch * floats) * sizeof(float));
     for (int64_t m = 0; m < batch; m++)
         LEVEL(place_typed)(job, job->m0 + m, 0, job->weight->columns, job->packed + m * LANES, batch);
-#if LEVEL_LOW
-    if (job->low && job->weight->order->whole_words)
-        LEVEL(lower)(job->packed, floats, batch);
-#endif
 }
 
 /* The first part packs the inputs; the others multiply them with an update's A. */
@@ -254,7 +264,13 @@ static void LEVEL(few_body)(struct job *job, int64_t part, int64_t parts, int64_
         case 1: LEVEL(few_rows)(job, r, end, 1); break;
         case 2: LEVEL(few_rows)(job, r, end, 2); break;
         case 3: LEVEL(few_rows)(job, r, end, 3); break;
-        default: LEVEL(few_rows)(job, r, end, FEW); break;
+        case 4: LEVEL(few_rows)(job, r, end, 4); break;
+#if LEVEL_LOW
+        case 5: LEVEL(few_rows)(job, r, end, 5); break;
+        case 6: LEVEL(few_rows)(job, r, end, 6); break;
+        case 7: LEVEL(few_rows)(job, r, end, 7); break;
+        case 8: LEVEL(few_rows)(job, r, end, 8); break;
+#endif
         }
         if (u)
             LEVEL(add_wide)(job, r, end);
@@ -265,13 +281,13 @@ static void LEVEL(linear)(struct job *job)
 {
     const struct weight *w = job->weight;
     const int64_t groups = w->stride / GROUP, wide = WIDE / GROUP;
-    const int few = job->batch <= FEW;
+    const int few = job->batch <= (job->low && w->order->whole_words ? FEW_LOW : FEW);
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + job->piece, job->batch); /* of a few, all */
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + wide, groups);
             if (few)
-                parallel(job, LEVEL(pack_body), job->update ? 2 : 0, LEVEL(few_body), 1);
+                parallel(job, LEVEL(pack_body), job->update ? 2 : 0, LEVEL(few_body), job->batch > FEW ? PARTS : 1);
             else
                 parallel(job, LEVEL(pack_many), job->m1 - job->m0 > PACKED_ALONE ? PARTS : 0, LEVEL(many_body), PARTS);
         }

@@ -72,7 +72,7 @@ INLINE void LEVEL(scales_across)(const struct weight *w, int64_t r, int64_t firs
             prefetch(p + next);
         }
         v_transpose(v);
-        for (int64_t i = 0; i < LANES; i++) { /* rounded as the scales of a row are */
+        for (int64_t i = 0; i < smaller(n - b, LANES); i++) { /* rounded as the scales of a row are */
             if (many)
                 v[i] = v_div(v_mul(v[i], unit), v_set1(row_steps(w)));
             v_store(out + i * step, v[i]);
@@ -291,12 +291,12 @@ INLINE const uint8_t *LEVEL(codes_at)(const struct job *job, int64_t r, int64_t 
     return job->weight->packed + r * row_stride(job->weight) + (job->weight->order ? c / 2 : c * 2);
 }
 
-/* The scales of `vectors` times LANES rows, from a column on that a CHUNK starts at; where that of the first block is
+/* The scales of `vectors` times LANES rows, from a column on that a chunk starts at; where that of the first block is
  * counted from. */
 INLINE int64_t LEVEL(chunk_scales)(const struct job *job, int64_t r, int64_t start, const int vectors, float *scales)
 {
     const struct weight *w = job->weight;
-    const int64_t first = start / 2 / w->half, end = smaller(start + CHUNK, job->g1 * GROUP) / 2 - 1;
+    const int64_t first = start / 2 / w->half, end = smaller(start + chunk_of(w), job->g1 * GROUP) / 2 - 1;
     for (int v = 0; v < vectors; v++)
         LEVEL(scales_across)(w, r + v * LANES, first, end / w->half - first + 1, vectors * LANES, scales + v * LANES);
     return first;
@@ -311,7 +311,7 @@ INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, floa
     int64_t first = 0;
     for (int64_t c = begin; c < job->g1 * GROUP; c += GROUP) {
         const int64_t at = c / 2, block = at / w->half, ahead = (at - block * w->half) / 4;
-        if ((c - begin) % CHUNK == 0)
+        if ((c - begin) % chunk_of(w) == 0)
             first = LEVEL(chunk_scales)(job, r, c, 1, scales);
         LEVEL(words_across)(w, r, c / GROUP, LANES, words);
         const float *of_block = scales + (block - first) * LANES, *x = LEVEL(packed_at)(job, c - begin, low);
@@ -342,7 +342,7 @@ INLINE void LEVEL(begin_tile)(const struct job *job, int64_t r, int64_t start, i
             }
         return;
     }
-    if ((start - job->g0 * GROUP) % CHUNK == 0)
+    if ((start - job->g0 * GROUP) % chunk_of(w) == 0)
         *first = LEVEL(chunk_scales)(job, r, start, MANY_VECTORS, scales);
     for (int64_t c = 0; c < columns; c += GROUP)
         EACH_ROWS {
