@@ -515,7 +515,7 @@ def test_sums_that_round_one_way_lose_no_more_than_torch_s(level, kind, size):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("batch", "threads"), [(64, 8), (512, 8), (512, 16)])
+@pytest.mark.parametrize(("batch", "threads"), [(8, 4), (100, 2), (64, 4), (240, 4), (64, 8), (512, 8), (512, 16)])
 @pytest.mark.parametrize("kind", ["half", "4-bit"])
 @pytest.mark.parametrize("shape", [(4096, 256), (1024, 1280)])
 def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyte(

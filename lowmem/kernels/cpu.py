@@ -100,7 +100,9 @@ class Kernel:
             kept, packed, scales = _SIXTEEN_BITS, weight, None
         else:
             kept, packed, scales = weight.__dict__.get("prepared"), weight.packed, weight.scales
-        if x.dtype is dtype and kept is not None and (kept.kernel is self or kept is _SIXTEEN_BITS):
+            if kept is None or kept.kernel is not self:
+                kept = self._prepare(weight)
+        if x.dtype is dtype and kept is not None:
             a, b, scaling = _NO_UPDATE if update is None else update
             threads = torch.get_num_threads()
             out = self._linear(self._level, kept.handle, packed, scales, x, bias, None, threads, a, b, scaling)

@@ -96,7 +96,8 @@ struct job {
     int low; /* whether products are taken in bfloat16, */
     int grid; /* or in integers */
     int64_t batch, threads;
-    float *packed; /* the input, or the gradient, in the order of the words */
+    float *packed; /* the input, or the gradient, in the order of the words; */
+    int64_t packed_step; /* each thread packs its own copy, so many floats behind the one before; 0: they share one */
     float *own; /* scratch of the threads */
     int64_t own_floats;
     int64_t piece; /* inputs that are packed at a time */
@@ -110,7 +111,8 @@ struct job {
 typedef void (*body)(struct job *, int64_t part, int64_t parts, int64_t thread);
 
 /* Run bodies for as many parts a thread of the job each, or for one part in all (0). Who is done takes the next part; no
- * part of `then`, which may be NULL, begins before all of `first` are done. */
+ * part of `then`, which may be NULL, begins before all of `first` are done. Threads that pack copies of their own
+ * all run part 0 of `first`. */
 void parallel(struct job *, body first, int64_t first_parts, body then, int64_t then_parts);
 
 /* One instruction set. */

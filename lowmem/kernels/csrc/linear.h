@@ -289,7 +289,7 @@ static void LEVEL(linear)(struct job *job)
             if (few)
                 parallel(job, LEVEL(pack_body), job->update ? 2 : 0, LEVEL(few_body), job->batch > FEW ? PARTS : 1);
             else
-                parallel(job, LEVEL(pack_many), job->m1 - job->m0 > PACKED_ALONE ? PARTS : 0, LEVEL(many_body), PARTS);
+                parallel(job, LEVEL(pack_many), job->packed_step || job->m1 - job->m0 <= PACKED_ALONE ? 0 : PARTS, LEVEL(many_body), PARTS);
         }
     }
     if (job->update && !few)

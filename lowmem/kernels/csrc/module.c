@@ -43,6 +43,11 @@ static void region_body(void *data)
 {
     struct region *region = data;
     const int64_t thread = region->many ? thread_number() : 0, firsts = region->firsts;
+    struct job own = *region->job;
+    if (own.packed_step) { /* nobody waits for what others pack, nor reads it from their caches */
+        own.packed += thread * own.packed_step;
+        region->first(&own, 0, firsts, thread);
+    }
     for (int64_t part; (part = __atomic_fetch_add(&region->next, 1, __ATOMIC_RELAXED)) < region->parts;) {
         if (part < firsts) {
             region->first(region->job, part, firsts, thread);
@@ -54,16 +59,16 @@ static void region_body(void *data)
                 pause();
             else
                 sched_yield();
-        region->then(region->job, part - firsts, region->parts - firsts, thread);
+        region->then(own.packed_step ? &own : region->job, part - firsts, region->parts - firsts, thread);
     }
 }
 
 void parallel(struct job *job, body first, int64_t first_parts, body then, int64_t then_parts)
 {
     const int many = job->threads > 1 && run_parallel;
-    const int64_t firsts = many && first_parts ? first_parts * job->threads : 1;
+    const int64_t firsts = many && first_parts ? first_parts * job->threads : 1, begun = job->packed_step > 0;
     const int64_t thens = !then ? 0 : many ? then_parts * job->threads : 1;
-    struct region region = {job, many, first, then, firsts, firsts + thens, 0, 0};
+    struct region region = {job, many, first, then, firsts, firsts + thens, begun, begun};
     if (many)
         run_parallel(region_body, &region, (unsigned)job->threads, 0);
     else
@@ -234,8 +239,10 @@ static int read_weight(const struct level *level, PyObject *prepared, PyObject *
 
 /* How a product's scratch is laid out, in floats: what the threads share, then what each has of its own. */
 struct layout {
-    int64_t threads, piece, shared, own;
+    int64_t threads, piece, packed_step, shared, own;
 };
+
+#define MOST_COPIES 4 /* of a packed input: with more threads, packing it in all of them would take too long */
 
 static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low)
 {
@@ -243,9 +250,16 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
     const int64_t width = transposed ? w->stride : packed_width(w), all = threads_for(threads, (double)w->rows * w->columns * batch);
     const int64_t own = transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
     const int64_t own_of_input = transposed ? GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
-    const int64_t piece = piece_of(batch, width * bytes, 4 * all * own_of_input, 4 * all * own);
+    const int64_t copies = transposed || all > MOST_COPIES ? 1 : all;
+    const int own_copies = copies > 1 && piece_of(batch, copies * width * bytes, 4 * all * own_of_input, 4 * all * own) == batch;
+    const int64_t piece = own_copies ? batch : piece_of(batch, width * bytes, 4 * all * own_of_input, 4 * all * own);
+    const int64_t packed = piece * width * bytes / 4;
     const struct layout layout = {
-        .threads = all, .piece = piece, .shared = piece * width * bytes / 4, .own = own + own_of_input * piece,
+        .threads = all,
+        .piece = piece,
+        .packed_step = own_copies ? packed : 0,
+        .shared = own_copies ? copies * packed : packed,
+        .own = own + own_of_input * piece,
     };
     return layout;
 }
@@ -339,6 +353,7 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
         .batch = x.shape[0],
         .threads = layout.threads,
         .packed = scratch.memory,
+        .packed_step = layout.packed_step,
         .own = scratch.memory + layout.shared,
         .own_floats = layout.own,
         .piece = layout.piece,
