@@ -324,6 +324,29 @@ def test_threads_change_no_bit_of_anything(level):
 
 
 @compiled
+@pytest.mark.parametrize("kind", ["half", "4-bit"])
+def test_small_pieces_of_a_batch_change_no_bit(level, kind):
+    """With many threads less is packed at a time, and what is packed may be so little that alone it would be few."""
+    q, _ = stored(kind, strategies.make_weight("normal", (77, 8190), 0, 0), block_size=64)
+    x, grad = torch.randn(30, 8190), torch.randn(30, 77)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 16, 64):
+            torch.set_num_threads(threads)
+            with kernels.using(level):
+                made = []
+                for batch in (3, 5, 7, 8, 9, 13, 25, 30):
+                    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                        made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
+                        made.append(kernels.input_grad(grad[:batch].to(dtype), q, dtype))
+            results.append(made)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for made in results for one, other in zip(made, results[0], strict=True))
+
+
+@compiled
 @given(
     st.integers(1, 12),
     st.integers(1, 40),

@@ -118,10 +118,11 @@ INLINE void LEVEL(accumulate_any)(const struct weight *w, const float *grad, int
         LEVEL(accumulate_sixteen)(w, grad, grad_stride, M, G, r0, r1, c, sums, FLOAT16);
 }
 
-/* Whether the gradient of a batch needs no tile: rows are decoded in registers. */
-INLINE int LEVEL(grad_few)(const struct weight *w, int64_t batch)
+/* Whether the gradient of a batch, however large its pieces are, needs no tile: rows are decoded in registers. */
+INLINE int LEVEL(grad_few)(const struct job *job)
 {
-    return batch <= GRAD_FEW_BATCH && (!w->order || w->order->whole_words);
+    const struct weight *w = job->weight;
+    return job->batch <= GRAD_FEW_BATCH && (!w->order || w->order->whole_words);
 }
 
 #if LEVEL_LOW
@@ -135,7 +136,7 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
-    if (LEVEL(grad_few)(w, batch) && (w->order || (g + 1) * GROUP <= w->columns)) {
+    if (LEVEL(grad_few)(job) && (w->order || (g + 1) * GROUP <= w->columns)) {
         const int64_t whole = w->order ? t1 : smaller(t1, w->columns / GROUP);
         if (batch == 1 && GRAD_VECTORS == 8 && LEVEL(share_scales)(w, g, whole)) { /* side by side */
             LEVEL(accumulate_any)(w, grad, stride, 1, 2, r0, r1, g, 0, sums);
@@ -234,7 +235,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     float *scales = job->own + thread * job->own_floats, *tile = scales + 2 * GRAD_ROWS * TILE_SCALES;
     const int low = job->low;
     const int64_t batch = (job->m1 - job->m0) * GROUP;
-    const int few = LEVEL(grad_few)(w, job->m1 - job->m0), no_tile = few && (w->order || w->columns == w->stride);
+    const int few = LEVEL(grad_few)(job), no_tile = few && (w->order || w->columns == w->stride);
     const int paired = low && !few;
     const int64_t step = no_tile ? GRAD_FEW_ROWS : paired ? 2 * GRAD_ROWS : GRAD_ROWS;
     float *rows = no_tile ? scales : tile + GRAD_ROWS * MAX_GROUP;

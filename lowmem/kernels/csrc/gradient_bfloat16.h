@@ -184,11 +184,11 @@ static int LEVEL(grad_group_low)(const struct job *job, const float *grad, int64
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0;
-    if (LEVEL(grad_few)(w, batch)) {
+    if (LEVEL(grad_few)(job)) {
         const int groups = LEVEL(share_scales)(w, g, t1) ? 2 : 1;
-        if (batch == 1 && groups == 2)
+        if (job->batch == 1 && groups == 2)
             LEVEL(accumulate_one_low)(w, grad, 2, r0, r1, g, sums);
-        else if (batch == 1)
+        else if (job->batch == 1)
             LEVEL(accumulate_one_low)(w, grad, 1, r0, r1, g, sums);
         else
             for (int64_t r = r0, to; r < r1; r = to) {

@@ -147,8 +147,10 @@ static inline int64_t piece_of(int64_t batch, int64_t packed, int64_t own, int64
     return pieces ? (batch + pieces - 1) / pieces : 0;
 }
 
-/* Columns whose scales are read at a time: whole parts, of at most MAX_LANES blocks if blocks are no smaller than CHUNK has so
- * many of them. */
+/* Inputs that are few: codes are decoded in registers, with columns across the lanes. */
+static inline int64_t few_inputs(const struct weight *w, int low) { return low && w->order->whole_words ? FEW_LOW : FEW; }
+
+/* Columns whose scales are read at a time: whole parts, of about MAX_LANES blocks where these are not small. */
 static inline int64_t chunk_of(const struct weight *w)
 {
     const int64_t most = 2 * w->half * MAX_LANES / PART * PART;

@@ -39,13 +39,15 @@ INLINE void LEVEL(few_sums)(const int R, const int M, const V *sums, float *out)
 {
 #pragma GCC unroll 8
     for (int j = 0; j < M; j += R == 2 ? 2 : 1) {
+        const int last = j + 1 == M;
         float four[4];
         if (R == 4) {
             v_sum4(sums[j], sums[M + j], sums[2 * M + j], sums[3 * M + j], out + j * LANES);
-        } else if (R == 2 && j + 1 < M) {
-            v_sum4(sums[j], sums[M + j], sums[j + 1], sums[M + j + 1], four);
+        } else if (R == 2) { /* in the same order, whether there is a second input or not */
+            v_sum4(sums[j], sums[M + j], last ? v_zero() : sums[j + 1], last ? v_zero() : sums[M + j + 1], four);
             memcpy(out + j * LANES, four, 2 * sizeof(float));
-            memcpy(out + (j + 1) * LANES, four + 2, 2 * sizeof(float));
+            if (!last)
+                memcpy(out + (j + 1) * LANES, four + 2, 2 * sizeof(float));
         } else {
             for (int i = 0; i < R; i++)
                 out[j * LANES + i] = v_sum(sums[AT]);
@@ -281,9 +283,9 @@ static void LEVEL(linear)(struct job *job)
 {
     const struct weight *w = job->weight;
     const int64_t groups = w->stride / GROUP, wide = WIDE / GROUP;
-    const int few = job->batch <= (job->low && w->order->whole_words ? FEW_LOW : FEW);
+    const int few = job->batch <= few_inputs(w, job->low);
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
-        job->m1 = smaller(job->m0 + job->piece, job->batch); /* of a few, all */
+        job->m1 = smaller(job->m0 + job->piece, job->batch);
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + wide, groups);
             if (few)
@@ -292,6 +294,8 @@ static void LEVEL(linear)(struct job *job)
                 parallel(job, LEVEL(pack_many), job->packed_step || job->m1 - job->m0 <= PACKED_ALONE ? 0 : PARTS, LEVEL(many_body), PARTS);
         }
     }
-    if (job->update && !few)
+    if (job->update && !few) {
+        job->packed_step = 0; /* its parts are shared */
         LEVEL(update)(job);
+    }
 }

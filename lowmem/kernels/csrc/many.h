@@ -402,7 +402,7 @@ INLINE void LEVEL(many_rows)(const struct job *job, int64_t r, int64_t to, float
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0;
-    if (!w->order || !w->order->whole_words || batch > FUSED_BATCH) {
+    if (!w->order || !w->order->whole_words || job->batch > FUSED_BATCH) { /* however large a piece of it is */
         LEVEL(tiled_rows)(job, r, to, own, low);
         return;
     }

@@ -43,14 +43,16 @@ static void region_body(void *data)
 {
     struct region *region = data;
     const int64_t thread = region->many ? thread_number() : 0, firsts = region->firsts;
-    struct job own = *region->job;
-    if (own.packed_step) { /* nobody waits for what others pack, nor reads it from their caches */
-        own.packed += thread * own.packed_step;
-        region->first(&own, 0, firsts, thread);
+    struct job copy, *job = region->job;
+    if (job->packed_step) { /* nobody waits for what others pack, nor reads it from their caches */
+        copy = *job;
+        job = &copy;
+        job->packed += thread * job->packed_step;
+        region->first(job, 0, firsts, thread);
     }
     for (int64_t part; (part = __atomic_fetch_add(&region->next, 1, __ATOMIC_RELAXED)) < region->parts;) {
         if (part < firsts) {
-            region->first(region->job, part, firsts, thread);
+            region->first(job, part, firsts, thread);
             __atomic_fetch_add(&region->done, 1, __ATOMIC_RELEASE);
             continue;
         }
@@ -59,7 +61,7 @@ static void region_body(void *data)
                 pause();
             else
                 sched_yield();
-        region->then(own.packed_step ? &own : region->job, part - firsts, region->parts - firsts, thread);
+        region->then(job, part - firsts, region->parts - firsts, thread);
     }
 }
 
@@ -246,7 +248,8 @@ struct layout {
 
 static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low)
 {
-    const int few = batch <= FEW, bytes = low && !few && !transposed ? 2 : 4; /* of a packed number */
+    const int few = batch <= few_inputs(w, low);
+    const int bytes = low && !transposed && (!few || w->order->whole_words) ? 2 : 4; /* of a packed number */
     const int64_t width = transposed ? w->stride : packed_width(w), all = threads_for(threads, (double)w->rows * w->columns * batch);
     const int64_t own = transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
     const int64_t own_of_input = transposed ? GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
