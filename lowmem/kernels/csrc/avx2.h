@@ -117,6 +117,7 @@ static inline void codes_store(uint8_t *p, W codes)
     _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
 }
 
+#define one_half _cvtsh_ss
 #define v_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define v_bfloat(p) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))

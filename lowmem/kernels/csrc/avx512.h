@@ -147,6 +147,7 @@ static inline W v_code(B b, V a)
 }
 static inline void codes_store(uint8_t *p, W codes) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(codes)); }
 
+#define one_half _cvtsh_ss
 #define v_half(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define v_bfloat(p) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))

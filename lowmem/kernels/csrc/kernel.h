@@ -212,10 +212,14 @@ static inline int64_t scale_bytes(const struct weight *w)
 }
 
 /* The float16 behind the steps of a row, and how many steps it counts: a scale is steps * row_scale / row_steps. */
+static inline const uint8_t *row_scale_at(const struct weight *w, int64_t row)
+{
+    return w->scales + row * scale_bytes(w) + w->blocks;
+}
 static inline float row_scale(const struct weight *w, int64_t row)
 {
     uint16_t bits;
-    memcpy(&bits, w->scales + row * scale_bytes(w) + w->blocks, 2);
+    memcpy(&bits, row_scale_at(w, row), 2);
     return half_to_float(bits);
 }
 static inline float row_steps(const struct weight *w) { return w->encoding == SCALES_SIGNED ? 127.0f : 255.0f; }

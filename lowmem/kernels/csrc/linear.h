@@ -59,8 +59,13 @@ INLINE void LEVEL(few_sums)(const int R, const int M, const V *sums, float *out)
 INLINE void LEVEL(row_units)(const struct weight *w, int64_t r, int64_t step, const int R, V *out)
 {
     EACH_ROW out[i] = v_zero();
-    if (w->encoding >= SCALES_DOUBLE)
-        EACH_ROW out[i] = v_set1(row_scale(w, r + i * step) / row_steps(w));
+    if (w->encoding >= SCALES_DOUBLE) {
+        EACH_ROW {
+            uint16_t bits;
+            memcpy(&bits, row_scale_at(w, r + i * step), sizeof bits);
+            out[i] = v_set1(one_half(bits) / row_steps(w));
+        }
+    }
 }
 
 /* The scales of R rows from a block on, as many as there are lanes. */
@@ -189,37 +194,65 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
 #include "grid.h"
 #endif
 
-/* Rows r to `to` with M inputs, LANES of them at a time. */
-INLINE void LEVEL(few_rows)(const struct job *job, int64_t r, int64_t to, const int M)
-{
-    const struct weight *w = job->weight;
-    float sums[FEW_LOW * LANES];
-#define ROWS(rows, product, ...)                                            \
-    for (; r < to; r += LANES) {                                            \
-        const int n = (int)smaller(LANES, to - r);                          \
-        int i = 0;                                                          \
-        for (; i + rows <= n; i += rows)                                    \
-            LEVEL(product)(job, r + i, rows, M, sums + i __VA_ARGS__);      \
-        for (; i < n; i++)                                                  \
-            LEVEL(product)(job, r + i, 1, M, sums + i __VA_ARGS__);         \
-        LEVEL(put_rows)(job, r, n, 1, sums);                                       \
+/* Rows r to `to` with M inputs, LANES of them at a time: a function for each M, which has the registers for itself. */
+#define OWN_FUNCTION static __attribute__((noinline)) void
+#define ROWS_WITH(M, name, rows, product, ...)                              \
+    OWN_FUNCTION LEVEL(name##_##M)(const struct job *job, int64_t r, int64_t to) \
+    {                                                                       \
+        float sums[M * LANES];                                              \
+        for (; r < to; r += LANES) {                                        \
+            const int n = (int)smaller(LANES, to - r);                      \
+            int i = 0;                                                      \
+            for (; i + rows <= n; i += rows)                                \
+                LEVEL(product)(job, r + i, rows, M, sums + i __VA_ARGS__);  \
+            for (; i < n; i++)                                              \
+                LEVEL(product)(job, r + i, 1, M, sums + i __VA_ARGS__);     \
+            LEVEL(put_rows)(job, r, n, 1, sums);                            \
+        }                                                                   \
     }
+#define ROWS_WITH_FEW(name, rows, product, ...)                             \
+    ROWS_WITH(1, name, rows(1), product, __VA_ARGS__)                       \
+    ROWS_WITH(2, name, rows(2), product, __VA_ARGS__)                       \
+    ROWS_WITH(3, name, rows(3), product, __VA_ARGS__)                       \
+    ROWS_WITH(4, name, rows(4), product, __VA_ARGS__)
+#define NAMED_FEW(name) LEVEL(name##_1), LEVEL(name##_2), LEVEL(name##_3), LEVEL(name##_4)
+#define ONE_ROW(M) 1
+
+ROWS_WITH_FEW(rows, FEW_ROWS, few)
+ROWS_WITH_FEW(rows_apart, ONE_ROW, few_apart)
+ROWS_WITH_FEW(rows_bfloat, FEW_ROWS, few_sixteen, , BFLOAT16)
+ROWS_WITH_FEW(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
 #if LEVEL_LOW
-    if (M > FEW || (job->low && w->order->whole_words))
-        ROWS(LOW_ROWS(M), few_low)
-    else if (job->grid)
-        ROWS(FEW_ROWS(M), few_grid)
-    else
+ROWS_WITH_FEW(rows_grid, FEW_ROWS, few_grid)
+ROWS_WITH_FEW(rows_low, LOW_ROWS, few_low)
+ROWS_WITH(5, rows_low, LOW_ROWS(5), few_low)
+ROWS_WITH(6, rows_low, LOW_ROWS(6), few_low)
+ROWS_WITH(7, rows_low, LOW_ROWS(7), few_low)
+ROWS_WITH(8, rows_low, LOW_ROWS(8), few_low)
 #endif
-    if (!w->order && w->encoding == BFLOAT16)
-        ROWS(FEW_ROWS(M), few_sixteen, , BFLOAT16)
-    else if (!w->order)
-        ROWS(FEW_ROWS(M), few_sixteen, , FLOAT16)
-    else if (!w->order->whole_words)
-        ROWS(1, few_apart)
-    else
-        ROWS(FEW_ROWS(M), few)
-#undef ROWS
+
+typedef void LEVEL(rows_with)(const struct job *, int64_t r, int64_t to);
+
+/* What multiplies rows with the inputs that are packed. */
+static LEVEL(rows_with) *LEVEL(rows_with_few)(const struct job *job)
+{
+    static LEVEL(rows_with) *const few[] = {NAMED_FEW(rows)}, *const apart[] = {NAMED_FEW(rows_apart)};
+    static LEVEL(rows_with) *const bfloat[] = {NAMED_FEW(rows_bfloat)}, *const half[] = {NAMED_FEW(rows_half)};
+    const struct weight *w = job->weight;
+    const int64_t at = job->m1 - job->m0 - 1;
+#if LEVEL_LOW
+    static LEVEL(rows_with) *const grid[] = {NAMED_FEW(rows_grid)};
+    static LEVEL(rows_with) *const low[] = {
+        NAMED_FEW(rows_low), LEVEL(rows_low_5), LEVEL(rows_low_6), LEVEL(rows_low_7), LEVEL(rows_low_8),
+    };
+    if (job->low && w->order->whole_words)
+        return low[at];
+    if (job->grid)
+        return grid[at];
+#endif
+    if (!w->order)
+        return (w->encoding == BFLOAT16 ? bfloat : half)[at];
+    return (w->order->whole_words ? few : apart)[at];
 }
 
 /* Pack the inputs of a small batch side by side, vector by vector. */
@@ -256,24 +289,14 @@ static void LEVEL(few_body)(struct job *job, int64_t part, int64_t parts, int64_
     (void)thread;
     int64_t r, to;
     share(job->weight->rows, SHARE_ROWS, parts, part, &r, &to);
+    LEVEL(rows_with) *const rows = LEVEL(rows_with_few)(job);
     const struct update *u = job->g1 * GROUP < job->weight->columns ? NULL : job->update; /* once the rows are whole */
     for (int64_t end; r < to; r = end) {
         end = u ? smaller(r + UPDATE_ROWS, to) : to;
         for (int64_t i = r; u && i < end; i++) /* B, which is read from further away than it takes to multiply rows */
             for (int64_t k = 0; k < u->rank; k += 16)
                 prefetch(u->b + i * u->rank + k);
-        switch (job->m1 - job->m0) {
-        case 1: LEVEL(few_rows)(job, r, end, 1); break;
-        case 2: LEVEL(few_rows)(job, r, end, 2); break;
-        case 3: LEVEL(few_rows)(job, r, end, 3); break;
-        case 4: LEVEL(few_rows)(job, r, end, 4); break;
-#if LEVEL_LOW
-        case 5: LEVEL(few_rows)(job, r, end, 5); break;
-        case 6: LEVEL(few_rows)(job, r, end, 6); break;
-        case 7: LEVEL(few_rows)(job, r, end, 7); break;
-        case 8: LEVEL(few_rows)(job, r, end, 8); break;
-#endif
-        }
+        rows(job, r, end);
         if (u)
             LEVEL(add_wide)(job, r, end);
     }

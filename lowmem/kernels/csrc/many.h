@@ -155,12 +155,17 @@ INLINE void LEVEL(put_word)(W codes, V scale0, V scale1, V scale2, V scale3, T t
 INLINE void LEVEL(put_rows_as)(const struct job *job, int64_t r, int64_t rows, const int vectors, const float *sums,
                                const int type)
 {
-    float bias[MAX_VECTORS * LANES] = {0};
-    if (job->bias && !job->g0 && job->bias_type == FLOAT32)
-        memcpy(bias, (const float *)job->bias + r, (size_t)rows * sizeof(float));
-    else
-        for (int64_t i = 0; i < rows && job->bias && !job->g0; i++)
-            bias[i] = read_as_float(job->bias, job->bias_type, r + i);
+    float widened[MAX_VECTORS * LANES] = {0};
+    const float *bias = widened;
+    if (job->bias && !job->g0) {
+        const uint16_t *halves = (const uint16_t *)job->bias + r;
+        if (job->bias_type == FLOAT32)
+            bias = (const float *)job->bias + r;
+        else if (job->bias_type == BFLOAT16)
+            LEVEL(widen_run)(halves, rows, widened, BFLOAT16);
+        else
+            LEVEL(widen_run)(halves, rows, widened, FLOAT16);
+    }
     for (int64_t m = job->m0; m < job->m1; m++, sums += vectors * LANES) {
         const int64_t at = m * job->weight->rows + r, whole = job->g0 ? 0 : rows / LANES * LANES;
         for (int64_t i = 0; i < whole; i += LANES)

@@ -31,7 +31,7 @@ static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
     for (int64_t g = 0; g < groups; g++) {
         const int64_t byte = smaller(g * lanes * 4, row_bytes - 1), last = smaller((g + 1) * lanes * 4, row_bytes) - 1;
         first_block[g] = (int32_t)(byte / half);
-        if (g % 2 && last / half - first_block[g - 1] < lanes) /* one vector holds the scales of two groups */
+        if (g && last / half - first_block[g - 1] < lanes) /* one vector holds the scales of groups side by side */
             first_block[g] = first_block[g - 1];
         for (int b = 0; b < 4; b++)
             for (int64_t i = 0; i < lanes; i++) {

@@ -121,6 +121,7 @@ static inline W v_code(B boundaries, V a)
 }
 static inline void codes_store(uint8_t *p, W codes) { EACH p[i] = (uint8_t)codes.v[i]; }
 
+#define one_half half_to_float
 static inline V v_half(const uint16_t *p)
 {
     V r;

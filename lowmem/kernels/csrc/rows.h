@@ -13,7 +13,7 @@
  *   v_sub, v_div; B, boundaries_load(p), v_code(boundaries, a)   how many of 15 boundaries lie below each value
  *   codes_store(p, words)    LANES words, each below 256, as bytes
  *   v_keep(a)                in a register: what several rows use, the compiler would load for each of them
- *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32
+ *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32; one_half(bits)   a float16 as float32
  *   v_to_half(p, a), v_to_bfloat(p, a)   the same, stored
  *
  * A 32-bit word of a row holds eight codes: the low nibble of a byte is a weight of the block's first half, the
