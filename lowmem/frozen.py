@@ -92,7 +92,7 @@ def is_observed(module: nn.Module) -> bool:
 def autocast(x: Tensor) -> Tensor:
     """Return ``x`` in the dtype that autocast gives to a linear layer's input, if autocast is on."""
     device = "cpu" if x.is_cpu else x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
         return x
     return x.to(torch.get_autocast_dtype(device))
 

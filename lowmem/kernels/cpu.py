@@ -96,12 +96,12 @@ class Kernel:
         if is_traced():
             return reference.linear(x, weight, dtype, bias, update)
         kept: Prepared | None
-        if isinstance(weight, Tensor):
-            kept, packed, scales = _SIXTEEN_BITS, weight, None
-        else:
+        if isinstance(weight, QuantizedTensor):  # faster than to ask for a tensor
             kept, packed, scales = weight.__dict__.get("prepared"), weight.packed, weight.scales
             if kept is None or kept.kernel is not self:
                 kept = self._prepare(weight)
+        else:
+            kept, packed, scales = _SIXTEEN_BITS, weight, None
         if x.dtype is dtype and kept is not None:
             a, b, scaling = _NO_UPDATE if update is None else update
             threads = torch.get_num_threads()

@@ -13,6 +13,11 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _KEYS = torch._C._TorchDispatchModeKey
 _RECORDERS = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
+_is_compiling, _tracing, _modes = (  # asked in every call: faster than attributes of attributes
+    torch.compiler.is_compiling,
+    torch._C._get_tracing_state,
+    torch._C._len_torch_dispatch_stack,
+)
 
 
 def is_real(tensor: Tensor) -> bool:
@@ -38,8 +43,8 @@ def is_vector(tensor: Tensor, size: int) -> bool:
 
 def is_traced() -> bool:
     """Whether something records operations, or runs them on tensors without values: it would not see C."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if _is_compiling() or _tracing() is not None:
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 and any(
+    return _modes() > 0 and any(
         torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS
     )

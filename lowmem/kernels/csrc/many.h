@@ -7,6 +7,8 @@
 
 #define UNITS(low) ((low) ? 4 : 8) /* of a word */
 #define MANY_ROWS (LANES * MANY_VECTORS) /* of a tile */
+#define FETCH_GROUPS 3 /* how far behind what is decoded in registers codes are fetched, */
+#define FETCH_PARTS 2  /* and behind what is restored into a tile */
 #define MANY_SUMS (MANY_VECTORS * MANY_INPUTS) /* in registers */
 _Static_assert(MANY_VECTORS <= MAX_VECTORS && MANY_INPUTS <= 16, "scratch and passes have room for them");
 #define EACH_LANE _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
@@ -288,11 +290,13 @@ INLINE const float *LEVEL(packed_at)(const struct job *job, int64_t c, const int
     return job->packed + (c / PART * PART * batch + c % PART) / (low ? 2 : 1);
 }
 
-/* The codes, or 16-bit floats, at a column of a row; after the last column that is packed come the next `rows`. */
-INLINE const uint8_t *LEVEL(codes_at)(const struct job *job, int64_t r, int64_t c, int64_t rows)
+/* The codes, or 16-bit floats, so many columns behind column c of a row; after the last one that is packed come the next
+ * `rows`. */
+INLINE const uint8_t *LEVEL(codes_behind)(const struct job *job, int64_t r, int64_t c, int64_t columns, int64_t rows)
 {
-    if (c >= job->g1 * GROUP)
-        c -= (job->g1 - job->g0) * GROUP, r += rows;
+    const int64_t begin = job->g0 * GROUP, width = job->g1 * GROUP - begin, behind = c - begin + columns;
+    r += behind / width * rows;
+    c = begin + behind % width;
     return job->weight->packed + r * row_stride(job->weight) + (job->weight->order ? c / 2 : c * 2);
 }
 
@@ -320,7 +324,7 @@ INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, floa
             first = LEVEL(chunk_scales)(job, r, c, 1, scales);
         LEVEL(words_across)(w, r, c / GROUP, LANES, words);
         const float *of_block = scales + (block - first) * LANES, *x = LEVEL(packed_at)(job, c - begin, low);
-        const uint8_t *fetch = LEVEL(codes_at)(job, r, c + GROUP, LANES);
+        const uint8_t *fetch = LEVEL(codes_behind)(job, r, c, FETCH_GROUPS * GROUP, LANES);
 #define CALL(M) LEVEL(fused)(w, words, of_block, ahead, x + m * PART_UNITS(low), M, sums + m * LANES, m ? NULL : fetch, low)
         IN_PASSES(job->m1 - job->m0, FUSED_INPUTS, CALL)
 #undef CALL
@@ -387,7 +391,7 @@ INLINE void LEVEL(tiled_rows)(const struct job *job, int64_t r, int64_t to, floa
         next.count = next.vectors = 0;
         if (r < to)
             LEVEL(begin_tile)(job, r, c, columns, own, other, &first, &next, low);
-        const uint8_t *fetch = LEVEL(codes_at)(job, r, c + columns, MANY_ROWS);
+        const uint8_t *fetch = LEVEL(codes_behind)(job, r, c, FETCH_PARTS * PART, MANY_ROWS);
         const float *x = LEVEL(packed_at)(job, this_c - begin, low);
 #define CALL(M)                                                                             \
     LEVEL(multiply)(tile, (int)n / 8, x + m * PART_UNITS(low), M, sums + m * MANY_ROWS, &next, \
