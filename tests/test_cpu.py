@@ -134,16 +134,17 @@ def test_blocks_that_are_not_whole_words(level, block_size, batch):
 @compiled
 @pytest.mark.parametrize("block_size", [8, 16, 24, 32, 64, 72, 128, 256, 512, 4096])
 @pytest.mark.parametrize("columns", [127, 640, 1025, 2300])
-def test_every_number_of_a_few_inputs_in_bfloat16(level, block_size, columns):
+def test_every_number_of_a_few_inputs(level, block_size, columns):
     scales = {8: "float16", 16: "double", 24: "float32"}.get(block_size, "double")
     form = "nf4" if block_size % 16 else "bof4s"  # which has signed scales
     q = quantize(strategies.make_weight("normal", (131, columns), 0, 1), form, block_size=block_size, scales=scales)
     dense = q.dequantize()
     with kernels.using(level):
-        for batch in range(1, 10):
-            x, grad = torch.randn(batch, columns).bfloat16(), torch.randn(batch, 131).bfloat16()
-            assert_close_in(torch.bfloat16, kernels.linear(x, q, torch.bfloat16), x, dense)
-            assert_close_in(torch.bfloat16, kernels.input_grad(grad, q, torch.bfloat16), grad, dense.t())
+        for dtype, batches in ((torch.bfloat16, [*range(1, 10), 11, 16, 17]), (torch.float32, [2, 7, 10, 16, 17])):
+            for batch in batches:
+                x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 131).to(dtype)
+                assert_close_in(dtype, kernels.linear(x, q, dtype), x, dense)
+                assert_close_in(dtype, kernels.input_grad(grad, q, dtype), grad, dense.t())
 
 
 @compiled

@@ -59,12 +59,9 @@ def load() -> tuple[ModuleType | None, str]:
 class Prepared:
     """A 4-bit weight as C knows it, for as long as it lies there: C sees when it does not."""
 
-    kernel: Kernel | None
+    kernel: Kernel
     handle: object
-    levels: array[float] | None  # which live as long as what points there
-
-
-_SIXTEEN_BITS = Prepared(None, None, None)  # of which there is nothing to know
+    levels: array[float]  # which live as long as what points there
 
 
 class Kernel:
@@ -95,17 +92,12 @@ class Kernel:
         """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out)."""
         if is_traced():
             return reference.linear(x, weight, dtype, bias, update)
-        kept: Prepared | None
-        if isinstance(weight, QuantizedTensor):  # faster than to ask for a tensor
-            kept, packed, scales = weight.__dict__.get("prepared"), weight.packed, weight.scales
-            if kept is None or kept.kernel is not self:
-                kept = self._prepare(weight)
-        else:
-            kept, packed, scales = _SIXTEEN_BITS, weight, None
-        if x.dtype is dtype and kept is not None:
+        given = self._given(weight)
+        if x.dtype is dtype and given is not None:
+            handle, packed, scales = given
             a, b, scaling = _NO_UPDATE if update is None else update
             threads = torch.get_num_threads()
-            out = self._linear(self._level, kept.handle, packed, scales, x, bias, None, threads, a, b, scaling)
+            out = self._linear(self._level, handle, packed, scales, x, bias, None, threads, a, b, scaling)
             if out is not None:
                 return out
         out = self._linear_of_others(x, weight, dtype, bias)
@@ -139,7 +131,14 @@ class Kernel:
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
-        if dtype in TYPES and is_real(grad) and not is_traced():
+        if is_traced():
+            return reference.input_grad(grad, weight, dtype)
+        given = self._given(weight)
+        if grad.dtype is dtype and given is not None:
+            out = self._input_grad(self._level, *given, grad, torch.get_num_threads())
+            if out is not None:
+                return out
+        if dtype in TYPES and is_real(grad):
             ready, threads = grad.to(dtype).contiguous(), torch.get_num_threads()
             for given in self._ways(weight):
                 out = self._input_grad(self._level, *given, ready, threads)
@@ -201,17 +200,22 @@ class Kernel:
             blockwise.PLAIN.quantize_rows(rows, into, chunk, importance)  # raises, and says why
         return None
 
+    def _given(self, weight: Weight) -> Given | None:
+        """Return a weight as C is handed it, which it may be told of now; or None where C cannot read it."""
+        if not isinstance(weight, QuantizedTensor):  # faster than to ask for a tensor
+            return None, weight, None
+        kept: Prepared | None = weight.__dict__.get("prepared")
+        if kept is None or kept.kernel is not self:
+            kept = self._prepare(weight)
+        return None if kept is None else (kept.handle, weight.packed, weight.scales)
+
     def _ways(self, weight: Weight) -> Iterator[Given]:
         """Yield a weight as C is handed it: as it is known, and, where C says that it is not there any more, anew."""
-        if isinstance(weight, Tensor):
-            yield None, weight, None
-            return
-        kept: Prepared | None = weight.__dict__.get("prepared")
-        if kept is not None and kept.kernel is self:
-            yield kept.handle, weight.packed, weight.scales
-        kept = self._prepare(weight)
-        if kept is not None:
-            yield kept.handle, weight.packed, weight.scales
+        given = self._given(weight)
+        if given is not None:
+            yield given
+        if isinstance(weight, QuantizedTensor) and self._prepare(weight) is not None:
+            yield weight.__dict__["prepared"].handle, weight.packed, weight.scales
 
     def _prepare(self, weight: QuantizedTensor) -> Prepared | None:
         """Let C know a weight, or return None where it cannot read it."""

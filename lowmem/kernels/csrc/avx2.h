@@ -140,6 +140,8 @@ static inline void v_to_bfloat(uint16_t *p, V a)
 #define MANY_INPUTS 12
 #define FEW_ROWS(M) 2
 #define TILE_VECTORS 2
+#define GRAD_CODES 3
+#define GRAD_SIXTEEN 16
 #define GRAD_VECTORS 4
 
 #include "body.h"

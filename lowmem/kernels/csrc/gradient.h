@@ -2,9 +2,11 @@
 
 #define GRAD_INPUTS 6     /* of the gradient at a time with a tile, */
 #define GRAD_FEW_INPUTS 3 /* and with codes decoded in registers, */
-#define GRAD_FEW_BATCH 8  /* up to this batch */
+#define GRAD_FEW_BATCH 16 /* up to this batch at most */
 #define GRAD_FEW_ROWS 128 /* rows at a time then, which one sum has: what the inputs have for them lies where scales would */
-_Static_assert(GRAD_FEW_BATCH * GRAD_FEW_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "they fit there");
+#define ROW_UNITS_AT (GRAD_FEW_BATCH * GRAD_FEW_ROWS) /* behind them, what steps of the rows' scales count */
+_Static_assert(ROW_UNITS_AT + GRAD_FEW_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "they fit there");
+_Static_assert(GRAD_CODES <= GRAD_FEW_BATCH && GRAD_SIXTEEN <= GRAD_FEW_BATCH, "they are few");
 #define EACH_VECTOR(most) _Pragma("GCC unroll 8") for (int n = 0; n < most; n++)
 #define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
@@ -33,11 +35,11 @@ INLINE int LEVEL(share_scales)(const struct weight *w, int64_t g, int64_t t1)
 }
 
 /* What a row is multiplied with: the scales from block `first` on times what the inputs have for it, spread over the words. */
-INLINE void LEVEL(row_factors)(const struct weight *w, int64_t r, int64_t first, const int32_t *block, const float *grad,
-                               int64_t grad_stride, const int M, const int G, V *factor)
+INLINE void LEVEL(row_factors)(const struct weight *w, int64_t r, float row_unit, int64_t first, const int32_t *block,
+                               const float *grad, int64_t grad_stride, const int M, const int G, V *factor)
 {
-    V unit, scale;
-    LEVEL(row_units)(w, r, 1, 1, &unit);
+    const V unit = v_set1(row_unit);
+    V scale;
     LEVEL(few_scales)(w, r, 1, first, 1, &unit, &scale);
     if (M == 1) {
         scale = v_mul(scale, v_set1(*grad));
@@ -48,9 +50,10 @@ INLINE void LEVEL(row_factors)(const struct weight *w, int64_t r, int64_t first,
     }
 }
 
-/* The same with codes of group g decoded in registers, vectors k0 and on: rows r0 to r1. Two groups (G) with one input. */
+/* The same with codes of group g decoded in registers, vectors k0 and on: rows r0 to r1, whose steps count `units`. Two groups
+ * (G) with one input. */
 INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
-                                  int64_t r0, int64_t r1, int64_t g, const int k0, float *sums)
+                                  int64_t r0, int64_t r1, int64_t g, const int k0, const float *units, float *sums)
 {
     const T table = table_load(w->levels);
     const int32_t *block = w->order->block + g * 4 * LANES;
@@ -58,11 +61,11 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
     const uint8_t *p = w->packed + r0 * row_bytes + g * LANES * 4;
     V acc[GRAD_FEW_INPUTS * GRAD_VECTORS], factor[GRAD_FEW_INPUTS];
     EACH_SUM EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
-    LEVEL(row_factors)(w, r0, first, block, grad, grad_stride, M, G, factor);
+    LEVEL(row_factors)(w, r0, units[0], first, block, grad, grad_stride, M, G, factor);
     for (int64_t r = r0; r < r1; r++, p += row_bytes) {
         V later[GRAD_FEW_INPUTS]; /* factors take so long that they are begun a row ahead */
         const int64_t next = smaller(r + 1, r1 - 1);
-        LEVEL(row_factors)(w, next, first, block, grad + (next - r0), grad_stride, M, G, later);
+        LEVEL(row_factors)(w, next, units[next - r0], first, block, grad + (next - r0), grad_stride, M, G, later);
         W words[2];
         for (int i = 0; i < G; i++) {
             words[i] = words_load(p + i * LANES * 4, left - i * LANES * 4);
@@ -107,11 +110,11 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
 
 /* The same with a weight of either kind. */
 INLINE void LEVEL(accumulate_any)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
-                                  int64_t r0, int64_t r1, int64_t g, const int k0, float *sums)
+                                  int64_t r0, int64_t r1, int64_t g, const int k0, const float *units, float *sums)
 {
     const int64_t c = g * GROUP + k0 * LANES;
     if (w->order)
-        LEVEL(accumulate_few)(w, grad, grad_stride, M, G, r0, r1, g, k0, sums);
+        LEVEL(accumulate_few)(w, grad, grad_stride, M, G, r0, r1, g, k0, units, sums);
     else if (w->encoding == BFLOAT16)
         LEVEL(accumulate_sixteen)(w, grad, grad_stride, M, G, r0, r1, c, sums, BFLOAT16);
     else
@@ -122,7 +125,7 @@ INLINE void LEVEL(accumulate_any)(const struct weight *w, const float *grad, int
 INLINE int LEVEL(grad_few)(const struct job *job)
 {
     const struct weight *w = job->weight;
-    return job->batch <= GRAD_FEW_BATCH && (!w->order || w->order->whole_words);
+    return w->order ? job->batch <= GRAD_CODES && w->order->whole_words : job->batch <= GRAD_SIXTEEN;
 }
 
 #if LEVEL_LOW
@@ -130,7 +133,7 @@ INLINE int LEVEL(grad_few)(const struct job *job)
 #endif
 
 /* Rows r0 to r1 of group g, of the chunk of groups t0 to t1; `scales` holds those of the chunk, row by row, where a tile is
- * restored, and `grad` what the inputs have for the rows. Returns how many groups are done. */
+ * restored, else what steps of them count, and `grad` what the inputs have for the rows. Returns how many groups are done. */
 static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
                              int64_t t1, int64_t g, const float *scales, float *tile, float *sums)
 {
@@ -138,12 +141,13 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
     if (LEVEL(grad_few)(job) && (w->order || (g + 1) * GROUP <= w->columns)) {
         const int64_t whole = w->order ? t1 : smaller(t1, w->columns / GROUP);
+        const float *units = scales + ROW_UNITS_AT;
         if (batch == 1 && GRAD_VECTORS == 8 && LEVEL(share_scales)(w, g, whole)) { /* side by side */
-            LEVEL(accumulate_any)(w, grad, stride, 1, 2, r0, r1, g, 0, sums);
+            LEVEL(accumulate_any)(w, grad, stride, 1, 2, r0, r1, g, 0, units, sums);
             return 2;
         }
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
-#define CALL(M) LEVEL(accumulate_any)(w, grad + m * stride, stride, M, 1, r0, r1, g, k, sums + m * GROUP + k * LANES)
+#define CALL(M) LEVEL(accumulate_any)(w, grad + m * stride, stride, M, 1, r0, r1, g, k, units, sums + m * GROUP + k * LANES)
             IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
 #undef CALL
         }
@@ -165,6 +169,34 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
 #undef CALL
     }
     return 1;
+}
+
+/* What steps of the scales of rows count, where they do. */
+static void LEVEL(grad_units)(const struct weight *w, int64_t r0, int64_t rows, float *out)
+{
+    uint16_t halves[GRAD_FEW_ROWS];
+    if (w->encoding < SCALES_DOUBLE)
+        return;
+    for (int64_t i = 0; i < rows; i++)
+        memcpy(halves + i, row_scale_at(w, r0 + i), sizeof *halves);
+    v_from_half(halves, rows, out);
+    for (int64_t i = 0; i < rows; i++)
+        out[i] /= row_steps(w);
+}
+
+/* The scales that groups g0 to g1 need of R rows, whose steps count `units`: those of the first of them come first, and as many
+ * as are whole vectors. */
+INLINE void LEVEL(tile_scales)(const struct weight *w, int64_t r, const int R, int64_t g0, int64_t g1, const float *units, float *out)
+{
+    const struct order *order = w->order;
+    const int64_t last = order->block[(g1 * 4 - 1) * LANES + LANES - 1]; /* of group g1 - 1 */
+    const int64_t first = order->first_block[g0], end = g1 < order->groups ? order->first_block[g1 - 1] + last + 1 : w->blocks;
+    V unit[4], scale[4];
+    EACH_ROW unit[i] = v_set1(units[i]);
+    for (int64_t b = first; b < end; b += LANES, out += LANES) {
+        LEVEL(few_scales)(w, r, 1, b, R, unit, scale);
+        EACH_ROW v_store(out + i * TILE_SCALES, scale[i]);
+    }
 }
 
 /* What the inputs have for rows r0 to r1, room for `step` each: as float32, or as pairs of bfloat16. A zero comes after the
@@ -246,8 +278,15 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
         memset(job->packed + t0 * batch, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
         for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
             r1 = smaller(r0 + step, w->rows);
-            for (int64_t r = r0; r < r1 && w->order && !few; r++)
-                LEVEL(group_scales)(w, r, t0, t1, scales + (r - r0) * TILE_SCALES);
+            if (w->order)
+                LEVEL(grad_units)(w, r0, r1 - r0, few ? scales + ROW_UNITS_AT : tile);
+            if (w->order && !few) {
+                int64_t r = r0; /* their units lie where the tile will */
+                for (; r + 4 <= r1; r += 4)
+                    LEVEL(tile_scales)(w, r, 4, t0, t1, tile + (r - r0), scales + (r - r0) * TILE_SCALES);
+                for (; r < r1; r++)
+                    LEVEL(tile_scales)(w, r, 1, t0, t1, tile + (r - r0), scales + (r - r0) * TILE_SCALES);
+            }
             const float *grad = (const float *)job->x + job->m0 * w->rows + r0;
             if (job->type != FLOAT32) {
                 LEVEL(grad_rows)(job, r0, r1, paired, rows, step);

@@ -20,11 +20,11 @@ INLINE void LEVEL(accumulate_low)(const float *grad, int64_t grad_stride, const 
 
 /* What a pair of rows is multiplied with: the scales from block `first` on times what M inputs have for the rows, as bfloat16,
  * those of the second row behind those of the first. */
-INLINE void LEVEL(pair_factors)(const struct weight *w, int64_t r, int64_t next, int64_t first, const float *grad, const int M,
-                                W *factor)
+INLINE void LEVEL(pair_factors)(const struct weight *w, int64_t r, int64_t next, const float *units, int64_t first,
+                                const float *grad, const int M, W *factor)
 {
-    V unit[2], scale[2];
-    LEVEL(row_units)(w, r, next, 2, unit);
+    const V unit[2] = {v_set1(units[0]), v_set1(units[next])};
+    V scale[2];
     LEVEL(few_scales)(w, r, next, first, 2, unit, scale);
     EACH_INPUT {
         const float *of = grad + j * GRAD_FEW_ROWS;
@@ -56,7 +56,7 @@ INLINE __m512bh LEVEL(pair_level)(W halves, const int k, W table)
 /* As accumulate_few, with one input and G groups, for pairs of rows: `grad` has a zero after the last of an odd number. Factors
  * hold the scales, so that levels are looked up as bfloat16. */
 INLINE void LEVEL(accumulate_one_low)(const struct weight *w, const float *grad, const int G, int64_t r0, int64_t r1, int64_t g,
-                                      float *sums)
+                                      const float *units, float *sums)
 {
     const W table = LEVEL(table_low)(w->levels);
     const int64_t first = w->order->first_block[g], row_bytes = w->row_bytes, left = row_bytes - g * LANES * 4;
@@ -67,12 +67,12 @@ INLINE void LEVEL(accumulate_one_low)(const struct weight *w, const float *grad,
         spread[i] = LEVEL(pair_spread)(w->order, g + i);
         EACH_VECTOR(8) acc[i * 8 + n] = v_zero();
     }
-    LEVEL(pair_factors)(w, r0, r0 + 1 < r1, first, grad, 1, &both);
+    LEVEL(pair_factors)(w, r0, r0 + 1 < r1, units, first, grad, 1, &both);
     for (int64_t r = r0; r < r1; r += 2, p += 2 * row_bytes) {
         const int64_t next = (r + 1 < r1) * row_bytes, pair = r + 2 < r1 ? r + 2 : r;
         W halves[2 * 2], later; /* factors take so long that they are begun a pair ahead */
         __m512bh factor[2];
-        LEVEL(pair_factors)(w, pair, pair + 1 < r1, first, grad + (pair - r0), 1, &later);
+        LEVEL(pair_factors)(w, pair, pair + 1 < r1, units + (pair - r0), first, grad + (pair - r0), 1, &later);
         for (int i = 0; i < G; i++) {
             const uint8_t *at = p + i * LANES * 4;
             const W one = words_load(at, left - i * LANES * 4), two = words_load(at + next, left - i * LANES * 4);
@@ -119,25 +119,28 @@ INLINE void LEVEL(accumulate_halves)(const struct weight *w, const float *factor
     EACH_INPUT EACH_VECTOR(4 * H) LEVEL(add_to)(sums + j * GROUP + (high * 4 + n) * LANES, acc[j * 4 * H + n]);
 }
 
-INLINE void LEVEL(put_factors)(const struct weight *w, const float *grad, const int M, int64_t r0, int64_t r1, int64_t g,
-                               float *out)
+#define FACTOR_INPUTS 8 /* at a time */
+
+/* The factors of M inputs of a batch, a vector each, for pairs of rows r0 to r1. */
+INLINE void LEVEL(put_factors)(const struct weight *w, const float *grad, int64_t batch, const int M, int64_t r0, int64_t r1,
+                               int64_t g, const float *units, float *out)
 {
-    for (int64_t r = r0; r < r1; r += 2, grad += 2, out += M * LANES) {
-        W factor[GRAD_FEW_BATCH];
-        LEVEL(pair_factors)(w, r, r + 1 < r1, w->order->first_block[g], grad, M, factor);
+    for (int64_t r = r0; r < r1; r += 2, grad += 2, units += 2, out += batch * LANES) {
+        W factor[FACTOR_INPUTS];
+        LEVEL(pair_factors)(w, r, r + 1 < r1, units, w->order->first_block[g], grad, M, factor);
         EACH_INPUT _mm512_storeu_si512(out + j * LANES, factor[j]);
     }
 }
 
-#define FACTOR_ROWS 64 /* whose factors, of a few inputs, lie in a tile */
-_Static_assert(GRAD_FEW_BATCH * FACTOR_ROWS / 2 * LANES <= GRAD_ROWS * MAX_GROUP, "they fit it");
+#define FACTOR_ROWS 64 /* whose factors, of a few inputs, lie in a tile; fewer of more inputs */
+#define FACTOR_PAIRS (GRAD_ROWS * MAX_GROUP / LANES) /* of rows and inputs, for which it has room */
 
 /* Several inputs with rows r0 to r1 of one or two groups, whose scales one vector holds. */
 INLINE void LEVEL(accumulate_several_low)(const struct weight *w, const float *grad, int64_t batch, int64_t r0, int64_t r1,
-                                          int64_t g, int64_t groups, float *factors, float *sums)
+                                          int64_t g, int64_t groups, const float *units, float *factors, float *sums)
 {
-#define CALL(M) LEVEL(put_factors)(w, grad, M, r0, r1, g, factors)
-    IN_PASSES(batch, GRAD_FEW_BATCH, CALL)
+#define CALL(M) LEVEL(put_factors)(w, grad + m * GRAD_FEW_ROWS, batch, M, r0, r1, g, units, factors + m * LANES)
+    IN_PASSES(batch, FACTOR_INPUTS, CALL)
 #undef CALL
     for (const int64_t end = g + groups; g < end; g++, sums += batch * GROUP) {
         const int whole = w->row_bytes >= (g + 1) * LANES * 4;
@@ -186,14 +189,15 @@ static int LEVEL(grad_group_low)(const struct job *job, const float *grad, int64
     const int64_t batch = job->m1 - job->m0;
     if (LEVEL(grad_few)(job)) {
         const int groups = LEVEL(share_scales)(w, g, t1) ? 2 : 1;
+        const float *units = scales + ROW_UNITS_AT;
         if (job->batch == 1 && groups == 2)
-            LEVEL(accumulate_one_low)(w, grad, 2, r0, r1, g, sums);
+            LEVEL(accumulate_one_low)(w, grad, 2, r0, r1, g, units, sums);
         else if (job->batch == 1)
-            LEVEL(accumulate_one_low)(w, grad, 1, r0, r1, g, sums);
+            LEVEL(accumulate_one_low)(w, grad, 1, r0, r1, g, units, sums);
         else
-            for (int64_t r = r0, to; r < r1; r = to) {
-                to = smaller(r + FACTOR_ROWS, r1);
-                LEVEL(accumulate_several_low)(w, grad + (r - r0), batch, r, to, g, groups, tile, sums);
+            for (int64_t r = r0, to; r < r1; r = to) { /* as many as for the whole batch: they decide how sums are rounded */
+                to = smaller(r + smaller(FACTOR_ROWS, FACTOR_PAIRS / job->batch * 2), r1);
+                LEVEL(accumulate_several_low)(w, grad + (r - r0), batch, r, to, g, groups, units + (r - r0), tile, sums);
             }
         return groups;
     }

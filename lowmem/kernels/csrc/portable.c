@@ -147,6 +147,8 @@ static inline void v_to_bfloat(uint16_t *p, V a) { EACH p[i] = float_to_bfloat(a
 #define MANY_INPUTS 4
 #define FEW_ROWS(M) 2
 #define TILE_VECTORS 2
+#define GRAD_CODES 1
+#define GRAD_SIXTEEN 3
 #define GRAD_VECTORS 4
 
 #include "body.h"

@@ -94,15 +94,6 @@ INLINE void LEVEL(scales)(const struct weight *w, int64_t row, int64_t first, in
     }
 }
 
-/* The scales that groups g0 to g1 of a row need: those of the first of them come first. */
-INLINE void LEVEL(group_scales)(const struct weight *w, int64_t row, int64_t g0, int64_t g1, float *out)
-{
-    const struct order *order = w->order;
-    const int64_t first = order->first_block[g0], byte = (g1 * 4 - 1) * LANES + LANES - 1; /* the last of group g1 - 1 */
-    const int64_t end = g1 < order->groups ? order->first_block[g1 - 1] + order->block[byte] + 1 : w->blocks;
-    LEVEL(scales)(w, row, first, end - first, out);
-}
-
 INLINE W LEVEL(words)(const struct weight *w, int64_t row, int64_t group)
 {
     const int64_t start = group * LANES * 4;
