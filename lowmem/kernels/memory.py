@@ -45,6 +45,4 @@ def is_traced() -> bool:
     """Whether something records operations, or runs them on tensors without values: it would not see C."""
     if _is_compiling() or _tracing() is not None:
         return True
-    return _modes() > 0 and any(
-        torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS
-    )
+    return _modes() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)
