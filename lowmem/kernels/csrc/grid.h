@@ -33,23 +33,24 @@ INLINE void LEVEL(digit_sums)(const W *lows, const W *highs, const float *group,
 INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
                                    const float *x, V *sums)
 {
-    const int64_t row_bytes = w->row_bytes, ahead = 8 * R * w->row_bytes, g0 = g;
+    const int64_t row_bytes = w->row_bytes, g0 = g;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
+    const uint8_t *soon = w->packed + (r + 8 * R) * row_bytes + g * LANES * 4 * R; /* rows lie behind each other */
     V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     int32_t from = -1;
     LEVEL(row_units)(w, r, 1, R, unit);
     const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (; g < g1; g++, p += LANES * 4, block += 4 * LANES) {
+    for (; g < g1; g++, p += LANES * 4, block += 4 * LANES, soon += LANES * 4 * R) {
         const int64_t left = row_bytes - g * (LANES * 4);
         const float *group = x + (g - g0) * M * GROUP; /* a PART is a group */
         W words[4], lows[4], highs[4];
         V scale[4];
         if (first[g] != from)
             LEVEL(few_scales)(w, r, 1, from = first[g], R, unit, stored);
-        EACH_ROW prefetch(p + ahead + i * row_bytes);
+        EACH_ROW prefetch(soon + i * LANES * 4);
         if (left >= LANES * 4)
             EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
         else

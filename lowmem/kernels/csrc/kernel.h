@@ -112,7 +112,7 @@ typedef void (*body)(struct job *, int64_t part, int64_t parts, int64_t thread);
 
 /* Run bodies for as many parts a thread of the job each, or for one part in all (0). Who is done takes the next part; no
  * part of `then`, which may be NULL, begins before all of `first` are done. Threads that pack copies of their own
- * all run part 0 of `first`. */
+ * all run part 0 of `first`, which comes on top of the others then. */
 void parallel(struct job *, body first, int64_t first_parts, body then, int64_t then_parts);
 
 /* One instruction set. */

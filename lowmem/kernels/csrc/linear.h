@@ -97,18 +97,19 @@ INLINE void LEVEL(few_scales)(const struct weight *w, int64_t r, int64_t step, i
 INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
                               const int apart, const float *x, V *sums)
 {
-    const int64_t row_bytes = w->row_bytes, ahead = 8 * R * w->row_bytes;
+    const int64_t row_bytes = w->row_bytes;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
+    const uint8_t *soon = w->packed + (r + 8 * R) * row_bytes + g * LANES * 4 * R; /* rows lie behind each other */
     const T table = table_load(w->levels);
     V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     int32_t from = -1;
     LEVEL(row_units)(w, r, 1, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (; g < g1; g++, p += LANES * 4, x += M * GROUP, block += 4 * LANES) {
+    for (; g < g1; g++, p += LANES * 4, x += M * GROUP, block += 4 * LANES, soon += LANES * 4 * R) {
         const int64_t left = row_bytes - g * (LANES * 4);
-        EACH_ROW prefetch(p + ahead + i * row_bytes);
+        EACH_ROW prefetch(soon + i * LANES * 4);
         W words[4];
         V scale[4], sum[FEW_SUMS];
         if (first[g] != from)
@@ -312,7 +313,7 @@ static void LEVEL(linear)(struct job *job)
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + wide, groups);
             if (few)
-                parallel(job, LEVEL(pack_body), job->update ? 2 : 0, LEVEL(few_body), job->batch > FEW ? PARTS : 1);
+                parallel(job, LEVEL(pack_body), !job->update ? 0 : job->packed_step ? 1 : 2, LEVEL(few_body), job->batch > FEW ? PARTS : 1);
             else
                 parallel(job, LEVEL(pack_many), job->packed_step || job->m1 - job->m0 <= PACKED_ALONE ? 0 : PARTS, LEVEL(many_body), PARTS);
         }

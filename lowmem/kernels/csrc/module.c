@@ -68,7 +68,7 @@ static void region_body(void *data)
 void parallel(struct job *job, body first, int64_t first_parts, body then, int64_t then_parts)
 {
     const int many = job->threads > 1 && run_parallel;
-    const int64_t firsts = many && first_parts ? first_parts * job->threads : 1, begun = job->packed_step > 0;
+    const int64_t begun = job->packed_step > 0, firsts = many && first_parts ? first_parts * job->threads + begun : 1;
     const int64_t thens = !then ? 0 : many ? then_parts * job->threads : 1;
     struct region region = {job, many, first, then, firsts, firsts + thens, begun, begun};
     if (many)
