@@ -86,11 +86,11 @@ INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, 
     const int64_t row_bytes = w->row_bytes;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
-    const uint8_t *soon = w->packed + (r + 8 * R) * row_bytes + g * LANES * 4 * R; /* rows lie behind each other */
+    const uint8_t *soon = LEVEL(codes_soon)(w, r, g, R);
     const W table = LEVEL(table_low)(w->levels);
     V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     int32_t from = -1;
-    LEVEL(row_units)(w, r, 1, R, unit);
+    LEVEL(row_units)(w, r, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, x += M * (GROUP / 2), block += 4 * LANES, soon += LANES * 4 * R) {

@@ -212,10 +212,7 @@ static void LEVEL(grad_rows)(const struct job *job, int64_t r0, int64_t r1, int 
                 ((uint16_t *)out)[rows] = 0;
             continue;
         }
-        if (job->type == BFLOAT16)
-            LEVEL(widen_run)(of, rows, out, BFLOAT16);
-        else
-            LEVEL(widen_run)(of, rows, out, FLOAT16);
+        LEVEL(widen_run_typed)(of, rows, out, job->type);
         if (rows % 2)
             out[rows] = 0.0f;
     }

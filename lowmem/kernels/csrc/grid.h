@@ -36,10 +36,10 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
     const int64_t row_bytes = w->row_bytes, g0 = g;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
-    const uint8_t *soon = w->packed + (r + 8 * R) * row_bytes + g * LANES * 4 * R; /* rows lie behind each other */
+    const uint8_t *soon = LEVEL(codes_soon)(w, r, g, R);
     V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     int32_t from = -1;
-    LEVEL(row_units)(w, r, 1, R, unit);
+    LEVEL(row_units)(w, r, R, unit);
     const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();

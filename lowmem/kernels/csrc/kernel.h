@@ -211,16 +211,10 @@ static inline int64_t scale_bytes(const struct weight *w)
     return w->encoding >= SCALES_DOUBLE ? w->blocks + 2 : w->blocks * (w->encoding == SCALES_FLOAT16 ? 2 : 4);
 }
 
-/* The float16 behind the steps of a row, and how many steps it counts: a scale is steps * row_scale / row_steps. */
+/* Where the float16 behind the steps of a row lies, and how many steps it counts: a scale is steps * that / row_steps. */
 static inline const uint8_t *row_scale_at(const struct weight *w, int64_t row)
 {
     return w->scales + row * scale_bytes(w) + w->blocks;
-}
-static inline float row_scale(const struct weight *w, int64_t row)
-{
-    uint16_t bits;
-    memcpy(&bits, row_scale_at(w, row), 2);
-    return half_to_float(bits);
 }
 static inline float row_steps(const struct weight *w) { return w->encoding == SCALES_SIGNED ? 127.0f : 255.0f; }
 

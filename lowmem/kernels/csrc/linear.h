@@ -55,20 +55,22 @@ INLINE void LEVEL(few_sums)(const int R, const int M, const V *sums, float *out)
     }
 }
 
-/* What the steps of the scales of R rows count, which are `step` apart. */
-INLINE void LEVEL(row_units)(const struct weight *w, int64_t r, int64_t step, const int R, V *out)
+/* What the steps of the scales of R rows count. */
+INLINE void LEVEL(row_units)(const struct weight *w, int64_t r, const int R, V *out)
 {
     EACH_ROW out[i] = v_zero();
-    if (w->encoding >= SCALES_DOUBLE) {
-        EACH_ROW {
-            uint16_t bits;
-            memcpy(&bits, row_scale_at(w, r + i * step), sizeof bits);
-            out[i] = v_set1(one_half(bits) / row_steps(w));
-        }
-    }
+    if (w->encoding >= SCALES_DOUBLE)
+        EACH_ROW out[i] = v_set1(LEVEL(row_scale)(w, r + i) / row_steps(w));
 }
 
-/* The scales of R rows from a block on, as many as there are lanes. */
+/* What is fetched while groups from g on of R rows are multiplied: the lines of rows to come, which lie behind each other,
+ * R of them a group. */
+INLINE const uint8_t *LEVEL(codes_soon)(const struct weight *w, int64_t r, int64_t g, const int R)
+{
+    return w->packed + (r + 8 * R) * w->row_bytes + g * LANES * 4 * R;
+}
+
+/* The scales of R rows, which are `step` apart, from a block on, as many as there are lanes. */
 INLINE void LEVEL(few_scales)(const struct weight *w, int64_t r, int64_t step, int64_t first, const int R, const V *unit, V *out)
 {
     const int64_t stride = scale_bytes(w) * step, n = w->blocks - first;
@@ -100,11 +102,11 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int6
     const int64_t row_bytes = w->row_bytes;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
-    const uint8_t *soon = w->packed + (r + 8 * R) * row_bytes + g * LANES * 4 * R; /* rows lie behind each other */
+    const uint8_t *soon = LEVEL(codes_soon)(w, r, g, R);
     const T table = table_load(w->levels);
     V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     int32_t from = -1;
-    LEVEL(row_units)(w, r, 1, R, unit);
+    LEVEL(row_units)(w, r, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, x += M * GROUP, block += 4 * LANES, soon += LANES * 4 * R) {

@@ -62,7 +62,7 @@ INLINE void LEVEL(scales_across)(const struct weight *w, int64_t r, int64_t firs
     if (many) {
         float units[LANES];
         for (int64_t i = 0; i < LANES; i++)
-            units[i] = row_scale(w, smaller(r + i, last));
+            units[i] = LEVEL(row_scale)(w, smaller(r + i, last));
         unit = v_load(units);
     }
     for (int64_t b = 0; b < n; b += LANES, out += LANES * step) {
@@ -160,13 +160,10 @@ INLINE void LEVEL(put_rows_as)(const struct job *job, int64_t r, int64_t rows, c
     float widened[MAX_VECTORS * LANES] = {0};
     const float *bias = widened;
     if (job->bias && !job->g0) {
-        const uint16_t *halves = (const uint16_t *)job->bias + r;
         if (job->bias_type == FLOAT32)
             bias = (const float *)job->bias + r;
-        else if (job->bias_type == BFLOAT16)
-            LEVEL(widen_run)(halves, rows, widened, BFLOAT16);
         else
-            LEVEL(widen_run)(halves, rows, widened, FLOAT16);
+            LEVEL(widen_run_typed)((const uint16_t *)job->bias + r, rows, widened, job->bias_type);
     }
     for (int64_t m = job->m0; m < job->m1; m++, sums += vectors * LANES) {
         const int64_t at = m * job->weight->rows + r, whole = job->g0 ? 0 : rows / LANES * LANES;

@@ -7,81 +7,16 @@
 #include <Python.h>
 
 #if defined(_WIN32)
-#define sched_yield() ((void)0)
 #define dlopen_loaded(path) NULL
 #define dlsym(handle, name) NULL
 #else
 #include <dlfcn.h>
-#include <sched.h>
 #define dlopen_loaded(path) dlopen(path, RTLD_LAZY | RTLD_NOLOAD)
 #endif
 
 #include "order.h"
 #include "tensor.h"
-
-#define GRAIN 65536 /* multiplications that are worth a thread */
-
-static void (*run_parallel)(void (*)(void *), void *, unsigned, unsigned);
-static int (*thread_number)(void);
-
-struct region {
-    struct job *job;
-    int many; /* whether there are threads */
-    body first, then;
-    int64_t firsts, parts; /* of first, and of both */
-    int64_t next, done;    /* the next part, and how many of first are done */
-};
-
-#if defined(__x86_64__)
-#define pause() __builtin_ia32_pause()
-#else
-#define pause() ((void)0)
-#endif
-#define PATIENCE 4096 /* pauses before a waiting thread gives its core away */
-
-static void region_body(void *data)
-{
-    struct region *region = data;
-    const int64_t thread = region->many ? thread_number() : 0, firsts = region->firsts;
-    struct job copy, *job = region->job;
-    if (job->packed_step) { /* nobody waits for what others pack, nor reads it from their caches */
-        copy = *job;
-        job = &copy;
-        job->packed += thread * job->packed_step;
-        region->first(job, 0, firsts, thread);
-    }
-    for (int64_t part; (part = __atomic_fetch_add(&region->next, 1, __ATOMIC_RELAXED)) < region->parts;) {
-        if (part < firsts) {
-            region->first(job, part, firsts, thread);
-            __atomic_fetch_add(&region->done, 1, __ATOMIC_RELEASE);
-            continue;
-        }
-        for (int64_t waited = 0; __atomic_load_n(&region->done, __ATOMIC_ACQUIRE) < firsts; waited++)
-            if (waited < PATIENCE)
-                pause();
-            else
-                sched_yield();
-        region->then(job, part - firsts, region->parts - firsts, thread);
-    }
-}
-
-void parallel(struct job *job, body first, int64_t first_parts, body then, int64_t then_parts)
-{
-    const int many = job->threads > 1 && run_parallel;
-    const int64_t begun = job->packed_step > 0, firsts = many && first_parts ? first_parts * job->threads + begun : 1;
-    const int64_t thens = !then ? 0 : many ? then_parts * job->threads : 1;
-    struct region region = {job, many, first, then, firsts, firsts + thens, begun, begun};
-    if (many)
-        run_parallel(region_body, &region, (unsigned)job->threads, 0);
-    else
-        region_body(&region);
-}
-
-static int64_t threads_for(long long most, double work)
-{
-    const double worth = 1.0 + work / GRAIN;
-    return worth < (double)most ? (int64_t)worth : (int64_t)most;
-}
+#include "threads.h"
 
 static const struct level *const all_levels[] = {
     &level_portable,

@@ -75,6 +75,13 @@ static inline void v_transpose(V *v)
 }
 #endif
 
+INLINE float LEVEL(row_scale)(const struct weight *w, int64_t row)
+{
+    uint16_t bits;
+    memcpy(&bits, row_scale_at(w, row), sizeof bits);
+    return one_half(bits);
+}
+
 /* The scales of n blocks of a row, from block `first`. */
 INLINE void LEVEL(scales)(const struct weight *w, int64_t row, int64_t first, int64_t n, float *out)
 {
@@ -84,7 +91,7 @@ INLINE void LEVEL(scales)(const struct weight *w, int64_t row, int64_t first, in
         v_from_half((const uint16_t *)w->scales + row * w->blocks + first, n, out);
     } else {
         const uint8_t *p = w->scales + row * scale_bytes(w);
-        const float scale = row_scale(w, row);
+        const float scale = LEVEL(row_scale)(w, row);
         if (w->encoding == SCALES_SIGNED)
             for (int64_t i = 0; i < n; i++)
                 out[i] = signed_steps(p[first + i]) * scale / 127.0f;
@@ -116,6 +123,14 @@ INLINE void LEVEL(widen_run)(const uint16_t *p, int64_t n, float *out, const int
         v_store(out + i, LEVEL(sixteen)(p + i, type));
     for (; i < n; i++)
         out[i] = read_as_float(p, type, i);
+}
+
+INLINE void LEVEL(widen_run_typed)(const uint16_t *p, int64_t n, float *out, int type)
+{
+    if (type == BFLOAT16)
+        LEVEL(widen_run)(p, n, out, BFLOAT16);
+    else
+        LEVEL(widen_run)(p, n, out, FLOAT16);
 }
 
 /* Columns from..to of a row of 16-bit floats, padded with zeros up to `floats`. */
