@@ -230,32 +230,34 @@ INLINE void LEVEL(multiply)(const float *tile, int n, const float *x, const int 
     const T table = table_load(next->w->levels ? next->w->levels : tile); /* any sixteen floats */
     const int units = UNITS(low), before = next->vectors, due = until - before;
     const int64_t stride = row_stride(next->w), step = next->w->order ? LANES * 4 : LANES * 16;
-    V acc[MANY_SUMS];
-    EACH_ROWS EACH_OF_MANY acc[v * M + j] = v_zero();
-    for (int word = 0; word < n; word++, tile += units * MANY_ROWS, x += units) {
-        if ((next->vectors - before) * n < due * (word + 1))
-            LEVEL(restore_next)(next, table, low);
-        for (int64_t i = 0; fetch && i < step; i += 64)
-            EACH_ROWS prefetch(fetch + (v * LANES + word % LANES) * stride + word / LANES * step + i);
+    for (int word = 0, end; word < n;) { /* float32 numbers 64 at a time: a longer sum would lose what it adds */
+        V acc[MANY_SUMS];
+        EACH_ROWS EACH_OF_MANY acc[v * M + j] = v_zero();
+        for (end = low || word ? n : (n + 1) / 2; word < end; word++, tile += units * MANY_ROWS, x += units) {
+            if ((next->vectors - before) * n < due * (word + 1))
+                LEVEL(restore_next)(next, table, low);
+            for (int64_t i = 0; fetch && i < step; i += 64)
+                EACH_ROWS prefetch(fetch + (v * LANES + word % LANES) * stride + word / LANES * step + i);
 #pragma GCC unroll 8
-        for (int k = 0; k < units; k++) {
-            V row[MAX_VECTORS];
-            EACH_ROWS {
-                row[v] = v_load(tile + k * MANY_ROWS + v * LANES);
-                v_keep(row[v]);
+            for (int k = 0; k < units; k++) {
+                V row[MAX_VECTORS];
+                EACH_ROWS {
+                    row[v] = v_load(tile + k * MANY_ROWS + v * LANES);
+                    v_keep(row[v]);
+                }
+                EACH_OF_MANY {
+                    const V value = LEVEL(spread_unit)(x + j * PART_UNITS(low) + k, low);
+                    EACH_ROWS acc[v * M + j] = LEVEL(multiply_add)(row[v], value, acc[v * M + j], low);
+                }
             }
-            EACH_OF_MANY {
-                const V value = LEVEL(spread_unit)(x + j * PART_UNITS(low) + k, low);
-                EACH_ROWS acc[v * M + j] = LEVEL(multiply_add)(row[v], value, acc[v * M + j], low);
-            }
+        }
+        EACH_OF_MANY EACH_ROWS {
+            float *sum = sums + j * MANY_ROWS + v * LANES;
+            v_store(sum, v_add(v_load(sum), acc[v * M + j]));
         }
     }
     while (next->vectors < until)
         LEVEL(restore_next)(next, table, low);
-    EACH_OF_MANY EACH_ROWS {
-        float *sum = sums + j * MANY_ROWS + v * LANES;
-        v_store(sum, v_add(v_load(sum), acc[v * M + j]));
-    }
 }
 
 /* Columns from c on of LANES rows of 16-bit floats into a tile: LANES columns, `step` floats apart, of which those beyond a
