@@ -20,7 +20,7 @@ setup(
     else [
         Extension(
             "lowmem.kernels._native",
-            sources=[f"{CSRC}/{name}.c" for name in ("module", "portable", "avx2", "avx512", "avx512bf16")],
+            sources=sorted(glob(f"{CSRC}/*.c")),
             depends=sorted(glob(f"{CSRC}/*.h")),
             extra_compile_args=["-std=gnu11", "-ffp-contract=off", *OPTIMIZE],
             py_limited_api=True,

@@ -148,6 +148,51 @@ def test_every_number_of_a_few_inputs(level, block_size, columns):
 
 
 @compiled
+@pytest.mark.parametrize("block_size", [8, 10, 16, 24, 32, 48, 64, 72, 100, 128, 4096, None])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (31, 65), (64, 192), (130, 1300), (258, 129)])
+def test_batches_and_weights_around_whole_tiles_in_bfloat16(level, block_size, rows, columns):
+    """AMX takes 16 inputs, 32 columns and 16 rows at a time; None is a weight of bfloat16 numbers."""
+    dense = strategies.make_weight("normal", (rows, columns), 0, 2)
+    w = quantize(dense, "nf4", block_size=block_size) if block_size else dense.bfloat16()
+    restored = w.dequantize() if block_size else w.float()
+    generator = torch.Generator().manual_seed(rows)
+    bias = torch.randn(rows, generator=generator)
+    with kernels.using(level):
+        for batch in (3, 4, 15, 16, 17, 31, 32, 33, 48, 50):
+            x = torch.randn(batch, columns, generator=generator).bfloat16()
+            grad = torch.randn(batch, rows, generator=generator).bfloat16()
+            assert_close_in(torch.bfloat16, kernels.linear(x, w, torch.bfloat16), x, restored)
+            assert_close_in(torch.bfloat16, kernels.input_grad(grad, w, torch.bfloat16), grad, restored.t())
+            ones = torch.ones(batch, 1, dtype=torch.bfloat16)  # a bias is one more column
+            got = kernels.linear(x, w, torch.bfloat16, bias)
+            assert_close_in(torch.bfloat16, got, torch.cat((x, ones), 1), torch.cat((restored, bias[:, None]), 1))
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["bfloat16", "4-bit"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_what_is_not_finite_stays_in_its_row(level, kind, bad):
+    """What fills tiles up and is not used touches nothing: one bad input, one bad row of the weight."""
+    dense = strategies.make_weight("normal", (45, 330), 0, 0)
+    w = dense.bfloat16() if kind == "bfloat16" else quantize(dense, block_size=16, scales="float32")
+    for batch in (2, 5, 21, 40):
+        x, grad = torch.randn(batch, 330).bfloat16(), torch.randn(batch, 45).bfloat16()
+        x[1], grad[1] = bad, bad
+        with kernels.using(level):
+            products = kernels.linear(x, w, torch.bfloat16), kernels.input_grad(grad, w, torch.bfloat16)
+            for got in products:
+                finite = got.isfinite().all(1)
+                assert not finite[1]
+                assert finite[0]
+                assert finite[2:].all()
+            broken = w.clone() if kind == "bfloat16" else replace(w, scales=w.scales.clone())
+            (broken if kind == "bfloat16" else broken.scales)[44] = bad
+            finite = kernels.linear(x, broken, torch.bfloat16).isfinite()
+            assert finite[0, :44].all()
+            assert not finite[:, 44].any()
+
+
+@compiled
 @pytest.mark.parametrize("columns", [8192, 8194, 20000])
 @pytest.mark.parametrize("batch", [1, 5, 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -427,6 +427,15 @@ with kernels.using(level):
             for batch in (1, 5, 13):
                 kernels.linear(at_the_edge(torch.randn(batch, columns)), half, torch.float32)
                 kernels.input_grad(at_the_edge(torch.randn(batch, 5)), half, torch.float32)
+            for rows in (5, 32):  # whole tiles are read where they lie
+                dense = torch.randn(rows, columns)
+                q = quantize(dense, block_size=16)
+                q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
+                for weight in (q, at_the_edge(dense.to(stored))):
+                    for batch in (16, 37):
+                        x, grad = torch.randn(batch, columns).bfloat16(), torch.randn(batch, rows).bfloat16()
+                        kernels.linear(at_the_edge(x), weight, torch.bfloat16)
+                        kernels.input_grad(at_the_edge(grad), weight, torch.bfloat16)
         for rank in (1, 3, 16):
             shapes = (2, 5), (2, columns), (rank, columns), (5, rank)
             kernels.add_update(*(at_the_edge(torch.randn(shape)) for shape in shapes), 0.5)

@@ -2,6 +2,13 @@
 #ifndef LOWMEM_KERNEL_H
 #define LOWMEM_KERNEL_H
 
+/* Whether the compiler knows AMX, and the system lets us ask for it. */
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAS_AMX 1
+#else
+#define HAS_AMX 0
+#endif
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -29,6 +36,11 @@
 #define SCRATCH_BYTES (1008 * 1024) /* fewer, where scratch of many threads would be more with it, */
 #define LEAST_BYTES (256 * 1024)  /* but no less of it */
 #define GRAD_ROWS 32              /* rows, or pairs of them, of a tile of the gradient, a group of columns wide */
+#define TILED_FEW 2               /* inputs that AMX leaves to others, */
+#define TILED_FEW_GRAD 3          /* those of a gradient, */
+#define TILED_FEW_SIXTEEN 4       /* and of bfloat16 weights */
+#define TILED_GRAD_ROWS 128       /* rows of the weight that are restored at a time then, a group of columns wide, */
+#define TILED_GRAD_OWN (TILED_GRAD_ROWS / 2 * MAX_GROUP + 32 * TILED_GRAD_ROWS) /* floats, with scales and padded inputs */
 #define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
 
@@ -95,6 +107,7 @@ struct job {
     int type, out_type, bias_type; /* enum type of x, out and the bias */
     int low; /* whether products are taken in bfloat16, */
     int grid; /* or in integers */
+    int tiles; /* whether they are taken by AMX */
     int64_t batch, threads;
     float *packed; /* the input, or the gradient, in the order of the words; */
     int64_t packed_step; /* each thread packs its own copy, so many floats behind the one before; 0: they share one */
@@ -118,7 +131,7 @@ void parallel(struct job *, body first, int64_t first_parts, body then, int64_t 
 /* One instruction set. */
 struct level {
     const char *name;
-    int lanes, low; /* low: whether it multiplies bfloat16 */
+    int lanes, low, tiles; /* low: whether it multiplies bfloat16; tiles: by AMX */
     void (*linear)(struct job *);
     void (*input_grad)(struct job *);
     void (*restore)(struct job *);
@@ -126,25 +139,27 @@ struct level {
     int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
 };
 
-extern const struct level level_portable, level_avx2, level_avx512, level_avx512bf16;
+extern const struct level level_portable, level_avx2, level_avx512, level_avx512bf16, level_avx512amx;
 
 #if defined(__GNUC__)
 #define prefetch(p) __builtin_prefetch(p)
+#define prefetch_far(p) __builtin_prefetch(p, 0, 2) /* to the second cache */
 #else
 #define prefetch(p) ((void)0)
+#define prefetch_far(p) ((void)0)
 #endif
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* How many inputs of so many packed bytes, and so many of the threads' own, are packed at a time beside `others`: pieces of a
- * batch that are about as large. */
-static inline int64_t piece_of(int64_t batch, int64_t packed, int64_t own, int64_t others)
+ * batch that are about as large, and multiples of `whole`. */
+static inline int64_t piece_of(int64_t batch, int64_t packed, int64_t own, int64_t others, int64_t whole)
 {
     const int64_t room = SCRATCH_BYTES - others < LEAST_BYTES ? LEAST_BYTES : SCRATCH_BYTES - others;
     const int64_t most = smaller(smaller(PACKED_BYTES / packed, room / (packed + own)), MOST);
-    const int64_t pieces = most ? (batch + most - 1) / most : batch;
-    return pieces ? (batch + pieces - 1) / pieces : 0;
+    const int64_t fits = most > whole ? most / whole * whole : whole, pieces = (batch + fits - 1) / fits;
+    return pieces ? round_up((batch + pieces - 1) / pieces, whole) : 0;
 }
 
 /* Inputs that are few: codes are decoded in registers, with columns across the lanes. */

@@ -6,12 +6,22 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include "kernel.h"
+
 #if defined(_WIN32)
 #define dlopen_loaded(path) NULL
 #define dlsym(handle, name) NULL
 #else
 #include <dlfcn.h>
 #define dlopen_loaded(path) dlopen(path, RTLD_LAZY | RTLD_NOLOAD)
+#endif
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if HAS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "order.h"
@@ -24,6 +34,9 @@ static const struct level *const all_levels[] = {
     &level_avx2,
     &level_avx512,
     &level_avx512bf16,
+#endif
+#if HAS_AMX
+    &level_avx512amx,
 #endif
 };
 
@@ -181,16 +194,17 @@ struct layout {
 
 #define MOST_COPIES 4 /* of a packed input: with more threads, packing it in all of them would take too long */
 
-static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low)
+static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low, int tiles)
 {
-    const int few = batch <= few_inputs(w, low);
+    const int few = !tiles && batch <= few_inputs(w, low);
     const int bytes = low && !transposed && (!few || w->order->whole_words) ? 2 : 4; /* of a packed number */
     const int64_t width = transposed ? w->stride : packed_width(w), all = threads_for(threads, (double)w->rows * w->columns * batch);
-    const int64_t own = transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
-    const int64_t own_of_input = transposed ? GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
+    const int64_t own = transposed ? tiles ? TILED_GRAD_OWN : GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
+    const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
     const int64_t copies = transposed || all > MOST_COPIES ? 1 : all;
-    const int own_copies = copies > 1 && piece_of(batch, copies * width * bytes, 4 * all * own_of_input, 4 * all * own) == batch;
-    const int64_t piece = own_copies ? batch : piece_of(batch, width * bytes, 4 * all * own_of_input, 4 * all * own);
+    const int64_t whole = tiles ? 16 : 1, of_input = 4 * all * own_of_input;
+    const int own_copies = copies > 1 && piece_of(batch, copies * width * bytes, of_input, 4 * all * own, whole) >= batch;
+    const int64_t piece = piece_of(batch, (own_copies ? copies : 1) * width * bytes, of_input, 4 * all * own, whole);
     const int64_t packed = piece * width * bytes / 4;
     const struct layout layout = {
         .threads = all,
@@ -206,6 +220,13 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
 static int is_low(const struct level *level, const struct weight *w, int type)
 {
     return level->low && w->order && type == BFLOAT16;
+}
+
+/* Whether those of a batch are taken by AMX: 4-bit and bfloat16 weights, and more than a few inputs. */
+static int in_tiles(const struct level *level, const struct weight *w, int64_t batch, int type, int transposed)
+{
+    const int64_t few = !w->order ? TILED_FEW_SIXTEEN : transposed ? TILED_FEW_GRAD : TILED_FEW;
+    return level->tiles && type == BFLOAT16 && (w->order || w->encoding == BFLOAT16) && batch > few;
 }
 
 #define UPDATED 12 /* inputs; for more, torch's own products are faster */
@@ -263,8 +284,8 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
         return NULL;
     if (made == out_given)
         Py_INCREF(made);
-    const int low = is_low(level, &w, x.type);
-    const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low);
+    const int tiles = in_tiles(level, &w, x.shape[0], x.type, transposed), low = tiles || is_low(level, &w, x.type);
+    const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, tiles);
     const int64_t floats = layout.shared + layout.threads * layout.own;
     struct scratch scratch;
     if (!read_memory(made, &out) || out.type < 0 || !has_shape(&out, x.shape[0], to) || (updated && out.type != FLOAT32) ||
@@ -288,6 +309,7 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
         .out_type = out.type,
         .bias_type = bias.type,
         .low = low,
+        .tiles = tiles,
         .batch = x.shape[0],
         .threads = layout.threads,
         .packed = scratch.memory,
@@ -445,6 +467,28 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     return PyBool_FromLong(!q.failed);
 }
 
+#if defined(__x86_64__)
+/* Whether it converts float16. Clang before 15 has no name for that in __builtin_cpu_supports. */
+static int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+
+/* Whether the processor has AMX for bfloat16, and Linux lets this process use it: registers so large must be asked for. */
+static int may_use_amx(void)
+{
+#if HAS_AMX
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & AMX_BF16 && d & AMX_TILE &&
+           !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+#else
+    return 0;
+#endif
+}
+#endif
+
 /* levels() -> the names of the levels that this processor can run, the slowest first; their order is their index */
 static PyObject *levels(PyObject *self, PyObject *unused)
 {
@@ -456,11 +500,12 @@ static PyObject *levels(PyObject *self, PyObject *unused)
     int count = 1;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
         count = 2;
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
             count = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 4 : 3;
+        count += count == 4 && may_use_amx();
     }
 #endif
     for (int i = 0; i < count; i++) {
