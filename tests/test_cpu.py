@@ -149,7 +149,7 @@ def test_every_number_of_a_few_inputs(level, block_size, columns):
 
 @compiled
 @pytest.mark.parametrize("block_size", [8, 10, 16, 24, 32, 48, 64, 72, 100, 128, 4096, None])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (31, 65), (64, 192), (130, 1300), (258, 129)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (31, 65), (64, 192), (130, 1300), (258, 129), (32, 2000)])
 def test_batches_and_weights_around_whole_tiles_in_bfloat16(level, block_size, rows, columns):
     """AMX takes 16 inputs, 32 columns and 16 rows at a time; None is a weight of bfloat16 numbers."""
     dense = strategies.make_weight("normal", (rows, columns), 0, 2)
@@ -169,14 +169,14 @@ def test_batches_and_weights_around_whole_tiles_in_bfloat16(level, block_size, r
 
 
 @compiled
-@pytest.mark.parametrize("kind", ["bfloat16", "4-bit"])
+@pytest.mark.parametrize(("block_size", "columns"), [(None, 330), (16, 330), (64, 330), (128, 2000), (24, 330)])
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-def test_what_is_not_finite_stays_in_its_row(level, kind, bad):
+def test_what_is_not_finite_stays_in_its_row(level, block_size, columns, bad):
     """What fills tiles up and is not used touches nothing: one bad input, one bad row of the weight."""
-    dense = strategies.make_weight("normal", (45, 330), 0, 0)
-    w = dense.bfloat16() if kind == "bfloat16" else quantize(dense, block_size=16, scales="float32")
+    dense = strategies.make_weight("normal", (45, columns), 0, 0)
+    w = quantize(dense, block_size=block_size, scales="float32") if block_size else dense.bfloat16()
     for batch in (2, 5, 21, 40):
-        x, grad = torch.randn(batch, 330).bfloat16(), torch.randn(batch, 45).bfloat16()
+        x, grad = torch.randn(batch, columns).bfloat16(), torch.randn(batch, 45).bfloat16()
         x[1], grad[1] = bad, bad
         with kernels.using(level):
             products = kernels.linear(x, w, torch.bfloat16), kernels.input_grad(grad, w, torch.bfloat16)
@@ -185,11 +185,21 @@ def test_what_is_not_finite_stays_in_its_row(level, kind, bad):
                 assert not finite[1]
                 assert finite[0]
                 assert finite[2:].all()
-            broken = w.clone() if kind == "bfloat16" else replace(w, scales=w.scales.clone())
-            (broken if kind == "bfloat16" else broken.scales)[44] = bad
-            finite = kernels.linear(x, broken, torch.bfloat16).isfinite()
-            assert finite[0, :44].all()
-            assert not finite[:, 44].any()
+            for row in (7, 44):
+                broken = replace(w, scales=w.scales.clone()) if block_size else w.clone()
+                (broken.scales if block_size else broken)[row] = bad
+                finite = kernels.linear(x, broken, torch.bfloat16).isfinite()[0]
+                assert not finite[row]
+                assert finite.sum() == 44
+
+
+@compiled
+def test_a_result_that_is_subnormal_is_one_in_every_row(level):
+    q, bias = quantize(torch.randn(45, 64)), torch.full((45,), 1e-39)
+    with kernels.using(level):
+        for batch in (1, 3, 20):
+            got = kernels.linear(torch.zeros(batch, 64).bfloat16(), q, torch.bfloat16, bias)
+            assert (got == bias.bfloat16()).all()
 
 
 @compiled
@@ -584,15 +594,20 @@ def test_sums_that_round_one_way_lose_no_more_than_torch_s(level, kind, size):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("batch", "threads"), [(8, 4), (100, 2), (64, 4), (240, 4), (64, 8), (512, 8), (512, 16)])
-@pytest.mark.parametrize("kind", ["half", "4-bit"])
-@pytest.mark.parametrize("shape", [(4096, 256), (1024, 1280)])
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "4-bit"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "batch", "threads"),
+    [
+        *((4096, 256, *work) for work in ((8, 4), (100, 2), (64, 4), (240, 4), (64, 8), (512, 8), (512, 18))),
+        *((1024, 1280, *work) for work in ((8, 4), (100, 2), (64, 4), (240, 4), (64, 8), (512, 8), (512, 18))),
+        *((64, 28672, *work) for work in ((4, 2), (16, 1), (8, 4), (64, 4), (512, 16))),
+    ],
+)
 def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyte(
-    level, dtype, batch, threads, kind, shape
+    level, dtype, kind, rows, columns, batch, threads
 ):
-    rows, columns = shape
     dense = strategies.make_weight("normal", (rows, columns), 0, 0)
-    w = dense.half() if kind == "half" else quantize(dense)
+    w = {"half": dense.half, "bfloat16": dense.bfloat16, "4-bit": lambda: quantize(dense)}[kind]()
     x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, rows).to(dtype)
     before = torch.get_num_threads()
     try:
@@ -742,7 +757,8 @@ def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level
     assert native.restore(index, handle, q.packed, q.scales, 4, torch.empty(2, 64), 2) is not None
     for other, name in enumerate(native.levels()):
         found = native.linear(other, handle, q.packed, q.scales, x, None, None, 2, None, None, None)
-        assert (found is not None) == (name.startswith("avx512") == level.startswith("avx512"))  # as many lanes
+        lanes = {"portable": 8, "neon": 4, "avx2": 8}
+        assert (found is not None) == (lanes.get(name, 16) == lanes.get(level, 16))
 
 
 @compiled

@@ -9,15 +9,12 @@
  * What 16 weights of a block are, as bfloat16, is looked up in their levels times the scale. A lookup takes one of 32
  * numbers, so that a line may have two blocks: the bit above a code says which. */
 
+/* No other level has any of this, so that names are plain. */
 #define TILE_INPUTS 16
-#define TILE_ROWS 32            /* two tiles of the weight, restored at a time */
 #define TILE_FLOATS (16 * LANES) /* of a register */
 #define LINE 32                 /* columns */
 #define LINES (GROUP / LINE)    /* of a group */
-#define RESTORED_GROUPS 2       /* of columns, restored at a time */
-_Static_assert(TILE_ROWS == MANY_ROWS, "put_rows has as many");
-_Static_assert(RESTORED_GROUPS * LINES * 2 * TILE_FLOATS <= SUMS_AT - TILES_AT, "scratch has room for them");
-_Static_assert(TILE_ROWS * LANES <= WORDS_AT, "and for scales");
+_Static_assert(TILED_ROWS == MANY_ROWS && TILED_ROWS == 32, "two tiles, and as many as put_rows has");
 
 /* GCC 12 does not know that tiles read and write memory. */
 #define TILES_BARRIER __asm__ volatile("" ::: "memory")
@@ -32,6 +29,7 @@ static void begin_tiles(void)
     } shape = {.palette = 1};
     for (int i = 0; i < 8; i++)
         shape.bytes[i] = 64, shape.lines[i] = 16;
+    TILES_BARRIER;
     _tile_loadconfig(&shape);
 }
 
@@ -97,9 +95,9 @@ INLINE void multiply_tiles(struct tiles w, struct tiles x, int64_t count, const 
 /* How codes come into lines, whose 32 columns may be any, as long as those of the input are the same. */
 enum kind {
     SIXTEEN, /* no codes: bfloat16 */
-    EIGHTS,  /* blocks of 16 and 32: nibble 0 to 3 of the 16-bit words of 16 bytes */
-    FOURS,   /* other blocks, of which a group has two at most: nibble k of the 16-bit words of a group; the same */
-    WORDS,   /* blocks of whole words, whose weights are scaled one by one; */
+    EIGHTS,  /* blocks of 16 and 32: nibbles 0 to 3 of the eight 16-bit words of 16 bytes. All others: a nibble of all 32 */
+    FOURS,   /* blocks of which a group has two at most: 64, 128 and more */
+    WORDS,   /* other blocks of whole words, whose weights are scaled one by one, */
     APART    /* and blocks that are not */
 };
 
@@ -186,13 +184,13 @@ static void pack_body(struct job *job, int64_t part, int64_t parts, int64_t thre
         pack_sixteen(job, job->m0 + m, smaller(TILE_INPUTS, batch - m), job->packed + m / TILE_INPUTS * floats);
 }
 
-/* The scales of TILE_ROWS rows from a block on, a vector a row; behind the last row they are its own. */
+/* The scales of TILED_ROWS rows from a block on, a vector a row; behind the last row they are its own. */
 static void put_scales(const struct weight *w, int64_t r, int64_t first, float *out)
 {
     const int64_t bytes = scale_bytes(w);
-    const uint8_t *soon = w->scales + (r + TILE_ROWS) * bytes + first * bytes / w->blocks;
+    const uint8_t *soon = w->scales + (r + TILED_ROWS) * bytes + first * bytes / w->blocks;
     V unit[4], scale[4];
-    for (int n = 0; n < TILE_ROWS; n += 4, soon += 4 * bytes)
+    for (int n = 0; n < TILED_ROWS; n += 4, soon += 4 * bytes)
         for (int i = 0, four = r + n + 4 <= w->rows; i < 4; i++, out += LANES) {
             prefetch_far(soon + i * bytes);
             if (four && i == 0) {
@@ -218,9 +216,6 @@ INLINE V look_up(W words, W nibble, W second, W tables)
     return v_of_words(_mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(words, nibble, second, 0xea), tables)); /* a & b | c */
 }
 
-/* In registers: the compiler would make them anew for every row. */
-#define KEEP(a) __asm__("" : "+v"(a))
-
 /* Four rows of group g, of which the first is there: LANES floats a row and line, `scales` of block first_block[g] on. */
 INLINE void restore_four(const struct weight *w, int64_t r, int64_t g, const enum kind kind, const float *scales, float *out)
 {
@@ -230,16 +225,17 @@ INLINE void restore_four(const struct weight *w, int64_t r, int64_t g, const enu
     W nibble = _mm512_set1_epi16(15), shifts = _mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0);
     W second = _mm512_set4_epi32(0x00100010, 0x00100010, 0, 0);
     if (kind == FOURS) {
-        const W is = _mm512_sub_epi32(_mm512_loadu_si512(block), _mm512_set1_epi32(block[0]));
+        /* words behind the row have block 0: they must not be taken for those of a block that may not be there */
+        const W is = _mm512_max_epi32(_mm512_sub_epi32(_mm512_loadu_si512(block), _mm512_set1_epi32(block[0])), _mm512_setzero_si512());
         second = _mm512_or_si512(_mm512_slli_epi32(is, 4), _mm512_slli_epi32(is, 20));
     }
-    KEEP(nibble);
-    KEEP(shifts);
-    KEEP(second);
+    v_keep(nibble); /* the compiler would make them anew for every row */
+    v_keep(shifts);
+    v_keep(second);
     for (int i = 0; i < 4; i++, scales += LANES, out += LANES) {
         const uint8_t *p = w->packed + (r + smaller(i, last)) * w->row_bytes + g * LANES * 4;
         uint8_t padded[LANES * 4];
-        prefetch_far(p + TILE_ROWS * w->row_bytes);
+        prefetch_far(p + TILED_ROWS * w->row_bytes);
         if (kind == EIGHTS) {
             if (left < LANES * 4) {
                 _mm512_storeu_si512(padded, words_load(p, left));
@@ -278,19 +274,19 @@ INLINE void copy_four(const struct weight *w, int64_t r, int64_t g, float *out)
     for (int64_t i = 0; i < 4; i++, out += LANES)
         for (int64_t k = 0, c = g * GROUP; k < LINES; k++, c += LINE) {
             const uint16_t *p = (const uint16_t *)w->packed + smaller(r + i, w->rows - 1) * w->columns + c;
-            prefetch_far(p + TILE_ROWS * w->columns);
+            prefetch_far(p + TILED_ROWS * w->columns);
             v_store(out + 2 * k * TILE_FLOATS, v_of_words(words_load((const uint8_t *)p, 2 * (w->columns - c))));
         }
 }
 
-/* Restore TILE_ROWS rows of groups g to g1: two tiles a line. `scales` are those from block `from` on, or of other rows (-1). */
+/* Restore TILED_ROWS rows of groups g to g1: two tiles a line. `scales` are those from block `from` on, or of other rows (-1). */
 static void restore_tiles(const struct weight *w, int64_t r, int64_t g, int64_t g1, float *scales, int64_t *from, float *out)
 {
     const enum kind kind = kind_of(w);
     for (; g < g1; g++, out += LINES * 2 * TILE_FLOATS) {
         if (w->order && w->order->first_block[g] != *from)
             put_scales(w, r, *from = w->order->first_block[g], scales);
-        for (int row = 0; row < TILE_ROWS && r + row < w->rows; row += 4) {
+        for (int row = 0; row < TILED_ROWS && r + row < w->rows; row += 4) {
             const float *of = scales + row * LANES;
             float *at = out + row * LANES;
             switch (kind) {
@@ -308,56 +304,63 @@ static void restore_tiles(const struct weight *w, int64_t r, int64_t g, int64_t 
 static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m, const float *sums)
 {
     struct job of = *job;
-    float turned[TILE_INPUTS * TILE_ROWS];
+    float turned[TILE_INPUTS * TILED_ROWS];
     of.m0 = job->m0 + m;
     of.m1 = smaller(of.m0 + TILE_INPUTS, job->m1);
-    for (int n = 0; n < TILE_ROWS; n += LANES) {
+    for (int n = 0; n < TILED_ROWS; n += LANES) {
         V v[LANES];
         EACH_LANE v[i] = v_load(sums + (n + i) * LANES);
         v_transpose(v);
-        EACH_LANE v_store(turned + i * TILE_ROWS + n, v[i]);
+        EACH_LANE v_store(turned + i * TILED_ROWS + n, v[i]);
     }
-    if (job->out_type != BFLOAT16 || rows < TILE_ROWS || job->g0) {
+    if (job->out_type != BFLOAT16 || rows < TILED_ROWS || job->g0) {
         LEVEL(put_rows)(&of, r, rows, MANY_VECTORS, turned);
         return;
     }
-    float bias[TILE_ROWS] = {0};
+    float bias[TILED_ROWS] = {0};
     if (job->bias && job->bias_type == FLOAT32)
         memcpy(bias, (const float *)job->bias + r, sizeof bias);
     else if (job->bias)
-        LEVEL(widen_run_typed)((const uint16_t *)job->bias + r, TILE_ROWS, bias, job->bias_type);
+        LEVEL(widen_run_typed)((const uint16_t *)job->bias + r, TILED_ROWS, bias, job->bias_type);
     uint16_t *out = (uint16_t *)job->out + of.m0 * job->weight->rows + r;
-    for (const float *sum = turned; of.m0 < of.m1; of.m0++, sum += TILE_ROWS, out += job->weight->rows) {
+    for (const float *sum = turned; of.m0 < of.m1; of.m0++, sum += TILED_ROWS, out += job->weight->rows) {
         const V front = v_add(v_load(sum), v_load(bias)), back = v_add(v_load(sum + LANES), v_load(bias + LANES));
-        _mm512_storeu_si512(out, (W)_mm512_cvtne2ps_pbh(back, front)); /* subnormal numbers become zeros, as in products */
+        const int subnormal = 0x20;
+        if (_mm512_fpclass_ps_mask(front, subnormal) | _mm512_fpclass_ps_mask(back, subnormal)) {
+            v_to_bfloat(out, front);
+            v_to_bfloat(out + LANES, back);
+        } else {
+            _mm512_storeu_si512(out, (W)_mm512_cvtne2ps_pbh(back, front)); /* takes subnormal numbers for zeros */
+        }
     }
 }
 
 static void linear_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
-    float *own = job->own + thread * job->own_floats, *restored = own + TILES_AT, *sums = own + SUMS_AT;
+    float *scales = job->own + thread * job->own_floats, *restored = scales + TILED_ROWS * LANES;
+    float *sums = job->own + thread * job->own_floats + TILED_OWN;
     const int64_t batch = job->m1 - job->m0, sixteen = (job->g1 - job->g0) * LINES * TILE_FLOATS;
     int64_t r, to;
-    share(w->rows, TILE_ROWS, parts, part, &r, &to);
+    share(w->rows, TILED_ROWS, parts, part, &r, &to);
     if (r >= to)
         return;
     begin_tiles();
-    for (; r < to; r += TILE_ROWS) {
+    for (; r < to; r += TILED_ROWS) {
         int64_t from = -1;
         for (int64_t g = job->g0, end; g < job->g1; g = end) {
-            end = smaller(g + RESTORED_GROUPS, job->g1);
-            restore_tiles(w, r, g, end, own, &from, restored);
+            end = smaller(g + TILED_GROUPS, job->g1);
+            restore_tiles(w, r, g, end, scales, &from, restored);
             const struct tiles rows = {restored, TILE_FLOATS, 2 * TILE_FLOATS, 64};
             struct tiles x = {job->packed + (g - job->g0) * LINES * TILE_FLOATS, sixteen, TILE_FLOATS, 64};
             for (int64_t m = 0; m < batch; m += 2 * TILE_INPUTS, x.at += 2 * sixteen)
                 if (m + TILE_INPUTS < batch)
-                    multiply_tiles(rows, x, (end - g) * LINES, 0, 1, g == job->g0, sums + m * TILE_ROWS, 2 * TILE_FLOATS);
+                    multiply_tiles(rows, x, (end - g) * LINES, 0, 1, g == job->g0, sums + m * TILED_ROWS, 2 * TILE_FLOATS);
                 else
-                    multiply_tiles(rows, x, (end - g) * LINES, 0, 0, g == job->g0, sums + m * TILE_ROWS, 0);
+                    multiply_tiles(rows, x, (end - g) * LINES, 0, 0, g == job->g0, sums + m * TILED_ROWS, 0);
         }
         for (int64_t m = 0; m < batch; m += TILE_INPUTS)
-            put_tiles(job, r, smaller(TILE_ROWS, to - r), m, sums + m * TILE_ROWS);
+            put_tiles(job, r, smaller(TILED_ROWS, to - r), m, sums + m * TILED_ROWS);
     }
     end_tiles();
 }

@@ -27,8 +27,8 @@ INLINE void restore_pair(const struct weight *w, int64_t r, int both, int64_t g,
             const uint16_t *p = (const uint16_t *)w->packed + r * w->columns + c;
             const W one = words_load((const uint8_t *)p, 2 * (w->columns - c));
             const W two = words_load((const uint8_t *)(p + w->columns), both ? 2 * (w->columns - c) : 0);
-            prefetch_far(p + TILE_ROWS * w->columns);
-            prefetch_far(p + (TILE_ROWS + 1) * w->columns);
+            prefetch_far(p + TILED_ROWS * w->columns);
+            prefetch_far(p + (TILED_ROWS + 1) * w->columns);
             v_store(at[2 * k], v_of_words(_mm512_permutex2var_epi16(one, front, two)));
             v_store(at[2 * k + 1], v_of_words(_mm512_permutex2var_epi16(one, back, two)));
         }
@@ -39,13 +39,13 @@ INLINE void restore_pair(const struct weight *w, int64_t r, int both, int64_t g,
     const int32_t *block = w->order->block + g * 4 * LANES;
     const V levels = v_load(w->levels);
     const W one = words_load(p, left), two = words_load(p + w->row_bytes, both ? left : 0);
-    prefetch_far(p + TILE_ROWS * w->row_bytes);
-    prefetch_far(p + (TILE_ROWS + 1) * w->row_bytes);
+    prefetch_far(p + TILED_ROWS * w->row_bytes);
+    prefetch_far(p + (TILED_ROWS + 1) * w->row_bytes);
     if (by_eights(w)) {
         W nibble = _mm512_set1_epi16(15), shifts = _mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0), second = _mm512_set1_epi32(0x00100000);
-        KEEP(nibble);
-        KEEP(shifts);
-        KEEP(second);
+        v_keep(nibble);
+        v_keep(shifts);
+        v_keep(second);
         __m128i words[2][4]; /* of eight bytes of either row side by side: those of even eights, those of odd ones */
         _mm512_storeu_si512(words[0], _mm512_unpacklo_epi16(one, two));
         _mm512_storeu_si512(words[1], _mm512_unpackhi_epi16(one, two));
@@ -146,9 +146,11 @@ static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t 
     float *restored = job->own + thread * job->own_floats, *scales = restored + GROUP_TILES / 2 * STRIP;
     uint16_t *padded = (uint16_t *)(scales + TILED_GRAD_ROWS * LANES);
     int64_t g0, g1;
-    share(w->stride / GROUP, 1, parts, part, &g0, &g1);
+    share(job->g1 - job->g0, 1, parts, part, &g0, &g1);
     if (g0 >= g1)
         return;
+    g0 += job->g0;
+    g1 += job->g0;
     begin_tiles();
     for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
         int64_t from = -1;
@@ -156,14 +158,14 @@ static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t 
         for (int64_t g = g0; g < g1; g++) {
             if (w->order && w->order->first_block[g] != from) {
                 from = w->order->first_block[g];
-                for (int64_t r = r0; r < r1; r += TILE_ROWS)
+                for (int64_t r = r0; r < r1; r += TILED_ROWS)
                     put_scales(w, r, from, scales + (r - r0) * LANES);
             }
             restore_pairs(w, r0, r1, g, scales, restored);
             for (int64_t m = 0; m < batch; m += 2 * TILE_INPUTS) {
                 const struct tiles x = gradient_tiles(job, m, r0, r1, padded);
                 struct tiles rows = {restored, TILE_FLOATS, 2 * TILE_FLOATS, 64};
-                float *sums = job->packed + (g * all + m) * GROUP;
+                float *sums = job->packed + ((g - job->g0) * all + m) * GROUP;
                 for (int strip = 0; strip < GROUP_TILES / 2; strip++, rows.at += STRIP, sums += 2 * TILE_FLOATS)
                     if (m + TILE_INPUTS < batch)
                         multiply_tiles(rows, x, (r1 - r0 + LINE - 1) / LINE, 1, 1, !r0, sums, TILE_INPUTS * GROUP);
@@ -173,7 +175,7 @@ static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t 
         }
     }
     for (int64_t g = g0; g < g1; g++)
-        put_gradient(job, g, job->packed + g * all * GROUP);
+        put_gradient(job, g, job->packed + (g - job->g0) * all * GROUP);
     end_tiles();
 }
 
@@ -183,8 +185,12 @@ static void input_grad(struct job *job)
         level_avx512bf16.input_grad(job);
         return;
     }
+    const int64_t groups = job->weight->stride / GROUP, part = tiled_grad_columns(job->weight, job->threads) / GROUP;
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + job->piece, job->batch);
-        parallel(job, gradient_body, 1, NULL, 0);
+        for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
+            job->g1 = smaller(job->g0 + part, groups);
+            parallel(job, gradient_body, 1, NULL, 0);
+        }
     }
 }

@@ -1,6 +1,7 @@
 /* AVX-512 with products in bfloat16 by AMX, of all but a few inputs. avx512bf16.c has the rest. */
 #include "kernel.h"
 #if HAS_AMX
+#pragma GCC diagnostic ignored "-Wunused-function" /* what is included and serves other levels */
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,avx512vnni,amx-tile,amx-bf16"))), apply_to = function)
 #else

@@ -8,6 +8,11 @@
 #else
 #define HAS_AMX 0
 #endif
+#if defined(__aarch64__) && defined(__ARM_NEON) && defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define HAS_NEON 1
+#else
+#define HAS_NEON 0
+#endif
 
 #include <math.h>
 #include <stdint.h>
@@ -39,8 +44,12 @@
 #define TILED_FEW 2               /* inputs that AMX leaves to others, */
 #define TILED_FEW_GRAD 3          /* those of a gradient, */
 #define TILED_FEW_SIXTEEN 4       /* and of bfloat16 weights */
-#define TILED_GRAD_ROWS 128       /* rows of the weight that are restored at a time then, a group of columns wide, */
+#define TILED_ROWS 32             /* rows of the weight that are restored at a time then, */
+#define TILED_GROUPS 2            /* of so many groups of columns; */
+#define TILED_OWN (TILED_ROWS * (MAX_LANES + TILED_GROUPS * MAX_GROUP / 2)) /* floats, with scales. */
+#define TILED_GRAD_ROWS 128       /* rows in the gradient, at most, of a group of columns, */
 #define TILED_GRAD_OWN (TILED_GRAD_ROWS / 2 * MAX_GROUP + 32 * TILED_GRAD_ROWS) /* floats, with scales and padded inputs */
+#define TILED_GRAD_COLUMNS 1024   /* columns whose sums are taken at a time then, but a group for each thread */
 #define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
 
@@ -109,7 +118,7 @@ struct job {
     int grid; /* or in integers */
     int tiles; /* whether they are taken by AMX */
     int64_t batch, threads;
-    float *packed; /* the input, or the gradient, in the order of the words; */
+    float *packed; /* the input, or sums of the gradient, in the order of the words, or in tiles; */
     int64_t packed_step; /* each thread packs its own copy, so many floats behind the one before; 0: they share one */
     float *own; /* scratch of the threads */
     int64_t own_floats;
@@ -139,7 +148,7 @@ struct level {
     int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
 };
 
-extern const struct level level_portable, level_avx2, level_avx512, level_avx512bf16, level_avx512amx;
+extern const struct level level_portable, level_neon, level_avx2, level_avx512, level_avx512bf16, level_avx512amx;
 
 #if defined(__GNUC__)
 #define prefetch(p) __builtin_prefetch(p)
@@ -153,13 +162,22 @@ static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* How many inputs of so many packed bytes, and so many of the threads' own, are packed at a time beside `others`: pieces of a
- * batch that are about as large, and multiples of `whole`. */
+ * batch that are about as large, and multiples of `whole`, one of which must fit into half of LEAST_BYTES. */
 static inline int64_t piece_of(int64_t batch, int64_t packed, int64_t own, int64_t others, int64_t whole)
 {
-    const int64_t room = SCRATCH_BYTES - others < LEAST_BYTES ? LEAST_BYTES : SCRATCH_BYTES - others;
+    const int64_t least = whole > 1 ? LEAST_BYTES / 2 : LEAST_BYTES;
+    const int64_t room = SCRATCH_BYTES - others < least ? least : SCRATCH_BYTES - others;
     const int64_t most = smaller(smaller(PACKED_BYTES / packed, room / (packed + own)), MOST);
     const int64_t fits = most > whole ? most / whole * whole : whole, pieces = (batch + fits - 1) / fits;
     return pieces ? round_up((batch + pieces - 1) / pieces, whole) : 0;
+}
+
+/* Columns whose sums of a gradient AMX takes at a time: parts about as large, of whole groups, so that all threads have some. */
+static inline int64_t tiled_grad_columns(const struct weight *w, int64_t threads)
+{
+    const int64_t most = threads * MAX_GROUP > TILED_GRAD_COLUMNS ? threads * MAX_GROUP : TILED_GRAD_COLUMNS;
+    const int64_t parts = (w->stride + most - 1) / most;
+    return round_up((w->stride + parts - 1) / parts, MAX_GROUP);
 }
 
 /* Inputs that are few: codes are decoded in registers, with columns across the lanes. */

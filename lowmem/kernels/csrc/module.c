@@ -30,6 +30,9 @@
 
 static const struct level *const all_levels[] = {
     &level_portable,
+#if HAS_NEON
+    &level_neon,
+#endif
 #if defined(__x86_64__)
     &level_avx2,
     &level_avx512,
@@ -187,24 +190,28 @@ static int read_weight(const struct level *level, PyObject *prepared, PyObject *
            p.bytes == w->rows * w->row_bytes && s.bytes == w->rows * scale_bytes(w) && w->order->lanes == level->lanes;
 }
 
-/* How a product's scratch is laid out, in floats: what the threads share, then what each has of its own. */
+/* How a product's scratch is laid out, `beside` bytes of sums, in floats: what the threads share, then what each has of its own. */
 struct layout {
     int64_t threads, piece, packed_step, shared, own;
 };
 
 #define MOST_COPIES 4 /* of a packed input: with more threads, packing it in all of them would take too long */
 
-static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low, int tiles)
+static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low, int tiles,
+                               int64_t beside)
 {
     const int few = !tiles && batch <= few_inputs(w, low);
     const int bytes = low && !transposed && (!few || w->order->whole_words) ? 2 : 4; /* of a packed number */
-    const int64_t width = transposed ? w->stride : packed_width(w), all = threads_for(threads, (double)w->rows * w->columns * batch);
-    const int64_t own = transposed ? tiles ? TILED_GRAD_OWN : GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
+    const int64_t all = threads_for(threads, (double)w->rows * w->columns * batch);
+    const int64_t width = !transposed ? packed_width(w) : tiles ? tiled_grad_columns(w, all) : w->stride;
+    const int64_t own = tiles ? (transposed ? TILED_GRAD_OWN : TILED_OWN)
+                        : transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
     const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
     const int64_t copies = transposed || all > MOST_COPIES ? 1 : all;
-    const int64_t whole = tiles ? 16 : 1, of_input = 4 * all * own_of_input;
-    const int own_copies = copies > 1 && piece_of(batch, copies * width * bytes, of_input, 4 * all * own, whole) >= batch;
-    const int64_t piece = piece_of(batch, (own_copies ? copies : 1) * width * bytes, of_input, 4 * all * own, whole);
+    const int64_t whole = tiles ? 16 : 1, of_input = 4 * all * own_of_input, others = 4 * all * own + beside;
+    const int own_copies = copies > 1 && copies * width * bytes * round_up(batch, whole) <= PACKED_BYTES &&
+                           piece_of(batch, copies * width * bytes, of_input, others, whole) >= batch;
+    const int64_t piece = piece_of(batch, (own_copies ? copies : 1) * width * bytes, of_input, others, whole);
     const int64_t packed = piece * width * bytes / 4;
     const struct layout layout = {
         .threads = all,
@@ -285,7 +292,8 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
     if (made == out_given)
         Py_INCREF(made);
     const int tiles = in_tiles(level, &w, x.shape[0], x.type, transposed), low = tiles || is_low(level, &w, x.type);
-    const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, tiles);
+    const int64_t sums = out_given == Py_None ? 0 : 4 * x.shape[0] * to;
+    const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, tiles, sums);
     const int64_t floats = layout.shared + layout.threads * layout.own;
     struct scratch scratch;
     if (!read_memory(made, &out) || out.type < 0 || !has_shape(&out, x.shape[0], to) || (updated && out.type != FLOAT32) ||
@@ -497,7 +505,7 @@ static PyObject *levels(PyObject *self, PyObject *unused)
     PyObject *names = PyList_New(0);
     if (!names)
         return NULL;
-    int count = 1;
+    int count = 1 + HAS_NEON; /* which every 64-bit ARM processor has */
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
