@@ -1,0 +1,162 @@
+/* NEON: four lanes; the sixteen levels are four registers, whose bytes a table lookup finds. */
+#include "kernel.h"
+#if HAS_NEON
+#include <arm_neon.h>
+
+#define LANES 4
+#define LEVEL(name) neon_##name
+typedef float32x4_t V;
+typedef uint32x4_t W;
+typedef uint8x16x4_t T;
+
+#define v_of_words vreinterpretq_f32_u32
+#define words_of_v vreinterpretq_u32_f32
+#define v_zero() vdupq_n_f32(0.0f)
+#define v_set1 vdupq_n_f32
+#define v_load vld1q_f32
+#define v_store vst1q_f32
+#define v_keep(a) __asm__("" : "+w"(a))
+#define v_add vaddq_f32
+#define v_mul vmulq_f32
+#define v_sub vsubq_f32
+#define v_div vdivq_f32
+#define v_fma(a, b, sum) vfmaq_f32(sum, a, b)
+#define v_sum vaddvq_f32
+
+/* Where the four bytes of number i lie in a table of numbers. */
+static inline uint8x16_t bytes_at(W i)
+{
+    return vreinterpretq_u8_u32(vmlaq_u32(vdupq_n_u32(0x03020100), i, vdupq_n_u32(0x04040404)));
+}
+static inline T table_load(const float *levels) { return vld1q_u8_x4((const uint8_t *)levels); }
+static inline __attribute__((always_inline)) V v_lookup(T table, W words, const int k)
+{
+    return vreinterpretq_f32_u8(vqtbl4q_u8(table, bytes_at(words >> (4 * k) & vdupq_n_u32(15))));
+}
+static inline V v_spread(V a, const int32_t *index)
+{
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(a), bytes_at(vld1q_u32((const uint32_t *)index))));
+}
+
+#define OWN_SHUFFLES
+static inline void v_sum4(V a, V b, V c, V d, float *out) { vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))); }
+static inline void v_runs(V a, V b, V c, V d, float *out)
+{
+    const float32x4x4_t all = {{a, b, c, d}};
+    vst4q_f32(out, all);
+}
+static inline void v_transpose(V *v)
+{
+#define PAIRS(which, a, b) vreinterpretq_f64_f32(vtrn##which##q_f32(a, b))
+    const float64x2_t even = PAIRS(1, v[0], v[1]), odd = PAIRS(2, v[0], v[1]);
+    const float64x2_t next_even = PAIRS(1, v[2], v[3]), next_odd = PAIRS(2, v[2], v[3]);
+#undef PAIRS
+    v[0] = vreinterpretq_f32_f64(vtrn1q_f64(even, next_even));
+    v[1] = vreinterpretq_f32_f64(vtrn1q_f64(odd, next_odd));
+    v[2] = vreinterpretq_f32_f64(vtrn2q_f64(even, next_even));
+    v[3] = vreinterpretq_f32_f64(vtrn2q_f64(odd, next_odd));
+}
+
+static inline W words_load(const uint8_t *p, int64_t left)
+{
+    if (left >= 16)
+        return vreinterpretq_u32_u8(vld1q_u8(p));
+    uint8_t part[16] = {0};
+    if (left > 0)
+        memcpy(part, p, (size_t)left);
+    return vreinterpretq_u32_u8(vld1q_u8(part));
+}
+static inline W bytes_load(const uint8_t *p)
+{
+    uint32_t four;
+    memcpy(&four, p, sizeof four);
+    return vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)))));
+}
+static inline W block_load(const uint8_t *p)
+{
+    const uint32_t both[4] = {p[0], p[1], (uint32_t)p[0] >> 4, (uint32_t)p[1] >> 4};
+    return vld1q_u32(both);
+}
+
+#define one_half half_to_float
+#define v_half(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
+#define v_bfloat(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
+static inline void v_to_half(uint16_t *p, V a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+static inline void v_to_bfloat(uint16_t *p, V a)
+{
+    const W bits = words_of_v(a), rounded = bits + vdupq_n_u32(0x7fff) + (bits >> 16 & vdupq_n_u32(1));
+    vst1_u16(p, vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), rounded, vdupq_n_u32(0x7fc00000)), 16));
+}
+static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
+{
+    for (; n >= LANES; n -= LANES, p += LANES, out += LANES)
+        v_store(out, v_half(p));
+    for (int64_t i = 0; i < n; i++)
+        out[i] = half_to_float(p[i]);
+}
+
+#define OWN_SCALES
+static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
+{
+    if (n < LANES) {
+        float scales[LANES] = {0};
+        for (int64_t i = 0; i < n; i++)
+            scales[i] = scale_as_stored(p, from + i, encoding);
+        return v_load(scales);
+    }
+    if (encoding == SCALES_FLOAT32)
+        return v_load((const float *)p + from);
+    if (encoding == SCALES_FLOAT16)
+        return v_half((const uint16_t *)p + from);
+    const W steps = bytes_load(p + from);
+    if (encoding == SCALES_DOUBLE)
+        return vcvtq_f32_u32(steps);
+    const int32x4_t magnitude = vreinterpretq_s32_u32(steps & vdupq_n_u32(127));
+    return vcvtq_f32_s32(vbslq_s32(vtstq_u32(steps, vdupq_n_u32(128)), vnegq_s32(magnitude), magnitude));
+}
+
+/* A binary search: each bit of a code chooses the boundary that the next one is found with. */
+typedef struct {
+    V bit3, bit2[2];
+    uint8x16_t bit1; /* looked up with the bits that are known */
+    uint8x16x2_t bit0;
+} B;
+static inline B boundaries_load(const float *p)
+{
+    const float bit1[4] = {p[1], p[5], p[9], p[13]}, bit0[8] = {p[0], p[2], p[4], p[6], p[8], p[10], p[12], p[14]};
+    const B b = {
+        v_set1(p[7]), {v_set1(p[3]), v_set1(p[11])}, vld1q_u8((const uint8_t *)bit1), vld1q_u8_x2((const uint8_t *)bit0),
+    };
+    return b;
+}
+static inline W v_code(B b, V a)
+{
+    /* a comparison is all ones, which is minus one */
+    const W bit3 = vcgtq_f32(a, b.bit3), bit2 = vcgtq_f32(a, vbslq_f32(bit3, b.bit2[1], b.bit2[0]));
+    W code = (vdupq_n_u32(0) - bit3 - bit3) - bit2;
+    code = code + code - vcgtq_f32(a, vreinterpretq_f32_u8(vqtbl1q_u8(b.bit1, bytes_at(code))));
+    return code + code - vcgtq_f32(a, vreinterpretq_f32_u8(vqtbl2q_u8(b.bit0, bytes_at(code))));
+}
+static inline void codes_store(uint8_t *p, W codes)
+{
+    const uint16x4_t halves = vmovn_u32(codes);
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
+    memcpy(p, &four, sizeof four);
+}
+
+#define FUSED_BATCH 8
+#define FUSED_INPUTS 8
+#define MANY_VECTORS 2
+#define MANY_INPUTS 12
+#define FEW_ROWS(M) 2
+#define TILE_VECTORS 4
+#define GRAD_CODES 3
+#define GRAD_SIXTEEN 16
+#define GRAD_VECTORS 4
+
+#include "body.h"
+
+const struct level level_neon = {"neon", LANES, LEVEL_LOW, 0, neon_linear, neon_input_grad, neon_restore, neon_update, neon_quantize};
+#else
+typedef int nothing_here;
+#endif
