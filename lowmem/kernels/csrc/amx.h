@@ -325,8 +325,8 @@ static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m,
     uint16_t *out = (uint16_t *)job->out + of.m0 * job->weight->rows + r;
     for (const float *sum = turned; of.m0 < of.m1; of.m0++, sum += TILED_ROWS, out += job->weight->rows) {
         const V front = v_add(v_load(sum), v_load(bias)), back = v_add(v_load(sum + LANES), v_load(bias + LANES));
-        const int subnormal = 0x20;
-        if (_mm512_fpclass_ps_mask(front, subnormal) | _mm512_fpclass_ps_mask(back, subnormal)) {
+        enum { SUBNORMAL = 0x20 };
+        if (_mm512_fpclass_ps_mask(front, SUBNORMAL) | _mm512_fpclass_ps_mask(back, SUBNORMAL)) {
             v_to_bfloat(out, front);
             v_to_bfloat(out + LANES, back);
         } else {
