@@ -10,7 +10,6 @@
  * numbers, so that a line may have two blocks: the bit above a code says which. */
 
 /* No other level has any of this, so that names are plain. */
-#define TILE_INPUTS 16
 #define TILE_FLOATS (16 * LANES) /* of a register */
 #define LINE 32                 /* columns */
 #define LINES (GROUP / LINE)    /* of a group */
@@ -61,28 +60,24 @@ INLINE void multiply_tiles(struct tiles w, struct tiles x, int64_t count, const 
             _tile_loadd(3, sums + second + TILE_FLOATS, 64);
         }
     }
+#define ADD_PRODUCT(sum, w, x)           \
+    if (transposed)                      \
+        _tile_dpbf16ps(sum, x, w);       \
+    else                                 \
+        _tile_dpbf16ps(sum, w, x);
     for (; count; count--, w.at += w.next, x.at += x.next) {
         _tile_loadd(4, w.at, w.line);
         _tile_loadd(6, x.at, x.line);
         _tile_loadd(5, w.at + w.second, w.line);
-        if (transposed) {
-            _tile_dpbf16ps(0, 6, 4);
-            _tile_dpbf16ps(1, 6, 5);
-        } else {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
-        }
+        ADD_PRODUCT(0, 4, 6)
+        ADD_PRODUCT(1, 5, 6)
         if (both) {
             _tile_loadd(7, x.at + x.second, x.line);
-            if (transposed) {
-                _tile_dpbf16ps(2, 7, 4);
-                _tile_dpbf16ps(3, 7, 5);
-            } else {
-                _tile_dpbf16ps(2, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
+            ADD_PRODUCT(2, 4, 7)
+            ADD_PRODUCT(3, 5, 7)
         }
     }
+#undef ADD_PRODUCT
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + TILE_FLOATS, 64);
     if (both) {
@@ -179,9 +174,9 @@ static void pack_body(struct job *job, int64_t part, int64_t parts, int64_t thre
     const int64_t batch = job->m1 - job->m0, floats = (job->g1 - job->g0) * LINES * TILE_FLOATS;
     int64_t m, to;
     (void)thread;
-    share(batch, TILE_INPUTS, parts, part, &m, &to);
-    for (; m < to; m += TILE_INPUTS)
-        pack_sixteen(job, job->m0 + m, smaller(TILE_INPUTS, batch - m), job->packed + m / TILE_INPUTS * floats);
+    share(batch, TILED_INPUTS, parts, part, &m, &to);
+    for (; m < to; m += TILED_INPUTS)
+        pack_sixteen(job, job->m0 + m, smaller(TILED_INPUTS, batch - m), job->packed + m / TILED_INPUTS * floats);
 }
 
 /* The scales of TILED_ROWS rows from a block on, a vector a row; behind the last row they are its own. */
@@ -190,18 +185,21 @@ static void put_scales(const struct weight *w, int64_t r, int64_t first, float *
     const int64_t bytes = scale_bytes(w);
     const uint8_t *soon = w->scales + (r + TILED_ROWS) * bytes + first * bytes / w->blocks;
     V unit[4], scale[4];
-    for (int n = 0; n < TILED_ROWS; n += 4, soon += 4 * bytes)
-        for (int i = 0, four = r + n + 4 <= w->rows; i < 4; i++, out += LANES) {
-            prefetch_far(soon + i * bytes);
-            if (four && i == 0) {
-                LEVEL(row_units)(w, r + n, 4, unit);
-                LEVEL(few_scales)(w, r + n, 1, first, 4, unit, scale);
-            } else if (!four) {
-                LEVEL(row_units)(w, smaller(r + n + i, w->rows - 1), 1, unit);
-                LEVEL(few_scales)(w, smaller(r + n + i, w->rows - 1), 1, first, 1, unit, scale + i);
+    for (const int64_t end = r + TILED_ROWS; r < end; r += 4, soon += 4 * bytes, out += 4 * LANES) {
+        if (r + 4 <= w->rows) {
+            LEVEL(row_units)(w, r, 4, unit);
+            LEVEL(few_scales)(w, r, 1, first, 4, unit, scale);
+        } else
+            for (int i = 0; i < 4; i++) {
+                const int64_t row = smaller(r + i, w->rows - 1);
+                LEVEL(row_units)(w, row, 1, unit);
+                LEVEL(few_scales)(w, row, 1, first, 1, unit, scale + i);
             }
-            v_store(out, scale[i]);
+        for (int i = 0; i < 4; i++) {
+            prefetch_far(soon + i * bytes);
+            v_store(out + i * LANES, scale[i]);
         }
+    }
 }
 
 /* Levels times two scales, as bfloat16, side by side. */
@@ -304,9 +302,9 @@ static void restore_tiles(const struct weight *w, int64_t r, int64_t g, int64_t 
 static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m, const float *sums)
 {
     struct job of = *job;
-    float turned[TILE_INPUTS * TILED_ROWS];
+    float turned[TILED_INPUTS * TILED_ROWS];
     of.m0 = job->m0 + m;
-    of.m1 = smaller(of.m0 + TILE_INPUTS, job->m1);
+    of.m1 = smaller(of.m0 + TILED_INPUTS, job->m1);
     for (int n = 0; n < TILED_ROWS; n += LANES) {
         V v[LANES];
         EACH_LANE v[i] = v_load(sums + (n + i) * LANES);
@@ -317,11 +315,8 @@ static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m,
         LEVEL(put_rows)(&of, r, rows, MANY_VECTORS, turned);
         return;
     }
-    float bias[TILED_ROWS] = {0};
-    if (job->bias && job->bias_type == FLOAT32)
-        memcpy(bias, (const float *)job->bias + r, sizeof bias);
-    else if (job->bias)
-        LEVEL(widen_run_typed)((const uint16_t *)job->bias + r, TILED_ROWS, bias, job->bias_type);
+    float widened[TILED_ROWS] = {0};
+    const float *bias = LEVEL(bias_of)(job, r, rows, widened);
     uint16_t *out = (uint16_t *)job->out + of.m0 * job->weight->rows + r;
     for (const float *sum = turned; of.m0 < of.m1; of.m0++, sum += TILED_ROWS, out += job->weight->rows) {
         const V front = v_add(v_load(sum), v_load(bias)), back = v_add(v_load(sum + LANES), v_load(bias + LANES));
@@ -353,13 +348,13 @@ static void linear_body(struct job *job, int64_t part, int64_t parts, int64_t th
             restore_tiles(w, r, g, end, scales, &from, restored);
             const struct tiles rows = {restored, TILE_FLOATS, 2 * TILE_FLOATS, 64};
             struct tiles x = {job->packed + (g - job->g0) * LINES * TILE_FLOATS, sixteen, TILE_FLOATS, 64};
-            for (int64_t m = 0; m < batch; m += 2 * TILE_INPUTS, x.at += 2 * sixteen)
-                if (m + TILE_INPUTS < batch)
+            for (int64_t m = 0; m < batch; m += 2 * TILED_INPUTS, x.at += 2 * sixteen)
+                if (m + TILED_INPUTS < batch)
                     multiply_tiles(rows, x, (end - g) * LINES, 0, 1, g == job->g0, sums + m * TILED_ROWS, 2 * TILE_FLOATS);
                 else
                     multiply_tiles(rows, x, (end - g) * LINES, 0, 0, g == job->g0, sums + m * TILED_ROWS, 0);
         }
-        for (int64_t m = 0; m < batch; m += TILE_INPUTS)
+        for (int64_t m = 0; m < batch; m += TILED_INPUTS)
             put_tiles(job, r, smaller(TILED_ROWS, to - r), m, sums + m * TILED_ROWS);
     }
     end_tiles();
@@ -376,7 +371,7 @@ static void linear(struct job *job)
         job->m1 = smaller(job->m0 + job->piece, job->batch);
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + wide, groups);
-            parallel(job, pack_body, job->packed_step || job->batch <= TILE_INPUTS ? 0 : PARTS, linear_body, PARTS);
+            parallel(job, pack_body, job->packed_step || job->batch <= TILED_INPUTS ? 0 : PARTS, linear_body, PARTS);
         }
     }
 }

@@ -4,7 +4,7 @@
 #define GRADIENT_LINES (TILED_GRAD_ROWS / LINE) /* of a part of the gradient */
 #define STRIP (GRADIENT_LINES * 2 * TILE_FLOATS) /* floats of two tiles' columns, for all rows of a part */
 #define GROUP_TILES (GROUP / 16)
-_Static_assert(TILED_GRAD_OWN >= (GROUP_TILES / 2) * STRIP + TILED_GRAD_ROWS * LANES + 2 * TILE_INPUTS * TILED_GRAD_ROWS / 2,
+_Static_assert(TILED_GRAD_OWN >= (GROUP_TILES / 2) * STRIP + TILED_GRAD_ROWS * LANES + 2 * TILED_INPUTS * TILED_GRAD_ROWS / 2,
                "restored rows, scales, and inputs that are padded");
 
 /* Blocks of which eight bytes are a part: sixteen columns of one block, nibble 0 to 3 of four 16-bit words. Others: nibble k of
@@ -92,7 +92,7 @@ static void put_gradient(const struct job *job, int64_t g, const float *sums)
     const W order = _mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
     for (int64_t m = 0; m < job->m1 - job->m0; m++) {
         uint16_t *out = (uint16_t *)job->out + (job->m0 + m) * w->columns;
-        const float *of = sums + m / TILE_INPUTS * GROUP_TILES * TILE_FLOATS + m % TILE_INPUTS * LANES;
+        const float *of = sums + m / TILED_INPUTS * GROUP_TILES * TILE_FLOATS + m % TILED_INPUTS * LANES;
         if (by_eights(w)) {
             for (int64_t q = 0, byte = g * LANES * 4; q < GROUP_TILES && byte < w->row_bytes; q++, byte += 8) {
                 const int64_t start = byte / half * 2 * half, j = byte % half, columns = smaller(w->columns - start, 2 * half);
@@ -125,24 +125,24 @@ static void put_gradient(const struct job *job, int64_t g, const float *sums)
  * zeros behind them in `padded`. */
 static struct tiles gradient_tiles(const struct job *job, int64_t m, int64_t r0, int64_t r1, uint16_t *padded)
 {
-    const int64_t stride = job->weight->rows, inputs = smaller(job->m1 - job->m0 - m, 2 * TILE_INPUTS), rows = r1 - r0;
+    const int64_t stride = job->weight->rows, inputs = smaller(job->m1 - job->m0 - m, 2 * TILED_INPUTS), rows = r1 - r0;
     const uint16_t *x = (const uint16_t *)job->x + (job->m0 + m) * stride + r0;
-    if (rows % LINE == 0 && inputs % TILE_INPUTS == 0 && stride % 2 == 0) {
-        const struct tiles as_it_lies = {(const float *)x, TILE_INPUTS * stride / 2, LANES, 2 * stride};
+    if (rows % LINE == 0 && inputs % TILED_INPUTS == 0 && stride % 2 == 0) {
+        const struct tiles as_it_lies = {(const float *)x, TILED_INPUTS * stride / 2, LANES, 2 * stride};
         return as_it_lies;
     }
-    memset(padded, 0, (size_t)(round_up(inputs, TILE_INPUTS) * TILED_GRAD_ROWS) * sizeof *padded);
+    memset(padded, 0, (size_t)(round_up(inputs, TILED_INPUTS) * TILED_GRAD_ROWS) * sizeof *padded);
     for (int64_t i = 0; i < inputs; i++)
         memcpy(padded + i * TILED_GRAD_ROWS, x + i * stride, (size_t)rows * sizeof *padded);
-    const struct tiles copy = {(const float *)padded, TILE_INPUTS * TILED_GRAD_ROWS / 2, LANES, 2 * TILED_GRAD_ROWS};
+    const struct tiles copy = {(const float *)padded, TILED_INPUTS * TILED_GRAD_ROWS / 2, LANES, 2 * TILED_GRAD_ROWS};
     return copy;
 }
 
 static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
-    const int64_t batch = job->m1 - job->m0, all = round_up(batch, TILE_INPUTS);
-    const int64_t step = batch > 2 * TILE_INPUTS ? TILED_GRAD_ROWS : TILED_GRAD_ROWS / 2; /* more pay where sums are many */
+    const int64_t batch = job->m1 - job->m0, all = round_up(batch, TILED_INPUTS);
+    const int64_t step = batch > 2 * TILED_INPUTS ? TILED_GRAD_ROWS : TILED_GRAD_ROWS / 2; /* more pay where sums are many */
     float *restored = job->own + thread * job->own_floats, *scales = restored + GROUP_TILES / 2 * STRIP;
     uint16_t *padded = (uint16_t *)(scales + TILED_GRAD_ROWS * LANES);
     int64_t g0, g1;
@@ -162,13 +162,13 @@ static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t 
                     put_scales(w, r, from, scales + (r - r0) * LANES);
             }
             restore_pairs(w, r0, r1, g, scales, restored);
-            for (int64_t m = 0; m < batch; m += 2 * TILE_INPUTS) {
+            for (int64_t m = 0; m < batch; m += 2 * TILED_INPUTS) {
                 const struct tiles x = gradient_tiles(job, m, r0, r1, padded);
                 struct tiles rows = {restored, TILE_FLOATS, 2 * TILE_FLOATS, 64};
                 float *sums = job->packed + ((g - job->g0) * all + m) * GROUP;
                 for (int strip = 0; strip < GROUP_TILES / 2; strip++, rows.at += STRIP, sums += 2 * TILE_FLOATS)
-                    if (m + TILE_INPUTS < batch)
-                        multiply_tiles(rows, x, (r1 - r0 + LINE - 1) / LINE, 1, 1, !r0, sums, TILE_INPUTS * GROUP);
+                    if (m + TILED_INPUTS < batch)
+                        multiply_tiles(rows, x, (r1 - r0 + LINE - 1) / LINE, 1, 1, !r0, sums, TILED_INPUTS * GROUP);
                     else
                         multiply_tiles(rows, x, (r1 - r0 + LINE - 1) / LINE, 1, 0, !r0, sums, 0);
             }

@@ -58,28 +58,10 @@ static inline W block_load(const uint8_t *p)
     memcpy(&four, p, 4);
     return _mm256_srlv_epi32(_mm256_cvtepu8_epi32(_mm_set1_epi32(four)), _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0));
 }
-static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
+#define OWN_STEPS
+static inline V v_steps(const uint8_t *p, int encoding)
 {
-    for (; n >= 8; n -= 8, p += 8, out += 8)
-        _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
-    for (int64_t i = 0; i < n; i++)
-        out[i] = half_to_float(p[i]);
-}
-
-#define OWN_SCALES
-static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
-{
-    if (n < LANES) {
-        float scales[LANES] = {0};
-        for (int64_t i = 0; i < n; i++)
-            scales[i] = scale_as_stored(p, from + i, encoding);
-        return v_load(scales);
-    }
-    if (encoding == SCALES_FLOAT32)
-        return v_load((const float *)p + from);
-    if (encoding == SCALES_FLOAT16)
-        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)p + from)));
-    const W steps = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + from)));
+    const W steps = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
     if (encoding == SCALES_DOUBLE)
         return _mm256_cvtepi32_ps(steps);
     /* 1, or -1 for a byte with the sign */

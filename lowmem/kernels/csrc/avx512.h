@@ -95,6 +95,7 @@ static inline W block_load(const uint8_t *p)
     const W twice = _mm512_cvtepu8_epi32(_mm_set1_epi64x(eight));
     return _mm512_srlv_epi32(twice, _mm512_set_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0));
 }
+#define OWN_FROM_HALF
 static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
 {
     for (; n >= 16; n -= 16, p += 16, out += 16)

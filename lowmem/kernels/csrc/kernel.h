@@ -41,6 +41,7 @@
 #define SCRATCH_BYTES (1008 * 1024) /* fewer, where scratch of many threads would be more with it, */
 #define LEAST_BYTES (256 * 1024)  /* but no less of it */
 #define GRAD_ROWS 32              /* rows, or pairs of them, of a tile of the gradient, a group of columns wide */
+#define TILED_INPUTS 16           /* of a tile of AMX */
 #define TILED_FEW 2               /* inputs that AMX leaves to others, */
 #define TILED_FEW_GRAD 3          /* those of a gradient, */
 #define TILED_FEW_SIXTEEN 4       /* and of bfloat16 weights */

@@ -153,18 +153,23 @@ INLINE void LEVEL(put_word)(W codes, V scale0, V scale1, V scale2, V scale3, T t
         v_store(tile + k * MANY_ROWS, value[k]);
 }
 
+/* The bias of rows r and on, of which `rows` are there, as float32: where it lies, or in `widened`, which is zeros. */
+INLINE const float *LEVEL(bias_of)(const struct job *job, int64_t r, int64_t rows, float *widened)
+{
+    if (!job->bias || job->g0)
+        return widened;
+    if (job->bias_type == FLOAT32)
+        return (const float *)job->bias + r;
+    LEVEL(widen_run_typed)((const uint16_t *)job->bias + r, rows, widened, job->bias_type);
+    return widened;
+}
+
 /* Sums of `vectors` times LANES rows, of which `rows` are there, to the output. */
 INLINE void LEVEL(put_rows_as)(const struct job *job, int64_t r, int64_t rows, const int vectors, const float *sums,
                                const int type)
 {
     float widened[MAX_VECTORS * LANES] = {0};
-    const float *bias = widened;
-    if (job->bias && !job->g0) {
-        if (job->bias_type == FLOAT32)
-            bias = (const float *)job->bias + r;
-        else
-            LEVEL(widen_run_typed)((const uint16_t *)job->bias + r, rows, widened, job->bias_type);
-    }
+    const float *bias = LEVEL(bias_of)(job, r, rows, widened);
     for (int64_t m = job->m0; m < job->m1; m++, sums += vectors * LANES) {
         const int64_t at = m * job->weight->rows + r, whole = job->g0 ? 0 : rows / LANES * LANES;
         for (int64_t i = 0; i < whole; i += LANES)

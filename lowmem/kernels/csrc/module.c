@@ -208,7 +208,7 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
                         : transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
     const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
     const int64_t copies = transposed || all > MOST_COPIES ? 1 : all;
-    const int64_t whole = tiles ? 16 : 1, of_input = 4 * all * own_of_input, others = 4 * all * own + beside;
+    const int64_t whole = tiles ? TILED_INPUTS : 1, of_input = 4 * all * own_of_input, others = 4 * all * own + beside;
     const int own_copies = copies > 1 && copies * width * bytes * round_up(batch, whole) <= PACKED_BYTES &&
                            piece_of(batch, copies * width * bytes, of_input, others, whole) >= batch;
     const int64_t piece = piece_of(batch, (own_copies ? copies : 1) * width * bytes, of_input, others, whole);

@@ -87,28 +87,10 @@ static inline void v_to_bfloat(uint16_t *p, V a)
     const W bits = words_of_v(a), rounded = bits + vdupq_n_u32(0x7fff) + (bits >> 16 & vdupq_n_u32(1));
     vst1_u16(p, vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), rounded, vdupq_n_u32(0x7fc00000)), 16));
 }
-static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
+#define OWN_STEPS
+static inline V v_steps(const uint8_t *p, int encoding)
 {
-    for (; n >= LANES; n -= LANES, p += LANES, out += LANES)
-        v_store(out, v_half(p));
-    for (int64_t i = 0; i < n; i++)
-        out[i] = half_to_float(p[i]);
-}
-
-#define OWN_SCALES
-static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
-{
-    if (n < LANES) {
-        float scales[LANES] = {0};
-        for (int64_t i = 0; i < n; i++)
-            scales[i] = scale_as_stored(p, from + i, encoding);
-        return v_load(scales);
-    }
-    if (encoding == SCALES_FLOAT32)
-        return v_load((const float *)p + from);
-    if (encoding == SCALES_FLOAT16)
-        return v_half((const uint16_t *)p + from);
-    const W steps = bytes_load(p + from);
+    const W steps = bytes_load(p);
     if (encoding == SCALES_DOUBLE)
         return vcvtq_f32_u32(steps);
     const int32x4_t magnitude = vreinterpretq_s32_u32(steps & vdupq_n_u32(127));

@@ -104,6 +104,7 @@ static inline V v_spread(V a, const int32_t *index)
     EACH r.v[i] = a.v[index[i]];
     return r;
 }
+#define OWN_FROM_HALF
 static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
 {
     for (int64_t i = 0; i < n; i++)

@@ -2,14 +2,15 @@
  *
  *   LANES, LEVEL(name), V, v_zero, v_set1, v_load, v_store, v_add, v_mul, v_fma, v_sum
  *   v_sum4(a, b, c, d, out)  four sums; v_runs(a, b, c, d, out), lane by lane four numbers; v_transpose(v), LANES vectors
- *   v_scales(p, from, n, encoding)   up to n stored scales of a row at p, or the steps that they count; then zeros
+ *   v_scales(p, from, n, encoding)   up to n stored scales of a row at p, or the steps that they count; then zeros: by
+ *                            OWN_SCALES, one by one, or where there are LANES of them (OWN_STEPS) by v_steps(p, encoding)
  *   W, words_load(p, left)   LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero
  *   v_of_words(words), words_of_v(a)   the same bits
  *   bytes_load(p)            LANES bytes, each widened to a word
  *   block_load(p)            LANES / 2 bytes, each widened to a word; then the same, shifted by a nibble
  *   T, table_load(levels), v_lookup(table, words, k)   the level of nibble k, 0 to 7, of each word
  *   v_spread(a, index)       a[index[i]], where 0 <= index[i] < LANES
- *   v_from_half(p, n, out)   n float16 to float32
+ *   v_from_half(p, n, out)   n float16 to float32, where a level has a way of its own (OWN_FROM_HALF)
  *   v_sub, v_div; B, boundaries_load(p), v_code(boundaries, a)   how many of 15 boundaries lie below each value
  *   codes_store(p, words)    LANES words, each below 256, as bytes
  *   v_keep(a)                in a register: what several rows use, the compiler would load for each of them
@@ -40,9 +41,24 @@
         }                                                                        \
     }
 
+#ifndef OWN_FROM_HALF
+static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
+{
+    for (; n >= LANES; n -= LANES, p += LANES, out += LANES)
+        v_store(out, v_half(p));
+    for (int64_t i = 0; i < n; i++)
+        out[i] = half_to_float(p[i]);
+}
+#endif
 #ifndef OWN_SCALES
 static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
 {
+#ifdef OWN_STEPS
+    if (n >= LANES)
+        return encoding == SCALES_FLOAT32   ? v_load((const float *)p + from)
+               : encoding == SCALES_FLOAT16 ? v_half((const uint16_t *)p + from)
+                                            : v_steps(p + from, encoding);
+#endif
     float scales[LANES] = {0};
     for (int64_t i = 0; i < smaller(n, LANES); i++)
         scales[i] = scale_as_stored(p, from + i, encoding);
