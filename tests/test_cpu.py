@@ -426,7 +426,7 @@ def test_an_update_equals_the_two_products(level, batch, rank, rows, columns, sc
 
 @compiled
 @given(
-    st.sampled_from(["int4", "nf4", "half"]),
+    st.sampled_from(["int4", "nf4", "half", "bfloat16"]),
     st.integers(1, 12),
     st.integers(1, 40),
     st.integers(1, 150),
@@ -440,7 +440,8 @@ def test_a_product_with_an_update_is_the_product_and_then_the_update(
     generator = torch.Generator().manual_seed(seed)
     shapes = (rows, columns), (batch, columns), (rank, columns), (rows, rank)
     dense, x, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
-    weight = dense.half() if kind == "half" else quantize(dense, kind, block_size=16)
+    sixteen = {"half": torch.float16, "bfloat16": torch.bfloat16}.get(kind)
+    weight = dense.to(sixteen) if sixteen else quantize(dense, kind, block_size=16)
     bias = torch.randn(rows, generator=generator) if with_bias else None
     before = torch.get_num_threads()
     with kernels.using(level):

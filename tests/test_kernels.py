@@ -217,7 +217,7 @@ def test_16bit_products_are_exact_to_float32(level, weight, dtype, batch, seed):
 def test_16bit_weights_of_every_value_are_read_as_torch_reads_them(level, dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
     with kernels.using(level):
-        for batch in (1, 4):
+        for batch in (1, 4, 20):
             got = kernels.linear(torch.ones(batch, 1), every, torch.float32)
             expected = every.float().t().expand(batch, -1)
             assert torch.equal(got.isnan(), expected.isnan())

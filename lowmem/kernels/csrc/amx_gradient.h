@@ -4,110 +4,174 @@
 #define GRADIENT_LINES (TILED_GRAD_ROWS / LINE) /* of a part of the gradient */
 #define STRIP (GRADIENT_LINES * 2 * TILE_FLOATS) /* floats of two tiles' columns, for all rows of a part */
 #define GROUP_TILES (GROUP / 16)
-_Static_assert(TILED_GRAD_OWN >= (GROUP_TILES / 2) * STRIP + TILED_GRAD_ROWS * LANES + 2 * TILED_INPUTS * TILED_GRAD_ROWS / 2,
+#define GRADIENT_STRIPS (GROUP / LINE)
+_Static_assert(TERMS <= GRADIENT_STRIPS && TILED_GRAD_OWN == GRADIENT_STRIPS * STRIP + TILED_GRAD_ROWS * LANES + TILED_INPUTS * TILED_GRAD_ROWS,
                "restored rows, scales, and inputs that are padded");
 
 /* Blocks of which eight bytes are a part: sixteen columns of one block, nibble 0 to 3 of four 16-bit words. Others: nibble k of
  * all words of a group. */
 static int by_eights(const struct weight *w) { return w->order && w->half % 8 == 0; }
 
-/* A row and the next, which may be missing (`both`), of group g; `scales` are those of both, a vector each. `out` is where the
- * pair lies in the first tile. */
-INLINE void restore_pair(const struct weight *w, int64_t r, int both, int64_t g, const float *scales, float *out)
+/* What follows restores pairs of rows, r and the next, which may be missing (r1 is the last): so many strips of 32 columns of group
+ * g, each two tiles, from the one at `strip` on. `out` is where the pair lies in the first tile. Strips are STRIP apart where
+ * there is one term, terms where there is one strip. `scales` are those of both rows, a vector each. */
+
+/* 16-bit weights. Whether an input may be multiplied with them term by term. */
+INLINE int copy_pair(const struct weight *w, int64_t r, int64_t r1, int64_t g, int strip, const int strips, float *out, const int type)
 {
-    float *const at[GROUP_TILES] = {
-        out, out + TILE_FLOATS, out + STRIP, out + STRIP + TILE_FLOATS,
-        out + 2 * STRIP, out + 2 * STRIP + TILE_FLOATS, out + 3 * STRIP, out + 3 * STRIP + TILE_FLOATS,
-    };
-    if (!w->order) {
-        const W front = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
-                                         35, 3, 34, 2, 33, 1, 32, 0);
-        const W back = _mm512_add_epi16(front, _mm512_set1_epi16(16));
-        for (int64_t k = 0, c = g * GROUP; k < LINES; k++, c += LINE) {
-            const uint16_t *p = (const uint16_t *)w->packed + r * w->columns + c;
-            const W one = words_load((const uint8_t *)p, 2 * (w->columns - c));
-            const W two = words_load((const uint8_t *)(p + w->columns), both ? 2 * (w->columns - c) : 0);
-            prefetch_far(p + TILED_ROWS * w->columns);
-            prefetch_far(p + (TILED_ROWS + 1) * w->columns);
-            v_store(at[2 * k], v_of_words(_mm512_permutex2var_epi16(one, front, two)));
-            v_store(at[2 * k + 1], v_of_words(_mm512_permutex2var_epi16(one, back, two)));
+    int have = 1;
+#pragma GCC unroll 4
+    for (int k = 0; k < strips; k++, out += STRIP) {
+        const int64_t c = g * GROUP + (strip + k) * LINE, left = w->columns - c;
+        const uint16_t *p = (const uint16_t *)w->packed + r * w->columns + c;
+        const W one = words_load((const uint8_t *)p, 2 * left);
+        const W two = words_load((const uint8_t *)(p + w->columns), r + 1 < r1 ? 2 * left : 0);
+        prefetch_far(p + TILED_ROWS * w->columns);
+        prefetch_far(p + (TILED_ROWS + 1) * w->columns);
+        have &= weights_have_terms(one, type) & weights_have_terms(two, type);
+        if (type == FLOAT16) {
+            W terms[2];
+            split_pairs(_mm512_cvtph_ps(_mm512_castsi512_si256(one)), _mm512_cvtph_ps(_mm512_castsi512_si256(two)), 2, terms);
+            v_store(out, v_of_words(terms[0]));
+            v_store(out + STRIP, v_of_words(terms[1]));
+            split_pairs(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(one, 1)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(two, 1)), 2, terms);
+            v_store(out + TILE_FLOATS, v_of_words(terms[0]));
+            v_store(out + STRIP + TILE_FLOATS, v_of_words(terms[1]));
+            continue;
         }
-        return;
+        const W front = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
+                                         34, 2, 33, 1, 32, 0);
+        v_store(out, v_of_words(_mm512_permutex2var_epi16(one, front, two)));
+        v_store(out + TILE_FLOATS, v_of_words(_mm512_permutex2var_epi16(one, _mm512_add_epi16(front, _mm512_set1_epi16(16)), two)));
     }
-    const int64_t left = w->row_bytes - g * LANES * 4;
-    const uint8_t *p = w->packed + r * w->row_bytes + g * LANES * 4;
-    const int32_t *block = w->order->block + g * 4 * LANES;
-    const V levels = v_load(w->levels);
-    const W one = words_load(p, left), two = words_load(p + w->row_bytes, both ? left : 0);
-    prefetch_far(p + TILED_ROWS * w->row_bytes);
-    prefetch_far(p + (TILED_ROWS + 1) * w->row_bytes);
-    if (by_eights(w)) {
-        W nibble = _mm512_set1_epi16(15), shifts = _mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0), second = _mm512_set1_epi32(0x00100000);
-        v_keep(nibble);
-        v_keep(shifts);
-        v_keep(second);
-        __m128i words[2][4]; /* of eight bytes of either row side by side: those of even eights, those of odd ones */
+    return have;
+}
+
+/* Codes of which eight bytes are a tile's columns. */
+INLINE void restore_eights(const struct weight *w, int64_t r, int64_t r1, int64_t g, int strip, const int strips, const float *scales,
+                           float *out, const int terms)
+{
+    const int bit = terms == 1 ? 4 : 0, down = terms == 1 ? 0 : 1; /* as restore_four */
+    const int64_t from = g * LANES * 4 + strip * 16, left = w->row_bytes - from;
+    const uint8_t *p = w->packed + r * w->row_bytes + from;
+    const int32_t *block = w->order->block + g * 4 * LANES + 4 * strip;
+    const V levels = levels_of(w, terms);
+    W nibble = _mm512_set1_epi16((short)(15 << down)), second = _mm512_set1_epi32(1 << (16 + bit)), tables[TERMS];
+    W shifts = _mm512_sub_epi64(_mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0), _mm512_set1_epi64(down));
+    v_keep(nibble);
+    v_keep(shifts);
+    v_keep(second);
+    __m128i words[2][4]; /* of eight bytes of either row side by side: those of even eights, those of odd ones */
+    if (strips > 1) {
+        const W one = words_load(p, left), two = words_load(p + w->row_bytes, r + 1 < r1 ? left : 0);
         _mm512_storeu_si512(words[0], _mm512_unpacklo_epi16(one, two));
         _mm512_storeu_si512(words[1], _mm512_unpackhi_epi16(one, two));
-        W tables = nibble;
-#pragma GCC unroll 8
-        for (int q = 0; q < GROUP_TILES; q++) {
-            if (!q || block[2 * q] != block[2 * q - 2])
-                tables = two_tables(levels, scales + block[2 * q], scales + LANES + block[2 * q]);
-            const W codes = _mm512_srlv_epi64(_mm512_broadcast_i32x4(words[q % 2][q / 2]), shifts);
-            v_store(at[q], look_up(codes, nibble, second, tables));
-        }
-        return;
+    } else {
+        const __mmask16 there = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
+        const __m128i one = _mm_maskz_loadu_epi8(there, p), two = _mm_maskz_loadu_epi8(r + 1 < r1 ? there : 0, p + w->row_bytes);
+        words[0][0] = _mm_unpacklo_epi16(one, two);
+        words[1][0] = _mm_unpackhi_epi16(one, two);
     }
-    const V scale = v_load(scales), next = v_load(scales + LANES);
+    if (!strip) {
+        prefetch_far(p + TILED_ROWS * w->row_bytes);
+        prefetch_far(p + (TILED_ROWS + 1) * w->row_bytes);
+    }
 #pragma GCC unroll 8
-    for (int k = 0; k < GROUP_TILES; k++) {
-        const int32_t *of = block + (w->order->whole_words ? 0 : k / 2 * LANES);
-        const V even = v_mul(v_lookup(levels, one, k), v_spread(scale, of)), odd = v_mul(v_lookup(levels, two, k), v_spread(next, of));
-        v_store(at[k], (V)LEVEL(pairs)(even, odd));
+    for (int q = 0; q < 2 * strips; q++) {
+        if (!q || block[2 * q] != block[2 * q - 2])
+            two_tables(levels, scales + block[2 * q], scales + LANES + block[2 * q], terms, tables);
+        look_up(_mm512_rorv_epi64(_mm512_broadcast_i32x4(words[q % 2][q / 2]), shifts), nibble, second, tables, terms,
+                out + q / 2 * STRIP + q % 2 * TILE_FLOATS, STRIP);
     }
 }
 
-/* Restore rows r0 to r1 of group g. Pairs behind the last are zeros, up to a whole tile. */
-static void restore_pairs(const struct weight *w, int64_t r0, int64_t r1, int64_t g, const float *scales, float *out)
+/* All others: nibble k of all words is tile k. */
+INLINE void restore_nibbles(const struct weight *w, int64_t r, int64_t r1, int64_t g, int strip, const int strips, const float *scales,
+                            float *out, const int terms)
 {
-    for (int64_t r = r0, end = r0 + round_up(r1 - r0, LINE), pair = 0; r < end; r += 2, pair++, scales += 2 * LANES) {
-        float *at = out + pair / LANES * 2 * TILE_FLOATS + pair % LANES * LANES;
-        if (r + 1 < r1)
-            restore_pair(w, r, 1, g, scales, at);
-        else if (r < r1)
-            restore_pair(w, r, 0, g, scales, at);
-        else
-            for (int64_t i = 0; i < GROUP_TILES; i++)
-                v_store(at + i / 2 * STRIP + i % 2 * TILE_FLOATS, v_zero());
+    const int64_t from = g * LANES * 4, left = w->row_bytes - from;
+    const uint8_t *p = w->packed + r * w->row_bytes + from;
+    const W one = words_load(p, left), two = words_load(p + w->row_bytes, r + 1 < r1 ? left : 0);
+    const V levels = levels_of(w, terms), scale = v_load(scales), next = v_load(scales + LANES);
+    if (!strip) {
+        prefetch_far(p + TILED_ROWS * w->row_bytes);
+        prefetch_far(p + (TILED_ROWS + 1) * w->row_bytes);
     }
+    for (int k = 2 * strip; k < 2 * (strip + strips); k++) {
+        const int32_t *block = w->order->block + g * 4 * LANES + (w->order->whole_words ? 0 : k / 2 * LANES);
+        const __m128i shift = _mm_cvtsi32_si128(4 * k);
+        const V even = v_mul(_mm512_permutexvar_ps(_mm512_srl_epi32(one, shift), levels), v_spread(scale, block));
+        const V odd = v_mul(_mm512_permutexvar_ps(_mm512_srl_epi32(two, shift), levels), v_spread(next, block));
+        float *at = out + (k / 2 - strip) * STRIP + k % 2 * TILE_FLOATS;
+        W words[TERMS];
+        if (terms == 1)
+            words[0] = (W)LEVEL(pairs)(even, odd);
+        else
+            split_pairs(even, odd, terms, words);
+        for (int t = 0; t < terms; t++)
+            v_store(at + t * STRIP, v_of_words(words[t]));
+    }
+}
+
+/* Restore strips of rows r0 to r1: all four of one term, or one of several. Pairs behind the last are zeros, up to a whole tile. */
+static void restore_strips(const struct job *job, int64_t r0, int64_t r1, int64_t g, int strip, const float *scales, float *out)
+{
+    const struct weight *w = job->weight;
+    const int terms = weight_terms(w, job->tiles), eights = by_eights(w);
+    int have = 1;
+    int64_t r = r0, pair = 0;
+#define EACH_PAIR for (; r < r1; r += 2, pair++, scales += 2 * LANES)
+#define AT_PAIR (out + pair / LANES * 2 * TILE_FLOATS + pair % LANES * LANES)
+#define RESTORE(strips, terms)                                                               \
+    if (eights)                                                                              \
+        EACH_PAIR restore_eights(w, r, r1, g, strip, strips, scales, AT_PAIR, terms);        \
+    else                                                                                     \
+        EACH_PAIR restore_nibbles(w, r, r1, g, strip, strips, scales, AT_PAIR, terms)
+    if (!w->order && job->tiles == 1)
+        EACH_PAIR copy_pair(w, r, r1, g, 0, GRADIENT_STRIPS, AT_PAIR, BFLOAT16);
+    else if (!w->order && terms == 1)
+        EACH_PAIR have &= copy_pair(w, r, r1, g, strip, 1, AT_PAIR, BFLOAT16);
+    else if (!w->order)
+        EACH_PAIR have &= copy_pair(w, r, r1, g, strip, 1, AT_PAIR, FLOAT16);
+    else if (terms == 1)
+        RESTORE(GRADIENT_STRIPS, 1);
+    else if (terms == 2)
+        RESTORE(1, 2);
+    else
+        RESTORE(1, TERMS);
+#undef RESTORE
+    for (const int64_t end = r0 + round_up(r1 - r0, LINE); r < end; r += 2, pair++)
+        for (int t = 0; t < (job->tiles == 1 ? GRADIENT_STRIPS : terms); t++) {
+            v_store(AT_PAIR + t * STRIP, v_zero());
+            v_store(AT_PAIR + t * STRIP + TILE_FLOATS, v_zero());
+        }
+    if (!have)
+        refuse(job);
 }
 
 /* The sums of a group, tile by tile sixteen inputs, to the output. */
-static void put_gradient(const struct job *job, int64_t g, const float *sums)
+INLINE void put_gradient(const struct job *job, int64_t g, const float *sums, const int type)
 {
     const struct weight *w = job->weight;
-    const int64_t half = w->half;
+    const int64_t half = w->half, size = type == FLOAT32 ? 4 : 2;
     /* Low nibbles, then high ones, of eight bytes. */
     const W order = _mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
     for (int64_t m = 0; m < job->m1 - job->m0; m++) {
-        uint16_t *out = (uint16_t *)job->out + (job->m0 + m) * w->columns;
+        char *out = (char *)job->out + (job->m0 + m) * w->columns * size;
         const float *of = sums + m / TILED_INPUTS * GROUP_TILES * TILE_FLOATS + m % TILED_INPUTS * LANES;
         if (by_eights(w)) {
             for (int64_t q = 0, byte = g * LANES * 4; q < GROUP_TILES && byte < w->row_bytes; q++, byte += 8) {
                 const int64_t start = byte / half * 2 * half, j = byte % half, columns = smaller(w->columns - start, 2 * half);
-                const int64_t lower = (columns + 1) / 2;
-                uint16_t row[LANES];
-                v_to_bfloat(row, _mm512_permutexvar_ps(order, v_load(of + q * TILE_FLOATS)));
-                if (j + 8 <= columns - lower) {
-                    memcpy(out + start + j, row, 16);
-                    memcpy(out + start + lower + j, row + 8, 16);
-                } else
-                    for (int64_t i = 0; i < 8 && j + i < lower; i++) {
-                        out[start + j + i] = row[i];
-                        if (lower + j + i < columns)
-                            out[start + lower + j + i] = row[8 + i];
-                    }
+                const int64_t lower = (columns + 1) / 2, low = smaller(8, lower - j), high = smaller(8, columns - lower - j);
+                float row[LANES];
+                LEVEL(store_as)(row, type, 0, _mm512_permutexvar_ps(order, v_load(of + q * TILE_FLOATS)));
+                if (high == 8) {
+                    memcpy(out + (start + j) * size, row, 8 * size);
+                    memcpy(out + (start + lower + j) * size, (char *)row + 8 * size, 8 * size);
+                } else {
+                    memcpy(out + (start + j) * size, row, (size_t)(low * size));
+                    memcpy(out + (start + lower + j) * size, (char *)row + 8 * size, (size_t)((high > 0 ? high : 0) * size));
+                }
             }
             continue;
         }
@@ -117,33 +181,99 @@ static void put_gradient(const struct job *job, int64_t g, const float *sums)
         struct job one = *job;
         one.m0 = job->m0 + m;
         one.m1 = one.m0 + 1;
-        LEVEL(unpack)(&one, g, row, BFLOAT16);
+        LEVEL(unpack)(&one, g, row, type);
     }
 }
 
 /* Inputs m and on of a piece, 32 or as many as are there, for rows r0 to r1: as they lie, or where these are not whole tiles with
  * zeros behind them in `padded`. */
-static struct tiles gradient_tiles(const struct job *job, int64_t m, int64_t r0, int64_t r1, uint16_t *padded)
+static struct tiles as_it_lies(const struct job *job, int64_t m, int64_t r0, int64_t r1, uint16_t *padded)
 {
     const int64_t stride = job->weight->rows, inputs = smaller(job->m1 - job->m0 - m, 2 * TILED_INPUTS), rows = r1 - r0;
     const uint16_t *x = (const uint16_t *)job->x + (job->m0 + m) * stride + r0;
     if (rows % LINE == 0 && inputs % TILED_INPUTS == 0 && stride % 2 == 0) {
-        const struct tiles as_it_lies = {(const float *)x, TILED_INPUTS * stride / 2, LANES, 2 * stride};
-        return as_it_lies;
+        const struct tiles whole = {(const float *)x, TILED_INPUTS * stride / 2, LANES, 0, 2 * stride, 1};
+        return whole;
     }
     memset(padded, 0, (size_t)(round_up(inputs, TILED_INPUTS) * TILED_GRAD_ROWS) * sizeof *padded);
     for (int64_t i = 0; i < inputs; i++)
         memcpy(padded + i * TILED_GRAD_ROWS, x + i * stride, (size_t)rows * sizeof *padded);
-    const struct tiles copy = {(const float *)padded, TILED_INPUTS * TILED_GRAD_ROWS / 2, LANES, 2 * TILED_GRAD_ROWS};
+    const struct tiles copy = {(const float *)padded, TILED_INPUTS * TILED_GRAD_ROWS / 2, LANES, 0, 2 * TILED_GRAD_ROWS, 1};
     return copy;
+}
+
+/* Terms of a piece of the gradient behind its sums, for rows r0 to r1: tiles of sixteen inputs and 32 rows, term by term. */
+static float *terms_of(const struct job *job)
+{
+    return job->packed + job->piece * tiled_grad_columns(job->weight, job->threads);
+}
+static int64_t term_floats(const struct job *job) { return (job->r1 - job->r0 + LINE - 1) / LINE * TILE_FLOATS; }
+
+static void split_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    const int64_t stride = job->weight->rows, term = term_floats(job);
+    const V factor = v_set1(input_factor(job->weight, TERMS));
+    int64_t m, to;
+    (void)thread;
+    share(job->m1 - job->m0, 1, parts, part, &m, &to);
+    for (; m < to; m++) {
+        const float *x = (const float *)job->x + (job->m0 + m) * stride;
+        float *out = terms_of(job) + m / TILED_INPUTS * TERMS * term + m % TILED_INPUTS * LANES;
+        W most = _mm512_setzero_si512();
+        for (int64_t r = job->r0; r < job->r1; r += LINE, out += TILE_FLOATS) {
+            W words[TERMS];
+            most = load_terms(x + r, stride - r, factor, TERMS, words, 1, most);
+            for (int t = 0; t < TERMS; t++)
+                v_store(out + t * term, v_of_words(words[t]));
+        }
+        if (!input_has_terms((uint32_t)_mm512_reduce_max_epi32(most)))
+            refuse(job);
+    }
+}
+
+/* Group g of rows r0 to r1, with all inputs of a piece; `sums` are those of the group. */
+static void add_group(const struct job *job, int64_t g, int64_t r0, int64_t r1, const float *scales, float *restored, uint16_t *padded,
+                      float *sums)
+{
+    const int64_t batch = job->m1 - job->m0, lines = (r1 - r0 + LINE - 1) / LINE;
+    restore_strips(job, r0, r1, g, 0, scales, restored);
+    for (int64_t m = 0; m < batch; m += 2 * TILED_INPUTS) {
+        const struct tiles x = as_it_lies(job, m, r0, r1, padded);
+        struct tiles rows = {restored, TILE_FLOATS, 2 * TILE_FLOATS, 0, 64, 1};
+        for (int strip = 0; strip < GRADIENT_STRIPS; strip++, rows.at += STRIP, sums += 2 * TILE_FLOATS)
+            if (m + TILED_INPUTS < batch)
+                multiply_tiles(rows, x, lines, 1, 1, !r0, sums, TILED_INPUTS * GROUP);
+            else
+                multiply_tiles(rows, x, lines, 1, 0, !r0, sums, 0);
+        sums += TILED_INPUTS * GROUP;
+    }
+}
+
+/* The same of terms, strip by strip. */
+static void add_group_terms(const struct job *job, int64_t g, int64_t r0, int64_t r1, const float *scales, float *restored, float *sums)
+{
+    const int64_t batch = job->m1 - job->m0, lines = (r1 - r0 + LINE - 1) / LINE, term = term_floats(job), sixteen = TERMS * term;
+    const struct tiles rows = {restored, TILE_FLOATS, 2 * TILE_FLOATS, STRIP, 64, weight_terms(job->weight, job->tiles)};
+    for (int strip = 0; strip < GRADIENT_STRIPS; strip++) {
+        struct tiles x = {terms_of(job) + (r0 - job->r0) / LINE * TILE_FLOATS, sixteen, TILE_FLOATS, term, 64, TERMS};
+        float *of = sums + strip * 2 * TILE_FLOATS;
+        restore_strips(job, r0, r1, g, strip, scales, restored);
+        for (int64_t m = 0; m < batch; m += 2 * TILED_INPUTS, x.at += 2 * sixteen, of += 2 * TILED_INPUTS * GROUP)
+            if (m + TILED_INPUTS >= batch)
+                multiply_terms(rows, x, lines, 1, 0, !r0, of, 0);
+            else if (lines < GRADIENT_LINES)
+                multiply_terms(rows, x, lines, 1, 1, !r0, of, TILED_INPUTS * GROUP);
+            else
+                multiply_terms(rows, x, GRADIENT_LINES, 1, 1, !r0, of, TILED_INPUTS * GROUP);
+    }
 }
 
 static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, all = round_up(batch, TILED_INPUTS);
-    const int64_t step = batch > 2 * TILED_INPUTS ? TILED_GRAD_ROWS : TILED_GRAD_ROWS / 2; /* more pay where sums are many */
-    float *restored = job->own + thread * job->own_floats, *scales = restored + GROUP_TILES / 2 * STRIP;
+    const int64_t step = job->tiles > 1 || job->batch > 2 * TILED_INPUTS ? TILED_GRAD_ROWS : TILED_GRAD_ROWS / 2; /* more pay where sums are many */
+    float *restored = job->own + thread * job->own_floats, *scales = restored + GRADIENT_STRIPS * STRIP;
     uint16_t *padded = (uint16_t *)(scales + TILED_GRAD_ROWS * LANES);
     int64_t g0, g1;
     share(job->g1 - job->g0, 1, parts, part, &g0, &g1);
@@ -152,31 +282,28 @@ static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t 
     g0 += job->g0;
     g1 += job->g0;
     begin_tiles();
-    for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
+    for (int64_t r0 = job->r0, r1; r0 < job->r1 && !(job->tiles > 1 && is_refused(job)); r0 = r1) {
         int64_t from = -1;
-        r1 = smaller(r0 + step, w->rows);
+        r1 = smaller(r0 + step, job->r1);
         for (int64_t g = g0; g < g1; g++) {
+            float *sums = job->packed + (g - job->g0) * all * GROUP;
             if (w->order && w->order->first_block[g] != from) {
                 from = w->order->first_block[g];
                 for (int64_t r = r0; r < r1; r += TILED_ROWS)
-                    put_scales(w, r, from, scales + (r - r0) * LANES);
+                    put_scales(job, r, from, scales + (r - r0) * LANES);
             }
-            restore_pairs(w, r0, r1, g, scales, restored);
-            for (int64_t m = 0; m < batch; m += 2 * TILED_INPUTS) {
-                const struct tiles x = gradient_tiles(job, m, r0, r1, padded);
-                struct tiles rows = {restored, TILE_FLOATS, 2 * TILE_FLOATS, 64};
-                float *sums = job->packed + ((g - job->g0) * all + m) * GROUP;
-                for (int strip = 0; strip < GROUP_TILES / 2; strip++, rows.at += STRIP, sums += 2 * TILE_FLOATS)
-                    if (m + TILED_INPUTS < batch)
-                        multiply_tiles(rows, x, (r1 - r0 + LINE - 1) / LINE, 1, 1, !r0, sums, TILED_INPUTS * GROUP);
-                    else
-                        multiply_tiles(rows, x, (r1 - r0 + LINE - 1) / LINE, 1, 0, !r0, sums, 0);
-            }
+            if (job->tiles > 1)
+                add_group_terms(job, g, r0, r1, scales, restored, sums);
+            else
+                add_group(job, g, r0, r1, scales, restored, padded, sums);
         }
     }
-    for (int64_t g = g0; g < g1; g++)
-        put_gradient(job, g, job->packed + (g - job->g0) * all * GROUP);
     end_tiles();
+    for (int64_t g = g0; g < g1 && job->r1 == w->rows; g++)
+        if (job->out_type == FLOAT32)
+            put_gradient(job, g, job->packed + (g - job->g0) * all * GROUP, FLOAT32);
+        else
+            put_gradient(job, g, job->packed + (g - job->g0) * all * GROUP, BFLOAT16);
 }
 
 static void input_grad(struct job *job)
@@ -186,11 +313,18 @@ static void input_grad(struct job *job)
         return;
     }
     const int64_t groups = job->weight->stride / GROUP, part = tiled_grad_columns(job->weight, job->threads) / GROUP;
+    const int64_t rows = job->weight->rows, step = job->tiles > 1 ? tiled_grad_rows(rows, job->batch) : rows;
     for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + job->piece, job->batch);
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + part, groups);
-            parallel(job, gradient_body, 1, NULL, 0);
+            for (job->r0 = 0; job->r0 < rows; job->r0 = job->r1) {
+                job->r1 = smaller(job->r0 + step, rows);
+                if (job->tiles > 1)
+                    parallel(job, split_body, PARTS, gradient_body, 1);
+                else
+                    parallel(job, gradient_body, 1, NULL, 0);
+            }
         }
     }
 }

@@ -11,15 +11,15 @@
 #define LEVEL_LOW 1
 #include "avx512.h"
 
-#include "amx.h"
-#include "amx_gradient.h"
-
 static void restore(struct job *job) { level_avx512bf16.restore(job); }
 static void update(struct job *job) { level_avx512bf16.update(job); }
 static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_t *own)
 {
     return level_avx512bf16.quantize(q, from, to, own);
 }
+
+#include "amx.h"
+#include "amx_gradient.h"
 
 const struct level level_avx512amx = {"avx512amx", LANES, LEVEL_LOW, 1, linear, input_grad, restore, update, quantize};
 #if defined(__clang__)

@@ -41,15 +41,20 @@
 #define SCRATCH_BYTES (1008 * 1024) /* fewer, where scratch of many threads would be more with it, */
 #define LEAST_BYTES (256 * 1024)  /* but no less of it */
 #define GRAD_ROWS 32              /* rows, or pairs of them, of a tile of the gradient, a group of columns wide */
-#define TILED_INPUTS 16           /* of a tile of AMX */
+#define TILED_INPUTS 16           /* of a tile of AMX, */
+#define TILED_LINE 32             /* and its columns */
 #define TILED_FEW 2               /* inputs that AMX leaves to others, */
 #define TILED_FEW_GRAD 3          /* those of a gradient, */
-#define TILED_FEW_SIXTEEN 4       /* and of bfloat16 weights */
+#define TILED_FEW_SIXTEEN 4       /* and of bfloat16 weights; */
+#define TILED_FEW_TERMS 12        /* those of float32 */
+#define TERMS 3                   /* bfloat16 numbers that add up to one of float32 */
+#define TILED_BYTES (768 * 1024) /* the most that an input packed as such takes, */
+#define TILED_WIDE 2048           /* columns of the input that are packed at a time as such */
 #define TILED_ROWS 32             /* rows of the weight that are restored at a time then, */
-#define TILED_GROUPS 2            /* of so many groups of columns; */
-#define TILED_OWN (TILED_ROWS * (MAX_LANES + TILED_GROUPS * MAX_GROUP / 2)) /* floats, with scales. */
+#define TILED_GROUPS 2            /* of so many groups of columns (of float32: one); */
+#define TILED_OWN(terms) (TILED_ROWS * (MAX_LANES + ((terms) > 1 ? TERMS : TILED_GROUPS) * MAX_GROUP / 2)) /* floats, with scales. */
 #define TILED_GRAD_ROWS 128       /* rows in the gradient, at most, of a group of columns, */
-#define TILED_GRAD_OWN (TILED_GRAD_ROWS / 2 * MAX_GROUP + 32 * TILED_GRAD_ROWS) /* floats, with scales and padded inputs */
+#define TILED_GRAD_OWN (TILED_GRAD_ROWS * (MAX_GROUP / 2 + MAX_LANES + TILED_INPUTS)) /* floats, with scales and padded inputs */
 #define TILED_GRAD_COLUMNS 1024   /* columns whose sums are taken at a time then, but a group for each thread */
 #define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
@@ -117,15 +122,16 @@ struct job {
     int type, out_type, bias_type; /* enum type of x, out and the bias */
     int low; /* whether products are taken in bfloat16, */
     int grid; /* or in integers */
-    int tiles; /* whether they are taken by AMX */
+    int tiles; /* 0, or taken by AMX: of how many terms an input is the sum */
+    int *refused; /* set where terms would not do for an input or a weight: nothing that is written counts */
     int64_t batch, threads;
     float *packed; /* the input, or sums of the gradient, in the order of the words, or in tiles; */
     int64_t packed_step; /* each thread packs its own copy, so many floats behind the one before; 0: they share one */
     float *own; /* scratch of the threads */
     int64_t own_floats;
     int64_t piece; /* inputs that are packed at a time */
-    /* What is multiplied now: a piece of the batch, and groups of columns. */
-    int64_t m0, m1, g0, g1;
+    /* What is multiplied now: a piece of the batch, groups of columns, and rows. */
+    int64_t m0, m1, g0, g1, r0, r1;
     struct quantizing *quantizing;
     const struct update *update; /* or NULL */
 };
@@ -164,11 +170,11 @@ static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* How many inputs of so many packed bytes, and so many of the threads' own, are packed at a time beside `others`: pieces of a
  * batch that are about as large, and multiples of `whole`, one of which must fit into half of LEAST_BYTES. */
-static inline int64_t piece_of(int64_t batch, int64_t packed, int64_t own, int64_t others, int64_t whole)
+static inline int64_t piece_of(int64_t batch, int64_t bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
 {
     const int64_t least = whole > 1 ? LEAST_BYTES / 2 : LEAST_BYTES;
     const int64_t room = SCRATCH_BYTES - others < least ? least : SCRATCH_BYTES - others;
-    const int64_t most = smaller(smaller(PACKED_BYTES / packed, room / (packed + own)), MOST);
+    const int64_t most = smaller(smaller(bytes / packed, room / (packed + own)), MOST);
     const int64_t fits = most > whole ? most / whole * whole : whole, pieces = (batch + fits - 1) / fits;
     return pieces ? round_up((batch + pieces - 1) / pieces, whole) : 0;
 }
@@ -179,6 +185,12 @@ static inline int64_t tiled_grad_columns(const struct weight *w, int64_t threads
     const int64_t most = threads * MAX_GROUP > TILED_GRAD_COLUMNS ? threads * MAX_GROUP : TILED_GRAD_COLUMNS;
     const int64_t parts = (w->stride + most - 1) / most;
     return round_up((w->stride + parts - 1) / parts, MAX_GROUP);
+}
+
+/* Rows whose numbers of the gradient are packed as terms at a time: many for a batch that is one piece all the same. */
+static inline int64_t tiled_grad_rows(int64_t rows, int64_t batch)
+{
+    return smaller(round_up(rows, TILED_LINE), batch <= 64 ? 1024 : 256);
 }
 
 /* Inputs that are few: codes are decoded in registers, with columns across the lanes. */
@@ -192,7 +204,7 @@ static inline int64_t chunk_of(const struct weight *w)
 }
 
 /* Columns of an input that are packed, where there are more than a few: whole chunks. */
-static inline int64_t packed_width(const struct weight *w) { return smaller(round_up(w->stride, CHUNK), WIDE); }
+static inline int64_t packed_width(const struct weight *w, int64_t wide) { return smaller(round_up(w->stride, CHUNK), wide); }
 
 static inline uint32_t bits_of(float value)
 {

@@ -201,18 +201,22 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
                                int64_t beside)
 {
     const int few = !tiles && batch <= few_inputs(w, low);
-    const int bytes = low && !transposed && (!few || w->order->whole_words) ? 2 : 4; /* of a packed number */
+    const int number = tiles ? 2 * tiles : low && !transposed && (!few || w->order->whole_words) ? 2 : 4; /* bytes of a packed one */
     const int64_t all = threads_for(threads, (double)w->rows * w->columns * batch);
-    const int64_t width = !transposed ? packed_width(w) : tiles ? tiled_grad_columns(w, all) : w->stride;
-    const int64_t own = tiles ? (transposed ? TILED_GRAD_OWN : TILED_OWN)
+    const int64_t part = tiled_grad_rows(w->rows, batch);
+    const int64_t bytes = !transposed ? packed_width(w, tiles > 1 ? TILED_WIDE : WIDE) * number /* that an input takes */
+                          : tiles     ? tiled_grad_columns(w, all) * 4 + (tiles > 1 ? part * number : 0)
+                                      : w->stride * 4;
+    const int64_t own = tiles ? (transposed ? TILED_GRAD_OWN : TILED_OWN(tiles))
                         : transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
     const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
+    const int64_t most = tiles > 1 ? TILED_BYTES : PACKED_BYTES;
     const int64_t copies = transposed || all > MOST_COPIES ? 1 : all;
     const int64_t whole = tiles ? TILED_INPUTS : 1, of_input = 4 * all * own_of_input, others = 4 * all * own + beside;
-    const int own_copies = copies > 1 && copies * width * bytes * round_up(batch, whole) <= PACKED_BYTES &&
-                           piece_of(batch, copies * width * bytes, of_input, others, whole) >= batch;
-    const int64_t piece = piece_of(batch, (own_copies ? copies : 1) * width * bytes, of_input, others, whole);
-    const int64_t packed = piece * width * bytes / 4;
+    const int own_copies = copies > 1 && copies * bytes * round_up(batch, whole) <= most &&
+                           piece_of(batch, most, copies * bytes, of_input, others, whole) >= batch;
+    const int64_t piece = piece_of(batch, most, (own_copies ? copies : 1) * bytes, of_input, others, whole);
+    const int64_t packed = piece * bytes / 4;
     const struct layout layout = {
         .threads = all,
         .piece = piece,
@@ -229,11 +233,24 @@ static int is_low(const struct level *level, const struct weight *w, int type)
     return level->low && w->order && type == BFLOAT16;
 }
 
-/* Whether those of a batch are taken by AMX: 4-bit and bfloat16 weights, and more than a few inputs. */
+/* Whether levels are zeros or large enough that none of their terms is lost. */
+static int levels_have_terms(const struct weight *w)
+{
+    for (int c = 0; w->order && c < 16; c++)
+        if (w->levels[c] != 0.0f && !(fabsf(w->levels[c]) >= 0x1p-10f && fabsf(w->levels[c]) <= 0x1p10f))
+            return 0;
+    return 1;
+}
+
+/* Whether products with more than a few inputs are taken by AMX, and of how many terms an input is the sum, then. */
 static int in_tiles(const struct level *level, const struct weight *w, int64_t batch, int type, int transposed)
 {
-    const int64_t few = !w->order ? TILED_FEW_SIXTEEN : transposed ? TILED_FEW_GRAD : TILED_FEW;
-    return level->tiles && type == BFLOAT16 && (w->order || w->encoding == BFLOAT16) && batch > few;
+    const int is_bfloat = !w->order && w->encoding == BFLOAT16;
+    if (!level->tiles || type == FLOAT16 || (type == BFLOAT16 && !w->order && !is_bfloat))
+        return 0;
+    if (type == FLOAT32)
+        return batch > (is_bfloat ? TILED_FEW_SIXTEEN : TILED_FEW_TERMS) && levels_have_terms(w) ? TERMS : 0;
+    return batch > (is_bfloat ? TILED_FEW_SIXTEEN : transposed ? TILED_FEW_GRAD : TILED_FEW);
 }
 
 #define UPDATED 12 /* inputs; for more, torch's own products are faster */
@@ -291,46 +308,52 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
         return NULL;
     if (made == out_given)
         Py_INCREF(made);
-    const int tiles = in_tiles(level, &w, x.shape[0], x.type, transposed), low = tiles || is_low(level, &w, x.type);
     const int64_t sums = out_given == Py_None ? 0 : 4 * x.shape[0] * to;
-    const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, tiles, sums);
-    const int64_t floats = layout.shared + layout.threads * layout.own;
-    struct scratch scratch;
-    if (!read_memory(made, &out) || out.type < 0 || !has_shape(&out, x.shape[0], to) || (updated && out.type != FLOAT32) ||
-        take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, 4 * (floats + x.shape[0] * u.rank), &scratch)) {
-        Py_DECREF(made);
-        if (PyErr_Occurred())
+    int tiles = in_tiles(level, &w, x.shape[0], x.type, transposed), refused;
+    do {
+        const int low = tiles == 1 || is_low(level, &w, x.type);
+        refused = 0;
+        const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, tiles, sums);
+        const int64_t floats = layout.shared + layout.threads * layout.own;
+        struct scratch scratch;
+        if (!read_memory(made, &out) || out.type < 0 || !has_shape(&out, x.shape[0], to) || (updated && out.type != FLOAT32) ||
+            take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, 4 * (floats + x.shape[0] * u.rank), &scratch)) {
+            Py_DECREF(made);
+            if (PyErr_Occurred())
+                return NULL;
+            if (out_given == Py_None)
+                Py_RETURN_NONE; /* something makes tensors of another kind */
+            PyErr_SetString(PyExc_ValueError, "out is no tensor (batch, features) that C can write");
             return NULL;
-        if (out_given == Py_None)
-            Py_RETURN_NONE; /* something makes tensors of another kind */
-        PyErr_SetString(PyExc_ValueError, "out is no tensor (batch, features) that C can write");
-        return NULL;
-    }
-    u.base = u.out = out.data;
-    u.narrow = scratch.memory + floats;
-    struct job job = {
-        .weight = &w,
-        .x = x.data,
-        .bias = bias.data,
-        .out = out.data,
-        .type = x.type,
-        .out_type = out.type,
-        .bias_type = bias.type,
-        .low = low,
-        .tiles = tiles,
-        .batch = x.shape[0],
-        .threads = layout.threads,
-        .packed = scratch.memory,
-        .packed_step = layout.packed_step,
-        .own = scratch.memory + layout.shared,
-        .own_floats = layout.own,
-        .piece = layout.piece,
-        .update = updated ? &u : NULL,
-    };
-    Py_BEGIN_ALLOW_THREADS
-    (transposed ? level->input_grad : level->linear)(&job);
-    Py_END_ALLOW_THREADS
-    free_scratch(&scratch);
+        }
+        u.base = u.out = out.data;
+        u.narrow = scratch.memory + floats;
+        struct job job = {
+            .weight = &w,
+            .x = x.data,
+            .bias = bias.data,
+            .out = out.data,
+            .type = x.type,
+            .out_type = out.type,
+            .bias_type = bias.type,
+            .low = low,
+            .tiles = tiles,
+            .refused = &refused,
+            .batch = x.shape[0],
+            .threads = layout.threads,
+            .packed = scratch.memory,
+            .packed_step = layout.packed_step,
+            .own = scratch.memory + layout.shared,
+            .own_floats = layout.own,
+            .piece = layout.piece,
+            .update = updated ? &u : NULL,
+        };
+        Py_BEGIN_ALLOW_THREADS
+        (transposed ? level->input_grad : level->linear)(&job);
+        Py_END_ALLOW_THREADS
+        free_scratch(&scratch);
+        tiles = 0; /* where terms are refused */
+    } while (refused);
     return made;
 }
 

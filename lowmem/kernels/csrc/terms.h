@@ -1,0 +1,96 @@
+/* float32 by products in bfloat16: a number is the sum of TERMS bfloat16 numbers of eight bits each, and of the products of
+ * their terms those count that are not beyond the bits of float32 (Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial
+ * Intelligence Datatype For Higher-Precision Computations, arXiv 1904.06376). Term i is below 2^(1 - 8 i) of the number,
+ * so that products of terms i and j count where i + j < TERMS. A float16 number is the sum of two.
+ *
+ * That holds for what is finite, and as long as no term that counts is subnormal: what is out of these bounds is refused. */
+
+#define LEAST_INPUT 0x1p-60f /* the least that the largest number of an input may be, unless it is zero, */
+#define LEAST_SCALE 0x1p-32f /* a scale that is not zero (float16 steps of 8 bits end there), */
+#define LEAST_BFLOAT 0x1p-40f /* and a weight */
+#define LARGEST_TILED 0x1p60f
+
+/* Whether weights are whole numbers of five bits times scales of eleven, which makes two terms: the step of the levels is for
+ * the input, then. */
+static int has_whole_levels(const struct weight *w) { return w->order && w->step && w->encoding == SCALES_FLOAT16; }
+
+/* Terms of a weight, where an input has so many. */
+static int weight_terms(const struct weight *w, int terms)
+{
+    return terms == 1 ? 1 : w->order ? TERMS - has_whole_levels(w) : w->encoding == FLOAT16 ? 2 : 1;
+}
+
+/* What weights are looked up in, and what an input is multiplied with for that. */
+static V levels_of(const struct weight *w, int terms)
+{
+    return terms > 1 && has_whole_levels(w) ? v_add(_mm512_cvtepi32_ps(bytes_load(w->steps)), v_set1((float)w->base)) : v_load(w->levels);
+}
+static float input_factor(const struct weight *w, int terms) { return terms > 1 && has_whole_levels(w) ? w->step : 1.0f; }
+
+static void refuse(const struct job *job) { __atomic_store_n(job->refused, 1, __ATOMIC_RELAXED); }
+static int is_refused(const struct job *job) { return __atomic_load_n(job->refused, __ATOMIC_RELAXED); }
+
+INLINE V widened_words(__m256i words) { return v_of_words(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)); }
+
+/* 32 numbers as terms, in their order. Each but the last is rounded, so that what it leaves has either sign. */
+INLINE void split_line(V front, V back, const int terms, W *out, int64_t step)
+{
+    for (int t = 0; t < terms; t++, out += step) {
+        const W words = (W)_mm512_cvtne2ps_pbh(back, front);
+        *out = words;
+        front = v_sub(front, widened_words(_mm512_castsi512_si256(words)));
+        back = v_sub(back, widened_words(_mm512_extracti64x4_epi64(words, 1)));
+    }
+}
+
+/* 32 numbers as terms, in pairs of one of `even` and one of `odd`. Each but the last is cut off, which takes half as long. */
+INLINE void split_pairs(V even, V odd, const int terms, W *out)
+{
+    const W upper = _mm512_set1_epi32((int)0xffff0000);
+    for (int t = 0; t < terms; t++) {
+        const W low = words_of_v(even), high = words_of_v(odd);
+        out[t] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xf8); /* a | b & c */
+        even = v_sub(even, v_of_words(_mm512_and_si512(low, upper)));
+        odd = v_sub(odd, v_of_words(_mm512_and_si512(high, upper)));
+    }
+}
+
+/* The largest bits of a magnitude so far. */
+INLINE W larger(W most, V a)
+{
+    return _mm512_max_epi32(most, _mm512_and_si512(words_of_v(a), _mm512_set1_epi32(0x7fffffff)));
+}
+
+/* 32 numbers of an input from p on, of which `left` are there, as terms; the largest bits of a magnitude. */
+INLINE W load_terms(const float *p, int64_t left, V factor, const int terms, W *out, int64_t step, W most)
+{
+    const uint8_t *bytes = (const uint8_t *)p;
+    const V front = v_mul(factor, v_of_words(words_load(bytes, 4 * left)));
+    const V back = v_mul(factor, v_of_words(words_load(bytes + 4 * LANES, 4 * (left - LANES))));
+    split_line(front, back, terms, out, step);
+    return larger(larger(most, front), back);
+}
+
+/* Whether an input may have terms whose largest magnitude has these bits. */
+static int input_has_terms(uint32_t most)
+{
+    return !most || (most >= bits_of(LEAST_INPUT) && most <= bits_of(LARGEST_TILED));
+}
+
+/* Whether scales, and 16-bit weights, may. */
+INLINE int scales_have_terms(V a)
+{
+    const W magnitude = _mm512_and_si512(words_of_v(a), _mm512_set1_epi32(0x7fffffff));
+    const W least = _mm512_set1_epi32((int)bits_of(LEAST_SCALE));
+    const W room = _mm512_set1_epi32((int)(bits_of(LARGEST_TILED) - bits_of(LEAST_SCALE)));
+    return !_mm512_mask_cmpgt_epu32_mask(_mm512_test_epi32_mask(magnitude, magnitude), _mm512_sub_epi32(magnitude, least), room);
+}
+INLINE int weights_have_terms(W words, const int type)
+{
+    const W magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7fff));
+    if (type == FLOAT16)
+        return !_mm512_cmpge_epi16_mask(magnitude, _mm512_set1_epi16(0x7c00));
+    const int least = (int)(bits_of(LEAST_BFLOAT) >> 16), room = (int)(bits_of(LARGEST_TILED) >> 16) - least;
+    return !_mm512_mask_cmpgt_epu16_mask(_mm512_test_epi16_mask(magnitude, magnitude),
+                                         _mm512_sub_epi16(magnitude, _mm512_set1_epi16((short)least)), _mm512_set1_epi16((short)room));
+}
