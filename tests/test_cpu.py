@@ -148,6 +148,19 @@ def test_every_number_of_a_few_inputs(level, block_size, columns):
 
 
 @compiled
+@pytest.mark.parametrize("stored_as", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [5, 127, 640])
+def test_every_number_of_a_few_inputs_with_16_bit_weights(level, stored_as, columns):
+    w = strategies.make_weight("normal", (77, columns), 0, 1).to(stored_as)
+    with kernels.using(level):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for batch in range(1, 11):
+                x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 77).to(dtype)
+                assert_close_in(dtype, kernels.linear(x, w, dtype), x, w)
+                assert_close_in(dtype, kernels.input_grad(grad, w, dtype), grad, w.t())
+
+
+@compiled
 @pytest.mark.parametrize("block_size", [8, 10, 16, 24, 32, 48, 64, 72, 100, 128, 4096, None])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (31, 65), (64, 192), (130, 1300), (258, 129), (32, 2000)])
 def test_batches_and_weights_around_whole_tiles_in_bfloat16(level, block_size, rows, columns):

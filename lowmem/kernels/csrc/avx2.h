@@ -120,7 +120,7 @@ static inline void v_to_bfloat(uint16_t *p, V a)
 #define FUSED_INPUTS 4
 #define MANY_VECTORS 1
 #define MANY_INPUTS 12
-#define FEW_ROWS(M) 2
+#define FEW_ROWS(M) ((M) <= 4 ? 2 : 1)
 #define TILE_VECTORS 2
 #define GRAD_CODES 3
 #define GRAD_SIXTEEN 16

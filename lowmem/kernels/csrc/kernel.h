@@ -22,7 +22,7 @@
 #define MAX_LANES 16
 #define MAX_GROUP (MAX_LANES * 8)
 #define FEW 4                     /* inputs that are few */
-#define FEW_LOW 8                 /* in bfloat16 */
+#define FEW_MORE 8                /* in bfloat16, and with 16-bit weights */
 #define SHARE_ROWS 8              /* of a thread, at least */
 #define UPDATE_ROWS 64            /* rows after which an update is added */
 #define PARTS 4                   /* of a thread, where work is long: a thread that is held up leaves them to others */
@@ -45,7 +45,7 @@
 #define TILED_LINE 32             /* and its columns */
 #define TILED_FEW 2               /* inputs that AMX leaves to others, */
 #define TILED_FEW_GRAD 3          /* those of a gradient, */
-#define TILED_FEW_SIXTEEN 4       /* and of bfloat16 weights; */
+#define TILED_FEW_SIXTEEN 8       /* and of bfloat16 weights; */
 #define TILED_FEW_TERMS 12        /* those of float32 */
 #define TERMS 3                   /* bfloat16 numbers that add up to one of float32 */
 #define TILED_BYTES (768 * 1024) /* the most that an input packed as such takes, */
@@ -194,7 +194,10 @@ static inline int64_t tiled_grad_rows(int64_t rows, int64_t batch)
 }
 
 /* Inputs that are few: codes are decoded in registers, with columns across the lanes. */
-static inline int64_t few_inputs(const struct weight *w, int low) { return low && w->order->whole_words ? FEW_LOW : FEW; }
+static inline int64_t few_inputs(const struct weight *w, int low)
+{
+    return !w->order || (low && w->order->whole_words) ? FEW_MORE : FEW;
+}
 
 /* Columns whose scales are read at a time: whole parts, of about MAX_LANES blocks where these are not small. */
 static inline int64_t chunk_of(const struct weight *w)

@@ -4,28 +4,36 @@
 #define LEVEL_LOW 0
 #endif
 
-/* Put columns of one input where their codes come up, as float32: vectors lie `step` vectors apart. What lies
- * beyond the row is left alone. */
-INLINE void LEVEL(place)(const struct job *job, int64_t m, int64_t c0, int64_t c1, float *out, int64_t step, const int type)
+/* Put one input where its codes come up, as float32: vectors lie `step` vectors apart. What lies beyond the row is left alone. */
+INLINE void LEVEL(place)(const struct job *job, int64_t m, float *out, int64_t step, const int type)
 {
     const struct weight *w = job->weight;
     const int64_t before = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, from = m * w->columns;
-    const int32_t *place = w->order ? w->order->place : NULL;
-    for (int64_t c = c0; c < c1; c++) {
-        const int64_t s = (place ? place[c] : c) - before;
+    if (!w->order) { /* in its own order */
+        const int64_t end = smaller(w->columns, before + floats);
+        int64_t c = before;
+        for (; c + LANES <= end; c += LANES, out += step * LANES)
+            v_store(out, type == FLOAT32 ? v_load((const float *)job->x + from + c)
+                                         : LEVEL(sixteen)((const uint16_t *)job->x + from + c, type));
+        for (; c < end; c++, out++)
+            *out = read_as_float(job->x, type, from + c);
+        return;
+    }
+    for (int64_t c = 0; c < w->columns; c++) {
+        const int64_t s = w->order->place[c] - before;
         if (s >= 0 && s < floats)
             out[s / LANES * step * LANES + s % LANES] = read_as_float(job->x, type, from + c);
     }
 }
 
-static void LEVEL(place_typed)(const struct job *job, int64_t m, int64_t c0, int64_t c1, float *out, int64_t step)
+static void LEVEL(place_typed)(const struct job *job, int64_t m, float *out, int64_t step)
 {
     if (job->type == FLOAT32)
-        LEVEL(place)(job, m, c0, c1, out, step, FLOAT32);
+        LEVEL(place)(job, m, out, step, FLOAT32);
     else if (job->type == BFLOAT16)
-        LEVEL(place)(job, m, c0, c1, out, step, BFLOAT16);
+        LEVEL(place)(job, m, out, step, BFLOAT16);
     else
-        LEVEL(place)(job, m, c0, c1, out, step, FLOAT16);
+        LEVEL(place)(job, m, out, step, FLOAT16);
 }
 
 /* Loops over R rows and M inputs, which must be unrolled for their arrays to be registers. */
@@ -218,20 +226,23 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
     ROWS_WITH(2, name, rows(2), product, __VA_ARGS__)                       \
     ROWS_WITH(3, name, rows(3), product, __VA_ARGS__)                       \
     ROWS_WITH(4, name, rows(4), product, __VA_ARGS__)
+#define ROWS_WITH_MORE(name, rows, product, ...)                            \
+    ROWS_WITH_FEW(name, rows, product, __VA_ARGS__)                         \
+    ROWS_WITH(5, name, rows(5), product, __VA_ARGS__)                       \
+    ROWS_WITH(6, name, rows(6), product, __VA_ARGS__)                       \
+    ROWS_WITH(7, name, rows(7), product, __VA_ARGS__)                       \
+    ROWS_WITH(8, name, rows(8), product, __VA_ARGS__)
 #define NAMED_FEW(name) LEVEL(name##_1), LEVEL(name##_2), LEVEL(name##_3), LEVEL(name##_4)
+#define NAMED_MORE(name) NAMED_FEW(name), LEVEL(name##_5), LEVEL(name##_6), LEVEL(name##_7), LEVEL(name##_8)
 #define ONE_ROW(M) 1
 
 ROWS_WITH_FEW(rows, FEW_ROWS, few)
 ROWS_WITH_FEW(rows_apart, ONE_ROW, few_apart)
-ROWS_WITH_FEW(rows_bfloat, FEW_ROWS, few_sixteen, , BFLOAT16)
-ROWS_WITH_FEW(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
+ROWS_WITH_MORE(rows_bfloat, FEW_ROWS, few_sixteen, , BFLOAT16)
+ROWS_WITH_MORE(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
 #if LEVEL_LOW
 ROWS_WITH_FEW(rows_grid, FEW_ROWS, few_grid)
-ROWS_WITH_FEW(rows_low, LOW_ROWS, few_low)
-ROWS_WITH(5, rows_low, LOW_ROWS(5), few_low)
-ROWS_WITH(6, rows_low, LOW_ROWS(6), few_low)
-ROWS_WITH(7, rows_low, LOW_ROWS(7), few_low)
-ROWS_WITH(8, rows_low, LOW_ROWS(8), few_low)
+ROWS_WITH_MORE(rows_low, LOW_ROWS, few_low)
 #endif
 
 typedef void LEVEL(rows_with)(const struct job *, int64_t r, int64_t to);
@@ -240,14 +251,11 @@ typedef void LEVEL(rows_with)(const struct job *, int64_t r, int64_t to);
 static LEVEL(rows_with) *LEVEL(rows_with_few)(const struct job *job)
 {
     static LEVEL(rows_with) *const few[] = {NAMED_FEW(rows)}, *const apart[] = {NAMED_FEW(rows_apart)};
-    static LEVEL(rows_with) *const bfloat[] = {NAMED_FEW(rows_bfloat)}, *const half[] = {NAMED_FEW(rows_half)};
+    static LEVEL(rows_with) *const bfloat[] = {NAMED_MORE(rows_bfloat)}, *const half[] = {NAMED_MORE(rows_half)};
     const struct weight *w = job->weight;
     const int64_t at = job->m1 - job->m0 - 1;
 #if LEVEL_LOW
-    static LEVEL(rows_with) *const grid[] = {NAMED_FEW(rows_grid)};
-    static LEVEL(rows_with) *const low[] = {
-        NAMED_FEW(rows_low), LEVEL(rows_low_5), LEVEL(rows_low_6), LEVEL(rows_low_7), LEVEL(rows_low_8),
-    };
+    static LEVEL(rows_with) *const grid[] = {NAMED_FEW(rows_grid)}, *const low[] = {NAMED_MORE(rows_low)};
     if (job->low && w->order->whole_words)
         return low[at];
     if (job->grid)
@@ -275,7 +283,7 @@ static void LEVEL(pack_few)(struct job *job)
     if (floats != job->weight->columns)
         memset(job->packed, 0, (size_t)(batch * floats) * sizeof(float));
     for (int64_t m = 0; m < batch; m++)
-        LEVEL(place_typed)(job, job->m0 + m, 0, job->weight->columns, job->packed + m * LANES, batch);
+        LEVEL(place_typed)(job, job->m0 + m, job->packed + m * LANES, batch);
 }
 
 /* The first part packs the inputs; the others multiply them with an update's A. */
