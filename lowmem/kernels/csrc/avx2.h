@@ -22,6 +22,49 @@ typedef struct {
 #define v_sub _mm256_sub_ps
 #define v_div _mm256_div_ps
 #define v_fma _mm256_fmadd_ps
+#define OWN_SHUFFLES /* v_sum4, v_runs, v_transpose */
+static inline void v_sum4(V a, V b, V c, V d, float *out)
+{
+    const V all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); /* a, b, c, d in each half */
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+/* Pairs of lanes: those of a, then those of b. */
+static inline V v_pairs_low(V a, V b)
+{
+    return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+static inline V v_pairs_high(V a, V b)
+{
+    return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+/* Lanes i and i + 4 of four vectors, which become the halves of run i. */
+static inline void v_quarters(V a, V b, V c, V d, V *run)
+{
+    const V ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
+    const V ab_high = _mm256_unpackhi_ps(a, b), cd_high = _mm256_unpackhi_ps(c, d);
+    run[0] = v_pairs_low(ab, cd), run[1] = v_pairs_high(ab, cd);
+    run[2] = v_pairs_low(ab_high, cd_high), run[3] = v_pairs_high(ab_high, cd_high);
+}
+static inline void v_runs(V a, V b, V c, V d, float *out)
+{
+    V run[4];
+    v_quarters(a, b, c, d, run);
+    for (int i = 0; i < 4; i++) {
+        _mm_storeu_ps(out + 4 * i, _mm256_castps256_ps128(run[i]));
+        _mm_storeu_ps(out + 16 + 4 * i, _mm256_extractf128_ps(run[i], 1));
+    }
+}
+static inline void v_transpose(V *v)
+{
+    V front[4], back[4];
+    v_quarters(v[0], v[1], v[2], v[3], front);
+    v_quarters(v[4], v[5], v[6], v[7], back);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2f128_ps(front[i], back[i], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(front[i], back[i], 0x31);
+    }
+}
 #define v_spread(a, index) _mm256_permutevar8x32_ps(a, _mm256_loadu_si256((const __m256i *)(index)))
 
 static inline T table_load(const float *levels)
@@ -110,10 +153,11 @@ static inline void v_to_half(uint16_t *p, V a)
 }
 static inline void v_to_bfloat(uint16_t *p, V a)
 {
-    float values[LANES];
-    v_store(values, a);
-    for (int i = 0; i < LANES; i++)
-        p[i] = float_to_bfloat(values[i]);
+    const W bits = _mm256_castps_si256(a), even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const W rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), even), 16);
+    const W is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const W words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
 #define FUSED_BATCH 8
