@@ -1,0 +1,62 @@
+/* More than a few inputs, but not many: what was decoded in registers is multiplied there with all of them (many.h). */
+
+#define FETCH_GROUPS 3 /* of columns: how far behind what is decoded codes are fetched */
+
+/* Add to `sums`, LANES an input, what M inputs make with a group of words. A block's products are summed before its
+ * scale is applied. `scales` are those of the block of the first word, which has `ahead` words in front of it. */
+INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float *scales, int64_t ahead, const float *x,
+                         const int M, float *sums, const uint8_t *fetch, const int low)
+{
+    const int64_t size = w->half / 4;
+    const int units = UNITS(low);
+#if LEVEL_LOW
+    const T table = low ? (T)LEVEL(table_low)(w->levels) : table_load(w->levels);
+#else
+    const T table = table_load(w->levels);
+#endif
+    V acc[FUSED_INPUTS];
+    EACH_OF_MANY acc[j] = v_zero();
+    for (int64_t word = 0, end = smaller(size - ahead, LANES); word < LANES; end = smaller(end + size, LANES), scales += LANES) {
+        V sum[FUSED_INPUTS];
+        EACH_OF_MANY sum[j] = v_zero();
+        for (; word < end; word++, x += units) {
+            W codes = words_of_v(v_load(words + word * LANES));
+            if (fetch)
+                prefetch(fetch + word * w->row_bytes);
+#if LEVEL_LOW
+            if (low) /* bytes 0 2 1 3: so that the halves of a word hold neighbours */
+                codes = _mm512_shuffle_epi8(codes, _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200));
+#endif
+#pragma GCC unroll 8
+            for (int k = 0; k < units; k++) {
+                const V level = LEVEL(unit_levels)(table, codes, k, low);
+                const int64_t at = k % 2 * (units / 2) + k / 2;
+                EACH_OF_MANY sum[j] =
+                    LEVEL(multiply_add)(level, LEVEL(spread_unit)(x + j * PART_UNITS(low) + at, low), sum[j], low);
+            }
+        }
+        const V scale = v_load(scales);
+        EACH_OF_MANY acc[j] = v_fma(sum[j], scale, acc[j]);
+    }
+    EACH_OF_MANY v_store(sums + j * LANES, v_add(v_load(sums + j * LANES), acc[j]));
+}
+
+/* LANES rows with all inputs of a piece, codes decoded in registers. */
+INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, float *sums, const int low)
+{
+    const struct weight *w = job->weight;
+    const int64_t begin = job->g0 * GROUP;
+    float *scales = own, *words = own + WORDS_AT;
+    int64_t first = 0;
+    for (int64_t c = begin; c < job->g1 * GROUP; c += GROUP) {
+        const int64_t at = c / 2, block = at / w->half, ahead = (at - block * w->half) / 4;
+        if ((c - begin) % chunk_of(w) == 0)
+            first = LEVEL(chunk_scales)(job, r, c, 1, scales);
+        LEVEL(words_across)(w, r, c / GROUP, LANES, words);
+        const float *of_block = scales + (block - first) * LANES, *x = LEVEL(packed_at)(job, c - begin, low);
+        const uint8_t *fetch = LEVEL(codes_behind)(job, r, c, FETCH_GROUPS * GROUP, LANES);
+#define CALL(M) LEVEL(fused)(w, words, of_block, ahead, x + m * PART_UNITS(low), M, sums + m * LANES, m ? NULL : fetch, low)
+        IN_PASSES(job->m1 - job->m0, FUSED_INPUTS, CALL)
+#undef CALL
+    }
+}
