@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
 from tests import strategies
-from tests.test_kernels import assert_exact, compiled
+from tests.compiled import assert_exact, compiled
 
 pytestmark = pytest.mark.parametrize("form", ["int4", "fp4"])
 few = st.integers(1, 4)

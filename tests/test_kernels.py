@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem import QuantizedTensor, backend, kernels, measure, quantize
 from tests import strategies
+from tests.compiled import assert_exact, compiled
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
 
@@ -124,26 +127,6 @@ def test_without_the_compiled_module_the_reference_serves_and_says_why():
 
 
 # The compiled kernel against the reference, at every level that this processor has.
-
-compiled = pytest.mark.parametrize("level", kernels.available()[1:])
-
-
-def assert_exact(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """Within 1e-6 of the norms' product of the float64 product, as torch's own float32 product is."""
-    expected = x.double() @ dense.double().t()
-    expected = expected if bias is None else expected + bias.double()
-    allowed = 1e-6 * x.double().norm(dim=1)[:, None] * dense.double().norm(dim=1) + 1e-40
-    allowed = allowed if bias is None else allowed + 1e-6 * bias.double().abs()
-    assert got.dtype == torch.float32
-    assert ((got.double() - expected).abs() <= allowed).all()
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Fill every fresh tensor with NaN, so that an element that is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @compiled

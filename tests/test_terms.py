@@ -9,18 +9,9 @@ from hypothesis import strategies as st
 
 from lowmem import formats, kernels, quantize
 from tests import strategies
-from tests.test_kernels import assert_exact, compiled
+from tests.compiled import assert_exact, compiled, stored
 
 KINDS = ["int4", "nf4", "half", "bfloat16"]
-
-
-def stored(kind: str, dense: torch.Tensor, **options):
-    """A weight of a kind, and the numbers that it stands for."""
-    if kind in ("half", "bfloat16"):
-        w = dense.half() if kind == "half" else dense.bfloat16()
-        return w, w.double()
-    q = quantize(dense, kind, **options)
-    return q, q.dequantize(torch.float64)
 
 
 def assert_as_float32(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
@@ -92,6 +83,18 @@ def test_inputs_of_every_magnitude(level, kind, exponent):
 
 
 @compiled
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exponent", [-149, -148, -147])
+def test_inputs_that_are_the_least_of_all_count_beside_large_weights(level, kind, exponent):
+    w, numbers = stored(kind, torch.full((70, 4096), 6e4), **({} if kind == "nf4" else {"scales": "float16"}))
+    x = torch.full((20, 4096), 2.0**exponent)
+    with kernels.using(level):
+        assert_exact(kernels.linear(x, w, torch.float32), x, numbers)
+        grad = x[:, :70].contiguous()
+        assert_exact(kernels.input_grad(grad, w, torch.float32), grad, numbers.t())
+
+
+@compiled
 @pytest.mark.parametrize("kind", ["int4", "nf4", "bfloat16"])
 @pytest.mark.parametrize("exponent", [-120, -90, -41, -40, -33, -31, 0, 30, 59, 61, 90, 110])
 def test_weights_of_every_magnitude(level, kind, exponent):
@@ -124,8 +127,8 @@ def test_what_is_not_finite_shows_as_in_float32(level, kind, value, column):
     (broken.scales if hasattr(w, "scales") else broken)[column, 2] = value
     of_broken = broken.dequantize() if hasattr(w, "scales") else broken.float()
     with kernels.using(level):
-        assert_as_float32(kernels.linear(broken_x, w, torch.float32), broken_x, numbers.float())
-        assert_as_float32(kernels.input_grad(broken_grad, w, torch.float32), broken_grad, numbers.float().t())
+        assert_as_float32(kernels.linear(broken_x, w, torch.float32), broken_x, numbers)
+        assert_as_float32(kernels.input_grad(broken_grad, w, torch.float32), broken_grad, numbers.t())
         assert_as_float32(kernels.linear(x, broken, torch.float32), x, of_broken)
         assert_as_float32(kernels.input_grad(grad, broken, torch.float32), grad, of_broken.t())
         assert_exact(kernels.linear(x, w, torch.float32), x, numbers)  # and is not remembered

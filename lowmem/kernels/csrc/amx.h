@@ -51,7 +51,7 @@ static void linear_body(struct job *job, int64_t part, int64_t parts, int64_t th
     if (r >= to)
         return;
     begin_tiles();
-    for (; r < to && !(job->tiles > 1 && is_refused(job)); r += TILED_ROWS) {
+    for (; r < to && !is_refused(job); r += TILED_ROWS) {
         int64_t from = -1;
         for (int64_t g = job->g0, end; g < job->g1; g = end) {
             end = smaller(g + groups, job->g1);
@@ -84,14 +84,14 @@ static void linear(struct job *job)
         level_avx512bf16.linear(job);
         return;
     }
-    for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
+    for (job->m0 = 0; job->m0 < job->batch && !is_refused(job); job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + job->piece, job->batch);
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + wide, groups);
             parallel(job, pack_body, job->packed_step || job->batch <= TILED_INPUTS ? 0 : PARTS, linear_body, PARTS);
         }
     }
-    if (job->update && !*job->refused) {
+    if (job->update && !is_refused(job)) {
         job->packed_step = 0; /* its parts are shared */
         update(job);
     }

@@ -126,7 +126,7 @@ static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t 
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, all = round_up(batch, TILED_INPUTS);
     const int64_t step = job->tiles > 1 || job->batch > 2 * TILED_INPUTS ? TILED_GRAD_ROWS : TILED_GRAD_ROWS / 2; /* more pay where sums are many */
-    float *restored = job->own + thread * job->own_floats, *scales = restored + GRADIENT_STRIPS * STRIP;
+    float *restored = job->own + thread * job->own_floats, *scales = restored + (job->tiles > 1 ? TERMS : GRADIENT_STRIPS) * STRIP;
     uint16_t *padded = (uint16_t *)(scales + TILED_GRAD_ROWS * LANES);
     int64_t g0, g1;
     share(job->g1 - job->g0, 1, parts, part, &g0, &g1);
@@ -135,7 +135,7 @@ static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t 
     g0 += job->g0;
     g1 += job->g0;
     begin_tiles();
-    for (int64_t r0 = job->r0, r1; r0 < job->r1 && !(job->tiles > 1 && is_refused(job)); r0 = r1) {
+    for (int64_t r0 = job->r0, r1; r0 < job->r1 && !is_refused(job); r0 = r1) {
         int64_t from = -1;
         r1 = smaller(r0 + step, job->r1);
         for (int64_t g = g0; g < g1; g++) {
@@ -152,7 +152,7 @@ static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t 
         }
     }
     end_tiles();
-    for (int64_t g = g0; g < g1 && job->r1 == w->rows; g++)
+    for (int64_t g = g0; g < g1 && job->r1 == w->rows && !is_refused(job); g++)
         if (job->out_type == FLOAT32)
             put_gradient(job, g, job->packed + (g - job->g0) * all * GROUP, FLOAT32);
         else
@@ -167,7 +167,7 @@ static void input_grad(struct job *job)
     }
     const int64_t groups = job->weight->stride / GROUP, part = tiled_grad_columns(job->weight, job->threads) / GROUP;
     const int64_t rows = job->weight->rows, step = job->tiles > 1 ? tiled_grad_rows(rows, job->batch) : rows;
-    for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
+    for (job->m0 = 0; job->m0 < job->batch && !is_refused(job); job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + job->piece, job->batch);
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + part, groups);

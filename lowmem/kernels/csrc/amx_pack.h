@@ -102,8 +102,9 @@ INLINE void pack_sixteen(const struct job *job, int64_t m, int64_t inputs, float
                     pair[2 * i] = ((const uint16_t *)job->x)[(m + i) * columns + c];
                     continue;
                 }
-                float value = ((const float *)job->x)[(m + i) * columns + c] * input_factor(w, terms);
+                float value = ((const float *)job->x)[(m + i) * columns + c];
                 most[i] = larger(most[i], v_set1(value));
+                value *= input_factor(w, terms);
                 for (int t = 0; t < terms; t++) {
                     const uint16_t bits = float_to_bfloat(value);
                     pair[2 * (t * term + i)] = bits;

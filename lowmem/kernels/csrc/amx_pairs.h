@@ -4,7 +4,8 @@
 #define STRIP (GRADIENT_LINES * 2 * TILE_FLOATS) /* floats of two tiles' columns, for all rows of a part */
 #define GROUP_TILES (GROUP / 16)
 #define GRADIENT_STRIPS (GROUP / LINE)
-_Static_assert(TERMS <= GRADIENT_STRIPS && TILED_GRAD_OWN == GRADIENT_STRIPS * STRIP + TILED_GRAD_ROWS * LANES + TILED_INPUTS * TILED_GRAD_ROWS,
+_Static_assert(TILED_GRAD_OWN(1) == GRADIENT_STRIPS * STRIP + TILED_GRAD_ROWS * LANES + TILED_INPUTS * TILED_GRAD_ROWS &&
+                   TILED_GRAD_OWN(TERMS) == TERMS * STRIP + TILED_GRAD_ROWS * LANES,
                "restored rows, scales, and inputs that are padded");
 
 /* Blocks of which eight bytes are a part: sixteen columns of one block, nibble 0 to 3 of four 16-bit words. Others: nibble k of

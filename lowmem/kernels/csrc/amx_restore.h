@@ -24,10 +24,10 @@ static void put_scales(const struct job *job, int64_t r, int64_t first, float *o
         for (int i = 0; i < 4; i++) {
             prefetch_far(soon + i * bytes);
             v_store(out + i * LANES, scale[i]);
-            have &= w->encoding != SCALES_FLOAT32 || scales_have_terms(scale[i]);
+            have &= job->tiles == 1 || scales_have_terms(scale[i]);
         }
     }
-    if (!have && job->tiles > 1)
+    if (!have)
         refuse(job);
 }
 
@@ -144,7 +144,7 @@ static void restore_tiles(const struct job *job, int64_t r, int64_t g, int64_t g
     const enum kind kind = kind_of(w);
     const int terms = weight_terms(w, job->tiles);
     int have = 1;
-    for (; g < g1; g++, out += LINES * 2 * TILE_FLOATS) {
+    for (; g < g1; g++, out += TERM) {
         if (w->order && w->order->first_block[g] != *from)
             put_scales(job, r, *from = w->order->first_block[g], scales);
         for (int row = 0; row < TILED_ROWS && r + row < w->rows; row += 4) {

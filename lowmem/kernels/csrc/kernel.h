@@ -54,7 +54,8 @@
 #define TILED_GROUPS 2            /* of so many groups of columns (of float32: one); */
 #define TILED_OWN(terms) (TILED_ROWS * (MAX_LANES + ((terms) > 1 ? TERMS : TILED_GROUPS) * MAX_GROUP / 2)) /* floats, with scales. */
 #define TILED_GRAD_ROWS 128       /* rows in the gradient, at most, of a group of columns, */
-#define TILED_GRAD_OWN (TILED_GRAD_ROWS * (MAX_GROUP / 2 + MAX_LANES + TILED_INPUTS)) /* floats, with scales and padded inputs */
+#define TILED_GRAD_OWN(terms) /* floats, with scales and padded inputs */ \
+    (TILED_GRAD_ROWS * (((terms) > 1 ? TERMS * TILED_LINE : MAX_GROUP) / 2 + MAX_LANES + ((terms) > 1 ? 0 : TILED_INPUTS)))
 #define TILED_GRAD_COLUMNS 1024   /* columns whose sums are taken at a time then, but a group for each thread */
 #define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
@@ -168,13 +169,13 @@ extern const struct level level_portable, level_neon, level_avx2, level_avx512, 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* How many inputs of so many packed bytes, and so many of the threads' own, are packed at a time beside `others`: pieces of a
- * batch that are about as large, and multiples of `whole`, one of which must fit into half of LEAST_BYTES. */
-static inline int64_t piece_of(int64_t batch, int64_t bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
+/* How many inputs of so many packed bytes, and so many of the threads' own, are packed at a time beside `others`, in `most_bytes`:
+ * pieces of a batch that are about as large, and multiples of `whole`. */
+static inline int64_t piece_of(int64_t batch, int64_t most_bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
 {
     const int64_t least = whole > 1 ? LEAST_BYTES / 2 : LEAST_BYTES;
     const int64_t room = SCRATCH_BYTES - others < least ? least : SCRATCH_BYTES - others;
-    const int64_t most = smaller(smaller(bytes / packed, room / (packed + own)), MOST);
+    const int64_t most = smaller(smaller(most_bytes / packed, room / (packed + own)), MOST);
     const int64_t fits = most > whole ? most / whole * whole : whole, pieces = (batch + fits - 1) / fits;
     return pieces ? round_up((batch + pieces - 1) / pieces, whole) : 0;
 }

@@ -207,7 +207,7 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
     const int64_t bytes = !transposed ? packed_width(w, tiles > 1 ? TILED_WIDE : WIDE) * number /* that an input takes */
                           : tiles     ? tiled_grad_columns(w, all) * 4 + (tiles > 1 ? part * number : 0)
                                       : w->stride * 4;
-    const int64_t own = tiles ? (transposed ? TILED_GRAD_OWN : TILED_OWN(tiles))
+    const int64_t own = tiles ? (transposed ? TILED_GRAD_OWN(tiles) : TILED_OWN(tiles))
                         : transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
     const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
     const int64_t most = tiles > 1 ? TILED_BYTES : PACKED_BYTES;

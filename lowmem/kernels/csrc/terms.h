@@ -1,11 +1,12 @@
 /* float32 by products in bfloat16: a number is the sum of TERMS bfloat16 numbers of eight bits each, and of the products of
  * their terms those count that are not beyond the bits of float32 (Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial
- * Intelligence Datatype For Higher-Precision Computations, arXiv 1904.06376). Term i is below 2^(1 - 8 i) of the number,
+ * Intelligence Datatype For Higher-Precision Computations, arXiv 1904.06376). Term i is at most 2^(1 - 8 i) of the number,
  * so that products of terms i and j count where i + j < TERMS. A float16 number is the sum of two.
  *
- * That holds for what is finite, and as long as no term that counts is subnormal: what is out of these bounds is refused. */
+ * That holds for what is finite, and where subnormal terms, which count as zeros, are small beside others: what is out of these
+ * bounds is refused. */
 
-#define LEAST_INPUT 0x1p-60f /* the least that the largest number of an input may be, unless it is zero, */
+#define LEAST_INPUT 0x1p-60f /* the least that the largest number of an input, in what is packed at a time, may be, unless it is zero, */
 #define LEAST_SCALE 0x1p-32f /* a scale that is not zero (float16 steps of 8 bits end there), */
 #define LEAST_BFLOAT 0x1p-40f /* and a weight */
 #define LARGEST_TILED 0x1p60f
@@ -61,14 +62,13 @@ INLINE W larger(W most, V a)
     return _mm512_max_epi32(most, _mm512_and_si512(words_of_v(a), _mm512_set1_epi32(0x7fffffff)));
 }
 
-/* 32 numbers of an input from p on, of which `left` are there, as terms; the largest bits of a magnitude. */
+/* 32 numbers of an input from p on, of which `left` are there, times a factor, as terms; the largest bits of a magnitude so far. */
 INLINE W load_terms(const float *p, int64_t left, V factor, const int terms, W *out, int64_t step, W most)
 {
     const uint8_t *bytes = (const uint8_t *)p;
-    const V front = v_mul(factor, v_of_words(words_load(bytes, 4 * left)));
-    const V back = v_mul(factor, v_of_words(words_load(bytes + 4 * LANES, 4 * (left - LANES))));
-    split_line(front, back, terms, out, step);
-    return larger(larger(most, front), back);
+    const V front = v_of_words(words_load(bytes, 4 * left)), back = v_of_words(words_load(bytes + 4 * LANES, 4 * (left - LANES)));
+    split_line(v_mul(front, factor), v_mul(back, factor), terms, out, step);
+    return larger(larger(most, front), back); /* the factor may make the least of them zeros */
 }
 
 /* Whether an input may have terms whose largest magnitude has these bits. */

@@ -1,0 +1,53 @@
+"""What tests of the compiled kernel share: its levels, weights of every kind, and how exact it must be."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from lowmem import QuantizedTensor, blockwise, kernels, quantize
+
+compiled = pytest.mark.parametrize("level", kernels.available()[1:])
+
+
+@contextmanager
+def no_plain_rows():
+    """Let no rows be quantized or restored because plain torch did it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("dequantize", "quantize_rows"):
+            patch.setattr(type(blockwise.PLAIN), name, None)  # calling it is a TypeError
+        yield
+
+
+def assert_exact(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Within 1e-6 of the norms' product of the float64 product, as torch's own float32 product is."""
+    expected = x.double() @ dense.double().t()
+    expected = expected if bias is None else expected + bias.double()
+    allowed = 1e-6 * x.double().norm(dim=1)[:, None] * dense.double().norm(dim=1) + 1e-40
+    allowed = allowed if bias is None else allowed + 1e-6 * bias.double().abs()
+    assert got.dtype == torch.float32
+    assert ((got.double() - expected).abs() <= allowed).all()
+
+
+def assert_close_in(dtype: torch.dtype, got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
+    """Within the roundings of both factors and of the result of the float64 product; sums are in float32."""
+    unit = torch.finfo(dtype).eps / 2  # what one rounding loses
+    expected = x.double() @ dense.double().t()
+    magnitudes = x.double().abs() @ dense.double().abs().t()
+    factors = 2.1 * unit if dtype == torch.bfloat16 else 1e-6  # float16 is widened: its factors are exact
+    tiny = torch.finfo(dtype).smallest_normal * (1 + x.double().abs().sum(1, keepdim=True))  # subnormals count as 0
+    allowed = factors * magnitudes + 1.1 * unit * expected.abs() + tiny
+    assert got.dtype == dtype
+    assert ((got.double() - expected).abs() <= allowed).all()
+
+
+def assert_same_bytes(got: QuantizedTensor, expected: QuantizedTensor) -> None:
+    assert torch.equal(got.packed, expected.packed)
+    assert torch.equal(got.scales.view(torch.uint8), expected.scales.view(torch.uint8))
+
+
+def stored(kind: str, dense: torch.Tensor, **options):
+    """A weight of a kind (float16, bfloat16, or a 4-bit format with its options), and what it stands for."""
+    dtype = {"half": torch.float16, "bfloat16": torch.bfloat16}.get(kind)
+    w = dense.to(dtype) if dtype else quantize(dense, kind, **options)
+    return w, w.float() if dtype else w.dequantize()
