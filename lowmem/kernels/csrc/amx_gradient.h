@@ -75,11 +75,11 @@ static void split_body(struct job *job, int64_t part, int64_t parts, int64_t thr
         W most = _mm512_setzero_si512();
         for (int64_t r = job->r0; r < job->r1; r += LINE, out += TILE_FLOATS) {
             W words[TERMS];
-            most = load_terms(x + r, stride - r, factor, TERMS, words, 1, most);
+            most = load_terms(x + r, stride - r, factor, words, most);
             for (int t = 0; t < TERMS; t++)
                 v_store(out + t * term, v_of_words(words[t]));
         }
-        if (!input_has_terms((uint32_t)_mm512_reduce_max_epi32(most)))
+        if (!inputs_have_terms(_mm512_set1_epi32(_mm512_reduce_max_epi32(most))))
             refuse(job);
     }
 }

@@ -129,7 +129,7 @@ INLINE int copy_four(const struct weight *w, int64_t r, int64_t g, float *out, c
             have &= weights_have_terms(terms[0], type);
             if (type == FLOAT16) {
                 split_line(_mm512_cvtph_ps(_mm512_castsi512_si256(terms[0])), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(terms[0], 1)),
-                           2, terms, 1);
+                           2, terms);
                 v_store(out + 2 * k * TILE_FLOATS + TERM, v_of_words(terms[1]));
             }
             v_store(out + 2 * k * TILE_FLOATS, v_of_words(terms[0]));

@@ -34,11 +34,11 @@ static int is_refused(const struct job *job) { return __atomic_load_n(job->refus
 INLINE V widened_words(__m256i words) { return v_of_words(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)); }
 
 /* 32 numbers as terms, in their order. Each but the last is rounded, so that what it leaves has either sign. */
-INLINE void split_line(V front, V back, const int terms, W *out, int64_t step)
+INLINE void split_line(V front, V back, const int terms, W *out)
 {
-    for (int t = 0; t < terms; t++, out += step) {
+    for (int t = 0; t < terms; t++) {
         const W words = (W)_mm512_cvtne2ps_pbh(back, front);
-        *out = words;
+        out[t] = words;
         front = v_sub(front, widened_words(_mm512_castsi512_si256(words)));
         back = v_sub(back, widened_words(_mm512_extracti64x4_epi64(words, 1)));
     }
@@ -63,28 +63,26 @@ INLINE W larger(W most, V a)
 }
 
 /* 32 numbers of an input from p on, of which `left` are there, times a factor, as terms; the largest bits of a magnitude so far. */
-INLINE W load_terms(const float *p, int64_t left, V factor, const int terms, W *out, int64_t step, W most)
+INLINE W load_terms(const float *p, int64_t left, V factor, W *out, W most)
 {
     const uint8_t *bytes = (const uint8_t *)p;
     const V front = v_of_words(words_load(bytes, 4 * left)), back = v_of_words(words_load(bytes + 4 * LANES, 4 * (left - LANES)));
-    split_line(v_mul(front, factor), v_mul(back, factor), terms, out, step);
+    split_line(v_mul(front, factor), v_mul(back, factor), TERMS, out);
     return larger(larger(most, front), back); /* the factor may make the least of them zeros */
 }
 
-/* Whether an input may have terms whose largest magnitude has these bits. */
-static int input_has_terms(uint32_t most)
+/* Whether bits of magnitudes are zeros, or those of `least` to LARGEST_TILED. */
+INLINE int are_within(W magnitude, float least)
 {
-    return !most || (most >= bits_of(LEAST_INPUT) && most <= bits_of(LARGEST_TILED));
+    const W from = _mm512_set1_epi32((int)bits_of(least)), room = _mm512_set1_epi32((int)(bits_of(LARGEST_TILED) - bits_of(least)));
+    return !_mm512_mask_cmpgt_epu32_mask(_mm512_test_epi32_mask(magnitude, magnitude), _mm512_sub_epi32(magnitude, from), room);
 }
 
-/* Whether scales, and 16-bit weights, may. */
-INLINE int scales_have_terms(V a)
-{
-    const W magnitude = _mm512_and_si512(words_of_v(a), _mm512_set1_epi32(0x7fffffff));
-    const W least = _mm512_set1_epi32((int)bits_of(LEAST_SCALE));
-    const W room = _mm512_set1_epi32((int)(bits_of(LARGEST_TILED) - bits_of(LEAST_SCALE)));
-    return !_mm512_mask_cmpgt_epu32_mask(_mm512_test_epi32_mask(magnitude, magnitude), _mm512_sub_epi32(magnitude, least), room);
-}
+/* Whether inputs whose largest magnitudes have these bits may have terms, */
+static int inputs_have_terms(W most) { return are_within(most, LEAST_INPUT); }
+
+/* scales may, and 16-bit weights. */
+INLINE int scales_have_terms(V a) { return are_within(larger(_mm512_setzero_si512(), a), LEAST_SCALE); }
 INLINE int weights_have_terms(W words, const int type)
 {
     const W magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7fff));
