@@ -21,8 +21,8 @@ PRODUCTS = {"linear": 11, "input_grad": 6, "restore": 7}
 @compiled
 def test_threads_change_no_bit_of_anything(level):
     q = quantize(strategies.make_weight("normal", (301, 520), 0, 0))
-    x = strategies.make_weight("normal", (40, 520), 0, 1)
-    grad = strategies.make_weight("normal", (40, 301), 0, 2)
+    x = strategies.make_weight("normal", (100, 520), 0, 1)
+    grad = strategies.make_weight("normal", (100, 301), 0, 2)
     a, b = strategies.make_weight("normal", (130, 520), 0, 3), strategies.make_weight("normal", (301, 130), 0, 4)
     large = strategies.make_weight("normal", (301, 900), 0, 5)
     results = []
@@ -33,7 +33,7 @@ def test_threads_change_no_bit_of_anything(level):
             with kernels.using(level):
                 made = [quantize(large, scales="double").packed, quantize(large).dequantize()]
                 made += [quantize(large, "bof4s", search=True).scales]
-                for batch in (1, 4, 6, 12, 13, 40):
+                for batch in (1, 4, 6, 12, 13, 40, 100):
                     for dtype in (torch.float32, torch.bfloat16, torch.float16):
                         made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
                         made.append(kernels.input_grad(grad[:batch].to(dtype), q, dtype))

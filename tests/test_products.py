@@ -228,7 +228,7 @@ def test_long_sums_of_one_sign_lose_no_more_than_torch_s(level, kind, size):
     dense = torch.rand(5, size, generator=torch.Generator().manual_seed(0)) + 0.1
     (wide, of_wide), (tall, of_tall) = stored(kind, dense), stored(kind, dense.t().contiguous(), block_size=8)
     with kernels.using(level):
-        for batch in (1, 4, 12, 16, 40):
+        for batch in (1, 4, 12, 16, 40, 100):
             for x in (torch.ones(batch, size), torch.rand(batch, size)):
                 assert_exact(kernels.linear(x, wide, torch.float32), x, of_wide)
                 assert_exact(kernels.input_grad(x, tall, torch.float32), x, of_tall.t())
@@ -247,7 +247,7 @@ def test_sums_that_round_one_way_lose_no_more_than_torch_s(level, kind, size):
         return ((got.double() - x.double() @ exact.double().t()).abs() / norms).max()
 
     with kernels.using(level):
-        for batch in (1, 4, 12, 16, 40):
+        for batch in (1, 4, 12, 16, 40, 100):
             for x in (torch.full((batch, size), 0.37), torch.full((batch, size), 0.61)):
                 for got, exact in (
                     (kernels.linear(x, wide, torch.float32), of_wide),

@@ -166,7 +166,7 @@ static void input_grad(struct job *job)
         return;
     }
     const int64_t groups = job->weight->stride / GROUP, part = tiled_grad_columns(job->weight, job->threads) / GROUP;
-    const int64_t rows = job->weight->rows, step = job->tiles > 1 ? tiled_grad_rows(rows, job->batch) : rows;
+    const int64_t rows = job->weight->rows, step = job->tiles > 1 ? TILED_GRAD_PART : rows;
     for (job->m0 = 0; job->m0 < job->batch && !is_refused(job); job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + job->piece, job->batch);
         for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {

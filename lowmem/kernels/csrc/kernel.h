@@ -46,9 +46,9 @@
 #define TILED_FEW 2               /* inputs that AMX leaves to others, */
 #define TILED_FEW_GRAD 3          /* those of a gradient, */
 #define TILED_FEW_SIXTEEN 8       /* and of bfloat16 weights; */
-#define TILED_FEW_TERMS 12        /* those of float32 */
+#define TILED_FEW_TERMS 12        /* those of float32, */
+#define TILED_FEW_TERMS_GRAD 96   /* and of gradients of it */
 #define TERMS 3                   /* bfloat16 numbers that add up to one of float32 */
-#define TILED_BYTES (768 * 1024) /* the most that an input packed as such takes, */
 #define TILED_WIDE 2048           /* columns of the input that are packed at a time as such */
 #define TILED_ROWS 32             /* rows of the weight that are restored at a time then, */
 #define TILED_GROUPS 2            /* of so many groups of columns (of float32: one); */
@@ -56,6 +56,7 @@
 #define TILED_GRAD_ROWS 128       /* rows in the gradient, at most, of a group of columns, */
 #define TILED_GRAD_OWN(terms) /* floats, with scales and padded inputs */ \
     (TILED_GRAD_ROWS * (((terms) > 1 ? TERMS * TILED_LINE : MAX_GROUP) / 2 + MAX_LANES + ((terms) > 1 ? 0 : TILED_INPUTS)))
+#define TILED_GRAD_PART 256       /* rows whose numbers of the gradient are packed as terms at a time */
 #define TILED_GRAD_COLUMNS 1024   /* columns whose sums are taken at a time then, but a group for each thread */
 #define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
@@ -186,12 +187,6 @@ static inline int64_t tiled_grad_columns(const struct weight *w, int64_t threads
     const int64_t most = threads * MAX_GROUP > TILED_GRAD_COLUMNS ? threads * MAX_GROUP : TILED_GRAD_COLUMNS;
     const int64_t parts = (w->stride + most - 1) / most;
     return round_up((w->stride + parts - 1) / parts, MAX_GROUP);
-}
-
-/* Rows whose numbers of the gradient are packed as terms at a time: many for a batch that is one piece all the same. */
-static inline int64_t tiled_grad_rows(int64_t rows, int64_t batch)
-{
-    return smaller(round_up(rows, TILED_LINE), batch <= 64 ? 1024 : 256);
 }
 
 /* Inputs that are few: codes are decoded in registers, with columns across the lanes. */

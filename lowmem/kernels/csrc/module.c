@@ -203,16 +203,21 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
     const int few = !tiles && batch <= few_inputs(w, low);
     const int number = tiles ? 2 * tiles : low && !transposed && (!few || w->order->whole_words) ? 2 : 4; /* bytes of a packed one */
     const int64_t all = threads_for(threads, (double)w->rows * w->columns * batch);
-    const int64_t part = tiled_grad_rows(w->rows, batch);
+    const int64_t part = smaller(round_up(w->rows, TILED_LINE), TILED_GRAD_PART); /* of the rows */
     const int64_t bytes = !transposed ? packed_width(w, tiles > 1 ? TILED_WIDE : WIDE) * number /* that an input takes */
                           : tiles     ? tiled_grad_columns(w, all) * 4 + (tiles > 1 ? part * number : 0)
                                       : w->stride * 4;
     const int64_t own = tiles ? (transposed ? TILED_GRAD_OWN(tiles) : TILED_OWN(tiles))
                         : transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
     const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
-    const int64_t most = tiles > 1 ? TILED_BYTES : PACKED_BYTES;
-    const int64_t copies = transposed || all > MOST_COPIES ? 1 : all;
+    const int64_t copies = transposed || tiles > 1 || all > MOST_COPIES ? 1 : all;
     const int64_t whole = tiles ? TILED_INPUTS : 1, of_input = 4 * all * own_of_input, others = 4 * all * own + beside;
+    int64_t most = PACKED_BYTES;
+    if (tiles > 1) { /* terms take no more than vectors would */
+        const struct layout vectors = layout_of(w, batch, threads, transposed, 0, 0, beside);
+        const int64_t room = 4 * (vectors.shared + vectors.threads * vectors.own - all * own);
+        most = room / (bytes + of_input) * bytes;
+    }
     const int own_copies = copies > 1 && copies * bytes * round_up(batch, whole) <= most &&
                            piece_of(batch, most, copies * bytes, of_input, others, whole) >= batch;
     const int64_t piece = piece_of(batch, most, (own_copies ? copies : 1) * bytes, of_input, others, whole);
@@ -248,8 +253,10 @@ static int in_tiles(const struct level *level, const struct weight *w, int64_t b
     const int is_bfloat = !w->order && w->encoding == BFLOAT16;
     if (!level->tiles || type == FLOAT16 || (type == BFLOAT16 && !w->order && !is_bfloat))
         return 0;
-    if (type == FLOAT32)
-        return batch > (is_bfloat ? TILED_FEW_SIXTEEN : TILED_FEW_TERMS) && levels_have_terms(w) ? TERMS : 0;
+    if (type == FLOAT32) {
+        const int64_t few = transposed ? TILED_FEW_TERMS_GRAD : is_bfloat ? TILED_FEW_SIXTEEN : TILED_FEW_TERMS;
+        return batch > few && levels_have_terms(w) ? TERMS : 0;
+    }
     return batch > (is_bfloat ? TILED_FEW_SIXTEEN : transposed ? TILED_FEW_GRAD : TILED_FEW);
 }
 
