@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from lowmem import QuantizedTensor, blockwise, kernels, quantize
+from tests import strategies
 
 compiled = pytest.mark.parametrize("level", kernels.available()[1:])
+given_stored = (  # a matrix and how it is stored in 4 bits: weight, format, block size, scales
+    strategies.weights(min_dims=2, max_dims=2, max_columns=400, max_exponent=0),
+    strategies.formats,
+    strategies.block_sizes,
+    strategies.encodings,
+)
 
 
 @contextmanager
@@ -44,6 +51,12 @@ def assert_close_in(dtype: torch.dtype, got: torch.Tensor, x: torch.Tensor, dens
 def assert_same_bytes(got: QuantizedTensor, expected: QuantizedTensor) -> None:
     assert torch.equal(got.packed, expected.packed)
     assert torch.equal(got.scales.view(torch.uint8), expected.scales.view(torch.uint8))
+
+
+def spread_inputs(exponents: torch.Tensor, columns: int, decades: int, generator: torch.Generator) -> torch.Tensor:
+    """Inputs whose magnitudes lie apart: a column's own, by so many decades, and an input's own."""
+    spread = -decades * torch.rand(columns, generator=generator) ** 3
+    return torch.randn(len(exponents), columns, generator=generator) * 10**spread * 10 ** exponents[:, None]
 
 
 def stored(kind: str, dense: torch.Tensor, **options):

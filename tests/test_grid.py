@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
 from tests import strategies
-from tests.compiled import assert_exact, compiled
+from tests.compiled import assert_exact, compiled, spread_inputs
 
 pytestmark = pytest.mark.parametrize("form", ["int4", "fp4"])
 few = st.integers(1, 4)
@@ -23,11 +23,9 @@ few = st.integers(1, 4)
     strategies.seeds,
 )
 def test_products_lose_no_more_than_float32_s(level, form, batch, columns, block_size, scales, decades, seed):
-    """Inputs whose magnitudes lie up to 38 decades apart: a column's own, and an input's own."""
     generator = torch.Generator().manual_seed(seed)
     q = quantize(torch.randn(9, columns, generator=generator), form, block_size=block_size, scales=scales)
-    spread = -decades * torch.rand(columns, generator=generator) ** 3
-    x = torch.randn(batch, columns, generator=generator) * 10**spread * 10 ** torch.arange(-3.0, batch - 3)[:, None]
+    x = spread_inputs(torch.arange(-3.0, batch - 3), columns, decades, generator)
     with kernels.using(level):
         got = kernels.linear(x, q, torch.float32)
     assert_exact(got, x, q.dequantize(torch.float64))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem import QuantizedTensor, backend, kernels, measure, quantize
 from tests import strategies
-from tests.compiled import assert_exact, compiled
+from tests.compiled import assert_exact, compiled, given_stored
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -131,10 +131,7 @@ def test_without_the_compiled_module_the_reference_serves_and_says_why():
 
 @compiled
 @given(
-    strategies.weights(min_dims=2, max_dims=2, max_columns=400, max_exponent=0),
-    strategies.formats,
-    strategies.block_sizes,
-    strategies.encodings,
+    *given_stored,
     st.integers(1, 9),
     st.booleans(),
     strategies.seeds,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, measure, quantize
 from tests import strategies
-from tests.compiled import assert_close_in, assert_exact, compiled, stored
+from tests.compiled import assert_close_in, assert_exact, compiled, given_stored, stored
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -19,10 +19,7 @@ low_dtypes = st.sampled_from([torch.bfloat16, torch.float16])
 
 @compiled
 @given(
-    strategies.weights(min_dims=2, max_dims=2, max_columns=400, max_exponent=0),
-    strategies.formats,
-    strategies.block_sizes,
-    strategies.encodings,
+    *given_stored,
     batches,
     low_dtypes,
     strategies.seeds,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowmem import formats, kernels, quantize
 from tests import strategies
-from tests.compiled import assert_exact, compiled, stored
+from tests.compiled import assert_exact, compiled, spread_inputs, stored
 
 KINDS = ["int4", "nf4", "half", "bfloat16"]
 
@@ -54,12 +54,10 @@ def test_batches_and_weights_around_whole_tiles(level, block_size, rows, columns
     strategies.seeds,
 )
 def test_products_lose_no_more_than_float32_s(level, kind, batch, columns, block_size, scales, decades, seed):
-    """Inputs whose magnitudes lie up to 38 decades apart: a column's own, and an input's own."""
     generator = torch.Generator().manual_seed(seed)
     wide, numbers = stored(kind, torch.randn(9, columns, generator=generator), block_size=block_size, scales=scales)
     tall, turned = stored(kind, torch.randn(columns, 9, generator=generator), block_size=block_size, scales=scales)
-    spread = -decades * torch.rand(columns, generator=generator) ** 3
-    x = torch.randn(batch, columns, generator=generator) * 10**spread * 10 ** torch.linspace(-3.0, 12, batch)[:, None]
+    x = spread_inputs(torch.linspace(-3.0, 12, batch), columns, decades, generator)
     with kernels.using(level):
         assert_exact(kernels.linear(x, wide, torch.float32), x, numbers)
         assert_exact(kernels.input_grad(x, tall, torch.float32), x, turned.t())

@@ -18,16 +18,26 @@ static enum kind kind_of(const struct weight *w)
     return w->half == 8 || w->half == 16 ? EIGHTS : w->half == 32 || w->half >= 64 ? FOURS : WORDS;
 }
 
-/* Where a column comes up that the order of the words has at `place`: in which line, and where in it. */
+/* Where a column comes up that the order of the words has at `place`, or that is the one at `place`: in which line, and where in it. */
 INLINE int64_t line_of(int64_t place, enum kind kind)
 {
+    if (kind == SIXTEEN)
+        return place / LINE;
     const int64_t nibble = place % GROUP / LANES, word = place % LANES;
     return place / GROUP * LINES + (kind == EIGHTS ? word / 4 : nibble % 4);
 }
 INLINE int64_t at_in_line(int64_t place, enum kind kind)
 {
+    if (kind == SIXTEEN)
+        return place % LINE;
     const int64_t nibble = place % GROUP / LANES, word = place % LANES;
     return 2 * (kind == EIGHTS ? nibble % 4 * 4 + word % 4 : word) + nibble / 4;
+}
+
+/* Where its pair lies among those of sixteen inputs, in floats. */
+INLINE int64_t pair_at(int64_t place, enum kind kind)
+{
+    return line_of(place, kind) * TILE_FLOATS + at_in_line(place, kind) / 2 * LANES;
 }
 
 /* Pack sixteen bfloat16 inputs, of which `inputs` are there, from m on: line by line, pairs of columns with all sixteen. */
@@ -65,7 +75,7 @@ static void pack_sixteen(const struct job *job, int64_t m, int64_t inputs, float
             const int64_t place = w->order->place[c + 4 * i] - before;
             if (place < 0 || place >= floats)
                 continue;
-            float *at = out + line_of(place, kind) * TILE_FLOATS + at_in_line(place, kind) / 2 * LANES;
+            float *at = out + pair_at(place, kind);
             v_store(at, v[2 * i]);
             v_store(at + odd, v[2 * i + 1]);
         }
@@ -74,20 +84,10 @@ static void pack_sixteen(const struct job *job, int64_t m, int64_t inputs, float
         const int64_t place = w->order->place[c] - before;
         if (place < 0 || place >= floats)
             continue;
-        const int64_t at = at_in_line(place, kind);
-        uint16_t *pair = (uint16_t *)(out + line_of(place, kind) * TILE_FLOATS + at / 2 * LANES);
+        uint16_t *pair = (uint16_t *)(out + pair_at(place, kind)) + at_in_line(place, kind) % 2;
         for (int64_t i = 0; i < inputs; i++)
-            pair[2 * i + at % 2] = x[i * columns + c];
+            pair[2 * i] = x[i * columns + c];
     }
-}
-
-/* A pair of columns of sixteen inputs as terms. */
-INLINE void put_pair(V even, V odd, V factor, float *out, int64_t term)
-{
-    W words[TERMS];
-    split_pairs(v_mul(even, factor), v_mul(odd, factor), TERMS, words);
-    for (int t = 0; t < TERMS; t++)
-        v_store(out + t * term, v_of_words(words[t]));
 }
 
 /* The same of float32 inputs, as terms: all lines of one term, then those of the next. */
@@ -99,7 +99,8 @@ static void pack_sixteen_terms(const struct job *job, int64_t m, int64_t inputs,
     const int64_t term = floats / LINE * TILE_FLOATS, odd = kind == EIGHTS ? 8 * LANES : 2 * TILE_FLOATS;
     const int64_t size = 2 * w->half, left = size ? columns % size : 0, end = smaller(columns, before + floats + size);
     const int64_t by_fours = kind == APART ? 0 : left % 8 ? columns - left : columns, whole = smaller(end, by_fours) / LANES * LANES;
-    const float *x = (const float *)job->x + m * columns, factor = input_factor(w, TERMS);
+    const float *x = (const float *)job->x + m * columns, step = input_factor(w, TERMS);
+    const V factor = v_set1(step);
     W most = _mm512_setzero_si512();
     int64_t c = before > size ? (before - size) / LINE * LINE : 0;
     if (whole < before + floats)
@@ -108,20 +109,24 @@ static void pack_sixteen_terms(const struct job *job, int64_t m, int64_t inputs,
         V v[LANES];
         EACH_LANE v[i] = i < inputs ? v_load(x + i * columns + c) : v_zero();
         v_transpose(v); /* a column of all inputs each */
-        EACH_LANE most = larger(most, v[i]);
+        EACH_LANE
+        {
+            most = larger(most, v[i]);
+            v[i] = v_mul(v[i], factor);
+        }
         if (kind == SIXTEEN) {
-            float *at = out + (c - before) / LINE * TILE_FLOATS + (c - before) % LINE / 2 * LANES;
+            float *at = out + pair_at(c - before, kind);
             for (int i = 0; i < LANES; i += 2, at += LANES)
-                put_pair(v[i], v[i + 1], v_set1(factor), at, term);
+                put_pairs(v[i], v[i + 1], TERMS, at, term);
             continue;
         }
         for (int i = 0; i < LANES; i += 4) {
             const int64_t place = w->order->place[c + i] - before;
             if (place < 0 || place >= floats)
                 continue;
-            float *at = out + line_of(place, kind) * TILE_FLOATS + at_in_line(place, kind) / 2 * LANES;
-            put_pair(v[i], v[i + 2], v_set1(factor), at, term);
-            put_pair(v[i + 1], v[i + 3], v_set1(factor), at + odd, term);
+            float *at = out + pair_at(place, kind);
+            put_pairs(v[i], v[i + 2], TERMS, at, term);
+            put_pairs(v[i + 1], v[i + 3], TERMS, at + odd, term);
         }
     }
     for (; c < end; c++) {
@@ -132,10 +137,9 @@ static void pack_sixteen_terms(const struct job *job, int64_t m, int64_t inputs,
         most = larger(most, v_load(column));
         if (place < 0 || place >= floats)
             continue;
-        const int64_t line = w->order ? line_of(place, kind) : place / LINE, at = w->order ? at_in_line(place, kind) : place % LINE;
-        uint16_t *pair = (uint16_t *)(out + line * TILE_FLOATS + at / 2 * LANES) + at % 2;
+        uint16_t *pair = (uint16_t *)(out + pair_at(place, kind)) + at_in_line(place, kind) % 2;
         for (int64_t i = 0; i < inputs; i++) {
-            float value = column[i] * factor;
+            float value = column[i] * step;
             for (int t = 0; t < TERMS; t++) { /* as split_pairs */
                 const uint16_t bits = (uint16_t)(bits_of(value) >> 16);
                 pair[2 * (t * term + i)] = bits;

@@ -30,13 +30,9 @@ INLINE int copy_pair(const struct weight *w, int64_t r, int64_t r1, int64_t g, i
         prefetch_far(p + (TILED_ROWS + 1) * w->columns);
         have &= weights_have_terms(one, type) & weights_have_terms(two, type);
         if (type == FLOAT16) {
-            W terms[2];
-            split_pairs(_mm512_cvtph_ps(_mm512_castsi512_si256(one)), _mm512_cvtph_ps(_mm512_castsi512_si256(two)), 2, terms);
-            v_store(out, v_of_words(terms[0]));
-            v_store(out + STRIP, v_of_words(terms[1]));
-            split_pairs(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(one, 1)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(two, 1)), 2, terms);
-            v_store(out + TILE_FLOATS, v_of_words(terms[0]));
-            v_store(out + STRIP + TILE_FLOATS, v_of_words(terms[1]));
+            put_pairs(_mm512_cvtph_ps(_mm512_castsi512_si256(one)), _mm512_cvtph_ps(_mm512_castsi512_si256(two)), 2, out, STRIP);
+            put_pairs(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(one, 1)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(two, 1)), 2,
+                      out + TILE_FLOATS, STRIP);
             continue;
         }
         const W front = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
@@ -102,14 +98,7 @@ INLINE void restore_nibbles(const struct weight *w, int64_t r, int64_t r1, int64
         const __m128i shift = _mm_cvtsi32_si128(4 * k);
         const V even = v_mul(_mm512_permutexvar_ps(_mm512_srl_epi32(one, shift), levels), v_spread(scale, block));
         const V odd = v_mul(_mm512_permutexvar_ps(_mm512_srl_epi32(two, shift), levels), v_spread(next, block));
-        float *at = out + (k / 2 - strip) * STRIP + k % 2 * TILE_FLOATS;
-        W words[TERMS];
-        if (terms == 1)
-            words[0] = (W)LEVEL(pairs)(even, odd);
-        else
-            split_pairs(even, odd, terms, words);
-        for (int t = 0; t < terms; t++)
-            v_store(at + t * STRIP, v_of_words(words[t]));
+        put_pairs(even, odd, terms, out + (k / 2 - strip) * STRIP + k % 2 * TILE_FLOATS, STRIP);
     }
 }
 

@@ -106,13 +106,7 @@ INLINE void restore_four(const struct weight *w, int64_t r, int64_t g, const enu
             const V scale = v_load(scales);
             const V even = v_mul(v_lookup(levels, words, k), v_spread(scale, low));
             const V odd = v_mul(v_lookup(levels, words, k + 4), v_spread(scale, high));
-            if (terms == 1)
-                v_store(out + 2 * k * TILE_FLOATS, (V)LEVEL(pairs)(even, odd));
-            else {
-                split_pairs(even, odd, terms, tables);
-                for (int t = 0; t < terms; t++)
-                    v_store(out + 2 * k * TILE_FLOATS + t * TERM, v_of_words(tables[t]));
-            }
+            put_pairs(even, odd, terms, out + 2 * k * TILE_FLOATS, TERM);
         }
     }
 }

@@ -316,6 +316,7 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
     if (made == out_given)
         Py_INCREF(made);
     const int64_t sums = out_given == Py_None ? 0 : 4 * x.shape[0] * to;
+    const int fits = read_memory(made, &out) && out.type >= 0 && has_shape(&out, x.shape[0], to) && (!updated || out.type == FLOAT32);
     int tiles = in_tiles(level, &w, x.shape[0], x.type, transposed), refused;
     do {
         const int low = tiles == 1 || is_low(level, &w, x.type);
@@ -323,8 +324,7 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
         const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, tiles, sums);
         const int64_t floats = layout.shared + layout.threads * layout.own;
         struct scratch scratch;
-        if (!read_memory(made, &out) || out.type < 0 || !has_shape(&out, x.shape[0], to) || (updated && out.type != FLOAT32) ||
-            take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, 4 * (floats + x.shape[0] * u.rank), &scratch)) {
+        if (!fits || take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, 4 * (floats + x.shape[0] * u.rank), &scratch)) {
             Py_DECREF(made);
             if (PyErr_Occurred())
                 return NULL;

@@ -56,6 +56,18 @@ INLINE void split_pairs(V even, V odd, const int terms, W *out)
     }
 }
 
+/* Store such pairs, rounded to bfloat16 or as terms, `step` floats apart. */
+INLINE void put_pairs(V even, V odd, const int terms, float *out, int64_t step)
+{
+    W words[TERMS];
+    if (terms == 1)
+        words[0] = LEVEL(pairs)(even, odd);
+    else
+        split_pairs(even, odd, terms, words);
+    for (int t = 0; t < terms; t++)
+        v_store(out + t * step, v_of_words(words[t]));
+}
+
 /* The largest bits of a magnitude so far. */
 INLINE W larger(W most, V a)
 {
