@@ -7,7 +7,7 @@
 #define ROW_UNITS_AT (GRAD_FEW_BATCH * GRAD_FEW_ROWS) /* behind them, what steps of the rows' scales count */
 _Static_assert(ROW_UNITS_AT + GRAD_FEW_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "they fit there");
 _Static_assert(GRAD_CODES <= GRAD_FEW_BATCH && GRAD_SIXTEEN <= GRAD_FEW_BATCH, "they are few");
-#define EACH_VECTOR(most) _Pragma("GCC unroll 8") for (int n = 0; n < most; n++)
+#define EACH_VECTOR(most) _Pragma("GCC unroll 16") for (int n = 0; n < most; n++)
 #define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
 INLINE void LEVEL(add_to)(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
@@ -31,7 +31,7 @@ INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int 
 /* Whether one vector holds the scales of groups g and g + 1, of those before t1. */
 INLINE int LEVEL(share_scales)(const struct weight *w, int64_t g, int64_t t1)
 {
-    return g + 1 < t1 && (!w->order || w->order->first_block[g] == w->order->first_block[g + 1]);
+    return g + 1 < t1 && w->order->first_block[g] == w->order->first_block[g + 1];
 }
 
 /* What a row is multiplied with: the scales from block `first` on times what the inputs have for it, spread over the words. */
@@ -82,43 +82,52 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
     EACH_SUM EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
 }
 
-/* The same with 16-bit weights, from column c on, of which there are G whole groups. */
-INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
+/* The same with 16-bit weights: N vectors of columns, from column c on. */
+INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int N,
                                       int64_t r0, int64_t r1, int64_t c, float *sums, const int type)
 {
-    const int64_t stride = w->columns;
+    const int64_t stride = w->columns, soon = 8 * stride, far = GRAD_FEW_ROWS * stride;
     const uint16_t *p = (const uint16_t *)w->packed + r0 * stride + c;
     V acc[GRAD_FEW_INPUTS * GRAD_VECTORS];
-    EACH_SUM EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
+    EACH_INPUT EACH_VECTOR(N) acc[j * N + n] = v_zero();
     for (int64_t r = r0; r < r1; r++, p += stride, grad++) {
-        V factor[GRAD_FEW_INPUTS];
-        EACH_INPUT factor[j] = v_set1(grad[j * grad_stride]);
-        for (int i = 0; i < G; i++)
-            EACH_VECTOR(GRAD_VECTORS) {
-                const uint16_t *at = p + i * GROUP + n * LANES;
-                const V row = LEVEL(sixteen)(at, type);
-                if (n % 2 == 0)
-                    prefetch(at + (G == 2 ? GRAD_ROWS / 4 : GRAD_ROWS) * stride);
-                EACH_INPUT {
-                    const int sum = (j + i) * GRAD_VECTORS + n; /* one input, or one group */
-                    acc[sum] = v_fma(row, factor[j], acc[sum]);
-                }
+        V row[16];
+        EACH_VECTOR(N) {
+            row[n] = LEVEL(sixteen)(p + n * LANES, type);
+            if (n % 2 == 0) {
+                prefetch(p + n * LANES + soon);
+                prefetch_far(p + n * LANES + far);
             }
+        }
+        EACH_INPUT {
+            const V factor = v_set1(grad[j * grad_stride]);
+            EACH_VECTOR(N) acc[j * N + n] = v_fma(row[n], factor, acc[j * N + n]);
+        }
     }
-    EACH_SUM EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
+    EACH_INPUT EACH_VECTOR(N) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * N + n]);
 }
 
-/* The same with a weight of either kind. */
-INLINE void LEVEL(accumulate_any)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
-                                  int64_t r0, int64_t r1, int64_t g, const int k0, const float *units, float *sums)
+/* The same for group g, and for the next one before t1 if one input has vectors for two. Returns how many are done. */
+INLINE int LEVEL(grad_sixteen)(const struct weight *w, const float *grad, int64_t stride, int64_t batch, int64_t r0, int64_t r1,
+                               int64_t t1, int64_t g, float *sums, const int type)
 {
-    const int64_t c = g * GROUP + k0 * LANES;
-    if (w->order)
-        LEVEL(accumulate_few)(w, grad, grad_stride, M, G, r0, r1, g, k0, units, sums);
-    else if (w->encoding == BFLOAT16)
-        LEVEL(accumulate_sixteen)(w, grad, grad_stride, M, G, r0, r1, c, sums, BFLOAT16);
-    else
-        LEVEL(accumulate_sixteen)(w, grad, grad_stride, M, G, r0, r1, c, sums, FLOAT16);
+    const int64_t c = g * GROUP, groups = 2 * GRAD_VECTORS / 8;
+    if (batch == 1 && g + groups <= t1 && c + groups * GROUP <= w->columns) {
+        LEVEL(accumulate_sixteen)(w, grad, stride, 1, 2 * GRAD_VECTORS, r0, r1, c, sums, type);
+        return (int)groups;
+    }
+#define WITH(M, N) \
+    LEVEL(accumulate_sixteen)(w, grad + m * stride, stride, M, N, r0, r1, c + k * LANES, sums + m * GROUP + k * LANES, type)
+#define CALL(M) WITH(M, GRAD_VECTORS)
+    for (int k = 0; k < 8 && batch <= GRAD_FEW_INPUTS; k += GRAD_VECTORS)
+        IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
+#undef CALL
+#define CALL(M) WITH(M, GRAD_VECTORS / 2)
+    for (int k = 0; k < 8 && batch > GRAD_FEW_INPUTS; k += GRAD_VECTORS / 2)
+        IN_PASSES(batch, 2 * GRAD_FEW_INPUTS, CALL)
+#undef CALL
+#undef WITH
+    return 1;
 }
 
 /* Whether the gradient of a batch, however large its pieces are, needs no tile: rows are decoded in registers. */
@@ -139,15 +148,17 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
-    if (LEVEL(grad_few)(job) && (w->order || (g + 1) * GROUP <= w->columns)) {
-        const int64_t whole = w->order ? t1 : smaller(t1, w->columns / GROUP);
-        const float *units = scales + ROW_UNITS_AT;
-        if (batch == 1 && GRAD_VECTORS == 8 && LEVEL(share_scales)(w, g, whole)) { /* side by side */
-            LEVEL(accumulate_any)(w, grad, stride, 1, 2, r0, r1, g, 0, units, sums);
+    const float *units = scales + ROW_UNITS_AT;
+    if (LEVEL(grad_few)(job) && !w->order && (g + 1) * GROUP <= w->columns)
+        return w->encoding == BFLOAT16 ? LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, BFLOAT16)
+                                       : LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, FLOAT16);
+    if (LEVEL(grad_few)(job) && w->order) {
+        if (batch == 1 && GRAD_VECTORS == 8 && LEVEL(share_scales)(w, g, t1)) { /* side by side */
+            LEVEL(accumulate_few)(w, grad, stride, 1, 2, r0, r1, g, 0, units, sums);
             return 2;
         }
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
-#define CALL(M) LEVEL(accumulate_any)(w, grad + m * stride, stride, M, 1, r0, r1, g, k, units, sums + m * GROUP + k * LANES)
+#define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, 1, r0, r1, g, k, units, sums + m * GROUP + k * LANES)
             IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
 #undef CALL
         }
@@ -244,7 +255,10 @@ INLINE void LEVEL(unpack)(const struct job *job, int64_t g, const float *sums, c
     }
     for (int64_t m = job->m0; m < job->m1; m++, sums += GROUP, out += w->columns * size)
         if (!w->order) {
-            for (int64_t i = 0; i < GROUP && g * GROUP + i < w->columns; i++)
+            int64_t i = 0, n = smaller(GROUP, w->columns - g * GROUP);
+            for (; i + LANES <= n; i += LANES)
+                LEVEL(store_as)(out, type, g * GROUP + i, v_load(sums + i));
+            for (; i < n; i++)
                 write_as(out, type, g * GROUP + i, sums[i]);
         } else {
             for (int64_t i = 0; i < LANES * 4 && from + i < w->row_bytes; i++) {
