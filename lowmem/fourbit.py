@@ -110,7 +110,9 @@ class FourBitStorage(FrozenStorage):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight: a view of what is stored, never a copy."""
-        known, stored = self._quantized, self._parameters
+        own = self.__dict__  # faster than attributes
+        known: QuantizedTensor = own["_quantized"]
+        stored = own["_parameters"]
         if known.packed is not stored.get("packed") or known.scales is not stored.get("scales"):
             self._quantized = known = replace(known, packed=self.packed, scales=self.scales)
         return known
@@ -156,10 +158,10 @@ class Linear4Bit(FourBitStorage):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
-        x = autocast(input)
-        own = self._parameters  # faster than attributes; not all are there where something wraps the layer
-        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
-        return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, bias)
+        x, own = autocast(input), self.__dict__  # faster than attributes
+        stored = own["_parameters"]  # not all are there where something wraps the layer
+        bias = stored["bias"] if "bias" in stored else self.bias  # noqa: SIM401
+        return frozen_linear(x, self.quantized, own["compute_dtype"] or x.dtype, bias)
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, and how it is stored."""

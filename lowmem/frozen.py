@@ -15,7 +15,7 @@ from lowmem import kernels
 from lowmem.blockwise import QuantizedTensor
 from lowmem.kernels import ops
 
-__all__ = ["FrozenStorage", "autocast", "freeze", "frozen_linear", "is_observed", "is_plain_call"]
+__all__ = ["FrozenStorage", "autocast", "autocasts", "freeze", "frozen_linear", "is_observed", "is_plain_call"]
 
 
 def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -49,10 +49,11 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_is_compiling, _transforms, _trains = (  # asked in every call: faster than attributes of attributes
+_is_compiling, _transforms, _trains, autocasts = (  # asked in every call: faster than attributes of attributes
     torch.compiler.is_compiling,
     torch._C._are_functorch_transforms_active,
     torch.is_grad_enabled,
+    torch._C._is_any_autocast_enabled,
 )
 
 
@@ -91,6 +92,8 @@ def is_observed(module: nn.Module) -> bool:
 
 def autocast(x: Tensor) -> Tensor:
     """Return ``x`` in the dtype that autocast gives to a linear layer's input, if autocast is on."""
+    if not autocasts():  # on any device
+        return x
     device = "cpu" if x.is_cpu else x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
         return x

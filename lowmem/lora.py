@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem import kernels
 from lowmem.fourbit import Linear4Bit
-from lowmem.frozen import is_observed, is_plain_call
+from lowmem.frozen import autocasts, is_observed, is_plain_call
 from lowmem.half import HalfLinear, round_to
 from lowmem.kernels import reference
 from lowmem.quantizing import quantize_again
@@ -166,19 +166,20 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the base's dtype, for input (..., in_features)."""
-        parts = self._modules  # faster than attributes
-        base, merged = parts["merged_base"], self.merged
+        own = self.__dict__  # faster than attributes
+        parts, merged, active = own["_modules"], own["merged"], own["active"]
+        base = parts["merged_base"]
         if base is None:
             base, merged = parts["base"], None
-        adapters = parts["adapters"]._modules  # type: ignore[union-attr]
-        if len(self.active) == 1 and self.active[0] != merged:
-            at_once = _at_once(base, adapters[self.active[0]], input)  # type: ignore[arg-type]
+        adapters = parts["adapters"]._modules
+        if len(active) == 1 and active[0] != merged:
+            at_once = _at_once(base, adapters[active[0]], input)
             if at_once is not None:
                 return at_once
-        out: Tensor = base(input)  # type: ignore[misc]
-        for name in self.active:
+        out: Tensor = base(input)
+        for name in active:
             if name != merged:
-                out = adapters[name].forward(out, input)  # type: ignore[union-attr]  # past the cost of __call__
+                out = adapters[name].forward(out, input)  # past the cost of __call__
         return out
 
     def folded(self, names: Iterable[str]) -> tuple[nn.Module, float]:
@@ -222,29 +223,32 @@ class LoRALinear(nn.Module):
 
 def _at_once(base: nn.Module, adapter: Adapter, x: Tensor) -> Tensor | None:
     """Return the base's output and an update in one call of the kernel; None where their parts are to be seen."""
-    weight: kernels.Weight
-    if type(base) is Linear4Bit and base.compute_dtype in (None, torch.float32):
+    if type(adapter) is not Adapter:
+        return None
+    weight: kernels.Weight | None
+    stored, own = base.__dict__, adapter.__dict__  # faster than attributes
+    bases, update = stored["_parameters"], own["_parameters"]
+    if type(base) is Linear4Bit and stored["compute_dtype"] in (None, torch.float32):
         weight = base.quantized
     elif type(base) is HalfLinear:
-        weight = base.weight
+        weight = bases.get("weight")
     else:
         return None
-    if type(adapter) is not Adapter or "forward" in adapter.__dict__:
-        return None
-    own, bases, dropout = adapter._parameters, base._parameters, adapter._modules["dropout"]
-    a, b = own.get("lora_a"), own.get("lora_b")
+    a, b, dropout = update.get("lora_a"), update.get("lora_b"), own["_modules"]["dropout"]
     if (
         a is None
         or b is None
+        or weight is None
         or "bias" not in bases  # something wraps the layers
+        or "forward" in own
         or not is_plain_call(x, bases["bias"], a, b)
         or not (x.dtype is a.dtype is b.dtype is torch.float32 and x.dim() == 2)
         or not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
-        or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+        or autocasts()
         or is_observed(base)
     ):
         return None
-    return kernels.linear(x, weight, torch.float32, bases["bias"], (a, b, adapter.scaling))
+    return kernels.linear(x, weight, torch.float32, bases["bias"], (a, b, own["scaling"]))
 
 
 def _leave_out_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: object) -> None:
