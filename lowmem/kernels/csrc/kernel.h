@@ -24,7 +24,8 @@
 #define FEW 4                     /* inputs that are few */
 #define FEW_MORE 8                /* in bfloat16, and with 16-bit weights */
 #define SHARE_ROWS 8              /* of a thread, at least */
-#define UPDATE_ROWS 64            /* rows after which an update is added */
+#define UPDATE_ROWS 16            /* rows after which an update is added */
+#define UPDATED 128               /* inputs that an update is added for; for more, torch's own products are as fast */
 #define PARTS 4                   /* of a thread, where work is long: a thread that is held up leaves them to others */
 #define CHUNK 256                 /* columns whose scales are read at a time, at least */
 #define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */

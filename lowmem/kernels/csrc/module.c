@@ -260,8 +260,6 @@ static int in_tiles(const struct level *level, const struct weight *w, int64_t b
     return batch > (is_bfloat ? TILED_FEW_SIXTEEN : transposed ? TILED_FEW_GRAD : TILED_FEW);
 }
 
-#define UPDATED 12 /* inputs; for more, torch's own products are faster */
-
 /* A low-rank update with x: as read_tensor, and 0 where shapes or types do not fit. */
 static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, const struct tensor *x, int64_t rows,
                        struct update *u)

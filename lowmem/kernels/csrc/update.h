@@ -1,10 +1,11 @@
 /* A low-rank update of a small batch, in float32: out = base + scaling * (x @ A.T) @ B.T. */
 
-/* Rows r to r + R of a matrix (rows, columns) with M inputs (batch, columns): R * M sums. */
-INLINE void LEVEL(dots)(const float *matrix, int64_t columns, const int R, const float *x, const int M, float *out)
+#define SUM_ROWS 16 /* whose sums are added at a time */
+
+/* R rows of a matrix (rows, columns) with M inputs (batch, columns), as far as columns are whole vectors: SUM_ROWS an input. */
+INLINE void LEVEL(dots)(const float *matrix, int64_t columns, int64_t whole, const int R, const float *x, const int M, float *out)
 {
     V acc[FEW_SUMS];
-    const int64_t whole = columns / LANES * LANES;
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (int64_t c = 0; c < whole; c += LANES) {
         V row[4];
@@ -14,46 +15,63 @@ INLINE void LEVEL(dots)(const float *matrix, int64_t columns, const int R, const
             EACH_ROW acc[AT] = v_fma(row[i], value, acc[AT]);
         }
     }
-    for (int j = 0; j < M; j++) {
+    EACH_INPUT
         if (R == 4)
-            v_sum4(acc[j], acc[M + j], acc[2 * M + j], acc[3 * M + j], out + j * R);
+            v_sum4(acc[j], acc[M + j], acc[2 * M + j], acc[3 * M + j], out + j * SUM_ROWS);
         else
-            out[j * R] = v_sum(acc[j]);
-        for (int i = 0; i < R; i++)
-            for (int64_t c = whole; c < columns; c++)
-                out[j * R + i] += matrix[i * columns + c] * x[j * columns + c];
-    }
+            out[j * SUM_ROWS] = v_sum(acc[j]);
 }
 
-INLINE void LEVEL(dots_of)(const float *matrix, int64_t columns, const int R, const float *x, int64_t M, float *out)
-{
-    switch (M) {
-    case 1: LEVEL(dots)(matrix, columns, R, x, 1, out); break;
-    case 2: LEVEL(dots)(matrix, columns, R, x, 2, out); break;
-    case 3: LEVEL(dots)(matrix, columns, R, x, 3, out); break;
-    default: LEVEL(dots)(matrix, columns, R, x, FEW, out); break;
+/* Up to SUM_ROWS rows of it, and all columns: a function for each M, which has the registers for itself. */
+#define DOTS_WITH(M)                                                                                                       \
+    static __attribute__((noinline)) void LEVEL(dots_##M)(const float *matrix, int64_t rows, int64_t columns, const float *x, float *out) \
+    {                                                                                                                      \
+        const int64_t whole = columns / LANES * LANES;                                                                     \
+        int64_t i = 0;                                                                                                     \
+        for (; i + 4 <= rows; i += 4)                                                                                      \
+            LEVEL(dots)(matrix + i * columns, columns, whole, 4, x, M, out + i);                                           \
+        for (; i < rows; i++)                                                                                              \
+            LEVEL(dots)(matrix + i * columns, columns, whole, 1, x, M, out + i);                                           \
+        if (whole < columns)                                                                                               \
+            for (int64_t j = 0; j < M; j++)                                                                                \
+                for (i = 0; i < rows; i++)                                                                                 \
+                    for (int64_t c = whole; c < columns; c++)                                                              \
+                        out[j * SUM_ROWS + i] += matrix[i * columns + c] * x[j * columns + c];                             \
     }
-}
+DOTS_WITH(1)
+DOTS_WITH(2)
+DOTS_WITH(3)
+DOTS_WITH(4)
 
 /* out = base + scale * (x @ matrix.T), or without a base: rows r to `to` of a matrix (rows, columns). Groups of four start
  * at every fourth row, so that parts of a matrix make the same sums as the whole. */
 INLINE void LEVEL(small_product)(int64_t batch, int64_t r, int64_t to, const float *matrix, int64_t rows, int64_t columns,
                                  const float *x, const float *base, float scale, float *out)
 {
-    for (int64_t R; r < to; r += R) {
-        R = to - r >= 4 ? 4 : 1;
+    for (int64_t n; r < to; r += n) {
+        float sums[UPDATED * SUM_ROWS];
+        n = smaller(SUM_ROWS, to - r);
         for (int64_t m = 0; m < batch; m += FEW) {
-            const int64_t M = smaller(FEW, batch - m);
-            float sums[FEW_SUMS];
-            if (R == 4)
-                LEVEL(dots_of)(matrix + r * columns, columns, 4, x + m * columns, M, sums);
-            else
-                LEVEL(dots_of)(matrix + r * columns, columns, 1, x + m * columns, M, sums);
-            for (int64_t j = 0; j < M; j++)
-                for (int64_t i = 0; i < R; i++) {
-                    const int64_t at = (m + j) * rows + r + i;
-                    out[at] = (base ? base[at] : 0.0f) + sums[j * R + i] * scale;
-                }
+            const float *row = matrix + r * columns, *of = x + m * columns;
+            float *into = sums + m * SUM_ROWS;
+            switch (smaller(FEW, batch - m)) {
+            case 1: LEVEL(dots_1)(row, n, columns, of, into); break;
+            case 2: LEVEL(dots_2)(row, n, columns, of, into); break;
+            case 3: LEVEL(dots_3)(row, n, columns, of, into); break;
+            default: LEVEL(dots_4)(row, n, columns, of, into); break;
+            }
+        }
+        for (int64_t m = 0; m < batch; m++) {
+            const int64_t at = m * rows + r;
+            int64_t i = 0;
+            for (; i + LANES <= n; i += LANES) {
+                const V sum = v_mul(v_load(sums + m * SUM_ROWS + i), v_set1(scale));
+                v_store(out + at + i, base ? v_add(v_load(base + at + i), sum) : sum);
+            }
+            for (; i < n; i++) {
+                const float sum = sums[m * SUM_ROWS + i] * scale;
+                out[at + i] = base ? base[at + i] + sum : sum;
+            }
         }
     }
 }
