@@ -173,7 +173,7 @@ static inline void v_to_bfloat(uint16_t *p, V a)
 #define FEW_ROWS(M) ((M) <= 3 ? 4 : 2)
 #define TILE_VECTORS 4
 #define GRAD_CODES 16
-#define GRAD_SIXTEEN 16
+#define GRAD_SIXTEEN 32
 #define GRAD_VECTORS 8
 
 #include "body.h"

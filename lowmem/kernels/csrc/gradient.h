@@ -4,9 +4,11 @@
 #define GRAD_FEW_INPUTS 3 /* and with codes decoded in registers, */
 #define GRAD_FEW_BATCH 16 /* up to this batch at most */
 #define GRAD_FEW_ROWS 128 /* rows at a time then, which one sum has: what the inputs have for them lies where scales would */
+#define GRAD_SIXTEEN_ROWS 64 /* the same of 16-bit weights: while they are multiplied, as many are fetched to the second cache */
 #define ROW_UNITS_AT (GRAD_FEW_BATCH * GRAD_FEW_ROWS) /* behind them, what steps of the rows' scales count */
 _Static_assert(ROW_UNITS_AT + GRAD_FEW_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "they fit there");
-_Static_assert(GRAD_CODES <= GRAD_FEW_BATCH && GRAD_SIXTEEN <= GRAD_FEW_BATCH, "they are few");
+_Static_assert(GRAD_SIXTEEN * GRAD_SIXTEEN_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "so does what the inputs have for rows of 16-bit weights");
+_Static_assert(GRAD_CODES <= GRAD_FEW_BATCH, "they are few");
 #define EACH_VECTOR(most) _Pragma("GCC unroll 16") for (int n = 0; n < most; n++)
 #define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
@@ -86,7 +88,7 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
 INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int N,
                                       int64_t r0, int64_t r1, int64_t c, float *sums, const int type)
 {
-    const int64_t stride = w->columns, soon = 8 * stride, far = GRAD_FEW_ROWS * stride;
+    const int64_t stride = w->columns, soon = 8 * stride, far = GRAD_SIXTEEN_ROWS * stride;
     const uint16_t *p = (const uint16_t *)w->packed + r0 * stride + c;
     V acc[GRAD_FEW_INPUTS * GRAD_VECTORS];
     EACH_INPUT EACH_VECTOR(N) acc[j * N + n] = v_zero();
@@ -96,7 +98,8 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
             row[n] = LEVEL(sixteen)(p + n * LANES, type);
             if (n % 2 == 0) {
                 prefetch(p + n * LANES + soon);
-                prefetch_far(p + n * LANES + far);
+                if (N <= 8) /* else all of a row comes so soon that it is of no use */
+                    prefetch_far(p + n * LANES + far);
             }
         }
         EACH_INPUT {
@@ -280,7 +283,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     const int64_t batch = (job->m1 - job->m0) * GROUP;
     const int few = LEVEL(grad_few)(job), no_tile = few && (w->order || w->columns == w->stride);
     const int paired = low && !few;
-    const int64_t step = no_tile ? GRAD_FEW_ROWS : paired ? 2 * GRAD_ROWS : GRAD_ROWS;
+    const int64_t step = paired ? 2 * GRAD_ROWS : !no_tile ? GRAD_ROWS : w->order ? GRAD_FEW_ROWS : GRAD_SIXTEEN_ROWS;
     float *rows = no_tile ? scales : tile + GRAD_ROWS * MAX_GROUP;
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
