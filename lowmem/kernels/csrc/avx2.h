@@ -160,10 +160,10 @@ static inline void v_to_bfloat(uint16_t *p, V a)
     _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
-#define FUSED_BATCH 8
+#define FUSED_BATCH 4
 #define FUSED_INPUTS 4
-#define MANY_VECTORS 1
-#define MANY_INPUTS 12
+#define MANY_VECTORS 2
+#define MANY_INPUTS 6
 #define FEW_ROWS(M) ((M) <= 4 ? 2 : 1)
 #define TILE_VECTORS 2
 #define GRAD_CODES 3

@@ -52,17 +52,17 @@ INLINE void LEVEL(row_factors)(const struct weight *w, int64_t r, float row_unit
     }
 }
 
-/* The same with codes of group g decoded in registers, vectors k0 and on: rows r0 to r1, whose steps count `units`. Two groups
- * (G) with one input. */
+/* The same with codes of group g decoded in registers, N vectors from k0 on: rows r0 to r1, whose steps count `units`. Two
+ * groups (G) with one input. */
 INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
-                                  int64_t r0, int64_t r1, int64_t g, const int k0, const float *units, float *sums)
+                                  const int N, int64_t r0, int64_t r1, int64_t g, const int k0, const float *units, float *sums)
 {
     const T table = table_load(w->levels);
     const int32_t *block = w->order->block + g * 4 * LANES;
     const int64_t first = w->order->first_block[g], row_bytes = w->row_bytes, left = row_bytes - g * LANES * 4;
     const uint8_t *p = w->packed + r0 * row_bytes + g * LANES * 4;
     V acc[GRAD_FEW_INPUTS * GRAD_VECTORS], factor[GRAD_FEW_INPUTS];
-    EACH_SUM EACH_VECTOR(GRAD_VECTORS) acc[j * GRAD_VECTORS + n] = v_zero();
+    EACH_SUM EACH_VECTOR(N) acc[j * N + n] = v_zero();
     LEVEL(row_factors)(w, r0, units[0], first, block, grad, grad_stride, M, G, factor);
     for (int64_t r = r0; r < r1; r++, p += row_bytes) {
         V later[GRAD_FEW_INPUTS]; /* factors take so long that they are begun a row ahead */
@@ -73,15 +73,15 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
             words[i] = words_load(p + i * LANES * 4, left - i * LANES * 4);
             prefetch(p + GRAD_ROWS * row_bytes + i * LANES * 4);
         }
-        EACH_VECTOR(GRAD_VECTORS) {
+        EACH_VECTOR(N) {
             V level[2];
             for (int i = 0; i < G; i++)
                 level[i] = v_lookup(table, words[i], k0 + n);
-            EACH_SUM acc[j * GRAD_VECTORS + n] = v_fma(level[G == 2 ? j : 0], factor[j], acc[j * GRAD_VECTORS + n]);
+            EACH_SUM acc[j * N + n] = v_fma(level[G == 2 ? j : 0], factor[j], acc[j * N + n]);
         }
         EACH_SUM factor[j] = later[j];
     }
-    EACH_SUM EACH_VECTOR(GRAD_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * GRAD_VECTORS + n]);
+    EACH_SUM EACH_VECTOR(N) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * N + n]);
 }
 
 /* The same with 16-bit weights: N vectors of columns, from column c on. */
@@ -157,11 +157,15 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
                                        : LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, FLOAT16);
     if (LEVEL(grad_few)(job) && w->order) {
         if (batch == 1 && GRAD_VECTORS == 8 && LEVEL(share_scales)(w, g, t1)) { /* side by side */
-            LEVEL(accumulate_few)(w, grad, stride, 1, 2, r0, r1, g, 0, units, sums);
+            LEVEL(accumulate_few)(w, grad, stride, 1, 2, 8, r0, r1, g, 0, units, sums);
             return 2;
         }
+        if (batch == 1) {
+            LEVEL(accumulate_few)(w, grad, stride, 1, 1, 8, r0, r1, g, 0, units, sums);
+            return 1;
+        }
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
-#define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, 1, r0, r1, g, k, units, sums + m * GROUP + k * LANES)
+#define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, 1, GRAD_VECTORS, r0, r1, g, k, units, sums + m * GROUP + k * LANES)
             IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
 #undef CALL
         }
