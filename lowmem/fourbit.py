@@ -158,10 +158,10 @@ class Linear4Bit(FourBitStorage):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
-        x, own = autocast(input), self.__dict__  # faster than attributes
-        stored = own["_parameters"]  # not all are there where something wraps the layer
-        bias = stored["bias"] if "bias" in stored else self.bias  # noqa: SIM401
-        return frozen_linear(x, self.quantized, own["compute_dtype"] or x.dtype, bias)
+        x = autocast(input)
+        own = self._parameters  # faster than attributes; not all are there where something wraps the layer
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, bias)
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, and how it is stored."""

@@ -53,7 +53,7 @@ _is_compiling, _transforms, _trains, autocasts = (  # asked in every call: faste
     torch.compiler.is_compiling,
     torch._C._are_functorch_transforms_active,
     torch.is_grad_enabled,
-    torch._C._is_any_autocast_enabled,
+    torch.is_autocast_enabled,
 )
 
 
@@ -92,10 +92,8 @@ def is_observed(module: nn.Module) -> bool:
 
 def autocast(x: Tensor) -> Tensor:
     """Return ``x`` in the dtype that autocast gives to a linear layer's input, if autocast is on."""
-    if not autocasts():  # on any device
-        return x
     device = "cpu" if x.is_cpu else x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
+    if device == "meta" or not autocasts(device) or x.dtype == torch.float64:  # meta has no autocast
         return x
     return x.to(torch.get_autocast_dtype(device))
 

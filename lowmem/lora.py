@@ -166,20 +166,19 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the base's dtype, for input (..., in_features)."""
-        own = self.__dict__  # faster than attributes
-        parts, merged, active = own["_modules"], own["merged"], own["active"]
+        parts, merged, active = self._modules, self.merged, self.active  # each asked for once
         base = parts["merged_base"]
         if base is None:
             base, merged = parts["base"], None
-        adapters = parts["adapters"]._modules
+        adapters = parts["adapters"]._modules  # type: ignore[union-attr]
         if len(active) == 1 and active[0] != merged:
-            at_once = _at_once(base, adapters[active[0]], input)
+            at_once = _at_once(base, adapters[active[0]], input)  # type: ignore[arg-type]
             if at_once is not None:
                 return at_once
-        out: Tensor = base(input)
+        out: Tensor = base(input)  # type: ignore[misc]
         for name in active:
             if name != merged:
-                out = adapters[name].forward(out, input)  # past the cost of __call__
+                out = adapters[name].forward(out, input)  # type: ignore[union-attr]  # past the cost of __call__
         return out
 
     def folded(self, names: Iterable[str]) -> tuple[nn.Module, float]:
@@ -223,32 +222,31 @@ class LoRALinear(nn.Module):
 
 def _at_once(base: nn.Module, adapter: Adapter, x: Tensor) -> Tensor | None:
     """Return the base's output and an update in one call of the kernel; None where their parts are to be seen."""
-    if type(adapter) is not Adapter:
-        return None
-    weight: kernels.Weight | None
-    stored, own = base.__dict__, adapter.__dict__  # faster than attributes
-    bases, update = stored["_parameters"], own["_parameters"]
-    if type(base) is Linear4Bit and stored["compute_dtype"] in (None, torch.float32):
+    weight: kernels.Weight
+    if type(base) is Linear4Bit and base.compute_dtype in (None, torch.float32):
         weight = base.quantized
     elif type(base) is HalfLinear:
-        weight = bases.get("weight")
+        weight = base.weight
     else:
         return None
-    a, b, dropout = update.get("lora_a"), update.get("lora_b"), own["_modules"]["dropout"]
+    if type(adapter) is not Adapter:
+        return None
+    own, bases = adapter.__dict__, base._parameters  # faster than attributes
+    update, dropout = own["_parameters"], own["_modules"]["dropout"]
+    a, b = update.get("lora_a"), update.get("lora_b")
     if (
         a is None
         or b is None
-        or weight is None
         or "bias" not in bases  # something wraps the layers
         or "forward" in own
         or not is_plain_call(x, bases["bias"], a, b)
         or not (x.dtype is a.dtype is b.dtype is torch.float32 and x.dim() == 2)
         or not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
-        or autocasts()
+        or autocasts("cpu" if x.is_cpu else x.device.type)
         or is_observed(base)
     ):
         return None
-    return kernels.linear(x, weight, torch.float32, bases["bias"], (a, b, own["scaling"]))
+    return kernels.linear(x, weight, torch.float32, bases["bias"], (a, b, adapter.scaling))
 
 
 def _leave_out_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: object) -> None:

@@ -4,7 +4,7 @@
 #define GRAD_FEW_INPUTS 3 /* and with codes decoded in registers, */
 #define GRAD_FEW_BATCH 16 /* up to this batch at most */
 #define GRAD_FEW_ROWS 128 /* rows at a time then, which one sum has: what the inputs have for them lies where scales would */
-#define GRAD_SIXTEEN_ROWS 64 /* the same of 16-bit weights: while they are multiplied, as many are fetched to the second cache */
+#define GRAD_SIXTEEN_ROWS 64 /* the same of 16-bit weights: while they are multiplied, as many are fetched to the second cache (but for one input) */
 #define ROW_UNITS_AT (GRAD_FEW_BATCH * GRAD_FEW_ROWS) /* behind them, what steps of the rows' scales count */
 _Static_assert(ROW_UNITS_AT + GRAD_FEW_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "they fit there");
 _Static_assert(GRAD_SIXTEEN * GRAD_SIXTEEN_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "so does what the inputs have for rows of 16-bit weights");
@@ -84,7 +84,8 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
     EACH_SUM EACH_VECTOR(N) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * N + n]);
 }
 
-/* The same with 16-bit weights: N vectors of columns, from column c on. */
+/* The same with 16-bit weights: N vectors of columns, from column c on. Rows often lie a power of two apart, so that few of them
+ * fit the sets of the first cache that they share: they are fetched to the second a block ahead, to the first a little ahead. */
 INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int N,
                                       int64_t r0, int64_t r1, int64_t c, float *sums, const int type)
 {
@@ -98,7 +99,7 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
             row[n] = LEVEL(sixteen)(p + n * LANES, type);
             if (n % 2 == 0) {
                 prefetch(p + n * LANES + soon);
-                if (N <= 8) /* else all of a row comes so soon that it is of no use */
+                if (N <= 8) /* no gain was seen with more */
                     prefetch_far(p + n * LANES + far);
             }
         }
