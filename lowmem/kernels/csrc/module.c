@@ -193,6 +193,7 @@ static int read_weight(const struct level *level, PyObject *prepared, PyObject *
 /* How a product's scratch is laid out, `beside` bytes of sums, in floats: what the threads share, then what each has of its own. */
 struct layout {
     int64_t threads, piece, packed_step, shared, own;
+    int few; /* whether inputs are so few that an update is added row by row */
 };
 
 #define MOST_COPIES 4 /* of a packed input: with more threads, packing it in all of them would take too long */
@@ -228,6 +229,7 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
         .packed_step = own_copies ? packed : 0,
         .shared = own_copies ? copies * packed : packed,
         .own = own + own_of_input * piece,
+        .few = few,
     };
     return layout;
 }
@@ -320,9 +322,11 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
         const int low = tiles == 1 || is_low(level, &w, x.type);
         refused = 0;
         const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, tiles, sums);
-        const int64_t floats = layout.shared + layout.threads * layout.own;
+        const int64_t floats = layout.shared + layout.threads * layout.own, narrow = x.shape[0] * u.rank;
+        const int64_t narrow_at = layout.few ? floats : 0; /* of more inputs it is made when all rows are done */
+        const int64_t most = narrow_at + narrow > floats ? narrow_at + narrow : floats;
         struct scratch scratch;
-        if (!fits || take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, 4 * (floats + x.shape[0] * u.rank), &scratch)) {
+        if (!fits || take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, 4 * most, &scratch)) {
             Py_DECREF(made);
             if (PyErr_Occurred())
                 return NULL;
@@ -332,7 +336,7 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
             return NULL;
         }
         u.base = u.out = out.data;
-        u.narrow = scratch.memory + floats;
+        u.narrow = scratch.memory + narrow_at;
         struct job job = {
             .weight = &w,
             .x = x.data,
