@@ -110,9 +110,7 @@ class FourBitStorage(FrozenStorage):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight: a view of what is stored, never a copy."""
-        own = self.__dict__  # faster than attributes
-        known: QuantizedTensor = own["_quantized"]
-        stored = own["_parameters"]
+        known, stored = self._quantized, self._parameters
         if known.packed is not stored.get("packed") or known.scales is not stored.get("scales"):
             self._quantized = known = replace(known, packed=self.packed, scales=self.scales)
         return known

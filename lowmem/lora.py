@@ -88,7 +88,7 @@ class Adapter(nn.Module):
             x = dropout(x)
         wide = out if out.dim() == 2 else out.reshape(-1, b.shape[0])  # (batch, out)
         rows = x if x.dim() == 2 else x.reshape(-1, a.shape[1])  # (batch, in)
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):  # which would narrow a sum with the base
+        if autocasts("cpu" if x.is_cpu else x.device.type):  # which would narrow a sum with the base
             narrow = nn.functional.linear(rows, a) * self.scaling  # (batch, rank)
             wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
         else:
@@ -172,7 +172,7 @@ class LoRALinear(nn.Module):
             base, merged = parts["base"], None
         adapters = parts["adapters"]._modules  # type: ignore[union-attr]
         if len(active) == 1 and active[0] != merged:
-            at_once = _at_once(base, adapters[active[0]], input)  # type: ignore[arg-type]
+            at_once = _at_once(base, adapters[active[0]], input)
             if at_once is not None:
                 return at_once
         out: Tensor = base(input)  # type: ignore[misc]
@@ -220,7 +220,7 @@ class LoRALinear(nn.Module):
         return f"active={', '.join(self.active) or None}, merged={self.merged}"
 
 
-def _at_once(base: nn.Module, adapter: Adapter, x: Tensor) -> Tensor | None:
+def _at_once(base: nn.Module | None, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
     """Return the base's output and an update in one call of the kernel; None where their parts are to be seen."""
     weight: kernels.Weight
     if type(base) is Linear4Bit and base.compute_dtype in (None, torch.float32):
