@@ -41,6 +41,8 @@ static void LEVEL(place_typed)(const struct job *job, int64_t m, float *out, int
 #define EACH_INPUT _Pragma("GCC unroll 8") for (int j = 0; j < M; j++)
 #define AT (i * M + j)
 #define FEW_SUMS 16 /* the most rows times inputs */
+/* Of a loop for one number of inputs: it has the registers for itself. */
+#define OWN_FUNCTION static __attribute__((noinline)) void
 
 /* The sums across the lanes of R rows with M inputs: LANES an input. */
 INLINE void LEVEL(few_sums)(const int R, const int M, const V *sums, float *out)
@@ -206,7 +208,6 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
 #endif
 
 /* Rows r to `to` with M inputs, LANES of them at a time: a function for each M, which has the registers for itself. */
-#define OWN_FUNCTION static __attribute__((noinline)) void
 #define ROWS_WITH(M, name, rows, product, ...)                              \
     OWN_FUNCTION LEVEL(name##_##M)(const struct job *job, int64_t r, int64_t to) \
     {                                                                       \

@@ -22,9 +22,9 @@ INLINE void LEVEL(dots)(const float *matrix, int64_t columns, int64_t whole, con
             out[j * SUM_ROWS] = v_sum(acc[j]);
 }
 
-/* Up to SUM_ROWS rows of it, and all columns: a function for each M, which has the registers for itself. */
+/* Up to SUM_ROWS rows of it, and all columns: a function for each M. */
 #define DOTS_WITH(M)                                                                                                       \
-    static __attribute__((noinline)) void LEVEL(dots_##M)(const float *matrix, int64_t rows, int64_t columns, const float *x, float *out) \
+    OWN_FUNCTION LEVEL(dots_##M)(const float *matrix, int64_t rows, int64_t columns, const float *x, float *out) \
     {                                                                                                                      \
         const int64_t whole = columns / LANES * LANES;                                                                     \
         int64_t i = 0;                                                                                                     \
