@@ -32,7 +32,7 @@ INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float
                 const V level = LEVEL(unit_levels)(table, codes, k, low);
                 const int64_t at = k % 2 * (units / 2) + k / 2;
                 EACH_OF_MANY sum[j] =
-                    LEVEL(multiply_add)(level, LEVEL(spread_unit)(x + j * PART_UNITS(low) + at, low), sum[j], low);
+                    LEVEL(multiply_add)(level, LEVEL(spread_unit)(x + j * PART_FLOATS + at, low), sum[j], low);
             }
         }
         const V scale = v_load(scales);
@@ -46,7 +46,7 @@ INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, floa
 {
     const struct weight *w = job->weight;
     const int64_t begin = job->g0 * GROUP;
-    float *scales = own, *words = own + WORDS_AT;
+    float *scales = own, *words = own + TILES_AT;
     int64_t first = 0;
     for (int64_t c = begin; c < job->g1 * GROUP; c += GROUP) {
         const int64_t at = c / 2, block = at / w->half, ahead = (at - block * w->half) / 4;
@@ -55,7 +55,7 @@ INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, floa
         LEVEL(words_across)(w, r, c / GROUP, LANES, words);
         const float *of_block = scales + (block - first) * LANES, *x = LEVEL(packed_at)(job, c - begin, low);
         const uint8_t *fetch = LEVEL(codes_behind)(job, r, c, FETCH_GROUPS * GROUP, LANES);
-#define CALL(M) LEVEL(fused)(w, words, of_block, ahead, x + m * PART_UNITS(low), M, sums + m * LANES, m ? NULL : fetch, low)
+#define CALL(M) LEVEL(fused)(w, words, of_block, ahead, x + m * PART_FLOATS, M, sums + m * LANES, m ? NULL : fetch, low)
         IN_PASSES(job->m1 - job->m0, FUSED_INPUTS, CALL)
 #undef CALL
     }

@@ -45,7 +45,7 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, block += 4 * LANES, soon += LANES * 4 * R) {
         const int64_t left = row_bytes - g * (LANES * 4);
-        const float *group = x + (g - g0) * M * GROUP; /* a PART is a group */
+        const float *group = x + (g - g0) * M * GROUP; /* a part is a group */
         W words[4], lows[4], highs[4];
         V scale[4];
         if (first[g] != from)

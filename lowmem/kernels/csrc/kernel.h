@@ -29,11 +29,11 @@
 #define PARTS 4                   /* of a thread, where work is long: a thread that is held up leaves them to others */
 #define CHUNK 256                 /* columns whose scales are read at a time, at least */
 #define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */
-#define PART 128                  /* columns of a tile, which stays in the first cache */
+#define PART(low) ((low) ? 256 : 128) /* columns of a tile, which stays in the first cache, as bfloat16 or float32: */
+#define PART_FLOATS 128           /* as large as so many floats, for each row */
 #define MAX_VECTORS 2             /* of rows, in a tile */
-#define WORDS_AT (MAX_VECTORS * MAX_LANES * CHUNK_SCALES)        /* behind the scales of a chunk; */
-#define TILES_AT (WORDS_AT + MAX_VECTORS * MAX_LANES * PART / 8) /* two of them, behind the words of one; */
-#define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART)  /* behind those */
+#define TILES_AT (MAX_VECTORS * MAX_LANES * CHUNK_SCALES)              /* two of them, behind the scales of a chunk; */
+#define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART_FLOATS) /* behind those */
 #define LARGEST_BLOCK 4096
 #define WIDE 8192                 /* columns of the input that are packed at a time */
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */
@@ -199,7 +199,7 @@ static inline int64_t few_inputs(const struct weight *w, int low)
 /* Columns whose scales are read at a time: whole parts, of about MAX_LANES blocks where these are not small. */
 static inline int64_t chunk_of(const struct weight *w)
 {
-    const int64_t most = 2 * w->half * MAX_LANES / PART * PART;
+    const int64_t most = 2 * w->half * MAX_LANES / CHUNK * CHUNK;
     return most > CHUNK ? most : CHUNK;
 }
 

@@ -130,7 +130,7 @@ static void LEVEL(put_rows)(const struct job *job, int64_t r, int64_t rows, cons
 INLINE const float *LEVEL(packed_at)(const struct job *job, int64_t c, const int low)
 {
     const int64_t batch = job->m1 - job->m0;
-    return job->packed + (c / PART * PART * batch + c % PART) / (low ? 2 : 1);
+    return job->packed + c / PART(low) * PART_FLOATS * batch + c % PART(low) / (low ? 2 : 1);
 }
 
 /* The codes, or 16-bit floats, so many columns behind column c of a row; after the last one that is packed come the next

@@ -3,10 +3,8 @@
  *
  *   column of byte b, low nibble: 8 * word + b        high nibble: 8 * word + 4 + b
  *
- * which is the input's own order, four columns at a time. PART columns of an input lie together, as float32 or as bfloat16,
- * and after them those of the next input. 16-bit weights have the columns in their own order. */
-
-#define PART_UNITS(low) (PART / ((low) ? 2 : 1)) /* floats that they take */
+ * which is the input's own order, four columns at a time. A part of the columns of an input lies together, as float32 or as
+ * bfloat16, and after it that of the next input. 16-bit weights have the columns in their own order. */
 
 /* Columns from c on of input m, n of them, as float32. */
 INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c, int64_t n, float *scratch, const int type)
@@ -21,7 +19,7 @@ INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c
 /* A part of whole blocks: four columns of a block's first half, four of its second, and so on. */
 INLINE void LEVEL(interleave)(const char *x, char *out, const int half, const int bytes)
 {
-    for (int block = 0; block < PART / 2; block += half, x += 2 * half * bytes)
+    for (int block = 0; block < 2 * PART_FLOATS / bytes; block += half, x += 2 * half * bytes)
 #pragma GCC unroll 8
         for (int j = 0; j < half; j += 4, out += 8 * bytes) {
             memcpy(out, x + j * bytes, (size_t)(4 * bytes));
@@ -34,24 +32,24 @@ INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, 
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, bytes = low ? 2 : 4;
-    const int64_t last = (floats - 1) / PART * PART;
-#define PLACE(s) ((char *)job->packed + bytes * ((s) / PART * PART * batch + (m - job->m0) * PART + (s) % PART))
+    const int64_t size = PART(low), last = (floats - 1) / size * size;
+#define PLACE(s) ((char *)job->packed + bytes * ((s) / size * size * batch + (m - job->m0) * size + (s) % size))
     if (floats != w->columns)
         memset(PLACE(last), 0, (size_t)((floats - last) * bytes));
     if (!w->order) {
-        for (int64_t s = 0, n; s < floats && begin + s < w->columns; s += PART) {
-            n = smaller(smaller(PART, floats - s), w->columns - begin - s);
+        for (int64_t s = 0, n; s < floats && begin + s < w->columns; s += size) {
+            n = smaller(smaller(size, floats - s), w->columns - begin - s);
             memcpy(PLACE(s), LEVEL(floats_of)(job, m, begin + s, n, scratch, type), (size_t)n * sizeof(float));
         }
         return;
     }
     const int64_t end = smaller((begin + floats) / 2, w->row_bytes), half = w->half;
     int64_t block = begin / 2 / half;
-    if (PART / 2 % half == 0 && half % 4 == 0) /* a part is whole blocks */
-        for (; (block + 1) * half <= end && block * half * 2 + PART <= w->columns; block += PART / 2 / half) {
+    if (size / 2 % half == 0 && half % 4 == 0) /* a part is whole blocks */
+        for (; (block + 1) * half <= end && block * half * 2 + size <= w->columns; block += size / 2 / half) {
             const int64_t start = block * 2 * half;
             const char *x = low ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
-                                : (const char *)LEVEL(floats_of)(job, m, start, PART, scratch, type);
+                                : (const char *)LEVEL(floats_of)(job, m, start, size, scratch, type);
             char *place = PLACE(start - begin);
             switch (half) {
             case 8: LEVEL(interleave)(x, place, 8, (int)bytes); break;

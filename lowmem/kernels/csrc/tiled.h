@@ -86,7 +86,7 @@ INLINE void LEVEL(multiply)(const float *tile, int n, const float *x, const int 
                     v_keep(row[v]);
                 }
                 EACH_OF_MANY {
-                    const V value = LEVEL(spread_unit)(x + j * PART_UNITS(low) + k, low);
+                    const V value = LEVEL(spread_unit)(x + j * PART_FLOATS + k, low);
                     EACH_ROWS acc[v * M + j] = LEVEL(multiply_add)(row[v], value, acc[v * M + j], low);
                 }
             }
@@ -128,7 +128,8 @@ INLINE void LEVEL(begin_tile)(const struct job *job, int64_t r, int64_t start, i
                               int64_t *first, struct LEVEL(restoring) *to, const int low)
 {
     const struct weight *w = job->weight;
-    float *scales = own, *words = own + WORDS_AT;
+    /* Words lie in the end of what they are restored to, which comes to each of them after it is read. */
+    float *scales = own, *words = tile + (columns / (low ? 2 : 1) - columns / 8) * MANY_ROWS;
     const struct LEVEL(restoring) nothing = {.w = w, .tile = tile};
     *to = nothing;
     if (!w->order) {
@@ -160,12 +161,12 @@ INLINE void LEVEL(begin_tile)(const struct job *job, int64_t r, int64_t start, i
     }
 }
 
-/* Rows r to `to` with all inputs of a piece, from tiles of PART columns: while one is multiplied, the next is restored. */
+/* Rows r to `to` with all inputs of a piece, from tiles: while one is multiplied, the next is restored. */
 INLINE void LEVEL(tiled_rows)(const struct job *job, int64_t r, int64_t to, float *own, const int low)
 {
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, end = job->g1 * GROUP;
-    float *tile = own + TILES_AT, *other = tile + MANY_ROWS * PART_UNITS(low), *sums = own + SUMS_AT;
-    int64_t first = 0, columns = smaller(PART, end - begin);
+    float *tile = own + TILES_AT, *other = tile + MANY_ROWS * PART_FLOATS, *sums = own + SUMS_AT;
+    int64_t first = 0, columns = smaller(PART(low), end - begin);
     struct LEVEL(restoring) next;
     LEVEL(begin_tile)(job, r, begin, columns, own, tile, &first, &next, low);
     const T table = table_load(job->weight->levels ? job->weight->levels : tile); /* any sixteen floats */
@@ -176,16 +177,16 @@ INLINE void LEVEL(tiled_rows)(const struct job *job, int64_t r, int64_t to, floa
         c += columns;
         if (c == end)
             c = begin, r += MANY_ROWS;
-        columns = smaller(PART, end - c);
+        columns = smaller(PART(low), end - c);
         if (this_c == begin)
             memset(sums, 0, (size_t)(batch * MANY_ROWS) * sizeof(float));
         next.count = next.vectors = 0;
         if (r < to)
             LEVEL(begin_tile)(job, r, c, columns, own, other, &first, &next, low);
-        const uint8_t *fetch = LEVEL(codes_behind)(job, r, c, FETCH_PARTS * PART, MANY_ROWS);
+        const uint8_t *fetch = LEVEL(codes_behind)(job, r, c, FETCH_PARTS * PART(low), MANY_ROWS);
         const float *x = LEVEL(packed_at)(job, this_c - begin, low);
 #define CALL(M)                                                                             \
-    LEVEL(multiply)(tile, (int)n / 8, x + m * PART_UNITS(low), M, sums + m * MANY_ROWS, &next, \
+    LEVEL(multiply)(tile, (int)n / 8, x + m * PART_FLOATS, M, sums + m * MANY_ROWS, &next, \
                     (int)(next.count * (m + M) / batch), m ? NULL : fetch, low)
         IN_PASSES(batch, MANY_INPUTS, CALL)
 #undef CALL
