@@ -1,4 +1,4 @@
-"""Levels on a grid and a few inputs: sums in integers are as close as float32's, whatever the inputs."""
+"""Levels on a grid and a few inputs: sums in integers are as close as those of floating point, whatever the inputs."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
 from tests import strategies
-from tests.compiled import assert_exact, compiled, spread_inputs
+from tests.compiled import assert_close_in, assert_exact, compiled, spread_inputs
 
 pytestmark = pytest.mark.parametrize("form", ["int4", "fp4"])
 few = st.integers(1, 4)
@@ -99,3 +99,64 @@ def test_sums_that_cancel_are_as_exact_as_those_of_single_levels(level, form, bl
     assert_exact(got, x, q.dequantize(torch.float64))
     if form == "fp4":
         assert torch.equal(got, torch.zeros(2, 2))
+
+
+@compiled
+@given(
+    st.integers(1, 700),
+    st.sampled_from([8, 16, 24, 64, 128, 256, 1024]),
+    st.sampled_from(["float32", "float16", "double"]),
+    st.integers(0, 38),
+    strategies.seeds,
+)
+def test_one_input_in_bfloat16_loses_no_more_than_its_rounding(
+    level, form, columns, block_size, scales, decades, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    q = quantize(torch.randn(9, columns, generator=generator), form, block_size=block_size, scales=scales)
+    x = spread_inputs(torch.zeros(1), columns, decades, generator).bfloat16()
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.bfloat16)
+    assert_close_in(torch.bfloat16, got, x, q.dequantize())
+
+
+@compiled
+@pytest.mark.parametrize("tiny", [0.49, 1.49, 7.49])
+@pytest.mark.parametrize("large", [1, 2, 3, 4, 8])
+def test_bfloat16_beside_large_neighbours_is_off_by_no_more_than_its_rounding(level, form, tiny, large):
+    """Every small input is rounded the same way by digits, and meets weights that are large beside the others."""
+    weight = torch.ones(3, 1024)
+    x = torch.full((1, 1024), tiny / 0x7F00)
+    for column in range(large):
+        x[:, 17 * column % 128 :: 128] = 1.0
+        weight[:, 17 * column % 128 :: 128] = 1 / 15 if form == "int4" else 1 / 12
+    x, q = x.bfloat16(), quantize(weight, form, block_size=16)
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.bfloat16)
+    assert_close_in(torch.bfloat16, got, x, q.dequantize())
+
+
+@compiled
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-34, 8e-19, 9e-19, 1.0, 1.2e30, 1.3e30, 1e35])
+def test_one_input_of_every_magnitude(level, form, largest):
+    q = quantize(strategies.make_weight("normal", (7, 300), 0, 0), form, block_size=16)
+    x = torch.linspace(-1, 1, 300).reshape(1, 300) * largest
+    x[:, :128] = 0  # a group without an input
+    with kernels.using(level):
+        exact, close = kernels.linear(x, q, torch.float32), kernels.linear(x.bfloat16(), q, torch.bfloat16)
+    assert_exact(exact, x, q.dequantize(torch.float64))
+    assert_close_in(torch.bfloat16, close, x.bfloat16(), q.dequantize())
+
+
+@compiled
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("column", [0, 129, 299])
+def test_one_bfloat16_that_is_not_finite_shows(level, form, value, column):
+    q = quantize(strategies.make_weight("normal", (7, 300), 0, 0) + 3, form, block_size=16)
+    x = torch.randn(1, 300).bfloat16()
+    x[0, column] = value
+    expected = x.float() @ q.dequantize().t()
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.bfloat16)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.float().nan_to_num(), expected.bfloat16().float().nan_to_num())

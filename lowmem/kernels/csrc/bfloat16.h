@@ -100,10 +100,7 @@ INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, 
         V scale[4];
         if (first[g] != from)
             LEVEL(few_scales)(w, r, 1, from = first[g], R, unit, stored);
-        if (left >= LANES * 4)
-            EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
-        else
-            EACH_ROW words[i] = words_load(p + i * row_bytes, left);
+        LEVEL(few_words)(p, row_bytes, left, R, words);
 #pragma GCC unroll 4
         for (int two = 0; 2 * two < M; two++) {
             V sum[FEW_SUMS];

@@ -5,33 +5,46 @@
  *
  * where v is an integer of DIGITS signed bytes, and unit the largest magnitude of the GROUP columns over the most that v
  * can be: x is off by about 2^-24 of that magnitude, less than a sum in float32 loses. The sum of v is the input's alone,
- * and is taken once for all rows.
+ * and is taken once for all rows. Where levels are evenly spaced, steps are the codes, or twice the codes: these are
+ * multiplied as they are then, and half of base * sum of v is rounded. With one such input the units are part of the scales. Its
+ * bfloat16 numbers have two digits: they are off by 2^-16 of the largest of them, and in sum by at most 2^-11 of their sum, a
+ * quarter of what rounding to bfloat16 may lose, as no number is more than a quarter of that sum: one that is takes the other path.
  *
- * A group of an input: DIGITS times the bytes of the low and of the high nibbles (64 and 64), base * sum of v for each
- * lane, and step * unit. It is as long as the GROUP floats that it is made from. */
+ * A group of an input: for each digit, the lowest first, the bytes of the low and of the high nibbles (64 and 64); base * sum of v
+ * for each lane; and step * unit, or those of each of LANES blocks. It is as long as the GROUP floats that it is made from. */
+
+enum grid { NO_GRID, STEPS, CODES, CODES_OF_ONE };
 
 #define DIGITS 3
+#define LOW_DIGITS 2
 #define GRID_SUMS (DIGITS * 2 * 16) /* in floats */
 #define GRID_UNIT (GRID_SUMS + LANES)
 
-/* Bytes of both halves of R rows, the highest digit first: sum = sum * 256 + products of the next digit. The rows take
- * turns: a row's sum is one long chain, and chains behind each other would fill what waits for operands. */
-INLINE void LEVEL(digit_sums)(const W *lows, const W *highs, const float *group, const int R, W *sum)
+/* based + bytes of both halves of R rows with n digits: those of the lowest one for themselves, so that no chain is long. The
+ * rows take turns: chains behind each other would fill what waits for operands. */
+INLINE void LEVEL(digit_sums)(const W *lows, const W *highs, const float *group, W based, const int n, const int R, W *sum)
 {
+    W last[4];
     EACH_ROW sum[i] = _mm512_setzero_si512();
 #pragma GCC unroll 3
-    for (int d = DIGITS - 1; d >= 0; d--) {
-        if (d < DIGITS - 1)
-            EACH_ROW sum[i] = _mm512_slli_epi32(sum[i], 8);
+    for (int d = n - 1; d >= 0; d--) {
         const W low = _mm512_loadu_si512(group + d * 32), high = _mm512_loadu_si512(group + d * 32 + 16);
-        EACH_ROW sum[i] = _mm512_dpbusd_epi32(sum[i], lows[i], low);
-        EACH_ROW sum[i] = _mm512_dpbusd_epi32(sum[i], highs[i], high);
+        if (d && d < n - 1)
+            EACH_ROW sum[i] = _mm512_slli_epi32(sum[i], 8);
+        if (d) {
+            EACH_ROW sum[i] = _mm512_dpbusd_epi32(sum[i], lows[i], low);
+            EACH_ROW sum[i] = _mm512_dpbusd_epi32(sum[i], highs[i], high);
+        } else {
+            EACH_ROW last[i] = _mm512_dpbusd_epi32(based, lows[i], low);
+            EACH_ROW last[i] = _mm512_dpbusd_epi32(last[i], highs[i], high);
+        }
     }
+    EACH_ROW sum[i] = _mm512_add_epi32(_mm512_slli_epi32(sum[i], 8), last[i]);
 }
 
 /* As few_groups. */
 INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
-                                   const float *x, V *sums)
+                                   const int grid, const int digits, const float *x, V *sums)
 {
     const int64_t row_bytes = w->row_bytes, g0 = g;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
@@ -45,58 +58,67 @@ INLINE void LEVEL(few_groups_grid)(const struct weight *w, int64_t r, int64_t g,
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, block += 4 * LANES, soon += LANES * 4 * R) {
         const int64_t left = row_bytes - g * (LANES * 4);
-        const float *group = x + (g - g0) * M * GROUP; /* a part is a group */
+        const float *group = x + (g - g0) * M * GROUP;
         W words[4], lows[4], highs[4];
         V scale[4];
-        if (first[g] != from)
+        if (first[g] != from) {
             LEVEL(few_scales)(w, r, 1, from = first[g], R, unit, stored);
+            if (grid == CODES_OF_ONE)
+                EACH_ROW stored[i] = v_mul(stored[i], v_load(group + GRID_UNIT));
+        }
         EACH_ROW prefetch(soon + i * LANES * 4);
-        if (left >= LANES * 4)
-            EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
-        else
-            EACH_ROW words[i] = words_load(p + i * row_bytes, left);
+        LEVEL(few_words)(p, row_bytes, left, R, words);
         EACH_ROW {
-            lows[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(words[i], nibble));
-            highs[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words[i], 4), nibble));
+            lows[i] = _mm512_and_si512(words[i], nibble);
+            highs[i] = _mm512_and_si512(_mm512_srli_epi16(words[i], 4), nibble);
+            if (grid == STEPS) {
+                lows[i] = _mm512_shuffle_epi8(table, lows[i]);
+                highs[i] = _mm512_shuffle_epi8(table, highs[i]);
+            }
             scale[i] = v_spread(stored[i], block);
         }
         EACH_INPUT {
             const float *of = group + j * GROUP;
             W sum[4];
-            LEVEL(digit_sums)(lows, highs, of, R, sum);
-            const W based = _mm512_loadu_si512(of + GRID_SUMS);
+            LEVEL(digit_sums)(lows, highs, of, _mm512_loadu_si512(of + GRID_SUMS), digits, R, sum);
             const V steps = v_set1(of[GRID_UNIT]);
             EACH_ROW {
-                const V whole = _mm512_cvtepi32_ps(_mm512_add_epi32(sum[i], based));
-                acc[AT] = v_fma(v_mul(whole, steps), scale[i], acc[AT]);
+                const V whole = _mm512_cvtepi32_ps(sum[i]);
+                acc[AT] = v_fma(grid == CODES_OF_ONE ? whole : v_mul(whole, steps), scale[i], acc[AT]);
             }
         }
     }
     EACH_ROW EACH_INPUT sums[AT] = acc[AT];
 }
 
-FEW_PRODUCT(few_grid, few_groups_grid, )
+FEW_PRODUCT(few_steps, few_groups_grid, STEPS, DIGITS, )
+FEW_PRODUCT(few_codes, few_groups_grid, CODES, DIGITS, )
+FEW_PRODUCT(few_codes_of_one, few_groups_grid, CODES_OF_ONE, DIGITS, )
+FEW_PRODUCT(few_codes_low, few_groups_grid, CODES_OF_ONE, LOW_DIGITS, )
 
-/* Turn a group of packed floats into digits, in place; 0 where they are so large, so small or so undefined that they stay. */
-INLINE int LEVEL(to_digits)(const struct weight *w, float *group)
+/* Turn a group of packed floats into n digits, in place; 0 where they stay: the largest is below `least`, too large or undefined,
+ * or, with two digits, so large beside the others that these would lose much. */
+INLINE int LEVEL(to_digits)(const struct weight *w, float *group, const int n, const float least)
 {
     const W magnitude = _mm512_set1_epi32(0x7fffffff);
-    V x[8];
+    V x[8], total = v_zero();
     W most = _mm512_setzero_si512(), value[8];
     for (int i = 0; i < 8; i++) {
         x[i] = v_load(group + i * LANES);
-        most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(x[i]), magnitude));
+        const W one = _mm512_and_si512(_mm512_castps_si512(x[i]), magnitude);
+        most = _mm512_max_epi32(most, one);
+        total = v_add(total, _mm512_castsi512_ps(one));
     }
     const float largest = float_of((uint32_t)_mm512_reduce_max_epi32(most));
-    if (!(largest <= 0x1p100f && (largest >= 0x1p-90f || largest == 0.0f)))
+    if (!(largest <= 0x1p100f && (largest >= least || largest == 0.0f)) || (n < DIGITS && 4.0f * largest > v_sum(total)))
         return 0;
-    const float range = 0x7f7f00; /* below 127 in every digit, whatever rounds up */
+    const float range = n == DIGITS ? 0x7f7f00 : 0x7f00; /* below 127 in every digit, whatever rounds up */
     const V factor = v_set1(largest > 0.0f ? range / largest : 0.0f);
     for (int i = 0; i < 8; i++)
         value[i] = _mm512_cvtps_epi32(v_mul(x[i], factor));
     const W low_words = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const W high_words = _mm512_add_epi32(low_words, _mm512_set1_epi32(1));
-    for (int d = 0; d < DIGITS; d++) {
+    for (int d = 0; d < n; d++) {
         uint8_t bytes[GROUP];
         for (int i = 0; i < 8; i++) {
             codes_store(bytes + i * LANES, value[i]);
@@ -109,29 +131,51 @@ INLINE int LEVEL(to_digits)(const struct weight *w, float *group)
     }
     const W one = _mm512_set1_epi8(1);
     W sum;
-    LEVEL(digit_sums)(&one, &one, group, 1, &sum);
-    _mm512_storeu_si512(group + GRID_SUMS, _mm512_mullo_epi32(sum, _mm512_set1_epi32(w->base)));
-    group[GRID_UNIT] = largest / range * w->step;
+    LEVEL(digit_sums)(&one, &one, group, _mm512_setzero_si512(), n, 1, &sum);
+    sum = _mm512_mullo_epi32(sum, _mm512_set1_epi32(w->base));
+    _mm512_storeu_si512(group + GRID_SUMS, w->codes == 2 ? _mm512_srai_epi32(sum, 1) : sum);
+    group[GRID_UNIT] = largest / range * w->step * (w->codes ? (float)w->codes : 1.0f);
     return 1;
 }
 
-/* Pack a few inputs as digits, if they can be. */
+/* The units of the one input that is packed, for each block whose scale is read with those of a group. */
+static void LEVEL(spread_units)(const struct job *job)
+{
+    const int64_t blocks = GROUP / 2 / job->weight->half, groups = job->g1 - job->g0; /* blocks of a group */
+    float units[WIDE / GROUP];
+    for (int64_t g = 0; g < groups; g++)
+        units[g] = job->packed[g * GROUP + GRID_UNIT];
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t i = 0; i < LANES; i++) {
+            const int64_t of = (job->weight->order->first_block[job->g0 + g] + i) / blocks - job->g0;
+            job->packed[g * GROUP + GRID_UNIT + i] = of >= 0 && of < groups ? units[of] : 0.0f;
+        }
+}
+
+/* Pack a few inputs as digits, if they can be; say how. */
 static int LEVEL(pack_grid)(struct job *job)
 {
+    const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, floats = (job->g1 - job->g0) * GROUP;
+    const int one = job->batch == 1 && has_plain_codes(w);
     float scratch[LARGEST_BLOCK];
-    if (job->low || !job->weight->step || !job->weight->order->whole_words)
-        return 0; /* in bfloat16, decoding is as fast */
+    if (!w->step || !w->order->whole_words || (job->low && !one))
+        return NO_GRID;
     for (int64_t m = job->m0; m < job->m1; m++)
         if (job->type == FLOAT32)
             LEVEL(pack_input)(job, m, scratch, FLOAT32, 0);
+        else if (job->type == BFLOAT16)
+            LEVEL(pack_input)(job, m, scratch, BFLOAT16, 0);
         else
             LEVEL(pack_input)(job, m, scratch, FLOAT16, 0);
     for (int64_t s = 0; s < floats; s += GROUP)
         for (int64_t m = 0; m < batch; m++) {
             float *group = job->packed + s * batch + m * GROUP;
-            if (!LEVEL(to_digits)(job->weight, group))
-                return 0;
+            if (!(job->low ? LEVEL(to_digits)(w, group, LOW_DIGITS, 0x1p-60f)
+                           : LEVEL(to_digits)(w, group, DIGITS, one ? 0x1p-60f : 0x1p-90f)))
+                return NO_GRID;
         }
-    return 1;
+    if (one)
+        LEVEL(spread_units)(job);
+    return one ? CODES_OF_ONE : w->codes == 1 || w->codes == 2 ? CODES : STEPS;
 }

@@ -88,6 +88,7 @@ struct weight {
     int encoding; /* enum encoding; enum type for 16-bit floats */
     uint8_t steps[16]; /* where the levels lie on a grid, levels[c] = step * (steps[c] + base) */
     int base;
+    int codes; /* steps[c] = codes * c, as those of levels that are evenly spaced; else 0 */
     float step; /* else 0 */
 };
 
@@ -124,7 +125,7 @@ struct job {
     void *out;
     int type, out_type, bias_type; /* enum type of x, out and the bias */
     int low; /* whether products are taken in bfloat16, */
-    int grid; /* or in integers */
+    int grid; /* or in integers: enum grid of grid.h */
     int tiles; /* 0, or taken by AMX: of how many terms an input is the sum */
     int *refused; /* set where terms would not do for an input or a weight: nothing that is written counts */
     int64_t batch, threads;
@@ -194,6 +195,13 @@ static inline int64_t tiled_grad_columns(const struct weight *w, int64_t threads
 static inline int64_t few_inputs(const struct weight *w, int low)
 {
     return !w->order || (low && w->order->whole_words) ? FEW_MORE : FEW;
+}
+
+/* Whether codes are multiplied as they are with one input of integers, whose units become part of the scales (grid.h): groups of
+ * columns are whole blocks, and scales are not so small that the product with a unit could be subnormal. */
+static inline int has_plain_codes(const struct weight *w)
+{
+    return w->order && w->order->whole_words && (w->codes == 1 || w->codes == 2) && MAX_GROUP / 2 % w->half == 0 && w->encoding != SCALES_FLOAT32;
 }
 
 /* Columns whose scales are read at a time: whole parts, of about MAX_LANES blocks where these are not small. */

@@ -104,6 +104,18 @@ INLINE void LEVEL(few_scales)(const struct weight *w, int64_t r, int64_t step, i
 #undef READ
 }
 
+/* A group of words of R rows, of which `left` bytes are there. One way leads to them, not two: or they would go to the stack. */
+INLINE void LEVEL(few_words)(const uint8_t *p, int64_t row_bytes, int64_t left, const int R, W *words)
+{
+    uint8_t rest[4][LANES * 4]; /* with zeros behind what is left */
+    if (left < LANES * 4) {
+        EACH_ROW v_store((float *)rest[i], v_of_words(words_load(p + i * row_bytes, left)));
+        p = rest[0];
+        row_bytes = LANES * 4;
+    }
+    EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
+}
+
 /* What R rows with M inputs make in groups g to g1, decoding codes in registers. A block's products are
  * summed before its scale is applied; blocks that are not whole words (`apart`) are scaled first. */
 INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
@@ -126,10 +138,7 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int6
         V scale[4], sum[FEW_SUMS];
         if (first[g] != from)
             LEVEL(few_scales)(w, r, 1, from = first[g], R, unit, stored);
-        if (left >= LANES * 4)
-            EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
-        else
-            EACH_ROW words[i] = words_load(p + i * row_bytes, left);
+        LEVEL(few_words)(p, row_bytes, left, R, words);
         EACH_ROW scale[i] = v_spread(stored[i], block);
         EACH_ROW EACH_INPUT sum[AT] = v_zero();
 #pragma GCC unroll 8
@@ -207,19 +216,26 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
 #include "grid.h"
 #endif
 
-/* Rows r to `to` with M inputs, LANES of them at a time: a function for each M, which has the registers for itself. */
+/* Rows r to `to` with M inputs, LANES of them at a time: a function for each M, which has the registers for itself. What LANES
+ * rows make is written when the next ones are done: it would have to wait for what has just been stored a few numbers at a time. */
 #define ROWS_WITH(M, name, rows, product, ...)                              \
     OWN_FUNCTION LEVEL(name##_##M)(const struct job *job, int64_t r, int64_t to) \
     {                                                                       \
-        float sums[M * LANES];                                              \
-        for (; r < to; r += LANES) {                                        \
+        float sums[2][M * LANES], *now = sums[0], *before = sums[1];        \
+        for (const int64_t begin = r; r < to; r += LANES) {                 \
             const int n = (int)smaller(LANES, to - r);                      \
             int i = 0;                                                      \
             for (; i + rows <= n; i += rows)                                \
-                LEVEL(product)(job, r + i, rows, M, sums + i __VA_ARGS__);  \
+                LEVEL(product)(job, r + i, rows, M, now + i __VA_ARGS__);   \
             for (; i < n; i++)                                              \
-                LEVEL(product)(job, r + i, 1, M, sums + i __VA_ARGS__);     \
-            LEVEL(put_rows)(job, r, n, 1, sums);                            \
+                LEVEL(product)(job, r + i, 1, M, now + i __VA_ARGS__);      \
+            if (r > begin)                                                  \
+                LEVEL(put_rows)(job, r - LANES, LANES, 1, before);          \
+            float *const done = now;                                        \
+            now = before;                                                   \
+            before = done;                                                  \
+            if (r + LANES >= to)                                            \
+                LEVEL(put_rows)(job, r, n, 1, before);                      \
         }                                                                   \
     }
 #define ROWS_WITH_FEW(name, rows, product, ...)                             \
@@ -242,7 +258,10 @@ ROWS_WITH_FEW(rows_apart, ONE_ROW, few_apart)
 ROWS_WITH_MORE(rows_bfloat, FEW_ROWS, few_sixteen, , BFLOAT16)
 ROWS_WITH_MORE(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
 #if LEVEL_LOW
-ROWS_WITH_FEW(rows_grid, FEW_ROWS, few_grid)
+ROWS_WITH_FEW(rows_steps, FEW_ROWS, few_steps)
+ROWS_WITH_FEW(rows_codes, FEW_ROWS, few_codes)
+ROWS_WITH(1, rows_codes_of_one, FEW_ROWS(1), few_codes_of_one)
+ROWS_WITH(1, rows_codes_low, FEW_ROWS(1), few_codes_low)
 ROWS_WITH_MORE(rows_low, LOW_ROWS, few_low)
 #endif
 
@@ -256,11 +275,14 @@ static LEVEL(rows_with) *LEVEL(rows_with_few)(const struct job *job)
     const struct weight *w = job->weight;
     const int64_t at = job->m1 - job->m0 - 1;
 #if LEVEL_LOW
-    static LEVEL(rows_with) *const grid[] = {NAMED_FEW(rows_grid)}, *const low[] = {NAMED_MORE(rows_low)};
+    static LEVEL(rows_with) *const steps[] = {NAMED_FEW(rows_steps)}, *const codes[] = {NAMED_FEW(rows_codes)};
+    static LEVEL(rows_with) *const low[] = {NAMED_MORE(rows_low)};
+    if (job->grid == CODES_OF_ONE)
+        return job->low ? LEVEL(rows_codes_low_1) : LEVEL(rows_codes_of_one_1);
     if (job->low && w->order->whole_words)
         return low[at];
     if (job->grid)
-        return grid[at];
+        return (job->grid == CODES ? codes : steps)[at];
 #endif
     if (!w->order)
         return (w->encoding == BFLOAT16 ? bfloat : half)[at];
@@ -271,14 +293,14 @@ static LEVEL(rows_with) *LEVEL(rows_with_few)(const struct job *job)
 static void LEVEL(pack_few)(struct job *job)
 {
 #if LEVEL_LOW
+    job->grid = LEVEL(pack_grid)(job);
+    if (job->grid)
+        return;
     if (job->low && job->weight->order->whole_words) {
         for (int64_t m = job->m0; m < job->m1; m++)
             LEVEL(pack_low)(job, m);
         return;
     }
-    job->grid = LEVEL(pack_grid)(job);
-    if (job->grid)
-        return;
 #endif
     const int64_t floats = (job->g1 - job->g0) * GROUP, batch = job->m1 - job->m0;
     if (floats != job->weight->columns)
