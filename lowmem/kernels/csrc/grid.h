@@ -114,20 +114,25 @@ INLINE int LEVEL(to_digits)(const struct weight *w, float *group, const int n, c
         return 0;
     const float range = n == DIGITS ? 0x7f7f00 : 0x7f00; /* below 127 in every digit, whatever rounds up */
     const V factor = v_set1(largest > 0.0f ? range / largest : 0.0f);
-    for (int i = 0; i < 8; i++)
-        value[i] = _mm512_cvtps_epi32(v_mul(x[i], factor));
-    const W low_words = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const W high_words = _mm512_add_epi32(low_words, _mm512_set1_epi32(1));
+    /* Bytes of a sum with `half` are digits, but for the sign; four columns, which are a quarter of a vector, come together. */
+    const W half = _mm512_set1_epi32(n == DIGITS ? 0x808080 : 0x8080);
+    const W by_digits = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+    const W low_words = _mm512_set_epi32(27, 19, 26, 18, 25, 17, 24, 16, 11, 3, 10, 2, 9, 1, 8, 0);
+    const W high_words = _mm512_add_epi32(low_words, _mm512_set1_epi32(4));
+    for (int i = 0; i < 8; i++) {
+        const W v = _mm512_cvtps_epi32(v_mul(x[i], factor));
+        value[i] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(v, half), half), by_digits);
+    }
     for (int d = 0; d < n; d++) {
-        uint8_t bytes[GROUP];
-        for (int i = 0; i < 8; i++) {
-            codes_store(bytes + i * LANES, value[i]);
-            const W digit = _mm512_srai_epi32(_mm512_slli_epi32(value[i], 24), 24);
-            value[i] = _mm512_srai_epi32(_mm512_sub_epi32(value[i], digit), 8);
+        W of[2]; /* the digits of eight words: lows of even ones, highs, lows of odd ones, highs */
+        for (int i = 0; i < 2; i++) {
+            const W *v = value + 4 * i;
+            const W front = d < 2 ? _mm512_unpacklo_epi32(v[0], v[1]) : _mm512_unpackhi_epi32(v[0], v[1]);
+            const W back = d < 2 ? _mm512_unpacklo_epi32(v[2], v[3]) : _mm512_unpackhi_epi32(v[2], v[3]);
+            of[i] = d % 2 ? _mm512_unpackhi_epi64(front, back) : _mm512_unpacklo_epi64(front, back);
         }
-        const W front = _mm512_loadu_si512(bytes), back = _mm512_loadu_si512(bytes + 64);
-        _mm512_storeu_si512(group + d * 32, _mm512_permutex2var_epi32(front, low_words, back));
-        _mm512_storeu_si512(group + d * 32 + 16, _mm512_permutex2var_epi32(front, high_words, back));
+        _mm512_storeu_si512(group + d * 32, _mm512_permutex2var_epi32(of[0], low_words, of[1]));
+        _mm512_storeu_si512(group + d * 32 + 16, _mm512_permutex2var_epi32(of[0], high_words, of[1]));
     }
     const W one = _mm512_set1_epi8(1);
     W sum;
@@ -138,18 +143,23 @@ INLINE int LEVEL(to_digits)(const struct weight *w, float *group, const int n, c
     return 1;
 }
 
-/* The units of the one input that is packed, for each block whose scale is read with those of a group. */
+/* The units of the one input that is packed, for each of the blocks whose scales are read with those of a group. */
 static void LEVEL(spread_units)(const struct job *job)
 {
     const int64_t blocks = GROUP / 2 / job->weight->half, groups = job->g1 - job->g0; /* blocks of a group */
     float units[WIDE / GROUP];
     for (int64_t g = 0; g < groups; g++)
         units[g] = job->packed[g * GROUP + GRID_UNIT];
-    for (int64_t g = 0; g < groups; g++)
-        for (int64_t i = 0; i < LANES; i++) {
-            const int64_t of = (job->weight->order->first_block[job->g0 + g] + i) / blocks - job->g0;
-            job->packed[g * GROUP + GRID_UNIT + i] = of >= 0 && of < groups ? units[of] : 0.0f;
+    const int32_t *first = job->weight->order->first_block + job->g0;
+    for (int64_t g = 0; g < groups; g++) {
+        if (g && first[g] == first[g - 1])
+            continue; /* no scales are read with it */
+        int64_t of = first[g] / blocks - job->g0;
+        for (int64_t i = 0; i < LANES; i += blocks, of++) {
+            const V unit = v_set1(of >= 0 && of < groups ? units[of] : 0.0f);
+            _mm512_mask_storeu_ps(job->packed + g * GROUP + GRID_UNIT, (__mmask16)(((1u << blocks) - 1) << i), unit);
         }
+    }
 }
 
 /* Pack a few inputs as digits, if they can be; say how. */
