@@ -96,15 +96,23 @@ FEW_PRODUCT(few_codes, few_groups_grid, CODES, DIGITS, )
 FEW_PRODUCT(few_codes_of_one, few_groups_grid, CODES_OF_ONE, DIGITS, )
 FEW_PRODUCT(few_codes_low, few_groups_grid, CODES_OF_ONE, LOW_DIGITS, )
 
-/* Turn a group of packed floats into n digits, in place; 0 where they stay: the largest is below `least`, too large or undefined,
- * or, with two digits, so large beside the others that these would lose much. */
-INLINE int LEVEL(to_digits)(const struct weight *w, float *group, const int n, const float least)
+/* Where to_digits has four columns of a group. */
+INLINE W LEVEL(four_at)(W four)
+{
+    const W three = _mm512_set1_epi32(3);
+    const W quarter = _mm512_and_si512(_mm512_srli_epi32(four, 2), three), in_quarter = _mm512_and_si512(four, three);
+    return _mm512_or_si512(_mm512_and_si512(four, _mm512_set1_epi32(16)), _mm512_or_si512(_mm512_slli_epi32(in_quarter, 2), quarter));
+}
+
+/* Turn a group of an input into n digits; 0 where it stays: the largest is below `least`, too large or undefined, or, with two
+ * digits, so large beside the others that these would lose much. `run` times four columns of low nibbles come together, and then
+ * those of the high ones. */
+INLINE int LEVEL(to_digits)(const struct weight *w, const V *x, const int run, float *group, const int n, const float least)
 {
     const W magnitude = _mm512_set1_epi32(0x7fffffff);
-    V x[8], total = v_zero();
+    V total = v_zero();
     W most = _mm512_setzero_si512(), value[8];
     for (int i = 0; i < 8; i++) {
-        x[i] = v_load(group + i * LANES);
         const W one = _mm512_and_si512(_mm512_castps_si512(x[i]), magnitude);
         most = _mm512_max_epi32(most, one);
         total = v_add(total, _mm512_castsi512_ps(one));
@@ -117,22 +125,23 @@ INLINE int LEVEL(to_digits)(const struct weight *w, float *group, const int n, c
     /* Bytes of a sum with `half` are digits, but for the sign; four columns, which are a quarter of a vector, come together. */
     const W half = _mm512_set1_epi32(n == DIGITS ? 0x808080 : 0x8080);
     const W by_digits = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
-    const W low_words = _mm512_set_epi32(27, 19, 26, 18, 25, 17, 24, 16, 11, 3, 10, 2, 9, 1, 8, 0);
-    const W high_words = _mm512_add_epi32(low_words, _mm512_set1_epi32(4));
+    const W word = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const W low_words = _mm512_add_epi32(word, _mm512_andnot_si512(_mm512_set1_epi32(run - 1), word)); /* fours of columns */
+    const W high_words = _mm512_add_epi32(low_words, _mm512_set1_epi32(run));
     for (int i = 0; i < 8; i++) {
         const W v = _mm512_cvtps_epi32(v_mul(x[i], factor));
         value[i] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(v, half), half), by_digits);
     }
     for (int d = 0; d < n; d++) {
-        W of[2]; /* the digits of eight words: lows of even ones, highs, lows of odd ones, highs */
+        W of[2]; /* the digits of 64 columns, four of them together: of each quarter of these, the first, and so on */
         for (int i = 0; i < 2; i++) {
             const W *v = value + 4 * i;
             const W front = d < 2 ? _mm512_unpacklo_epi32(v[0], v[1]) : _mm512_unpackhi_epi32(v[0], v[1]);
             const W back = d < 2 ? _mm512_unpacklo_epi32(v[2], v[3]) : _mm512_unpackhi_epi32(v[2], v[3]);
             of[i] = d % 2 ? _mm512_unpackhi_epi64(front, back) : _mm512_unpacklo_epi64(front, back);
         }
-        _mm512_storeu_si512(group + d * 32, _mm512_permutex2var_epi32(of[0], low_words, of[1]));
-        _mm512_storeu_si512(group + d * 32 + 16, _mm512_permutex2var_epi32(of[0], high_words, of[1]));
+        _mm512_storeu_si512(group + d * 32, _mm512_permutex2var_epi32(of[0], LEVEL(four_at)(low_words), of[1]));
+        _mm512_storeu_si512(group + d * 32 + 16, _mm512_permutex2var_epi32(of[0], LEVEL(four_at)(high_words), of[1]));
     }
     const W one = _mm512_set1_epi8(1);
     W sum;
@@ -171,7 +180,8 @@ static int LEVEL(pack_grid)(struct job *job)
     float scratch[LARGEST_BLOCK];
     if (!w->step || !w->order->whole_words || (job->low && !one))
         return NO_GRID;
-    for (int64_t m = job->m0; m < job->m1; m++)
+    const int whole = MAX_GROUP / 2 % w->half == 0 && w->columns % GROUP == 0; /* blocks, in all groups: read where they lie */
+    for (int64_t m = job->m0; m < job->m1 && !whole; m++)
         if (job->type == FLOAT32)
             LEVEL(pack_input)(job, m, scratch, FLOAT32, 0);
         else if (job->type == BFLOAT16)
@@ -181,11 +191,18 @@ static int LEVEL(pack_grid)(struct job *job)
     for (int64_t s = 0; s < floats; s += GROUP)
         for (int64_t m = 0; m < batch; m++) {
             float *group = job->packed + s * batch + m * GROUP;
-            if (!(job->low ? LEVEL(to_digits)(w, group, LOW_DIGITS, 0x1p-60f)
-                           : LEVEL(to_digits)(w, group, DIGITS, one ? 0x1p-60f : 0x1p-90f)))
+            const int64_t from = (job->m0 + m) * w->columns + job->g0 * GROUP + s;
+            const uint16_t *typed = (const uint16_t *)job->x + from;
+            V x[8];
+            EACH_VECTOR(8) x[n] = !whole || job->type == FLOAT32 ? v_load((whole ? (const float *)job->x + from : group) + n * LANES)
+                                  : job->type == BFLOAT16        ? v_bfloat(typed + n * LANES)
+                                                                 : v_half(typed + n * LANES);
+            const int run = whole ? (int)w->half / 4 : 1;
+            if (!(job->low ? LEVEL(to_digits)(w, x, run, group, LOW_DIGITS, 0x1p-60f)
+                           : LEVEL(to_digits)(w, x, run, group, DIGITS, one ? 0x1p-60f : 0x1p-90f)))
                 return NO_GRID;
         }
     if (one)
         LEVEL(spread_units)(job);
-    return one ? CODES_OF_ONE : w->codes == 1 || w->codes == 2 ? CODES : STEPS;
+    return one ? CODES_OF_ONE : w->codes ? CODES : STEPS;
 }

@@ -88,7 +88,7 @@ struct weight {
     int encoding; /* enum encoding; enum type for 16-bit floats */
     uint8_t steps[16]; /* where the levels lie on a grid, levels[c] = step * (steps[c] + base) */
     int base;
-    int codes; /* steps[c] = codes * c, as those of levels that are evenly spaced; else 0 */
+    int codes; /* 1 or 2: steps[c] = codes * c, as those of levels that are evenly spaced; else 0 */
     float step; /* else 0 */
 };
 
@@ -201,7 +201,7 @@ static inline int64_t few_inputs(const struct weight *w, int low)
  * columns are whole blocks, and scales are not so small that the product with a unit could be subnormal. */
 static inline int has_plain_codes(const struct weight *w)
 {
-    return w->order && w->order->whole_words && (w->codes == 1 || w->codes == 2) && MAX_GROUP / 2 % w->half == 0 && w->encoding != SCALES_FLOAT32;
+    return w->order && w->order->whole_words && w->codes && MAX_GROUP / 2 % w->half == 0 && w->encoding != SCALES_FLOAT32;
 }
 
 /* Columns whose scales are read at a time: whole parts, of about MAX_LANES blocks where these are not small. */
