@@ -161,3 +161,19 @@ def test_one_bfloat16_that_is_not_finite_shows(level, form, value, column):
         got = kernels.linear(x, q, torch.bfloat16)
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got.float().nan_to_num(), expected.bfloat16().float().nan_to_num())
+
+
+@compiled
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64])
+@pytest.mark.parametrize("faint", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("large", [10.0, 1e3, 1e5])
+def test_bfloat16_beside_many_large_ones_that_hardly_count(level, form, block_size, faint, large):
+    """Those meet a block of small weights: what the others lose is not small beside what they make."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 256, generator=generator), torch.randn(1, 256, generator=generator)
+    weight[:, :block_size] *= faint
+    x[:, :8] = large * torch.tensor([1.0, -1.0]).repeat(4)
+    x, q = x.bfloat16(), quantize(weight, form, block_size=block_size, scales="float16")
+    with kernels.using(level):
+        got = kernels.linear(x, q, torch.bfloat16)
+    assert_close_in(torch.bfloat16, got, x, q.dequantize())

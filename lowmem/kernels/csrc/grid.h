@@ -7,8 +7,9 @@
  * can be: x is off by about 2^-24 of that magnitude, less than a sum in float32 loses. The sum of v is the input's alone,
  * and is taken once for all rows. Where levels are evenly spaced, steps are the codes, or twice the codes: these are
  * multiplied as they are then, and half of base * sum of v is rounded. With one such input the units are part of the scales. Its
- * bfloat16 numbers have two digits: they are off by 2^-16 of the largest of them, and in sum by at most 2^-11 of their sum, a
- * quarter of what rounding to bfloat16 may lose, as no number is more than a quarter of that sum: one that is takes the other path.
+ * bfloat16 numbers have two digits: they are off by 2^-16 of the largest of them, and those that share a vector, and so a block's
+ * scale, in sum by at most 2^-9 of their sum, which is what rounding to bfloat16 may have lost. An input of which the largest is
+ * more than eight times such a sum takes the other path.
  *
  * A group of an input: for each digit, the lowest first, the bytes of the low and of the high nibbles (64 and 64); base * sum of v
  * for each lane; and step * unit, or those of each of LANES blocks. It is as long as the GROUP floats that it is made from. */
@@ -105,21 +106,29 @@ INLINE W LEVEL(four_at)(W four)
 }
 
 /* Turn a group of an input into n digits; 0 where it stays: the largest is below `least`, too large or undefined, or, with two
- * digits, so large beside the others that these would lose much. `run` times four columns of low nibbles come together, and then
+ * digits, so large beside others that these would lose much. `run` times four columns of low nibbles come together, and then
  * those of the high ones. */
 INLINE int LEVEL(to_digits)(const struct weight *w, const V *x, const int run, float *group, const int n, const float least)
 {
     const W magnitude = _mm512_set1_epi32(0x7fffffff);
-    V total = v_zero();
     W most = _mm512_setzero_si512(), value[8];
+    V size[8];
     for (int i = 0; i < 8; i++) {
         const W one = _mm512_and_si512(_mm512_castps_si512(x[i]), magnitude);
         most = _mm512_max_epi32(most, one);
-        total = v_add(total, _mm512_castsi512_ps(one));
+        size[i] = _mm512_castsi512_ps(one);
     }
     const float largest = float_of((uint32_t)_mm512_reduce_max_epi32(most));
-    if (!(largest <= 0x1p100f && (largest >= least || largest == 0.0f)) || (n < DIGITS && 4.0f * largest > v_sum(total)))
+    if (!(largest <= 0x1p100f && (largest >= least || largest == 0.0f)))
         return 0;
+    if (n < DIGITS) {
+        float sums[8];
+        v_sum4(size[0], size[1], size[2], size[3], sums);
+        v_sum4(size[4], size[5], size[6], size[7], sums + 4);
+        for (int i = 0; i < 8; i++)
+            if (sums[i] > 0.0f && largest > 8.0f * sums[i])
+                return 0;
+    }
     const float range = n == DIGITS ? 0x7f7f00 : 0x7f00; /* below 127 in every digit, whatever rounds up */
     const V factor = v_set1(largest > 0.0f ? range / largest : 0.0f);
     /* Bytes of a sum with `half` are digits, but for the sign; four columns, which are a quarter of a vector, come together. */
@@ -176,7 +185,7 @@ static int LEVEL(pack_grid)(struct job *job)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, floats = (job->g1 - job->g0) * GROUP;
-    const int one = job->batch == 1 && has_plain_codes(w);
+    const int one = job->batch == 1 && has_plain_codes(w) && !(job->low && w->half < LANES / 2); /* a vector is in a block */
     float scratch[LARGEST_BLOCK];
     if (!w->step || !w->order->whole_words || (job->low && !one))
         return NO_GRID;
