@@ -158,7 +158,7 @@ class Linear4Bit(FourBitStorage):
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
         x = autocast(input)
         own = self._parameters  # faster than attributes; not all are there where something wraps the layer
-        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - get would ask for self.bias in every call
         return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, bias)
 
     def extra_repr(self) -> str:

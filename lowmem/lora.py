@@ -166,19 +166,20 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the base's dtype, for input (..., in_features)."""
-        parts, merged, active = self._modules, self.merged, self.active  # each asked for once
+        merged, active = self.merged, self.active  # each asked for once
+        parts: dict[str, Any] = self._modules
         base = parts["merged_base"]
         if base is None:
             base, merged = parts["base"], None
-        adapters = parts["adapters"]._modules  # type: ignore[union-attr]
+        adapters: dict[str, Any] = parts["adapters"]._modules
         if len(active) == 1 and active[0] != merged:
             at_once = _at_once(base, adapters[active[0]], input)
             if at_once is not None:
                 return at_once
-        out: Tensor = base(input)  # type: ignore[misc]
+        out: Tensor = base(input)
         for name in active:
             if name != merged:
-                out = adapters[name].forward(out, input)  # type: ignore[union-attr]  # past the cost of __call__
+                out = adapters[name].forward(out, input)  # past the cost of __call__
         return out
 
     def folded(self, names: Iterable[str]) -> tuple[nn.Module, float]:

@@ -46,7 +46,7 @@ INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, floa
 {
     const struct weight *w = job->weight;
     const int64_t begin = job->g0 * GROUP;
-    float *scales = own, *words = own + TILES_AT;
+    float *scales = own, *words = own + TILES_AT; /* where others have tiles */
     int64_t first = 0;
     for (int64_t c = begin; c < job->g1 * GROUP; c += GROUP) {
         const int64_t at = c / 2, block = at / w->half, ahead = (at - block * w->half) / 4;

@@ -135,8 +135,8 @@ INLINE int LEVEL(to_digits)(const struct weight *w, const V *x, const int run, f
     const W half = _mm512_set1_epi32(n == DIGITS ? 0x808080 : 0x8080);
     const W by_digits = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
     const W word = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const W low_words = _mm512_add_epi32(word, _mm512_andnot_si512(_mm512_set1_epi32(run - 1), word)); /* fours of columns */
-    const W high_words = _mm512_add_epi32(low_words, _mm512_set1_epi32(run));
+    const W fours = _mm512_add_epi32(word, _mm512_andnot_si512(_mm512_set1_epi32(run - 1), word)); /* of columns, of low nibbles */
+    const W lows = LEVEL(four_at)(fours), highs = LEVEL(four_at)(_mm512_add_epi32(fours, _mm512_set1_epi32(run)));
     for (int i = 0; i < 8; i++) {
         const W v = _mm512_cvtps_epi32(v_mul(x[i], factor));
         value[i] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(v, half), half), by_digits);
@@ -149,8 +149,8 @@ INLINE int LEVEL(to_digits)(const struct weight *w, const V *x, const int run, f
             const W back = d < 2 ? _mm512_unpacklo_epi32(v[2], v[3]) : _mm512_unpackhi_epi32(v[2], v[3]);
             of[i] = d % 2 ? _mm512_unpackhi_epi64(front, back) : _mm512_unpacklo_epi64(front, back);
         }
-        _mm512_storeu_si512(group + d * 32, _mm512_permutex2var_epi32(of[0], LEVEL(four_at)(low_words), of[1]));
-        _mm512_storeu_si512(group + d * 32 + 16, _mm512_permutex2var_epi32(of[0], LEVEL(four_at)(high_words), of[1]));
+        _mm512_storeu_si512(group + d * 32, _mm512_permutex2var_epi32(of[0], lows, of[1]));
+        _mm512_storeu_si512(group + d * 32 + 16, _mm512_permutex2var_epi32(of[0], highs, of[1]));
     }
     const W one = _mm512_set1_epi8(1);
     W sum;
@@ -185,18 +185,13 @@ static int LEVEL(pack_grid)(struct job *job)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, floats = (job->g1 - job->g0) * GROUP;
-    const int one = job->batch == 1 && has_plain_codes(w) && !(job->low && w->half < LANES / 2); /* a vector is in a block */
+    const int one = job->batch == 1 && has_plain_codes(w, job->low);
     float scratch[LARGEST_BLOCK];
     if (!w->step || !w->order->whole_words || (job->low && !one))
         return NO_GRID;
-    const int whole = MAX_GROUP / 2 % w->half == 0 && w->columns % GROUP == 0; /* blocks, in all groups: read where they lie */
+    const int whole = has_whole_groups(w) && w->columns % GROUP == 0; /* read where they lie */
     for (int64_t m = job->m0; m < job->m1 && !whole; m++)
-        if (job->type == FLOAT32)
-            LEVEL(pack_input)(job, m, scratch, FLOAT32, 0);
-        else if (job->type == BFLOAT16)
-            LEVEL(pack_input)(job, m, scratch, BFLOAT16, 0);
-        else
-            LEVEL(pack_input)(job, m, scratch, FLOAT16, 0);
+        LEVEL(pack_typed)(job, m, scratch);
     for (int64_t s = 0; s < floats; s += GROUP)
         for (int64_t m = 0; m < batch; m++) {
             float *group = job->packed + s * batch + m * GROUP;

@@ -197,11 +197,14 @@ static inline int64_t few_inputs(const struct weight *w, int low)
     return !w->order || (low && w->order->whole_words) ? FEW_MORE : FEW;
 }
 
-/* Whether codes are multiplied as they are with one input of integers, whose units become part of the scales (grid.h): groups of
- * columns are whole blocks, and scales are not so small that the product with a unit could be subnormal. */
-static inline int has_plain_codes(const struct weight *w)
+/* Whether every group of columns is whole blocks, which are whole words, but for the end of a row. */
+static inline int has_whole_groups(const struct weight *w) { return w->order->whole_words && MAX_GROUP / 2 % w->half == 0; }
+
+/* Whether codes are multiplied as they are with one input of integers, whose units become part of the scales (grid.h): these are
+ * not so small that the product with a unit could be subnormal, and in bfloat16 every vector of the input has one of them. */
+static inline int has_plain_codes(const struct weight *w, int low)
 {
-    return w->order && w->order->whole_words && w->codes && MAX_GROUP / 2 % w->half == 0 && w->encoding != SCALES_FLOAT32;
+    return w->order && w->codes && has_whole_groups(w) && w->encoding != SCALES_FLOAT32 && (!low || 2 * w->half >= MAX_LANES);
 }
 
 /* Columns whose scales are read at a time: whole parts, of about MAX_LANES blocks where these are not small. */

@@ -135,7 +135,7 @@ static void find_grid(struct weight *w)
     }
     w->codes = w->steps[1];
     for (int c = 0; c < 16; c++)
-        if (w->steps[c] != w->codes * c)
+        if (w->steps[c] != w->steps[1] * c)
             w->codes = 0;
     w->base = (int)base;
     w->step = step;
@@ -206,7 +206,7 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
                                int64_t beside)
 {
     const int few = !tiles && batch <= few_inputs(w, low);
-    const int in_low = low && !transposed && (!few || w->order->whole_words) && !(batch == 1 && has_plain_codes(w));
+    const int in_low = low && !transposed && (!few || w->order->whole_words) && !(batch == 1 && has_plain_codes(w, low));
     const int number = tiles ? 2 * tiles : in_low ? 2 : 4; /* bytes of a packed one */
     const int64_t all = threads_for(threads, (double)w->rows * w->columns * batch);
     const int64_t part = smaller(round_up(w->rows, TILED_LINE), TILED_GRAD_PART); /* of the rows */

@@ -82,6 +82,17 @@ INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, 
 #undef PLACE
 }
 
+/* Pack input m as float32. */
+static void LEVEL(pack_typed)(const struct job *job, int64_t m, float *scratch)
+{
+    if (job->type == FLOAT32)
+        LEVEL(pack_input)(job, m, scratch, FLOAT32, 0);
+    else if (job->type == BFLOAT16)
+        LEVEL(pack_input)(job, m, scratch, BFLOAT16, 0);
+    else
+        LEVEL(pack_input)(job, m, scratch, FLOAT16, 0);
+}
+
 /* Pack a piece of the batch: part by part, input by input. */
 static void LEVEL(pack_many)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
@@ -94,10 +105,5 @@ static void LEVEL(pack_many)(struct job *job, int64_t part, int64_t parts, int64
             LEVEL(pack_input)(job, m, scratch, BFLOAT16, 1);
         else
 #endif
-        if (job->type == FLOAT32)
-            LEVEL(pack_input)(job, m, scratch, FLOAT32, 0);
-        else if (job->type == BFLOAT16)
-            LEVEL(pack_input)(job, m, scratch, BFLOAT16, 0);
-        else
-            LEVEL(pack_input)(job, m, scratch, FLOAT16, 0);
+            LEVEL(pack_typed)(job, m, scratch);
 }
