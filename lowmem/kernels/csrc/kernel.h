@@ -34,6 +34,8 @@
 #define MAX_VECTORS 2             /* of rows, in a tile */
 #define TILES_AT (MAX_VECTORS * MAX_LANES * CHUNK_SCALES)              /* two of them, behind the scales of a chunk; */
 #define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART_FLOATS) /* behind those */
+#define PANEL MAX_LANES           /* inputs, at every level, */
+#define PANEL_ROWS 16             /* and rows that are multiplied with them, in panels.h */
 #define LARGEST_BLOCK 4096
 #define WIDE 8192                 /* columns of the input that are packed at a time */
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */
@@ -126,6 +128,7 @@ struct job {
     int type, out_type, bias_type; /* enum type of x, out and the bias */
     int low; /* whether products are taken in bfloat16, */
     int grid; /* or in integers: enum grid of grid.h */
+    int panels; /* whether inputs, more than a few, are packed in panels, at levels that have as many lanes */
     int tiles; /* 0, or taken by AMX: of how many terms an input is the sum */
     int *refused; /* set where terms would not do for an input or a weight: nothing that is written counts */
     int64_t batch, threads;
@@ -172,13 +175,19 @@ extern const struct level level_portable, level_neon, level_avx2, level_avx512, 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* How many inputs of so many packed bytes, and so many of the threads' own, are packed at a time beside `others`, in `most_bytes`:
- * pieces of a batch that are about as large, and multiples of `whole`. */
-static inline int64_t piece_of(int64_t batch, int64_t most_bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
+/* How many inputs of so many packed bytes, and so many of the threads' own, can be packed at a time beside `others`, in
+ * `most_bytes`, where they come in multiples of `whole`. */
+static inline int64_t most_packed(int64_t most_bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
 {
     const int64_t least = whole > 1 ? LEAST_BYTES / 2 : LEAST_BYTES;
     const int64_t room = SCRATCH_BYTES - others < least ? least : SCRATCH_BYTES - others;
-    const int64_t most = smaller(smaller(most_bytes / packed, room / (packed + own)), MOST);
+    return smaller(smaller(most_bytes / packed, room / (packed + own)), MOST);
+}
+
+/* How many are: pieces of a batch that are about as large. */
+static inline int64_t piece_of(int64_t batch, int64_t most_bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
+{
+    const int64_t most = most_packed(most_bytes, packed, own, others, whole);
     const int64_t fits = most > whole ? most / whole * whole : whole, pieces = (batch + fits - 1) / fits;
     return pieces ? round_up((batch + pieces - 1) / pieces, whole) : 0;
 }
@@ -212,6 +221,12 @@ static inline int64_t chunk_of(const struct weight *w)
 {
     const int64_t most = 2 * w->half * MAX_LANES / CHUNK * CHUNK;
     return most > CHUNK ? most : CHUNK;
+}
+
+/* Whether inputs, more than a few, fill panels, or nearly: 16-bit weights gain more by them (panels.h). */
+static inline int fill_panels(const struct weight *w, int64_t batch)
+{
+    return 32 * round_up(batch, PANEL) <= (w->order ? 33 : 36) * batch && (!w->order || batch >= 2 * PANEL);
 }
 
 /* Columns of an input that are packed, where there are more than a few: whole chunks. */

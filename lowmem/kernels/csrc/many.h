@@ -156,12 +156,17 @@ INLINE int64_t LEVEL(chunk_scales)(const struct job *job, int64_t r, int64_t sta
 
 #include "fused.h"
 #include "tiled.h"
+#include "panels.h"
 
 /* Rows r to `to` with all inputs of a piece. */
 INLINE void LEVEL(many_rows)(const struct job *job, int64_t r, int64_t to, float *own, const int low)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0;
+    if (LEVEL(by_panels)(job)) {
+        LEVEL(panel_rows)(job, r, to, own, low);
+        return;
+    }
     if (!w->order || !w->order->whole_words || job->batch > FUSED_BATCH) { /* however large a piece of it is */
         LEVEL(tiled_rows)(job, r, to, own, low);
         return;

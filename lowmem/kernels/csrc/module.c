@@ -197,7 +197,8 @@ static int read_weight(const struct level *level, PyObject *prepared, PyObject *
 /* How a product's scratch is laid out, `beside` bytes of sums, in floats: what the threads share, then what each has of its own. */
 struct layout {
     int64_t threads, piece, packed_step, shared, own;
-    int few; /* whether inputs are so few that an update is added row by row */
+    int few; /* whether inputs are so few that an update is added row by row, */
+    int panels; /* or packed in panels */
 };
 
 #define MOST_COPIES 4 /* of a packed input: with more threads, packing it in all of them would take too long */
@@ -217,13 +218,15 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
                         : transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
     const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
     const int64_t copies = transposed || tiles > 1 || all > MOST_COPIES ? 1 : all;
-    const int64_t whole = tiles ? TILED_INPUTS : 1, of_input = 4 * all * own_of_input, others = 4 * all * own + beside;
+    const int64_t of_input = 4 * all * own_of_input, others = 4 * all * own + beside;
     int64_t most = PACKED_BYTES;
     if (tiles > 1) { /* terms take no more than vectors would */
         const struct layout vectors = layout_of(w, batch, threads, transposed, 0, 0, beside);
         const int64_t room = 4 * (vectors.shared + vectors.threads * vectors.own - all * own);
         most = room / (bytes + of_input) * bytes;
     }
+    const int panels = !tiles && !transposed && !few && fill_panels(w, batch) && most_packed(most, bytes, of_input, others, PANEL) >= PANEL;
+    const int64_t whole = tiles ? TILED_INPUTS : panels ? PANEL : 1;
     const int own_copies = copies > 1 && copies * bytes * round_up(batch, whole) <= most &&
                            piece_of(batch, most, copies * bytes, of_input, others, whole) >= batch;
     const int64_t piece = piece_of(batch, most, (own_copies ? copies : 1) * bytes, of_input, others, whole);
@@ -235,6 +238,7 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
         .shared = own_copies ? copies * packed : packed,
         .own = own + own_of_input * piece,
         .few = few,
+        .panels = panels,
     };
     return layout;
 }
@@ -352,6 +356,7 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
             .bias_type = bias.type,
             .low = low,
             .tiles = tiles,
+            .panels = layout.panels,
             .refused = &refused,
             .batch = x.shape[0],
             .threads = layout.threads,

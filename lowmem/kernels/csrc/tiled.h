@@ -30,12 +30,56 @@ struct LEVEL(restoring) {
     const float *words, *scales; /* of the block of the next word */
     float *tile;
     int64_t left; /* words until the next block */
+    int64_t r, g; /* or, as rows lie: the first row, the first group of columns; `scales` are what steps of the rows' scales count */
     int vectors, count; /* done, and all: those of a word come one after the other */
 };
 
-/* Restore the next vector of words. */
-INLINE void LEVEL(restore_next)(struct LEVEL(restoring) *to, T table, const int low)
+/* Restore the next group of a row: as it lies, PART_FLOATS a row. */
+INLINE void LEVEL(restore_row)(struct LEVEL(restoring) *to, T table, const int low)
 {
+    const struct weight *w = to->w;
+    const int i = to->vectors % PANEL_ROWS, n = to->vectors / PANEL_ROWS;
+    const int64_t r = smaller(to->r + i, w->rows - 1), g = to->g + n;
+    float *tile = to->tile + i * PART_FLOATS + n * (GROUP / (low ? 2 : 1));
+    to->vectors++;
+    if (!w->order) {
+        LEVEL(widen_typed)(w, r, g * GROUP, GROUP, tile);
+        return;
+    }
+    const int32_t *block = w->order->block + g * 4 * LANES;
+    const W words = LEVEL(words)(w, r, g);
+    const V unit = v_set1(to->scales[i]);
+    V stored, scale, value[8];
+    const int64_t first = w->order->first_block[g];
+    LEVEL(few_scales)(w, r, 1, first, 1, &unit, &stored);
+    prefetch(w->scales + (r + PANEL_ROWS) * scale_bytes(w) + first * scale_bytes(w) / w->blocks);
+    scale = v_spread(stored, block);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
+        if (k && k % 2 == 0 && !w->order->whole_words)
+            scale = v_spread(stored, block + k / 2 * LANES);
+        value[k] = v_mul(v_lookup(table, words, k), scale);
+    }
+#if LEVEL_LOW
+    if (low) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++)
+            v_store(tile + k * LANES, (V)_mm512_cvtne2ps_pbh(value[2 * k + 1], value[2 * k]));
+        return;
+    }
+#endif
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++)
+        v_store(tile + k * LANES, value[k]);
+}
+
+/* Restore the next vector of words. */
+INLINE void LEVEL(restore_next)(struct LEVEL(restoring) *to, T table, const int low, const int panel)
+{
+    if (panel) {
+        LEVEL(restore_row)(to, table, low);
+        return;
+    }
     const int word = to->vectors / MANY_VECTORS, v = to->vectors % MANY_VECTORS;
     const W codes = words_of_v(v_load(to->words + to->vectors * LANES));
     float *tile = to->tile + word * UNITS(low) * MANY_ROWS + v * LANES;
@@ -62,42 +106,44 @@ INLINE void LEVEL(restore_apart)(const struct weight *w, const float *words, con
         }
 }
 
+#define EACH_OF_VECTORS for (int v = 0; v < vectors; v++)
+
 /* M inputs with n words of restored rows. In between, the next tile is restored up to a vector of words: the pipes that look
  * up and store are idle while those of products are not. `fetch`: what to fetch, or NULL; all at once, it would have to wait. */
 INLINE void LEVEL(multiply)(const float *tile, int n, const float *x, const int M, float *sums, struct LEVEL(restoring) *next,
-                            int until, const uint8_t *fetch, const int low)
+                            int until, const uint8_t *fetch, const int low, const int panel)
 {
     const T table = table_load(next->w->levels ? next->w->levels : tile); /* any sixteen floats */
-    const int units = UNITS(low), before = next->vectors, due = until - before;
+    const int units = UNITS(low), vectors = panel ? 1 : MANY_VECTORS, before = next->vectors, due = until - before;
     const int64_t stride = row_stride(next->w), step = next->w->order ? LANES * 4 : LANES * 16;
     for (int word = 0, end; word < n;) { /* float32 numbers 64 at a time: a longer sum would lose what it adds */
-        V acc[MANY_SUMS];
-        EACH_ROWS EACH_OF_MANY acc[v * M + j] = v_zero();
-        for (end = low || word ? n : (n + 1) / 2; word < end; word++, tile += units * MANY_ROWS, x += units) {
+        V acc[MANY_SUMS > PANEL_ROWS ? MANY_SUMS : PANEL_ROWS];
+        EACH_OF_VECTORS EACH_OF_MANY acc[v * M + j] = v_zero();
+        for (end = low || word ? n : (n + 1) / 2; word < end; word++, tile += units * vectors * LANES, x += units) {
             if ((next->vectors - before) * n < due * (word + 1))
-                LEVEL(restore_next)(next, table, low);
+                LEVEL(restore_next)(next, table, low, panel);
             for (int64_t i = 0; fetch && i < step; i += 64)
-                EACH_ROWS prefetch(fetch + (v * LANES + word % LANES) * stride + word / LANES * step + i);
+                EACH_OF_VECTORS prefetch(fetch + (v * LANES + word % LANES) * stride + word / LANES * step + i);
 #pragma GCC unroll 8
             for (int k = 0; k < units; k++) {
                 V row[MAX_VECTORS];
-                EACH_ROWS {
-                    row[v] = v_load(tile + k * MANY_ROWS + v * LANES);
+                EACH_OF_VECTORS {
+                    row[v] = v_load(tile + k * vectors * LANES + v * LANES);
                     v_keep(row[v]);
                 }
                 EACH_OF_MANY {
                     const V value = LEVEL(spread_unit)(x + j * PART_FLOATS + k, low);
-                    EACH_ROWS acc[v * M + j] = LEVEL(multiply_add)(row[v], value, acc[v * M + j], low);
+                    EACH_OF_VECTORS acc[v * M + j] = LEVEL(multiply_add)(row[v], value, acc[v * M + j], low);
                 }
             }
         }
-        EACH_OF_MANY EACH_ROWS {
-            float *sum = sums + j * MANY_ROWS + v * LANES;
+        EACH_OF_MANY EACH_OF_VECTORS {
+            float *sum = sums + j * vectors * LANES + v * LANES;
             v_store(sum, v_add(v_load(sum), acc[v * M + j]));
         }
     }
     while (next->vectors < until)
-        LEVEL(restore_next)(next, table, low);
+        LEVEL(restore_next)(next, table, low, panel);
 }
 
 /* Columns from c on of LANES rows of 16-bit floats into a tile: LANES columns, `step` floats apart, of which those beyond a
@@ -171,7 +217,7 @@ INLINE void LEVEL(tiled_rows)(const struct job *job, int64_t r, int64_t to, floa
     LEVEL(begin_tile)(job, r, begin, columns, own, tile, &first, &next, low);
     const T table = table_load(job->weight->levels ? job->weight->levels : tile); /* any sixteen floats */
     while (next.vectors < next.count)
-        LEVEL(restore_next)(&next, table, low);
+        LEVEL(restore_next)(&next, table, low, 0);
     for (int64_t c = begin; r < to;) {
         const int64_t this_r = r, this_c = c, n = columns;
         c += columns;
@@ -187,7 +233,7 @@ INLINE void LEVEL(tiled_rows)(const struct job *job, int64_t r, int64_t to, floa
         const float *x = LEVEL(packed_at)(job, this_c - begin, low);
 #define CALL(M)                                                                             \
     LEVEL(multiply)(tile, (int)n / 8, x + m * PART_FLOATS, M, sums + m * MANY_ROWS, &next, \
-                    (int)(next.count * (m + M) / batch), m ? NULL : fetch, low)
+                    (int)(next.count * (m + M) / batch), m ? NULL : fetch, low, 0)
         IN_PASSES(batch, MANY_INPUTS, CALL)
 #undef CALL
         float *done = tile;
