@@ -36,6 +36,13 @@ def assert_exact(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: 
     assert ((got.double() - expected).abs() <= allowed).all()
 
 
+def assert_no_worse_than_torch(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
+    """Within 1e-6 of the norms' product, or what torch's own float32 product loses, where that is more."""
+    exact, norms = x.double() @ dense.double().t(), x.double().norm(dim=1)[:, None] * dense.double().norm(dim=1)
+    lost, torchs = (((y.double() - exact).abs() / norms).max() for y in (got, x @ dense.t()))
+    assert lost <= max(1e-6, torchs)
+
+
 def assert_close_in(dtype: torch.dtype, got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
     """Within the roundings of both factors and of the result of the float64 product; sums are in float32."""
     unit = torch.finfo(dtype).eps / 2  # what one rounding loses

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
 from tests import strategies
-from tests.compiled import assert_close_in, assert_exact, compiled, spread_inputs
+from tests.compiled import assert_close_in, assert_exact, assert_no_worse_than_torch, compiled, spread_inputs
 
 pytestmark = pytest.mark.parametrize("form", ["int4", "fp4"])
 few = st.integers(1, 4)
@@ -177,3 +177,90 @@ def test_bfloat16_beside_many_large_ones_that_hardly_count(level, form, block_si
     with kernels.using(level):
         got = kernels.linear(x, q, torch.bfloat16)
     assert_close_in(torch.bfloat16, got, x, q.dequantize())
+
+
+@compiled
+@given(
+    st.integers(1, 400),
+    columns_of_groups,
+    st.sampled_from([8, 16, 32, 64, 128, 256]),
+    st.sampled_from(["float16", "double"]),
+    st.integers(0, 38),
+    st.integers(0, 4),
+    strategies.seeds,
+)
+def test_gradients_of_one_input_lose_no_more_than_float32_s(
+    level, form, rows, columns, block_size, scales, decades, apart, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * 10 ** (-apart * torch.rand(rows, 1, generator=generator))
+    q = quantize(weight, form, block_size=block_size, scales=scales)
+    grad = spread_inputs(torch.zeros(1), rows, decades, generator)
+    with kernels.using(level):
+        got = kernels.input_grad(grad, q, torch.float32)
+    assert_exact(got, grad, q.dequantize(torch.float64).t())
+
+
+@compiled
+@pytest.mark.parametrize("tiny", [0.49, 0.51, 1.49, 7.51, 1e3 + 0.5])
+@pytest.mark.parametrize("outlier", [1.0, 3.0, 20.0])
+@pytest.mark.parametrize("rows", [127, 128, 1024])
+def test_rows_of_a_gradient_that_would_all_be_rounded_alike(level, form, tiny, outlier, rows):
+    """Of each 128 rows one is large, in the gradient or by its scale, and weights there hardly count."""
+    weight = torch.ones(rows, 640)
+    grad = torch.full((1, rows), tiny / 0x7F7F00)
+    grad[:, ::128] = 1.0
+    weight[::128] = outlier / (15 if form == "int4" else 12)
+    weight[::128, ::16] = outlier
+    with kernels.using(level):
+        for g in (grad, torch.full((1, rows), 0.37)):
+            q = quantize(weight, form, block_size=16, scales="float16")
+            assert_no_worse_than_torch(kernels.input_grad(g, q, torch.float32), g, q.dequantize().t())
+
+
+@compiled
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-38, 1e-19, 1.0, 1e17, 1e19, 1e35])
+@pytest.mark.parametrize("small", [1.0, 1e-6])
+def test_gradients_of_every_magnitude(level, form, largest, small):
+    """And float16 scales that are subnormal, blocks of zeros, rows without a gradient."""
+    weight = strategies.make_weight("normal", (300, 384), 0, 0) * small
+    weight[::3, 64:128] = 0
+    q = quantize(weight, form, block_size=16)
+    grad = torch.linspace(-1, 1, 300).reshape(1, 300) * largest
+    grad[:, :128] = 0
+    with kernels.using(level):
+        got = kernels.input_grad(grad, q, torch.float32)
+    assert_exact(got, grad, q.dequantize(torch.float64).t())
+
+
+@compiled
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("row", [0, 130, 299])
+def test_a_gradient_that_is_not_finite_shows_as_in_float32(level, form, value, row):
+    q = quantize(strategies.make_weight("normal", (300, 256), 0, 0) + 3, form, block_size=16)  # no weight is zero
+    grad = torch.randn(1, 300)
+    grad[0, row] = value
+    expected = grad @ q.dequantize()
+    with kernels.using(level):
+        got = kernels.input_grad(grad, q, torch.float32)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+@compiled
+@pytest.mark.parametrize("columns", [128, 640, 1100, 1408])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_threads_change_no_bit_of_a_gradient(level, form, columns, block_size):
+    """Groups of columns that share what is found of their scales may go to two threads; some of them are left to others."""
+    weight = torch.randn(300, columns, generator=torch.Generator().manual_seed(0))
+    weight[:128, 512:] *= 10 ** torch.linspace(-3, 0, 128)[:, None]
+    q, grad, threads, found = quantize(weight, form, block_size=block_size), torch.randn(1, 300), torch.get_num_threads(), []
+    try:
+        with kernels.using(level):
+            for count in (1, 2, 3, 5, 8):
+                torch.set_num_threads(count)
+                found.append(kernels.input_grad(grad, q, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert_exact(found[0], grad, q.dequantize(torch.float64).t())

@@ -11,6 +11,14 @@ _Static_assert(GRAD_SIXTEEN * GRAD_SIXTEEN_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, 
 _Static_assert(GRAD_CODES <= GRAD_FEW_BATCH, "they are few");
 #define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
+/* How a window of columns is multiplied with what one input has for a chunk of rows, in integers (gradient_grid.h). */
+struct LEVEL(grad_window) {
+    int64_t number; /* of the window, or -1: none yet */
+    int fits; /* or it is left to others */
+    uint16_t block[16]; /* of slot s % 4 of quarter s / 4, counted from the first of two groups: a half of the quarter's bytes */
+    float unit, factors[GRAD_FEW_ROWS], turns[GRAD_FEW_ROWS]; /* numbers of the gradient over the unit, or zeros; where rows are rounded */
+};
+
 INLINE void LEVEL(add_to)(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
 
 /* M rows of the gradient with restored rows: sums, a GROUP an input, += grad @ tile. */
@@ -142,12 +150,13 @@ INLINE int LEVEL(grad_few)(const struct job *job)
 
 #if LEVEL_LOW
 #include "gradient_bfloat16.h"
+#include "gradient_grid.h"
 #endif
 
 /* Rows r0 to r1 of group g, of the chunk of groups t0 to t1; `scales` holds those of the chunk, row by row, where a tile is
  * restored, else what steps of them count, and `grad` what the inputs have for the rows. Returns how many groups are done. */
 static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
-                             int64_t t1, int64_t g, const float *scales, float *tile, float *sums)
+                             int64_t t1, int64_t g, struct LEVEL(grad_window) *window, const float *scales, float *tile, float *sums)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
@@ -156,6 +165,11 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
         return w->encoding == BFLOAT16 ? LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, BFLOAT16)
                                        : LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, FLOAT16);
     if (LEVEL(grad_few)(job) && w->order) {
+#if LEVEL_LOW
+        const int done = job->batch == 1 ? LEVEL(grad_grid)(w, grad, r0, r1, t0, t1, g, window, tile, sums) : 0;
+        if (done)
+            return done;
+#endif
         if (batch == 1 && GRAD_VECTORS == 8 && LEVEL(share_scales)(w, g, t1)) { /* side by side */
             LEVEL(accumulate_few)(w, grad, stride, 1, 2, 8, r0, r1, g, 0, units, sums);
             return 2;
@@ -289,6 +303,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     const int paired = low && !few;
     const int64_t step = paired ? 2 * GRAD_ROWS : !no_tile ? GRAD_ROWS : w->order ? GRAD_FEW_ROWS : GRAD_SIXTEEN_ROWS;
     float *rows = no_tile ? scales : tile + GRAD_ROWS * MAX_GROUP;
+    struct LEVEL(grad_window) window;
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
     for (int64_t t0 = g0, t1; t0 < g1; t0 = t1) {
@@ -310,6 +325,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
                 LEVEL(grad_rows)(job, r0, r1, paired, rows, step);
                 grad = rows;
             }
+            window.number = -1;
             const int64_t stride = job->type == FLOAT32 ? w->rows : paired ? step / 2 : step;
             for (int64_t g = t0; g < t1;)
 #if LEVEL_LOW
@@ -317,7 +333,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
                     g += LEVEL(grad_group_low)(job, grad, stride, r0, r1, t0, t1, g, scales, tile, job->packed + g * batch);
                 else
 #endif
-                    g += LEVEL(grad_group)(job, grad, stride, r0, r1, t0, t1, g, scales, tile, job->packed + g * batch);
+                    g += LEVEL(grad_group)(job, grad, stride, r0, r1, t0, t1, g, &window, scales, tile, job->packed + g * batch);
         }
         for (int64_t g = t0; g < t1; g++)
             if (job->out_type == FLOAT32)
