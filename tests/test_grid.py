@@ -193,8 +193,8 @@ def test_gradients_of_one_input_lose_no_more_than_float32_s(
     level, form, rows, columns, block_size, scales, decades, apart, seed
 ):
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator) * 10 ** (-apart * torch.rand(rows, 1, generator=generator))
-    q = quantize(weight, form, block_size=block_size, scales=scales)
+    sizes = 10 ** (-apart * torch.rand(rows, 1, generator=generator))
+    q = quantize(torch.randn(rows, columns, generator=generator) * sizes, form, block_size=block_size, scales=scales)
     grad = spread_inputs(torch.zeros(1), rows, decades, generator)
     with kernels.using(level):
         got = kernels.input_grad(grad, q, torch.float32)
@@ -251,10 +251,11 @@ def test_a_gradient_that_is_not_finite_shows_as_in_float32(level, form, value, r
 @pytest.mark.parametrize("columns", [128, 640, 1100, 1408])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_threads_change_no_bit_of_a_gradient(level, form, columns, block_size):
-    """Groups of columns that share what is found of their scales may go to two threads; some of them are left to others."""
+    """Groups of columns that share what is found of their scales may go to two threads; some are left to others."""
     weight = torch.randn(300, columns, generator=torch.Generator().manual_seed(0))
     weight[:128, 512:] *= 10 ** torch.linspace(-3, 0, 128)[:, None]
-    q, grad, threads, found = quantize(weight, form, block_size=block_size), torch.randn(1, 300), torch.get_num_threads(), []
+    q, grad = quantize(weight, form, block_size=block_size), torch.randn(1, 300)
+    threads, found = torch.get_num_threads(), []
     try:
         with kernels.using(level):
             for count in (1, 2, 3, 5, 8):

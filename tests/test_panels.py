@@ -1,4 +1,4 @@
-"""Batches that fill panels of inputs: what is packed, restored and turned comes out as it does for any other batch."""
+"""Batches that fill panels of inputs: what is packed, restored and turned comes out as for any other batch."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.compiled import assert_close_in, assert_exact, compiled, given_stored
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-batches = st.sampled_from([15, 16, 31, 32, 47, 48, 49, 62, 64, 96])  # panels have 16 inputs, of which few may be missing
+batches = st.sampled_from([15, 16, 31, 32, 47, 48, 49, 62, 64, 96])  # 16 to a panel; a few may be missing
 
 
 def assert_product(got, dtype, x, dense, bias=None):
@@ -51,7 +51,9 @@ def test_products_with_16_bit_weights(level, weight, stored_as, batch, dtype, se
 
 @compiled
 @pytest.mark.parametrize("block_size", [8, 10, 16, 24, 32, 48, 64, 100, 128, 512, 4096, None])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (17, 127), (33, 129), (70, 640), (130, 1300), (9, 9000)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (16, 128), (17, 127), (33, 129), (70, 640), (130, 1300), (9, 9000)]
+)
 @pytest.mark.parametrize("batch", [32, 47, 500])
 def test_around_whole_panels_tiles_and_parts(level, block_size, rows, columns, batch):
     """16 rows make a tile, 128 or 256 columns a part, 256 inputs a piece, 8192 columns what is packed at a time."""

@@ -11,12 +11,14 @@ _Static_assert(GRAD_SIXTEEN * GRAD_SIXTEEN_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, 
 _Static_assert(GRAD_CODES <= GRAD_FEW_BATCH, "they are few");
 #define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
+#define GRAD_GRID_ROWS 256 /* the same in integers */
+
 /* How a window of columns is multiplied with what one input has for a chunk of rows, in integers (gradient_grid.h). */
 struct LEVEL(grad_window) {
     int64_t number; /* of the window, or -1: none yet */
     int fits; /* or it is left to others */
     uint16_t block[16]; /* of slot s % 4 of quarter s / 4, counted from the first of two groups: a half of the quarter's bytes */
-    float unit, factors[GRAD_FEW_ROWS], turns[GRAD_FEW_ROWS]; /* numbers of the gradient over the unit, or zeros; where rows are rounded */
+    float unit, factors[GRAD_GRID_ROWS], turns[GRAD_GRID_ROWS]; /* numbers of the gradient over the unit, or zeros; where rows are rounded */
 };
 
 INLINE void LEVEL(add_to)(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
@@ -141,6 +143,12 @@ INLINE int LEVEL(grad_sixteen)(const struct weight *w, const float *grad, int64_
     return 1;
 }
 
+/* Whether the gradient of one input may be taken in integers, with codes as they are (gradient_grid.h). */
+INLINE int LEVEL(grad_codes)(const struct weight *w)
+{
+    return w->codes && w->encoding == SCALES_FLOAT16 && has_whole_groups(w) && w->half % 8 == 0;
+}
+
 /* Whether the gradient of a batch, however large its pieces are, needs no tile: rows are decoded in registers. */
 INLINE int LEVEL(grad_few)(const struct job *job)
 {
@@ -166,17 +174,20 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
                                        : LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, FLOAT16);
     if (LEVEL(grad_few)(job) && w->order) {
 #if LEVEL_LOW
-        const int done = job->batch == 1 ? LEVEL(grad_grid)(w, grad, r0, r1, t0, t1, g, window, tile, sums) : 0;
+        const int done = job->batch == 1 && LEVEL(grad_codes)(w) ? LEVEL(grad_grid)(w, grad, r0, r1, t0, t1, g, window, tile, sums) : 0;
         if (done)
             return done;
 #endif
-        if (batch == 1 && GRAD_VECTORS == 8 && LEVEL(share_scales)(w, g, t1)) { /* side by side */
-            LEVEL(accumulate_few)(w, grad, stride, 1, 2, 8, r0, r1, g, 0, units, sums);
-            return 2;
-        }
         if (batch == 1) {
-            LEVEL(accumulate_few)(w, grad, stride, 1, 1, 8, r0, r1, g, 0, units, sums);
-            return 1;
+            const int both = GRAD_VECTORS == 8 && LEVEL(share_scales)(w, g, t1); /* side by side */
+            for (int64_t r = r0, to; r < r1; r = to, grad += GRAD_FEW_ROWS, units += GRAD_FEW_ROWS) {
+                to = smaller(r + GRAD_FEW_ROWS, r1);
+                if (both)
+                    LEVEL(accumulate_few)(w, grad, stride, 1, 2, 8, r, to, g, 0, units, sums);
+                else
+                    LEVEL(accumulate_few)(w, grad, stride, 1, 1, 8, r, to, g, 0, units, sums);
+            }
+            return 1 + both;
         }
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
 #define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, 1, GRAD_VECTORS, r0, r1, g, k, units, sums + m * GROUP + k * LANES)
@@ -301,7 +312,11 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     const int64_t batch = (job->m1 - job->m0) * GROUP;
     const int few = LEVEL(grad_few)(job), no_tile = few && (w->order || w->columns == w->stride);
     const int paired = low && !few;
-    const int64_t step = paired ? 2 * GRAD_ROWS : !no_tile ? GRAD_ROWS : w->order ? GRAD_FEW_ROWS : GRAD_SIXTEEN_ROWS;
+    const int64_t step = paired ? 2 * GRAD_ROWS
+                         : !no_tile ? GRAD_ROWS
+                         : !w->order ? GRAD_SIXTEEN_ROWS
+                         : LEVEL_LOW && !low && job->batch == 1 && LEVEL(grad_codes)(w) ? GRAD_GRID_ROWS
+                                                                                        : GRAD_FEW_ROWS;
     float *rows = no_tile ? scales : tile + GRAD_ROWS * MAX_GROUP;
     struct LEVEL(grad_window) window;
     int64_t g0, g1;

@@ -18,6 +18,9 @@
 #define GRAD_WINDOW 4 /* groups of columns */
 #define LARGEST_GRAD 0x1p60f /* what is larger, or as small, is left to others */
 
+_Static_assert(GRAD_GRID_ROWS * 16 <= GRAD_ROWS * MAX_GROUP, "digits lie where a tile would");
+_Static_assert(GRAD_GRID_ROWS * 4096 * 256 < 1 << 30, "sums of two digits, with twice the codes and the base, are whole numbers of 32 bits");
+
 /* The largest of 32 numbers of 16 bits. */
 INLINE int LEVEL(largest_half)(W numbers)
 {
@@ -39,7 +42,7 @@ INLINE float LEVEL(largest_scale)(const uint16_t *p, int64_t stride, int64_t row
     const __mmask32 rest = ((__mmask32)1 << n % 32) - 1;
     for (; rows > 0; rows--, p += stride) {
         for (int64_t i = 0; i < n; i += 32)
-            prefetch_far(p + GRAD_FEW_ROWS * stride + i);
+            prefetch_far(p + GRAD_GRID_ROWS * stride + i);
         for (int64_t i = 0; i < n / 32 * 32; i += 32)
             SCALES(_mm512_loadu_si512(p + i))
         if (n % 32)
@@ -53,15 +56,15 @@ INLINE float LEVEL(largest_scale)(const uint16_t *p, int64_t stride, int64_t row
     return half_to_float((uint16_t)top);
 }
 
-/* The largest magnitude of GRAD_FEW_ROWS numbers, and how often their norm holds it. */
+/* The largest magnitude of GRAD_GRID_ROWS numbers, and how often their norm holds it. */
 INLINE float LEVEL(largest_of)(const float *x, float *norm)
 {
     V most = v_zero(), squares = v_zero();
-    for (int i = 0; i < GRAD_FEW_ROWS; i += LANES)
+    for (int i = 0; i < GRAD_GRID_ROWS; i += LANES)
         most = _mm512_max_ps(_mm512_abs_ps(v_load(x + i)), most); /* of a NaN and another, the other: its norm is a NaN */
     const float largest = _mm512_reduce_max_ps(most);
     const V inverse = v_set1(1.0f / largest);
-    for (int i = 0; i < GRAD_FEW_ROWS; i += LANES) {
+    for (int i = 0; i < GRAD_GRID_ROWS; i += LANES) {
         const V part = v_mul(v_load(x + i), inverse);
         squares = v_fma(part, part, squares);
     }
@@ -75,14 +78,14 @@ static void LEVEL(begin_window)(const struct weight *w, const float *grad, int64
     const int64_t first = number * GRAD_WINDOW * LANES * 4 / w->half, blocks = smaller(GRAD_WINDOW * LANES * 4 / w->half, w->blocks - first);
     float times = 0.0f, norm;
     memcpy(to->factors, grad, (size_t)(r1 - r0) * sizeof *grad);
-    for (int64_t i = r1 - r0; i < GRAD_FEW_ROWS; i++)
+    for (int64_t i = r1 - r0; i < GRAD_GRID_ROWS; i++)
         to->factors[i] = 0.0f;
     const float largest = LEVEL(largest_of)(to->factors, &norm);
     const float scale = LEVEL(largest_scale)((const uint16_t *)w->scales + r0 * w->blocks + first, w->blocks, r1 - r0, blocks, &times);
     to->number = number;
     to->fits = scale > 0.0f && largest <= LARGEST_GRAD && largest >= 1.0f / LARGEST_GRAD && times <= GRAD_LOST * norm;
     to->unit = largest * scale / 0x7f7f00; /* whatever rounds up, digits hold it */
-    for (int i = 0; i < GRAD_FEW_ROWS && to->fits; i += LANES) {
+    for (int i = 0; i < GRAD_GRID_ROWS && to->fits; i += LANES) {
         const V row = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_set1_epi32(i), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
         const V turn = v_mul(row, v_set1(0.618034f)); /* the golden ratio's fractions lie evenly, however many rows there are */
         v_store(to->turns + i, v_fma(v_sub(turn, _mm512_roundscale_ps(turn, 0)), v_set1(0.98f), v_set1(0x8080)));
@@ -108,18 +111,19 @@ INLINE void LEVEL(bytes_across)(const W *rows, const int h, W *out)
 }
 
 /* Digits of the scales from p on times `factors`, and their sums: of four rows, four vectors, one for each slot of a quarter, which has
- * the digits of four rows, the lowest one first. `turns`: where rows are rounded. */
+ * the digits of four rows, the lowest one first. `turns`: where rows are rounded. `fetch`: codes to fetch, `step` bytes apart. */
 INLINE void LEVEL(grad_digits)(const uint16_t *p, int64_t stride, int64_t rows, const int there, __m256i slots, const float *factors,
-                               const float *turns, W *digits, W *sums)
+                               const float *turns, const uint8_t *fetch, int64_t step, W *digits, W *sums)
 {
     const W half = _mm512_set1_epi32(0x8080), ones = _mm512_set1_epi8(1);
     EACH_QUARTER sums[q] = _mm512_setzero_si512();
-    for (; rows > 0; rows -= 4, p += 4 * stride, digits += 4, factors += 4, turns += 4) {
+    for (; rows > 0; rows -= 4, p += 4 * stride, digits += 4, factors += 4, turns += 4, fetch += 4 * step) {
         const int64_t at[4] = {0, rows > 1 ? stride : 0, rows > 2 ? 2 * stride : 0, rows > 3 ? 3 * stride : 0}; /* zeros are factors of others */
         W v[4], of[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             const V scale = _mm512_cvtph_ps(_mm256_permutexvar_epi16(slots, LEVEL(scales_at)(p + at[i], there)));
+            prefetch_far(fetch + i * step);
             v[i] = _mm512_xor_si512(_mm512_cvtps_epi32(v_fma(scale, v_set1(factors[i]), v_set1(turns[i]))), half);
         }
         LEVEL(bytes_across)(v, 0, of);
@@ -169,15 +173,14 @@ INLINE void LEVEL(grad_half)(const struct weight *w, const uint8_t *p, int64_t r
         part[1] = _mm512_and_si512(part[1], nibble);
         DIGIT(0) DIGIT(1) DIGIT(2)
     }
-    const W more[DIGITS] = {_mm512_shuffle_epi32(base, 0), _mm512_shuffle_epi32(base, 0x55), _mm512_shuffle_epi32(base, 0xaa)};
+    const int twice = w->codes - 1;
+    const W low_base = _mm512_shuffle_epi32(base, 0), middle = _mm512_shuffle_epi32(base, 0x55), top = _mm512_shuffle_epi32(base, 0xaa);
+    const W high_base = _mm512_add_epi32(_mm512_slli_epi32(top, 8), middle);
     EACH_QUARTER {
-        V whole = v_zero();
-#pragma GCC unroll 3
-        for (int d = DIGITS - 1; d >= 0; d--) {
-            const W codes = w->codes == 2 ? _mm512_slli_epi32(sum[d][q], 1) : sum[d][q];
-            whole = v_fma(whole, v_set1(256.0f), _mm512_cvtepi32_ps(_mm512_add_epi32(codes, more[d])));
-        }
-        v_store((float *)(q < 2 ? low + q : high + q - 2), whole);
+        const W upper = _mm512_add_epi32(_mm512_slli_epi32(sum[2][q], 8), sum[1][q]);
+        const V above = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(upper, twice), high_base));
+        const V below = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[0][q], twice), low_base));
+        v_store((float *)(q < 2 ? low + q : high + q - 2), v_fma(above, v_set1(256.0f), below));
     }
 }
 
@@ -215,7 +218,7 @@ INLINE int LEVEL(grad_grid)(const struct weight *w, const float *grad, int64_t r
                             struct LEVEL(grad_window) *window, float *scratch, float *sums)
 {
     const int64_t pair = g / 2 * 2, first = pair * LANES * 4 / w->half, rows = r1 - r0, stride = w->blocks;
-    if (!w->codes || w->encoding != SCALES_FLOAT16 || !has_whole_groups(w) || w->half % 8 || (g + 1) * LANES * 4 > w->row_bytes)
+    if ((g + 1) * LANES * 4 > w->row_bytes)
         return 0;
     if (window->number != g / GRAD_WINDOW)
         LEVEL(begin_window)(w, grad, r0, r1, g / GRAD_WINDOW, window);
@@ -225,15 +228,16 @@ INLINE int LEVEL(grad_grid)(const struct weight *w, const float *grad, int64_t r
     const uint16_t *scales = (const uint16_t *)w->scales + r0 * stride + first;
     const __m256i slots = _mm256_loadu_si256((const __m256i *)window->block);
     W *digits = (W *)scratch, base[4];
+    const uint8_t *p = w->packed + r0 * w->row_bytes + g * LANES * 4;
+    const int64_t step = r0 || g > t0 ? 0 : w->row_bytes; /* where nothing has been before that fetched them */
     if (there == LANES)
-        LEVEL(grad_digits)(scales, stride, rows, LANES, slots, window->factors, window->turns, digits, base);
+        LEVEL(grad_digits)(scales, stride, rows, LANES, slots, window->factors, window->turns, p, step, digits, base);
     else
-        LEVEL(grad_digits)(scales, stride, rows, there, slots, window->factors, window->turns, digits, base);
+        LEVEL(grad_digits)(scales, stride, rows, there, slots, window->factors, window->turns, p, step, digits, base);
     EACH_QUARTER base[q] = _mm512_mullo_epi32(base[q], _mm512_set1_epi32(w->base));
     int64_t at = g;
-    for (; at < smaller(pair + 2, t1) && (at + 1) * LANES * 4 <= w->row_bytes; at++, sums += GROUP) {
+    for (; at < smaller(pair + 2, t1) && (at + 1) * LANES * 4 <= w->row_bytes; at++, p += LANES * 4, sums += GROUP) {
         const int64_t slot = 2 * (at - pair);
-        const uint8_t *p = w->packed + r0 * w->row_bytes + at * LANES * 4;
         const uint8_t *fetch = pair + 2 < t1 ? p + 2 * LANES * 4 : w->packed + r1 * w->row_bytes + (t0 + at - pair) * LANES * 4;
         V low[4], high[4];
         LEVEL(grad_front)(w, p, rows, digits + slot, base[slot], fetch, low, high);
