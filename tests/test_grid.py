@@ -248,12 +248,14 @@ def test_a_gradient_that_is_not_finite_shows_as_in_float32(level, form, value, r
 
 
 @compiled
-@pytest.mark.parametrize("columns", [128, 640, 1100, 1408])
+@pytest.mark.parametrize("columns", [128, 640, 768, 1100, 1408])
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_threads_change_no_bit_of_a_gradient(level, form, columns, block_size):
+@pytest.mark.parametrize("later", [False, True])
+def test_threads_change_no_bit_of_a_gradient(level, form, columns, block_size, later):
     """Groups of columns that share what is found of their scales may go to two threads; some are left to others."""
     weight = torch.randn(300, columns, generator=torch.Generator().manual_seed(0))
-    weight[:128, 512:] *= 10 ** torch.linspace(-3, 0, 128)[:, None]
+    apart = weight[:, 512:] if later else weight[:, :512]
+    apart *= 10 ** torch.linspace(-4, 0, 300)[:, None]
     q, grad = quantize(weight, form, block_size=block_size), torch.randn(1, 300)
     threads, found = torch.get_num_threads(), []
     try:
@@ -265,3 +267,18 @@ def test_threads_change_no_bit_of_a_gradient(level, form, columns, block_size):
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert_exact(found[0], grad, q.dequantize(torch.float64).t())
+
+
+@compiled
+@pytest.mark.parametrize("apart", [1, 8, 13, 21, 34])
+def test_rows_of_a_gradient_whose_fractions_are_alike(level, form, apart):
+    """Nearly: those of the golden ratio at such distances."""
+    weight, grad, rows = torch.zeros(256, 256), torch.zeros(1, 256), torch.arange(3, 256, apart)
+    weight[rows] = 1.0
+    weight[0] = 3.9 / 15
+    weight[0, ::16] = 3.9
+    grad[0, rows] = 0.64 * 3.9 / 0x7F7F00
+    grad[0, 0] = 1.0
+    q = quantize(weight, form, block_size=16, scales="float16")
+    with kernels.using(level):
+        assert_no_worse_than_torch(kernels.input_grad(grad, q, torch.float32), grad, q.dequantize().t())

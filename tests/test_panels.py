@@ -83,3 +83,19 @@ def test_an_input_s_result_is_its_own(level, kind, dtype):
         got = kernels.linear(x, w, dtype)
     assert torch.equal(got[1::2], whole[1::2])
     assert got[::2].isnan().all()
+
+
+@compiled
+@pytest.mark.parametrize(("columns", "dtype"), [(8192, torch.float32), (8192, torch.bfloat16), (4096, torch.float32)])
+def test_many_threads_change_no_bit(level, columns, dtype):
+    """They have less room for inputs."""
+    q, x = quantize(torch.randn(64, columns), "int4"), torch.randn(32, columns).to(dtype)
+    threads, found = torch.get_num_threads(), []
+    try:
+        with kernels.using(level):
+            for count in (1, 13, 20, 64):
+                torch.set_num_threads(count)
+                found.append(kernels.linear(x, q, dtype))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])

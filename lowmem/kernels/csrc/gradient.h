@@ -11,7 +11,8 @@ _Static_assert(GRAD_SIXTEEN * GRAD_SIXTEEN_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, 
 _Static_assert(GRAD_CODES <= GRAD_FEW_BATCH, "they are few");
 #define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
-#define GRAD_GRID_ROWS 256 /* the same in integers */
+#define GRAD_GRID_ROWS 256 /* the same in integers, */
+#define GRAD_WINDOW 4      /* and groups of columns, which all are taken so or none */
 
 /* How a window of columns is multiplied with what one input has for a chunk of rows, in integers (gradient_grid.h). */
 struct LEVEL(grad_window) {
@@ -179,7 +180,8 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
             return done;
 #endif
         if (batch == 1) {
-            const int both = GRAD_VECTORS == 8 && LEVEL(share_scales)(w, g, t1); /* side by side */
+            const int alike = !LEVEL_LOW || !LEVEL(grad_codes)(w) || (g + 1) % GRAD_WINDOW; /* or the next may be taken in integers */
+            const int both = GRAD_VECTORS == 8 && alike && LEVEL(share_scales)(w, g, t1); /* side by side */
             for (int64_t r = r0, to; r < r1; r = to, grad += GRAD_FEW_ROWS, units += GRAD_FEW_ROWS) {
                 to = smaller(r + GRAD_FEW_ROWS, r1);
                 if (both)
@@ -217,7 +219,7 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
 /* What steps of the scales of rows count, where they do. */
 static void LEVEL(grad_units)(const struct weight *w, int64_t r0, int64_t rows, float *out)
 {
-    uint16_t halves[GRAD_FEW_ROWS];
+    uint16_t halves[GRAD_FEW_ROWS]; /* more rows than these have scales that are no steps (grad_codes) */
     if (w->encoding < SCALES_DOUBLE)
         return;
     for (int64_t i = 0; i < rows; i++)

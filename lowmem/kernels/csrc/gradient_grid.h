@@ -7,19 +7,19 @@
  * largest g there, over the most that v can be. Rows are rounded up and down in turns (each at another fraction), so that what
  * many rows lose alike does not add up: a column is off by about
  *
- *   2^-24 * (largest s / smallest s) * (largest g / norm of g)      times the norms' product.
+ *   2^-24 * (largest s / smallest s) * (largest g / norm of g)      times the norms' product
  *
- * Where that is more than GRAD_LOST times 2^-24, chunk and window are left to others, as is what is not finite. Rows of codes are
+ * (by eight times as much where rows are chosen so that their fractions are alike). Where that is more than GRAD_LOST times 2^-24, chunk
+ * and window are left to others, as is what is not finite. Rows of codes are
  * interleaved byte by byte, so that the four products that vpdpbusd adds are of one column; a quarter of a vector has 16 bytes of each
  * row, and each half of them is of one block: a slot. */
 
-#define GRAD_LOST 4.0f
+#define GRAD_LOST 2.0f
 #define EACH_QUARTER _Pragma("GCC unroll 4") for (int q = 0; q < 4; q++)
-#define GRAD_WINDOW 4 /* groups of columns */
 #define LARGEST_GRAD 0x1p60f /* what is larger, or as small, is left to others */
 
 _Static_assert(GRAD_GRID_ROWS * 16 <= GRAD_ROWS * MAX_GROUP, "digits lie where a tile would");
-_Static_assert(GRAD_GRID_ROWS * 4096 * 256 < 1 << 30, "sums of two digits, with twice the codes and the base, are whole numbers of 32 bits");
+_Static_assert((GRAD_GRID_ROWS * (2 * 15 + 31) * 128ll) * 257 < 1ll << 31, "so are sums of two digits, with twice the codes and a base of up to 31, whole numbers");
 
 /* The largest of 32 numbers of 16 bits. */
 INLINE int LEVEL(largest_half)(W numbers)

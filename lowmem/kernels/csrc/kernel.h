@@ -175,19 +175,13 @@ extern const struct level level_portable, level_neon, level_avx2, level_avx512, 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* How many inputs of so many packed bytes, and so many of the threads' own, can be packed at a time beside `others`, in
- * `most_bytes`, where they come in multiples of `whole`. */
-static inline int64_t most_packed(int64_t most_bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
+/* How many inputs of so many packed bytes, and so many of the threads' own, are packed at a time beside `others`, in `most_bytes`:
+ * pieces of a batch that are about as large, and multiples of `whole`. */
+static inline int64_t piece_of(int64_t batch, int64_t most_bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
 {
     const int64_t least = whole > 1 ? LEAST_BYTES / 2 : LEAST_BYTES;
     const int64_t room = SCRATCH_BYTES - others < least ? least : SCRATCH_BYTES - others;
-    return smaller(smaller(most_bytes / packed, room / (packed + own)), MOST);
-}
-
-/* How many are: pieces of a batch that are about as large. */
-static inline int64_t piece_of(int64_t batch, int64_t most_bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
-{
-    const int64_t most = most_packed(most_bytes, packed, own, others, whole);
+    const int64_t most = smaller(smaller(most_bytes / packed, room / (packed + own)), MOST);
     const int64_t fits = most > whole ? most / whole * whole : whole, pieces = (batch + fits - 1) / fits;
     return pieces ? round_up((batch + pieces - 1) / pieces, whole) : 0;
 }

@@ -348,7 +348,8 @@ static void LEVEL(linear)(struct job *job)
             if (few)
                 parallel(job, LEVEL(pack_body), !job->update ? 0 : job->packed_step ? 1 : 2, LEVEL(few_body), job->batch > FEW ? PARTS : 1);
             else
-                parallel(job, LEVEL(by_panels)(job) ? LEVEL(pack_panels) : LEVEL(pack_many), job->packed_step || job->m1 - job->m0 <= PACKED_ALONE ? 0 : PARTS, LEVEL(many_body), PARTS);
+                parallel(job, LEVEL(by_panels)(job) ? LEVEL(pack_panels) : LEVEL(pack_many),
+                         job->packed_step || job->m1 - job->m0 <= PACKED_ALONE ? 0 : PARTS, LEVEL(many_body), PARTS);
         }
     }
     if (job->update && !few) {

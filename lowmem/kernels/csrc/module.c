@@ -225,7 +225,8 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
         const int64_t room = 4 * (vectors.shared + vectors.threads * vectors.own - all * own);
         most = room / (bytes + of_input) * bytes;
     }
-    const int panels = !tiles && !transposed && !few && fill_panels(w, batch) && most_packed(most, bytes, of_input, others, PANEL) >= PANEL;
+    /* Whatever the threads are, or bits would depend on them: a panel is at least packed at a time. */
+    const int panels = !tiles && !transposed && !few && fill_panels(w, batch) && PANEL * bytes <= LEAST_BYTES && !beside;
     const int64_t whole = tiles ? TILED_INPUTS : panels ? PANEL : 1;
     const int own_copies = copies > 1 && copies * bytes * round_up(batch, whole) <= most &&
                            piece_of(batch, most, copies * bytes, of_input, others, whole) >= batch;

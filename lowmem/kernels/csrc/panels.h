@@ -55,7 +55,7 @@ INLINE void LEVEL(pack_panel)(const struct job *job, int64_t m, const int type)
 }
 
 #if LEVEL_LOW
-/* Whether columns c and c + 4 make a unit, and all of 2 * LANES columns do. */
+/* Whether each of 2 * LANES columns from c on, a multiple of that, makes a unit with the one four columns behind it. */
 INLINE int LEVEL(in_pairs)(const struct weight *w, int64_t c)
 {
     const int32_t *place = w->order->place;
@@ -91,7 +91,7 @@ static void LEVEL(pack_panel_low)(const struct job *job, int64_t m)
         for (int64_t k = c; k < smaller(c + 2 * LANES, w->columns); k++) {
             const int64_t n = place[k] - before;
             for (int64_t i = 0; n >= 0 && n < floats && i < there; i++)
-                ((uint16_t *)(LEVEL(unit_at)(job, m, n / 2) + i))[n % 2] = ((const uint16_t *)job->x)[(m + i) * w->columns + k];
+                memcpy((char *)(LEVEL(unit_at)(job, m, n / 2) + i) + n % 2 * 2, (const uint16_t *)job->x + (m + i) * w->columns + k, 2);
         }
     }
 }
