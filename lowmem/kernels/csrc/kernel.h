@@ -217,10 +217,12 @@ static inline int64_t chunk_of(const struct weight *w)
     return most > CHUNK ? most : CHUNK;
 }
 
-/* Whether inputs, more than a few, fill panels, or nearly: 16-bit weights gain more by them (panels.h). */
-static inline int fill_panels(const struct weight *w, int64_t batch)
+/* Whether inputs, more than a few, fill panels, or nearly: 16-bit weights gain more by them (panels.h), and bfloat16 gains only
+ * where inputs are so few that transposing codes and scales counts. */
+static inline int fill_panels(const struct weight *w, int64_t batch, int low)
 {
-    return 32 * round_up(batch, PANEL) <= (w->order ? 33 : 36) * batch && (!w->order || batch >= 2 * PANEL);
+    const int fill = 32 * round_up(batch, PANEL) <= (w->order ? 33 : 36) * batch;
+    return fill && (!w->order || batch >= 2 * PANEL) && (!low || batch < 4 * PANEL);
 }
 
 /* Columns of an input that are packed, where there are more than a few: whole chunks. */

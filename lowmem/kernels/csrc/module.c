@@ -216,7 +216,9 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
                                       : w->stride * 4;
     const int64_t own = tiles ? (transposed ? TILED_GRAD_OWN(tiles) : TILED_OWN(tiles))
                         : transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
-    const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : MAX_VECTORS * MAX_LANES;
+    /* Whatever the threads are, or bits would depend on them: a panel is at least packed at a time. */
+    const int panels = !tiles && !transposed && !few && fill_panels(w, batch, low) && PANEL * bytes <= LEAST_BYTES && !beside;
+    const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : panels ? PANEL_ROWS : MAX_VECTORS * MAX_LANES;
     const int64_t copies = transposed || tiles > 1 || all > MOST_COPIES ? 1 : all;
     const int64_t of_input = 4 * all * own_of_input, others = 4 * all * own + beside;
     int64_t most = PACKED_BYTES;
@@ -225,8 +227,6 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
         const int64_t room = 4 * (vectors.shared + vectors.threads * vectors.own - all * own);
         most = room / (bytes + of_input) * bytes;
     }
-    /* Whatever the threads are, or bits would depend on them: a panel is at least packed at a time. */
-    const int panels = !tiles && !transposed && !few && fill_panels(w, batch) && PANEL * bytes <= LEAST_BYTES && !beside;
     const int64_t whole = tiles ? TILED_INPUTS : panels ? PANEL : 1;
     const int own_copies = copies > 1 && copies * bytes * round_up(batch, whole) <= most &&
                            piece_of(batch, most, copies * bytes, of_input, others, whole) >= batch;

@@ -2,6 +2,7 @@
  * all of a panel at once. Rows are restored as they lie (tiled.h, restore_row): neither codes nor scales are transposed, only
  * inputs, once a call, and what comes out. Units come in the order of the words: nibble k of LANES words, or pairs of these. */
 
+_Static_assert(LANES == PANEL || MANY_ROWS <= PANEL_ROWS, "scratch for panels is enough where they are not used");
 _Static_assert(PANEL_ROWS % LANES == 0 && PANEL_ROWS <= 16, "sums of rows are turned by whole vectors, and numbered up to 16");
 
 INLINE int LEVEL(by_panels)(const struct job *job) { return LANES == PANEL && job->panels; }
