@@ -32,14 +32,20 @@ static inline void v_sum4(V a, V b, V c, V d, float *out)
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
-static inline void v_runs(V a, V b, V c, V d, float *out)
+/* A square in each quarter of four vectors: lanes i, i + 4, i + 8, i + 12 of all of them to out[i]. */
+static inline void v_quarters(V a, V b, V c, V d, V *out)
 {
     const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
     const __m512d cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(c, d)), cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
-    const V run[4] = { /* those of lanes i, i + 4, i + 8, i + 12 */
-        _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low)),
-        _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high)),
-    };
+    out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low));
+    out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low));
+    out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high));
+    out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high));
+}
+static inline void v_runs(V a, V b, V c, V d, float *out)
+{
+    V run[4];
+    v_quarters(a, b, c, d, run);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         _mm_storeu_ps(out + 4 * i, _mm512_castps512_ps128(run[i]));

@@ -163,7 +163,8 @@ INLINE int LEVEL(grad_few)(const struct job *job)
 #endif
 
 /* Rows r0 to r1 of group g, of the chunk of groups t0 to t1; `scales` holds those of the chunk, row by row, where a tile is
- * restored, else what steps of them count, and `grad` what the inputs have for the rows. Returns how many groups are done. */
+ * restored, else what steps of them count, `grad` what the inputs have for the rows, and `window` is NULL but where codes are
+ * multiplied as they are. Returns how many groups are done. */
 static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
                              int64_t t1, int64_t g, struct LEVEL(grad_window) *window, const float *scales, float *tile, float *sums)
 {
@@ -175,12 +176,12 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
                                        : LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, FLOAT16);
     if (LEVEL(grad_few)(job) && w->order) {
 #if LEVEL_LOW
-        const int done = job->batch == 1 && LEVEL(grad_codes)(w) ? LEVEL(grad_grid)(w, grad, r0, r1, t0, t1, g, window, tile, sums) : 0;
+        const int done = window ? LEVEL(grad_grid)(w, grad, r0, r1, t0, t1, g, window, tile, sums) : 0;
         if (done)
             return done;
 #endif
         if (batch == 1) {
-            const int alike = !LEVEL_LOW || !LEVEL(grad_codes)(w) || (g + 1) % GRAD_WINDOW; /* or the next may be taken in integers */
+            const int alike = !window || (g + 1) % GRAD_WINDOW; /* or the next may be taken in integers */
             const int both = GRAD_VECTORS == 8 && alike && LEVEL(share_scales)(w, g, t1); /* side by side */
             for (int64_t r = r0, to; r < r1; r = to, grad += GRAD_FEW_ROWS, units += GRAD_FEW_ROWS) {
                 to = smaller(r + GRAD_FEW_ROWS, r1);
@@ -313,12 +314,11 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     const int low = job->low;
     const int64_t batch = (job->m1 - job->m0) * GROUP;
     const int few = LEVEL(grad_few)(job), no_tile = few && (w->order || w->columns == w->stride);
-    const int paired = low && !few;
+    const int paired = low && !few, grid = LEVEL_LOW && !low && job->batch == 1 && w->order && LEVEL(grad_codes)(w);
     const int64_t step = paired ? 2 * GRAD_ROWS
                          : !no_tile ? GRAD_ROWS
                          : !w->order ? GRAD_SIXTEEN_ROWS
-                         : LEVEL_LOW && !low && job->batch == 1 && LEVEL(grad_codes)(w) ? GRAD_GRID_ROWS
-                                                                                        : GRAD_FEW_ROWS;
+                         : grid ? GRAD_GRID_ROWS : GRAD_FEW_ROWS;
     float *rows = no_tile ? scales : tile + GRAD_ROWS * MAX_GROUP;
     struct LEVEL(grad_window) window;
     int64_t g0, g1;
@@ -350,7 +350,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
                     g += LEVEL(grad_group_low)(job, grad, stride, r0, r1, t0, t1, g, scales, tile, job->packed + g * batch);
                 else
 #endif
-                    g += LEVEL(grad_group)(job, grad, stride, r0, r1, t0, t1, g, &window, scales, tile, job->packed + g * batch);
+                    g += LEVEL(grad_group)(job, grad, stride, r0, r1, t0, t1, g, grid ? &window : NULL, scales, tile, job->packed + g * batch);
         }
         for (int64_t g = t0; g < t1; g++)
             if (job->out_type == FLOAT32)

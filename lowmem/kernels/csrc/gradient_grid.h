@@ -9,10 +9,10 @@
  *
  *   2^-24 * (largest s / smallest s) * (largest g / norm of g)      times the norms' product
  *
- * (by eight times as much where rows are chosen so that their fractions are alike). Where that is more than GRAD_LOST times 2^-24, chunk
- * and window are left to others, as is what is not finite. Rows of codes are
- * interleaved byte by byte, so that the four products that vpdpbusd adds are of one column; a quarter of a vector has 16 bytes of each
- * row, and each half of them is of one block: a slot. */
+ * (by eight times as much where rows are chosen so that their fractions are alike). Where that is more than GRAD_LOST times 2^-24,
+ * chunk and window are left to others, as is what is not finite. Rows of codes are interleaved byte by byte, so that the four
+ * products that vpdpbusd adds are of one column; a quarter of a vector has 16 bytes of each row, and each half of them is of one
+ * block: a slot. */
 
 #define GRAD_LOST 2.0f
 #define EACH_QUARTER _Pragma("GCC unroll 4") for (int q = 0; q < 4; q++)
@@ -200,12 +200,7 @@ OWN_FUNCTION LEVEL(grad_back)(const struct weight *w, const uint8_t *p, int64_t 
 INLINE void LEVEL(add_quarters)(const V *v, V unit, float *sums)
 {
     V out[4];
-    const __m512d low0 = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1])), low1 = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
-    const __m512d high0 = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1])), high1 = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
-    out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low0, low1));
-    out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low0, low1));
-    out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high0, high1));
-    out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high0, high1));
+    v_quarters(v[0], v[1], v[2], v[3], out);
     EACH_QUARTER {
         float *at = sums + 2 * q * LANES;
         v_store(at, v_fma(out[q], unit, v_load(at)));

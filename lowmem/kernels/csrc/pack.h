@@ -93,17 +93,6 @@ static void LEVEL(pack_typed)(const struct job *job, int64_t m, float *scratch)
         LEVEL(pack_input)(job, m, scratch, FLOAT16, 0);
 }
 
-/* Pack input m as products are taken. */
-static void LEVEL(pack_as)(const struct job *job, int64_t m, float *scratch)
-{
-#if LEVEL_LOW
-    if (job->low)
-        LEVEL(pack_input)(job, m, scratch, BFLOAT16, 1);
-    else
-#endif
-        LEVEL(pack_typed)(job, m, scratch);
-}
-
 /* Pack a piece of the batch: part by part, input by input. */
 static void LEVEL(pack_many)(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
@@ -111,5 +100,10 @@ static void LEVEL(pack_many)(struct job *job, int64_t part, int64_t parts, int64
     int64_t m, to;
     share(job->m1 - job->m0, 1, parts, part, &m, &to);
     for (m += job->m0, to += job->m0; m < to; m++)
-        LEVEL(pack_as)(job, m, scratch);
+#if LEVEL_LOW
+        if (job->low)
+            LEVEL(pack_input)(job, m, scratch, BFLOAT16, 1);
+        else
+#endif
+            LEVEL(pack_typed)(job, m, scratch);
 }
