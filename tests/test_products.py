@@ -249,6 +249,31 @@ def test_sums_that_round_one_way_lose_no_more_than_torch_s(level, kind, size):
 
 
 @compiled
+@pytest.mark.parametrize("size", [256, 2048, 4096])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("half", {}),
+        ("bfloat16", {}),
+        ("int4", {"block_size": 96}),
+        ("int4", {"block_size": 128}),
+        ("nf4", {"block_size": 512}),
+        ("nf4", {"block_size": 100}),
+    ],
+)
+def test_sums_of_equal_numbers_lose_no_more_than_torch_s(level, kind, options, size):
+    """No chain of products is long: all of their roundings may go one way. (Tiles add 64 sums of 4096 columns in one.)"""
+    for noise in (0.0, 0.05):
+        dense = 0.9 + noise * torch.rand(64, size, generator=torch.Generator().manual_seed(0))
+        w, restored = stored(kind, dense, **options)
+        with kernels.using(level):
+            for batch in (1, 4) if size == 4096 else (1, 4, 5, 8, 12, 24, 40):
+                for value in (0.37, 0.61, 0.9, 1 / 3, 0.7731):
+                    x = torch.full((batch, size), value)
+                    assert_no_worse_than_torch(kernels.linear(x, w, torch.float32), x, restored)
+
+
+@compiled
 @pytest.mark.parametrize("form", ["int4", "nf4", "bof4s"])
 @pytest.mark.parametrize("batch", [1, 4, 5, 30])
 def test_large_inputs_and_small_steps_make_no_infinity(level, form, batch):

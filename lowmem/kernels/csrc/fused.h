@@ -1,9 +1,10 @@
 /* More than a few inputs, but not many: what was decoded in registers is multiplied there with all of them (many.h). */
 
 #define FETCH_GROUPS 3 /* of columns: how far behind what is decoded codes are fetched */
+#define FUSED_CHAIN 8  /* the most words whose products are summed in one chain: more, all rounded one way, lose too much */
 
-/* Add to `sums`, LANES an input, what M inputs make with a group of words. A block's products are summed before its
- * scale is applied. `scales` are those of the block of the first word, which has `ahead` words in front of it. */
+/* Add to `sums`, LANES an input, what M inputs make with a group of words. A block's products, or those of half
+ * a group, are summed before its scale is applied. `scales` are those of the block of the first word, which has `ahead` words in front of it. */
 INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float *scales, int64_t ahead, const float *x,
                          const int M, float *sums, const uint8_t *fetch, const int low)
 {
@@ -16,7 +17,8 @@ INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float
 #endif
     V acc[FUSED_INPUTS];
     EACH_OF_MANY acc[j] = v_zero();
-    for (int64_t word = 0, end = smaller(size - ahead, LANES); word < LANES; end = smaller(end + size, LANES), scales += LANES) {
+    for (int64_t word = 0, next = size - ahead; word < LANES;) { /* the block after this one begins at word `next` */
+        const int64_t chain = low ? LANES : (word / FUSED_CHAIN + 1) * FUSED_CHAIN, end = smaller(smaller(next, chain), LANES);
         V sum[FUSED_INPUTS];
         EACH_OF_MANY sum[j] = v_zero();
         for (; word < end; word++, x += units) {
@@ -37,6 +39,10 @@ INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float
         }
         const V scale = v_load(scales);
         EACH_OF_MANY acc[j] = v_fma(sum[j], scale, acc[j]);
+        if (word == next) {
+            next += size;
+            scales += LANES;
+        }
     }
     EACH_OF_MANY v_store(sums + j * LANES, v_add(v_load(sums + j * LANES), acc[j]));
 }

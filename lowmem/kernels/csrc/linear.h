@@ -41,6 +41,7 @@ static void LEVEL(place_typed)(const struct job *job, int64_t m, float *out, int
 #define EACH_INPUT _Pragma("GCC unroll 8") for (int j = 0; j < M; j++)
 #define AT (i * M + j)
 #define FEW_SUMS 16 /* the most rows times inputs */
+#define FEW_CHAIN 32 /* the most products that are summed in one chain: all their roundings may go one way */
 /* Of a loop for one number of inputs: it has the registers for itself. */
 #define OWN_FUNCTION static __attribute__((noinline)) void
 
@@ -153,14 +154,10 @@ INLINE void LEVEL(few_groups)(const struct weight *w, int64_t r, int64_t g, int6
                 V value = v_load(x + (k * M + j) * LANES);
                 if (M > 2)
                     v_keep(value);
-                if (apart)
-                    EACH_ROW acc[AT] = v_fma(level[i], value, acc[AT]);
-                else
-                    EACH_ROW sum[AT] = v_fma(level[i], value, sum[AT]);
+                EACH_ROW sum[AT] = v_fma(level[i], value, sum[AT]);
             }
         }
-        if (!apart)
-            EACH_ROW EACH_INPUT acc[AT] = v_fma(sum[AT], scale[i], acc[AT]);
+        EACH_ROW EACH_INPUT acc[AT] = apart ? v_add(acc[AT], sum[AT]) : v_fma(sum[AT], scale[i], acc[AT]);
     }
     EACH_ROW EACH_INPUT sums[AT] = acc[AT];
 }
@@ -185,25 +182,29 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
     const int64_t whole = columns / LANES * LANES, stride = w->columns;
     const uint16_t *rows = (const uint16_t *)w->packed + r * stride + from;
     const float *x = job->packed;
-    V acc[FEW_SUMS];
-    EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (int64_t c = 0; c < whole; c += LANES, x += M * LANES) {
-        V row[4];
-        EACH_ROW row[i] = LEVEL(sixteen)(rows + i * stride + c, type);
-        if (c % 32 == 0) /* a line; rows are read from memory faster than the processor foresees */
-            EACH_ROW prefetch(rows + (i + 8 * R) * stride + c);
-        EACH_INPUT {
-            const V value = v_load(x + j * LANES);
-            EACH_ROW acc[AT] = v_fma(row[i], value, acc[AT]);
+    V sums[FEW_SUMS], acc[FEW_SUMS];
+    EACH_ROW EACH_INPUT sums[AT] = v_zero();
+    for (int64_t c = 0; c < whole;) {
+        EACH_ROW EACH_INPUT acc[AT] = v_zero();
+        for (const int64_t end = smaller(c + FEW_CHAIN * LANES, whole); c < end; c += LANES, x += M * LANES) {
+            V row[4];
+            EACH_ROW row[i] = LEVEL(sixteen)(rows + i * stride + c, type);
+            if (c % 32 == 0) /* a line; rows are read from memory faster than the processor foresees */
+                EACH_ROW prefetch(rows + (i + 8 * R) * stride + c);
+            EACH_INPUT {
+                const V value = v_load(x + j * LANES);
+                EACH_ROW acc[AT] = v_fma(row[i], value, acc[AT]);
+            }
         }
+        EACH_ROW EACH_INPUT sums[AT] = v_add(sums[AT], acc[AT]);
     }
     if (whole < columns) { /* the input is padded with zeros */
         float rest[4][LANES];
         EACH_ROW for (int64_t c = 0; c < LANES; c++)
             rest[i][c] = whole + c < columns ? read_as_float(rows + i * stride, type, whole + c) : 0.0f;
-        EACH_INPUT EACH_ROW acc[AT] = v_fma(v_load(rest[i]), v_load(x + j * LANES), acc[AT]);
+        EACH_INPUT EACH_ROW sums[AT] = v_fma(v_load(rest[i]), v_load(x + j * LANES), sums[AT]);
     }
-    LEVEL(few_sums)(R, M, acc, out);
+    LEVEL(few_sums)(R, M, sums, out);
 }
 
 #if LEVEL_LOW
