@@ -1,4 +1,4 @@
-"""What one layer costs: the call, the gradient of its input beside the forward, and products in bfloat16."""
+"""What one layer costs: the call, the gradient of its input beside the forward, and products in fewer bits."""
 
 import pytest
 import torch
@@ -52,6 +52,25 @@ def test_inference_in_bfloat16(benchmark, timed, variant, batch):
     """BigNet in bfloat16 throughout, beside torch's own."""
     benchmark.group = f"inference in bfloat16, batch {batch:3}"
     compressed, plain = lowmem.build(variant).eval().bfloat16(), lowmem.build("bignet").eval().bfloat16()
+    x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch)).bfloat16()
+
+    with torch.no_grad():
+        output = timed(lambda: compressed(x), reference=lambda: plain(x))
+        expected = plain(x)
+
+    assert output.dtype == torch.bfloat16
+    assert difference(expected.float(), output.float()).relative < 0.15
+
+
+@BATCHES
+@pytest.mark.parametrize("variant", ["low_precision", "low_precision_nf4"])
+def test_inference_in_int8(benchmark, timed, variant, batch):
+    """BigNet in bfloat16 with products in 8-bit integers, beside torch's own in bfloat16."""
+    benchmark.group = f"inference in 8-bit integers, batch {batch:3}"
+    compressed, plain = lowmem.build(variant).eval().bfloat16(), lowmem.build("bignet").eval().bfloat16()
+    for layer in compressed.modules():
+        if isinstance(layer, lowmem.Linear4Bit):
+            layer.compute_dtype = torch.int8
     x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch)).bfloat16()
 
     with torch.no_grad():

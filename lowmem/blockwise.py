@@ -136,15 +136,16 @@ class QuantizedTensor:
         matrix = self if len(self.shape) == 2 else self.as_matrix()
         return _serves.dequantize(matrix, rows, dtype)
 
-    def restore(self, rows: slice) -> Tensor:
-        """Return some rows of the tensor seen as (rows, n), in float32."""
+    def restore(self, rows: slice, levels: tuple[float, ...] | None = None) -> Tensor:
+        """Return some rows of the tensor seen as (rows, n), in float32; with levels, if given, instead of its own."""
         columns = self.shape[-1]
-        levels = torch.tensor(get_format(self.format).levels, dtype=torch.float32, device=self.packed.device)
+        levels = get_format(self.format).levels if levels is None else levels
+        table = torch.tensor(levels, dtype=torch.float32, device=self.packed.device)
         packed = self.packed.reshape(-1, self.packed.shape[-1])[rows]
         codes = unpack(packed, self.block_size)[:, :columns]  # (rows, n), without the padding
         # Under a transform of an older torch only 64-bit indices will do; elsewhere they would double the scratch.
         index = codes.long() if torch._C._are_functorch_transforms_active() else codes.int()
-        values = levels.index_select(0, index.flatten()).view(codes.shape)
+        values = table.index_select(0, index.flatten()).view(codes.shape)
         stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
         scales = self.encoding.decode(stored)  # (rows, blocks)
         return values.mul_(spread(scales, self.block_size, columns))

@@ -117,7 +117,8 @@ class Conv4Bit(FourBitStorage):
         """
         weight = (store or technique.store)(layer.weight.flatten(1), "weight")
         bias = cast("nn.Parameter | None", layer.bias)
-        return cls(weight, bias, geometry_of(layer), technique.compute_dtype)
+        compute = technique.compute_dtype if technique.compute_dtype is not torch.int8 else None  # for linear layers
+        return cls(weight, bias, geometry_of(layer), compute)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (batch, out_channels, *size) in the input's dtype, for (batch, in_channels, *size), batch or not."""

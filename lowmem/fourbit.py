@@ -30,7 +30,8 @@ class FourBit:
         format: a key of ``FORMATS``; or several, of which each weight gets the one with the least squared error.
         block_size: weights a scale, even, 8 to 4096; None takes the format's own.
         scales: "float32", "float16" or "double"; None takes the format's own.
-        compute_dtype: to multiply in; None takes the input's.
+        compute_dtype: to multiply in; None takes the input's. With torch.int8, linear layers round inputs, and levels
+            that need it, to 8 bits (``lowmem.int8``) and multiply integers; gradients and other layers do not.
         search: whether to search for the scales that leave the least squared error; None takes the format's own.
 
     Raises:
@@ -55,9 +56,10 @@ class FourBit:
         if self.scales is not None:
             get_encoding(self.scales)
         dtype = self.compute_dtype
-        if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        if dtype not in (None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(
-                f"compute_dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more, or None"
+                f"compute_dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more, or torch.int8, "
+                "or None"
             )
 
     def store(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
@@ -132,7 +134,7 @@ class Linear4Bit(FourBitStorage):
     Args:
         weight: quantized (out_features, in_features).
         bias: floating point (out_features,), or None.
-        compute_dtype: to multiply in; None takes the input's.
+        compute_dtype: to multiply in; None takes the input's, and torch.int8 multiplies in 8-bit integers.
     """
 
     bias: nn.Parameter | None

@@ -24,7 +24,8 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     Args:
         x: floating point (..., in); the result has its dtype.
         weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape.
-        dtype: to compute in.
+        dtype: to compute in; torch.int8 for products in 8-bit integers, whose gradient is that of products in the
+            dtype of x.
         bias: floating point (out,), or None.
 
     Raises:
@@ -44,7 +45,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
         out = kernels.linear(rows, weight, dtype, bias)
     else:
         out = _product(rows, weight, dtype, False)
-        out = out if bias is None else out + bias.to(dtype)
+        out = out if bias is None else out + bias.to(out.dtype)
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
@@ -110,8 +111,9 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.weight, ctx.dtype, ctx.transposed = inputs
+        x, ctx.weight, dtype, ctx.transposed = inputs
         ctx.input_dtype = x.dtype
+        ctx.dtype = x.dtype if dtype is torch.int8 else dtype  # of derivatives: they pass straight through a rounding
         # Saved through torch, so that a weight changed in place before backward is an error.
         if isinstance(ctx.weight, QuantizedTensor):
             ctx.save_for_backward(ctx.weight.packed, ctx.weight.scales)

@@ -13,7 +13,8 @@ from lowmem.lora import Adapter, LoRA
 
 __all__ = ["adapter_record", "lora_of", "technique_of", "technique_record"]
 
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_KNOWN = (torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _KNOWN}
 
 
 def technique_record(technique: Half | FourBit, method: str = "absmax") -> dict[str, Any]:

@@ -15,7 +15,7 @@ MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"
 # Each layer may import from the layers before it, and nothing from its own or those behind it, except
 # as listed. Modules of one layer stand together.
 LAYERS = [
-    {"formats", "packing", "scales", "bignet", "measure", "version", "files", "header", "kernels._native"},
+    {"formats", "packing", "scales", "bignet", "measure", "version", "files", "header", "int8", "kernels._native"},
     {"search"},
     {"blockwise", "tensorfile"},
     {"quantizing", "shards"},

@@ -150,7 +150,7 @@ def test_empty_layers_and_batches_work():
         ({"block_size": -16}, "block_size=-16 must be"),
         ({"block_size": 16.0}, "block_size=16.0 must be an integer"),
         ({"scales": "e4m3"}, "scales='e4m3' is unknown: choose from float32, float16, double"),
-        ({"compute_dtype": torch.int8}, "compute_dtype=torch.int8 must be"),
+        ({"compute_dtype": torch.int16}, "compute_dtype=torch.int16 must be"),
         ({"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16' must be"),
     ],
 )

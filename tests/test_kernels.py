@@ -401,6 +401,7 @@ with kernels.using(level):
                     for batch in (1, 5, 13):
                         x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 5).to(dtype)
                         kernels.linear(at_the_edge(x), q, dtype, at_the_edge(torch.randn(5)))
+                        kernels.linear(at_the_edge(x), q, torch.int8)
                         kernels.input_grad(at_the_edge(grad), q, dtype)
         for stored in (torch.float16, torch.bfloat16):
             half = at_the_edge(torch.randn(5, columns).to(stored))
@@ -448,6 +449,7 @@ def test_tensors_of_another_kind_are_left_to_plain_torch(level):
     with kernels.using(level):
         runs = (
             lambda: kernels.linear(x, q, torch.float32),
+            lambda: kernels.linear(x, q, torch.int8),
             lambda: kernels.input_grad(grad, q, torch.float32),
             lambda: kernels.add_update(grad, x, a, b, 0.5),
         )

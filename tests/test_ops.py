@@ -21,6 +21,7 @@ compiles = pytest.mark.skipif(
     reason="torch 2.4's compiler does not take such a function whole; the versions between were not tried",
 )
 kinds = pytest.mark.parametrize("kind", ["half", "4-bit"])
+models = pytest.mark.parametrize("kind", ["half", "4-bit", "8-bit products"])
 every_order = pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
 
 
@@ -38,6 +39,21 @@ def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
         torch.library.opcheck(torch.ops.lowmem.product_4bit.default, arguments)
 
 
+@every_order
+def test_the_operator_of_8_bit_integers_gives_the_input_s_dtype(transposed):
+    weight = make_weight("4-bit")
+    described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
+        arguments = (x, weight.packed, weight.scales, *described, torch.int8, transposed)
+        torch.library.opcheck(torch.ops.lowmem.product_4bit.default, arguments)
+        out = ops.product(x, weight, torch.int8, transposed)
+        (got,) = torch.autograd.grad(out.sum(), x)
+        (exact,) = torch.autograd.grad(ops.product(x, weight, dtype, transposed).sum(), x)
+        assert out.dtype == dtype
+        assert torch.equal(got, exact)
+
+
 @kinds
 @every_order
 def test_an_operator_and_its_gradient_equal_the_plain_products(kind, transposed):
@@ -52,13 +68,14 @@ def test_an_operator_and_its_gradient_equal_the_plain_products(kind, transposed)
 
 
 def build(kind: str) -> torch.nn.Module:
-    technique = Half() if kind == "half" else FourBit(block_size=8)
+    compute = torch.int8 if kind == "8-bit products" else None
+    technique = Half() if kind == "half" else FourBit(block_size=8, compute_dtype=compute)
     plain = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
     return convert(plain, technique, LoRA(2))
 
 
 @compiles
-@kinds
+@models
 def test_a_compiled_training_step_is_one_graph_with_the_same_gradient(kind):
     model = build(kind)
     torch.nn.init.ones_(model[0].lora_b)
@@ -70,7 +87,7 @@ def test_a_compiled_training_step_is_one_graph_with_the_same_gradient(kind):
 
 
 @compiles
-@kinds
+@models
 @pytest.mark.skipif(kernels.available() == ["reference"], reason="the kernel is not compiled here")
 def test_a_compiled_graph_is_served_by_the_kernel(kind, monkeypatch):
     model = build(kind).eval().requires_grad_(False) if kind == "half" else build(kind).eval()
@@ -86,7 +103,7 @@ def test_a_compiled_graph_is_served_by_the_kernel(kind, monkeypatch):
 
 
 @compiles
-@kinds
+@models
 def test_an_exported_model_gives_the_same(kind):
     model = build(kind).eval()
     x = torch.randn(3, 16)
@@ -96,7 +113,7 @@ def test_an_exported_model_gives_the_same(kind):
 
 
 @compiles
-@kinds
+@models
 def test_compiled_transforms_of_torch_func_are_right_or_refused(kind):
     """Forward mode in a function of one's own is not compiled: it falls back to eager, and never gives zeros."""
     layer = build(kind)[0].base

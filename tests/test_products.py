@@ -262,7 +262,7 @@ def test_sums_that_round_one_way_lose_no_more_than_torch_s(level, kind, size):
     ],
 )
 def test_sums_of_equal_numbers_lose_no_more_than_torch_s(level, kind, options, size):
-    """No chain of products is long: all of their roundings may go one way. (Tiles add 64 sums of 4096 columns in one.)"""
+    """No chain of products is long: their roundings may all go one way. (Tiles add 64 sums of 4096 columns.)"""
     for noise in (0.0, 0.05):
         dense = 0.9 + noise * torch.rand(64, size, generator=torch.Generator().manual_seed(0))
         w, restored = stored(kind, dense, **options)

@@ -110,7 +110,8 @@ def test_the_speed_table_is_that_of_the_stored_run():
     results, _ = read_run(run)
     ratios = {name.partition("::")[2]: result.ratio for name, result in results.items()}
     lines = []
-    for test, title in (("test_inference", ""), ("test_inference_in_bfloat16", ", bfloat16")):
+    titles = {"": "", "_in_bfloat16": ", bfloat16", "_in_int8": ", 8-bit integers"}
+    for test, title in ((f"test_inference{what}", title) for what, title in titles.items()):
         for variant in dict.fromkeys(re.findall(rf"{test}\[(\w+)-batch1\]", " ".join(ratios))):
             cells = [1 / ratios[f"{test}[{variant}-batch{batch}]"] for batch in (1, 8, 32, 128, 512)]
             if variant != "bignet":

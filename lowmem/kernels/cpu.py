@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lowmem import blockwise
+from lowmem import blockwise, int8
 from lowmem.blockwise import QuantizedTensor
 from lowmem.formats import get_format
 from lowmem.kernels import reference
@@ -35,6 +35,8 @@ Given: TypeAlias = tuple[object, Tensor, Tensor | None]
 
 _NO_UPDATE = (None, None, None)
 
+_AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # uses of a weight, and where it keeps what C knows of it for them
+
 _WIDE_BYTES = 2**18  # of a float32 output for rows that C adds up in parts
 
 
@@ -46,7 +48,7 @@ def load() -> tuple[ModuleType | None, str]:
     except ImportError as reason:
         return None, f"the compiled kernel cannot be imported ({reason}); installing from source needs a C compiler"
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    _native.use_torch(Tensor, Parameter, table, torch._C._to_dlpack)  # type: ignore[attr-defined]
+    _native.use_torch(Tensor, Parameter, table, torch._C._to_dlpack)
     package = Path(torch.__file__).parent
     bundled = [*(package / "lib").glob("lib*omp*"), *(package.parent / "torch.libs").glob("lib*omp*")]
     libraries = [*sorted(map(str, bundled)), "libgomp.so.1", "libomp.so", "libiomp5.so"]
@@ -77,6 +79,7 @@ class Kernel:
         self._level = native.levels().index(level)
         # Faster than attributes of attributes, and with types.
         self._linear: Callable[..., Tensor | None] = native.linear
+        self._linear8: Callable[..., Tensor | None] = native.linear_int8
         self._input_grad: Callable[..., Tensor | None] = native.input_grad
         self._update: Callable[..., Tensor | None] = native.update
         self._order = lru_cache(maxsize=64)(native.order)  # a table of the columns, shared by layers of one shape
@@ -105,6 +108,8 @@ class Kernel:
 
     def _linear_of_others(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         """Put in a form that C takes what it does not take as it is, or leave it to plain torch."""
+        if dtype is torch.int8:
+            return self._linear_int8(x, weight, bias)
         if dtype not in TYPES or not (is_real(x) and x.is_floating_point() and x.dim() == 2):
             return reference.linear(x, weight, dtype, bias)
         rows = weight.shape[0]
@@ -114,6 +119,26 @@ class Kernel:
             if out is not None:
                 return out if bias is None or added is bias else out.add_(bias)
         return reference.linear(x, weight, dtype, bias)
+
+    def _linear_int8(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """Take products in 8-bit integers, or in float32 of what is rounded to them, or leave them to plain torch."""
+        given, threads = self._given(weight, _IN_INT8), torch.get_num_threads()
+        if given is not None:
+            out = self._linear8(self._level, *given, x, bias, threads)
+            if out is not None:
+                return out
+        added = bias if bias is None or is_vector(bias, weight.shape[0]) else None
+        if added is bias and x.dtype in TYPES and x.dim() == 2 and is_real(x) and isinstance(weight, QuantizedTensor):
+            x = x.contiguous()
+            rounded = int8.round_inputs(x, weight.block_size).contiguous()
+            for given in self._ways(weight, _IN_INT8):
+                out = self._linear8(self._level, *given, x, bias, threads)
+                if out is not None:
+                    return out
+                out = self._multiply(given, rounded, weight.shape[0], bias)
+                if out is not None:
+                    return out.to(x.dtype)
+        return reference.linear(x, weight, torch.int8, bias)
 
     def _multiply(self, given: Given, x: Tensor, rows: int, bias: Tensor | None) -> Tensor | None:
         threads = torch.get_num_threads()
@@ -133,6 +158,7 @@ class Kernel:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
         if is_traced():
             return reference.input_grad(grad, weight, dtype)
+        dtype = grad.dtype if dtype is torch.int8 else dtype
         given = self._given(weight)
         if grad.dtype is dtype and given is not None:
             out = self._input_grad(self._level, *given, grad, torch.get_num_threads())
@@ -200,32 +226,35 @@ class Kernel:
             blockwise.PLAIN.quantize_rows(rows, into, chunk, importance)  # raises, and says why
         return None
 
-    def _given(self, weight: Weight) -> Given | None:
+    def _given(self, weight: Weight, use: str = _AS_FLOATS) -> Given | None:
         """Return a weight as C is handed it, which it may be told of now; or None where C cannot read it."""
         if not isinstance(weight, QuantizedTensor):  # faster than to ask for a tensor
             return None, weight, None
-        kept: Prepared | None = weight.__dict__.get("prepared")
+        kept: Prepared | None = weight.__dict__.get(use)
         if kept is None or kept.kernel is not self:
-            kept = self._prepare(weight)
+            kept = self._prepare(weight, use)
         return None if kept is None else (kept.handle, weight.packed, weight.scales)
 
-    def _ways(self, weight: Weight) -> Iterator[Given]:
+    def _ways(self, weight: Weight, use: str = _AS_FLOATS) -> Iterator[Given]:
         """Yield a weight as C is handed it: as it is known, and, where C says that it is not there any more, anew."""
-        given = self._given(weight)
+        given = self._given(weight, use)
         if given is not None:
             yield given
-        if isinstance(weight, QuantizedTensor) and self._prepare(weight) is not None:
-            yield weight.__dict__["prepared"].handle, weight.packed, weight.scales
+        if isinstance(weight, QuantizedTensor) and self._prepare(weight, use) is not None:
+            yield weight.__dict__[use].handle, weight.packed, weight.scales
 
-    def _prepare(self, weight: QuantizedTensor) -> Prepared | None:
-        """Let C know a weight, or return None where it cannot read it."""
+    def _prepare(self, weight: QuantizedTensor, use: str) -> Prepared | None:
+        """Let C know a weight for one of its uses, or return None where it cannot read it."""
         packed, scales = weight.packed, weight.scales
         if (packed.shape, packed.dtype, scales.shape, scales.dtype) != weight.stored_layout or len(weight.shape) != 2:
             return None
         rows, columns = weight.shape
         if not columns:
             return None
-        levels = _floats(get_format(weight.format).levels)
+        points, form = 0, get_format(weight.format).levels
+        if use == _IN_INT8:
+            points, form = int8.on_a_grid(form)
+        levels = _floats(form)
         handle = self.native.prepare(
             self._order(self._level, columns, weight.block_size),
             self._level,
@@ -236,10 +265,11 @@ class Kernel:
             weight.block_size,
             rows,
             columns,
+            points,
         )
         if handle is None:
             return None
-        kept = weight.__dict__["prepared"] = Prepared(self, handle, levels)
+        kept = weight.__dict__[use] = Prepared(self, handle, levels)
         return kept
 
 

@@ -11,6 +11,7 @@
 #define LEVEL_LOW 1
 #include "avx512.h"
 
+static void linear_int8(struct job *job) { level_avx512bf16.linear_int8(job); }
 static void restore(struct job *job) { level_avx512bf16.restore(job); }
 static void update(struct job *job) { level_avx512bf16.update(job); }
 static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_t *own)
@@ -21,7 +22,7 @@ static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_
 #include "amx.h"
 #include "amx_gradient.h"
 
-const struct level level_avx512amx = {"avx512amx", LANES, LEVEL_LOW, 1, linear, input_grad, restore, update, quantize};
+const struct level level_avx512amx = {"avx512amx", LANES, LEVEL_LOW, 1, linear, linear_int8, input_grad, restore, update, quantize};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

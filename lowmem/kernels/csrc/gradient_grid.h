@@ -135,13 +135,6 @@ INLINE void LEVEL(grad_digits)(const uint16_t *p, int64_t stride, int64_t rows, 
     }
 }
 
-/* sum + bytes * digits. Not by its intrinsic: GCC copies each sum before and after it here, and half of the time is lost. */
-INLINE W LEVEL(add_bytes)(W sum, W bytes, W digits)
-{
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(digits));
-    return sum;
-}
-
 #define DIGIT(d)                                                                                           \
     {                                                                                                      \
         const W digit = _mm512_shuffle_epi32(_mm512_loadu_si512(digits), (_MM_PERM_ENUM)(0x55 * d));       \

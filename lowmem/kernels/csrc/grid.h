@@ -18,8 +18,17 @@ enum grid { NO_GRID, STEPS, CODES, CODES_OF_ONE };
 
 #define DIGITS 3
 #define LOW_DIGITS 2
+#define INT8_DIGITS 1 /* of int8.h */
 #define GRID_SUMS (DIGITS * 2 * 16) /* in floats */
 #define GRID_UNIT (GRID_SUMS + LANES)
+
+/* sum + bytes * digits, for long loops: around the intrinsic GCC copies each sum there, and half of the time is lost. (In
+ * digit_sums it does not, and assembly is slower.) */
+INLINE W LEVEL(add_bytes)(W sum, W bytes, W digits)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(digits));
+    return sum;
+}
 
 /* based + bytes of both halves of R rows with n digits: those of the lowest one for themselves, so that no chain is long. The
  * rows take turns: chains behind each other would fill what waits for operands. */
@@ -121,7 +130,7 @@ INLINE int LEVEL(to_digits)(const struct weight *w, const V *x, const int run, f
     const float largest = float_of((uint32_t)_mm512_reduce_max_epi32(most));
     if (!(largest <= 0x1p100f && (largest >= least || largest == 0.0f)))
         return 0;
-    if (n < DIGITS) {
+    if (n == LOW_DIGITS) {
         float sums[8];
         v_sum4(size[0], size[1], size[2], size[3], sums);
         v_sum4(size[4], size[5], size[6], size[7], sums + 4);
@@ -129,10 +138,10 @@ INLINE int LEVEL(to_digits)(const struct weight *w, const V *x, const int run, f
             if (sums[i] > 0.0f && largest > 8.0f * sums[i])
                 return 0;
     }
-    const float range = n == DIGITS ? 0x7f7f00 : 0x7f00; /* below 127 in every digit, whatever rounds up */
+    const float range = n == DIGITS ? 0x7f7f00 : n == LOW_DIGITS ? 0x7f00 : 0x7f; /* below 127 in every digit, whatever rounds up */
     const V factor = v_set1(largest > 0.0f ? range / largest : 0.0f);
     /* Bytes of a sum with `half` are digits, but for the sign; four columns, which are a quarter of a vector, come together. */
-    const W half = _mm512_set1_epi32(n == DIGITS ? 0x808080 : 0x8080);
+    const W half = _mm512_set1_epi32(n == DIGITS ? 0x808080 : n == LOW_DIGITS ? 0x8080 : 0x80);
     const W by_digits = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
     const W word = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const W fours = _mm512_add_epi32(word, _mm512_andnot_si512(_mm512_set1_epi32(run - 1), word)); /* of columns, of low nibbles */

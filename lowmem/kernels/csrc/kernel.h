@@ -22,7 +22,7 @@
 #define MAX_LANES 16
 #define MAX_GROUP (MAX_LANES * 8)
 #define FEW 4                     /* inputs that are few */
-#define FEW_MORE 8                /* in bfloat16, and with 16-bit weights */
+#define FEW_MORE 8                /* in bfloat16, in 8-bit integers, and with 16-bit weights */
 #define SHARE_ROWS 8              /* of a thread, at least */
 #define UPDATE_ROWS 16            /* rows after which an update is added */
 #define UPDATED 128               /* inputs that an update is added for; for more, torch's own products are as fast */
@@ -36,6 +36,7 @@
 #define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART_FLOATS) /* behind those */
 #define PANEL MAX_LANES           /* inputs, at every level, */
 #define PANEL_ROWS 16             /* and rows that are multiplied with them, in panels.h */
+#define INT8_ROWS 32              /* rows in int8.h */
 #define LARGEST_BLOCK 4096
 #define WIDE 8192                 /* columns of the input that are packed at a time */
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */
@@ -92,6 +93,7 @@ struct weight {
     int base;
     int codes; /* 1 or 2: steps[c] = codes * c, as those of levels that are evenly spaced; else 0 */
     float step; /* else 0 */
+    float int8_step; /* of levels that were made multiples of it, levels[c] = int8_step * (steps[c] - 128), or 0; `step` is 0 then */
 };
 
 /* A low-rank update: A (rank, columns), B (rows, rank), x (batch, columns), base and out (batch, rows), which may be one. */
@@ -130,7 +132,7 @@ struct job {
     int grid; /* or in integers: enum grid of grid.h */
     int panels; /* whether inputs, more than a few, are packed in panels, at levels that have as many lanes */
     int tiles; /* 0, or taken by AMX: of how many terms an input is the sum */
-    int *refused; /* set where terms would not do for an input or a weight: nothing that is written counts */
+    int *refused; /* set where terms, or 8-bit integers, would not do for what is read: nothing that is written counts */
     int64_t batch, threads;
     float *packed; /* the input, or sums of the gradient, in the order of the words, or in tiles; */
     int64_t packed_step; /* each thread packs its own copy, so many floats behind the one before; 0: they share one */
@@ -142,6 +144,9 @@ struct job {
     struct quantizing *quantizing;
     const struct update *update; /* or NULL */
 };
+
+static inline void refuse(const struct job *job) { __atomic_store_n(job->refused, 1, __ATOMIC_RELAXED); }
+static inline int is_refused(const struct job *job) { return __atomic_load_n(job->refused, __ATOMIC_RELAXED); }
 
 /* One of so many parts of a job's work, by one of its threads: which one changes no bit. */
 typedef void (*body)(struct job *, int64_t part, int64_t parts, int64_t thread);
@@ -156,6 +161,7 @@ struct level {
     const char *name;
     int lanes, low, tiles; /* low: whether it multiplies bfloat16; tiles: by AMX */
     void (*linear)(struct job *);
+    void (*linear_int8)(struct job *); /* NULL: it has no products of 8-bit integers */
     void (*input_grad)(struct job *);
     void (*restore)(struct job *);
     void (*update)(struct job *);

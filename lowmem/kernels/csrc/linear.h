@@ -337,6 +337,10 @@ static void LEVEL(few_body)(struct job *job, int64_t part, int64_t parts, int64_
     }
 }
 
+#if LEVEL_LOW
+#include "int8.h"
+#endif
+
 static void LEVEL(linear)(struct job *job)
 {
     const struct weight *w = job->weight;

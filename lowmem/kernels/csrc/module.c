@@ -141,10 +141,20 @@ static void find_grid(struct weight *w)
     w->step = step;
 }
 
-/* prepare(order, level, packed, scales, levels, encoding, block_size, rows, columns) -> capsule, or None: C cannot read it */
+/* Levels that are multiples of a step, so many of which make the largest of them. */
+static void use_int8(struct weight *w, int64_t points)
+{
+    w->int8_step = fmaxf(w->levels[15], -w->levels[0]) / (float)points;
+    w->base = -128;
+    for (int c = 0; c < 16; c++)
+        w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->int8_step) - (float)w->base);
+}
+
+/* prepare(order, level, packed, scales, levels, encoding, block_size, rows, columns, int8 points or 0) -> capsule, or None: C
+ * cannot read it */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { ORDER_OF, LEVEL_INDEX, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, ARGUMENTS };
+    enum { ORDER_OF, LEVEL_INDEX, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, ARGUMENTS };
     long long level, n[ARGUMENTS];
     struct tensor packed, scales;
     int is = 1;
@@ -166,7 +176,10 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
         free(prepared);
         return NULL;
     }
-    find_grid(&w);
+    if (n[POINTS])
+        use_int8(&w, n[POINTS]);
+    else
+        find_grid(&w);
     w.order = order;
     Py_INCREF(args[ORDER_OF]);
     prepared->weight = w;
@@ -203,12 +216,12 @@ struct layout {
 
 #define MOST_COPIES 4 /* of a packed input: with more threads, packing it in all of them would take too long */
 
-static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low, int tiles,
-                               int64_t beside)
+static struct layout layout_of(const struct weight *w, int64_t batch, long long threads, int transposed, int low, int int8,
+                               int tiles, int64_t beside)
 {
-    const int few = !tiles && batch <= few_inputs(w, low);
+    const int few = !tiles && batch <= (int8 ? FEW_MORE : few_inputs(w, low));
     const int in_low = low && !transposed && (!few || w->order->whole_words) && !(batch == 1 && has_plain_codes(w, low));
-    const int number = tiles ? 2 * tiles : in_low ? 2 : 4; /* bytes of a packed one */
+    const int number = tiles ? 2 * tiles : in_low || (int8 && !few) ? 2 : 4; /* bytes of a packed one */
     const int64_t all = threads_for(threads, (double)w->rows * w->columns * batch);
     const int64_t part = smaller(round_up(w->rows, TILED_LINE), TILED_GRAD_PART); /* of the rows */
     const int64_t bytes = !transposed ? packed_width(w, tiles > 1 ? TILED_WIDE : WIDE) * number /* that an input takes */
@@ -217,13 +230,14 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
     const int64_t own = tiles ? (transposed ? TILED_GRAD_OWN(tiles) : TILED_OWN(tiles))
                         : transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
     /* Whatever the threads are, or bits would depend on them: a panel is at least packed at a time. */
-    const int panels = !tiles && !transposed && !few && fill_panels(w, batch, low) && PANEL * bytes <= LEAST_BYTES && !beside;
-    const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : panels ? PANEL_ROWS : MAX_VECTORS * MAX_LANES;
+    const int fill = !tiles && !transposed && !few && fill_panels(w, batch, low) && PANEL * bytes <= LEAST_BYTES && !beside;
+    const int panels = int8 ? !few : fill;
+    const int64_t own_of_input = transposed ? tiles ? 0 : GRAD_ROWS : few ? 0 : int8 ? INT8_ROWS : panels ? PANEL_ROWS : MAX_VECTORS * MAX_LANES;
     const int64_t copies = transposed || tiles > 1 || all > MOST_COPIES ? 1 : all;
     const int64_t of_input = 4 * all * own_of_input, others = 4 * all * own + beside;
     int64_t most = PACKED_BYTES;
     if (tiles > 1) { /* terms take no more than vectors would */
-        const struct layout vectors = layout_of(w, batch, threads, transposed, 0, 0, beside);
+        const struct layout vectors = layout_of(w, batch, threads, transposed, 0, 0, 0, beside);
         const int64_t room = 4 * (vectors.shared + vectors.threads * vectors.own - all * own);
         most = room / (bytes + of_input) * bytes;
     }
@@ -295,8 +309,8 @@ static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, 
 enum { LEVEL_INDEX, PREPARED_OF, PACKED, SCALES, X };
 
 /* A product with a weight, and with an update (A, B, scaling) unless A is None. */
-static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_given, PyObject *out_given, PyObject *threads_given,
-                         PyObject *const *update_given)
+static PyObject *product(PyObject *const *args, int transposed, int int8, PyObject *bias_given, PyObject *out_given,
+                         PyObject *threads_given, PyObject *const *update_given)
 {
     long long index, threads;
     struct weight w;
@@ -310,6 +324,9 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
         is = read_tensor(bias_given, &bias);
     if (is < 0)
         return NULL;
+    if (int8 && !(is && level->linear_int8 && w.int8_step > 0.0f && has_whole_groups(&w)))
+        Py_RETURN_NONE;
+    w.step = int8 ? w.int8_step : w.step;
     const int64_t from = transposed ? w.rows : w.columns, to = transposed ? w.columns : w.rows;
     if (!is || x.type < 0 || !has_shape(&x, x.shape[0], from) || !x.shape[0] || !from || !to)
         Py_RETURN_NONE;
@@ -327,11 +344,11 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
         Py_INCREF(made);
     const int64_t sums = out_given == Py_None ? 0 : 4 * x.shape[0] * to;
     const int fits = read_memory(made, &out) && out.type >= 0 && has_shape(&out, x.shape[0], to) && (!updated || out.type == FLOAT32);
-    int tiles = in_tiles(level, &w, x.shape[0], x.type, transposed), refused;
+    int tiles = int8 ? 0 : in_tiles(level, &w, x.shape[0], x.type, transposed), refused;
     do {
-        const int low = tiles == 1 || is_low(level, &w, x.type);
+        const int low = !int8 && (tiles == 1 || is_low(level, &w, x.type));
         refused = 0;
-        const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, tiles, sums);
+        const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, int8, tiles, sums);
         const int64_t floats = layout.shared + layout.threads * layout.own, narrow = x.shape[0] * u.rank;
         const int64_t narrow_at = layout.few ? floats : 0; /* of more inputs it is made when all rows are done */
         const int64_t most = narrow_at + narrow > floats ? narrow_at + narrow : floats;
@@ -369,11 +386,15 @@ static PyObject *product(PyObject *const *args, int transposed, PyObject *bias_g
             .update = updated ? &u : NULL,
         };
         Py_BEGIN_ALLOW_THREADS
-        (transposed ? level->input_grad : level->linear)(&job);
+        (transposed ? level->input_grad : int8 ? level->linear_int8 : level->linear)(&job);
         Py_END_ALLOW_THREADS
         free_scratch(&scratch);
         tiles = 0; /* where terms are refused */
-    } while (refused);
+    } while (refused && !int8);
+    if (refused) {
+        Py_DECREF(made);
+        Py_RETURN_NONE;
+    }
     return made;
 }
 
@@ -383,7 +404,16 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, OUT, THREADS, A, B, SCALING, ARGUMENTS };
     (void)self;
-    return has_count(given, ARGUMENTS) ? NULL : product(args, 0, args[BIAS], args[OUT], args[THREADS], args + A);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, 0, 0, args[BIAS], args[OUT], args[THREADS], args + A);
+}
+
+/* linear_int8(level, prepared for it, packed, scales, x, bias or None, threads)
+ * -> out, or None: there is something that 8-bit integers do not do */
+static PyObject *linear_int8(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    enum { BIAS = X + 1, THREADS, ARGUMENTS };
+    (void)self;
+    return has_count(given, ARGUMENTS) ? NULL : product(args, 0, 1, args[BIAS], Py_None, args[THREADS], NULL);
 }
 
 /* input_grad(level, prepared or None, packed or 16-bit weight, scales or None, grad, threads)
@@ -392,7 +422,7 @@ static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t gi
 {
     enum { THREADS = X + 1, ARGUMENTS };
     (void)self;
-    return has_count(given, ARGUMENTS) ? NULL : product(args, 1, Py_None, Py_None, args[THREADS], NULL);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, 1, 0, Py_None, Py_None, args[THREADS], NULL);
 }
 
 /* restore(level, prepared, packed, scales, first row, out, threads) -> out, or None: there is something that C does not take */
@@ -600,6 +630,7 @@ static PyMethodDef methods[] = {
     FAST(order),
     FAST(prepare),
     FAST(linear),
+    FAST(linear_int8),
     FAST(input_grad),
     FAST(restore),
     FAST(quantize),

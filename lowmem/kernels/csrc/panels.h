@@ -130,14 +130,14 @@ INLINE void LEVEL(begin_rows)(const struct job *job, int64_t r, int64_t c, int64
     *to = rows;
 }
 
-/* Sums of rows, LANES inputs of each, as those of inputs, PANEL_ROWS of each. */
-INLINE void LEVEL(turn)(const float *sums, float *out)
+/* Sums of so many rows, LANES inputs of each, as those of inputs, so many of each. */
+INLINE void LEVEL(turn)(const float *sums, const int rows, float *out)
 {
-    for (int r = 0; r < PANEL_ROWS; r += LANES) {
+    for (int r = 0; r < rows; r += LANES) {
         V v[LANES];
         EACH_LANE v[i] = v_load(sums + (r + i) * LANES);
         v_transpose(v);
-        EACH_LANE v_store(out + i * PANEL_ROWS + r, v[i]);
+        EACH_LANE v_store(out + i * rows + r, v[i]);
     }
 }
 
@@ -171,7 +171,7 @@ INLINE void LEVEL(panel_rows)(const struct job *job, int64_t r, int64_t to, floa
             LEVEL(multiply)(x, (int)n / 8, tile, PANEL_ROWS, sums + m * PANEL_ROWS, &next, (int)(next.count * (m + LANES) / batch),
                             m ? NULL : fetch, low, 1);
             if (r != this_r)
-                LEVEL(turn)(sums + m * PANEL_ROWS, turned + m * PANEL_ROWS);
+                LEVEL(turn)(sums + m * PANEL_ROWS, PANEL_ROWS, turned + m * PANEL_ROWS);
         }
         float *done = tile;
         tile = other;

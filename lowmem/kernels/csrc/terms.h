@@ -28,8 +28,6 @@ static V levels_of(const struct weight *w, int terms)
 }
 static float input_factor(const struct weight *w, int terms) { return terms > 1 && has_whole_levels(w) ? w->step : 1.0f; }
 
-static void refuse(const struct job *job) { __atomic_store_n(job->refused, 1, __ATOMIC_RELAXED); }
-static int is_refused(const struct job *job) { return __atomic_load_n(job->refused, __ATOMIC_RELAXED); }
 
 INLINE V widened_words(__m256i words) { return v_of_words(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)); }
 

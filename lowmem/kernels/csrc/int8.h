@@ -1,0 +1,223 @@
+/* Products in 8-bit integers (vpdpbusd: four of them a lane, exact). Inputs are rounded to integers of 8 bits, GROUP columns
+ * with one unit, and levels are multiples of a step that 8 bits hold: prepare of module.c has made them so.
+ *
+ *   sum of level[c] x = step * unit * (sum of steps[c] v - 128 * sum of v),        x ~ unit * v
+ *
+ * A few inputs are multiplied as those of grid.h, with one digit. More of them lie across the lanes, LANES inputs a panel: each
+ * four columns of a row are multiplied with all of them at once, and a block's sum begins with what its zero point takes off.
+ *
+ * A group of a panel: four columns of each input, those of the low nibbles of a word's bytes for each of LANES words, then those
+ * of the high ones; what the zero points of each block take off; the units. */
+
+#define INT8_SUMS (2 * LANES * LANES) /* in floats */
+#define INT8_UNITS (INT8_SUMS + LANES * LANES)
+#define INT8_GROUP (GROUP / 2) /* floats of a group of an input */
+#define INT8_PANEL (INT8_GROUP * LANES) /* of a panel */
+#define INT8_PANELS 3 /* that are multiplied with four rows at a time, or two; one with eight rows: */
+#define INT8_MOST 12  /* sums, which stay in registers */
+#define INT8_LEAST 0x1p-60f /* of the largest number of a group, unless all of it is zero */
+_Static_assert(MOST * INT8_ROWS <= SUMS_AT, "what is turned has room before the sums");
+_Static_assert(INT8_UNITS + LANES <= INT8_GROUP * LANES, "a panel has room for its groups");
+
+INLINE float *LEVEL(int8_at)(const struct job *job, int64_t m, int64_t g)
+{
+    return job->packed + ((g - job->g0) * round_up(job->m1 - job->m0, LANES) + m - job->m0) * INT8_GROUP;
+}
+
+/* Four bytes, in every lane. */
+INLINE W LEVEL(four_of)(const uint8_t *p)
+{
+    int four;
+    memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+
+/* A group of an input as 8-bit integers, in the order of grid.h; 0 where it is too small, too large or not finite. */
+INLINE int LEVEL(to_int8)(const struct job *job, int64_t m, int64_t g, float *group)
+{
+    const struct weight *w = job->weight;
+    const int64_t from = m * w->columns + g * GROUP, left = w->columns - g * GROUP;
+    const uint16_t *typed = (const uint16_t *)job->x + from;
+    float sorted[GROUP] = {0};
+    V x[8];
+    if (left < GROUP) { /* the end of a row: its last block is short */
+        const int32_t *place = w->order->place + g * GROUP;
+        for (int64_t c = 0; c < left; c++) {
+            const int64_t nibble = place[c] % GROUP / LANES, word = place[c] % LANES;
+            sorted[word * 8 + nibble % 2 * 4 + nibble / 2] = read_as_float(job->x, job->type, from + c);
+        }
+        EACH_VECTOR(8) x[n] = v_load(sorted + n * LANES);
+        return LEVEL(to_digits)(w, x, 1, group, INT8_DIGITS, INT8_LEAST);
+    }
+    EACH_VECTOR(8) x[n] = job->type == FLOAT32    ? v_load((const float *)job->x + from + n * LANES)
+                          : job->type == BFLOAT16 ? v_bfloat(typed + n * LANES)
+                                                  : v_half(typed + n * LANES);
+    return LEVEL(to_digits)(w, x, (int)w->half / 4, group, INT8_DIGITS, INT8_LEAST);
+}
+
+/* Pack panels of inputs, or say that this cannot be done. */
+static void LEVEL(pack_int8)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    const int64_t words = job->weight->half / 4; /* of a block */
+    int64_t m, to;
+    (void)thread;
+    share(round_up(job->m1 - job->m0, LANES), LANES, parts, part, &m, &to);
+    for (m += job->m0, to += job->m0; m < to; m += LANES)
+        for (int64_t g = job->g0; g < job->g1; g++) {
+            float of[LANES][GROUP] = {{0}}, *out = LEVEL(int8_at)(job, m, g);
+            for (int64_t i = 0; i < smaller(LANES, job->m1 - m); i++)
+                if (!LEVEL(to_int8)(job, m + i, g, of[i])) {
+                    refuse(job);
+                    return;
+                }
+            V v[LANES];
+            for (int half = 0; half < 2; half++) {
+                EACH_LANE v[i] = v_load(of[i] + half * LANES);
+                v_transpose(v);
+                EACH_LANE v_store(out + (half * LANES + i) * LANES, v[i]);
+            }
+            EACH_LANE v[i] = v_load(of[i] + GRID_SUMS);
+            v_transpose(v);
+            for (int64_t word = 0; word < LANES; word += words) {
+                W sum = _mm512_setzero_si512();
+                for (int64_t i = word; i < word + words; i++)
+                    sum = _mm512_add_epi32(sum, words_of_v(v[i]));
+                v_store(out + INT8_SUMS + word / words * LANES, v_of_words(sum));
+            }
+            for (int i = 0; i < LANES; i++)
+                out[INT8_UNITS + i] = of[i][GRID_UNIT];
+        }
+}
+
+/* P panels with a group of R restored rows: LANES sums a row and panel. Both bytes of rows that are spread over the lanes and
+ * inputs are loads, of which one a cycle can be begun: the more products each of them has, the better. */
+INLINE void LEVEL(multiply_int8)(const float *x, const uint8_t *tile, const float *scales, const int words, const int R, const int P,
+                                 float *sums)
+{
+    const float *offset = x + INT8_SUMS, *unit = x + INT8_UNITS, *end = x + LANES * LANES;
+    V acc[INT8_MOST];
+#define EACH_OF_ROWS _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)
+#define EACH_PANEL _Pragma("GCC unroll 4") for (int j = 0; j < P; j++)
+#define OF (i * P + j)
+    EACH_OF_ROWS EACH_PANEL acc[OF] = v_zero();
+    for (; x < end; scales++, offset += LANES) {
+        W sum[INT8_MOST];
+        EACH_PANEL {
+            const W first = _mm512_loadu_si512(offset + j * INT8_PANEL);
+            EACH_OF_ROWS sum[OF] = first;
+        }
+        for (int word = 0; word < words; word++, x += LANES, tile += 4)
+#pragma GCC unroll 2
+            for (int high = 0; high < 2; high++) {
+                W of[INT8_PANELS];
+                EACH_PANEL of[j] = _mm512_loadu_si512(x + high * LANES * LANES + j * INT8_PANEL);
+                EACH_OF_ROWS {
+                    const W bytes = LEVEL(four_of)(tile + i * GROUP + high * GROUP / 2);
+                    EACH_PANEL sum[OF] = LEVEL(add_bytes)(sum[OF], bytes, of[j]);
+                }
+            }
+        EACH_OF_ROWS {
+            const V scale = v_set1(scales[i * LANES]);
+            EACH_PANEL acc[OF] = v_fma(_mm512_cvtepi32_ps(sum[OF]), scale, acc[OF]);
+        }
+    }
+    EACH_OF_ROWS EACH_PANEL {
+        float *to = sums + (j * INT8_ROWS + i) * LANES;
+        v_store(to, v_fma(acc[OF], v_load(unit + j * INT8_PANEL), v_load(to)));
+    }
+}
+
+/* The steps of a group's codes, INT8_ROWS rows of them, and the scales of its blocks, LANES a row. */
+INLINE void LEVEL(restore_int8)(const struct weight *w, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
+{
+    const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
+    const int64_t first = g * LANES * 4 / w->half;
+    for (int64_t i = 0; i < INT8_ROWS; i++) {
+        const int64_t row = smaller(r + i, w->rows - 1);
+        const W words = LEVEL(words)(w, row, g);
+        const V unit = v_set1(units[i]);
+        V stored;
+        prefetch(w->packed + (r + INT8_ROWS + i) * w->row_bytes + g * LANES * 4);
+        _mm512_storeu_si512(tile + i * GROUP, _mm512_shuffle_epi8(table, _mm512_and_si512(words, nibble)));
+        _mm512_storeu_si512(tile + i * GROUP + GROUP / 2, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble)));
+        LEVEL(few_scales)(w, row, 1, first, 1, &unit, &stored);
+        v_store(scales + i * LANES, stored);
+    }
+}
+
+static void LEVEL(int8_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    const struct weight *w = job->weight;
+    const int64_t batch = round_up(job->m1 - job->m0, LANES);
+    const int words = (int)w->half / 4; /* of a block */
+    float *own = job->own + thread * job->own_floats, *sums = own + SUMS_AT, *turned = own;
+    float units[INT8_ROWS] = {0}, scales[INT8_ROWS * LANES];
+    uint8_t tile[INT8_ROWS * GROUP];
+    int64_t r, to;
+    share(w->rows, INT8_ROWS, parts, part, &r, &to);
+    if (is_refused(job))
+        return;
+    for (; r < to; r += INT8_ROWS) {
+        memset(sums, 0, (size_t)(batch * INT8_ROWS) * sizeof(float));
+        for (int i = 0; w->encoding >= SCALES_DOUBLE && i < INT8_ROWS; i++)
+            units[i] = LEVEL(row_scale)(w, smaller(r + i, w->rows - 1)) / row_steps(w);
+        for (int64_t g = job->g0; g < job->g1; g++) {
+            LEVEL(restore_int8)(w, r, g, units, tile, scales);
+            const float *x = LEVEL(int8_at)(job, job->m0, g);
+#define ROWS_WITH_PANELS(R, P)                                                                                       \
+    for (int i = 0; i < INT8_ROWS; i += R)                                                                          \
+        LEVEL(multiply_int8)(x + m * INT8_GROUP, tile + i * GROUP, scales + i * LANES, words, R, P, sums + (m * INT8_ROWS + i * LANES))
+            for (int64_t m = 0, left; (left = (batch - m) / LANES) > 0; m += smaller(left, INT8_PANELS) * LANES)
+                if (left == 1)
+                    ROWS_WITH_PANELS(8, 1);
+                else if (left == 2)
+                    ROWS_WITH_PANELS(4, 2);
+                else
+                    ROWS_WITH_PANELS(4, 3);
+        }
+        for (int64_t m = 0; m < batch; m += LANES)
+            LEVEL(turn)(sums + m * INT8_ROWS, INT8_ROWS, turned + m * INT8_ROWS);
+        LEVEL(put_rows)(job, r, smaller(INT8_ROWS, to - r), INT8_ROWS / LANES, turned);
+    }
+}
+
+/* Pack a few inputs side by side, or say that this cannot be done. */
+static void LEVEL(pack_few_int8)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    const int64_t batch = job->m1 - job->m0;
+    (void)part, (void)parts, (void)thread; /* one does it all */
+    for (int64_t g = job->g0; g < job->g1; g++)
+        for (int64_t m = 0; m < batch; m++)
+            if (!LEVEL(to_int8)(job, job->m0 + m, g, job->packed + ((g - job->g0) * batch + m) * GROUP)) {
+                refuse(job);
+                return;
+            }
+}
+
+FEW_PRODUCT(few_int8, few_groups_grid, STEPS, INT8_DIGITS, )
+ROWS_WITH_MORE(rows_int8, FEW_ROWS, few_int8)
+
+static void LEVEL(few_int8_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    static LEVEL(rows_with) *const rows[] = {NAMED_MORE(rows_int8)};
+    int64_t r, to;
+    (void)thread;
+    share(job->weight->rows, SHARE_ROWS, parts, part, &r, &to);
+    if (!is_refused(job))
+        rows[job->m1 - job->m0 - 1](job, r, to);
+}
+
+static void LEVEL(linear_int8)(struct job *job)
+{
+    const int64_t groups = job->weight->stride / GROUP, wide = WIDE / GROUP;
+    for (job->m0 = 0; job->m0 < job->batch && !is_refused(job); job->m0 = job->m1) {
+        job->m1 = smaller(job->m0 + job->piece, job->batch);
+        for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
+            job->g1 = smaller(job->g0 + wide, groups);
+            if (job->batch <= FEW_MORE)
+                parallel(job, LEVEL(pack_few_int8), 0, LEVEL(few_int8_body), 1);
+            else
+                parallel(job, LEVEL(pack_int8), job->packed_step ? 0 : PARTS, LEVEL(int8_body), PARTS);
+        }
+    }
+}

@@ -1,0 +1,239 @@
+"""Products in 8-bit integers: how numbers are rounded, and that every kernel multiplies just those."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem import FORMATS, FourBit, LoRA, convert, int8, kernels, load, measure, quantize, save
+from lowmem.conv import Conv4Bit
+from tests import strategies
+from tests.compiled import assert_exact, compiled, given_stored
+
+batches = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 32, 33, 48, 50, 100])
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+kernel = pytest.mark.usefixtures("poisoned", "only_c")
+
+
+def with_rounded_levels(weight):
+    return weight.restore(slice(None), int8.on_a_grid(FORMATS[weight.format].levels)[1])
+
+
+def assert_int8(got, x, weight, bias=None):
+    """Within 1e-6 of the norms' product of what the definition says, but for the rounding of the result."""
+    rounded, dense = int8.round_inputs(x, weight.block_size), with_rounded_levels(weight)
+    assert got.dtype == x.dtype
+    if x.dtype == torch.float32:
+        assert_exact(got, rounded, dense, bias)
+        return
+    exact = rounded.double() @ dense.double().t()
+    exact = exact if bias is None else exact + bias.double()
+    norms = rounded.double().norm(dim=1)[:, None] * dense.double().norm(dim=1)
+    form = torch.finfo(x.dtype)
+    largest = 0 if bias is None else bias.abs().max()
+    allowed = 0.51 * form.eps * exact.abs() + 1e-6 * (norms + largest) + form.smallest_normal * form.eps
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
+# What is rounded.
+
+
+@given(st.integers(1, 4), st.integers(1, 600), strategies.block_sizes, st.integers(-90, 90), strategies.seeds)
+def test_an_input_is_off_by_half_a_unit_of_its_columns_at_most(batch, columns, size, exponent, seed):
+    x = strategies.make_weight("mixed", (batch, columns), 0, seed) * 2.0**exponent
+    got, width = int8.round_inputs(x, size), 128 if 128 % size == 0 else size
+    assert got.dtype == torch.float32
+    for part, rounded in zip(x.split(width, 1), got.split(width, 1), strict=True):
+        unit = part.abs().amax(1, keepdim=True).clamp_min(2.0**-100) / 127
+        assert ((rounded - part).abs() <= unit * 0.50001).all()
+        steps = rounded / unit
+        assert ((steps - steps.round()).abs() <= 1e-4).all()
+        assert (steps.abs() <= 127.0001).all()
+
+
+def test_zeros_stay_zeros_and_what_is_not_finite_spoils_its_columns_alone():
+    x = torch.zeros(4, 256)
+    x[:, 128:] = torch.randn(4, 128)
+    x[1, 5], x[2, 6], x[3, 7] = math.nan, math.inf, -math.inf
+    got = int8.round_inputs(x, 64)
+    assert (got[0, :128] == 0).all()
+    assert got[1:, :128].isnan().all()
+    assert got[:, 128:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_levels_are_off_by_half_a_step_of_8_bits_at_most(name):
+    levels = FORMATS[name].levels
+    points, rounded = int8.on_a_grid(levels)
+    largest = max(map(abs, levels))
+    assert points <= 127
+    assert max(abs(a - b) for a, b in zip(levels, rounded, strict=True)) <= largest / 254 * 1.0001
+    for level in rounded:
+        steps = level / largest * points
+        assert abs(steps - round(steps)) < 1e-9
+
+
+def test_levels_that_lie_on_a_grid_stay_as_they_are():
+    for name, points in (("int4", 15), ("fp4", 12)):
+        assert int8.on_a_grid(FORMATS[name].levels)[0] == points
+        assert int8.on_a_grid(FORMATS[name].levels)[1] == pytest.approx(FORMATS[name].levels, abs=1e-12)
+
+
+# What is multiplied: every level against the definition.
+
+
+@kernel
+@compiled
+@given(*given_stored, batches, dtypes, st.booleans(), strategies.seeds)
+def test_products_are_those_of_rounded_inputs(level, weight, form, size, scales, batch, dtype, with_bias, seed):
+    q = quantize(weight, form, block_size=size, scales=scales)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, q.shape[1], generator=generator).to(dtype)
+    bias = torch.randn(q.shape[0], generator=generator) if with_bias else None
+    with kernels.using(level):
+        assert_int8(kernels.linear(x, q, torch.int8, bias), x, q, bias)
+
+
+@kernel
+@compiled
+@pytest.mark.parametrize("size", [8, 16, 24, 32, 64, 72, 128, 256, 4096])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (37, 127), (130, 1300), (9, 9000)])
+def test_around_whole_panels_groups_and_parts(level, size, rows, columns):
+    """16 inputs make a panel, 16 rows and 128 columns what is restored at a time, 8192 columns what is packed."""
+    generator = torch.Generator().manual_seed(rows)
+    for form in ("int4", "bof4s"):
+        q = quantize(strategies.make_weight("normal", (rows, columns), 0, 1), form, block_size=size)
+        for batch in (1, 3, 8, 9, 16, 33, 50, 300):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.randn(batch, columns, generator=generator).to(dtype)
+                with kernels.using(level):
+                    assert_int8(kernels.linear(x, q, torch.int8), x, q)
+
+
+@kernel
+@compiled
+@pytest.mark.parametrize("batch", [1, 6, 40])
+def test_inputs_of_every_size_and_what_is_not_finite(level, batch):
+    q = quantize(strategies.make_weight("normal", (45, 330), 0, 0), "nf4")
+    for exponent in (-140, -126, -101, -100, -99, -61, -60, -59, 99, 100, 101, 120):
+        x = torch.randn(batch, 330) * 2.0**exponent
+        x[0, :128] = 0
+        with kernels.using(level):
+            assert_int8(kernels.linear(x, q, torch.int8), x, q)
+    for bad in (math.nan, math.inf):
+        x = torch.randn(batch, 330)
+        x[-1, 200] = bad
+        with kernels.using(level):
+            got = kernels.linear(x, q, torch.int8)
+        assert got[:-1].isfinite().all()
+        assert got[-1].isnan().all()
+
+
+@kernel
+@compiled
+def test_threads_and_other_inputs_change_no_bit(level):
+    q = quantize(strategies.make_weight("normal", (300, 1000), 0, 0))
+    threads = torch.get_num_threads()
+    with kernels.using(level):
+        for batch in (2, 9, 70):
+            x = torch.randn(batch, 1000)
+            products = []
+            try:
+                for count in (1, 2, 3, 5):
+                    torch.set_num_threads(count)
+                    products.append(kernels.linear(x, q, torch.int8))
+            finally:
+                torch.set_num_threads(threads)
+            assert all(torch.equal(products[0], other) for other in products)
+
+
+@compiled
+@pytest.mark.parametrize("batch", [1, 512])
+def test_no_product_takes_more_than_a_mebibyte_of_scratch(level, batch):
+    q, x = quantize(strategies.make_weight("normal", (2048, 1024), 0, 0)), torch.randn(batch, 1024)
+    with kernels.using(level):
+        rounded = 0 if kernels.cpu.load()[0].levels().index(level) >= 3 else x.nbytes * 4  # without such instructions
+        assert measure.peak_bytes(lambda: kernels.linear(x, q, torch.int8)) <= 2**20 + batch * 2048 * 4 + rounded
+
+
+@compiled
+def test_views_other_dtypes_and_biases_are_handled(level):
+    q, bias = quantize(torch.randn(24, 128)), torch.randn(48)[::2]
+    x = torch.randn(5, 256)[:, ::2]
+    with kernels.using(level):
+        assert_int8(kernels.linear(x, q, torch.int8, bias), x, q, bias)
+        assert_int8(kernels.linear(x[:0], q, torch.int8), x[:0], q)
+        wide = kernels.linear(x.double(), q, torch.int8)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), int8.round_inputs(x, 64) @ with_rounded_levels(q).t())
+
+
+@pytest.mark.parametrize("name", kernels.available())
+def test_weights_without_codes_and_wrong_shapes_are_refused(name):
+    with kernels.using(name):
+        with pytest.raises(TypeError, match=r"is for weights of 4 bits, not for torch.float16"):
+            kernels.linear(torch.randn(2, 8), torch.randn(4, 8).half(), torch.int8)
+        with pytest.raises(RuntimeError, match=r"input.shape=\(2, 9\) must end in in_features=8"):
+            kernels.linear(torch.randn(2, 9), quantize(torch.randn(4, 8)), torch.int8)
+
+
+# In a model.
+
+
+def plain():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(256, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
+
+
+def model(**options):
+    return convert(plain(), FourBit(**options))
+
+
+@pytest.mark.parametrize("format", ["int4", "nf4"])
+@pytest.mark.parametrize("name", kernels.available())
+def test_a_model_stays_close_and_its_gradient_is_the_float_one(name, format):
+    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
+    rounded, exact = model(format=format, compute_dtype=torch.int8), model(format=format)
+    with kernels.using(name):
+        with torch.no_grad():
+            assert measure.difference(exact(x), rounded(x)).relative < 0.02
+        for one in (rounded[0], exact[0]):
+            given = x.clone().requires_grad_()
+            one(given).sum().backward()
+            one.found = given.grad
+    torch.testing.assert_close(rounded[0].found, exact[0].found)
+
+
+def test_forward_mode_and_second_derivatives_are_those_of_floats():
+    layer, exact = model(compute_dtype=torch.int8)[0], model()[0]
+    x, tangent = torch.randn(2, 256), torch.randn(2, 256)
+    got = torch.func.jvp(layer, (x,), (tangent,))[1]
+    torch.testing.assert_close(got, tangent @ exact.quantized.dequantize().t(), rtol=1e-4, atol=1e-4)
+    assert torch.func.vmap(layer)(x[:, None]).shape == (2, 1, 128)
+
+
+def test_an_adapter_trains_on_it():
+    layer = convert(torch.nn.Linear(64, 32), FourBit(compute_dtype=torch.int8), LoRA(4))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        layer.adapters["default"].lora_b.normal_()
+        torch.testing.assert_close(layer(x), layer.adapters["default"](layer.base(x), x))
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.adapters.parameters())
+
+
+def test_a_checkpoint_keeps_it(tmp_path):
+    kept = model(compute_dtype=torch.int8)
+    save(kept, tmp_path / "m")
+    loaded = load(tmp_path / "m", plain)
+    assert loaded[0].compute_dtype is torch.int8
+    x = torch.randn(3, 256)
+    assert torch.equal(loaded(x), kept(x))
+
+
+def test_convolutions_compute_in_the_input_s_dtype():
+    layer = convert(torch.nn.Conv2d(4, 8, 3), FourBit(compute_dtype=torch.int8))
+    assert isinstance(layer, Conv4Bit)
+    assert layer(torch.randn(1, 4, 8, 8)).dtype == torch.float32
