@@ -18,6 +18,17 @@ given_stored = (  # a matrix and how it is stored in 4 bits: weight, format, blo
 
 
 @contextmanager
+def on_threads(count: int):
+    """Let torch use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def no_plain_rows():
     """Let no rows be quantized or restored because plain torch did it."""
     with pytest.MonkeyPatch.context() as patch:

@@ -13,6 +13,7 @@ from lowmem.blockwise import SCRATCH_BYTES, row_chunks
 from lowmem.quantizing import quantize_again
 from lowmem.scales import ENCODINGS
 from tests import strategies
+from tests.compiled import on_threads
 
 every_format = pytest.mark.parametrize("format", sorted(FORMATS))
 every_encoding = pytest.mark.parametrize("scales", sorted(ENCODINGS))
@@ -142,12 +143,8 @@ def test_views_and_thread_counts_give_the_same_bytes(weight, format, block_size,
     plain = quantize(
         weight.clone(memory_format=torch.contiguous_format), format, block_size=block_size, scales=scales
     )
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if threads > 1 else 2)
+    with on_threads(1 if torch.get_num_threads() > 1 else 2):
         other = quantize(weight, format, block_size=block_size, scales=scales)
-    finally:
-        torch.set_num_threads(threads)
     for same in (plain, other):
         assert torch.equal(same.packed, q.packed)
         assert torch.equal(same.scales.view(torch.uint8), q.scales.view(torch.uint8))
@@ -155,15 +152,11 @@ def test_views_and_thread_counts_give_the_same_bytes(weight, format, block_size,
 
 def test_large_weights_give_the_same_bytes_for_one_and_two_threads():
     weight = strategies.make_weight("normal", (300, 1000), 0, 0)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
+    for count in (1, 2):
+        with on_threads(count):
             q = quantize(weight)
             results.append((q.packed, q.scales, q.dequantize()))
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 

@@ -11,7 +11,7 @@ import torch
 from lowmem import blockwise, kernels, measure, quantize
 from lowmem.kernels import cpu
 from tests import strategies
-from tests.compiled import assert_exact, assert_same_bytes, compiled, stored
+from tests.compiled import assert_exact, assert_same_bytes, compiled, on_threads, stored
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -26,22 +26,17 @@ def test_threads_change_no_bit_of_anything(level):
     a, b = strategies.make_weight("normal", (130, 520), 0, 3), strategies.make_weight("normal", (301, 130), 0, 4)
     large = strategies.make_weight("normal", (301, 900), 0, 5)
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            with kernels.using(level):
-                made = [quantize(large, scales="double").packed, quantize(large).dequantize()]
-                made += [quantize(large, "bof4s", search=True).scales]
-                for batch in (1, 4, 6, 12, 13, 40, 100):
-                    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                        made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
-                        made.append(kernels.input_grad(grad[:batch].to(dtype), q, dtype))
-                made.append(kernels.add_update(grad[:3].contiguous(), x[:3].contiguous(), a, b, 0.5))
-                made += [kernels.linear(x[:n].contiguous(), q, torch.float32, None, (a, b, 0.5)) for n in (3, 12)]
-                results.append(made)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 7):
+        with on_threads(count), kernels.using(level):
+            made = [quantize(large, scales="double").packed, quantize(large).dequantize()]
+            made += [quantize(large, "bof4s", search=True).scales]
+            for batch in (1, 4, 6, 12, 13, 40, 100):
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
+                    made.append(kernels.input_grad(grad[:batch].to(dtype), q, dtype))
+            made.append(kernels.add_update(grad[:3].contiguous(), x[:3].contiguous(), a, b, 0.5))
+            made += [kernels.linear(x[:n].contiguous(), q, torch.float32, None, (a, b, 0.5)) for n in (3, 12)]
+            results.append(made)
     assert all(torch.equal(one, other) for made in results for one, other in zip(made, results[0], strict=True))
 
 
@@ -51,11 +46,9 @@ def test_small_pieces_of_a_batch_change_no_bit(level, kind):
     """With many threads less is packed at a time, and what is packed may be so little that alone it would be few."""
     q, _ = stored(kind, strategies.make_weight("normal", (77, 8190), 0, 0), block_size=64)
     x, grad = torch.randn(30, 8190), torch.randn(30, 77)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 16, 64):
-            torch.set_num_threads(threads)
+    for threads in (1, 16, 64):
+        with on_threads(threads):
             with kernels.using(level):
                 made = []
                 for batch in (3, 5, 7, 8, 9, 13, 25, 30):
@@ -63,8 +56,6 @@ def test_small_pieces_of_a_batch_change_no_bit(level, kind):
                         made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
                         made.append(kernels.input_grad(grad[:batch].to(dtype), q, dtype))
             results.append(made)
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(one, other) for made in results for one, other in zip(made, results[0], strict=True))
 
 
@@ -133,17 +124,12 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
 ):
     w, _ = stored(kind, strategies.make_weight("normal", (rows, columns), 0, 0))
     x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, rows).to(dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        with kernels.using(level):
-            for run, out in (
-                (lambda: kernels.linear(x, w, dtype), rows),
-                (lambda: kernels.input_grad(grad, w, dtype), columns),
-            ):
-                assert measure.peak_bytes(run) <= 2**20 + batch * out * dtype.itemsize
-    finally:
-        torch.set_num_threads(before)
+    with on_threads(threads), kernels.using(level):
+        for run, out in (
+            (lambda: kernels.linear(x, w, dtype), rows),
+            (lambda: kernels.input_grad(grad, w, dtype), columns),
+        ):
+            assert measure.peak_bytes(run) <= 2**20 + batch * out * dtype.itemsize
 
 
 def test_memory_that_cannot_be_written_is_left_to_plain_torch():

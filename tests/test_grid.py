@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
 from tests import strategies
-from tests.compiled import assert_close_in, assert_exact, assert_no_worse_than_torch, compiled, spread_inputs
+from tests.compiled import (
+    assert_close_in,
+    assert_exact,
+    assert_no_worse_than_torch,
+    compiled,
+    on_threads,
+    spread_inputs,
+)
 
 pytestmark = pytest.mark.parametrize("form", ["int4", "fp4"])
 few = st.integers(1, 4)
@@ -257,14 +264,11 @@ def test_threads_change_no_bit_of_a_gradient(level, form, columns, block_size, l
     apart = weight[:, 512:] if later else weight[:, :512]
     apart *= 10 ** torch.linspace(-4, 0, 300)[:, None]
     q, grad = quantize(weight, form, block_size=block_size), torch.randn(1, 300)
-    threads, found = torch.get_num_threads(), []
-    try:
-        with kernels.using(level):
-            for count in (1, 2, 3, 5, 8):
-                torch.set_num_threads(count)
+    found = []
+    with kernels.using(level):
+        for count in (1, 2, 3, 5, 8):
+            with on_threads(count):
                 found.append(kernels.input_grad(grad, q, torch.float32))
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert_exact(found[0], grad, q.dequantize(torch.float64).t())
 

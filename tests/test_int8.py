@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lowmem import FORMATS, FourBit, LoRA, convert, int8, kernels, load, measure, quantize, save
 from lowmem.conv import Conv4Bit
 from tests import strategies
-from tests.compiled import assert_exact, compiled, given_stored
+from tests.compiled import assert_exact, compiled, given_stored, on_threads
 
 batches = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 32, 33, 48, 50, 100])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -135,17 +135,13 @@ def test_inputs_of_every_size_and_what_is_not_finite(level, batch):
 @compiled
 def test_threads_and_other_inputs_change_no_bit(level):
     q = quantize(strategies.make_weight("normal", (300, 1000), 0, 0))
-    threads = torch.get_num_threads()
     with kernels.using(level):
         for batch in (2, 9, 70):
             x = torch.randn(batch, 1000)
             products = []
-            try:
-                for count in (1, 2, 3, 5):
-                    torch.set_num_threads(count)
+            for count in (1, 2, 3, 5):
+                with on_threads(count):
                     products.append(kernels.linear(x, q, torch.int8))
-            finally:
-                torch.set_num_threads(threads)
             assert all(torch.equal(products[0], other) for other in products)
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem import QuantizedTensor, backend, kernels, measure, quantize
 from tests import strategies
-from tests.compiled import assert_exact, compiled, given_stored
+from tests.compiled import assert_exact, compiled, given_stored, on_threads
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -71,15 +71,11 @@ def test_no_product_takes_more_than_a_mebibyte_of_scratch(kind, batch):
 def test_thread_counts_give_the_same_result():
     weight = quantize(strategies.make_weight("normal", (300, 500), 0, 0))
     x = torch.randn(7, 500)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with on_threads(1):
         one = weight.dequantize(), kernels.linear(x, weight, torch.float32)
-        torch.set_num_threads(2)
+    with on_threads(2):
         assert torch.equal(weight.dequantize(), one[0])
         torch.testing.assert_close(kernels.linear(x, weight, torch.float32), one[1], atol=1e-4, rtol=0)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_backend_says_what_serves_and_why():
@@ -209,18 +205,13 @@ def test_threads_and_strides_change_nothing(level):
     q = quantize(strategies.make_weight("normal", (301, 520), 0, 0))
     half = strategies.make_weight("normal", (301, 520), 0, 0).half()
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            with kernels.using(level):
-                for batch in (1, 3, 9):
-                    wide = strategies.make_weight("normal", (batch, 1040), 0, 1)
-                    for x in (wide[:, ::2], wide[:, ::2].contiguous(), wide[:, ::2].t().contiguous().t()):
-                        products = [kernels.linear(x, w, torch.float32) for w in (q, half)]
-                        results.append((batch, *products, kernels.input_grad(products[0][:2], q, torch.float32)))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 7):
+        with on_threads(count), kernels.using(level):
+            for batch in (1, 3, 9):
+                wide = strategies.make_weight("normal", (batch, 1040), 0, 1)
+                for x in (wide[:, ::2], wide[:, ::2].contiguous(), wide[:, ::2].t().contiguous().t()):
+                    products = [kernels.linear(x, w, torch.float32) for w in (q, half)]
+                    results.append((batch, *products, kernels.input_grad(products[0][:2], q, torch.float32)))
     for batch in (1, 3, 9):
         same = [result[1:] for result in results if result[0] == batch]
         assert all(torch.equal(one, other) for row in same for one, other in zip(row, same[0], strict=True))

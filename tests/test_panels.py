@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
 from tests import strategies
-from tests.compiled import assert_close_in, assert_exact, compiled, given_stored, stored
+from tests.compiled import assert_close_in, assert_exact, compiled, given_stored, on_threads, stored
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -90,12 +90,9 @@ def test_an_input_s_result_is_its_own(level, kind, dtype):
 def test_many_threads_change_no_bit(level, columns, dtype):
     """They have less room for inputs."""
     q, x = quantize(torch.randn(64, columns), "int4"), torch.randn(32, columns).to(dtype)
-    threads, found = torch.get_num_threads(), []
-    try:
-        with kernels.using(level):
-            for count in (1, 13, 20, 64):
-                torch.set_num_threads(count)
+    found = []
+    with kernels.using(level):
+        for count in (1, 13, 20, 64):
+            with on_threads(count):
                 found.append(kernels.linear(x, q, dtype))
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])

@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.results import read_run
 from lowmem import backend, build, measure
 from lowmem.__main__ import main
+from tests.compiled import on_threads
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,12 +65,8 @@ def test_every_table_is_what_its_command_prints(command, table, capsys):
     """To the digit, but for the last: sums are rounded in another order by other processors."""
     if command.startswith("stats") and backend().startswith("reference"):
         pytest.skip("the memory figures are those of the compiled kernel, and this machine compiled none")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # each thread has scratch of its own
-    try:
+    with on_threads(2):  # each has scratch of its own
         assert main(shlex.split(command)) == 0
-    finally:
-        torch.set_num_threads(threads)
     printed = capsys.readouterr().out.splitlines()
     written = table.splitlines()
     assert len(printed) == len(written)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lowmem import kernels
 from lowmem.kernels import reference
 from tests import strategies
-from tests.compiled import compiled, stored
+from tests.compiled import compiled, on_threads, stored
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -56,16 +56,12 @@ def test_a_product_with_an_update_is_the_product_and_then_the_update(
     dense, x, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
     weight, _ = stored(kind, dense, block_size=16)
     bias = torch.randn(rows, generator=generator) if with_bias else None
-    before = torch.get_num_threads()
     with kernels.using(level):
         expected = kernels.add_update(kernels.linear(x, weight, torch.float32, bias), x, a, b, 0.75)
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
+        for threads in (1, 2, 3):
+            with on_threads(threads):
                 got = kernels.linear(x, weight, torch.float32, bias, (a, b, 0.75))
                 assert torch.equal(got, expected)
-        finally:
-            torch.set_num_threads(before)
 
 
 @compiled
