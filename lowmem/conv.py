@@ -102,6 +102,8 @@ class Conv4Bit(FourBitStorage):
         geometry: Geometry,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
+        if compute_dtype is torch.int8:
+            raise ValueError(f"compute_dtype={compute_dtype} is for linear layers: give a float dtype, or None")
         super().__init__(weight)
         self.geometry, self.compute_dtype = geometry, compute_dtype
         self.register_parameter("bias", bias)

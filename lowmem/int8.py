@@ -11,13 +11,16 @@ from functools import lru_cache
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["COLUMNS", "LARGEST", "on_a_grid", "round_inputs"]
+__all__ = ["BYTES_PER_NUMBER", "COLUMNS", "LARGEST", "on_a_grid", "round_inputs"]
 
 COLUMNS = 128
 """Of an input, that are rounded with one unit, where blocks are whole parts of them; else as many as a block has."""
 
 LARGEST = 127
 """The largest integer that an input or a level becomes."""
+
+BYTES_PER_NUMBER = 24
+"""At the peak of ``round_inputs``: float32 and padded to twice as many, its magnitude or its product, the result."""
 
 _LEAST = 2.0**-100  # no unit is smaller than that of such a number: its inverse would be infinite
 _EXACT = 1e-6  # of a step: what float32 may have taken from a level
@@ -26,14 +29,15 @@ _EXACT = 1e-6  # of a step: what float32 may have taken from a level
 def round_inputs(x: Tensor, block_size: int) -> Tensor:
     """Return float32 ``unit * round(x / unit)``, where a unit is 1/127 of the largest magnitude of its columns.
 
-    A number is off by at most half a unit. Columns that hold one that is NaN or infinite become NaN.
+    A number is off by at most half a unit, which is no smaller than 2^-100 / 127. Columns that hold one that is NaN,
+    or infinite in float32, become NaN.
 
     Args:
         x: floating point (batch, n).
         block_size: of the weight it is multiplied with.
     """
     batch, columns = x.shape
-    size = block_size if COLUMNS % block_size else COLUMNS
+    size = min(block_size if COLUMNS % block_size else COLUMNS, max(1, columns))
     padded = functional.pad(x.float(), (0, -columns % size))
     parts = padded.view(batch, padded.shape[1] // size, size)
     largest = parts.abs().amax(-1, keepdim=True).clamp_min(_LEAST)

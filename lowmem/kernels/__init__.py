@@ -6,6 +6,7 @@ The contract is two functions of an input, a weight and the dtype to compute in,
     input_grad(grad, weight, dtype)  (batch, out) -> (batch, in)     grad @ W
     add_update(base, x, a, b, s)     (batch, out) -> (batch, out)    base + s (x @ A.T) @ B.T
 
+computed in a dtype and returned in it (torch.int8: in that of the input, see ``lowmem.int8``),
 where a weight is a float16 or bfloat16 tensor (out, in) or a 4-bit ``QuantizedTensor``. Neither may
 hold a whole restored weight. ``reference`` is the definition of what is true: plain torch, any device.
 ``cpu`` binds the compiled kernel, whose level is the best that the processor has, or the one that the
@@ -64,7 +65,7 @@ def backend() -> str:
 def linear(
     x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, update: Update | None = None
 ) -> Tensor:
-    """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out), computed and returned in ``dtype``."""
+    """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out), in ``dtype`` (torch.int8: in x's)."""
     return _serves.linear(x, weight, dtype, bias, update)
 
 

@@ -38,6 +38,7 @@ _NO_UPDATE = (None, None, None)
 _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # uses of a weight, and where it keeps what C knows of it for them
 
 _WIDE_BYTES = 2**18  # of a float32 output for rows that C adds up in parts
+_ROUNDED_BYTES = 2**19  # of what rounding inputs to 8 bits takes
 
 
 @lru_cache(maxsize=1)
@@ -127,18 +128,36 @@ class Kernel:
             out = self._linear8(self._level, *given, x, bias, threads)
             if out is not None:
                 return out
-        added = bias if bias is None or is_vector(bias, weight.shape[0]) else None
-        if added is bias and x.dtype in TYPES and x.dim() == 2 and is_real(x) and isinstance(weight, QuantizedTensor):
+        if not (isinstance(weight, QuantizedTensor) and x.dtype in TYPES and x.dim() == 2 and is_real(x)):
+            return reference.linear(x, weight, torch.int8, bias)
+        rows = weight.shape[0]
+        if bias is not None and not is_vector(bias, rows):
+            bias = bias.float().contiguous()
+        if (bias is None or is_vector(bias, rows)) and x.shape[1] == weight.shape[1]:
             x = x.contiguous()
-            rounded = int8.round_inputs(x, weight.block_size).contiguous()
             for given in self._ways(weight, _IN_INT8):
                 out = self._linear8(self._level, *given, x, bias, threads)
+                if out is None:
+                    out = self._few_in_int8(given, x, weight, bias)
                 if out is not None:
                     return out
-                out = self._multiply(given, rounded, weight.shape[0], bias)
-                if out is not None:
-                    return out.to(x.dtype)
         return reference.linear(x, weight, torch.int8, bias)
+
+    def _few_in_int8(self, given: Given, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+        """Do it with a few inputs at a time, in float32, and those of which C refuses one rounded by torch."""
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        of_one = int8.BYTES_PER_NUMBER * x.shape[1] + 4 * weight.shape[0]
+        threads, step = torch.get_num_threads(), max(1, _ROUNDED_BYTES // of_one)
+        for few, into in zip(x.split(step), out.split(step), strict=True):
+            wide = few.float()
+            product = self._linear8(self._level, *given, wide, bias, threads)
+            if product is None:
+                rounded = int8.round_inputs(wide, weight.block_size).contiguous()
+                product = self._multiply(given, rounded, weight.shape[0], bias)
+            if product is None:
+                return None
+            into.copy_(product)
+        return out
 
     def _multiply(self, given: Given, x: Tensor, rows: int, bias: Tensor | None) -> Tensor | None:
         threads = torch.get_num_threads()

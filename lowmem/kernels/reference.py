@@ -24,10 +24,10 @@ Update: TypeAlias = tuple[Tensor, Tensor, float]
 def linear(
     x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, update: Update | None = None
 ) -> Tensor:
-    """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out), computed and returned in ``dtype``.
+    """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out), computed in ``dtype``, and returned so.
 
     With torch.int8 the input, and levels of a 4-bit weight that need it, are rounded to 8 bits (``lowmem.int8``);
-    their products are added up in float32 and returned in the dtype of x.
+    their products are added up in float32, and come in the dtype of x.
 
     Args:
         x: (batch, in).

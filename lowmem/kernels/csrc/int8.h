@@ -15,6 +15,7 @@
 #define INT8_PANEL (INT8_GROUP * LANES) /* of a panel */
 #define INT8_PANELS 3 /* that are multiplied with four rows at a time, or two; one with eight rows: */
 #define INT8_MOST 12  /* sums, which stay in registers */
+#define INT8_LARGEST 0x1p100f /* scale: that times the sum of a group must be a float */
 #define INT8_LEAST 0x1p-60f /* of the largest number of a group, unless all of it is zero */
 _Static_assert(MOST * INT8_ROWS <= SUMS_AT, "what is turned has room before the sums");
 _Static_assert(INT8_UNITS + LANES <= INT8_GROUP * LANES, "a panel has room for its groups");
@@ -128,8 +129,9 @@ INLINE void LEVEL(multiply_int8)(const float *x, const uint8_t *tile, const floa
 }
 
 /* The steps of a group's codes, INT8_ROWS rows of them, and the scales of its blocks, LANES a row. */
-INLINE void LEVEL(restore_int8)(const struct weight *w, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
+INLINE void LEVEL(restore_int8)(const struct job *job, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
 {
+    const struct weight *w = job->weight;
     const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
     const int64_t first = g * LANES * 4 / w->half;
     for (int64_t i = 0; i < INT8_ROWS; i++) {
@@ -141,6 +143,8 @@ INLINE void LEVEL(restore_int8)(const struct weight *w, int64_t r, int64_t g, co
         _mm512_storeu_si512(tile + i * GROUP, _mm512_shuffle_epi8(table, _mm512_and_si512(words, nibble)));
         _mm512_storeu_si512(tile + i * GROUP + GROUP / 2, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble)));
         LEVEL(few_scales)(w, row, 1, first, 1, &unit, &stored);
+        if (w->encoding == SCALES_FLOAT32 && _mm512_cmp_ps_mask(_mm512_abs_ps(stored), v_set1(INT8_LARGEST), _CMP_NLE_UQ))
+            refuse(job);
         v_store(scales + i * LANES, stored);
     }
 }
@@ -157,12 +161,12 @@ static void LEVEL(int8_body)(struct job *job, int64_t part, int64_t parts, int64
     share(w->rows, INT8_ROWS, parts, part, &r, &to);
     if (is_refused(job))
         return;
-    for (; r < to; r += INT8_ROWS) {
+    for (; r < to && !is_refused(job); r += INT8_ROWS) {
         memset(sums, 0, (size_t)(batch * INT8_ROWS) * sizeof(float));
         for (int i = 0; w->encoding >= SCALES_DOUBLE && i < INT8_ROWS; i++)
             units[i] = LEVEL(row_scale)(w, smaller(r + i, w->rows - 1)) / row_steps(w);
         for (int64_t g = job->g0; g < job->g1; g++) {
-            LEVEL(restore_int8)(w, r, g, units, tile, scales);
+            LEVEL(restore_int8)(job, r, g, units, tile, scales);
             const float *x = LEVEL(int8_at)(job, job->m0, g);
 #define ROWS_WITH_PANELS(R, P)                                                                                       \
     for (int i = 0; i < INT8_ROWS; i += R)                                                                          \

@@ -181,17 +181,6 @@ extern const struct level level_portable, level_neon, level_avx2, level_avx512, 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* How many inputs of so many packed bytes, and so many of the threads' own, are packed at a time beside `others`, in `most_bytes`:
- * pieces of a batch that are about as large, and multiples of `whole`. */
-static inline int64_t piece_of(int64_t batch, int64_t most_bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
-{
-    const int64_t least = whole > 1 ? LEAST_BYTES / 2 : LEAST_BYTES;
-    const int64_t room = SCRATCH_BYTES - others < least ? least : SCRATCH_BYTES - others;
-    const int64_t most = smaller(smaller(most_bytes / packed, room / (packed + own)), MOST);
-    const int64_t fits = most > whole ? most / whole * whole : whole, pieces = (batch + fits - 1) / fits;
-    return pieces ? round_up((batch + pieces - 1) / pieces, whole) : 0;
-}
-
 /* Columns whose sums of a gradient AMX takes at a time: parts about as large, of whole groups, so that all threads have some. */
 static inline int64_t tiled_grad_columns(const struct weight *w, int64_t threads)
 {
@@ -222,17 +211,6 @@ static inline int64_t chunk_of(const struct weight *w)
     const int64_t most = 2 * w->half * MAX_LANES / CHUNK * CHUNK;
     return most > CHUNK ? most : CHUNK;
 }
-
-/* Whether inputs, more than a few, fill panels, or nearly: 16-bit weights gain more by them (panels.h), and bfloat16 gains only
- * where inputs are so few that transposing codes and scales counts. */
-static inline int fill_panels(const struct weight *w, int64_t batch, int low)
-{
-    const int fill = 32 * round_up(batch, PANEL) <= (w->order ? 33 : 36) * batch;
-    return fill && (!w->order || batch >= 2 * PANEL) && (!low || batch < 4 * PANEL);
-}
-
-/* Columns of an input that are packed, where there are more than a few: whole chunks. */
-static inline int64_t packed_width(const struct weight *w, int64_t wide) { return smaller(round_up(w->stride, CHUNK), wide); }
 
 static inline uint32_t bits_of(float value)
 {
