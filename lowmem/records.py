@@ -13,8 +13,8 @@ from lowmem.lora import Adapter, LoRA
 
 __all__ = ["adapter_record", "lora_of", "technique_of", "technique_record"]
 
-_KNOWN = (torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _KNOWN}
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_COMPUTED = {**_DTYPES, "int8": torch.int8}  # dtypes that products are taken in
 
 
 def technique_record(technique: Half | FourBit, method: str = "absmax") -> dict[str, Any]:
@@ -55,6 +55,6 @@ def technique_of(record: Mapping[str, Any]) -> tuple[Half | FourBit, str | None]
         raise ValueError(f"its technique {record['technique']!r} is unknown: upgrade lowmem")
     compute = record.get("compute_dtype")
     technique = FourBit(
-        record["format"], record["block_size"], record["scales"], None if compute is None else _DTYPES[compute]
+        record["format"], record["block_size"], record["scales"], None if compute is None else _COMPUTED[compute]
     )
     return technique, record["method"]

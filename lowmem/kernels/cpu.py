@@ -128,13 +128,9 @@ class Kernel:
             out = self._linear8(self._level, *given, x, bias, threads)
             if out is not None:
                 return out
-        if not (isinstance(weight, QuantizedTensor) and x.dtype in TYPES and x.dim() == 2 and is_real(x)):
-            return reference.linear(x, weight, torch.int8, bias)
-        rows = weight.shape[0]
-        if bias is not None and not is_vector(bias, rows):
-            bias = bias.float().contiguous()
-        if (bias is None or is_vector(bias, rows)) and x.shape[1] == weight.shape[1]:
+        if isinstance(weight, QuantizedTensor) and x.dtype in TYPES and x.dim() == 2 and is_real(x):
             x = x.contiguous()
+            bias = bias if bias is None or is_vector(bias, weight.shape[0]) else bias.float().contiguous()
             for given in self._ways(weight, _IN_INT8):
                 out = self._linear8(self._level, *given, x, bias, threads)
                 if out is None:
@@ -147,7 +143,7 @@ class Kernel:
         """Do it with a few inputs at a time, in float32, and those of which C refuses one rounded by torch."""
         out = x.new_empty(x.shape[0], weight.shape[0])
         of_one = int8.BYTES_PER_NUMBER * x.shape[1] + 4 * weight.shape[0]
-        threads, step = torch.get_num_threads(), max(1, _ROUNDED_BYTES // of_one)
+        threads, step = torch.get_num_threads(), max(1, _ROUNDED_BYTES // max(1, of_one))
         for few, into in zip(x.split(step), out.split(step), strict=True):
             wide = few.float()
             product = self._linear8(self._level, *given, wide, bias, threads)

@@ -90,8 +90,8 @@ static void LEVEL(pack_int8)(struct job *job, int64_t part, int64_t parts, int64
         }
 }
 
-/* P panels with a group of R restored rows: LANES sums a row and panel. Both bytes of rows that are spread over the lanes and
- * inputs are loads, of which one a cycle can be begun: the more products each of them has, the better. */
+/* P panels with a group of R restored rows: LANES sums a row and panel. Bytes of rows that are spread over the lanes are
+ * loads, and so are inputs: several panels share the former, several rows the latter. */
 INLINE void LEVEL(multiply_int8)(const float *x, const uint8_t *tile, const float *scales, const int words, const int R, const int P,
                                  float *sums)
 {
@@ -159,8 +159,6 @@ static void LEVEL(int8_body)(struct job *job, int64_t part, int64_t parts, int64
     uint8_t tile[INT8_ROWS * GROUP];
     int64_t r, to;
     share(w->rows, INT8_ROWS, parts, part, &r, &to);
-    if (is_refused(job))
-        return;
     for (; r < to && !is_refused(job); r += INT8_ROWS) {
         memset(sums, 0, (size_t)(batch * INT8_ROWS) * sizeof(float));
         for (int i = 0; w->encoding >= SCALES_DOUBLE && i < INT8_ROWS; i++)
@@ -168,9 +166,10 @@ static void LEVEL(int8_body)(struct job *job, int64_t part, int64_t parts, int64
         for (int64_t g = job->g0; g < job->g1; g++) {
             LEVEL(restore_int8)(job, r, g, units, tile, scales);
             const float *x = LEVEL(int8_at)(job, job->m0, g);
-#define ROWS_WITH_PANELS(R, P)                                                                                       \
-    for (int i = 0; i < INT8_ROWS; i += R)                                                                          \
-        LEVEL(multiply_int8)(x + m * INT8_GROUP, tile + i * GROUP, scales + i * LANES, words, R, P, sums + (m * INT8_ROWS + i * LANES))
+#define ROWS_WITH_PANELS(R, P)                                                                                  \
+    for (int i = 0; i < INT8_ROWS; i += R)                                                                      \
+        LEVEL(multiply_int8)(x + m * INT8_GROUP, tile + i * GROUP, scales + i * LANES, words, R, P,             \
+                             sums + m * INT8_ROWS + i * LANES)
             for (int64_t m = 0, left; (left = (batch - m) / LANES) > 0; m += smaller(left, INT8_PANELS) * LANES)
                 if (left == 1)
                     ROWS_WITH_PANELS(8, 1);
