@@ -46,12 +46,12 @@ def test_input_gradient(benchmark, timed, kind, dtype, batch):
     assert difference(x.float() @ dense[-1], output[-1].float()).relative < 0.15
 
 
-@BATCHES
-@pytest.mark.parametrize("variant", ["low_precision", "low_precision_nf4"])
-def test_inference_in_bfloat16(benchmark, timed, variant, batch):
-    """BigNet in bfloat16 throughout, beside torch's own."""
-    benchmark.group = f"inference in bfloat16, batch {batch:3}"
+def time_in_bfloat16(timed, variant, batch, compute_dtype):
+    """Time BigNet in bfloat16 with products in a dtype (None: bfloat16, too), beside torch's own."""
     compressed, plain = lowmem.build(variant).eval().bfloat16(), lowmem.build("bignet").eval().bfloat16()
+    for layer in compressed.modules():
+        if isinstance(layer, lowmem.Linear4Bit):
+            layer.compute_dtype = compute_dtype
     x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch)).bfloat16()
 
     with torch.no_grad():
@@ -60,22 +60,17 @@ def test_inference_in_bfloat16(benchmark, timed, variant, batch):
 
     assert output.dtype == torch.bfloat16
     assert difference(expected.float(), output.float()).relative < 0.15
+
+
+@BATCHES
+@pytest.mark.parametrize("variant", ["low_precision", "low_precision_nf4"])
+def test_inference_in_bfloat16(benchmark, timed, variant, batch):
+    benchmark.group = f"inference in bfloat16, batch {batch:3}"
+    time_in_bfloat16(timed, variant, batch, None)
 
 
 @BATCHES
 @pytest.mark.parametrize("variant", ["low_precision", "low_precision_nf4"])
 def test_inference_in_int8(benchmark, timed, variant, batch):
-    """BigNet in bfloat16 with products in 8-bit integers, beside torch's own in bfloat16."""
     benchmark.group = f"inference in 8-bit integers, batch {batch:3}"
-    compressed, plain = lowmem.build(variant).eval().bfloat16(), lowmem.build("bignet").eval().bfloat16()
-    for layer in compressed.modules():
-        if isinstance(layer, lowmem.Linear4Bit):
-            layer.compute_dtype = torch.int8
-    x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch)).bfloat16()
-
-    with torch.no_grad():
-        output = timed(lambda: compressed(x), reference=lambda: plain(x))
-        expected = plain(x)
-
-    assert output.dtype == torch.bfloat16
-    assert difference(expected.float(), output.float()).relative < 0.15
+    time_in_bfloat16(timed, variant, batch, torch.int8)

@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 
 from lowmem import kernels
 from lowmem.blockwise import QuantizedTensor
+from lowmem.int8 import float_dtype
 from lowmem.kernels import ops
 
 __all__ = ["FrozenStorage", "autocast", "autocasts", "freeze", "frozen_linear", "is_observed", "is_plain_call"]
@@ -113,7 +114,7 @@ class _FrozenProduct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.weight, dtype, ctx.transposed = inputs
         ctx.input_dtype = x.dtype
-        ctx.dtype = x.dtype if dtype is torch.int8 else dtype  # of derivatives: they pass straight through a rounding
+        ctx.dtype = float_dtype(dtype, x.dtype)  # of derivatives
         # Saved through torch, so that a weight changed in place before backward is an error.
         if isinstance(ctx.weight, QuantizedTensor):
             ctx.save_for_backward(ctx.weight.packed, ctx.weight.scales)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["BYTES_PER_NUMBER", "COLUMNS", "LARGEST", "on_a_grid", "round_inputs"]
+__all__ = ["BYTES_PER_NUMBER", "COLUMNS", "LARGEST", "float_dtype", "on_a_grid", "round_inputs"]
 
 COLUMNS = 128
 """Of an input, that are rounded with one unit, where blocks are whole parts of them; else as many as a block has."""
@@ -44,6 +45,16 @@ def round_inputs(x: Tensor, block_size: int) -> Tensor:
     inverse = largest.new_tensor(LARGEST) / largest  # rounded once; LARGEST / largest is LARGEST * (1 / largest)
     rounded = (parts * inverse).round_().mul_(largest / LARGEST)
     return rounded.view(padded.shape)[:, :columns]
+
+
+def float_dtype(dtype: torch.dtype, given: torch.dtype) -> torch.dtype:
+    """Return the dtype of a product's result, and of its derivatives, which pass straight through a rounding.
+
+    Args:
+        dtype: to compute in.
+        given: the input's dtype, which is that of a result computed in torch.int8.
+    """
+    return given if dtype is torch.int8 else dtype
 
 
 @lru_cache(maxsize=64)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lowmem import blockwise
+from lowmem.int8 import float_dtype
 from lowmem.kernels import cpu, reference
 from lowmem.kernels.reference import Update, Weight
 
@@ -70,8 +71,8 @@ def linear(
 
 
 def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Return ``grad @ W``: (batch, out) -> (batch, in), computed and returned in ``dtype``."""
-    return _serves.input_grad(grad, weight, dtype)
+    """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype`` (torch.int8: in grad's)."""
+    return _serves.input_grad(grad, weight, float_dtype(dtype, grad.dtype))
 
 
 def add_update(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

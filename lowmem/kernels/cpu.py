@@ -173,7 +173,6 @@ class Kernel:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
         if is_traced():
             return reference.input_grad(grad, weight, dtype)
-        dtype = grad.dtype if dtype is torch.int8 else dtype
         given = self._given(weight)
         if grad.dtype is dtype and given is not None:
             out = self._input_grad(self._level, *given, grad, torch.get_num_threads())

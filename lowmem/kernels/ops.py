@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowmem import kernels
 from lowmem.blockwise import QuantizedTensor
+from lowmem.int8 import float_dtype
 from lowmem.kernels.reference import Weight
 
 __all__ = ["product"]
@@ -62,8 +63,8 @@ def _product_16bit(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bo
 @_product_4bit.register_fake
 def _(x: Tensor, packed: Tensor, scales: Tensor, *rest: Any) -> Tensor:
     columns, dtype, transposed = rest[-3:]
-    made = x.dtype if dtype is torch.int8 else dtype
-    return x.new_empty(x.shape[0], columns if transposed else packed.shape[0], dtype=made)
+    size = columns if transposed else packed.shape[0]
+    return x.new_empty(x.shape[0], size, dtype=float_dtype(dtype, x.dtype))
 
 
 @_product_16bit.register_fake
@@ -81,9 +82,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     *described, dtype, transposed = ctx.rest
-    dtype = ctx.input_dtype if dtype is torch.int8 else dtype  # the derivative passes straight through a rounding
     operator = torch.ops.lowmem.product_4bit if len(saved) == 2 else torch.ops.lowmem.product_16bit
-    found = operator(grad, *saved, *described, dtype, not transposed)
+    found = operator(grad, *saved, *described, float_dtype(dtype, ctx.input_dtype), not transposed)
     return found.to(ctx.input_dtype), *([None] * (len(saved) + len(ctx.rest)))
 
 

@@ -66,12 +66,11 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """Return ``grad @ W``: (batch, out) -> (batch, in), computed and returned in ``dtype``.
 
     Half-precision sums over chunks are kept in float32, as a single product keeps them. The arguments are
-    those of ``linear``; nothing is rounded to 8 bits.
+    those of ``linear``; dtype is a float.
     """
     out_features, in_features = weight.shape
     if grad.shape[1] != out_features:
         raise RuntimeError(f"grad.shape={tuple(grad.shape)} must end in out_features={out_features}")
-    dtype = grad.dtype if dtype is torch.int8 else dtype
     grad = grad.to(dtype)
     sums = torch.zeros(
         grad.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device

@@ -28,7 +28,6 @@ static V levels_of(const struct weight *w, int terms)
 }
 static float input_factor(const struct weight *w, int terms) { return terms > 1 && has_whole_levels(w) ? w->step : 1.0f; }
 
-
 INLINE V widened_words(__m256i words) { return v_of_words(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)); }
 
 /* 32 numbers as terms, in their order. Each but the last is rounded, so that what it leaves has either sign. */
