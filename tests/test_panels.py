@@ -72,14 +72,18 @@ def test_around_whole_panels_tiles_and_parts(level, block_size, rows, columns, b
 @pytest.mark.parametrize("kind", ["half", "int4", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_input_s_result_is_its_own(level, kind, dtype):
-    """Whatever its place in a panel, and whatever lies beside it there."""
+    """Whatever its place in a panel, and whatever lies beside it there. (AMX leaves all to vectors if one is NaN.)"""
     w, _ = stored(kind, torch.randn(45, 330))
     x = torch.randn(48, 330).to(dtype)
     with kernels.using(level):
         whole = kernels.linear(x, w, dtype)
         order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
         assert torch.equal(kernels.linear(x[order], w, dtype), whole[order])
-        x[::2] = torch.nan
+    if level == "avx512amx" and dtype == torch.float32:
+        with kernels.using("avx512bf16"):
+            whole = kernels.linear(x, w, dtype)
+    x[::2] = torch.nan
+    with kernels.using(level):
         got = kernels.linear(x, w, dtype)
     assert torch.equal(got[1::2], whole[1::2])
     assert got[::2].isnan().all()

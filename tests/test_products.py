@@ -274,6 +274,25 @@ def test_sums_of_equal_numbers_lose_no_more_than_torch_s(level, kind, options, s
 
 
 @compiled
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "int4", "nf4"])
+@pytest.mark.parametrize("rows", [127, 1024, 4100])
+def test_a_gradient_s_chains_are_short(level, kind, rows):
+    """What is added to a large number may all be rounded off. (Tiles add 32 rows, and torch far more.)"""
+    most = 1 if level == "portable" else 3 if level == "avx2" else 16
+    batches = [batch for batch in (1, 2, 3, 5, 16) if batch <= most]
+    for every in (16, 64, 1000):
+        dense = torch.full((rows, 256), 20 / 15)
+        dense[::every] = 20
+        w, restored = stored(kind, dense)
+        for tiny in (0.9, 7.51, 1000.5):
+            grad = torch.full((max(batches), rows), tiny * 2**-23)
+            grad[:, ::every] = 1
+            with kernels.using(level):
+                for batch in batches:
+                    assert_exact(kernels.input_grad(grad[:batch], w, torch.float32), grad[:batch], restored.t())
+
+
+@compiled
 @pytest.mark.parametrize("form", ["int4", "nf4", "bof4s"])
 @pytest.mark.parametrize("batch", [1, 4, 5, 30])
 def test_large_inputs_and_small_steps_make_no_infinity(level, form, batch):

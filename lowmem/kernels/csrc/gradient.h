@@ -4,6 +4,7 @@
 #define GRAD_FEW_INPUTS 3 /* and with codes decoded in registers, */
 #define GRAD_FEW_BATCH 16 /* up to this batch at most */
 #define GRAD_FEW_ROWS 128 /* rows at a time then, which one sum has: what the inputs have for them lies where scales would */
+#define GRAD_CHAIN 16 /* of them, whose products are added one after the other: what they make is added apart */
 #define GRAD_SIXTEEN_ROWS 64 /* the same of 16-bit weights: while they are multiplied, as many are fetched to the second cache (but for one input) */
 #define ROW_UNITS_AT (GRAD_FEW_BATCH * GRAD_FEW_ROWS) /* behind them, what steps of the rows' scales count */
 _Static_assert(ROW_UNITS_AT + GRAD_FEW_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "they fit there");
@@ -23,6 +24,15 @@ struct LEVEL(grad_window) {
 };
 
 INLINE void LEVEL(add_to)(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
+
+/* What N chains have made, to what those before have. */
+INLINE void LEVEL(end_chain)(V *done, V *chain, const int N)
+{
+    EACH_VECTOR(N) {
+        done[n] = v_add(done[n], chain[n]);
+        chain[n] = v_zero();
+    }
+}
 
 /* M rows of the gradient with restored rows: sums, a GROUP an input, += grad @ tile. */
 INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int M, const float *tile, int rows, float *sums)
@@ -71,8 +81,8 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
     const int32_t *block = w->order->block + g * 4 * LANES;
     const int64_t first = w->order->first_block[g], row_bytes = w->row_bytes, left = row_bytes - g * LANES * 4;
     const uint8_t *p = w->packed + r0 * row_bytes + g * LANES * 4;
-    V acc[GRAD_FEW_INPUTS * GRAD_VECTORS], factor[GRAD_FEW_INPUTS];
-    EACH_SUM EACH_VECTOR(N) acc[j * N + n] = v_zero();
+    V acc[GRAD_FEW_INPUTS * GRAD_VECTORS], done[GRAD_FEW_INPUTS * GRAD_VECTORS], factor[GRAD_FEW_INPUTS];
+    EACH_SUM EACH_VECTOR(N) acc[j * N + n] = done[j * N + n] = v_zero();
     LEVEL(row_factors)(w, r0, units[0], first, block, grad, grad_stride, M, G, factor);
     for (int64_t r = r0; r < r1; r++, p += row_bytes) {
         V later[GRAD_FEW_INPUTS]; /* factors take so long that they are begun a row ahead */
@@ -90,8 +100,10 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
             EACH_SUM acc[j * N + n] = v_fma(level[G == 2 ? j : 0], factor[j], acc[j * N + n]);
         }
         EACH_SUM factor[j] = later[j];
+        if ((r - r0) % GRAD_CHAIN == GRAD_CHAIN - 1)
+            EACH_SUM LEVEL(end_chain)(done + j * N, acc + j * N, N);
     }
-    EACH_SUM EACH_VECTOR(N) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * N + n]);
+    EACH_SUM EACH_VECTOR(N) LEVEL(add_to)(sums + j * GROUP + n * LANES, v_add(done[j * N + n], acc[j * N + n]));
 }
 
 /* The same with 16-bit weights: N vectors of columns, from column c on. Rows often lie a power of two apart, so that few of them
@@ -101,8 +113,8 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
 {
     const int64_t stride = w->columns, soon = 8 * stride, far = GRAD_SIXTEEN_ROWS * stride;
     const uint16_t *p = (const uint16_t *)w->packed + r0 * stride + c;
-    V acc[GRAD_FEW_INPUTS * GRAD_VECTORS];
-    EACH_INPUT EACH_VECTOR(N) acc[j * N + n] = v_zero();
+    V acc[GRAD_FEW_INPUTS * GRAD_VECTORS], done[GRAD_FEW_INPUTS * GRAD_VECTORS];
+    EACH_INPUT EACH_VECTOR(N) acc[j * N + n] = done[j * N + n] = v_zero();
     for (int64_t r = r0; r < r1; r++, p += stride, grad++) {
         V row[16];
         EACH_VECTOR(N) {
@@ -117,8 +129,10 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
             const V factor = v_set1(grad[j * grad_stride]);
             EACH_VECTOR(N) acc[j * N + n] = v_fma(row[n], factor, acc[j * N + n]);
         }
+        if ((r - r0) % GRAD_CHAIN == GRAD_CHAIN - 1)
+            EACH_INPUT LEVEL(end_chain)(done + j * N, acc + j * N, N);
     }
-    EACH_INPUT EACH_VECTOR(N) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * N + n]);
+    EACH_INPUT EACH_VECTOR(N) LEVEL(add_to)(sums + j * GROUP + n * LANES, v_add(done[j * N + n], acc[j * N + n]));
 }
 
 /* The same for group g, and for the next one before t1 if one input has vectors for two. Returns how many are done. */
