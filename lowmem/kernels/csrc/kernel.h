@@ -47,10 +47,9 @@
 #define GRAD_ROWS 32              /* rows, or pairs of them, of a tile of the gradient, a group of columns wide */
 #define TILED_INPUTS 16           /* of a tile of AMX, */
 #define TILED_LINE 32             /* and its columns */
-#define TILED_FEW 2               /* inputs that AMX leaves to others, */
-#define TILED_FEW_GRAD 3          /* those of a gradient, */
-#define TILED_FEW_SIXTEEN 8       /* and of bfloat16 weights; */
-#define TILED_FEW_TERMS 12        /* those of float32, */
+#define TILED_FEW 4               /* inputs that AMX leaves to others, */
+#define TILED_FEW_SIXTEEN 8       /* those with bfloat16 weights, */
+#define TILED_FEW_TERMS 12        /* of float32, */
 #define TILED_FEW_TERMS_GRAD 96   /* and of gradients of it */
 #define TERMS 3                   /* bfloat16 numbers that add up to one of float32 */
 #define TILED_WIDE 2048           /* columns of the input that are packed at a time as such */

@@ -208,10 +208,12 @@ static int read_weight(const struct level *level, PyObject *prepared, PyObject *
            p.bytes == w->rows * w->row_bytes && s.bytes == w->rows * scale_bytes(w) && w->order->lanes == level->lanes;
 }
 
-/* Whether products with an input of a type are taken in bfloat16. */
-static int is_low(const struct level *level, const struct weight *w, int type)
+/* Whether vectors take products with an input of a type in bfloat16. Processors with AMX need two cycles for what two products in
+ * float32 take one: they do so only with codes as they are. */
+static int is_low(const struct level *level, const struct weight *w, int64_t batch, int type, int transposed)
 {
-    return level->low && w->order && type == BFLOAT16;
+    const int gains = !level->tiles || (batch == 1 && !transposed && has_plain_codes(w, 1));
+    return level->low && w->order && type == BFLOAT16 && gains;
 }
 
 /* Whether levels are zeros or large enough that none of their terms is lost. */
@@ -233,7 +235,7 @@ static int in_tiles(const struct level *level, const struct weight *w, int64_t b
         const int64_t few = transposed ? TILED_FEW_TERMS_GRAD : is_bfloat ? TILED_FEW_SIXTEEN : TILED_FEW_TERMS;
         return batch > few && levels_have_terms(w) ? TERMS : 0;
     }
-    return batch > (is_bfloat ? TILED_FEW_SIXTEEN : transposed ? TILED_FEW_GRAD : TILED_FEW);
+    return batch > (is_bfloat ? TILED_FEW_SIXTEEN : TILED_FEW);
 }
 
 /* A low-rank update with x: as read_tensor, and 0 where shapes or types do not fit. */
@@ -296,7 +298,7 @@ static PyObject *product(PyObject *const *args, int transposed, int int8, PyObje
     const int fits = read_memory(made, &out) && out.type >= 0 && has_shape(&out, x.shape[0], to) && (!updated || out.type == FLOAT32);
     int tiles = int8 ? 0 : in_tiles(level, &w, x.shape[0], x.type, transposed), refused;
     do {
-        const int low = !int8 && (tiles == 1 || is_low(level, &w, x.type));
+        const int low = !int8 && (tiles == 1 || is_low(level, &w, x.shape[0], x.type, transposed));
         refused = 0;
         const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, int8, tiles, sums);
         const int64_t floats = layout.shared + layout.threads * layout.own, narrow = x.shape[0] * u.rank;
