@@ -1,5 +1,5 @@
-# The compiled kernel, lowmem/kernels/csrc: what a function takes stands above it in module.c. C reads tensors itself;
-# sizes and addresses are integers that cpu.py has checked. None: there is something that C does not take.
+# The compiled kernel, lowmem/kernels/csrc: what a function takes stands above it (module.c, weights.h, levels.h).
+# C reads tensors itself; sizes and addresses are integers that cpu.py has checked. None: C does not take something.
 from typing import Any
 
 from torch import Tensor

@@ -1,5 +1,5 @@
 /* Products in 8-bit integers (vpdpbusd: four of them a lane, exact). Inputs are rounded to integers of 8 bits, GROUP columns
- * with one unit, and levels are multiples of a step that 8 bits hold: prepare of module.c has made them so.
+ * with one unit, and levels are multiples of a step that 8 bits hold: prepare of weights.h has made them so.
  *
  *   sum of level[c] x = step * unit * (sum of steps[c] v - 128 * sum of v),        x ~ unit * v
  *

@@ -1,9 +1,30 @@
-/* Tensors as C reads them. What is read comes by DLPack (its header dlpack.h, version 1), which torch keeps stable and
- * which needs none of torch's headers: by its table of C functions where torch has one, else by a capsule. */
+/* What Python hands over as C reads it: numbers, and tensors. These come by DLPack (its header dlpack.h, version 1), which torch
+ * keeps stable and which needs none of torch's headers: by its table of C functions where torch has one, else by a capsule. */
 #ifndef LOWMEM_TENSOR_H
 #define LOWMEM_TENSOR_H
 
 #include "kernel.h"
+
+static int has_count(Py_ssize_t given, Py_ssize_t expected)
+{
+    if (given != expected)
+        PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, given);
+    return given != expected;
+}
+
+static int read_numbers(PyObject *const *args, Py_ssize_t given, long long *numbers, Py_ssize_t expected)
+{
+    if (has_count(given, expected))
+        return -1;
+    for (Py_ssize_t i = 0; i < given; i++) {
+        numbers[i] = PyLong_AsLongLong(args[i]);
+        if (numbers[i] == -1 && PyErr_Occurred())
+            return -1;
+    }
+    return 0;
+}
+
+#define ADDRESS(n) ((void *)(intptr_t)(n))
 
 /* DLTensor, DLManagedTensor, DLManagedTensorVersioned and the head of DLPackExchangeAPI. */
 struct dl_tensor {

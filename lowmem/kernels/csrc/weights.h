@@ -1,0 +1,152 @@
+/* Weights as Python hands them over: 4-bit ones are described once, and known again for as long as they lie where they did. */
+#ifndef LOWMEM_WEIGHTS_H
+#define LOWMEM_WEIGHTS_H
+
+#include "levels.h"
+#include "order.h"
+#include "tensor.h"
+
+/* A weight that has been prepared: what Python holds as a capsule. */
+struct prepared {
+    struct weight weight;
+    PyObject *order;
+};
+
+#define PREPARED "lowmem.prepared"
+#define ORDER "lowmem.order"
+
+static void free_order(PyObject *capsule) { free(PyCapsule_GetPointer(capsule, ORDER)); }
+
+/* order(level, columns, block_size) -> capsule */
+static PyObject *order(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    long long n[3];
+    (void)self;
+    if (read_numbers(args, given, n, 3))
+        return NULL;
+    struct order *made = make_order(all_levels[n[0]]->lanes, n[1], n[2]);
+    return made ? PyCapsule_New(made, ORDER, free_order) : PyErr_NoMemory();
+}
+
+static void free_prepared(PyObject *capsule)
+{
+    struct prepared *prepared = PyCapsule_GetPointer(capsule, PREPARED);
+    Py_XDECREF(prepared->order);
+    free(prepared);
+}
+
+static struct weight weight_of(const void *packed, const void *scales, const float *levels, int encoding, int64_t size,
+                               int64_t rows, int64_t columns)
+{
+    const struct weight w = {
+        .packed = packed,
+        .scales = scales,
+        .levels = levels,
+        .rows = rows,
+        .columns = columns,
+        .row_bytes = (columns + 1) / 2,
+        .blocks = size ? (columns + size - 1) / size : 0,
+        .half = size / 2,
+        .stride = round_up(columns + columns % 2, MAX_GROUP),
+        .encoding = encoding,
+    };
+    return w;
+}
+
+#define GRID_MOST 31 /* of steps, so that sums of them stay below 2^31 */
+
+/* Whether the levels lie on a grid that has a zero, as far as float32 can tell. */
+static void find_grid(struct weight *w)
+{
+    const float *levels = w->levels, wide = levels[15] - levels[0];
+    float least = wide;
+    for (int c = 1; c < 16; c++)
+        if (levels[c] > levels[c - 1])
+            least = fminf(least, levels[c] - levels[c - 1]);
+    float points = rintf(wide / least), step = wide / points; /* the widest distance says best how long a step is */
+    if (fabsf(levels[0] / step - rintf(levels[0] / step)) > 0.25f) /* zero lies between two points */
+        points *= 2.0f, step = wide / points;
+    const float base = rintf(levels[0] / step);
+    if (!(points >= 1.0f && points <= GRID_MOST && fabsf(base) <= GRID_MOST && fabsf(base + points) <= GRID_MOST))
+        return;
+    for (int c = 0; c < 16; c++) {
+        const float at = rintf(levels[c] / step);
+        if (!(fabsf(at * step - levels[c]) <= wide * 0x1p-24f))
+            return;
+        w->steps[c] = (uint8_t)(at - base);
+    }
+    w->codes = w->steps[1];
+    for (int c = 0; c < 16; c++)
+        if (w->steps[c] != w->steps[1] * c)
+            w->codes = 0;
+    w->base = (int)base;
+    w->step = step;
+}
+
+/* Levels that are multiples of a step, so many of which make the largest of them. */
+static void use_int8(struct weight *w, int64_t points)
+{
+    w->int8_step = fmaxf(w->levels[15], -w->levels[0]) / (float)points;
+    w->base = -128;
+    for (int c = 0; c < 16; c++)
+        w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->int8_step) - (float)w->base);
+}
+
+/* prepare(order, level, packed, scales, levels, encoding, block_size, rows, columns, int8 points or 0) -> capsule, or None: C
+ * cannot read it */
+static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    enum { ORDER_OF, LEVEL_INDEX, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, ARGUMENTS };
+    long long level, n[ARGUMENTS];
+    struct tensor packed, scales;
+    int is = 1;
+    (void)self;
+    if (has_count(given, ARGUMENTS) || read_numbers(args + LEVEL_INDEX, 1, &level, 1) ||
+        read_numbers(args + LEVELS, given - LEVELS, n + LEVELS, ARGUMENTS - LEVELS))
+        return NULL;
+    struct order *order = PyCapsule_GetPointer(args[ORDER_OF], ORDER);
+    if (!order || (is = read_tensor(args[PACKED], &packed)) < 0 || (is && (is = read_tensor(args[SCALES], &scales)) < 0))
+        return NULL;
+    struct weight w;
+    if (is)
+        w = weight_of(packed.data, scales.data, ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK], n[ROWS], n[COLUMNS]);
+    if (!is || packed.bytes != w.rows * w.row_bytes || scales.bytes != w.rows * scale_bytes(&w))
+        Py_RETURN_NONE;
+    struct prepared *prepared = malloc(sizeof *prepared);
+    PyObject *capsule = prepared ? PyCapsule_New(prepared, PREPARED, free_prepared) : PyErr_NoMemory();
+    if (!capsule) {
+        free(prepared);
+        return NULL;
+    }
+    if (n[POINTS])
+        use_int8(&w, n[POINTS]);
+    else
+        find_grid(&w);
+    w.order = order;
+    Py_INCREF(args[ORDER_OF]);
+    prepared->weight = w;
+    prepared->order = args[ORDER_OF];
+    return capsule;
+}
+
+/* The weight that is handed over: a prepared one that still lies where it did, or 16-bit floats. 1: it is w. 0: C cannot
+ * read it, or no longer. -1: an error. */
+static int read_weight(const struct level *level, PyObject *prepared, PyObject *packed, PyObject *scales, struct weight *w)
+{
+    struct tensor p, s;
+    if (prepared == Py_None) {
+        const int is = read_tensor(packed, &p);
+        if (is <= 0 || p.dims != 2 || !p.shape[1] || (p.type != BFLOAT16 && p.type != FLOAT16))
+            return is < 0 ? -1 : 0;
+        *w = weight_of(p.data, NULL, NULL, p.type, 0, p.shape[0], p.shape[1]);
+        return 1;
+    }
+    const struct prepared *known = PyCapsule_GetPointer(prepared, PREPARED);
+    if (!known)
+        return -1;
+    *w = known->weight;
+    return read_memory(packed, &p) && read_memory(scales, &s) && p.data == w->packed && s.data == w->scales &&
+           p.bytes == w->rows * w->row_bytes && s.bytes == w->rows * scale_bytes(w) && w->order->lanes == level->lanes;
+}
+
+#endif
