@@ -10,8 +10,8 @@ computed in a dtype and returned in it (torch.int8: in that of the input, see ``
 where a weight is a float16 or bfloat16 tensor (out, in) or a 4-bit ``QuantizedTensor``. Neither may
 hold a whole restored weight. ``reference`` is the definition of what is true: plain torch, any device.
 ``cpu`` binds the compiled kernel, whose level is the best that the processor has, or the one that the
-environment variable ``LOWMEM_KERNEL`` names: reference, portable, neon, avx2, avx512, avx512bf16
-or avx512amx. What serves here also quantizes and dequantizes rows for ``lowmem.blockwise``.
+environment variable ``LOWMEM_KERNEL`` names: reference, portable, neon, avx2, avx512, avx512vnni,
+avx512bf16 or avx512amx. What serves here also quantizes and dequantizes rows for ``lowmem.blockwise``.
 """
 
 from __future__ import annotations

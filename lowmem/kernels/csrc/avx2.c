@@ -9,7 +9,7 @@
 #include "avx2.h"
 
 const struct level level_avx2 = {
-    "avx2", LANES, LEVEL_LOW, 0, avx2_linear, NULL, avx2_input_grad, avx2_restore, avx2_update, avx2_quantize,
+    "avx2", LANES, NONE_LOW, 0, avx2_linear, NULL, avx2_input_grad, avx2_restore, avx2_update, avx2_quantize,
 };
 #if defined(__clang__)
 #pragma clang attribute pop

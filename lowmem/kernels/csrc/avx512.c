@@ -9,7 +9,7 @@
 #include "avx512.h"
 
 const struct level level_avx512 = {
-    "avx512", LANES, LEVEL_LOW, 0, avx512_linear, NULL, avx512_input_grad, avx512_restore, avx512_update, avx512_quantize,
+    "avx512", LANES, NONE_LOW, 0, avx512_linear, NULL, avx512_input_grad, avx512_restore, avx512_update, avx512_quantize,
 };
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,5 @@
-/* AVX-512 with products in bfloat16 by AMX, of all but a few inputs. avx512bf16.c has the rest. */
+/* AVX-512 with products in bfloat16 by AMX, of all but a few inputs: those vectors multiply in float32, since vdpbf16ps takes two cycles
+ * where there is AMX. avx512bf16.c has the rest. */
 #include "kernel.h"
 #if HAS_AMX
 #pragma GCC diagnostic ignored "-Wunused-function" /* what is included and serves other levels */
@@ -9,6 +10,7 @@
 #endif
 #define LEVEL(level_name) avx512amx_##level_name
 #define LEVEL_LOW 1
+#define LEVEL_GRID 1
 #include "avx512.h"
 
 static void linear_int8(struct job *job) { level_avx512bf16.linear_int8(job); }
@@ -22,7 +24,7 @@ static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_
 #include "amx.h"
 #include "amx_gradient.h"
 
-const struct level level_avx512amx = {"avx512amx", LANES, LEVEL_LOW, 1, linear, linear_int8, input_grad, restore, update, quantize};
+const struct level level_avx512amx = {"avx512amx", LANES, CODES_LOW, 1, linear, linear_int8, input_grad, restore, update, quantize};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

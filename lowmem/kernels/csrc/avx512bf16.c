@@ -7,10 +7,11 @@
 #endif
 #define LEVEL(level_name) avx512bf16_##level_name
 #define LEVEL_LOW 1
+#define LEVEL_GRID 1
 #include "avx512.h"
 
 const struct level level_avx512bf16 = {
-    "avx512bf16", LANES, LEVEL_LOW, 0, avx512bf16_linear, avx512bf16_linear_int8, avx512bf16_input_grad, avx512bf16_restore, avx512bf16_update, avx512bf16_quantize,
+    "avx512bf16", LANES, ALL_LOW, 0, avx512bf16_linear, avx512bf16_linear_int8, avx512bf16_input_grad, avx512bf16_restore, avx512bf16_update, avx512bf16_quantize,
 };
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -173,6 +173,8 @@ INLINE int LEVEL(grad_few)(const struct job *job)
 
 #if LEVEL_LOW
 #include "gradient_bfloat16.h"
+#endif
+#if LEVEL_GRID
 #include "gradient_grid.h"
 #endif
 
@@ -189,7 +191,7 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
         return w->encoding == BFLOAT16 ? LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, BFLOAT16)
                                        : LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, FLOAT16);
     if (LEVEL(grad_few)(job) && w->order) {
-#if LEVEL_LOW
+#if LEVEL_GRID
         const int done = window ? LEVEL(grad_grid)(w, grad, r0, r1, t0, t1, g, window, tile, sums) : 0;
         if (done)
             return done;
@@ -328,7 +330,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     const int low = job->low;
     const int64_t batch = (job->m1 - job->m0) * GROUP;
     const int few = LEVEL(grad_few)(job), no_tile = few && (w->order || w->columns == w->stride);
-    const int paired = low && !few, grid = LEVEL_LOW && !low && job->batch == 1 && w->order && LEVEL(grad_codes)(w);
+    const int paired = low && !few, grid = LEVEL_GRID && !low && job->batch == 1 && w->order && LEVEL(grad_codes)(w);
     const int64_t step = paired ? 2 * GRAD_ROWS
                          : !no_tile ? GRAD_ROWS
                          : !w->order ? GRAD_SIXTEEN_ROWS

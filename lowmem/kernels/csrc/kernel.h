@@ -155,10 +155,15 @@ typedef void (*body)(struct job *, int64_t part, int64_t parts, int64_t thread);
  * all run part 0 of `first`, which comes on top of the others then. */
 void parallel(struct job *, body first, int64_t first_parts, body then, int64_t then_parts);
 
+/* Which products with inputs in bfloat16 vectors take as such: none; those with one input, and codes as they are, in integers; or all. */
+enum low { NONE_LOW, CODES_LOW, ALL_LOW };
+
 /* One instruction set. */
 struct level {
     const char *name;
-    int lanes, low, tiles; /* low: whether it multiplies bfloat16; tiles: by AMX */
+    int lanes;
+    enum low low;
+    int tiles; /* whether it has AMX */
     void (*linear)(struct job *);
     void (*linear_int8)(struct job *); /* NULL: it has no products of 8-bit integers */
     void (*input_grad)(struct job *);
@@ -167,7 +172,7 @@ struct level {
     int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
 };
 
-extern const struct level level_portable, level_neon, level_avx2, level_avx512, level_avx512bf16, level_avx512amx;
+extern const struct level level_portable, level_neon, level_avx2, level_avx512, level_avx512vnni, level_avx512bf16, level_avx512amx;
 
 #if defined(__GNUC__)
 #define prefetch(p) __builtin_prefetch(p)

@@ -20,6 +20,7 @@ static const struct level *const all_levels[] = {
 #if defined(__x86_64__)
     &level_avx2,
     &level_avx512,
+    &level_avx512vnni,
     &level_avx512bf16,
 #endif
 #if HAS_AMX
@@ -61,11 +62,12 @@ static PyObject *levels(PyObject *self, PyObject *unused)
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-        count = 2;
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-            count = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 4 : 3;
-        count += count == 4 && may_use_amx();
+        count = 2; /* each of those that follow needs the one before */
+        count += __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                 __builtin_cpu_supports("avx512dq");
+        count += count == 3 && __builtin_cpu_supports("avx512vnni");
+        count += count == 4 && __builtin_cpu_supports("avx512bf16");
+        count += count == 5 && may_use_amx();
     }
 #endif
     for (int i = 0; i < count; i++) {

@@ -1,7 +1,10 @@
 /* x @ W.T with a few inputs: columns lie across the lanes, and codes are decoded in registers. many.h has more inputs. */
 
-#ifndef LEVEL_LOW /* whether the level multiplies bfloat16 */
+#ifndef LEVEL_LOW /* whether the level multiplies bfloat16, */
 #define LEVEL_LOW 0
+#endif
+#ifndef LEVEL_GRID /* and 8-bit integers */
+#define LEVEL_GRID 0
 #endif
 
 /* Put one input where its codes come up, as float32: vectors lie `step` vectors apart. What lies beyond the row is left alone. */
@@ -213,7 +216,7 @@ INLINE void LEVEL(few_sixteen)(const struct job *job, int64_t r, const int R, co
 #include "pack.h"
 #include "update.h"
 #include "many.h"
-#if LEVEL_LOW
+#if LEVEL_GRID
 #include "grid.h"
 #endif
 
@@ -258,11 +261,13 @@ ROWS_WITH_FEW(rows, FEW_ROWS, few)
 ROWS_WITH_FEW(rows_apart, ONE_ROW, few_apart)
 ROWS_WITH_MORE(rows_bfloat, FEW_ROWS, few_sixteen, , BFLOAT16)
 ROWS_WITH_MORE(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
-#if LEVEL_LOW
+#if LEVEL_GRID
 ROWS_WITH_FEW(rows_steps, FEW_ROWS, few_steps)
 ROWS_WITH_FEW(rows_codes, FEW_ROWS, few_codes)
 ROWS_WITH(1, rows_codes_of_one, FEW_ROWS(1), few_codes_of_one)
 ROWS_WITH(1, rows_codes_low, FEW_ROWS(1), few_codes_low)
+#endif
+#if LEVEL_LOW
 ROWS_WITH_MORE(rows_low, LOW_ROWS, few_low)
 #endif
 
@@ -275,15 +280,17 @@ static LEVEL(rows_with) *LEVEL(rows_with_few)(const struct job *job)
     static LEVEL(rows_with) *const bfloat[] = {NAMED_MORE(rows_bfloat)}, *const half[] = {NAMED_MORE(rows_half)};
     const struct weight *w = job->weight;
     const int64_t at = job->m1 - job->m0 - 1;
-#if LEVEL_LOW
+#if LEVEL_GRID
     static LEVEL(rows_with) *const steps[] = {NAMED_FEW(rows_steps)}, *const codes[] = {NAMED_FEW(rows_codes)};
-    static LEVEL(rows_with) *const low[] = {NAMED_MORE(rows_low)};
     if (job->grid == CODES_OF_ONE)
         return job->low ? LEVEL(rows_codes_low_1) : LEVEL(rows_codes_of_one_1);
-    if (job->low && w->order->whole_words)
-        return low[at];
     if (job->grid)
         return (job->grid == CODES ? codes : steps)[at];
+#endif
+#if LEVEL_LOW
+    static LEVEL(rows_with) *const low[] = {NAMED_MORE(rows_low)};
+    if (job->low && w->order->whole_words)
+        return low[at];
 #endif
     if (!w->order)
         return (w->encoding == BFLOAT16 ? bfloat : half)[at];
@@ -293,10 +300,12 @@ static LEVEL(rows_with) *LEVEL(rows_with_few)(const struct job *job)
 /* Pack the inputs of a small batch side by side, vector by vector. */
 static void LEVEL(pack_few)(struct job *job)
 {
-#if LEVEL_LOW
+#if LEVEL_GRID
     job->grid = LEVEL(pack_grid)(job);
     if (job->grid)
         return;
+#endif
+#if LEVEL_LOW
     if (job->low && job->weight->order->whole_words) {
         for (int64_t m = job->m0; m < job->m1; m++)
             LEVEL(pack_low)(job, m);
@@ -337,7 +346,7 @@ static void LEVEL(few_body)(struct job *job, int64_t part, int64_t parts, int64_
     }
 }
 
-#if LEVEL_LOW
+#if LEVEL_GRID
 #include "int8.h"
 #endif
 

@@ -16,12 +16,12 @@
 #include "layout.h"
 #include "weights.h"
 
-/* Whether vectors take products with an input of a type in bfloat16. Processors with AMX need two cycles for what two products in
- * float32 take one: they do so only with codes as they are. */
+/* Whether vectors take products with an input of a type in bfloat16. */
 static int is_low(const struct level *level, const struct weight *w, int64_t batch, int type, int transposed)
 {
-    const int gains = !level->tiles || (batch == 1 && !transposed && has_plain_codes(w, 1));
-    return level->low && w->order && type == BFLOAT16 && gains;
+    if (type != BFLOAT16 || !w->order || level->low == NONE_LOW)
+        return 0;
+    return level->low == ALL_LOW || (batch == 1 && !transposed && has_plain_codes(w, 1));
 }
 
 /* Whether levels are zeros or large enough that none of their terms is lost. */
