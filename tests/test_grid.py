@@ -187,6 +187,24 @@ def test_bfloat16_beside_many_large_ones_that_hardly_count(level, form, block_si
 
 
 @compiled
+@pytest.mark.parametrize("large", [100.0, 1e3, 1e4, 1e6, 1e9])
+@pytest.mark.parametrize("batch", [1, 2, 4, 5])
+def test_a_large_bfloat16_that_meets_no_weight_takes_nothing_from_others(level, form, batch, large):
+    """In the forward a block of zeros, in the gradient a row of them."""
+    q = quantize(torch.ones(96, 256), form, block_size=16, scales="float16")
+    q.scales[:, 0] = 0
+    x = torch.ones(batch, 256, dtype=torch.bfloat16)
+    x[:, 3] = large
+    with kernels.using(level):
+        assert_close_in(torch.bfloat16, kernels.linear(x, q, torch.bfloat16), x, q.dequantize())
+    q.scales[0] = 0
+    grad = torch.ones(batch, 96, dtype=torch.bfloat16)
+    grad[:, 0] = large
+    with kernels.using(level):
+        assert_close_in(torch.bfloat16, kernels.input_grad(grad, q, torch.bfloat16), grad, q.dequantize().t())
+
+
+@compiled
 @given(
     st.integers(1, 400),
     columns_of_groups,

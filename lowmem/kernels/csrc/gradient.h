@@ -330,7 +330,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     const int low = job->low;
     const int64_t batch = (job->m1 - job->m0) * GROUP;
     const int few = LEVEL(grad_few)(job), no_tile = few && (w->order || w->columns == w->stride);
-    const int paired = low && !few, grid = LEVEL_GRID && !low && job->batch == 1 && w->order && LEVEL(grad_codes)(w);
+    const int paired = low && !few, grid = LEVEL_GRID && job->type == FLOAT32 && job->batch == 1 && w->order && LEVEL(grad_codes)(w);
     const int64_t step = paired ? 2 * GRAD_ROWS
                          : !no_tile ? GRAD_ROWS
                          : !w->order ? GRAD_SIXTEEN_ROWS

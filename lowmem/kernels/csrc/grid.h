@@ -9,7 +9,8 @@
  * multiplied as they are then, and half of base * sum of v is rounded. With one such input the units are part of the scales. Its
  * bfloat16 numbers have two digits: they are off by 2^-16 of the largest of them, and those that share a vector, and so a block's
  * scale, in sum by at most 2^-9 of their sum, which is what rounding to bfloat16 may have lost. An input of which the largest is
- * more than eight times such a sum takes the other path.
+ * more than eight times such a sum takes the other path; so does one of 16-bit floats with three digits, if it is 256 times that:
+ * what is large may meet weights that are zero.
  *
  * A group of an input: for each digit, the lowest first, the bytes of the low and of the high nibbles (64 and 64); base * sum of v
  * for each lane; and step * unit, or those of each of LANES blocks. It is as long as the GROUP floats that it is made from. */
@@ -114,10 +115,11 @@ INLINE W LEVEL(four_at)(W four)
     return _mm512_or_si512(_mm512_and_si512(four, _mm512_set1_epi32(16)), _mm512_or_si512(_mm512_slli_epi32(in_quarter, 2), quarter));
 }
 
-/* Turn a group of an input into n digits; 0 where it stays: the largest is below `least`, too large or undefined, or, with two
- * digits, so large beside others that these would lose much. `run` times four columns of low nibbles come together, and then
+/* Turn a group of an input into n digits; 0 where it stays: the largest is below `least`, too large or undefined, or more than
+ * `beside` times what sixteen others are in sum, which would lose much (0: they may). `run` times four columns of low nibbles come together, and then
  * those of the high ones. */
-INLINE int LEVEL(to_digits)(const struct weight *w, const V *x, const int run, float *group, const int n, const float least)
+INLINE int LEVEL(to_digits)(const struct weight *w, const V *x, const int run, float *group, const int n, const float least,
+                            const float beside)
 {
     const W magnitude = _mm512_set1_epi32(0x7fffffff);
     W most = _mm512_setzero_si512(), value[8];
@@ -130,12 +132,12 @@ INLINE int LEVEL(to_digits)(const struct weight *w, const V *x, const int run, f
     const float largest = float_of((uint32_t)_mm512_reduce_max_epi32(most));
     if (!(largest <= 0x1p100f && (largest >= least || largest == 0.0f)))
         return 0;
-    if (n == LOW_DIGITS) {
+    if (beside > 0.0f) {
         float sums[8];
         v_sum4(size[0], size[1], size[2], size[3], sums);
         v_sum4(size[4], size[5], size[6], size[7], sums + 4);
         for (int i = 0; i < 8; i++)
-            if (sums[i] > 0.0f && largest > 8.0f * sums[i])
+            if (sums[i] > 0.0f && largest > beside * sums[i])
                 return 0;
     }
     const float range = n == DIGITS ? 0x7f7f00 : n == LOW_DIGITS ? 0x7f00 : 0x7f; /* below 127 in every digit, whatever rounds up */
@@ -211,8 +213,8 @@ static int LEVEL(pack_grid)(struct job *job)
                                   : job->type == BFLOAT16        ? v_bfloat(typed + n * LANES)
                                                                  : v_half(typed + n * LANES);
             const int run = whole ? (int)w->half / 4 : 1;
-            if (!(job->low ? LEVEL(to_digits)(w, x, run, group, LOW_DIGITS, 0x1p-60f)
-                           : LEVEL(to_digits)(w, x, run, group, DIGITS, one ? 0x1p-60f : 0x1p-90f)))
+            if (!(job->low ? LEVEL(to_digits)(w, x, run, group, LOW_DIGITS, 0x1p-60f, 8.0f)
+                           : LEVEL(to_digits)(w, x, run, group, DIGITS, one ? 0x1p-60f : 0x1p-90f, job->type == FLOAT32 ? 0.0f : 256.0f)))
                 return NO_GRID;
         }
     if (one)

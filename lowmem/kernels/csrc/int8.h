@@ -48,12 +48,12 @@ INLINE int LEVEL(to_int8)(const struct job *job, int64_t m, int64_t g, float *gr
             sorted[word * 8 + nibble % 2 * 4 + nibble / 2] = read_as_float(job->x, job->type, from + c);
         }
         EACH_VECTOR(8) x[n] = v_load(sorted + n * LANES);
-        return LEVEL(to_digits)(w, x, 1, group, INT8_DIGITS, INT8_LEAST);
+        return LEVEL(to_digits)(w, x, 1, group, INT8_DIGITS, INT8_LEAST, 0.0f);
     }
     EACH_VECTOR(8) x[n] = job->type == FLOAT32    ? v_load((const float *)job->x + from + n * LANES)
                           : job->type == BFLOAT16 ? v_bfloat(typed + n * LANES)
                                                   : v_half(typed + n * LANES);
-    return LEVEL(to_digits)(w, x, (int)w->half / 4, group, INT8_DIGITS, INT8_LEAST);
+    return LEVEL(to_digits)(w, x, (int)w->half / 4, group, INT8_DIGITS, INT8_LEAST, 0.0f);
 }
 
 /* Pack panels of inputs, or say that this cannot be done. */
