@@ -205,6 +205,26 @@ def test_a_large_bfloat16_that_meets_no_weight_takes_nothing_from_others(level, 
 
 
 @compiled
+@pytest.mark.parametrize("block_size", [8, 16, 24, 32])
+@pytest.mark.parametrize("batch", [1, 2, 4, 5])
+@pytest.mark.parametrize("large", [1e3, 1e6, 1e9])
+def test_many_large_ones_that_meet_no_weight_take_nothing_from_a_few_others(level, form, block_size, batch, large):
+    """Zeros among a block's codes, or a block of zeros: beside each of the small ones lies a large one."""
+    weight = torch.zeros(3, 144)
+    weight[:, 1:16] = 1
+    q = quantize(weight, form, block_size=block_size, scales="float16")
+    if form == "int4":  # which has no zero
+        q = quantize(torch.ones(3, 144), form, block_size=block_size, scales="float16")
+        q.scales.zero_()
+        q.scales[:, 2:4] = 1
+    weights = q.dequantize()
+    assert (weights == 0).any()
+    x = torch.where(weights[:1] == 0, large, 1.0).expand(batch, -1).bfloat16()
+    with kernels.using(level):
+        assert_close_in(torch.bfloat16, kernels.linear(x, q, torch.bfloat16), x, weights)
+
+
+@compiled
 @given(
     st.integers(1, 400),
     columns_of_groups,

@@ -72,7 +72,7 @@ def test_around_whole_panels_tiles_and_parts(level, block_size, rows, columns, b
 @pytest.mark.parametrize("kind", ["half", "int4", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_input_s_result_is_its_own(level, kind, dtype):
-    """Whatever its place in a panel, and whatever lies beside it there. (AMX leaves all to vectors if one is NaN.)"""
+    """Whatever its place in a panel, and whatever lies beside it. (A NaN in float32: AMX leaves all to vectors.)"""
     w, _ = stored(kind, torch.randn(45, 330))
     x = torch.randn(48, 330).to(dtype)
     with kernels.using(level):

@@ -274,11 +274,30 @@ def test_sums_of_equal_numbers_lose_no_more_than_torch_s(level, kind, options, s
 
 
 @compiled
+@pytest.mark.parametrize(
+    ("kind", "options"), [("half", {}), ("int4", {"block_size": 128}), ("nf4", {}), ("nf4", {"block_size": 256})]
+)
+@pytest.mark.parametrize("columns", [127, 1024])
+def test_chains_of_a_few_inputs_are_short(level, kind, options, columns):
+    """What is added to a large number may all be rounded off. (AVX2 takes 5 with tiles, which add 64.)"""
+    for every in (16, 64, 1000):
+        dense = torch.full((16, columns), 20 / 15)
+        dense[:, ::every] = 20
+        w, restored = stored(kind, dense, **options)
+        for tiny in (0.9, 7.51, 1000.5):
+            x = torch.full((7, columns), tiny * 2**-23)
+            x[:, ::every] = 1
+            with kernels.using(level):
+                for batch in (1, 3, 4) if level == "avx2" else (1, 3, 4, 5, 7):
+                    assert_exact(kernels.linear(x[:batch], w, torch.float32), x[:batch], restored)
+
+
+@compiled
 @pytest.mark.parametrize("kind", ["half", "bfloat16", "int4", "nf4"])
 @pytest.mark.parametrize("rows", [127, 1024, 4100])
 def test_a_gradient_s_chains_are_short(level, kind, rows):
     """What is added to a large number may all be rounded off. (Tiles add 32 rows, and torch far more.)"""
-    most = 1 if level == "portable" else 3 if level == "avx2" else 16
+    most = {"portable": 1, "avx2": 3, "neon": 3}.get(level, 16)
     batches = [batch for batch in (1, 2, 3, 5, 16) if batch <= most]
     for every in (16, 64, 1000):
         dense = torch.full((rows, 256), 20 / 15)

@@ -1,5 +1,5 @@
-/* AVX-512 with products in bfloat16 by AMX, of all but a few inputs: those vectors multiply in float32, since vdpbf16ps takes two cycles
- * where there is AMX. avx512bf16.c has the rest. */
+/* AVX-512 with products in bfloat16 by AMX, of all but a few inputs: those vectors multiply in float32 or in integers,
+ * since vdpbf16ps takes two cycles where there is AMX. avx512bf16.c has the rest. */
 #include "kernel.h"
 #if HAS_AMX
 #pragma GCC diagnostic ignored "-Wunused-function" /* what is included and serves other levels */

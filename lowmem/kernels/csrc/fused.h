@@ -2,11 +2,13 @@
 
 #define FETCH_GROUPS 3 /* of columns: how far behind what is decoded codes are fetched */
 #define FUSED_CHAIN 8  /* the most words whose products are summed in one chain: more, all rounded one way, lose too much */
+#define FEWER_CHAIN 2  /* the same of fewer inputs than FEWER, for which torch's chains are short, too */
+#define FEWER 8
 
 /* Add to `sums`, LANES an input, what M inputs make with a group of words. A block's products, or those of half
- * a group, are summed before its scale is applied. `scales` are those of the block of the first word, which has `ahead` words in front of it. */
+ * a group, or of a chain of words, are summed before its scale is applied. `scales` are those of the block of the first word, which has `ahead` words in front of it. */
 INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float *scales, int64_t ahead, const float *x,
-                         const int M, float *sums, const uint8_t *fetch, const int low)
+                         const int M, float *sums, const uint8_t *fetch, int64_t chain, const int low)
 {
     const int64_t size = w->half / 4;
     const int units = UNITS(low);
@@ -18,7 +20,7 @@ INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float
     V acc[FUSED_INPUTS];
     EACH_OF_MANY acc[j] = v_zero();
     for (int64_t word = 0, next = size - ahead; word < LANES;) { /* the block after this one begins at word `next` */
-        const int64_t chain = low ? LANES : (word / FUSED_CHAIN + 1) * FUSED_CHAIN, end = smaller(smaller(next, chain), LANES);
+        const int64_t end = smaller(smaller(next, low ? LANES : word + chain), LANES);
         V sum[FUSED_INPUTS];
         EACH_OF_MANY sum[j] = v_zero();
         for (; word < end; word++, x += units) {
@@ -53,6 +55,7 @@ INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, floa
     const struct weight *w = job->weight;
     const int64_t begin = job->g0 * GROUP;
     float *scales = own, *words = own + TILES_AT; /* where others have tiles */
+    const int64_t chain = job->batch < FEWER ? FEWER_CHAIN : FUSED_CHAIN;
     int64_t first = 0;
     for (int64_t c = begin; c < job->g1 * GROUP; c += GROUP) {
         const int64_t at = c / 2, block = at / w->half, ahead = (at - block * w->half) / 4;
@@ -61,7 +64,7 @@ INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, floa
         LEVEL(words_across)(w, r, c / GROUP, LANES, words);
         const float *of_block = scales + (block - first) * LANES, *x = LEVEL(packed_at)(job, c - begin, low);
         const uint8_t *fetch = LEVEL(codes_behind)(job, r, c, FETCH_GROUPS * GROUP, LANES);
-#define CALL(M) LEVEL(fused)(w, words, of_block, ahead, x + m * PART_FLOATS, M, sums + m * LANES, m ? NULL : fetch, low)
+#define CALL(M) LEVEL(fused)(w, words, of_block, ahead, x + m * PART_FLOATS, M, sums + m * LANES, m ? NULL : fetch, chain, low)
         IN_PASSES(job->m1 - job->m0, FUSED_INPUTS, CALL)
 #undef CALL
     }

@@ -9,8 +9,8 @@
  * multiplied as they are then, and half of base * sum of v is rounded. With one such input the units are part of the scales. Its
  * bfloat16 numbers have two digits: they are off by 2^-16 of the largest of them, and those that share a vector, and so a block's
  * scale, in sum by at most 2^-9 of their sum, which is what rounding to bfloat16 may have lost. An input of which the largest is
- * more than eight times such a sum takes the other path; so does one of 16-bit floats with three digits, if it is 256 times that:
- * what is large may meet weights that are zero.
+ * more than eight times such a sum takes the other path. So does one of 16-bit floats that would have three digits, if it is 256
+ * times that; and all of them, unless no level is zero and such vectors have one scale: what is large may meet weights that are zero.
  *
  * A group of an input: for each digit, the lowest first, the bytes of the low and of the high nibbles (64 and 64); base * sum of v
  * for each lane; and step * unit, or those of each of LANES blocks. It is as long as the GROUP floats that it is made from. */
@@ -198,7 +198,7 @@ static int LEVEL(pack_grid)(struct job *job)
     const int64_t batch = job->m1 - job->m0, floats = (job->g1 - job->g0) * GROUP;
     const int one = job->batch == 1 && has_plain_codes(w, job->low);
     float scratch[LARGEST_BLOCK];
-    if (!w->step || !w->order->whole_words || (job->low && !one))
+    if (!w->step || !w->order->whole_words || (job->low && !one) || (job->type != FLOAT32 && !has_plain_codes(w, 1)))
         return NO_GRID;
     const int whole = has_whole_groups(w) && w->columns % GROUP == 0; /* read where they lie */
     for (int64_t m = job->m0; m < job->m1 && !whole; m++)

@@ -203,10 +203,12 @@ static inline int64_t few_inputs(const struct weight *w, int low)
 static inline int has_whole_groups(const struct weight *w) { return w->order->whole_words && MAX_GROUP / 2 % w->half == 0; }
 
 /* Whether codes are multiplied as they are with one input of integers, whose units become part of the scales (grid.h): these are
- * not so small that the product with a unit could be subnormal, and in bfloat16 every vector of the input has one of them. */
+ * not so small that the product with a unit could be subnormal. In bfloat16 every vector of the input has one of them, and no level
+ * is zero (all are odd numbers of half steps): what is small beside a large number must not be all that counts. */
 static inline int has_plain_codes(const struct weight *w, int low)
 {
-    return w->order && w->codes && has_whole_groups(w) && w->encoding != SCALES_FLOAT32 && (!low || 2 * w->half >= MAX_LANES);
+    const int counts = 2 * w->half >= MAX_LANES && w->codes == 2;
+    return w->order && w->codes && has_whole_groups(w) && w->encoding != SCALES_FLOAT32 && (!low || counts);
 }
 
 /* Columns whose scales are read at a time: whole parts, of about MAX_LANES blocks where these are not small. */

@@ -16,7 +16,7 @@
 #include "layout.h"
 #include "weights.h"
 
-/* Whether vectors take products with an input of a type in bfloat16. */
+/* Whether vectors take products with an input of a type in bfloat16, or with two digits for it. */
 static int is_low(const struct level *level, const struct weight *w, int64_t batch, int type, int transposed)
 {
     if (type != BFLOAT16 || !w->order || level->low == NONE_LOW)
