@@ -3,8 +3,10 @@
 import os
 import sysconfig
 from glob import glob
+from multiprocessing.pool import ThreadPool
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 CSRC = "lowmem/kernels/csrc"
 
@@ -14,7 +16,29 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 # What CFLAGS asks for comes before these, and would be overruled.
 OPTIMIZE = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
 
+
+class BuildInParallel(build_ext):
+    """Compile the files, one for each instruction set, side by side: setuptools does so with extensions only."""
+
+    def build_extension(self, ext):
+        """Hand the compiler one file at a time, from as many threads as there are cores."""
+        compile_all = self.compiler.compile
+
+        def compile_each(sources, **options):
+            self.mkpath(os.path.join(options["output_dir"], CSRC))  # which all of them would make
+            with ThreadPool(os.cpu_count()) as pool:
+                each = pool.map(lambda source: compile_all([source], **options), sources, chunksize=1)
+            return [made for objects in each for made in objects]
+
+        self.compiler.compile = compile_each
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_all
+
+
 setup(
+    cmdclass={"build_ext": BuildInParallel},
     ext_modules=[]
     if FREE_THREADED
     else [
