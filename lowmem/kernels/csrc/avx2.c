@@ -8,9 +8,7 @@
 #define LEVEL(level_name) avx2_##level_name
 #include "avx2.h"
 
-const struct level level_avx2 = {
-    "avx2", LANES, NONE_LOW, 0, avx2_linear, NULL, avx2_input_grad, avx2_restore, avx2_update, avx2_quantize,
-};
+LEVEL_OF(avx2, NONE_LOW, NULL);
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

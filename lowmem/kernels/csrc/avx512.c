@@ -8,9 +8,7 @@
 #define LEVEL(level_name) avx512_##level_name
 #include "avx512.h"
 
-const struct level level_avx512 = {
-    "avx512", LANES, NONE_LOW, 0, avx512_linear, NULL, avx512_input_grad, avx512_restore, avx512_update, avx512_quantize,
-};
+LEVEL_OF(avx512, NONE_LOW, NULL);
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -10,9 +10,7 @@
 #define LEVEL_GRID 1
 #include "avx512.h"
 
-const struct level level_avx512bf16 = {
-    "avx512bf16", LANES, ALL_LOW, 0, avx512bf16_linear, avx512bf16_linear_int8, avx512bf16_input_grad, avx512bf16_restore, avx512bf16_update, avx512bf16_quantize,
-};
+LEVEL_OF(avx512bf16, ALL_LOW, avx512bf16_linear_int8);
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -9,9 +9,7 @@
 #define LEVEL_GRID 1
 #include "avx512.h"
 
-const struct level level_avx512vnni = {
-    "avx512vnni", LANES, CODES_LOW, 0, avx512vnni_linear, avx512vnni_linear_int8, avx512vnni_input_grad, avx512vnni_restore, avx512vnni_update, avx512vnni_quantize,
-};
+LEVEL_OF(avx512vnni, CODES_LOW, avx512vnni_linear_int8);
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -6,7 +6,8 @@
 #define FEWER 8
 
 /* Add to `sums`, LANES an input, what M inputs make with a group of words. A block's products, or those of half
- * a group, or of a chain of words, are summed before its scale is applied. `scales` are those of the block of the first word, which has `ahead` words in front of it. */
+ * a group, or of `chain` words, are summed before its scale is applied. `scales` are those of the block of the first word, which
+ * has `ahead` words in front of it. */
 INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float *scales, int64_t ahead, const float *x,
                          const int M, float *sums, const uint8_t *fetch, int64_t chain, const int low)
 {
@@ -20,7 +21,7 @@ INLINE void LEVEL(fused)(const struct weight *w, const float *words, const float
     V acc[FUSED_INPUTS];
     EACH_OF_MANY acc[j] = v_zero();
     for (int64_t word = 0, next = size - ahead; word < LANES;) { /* the block after this one begins at word `next` */
-        const int64_t end = smaller(smaller(next, low ? LANES : word + chain), LANES);
+        const int64_t end = smaller(smaller(next, word + chain), LANES);
         V sum[FUSED_INPUTS];
         EACH_OF_MANY sum[j] = v_zero();
         for (; word < end; word++, x += units) {
@@ -55,7 +56,7 @@ INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, floa
     const struct weight *w = job->weight;
     const int64_t begin = job->g0 * GROUP;
     float *scales = own, *words = own + TILES_AT; /* where others have tiles */
-    const int64_t chain = job->batch < FEWER ? FEWER_CHAIN : FUSED_CHAIN;
+    const int64_t chain = low ? LANES : job->batch < FEWER ? FEWER_CHAIN : FUSED_CHAIN;
     int64_t first = 0;
     for (int64_t c = begin; c < job->g1 * GROUP; c += GROUP) {
         const int64_t at = c / 2, block = at / w->half, ahead = (at - block * w->half) / 4;

@@ -4,8 +4,8 @@
 #define GRAD_FEW_INPUTS 3 /* and with codes decoded in registers, */
 #define GRAD_FEW_BATCH 16 /* up to this batch at most */
 #define GRAD_FEW_ROWS 128 /* rows at a time then: what the inputs have for them lies where scales would */
-#define GRAD_CHAIN 16 /* of them, whose products are added one after the other: what they make is added apart */
 #define GRAD_SIXTEEN_ROWS 64 /* the same of 16-bit weights: while they are multiplied, as many are fetched to the second cache (but for one input) */
+#define GRAD_CHAIN 16 /* of either, whose products are added one after the other: what they make is added apart */
 #define ROW_UNITS_AT (GRAD_FEW_BATCH * GRAD_FEW_ROWS) /* behind them, what steps of the rows' scales count */
 _Static_assert(ROW_UNITS_AT + GRAD_FEW_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "they fit there");
 _Static_assert(GRAD_SIXTEEN * GRAD_SIXTEEN_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "so does what the inputs have for rows of 16-bit weights");

@@ -116,8 +116,8 @@ INLINE W LEVEL(four_at)(W four)
 }
 
 /* Turn a group of an input into n digits; 0 where it stays: the largest is below `least`, too large or undefined, or more than
- * `beside` times what sixteen others are in sum, which would lose much (0: they may). `run` times four columns of low nibbles come together, and then
- * those of the high ones. */
+ * `beside` times what sixteen others are in sum, which would lose much (0: they may). `run` times four columns of low nibbles
+ * come together, and then those of the high ones. */
 INLINE int LEVEL(to_digits)(const struct weight *w, const V *x, const int run, float *group, const int n, const float least,
                             const float beside)
 {
@@ -207,11 +207,8 @@ static int LEVEL(pack_grid)(struct job *job)
         for (int64_t m = 0; m < batch; m++) {
             float *group = job->packed + s * batch + m * GROUP;
             const int64_t from = (job->m0 + m) * w->columns + job->g0 * GROUP + s;
-            const uint16_t *typed = (const uint16_t *)job->x + from;
             V x[8];
-            EACH_VECTOR(8) x[n] = !whole || job->type == FLOAT32 ? v_load((whole ? (const float *)job->x + from : group) + n * LANES)
-                                  : job->type == BFLOAT16        ? v_bfloat(typed + n * LANES)
-                                                                 : v_half(typed + n * LANES);
+            EACH_VECTOR(8) x[n] = whole ? LEVEL(load_as)(job->x, job->type, from + n * LANES) : v_load(group + n * LANES);
             const int run = whole ? (int)w->half / 4 : 1;
             if (!(job->low ? LEVEL(to_digits)(w, x, run, group, LOW_DIGITS, 0x1p-60f, 8.0f)
                            : LEVEL(to_digits)(w, x, run, group, DIGITS, one ? 0x1p-60f : 0x1p-90f, job->type == FLOAT32 ? 0.0f : 256.0f)))

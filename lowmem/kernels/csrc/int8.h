@@ -38,7 +38,6 @@ INLINE int LEVEL(to_int8)(const struct job *job, int64_t m, int64_t g, float *gr
 {
     const struct weight *w = job->weight;
     const int64_t from = m * w->columns + g * GROUP, left = w->columns - g * GROUP;
-    const uint16_t *typed = (const uint16_t *)job->x + from;
     float sorted[GROUP] = {0};
     V x[8];
     if (left < GROUP) { /* the end of a row: its last block is short */
@@ -50,9 +49,7 @@ INLINE int LEVEL(to_int8)(const struct job *job, int64_t m, int64_t g, float *gr
         EACH_VECTOR(8) x[n] = v_load(sorted + n * LANES);
         return LEVEL(to_digits)(w, x, 1, group, INT8_DIGITS, INT8_LEAST, 0.0f);
     }
-    EACH_VECTOR(8) x[n] = job->type == FLOAT32    ? v_load((const float *)job->x + from + n * LANES)
-                          : job->type == BFLOAT16 ? v_bfloat(typed + n * LANES)
-                                                  : v_half(typed + n * LANES);
+    EACH_VECTOR(8) x[n] = LEVEL(load_as)(job->x, job->type, from + n * LANES);
     return LEVEL(to_digits)(w, x, (int)w->half / 4, group, INT8_DIGITS, INT8_LEAST, 0.0f);
 }
 

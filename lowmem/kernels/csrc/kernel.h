@@ -172,6 +172,12 @@ struct level {
     int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
 };
 
+/* A level whose operations are all those of body.h. */
+#define LEVEL_OF(name, low, linear_int8)                                                                                \
+    const struct level level_##name = {                                                                                 \
+        #name, LANES, low, 0, name##_linear, linear_int8, name##_input_grad, name##_restore, name##_update, name##_quantize, \
+    }
+
 extern const struct level level_portable, level_neon, level_avx2, level_avx512, level_avx512vnni, level_avx512bf16, level_avx512amx;
 
 #if defined(__GNUC__)

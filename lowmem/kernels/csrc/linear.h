@@ -16,8 +16,7 @@ INLINE void LEVEL(place)(const struct job *job, int64_t m, float *out, int64_t s
         const int64_t end = smaller(w->columns, before + floats);
         int64_t c = before;
         for (; c + LANES <= end; c += LANES, out += step * LANES)
-            v_store(out, type == FLOAT32 ? v_load((const float *)job->x + from + c)
-                                         : LEVEL(sixteen)((const uint16_t *)job->x + from + c, type));
+            v_store(out, LEVEL(load_as)(job->x, type, from + c));
         for (; c < end; c++, out++)
             *out = read_as_float(job->x, type, from + c);
         return;

@@ -138,7 +138,7 @@ static inline void codes_store(uint8_t *p, W codes)
 
 #include "body.h"
 
-const struct level level_neon = {"neon", LANES, NONE_LOW, 0, neon_linear, NULL, neon_input_grad, neon_restore, neon_update, neon_quantize};
+LEVEL_OF(neon, NONE_LOW, NULL);
 #else
 typedef int nothing_here;
 #endif

@@ -22,8 +22,7 @@ INLINE void LEVEL(inputs_across)(const struct job *job, int64_t m, int64_t c, co
     const char *x = (const char *)job->x + (m * columns + c) * size;
     const int64_t there = smaller(LANES, job->m1 - m), left = smaller(n, columns - c);
     if (there == LANES && left == n) {
-        EACH_LANE v[i] = type == FLOAT32 || low ? v_load((const float *)(x + i * columns * size))
-                                                : LEVEL(sixteen)((const uint16_t *)(x + i * columns * size), type);
+        EACH_LANE v[i] = LEVEL(load_as)(x + i * columns * size, low ? FLOAT32 : type, 0);
     } else {
         for (int64_t i = 0; i < LANES; i++) {
             float row[LANES] = {0};

@@ -154,6 +154,4 @@ static inline void v_to_bfloat(uint16_t *p, V a) { EACH p[i] = float_to_bfloat(a
 
 #include "body.h"
 
-const struct level level_portable = {
-    "portable", LANES, NONE_LOW, 0, portable_linear, NULL, portable_input_grad, portable_restore, portable_update, portable_quantize,
-};
+LEVEL_OF(portable, NONE_LOW, NULL);

@@ -132,6 +132,12 @@ INLINE V LEVEL(spread)(const struct order *order, const float *scales, int64_t g
 
 INLINE V LEVEL(sixteen)(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
 
+/* LANES numbers of a type, from number i on, as float32. */
+INLINE V LEVEL(load_as)(const void *p, const int type, int64_t i)
+{
+    return type == FLOAT32 ? v_load((const float *)p + i) : LEVEL(sixteen)((const uint16_t *)p + i, type);
+}
+
 /* n 16-bit floats as float32. */
 INLINE void LEVEL(widen_run)(const uint16_t *p, int64_t n, float *out, const int type)
 {
