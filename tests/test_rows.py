@@ -1,6 +1,7 @@
 """Rows that the compiled kernel quantizes and restores."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -46,13 +47,10 @@ def test_quantizing_gives_the_bytes_of_plain_torch_and_restoring_its_bits(
         assert torch.equal(got.dequantize(dtype), values[1])
 
 
-@compiled
-@pytest.mark.parametrize("form", ["nf4", "int4", "fp4", "bof4s"])
-@pytest.mark.parametrize("importance", ["none", "some zeros", "mixed"])
-@pytest.mark.parametrize("exponent", [-149, -140, -126, -75, 0, 15, 62, 65, 127])
-def test_a_search_at_the_ends_of_float32_finds_the_bytes_of_plain_torch(level, form, importance, exponent):
-    """Squares that vanish or overflow, candidates above the largest scale, zeros of both signs."""
-    generator = torch.Generator().manual_seed(0)
+@lru_cache(maxsize=1)  # levels come one after the other
+def searched_by_plain_torch(form, importance, exponent):
+    """Weights whose squares vanish or overflow, candidates above the largest scale, zeros of both signs."""
+    generator, cases = torch.Generator().manual_seed(0), []
     for size, columns in ((8, 83), (64, 200), (24, 40), (4096, 5000)):
         weight = (torch.rand(6, columns, generator=generator) * 2 - 1) * 2.0**exponent
         weight[0, ::2] = -0.0
@@ -65,9 +63,18 @@ def test_a_search_at_the_ends_of_float32_finds_the_bytes_of_plain_torch(level, f
             counts = strategies.make_importance(importance, columns, 1)
             options = {"block_size": size, "scales": scales, "search": True, "importance": counts}
             with kernels.using("reference"):
-                expected = quantize(fits, form, **options)
-            with kernels.using(level), no_plain_rows():
-                assert_same_bytes(quantize(fits, form, **options), expected)
+                cases.append((fits, options, quantize(fits, form, **options)))
+    return cases
+
+
+@compiled
+@pytest.mark.parametrize("form", ["nf4", "int4", "fp4", "bof4s"])
+@pytest.mark.parametrize("importance", ["none", "some zeros", "mixed"])
+@pytest.mark.parametrize("exponent", [-149, -140, -126, -75, 0, 15, 62, 65, 127])
+def test_a_search_at_the_ends_of_float32_finds_the_bytes_of_plain_torch(level, form, importance, exponent):
+    for weight, options, expected in searched_by_plain_torch(form, importance, exponent):
+        with kernels.using(level), no_plain_rows():
+            assert_same_bytes(quantize(weight, form, **options), expected)
 
 
 @compiled
