@@ -16,7 +16,7 @@ from tests.compiled import assert_exact, assert_same_bytes, compiled, on_threads
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
-PRODUCTS = {"linear": 11, "input_grad": 6, "restore": 7}
+PRODUCTS = {"linear": 10, "input_grad": 6, "restore": 7}
 
 
 @compiled
@@ -138,6 +138,22 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
             assert measure.peak_bytes(run) <= 2**20 + batch * out * dtype.itemsize
 
 
+@compiled
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "int4", "nf4"])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 8192), (64, 28672), (256, 4096), (9000, 4224)])
+def test_scratch_of_a_few_inputs_is_less_than_256_kib_a_thread(level, kind, threads, rows, columns):
+    w = of_normal(kind, (rows, columns))
+    with on_threads(threads), kernels.using(level):
+        for batch in (1, 4, 8):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                x, grad = normal(shape=(batch, columns)).to(dtype), normal(shape=(batch, rows)).to(dtype)
+                forward = measure.peak_bytes(lambda x=x, dtype=dtype: kernels.linear(x, w, dtype))
+                backward = measure.peak_bytes(lambda grad=grad, dtype=dtype: kernels.input_grad(grad, w, dtype))
+                assert forward <= 2**18 * threads + batch * rows * dtype.itemsize
+                assert backward <= 2**18 * threads + batch * columns * dtype.itemsize
+
+
 def test_memory_that_cannot_be_written_is_left_to_plain_torch():
     weight = strategies.make_weight("normal", (4, 16), 0, 0)
     expected = quantize(weight, scales="float16", block_size=16)
@@ -218,8 +234,8 @@ def test_what_c_cannot_read_never_reaches_it(level):
     class Wrapped(torch.Tensor):
         pass
 
-    def linear(weight=half, x=x, bias=None, out=None, handle=None, scales=None):
-        return native.linear(index, handle, weight, scales, x, bias, out, 2, None, None, None)
+    def linear(weight=half, x=x, bias=None, handle=None, scales=None):
+        return native.linear(index, handle, weight, scales, x, bias, 2, None, None, None)
 
     def everywhere():
         assert linear().shape == (3, 5)
@@ -232,9 +248,6 @@ def test_what_c_cannot_read_never_reaches_it(level):
             assert linear(weight=bad) is None
         for bad in (torch.zeros(4), torch.zeros(5, 1), torch.zeros(10)[::2], torch.zeros(5).double(), lazy[0, :5]):
             assert linear(bias=bad) is None
-        for bad in (torch.empty(3, 4), torch.empty(5, 3).t(), torch.empty(3, 5).double(), torch.empty(3, 5).int(), 3):
-            with pytest.raises(ValueError, match="out is no tensor"):
-                linear(out=bad)
         freed = torch.randn(3, 8)
         freed.untyped_storage().resize_(0)
         with pytest.raises(ValueError, match="no memory"):
@@ -256,7 +269,7 @@ def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level
     handle = q.__dict__["prepared"].handle
 
     def linear(packed=q.packed, scales=q.scales):
-        return native.linear(index, handle, packed, scales, x, None, None, 2, None, None, None)
+        return native.linear(index, handle, packed, scales, x, None, 2, None, None, None)
 
     assert linear() is not None
     assert linear(packed=q.packed.clone()) is None
@@ -269,6 +282,6 @@ def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level
     assert native.restore(index, handle, q.packed, q.scales, 4, torch.empty(2, 63), 2) is None
     assert native.restore(index, handle, q.packed, q.scales, 4, torch.empty(2, 64), 2) is not None
     for other, name in enumerate(native.levels()):
-        found = native.linear(other, handle, q.packed, q.scales, x, None, None, 2, None, None, None)
+        found = native.linear(other, handle, q.packed, q.scales, x, None, 2, None, None, None)
         lanes = {"portable": 8, "neon": 4, "avx2": 8}
         assert (found is not None) == (lanes.get(name, 16) == lanes.get(level, 16))

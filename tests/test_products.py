@@ -168,7 +168,7 @@ def test_a_result_that_is_subnormal_is_one_in_every_row(level):
 
 
 @compiled
-@pytest.mark.parametrize("columns", [8192, 8194, 20000])
+@pytest.mark.parametrize("columns", [4098, 8192, 8194, 20000])
 @pytest.mark.parametrize("batch", [1, 5, 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["half", "int4"])
@@ -187,6 +187,22 @@ def test_wide_rows_are_packed_in_parts(level, columns, batch, dtype, kind):
         magnitudes = x.float().abs() @ restored.abs().t() + bias.abs()
         assert ((got.float() - (x.float() @ restored.t() + bias)).abs() <= 2**-7 * magnitudes).all()
         assert_close_in(dtype, back, grad, restored.t())
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["half", "int4"])
+def test_sums_of_wide_rows_are_rounded_once(level, dtype, kind):
+    """Some inputs and some rows at a time."""
+    w, restored = stored(kind, strategies.make_weight("normal", (600, 8200), 0, 0))
+    bias = torch.randn(600)
+    for batch in (7, 300):
+        x = torch.randn(batch, 8200).to(dtype)
+        with kernels.using(level):
+            got, added = kernels.linear(x, w, dtype), kernels.linear(x, w, dtype, bias)
+        assert_close_in(dtype, got, x, restored)
+        unit = torch.finfo(dtype).eps / 2
+        assert ((added.float() - got.float() - bias).abs() <= unit * (added.abs() + got.abs() + 1e-3)).all()
 
 
 @compiled

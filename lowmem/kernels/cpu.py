@@ -37,7 +37,6 @@ _NO_UPDATE = (None, None, None)
 
 _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # uses of a weight, and where it keeps what C knows of it for them
 
-_WIDE_BYTES = 2**18  # of a float32 output for rows that C adds up in parts
 _ROUNDED_BYTES = 2**19  # of what rounding inputs to 8 bits takes
 
 
@@ -101,7 +100,7 @@ class Kernel:
             handle, packed, scales = given
             a, b, scaling = _NO_UPDATE if update is None else update
             threads = torch.get_num_threads()
-            out = self._linear(self._level, handle, packed, scales, x, bias, None, threads, a, b, scaling)
+            out = self._linear(self._level, handle, packed, scales, x, bias, threads, a, b, scaling)
             if out is not None:
                 return out
         out = self._linear_of_others(x, weight, dtype, bias)
@@ -113,10 +112,10 @@ class Kernel:
             return self._linear_int8(x, weight, bias)
         if dtype not in TYPES or not (is_real(x) and x.is_floating_point() and x.dim() == 2):
             return reference.linear(x, weight, dtype, bias)
-        rows = weight.shape[0]
-        x, added = x.to(dtype).contiguous(), bias if bias is not None and is_vector(bias, rows) else None
+        x, threads = x.to(dtype).contiguous(), torch.get_num_threads()
+        added = bias if bias is not None and is_vector(bias, weight.shape[0]) else None
         for given in self._ways(weight):
-            out = self._multiply(given, x, rows, added)
+            out = self._linear(self._level, *given, x, added, threads, *_NO_UPDATE)
             if out is not None:
                 return out if bias is None or added is bias else out.add_(bias)
         return reference.linear(x, weight, dtype, bias)
@@ -149,24 +148,10 @@ class Kernel:
             product = self._linear8(self._level, *given, wide, bias, threads)
             if product is None:
                 rounded = int8.round_inputs(wide, weight.block_size).contiguous()
-                product = self._multiply(given, rounded, weight.shape[0], bias)
+                product = self._linear(self._level, *given, rounded, bias, threads, *_NO_UPDATE)
             if product is None:
                 return None
             into.copy_(product)
-        return out
-
-    def _multiply(self, given: Given, x: Tensor, rows: int, bias: Tensor | None) -> Tensor | None:
-        threads = torch.get_num_threads()
-        if x.shape[1] <= self.native.WIDE or x.dtype is torch.float32:
-            return self._linear(self._level, *given, x, bias, None, threads, *_NO_UPDATE)
-        # A row is added up in parts: in float32, a few inputs at a time, and rounded once.
-        out = x.new_empty(x.shape[0], rows)
-        step = max(1, _WIDE_BYTES // (4 * max(1, rows)))
-        for part, rounded in zip(x.split(step), out.split(step), strict=True):
-            sums = torch.empty_like(rounded, dtype=torch.float32)
-            if self._linear(self._level, *given, part, bias, sums, threads, *_NO_UPDATE) is None:
-                return None
-            rounded.copy_(sums)
         return out
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:

@@ -20,14 +20,14 @@ static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m,
         v_transpose(v);
         EACH_LANE v_store(turned + i * TILED_ROWS + n, v[i]);
     }
-    if (job->out_type != BFLOAT16 || rows < TILED_ROWS || job->g0) {
+    if (job->out_type != BFLOAT16 || rows < TILED_ROWS || job->g0 || job->g1 * GROUP < job->weight->columns) {
         LEVEL(put_rows)(&of, r, rows, MANY_VECTORS, turned);
         return;
     }
     float widened[TILED_ROWS] = {0};
     const float *bias = LEVEL(bias_of)(job, r, rows, widened);
-    uint16_t *out = (uint16_t *)job->out + of.m0 * job->weight->rows + r;
-    for (const float *sum = turned; of.m0 < of.m1; of.m0++, sum += TILED_ROWS, out += job->weight->rows) {
+    uint16_t *out = (uint16_t *)job->out + of.m0 * job->out_step + r;
+    for (const float *sum = turned; of.m0 < of.m1; of.m0++, sum += TILED_ROWS, out += job->out_step) {
         const V front = v_add(v_load(sum), v_load(bias)), back = v_add(v_load(sum + LANES), v_load(bias + LANES));
         enum { SUBNORMAL = 0x20 };
         if (_mm512_fpclass_ps_mask(front, SUBNORMAL) | _mm512_fpclass_ps_mask(back, SUBNORMAL)) {
@@ -77,20 +77,18 @@ static void linear_body(struct job *job, int64_t part, int64_t parts, int64_t th
     end_tiles();
 }
 
+static void linear_piece(struct job *job)
+{
+    parallel(job, pack_body, job->packed_step || job->batch <= TILED_INPUTS ? 0 : PARTS, linear_body, PARTS);
+}
+
 static void linear(struct job *job)
 {
-    const int64_t groups = job->weight->stride / GROUP, wide = (job->tiles > 1 ? TILED_WIDE : WIDE) / GROUP;
     if (!job->tiles) {
         level_avx512bf16.linear(job);
         return;
     }
-    for (job->m0 = 0; job->m0 < job->batch && !is_refused(job); job->m0 = job->m1) {
-        job->m1 = smaller(job->m0 + job->piece, job->batch);
-        for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
-            job->g1 = smaller(job->g0 + wide, groups);
-            parallel(job, pack_body, job->packed_step || job->batch <= TILED_INPUTS ? 0 : PARTS, linear_body, PARTS);
-        }
-    }
+    in_pieces(job, job->weight->stride / GROUP, (job->tiles > 1 ? TILED_WIDE : wide_of(job->batch)) / GROUP, linear_piece);
     if (job->update && !is_refused(job)) {
         job->packed_step = 0; /* its parts are shared */
         update(job);

@@ -159,25 +159,22 @@ static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t 
             put_gradient(job, g, job->packed + (g - job->g0) * all * GROUP, BFLOAT16);
 }
 
+static void gradient_piece(struct job *job)
+{
+    const int64_t rows = job->weight->rows, step = job->tiles > 1 ? TILED_GRAD_PART : rows;
+    for (job->r0 = 0; job->r0 < rows; job->r0 = job->r1) {
+        job->r1 = smaller(job->r0 + step, rows);
+        if (job->tiles > 1)
+            parallel(job, split_body, PARTS, gradient_body, 1);
+        else
+            parallel(job, gradient_body, 1, NULL, 0);
+    }
+}
+
 static void input_grad(struct job *job)
 {
-    if (!job->tiles) {
+    if (job->tiles)
+        in_pieces(job, job->weight->stride / GROUP, tiled_grad_columns(job->weight, job->threads) / GROUP, gradient_piece);
+    else
         level_avx512bf16.input_grad(job);
-        return;
-    }
-    const int64_t groups = job->weight->stride / GROUP, part = tiled_grad_columns(job->weight, job->threads) / GROUP;
-    const int64_t rows = job->weight->rows, step = job->tiles > 1 ? TILED_GRAD_PART : rows;
-    for (job->m0 = 0; job->m0 < job->batch && !is_refused(job); job->m0 = job->m1) {
-        job->m1 = smaller(job->m0 + job->piece, job->batch);
-        for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
-            job->g1 = smaller(job->g0 + part, groups);
-            for (job->r0 = 0; job->r0 < rows; job->r0 = job->r1) {
-                job->r1 = smaller(job->r0 + step, rows);
-                if (job->tiles > 1)
-                    parallel(job, split_body, PARTS, gradient_body, 1);
-                else
-                    parallel(job, gradient_body, 1, NULL, 0);
-            }
-        }
-    }
 }

@@ -328,7 +328,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     const struct weight *w = job->weight;
     float *scales = job->own + thread * job->own_floats, *tile = scales + 2 * GRAD_ROWS * TILE_SCALES;
     const int low = job->low;
-    const int64_t batch = (job->m1 - job->m0) * GROUP;
+    const int64_t batch = (job->m1 - job->m0) * GROUP, columns = grad_columns(w, job->batch, job->threads);
     const int few = LEVEL(grad_few)(job), no_tile = few && (w->order || w->columns == w->stride);
     const int paired = low && !few, grid = LEVEL_GRID && job->type == FLOAT32 && job->batch == 1 && w->order && LEVEL(grad_codes)(w);
     const int64_t step = paired ? 2 * GRAD_ROWS
@@ -340,8 +340,10 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
     for (int64_t t0 = g0, t1; t0 < g1; t0 = t1) {
-        t1 = few ? g1 : smaller(t0 + TILE_GROUPS, g1);
-        memset(job->packed + t0 * batch, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
+        t1 = smaller(t0 + (few ? columns : smaller(columns, TILE_COLUMNS)) / GROUP, g1);
+        /* Of so many threads not each has columns. */
+        float *sums = job->packed + (job->threads * columns < w->stride ? thread * columns / GROUP : t0) * batch;
+        memset(sums, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
         for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
             r1 = smaller(r0 + step, w->rows);
             if (w->order)
@@ -363,25 +365,21 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
             for (int64_t g = t0; g < t1;)
 #if LEVEL_LOW
                 if (low)
-                    g += LEVEL(grad_group_low)(job, grad, stride, r0, r1, t0, t1, g, scales, tile, job->packed + g * batch);
+                    g += LEVEL(grad_group_low)(job, grad, stride, r0, r1, t0, t1, g, scales, tile, sums + (g - t0) * batch);
                 else
 #endif
-                    g += LEVEL(grad_group)(job, grad, stride, r0, r1, t0, t1, g, grid ? &window : NULL, scales, tile, job->packed + g * batch);
+                    g += LEVEL(grad_group)(job, grad, stride, r0, r1, t0, t1, g, grid ? &window : NULL, scales, tile, sums + (g - t0) * batch);
         }
         for (int64_t g = t0; g < t1; g++)
             if (job->out_type == FLOAT32)
-                LEVEL(unpack)(job, g, job->packed + g * batch, FLOAT32);
+                LEVEL(unpack)(job, g, sums + (g - t0) * batch, FLOAT32);
             else if (job->out_type == BFLOAT16)
-                LEVEL(unpack)(job, g, job->packed + g * batch, BFLOAT16);
+                LEVEL(unpack)(job, g, sums + (g - t0) * batch, BFLOAT16);
             else
-                LEVEL(unpack)(job, g, job->packed + g * batch, FLOAT16);
+                LEVEL(unpack)(job, g, sums + (g - t0) * batch, FLOAT16);
     }
 }
 
-static void LEVEL(input_grad)(struct job *job)
-{
-    for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
-        job->m1 = smaller(job->m0 + job->piece, job->batch);
-        parallel(job, LEVEL(grad_body), 1, NULL, 0);
-    }
-}
+static void LEVEL(grad_piece)(struct job *job) { parallel(job, LEVEL(grad_body), 1, NULL, 0); }
+
+static void LEVEL(input_grad)(struct job *job) { in_pieces(job, 1, 1, LEVEL(grad_piece)); }

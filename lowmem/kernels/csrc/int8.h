@@ -207,17 +207,15 @@ static void LEVEL(few_int8_body)(struct job *job, int64_t part, int64_t parts, i
         rows[job->m1 - job->m0 - 1](job, r, to);
 }
 
+static void LEVEL(int8_piece)(struct job *job)
+{
+    if (job->batch <= FEW_MORE)
+        parallel(job, LEVEL(pack_few_int8), 0, LEVEL(few_int8_body), 1);
+    else
+        parallel(job, LEVEL(pack_int8), job->packed_step ? 0 : PARTS, LEVEL(int8_body), PARTS);
+}
+
 static void LEVEL(linear_int8)(struct job *job)
 {
-    const int64_t groups = job->weight->stride / GROUP, wide = WIDE / GROUP;
-    for (job->m0 = 0; job->m0 < job->batch && !is_refused(job); job->m0 = job->m1) {
-        job->m1 = smaller(job->m0 + job->piece, job->batch);
-        for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
-            job->g1 = smaller(job->g0 + wide, groups);
-            if (job->batch <= FEW_MORE)
-                parallel(job, LEVEL(pack_few_int8), 0, LEVEL(few_int8_body), 1);
-            else
-                parallel(job, LEVEL(pack_int8), job->packed_step ? 0 : PARTS, LEVEL(int8_body), PARTS);
-        }
-    }
+    in_pieces(job, job->weight->stride / GROUP, wide_of(job->batch) / GROUP, LEVEL(int8_piece));
 }

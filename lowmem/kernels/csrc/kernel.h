@@ -38,7 +38,10 @@
 #define PANEL_ROWS 16             /* and rows that are multiplied with them, in panels.h */
 #define INT8_ROWS 32              /* rows in int8.h */
 #define LARGEST_BLOCK 4096
-#define WIDE 8192                 /* columns of the input that are packed at a time */
+#define WIDE 8192                 /* columns of the input that are packed at a time, at most */
+#define SUMMED 128                /* inputs whose columns come in parts, where a result is rounded, at a time; bytes of their sums, */
+#define SUMS_BYTES (256 * 1024)
+#define SUMS_BYTES_OF_FEW (64 * 1024) /* and of a few */
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */
 #define PACKED_BYTES (704 * 1024) /* the most that a packed input takes, */
 #define MOST 256                  /* and the most inputs in it; */
@@ -61,7 +64,9 @@
     (TILED_GRAD_ROWS * (((terms) > 1 ? TERMS * TILED_LINE : MAX_GROUP) / 2 + MAX_LANES + ((terms) > 1 ? 0 : TILED_INPUTS)))
 #define TILED_GRAD_PART 256       /* rows whose numbers of the gradient are packed as terms at a time */
 #define TILED_GRAD_COLUMNS 1024   /* columns whose sums are taken at a time then, but a group for each thread */
-#define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient */
+#define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient, and whose sums a thread takes; */
+#define GRAD_COLUMNS 2048         /* whose sums it takes where inputs may be few: */
+#define GRAD_MOST(order) ((order) ? 16 : 32) /* the most that are at any level */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
 
 /* Types of inputs, outputs and 16-bit weights. */
@@ -126,6 +131,8 @@ struct job {
     const void *x; /* (batch, columns) of linear, (batch, rows) of input_grad */
     const void *bias;
     void *out;
+    int64_t out_step; /* from a row of it to the next, in linear */
+    float *partial;   /* (batch, rows of the weight) there: what parts of the columns make that are not the last */
     int type, out_type, bias_type; /* enum type of x, out and the bias */
     int low; /* whether products are taken in bfloat16, */
     int grid; /* or in integers: enum grid of grid.h */
@@ -154,6 +161,9 @@ typedef void (*body)(struct job *, int64_t part, int64_t parts, int64_t thread);
  * part of `then`, which may be NULL, begins before all of `first` are done. Threads that pack copies of their own
  * all run part 0 of `first`, which comes on top of the others then. */
 void parallel(struct job *, body first, int64_t first_parts, body then, int64_t then_parts);
+
+/* Run something for each piece of the batch and, of so many groups of columns, each part of at most `wide`, unless it is refused. */
+void in_pieces(struct job *, int64_t groups, int64_t wide, void (*run)(struct job *));
 
 /* Which products with inputs in bfloat16 vectors take as such: none; those with one input, and codes as they are, in integers; or all. */
 enum low { NONE_LOW, CODES_LOW, ALL_LOW };
@@ -197,6 +207,16 @@ static inline int64_t tiled_grad_columns(const struct weight *w, int64_t threads
     const int64_t most = threads * MAX_GROUP > TILED_GRAD_COLUMNS ? threads * MAX_GROUP : TILED_GRAD_COLUMNS;
     const int64_t parts = (w->stride + most - 1) / most;
     return round_up((w->stride + parts - 1) / parts, MAX_GROUP);
+}
+
+/* Columns of so many inputs that are packed at a time: fewer of more than a few, so that small batches take little scratch. */
+static inline int64_t wide_of(int64_t batch) { return batch > FEW && batch <= FEW_MORE ? WIDE / 2 : WIDE; }
+
+/* Columns whose sums of a gradient a thread takes at a time, without AMX. */
+static inline int64_t grad_columns(const struct weight *w, int64_t batch, int64_t threads)
+{
+    const int64_t groups = w->stride / MAX_GROUP, most = (groups + threads - 1) / threads * MAX_GROUP;
+    return smaller(batch <= GRAD_MOST(w->order) ? GRAD_COLUMNS : TILE_COLUMNS, most);
 }
 
 /* Inputs that are few: codes are decoded in registers, with columns across the lanes. */

@@ -44,9 +44,9 @@ static struct layout layout_of(const struct weight *w, int64_t batch, long long 
     const int number = tiles ? 2 * tiles : in_low || (int8 && !few) ? 2 : 4; /* bytes of a packed one */
     const int64_t all = threads_for(threads, (double)w->rows * w->columns * batch);
     const int64_t part = smaller(round_up(w->rows, TILED_LINE), TILED_GRAD_PART); /* of the rows */
-    const int64_t bytes = !transposed ? packed_width(w, tiles > 1 ? TILED_WIDE : WIDE) * number /* that an input takes */
+    const int64_t bytes = !transposed ? packed_width(w, tiles > 1 ? TILED_WIDE : wide_of(batch)) * number /* that an input takes */
                           : tiles     ? tiled_grad_columns(w, all) * 4 + (tiles > 1 ? part * number : 0)
-                                      : w->stride * 4;
+                                      : smaller(all * grad_columns(w, batch, all), w->stride) * 4;
     const int64_t own = tiles ? (transposed ? TILED_GRAD_OWN(tiles) : TILED_OWN(tiles))
                         : transposed ? GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP) : few ? 0 : SUMS_AT;
     /* Whatever the threads are, or bits would depend on them: a panel is at least packed at a time. */

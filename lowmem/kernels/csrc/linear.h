@@ -349,23 +349,19 @@ static void LEVEL(few_body)(struct job *job, int64_t part, int64_t parts, int64_
 #include "int8.h"
 #endif
 
+static void LEVEL(linear_piece)(struct job *job)
+{
+    if (job->batch <= few_inputs(job->weight, job->low))
+        parallel(job, LEVEL(pack_body), !job->update ? 0 : job->packed_step ? 1 : 2, LEVEL(few_body), job->batch > FEW ? PARTS : 1);
+    else
+        parallel(job, LEVEL(by_panels)(job) ? LEVEL(pack_panels) : LEVEL(pack_many),
+                 job->packed_step || job->m1 - job->m0 <= PACKED_ALONE ? 0 : PARTS, LEVEL(many_body), PARTS);
+}
+
 static void LEVEL(linear)(struct job *job)
 {
-    const struct weight *w = job->weight;
-    const int64_t groups = w->stride / GROUP, wide = WIDE / GROUP;
-    const int few = job->batch <= few_inputs(w, job->low);
-    for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
-        job->m1 = smaller(job->m0 + job->piece, job->batch);
-        for (job->g0 = 0; job->g0 < groups; job->g0 = job->g1) {
-            job->g1 = smaller(job->g0 + wide, groups);
-            if (few)
-                parallel(job, LEVEL(pack_body), !job->update ? 0 : job->packed_step ? 1 : 2, LEVEL(few_body), job->batch > FEW ? PARTS : 1);
-            else
-                parallel(job, LEVEL(by_panels)(job) ? LEVEL(pack_panels) : LEVEL(pack_many),
-                         job->packed_step || job->m1 - job->m0 <= PACKED_ALONE ? 0 : PARTS, LEVEL(many_body), PARTS);
-        }
-    }
-    if (job->update && !few) {
+    in_pieces(job, job->weight->stride / GROUP, wide_of(job->batch) / GROUP, LEVEL(linear_piece));
+    if (job->update && job->batch > few_inputs(job->weight, job->low)) {
         job->packed_step = 0; /* its parts are shared */
         LEVEL(update)(job);
     }

@@ -101,29 +101,33 @@ INLINE const float *LEVEL(bias_of)(const struct job *job, int64_t r, int64_t row
     return widened;
 }
 
-/* Sums of `vectors` times LANES rows, of which `rows` are there, to the output. */
-INLINE void LEVEL(put_rows_as)(const struct job *job, int64_t r, int64_t rows, const int vectors, const float *sums,
-                               const int type)
+/* Sums of `vectors` times LANES rows, of which `rows` are there, and what the parts of the columns before have made of them, or
+ * the bias, to the output, or to what is added up there. */
+INLINE void LEVEL(put_rows_as)(const struct job *job, int64_t r, int64_t rows, const int vectors, const float *sums, void *out,
+                               int64_t step, const int type)
 {
     float widened[MAX_VECTORS * LANES] = {0};
     const float *bias = LEVEL(bias_of)(job, r, rows, widened);
     for (int64_t m = job->m0; m < job->m1; m++, sums += vectors * LANES) {
-        const int64_t at = m * job->weight->rows + r, whole = job->g0 ? 0 : rows / LANES * LANES;
-        for (int64_t i = 0; i < whole; i += LANES)
-            LEVEL(store_as)(job->out, type, at + i, v_add(v_load(sums + i), v_load(bias + i)));
-        for (int64_t i = whole; i < rows; i++)
-            write_as(job->out, type, at + i, sums[i] + (job->g0 ? read_as_float(job->out, type, at + i) : bias[i]));
+        const float *before = job->g0 ? job->partial + m * job->weight->rows + r : bias;
+        int64_t i = 0;
+        for (; i + LANES <= rows; i += LANES)
+            LEVEL(store_as)(out, type, m * step + r + i, v_add(v_load(sums + i), v_load(before + i)));
+        for (; i < rows; i++)
+            write_as(out, type, m * step + r + i, sums[i] + before[i]);
     }
 }
 
 static void LEVEL(put_rows)(const struct job *job, int64_t r, int64_t rows, const int vectors, const float *sums)
 {
-    if (job->out_type == FLOAT32)
-        LEVEL(put_rows_as)(job, r, rows, vectors, sums, FLOAT32);
+    if (job->g1 * GROUP < job->weight->columns)
+        LEVEL(put_rows_as)(job, r, rows, vectors, sums, job->partial, job->weight->rows, FLOAT32);
+    else if (job->out_type == FLOAT32)
+        LEVEL(put_rows_as)(job, r, rows, vectors, sums, job->out, job->out_step, FLOAT32);
     else if (job->out_type == BFLOAT16)
-        LEVEL(put_rows_as)(job, r, rows, vectors, sums, BFLOAT16);
+        LEVEL(put_rows_as)(job, r, rows, vectors, sums, job->out, job->out_step, BFLOAT16);
     else
-        LEVEL(put_rows_as)(job, r, rows, vectors, sums, FLOAT16);
+        LEVEL(put_rows_as)(job, r, rows, vectors, sums, job->out, job->out_step, FLOAT16);
 }
 
 /* The input at a column, counted from the first that is packed: the first of a piece. */

@@ -13,38 +13,7 @@
 #define dlopen_loaded(path) dlopen(path, RTLD_LAZY | RTLD_NOLOAD)
 #endif
 
-#include "layout.h"
-#include "weights.h"
-
-/* Whether vectors take products with an input of a type in bfloat16, or with two digits for it. */
-static int is_low(const struct level *level, const struct weight *w, int64_t batch, int type, int transposed)
-{
-    if (type != BFLOAT16 || !w->order || level->low == NONE_LOW)
-        return 0;
-    return level->low == ALL_LOW || (batch == 1 && !transposed && has_plain_codes(w, 1));
-}
-
-/* Whether levels are zeros or large enough that none of their terms is lost. */
-static int levels_have_terms(const struct weight *w)
-{
-    for (int c = 0; w->order && c < 16; c++)
-        if (w->levels[c] != 0.0f && !(fabsf(w->levels[c]) >= 0x1p-10f && fabsf(w->levels[c]) <= 0x1p10f))
-            return 0;
-    return 1;
-}
-
-/* Whether products with more than a few inputs are taken by AMX, and of how many terms an input is the sum, then. */
-static int in_tiles(const struct level *level, const struct weight *w, int64_t batch, int type, int transposed)
-{
-    const int is_bfloat = !w->order && w->encoding == BFLOAT16;
-    if (!level->tiles || type == FLOAT16 || (type == BFLOAT16 && !w->order && !is_bfloat))
-        return 0;
-    if (type == FLOAT32) {
-        const int64_t few = transposed ? TILED_FEW_TERMS_GRAD : is_bfloat ? TILED_FEW_SIXTEEN : TILED_FEW_TERMS;
-        return batch > few && levels_have_terms(w) ? TERMS : 0;
-    }
-    return batch > (is_bfloat ? TILED_FEW_SIXTEEN : TILED_FEW);
-}
+#include "product.h"
 
 /* A low-rank update with x: as read_tensor, and 0 where shapes or types do not fit. */
 static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, const struct tensor *x, int64_t rows,
@@ -69,12 +38,12 @@ static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, 
 enum { LEVEL_INDEX, PREPARED_OF, PACKED, SCALES, X };
 
 /* A product with a weight, and with an update (A, B, scaling) unless A is None. */
-static PyObject *product(PyObject *const *args, int transposed, int int8, PyObject *bias_given, PyObject *out_given,
-                         PyObject *threads_given, PyObject *const *update_given)
+static PyObject *product(PyObject *const *args, int transposed, int int8, PyObject *bias_given, PyObject *threads_given,
+                         PyObject *const *update_given)
 {
     long long index, threads;
     struct weight w;
-    struct update u = {.rank = 0};
+    struct update u;
     struct tensor x, out, bias = {.data = NULL};
     if (read_numbers(args, 1, &index, 1) || read_numbers(&threads_given, 1, &threads, 1))
         return NULL;
@@ -95,76 +64,45 @@ static PyObject *product(PyObject *const *args, int transposed, int int8, PyObje
     const int updated = update_given && update_given[0] != Py_None;
     if (updated && (is = read_update(update_given[0], update_given[1], update_given[2], &x, to, &u)) < 0)
         return NULL;
-    if (!is || (out_given == Py_None && !transposed && x.type != FLOAT32 && from > WIDE))
-        Py_RETURN_NONE; /* a row in parts would round their sums in between */
-    PyObject *made = out_given == Py_None ? empty_like(args[X], x.shape[0], to) : out_given;
+    if (!is)
+        Py_RETURN_NONE;
+    PyObject *made = empty_like(args[X], x.shape[0], to);
     if (!made)
         return NULL;
-    if (made == out_given)
-        Py_INCREF(made);
-    const int64_t sums = out_given == Py_None ? 0 : 4 * x.shape[0] * to;
-    const int fits = read_memory(made, &out) && out.type >= 0 && has_shape(&out, x.shape[0], to) && (!updated || out.type == FLOAT32);
-    int tiles = int8 ? 0 : in_tiles(level, &w, x.shape[0], x.type, transposed), refused;
-    do {
-        const int low = !int8 && (tiles == 1 || is_low(level, &w, x.shape[0], x.type, transposed));
-        refused = 0;
-        const struct layout layout = layout_of(&w, x.shape[0], threads, transposed, low, int8, tiles, sums);
-        const int64_t floats = layout.shared + layout.threads * layout.own, narrow = x.shape[0] * u.rank;
-        const int64_t narrow_at = layout.few ? floats : 0; /* of more inputs it is made when all rows are done */
-        const int64_t most = narrow_at + narrow > floats ? narrow_at + narrow : floats;
-        struct scratch scratch;
-        if (!fits || take_scratch(args[X], x.type == FLOAT32 ? 4 : 2, 4 * most, &scratch)) {
-            Py_DECREF(made);
-            if (PyErr_Occurred())
-                return NULL;
-            if (out_given == Py_None)
-                Py_RETURN_NONE; /* something makes tensors of another kind */
-            PyErr_SetString(PyExc_ValueError, "out is no tensor (batch, features) that C can write");
-            return NULL;
-        }
+    int done = -1; /* something makes tensors of another kind */
+    if (read_memory(made, &out) && out.type == x.type && has_shape(&out, x.shape[0], to)) {
         u.base = u.out = out.data;
-        u.narrow = scratch.memory + narrow_at;
         struct job job = {
             .weight = &w,
             .x = x.data,
             .bias = bias.data,
             .out = out.data,
+            .out_step = to,
+            .partial = out.data, /* unless it is rounded */
             .type = x.type,
             .out_type = out.type,
             .bias_type = bias.type,
-            .low = low,
-            .tiles = tiles,
-            .panels = layout.panels,
-            .refused = &refused,
             .batch = x.shape[0],
-            .threads = layout.threads,
-            .packed = scratch.memory,
-            .packed_step = layout.packed_step,
-            .own = scratch.memory + layout.shared,
-            .own_floats = layout.own,
-            .piece = layout.piece,
-            .update = updated ? &u : NULL,
         };
-        Py_BEGIN_ALLOW_THREADS
-        (transposed ? level->input_grad : int8 ? level->linear_int8 : level->linear)(&job);
-        Py_END_ALLOW_THREADS
-        free_scratch(&scratch);
-        tiles = 0; /* where terms are refused */
-    } while (refused && !int8);
-    if (refused) {
-        Py_DECREF(made);
-        Py_RETURN_NONE;
+        done = !transposed && x.type != FLOAT32 && from > wide_of(x.shape[0])
+                   ? take_in_parts(level, &job, int8, threads, args[X])
+                   : take_product(level, &job, updated ? &u : NULL, transposed, int8, threads, args[X], 0);
     }
-    return made;
+    if (done == 1)
+        return made;
+    Py_DECREF(made);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
 }
 
-/* linear(level, prepared or None, packed or 16-bit weight, scales or None, x, bias or None, out or None, threads,
- * A or None, B, scaling) -> out, or None: there is something that C does not take */
+/* linear(level, prepared or None, packed or 16-bit weight, scales or None, x, bias or None, threads, A or None, B, scaling)
+ * -> out, or None: there is something that C does not take */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { BIAS = X + 1, OUT, THREADS, A, B, SCALING, ARGUMENTS };
+    enum { BIAS = X + 1, THREADS, A, B, SCALING, ARGUMENTS };
     (void)self;
-    return has_count(given, ARGUMENTS) ? NULL : product(args, 0, 0, args[BIAS], args[OUT], args[THREADS], args + A);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, 0, 0, args[BIAS], args[THREADS], args + A);
 }
 
 /* linear_int8(level, prepared for it, packed, scales, x, bias or None, threads)
@@ -173,7 +111,7 @@ static PyObject *linear_int8(PyObject *self, PyObject *const *args, Py_ssize_t g
 {
     enum { BIAS = X + 1, THREADS, ARGUMENTS };
     (void)self;
-    return has_count(given, ARGUMENTS) ? NULL : product(args, 0, 1, args[BIAS], Py_None, args[THREADS], NULL);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, 0, 1, args[BIAS], args[THREADS], NULL);
 }
 
 /* input_grad(level, prepared or None, packed or 16-bit weight, scales or None, grad, threads)
@@ -182,7 +120,7 @@ static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t gi
 {
     enum { THREADS = X + 1, ARGUMENTS };
     (void)self;
-    return has_count(given, ARGUMENTS) ? NULL : product(args, 1, 0, Py_None, Py_None, args[THREADS], NULL);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, 1, 0, Py_None, args[THREADS], NULL);
 }
 
 /* restore(level, prepared, packed, scales, first row, out, threads) -> out, or None: there is something that C does not take */
@@ -204,9 +142,7 @@ static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t given
     if (!is || !w.order || out.type < 0 || !has_shape(&out, out.shape[0], w.columns) || first < 0 ||
         first + out.shape[0] > w.rows)
         Py_RETURN_NONE;
-    w.packed += first * w.row_bytes;
-    w.scales += first * scale_bytes(&w);
-    w.rows = out.shape[0];
+    w = rows_of(&w, first, out.shape[0]);
     struct job job = {
         .weight = &w, .out = out.data, .out_type = out.type, .threads = threads_for(threads, (double)w.rows * w.columns),
     };
@@ -351,10 +287,5 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native(void)
 {
-    PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "WIDE", WIDE)) {
-        Py_DECREF(module);
-        return NULL;
-    }
-    return module;
+    return PyModule_Create(&definition);
 }

@@ -53,6 +53,16 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
     return w;
 }
 
+/* So many rows of a weight. */
+static struct weight rows_of(const struct weight *w, int64_t first, int64_t rows)
+{
+    struct weight some = *w;
+    some.packed += first * row_stride(w);
+    some.scales += w->order ? first * scale_bytes(w) : 0;
+    some.rows = rows;
+    return some;
+}
+
 #define GRID_MOST 31 /* of steps, so that sums of them stay below 2^31 */
 
 /* Whether the levels lie on a grid that has a zero, as far as float32 can tell. */
