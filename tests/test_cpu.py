@@ -123,6 +123,7 @@ of_normal = lru_cache(maxsize=1)(lambda kind, shape: stored(kind, normal(shape=s
         ),
         *((64, 28672, *work) for work in ((4, 2), (16, 1), (8, 4), (64, 4), (512, 16))),
         *((2048, 2304, *work) for work in ((13, 18), (64, 17), (64, 18), (130, 18))),
+        *((512, 8200, *work) for work in ((12, 18), (128, 14), (128, 18))),
     ],
 )
 def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyte(

@@ -2,8 +2,8 @@
 
 #define FETCH_GROUPS 3 /* of columns: how far behind what is decoded codes are fetched */
 #define FUSED_CHAIN 8  /* the most words whose products are summed in one chain: more, all rounded one way, lose too much */
-#define FEWER_CHAIN 2  /* the same of fewer inputs than FEWER, for which torch's chains are short, too */
-#define FEWER 8
+#define FEWER 12       /* inputs, for which torch's chains are short, too (MKL's are), have */
+#define FEWER_CHAIN 2  /* words in one, here and in tiles */
 
 /* Add to `sums`, LANES an input, what M inputs make with a group of words. A block's products, or those of half
  * a group, or of `chain` words, are summed before its scale is applied. `scales` are those of the block of the first word, which
@@ -56,7 +56,7 @@ INLINE void LEVEL(fused_rows)(const struct job *job, int64_t r, float *own, floa
     const struct weight *w = job->weight;
     const int64_t begin = job->g0 * GROUP;
     float *scales = own, *words = own + TILES_AT; /* where others have tiles */
-    const int64_t chain = low ? LANES : job->batch < FEWER ? FEWER_CHAIN : FUSED_CHAIN;
+    const int64_t chain = low ? LANES : job->batch <= FEWER ? FEWER_CHAIN : FUSED_CHAIN;
     int64_t first = 0;
     for (int64_t c = begin; c < job->g1 * GROUP; c += GROUP) {
         const int64_t at = c / 2, block = at / w->half, ahead = (at - block * w->half) / 4;

@@ -9,7 +9,7 @@
 #define ROW_UNITS_AT (GRAD_FEW_BATCH * GRAD_FEW_ROWS) /* behind them, what steps of the rows' scales count */
 _Static_assert(ROW_UNITS_AT + GRAD_FEW_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "they fit there");
 _Static_assert(GRAD_SIXTEEN * GRAD_SIXTEEN_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "so does what the inputs have for rows of 16-bit weights");
-_Static_assert(GRAD_CODES <= GRAD_FEW_BATCH, "they are few");
+_Static_assert(GRAD_CODES <= GRAD_FEW_BATCH && GRAD_CODES <= GRAD_MOST(1) && GRAD_SIXTEEN <= GRAD_MOST(0), "they are few");
 #define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
 #define GRAD_GRID_ROWS 256 /* the same in integers, */
@@ -341,7 +341,7 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
     for (int64_t t0 = g0, t1; t0 < g1; t0 = t1) {
         t1 = smaller(t0 + (few ? columns : smaller(columns, TILE_COLUMNS)) / GROUP, g1);
-        /* Of so many threads not each has columns. */
+        /* Each thread has room for some columns; or, if all columns are no more than that, each column has its own. */
         float *sums = job->packed + (job->threads * columns < w->stride ? thread * columns / GROUP : t0) * batch;
         memset(sums, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
         for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
@@ -382,4 +382,4 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
 
 static void LEVEL(grad_piece)(struct job *job) { parallel(job, LEVEL(grad_body), 1, NULL, 0); }
 
-static void LEVEL(input_grad)(struct job *job) { in_pieces(job, 1, 1, LEVEL(grad_piece)); }
+static void LEVEL(input_grad)(struct job *job) { in_pieces(job, job->weight->stride / GROUP, job->weight->stride / GROUP, LEVEL(grad_piece)); }

@@ -39,9 +39,11 @@
 #define INT8_ROWS 32              /* rows in int8.h */
 #define LARGEST_BLOCK 4096
 #define WIDE 8192                 /* columns of the input that are packed at a time, at most */
-#define SUMMED 128                /* inputs whose columns come in parts, where a result is rounded, at a time; bytes of their sums, */
-#define SUMS_BYTES (256 * 1024)
-#define SUMS_BYTES_OF_FEW (64 * 1024) /* and of a few */
+#define SUMMED 128                /* inputs at a time, where columns come in parts and results are rounded, at most; */
+#define SUMMED_ROWS 32            /* rows are multiples of this then, */
+#define SUMS_BYTES (256 * 1024)   /* all sums take this at most, */
+#define SUMS_BYTES_OF_FEW (64 * 1024) /* those of up to FEW_MORE inputs this, */
+#define LEAST_SUMS (4 * SUMMED * SUMMED_ROWS) /* and this, however many threads have scratch of their own */
 #define PACKED_ALONE 16           /* inputs that one thread packs for all */
 #define PACKED_BYTES (704 * 1024) /* the most that a packed input takes, */
 #define MOST 256                  /* and the most inputs in it; */
@@ -66,7 +68,7 @@
 #define TILED_GRAD_COLUMNS 1024   /* columns whose sums are taken at a time then, but a group for each thread */
 #define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient, and whose sums a thread takes; */
 #define GRAD_COLUMNS 2048         /* whose sums it takes where inputs may be few: */
-#define GRAD_MOST(order) ((order) ? 16 : 32) /* the most that are at any level */
+#define GRAD_MOST(coded) ((coded) ? 16 : 32) /* the most that are at any level, with codes or 16-bit weights */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
 
 /* Types of inputs, outputs and 16-bit weights. */
@@ -132,7 +134,7 @@ struct job {
     const void *bias;
     void *out;
     int64_t out_step; /* from a row of it to the next, in linear */
-    float *partial;   /* (batch, rows of the weight) there: what parts of the columns make that are not the last */
+    float *partial;   /* (batch, rows of the weight) there: what the parts of the columns make until the last is there; out, if it is float32 */
     int type, out_type, bias_type; /* enum type of x, out and the bias */
     int low; /* whether products are taken in bfloat16, */
     int grid; /* or in integers: enum grid of grid.h */
@@ -216,7 +218,7 @@ static inline int64_t wide_of(int64_t batch) { return batch > FEW && batch <= FE
 static inline int64_t grad_columns(const struct weight *w, int64_t batch, int64_t threads)
 {
     const int64_t groups = w->stride / MAX_GROUP, most = (groups + threads - 1) / threads * MAX_GROUP;
-    return smaller(batch <= GRAD_MOST(w->order) ? GRAD_COLUMNS : TILE_COLUMNS, most);
+    return smaller(batch <= GRAD_MOST(w->order != NULL) ? GRAD_COLUMNS : TILE_COLUMNS, most);
 }
 
 /* Inputs that are few: codes are decoded in registers, with columns across the lanes. */

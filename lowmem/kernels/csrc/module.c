@@ -43,7 +43,7 @@ static PyObject *product(PyObject *const *args, int transposed, int int8, PyObje
 {
     long long index, threads;
     struct weight w;
-    struct update u;
+    struct update u = {.rank = 0};
     struct tensor x, out, bias = {.data = NULL};
     if (read_numbers(args, 1, &index, 1) || read_numbers(&threads_given, 1, &threads, 1))
         return NULL;

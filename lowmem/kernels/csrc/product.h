@@ -36,7 +36,7 @@ static int in_tiles(const struct level *level, const struct weight *w, int64_t b
 }
 
 /* Take a product that is known but for how, with scratch for it; beside it, so many bytes are taken already. 1: it is done.
- * 0: it is refused. -1: there is no scratch, or of another kind (no error). */
+ * 0: it is refused. -1, with an error: there is no scratch. */
 static int take_product(const struct level *level, struct job *job, struct update *update, int transposed, int int8,
                         long long threads, PyObject *like, int64_t beside)
 {
@@ -79,8 +79,11 @@ static int take_in_parts(const struct level *level, const struct job *job, int i
 {
     const struct weight *w = job->weight;
     const int64_t pieces = (job->batch + SUMMED - 1) / SUMMED, step = (job->batch + pieces - 1) / pieces;
-    const int64_t room = (job->batch <= FEW_MORE ? SUMS_BYTES_OF_FEW : SUMS_BYTES) / 4 / step;
-    const int64_t rows = smaller(room / MAX_LANES * MAX_LANES, w->rows), bytes = 4 * step * rows, bias_size = job->bias_type == FLOAT32 ? 4 : 2;
+    const int64_t left = SCRATCH_BYTES - LEAST_BYTES - 4 * SUMS_AT * threads; /* beside what threads have, and an input */
+    const int64_t most = smaller(job->batch <= FEW_MORE ? SUMS_BYTES_OF_FEW : SUMS_BYTES, left > LEAST_SUMS ? left : LEAST_SUMS);
+    const int64_t fit = most / 4 / step / SUMMED_ROWS * SUMMED_ROWS, parts = (w->rows + fit - 1) / fit;
+    const int64_t rows = round_up((w->rows + parts - 1) / parts, SUMMED_ROWS), bytes = 4 * step * rows;
+    const int64_t bias_size = job->bias_type == FLOAT32 ? 4 : 2;
     struct scratch sums;
     if (take_scratch(like, 2, bytes, &sums))
         return -1;

@@ -24,7 +24,6 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define GROUP (LANES * 8) /* weights in a group of words */
-#define TILE_GROUPS (TILE_COLUMNS / GROUP)
 #define EACH_VECTOR(most) _Pragma("GCC unroll 16") for (int n = 0; n < most; n++)
 
 /* Call with M inputs at a time, `most` or fewer, from input m on; all about as many. */

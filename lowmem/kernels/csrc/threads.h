@@ -71,7 +71,7 @@ void parallel(struct job *job, body first, int64_t first_parts, body then, int64
 
 void in_pieces(struct job *job, int64_t groups, int64_t wide, void (*run)(struct job *))
 {
-    for (job->m0 = 0; job->m0 < job->batch; job->m0 = job->m1) {
+    for (job->m0 = 0; job->m0 < job->batch && !is_refused(job); job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + job->piece, job->batch);
         for (job->g0 = 0; job->g0 < groups && !is_refused(job); job->g0 = job->g1) {
             job->g1 = smaller(job->g0 + wide, groups);
