@@ -108,13 +108,13 @@ INLINE void LEVEL(put_rows_as)(const struct job *job, int64_t r, int64_t rows, c
 {
     float widened[MAX_VECTORS * LANES] = {0};
     const float *bias = LEVEL(bias_of)(job, r, rows, widened);
-    for (int64_t m = job->m0; m < job->m1; m++, sums += vectors * LANES) {
-        const float *before = job->g0 ? job->partial + m * job->weight->rows + r : bias;
-        int64_t i = 0;
-        for (; i + LANES <= rows; i += LANES)
-            LEVEL(store_as)(out, type, m * step + r + i, v_add(v_load(sums + i), v_load(before + i)));
-        for (; i < rows; i++)
-            write_as(out, type, m * step + r + i, sums[i] + before[i]);
+    const float *before = job->g0 ? job->partial + job->m0 * job->weight->rows + r : bias;
+    const int64_t further = job->g0 ? job->weight->rows : 0, whole = rows / LANES * LANES, end = job->m1 * step + r;
+    for (int64_t at = job->m0 * step + r; at < end; at += step, before += further, sums += vectors * LANES) {
+        for (int64_t i = 0; i < whole; i += LANES)
+            LEVEL(store_as)(out, type, at + i, v_add(v_load(sums + i), v_load(before + i)));
+        for (int64_t i = whole; i < rows; i++)
+            write_as(out, type, at + i, sums[i] + before[i]);
     }
 }
 
@@ -172,7 +172,10 @@ INLINE void LEVEL(many_rows)(const struct job *job, int64_t r, int64_t to, float
         return;
     }
     if (!w->order || !w->order->whole_words || job->batch > FUSED_BATCH) { /* however large a piece of it is */
-        LEVEL(tiled_rows)(job, r, to, own, low);
+        if (!low && job->batch <= FEWER)
+            LEVEL(tiled_rows)(job, r, to, own, 0, 1);
+        else
+            LEVEL(tiled_rows)(job, r, to, own, low, 0);
         return;
     }
     float *sums = own + SUMS_AT;

@@ -167,8 +167,8 @@ INLINE void LEVEL(panel_rows)(const struct job *job, int64_t r, int64_t to, floa
         const uint8_t *fetch = LEVEL(codes_behind)(job, r, c, FETCH_PARTS * PART(low), PANEL_ROWS);
         for (int64_t m = 0; m < batch; m += LANES) {
             const float *x = LEVEL(unit_at)(job, job->m0 + m, (this_c - begin) / (low ? 2 : 1));
-            LEVEL(multiply)(x, (int)n / 8, LEVEL(chain_of)(n, low, 0), tile, PANEL_ROWS, sums + m * PANEL_ROWS, &next,
-                            (int)(next.count * (m + LANES) / batch), m ? NULL : fetch, low, 1);
+            LEVEL(multiply)(x, (int)n / 8, tile, PANEL_ROWS, sums + m * PANEL_ROWS, &next, (int)(next.count * (m + LANES) / batch),
+                            m ? NULL : fetch, low, 1, 0);
             if (r != this_r)
                 LEVEL(turn)(sums + m * PANEL_ROWS, PANEL_ROWS, turned + m * PANEL_ROWS);
         }

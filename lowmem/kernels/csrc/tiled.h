@@ -108,18 +108,11 @@ INLINE void LEVEL(restore_apart)(const struct weight *w, const float *words, con
 
 #define EACH_OF_VECTORS for (int v = 0; v < vectors; v++)
 
-/* How many words' products are summed in one chain, of those of so many columns: 64 products, or 16 of a few inputs. */
-INLINE int LEVEL(chain_of)(int64_t columns, int low, int few)
-{
-    const int words = (int)columns / 8;
-    return low ? words : few ? FEWER_CHAIN : (words + 1) / 2;
-}
-
-/* M inputs with n words of restored rows, in chains of so many words. In between, the next tile is restored up to a vector of
- * words: the pipes that look up and store are idle while those of products are not. `fetch`: what to fetch, or NULL; all at once,
- * it would have to wait. */
-INLINE void LEVEL(multiply)(const float *tile, int n, int chain, const float *x, const int M, float *sums,
-                            struct LEVEL(restoring) *next, int until, const uint8_t *fetch, const int low, const int panel)
+/* M inputs with n words of restored rows. In between, the next tile is restored up to a vector of words: the pipes that look
+ * up and store are idle while those of products are not. `fetch`: what to fetch, or NULL; all at once, it would have to wait.
+ * In float32, 64 products are summed in one chain, or 16 (`fewer`). */
+INLINE void LEVEL(multiply)(const float *tile, int n, const float *x, const int M, float *sums, struct LEVEL(restoring) *next,
+                            int until, const uint8_t *fetch, const int low, const int panel, const int fewer)
 {
     const T table = table_load(next->w->levels ? next->w->levels : tile); /* any sixteen floats */
     const int units = UNITS(low), vectors = panel ? 1 : MANY_VECTORS, before = next->vectors, due = until - before;
@@ -127,7 +120,7 @@ INLINE void LEVEL(multiply)(const float *tile, int n, int chain, const float *x,
     for (int word = 0, end; word < n;) { /* a longer sum would lose what it adds */
         V acc[MANY_SUMS > PANEL_ROWS ? MANY_SUMS : PANEL_ROWS];
         EACH_OF_VECTORS EACH_OF_MANY acc[v * M + j] = v_zero();
-        for (end = word + chain < n ? word + chain : n; word < end; word++, tile += units * vectors * LANES, x += units) {
+        for (end = fewer ? (int)smaller(word + FEWER_CHAIN, n) : low || word ? n : (n + 1) / 2; word < end; word++, tile += units * vectors * LANES, x += units) {
             if ((next->vectors - before) * n < due * (word + 1))
                 LEVEL(restore_next)(next, table, low, panel);
             for (int64_t i = 0; fetch && i < step; i += 64)
@@ -216,7 +209,7 @@ INLINE void LEVEL(begin_tile)(const struct job *job, int64_t r, int64_t start, i
 }
 
 /* Rows r to `to` with all inputs of a piece, from tiles: while one is multiplied, the next is restored. */
-INLINE void LEVEL(tiled_rows)(const struct job *job, int64_t r, int64_t to, float *own, const int low)
+INLINE void LEVEL(tiled_rows)(const struct job *job, int64_t r, int64_t to, float *own, const int low, const int fewer)
 {
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, end = job->g1 * GROUP;
     float *tile = own + TILES_AT, *other = tile + MANY_ROWS * PART_FLOATS, *sums = own + SUMS_AT;
@@ -239,10 +232,9 @@ INLINE void LEVEL(tiled_rows)(const struct job *job, int64_t r, int64_t to, floa
             LEVEL(begin_tile)(job, r, c, columns, own, other, &first, &next, low);
         const uint8_t *fetch = LEVEL(codes_behind)(job, r, c, FETCH_PARTS * PART(low), MANY_ROWS);
         const float *x = LEVEL(packed_at)(job, this_c - begin, low);
-        const int chain = LEVEL(chain_of)(n, low, job->batch <= FEWER);
 #define CALL(M)                                                                             \
-    LEVEL(multiply)(tile, (int)n / 8, chain, x + m * PART_FLOATS, M, sums + m * MANY_ROWS, &next, \
-                    (int)(next.count * (m + M) / batch), m ? NULL : fetch, low, 0)
+    LEVEL(multiply)(tile, (int)n / 8, x + m * PART_FLOATS, M, sums + m * MANY_ROWS, &next, \
+                    (int)(next.count * (m + M) / batch), m ? NULL : fetch, low, 0, fewer)
         IN_PASSES(batch, MANY_INPUTS, CALL)
 #undef CALL
         float *done = tile;
