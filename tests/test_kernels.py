@@ -112,12 +112,18 @@ def test_a_level_that_cannot_serve_lists_the_choices():
 
 def test_without_the_compiled_module_the_reference_serves_and_says_why():
     script = (
-        "import sys; sys.modules['lowmem.kernels._native'] = None\n"
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(name, path, target=None):\n"
+        "        if name == 'lowmem.kernels._native':\n"
+        "            raise ModuleNotFoundError('No module named ' + name, name=name)\n"
+        "sys.meta_path.insert(0, Missing)\n"
         "import torch, lowmem; print(lowmem.backend())\n"
         "print(lowmem.convert(torch.nn.Linear(8, 8), lowmem.FourBit())(torch.ones(1, 8)).shape)"
     )
     shown = run_python(script, LOWMEM_KERNEL="")
     assert shown.startswith("reference: plain torch restores rows in chunks; the compiled kernel cannot be imported")
+    assert "(No module named lowmem.kernels._native)" in shown
     assert "needs a C compiler" in shown
     assert "torch.Size([1, 8])" in shown
 

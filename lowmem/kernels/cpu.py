@@ -44,7 +44,7 @@ _ROUNDED_BYTES = 2**19  # of what rounding inputs to 8 bits takes
 def load() -> tuple[ModuleType | None, str]:
     """Return the compiled module and whose threads it uses; or None and the reason why there is none."""
     try:
-        from lowmem.kernels import _native
+        import lowmem.kernels._native as _native
     except ImportError as reason:
         return None, f"the compiled kernel cannot be imported ({reason}); installing from source needs a C compiler"
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
