@@ -37,12 +37,16 @@ def no_plain_rows():
         yield
 
 
-def assert_exact(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """Within 1e-6 of the norms' product of the float64 product, as torch's own float32 product is."""
+def exact_product(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None):
+    """The float64 product, and how far off one may be: 1e-6 of the norms' product, as torch's own float32 is."""
     expected = x.double() @ dense.double().t()
     expected = expected if bias is None else expected + bias.double()
     allowed = 1e-6 * x.double().norm(dim=1)[:, None] * dense.double().norm(dim=1) + 1e-40
-    allowed = allowed if bias is None else allowed + 1e-6 * bias.double().abs()
+    return expected, allowed if bias is None else allowed + 1e-6 * bias.double().abs()
+
+
+def assert_exact(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    expected, allowed = exact_product(x, dense, bias)
     assert got.dtype == torch.float32
     assert ((got.double() - expected).abs() <= allowed).all()
 

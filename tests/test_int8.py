@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lowmem import FORMATS, FourBit, LoRA, convert, int8, kernels, load, measure, quantize, save
 from lowmem.conv import Conv4Bit
 from tests import strategies
-from tests.compiled import compiled, given_stored, on_threads
+from tests.compiled import compiled, exact_product, given_stored, on_threads
 
 batches = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 32, 33, 48, 50, 100])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -24,11 +24,7 @@ def with_rounded_levels(weight):
 
 def int8_product(x, weight, bias=None):
     """What the definition says, in float64, and how far off one may be: by 1e-6 of norms, and a rounding."""
-    rounded, dense = int8.round_inputs(x, weight.block_size).double(), with_rounded_levels(weight).double()
-    exact = rounded @ dense.t()
-    allowed = 1e-6 * rounded.norm(dim=1)[:, None] * dense.norm(dim=1) + 1e-40
-    if bias is not None:
-        exact, allowed = exact + bias.double(), allowed + 1e-6 * bias.double().abs()
+    exact, allowed = exact_product(int8.round_inputs(x, weight.block_size), with_rounded_levels(weight), bias)
     if x.dtype != torch.float32:
         form = torch.finfo(x.dtype)
         allowed = allowed + 0.51 * form.eps * exact.abs() + form.smallest_normal * form.eps
