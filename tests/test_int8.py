@@ -23,7 +23,7 @@ def with_rounded_levels(weight):
 
 
 def int8_product(x, weight, bias=None):
-    """What the definition says, in float64, and how far off one may be: by 1e-6 of norms, and a rounding."""
+    """What the definition says, in float64, and how far off one may be: by the bound of a sum, and a rounding."""
     exact, allowed = exact_product(int8.round_inputs(x, weight.block_size), with_rounded_levels(weight), bias)
     if x.dtype != torch.float32:
         form = torch.finfo(x.dtype)

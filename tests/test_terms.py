@@ -16,7 +16,7 @@ KINDS = ["int4", "nf4", "half", "bfloat16"]
 
 def assert_as_float32(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
     """What is not finite is so in the same places and of the same sign; what is finite is exact."""
-    expected = x @ dense.t()
+    expected = x.double() @ dense.double().t()
     assert torch.equal(got.isfinite(), expected.isfinite())
     assert ((got == expected) | got.isnan())[expected.isinf()].all()
     rows, columns = x.isfinite().all(1), dense.isfinite().all(1)
