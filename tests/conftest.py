@@ -1,17 +1,74 @@
-"""Fixtures that keep tests of the compiled kernel honest."""
+"""Fixtures that keep every test independent of the others, and tests of the compiled kernel honest."""
 
+import os
+import random
+import zlib
+
+import hypothesis
+import numpy as np
 import pytest
 import torch
 
+from lowmem import backend
 from lowmem.kernels import reference
+
+
+class TorchRandom:
+    """torch's generator for hypothesis, which seeds it before every example and gives its state back after."""
+
+    def seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference only
+hypothesis.register_random(TORCH_RANDOM)
+
+
+# Those that a verdict depends on: libraries set others of their own when they are imported.
+VARIABLES = ("LOWMEM_", "OMP_", "MKL_", "PYTHON", "HYPOTHESIS_", "TZ")
+
+
+def process_state() -> dict[str, object]:
+    """Return what a test could leave changed for those that run after it."""
+    return {
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "kernel": backend(),
+        "directory": os.getcwd(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
+    }
+
+
+@pytest.fixture(autouse=True)
+def isolated(request):
+    """Seed every generator from the test's name, and fail a test that changes the process for the next one.
+
+    Set up after fixtures of a wider scope: those draw from generators of their own.
+    """
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    before = process_state()
+    yield
+    assert process_state() == before
 
 
 @pytest.fixture
 def poisoned():
     """Fill every fresh tensor with NaN, so that an element that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture

@@ -10,29 +10,21 @@ from hypothesis import strategies as st
 
 from lowmem import BigNet, Half, HalfLinear, build, convert, measure
 from tests import strategies
+from tests.rounding import assert_product
 
 half_dtypes = st.sampled_from([torch.float16, torch.bfloat16])
-
-
-def dense_twin(layer: HalfLinear, dtype: torch.dtype) -> torch.nn.Linear:
-    twin = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=dtype)
-    twin.load_state_dict(layer.state_dict())
-    return twin
 
 
 @given(strategies.linears(), half_dtypes, strategies.leading_shapes, strategies.seeds)
 def test_it_equals_a_dense_layer_with_the_rounded_weights(linear, dtype, leading, seed):
     layer = convert(linear, Half(dtype))
-    twin = dense_twin(layer, torch.float64)
     x = strategies.make_input(leading, layer.in_features, seed)
-    exact = x.detach().double().requires_grad_()
-    out, expected = layer(x), twin(exact)
+    out = layer(x)
     assert out.dtype == x.dtype
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
-    weights = torch.randn_like(out)
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
+    assert_product(out, x, layer.weight, layer.bias)
+    grad = strategies.make_input(leading, layer.out_features, seed + 1).detach()
+    out.backward(grad)
+    assert_product(x.grad, grad, layer.weight.t())
 
 
 @given(strategies.linears(), half_dtypes)
@@ -72,13 +64,19 @@ def test_bignet_stays_within_what_the_rounding_allows(seed):
     ],
 )
 def test_the_product_is_taken_in_the_wider_dtype(x, weight, compute):
-    linear = torch.nn.Linear(64, 32)
-    layer = convert(linear, Half(weight))
+    layer = convert(torch.nn.Linear(64, 32), Half(weight))
     value = torch.randn(5, 64).to(x)
     out = layer(value)
-    expected = torch.nn.functional.linear(value.to(compute), layer.weight.to(compute)) + layer.bias.to(compute)
     assert out.dtype == x
-    torch.testing.assert_close(out, expected.to(x), rtol=2e-3 if compute == x else 1e-2, atol=1e-2)
+    # The product, the bias added to it, and the output may each be rounded to a dtype of fewer bits.
+    assert_product(
+        out,
+        value,
+        layer.weight,
+        layer.bias,
+        sums=torch.float64 if compute == torch.float64 else torch.float32,
+        rounded=(compute, compute, x) if x != torch.float64 else (),
+    )
 
 
 def test_autocast_gives_its_dtype_as_for_a_dense_layer():

@@ -20,11 +20,13 @@ def test_quantizing_again_does_it_the_same_way(weight, format, block_size, scale
 
 @given(strategies.weights(), strategies.formats)
 def test_the_relative_error_is_that_of_all_weights(weight, format):
-    q = quantize(weight, format, scales="float32")
+    q, half = quantize(weight, format, scales="float32"), weight.half()
     norm = float(weight.double().norm())
-    expected = float((weight.double() - q.dequantize().double()).norm()) / norm if norm else 0.0
-    assert relative_error(weight, q) == pytest.approx(expected, rel=1e-3, abs=1e-30)
-    assert relative_error(weight, weight.half()) == pytest.approx(0, abs=1) or norm > 60000
+    for stored, restored in ((q, q.dequantize()), (half, half)):
+        expected = float((weight.double() - restored.double()).norm()) / norm if norm else 0.0
+        # Four digits are kept: that is off by half a unit of the fourth, 5e-4 of the smallest first digit.
+        # What float64 loses of the sums is 1e-12 of them (Higham, section 3.1).
+        assert relative_error(weight, stored) == pytest.approx(expected, rel=5.001e-4, abs=0)
 
 
 @pytest.mark.parametrize("exponent", [-120, -80, 0, 60, 120])
@@ -40,7 +42,7 @@ def test_the_relative_error_has_no_magnitude(exponent):
 
 def test_the_relative_error_of_what_is_stored_in_16_bits():
     weight = strategies.make_weight("normal", (300, 1000), 0, 0)
-    expected = float((weight - weight.half()).norm() / weight.norm())
-    assert relative_error(weight, weight.half()) == pytest.approx(expected, rel=1e-3)
+    expected = float((weight.double() - weight.half().double()).norm() / weight.double().norm())
+    assert relative_error(weight, weight.half()) == float(f"{expected:.4g}")
     conv = weight.view(300, 10, 10, 10)
     assert relative_error(conv, quantize(weight)) == relative_error(weight, quantize(weight))

@@ -15,6 +15,7 @@ from torch import nn
 
 from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, convert, merge
 from tests import strategies
+from tests.rounding import assert_product, gamma, unit
 
 TECHNIQUES = {
     "half": Half(),
@@ -49,6 +50,34 @@ def stored_bits(model):
                 if getattr(module, name) is not None:
                     bits[f"{path}.{name}"] = getattr(module, name).detach().contiguous().view(torch.uint8).clone()
     return bits
+
+
+def stored_weight(layer):
+    """Return what a layer multiplies with, in float64."""
+    return (layer.quantized.dequantize() if isinstance(layer, Linear4Bit) else layer.weight).detach().double()
+
+
+def adapted_weight(layer):
+    """Return a layer's weight with its active adapters in float64, and the sum of the magnitudes of its terms."""
+    weight = stored_weight(layer.base)
+    magnitudes = weight.abs()
+    for name in layer.active:
+        adapter = layer.adapters[name]
+        a, b = adapter.lora_a.detach().double(), adapter.lora_b.detach().double()
+        weight = weight + adapter.scaling * b @ a
+        magnitudes = magnitudes + adapter.scaling * b.abs() @ a.abs()
+    return weight, magnitudes
+
+
+def assert_holds(layer, exact, magnitudes, terms):
+    """Hold a layer's weight to an exact one: a sum in float32, rounded once as the layer stores it."""
+    added = gamma(terms) * magnitudes
+    if isinstance(layer, Linear4Bit):
+        rounding = layer.quantized.error_bound().double()
+    else:
+        kind = torch.finfo(layer.weight.dtype)
+        rounding = unit(layer.weight.dtype) * (exact.abs() + added) + kind.smallest_normal * kind.eps  # subnormals
+    assert ((stored_weight(layer) - exact).abs() <= added + rounding).all()
 
 
 class Lifecycle(RuleBasedStateMachine):
@@ -103,17 +132,24 @@ class Lifecycle(RuleBasedStateMachine):
     @precondition(lambda self: self.layers(LoRALinear))
     @rule()
     def merge_adapters(self):
-        before = self.output()
         quantized = any(isinstance(m.base, Linear4Bit) for m in self.layers(LoRALinear))
-        halved = any(isinstance(m.base, HalfLinear) for m in self.layers(LoRALinear))
+        paths = {path: module for path, module in self.model.named_modules() if isinstance(module, LoRALinear)}
+        expected = {path: adapted_weight(layer) for path, layer in paths.items()}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             merge(self.model)
         assert bool(caught) == quantized
         assert not self.layers(LoRALinear)
-        if not quantized:
-            exact = not halved and self.dtype() in (torch.float32, torch.float64)
-            torch.testing.assert_close(self.output(), before, rtol=0, atol=1e-3 if exact else 0.2)
+        for path, adapted in paths.items():
+            merged = self.model.get_submodule(path)
+            assert type(merged) is type(adapted.base)
+            rank = TECHNIQUES["lora"].rank
+            assert_holds(
+                merged, *expected[path], rank + 3
+            )  # rank terms and the weight; alpha / rank, and its product
+            if self.dtype() in (torch.float32, torch.float64):
+                x = self.x[:, : merged.in_features].to(self.dtype())
+                assert_product(merged(x), x, stored_weight(merged), merged.bias, sums=self.dtype())
         self.bits = stored_bits(self.model)
 
     @precondition(lambda self: not self.layers(LoRALinear))

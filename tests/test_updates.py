@@ -9,10 +9,29 @@ from lowmem import kernels
 from lowmem.kernels import reference
 from tests import strategies
 from tests.compiled import compiled, on_threads, stored
+from tests.rounding import assert_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
 PLAIN_UPDATE = reference.add_update
+
+
+def assert_update(got, base, x, a, b, scaling, rounded=(), weight=None):
+    """Hold an update to ``base + scaling * (x @ A.T) @ B.T`` of these factors in float64.
+
+    Where a weight is given, its product with x is the base.
+
+    Each term is rounded in a sum over the columns, in one over the rank and the base, and when it is scaled: errors
+    of sums of sums multiply, and gamma_m + gamma_n + gamma_m gamma_n <= gamma_(m+n) (Higham, lemma 3.3).
+    """
+    x, a, b = (tensor.double() for tensor in (x, a, b))
+    base = base.double() if weight is None else x @ weight.double().t()
+    sizes = base.abs() if weight is None else x.abs() @ weight.double().abs().t()
+    expected = base + scaling * (x @ a.t()) @ b.t()
+    magnitudes = sizes + scaling * (x.abs() @ a.abs().t()) @ b.abs().t()
+    assert_sum(got, expected, magnitudes, x.shape[1] + a.shape[0] + 2, rounded=rounded)
+
+
 BATCHES = st.one_of(st.integers(1, 12), st.sampled_from([17, 31, 64, 127, 128]))  # for more, torch serves
 
 
@@ -32,9 +51,7 @@ def test_an_update_equals_the_two_products(level, batch, rank, rows, columns, sc
     before = base.clone()
     with kernels.using(level):
         got = kernels.add_update(base, x, a, b, scaling)
-    expected = base.double() + scaling * (x.double() @ a.double().t()) @ b.double().t()
-    sizes = base.abs() + scaling * (x.abs() @ a.abs().t()) @ b.abs().t()
-    assert ((got - expected).abs() <= 2e-6 * sizes + 1e-12).all()
+    assert_update(got, base, x, a, b, scaling)
     assert torch.equal(base, before)
 
 
@@ -78,25 +95,26 @@ def test_an_update_of_another_dtype_or_layout_is_added_by_torch(level, monkeypat
     monkeypatch.setattr(reference, "add_update", PLAIN_UPDATE)
     half, x, a, b = torch.randn(4, 6).half(), torch.randn(2, 6), torch.randn(3, 6), torch.randn(4, 3)
     with kernels.using(level):
-        expected = kernels.linear(x, half, torch.float32, None, (a, b, 2.0))
         strided = kernels.linear(x, half, torch.float32, None, (a.t().contiguous().t(), b, 2.0))
         twice = kernels.linear(x.t().contiguous().t(), half, torch.float32, None, (a, b, 2.0))
         low = kernels.linear(x.bfloat16(), half, torch.bfloat16, None, (a.bfloat16(), b.bfloat16(), 2.0))
         many = kernels.linear(x.repeat(65, 1), half, torch.float32, None, (a, b, 2.0))  # torch's products are as fast
-    torch.testing.assert_close(strided, expected)
-    torch.testing.assert_close(twice, expected)
-    torch.testing.assert_close(many, expected.repeat(65, 1))
-    torch.testing.assert_close(low, expected.bfloat16(), atol=0.1, rtol=0.1)
+    for got, times in ((strided, 1), (twice, 1), (many, 65)):
+        assert_update(got, None, x.repeat(times, 1), a, b, 2.0, weight=half)
+    # In bfloat16 each term may be rounded with the weight, after each of three sums, and when it is scaled.
+    narrow = (tensor.bfloat16() for tensor in (x, a, b))
+    assert_update(low, None, *narrow, 2.0, rounded=[torch.bfloat16] * 5, weight=half)
 
 
 def test_an_update_that_c_does_not_take_goes_to_torch(monkeypatch):
     monkeypatch.setattr(reference, "add_update", PLAIN_UPDATE)
     base, x, a, b = torch.randn(3, 5), torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 2)
-    expected = base + 0.5 * (x @ a.t()) @ b.t()
-    torch.testing.assert_close(kernels.add_update(base.t().contiguous().t(), x, a, b, 0.5), expected)
+    assert_update(kernels.add_update(base.t().contiguous().t(), x, a, b, 0.5), base, x, a, b, 0.5)
     many = kernels.add_update(base.repeat(50, 1), x.repeat(50, 1), a, b, 0.5)
-    torch.testing.assert_close(many, expected.repeat(50, 1))
-    wide = kernels.add_update(base.half(), x, a, b, 0.5)
-    torch.testing.assert_close(wide, expected.half(), atol=1e-2, rtol=1e-2)
+    assert_update(many, base.repeat(50, 1), x.repeat(50, 1), a, b, 0.5)
+    narrow = kernels.add_update(base.half(), x, a, b, 0.5)
+    assert narrow.dtype == torch.float16
+    # The update is rounded, and its sum with the base.
+    assert_update(narrow, base.half(), x, a, b, 0.5, rounded=[torch.float16] * 2)
     with pytest.raises(RuntimeError):
         kernels.add_update(base, x[:, :3], a, b, 0.5)
