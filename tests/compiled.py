@@ -10,9 +10,9 @@ from tests import strategies
 
 compiled = pytest.mark.parametrize("level", kernels.available()[1:])
 given_stored = (  # a matrix and how it is stored in 4 bits: weight, format, block size, scales
-    strategies.weights(min_dims=2, max_dims=2, max_columns=400, max_exponent=0),
+    strategies.weights(2, 2, max_exponent=0, rows=strategies.tiled_rows, columns=strategies.long_columns),
     strategies.formats,
-    strategies.block_sizes,
+    strategies.short_blocks,
     strategies.encodings,
 )
 

@@ -15,6 +15,12 @@ encodings = st.sampled_from(sorted(ENCODINGS))
 block_sizes = st.one_of(st.sampled_from([8, 16, 64, 4096]), st.integers(4, 2048).map(lambda half: 2 * half))
 small_blocks = st.sampled_from([8, 10, 16, 32, 64])
 seeds = st.integers(0, 2**31 - 1)
+
+# Matrices for the compiled kernel: 16 rows make a tile, and 128 or 256 columns a part of a row. Most have more of
+# both, and most blocks are short, so that most rows are longer than a block and end anywhere in one.
+tiled_rows = st.one_of(st.integers(1, 15), st.integers(16, 40), st.sampled_from([16, 31, 32, 33, 48, 64]))
+long_columns = st.one_of(st.integers(1, 256), st.integers(257, 512), st.integers(513, 700))
+short_blocks = st.one_of(st.sampled_from([8, 10, 16, 24]), st.sampled_from([32, 64, 80, 128]), block_sizes)
 leading_shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 
 BASES = {"dense": (), "half": (Half(),), "bfloat16": (Half(torch.bfloat16),), "4-bit": (FourBit(block_size=16),)}
@@ -47,10 +53,15 @@ def make_weight(kind: str, shape: tuple[int, ...], exponent: int, seed: int) -> 
 
 
 @st.composite
-def weights(draw, min_dims=1, max_dims=3, max_columns=200, max_exponent=2, views=True):
-    """Draw float32 weights, some of them strided, transposed or offset views, that every encoding can hold."""
-    leading = draw(st.lists(st.integers(1, 5), min_size=min_dims - 1, max_size=max_dims - 1))
-    columns = draw(st.integers(1, max_columns))
+def weights(
+    draw, min_dims=1, max_dims=3, max_columns=200, max_exponent=2, views=True, rows=st.integers(1, 5), columns=None
+):
+    """Draw float32 weights, some of them strided, transposed or offset views, that every encoding can hold.
+
+    The values are made from a seed, so that a large weight takes no more of hypothesis's choices than a small one.
+    """
+    leading = draw(st.lists(rows, min_size=min_dims - 1, max_size=max_dims - 1))
+    columns = draw(st.integers(1, max_columns) if columns is None else columns)
     kind = draw(st.sampled_from(KINDS))
     weight = make_weight(kind, (*leading, columns), draw(st.integers(-30, max_exponent)), draw(seeds))
     view = draw(st.sampled_from(["plain", "strided", "transposed", "offset"])) if views else "plain"

@@ -144,9 +144,7 @@ class Lifecycle(RuleBasedStateMachine):
             merged = self.model.get_submodule(path)
             assert type(merged) is type(adapted.base)
             rank = TECHNIQUES["lora"].rank
-            assert_holds(
-                merged, *expected[path], rank + 3
-            )  # rank terms and the weight; alpha / rank, and its product
+            assert_holds(merged, *expected[path], rank + 3)  # a term each and the weight; alpha / rank, the product
             if self.dtype() in (torch.float32, torch.float64):
                 x = self.x[:, : merged.in_features].to(self.dtype())
                 assert_product(merged(x), x, stored_weight(merged), merged.bias, sums=self.dtype())
