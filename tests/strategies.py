@@ -15,6 +15,7 @@ encodings = st.sampled_from(sorted(ENCODINGS))
 block_sizes = st.one_of(st.sampled_from([8, 16, 64, 4096]), st.integers(4, 2048).map(lambda half: 2 * half))
 small_blocks = st.sampled_from([8, 10, 16, 32, 64])
 seeds = st.integers(0, 2**31 - 1)
+few_rows = st.integers(1, 5)
 
 # Matrices for the compiled kernel: 16 rows make a tile, and 128 or 256 columns a part of a row. Most have more of
 # both, and most blocks are short, so that most rows are longer than a block and end anywhere in one.
@@ -53,9 +54,7 @@ def make_weight(kind: str, shape: tuple[int, ...], exponent: int, seed: int) -> 
 
 
 @st.composite
-def weights(
-    draw, min_dims=1, max_dims=3, max_columns=200, max_exponent=2, views=True, rows=st.integers(1, 5), columns=None
-):
+def weights(draw, min_dims=1, max_dims=3, max_columns=200, max_exponent=2, views=True, rows=few_rows, columns=None):
     """Draw float32 weights, some of them strided, transposed or offset views, that every encoding can hold.
 
     The values are made from a seed, so that a large weight takes no more of hypothesis's choices than a small one.

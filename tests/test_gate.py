@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gate
-from benchmarks.results import Result, regressions
+from benchmarks.results import Result, read_results, regressions, table
 
 pytest_plugins = ["pytester"]
 
@@ -71,8 +71,14 @@ def edit(project):
     return edit
 
 
+def named(run, name=FIRST):
+    """Return one benchmark of a stored run, wherever in it: tests may have run in any order."""
+    (bench,) = (bench for bench in run["benchmarks"] if bench["fullname"] == name)
+    return bench
+
+
 def change_memory(**figures):
-    return lambda run: run["benchmarks"][0]["extra_info"].update(figures)
+    return lambda run: named(run)["extra_info"].update(figures)
 
 
 def test_the_same_figures_pass_beside_the_latency(compare):
@@ -97,6 +103,7 @@ def test_one_byte_more_fails_and_is_named(compare, edit):
     assert code == 1
     assert f"FAILED {FIRST}: forward_bytes grew by 1 byte, from 4,095 to 4,096" in output
     assert "(+1)" in output
+    assert "no memory grew" not in output
 
 
 def test_one_byte_more_fails_a_process(project, edit, monkeypatch):
@@ -121,11 +128,13 @@ def test_a_figure_that_went_missing_fails(compare, edit):
     code, output = compare()
     assert code == 1
     assert f"FAILED {FIRST}: backward_bytes went missing" in output
+    assert "no memory grew" not in output
 
 
 def test_a_benchmark_and_a_figure_that_are_new_pass(compare, edit):
     def forget(run):
-        del run["benchmarks"][1:], run["benchmarks"][0]["extra_info"]["forward_bytes"]
+        run["benchmarks"] = [named(run)]
+        del named(run)["extra_info"]["forward_bytes"]
 
     edit(forget)
     code, output = compare()
@@ -135,10 +144,11 @@ def test_a_benchmark_and_a_figure_that_are_new_pass(compare, edit):
 
 
 def test_a_benchmark_that_went_missing_fails(compare, edit):
-    edit(lambda run: run["benchmarks"][0].update(fullname="benchmarks/test_first.py::test_first[gone]"))
+    edit(lambda run: named(run).update(fullname="benchmarks/test_first.py::test_first[gone]"))
     code, output = compare()
     assert code == 1
     assert "FAILED benchmarks/test_first.py::test_first[gone] went missing" in output
+    assert "no memory grew" not in output
 
 
 def test_a_file_that_went_missing_fails(project, compare):
@@ -197,7 +207,8 @@ def test_what_the_last_run_did_not_fail_is_not_missing(project, compare):
 
 
 def test_a_part_that_was_asked_for_can_go_missing(compare, edit):
-    edit(lambda run: run["benchmarks"][2].update(fullname="benchmarks/test_second.py::test_second[gone]"))
+    second = "benchmarks/test_second.py::test_second"
+    edit(lambda run: named(run, f"{second}[dense]").update(fullname=f"{second}[gone]"))
     assert compare("benchmarks/test_first.py")[0] == 0
     for part in ("benchmarks/test_second.py", "benchmarks/test_second.py::test_second"):
         code, output = compare(part)
@@ -249,7 +260,7 @@ def test_a_stored_run_that_is_not_there_stops_it(project):
         "{}",
         '{"machine_info": {}, "benchmarks": []}',
         '{"machine_info": {}, "benchmarks": [{"fullname": "a"}]}',
-        '{"machine_info": {}, "benchmarks": [{"fullname": "a", "extra_info": {"x_bytes": 1.5}}]}',
+        '{"machine_info": {}, "benchmarks": [{"fullname": "a", "stats": {"min": 1}, "extra_info": {"_bytes": 1.5}}]}',
         '{"machine_info": {}, "benchmarks": [{"fullname": "a", "extra_info": {}, "stats": {"min": null}}]}',
     ],
     ids=["empty", "cut", "list", "object", "no benchmarks", "no figures", "float bytes", "no time"],
@@ -273,7 +284,7 @@ def test_another_machine_is_said_and_still_gated(compare, edit):
 
 
 def test_the_ratio_is_gated_on_demand_only(compare, edit):
-    edit(lambda run: run["benchmarks"][0]["extra_info"].update(reference_seconds=1e6))
+    edit(change_memory(reference_seconds=1e6))
     assert compare()[0] == 0
     code, output = compare("benchmarks", "--ratio-tolerance=1.5")
     assert code == 1
@@ -305,6 +316,30 @@ def test_a_ratio_and_not_a_time_is_compared():
         "a: the ratio to float32 grew from 0.50 to 1.00, by more than the factor 1.9"
     ]
     assert regressions(stored, {"a": result(1.0, None)}, tolerance=2.0) == ["a: the ratio to float32 went missing"]
+
+
+def test_a_figure_that_a_benchmark_does_not_have_is_a_dash_in_its_own_column():
+    now = {"t.py::test_a": result(x_bytes=2**20), "t.py::test_b": result(y_bytes=2**21)}
+    stored = {"t.py::test_a": result(x_bytes=2**20 - 1, y_bytes=5), "t.py::test_c": result()}
+    assert [line.split() for line in table(now, stored)] == [
+        ["benchmark", "min", "ms", "ratio", "stored", "x", "y"],
+        ["a", "1000.00", "1.00", "1.00", "1.00", "(+1)", "-"],
+        ["b", "1000.00", "1.00", "-", "-", "2.00"],
+    ]
+    assert len({len(line) for line in table(now, stored)}) == 1  # every column is as wide in each line
+    assert [line.split() for line in table(now, None)][1:] == [
+        ["a", "1000.00", "1.00", "1.00", "-"],
+        ["b", "1000.00", "1.00", "-", "2.00"],
+    ]
+
+
+@pytest.mark.parametrize("value", [1.5, 1.0, True, "1", None])
+def test_a_memory_figure_that_is_no_integer_is_refused_and_named(value):
+    bench = {"fullname": "t.py::test_a", "extra_info": {"x_bytes": 1}, "stats": {"min": 1.0}}
+    assert read_results([bench])["t.py::test_a"].memory == {"x_bytes": 1}
+    bench["extra_info"]["y_bytes"] = value
+    with pytest.raises(ValueError, match=f"t.py::test_a: y_bytes={value!r} must be an integer"):
+        read_results([bench])
 
 
 @pytest.mark.parametrize(("size", "said"), [(9, []), (10, []), (11, ["a: x_bytes grew by 1 byte, from 10 to 11"])])
