@@ -17,6 +17,7 @@ __all__ = [
     "check_free",
     "check_writable",
     "open_regular",
+    "printable",
     "read_errors",
     "write_atomically",
     "write_errors",
@@ -24,6 +25,22 @@ __all__ = [
 
 PARTIAL = ".lowmem-*.partial"
 """What a file that is being written is called, for those who list directories."""
+
+
+def printable(text: str, limit: int = 200) -> str:
+    r"""Return text of any origin as a message or a table can show it: one line of at most ``limit`` characters.
+
+    Control, bidirectional and other invisible characters and lone surrogates are written as ``\x1b`` or ``\u202e``,
+    and ``...`` takes the place of the middle of what is too long. Backslashes stay, so that escaped text does too.
+    """
+    if len(text) > 2 * limit:  # don't escape what is cut out below
+        text = text[:limit] + text[-limit:]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) > limit:
+        head = (limit - 3) // 2
+        text = f"{text[:head]}...{text[head + 3 - limit :]}"
+    return text
 
 
 def check_writable(path: Path) -> None:

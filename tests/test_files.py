@@ -3,8 +3,18 @@
 import os
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from lowmem.files import atomic_file, check_free, check_writable, open_regular, write_atomically, write_errors
+from lowmem.files import (
+    atomic_file,
+    check_free,
+    check_writable,
+    open_regular,
+    printable,
+    write_atomically,
+    write_errors,
+)
 
 
 def test_it_writes_and_overwrites_and_leaves_nothing_else(tmp_path):
@@ -132,3 +142,29 @@ def test_only_a_regular_file_is_opened(tmp_path):
     (tmp_path / "link").symlink_to("file")
     with open_regular(tmp_path / "link") as file:
         assert file.read() == b"content"
+
+
+@given(st.text(st.characters()), st.integers(10, 300))
+@example("\x1b[2J" * 10**6, 200)
+def test_printable_text_is_one_short_line_without_control_characters(text, limit):
+    shown = printable(text, limit)
+    assert shown.isprintable()
+    assert len(shown) <= limit
+    assert printable(shown, limit) == shown
+    if text.isprintable() and len(text) <= limit:
+        assert shown == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("layers.0.weight", "layers.0.weight"),
+        ("Größe_重み_🗝 [red]", "Größe_重み_🗝 [red]"),
+        ("\x1b[2Ja\nb\r\t\0\x7f\x9b", r"\x1b[2Ja\nb\r\t\x00\x7f\x9b"),
+        ("\u202egnp\u2066\u200f\ufeff", r"\u202egnp\u2066\u200f\ufeff"),
+        ("\u2028\x85\ud800\U000e0041", r"\u2028\x85\ud800\U000e0041"),
+        ("a" * 150 + "b" * 150, "a" * 98 + "..." + "b" * 99),
+    ],
+)
+def test_only_what_a_terminal_may_obey_or_hide_is_escaped(text, shown):
+    assert printable(text) == shown
