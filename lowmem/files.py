@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -10,6 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "PARTIAL",
@@ -24,7 +31,7 @@ __all__ = [
 ]
 
 PARTIAL = ".lowmem-*.partial"
-"""What a file that is being written is called, for those who list directories."""
+"""The name of a file that is being written: a pattern for those who list directories."""
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -63,31 +70,29 @@ def check_free(path: Path) -> None:
 def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRandom]:
     """Open a new file for writing and reading that gets its name ``path`` when the block ends.
 
-    Until then it lies beside it under the name of a partial file; an error or an interruption removes that, and
-    leaves what was there before. What the block itself raises is passed on as it is: ``write_errors`` is for it.
+    Until then it lies beside it under the name of a partial file. An error or an interruption removes that, and
+    leaves what was there before; what a killed process left, the next save to ``path`` removes. A file that is
+    replaced keeps its permissions, a new one has those that the umask leaves. What the block itself raises is
+    passed on as it is: ``write_errors`` is for it.
 
     Raises:
         FileExistsError: something is there, or came to be meanwhile, and ``overwrite`` is False.
         OSError: it cannot be written.
     """
     path = _target(path) if overwrite else path
-    partial = path.with_name(PARTIAL.replace("*", secrets.token_hex(8)))
-    try:
+    _remove_leftovers(path)
+    mode = _permissions(path) if overwrite else None
+    with _partial_file(path, 0o666 if mode is None else 0o600) as (file, partial):  # private until it is complete
+        yield file
         with write_errors(path):
-            file = open(partial, "x+b")  # noqa: SIM115  tempfile's files do not follow the umask
-        try:
-            yield file
-            with write_errors(path):
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            with suppress(OSError):  # flushes again what could not be written
+            file.flush()
+            if mode is not None:
+                with suppress(OSError):  # not every file system has permissions
+                    os.chmod(partial, mode)
+            os.fsync(file.fileno())
+            if fcntl is None:  # Windows renames no open files; elsewhere the lock is held until it is done
                 file.close()
-        with write_errors(path):
             _rename(partial, path, overwrite)
-    finally:
-        with suppress(OSError):  # gone when it was renamed
-            partial.unlink()
     _sync_directory(path.parent)
 
 
@@ -137,6 +142,72 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise OSError(f"cannot read {str(path)!r}: it is a directory, a device or a pipe; name a regular file")
     return open(descriptor, "rb")
+
+
+# A partial file is locked while it is written, and its name says for which file it is: one that is not locked is what
+# a killed process left. Where files cannot be locked the name says nothing, and the file is never taken for that.
+# Containers of one machine see each other's locks, and so do clients of one NFS server, unless it is mounted with
+# local locks.
+
+
+def _marks(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16] + "-"
+
+
+@contextmanager
+def _partial_file(path: Path, mode: int) -> Iterator[tuple[BufferedRandom, Path]]:
+    """Create a file beside ``path``, locked if that is possible; it is gone at the end, if it was not renamed."""
+    for marks in (_marks(path), _marks(path), ""):  # the second if another process took the first for a leftover
+        partial = path.with_name(PARTIAL.replace("*", marks + secrets.token_hex(8)))
+        try:
+            with write_errors(path):
+                # tempfile's files do not follow the umask
+                file = open(partial, "x+b", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
+            try:
+                if not marks or _lock(file):
+                    yield file, partial
+                    return
+            finally:
+                with suppress(OSError):  # flushes again what could not be written
+                    file.close()
+        finally:
+            with suppress(OSError):  # gone when it was renamed
+                partial.unlink()
+
+
+def _lock(file: BufferedRandom) -> bool:
+    """Lock a file until it is closed or its process ends; return whether that worked, and the file is still there."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # not every file system can
+        return False
+    return os.fstat(file.fileno()).st_nlink > 0
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the partial files of ``path`` that nobody writes any more, as far as that is possible."""
+    if fcntl is None:
+        return
+    pattern = re.compile(re.escape(PARTIAL).replace(r"\*", f"{_marks(path)}[0-9a-f]{{16}}"))
+    with suppress(OSError):  # the directory cannot be listed
+        for name in filter(pattern.fullmatch, os.listdir(path.parent)):
+            with suppress(OSError):  # locked, of another user, no file, or gone
+                descriptor = os.open(path.with_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                        os.unlink(path.with_name(name))
+                finally:
+                    os.close(descriptor)
+
+
+def _permissions(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode & 0o777
+    except OSError:  # there is nothing yet
+        return None
 
 
 def _rename(partial: Path, path: Path, overwrite: bool) -> None:

@@ -1,11 +1,17 @@
 """A file is written whole or not at all."""
 
+import errno
 import os
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lowmem import files
 from lowmem.files import (
     atomic_file,
     check_free,
@@ -46,6 +52,29 @@ def test_permissions_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, mode):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    path.chmod(0o4000 | mode)  # what is written has not earned the right to run as its owner
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", b"after")
+    assert path.read_bytes() == b"after"
+    assert path.stat().st_mode & 0o7777 == mode
+
+
+def test_a_private_file_is_private_while_it_is_written(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    path.chmod(0o600)
+    before = os.umask(0o022)
+    try:
+        with atomic_file(path) as file:
+            assert os.fstat(file.fileno()).st_mode & 0o077 == 0
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -118,6 +147,166 @@ def test_what_cannot_be_written_at_the_end_is_an_error_too(tmp_path):
     with pytest.raises(OSError, match="Is a directory|cannot write"), atomic_file(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, runpy, signal, sys
+from pathlib import Path
+
+atomic_file = runpy.run_path(sys.argv[1])["atomic_file"]  # importing the package takes a while
+with atomic_file(Path(sys.argv[2])) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_a_save(path):
+    """Return the partial file that a killed process leaves of ``path``."""
+    before = set(path.parent.iterdir())
+    killed = subprocess.run([sys.executable, "-c", KILLED, files.__file__, path], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (partial,) = set(path.parent.iterdir()) - before - {path}
+    assert partial.read_bytes() == b"half"
+    return partial
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="nothing is removed where files cannot be locked")
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_a_killed_save_left_is_removed_by_the_next_to_the_same_name(tmp_path, overwrite):
+    path = tmp_path / "file"
+    own = [tmp_path / name for name in (".lowmem-mine.partial", ".lowmem-0123456789abcdef.partial", "file.partial")]
+    for mine in own:
+        mine.write_bytes(b"mine")
+    other = kill_a_save(tmp_path / "other")
+    left = {kill_a_save(path), kill_a_save(path)}
+    (tmp_path / f"{next(iter(left)).name}.bak").write_bytes(b"mine")
+    kept = set(tmp_path.iterdir()) - left
+    write_atomically(path, b"after", overwrite=overwrite)
+    assert set(tmp_path.iterdir()) == kept | {path}
+    write_atomically(tmp_path / "other", b"", overwrite=overwrite)
+    assert not other.exists()
+
+
+def test_a_file_that_is_being_written_is_left_alone(tmp_path):
+    """By another process, by this one, and by one that has written everything and only renames."""
+    path = tmp_path / "file"
+    with atomic_file(path) as outer:
+        outer.write(b"outer")
+        for content in (b"inner", b"again"):
+            write_atomically(path, content)
+            assert path.read_bytes() == content
+    assert path.read_bytes() == b"outer"
+    waits = "import sys; sys.stdout.write('x'); sys.stdout.flush(); sys.stdin.read()"
+    script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", waits)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, files.__file__, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.read(1) == b"x"
+        write_atomically(path, b"mine")
+        assert path.read_bytes() == b"mine"
+        process.stdin.close()
+    assert process.returncode == 0
+    assert path.read_bytes() == b"half"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
+    path, rename = tmp_path / "file", os.replace
+    during = []
+
+    def interrupted(partial, target):
+        if not during:
+            during.append(target)
+            write_atomically(path, b"meanwhile")
+        rename(partial, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    write_atomically(path, b"content")
+    assert during == [path]
+    assert path.read_bytes() == b"content"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_another_process_took_for_a_leftover_before_it_was_locked_is_made_again(
+    tmp_path, monkeypatch, times
+):
+    fcntl = pytest.importorskip("fcntl")
+    path, flock, seen = tmp_path / "file", fcntl.flock, []
+
+    def late(file, operation):
+        if operation & fcntl.LOCK_EX and len(seen) < times:
+            seen.append(set(tmp_path.iterdir()))
+            files._remove_leftovers(path)
+            assert list(tmp_path.iterdir()) == []
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_atomically(path, b"content")
+    assert len(seen) == times
+    assert path.read_bytes() == b"content"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_many_savers_of_one_name_all_succeed(tmp_path):
+    path = tmp_path / "file"
+    failures = []
+
+    def save(number):
+        try:
+            for _ in range(50):
+                write_atomically(path, bytes([number]) * 1000)
+        except BaseException as failure:  # noqa: BLE001  it would be lost with the thread
+            failures.append(failure)
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    content = path.read_bytes()
+    assert content == content[:1] * 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_only_regular_files_of_that_name_are_removed(tmp_path):
+    path = tmp_path / "file"
+    left = kill_a_save(path)
+    left.unlink()
+    (tmp_path / "mine").write_bytes(b"mine")
+    for make in (left.mkdir, lambda: os.mkfifo(left), lambda: left.symlink_to("mine")):
+        make()
+        write_atomically(path, b"")
+        assert os.path.lexists(left)
+        left.rmdir() if left.is_dir() else left.unlink()
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_files_cannot_be_locked_nothing_is_removed(tmp_path, monkeypatch, number):
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "file"
+    left = kill_a_save(path)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with atomic_file(path) as file:
+        file.write(b"content")
+        (unlocked,) = set(tmp_path.iterdir()) - {left}
+        monkeypatch.undo()
+        write_atomically(path, b"another")  # which cannot know that it is in use, but by its name
+        assert unlocked.exists()
+        assert not left.exists()
+        monkeypatch.setattr(fcntl, "flock", fail)
+    assert path.read_bytes() == b"content"
+    left = kill_a_save(path)
+    write_atomically(path, b"last")
+    assert set(tmp_path.iterdir()) == {path, left}
 
 
 def next_descriptor():

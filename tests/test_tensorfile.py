@@ -515,6 +515,8 @@ def test_a_killed_save_leaves_the_file_before(tmp_path):
     assert same(read(path).tensors, SMALL)
     (partial,) = set(tmp_path.iterdir()) - {path}
     assert partial.match(".lowmem-*.partial")
+    write_tensors(path, SMALL, {})
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
