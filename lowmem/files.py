@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import re
+import reprlib
 import secrets
 import stat
 import tempfile
@@ -20,18 +22,31 @@ except ImportError:  # Windows
 
 __all__ = [
     "PARTIAL",
+    "FileError",
     "atomic_file",
     "check_free",
     "check_writable",
+    "map_file",
     "open_regular",
     "printable",
     "read_errors",
+    "refusal",
+    "show",
     "write_atomically",
     "write_errors",
 ]
 
 PARTIAL = ".lowmem-*.partial"
 """The name of a file that is being written: a pattern for those who list directories."""
+
+
+class FileError(ValueError):
+    """A file is damaged, or not of the kind that is read here; the message says which, and what to do."""
+
+
+def refusal(path: str | os.PathLike[str], reason: str, task: str = "read") -> FileError:
+    """Return the error that says why a file is not read: one line, whatever text of the file the reason repeats."""
+    return FileError(f"cannot {task} {os.fspath(path)!r}: {printable(reason, 500)}")
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -48,6 +63,16 @@ def printable(text: str, limit: int = 200) -> str:
         head = (limit - 3) // 2
         text = f"{text[:head]}...{text[head + 3 - limit :]}"
     return text
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+_REPR.maxtuple = _REPR.maxlist = 8
+
+
+def show(value: object) -> str:
+    """Return a value as an error shows it: a string in quotes, and short, whatever it is."""
+    return printable(_REPR.repr(value))
 
 
 def check_writable(path: Path) -> None:
@@ -142,6 +167,20 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise OSError(f"cannot read {str(path)!r}: it is a directory, a device or a pipe; name a regular file")
     return open(descriptor, "rb")
+
+
+def map_file(path: Path, file: BufferedReader, size: int) -> mmap.mmap:
+    """Map the first ``size`` bytes of a file into memory; what is changed in them is changed there only.
+
+    Raises:
+        FileError: the file is shorter.
+        OSError: it cannot be mapped.
+    """
+    try:
+        with read_errors(path):
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    except ValueError:
+        raise refusal(path, "it was cut while it was read; get it again") from None
 
 
 # A partial file is locked while it is written, and its name says for which file it is: one that is not locked is what

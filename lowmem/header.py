@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -22,6 +21,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from lowmem.files import FileError, printable, refusal, show
 
 __all__ = [
     "DTYPES",
@@ -76,10 +77,6 @@ OTHERS = (
     (b"GGUF", "a GGUF file", "take the model's safetensors files"),
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the file it stands for with git lfs pull"),
 )
-
-
-class FileError(ValueError):
-    """A file is damaged, or not of the kind that is read here; the message says which, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -191,11 +188,6 @@ def read_header(path: Path, file: BufferedReader) -> bytes:
     raise refusal(path, "it is no safetensors file, or is damaged; name a safetensors file, or get it again")
 
 
-def refusal(path: Path, reason: str) -> FileError:
-    """Return the error that says why a file is not read."""
-    return FileError(f"cannot read {str(path)!r}: {reason}")
-
-
 def parse(text: bytes, data_size: int) -> Header:
     """Read a header, and check that its tensors fill the ``data_size`` bytes behind it exactly.
 
@@ -228,9 +220,12 @@ def parse_json(text: bytes | str) -> Any:
         ValueError: it is not.
     """
     try:
-        text = text if isinstance(text, str) else text.decode()
-        content = json.loads(text, object_pairs_hook=_unique, parse_int=_integer, parse_constant=_constant)
-        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # finds lone surrogates and 1e999
+        text = (text.encode() if isinstance(text, str) else text).decode()
+        content = json.loads(
+            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_float, parse_constant=_constant
+        )
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # finds escaped lone surrogates
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
     except UnicodeError:
@@ -238,16 +233,6 @@ def parse_json(text: bytes | str) -> Any:
     except json.JSONDecodeError as reason:
         raise ValueError(f"the JSON is broken at character {reason.pos}: {reason.msg}") from None
     return content
-
-
-def show(value: object) -> str:
-    """Return a value as an error shows it: short, whatever it is."""
-    return _REPR.repr(value)
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 100
-_REPR.maxtuple = _REPR.maxlist = 8
 
 
 def _entry(name: str, entry: object) -> Placed:
@@ -285,6 +270,13 @@ def _integer(digits: str) -> int:
     if len(digits) > 20:  # many take long to read, and Python refuses some
         raise ValueError(f"the JSON has a number of {len(digits)} digits")
     return int(digits)
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the JSON has a number that is too large: {printable(digits, 30)}")
+    return number
 
 
 def _constant(name: str) -> NoReturn:

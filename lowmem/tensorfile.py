@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lowmem.files import atomic_file, check_writable, open_regular, read_errors, write_errors
+from lowmem.files import atomic_file, check_writable, map_file, open_regular, read_errors, write_errors
 from lowmem.header import (
     FileError,
     Header,
@@ -136,8 +136,9 @@ def write(
 def read(path: str | os.PathLike[str]) -> TensorFile:
     """Read a file that lowmem wrote: all of it is verified, and mapped into memory.
 
-    Verifying reads the file through once. Don't change a file in place while its tensors are in use; ``write``
-    doesn't.
+    Verifying reads the file through once. Don't change a file in place while its tensors are in use: they would
+    change, and where it was cut, the system ends the process that reads them (SIGBUS). ``write`` doesn't: it puts a
+    new file in its place.
 
     Raises:
         FileError: it is damaged, from a newer lowmem, or not from lowmem.
@@ -161,7 +162,7 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
             raise refusal(path, f"its header is not valid: {reason}; get it again from who wrote it") from None
         if text[: DIGEST.start - 8] + b"0" * 64 + text[DIGEST.stop - 8 :] != expected[8:]:
             raise refusal(path, "it is not laid out as lowmem does it; write it again with lowmem")
-        content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        content = map_file(path, file, size)
     return TensorFile(
         {name: _view(content, start, placed) for name, placed in header.tensors.items()}, metadata, digest.decode()
     )

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -13,11 +14,15 @@ from hypothesis import strategies as st
 
 from lowmem import files
 from lowmem.files import (
+    FileError,
     atomic_file,
     check_free,
     check_writable,
+    map_file,
     open_regular,
     printable,
+    refusal,
+    show,
     write_atomically,
     write_errors,
 )
@@ -344,6 +349,24 @@ def test_printable_text_is_one_short_line_without_control_characters(text, limit
         assert shown == text
 
 
+@given(st.recursive(st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@example([["x" * 10**6] * 9] * 9)
+def test_a_value_in_an_error_is_one_short_line(value):
+    assert show(value).isprintable()
+    assert len(show(value)) <= 200
+    assert len(show("x" * 10**6)) <= 100
+    assert show("\x1b[2J") == "'\\x1b[2J'"
+
+
+@given(st.text(st.characters()))
+def test_the_error_that_refuses_a_file_is_one_short_line(reason):
+    error = refusal(Path("a\nb"), reason, "load")
+    assert isinstance(error, FileError)
+    assert str(error).startswith(r"cannot load 'a\nb': ")
+    assert str(error).isprintable()
+    assert len(str(error)) < 600
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -357,3 +380,15 @@ def test_printable_text_is_one_short_line_without_control_characters(text, limit
 )
 def test_only_what_a_terminal_may_obey_or_hide_is_escaped(text, shown):
     assert printable(text) == shown
+
+
+def test_a_file_is_mapped_as_long_as_it_was_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    with open_regular(path) as file:
+        mapped = map_file(path, file, 7)
+        mapped[:1] = b"C"
+        assert mapped[:] == b"Content"
+        os.truncate(path, 6)
+        with pytest.raises(FileError, match=r"cannot read '.*file': it was cut while it was read; get it again"):
+            map_file(path, file, 7)

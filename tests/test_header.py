@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.header import DTYPES, MAX_HEADER, Header, Placed, TensorSpec, encode, parse, parse_json, place, show
+from lowmem.header import DTYPES, MAX_HEADER, Header, Placed, TensorSpec, encode, parse, parse_json, place
 from tests.strategies import names
 
 specs = st.builds(
@@ -107,7 +107,8 @@ def test_what_is_not_so_is_refused(content, reason):
         (b'{"a":' * 10**6, "nested too deeply"),
         (b"[NaN]", "a NaN"),
         (b"[-Infinity]", "a -Infinity"),
-        (b"[1e999]", "not JSON compliant"),
+        (b"[1e999]", "a number that is too large: 1e999"),
+        (b"[-1" + b"0" * 10**6 + b".0]", "a number that is too large: -100000"),
         (b"9" * 10**6, "a number of 1000000 digits"),
         (b'"\\ud800"', "no UTF-8"),
         (b'{"\\udc00": 1}', "no UTF-8"),
@@ -120,13 +121,6 @@ def test_what_is_not_so_is_refused(content, reason):
 def test_json_is_what_it_seems(text, reason):
     with pytest.raises(ValueError, match=reason):
         parse_json(text)
-
-
-@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
-def test_what_an_error_shows_is_short(value):
-    assert len(show(value)) < 10**4
-    assert len(show("x" * 10**6)) <= 100
-    assert show("\x1b[2J") == "'\\x1b[2J'"
 
 
 def test_what_cannot_be_stored_is_named():

@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from lowmem import tensorfile
 from lowmem.header import DTYPES, MAX_HEADER
 from lowmem.tensorfile import (
     DIGEST,
@@ -191,6 +192,23 @@ def test_a_checkpoint_that_is_cut_while_it_is_open_is_refused(tmp_path):
     reason = "no valid safetensors file: the tensors take .* get it again"
     with pytest.raises(FileError, match=reason), open_checkpoint(path):
         pass
+
+
+def test_a_file_that_is_cut_after_it_was_verified_is_refused(tmp_path, monkeypatch):
+    path, digest = tmp_path / "file", tensorfile._digest
+    sizes = [0, 8, len(FILE) - 1]
+
+    def cut(file):
+        try:
+            return digest(file)
+        finally:
+            os.truncate(path, sizes.pop())
+
+    monkeypatch.setattr(tensorfile, "_digest", cut)
+    while sizes:
+        path.write_bytes(FILE)
+        with pytest.raises(FileError, match="cannot read .*: it was cut while it was read; get it again"):
+            read(path)
 
 
 # What is refused.
