@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from lowmem.adapters import adapter_layers, adapter_names, add_adapter, check_name
 from lowmem.checkpoint import base_of, how_stored
+from lowmem.files import printable, refusal, show
 from lowmem.frozen import FrozenStorage
 from lowmem.lora import LoRA, LoRALinear
-from lowmem.records import adapter_record, lora_of
+from lowmem.records import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.registry import layer_name, places, why_left
-from lowmem.tensorfile import FileError, read, write_tensors
+from lowmem.shells import check_adapter
+from lowmem.tensorfile import read, write_tensors
 
 __all__ = ["fingerprint", "load_adapter", "save_adapter"]
 
@@ -36,7 +38,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     if name is None:
         names = adapter_names(model)
         if len(names) > 1:
-            raise ValueError(f"name=None must name one of several adapters: {', '.join(names)}")
+            raise ValueError(f"name=None must name one of several adapters: {printable(', '.join(names))}")
         name = names[0] if names else "default"
     layers = adapter_layers(model, name)
     tensors = {_key(place, part): value for place, a in layers.items() for part, value in _values(a).items()}
@@ -75,10 +77,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     try:
         if file.metadata.get("kind") != "adapter":
             raise ValueError("it holds no adapter alone; load it with load(path, factory)")
-        name = file.metadata["name"] if name is None else name
+        own_name, base, records = _parsed(file.metadata)
+        name = own_name if name is None else name
         check_name(name)
-        records = {place: lora_of(record) for place, record in file.metadata["layers"].items()}
-        _check_fits(model, by_path, records, file.tensors, file.metadata["base"])
+        _check_fits(model, by_path, records, file.tensors, base)
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
         own = {found[by_path[place]][0]: place for place in records}  # the model's path of a layer: the file's
         if len(own) < len(records):
@@ -87,14 +89,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
             at: records[place] for at, place in own.items()
         }:
             raise ValueError(
-                f"the model has an adapter {name!r} of other layers, ranks, alphas or dropouts; "
+                f"the model has an adapter {show(name)} of other layers, ranks, alphas or dropouts; "
                 "delete that adapter first, or load this one under another name="
             )
         if any(isinstance(by_path[place], LoRALinear) and by_path[place].merged == name for place in records):
-            raise ValueError(f"the model's adapter {name!r} is merged: call unmerge_adapter(model) first")
-    except (ValueError, TypeError, LookupError, AttributeError) as reason:
-        text = str(reason) if isinstance(reason, ValueError) else f"its record is not lowmem's ({reason})"
-        raise FileError(f"cannot load the adapter {str(path)!r}: {text}") from reason
+            raise ValueError(f"the model's adapter {show(name)} is merged: call unmerge_adapter(model) first")
+    except (ValueError, TypeError) as reason:
+        raise refusal(path, str(reason), "load the adapter") from reason
     if not present:
         for technique in dict.fromkeys(records.values()):
             wanted = {by_path[place] for place, of in records.items() if of == technique}
@@ -122,6 +123,24 @@ def fingerprint(model: nn.Module, paths: list[str]) -> str:
     return sha256.hexdigest()
 
 
+def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA]]:
+    """Return an adapter's name, the fingerprint of its base, and its technique in each layer."""
+    with record_errors("its metadata"):
+        fields = check_keys(metadata, ("kind", "name", "base", "layers"))
+        for key in ("name", "base"):
+            if not isinstance(fields[key], str):
+                raise ValueError(f"{key}={show(fields[key])} must be a string")
+    with record_errors("its record of the layers"):
+        layers = check_object(fields["layers"])
+        if not layers:
+            raise ValueError("it names no layer")
+    records = {}
+    for place, record in layers.items():
+        with record_errors(f"its record of {layer_name(place)}"):
+            records[place] = lora_of(record)
+    return fields["name"], fields["base"], records
+
+
 def _check_fits(
     model: nn.Module,
     by_path: dict[str, nn.Module],
@@ -129,7 +148,7 @@ def _check_fits(
     tensors: dict[str, Tensor],
     base: str,
 ) -> None:
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: set[str] = set()
     for place, technique in records.items():
         layer: Any = by_path.get(place)
         if layer is None:
@@ -137,15 +156,10 @@ def _check_fits(
         why = None if isinstance(layer, LoRALinear) else why_left(LoRA, layer)
         if why is not None:
             raise ValueError(f"it adapts {layer_name(place)}, which is a {type(layer).__name__} here: {why}")
-        expected[_key(place, "lora_a")] = (technique.rank, layer.in_features)
-        expected[_key(place, "lora_b")] = (layer.out_features, technique.rank)
-    if expected.keys() != tensors.keys():
-        wrong = sorted(expected.keys() ^ tensors.keys())
-        raise ValueError(f"its tensors are not those of its layers: {wrong[0]} is missing or extra")
-    for key, shape in expected.items():
-        given = tensors[key]
-        if given.shape != shape or not given.is_floating_point():
-            raise ValueError(f"{key} is {given.dtype} {tuple(given.shape)}; the model takes {shape} floating point")
+        check_adapter(_key(place, ""), technique, layer, tensors)
+        expected |= {_key(place, "lora_a"), _key(place, "lora_b")}
+    if expected != tensors.keys():
+        raise ValueError(f"it has tensors of no layer that it adapts, as {show(min(tensors.keys() - expected))}")
     if fingerprint(model, list(records)) != base:
         raise ValueError(
             "it was trained on another base: the weights, or how they are stored, differ in the layers that it "

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
+from lowmem.files import refusal, show
 from lowmem.fourbit import FourBit, FourBitStorage
 from lowmem.frozen import FrozenStorage
 from lowmem.half import Half
-from lowmem.lora import Adapter, LoRALinear
-from lowmem.records import adapter_record, technique_record
+from lowmem.lora import LoRALinear
+from lowmem.records import adapters_record, technique_record
 from lowmem.registry import MADE_BY, places
 from lowmem.shards import read_model
 from lowmem.shells import assign, build
-from lowmem.tensorfile import FileError, write_tensors
+from lowmem.tensorfile import write_tensors
 
 __all__ = ["base_of", "how_stored", "load", "save"]
 
@@ -46,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = {module: paths[0] for module, paths in places(model).items() if type(module) in MADE_BY}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"state {name!r} is a {type(value).__name__}, no tensor: safetensors cannot hold it")
+            raise ValueError(f"state {show(name)} is a {type(value).__name__}, no tensor: safetensors cannot hold it")
         if id(value) not in seen:
             tensors[name] = value
             seen.add(id(value))
@@ -61,10 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             if first is record or first != record:
                 stored[place] = record
         if isinstance(layer, LoRALinear):
-            adapters[place] = [
-                {**adapter_record(cast(Adapter, part)), "name": name, "active": name in layer.in_use}
-                for name, part in layer.adapters.items()
-            ]
+            adapters[place] = adapters_record(layer)
     metadata = {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}
     write_tensors(path, tensors, metadata)
 
@@ -75,6 +73,9 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     The tensors are views of the file, mapped into memory: pages are read as they are used, and changes stay in this
     process. Parameters that ``factory`` makes are put on the meta device as they are made; buffers are not, so
     that those which are no part of the state are what the factory says.
+
+    Don't change the file in place while the model is in use: its weights would change, and where the file was cut,
+    the system ends the process that reads them (SIGBUS). Saving over it is safe: that puts a new file in its place.
 
     Args:
         path: a file, or the ``.index.json`` of a sharded one.
@@ -100,7 +101,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         text = (
             str(reason) if isinstance(reason, ValueError) else f"its record of the layers is not lowmem's ({reason})"
         )
-        raise FileError(f"cannot load {str(path)!r}: {text}") from reason
+        raise refusal(path, text, "load") from reason
     return model
 
 

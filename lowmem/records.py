@@ -1,20 +1,35 @@
-"""What a file says of how a layer is stored, and of an adapter: there and back."""
+"""What a file says of how a layer is stored, and of an adapter: serialize to metadata, and parse."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 
+from lowmem.blockwise import METHODS
+from lowmem.files import show
+from lowmem.formats import FORMATS
 from lowmem.fourbit import FourBit
 from lowmem.half import Half
-from lowmem.lora import Adapter, LoRA
+from lowmem.lora import Adapter, LoRA, LoRALinear
+from lowmem.scales import ENCODINGS
 
-__all__ = ["adapter_record", "lora_of", "technique_of", "technique_record"]
+__all__ = [
+    "adapter_record",
+    "adapters_of",
+    "adapters_record",
+    "check_keys",
+    "check_object",
+    "lora_of",
+    "record_errors",
+    "technique_of",
+    "technique_record",
+]
 
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-_COMPUTED = {**_DTYPES, "int8": torch.int8}  # dtypes that products are taken in
+_STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_COMPUTED = {**_STORED, "float32": torch.float32, "float64": torch.float64, "int8": torch.int8}
 
 
 def technique_record(technique: Half | FourBit, method: str = "absmax") -> dict[str, Any]:
@@ -32,29 +47,120 @@ def technique_record(technique: Half | FourBit, method: str = "absmax") -> dict[
     }
 
 
+def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
+    """Parse what ``technique_record`` returns: the technique, and the method of a 4-bit one.
+
+    Raises:
+        ValueError: no such record; the reason is short, whatever it holds.
+    """
+    kind = check_object(record).get("technique")
+    if kind == "Half":
+        fields = check_keys(record, ("technique", "dtype"))
+        return Half(_STORED[_choice(fields, "dtype", _STORED)]), None
+    if kind != "FourBit":
+        raise ValueError(f"technique={show(kind)} is unknown")
+    fields = check_keys(record, ("technique", "format", "block_size", "scales", "method"), ("compute_dtype",))
+    for name, known in (("format", FORMATS), ("scales", ENCODINGS), ("method", METHODS)):
+        _choice(fields, name, known)
+    _check_type(fields, "block_size", int, "an integer")
+    compute = _COMPUTED[_choice(fields, "compute_dtype", _COMPUTED)] if "compute_dtype" in fields else None
+    return FourBit(fields["format"], fields["block_size"], fields["scales"], compute), fields["method"]
+
+
 def adapter_record(adapter: Adapter) -> dict[str, Any]:
     """Return what a file says of one layer's part of an adapter."""
     technique = adapter.technique
     return {"rank": technique.rank, "alpha": technique.alpha, "dropout": technique.dropout}
 
 
-def lora_of(record: Mapping[str, Any]) -> LoRA:
-    """Undo ``adapter_record``."""
-    return LoRA(record["rank"], record["alpha"], record["dropout"])
-
-
-def technique_of(record: Mapping[str, Any]) -> tuple[Half | FourBit, str | None]:
-    """Undo ``technique_record``: the technique, and the method of a 4-bit one.
+def lora_of(record: object) -> LoRA:
+    """Parse what ``adapter_record`` returns.
 
     Raises:
-        ValueError, LookupError: no such record.
+        ValueError: no such record; the reason is short, whatever it holds.
     """
-    if record["technique"] == "Half":
-        return Half(_DTYPES[record["dtype"]]), None
-    if record["technique"] != "FourBit":
-        raise ValueError(f"its technique {record['technique']!r} is unknown: upgrade lowmem")
-    compute = record.get("compute_dtype")
-    technique = FourBit(
-        record["format"], record["block_size"], record["scales"], None if compute is None else _COMPUTED[compute]
-    )
-    return technique, record["method"]
+    return _lora(check_keys(record, ("rank", "alpha", "dropout")))
+
+
+def adapters_record(layer: LoRALinear) -> list[dict[str, Any]]:
+    """Return what a file says of all adapters of a layer."""
+    return [
+        {**adapter_record(cast(Adapter, part)), "name": name, "active": name in layer.in_use}
+        for name, part in layer.adapters.items()
+    ]
+
+
+def adapters_of(record: object) -> dict[str, tuple[LoRA, bool]]:
+    """Parse what ``adapters_record`` returns: by name, each adapter's technique and whether it is active.
+
+    Raises:
+        ValueError: no such record; the reason is short, whatever it holds.
+    """
+    if not isinstance(record, list) or not record:
+        raise ValueError(f"they are {show(record)}, and must be a list of at least one")
+    found: dict[str, tuple[LoRA, bool]] = {}
+    for part in record:
+        fields = check_keys(part, ("rank", "alpha", "dropout", "name", "active"))
+        _check_type(fields, "name", str, "a string")
+        _check_type(fields, "active", bool, "true or false")
+        if fields["name"] in found:
+            raise ValueError(f"adapter {show(fields['name'])} is there twice")
+        found[fields["name"]] = _lora(fields), fields["active"]
+    return found
+
+
+def check_keys(record: object, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
+    """Return a record that is known to be an object with all required keys and no unknown one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    fields = check_object(record)
+    for name in required:
+        if name not in fields:
+            raise ValueError(f"it has no {name!r}")
+    for name in fields:
+        if name not in required and name not in optional:
+            raise ValueError(f"{show(name)} is unknown")
+    return fields
+
+
+def check_object(record: object) -> dict[str, Any]:
+    """Return a record that is known to be an object.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"it is {show(record)}, and must be an object")
+    return record
+
+
+@contextmanager
+def record_errors(what: str) -> Iterator[None]:
+    """Turn a ValueError of the block into one that says what of the file is wrong and what to do."""
+    try:
+        yield
+    except ValueError as reason:
+        remedy = "upgrade lowmem, or get the file again from who wrote it"
+        raise ValueError(f"{what} is not lowmem's: {reason}; {remedy}") from reason
+
+
+def _lora(fields: dict[str, Any]) -> LoRA:
+    _check_type(fields, "rank", int, "a positive integer")
+    for name in ("alpha", "dropout"):
+        if type(fields[name]) not in (int, float) and not (name == "alpha" and fields[name] is None):
+            raise ValueError(f"{name}={show(fields[name])} must be a number")
+    return LoRA(fields["rank"], fields["alpha"], fields["dropout"])
+
+
+def _check_type(fields: dict[str, Any], name: str, kind: type, expected: str) -> None:
+    if type(fields[name]) is not kind:  # True is no integer
+        raise ValueError(f"{name}={show(fields[name])} must be {expected}")
+
+
+def _choice(fields: dict[str, Any], name: str, known: Collection[str]) -> str:
+    value = fields[name]
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}={show(value)} is none of {', '.join(known)}")
+    return value

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lowmem.conv import Conv4Bit, HalfConv
 from lowmem.embedding import Embedding4Bit, HalfEmbedding
+from lowmem.files import printable
 from lowmem.fourbit import FourBit, Linear4Bit
 from lowmem.half import Half, HalfLinear
 from lowmem.lora import LoRA, LoRALinear
@@ -152,4 +153,4 @@ def taken_types(technique: type[Technique]) -> str:
 
 def layer_name(path: str) -> str:
     """Return how an error names the module at a path."""
-    return path or "the model itself"
+    return printable(path) or "the model itself"

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem.files import open_regular, read_errors, write_atomically
-from lowmem.header import parse_json, refusal
+from lowmem.files import open_regular, read_errors, refusal, show, write_atomically
+from lowmem.header import parse_json
 from lowmem.tensorfile import FORMAT_VERSION, TensorFile, read
 
 __all__ = ["INDEX", "index_of", "parse_index", "read_index", "read_model", "shard_name", "write_index"]
@@ -65,7 +65,14 @@ def read_model(path: str | os.PathLike[str]) -> TensorFile:
     layers: dict[str, Any] = {}
     shards: dict[str, tuple[str, Mapping[str, int]]] = {}
     for name in files:
-        part = _checked(path.with_name(name), read(path.with_name(name)))
+        file = path.with_name(name)
+        part = _checked(file, read(file))
+        if "adapters" in part.metadata:
+            raise refusal(file, "it is a whole model, with adapters, and no part of one; load it alone")
+        for twice in (tensors.keys() & part.tensors.keys(), layers.keys() & part.metadata["layers"].keys()):
+            if twice:
+                why = f"it does not describe the files that it names: two of them have {show(min(twice))}"
+                raise refusal(path, f"{why}; get it and them again from one source")
         shards[name] = part.sha256, {key: tensor.nbytes for key, tensor in part.tensors.items()}
         tensors |= part.tensors
         layers |= part.metadata["layers"]
@@ -77,13 +84,17 @@ def read_model(path: str | os.PathLike[str]) -> TensorFile:
 def parse_index(path: Path, text: bytes) -> dict[str, str]:
     """Return the file of each tensor that the text of an index names."""
     try:
-        weight_map = parse_json(text)["weight_map"]
-        entries = dict(weight_map)
-    except (ValueError, TypeError, LookupError):
-        raise refusal(path, "it is no index of a sharded checkpoint, or is damaged; get it again") from None
+        content = parse_json(text)
+    except ValueError as reason:
+        raise refusal(
+            path, f"it is no index of a sharded checkpoint, or is damaged: {reason}; get it again"
+        ) from None
+    entries = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(entries, dict):
+        raise refusal(path, f"it is no index of a sharded checkpoint: weight_map={show(entries)}; get it again")
     for name, file in entries.items():
         if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
-            raise refusal(path, f"it puts tensor {name!r} in {file!r}, which is no file beside it; repair it")
+            raise refusal(path, f"it puts tensor {show(name)} in {show(file)}, which is no file beside it; repair it")
     if not entries:
         raise refusal(path, "it names no tensors; get it again")
     return entries
@@ -95,6 +106,9 @@ def _checked(path: Path, file: TensorFile) -> TensorFile:
     if kind != "model" or not isinstance(metadata.get("layers"), dict):
         remedy = "; load it with load_adapter(model, path)" if kind == "adapter" else "; name a file that save wrote"
         raise refusal(path, f"it holds {'an adapter' if kind == 'adapter' else 'something else'}, no model{remedy}")
+    for name in metadata:
+        if name not in ("kind", "layers", "adapters"):
+            raise refusal(path, f"its metadata has {show(name)}, which is unknown; upgrade lowmem")
     return file
 
 

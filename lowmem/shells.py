@@ -14,11 +14,14 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowmem.convert import freeze_all_but_adapters, swap, weight_key
+from lowmem.files import printable, show
+from lowmem.fourbit import FourBit
+from lowmem.half import Half
 from lowmem.lora import Adapter, LoRA, LoRALinear
-from lowmem.records import lora_of, technique_of
+from lowmem.records import adapters_of, check_object, record_errors, technique_of
 from lowmem.registry import REGISTRY, layer_name, places, why_left
 
-__all__ = ["assign", "build"]
+__all__ = ["assign", "build", "check_adapter"]
 
 
 def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -82,74 +85,124 @@ def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
 
 
 def _shells(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Replace the layers that were converted by shells of what they were converted to."""
-    records: dict[str, Any] = metadata["layers"]
-    sharing: dict[Any, list[nn.Module]] = {}
-    for holder in model.modules():
-        weight = holder._parameters.get("weight")
-        if weight is not None and not is_lazy(weight):
-            sharing.setdefault(weight_key(weight), []).append(holder)
-    by_path = {path: module for module, paths in places(model).items() for path in paths}
-    recorded: dict[nn.Module, Any] = {}
-    for path, record in records.items():
-        module = by_path.get(path)
-        if module is None:
-            raise ValueError(f"it has a layer {layer_name(path)!r} that the model has not: is this its factory?")
-        recorded[module] = record
-        weight = module._parameters.get("weight")
-        for tied in [] if weight is None or is_lazy(weight) else sharing[weight_key(weight)]:
-            recorded.setdefault(tied, record)  # without a record of its own, it shares what is stored
-    left = []
-    stored: dict[Any, Any] = {}
-    shells: dict[nn.Module, Any] = {}
-    for module, record in recorded.items():
-        technique, method = technique_of(record)
-        why = why_left(type(technique), module)
-        if why is not None:
-            path = next(path for path, other in by_path.items() if other is module)
-            left.append(
-                f"{layer_name(path)} is stored by {record['technique']}, and the model has a "
-                f"{type(module).__name__} there: {why}"
-            )
-            continue
-
-        def store(tensor: Tensor, name: str, technique: Any = technique, method: str | None = method) -> Any:
-            key = weight_key(tensor)
-            if key not in stored:
-                shell = technique.shell(tensor, name)
-                stored[key] = shell if method is None else replace(shell, method=method)
-            return stored[key]
-
-        made: Any = REGISTRY[type(technique), type(module)]
-        shells[module] = made.from_layer(module, technique, store)
-    if left:
-        raise ValueError(f"{'; '.join(left)}; leave them out when the file is made (skip= or --exclude)")
-    model = swap(model, {old: new.train(old.training) for old, new in shells.items()})
-    adapted: dict[nn.Module, nn.Module] = {}
-    by_path = {path: module for module, paths in places(model).items() for path in paths}
-    for path, parts in metadata.get("adapters", {}).items():
-        base = by_path.get(path)
-        why = f"the model has no layer {layer_name(path)!r}" if base is None else why_left(LoRA, base)
-        if base is None or why is not None:
-            raise ValueError(f"it has adapters for {layer_name(path)}: {why}; is this its factory?")
-        layer = _adapted(base, parts)
-        for name, adapter in layer.adapters.items():  # which may have been cast since
-            given = tensors.get(f"{path}.adapters.{name}.lora_a".lstrip("."))
-            if given is not None and given.is_floating_point():
-                adapter.to(given.dtype)
-        adapted[base] = layer.train(base.training)
+    """Replace the layers that were converted by shells of what they were converted to, and adapt them."""
+    model = _converted(model, metadata["layers"])
+    adapted = _adapted(model, metadata.get("adapters", {}), tensors)
     model = swap(model, adapted)
     if adapted:
         freeze_all_but_adapters(model)
     return model
 
 
-def _adapted(base: Any, parts: list[dict[str, Any]]) -> LoRALinear:
-    layer = LoRALinear(base, lora_of(parts[0]), parts[0]["name"])
-    for part in parts[1:]:
-        layer.add(part["name"], Adapter(base, lora_of(part)))
-    layer.active = tuple(part["name"] for part in parts if part["active"])
-    return layer
+def _converted(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
+    sharing: dict[Any, list[nn.Module]] = {}
+    for holder in model.modules():
+        weight = holder._parameters.get("weight")
+        if weight is not None and not is_lazy(weight):
+            sharing.setdefault(weight_key(weight), []).append(holder)
+    by_path = {path: module for module, paths in places(model).items() for path in paths}
+    found: dict[nn.Module, tuple[str, Half | FourBit, str | None]] = {}
+    for path, record in records.items():
+        module = by_path.get(path)
+        if module is None:
+            raise ValueError(f"it has a layer {show(path)} that the model has not: is this its factory?")
+        with record_errors(f"its record of {layer_name(path)}"):
+            technique, method = technique_of(record)
+        first, *same = found.setdefault(module, (path, technique, method))
+        if same != [technique, method]:
+            raise ValueError(
+                f"it stores {layer_name(first)} and {layer_name(path)} differently, which are one layer here"
+            )
+    for module, record in list(found.items()):
+        weight = module._parameters.get("weight")
+        for tied in [] if weight is None or is_lazy(weight) else sharing[weight_key(weight)]:
+            found.setdefault(tied, record)  # without a record of its own, it shares what is stored
+    left = []
+    stored: dict[Any, tuple[str, Half | FourBit, Any]] = {}
+    shells: dict[nn.Module, Any] = {}
+    for module, (path, technique, method) in found.items():
+        why = why_left(type(technique), module)
+        if why is not None:
+            path = next(path for path, other in by_path.items() if other is module)
+            left.append(
+                f"{layer_name(path)} is stored by {type(technique).__name__}, and the model has a "
+                f"{type(module).__name__} there: {why}"
+            )
+            continue
+        weights = replace(technique, compute_dtype=None) if isinstance(technique, FourBit) else technique
+
+        def store(
+            tensor: Tensor, name: str, path: str = path, method: str | None = method, technique: Any = weights
+        ) -> Any:
+            shell = technique.shell(tensor, name)
+            shell = shell if method is None else replace(shell, method=method)
+            first, how, shell = stored.setdefault(weight_key(tensor), (path, technique, shell))
+            if how != technique:
+                raise ValueError(
+                    f"it stores {layer_name(first)} and {layer_name(path)} differently, which share a {name} here"
+                )
+            return shell
+
+        made: Any = REGISTRY[type(technique), type(module)]
+        shells[module] = made.from_layer(module, technique, store)
+    if left:
+        raise ValueError(f"{_listed(left, '; ')}; leave them out when the file is made (skip= or --exclude)")
+    return swap(model, {old: new.train(old.training) for old, new in shells.items()})
+
+
+def _adapted(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -> dict[nn.Module, nn.Module]:
+    """Return what takes the place of the layers that have adapters: none is made before all are known to fit."""
+    with record_errors("its record of the adapters"):
+        records = check_object(records)
+    by_path = {path: module for module, paths in places(model).items() for path in paths}
+    found: dict[Any, tuple[str, dict[str, tuple[LoRA, bool]]]] = {}
+    for path, record in records.items():
+        base = by_path.get(path)
+        why = f"the model has no layer {show(path)}" if base is None else why_left(LoRA, base)
+        if why is not None:
+            raise ValueError(f"it has adapters for {layer_name(path)}: {why}; is this its factory?")
+        with record_errors(f"its record of the adapters of {layer_name(path)}"):
+            adapters = adapters_of(record)
+        first, same = found.setdefault(base, (path, adapters))
+        if same != adapters:
+            raise ValueError(
+                f"it adapts {layer_name(first)} and {layer_name(path)} differently, which are one layer here"
+            )
+    for base, (path, adapters) in found.items():
+        for name, (technique, _) in adapters.items():
+            check_adapter(f"{path}.adapters.{name}.".lstrip("."), technique, base, tensors)
+    adapted: dict[nn.Module, nn.Module] = {}
+    for base, (path, adapters) in found.items():
+        (name, (technique, _)), *others = adapters.items()
+        layer = LoRALinear(base, technique, name)
+        for name, (technique, _) in others:
+            layer.add(name, Adapter(base, technique))
+        layer.active = tuple(name for name, (_, active) in adapters.items() if active)
+        for name, adapter in layer.adapters.items():
+            adapter.to(tensors[f"{path}.adapters.{name}.lora_a".lstrip(".")].dtype)  # it may have been cast
+        adapted[base] = layer.train(base.training)
+    return adapted
+
+
+def check_adapter(prefix: str, technique: LoRA, layer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError unless there are the tensors of an adapter of ``technique`` for ``layer``.
+
+    Args:
+        prefix: of their names.
+        technique: says the rank, for which nothing is allocated before this is known to be true.
+        layer: nn.Linear, or what it was converted to.
+        tensors: by name.
+    """
+    shapes = {"lora_a": (technique.rank, layer.in_features), "lora_b": (layer.out_features, technique.rank)}
+    for part, shape in shapes.items():
+        given = tensors.get(prefix + part)
+        if given is None:
+            raise ValueError(f"it lacks {printable(prefix + part, 80)}")
+        if given.shape != shape or not given.is_floating_point():
+            raise ValueError(
+                f"{printable(prefix + part, 80)} is {given.dtype} {tuple(given.shape)} in it; the model takes "
+                f"{shape} floating point at rank {technique.rank}"
+            )
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -165,7 +218,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if name.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX:
             extra_states.append(name)
         elif not isinstance(value, Tensor) or is_lazy(value):
-            raise ValueError(f"the model's state {name!r} is a {type(value).__name__}, no tensor with a shape")
+            raise ValueError(f"the model's state {show(name)} is a {type(value).__name__}, no tensor with a shape")
         else:
             names.setdefault(id(value), []).append(name)
             own[id(value)] = value
@@ -176,8 +229,8 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     surplus = [name for name in tensors if name not in known]
     if missing or surplus:
         raise ValueError(
-            f"it holds another model than the factory makes: {_listed('it lacks', missing)}"
-            f"{', and ' if missing and surplus else ''}{_listed('the model lacks', surplus)}"
+            f"it holds another model than the factory makes: {_named('it lacks', missing)}"
+            f"{', and ' if missing and surplus else ''}{_named('the model lacks', surplus)}"
         )
     found: dict[int, Tensor] = {}
     for key, group in names.items():
@@ -185,8 +238,8 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         given, mine = tensors[first], own[key]
         if given.shape != mine.shape or given.dtype != mine.dtype:
             raise ValueError(
-                f"{first} is {given.dtype} {tuple(given.shape)} in it, and {mine.dtype} {tuple(mine.shape)} in the "
-                "model that the factory makes: let the factory make the model that was saved"
+                f"{printable(first, 80)} is {given.dtype} {tuple(given.shape)} in it, and {mine.dtype} "
+                f"{tuple(mine.shape)} in the model that the factory makes: let it make the model that was saved"
             )
         for other in others:
             if not torch.equal(tensors[other], given):
@@ -199,7 +252,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     ]
     if empty:
         raise ValueError(
-            f"{_listed('no values are known for', empty)}: what is computed from parameters when the model is made "
+            f"{_named('no values are known for', empty)}: what is computed from parameters when the model is made "
             "must be a persistent buffer"
         )
     for module in model.modules():
@@ -211,6 +264,10 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(tensors[name])
 
 
-def _listed(what: str, names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what} {', '.join(names[:3])}{more}" if names else ""
+def _named(what: str, names: list[str]) -> str:
+    return f"{what} {_listed([printable(name, 80) for name in names], ', ')}" if names else ""
+
+
+def _listed(parts: list[str], separator: str) -> str:
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return separator.join(parts[:3]) + more

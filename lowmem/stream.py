@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from lowmem.blockwise import QuantizedTensor
-from lowmem.files import check_writable
+from lowmem.files import check_writable, printable, refusal, show
 from lowmem.fourbit import FourBit
-from lowmem.header import refusal, show
 from lowmem.quantizing import relative_error
 from lowmem.records import technique_record
 from lowmem.shards import INDEX, index_of, read_index, shard_name, write_index
@@ -65,9 +64,11 @@ class Source:
             if not path.name.endswith(INDEX):
                 self._add(path, None)
                 return
-            index = read_index(path)
-            for file in sorted(set(index.values())):
-                self._add(path.with_name(file), {name for name, where in index.items() if where == file})
+            names: dict[str, set[str]] = {}  # by file
+            for name, file in read_index(path).items():
+                names.setdefault(file, set()).add(name)
+            for file in sorted(names):
+                self._add(path.with_name(file), names[file])
         except BaseException:
             self._stack.close()
             raise
@@ -86,8 +87,10 @@ class Source:
         file = self._stack.enter_context(open_checkpoint(path))
         if "lowmem" in file.metadata:
             raise refusal(path, "lowmem wrote it already; convert the checkpoint that it was made from")
+        if not file.specs:
+            raise refusal(path, "it holds no tensors; name a checkpoint that has some")
         if names is not None and names != set(file.specs):
-            wrong = sorted(names ^ set(file.specs))[0]
+            wrong = min(names ^ set(file.specs))
             raise refusal(path, f"it and its index differ in tensor {show(wrong)}; get them again from one source")
         self.paths.add(path.resolve())
         self._files |= dict.fromkeys(file.specs, file)
@@ -140,7 +143,8 @@ def convert_checkpoint(
         for name, outs in plan.items():
             for out in outs:
                 if taken.setdefault(out, name) != name:
-                    raise ValueError(f"both {taken[out]} and {name} would be {out}; copy one as it is with --exclude")
+                    both = f"both {printable(taken[out], 80)} and {printable(name, 80)} would be {printable(out, 80)}"
+                    raise ValueError(f"{both}; copy one as it is with --exclude")
         shards = _divide(plan, shard_bytes)
         outputs = [target]
         if shard_bytes is not None:
@@ -172,7 +176,7 @@ def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in specs):
             raise ValueError(
-                f"pattern {pattern!r} matches no tensor; check it, the first is {show(next(iter(specs), ''))}"
+                f"pattern {pattern!r} matches no tensor; check it, the first is {show(next(iter(specs)))}"
             )
     wanted = {
         name
@@ -233,7 +237,7 @@ def _converted(
             try:
                 stored = technique.store(_rows(tensor))
             except (ValueError, TypeError) as reason:
-                raise ValueError(f"{name}: {reason}; or leave it as it is with --exclude") from reason
+                raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
             rows[name] = Row(name, shape, True, before, stored.nbytes, relative_error(_rows(tensor), stored))
             del tensor
             yield from _parts(name, stored)

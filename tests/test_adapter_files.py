@@ -7,7 +7,7 @@ from torch import nn
 import lowmem
 from lowmem import FourBit, LoRA, convert, load_adapter, save_adapter
 from lowmem.header import FileError
-from lowmem.tensorfile import read
+from lowmem.tensorfile import read, write_tensors
 from tests.models import INDICES, TECHNIQUES, small
 
 
@@ -62,6 +62,8 @@ def refused(model, path, message, **options):
     with pytest.raises(FileError, match=message) as caught:
         load_adapter(model, path, **options)
     assert str(path) in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
@@ -92,6 +94,48 @@ def test_other_files_are_refused(tmp_path):
         save_adapter(small("nf4"), tmp_path / "x")
     with pytest.raises(TypeError, match="model must be"):
         load_adapter([], tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": None}, "its metadata is not lowmem's: name=None must be a string; upgrade lowmem, or get the file"),
+        ({"name": "keys"}, "name='keys' must not be empty"),
+        ({"name": "\x1b[2J." * 10**5}, r"name='\\x1b\[2J"),
+        ({"base": 3}, "base=3 must be a string"),
+        ({"base": "0" * 64}, "trained on another base"),
+        ({"layers": []}, r"its record of the layers is not lowmem's: it is \[\], and must be an object"),
+        ({"layers": {}}, "its record of the layers is not lowmem's: it names no layer"),
+        (
+            {"layers": {"\x1b[2J": {"rank": 3, "alpha": 6, "dropout": 0.1}}},
+            r"adapts \\x1b\[2J, which the model has not",
+        ),
+        ({"more": 1}, "its metadata is not lowmem's: 'more' is unknown"),
+        ({"rank": 10**18}, r"head.lora_a is .*\(3, 24\) in it; the model takes \(10{18}, 24\) .* at rank 10{18}$"),
+        ({"rank": 2**63}, "at rank 9223372036854775808$"),
+        ({"rank": None}, "its record of head is not lowmem's: rank=None must be a positive integer"),
+        ({"alpha": "6"}, "alpha='6' must be a number"),
+        ({"dropout": True}, "dropout=True must be a number"),
+        ({"active": True}, "its record of head is not lowmem's: 'active' is unknown"),
+    ],
+)
+def test_a_record_that_says_something_else_is_refused(change, message, tmp_path):
+    save_adapter(small("qlora"), tmp_path / "a")
+    file = read(tmp_path / "a")
+    metadata = dict(file.metadata)
+    if change.keys() <= {"name", "base", "layers", "more"}:
+        metadata |= change
+    else:
+        metadata["layers"] = {**metadata["layers"], "head": {**metadata["layers"]["head"], **change}}
+    write_tensors(tmp_path / "b", file.tensors, metadata)
+    refused(base(), tmp_path / "b", message)
+
+
+def test_tensors_of_no_layer_are_named(tmp_path):
+    save_adapter(small("qlora"), tmp_path / "a")
+    file = read(tmp_path / "a")
+    write_tensors(tmp_path / "b", {**file.tensors, "\x1b[2J": torch.ones(1)}, file.metadata)
+    refused(base(), tmp_path / "b", r"it has tensors of no layer that it adapts, as '\\x1b\[2J'")
 
 
 class Places(nn.Module):

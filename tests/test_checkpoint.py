@@ -1,5 +1,6 @@
 """What was saved is what is loaded, bit for bit, without the dense weights; and nothing else is ever loaded."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -7,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import lowmem
 from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, load, measure, save
 from lowmem.header import FileError
+from lowmem.lora import Adapter
 from lowmem.tensorfile import read, write_tensors
 from tests.models import INDICES, TECHNIQUES, Small, small
 
@@ -188,6 +190,133 @@ def test_a_record_that_is_not_lowmem_s_is_refused(metadata, message, tmp_path):
         load(tmp_path / "m", Small)
 
 
+def rewritten(path, change):
+    """Replace what a file says of itself by what ``change``, which works in place, makes of it."""
+    file = read(path)
+    metadata = copy.deepcopy(file.metadata)
+    change(metadata)
+    write_tensors(path, {name: tensor.clone() for name, tensor in file.tensors.items()}, metadata)
+
+
+def lora(metadata):
+    return metadata["adapters"]["layers.0"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: lora(m)[0].update(rank=10**18),
+            r"layers.0.adapters.default.lora_a is .*\(3, 24\).* at rank 10{18}$",
+        ),
+        (lambda m: lora(m)[0].update(rank=2**63), "at rank 9223372036854775808$"),
+        (lambda m: lora(m)[0].update(rank=-1), "adapters of layers.0 is not lowmem's: rank=-1 must be a positive"),
+        (lambda m: lora(m)[0].update(rank=None), "rank=None must be a positive integer; upgrade lowmem, or get"),
+        (lambda m: lora(m)[0].update(active=1), "active=1 must be true or false"),
+        (lambda m: lora(m)[0].update(more=1), "'more' is unknown; upgrade lowmem"),
+        (lambda m: lora(m).append(lora(m)[0]), "adapter 'default' is there twice"),
+        (lambda m: lora(m).append({**lora(m)[0], "name": "\x1b[2J"}), r"lacks layers.0.adapters.\\x1b\[2J.lora_a$"),
+        (lambda m: lora(m)[0].update(name="keys"), "lacks layers.0.adapters.keys.lora_a$"),
+        (lambda m: m["adapters"].update({"again": []}), "adapters of again is not lowmem's: they are "),
+        (lambda m: m["adapters"].update({"again": [{**lora(m)[0], "alpha": 1}]}), "adapts again and layers.0 diff"),
+        (lambda m: m.update(adapters=[]), "record of the adapters is not lowmem's: it is "),
+        (lambda m: m["layers"]["conv"].update(block_size=None), "record of conv is not lowmem's: block_size=None"),
+        (lambda m: m["layers"]["conv"].update(bits=4), "'bits' is unknown"),
+        (lambda m: m["layers"].update(conv=[[]]), "record of conv is not lowmem's: it is "),
+        (lambda m: m["layers"].update({"\x1b]0;x\x07": m["layers"]["conv"]}), r"has a layer '\\x1b\]0;x\\x07' that"),
+        (lambda m: m["layers"].update({"x\n" * 10**5: m["layers"]["conv"]}), r"has a layer 'x\\nx\\nx.* that"),
+        (
+            lambda m: m["layers"].update(again={**m["layers"]["layers.0"], "block_size": 8}),
+            "stores again and layers.0 diff",
+        ),
+        (lambda m: m["layers"].update(head={**m["layers"]["embedding"], "block_size": 8}), "share a weight here"),
+        (lambda m: m["layers"].update(head={"technique": "Half", "dtype": "float16"}), "share a weight here"),
+        (lambda m: m.update(more=1), "metadata has 'more', which is unknown; upgrade lowmem"),
+    ],
+)
+def test_a_record_that_says_something_else_is_refused_at_once(change, message, tmp_path, monkeypatch):
+    save(small("qlora"), tmp_path / "m")
+    rewritten(tmp_path / "m", change)
+    made = []
+    monkeypatch.setattr(Adapter, "__init__", lambda *_: made.append(1))
+    with pytest.raises(FileError, match=message) as caught:
+        load(tmp_path / "m", Small)
+    assert not made  # before anything is allocated
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_thousands_of_adapters_without_tensors_are_refused_before_one_is_made(tmp_path, monkeypatch):
+    save(small("qlora"), tmp_path / "m")
+    rewritten(tmp_path / "m", lambda m: lora(m).extend({**lora(m)[0], "name": f"a{n}"} for n in range(30_000)))
+    monkeypatch.delattr(Adapter, "__init__")
+    with pytest.raises(FileError, match="it lacks layers.0.adapters.a0.lora_a$"):
+        load(tmp_path / "m", Small)
+
+
+def test_a_layer_that_is_recorded_twice_alike_is_one(tmp_path):
+    """As it is where two layers of the model that was saved are one in the model that is made."""
+    model = small("qlora")
+    save(model, tmp_path / "m")
+    file = read(tmp_path / "m")
+    tensors = {name: tensor.clone() for name, tensor in file.tensors.items()}
+    for name in [name for name in tensors if name.startswith("layers.0.")]:
+        tensors[name.replace("layers.0", "again")] = tensors[name].clone()
+    metadata = copy.deepcopy(file.metadata)
+    for part in ("layers", "adapters"):
+        metadata[part]["again"] = metadata[part]["layers.0"]
+    write_tensors(tmp_path / "m", tensors, metadata)
+    assert torch.equal(load(tmp_path / "m", Small).eval()(INDICES), model(INDICES))
+    tensors["again.adapters.default.lora_a"] += 1
+    write_tensors(tmp_path / "m", tensors, metadata)
+    with pytest.raises(FileError, match=r"lora_a and .*lora_a differ in it, and are one tensor"):
+        load(tmp_path / "m", Small)
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.sampled_from([0, -1, 1, 2, 3, 8, 24, 64, 2**31, 2**63 - 1, 2**63, 10**18, 0.5, 1e308, 5e-324])
+    | st.sampled_from(["", "Half", "FourBit", "nf4", "float16", "layers.0", "default", "a.b", "[red]", "\x1b[2J\n"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rank", "name", "x"]), inner),
+)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_record_with_anything_anywhere_is_refused_in_a_line_or_is_one(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("records")
+    model = data.draw(st.sampled_from(["nf4", "half", "lora", "qlora"]))
+    save(small(model), directory / "m")
+
+    def change(metadata):
+        for _ in range(data.draw(st.integers(1, 3))):
+            holder = metadata
+            while True:
+                keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+                key = data.draw(st.sampled_from(keys)) if keys else "x"
+                child = holder[key] if keys else None
+                if not isinstance(child, dict | list) or data.draw(st.integers(0, 4)) == 0:
+                    break
+                holder = child
+            value = data.draw(JSON_VALUES)
+            if isinstance(holder, list):
+                holder[:] = [value] if not holder else [*holder[:key], value, *holder[key + 1 :]]
+            elif data.draw(st.booleans()):
+                holder[key] = value
+            else:
+                holder[data.draw(st.sampled_from(["x", "name", "compute_dtype", ""]))] = value
+
+    rewritten(directory / "m", change)
+    try:
+        loaded = load(directory / "m", Small)
+    except FileError as error:
+        assert str(error).isprintable()  # noqa: PT017  either is fine
+        assert len(str(error)) < 700  # noqa: PT017
+    else:
+        assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+
+
 @given(st.data())
 def test_a_mutated_file_is_refused_and_named(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("mutated")
@@ -242,6 +371,10 @@ def test_methods_of_quantizing_come_back(tmp_path):
     calibrated = Linear4Bit(replace(layer.quantized, method="calibrated"), layer.bias)
     save(calibrated, tmp_path / "m")
     assert load(tmp_path / "m", lambda: nn.Linear(16, 8)).quantized.method == "calibrated"
+
+
+def test_the_docstring_warns_of_changing_a_file_that_is_in_use():
+    assert "SIGBUS" in load.__doc__
 
 
 PEAK = """

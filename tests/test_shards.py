@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from lowmem import FourBit, load
 from lowmem.header import FileError
-from lowmem.shards import index_of, parse_index, read_index, read_model, shard_name
+from lowmem.shards import index_of, parse_index, read_index, read_model, shard_name, write_index
 from lowmem.stream import convert_checkpoint
-from lowmem.tensorfile import write_tensors
+from lowmem.tensorfile import read, write_tensors
 from tests.models import INDICES, Small
 
 
@@ -60,9 +60,6 @@ def test_a_missing_damaged_or_exchanged_shard_is_named(sharded):
 def test_any_changed_byte_of_an_index_is_refused(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("index")
     write_tensors(directory / "a", {"x": torch.ones(2)}, {"kind": "model", "layers": {}})
-    from lowmem.shards import write_index
-    from lowmem.tensorfile import read
-
     write_index(directory / "i.index.json", {"a": (read(directory / "a").sha256, {"x": 8})})
     assert read_model(directory / "i.index.json").tensors["x"].sum() == 2
     text = bytearray((directory / "i.index.json").read_bytes())
@@ -80,6 +77,22 @@ def test_any_changed_byte_of_an_index_is_refused(tmp_path_factory, data):
         b"{}",
         b'{"weight_map": {}}',
         b'{"weight_map": 3}',
+        b'{"weight_map": [["a", "b"]]}',
+        b'{"weight_map": ["ab", "cd"]}',
+        b'{"weight_map": [[1, "b"]]}',
+        b'{"weight_map": null}',
+        b'{"weight_map": "ab"}',
+        b'{"weight_map": {"a": null}}',
+        b'{"weight_map": {"a": ["b"]}}',
+        b'{"weight_map": {"a": {}}}',
+        b'{"weight_map": {"a": true}}',
+        b'{"weight_map": {"a": "b"}, "metadata": NaN}',
+        b'{"weight_map": {"a": "b"}, "metadata": 1e999}',
+        b'{"weight_map": {"a": "b"}, "metadata": %s}' % (b"9" * 10**5),
+        b'{"weight_map": {"a": "\\ud800"}}',
+        b'{"weight_map": {"\\u001b[2J\\n": "\\u001b[2J/"}}',
+        b'{"weight_map": {"a": "%s/"}}' % (b"x" * 10**5),
+        b'{"weight_map": {"a": "b"}} {}',
         b'{"weight_map": {"a": 3}}',
         b'{"weight_map": {"a": "../b"}}',
         b'{"weight_map": {"a": "/etc/passwd"}}',
@@ -90,5 +103,25 @@ def test_any_changed_byte_of_an_index_is_refused(tmp_path_factory, data):
     ],
 )
 def test_what_is_no_index_is_refused(text, tmp_path):
-    with pytest.raises(FileError, match="i.index.json"):
+    with pytest.raises(FileError, match="i.index.json") as caught:
         parse_index(tmp_path / "i.index.json", text)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "more", [{"layers": {"x": 1}}, {"tensors": {"w": torch.ones(2)}}, {"adapters": {}}, {"b": 1}]
+)
+def test_files_of_one_index_have_nothing_in_common(more, tmp_path):
+    """Whatever the digests in the index say."""
+    first = {"layers": {"x": 1}, "tensors": {"u": torch.ones(2), "w": torch.ones(2)}}
+    second = {"layers": {}, "tensors": {}, **more}
+    second["tensors"] = {"v": torch.ones(2), **second["tensors"]}
+    shards = {}
+    for name, metadata in (("a", first), ("b", second)):
+        tensors = metadata.pop("tensors")
+        digest = write_tensors(tmp_path / name, tensors, {"kind": "model", **metadata})
+        shards[name] = digest, {key: tensor.nbytes for key, tensor in tensors.items()}
+    write_index(tmp_path / "i.index.json", shards)
+    with pytest.raises(FileError, match="two of them have '(w|x)'|with adapters, and no part|'b', which is unknown"):
+        read_model(tmp_path / "i.index.json")

@@ -106,6 +106,31 @@ def test_patterns_choose_and_other_tensors_are_copied(tmp_path):
     assert [row.name for row in rows if row.converted] == ["b.weight"]
 
 
+def test_a_checkpoint_without_tensors_is_refused(tmp_path):
+    safetensors.torch.save_file({}, tmp_path / "empty")
+    (tmp_path / "i.index.json").write_text('{"weight_map": {"a": "empty"}}')
+    for source in ("empty", "i.index.json"):
+        with pytest.raises(
+            FileError, match=r"cannot read '.*empty': it holds no tensors; name a checkpoint that has"
+        ):
+            convert_checkpoint(tmp_path / source, tmp_path / "out", FourBit())
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_tensors_are_shown_as_they_can_be(tmp_path):
+    name = "\x1b]0;owned\x07\n\u202e.weight"
+    safetensors.torch.save_file({name: torch.full((8, 8), torch.inf)}, tmp_path / "in")
+    with pytest.raises(ValueError, match=r"\\x1b\]0;owned\\x07\\n\\u202e.weight: .*--exclude") as caught:
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit())
+    assert str(caught.value).isprintable()
+    packed = f"{name.removesuffix('weight')}packed"
+    state = {name: torch.ones(8, 8), packed: torch.ones(8, 8)}
+    safetensors.torch.save_file(state, tmp_path / "in")
+    with pytest.raises(ValueError, match="would be .*packed; copy one") as caught:
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit())
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
