@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem.formats import get_format
-from lowmem.packing import check_block_size, pack, unpack
+from lowmem.packing import by_block, check_block_size, pack, unpack
 from lowmem.scales import ScaleEncoding, get_encoding
 from lowmem.search import CANDIDATES, largest_weights, nearest_codes, searched_scales, spread
 
@@ -220,7 +220,14 @@ class _Plain:
         if into.method == "search":
             scales = searched_scales(rows, form, size, encoding.largest, importance)
         stored = encoding.encode(scales)
-        into.packed[chunk] = pack(nearest_codes(rows, encoding.decode(stored), form, size), size)
+        codes = nearest_codes(rows, encoding.decode(stored), form, size)
+        into.packed[chunk] = pack(codes, size)
+        if form.levels[form.zero_code] == 0:
+            # A block of zero codes gets a zero scale, as the zeros do that it is restored to.
+            used = by_block(
+                codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True)
+            )
+            stored[:, : used.shape[1]].masked_fill_(~used, 0)
         into.scales[chunk] = stored
 
 

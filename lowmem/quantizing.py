@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -82,14 +83,27 @@ def method_of(form: Format, search: bool | None) -> str:
 
 
 def quantize_again(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
-    """Quantize another weight as one was; what was calibrated is searched, for want of the inputs."""
-    return quantize(
+    """Quantize another weight of one shape as the first was: rows that hold the same values keep their bytes.
+
+    A search would find other scales for what an earlier one has rounded. What was calibrated is searched, for want
+    of the inputs.
+    """
+    again = quantize(
         weight,
         quantized.format,
         block_size=quantized.block_size,
         scales=quantized.scale_encoding,
         search=quantized.method != "absmax",
     )
+    before, after = quantized.as_matrix(), again.as_matrix()
+    rows = weight.detach().reshape(after.shape)
+    unchanged = True
+    for chunk in row_chunks(*after.shape):
+        same = (serving().dequantize(before, chunk, torch.float32) == rows[chunk]).all(-1, keepdim=True)  # (rows, 1)
+        for stored, into in ((before.packed, after.packed), (before.scales, after.scales)):
+            into[chunk] = torch.where(same, stored[chunk], into[chunk])
+        unchanged = unchanged and bool(same.all())
+    return replace(again, method=quantized.method) if unchanged else again
 
 
 def _checked_importance(importance: Tensor, weight: Tensor) -> Tensor:
@@ -144,6 +158,11 @@ def check_weight(weight: Tensor) -> None:
         raise TypeError(f"weight must be a tensor, found {type(weight).__name__}")
     if not weight.is_floating_point():
         raise TypeError(f"weight.dtype={weight.dtype} must be a floating-point dtype; convert it first")
+    if weight.is_nested:
+        raise TypeError(
+            f"weight is a nested tensor (layout={weight.layout}), which has no rows of one length; quantize each of "
+            "weight.unbind()"
+        )
     if weight.layout != torch.strided:
         raise TypeError(f"weight.layout={weight.layout} must be dense; call weight.to_dense() first")
     if weight.is_meta:

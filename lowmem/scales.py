@@ -61,7 +61,7 @@ def _encode_float16(scales: Tensor) -> Tensor:
     # quantizing the dequantized block finds the same scale and the same codes, subnormals included.
     nearest = scales.to(torch.float16)
     below = (nearest.view(torch.int16) - 1).view(torch.float16)  # the bits of a magnitude count upwards
-    return torch.where(nearest.float().abs() > scales.abs(), below, nearest)
+    return torch.where(nearest.float().abs() > scales.abs(), below, nearest) + 0.0  # a zero gets no sign
 
 
 def _row_scale(stored: Tensor) -> Tensor:
@@ -73,7 +73,8 @@ def _double(steps: int) -> ScaleEncoding:
 
     A scale is n / ``steps`` of the row's, n at least 1 (a row with one large outlier keeps its small blocks),
     else rounded down: the largest weight of a block takes an end level, as above. A byte has 8 bits for n, or
-    a sign and 7 bits.
+    a sign and 7 bits. A scale below one step is stored as one step, positive: no weight of its block is at an end
+    level, so that the sign of the largest weight could change when the block is quantized again.
     """
     signed = steps < 255
 
@@ -81,10 +82,10 @@ def _double(steps: int) -> ScaleEncoding:
         magnitude = scales.abs()
         row_scale = _encode_float16(magnitude.amax(-1, keepdim=True))  # (rows, 1)
         # The quotient is raised a little, lest it be rounded to just below the step that a dequantized block is on.
-        count = (magnitude * (steps * (1 + 2**-20)) / row_scale.float().clamp_min(2**-24)).floor()
-        count = count.clamp(1, steps).masked_fill((magnitude == 0) | (row_scale == 0), 0)  # (rows, blocks)
+        raised = (magnitude * (steps * (1 + 2**-20)) / row_scale.float().clamp_min(2**-24)).floor()
+        count = raised.clamp(1, steps).masked_fill((magnitude == 0) | (row_scale == 0), 0)  # (rows, blocks)
         if signed:
-            count += (scales < 0) * 128.0
+            count += ((scales < 0) & (raised >= 1) & (count > 0)) * 128.0
         return torch.cat([count.to(torch.uint8), row_scale.view(torch.uint8)], dim=-1)  # (rows, blocks + 2)
 
     def decode(stored: Tensor) -> Tensor:

@@ -25,7 +25,18 @@ short_blocks = st.one_of(st.sampled_from([8, 10, 16, 24]), st.sampled_from([32, 
 leading_shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 
 BASES = {"dense": (), "half": (Half(),), "bfloat16": (Half(torch.bfloat16),), "4-bit": (FourBit(block_size=16),)}
-KINDS = ("normal", "zeros", "zero blocks", "subnormal", "float16 subnormal", "constant", "outlier", "mixed", "few")
+KINDS = (
+    "normal",
+    "zeros",
+    "zero blocks",
+    "subnormal",
+    "float16 subnormal",
+    "constant",
+    "outlier",
+    "far outlier",
+    "mixed",
+    "few",
+)
 
 
 def make_weight(kind: str, shape: tuple[int, ...], exponent: int, seed: int) -> torch.Tensor:
@@ -46,6 +57,11 @@ def make_weight(kind: str, shape: tuple[int, ...], exponent: int, seed: int) -> 
         return torch.full(shape, float(normal.flatten()[0]) * scale if normal.numel() else 0.0)
     if kind == "outlier":
         return torch.where(torch.arange(columns) == seed % columns, normal * scale * 1000, normal * scale)
+    if kind == "far outlier":  # 1e3 to 1e7 times the rest
+        size = scale * 1000
+        return torch.where(
+            torch.arange(columns) == seed % columns, normal * size, normal * size / 10.0 ** (3 + seed % 5)
+        )
     if kind == "mixed":
         return normal * torch.exp2(torch.randint(-60, 10, shape, generator=generator).float())
     if kind == "few":

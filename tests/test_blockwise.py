@@ -8,12 +8,12 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from lowmem import FORMATS, QuantizedTensor, measure, quantize, unpack
+from lowmem import FORMATS, QuantizedTensor, kernels, measure, quantize, unpack
 from lowmem.blockwise import SCRATCH_BYTES, row_chunks
 from lowmem.quantizing import quantize_again
 from lowmem.scales import ENCODINGS
 from tests import strategies
-from tests.compiled import on_threads
+from tests.compiled import assert_same_bytes, on_threads
 
 every_format = pytest.mark.parametrize("format", sorted(FORMATS))
 every_encoding = pytest.mark.parametrize("scales", sorted(ENCODINGS))
@@ -74,6 +74,41 @@ def test_the_bound_is_tight_in_the_widest_gap(format, scales, magnitude, block_s
 
 
 @every_format
+@pytest.mark.parametrize(
+    ("scales", "row", "magnitude"),
+    [
+        ("float32", 1.0, 2.0**-149),  # subnormal scales become zero
+        ("float16", 1.0, 2.0**-26),  # as do those below the smallest subnormal float16
+        ("float16", 1.0, 2.0**-24),
+        ("double", 1.0, 2.0**-7),  # one step of the row's scale
+        ("double", 1000.0, 4.0),
+        ("double", 0.0, 2.0**-26),  # a row scale of zero
+        ("double", 0.0, 2.0**-24),  # all steps of the smallest row scale
+    ],
+)
+def test_the_bound_is_tight_where_a_stored_scale_falls_short(format, scales, row, magnitude):
+    """The largest block that the same bytes store reaches 99% of the bound, at the end level nearer to zero."""
+
+    def quantized(magnitude: float) -> tuple[torch.Tensor, QuantizedTensor]:
+        weight = torch.tensor([[row] + 7 * [0.0] + [magnitude] + 7 * [-magnitude]])
+        return weight, quantize(weight, format, block_size=8, scales=scales, search=False)
+
+    stored = quantized(magnitude)[1].scales
+    low, high = (int(torch.tensor(m).view(torch.int32)) for m in (magnitude, 1000.0))  # floats in order
+    while high - low > 1:
+        middle = (low + high) // 2
+        same = torch.equal(
+            quantized(float(torch.tensor(middle, dtype=torch.int32).view(torch.float32)))[1].scales, stored
+        )
+        low, high = (middle, high) if same else (low, middle)
+    weight, q = quantized(float(torch.tensor(low, dtype=torch.int32).view(torch.float32)))
+    assert torch.equal(q.scales, stored)
+    error = (weight.double() - q.dequantize().double()).abs()
+    assert float((error / q.error_bound().double())[:, 8:].max()) >= 0.99
+    assert_within_bound(weight, q)
+
+
+@every_format
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_the_bound_is_tight_where_a_float16_scale_falls_short(format, steps):
     """A block just below the next subnormal float16 loses almost a whole step of it."""
@@ -91,11 +126,28 @@ def test_the_bound_is_tight_where_a_float16_scale_falls_short(format, steps):
     strategies.block_sizes,
     strategies.encodings,
 )
-def test_quantizing_what_was_dequantized_gives_the_same_codes(weight, format, block_size, scales):
+@example(torch.tensor([[1e4] + [0.0] * 7 + [1e-4, -1e-4] * 4]), "nf4", 8, "double")  # a block far below one step
+@example(torch.tensor([[1e4] + [0.0] * 7 + [6.0, -5.9] * 4]), "bof4s", 8, "double")  # whose largest changes its sign
+@example(torch.tensor([[-1e-9] * 8]), "bof4s", 8, "float16")
+@example(torch.tensor([[-1e-9] * 8]), "bof4s", 8, "double")
+def test_quantizing_what_was_dequantized_gives_the_same_bytes(weight, format, block_size, scales):
     q = quantize(weight, format, block_size=block_size, scales=scales, search=False)
-    again = quantize(q.dequantize(), format, block_size=block_size, scales=scales, search=False)
-    assert torch.equal(again.packed, q.packed)
-    assert torch.equal(again.dequantize(), q.dequantize())
+    for kernel in kernels.available():
+        with kernels.using(kernel):
+            again = quantize(q.dequantize(), format, block_size=block_size, scales=scales, search=False)
+            assert_same_bytes(again, q)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e4, 1e5, 1e6, 1e7])
+@every_format
+@every_encoding
+def test_a_row_with_an_outlier_is_quantized_to_the_same_bytes_again(format, scales, factor):
+    weight = strategies.make_weight("normal", (64, 256), -10, 5)
+    weight[:, 7] = 60.0
+    weight[:, 8:] *= 60000 / factor
+    q = quantize(weight, format, block_size=16, scales=scales, search=False)
+    assert_within_bound(weight, q)
+    assert_same_bytes(quantize(q.dequantize(), format, block_size=16, scales=scales, search=False), q)
 
 
 @every_format
@@ -106,9 +158,7 @@ def test_tiny_scales_are_found_again_by_a_second_quantization(format, scales, un
     pairs = torch.cartesian_prod(torch.arange(1, 60), torch.arange(-60, 60))
     weight = (pairs * unit).float()
     q = quantize(weight, format, block_size=8, scales=scales, search=False)
-    again = quantize(q.dequantize(), format, block_size=8, scales=scales, search=False)
-    assert torch.equal(again.packed, q.packed)
-    assert torch.equal(again.dequantize(), q.dequantize())
+    assert_same_bytes(quantize(q.dequantize(), format, block_size=8, scales=scales, search=False), q)
     assert_within_bound(weight, q)
 
 

@@ -8,7 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import HalfLinear, Linear4Bit, LoRA, LoRALinear, convert, merge, quantize
+from lowmem import (
+    FourBit,
+    HalfLinear,
+    Linear4Bit,
+    LoRA,
+    LoRALinear,
+    convert,
+    load_adapter,
+    merge,
+    quantize,
+    save_adapter,
+)
 from tests import strategies
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
@@ -64,6 +75,26 @@ def test_a_fresh_adapter_folds_to_nothing_whatever_the_model_was_cast_to(base):
         warnings.simplefilter("ignore")
         merged = merge(layer).state_dict()
     assert all(torch.equal(merged[name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize("search", [False, True], ids=["absmax", "search"])
+@pytest.mark.parametrize("scales", ["float16", "float32", "double"])
+@pytest.mark.parametrize("format", ["nf4", "bof4s", "fp4", "int4"])
+def test_merging_a_fresh_adapter_into_4_bits_changes_no_byte_and_refuses_no_other(format, scales, search, tmp_path):
+    """Also in rows with an outlier, whose other blocks lie far below one step of ``double`` scales."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight[:4, 5] = 1e4
+    convert(model, FourBit(format, 16, scales, search=search), LoRA(2))
+    save_adapter(model, tmp_path / "other.safetensors")
+    stored = copy.deepcopy([model[0].base.state_dict(), model[1].base.state_dict()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merge(model)
+    for layer, before in zip(model, stored, strict=True):
+        assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    load_adapter(model, tmp_path / "other.safetensors")
 
 
 def test_merge_leaves_the_rest_of_the_model_and_the_modes_alone():

@@ -1,12 +1,16 @@
 """Quantizing chooses, weighs and measures; what is stored is tested with blockwise."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
-from lowmem import quantize
+from lowmem import Half, quantize
 from lowmem.quantizing import quantize_again, relative_error
 from tests import strategies
+from tests.compiled import assert_same_bytes
 
 
 @given(strategies.weights(), strategies.formats, strategies.block_sizes, strategies.encodings)
@@ -16,6 +20,27 @@ def test_quantizing_again_does_it_the_same_way(weight, format, block_size, scale
         again = quantize_again(q, weight)
         assert torch.equal(again.packed, q.packed)
         assert again.method == q.method
+
+
+@given(
+    strategies.weights(min_dims=2, max_dims=2),
+    strategies.formats,
+    strategies.block_sizes,
+    strategies.encodings,
+    st.booleans(),
+)
+def test_rows_that_are_what_was_stored_keep_their_bytes(weight, format, block_size, scales, search):
+    q = quantize(weight, format, block_size=block_size, scales=scales, search=search)
+    again = quantize_again(q, q.dequantize(torch.float64))
+    assert_same_bytes(again, q)
+    assert again.method == q.method
+    changed = q.dequantize()
+    changed[0] += 1
+    again = quantize_again(q, changed)
+    first = quantize(changed[:1], format, block_size=block_size, scales=scales, search=search)
+    assert_same_bytes(replace(again, packed=again.packed[:1], scales=again.scales[:1]), first)
+    assert torch.equal(again.packed[1:], q.packed[1:])
+    assert torch.equal(again.scales[1:].view(torch.uint8), q.scales[1:].view(torch.uint8))
 
 
 @given(strategies.weights(), strategies.formats)
@@ -46,3 +71,12 @@ def test_the_relative_error_of_what_is_stored_in_16_bits():
     assert relative_error(weight, weight.half()) == float(f"{expected:.4g}")
     conv = weight.view(300, 10, 10, 10)
     assert relative_error(conv, quantize(weight)) == relative_error(weight, quantize(weight))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_is_named_with_its_remedy(layout):
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    for refusing in (quantize, Half().store):
+        with pytest.raises(TypeError, match=rf"weight is a nested tensor \(layout={layout}\).*weight.unbind"):
+            refusing(nested)

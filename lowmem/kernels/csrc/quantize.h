@@ -123,7 +123,8 @@ static float LEVEL(searched)(const struct quantizing *q, const float *x, int64_t
     return importance ? LEVEL(best)(q, x, importance, n, top, 0, 1) : LEVEL(best)(q, x, NULL, n, top, 0, 0);
 }
 
-/* Double quantization of n scales: bytes that count steps of the row's, which the two bytes behind them hold. */
+/* Double quantization of n scales: bytes that count steps of the row's, which the two bytes behind them hold. A scale
+ * below one step is stored as one step, positive: its block has no weight at an end, and so no sign to find again. */
 INLINE void LEVEL(encode_double)(float *scales, int64_t n, const int has_sign, uint8_t *out)
 {
     const float most = has_sign ? 127.0f : 255.0f, raise = has_sign ? (float)(127 * (1 + 0x1p-20)) : (float)(255 * (1 + 0x1p-20));
@@ -138,7 +139,7 @@ INLINE void LEVEL(encode_double)(float *scales, int64_t n, const int has_sign, u
         int steps = raised >= most ? (int)most : raised < 1.0f ? 1 : (int)raised;
         if (scales[b] == 0.0f || row_scale == 0.0f)
             steps = 0;
-        out[b] = (uint8_t)(steps + (has_sign && scales[b] < 0.0f ? 128 : 0));
+        out[b] = (uint8_t)(steps + (has_sign && scales[b] < 0.0f && raised >= 1.0f && steps ? 128 : 0));
         scales[b] = (has_sign ? signed_steps(out[b]) : (float)steps) * row_scale / most;
     }
 }
@@ -153,7 +154,8 @@ static void LEVEL(encode)(const struct weight *w, float *scales, uint8_t *out)
         memcpy(out, scales, (size_t)n * sizeof *scales);
     } else if (w->encoding == SCALES_FLOAT16) {
         for (int64_t b = 0; b < n; b++) {
-            const uint16_t bits = float_to_half_below(scales[b]);
+            uint16_t bits = float_to_half_below(scales[b]);
+            bits = bits == 0x8000 ? 0 : bits; /* a zero gets no sign */
             memcpy(out + 2 * b, &bits, 2);
             scales[b] = half_to_float(bits);
         }
@@ -166,6 +168,15 @@ static void LEVEL(encode)(const struct weight *w, float *scales, uint8_t *out)
         scales[b] = LEVEL(divisor)(scales[b]);
 }
 
+/* Whether all weights of a block have one code. */
+INLINE int LEVEL(all_equal)(const uint8_t *codes, int64_t n, uint8_t code)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (codes[i] != code)
+            return 0;
+    return 1;
+}
+
 /* Quantize some rows; `own` is scratch for the scales of a row and the codes of a block. Returns whether all weights are
  * finite and no magnitude is above the largest; if not, nothing that was written counts. */
 static int LEVEL(quantize)(const struct quantizing *q, int64_t from, int64_t to, uint8_t *own)
@@ -175,9 +186,11 @@ static int LEVEL(quantize)(const struct quantizing *q, int64_t from, int64_t to,
     const B boundaries = boundaries_load(q->boundaries);
     float *scales = (float *)own;
     uint8_t *codes = own + round_up(w->blocks, MAX_LANES) * (int64_t)sizeof(float);
+    const int is_double = w->encoding >= SCALES_DOUBLE;
+    const int has_zero = w->levels[q->zero] == 0.0f;
     for (int64_t r = from; r < to; r++) {
         const float *x = q->x + r * w->columns;
-        uint8_t *packed = q->packed + r * w->row_bytes;
+        uint8_t *packed = q->packed + r * w->row_bytes, *stored = q->scales + r * q->scale_bytes;
         for (int64_t b = 0; b < w->blocks; b++) {
             const int64_t n = smaller(size, w->columns - b * size);
             const uint32_t largest = LEVEL(largest)(x + b * size, n);
@@ -188,7 +201,7 @@ static int LEVEL(quantize)(const struct quantizing *q, int64_t from, int64_t to,
             if (q->tried)
                 scales[b] = LEVEL(searched)(q, x + b * size, b * size, n, scales[b]);
         }
-        LEVEL(encode)(w, scales, q->scales + r * q->scale_bytes);
+        LEVEL(encode)(w, scales, stored);
         for (int64_t b = 0; b < w->blocks; b++, x += size) {
             const int64_t n = smaller(size, w->columns - b * size), half = (n + 1) / 2;
             const V divisor = v_set1(scales[b]);
@@ -199,6 +212,9 @@ static int LEVEL(quantize)(const struct quantizing *q, int64_t from, int64_t to,
                 codes_store(codes + i, v_code(boundaries, v_div(LEVEL(first)(x + i, n - i), divisor)));
             if (n % 2)
                 codes[n] = (uint8_t)q->zero;
+            /* Weights far below one step are all zero: so is their scale, as that of the zeros they are restored to. */
+            if (is_double && has_zero && stored[b] == 1 && LEVEL(all_equal)(codes, n, (uint8_t)q->zero))
+                stored[b] = 0;
             for (int64_t j = 0; j < half; j++)
                 packed[b * w->half + j] = (uint8_t)(codes[j] | codes[half + j] << 4);
         }
