@@ -148,7 +148,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device | None = None) ->
 
 
 def difference(base: Tensor, other: Tensor) -> Difference:
-    """Compare two outputs of one shape, in float64.
+    """Compare two outputs of one shape, in float64, or in complex128 where one is complex.
 
     Raises:
         ValueError: their shapes differ.
@@ -157,8 +157,9 @@ def difference(base: Tensor, other: Tensor) -> Difference:
         raise ValueError(f"shapes {tuple(base.shape)} and {tuple(other.shape)} cannot be compared")
     if base.numel() == 0:
         return Difference(0.0, 0.0, 0.0)
-    base = base.detach().double()
-    error = (base - other.detach().double()).abs()
+    wide = torch.complex128 if base.is_complex() or other.is_complex() else torch.float64
+    base = base.detach().to(wide)
+    error = (base - other.detach().to(wide)).abs()
     norm = float(base.norm())
     relative = float(error.norm()) / norm if norm else float(error.norm())
     return Difference(float(error.max()), float(error.mean()), relative)

@@ -50,6 +50,26 @@ def test_outputs_that_are_not_finite_fail(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)[0]["max_difference"] is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_imaginary_parts_count(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "compare_complex.py").write_text(
+        "from torch import nn\n"
+        "class Complex(nn.Module):\n"
+        "    factor = 1j\n"
+        "    def forward(self, x):\n"
+        "        return x + self.factor\n"
+        "class Other(Complex):\n"
+        "    factor = 3j\n"
+    )
+    models = "compare_complex:Complex", "compare_complex:Other"
+    assert main(["compare", *models, "--json", "--tolerance", "1.9"]) == 1
+    found = json.loads(capsys.readouterr().out)[0]
+    assert found["max_difference"] == pytest.approx(2)
+    assert found["mean_difference"] == pytest.approx(2)
+
+
 def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

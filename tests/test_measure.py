@@ -1,5 +1,6 @@
 """The measured bytes are exact: against arithmetic, torch's profiler, and the resident memory of a process."""
 
+import math
 import subprocess
 import sys
 import textwrap
@@ -293,6 +294,17 @@ def test_difference_by_hand():
     zero = measure.difference(torch.zeros(2), torch.tensor([0.0, 2.0]))
     assert (zero.max, zero.relative) == (2.0, 2.0)
     assert measure.difference(torch.zeros(0, 3), torch.zeros(0, 3)).max == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_differences_of_complex_outputs_count_both_parts(dtype):
+    base = torch.tensor([3 + 4j, 0], dtype=dtype)
+    found = measure.difference(base, base + torch.tensor([0, 3 - 4j], dtype=dtype))
+    assert (found.max, found.mean, found.relative) == (5, 2.5, 1)
+    assert measure.difference(base, base.conj()).max == 8
+    assert measure.difference(base.real.clone(), base).max == measure.difference(base, base.real.clone()).max == 4
+    assert measure.difference(torch.zeros(1, dtype=dtype), torch.tensor([2j], dtype=dtype)).relative == 2
+    assert math.isnan(measure.difference(base, base * complex(1, math.nan)).max)
 
 
 def test_difference_of_two_shapes_is_refused():
