@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lowmem.adapters import adapter_layers, adapter_names, add_adapter, check_name
 from lowmem.checkpoint import base_of, how_stored
+from lowmem.convert import one_at_a_time
 from lowmem.files import printable, refusal, show
+from lowmem.fourbit import format_keys
 from lowmem.frozen import FrozenStorage
 from lowmem.lora import LoRA, LoRALinear
 from lowmem.records import adapter_record, check_keys, check_object, lora_of, record_errors
@@ -22,6 +24,7 @@ from lowmem.tensorfile import read, write_tensors
 __all__ = ["fingerprint", "load_adapter", "save_adapter"]
 
 
+@one_at_a_time
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
     """Save one adapter of a model, without its base, as a safetensors file: whole, or not at all.
 
@@ -51,6 +54,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     write_tensors(path, tensors, metadata)
 
 
+@one_at_a_time
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
     """Load an adapter onto the base that it was trained on.
 
@@ -107,6 +111,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     return model
 
 
+@one_at_a_time
 def fingerprint(model: nn.Module, paths: list[str]) -> str:
     """Return the SHA-256 of what the layers at these paths store without their adapters, and of how they store it."""
     by_path = {place: module for module, all_paths in places(model).items() for place in all_paths}
@@ -116,7 +121,10 @@ def fingerprint(model: nn.Module, paths: list[str]) -> str:
         record = how_stored(base) if isinstance(base, FrozenStorage) else {}
         record.pop("method", None)  # the same bytes, however they were found
         sha256.update(repr((path, sorted(record.items()))).encode())
+        recorded = format_keys(base)
         for name, value in sorted(base.state_dict().items()):
+            if name in recorded:
+                continue
             content = value.detach().cpu().contiguous()
             sha256.update(repr((name, str(content.dtype), tuple(content.shape))).encode())
             sha256.update(content.flatten().view(torch.uint8).numpy().data)

@@ -1,7 +1,8 @@
 """Several adapters by name on one base: add, activate, deactivate, delete, and merge one and take it back.
 
 An adapter's name is one over the whole model; a layer may have it or not. Every function checks all of the
-model before it changes any of it.
+model before it changes any of it. Several threads may call them: each call waits for the one before it. A forward
+that runs meanwhile may use the layers as they were before or after, and some of both.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import cast
 
 from torch import nn
 
-from lowmem.convert import freeze_all_but_adapters, swap
+from lowmem.convert import freeze_all_but_adapters, one_at_a_time, swap
 from lowmem.lora import Adapter, LoRA, LoRALinear
 from lowmem.merge import adapted_layers, fold
 from lowmem.registry import chosen, layer_name, nothing_found, why_left
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 
+@one_at_a_time
 def add_adapter(
     model: nn.Module,
     name: str,
@@ -83,16 +85,19 @@ def add_adapter(
     return model
 
 
+@one_at_a_time
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the model's adapters, in the order of its layers and of what was added; none is []."""
     return list(dict.fromkeys(name for layer in adapted_layers(model) for name in layer.adapters))
 
 
+@one_at_a_time
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the adapters that the output holds: the active ones, and the merged one."""
     return list(dict.fromkeys(name for layer in adapted_layers(model) for name in layer.in_use))
 
 
+@one_at_a_time
 def adapter_layers(model: nn.Module, name: str) -> dict[str, Adapter]:
     """Return one adapter's part in every layer that has it, by the layer's first path.
 
@@ -107,6 +112,7 @@ def adapter_layers(model: nn.Module, name: str) -> dict[str, Adapter]:
     return {path: cast(Adapter, layer.adapters[name]) for layer, path in layers.items() if name in layer.adapters}
 
 
+@one_at_a_time
 def activate(model: nn.Module, *names: str) -> None:
     """Let adapters add their update, beside those that are active already. No name: all of them.
 
@@ -121,6 +127,7 @@ def activate(model: nn.Module, *names: str) -> None:
         layer.active = tuple(name for name in layer.adapters if name in chosen_names)
 
 
+@one_at_a_time
 def deactivate(model: nn.Module, *names: str) -> None:
     """Let adapters add nothing, and cost nothing. They keep their values. No name: all of them.
 
@@ -134,6 +141,7 @@ def deactivate(model: nn.Module, *names: str) -> None:
         layer.active = tuple(name for name in layer.active if names and name not in names)
 
 
+@one_at_a_time
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     """Remove an adapter. Where it was a layer's last, the base takes the layer's place again, with its hooks.
 
@@ -149,11 +157,12 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     model = swap(model, {layer: layer.base for layer in layers if [*layer.adapters] == [name]})
     for layer in adapted_layers(model):
         if name in layer.adapters:
-            del layer.adapters[name]
             layer.active = tuple(other for other in layer.active if other != name)
+            del layer.adapters[name]  # last: a forward in another thread asks for the active ones
     return model
 
 
+@one_at_a_time
 def merge_adapter(model: nn.Module, name: str) -> None:
     """Compute with a copy of every base that has the adapter folded in: ``W + (alpha / rank) B A``.
 
@@ -178,6 +187,7 @@ def merge_adapter(model: nn.Module, name: str) -> None:
             layer.merged, layer.merged_base = name, copies[layer]
 
 
+@one_at_a_time
 def unmerge_adapter(model: nn.Module) -> None:
     """Undo ``merge_adapter``, bit for bit: the kept bases compute again, and the copies are gone.
 

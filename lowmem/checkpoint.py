@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.files import refusal, show
-from lowmem.fourbit import FourBit, FourBitStorage
+from lowmem.fourbit import FourBit, FourBitStorage, format_keys
 from lowmem.frozen import FrozenStorage
 from lowmem.half import Half
 from lowmem.lora import LoRALinear
@@ -45,7 +45,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     layers = {module: paths[0] for module, paths in places(model).items() if type(module) in MADE_BY}
+    recorded = format_keys(model)  # of what ``layers`` says below
     for name, value in model.state_dict(keep_vars=True).items():
+        if name in recorded:
+            continue
         if not isinstance(value, Tensor):
             raise ValueError(f"state {show(name)} is a {type(value).__name__}, no tensor: safetensors cannot hold it")
         if id(value) not in seen:

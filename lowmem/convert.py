@@ -5,9 +5,11 @@ Nothing of the model changes until every replacement exists, so an error leaves 
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
@@ -34,11 +36,27 @@ __all__ = [
     "freeze_all_but_adapters",
     "keep_ties",
     "layers_to_convert",
+    "one_at_a_time",
     "rebuild",
     "stored_weight",
     "swap",
     "weight_key",
 ]
+
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+_CHANGING = threading.RLock()  # held by whoever changes which modules a model has
+
+
+def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let no two threads be inside such functions at once: each finds a model that none is changing."""
+
+    @wraps(function)
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with _CHANGING:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 def convert(
@@ -205,9 +223,20 @@ def rebuild(
     return built
 
 
+@one_at_a_time
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Put every replacement where its layer stands. This step does not fail, so a model is never half changed."""
+    """Put every replacement where its layer stands: all of them or, where another thread took one's layer, none.
+
+    Raises:
+        RuntimeError: a layer is not in the model any more. The model is left as it is.
+    """
     found = places(model)
+    gone = [type(old).__name__ for old in replacements if old not in found]
+    if gone:
+        raise RuntimeError(
+            f"{len(gone)} layers ({gone[0]}) left {type(model).__name__} meanwhile: another thread converted or "
+            "adapted it; change a model from one thread, or one after the other"
+        )
     for old, new in replacements.items():
         if old._is_full_backward_hook is not None:
             new._is_full_backward_hook = old._is_full_backward_hook

@@ -11,8 +11,9 @@ from torch.nn.functional import embedding
 
 from lowmem.blockwise import QuantizedTensor, row_chunks
 from lowmem.fourbit import FourBit, FourBitStorage, FourBitStore
-from lowmem.frozen import FrozenStorage, freeze, is_plain_call
+from lowmem.frozen import FrozenStorage, exports_to_onnx, freeze, is_jit_tracing, is_plain_call, refuse_nested
 from lowmem.half import Half, HalfStore
+from lowmem.kernels import ops
 
 __all__ = ["Embedding4Bit", "HalfEmbedding"]
 
@@ -45,7 +46,10 @@ class _Embedding(FrozenStorage):
 
         Raises:
             IndexError, RuntimeError: indices out of range, or of another dtype, as nn.Embedding raises.
+            TypeError: a nested tensor, but for a jagged one where rows are stored in 16 bits.
         """
+        if input.layout is torch.strided:
+            refuse_nested(input)
         chunks = list(row_chunks(input.numel(), self.embedding_dim, _BYTES)) if is_plain_call(input) else []
         if len(chunks) <= 1:  # a compiler or a transform sees no loop, and needs none
             return self.rows(input)
@@ -130,11 +134,17 @@ class Embedding4Bit(_Embedding, FourBitStorage):
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows (..., embedding_dim) of indices (...), restored."""
+        refuse_nested(indices, "input")
         table = self.quantized
         packed, scales = (
             embedding(indices, table.packed),
             embedding(indices, table.scales),
         )  # (..., bytes), (..., blocks)
+        if is_jit_tracing():
+            exports_to_onnx(table)
+            packed, scales = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (packed, scales))
+            restored = ops.restore_rows(replace(table, packed=packed, scales=scales), self.dtype)
+            return restored.view(*indices.shape, self.embedding_dim)
         shape = torch.Size((*indices.shape, self.embedding_dim))
         gathered = replace(table, packed=packed, scales=scales, shape=shape)
         if is_plain_call(indices):

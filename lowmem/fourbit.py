@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from lowmem.blockwise import QuantizedTensor
 from lowmem.formats import get_format
@@ -16,7 +18,7 @@ from lowmem.packing import check_block_size
 from lowmem.quantizing import method_of, quantize
 from lowmem.scales import get_encoding
 
-__all__ = ["FourBit", "FourBitStorage", "FourBitStore", "Linear4Bit"]
+__all__ = ["FourBit", "FourBitStorage", "FourBitStore", "Linear4Bit", "format_keys"]
 
 FourBitStore: TypeAlias = Callable[[Tensor, str], QuantizedTensor]
 """What turns a weight, named for errors, into a stored one: ``FourBit.store``, or another in its place."""
@@ -88,6 +90,18 @@ class FourBit:
         )
 
 
+def format_keys(model: nn.Module) -> set[str]:
+    """Return the keys of a model's state that say the format of 4-bit layers; lowmem's files say it otherwise."""
+    layers = model.named_modules(remove_duplicate=False)
+    return {f"{path}.{_EXTRA_STATE_KEY_SUFFIX}".lstrip(".") for path, m in layers if isinstance(m, FourBitStorage)}
+
+
+def _format_of(state: Any) -> str:
+    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1:
+        return bytes(state.tolist()).decode(errors="replace")
+    return f"something else than a format ({type(state).__name__})"
+
+
 def _freeze(weight: QuantizedTensor) -> QuantizedTensor:
     return replace(weight, packed=freeze(weight.packed), scales=freeze(weight.scales))
 
@@ -104,7 +118,7 @@ class FourBitStorage(FrozenStorage):
     def __init__(self, weight: QuantizedTensor) -> None:
         super().__init__()
         self.format, self.block_size, self.scale_encoding = weight.format, weight.block_size, weight.scale_encoding
-        # torch keeps a module's version beside its state: loading codes into another format is an error, not noise.
+        # torch keeps a module's version beside its state, where a plain dict has no place for it.
         self._version = f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"  # type: ignore[assignment]
         self.packed, self.scales = freeze(weight.packed), freeze(weight.scales)
         self._quantized = replace(weight, packed=self.packed, scales=self.scales)  # made once: calls are frequent
@@ -116,6 +130,34 @@ class FourBitStorage(FrozenStorage):
         if known.packed is not stored.get("packed") or known.scales is not stored.get("scales"):
             self._quantized = known = replace(known, packed=self.packed, scales=self.scales)
         return known
+
+    def get_extra_state(self) -> Tensor:
+        """Return the format as bytes of text: a tensor, so that it goes wherever the state goes, safetensors too."""
+        return torch.tensor(list(str(self._version).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Do nothing: a layer's format never changes, and that of a state is checked before any of it is loaded."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Refuse codes of another format; warn where nothing says of which they are. States of before had no key."""
+        key, own = prefix + _EXTRA_STATE_KEY_SUFFIX, str(self._version)
+        missing, errors = rest[-3], rest[-1]
+        found = _format_of(state_dict[key]) if key in state_dict else local_metadata.get("version")
+        if isinstance(found, str) and found != own:
+            errors.append(f"{prefix.rstrip('.') or 'the layer'} stores {own}; the state holds {found}")
+            return
+        if not isinstance(found, str) and prefix + "packed" in state_dict:
+            warnings.warn(
+                f"nothing in the state says how its 4-bit codes are stored: they are taken for {own}, and are noise "
+                "if they are not; load what this version's state_dict() gives, or a file with lowmem.load",
+                UserWarning,
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if key in missing:
+            missing.remove(key)
 
     @property
     def weight_count(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,18 @@ from lowmem.blockwise import QuantizedTensor
 from lowmem.int8 import float_dtype
 from lowmem.kernels import ops
 
-__all__ = ["FrozenStorage", "autocast", "autocasts", "freeze", "frozen_linear", "is_observed", "is_plain_call"]
+__all__ = [
+    "FrozenStorage",
+    "autocast",
+    "autocasts",
+    "exports_to_onnx",
+    "freeze",
+    "frozen_linear",
+    "is_jit_tracing",
+    "is_observed",
+    "is_plain_call",
+    "refuse_nested",
+]
 
 
 def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -31,11 +42,15 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
 
     Raises:
         RuntimeError: a wrong last dimension or dtype, as nn.Linear raises.
+        TypeError: a nested tensor.
     """
     plain = is_plain_call(x, bias)
-    if plain and x.dim() == 2:
+    if plain and x.dim() == 2 and not x.is_nested:
         out = kernels.linear(x, weight, dtype, bias)
         return out if dtype is x.dtype else out.to(x.dtype)
+    if is_jit_tracing():
+        return _traced_linear(x, weight, dtype, bias)
+    refuse_nested(x)
     out_features, in_features = weight.shape
     if not x.is_floating_point():
         raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
@@ -50,18 +65,56 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
+def _traced_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """Do what ``frozen_linear`` does for torch.jit.trace, which records sizes: none decides anything here."""
+    if exports_to_onnx(weight):
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(
+            x.dtype
+        )
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # (batch, in)
+    out = ops.product(rows, weight, dtype, False)
+    out = (out if bias is None else out + bias.to(out.dtype)).to(x.dtype)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def exports_to_onnx(weight: kernels.Weight) -> TypeGuard[Tensor]:
+    """Whether torch's older exporter to ONNX traces a call with a 16-bit weight, which it can hold.
+
+    Raises:
+        RuntimeError: it traces one with a 4-bit weight, for which it has no operator.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return False
+    if isinstance(weight, QuantizedTensor):
+        raise RuntimeError(
+            "torch.onnx.export(..., dynamo=False) cannot write 4-bit layers: export the model before convert, and "
+            "quantize the ONNX file; or use torch.export, or torch.jit.trace"
+        )
+    return True
+
+
+def refuse_nested(x: Tensor, name: str = "input") -> None:
+    """Raise a TypeError for a nested tensor, which has no shape that a product could take."""
+    if x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor (layout={x.layout}): pad it with torch.nested.to_padded_tensor({name}, 0.0), "
+            f"or take each of {name}.unbind()"
+        )
+
+
 _PLAIN = (Tensor, nn.Parameter)
-_is_compiling, _transforms, _trains, autocasts = (  # asked in every call: faster than attributes of attributes
+_is_compiling, _transforms, _trains, autocasts, is_jit_tracing = (  # asked in every call: faster than by attributes
     torch.compiler.is_compiling,
     torch._C._are_functorch_transforms_active,
     torch.is_grad_enabled,
     torch.is_autocast_enabled,
+    torch._C._is_tracing,
 )
 
 
 def is_plain_call(*tensors: Tensor | None) -> bool:
     """Whether nothing differentiates, transforms or traces a call, so that autograd can be left out."""
-    if _is_compiling() or _transforms() or forward_ad._current_level >= 0:
+    if _is_compiling() or _transforms() or is_jit_tracing() or forward_ad._current_level >= 0:
         return False
     trains = _trains()
     for tensor in tensors:
@@ -179,11 +232,8 @@ class FrozenStorage(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Refuse stored tensors of another dtype, or of another format as far as the state says."""
+        """Refuse stored tensors of another dtype."""
         wrong = []
-        version = local_metadata.get("version")
-        if isinstance(version, str) and version != str(self._version):
-            wrong.append(f"{prefix.rstrip('.') or 'the layer'} stores {self._version}; the state holds {version}")
         for name in self.stored:
             own, given = getattr(self, name), state_dict.get(prefix + name)
             if isinstance(given, Tensor) and own is not None and given.dtype != own.dtype:

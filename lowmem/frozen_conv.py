@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn import grad as gradients
 
 from lowmem.blockwise import QuantizedTensor, row_chunks
-from lowmem.frozen import is_plain_call
+from lowmem.frozen import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
 from lowmem.kernels import Weight
 
 __all__ = ["Geometry", "frozen_conv"]
@@ -93,7 +93,33 @@ def frozen_conv(
 
     Raises:
         RuntimeError: a wrong shape or dtype, as nn.Conv2d raises.
+        TypeError: a nested tensor.
     """
+    dims, tracing = len(geometry.kernel), is_jit_tracing()  # which records sizes: none decides anything then
+    if not tracing:
+        _check_input(x, geometry)
+    batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    if geometry.around:
+        batch = functional.pad(batch, geometry.around, geometry.mode)
+    if not tracing and min(geometry.output_size(batch.shape[2:])) < 1:
+        raise RuntimeError(f"input.shape={tuple(x.shape)} is smaller than the kernel {geometry.kernel}")
+    if tracing and exports_to_onnx(weight):
+        added = None if bias is None else bias.to(dtype)
+        kernel = _restore(weight, slice(None), geometry, dtype)
+        wide: Tensor = _CONVOLUTIONS[dims](batch.to(dtype), kernel, added, *geometry.arguments, geometry.groups)
+        out = wide.to(x.dtype)
+    elif is_plain_call(batch, bias):
+        out = _convolve(batch, weight, geometry, dtype, bias)
+    else:
+        # A transform inside of a compiled function sees plain torch: an operator has no forward-mode derivative.
+        traced = tracing or (torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active())
+        out = (_operator if traced else _apply)(batch, weight, geometry, dtype, None)
+        out = out if bias is None else out + bias.to(x.dtype).view(-1, *[1] * dims)
+    return out if x.dim() == dims + 2 else out.squeeze(0)
+
+
+def _check_input(x: Tensor, geometry: Geometry) -> None:
+    refuse_nested(x)
     dims = len(geometry.kernel)
     if not x.is_floating_point():
         raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
@@ -103,19 +129,6 @@ def frozen_conv(
             f"input.shape={tuple(x.shape)} must be (batch, in_channels, {sizes}) or (in_channels, {sizes}), "
             f"with in_channels={geometry.in_channels}"
         )
-    batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
-    if geometry.around:
-        batch = functional.pad(batch, geometry.around, geometry.mode)
-    if min(geometry.output_size(batch.shape[2:])) < 1:
-        raise RuntimeError(f"input.shape={tuple(x.shape)} is smaller than the kernel {geometry.kernel}")
-    if is_plain_call(batch, bias):
-        out = _convolve(batch, weight, geometry, dtype, bias)
-    else:
-        # A transform inside of a compiled function sees plain torch: an operator has no forward-mode derivative.
-        traced = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-        out = (_operator if traced else _apply)(batch, weight, geometry, dtype, None)
-        out = out if bias is None else out + bias.to(x.dtype).view(-1, *[1] * dims)
-    return out if x.dim() == dims + 2 else out.squeeze(0)
 
 
 def _convolve(

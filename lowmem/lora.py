@@ -7,7 +7,6 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685,
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,12 +16,15 @@ from torch import Tensor, nn
 
 from lowmem import kernels
 from lowmem.fourbit import Linear4Bit
-from lowmem.frozen import autocasts, is_observed, is_plain_call
+from lowmem.frozen import autocasts, is_observed, is_plain_call, refuse_nested
 from lowmem.half import HalfLinear, round_to
 from lowmem.kernels import reference
 from lowmem.quantizing import quantize_again
 
 __all__ = ["Adapter", "LoRA", "LoRALinear"]
+
+
+_LARGEST_ALPHA = torch.finfo(torch.float32).max  # updates are scaled in float32
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class LoRA:
         dropout: of the update's input, in [0, 1).
 
     Raises:
-        ValueError: a rank that is not a positive integer, an alpha that is not a positive finite
-            number, or a dropout outside [0, 1).
+        ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
+            float32 can hold, or a dropout outside [0, 1).
     """
 
     rank: int = 16
@@ -46,8 +48,11 @@ class LoRA:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"rank={self.rank!r} must be a positive integer")
-        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha <= sys.float_info.max):
-            raise ValueError(f"alpha={self.alpha!r} must be a positive number, or None for the rank")
+        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha <= _LARGEST_ALPHA):
+            raise ValueError(
+                f"alpha={self.alpha!r} must be a positive number, at most float32's largest ({_LARGEST_ALPHA:.6g}), "
+                "or None for the rank"
+            )
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
 
@@ -86,6 +91,8 @@ class Adapter(nn.Module):
         x = x if x.dtype is a.dtype else x.to(a.dtype)
         if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
             x = dropout(x)
+        if x.dim() != 2:
+            refuse_nested(x)
         wide = out if out.dim() == 2 else out.reshape(-1, b.shape[0])  # (batch, out)
         rows = x if x.dim() == 2 else x.reshape(-1, a.shape[1])  # (batch, in)
         if autocasts("cpu" if x.is_cpu else x.device.type):  # which would narrow a sum with the base
@@ -241,7 +248,7 @@ def _at_once(base: nn.Module | None, adapter: nn.Module | None, x: Tensor) -> Te
         or "bias" not in bases  # something wraps the layers
         or "forward" in own
         or not is_plain_call(x, bases["bias"], a, b)
-        or not (x.dtype is a.dtype is b.dtype is torch.float32 and x.dim() == 2)
+        or not (x.dtype is a.dtype is b.dtype is torch.float32 and x.dim() == 2 and not x.is_nested)
         or not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
         or autocasts("cpu" if x.is_cpu else x.device.type)
         or is_observed(base)

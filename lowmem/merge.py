@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from lowmem.convert import swap
+from lowmem.convert import one_at_a_time, swap
 from lowmem.fourbit import Linear4Bit
 from lowmem.lora import LoRALinear
 from lowmem.registry import layer_name, places
@@ -15,6 +15,7 @@ from lowmem.registry import layer_name, places
 __all__ = ["adapted_layers", "fold", "merge"]
 
 
+@one_at_a_time
 def merge(model: nn.Module) -> nn.Module:
     """Fold the active adapters into their base for good: ``W + (alpha / rank) B A``.
 
@@ -74,6 +75,6 @@ def fold(model: nn.Module, names: Callable[[LoRALinear], Sequence[str]]) -> dict
         warnings.warn(
             f"merge quantized {len(errors)} adapted weights to 4 bits again: that adds a relative error of "
             f"{sum(errors.values()) / len(errors):.3g} on average, at most {errors[worst]:.3g} ({worst})",
-            stacklevel=3,
+            stacklevel=4,  # the caller of what one_at_a_time wraps
         )
     return folded

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    _EXTRA_STATE_KEY_SUFFIX,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowmem.convert import freeze_all_but_adapters, swap, weight_key
 from lowmem.files import printable, show
-from lowmem.fourbit import FourBit
+from lowmem.fourbit import FourBit, format_keys
 from lowmem.half import Half
 from lowmem.lora import Adapter, LoRA, LoRALinear
 from lowmem.records import adapters_of, check_object, record_errors, technique_of
@@ -53,7 +57,7 @@ def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors
     if not isinstance(model, nn.Module):
         raise TypeError(f"factory returned a {type(model).__name__}, not a torch.nn.Module")
     if not any(module in made for module in model.modules()) and any(True for _ in model.parameters()):
-        raise ValueError("the factory returned a model that was there before, and must make one")
+        raise ValueError("the factory returned a model that was there before, or a copy of one, and must make one")
     try:
         return _shells(model, metadata, tensors)
     except TypeError as reason:
@@ -64,7 +68,8 @@ def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors
 def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
     """Put every parameter on the meta device as a module takes it; what two modules take stays one parameter.
 
-    The modules that took any are gathered in ``made``.
+    The modules that took a parameter or a module are gathered in ``made``: not all that are new, since copies
+    (the layers of an nn.TransformerEncoder) take nothing.
     """
     known: Any = WeakTensorKeyDictionary()
 
@@ -77,11 +82,11 @@ def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
         found: nn.Parameter = known[parameter]
         return found
 
-    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
-    try:
+    with (
+        register_module_parameter_registration_hook(to_meta),  # type: ignore[arg-type]
+        register_module_module_registration_hook(lambda module, *_: made.add(module)),
+    ):
         yield
-    finally:
-        handle.remove()
 
 
 def _shells(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -214,7 +219,10 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     names: dict[int, list[str]] = {}
     own: dict[int, Tensor] = {}
     extra_states: list[str] = []
+    recorded = format_keys(model)  # the shells are of the formats that the file records
     for name, value in model.state_dict(keep_vars=True).items():
+        if name in recorded:
+            continue
         if name.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX:
             extra_states.append(name)
         elif not isinstance(value, Tensor) or is_lazy(value):

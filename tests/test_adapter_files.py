@@ -6,6 +6,7 @@ from torch import nn
 
 import lowmem
 from lowmem import FourBit, LoRA, convert, load_adapter, save_adapter
+from lowmem.adapter_files import fingerprint
 from lowmem.header import FileError
 from lowmem.tensorfile import read, write_tensors
 from tests.models import INDICES, TECHNIQUES, small
@@ -184,3 +185,38 @@ def test_the_root_itself_can_be_adapted(tmp_path):
     expected = layer(torch.ones(1, 16))
     loaded = load_adapter(layer.base, tmp_path / "a")
     assert torch.equal(loaded(torch.ones(1, 16)), expected)
+
+
+class Holds(nn.Module):
+    """A layer that stores one tensor under a name."""
+
+    def __init__(self, name: str, value: torch.Tensor):
+        super().__init__()
+        self.register_buffer(name, value)
+
+
+BYTES = torch.arange(6, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("other", BYTES.view(2, 3)),
+        ("a", BYTES.view(3, 2)),
+        ("a", BYTES),
+        ("a", BYTES.view(2, 3).view(torch.int8)),
+        ("a", BYTES.view(2, 3) + 1),
+    ],
+    ids=["name", "shape", "dimensions", "dtype", "bytes"],
+)
+def test_the_fingerprint_of_a_base_is_of_each_tensor_s_name_shape_dtype_and_bytes(name, value):
+    of = lambda *stored: fingerprint(nn.Sequential(Holds(*stored)), ["0"])  # noqa: E731
+    assert of(name, value) != of("a", BYTES.view(2, 3)) == of("a", BYTES.clone().view(2, 3))
+
+
+def test_the_fingerprint_is_of_the_layers_paths_and_of_those_named_alone():
+    one, other = (Holds("a", value) for value in (BYTES, BYTES + 1))
+    first = fingerprint(nn.Sequential(one, other), ["0"])
+    assert fingerprint(nn.Sequential(other, one), ["1"]) != first
+    assert fingerprint(nn.Sequential(one, one), ["0"]) == first
+    assert fingerprint(nn.Sequential(one, other), ["0", "1"]) != first

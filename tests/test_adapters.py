@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 import warnings
 from functools import partial
 
@@ -14,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, LoRA, LoRALinear, convert, merge
+from lowmem import FourBit, Half, LoRA, LoRALinear, convert, load_adapter, merge, save_adapter
 from lowmem.adapters import (
     activate,
     active_adapters,
@@ -553,3 +554,67 @@ def test_an_adapter_that_cannot_be_merged_leaves_every_layer_as_it_was():
     with pytest.raises(ValueError, match="3: the adapted weight holds .* NaN or infinite; scale the adapter down"):
         merge_adapter(model, "a")
     assert list(model.modules()) == modules
+
+
+def adapt_in_turns(model: nn.Module, first: str, then) -> None:
+    """Add an adapter in one thread and, while it looks for layers, let another change the model, if it can."""
+    other, failed = [], []
+
+    def change() -> None:
+        try:
+            then()
+        except (ValueError, RuntimeError) as reason:
+            failed.append(reason)
+
+    def where(path: str, module: nn.Module) -> bool:
+        if not other:
+            other.append(threading.Thread(target=change))
+            other[0].start()
+            other[0].join(0.3)  # it waits for this one; were it not to, it would be done long before
+        return True
+
+    add_adapter(model, first, LoRA(2), where=where)
+    other[0].join()
+    assert not failed
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_two_threads_that_add_adapters_leave_both_in_every_layer(adapted):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if adapted:
+        convert(model, LoRA(2))
+    adapt_in_turns(model, "one", lambda: add_adapter(model, "two", LoRA(2)))
+    assert adapter_names(model) == ["default"] * adapted + ["one", "two"]
+    for layer in model:
+        assert type(layer) is LoRALinear
+        assert type(layer.base) is nn.Linear
+        assert [*layer.adapters] == [*layer.active] == adapter_names(model)
+
+
+def test_an_adapter_that_another_thread_deletes_meanwhile_is_gone_from_every_layer():
+    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoRA(2))
+    adapt_in_turns(model, "one", lambda: delete_adapter(model, "default"))
+    assert [[*layer.adapters] for layer in model] == [["one"], ["one"]]
+
+
+def test_an_adapter_that_another_thread_loads_meanwhile_is_in_every_layer(tmp_path):
+    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoRA(2))
+    save_adapter(model, tmp_path / "a.safetensors")
+    delete_adapter(model, "default")
+    adapt_in_turns(model, "one", lambda: load_adapter(model, tmp_path / "a.safetensors", "two"))
+    assert [[*layer.adapters] for layer in model] == [["one", "two"]] * 2
+
+
+def test_convert_refuses_a_model_that_another_thread_has_adapted_meanwhile():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def where(path: str, module: nn.Module) -> bool:
+        if type(model[1]) is nn.Linear and path == "1":
+            thread = threading.Thread(target=lambda: add_adapter(model, "one", LoRA(2)))
+            thread.start()
+            thread.join()
+        return True
+
+    with pytest.raises(RuntimeError, match="2 layers .Linear. left Sequential meanwhile: another thread"):
+        convert(model, FourBit(), where=where)
+    assert [type(layer.base) for layer in model] == [nn.Linear, nn.Linear]

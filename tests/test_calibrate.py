@@ -169,6 +169,34 @@ def test_modes_come_back_and_so_does_the_fused_path(net, samples):
     assert torch.backends.mha.get_fastpath_enabled() == fused
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_fused_path_is_off_meanwhile_and_what_it_was_afterwards_also_after_an_error(enabled, fails):
+    seen = []
+
+    class Sees(nn.Linear):
+        def forward(self, x):
+            seen.append(torch.backends.mha.get_fastpath_enabled())
+            if fails:
+                raise LookupError("the model's own")
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(16, 16), Sees(16, 16))
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        if fails:
+            with pytest.raises(LookupError, match="the model's own"):
+                calibrate(model, [torch.randn(4, 16)], FourBit(block_size=8))
+        else:
+            calibrate(model, [torch.randn(4, 16)], FourBit(block_size=8))
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert seen
+    assert not any(seen)
+
+
 def test_the_layers_of_a_fused_encoder_are_reached():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()

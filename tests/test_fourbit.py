@@ -1,14 +1,17 @@
 """Linear4Bit is nn.Linear with the dequantized weight, and stores 4 bits of it."""
 
+import collections
 import copy
 import pickle
+import warnings
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import FourBit, Linear4Bit, convert, measure, quantize
+from lowmem import Conv4Bit, FourBit, Linear4Bit, convert, measure, quantize
 from tests import strategies
 
 
@@ -80,6 +83,19 @@ def test_output_has_the_input_s_dtype_and_compute_dtype_decides_the_product(dtyp
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2 if torch.bfloat16 in (dtype, compute) else 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("compute", "rounds"),
+    [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False), (torch.float64, False), (None, False)],
+)
+@pytest.mark.parametrize("layer", [torch.nn.Linear(64, 32), torch.nn.Conv1d(64, 32, 1)], ids=["linear", "conv"])
+def test_the_compute_dtype_rounds_the_input_before_the_product(layer, compute, rounds):
+    """1 + 2^-12 is 1 in 16 bits, and not in float32; 1e6 is infinite in float16 alone."""
+    layer = convert(copy.deepcopy(layer), FourBit("int4", compute_dtype=compute))
+    ones = torch.ones(64, 4) if isinstance(layer, Conv4Bit) else torch.ones(4, 64)
+    assert torch.equal(layer(ones * (1 + 2**-12)), layer(ones)) == rounds
+    assert bool(layer(ones * 1e6).isfinite().all()) == (compute is not torch.float16)
+
+
 def test_autocast_gives_its_dtype_as_for_a_dense_layer():
     layer = convert(torch.nn.Linear(16, 8), FourBit())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -116,12 +132,100 @@ def test_it_moves_copies_and_pickles_like_a_layer():
 
 def test_state_dict_round_trips_strictly():
     one, two = (convert(torch.nn.Linear(16, 8), FourBit()) for _ in range(2))
-    assert set(one.state_dict()) == {"packed", "scales", "bias"}
+    assert set(one.state_dict()) == {"packed", "scales", "bias", "_extra_state"}
     two.load_state_dict(one.state_dict(), strict=True)
     x = torch.randn(2, 16)
     assert torch.equal(two(x), one(x))
     with pytest.raises(RuntimeError, match="Missing key"):
         two.load_state_dict(torch.nn.Linear(16, 8).state_dict(), strict=True)
+
+
+def make_net(*technique) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    layers = [torch.nn.Embedding(9, 32), torch.nn.Conv1d(6, 6, 1), torch.nn.Linear(32, 8)]
+    return convert(torch.nn.Sequential(*layers), *technique)
+
+
+NF4 = FourBit("nf4", 16, "float16")
+OTHERS = {
+    "format": FourBit("int4", 16, "float16"),
+    "block size": FourBit("nf4", 32, "float16"),  # scales of another shape, for the embedding and the linear layer
+    "encoding": FourBit("nf4", 16, "float32"),
+}
+
+
+def through_safetensors(state: dict) -> dict:
+    return safetensors.torch.load(safetensors.torch.save(dict(state)))
+
+
+def through_a_plain_dict(state: dict) -> dict:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("way", [through_safetensors, through_a_plain_dict])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("other", sorted(OTHERS))
+def test_a_plain_dict_of_tensors_says_the_format_and_another_one_is_refused(way, assign, other):
+    model, same, wrong = make_net(NF4), make_net(NF4), make_net(OTHERS[other])
+    x = torch.randint(9, (2, 6))
+    state = way(model.state_dict())
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not any(same.load_state_dict(state, assign=assign))  # no key is missing, none unexpected
+        with torch.no_grad():
+            assert torch.equal(same(x), model(x))
+        before = copy.deepcopy(wrong.state_dict())
+        stored = "int4, block_size=16" if other == "format" else "nf4, block_size="
+        with pytest.raises(
+            RuntimeError, match=f"2 stores {stored}.*; the state holds nf4, block_size=16, scales=float16"
+        ):
+            wrong.load_state_dict(state, assign=assign)
+    assert all(torch.equal(value, before[name]) for name, value in wrong.state_dict().items())
+
+
+def without_formats(state: dict) -> dict:
+    return {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}
+
+
+def test_a_state_of_before_loads_and_one_that_says_no_format_warns():
+    model, other = make_net(NF4), make_net(NF4)
+    before = collections.OrderedDict(without_formats(model.state_dict()))
+    before._metadata = model.state_dict()._metadata  # what torch.save keeps
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not any(other.load_state_dict(before))
+    wrong = make_net(OTHERS["format"])
+    with pytest.raises(RuntimeError, match="2 stores int4.*; the state holds nf4"):
+        wrong.load_state_dict(before)
+    with pytest.warns(
+        UserWarning, match="how its 4-bit codes are stored: they are taken for nf4, block_size=16.*lowmem.load"
+    ):
+        assert not any(other.load_state_dict(dict(before)))
+    x = torch.randint(9, (2, 6))
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(1.0), torch.zeros(3), "nf4", torch.tensor([255, 254], dtype=torch.uint8)]
+)
+def test_a_format_that_is_none_is_refused(value):
+    model = make_net(NF4)
+    with pytest.raises(RuntimeError, match="2 stores nf4.*; the state holds"):
+        model.load_state_dict({**model.state_dict(), "2._extra_state": value})
+
+
+def test_the_format_in_a_state_is_neither_a_parameter_nor_a_buffer():
+    model = make_net(NF4)
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    assert [name for name in model.state_dict() if name not in names] == [f"{i}._extra_state" for i in range(3)]
+    with torch.device("meta"):
+        assert bytes(model[2].get_extra_state().tolist()) == b"nf4, block_size=16, scales=float16"
+    x = torch.randint(9, (2, 6))
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(same(x), model(x))
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in same.state_dict().items())
+    assert torch.equal(torch.func.functional_call(model, dict(model.named_parameters()), x), model(x))
 
 
 @pytest.mark.parametrize("batch", [1, 64])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import FourBit, Half, convert, quantize
+from lowmem import FourBit, Half, LoRA, LoRALinear, convert, quantize
 from lowmem.frozen import frozen_linear
 from tests import strategies
 
@@ -106,3 +106,46 @@ def test_stored_tensors_of_another_format_or_dtype_are_not_loaded():
     with pytest.raises(RuntimeError, match="0.weight stores torch.float16; the state holds torch.bfloat16"):
         half.load_state_dict(make(Half(torch.bfloat16)).state_dict())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+NESTED = {
+    "strided": torch.strided,
+    "jagged": torch.jagged,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", sorted(NESTED))
+@pytest.mark.parametrize("techniques", [(FourBit(),), (Half(),), (LoRA(2),), (FourBit(), LoRA(2)), (Half(), LoRA(2))])
+def test_a_nested_input_is_named_with_its_remedy(layout, techniques):
+    layer = convert(torch.nn.Linear(8, 4), *techniques)
+    parts = [torch.randn(3, 8), torch.randn(5, 8)]
+    x = torch.nested.nested_tensor(parts, layout=NESTED[layout])
+    for trains in (False, True):
+        with torch.set_grad_enabled(trains):
+            message = (
+                rf"input is a nested tensor \(layout=torch.{layout}\): pad it with torch.nested.to_padded_tensor"
+            )
+            with pytest.raises(TypeError, match=message):
+                layer(x)
+    layer(torch.nested.to_padded_tensor(x, 0.0))
+    rows = torch.nested.nested_tensor([part[0] for part in parts], layout=NESTED[layout])
+    if type(layer) is not LoRALinear or type(layer.base) is not torch.nn.Linear:  # which refuses it itself
+        with pytest.raises(TypeError, match="input is a nested tensor"):
+            layer(rows)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@kinds
+def test_a_nested_input_of_other_layers_is_named_with_its_remedy(kind):
+    technique = Half() if kind == "half" else FourBit(block_size=8)
+    conv, embedding = convert(torch.nn.Conv1d(4, 4, 1), technique), convert(torch.nn.Embedding(9, 8), technique)
+    for layout in NESTED.values():
+        with pytest.raises(TypeError, match="input is a nested tensor.*to_padded_tensor"):
+            conv(torch.nested.nested_tensor([torch.randn(4, 3), torch.randn(4, 5)], layout=layout))
+        indices = torch.nested.nested_tensor([torch.arange(3), torch.arange(5)], layout=layout)
+        if kind == "half" and layout is torch.jagged:
+            assert [part.shape for part in embedding(indices).unbind()] == [(3, 8), (5, 8)]
+        else:
+            with pytest.raises(TypeError, match="input is a nested tensor.*to_padded_tensor"):
+                embedding(indices)

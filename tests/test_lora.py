@@ -1,6 +1,7 @@
 """LoRA trains two thin matrices beside a frozen base."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -218,8 +219,11 @@ def test_repr_names_rank_and_scaling():
     [
         *(({"rank": rank}, f"rank={rank!r} must be a positive integer") for rank in (0, -1, 2.0, True, "4", None)),
         *(
-            ({"alpha": alpha}, "alpha=.* must be a positive number")
-            for alpha in (0, -1, float("inf"), float("nan"), "1")
+            (
+                {"alpha": alpha},
+                re.escape(f"alpha={alpha!r} must be a positive number, at most float32's largest (3.4"),
+            )
+            for alpha in (0, -1, float("inf"), float("nan"), "1", True, 1j, [1], 3.5e38, 1e39, 10**400)
         ),
         *(({"dropout": p}, "dropout=.* must be at least 0 and below 1") for p in (-0.1, 1, 1.5, float("nan"), "0")),
     ],
@@ -227,6 +231,11 @@ def test_repr_names_rank_and_scaling():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         LoRA(**options)
+
+
+def test_the_largest_alpha_gives_finite_updates():
+    layer = convert(torch.nn.Linear(4, 4), LoRA(1, alpha=torch.finfo(torch.float32).max))
+    assert layer(torch.randn(2, 4)).isfinite().all()
 
 
 def test_layers_whose_parameters_something_replaced_still_work():

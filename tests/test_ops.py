@@ -1,11 +1,16 @@
 """The products as operators: what torch.compile and torch.export make of them."""
 
+import io
+import subprocess
+import sys
+import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
 
-from lowmem import FourBit, Half, LoRA, convert, kernels, quantize
+from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, kernels, quantize
 from lowmem.kernels import cpu, ops
 from tests import strategies
 
@@ -153,3 +158,153 @@ def test_autocast_and_compile_together():
         got, expected = compiled(x), model(x)
     assert got.dtype == expected.dtype
     torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+
+
+TRACED = {
+    "nf4": (FourBit(block_size=16),),
+    "bof4s": (FourBit("bof4s", 16, "float16"),),
+    "in bfloat16": (FourBit(block_size=16, compute_dtype=torch.bfloat16),),
+    "8-bit products": (FourBit(block_size=16, compute_dtype=torch.int8),),
+    "half": (Half(),),
+    "bfloat16": (Half(torch.bfloat16),),
+    "qlora": (FourBit(block_size=16), LoRA(2)),
+    "half and lora": (Half(), LoRA(2)),
+    "lora": (LoRA(2),),
+}
+traced = pytest.mark.parametrize("technique", sorted(TRACED))
+in_float32 = pytest.mark.parametrize("technique", sorted(TRACED.keys() - {"in bfloat16"}))
+
+
+class Everything(nn.Module):
+    """One layer of each kind that ``convert`` takes, with several geometries; takes (batch, length) of indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(30, 24)
+        self.linear = nn.Linear(24, 40)
+        self.conv = nn.Conv1d(40, 16, 3, padding="same", groups=2, padding_mode="circular")
+        self.conv2 = nn.Conv2d(1, 3, (3, 2), stride=2, bias=False)
+        self.head = nn.Linear(16, 5, bias=False)
+
+    def forward(self, indices):
+        x = torch.relu(self.linear(self.embedding(indices)))  # (batch, length, 40)
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2)  # (batch, length, 16)
+        return self.head(x), self.conv2(x.unsqueeze(1))
+
+
+def everything(technique: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = convert(Everything(), *TRACED[technique]).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_b" in name:
+                parameter.normal_()
+    return model
+
+
+def trace(model: nn.Module, *inputs: torch.Tensor, check: bool = True) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a size that was made a constant, among others
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.jit itself
+        return torch.jit.trace(model, inputs, check_trace=check)
+
+
+def assert_gives_the_same(traced_model, model, *inputs: torch.Tensor) -> None:
+    with torch.no_grad():
+        got, expected = traced_model(*inputs), model(*inputs)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)  # the adapter's update may be added in another order
+
+
+@in_float32
+def test_a_traced_model_gives_the_same_for_other_sizes_and_when_it_is_saved(technique):
+    model = everything(technique)
+    generator = torch.Generator().manual_seed(1)
+    indices = lambda *shape: torch.randint(30, shape, generator=generator)  # noqa: E731
+    traced_model = trace(model, indices(3, 9))
+    file = io.BytesIO()
+    torch.jit.save(traced_model, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for shape in ((3, 9), (1, 9), (5, 14)):
+        x = indices(*shape)
+        assert_gives_the_same(traced_model, model, x)
+        assert_gives_the_same(loaded, model, x)
+
+
+@traced
+@pytest.mark.parametrize("shape", [(24,), (2, 24), (2, 3, 24), (0, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_traced_linear_layer_takes_every_shape_and_keeps_the_input_s_dtype(technique, shape, dtype):
+    torch.manual_seed(0)
+    layer = convert(nn.Linear(24, 8), *TRACED[technique]).to(dtype)  # a fresh adapter, if any, adds nothing
+    x = torch.randn(shape).to(dtype)
+    with torch.no_grad():
+        got, expected = trace(layer, x, check=False)(x), layer(x)
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    # A traced product is rounded before the bias is added: one rounding more of product, bias and sum.
+    # What both take from their factors is the same.
+    base = getattr(layer, "base", layer)
+    weight = base.quantized.dequantize() if isinstance(base, Linear4Bit) else base.weight
+    magnitudes = x.double().abs() @ weight.double().abs().t() + base.bias.double().abs()
+    unit = torch.finfo(torch.bfloat16 if technique == "in bfloat16" else dtype).eps
+    assert ((got.double() - expected.double()).abs() <= 2 * unit * magnitudes).all()
+
+
+@pytest.mark.parametrize("technique", ["nf4", "half", "qlora"])
+def test_a_traced_model_has_the_gradient_of_its_input(technique):
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 3)), *TRACED[technique])
+    x, other = torch.randn(2, 24, requires_grad=True), torch.randn(5, 24, requires_grad=True)
+    traced_model = trace(model, x)
+    got, expected = (torch.autograd.grad(each(other).square().sum(), other)[0] for each in (traced_model, model))
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_traced_file_runs_where_lowmem_is_imported(tmp_path):
+    model, x = everything("nf4"), torch.arange(18).view(2, 9)
+    torch.jit.save(trace(model, x), tmp_path / "model.pt")
+    with torch.no_grad():
+        torch.save([*model(x)], tmp_path / "expected.pt")
+    script = (
+        "import sys, torch, lowmem; model = torch.jit.load(sys.argv[1]); expected = torch.load(sys.argv[2]); "
+        "[torch.testing.assert_close(*pair) for pair in zip(model(torch.arange(18).view(2, 9)), expected)]"
+    )
+    files = [str(tmp_path / "model.pt"), str(tmp_path / "expected.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, *files], check=True)
+
+
+def test_the_operator_of_rows_is_what_torch_expects_of_one():
+    weight = make_weight("4-bit")
+    described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = (weight.packed, weight.scales, *described, dtype)
+        torch.library.opcheck(torch.ops.lowmem.restore_rows.default, arguments)
+        assert torch.equal(ops.restore_rows(weight, dtype), weight.dequantize(dtype))
+
+
+@pytest.fixture
+def exporting_to_onnx(monkeypatch):
+    """Let torch.jit.trace run as the older exporter to ONNX runs it, without needing onnx."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+
+
+@pytest.mark.usefixtures("exporting_to_onnx")
+@pytest.mark.parametrize("technique", ["half", "bfloat16", "lora", "half and lora"])
+def test_the_older_onnx_exporter_gets_a_graph_of_plain_operations_of_16_bit_layers(technique):
+    model = everything(technique)
+    x = torch.arange(18).view(2, 9)
+    traced_model = trace(model, x)
+    assert "lowmem::" not in str(traced_model.inlined_graph)
+    other = torch.arange(30).view(3, 10)
+    assert_gives_the_same(traced_model, model, other)
+
+
+@pytest.mark.usefixtures("exporting_to_onnx")
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(8, 4), nn.Conv1d(8, 4, 1), nn.Embedding(8, 4)], ids=lambda m: type(m).__name__
+)
+def test_the_older_onnx_exporter_is_told_that_4_bit_layers_have_no_operator(layer):
+    x = torch.zeros(1, 2, dtype=torch.int64) if isinstance(layer, nn.Embedding) else torch.randn(2, 8, 8)
+    with pytest.raises(RuntimeError, match="cannot write 4-bit layers: export the model before convert"):
+        torch.jit.trace(convert(layer, FourBit()), x)

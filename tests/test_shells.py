@@ -1,5 +1,7 @@
 """Whatever the factory does, a loaded model is whole, or an error says what stands in the way."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.nn.utils import parametrizations
 
 import lowmem
 from lowmem import FileError, FourBit, Half, LoRA, convert, load, save
+from lowmem.__main__ import main
 from lowmem.tensorfile import read, write_tensors
 
 
@@ -135,3 +138,47 @@ def test_every_layer_that_has_no_such_form_is_named(tmp_path):
     odd = nn.modules.linear.NonDynamicallyQuantizableLinear
     with pytest.raises(FileError, match=r"0 is stored by FourBit.*; 1 is stored by FourBit"):
         load(tmp_path / "m", lambda: nn.Sequential(odd(16, 16), odd(16, 8)))
+
+
+def encoder():
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+
+
+OUTER = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)  # made before any factory that copies it runs
+ENCODERS = {
+    "bare": encoder,
+    "of a layer made before": lambda: nn.TransformerEncoder(OUTER, 2),
+    "inside": lambda: nn.Sequential(nn.Linear(16, 16), encoder()),
+}
+
+
+@pytest.mark.parametrize("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(2))], ids=str)
+@pytest.mark.parametrize("kind", sorted(ENCODERS))
+def test_an_encoder_whose_layers_are_copies_comes_back(kind, techniques, tmp_path):
+    torch.manual_seed(0)
+    model = ENCODERS[kind]()
+    model = convert(model, *techniques) if techniques else model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm1.weight", "lora_b")):
+                parameter.normal_()
+    given = [parameter.clone() for parameter in OUTER.parameters()]
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        comes_back(model, ENCODERS[kind], tmp_path / "m", x)
+    assert all(torch.equal(*pair) for pair in zip(OUTER.parameters(), given, strict=True))
+
+
+def test_the_commands_take_a_bare_encoder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "bare_encoder.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)\n"
+    )
+    shape = ["--input-shape", "5,16", "--json"]
+    assert main(["stats", "bare_encoder:make", "bare_encoder:make@qlora_nf4", *shape]) == 0
+    capsys.readouterr()
+    assert main(["compare", "bare_encoder:make", "bare_encoder:make@low_precision", *shape]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)[0]["relative_error"] < 0.5

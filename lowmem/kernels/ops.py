@@ -1,7 +1,7 @@
-"""The two products as operators that torch knows, for ``torch.compile`` and ``torch.export``.
+"""The two products as operators that torch knows, for ``torch.compile``, ``torch.export`` and ``torch.jit.trace``.
 
-A compiled graph calls them as they are, so that the kernel serves there too. Eager calls go past them: an operator
-written in Python costs more than a small product.
+A compiled or traced graph calls them as they are, so that the kernel serves there too. Eager calls go past them: an
+operator written in Python costs more than a small product.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowmem.blockwise import QuantizedTensor
 from lowmem.int8 import float_dtype
 from lowmem.kernels.reference import Weight
 
-__all__ = ["product"]
+__all__ = ["product", "restore_rows"]
 
 
 def product(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
@@ -27,6 +27,12 @@ def product(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool) -> 
     else:
         out = torch.ops.lowmem.product_16bit(x, weight, dtype, transposed)
     return cast(Tensor, out)
+
+
+def restore_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows of a weight, dequantized: (rows, columns)."""
+    described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[-1]
+    return cast(Tensor, torch.ops.lowmem.restore_rows(weight.packed, weight.scales, *described, dtype))
 
 
 @torch.library.custom_op(
@@ -70,6 +76,31 @@ def _(x: Tensor, packed: Tensor, scales: Tensor, *rest: Any) -> Tensor:
 @_product_16bit.register_fake
 def _(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], dtype=dtype)
+
+
+@torch.library.custom_op(
+    "lowmem::restore_rows",
+    mutates_args=(),
+    schema="(Tensor packed, Tensor scales, str format, int block_size, str scale_encoding, int columns, "
+    "ScalarType dtype) -> Tensor",
+)
+def _restore_rows(
+    packed: Tensor,
+    scales: Tensor,
+    format: str,
+    block_size: int,
+    scale_encoding: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    shape = torch.Size((packed.shape[0], columns))
+    return QuantizedTensor(packed, scales, shape, format, block_size, scale_encoding).dequantize(dtype)
+
+
+@_restore_rows.register_fake
+def _(packed: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    columns, dtype = rest[-2:]
+    return packed.new_empty(packed.shape[0], columns, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
