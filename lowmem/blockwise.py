@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -93,7 +92,7 @@ class QuantizedTensor:
             scales=torch.empty(scales, dtype=dtype, device=device),
         )
 
-    @cached_property
+    @property
     def stored_layout(self) -> tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]:
         """The shape and dtype that ``packed`` has to have, and those of ``scales``."""
         *leading, columns = self.shape
@@ -101,6 +100,21 @@ class QuantizedTensor:
         blocks = -(-columns // self.block_size) + encoding.extra
         packed, scales = torch.Size((*leading, -(-columns // 2))), torch.Size((*leading, blocks))
         return packed, torch.uint8, scales, encoding.dtype
+
+    def check_layout(self) -> None:
+        """Raise unless ``packed`` and ``scales`` have the shapes and dtypes that the tensor's shape needs.
+
+        Raises:
+            RuntimeError: they do not; it names what was found and what is needed.
+        """
+        packed, scales = self.packed, self.scales
+        needed = self.stored_layout
+        if (packed.shape, packed.dtype, scales.shape, scales.dtype) != needed:
+            raise RuntimeError(
+                f"packed.shape={tuple(packed.shape)}, dtype={packed.dtype} and scales.shape={tuple(scales.shape)}, "
+                f"dtype={scales.dtype} do not hold a weight of shape {tuple(self.shape)} in {self.format}: they need "
+                f"{tuple(needed[0])}, {needed[1]} and {tuple(needed[2])}, {needed[3]}"
+            )
 
     @property
     def encoding(self) -> ScaleEncoding:
@@ -121,6 +135,7 @@ class QuantizedTensor:
         """Return ``levels[codes] * scales``, rounded once to ``dtype``, in ``shape``.
 
         Raises:
+            RuntimeError: stored tensors of another layout, see ``check_layout``.
             ValueError: a dtype that is not floating point.
         """
         return self.dequantize_rows(slice(None), dtype).view(self.shape)
@@ -129,6 +144,7 @@ class QuantizedTensor:
         """Return what ``dequantize`` gives for some rows of the tensor seen as (rows, n).
 
         Raises:
+            RuntimeError: stored tensors of another layout, see ``check_layout``.
             ValueError: a dtype that is not floating point.
         """
         if not dtype.is_floating_point:
@@ -137,7 +153,12 @@ class QuantizedTensor:
         return _serves.dequantize(matrix, rows, dtype)
 
     def restore(self, rows: slice, levels: tuple[float, ...] | None = None) -> Tensor:
-        """Return some rows of the tensor seen as (rows, n), in float32; with levels, if given, instead of its own."""
+        """Return some rows of the tensor seen as (rows, n), in float32; with levels, if given, instead of its own.
+
+        Raises:
+            RuntimeError: stored tensors of another layout, see ``check_layout``.
+        """
+        self.check_layout()
         columns = self.shape[-1]
         levels = get_format(self.format).levels if levels is None else levels
         table = torch.tensor(levels, dtype=torch.float32, device=self.packed.device)
@@ -151,7 +172,12 @@ class QuantizedTensor:
         return values.mul_(spread(scales, self.block_size, columns))
 
     def as_matrix(self) -> QuantizedTensor:
-        """Return it seen as (rows, n): a view."""
+        """Return it seen as (rows, n): a view.
+
+        Raises:
+            RuntimeError: stored tensors of another layout, see ``check_layout``.
+        """
+        self.check_layout()
         packed, scales = (t.reshape(-1, t.shape[-1]) for t in (self.packed, self.scales))
         return replace(self, packed=packed, scales=scales, shape=torch.Size((packed.shape[0], self.shape[-1])))
 
@@ -167,8 +193,10 @@ class QuantizedTensor:
         units in the last place of the scale.
 
         Raises:
+            RuntimeError: stored tensors of another layout, see ``check_layout``.
             ValueError: the codes were chosen for a layer's output (``calibrate``), and have no such bound.
         """
+        self.check_layout()
         part = METHODS[self.method]
         if not part:
             raise ValueError(
@@ -198,7 +226,8 @@ class _Plain:
     @staticmethod
     def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return some rows of a matrix, restored in float32 and rounded once to ``dtype``."""
-        start, stop, _ = rows.indices(weight.packed.shape[0])
+        weight.check_layout()  # also where there is no row to restore
+        start, stop, _ = rows.indices(weight.shape[0])
         columns = weight.shape[-1]
         out = torch.empty(max(0, stop - start), columns, dtype=dtype, device=weight.packed.device)
         for chunk in row_chunks(out.shape[0], columns):

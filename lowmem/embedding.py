@@ -136,6 +136,7 @@ class Embedding4Bit(_Embedding, FourBitStorage):
         """Return the rows (..., embedding_dim) of indices (...), restored."""
         refuse_nested(indices, "input")
         table = self.quantized
+        table.check_layout()  # gathered rows would not show how many there are
         packed, scales = (
             embedding(indices, table.packed),
             embedding(indices, table.scales),

@@ -240,6 +240,7 @@ def _operator(
     """Do what ``_apply`` does as an operator that torch knows, which a compiled graph calls as it is."""
     stored: tuple[Any, ...] = (weight, None, "", 0, "")
     if isinstance(weight, QuantizedTensor):
+        weight.check_layout()
         stored = (weight.packed, weight.scales, weight.format, weight.block_size, weight.scale_encoding)
     sizes = [geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel]
     sizes += [number for of_dims in geometry.arguments for number in of_dims]

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -13,6 +14,7 @@ from lowmem import blockwise, kernels, measure, quantize
 from lowmem.kernels import cpu
 from tests import strategies
 from tests.compiled import assert_exact, assert_same_bytes, compiled, on_threads, stored
+from tests.test_kernels import run_python
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -286,3 +288,154 @@ def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level
         found = native.linear(other, handle, q.packed, q.scales, x, None, 2, None, None, None)
         lanes = {"portable": 8, "neon": 4, "avx2": 8}
         assert (found is not None) == (lanes.get(name, 16) == lanes.get(level, 16))
+
+
+# Run where glibc overwrites freed memory: what is read from there is no product of anything.
+SWAPS = """
+import sys, torch
+from torch.overrides import TorchFunctionMode
+from lowmem import QuantizedTensor, kernels, quantize
+
+class Swaps(TorchFunctionMode):
+    # Whenever C calls torch, between its look at the tensors and the product, does what another thread could do then.
+    def __init__(self, swap):
+        super().__init__()
+        self.swap, self.count = swap, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in ("new_empty", "is_neg"):
+            self.swap()
+            self.count += 1
+        return made
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+tried = 0
+
+def check(name, tensor, other, run):
+    # Run while a tensor, which alone holds its memory, is given that of another: the result is one of the two.
+    global tried
+    values = tensor.detach().clone(), other
+    expected = []
+    for value in values[::-1]:
+        tensor.data = value.clone()
+        expected.append(run())
+    assert not torch.equal(*expected), name
+    with Swaps(lambda: setattr(tensor, "data", other.clone())) as swaps:
+        got = run()
+    assert swaps.count, name
+    # Plain torch may have served, whose sums of 256 products are as exact; other values are much further off.
+    assert any((got - one).abs().max() <= 1e-4 * one.abs().max() for one in expected), name
+    tensor.data = values[0]
+    tried += 1
+
+def forget(q):
+    q.__dict__.pop("prepared", None)
+    kernels.cpu._floats.cache_clear()
+
+ROWS, COLUMNS = 300, 256
+with kernels.using(sys.argv[1]):
+    for form, scales in (("nf4", "float16"), ("int4", "double")):
+        q, r = (quantize(torch.randn(ROWS, COLUMNS), form, block_size=16, scales=scales) for _ in range(2))
+        half, other_half = torch.randn(ROWS, COLUMNS).half(), torch.randn(ROWS, COLUMNS).half()
+        for batch in (1, 6, 40):
+            make = lambda *shape: (torch.randn(shape), torch.randn(shape))
+            (x, x1), (grad, grad1), (bias, bias1) = make(batch, COLUMNS), make(batch, ROWS), make(ROWS)
+            (a, a1), (b, b1), (base, base1) = make(4, COLUMNS), make(ROWS, 4), make(batch, ROWS)
+            linear = lambda w: lambda: kernels.linear(x, w, torch.float32, bias, (a, b, 0.5))
+            adapter, own = ((x, x1), (bias, bias1), (a, a1), (b, b1)), ((q.packed, r.packed), (q.scales, r.scales))
+            for tensor, other in (*own, *adapter):
+                check("linear", tensor, other, linear(q))
+            for tensor, other in ((half, other_half), *adapter):
+                check("linear, 16 bits", tensor, other, linear(half))
+            for w, pairs in ((q, (*own, (grad, grad1))), (half, ((half, other_half),))):
+                for tensor, other in pairs:
+                    check("input_grad", tensor, other, lambda: kernels.input_grad(grad, w, torch.float32))
+            for tensor, other in ((base, base1), (x, x1), (a, a1), (b, b1)):
+                check("add_update", tensor, other, lambda: kernels.add_update(base, x, a, b, 0.5))
+            low, low1 = x.bfloat16(), x1.bfloat16()
+            for tensor, other in (*own, (low, low1)):
+                check("bfloat16", tensor, other, lambda: kernels.linear(low, q, torch.bfloat16))
+            for tensor, other in (*own, (x, x1), (bias, bias1)):
+                check("int8", tensor, other, lambda: kernels.linear(x, q, torch.int8, bias))
+            for run in (linear(q), lambda: kernels.input_grad(grad, q, torch.float32)):
+                expected = run()
+                with Swaps(lambda: forget(q)) as swaps:
+                    assert torch.equal(run(), expected)
+                assert swaps.count
+        for tensor, other in ((q.packed, r.packed), (q.scales, r.scales)):
+            check("dequantize", tensor, other, q.dequantize)
+print(tried)
+"""
+
+OVERWRITTEN = {"MALLOC_PERTURB_": "165", "MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": "0"}
+
+
+@compiled
+def test_memory_that_is_given_up_during_a_call_stays_for_as_long_as_it_is_read(level):
+    """As where another thread assigns ``.data``: C holds what it reads, and what it knows of a weight."""
+    assert int(run_python(SWAPS, level, **OVERWRITTEN)) == 2 * (3 * (6 + 5 + 4 + 4 + 3 + 4) + 2)
+
+
+THREADS = """
+import sys, torch
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from lowmem import kernels, quantize
+
+torch.manual_seed(0)
+sys.setswitchinterval(1e-5)
+q, r = (quantize(torch.randn(512, 2048), "nf4", block_size=16, scales="float16") for _ in range(2))
+half, x, bias = torch.randn(512, 2048).half(), torch.randn(40, 2048), torch.randn(512)
+cases = (
+    (q.packed, r.packed, lambda: kernels.linear(x, q, torch.float32)),
+    (q.scales, r.scales, lambda: kernels.linear(x, q, torch.float32)),
+    (q.packed, r.packed, lambda: kernels.input_grad(x[:, :512].contiguous(), q, torch.float32)),
+    (q.packed, r.packed, q.dequantize),
+    (half, half.flip(0), lambda: kernels.linear(x, half, torch.float32)),
+    (x, x.flip(0), lambda: kernels.linear(x, q, torch.float32)),
+    (bias, bias.flip(0), lambda: kernels.linear(x, q, torch.float32, bias)),
+)
+for tensor, other, run in cases:
+    values, expected, done = (tensor.detach().clone(), other), [], Event()
+    for value in values:
+        tensor.data = value.clone()
+        expected.append(run())
+
+    def swap():
+        while not done.is_set():
+            for value in values:
+                tensor.data = value.clone()
+
+    def multiply():
+        return all(any(torch.equal(got, one) for one in expected) for got in (run() for _ in range(20)))
+
+    with ThreadPoolExecutor(4) as pool:
+        swaps = [pool.submit(swap) for _ in range(2)]
+        products = [pool.submit(multiply) for _ in range(2)]
+        try:
+            print(*(product.result() for product in products))
+        finally:
+            done.set()
+        [swapped.result() for swapped in swaps]
+"""
+
+
+def test_threads_may_assign_data_while_others_multiply():
+    assert run_python(THREADS, **OVERWRITTEN).split() == ["True"] * 14
+
+
+def test_a_weight_is_known_to_two_kernels_at_once():
+    """Each takes what the other has put there for its own, in the middle of its calls."""
+    native, _ = cpu.load()
+    q, x = quantize(strategies.make_weight("normal", (64, 256), 0, 0)), torch.randn(3, 256)
+    levels = kernels.available()
+    served = [cpu.Kernel(native, level) for level in (levels[1], levels[-1]) for _ in range(2)]
+    expected = [kernel.linear(x, q, torch.float32) for kernel in served]
+
+    def multiply(kernel, alone):
+        return all(torch.equal(kernel.linear(x, q, torch.float32), alone) for _ in range(100))
+
+    with ThreadPoolExecutor(len(served)) as pool:
+        assert all(pool.map(multiply, served, expected))

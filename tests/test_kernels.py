@@ -1,6 +1,7 @@
 """Every kernel against a plain product with the restored weight, and against bounds of accuracy and memory."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem import QuantizedTensor, backend, kernels, measure, quantize
+from lowmem import FourBit, LoRA, QuantizedTensor, backend, convert, kernels, measure, quantize
 from tests import strategies
 from tests.compiled import assert_exact, compiled, given_stored, on_threads
 
@@ -303,11 +305,136 @@ def test_wrong_shapes_and_dtypes_raise_as_the_reference_does(level, weight):
             kernels.linear(torch.randn(2, 10), w, torch.float32)
         with pytest.raises(RuntimeError):
             kernels.input_grad(torch.randn(2, 10), w, torch.float32)
-    q = both("4-bit")
-    with kernels.using(level), pytest.raises(TypeError):
-        kernels.linear(torch.randn(2, 40), replace(q, packed=q.packed.float()), torch.float32)
     with pytest.raises(ValueError, match="block_size=9 must be"):
-        replace(q, block_size=9)
+        replace(both("4-bit"), block_size=9)
+
+
+# Of a weight (6, 40) in blocks of 8 with float16 scales, packed is (6, 20) and scales are (6, 5).
+WRONG_LAYOUTS = {
+    "fewer rows": lambda packed, scales: (packed[:5], scales[:5]),
+    "more rows": lambda packed, scales: (packed.repeat(2, 1), scales.repeat(2, 1)),
+    "fewer rows of codes": lambda packed, scales: (packed[:5], scales),
+    "fewer rows of scales": lambda packed, scales: (packed, scales[:5]),
+    "one row of scales": lambda packed, scales: (packed, scales[:1]),
+    "fewer columns": lambda packed, scales: (packed[:, :10].contiguous(), scales),
+    "more columns": lambda packed, scales: (packed.repeat(1, 2), scales),
+    "one scale a row": lambda packed, scales: (packed, scales[:, :1].contiguous()),
+    "a column of scales more": lambda packed, scales: (packed, scales.repeat(1, 2)[:, :6].contiguous()),
+    "as many codes in other rows": lambda packed, scales: (packed.view(12, 10), scales),
+    "as many scales in other rows": lambda packed, scales: (packed, scales.view(5, 6)),
+    "flat codes": lambda packed, scales: (packed.view(-1), scales),
+    "flat scales": lambda packed, scales: (packed, scales.view(-1)),
+    "a dimension more": lambda packed, scales: (packed[None], scales[None]),
+    "no codes": lambda packed, scales: (packed[:0], scales[:0]),
+    "signed codes": lambda packed, scales: (packed.view(torch.int8), scales),
+    "float codes": lambda packed, scales: (packed.float(), scales),
+    "scales of another dtype": lambda packed, scales: (packed, scales.view(torch.bfloat16)),
+    "wide scales": lambda packed, scales: (packed, scales.float()),
+    "scales as bytes": lambda packed, scales: (packed, scales.view(torch.uint8)),
+}
+wrong_layouts = pytest.mark.parametrize("wrong", WRONG_LAYOUTS.values(), ids=WRONG_LAYOUTS)
+every_kernel = pytest.mark.parametrize("kernel", kernels.available())
+two_kernels = pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))
+
+
+def layout_of(packed, scales):
+    """Match what is found and what is needed, in the words of an error."""
+    tensors = {"packed": packed, "scales": scales}
+    found = (f"{name}.shape={tuple(tensor.shape)}, dtype={tensor.dtype}" for name, tensor in tensors.items())
+    needed = "need (6, 20), torch.uint8 and (6, 5), torch.float16"
+    return ".*".join(map(re.escape, (*found, "(6, 40)", needed)))
+
+
+@every_kernel
+@wrong_layouts
+def test_stored_tensors_of_another_layout_are_an_error_that_names_what_is_found_and_needed(kernel, wrong):
+    """However they come there, some at the address of the right ones, and whatever is made of them."""
+    q = quantize(strategies.make_weight("normal", (6, 40), 0, 0), block_size=8, scales="float16")
+    a, b = torch.randn(2, 40), torch.randn(6, 2)
+    uses = (
+        lambda q: kernels.linear(torch.randn(1, 40), q, torch.float32),
+        lambda q: kernels.linear(torch.randn(9, 40), q, torch.float32, torch.randn(6)),
+        lambda q: kernels.linear(torch.randn(1, 40), q, torch.float32, None, (a, b, 0.5)),
+        lambda q: kernels.linear(torch.randn(3, 40).bfloat16(), q, torch.bfloat16),
+        lambda q: kernels.linear(torch.randn(3, 40).double(), q, torch.float64),
+        lambda q: kernels.linear(torch.randn(3, 40), q, torch.int8),
+        lambda q: kernels.input_grad(torch.randn(3, 6), q, torch.float32),
+        lambda q: kernels.input_grad(torch.randn(3, 6).double(), q, torch.float64),
+        lambda q: q.dequantize(),
+        lambda q: q.dequantize(torch.float64),
+        lambda q: q.dequantize_rows(slice(1, 3), torch.float16),
+        lambda q: q.as_matrix(),
+        lambda q: q.error_bound(),
+    )
+    packed, scales = wrong(q.packed, q.scales)
+    message = layout_of(packed, scales)
+    with kernels.using(kernel):
+        for use in uses:
+            kept = replace(q, packed=nn.Parameter(q.packed, False), scales=nn.Parameter(q.scales, False))
+            use(kept)  # which the kernel remembers
+            for broken in (replace(q, packed=packed, scales=scales), kept):
+                kept.packed.data, kept.scales.data = packed, scales
+                with pytest.raises(RuntimeError, match=message):
+                    use(broken)
+            kept.packed.data, kept.scales.data = q.packed, q.scales
+            use(kept)
+
+
+def with_stored(layer, wrong, how):
+    """Return what calls a layer with other codes and scales."""
+    packed, scales = wrong(layer.packed.detach(), layer.scales.detach())
+    if how == "data":
+        layer.packed.data, layer.scales.data = packed, scales
+        return layer
+    if how == "call":
+        state = {"packed": packed, "scales": scales}
+        return lambda x: torch.func.functional_call(layer, state, (x,))
+    layer.packed, layer.scales = nn.Parameter(packed, False), nn.Parameter(scales, False)
+    return layer
+
+
+@two_kernels
+@wrong_layouts
+@pytest.mark.parametrize("how", ["data", "call", "assign"])
+def test_layers_with_stored_tensors_of_another_layout_name_what_is_found_and_needed(kernel, wrong, how):
+    technique = FourBit("nf4", 8, "float16")
+    cases = (
+        (nn.Linear(40, 6), torch.randn(3, 40)),
+        (nn.Linear(40, 6), torch.randn(3, 40, requires_grad=True)),
+        (nn.Embedding(6, 40), torch.tensor([0, 3])),
+        (nn.Embedding(6, 40), torch.tensor([], dtype=torch.int64)),
+        (nn.Conv1d(8, 6, 5), torch.randn(2, 8, 9)),
+        (nn.Conv2d(10, 6, 2), torch.randn(2, 10, 4, 4, requires_grad=True)),
+    )
+    with kernels.using(kernel):
+        for dense, x in cases:
+            layer = convert(dense, technique)
+            layer(x)
+            packed, scales = wrong(layer.packed.detach(), layer.scales.detach())
+            call = with_stored(layer, wrong, how)
+            with pytest.raises(RuntimeError, match=layout_of(packed, scales)):
+                call(x)
+
+
+@two_kernels
+@wrong_layouts
+def test_adapters_over_stored_tensors_of_another_layout_and_loading_them_are_errors(kernel, wrong):
+    model = nn.Sequential(convert(nn.Linear(40, 6), FourBit("nf4", 8, "float16"), LoRA(2)))
+    state, (layer,) = model.state_dict(), model
+    packed, scales = wrong(layer.base.packed.detach(), layer.base.scales.detach())
+    state = {**state, "0.base.packed": packed, "0.base.scales": scales}
+    with kernels.using(kernel):
+        model(torch.randn(3, 40))
+        with pytest.raises(RuntimeError, match=layout_of(packed, scales)):
+            torch.func.functional_call(model, state, (torch.randn(3, 40),))
+        with pytest.raises(RuntimeError, match="0.base.(packed|scales)"):
+            model.load_state_dict(state, assign=True)
+        layer.base.packed.data, layer.base.scales.data = packed, scales
+        for x in (torch.randn(3, 40), torch.randn(3, 40, requires_grad=True), torch.randn(2, 3, 40)):
+            with pytest.raises(RuntimeError, match=layout_of(packed, scales)):
+                model(x)
+        with pytest.raises(RuntimeError, match=layout_of(packed, scales)):
+            layer.folded(["default"])
 
 
 @compiled

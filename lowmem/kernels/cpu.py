@@ -59,11 +59,10 @@ def load() -> tuple[ModuleType | None, str]:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A 4-bit weight as C knows it, for as long as it lies there: C sees when it does not."""
+    """The C handle of a 4-bit weight; valid while what is stored keeps its address and layout, which C checks."""
 
     kernel: Kernel
     handle: object
-    levels: array[float]  # which live as long as what points there
 
 
 class Kernel:
@@ -182,7 +181,7 @@ class Kernel:
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return some rows of W, restored in float32 and rounded once to ``dtype``."""
         if dtype in TYPES and not is_traced():
-            start, stop, _ = rows.indices(weight.packed.shape[0])
+            start, stop, _ = rows.indices(weight.shape[0])
             out = weight.packed.new_empty(max(0, stop - start), weight.shape[-1], dtype=dtype)
             for given in self._ways(weight):
                 if self.native.restore(self._level, *given, start, out, torch.get_num_threads()) is not None:
@@ -239,8 +238,10 @@ class Kernel:
         given = self._given(weight, use)
         if given is not None:
             yield given
-        if isinstance(weight, QuantizedTensor) and self._prepare(weight, use) is not None:
-            yield weight.__dict__[use].handle, weight.packed, weight.scales
+        if isinstance(weight, QuantizedTensor):
+            kept = self._prepare(weight, use)
+            if kept is not None:
+                yield kept.handle, weight.packed, weight.scales
 
     def _prepare(self, weight: QuantizedTensor, use: str) -> Prepared | None:
         """Let C know a weight for one of its uses, or return None where it cannot read it."""
@@ -268,7 +269,7 @@ class Kernel:
         )
         if handle is None:
             return None
-        kept = weight.__dict__[use] = Prepared(self, handle, levels)
+        kept = weight.__dict__[use] = Prepared(self, handle)  # where a kernel in another thread may put its own
         return kept
 
 

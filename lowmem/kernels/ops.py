@@ -22,6 +22,7 @@ __all__ = ["product", "restore_rows"]
 def product(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
     """Return ``x @ W.T``, or ``x @ W`` when transposed, differentiable in ``x``: (batch, in) -> (batch, out)."""
     if isinstance(weight, QuantizedTensor):
+        weight.check_layout()  # here: the operator is not told how many rows there are to be
         stored, described = (weight.packed, weight.scales), (weight.format, weight.block_size, weight.scale_encoding)
         out = torch.ops.lowmem.product_4bit(x, *stored, *described, weight.shape[1], dtype, transposed)
     else:

@@ -37,7 +37,8 @@ def linear(
         update: what ``add_update`` adds for x, in the dtype of A and B; or None.
 
     Raises:
-        RuntimeError: x has another shape, or is not floating point.
+        RuntimeError: x has another shape, or is not floating point; or a 4-bit weight's stored tensors have another
+            layout than its shape needs.
         TypeError: torch.int8, and a weight that has no codes.
     """
     out_features, in_features = weight.shape

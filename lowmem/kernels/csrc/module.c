@@ -17,11 +17,11 @@
 
 /* A low-rank update with x: as read_tensor, and 0 where shapes or types do not fit. */
 static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, const struct tensor *x, int64_t rows,
-                       struct update *u)
+                       struct update *u, struct held *held)
 {
     struct tensor a, b;
-    int is = read_tensor(a_given, &a);
-    if (is <= 0 || (is = read_tensor(b_given, &b)) <= 0)
+    int is = read_tensor(a_given, &a, held);
+    if (is <= 0 || (is = read_tensor(b_given, &b, held)) <= 0)
         return is;
     const double factor = PyFloat_AsDouble(scaling);
     if (factor == -1.0 && PyErr_Occurred())
@@ -37,9 +37,9 @@ static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, 
 /* Where the arguments of a product, and those of restore, lie. */
 enum { LEVEL_INDEX, PREPARED_OF, PACKED, SCALES, X };
 
-/* A product with a weight, and with an update (A, B, scaling) unless A is None. */
-static PyObject *product(PyObject *const *args, int transposed, int int8, PyObject *bias_given, PyObject *threads_given,
-                         PyObject *const *update_given)
+/* A product with a weight, and with an update (A, B, scaling) unless A is None, of tensors that are held by who calls this. */
+static PyObject *product_of(struct held *held, PyObject *const *args, int transposed, int int8, PyObject *bias_given,
+                            PyObject *threads_given, PyObject *const *update_given)
 {
     long long index, threads;
     struct weight w;
@@ -48,9 +48,9 @@ static PyObject *product(PyObject *const *args, int transposed, int int8, PyObje
     if (read_numbers(args, 1, &index, 1) || read_numbers(&threads_given, 1, &threads, 1))
         return NULL;
     const struct level *level = all_levels[index];
-    int is = read_weight(level, args[PREPARED_OF], args[PACKED], args[SCALES], &w);
-    if (is == 1 && (is = read_tensor(args[X], &x)) == 1 && bias_given != Py_None)
-        is = read_tensor(bias_given, &bias);
+    int is = read_weight(level, args[PREPARED_OF], args[PACKED], args[SCALES], &w, held);
+    if (is == 1 && (is = read_tensor(args[X], &x, held)) == 1 && bias_given != Py_None)
+        is = read_tensor(bias_given, &bias, held);
     if (is < 0)
         return NULL;
     if (int8 && !(is && level->linear_int8 && w.int8_step > 0.0f && has_whole_groups(&w)))
@@ -62,7 +62,7 @@ static PyObject *product(PyObject *const *args, int transposed, int int8, PyObje
     if (bias_given != Py_None && (bias.type < 0 || bias.dims != 1 || bias.shape[0] != to))
         Py_RETURN_NONE;
     const int updated = update_given && update_given[0] != Py_None;
-    if (updated && (is = read_update(update_given[0], update_given[1], update_given[2], &x, to, &u)) < 0)
+    if (updated && (is = read_update(update_given[0], update_given[1], update_given[2], &x, to, &u, held)) < 0)
         return NULL;
     if (!is)
         Py_RETURN_NONE;
@@ -70,7 +70,7 @@ static PyObject *product(PyObject *const *args, int transposed, int int8, PyObje
     if (!made)
         return NULL;
     int done = -1; /* something makes tensors of another kind */
-    if (read_memory(made, &out) && out.type == x.type && has_shape(&out, x.shape[0], to)) {
+    if (read_memory(made, &out, NULL) && out.type == x.type && has_shape(&out, x.shape[0], to)) {
         u.base = u.out = out.data;
         struct job job = {
             .weight = &w,
@@ -94,6 +94,15 @@ static PyObject *product(PyObject *const *args, int transposed, int int8, PyObje
     if (PyErr_Occurred())
         return NULL;
     Py_RETURN_NONE;
+}
+
+static PyObject *product(PyObject *const *args, int transposed, int int8, PyObject *bias, PyObject *threads,
+                         PyObject *const *update_given)
+{
+    struct held held = {.count = 0};
+    PyObject *made = product_of(&held, args, transposed, int8, bias, threads, update_given);
+    release(&held);
+    return made;
 }
 
 /* linear(level, prepared or None, packed or 16-bit weight, scales or None, x, bias or None, threads, A or None, B, scaling)
@@ -130,18 +139,21 @@ static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t given
     long long index, first, threads;
     struct weight w;
     struct tensor out;
+    struct held held = {.count = 0};
     (void)self;
     if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + FIRST, 1, &first, 1) ||
         read_numbers(args + THREADS, 1, &threads, 1))
         return NULL;
-    int is = read_weight(all_levels[index], args[PREPARED_OF], args[PACKED], args[SCALES], &w);
+    int is = read_weight(all_levels[index], args[PREPARED_OF], args[PACKED], args[SCALES], &w, &held);
     if (is == 1)
-        is = read_tensor(args[OUT], &out);
-    if (is < 0)
-        return NULL;
-    if (!is || !w.order || out.type < 0 || !has_shape(&out, out.shape[0], w.columns) || first < 0 ||
-        first + out.shape[0] > w.rows)
+        is = read_tensor(args[OUT], &out, &held);
+    if (is < 1 || !w.order || out.type < 0 || !has_shape(&out, out.shape[0], w.columns) || first < 0 ||
+        first + out.shape[0] > w.rows) {
+        release(&held);
+        if (is < 0)
+            return NULL;
         Py_RETURN_NONE;
+    }
     w = rows_of(&w, first, out.shape[0]);
     struct job job = {
         .weight = &w, .out = out.data, .out_type = out.type, .threads = threads_for(threads, (double)w.rows * w.columns),
@@ -149,23 +161,23 @@ static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t given
     Py_BEGIN_ALLOW_THREADS
     all_levels[index]->restore(&job);
     Py_END_ALLOW_THREADS
+    release(&held);
     Py_INCREF(args[OUT]);
     return args[OUT];
 }
 
-/* update(level, base, x, A, B, scaling, threads) -> out, or None: there is something that C does not take */
-static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
+/* What `update` below returns, of tensors that are held by who calls this. */
+static PyObject *update_of(struct held *held, PyObject *const *args, Py_ssize_t given)
 {
     enum { BASE = 1, INPUT, A, B, SCALING, THREADS, ARGUMENTS };
     long long index, threads;
     struct tensor base, x, out;
     struct update u;
     int is;
-    (void)self;
     if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + THREADS, 1, &threads, 1))
         return NULL;
-    if ((is = read_tensor(args[BASE], &base)) == 1 && (is = read_tensor(args[INPUT], &x)) == 1 && base.dims == 2)
-        is = read_update(args[A], args[B], args[SCALING], &x, base.shape[1], &u);
+    if ((is = read_tensor(args[BASE], &base, held)) == 1 && (is = read_tensor(args[INPUT], &x, held)) == 1 && base.dims == 2)
+        is = read_update(args[A], args[B], args[SCALING], &x, base.shape[1], &u, held);
     if (is < 0)
         return NULL;
     if (!is || base.type != FLOAT32 || !has_shape(&base, x.shape[0], u.rows))
@@ -174,7 +186,7 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     if (!made)
         return NULL;
     struct scratch narrow;
-    if (!read_memory(made, &out) || take_scratch(args[BASE], 4, 4 * base.shape[0] * (u.rank + !u.rank), &narrow)) {
+    if (!read_memory(made, &out, NULL) || take_scratch(args[BASE], 4, 4 * base.shape[0] * (u.rank + !u.rank), &narrow)) {
         Py_DECREF(made);
         if (PyErr_Occurred())
             return NULL;
@@ -191,6 +203,16 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     all_levels[index]->update(&job);
     Py_END_ALLOW_THREADS
     free_scratch(&narrow);
+    return made;
+}
+
+/* update(level, base, x, A, B, scaling, threads) -> out, or None: there is something that C does not take */
+static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    struct held held = {.count = 0};
+    (void)self;
+    PyObject *made = update_of(&held, args, given);
+    release(&held);
     return made;
 }
 

@@ -70,8 +70,21 @@ enum { DL_CPU = 1, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
 static struct {
     PyTypeObject *tensor, *parameter;
     const struct dl_table *table;
-    PyObject *to_capsule, *new_empty, *is_neg, *is_zero;
+    PyObject *to_capsule, *new_empty, *untyped_storage, *is_neg, *is_zero;
 } torch;
+
+/* The storages that a call reads. Another thread may assign a tensor's .data while the GIL is released, which frees the storage
+ * that the tensor had, unless something else refers to it. */
+struct held {
+    PyObject *storages[8];
+    int count;
+};
+
+static void release(struct held *held)
+{
+    while (held->count)
+        Py_DECREF(held->storages[--held->count]);
+}
 
 /* Memory on the CPU without gaps, which is the tensor's value. */
 struct tensor {
@@ -117,14 +130,22 @@ static int read_dl(const struct dl_tensor *from, struct tensor *t)
     return t->type >= 0 || (from->dtype.code == DL_UINT && bits == 8);
 }
 
-/* 1: it is read. 0: it is no plain tensor of one or two dimensions without gaps, in memory of the CPU and of a type
- * that C takes. */
-static int read_memory(PyObject *object, struct tensor *t)
+/* 1: it is read, and its storage is held (NULL: nothing else knows the tensor). 0: it is no plain tensor of one or two dimensions
+ * without gaps, in memory of the CPU and of a type that C takes. */
+static int read_memory(PyObject *object, struct tensor *t, struct held *held)
 {
     PyTypeObject *type = Py_TYPE(object);
     if (type != torch.tensor && type != torch.parameter)
         return 0;
     int is = 0, failed;
+    if (held) { /* first, so that no other thread runs between this and the read */
+        PyObject *storage = PyObject_CallMethodObjArgs(object, torch.untyped_storage, NULL);
+        if (!storage) { /* a sparse tensor, or one of a transform */
+            PyErr_Clear();
+            return 0;
+        }
+        held->storages[held->count++] = storage;
+    }
     if (torch.table) {
         struct dl_tensor found;
         failed = torch.table->read(object, &found);
@@ -144,9 +165,9 @@ static int read_memory(PyObject *object, struct tensor *t)
 }
 
 /* The same, where memory may not be the value. -1, with an error: there is no memory. */
-static int read_tensor(PyObject *object, struct tensor *t)
+static int read_tensor(PyObject *object, struct tensor *t, struct held *held)
 {
-    if (!read_memory(object, t))
+    if (!read_memory(object, t, held))
         return 0;
     const int lazy = t->type < 0 ? 0 : ask(object, torch.is_neg); /* a sign that is not in memory yet */
     if (lazy)
@@ -203,7 +224,7 @@ static int take_scratch(PyObject *like, int64_t size, int64_t bytes, struct scra
     } else {
         struct tensor t;
         s->object = empty_like(like, 1, bytes / size);
-        if (!s->object || !read_memory(s->object, &t)) {
+        if (!s->object || !read_memory(s->object, &t, NULL)) {
             Py_XDECREF(s->object);
             if (!PyErr_Occurred())
                 no_memory();
@@ -243,9 +264,10 @@ static PyObject *use_torch(PyObject *self, PyObject *args)
     torch.parameter = (PyTypeObject *)parameter;
     torch.to_capsule = to_capsule;
     torch.new_empty = PyUnicode_InternFromString("new_empty");
+    torch.untyped_storage = PyUnicode_InternFromString("untyped_storage");
     torch.is_neg = PyUnicode_InternFromString("is_neg");
     torch.is_zero = PyUnicode_InternFromString("_is_zerotensor");
-    if (!torch.new_empty || !torch.is_neg || !torch.is_zero)
+    if (!torch.new_empty || !torch.untyped_storage || !torch.is_neg || !torch.is_zero)
         return NULL;
     return PyBool_FromLong(torch.table != NULL);
 }

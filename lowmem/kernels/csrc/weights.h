@@ -1,4 +1,5 @@
-/* Weights as Python hands them over: 4-bit ones are described once, and known again for as long as they lie where they did. */
+/* Weights as Python hands them over. A 4-bit weight has a handle, made once, that is valid while its tensors keep their address,
+ * shape and dtype: each call checks these. */
 #ifndef LOWMEM_WEIGHTS_H
 #define LOWMEM_WEIGHTS_H
 
@@ -6,9 +7,11 @@
 #include "order.h"
 #include "tensor.h"
 
-/* A weight that has been prepared: what Python holds as a capsule. */
+/* A weight that has been prepared: what Python holds as a capsule. It refers to no memory that is not its own, but for the
+ * addresses of the codes and scales, which are compared and never read. */
 struct prepared {
     struct weight weight;
+    float levels[16];
     PyObject *order;
 };
 
@@ -102,6 +105,14 @@ static void use_int8(struct weight *w, int64_t points)
         w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->int8_step) - (float)w->base);
 }
 
+/* Whether codes and scales have the shapes and types that a weight needs. */
+static int is_stored_as(const struct weight *w, const struct tensor *packed, const struct tensor *scales)
+{
+    const int steps = w->encoding >= SCALES_DOUBLE, type = steps ? -1 : w->encoding == SCALES_FLOAT16 ? FLOAT16 : FLOAT32;
+    return packed->type < 0 && has_shape(packed, w->rows, w->row_bytes) && scales->type == type &&
+           has_shape(scales, w->rows, w->blocks + (steps ? 2 : 0));
+}
+
 /* prepare(order, level, packed, scales, levels, encoding, block_size, rows, columns, int8 points or 0) -> capsule, or None: C
  * cannot read it */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
@@ -109,18 +120,24 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     enum { ORDER_OF, LEVEL_INDEX, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, ARGUMENTS };
     long long level, n[ARGUMENTS];
     struct tensor packed, scales;
+    struct held held = {.count = 0};
     int is = 1;
     (void)self;
     if (has_count(given, ARGUMENTS) || read_numbers(args + LEVEL_INDEX, 1, &level, 1) ||
         read_numbers(args + LEVELS, given - LEVELS, n + LEVELS, ARGUMENTS - LEVELS))
         return NULL;
     struct order *order = PyCapsule_GetPointer(args[ORDER_OF], ORDER);
-    if (!order || (is = read_tensor(args[PACKED], &packed)) < 0 || (is && (is = read_tensor(args[SCALES], &scales)) < 0))
+    if (!order)
+        return NULL;
+    if ((is = read_tensor(args[PACKED], &packed, &held)) == 1)
+        is = read_tensor(args[SCALES], &scales, &held);
+    release(&held); /* nothing is read yet */
+    if (is < 0)
         return NULL;
     struct weight w;
     if (is)
         w = weight_of(packed.data, scales.data, ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK], n[ROWS], n[COLUMNS]);
-    if (!is || packed.bytes != w.rows * w.row_bytes || scales.bytes != w.rows * scale_bytes(&w))
+    if (!is || !is_stored_as(&w, &packed, &scales))
         Py_RETURN_NONE;
     struct prepared *prepared = malloc(sizeof *prepared);
     PyObject *capsule = prepared ? PyCapsule_New(prepared, PREPARED, free_prepared) : PyErr_NoMemory();
@@ -134,18 +151,21 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
         find_grid(&w);
     w.order = order;
     Py_INCREF(args[ORDER_OF]);
+    memcpy(prepared->levels, w.levels, sizeof prepared->levels);
+    w.levels = prepared->levels;
     prepared->weight = w;
     prepared->order = args[ORDER_OF];
     return capsule;
 }
 
-/* The weight that is handed over: a prepared one that still lies where it did, or 16-bit floats. 1: it is w. 0: C cannot
- * read it, or no longer. -1: an error. */
-static int read_weight(const struct level *level, PyObject *prepared, PyObject *packed, PyObject *scales, struct weight *w)
+/* The weight that is handed over: a prepared one that still lies where it did, or 16-bit floats. 1: it is w, and is held. 0: C
+ * cannot read it, or no longer. -1: an error. */
+static int read_weight(const struct level *level, PyObject *prepared, PyObject *packed, PyObject *scales, struct weight *w,
+                       struct held *held)
 {
     struct tensor p, s;
     if (prepared == Py_None) {
-        const int is = read_tensor(packed, &p);
+        const int is = read_tensor(packed, &p, held);
         if (is <= 0 || p.dims != 2 || !p.shape[1] || (p.type != BFLOAT16 && p.type != FLOAT16))
             return is < 0 ? -1 : 0;
         *w = weight_of(p.data, NULL, NULL, p.type, 0, p.shape[0], p.shape[1]);
@@ -155,8 +175,8 @@ static int read_weight(const struct level *level, PyObject *prepared, PyObject *
     if (!known)
         return -1;
     *w = known->weight;
-    return read_memory(packed, &p) && read_memory(scales, &s) && p.data == w->packed && s.data == w->scales &&
-           p.bytes == w->rows * w->row_bytes && s.bytes == w->rows * scale_bytes(w) && w->order->lanes == level->lanes;
+    return read_memory(packed, &p, held) && read_memory(scales, &s, held) && p.data == w->packed && s.data == w->scales &&
+           is_stored_as(w, &p, &s) && w->order->lanes == level->lanes;
 }
 
 #endif
