@@ -1,5 +1,6 @@
 """Which layers are taken, and why others are not."""
 
+import copy
 import inspect
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lowmem import FourBit, Half, LoRA
+from lowmem import FourBit, Half, LoRA, convert
 from lowmem.registry import MADE_BY, REGISTRY, chosen, holders, places, why_left
 
 
@@ -20,6 +21,20 @@ def test_every_kind_of_layer_in_the_registry_says_what_makes_it(technique, kind)
     made = REGISTRY[technique, kind]
     assert MADE_BY[made] is technique
     assert callable(made.from_layer)
+
+
+@pytest.mark.parametrize(("technique", "kind"), [key for key in REGISTRY if key[0] is not LoRA])
+def test_a_layer_made_without_a_store_holds_what_its_technique_stores(technique, kind):
+    sizes = {nn.Linear: (40, 6), nn.Embedding: (6, 40), nn.Conv1d: (8, 6, 3), nn.Conv2d: (4, 6, 3)}
+    dense = kind(*sizes[kind])
+    expected = convert(copy.deepcopy(dense), technique())
+    made = REGISTRY[technique, kind].from_layer(dense, technique())
+    assert type(made) is type(expected)
+    state = made.state_dict()
+    assert {name: tensor.dtype for name, tensor in state.items()} == {
+        name: tensor.dtype for name, tensor in expected.state_dict().items()
+    }
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
 
 
 @pytest.mark.parametrize(
