@@ -1,4 +1,9 @@
 """Makes PyTorch models small: half precision, 4-bit block-wise quantization, LoRA and QLoRA."""
+# ruff: noqa: E402
+
+from lowmem import startup
+
+startup.guard_imports()  # before torch is imported
 
 from lowmem.adapter_files import load_adapter, save_adapter
 from lowmem.adapters import (

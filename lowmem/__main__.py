@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -11,37 +12,55 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
 
+from lowmem.messages import describe, one_line, reason
 from lowmem.tools import COMMANDS
+from lowmem.tools.output import results_alone
 from lowmem.version import __version__
 
 __all__ = ["main"]
+
+CLOSED_PIPE = 141  # what shells show of a program that SIGPIPE ended
 
 
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        see = f" (see {self.prog} --help)"
+        self.exit(2, one_line(f"{self.prog}: {message}", len(see)) + see + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 a check failed, 2 usage or bad input."""
-    argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv and argv[0] in COMMANDS else ""
+    """Run one command and return its exit code: 0 done, 1 a check failed, 2 usage or bad input.
+
+    Without ``argv`` it is the program itself, which SIGPIPE ends where nobody reads its output any more.
+    """
+    program = argv is None
+    given = sys.argv[1:] if argv is None else argv
+    command = given[0] if given and given[0] in COMMANDS else ""
     try:
-        with _terminated_as_interrupted():
-            return _run(argv)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        return _fail(command, " ".join(str(error).split()))
+        with _terminated_as_interrupted(program):
+            if program:
+                _open_missing()
+            return _run(given, program)
+    except BrokenPipeError:
+        return _closed_pipe(program)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        return _fail(command, reason(error), program)
     except KeyboardInterrupt:
-        return _fail(command, "interrupted; what was not finished is not there: run it again")
+        return _fail(command, "interrupted; what was not finished is not there: run it again", program)
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let a command that is told to end clean up, as Ctrl-C does."""
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, signal.default_int_handler) for number in _numbers(names)}
+def _terminated_as_interrupted(program: bool) -> Iterator[None]:
+    """Let a command that is told to end clean up, as Ctrl-C does; what is ignored (by nohup, say) stays so."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if program else ("SIGTERM", "SIGHUP")
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in _numbers(names)}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
@@ -49,11 +68,18 @@ def _terminated_as_interrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _open_missing() -> None:
+    """Stand in for a stdout or stderr that was closed at the start: no other file may get its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
 def _numbers(names: Sequence[str]) -> list[signal.Signals]:
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str], program: bool) -> int:
     parser = _Parser(prog="lowmem", description="Make PyTorch models small, and measure what that does.")
     parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -61,14 +87,43 @@ def _run(argv: Sequence[str]) -> int:
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name in argv[:1]:
             import_module(f"lowmem.tools.{name}").add_arguments(command)
-    arguments = parser.parse_args(argv)
-    code: int = import_module(f"lowmem.tools.{arguments.command}").run(arguments)
+    try:
+        arguments = parser.parse_args(argv)
+    finally:
+        sys.stdout.flush()  # --help, to a pipe that may be closed
+    run = import_module(f"lowmem.tools.{arguments.command}").run
+    try:
+        with results_alone(getattr(arguments, "json", False), program):
+            code: int = run(arguments)
+    except SystemExit as stop:  # no command calls it: the user's model did
+        raise ValueError(f"the model ended the program ({describe(stop)}); remove its sys.exit") from stop
+    sys.stdout.flush()
     return code
 
 
-def _fail(command: str, reason: str) -> int:
-    print(f"lowmem {command}: {reason}".replace("lowmem :", "lowmem:"), file=sys.stderr)
+def _closed_pipe(program: bool) -> int:
+    """End without a word, as programs do whose reader has gone."""
+    if program and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGPIPE)
+    if program:
+        _discard_output()
+    return CLOSED_PIPE
+
+
+def _fail(command: str, why: str, program: bool) -> int:
+    print(one_line(f"lowmem {command}: {why}".replace("lowmem :", "lowmem:", 1)), file=sys.stderr)
+    if program:
+        _discard_output()
     return 2
+
+
+def _discard_output() -> None:
+    """Drop what stdout could not write: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.convert import keep_ties
+from lowmem.files import printable
 from lowmem.fourbit import FourBit, FourBitStorage
 from lowmem.half import Half
 from lowmem.lora import Adapter, LoRA, LoRALinear
@@ -58,6 +59,9 @@ class Summary(tuple[LayerSummary, ...]):
 
     __slots__ = ()
 
+    FIGURES = range(3, 7)
+    """Which columns of ``cells`` are figures."""
+
     @property
     def weights(self) -> int:
         """All weights, each counted once."""
@@ -86,20 +90,17 @@ class Summary(tuple[LayerSummary, ...]):
 
     @property
     def cells(self) -> list[list[str]]:
-        """The text of each row, the totals last."""
+        """The text of each row, the totals last: names are as a model gives them, but for control characters."""
+        rows = ([layer_name(r.path), r.type, _stored_text(r), *_numbers(r), r.reason or ""] for r in self)
         total = ["total", "", "", *_numbers(self), ""]
-        return [
-            *([layer_name(r.path), r.type, _stored_text(r), *_numbers(r), r.reason or ""] for r in self),
-            total,
-        ]
+        return [[printable(cell, 2000) for cell in row] for row in (*rows, total)]
 
     def __str__(self) -> str:
         table = [self.columns, *self.cells]
         widths = [max(len(line[number]) for line in table) for number in range(len(self.columns))]
-        numeric = range(3, 7)
         return "\n".join(
             "  ".join(
-                cell.rjust(width) if number in numeric else cell.ljust(width)
+                cell.rjust(width) if number in self.FIGURES else cell.ljust(width)
                 for number, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in table

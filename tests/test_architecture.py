@@ -16,8 +16,8 @@ MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"
 # as listed. Modules of one layer stand together.
 LAYERS = [
     {"formats", "packing", "scales", "bignet", "measure", "version", "files", "int8", "kernels._native"},
-    {"search", "header"},
-    {"blockwise", "tensorfile"},
+    {"search", "header", "messages"},
+    {"blockwise", "tensorfile", "startup"},
     {"quantizing", "shards"},
     {"kernels.reference", "kernels.memory"},
     {"kernels.cpu"},

@@ -12,13 +12,16 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import sys
-from collections.abc import Collection, Iterator, Mapping
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from zipfile import ZipFile, ZipInfo
 
 from lowmem.files import PARTIAL, check_free, write_atomically
+from lowmem.tools.output import shown
 
 __all__ = ["COMMENT", "LEFT_OUT", "MANIFEST", "add_arguments", "archive", "read_files", "run", "runnable"]
 
@@ -34,8 +37,35 @@ LEFT_OUT = (
     *(".coverage", ".coverage.*", "htmlcov", ".DS_Store", "Thumbs.db", "*.swp", "*~", PARTIAL),
 )
 
-# Backslashes and line ends are escaped in a manifest and changed by some unzips; lone surrogates are no UTF-8.
-UNPORTABLE = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+# What likely holds passwords or private keys: names of files in lower case (and id_* that has no suffix, as keys of
+# ssh), and of directories.
+SECRETS = (
+    *(
+        ".env",
+        ".env.*",
+        "*.env",
+        ".envrc",
+        ".netrc",
+        "_netrc",
+        ".pgpass",
+        ".htpasswd",
+        ".pypirc",
+        ".npmrc",
+        ".dockercfg",
+    ),
+    *(".git-credentials", "credentials", ".credentials", "credentials.csv", "credentials.ini", "*credentials*.json"),
+    *("secrets.json", "secrets.toml", "secrets.yaml", "secrets.yml", "client_secret*.json", ".s3cfg", ".boto"),
+    *("id_rsa.*", "id_dsa.*", "id_ecdsa.*", "id_ed25519.*", "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx", "*.jks"),
+    *("*.keystore", "*.kdbx"),
+)
+SECRET_DIRECTORIES = (".aws", ".gnupg", ".kube", ".ssh")
+
+# Backslashes and line ends are escaped in a manifest and changed by some unzips; lone surrogates are no UTF-8. The
+# rest is what Windows refuses: these characters, a dot or a space at the end of a name, and what it calls devices.
+UNPORTABLE = re.compile(
+    r'[\x00-\x1f\x7f<>:"|?*\\\ud800-\udfff]|[. ]$|^(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)',
+    re.IGNORECASE,
+)
 
 MAIN = '''\
 """Runs the bundled package: python BUNDLE.zip ..."""
@@ -46,8 +76,15 @@ runpy.run_module("{package}", run_name="__main__")
 '''
 
 
-def read_files(directory: str) -> dict[str, bytes]:
-    """Read the files of a project, or of a package under its own name: name with slashes -> content.
+def read_files(directory: str, include: Collection[str] = ()) -> tuple[dict[str, bytes], list[str]]:
+    """Read the files of a project, or of a package under its own name.
+
+    Args:
+        directory: of the project or the package.
+        include: names or paths, or patterns of them, of files that are read though they look like secrets.
+
+    Returns:
+        The files, by their names with slashes, and the names of those that look like secrets and were left out.
 
     Raises:
         ValueError: it is no directory, nothing is left of it, or a link, a name or a kind of file in it cannot be
@@ -59,37 +96,78 @@ def read_files(directory: str) -> dict[str, bytes]:
     root = Path(os.path.realpath(directory))
     package = os.path.isfile(root / "__init__.py")
     products = () if package else (root / "build", root / "dist")
-    files = {}
+    base = root.parent if package else root
+    if package:
+        _check_name(root)
+    files, secrets = {}, []
+    wanted = dict.fromkeys(include, False)
     path = root
     try:
         for path in _walk(root, root, products):
+            name = path.relative_to(base).as_posix()
+            if _is_secret(path, root):
+                asked = [part for part in wanted if any(n == part or fnmatchcase(n, part) for n in (name, path.name))]
+                wanted |= dict.fromkeys(asked, True)
+                if not asked:
+                    secrets.append(name)
+                    continue
+            _check(path, root)
             content = path.read_bytes()
             if not (path.suffix.lower() == ".zip" and content.endswith(COMMENT)):
-                files[path.relative_to(root.parent if package else root).as_posix()] = content
+                files[name] = content
     except OSError as reason:
         where = reason.filename or str(path)
         raise OSError(f"cannot read {where!r}: {reason.strerror}; make it readable or take it out") from reason
+    for part, found in wanted.items():
+        if not found:
+            raise ValueError(f"include={part!r} is no file that looks like a secret; it brings back those alone")
     if not files:
-        raise ValueError(f"directory={directory!r} has no files besides caches and build products")
-    return files
+        raise ValueError(f"directory={directory!r} has no files besides caches, build products and secrets")
+    return files, secrets
 
 
 def _walk(directory: Path, root: Path, products: Collection[Path]) -> Iterator[Path]:
+    """Give every path that is no directory, and a link to one, but what is left out."""
     for path in sorted(directory.iterdir()):
         if any(fnmatchcase(path.name, pattern) for pattern in LEFT_OUT) or os.path.isfile(path / "pyvenv.cfg"):
             continue
         if path in products and path.is_dir() and not os.path.isfile(path / "__init__.py"):
             continue
-        if UNPORTABLE.search(path.name):
-            raise ValueError(f"file={str(path)!r}: not every system can unzip this name; rename it")
-        if path.is_symlink():
-            _check_link(path, root)
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
+            _check_name(path)
             yield from _walk(path, root, products)
-        elif path.is_file():
-            yield path
         else:
-            raise ValueError(f"file={str(path)!r} is neither a file nor a directory; take it out of the directory")
+            yield path
+
+
+def _is_secret(path: Path, root: Path) -> bool:
+    """Return whether a path, or what a link points to, is by its name likely a secret."""
+    name = path.name.lower()
+    return (
+        any(fnmatchcase(name, pattern) for pattern in SECRETS)
+        or (name.startswith("id_") and "." not in name)
+        or any(part.lower() in SECRET_DIRECTORIES for part in path.relative_to(root).parent.parts)
+        or (
+            path.is_symlink()
+            and (target := Path(os.path.realpath(path))).is_relative_to(root)
+            and target != path
+            and not target.is_symlink()
+            and _is_secret(target, root)
+        )
+    )
+
+
+def _check(path: Path, root: Path) -> None:
+    _check_name(path)
+    if path.is_symlink():
+        _check_link(path, root)
+    elif not path.is_file():
+        raise ValueError(f"file={str(path)!r} is neither a file nor a directory; take it out of the directory")
+
+
+def _check_name(path: Path) -> None:
+    if UNPORTABLE.search(path.name):
+        raise ValueError(f"file={str(path)!r}: not every system can unzip this name; rename it")
 
 
 def _check_link(link: Path, root: Path) -> None:
@@ -130,7 +208,12 @@ def runnable(files: Mapping[str, bytes], directory: str) -> dict[str, bytes]:
 
 
 def archive(files: Mapping[str, bytes]) -> bytes:
-    """Return a zip of the files and a manifest of their SHA-256 digests, which replaces one they may have."""
+    """Return a zip of the files and a manifest of their SHA-256 digests, which replaces one they may have.
+
+    Raises:
+        ValueError: two names, or those of directories, are one where case does not count.
+    """
+    _check_case([*files, MANIFEST])
     lines = [f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files) if name != MANIFEST]
     files = {**files, MANIFEST: "".join(lines).encode()}
     buffer = io.BytesIO()
@@ -144,10 +227,28 @@ def archive(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def _check_case(names: Iterable[str]) -> None:
+    known: dict[str, str] = {}
+    for name in names:
+        for path in (name, *map(str, PurePosixPath(name).parents)):
+            other = known.setdefault(unicodedata.normalize("NFC", path).casefold(), path)
+            if other != path:
+                raise ValueError(
+                    f"files {other!r} and {path!r} are one where case does not count; rename one of them"
+                )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("directory", metavar="DIRECTORY", help="a package, or a directory with one package to run")
     parser.add_argument("name", metavar="NAME", help="where to write: NAME.zip, which must not exist")
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="put in a file that looks like a secret (.env, *.pem, ...) and would be left out; may be given again",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -157,10 +258,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"name={name!r} must end in a file name, such as project_bundle")
     destination = Path(name if name.lower().endswith(".zip") else f"{name}.zip")
     check_free(destination)
-    files = runnable(read_files(directory), directory)
+    files, secrets = read_files(directory, arguments.include)
+    files = runnable(files, directory)
     payload = archive(files)
     write_atomically(destination, payload, overwrite=False)
+    for secret in secrets:
+        remedy = f"--include {shlex.quote(secret)} puts it in"
+        print(f"left out {shown(secret)}, which looks like a secret; {shown(remedy)}", file=sys.stderr)
     count = len({*files, MANIFEST})
     digest = hashlib.sha256(payload).hexdigest()
-    print(f"{destination}: {count} files, {len(payload)} bytes, sha256 {digest}", file=sys.stderr)
+    print(f"{shown(str(destination))}: {count} files, {len(payload)} bytes, sha256 {digest}", file=sys.stderr)
     return 0

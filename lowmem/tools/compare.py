@@ -6,7 +6,6 @@ Outputs that are not finite fail the comparison, whatever the tolerance.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 
 import torch
@@ -18,10 +17,10 @@ from lowmem.tools.models import (
     known_models,
     make_input,
     make_model,
-    positive_float,
-    print_table,
+    number,
     run_model,
 )
+from lowmem.tools.output import print_json, print_table, shown
 
 __all__ = ["add_arguments", "run"]
 
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument(
         "--tolerance",
-        type=tolerance,
+        type=number,
         metavar="T",
         help="exit with 1 when any largest difference is above T; 0 asks for equal outputs",
     )
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             }
             for other, found in differences.items()
         ]
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
     elif arguments.markdown:
         print_table(
             [f"Compared with {base}", "Max difference", "Mean difference", "Relative error"],
@@ -83,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     else:
         for other, found in differences.items():
-            print(f"Comparing {base} and {other}")
+            print(f"Comparing {shown(base)} and {shown(other)}")
             print(f" - Max difference: {found.max:.4f}")
             print(f" - Mean difference: {found.mean:.4f}")
             print(f" - Relative error: {found.relative:.3g}\n")
@@ -91,19 +90,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all(d.max <= most and math.isfinite(d.max) for d in differences.values()) else 1
 
 
-def tolerance(text: str) -> float:
-    """Parse a finite number of at least 0."""
-    return 0.0 if text.strip("0.") == "" and "0" in text else positive_float(text)
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def _output(name: str, x: Tensor, seed: int) -> Tensor:
-    model = make_model(name, seed=seed).eval()
+    model = make_model(name, seed=seed)
     with torch.no_grad():
-        output = run_model(name, lambda: model(x))
+        output = run_model(name, lambda: model.eval()(x))
     if not isinstance(output, Tensor):
         raise ValueError(
             f"model={name!r} returns a {type(output).__name__}; compare takes models that return a tensor"

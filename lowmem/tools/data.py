@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lowmem.bignet import CHANNELS
+from lowmem.files import open_regular
+from lowmem.messages import describe
 
 __all__ = ["Split", "load_data"]
 
 TEST_SHARE = 0.2
+NPY = b"\x93NUMPY"  # what a file of one array begins with
 
 
 @dataclass(frozen=True)
@@ -74,22 +79,32 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def _npz(path: Path) -> tuple[Tensor, Tensor]:
-    try:
-        with open(path, "rb") as file:
-            arrays = np.load(file, allow_pickle=False)
-            if isinstance(arrays, np.ndarray):
-                raise ValueError("it is a single array; save x and y with numpy.savez")
-            missing = {"x", "y"} - set(arrays.files)
-            if missing:
-                found = ", ".join(arrays.files) or "nothing"
-                raise ValueError(f"it holds {found}; arrays x and y are needed")
-            x, y = arrays["x"], arrays["y"]
-        _check_arrays(x, y)
-    except OSError:
-        raise
-    except Exception as reason:  # a file that was not written by numpy can fail in any way
-        raise ValueError(f"data={str(path)!r}: {reason or type(reason).__name__}") from reason
+    with open_regular(path) as file:
+        try:
+            x, y = _arrays(file)
+            _check_arrays(x, y)
+        except OSError:
+            raise
+        except Exception as reason:  # a file that was not written by numpy can fail in any way
+            said = str(reason) if isinstance(reason, ValueError) else describe(reason)
+            raise ValueError(f"data={str(path)!r}: {said}") from reason
     return torch.from_numpy(np.asarray(x, dtype=np.float32)), torch.from_numpy(np.asarray(y, dtype=np.int64))
+
+
+def _arrays(file: BufferedReader) -> tuple[np.ndarray, np.ndarray]:
+    start = file.read(len(NPY))
+    file.seek(0)
+    if start == NPY:
+        raise ValueError("it is a single array; save x and y with numpy.savez")
+    if not is_zipfile(file):
+        raise ValueError("it is no .npz file; save x and y with numpy.savez")
+    file.seek(0)
+    arrays = np.load(file, allow_pickle=False)
+    missing = {"x", "y"} - set(arrays.files)
+    if missing:
+        found = ", ".join(arrays.files) or "nothing"
+        raise ValueError(f"it holds {found}; arrays x and y are needed")
+    return arrays["x"], arrays["y"]
 
 
 def _check_arrays(x: np.ndarray, y: np.ndarray) -> None:

@@ -10,21 +10,22 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import safetensors.torch
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from lowmem import measure
 from lowmem.files import check_writable, write_atomically
 from lowmem.tools.data import Split, load_data
-from lowmem.tools.models import MIB, make_model, positive_float, positive_int, run_model, seed
+from lowmem.tools.models import MIB, make_model, path, positive_float, positive_int, run_model, seed, user_code
+from lowmem.tools.output import Terminal, print_json, shown
 from lowmem.version import __version__
 
 __all__ = ["Classifier", "Result", "add_arguments", "fit", "run"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Classifier(nn.Module):
@@ -71,10 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="default 64")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of AdamW (default 0.001)")
     parser.add_argument(
-        "--rank", type=int, metavar="N", help="LoRA rank, where the variant has LoRA (default its own)"
+        "--rank", type=positive_int, metavar="N", help="LoRA rank, where the variant has LoRA (default its own)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, split and batches (default 0)")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the trained model as safetensors")
+    parser.add_argument("--save", type=path, metavar="FILE", help="write the trained model as safetensors")
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
 
 
@@ -89,16 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
         data = Split(data.train_x.flatten(1), data.train_y, data.test_x.flatten(1), data.test_y, data.classes)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(arguments.seed)
-        body.eval()
-        output = run_model(name, lambda: body(data.train_x[:1]))
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"model={name!r} returns a {type(output).__name__}; fit takes models that return a tensor"
-            )
-        features = output.flatten(1).shape[1]
+        features = _features(name, body, data.train_x[:2])
         model = Classifier(body, features, data.classes)
-    if arguments.save is not None and not all(isinstance(value, Tensor) for value in model.state_dict().values()):
-        raise ValueError(f"model={name!r} has a state that is not all tensors; safetensors cannot --save it")
+    if arguments.save is not None:
+        _check_state(name, model)
     with torch.random.fork_rng():
         torch.manual_seed(arguments.seed)  # of dropout
         result = fit(
@@ -117,13 +112,36 @@ def run(arguments: argparse.Namespace) -> int:
         # One entry: safetensors writes several in an order that differs from run to run.
         content = safetensors.torch.save(_tensors(model), {"lowmem": json.dumps(origin)})
         write_atomically(arguments.save, content)
-        print(f"saved {arguments.save}", file=sys.stderr)
+        print(f"saved {shown(str(arguments.save))}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(asdict(result), indent=2))
+        print_json(asdict(result))
     else:
         print(f"peak memory of a step: {result.peak_bytes / MIB:.2f} MiB beyond the model and its input")
         print(f"time of a step: {result.seconds_per_step:.3f} s")
     return 0
+
+
+def _features(name: str, body: nn.Module, x: Tensor) -> int:
+    """Return how many numbers a model gives for an example."""
+    output = run_model(name, lambda: body.eval()(x))
+    if not isinstance(output, Tensor):
+        raise ValueError(f"model={name!r} returns a {type(output).__name__}; fit takes models that return a tensor")
+    if output.dim() < 2 or len(output) != len(x) or output.numel() == 0 or output.is_complex():
+        raise ValueError(
+            f"model={name!r} returns {output.dtype} of shape {tuple(output.shape)} for {len(x)} examples; "
+            "fit takes models that return real numbers (examples, features, ...)"
+        )
+    return output[0].numel()
+
+
+def _check_state(name: str, model: nn.Module) -> None:
+    """Raise a ValueError, before the training, if safetensors cannot hold the state."""
+    with user_code(f"model={name!r} has a state that cannot be listed; leave out --save"):
+        state = model.state_dict()
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"model={name!r} has a state that is not all tensors; safetensors cannot --save it")
+    with user_code(f"model={name!r} has a state that safetensors cannot --save"):
+        safetensors.torch.save({key: tensor.new_empty(0).cpu() for key, tensor in state.items()})
 
 
 def fit(
@@ -140,8 +158,11 @@ def fit(
     """Train with AdamW and cross entropy; call ``report`` with a line an epoch.
 
     Raises:
-        ValueError: the loss is no longer finite.
+        ValueError: the loss or a weight is no longer finite, or the model fails.
     """
+    failed = f"model={variant!r} cannot be trained on this data"
+    with user_code(failed):
+        finite = _finite(model)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr)
     generator = torch.Generator().manual_seed(seed)
     examples = len(data.train_x)
@@ -157,7 +178,7 @@ def fit(
         return loss.item(), int((logits.argmax(1) == y).sum())
 
     with _progress() as progress:
-        task = progress.add_task(variant, total=epochs * math.ceil(examples / batch_size))
+        task = progress.add_task(shown(variant), total=epochs * math.ceil(examples / batch_size))
         for epoch in range(1, epochs + 1):
             model.train()
             outcomes: list[tuple[float, int]] = []
@@ -166,7 +187,7 @@ def fit(
                 x, y = data.train_x[rows], data.train_y[rows]
                 started = time.perf_counter()
                 memory = nullcontext() if seconds else measure.PeakMemory()
-                with memory:
+                with user_code(failed), memory:
                     outcomes.append(step(x, y))
                 if isinstance(memory, measure.PeakMemory):
                     result.peak_bytes = memory.peak
@@ -178,7 +199,10 @@ def fit(
                 sum(loss * len(rows) for (loss, _), rows in zip(outcomes, batches, strict=True)) / examples
             )
             result.train_accuracy = sum(correct for _, correct in outcomes) / examples
-            result.test_accuracy = accuracy(model, data.test_x, data.test_y, batch_size)
+            if lost := finite - _finite(model):  # the last step can do that, and no loss shows it
+                raise ValueError(f"{min(lost)!r} is no longer finite in epoch {epoch}: lower --lr={lr:g}")
+            with user_code(failed):
+                result.test_accuracy = accuracy(model, data.test_x, data.test_y, batch_size)
             report(
                 f"epoch {epoch}/{epochs}  loss {result.losses[-1]:.4f}  "
                 f"train accuracy {result.train_accuracy:.1%}  test accuracy {result.test_accuracy:.1%}"
@@ -196,10 +220,16 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
         return sum(int((model(part).argmax(1) == label).sum()) for part, label in batches) / len(y)
 
 
+def _finite(model: nn.Module) -> set[str]:
+    """Return the names of the parameters and buffers whose values are all finite (a mask may hold infinities)."""
+    state = (*model.named_parameters(), *model.named_buffers())
+    return {name for name, value in state if value.dtype in FLOATS and bool(value.isfinite().all())}
+
+
 def _progress() -> Progress:
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps"),

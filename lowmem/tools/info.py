@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lowmem.kernels import backend
+from lowmem.tools.output import print_json, shown
 from lowmem.version import __version__
 
 __all__ = ["add_arguments", "facts", "run"]
@@ -65,9 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     found = facts()
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print_json(found)
         return 0
     for name, value in found.items():
         text = ", ".join(value) or "none" if isinstance(value, list) else "unknown" if value is None else str(value)
-        print(f"{name.replace('_', ' '):<16}{text}")
+        print(f"{name.replace('_', ' '):<16}{shown(text)}")
     return 0

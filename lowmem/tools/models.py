@@ -1,4 +1,4 @@
-"""What the commands share: models by name, positive numbers, and tables.
+"""What the commands share: models by name, calls of what users wrote, and numbers.
 
 A model is named ``VARIANT``, ``module:factory`` (any callable that returns an nn.Module), or
 ``module:factory@VARIANT`` (the techniques of a variant on that model).
@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
+from lowmem.files import printable
+from lowmem.messages import describe
 from lowmem.variants import VARIANTS, build
 
 __all__ = [
@@ -29,12 +29,14 @@ __all__ = [
     "known_models",
     "make_input",
     "make_model",
+    "number",
+    "path",
     "positive_float",
     "positive_int",
-    "print_table",
     "run_model",
     "seed",
     "shape",
+    "user_code",
 ]
 
 MIB = 2**20
@@ -48,34 +50,34 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
         ValueError: an unknown variant, a module that cannot be imported, an attribute that is missing or
             not callable, or a factory that fails or returns something else than an nn.Module.
     """
-    target, _, variant = name.partition("@") if ":" in name else ("", "", name)
+    target, at, variant = name.partition("@") if ":" in name else ("", "@", name)
     factory = _factory(target) if target else BigNet
     try:
-        return build(variant or "bignet", factory, seed=seed, rank=rank)
-    except RuntimeError as reason:  # most often an allocation that the system refuses
-        raise ValueError(f"model={name!r}, rank={rank} cannot be built: {_short(reason)}") from reason
+        return build(variant if at else "bignet", factory, seed=seed, rank=rank)
+    except (ValueError, TypeError, KeyboardInterrupt):
+        raise
+    except BaseException as reason:  # an allocation that the system refuses, or what a user's module overrides
+        raise ValueError(f"model={name!r}, rank={rank} cannot be built: {describe(reason)}") from reason
 
 
 def _factory(target: str) -> Callable[[], nn.Module]:
     module_name, _, attribute = target.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as python -m does: the user's model is most often a file right here
-    try:
-        factory = import_module(module_name)
-    except (Exception, SystemExit) as reason:
-        raise ValueError(f"model={target!r}: cannot import {module_name!r}: {_short(reason)}") from reason
+    with suppress(FileNotFoundError):  # the working directory may be gone
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # as python -m does: the user's model is most often a file right here
+    with user_code(f"model={target!r}: cannot import {module_name!r}"):
+        factory: Any = import_module(module_name)
     for part in attribute.split("."):
-        if not hasattr(factory, part):
+        with user_code(f"model={target!r}: looking up {attribute!r} failed"):
+            factory = getattr(factory, part, None)
+        if factory is None:
             raise ValueError(f"model={target!r}: {module_name!r} has no {attribute!r}")
-        factory = getattr(factory, part)
     if not callable(factory):
         raise ValueError(f"model={target!r}: it is a {type(factory).__name__}, not a callable that returns a model")
 
     def checked() -> nn.Module:
-        try:
+        with user_code(f"model={target!r}: calling it failed"):
             model = factory()
-        except (Exception, SystemExit) as reason:
-            raise ValueError(f"model={target!r}: calling it failed: {_short(reason)}") from reason
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={target!r}: it returned a {type(model).__name__}, not a torch.nn.Module")
         return model
@@ -83,19 +85,21 @@ def _factory(target: str) -> Callable[[], nn.Module]:
     return checked
 
 
+@contextmanager
+def user_code(failure: str, remedy: str = "") -> Iterator[None]:
+    """Turn whatever the block raises, sys.exit too, into a ValueError that says so; an interrupt stays one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as reason:
+        raise ValueError(f"{failure}: {describe(reason)}{remedy}") from reason
+
+
 def run_model(name: str, run: Callable[[], Result]) -> Result:
     """Return ``run()``, a call of the user's model, with its failures told as bad input, whatever they are."""
-    try:
+    with user_code(f"model={name!r} cannot take this input", "; check the input's shape and dtype"):
         return run()
-    except Exception as reason:
-        raise ValueError(
-            f"model={name!r} cannot take this input: {_short(reason)}; check the input's shape and dtype"
-        ) from reason
-
-
-def _short(reason: BaseException) -> str:
-    lines = str(reason).strip().splitlines() or [""]
-    return f"{type(reason).__name__}: {lines[0]}"
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,32 +130,44 @@ def make_input(arguments: argparse.Namespace) -> Tensor:
             return torch.zeros(size, dtype=dtype)
         return torch.randn(size, generator=torch.Generator().manual_seed(arguments.seed)).to(dtype)
     except RuntimeError as reason:
-        raise ValueError(f"an input of shape {size} cannot be made: {_short(reason)}") from reason
+        raise ValueError(f"an input of shape {size} cannot be made: {describe(reason)}; make it smaller") from reason
 
 
 def positive_int(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    """Parse a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive number")
-    return value
+    """Parse an integer of at least 1 that torch takes."""
+    return _integer(text, 1, f"{_shown(text)} must be a positive integer below 2**63")
 
 
 def seed(text: str) -> int:
     """Parse a seed that every generator takes."""
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer from 0 to 2**63 - 1")
-    return int(text)
+    return _integer(text, 0, f"{_shown(text)} must be an integer from 0 to 2**63 - 1")
+
+
+def _integer(text: str, least: int, refusal: str) -> int:
+    digits = text.lstrip("0") or text[:1]
+    if not text.isascii() or not text.isdigit() or len(digits) > 19 or not least <= int(digits) < 2**63:
+        raise argparse.ArgumentTypeError(refusal)
+    return int(digits)
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    return _number(text, lambda value: value > 0, "must be a positive number")
+
+
+def number(text: str) -> float:
+    """Parse a finite number of at least 0."""
+    return _number(text, lambda value: value >= 0, "must be a number of at least 0")
+
+
+def _number(text: str, accepted: Callable[[float], bool], refusal: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not accepted(value) or value == float("inf"):
+        raise argparse.ArgumentTypeError(f"{_shown(text)} {refusal}")
+    return value
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -159,22 +175,20 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(positive_int(part) for part in text.split(","))
 
 
-def print_table(columns: list[str], rows: list[list[str]], *, markdown: bool = False) -> None:
-    """Print a table to stdout: the first column to the left, the others to the right."""
-    if markdown:
-        rule = [":--"] + ["--:"] * (len(columns) - 1)
-        for row in [columns, rule, *rows]:
-            print("| " + " | ".join(row) + " |")
-        return
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column.replace(" ", "\n"), justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, row))  # a name may hold what rich reads as markup
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width to keep to
-        console.width = 1000
-    console.print(table)
+def path(text: str) -> Path:
+    """Parse the path of a file that is there or can be."""
+    try:
+        os.stat(text)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as reason:
+        said = reason.strerror if isinstance(reason, OSError) else str(reason)
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is no path: {said}; name a file") from None
+    return Path(text)
+
+
+def _shown(text: str) -> str:
+    return printable(repr(text), 80)
 
 
 def known_models(names: list[str]) -> list[str]:

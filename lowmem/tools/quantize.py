@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lowmem.formats import FORMATS
@@ -17,7 +14,8 @@ from lowmem.fourbit import FourBit
 from lowmem.scales import ENCODINGS
 from lowmem.shards import INDEX
 from lowmem.stream import Row, Source, convert_checkpoint
-from lowmem.tools.models import MIB, positive_int, print_table
+from lowmem.tools.models import MIB, path, positive_int
+from lowmem.tools.output import Terminal, print_json, print_table, shown
 
 __all__ = ["add_arguments", "run", "size"]
 
@@ -26,8 +24,8 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("source", type=Path, metavar="IN", help=f"a .safetensors file, or a sharded one's {INDEX}")
-    parser.add_argument("target", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("source", type=path, metavar="IN", help=f"a .safetensors file, or a sharded one's {INDEX}")
+    parser.add_argument("target", type=path, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--format", choices=list(FORMATS), default="nf4", help="default nf4")
     parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
     parser.add_argument("--scales", choices=list(ENCODINGS), help="how scales are stored (default the format's)")
@@ -61,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.format, block_size=arguments.block_size, scales=arguments.scales, search=arguments.search
     )
     with Source(arguments.source) as source:
+        if not source.specs:
+            raise ValueError(f"source={str(arguments.source)!r} holds no tensors; name a model's checkpoint")
         total = sum(spec.nbytes for spec in source.specs.values())
     with _progress() as progress:
         task = progress.add_task("quantize", total=total)
@@ -78,13 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
             progress=advance,
         )
     if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        print_json([asdict(row) for row in rows])
         return 0
     print_table(["Tensor", "Shape", "Before MiB", "After MiB", "Error"], [_cells(row) for row in rows])
     before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
     count = sum(row.converted for row in rows)
     print(f"converted {count} of {len(rows)} tensors: {before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
-    print(f"saved {arguments.target}", file=sys.stderr)
+    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
     return 0
 
 
@@ -99,7 +99,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _progress() -> Progress:
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

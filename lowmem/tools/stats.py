@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
@@ -16,9 +15,10 @@ from lowmem.tools.models import (
     known_models,
     make_input,
     make_model,
-    print_table,
     run_model,
+    user_code,
 )
+from lowmem.tools.output import print_json, print_summary, print_table, shown
 
 __all__ = ["Stats", "add_arguments", "run", "stats_of"]
 
@@ -42,20 +42,21 @@ def stats_of(name: str, model: nn.Module, x: Tensor) -> Stats:
     """Measure the model that ``name`` stands for on ``x``."""
     forward = run_model(name, lambda: measure.forward_bytes(model, x))
     backward = run_model(name, lambda: measure.backward_bytes(model, x))
-    counts = measure.counts(model)
-    stored = measure.theoretical_bytes(model)
-    weights = measure.weight_count(model)
-    return Stats(
-        model=name,
-        trainable_params=counts.trainable,
-        frozen_params=counts.frozen,
-        total_params=counts.total,
-        theoretical_bytes=stored,
-        actual_bytes=measure.actual_bytes(model),
-        forward_bytes=forward,
-        backward_bytes=backward,
-        bits_per_weight=8 * stored / weights if weights else 0.0,
-    )
+    with user_code(f"model={name!r} cannot be measured"):
+        counts = measure.counts(model)
+        stored = measure.theoretical_bytes(model)
+        weights = measure.weight_count(model)
+        return Stats(
+            model=name,
+            trainable_params=counts.trainable,
+            frozen_params=counts.frozen,
+            total_params=counts.total,
+            theoretical_bytes=stored,
+            actual_bytes=measure.actual_bytes(model),
+            forward_bytes=forward,
+            backward_bytes=backward,
+            bits_per_weight=8 * stored / weights if weights else 0.0,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,10 +82,11 @@ def run(arguments: argparse.Namespace) -> int:
         model = make_model(name, seed=arguments.seed)
         rows.append(stats_of(name, model, x))
         if ":" in name:
-            layers[name] = summary(model)
+            with user_code(f"model={name!r} cannot be listed by layers"):
+                layers[name] = summary(model)
     if arguments.json:
         listed = {name: {"layers": [asdict(layer) for layer in found]} for name, found in layers.items()}
-        print(json.dumps([asdict(row) | listed.get(row.model, {}) for row in rows], indent=2))
+        print_json([asdict(row) | listed.get(row.model, {}) for row in rows])
         return 0
     print_table(
         [
@@ -108,9 +110,6 @@ def run(arguments: argparse.Namespace) -> int:
         markdown=arguments.markdown,
     )
     for name, found in layers.items():
-        print(f"\n{name}\n")
-        if arguments.markdown:
-            print_table(found.columns, found.cells, markdown=True)
-        else:
-            print(found)
+        print(f"\n{shown(name)}\n")
+        print_summary(found, markdown=arguments.markdown)
     return 0

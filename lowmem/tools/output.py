@@ -1,0 +1,143 @@
+"""What commands print: tables and JSON on stdout, where nothing else goes with ``--json``; progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import TextIO
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lowmem.files import printable
+from lowmem.summary import Summary
+
+__all__ = ["Terminal", "print_json", "print_summary", "print_table", "results_alone", "shown"]
+
+LEAST = 12  # characters that a column of text is narrowed to
+
+_results: TextIO | None = None  # where JSON goes while stdout is stderr
+
+
+class Terminal(Console):
+    """A Console that leaves it to the command what a closed pipe means."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError again, where rich would exit with 1."""
+        raise
+
+
+def shown(text: str) -> str:
+    """Return a name of any origin as a table or a line of text can show it."""
+    return printable(text, 2000)
+
+
+@contextmanager
+def results_alone(wanted: bool, program: bool) -> Iterator[None]:
+    """Where ``wanted``, send to stderr what is printed in the block but by ``print_json``.
+
+    Args:
+        program: the process is the command's: what any library writes to the file descriptor of stdout goes to
+            stderr too, until the process ends.
+    """
+    global _results
+    if not wanted:
+        yield
+        return
+    results = sys.stdout
+    if program:
+        results.flush()
+        results = open(os.dup(sys.stdout.fileno()), "w")  # noqa: SIM115  to the end of the process
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _results = results
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+        results.flush()
+    finally:
+        _results = None
+
+
+def print_json(document: object) -> None:
+    """Print one JSON document to stdout."""
+    print(json.dumps(document, indent=2), file=_results)
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: Collection[int] = (0,), markdown: bool = False
+) -> None:
+    """Print a table to stdout, with every figure whole: where a terminal is too narrow, one line a figure.
+
+    Args:
+        columns: the titles.
+        rows: the cells, which may hold anything.
+        text: the columns that are no figures: they stand to the left, and are wrapped where that is needed.
+        markdown: a Markdown table.
+    """
+    rows = [[shown(cell) for cell in row] for row in rows]
+    if markdown:
+        rule = [":--" if number in text else "--:" for number in range(len(columns))]
+        for row in [columns, rule, *([re.sub(r"([\\|<*\[])", r"\\\1", cell) for cell in row] for row in rows)]:
+            print("| " + " | ".join(row) + " |")
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    widths = []
+    for number, column in enumerate(columns):
+        title = column.replace(" ", "\n")
+        width = max(map(cell_len, [*title.split("\n"), *(row[number] for row in rows)]))
+        if number in text:
+            table.add_column(title, overflow="fold", min_width=min(width, LEAST))
+        else:
+            table.add_column(title, justify="right", no_wrap=True, min_width=width)
+        widths.append(width)
+    for row in rows:
+        table.add_row(*map(Text, row))  # no str: rich would read markup and emoji in it
+    least = [min(width, LEAST) if number in text else width for number, width in enumerate(widths)]
+    if sum(least) + len(columns) + 1 <= _width():
+        _print(table, sum(widths) + len(columns) + 1)
+    else:
+        for row in rows:
+            _print_upright(columns, row)
+
+
+def print_summary(layers: Summary, *, markdown: bool = False) -> None:
+    """Print a summary of layers to stdout: as it prints itself, where there is room."""
+    lines = str(layers)
+    if not markdown and max(map(cell_len, lines.splitlines())) <= _width():
+        print(lines)
+    else:
+        text = {*range(len(layers.columns))} - {*layers.FIGURES}
+        print_table(layers.columns, layers.cells, text=text, markdown=markdown)
+
+
+def _print_upright(columns: Sequence[str], row: Sequence[str]) -> None:
+    """Print a row as its first cell, and below it a line for each other that is not empty."""
+    _print(Text(row[0], overflow="fold"))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for column, cell in zip(columns[1:], row[1:], strict=True):
+        if cell:
+            table.add_row(Text(f"  {column}"), Text(cell))
+    _print(table)
+    print()
+
+
+def _print(what: RenderableType, width: int = 0) -> None:
+    console = Terminal()
+    if not console.is_terminal:
+        console.width = max(width, console.width)
+    console.print(what, crop=False)
+
+
+def _width() -> float:
+    """Return how many characters a line of stdout has room for: a file or a pipe has no width to keep to."""
+    console = Terminal()
+    return console.width if console.is_terminal else float("inf")

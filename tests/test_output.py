@@ -1,0 +1,103 @@
+"""Results alone go to stdout; tables show every figure, however narrow the terminal and whatever the names."""
+
+import io
+import json
+import re
+
+import pytest
+from rich.cells import cell_len
+from torch import nn
+
+from lowmem import FourBit, convert, summary
+from lowmem.tools import output
+from lowmem.tools.output import print_json, print_summary, print_table, results_alone, shown
+
+HOSTILE = "w\x1b[31m\n\u202e[bold]x[/bold][/y]:warning:|<b>\\"
+COLUMNS = ["Model", "Trains M", "Frozen M", "Total M", "Theory MiB", "Actual MiB", "Forward MiB", "Bits/ weight"]
+FIGURES = ["12345.67", "0.01", "23456.78", "34567.89", "45678.90", "1.23", "32.00"]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Print on a terminal of some columns: return the lines, without styles."""
+
+    def terminal(columns, what, *arguments, **options):
+        screen = io.StringIO()
+        monkeypatch.setattr("sys.stdout", screen)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(output.Terminal, "is_terminal", True)
+        what(*arguments, **options)
+        return re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue()).splitlines()
+
+    return terminal
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60, 80, 120])
+@pytest.mark.parametrize("name", ["bignet", "a.module.with.a.long.path:factory@low_precision_nf4", "語" * 30])
+def test_every_figure_is_whole_and_every_name_complete_on_any_terminal(terminal, columns, name):
+    lines = terminal(columns, print_table, COLUMNS, [[name, *FIGURES]])
+    assert all(cell_len(line) <= columns for line in lines)
+    words = " ".join(lines).split()
+    assert all(figure in words for figure in FIGURES)
+    assert name in "".join(word for word in words if word not in FIGURES)  # in pieces below each other
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60, 80, 120, 300])
+def test_a_summary_too(terminal, columns):
+    model = convert(nn.ModuleDict({"a_long_name_" * 3: nn.Linear(1024, 1024), "norm": nn.LayerNorm(16)}), FourBit())
+    lines = terminal(columns, print_summary, summary(model))
+    assert all(cell_len(line) <= columns for line in lines)
+    words = " ".join(lines).split()
+    for row in summary(model).cells:
+        assert all(row[number] in words for number in summary(model).FIGURES if row[number])
+    if columns == 300:
+        assert lines == str(summary(model)).splitlines()
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_names_on_a_terminal_are_neither_escape_codes_nor_markup_nor_emoji(terminal, columns):
+    lines = terminal(columns, print_table, ["Name", "Count"], [[HOSTILE, "1"]])
+    assert all(line.isprintable() for line in lines)
+    words = " ".join(lines).split()
+    assert shown(HOSTILE) in "".join(word for word in words if word != "1")
+    assert "[bold]x[/bold][/y]:warning:" in shown(HOSTILE)
+
+
+def test_a_table_in_a_pipe_is_never_cut_and_has_no_markup(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table(["Name", "Some value"], [["a" * 1500, "1"], [HOSTILE, "2"]])
+    text = capsys.readouterr().out
+    assert "a" * 1500 in text
+    assert shown(HOSTILE) in text
+    assert text.replace("\n", "").isprintable()
+
+
+def test_markdown_cells_stay_in_their_columns(capsys):
+    print_table(["Name", "Note", "Count"], [["a|b\nc", "<b>*x*[y](z)\\", "1"]], text=(0, 1), markdown=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "| Name | Note | Count |",
+        "| :-- | :-- | --: |",
+        "| a\\|b\\\\nc | \\<b>\\*x\\*\\[y](z)\\\\ | 1 |",
+    ]
+
+
+def test_only_json_goes_to_stdout_where_results_are_alone(capsys):
+    with results_alone(True, program=False):
+        print("noise")
+        print_json({"name": HOSTILE})
+    print("after")
+    out, err = capsys.readouterr()
+    assert err == "noise\n"
+    document, _, rest = out.rpartition("}\n")
+    assert json.loads(document + "}") == {"name": HOSTILE}
+    assert rest == "after\n"
+    with results_alone(False, program=False):
+        print("text")
+    assert capsys.readouterr() == ("text\n", "")
+
+
+def test_an_error_in_the_block_gives_stdout_back(capsys):
+    with pytest.raises(ValueError, match="bad"), results_alone(True, program=False):
+        raise ValueError("bad")
+    print_json([])
+    assert capsys.readouterr().out == "[]\n"
