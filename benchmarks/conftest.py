@@ -11,7 +11,16 @@ import torch
 import lowmem
 from lowmem import measure
 
-torch.set_num_threads(2)  # each thread has scratch of its own, so that memory depends on their number
+THREADS = 2  # each has scratch of its own, so that memory depends on their number
+
+
+@pytest.fixture(autouse=True, scope="package")
+def threads():
+    """Let torch use so many threads in the benchmarks, and in nothing that runs in the same session."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +71,7 @@ def pytest_benchmark_generate_machine_info():
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": THREADS,
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "backend": lowmem.backend(),
     }

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.accuracy import assert_layers_exact
 from lowmem import VARIANTS
-from lowmem.measure import difference
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 
@@ -19,8 +19,8 @@ def test_inference(benchmark, record_memory, timed, model, variant, batch):
 
     with torch.no_grad():
         output = timed(lambda: compressed(x), reference=lambda: float32(x))
-        expected = float32(x)
 
     assert output.dtype == torch.float32
+    assert output.shape == x.shape
     assert output.isfinite().all()
-    assert difference(expected, output).relative < 0.1
+    assert_layers_exact(compressed, x)
