@@ -17,7 +17,7 @@ from lowmem.fourbit import format_keys
 from lowmem.frozen import FrozenStorage
 from lowmem.lora import LoRA, LoRALinear
 from lowmem.records import adapter_record, check_keys, check_object, lora_of, record_errors
-from lowmem.registry import layer_name, places, why_left
+from lowmem.registry import layer_name, places, why_left_in
 from lowmem.shells import check_adapter
 from lowmem.tensorfile import read, write_tensors
 
@@ -157,11 +157,12 @@ def _check_fits(
     base: str,
 ) -> None:
     expected: set[str] = set()
+    leaves = why_left_in(model)
     for place, technique in records.items():
         layer: Any = by_path.get(place)
         if layer is None:
             raise ValueError(f"it adapts {layer_name(place)}, which the model has not: it is of another architecture")
-        why = None if isinstance(layer, LoRALinear) else why_left(LoRA, layer)
+        why = None if isinstance(layer, LoRALinear) else leaves(LoRA, layer)
         if why is not None:
             raise ValueError(f"it adapts {layer_name(place)}, which is a {type(layer).__name__} here: {why}")
         check_adapter(_key(place, ""), technique, layer, tensors)

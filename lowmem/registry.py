@@ -31,6 +31,7 @@ __all__ = [
     "read_by_attention",
     "taken_types",
     "why_left",
+    "why_left_in",
 ]
 
 Technique: TypeAlias = Half | FourBit | LoRA
@@ -134,6 +135,13 @@ def why_left(technique: type[Technique], module: nn.Module) -> str | None:
         return f"its weight or bias is computed from, or comes with, {', '.join(sorted(extra)) or 'something else'}"
     refuses: Callable[[nn.Module], str | None] | None = getattr(made, "refuses", None)
     return None if refuses is None else refuses(module)
+
+
+def why_left_in(model: nn.Module) -> Callable[[type[Technique], nn.Module], str | None]:
+    """Return ``why_left`` for modules of a model, which also knows those that attention reads."""
+    inside = read_by_attention(model)
+    why = "attention reads its weight without calling it"
+    return lambda technique, module: why_left(technique, module) or (why if module in inside else None)
 
 
 def nothing_found(technique: type[Technique], model: nn.Module) -> str:

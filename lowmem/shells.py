@@ -23,7 +23,7 @@ from lowmem.fourbit import FourBit, format_keys
 from lowmem.half import Half
 from lowmem.lora import Adapter, LoRA, LoRALinear
 from lowmem.records import adapters_of, check_object, record_errors, technique_of
-from lowmem.registry import REGISTRY, layer_name, places, why_left
+from lowmem.registry import REGISTRY, layer_name, places, why_left_in
 
 __all__ = ["assign", "build", "check_adapter"]
 
@@ -122,11 +122,11 @@ def _converted(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
         weight = module._parameters.get("weight")
         for tied in [] if weight is None or is_lazy(weight) else sharing[weight_key(weight)]:
             found.setdefault(tied, record)  # without a record of its own, it shares what is stored
-    left = []
+    left, leaves = [], why_left_in(model)
     stored: dict[Any, tuple[str, Half | FourBit, Any]] = {}
     shells: dict[nn.Module, Any] = {}
     for module, (path, technique, method) in found.items():
-        why = why_left(type(technique), module)
+        why = leaves(type(technique), module)
         if why is not None:
             path = next(path for path, other in by_path.items() if other is module)
             left.append(
@@ -160,10 +160,11 @@ def _adapted(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -
     with record_errors("its record of the adapters"):
         records = check_object(records)
     by_path = {path: module for module, paths in places(model).items() for path in paths}
+    leaves = why_left_in(model)
     found: dict[Any, tuple[str, dict[str, tuple[LoRA, bool]]]] = {}
     for path, record in records.items():
         base = by_path.get(path)
-        why = f"the model has no layer {show(path)}" if base is None else why_left(LoRA, base)
+        why = f"the model has no layer {show(path)}" if base is None else leaves(LoRA, base)
         if why is not None:
             raise ValueError(f"it has adapters for {layer_name(path)}: {why}; is this its factory?")
         with record_errors(f"its record of the adapters of {layer_name(path)}"):

@@ -182,3 +182,31 @@ def test_the_commands_take_a_bare_encoder(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["compare", "bare_encoder:make", "bare_encoder:make@low_precision", *shape]) == 0
     assert 0 < json.loads(capsys.readouterr().out)[0]["relative_error"] < 0.5
+
+
+class Attentive(nn.Module):
+    """A plain linear layer that attention may read past its ``forward``, as some libraries put it there."""
+
+    def __init__(self, attention):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.MultiheadAttention(8, 2) if attention else nn.Module()
+        self.attn.out_proj = nn.Linear(8, 8)
+        self.other = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("technique", [FourBit(), Half(), LoRA(2)])
+def test_layers_that_attention_reads_past_their_forward_are_named(technique, tmp_path):
+    save(convert(Attentive(False), technique), tmp_path / "m")
+    assert load(tmp_path / "m", lambda: Attentive(False))
+    with pytest.raises(FileError, match=r"attn.out_proj.*: attention reads its weight without calling it"):
+        load(tmp_path / "m", lambda: Attentive(True))
+
+
+def test_an_adapter_of_a_layer_that_attention_reads_is_refused_whole(tmp_path):
+    lowmem.save_adapter(convert(Attentive(False), LoRA(2)), tmp_path / "a")
+    assert lowmem.load_adapter(Attentive(False), tmp_path / "a")
+    model = Attentive(True)
+    with pytest.raises(FileError, match="attn.out_proj, .*: attention reads its weight without calling it"):
+        lowmem.load_adapter(model, tmp_path / "a")
+    assert type(model.other) is nn.Linear
