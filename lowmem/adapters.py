@@ -15,7 +15,7 @@ from torch import nn
 from lowmem.convert import freeze_all_but_adapters, one_at_a_time, swap
 from lowmem.lora import Adapter, LoRA, LoRALinear
 from lowmem.merge import adapted_layers, fold
-from lowmem.registry import chosen, layer_name, nothing_found, why_left
+from lowmem.registry import chosen, layer_name, nothing_found, refuse_peft, why_left
 
 __all__ = [
     "activate",
@@ -78,6 +78,7 @@ def add_adapter(
             added[module] = Adapter(module.base, technique)
     if not wrapped and not added:
         raise ValueError(nothing_found(LoRA, model))
+    refuse_peft(model, wrapped)
     model = swap(model, wrapped)
     for adapted, adapter in added.items():
         adapted.add(name, adapter)

@@ -26,6 +26,7 @@ from lowmem.registry import (
     layer_name,
     nothing_found,
     places,
+    refuse_peft,
     taken_types,
     why_left,
 )
@@ -44,7 +45,8 @@ __all__ = [
 ]
 
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _CHANGING = threading.RLock()  # held by whoever changes which modules a model has
 
 
@@ -87,8 +89,8 @@ def convert(
     Raises:
         TypeError: the model is not a module, or a technique is not one.
         ValueError: no technique, techniques that do not compose, nothing to convert, a pattern of
-            ``skip`` that matches nothing, a layer that has the technique already, or a weight that
-            cannot be stored (its path is named). The model is left as it was.
+            ``skip`` that matches nothing, a layer that has the technique already or is inside one of PEFT, or
+            a weight that cannot be stored (its path is named). The model is left as it was.
     """
     _check_arguments(techniques)
     candidates = layers_to_convert(model, techniques, where, skip)
@@ -116,7 +118,8 @@ def layers_to_convert(
 
     Raises:
         TypeError: the model is not a module, or a pattern not a string.
-        ValueError: nothing to convert, a pattern that matches nothing, or a layer that has a technique already.
+        ValueError: nothing to convert, a pattern that matches nothing, a layer that has a technique already, or
+            one of PEFT.
     """
     candidates: dict[nn.Module, str] = {}
     for module, path in chosen(model, where, skip).items():
@@ -133,6 +136,7 @@ def layers_to_convert(
         keep_ties(model, candidates)
     if not candidates:
         raise ValueError(nothing_found(type(techniques[0]), model))
+    refuse_peft(model, candidates)
     return candidates
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import TypeAlias
@@ -29,6 +29,7 @@ __all__ = [
     "nothing_found",
     "places",
     "read_by_attention",
+    "refuse_peft",
     "taken_types",
     "why_left",
     "why_left_in",
@@ -105,6 +106,23 @@ def read_by_attention(model: nn.Module) -> set[nn.Module]:
     return {
         getattr(module, "out_proj", module) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
     }
+
+
+def refuse_peft(model: nn.Module, layers: Collection[nn.Module]) -> None:
+    """Raise where layers that are to be changed stand inside one of PEFT's: its adapters would be frozen as well.
+
+    Raises:
+        ValueError: there are such layers; the first is named.
+    """
+    for path, module in model.named_modules():
+        if any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__):
+            inside = next((inner for inner, layer in module.named_modules(prefix=path) if layer in layers), None)
+            if inside is not None:
+                raise ValueError(
+                    f"{layer_name(inside)} is inside {layer_name(path)}, a {type(module).__name__} of PEFT, whose "
+                    "adapters would be frozen with their base: convert the base before get_peft_model, or call "
+                    "merge_and_unload() first"
+                )
 
 
 def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -7,7 +7,19 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from lowmem import Embedding4Bit, FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, convert, measure
+from lowmem import (
+    Embedding4Bit,
+    FourBit,
+    Half,
+    HalfLinear,
+    Linear4Bit,
+    LoRA,
+    LoRALinear,
+    add_adapter,
+    calibrate,
+    convert,
+    measure,
+)
 from lowmem.convert import REGISTRY
 from tests.rounding import assert_sum, unit
 
@@ -497,3 +509,53 @@ def test_recomputed_weights_of_any_layer_are_left_alone(make):
     convert(model, FourBit())
     assert type(model[0]) is kind
     assert type(model[1]) is not kind
+
+
+class PeftLinear(nn.Module):
+    """As PEFT's LoRA layer is built; its class says that it is PEFT's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+PeftLinear.__module__ = "peft.tuners.lora.layer"
+
+
+class OfPeft(PeftLinear):
+    """A user's own kind of it."""
+
+
+@pytest.mark.parametrize("kind", [PeftLinear, OfPeft])
+@pytest.mark.parametrize("change", ["FourBit", "Half", "LoRA", "add_adapter", "calibrate"])
+def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, change):
+    model = nn.Sequential(nn.Linear(8, 8), kind(nn.Linear(8, 8)))
+    model[1].base_layer.requires_grad_(False)
+    modules, trains = [*model.modules()], [p.requires_grad for p in model.parameters()]
+    changes = {
+        "FourBit": lambda **skip: convert(model, FourBit(), **skip),
+        "Half": lambda **skip: convert(model, Half(), **skip),
+        "LoRA": lambda **skip: convert(model, LoRA(2), **skip),
+        "add_adapter": lambda **skip: add_adapter(model, "mine", LoRA(2), **skip),
+        "calibrate": lambda **skip: calibrate(model, [torch.randn(4, 8)], **skip),
+    }
+    message = r"1.base_layer is inside 1, a \w+ of PEFT.*before get_peft_model, or call merge_and_unload"
+    with pytest.raises(ValueError, match=message):
+        changes[change]()
+    assert [*model.modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == trains
+    changes[change](skip="1.*")
+    assert [*model[1].modules()] == modules[-len([*model[1].modules()]) :]
+
+
+def test_what_is_converted_first_can_go_into_peft_s_layers():
+    model = convert(nn.Sequential(nn.Linear(8, 8)), FourBit())
+    model[0] = PeftLinear(model[0])
+    x = torch.randn(2, 8)
+    model(x).sum().backward()
+    assert model[0].lora_B["default"].weight.grad is not None
