@@ -1,5 +1,7 @@
 """What one layer costs: the call, the gradient of its input beside the forward, and products in fewer bits."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,25 @@ def test_call(benchmark, timed, technique):
 
     assert output.shape == (1, 16)
     assert_layers_exact(layer, x)
+
+
+@pytest.mark.parametrize("batch", [1, 4], ids="batch{}".format)
+@pytest.mark.parametrize("technique", [FourBit(), INT4, Half()], ids=["nf4", "int4", "half"])
+def test_wide_layer(benchmark, timed, technique, batch):
+    """A layer of few rows and many columns, as behind the pixels of an image: its input takes longest to pack."""
+    benchmark.group = f"150528 columns, batch {batch}"
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.Linear(3 * 224 * 224, 10).eval()
+    with torch.no_grad():
+        plain.weight.copy_(torch.randn(plain.weight.shape, generator=generator))
+    layer = lowmem.convert(copy.deepcopy(plain), technique)
+    x = torch.randn(batch, plain.in_features, generator=generator)
+
+    with torch.no_grad():
+        output = timed(lambda: layer(x), reference=lambda: plain(x))
+        expected = plain(x)
+
+    assert difference(expected, output).relative < 0.15
 
 
 @BATCHES

@@ -1,19 +1,20 @@
 """How the compiled kernel is called: threads, scratch, what it remembers of a weight, and what it refuses to read."""
 
 import copy
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import pytest
 import torch
 
-from lowmem import blockwise, kernels, measure, quantize
-from lowmem.kernels import cpu
+from lowmem import FourBit, Half, LoRA, QuantizedTensor, blockwise, convert, kernels, measure, quantize
+from lowmem.kernels import cpu, memory
 from tests import strategies
-from tests.compiled import assert_exact, assert_same_bytes, compiled, on_threads, stored
+from tests.compiled import assert_close_in, assert_exact, assert_same_bytes, compiled, on_threads, stored
 from tests.test_kernels import run_python
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
@@ -439,3 +440,145 @@ def test_a_weight_is_known_to_two_kernels_at_once():
 
     with ThreadPoolExecutor(len(served)) as pool:
         assert all(pool.map(multiply, served, expected))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "block_size"), [("nf4", 64), ("nf4", 4096), ("nf4", 10), ("int4", 24), ("half", None)]
+)
+def test_packing_a_wide_input_looks_at_each_column_about_once(level, dtype, kind, block_size):
+    """Columns are packed in parts, of which each may look at the blocks that reach into it and at no others."""
+    native, _ = cpu.load()
+    columns, part = 9 * 8192 + 100, 4096  # the least that a part is
+    dense = strategies.make_weight("normal", (3, columns), 0, 0)
+    w, dense = stored(kind, dense, **({"block_size": block_size} if block_size else {}))
+    beside = 2 * (block_size or 0) + 32  # of each part: a block that reaches into it on either side, and a vector
+    for batch in (1, 2, 4, 6, 32, 48):
+        x = strategies.make_weight("normal", (batch, columns), 0, 1).to(dtype)
+        with on_threads(1), kernels.using(level):
+            before = native.visited()
+            got = kernels.linear(x, w, dtype)
+            seen = native.visited() - before
+        assert seen <= batch * (columns + -(-columns // part) * beside)
+        if batch <= 4 and kind == "nf4" and dtype == torch.float32:
+            assert seen >= batch * columns  # nobody else packs them
+        if dtype == torch.float32:
+            assert_exact(got, x, dense)
+        else:
+            assert_close_in(dtype, got, x.float(), dense)
+
+
+@pytest.mark.parametrize("kind", ["4-bit", "half", "4-bit, LoRA", "half, LoRA", "4-bit, int8"])
+def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
+    """One call of a layer is one call of C, with the layer's own parameters, trained or frozen: no view, no copy."""
+    int8 = kind.endswith("int8")
+    technique = FourBit(compute_dtype=torch.int8 if int8 else None) if kind.startswith("4-bit") else Half()
+    layer = convert(torch.nn.Linear(256, 24), technique, *([LoRA(4)] if "LoRA" in kind else []))
+    base = layer.base if "LoRA" in kind else layer
+    calls = []
+    kernel = cpu.Kernel(cpu.load()[0], kernels.available()[-1])
+    if int8 and kernels.available()[-1] not in ("avx512vnni", "avx512bf16", "avx512amx"):
+        pytest.skip("this processor has no products of 8-bit integers: torch rounds inputs")
+    name = "_linear8" if int8 else "_linear"
+    run = getattr(kernel, name)
+    monkeypatch.setattr(kernel, name, lambda *given: calls.append((given, run(*given))) or calls[-1][1])
+    monkeypatch.setattr(kernels, "_serves", kernel)
+    x = torch.nn.Parameter(torch.randn(3, 256))
+    with torch.no_grad():
+        out = layer(x)
+    ((given, made),) = calls
+    assert out is made
+    own = [base.packed, base.scales] if technique != Half() else [base.weight]
+    own += [x, base.bias] + ([layer.lora_a, layer.lora_b] if "LoRA" in kind else [])
+    assert all(type(parameter) is torch.nn.Parameter for parameter in own)
+    assert all(any(parameter is one for one in given) for parameter in own)
+
+
+def test_a_parameter_is_as_real_as_a_tensor():
+    class Wrapped(torch.Tensor):
+        pass
+
+    tensor = torch.randn(4)
+    for real in (tensor, torch.nn.Parameter(tensor)):
+        assert memory.is_real(real)
+        assert memory.is_float(real)
+        assert memory.is_vector(real, 4)
+    for other in (tensor.as_subclass(Wrapped), torch.nn.Parameter(tensor.as_subclass(Wrapped)), tensor.to("meta")):
+        assert not memory.is_real(other)
+
+
+@cache  # for all levels
+def of_wide_rows(kind, dtype, rows, batch, bias_dtype):
+    """A wide weight, inputs, a bias, their product in float64, and how far off one in a 16-bit dtype may be."""
+    generator = torch.Generator().manual_seed(rows + batch)
+    columns = 8200  # more than come at a time, so that sums are kept between parts
+    if kind == "nf4":
+        w = QuantizedTensor.empty(torch.Size((rows, columns)), "nf4", 64, "float16", "absmax", device="cpu")
+        w.packed.copy_(torch.randint(256, w.packed.shape, generator=generator, dtype=torch.uint8))
+        w.scales.copy_(torch.rand(w.scales.shape, generator=generator))
+        dense = w.dequantize(torch.float64)
+    else:
+        w = torch.randn(rows, columns, generator=generator).to(dtype)
+        dense = w.double()
+    x = torch.randn(batch, columns, generator=generator).to(dtype)
+    bias = (1000 * torch.randn(rows, generator=generator)).to(bias_dtype)
+    expected = x.double() @ dense.t() + bias.double()
+    magnitudes = x.double().abs() @ dense.abs_().t() + bias.double().abs()
+    unit = torch.finfo(dtype).eps / 2  # of both factors and of the result, each rounded once; sums are in float32
+    return w, x, bias, expected, unit * (2.1 * magnitudes + 1.1 * expected.abs())
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "rows", "batch", "of_bias"),
+    [("nf4", 1000, 100, "same"), ("nf4", 3000, 8, "same"), ("nf4", 3000, 8, "float32"), ("16 bits", 3000, 8, "same")],
+)
+def test_rows_that_come_in_parts_are_written_and_biased_each_in_its_place(level, dtype, kind, rows, batch, of_bias):
+    """Sums of more than 8192 columns are kept in float32 for as many rows at a time as scratch has room for."""
+    bias_dtype = dtype if of_bias == "same" else torch.float32
+    w, x, bias, expected, allowed = of_wide_rows(kind, dtype, rows, batch, bias_dtype)
+    with kernels.using(level):
+        got = kernels.linear(x, w, dtype, bias)
+    assert got.dtype == dtype
+    assert ((got.double() - expected).abs() <= allowed).all()
+
+
+LARGE = pytest.mark.skipif(not os.environ.get("LOWMEM_LARGE"), reason="4 GiB addressed: set LOWMEM_LARGE to run it")
+
+
+def zeros_before(last: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return so many rows, all zeros but for the last: pages of zeros take no memory until they are written."""
+    whole = torch.zeros(rows, last.shape[1], dtype=last.dtype)
+    whole[-len(last) :] = last
+    return whole
+
+
+@LARGE
+@compiled
+@pytest.mark.parametrize("kind", ["codes", "scales", "half"])
+def test_rows_behind_2_to_31_bytes_or_weights_are_found(level, kind):
+    """The last rows of a weight whose offsets 32 bits do not hold, and beside them what they make alone."""
+    columns, few = 2**16, 40
+    dense = strategies.make_weight("normal", (few, columns), 0, 0)
+    if kind == "half":
+        rows, last = 2**15 + few, dense.half()  # 2^31 weights, in 4 GiB
+        w = zeros_before(last, rows)
+    else:  # 2^31 bytes of codes, or as many of codes and of float32 scales of blocks of 8
+        rows, size = 2**16 + few, 4096 if kind == "codes" else 8
+        last = quantize(dense, block_size=size, scales="float32")
+        packed, scales = zeros_before(last.packed, rows), zeros_before(last.scales, rows)
+        w = replace(last, packed=packed, scales=scales, shape=torch.Size((rows, columns)))
+    x, grad = torch.randn(16, columns), torch.randn(16, few)
+    with kernels.using(level):
+        for batch in (1, 16):
+            one, back = x[:batch], grad[:batch]
+            got = kernels.linear(one, w, torch.float32)
+            torch.testing.assert_close(got[:, -few:], kernels.linear(one, last, torch.float32))
+            assert not got[:, :-few].any()
+            padded = torch.cat([torch.randn(batch, rows - few), back], 1)  # rows of zeros add nothing
+            got = kernels.input_grad(padded, w, torch.float32)
+            torch.testing.assert_close(got, kernels.input_grad(back, last, torch.float32))
+        if kind != "half":
+            assert torch.equal(w.dequantize_rows(slice(rows - few, rows), torch.float32), last.dequantize())

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
+from lowmem.formats import get_format
 from tests import strategies
-from tests.compiled import assert_exact, assert_same_bytes, compiled, no_plain_rows
+from tests.compiled import assert_exact, assert_same_bytes, compiled, no_plain_rows, on_threads
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -128,3 +129,63 @@ def test_weights_that_cannot_be_held_raise_what_plain_torch_raises(level, value)
             quantize(weight, "nf4", scales="float16")
         messages.append(str(error.value))
     assert messages[0] == messages[1]
+
+
+@compiled
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_a_weight_that_cannot_be_held_is_refused_whichever_thread_reads_it(level, threads):
+    """A part of the rows each: who finds it may be the first to be done, or the last."""
+    rows, columns = 64, 2048  # two chunks of rows, of 65536 weights each: a search is worth 7 threads, the rest 2
+    weight = strategies.make_weight("normal", (rows, columns), 0, 0)
+    with on_threads(threads), kernels.using(level):
+        for form, options in (("nf4", {}), ("nf4", {"search": True, "scales": "float16"}), ("bof4s", {})):
+            for row, value in zip(range(0, rows, 3), [torch.nan, torch.inf, -torch.nan, 1e30] * 6, strict=False):
+                broken = weight.clone()
+                broken[row, row] = value
+                with pytest.raises(ValueError, match="weight holds (1 values that are NaN|the magnitude 1e)"):
+                    quantize(broken, form, **{"scales": "double", **options})
+
+
+@compiled
+@pytest.mark.parametrize("scales", ["float16", "double"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_search_near_the_largest_float16_tries_no_scale_beyond_it(level, scales, sign):
+    """Of a block that is best held with 17/16 of its largest weight as the scale, which float16 does not have."""
+    levels, largest = torch.tensor(get_format("bof4s").levels), torch.finfo(torch.float16).max
+    block = levels.where(levels < 1, levels[7]).repeat(4) * (largest * 17 / 16)
+    block[0] = largest
+    weight = torch.stack([block, block.flip(0), block / 2]) * sign
+    best = quantize(weight, "bof4s", block_size=64, scales="float32", search=True)
+    assert torch.equal(best.scales, torch.tensor([[17 / 16], [17 / 16], [17 / 32]]) * largest * sign)
+    with kernels.using("reference"):
+        expected = quantize(weight, "bof4s", block_size=64, scales=scales, search=True)
+    assert torch.equal(expected.dequantize().abs().amax(1)[:2], torch.full((2,), largest))
+    with kernels.using(level), no_plain_rows():
+        assert_same_bytes(quantize(weight, "bof4s", block_size=64, scales=scales, search=True), expected)
+
+
+# NaNs whose rounding by an addition would carry into the sign, or leave an infinity.
+NANS = [0x7FFF9000, 0x7FFFFFFF, 0x7F800001, 0x7F80FFFF, 0x7FC00000, -1, -0x7000]
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", NANS, ids=[f"{bits & 0xFFFFFFFF:08x}" for bits in NANS])
+def test_every_nan_is_one_when_it_is_rounded(level, dtype, bits):
+    """Wherever C rounds: restored rows, products and gradients, in whole vectors and at their ends."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    assert nan.isnan()
+    for rows, columns, block_size in ((37, 300, 8), (21, 129, 10), (70, 130, 64), (33, 1, 8), (5, 8200, 64)):
+        q = quantize(strategies.make_weight("normal", (rows, columns), 0, 0), "nf4", block_size=block_size)
+        q = replace(q, scale_encoding="float32", scales=torch.empty(rows, -(-columns // block_size)))
+        q.scales.copy_(nan)
+        finite = replace(q, scales=torch.ones_like(q.scales))
+        half = finite.dequantize(dtype)
+        bias = nan.expand(rows).contiguous()
+        with kernels.using(level), no_plain_rows():
+            assert q.dequantize(dtype).isnan().all()
+            for batch in (1, 3, 6, 13, 32):
+                x, grad = torch.ones(batch, columns, dtype=dtype), torch.ones(batch, rows, dtype=dtype)
+                made = [kernels.linear(x, q, dtype), kernels.input_grad(grad, q, dtype)]
+                made += [kernels.linear(x, w, dtype, bias) for w in (finite, half)]
+                assert all(out.dtype == dtype and out.isnan().all() for out in made)

@@ -170,6 +170,9 @@ void in_pieces(struct job *, int64_t groups, int64_t wide, void (*run)(struct jo
 /* Which products with inputs in bfloat16 vectors take as such: none; those with one input, and codes as they are, in integers; or all. */
 enum low { NONE_LOW, CODES_LOW, ALL_LOW };
 
+/* Columns that packing has looked at, in all calls: a test holds that their number is linear in those of the inputs. */
+extern int64_t visited_columns;
+
 /* One instruction set. */
 struct level {
     const char *name;
@@ -346,6 +349,16 @@ static inline void write_as(void *p, int type, int64_t i, float value)
         ((float *)p)[i] = value;
     else
         ((uint16_t *)p)[i] = type == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
+}
+
+/* Where all the columns lie that come up in groups g0 to g1, each so many columns wide: of whole blocks, and from a whole vector
+ * on. Others are not looked at, or time would grow with the square of the columns. */
+static inline void columns_between(const struct weight *w, int64_t g0, int64_t g1, int64_t group, int64_t *from, int64_t *to)
+{
+    const int64_t size = w->order ? 2 * w->half : 1;
+    *from = g0 * group / size * size / (2 * MAX_LANES) * (2 * MAX_LANES);
+    *to = smaller(round_up(g1 * group, size), w->columns);
+    __atomic_fetch_add(&visited_columns, *to - *from, __ATOMIC_RELAXED);
 }
 
 /* One of the parts of n, in steps. */

@@ -21,7 +21,9 @@ INLINE void LEVEL(place)(const struct job *job, int64_t m, float *out, int64_t s
             *out = read_as_float(job->x, type, from + c);
         return;
     }
-    for (int64_t c = 0; c < w->columns; c++) {
+    int64_t c, end;
+    columns_between(w, job->g0, job->g1, GROUP, &c, &end);
+    for (; c < end; c++) {
         const int64_t s = w->order->place[c] - before;
         if (s >= 0 && s < floats)
             out[s / LANES * step * LANES + s % LANES] = read_as_float(job->x, type, from + c);

@@ -286,10 +286,19 @@ static PyObject *share_threads(PyObject *self, PyObject *path)
     Py_RETURN_TRUE;
 }
 
+/* visited() -> columns of inputs that were looked at to be packed, so far */
+static PyObject *visited(PyObject *self, PyObject *unused)
+{
+    (void)self;
+    (void)unused;
+    return PyLong_FromLongLong(__atomic_load_n(&visited_columns, __ATOMIC_RELAXED));
+}
+
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 static PyMethodDef methods[] = {
     {"levels", levels, METH_NOARGS, NULL},
+    {"visited", visited, METH_NOARGS, NULL},
     {"share_threads", share_threads, METH_O, NULL},
     {"use_torch", use_torch, METH_VARARGS, NULL},
     FAST(order),

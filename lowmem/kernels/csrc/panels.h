@@ -43,10 +43,12 @@ INLINE void LEVEL(pack_panel)(const struct job *job, int64_t m, const int type)
     const int64_t before = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP;
     for (int64_t n = w->columns < w->stride ? floats - GROUP : floats; n < floats; n++)
         v_store(LEVEL(unit_at)(job, m, n), v_zero());
-    for (int64_t c = 0; c < w->columns; c += LANES) {
+    int64_t c, end;
+    columns_between(w, job->g0, job->g1, GROUP, &c, &end);
+    for (; c < end; c += LANES) {
         V v[LANES];
         LEVEL(inputs_across)(job, m, c, type, 0, v);
-        for (int64_t i = 0; i < smaller(LANES, w->columns - c); i++) {
+        for (int64_t i = 0; i < smaller(LANES, end - c); i++) {
             const int64_t n = (w->order ? w->order->place[c + i] : c + i) - before;
             if (n >= 0 && n < floats)
                 v_store(LEVEL(unit_at)(job, m, n), v[i]);
@@ -74,7 +76,9 @@ static void LEVEL(pack_panel_low)(const struct job *job, int64_t m)
     const W front = _mm512_set1_epi32(0xffff);
     for (int64_t n = w->columns < w->stride ? floats - GROUP : floats; n < floats; n += 2)
         v_store(LEVEL(unit_at)(job, m, n / 2), v_zero());
-    for (int64_t c = 0; c < w->columns; c += 2 * LANES) {
+    int64_t c, end;
+    columns_between(w, job->g0, job->g1, GROUP, &c, &end);
+    for (; c < end; c += 2 * LANES) {
         if (c + 2 * LANES <= w->columns && LEVEL(in_pairs)(w, c)) {
             V v[LANES];
             LEVEL(inputs_across)(job, m, c, BFLOAT16, 1, v);
@@ -88,7 +92,7 @@ static void LEVEL(pack_panel_low)(const struct job *job, int64_t m)
             }
             continue;
         }
-        for (int64_t k = c; k < smaller(c + 2 * LANES, w->columns); k++) {
+        for (int64_t k = c; k < smaller(c + 2 * LANES, end); k++) {
             const int64_t n = place[k] - before;
             for (int64_t i = 0; n >= 0 && n < floats && i < there; i++)
                 memcpy((char *)(LEVEL(unit_at)(job, m, n / 2) + i) + n % 2 * 2, (const uint16_t *)job->x + (m + i) * w->columns + k, 2);

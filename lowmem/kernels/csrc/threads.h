@@ -13,6 +13,8 @@
 
 #define GRAIN 65536 /* multiplications that are worth a thread */
 
+int64_t visited_columns;
+
 static void (*run_parallel)(void (*)(void *), void *, unsigned, unsigned);
 static int (*thread_number)(void);
 
