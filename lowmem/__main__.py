@@ -10,12 +10,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lowmem.messages import describe, one_line, reason
 from lowmem.tools import COMMANDS
 from lowmem.tools.output import results_alone
 from lowmem.version import __version__
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = ["main"]
 
@@ -23,11 +26,14 @@ CLOSED_PIPE = 141  # what shells show of a program that SIGPIPE ended
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose error is one line."""
+    """An ArgumentParser whose error is one line, and which does not hide that its output could not be written."""
 
     def error(self, message: str) -> NoReturn:
         see = f" (see {self.prog} --help)"
         self.exit(2, one_line(f"{self.prog}: {message}", len(see)) + see + "\n")
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        print(message, end="", file=file or sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -82,3 +82,31 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, capsys):
     assert "returns a tuple; compare takes models that return a tensor" in capsys.readouterr().err
     assert main(["compare", "bignet", "compare_models:narrow"]) == 2
     assert "returns shape (1, 3), 'bignet' (1, 1024)" in capsys.readouterr().err
+
+
+def test_names_are_shown_without_control_characters(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "compare_names.py").write_text(
+        "from torch import nn\nglobals()['\\x1b[31m|\\u202e[b]'] = lambda: nn.Linear(1024, 3)\n"
+    )
+    name = "compare_names:\x1b[31m|\u202e[b]"
+    assert main(["compare", name, name]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        r"Comparing compare_names:\x1b[31m|\u202e[b] and compare_names:\x1b[31m|\u202e[b]"
+    )
+    assert main(["compare", name, name, "--markdown"]) == 0
+    header, _, row = capsys.readouterr().out.splitlines()
+    for line in (header, row):
+        assert line.isprintable()
+        assert r"compare_names:\\x1b\[31m\|\\u202e\[b]" in line
+
+
+def test_a_model_that_cannot_be_put_in_eval_mode_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "compare_eval.py").write_text(
+        "from torch import nn\nclass Model(nn.Module):\n    def eval(self):\n        raise LookupError('no')\n"
+    )
+    assert main(["compare", "bignet", "compare_eval:Model"]) == 2
+    assert "model='compare_eval:Model' cannot take this input: LookupError: no;" in capsys.readouterr().err

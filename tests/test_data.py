@@ -1,11 +1,14 @@
 """Data is split by the seed alone, and wrong arrays are named."""
 
+import os
 import sys
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 import torch
 
+from lowmem.__main__ import main
 from lowmem.tools.data import load_data
 
 
@@ -84,11 +87,48 @@ def test_wrong_arrays_are_named(tmp_path, arrays, message):
         load_data(saved(tmp_path, **arrays), 0)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 cut"])
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 cut", b"\x80\x04.", b"\x1b[31m" * 1000])
 def test_a_file_that_is_no_npz_is_named(tmp_path, content):
     (tmp_path / "data.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="data='.*data.npz': "):
+    with pytest.raises(ValueError, match="data='.*data.npz': it is no .npz file; save x and y with numpy.savez"):
         load_data(str(tmp_path / "data.npz"), 0)
+
+
+def test_an_npz_whose_arrays_are_damaged_or_hostile_is_one_line(tmp_path, capsys):
+    path = tmp_path / "data.npz"
+    np.savez(path, x=GOOD_X, y=GOOD_Y)
+    whole = path.read_bytes()
+    huge = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999, 9), }".ljust(
+        118
+    )
+    for x in (huge, b"\x93NUMPY", b"", b"\x93NUMPY\x01\x00v\x00" + b"{" * 118):
+        with ZipFile(path, "w") as file:
+            file.writestr("x.npy", x)
+            file.writestr("y.npy", x)
+        assert main(["fit", "lora", "--data", str(path)]) == 2
+    with ZipFile(path, "w") as file:
+        file.writestr("\x1b[31m\n[bold]", b"")
+    assert main(["fit", "lora", "--data", str(path)]) == 2
+    path.write_bytes(whole.replace(b"NUMPY", b"XUMPY"))
+    assert main(["fit", "lora", "--data", str(path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    assert all(line.startswith("lowmem fit: data=") and len(line) < 299 and line.isprintable() for line in lines)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has none in its file system")
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "directory.npz").mkdir()
+    (tmp_path / "device.npz").symlink_to("/dev/zero")
+    (tmp_path / "loop.npz").symlink_to("loop.npz")
+    for name in ("pipe", "directory", "device", "loop"):
+        path = str(tmp_path / f"{name}.npz")
+        why = "Too many levels" if name == "loop" else "it is a directory, a device or a pipe; name a regular file"
+        with pytest.raises(OSError, match=f"cannot read '{path}': {why}"):
+            load_data(path, 0)
+        assert main(["fit", "lora", "--data", path]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_npy_array_under_the_name_of_an_npz_is_named(tmp_path):

@@ -121,6 +121,56 @@ def test_a_loss_that_is_no_longer_finite_stops_and_saves_nothing(tmp_path, npz, 
     assert not path.exists()
 
 
+DIVERGING = """
+import torch
+from torch import nn
+
+class Parameter(nn.Linear):
+    def __init__(self):
+        super().__init__(1024, 4)
+        self.zero = nn.Parameter(torch.zeros(()))
+    def forward(self, x):
+        return super().forward(x) + self.zero.sqrt()  # whose gradient at 0 is infinite
+
+class Buffer(nn.Linear):
+    def __init__(self):
+        super().__init__(1024, 4)
+        self.register_buffer("seen", torch.zeros(()))
+    def forward(self, x):
+        if self.training:
+            self.seen.add_(torch.inf)
+        return super().forward(x)
+
+class Mask(nn.Linear):
+    def __init__(self):
+        super().__init__(1024, 4)
+        self.register_buffer("mask", torch.tensor([0, -torch.inf]))
+"""
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("Parameter", "body.zero"), ("Buffer", "body.seen")])
+def test_weights_that_the_last_step_makes_infinite_are_not_saved(name, tensor, tmp_path, npz, monkeypatch, capsys):
+    """Every loss is finite: the one step of the one epoch is what does it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fit_diverging.py").write_text(DIVERGING)
+    path = tmp_path / "saved.safetensors"
+    path.write_bytes(b"before")
+    argv = [f"fit_diverging:{name}", "--data", npz, "--epochs", "1", "--json", "--save", str(path)]
+    assert main(["fit", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"lowmem fit: '{tensor}' is no longer finite in epoch 1: lower --lr=0.001\n")
+    assert path.read_bytes() == b"before"
+
+
+def test_a_mask_of_infinities_is_no_divergence(tmp_path, npz, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fit_mask.py").write_text(DIVERGING)
+    results(capsys, "fit_mask:Mask", "--data", npz, "--epochs", "1", "--save", "out")
+    assert load_file("out")["body.mask"].tolist() == [0, -float("inf")]
+
+
 @pytest.mark.parametrize("path", ["missing/file.safetensors", "."])
 def test_an_unwritable_output_is_named_before_the_training(path, npz, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -130,6 +180,7 @@ def test_an_unwritable_output_is_named_before_the_training(path, npz, capsys, tm
 
 
 USER_MODELS = """
+import torch
 from torch import nn
 
 class Pair(nn.Linear):
@@ -145,12 +196,52 @@ class Extra(nn.Linear):
         return "text"
     def set_extra_state(self, state):
         pass
+
+class Of(nn.Module):
+    def forward(self, x):
+        return self.change(nn.functional.one_hot(x.argmax(1), 1024).float())
+
+class Scalar(Of):
+    change = lambda self, y: y.sum()
+
+class Vector(Of):
+    change = lambda self, y: y.sum(1)
+
+class Mean(Of):
+    change = lambda self, y: y.mean(0, keepdim=True)
+
+class Nothing(Of):
+    change = lambda self, y: y[:, :0]
+
+class Complex(Of):
+    change = lambda self, y: y * 1j
+
+class Meta(nn.Linear):
+    def __init__(self):
+        super().__init__(1024, 4)
+        self.register_buffer("unset", torch.empty(3, device="meta"))
+
+class BadState(nn.Linear):
+    def __init__(self):
+        super().__init__(1024, 4)
+    def state_dict(self, *args, **options):
+        raise SystemExit(0)
 """
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("Pair", "returns a tuple; fit takes models that return"), ("Extra", "a state that is not all tensors")],
+    [
+        ("Pair", "returns a tuple; fit takes models that return"),
+        ("Extra", "a state that is not all tensors"),
+        ("Scalar", "returns torch.float32 of shape () for 2 examples; fit takes models that return real numbers"),
+        ("Vector", "returns torch.float32 of shape (2,) for 2 examples"),
+        ("Mean", "returns torch.float32 of shape (1, 1024) for 2 examples"),
+        ("Nothing", "returns torch.float32 of shape (2, 0) for 2 examples"),
+        ("Complex", "returns torch.complex64 of shape (2, 1024) for 2 examples"),
+        ("Meta", "has a state that safetensors cannot --save"),
+        ("BadState", "has a state that cannot be listed; leave out --save: SystemExit: 0"),
+    ],
 )
 def test_a_model_that_fit_cannot_use_is_named_before_the_training(name, message, npz, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -158,7 +249,50 @@ def test_a_model_that_fit_cannot_use_is_named_before_the_training(name, message,
     monkeypatch.setattr(tool, "fit", lambda *args, **options: pytest.fail("it trained"))
     (tmp_path / "fit_users.py").write_text(USER_MODELS)
     assert main(["fit", f"fit_users:{name}", "--data", npz, "--save", "out"]) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+TRAINS_BADLY = """
+import sys
+from torch import nn
+
+class Fails(nn.Linear):
+    def __init__(self):
+        super().__init__(1024, 4)
+    def forward(self, x):
+        if self.training:
+            self.fail()
+        return super().forward(x)
+
+class Raises(Fails):
+    def fail(self):
+        raise LookupError("not while\\ntraining")
+
+class Exits(Fails):
+    def fail(self):
+        sys.exit()
+"""
+
+
+@pytest.mark.parametrize(("name", "why"), [("Raises", "LookupError: not while"), ("Exits", "SystemExit")])
+def test_a_model_that_fails_in_training_is_one_line(name, why, npz, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fit_fails.py").write_text(TRAINS_BADLY)
+    assert main(["fit", f"fit_fails:{name}", "--data", npz]) == 2
+    told = f"lowmem fit: model='fit_fails:{name}' cannot be trained on this data: {why}\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few users make links")
+def test_a_link_that_loops_is_refused_and_stays(npz, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["fit", "lora", "--data", npz, "--save", str(tmp_path / "loop")]) == 2
+    assert "loop': Too many levels of symbolic links; name a file" in capsys.readouterr().err
+    assert os.readlink(tmp_path / "loop") == "loop"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pty")

@@ -1,10 +1,15 @@
 """The command line: one line and exit code 2 for bad input, nothing on stdout but results."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import lowmem
 from lowmem import __version__
 from lowmem.__main__ import main
 from lowmem.tools import COMMANDS
@@ -47,6 +52,27 @@ def test_every_command_has_help(command, capsys):
         ["stats", "bignet", "--input-shape", "99999999999999"],
         ["stats", "--seed", "99999999999999999999"],
         ["stats", "--seed", "-1"],
+        ["stats", ""],
+        ["stats", "bignet", ""],
+        ["stats", "lowmem:BigNet@"],
+        ["stats", ":"],
+        ["stats", ":BigNet"],
+        ["stats", "\x1b[31m\u202e\n"],
+        ["stats", "x" * 10_000],
+        ["stats", "--\x1b[31m"],
+        *(["stats", "bignet", "--batch", "9" * digits] for digits in (19, 20, 5000)),
+        *(["stats", "bignet", "--input-shape", f"1024,{'9' * digits},3"] for digits in (19, 20, 5000)),
+        ["stats", "bignet", "--input-shape", ",".join(["9"] * 1000)],
+        *(["stats", "bignet", "--seed", "9" * digits] for digits in (20, 5000)),
+        *(["fit", "lora", "--rank", "9" * digits] for digits in (19, 20, 5000)),
+        *(["fit", "lora", "--epochs", "9" * digits] for digits in (20, 5000)),
+        *(["quantize", "a", "b", "--block-size", "9" * digits] for digits in (19, 20, 5000)),
+        ["fit", ""],
+        ["fit", "lora", "--save", "\0"],
+        ["fit", "lora", "--data", ""],
+        ["fit", "lora", "--data", "\0.npz"],
+        ["compare", "bignet", ""],
+        *(["compare", "--tolerance", text] for text in ("0.0.0", "", ".", "0x0", "nan", "inf", "-1e-9")),
         ["fit", "lora", "--rank", "999999999999"],
         ["compare", "bignet"],
         ["compare", "--tolerance", "-1"],
@@ -69,6 +95,9 @@ def test_bad_usage_is_one_line_and_exit_code_2(argv, capsys):
     assert shown.out == ""
     assert shown.err.count("\n") == 1
     assert shown.err.startswith("lowmem")
+    assert len(shown.err) < 300
+    assert shown.err[:-1].isprintable()
+    assert not any(word in shown.err for word in (".cpp", ".h:", "c10::", "Exception raised"))
 
 
 def test_ctrl_c_is_one_line_and_exit_code_2(monkeypatch, capsys):
@@ -78,6 +107,157 @@ def test_ctrl_c_is_one_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr("lowmem.tools.stats.run", interrupted)
     assert run("stats") == 2
     assert capsys.readouterr().err == "lowmem stats: interrupted; what was not finished is not there: run it again\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, RecursionError, NotImplementedError])
+def test_what_torch_and_python_raise_is_one_line(monkeypatch, capsys, error):
+    def fail(arguments):
+        raise error("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr("lowmem.tools.stats.run", fail)
+    assert run("stats") == 2
+    assert capsys.readouterr().err.startswith("lowmem stats: out of memory; free memory, or take a smaller")
+
+
+def start(*argv, **options):
+    """Start the command as a program of its own."""
+    command = [sys.executable, "-m", "lowmem", *argv]
+    environment = {**os.environ, "PYTHONPATH": str(Path(lowmem.__file__).parents[1])}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+USER_MODEL = """
+import os, sys
+from torch import nn
+print("imported")
+
+class Model(nn.Linear):
+    def __init__(self):
+        super().__init__(1024, 4)
+        print("made")
+    def forward(self, x):
+        print("called")
+        os.write(1, b"written to 1\\n")
+        os.system("echo from another program")
+        return super().forward(x)
+
+class Exits(Model):
+    def forward(self, x):
+        sys.exit()
+
+def exits():
+    sys.exit("no model today")
+
+class StateExits(Model):
+    def named_parameters(self, *args, **options):
+        sys.exit(0)
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "main_models.py").write_text(USER_MODEL)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["stats", "main_models:Model"],
+        ["compare", "main_models:Model", "main_models:Model"],
+        ["fit", "main_models:Model", "--epochs", "1"],
+    ],
+    ids=lambda argv: argv[0],
+)
+@pytest.mark.usefixtures("user_module")
+def test_with_json_all_that_a_model_prints_goes_to_stderr(argv):
+    Path("main_models.py").write_text(f"import atexit\natexit.register(print, 'at the end')\n{USER_MODEL}")
+    process = start(*argv, "--json", stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert json.loads(out)
+    for text in ("imported", "made", "called", "written to 1", "from another program", "at the end"):
+        assert text in err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "argv"),
+    [
+        *((name, argv) for name in ("Exits", "exits") for argv in (["stats"], ["compare", "bignet"], ["fit"])),
+        ("StateExits", ["stats"]),
+    ],
+)
+@pytest.mark.usefixtures("user_module")
+def test_a_model_that_calls_sys_exit_is_bad_input(name, argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "main_models", raising=False)
+    assert run(*argv, f"main_models:{name}") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "SystemExit" in err
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+
+
+@posix
+@pytest.mark.parametrize(
+    "argv", [["stats", "bignet"], ["stats", "bignet", "--json"], ["info"], ["compare", "--help"]]
+)
+def test_a_closed_pipe_ends_it_as_it_ends_other_programs(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(*argv, stdout=writer)
+    os.close(writer)
+    assert process.communicate(timeout=300)[1] == ""
+    assert process.returncode == -signal.SIGPIPE  # a shell shows 128 + 13 = 141
+
+
+def test_called_from_python_a_closed_pipe_is_the_shell_s_code(monkeypatch):
+    def fail(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("lowmem.tools.stats.run", fail)
+    assert run("stats") == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("argv", [["info"], ["info", "--json"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_one_line(argv, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with open("/dev/full", "w") as full:
+        process = start(*argv, stdout=full)
+        err = process.communicate(timeout=300)[1]
+    assert (process.returncode, err) == (2, "lowmem info: [Errno 28] No space left on device\n")
+
+
+@posix
+@pytest.mark.parametrize("closed", [1, 2])
+def test_without_stdout_or_stderr_it_does_its_work(closed, tmp_path):
+    script = f"exec {sys.executable} -m lowmem info --json >{tmp_path}/out 2>{tmp_path}/err {closed}>&-"
+    environment = {**os.environ, "PYTHONPATH": str(Path(lowmem.__file__).parents[1])}
+    assert subprocess.run(["sh", "-c", script], env=environment, timeout=300).returncode == 0
+    assert (tmp_path / "err").read_text() == ""
+    out = (tmp_path / "out").read_text()
+    assert out == "" if closed == 1 else json.loads(out)["lowmem"] == __version__
+
+
+@posix
+def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch):
+    handlers = []
+
+    def note(arguments):
+        handlers.extend(signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM))
+        return 0
+
+    monkeypatch.setattr("lowmem.tools.stats.run", note)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("stats") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert handlers == [signal.SIG_IGN, signal.default_int_handler]
 
 
 def test_python_m_lowmem_is_the_same():

@@ -1,6 +1,7 @@
 """Models by name: variants, a user's own factory, and both together."""
 
 import argparse
+import sys
 
 import pytest
 import torch
@@ -37,6 +38,58 @@ class Asserts(nn.Module):
 class Key(nn.Module):
     def forward(self, x):
         return {}["missing"]
+
+class Exits(nn.Module):
+    def forward(self, x):
+        raise SystemExit(0)
+
+class Unreadable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+class Base(BaseException):
+    pass
+
+def unreadable():
+    raise Unreadable
+
+def base():
+    raise Base("odd")
+
+def long():
+    raise ValueError("x" * 10_000)
+
+def lines():
+    raise ValueError("first\\nsecond \\x1b[31m")
+
+def colored():
+    raise ValueError("\\x1b[31m\\u202e[bold]")
+
+def deep():
+    return deep()
+
+def stops():
+    raise StopIteration("early")
+
+def no_memory():
+    raise MemoryError
+
+def no_tensor_memory():
+    return nn.Linear(2**40, 2**40)
+
+def interrupted():
+    raise KeyboardInterrupt
+
+class Overrides(nn.Module):
+    def named_modules(self, *args, **options):
+        raise LookupError("not listed")
+
+class Meta(type):
+    def __getattr__(cls, name):
+        raise LookupError("no attributes")
+
+class Odd(metaclass=Meta):
+    pass
 """
 
 
@@ -74,12 +127,46 @@ def test_a_variant_applies_to_a_factory(user_module):
         ("user_models:wrong", "it returned a int, not a torch.nn.Module"),
         ("user_models:small@q4", "variant='q4' is unknown"),
         ("q4", "variant='q4' is unknown"),
+        ("", "variant='' is unknown: choose from"),
+        ("user_models:small@", "variant='' is unknown: choose from"),
+        (":small", "cannot import '': ValueError: Empty module name"),
+        ("user_models:unreadable", "calling it failed: Unreadable: its text cannot be shown: ValueError"),
+        ("user_models:base", "calling it failed: Base: odd"),
+        ("user_models:long", "calling it failed: ValueError: xxxx"),
+        ("user_models:lines", "calling it failed: ValueError: first$"),
+        ("user_models:colored", r"calling it failed: ValueError: .x1b.31m.u202e.bold.$"),
+        ("user_models:deep", "calling it failed: RecursionError: maximum recursion depth"),
+        ("user_models:stops", "calling it failed: StopIteration: early"),
+        ("user_models:no_memory", "calling it failed: out of memory"),
+        ("user_models:no_tensor_memory", "calling it failed: "),
+        ("user_models:Overrides@half_precision", "cannot be built: LookupError: not listed"),
+        ("user_models:Odd.make", "looking up 'Odd.make' failed: LookupError: no attributes"),
     ],
 )
 @pytest.mark.usefixtures("user_module")
-def test_a_wrong_name_says_what_is_wrong(name, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_wrong_name_says_what_is_wrong(name, message, capsys):
+    with pytest.raises(ValueError, match=message) as raised:
         models.make_model(name)
+    assert len(str(raised.value)) < 250
+    assert not any(word in str(raised.value) for word in (".cpp", "Exception raised"))
+    assert main(["stats", name]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert len(shown) < 300
+    assert shown[:-1].isprintable()
+
+
+def test_a_factory_that_is_interrupted_is_an_interrupt(user_module, capsys):
+    assert main(["stats", f"{user_module}:interrupted"]) == 2
+    assert "interrupted; what was not finished is not there" in capsys.readouterr().err
+
+
+def test_a_working_directory_that_is_gone_is_not_looked_into(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert models.make_model("torch.nn:ReLU").training
+    monkeypatch.chdir(tmp_path)
 
 
 def test_a_failing_call_names_the_model_and_the_remedy():
@@ -89,7 +176,7 @@ def test_a_failing_call_names_the_model_and_the_remedy():
         models.run_model("mine", lambda: torch.nn.Linear(3, 3)(torch.ones(1, 4)))
 
 
-@pytest.mark.parametrize("name", ["Asserts", "Key"])
+@pytest.mark.parametrize("name", ["Asserts", "Key", "Exits"])
 @pytest.mark.parametrize("command", ["stats", "compare"])
 def test_a_model_that_fails_in_any_way_is_one_line(user_module, name, command, capsys):
     assert main([command, f"{user_module}:{name}", f"{user_module}:{name}"]) == 2
@@ -109,9 +196,11 @@ def test_input_has_the_shape_and_dtype_that_were_asked_for(dtype):
     assert torch.equal(x, models.make_input(arguments))
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "a", "²"])
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "1.5", "", "a", "²", "000", str(2**63), "9" * 20, "9" * 5000, "1_0", " 1"]
+)
 def test_positive_int_refuses(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a positive integer"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^.{,80} must be a positive integer below 2\*\*63$"):
         models.positive_int(text)
 
 
@@ -121,5 +210,33 @@ def test_positive_float_refuses(text):
         models.positive_float(text)
 
 
+@pytest.mark.parametrize("text", ["-1", "-1e-300", "nan", "inf", "1e999", "", ".", "0.0.0", "0..0", "00.0.", "a"])
+def test_number_refuses(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a number of at least 0"):
+        models.number(text)
+
+
+@pytest.mark.parametrize("text", ["-1", "", "0x1", str(2**63), "9" * 5000])
+def test_seed_refuses(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be an integer from 0 to 2\*\*63 - 1"):
+        models.seed(text)
+
+
 def test_numbers_that_are_fine():
     assert (models.positive_int("12"), models.positive_float("1e-3")) == (12, 0.001)
+    assert models.positive_int("0" * 5000 + "7") == 7
+    assert models.positive_int(str(2**63 - 1)) == models.seed(str(2**63 - 1)) == 2**63 - 1
+    assert [models.seed(text) for text in ("0", "000", "12")] == [0, 0, 12]
+    assert [models.number(text) for text in ("0", "0.0", "00", ".0", "0e5", "1e-3")] == [0, 0, 0, 0, 0, 0.001]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few users make links")
+def test_links_that_lead_in_a_circle_are_named(tmp_path):
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for path in (tmp_path / "one", tmp_path / "two" / "a"):
+        with pytest.raises(OSError, match=f"cannot open '{path}': Too many levels of symbolic links; name a file"):
+            models.check_links(path)
+    for path in (tmp_path, tmp_path / "new", tmp_path / "dangling"):
+        models.check_links(path)

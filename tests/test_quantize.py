@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 
@@ -96,6 +97,89 @@ def test_names_are_printed_as_they_are(checkpoint, capsys):
     assert main(["quantize", str(checkpoint), str(checkpoint.with_name("out"))]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in state)
+
+
+def test_names_are_shown_without_control_characters(checkpoint, capsys):
+    state = {"w\x1b[31m\u202e\n.weight": torch.ones(2, 8)}
+    safetensors.torch.save_file(state, checkpoint)
+    out = checkpoint.with_name("out\x1b[31m")
+    assert main(["quantize", str(checkpoint), str(out)]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).replace("\n", "").isprintable()
+    assert r"w\x1b[31m\u202e\n.weight" in shown.out
+    assert main(["quantize", str(checkpoint), str(out), "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(state)
+    assert main(["quantize", str(checkpoint), str(out), "--exclude", "\x1b*"]) == 2
+    assert capsys.readouterr().err[:-1].isprintable()
+
+
+def test_a_checkpoint_without_tensors_is_one_line(checkpoint, capsys):
+    safetensors.torch.save_file({}, checkpoint)
+    assert main(["quantize", str(checkpoint), str(checkpoint) + "x"]) == 2
+    assert f"source={str(checkpoint)!r} holds no tensors; name a model's checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few users make links")
+def test_links_that_loop_are_one_line(checkpoint, capsys):
+    loop = checkpoint.with_name("loop")
+    loop.symlink_to("loop")
+    index = checkpoint.with_name("in.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {"w": "loop"}}))
+    for argv in ((loop, "out"), (checkpoint, loop), (checkpoint, loop / "out"), (index, checkpoint.with_name("out"))):
+        assert main(["quantize", *map(str, argv)]) == 2
+        shown = capsys.readouterr().err
+        assert shown.count("\n") == 1
+        assert "loop" in shown
+    assert os.readlink(loop) == "loop"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] err. DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.cuda.OutOfMemoryError("CUDA out of memory."),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_memory_is_one_line_and_leaves_nothing(checkpoint, monkeypatch, capsys, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("lowmem.stream.Source.read_tensor", fail)
+    assert main(["quantize", str(checkpoint), str(checkpoint) + "x"]) == 2
+    shown = capsys.readouterr().err
+    assert "memory" in shown.lower()
+    assert "cpp" not in shown
+    assert shown.count("\n") == 1
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems don't keep to RLIMIT_AS")
+@pytest.mark.parametrize("command", ["quantize", "bundle"])
+def test_a_system_that_gives_no_more_memory_is_one_line(checkpoint, command):
+    """The limit is 64 MiB above what the process has; the tensor, or the file to bundle, takes 256 MiB."""
+    safetensors.torch.save_file({"a.weight": torch.ones(2**13, 2**13)}, checkpoint)
+    (checkpoint.parent / "__main__.py").touch()
+    script = (
+        "import resource, sys, torch\n"
+        "from lowmem.__main__ import main\n"
+        "import lowmem.tools.quantize, lowmem.tools.bundle\n"
+        "torch.set_num_threads(1)\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "most = pages * resource.getpagesize() + 2**26\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    argv = [str(checkpoint if command == "quantize" else checkpoint.parent), str(checkpoint.with_name("out"))]
+    ended = subprocess.run(
+        [sys.executable, "-c", script, command, *argv], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"lowmem {command}: out of memory; ")
+    assert ended.stderr.count("\n") == 1
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["__main__.py", "in.safetensors"]
 
 
 def test_bad_files_are_one_line(checkpoint, capsys):

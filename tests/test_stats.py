@@ -103,3 +103,49 @@ def test_an_input_that_the_model_cannot_take_is_one_line(capsys):
     shown = capsys.readouterr().err
     assert "model='bignet' cannot take this input" in shown
     assert shown.count("\n") == 1
+
+
+HOSTILE = """
+from torch import nn
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module("a\\x1b[31m\\u202e[bold]|b", type("L\\x1b]0;title\\a|x", (nn.Linear,), {})(12, 3))
+    def forward(self, x):
+        return next(self.children())(x)
+class Unlisted(nn.Linear):
+    def __init__(self):
+        super().__init__(12, 3)
+    def extra_repr(self):
+        return ""
+    def named_modules(self, *args, **options):
+        raise LookupError("not listed")
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "stats_hostile.py").write_text(HOSTILE)
+
+
+@pytest.mark.usefixtures("hostile")
+def test_names_of_modules_and_types_are_shown_without_control_characters(capsys):
+    for options in ([], ["--markdown"]):
+        assert main(["stats", "stats_hostile:Model", "--input-shape", "12", *options]) == 0
+        out = capsys.readouterr().out
+        assert out.replace("\n", "").isprintable()
+        assert ("[bold]|b" in out) == (not options)
+    rows = [line for line in out.splitlines() if "x1b" in line]
+    assert len(rows) == 1
+    assert rows[0].replace("\\\\", "").replace("\\|", "").count("|") == 9
+
+
+@pytest.mark.usefixtures("hostile")
+def test_a_model_that_cannot_be_measured_is_one_line(capsys):
+    assert main(["stats", "stats_hostile:Unlisted", "--input-shape", "12"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("lowmem stats: model='stats_hostile:Unlisted' cannot ")
+    assert "LookupError: not listed" in shown
+    assert shown.count("\n") == 1

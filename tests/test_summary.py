@@ -180,3 +180,22 @@ def test_it_prints_an_aligned_table_with_totals():
     error = summary(model)[0].weight_error
     assert total.split() == ["total", "4,288", "0.00", f"{summary(model).bits_per_weight:.2f}", f"{error:.3g}"]
     assert copy.deepcopy(summary(model)) == summary(model)
+
+
+def test_names_are_shown_without_control_characters_and_kept_as_they_are_in_the_rows():
+    kind = type("L\x1b]0;title\a", (nn.Linear,), {})
+    layer = kind(4, 4)
+    model = nn.ModuleDict({"a\x1b[31m": layer, "b\n\u202e": layer})
+    row = summary(model)[0]
+    assert (row.path, row.also, row.type) == ("a\x1b[31m", ("b\n\u202e",), "L\x1b]0;title\a")
+    text = str(summary(model))
+    assert all(line.isprintable() for line in text.split("\n"))
+    for name in (r"a\x1b[31m", r"`b\n\u202e`", r"L\x1b]0;title\x07"):
+        assert name in text
+    assert len({len(row) for row in summary(model).cells}) == 1
+
+
+def test_adapters_names_are_shown_without_control_characters():
+    model = convert(nn.Sequential(nn.Linear(4, 4)), Half())
+    add_adapter(model, "x\x1b[31m", LoRA(1))
+    assert r"+ x\x1b[31m (rank 1)" in str(summary(model))

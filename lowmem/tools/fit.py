@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from lowmem import measure
 from lowmem.files import check_writable, write_atomically
 from lowmem.tools.data import Split, load_data
-from lowmem.tools.models import MIB, make_model, path, positive_float, positive_int, run_model, seed, user_code
+from lowmem.tools.models import MIB, check_links, make_model, positive_float, positive_int, run_model, seed, user_code
 from lowmem.tools.output import Terminal, print_json, shown
 from lowmem.version import __version__
 
@@ -75,13 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank", type=positive_int, metavar="N", help="LoRA rank, where the variant has LoRA (default its own)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, split and batches (default 0)")
-    parser.add_argument("--save", type=path, metavar="FILE", help="write the trained model as safetensors")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the trained model as safetensors")
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.save is not None:
+        check_links(arguments.save)
         check_writable(arguments.save)  # before the training, not after it
     data = load_data(arguments.data, arguments.seed)
     name = arguments.model

@@ -7,6 +7,7 @@ A model is named ``VARIANT``, ``module:factory`` (any callable that returns an n
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,11 +27,11 @@ from lowmem.variants import VARIANTS, build
 __all__ = [
     "MIB",
     "add_input_arguments",
+    "check_links",
     "known_models",
     "make_input",
     "make_model",
     "number",
-    "path",
     "positive_float",
     "positive_int",
     "run_model",
@@ -175,16 +176,13 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(positive_int(part) for part in text.split(","))
 
 
-def path(text: str) -> Path:
-    """Parse the path of a file that is there or can be."""
+def check_links(path: Path) -> None:
+    """Raise an OSError that names ``path``, if links on the way to it lead in a circle."""
     try:
-        os.stat(text)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as reason:
-        said = reason.strerror if isinstance(reason, OSError) else str(reason)
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is no path: {said}; name a file") from None
-    return Path(text)
+        path.stat()
+    except OSError as reason:
+        if reason.errno == errno.ELOOP:
+            raise OSError(f"cannot open {str(path)!r}: {reason.strerror}; name a file") from reason
 
 
 def _shown(text: str) -> str:

@@ -77,14 +77,15 @@ def print_table(
 
     Args:
         columns: the titles.
-        rows: the cells, which may hold anything.
+        rows: the cells; they and the titles may hold anything.
         text: the columns that are no figures: they stand to the left, and are wrapped where that is needed.
         markdown: a Markdown table.
     """
-    rows = [[shown(cell) for cell in row] for row in rows]
+    columns, *rows = [[shown(cell) for cell in row] for row in (columns, *rows)]
     if markdown:
         rule = [":--" if number in text else "--:" for number in range(len(columns))]
-        for row in [columns, rule, *([re.sub(r"([\\|<*\[])", r"\\\1", cell) for cell in row] for row in rows)]:
+        titles, *rows = [[re.sub(r"([\\|<*\[])", r"\\\1", cell) for cell in row] for row in (columns, *rows)]
+        for row in (titles, rule, *rows):
             print("| " + " | ".join(row) + " |")
         return
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
@@ -93,9 +94,9 @@ def print_table(
         title = column.replace(" ", "\n")
         width = max(map(cell_len, [*title.split("\n"), *(row[number] for row in rows)]))
         if number in text:
-            table.add_column(title, overflow="fold", min_width=min(width, LEAST))
+            table.add_column(Text(title), overflow="fold", min_width=min(width, LEAST))
         else:
-            table.add_column(title, justify="right", no_wrap=True, min_width=width)
+            table.add_column(Text(title), justify="right", no_wrap=True, min_width=width)
         widths.append(width)
     for row in rows:
         table.add_row(*map(Text, row))  # no str: rich would read markup and emoji in it

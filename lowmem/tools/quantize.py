@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -14,7 +15,7 @@ from lowmem.fourbit import FourBit
 from lowmem.scales import ENCODINGS
 from lowmem.shards import INDEX
 from lowmem.stream import Row, Source, convert_checkpoint
-from lowmem.tools.models import MIB, path, positive_int
+from lowmem.tools.models import MIB, check_links, positive_int
 from lowmem.tools.output import Terminal, print_json, print_table, shown
 
 __all__ = ["add_arguments", "run", "size"]
@@ -24,8 +25,8 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("source", type=path, metavar="IN", help=f"a .safetensors file, or a sharded one's {INDEX}")
-    parser.add_argument("target", type=path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("source", type=Path, metavar="IN", help=f"a .safetensors file, or a sharded one's {INDEX}")
+    parser.add_argument("target", type=Path, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--format", choices=list(FORMATS), default="nf4", help="default nf4")
     parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
     parser.add_argument("--scales", choices=list(ENCODINGS), help="how scales are stored (default the format's)")
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     technique = FourBit(
         arguments.format, block_size=arguments.block_size, scales=arguments.scales, search=arguments.search
     )
+    for path in (arguments.source, arguments.target):
+        check_links(path)
     with Source(arguments.source) as source:
         if not source.specs:
             raise ValueError(f"source={str(arguments.source)!r} holds no tensors; name a model's checkpoint")
