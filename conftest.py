@@ -14,7 +14,7 @@ settings.register_profile("ci", max_examples=60, derandomize=True, print_blob=Tr
 # Said in full: where the variable CI is set, hypothesis's own defaults are fixed examples and no database.
 settings.register_profile(
     "nightly",
-    max_examples=1000,
+    max_examples=2000,
     derandomize=False,
     database=DirectoryBasedExampleDatabase(Path(__file__).parent / ".hypothesis" / "examples"),
     print_blob=True,

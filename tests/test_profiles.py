@@ -17,7 +17,7 @@ SHOW = (
 
 @pytest.mark.parametrize("ci", ["", "true"], ids=["here", "in CI"])
 @pytest.mark.parametrize(
-    ("profile", "shown"), [("ci", "True False 60 None"), ("nightly", "False True 1000 None")], ids=["ci", "nightly"]
+    ("profile", "shown"), [("ci", "True False 60 None"), ("nightly", "False True 2000 None")], ids=["ci", "nightly"]
 )
 def test_a_profile_is_the_same_wherever_it_runs(profile, shown, ci):
     """Where CI is set, hypothesis's own defaults are others."""

@@ -114,6 +114,9 @@ class Lifecycle(RuleBasedStateMachine):
             assert list(self.model.modules()) == modules
         if refusal or name == "lora":  # a fresh adapter changes nothing
             assert torch.equal(self.output(), before)
+        for layer in self.layers(LoRALinear):  # one that has learned something is worth merging
+            for adapter in layer.adapters.values():
+                nn.init.normal_(adapter.lora_b)
         self.bits = stored_bits(self.model)
 
     @rule()
