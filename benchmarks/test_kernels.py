@@ -46,9 +46,9 @@ def test_wide_layer(benchmark, timed, technique, batch):
 
     with torch.no_grad():
         output = timed(lambda: layer(x), reference=lambda: plain(x))
-        expected = plain(x)
 
-    assert difference(expected, output).relative < 0.15
+    assert output.shape == (batch, 10)
+    assert_layers_exact(layer, x)
 
 
 @BATCHES

@@ -12,6 +12,8 @@ import torch
 from lowmem import backend
 from lowmem.kernels import reference
 
+THREADS = 2
+
 
 class TorchRandom:
     """torch's generator for hypothesis, which seeds it before every example and gives its state back after."""
@@ -51,15 +53,20 @@ def process_state() -> dict[str, object]:
 def isolated(request):
     """Seed every generator from the test's name, and fail a test that changes the process for the next one.
 
-    Set up after fixtures of a wider scope: those draw from generators of their own.
+    Threads are as many wherever it runs: each has scratch of its own, and they decide in what order torch adds. Tests
+    of other counts set them. It is set up after fixtures of a wider scope: those draw from generators of their own.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
     seed = zlib.crc32(request.node.nodeid.encode())
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
     before = process_state()
     yield
-    assert process_state() == before
+    after = process_state()
+    torch.set_num_threads(threads)
+    assert after == before
 
 
 @pytest.fixture

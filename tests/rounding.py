@@ -7,6 +7,10 @@ gamma_n * sum |terms| of the exact one, with gamma_n = n u / (1 - n u). One more
 
 import torch
 
+# Roundings of a term beside those of a sum: of a dequantized weight, which is a level times a scale; of the scaling of
+# a block's sum, where a kernel multiplies levels first; and of the addition of that to the sum of the other blocks.
+OF_4_BITS = 3
+
 
 def unit(dtype: torch.dtype) -> float:
     """Return the unit roundoff: the largest relative error of one rounding."""
@@ -32,9 +36,13 @@ def assert_sum(got, exact, magnitudes, terms, sums=torch.float32, rounded=()):
     assert (excess <= 0).all(), f"beyond the bound of {terms} terms in {sums} by {float(excess.max()):.3g}"
 
 
-def assert_product(got, x, weight, bias=None, sums=torch.float32, rounded=()):
-    """Hold ``got`` to ``x @ weight.T + bias`` of these very factors: (..., in), (out, in) -> (..., out)."""
+def assert_product(got, x, weight, bias=None, sums=torch.float32, rounded=(), more=0):
+    """Hold ``got`` to ``x @ weight.T + bias`` of these very factors: (..., in), (out, in) -> (..., out).
+
+    Args:
+        more: roundings of each term beside those of the sum; ``OF_4_BITS`` where the weight is of 4 bits.
+    """
     x, weight = x.detach().double(), weight.detach().double()
     bias = torch.zeros((), dtype=torch.float64) if bias is None else bias.detach().double()
     exact, magnitudes = x @ weight.t() + bias, x.abs() @ weight.abs().t() + bias.abs()
-    assert_sum(got, exact, magnitudes, x.shape[-1] + 1, sums, rounded)
+    assert_sum(got, exact, magnitudes, x.shape[-1] + 1 + more, sums, rounded)

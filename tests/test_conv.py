@@ -11,6 +11,7 @@ from torch import nn
 
 from lowmem import Conv4Bit, FourBit, Half, HalfConv, convert, kernels, measure, quantize
 from tests import strategies
+from tests.rounding import assert_sum
 from tests.test_ops import compiles
 
 # torch's own, of padding="same" with an even kernel
@@ -34,6 +35,16 @@ def dense_twin(layer: nn.Module, dense: nn.Module) -> nn.Module:
     return twin
 
 
+def assert_convolved(got: torch.Tensor, twin: nn.Module, x: torch.Tensor, rounded=(), sums=torch.float32) -> None:
+    """Hold a convolution to that of ``dense_twin``, whose terms are those of one output channel, and the bias."""
+    sizes = copy.deepcopy(twin)
+    with torch.no_grad():
+        for parameter in sizes.parameters():
+            parameter.abs_()
+        exact, magnitudes = twin(x.double()), sizes(x.double().abs())
+    assert_sum(got, exact, magnitudes, twin.weight[0].numel() + 1, sums, rounded)
+
+
 @given(strategies.convolutions(), small_techniques, st.sampled_from([(), (0,), (1,), (3,)]), strategies.seeds)
 def test_outputs_and_gradients_are_those_of_the_restored_weight(drawn, technique, leading, seed):
     dense, size = drawn
@@ -43,15 +54,23 @@ def test_outputs_and_gradients_are_those_of_the_restored_weight(drawn, technique
     exact = x.detach().double().requires_grad_()
     out, expected = layer(x), twin(exact)
     assert out.dtype == x.dtype
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_convolved(out, twin, x.detach())
     with torch.no_grad():
-        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
-    weights = torch.randn_like(out)
+        assert_convolved(layer(x), twin, x)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
     (out * weights).sum().backward()
     (expected * weights).sum().backward()
-    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+    # An input meets each weight of its group's columns at most as often as padding copies it: twice in a dimension.
+    sizes = copy.deepcopy(twin)
+    with torch.no_grad():
+        sizes.weight.abs_()
+    largest = exact.detach().abs().requires_grad_()
+    (sizes(largest) * weights.abs()).sum().backward()
+    terms = 4 * dense.weight.numel() // dense.weight.shape[1]
+    assert_sum(x.grad, exact.grad, largest.grad, terms)
     if layer.bias is not None and layer.bias.requires_grad:
-        torch.testing.assert_close(layer.bias.grad.double(), twin.bias.grad, rtol=1e-5, atol=1e-4)
+        channels = weights.double().transpose(0, -len(size) - 1).flatten(1)  # (out_channels, positions)
+        assert_sum(layer.bias.grad, twin.bias.grad, channels.abs().sum(1), channels.shape[1])
 
 
 @given(strategies.convolutions(), strategies.formats, strategies.small_blocks, strategies.encodings)
@@ -127,8 +146,9 @@ def test_the_output_has_the_input_s_dtype(technique, dtype, channels):
     x = torch.randn(2, channels, 5, 5, dtype=dtype, requires_grad=True)
     out = layer(x)
     assert out.dtype == dtype
-    expected = dense_twin(layer, dense)(x.double())
-    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2 if dtype != torch.float64 else 1e-6)
+    # The weight, the bias, the convolution, and its sum with the bias may each be rounded to the input's dtype.
+    rounded, sums = ((), torch.float64) if dtype == torch.float64 else ([dtype] * 4, torch.float32)
+    assert_convolved(out, dense_twin(layer, dense), x.detach(), rounded, sums)
     assert torch.autograd.grad(out.sum(), x)[0].dtype == dtype
 
 
@@ -136,10 +156,10 @@ def test_compute_dtype_decides_the_product():
     dense = nn.Conv1d(8, 8, 3)
     layer = convert(copy.deepcopy(dense), FourBit(compute_dtype=torch.bfloat16))
     x = torch.randn(2, 8, 9)
-    kernel = layer.quantized.dequantize(torch.bfloat16).view(8, 8, 3)
-    expected = torch.nn.functional.conv1d(x.bfloat16(), kernel, layer.bias.bfloat16()).float()
-    torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
     assert layer(x).dtype == torch.float32
+    assert_convolved(layer(x), dense_twin(layer, dense), x, rounded=[torch.bfloat16] * 5)  # the input is, too
+    with pytest.raises(AssertionError, match="beyond the bound"):
+        assert_convolved(layer(x), dense_twin(layer, dense), x)  # it was not computed in float32
 
 
 @kinds
@@ -156,7 +176,7 @@ def test_attributes_and_weights_that_were_changed_later_count(technique):
     dense.weight = nn.Parameter(dense.weight[:, :1].detach().clone())  # made to take one channel
     layer = convert(copy.deepcopy(dense), technique)
     x = torch.randn(2, 1, 9, 9)
-    torch.testing.assert_close(layer(x).double(), dense_twin(layer, dense)(x.double()), rtol=1e-5, atol=1e-5)
+    assert_convolved(layer(x), dense_twin(layer, dense), x)
 
 
 @kinds

@@ -21,7 +21,7 @@ from lowmem import (
     measure,
 )
 from lowmem.convert import REGISTRY
-from tests.rounding import assert_sum, unit
+from tests.rounding import OF_4_BITS, assert_sum, unit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 
@@ -469,7 +469,7 @@ def test_every_entry_of_the_registry_builds_a_layer_that_replaces_its_source(tec
         for parameter in sizes.parameters():
             parameter.abs_()
     wide, magnitudes = (x, x) if kind is nn.Embedding else (x.double(), x.double().abs())
-    terms = 0 if kind is nn.Embedding else dense.weight[0].numel() + 1
+    terms = 0 if kind is nn.Embedding else dense.weight[0].numel() + 1 + OF_4_BITS
     assert_sum(layer(x), exact(wide), sizes(magnitudes), terms)
 
 

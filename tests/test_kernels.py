@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowmem import FourBit, LoRA, QuantizedTensor, backend, convert, kernels, measure, quantize
 from tests import strategies
 from tests.compiled import assert_exact, compiled, given_stored, on_threads
+from tests.rounding import OF_4_BITS, assert_product
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -44,9 +45,10 @@ def test_both_products_equal_those_with_the_restored_weight(weight, batch, dtype
     grad = torch.randn(batch, dense.shape[0], generator=generator).to(dtype)
     with kernels.using("reference"):
         products = kernels.linear(x, weight, dtype), kernels.input_grad(grad, weight, dtype)
-    for got, expected in zip(products, (x @ dense.t(), grad @ dense), strict=True):
+    sums, rounded = (torch.float32, [dtype] * 2) if dtype == torch.bfloat16 else (dtype, ())  # a sum, and its chunks'
+    for got, factor, weights in zip(products, (x, grad), (dense, dense.t()), strict=True):
         assert got.dtype == dtype
-        torch.testing.assert_close(got, expected, rtol=1e-5 if dtype != torch.bfloat16 else 2e-2, atol=1e-30)
+        assert_product(got, factor, weights, None, sums, rounded)
 
 
 @pytest.mark.parametrize("columns", [64, 1000])
@@ -73,18 +75,18 @@ def test_no_product_takes_more_than_a_mebibyte_of_scratch(kind, batch):
 def test_thread_counts_give_the_same_result():
     weight = quantize(strategies.make_weight("normal", (300, 500), 0, 0))
     x = torch.randn(7, 500)
-    with on_threads(1):
-        one = weight.dequantize(), kernels.linear(x, weight, torch.float32)
-    with on_threads(2):
-        assert torch.equal(weight.dequantize(), one[0])
-        torch.testing.assert_close(kernels.linear(x, weight, torch.float32), one[1], atol=1e-4, rtol=0)
+    dense = weight.dequantize()
+    for count in (1, 2):
+        with on_threads(count):
+            assert torch.equal(weight.dequantize(), dense)
+            assert_product(kernels.linear(x, weight, torch.float32), x, dense, more=OF_4_BITS)
 
 
 def test_backend_says_what_serves_and_why():
     for name in kernels.available():
         with kernels.using(name):
             assert backend().startswith(f"{name}: ")
-    assert backend().startswith(kernels.available()[-1])
+    assert run_python("import lowmem; print(lowmem.backend())", LOWMEM_KERNEL="").startswith(kernels.available()[-1])
 
 
 def run_python(script: str, *argv: str, **environment: str) -> str:

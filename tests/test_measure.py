@@ -258,6 +258,7 @@ RESIDENT = r"""
     def high_water():  # not ru_maxrss: a process inherits that from its parent
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1])
 
+    torch.set_num_threads(2)  # each has buffers of its own
     model, small, x = build(sys.argv[1])[0], torch.randn(1, 1024), torch.randn(int(sys.argv[2]), 1024)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

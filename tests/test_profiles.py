@@ -21,7 +21,9 @@ SHOW = (
 )
 def test_a_profile_is_the_same_wherever_it_runs(profile, shown, ci):
     """Where CI is set, hypothesis's own defaults are others."""
-    environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"HYPOTHESIS_PROFILE": profile}
+    environment = {name: value for name, value in os.environ.items() if name != "CI"} | {
+        "HYPOTHESIS_PROFILE": profile
+    }
     environment |= {"CI": ci} if ci else {}
     done = subprocess.run([sys.executable, "-c", SHOW], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == shown, done.stderr

@@ -15,7 +15,7 @@ from torch import nn
 
 from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, convert, merge
 from tests import strategies
-from tests.rounding import assert_product, gamma, unit
+from tests.rounding import OF_4_BITS, assert_product, gamma, unit
 
 TECHNIQUES = {
     "half": Half(),
@@ -150,7 +150,7 @@ class Lifecycle(RuleBasedStateMachine):
             assert_holds(merged, *expected[path], rank + 3)  # a term each and the weight; alpha / rank, the product
             if self.dtype() in (torch.float32, torch.float64):
                 x = self.x[:, : merged.in_features].to(self.dtype())
-                assert_product(merged(x), x, stored_weight(merged), merged.bias, sums=self.dtype())
+                assert_product(merged(x), x, stored_weight(merged), merged.bias, self.dtype(), more=OF_4_BITS)
         self.bits = stored_bits(self.model)
 
     @precondition(lambda self: not self.layers(LoRALinear))
