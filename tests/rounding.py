@@ -7,8 +7,8 @@ gamma_n * sum |terms| of the exact one, with gamma_n = n u / (1 - n u). One more
 
 import torch
 
-# Roundings of a term beside those of a sum: of a dequantized weight, which is a level times a scale; of the scaling of
-# a block's sum, where a kernel multiplies levels first; and of the addition of that to the sum of the other blocks.
+# Roundings of a term beside those of a sum: of a dequantized weight, which is a level times a scale; of the scaling
+# of a block's sum, where a kernel multiplies levels first; and of the addition of that to the sums of other blocks.
 OF_4_BITS = 3
 
 
