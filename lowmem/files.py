@@ -46,7 +46,7 @@ class FileError(ValueError):
 
 def refusal(path: str | os.PathLike[str], reason: str, task: str = "read") -> FileError:
     """Return the error that says why a file is not read: one line, whatever text of the file the reason repeats."""
-    return FileError(f"cannot {task} {os.fspath(path)!r}: {printable(reason, 500)}")
+    return FileError(f"cannot {task} {_quoted(path)}: {printable(reason, 500)}")
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -65,8 +65,12 @@ def printable(text: str, limit: int = 200) -> str:
     return text
 
 
+def _quoted(path: str | os.PathLike[str]) -> str:
+    return printable(repr(os.fspath(path)), 400)
+
+
 _REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 100
+_REPR.maxstring = _REPR.maxother = 80
 _REPR.maxtuple = _REPR.maxlist = 8
 
 
@@ -77,10 +81,11 @@ def show(value: object) -> str:
 
 def check_writable(path: Path) -> None:
     """Raise an OSError that names ``path`` unless a file can be written there."""
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {str(path)!r}: it is a directory; name a file in it")
-    if path.exists() and not path.is_file():
-        raise OSError(f"cannot write {str(path)!r}: it is a device or a pipe; name a regular file")
+    mode = _mode(path) or stat.S_IFREG
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"cannot write {_quoted(path)}: it is a directory; name a file in it")
+    if not stat.S_ISREG(mode):
+        raise OSError(f"cannot write {_quoted(path)}: it is a device or a pipe; name a regular file")
     with write_errors(path), tempfile.TemporaryFile(dir=_target(path).parent):
         pass
 
@@ -88,7 +93,7 @@ def check_writable(path: Path) -> None:
 def check_free(path: Path) -> None:
     """Raise a FileExistsError if there is anything at ``path``, a dangling link too."""
     if os.path.lexists(path):
-        raise FileExistsError(f"{str(path)!r} exists; remove it or choose another name")
+        raise FileExistsError(f"{_quoted(path)} exists; remove it or choose another name")
 
 
 @contextmanager
@@ -106,14 +111,14 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
     """
     path = _target(path) if overwrite else path
     _remove_leftovers(path)
-    mode = _permissions(path) if overwrite else None
+    mode = _mode(path) if overwrite else None
     with _partial_file(path, 0o666 if mode is None else 0o600) as (file, partial):  # private until it is complete
         yield file
         with write_errors(path):
             file.flush()
             if mode is not None:
                 with suppress(OSError):  # not every file system has permissions
-                    os.chmod(partial, mode)
+                    os.chmod(partial, mode & 0o777)
             os.fsync(file.fileno())
             if fcntl is None:  # Windows renames no open files; elsewhere the lock is held until it is done
                 file.close()
@@ -141,7 +146,7 @@ def write_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as reason:
         raise OSError(
-            f"cannot write {str(path)!r}: {reason.strerror}; choose a directory that can be written"
+            f"cannot write {_quoted(path)}: {reason.strerror}; choose a directory that can be written"
         ) from reason
 
 
@@ -151,7 +156,7 @@ def read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as reason:
-        raise OSError(f"cannot read {str(path)!r}: {reason.strerror}; name a file that can be read") from reason
+        raise OSError(f"cannot read {_quoted(path)}: {reason.strerror}; name a file that can be read") from reason
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -165,7 +170,7 @@ def open_regular(path: Path) -> BufferedReader:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"cannot read {str(path)!r}: it is a directory, a device or a pipe; name a regular file")
+        raise OSError(f"cannot read {_quoted(path)}: it is a directory, a device or a pipe; name a regular file")
     return open(descriptor, "rb")
 
 
@@ -242,11 +247,13 @@ def _remove_leftovers(path: Path) -> None:
                     os.close(descriptor)
 
 
-def _permissions(path: Path) -> int | None:
-    try:
-        return path.stat().st_mode & 0o777
-    except OSError:  # there is nothing yet
-        return None
+def _mode(path: Path) -> int | None:
+    """Return the type and permissions of what is at ``path``, or None."""
+    with write_errors(path):
+        try:
+            return path.stat().st_mode
+        except FileNotFoundError:
+            return None
 
 
 def _rename(partial: Path, path: Path, overwrite: bool) -> None:

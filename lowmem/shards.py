@@ -93,11 +93,18 @@ def parse_index(path: Path, text: bytes) -> dict[str, str]:
     if not isinstance(entries, dict):
         raise refusal(path, f"it is no index of a sharded checkpoint: weight_map={show(entries)}; get it again")
     for name, file in entries.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
+        if not _is_name(file):
             raise refusal(path, f"it puts tensor {show(name)} in {show(file)}, which is no file beside it; repair it")
     if not entries:
         raise refusal(path, "it names no tensors; get it again")
     return entries
+
+
+def _is_name(file: object) -> bool:
+    """Return whether a file beside another can be called so."""
+    if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
+        return False
+    return len(file.encode()) <= 255  # more than any common file system takes
 
 
 def _checked(path: Path, file: TensorFile) -> TensorFile:

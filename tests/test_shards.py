@@ -92,6 +92,8 @@ def test_any_changed_byte_of_an_index_is_refused(tmp_path_factory, data):
         b'{"weight_map": {"a": "\\ud800"}}',
         b'{"weight_map": {"\\u001b[2J\\n": "\\u001b[2J/"}}',
         b'{"weight_map": {"a": "%s/"}}' % (b"x" * 10**5),
+        b'{"weight_map": {"a": "%s"}}' % (b"x" * 256),
+        b'{"weight_map": {"a": "%s"}}' % ("é" * 128).encode(),
         b'{"weight_map": {"a": "b"}} {}',
         b'{"weight_map": {"a": 3}}',
         b'{"weight_map": {"a": "../b"}}',
