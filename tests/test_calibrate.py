@@ -197,6 +197,21 @@ def test_the_fused_path_is_off_meanwhile_and_what_it_was_afterwards_also_after_a
     assert not any(seen)
 
 
+@pytest.mark.filterwarnings("ignore:layers were quantized by their weights alone")
+def test_layers_that_were_compiled_are_calibrated_the_same(net, samples, monkeypatch):
+    plain = calibrate(copy.deepcopy(net), samples, FourBit(block_size=8))
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda call, *_, **__: lambda *args: (calls.append(args), call(*args))[1])
+    for layer in (net.q, net.twice, net.last):
+        layer.compile()
+    compiled = calibrate(net, samples, FourBit(block_size=8))
+    assert calls
+    for name in ("q", "k", "v", "twice", "last"):
+        one, other = getattr(compiled, name).quantized, getattr(plain, name).quantized
+        assert torch.equal(one.packed, other.packed)
+        assert one.method == other.method == "calibrated"
+
+
 def test_the_layers_of_a_fused_encoder_are_reached():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()

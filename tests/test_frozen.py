@@ -99,8 +99,12 @@ def test_stored_tensors_of_another_format_or_dtype_are_not_loaded():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="0 stores nf4, block_size=16, scales=float16; the state holds int4"):
         model.load_state_dict(make(FourBit("int4", 16, "float16")).state_dict())
-    wide = dict(make(FourBit("nf4", 16, "float32")).state_dict())  # a plain dict says no version
-    with pytest.raises(RuntimeError, match="0.scales stores torch.float16; the state holds torch.float32"):
+    wide = make(FourBit("nf4", 16, "float32")).state_dict()
+    wide = {name: tensor for name, tensor in wide.items() if "_extra_state" not in name}  # which says no format
+    with (
+        pytest.warns(UserWarning, match="how its 4-bit codes are stored"),
+        pytest.raises(RuntimeError, match="0.scales stores torch.float16; .* torch.float32"),
+    ):
         model.load_state_dict(wide)
     half = make(Half())
     with pytest.raises(RuntimeError, match="0.weight stores torch.float16; the state holds torch.bfloat16"):

@@ -210,6 +210,22 @@ def test_autocast_and_half_inputs_keep_the_base_s_dtype():
         assert layer(torch.randn(2, 16)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("base", ["half", "4-bit"])
+def test_a_base_that_was_compiled_is_called_and_not_passed_over(base, monkeypatch):
+    """A base and its only adapter take one call of the kernel, unless something is to see the call of the base."""
+    layer = strategies.make_adapted(torch.nn.Linear(16, 8), base).eval().requires_grad_(False)
+    x, calls = torch.randn(2, 16), []
+    expected = layer(x)
+
+    def compiled(function, *_, **__):
+        return lambda *args: (calls.append(args), function(*args))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    layer.base.compile()
+    torch.testing.assert_close(layer(x), expected)
+    assert [args[0] is x for args in calls] == [True]
+
+
 def test_repr_names_rank_and_scaling():
     assert "rank=4, scaling=2" in repr(convert(torch.nn.Linear(4, 4), LoRA(4, alpha=8)))
 
