@@ -103,7 +103,7 @@ def refuse_nested(x: Tensor, name: str = "input") -> None:
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_is_compiling, _transforms, _trains, autocasts, is_jit_tracing = (  # asked in every call: faster than by attributes
+_is_compiling, _transforms, _trains, autocasts, _is_tracing = (  # asked in every call: faster than by attributes
     torch.compiler.is_compiling,
     torch._C._are_functorch_transforms_active,
     torch.is_grad_enabled,
@@ -112,9 +112,14 @@ _is_compiling, _transforms, _trains, autocasts, is_jit_tracing = (  # asked in e
 )
 
 
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace records a call."""
+    return not _is_compiling() and _is_tracing()  # a compiler cannot see into the second
+
+
 def is_plain_call(*tensors: Tensor | None) -> bool:
     """Whether nothing differentiates, transforms or traces a call, so that autograd can be left out."""
-    if _is_compiling() or _transforms() or is_jit_tracing() or forward_ad._current_level >= 0:
+    if _is_compiling() or _transforms() or _is_tracing() or forward_ad._current_level >= 0:
         return False
     trains = _trains()
     for tensor in tensors:
