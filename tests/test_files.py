@@ -327,6 +327,16 @@ def test_where_files_cannot_be_locked_nothing_is_removed(tmp_path, monkeypatch, 
     assert set(tmp_path.iterdir()) == {path, left}
 
 
+def test_a_system_without_locks_writes_and_removes_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    left = kill_a_save(path)
+    monkeypatch.setattr(files, "fcntl", None)
+    for content in (b"one", b"two"):
+        write_atomically(path, content)
+        assert path.read_bytes() == content
+    assert set(tmp_path.iterdir()) == {path, left}
+
+
 def next_descriptor():
     descriptor = os.open(os.devnull, os.O_RDONLY)
     os.close(descriptor)
