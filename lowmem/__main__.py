@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, NoReturn
 
 from lowmem.messages import describe, one_line, reason
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminated_as_interrupted(program):
             if program:
-                _open_missing()
+                _prepare_streams()
             return _run(given, program)
     except BrokenPipeError:
         return _closed_pipe(program)
@@ -74,11 +75,16 @@ def _terminated_as_interrupted(program: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _open_missing() -> None:
-    """Stand in for a stdout or stderr that was closed at the start: no other file may get its number."""
+def _prepare_streams() -> None:
+    """Stand in for a stdout or stderr that was closed at the start: no other file may get its number.
+
+    What stdout cannot encode is escaped, as Python does for stderr.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _numbers(names: Sequence[str]) -> list[signal.Signals]:

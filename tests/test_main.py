@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 import lowmem
 from lowmem import __version__
@@ -241,6 +243,15 @@ def test_without_stdout_or_stderr_it_does_its_work(closed, tmp_path):
     assert (tmp_path / "err").read_text() == ""
     out = (tmp_path / "out").read_text()
     assert out == "" if closed == 1 else json.loads(out)["lowmem"] == __version__
+
+
+def test_a_name_that_stdout_cannot_encode_is_escaped(tmp_path, monkeypatch):
+    safetensors.torch.save_file({"é語.weight": torch.ones(2, 8)}, tmp_path / "in")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start("quantize", str(tmp_path / "in"), str(tmp_path / "out"), stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, f"saved {tmp_path / 'out'}\n")
+    assert "\\xe9\\u8a9e.weight" in out
 
 
 @posix
