@@ -7,6 +7,7 @@ import torch
 
 from lowmem import QuantizedTensor, blockwise, kernels, quantize
 from tests import strategies
+from tests.rounding import gamma, unit
 
 compiled = pytest.mark.parametrize("level", kernels.available()[1:])
 given_stored = (  # a matrix and how it is stored in 4 bits: weight, format, block size, scales
@@ -35,14 +36,6 @@ def no_plain_rows():
         for name in ("dequantize", "quantize_rows"):
             patch.setattr(type(blockwise.PLAIN), name, None)  # calling it is a TypeError
         yield
-
-
-def gamma(roundings: float) -> float:
-    """Return how far so many roundings to float32 move a number, as a part of it: k u / (1 - k u), u = 2**-24.
-
-    Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, lemma 3.1.
-    """
-    return roundings * 2.0**-24 / (1 - roundings * 2.0**-24)
 
 
 def roundings(terms: int) -> int:
@@ -87,13 +80,13 @@ def assert_close_in(dtype: torch.dtype, got: torch.Tensor, x: torch.Tensor, dens
     In bfloat16 both factors are rounded: the weight, or its level, and its scale times the input. Numbers of float16
     and float32 are multiplied as they are. Sums are in float32; those of bfloat16 by AMX are one chain.
     """
-    unit = torch.finfo(dtype).eps / 2  # what one rounding loses
+    of_one = unit(dtype)
     terms = x.shape[1]
     expected = x.double() @ dense.double().t()
     magnitudes = x.double().abs() @ dense.double().abs().t()
-    factors = 2 * unit + unit**2 + gamma(terms + 32) if dtype == torch.bfloat16 else gamma(roundings(terms))
+    factors = 2 * of_one + of_one**2 + gamma(terms + 32) if dtype == torch.bfloat16 else gamma(roundings(terms))
     tiny = torch.finfo(dtype).smallest_normal * (1 + x.double().abs().sum(1, keepdim=True))  # subnormals count as 0
-    allowed = (1 + unit) * (factors * magnitudes + tiny) + unit * expected.abs()
+    allowed = (1 + of_one) * (factors * magnitudes + tiny) + of_one * expected.abs()
     assert got.dtype == dtype
     assert ((got.double() - expected).abs() <= allowed).all()
 

@@ -39,10 +39,17 @@ def assert_sum(got, exact, magnitudes, terms, sums=torch.float32, rounded=()):
 def assert_product(got, x, weight, bias=None, sums=torch.float32, rounded=(), more=0):
     """Hold ``got`` to ``x @ weight.T + bias`` of these very factors: (..., in), (out, in) -> (..., out).
 
+    A weight of 4 bits whose levels lie on a grid may be multiplied in integers: inputs are off by 1.02 u of the
+    largest of 128, and what 8 roundings of half of a sum lose is 3 u of it times a block's scale, which is no more
+    than the largest weight.
+
     Args:
         more: roundings of each term beside those of the sum; ``OF_4_BITS`` where the weight is of 4 bits.
     """
     x, weight = x.detach().double(), weight.detach().double()
     bias = torch.zeros((), dtype=torch.float64) if bias is None else bias.detach().double()
     exact, magnitudes = x @ weight.t() + bias, x.abs() @ weight.abs().t() + bias.abs()
-    assert_sum(got, exact, magnitudes, x.shape[-1] + 1 + more, sums, rounded)
+    terms = x.shape[-1] + 1 + more
+    if more:  # as a part of what so many roundings lose
+        magnitudes += 4 / terms * x.abs().amax(-1, keepdim=True) * weight.abs().sum(-1)
+    assert_sum(got, exact, magnitudes, terms, sums, rounded)
