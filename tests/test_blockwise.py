@@ -297,7 +297,8 @@ def test_what_was_calibrated_has_no_bound_for_single_weights():
     q = replace(quantize(torch.ones(2, 8)), method="calibrated")
     with pytest.raises(ValueError, match="method='calibrated' has no bound"):
         q.error_bound()
-    assert quantize_again(q, torch.ones(2, 8)).method == "search"
+    assert quantize_again(q, torch.ones(2, 8)).method == "calibrated"  # it is what was stored
+    assert quantize_again(q, torch.full((2, 8), 2.0)).method == "search"
     with pytest.raises(ValueError, match="method='magic' is unknown"):
         replace(q, method="magic")
 
