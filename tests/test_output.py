@@ -6,11 +6,13 @@ import re
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import nn
 
 from lowmem import FourBit, convert, summary
 from lowmem.tools import output
-from lowmem.tools.output import print_json, print_summary, print_table, results_alone, shown
+from lowmem.tools.output import print_json, print_summary, print_table, progress, results_alone, shown, whole
 
 HOSTILE = "w\x1b[31m\n\u202e[bold]x[/bold][/y]:warning:|<b>\\"
 COLUMNS = ["Model", "Trains M", "Frozen M", "Total M", "Theory MiB", "Actual MiB", "Forward MiB", "Bits/ weight"]
@@ -101,3 +103,27 @@ def test_an_error_in_the_block_gives_stdout_back(capsys):
         raise ValueError("bad")
     print_json([])
     assert capsys.readouterr().out == "[]\n"
+
+
+@pytest.mark.parametrize("columns", [40, 50, 60, 80])
+@pytest.mark.parametrize("name", ["quantize", "a.module.with.a.long.path:factory@low_precision_nf4"])
+def test_figures_of_progress_are_whole_on_any_terminal(monkeypatch, columns, name):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    size, count, left = (
+        DownloadColumn(binary_units=True, table_column=whole()),
+        MofNCompleteColumn(table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
+    )
+    speed = TransferSpeedColumn(table_column=whole())
+    for shown_total, display in (
+        ("38.3/115.0 GiB", progress(size, left, roomy=[speed])),
+        ("41152263004/123456789012", progress(count, TextColumn("steps", table_column=whole()))),
+    ):
+        display.add_task(name, total=123456789012, completed=123456789012 // 3)
+        screen = io.StringIO()
+        Console(file=screen, width=columns).print(display.get_renderable())
+        lines = screen.getvalue().splitlines()
+        assert shown_total in lines[0]
+        assert "\N{HORIZONTAL ELLIPSIS}" not in screen.getvalue()
+        assert all(cell_len(line) <= columns for line in lines)
+        assert ("\N{BOX DRAWINGS HEAVY HORIZONTAL}" in lines[0]) == (columns >= 60)

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from lowmem import measure
 from lowmem.files import check_writable, write_atomically
 from lowmem.tools.data import Split, load_data
 from lowmem.tools.models import MIB, check_links, make_model, positive_float, positive_int, run_model, seed, user_code
-from lowmem.tools.output import Terminal, print_json, shown
+from lowmem.tools.output import print_json, progress, shown, whole
 from lowmem.version import __version__
 
 __all__ = ["Classifier", "Result", "add_arguments", "fit", "run"]
@@ -179,8 +179,13 @@ def fit(
         optimizer.step()
         return loss.item(), int((logits.argmax(1) == y).sum())
 
-    with _progress() as progress:
-        task = progress.add_task(shown(variant), total=epochs * math.ceil(examples / batch_size))
+    with progress(
+        MofNCompleteColumn(table_column=whole()),
+        TextColumn("steps", table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
+        redirect_stdout=sys.stdout.isatty(),  # a file or a pipe gets the lines as they are
+    ) as bar:
+        task = bar.add_task(shown(variant), total=epochs * math.ceil(examples / batch_size))
         for epoch in range(1, epochs + 1):
             model.train()
             outcomes: list[tuple[float, int]] = []
@@ -196,7 +201,7 @@ def fit(
                 seconds.append(time.perf_counter() - started)
                 if not math.isfinite(outcomes[-1][0]):
                     raise ValueError(f"the loss is {outcomes[-1][0]} in epoch {epoch}: lower --lr={lr:g}")
-                progress.advance(task)
+                bar.advance(task)
             result.losses.append(
                 sum(loss * len(rows) for (loss, _), rows in zip(outcomes, batches, strict=True)) / examples
             )
@@ -226,21 +231,6 @@ def _finite(model: nn.Module) -> set[str]:
     """Return the names of the parameters and buffers whose values are all finite (a mask may hold infinities)."""
     state = (*model.named_parameters(), *model.named_buffers())
     return {name for name, value in state if value.dtype in FLOATS and bool(value.isfinite().all())}
-
-
-def _progress() -> Progress:
-    console = Terminal(stderr=True)
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),  # lines then go above the bar; a file or a pipe gets them as they are
-    )
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

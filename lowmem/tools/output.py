@@ -13,15 +13,17 @@ from typing import TextIO
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from lowmem.files import printable
 from lowmem.summary import Summary
 
-__all__ = ["Terminal", "print_json", "print_summary", "print_table", "results_alone", "shown"]
+__all__ = ["Terminal", "print_json", "print_summary", "print_table", "progress", "results_alone", "shown", "whole"]
 
 LEAST = 12  # characters that a column of text is narrowed to
+ROOMY = 60  # columns of a terminal that has room for a bar
 
 _results: TextIO | None = None  # where JSON goes while stdout is stderr
 
@@ -116,6 +118,35 @@ def print_summary(layers: Summary, *, markdown: bool = False) -> None:
     else:
         text = {*range(len(layers.columns))} - {*layers.FIGURES}
         print_table(layers.columns, layers.cells, text=text, markdown=markdown)
+
+
+def whole() -> Column:
+    """Return how a figure of ``progress`` is laid out: never cut, however narrow the terminal."""
+    return Column(no_wrap=True)
+
+
+def progress(
+    *figures: ProgressColumn, roomy: Sequence[ProgressColumn] = (), redirect_stdout: bool = True
+) -> Progress:
+    """Return a display of progress on stderr: a name, a bar where there is room for one, and figures.
+
+    Args:
+        figures: what is always shown behind the bar.
+        roomy: what is shown behind these where there is room for a bar.
+        redirect_stdout: lines that are printed meanwhile go above it.
+    """
+    console = Terminal(stderr=True)
+    has_room = console.width >= ROOMY
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+        *([BarColumn()] if has_room else []),
+        *figures,
+        *(roomy if has_room else []),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=redirect_stdout,
+    )
 
 
 def _print_upright(columns: Sequence[str], row: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lowmem.formats import FORMATS
 from lowmem.fourbit import FourBit
@@ -16,7 +16,7 @@ from lowmem.scales import ENCODINGS
 from lowmem.shards import INDEX
 from lowmem.stream import Row, Source, convert_checkpoint
 from lowmem.tools.models import MIB, check_links, positive_int
-from lowmem.tools.output import Terminal, print_json, print_table, shown
+from lowmem.tools.output import print_json, print_table, progress, shown, whole
 
 __all__ = ["add_arguments", "run", "size"]
 
@@ -62,14 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (arguments.source, arguments.target):
         check_links(path)
     with Source(arguments.source) as source:
-        if not source.specs:
-            raise ValueError(f"source={str(arguments.source)!r} holds no tensors; name a model's checkpoint")
         total = sum(spec.nbytes for spec in source.specs.values())
-    with _progress() as progress:
-        task = progress.add_task("quantize", total=total)
+    with progress(
+        DownloadColumn(binary_units=True, table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
+        roomy=[TransferSpeedColumn(table_column=whole())],
+    ) as bar:
+        task = bar.add_task("quantize", total=total)
 
         def advance(name: str, nbytes: int) -> None:
-            progress.update(task, advance=nbytes)
+            bar.update(task, advance=nbytes)
 
         rows = convert_checkpoint(
             arguments.source,
@@ -99,17 +101,3 @@ def _cells(row: Row) -> list[str]:
         f"{row.after_bytes / MIB:.2f}",
         "copied" if row.error is None else f"{row.error:.4f}",
     ]
-
-
-def _progress() -> Progress:
-    console = Terminal(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
