@@ -104,9 +104,13 @@ class QuantizedTensor:
     def check_layout(self) -> None:
         """Raise unless ``packed`` and ``scales`` have the shapes and dtypes that the tensor's shape needs.
 
+        ``torch.jit.trace`` records every size that is read, as an input of the graph: there nothing is checked.
+
         Raises:
             RuntimeError: they do not; it names what was found and what is needed.
         """
+        if not torch.compiler.is_compiling() and torch._C._is_tracing():
+            return
         packed, scales = self.packed, self.scales
         needed = self.stored_layout
         if (packed.shape, packed.dtype, scales.shape, scales.dtype) != needed:
