@@ -78,7 +78,7 @@ def add_adapter(
             added[module] = Adapter(module.base, technique)
     if not wrapped and not added:
         raise ValueError(nothing_found(LoRA, model))
-    refuse_peft(model, wrapped)
+    refuse_peft(model, wrapped, freezes=True)
     model = swap(model, wrapped)
     for adapted, adapter in added.items():
         adapted.add(name, adapter)
@@ -159,7 +159,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     for layer in adapted_layers(model):
         if name in layer.adapters:
             layer.active = tuple(other for other in layer.active if other != name)
-            del layer.adapters[name]  # last: a forward in another thread asks for the active ones
+            del layer.adapters[name]
     return model
 
 
@@ -185,7 +185,7 @@ def merge_adapter(model: nn.Module, name: str) -> None:
     copies = fold(model, lambda layer: (name,) if name in layer.adapters else ())
     for layer in layers:
         if layer in copies:
-            layer.merged, layer.merged_base = name, copies[layer]
+            layer.merge(name, copies[layer])
 
 
 @one_at_a_time

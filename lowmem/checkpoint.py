@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowmem.convert import one_at_a_time
 from lowmem.files import refusal, show
 from lowmem.fourbit import FourBit, FourBitStorage, format_keys
 from lowmem.frozen import FrozenStorage
@@ -27,6 +28,7 @@ from lowmem.tensorfile import write_tensors
 __all__ = ["base_of", "how_stored", "load", "save"]
 
 
+@one_at_a_time
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Save a model, converted or not, as one safetensors file: whole, or not at all.
 
@@ -39,6 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: the model is not a module.
+        RuntimeError: stored tensors of another layout than their layer's; nothing is written.
         ValueError: a state that is not all tensors, or tensors without values.
         OSError: the file cannot be written; what was there is whole.
     """
@@ -59,6 +62,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     adapters: dict[str, Any] = {}
     for layer, place in layers.items():
         base = base_of(layer)
+        if isinstance(base, FourBitStorage):
+            base.quantized.check_layout()
         if isinstance(base, FrozenStorage):
             record = how_stored(base)
             first = known.setdefault(id(getattr(base, base.stored[0])), record)

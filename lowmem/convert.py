@@ -5,6 +5,7 @@ Nothing of the model changes until every replacement exists, so an error leaves 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
@@ -47,7 +48,16 @@ __all__ = [
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_CHANGING = threading.RLock()  # held by whoever changes which modules a model has
+_CHANGING = threading.RLock()  # held by whoever changes which modules a model has, or reads them all
+
+
+def _forget_lock() -> None:
+    global _CHANGING
+    _CHANGING = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # the thread that held it is not there in the child
+    os.register_at_fork(after_in_child=_forget_lock)
 
 
 def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -136,15 +146,15 @@ def layers_to_convert(
         keep_ties(model, candidates)
     if not candidates:
         raise ValueError(nothing_found(type(techniques[0]), model))
-    refuse_peft(model, candidates)
+    refuse_peft(model, candidates, freezes=any(isinstance(t, LoRA) for t in techniques))
     return candidates
 
 
 def keep_ties(model: nn.Module, candidates: dict[nn.Module, str]) -> None:
-    """Take out of the candidates those whose weight another module holds that is none, until none is left."""
-    held = holders(model)
+    """Drop candidates that share a weight with a module that stays as it is; repeat until stable."""
+    held = holders(model)  # in which a module is not that another thread has just replaced: swap refuses it
     while True:
-        torn = [m for m in candidates if any(other not in candidates for other, _ in held[id(m.weight)])]
+        torn = [m for m in candidates if any(other not in candidates for other, _ in held.get(id(m.weight), ()))]
         if not torn:
             return
         for module in torn:
@@ -238,8 +248,8 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Modul
     gone = [type(old).__name__ for old in replacements if old not in found]
     if gone:
         raise RuntimeError(
-            f"{len(gone)} layers ({gone[0]}) left {type(model).__name__} meanwhile: another thread converted or "
-            "adapted it; change a model from one thread, or one after the other"
+            f"{len(gone)} of the layers to replace (a {gone[0]}) left {type(model).__name__} meanwhile: change a "
+            "model from one thread, or one after the other"
         )
     for old, new in replacements.items():
         if old._is_full_backward_hook is not None:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from lowmem.blockwise import QuantizedTensor
@@ -96,7 +97,10 @@ def format_keys(model: nn.Module) -> set[str]:
     return {f"{path}.{_EXTRA_STATE_KEY_SUFFIX}".lstrip(".") for path, m in layers if isinstance(m, FourBitStorage)}
 
 
-def _format_of(state: Any) -> str:
+def _format_of(state: Any, unread: object) -> object:
+    """Return the format that an extra state says; ``unread`` where it has no values, on the meta device say."""
+    if isinstance(state, Tensor) and (state.is_meta or isinstance(state, FakeTensor)):
+        return unread
     if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1:
         return bytes(state.tolist()).decode(errors="replace")
     return f"something else than a format ({type(state).__name__})"
@@ -128,7 +132,9 @@ class FourBitStorage(FrozenStorage):
         """The weight: a view of what is stored, never a copy."""
         known, stored = self._quantized, self._parameters
         if known.packed is not stored.get("packed") or known.scales is not stored.get("scales"):
-            self._quantized = known = replace(known, packed=self.packed, scales=self.scales)
+            known = replace(known, packed=self.packed, scales=self.scales)
+            if isinstance(known.packed, nn.Parameter) and isinstance(known.scales, nn.Parameter):
+                self._quantized = known  # not what torch.func puts there for one call
         return known
 
     def get_extra_state(self) -> Tensor:
@@ -144,7 +150,9 @@ class FourBitStorage(FrozenStorage):
         """Refuse codes of another format; warn where nothing says of which they are. States of before had no key."""
         key, own = prefix + _EXTRA_STATE_KEY_SUFFIX, str(self._version)
         missing, errors = rest[-3], rest[-1]
-        found = _format_of(state_dict[key]) if key in state_dict else local_metadata.get("version")
+        found = local_metadata.get("version")
+        if key in state_dict:
+            found = _format_of(state_dict[key], own if found is None else found)
         if isinstance(found, str) and found != own:
             errors.append(f"{prefix.rstrip('.') or 'the layer'} stores {own}; the state holds {found}")
             return

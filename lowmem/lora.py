@@ -173,21 +173,28 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the base's dtype, for input (..., in_features)."""
-        merged, active = self.merged, self.active  # each asked for once
+        active = self.active  # this and the merged base are asked for once: another thread may change them
         parts: dict[str, Any] = self._modules
         base = parts["merged_base"]
+        merged = None if base is None else base.folds
         if base is None:
-            base, merged = parts["base"], None
+            base = parts["base"]
         adapters: dict[str, Any] = parts["adapters"]._modules
         if len(active) == 1 and active[0] != merged:
-            at_once = _at_once(base, adapters[active[0]], input)
+            at_once = _at_once(base, adapters.get(active[0]), input)
             if at_once is not None:
                 return at_once
         out: Tensor = base(input)
         for name in active:
-            if name != merged:
-                out = adapters[name].forward(out, input)  # past the cost of __call__
+            adapter = adapters.get(name)  # another thread may have deleted it
+            if name != merged and adapter is not None:
+                out = adapter.forward(out, input)  # past the cost of __call__
         return out
+
+    def merge(self, name: str, folded: nn.Module) -> None:
+        """Let a copy of the base, which an adapter is folded into, compute in its place."""
+        folded.folds = name  # type: ignore[assignment]  # told by the copy itself, so that a forward reads both at once
+        self.merged, self.merged_base = name, folded
 
     def folded(self, names: Iterable[str]) -> tuple[nn.Module, float]:
         """Return a new base with adapters folded in, and the relative error that storing it adds.
@@ -267,8 +274,7 @@ def _leave_out_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str
 def _merge_again(layer: LoRALinear, _: object) -> None:
     if layer.merged is not None:
         name, layer.merged = layer.merged, None  # which stays so if the loaded values cannot be merged
-        layer.merged_base, _ = layer.folded([name])
-        layer.merged = name
+        layer.merge(name, layer.folded([name])[0])
 
 
 def _is_number(value: object) -> bool:

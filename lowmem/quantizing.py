@@ -109,6 +109,8 @@ def quantize_again(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTenso
 def _checked_importance(importance: Tensor, weight: Tensor) -> Tensor:
     if not isinstance(importance, Tensor) or not importance.is_floating_point():
         raise TypeError(f"importance={type(importance).__name__} must be a floating-point tensor")
+    if importance.is_nested:
+        raise TypeError(f"importance is a nested tensor (layout={importance.layout}); pass one number a column")
     if importance.shape != weight.shape[-1:]:
         raise ValueError(f"importance.shape={tuple(importance.shape)} must be ({weight.shape[-1]},), one a column")
     importance = importance.detach().to(weight.device, torch.float32).contiguous()

@@ -108,8 +108,13 @@ def read_by_attention(model: nn.Module) -> set[nn.Module]:
     }
 
 
-def refuse_peft(model: nn.Module, layers: Collection[nn.Module]) -> None:
-    """Raise where layers that are to be changed stand inside one of PEFT's: its adapters would be frozen as well.
+def refuse_peft(model: nn.Module, layers: Collection[nn.Module], *, freezes: bool) -> None:
+    """Raise where PEFT's adapters would be frozen: those around layers that are to be changed, or all of them.
+
+    Args:
+        model: any module.
+        layers: of it, that are to be changed.
+        freezes: whether all else in the model is to be frozen.
 
     Raises:
         ValueError: there are such layers; the first is named.
@@ -117,11 +122,11 @@ def refuse_peft(model: nn.Module, layers: Collection[nn.Module]) -> None:
     for path, module in model.named_modules():
         if any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__):
             inside = next((inner for inner, layer in module.named_modules(prefix=path) if layer in layers), None)
-            if inside is not None:
+            if inside is not None or freezes:
+                where = "the model holds" if inside is None else f"{layer_name(inside)} is inside"
                 raise ValueError(
-                    f"{layer_name(inside)} is inside {layer_name(path)}, a {type(module).__name__} of PEFT, whose "
-                    "adapters would be frozen with their base: convert the base before get_peft_model, or call "
-                    "merge_and_unload() first"
+                    f"{where} {layer_name(path)}, a {type(module).__name__} of PEFT, whose adapters would be "
+                    "frozen: convert the base before get_peft_model, or call merge_and_unload() first"
                 )
 
 

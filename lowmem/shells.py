@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,6 +60,9 @@ def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors
         raise TypeError(f"factory returned a {type(model).__name__}, not a torch.nn.Module")
     if not any(module in made for module in model.modules()) and any(True for _ in model.parameters()):
         raise ValueError("the factory returned a model that was there before, or a copy of one, and must make one")
+    before = [p for p in model.parameters() if not p.is_meta and not is_lazy(p)]
+    if before:  # layers that were there before, or copies of them: what is loaded goes into a copy, without values
+        model = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in before})
     try:
         return _shells(model, metadata, tensors)
     except TypeError as reason:
@@ -69,13 +74,18 @@ def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
     """Put every parameter on the meta device as a module takes it; what two modules take stays one parameter.
 
     The modules that took a parameter or a module are gathered in ``made``: not all that are new, since copies
-    (the layers of an nn.TransformerEncoder) take nothing.
+    (the layers of an nn.TransformerEncoder) take nothing. Modules that other threads make are left alone.
     """
     known: Any = WeakTensorKeyDictionary()
+    thread = threading.get_ident()
+
+    def note(module: nn.Module, *_: object) -> None:
+        if threading.get_ident() == thread:
+            made.add(module)
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        made.add(module)
-        if parameter is None or parameter.is_meta or is_lazy(parameter):
+        note(module)
+        if parameter is None or parameter.is_meta or is_lazy(parameter) or threading.get_ident() != thread:
             return None
         if parameter not in known:
             known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -84,7 +94,7 @@ def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
 
     with (
         register_module_parameter_registration_hook(to_meta),  # type: ignore[arg-type]
-        register_module_module_registration_hook(lambda module, *_: made.add(module)),
+        register_module_module_registration_hook(note),
     ):
         yield
 

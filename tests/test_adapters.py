@@ -1,8 +1,11 @@
 """Several adapters on one base: the output is the base and the active updates, and everything can be taken back."""
 
 import copy
+import importlib
 import io
+import os
 import pickle
+import signal
 import threading
 import warnings
 from functools import partial
@@ -28,6 +31,8 @@ from lowmem.adapters import (
     unmerge_adapter,
 )
 from tests import strategies
+
+convert_module = importlib.import_module("lowmem.convert")  # the name is the function's
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 
@@ -615,6 +620,52 @@ def test_convert_refuses_a_model_that_another_thread_has_adapted_meanwhile():
             thread.join()
         return True
 
-    with pytest.raises(RuntimeError, match="2 layers .Linear. left Sequential meanwhile: another thread"):
+    with pytest.raises(RuntimeError, match="2 of the layers to replace .a Linear. left Sequential meanwhile"):
         convert(model, FourBit(), where=where)
     assert [type(layer.base) for layer in model] == [nn.Linear, nn.Linear]
+
+
+def test_a_forward_beside_a_merge_takes_the_base_and_the_merged_adapter_together(monkeypatch):
+    """Whenever another thread merges: a forward that sees the copy knows which adapter is in it."""
+    model = make_adapted("a", base="dense")
+    layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
+    copy_of_base, _ = layer.folded(["a"])
+    x = torch.randn(3, layer.in_features)
+    expected = copy_of_base(x)
+    for merged in (None, "a"):  # what the layer says of it, before or after the copy is there
+        layer.merge("a", copy_of_base)
+        layer.merged = merged
+        assert torch.equal(layer(x), expected)
+
+
+def test_a_forward_passes_over_an_adapter_that_was_deleted_meanwhile():
+    model = make_adapted("a", "b", base="dense")
+    layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
+    x, active = torch.randn(3, layer.in_features), layer.active
+    lowmem.delete_adapter(model, "b")
+    expected = layer(x)
+    layer.active = active  # as a forward has read it that began before
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_that_was_forked_while_another_thread_changed_a_model_can_read_one():
+    model, held, done = make_adapted("a"), threading.Event(), threading.Event()
+
+    def change():
+        with convert_module._CHANGING:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # ends a child that waits for ever
+        os._exit(0 if lowmem.adapter_names(model) == ["a"] else 1)
+    status = os.waitpid(child, 0)[1]
+    done.set()
+    thread.join()
+    assert status == 0

@@ -402,3 +402,11 @@ def test_loading_takes_the_4_bit_size_and_at_most_64_mib(tmp_path):
         [sys.executable, "-c", PEAK, str(tmp_path / "m")], capture_output=True, text=True, check=True
     )
     assert size < int(shown.stdout) < size + 64 * 2**20 or int(shown.stdout) <= size
+
+
+def test_stored_tensors_that_do_not_fit_their_layer_are_not_saved(tmp_path):
+    model = convert(nn.Sequential(nn.Linear(32, 8)), FourBit())
+    model[0].packed.data = model[0].packed.data[:-1].clone()
+    with pytest.raises(RuntimeError, match=r"packed.shape=\(7, 16\).* they need \(8, 16\)"):
+        save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()

@@ -549,8 +549,14 @@ def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, change):
         changes[change]()
     assert [*model.modules()] == modules
     assert [p.requires_grad for p in model.parameters()] == trains
-    changes[change](skip="1.*")
-    assert [*model[1].modules()] == modules[-len([*model[1].modules()]) :]
+    if change in ("LoRA", "add_adapter"):  # after which only the adapters of lowmem train
+        with pytest.raises(ValueError, match=r"the model holds 1, a \w+ of PEFT.*before get_peft_model"):
+            changes[change](skip="1.*")
+        assert [*model.modules()] == modules
+    else:
+        changes[change](skip="1.*")
+        assert [*model[1].modules()] == modules[-len([*model[1].modules()]) :]
+    assert [p.requires_grad for p in model[1].parameters()] == trains[2:]
 
 
 def test_what_is_converted_first_can_go_into_peft_s_layers():

@@ -255,3 +255,22 @@ def test_empty_layers_and_batches_work():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         FourBit(**options)
+
+
+def test_a_state_without_values_loads_as_its_version_says():
+    layer = convert(torch.nn.Linear(32, 8), FourBit())
+    state = layer.state_dict()
+    empty = collections.OrderedDict((name, value.to("meta")) for name, value in state.items())
+    empty._metadata = state._metadata
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(torch.nn.Linear(32, 8), FourBit()).load_state_dict(empty, assign=True)
+    with pytest.raises(RuntimeError, match=r"stores int4.*the state holds nf4"):
+        convert(torch.nn.Linear(32, 8), FourBit("int4")).load_state_dict(empty, assign=True)
+
+
+def test_what_a_functional_call_puts_in_place_is_not_kept():
+    layer = convert(torch.nn.Linear(32, 8), FourBit())
+    other = {name: value.detach().clone() for name, value in layer.named_parameters()}
+    torch.func.functional_call(layer, other, (torch.randn(2, 32),))
+    assert all(kept is not other["packed"] for kept in (layer._quantized.packed, layer.quantized.packed))

@@ -80,3 +80,5 @@ def test_a_nested_tensor_is_named_with_its_remedy(layout):
     for refusing in (quantize, Half().store):
         with pytest.raises(TypeError, match=rf"weight is a nested tensor \(layout={layout}\).*weight.unbind"):
             refusing(nested)
+    with pytest.raises(TypeError, match="importance is a nested tensor"):
+        quantize(torch.randn(3, 8), search=True, importance=nested)

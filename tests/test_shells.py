@@ -1,6 +1,7 @@
 """Whatever the factory does, a loaded model is whole, or an error says what stands in the way."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -210,3 +211,29 @@ def test_an_adapter_of_a_layer_that_attention_reads_is_refused_whole(tmp_path):
     with pytest.raises(FileError, match="attn.out_proj, .*: attention reads its weight without calling it"):
         lowmem.load_adapter(model, tmp_path / "a")
     assert type(model.other) is nn.Linear
+
+
+def test_loading_changes_no_layer_that_was_there_before(tmp_path):
+    save(convert(nn.Sequential(nn.Linear(32, 8)), FourBit()), tmp_path / "m")
+    before = nn.Sequential(nn.Linear(32, 8))
+    layer, weight, values = before[0], before[0].weight, before[0].weight.clone()
+    for factory in (lambda: nn.Sequential(before[0]), lambda: before.append(nn.Identity())):
+        loaded = load(tmp_path / "m", factory)
+        assert type(loaded[0]) is lowmem.Linear4Bit
+        assert before[0] is layer
+        assert layer.weight is weight
+        assert torch.equal(weight, values)
+
+
+def test_what_another_thread_makes_while_a_model_is_loaded_keeps_its_values(tmp_path):
+    save(nn.Sequential(nn.Linear(32, 8)), tmp_path / "m")
+    made = []
+
+    def factory():
+        thread = threading.Thread(target=lambda: made.append(nn.Linear(4, 4)))
+        thread.start()
+        thread.join()
+        return nn.Sequential(nn.Linear(32, 8))
+
+    load(tmp_path / "m", factory)
+    assert not any(parameter.is_meta for parameter in made[0].parameters())

@@ -26,8 +26,6 @@ from lowmem.version import __version__
 
 __all__ = ["Classifier", "Result", "add_arguments", "fit", "run"]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 class Classifier(nn.Module):
     """A model of any kind, and a float32 linear head on its flattened output."""
@@ -230,7 +228,11 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
 def _finite(model: nn.Module) -> set[str]:
     """Return the names of the parameters and buffers whose values are all finite (a mask may hold infinities)."""
     state = (*model.named_parameters(), *model.named_buffers())
-    return {name for name, value in state if value.dtype in FLOATS and bool(value.isfinite().all())}
+    return {
+        name
+        for name, value in state
+        if (value.is_floating_point() or value.is_complex()) and bool(value.isfinite().all())
+    }
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
