@@ -31,7 +31,9 @@ __all__ = [
 SCRATCH_BYTES = 2**20
 """The most temporary memory that restoring a chunk of rows takes (one row at least is restored at a time)."""
 
-BYTES_PER_WEIGHT = 16  # at the peak of restore: a code, a value, its scale (twice at most, for a short last block)
+BYTES_PER_WEIGHT = 18
+"""At the peak of ``restore``: a code as unpacked (1 byte, 2 in a row of one) and as an index (4), a value (4), and
+its scale (8 at most, where the last block is short)."""
 
 
 def row_chunks(rows: int, columns: int, bytes_per_weight: int = BYTES_PER_WEIGHT) -> Iterator[slice]:

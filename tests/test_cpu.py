@@ -424,7 +424,8 @@ for tensor, other, run in cases:
 
 
 def test_threads_may_assign_data_while_others_multiply():
-    assert run_python(THREADS, **OVERWRITTEN).split() == ["True"] * 14
+    """Plain torch reads a weight in several operations: what it does then is its own."""
+    assert run_python(THREADS, LOWMEM_KERNEL="", **OVERWRITTEN).split() == ["True"] * 14
 
 
 def test_a_weight_is_known_to_two_kernels_at_once():

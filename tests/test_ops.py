@@ -105,7 +105,7 @@ def test_a_compiled_graph_is_served_by_the_kernel(kind, monkeypatch):
     run = cpu.Kernel.linear
     monkeypatch.setattr(cpu.Kernel, "linear", lambda *given: (served.append(given[1].shape), run(*given))[1])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    with torch.no_grad():
+    with torch.no_grad(), kernels.using(kernels.available()[-1]):
         for batch in (3, 5):
             x = torch.randn(batch, 16)
             torch.testing.assert_close(compiled(x), model(x))

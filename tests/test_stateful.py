@@ -1,5 +1,6 @@
 """Random sequences of what users do to a model keep what always holds."""
 
+import collections
 import copy
 import io
 import re
@@ -10,7 +11,14 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import nn
 
 from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, convert, merge
@@ -25,6 +33,7 @@ TECHNIQUES = {
     "lora": LoRA(2),
 }
 FEATURES = 24
+PATHS = st.sampled_from(["*", "first", "shared", "last.*"])
 
 
 class Net(nn.Module):
@@ -100,7 +109,7 @@ class Lifecycle(RuleBasedStateMachine):
         with torch.no_grad():
             return (model or self.model)(self.x.to(self.dtype()))
 
-    @rule(name=st.sampled_from(sorted(TECHNIQUES)), paths=st.sampled_from(["*", "first", "shared", "last.*"]))
+    @rule(name=st.sampled_from(sorted(TECHNIQUES)), paths=PATHS)
     def convert_some(self, name, paths):
         before, modules = self.output(), list(self.model.modules())
         technique = TECHNIQUES[name]
@@ -118,6 +127,19 @@ class Lifecycle(RuleBasedStateMachine):
             for adapter in layer.adapters.values():
                 nn.init.normal_(adapter.lora_b)
         self.bits = stored_bits(self.model)
+
+    @precondition(lambda self: not self.layers(LoRALinear))
+    @rule(paths=PATHS)
+    def adapt_some(self, paths):
+        """More often than as one of five techniques: else no adapter is there to be merged."""
+        self.convert_some("lora", paths)
+
+    @precondition(lambda self: not self.layers(LoRALinear))
+    @rule(name=st.sampled_from(sorted(TECHNIQUES.keys() - {"lora"})))
+    def store_and_adapt_all(self, name):
+        """All layers, of which some are stored already, so that every base is adapted often enough."""
+        self.convert_some(name, "*")
+        self.convert_some("lora", "*")
 
     @rule()
     def train_a_step(self):
@@ -146,12 +168,16 @@ class Lifecycle(RuleBasedStateMachine):
         for path, adapted in paths.items():
             merged = self.model.get_submodule(path)
             assert type(merged) is type(adapted.base)
+            self.merged(merged)
             rank = TECHNIQUES["lora"].rank
             assert_holds(merged, *expected[path], rank + 3)  # a term each and the weight; alpha / rank, the product
             if self.dtype() in (torch.float32, torch.float64):
                 x = self.x[:, : merged.in_features].to(self.dtype())
                 assert_product(merged(x), x, stored_weight(merged), merged.bias, self.dtype(), more=OF_4_BITS)
         self.bits = stored_bits(self.model)
+
+    def merged(self, layer):
+        """Be told of every layer that an adapter was merged into."""
 
     @precondition(lambda self: not self.layers(LoRALinear))
     @rule()
@@ -222,3 +248,29 @@ class Lifecycle(RuleBasedStateMachine):
 
 TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(stateful_step_count=15)
+
+
+def test_the_sequences_merge_adapters_of_every_base():
+    """Else the bounds of what is merged hold nothing. (120 sequences merge some 20 of each base.)"""
+    count = collections.Counter()
+
+    class Counted(Lifecycle):
+        def merged(self, layer):
+            count[type(layer)] += 1
+
+    run_state_machine_as_test(
+        Counted, settings=settings(max_examples=120, derandomize=True, database=None, stateful_step_count=15)
+    )
+    assert all(count[kind] >= 5 for kind in (nn.Linear, HalfLinear, Linear4Bit)), count
+
+
+@pytest.mark.parametrize("base", ["dense", *sorted(TECHNIQUES.keys() - {"lora"})])
+def test_a_merged_weight_is_the_sum_as_its_layer_stores_it(base):
+    torch.manual_seed(0)
+    linear = nn.Linear(FEATURES, 17)
+    layer = convert(linear, *([] if base == "dense" else [TECHNIQUES[base]]), LoRA(2))
+    nn.init.normal_(layer.lora_b)
+    exact, magnitudes = adapted_weight(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 4 bits: what that loses
+        assert_holds(merge(layer), exact, magnitudes, 2 + 3)
