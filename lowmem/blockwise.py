@@ -19,7 +19,6 @@ from lowmem.scales import ScaleEncoding, get_encoding
 from lowmem.search import CANDIDATES, largest_weights, nearest_codes, searched_scales, spread
 
 __all__ = [
-    "BYTES_PER_WEIGHT",
     "PLAIN",
     "SCRATCH_BYTES",
     "QuantizedTensor",

@@ -9,11 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowmem.blockwise import BYTES_PER_WEIGHT, QuantizedTensor, row_chunks, serving
+from lowmem.blockwise import QuantizedTensor, row_chunks, serving
 from lowmem.formats import Format, get_format
 from lowmem.scales import get_encoding
 
 __all__ = ["check_weight", "method_of", "quantize", "quantize_again", "relative_error"]
+
+BYTES_PER_WEIGHT = 16  # at the peak of plain torch; a search takes twice as many
 
 
 def quantize(
