@@ -14,6 +14,7 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING, NoReturn
 
 from lowmem.messages import describe, one_line, reason
+from lowmem.startup import end_closed_pipe, write_error
 from lowmem.tools import COMMANDS
 from lowmem.tools.output import results_alone
 from lowmem.version import __version__
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 __all__ = ["main"]
-
-CLOSED_PIPE = 141  # what shells show of a program that SIGPIPE ended
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminated_as_interrupted(program):
             if program:
+                sys.excepthook = sys.__excepthook__  # the one of the imports, which are done
                 _prepare_streams()
             return _run(given, program)
     except BrokenPipeError:
-        return _closed_pipe(program)
+        return end_closed_pipe(program)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         return _fail(command, reason(error), program)
     except KeyboardInterrupt:
@@ -107,35 +107,14 @@ def _run(argv: Sequence[str], program: bool) -> int:
     try:
         with results_alone(getattr(arguments, "json", False), program):
             code: int = run(arguments)
+            sys.stdout.flush()
     except SystemExit as stop:  # no command calls it: the user's model did
         raise ValueError(f"the model ended the program ({describe(stop)}); remove its sys.exit") from stop
-    sys.stdout.flush()
     return code
 
 
-def _closed_pipe(program: bool) -> int:
-    """End without a word, as programs do whose reader has gone."""
-    if program and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGPIPE)
-    if program:
-        _discard_output()
-    return CLOSED_PIPE
-
-
 def _fail(command: str, why: str, program: bool) -> int:
-    print(one_line(f"lowmem {command}: {why}".replace("lowmem :", "lowmem:", 1)), file=sys.stderr)
-    if program:
-        _discard_output()
-    return 2
-
-
-def _discard_output() -> None:
-    """Drop what stdout could not write: Python would try again at its end, and complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return write_error(one_line(f"lowmem {command}: {why}".replace("lowmem :", "lowmem:", 1)), program)
 
 
 if __name__ == "__main__":

@@ -215,6 +215,121 @@ def test_a_closed_pipe_ends_it_as_it_ends_other_programs(argv):
     assert process.returncode == -signal.SIGPIPE  # a shell shows 128 + 13 = 141
 
 
+@posix
+@pytest.mark.parametrize(
+    ("argv", "place"),
+    [
+        *((["stats"], place) for place in ("module", "factory", "forward")),
+        *((argv, "forward") for argv in (["stats", "--json"], ["compare", "bignet"], ["fit", "--epochs", "1"])),
+    ],
+)
+@pytest.mark.usefixtures("user_module")
+def test_a_closed_pipe_that_the_user_s_model_writes_to_ends_it_likewise(argv, place):
+    prints = dict.fromkeys(("module", "factory", "forward"), "pass") | {place: "print('x' * 100, flush=True)"}
+    Path("main_prints.py").write_text(
+        f"from torch import nn\n{prints['module']}\nclass Model(nn.Linear):\n"
+        f"    def __init__(self):\n        super().__init__(1024, 4)\n        {prints['factory']}\n"
+        f"    def forward(self, x):\n        {prints['forward']}\n        return super().forward(x)\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(*argv, "main_prints:Model", stdout=writer)
+    os.close(writer)
+    err = process.communicate(timeout=300)[1]
+    assert set(err) <= {"x", "\n"} if "--json" in argv else err == ""  # with --json it is only the results' pipe
+    assert process.returncode == -signal.SIGPIPE
+
+
+@posix
+@pytest.mark.usefixtures("user_module")
+def test_a_pipe_of_the_model_s_own_that_is_closed_is_bad_input():
+    Path("main_own.py").write_text(
+        "import os\ndef make():\n    reader, writer = os.pipe()\n    os.close(reader)\n    os.write(writer, b'x')\n"
+    )
+    process = start("stats", "main_own:make", stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (2, "")
+    assert err == "lowmem stats: model='main_own:make': calling it failed: BrokenPipeError: [Errno 32] Broken pipe\n"
+
+
+@posix
+@pytest.mark.parametrize("argv", [["stats", "q4"], ["stats", "--unknown"], ["unknown"]])
+@pytest.mark.parametrize("both", [False, True])
+def test_an_error_that_nobody_reads_ends_it_likewise(argv, both):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "lowmem", *argv],
+        env={**os.environ, "PYTHONPATH": str(Path(lowmem.__file__).parents[1])},
+        stdout=writer if both else subprocess.PIPE,
+        stderr=writer,
+        timeout=300,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (-signal.SIGPIPE, None if both else b"")
+
+
+@posix
+def test_results_are_whole_where_nobody_reads_what_is_said_of_them(tmp_path):
+    safetensors.torch.save_file({"a.weight": torch.ones(2, 8)}, tmp_path / "in")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(tmp_path / "table", "w") as table:
+        done = subprocess.run(
+            [sys.executable, "-m", "lowmem", "quantize", str(tmp_path / "in"), str(tmp_path / "out")],
+            env={**os.environ, "PYTHONPATH": str(Path(lowmem.__file__).parents[1])},
+            stdout=table,
+            stderr=writer,
+            timeout=300,
+            check=False,
+        )
+    os.close(writer)
+    assert done.returncode == -signal.SIGPIPE
+    assert "converted 1 of 1 tensors" in (tmp_path / "table").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_error_that_a_full_disk_does_not_take_keeps_its_exit_code():
+    command = [sys.executable, "-m", "lowmem", "stats", "q4"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(lowmem.__file__).parents[1])}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=full, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+CLOSES = [
+    "sys.stdout.close()",
+    "sys.stdout = None",
+    "sys.stdout = sys.stderr = io.StringIO()",
+    "sys.stdout = io.TextIOWrapper(sys.stdout.buffer)",
+    "sys.stdout = io.TextIOWrapper(sys.stdout.detach())",
+    "sys.__stdout__.close(); sys.stdout = sys.stderr = None",
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "does"),
+    [
+        *((["stats"], does) for does in CLOSES),
+        *((["stats", "--json"], does) for does in (CLOSES[0], CLOSES[-1])),
+        (["compare", "main_closes:make"], CLOSES[0]),
+        *((["fit", "--epochs", "1"], does) for does in (CLOSES[0], CLOSES[-1])),
+    ],
+)
+@pytest.mark.usefixtures("user_module")
+def test_results_are_printed_whatever_a_factory_does_to_stdout(argv, does):
+    text = f"import io, sys\nfrom torch import nn\ndef make():\n    {does}\n    return nn.Linear(1024, 4)\n"
+    Path("main_closes.py").write_text(text)
+    process = start(*argv, "main_closes:make", stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    if "--json" in argv:
+        assert json.loads(out)[0]["model"] == "main_closes:make"
+    else:
+        assert {"stats": "main_closes:make", "compare": "Relative error", "fit": "time of a step"}[argv[0]] in out
+
+
 def test_called_from_python_a_closed_pipe_is_the_shell_s_code(monkeypatch):
     def fail(arguments):
         raise BrokenPipeError(32, "Broken pipe")

@@ -33,6 +33,7 @@ def start(tmp_path):
             [*command, *argv],
             env={**os.environ, "PYTHONPATH": path, **environment},
             cwd=tmp_path,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -63,6 +64,34 @@ def test_a_torch_that_cannot_be_imported_is_one_line_and_exit_code_2(start, way)
 
 
 @both_ways
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise RuntimeError('no\\nkernel')", "RuntimeError: no"),
+        ("import sys; sys.missing", "AttributeError: module 'sys' has no attribute 'missing'"),
+        ("{}['missing']", "KeyError: 'missing'"),
+        ("1 +", "SyntaxError: invalid syntax (torch.py, line 1)"),
+        ("len(3)", "object of type 'int' has no len()"),
+    ],
+)
+def test_a_broken_torch_is_one_line_and_exit_code_2(start, way, text, said):
+    process = start(way, "info", modules={"torch.py": text})
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (2, f"lowmem: {said}\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE")
+@both_ways
+def test_a_failure_that_nobody_reads_ends_it_as_it_ends_other_programs(start, way):
+    with start(way, "info", modules={"torch.py": "print('here', flush=True)\ninput()\nraise ImportError"}) as process:
+        assert process.stdout.readline() == "here\n"
+        process.stderr.close()
+        process.stdin.write("go\n")
+        process.stdin.close()
+        assert process.wait(timeout=300) == -signal.SIGPIPE
+
+
+@both_ways
 def test_another_failure_of_an_import_keeps_its_traceback(start, way):
     process = start(way, "info", modules={"torch.py": "1 / 0"})
     _, err = process.communicate(timeout=300)
@@ -73,17 +102,18 @@ def test_another_failure_of_an_import_keeps_its_traceback(start, way):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 @both_ways
+@pytest.mark.parametrize("module", ["torch", "tempfile", "hashlib"])  # the last two are imported before torch
 @pytest.mark.parametrize("swallow", ["", "try: time.sleep(3600)\nexcept KeyboardInterrupt: raise ImportError\n"])
-def test_ctrl_c_while_torch_is_imported_is_one_line_and_exit_code_130(start, way, swallow):
+def test_ctrl_c_while_modules_are_imported_is_one_line_and_exit_code_2(start, way, module, swallow):
     waits = "import time\nprint('here', flush=True)\n" + swallow + "time.sleep(3600)\n"
-    process = start(way, "info", modules={"torch.py": waits})
+    process = start(way, "info", modules={f"{module}.py": waits})
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGINT)
     try:
         _, err = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert (process.returncode, err) == (130, "lowmem: interrupted\n")
+    assert (process.returncode, err) == (2, "lowmem: interrupted\n")
 
 
 def test_a_process_that_imports_the_library_keeps_its_own_hooks():
@@ -102,6 +132,9 @@ def test_a_process_that_imports_the_library_keeps_its_own_hooks():
         (["-m", "info"], ["python", "-Imlowmem", "info"], True),
         (["-m", "lowmem"], ["python", "-m", "other", "lowmem"], False),
         (["-m"], ["python", "-m", "xlowmem"], False),
+        (["-m"], ["python", "-mlowmem"], True),
+        (["-m"], ["python", "-m", "-xlowmem"], False),
+        (["-m"], ["python", "-m", "lowmem.tools"], False),
         (["/usr/bin/lowmem", "info"], ["python", "/usr/bin/lowmem", "info"], True),
         (["/usr/bin/pytest"], ["python", "/usr/bin/pytest"], False),
         (["-c"], ["python", "-c", "import lowmem"], False),

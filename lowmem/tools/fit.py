@@ -110,7 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
         options = ("model", "data", "epochs", "batch_size", "lr", "rank", "seed")
         origin = {"version": __version__, **{option: getattr(arguments, option) for option in options}}
         # One entry: safetensors writes several in an order that differs from run to run.
-        content = safetensors.torch.save(_tensors(model), {"lowmem": json.dumps(origin)})
+        with user_code(f"model={name!r} has a state that can no longer be listed; leave out --save"):
+            content = safetensors.torch.save(_tensors(model), {"lowmem": json.dumps(origin)})
         write_atomically(arguments.save, content)
         print(f"saved {shown(str(arguments.save))}", file=sys.stderr)
     if arguments.json:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lowmem.bignet import BigNet
 from lowmem.files import printable
 from lowmem.messages import describe
+from lowmem.tools.output import reader_gone, streams_kept
 from lowmem.variants import VARIANTS, build
 
 __all__ = [
@@ -58,6 +59,8 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
     except (ValueError, TypeError, KeyboardInterrupt):
         raise
     except BaseException as reason:  # an allocation that the system refuses, or what a user's module overrides
+        if isinstance(reason, BrokenPipeError) and reader_gone():
+            raise
         raise ValueError(f"model={name!r}, rank={rank} cannot be built: {describe(reason)}") from reason
 
 
@@ -88,12 +91,18 @@ def _factory(target: str) -> Callable[[], nn.Module]:
 
 @contextmanager
 def user_code(failure: str, remedy: str = "") -> Iterator[None]:
-    """Turn whatever the block raises, sys.exit too, into a ValueError that says so; an interrupt stays one."""
+    """Turn whatever the block raises, sys.exit too, into a ValueError that says so; an interrupt stays one.
+
+    So does a BrokenPipeError of what the block prints. The block may close or replace stdout and stderr.
+    """
     try:
-        yield
+        with streams_kept():
+            yield
     except KeyboardInterrupt:
         raise
     except BaseException as reason:
+        if isinstance(reason, BrokenPipeError) and reader_gone():
+            raise
         raise ValueError(f"{failure}: {describe(reason)}{remedy}") from reason
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from io import TextIOWrapper
 from typing import TextIO
 
 from rich import box
@@ -20,7 +22,18 @@ from rich.text import Text
 from lowmem.files import printable
 from lowmem.summary import Summary
 
-__all__ = ["Terminal", "print_json", "print_summary", "print_table", "progress", "results_alone", "shown", "whole"]
+__all__ = [
+    "Terminal",
+    "print_json",
+    "print_summary",
+    "print_table",
+    "progress",
+    "reader_gone",
+    "results_alone",
+    "shown",
+    "streams_kept",
+    "whole",
+]
 
 LEAST = 12  # characters that a column of text is narrowed to
 ROOMY = 60  # columns of a terminal that has room for a bar
@@ -65,6 +78,41 @@ def results_alone(wanted: bool, program: bool) -> Iterator[None]:
         results.flush()
     finally:
         _results = None
+
+
+def reader_gone() -> bool:
+    """Return whether stdout or stderr of the process is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)  # errors and hang-ups are always reported
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+@contextmanager
+def streams_kept() -> Iterator[None]:
+    """Give stdout and stderr back after a block that may close, detach, replace or remove them."""
+    streams = [(name, stream, *_encoding(stream)) for name in ("stdout", "stderr") if (stream := getattr(sys, name))]
+    try:
+        yield
+    finally:
+        for name, stream, encoding, errors in streams:
+            setattr(sys, name, stream)  # first: what stood there may close the buffer that it shares
+            if isinstance(stream, TextIOWrapper) and _is_closed(stream):
+                number = ("stdout", "stderr").index(name) + 1  # Python closes neither file with its stream
+                setattr(sys, name, open(number, "w", encoding=encoding, errors=errors, closefd=False))  # noqa: SIM115
+
+
+def _encoding(stream: TextIO) -> tuple[str | None, str | None]:
+    return (stream.encoding, stream.errors) if isinstance(stream, TextIOWrapper) else (None, None)
+
+
+def _is_closed(stream: TextIO) -> bool:
+    try:
+        return stream.closed
+    except ValueError:  # its buffer is detached
+        return True
 
 
 def print_json(document: object) -> None:
