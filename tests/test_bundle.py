@@ -447,6 +447,10 @@ SECRETS = [
     *(".env", ".env.local", "prod.env", ".netrc", ".pypirc", ".npmrc", ".git-credentials", "toy/server.pem"),
     *("toy/deep/private.KEY", "id_rsa", "id_ed25519_sk", "id_work", "id_rsa.bak", ".aws/credentials", ".aws/config"),
     *(".ssh/config", "credentials.json", "gcloud/application_default_credentials.json", ".Env", "cert.p12"),
+    *(f"toy/credentials.{suffix}" for suffix in ("yaml", "yml", "toml", "txt", "xml", "csv", "ini", "json")),
+    *("aws_credentials", "credentials/x", ".docker/config.json", ".netrc.bak", ".netrc/x", "service_account-1.json"),
+    *("token.json", ".vault-token", ".huggingface/token", ".env/x", "id_rsa/deep/x", "id_ecdsa.pub", "id_dsa"),
+    *(".ssh.bak/config", "secrets.json.old", "id_work.bak"),
 ]
 
 
@@ -464,7 +468,20 @@ def test_likely_secrets_are_left_out_with_a_line_and_brought_back_by_name(projec
 
 @pytest.mark.parametrize(
     "name",
-    ["toy/credentials.py", "toy/id_map.py", "toy/secrets.py", "env.py", "environment", "keys", "id.txt", "id_x.csv"],
+    [
+        *(
+            "toy/credentials.py",
+            "toy/id_map.py",
+            "toy/secrets.py",
+            "env.py",
+            "environment",
+            "keys",
+            "id.txt",
+            "id_x.csv",
+        ),
+        *("credentials/store.py", ".env/a.py", "token.py", "tokenizer.json", "tokenizer_config.json", "id_map.json"),
+        *("toy/token", "config.json", "docker/config.json", "my_credentials_tool/config.json", "id_map/a.npy"),
+    ],
 )
 def test_what_only_sounds_secret_stays(project, name):
     write_tree(project, {name: b"text"})

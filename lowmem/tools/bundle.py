@@ -37,8 +37,8 @@ LEFT_OUT = (
     *(".coverage", ".coverage.*", "htmlcov", ".DS_Store", "Thumbs.db", "*.swp", "*~", PARTIAL),
 )
 
-# What likely holds passwords or private keys: names of files in lower case (and id_* that has no suffix, as keys of
-# ssh), and of directories.
+# What likely holds passwords or private keys: names in lower case of files and of directories, or the last two of a
+# path. A file's id_* that has no suffix is one too, as keys of ssh; Python's sources are none.
 SECRETS = (
     *(
         ".env",
@@ -53,12 +53,16 @@ SECRETS = (
         ".npmrc",
         ".dockercfg",
     ),
-    *(".git-credentials", "credentials", ".credentials", "credentials.csv", "credentials.ini", "*credentials*.json"),
+    *(".git-credentials", "credentials", ".credentials", "*_credentials", "*-credentials", "*credentials*.json"),
+    *(f"*credentials.{suffix}" for suffix in ("csv", "ini", "txt", "toml", "xml", "yaml", "yml")),
     *("secrets.json", "secrets.toml", "secrets.yaml", "secrets.yml", "client_secret*.json", ".s3cfg", ".boto"),
-    *("id_rsa.*", "id_dsa.*", "id_ecdsa.*", "id_ed25519.*", "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx", "*.jks"),
-    *("*.keystore", "*.kdbx"),
+    *("service_account*.json", "service-account*.json", "token.json", ".vault-token", ".huggingface/token"),
+    *(".docker/config.json", "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx"),
+    *(f"id_{kind}{rest}" for kind in ("rsa", "dsa", "ecdsa", "ed25519") for rest in ("", "_sk", ".*", "_sk.*")),
+    *(".aws", ".gnupg", ".kube", ".ssh"),
 )
-SECRET_DIRECTORIES = (".aws", ".gnupg", ".kube", ".ssh")
+
+BACKUP = re.compile(r"(\.(bak|backup|old|orig|save))+$")  # copies of a secret are secrets
 
 # Backslashes and line ends are escaped in a manifest and changed by some unzips; lone surrogates are no UTF-8. The
 # rest is what Windows refuses: these characters, a dot or a space at the end of a name, and what it calls devices.
@@ -142,11 +146,11 @@ def _walk(directory: Path, root: Path, products: Collection[Path]) -> Iterator[P
 
 def _is_secret(path: Path, root: Path) -> bool:
     """Return whether a path, or what a link points to, is by its name likely a secret."""
-    name = path.name.lower()
+    name = BACKUP.sub("", path.name.lower())
+    inside = PurePosixPath(path.relative_to(root).as_posix().lower())
     return (
-        any(fnmatchcase(name, pattern) for pattern in SECRETS)
+        (not name.endswith(".py") and any(map(_is_secret_name, (inside, *inside.parents))))
         or (name.startswith("id_") and "." not in name)
-        or any(part.lower() in SECRET_DIRECTORIES for part in path.relative_to(root).parent.parts)
         or (
             path.is_symlink()
             and (target := Path(os.path.realpath(path))).is_relative_to(root)
@@ -155,6 +159,12 @@ def _is_secret(path: Path, root: Path) -> bool:
             and _is_secret(target, root)
         )
     )
+
+
+def _is_secret_name(path: PurePosixPath) -> bool:
+    name = BACKUP.sub("", path.name)
+    names = (name, f"{path.parent.name}/{name}")
+    return any(fnmatchcase(names["/" in pattern], pattern) for pattern in SECRETS)
 
 
 def _check(path: Path, root: Path) -> None:
