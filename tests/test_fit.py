@@ -287,6 +287,59 @@ def test_a_model_that_fails_in_training_is_one_line(name, why, npz, tmp_path, mo
     assert capsys.readouterr().err == told
 
 
+TWICE = """
+from torch import nn
+
+class Twice(nn.Linear):
+    calls = 0
+    def __init__(self):
+        super().__init__(1024, 4)
+    def state_dict(self, *args, **options):
+        Twice.calls += 1
+        if Twice.calls > 1:
+            {after}
+        return super().state_dict(*args, **options)
+"""
+
+
+@pytest.mark.parametrize(
+    ("after", "why"),
+    [
+        ("raise LookupError('no more')", "LookupError: no more"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+    ],
+)
+def test_a_state_that_can_be_listed_once_alone_is_one_line(after, why, npz, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fit_twice", raising=False)
+    (tmp_path / "fit_twice.py").write_text(TWICE.format(after=after))
+    assert main(["fit", "fit_twice:Twice", "--data", npz, "--epochs", "1", "--save", "out"]) == 2
+    told = "model='fit_twice:Twice' has a state that can no longer be listed; leave out --save"
+    assert capsys.readouterr().err == f"lowmem fit: {told}: {why}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lr", ["3.2e37", "1e38", "1e300"])  # AdamW's first step is ten times that: above 3.4e38
+def test_a_rate_that_float32_cannot_hold_is_named(lr, npz, capsys):
+    assert main(["fit", "lora", "--data", npz, "--epochs", "1", "--lr", lr]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"lowmem fit: --lr={float(lr):g} is above 3.1e+37")
+    assert err.count("\n") == 1
+
+
+def test_the_largest_rate_is_taken(npz, capsys):
+    largest = str(tool.LARGEST_LR)
+    assert main(["fit", "lora", "--data", npz, "--epochs", "1", "--batch-size", "16", "--lr", largest]) == 2
+    assert f"lower --lr={tool.LARGEST_LR:g}" in capsys.readouterr().err  # of the loss: it did train
+
+
+def test_an_empty_name_to_save_to_is_named_as_it_was_given(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "lora", "--save", ""])
+    assert "argument --save: '' must be the name of a file" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few users make links")
 def test_a_link_that_loops_is_refused_and_stays(npz, tmp_path, capsys):
     (tmp_path / "loop").symlink_to("loop")

@@ -204,13 +204,33 @@ def test_positive_int_refuses(text):
         models.positive_int(text)
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "", "a"])
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "", "a", "1_0", "\N{ARABIC-INDIC DIGIT ONE}", " 1", "1\n"])
 def test_positive_float_refuses(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be a positive number"):
         models.positive_float(text)
 
 
-@pytest.mark.parametrize("text", ["-1", "-1e-300", "nan", "inf", "1e999", "", ".", "0.0.0", "0..0", "00.0.", "a"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-1",
+        "-1e-300",
+        "nan",
+        "inf",
+        "1e999",
+        "",
+        ".",
+        "0.0.0",
+        "0..0",
+        "00.0.",
+        "a",
+        "1_0",
+        "0_1e-3",
+        "\N{ARABIC-INDIC DIGIT ONE}0",
+        " 1",
+        "1 ",
+    ],
+)
 def test_number_refuses(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be a number of at least 0"):
         models.number(text)

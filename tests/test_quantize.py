@@ -204,3 +204,10 @@ def test_sizes(text, expected):
 def test_what_is_no_size(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be a size"):
         size(text)
+
+
+@pytest.mark.parametrize(("argv", "which"), [(["", "out"], "IN"), (["in", ""], "OUT")])
+def test_an_empty_name_is_named_as_it_was_given(argv, which, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize", *argv])
+    assert f"argument {which}: '' must be the name of a file" in capsys.readouterr().err

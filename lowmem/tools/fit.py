@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -20,11 +19,23 @@ from torch import Tensor, nn
 from lowmem import measure
 from lowmem.files import check_writable, write_atomically
 from lowmem.tools.data import Split, load_data
-from lowmem.tools.models import MIB, check_links, make_model, positive_float, positive_int, run_model, seed, user_code
+from lowmem.tools.models import (
+    MIB,
+    check_links,
+    file_path,
+    make_model,
+    positive_float,
+    positive_int,
+    run_model,
+    seed,
+    user_code,
+)
 from lowmem.tools.output import print_json, progress, shown, whole
 from lowmem.version import __version__
 
 __all__ = ["Classifier", "Result", "add_arguments", "fit", "run"]
+
+LARGEST_LR = 0.09 * torch.finfo(torch.float32).max  # AdamW's first step is lr / (1 - 0.9), rounded a little
 
 
 class Classifier(nn.Module):
@@ -74,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank", type=positive_int, metavar="N", help="LoRA rank, where the variant has LoRA (default its own)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, split and batches (default 0)")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the trained model as safetensors")
+    parser.add_argument("--save", type=file_path, metavar="FILE", help="write the trained model as safetensors")
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
 
 
@@ -159,8 +170,12 @@ def fit(
     """Train with AdamW and cross entropy; call ``report`` with a line an epoch.
 
     Raises:
-        ValueError: the loss or a weight is no longer finite, or the model fails.
+        ValueError: ``lr`` is too large for float32, the loss or a weight is no longer finite, or the model fails.
     """
+    if lr > LARGEST_LR:
+        raise ValueError(
+            f"--lr={lr:g} is above {LARGEST_LR:.1e}, where AdamW's first step overflows float32: lower it"
+        )
     failed = f"model={variant!r} cannot be trained on this data"
     with user_code(failed):
         finite = _finite(model)

@@ -29,6 +29,7 @@ __all__ = [
     "MIB",
     "add_input_arguments",
     "check_links",
+    "file_path",
     "known_models",
     "make_input",
     "make_model",
@@ -172,7 +173,7 @@ def number(text: str) -> float:
 
 def _number(text: str, accepted: Callable[[float], bool], refusal: str) -> float:
     try:
-        value = float(text)
+        value = float(text if text.isascii() and not set(text) & set("_ \t\n\r\v\f") else "nan")
     except ValueError:
         value = float("nan")
     if not accepted(value) or value == float("inf"):
@@ -183,6 +184,13 @@ def _number(text: str, accepted: Callable[[float], bool], refusal: str) -> float
 def shape(text: str) -> tuple[int, ...]:
     """Parse ``3,224,224``."""
     return tuple(positive_int(part) for part in text.split(","))
+
+
+def file_path(text: str) -> Path:
+    """Parse the name of a file; an empty one would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' must be the name of a file")
+    return Path(text)
 
 
 def check_links(path: Path) -> None:

@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -15,7 +14,7 @@ from lowmem.fourbit import FourBit
 from lowmem.scales import ENCODINGS
 from lowmem.shards import INDEX
 from lowmem.stream import Row, Source, convert_checkpoint
-from lowmem.tools.models import MIB, check_links, positive_int
+from lowmem.tools.models import MIB, check_links, file_path, positive_int
 from lowmem.tools.output import print_json, print_table, progress, shown, whole
 
 __all__ = ["add_arguments", "run", "size"]
@@ -25,8 +24,10 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("source", type=Path, metavar="IN", help=f"a .safetensors file, or a sharded one's {INDEX}")
-    parser.add_argument("target", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument(
+        "source", type=file_path, metavar="IN", help=f"a .safetensors file, or a sharded one's {INDEX}"
+    )
+    parser.add_argument("target", type=file_path, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--format", choices=list(FORMATS), default="nf4", help="default nf4")
     parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
     parser.add_argument("--scales", choices=list(ENCODINGS), help="how scales are stored (default the format's)")
