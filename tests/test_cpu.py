@@ -14,7 +14,15 @@ import torch
 from lowmem import FourBit, Half, LoRA, QuantizedTensor, blockwise, convert, kernels, measure, quantize
 from lowmem.kernels import cpu, memory
 from tests import strategies
-from tests.compiled import assert_close_in, assert_exact, assert_same_bytes, compiled, on_threads, stored
+from tests.compiled import (
+    assert_close_in,
+    assert_exact,
+    assert_same_bytes,
+    compiled,
+    no_plain_rows,
+    on_threads,
+    stored,
+)
 from tests.test_kernels import run_python
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
@@ -583,3 +591,23 @@ def test_rows_behind_2_to_31_bytes_or_weights_are_found(level, kind):
             torch.testing.assert_close(got, kernels.input_grad(back, last, torch.float32))
         if kind != "half":
             assert torch.equal(w.dequantize_rows(slice(rows - few, rows), torch.float32), last.dequantize())
+
+
+@compiled
+def test_a_weight_that_another_thread_keeps_moving_is_taken_by_c_all_the_same(level, monkeypatch):
+    """Plain torch, which reads it in several operations, could mix what was there before and after."""
+    q = quantize(strategies.make_weight("normal", (8, 64), 0, 0))
+    x, dense, prepare = torch.randn(3, 64), q.dequantize(), cpu.Kernel._prepare
+
+    def move(*given):
+        kept = prepare(*given)
+        q.packed.data = q.packed.data.clone()
+        return kept
+
+    monkeypatch.setattr(cpu.Kernel, "_prepare", move)
+    monkeypatch.setattr(kernels.reference, "linear", None)
+    monkeypatch.setattr(kernels.reference, "input_grad", None)
+    with kernels.using(level), no_plain_rows():
+        assert_exact(kernels.linear(x, q, torch.float32), x, dense)
+        assert_exact(kernels.input_grad(x[:, :8].contiguous(), q, torch.float32), x[:, :8], dense.t())
+        assert torch.equal(q.dequantize(), dense)

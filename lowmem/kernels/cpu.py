@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -234,14 +234,19 @@ class Kernel:
         return None if kept is None else (kept.handle, weight.packed, weight.scales)
 
     def _ways(self, weight: Weight, use: str = _AS_FLOATS) -> Iterator[Given]:
-        """Yield a weight as C is handed it: as it is known, and, where C says that it is not there any more, anew."""
+        """Yield a weight as C is handed it: by its handle; and where that is not valid any more, by a new one.
+
+        The new one is of a snapshot, which no other thread can assign to: C always takes it.
+        """
         given = self._given(weight, use)
         if given is not None:
             yield given
         if isinstance(weight, QuantizedTensor):
-            kept = self._prepare(weight, use)
+            now = replace(weight, packed=weight.packed.data, scales=weight.scales.data)
+            kept = self._prepare(now, use)
             if kept is not None:
-                yield kept.handle, weight.packed, weight.scales
+                weight.__dict__[use] = kept
+                yield kept.handle, now.packed, now.scales
 
     def _prepare(self, weight: QuantizedTensor, use: str) -> Prepared | None:
         """Let C know a weight for one of its uses, or return None where it cannot read it."""
