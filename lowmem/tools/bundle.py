@@ -38,7 +38,7 @@ LEFT_OUT = (
 )
 
 # What likely holds passwords or private keys: names in lower case of files and of directories, or the last two of a
-# path. A file's id_* that has no suffix is one too, as keys of ssh; Python's sources are none.
+# path. A file's id_* is one too, as keys of ssh are named; Python's sources are none.
 SECRETS = (
     *(
         ".env",
@@ -150,7 +150,7 @@ def _is_secret(path: Path, root: Path) -> bool:
     inside = PurePosixPath(path.relative_to(root).as_posix().lower())
     return (
         (not name.endswith(".py") and any(map(_is_secret_name, (inside, *inside.parents))))
-        or (name.startswith("id_") and "." not in name)
+        or (name.startswith("id_") and not name.endswith(".py"))
         or (
             path.is_symlink()
             and (target := Path(os.path.realpath(path))).is_relative_to(root)
