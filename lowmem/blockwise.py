@@ -257,7 +257,8 @@ class _Plain:
         codes = nearest_codes(rows, encoding.decode(stored), form, size)
         into.packed[chunk] = pack(codes, size)
         if form.levels[form.zero_code] == 0:
-            # A block of zero codes gets a zero scale, as the zeros do that it is restored to.
+            # A block of zero codes is dequantized to zeros, whose scale is zero: so is its own, and quantizing again
+            # gives the same bytes.
             used = by_block(
                 codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True)
             )

@@ -152,7 +152,7 @@ def layers_to_convert(
 
 def keep_ties(model: nn.Module, candidates: dict[nn.Module, str]) -> None:
     """Drop candidates that share a weight with a module that stays as it is; repeat until stable."""
-    held = holders(model)  # in which a module is not that another thread has just replaced: swap refuses it
+    held = holders(model)  # without what another thread has just replaced, which swap refuses
     while True:
         torn = [m for m in candidates if any(other not in candidates for other, _ in held.get(id(m.weight), ()))]
         if not torn:

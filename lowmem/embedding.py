@@ -144,7 +144,7 @@ class Embedding4Bit(_Embedding, FourBitStorage):
         if is_jit_tracing():
             exports_to_onnx(table)
             packed, scales = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (packed, scales))
-            restored = ops.restore_rows(replace(table, packed=packed, scales=scales), self.dtype)
+            restored = ops.dequantize_rows(replace(table, packed=packed, scales=scales), self.dtype)
             return restored.view(*indices.shape, self.embedding_dim)
         shape = torch.Size((*indices.shape, self.embedding_dim))
         gathered = replace(table, packed=packed, scales=scales, shape=shape)

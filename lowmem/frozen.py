@@ -66,7 +66,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
 
 
 def _traced_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-    """Do what ``frozen_linear`` does for torch.jit.trace, which records sizes: none decides anything here."""
+    """Do what ``frozen_linear`` does, without a branch on a size: torch.jit.trace would record one of the two."""
     if exports_to_onnx(weight):
         return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(
             x.dtype

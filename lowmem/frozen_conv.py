@@ -95,7 +95,7 @@ def frozen_conv(
         RuntimeError: a wrong shape or dtype, as nn.Conv2d raises.
         TypeError: a nested tensor.
     """
-    dims, tracing = len(geometry.kernel), is_jit_tracing()  # which records sizes: none decides anything then
+    dims, tracing = len(geometry.kernel), is_jit_tracing()  # a trace records sizes: no branch may ask one
     if not tracing:
         _check_input(x, geometry)
     batch = x if x.dim() == dims + 2 else x.unsqueeze(0)

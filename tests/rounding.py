@@ -39,9 +39,9 @@ def assert_sum(got, exact, magnitudes, terms, sums=torch.float32, rounded=()):
 def assert_product(got, x, weight, bias=None, sums=torch.float32, rounded=(), more=0):
     """Hold ``got`` to ``x @ weight.T + bias`` of these very factors: (..., in), (out, in) -> (..., out).
 
-    A weight of 4 bits whose levels lie on a grid may be multiplied in integers: inputs are off by 1.02 u of the
-    largest of 128, and what 8 roundings of half of a sum lose is 3 u of it times a block's scale, which is no more
-    than the largest weight.
+    A kernel may multiply a 4-bit weight whose levels are multiples of a step with integers of 24 bits. An input is
+    then off by 1.02 u of the largest of its 128. Halving 16 integer sums loses less than 3 u of that input times the
+    block's scale, which is at most the largest weight. Together that is below 4 u.
 
     Args:
         more: roundings of each term beside those of the sum; ``OF_4_BITS`` where the weight is of 4 bits.

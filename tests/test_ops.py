@@ -279,8 +279,8 @@ def test_the_operator_of_rows_is_what_torch_expects_of_one():
     described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
     for dtype in (torch.float32, torch.bfloat16):
         arguments = (weight.packed, weight.scales, *described, dtype)
-        torch.library.opcheck(torch.ops.lowmem.restore_rows.default, arguments)
-        assert torch.equal(ops.restore_rows(weight, dtype), weight.dequantize(dtype))
+        torch.library.opcheck(torch.ops.lowmem.dequantize_rows.default, arguments)
+        assert torch.equal(ops.dequantize_rows(weight, dtype), weight.dequantize(dtype))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from lowmem.blockwise import QuantizedTensor
 from lowmem.int8 import float_dtype
 from lowmem.kernels.reference import Weight
 
-__all__ = ["product", "restore_rows"]
+__all__ = ["dequantize_rows", "product"]
 
 
 def product(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
@@ -30,10 +30,10 @@ def product(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool) -> 
     return cast(Tensor, out)
 
 
-def restore_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def dequantize_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Return the rows of a weight, dequantized: (rows, columns)."""
     described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[-1]
-    return cast(Tensor, torch.ops.lowmem.restore_rows(weight.packed, weight.scales, *described, dtype))
+    return cast(Tensor, torch.ops.lowmem.dequantize_rows(weight.packed, weight.scales, *described, dtype))
 
 
 @torch.library.custom_op(
@@ -80,12 +80,12 @@ def _(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor
 
 
 @torch.library.custom_op(
-    "lowmem::restore_rows",
+    "lowmem::dequantize_rows",
     mutates_args=(),
     schema="(Tensor packed, Tensor scales, str format, int block_size, str scale_encoding, int columns, "
     "ScalarType dtype) -> Tensor",
 )
-def _restore_rows(
+def _dequantize_rows(
     packed: Tensor,
     scales: Tensor,
     format: str,
@@ -98,7 +98,7 @@ def _restore_rows(
     return QuantizedTensor(packed, scales, shape, format, block_size, scale_encoding).dequantize(dtype)
 
 
-@_restore_rows.register_fake
+@_dequantize_rows.register_fake
 def _(packed: Tensor, scales: Tensor, *rest: Any) -> Tensor:
     columns, dtype = rest[-2:]
     return packed.new_empty(packed.shape[0], columns, dtype=dtype)

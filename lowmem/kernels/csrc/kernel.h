@@ -351,8 +351,8 @@ static inline void write_as(void *p, int type, int64_t i, float value)
         ((uint16_t *)p)[i] = type == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
 }
 
-/* Where all the columns lie that come up in groups g0 to g1, each so many columns wide: of whole blocks, and from a whole vector
- * on. Others are not looked at, or time would grow with the square of the columns. */
+/* The range of columns that packing groups g0 to g1, of `group` columns each, has to look at: whole blocks, from a multiple of
+ * two vectors on. To look at all columns for each part of them would take time that is quadratic in their number. */
 static inline void columns_between(const struct weight *w, int64_t g0, int64_t g1, int64_t group, int64_t *from, int64_t *to)
 {
     const int64_t size = w->order ? 2 * w->half : 1;

@@ -212,7 +212,7 @@ static int LEVEL(quantize)(const struct quantizing *q, int64_t from, int64_t to,
                 codes_store(codes + i, v_code(boundaries, v_div(LEVEL(first)(x + i, n - i), divisor)));
             if (n % 2)
                 codes[n] = (uint8_t)q->zero;
-            /* Weights far below one step are all zero: so is their scale, as that of the zeros they are restored to. */
+            /* A block of zero codes is dequantized to zeros, whose scale is zero: so is its own. */
             if (is_double && has_zero && stored[b] == 1 && LEVEL(all_equal)(codes, n, (uint8_t)q->zero))
                 stored[b] = 0;
             for (int64_t j = 0; j < half; j++)

@@ -158,8 +158,8 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     return capsule;
 }
 
-/* The weight that is handed over: a prepared one that still lies where it did, or 16-bit floats. 1: it is w, and is held. 0: C
- * cannot read it, or no longer. -1: an error. */
+/* Read a weight: 4-bit by its handle, or 16-bit floats. 1: w describes it, and its storages are held. 0: C cannot read it, or the
+ * handle is not valid any more. -1: a Python error is set. */
 static int read_weight(const struct level *level, PyObject *prepared, PyObject *packed, PyObject *scales, struct weight *w,
                        struct held *held)
 {
