@@ -3,8 +3,8 @@
     {"backend": "portable", "torch": "2.13", "threads": 2,
      "figures": {"tests/test_model.py::test_small": {"stored_bytes": 4096, "forward_bytes": 512}}}
 
-Figures are exact: a byte more and a byte less are both a change. Backends, versions of torch and thread counts allocate
-otherwise, so their figures are never compared with each other.
+Figures are exact: a byte more and a byte less are both a change. Backends, versions of torch and thread counts
+allocate otherwise, so their figures are never compared with each other.
 """
 
 from __future__ import annotations
