@@ -1,1 +1,1 @@
-"""Memory and latency gates for the user's own model: what the pytest plugin ``pytest_lowmem`` is made of."""
+"""What tests use to hold a model's memory and latency: needs the extra ``lowmem[testing]``."""
