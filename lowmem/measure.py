@@ -7,17 +7,18 @@ oneDNN convolution or LSTM has large ones) is not seen. On CUDA the allocator's 
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     "Counts",
@@ -29,6 +30,7 @@ __all__ = [
     "difference",
     "forward_bytes",
     "peak_bytes",
+    "tensors_in",
     "theoretical_bytes",
     "weight_count",
 ]
@@ -93,43 +95,85 @@ def actual_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def forward_bytes(model: nn.Module, x: Tensor) -> int:
-    """Return the peak bytes beyond model and input of one inference forward, its output included.
+def forward_bytes(model: nn.Module, *inputs: Any, **named: Any) -> int:
+    """Return the peak bytes beyond model and inputs of one inference forward, its output included.
 
     The model is left as it was: mode, gradients, buffers and torch's generator.
     """
 
     def run() -> object:
         with torch.no_grad():
-            return model(x)
+            return model(*inputs, **named)
 
     with _unchanged(model, training=False):
-        return peak_bytes(run, x.device)
+        return peak_bytes(run, _device(model, inputs, named))
 
 
-def backward_bytes(model: nn.Module, x: Tensor) -> int:
-    """Return the peak bytes beyond model and input of one forward and backward, gradients included.
+def backward_bytes(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **named: Any) -> int:
+    """Return the peak bytes beyond model and inputs of one forward and backward, gradients included.
 
-    The loss is the sum of the outputs. Where nothing trains, that is what the forward alone needs.
-    The model is left as it was: mode, gradients, buffers and torch's generator.
+    Where nothing trains, that is what the forward alone needs. The model is left as it was: mode, gradients, buffers
+    and torch's generator.
+
+    Args:
+        model: any module.
+        *inputs: tensors, or anything that holds some.
+        loss: makes a scalar of the model's output; None takes the output's own ``loss``, or the sum of its tensors.
+        **named: further inputs.
 
     Raises:
-        TypeError: the model returns no tensor.
+        TypeError: the model returns no tensor, or ``loss`` no scalar with a gradient.
     """
 
-    x = x.detach()
+    inputs, named = tree_map_only(Tensor, Tensor.detach, (inputs, named))
 
     def run() -> None:
-        outputs = [t for t in tree_leaves(model(x)) if isinstance(t, Tensor)]
-        if not outputs:
-            raise TypeError(f"{type(model).__name__} returns no tensor, so there is nothing to take a gradient of")
-        losses = [(t.abs() if t.is_complex() else t).sum() for t in outputs if t.requires_grad]
-        del outputs
-        if losses:
-            torch.autograd.backward(losses)
+        with torch.enable_grad():
+            losses = _losses(model, model(*inputs, **named), loss)  # which do not hold the output
+            if losses:
+                torch.autograd.backward(losses)
 
     with _unchanged(model, training=True):
-        return peak_bytes(run, x.device)
+        return peak_bytes(run, _device(model, inputs, named))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in mappings, sequences, dataclasses and what torch's pytrees know, nested in any way."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, own.name) for own in fields(value)])
+    else:
+        for leaf in value if isinstance(value, list | tuple) else tree_leaves(value):
+            if leaf is not value:
+                yield from tensors_in(leaf)
+
+
+def _losses(model: nn.Module, output: Any, loss: Callable[[Any], Tensor] | None) -> list[Tensor]:
+    """Return the scalars to differentiate; none where nothing in the output has a gradient."""
+    if loss is not None and any(p.requires_grad for p in model.parameters()):
+        scalar = loss(output)
+        if not (isinstance(scalar, Tensor) and scalar.numel() == 1 and scalar.requires_grad):
+            found = (
+                f"a tensor of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
+            )
+            raise TypeError(f"loss= must return a tensor of one element that has a gradient, found {found}")
+        return [scalar]
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(own, Tensor) and own.numel() == 1 and own.requires_grad:
+        return [own]
+    outputs = list(tensors_in(output))
+    if not outputs:
+        raise TypeError(f"{type(model).__name__} returns no tensor, so there is nothing to take a gradient of")
+    return [(t.abs() if t.is_complex() else t).sum() for t in outputs if t.requires_grad]
+
+
+def _device(model: nn.Module, inputs: Any, named: Any) -> torch.device | None:
+    """Return where a model runs: on the device of its first parameter, or else of its first input."""
+    tensors = itertools.chain(model.parameters(), tensors_in([inputs, named]))
+    return next((tensor.device for tensor in tensors), None)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device | None = None) -> int:

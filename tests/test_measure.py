@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -321,3 +322,73 @@ def test_bignet_needs_its_gradients_and_little_more():
 def test_cuda_figures_are_the_allocator_s():
     x = torch.randn(1024, 1024, device="cuda")
     assert measure.peak_bytes(lambda: x + 1, x.device) == x.nbytes
+
+
+@dataclass
+class Output:
+    """What a Hugging Face model returns, reduced to its form."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class Nested(nn.Module):
+    """A linear layer whose input and output are nested as users nest them."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.layer, self.form = nn.Linear(100, 50), form
+
+    def forward(self, batch, *, scale=1.0):
+        return self.form(self.layer(batch["x"][0]) * scale)
+
+
+FORMS = {
+    "tensor": lambda y: y,
+    "tuple": lambda y: (y, None, 3),
+    "list in dict": lambda y: {"last": [y], "step": 3},
+    "dataclass": Output,
+    "dataclass in tuple": lambda y: ("text", Output(y)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_inputs_and_outputs_may_be_nested_in_any_form(form):
+    model, x = Nested(form), torch.randn(8, 100)
+    batch = {"x": (x, "not a tensor")}
+    layer, scale = measure.backward_bytes(Nested(FORMS["tensor"]), batch), 4 * 8 * 50
+    assert measure.forward_bytes(model, batch) == 2 * scale  # of the layer, and of the product with a number
+    assert measure.backward_bytes(model, batch, scale=2.0) == layer
+    assert layer >= 4 * (100 * 50 + 50)  # its gradients
+    assert list(measure.tensors_in(batch)) == [x]
+
+
+def test_a_loss_of_the_models_own_is_what_is_differentiated():
+    wide, x = nn.Linear(100, 50), torch.randn(8, 100)
+
+    class Head(nn.Linear):
+        def forward(self, input):
+            return Output(super().forward(input), wide(input).sum())
+
+    head = Head(100, 50)
+    wide.requires_grad_(True)
+    measure.backward_bytes(head, x)
+    own = measure.backward_bytes(head, x, loss=lambda out: out.logits.sum())
+    assert own >= 4 * (100 * 50 + 50)
+    assert wide.weight.grad is not None  # the output's loss served where none is given
+    wide.weight.grad = None
+    measure.backward_bytes(head, x, loss=lambda out: out.logits.sum())
+    assert wide.weight.grad is None
+
+
+@pytest.mark.parametrize("loss", [lambda out: 3.0, lambda out: out, lambda out: out.sum().detach()])
+def test_a_loss_that_is_no_scalar_with_a_gradient_is_refused(loss):
+    with pytest.raises(TypeError, match="loss= must return a tensor of one element that has a gradient"):
+        measure.backward_bytes(nn.Linear(4, 4), torch.randn(2, 4), loss=loss)
+
+
+def test_a_step_needs_no_gradient_mode_of_the_caller():
+    model, x = nn.Linear(100, 50), torch.randn(2, 100)
+    expected = measure.backward_bytes(model, x)
+    with torch.no_grad():
+        assert measure.backward_bytes(model, x) == expected
