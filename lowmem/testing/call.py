@@ -1,0 +1,68 @@
+"""Calling a user's model: what fails in it is told apart from what a gate finds."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lowmem.measure import tensors_in
+from lowmem.messages import describe, one_line
+
+__all__ = ["ModelError", "check_model", "model_errors"]
+
+_NOT_THE_USERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
+
+
+class ModelError(RuntimeError):
+    """The user's model or its input cannot be measured; the message says why, in one line."""
+
+
+def check_model(model: object, *inputs: Any) -> nn.Module:
+    """Return the model.
+
+    Raises:
+        ModelError: it is no module, or it or an input is on the meta device.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(one_line(f"the model must be a torch.nn.Module, found {_kind(model)}"))
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in [*named, *(("an input", tensor) for tensor in tensors_in(inputs))]:
+        if not is_lazy(tensor) and tensor.is_meta:
+            raise ModelError(one_line(f"{name} is on the meta device, without values: load the model first"))
+    return model
+
+
+def _kind(value: object) -> str:
+    """Return what a value is, as an error shows it: a class of modules is a frequent slip."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}: call it"
+    return type(value).__name__
+
+
+@contextmanager
+def model_errors(name: str) -> Iterator[None]:
+    """Turn any exception of the block into a ModelError that says what failed, how, and in which line.
+
+    Args:
+        name: of what runs in the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(one_line(f"{name} fails on the example input: {describe(error)}{_place(error)}")) from error
+
+
+def _place(error: BaseException) -> str:
+    """Return the line of the user's own code where an error came up; nothing where torch or lowmem called itself."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if not any(path.is_relative_to(package) for package in _NOT_THE_USERS):
+            return f" ({path.name}:{frame.lineno} in {frame.name})"
+    return ""

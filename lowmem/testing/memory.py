@@ -1,0 +1,180 @@
+"""The exact memory figures of a model: what it stores, by category, and the peaks of a forward and a training step.
+
+    stored = sum of the bytes of the distinct storages of parameters, buffers and plain attributes
+    forward, step = peak bytes beyond model and input (``lowmem.measure``)
+
+All are taken after one warm-up, with fixed threads, kernel, seed and garbage collection, so that neither the machine
+nor the tests before decide about a byte.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
+from os import environ
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lowmem import kernels, measure
+from lowmem.fourbit import FourBitStorage
+from lowmem.lora import Adapter
+from lowmem.testing.baseline import Baseline, Figures
+from lowmem.testing.call import check_model, model_errors
+
+__all__ = ["THREADS", "memory_figures", "stored_figures"]
+
+THREADS = 2  # scratch of the kernel grows with them: figures hold for this many
+
+_CONTAINERS = (list, tuple, set, frozenset)
+
+
+def memory_figures(
+    model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **named: Any
+) -> tuple[Baseline, Figures]:
+    """Measure a model on example inputs; it is left as it was, but for what its own calls change.
+
+    Args:
+        model: any module, on any device.
+        *inputs: for its forward.
+        loss: makes a scalar of its output; None takes the output's own ``loss``, or the sum of its tensors.
+        **named: for its forward.
+
+    Returns:
+        Under which key the figures are to be stored, and the figures: ``stored_bytes`` and its categories,
+        ``trainable_bytes`` (as large as the gradients), ``forward_bytes`` and ``step_bytes``.
+
+    Raises:
+        ModelError: no module, one without values, or one that fails on the inputs.
+    """
+    check_model(model, inputs, named)
+    with _same_everywhere() as kernel:
+        with model_errors(f"the forward of {type(model).__name__}"):
+            forward = [measure.forward_bytes(model, *inputs, **named) for _ in range(2)][1]
+        with model_errors(f"the training step of {type(model).__name__}"):
+            step = [measure.backward_bytes(model, *inputs, loss=loss, **named) for _ in range(2)][1]
+        with model_errors(f"counting what {type(model).__name__} stores"):
+            figures = stored_figures(model)
+    figures |= {"forward_bytes": forward, "step_bytes": step}
+    tensors = [*model.parameters(), *model.buffers(), *measure.tensors_in([inputs, named])]
+    elsewhere = next((tensor.device.type for tensor in tensors if tensor.device.type != "cpu"), None)
+    return Baseline(elsewhere or kernel, ".".join(torch.__version__.split(".")[:2]), THREADS), figures
+
+
+def stored_figures(model: nn.Module) -> Figures:
+    """Count the bytes of a model's distinct storages by category.
+
+    Parameters are counted by dtype, apart from 4-bit codes, their scales, and adapters; buffers; and what lies in
+    plain attributes of modules (or in containers and dataclasses there): tensors, arrays, bytes and modules that are
+    not registered. Categories without bytes are left out; ``stored_bytes`` and ``trainable_bytes`` never are.
+    """
+    counted: set[int] = set()
+    sizes: Figures = {}
+
+    def count(category: str, address: int, size: int) -> None:
+        if address not in counted and size:
+            counted.add(address)
+            sizes[f"{category}_bytes"] = sizes.get(f"{category}_bytes", 0) + size
+
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            for address, size in _storages(parameter):
+                count(_category(module, name, parameter), address, size)
+    for buffer in model.buffers():
+        for address, size in _storages(buffer):
+            count("buffers", address, size)
+    for value in _attributes(model):
+        for address, size in _storages(value):
+            count("attributes", address, size)
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and not is_lazy(p))
+    return {**dict(sorted(sizes.items())), "stored_bytes": sum(sizes.values()), "trainable_bytes": trainable}
+
+
+def _category(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    if isinstance(module, FourBitStorage) and name in module.stored:
+        return {"packed": "codes", "scales": "scales"}[name]
+    if isinstance(module, Adapter):
+        return "adapters"
+    return str(parameter.dtype).removeprefix("torch.")
+
+
+def _storages(value: Tensor | np.ndarray[Any, Any] | bytes | bytearray) -> Iterator[tuple[int, int]]:
+    """Yield address and bytes of what holds a value: one storage, or several where it consists of several tensors."""
+    if isinstance(value, bytes | bytearray):
+        yield id(value), len(value)  # an object is where its id says
+    elif isinstance(value, np.ndarray):
+        while isinstance(value.base, np.ndarray):
+            value = value.base
+        yield value.ctypes.data, value.nbytes
+    elif is_traceable_wrapper_subclass(value):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _storages(getattr(value, name))
+    elif value.layout is torch.sparse_coo:
+        yield from _storages(value._indices())
+        yield from _storages(value._values())
+    elif value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        for part in (value.crow_indices(), value.col_indices(), value.values()):
+            yield from _storages(part)
+    elif value.layout in (torch.sparse_csc, torch.sparse_bsc):
+        for part in (value.ccol_indices(), value.row_indices(), value.values()):
+            yield from _storages(part)
+    elif not is_lazy(value):
+        storage = value.untyped_storage()
+        yield storage.data_ptr(), storage.nbytes()
+
+
+def _attributes(model: nn.Module) -> Iterator[Any]:
+    """Yield the tensors, arrays and bytes in plain attributes of a model's modules."""
+    registered = set(model.modules())
+    seen: set[int] = set()
+    waiting: list[Any] = [vars(module) for module in registered]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor | np.ndarray | bytes | bytearray):
+            yield value
+        elif isinstance(value, nn.Module):
+            if value not in registered:
+                waiting.append(vars(value))
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, _CONTAINERS):
+            waiting.extend(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            waiting.extend(getattr(value, own.name, None) for own in fields(value))
+
+
+@contextmanager
+def _same_everywhere() -> Iterator[str]:
+    """Fix what figures depend on beside the model, and return the name of the kernel that serves.
+
+    The portable kernel does, unless the environment names another: it is the same on every processor. When reference
+    cycles are freed is up to the garbage collector, which waits meanwhile.
+    """
+    threads, states = torch.get_num_threads(), (random.getstate(), np.random.get_state())
+    collects = gc.isenabled()
+    named = kernels.VARIABLE in environ or "portable" not in kernels.available()
+    with torch.random.fork_rng(), nullcontext() if named else kernels.using("portable"):
+        try:
+            torch.set_num_threads(THREADS)
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            gc.collect()
+            gc.disable()
+            yield kernels.backend().partition(":")[0]
+        finally:
+            torch.set_num_threads(threads)
+            random.setstate(states[0])
+            np.random.set_state(cast(Any, states[1]))
+            if collects:
+                gc.enable()

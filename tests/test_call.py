@@ -1,0 +1,46 @@
+"""What fails in a user's model is one line that says what, how and where."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem.testing.call import ModelError, model_errors
+from lowmem.testing.memory import memory_figures
+
+X = torch.ones(2, 64)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "said"),
+    [
+        (nn.Linear, (X,), "the model must be a torch.nn.Module, found the class Linear: call it"),
+        (None, (X,), "the model must be a torch.nn.Module, found NoneType"),
+        (nn.Linear(64, 4, device="meta"), (X,), "weight is on the meta device, without values: load the model first"),
+        (nn.Linear(64, 4), (X.to("meta"),), "an input is on the meta device"),
+        (nn.Linear(64, 4), (), r"the forward of Linear fails on the example input: TypeError: .*missing 1 required"),
+        (
+            nn.Linear(63, 4),
+            (X,),
+            r"forward of Linear fails on the example input: RuntimeError: mat1 and mat2 .*63x4\)$",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_that_says_why(model, inputs, said):
+    with pytest.raises(ModelError, match=said) as raised:
+        memory_figures(model, *inputs)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 300
+
+
+def test_the_line_of_the_user_s_own_code_that_failed_is_named():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.reshape(-1, 3))
+
+    with pytest.raises(ModelError, match=r"invalid for input of size 128 \(test_call.py:\d+ in forward\)$"):
+        memory_figures(Own(64, 4), X)
+
+
+def test_an_interruption_is_not_the_models_failure():
+    with pytest.raises(KeyboardInterrupt), model_errors("it"):
+        raise KeyboardInterrupt
