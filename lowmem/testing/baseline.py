@@ -10,48 +10,44 @@ allocate otherwise, so their figures are never compared with each other.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem.files import FileError, open_regular, refusal, show, write_atomically
 
-__all__ = ["Baseline", "Change", "Figures", "compare", "difference_table", "read_baseline", "write_baseline"]
+__all__ = ["Change", "Figures", "Key", "compare", "difference_table", "layout", "read_figures", "write_figures"]
 
 Figures = dict[str, int]
 """The bytes of each figure of one measurement; the names end in ``_bytes``."""
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """Figures by name, and where they hold.
+class Key:
+    """Where figures hold; one file has the figures of one key.
 
     Attributes:
         backend: the kernel that served, or the device that is not the CPU.
         torch: its version, as major.minor.
         threads: of torch; each has scratch of its own.
-        figures: of each measurement.
     """
 
     backend: str
     torch: str
     threads: int
-    figures: dict[str, Figures] = field(default_factory=dict)
 
     @property
-    def key(self) -> str:
-        """The name of the file, without its suffix: backend and torch."""
+    def name(self) -> str:
+        """The name of the file, without its suffix."""
         return f"{self.backend}-torch{self.torch}"
 
     def path(self, directory: Path) -> Path:
         """Return the file of this key."""
-        return directory / f"{self.key}.json"
+        return directory / f"{self.name}.json"
 
-    def updated(self, figures: Mapping[str, Figures], removed: Iterable[str] = ()) -> Baseline:
-        """Return one with the given figures added or replaced, and others removed."""
-        kept = self.figures.keys() - set(removed) - figures.keys()
-        return replace(self, figures={name: self.figures[name] for name in kept} | dict(figures))
+    def __str__(self) -> str:
+        return f"backend={self.backend}, torch={self.torch}, threads={self.threads}"
 
 
 @dataclass(frozen=True)
@@ -96,20 +92,23 @@ def compare(name: str, stored: Figures, now: Figures) -> list[Change]:
 
 def difference_table(changes: Iterable[Change]) -> list[str]:
     """Lay out changes under a heading: figure, before, after, difference, in bytes."""
-    rows = [("bytes", "before", "after", "difference"), *(change.cells for change in changes)]
+    return layout([("bytes", "before", "after", "difference"), *(change.cells for change in changes)], left=(0,))
+
+
+def layout(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
+    """Align the columns of a table, those in ``left`` to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            cell.ljust(width) if number in left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]
 
 
-def read_baseline(path: Path, key: Baseline) -> Baseline:
-    """Read the file of a key.
-
-    Args:
-        path: of the file.
-        key: backend, torch and threads that it has to hold; its figures are not looked at.
+def read_figures(path: Path, key: Key) -> dict[str, Figures]:
+    """Read the figures of each measurement from the file of a key.
 
     Raises:
         FileError: it is damaged, or holds figures of another backend, torch or thread count.
@@ -119,20 +118,16 @@ def read_baseline(path: Path, key: Baseline) -> Baseline:
         content = file.read()
     remedy = "restore it from version control, or remove it and store the figures again"
     try:
-        document = json.loads(content, object_pairs_hook=_without_duplicates)
-        stored = _parse(document)
+        found, figures = _parse(json.loads(content, object_pairs_hook=_without_duplicates))
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise refusal(path, f"{reason}; {remedy}") from error
-    found, wanted = (
-        f"backend={b.backend}, torch={b.torch}, threads={b.threads}" for b in (stored, replace(key, figures={}))
-    )
-    if found != wanted:
-        raise refusal(path, f"its figures are of {found}, and this run is {wanted}; {remedy}")
-    return stored
+    if found != key:
+        raise refusal(path, f"its figures are of {found}, and this run is {key}; {remedy}")
+    return figures
 
 
-def write_baseline(path: Path, baseline: Baseline) -> None:
+def write_figures(path: Path, key: Key, figures: Mapping[str, Figures]) -> None:
     """Write the file of a key, and its directory: sorted by name, for a diff; whole, or not at all.
 
     Raises:
@@ -142,33 +137,28 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot write {show(str(path))}: {error.strerror}; choose another directory") from error
-    document = {
-        "backend": baseline.backend,
-        "torch": baseline.torch,
-        "threads": baseline.threads,
-        "figures": dict(sorted(baseline.figures.items())),
-    }
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps({**asdict(key), "figures": dict(sorted(figures.items()))}, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, text.encode(errors="backslashreplace"))  # a lone surrogate becomes JSON's escape of it
 
 
-def _parse(document: Any) -> Baseline:
+def _parse(document: Any) -> tuple[Key, dict[str, Figures]]:
     if not isinstance(document, dict) or document.keys() != {"backend", "torch", "threads", "figures"}:
         raise FileError("it must hold backend, torch, threads and figures, and nothing else")
+    figures = document.pop("figures")
     for name in ("backend", "torch"):
         if not isinstance(document[name], str):
             raise FileError(f"{name}={show(document[name])} must be a string")
     if type(document["threads"]) is not int:
         raise FileError(f"threads={show(document['threads'])} must be an integer")
-    if not isinstance(document["figures"], dict):
-        raise FileError(f"figures={show(document['figures'])} must be an object")
-    for name, figures in document["figures"].items():
-        if not isinstance(figures, dict) or not figures:
+    if not isinstance(figures, dict):
+        raise FileError(f"figures={show(figures)} must be an object")
+    for name, own in figures.items():
+        if not isinstance(own, dict) or not own:
             raise FileError(f"the figures of {show(name)} must be an object of one or more")
-        for figure, size in figures.items():
+        for figure, size in own.items():
             if type(size) is not int or size < 0:
                 raise FileError(f"{show(name)}: {show(figure)} is {show(size)} and must be a number of bytes")
-    return Baseline(**document)
+    return Key(**document), figures
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lowmem import kernels, measure
 from lowmem.fourbit import FourBitStorage
 from lowmem.lora import Adapter
-from lowmem.testing.baseline import Baseline, Figures
+from lowmem.testing.baseline import Figures, Key
 from lowmem.testing.call import check_model, model_errors
 
 __all__ = ["THREADS", "memory_figures", "stored_figures"]
@@ -38,7 +38,7 @@ _CONTAINERS = (list, tuple, set, frozenset)
 
 def memory_figures(
     model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **named: Any
-) -> tuple[Baseline, Figures]:
+) -> tuple[Key, Figures]:
     """Measure a model on example inputs; it is left as it was, but for what its own calls change.
 
     Args:
@@ -65,7 +65,7 @@ def memory_figures(
     figures |= {"forward_bytes": forward, "step_bytes": step}
     tensors = [*model.parameters(), *model.buffers(), *measure.tensors_in([inputs, named])]
     elsewhere = next((tensor.device.type for tensor in tensors if tensor.device.type != "cpu"), None)
-    return Baseline(elsewhere or kernel, ".".join(torch.__version__.split(".")[:2]), THREADS), figures
+    return Key(elsewhere or kernel, ".".join(torch.__version__.split(".")[:2]), THREADS), figures
 
 
 def stored_figures(model: nn.Module) -> Figures:

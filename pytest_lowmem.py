@@ -1,0 +1,269 @@
+"""The pytest plugin of lowmem: memory and latency gates for a user's own model.
+
+pytest imports this module at every start, in projects that never use it, too. It is no part of the package, whose
+import takes torch's time, and takes what it needs from there when a gate is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowmem.testing.baseline import Figures
+    from lowmem.testing.gates import MemoryGates
+    from lowmem.testing.latency import Speedup
+
+__all__ = ["LatencyGate", "MemoryGate", "latency_gate", "memory_gate"]
+
+MODES = ("compare", "store", "update")
+GATES = {"latency_gate", "memory_gate"}
+CANNOT_JUDGE = 2  # the exit code where a gate has no usable baseline, model or option
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Explain the options in ``pytest --help``."""
+    group = parser.getgroup("lowmem", "memory and latency gates for models (lowmem)")
+    group.addoption(
+        "--lowmem-baseline",
+        choices=MODES,
+        default="compare",
+        help="What memory_gate does with the exact bytes of a model. compare: fail when a figure is not the stored "
+        "one, or none is stored (default). store: store the figures of gates that have none, and compare the others. "
+        "update: store all, and drop those of tests that are gone.",
+    )
+    parser.addini(
+        "lowmem_baselines",
+        "Directory of the figures that memory_gate compares with, from the rootdir (default: memory_baselines). "
+        "One JSON file for each kernel backend and minor version of torch: keep them in version control.",
+        default="memory_baselines",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gather the verdicts of this session."""
+    config.pluginmanager.register(Session(config), "lowmem-session")
+
+
+@pytest.fixture
+def memory_gate(request: pytest.FixtureRequest) -> MemoryGate:
+    """Hold a model to its stored bytes: memory_gate(model, *inputs, name="", loss=None, **named)."""
+    return MemoryGate(_session(request), request.node)
+
+
+@pytest.fixture
+def latency_gate(request: pytest.FixtureRequest) -> LatencyGate:
+    """Hold a model to a speed: latency_gate(candidate, reference, *inputs, at_least=1.0, seconds=30, **named)."""
+    return LatencyGate(_session(request), request.node)
+
+
+class MemoryGate:
+    """What the fixture ``memory_gate`` gives a test."""
+
+    def __init__(self, session: Session, item: pytest.Item) -> None:
+        self._session, self._test = session, _node_id(item)
+        self._names: set[str] = set()
+
+    def __call__(
+        self,
+        model: Any,
+        *inputs: Any,
+        name: str = "",
+        loss: Callable[[Any], Tensor] | None = None,
+        **named: Any,
+    ) -> Figures:
+        """Fail the test unless a model takes exactly the bytes that are stored for it.
+
+        Args:
+            model: any module, on any device.
+            *inputs: example inputs of its forward.
+            name: of this gate, where a test has several.
+            loss: makes the scalar of a training step of the model's output; None takes the output's own ``loss``, or
+                the sum of its tensors.
+            **named: further example inputs of its forward.
+
+        Returns:
+            The bytes of each figure.
+        """
+        __tracebackhide__ = True
+        with self._session.judging():
+            from lowmem.testing.gates import entry_name
+            from lowmem.testing.memory import memory_figures
+
+            if not isinstance(name, str) or name in self._names:
+                hint = "give each memory gate of a test its own name=" if self._names else "it must be a string"
+                raise ValueError(f"name={name!r}: {hint}")
+            self._names.add(name)
+            key, figures = memory_figures(model, *inputs, loss=loss, **named)
+            failure = self._session.memory().judge(entry_name(self._test, name), self._test, key, figures)
+        if failure is not None:
+            pytest.fail(failure, pytrace=False)
+        return figures
+
+
+class LatencyGate:
+    """What the fixture ``latency_gate`` gives a test."""
+
+    def __init__(self, session: Session, item: pytest.Item) -> None:
+        self._session, self._test = session, _node_id(item)
+
+    def __call__(
+        self,
+        candidate: Callable[..., object],
+        reference: Callable[..., object],
+        *inputs: Any,
+        at_least: float = 1.0,
+        seconds: float = 30.0,
+        **named: Any,
+    ) -> Speedup:
+        """Fail the test unless a candidate is surely so many times as fast as a reference.
+
+        Args:
+            candidate: a module, which is called in eval mode without gradients, or another callable.
+            reference: what it is compared with, in turns.
+            *inputs: of both.
+            at_least: how many times as fast it has to be; below 1 it may be slower.
+            seconds: to spend before a gate that is undecided fails.
+            **named: further inputs of both.
+
+        Returns:
+            The ratio with its interval.
+        """
+        __tracebackhide__ = True
+        with self._session.judging():
+            try:
+                from lowmem.testing.latency import measure_speedup
+            except ModuleNotFoundError as error:
+                raise ImportError(f"latency_gate needs {error.name}: pip install 'lowmem[testing]'") from error
+            found = measure_speedup(candidate, reference, *inputs, at_least=at_least, seconds=seconds, **named)
+        self._session.latency.append([self._test, str(found), found.verdict])
+        if found.verdict == "slower":
+            pytest.fail(f"the candidate is {found}", pytrace=False)
+        if found.verdict == "undecided":
+            pytest.fail(
+                f"undecided after {seconds:g} s or enough pairs: the candidate is {found}; "
+                "measure on a quieter machine, or ask for less",
+                pytrace=False,
+            )
+        return found
+
+
+class Session:
+    """The gates of one session, and what its end does with them; with pytest-xdist the controller alone writes."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.latency: list[list[str]] = []  # test, text and verdict
+        self.errors: list[str] = []  # why gates could not judge
+        self.written: list[str] = []
+        self._memory: MemoryGates | None = None
+        self._collected: set[str] = set()
+        self._passed: set[str] = set()
+
+    def memory(self) -> MemoryGates:
+        """Return the memory gates, which the first one brings into being."""
+        if self._memory is None:
+            from lowmem.testing.gates import MemoryGates
+
+            root = self.config.rootpath
+            directory = root / self.config.getini("lowmem_baselines")
+            self._memory = MemoryGates(root, directory, self.config.getoption("lowmem_baseline"))
+        return self._memory
+
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """Fail the test in one line where a gate cannot judge, and the session with exit code 2."""
+        __tracebackhide__ = True
+        try:
+            yield
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            self.errors.append(str(error))
+            pytest.fail(str(error), pytrace=False)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Let gates run with ``--benchmark-only``: they are measurements, though without the fixture it asks for."""
+        for item in items:
+            if GATES.intersection(getattr(item, "fixturenames", ())):
+                item.own_markers[:] = [mark for mark in item.own_markers if not _is_benchmark_only(mark)]
+
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        """Remember which tests there are, selected or not."""
+        self._collected.add(_node_id(item))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Remember which tests ran to their end."""
+        result = yield
+        self._passed.add(_node_id(item))
+        return result
+
+    @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, in the controller
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take over what a worker measured."""
+        handed = json.loads(getattr(node, "workeroutput", {}).get("lowmem", "{}"))
+        self.latency += handed.get("latency", [])
+        self.errors += handed.get("errors", [])
+        if handed.get("memory"):
+            self.memory().merge(handed["memory"])
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Store what is to be stored; a worker hands it over."""
+        if self._memory is not None:
+            partial = any("::" in argument for argument in self.config.args) or self.config.getoption("lf", False)
+            files = set() if partial else {test.partition("::")[0] for test in self._collected}
+            self._memory.note_stale(self._collected, files, self._passed)
+        output: dict[str, str] | None = getattr(self.config, "workeroutput", None)
+        if output is not None:
+            memory = None if self._memory is None else self._memory.dump()
+            output["lowmem"] = json.dumps({"latency": self.latency, "errors": self.errors, "memory": memory})
+            return
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return  # interrupted: nothing is stored
+        if self._memory is not None:
+            try:
+                self.written = self._memory.write()
+            except (OSError, ValueError) as error:
+                self.errors.append(str(error))
+        if self.errors:
+            session.exitstatus = CANNOT_JUDGE
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Show what each gate saw."""
+        write = terminalreporter.write_line
+        memory = self._memory
+        if memory is not None and memory.rows:
+            terminalreporter.section("memory gates, in bytes")
+            for line in memory.table():
+                write(line)
+            for line in memory.stale_lines():
+                write(line, yellow=True)
+        for file in self.written:
+            write(f"stored in {file}: commit it, and say in the message why figures moved", green=True)
+        if self.latency:
+            terminalreporter.section("latency gates")
+            for test, text, verdict in self.latency:
+                write(f"{test}: {text}: {verdict}", red=verdict != "faster")
+        if self.errors:
+            terminalreporter.section(f"gates that could not judge: exit code {CANNOT_JUDGE}")
+            for line in dict.fromkeys(self.errors):
+                write(line, red=True)
+
+
+def _session(request: pytest.FixtureRequest) -> Session:
+    return cast(Session, request.config.pluginmanager.get_plugin("lowmem-session"))
+
+
+def _node_id(item: pytest.Item) -> str:
+    """Return a test's node id without the group that pytest-xdist may append to it."""
+    return item.nodeid if item.parent is None else f"{item.parent.nodeid}::{item.name}"
+
+
+def _is_benchmark_only(mark: pytest.Mark) -> bool:
+    return mark.name == "skip" and "--benchmark-only" in str(mark.kwargs.get("reason"))

@@ -1,0 +1,124 @@
+"""A speedup is decided by its interval, measured in turns on a clock that tests turn themselves."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lowmem.testing.call import ModelError
+from lowmem.testing.latency import FEWEST_ROUNDS, FIRST_ROUNDS, MOST_ROUNDS, Speedup, measure_speedup
+from lowmem.testing.ratios import Ratio
+
+
+class Clock:
+    """Seconds that pass in calls alone."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def call(self, seconds, noise=0.0, seed=0):
+        draw = np.random.default_rng(seed)
+
+        def run(*inputs, **named):
+            self.now += seconds * math.exp(noise * draw.standard_normal())
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("at_least", "verdict"), [(1.0, "faster"), (1.9, "faster"), (2.1, "slower"), (3.0, "slower")]
+)
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
+def test_half_the_seconds_are_twice_as_fast(at_least, verdict, scale):
+    clock = Clock()
+    found = measure_speedup(clock.call(1 * scale), clock.call(2 * scale), at_least=at_least, timer=clock)
+    assert found.ratio.value == pytest.approx(2)
+    assert found.verdict == verdict
+    assert found.ratio.pairs == (FEWEST_ROUNDS if scale == 1 else FIRST_ROUNDS)
+
+
+def test_a_reference_that_is_faster_gives_a_ratio_below_one():
+    clock = Clock()
+    found = measure_speedup(clock.call(2e-3), clock.call(1e-3), at_least=0.4, timer=clock)
+    assert found.ratio.value == pytest.approx(0.5)
+    assert found.verdict == "faster"
+
+
+def test_noise_is_measured_for_longer_before_a_verdict():
+    clock = Clock()
+    found = measure_speedup(clock.call(1e-2, 0.4), clock.call(1.2e-2, 0.4, seed=1), timer=clock)
+    assert FIRST_ROUNDS < found.ratio.pairs <= MOST_ROUNDS
+    assert found.verdict == "faster"
+
+
+@pytest.mark.parametrize(("seconds", "pairs"), [(1e9, MOST_ROUNDS), (1.0, FEWEST_ROUNDS)])
+def test_what_cannot_be_decided_ends_when_the_time_or_the_pairs_are_up(seconds, pairs):
+    clock = Clock()
+    candidate, reference = clock.call(0.2, 0.3), clock.call(0.4, 0.3, seed=1)
+    found = measure_speedup(candidate, reference, at_least=2.0, seconds=seconds, timer=clock)
+    assert (found.verdict, found.ratio.pairs) == ("undecided", pairs)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(1.5, 2.0, "faster"), (1.4999, 2.0, "undecided"), (1.0, 1.5, "undecided"), (1.0, 1.4999, "slower")],
+)
+def test_the_interval_has_to_lie_on_one_side(low, high, verdict):
+    found = Speedup(Ratio(1.5, low, high, 0.5, 16), 1.5)
+    assert found.verdict == verdict
+    assert str(found).startswith(
+        f"1.50 times as fast as the reference (99% interval {low:.2f} to {high:.2f}, 16 pairs"
+    )
+
+
+class Seen(nn.Module):
+    def __init__(self, clock):
+        super().__init__()
+        self.layer, self.clock, self.seen = nn.Linear(4, 4), clock, set()
+
+    def forward(self, x, *, more):
+        self.clock.now += 1e-2
+        out = self.layer(x) + more
+        self.seen.add((self.training, out.requires_grad))
+        return out
+
+
+def test_a_module_runs_in_eval_mode_without_gradients_and_gets_its_mode_back():
+    clock = Clock()
+    model, calls = Seen(clock), clock.call(1e-2)
+    model.layer.eval()
+    measure_speedup(model, calls, torch.ones(2, 4), more=1, at_least=0.5, timer=clock)
+    assert model.seen == {(False, False)}
+    assert (model.training, model.layer.training) == (True, False)
+
+
+def test_another_callable_keeps_its_gradients():
+    clock = Clock()
+    model = Seen(clock)
+    measure_speedup(lambda x, more: model(x, more=more), clock.call(1e-2), torch.ones(2, 4), more=1, timer=clock)
+    assert model.seen == {(True, True)}
+
+
+@pytest.mark.parametrize("name", ["at_least", "seconds"])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1.5", None, True])
+def test_what_is_asked_for_must_be_a_positive_number(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be a positive, finite number"):
+        measure_speedup(len, len, [], **{name: value})
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_who_fails_is_named(broken):
+    clock = Clock()
+    model = nn.Linear(4, 4)
+    sides = [clock.call(1.0), clock.call(1.0)]
+    sides[broken] = model
+    with pytest.raises(
+        ModelError, match=f"the {('candidate', 'reference')[broken]} fails on the example input: Runt"
+    ):
+        measure_speedup(*sides, torch.ones(2, 5), timer=clock)
+    assert model.training

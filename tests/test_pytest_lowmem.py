@@ -1,0 +1,425 @@
+"""The plugin in projects of its users: what fails, what is stored, what the terminal and the exit code say."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import lowmem
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(lowmem.__file__).parents[1]
+INSTALLED = any(point.value == "pytest_lowmem" for point in entry_points(group="pytest11"))
+OPTIONS = ["-p", "no:randomly", "-p", "no:cacheprovider", *([] if INSTALLED else ["-p", "pytest_lowmem"])]
+
+MODEL = """
+import torch
+from torch import nn
+
+def my_model(width=8):
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4))
+
+example_input = torch.ones(2, 8)
+"""
+
+TESTS = """
+from model import example_input, my_model
+
+def test_my_model_stays_small(memory_gate):
+    memory_gate(my_model(), example_input)
+"""
+
+NAME = "test_my_model_stays_small"
+BYTES = 4 * (8 * 8 + 8 + 8 * 4 + 4)
+
+
+@pytest.fixture
+def project(pytester, monkeypatch):
+    """A user's project with a model and a gate."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(pytester.path)]))
+    monkeypatch.syspath_prepend(pytester.path)
+    monkeypatch.setattr(
+        sys, "dont_write_bytecode", True
+    )  # a file that is rewritten at once would not be compiled again
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("LOWMEM_KERNEL", raising=False)
+    pytester.makepyfile(model=MODEL, test_model=TESTS)
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    return pytester
+
+
+@pytest.fixture
+def run(project):
+    """Return what runs pytest in the project and gives exit code and output."""
+
+    def run(*arguments):
+        result = project.runpytest_inprocess(*OPTIONS, *arguments)
+        return result.ret, result.stdout.str() + result.stderr.str()
+
+    return run
+
+
+def baseline(project, directory="memory_baselines"):
+    (file,) = (project.path / directory).glob("*.json")
+    return json.loads(file.read_text())
+
+
+def grow(project, width=9):
+    project.makepyfile(model=MODEL.replace("width=8", f"width={width}"))
+
+
+def test_a_gate_is_unknown_then_stored_then_passes_then_fails_then_updated(project, run):
+    code, output = run()
+    assert code == 1
+    assert "no figures are stored for backend" in output
+    assert f"    pytest --lowmem-baseline=store test_model.py::{NAME}" in output
+    assert not (project.path / "memory_baselines").exists()
+
+    code, output = run("--lowmem-baseline=store")
+    assert code == 0
+    assert "stored in memory_baselines/" in output
+    figures = baseline(project)["figures"][f"test_model.py::{NAME}"]
+    assert figures["float32_bytes"] == figures["stored_bytes"] == figures["trainable_bytes"] == BYTES
+    assert figures.keys() == {f"{name}_bytes" for name in ("float32", "stored", "trainable", "forward", "step")}
+
+    code, output = run()
+    assert code == 0
+    assert f"same        {BYTES}" in output
+
+    grow(project)
+    grown = 4 * (8 + 1 + 4)
+    code, output = run()
+    assert code == 1
+    assert f"stored_bytes        {BYTES}    {BYTES + grown}         +{grown}" in output
+    assert "say why in the commit's message:" in output
+
+    assert run("--lowmem-baseline=store")[0] == 1  # stores what is missing, and judges the rest
+    assert baseline(project)["figures"][f"test_model.py::{NAME}"]["stored_bytes"] == BYTES
+    assert run("--lowmem-baseline=update")[0] == 0
+    assert run()[0] == 0
+    grow(project, 8)
+    code, output = run()
+    assert code == 1
+    assert f"-{grown}" in output
+
+
+def test_one_byte_is_enough(project, run):
+    run("--lowmem-baseline=store")
+    project.makepyfile(
+        model=MODEL + "\nplain = my_model\n"
+        "def my_model():\n    model = plain()\n"
+        "    model.register_buffer('more', torch.zeros(1, dtype=torch.uint8))\n    return model\n"
+    )
+    code, output = run()
+    assert code == 1
+    assert "buffers_bytes       -      1          +1" in output
+
+
+OUTPUTS = """
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+Pair = namedtuple("Pair", "first second")
+
+@dataclass
+class Output(OrderedDict):
+    logits: torch.Tensor = None
+
+@dataclass
+class Plain:
+    logits: torch.Tensor
+    loss: torch.Tensor
+
+FORMS = {
+    "tensor": lambda y: y,
+    "tuple": lambda y: (y, y + 1),
+    "named tuple": lambda y: Pair(y, None),
+    "dict": lambda y: {"y": y, "n": 3},
+    "ordered dict dataclass": lambda y: Output(y),
+    "dataclass with a loss": lambda y: Plain(y, y.sum()),
+    "nested": lambda y: [{"a": (y, [y])}],
+}
+
+class Model(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.layer, self.form = nn.Linear(8, 4), form
+
+    def forward(self, batch, scale=1.0):
+        return self.form(self.layer(batch["x"] if isinstance(batch, dict) else batch[0]) * scale)
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs(memory_gate, form):
+    model, x = Model(FORMS[form]), torch.ones(2, 8)
+    one = memory_gate(model, {"x": x}, scale=2.0)
+    assert one == memory_gate(model, (x,), 2.0, name="positional")
+    assert one["step_bytes"] >= 4 * (8 * 4 + 4)
+
+def test_frozen(memory_gate):
+    model = Model(FORMS["tensor"]).requires_grad_(False)
+    figures = memory_gate(model, (torch.ones(2, 8),), loss=lambda out: out.sum())
+    assert figures["step_bytes"] == figures["forward_bytes"]
+"""
+
+
+def test_inputs_and_outputs_of_any_form_are_measured(project, run):
+    project.makepyfile(test_model=OUTPUTS)
+    assert run("--lowmem-baseline=store")[0] == 0
+    assert run()[0] == 0
+    assert len(baseline(project)["figures"]) == 15
+    assert "test_model.py::test_outputs[dict] | positional" in baseline(project)["figures"]
+
+
+def test_a_gate_of_no_own_name_is_refused(project, run):
+    project.makepyfile(
+        test_model=TESTS + "    memory_gate(my_model(), example_input)\n"
+        "def test_no_name(memory_gate):\n    memory_gate(my_model(), example_input, name=3)\n"
+    )
+    code, output = run("--lowmem-baseline=store")
+    assert code == 2
+    assert "name='': give each memory gate of a test its own name=" in output
+    assert "name=3: it must be a string" in output
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "Expecting property name"),
+        ('{"backend": "x", "torch": "1.0", "threads": 2, "figures": {}}', "its figures are of backend=x, torch=1.0"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["compare", "store", "update"])
+def test_a_bad_baseline_is_one_line_exit_code_2_and_stays(project, run, content, said, mode):
+    run("--lowmem-baseline=store")
+    (file,) = (project.path / "memory_baselines").glob("*.json")
+    file.write_text(content)
+    code, output = run(f"--lowmem-baseline={mode}")
+    assert code == 2
+    assert file.read_text() == content
+    (line,) = {line for line in output.splitlines() if said in line}
+    assert line.startswith(f"cannot read '{file}'")
+
+
+def test_a_baseline_that_cannot_be_written_is_one_line_and_exit_code_2(project, run):
+    (project.path / "memory_baselines").write_text("a file")
+    code, output = run("--lowmem-baseline=store")
+    assert code == 2
+    assert "choose another directory" in output
+    assert (project.path / "memory_baselines").read_text() == "a file"
+
+
+def test_a_model_that_fails_is_one_line_that_names_its_error_and_exit_code_2(project, run):
+    project.makepyfile(
+        model=MODEL.replace("return nn", "return Broken(nn").replace("4))", "4)))")
+        + "\nclass Broken(nn.Sequential):\n    def forward(self, x):\n        raise KeyError('no such layer')\n"
+    )
+    code, output = run("--lowmem-baseline=store")
+    assert code == 2
+    assert (
+        "the forward of Broken fails on the example input: KeyError: 'no such layer' (model.py:12 in forward)"
+        in output
+    )
+    assert not (project.path / "memory_baselines").exists()
+
+
+def test_a_mode_that_does_not_exist_is_a_usage_error(run):
+    code, output = run("--lowmem-baseline=overwrite")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "invalid choice: 'overwrite'" in output
+
+
+def test_the_directory_of_the_baselines_can_be_set(project, run):
+    project.makeini("[pytest]\nlowmem_baselines = gates/memory\n")
+    assert run("--lowmem-baseline=store")[0] == 0
+    assert baseline(project, "gates/memory")["figures"]
+
+
+def test_a_stored_gate_that_is_gone_is_told_and_dropped_on_update(project, run):
+    run("--lowmem-baseline=store")
+    project.makepyfile(test_model=TESTS.replace(NAME, "test_renamed"))
+    code, output = run()
+    assert code == 1
+    assert f"holds test_model.py::{NAME}, which no test measures: remove it, or run with" in output
+    code, output = run("test_model.py::test_renamed")  # not all of the file was asked for
+    assert "which no test measures" not in output
+    assert run("--lowmem-baseline=update")[0] == 0
+    assert baseline(project)["figures"].keys() == {"test_model.py::test_renamed"}
+
+
+def test_help_explains_options_and_fixtures(run):
+    code, output = run("--help")
+    assert code == 0
+    assert "memory and latency gates for models (lowmem):" in output
+    assert "--lowmem-baseline={compare,store,update}" in output
+    assert "lowmem_baselines" in output
+    _, output = run("--fixtures")
+    assert "memory_gate" in output
+    assert "latency_gate" in output
+    assert "memory_gate(model, *inputs" in output
+
+
+LATENCY = """
+import pytest
+import lowmem.testing.latency
+from lowmem.testing.latency import Speedup
+from lowmem.testing.ratios import Ratio
+from model import example_input, my_model
+
+@pytest.mark.parametrize(("low", "high"), [(1.6, 1.8), (1.2, 1.4), (1.4, 1.6)])
+def test_latency(latency_gate, monkeypatch, low, high):
+    def measure(candidate, reference, *inputs, at_least, seconds):
+        assert (candidate, reference, inputs, at_least, seconds) == (len, max, ([1],), 1.5, 3)
+        return Speedup(Ratio((low + high) / 2, low, high, 0.5, 16), at_least)
+
+    monkeypatch.setattr(lowmem.testing.latency, "measure_speedup", measure)
+    assert latency_gate(len, max, [1], at_least=1.5, seconds=3).verdict == "faster"
+
+def test_failing(latency_gate):
+    latency_gate(my_model(), my_model(), example_input[:, :1])
+
+def test_asking_for_nothing(latency_gate):
+    latency_gate(my_model(), my_model(), example_input, at_least=0)
+"""
+
+
+def test_a_latency_gate_passes_fails_and_says_what_it_saw(project, run):
+    project.makepyfile(test_model=LATENCY)
+    code, output = run()
+    assert code == 2
+    assert "4 failed, 1 passed" in output
+    assert (
+        "the candidate is 1.30 times as fast as the reference (99% interval 1.20 to 1.40, 16 pairs of times), and"
+        in output
+    )
+    assert "undecided after 3 s or enough pairs: the candidate is 1.50 times" in output
+    assert "test_model.py::test_latency[1.6-1.8]: 1.70 times as fast" in output
+    assert (
+        "the candidate fails on the example input: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in output
+    )
+    assert "at_least=0 must be a positive, finite number" in output
+
+
+def test_without_scipy_the_memory_gate_works_and_the_latency_gate_says_what_to_install(project, run, monkeypatch):
+    project.makepyfile(
+        test_model=TESTS + "def test_fast(latency_gate):\n    latency_gate(my_model(), my_model(), example_input)\n"
+    )
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] == "scipy" or name.startswith("lowmem.testing")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    code, output = run("--lowmem-baseline=store")
+    assert code == 2
+    assert "latency_gate needs scipy: pip install 'lowmem[testing]'" in output
+    assert "1 failed, 1 passed" in output
+
+
+BESIDE = """
+def test_other():
+    pass
+
+def test_bench(benchmark):
+    benchmark(len, [])
+"""
+
+
+@pytest.mark.skipif(not find_spec("pytest_benchmark"), reason="pytest-benchmark is not installed")
+@pytest.mark.parametrize(
+    ("options", "skipped"),
+    [
+        ((), 0),
+        (("--benchmark-only",), 1),  # test_other
+        (("--benchmark-skip",), 1),  # test_bench
+        (("--benchmark-disable",), 0),
+    ],
+)
+def test_gates_run_with_and_without_benchmark_only(project, run, options, skipped):
+    project.makepyfile(test_model=TESTS, test_beside=BESIDE)
+    options = (*options, "--benchmark-max-time=0", "--benchmark-min-rounds=1")
+    assert run("--lowmem-baseline=store", *options)[0] == 0
+    code, output = run(*options)
+    assert code == 0
+    assert f"same        {BYTES}" in output
+    assert f"{skipped} skipped" in output or not skipped
+    grow(project)
+    assert run(*options)[0] == 1
+
+
+def test_gates_run_without_pytest_benchmark(project, run):
+    assert run("-p", "no:benchmark", "--lowmem-baseline=store")[0] == 0
+    assert run("-p", "no:benchmark")[0] == 0
+    grow(project)
+    assert run("-p", "no:benchmark")[0] == 1
+
+
+PARALLEL = """
+import pytest
+from model import example_input, my_model
+
+@pytest.mark.parametrize("n", range(4))
+def test_each(memory_gate, n):
+    memory_gate(my_model(), example_input)
+
+@pytest.mark.xdist_group("one")
+def test_grouped(memory_gate):
+    memory_gate(my_model(), example_input)
+"""
+
+
+@pytest.mark.skipif(not find_spec("xdist"), reason="pytest-xdist is not installed")
+def test_with_two_workers_the_controller_writes_once_and_shows_all(project):
+    project.makepyfile(test_model=PARALLEL)
+    options = [*OPTIONS, "-p", "no:benchmark", "-n2", "--dist=loadgroup"]
+    result = project.runpytest_subprocess(*options, "--lowmem-baseline=store")
+    assert result.ret == 0
+    assert result.stdout.str().count("stored in memory_baselines/") == 1
+    names = {f"test_model.py::test_each[{n}]" for n in range(4)} | {"test_model.py::test_grouped"}
+    assert baseline(project)["figures"].keys() == names  # whatever group xdist appends
+    grow(project)
+    (file,) = (project.path / "memory_baselines").glob("*.json")
+    before = file.read_bytes()
+    result = project.runpytest_subprocess(*options)
+    assert result.ret == 1
+    assert len([line for line in result.outlines if line.startswith("changed ")]) == 5
+    assert file.read_bytes() == before
+    file.write_text("{")
+    result = project.runpytest_subprocess(*options)
+    assert result.ret == 2
+    assert len([line for line in result.outlines if line.startswith("cannot read ")]) >= 1
+
+
+def test_the_plugin_imports_nothing_that_is_heavy():
+    script = (
+        "import sys, pytest; before = set(sys.modules); import pytest_lowmem; "
+        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} & "
+        "{'lowmem', 'torch', 'numpy', 'scipy', 'rich', 'safetensors'}))"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_a_project_without_gates_is_left_alone(project):
+    project.makepyfile(
+        test_model="import sys\ndef test_plain():\n    assert not {'torch', 'lowmem'} & set(sys.modules)\n"
+    )
+    result = project.runpytest_subprocess(*OPTIONS, "--lowmem-baseline=update")
+    assert result.ret == 0
+    assert "gate" not in result.stdout.str()
+    assert not (project.path / "memory_baselines").exists()
+
+
+def test_an_interrupted_session_stores_nothing(project, run):
+    project.makepyfile(test_model=TESTS + "\ndef test_stop():\n    raise KeyboardInterrupt\n")
+    code, _ = run("--lowmem-baseline=store")
+    assert code == pytest.ExitCode.INTERRUPTED
+    assert not (project.path / "memory_baselines").exists()
