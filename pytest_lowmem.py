@@ -184,7 +184,7 @@ class Session:
             yield
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
             self.errors.append(str(error))
-            pytest.fail(str(error), pytrace=False)
+            raise pytest.fail.Exception(str(error), pytrace=False) from None
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:

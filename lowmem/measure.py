@@ -141,10 +141,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in mappings, sequences, dataclasses and what torch's pytrees know, nested in any way."""
     if isinstance(value, Tensor):
         yield value
+    elif is_dataclass(value) and not isinstance(value, type):  # Hugging Face's are mappings, too
+        yield from tensors_in([getattr(value, own.name) for own in fields(value)])
     elif isinstance(value, Mapping):
         yield from tensors_in(list(value.values()))
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from tensors_in([getattr(value, own.name) for own in fields(value)])
     else:
         for leaf in value if isinstance(value, list | tuple) else tree_leaves(value):
             if leaf is not value:
