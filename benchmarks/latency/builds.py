@@ -80,7 +80,8 @@ def resolve(root: Path, reference: str) -> tuple[Commit, Commit, bool]:
     try:
         asked = git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}")
     except GateError as error:
-        raise GateError(f"--base {reference!r} is no commit of this repository: fetch it, or name another") from error
+        shown = repr(reference if len(reference) <= 80 else f"{reference[:80]}...")
+        raise GateError(f"--base {shown} is no commit of this repository: fetch it, or name another") from error
     try:
         base = git(root, "merge-base", asked, head)
     except GateError as error:
@@ -102,6 +103,7 @@ def build_wheel(root: Path, commit: Commit, cache: Path, scratch: Path) -> Path:
     target = cache / "wheels" / _key(root, commit, PACKAGED)
     if built := sorted(target.glob("*.whl")):
         return built[0]
+    cache.mkdir(parents=True, exist_ok=True)
     tree = scratch / "tree"
     export(root, commit, tree)
     objects = cache / "kernels" / _key(root, commit, COMPILED)

@@ -56,7 +56,6 @@ def run(options: Options, progress: Callable[[str], None], root: Path = ROOT) ->
     """
     base, head, dirty = builds.resolve(root, options.base)
     notes = ["The working tree differs from HEAD: what is not committed is not measured."] if dirty else []
-    options.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="lowmem-gate-", ignore_cleanup_errors=True) as made:
         scratch = Path(made)
         environments = []

@@ -1,4 +1,4 @@
-"""A verdict for people: a table that is read in ten seconds, its Markdown for the page of an Actions run, and JSON."""
+"""A verdict as a table that is read in ten seconds, as Markdown for the page of an Actions run, and as JSON."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ A workload is slower when, measured in fresh processes after it first looked so,
 - it is beyond the noise floor: how far base lies from base, measured by the same rounds in the same job;
 - Wilcoxon's signed-rank test says so, after Holm's correction over all workloads (Holm 1979).
 
-The unit of all statistics is a round, which starts processes of its own: layout, allocator and hash seed stay the same
-as long as a process lives, so that calls of one process are no independent witnesses.
+The unit of all statistics is a round, which starts processes of its own: layout, allocator and hash seed stay the
+same as long as a process lives, so that calls of one process are no independent witnesses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from statsmodels.stats.multitest import multipletests
 
-from lowmem.testing.ratios import Ratio, ratio_of_times
+from lowmem.testing.ratios import Ratio, hodges_lehmann, ratio_of_times
 
 ALPHA = 0.05  # of a false alarm anywhere in one run, before threshold and floor make it rarer
 FAILING = ("slower", "missing", "grew")
@@ -36,6 +36,11 @@ class Times:
     def ratio(self) -> Ratio:
         """Estimate head against base, which ran twice as often."""
         return ratio_of_times(self.head, self.of_base())
+
+    def estimate(self) -> float:
+        """Return the ratio alone."""
+        logs = [math.log(head / base) for head, base in zip(self.head, self.of_base(), strict=True)]
+        return math.exp(hodges_lehmann(logs))
 
     def inverse(self) -> Ratio:
         """Estimate base against head, whose p-value is that of an improvement."""
@@ -94,7 +99,7 @@ class Verdict:
 
 def looks_different(times: Times, threshold: float) -> bool:
     """Whether a workload has to be measured again: head lies beyond the threshold on either side."""
-    return abs(math.log(times.ratio().value)) > math.log1p(threshold)
+    return abs(math.log(times.estimate())) > math.log1p(threshold)
 
 
 def judge(first: dict[str, Times], second: dict[str, Times], threshold: float) -> list[Row]:
@@ -116,26 +121,28 @@ def judge(first: dict[str, Times], second: dict[str, Times], threshold: float) -
 
 def _row(name: str, first: Times, second: Times | None, threshold: float, p_value: float) -> Row:
     times = second or first
-    ratio, floor, looked = times.ratio(), times.floor(), first.ratio()
-    slowdown = max(ratio.value, 1 / ratio.value)
-    verdict, says = "same", ""
-    if second is not None:
-        again = f"{_percent(looked.value)} at first, {_percent(ratio.value)} in {ratio.pairs} fresh rounds"
-        if slowdown <= 1 + threshold:
-            says = f"{again}: within the threshold"
-        elif slowdown <= floor:
-            says = f"{again}: no more than base differs from base ({_percent(floor)})"
-        elif p_value >= ALPHA:
-            says = f"{again}: the rounds do not agree (corrected p = {p_value:.2g})"
-        else:
-            verdict = "slower" if ratio.value > 1 else "faster"
-            says = f"{again}; base against base {_percent(floor)}, corrected p = {p_value:.1g}"
-    figure = f"{times.clock} seconds"
-    base, head = ratio_center(times.of_base()), ratio_center(times.head)
-    return Row(name, figure, base, head, ratio.value, ratio.low, ratio.high, verdict, says)
+    ratio = times.ratio()
+    verdict, says = ("same", "") if second is None else _of_second_look(first.estimate(), second, threshold, p_value)
+    base, head = _center(times.of_base()), _center(times.head)
+    return Row(name, f"{times.clock} seconds", base, head, ratio.value, ratio.low, ratio.high, verdict, says)
 
 
-def ratio_center(seconds: list[float]) -> float:
+def _of_second_look(looked: float, second: Times, threshold: float, p_value: float) -> tuple[str, str]:
+    """Return the verdict on what looked different, and what it rests on."""
+    found, floor = second.estimate(), second.floor()
+    change = max(found, 1 / found)
+    again = f"{_percent(looked)} at first, {_percent(found)} in {len(second.head)} fresh rounds"
+    if change <= 1 + threshold:
+        return "same", f"{again}: within the threshold"
+    if change <= floor:
+        return "same", f"{again}: no more than base differs from base ({_percent(floor)})"
+    if p_value >= ALPHA:
+        return "same", f"{again}: the rounds do not agree (corrected p = {p_value:.2g})"
+    word = "slower" if found > 1 else "faster"
+    return word, f"{again}; base against base {_percent(floor)}, corrected p = {p_value:.1g}"
+
+
+def _center(seconds: list[float]) -> float:
     """Return the geometric mean of times."""
     return math.exp(math.fsum(map(math.log, seconds)) / len(seconds))
 
