@@ -749,3 +749,21 @@ def test_the_geometric_mean_of_two_times_of_base_is_what_head_is_compared_with()
     assert found.of_base() == [2.0, 2.0]
     assert found.ratio().value == 1.0
     assert math.isclose(found.floor(), 4.0)
+
+
+def test_the_page_shows_what_the_proof_found(tmp_path):
+    page = ROOT / "docs" / "benchmarking.md"
+    found = proof.read_results(proof.RESULTS)
+    assert f"{proof.BEGIN}{proof.table(found)}{proof.END}" in page.read_text()
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text())
+    proof.update_page(copy, [run_of(proof.CASES[2], "latency", "instructions")] * 5)
+    assert "| 10% in a kernel | 5 | 5 | 5 of 5 | instructions in 5, latency in 5 | 60 to 60 |" in copy.read_text()
+
+
+def test_a_page_without_a_place_for_the_table_is_refused(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    assert proof.main(["--table", "--results", str(tmp_path / "none.json"), "--page", str(page)]) == 2
+    assert "has no marks" in capsys.readouterr().err
+    assert page.read_text() == "nothing"

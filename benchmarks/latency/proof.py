@@ -2,7 +2,7 @@
 
     python -m benchmarks.latency.proof                          all of it: hours on two cores
     python -m benchmarks.latency.proof --case "extra copy" --runs 1
-    python -m benchmarks.latency.proof --table                  only print what was found so far
+    python -m benchmarks.latency.proof --table --page docs/benchmarking.md      only show what was found so far
 
 Each run is added to a JSON file, and what is there is not run again: the proof can be stopped and taken up. Faults
 are planted in a clone: the repository and its working tree are left alone.
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from benchmarks.latency.builds import GateError, git
 from benchmarks.latency.gate import ROOT, machine
 
 RESULTS = ROOT / "benchmarks" / "latency" / "proof.json"
 BUSY = "while True: pass"
+BEGIN, END = "<!-- gate-proof -->\n", "<!-- end -->\n"
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=ROOT / ".tox" / "gate-cache", metavar="DIR")
     parser.add_argument("--workloads", default="*", metavar="PATTERN", help="time these alone, for a quick look")
     parser.add_argument("--table", action="store_true", help="run nothing: print what was found")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="put the table into this page: docs/benchmarking.md"
+    )
     given = parser.parse_args(arguments)
     chosen = [case for case in CASES if not given.case or any(text in case.name for text in given.case)]
     if not chosen:
@@ -131,10 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     found.append(run_case(case, clone, given.cache.resolve(), given.workloads))
                 write_results(given.results, found)
                 print(f"{case.name}: {outcome(found[-1])}", file=sys.stderr, flush=True)
+        if given.page:
+            update_page(given.page, found)
     except GateError as error:
         print(f"gate proof: {error}", file=sys.stderr)
         return 2
-    Console().print(table(found))
+    Console().print(Markdown(table(found)))
     return 0 if all(holds(case, found) for case in chosen) else 1
 
 
@@ -269,23 +276,39 @@ def holds(case: Case, runs: list[dict[str, Any]]) -> bool:
     return len(own) >= case.runs and all(bool(run["alarms"]) is case.alarm for run in own)
 
 
-def table(runs: list[dict[str, Any]]) -> Table:
-    """Return what was found: a line for each case."""
-    shown = Table("Case", "Runs", "Alarms", "Wanted", "By", "Seconds a run", "Holds", box=None)
+def table(runs: list[dict[str, Any]]) -> str:
+    """Return what was found as a Markdown table: a line for each case."""
+    lines = [
+        "| Planted | Runs | With an alarm | Has to be | Raised by | Seconds a run |",
+        "| :-- | --: | --: | --: | :-- | --: |",
+    ]
     for case in CASES:
         own = [run for run in runs if run["case"] == case.name]
         alarms = [run for run in own if run["alarms"]]
-        by: dict[str, int] = {}
-        for run in alarms:
-            for gate in run["alarms"]:
-                by[gate] = by.get(gate, 0) + 1
-        wanted = f"{case.runs} of {case.runs}" if case.alarm else f"0 of {case.runs}"
+        by = Counter(gate for run in alarms for gate in run["alarms"])
+        wanted = f"{case.runs if case.alarm else 0} of {case.runs}"
         seconds = sorted(run["seconds"] for run in own)
         took = f"{seconds[0]} to {seconds[-1]}" if seconds else ""
-        said = "yes" if holds(case, runs) else "no" if own and len(own) >= case.runs else "not run whole"
-        gates = ", ".join(f"{gate} {count}" for gate, count in by.items())
-        shown.add_row(case.name, str(len(own)), str(len(alarms)), wanted, gates, took, said)
-    return shown
+        gates = ", ".join(f"{gate} in {count}" for gate, count in sorted(by.items()))
+        lines.append(f"| {case.name} | {len(own)} | {len(alarms)} | {wanted} | {gates} | {took} |")
+    return "\n".join(lines) + "\n"
+
+
+def update_page(page: Path, runs: list[dict[str, Any]]) -> None:
+    """Put the table between the marks of a page.
+
+    Raises:
+        GateError: the page or its marks are not there.
+    """
+    try:
+        text = page.read_text(encoding="utf8")
+    except OSError as error:
+        raise GateError(f"--page {page} cannot be read: {error.strerror}") from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise GateError(f"--page {page} has no marks {BEGIN.strip()} and {END.strip()} for the table")
+    page.write_text(before + begin + table(runs) + end + after, encoding="utf8")
 
 
 if __name__ == "__main__":
