@@ -3,19 +3,13 @@
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
 
 import lowmem
+from benchmarks.cases import FILE_LAYERS, dense_model
 from lowmem.measure import peak_bytes
 from lowmem.stream import convert_checkpoint
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
-
-LAYERS = 16  # of 4 MiB in float32
-
-
-def dense():
-    return nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(LAYERS)])
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +17,7 @@ def files(tmp_path_factory):
     """A dense checkpoint, the model converted, and a file of that."""
     directory = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
-    model = dense()
+    model = dense_model()
     safetensors.torch.save_file(model.state_dict(), directory / "dense")
     lowmem.convert(model, lowmem.FourBit("nf4"))
     lowmem.save(model, directory / "converted")
@@ -32,7 +26,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def copy():
-    weights = torch.ones(LAYERS, 1024, 1024)
+    weights = torch.ones(FILE_LAYERS, 1024, 1024)
     out = torch.empty_like(weights)
     return lambda: out.copy_(weights)
 
@@ -58,8 +52,8 @@ def test_save(benchmark, timed, files, copy):
 
 def test_load(benchmark, timed, files, copy):
     directory, model = files
-    record(benchmark, directory / "converted", lambda: lowmem.load(directory / "converted", dense))
-    loaded = timed(lambda: lowmem.load(directory / "converted", dense), reference=copy)
+    record(benchmark, directory / "converted", lambda: lowmem.load(directory / "converted", dense_model))
+    loaded = timed(lambda: lowmem.load(directory / "converted", dense_model), reference=copy)
     x = torch.ones(1, 1024)
     assert torch.equal(loaded(x), model(x))
 

@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from benchmarks.accuracy import assert_layers_exact
+from benchmarks.cases import BATCHES, inference_input
 from lowmem import VARIANTS
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 
 
-@pytest.mark.parametrize("batch", [1, 8, 32, 128, 512], ids="batch{}".format)
+@pytest.mark.parametrize("batch", BATCHES, ids="batch{}".format)
 @pytest.mark.parametrize("variant", list(VARIANTS), ids=str)
 def test_inference(benchmark, record_memory, timed, model, variant, batch):
     benchmark.group = f"inference, batch {batch:3}"
-    x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch))
+    x = inference_input(batch)
     compressed, float32 = model(variant), model("bignet")
     record_memory(compressed, x)
 

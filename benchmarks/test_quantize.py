@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lowmem
+from benchmarks.cases import weight_to_quantize
 from lowmem import FORMATS
 from lowmem.measure import peak_bytes
 
@@ -14,7 +15,7 @@ every_format = pytest.mark.parametrize("form", list(FORMATS), ids=str)
 
 @pytest.fixture(scope="module")
 def weight():
-    return torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+    return weight_to_quantize()
 
 
 @pytest.fixture(scope="module")

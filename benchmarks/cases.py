@@ -1,0 +1,47 @@
+"""What the benchmarks and the latency gate measure alike.
+
+It imports neither pytest nor scipy: the gate's workers have only what the library needs.
+"""
+
+import torch
+from torch import nn
+
+import lowmem
+
+BATCHES = (1, 8, 32, 128, 512)  # inputs of an inference
+STEP_BATCH, CLASSES = 16, 10  # of a training step
+FILE_LAYERS = 16  # of 4 MiB in float32: what is saved and loaded
+
+
+def inference_input(batch: int) -> torch.Tensor:
+    """Return inputs of BigNet: (batch, 1024)."""
+    return torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch))
+
+
+def weight_to_quantize() -> torch.Tensor:
+    """Return a matrix of normal weights: (4096, 1024)."""
+    return torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+
+
+def dense_model() -> nn.Sequential:
+    """Return the layers that are saved and loaded, in float32."""
+    return nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(FILE_LAYERS)])
+
+
+class Training:
+    """A variant of BigNet under a classifier, so that each has something to train, and its optimizer."""
+
+    def __init__(self, variant: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(STEP_BATCH, 1024, generator=generator)
+        self.labels = torch.randint(CLASSES, (STEP_BATCH,), generator=generator)
+        self.model = nn.Sequential(lowmem.build(variant), nn.Linear(1024, CLASSES))
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(self) -> torch.Tensor:
+        """Take one step and return its loss."""
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(self.x), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()

@@ -1,0 +1,108 @@
+"""``python -m benchmarks.latency --base REF``: exit code 0 passed, 1 something is slower, 2 bad input."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from benchmarks.latency import gate, show
+from benchmarks.latency.builds import GateError
+
+GATES = ("latency", "instructions")
+LONGEST = 299  # characters of an error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, one_line(message))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the gate and return its exit code."""
+    options, output, everything = parse(arguments)
+    began = time.monotonic()
+
+    def progress(what: str) -> None:
+        print(f"[{time.monotonic() - began:4.0f} s] {what}", file=sys.stderr, flush=True)
+
+    try:
+        if output is not None:
+            check_writable(output)
+        verdicts = gate.run(options, progress)
+        show.write(verdicts, output)
+    except GateError as error:
+        sys.stderr.write(one_line(str(error)))
+        return 2
+    except OSError as error:
+        sys.stderr.write(one_line(f"{error.filename or ''}: {error.strerror or error}"))
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(one_line("interrupted: no verdict"))
+        return 2
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for verdict in verdicts:
+        console.print()
+        show.print_verdict(verdict, console, everything)
+    return 0 if all(verdict.passed for verdict in verdicts) else 1
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[gate.Options, Path | None, bool]:
+    """Return what the command line asks for."""
+    parser = _Parser(prog="python -m benchmarks.latency", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--base", required=True, metavar="REF", help="compare HEAD with its merge base with REF")
+    parser.add_argument(
+        "--threshold", type=percent, default=0.05, metavar="PERCENT", help="how much slower a workload may be (5)"
+    )
+    parser.add_argument("--workloads", default="*", metavar="PATTERN", help="time these alone: 'inference * batch 1'")
+    parser.add_argument("--gate", choices=GATES, action="append", help="run this gate alone")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write latency.json and instructions.json here")
+    parser.add_argument(
+        "--cache", type=Path, default=gate.ROOT / ".tox" / "gate-cache", metavar="DIR", help="keep wheels here"
+    )
+    parser.add_argument("--all", action="store_true", help="print the workloads that stayed the same, too")
+    given = parser.parse_args(arguments)
+    gates = tuple(given.gate or GATES)
+    return gate.Options(given.base, given.threshold, given.cache, given.workloads, gates), given.output, given.all
+
+
+def percent(text: str) -> float:
+    """Return 0.05 for ``5`` and for ``5%``."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a percentage above 0 and up to 1000, as 5 is")
+    return value / 100
+
+
+def check_writable(directory: Path) -> None:
+    """Refuse a directory in which no verdict could be written, before minutes are spent.
+
+    Raises:
+        GateError: with the reason.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise GateError(f"--output {str(directory)!r} cannot be written: {error.strerror or error}") from error
+
+
+def one_line(message: str) -> str:
+    """Return an error as one line, cut where it is long."""
+    text = " ".join(f"latency gate: {message}".split())
+    return (text if len(text) <= LONGEST else text[: LONGEST - 3] + "...") + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""The proof of the gates: ``tox -e gate-proof``. Base against base raises no alarm, and each planted fault does.
+
+    python -m benchmarks.latency.proof                          all of it: hours on two cores
+    python -m benchmarks.latency.proof --case "extra copy" --runs 1
+    python -m benchmarks.latency.proof --table --page docs/benchmarking.md      only show what was found so far
+
+Each run is added to a JSON file, and what is there is not run again: the proof can be stopped and taken up. Faults
+are planted in a clone: the repository and its working tree are left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from benchmarks.latency.builds import GateError, git
+from benchmarks.latency.gate import ROOT, machine
+
+RESULTS = ROOT / "benchmarks" / "latency" / "proof.json"
+BUSY = "while True: pass"
+BEGIN, END = "<!-- gate-proof -->\n", "<!-- end -->\n"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run, how often, and what has to come of it.
+
+    Attributes:
+        name: what the table calls it.
+        runs: how many.
+        alarm: whether a gate has to fail, or none may.
+        file: where a fault is planted; empty: base against base.
+        found: the text that the fault replaces; it occurs once.
+        planted: the fault.
+        gates: which are run: ``latency`` (with instructions), ``memory``, ``resident``.
+        busy: whether another process keeps a core busy.
+    """
+
+    name: str
+    runs: int = 5
+    alarm: bool = True
+    file: str = ""
+    found: str = ""
+    planted: str = ""
+    gates: tuple[str, ...] = ("latency",)
+    busy: bool = False
+
+
+LAYER = "lowmem/fourbit.py"
+CALL = "        x = autocast(input)\n        own = self._parameters"
+CASES = (
+    Case("base against base", runs=10, alarm=False),
+    Case("base against base, beside a busy core", runs=10, alarm=False, busy=True),
+    Case(
+        "10% in a kernel",
+        file="lowmem/kernels/csrc/linear.h",
+        found="        rows(job, r, end);\n",
+        # A tenth of the rows is multiplied twice.
+        planted="        rows(job, r, end);\n        rows(job, r, r + (end - r) / 10);\n",
+    ),
+    Case(
+        "30% in a layer's Python at batch 1",
+        file=LAYER,
+        found=CALL,
+        # Of about 6 microseconds that the call of a small layer takes, 2.
+        planted=CALL.replace("(input)\n", "(input)\n        for _ in range(100):\n            pass\n"),
+    ),
+    Case("one extra copy of the input", file=LAYER, found=CALL, planted=CALL.replace("(input)", "(input).clone()")),
+    Case(
+        "a slower load",
+        file="lowmem/tensorfile.py",
+        found="        digest = _digest(file)\n        if digest",
+        # The file is read twice.
+        planted="        _digest(file)\n        digest = _digest(file)\n        if digest",
+    ),
+    Case(
+        "one megabyte kept",
+        file=LAYER,
+        found=CALL,
+        # In a plain attribute of one layer of BigNet, in its first call.
+        planted=CALL.replace(
+            "(input)\n",
+            "(input)\n        if self.in_features == 1024 and not hasattr(FourBitStorage, 'kept'):\n"
+            "            FourBitStorage.kept = b'1' * 2**20\n",
+        ),
+        gates=("memory", "resident"),
+    ),
+    Case(
+        "one byte more in a state",
+        file=LAYER,
+        found='        self.register_parameter("bias", bias)\n\n    @classmethod',
+        planted='        self.register_parameter("bias", bias)\n'
+        '        self.register_buffer("one", torch.zeros(1, dtype=torch.uint8))\n\n    @classmethod',
+        gates=("memory", "resident"),
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is left of the proof, print its table, and return 0 where all of it holds."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency.proof", description=__doc__.splitlines()[0])
+    parser.add_argument("--case", action="append", metavar="TEXT", help="run the cases whose names contain this")
+    parser.add_argument("--runs", type=int, metavar="N", help="run no more than N of each case")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="what was found (proof.json)")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".tox" / "gate-cache", metavar="DIR")
+    parser.add_argument("--workloads", default="*", metavar="PATTERN", help="time these alone, for a quick look")
+    parser.add_argument("--table", action="store_true", help="run nothing: print what was found")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="put the table into this page: docs/benchmarking.md"
+    )
+    given = parser.parse_args(arguments)
+    chosen = [case for case in CASES if not given.case or any(text in case.name for text in given.case)]
+    if not chosen:
+        parser.error(f"--case {given.case}: choose from {'; '.join(case.name for case in CASES)}")
+    try:
+        found = read_results(given.results)
+        for case in () if given.table else chosen:
+            runs = case.runs if given.runs is None else min(given.runs, case.runs)
+            while sum(run["case"] == case.name for run in found) < runs:
+                with planted(case) as clone:
+                    found.append(run_case(case, clone, given.cache.resolve(), given.workloads))
+                write_results(given.results, found)
+                print(f"{case.name}: {outcome(found[-1])}", file=sys.stderr, flush=True)
+        if given.page:
+            update_page(given.page, found)
+    except GateError as error:
+        print(f"gate proof: {error}", file=sys.stderr)
+        return 2
+    Console().print(Markdown(table(found)))
+    return 0 if all(holds(case, found) for case in chosen) else 1
+
+
+@contextmanager
+def planted(case: Case) -> Iterator[Path]:
+    """Yield a clone of the repository at HEAD, with the case's fault committed on top.
+
+    Raises:
+        GateError: the text that the fault replaces is not there once.
+    """
+    with tempfile.TemporaryDirectory(prefix="lowmem-proof-", ignore_cleanup_errors=True) as made:
+        clone = Path(made) / "clone"
+        head = git(ROOT, "rev-parse", "HEAD")
+        git(ROOT, "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(clone))
+        git(clone, "checkout", "--quiet", "--detach", head)
+        git(clone, "update-ref", "refs/heads/proof-base", head)
+        if case.file:
+            path = clone / case.file
+            text = path.read_text(encoding="utf8")
+            if text.count(case.found) != 1:
+                raise GateError(
+                    f"{case.name}: {case.file} holds {text.count(case.found)} times {case.found!r}, not once"
+                )
+            path.write_text(text.replace(case.found, case.planted), encoding="utf8")
+            who = ("-c", "user.name=proof", "-c", "user.email=proof@localhost", "-c", "commit.gpgsign=false")
+            git(clone, *who, "commit", "--quiet", "--all", "--message", case.name)
+        for kernel in (ROOT / "lowmem" / "kernels").glob("_native*"):  # for the gates that run in place
+            if kernel.suffix in (".so", ".pyd"):
+                shutil.copy(kernel, clone / "lowmem" / "kernels")
+        yield clone
+
+
+def run_case(case: Case, clone: Path, cache: Path, workloads: str) -> dict[str, Any]:
+    """Run the case's gates once, and return which rows of which raised an alarm.
+
+    Raises:
+        GateError: a gate ended without a verdict.
+    """
+    out = clone.parent / "verdicts"
+    out.mkdir(exist_ok=True)
+    variables = os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    variables.pop("GITHUB_STEP_SUMMARY", None)
+    python = sys.executable
+    latency = [
+        python,
+        "-m",
+        "benchmarks.latency",
+        "--base",
+        "proof-base",
+        "--cache",
+        str(cache),
+        "--output",
+        str(out),
+    ]
+    memory = [python, "-m", "pytest", "benchmarks", "-q", "--benchmark-compare", "--benchmark-disable"]
+    commands = {
+        "latency": [*latency, "--workloads", workloads],
+        "memory": [*memory, f"--memory-json={out / 'memory.json'}"],
+        "resident": [python, "-m", "benchmarks.resident", "--json", str(out / "resident.json")],
+    }
+    began = time.monotonic()
+    for gate in case.gates:
+        with busy_core(case.busy):
+            done = subprocess.run(
+                commands[gate], cwd=clone, env=variables, capture_output=True, text=True, check=False
+            )
+        if done.returncode not in (0, 1):
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["it said nothing"]
+            raise GateError(f"{case.name}: the {gate} gate ended with {done.returncode}: {said[-1]}")
+    alarms: dict[str, list[str]] = {}
+    for path in sorted(out.glob("*.json")):
+        verdict = json.loads(path.read_text(encoding="utf8"))
+        if not verdict["passed"]:
+            failed = [row for row in verdict["rows"] if row["verdict"] not in ("same", "faster", "skipped")]
+            alarms[verdict["gate"]] = [f"{row['name']} {row['figure']}: {row['says']}" for row in failed]
+    return {
+        "case": case.name,
+        "alarms": alarms,
+        "seconds": round(time.monotonic() - began),
+        "machine": machine(),
+        "workloads": workloads,
+        "commit": git(ROOT, "rev-parse", "HEAD"),
+    }
+
+
+@contextmanager
+def busy_core(busy: bool) -> Iterator[None]:
+    """Keep a core busy, or not."""
+    if not busy:
+        yield
+        return
+    with subprocess.Popen([sys.executable, "-c", BUSY]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Return the runs of a results file.
+
+    Raises:
+        GateError: it is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        runs = json.loads(path.read_text(encoding="utf8"))["runs"]
+        if not all({"case", "alarms", "seconds"} <= run.keys() for run in runs):
+            raise KeyError("case, alarms, seconds")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise GateError(f"{path} holds no results of a proof ({error!r}): remove it, or name another") from error
+    return runs
+
+
+def write_results(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Write the results, whole or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf8")
+    partial.replace(path)
+
+
+def outcome(run: dict[str, Any]) -> str:
+    """Return what came of a run, in a line."""
+    by = ", ".join(f"{gate} ({len(rows)})" for gate, rows in run["alarms"].items())
+    return f"{f'alarm: {by}' if by else 'no alarm'}, {run['seconds']} s"
+
+
+def holds(case: Case, runs: list[dict[str, Any]]) -> bool:
+    """Whether as many runs as the proof asks for came out right, and none wrong."""
+    own = [run for run in runs if run["case"] == case.name]
+    return len(own) >= case.runs and all(bool(run["alarms"]) is case.alarm for run in own)
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Return what was found as a Markdown table: a line for each case."""
+    lines = [
+        "| Planted | Runs | With an alarm | Has to be | Raised by | Seconds a run |",
+        "| :-- | --: | --: | --: | :-- | --: |",
+    ]
+    for case in CASES:
+        own = [run for run in runs if run["case"] == case.name]
+        alarms = [run for run in own if run["alarms"]]
+        by = Counter(gate for run in alarms for gate in run["alarms"])
+        wanted = f"{case.runs if case.alarm else 0} of {case.runs}"
+        seconds = sorted(run["seconds"] for run in own)
+        took = f"{seconds[0]} to {seconds[-1]}" if seconds else ""
+        gates = ", ".join(f"{gate} in {count}" for gate, count in sorted(by.items()))
+        lines.append(f"| {case.name} | {len(own)} | {len(alarms)} | {wanted} | {gates} | {took} |")
+    return "\n".join(lines) + "\n"
+
+
+def update_page(page: Path, runs: list[dict[str, Any]]) -> None:
+    """Put the table between the marks of a page.
+
+    Raises:
+        GateError: the page or its marks are not there.
+    """
+    try:
+        text = page.read_text(encoding="utf8")
+    except OSError as error:
+        raise GateError(f"--page {page} cannot be read: {error.strerror}") from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise GateError(f"--page {page} has no marks {BEGIN.strip()} and {END.strip()} for the table")
+    page.write_text(before + begin + table(runs) + end + after, encoding="utf8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

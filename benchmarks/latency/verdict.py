@@ -1,0 +1,151 @@
+"""From times to verdicts: pure functions of numbers.
+
+A workload is slower when, measured in fresh processes after it first looked so, all of this holds:
+
+- the Hodges-Lehmann estimate of head against base is beyond the threshold;
+- it is beyond the noise floor: how far base lies from base, measured by the same rounds in the same job;
+- Wilcoxon's signed-rank test says so, after Holm's correction over all workloads (Holm 1979).
+
+The unit of all statistics is a round, which starts processes of its own: layout, allocator and hash seed stay the
+same as long as a process lives, so that calls of one process are no independent witnesses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from statsmodels.stats.multitest import multipletests
+
+from lowmem.testing.ratios import Ratio, hodges_lehmann, ratio_of_times
+
+ALPHA = 0.05  # of a false alarm anywhere in one run, before threshold and floor make it rarer
+FAILING = ("slower", "missing", "grew")
+
+
+@dataclass
+class Times:
+    """Seconds per call of one workload, one entry a round: base, head, and base again in another process."""
+
+    clock: str
+    base: list[float] = field(default_factory=list)
+    head: list[float] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)
+
+    def ratio(self) -> Ratio:
+        """Estimate head against base, which ran twice as often."""
+        return ratio_of_times(self.head, self.of_base())
+
+    def estimate(self) -> float:
+        """Return the ratio alone."""
+        logs = [math.log(head / base) for head, base in zip(self.head, self.of_base(), strict=True)]
+        return math.exp(hodges_lehmann(logs))
+
+    def inverse(self) -> Ratio:
+        """Estimate base against head, whose p-value is that of an improvement."""
+        return ratio_of_times(self.of_base(), self.head)
+
+    def of_base(self) -> list[float]:
+        """Return the geometric mean of base's two times in each round."""
+        return [math.sqrt(one * other) for one, other in zip(self.base, self.again, strict=True)]
+
+    def floor(self) -> float:
+        """Return the noise floor: the ratio that base against base may have, by the far end of its interval."""
+        noise = ratio_of_times(self.again, self.base)
+        return max(noise.high, 1 / noise.low)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a gate's verdict, as every gate of this repository writes it."""
+
+    name: str
+    figure: str
+    base: float | None = None
+    head: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: str = "same"
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate found."""
+
+    gate: str
+    base: str
+    head: str
+    machine: dict[str, Any]
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> list[Row]:
+        """The rows that fail."""
+        return [row for row in self.rows if row.verdict in FAILING]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the verdict's file holds."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def looks_different(times: Times, threshold: float) -> bool:
+    """Whether a workload has to be measured again: head lies beyond the threshold on either side."""
+    return abs(math.log(times.estimate())) > math.log1p(threshold)
+
+
+def judge(first: dict[str, Times], second: dict[str, Times], threshold: float) -> list[Row]:
+    """Return a row for each workload.
+
+    Args:
+        first: what all workloads took.
+        second: what those took that looked different, in fresh processes.
+        threshold: 0.05 lets a workload be 5% slower.
+    """
+    p_values = dict.fromkeys(first, 1.0)
+    for name, times in second.items():
+        ratio = times.ratio()
+        p_values[name] = ratio.p_value if ratio.value > 1 else times.inverse().p_value
+    corrected = multipletests(list(p_values.values()), method="holm")[1] if p_values else []
+    adjusted = dict(zip(p_values, map(float, corrected), strict=True))
+    return [_row(name, times, second.get(name), threshold, adjusted[name]) for name, times in first.items()]
+
+
+def _row(name: str, first: Times, second: Times | None, threshold: float, p_value: float) -> Row:
+    times = second or first
+    ratio = times.ratio()
+    verdict, says = ("same", "") if second is None else _of_second_look(first.estimate(), second, threshold, p_value)
+    base, head = _center(times.of_base()), _center(times.head)
+    return Row(name, f"{times.clock} seconds", base, head, ratio.value, ratio.low, ratio.high, verdict, says)
+
+
+def _of_second_look(looked: float, second: Times, threshold: float, p_value: float) -> tuple[str, str]:
+    """Return the verdict on what looked different, and what it rests on."""
+    found, floor = second.estimate(), second.floor()
+    change = max(found, 1 / found)
+    again = f"{_percent(looked)} at first, {_percent(found)} in {len(second.head)} fresh rounds"
+    if change <= 1 + threshold:
+        return "same", f"{again}: within the threshold"
+    if change <= floor:
+        return "same", f"{again}: no more than base differs from base ({_percent(floor)})"
+    if p_value >= ALPHA:
+        return "same", f"{again}: the rounds do not agree (corrected p = {p_value:.2g})"
+    word = "slower" if found > 1 else "faster"
+    return word, f"{again}; base against base {_percent(floor)}, corrected p = {p_value:.1g}"
+
+
+def _center(seconds: list[float]) -> float:
+    """Return the geometric mean of times."""
+    return math.exp(math.fsum(map(math.log, seconds)) / len(seconds))
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f}%"
