@@ -268,7 +268,7 @@ def _skip_reason(report: pytest.TestReport) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("memory gate", "the memory gate of this repository's benchmarks (docs/benchmarking.md)")
+    group = parser.getgroup("memory gate", "the memory gate of this repository's benchmarks (docs/memory-gate.md)")
     group.addoption(
         "--store-memory",
         action="store_true",

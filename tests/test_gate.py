@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -442,6 +443,161 @@ def test_what_pytest_benchmark_saves_is_no_baseline(project, compare, option):
     code, output = compare()
     assert code == 1
     assert "theoretical_bytes grew by 1 byte" in output
+
+
+TIMED = """
+import pytest
+
+@pytest.mark.parametrize("variant", ["dense", "small"])
+def test_timed(benchmark, variant):
+    benchmark.extra_info.update(forward_bytes=1)
+    benchmark(lambda: None)
+
+def test_other():
+    pass
+"""
+
+OPTIONS = {  # of pytest-benchmark, and what shows that it does what its manual says: a line of output, or a file
+    "--benchmark-min-time=0.000001": "*test_timed?dense?*",
+    "--benchmark-min-rounds=7": "*test_timed?dense?*",
+    "--benchmark-precision=0.5 --benchmark-confidence=0.5": "*test_timed?dense?*",
+    "--benchmark-timer=time.process_time": "*test_timed?dense?*",
+    "--benchmark-calibration-precision=2": "*test_timed?dense?*",
+    "--benchmark-warmup=on --benchmark-warmup-iterations=10": "*test_timed?dense?*",
+    "--benchmark-disable-gc": "*test_timed?dense?*",
+    "--benchmark-disable --benchmark-enable": "*test_timed?dense?*",
+    "--benchmark-disable": "* 3 passed*",
+    "--benchmark-skip": "* 1 passed, 2 skipped*",
+    "--benchmark-only": "* 2 passed, 1 skipped*",
+    "--benchmark-sort=name": "*test_timed?dense?*",
+    "--benchmark-group-by=param": "*benchmark *dense*: 1 tests*",
+    "--benchmark-columns=max,ops": "Name (time in *Max*OPS*",
+    "--benchmark-name=long": "*benchmarks/test_timed.py::test_timed?dense?*",
+    "--benchmark-time-unit=ms": "*time in ms*",
+    "--benchmark-verbose": "*test_timed?dense?*",
+    "--benchmark-quiet": "* 3 passed*",
+    "--benchmark-cprofile=tottime --benchmark-cprofile-top=3": "*cProfile (time in s)*",
+    "--benchmark-cprofile=tottime --benchmark-cprofile-loops=2 --benchmark-cprofile-dump=out/profile": (
+        "out/profile-*dense*.prof"
+    ),
+    "--benchmark-save=name": "benchmarks/baselines/*/0001_name.json",
+    "--benchmark-save=name --benchmark-save-data": "benchmarks/baselines/*/0001_name.json",
+    "--benchmark-autosave": "benchmarks/baselines/*/0001_*.json",
+    "--benchmark-autosave --benchmark-storage=file://elsewhere": "elsewhere/*/0001_*.json",
+    "--benchmark-json=out.json": "out.json",
+    "--benchmark-compare": "*no memory baseline*",  # it warns where it has no run to compare with, and goes on
+    "--benchmark-netrc": "*test_timed?dense?*",
+}
+
+
+@pytest.fixture
+def timed(pytester):
+    """A project with a benchmark that pytest-benchmark calibrates, and a test that is none."""
+    pytester.makeconftest(CONFTEST)
+    (pytester.mkdir("benchmarks") / "test_timed.py").write_text(TIMED)
+    shutil.copy(ROOT / "pyproject.toml", pytester.path)
+
+    def run(*options):
+        return pytester.runpytest("benchmarks", "--benchmark-max-time=0.001", *options)
+
+    run.path = pytester.path
+    return run
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_of_pytest_benchmark_does_what_its_manual_says(timed, options):
+    result, shown = timed(*options.split()), OPTIONS[options]
+    assert result.ret == ("--benchmark-compare" in options)
+    assert "Error" not in result.stdout.str()
+    if shown.endswith((".json", ".prof")):
+        (file,) = timed.path.glob(shown)
+        assert file.stat().st_size > 0
+    else:
+        result.stdout.fnmatch_lines([shown])
+
+
+@pytest.mark.parametrize("which", ["--benchmark-compare", "--benchmark-compare=0001"])
+def test_pytest_benchmark_compares_with_its_own_storage(timed, which):
+    assert timed("--benchmark-save=name").ret == 0
+    assert timed("--store-memory").ret == 0
+    result = timed(which)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        ["test_timed?dense? (0001_name)*", "test_timed?dense? (NOW)*", "2 of the 2 benchmarks*"]
+    )
+
+
+def test_a_latency_that_pytest_benchmark_fails_hides_no_memory_that_moved(timed, edit_file):
+    assert timed("--benchmark-save=name").ret == 0
+    assert timed("--store-memory").ret == 0
+    edit_file(timed.path / STORED, '"forward_bytes": 1', '"forward_bytes": 2')
+    passing = timed("--benchmark-compare", "--benchmark-compare-fail=min:100000000%")
+    assert passing.ret == 1
+    (run,) = timed.path.glob("benchmarks/baselines/*/0001_name.json")
+    edit_file(run, '"min": ', '"min": 1e-30, "was": ')
+    failing = timed("--benchmark-compare", "--benchmark-compare-fail=min:1%")
+    assert failing.ret != 0
+    for result in (passing, failing):
+        assert result.stdout.str().count("forward_bytes shrank by 1 byte") == 2
+    assert "Performance has regressed" in failing.stderr.str()
+    assert "Performance has regressed" not in passing.stderr.str()
+
+
+@pytest.fixture
+def edit_file():
+    def edit(path, old, new):
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return edit
+
+
+@pytest.mark.skipif(not find_spec("pygal"), reason="pip install pytest-benchmark[histogram]")
+def test_histograms_are_drawn(timed):
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-histogram=out/histogram"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # a process: pygal changes how Python imports
+    run = subprocess.run(command, cwd=timed.path, capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert len(list(timed.path.glob("out/histogram*.svg"))) == 1
+
+
+def test_nothing_to_save_is_a_warning(timed):
+    result = timed("--benchmark-skip", "--benchmark-json=out.json")
+    assert result.ret == 0
+    assert not (timed.path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "warned"), [("{", "Failed to load"), ('{"benchmarks": []}', "not a run that pytest-benchmark stored")]
+)
+def test_a_damaged_run_of_pytest_benchmark_is_no_traceback(timed, text, warned):
+    assert timed("--store-memory").ret == 0
+    folder = timed.path / "benchmarks/baselines"
+    folder.mkdir(exist_ok=True)
+    (folder / "0001_name.json").write_text(text)
+    result = timed("--benchmark-compare", "--benchmark-verbose")
+    assert warned in result.stdout.str() + result.stderr.str()
+    assert "Traceback" not in result.stderr.str()
+
+
+def test_the_command_of_pytest_benchmark_reads_its_storage_here():
+    stored = "benchmarks/baselines/0001_baseline.json"
+    command = Path(sys.executable).with_name("pytest-benchmark")
+    run = subprocess.run(
+        [command, "compare", stored, "--columns=min", "-k", "test_save"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "test_save" in run.stdout
+
+
+def test_the_cache_may_be_switched_off(project, edit):
+    assert project.runpytest("benchmarks", "--benchmark-compare", "-p", "no:cacheprovider").ret == 0
+    edit(change_memory(forward_bytes=1))
+    assert project.runpytest("benchmarks", "--benchmark-compare", "-p", "no:cacheprovider").ret == 1
 
 
 DAMAGED = {
