@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -252,7 +252,10 @@ def measure_variants(variants: Iterable[str], runs: int, folder: Path) -> dict[s
     """
     measured: dict[str, list[dict[str, float]]] = {}
     for variant in variants:
-        lowmem.save(lowmem.build(variant), folder / variant)
+        try:
+            lowmem.save(lowmem.build(variant), folder / variant)
+        except Exception as error:
+            raise MeasurementError(f"{variant}: {describe(error)}") from error
         measured[variant] = [_in_process(variant, folder) for _ in range(runs)]
         (folder / variant).unlink()
     return measured
@@ -383,9 +386,14 @@ def store_command() -> str:
     return f"{kernels.VARIABLE}={chosen} " * bool(chosen) + "python -m benchmarks.resident --store"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, one_line(f"resident: {message}") + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare or store: exit code 0 done, 1 a figure moved, 2 bad input or a variant that fails."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resident", description="The gate of resident memory.")
+    parser = _Parser(prog="python -m benchmarks.resident", description="The gate of resident memory.")
     parser.add_argument("--store", action="store_true", help="store the baseline of this kernel and version of torch")
     parser.add_argument("--variant", action="append", choices=list(lowmem.VARIANTS), help="compare this one alone")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the verdict as JSON")
@@ -396,10 +404,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _store(options) if options.store else _gate(options)
     except (MeasurementError, OSError, ValueError) as error:
-        print(
-            one_line(f"resident: {reason(error) if not isinstance(error, MeasurementError) else error}"),
-            file=sys.stderr,
-        )
+        said = str(error) if isinstance(error, MeasurementError) else reason(error)
+        print(one_line(f"resident: {said}"), file=sys.stderr)
         return 2
 
 

@@ -522,7 +522,7 @@ def test_pytest_benchmark_compares_with_its_own_storage(timed, which):
     assert timed("--store-memory").ret == 0
     result = timed(which)
     assert result.ret == 0
-    result.stdout.fnmatch_lines(
+    result.stdout.fnmatch_lines_random(
         ["test_timed?dense? (0001_name)*", "test_timed?dense? (NOW)*", "2 of the 2 benchmarks*"]
     )
 

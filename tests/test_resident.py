@@ -418,6 +418,21 @@ def test_each_variant_is_measured_in_processes_of_its_own(monkeypatch, tmp_path)
     assert commands == [["--measure", variant, str(tmp_path)] for variant in measured for _ in range(2)]
 
 
+def test_a_variant_that_cannot_be_built_is_one_line(gate, monkeypatch, capsys):
+    def fail(*_):
+        raise IndexError("build\nof a model")
+
+    monkeypatch.setattr("lowmem.build", fail)
+    assert one_error(resident.main([]), *capsys.readouterr()) == "resident: bignet: IndexError: build"
+
+
+@pytest.mark.parametrize("options", [["--variant", "gone"], ["--nothing"], ["--json"]])
+def test_an_option_that_is_none_is_one_line(capsys, options):
+    with pytest.raises(SystemExit) as ended:
+        resident.main(options)
+    assert options[0] in one_error(ended.value.code, *capsys.readouterr())
+
+
 def test_a_model_that_fails_in_its_process_is_one_line_there(monkeypatch, tmp_path, capsys):
     def fail(*_):
         raise RuntimeError("forward\nof a model")
