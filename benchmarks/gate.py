@@ -1,55 +1,58 @@
-"""The gate: ``pytest benchmarks --benchmark-compare`` fails when memory grew or a benchmark went missing.
+"""The memory gate: ``pytest benchmarks --benchmark-compare`` fails unless each figure is the baseline's to the byte.
 
-It prints memory beside latency; latency fails only with ``--ratio-tolerance``. To store a new baseline:
-
-    pytest benchmarks --benchmark-json=benchmarks/baselines/0001_baseline.json
+Memory does not depend on time: with ``--benchmark-disable`` it is judged all the same, sooner, and with several
+processes (``-n``), too. Its baseline (``benchmarks.memory``) is not the storage of pytest-benchmark, whose options do
+here what its manual says. Latency is shown as a ratio to float32, and not judged.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
+import sys
+from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from benchmarks.results import Result, improvements, read_results, read_run, regressions, table
+from benchmarks import memory, verdicts
+from benchmarks.results import Result, read_run, table
+from lowmem.files import check_writable
+from lowmem.messages import one_line
 
-STORE = "pytest benchmarks --benchmark-json=benchmarks/baselines/0001_baseline.json"
+USAGE = 2  # exit code of bad input; pytest's own is 4
 
 
-class Gate:
-    """Gathers what pytest and pytest-benchmark tell their hooks, and judges when the session ends."""
+class Recorder:
+    """Attaches to each benchmark's report what it recorded: with ``-n`` it runs in a process of its own."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
-        self.comparing = bool(config.getoption("benchmark_compare")) and not config.getoption("collectonly")
-        self.stored: dict[str, Result] | None = None
-        self.now: dict[str, Result] = {}
-        self.differences: list[str] = []  # between the machines
-        self.failures: list[str] = []
+    def __init__(self) -> None:
         self.files: set[str] = set()
         self.deselected: set[str] = set()
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_benchmark_compare_machine_info(self, machine_info: Any, compared_benchmark: Any) -> None:
-        try:
-            self.stored, theirs = read_run(compared_benchmark)  # of several runs, the last one
-        except ValueError as reason:
-            raise pytest.UsageError(f"--benchmark-compare: not a stored run: {reason}") from reason
-        self.differences = [
-            f"{key} {theirs[key]} stored, {machine_info[key]} now"
-            for key in theirs
-            if key in machine_info and theirs[key] != machine_info[key]
-        ]
-
-    def pytest_sessionstart(self) -> None:
-        if self.comparing and self.stored is None:
-            which, storage = self.config.getoption("benchmark_compare"), self.config.getoption("benchmark_storage")
-            option = "--benchmark-compare" + ("" if which is True else f"={which}")
-            raise pytest.UsageError(f"{option} found no stored run in {storage}; store one: {STORE}")
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        report = yield
+        if "benchmark" not in getattr(item, "fixturenames", ()):
+            return report
+        report.ungated = item.get_closest_marker("ungated") is not None
+        if report.skipped:
+            report.skip_reason = _skip_reason(report)
+        elif report.passed and report.when == "call":
+            fixture = item.funcargs["benchmark"]
+            figures = {name: value for name, value in fixture.extra_info.items() if name.endswith("_bytes")}
+            try:
+                memory.check_figures(item.nodeid, figures)
+            except ValueError as reason:
+                report.outcome, report.longrepr = "failed", str(reason)
+                return report
+            report.recorded = {
+                "seconds": fixture.stats.stats.min if fixture.stats else None,
+                "reference": fixture.extra_info.get("reference_seconds"),
+                "memory": figures,
+            }
+        return report
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self.files.add(report.nodeid)
@@ -60,57 +63,189 @@ class Gate:
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self.deselected.update(item.nodeid for item in items)
 
-    def pytest_benchmark_group_stats(self, benchmarks: Any) -> None:
-        self.now = read_results(bench for bench in benchmarks if bench["path"] is None)  # a stored one has a path
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["collected"] = sorted(self.files), sorted(self.deselected)
+
+
+class Gate:
+    """Gathers the reports, and judges or stores when the session ends."""
+
+    def __init__(self, config: pytest.Config, recorder: Recorder) -> None:
+        self.config = config
+        self.recorder = recorder
+        self.comparing = bool(config.getoption("benchmark_compare"))
+        self.storing = config.getoption("store_memory")
+        self.verdict_path: Path | None = config.getoption("memory_json")
+        self.results: dict[str, Result] = {}
+        self.ungated: set[str] = set()
+        self.skipped: dict[str, str] = {}
+        self.failed: set[str] = set()
+        self.runs: dict[str, Result] | None = None  # what pytest-benchmark compares with, of several the last
+        self.baseline: memory.Figures | None = None
+        self.failures: list[str] = []
+        self.remedy: list[str] = []
+        self.passed: list[str] = []
+
+    def read(self) -> None:
+        """Read the baseline before anything runs, and end with one line where that cannot be."""
+        self.key = memory.current_key()
+        self.path = self.key.path(self.config.rootpath)
+        self.shown = self.path.relative_to(self.config.rootpath).as_posix()
+        if self.storing:
+            self._refuse_a_part()
+        try:
+            if self.storing:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                check_writable(self.path)
+            if self.verdict_path:
+                check_writable(self.verdict_path)
+        except OSError as reason:
+            stop(str(reason))
+        if self.comparing:
+            try:
+                self.baseline = memory.read_baseline(self.path, self.key)
+            except FileNotFoundError:
+                pass  # the run fails, below its tables
+            except (OSError, ValueError) as reason:
+                stop(f"{self.shown} is no baseline of this run: {reason}; store one: {memory.store_command()}")
+
+    def _refuse_a_part(self) -> None:
+        """End unless the whole folder runs: an entry that is left out would be lost, or grow old."""
+        if self.comparing:
+            stop("--store-memory and --benchmark-compare exclude each other: what was just stored is always the same")
+        names = ("keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf", "stepwise", "benchmark_skip")
+        chosen = [name for name in names if self.config.getoption(name, None)]
+        directories = self.config.invocation_params.dir, self.config.rootpath
+        if chosen or not any(covers(argument, "benchmarks", *directories) for argument in self.config.args):
+            stop(f"--store-memory stores all benchmarks or none; run them all: {memory.store_command()}")
+
+    def pytest_report_header(self) -> str | None:
+        if not self.comparing:
+            return None
+        return f"memory baseline: {self.shown}" + (" (there is none: this run will fail)" * (self.baseline is None))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_benchmark_compare_machine_info(self, compared_benchmark: Any) -> None:
+        try:
+            self.runs, _ = read_run(compared_benchmark)
+        except ValueError as reason:
+            stop(f"--benchmark-compare: not a run that pytest-benchmark stored: {reason}")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not hasattr(report, "ungated"):
+            return
+        if report.ungated:
+            self.ungated.add(report.nodeid)
+        if report.failed:
+            self.failed.add(report.nodeid)
+        elif hasattr(report, "skip_reason"):
+            self.skipped[report.nodeid] = report.skip_reason
+        elif hasattr(report, "recorded"):
+            self.results[report.nodeid] = Result(**report.recorded)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:  # of xdist: a process has ended
+        files, deselected = getattr(node, "workeroutput", {}).get("collected", ((), ()))
+        self.recorder.files.update(files)
+        self.recorder.deselected.update(deselected)
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if not self.comparing or self.stored is None:
+        if not (self.comparing or self.storing):
             return
-        self.failures = regressions(self.stored, self.now, self.config.getoption("ratio_tolerance"))
-        cut_short = session.shouldstop or session.shouldfail or exitstatus == pytest.ExitCode.INTERRUPTED
-        if not cut_short:
-            self.failures += [
-                f"{name} went missing: it is in the stored run and gave no figures in this one"
-                for name in self.stored
-                if name not in self.now and self._was_asked_for(name)
-            ]
-        if not self.now and not self.failures:
-            self.failures = ["no benchmark ran, so that nothing was compared"]
-        if self.failures and session.exitstatus == pytest.ExitCode.OK:
+        now = {name: self.results[name].memory for name in self.results.keys() - self.ungated - self.failed}
+        if self.storing:
+            self._store(session, now)
+        else:
+            cut_short = session.shouldstop or session.shouldfail or exitstatus == pytest.ExitCode.INTERRUPTED
+            self._judge(session, now, {} if cut_short else self._missing())
+        if self.failures and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _judge(self, session: pytest.Session, now: memory.Figures, missing: dict[str, str]) -> None:
+        rows = memory.compare(self.baseline or {}, now, missing)
+        failed = [row.says for row in verdicts.failures(rows)]
+        if self.baseline is None:
+            self.failures = [f"there is no memory baseline of {self.key} in {self.shown}"]
+        elif failed:
+            self.failures = failed
+        elif not now:
+            self.failures = ["no benchmark ran, so that no memory was compared"]
+        else:
+            same = len(now.keys() & self.baseline.keys())
+            total = len(self.baseline)
+            self.passed = [f"{same} of the {total} benchmarks in {self.shown} compared: the same to the byte"]
+        if self.baseline is None or failed:
+            self.remedy = [
+                f"To store the new figures: {memory.store_command()}",
+                "and say in the commit's message why they moved.",
+            ]
+        if self.verdict_path:
+            machine = {"backend": self.key.backend, "torch": self.key.torch, "threads": memory.THREADS}
+            passed = not self.failures and session.exitstatus == pytest.ExitCode.OK
+            write = partial(verdicts.write_verdict, self.verdict_path, "memory", rows, passed=passed)
+            self._write(session, partial(write, base=self.shown, head="this run", machine=machine))
+
+    def _store(self, session: pytest.Session, now: memory.Figures) -> None:
+        skipped = sorted(self.skipped.keys() - self.ungated)
+        if session.exitstatus != pytest.ExitCode.OK or not now:
+            self.failures = [f"{self.shown} is not stored: only a run whose benchmarks all pass is"]
+        elif skipped:
+            self.failures = [f"{self.shown} is not stored: {name} was skipped" for name in skipped]
+        elif self._write(session, partial(memory.write_baseline, self.path, self.key, now)):
+            self.passed = [
+                f"The figures of {len(now)} benchmarks are stored in {self.shown}",
+                "If any moved, say why in the commit's message",
+            ]
+
+    def _write(self, session: pytest.Session, write: Callable[[], None]) -> bool:
+        """Write a file, or end with one line on stderr and the exit code of bad input."""
+        try:
+            write()
+        except OSError as reason:
+            print(one_line(str(reason)), file=sys.stderr)
+            self.failures.append(str(reason))
+            session.exitstatus = USAGE
+            return False
+        return True
+
+    def _missing(self) -> dict[str, str]:
+        """Return the benchmarks of the baseline that gave no figures though they were asked for, and why."""
+        ran = (self.results.keys() - self.ungated) | self.failed
+        asked = [name for name in self.baseline or () if name not in ran and self._was_asked_for(name)]
+        return {name: self.skipped.get(name, "") for name in asked}
 
     def _was_asked_for(self, name: str) -> bool:
         """Whether the command line selects the benchmark, were it there."""
-        if name in self.deselected or self.config.getoption("lf"):  # --lf drops tests without saying which
+        if name in self.recorder.deselected or self.config.getoption("lf", False):  # --lf skips files silently
             return False
         file = name.partition("::")[0]
-        if file not in self.files and (self.config.rootpath / file).exists():  # left out, as by --ignore
+        if file not in self.recorder.files and (self.config.rootpath / file).exists():  # left out, as by --ignore
             return False
         directories = self.config.invocation_params.dir, self.config.rootpath
         return any(covers(argument, name, *directories) for argument in self.config.args)
 
-    @pytest.hookimpl(trylast=True)  # below pytest-benchmark's own table
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if not self.now and not self.failures:
-            return
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> Generator[None, None, None]:
+        try:
+            yield  # pytest-benchmark shows its own table, and raises where latency fails --benchmark-compare-fail
+        finally:
+            self._show(terminalreporter)
+
+    def _show(self, terminalreporter: Any) -> None:
         write = terminalreporter.write_line
-        terminalreporter.section("latency, as a ratio to float32 in the same run, and memory in MiB")
-        for line in table(self.now, self.stored) if self.now else ():
-            write(line)
-        if not self.comparing or self.stored is None:
-            return
-        write("")
-        if self.differences:
-            write(f"The stored run is of another machine: {'; '.join(self.differences)}", yellow=True)
+        if self.results and not self.config.getoption("benchmark_quiet"):
+            terminalreporter.section("latency, as a ratio to float32 in the same run, and memory in MiB")
+            for line in table(self.results, self.baseline, self.runs):
+                write(line)
+        if self.failures or self.passed:
+            terminalreporter.section("the memory gate")
         for line in self.failures:
             write(f"FAILED {line}", red=True)
-        if stale := improvements(self.stored, self.now):
-            for line in stale:
-                write(line)
-            write(f"The stored run is stale. To store a new one: {STORE}", yellow=True)
-        if not self.failures:
-            compared = len(self.now.keys() & self.stored.keys())
-            write(f"{compared} of the {len(self.stored)} stored benchmarks compared: no memory grew", green=True)
+        for line in self.remedy:
+            write(line, yellow=True)
+        for line in self.passed:
+            write(line, green=True)
 
 
 def covers(argument: str, name: str, invoked_in: Path, root: Path) -> bool:
@@ -120,38 +255,42 @@ def covers(argument: str, name: str, invoked_in: Path, root: Path) -> bool:
     return asked == "." or (name.startswith(asked) and name[len(asked) :][:1] in ("", "/", ":", "["))
 
 
+def stop(reason: str) -> NoReturn:
+    """End the run with one line, and the exit code of bad input."""
+    pytest.exit(one_line(reason, taken=len("Exit: ")), returncode=USAGE)
+
+
+def _skip_reason(report: pytest.TestReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return f"xfail {report.wasxfail}".strip()
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix("Skipped: ")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.getgroup("benchmark").addoption(
-        "--ratio-tolerance",
-        type=_factor,
-        metavar="F",
-        help="With --benchmark-compare: fail when a benchmark's ratio to float32 grew by more than the factor F. "
-        "Default: latency does not fail.",
+    group = parser.getgroup("memory gate", "the memory gate of this repository's benchmarks (docs/memory-gate.md)")
+    group.addoption(
+        "--store-memory",
+        action="store_true",
+        help="Store each benchmark's bytes as the baseline of this kernel and version of torch in benchmarks/memory "
+        "once all have passed. --benchmark-compare fails where a later run has a byte more or less.",
+    )
+    group.addoption(
+        "--memory-json", type=Path, metavar="PATH", help="With --benchmark-compare: write the gate's verdict as JSON."
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("benchmark_compare"):
-        _check_storage(Path(config.getoption("benchmark_storage").removeprefix("file://")))
-    elif config.getoption("ratio_tolerance") is not None:
-        raise pytest.UsageError("--ratio-tolerance needs --benchmark-compare")
-    config.pluginmanager.register(Gate(config), "benchmark-gate")
-
-
-def _check_storage(storage: Path) -> None:
-    """Raise for a run that cannot be read: pytest-benchmark would pass over it and take the one before."""
-    for file in sorted(storage.rglob("*.json")):
-        try:
-            read_run(json.loads(file.read_text(encoding="utf8")))
-        except ValueError as reason:
-            raise pytest.UsageError(f"{file} is not a stored run: {reason}; store a new one: {STORE}") from reason
-
-
-def _factor(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 1")
-    return value
+    config.addinivalue_line("markers", "ungated: not in the memory baseline, because it does not run everywhere.")
+    recorder = Recorder()
+    config.pluginmanager.register(recorder, "benchmark-recorder")
+    if hasattr(config, "workerinput"):  # a process of xdist's: its reports go to the one that judges
+        return
+    gate = Gate(config, recorder)
+    if gate.verdict_path and not gate.comparing:
+        stop("--memory-json needs --benchmark-compare: there is no verdict without a baseline")
+    if config.getoption("collectonly"):  # nothing runs, and nothing is judged
+        return
+    if gate.comparing or gate.storing:
+        gate.read()
+    config.pluginmanager.register(gate, "benchmark-gate")

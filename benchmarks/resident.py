@@ -1,0 +1,490 @@
+"""Resident memory: what a process holds while a variant is loaded, runs and trains, in pages.
+
+``lowmem.measure`` counts storages of tensors, to the byte. It sees no array of numpy, no plain attribute, and nothing
+that C takes with ``malloc``. The kernel's high-water mark of a process (``VmHWM``) sees them all:
+
+    python -m benchmarks.resident            fails where a figure is further from the baseline than its tolerance
+    python -m benchmarks.resident --store    stores the baseline, with the tolerance that repeated runs give
+
+Each variant has a fresh process. It warms what is not measured first: libraries (imports, threads, torch's products)
+with the real shapes, in plain torch; lowmem's own code with a small model. What lowmem keeps or takes for the real
+shapes is therefore in the figures, be it in Python or in C. Noise is removed where it arises: one arena, freed pages
+returned at once, no huge pages, fixed hashes and threads, two processors, no garbage collection within a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+import lowmem
+from benchmarks import memory, verdicts
+from benchmarks.memory import THREADS, Key
+from benchmarks.verdicts import Row
+from lowmem import kernels
+from lowmem.files import check_writable, write_atomically
+from lowmem.messages import describe, one_line, reason
+
+ROOT = Path(__file__).parents[1]
+RUNS = 3  # fresh processes of a variant, whose median counts; and so many more before one fails
+STORE_RUNS = 5  # of a variant, from which the tolerance is derived
+# MiB by which Linux before 6.16 may show a process too small: two processors hold back up to 32 pages each.
+COUNTER_LAG = 0.25
+LIMIT = 0.75  # MiB: with a larger tolerance a megabyte might pass
+BATCHES = {"forward": 1, "step": 16}  # activations of one input are small: a megabyte taken beside them shows
+CLASSES = 10
+FIGURES = [f"{phase}_{what}" for phase in ("load", "forward", "step") for what in ("peak", "kept")]
+
+Figures = Mapping[str, Mapping[str, float]]  # MiB, by variant, then by name of the figure
+
+
+class Small(nn.Module):
+    """A model of the layers that BigNet has, to warm lowmem's code without its shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.norm(x + self.first(x).relu()))
+
+
+# The process that measures
+
+
+def measure(path: Path, factory: Callable[[], nn.Module], width: int = 1024) -> dict[str, float]:
+    """Measure a saved model in this process, which ``warm`` has prepared: MiB of each of ``FIGURES``.
+
+    The peak is what was resident at most beyond what was before, and kept what still is afterwards.
+
+    Args:
+        path: of the file.
+        factory: makes the model that ``lowmem.load`` loads it into.
+        width: of the model's inputs and outputs.
+    """
+    figures: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(0)
+    x = {phase: torch.randn(batch, width, generator=generator) for phase, batch in BATCHES.items()}
+
+    def load() -> nn.Module:
+        model = lowmem.load(path, factory)
+        _touch(model)
+        return model
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(x["forward"])
+
+    model = _record(figures, "load", load)
+    _record(figures, "forward", forward)
+    step = _step(model, x["step"], width)
+    _record(figures, "step", step)
+    return figures
+
+
+def warm(folder: Path, convert: Callable[[Callable[[], nn.Module]], nn.Module], width: int = 1024) -> None:
+    """Let this process import and allocate once what is not the measured model's.
+
+    Args:
+        folder: for a small file.
+        convert: makes a variant of a factory's model.
+        width: of the measured model's inputs.
+    """
+    dense = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, width))
+    for batch in BATCHES.values():
+        _run_once(dense, batch, width)
+    lowmem.save(convert(Small), folder / "small")
+    small = lowmem.load(folder / "small", Small)
+    _touch(small)
+    for batch in BATCHES.values():
+        _run_once(small, batch, 64)
+    _record({}, "nothing", lambda: None)
+
+
+def _run_once(model: nn.Module, batch: int, width: int) -> None:
+    x = torch.ones(batch, width)
+    with torch.no_grad():
+        model(x)
+    _step(model, x, width)()
+
+
+def _step(model: nn.Module, x: torch.Tensor, width: int) -> Callable[[], None]:
+    """Return a training step of the model under a classifier, so that every variant has something to train."""
+    trained = nn.Sequential(model, nn.Linear(width, CLASSES))
+    labels = torch.zeros(len(x), dtype=torch.long)
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(trained(x), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _touch(model: nn.Module) -> None:
+    """Read a byte of each page: a loaded file is mapped, and only what was read is resident."""
+    for tensor in {*model.parameters(), *model.buffers()}:
+        torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())[:: os.sysconf("SC_PAGE_SIZE")].sum()
+
+
+def _record(figures: dict[str, float], phase: str, run: Callable[[], Any]) -> Any:
+    gc.collect()
+    gc.disable()  # so that it does not depend on when it collects
+    try:
+        reset_high_water()
+        before = _status("VmRSS")
+        result = run()
+        peak = _status("VmHWM")
+    finally:
+        gc.enable()
+    gc.collect()
+    figures[f"{phase}_peak"] = _mib(peak - before)
+    figures[f"{phase}_kept"] = _mib(_status("VmRSS") - before)
+    return result
+
+
+def reset_high_water() -> None:
+    """Let VmHWM start again from what is resident now (``man 5 proc_pid_clear_refs``)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def _mib(count: int) -> float:
+    return round(count / 2**20, 3)
+
+
+def steady() -> None:
+    """Make what is resident in this process as much the same in every run as can be."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # each holds back some of what it counts
+    no_huge_pages = 41  # PR_SET_THP_DISABLE
+    ctypes.CDLL(None).prctl(no_huge_pages, 1, 0, 0, 0)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a process that measures."""
+    return {
+        **os.environ,
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # what is larger has pages of its own, which are returned when it is freed
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_TOP_PAD_": "0",
+        "OMP_NUM_THREADS": str(THREADS),
+        "PYTHONHASHSEED": "0",
+    }
+
+
+def _measure_variant(variant: str, folder: Path) -> int:
+    """Measure in this process, and print the figures as JSON; or say in one line why that failed."""
+    try:
+        steady()
+        warm(folder, lambda factory: lowmem.build(variant, factory))
+        figures = measure(folder / variant, lowmem.BigNet)
+    except Exception as error:  # noqa: BLE001  whatever a model raises
+        print(describe(error), file=sys.stderr)
+        return 2
+    print(json.dumps(figures))
+    return 0
+
+
+# The process that compares
+
+
+class MeasurementError(RuntimeError):
+    """A variant could not be measured; the message says which, and why."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What was stored: the figures, and how far off one may be.
+
+    Attributes:
+        figures: MiB, the medians of ``runs``.
+        runs: of each variant.
+        spread: MiB by which the run that was furthest off differed from its median.
+        tolerance: MiB that a later figure may differ.
+    """
+
+    figures: Figures
+    runs: int
+    spread: float
+    tolerance: float
+
+
+def unsupported() -> str | None:
+    """Say why nothing can be measured on this system, or return None."""
+    try:
+        reset_high_water()
+        _status("VmHWM")
+    except OSError as error:
+        return f"this system has no high-water mark of a process that can be reset ({error.strerror or error})"
+    return None
+
+
+def measure_variants(variants: Iterable[str], runs: int, folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Measure each variant in so many fresh processes.
+
+    Raises:
+        MeasurementError: a process failed.
+    """
+    measured: dict[str, list[dict[str, float]]] = {}
+    for variant in variants:
+        try:
+            lowmem.save(lowmem.build(variant), folder / variant)
+        except Exception as error:
+            raise MeasurementError(f"{variant}: {describe(error)}") from error
+        measured[variant] = [_in_process(variant, folder) for _ in range(runs)]
+        (folder / variant).unlink()
+    return measured
+
+
+def _in_process(variant: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.resident", "--measure", variant, str(folder)]
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    try:
+        figures = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
+    except (IndexError, ValueError):
+        figures = {}
+    if sorted(figures) != sorted(FIGURES):
+        said = run.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise MeasurementError(f"{variant}: its process ended with exit code {run.returncode}: {said[0]}")
+    return figures
+
+
+def medians(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return each figure's median over the runs."""
+    return {
+        variant: {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
+        for variant, runs in measured.items()
+    }
+
+
+def derive(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Baseline:
+    """Derive the tolerance from repeated runs: twice the largest distance to a median, and the lag of the counters.
+
+    Raises:
+        MeasurementError: it would let a megabyte pass.
+    """
+    figures = medians(measured)
+    spread = max(
+        abs(run[name] - figures[variant][name]) for variant, runs in measured.items() for run in runs for name in run
+    )
+    tolerance = math.ceil(round(200 * spread + 100 * COUNTER_LAG, 3)) / 100  # in hundredths
+    if tolerance > LIMIT:
+        raise MeasurementError(
+            f"runs differ by {spread:.2f} MiB from their median, so that a megabyte might pass; "
+            "store again when the machine has memory to spare"
+        )
+    return Baseline(figures, min(map(len, measured.values())), round(spread, 3), tolerance)
+
+
+def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[Row]:
+    """Compare this run with the baseline, in both directions.
+
+    Args:
+        baseline: what was stored.
+        now: the medians of this run.
+        variants: those that were asked for.
+    """
+    rows = []
+    for variant in variants:
+        before, after = baseline.figures.get(variant), now.get(variant)
+        if before is None:
+            rows.append(Row(variant, "", None, None, "new", f"{variant} is new: the baseline has no figures of it"))
+        elif after is None:
+            rows.append(Row(variant, "", None, None, "missing", f"{variant} is missing: it is in the baseline"))
+        else:
+            rows += [
+                _compare_figure(variant, name, before[name], after[name], baseline.tolerance) for name in FIGURES
+            ]
+    return rows
+
+
+def _compare_figure(variant: str, name: str, before: float, after: float, tolerance: float) -> Row:
+    moved = after - before
+    verdict = "same" if abs(moved) <= tolerance else "grew" if moved > 0 else "shrank"
+    says = f"{variant}: {name} is {after:.2f} MiB, {moved:+.2f} from {before:.2f} (tolerance {tolerance:.2f})"
+    return Row(variant, name, before, after, verdict, says)
+
+
+def baseline_path(key: Key) -> Path:
+    """Return where the baseline of a key lies, beside the one of exact bytes."""
+    return key.path(ROOT).with_name(f"resident-{key}.json")
+
+
+def read_baseline(path: Path, key: Key) -> Baseline:
+    """Read a baseline.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+        ValueError: it is damaged, or of another key or thread count; the message is one line.
+    """
+    document = memory.read_document(path, key)
+    figures, tolerance = document["figures"], document.get("tolerance_mib")
+    for variant, values in figures.items():
+        if not isinstance(values, dict) or sorted(values) != sorted(FIGURES):
+            raise ValueError(f"it is damaged ({variant}: the figures {', '.join(FIGURES)} were expected)")
+        for name, value in values.items():
+            _check_number(f"{variant}: {name}", value)
+    _check_number("tolerance_mib", tolerance)
+    if not 0 < tolerance <= LIMIT:
+        raise ValueError(f"it is damaged (tolerance_mib={tolerance} must be above 0 and at most {LIMIT})")
+    return Baseline(figures, document.get("runs"), document.get("spread_mib"), tolerance)
+
+
+def _check_number(name: str, value: object) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        raise ValueError(f"it is damaged ({name}={value!r} must be a number of MiB)")
+
+
+def write_baseline(path: Path, key: Key, baseline: Baseline) -> None:
+    """Write a baseline, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before is whole.
+    """
+    document = {
+        "backend": key.backend,
+        "torch": key.torch,
+        "threads": THREADS,
+        "runs": baseline.runs,
+        "spread_mib": baseline.spread,
+        "tolerance_mib": baseline.tolerance,
+        "figures": baseline.figures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def store_command() -> str:
+    """Return the command that stores this run's figures, for the kernel that was chosen if one was."""
+    chosen = os.environ.get(kernels.VARIABLE)
+    return f"{kernels.VARIABLE}={chosen} " * bool(chosen) + "python -m benchmarks.resident --store"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, one_line(f"resident: {message}") + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare or store: exit code 0 done, 1 a figure moved, 2 bad input or a variant that fails."""
+    parser = _Parser(prog="python -m benchmarks.resident", description="The gate of resident memory.")
+    parser.add_argument("--store", action="store_true", help="store the baseline of this kernel and version of torch")
+    parser.add_argument("--variant", action="append", choices=list(lowmem.VARIANTS), help="compare this one alone")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the verdict as JSON")
+    parser.add_argument("--measure", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.measure:
+        return _measure_variant(options.measure[0], Path(options.measure[1]))
+    try:
+        return _store(options) if options.store else _gate(options)
+    except (MeasurementError, OSError, ValueError) as error:
+        said = str(error) if isinstance(error, MeasurementError) else reason(error)
+        print(one_line(f"resident: {said}"), file=sys.stderr)
+        return 2
+
+
+def _store(options: argparse.Namespace) -> int:
+    if options.variant or options.json:
+        raise ValueError("--store measures every variant, and gives no verdict: leave --variant and --json out")
+    if why := unsupported():
+        raise ValueError(f"nothing to store: {why}")
+    key = memory.current_key()
+    path = baseline_path(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
+    with tempfile.TemporaryDirectory() as folder:
+        baseline = derive(measure_variants(lowmem.VARIANTS, STORE_RUNS, Path(folder)))
+    write_baseline(path, key, baseline)
+    print(
+        f"Stored in {path.relative_to(ROOT)}: {baseline.runs} runs differ by at most {baseline.spread:.2f} MiB from "
+        f"their median, the tolerance is {baseline.tolerance:.2f} MiB. Say in the commit's message why figures moved."
+    )
+    return 0
+
+
+def _gate(options: argparse.Namespace) -> int:
+    if options.json:
+        check_writable(options.json)
+    key = memory.current_key()
+    path = baseline_path(key)
+    shown = path.relative_to(ROOT).as_posix()
+    if why := unsupported():
+        rows = [Row("resident", "", None, None, "skipped", f"skipped: {why}")]
+        print(rows[0].says)
+        return _finish(options, key, shown, rows, passed=True)
+    try:
+        baseline = read_baseline(path, key)
+    except FileNotFoundError:
+        print(f"FAILED there is no baseline of {key} in {shown}")
+        print(f"To store one: {store_command()}")
+        rows = [Row("resident", "", None, None, "missing", f"there is no baseline of {key} in {shown}")]
+        return _finish(options, key, shown, rows, passed=False)
+    except ValueError as error:
+        raise ValueError(f"{shown} is no baseline of this run: {error}; store one: {store_command()}") from error
+    asked = options.variant or sorted({*lowmem.VARIANTS, *baseline.figures}, key=str)
+    with tempfile.TemporaryDirectory() as folder:
+        known = [variant for variant in asked if variant in lowmem.VARIANTS and variant in baseline.figures]
+        measured = measure_variants(known, RUNS, Path(folder))
+        rows = compare(baseline, medians(measured), asked)
+        again = {row.name for row in verdicts.failures(rows)} & measured.keys()
+        for variant, runs in measure_variants(sorted(again), RUNS, Path(folder)).items():
+            measured[variant] += runs
+        rows = compare(baseline, medians(measured), asked)
+    failed = verdicts.failures(rows)
+    for line in table(medians(measured)):
+        print(line)
+    for row in failed:
+        print(f"FAILED {row.says}")
+    if failed:
+        print(f"To store the new figures: {store_command()}\nand say in the commit's message why they moved.")
+    else:
+        print(f"{len(rows)} figures are those of {shown}, within {baseline.tolerance:.2f} MiB")
+    return _finish(options, key, shown, rows, passed=not failed)
+
+
+def _finish(options: argparse.Namespace, key: Key, shown: str, rows: list[Row], *, passed: bool) -> int:
+    if options.json:
+        machine = {"backend": key.backend, "torch": key.torch, "threads": THREADS}
+        verdicts.write_verdict(
+            options.json, "resident", rows, passed=passed, base=shown, head="this run", machine=machine
+        )
+    return 0 if passed else 1
+
+
+def table(figures: Figures) -> list[str]:
+    """Lay out the figures, in MiB."""
+    width = max(map(len, ["resident, MiB", *figures]))
+    lines = ["  ".join(["resident, MiB".ljust(width), *(name.rjust(12) for name in FIGURES)])]
+    for variant, values in figures.items():
+        lines.append("  ".join([variant.ljust(width), *(f"{values[name]:12.2f}" for name in FIGURES)]))
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
