@@ -6,7 +6,9 @@ running anything; what a tooltip would say is in the table below each.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -44,8 +46,6 @@ _KIND_COLOURS = dict(zip(KINDS, ("grey", "blue", "green", "olive", "purple", "or
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 _ROW = 26  # pixels of a row of bars
 _CHARACTER = 6.8  # pixels of a character of 11 pixels in a wide font
-
-_SVG = Callable[[bool], alt.TopLevelMixin]
 
 
 class Drawing(NamedTuple):
@@ -205,7 +205,7 @@ def _room_for_text(rows: Sequence[dict[str, Any]], width: int) -> Any:
 
 
 def _few_ticks(few: bool) -> Any:
-    return alt.Axis(tickCount=3 if few else 6, format="~g")
+    return alt.Axis(tickCount=3 if few else 6, format=",~r")
 
 
 def _texts(rows: Sequence[dict[str, Any]], names: Sequence[str], *, shown: bool = True) -> Any:
@@ -226,7 +226,7 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
     width = 250 if narrow else min(420, 800 // len(panels) - 18)
     charts = []
     for panel in panels:
-        rows = [t._asdict() if hasattr(t, "_asdict") else t.__dict__ for t in timings if t.panel == panel]
+        rows = [asdict(timing) for timing in timings if timing.panel == panel]
         base = alt.Chart(_data(rows)).encode(
             x=alt.X(
                 "batch:Q",
@@ -307,7 +307,7 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
         ]
         base = alt.Chart(_data(rows)).encode(x=x, y=y, color=_by_name(formats, narrow))
         theory = alt.Chart(_data(theory_rows)).encode(x=x, y=y)
-        label = alt.Chart(_data([{"bits": first, "error": lowest, "text": ["no storage can", "be below 2^-bits"]}]))
+        label = alt.Chart(_data([{"bits": first, "error": lowest, "text": ["least possible error:", "2 to the power -bits"]}]))
         layers = [
             theory.mark_area(color="var(--grey)", opacity=0.16).encode(y2="lowest:Q"),
             theory.mark_line(color=INK, strokeDash=[5, 3], strokeWidth=1.4),
@@ -363,7 +363,7 @@ def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) 
         for variant, error in group.errors.items()
         if error and variant in variants
     ]
-    expression = f"{labels!r}[datum.label]"
+    expression = f"{json.dumps(labels)}[datum.label]"
     axis = _name_axis(labels.values(), grid=True, labels=expression)
     domain = ["dense", *variants]
     colours = ["var(--grey)", *series(len(variants))]
@@ -427,7 +427,7 @@ def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
     ends = [end for row in data for end in (row["ratio"], row["low"], row["high"])]
     colours = {"slower": "bad", "grew": "bad", "missing": "bad", "faster": "good", "shrank": "good"}
     verdicts = list(dict.fromkeys(row.verdict for row in drawn))
-    axis = _name_axis(labels.values(), labels=f"{labels!r}[datum.label]")
+    axis = _name_axis(labels.values(), labels=f"{json.dumps(labels)}[datum.label]")
     x = alt.X(
         "ratio:Q",
         title="head / base, logarithmic",
