@@ -31,6 +31,7 @@ LAYERS = [
     {"variants", "merge", "calibrate", "shells", "summary", "stream"},
     {"adapters", "checkpoint"},
     {"adapter_files"},
+    {"testing"},
     {"tools"},
 ]
 TORCH_ONLY = {"bignet", "measure"}
@@ -55,7 +56,8 @@ def imports_of(path: str) -> set[str]:
 
 
 def layer_of(name: str) -> int:
-    name = "tools" if name.startswith("tools") else name
+    folder = name.partition(".")[0]
+    name = folder if folder in ("testing", "tools") else name
     return next(number for number, layer in enumerate(LAYERS) if name in layer)
 
 
@@ -63,8 +65,8 @@ def layer_of(name: str) -> int:
 def test_imports_point_one_way(path):
     name = module_name(path)
     for other in imports_of(path):
-        inside_tools = name.startswith("tools.") and other.startswith("tools")
-        assert layer_of(other) < layer_of(name) or inside_tools, f"{name} imports {other}"
+        inside_a_folder = any(name.startswith(f"{at}.") and other.startswith(at) for at in ("testing", "tools"))
+        assert layer_of(other) < layer_of(name) or inside_a_folder, f"{name} imports {other}"
     if name in TORCH_ONLY:
         assert not imports_of(path)
 

@@ -1,0 +1,1 @@
+"""What tests use to hold a model's memory and latency: needs the extra ``lowmem[testing]``."""
