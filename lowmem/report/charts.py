@@ -1,12 +1,13 @@
 """The charts: what Altair draws of the figures, for a desk and for a phone, in the names of the theme's colours.
 
-They are SVG that stands still: it needs no script, so that the page is shown wherever HTML is, printed, and read without
-running anything; what a tooltip would say is in the table below each.
+They are SVG without a script: the page is the same wherever HTML is shown or printed, and nothing in it runs. What a
+tooltip would say is in the table below each chart.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from io import StringIO
@@ -30,6 +31,7 @@ __all__ = [
     "group_chart",
     "loss_chart",
     "memory_chart",
+    "percent",
     "ratio_chart",
     "readable_bytes",
     "speed_chart",
@@ -109,6 +111,12 @@ def readable_bytes(count: float) -> str:
     """Return bytes in the largest unit of which there is one: ``9.43 MiB``."""
     size, unit = _unit(count)
     return f"{count:,.0f} bytes" if size == 1 else f"{count / size:.2f} {unit}"
+
+
+def percent(value: float) -> str:
+    """Return a share with two digits: ``3.7%``."""
+    digits = max(0, 1 - math.floor(math.log10(value * 100))) if value > 0 else 1
+    return f"{value:.{min(digits, 6)}%}"
 
 
 def _unit(count: float) -> tuple[int, str]:
@@ -280,7 +288,7 @@ def _legend(narrow: bool) -> Any:
 
 
 def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
-    """Draw the error of normal weights against bits a weight, above the least that theory allows: a panel for scales."""
+    """Draw the error of normal weights against bits a weight, and the least possible: a panel for each encoding of scales."""
     formats = list(dict.fromkeys(point.format for point in points))
     first, last = 4.0, max(point.bits_per_weight for point in points)
     lowest = least_error(last) * 0.95
@@ -307,7 +315,9 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
         ]
         base = alt.Chart(_data(rows)).encode(x=x, y=y, color=_by_name(formats, narrow))
         theory = alt.Chart(_data(theory_rows)).encode(x=x, y=y)
-        label = alt.Chart(_data([{"bits": first, "error": lowest, "text": ["least possible error:", "2 to the power -bits"]}]))
+        label = alt.Chart(
+            _data([{"bits": first, "error": lowest, "text": ["least possible error:", "2 to the power -bits"]}])
+        )
         layers = [
             theory.mark_area(color="var(--grey)", opacity=0.16).encode(y2="lowest:Q"),
             theory.mark_line(color=INK, strokeDash=[5, 3], strokeWidth=1.4),
@@ -325,11 +335,7 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
 
 def loss_chart(errors: dict[str, float], narrow: bool) -> Any:
     """Draw the error of each variant's output, relative to the dense model's, as dots on a logarithmic axis."""
-    rows = [
-        {"name": name, "error": error, "text": f"{error:.2%}" if error >= 1e-3 else f"{error:.1e}"}
-        for name, error in errors.items()
-        if error > 0
-    ]
+    rows = [{"name": name, "error": error, "text": percent(error)} for name, error in errors.items() if error > 0]
     names = list(errors)
     x = alt.X(
         "error:Q",

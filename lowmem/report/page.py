@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +80,7 @@ class Figure:
         """Return the chart as an image that is called by its caption."""
         text: str = getattr(self.drawing, width)
         label = escape(self.caption)
-        return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # noqa: S704  Vega escapes
+        return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # Vega escapes names
 
 
 @dataclass(frozen=True)
@@ -142,16 +141,14 @@ def _tiles(report: Report) -> list[Tile]:
         batch = min(t.batch for t in timed)
         fastest = max((t for t in timed if t.batch == batch), key=lambda t: t.speed)
         dtype = "" if len({t.panel for t in timed}) == 1 else f", {fastest.panel}"
-        tiles.append(
-            Tile("Fastest", f"{fastest.speed:.1f} times as fast", f"{fastest.name} at batch {batch}{dtype}")
-        )
+        tiles.append(Tile("Fastest", f"{fastest.speed:.1f} × dense", f"{fastest.name} at batch {batch}{dtype}"))
     lossy = {name: error for name, error in report.losses.items() if error > 0}
     if lossy:
         closest, farthest = min(lossy, key=lossy.__getitem__), max(lossy, key=lossy.__getitem__)
         tiles.append(
             Tile(
                 "Error of the output",
-                f"{_percent(lossy[closest])} to {_percent(lossy[farthest])}",
+                f"{charts.percent(lossy[closest])} to {charts.percent(lossy[farthest])}",
                 f"{closest} loses least, {farthest} most",
             )
         )
@@ -187,12 +184,14 @@ def _memory(report: Report) -> Section:
 
 def _layers(report: Report) -> Section:
     names = [f.name for f in report.footprints[1:]]
-    storing = [name for name in names if not any(f.name == name and f.kinds["LoRA adapters"] for f in report.footprints)]
+    storing = [
+        name for name in names if not any(f.name == name and f.kinds["LoRA adapters"] for f in report.footprints)
+    ]
     rows = []
     for group in report.groups:
         shape = " x ".join(map(str, group.shape))
         sizes = [f"{group.bytes[name]:,}" for name in names]
-        errors = ["" if (error := group.errors[name]) is None else _percent(error) for name in storing]
+        errors = ["" if (error := group.errors[name]) is None else charts.percent(error) for name in storing]
         rows.append(
             [
                 group.name,
@@ -218,10 +217,14 @@ def _layers(report: Report) -> Section:
     left_out = len(report.groups) - charts.MOST_GROUPS
     figure = Figure(
         draw(lambda narrow: charts.group_chart(report.groups, storing, narrow)),
-        "Layers whose paths differ by an index alone are one row. Left, the bytes of all of them; right, the root mean "
-        "square of what storing their weights loses, relative to the weights. LoRA stores the same base and adds its "
-        "adapters, which the table has."
-        + (f" The {charts.MOST_GROUPS} largest groups are drawn, {left_out} more are in the table." if left_out > 0 else ""),
+        "Layers whose paths differ by an index alone are one row. First the bytes of all of them, then the root mean "
+        "square of what storing their weights loses, relative to the weights. LoRA adds its adapters to the same "
+        "base; the table has them."
+        + (
+            f" The {charts.MOST_GROUPS} largest groups are drawn, {left_out} more are in the table."
+            if left_out > 0
+            else ""
+        ),
         Table("What each group of layers costs and loses", columns, rows, text=(0, 1, 2)),
     )
     return Section("layers", "Layers", figures=[figure])
@@ -243,7 +246,7 @@ def _latency(report: Report) -> Section:
             "dashed line a variant is faster. Both axes are logarithmic."
         )
         if any(t.low is not None for t in drawn):
-            caption += " Bars span the middle half of the pairs that were timed in turns."
+            caption += " Bars are 95% intervals."
         figures.append(
             Figure(
                 draw(_speeds(drawn)),
@@ -275,8 +278,8 @@ def _error(report: Report) -> Section:
         figures.append(
             Figure(
                 draw(lambda narrow: charts.loss_chart(report.losses, narrow)),
-                "The norm of the difference between a variant's output and the dense model's, relative to the norm of the "
-                "latter, for one random input. A fresh adapter changes nothing, so that LoRA loses what its base does.",
+                "The norm of what a variant's output differs by from the dense model's, relative to the norm of that, for "
+                "one random input. A fresh adapter changes nothing, so that LoRA loses what its base does.",
                 Table(
                     "Error of the output",
                     ["Variant", "relative error"],
@@ -301,8 +304,8 @@ def _error(report: Report) -> Section:
             draw(lambda narrow: charts.distortion_chart(report.distortions, narrow)),
             "What each format loses of normally distributed weights, by the way its scales are stored. Along a line "
             "blocks shrink from 128 weights (left) to 16 (right), and scales take more bits. The dashed line is the "
-            "rate-distortion limit of a normal source, D(R) = 2^(-2R): no way to store R bits a weight has a relative "
-            "error below 2^-R.",
+            "rate-distortion limit of a normal source, D(R) = 2^(-2R): nothing that stores R bits a weight has a "
+            "relative error below 2^-R.",
             Table(
                 "Error of normal weights",
                 ["Format, scales", "block", "bits per weight", "error", "least possible", "times the least"],
@@ -332,7 +335,9 @@ def _gate(verdict: Verdict) -> Figure:
         draw(lambda narrow: charts.ratio_chart(with_ratio, narrow)) if with_ratio else None,
         ("Head over base, with its interval: right of the dashed line the head takes more. " if with_ratio else "")
         + (f"Measured on {machine}." if machine else ""),
-        Table(f"All figures of the {verdict.gate} gate", columns, [_gate_cells(row) for row in verdict.rows], text=text),
+        Table(
+            f"All figures of the {verdict.gate} gate", columns, [_gate_cells(row) for row in verdict.rows], text=text
+        ),
         title=f"{verdict.gate.capitalize()} gate",
         passed=verdict.passed,
         texts=[said],
@@ -377,8 +382,3 @@ def _facts(caption: str, facts: Mapping[str, str]) -> Table:
 
 def _times(larger: float, smaller: float) -> str:
     return f"{larger / smaller:.1f} times" if smaller else "infinitely"
-
-
-def _percent(value: float) -> str:
-    digits = max(0, 1 - math.floor(math.log10(value * 100))) if value > 0 else 1
-    return f"{value:.{min(digits, 6)}%}"

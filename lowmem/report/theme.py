@@ -1,8 +1,8 @@
 """The colours of a report, light and dark: the page and its charts name them, as CSS variables.
 
-A chart is drawn once for both: browsers fill the names in, ``coloured`` does for a picture that stands alone. The series
-are after Okabe and Ito's palette, which colour-blind readers can tell apart, darkened or lightened until each has a
-contrast of 3:1 with the page (WCAG 2.2, 1.4.11), and text one of 4.5:1 (1.4.3).
+A chart is drawn once for both: browsers fill the names in, ``coloured`` does for a picture that stands alone. The
+series are after Okabe and Ito's palette, which colour-blind readers can tell apart, darkened or lightened until each
+has a contrast of 3:1 with the page (WCAG 2.2, 1.4.11), and text one of 4.5:1 (1.4.3). Shapes tell series apart, too.
 """
 
 from __future__ import annotations

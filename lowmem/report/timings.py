@@ -6,11 +6,10 @@ A bare time would compare machines; both sides of a ratio are of one run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
-from time import perf_counter
+from time import perf_counter as clock
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from lowmem.files import refusal, show
 from lowmem.report.files import read_json
+from lowmem.testing.ratios import ratio_of_times, seconds_per_call, take_turns
 
 __all__ = ["DENSE", "Timing", "from_benchmarks", "is_peers", "read_run", "time_in_turns"]
 
@@ -29,7 +29,7 @@ _INFERENCE = re.compile(r"test_inference(\w*)\[(\w+)-batch([1-9][0-9]{0,8})\]")
 _PEER = re.compile(r"test_peer\[(\w+)-(\w+)-batch([1-9][0-9]{0,8})\]")
 _KNOWN = re.compile(r"test_(inference\w*|peer)\[")
 
-_LEAST_PAIRS, _MOST_PAIRS = 5, 200
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 60
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Timing:
         name: of the variant, or of the other library.
         batch: inputs at once.
         speed: times as fast as what the panel compares with.
-        low: the first quartile of the pairs that were timed in turns; None for a run of the benchmarks.
-        high: their third quartile.
+        low: the lower end of its 95% interval, where it was timed in turns; None for a run of the benchmarks.
+        high: the upper end.
     """
 
     panel: str
@@ -120,33 +120,28 @@ def _seconds(value: Any, number: int) -> float:
     return float(value)
 
 
-def time_in_turns(name: str, dense: nn.Module, other: nn.Module, x: Tensor, *, seconds: float = 0.3) -> Timing:
-    """Time forwards of two models in turns, first one and then the other first, for about so many seconds.
+def time_in_turns(name: str, dense: nn.Module, other: nn.Module, x: Tensor, *, seconds: float = 0.5) -> Timing:
+    """Time forwards of two models in turns, for about so many seconds.
 
-    The speed is the median over the pairs of dense time / other time, with its quartiles: a load on the machine
-    reaches both calls of a pair, and a median passes over the pairs where it did not.
+    The speed is the Hodges-Lehmann estimate of dense time / other time with its 95% interval
+    (``lowmem.testing.ratios``): what loads the machine meanwhile slows both.
 
     Args:
         name: of the other model.
         dense: what it is compared with; both are in eval mode.
         other: the model.
         x: (batch, ...), which both take.
-        seconds: at least 5 pairs are timed, however long they take.
+        seconds: at least 5 rounds are timed, however long they take.
     """
-    ratios: list[float] = []
+
+    def call(model: nn.Module) -> Callable[[], float]:
+        return lambda: seconds_per_call(lambda: model(x), timer=lambda: clock())
+
+    sides = [call(dense), call(other)]
     with torch.no_grad():
-        for model in (dense, other):  # the first call allocates, and picks kernels
-            model(x)
-        end = perf_counter() + seconds
-        while len(ratios) < _LEAST_PAIRS or (perf_counter() < end and len(ratios) < _MOST_PAIRS):
-            models = (dense, other) if len(ratios) % 2 else (other, dense)
-            took = {model: _time(model, x) for model in models}
-            ratios.append(took[dense] / took[other])
-    low, _, high = quantiles(ratios, n=4)
-    return Timing(DENSE, name, len(x), median(ratios), low, high)
-
-
-def _time(model: nn.Module, x: Tensor) -> float:
-    start = perf_counter()
-    model(x)
-    return max(perf_counter() - start, 1e-9)
+        for side in sides:  # the first call allocates, and picks kernels
+            side()
+        round_seconds = 2 * sum(side() for side in sides)
+        rounds = round(min(max(seconds / max(round_seconds, 1e-9), _LEAST_ROUNDS), _MOST_ROUNDS))
+        ratio = ratio_of_times(*take_turns(sides, rounds))
+    return Timing(DENSE, name, len(x), ratio.value, ratio.low, ratio.high)
