@@ -8,6 +8,8 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from benchmarks.gate import pytest_addoption, pytest_configure  # noqa: F401 - hooks
 
+pytest_plugins = ["benchmarks.report"]
+
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=40, **_COMMON)
 settings.register_profile("ci", max_examples=60, derandomize=True, print_blob=True, **_COMMON)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from io import StringIO
 from typing import Any, NamedTuple
@@ -288,7 +288,7 @@ def _legend(narrow: bool) -> Any:
 
 
 def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
-    """Draw the error of normal weights against bits a weight, and the least possible: a panel for each encoding of scales."""
+    """Draw the error of normal weights against bits a weight, and the least possible."""
     formats = list(dict.fromkeys(point.format for point in points))
     first, last = 4.0, max(point.bits_per_weight for point in points)
     lowest = least_error(last) * 0.95
@@ -333,7 +333,7 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
     return alt.vconcat(*panels) if narrow else alt.hconcat(*panels)
 
 
-def loss_chart(errors: dict[str, float], narrow: bool) -> Any:
+def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:
     """Draw the error of each variant's output, relative to the dense model's, as dots on a logarithmic axis."""
     rows = [{"name": name, "error": error, "text": percent(error)} for name, error in errors.items() if error > 0]
     names = list(errors)
@@ -420,7 +420,7 @@ def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
     drawn = [row for row in rows if row.ratio is not None]
     names = list(dict.fromkeys(row.name for row in drawn))
     labels = {name: _short(name, 24 if narrow else 60) for name in names}
-    data = [
+    data: list[dict[str, Any]] = [
         {
             "name": row.name,
             "ratio": row.ratio,

@@ -141,7 +141,7 @@ def _tiles(report: Report) -> list[Tile]:
         batch = min(t.batch for t in timed)
         fastest = max((t for t in timed if t.batch == batch), key=lambda t: t.speed)
         dtype = "" if len({t.panel for t in timed}) == 1 else f", {fastest.panel}"
-        tiles.append(Tile("Fastest", f"{fastest.speed:.1f} × dense", f"{fastest.name} at batch {batch}{dtype}"))
+        tiles.append(Tile("Fastest", f"{fastest.speed:.1f}x dense", f"{fastest.name} at batch {batch}{dtype}"))
     lossy = {name: error for name, error in report.losses.items() if error > 0}
     if lossy:
         closest, farthest = min(lossy, key=lossy.__getitem__), max(lossy, key=lossy.__getitem__)
@@ -278,8 +278,8 @@ def _error(report: Report) -> Section:
         figures.append(
             Figure(
                 draw(lambda narrow: charts.loss_chart(report.losses, narrow)),
-                "The norm of what a variant's output differs by from the dense model's, relative to the norm of that, for "
-                "one random input. A fresh adapter changes nothing, so that LoRA loses what its base does.",
+                "The norm of the difference between a variant's output and the dense model's, relative to the norm of "
+                "that, for one random input. A fresh adapter changes nothing, so that LoRA loses what its base does.",
                 Table(
                     "Error of the output",
                     ["Variant", "relative error"],

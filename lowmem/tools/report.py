@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     verdicts = read_verdicts(arguments.verdicts)
     own = arguments.model != BIGNET
     if arguments.timed_run is None:
-        timings, timing_machine = None, {}
+        timings, timing_machine = None, dict[str, str]()
         timed = (
             "Measured for this page: forwards of the dense model and of a variant in turns, so that what loads the "
         )
