@@ -32,7 +32,9 @@ class ReportPlugin:
         self.says = ""
 
     def pytest_benchmark_group_stats(self, benchmarks: Any) -> None:
-        self.timings = from_benchmarks(bench for bench in benchmarks if bench["path"] is None)  # a stored one has a path
+        self.timings = from_benchmarks(
+            bench for bench in benchmarks if bench["path"] is None
+        )  # a stored one has a path
 
     @pytest.hookimpl(trylast=True)  # after pytest-benchmark has gathered, and a gate has judged
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

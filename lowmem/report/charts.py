@@ -124,7 +124,7 @@ def _unit(count: float) -> tuple[int, str]:
 
 
 def _data(rows: Iterable[dict[str, Any]]) -> Any:
-    return alt.Data(values=list(rows))
+    return alt.Data(values=list(rows))  # type: ignore[no-untyped-call]
 
 
 def _names(names: Sequence[str], *, shown: bool = True) -> Any:
@@ -135,7 +135,7 @@ def _names(names: Sequence[str], *, shown: bool = True) -> Any:
 
 def _name_axis(names: Iterable[str], *, grid: bool = False, labels: str | None = None) -> Any:
     """Return an axis with room for names in any font: Vega measures them in one that is narrower than some are."""
-    expression = {} if labels is None else {"labelExpr": labels}
+    expression: Any = {} if labels is None else {"labelExpr": labels}
     return alt.Axis(
         title=None,
         labelColor=INK,
@@ -232,7 +232,7 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
     lowest, highest = min(*ends, 0.9) / 1.08, max(*ends, 1.1) * 1.08
     panels = list(dict.fromkeys(timing.panel for timing in timings))
     width = 250 if narrow else min(420, 800 // len(panels) - 18)
-    charts = []
+    charts: list[Any] = []
     for panel in panels:
         rows = [asdict(timing) for timing in timings if timing.panel == panel]
         base = alt.Chart(_data(rows)).encode(
@@ -255,7 +255,7 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
         layers = [
             dense.mark_rule(color=INK, strokeDash=[5, 3], strokeWidth=1.2).encode(y="speed:Q"),
             dense.mark_text(align="left", baseline="top", dy=4, color=INK, fontSize=11).encode(
-                x="batch:Q", y="speed:Q", text="text:N"
+                x=alt.value(4), y="speed:Q", text="text:N"
             ),
             base.mark_line(strokeWidth=1.8),
             base.mark_point(filled=True, size=55, opacity=1).encode(shape=_shapes(names, narrow)),
@@ -335,12 +335,13 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
 
 def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:
     """Draw the error of each variant's output, relative to the dense model's, as dots on a logarithmic axis."""
-    rows = [{"name": name, "error": error, "text": percent(error)} for name, error in errors.items() if error > 0]
+    drawn = {name: error for name, error in errors.items() if 0 < error < math.inf}
+    rows = [{"name": name, "error": error, "text": percent(error)} for name, error in drawn.items()]
     names = list(errors)
     x = alt.X(
         "error:Q",
         title="relative error of the output",
-        scale=alt.Scale(type="log", domain=[min(r["error"] for r in rows) / 1.5, max(r["error"] for r in rows) * 6]),
+        scale=alt.Scale(type="log", domain=[min(drawn.values()) / 1.5, max(drawn.values()) * 6]),
         axis=alt.Axis(values=[10.0**power for power in range(-9, 2)], format="~%"),
     )
     base = alt.Chart(_data(rows)).encode(y=_names(names), x=x)
@@ -353,7 +354,7 @@ def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:
 def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) -> Any:
     """Draw what each group of layers costs, dense and in each variant, and what its weights lose."""
     drawn = sorted(groups, key=lambda group: -group.dense_bytes)[:MOST_GROUPS]
-    labels = {group.name: _short(group.name, 22 if narrow else 44) for group in drawn}
+    labels = {group.name: _short(group.name, 20 if narrow else 44) for group in drawn}
     names = [group.name for group in drawn]
     largest = max(max(group.dense_bytes, *group.bytes.values()) for group in drawn)
     size, unit = _unit(largest)
@@ -369,11 +370,11 @@ def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) 
         for variant, error in group.errors.items()
         if error and variant in variants
     ]
-    expression = f"{json.dumps(labels)}[datum.label]"
+    expression = _looked_up(labels)
     axis = _name_axis(labels.values(), grid=True, labels=expression)
     domain = ["dense", *variants]
     colours = ["var(--grey)", *series(len(variants))]
-    width = 170 if narrow else 330
+    width = 160 if narrow else 330
 
     def panel(rows: list[dict[str, Any]], title: str, x: Any, shown: bool) -> Any:
         y = alt.Y("name:N", sort=names, scale=alt.Scale(domain=names), axis=axis if shown else _unlabelled(grid=True))
@@ -393,21 +394,26 @@ def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) 
             .properties(width=width, height=alt.Step(22), title=title)
         )
 
-    log = alt.Scale(type="log", nice=True)
-    panels = [
-        panel(
-            cost, "Costs", alt.X("value:Q", title=f"{unit}, logarithmic", scale=log, axis=alt.Axis(tickCount=4)), True
-        )
-    ]
+    panels = [panel(cost, "Costs", _decades(cost, f"{unit}, logarithmic", "~g"), True)]
     if loss:
-        x = alt.X(
-            "value:Q",
-            title="relative error of the weights, logarithmic",
-            scale=log,
-            axis=alt.Axis(tickCount=4, format=".0e"),
-        )
+        x = _decades(loss, "relative error of the weights, logarithmic", "~%")
         panels.append(panel(loss, "Loses", x, narrow))
     return alt.vconcat(*panels) if narrow else alt.hconcat(*panels)
+
+
+def _decades(rows: Sequence[dict[str, Any]], title: str, format: str) -> Any:
+    """Return a logarithmic axis from one power of ten to another, with one tick for each."""
+    values = [row["value"] for row in rows]
+    first, last = math.floor(math.log10(min(values) / 1.2)), math.ceil(math.log10(max(values) * 1.2))
+    ticks = [float(f"1e{power}") for power in range(first, last + 1)]
+    scale = alt.Scale(type="log", domain=[ticks[0], ticks[-1]], nice=False)
+    return alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format=format))
+
+
+def _looked_up(labels: Mapping[str, str]) -> str:
+    """Return an expression of Vega that looks labels up; with a mark before each, none is a property of objects."""
+    marked = {f"~{name}": label for name, label in labels.items()}
+    return f"{json.dumps(marked)}['~' + datum.label]"
 
 
 def _short(name: str, limit: int) -> str:
@@ -433,7 +439,7 @@ def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
     ends = [end for row in data for end in (row["ratio"], row["low"], row["high"])]
     colours = {"slower": "bad", "grew": "bad", "missing": "bad", "faster": "good", "shrank": "good"}
     verdicts = list(dict.fromkeys(row.verdict for row in drawn))
-    axis = _name_axis(labels.values(), labels=f"{json.dumps(labels)}[datum.label]")
+    axis = _name_axis(labels.values(), labels=_looked_up(labels))
     x = alt.X(
         "ratio:Q",
         title="head / base, logarithmic",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,7 @@ def _tiles(report: Report) -> list[Tile]:
         fastest = max((t for t in timed if t.batch == batch), key=lambda t: t.speed)
         dtype = "" if len({t.panel for t in timed}) == 1 else f", {fastest.panel}"
         tiles.append(Tile("Fastest", f"{fastest.speed:.1f}x dense", f"{fastest.name} at batch {batch}{dtype}"))
-    lossy = {name: error for name, error in report.losses.items() if error > 0}
+    lossy = {name: error for name, error in report.losses.items() if 0 < error < math.inf}
     if lossy:
         closest, farthest = min(lossy, key=lossy.__getitem__), max(lossy, key=lossy.__getitem__)
         tiles.append(
@@ -189,7 +190,7 @@ def _layers(report: Report) -> Section:
     ]
     rows = []
     for group in report.groups:
-        shape = " x ".join(map(str, group.shape))
+        shape = "\u00a0x\u00a0".join(map(str, group.shape))
         sizes = [f"{group.bytes[name]:,}" for name in names]
         errors = ["" if (error := group.errors[name]) is None else charts.percent(error) for name in storing]
         rows.append(
@@ -274,12 +275,13 @@ def _speed_table(caption: str, timings: Sequence[Timing]) -> Table:
 
 def _error(report: Report) -> Section:
     figures = []
-    if any(report.losses.values()):
+    if report.losses:
+        drawable = any(0 < error < math.inf for error in report.losses.values())
         figures.append(
             Figure(
-                draw(lambda narrow: charts.loss_chart(report.losses, narrow)),
-                "The norm of the difference between a variant's output and the dense model's, relative to the norm of "
-                "that, for one random input. A fresh adapter changes nothing, so that LoRA loses what its base does.",
+                draw(lambda narrow: charts.loss_chart(report.losses, narrow)) if drawable else None,
+                "The norm of the difference between a variant's output and the dense model's, relative to the norm "
+                "of that, for one random input. A fresh adapter changes nothing, so that LoRA loses what its base does.",
                 Table(
                     "Error of the output",
                     ["Variant", "relative error"],
