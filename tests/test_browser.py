@@ -1,4 +1,4 @@
-"""The page in a real browser: Chromium shows every chart, in both themes and at both widths, asks the network for nothing.
+"""The page in a real browser: Chromium shows every chart, in both themes, at both widths, and asks for nothing else.
 
 ``tox -e browser`` says how Chromium is installed.
 """
@@ -11,19 +11,18 @@ import pytest
 
 from tests.pages import HOSTILE, report
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytest.importorskip("altair", reason="the page needs the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the page needs the extra: pip install '.[report]'")
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: tox -e browser")
-if CHROMIUM is None or DRIVER is None:
-    pytest.skip("chromium and chromedriver are not installed: tox -e browser says how", allow_module_level=True)
+pytest.importorskip("selenium", reason="selenium is not installed: tox -e browser")
 
+from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from lowmem.report.page import render
 from lowmem.report.theme import DARK, LIGHT
 
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 WIDTHS = {"phone": 360, "desk": 1280}
 THEMES = {"light": LIGHT, "dark": DARK}
 CHARTS = 7
@@ -31,6 +30,8 @@ CHARTS = 7
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("chromium and chromedriver are not installed: tox -e browser says how")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     profile = tmp_path_factory.mktemp("profile")

@@ -12,6 +12,7 @@ from tests.pages import HOSTILE, report
 pytest.importorskip("altair", reason="the page needs the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the page needs the extra: pip install '.[report]'")
 
+from lowmem.report.charts import Drawing
 from lowmem.report.page import render
 
 
@@ -36,6 +37,13 @@ class Outline(HTMLParser):
 @pytest.fixture(scope="module")
 def html():
     return render(report())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave an empty picture in the place of each chart, which takes long to draw."""
+    empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
+    monkeypatch.setattr("lowmem.report.page.draw", lambda chart: Drawing(empty, empty, {}))
 
 
 def test_the_same_report_gives_the_same_bytes(html):
@@ -109,7 +117,7 @@ def test_text_of_any_origin_is_escaped():
     assert HOSTILE in Outline(html).text
 
 
-def test_what_is_missing_is_said():
+def test_what_is_missing_is_said(undrawn):
     html = render(report(timings=[], timed="No benchmark of inference.", verdicts=[], groups=[]))
     text = Outline(html).text
     assert "No gate's verdict was given" in text
@@ -117,7 +125,7 @@ def test_what_is_missing_is_said():
     assert 'id="layers"' not in html
 
 
-def test_an_output_that_is_not_finite_or_equal_is_a_figure_without_a_chart():
+def test_an_output_that_is_not_finite_or_equal_is_a_figure_without_a_chart(undrawn):
     html = render(report(losses={"small": math.nan, "lora": math.inf}))
     assert ">nan<" in html
     assert ">inf<" in html
@@ -125,7 +133,7 @@ def test_an_output_that_is_not_finite_or_equal_is_a_figure_without_a_chart():
     assert len(Outline(render(report(losses={"small": 0.0, "lora": 0.0}))).all("svg")) == 2 * 6
 
 
-def test_a_gate_without_rows_is_shown():
+def test_a_gate_without_rows_is_shown(undrawn):
     found = report()
     html = render(replace(found, verdicts=[replace(found.verdicts[0], rows=())]))
     assert "0 figures compared, none moved." in Outline(html).text

@@ -280,8 +280,9 @@ def _error(report: Report) -> Section:
         figures.append(
             Figure(
                 draw(lambda narrow: charts.loss_chart(report.losses, narrow)) if drawable else None,
-                "The norm of the difference between a variant's output and the dense model's, relative to the norm "
-                "of that, for one random input. A fresh adapter changes nothing, so that LoRA loses what its base does.",
+                "The norm of the difference between a variant's output and the dense model's, relative to the "
+                "latter's norm, for one random input. A fresh adapter changes nothing, so that LoRA loses what its "
+                "base does.",
                 Table(
                     "Error of the output",
                     ["Variant", "relative error"],
