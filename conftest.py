@@ -8,7 +8,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from benchmarks.gate import pytest_addoption, pytest_configure  # noqa: F401 - hooks
 
-pytest_plugins = ["benchmarks.latency.plugin"]  # --against
+pytest_plugins = ["benchmarks.latency.plugin", "benchmarks.report"]  # --against, --report
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=40, **_COMMON)

@@ -32,6 +32,7 @@ LAYERS = [
     {"adapters", "checkpoint"},
     {"adapter_files"},
     {"testing"},
+    {"report"},
     {"tools"},
 ]
 DOORS = {"__init__.py", "__main__.py", "testing/__init__.py"}  # they re-export, or start what the layers do
@@ -58,7 +59,7 @@ def imports_of(path: str) -> set[str]:
 
 def layer_of(name: str) -> int:
     folder = name.partition(".")[0]
-    name = folder if folder in ("testing", "tools") else name
+    name = folder if folder in ("report", "testing", "tools") else name
     return next(number for number, layer in enumerate(LAYERS) if name in layer)
 
 
@@ -68,7 +69,9 @@ def layer_of(name: str) -> int:
 def test_imports_point_one_way(path):
     name = module_name(path)
     for other in imports_of(path):
-        inside_a_folder = any(name.startswith(f"{at}.") and other.startswith(at) for at in ("testing", "tools"))
+        inside_a_folder = any(
+            name.startswith(f"{at}.") and other.startswith(at) for at in ("report", "testing", "tools")
+        )
         assert layer_of(other) < layer_of(name) or inside_a_folder, f"{name} imports {other}"
     if name in TORCH_ONLY:
         assert not imports_of(path)

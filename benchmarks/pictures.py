@@ -1,0 +1,73 @@
+"""``python -m benchmarks.pictures``: the README's pictures, drawn by the code of ``lowmem report``, light and dark.
+
+Each SVG holds its specification and figures as metadata: a test compares them with what the code draws now. How
+text is laid out depends on the fonts of the machine that drew it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import torch
+
+import lowmem
+from benchmarks.conftest import THREADS
+from lowmem.files import write_atomically
+from lowmem.report import charts, theme
+from lowmem.report.footprint import footprint
+from lowmem.report.timings import read_run
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
+STORED_RUN = ROOT / "benchmarks" / "baselines" / "0001_baseline.json"
+THEMES = {"light": theme.LIGHT, "dark": theme.DARK}
+_UNCOMPARED = ("$schema", "config", "usermeta")  # they are those of Altair's version
+
+
+def memory() -> charts.Drawing:
+    """Draw what each variant of BigNet stores and takes, for the input that ``lowmem stats`` takes."""
+    x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0))
+    footprints = [footprint(name, lowmem.build(name), x) for name in lowmem.VARIANTS]
+    return charts.draw(lambda narrow: charts.memory_chart(footprints, narrow))
+
+
+def speed() -> charts.Drawing:
+    """Draw how fast the variants are in the stored run."""
+    timings = [timing for timing in read_run(STORED_RUN)[0] if timing.name != "bignet"]
+    return charts.draw(lambda narrow: charts.speed_chart(timings, narrow))
+
+
+PICTURES = {"memory": memory, "speed": speed}
+
+
+def data_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a picture shows: its specification without what differs between versions of Altair."""
+    return {key: value for key, value in spec.items() if key not in _UNCOMPARED}
+
+
+def standalone(drawing: charts.Drawing, colours: Any) -> str:
+    """Return a chart as a file of its own, in the colours of one theme, with its specification as metadata."""
+    spec = escape(json.dumps(data_of(drawing.spec), sort_keys=True))
+    svg = theme.coloured(drawing.wide, colours)
+    start = svg.index(">") + 1
+    return f"{svg[:start]}<metadata>{spec}</metadata>{svg[start:]}\n"
+
+
+def main() -> None:
+    """Write all pictures."""
+    torch.set_num_threads(THREADS)
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        drawing = draw()
+        for mode, colours in THEMES.items():
+            path = IMAGES / f"{name}-{mode}.svg"
+            write_atomically(path, standalone(drawing, colours).encode())
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Reading the JSON that a report is made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lowmem.files import open_regular, read_errors, refusal
+from lowmem.header import parse_json
+
+__all__ = ["MOST_BYTES", "read_json"]
+
+MOST_BYTES = 2**28
+"""Bytes of a file that are read at most: a run with every single time is some 10 MiB."""
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileError: it is damaged, or too large.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file, read_errors(path):
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise refusal(path, f"it is larger than {MOST_BYTES >> 20} MiB, which no run and no verdict is")
+    try:
+        return parse_json(text)
+    except ValueError as reason:
+        raise refusal(path, f"{reason}; write it again with the gate or the benchmarks") from None

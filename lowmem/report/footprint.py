@@ -1,0 +1,125 @@
+"""What a model's bytes are for: stored tensors by kind, and the peaks of a forward and of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+from lowmem import measure
+from lowmem.fourbit import FourBitStorage
+from lowmem.lora import Adapter
+
+__all__ = ["KINDS", "Footprint", "footprint", "step_bytes", "stored_by_kind"]
+
+KINDS = (
+    "float32 weights",
+    "16-bit weights",
+    "4-bit codes",
+    "scales",
+    "biases, norms",
+    "LoRA adapters",
+    "other",
+)
+"""What stored bytes are for, in the order in which they are stacked."""
+
+_BY_DTYPE = {
+    torch.float32: "float32 weights",
+    torch.float16: "16-bit weights",
+    torch.bfloat16: "16-bit weights",
+}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one model costs.
+
+    Attributes:
+        name: of the variant.
+        kinds: bytes of the distinct parameters and buffers, by kind; every kind of ``KINDS`` is there.
+        forward_bytes: the peak of an inference forward beyond model and input.
+        step_bytes: the peak of the first training step beyond model and input.
+    """
+
+    name: str
+    kinds: Mapping[str, int]
+    forward_bytes: int
+    step_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """All that is stored: what ``measure.theoretical_bytes`` counts."""
+        return sum(self.kinds.values())
+
+
+def stored_by_kind(model: nn.Module) -> dict[str, int]:
+    """Sum numel * itemsize over the distinct parameters and buffers, by kind.
+
+    Vectors and scalars are biases and norms, running statistics too; a tensor that two modules share counts once.
+
+    Returns:
+        Bytes of every kind of ``KINDS``, 0 where there is none of it.
+    """
+    kinds = dict.fromkeys(KINDS, 0)
+    seen: set[Tensor] = set()
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor not in seen and not is_lazy(tensor):
+                kinds[_kind(module, tensor)] += tensor.numel() * tensor.element_size()
+            seen.add(tensor)
+    return kinds
+
+
+def _kind(module: nn.Module, tensor: Tensor) -> str:
+    if isinstance(module, Adapter):
+        return "LoRA adapters"
+    if isinstance(module, FourBitStorage) and tensor is module.packed:
+        return "4-bit codes"
+    if isinstance(module, FourBitStorage) and tensor is module.scales:
+        return "scales"
+    if tensor.dim() <= 1:
+        return "biases, norms"
+    return _BY_DTYPE.get(tensor.dtype, "other")
+
+
+def step_bytes(model: nn.Module, x: Tensor) -> int:
+    """Return the peak bytes beyond model and input of the first training step with AdamW, its state included.
+
+    The loss is the sum of the outputs. The learning rate is 0, so that no parameter changes; buffers may, and the
+    model is left in training mode. Where nothing trains, this is what the forward needs.
+
+    Raises:
+        TypeError: the model returns no tensor.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        return measure.backward_bytes(model, x)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, foreach=False)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        outputs = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
+        if not outputs:
+            raise TypeError(f"{type(model).__name__} returns no tensor, so there is nothing to take a gradient of")
+        losses = [(out.abs() if out.is_complex() else out).sum() for out in outputs if out.requires_grad]
+        del outputs
+        if losses:
+            torch.autograd.backward(losses)
+        optimizer.step()
+
+    model.train()
+    return measure.peak_bytes(step, x.device)
+
+
+def footprint(name: str, model: nn.Module, x: Tensor) -> Footprint:
+    """Measure what a model costs to keep, to run and to train on ``x``; it is left as ``step_bytes`` leaves it."""
+    return Footprint(
+        name=name,
+        kinds=stored_by_kind(model),
+        forward_bytes=measure.forward_bytes(model, x),
+        step_bytes=step_bytes(model, x),
+    )

@@ -1,0 +1,158 @@
+"""Layers of one role as one row: ``layers.0-29.mlp.up_proj`` for thirty layers of one type and shape."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lowmem import measure
+from lowmem.registry import layer_name
+from lowmem.summary import LayerSummary, summary
+
+__all__ = ["Group", "group_layers", "indices"]
+
+_INDEX = re.compile(r"[0-9]{1,9}")
+_LISTED = 3  # indices that are not consecutive are listed up to so many; of more, the first and the last are named
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers whose paths differ by indices alone, of one type and shape.
+
+    Attributes:
+        name: the path, with the indices that occur: ``layers.0-29.mlp.up_proj``.
+        type: of the dense modules.
+        shape: of the weight of each, or of the first parameter; () for ``buffers``.
+        layers: how many there are.
+        weights: of all of them, each counted once in the model.
+        dense_bytes: of all of them, in the dense model.
+        bytes: the same in each variant, adapters included.
+        errors: in each variant, the root mean square of what storing the weights lost over that of the weights; None
+            where all of them stay as they are.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    layers: int
+    weights: int
+    dense_bytes: int
+    bytes: Mapping[str, int]
+    errors: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a variant made of a model, for ``group``, without the model: bytes and errors by path, and all bytes."""
+
+    bytes: Mapping[str, int]
+    errors: Mapping[str, float | None]
+    total: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Stored:
+        """Take the figures of a model, which may be freed then."""
+        rows = summary(model)
+        return cls(
+            {row.path: row.bytes for row in rows},
+            {row.path: row.weight_error for row in rows},
+            measure.theoretical_bytes(model),
+        )
+
+
+def group_layers(dense: nn.Module, variants: Mapping[str, nn.Module | Stored]) -> list[Group]:
+    """Group the layers of a model, in the order of its modules.
+
+    Buffers of modules without parameters come last, as ``buffers``: the bytes add up to those of the whole model.
+
+    Args:
+        dense: the model as it was.
+        variants: by name, what became of it.
+    """
+    stored = {name: made if isinstance(made, Stored) else Stored.of(made) for name, made in variants.items()}
+    members: dict[tuple[object, ...], list[LayerSummary]] = {}
+    shapes = {}
+    rows = summary(dense)
+    for row in rows:
+        shapes[row.path] = _shape(dense.get_submodule(row.path))
+        members.setdefault((_pattern(row.path), row.type, shapes[row.path]), []).append(row)
+    groups = [_group(found, shapes[found[0].path], dense, stored) for found in members.values()]
+    taken = Counter(group.name for group in groups)
+    groups = [
+        replace(group, name=f"{group.name} ({' x '.join(map(str, group.shape))})") if taken[group.name] > 1 else group
+        for group in groups
+    ]
+    left = {name: made.total - sum(made.bytes.values()) for name, made in stored.items()}
+    dense_left = measure.theoretical_bytes(dense) - rows.bytes
+    if dense_left or any(left.values()):
+        groups.append(Group("buffers", "", (), 0, 0, dense_left, left, dict.fromkeys(left)))
+    return groups
+
+
+def indices(found: Iterable[int]) -> str:
+    """Write indices short: ``0-29``, ``0,2,5``, or ``0...58`` for many that are not consecutive."""
+    listed = sorted(set(found))
+    first, last = listed[0], listed[-1]
+    if len(listed) > 2 and last - first == len(listed) - 1:
+        return f"{first}-{last}"
+    return ",".join(map(str, listed)) if len(listed) <= _LISTED else f"{first}...{last}"
+
+
+def _group(rows: list[LayerSummary], shape: tuple[int, ...], dense: nn.Module, stored: Mapping[str, Stored]) -> Group:
+    sizes = {row.path: _norm(dense.get_submodule(row.path)) for row in rows}
+    return Group(
+        name=_name([row.path for row in rows]),
+        type=rows[0].type,
+        shape=shape,
+        layers=len(rows),
+        weights=sum(row.weights for row in rows),
+        dense_bytes=sum(row.bytes for row in rows),
+        bytes={name: sum(made.bytes.get(row.path, 0) for row in rows) for name, made in stored.items()},
+        errors={name: _error(made.errors, sizes) for name, made in stored.items()},
+    )
+
+
+def _error(errors: Mapping[str, float | None], sizes: Mapping[str, float]) -> float | None:
+    known = {path: error for path in sizes if (error := errors.get(path)) is not None}
+    if not known:
+        return None
+    size = math.hypot(*sizes.values())
+    return math.hypot(*(error * sizes[path] for path, error in known.items())) / size if size else 0.0
+
+
+def _name(paths: list[str]) -> str:
+    parts = []
+    for column in zip(*(path.split(".") for path in paths), strict=True):
+        numbers = [int(part) for part in column if _INDEX.fullmatch(part)]
+        parts.append(indices(numbers) if len(numbers) == len(column) else column[0])
+    return layer_name(".".join(parts))
+
+
+def _pattern(path: str) -> tuple[str | None, ...]:
+    return tuple(None if _INDEX.fullmatch(part) else part for part in path.split("."))
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    weight = getattr(module, "weight", None)
+    own = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
+    return cast(Tensor, weight) if any(weight is p for p in own) else next(iter(own), None)
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    weight = _weight(module)
+    return () if weight is None else tuple(weight.shape)
+
+
+def _norm(module: nn.Module) -> float:
+    weight = _weight(module)
+    if weight is None or not weight.is_floating_point():
+        return 0.0
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))

@@ -1,0 +1,387 @@
+"""The page: one HTML file that holds all it shows. Jinja escapes every text, whatever a file or a model names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from lowmem.report import charts
+from lowmem.report.charts import Drawing, draw, readable_bytes
+from lowmem.report.distortion import Distortion, least_error
+from lowmem.report.footprint import KINDS, Footprint
+from lowmem.report.groups import Group
+from lowmem.report.theme import DARK, LIGHT, css
+from lowmem.report.timings import Timing, is_peers
+from lowmem.report.verdicts import Row, Verdict
+from lowmem.version import __version__
+
+__all__ = ["Report", "render"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a page shows.
+
+    Attributes:
+        title: the name of the model.
+        lead: a sentence below it.
+        footprints: of the dense model first, and of every variant.
+        losses: by variant, the error of its output relative to the dense model's.
+        timings: how fast variants are, and other libraries; empty where nothing was timed.
+        timed: a sentence: where the timings are from, or why there are none.
+        groups: the layers of a user's model; empty for BigNet, whose layers are all alike.
+        distortions: what formats lose of normal weights.
+        verdicts: of the gates.
+        machine: what the figures were measured on.
+        timing_machine: what the timings were measured on, where that is another run.
+    """
+
+    title: str
+    lead: str
+    footprints: Sequence[Footprint]
+    losses: Mapping[str, float]
+    timings: Sequence[Timing]
+    timed: str
+    groups: Sequence[Group]
+    distortions: Sequence[Distortion]
+    verdicts: Sequence[Verdict]
+    machine: Mapping[str, str]
+    timing_machine: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; ``text`` says which columns are no figures."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart, what it shows, and its figures; a gate's has a verdict, and may have no chart."""
+
+    drawing: Drawing | None
+    caption: str
+    table: Table
+    title: str = ""
+    passed: bool | None = None
+    texts: Sequence[str] = ()
+    shown: Table | None = None
+
+    def svg(self, width: str) -> Markup:
+        """Return the chart as an image that is called by its caption."""
+        text: str = getattr(self.drawing, width)
+        label = escape(self.caption)
+        return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # Vega escapes names
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, and what stands below it."""
+
+    id: str
+    title: str
+    texts: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure that says most at a glance."""
+
+    term: str
+    value: str
+    says: str = field(default="")
+
+
+def render(report: Report) -> str:
+    """Return the page as HTML: the same bytes for the same report."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    sections = [
+        _memory(report),
+        *([_layers(report)] if report.groups else []),
+        _latency(report),
+        _error(report),
+        _gates(report),
+        _machine(report),
+    ]
+    return environment.get_template("page.html").render(
+        report=report,
+        sections=sections,
+        tiles=_tiles(report),
+        version=__version__,
+        light=Markup(css(LIGHT)),
+        dark=Markup(css(DARK)),
+    )
+
+
+def _tiles(report: Report) -> list[Tile]:
+    dense, *others = report.footprints
+    smallest = min(others, key=lambda f: f.stored_bytes)
+    tiles = [
+        Tile(
+            "Smallest",
+            readable_bytes(smallest.stored_bytes),
+            f"{smallest.name}: {_times(dense.stored_bytes, smallest.stored_bytes)} smaller than {dense.name}",
+        )
+    ]
+    timed = [t for t in report.timings if not is_peers(t.panel) and t.name != dense.name]
+    if timed:
+        batch = min(t.batch for t in timed)
+        fastest = max((t for t in timed if t.batch == batch), key=lambda t: t.speed)
+        dtype = "" if len({t.panel for t in timed}) == 1 else f", {fastest.panel}"
+        tiles.append(Tile("Fastest", f"{fastest.speed:.1f}x dense", f"{fastest.name} at batch {batch}{dtype}"))
+    lossy = {name: error for name, error in report.losses.items() if 0 < error < math.inf}
+    if lossy:
+        closest, farthest = min(lossy, key=lossy.__getitem__), max(lossy, key=lossy.__getitem__)
+        tiles.append(
+            Tile(
+                "Error of the output",
+                f"{charts.percent(lossy[closest])} to {charts.percent(lossy[farthest])}",
+                f"{closest} loses least, {farthest} most",
+            )
+        )
+    failed = [verdict.gate for verdict in report.verdicts if not verdict.passed]
+    if not report.verdicts:
+        tiles.append(Tile("Gates", "no verdict", "none was given to this report"))
+    else:
+        says = f"failed: {', '.join(failed)}" if failed else ", ".join(v.gate for v in report.verdicts)
+        tiles.append(Tile("Gates", "failed" if failed else "passed", says))
+    return tiles
+
+
+def _memory(report: Report) -> Section:
+    kinds = [kind for kind in KINDS if any(f.kinds[kind] for f in report.footprints)]
+    rows = [
+        [
+            f.name,
+            *(f"{f.kinds[kind]:,}" for kind in kinds),
+            f"{f.stored_bytes:,}",
+            f"{f.forward_bytes:,}",
+            f"{f.step_bytes:,}",
+        ]
+        for f in report.footprints
+    ]
+    figure = Figure(
+        draw(lambda narrow: charts.memory_chart(report.footprints, narrow)),
+        "What each variant stores, by kind, and what a forward and the first training step with AdamW take beyond "
+        "model and input at their peak. Each panel has a scale of its own.",
+        Table("Memory in bytes", ["Variant", *kinds, "stored", "forward peak", "step peak"], rows),
+    )
+    return Section("memory", "Memory", figures=[figure])
+
+
+def _layers(report: Report) -> Section:
+    names = [f.name for f in report.footprints[1:]]
+    storing = [
+        name for name in names if not any(f.name == name and f.kinds["LoRA adapters"] for f in report.footprints)
+    ]
+    rows = []
+    for group in report.groups:
+        shape = "\u00a0x\u00a0".join(map(str, group.shape))
+        sizes = [f"{group.bytes[name]:,}" for name in names]
+        errors = ["" if (error := group.errors[name]) is None else charts.percent(error) for name in storing]
+        rows.append(
+            [
+                group.name,
+                group.type,
+                shape,
+                f"{group.layers:,}",
+                f"{group.weights:,}",
+                f"{group.dense_bytes:,}",
+                *sizes,
+                *errors,
+            ]
+        )
+    columns = [
+        "Layers",
+        "Type",
+        "Shape",
+        "Count",
+        "Weights",
+        "dense bytes",
+        *(f"{name} bytes" for name in names),
+        *(f"{name} error" for name in storing),
+    ]
+    left_out = len(report.groups) - charts.MOST_GROUPS
+    figure = Figure(
+        draw(lambda narrow: charts.group_chart(report.groups, storing, narrow)),
+        "Layers whose paths differ by an index alone are one row. First the bytes of all of them, then the root mean "
+        "square of what storing their weights loses, relative to the weights. LoRA adds its adapters to the same "
+        "base; the table has them."
+        + (
+            f" The {charts.MOST_GROUPS} largest groups are drawn, {left_out} more are in the table."
+            if left_out > 0
+            else ""
+        ),
+        Table("What each group of layers costs and loses", columns, rows, text=(0, 1, 2)),
+    )
+    return Section("layers", "Layers", figures=[figure])
+
+
+def _latency(report: Report) -> Section:
+    dense = report.footprints[0].name
+    figures = []
+    for peers in (False, True):
+        timings = [t for t in report.timings if is_peers(t.panel) == peers]
+        drawn = [t for t in timings if t.name != dense]
+        if not drawn:
+            continue
+        caption = (
+            "Other libraries' layers, as many times as fast as lowmem's nf4 with products in bfloat16, of the same "
+            "input: below the dashed line lowmem is faster. Both axes are logarithmic."
+            if peers
+            else "How many times as fast as the dense model of the same dtype, against the inputs at once. Above the "
+            "dashed line a variant is faster. Both axes are logarithmic."
+        )
+        if any(t.low is not None for t in drawn):
+            caption += " Bars are 95% intervals."
+        figures.append(
+            Figure(
+                draw(_speeds(drawn)),
+                caption,
+                _speed_table("Times as fast" + (", other libraries" if peers else ""), timings),
+                title="Other libraries" if peers else "",
+            )
+        )
+    return Section("latency", "Latency", texts=[report.timed], figures=figures)
+
+
+def _speeds(timings: Sequence[Timing]) -> Callable[[bool], Any]:
+    return lambda narrow: charts.speed_chart(timings, narrow)
+
+
+def _speed_table(caption: str, timings: Sequence[Timing]) -> Table:
+    batches = sorted({timing.batch for timing in timings})
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for t in timings:
+        interval = "" if t.low is None or t.high is None else f" ({t.low:.2f} to {t.high:.2f})"
+        cells.setdefault((t.name, t.panel), {})[t.batch] = f"{t.speed:.2f}{interval}"
+    rows = [[name, panel, *(found.get(batch, "") for batch in batches)] for (name, panel), found in cells.items()]
+    return Table(caption, ["Model", "Products in", *(f"batch {batch}" for batch in batches)], rows, text=(0, 1))
+
+
+def _error(report: Report) -> Section:
+    figures = []
+    if report.losses:
+        drawable = any(0 < error < math.inf for error in report.losses.values())
+        figures.append(
+            Figure(
+                draw(lambda narrow: charts.loss_chart(report.losses, narrow)) if drawable else None,
+                "The norm of the difference between a variant's output and the dense model's, relative to the "
+                "latter's norm, for one random input. A fresh adapter changes nothing, so that LoRA loses what its "
+                "base does.",
+                Table(
+                    "Error of the output",
+                    ["Variant", "relative error"],
+                    [[name, f"{error:.4g}"] for name, error in report.losses.items()],
+                ),
+                title="Of the output",
+            )
+        )
+    rows = [
+        [
+            f"{p.format}, {p.scales}",
+            str(p.block_size),
+            f"{p.bits_per_weight:.3f}",
+            f"{p.error:.2%}",
+            f"{least_error(p.bits_per_weight):.2%}",
+            f"{p.error / least_error(p.bits_per_weight):.2f}",
+        ]
+        for p in report.distortions
+    ]
+    figures.append(
+        Figure(
+            draw(lambda narrow: charts.distortion_chart(report.distortions, narrow)),
+            "What each format loses of normally distributed weights, by the way its scales are stored. Along a line "
+            "blocks shrink from 128 weights (left) to 16 (right), and scales take more bits. The dashed line is the "
+            "rate-distortion limit of a normal source, D(R) = 2^(-2R): nothing that stores R bits a weight has a "
+            "relative error below 2^-R.",
+            Table(
+                "Error of normal weights",
+                ["Format, scales", "block", "bits per weight", "error", "least possible", "times the least"],
+                rows,
+            ),
+            title="Of normal weights",
+        )
+    )
+    return Section("error", "Error", figures=figures)
+
+
+def _gates(report: Report) -> Section:
+    if not report.verdicts:
+        return Section("gates", "Gates", texts=["No gate's verdict was given to this report (--verdict FILE)."])
+    return Section("gates", "Gates", figures=[_gate(verdict) for verdict in report.verdicts])
+
+
+def _gate(verdict: Verdict) -> Figure:
+    columns = ["Workload", "figure", "verdict", "base", "head", "change", "ratio", "interval", "says"]
+    text = (0, 1, 2, 8)
+    moved = verdict.moved
+    said = f"{verdict.head} against {verdict.base}: {len(verdict.rows)} figures compared, "
+    said += f"{len(moved)} moved." if moved else "none moved."
+    with_ratio = [row for row in verdict.rows if row.ratio is not None]
+    machine = "; ".join(f"{key} {value}" for key, value in verdict.machine.items())
+    return Figure(
+        draw(lambda narrow: charts.ratio_chart(with_ratio, narrow)) if with_ratio else None,
+        ("Head over base, with its interval: right of the dashed line the head takes more. " if with_ratio else "")
+        + (f"Measured on {machine}." if machine else ""),
+        Table(
+            f"All figures of the {verdict.gate} gate", columns, [_gate_cells(row) for row in verdict.rows], text=text
+        ),
+        title=f"{verdict.gate.capitalize()} gate",
+        passed=verdict.passed,
+        texts=[said],
+        shown=Table("What moved", columns, [_gate_cells(row) for row in moved], text=text) if moved else None,
+    )
+
+
+def _gate_cells(row: Row) -> list[str]:
+    in_bytes = row.figure.endswith("bytes")
+    change = "" if row.base is None or row.head is None else f"{row.head - row.base:+,.{0 if in_bytes else 4}f}"
+    interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
+    ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+    return [
+        row.name,
+        row.figure,
+        row.verdict,
+        _figure(row.base),
+        _figure(row.head),
+        change,
+        ratio,
+        interval,
+        row.says,
+    ]
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
+
+
+def _machine(report: Report) -> Section:
+    tables = [_facts("What memory and errors were measured on", report.machine)]
+    if report.timing_machine:
+        tables.append(_facts("What latency was measured on", report.timing_machine))
+    return Section("machine", "Machine", tables=tables)
+
+
+def _facts(caption: str, facts: Mapping[str, str]) -> Table:
+    return Table(caption, ["", ""], [[name.replace("_", " "), value] for name, value in facts.items()], text=(0, 1))
+
+
+def _times(larger: float, smaller: float) -> str:
+    return f"{larger / smaller:.1f} times" if smaller else "infinitely"

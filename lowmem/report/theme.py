@@ -1,0 +1,75 @@
+"""The colours of a report, light and dark: the page and its charts name them, as CSS variables.
+
+A chart is drawn once for both: browsers fill the names in, ``coloured`` does for a picture that stands alone. The
+series are after Okabe and Ito's palette, which colour-blind readers can tell apart, darkened or lightened until each
+has a contrast of 3:1 with the page (WCAG 2.2, 1.4.11), and text one of 4.5:1 (1.4.3). Shapes tell series apart, too.
+"""
+
+from __future__ import annotations
+
+import re
+from types import MappingProxyType
+
+__all__ = ["DARK", "LIGHT", "SERIES", "coloured", "css", "series"]
+
+LIGHT = MappingProxyType(
+    {
+        "page": "#ffffff",
+        "panel": "#f5f7fa",
+        "ink": "#1a2230",
+        "quiet": "#525d6c",
+        "line": "#d9dfe6",
+        "link": "#0b5cad",
+        "good": "#0a6b45",
+        "bad": "#b3261e",
+        "blue": "#0072b2",
+        "green": "#00855c",
+        "orange": "#c65a00",
+        "purple": "#a34a86",
+        "sky": "#2b8fc4",
+        "olive": "#8a7400",
+        "grey": "#6c7685",
+        "brown": "#8c4a2f",
+    }
+)
+
+DARK = MappingProxyType(
+    {
+        "page": "#11151b",
+        "panel": "#1a2029",
+        "ink": "#e7ebf1",
+        "quiet": "#a7b1bf",
+        "line": "#313a46",
+        "link": "#79b8ff",
+        "good": "#4fd1a0",
+        "bad": "#ff8a80",
+        "blue": "#3f97dd",
+        "green": "#1fb588",
+        "orange": "#f0994a",
+        "purple": "#dc8cbf",
+        "sky": "#86cdf5",
+        "olive": "#e0cc52",
+        "grey": "#8f9aaa",
+        "brown": "#c98a6e",
+    }
+)
+
+SERIES = ("blue", "green", "orange", "purple", "olive", "sky", "brown", "grey")
+"""The colours of series, in the order in which they are given out; what has more begins again."""
+
+_NAME = re.compile(r"var\(--(\w+)\)")
+
+
+def series(count: int) -> list[str]:
+    """Return the colours of so many series, as charts name them."""
+    return [f"var(--{SERIES[number % len(SERIES)]})" for number in range(count)]
+
+
+def css(theme: MappingProxyType[str, str]) -> str:
+    """Return a theme as declarations of CSS variables."""
+    return " ".join(f"--{name}: {colour};" for name, colour in theme.items())
+
+
+def coloured(text: str, theme: MappingProxyType[str, str]) -> str:
+    """Return an SVG with the theme's colours in the places of their names."""
+    return _NAME.sub(lambda match: theme[match[1]], text)

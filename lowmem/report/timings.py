@@ -1,0 +1,147 @@
+"""How many times as fast as the dense model: from a run of the benchmarks, or measured here, in turns.
+
+A bare time would compare machines; both sides of a ratio are of one run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter as clock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.files import refusal, show
+from lowmem.report.files import read_json
+from lowmem.testing.ratios import ratio_of_times, seconds_per_call, take_turns
+
+__all__ = ["DENSE", "Timing", "from_benchmarks", "is_peers", "read_run", "time_in_turns"]
+
+DENSE = "float32"
+"""The panel of models whose inputs are float32, beside the dense model of the same dtype."""
+
+_PANELS = {"": DENSE, "_in_bfloat16": "bfloat16", "_in_int8": "8-bit integers"}
+_INFERENCE = re.compile(r"test_inference(\w*)\[(\w+)-batch([1-9][0-9]{0,8})\]")
+_PEER = re.compile(r"test_peer\[(\w+)-(\w+)-batch([1-9][0-9]{0,8})\]")
+_KNOWN = re.compile(r"test_(inference\w*|peer)\[")
+
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 60
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast a model is at a batch size.
+
+    Attributes:
+        panel: the dtype of inputs and products; a panel of peers compares with this library instead of the dense
+            model (see ``is_peers``).
+        name: of the variant, or of the other library.
+        batch: inputs at once.
+        speed: times as fast as what the panel compares with.
+        low: the lower end of its 95% interval, where it was timed in turns; None for a run of the benchmarks.
+        high: the upper end.
+    """
+
+    panel: str
+    name: str
+    batch: int
+    speed: float
+    low: float | None = None
+    high: float | None = None
+
+
+def is_peers(panel: str) -> bool:
+    """Return whether a panel shows other libraries, as many times as fast as ``nf4`` of this one."""
+    return panel.startswith("peers")
+
+
+def read_run(path: Path) -> tuple[list[Timing], dict[str, str]]:
+    """Read a run that pytest-benchmark stored, and the machine it ran on.
+
+    Raises:
+        FileError: it is damaged, or no run.
+        OSError: it cannot be read.
+    """
+    run = read_json(path)
+    try:
+        if not (
+            isinstance(run, dict)
+            and isinstance(run.get("benchmarks"), list)
+            and isinstance(run.get("machine_info"), dict)
+        ):
+            raise ValueError("it is no run of pytest-benchmark")
+        return from_benchmarks(run["benchmarks"]), {key: str(value) for key, value in run["machine_info"].items()}
+    except ValueError as reason:
+        raise refusal(path, f"{reason}; store one with pytest benchmarks --benchmark-json=FILE") from None
+
+
+def from_benchmarks(benchmarks: Iterable[Any]) -> list[Timing]:
+    """Return the ratios of the benchmarks of inference, as pytest-benchmark stores them or hands them to its hooks.
+
+    Raises:
+        ValueError: they are not what it stores.
+    """
+    timings = []
+    for number, bench in enumerate(benchmarks):
+        if not (
+            isinstance(bench, Mapping)
+            and isinstance(bench.get("fullname"), str)
+            and isinstance(bench.get("extra_info"), Mapping)
+            and isinstance(bench.get("stats", bench), Mapping)
+        ):
+            raise ValueError(f"benchmark {number} is {show(bench)}")
+        reference = bench["extra_info"].get("reference_seconds")
+        place = _place(bench["fullname"])
+        if place is not None and reference is not None:
+            speed = _seconds(reference, number) / _seconds(bench.get("stats", bench).get("min"), number)
+            timings.append(Timing(*place, speed))
+    return timings
+
+
+def _place(fullname: str) -> tuple[str, str, int] | None:
+    """Return the panel, the name and the batch of a benchmark of inference; None for another one."""
+    test = fullname.rpartition("::")[2]
+    if found := _INFERENCE.fullmatch(test):
+        return _PANELS.get(found[1], found[1].strip("_")), found[2], int(found[3])
+    if found := _PEER.fullmatch(test):
+        return f"peers, {found[2]}", found[1], int(found[3])
+    if _KNOWN.match(test):
+        raise ValueError(f"{show(test)} is not named as a benchmark of inference is")
+    return None
+
+
+def _seconds(value: Any, number: int) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-12 < value < 1e12:
+        raise ValueError(f"benchmark {number} took {show(value)} seconds")
+    return float(value)
+
+
+def time_in_turns(name: str, dense: nn.Module, other: nn.Module, x: Tensor, *, seconds: float = 0.5) -> Timing:
+    """Time forwards of two models in turns, for about so many seconds.
+
+    The speed is the Hodges-Lehmann estimate of dense time / other time with its 95% interval
+    (``lowmem.testing.ratios``): what loads the machine meanwhile slows both.
+
+    Args:
+        name: of the other model.
+        dense: what it is compared with; both are in eval mode.
+        other: the model.
+        x: (batch, ...), which both take.
+        seconds: at least 5 rounds are timed, however long they take.
+    """
+
+    def call(model: nn.Module) -> Callable[[], float]:
+        return lambda: seconds_per_call(lambda: model(x), timer=lambda: clock())
+
+    sides = [call(dense), call(other)]
+    with torch.no_grad():
+        for side in sides:  # the first call allocates, and picks kernels
+            side()
+        round_seconds = 2 * sum(side() for side in sides)
+        rounds = round(min(max(seconds / max(round_seconds, 1e-9), _LEAST_ROUNDS), _MOST_ROUNDS))
+        ratio = ratio_of_times(*take_turns(sides, rounds))
+    return Timing(DENSE, name, len(x), ratio.value, ratio.low, ratio.high)

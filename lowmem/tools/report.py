@@ -1,0 +1,302 @@
+"""``lowmem report``: a page on what every variant of a model costs, how fast it is, and what it loses."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.progress import MofNCompleteColumn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lowmem.files import check_writable, printable, write_atomically
+from lowmem.tools.info import facts
+from lowmem.tools.models import (
+    add_input_arguments,
+    check_links,
+    file_path,
+    make_input,
+    make_model,
+    run_model,
+    shape,
+)
+from lowmem.tools.output import progress, shown, whole
+from lowmem.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from lowmem.report.footprint import Footprint
+    from lowmem.report.groups import Group
+    from lowmem.report.timings import Timing
+    from lowmem.report.verdicts import Verdict
+
+__all__ = ["Measured", "add_arguments", "check_extra", "check_target", "machine", "measure_variants", "run", "write"]
+
+BIGNET = "bignet"
+DENSE = "dense"  # how the variant without techniques of a user's model is called
+ENDINGS = (".html", ".htm")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of every variant of a model."""
+
+    footprints: Sequence[Footprint]
+    losses: dict[str, float]
+    timings: Sequence[Timing]
+    groups: Sequence[Group]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "model", nargs="?", default=BIGNET, metavar="MODEL", help="module:factory, your own model (default BigNet)"
+    )
+    parser.add_argument("target", type=file_path, metavar="OUT.html", help="the page to write")
+    add_input_arguments(parser)
+    parser.add_argument(
+        "--batches",
+        type=shape,
+        default=(1, 8, 32, 128),
+        metavar="N[,N]...",
+        help="batch sizes that are timed (default 1,8,32,128)",
+    )
+    parser.add_argument(
+        "--run",
+        type=file_path,
+        dest="timed_run",
+        metavar="FILE",
+        help="take BigNet's latency from a run that pytest-benchmark stored, instead of timing it now",
+    )
+    parser.add_argument(
+        "--verdict",
+        type=file_path,
+        dest="verdicts",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="show what a gate said, as it wrote it in JSON; may be given again",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    check_extra("lowmem report")
+    check_target(arguments.target)
+    _check_model(arguments)
+    verdicts = read_verdicts(arguments.verdicts)
+    own = arguments.model != BIGNET
+    if arguments.timed_run is None:
+        timings, timing_machine = None, dict[str, str]()
+        timed = (
+            "Measured for this page: forwards of the dense model and of a variant in turns, so that what loads the "
+        )
+        timed += "machine meanwhile slows both."
+    else:
+        from lowmem.report.timings import read_run
+
+        check_links(arguments.timed_run)
+        timings, timing_machine = read_run(arguments.timed_run)
+        timed = of_a_run(f"the run {printable(arguments.timed_run.name)}")
+    measured = measure_variants(
+        arguments.model,
+        make_input(arguments),
+        seed=arguments.seed,
+        timed=[] if timings is not None else [_input_of(arguments, batch) for batch in sorted({*arguments.batches})],
+        grouped=own,
+    )
+    write(
+        arguments.target,
+        measured,
+        title=printable(arguments.model) if own else "BigNet in every variant",
+        lead=_lead(arguments, own),
+        timings=measured.timings if timings is None else timings,
+        timed=timed,
+        timing_machine=timing_machine,
+        verdicts=verdicts,
+    )
+    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
+    return 0
+
+
+def check_extra(what: str) -> None:
+    """Raise an ImportError that says what to install, where the charts cannot be drawn.
+
+    Args:
+        what: needs them.
+    """
+    try:
+        for module in ("altair", "vl_convert", "jinja2", "scipy"):
+            import_module(module)
+    except ImportError as reason:
+        raise ImportError(
+            f"{what} draws its charts with packages that are not all here ({reason}): pip install 'lowmem[report]'"
+        ) from reason
+
+
+def check_target(path: Path) -> None:
+    """Raise where a page cannot be written, before anything is measured for it.
+
+    Raises:
+        ValueError: it is not named as a page is: a model or a checkpoint in its place would be overwritten.
+        OSError: it cannot be written.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise ValueError(
+            f"out={str(path)!r} must end with .html: name the page to write, after the model if there is one"
+        )
+    check_links(path)
+    check_writable(path)
+
+
+def read_verdicts(paths: Iterable[Path]) -> list[Verdict]:
+    """Read what gates wrote."""
+    from lowmem.report.verdicts import read_verdict
+
+    verdicts = []
+    for path in paths:
+        check_links(path)
+        verdicts.append(read_verdict(path))
+    return verdicts
+
+
+def measure_variants(
+    name: str, x: Tensor, *, seed: int = 0, timed: Sequence[Tensor] = (), grouped: bool = False
+) -> Measured:
+    """Measure every variant of a model on an input: bytes, peaks, and how far its output is from the dense model's.
+
+    Args:
+        name: ``bignet`` or ``module:factory``.
+        x: (batch, ...), the input.
+        seed: of the weights.
+        timed: inputs that forwards are timed with.
+        grouped: whether to say what each group of layers costs and loses.
+
+    Raises:
+        ValueError: the model cannot be made, converted, or run on the inputs.
+    """
+    from lowmem.report.footprint import footprint
+    from lowmem.report.groups import Stored, group_layers
+    from lowmem.report.timings import time_in_turns
+
+    own = name != BIGNET
+    names = {variant: DENSE if own and variant == BIGNET else variant for variant in VARIANTS}
+    dense = make_model(name, seed=seed)
+    expected = _outputs(name, dense, x)
+    footprints, losses, stored, timings = {}, {}, {}, []
+    with progress(MofNCompleteColumn(table_column=whole())) as bar:
+        task = bar.add_task("variants", total=len(VARIANTS))
+        for variant, label in names.items():
+            if variant != BIGNET:
+                model = make_model(f"{name}@{variant}" if own else variant, seed=seed)
+                losses[label] = _relative_error(expected, _outputs(name, model, x))
+                if grouped:
+                    stored[label] = Stored.of(model)
+                for batch in timed:
+                    timings.append(run_model(name, lambda m=model, b=batch, n=label: time_in_turns(n, dense, m, b)))  # type: ignore[misc]
+                footprints[label] = run_model(name, lambda m=model, n=label: footprint(n, m, x))  # type: ignore[misc]
+            bar.advance(task)
+        groups = group_layers(dense, stored) if grouped else []
+        footprints[names[BIGNET]] = run_model(name, lambda: footprint(names[BIGNET], dense, x))  # last: it trains
+    return Measured([footprints[label] for label in names.values()], losses, timings, groups)
+
+
+def write(
+    target: Path,
+    measured: Measured,
+    *,
+    title: str,
+    lead: str,
+    timings: Sequence[Timing],
+    timed: str,
+    timing_machine: dict[str, str],
+    verdicts: Sequence[Verdict],
+) -> None:
+    """Write the page; an error leaves what was there before."""
+    from lowmem.report.distortion import distortions
+    from lowmem.report.page import Report, render
+
+    report = Report(
+        title=title,
+        lead=lead,
+        footprints=measured.footprints,
+        losses=measured.losses,
+        timings=timings,
+        timed=timed,
+        groups=measured.groups,
+        distortions=distortions(),
+        verdicts=verdicts,
+        machine=machine(),
+        timing_machine=timing_machine,
+    )
+    write_atomically(target, render(report).encode())
+
+
+def machine() -> dict[str, str]:
+    """Return what figures can depend on as text, without where the package lies."""
+    found = {name: value for name, value in facts().items() if name != "location"}
+    return {name: _text(value) for name, value in found.items()}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return "unknown" if value is None else str(value)
+
+
+def _check_model(arguments: argparse.Namespace) -> None:
+    model = arguments.model
+    if model != BIGNET and (":" not in model or "@" in model):
+        raise ValueError(f"model={model!r} must be module:factory: the report shows every variant of it")
+    if model != BIGNET and arguments.timed_run is not None:
+        raise ValueError("--run holds times of BigNet, not of your model: leave it out, and the model is timed")
+
+
+def of_a_run(name: str) -> str:
+    """Say where timings of a run of the benchmarks are from."""
+    return f"Of {name}: the smallest time of each, beside the dense model's in the same run."
+
+
+def _input_of(arguments: argparse.Namespace, batch: int) -> Tensor:
+    sized = copy.copy(arguments)
+    sized.batch = batch
+    return make_input(sized)
+
+
+def _lead(arguments: argparse.Namespace, own: bool) -> str:
+    size = " x ".join(map(str, (arguments.batch, *arguments.input_shape)))
+    model = "Your model" if own else "The reference model, 18 linear layers of 1024 x 1024,"
+    return (
+        f"{model} as it is and in {len(VARIANTS) - 1} variants: what each costs, how fast it is, and what it loses. "
+        f"Memory and errors are of one {arguments.input_dtype} input of {size}; seed {arguments.seed}."
+    )
+
+
+def _outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the tensors that a model gives for an input, in whatever structure."""
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            return [leaf for leaf in tree_leaves(model.eval()(x)) if isinstance(leaf, Tensor)]
+
+    outputs = run_model(name, run)
+    if not outputs:
+        raise ValueError(f"model={name!r} returns no tensor: there is nothing to compare")
+    return outputs
+
+
+def _relative_error(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Return the norm of the difference over that of what is expected, over all tensors as one."""
+    wide = [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in expected]
+    lost = math.hypot(*(float((other - t).norm()) for t, other in zip(wide, found, strict=True)))
+    size = math.hypot(*(float(t.norm()) for t in wide))
+    return lost / size if size else lost

@@ -1,0 +1,82 @@
+"""A small report with every section, for the tests of charts, page and browser: nothing in it is measured."""
+
+from lowmem.report.distortion import Distortion
+from lowmem.report.footprint import KINDS, Footprint
+from lowmem.report.groups import Group
+from lowmem.report.page import Report
+from lowmem.report.timings import Timing
+from lowmem.report.verdicts import Row, Verdict
+
+HOSTILE = "<script>alert('1')</script>\"&\\"
+
+
+def footprint(name, size, adapters=0):
+    kinds = dict.fromkeys(KINDS, 0) | {"float32 weights": size, "biases, norms": 4096, "LoRA adapters": adapters}
+    return Footprint(name, kinds, 20_480, 3 * size)
+
+
+def report(name="small", **changes):
+    """Return a report whose layers, variants and workloads are called ``name``, and some are not."""
+    footprints = [footprint("dense", 2**22), footprint(name, 2**20), footprint("lora", 2**20, 2**18)]
+    row = Row(name, "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", f"{name} is 20% slower")
+    content = {
+        "title": f"model {name}",
+        "lead": f"What {name} costs.",
+        "footprints": footprints,
+        "losses": {name: 0.037, "lora": 8e-5},
+        "timings": [
+            *(Timing("float32", name, batch, 8 / batch**0.4, 7 / batch**0.4, 9 / batch**0.4) for batch in (1, 8, 64)),
+            *(Timing("bfloat16", "lora", batch, 2.0) for batch in (1, 8, 64)),
+            *(Timing("peers, float32", "torchao", batch, 0.4) for batch in (1, 8, 64)),
+        ],
+        "timed": "Measured in turns.",
+        "groups": [
+            Group(
+                "layers.0-29.mlp.up_proj",
+                "Linear",
+                (64, 32),
+                30,
+                61440,
+                245760,
+                {name: 40000, "lora": 50000},
+                {name: 0.09, "lora": None},
+            ),
+            Group(
+                f"layers.0-29.{name}",
+                "LayerNorm",
+                (32,),
+                30,
+                960,
+                3840,
+                {name: 3840, "lora": 3840},
+                {name: None, "lora": None},
+            ),
+        ],
+        "distortions": [
+            Distortion(form, scales, block, 4 + bits / block, 0.08 + block / 4000)
+            for form in ("nf4", "int4")
+            for scales, bits in (("float32", 32), ("double", 8))
+            for block in (16, 64)
+        ],
+        "verdicts": [
+            Verdict(
+                "latency",
+                False,
+                "main",
+                "HEAD",
+                {"cpu": "x86_64"},
+                (row, Row("load", "ratio", 1.0, 1.0, 1.0, 0.99, 1.01, "same", "")),
+            ),
+            Verdict(
+                "memory",
+                True,
+                "stored",
+                "HEAD",
+                {},
+                (Row(name, "stored_bytes", 10, 10, None, None, None, "same", ""),),
+            ),
+        ],
+        "machine": {"cpu": "AMD EPYC", "threads": "2"},
+        "timing_machine": {},
+    }
+    return Report(**(content | changes))

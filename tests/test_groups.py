@@ -1,0 +1,113 @@
+"""Layers are grouped by their paths without indices; what a group costs and loses adds up to the model's."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem import measure
+from lowmem.report.groups import Group, group_layers, indices
+
+
+class Layer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        return x + self.norm(self.down(self.up(x)))
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(*[Layer(32) for _ in range(4)], nn.Linear(32, 8))
+
+
+def test_layers_of_one_role_are_one_group():
+    groups = group_layers(model(), {})
+    assert [(g.name, g.type, g.shape, g.layers) for g in groups] == [
+        ("0-3.up", "Linear", (64, 32), 4),
+        ("0-3.down", "Linear", (32, 64), 4),
+        ("0-3.norm", "LayerNorm", (32,), 4),
+        ("4", "Linear", (8, 32), 1),
+    ]
+    assert groups[0].dense_bytes == 4 * 4 * (64 * 32 + 64)
+    assert groups[0].weights == 4 * (64 * 32 + 64)
+
+
+def test_bytes_add_up_to_those_of_the_models():
+    dense, half = model(), lowmem.convert(model(), lowmem.Half())
+    small = lowmem.convert(model(), lowmem.FourBit("nf4", block_size=32))
+    groups = group_layers(dense, {"half": half, "nf4": small})
+    assert sum(g.dense_bytes for g in groups) == measure.theoretical_bytes(dense)
+    for name, converted in (("half", half), ("nf4", small)):
+        assert sum(g.bytes[name] for g in groups) == measure.theoretical_bytes(converted)
+
+
+def test_buffers_outside_of_layers_are_a_group_of_their_own():
+    dense = model()
+    dense.register_module("positions", nn.Module())
+    dense.positions.register_buffer("table", torch.ones(3, 5))
+    groups = group_layers(dense, {"same": dense})
+    assert groups[-1] == Group("buffers", "", (), 0, 0, 60, {"same": 60}, {"same": None})
+
+
+def test_the_error_of_a_group_is_that_of_its_weights_taken_as_one():
+    dense = model()
+    small = lowmem.convert(model(), lowmem.FourBit("int4", block_size=16))
+    (up, *_, head) = group_layers(dense, {"int4": small})
+    lost = size = 0.0
+    for layer, stored in zip(list(dense)[:4], list(small)[:4], strict=True):
+        lost += float((layer.up.weight.detach() - stored.up.quantized.dequantize()).double().square().sum())
+        size += float(layer.up.weight.detach().double().square().sum())
+    assert up.errors["int4"] == pytest.approx(math.sqrt(lost / size), rel=1e-3)
+    assert head.errors["int4"] == pytest.approx(small[4].weight_error, rel=1e-9)
+
+
+def test_what_stays_dense_loses_nothing():
+    dense, small = model(), lowmem.convert(model(), lowmem.FourBit("nf4", block_size=32))
+    norm = group_layers(dense, {"nf4": small})[2]
+    assert norm.errors == {"nf4": None}
+    assert norm.bytes == {"nf4": norm.dense_bytes}
+
+
+def test_layers_of_one_path_and_several_shapes_have_names_of_their_own():
+    groups = group_layers(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 8)), {})
+    assert [g.name for g in groups] == ["0,2", "1,3"]
+    mixed = nn.ModuleList([nn.Linear(8, 4 if n in (0, 1, 3, 6, 9) else 5) for n in (*range(9), 9)])
+    names = [g.name for g in group_layers(mixed, {})]
+    assert names == ["0...9", "2...8"]
+    assert len(set(names)) == 2
+
+
+def test_names_that_would_be_equal_say_the_shape():
+    crossed = nn.ModuleList(
+        [nn.ModuleList([nn.Linear(8, 1 + (row + column) % 2) for column in range(2)]) for row in range(2)]
+    )
+    assert [g.name for g in group_layers(crossed, {})] == ["0,1.0,1 (1 x 8)", "0,1.0,1 (2 x 8)"]
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        ([3], "3"),
+        ([0, 1], "0,1"),
+        ([0, 1, 2], "0-2"),
+        (range(30), "0-29"),
+        ([0, 2, 5], "0,2,5"),
+        ([0, 2, 4, 7], "0...7"),
+    ],
+)
+def test_indices_are_written_short(found, text):
+    assert indices(found) == text
+
+
+def test_tied_layers_count_where_they_stand_first():
+    tied = nn.ModuleDict({"tokens": nn.Embedding(100, 8), "head": nn.Linear(8, 100, bias=False)})
+    tied["head"].weight = tied["tokens"].weight
+    tokens, head = group_layers(tied, {})
+    assert (tokens.dense_bytes, head.dense_bytes) == (3200, 0)

@@ -1,0 +1,139 @@
+"""The page holds every figure as text, escapes what others named, and loads nothing."""
+
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from tests.pages import HOSTILE, report
+
+pytest.importorskip("altair", reason="the page needs the extra: pip install '.[report]'")
+pytest.importorskip("vl_convert", reason="the page needs the extra: pip install '.[report]'")
+
+from lowmem.report.charts import Drawing
+from lowmem.report.page import render
+
+
+class Outline(HTMLParser):
+    """What a page is made of: its elements with their attributes, and its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def html():
+    return render(report())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave an empty picture in the place of each chart, which takes long to draw."""
+    empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
+    monkeypatch.setattr("lowmem.report.page.draw", lambda chart: Drawing(empty, empty, {}))
+
+
+def test_the_same_report_gives_the_same_bytes(html):
+    assert render(report()) == html
+
+
+def test_it_loads_and_runs_nothing(html):
+    outline = Outline(html)
+    assert not outline.all("script")
+    assert not outline.all("img")
+    assert not outline.all("iframe")
+    assert all(link["href"].startswith("#") for link in outline.all("a"))
+    assert [link["href"] for link in outline.all("link")] == ["data:,"]
+    assert not re.search(r"url\(\s*['\"]?(?!#)|@import|src=", html)
+    policy = next(meta["content"] for meta in outline.all("meta") if meta.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+
+
+def test_a_screen_reader_finds_its_way(html):
+    outline = Outline(html)
+    assert outline.all("html")[0]["lang"] == "en"
+    assert (
+        len(outline.all("main"))
+        == len(outline.all("header"))
+        == len(outline.all("nav"))
+        == len(outline.all("h1"))
+        == 1
+    )
+    ids = [attributes["id"] for _, attributes in outline.elements if "id" in attributes]
+    targets = {link["href"][1:] for link in outline.all("a")}
+    assert targets <= set(ids)
+    assert {"memory", "layers", "latency", "error", "gates", "machine", "main"} <= targets
+    assert len(ids) == len(set(ids))
+    pictures = outline.all("svg")
+    assert len(pictures) == 2 * 7  # for a desk and for a phone
+    assert all(picture["role"] == "img" and len(picture["aria-label"]) > 40 for picture in pictures)
+    assert len(outline.all("figcaption")) == len(outline.all("figure")) >= 7
+    assert all(cell["scope"] in ("row", "col") for cell in outline.all("th"))
+    assert len(outline.all("caption")) == len(outline.all("table"))
+    assert all(region["tabindex"] == "0" for region in outline.all("div") if region.get("role") == "region")
+
+
+def test_every_figure_stands_in_a_table(html):
+    text = Outline(html).text
+    for figure in (
+        "4,194,304",
+        "20,480",
+        "8.00 (7.00 to 9.00)",
+        "9.0%",
+        "0.037",
+        "6.000",
+        "245,760",
+        "1.200",
+        "AMD EPYC",
+    ):
+        assert figure in text, figure
+
+
+def test_what_moved_and_the_verdicts_are_said(html):
+    text = re.sub(r"\s+", " ", Outline(html).text)
+    assert "Latency gate failed" in text
+    assert "Memory gate passed" in text
+    assert "2 figures compared, 1 moved." in text
+    assert "small is 20% slower" in text
+
+
+def test_text_of_any_origin_is_escaped():
+    html = render(report(HOSTILE))
+    assert "<script" not in html
+    assert not Outline(html).all("script")
+    assert HOSTILE in Outline(html).text
+
+
+def test_what_is_missing_is_said(undrawn):
+    html = render(report(timings=[], timed="No benchmark of inference.", verdicts=[], groups=[]))
+    text = Outline(html).text
+    assert "No gate's verdict was given" in text
+    assert "No benchmark of inference." in text
+    assert 'id="layers"' not in html
+
+
+def test_an_output_that_is_not_finite_or_equal_is_a_figure_without_a_chart(undrawn):
+    html = render(report(losses={"small": math.nan, "lora": math.inf}))
+    assert ">nan<" in html
+    assert ">inf<" in html
+    assert len(Outline(html).all("svg")) == 2 * 6
+    assert len(Outline(render(report(losses={"small": 0.0, "lora": 0.0}))).all("svg")) == 2 * 6
+
+
+def test_a_gate_without_rows_is_shown(undrawn):
+    found = report()
+    html = render(replace(found, verdicts=[replace(found.verdicts[0], rows=())]))
+    assert "0 figures compared, none moved." in Outline(html).text

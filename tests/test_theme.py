@@ -1,0 +1,48 @@
+"""Every colour of the report can be told from its page, in light and in dark."""
+
+import re
+
+import pytest
+
+from lowmem.report.theme import DARK, LIGHT, SERIES, coloured, css, series
+
+BACKGROUNDS, TEXT = ("page", "panel"), ("ink", "quiet", "link", "good", "bad")
+
+
+def luminance(colour):
+    """WCAG 2.2, relative luminance of an sRGB colour."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_contrast_is_that_of_wcag_aa(theme):
+    for background in BACKGROUNDS:
+        for name in TEXT:
+            assert contrast(theme[name], theme[background]) >= 4.5, (name, background)
+    for name in SERIES:
+        assert contrast(theme[name], theme["page"]) >= 3, name
+
+
+def test_both_themes_have_the_same_names():
+    assert list(LIGHT) == list(DARK)
+    assert set(SERIES) < set(LIGHT)
+
+
+def test_names_become_colours():
+    assert (
+        coloured('<path fill="var(--blue)" stroke="var(--page)"/>', DARK) == '<path fill="#3f97dd" stroke="#11151b"/>'
+    )
+    assert re.fullmatch(r"(--\w+: #[0-9a-f]{6}; ?)+", css(LIGHT))
+
+
+def test_series_begin_again_when_they_run_out():
+    many = series(len(SERIES) + 1)
+    assert many[0] == many[-1] == "var(--blue)"
+    assert len(set(many)) == len(SERIES)
