@@ -9,10 +9,10 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.faults.copies import QUIET, SOURCE, BuildError, Copy, Outcome
+from tests.faults.copies import QUIET, SOURCE, BuildError, Copy, Outcome, import_once
 from tests.faults.planted import Fault, errors_of, read_faults
 
 LEAST_SECONDS = 120  # that a run with a fault may take, or SLOWER times what it takes without
@@ -32,6 +32,11 @@ class Trial:
     @classmethod
     def of(cls, fault: Fault) -> Trial:
         return cls(fault.tests, fault.select, fault.kernel)
+
+    @property
+    def parts(self) -> list[Trial]:
+        """Return a trial for each of the tests, which other faults may share."""
+        return [replace(self, tests=(test,)) for test in self.tests]
 
     def run(self, copy: Copy, seconds: float = 1800) -> Outcome:
         return copy.run(self.tests, self.select, environment(self.kernel), seconds)
@@ -57,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not hasattr(os, "fork"):
         return _refuse("faults are tried in forks, which this system has not: run them on Linux or macOS")
-    import torch  # noqa: F401 - once, for all forks
-
+    import_once()
     # Tests run in forks of the workers, which have no thread that could hold a lock.
     with (
         tempfile.TemporaryDirectory(prefix="lowmem-faults-") as folder,
@@ -78,16 +82,20 @@ def _try_all(pool: multiprocessing.pool.Pool, faults: Sequence[Fault]) -> int:
         _say("skipped", fault.id, 0.0, f"this processor has no {fault.kernel}")
     if not tried:
         raise ValueError("no fault can be tried on this processor: choose others with --only")
-    trials = list(dict.fromkeys(map(Trial.of, tried)))
-    print(f"{len(tried)} faults; first their {len(trials)} sets of tests without a fault", flush=True)
-    seconds = {}
-    for trial, clean in zip(trials, pool.imap(_run_clean, trials), strict=True):
-        if clean.verdict != "passed":
-            names = " ".join(trial.tests)
-            raise ValueError(f"without a fault {names} -k {trial.select!r} {clean.verdict}: {clean.first}")
-        seconds[trial] = max(LEAST_SECONDS, SLOWER * clean.seconds)
+    parts = list(dict.fromkeys(part for fault in tried for part in Trial.of(fault).parts))
+    print(f"{len(tried)} faults; first their {len(parts)} sets of tests without a fault", flush=True)
+    clean = dict(zip(parts, pool.imap(_run_clean, parts), strict=True))
+    for part, outcome in clean.items():
+        if outcome.verdict not in ("passed", "unusable"):  # of several files, -k may leave nothing of one
+            raise ValueError(f"without a fault {part.tests[0]} -k {part.select!r} {outcome.verdict}: {outcome.first}")
+    given = []
+    for fault in tried:
+        own = [clean[part] for part in Trial.of(fault).parts]
+        if all(outcome.verdict == "unusable" for outcome in own):
+            raise ValueError(f"{fault.id}: select={fault.select!r} leaves no test of {', '.join(fault.tests)}")
+        given.append((fault, max(LEAST_SECONDS, SLOWER * sum(outcome.seconds for outcome in own))))
     survived = []
-    for fault, outcome in pool.imap(_run_planted, [(fault, seconds[Trial.of(fault)]) for fault in tried]):
+    for fault, outcome in pool.imap(_run_planted, given):
         killed = outcome.verdict != "passed"
         _say("killed" if killed else "SURVIVED", fault.id, outcome.seconds, outcome.first if killed else fault.breaks)
         if not killed:

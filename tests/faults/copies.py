@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,26 @@ LEFT_OUT = shutil.ignore_patterns(
 
 # Threads that wait for work must not keep a core busy: another copy's tests need it.
 QUIET = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HYPOTHESIS_PROFILE": "faults"}
+
+
+def import_once() -> None:
+    """Import what is slow to import and no part of the tree, for all forks of this process."""
+    import hypothesis  # noqa: F401
+    import pytest_benchmark.plugin  # noqa: F401
+    import torch  # noqa: F401
+
+
+# Of pytest. Assertions stay as they are: plugins that are imported already cannot be rewritten, and none is shown.
+OPTIONS = (
+    "-x",
+    "-q",
+    "-rfE",
+    "--no-header",
+    "--tb=short",
+    "--assert=plain",
+    "-pno:cacheprovider",
+    "-ptests.faults.profile",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,14 @@ class Copy:
         """
         self._link([self._compile(unit, self._objects) for unit in sorted(self.root.joinpath(CSRC).glob("*.c"))])
 
+    def take_library(self) -> None:
+        """Take the tree's own library, which is optimized, where it has one; else compile one."""
+        own = self.source / LIBRARY
+        if own.exists():
+            shutil.copy2(own, self.root / LIBRARY)
+        else:
+            self.build()
+
     def kernels(self) -> list[str]:
         """Return the compiled kernels that this processor can run."""
         script = "from lowmem.kernels.cpu import load; print(*load()[0].levels())"
@@ -106,18 +135,7 @@ class Copy:
         self, tests: Sequence[str], select: str = "", environment: Mapping[str, str] = QUIET, seconds: float = 600
     ) -> Outcome:
         """Run tests in a fork of this process, which has imported torch, and stop at the first that fails."""
-        options = [
-            "-x",
-            "-q",
-            "-rfE",
-            "--no-header",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "tests.faults.profile",
-        ]
-        arguments = [*options, *(["-k", select] if select else []), *tests]
+        arguments = [*OPTIONS, *(["-k", select] if select else []), *tests]
         log = self.root.parent / "log"
         start = time.monotonic()
         process = os.fork()
@@ -141,6 +159,8 @@ class Copy:
             import pytest
 
             code = int(pytest.main(list(arguments)))
+        except BaseException:  # noqa: BLE001 - the fork must not return into the code that made it
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)
