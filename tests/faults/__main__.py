@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.faults.copies import QUIET, SOURCE, BuildError, Copy, Outcome, import_once
+from tests.faults.copies import QUIET, SOURCE, Copy, Outcome, import_once
+from tests.faults.library import BuildError, compile_all, kernels
 from tests.faults.planted import Fault, errors_of, read_faults
 
 LEAST_SECONDS = 120  # that a run with a fault may take, or SLOWER times what it takes without
@@ -64,13 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse("faults are tried in forks, which this system has not: run them on Linux or macOS")
     import_once()
     # Tests run in forks of the workers, which have no thread that could hold a lock.
-    with (
-        tempfile.TemporaryDirectory(prefix="lowmem-faults-") as folder,
-        multiprocessing.get_context("fork").Pool(options.jobs, _start_worker, (folder,)) as pool,
-    ):
+    with tempfile.TemporaryDirectory(prefix="lowmem-faults-") as folder:
+        objects = options.objects or Path(folder, "objects")
         try:
-            return _try_all(pool, faults)
-        except (ValueError, BuildError) as reason:
+            compile_all(SOURCE, objects)
+            # Tests run in forks of the workers, which have no thread that could hold a lock.
+            with multiprocessing.get_context("fork").Pool(options.jobs, _start_worker, (folder, objects)) as pool:
+                return _try_all(pool, faults)
+        except (OSError, ValueError, BuildError) as reason:
             return _refuse(str(reason))
 
 
@@ -136,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=(), metavar="ID", help="try these faults alone")
     parser.add_argument("--list", action="store_true", help="list the faults, and try none")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="try N at a time, each in a copy (1)")
+    parser.add_argument("--objects", type=Path, metavar="DIR", help="keep compiled C files there for the next run")
     return parser
 
 
@@ -145,14 +148,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _start_worker(folder: str) -> None:
+def _start_worker(folder: str, objects: Path) -> None:
     global _copy
-    _copy = Copy(Path(tempfile.mkdtemp(dir=folder)))
-    _copy.build()
+    _copy = Copy(Path(tempfile.mkdtemp(dir=folder)), SOURCE, objects)
 
 
 def _kernels() -> list[str]:
-    return _copy.kernels()
+    return kernels(_copy.root)
 
 
 def _run_clean(trial: Trial) -> Outcome:

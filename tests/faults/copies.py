@@ -9,19 +9,17 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
 import time
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.faults import library
+
 SOURCE = Path(__file__).parents[2]
-CSRC = Path("lowmem/kernels/csrc")
-LIBRARY = Path("lowmem/kernels/_native.abi3.so")
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".tox", ".venv", ".hypothesis", ".*_cache", "build", "dist", "__pycache__", "*.egg-info", "*.so", "*.html"
 )
@@ -67,47 +65,22 @@ class Outcome:
     output: str = field(repr=False)
 
 
-class BuildError(Exception):
-    """The C files of a copy cannot be compiled."""
-
-
 class Copy:
-    """A copy of the tree in ``root``, with a C library of its own that is compiled without optimization.
+    """A copy of a tree.
 
     Args:
-        root: an empty folder.
+        root: an empty folder, which the copy is made in.
         source: the tree that is copied.
+        objects: of its C files, of which the copy gets a library of its own; None: it takes that of the tree.
     """
 
-    def __init__(self, root: Path, source: Path = SOURCE) -> None:
-        self.source, self.root = source, root / "tree"
-        self._objects = root / "objects"
+    def __init__(self, root: Path, source: Path, objects: Path | None) -> None:
+        self.source, self.root, self._objects = source, root / "tree", objects
         shutil.copytree(source, self.root, ignore=LEFT_OUT)
-        self._objects.mkdir()
-
-    def build(self) -> None:
-        """Compile every C file and link the library.
-
-        Raises:
-            BuildError: a file does not compile.
-        """
-        self._link([self._compile(unit, self._objects) for unit in sorted(self.root.joinpath(CSRC).glob("*.c"))])
-
-    def take_library(self) -> None:
-        """Take the tree's own library, which is optimized, where it has one; else compile one."""
-        own = self.source / LIBRARY
-        if own.exists():
-            shutil.copy2(own, self.root / LIBRARY)
+        if objects is None:
+            shutil.copy2(source / library.LIBRARY, self.root / library.LIBRARY)
         else:
-            self.build()
-
-    def kernels(self) -> list[str]:
-        """Return the compiled kernels that this processor can run."""
-        script = "from lowmem.kernels.cpu import load; print(*load()[0].levels())"
-        done = subprocess.run([sys.executable, "-c", script], cwd=self.root, capture_output=True, text=True)
-        if done.returncode:
-            raise BuildError(f"the compiled kernel cannot be loaded: {done.stderr.strip()[-300:]}")
-        return done.stdout.split()
+            library.link(self.root, sorted(objects.glob("*.o")))
 
     @contextmanager
     def changed(self, file: str, text: str, kernel: str = "") -> Iterator[None]:
@@ -116,20 +89,20 @@ class Copy:
         Raises:
             BuildError: it does not compile.
         """
-        path, library = self.root / file, self.root / LIBRARY
-        original, kept = path.read_bytes(), self._objects / "kept.so"
+        path, binary, kept = self.root / file, self.root / library.LIBRARY, self.root.parent / "kept.so"
+        original = path.read_bytes()
         path.write_text(text, encoding="utf8")
         try:
             for stale in path.parent.glob(f"__pycache__/{path.stem}.*"):
-                stale.unlink()  # one with the same size and second would be taken for that of the changed file
-            if path.parent == self.root / CSRC:
-                shutil.copy2(library, kept)
-                self._rebuild(path.name, kernel)
+                stale.unlink()  # one of the same size and second would be taken for that of the changed file
+            if self._objects is not None and path.parent == self.root / library.CSRC:
+                shutil.copy2(binary, kept)
+                library.rebuild(self.root, self._objects, path.name, kernel, self.root.parent / "changed")
             yield
         finally:
             path.write_bytes(original)
             if kept.exists():
-                kept.replace(library)
+                kept.replace(binary)
 
     def run(
         self, tests: Sequence[str], select: str = "", environment: Mapping[str, str] = QUIET, seconds: float = 600
@@ -164,49 +137,6 @@ class Copy:
         finally:
             sys.stdout.flush()
             os._exit(code)
-
-    def _rebuild(self, file: str, kernel: str) -> None:
-        changed = self._objects / "changed"
-        shutil.rmtree(changed, ignore_errors=True)
-        changed.mkdir()
-        made = []
-        for unit in (self.root / CSRC / f"{name}.c" for name in ("module", kernel)):
-            if file == unit.name or file in self._included(unit):
-                made.append(self._compile(unit, changed))
-        if not made:
-            raise BuildError(f"neither module.c nor {kernel}.c includes {file}")
-        names = {path.name for path in made}
-        self._link([*made, *(path for path in sorted(self._objects.glob("*.o")) if path.name not in names)])
-
-    def _compile(self, unit: Path, folder: Path) -> Path:
-        made = folder / f"{unit.stem}.o"
-        self._gcc("-c", str(unit), "-o", str(made))
-        return made
-
-    def _included(self, unit: Path) -> Collection[str]:
-        return {Path(word).name for word in self._gcc("-MM", str(unit)).split()}
-
-    def _link(self, objects: Sequence[Path]) -> None:
-        options = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        library = self.root / LIBRARY
-        library.unlink(missing_ok=True)  # a process that has mapped it keeps what it has
-        self._gcc("-shared", *options, *map(str, objects), "-o", str(library))
-
-    def _gcc(self, *arguments: str) -> str:
-        compiler = (sysconfig.get_config_var("CC") or "cc").split()
-        flags = [
-            "-std=gnu11",
-            "-ffp-contract=off",
-            "-O0",
-            "-g0",
-            "-w",
-            "-fPIC",
-            f"-I{sysconfig.get_paths()['include']}",
-        ]
-        done = subprocess.run([*compiler, *flags, *arguments], capture_output=True, text=True)
-        if done.returncode:
-            raise BuildError(done.stderr.strip() or f"{compiler[0]} ended with {done.returncode}")
-        return done.stdout
 
 
 def _wait(process: int, deadline: float) -> int | None:

@@ -25,7 +25,8 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
-from tests.faults.copies import SOURCE, BuildError, Copy, Outcome, import_once
+from tests.faults.copies import SOURCE, Copy, Outcome, import_once
+from tests.faults.library import LIBRARY, BuildError, compile_all
 from tests.faults.survivors import Survivor, read_survivors
 
 LEAST_SHARE = 0.95
@@ -174,13 +175,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(os, "fork"):
         return _refuse("mutants are tried in forks, which this system has not: run them on Linux or macOS")
     import_once()
-    with (
-        tempfile.TemporaryDirectory(prefix="lowmem-mutants-") as folder,
-        multiprocessing.get_context("fork").Pool(options.jobs, _start_worker, (folder,)) as pool,
-    ):
+    with tempfile.TemporaryDirectory(prefix="lowmem-mutants-") as folder:
+        objects = None if (SOURCE / LIBRARY).exists() else Path(folder, "objects")
         try:
-            return _try_all(pool, mutants, listed)
-        except (ValueError, BuildError) as reason:
+            if objects is not None:
+                compile_all(SOURCE, objects)
+            # Tests run in forks of the workers, which have no thread that could hold a lock.
+            with multiprocessing.get_context("fork").Pool(options.jobs, _start_worker, (folder, objects)) as pool:
+                return _try_all(pool, mutants, listed)
+        except (OSError, ValueError, BuildError) as reason:
             return _refuse(str(reason))
 
 
@@ -245,10 +248,9 @@ def _natural(text: str) -> int:
     return int(text)
 
 
-def _start_worker(folder: str) -> None:
+def _start_worker(folder: str, objects: Path | None) -> None:
     global _copy
-    _copy = Copy(Path(tempfile.mkdtemp(dir=folder)))
-    _copy.take_library()
+    _copy = Copy(Path(tempfile.mkdtemp(dir=folder)), SOURCE, objects)
 
 
 def _run_clean(test: str) -> Outcome:
