@@ -8,6 +8,7 @@ import pytest
 
 from tests.faults.copies import SOURCE
 from tests.faults.planted import Fault, errors_of, read_faults
+from tests.faults.survivors import Survivor, read_survivors
 
 FAULTS = read_faults()
 FAULT = Fault("a", "lowmem/version.py", "nothing", "__version__", "_version", ("tests/test_main.py",))
@@ -78,3 +79,38 @@ def test_a_fault_that_is_not_there_is_one_line_and_exit_2():
     done = run("--only", "gone")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "faults: --only gone: there is no such fault; --list shows all\n"
+
+
+def test_every_listed_survivor_is_of_code_that_is_there():
+    for survivor in read_survivors():
+        code = " ".join((SOURCE / survivor.file).read_text(encoding="utf8").split())
+        assert " ".join(survivor.line.split()) in code, survivor
+
+
+ENTRY = "[[survivor]]\nfile = 'a.py'\nline = 'x = 1'\nmutant = 'x = 2'\n"
+
+
+def test_a_list_of_survivors_gives_the_reason_of_each(tmp_path):
+    path = tmp_path / "survivors.toml"
+    path.write_text(ENTRY + "reason = 'x is not read'")
+    assert read_survivors(path) == {Survivor("a.py", "x = 1", "x = 2"): "x is not read"}
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (ENTRY, "'x = 2' has no reason"),
+        (ENTRY + "reason = ' '", "'x = 2' has no reason"),
+        (2 * (ENTRY + "reason = 'because'\n"), "'x = 2' is there twice"),
+        (ENTRY + "reason = 'because'\nmore = 1", "more"),
+        ("[[survivor]]\nfile = 'a.py'\nreason = 'because'", "line"),
+        ("survivor = 3", "iterable"),
+        ("", "survivor"),
+        ("[[", "survivors.toml"),
+    ],
+)
+def test_a_damaged_list_of_survivors_is_an_error_that_says_how(tmp_path, text, error):
+    path = tmp_path / "survivors.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^survivors.toml is no list of survivors: .*{error}|^{error}"):
+        read_survivors(path)
