@@ -9,7 +9,7 @@ import pytest
 from tests.faults.copies import SOURCE
 
 pytest.importorskip("cosmic_ray")  # it comes with tox -e mutants alone
-from tests.faults import mutants  # noqa: E402
+from tests.faults import mutants
 
 CODE = """\
 from typing import Protocol
