@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -158,7 +159,8 @@ def _kernels() -> list[str]:
 
 
 def _run_clean(trial: Trial) -> Outcome:
-    return trial.run(_copy)
+    with _copy.unoptimized() if trial.kernel else nullcontext():
+        return trial.run(_copy)
 
 
 def _run_planted(given: tuple[Fault, float]) -> tuple[Fault, Outcome]:

@@ -71,16 +71,25 @@ class Copy:
     Args:
         root: an empty folder, which the copy is made in.
         source: the tree that is copied.
-        objects: of its C files, of which the copy gets a library of its own; None: it takes that of the tree.
+        objects: of its C files, which the library is linked of where one of them is changed, or the tree has none.
     """
 
     def __init__(self, root: Path, source: Path, objects: Path | None) -> None:
         self.source, self.root, self._objects = source, root / "tree", objects
+        self._binary = self.root / library.LIBRARY
         shutil.copytree(source, self.root, ignore=LEFT_OUT)
-        if objects is None:
-            shutil.copy2(source / library.LIBRARY, self.root / library.LIBRARY)
-        else:
+        if (source / library.LIBRARY).exists():
+            shutil.copy2(source / library.LIBRARY, self._binary)
+        elif objects is not None:
             library.link(self.root, sorted(objects.glob("*.o")))
+
+    @contextmanager
+    def unoptimized(self) -> Iterator[None]:
+        """Let the library be that of the objects inside the block, as it is while a C file is changed."""
+        with self._kept_library():
+            if self._objects is not None:
+                library.link(self.root, sorted(self._objects.glob("*.o")))
+            yield
 
     @contextmanager
     def changed(self, file: str, text: str, kernel: str = "") -> Iterator[None]:
@@ -89,20 +98,29 @@ class Copy:
         Raises:
             BuildError: it does not compile.
         """
-        path, binary, kept = self.root / file, self.root / library.LIBRARY, self.root.parent / "kept.so"
+        path = self.root / file
         original = path.read_bytes()
         path.write_text(text, encoding="utf8")
         try:
             for stale in path.parent.glob(f"__pycache__/{path.stem}.*"):
                 stale.unlink()  # one of the same size and second would be taken for that of the changed file
-            if self._objects is not None and path.parent == self.root / library.CSRC:
-                shutil.copy2(binary, kept)
-                library.rebuild(self.root, self._objects, path.name, kernel, self.root.parent / "changed")
-            yield
+            with self._kept_library():
+                if self._objects is not None and path.parent == self.root / library.CSRC:
+                    library.rebuild(self.root, self._objects, path.name, kernel, self.root.parent / "changed")
+                yield
         finally:
             path.write_bytes(original)
+
+    @contextmanager
+    def _kept_library(self) -> Iterator[None]:
+        kept = self.root.parent / "kept.so"
+        if self._binary.exists():
+            shutil.copy2(self._binary, kept)
+        try:
+            yield
+        finally:
             if kept.exists():
-                kept.replace(binary)
+                kept.replace(self._binary)
 
     def run(
         self, tests: Sequence[str], select: str = "", environment: Mapping[str, str] = QUIET, seconds: float = 600
