@@ -20,7 +20,7 @@ from lowmem import (
     convert,
     measure,
 )
-from lowmem.convert import REGISTRY
+from lowmem.convert import REGISTRY, swap
 from tests.rounding import OF_4_BITS, assert_sum, unit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
@@ -565,3 +565,21 @@ def test_what_is_converted_first_can_go_into_peft_s_layers():
     x = torch.randn(2, 8)
     model(x).sum().backward()
     assert model[0].lora_B["default"].weight.grad is not None
+
+
+def test_a_layer_that_left_the_model_is_not_replaced():
+    kept, gone = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(kept)
+    with pytest.raises(RuntimeError, match=r"^1 of the layers to replace \(a Linear\) left Sequential meanwhile"):
+        swap(model, {kept: torch.nn.Identity(), gone: torch.nn.Identity()})
+    assert model[0] is kept
+
+
+def test_weights_that_are_parts_of_one_storage_are_two_weights():
+    both = torch.randn(8, 16)
+    layers = [torch.nn.Linear(16, 4, bias=False) for _ in range(2)]
+    for layer, part in zip(layers, both.split(4), strict=True):
+        layer.weight = torch.nn.Parameter(part)
+    model = convert(torch.nn.Sequential(*layers), Half())
+    for layer, part in zip(model, both.split(4), strict=True):
+        assert torch.equal(layer.weight, part.half())

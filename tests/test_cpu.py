@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -385,6 +386,24 @@ OVERWRITTEN = {"MALLOC_PERTURB_": "165", "MALLOC_MMAP_THRESHOLD_": str(2**17), "
 def test_memory_that_is_given_up_during_a_call_stays_for_as_long_as_it_is_read(level):
     """As where another thread assigns ``.data``: C holds what it reads, and what it knows of a weight."""
     assert int(run_python(SWAPS, level, **OVERWRITTEN)) == 2 * (3 * (6 + 5 + 4 + 4 + 3 + 4) + 2)
+
+
+@compiled
+def test_no_call_keeps_what_it_has_read(level):
+    """What C holds during a call it gives back, or no memory of a model would ever be freed."""
+    q = quantize(strategies.make_weight("normal", (21, 70), 0, 0))
+    x, bias, calls = torch.randn(3, 70), torch.randn(21), 50
+    a, b = torch.randn(2, 70), torch.randn(21, 2)
+    storages = [tensor.untyped_storage() for tensor in (q.packed, q.scales, x, bias, a, b)]
+    with kernels.using(level):
+        before = [sys.getrefcount(storage) for storage in storages]
+        for _ in range(calls):
+            kernels.linear(x, q, torch.float32, bias, (a, b, 0.5))
+            kernels.add_update(torch.zeros(3, 21), x, a, b, 0.5)
+            kernels.input_grad(x[:, :21].contiguous(), q, torch.float32)
+            q.dequantize()
+        after = [sys.getrefcount(storage) for storage in storages]
+    assert all(new - old < calls for new, old in zip(after, before, strict=True))
 
 
 THREADS = """

@@ -274,3 +274,12 @@ def test_what_a_functional_call_puts_in_place_is_not_kept():
     other = {name: value.detach().clone() for name, value in layer.named_parameters()}
     torch.func.functional_call(layer, other, (torch.randn(2, 32),))
     assert all(kept is not other["packed"] for kept in (layer._quantized.packed, layer.quantized.packed))
+
+
+@pytest.mark.parametrize("name", ["packed", "scales"])
+def test_what_takes_the_place_of_one_stored_tensor_is_read(name):
+    layer = convert(torch.nn.Linear(16, 8), FourBit("int4"))
+    assert getattr(layer.quantized, name) is getattr(layer, name)
+    other = torch.nn.Parameter(torch.zeros_like(getattr(layer, name)), requires_grad=False)
+    setattr(layer, name, other)
+    assert getattr(layer.quantized, name) is other

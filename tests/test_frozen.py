@@ -56,6 +56,16 @@ def test_torch_func_transforms_compose(kind):
 
 
 @kinds
+def test_vmap_over_any_dimension_keeps_examples_apart(kind):
+    weight = make_weight(kind)
+    x = torch.randn(4, 3, 10, dtype=torch.float64)
+    expected = torch.nn.functional.linear(x, restored(weight))
+    for dim in range(2):  # over the other one lies the batch of an example
+        product = torch.func.vmap(lambda rows: frozen_linear(rows, weight, torch.float64), in_dims=dim, out_dims=dim)
+        torch.testing.assert_close(product(x), expected)
+
+
+@kinds
 def test_the_graph_saves_stored_bytes_only(kind):
     weight = make_weight(kind, 64, 64)
     saved = []

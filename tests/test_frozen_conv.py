@@ -57,6 +57,16 @@ def test_torch_func_transforms_compose(kind):
 
 
 @kinds
+def test_vmap_over_any_dimension_keeps_examples_apart(kind):
+    weight = make_weight(kind)
+    x = torch.randn(2, 3, 4, 9, dtype=torch.float64)
+    expected = exact(weight, x.flatten(0, 1)).unflatten(0, (2, 3))
+    for dim in range(2):  # over the other one lies the batch of an example
+        conv = lambda batch: frozen_conv(batch, weight, GEOMETRY, torch.float64)  # noqa: E731
+        torch.testing.assert_close(torch.func.vmap(conv, in_dims=dim, out_dims=dim)(x), expected)
+
+
+@kinds
 @pytest.mark.parametrize("size", [None, [9]], ids=["forward", "adjoint"])
 def test_the_operator_is_what_torch_expects_of_one(kind, size):
     weight = make_weight(kind)

@@ -127,3 +127,14 @@ def test_the_best_format_is_that_with_the_least_weighted_error():
 def test_weights_that_quantize_refuses_are_refused():
     with pytest.raises(ValueError, match="NaN"):
         quantize_against(torch.full((2, 8), torch.nan), FourBit(), said_by(correlated(20, 8)))
+
+
+@pytest.mark.parametrize("columns", [129, 300])
+def test_columns_make_up_for_each_other_across_the_panels_that_are_rounded_together(columns, monkeypatch):
+    """Panels are for speed alone: the output loses what it would lose with a single one, but for roundings."""
+    x = correlated(400, columns)
+    weight, inputs = torch.randn(64, columns, generator=torch.Generator().manual_seed(1)), said_by(x)
+    in_panels = quantize_against(weight, FourBit(search=True), inputs)
+    monkeypatch.setattr("lowmem.gptq._COLUMNS", columns)
+    at_once = quantize_against(weight, FourBit(search=True), inputs)
+    assert lost(weight, in_panels, x) == pytest.approx(lost(weight, at_once, x), rel=0.01)

@@ -8,7 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.header import DTYPES, MAX_HEADER, Header, Placed, TensorSpec, encode, parse, parse_json, place
+from lowmem.header import (
+    DTYPES,
+    MAX_HEADER,
+    FileError,
+    Header,
+    Placed,
+    TensorSpec,
+    encode,
+    parse,
+    parse_json,
+    place,
+    read_header,
+)
 from tests.strategies import names
 
 specs = st.builds(
@@ -143,3 +155,15 @@ def test_a_spec_is_that_of_a_tensor():
     assert spec == TensorSpec(torch.bfloat16, (2, 3))
     assert spec.nbytes == math.prod((2, 3, 2))
     assert TensorSpec(torch.float64, ()).nbytes == 8
+
+
+@pytest.mark.parametrize("byte", range(1, 8))
+def test_every_byte_of_the_length_counts(byte, tmp_path):
+    path, damaged = tmp_path / "some.safetensors", bytearray(encode(Header({}, {})))
+    path.write_bytes(damaged)
+    with path.open("rb") as file:
+        assert read_header(path, file) == damaged[8:]
+    damaged[byte] += 1
+    path.write_bytes(damaged)
+    with path.open("rb") as file, pytest.raises(FileError, match="damaged"):
+        read_header(path, file)

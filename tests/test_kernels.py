@@ -51,6 +51,14 @@ def test_both_products_equal_those_with_the_restored_weight(weight, batch, dtype
         assert_product(got, factor, weights, None, sums, rounded)
 
 
+def test_half_precision_sums_over_chunks_of_rows_are_rounded_once():
+    """Each of nine chunks adds about 180 ones, a number that bfloat16 holds; it does not hold all sums of them."""
+    weight = (torch.rand(8000, 64) < 0.2).bfloat16()
+    with kernels.using("reference"):
+        got = kernels.input_grad(torch.ones(1, 8000, dtype=torch.bfloat16), weight, torch.bfloat16)
+    assert torch.equal(got, weight.double().sum(0, keepdim=True).bfloat16())
+
+
 @pytest.mark.parametrize("columns", [64, 1000])
 def test_many_chunks_are_written_whole_and_match(columns):
     weight = quantize(strategies.make_weight("normal", (1500, columns), 0, 0), block_size=16)

@@ -203,6 +203,18 @@ def test_adapters_of_a_float64_layer_are_float64_and_of_a_half_one_float32():
     assert convert(torch.nn.Linear(4, 4, dtype=torch.bfloat16), LoRA(1)).lora_a.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_update_of_an_output_in_half_precision_is_that_of_the_equation(dtype):
+    layer = convert(torch.nn.Linear(16, 8), Half(dtype), LoRA(2, alpha=6))
+    layer.lora_b.data.normal_()
+    x = torch.randn(5, 16).to(dtype)
+    update = x.double() @ layer.adapters["default"].delta().double().t()
+    expected = x.double() @ layer.base.weight.double().t() + layer.base.bias.double() + update
+    # The base, the update and their sum are rounded to the dtype: each is off by half an eps of what is below 16.
+    assert ((layer(x).double() - expected).abs() <= 3 * 16 * torch.finfo(dtype).eps).all()
+    assert (update.abs() > 1).any()
+
+
 def test_autocast_and_half_inputs_keep_the_base_s_dtype():
     layer = strategies.make_adapted(torch.nn.Linear(16, 8), "4-bit")
     assert layer(torch.randn(2, 16).bfloat16()).dtype == torch.bfloat16

@@ -43,6 +43,16 @@ def test_rows_that_are_what_was_stored_keep_their_bytes(weight, format, block_si
     assert torch.equal(again.scales[1:].view(torch.uint8), q.scales[1:].view(torch.uint8))
 
 
+@pytest.mark.parametrize("row", [0, 150, 299])
+def test_a_weight_has_changed_wherever_it_has(row):
+    """Rows are compared a chunk at a time: the first, one in the middle, and the last chunk of five."""
+    q = replace(quantize(strategies.make_weight("normal", (300, 1000), 0, 0), search=True), method="calibrated")
+    weight = q.dequantize()
+    assert quantize_again(q, weight).method == "calibrated"
+    weight[row] += 1
+    assert quantize_again(q, weight).method == "search"
+
+
 @given(strategies.weights(), strategies.formats)
 def test_the_relative_error_is_that_of_all_weights(weight, format):
     q, half = quantize(weight, format, scales="float32"), weight.half()

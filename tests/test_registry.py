@@ -78,3 +78,12 @@ def test_places_and_holders_know_every_path():
     assert list(chosen(model, None, "b*").values()) == ["", "c"]
     with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
         places([shared])
+
+
+def test_a_layer_whose_bias_is_no_parameter_of_its_own_is_left_alone():
+    layer = nn.Linear(8, 4)
+    bias = layer.bias.detach()
+    del layer.bias
+    layer.bias = bias  # a plain tensor, as a hook would put there before each call
+    for technique in (Half, FourBit, LoRA):
+        assert why_left(technique, layer) == "its weight or bias is computed from, or comes with, something else"

@@ -64,3 +64,14 @@ def test_where_nothing_is_better_the_largest_magnitude_stays(format):
     for value in (0.0, 1e-30, 3e38):
         rows = torch.full((2, 16), value)
         assert torch.equal(searched_scales(rows, FORMATS[format], 8, LARGEST), torch.full((2, 2), value))
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_no_scale_is_above_the_largest_that_can_be_stored(format):
+    """Of weights that 17/16 of the largest scale would hold exactly, which no encoding could then store."""
+    largest = float(torch.finfo(torch.float16).max)
+    levels = torch.tensor(FORMATS[format].levels)
+    rows = (levels[levels.abs() < 1].repeat(4) * (largest * 17 / 16))[None]
+    rows[0, 0] = largest
+    assert (searched_scales(rows, FORMATS[format], 64, LARGEST) > largest).any()
+    assert (searched_scales(rows, FORMATS[format], 64, largest) <= largest).all()

@@ -1,0 +1,174 @@
+"""Plant the faults one at a time in a copy of the tree, and see that tests catch each: ``python -m tests.faults``."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import multiprocessing.pool
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.faults.copies import QUIET, SOURCE, Copy, Outcome, import_once
+from tests.faults.library import BuildError, compile_all, kernels
+from tests.faults.planted import Fault, errors_of, read_faults
+
+LEAST_SECONDS = 120  # that a run with a fault may take, or SLOWER times what it takes without
+SLOWER = 10
+
+_copy: Copy  # of a worker process
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Some tests, and the kernel that serves them."""
+
+    tests: tuple[str, ...]
+    select: str
+    kernel: str
+
+    @classmethod
+    def of(cls, fault: Fault) -> Trial:
+        return cls(fault.tests, fault.select, fault.kernel)
+
+    @property
+    def parts(self) -> list[Trial]:
+        """Return a trial for each of the tests, which other faults may share."""
+        return [replace(self, tests=(test,)) for test in self.tests]
+
+    def run(self, copy: Copy, seconds: float = 1800) -> Outcome:
+        return copy.run(self.tests, self.select, environment(self.kernel), seconds)
+
+
+def environment(kernel: str) -> dict[str, str]:
+    """Return the variables that a run of tests gets."""
+    return {**QUIET, **({"LOWMEM_KERNEL": kernel} if kernel else {})}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 where every fault was caught, 1 where one was not, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        faults = _chosen(read_faults(), options.only)
+        if stale := errors_of(faults, SOURCE):
+            raise ValueError(f"{len(stale)} faults do not apply, the first: {stale[0]}")
+    except ValueError as reason:
+        return _refuse(str(reason))
+    if options.list:
+        for fault in faults:
+            print(f"{fault.id:34} {fault.file}: {fault.breaks}")
+        return 0
+    if not hasattr(os, "fork"):
+        return _refuse("faults are tried in forks, which this system has not: run them on Linux or macOS")
+    import_once()
+    # Tests run in forks of the workers, which have no thread that could hold a lock.
+    with tempfile.TemporaryDirectory(prefix="lowmem-faults-") as folder:
+        objects = options.objects or Path(folder, "objects")
+        try:
+            compile_all(SOURCE, objects)
+            # Tests run in forks of the workers, which have no thread that could hold a lock.
+            with multiprocessing.get_context("fork").Pool(options.jobs, _start_worker, (folder, objects)) as pool:
+                return _try_all(pool, faults)
+        except (OSError, ValueError, BuildError) as reason:
+            return _refuse(str(reason))
+
+
+def _try_all(pool: multiprocessing.pool.Pool, faults: Sequence[Fault]) -> int:
+    have = pool.apply(_kernels)
+    skipped = [fault for fault in faults if fault.kernel and fault.kernel not in have]
+    tried = [fault for fault in faults if fault not in skipped]
+    for fault in skipped:
+        _say("skipped", fault.id, 0.0, f"this processor has no {fault.kernel}")
+    if not tried:
+        raise ValueError("no fault can be tried on this processor: choose others with --only")
+    parts = list(dict.fromkeys(part for fault in tried for part in Trial.of(fault).parts))
+    print(f"{len(tried)} faults; first their {len(parts)} sets of tests without a fault", flush=True)
+    clean = dict(zip(parts, pool.imap(_run_clean, parts), strict=True))
+    for part, outcome in clean.items():
+        if outcome.verdict not in ("passed", "unusable"):  # of several files, -k may leave nothing of one
+            raise ValueError(f"without a fault {part.tests[0]} -k {part.select!r} {outcome.verdict}: {outcome.first}")
+    given = []
+    for fault in tried:
+        own = [clean[part] for part in Trial.of(fault).parts]
+        if all(outcome.verdict == "unusable" for outcome in own):
+            raise ValueError(f"{fault.id}: select={fault.select!r} leaves no test of {', '.join(fault.tests)}")
+        given.append((fault, max(LEAST_SECONDS, SLOWER * sum(outcome.seconds for outcome in own))))
+    survived = []
+    for fault, outcome in pool.imap(_run_planted, given):
+        killed = outcome.verdict != "passed"
+        _say("killed" if killed else "SURVIVED", fault.id, outcome.seconds, outcome.first if killed else fault.breaks)
+        if not killed:
+            survived.append(fault)
+    _close(faults, skipped, survived)
+    return 1 if survived else 0
+
+
+def _close(faults: Sequence[Fault], skipped: Sequence[Fault], survived: Sequence[Fault]) -> None:
+    print(f"\n{'':10}{'faults':>8}{'killed':>8}{'survived':>10}{'skipped':>9}")
+    for name, kind in (("Python", False), ("C", True)):
+        of_kind = [sum(fault.is_c == kind for fault in group) for group in (faults, skipped, survived)]
+        print(f"{name:10}{of_kind[0]:8}{of_kind[0] - of_kind[1] - of_kind[2]:8}{of_kind[2]:10}{of_kind[1]:9}")
+    for fault in survived:
+        print(f"SURVIVED {fault.id}: {fault.breaks} ({fault.file}); none of {', '.join(fault.tests)} fails")
+    if not survived:
+        print("Every fault that was tried is caught.")
+
+
+def _say(verdict: str, name: str, seconds: float, text: str) -> None:
+    print(f"{verdict:9} {name:34} {seconds:6.1f} s  {text}", flush=True)
+
+
+def _refuse(reason: str) -> int:
+    print(f"faults: {' '.join(reason.split())[:280]}", file=sys.stderr)
+    return 2
+
+
+def _chosen(faults: list[Fault], only: Sequence[str]) -> list[Fault]:
+    known = {fault.id for fault in faults}
+    if unknown := [name for name in only if name not in known]:
+        raise ValueError(f"--only {unknown[0]}: there is no such fault; --list shows all")
+    return [fault for fault in faults if not only or fault.id in only]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m tests.faults", description=__doc__.split(":")[0] + ".")
+    parser.add_argument("--only", nargs="+", default=(), metavar="ID", help="try these faults alone")
+    parser.add_argument("--list", action="store_true", help="list the faults, and try none")
+    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="try N at a time, each in a copy (1)")
+    parser.add_argument("--objects", type=Path, metavar="DIR", help="keep compiled C files there for the next run")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
+def _start_worker(folder: str, objects: Path) -> None:
+    global _copy
+    _copy = Copy(Path(tempfile.mkdtemp(dir=folder)), SOURCE, objects)
+
+
+def _kernels() -> list[str]:
+    return kernels(_copy.root)
+
+
+def _run_clean(trial: Trial) -> Outcome:
+    with _copy.unoptimized() if trial.kernel else nullcontext():
+        return trial.run(_copy)
+
+
+def _run_planted(given: tuple[Fault, float]) -> tuple[Fault, Outcome]:
+    fault, seconds = given
+    text = fault.planted_in((_copy.root / fault.file).read_text(encoding="utf8"))
+    with _copy.changed(fault.file, text, fault.kernel):
+        return fault, Trial.of(fault).run(_copy, seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

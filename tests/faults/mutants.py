@@ -1,0 +1,267 @@
+"""Try a sample of the mutants of the modules that compute, convert or write, and of the gate itself.
+
+Cosmic Ray says what mutants there are; one of each place in the code is drawn. A place's rank is a digest of the seed
+and of its text, so that an edit changes the sample where it changes the code, and a smaller sample is the beginning
+of a larger one. Mutants run in copies, with the mirror tests of their module: ``python -m tests.faults.mutants``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import multiprocessing
+import multiprocessing.pool
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import ndiff
+from pathlib import Path
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+
+from tests.faults.copies import SOURCE, Copy, Outcome, import_once
+from tests.faults.library import LIBRARY, BuildError, compile_all
+from tests.faults.survivors import Survivor, read_survivors
+
+LEAST_SHARE = 0.95
+LEAST_SECONDS = 60  # that a run with a mutant may take, or SLOWER times what it takes without
+SLOWER = 5
+
+# Modules that hold no computation of their own, or only words.
+OTHERS = {"__init__.py", "__main__.py", "bignet.py", "messages.py", "startup.py", "version.py"}
+
+# The tests of a module beyond, or other than, its mirror test, the quickest first; and what of them is left out.
+TESTS = {
+    "lowmem/scales.py": ("test_scales", "test_blockwise"),
+    "lowmem/search.py": ("test_search", "test_blockwise"),
+    "lowmem/quantizing.py": ("test_quantizing", "test_blockwise"),
+    "lowmem/int8.py": ("test_int8",),
+    "lowmem/frozen.py": ("test_frozen", "test_half", "test_fourbit"),
+    "lowmem/frozen_conv.py": ("test_frozen_conv", "test_conv"),
+    "lowmem/lora.py": ("test_lora", "test_adapters"),
+    "lowmem/registry.py": ("test_registry", "test_convert"),
+    "lowmem/header.py": ("test_header", "test_tensorfile"),
+    "lowmem/records.py": ("test_records", "test_checkpoint"),
+    "lowmem/shells.py": ("test_shells", "test_checkpoint"),
+    "lowmem/kernels/cpu.py": ("test_cpu", "test_int8"),
+    "lowmem/kernels/memory.py": ("test_kernels",),
+    "lowmem/kernels/ops.py": ("test_ops",),
+    "lowmem/kernels/reference.py": ("test_kernels", "test_lora", "test_int8"),
+    "benchmarks/results.py": ("test_gate",),
+}
+# Tests that run for long, and are of the C code.
+SELECT = "not mebibyte and not larger_layer and not 256_kib"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one place: ``line`` is its number, for the reader."""
+
+    survivor: Survivor
+    text: str
+    number: int
+    tests: tuple[str, ...]
+
+
+def modules(root: Path = SOURCE) -> list[str]:
+    """Return the files that mutants are drawn from."""
+    folders = ("lowmem", "lowmem/kernels", "lowmem/testing")
+    found = [p for folder in folders for p in (root / folder).glob("*.py") if p.name not in OTHERS]
+    found += [root / "benchmarks" / name for name in ("gate.py", "results.py")]
+    return sorted(path.relative_to(root).as_posix() for path in found)
+
+
+def mirror_tests(file: str, root: Path = SOURCE) -> tuple[str, ...]:
+    """Return the files of the tests that must kill a module's mutants.
+
+    Raises:
+        ValueError: there are none.
+    """
+    stems = TESTS.get(file, (f"test_{Path(file).stem}",))
+    found = tuple(f"tests/{stem}.py" for stem in stems if (root / "tests" / f"{stem}.py").is_file())
+    if not found:
+        raise ValueError(f"{file} has no tests: there is no tests/{stems[0]}.py; name them in TESTS of mutants.py")
+    return found
+
+
+def sample(size: int, seed: int, files: Sequence[str], root: Path = SOURCE) -> list[Mutant]:
+    """Return so many mutants of these files, the first of the ranking."""
+    ranked: list[tuple[bytes, str, str, int, tuple[str, int]]] = []
+    for file in files:
+        code = (root / file).read_text(encoding="utf8")
+        lines, seen = code.splitlines(), Counter[str]()
+        for (begin, _), ways in sorted(_places(code).items()):
+            text = lines[begin[0] - 1].strip()
+            seen[text] += 1
+            digest = hashlib.sha256(repr((seed, file, text, seen[text])).encode()).digest()
+            ranked.append((digest, file, code, begin[0], sorted(ways)[digest[-1] % len(ways)]))
+    mutants: list[Mutant] = []
+    for _, file, code, number, (operator, occurrence) in sorted(ranked):
+        if len(mutants) == size:
+            break
+        text = mutate_code(code, get_operator(operator)(), occurrence)
+        if text is not None and _is_other_code(code, text):
+            mutants.append(Mutant(_changed(file, code, text), text, number, mirror_tests(file, root)))
+    return mutants
+
+
+def _places(code: str) -> dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[str, int]]]:
+    """Return, for each place that a mutant changes, the operators that change it, each with its count of places."""
+    skipped = list(_never_run(code))
+    nodes = list(ast_nodes(get_ast(code)))
+    found: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[str, int]]] = {}
+    for name in operator_names():
+        operator = get_operator(name)
+        if operator.arguments() or ("_Is" in name) != name.endswith(("_Is_IsNot", "_IsNot_Is")):
+            continue  # `is` for `==` is true by chance, and changes nothing where objects are shared
+        places = (place for node in nodes for place in operator().mutation_positions(node))
+        for occurrence, (begin, end) in enumerate(places):
+            if not any(first <= begin <= last for first, last in skipped):
+                found.setdefault((begin, end), []).append((name, occurrence))
+    return found
+
+
+def _never_run(code: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield the spans of annotations, which nothing evaluates, and of what is for type checkers alone."""
+    for node in ast.walk(ast.parse(code)):
+        spans: list[ast.AST | None] = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Protocol") for base in node.bases):
+            spans.append(node)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            spans.append(node)
+        for span in spans:
+            if isinstance(span, ast.expr | ast.stmt):
+                yield (span.lineno, span.col_offset), (span.end_lineno or 0, span.end_col_offset or 0)
+
+
+def _is_other_code(before: str, after: str) -> bool:
+    """Whether a mutant can be compiled, and is not the same code in other letters."""
+    try:
+        return ast.dump(ast.parse(before)) != ast.dump(ast.parse(after))
+    except SyntaxError:
+        return False
+
+
+def _changed(file: str, before: str, after: str) -> Survivor:
+    changes = [line for line in ndiff(before.splitlines(), after.splitlines()) if line[0] in "-+"]
+    old, new = (" ".join(line[2:].strip() for line in changes if line[0] == sign) for sign in "-+")
+    return Survivor(file, old, new)
+
+
+_copy: Copy  # of a worker process
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 where enough were killed, 1 where not, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        listed = read_survivors()
+        files = modules()
+        if unknown := set(options.files) - set(files):
+            raise ValueError(f"{min(unknown)} is none of the modules that mutants are drawn from, as {files[0]} is")
+        mutants = sample(options.sample, options.seed, options.files or files)
+    except (OSError, ValueError) as reason:
+        return _refuse(str(reason))
+    if options.list:
+        for mutant in mutants:
+            _say("", mutant, "")
+        return 0
+    if not hasattr(os, "fork"):
+        return _refuse("mutants are tried in forks, which this system has not: run them on Linux or macOS")
+    import_once()
+    with tempfile.TemporaryDirectory(prefix="lowmem-mutants-") as folder:
+        objects = None if (SOURCE / LIBRARY).exists() else Path(folder, "objects")
+        try:
+            if objects is not None:
+                compile_all(SOURCE, objects)
+            # Tests run in forks of the workers, which have no thread that could hold a lock.
+            with multiprocessing.get_context("fork").Pool(options.jobs, _start_worker, (folder, objects)) as pool:
+                return _try_all(pool, mutants, listed)
+        except (OSError, ValueError, BuildError) as reason:
+            return _refuse(str(reason))
+
+
+def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], listed: dict[Survivor, str]) -> int:
+    tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+    print(f"{len(mutants)} mutants; first the {len(tests)} files of tests without one", flush=True)
+    clean = dict(zip(tests, pool.imap(_run_clean, tests), strict=True))
+    for test, outcome in clean.items():
+        if outcome.verdict != "passed":
+            raise ValueError(f"without a mutant {test} {outcome.verdict}: {outcome.first}")
+    survived: list[Mutant] = []
+    given = [(m, max(LEAST_SECONDS, SLOWER * sum(clean[test].seconds for test in m.tests))) for m in mutants]
+    for mutant, outcome in pool.imap(_run_mutant, given):
+        if outcome.verdict == "passed":
+            survived.append(mutant)
+        verdict = "killed" if outcome.verdict != "passed" else "survived" if mutant.survivor in listed else "SURVIVED"
+        _say(f"{verdict:9} {outcome.seconds:6.1f} s ", mutant, f"  {outcome.first}" if verdict == "killed" else "")
+    return _close(mutants, survived, listed)
+
+
+def _close(mutants: Sequence[Mutant], survived: Sequence[Mutant], listed: dict[Survivor, str]) -> int:
+    tried, lived = (Counter(mutant.survivor.file for mutant in group) for group in (mutants, survived))
+    print(f"\n{'module':34}{'mutants':>8}{'killed':>8}")
+    for file in sorted(tried):
+        print(f"{file:34}{tried[file]:8}{tried[file] - lived[file]:8}")
+    share = 1 - len(survived) / len(mutants)
+    print(f"{'in all':34}{len(mutants):8}{len(mutants) - len(survived):8}  {share:.1%}")
+    new = [mutant for mutant in survived if mutant.survivor not in listed]
+    for mutant in new:
+        _say("FAILED   not in tests/survivors.toml: ", mutant, "")
+    for mutant in mutants:
+        if mutant.survivor in listed and mutant not in survived:
+            _say("listed as a survivor, and killed: take it out of tests/survivors.toml: ", mutant, "")
+    if share < LEAST_SHARE:
+        print(f"FAILED   {share:.1%} of the mutants were killed, and {LEAST_SHARE:.0%} must be")
+    return 1 if new or share < LEAST_SHARE else 0
+
+
+def _say(before: str, mutant: Mutant, after: str) -> None:
+    found = mutant.survivor
+    print(f"{before}{found.file}:{mutant.number}: {found.line!r} -> {found.mutant!r}{after}", flush=True)
+
+
+def _refuse(reason: str) -> int:
+    print(f"mutants: {' '.join(reason.split())[:280]}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m tests.faults.mutants", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("files", nargs="*", metavar="FILE", help="draw from these modules alone")
+    parser.add_argument("--sample", type=_natural, default=300, metavar="N", help="how many (300)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another sample (0)")
+    parser.add_argument("--list", action="store_true", help="list the mutants, and try none")
+    parser.add_argument("--jobs", type=_natural, default=1, metavar="N", help="try N at a time, each in a copy (1)")
+    return parser
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
+def _start_worker(folder: str, objects: Path | None) -> None:
+    global _copy
+    _copy = Copy(Path(tempfile.mkdtemp(dir=folder)), SOURCE, objects)
+
+
+def _run_clean(test: str) -> Outcome:
+    return _copy.run([test], SELECT, seconds=1800)
+
+
+def _run_mutant(given: tuple[Mutant, float]) -> tuple[Mutant, Outcome]:
+    mutant, seconds = given
+    with _copy.changed(mutant.survivor.file, mutant.text):
+        return mutant, _copy.run(mutant.tests, SELECT, seconds=seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The list of planted faults is not stale, and the script that tries them tells killed from survived."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from tests.faults.copies import SOURCE
+from tests.faults.planted import Fault, errors_of, read_faults
+from tests.faults.survivors import Survivor, read_survivors
+
+FAULTS = read_faults()
+FAULT = Fault("a", "lowmem/version.py", "nothing", "__version__", "_version", ("tests/test_main.py",))
+
+
+def test_no_fault_is_stale():
+    assert errors_of(FAULTS, SOURCE) == []
+
+
+def test_there_are_forty_faults_in_python_and_forty_in_c():
+    in_c = sum(fault.is_c for fault in FAULTS)
+    assert in_c >= 40
+    assert len(FAULTS) - in_c >= 40
+
+
+def test_every_module_that_computes_converts_or_writes_has_a_fault():
+    others = {"__init__", "__main__", "bignet", "messages", "startup", "version"}
+    modules = {p for folder in ("lowmem", "lowmem/kernels") for p in (SOURCE / folder).glob("*.py")}
+    expected = {p.relative_to(SOURCE).as_posix() for p in modules if p.stem not in others}
+    assert expected - {fault.file for fault in FAULTS} == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"find": "_"}, "stands"),
+        ({"find": "what is nowhere"}, "stands 0 times"),
+        ({"file": "lowmem/gone.py"}, "there is no lowmem/gone.py"),
+        ({"replace": "("}, "version.py, line 3"),
+        ({"replace": "__version__"}, "changes nothing"),
+        ({"tests": ("tests/test_gone.py::test_a",)}, "there is no tests/test_gone.py::test_a"),
+        ({"tests": ()}, "names no tests"),
+        ({"kernel": "portable"}, "kernel='portable'"),
+        ({"file": "lowmem/kernels/csrc/portable.c", "find": "LANES 8"}, "kernel=''"),
+    ],
+)
+def test_what_is_wrong_with_a_fault_is_said(changes, error):
+    assert errors_of([FAULT], SOURCE) == []
+    (found,) = errors_of([replace(FAULT, **changes)], SOURCE)
+    assert error in found
+    assert len(found) < 300
+
+
+def test_two_faults_of_one_name_are_said():
+    assert errors_of([FAULT, FAULT], SOURCE) == ["a is there 2 times"]
+
+
+@pytest.mark.parametrize("text", ["", "fault = 3", "[[fault]]\nid = 'a'", "[[fault]]\nid = 'a'\nwhat = 1", "[["])
+def test_a_damaged_list_is_an_error_that_names_it(tmp_path, text):
+    path = tmp_path / "some.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^some.toml is no list of faults: "):
+        read_faults([path])
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "tests.faults", *arguments]
+    return subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
+
+
+def test_the_command_lists_the_faults():
+    done = run("--list")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(FAULTS)
+
+
+def test_a_fault_that_is_not_there_is_one_line_and_exit_2():
+    done = run("--only", "gone")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "faults: --only gone: there is no such fault; --list shows all\n"
+
+
+def test_every_listed_survivor_is_of_code_that_is_there():
+    for survivor in read_survivors():
+        code = " ".join((SOURCE / survivor.file).read_text(encoding="utf8").split())
+        assert " ".join(survivor.line.split()) in code, survivor
+
+
+ENTRY = "[[survivor]]\nfile = 'a.py'\nline = 'x = 1'\nmutant = 'x = 2'\n"
+
+
+def test_a_list_of_survivors_gives_the_reason_of_each(tmp_path):
+    path = tmp_path / "survivors.toml"
+    path.write_text(ENTRY + "reason = 'x is not read'")
+    assert read_survivors(path) == {Survivor("a.py", "x = 1", "x = 2"): "x is not read"}
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (ENTRY, "'x = 2' has no reason"),
+        (ENTRY + "reason = ' '", "'x = 2' has no reason"),
+        (2 * (ENTRY + "reason = 'because'\n"), "'x = 2' is there twice"),
+        (ENTRY + "reason = 'because'\nmore = 1", "more"),
+        ("[[survivor]]\nfile = 'a.py'\nreason = 'because'", "line"),
+        ("survivor = 3", "iterable"),
+        ("", "survivor"),
+        ("[[", "survivors.toml"),
+    ],
+)
+def test_a_damaged_list_of_survivors_is_an_error_that_says_how(tmp_path, text, error):
+    path = tmp_path / "survivors.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^survivors.toml is no list of survivors: .*{error}|^{error}"):
+        read_survivors(path)
