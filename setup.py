@@ -10,8 +10,10 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = "lowmem/kernels/csrc"
 
-# The limited API has no free-threaded form: there, plain torch serves.
-FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+# Plain torch serves where the kernel cannot be built: the limited API has no free-threaded form, and MSVC has neither
+# the atomics of GNU C nor its functions for one instruction set.
+PLATFORM = sysconfig.get_platform()
+HAS_KERNEL = not sysconfig.get_config_var("Py_GIL_DISABLED") and not PLATFORM.startswith("win-")
 
 # What CFLAGS asks for comes before these, and would be overruled. Python's own flags ask for debugging symbols, which
 # make the library ten times as large and take a third of the compiler's time.
@@ -39,19 +41,18 @@ class BuildInParallel(build_ext):
             self.compiler.compile = compile_all
 
 
+KERNEL = Extension(
+    "lowmem.kernels._native",
+    sources=sorted(glob(f"{CSRC}/*.c"), reverse=True),  # portable.c takes longest: it begins
+    depends=sorted(glob(f"{CSRC}/*.h")),
+    extra_compile_args=["-std=gnu11", "-ffp-contract=off", *FLAGS],
+    py_limited_api=True,
+    optional=not os.environ.get("LOWMEM_REQUIRE_KERNEL"),  # who builds wheels for others sets it
+)
+
 setup(
     cmdclass={"build_ext": BuildInParallel},
-    ext_modules=[]
-    if FREE_THREADED
-    else [
-        Extension(
-            "lowmem.kernels._native",
-            sources=sorted(glob(f"{CSRC}/*.c"), reverse=True),  # portable.c takes longest: it begins
-            depends=sorted(glob(f"{CSRC}/*.h")),
-            extra_compile_args=["-std=gnu11", "-ffp-contract=off", *FLAGS],
-            py_limited_api=True,
-            optional=True,
-        )
-    ],
-    options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},
+    ext_modules=[KERNEL] if HAS_KERNEL else [],
+    # A wheel without the kernel names its platform, so that no other takes it for its own.
+    options={"bdist_wheel": {"py_limited_api": "cp310"} if HAS_KERNEL else {"plat_name": PLATFORM}},
 )

@@ -5,6 +5,7 @@ What C does not take goes to plain torch: another device or dtype, a wrapped or 
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ def load() -> tuple[ModuleType | None, str]:
     try:
         import lowmem.kernels._native as _native
     except ImportError as reason:
-        return None, f"the compiled kernel cannot be imported ({reason}); installing from source needs a C compiler"
+        return None, without_kernel(reason, sys.platform)
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     _native.use_torch(Tensor, Parameter, table, torch._C._to_dlpack)
     package = Path(torch.__file__).parent
@@ -55,6 +56,12 @@ def load() -> tuple[ModuleType | None, str]:
     if any(_native.share_threads(path) for path in libraries):
         return _native, "on torch's threads"
     return _native, "on one thread, since torch's OpenMP library was not found"
+
+
+def without_kernel(reason: object, platform: str) -> str:
+    """Say why there is no compiled kernel, and what would change that on a platform of ``sys.platform``'s names."""
+    remedy = "lowmem has none on Windows" if platform == "win32" else "installing from source needs a C compiler"
+    return f"the compiled kernel cannot be imported ({reason}); {remedy}"
 
 
 @dataclass(frozen=True, slots=True)

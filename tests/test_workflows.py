@@ -1,0 +1,48 @@
+"""The workflows run what tox.ini has, and one check needs all of them."""
+
+import configparser
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = {path.stem: path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml")}
+TOX = configparser.ConfigParser(interpolation=None)
+TOX.read(ROOT / "tox.ini")
+
+
+def environments(label=""):
+    """Return the names of tox's environments, or of those that carry a label."""
+    sections = [name for name in TOX.sections() if name.startswith("testenv:")]
+    labelled = [name for name in sections if not label or TOX[name].get("labels", "") == label]
+    return {leg for name in labelled for leg in name.removeprefix("testenv:").strip("{}").split(",")}
+
+
+def test_every_leg_of_the_matrix_runs_on_the_python_that_it_names():
+    legs = re.findall(r'python: "3\.(\d+)"(?:, |\n +)leg: ([\w-]+)', WORKFLOWS["ci"])
+    assert {leg for _, leg in legs} == environments("matrix")
+    assert all(leg.startswith(f"py3{minor}-") for minor, leg in legs if leg != "lowest")
+    assert {f"3.{minor}" for minor, leg in legs if leg == "lowest"} == {
+        TOX["testenv:lowest"]["base_python"].removeprefix("python")
+    }
+
+
+def test_the_workflows_name_environments_of_tox():
+    named = {name for text in WORKFLOWS.values() for name in re.findall(r"tox -e ([\w-]+)", text)}
+    assert {"lint", "actions", "types", "wheels", "sdist", "bench", "gate", "minilm"} <= named
+    what = re.search(r"what: \[([\w, ]+)\]", WORKFLOWS["nightly"])  # named by a variable, as the legs are
+    assert what
+    assert (named | set(what[1].split(", "))) - environments() == set()
+
+
+def test_the_required_check_needs_every_job():
+    jobs = re.findall(r"^  (\w+):$", WORKFLOWS["ci"].partition("\njobs:\n")[2], flags=re.MULTILINE)
+    needs = re.search(r"needs: \[([\w, ]+)\]", WORKFLOWS["ci"])
+    assert jobs
+    assert needs
+    assert sorted([*needs[1].split(", "), "required"]) == sorted(jobs)
+
+
+def test_every_action_is_pinned_by_commit_and_says_its_version():
+    uses = [line.strip() for text in WORKFLOWS.values() for line in text.splitlines() if "uses:" in line]
+    assert uses
+    assert [line for line in uses if not re.fullmatch(r"- uses: [\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
