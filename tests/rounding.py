@@ -7,6 +7,8 @@ gamma_n * sum |terms| of the exact one, with gamma_n = n u / (1 - n u). One more
 
 import torch
 
+from lowmem import Linear4Bit
+
 # Roundings of a term beside those of a sum: of a dequantized weight, which is a level times a scale; of the scaling
 # of a block's sum, where a kernel multiplies levels first; and of the addition of that to the sums of other blocks.
 OF_4_BITS = 3
@@ -15,6 +17,11 @@ OF_4_BITS = 3
 def unit(dtype: torch.dtype) -> float:
     """Return the unit roundoff: the largest relative error of one rounding."""
     return torch.finfo(dtype).eps / 2
+
+
+def stored_weight(layer: torch.nn.Module) -> torch.Tensor:
+    """Return what a linear layer multiplies with, in float64."""
+    return (layer.quantized.dequantize() if isinstance(layer, Linear4Bit) else layer.weight).detach().double()
 
 
 def gamma(terms: int, dtype: torch.dtype = torch.float32) -> float:

@@ -31,6 +31,7 @@ from lowmem.adapters import (
     unmerge_adapter,
 )
 from tests import strategies
+from tests.rounding import OF_4_BITS, assert_sum, stored_weight
 
 convert_module = importlib.import_module("lowmem.convert")  # the name is the function's
 
@@ -188,13 +189,22 @@ class Life(RuleBasedStateMachine):
         for path, plain in self.plain.named_modules(remove_duplicate=False):
             layer = self.model.get_submodule(path)
             if isinstance(layer, LoRALinear):
+                active = [a for n, a in layer.adapters.items() if n in self.active and n != layer.merged]
                 with torch.no_grad():
-                    got, expected = layer(x), plain(x) if layer.merged is None else layer.merged_base(x)
-                    for name in layer.adapters:
-                        if name in self.active and name != layer.merged:
-                            adapter = layer.adapters[name]
-                            expected = expected + adapter.scaling * (x @ adapter.lora_a.t()) @ adapter.lora_b.t()
-                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+                    got, exact = layer(x), stored_weight(plain if layer.merged is None else layer.merged_base)
+                    magnitudes = exact.abs()
+                    for adapter in active:
+                        a, b = adapter.lora_a.double(), adapter.scaling * adapter.lora_b.double()
+                        exact, magnitudes = exact + b @ a, magnitudes + b.abs() @ a.abs()
+                    bias = torch.zeros(1) if plain.bias is None else plain.bias
+                # Sums of an adapter follow each other; its scaling, and adding it, are one rounding each.
+                ranks = [len(adapter.lora_a) for adapter in active]
+                terms = x.shape[-1] + 1 + OF_4_BITS + max(ranks, default=0) + 2 * len(ranks)
+                wide = x.double()
+                # A kernel of 24-bit integers loses 4 u of the largest input times the weights: see assert_product.
+                magnitudes = wide.abs() @ magnitudes.t() + bias.double().abs()
+                magnitudes += 4 / terms * wide.abs().amax(-1, keepdim=True) * exact.abs().sum(-1)
+                assert_sum(got, wide @ exact.t() + bias.double(), magnitudes, terms)
             if path:
                 x = layer(x).detach()
 

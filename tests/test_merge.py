@@ -21,6 +21,7 @@ from lowmem import (
     save_adapter,
 )
 from tests import strategies
+from tests.rounding import assert_sum
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 ranks = st.integers(1, 9)
@@ -33,10 +34,15 @@ def test_merge_into_a_dense_base_equals_the_adapted_model(linear, rank, seed):
     expected = layer(x)
     merged = merge(layer)
     assert type(merged) is torch.nn.Linear
-    torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        merged.weight.double(), layer.base.weight.double() + layer.adapters["default"].delta().double()
-    )
+    adapter = layer.adapters["default"]
+    exact = layer.base.weight.double() + adapter.scaling * adapter.lora_b.double() @ adapter.lora_a.double()
+    magnitudes = layer.base.weight.double().abs()
+    magnitudes += abs(adapter.scaling) * adapter.lora_b.double().abs() @ adapter.lora_a.double().abs()
+    assert_sum(merged.weight, exact, magnitudes, rank + 2)  # the sum over the rank, its scaling, the base added
+    bias = 0 if layer.base.bias is None else layer.base.bias.double()
+    terms = layer.in_features + rank + 4  # those sums, one after the other, and the bias
+    for got in (expected, merged(x)):
+        assert_sum(got, x.double() @ exact.t() + bias, x.double().abs() @ magnitudes.t() + abs(bias), terms)
 
 
 @pytest.mark.parametrize("base", ["half", "bfloat16"])

@@ -23,7 +23,7 @@ from torch import nn
 
 from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, convert, merge
 from tests import strategies
-from tests.rounding import OF_4_BITS, assert_product, gamma, unit
+from tests.rounding import OF_4_BITS, assert_product, gamma, stored_weight, unit
 
 TECHNIQUES = {
     "half": Half(),
@@ -59,11 +59,6 @@ def stored_bits(model):
                 if getattr(module, name) is not None:
                     bits[f"{path}.{name}"] = getattr(module, name).detach().contiguous().view(torch.uint8).clone()
     return bits
-
-
-def stored_weight(layer):
-    """Return what a layer multiplies with, in float64."""
-    return (layer.quantized.dequantize() if isinstance(layer, Linear4Bit) else layer.weight).detach().double()
 
 
 def adapted_weight(layer):
