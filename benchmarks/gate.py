@@ -95,11 +95,9 @@ class Gate:
         if self.storing:
             self._refuse_a_part()
         try:
-            if self.storing:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                check_writable(self.path)
-            if self.verdict_path:
-                check_writable(self.verdict_path)
+            for path in filter(None, (self.path if self.storing else None, self.verdict_path)):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                check_writable(path)
         except OSError as reason:
             stop(str(reason))
         if self.comparing:

@@ -430,6 +430,7 @@ def _store(options: argparse.Namespace) -> int:
 
 def _gate(options: argparse.Namespace) -> int:
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         check_writable(options.json)
     key = memory.current_key()
     path = baseline_path(key)

@@ -14,8 +14,6 @@ from benchmarks import gate, memory
 from benchmarks.results import Result, read_results, read_run, table
 
 pytest_plugins = ["pytester"]
-# Most projects here have no run for pytest-benchmark to compare with, of which it warns.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,8 +41,10 @@ STORE = memory.store_command()
 
 
 @pytest.fixture
-def project(pytester):
+def project(pytester, monkeypatch):
     """A small project of two benchmark files, under this one's configuration, with a baseline stored."""
+    # It has no run for pytest-benchmark to compare with, which warns of that.
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-W ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
     pytester.makeconftest(CONFTEST)
     directory = pytester.mkdir("benchmarks")
     for name in ("first", "second"):
@@ -594,10 +594,14 @@ def test_the_command_of_pytest_benchmark_reads_its_storage_here():
     assert "test_save" in run.stdout
 
 
-def test_the_cache_may_be_switched_off(project, edit):
-    assert project.runpytest("benchmarks", "--benchmark-compare", "-p", "no:cacheprovider").ret == 0
-    edit(change_memory(forward_bytes=1))
-    assert project.runpytest("benchmarks", "--benchmark-compare", "-p", "no:cacheprovider").ret == 1
+def test_the_cache_may_be_switched_off(compare, edit):
+    gone = FIRST.replace("dense", "gone")
+    edit(lambda document: document["figures"].update({gone: {}}))
+    code, output = compare("benchmarks", "-p", "no:cacheprovider")
+    assert code == 1
+    assert [line for line in output.splitlines() if line.startswith("FAILED")] == [
+        f"FAILED {gone} is missing: it is in the baseline"
+    ]
 
 
 DAMAGED = {
@@ -673,9 +677,11 @@ def test_a_figure_that_is_no_number_of_bytes_fails_its_benchmark(project, compar
 
 def test_the_verdict_is_written_as_json(project, edit):
     edit(change_memory(forward_bytes=4102))
-    result = project.runpytest("benchmarks", "--benchmark-compare", "--benchmark-disable", "--memory-json=out.json")
+    result = project.runpytest(
+        "benchmarks", "--benchmark-compare", "--benchmark-disable", "--memory-json=new/out.json"
+    )
     assert result.ret == 1
-    document = json.loads((project.path / "out.json").read_text())
+    document = json.loads((project.path / "new/out.json").read_text())
     rows = {(row["name"], row["figure"]): row for row in document.pop("rows")}
     assert document == {
         "gate": "memory",
@@ -710,8 +716,9 @@ def test_the_verdict_of_a_run_that_passes_and_of_one_whose_benchmark_fails(proje
 
 
 def test_a_verdict_that_cannot_be_written_ends_before_anything_runs(project):
-    said = usage_error(project, "benchmarks", "--benchmark-compare", "--memory-json=missing/out.json")
-    assert "missing/out.json" in said
+    (project.path / "file").write_text("")
+    said = usage_error(project, "benchmarks", "--benchmark-compare", "--memory-json=file/out.json")
+    assert "file" in said
     said = usage_error(project, "benchmarks", "--memory-json=out.json")
     assert said.startswith("--memory-json needs --benchmark-compare")
 

@@ -342,7 +342,7 @@ def test_a_system_whose_mark_cannot_be_reset_is_unsupported(monkeypatch):
 
 
 def test_the_verdict_is_written_as_json(gate):
-    path = gate.path.with_name("out.json")
+    path = gate.path.parent / "new" / "out.json"
     figures = moved(step_peak=12.0)
     assert gate("--json", str(path), measured=[figures, figures])[0] == 1
     document = json.loads(path.read_text())
@@ -355,7 +355,8 @@ def test_the_verdict_is_written_as_json(gate):
 
 
 def test_a_verdict_that_cannot_be_written_is_one_line(gate, tmp_path):
-    assert "missing/out.json" in one_error(*gate("--json", str(tmp_path / "missing" / "out.json")))
+    (tmp_path / "file").write_text("")
+    assert "file" in one_error(*gate("--json", str(tmp_path / "file" / "out.json")))
 
 
 def test_storing_writes_the_medians_and_the_tolerance(gate):
