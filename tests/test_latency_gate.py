@@ -17,7 +17,7 @@ from benchmarks.cases import BATCHES
 from benchmarks.latency import builds, gate, instructions, proof, rounds, show, worker, workloads
 from benchmarks.latency.__main__ import main, one_line, parse
 from benchmarks.latency.builds import Commit, Environment, GateError
-from benchmarks.latency.verdict import Row, Times, Verdict, judge, looks_different
+from benchmarks.latency.verdict import ALPHA, Row, Times, Verdict, judge, looks_different
 from tests.compiled import on_threads
 
 pytest_plugins = ["pytester"]
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 BASE, HEAD = Commit("b" * 40, "main"), Commit("a" * 40, "HEAD")
 
 
-def times(slowdown=1.0, rounds=12, noise=0.01, seed=0, clock="cpu"):
+def times(slowdown=1.0, rounds=15, noise=0.01, seed=0, clock="cpu"):
     """Return times of a head that is so much slower, with noise in each round."""
     generator = np.random.default_rng(seed)
     base, head, again = np.exp(generator.normal(scale=noise, size=(3, rounds)))
@@ -49,7 +49,7 @@ def test_a_slowdown_that_is_found_again_fails():
     assert row.verdict == "slower"
     assert 1.05 < row.low < row.ratio < row.high
     assert row.ratio == pytest.approx(1.10, abs=0.02)
-    assert "in 12 fresh rounds" in row.says
+    assert "in 15 fresh rounds" in row.says
 
 
 def test_an_improvement_beyond_the_threshold_is_reported_and_passes():
@@ -93,10 +93,10 @@ def test_rounds_that_do_not_agree_pass():
     assert "do not agree" in row.says
 
 
-def test_twelve_rounds_are_enough_after_the_correction_over_all_workloads():
-    """Holm's correction multiplies the least p-value by the number of workloads: 2**-12 has to survive that."""
+def test_the_rounds_are_enough_after_the_correction_over_all_workloads():
+    """Holm's correction multiplies the least p-value by the number of workloads: 2**-15 has to survive that."""
     every = len(workloads.workloads())
-    assert 2**-gate.AGAIN_ROUNDS * every < 0.05
+    assert 2**-gate.AGAIN_ROUNDS * every < ALPHA
     assert verdicts(times(1.10, rounds=6), times(1.10, seed=4), others=every - 1).verdict == "slower"
 
 

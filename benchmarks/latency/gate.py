@@ -22,9 +22,7 @@ from benchmarks.latency.verdict import Row, Times, Verdict, judge, looks_differe
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 FIRST_ROUNDS = 6  # all workloads; a multiple of 3, so that each side begins as often
-AGAIN_ROUNDS = (
-    12  # those that look different: fewer could not be significant after Holm's correction over all workloads
-)
+AGAIN_ROUNDS = 15  # those that look different: fewer could not pass Holm's correction over all workloads
 LONG_EVERY = 2  # of the first rounds, workloads of long calls, which vary less, take part in each so many
 AGAIN_TURNS = 3
 

@@ -20,7 +20,7 @@ from statsmodels.stats.multitest import multipletests
 
 from lowmem.testing.ratios import Ratio, hodges_lehmann, ratio_of_times
 
-ALPHA = 0.05  # of a false alarm anywhere in one run, before threshold and floor make it rarer
+ALPHA = 0.01  # of a false alarm anywhere in one run, before threshold and floor make it rarer
 FAILING = ("slower", "missing", "grew")
 
 
