@@ -59,7 +59,7 @@ def memory_gate(request: pytest.FixtureRequest) -> MemoryGate:
 
 @pytest.fixture
 def latency_gate(request: pytest.FixtureRequest) -> LatencyGate:
-    """Hold a model to a speed: latency_gate(candidate, reference, *inputs, at_least=1.0, seconds=30, **named)."""
+    """Hold a model to a speed: latency_gate(candidate, reference, *inputs, at_least=1.0, seconds=60, **named)."""
     return LatencyGate(_session(request), request.node)
 
 
@@ -119,7 +119,7 @@ class LatencyGate:
         reference: Callable[..., object],
         *inputs: Any,
         at_least: float = 1.0,
-        seconds: float = 30.0,
+        seconds: float = 60.0,
         **named: Any,
     ) -> Speedup:
         """Fail the test unless a candidate is surely so many times as fast as a reference.

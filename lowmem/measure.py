@@ -125,10 +125,11 @@ def backward_bytes(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor]
         TypeError: the model returns no tensor, or ``loss`` no scalar with a gradient.
     """
 
-    inputs, named = tree_map_only(Tensor, Tensor.detach, (inputs, named))
+    with torch.inference_mode(False):  # where the caller is in it, a detached tensor could not be saved for backward
+        inputs, named = tree_map_only(Tensor, Tensor.detach, (inputs, named))
 
     def run() -> None:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             losses = _losses(model, model(*inputs, **named), loss)  # which do not hold the output
             if losses:
                 torch.autograd.backward(losses)

@@ -41,6 +41,11 @@ def test_the_line_of_the_user_s_own_code_that_failed_is_named():
         memory_figures(Own(64, 4), X)
 
 
+def test_a_model_that_ends_the_program_fails():
+    with pytest.raises(ModelError, match="it fails on the example input: SystemExit: 3"), model_errors("it"):
+        raise SystemExit(3)
+
+
 def test_an_interruption_is_not_the_models_failure():
     with pytest.raises(KeyboardInterrupt), model_errors("it"):
         raise KeyboardInterrupt

@@ -36,7 +36,7 @@ class Clock:
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
 def test_half_the_seconds_are_twice_as_fast(at_least, verdict, scale):
     clock = Clock()
-    found = measure_speedup(clock.call(1 * scale), clock.call(2 * scale), at_least=at_least, timer=clock)
+    found = measure_speedup(clock.call(1 * scale), clock.call(2 * scale), at_least=at_least, seconds=30, timer=clock)
     assert found.ratio.value == pytest.approx(2)
     assert found.verdict == verdict
     assert found.ratio.pairs == (FEWEST_ROUNDS if scale == 1 else FIRST_ROUNDS)

@@ -387,8 +387,9 @@ def test_a_loss_that_is_no_scalar_with_a_gradient_is_refused(loss):
         measure.backward_bytes(nn.Linear(4, 4), torch.randn(2, 4), loss=loss)
 
 
-def test_a_step_needs_no_gradient_mode_of_the_caller():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_step_needs_no_gradient_mode_of_the_caller(mode):
     model, x = nn.Linear(100, 50), torch.randn(2, 100)
     expected = measure.backward_bytes(model, x)
-    with torch.no_grad():
+    with mode():
         assert measure.backward_bytes(model, x) == expected

@@ -55,7 +55,7 @@ def model_errors(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a model may end the program
         raise ModelError(one_line(f"{name} fails on the example input: {describe(error)}{_place(error)}")) from error
 
 

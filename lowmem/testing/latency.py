@@ -57,7 +57,7 @@ def measure_speedup(
     reference: Callable[..., object],
     *inputs: Any,
     at_least: float = 1.0,
-    seconds: float = 30.0,
+    seconds: float = 60.0,
     timer: Callable[[], float] = perf_counter,
     **named: Any,
 ) -> Speedup:
