@@ -223,7 +223,11 @@ def test_the_page_of_a_run_of_the_benchmarks_has_its_latency(project, monkeypatc
 )
 def test_a_run_of_the_benchmarks_refuses_bad_input_before_it_begins(target, verdicts, tmp_path):
     options = {"report": target, "report_verdict": verdicts}
-    config = SimpleNamespace(invocation_params=SimpleNamespace(dir=tmp_path), getoption=options.__getitem__)
+    config = SimpleNamespace(
+        invocation_params=SimpleNamespace(dir=tmp_path),
+        getoption=options.__getitem__,
+        pluginmanager=SimpleNamespace(register=None),  # nothing is registered
+    )
     with pytest.raises(pytest.exit.Exception, match="^--report: .*(must end with|cannot)") as refused:
         pytest_configure(config)
     assert refused.value.returncode == 2
