@@ -109,7 +109,7 @@ def test_every_chart_is_visible_and_nothing_is_wider_than_the_screen(view):
     for chart in charts:
         assert chart["left"] >= 0
         assert chart["right"] <= width
-        assert chart["width"] >= min(260, width)
+        assert chart["width"] >= 240  # two thirds of a phone
         assert chart["height"] >= 40
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     browser.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")

@@ -53,16 +53,6 @@ def assert_same(got, wanted, path=""):
         assert got == wanted, path
 
 
-def ordered(spec):
-    """Return a specification whose tables of data stand in the order of their rows, not of their digests."""
-    tables = sorted(spec.get("datasets", {}).values(), key=json.dumps)
-    text = json.dumps({key: value for key, value in spec.items() if key != "datasets"}, sort_keys=True)
-    names = list(dict.fromkeys(re.findall(r'"name": "(data-\w+)"', text)))
-    for number, name in enumerate(names):
-        text = text.replace(name, f"data-{number}")
-    return json.loads(text) | {"datasets": tables}
-
-
 @pytest.mark.parametrize("name", list(pictures.PICTURES))
 def test_a_picture_is_current(name, specification):
     if name == "memory" and backend().startswith("reference"):
@@ -70,7 +60,7 @@ def test_a_picture_is_current(name, specification):
     with on_threads(THREADS):  # each has scratch of its own
         now = specification(name)
     for theme in pictures.THEMES:
-        assert_same(ordered(json.loads(json.dumps(now))), ordered(stored(name, theme)))
+        assert_same(json.loads(json.dumps(now)), stored(name, theme))
 
 
 def test_a_figure_that_moved_is_seen():
@@ -86,6 +76,7 @@ def test_a_figure_that_moved_is_seen():
 @pytest.mark.parametrize("name", list(pictures.PICTURES))
 def test_a_picture_stands_alone_in_its_colours(name, theme):
     text = (pictures.IMAGES / f"{name}-{theme}.svg").read_text()
+    text = re.sub("<metadata>.*?</metadata>", "", text)  # where the specification names them
     assert "var(" not in text
     assert pictures.THEMES[theme]["ink"] in text
     other = next(colours for mode, colours in pictures.THEMES.items() if mode != theme)
