@@ -434,3 +434,13 @@ def test_plain_torch_dequantizes_the_rows_that_are_asked_for(rows):
     q = quantize(strategies.make_weight("normal", (1300, 64), 0, 0), "int4")
     expected = q.restore(slice(None))[rows]
     assert torch.equal(blockwise.PLAIN.dequantize(q, rows, torch.float32), expected)
+
+
+@pytest.mark.parametrize("kernel", ["reference", kernels.available()[-1]])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "bof4s"])
+def test_a_block_of_zero_codes_has_a_scale_of_zero(kernel, format):
+    """A block that is small beside an outlier has one step as its scale, and no weight that a level is near to."""
+    weight = torch.tensor([[1.0] * 8 + [1e-6] * 8])
+    with kernels.using(kernel):
+        q = quantize(weight, format, block_size=8, scales="double", search=False)
+    assert q.scales[0, :2].tolist() == [127 if format == "bof4s" else 255, 0]
