@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from lowmem import FORMATS, QuantizedTensor, kernels, measure, quantize, unpack
+from lowmem import FORMATS, QuantizedTensor, blockwise, kernels, measure, quantize, unpack
 from lowmem.blockwise import SCRATCH_BYTES, row_chunks
 from lowmem.quantizing import quantize_again
 from lowmem.scales import ENCODINGS
@@ -424,3 +424,23 @@ def test_bad_options_are_named():
         quantize(torch.ones(8), scales="float8")
     with pytest.raises(ValueError, match="block_size=7 must be"):
         quantize(torch.ones(8), block_size=7)
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(0, 5), slice(3, 1300), slice(1299, 1300), slice(7, 7), slice(-4, None)], ids=str
+)
+def test_plain_torch_dequantizes_the_rows_that_are_asked_for(rows):
+    """Of 1,300 rows, which are two chunks: those of a slice that begins in either."""
+    q = quantize(strategies.make_weight("normal", (1300, 64), 0, 0), "int4")
+    expected = q.restore(slice(None))[rows]
+    assert torch.equal(blockwise.PLAIN.dequantize(q, rows, torch.float32), expected)
+
+
+@pytest.mark.parametrize("kernel", ["reference", kernels.available()[-1]])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "bof4s"])
+def test_a_block_of_zero_codes_has_a_scale_of_zero(kernel, format):
+    """A block that is small beside an outlier has one step as its scale, and no weight that a level is near to."""
+    weight = torch.tensor([[1.0] * 8 + [1e-6] * 8])
+    with kernels.using(kernel):
+        q = quantize(weight, format, block_size=8, scales="double", search=False)
+    assert q.scales[0, :2].tolist() == [127 if format == "bof4s" else 255, 0]

@@ -389,6 +389,15 @@ def test_memory_that_is_given_up_during_a_call_stays_for_as_long_as_it_is_read(l
 
 
 @compiled
+def test_inputs_that_come_in_parts_have_a_result_of_their_own(level):
+    """Of wide rows in 16 bits at most 128 inputs are added up at a time."""
+    q = quantize(strategies.make_weight("normal", (9, 8200), 0, 0))
+    x = strategies.make_weight("normal", (150, 8200), 0, 1).bfloat16()
+    with kernels.using(level):
+        assert_close_in(torch.bfloat16, kernels.linear(x, q, torch.bfloat16), x, q.dequantize())
+
+
+@compiled
 def test_no_call_keeps_what_it_has_read(level):
     """What C holds during a call it gives back, or no memory of a model would ever be freed."""
     q = quantize(strategies.make_weight("normal", (21, 70), 0, 0))

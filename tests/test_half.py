@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import BigNet, Half, HalfLinear, build, convert, measure
+from lowmem import BigNet, Half, HalfLinear, build, convert, kernels, measure
 from tests import strategies
 from tests.rounding import assert_product
 
@@ -145,3 +145,12 @@ def test_bfloat16_holds_what_float16_cannot():
 def test_bignet_halves():
     model = convert(BigNet(), Half())
     assert measure.theoretical_bytes(model) == 37_826_560
+
+
+@pytest.mark.parametrize("kernel", ["reference", kernels.available()[-1]])
+def test_a_float16_input_is_multiplied_with_bfloat16_weights_that_float16_does_not_hold(kernel):
+    layer = convert(torch.nn.Linear(8, 3, bias=False), Half(torch.bfloat16))
+    layer.weight.fill_(2.0**20)
+    with kernels.using(kernel):
+        out = layer(torch.full((2, 8), 2.0**-10, dtype=torch.float16))
+    assert torch.equal(out, torch.full((2, 3), 2.0**13, dtype=torch.float16))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
 from lowmem.formats import get_format
+from lowmem.packing import pack
 from tests import strategies
 from tests.compiled import assert_exact, assert_same_bytes, compiled, no_plain_rows, on_threads
 
@@ -100,6 +101,22 @@ def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(level,
             for batch in (1, 3):
                 assert_exact(kernels.linear(x[:batch], signed, torch.float32), x[:batch], dense)
                 assert_exact(kernels.input_grad(grad[:batch], signed, torch.float32), grad[:batch], dense.t())
+
+
+@compiled
+@pytest.mark.parametrize("form", ["nf4", "bof4s"])
+def test_every_double_scale_is_found_again(level, form):
+    """Blocks whose largest weight is at the upper end level, with every count of steps that a byte holds."""
+    most = 127 if form == "bof4s" else 255
+    codes = torch.randint(0, 16, (4, most * 8), dtype=torch.uint8)
+    codes[:, ::8] = 15
+    counts = torch.arange(1, most + 1).to(torch.uint8).expand(4, -1)
+    row_scales = torch.tensor([[0.37], [1.0], [3e-3], [65504.0]], dtype=torch.float16).view(torch.uint8)
+    q = quantize(torch.ones(4, most * 8), form, block_size=8, scales="double", search=False)
+    q = replace(q, packed=pack(codes, 8), scales=torch.cat([counts, row_scales], dim=-1).contiguous())
+    dense = q.dequantize()
+    with kernels.using(level), no_plain_rows():
+        assert_same_bytes(quantize(dense, form, block_size=8, scales="double", search=False), q)
 
 
 @compiled

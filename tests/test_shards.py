@@ -97,6 +97,7 @@ def test_any_changed_byte_of_an_index_is_refused(tmp_path_factory, data):
         b'{"weight_map": {"a": "b"}} {}',
         b'{"weight_map": {"a": 3}}',
         b'{"weight_map": {"a": "../b"}}',
+        rb'{"weight_map": {"a": "..\\b"}}',
         b'{"weight_map": {"a": "/etc/passwd"}}',
         b'{"weight_map": {"a": ".."}}',
         b'{"weight_map": {"a": "b", "a": "c"}}',

@@ -79,6 +79,10 @@ def test_shards_in_and_out(tmp_path):
     found = {name: t for path in shards for name, t in read(path).tensors.items()}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    del index["weight_map"][names[1]]  # which its file has
+    (tmp_path / "less.index.json").write_text(str(index).replace("'", '"'))
+    with pytest.raises(FileError, match=f"differ in tensor '{names[1]}'"):
+        convert_checkpoint(tmp_path / "less.index.json", tmp_path / "more", FourBit())
     del state[names[0]]
     safetensors.torch.save_file({name: state[name] for name in files["a"][1:]}, tmp_path / "a")
     with pytest.raises(FileError, match="differ in tensor"):

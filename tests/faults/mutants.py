@@ -42,7 +42,7 @@ TESTS = {
     "lowmem/search.py": ("test_search", "test_blockwise"),
     "lowmem/quantizing.py": ("test_quantizing", "test_blockwise"),
     "lowmem/int8.py": ("test_int8",),
-    "lowmem/frozen.py": ("test_frozen", "test_half", "test_fourbit"),
+    "lowmem/frozen.py": ("test_frozen", "test_half", "test_fourbit", "test_ops"),
     "lowmem/frozen_conv.py": ("test_frozen_conv", "test_conv"),
     "lowmem/lora.py": ("test_lora", "test_adapters"),
     "lowmem/registry.py": ("test_registry", "test_convert"),
