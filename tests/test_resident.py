@@ -217,7 +217,7 @@ def test_a_baseline_is_read_as_it_was_written(tmp_path):
         ({"figures": {"lora": dict.fromkeys(FIGURES, float("nan"))}}, "load_peak=nan must be a number of MiB"),
         ({"tolerance_mib": None}, "tolerance_mib=None must be a number of MiB"),
         ({"tolerance_mib": 0.0}, "tolerance_mib=0.0 must be above 0"),
-        ({"tolerance_mib": 1.0}, "tolerance_mib=1.0 must be above 0 and at most 0.75"),
+        ({"tolerance_mib": 1.0}, "tolerance_mib=1.0 must be above 0 and at most 0.7"),
     ],
 )
 def test_a_baseline_that_cannot_be_used_is_refused(tmp_path, change, said):
