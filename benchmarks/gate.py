@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 import pytest
 
-from benchmarks import memory, verdicts
+from benchmarks import memory
 from benchmarks.results import Result, read_run, table
 from lowmem.files import check_writable
 from lowmem.messages import one_line
+from lowmem.testing.verdicts import FAILING, Verdict, write_verdict
 
 USAGE = 2  # exit code of bad input; pytest's own is 4
 
@@ -162,7 +163,7 @@ class Gate:
 
     def _judge(self, session: pytest.Session, now: memory.Figures, missing: dict[str, str]) -> None:
         rows = memory.compare(self.baseline or {}, now, missing)
-        failed = [row.says for row in verdicts.failures(rows)]
+        failed = [row.says for row in rows if row.verdict in FAILING["memory"]]
         if self.baseline is None:
             self.failures = [f"there is no memory baseline of {self.key} in {self.shown}"]
         elif failed:
@@ -181,8 +182,8 @@ class Gate:
         if self.verdict_path:
             machine = {"backend": self.key.backend, "torch": self.key.torch, "threads": memory.THREADS}
             passed = not self.failures and session.exitstatus == pytest.ExitCode.OK
-            write = partial(verdicts.write_verdict, self.verdict_path, "memory", rows, passed=passed)
-            self._write(session, partial(write, base=self.shown, head="this run", machine=machine))
+            verdict = Verdict("memory", passed, self.shown, "this run", machine, rows)
+            self._write(session, partial(write_verdict, self.verdict_path, verdict))
 
     def _store(self, session: pytest.Session, now: memory.Figures) -> None:
         skipped = sorted(self.skipped.keys() - self.ungated)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import lowmem
-from benchmarks.verdicts import Row
 from lowmem import kernels
 from lowmem.files import write_atomically
+from lowmem.testing.verdicts import Row
 
 THREADS = (
     2  # torch uses so many in the benchmarks: each has scratch of its own, so that memory depends on their number
@@ -131,15 +131,15 @@ def compare(stored: Figures, now: Figures, missing: Mapping[str, str]) -> list[R
     for name in sorted(stored.keys() & now.keys()):
         rows += _compare_figures(name, stored[name], now[name])
     for name in sorted(new):
-        rows.append(Row(name, "", None, None, "new", f"{name} is new: the baseline has no figures of it"))
+        rows.append(Row(name, "", verdict="new", says=f"{name} is new: the baseline has no figures of it"))
     for name, why in sorted(missing.items()):
         if why:
             rows.append(
-                Row(name, "", None, None, "skipped", f"{name} was skipped ({why}): run it, or mark it ungated")
+                Row(name, "", verdict="skipped", says=f"{name} was skipped ({why}): run it, or mark it ungated")
             )
         else:
             hint = f"; renamed? {renamed[name]} is new and has the same figures" if name in renamed else ""
-            rows.append(Row(name, "", None, None, "missing", f"{name} is missing: it is in the baseline{hint}"))
+            rows.append(Row(name, "", verdict="missing", says=f"{name} is missing: it is in the baseline{hint}"))
     return rows
 
 
@@ -148,15 +148,17 @@ def _compare_figures(name: str, stored: Mapping[str, int], now: Mapping[str, int
     for figure in sorted(stored.keys() | now.keys()):
         before, after = stored.get(figure), now.get(figure)
         if before is None:
-            rows.append(Row(name, figure, None, after, "new", f"{name}: {figure} is new, {_bytes(after)}"))
+            says = f"{name}: {figure} is new, {_bytes(after)}"
+            rows.append(Row(name, figure, None, after, verdict="new", says=says))
         elif after is None:
-            rows.append(Row(name, figure, before, None, "missing", f"{name}: {figure} is missing, {_bytes(before)}"))
+            says = f"{name}: {figure} is missing, {_bytes(before)}"
+            rows.append(Row(name, figure, before, None, verdict="missing", says=says))
         elif after == before:
-            rows.append(Row(name, figure, before, after, "same", f"{name}: {figure} is {_bytes(after)}"))
+            rows.append(Row(name, figure, before, after, verdict="same", says=f"{name}: {figure} is {_bytes(after)}"))
         else:
             verdict = "grew" if after > before else "shrank"
             moved = f"{verdict} by {_bytes(abs(after - before))}, from {before:,} to {after:,}"
-            rows.append(Row(name, figure, before, after, verdict, f"{name}: {figure} {moved}"))
+            rows.append(Row(name, figure, before, after, verdict=verdict, says=f"{name}: {figure} {moved}"))
     return rows
 
 

@@ -33,12 +33,12 @@ import torch
 from torch import nn
 
 import lowmem
-from benchmarks import memory, verdicts
+from benchmarks import memory
 from benchmarks.memory import THREADS, Key
-from benchmarks.verdicts import Row
 from lowmem import kernels
 from lowmem.files import check_writable, write_atomically
 from lowmem.messages import describe, one_line, reason
+from lowmem.testing.verdicts import FAILING, Row, Verdict, write_verdict
 
 ROOT = Path(__file__).parents[1]
 RUNS = 3  # fresh processes of a variant, whose median counts; and so many more before one fails
@@ -313,9 +313,9 @@ def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[R
     for variant in variants:
         before, after = baseline.figures.get(variant), now.get(variant)
         if before is None:
-            rows.append(Row(variant, "", None, None, "new", f"{variant} is new: the baseline has no figures of it"))
+            rows.append(Row(variant, "", verdict="new", says=f"{variant} is new: the baseline has no figures of it"))
         elif after is None:
-            rows.append(Row(variant, "", None, None, "missing", f"{variant} is missing: it is in the baseline"))
+            rows.append(Row(variant, "", verdict="missing", says=f"{variant} is missing: it is in the baseline"))
         else:
             rows += [
                 _compare_figure(variant, name, before[name], after[name], baseline.tolerance) for name in FIGURES
@@ -327,7 +327,7 @@ def _compare_figure(variant: str, name: str, before: float, after: float, tolera
     moved = after - before
     verdict = "same" if abs(moved) <= tolerance else "grew" if moved > 0 else "shrank"
     says = f"{variant}: {name} is {after:.2f} MiB, {moved:+.2f} from {before:.2f} (tolerance {tolerance:.2f})"
-    return Row(variant, name, before, after, verdict, says)
+    return Row(variant, name, before, after, verdict=verdict, says=says)
 
 
 def baseline_path(key: Key) -> Path:
@@ -436,7 +436,7 @@ def _gate(options: argparse.Namespace) -> int:
     path = baseline_path(key)
     shown = path.relative_to(ROOT).as_posix()
     if why := unsupported():
-        rows = [Row("resident", "", None, None, "skipped", f"skipped: {why}")]
+        rows = [Row("resident", "", verdict="skipped", says=f"skipped: {why}")]
         print(rows[0].says)
         return _finish(options, key, shown, rows, passed=True)
     try:
@@ -444,7 +444,7 @@ def _gate(options: argparse.Namespace) -> int:
     except FileNotFoundError:
         print(f"FAILED there is no baseline of {key} in {shown}")
         print(f"To store one: {store_command()}")
-        rows = [Row("resident", "", None, None, "missing", f"there is no baseline of {key} in {shown}")]
+        rows = [Row("resident", "", verdict="missing", says=f"there is no baseline of {key} in {shown}")]
         return _finish(options, key, shown, rows, passed=False)
     except ValueError as error:
         raise ValueError(f"{shown} is no baseline of this run: {error}; store one: {store_command()}") from error
@@ -453,11 +453,11 @@ def _gate(options: argparse.Namespace) -> int:
         known = [variant for variant in asked if variant in lowmem.VARIANTS and variant in baseline.figures]
         measured = measure_variants(known, RUNS, Path(folder))
         rows = compare(baseline, medians(measured), asked)
-        again = {row.name for row in verdicts.failures(rows)} & measured.keys()
+        again = {row.name for row in rows if row.verdict in FAILING["resident"]} & measured.keys()
         for variant, runs in measure_variants(sorted(again), RUNS, Path(folder)).items():
             measured[variant] += runs
         rows = compare(baseline, medians(measured), asked)
-    failed = verdicts.failures(rows)
+    failed = [row for row in rows if row.verdict in FAILING["resident"]]
     for line in table(medians(measured)):
         print(line)
     for row in failed:
@@ -472,9 +472,7 @@ def _gate(options: argparse.Namespace) -> int:
 def _finish(options: argparse.Namespace, key: Key, shown: str, rows: list[Row], *, passed: bool) -> int:
     if options.json:
         machine = {"backend": key.backend, "torch": key.torch, "threads": THREADS}
-        verdicts.write_verdict(
-            options.json, "resident", rows, passed=passed, base=shown, head="this run", machine=machine
-        )
+        write_verdict(options.json, Verdict("resident", passed, shown, "this run", machine, rows))
     return 0 if passed else 1
 
 

@@ -5,7 +5,7 @@ from lowmem.report.footprint import KINDS, Footprint
 from lowmem.report.groups import Group
 from lowmem.report.page import Report
 from lowmem.report.timings import Timing
-from lowmem.report.verdicts import Row, Verdict
+from lowmem.testing.verdicts import Row, Verdict
 
 HOSTILE = "<script>alert('1')</script>\"&\\"
 

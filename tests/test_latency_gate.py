@@ -17,7 +17,8 @@ from benchmarks.cases import BATCHES
 from benchmarks.latency import builds, gate, instructions, proof, rounds, show, worker, workloads
 from benchmarks.latency.__main__ import main, one_line, parse
 from benchmarks.latency.builds import Commit, Environment, GateError
-from benchmarks.latency.verdict import ALPHA, Row, Times, Verdict, judge, looks_different
+from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different
+from lowmem.testing.verdicts import Row, Verdict
 from tests.compiled import on_threads
 
 pytest_plugins = ["pytester"]
@@ -55,7 +56,7 @@ def test_a_slowdown_that_is_found_again_fails():
 def test_an_improvement_beyond_the_threshold_is_reported_and_passes():
     row = verdicts(times(0.8, rounds=6), times(0.8, seed=9))
     assert row.verdict == "faster"
-    assert Verdict("latency", "b", "h", {}, [row]).passed
+    assert Verdict.of_rows("latency", "b", "h", {}, [row]).passed
 
 
 def test_what_is_not_found_again_in_fresh_processes_passes():
@@ -209,7 +210,7 @@ def test_what_base_lacks_is_new_and_what_head_lacks_fails():
     found = compared(start_with({"a": 0.001, "b": 0.001}, head_errors=["a"]))
     assert found["a"].verdict == "missing"
     assert "AttributeError" in found["a"].says
-    assert not Verdict("latency", "b", "h", {}, list(found.values())).passed
+    assert not Verdict.of_rows("latency", "b", "h", {}, list(found.values())).passed
 
 
 def test_what_neither_side_runs_is_no_verdict():
@@ -415,7 +416,7 @@ def test_without_valgrind_the_gate_says_that_it_skipped(tmp_path, monkeypatch):
     rows, notes = instructions.compare(environment, environment, tmp_path, tmp_path / "counts")
     assert [row.verdict for row in rows] == ["skipped"]
     assert "valgrind is not installed" in notes[0]
-    verdict = Verdict("instructions", "b", "h", {}, rows, notes)
+    verdict = Verdict.of_rows("instructions", "b", "h", {}, rows, notes)
     assert verdict.passed
     assert "SKIPPED: valgrind is not installed" in show.headline(verdict)
 
@@ -429,7 +430,7 @@ ROWS = [
     Row("w3", "cpu seconds", 1.0, 0.5, 0.5, 0.4, 0.6, "faster", "-50.0%"),
     Row("w4", "", verdict="new", says="base cannot run it"),
 ]
-VERDICT = Verdict("latency", "bbb (main)", "aaa (HEAD)", {"cores": 2}, ROWS, ["a note"])
+VERDICT = Verdict.of_rows("latency", "bbb (main)", "aaa (HEAD)", {"cores": 2}, ROWS, ["a note"])
 
 
 def printed(verdict, everything=False):

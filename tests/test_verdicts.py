@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lowmem.header import FileError
-from lowmem.report.verdicts import Row, read_verdict
+from lowmem.testing.verdicts import Row, read_verdict
 
 VERDICT = {
     "gate": "latency",

@@ -17,7 +17,8 @@ from typing import Any
 from benchmarks.latency import builds, instructions, rounds
 from benchmarks.latency.builds import Environment, GateError
 from benchmarks.latency.rounds import Start
-from benchmarks.latency.verdict import Row, Times, Verdict, judge, looks_different
+from benchmarks.latency.verdict import Times, judge, looks_different
+from lowmem.testing.verdicts import Row, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -64,16 +65,19 @@ def run(options: Options, progress: Callable[[str], None], root: Path = ROOT) ->
         check_kernels(*environments)
         harness = scratch / "harness"
         rounds.copy_harness(root, harness)
-        names = {"base": str(base), "head": str(head)}
+
+        def verdict(gate: str, rows: list[Row], notes: list[str]) -> Verdict:
+            return Verdict.of_rows(gate, str(base), str(head), machine(), rows, notes)
+
         verdicts = []
         if "latency" in options.gates:
             start = rounds.starter(*environments, harness, scratch / "rounds")
             rows = compare(start, options, progress)
-            verdicts.append(Verdict("latency", **names, machine=machine(), rows=rows, notes=notes))
+            verdicts.append(verdict("latency", rows, notes))
         if "instructions" in options.gates:
             progress("counting instructions under callgrind")
             rows, said = instructions.compare(*environments, harness, scratch / "counts")
-            verdicts.append(Verdict("instructions", **names, machine=machine(), rows=rows, notes=notes + said))
+            verdicts.append(verdict("instructions", rows, notes + said))
         return verdicts
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.latency.builds import Environment, GateError
 from benchmarks.latency.rounds import worker_environment
-from benchmarks.latency.verdict import Row
+from lowmem.testing.verdicts import Row
 
 LIMIT = 0.02  # more instructions than this fail
 FIGURE = "instructions"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,14 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.latency.builds import GateError
-from benchmarks.latency.verdict import FAILING, Row, Verdict
+from lowmem.testing.verdicts import FAILING, Row, Verdict, write_verdict
 
 ORDER = ("slower", "missing", "grew", "faster", "shrank", "new", "skipped", "same")
 COLORS = {"slower": "bold red", "missing": "bold red", "grew": "bold red", "faster": "green", "shrank": "green"}
+FAILS = FAILING["latency"] | FAILING["instructions"]
 HEADINGS = ("Workload", "Head / base", "Interval", "Verdict", "")
 
 
-def in_order(rows: list[Row]) -> list[Row]:
+def in_order(rows: Sequence[Row]) -> list[Row]:
     """Put what fails first, then what improved, then the rest; within each, the slowest first."""
     return sorted(rows, key=lambda row: (ORDER.index(row.verdict), -(row.ratio or 0.0)))
 
@@ -73,10 +74,7 @@ def write(verdicts: list[Verdict], output: Path | None) -> None:
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             for verdict in verdicts:
-                text = json.dumps(verdict.as_json(), indent=1) + "\n"
-                partial = output / f".{verdict.gate}.json"
-                partial.write_text(text, encoding="utf8")
-                partial.replace(output / f"{verdict.gate}.json")
+                write_verdict(output / f"{verdict.gate}.json", verdict)
         if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
             with Path(summary).open("a", encoding="utf8") as out:
                 out.writelines(markdown(verdict) for verdict in verdicts)
@@ -94,7 +92,7 @@ def _summary_of_same(verdict: Verdict) -> list[str]:
 def _cells(row: Row) -> tuple[str, ...]:
     ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
     interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
-    verdict = row.verdict.upper() if row.verdict in FAILING else row.verdict
+    verdict = row.verdict.upper() if row.verdict in FAILS else row.verdict
     return row.name, ratio, interval, verdict, row.says
 
 

@@ -13,15 +13,14 @@ same as long as a process lives, so that calls of one process are no independent
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from statsmodels.stats.multitest import multipletests
 
 from lowmem.testing.ratios import Ratio, hodges_lehmann, ratio_of_times
+from lowmem.testing.verdicts import Row
 
 ALPHA = 0.01  # of a false alarm anywhere in one run, before threshold and floor make it rarer
-FAILING = ("slower", "missing", "grew")
 
 
 @dataclass
@@ -54,47 +53,6 @@ class Times:
         """Return the noise floor: the ratio that base against base may have, by the far end of its interval."""
         noise = ratio_of_times(self.again, self.base)
         return max(noise.high, 1 / noise.low)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a gate's verdict, as every gate of this repository writes it."""
-
-    name: str
-    figure: str
-    base: float | None = None
-    head: float | None = None
-    ratio: float | None = None
-    low: float | None = None
-    high: float | None = None
-    verdict: str = "same"
-    says: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a gate found."""
-
-    gate: str
-    base: str
-    head: str
-    machine: dict[str, Any]
-    rows: list[Row]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing failed."""
-        return not self.failures
-
-    @property
-    def failures(self) -> list[Row]:
-        """The rows that fail."""
-        return [row for row in self.rows if row.verdict in FAILING]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what the verdict's file holds."""
-        return {**asdict(self), "passed": self.passed}
 
 
 def looks_different(times: Times, threshold: float) -> bool:

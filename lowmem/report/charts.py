@@ -20,7 +20,7 @@ from lowmem.report.footprint import KINDS, Footprint
 from lowmem.report.groups import Group
 from lowmem.report.theme import series
 from lowmem.report.timings import Timing, is_peers
-from lowmem.report.verdicts import Row
+from lowmem.testing.verdicts import Row
 
 __all__ = [
     "FONT",

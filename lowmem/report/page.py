@@ -18,7 +18,7 @@ from lowmem.report.footprint import KINDS, Footprint
 from lowmem.report.groups import Group
 from lowmem.report.theme import DARK, LIGHT, css
 from lowmem.report.timings import Timing, is_peers
-from lowmem.report.verdicts import Row, Verdict
+from lowmem.testing.verdicts import Row, Verdict
 from lowmem.version import __version__
 
 __all__ = ["Report", "render"]

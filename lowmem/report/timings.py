@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.files import refusal, show
-from lowmem.report.files import read_json
+from lowmem.testing.json_files import read_json
 from lowmem.testing.ratios import ratio_of_times, seconds_per_call, take_turns
 
 __all__ = ["DENSE", "Timing", "from_benchmarks", "is_peers", "read_run", "time_in_turns"]

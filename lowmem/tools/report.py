@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lowmem.report.footprint import Footprint
     from lowmem.report.groups import Group
     from lowmem.report.timings import Timing
-    from lowmem.report.verdicts import Verdict
+    from lowmem.testing.verdicts import Verdict
 
 __all__ = ["Measured", "add_arguments", "check_extra", "check_target", "machine", "measure_variants", "run", "write"]
 
@@ -158,7 +158,7 @@ def check_target(path: Path) -> None:
 
 def read_verdicts(paths: Iterable[Path]) -> list[Verdict]:
     """Read what gates wrote."""
-    from lowmem.report.verdicts import read_verdict
+    from lowmem.testing.verdicts import read_verdict
 
     verdicts = []
     for path in paths:

@@ -1,19 +1,30 @@
-"""What the gates said: their verdicts as JSON, checked before anything of them is shown."""
+"""What the gates say: their verdicts as JSON, which the report and Actions read, checked before anything is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.files import refusal, show
-from lowmem.report.files import read_json
+from lowmem.files import refusal, show, write_atomically
+from lowmem.testing.json_files import read_json
 
-__all__ = ["GATES", "VERDICTS", "Row", "Verdict", "read_verdict"]
+__all__ = ["FAILING", "VERDICTS", "Row", "Verdict", "read_verdict", "write_verdict"]
 
-GATES = ("memory", "resident", "latency", "instructions")
 VERDICTS = ("same", "slower", "faster", "grew", "shrank", "new", "missing", "skipped")
+
+FAILING: Mapping[str, frozenset[str]] = {
+    # Exact figures: whatever is not as it was stored.
+    "memory": frozenset(VERDICTS) - {"same"},
+    "resident": frozenset(VERDICTS) - {"same"},
+    # Comparisons with a base: what got worse, or is gone.
+    "latency": frozenset({"slower", "missing"}),
+    "instructions": frozenset({"grew", "missing"}),
+}
+"""Which verdicts fail each gate."""
+
 _UNMOVED = ("same", "skipped")
 
 
@@ -22,8 +33,8 @@ class Row:
     """One figure of one workload, in the base and in the head.
 
     Attributes:
-        name: of the workload.
-        figure: which of its figures: ``stored_bytes``, say, or ``ratio``.
+        name: of the workload: a benchmark's node id, say, or a variant.
+        figure: which of its figures: ``stored_bytes``, say; empty where the row is of the workload as a whole.
         base: the figure in the base; None where it has none.
         head: the figure in the head; None where it has none.
         ratio: head over base; None where that is not how they are compared.
@@ -35,30 +46,63 @@ class Row:
 
     name: str
     figure: str
-    base: float | None
-    head: float | None
-    ratio: float | None
-    low: float | None
-    high: float | None
-    verdict: str
-    says: str
+    base: float | None = None
+    head: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: str = "same"
+    says: str = ""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one gate said of a head against a base, on one machine."""
+    """What one gate says of a head against a base, on one machine.
+
+    Attributes:
+        gate: a key of ``FAILING``.
+        passed: whether it passed as a whole: a gate may fail for more than its rows.
+        base: what was compared with: a commit, or the file of a baseline.
+        head: what was measured.
+        machine: what the figures may depend on.
+        rows: each figure.
+        notes: what else a reader has to know.
+    """
 
     gate: str
     passed: bool
     base: str
     head: str
-    machine: Mapping[str, str]
-    rows: tuple[Row, ...]
+    machine: Mapping[str, Any]
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+
+    @classmethod
+    def of_rows(
+        cls,
+        gate: str,
+        base: str,
+        head: str,
+        machine: Mapping[str, Any],
+        rows: Sequence[Row],
+        notes: Sequence[str] = (),
+    ) -> Verdict:
+        """Return the verdict that rows alone decide."""
+        return cls(gate, not any(row.verdict in FAILING[gate] for row in rows), base, head, machine, rows, notes)
 
     @property
     def moved(self) -> list[Row]:
         """The rows that are not the same in the head as in the base."""
         return [row for row in self.rows if row.verdict not in _UNMOVED]
+
+
+def write_verdict(path: Path, verdict: Verdict) -> None:
+    """Write a verdict, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before is whole.
+    """
+    write_atomically(path, (json.dumps(asdict(verdict), indent=1) + "\n").encode())
 
 
 def read_verdict(path: Path) -> Verdict:
@@ -78,12 +122,14 @@ def read_verdict(path: Path) -> Verdict:
 def _verdict(content: Any) -> Verdict:
     if not isinstance(content, dict):
         raise ValueError(f"it is {show(content)}")
-    _check(content, "gate", lambda value: value in GATES)
+    _check(content, "gate", lambda value: value in list(FAILING))
     _check(content, "passed", lambda value: isinstance(value, bool))
     _check(content, "base", lambda value: isinstance(value, str))
     _check(content, "head", lambda value: isinstance(value, str))
     _check(content, "machine", lambda value: isinstance(value, dict))
     _check(content, "rows", lambda value: isinstance(value, list))
+    if not isinstance(content.get("notes", []), list):
+        raise ValueError(f"notes is {show(content['notes'])}")
     return Verdict(
         content["gate"],
         content["passed"],
@@ -91,6 +137,7 @@ def _verdict(content: Any) -> Verdict:
         content["head"],
         {key: str(value) for key, value in content["machine"].items()},
         tuple(_row(number, row) for number, row in enumerate(content["rows"])),
+        tuple(str(note) for note in content.get("notes", ())),
     )
 
 
