@@ -1,4 +1,4 @@
-"""What a page is made of: a chart is an image that is called by its caption, figures are as exact as they can be read."""
+"""What a page is made of: a chart is an image that is called by its caption, and figures can be read."""
 
 import pytest
 

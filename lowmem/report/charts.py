@@ -76,7 +76,9 @@ def _svg(chart: Any) -> str:
 
 def _configured(chart: Any) -> Any:
     return (
-        chart.configure(font=FONT, background="transparent", padding={"left": 4, "right": 14, "top": 4, "bottom": 4})
+        chart.configure(
+            font=FONT, aria=False, background="transparent", padding={"left": 4, "right": 14, "top": 4, "bottom": 4}
+        )
         .configure_view(stroke=None)
         .configure_axis(
             labelColor=QUIET,
