@@ -1,9 +1,9 @@
 """A small report with every section, for the tests of charts, page and browser: nothing in it is measured."""
 
+from lowmem.report.content import Report
 from lowmem.report.distortion import Distortion
 from lowmem.report.footprint import KINDS, Footprint
 from lowmem.report.groups import Group
-from lowmem.report.page import Report
 from lowmem.report.timings import Timing
 from lowmem.testing.verdicts import Row, Verdict
 

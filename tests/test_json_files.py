@@ -15,7 +15,10 @@ def test_a_document_is_read(tmp_path):
     assert read(tmp_path / "a.json", b'{"rows": [1, null]}') == {"rows": [1, None]}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1', b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut", "cut later", "no text", "too deep"])
+DAMAGED = {"empty": b"", "cut": b'{"a": 1', "not text": b"\xff\xfe", "nested too deeply": b"[" * 100_000}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_what_is_damaged_is_refused_with_the_remedy(tmp_path, content):
     with pytest.raises(FileError, match=r"a\.json.*write it again with the gate or the benchmarks") as found:
         read(tmp_path / "a.json", content)

@@ -4,104 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from lowmem.report import charts
-from lowmem.report.charts import Drawing, draw, readable_bytes
-from lowmem.report.distortion import Distortion, least_error
-from lowmem.report.footprint import KINDS, Footprint
-from lowmem.report.groups import Group
+from lowmem.report import charts, dots
+from lowmem.report.charts import draw, readable_bytes
+from lowmem.report.content import Figure, Report, Section, Table, Tile, figure_text
+from lowmem.report.distortion import least_error
+from lowmem.report.footprint import KINDS
 from lowmem.report.theme import DARK, LIGHT, css
 from lowmem.report.timings import Timing, is_peers
 from lowmem.testing.verdicts import Row, Verdict
 from lowmem.version import __version__
 
 __all__ = ["Report", "render"]
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that a page shows.
-
-    Attributes:
-        title: the name of the model.
-        lead: a sentence below it.
-        footprints: of the dense model first, and of every variant.
-        losses: by variant, the error of its output relative to the dense model's.
-        timings: how fast variants are, and other libraries; empty where nothing was timed.
-        timed: a sentence: where the timings are from, or why there are none.
-        groups: the layers of a user's model; empty for BigNet, whose layers are all alike.
-        distortions: what formats lose of normal weights.
-        verdicts: of the gates.
-        machine: what the figures were measured on.
-        timing_machine: what the timings were measured on, where that is another run.
-    """
-
-    title: str
-    lead: str
-    footprints: Sequence[Footprint]
-    losses: Mapping[str, float]
-    timings: Sequence[Timing]
-    timed: str
-    groups: Sequence[Group]
-    distortions: Sequence[Distortion]
-    verdicts: Sequence[Verdict]
-    machine: Mapping[str, str]
-    timing_machine: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; ``text`` says which columns are no figures."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text: tuple[int, ...] = (0,)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart, what it shows, and its figures; a gate's has a verdict, and may have no chart."""
-
-    drawing: Drawing | None
-    caption: str
-    table: Table
-    title: str = ""
-    passed: bool | None = None
-    texts: Sequence[str] = ()
-    shown: Table | None = None
-
-    def svg(self, width: str) -> Markup:
-        """Return the chart as an image that is called by its caption."""
-        text: str = getattr(self.drawing, width)
-        label = escape(self.caption)
-        return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # Vega escapes names
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, and what stands below it."""
-
-    id: str
-    title: str
-    texts: Sequence[str] = ()
-    figures: Sequence[Figure] = ()
-    tables: Sequence[Table] = ()
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A figure that says most at a glance."""
-
-    term: str
-    value: str
-    says: str = field(default="")
 
 
 def render(report: Report) -> str:
@@ -215,14 +134,14 @@ def _layers(report: Report) -> Section:
         *(f"{name} bytes" for name in names),
         *(f"{name} error" for name in storing),
     ]
-    left_out = len(report.groups) - charts.MOST_GROUPS
+    left_out = len(report.groups) - dots.MOST_GROUPS
     figure = Figure(
-        draw(lambda narrow: charts.group_chart(report.groups, storing, narrow)),
+        draw(lambda narrow: dots.group_chart(report.groups, storing, narrow)),
         "Layers whose paths differ by an index alone are one row. First the bytes of all of them, then the root mean "
         "square of what storing their weights loses, relative to the weights. LoRA adds its adapters to the same "
         "base; the table has them."
         + (
-            f" The {charts.MOST_GROUPS} largest groups are drawn, {left_out} more are in the table."
+            f" The {dots.MOST_GROUPS} largest groups are drawn, {left_out} more are in the table."
             if left_out > 0
             else ""
         ),
@@ -279,7 +198,7 @@ def _error(report: Report) -> Section:
         drawable = any(0 < error < math.inf for error in report.losses.values())
         figures.append(
             Figure(
-                draw(lambda narrow: charts.loss_chart(report.losses, narrow)) if drawable else None,
+                draw(lambda narrow: dots.loss_chart(report.losses, narrow)) if drawable else None,
                 "The norm of the difference between a variant's output and the dense model's, relative to the "
                 "latter's norm, for one random input. A fresh adapter changes nothing, so that LoRA loses what its "
                 "base does.",
@@ -304,7 +223,7 @@ def _error(report: Report) -> Section:
     ]
     figures.append(
         Figure(
-            draw(lambda narrow: charts.distortion_chart(report.distortions, narrow)),
+            draw(lambda narrow: dots.distortion_chart(report.distortions, narrow)),
             "What each format loses of normally distributed weights, by the way its scales are stored. Along a line "
             "blocks shrink from 128 weights (left) to 16 (right), and scales take more bits. The dashed line is the "
             "rate-distortion limit of a normal source, D(R) = 2^(-2R): nothing that stores R bits a weight has a "
@@ -335,7 +254,7 @@ def _gate(verdict: Verdict) -> Figure:
     with_ratio = [row for row in verdict.rows if row.ratio is not None]
     machine = "; ".join(f"{key} {value}" for key, value in verdict.machine.items())
     return Figure(
-        draw(lambda narrow: charts.ratio_chart(with_ratio, narrow)) if with_ratio else None,
+        draw(lambda narrow: dots.ratio_chart(with_ratio, narrow)) if with_ratio else None,
         ("Head over base, with its interval: right of the dashed line the head takes more. " if with_ratio else "")
         + (f"Measured on {machine}." if machine else ""),
         Table(
@@ -357,19 +276,13 @@ def _gate_cells(row: Row) -> list[str]:
         row.name,
         row.figure,
         row.verdict,
-        _figure(row.base),
-        _figure(row.head),
+        figure_text(row.base),
+        figure_text(row.head),
         change,
         ratio,
         interval,
         row.says,
     ]
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
 
 
 def _machine(report: Report) -> Section:

@@ -160,11 +160,10 @@ def read_verdicts(paths: Iterable[Path]) -> list[Verdict]:
     """Read what gates wrote."""
     from lowmem.testing.verdicts import read_verdict
 
-    verdicts = []
+    paths = list(paths)
     for path in paths:
         check_links(path)
-        verdicts.append(read_verdict(path))
-    return verdicts
+    return [read_verdict(path) for path in paths]
 
 
 def measure_variants(
@@ -241,8 +240,7 @@ def write(
 
 def machine() -> dict[str, str]:
     """Return what figures can depend on as text, without where the package lies."""
-    found = {name: value for name, value in facts().items() if name != "location"}
-    return {name: _text(value) for name, value in found.items()}
+    return {name: _text(value) for name, value in facts().items() if name != "location"}
 
 
 def _text(value: object) -> str:
@@ -288,8 +286,7 @@ def _outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
         with torch.no_grad():
             return [leaf for leaf in tree_leaves(model.eval()(x)) if isinstance(leaf, Tensor)]
 
-    outputs = run_model(name, run)
-    if not outputs:
+    if not (outputs := run_model(name, run)):
         raise ValueError(f"model={name!r} returns no tensor: there is nothing to compare")
     return outputs
 

@@ -1,0 +1,216 @@
+"""The charts of errors, groups of layers and gates: dots on logarithmic axes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+from lowmem.report.charts import (
+    INK,
+    ROW,
+    SHAPES,
+    by_name,
+    data,
+    legend,
+    name_axis,
+    names_axis,
+    percent,
+    shapes,
+    unit_of,
+    unlabelled,
+)
+from lowmem.report.distortion import Distortion, least_error
+from lowmem.report.groups import Group
+from lowmem.report.theme import series
+from lowmem.report.verdicts import Row
+
+__all__ = ["MOST_GROUPS", "distortion_chart", "group_chart", "loss_chart", "ratio_chart"]
+
+MOST_GROUPS = 24
+"""Groups of layers that are drawn, the largest ones; the table has all of them."""
+
+
+def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
+    """Draw the error of normal weights against bits a weight, and the least possible."""
+    formats = list(dict.fromkeys(point.format for point in points))
+    first, last = 4.0, max(point.bits_per_weight for point in points)
+    lowest = least_error(last) * 0.95
+    steps = [first + (last - first) * step / 40 for step in range(41)]
+    theory_rows = [{"bits": bits, "error": least_error(bits), "lowest": lowest} for bits in steps]
+    x = alt.X(
+        "bits:Q",
+        title="bits per weight",
+        scale=alt.Scale(domain=[first, last + 0.06], nice=False),
+        axis=alt.Axis(values=[4, 4.5, 5, 5.5, 6], format="~g"),
+    )
+    panels: list[Any] = []
+    for scales in dict.fromkeys(point.scales for point in points):
+        y = alt.Y(
+            "error:Q",
+            title="relative error of the weights" if narrow or not panels else None,
+            scale=alt.Scale(type="log", domain=[lowest, max(point.error for point in points) * 1.1], nice=False),
+            axis=alt.Axis(values=[0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15], format="~%"),
+        )
+        rows = [
+            {"bits": point.bits_per_weight, "error": point.error, "name": point.format, "block": point.block_size}
+            for point in points
+            if point.scales == scales
+        ]
+        base = alt.Chart(data(rows)).encode(x=x, y=y, color=by_name(formats, narrow))
+        theory = alt.Chart(data(theory_rows)).encode(x=x, y=y)
+        label = alt.Chart(
+            data([{"bits": first, "error": lowest, "text": ["least possible error:", "2 to the power -bits"]}])
+        )
+        layers = [
+            theory.mark_area(color="var(--grey)", opacity=0.16).encode(y2="lowest:Q"),
+            theory.mark_line(color=INK, strokeDash=[5, 3], strokeWidth=1.4),
+            label.mark_text(
+                align="left", baseline="bottom", dx=7, dy=-22, color=INK, fontSize=11, lineHeight=14
+            ).encode(x="bits:Q", y="error:Q", text="text:N"),
+            base.mark_line(strokeWidth=1.6),
+            base.mark_point(filled=True, size=50, opacity=1).encode(shape=shapes(formats, narrow)),
+        ]
+        panels.append(
+            alt.layer(*layers).properties(width=240, height=230 if narrow else 300, title=f"{scales} scales")
+        )
+    return alt.vconcat(*panels) if narrow else alt.hconcat(*panels)
+
+
+def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:
+    """Draw the error of each variant's output, relative to the dense model's, as dots on a logarithmic axis."""
+    drawn = {name: error for name, error in errors.items() if 0 < error < math.inf}
+    rows = [{"name": name, "error": error, "text": percent(error)} for name, error in drawn.items()]
+    names = list(errors)
+    x = alt.X(
+        "error:Q",
+        title="relative error of the output",
+        scale=alt.Scale(type="log", domain=[min(drawn.values()) / 1.5, max(drawn.values()) * 6]),
+        axis=alt.Axis(values=[10.0**power for power in range(-9, 2)], format="~%"),
+    )
+    base = alt.Chart(data(rows)).encode(y=names_axis(names), x=x)
+    return alt.layer(
+        base.mark_point(filled=True, size=80, opacity=1, color="var(--blue)"),
+        base.mark_text(align="left", dx=9, color=INK, fontSize=11).encode(text="text:N"),
+    ).properties(width=190 if narrow else 680, height=alt.Step(ROW))
+
+
+def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) -> Any:
+    """Draw what each group of layers costs, dense and in each variant, and what its weights lose."""
+    drawn = sorted(groups, key=lambda group: -group.dense_bytes)[:MOST_GROUPS]
+    labels = {group.name: _short(group.name, 20 if narrow else 44) for group in drawn}
+    names = [group.name for group in drawn]
+    largest = max(max(group.dense_bytes, *group.bytes.values()) for group in drawn)
+    size, unit = unit_of(largest)
+    cost = [
+        {"name": group.name, "variant": variant, "value": count / size}
+        for group in drawn
+        for variant, count in {"dense": group.dense_bytes, **group.bytes}.items()
+        if count and variant in ("dense", *variants)
+    ]
+    loss = [
+        {"name": group.name, "variant": variant, "value": error}
+        for group in drawn
+        for variant, error in group.errors.items()
+        if error and variant in variants
+    ]
+    expression = _looked_up(labels)
+    axis = name_axis(labels.values(), grid=True, labels=expression)
+    domain = ["dense", *variants]
+    colours = ["var(--grey)", *series(len(variants))]
+    width = 160 if narrow else 330
+
+    def panel(rows: list[dict[str, Any]], title: str, x: Any, shown: bool) -> Any:
+        y = alt.Y("name:N", sort=names, scale=alt.Scale(domain=names), axis=axis if shown else unlabelled(grid=True))
+        return (
+            alt.Chart(data(rows))
+            .mark_point(filled=True, size=70, opacity=1)
+            .encode(
+                x=x,
+                y=y,
+                color=alt.Color("variant:N", scale=alt.Scale(domain=domain, range=colours), legend=legend(narrow)),
+                shape=alt.Shape(
+                    "variant:N",
+                    scale=alt.Scale(domain=domain, range=[SHAPES[n % len(SHAPES)] for n in range(len(domain))]),
+                    legend=legend(narrow),
+                ),
+            )
+            .properties(width=width, height=alt.Step(22), title=title)
+        )
+
+    panels = [panel(cost, "Costs", _decades(cost, f"{unit}, logarithmic", "~g"), True)]
+    if loss:
+        x = _decades(loss, "relative error of the weights, logarithmic", "~%")
+        panels.append(panel(loss, "Loses", x, narrow))
+    return alt.vconcat(*panels) if narrow else alt.hconcat(*panels)
+
+
+def _decades(rows: Sequence[dict[str, Any]], title: str, format: str) -> Any:
+    """Return a logarithmic axis from one power of ten to another, with one tick for each."""
+    values = [row["value"] for row in rows]
+    first, last = math.floor(math.log10(min(values) / 1.2)), math.ceil(math.log10(max(values) * 1.2))
+    ticks = [float(f"1e{power}") for power in range(first, last + 1)]
+    scale = alt.Scale(type="log", domain=[ticks[0], ticks[-1]], nice=False)
+    return alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format=format))
+
+
+def _looked_up(labels: Mapping[str, str]) -> str:
+    """Return an expression of Vega that looks labels up; with a mark before each, none is a property of objects."""
+    marked = {f"~{name}": label for name, label in labels.items()}
+    return f"{json.dumps(marked)}['~' + datum.label]"
+
+
+def _short(name: str, limit: int) -> str:
+    """Return the end of a name that is too long: it says more than the beginning."""
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"
+
+
+def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
+    """Draw the ratios of a gate, head over base, with their intervals; what moved stands out."""
+    drawn = [row for row in rows if row.ratio is not None]
+    names = list(dict.fromkeys(row.name for row in drawn))
+    labels = {name: _short(name, 24 if narrow else 60) for name in names}
+    drawn_rows: list[dict[str, Any]] = [
+        {
+            "name": row.name,
+            "ratio": row.ratio,
+            "low": row.low or row.ratio,
+            "high": row.high or row.ratio,
+            "verdict": row.verdict,
+        }
+        for row in drawn
+    ]
+    ends = [end for row in drawn_rows for end in (row["ratio"], row["low"], row["high"])]
+    colours = {"slower": "bad", "grew": "bad", "missing": "bad", "faster": "good", "shrank": "good"}
+    verdicts = list(dict.fromkeys(row.verdict for row in drawn))
+    axis = name_axis(labels.values(), labels=_looked_up(labels))
+    x = alt.X(
+        "ratio:Q",
+        title="head / base, logarithmic",
+        scale=alt.Scale(type="log", domain=[min(*ends, 0.95) / 1.01, max(*ends, 1.05) * 1.01], nice=False),
+        axis=alt.Axis(tickCount=5, format="~g"),
+    )
+    base = alt.Chart(data(drawn_rows)).encode(
+        y=alt.Y("name:N", sort=names, axis=axis),
+        color=alt.Color(
+            "verdict:N",
+            scale=alt.Scale(domain=verdicts, range=[f"var(--{colours.get(v, 'grey')})" for v in verdicts]),
+            legend=alt.Legend(columns=3, title=None),
+        ),
+    )
+    one = alt.Chart(data([{"ratio": 1.0}])).mark_rule(color=INK, strokeDash=[5, 3])
+    return alt.layer(
+        one.encode(x=x),
+        base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q"),
+        base.mark_point(filled=True, size=70, opacity=1).encode(
+            x=x,
+            shape=alt.Shape(
+                "verdict:N",
+                scale=alt.Scale(domain=verdicts, range=list(SHAPES[: len(verdicts)])),
+                legend=alt.Legend(columns=3, title=None),
+            ),
+        ),
+    ).properties(width=180 if narrow else 560, height=alt.Step(20))
