@@ -206,3 +206,14 @@ def test_every_nan_is_one_when_it_is_rounded(level, dtype, bits):
                 made = [kernels.linear(x, q, dtype), kernels.input_grad(grad, q, dtype)]
                 made += [kernels.linear(x, w, dtype, bias) for w in (finite, half)]
                 assert all(out.dtype == dtype and out.isnan().all() for out in made)
+
+
+@compiled
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)], ids=str)
+def test_a_number_halfway_between_two_is_rounded_to_the_even_one(level, dtype, bits):
+    """Weights at the end level, so that each is its scale: odd multiples of half a unit in the last place."""
+    scales = (1 + torch.arange(1, 65, 2) * 2.0**-bits)[:, None]
+    q = quantize(torch.ones(32, 21), "fp4", block_size=32, scales="float32")
+    q = replace(q, scales=scales)
+    with kernels.using(level), no_plain_rows():
+        assert torch.equal(q.dequantize(dtype), scales.expand(32, 21).to(dtype))

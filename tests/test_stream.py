@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem import FourBit, convert, load, save
+from lowmem import FourBit, convert, load, save, stream
 from lowmem.formats import FORMATS
 from lowmem.header import FileError
 from lowmem.stream import Source, convert_checkpoint
@@ -268,3 +268,9 @@ def test_a_row_is_frozen():
     from lowmem.stream import Row
 
     assert replace(Row("a", (1,), True, 4, 2, 0.1), name="b").name == "b"
+
+
+def test_a_shard_takes_as_many_tensors_as_fit():
+    sizes = {"a": 10, "b": 10, "c": 10, "d": 25, "e": 5, "f": 1}
+    plan = {name: {name: TensorSpec(torch.uint8, (size,))} for name, size in sizes.items()}
+    assert stream._divide(plan, 30) == [["a", "b", "c"], ["d", "e"], ["f"]]
