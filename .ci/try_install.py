@@ -4,12 +4,13 @@
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-COMMAND = Path(sysconfig.get_path("scripts")) / "lowmem"
+COMMAND = shutil.which("lowmem", path=sysconfig.get_path("scripts")) or "lowmem"  # Windows: with its suffix
 BYTES = {"bignet": 75_612_160, "half_precision": 37_826_560, "low_precision_nf4": 9_883_648}  # that they store
 
 
@@ -28,7 +29,7 @@ def main() -> int:
     print(f"stored bytes: {stored}")
 
     wrong = []
-    if Path(info["location"]).parent != Path(sysconfig.get_path("platlib")):
+    if Path(info["location"]).resolve().parent != Path(sysconfig.get_path("platlib")).resolve():
         wrong.append(f"imported from {info['location']}, which is not where it is installed")
     if info["backend"].startswith("reference:") != (sys.platform == "win32"):
         wrong.append("the compiled kernel serves everywhere but on Windows")
