@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Generator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from benchmarks import memory
 from benchmarks.results import Result, read_run, table
 from lowmem.files import check_writable
 from lowmem.messages import one_line
+from lowmem.testing.baseline import check_figures
 from lowmem.testing.verdicts import FAILING, Verdict, write_verdict
 
 USAGE = 2  # exit code of bad input; pytest's own is 4
@@ -44,7 +46,7 @@ class Recorder:
             fixture = item.funcargs["benchmark"]
             figures = {name: value for name, value in fixture.extra_info.items() if name.endswith("_bytes")}
             try:
-                memory.check_figures(item.nodeid, figures)
+                check_figures(item.nodeid, figures)
             except ValueError as reason:
                 report.outcome, report.longrepr = "failed", str(reason)
                 return report
@@ -91,7 +93,7 @@ class Gate:
     def read(self) -> None:
         """Read the baseline before anything runs, and end with one line where that cannot be."""
         self.key = memory.current_key()
-        self.path = self.key.path(self.config.rootpath)
+        self.path = memory.baseline_path(self.config.rootpath, self.key)
         self.shown = self.path.relative_to(self.config.rootpath).as_posix()
         if self.storing:
             self._refuse_a_part()
@@ -165,7 +167,7 @@ class Gate:
         rows = memory.compare(self.baseline or {}, now, missing)
         failed = [row.says for row in rows if row.verdict in FAILING["memory"]]
         if self.baseline is None:
-            self.failures = [f"there is no memory baseline of {self.key} in {self.shown}"]
+            self.failures = [f"there is no memory baseline of {self.key.name} in {self.shown}"]
         elif failed:
             self.failures = failed
         elif not now:
@@ -180,7 +182,7 @@ class Gate:
                 "and say in the commit's message why they moved.",
             ]
         if self.verdict_path:
-            machine = {"backend": self.key.backend, "torch": self.key.torch, "threads": memory.THREADS}
+            machine = asdict(self.key)
             passed = not self.failures and session.exitstatus == pytest.ExitCode.OK
             verdict = Verdict("memory", passed, self.shown, "this run", machine, rows)
             self._write(session, partial(write_verdict, self.verdict_path, verdict))

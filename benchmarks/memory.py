@@ -7,45 +7,31 @@ one file for each backend and minor version of torch, ``benchmarks/memory/<backe
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import lowmem
 from lowmem import kernels
-from lowmem.files import write_atomically
+from lowmem.testing.baseline import Key, check_figures, parse_document, write_figures
 from lowmem.testing.verdicts import Row
 
-THREADS = (
-    2  # torch uses so many in the benchmarks: each has scratch of its own, so that memory depends on their number
-)
+# torch uses so many in the benchmarks: each has scratch of its own, so that memory depends on their number
+THREADS = 2
 
 Figures = Mapping[str, Mapping[str, int]]  # by node id of the benchmark, then by name of the figure
 
 
-@dataclass(frozen=True)
-class Key:
-    """What exact bytes depend on."""
-
-    backend: str
-    torch: str
-
-    def __str__(self) -> str:
-        return f"{self.backend}-torch{self.torch}"
-
-    def path(self, root: Path) -> Path:
-        """Return where the baseline lies, of a repository's root."""
-        return root / "benchmarks" / "memory" / f"{self}.json"
-
-
 def current_key() -> Key:
     """Return the key of this process: the kernel that serves it, and torch's minor version."""
-    return Key(lowmem.backend().partition(":")[0], ".".join(torch.__version__.split(".")[:2]))
+    return Key(lowmem.backend().partition(":")[0], ".".join(torch.__version__.split(".")[:2]), THREADS)
+
+
+def baseline_path(root: Path, key: Key) -> Path:
+    """Return where the baseline of a key lies, of a repository's root."""
+    return key.path(root / "benchmarks" / "memory")
 
 
 def store_command() -> str:
@@ -55,42 +41,18 @@ def store_command() -> str:
     return f"{prefix}pytest benchmarks --benchmark-disable --store-memory"
 
 
-def read_document(path: Path, key: Key) -> dict[str, Any]:
-    """Read the JSON object of a baseline, whose ``figures`` are an object.
-
-    Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be read.
-        ValueError: it is damaged, or of another key or thread count; the message is one line.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf8"), object_pairs_hook=_without_duplicates)
-    except (RecursionError, ValueError) as reason:
-        raise ValueError(f"it is damaged ({reason})") from reason
-    if not isinstance(document, dict) or not isinstance(document.get("figures"), dict):
-        raise ValueError("it is damaged (an object with 'figures' was expected)")
-    if (document.get("backend"), document.get("torch")) != (key.backend, key.torch):
-        raise ValueError(
-            f"it holds figures of {document.get('backend')!r} with torch {document.get('torch')!r}, "
-            f"and this run is of {key.backend!r} with torch {key.torch!r}"
-        )
-    if document.get("threads") != THREADS:
-        raise ValueError(f"it was stored with threads={document.get('threads')!r}, and the benchmarks use {THREADS}")
-    return document
-
-
 def read_baseline(path: Path, key: Key) -> Figures:
     """Read the figures of a baseline.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: as ``read_document``, or a figure is no number of bytes.
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+        ValueError: it is damaged, or of another key; the message is one line without the file's name.
     """
-    stored = read_document(path, key)["figures"]
-    for name, figures in stored.items():
-        if not isinstance(figures, dict):
-            raise ValueError(f"it is damaged ({name}: an object of figures was expected)")
-        check_figures(name, figures)
-    return stored
+    figures: Figures = parse_document(path.read_bytes(), key)["figures"]
+    for name, own in figures.items():
+        check_figures(name, own)
+    return figures
 
 
 def write_baseline(path: Path, key: Key, figures: Figures) -> None:
@@ -99,21 +61,7 @@ def write_baseline(path: Path, key: Key, figures: Figures) -> None:
     Raises:
         OSError: it cannot be written; what was there before is whole.
     """
-    document = {
-        "backend": key.backend,
-        "torch": key.torch,
-        "threads": THREADS,
-        "figures": {name: dict(sorted(figures[name].items())) for name in sorted(figures)},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
-
-
-def check_figures(name: str, figures: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names the figure unless each is a number of bytes."""
-    for figure, value in figures.items():
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{name}: {figure}={value!r} must be an integer of bytes")
+    write_figures(path, key, {name: dict(sorted(own.items())) for name, own in figures.items()})
 
 
 def compare(stored: Figures, now: Figures, missing: Mapping[str, str]) -> list[Row]:
@@ -177,11 +125,3 @@ def _renamed(gone: Figures, new: Figures) -> dict[str, str]:
 
 def _bytes(count: int | None) -> str:
     return f"{count:,} byte{'s' * (count != 1)}"
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        twice = next(name for name in document if sum(name == other for other, _ in pairs) > 1)
-        raise ValueError(f"{twice!r} is there twice")
-    return document

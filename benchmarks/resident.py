@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,10 +34,11 @@ from torch import nn
 
 import lowmem
 from benchmarks import memory
-from benchmarks.memory import THREADS, Key
+from benchmarks.memory import THREADS
 from lowmem import kernels
-from lowmem.files import check_writable, write_atomically
+from lowmem.files import check_writable
 from lowmem.messages import describe, one_line, reason
+from lowmem.testing.baseline import Key, parse_document, write_figures
 from lowmem.testing.verdicts import FAILING, Row, Verdict, write_verdict
 
 ROOT = Path(__file__).parents[1]
@@ -332,7 +333,7 @@ def _compare_figure(variant: str, name: str, before: float, after: float, tolera
 
 def baseline_path(key: Key) -> Path:
     """Return where the baseline of a key lies, beside the one of exact bytes."""
-    return key.path(ROOT).with_name(f"resident-{key}.json")
+    return memory.baseline_path(ROOT, key).with_name(f"resident-{key.name}.json")
 
 
 def read_baseline(path: Path, key: Key) -> Baseline:
@@ -343,8 +344,8 @@ def read_baseline(path: Path, key: Key) -> Baseline:
         OSError: it cannot be read.
         ValueError: it is damaged, or of another key or thread count; the message is one line.
     """
-    document = memory.read_document(path, key)
-    figures, tolerance = document["figures"], document.get("tolerance_mib")
+    document = parse_document(path.read_bytes(), key, more=("runs", "spread_mib", "tolerance_mib"))
+    figures, tolerance = document["figures"], document["tolerance_mib"]
     for variant, values in figures.items():
         if not isinstance(values, dict) or sorted(values) != sorted(FIGURES):
             raise ValueError(f"it is damaged ({variant}: the figures {', '.join(FIGURES)} were expected)")
@@ -353,7 +354,7 @@ def read_baseline(path: Path, key: Key) -> Baseline:
     _check_number("tolerance_mib", tolerance)
     if not 0 < tolerance <= LIMIT:
         raise ValueError(f"it is damaged (tolerance_mib={tolerance} must be above 0 and at most {LIMIT})")
-    return Baseline(figures, document.get("runs"), document.get("spread_mib"), tolerance)
+    return Baseline(figures, document["runs"], document["spread_mib"], tolerance)
 
 
 def _check_number(name: str, value: object) -> None:
@@ -367,17 +368,14 @@ def write_baseline(path: Path, key: Key, baseline: Baseline) -> None:
     Raises:
         OSError: it cannot be written; what was there before is whole.
     """
-    document = {
-        "backend": key.backend,
-        "torch": key.torch,
-        "threads": THREADS,
-        "runs": baseline.runs,
-        "spread_mib": baseline.spread,
-        "tolerance_mib": baseline.tolerance,
-        "figures": baseline.figures,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
+    write_figures(
+        path,
+        key,
+        baseline.figures,
+        runs=baseline.runs,
+        spread_mib=baseline.spread,
+        tolerance_mib=baseline.tolerance,
+    )
 
 
 def store_command() -> str:
@@ -442,9 +440,9 @@ def _gate(options: argparse.Namespace) -> int:
     try:
         baseline = read_baseline(path, key)
     except FileNotFoundError:
-        print(f"FAILED there is no baseline of {key} in {shown}")
+        print(f"FAILED there is no baseline of {key.name} in {shown}")
         print(f"To store one: {store_command()}")
-        rows = [Row("resident", "", verdict="missing", says=f"there is no baseline of {key} in {shown}")]
+        rows = [Row("resident", "", verdict="missing", says=f"there is no baseline of {key.name} in {shown}")]
         return _finish(options, key, shown, rows, passed=False)
     except ValueError as error:
         raise ValueError(f"{shown} is no baseline of this run: {error}; store one: {store_command()}") from error
@@ -471,7 +469,7 @@ def _gate(options: argparse.Namespace) -> int:
 
 def _finish(options: argparse.Namespace, key: Key, shown: str, rows: list[Row], *, passed: bool) -> int:
     if options.json:
-        machine = {"backend": key.backend, "torch": key.torch, "threads": THREADS}
+        machine = asdict(key)
         write_verdict(options.json, Verdict("resident", passed, shown, "this run", machine, rows))
     return 0 if passed else 1
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memory, resident
-from benchmarks.memory import Key
 from benchmarks.resident import FIGURES, Baseline, MeasurementError, compare, derive
 from lowmem import VARIANTS
+from lowmem.testing.baseline import Key
 
 ROOT = Path(__file__).parents[1]
-KEY = Key("avx2", "2.13")
+KEY = Key("avx2", "2.13", 2)
 BASELINE = Baseline({variant: dict.fromkeys(FIGURES, 10.0) for variant in VARIANTS}, 5, 0.1, 0.5)
 
 needs_high_water = pytest.mark.skipif(resident.unsupported() is not None, reason=str(resident.unsupported()))
@@ -208,9 +208,9 @@ def test_a_baseline_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"torch": "2.4"}, "it holds figures of 'avx2' with torch '2.4'"),
-        ({"threads": 4}, "it was stored with threads=4"),
-        ({"figures": None}, "an object with 'figures' was expected"),
+        ({"torch": "2.4"}, "its figures are of backend=avx2, torch=2.4"),
+        ({"threads": 4}, "threads=4, and this run is"),
+        ({"figures": None}, "figures=.* must be an object"),
         ({"figures": {"lora": 1}}, "it is damaged .lora: the figures"),
         ({"figures": {"lora": {"load_peak": 1.0}}}, "it is damaged .lora: the figures"),
         ({"figures": {"lora": dict.fromkeys(FIGURES, "1")}}, "lora: load_peak='1' must be a number of MiB"),
@@ -231,7 +231,7 @@ def test_a_baseline_that_cannot_be_used_is_refused(tmp_path, change, said):
 @pytest.fixture
 def gate(monkeypatch, tmp_path, capsys):
     """Return a function that runs the command on figures that are given, and gives exit code, stdout and stderr."""
-    path = tmp_path / "benchmarks" / "memory" / f"resident-{KEY}.json"
+    path = tmp_path / "benchmarks" / "memory" / f"resident-{KEY.name}.json"
     monkeypatch.setattr(memory, "current_key", lambda: KEY)
     monkeypatch.setattr(resident, "ROOT", tmp_path)
     monkeypatch.setattr(resident, "unsupported", lambda: None)
@@ -267,7 +267,7 @@ def one_error(code, out, err):
 def test_the_same_figures_pass(gate):
     code, out, err = gate(measured=[moved(load_peak=10.4)])
     assert (code, err) == (0, "")
-    assert f"{len(FIGURES) * len(VARIANTS)} figures are those of benchmarks/memory/resident-{KEY}.json" in out
+    assert f"{len(FIGURES) * len(VARIANTS)} figures are those of benchmarks/memory/resident-{KEY.name}.json" in out
     assert "FAILED" not in out
     assert all(any(line.startswith(f"{variant} ") for line in out.splitlines()) for variant in VARIANTS)
 
@@ -310,7 +310,7 @@ def test_without_a_baseline_it_fails_and_names_the_command(gate, monkeypatch):
     monkeypatch.setenv("LOWMEM_KERNEL", "avx2")
     code, out, err = gate()
     assert (code, err) == (1, "")
-    assert f"FAILED there is no baseline of {KEY} in benchmarks/memory/resident-{KEY}.json" in out
+    assert f"FAILED there is no baseline of {KEY.name} in benchmarks/memory/resident-{KEY.name}.json" in out
     assert "To store one: LOWMEM_KERNEL=avx2 python -m benchmarks.resident --store" in out
     assert not gate.path.exists()
 
@@ -319,7 +319,7 @@ def test_without_a_baseline_it_fails_and_names_the_command(gate, monkeypatch):
 def test_a_damaged_baseline_is_one_line(gate, text):
     gate.path.write_text(text)
     line = one_error(*gate())
-    assert f"resident-{KEY}.json is no baseline of this run: it " in line
+    assert f"resident-{KEY.name}.json is no baseline of this run: it " in line
     assert line.endswith("; store one: python -m benchmarks.resident --store")
     assert gate.path.read_text() == text
 
@@ -347,7 +347,7 @@ def test_the_verdict_is_written_as_json(gate):
     assert gate("--json", str(path), measured=[figures, figures])[0] == 1
     document = json.loads(path.read_text())
     assert (document["gate"], document["passed"]) == ("resident", False)
-    assert document["base"] == f"benchmarks/memory/resident-{KEY}.json"
+    assert document["base"] == f"benchmarks/memory/resident-{KEY.name}.json"
     assert {row["verdict"] for row in document["rows"] if row["figure"] == "step_peak"} == {"grew"}
     assert {row["verdict"] for row in document["rows"] if row["figure"] != "step_peak"} == {"same"}
     assert gate("--json", str(path), measured=[moved()])[0] == 0

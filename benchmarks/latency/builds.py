@@ -17,7 +17,15 @@ from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
-PACKAGED = ("lowmem", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")  # what a wheel is made of
+PACKAGED = (
+    "lowmem",
+    "pytest_lowmem.py",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)  # what a wheel is made of
 COMPILED = ("lowmem/kernels/csrc", "setup.py")  # what its kernel is made of
 VISIBLE = ("torch", "numpy", "safetensors", "rich")  # the core dependencies, installed once for both sides
 KERNEL = "lowmem/kernels/_native"

@@ -15,9 +15,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.files import FileError, open_regular, refusal, show, write_atomically
+from lowmem.files import open_regular, refusal, show, write_atomically
 
-__all__ = ["Change", "Figures", "Key", "compare", "difference_table", "layout", "read_figures", "write_figures"]
+__all__ = [
+    "Change",
+    "Figures",
+    "Key",
+    "check_figures",
+    "compare",
+    "difference_table",
+    "layout",
+    "parse_document",
+    "read_figures",
+    "write_figures",
+]
 
 Figures = dict[str, int]
 """The bytes of each figure of one measurement; the names end in ``_bytes``."""
@@ -116,19 +127,68 @@ def read_figures(path: Path, key: Key) -> dict[str, Figures]:
     """
     with open_regular(path) as file:
         content = file.read()
-    remedy = "restore it from version control, or remove it and store the figures again"
     try:
-        found, figures = _parse(json.loads(content, object_pairs_hook=_without_duplicates))
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise refusal(path, f"{reason}; {remedy}") from error
-    if found != key:
-        raise refusal(path, f"its figures are of {found}, and this run is {key}; {remedy}")
+        figures: dict[str, Figures] = parse_document(content, key)["figures"]
+        for name, own in figures.items():
+            check_figures(name, own)
+            if not own:
+                raise ValueError(f"the figures of {show(name)} must be one or more")
+    except ValueError as error:
+        remedy = "restore it from version control, or remove it and store the figures again"
+        raise refusal(path, f"{error}; {remedy}") from error
     return figures
 
 
-def write_figures(path: Path, key: Key, figures: Mapping[str, Figures]) -> None:
+def parse_document(content: str | bytes, key: Key, more: Collection[str] = ()) -> dict[str, Any]:
+    """Return what a baseline of a key holds.
+
+    Args:
+        content: of the file.
+        key: of this run.
+        more: the names that it holds beside the key's and ``figures``.
+
+    Raises:
+        ValueError: it is damaged, or of another key; the message is one line without the file's name.
+    """
+    try:
+        document = json.loads(content, object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise ValueError("it is damaged (nested too deeply)") from error
+    except ValueError as error:
+        raise ValueError(f"it is damaged ({error})") from error
+    names = ("backend", "torch", "threads", *more, "figures")
+    if not isinstance(document, dict) or document.keys() != set(names):
+        raise ValueError(f"it must hold {', '.join(names[:-1])} and figures, and nothing else")
+    for name in ("backend", "torch"):
+        if not isinstance(document[name], str):
+            raise ValueError(f"{name}={show(document[name])} must be a string")
+    if type(document["threads"]) is not int:
+        raise ValueError(f"threads={show(document['threads'])} must be an integer")
+    if not isinstance(document["figures"], dict):
+        raise ValueError(f"figures={show(document['figures'])} must be an object")
+    found = Key(*(document[name] for name in names[:3]))
+    if found != key:
+        raise ValueError(f"its figures are of {found}, and this run is {key}")
+    return document
+
+
+def check_figures(name: str, figures: Any) -> None:
+    """Raise a ValueError that names what is no number of bytes."""
+    if not isinstance(figures, dict):
+        raise ValueError(f"the figures of {show(name)} must be an object")
+    for figure, size in figures.items():
+        if type(size) is not int or size < 0:
+            raise ValueError(f"{show(name)}: {show(figure)} is {show(size)} and must be a number of bytes")
+
+
+def write_figures(path: Path, key: Key, figures: Mapping[str, Mapping[str, float]], **more: Any) -> None:
     """Write the file of a key, and its directory: sorted by name, for a diff; whole, or not at all.
+
+    Args:
+        path: of the file.
+        key: where the figures hold.
+        figures: by the name of the measurement.
+        **more: what the file holds beside them.
 
     Raises:
         OSError: it cannot be written; what was there is unchanged.
@@ -137,34 +197,15 @@ def write_figures(path: Path, key: Key, figures: Mapping[str, Figures]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot write {show(str(path))}: {error.strerror}; choose another directory") from error
-    text = json.dumps({**asdict(key), "figures": dict(sorted(figures.items()))}, indent=2, ensure_ascii=False) + "\n"
+    document = {**asdict(key), **more, "figures": dict(sorted(figures.items()))}
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, text.encode(errors="backslashreplace"))  # a lone surrogate becomes JSON's escape of it
-
-
-def _parse(document: Any) -> tuple[Key, dict[str, Figures]]:
-    if not isinstance(document, dict) or document.keys() != {"backend", "torch", "threads", "figures"}:
-        raise FileError("it must hold backend, torch, threads and figures, and nothing else")
-    figures = document.pop("figures")
-    for name in ("backend", "torch"):
-        if not isinstance(document[name], str):
-            raise FileError(f"{name}={show(document[name])} must be a string")
-    if type(document["threads"]) is not int:
-        raise FileError(f"threads={show(document['threads'])} must be an integer")
-    if not isinstance(figures, dict):
-        raise FileError(f"figures={show(figures)} must be an object")
-    for name, own in figures.items():
-        if not isinstance(own, dict) or not own:
-            raise FileError(f"the figures of {show(name)} must be an object of one or more")
-        for figure, size in own.items():
-            if type(size) is not int or size < 0:
-                raise FileError(f"{show(name)}: {show(figure)} is {show(size)} and must be a number of bytes")
-    return Key(**document), figures
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise FileError(f"it holds {show(name)} twice")
+            raise ValueError(f"it holds {show(name)} twice")
         found[name] = value
     return found
