@@ -249,8 +249,8 @@ def _gate(verdict: Verdict) -> Figure:
     columns = ["Workload", "figure", "verdict", "base", "head", "change", "ratio", "interval", "says"]
     text = (0, 1, 2, 8)
     moved = verdict.moved
-    said = f"{verdict.head} against {verdict.base}: {len(verdict.rows)} figures compared, "
-    said += f"{len(moved)} moved." if moved else "none moved."
+    count = "1 figure" if len(verdict.rows) == 1 else f"{len(verdict.rows)} figures"
+    said = f"{verdict.head} against {verdict.base}: {count} compared, {len(moved) or 'none'} moved."
     with_ratio = [row for row in verdict.rows if row.ratio is not None]
     machine = "; ".join(f"{key} {value}" for key, value in verdict.machine.items())
     return Figure(
