@@ -12,7 +12,7 @@ from lowmem.report.distortion import Distortion
 from lowmem.report.footprint import Footprint
 from lowmem.report.groups import Group
 from lowmem.report.timings import Timing
-from lowmem.report.verdicts import Verdict
+from lowmem.testing.verdicts import Verdict
 
 __all__ = ["Figure", "Report", "Section", "Table", "Tile", "figure_text"]
 

@@ -26,7 +26,7 @@ from lowmem.report.charts import (
 from lowmem.report.distortion import Distortion, least_error
 from lowmem.report.groups import Group
 from lowmem.report.theme import series
-from lowmem.report.verdicts import Row
+from lowmem.testing.verdicts import Row
 
 __all__ = ["MOST_GROUPS", "distortion_chart", "group_chart", "loss_chart", "ratio_chart"]
 
