@@ -69,6 +69,12 @@ def isolated(request):
     assert after == before
 
 
+@pytest.fixture(autouse=True)
+def no_worker_of_xdist(monkeypatch):
+    """Let the pytest that a test starts be none of xdist's processes, in which pytest-benchmark times nothing."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.fixture
 def poisoned():
     """Fill every fresh tensor with NaN, so that an element that is not written shows."""

@@ -44,7 +44,6 @@ STORE = memory.store_command()
 @pytest.fixture
 def project(pytester, monkeypatch):
     """A small project of two benchmark files, under this one's configuration, with a baseline stored."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in a worker, pytest-benchmark times nothing
     # It has no run for pytest-benchmark to compare with, which warns of that.
     monkeypatch.setenv("PYTEST_ADDOPTS", "-W ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
     pytester.makeconftest(CONFTEST)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ from rich.console import Console
 
 from benchmarks.latency import gate, show
 from benchmarks.latency.builds import GateError
+from lowmem import files, messages
 
 GATES = ("latency", "instructions")
-LONGEST = 299  # characters of an error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if output is not None:
             check_writable(output)
         verdicts = gate.run(options, progress)
-        show.write(verdicts, output)
     except GateError as error:
         sys.stderr.write(one_line(str(error)))
         return 2
@@ -51,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for verdict in verdicts:
         console.print()
         show.print_verdict(verdict, console, everything)
+    try:
+        show.write(verdicts, output)
+    except GateError as error:
+        sys.stderr.write(one_line(str(error)))
+        return 2
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 
@@ -92,16 +95,15 @@ def check_writable(directory: Path) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        for name in GATES:
+            files.check_writable(directory / f"{name}.json")
     except OSError as error:
         raise GateError(f"--output {str(directory)!r} cannot be written: {error.strerror or error}") from error
 
 
 def one_line(message: str) -> str:
     """Return an error as one line, cut where it is long."""
-    text = " ".join(f"latency gate: {message}".split())
-    return (text if len(text) <= LONGEST else text[: LONGEST - 3] + "...") + "\n"
+    return messages.one_line(f"latency gate: {message}") + "\n"
 
 
 if __name__ == "__main__":

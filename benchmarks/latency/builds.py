@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -29,6 +32,8 @@ PACKAGED = (
 COMPILED = ("lowmem/kernels/csrc", "setup.py")  # what its kernel is made of
 VISIBLE = ("torch", "numpy", "safetensors", "rich")  # the core dependencies, installed once for both sides
 KERNEL = "lowmem/kernels/_native"
+# In a hook these name the repository of the hook, and win over -C.
+OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
 
 
 class GateError(Exception):
@@ -65,8 +70,10 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def _git(root: Path, *arguments: str) -> bytes:
+    variables = {name: value for name, value in os.environ.items() if name not in OF_A_HOOK}
+    command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=False)
+        done = subprocess.run(command, env=variables, capture_output=True, check=False)
     except FileNotFoundError as error:
         raise GateError("git is not installed: the gate takes base and head from it") from error
     if done.returncode:
@@ -96,7 +103,7 @@ def resolve(root: Path, reference: str) -> tuple[Commit, Commit, bool]:
         raise GateError(
             f"--base {reference!r} and HEAD have no common ancestor: fetch the history (a shallow clone cuts it off)"
         ) from error
-    dirty = bool(git(root, "status", "--porcelain", "--untracked-files=no"))
+    dirty = bool(git(root, "status", "--porcelain", "--", *PACKAGED))
     return Commit(base, f"merge base of HEAD and {reference}"), Commit(head, "HEAD"), dirty
 
 
@@ -141,15 +148,22 @@ def build_wheel(root: Path, commit: Commit, cache: Path, scratch: Path) -> Path:
     wheel = target / wheels[0].name
     wheels[0].replace(wheel)
     for left in (tree, made):
-        _remove(left)
+        shutil.rmtree(left)
     return wheel
 
 
 def export(root: Path, commit: Commit, directory: Path) -> None:
-    """Write the files of a commit into a directory."""
+    """Write the files of a commit into a directory.
+
+    Raises:
+        GateError: a file of it would lie, or point, outside the directory.
+    """
     with tarfile.open(fileobj=BytesIO(_git(root, "archive", "--format=tar", commit.sha))) as archive:
         # Its own repository's files: what git archived. The filter is there from 3.12, and in late 3.10 and 3.11.
-        archive.extractall(directory, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        try:
+            archive.extractall(directory, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        except tarfile.TarError as error:
+            raise GateError(f"{commit} cannot be exported: {error}") from error
 
 
 def install(wheel: Path, commit: Commit, directory: Path) -> Environment:
@@ -196,8 +210,21 @@ def dependencies() -> list[str]:
 def _key(root: Path, commit: Commit, paths: tuple[str, ...]) -> str:
     """Return what a build depends on, as text: its sources, the interpreter and the compiler."""
     sources = _git(root, "ls-tree", "-r", commit.sha, "--", *paths)
-    beside = [sys.version, sys.platform, *(os.environ.get(name, "") for name in ("CC", "CFLAGS", "LDFLAGS"))]
+    beside = [
+        sys.version,
+        sys.platform,
+        _compiler(),
+        *(os.environ.get(name, "") for name in ("CC", "CFLAGS", "LDFLAGS")),
+    ]
     return hashlib.sha256(sources + "\0".join(beside).encode()).hexdigest()[:24]
+
+
+def _compiler() -> str:
+    """Return what the C compiler says of its version; nothing where there is none."""
+    command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
 
 
 def _keep_kernel_alone(objects: Path) -> None:
@@ -207,12 +234,6 @@ def _keep_kernel_alone(objects: Path) -> None:
             path.touch()
         elif path.is_file():
             path.unlink()
-
-
-def _remove(directory: Path) -> None:
-    for path in sorted(directory.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-    directory.rmdir()
 
 
 def _run(command: list[str], otherwise: str) -> str:

@@ -55,6 +55,8 @@ def run(options: Options, progress: Callable[[str], None], root: Path = ROOT) ->
     """
     base, head, dirty = builds.resolve(root, options.base)
     notes = ["The working tree differs from HEAD: what is not committed is not measured."] if dirty else []
+    if base.sha == head.sha:
+        notes.append("Base and head are the same commit: nothing changed between them.")
     with tempfile.TemporaryDirectory(prefix="lowmem-gate-", ignore_cleanup_errors=True) as made:
         scratch = Path(made)
         environments = []
@@ -63,6 +65,8 @@ def run(options: Options, progress: Callable[[str], None], root: Path = ROOT) ->
             wheel = builds.build_wheel(root, commit, options.cache.resolve(), scratch)
             environments.append(builds.install(wheel, commit, scratch / side))
         check_kernels(*environments)
+        if not environments[1].has_kernel:
+            notes.append("Neither side has a compiled kernel: plain torch was timed.")
         harness = scratch / "harness"
         rounds.copy_harness(root, harness)
 
@@ -121,6 +125,8 @@ def compare(start: Start, options: Options, progress: Callable[[str], None]) -> 
         second, newly = rounds.measure(start, fresh, only=suspects.__contains__, turns=AGAIN_TURNS, progress=told)
         broken |= newly
     rows = judge({name: times for name, times in first.items() if name not in broken}, second, options.threshold)
+    if not rows and all(said.startswith("base") for said in broken.values()):
+        raise GateError(f"base can run no workload: {next(iter(broken.values()))}")
     return rows + [_broken_row(name, said) for name, said in broken.items()]
 
 

@@ -18,17 +18,20 @@ class Against:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Run the gate; its exit code 1 or 2 becomes the session's, unless tests have failed."""
-        if session.shouldstop or session.shouldfail or exitstatus == pytest.ExitCode.INTERRUPTED:
+        ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if session.shouldstop or session.shouldfail or exitstatus not in ended:
             return
         from benchmarks.latency.__main__ import main
 
         capture: Any = session.config.pluginmanager.getplugin("capturemanager")
-        capture.suspend_global_capture(in_=True)
+        if capture:
+            capture.suspend_global_capture(in_=True)
         try:
             print(file=sys.stderr)
             self.code = main(["--base", self.reference])
         finally:
-            capture.resume_global_capture()
+            if capture:
+                capture.resume_global_capture()
         if self.code and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = self.code
 
@@ -48,4 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
     reference = config.getoption("--against")
     if reference is None or config.getoption("collectonly") or hasattr(config, "workerinput"):
         return
+    from benchmarks.latency import builds, gate
+
+    try:
+        builds.resolve(gate.ROOT, reference)  # before the tests run for minutes
+    except builds.GateError as error:
+        pytest.exit(f"--against: {error}", returncode=2)
     config.pluginmanager.register(Against(reference), "latency-gate")

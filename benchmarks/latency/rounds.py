@@ -99,7 +99,7 @@ class Worker:
             line = self._process.stdout.readline()
         finally:
             timer.cancel()
-        if not line:
+        if not line.endswith("\n"):
             code = self._process.wait()
             said = Path(self._errors.name).read_text(errors="replace").strip().splitlines() or ["it wrote nothing"]
             raise GateError(f"a worker of {self.environment.commit} ended ({code}) at {request}: {said[-1]}")
@@ -170,7 +170,8 @@ def measure(
             for side in start(number):
                 stack.callback(side.close)
                 sides.append(side)
-            clocks = [side.hello()["workloads"] for side in sides][1]
+            base, head, _ = (side.hello()["workloads"] for side in sides)
+            clocks = head | {name: clock for name, clock in base.items() if name not in head}  # these are missing
             for name in filter(only, clocks):
                 if name in broken or (name in long and number % long_every):
                     continue
