@@ -147,7 +147,7 @@ class LatencyGate:
             pytest.fail(f"the candidate is {found}", pytrace=False)
         if found.verdict == "undecided":
             pytest.fail(
-                f"undecided after {seconds:g} s or enough pairs: the candidate is {found}; "
+                f"undecided ({seconds:g} s allowed): the candidate is {found}; "
                 "measure on a quieter machine, or ask for less",
                 pytrace=False,
             )
@@ -226,7 +226,7 @@ class Session:
             return
         if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             return  # interrupted: nothing is stored
-        if self._memory is not None:
+        if self._memory is not None and not self.errors:
             try:
                 self.written = self._memory.write()
             except (OSError, ValueError) as error:
@@ -244,6 +244,8 @@ class Session:
                 write(line)
             for line in memory.stale_lines():
                 write(line, yellow=True)
+            if memory.pending and not self.written:
+                write("nothing is stored: the session was interrupted, or a gate could not judge", red=True)
         for file in self.written:
             write(f"stored in {file}: commit it, and say in the message why figures moved", green=True)
         if self.latency:

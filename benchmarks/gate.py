@@ -59,6 +59,8 @@ class Recorder:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self.files.add(report.nodeid)
+        if report.skipped and report.nodeid.startswith("benchmarks/"):
+            self.deselected.add(report.nodeid)
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:  # a file of which a part was asked for has no report
         self.files.add(item.nodeid.partition("::")[0])
@@ -86,6 +88,7 @@ class Gate:
         self.failed: set[str] = set()
         self.runs: dict[str, Result] | None = None  # what pytest-benchmark compares with, of several the last
         self.baseline: memory.Figures | None = None
+        self.verdict: Verdict | None = None
         self.failures: list[str] = []
         self.remedy: list[str] = []
         self.passed: list[str] = []
@@ -95,6 +98,8 @@ class Gate:
         self.key = memory.current_key()
         self.path = memory.baseline_path(self.config.rootpath, self.key)
         self.shown = self.path.relative_to(self.config.rootpath).as_posix()
+        if self.verdict_path and self.verdict_path.resolve() == self.path.resolve():
+            stop(f"--memory-json={self.shown} is the baseline: name another file")
         if self.storing:
             self._refuse_a_part()
         try:
@@ -115,8 +120,8 @@ class Gate:
         """End unless the whole folder runs: an entry that is left out would be lost, or grow old."""
         if self.comparing:
             stop("--store-memory and --benchmark-compare exclude each other: what was just stored is always the same")
-        names = ("keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf", "stepwise", "benchmark_skip")
-        chosen = [name for name in names if self.config.getoption(name, None)]
+        selecting = ("keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf", "stepwise", "stepwise_skip")
+        chosen = [name for name in (*selecting, "benchmark_skip") if self.config.getoption(name, None)]
         directories = self.config.invocation_params.dir, self.config.rootpath
         if chosen or not any(covers(argument, "benchmarks", *directories) for argument in self.config.args):
             stop(f"--store-memory stores all benchmarks or none; run them all: {memory.store_command()}")
@@ -181,18 +186,17 @@ class Gate:
                 f"To store the new figures: {memory.store_command()}",
                 "and say in the commit's message why they moved.",
             ]
+        passed = not self.failures and session.exitstatus == pytest.ExitCode.OK
+        self.verdict = Verdict("memory", passed, self.shown, "this run", asdict(self.key), rows)
         if self.verdict_path:
-            machine = asdict(self.key)
-            passed = not self.failures and session.exitstatus == pytest.ExitCode.OK
-            verdict = Verdict("memory", passed, self.shown, "this run", machine, rows)
-            self._write(session, partial(write_verdict, self.verdict_path, verdict))
+            self._write(session, partial(write_verdict, self.verdict_path, self.verdict))
 
     def _store(self, session: pytest.Session, now: memory.Figures) -> None:
-        skipped = sorted(self.skipped.keys() - self.ungated)
+        skipped = sorted((self.skipped.keys() - self.ungated) | self.recorder.deselected)
         if session.exitstatus != pytest.ExitCode.OK or not now:
             self.failures = [f"{self.shown} is not stored: only a run whose benchmarks all pass is"]
         elif skipped:
-            self.failures = [f"{self.shown} is not stored: {name} was skipped" for name in skipped]
+            self.failures = [f"{self.shown} is not stored: {name} was skipped or left out" for name in skipped]
         elif self._write(session, partial(memory.write_baseline, self.path, self.key, now)):
             self.passed = [
                 f"The figures of {len(now)} benchmarks are stored in {self.shown}",
@@ -214,7 +218,8 @@ class Gate:
         """Return the benchmarks of the baseline that gave no figures though they were asked for, and why."""
         ran = (self.results.keys() - self.ungated) | self.failed
         asked = [name for name in self.baseline or () if name not in ran and self._was_asked_for(name)]
-        return {name: self.skipped.get(name, "") for name in asked}
+        unknown = sorted(self.skipped.keys() - self.ungated - (self.baseline or {}).keys())
+        return {name: self.skipped.get(name, "") for name in [*asked, *unknown]}
 
     def _was_asked_for(self, name: str) -> bool:
         """Whether the command line selects the benchmark, were it there."""

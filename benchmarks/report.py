@@ -5,6 +5,7 @@ With the extra ``peers`` installed the run times other libraries, too, and the p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from benchmarks.conftest import THREADS
 from lowmem.messages import one_line, reason
 from lowmem.report.timings import Timing, from_benchmarks
+from lowmem.testing.verdicts import Verdict
 from lowmem.tools import report
 
 FAILURES = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
@@ -40,10 +42,15 @@ class ReportPlugin:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if session.config.getoption("collectonly"):
             return
+        if session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            self.says = f"--report: {self.target} is not written: the run did not end"
+            return
+        gate = session.config.pluginmanager.get_plugin("benchmark-gate")
+        own = getattr(gate, "verdict", None)  # what the memory gate says of this run
         threads = torch.get_num_threads()
         torch.set_num_threads(THREADS)
         try:
-            self._write()
+            self._write([own] if own is not None else [])
             self.says = f"saved {self.target}"
         except FAILURES as error:
             self.says = f"--report failed: {one_line(reason(error), 20)}"
@@ -51,7 +58,7 @@ class ReportPlugin:
         finally:
             torch.set_num_threads(threads)
 
-    def _write(self) -> None:
+    def _write(self, own: Sequence[Verdict]) -> None:
         timed = report.of_a_run("this run of the benchmarks") if self.timings else ""
         report.write(
             self.target,
@@ -61,7 +68,7 @@ class ReportPlugin:
             timings=self.timings,
             timed=timed or "This run held no benchmark of inference, so that there is no latency to show.",
             timing_machine={},
-            verdicts=self.read,
+            verdicts=[*own, *self.read],
         )
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -86,7 +93,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("report") is None:
+    if config.getoption("report") is None or hasattr(config, "workerinput"):  # a process of xdist's
         return
     try:
         config.pluginmanager.register(ReportPlugin(config), "benchmark-report")

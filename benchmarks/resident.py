@@ -193,6 +193,7 @@ def environment() -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": "65536",  # what is larger has pages of its own, which are returned when it is freed
         "MALLOC_TRIM_THRESHOLD_": "0",
         "MALLOC_TOP_PAD_": "0",
+        "MALLOC_PERTURB_": "1",  # malloc and calloc fill what they give: pages that nobody writes to count, too
         "OMP_NUM_THREADS": str(THREADS),
         "PYTHONHASHSEED": "0",
     }
@@ -237,6 +238,8 @@ class Baseline:
 
 def unsupported() -> str | None:
     """Say why nothing can be measured on this system, or return None."""
+    if (os.cpu_count() or 1) > 16:  # Linux holds back max(32, 2 * processors) pages on each: COUNTER_LAG is for 32
+        return f"Linux counts pages too coarsely with {os.cpu_count()} processors"
     try:
         reset_high_water()
         _status("VmHWM")
@@ -433,6 +436,8 @@ def _gate(options: argparse.Namespace) -> int:
     key = memory.current_key()
     path = baseline_path(key)
     shown = path.relative_to(ROOT).as_posix()
+    if options.json and options.json.resolve() == path.resolve():
+        raise ValueError(f"--json={shown} is the baseline: name another file")
     if why := unsupported():
         rows = [Row("resident", "", verdict="skipped", says=f"skipped: {why}")]
         print(rows[0].says)

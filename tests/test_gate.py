@@ -429,6 +429,23 @@ def test_a_run_that_fails_or_skips_stores_nothing(project, line):
     assert (project.path / STORED).read_bytes() == before
 
 
+def test_a_file_that_skips_itself_is_not_left_out_of_what_is_stored(project):
+    before = (project.path / STORED).read_bytes()
+    file = project.path / "benchmarks/test_first.py"
+    file.write_text(f"import pytest\npytest.importorskip('no_such_module')\n{file.read_text()}")
+    result = project.runpytest("benchmarks", "--store-memory")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines([f"FAILED {STORED} is not stored: benchmarks/test_first.py was skipped or left out"])
+    assert (project.path / STORED).read_bytes() == before
+
+
+def test_a_verdict_does_not_take_the_baseline_s_place(project):
+    before = (project.path / STORED).read_bytes()
+    said = usage_error(project, "benchmarks", "--benchmark-compare", f"--memory-json={STORED}")
+    assert said == f"--memory-json={STORED} is the baseline: name another file"
+    assert (project.path / STORED).read_bytes() == before
+
+
 def test_storing_and_comparing_at_once_is_refused(project):
     said = usage_error(project, "benchmarks", "--store-memory", "--benchmark-compare")
     assert said.startswith("--store-memory and --benchmark-compare exclude each other")

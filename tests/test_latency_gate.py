@@ -62,6 +62,23 @@ def test_a_slowdown_that_is_found_again_fails():
     assert "in 15 fresh rounds" in row.says
 
 
+def test_the_floor_counts_noise_in_either_direction():
+    unsteady = times(noise=0.001)
+    unsteady.again = [second / 2 for second in unsteady.again]
+    row = verdicts(times(1.10, rounds=6), replace(unsteady, head=[1.3 * base for base in unsteady.of_base()]))
+    assert row.verdict == "same"
+    assert "base differs from base" in row.says
+
+
+def test_p_values_are_corrected_for_all_workloads():
+    """Eight rounds that agree: 2 * 2**-8 is below ALPHA, 4 * 2**-8 is not."""
+    eight = times(1.10, rounds=8, noise=0.001)
+    assert verdicts(times(1.10, rounds=6), eight, others=1).verdict == "slower"
+    row = verdicts(times(1.10, rounds=6), eight, others=3)
+    assert row.verdict == "same"
+    assert "do not agree" in row.says
+
+
 def test_an_improvement_beyond_the_threshold_is_reported_and_passes():
     row = verdicts(times(0.8, rounds=6), times(0.8, seed=9))
     assert row.verdict == "faster"
@@ -184,6 +201,21 @@ OPTIONS = gate.Options("main", 0.05, Path("unused"))
 
 def compared(start, options=OPTIONS):
     return {row.name: row for row in gate.compare(start, options, lambda what: None)}
+
+
+def test_a_workload_that_head_lost_is_missing():
+    def start(number):
+        with_both, alone = {"a": 0.001, "gone": 0.001}, {"a": 0.001}
+        head = Fake(with_both, errors=("gone",), clocks=dict.fromkeys(alone, "cpu"))
+        return [Fake(with_both), head, Fake(with_both)]
+
+    found = compared(start)
+    assert {name: row.verdict for name, row in found.items()} == {"a": "same", "gone": "missing"}
+
+
+def test_a_base_that_can_run_nothing_is_no_verdict():
+    with pytest.raises(GateError, match="base can run no workload"):
+        compared(start_with({"a": 0.001}, base_errors=("a",)))
 
 
 def test_a_slower_head_is_measured_again_in_fresh_processes_alone():

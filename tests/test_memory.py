@@ -2,7 +2,7 @@
 
 import gc
 import random
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -65,6 +65,13 @@ def test_peaks_are_those_that_measure_takes():
     assert figures["step_bytes"] == measure.backward_bytes(model, X)
 
 
+class Plain:
+    """As a cache of keys and values is: no dataclass, and not of the standard library."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+
 @dataclass
 class Cache:
     keys: list = field(default_factory=list)
@@ -83,6 +90,8 @@ class Cache:
         lambda: [nn.Linear(KEPT // 4, 1, bias=False)],  # a module that nothing registers
         lambda: TwoTensor(torch.zeros(KEPT // 8), torch.zeros(KEPT // 8)),
         lambda: torch.zeros(KEPT // 4)[:1],
+        lambda: deque([bytes(KEPT)]),
+        lambda: Plain(torch.zeros(KEPT // 4)),
     ],
 )
 def test_a_megabyte_in_a_plain_attribute_is_counted(keep):

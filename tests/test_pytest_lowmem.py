@@ -247,6 +247,20 @@ def test_a_model_that_fails_is_one_line_that_names_its_error_and_exit_code_2(pro
     assert not (project.path / "memory_baselines").exists()
 
 
+def test_where_a_gate_cannot_judge_nothing_is_stored_of_the_others(project, run):
+    assert run("--lowmem-baseline=store")[0] == 0
+    (stored,) = (project.path / "memory_baselines").iterdir()
+    before = stored.read_bytes()
+    project.makepyfile(
+        test_model=TESTS.replace("my_model(),", "my_model(16),")
+        + "def test_fails(memory_gate):\n    memory_gate(my_model(), 'no input')\n"
+    )
+    code, output = run("--lowmem-baseline=update")
+    assert code == 2
+    assert "nothing is stored" in output
+    assert stored.read_bytes() == before
+
+
 def test_a_mode_that_does_not_exist_is_a_usage_error(run):
     code, output = run("--lowmem-baseline=overwrite")
     assert code == pytest.ExitCode.USAGE_ERROR
@@ -316,7 +330,7 @@ def test_a_latency_gate_passes_fails_and_says_what_it_saw(project, run):
         "the candidate is 1.30 times as fast as the reference (99% interval 1.20 to 1.40, 16 pairs of times), and"
         in output
     )
-    assert "undecided after 3 s or enough pairs: the candidate is 1.50 times" in output
+    assert "undecided (3 s allowed): the candidate is 1.50 times" in output
     assert "test_model.py::test_latency[1.6-1.8]: 1.70 times as fast" in output
     assert (
         "the candidate fails on the example input: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in output

@@ -73,6 +73,18 @@ class NumpyInForward(Sound):
         return super().forward(x) + float(taken[0])
 
 
+class UntouchedInForward(Sound):
+    def forward(self, x):
+        taken = np.zeros(MEGABYTE, dtype=np.uint8)
+        return super().forward(x) + float(taken[0])
+
+
+class UntouchedOfNew(Sound):
+    def __init__(self):
+        super().__init__()
+        self.kept = bytes(MEGABYTE)
+
+
 class ScratchInForward(Sound):
     def forward(self, x):
         address = scratch()
@@ -131,6 +143,8 @@ def planted(tmp_path_factory):
         ("AttributeOfNew", {"load_peak", "load_kept"}),
         ("AttributeOfForward", {"forward_peak", "forward_kept"}),
         ("NumpyInForward", {"forward_peak"}),
+        ("UntouchedInForward", {"forward_peak"}),
+        ("UntouchedOfNew", {"load_kept"}),
         ("ScratchInForward", {"forward_peak"}),
         ("ScratchKept", {"forward_peak", "forward_kept"}),
         ("KeptByTraining", {"step_peak", "step_kept"}),

@@ -103,7 +103,7 @@ def resolve(root: Path, reference: str) -> tuple[Commit, Commit, bool]:
         raise GateError(
             f"--base {reference!r} and HEAD have no common ancestor: fetch the history (a shallow clone cuts it off)"
         ) from error
-    dirty = bool(git(root, "status", "--porcelain", "--", *PACKAGED))
+    dirty = bool(git(root, "status", "--porcelain"))
     return Commit(base, f"merge base of HEAD and {reference}"), Commit(head, "HEAD"), dirty
 
 

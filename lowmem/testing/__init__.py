@@ -1,1 +1,1 @@
-"""What tests use to hold a model's memory and latency: needs the extra ``lowmem[testing]``."""
+"""What tests use to hold a model's memory and latency: latency needs the extra ``lowmem[testing]``."""

@@ -76,6 +76,8 @@ class MemoryGates:
         if (verdict, self.mode) in (("unknown", "store"), ("unknown", "update"), ("changed", "update")):
             self.pending.setdefault(key, {})[name] = figures
             verdict = {"unknown": "stored", "changed": "updated"}[verdict]
+        elif name in self.pending.get(key, {}):
+            del self.pending[key][name]  # a rerun of the test measured what is stored
         self.rows[name] = Row(name, self._shown(path), figures, verdict)
         if verdict == "unknown":
             return self._unknown(name, test, key, known is not None, figures)
@@ -129,7 +131,7 @@ class MemoryGates:
         self.stale = {(key, name) for key, name in self.stale if name not in self.rows}
         removed = self.stale if self.mode == "update" else set()
         written = []
-        for key in dict.fromkeys([*self.pending, *(key for key, _ in removed)]):
+        for key in dict.fromkeys([*(key for key, own in self.pending.items() if own), *(key for key, _ in removed)]):
             path = key.path(self.directory)
             figures = (read_figures(path, key) if path.exists() else {}) | self.pending.get(key, {})
             write_figures(path, key, {name: of for name, of in figures.items() if (key, name) not in removed})

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.measure import tensors_in
 from lowmem.testing.call import check_model, model_errors
 from lowmem.testing.ratios import Ratio, ratio_of_times, seconds_per_call, take_turns
 
@@ -125,16 +124,20 @@ def _ready(call: Callable[..., object], inputs: Any, named: Any) -> Iterator[Cal
 def _turn(run: Callable[[], object], timer: Callable[[], float], name: str) -> Callable[[], float]:
     """Warm a call up, and return what takes its seconds in a burst that is long enough to be timed."""
     with model_errors(name):
-        devices = {tensor.device for tensor in tensors_in(run())}
-    cuda = [device for device in devices if device.type == "cuda"]
+        run()
 
     def burst() -> None:
         for _ in range(calls):
             run()
-        for device in cuda:  # which works on while Python goes on
-            torch.cuda.synchronize(device)
+        if torch.cuda.is_initialized():  # which works on while Python goes on, whatever the call returns
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(device)
+
+    def turn() -> float:
+        with model_errors(name):
+            return seconds_per_call(burst, timer=timer)
 
     calls = 1
-    while (taken := seconds_per_call(burst, timer=timer)) < BURST and calls < 10_000_000:
+    while (taken := turn()) < BURST and calls < 10_000_000:
         calls = calls * 10 if taken < BURST / 10 else math.ceil(calls * BURST / taken * 1.1)
-    return lambda: seconds_per_call(burst, timer=timer) / calls
+    return lambda: turn() / calls

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
@@ -33,7 +35,7 @@ __all__ = ["THREADS", "memory_figures", "stored_figures"]
 
 THREADS = 2  # scratch of the kernel grows with them: figures hold for this many
 
-_CONTAINERS = (list, tuple, set, frozenset)
+_CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
 def memory_figures(
@@ -151,6 +153,13 @@ def _attributes(model: nn.Module) -> Iterator[Any]:
             waiting.extend(value)
         elif is_dataclass(value) and not isinstance(value, type):
             waiting.extend(getattr(value, own.name, None) for own in fields(value))
+        elif not isinstance(value, type) and hasattr(value, "__dict__") and not _is_of_python(type(value)):
+            waiting.append(vars(value))
+
+
+def _is_of_python(kind: type) -> bool:
+    """Return whether a class is of the standard library: a logger, say, leads to everything there is."""
+    return kind.__module__.partition(".")[0] in sys.stdlib_module_names
 
 
 @contextmanager
@@ -162,7 +171,7 @@ def _same_everywhere() -> Iterator[str]:
     """
     threads, states = torch.get_num_threads(), (random.getstate(), np.random.get_state())
     collects = gc.isenabled()
-    named = kernels.VARIABLE in environ or "portable" not in kernels.available()
+    named = bool(environ.get(kernels.VARIABLE)) or "portable" not in kernels.available()
     with torch.random.fork_rng(), nullcontext() if named else kernels.using("portable"):
         try:
             torch.set_num_threads(THREADS)

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.faults.copies import QUIET, SOURCE, Copy, Outcome, import_once
+from tests.faults.copies import LIVES, QUIET, SOURCE, Copy, Outcome, import_once
 from tests.faults.library import BuildError, compile_all, kernels
 from tests.faults.planted import Fault, errors_of, read_faults
 
@@ -99,7 +99,7 @@ def _try_all(pool: multiprocessing.pool.Pool, faults: Sequence[Fault]) -> int:
         given.append((fault, max(LEAST_SECONDS, SLOWER * sum(outcome.seconds for outcome in own))))
     survived = []
     for fault, outcome in pool.imap(_run_planted, given):
-        killed = outcome.verdict != "passed"
+        killed = outcome.verdict not in LIVES
         _say("killed" if killed else "SURVIVED", fault.id, outcome.seconds, outcome.first if killed else fault.breaks)
         if not killed:
             survived.append(fault)

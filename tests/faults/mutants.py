@@ -25,7 +25,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
-from tests.faults.copies import SOURCE, Copy, Outcome, import_once
+from tests.faults.copies import LIVES, SOURCE, Copy, Outcome, import_once
 from tests.faults.library import LIBRARY, BuildError, compile_all
 from tests.faults.survivors import Survivor, read_survivors
 
@@ -50,6 +50,7 @@ TESTS = {
     "lowmem/records.py": ("test_records", "test_checkpoint"),
     "lowmem/shells.py": ("test_shells", "test_checkpoint"),
     "lowmem/kernels/cpu.py": ("test_cpu", "test_int8"),
+    "benchmarks/memory.py": ("test_gate",),
     "lowmem/kernels/memory.py": ("test_kernels",),
     "lowmem/kernels/ops.py": ("test_ops",),
     "lowmem/kernels/reference.py": ("test_kernels", "test_lora", "test_int8"),
@@ -73,7 +74,7 @@ def modules(root: Path = SOURCE) -> list[str]:
     """Return the files that mutants are drawn from."""
     folders = ("lowmem", "lowmem/kernels", "lowmem/testing")
     found = [p for folder in folders for p in (root / folder).glob("*.py") if p.name not in OTHERS]
-    found += [root / "benchmarks" / name for name in ("gate.py", "results.py")]
+    found += [root / "benchmarks" / name for name in ("gate.py", "memory.py", "resident.py", "results.py")]
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 
@@ -197,9 +198,11 @@ def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], listed:
     survived: list[Mutant] = []
     given = [(m, max(LEAST_SECONDS, SLOWER * sum(clean[test].seconds for test in m.tests))) for m in mutants]
     for mutant, outcome in pool.imap(_run_mutant, given):
-        if outcome.verdict == "passed":
+        if outcome.verdict in LIVES:
             survived.append(mutant)
-        verdict = "killed" if outcome.verdict != "passed" else "survived" if mutant.survivor in listed else "SURVIVED"
+        verdict = (
+            "killed" if outcome.verdict not in LIVES else "survived" if mutant.survivor in listed else "SURVIVED"
+        )
         _say(f"{verdict:9} {outcome.seconds:6.1f} s ", mutant, f"  {outcome.first}" if verdict == "killed" else "")
     return _close(mutants, survived, listed)
 
