@@ -712,11 +712,22 @@ def test_pytest_runs_the_gate_after_the_tests_and_takes_its_exit_code(
     code, test_fails, wanted, pytester, monkeypatch
 ):
     asked = []
+    monkeypatch.setattr(builds, "resolve", lambda root, reference: None)  # not every clone has a branch main
     monkeypatch.setattr("benchmarks.latency.__main__.main", lambda arguments: asked.append(arguments) or code)
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(f"def test_it():\n    assert {not test_fails}")
     assert pytester.runpytest("--against", "main").ret == wanted
     assert asked == [["--base", "main"]]
+
+
+def test_pytest_refuses_a_reference_that_does_not_exist_before_it_runs(pytester):
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile("def test_it():\n    open('ran', 'w')")
+    done = pytester.runpytest_subprocess("--against", "no such reference")
+    assert done.ret == 2
+    (line,) = done.stderr.lines
+    assert "--against: --base 'no such reference' is no commit of this repository" in line
+    assert not (pytester.path / "ran").exists()
 
 
 def test_pytest_runs_no_gate_unless_it_is_asked_to(pytester, monkeypatch):
