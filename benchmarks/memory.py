@@ -11,8 +11,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 import lowmem
 from lowmem import kernels
 from lowmem.testing.baseline import Key, check_figures, parse_document, write_figures
@@ -26,7 +24,7 @@ Figures = Mapping[str, Mapping[str, int]]  # by node id of the benchmark, then b
 
 def current_key() -> Key:
     """Return the key of this process: the kernel that serves it, and torch's minor version."""
-    return Key(lowmem.backend().partition(":")[0], ".".join(torch.__version__.split(".")[:2]), THREADS)
+    return Key.of_this_process(lowmem.backend().partition(":")[0], THREADS)
 
 
 def baseline_path(root: Path, key: Key) -> Path:

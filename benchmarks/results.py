@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem.testing.baseline import layout
+
 
 @dataclass(frozen=True)
 class Result:
@@ -89,11 +91,7 @@ def table(
         )
     if stored is None:
         rows = [row[:3] + row[4:] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    return layout(rows, left=(0,))
 
 
 def _ratio(result: Result | None) -> str:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowmem.files import open_regular, refusal, show, write_atomically
 
 __all__ = [
@@ -47,6 +49,11 @@ class Key:
     backend: str
     torch: str
     threads: int
+
+    @classmethod
+    def of_this_process(cls, backend: str, threads: int) -> Key:
+        """Return the key of figures that are measured here, with the torch that is imported."""
+        return cls(backend, ".".join(torch.__version__.split(".")[:2]), threads)
 
     @property
     def name(self) -> str:
@@ -89,8 +96,7 @@ class Change:
     @property
     def cells(self) -> tuple[str, str, str, str]:
         """The text of figure, before, after and difference."""
-        sizes = ("-" if size is None else f"{size:,}" for size in (self.before, self.after))
-        before, after = sizes
+        before, after = ("-" if size is None else f"{size:,}" for size in (self.before, self.after))
         return self.figure, before, after, f"{(self.after or 0) - (self.before or 0):+,}"
 
 

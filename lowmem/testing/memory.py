@@ -67,7 +67,7 @@ def memory_figures(
     figures |= {"forward_bytes": forward, "step_bytes": step}
     tensors = [*model.parameters(), *model.buffers(), *measure.tensors_in([inputs, named])]
     elsewhere = next((tensor.device.type for tensor in tensors if tensor.device.type != "cpu"), None)
-    return Key(elsewhere or kernel, ".".join(torch.__version__.split(".")[:2]), THREADS), figures
+    return Key.of_this_process(elsewhere or kernel, THREADS), figures
 
 
 def stored_figures(model: nn.Module) -> Figures:
