@@ -440,6 +440,13 @@ def test_two_percent_more_instructions_fail_and_fewer_do_not():
     assert found == {"same": "same", "grew": "grew", "shrank": "shrank", "gone": "missing", "fresh": "new"}
 
 
+def test_what_neither_side_can_count_is_no_verdict():
+    with pytest.raises(GateError, match="neither base nor head can run 'broken'"):
+        instructions.judge({"same": 1000, "broken": None}, {"same": 1000, "broken": None})
+    found = {row.name: row.verdict for row in instructions.judge({"a": 1, "b": None}, {"a": None, "b": 1})}
+    assert found == {"a": "missing", "b": "new"}
+
+
 def test_counting_nothing_is_no_verdict():
     with pytest.raises(GateError, match="callgrind counted nothing"):
         instructions.judge({}, {})

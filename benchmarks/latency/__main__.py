@@ -73,6 +73,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[gate.Options, Path | None, b
     parser.add_argument("--all", action="store_true", help="print the workloads that stayed the same, too")
     given = parser.parse_args(arguments)
     gates = tuple(given.gate or GATES)
+    if given.workloads != "*" and "latency" not in gates:
+        parser.error("--workloads names what is timed: leave it out, or add --gate latency")
     return gate.Options(given.base, given.threshold, given.cache, given.workloads, gates), given.output, given.all
 
 

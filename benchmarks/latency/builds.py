@@ -196,6 +196,16 @@ def install(wheel: Path, commit: Commit, directory: Path) -> Environment:
     return Environment(commit, python, has_kernel)
 
 
+def backend(environment: Environment) -> str:
+    """Return the kernel that an environment's lowmem chooses on this machine.
+
+    Raises:
+        GateError: its lowmem cannot be imported.
+    """
+    command = [str(environment.python), "-I", "-c", "import lowmem; print(lowmem.backend())"]
+    return _run(command, f"lowmem of {environment.commit} cannot be imported").strip()
+
+
 def dependencies() -> list[str]:
     """Return the directories that the core dependencies are imported from."""
     places = []

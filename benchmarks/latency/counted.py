@@ -80,6 +80,7 @@ def main() -> None:
     gc.disable()  # a collection would fall into one workload or another
     marks.begin()
     for name, set_up in counted().items():
+        print(name)  # what was to be counted, whether or not it can be
         try:
             run = set_up()
             run()

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def unavailable(scratch: Path) -> str | None:
     return None
 
 
-def count(environment: Environment, side: str, harness: Path, scratch: Path) -> dict[str, int]:
-    """Return the instructions of each workload on one side; its errors by name are left out.
+def count(environment: Environment, side: str, harness: Path, scratch: Path) -> dict[str, int | None]:
+    """Return the instructions of each workload on one side; None for one that it cannot run.
 
     Raises:
         GateError: the process ends early.
@@ -78,7 +79,8 @@ def count(environment: Environment, side: str, harness: Path, scratch: Path) -> 
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if not line.startswith("==")] or ["it wrote nothing"]
         raise GateError(f"{environment.commit} ended ({done.returncode}) under callgrind: {said[-1]}")
-    return read_counts(directory)
+    counts = read_counts(directory)
+    return {name: counts.get(name) for name in done.stdout.splitlines()}
 
 
 def read_counts(directory: Path) -> dict[str, int]:
@@ -93,17 +95,21 @@ def read_counts(directory: Path) -> dict[str, int]:
     return counts
 
 
-def judge(base: dict[str, int], head: dict[str, int]) -> list[Row]:
+def judge(base: Mapping[str, int | None], head: Mapping[str, int | None]) -> list[Row]:
     """Return a row for each workload: beyond ``LIMIT`` in either direction it is no longer the same.
 
     Raises:
-        GateError: nothing was counted on both sides.
+        GateError: nothing was counted, or a workload on neither side.
     """
-    if not head.keys() & base.keys():
+    if not any(base.values()) and not any(head.values()):
         raise GateError("callgrind counted nothing: see what valgrind --tool=callgrind python -c 'import torch' says")
     rows = []
     for name in dict.fromkeys([*base, *head]):
         before, after = base.get(name), head.get(name)
+        if before is None and after is None:
+            raise GateError(
+                f"neither base nor head can run {name!r} under callgrind: see benchmarks/latency/counted.py"
+            )
         if before is None or after is None:
             verdict, says = ("new", "base cannot run it") if before is None else ("missing", "head cannot run it")
             rows.append(Row(name, FIGURE, before, after, verdict=verdict, says=says))

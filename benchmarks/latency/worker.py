@@ -42,8 +42,6 @@ def serve(requests: TextIO) -> Iterator[dict[str, Any]]:
     yield {
         "workloads": {name: workload.clock for name, workload in known.items()},
         "lowmem": lowmem.__file__,
-        "backend": lowmem.backend(),
-        "torch": torch.__version__,
     }
     for line in requests:
         request = json.loads(line)
