@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lowmem
-from benchmarks.memory import THREADS
 from lowmem import measure
+from lowmem.testing.memory import THREADS
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -14,10 +14,8 @@ from pathlib import Path
 import lowmem
 from lowmem import kernels
 from lowmem.testing.baseline import Key, check_figures, parse_document, write_figures
+from lowmem.testing.memory import THREADS
 from lowmem.testing.verdicts import Row
-
-# torch uses so many in the benchmarks: each has scratch of its own, so that memory depends on their number
-THREADS = 2
 
 Figures = Mapping[str, Mapping[str, int]]  # by node id of the benchmark, then by name of the figure
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.conftest import THREADS
 from lowmem.messages import one_line, reason
 from lowmem.report.timings import Timing, from_benchmarks
+from lowmem.testing.memory import THREADS
 from lowmem.testing.verdicts import Verdict
 from lowmem.tools import report
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from lowmem.testing.baseline import Figures, Key, compare, difference_table, layout, read_figures, write_figures
 
-__all__ = ["MemoryGates", "Row", "belongs_to", "entry_name"]
+__all__ = ["Judged", "MemoryGates", "belongs_to", "entry_name"]
 
 _SEPARATOR = " | "
 
 
 @dataclass(frozen=True)
-class Row:
+class Judged:
     """The verdict of one gate.
 
     Attributes:
@@ -45,7 +45,7 @@ class MemoryGates:
     root: Path
     directory: Path
     mode: str = "compare"
-    rows: dict[str, Row] = field(default_factory=dict)  # by name; of a test that is run again, the last ones
+    rows: dict[str, Judged] = field(default_factory=dict)  # by name; of a test that is run again, the last ones
     pending: dict[Key, dict[str, Figures]] = field(default_factory=dict)  # what to store, by key
     stale: set[tuple[Key, str]] = field(default_factory=set)  # stored names that nothing measures, by key
     _stored: dict[Key, dict[str, Figures] | None] = field(default_factory=dict)  # None: there is no file
@@ -78,7 +78,7 @@ class MemoryGates:
             verdict = {"unknown": "stored", "changed": "updated"}[verdict]
         elif name in self.pending.get(key, {}):
             del self.pending[key][name]  # a rerun of the test measured what is stored
-        self.rows[name] = Row(name, self._shown(path), figures, verdict)
+        self.rows[name] = Judged(name, self._shown(path), figures, verdict)
         if verdict == "unknown":
             return self._unknown(name, test, key, known is not None, figures)
         if verdict == "changed":
@@ -148,7 +148,7 @@ class MemoryGates:
 
     def merge(self, dumped: dict[str, Any]) -> None:
         """Take over what a worker handed over."""
-        self.rows |= {row["name"]: Row(**row) for row in dumped["rows"]}
+        self.rows |= {row["name"]: Judged(**row) for row in dumped["rows"]}
         for key, figures in dumped["pending"]:
             self.pending.setdefault(Key(*key), {}).update(figures)
         self.stale |= {(Key(*key), name) for key, name in dumped["stale"]}
