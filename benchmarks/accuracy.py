@@ -7,9 +7,10 @@ Higham's (see ``tests.rounding``): in float32 it shows an output that is wrong b
 import torch
 from torch import Tensor, nn
 
-from lowmem import HalfLinear, Linear4Bit, LoRALinear, int8
-from lowmem.blockwise import QuantizedTensor
-from lowmem.formats import get_format
+from lowmem import HalfLinear, Linear4Bit, LoRALinear
+from lowmem.kernels import int8
+from lowmem.quant.formats import get_format
+from lowmem.quant.tensor import QuantizedTensor
 from tests.rounding import gamma, unit
 
 ROWS = 4  # of a batch are checked: each is a product of its own, and in float64 they take long

@@ -19,8 +19,8 @@ import pytest
 
 from benchmarks import memory
 from benchmarks.results import Result, read_run, table
-from lowmem.files import check_writable
-from lowmem.messages import one_line
+from lowmem.errors import one_line
+from lowmem.io.atomic import check_writable
 from lowmem.testing.baseline import check_figures
 from lowmem.testing.verdicts import FAILING, Verdict, write_verdict
 

@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 import torch
 
 import lowmem
-from lowmem.files import write_atomically
+from lowmem.io.atomic import write_atomically
 from lowmem.report import charts, theme
 from lowmem.report.footprint import footprint
 from lowmem.report.timings import read_run

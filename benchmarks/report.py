@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem.messages import one_line, reason
+from lowmem.errors import one_line, reason
 from lowmem.report.timings import Timing, from_benchmarks
 from lowmem.testing.memory import THREADS
 from lowmem.testing.verdicts import Verdict

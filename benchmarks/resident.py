@@ -38,8 +38,8 @@ from torch import nn
 import lowmem
 from benchmarks import memory
 from lowmem import kernels
-from lowmem.files import check_writable
-from lowmem.messages import describe, one_line, reason
+from lowmem.errors import describe, one_line, reason
+from lowmem.io.atomic import check_writable
 from lowmem.testing.baseline import Key, parse_document, write_figures
 from lowmem.testing.memory import THREADS
 from lowmem.testing.verdicts import FAILING, Row, Verdict, write_verdict

@@ -6,8 +6,8 @@ import torch
 
 import lowmem
 from benchmarks.cases import FILE_LAYERS, dense_model
+from lowmem.io.convert_checkpoint import convert_checkpoint
 from lowmem.measure import peak_bytes
-from lowmem.stream import convert_checkpoint
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 

@@ -1,12 +1,25 @@
 """Makes PyTorch models small: half precision, 4-bit block-wise quantization, LoRA and QLoRA."""
 # ruff: noqa: E402
 
-from lowmem import startup
+from lowmem.tools import startup
 
 startup.guard_imports()  # before torch is imported
 
-from lowmem.adapter_files import load_adapter, save_adapter
-from lowmem.adapters import (
+from lowmem.bignet import BigNet
+from lowmem.errors import FileError
+from lowmem.io.adapters import load_adapter, save_adapter
+from lowmem.io.checkpoint import load, save
+from lowmem.kernels import backend
+from lowmem.nn.conv import Conv4Bit, HalfConv
+from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
+from lowmem.nn.fourbit import FourBit, Linear4Bit
+from lowmem.nn.half import Half, HalfLinear
+from lowmem.nn.lora import LoRA, LoRALinear
+from lowmem.quant.formats import FORMATS, Format
+from lowmem.quant.packing import pack, unpack
+from lowmem.quant.quantize import quantize
+from lowmem.quant.tensor import QuantizedTensor
+from lowmem.transforms.adapters import (
     activate,
     active_adapters,
     adapter_layers,
@@ -17,23 +30,10 @@ from lowmem.adapters import (
     merge_adapter,
     unmerge_adapter,
 )
-from lowmem.bignet import BigNet
-from lowmem.blockwise import QuantizedTensor
-from lowmem.calibrate import calibrate
-from lowmem.checkpoint import load, save
-from lowmem.conv import Conv4Bit, HalfConv
-from lowmem.convert import convert
-from lowmem.embedding import Embedding4Bit, HalfEmbedding
-from lowmem.formats import FORMATS, Format
-from lowmem.fourbit import FourBit, Linear4Bit
-from lowmem.half import Half, HalfLinear
-from lowmem.header import FileError
-from lowmem.kernels import backend
-from lowmem.lora import LoRA, LoRALinear
-from lowmem.merge import merge
-from lowmem.packing import pack, unpack
-from lowmem.quantizing import quantize
-from lowmem.summary import LayerSummary, Summary, summary
+from lowmem.transforms.calibrate import calibrate
+from lowmem.transforms.convert import convert
+from lowmem.transforms.merge import merge
+from lowmem.transforms.summary import LayerSummary, Summary, summary
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__
 

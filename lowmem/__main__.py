@@ -13,10 +13,10 @@ from importlib import import_module
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, NoReturn
 
-from lowmem.messages import describe, one_line, reason
-from lowmem.startup import end_closed_pipe, write_error
+from lowmem.errors import describe, one_line, reason
 from lowmem.tools import COMMANDS
 from lowmem.tools.output import results_alone
+from lowmem.tools.startup import end_closed_pipe, write_error
 from lowmem.version import __version__
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lowmem.bignet import BigNet
-from lowmem.convert import convert
-from lowmem.fourbit import FourBit
-from lowmem.half import Half
-from lowmem.lora import LoRA
-from lowmem.registry import Technique
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.half import Half
+from lowmem.nn.lora import LoRA
+from lowmem.transforms.convert import convert
+from lowmem.transforms.registry import Technique
 
 __all__ = ["VARIANTS", "build", "techniques_of"]
 

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lowmem import QuantizedTensor, blockwise, kernels, quantize
+from lowmem import QuantizedTensor, kernels, quantize
+from lowmem.quant import tensor as blockwise
 from tests import strategies
 from tests.rounding import gamma, unit
 
@@ -107,3 +108,15 @@ def stored(kind: str, dense: torch.Tensor, **options):
     dtype = {"half": torch.float16, "bfloat16": torch.bfloat16}.get(kind)
     w = dense.to(dtype) if dtype else quantize(dense, kind, **options)
     return w, w.float() if dtype else w.dequantize()
+
+
+def restored(weight, dtype):
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
+
+
+def both(weight: str):
+    dense = strategies.make_weight("normal", (6, 40), 0, 0)
+    return dense.half() if weight == "half" else quantize(dense, block_size=8)
+
+
+both_kinds = pytest.mark.parametrize("weight", ["half", "4-bit"])

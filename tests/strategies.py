@@ -6,9 +6,9 @@ import torch
 from hypothesis import strategies as st
 
 from lowmem import FourBit, Half, LoRA, LoRALinear, convert
-from lowmem.formats import FORMATS
-from lowmem.header import DTYPES
-from lowmem.scales import ENCODINGS
+from lowmem.io.safetensors import DTYPES
+from lowmem.quant.formats import FORMATS
+from lowmem.quant.scales import ENCODINGS
 
 formats = st.sampled_from(sorted(FORMATS))
 encodings = st.sampled_from(sorted(ENCODINGS))

@@ -3,8 +3,8 @@
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lowmem.formats import FORMATS
-from lowmem.scales import ENCODINGS
+from lowmem.quant.formats import FORMATS
+from lowmem.quant.scales import ENCODINGS
 from tests.compiled import given_stored
 
 DRAWS = 1000

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from benchmarks.latency import gate, show
 from benchmarks.latency.builds import GateError
-from lowmem import files, messages
+from lowmem import errors
+from lowmem.io import atomic
 
 GATES = ("latency", "instructions")
 
@@ -98,14 +99,14 @@ def check_writable(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name in GATES:
-            files.check_writable(directory / f"{name}.json")
+            atomic.check_writable(directory / f"{name}.json")
     except OSError as error:
         raise GateError(f"--output {str(directory)!r} cannot be written: {error.strerror or error}") from error
 
 
 def one_line(message: str) -> str:
     """Return an error as one line, cut where it is long."""
-    return messages.one_line(f"latency gate: {message}") + "\n"
+    return errors.one_line(f"latency gate: {message}") + "\n"
 
 
 if __name__ == "__main__":

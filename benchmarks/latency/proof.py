@@ -30,8 +30,8 @@ from rich.markdown import Markdown
 
 from benchmarks.latency.builds import GateError, git
 from benchmarks.latency.gate import ROOT, machine
-from lowmem.files import check_writable, write_atomically
-from lowmem.messages import one_line
+from lowmem.errors import one_line
+from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.testing.verdicts import FAILING
 
 RESULTS = ROOT / "benchmarks" / "latency" / "proof.json"
@@ -65,7 +65,7 @@ class Case:
 
 
 OF_MEMORY = ("memory", "resident")  # without a baseline of this kernel they fail
-LAYER = "lowmem/fourbit.py"
+LAYER = "lowmem/nn/fourbit.py"
 CALL = "        x = autocast(input)\n        own = self._parameters"
 CASES = (
     Case("base against base", runs=10, alarm=False),
@@ -87,7 +87,7 @@ CASES = (
     Case("one extra copy of the input", file=LAYER, found=CALL, planted=CALL.replace("(input)", "(input).clone()")),
     Case(
         "a slower load",
-        file="lowmem/tensorfile.py",
+        file="lowmem/io/container.py",
         found="        digest = _digest(file)\n        if digest",
         # The file is read twice.
         planted="        _digest(file)\n        digest = _digest(file)\n        if digest",

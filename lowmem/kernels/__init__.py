@@ -6,12 +6,12 @@ The contract is two functions of an input, a weight and the dtype to compute in,
     input_grad(grad, weight, dtype)  (batch, out) -> (batch, in)     grad @ W
     add_update(base, x, a, b, s)     (batch, out) -> (batch, out)    base + s (x @ A.T) @ B.T
 
-computed in a dtype and returned in it (torch.int8: in that of the input, see ``lowmem.int8``),
+computed in a dtype and returned in it (torch.int8: in that of the input, see ``lowmem.kernels.int8``),
 where a weight is a float16 or bfloat16 tensor (out, in) or a 4-bit ``QuantizedTensor``. Neither may
 hold a whole restored weight. ``reference`` is the definition of what is true: plain torch, any device.
 ``cpu`` binds the compiled kernel, whose level is the best that the processor has, or the one that the
 environment variable ``LOWMEM_KERNEL`` names: reference, portable, neon, avx2, avx512, avx512vnni,
-avx512bf16 or avx512amx. What serves here also quantizes and dequantizes rows for ``lowmem.blockwise``.
+avx512bf16 or avx512amx. What serves here also quantizes and dequantizes rows for ``lowmem.quant.tensor``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem import blockwise
-from lowmem.int8 import float_dtype
 from lowmem.kernels import cpu, reference
+from lowmem.kernels.int8 import float_dtype
 from lowmem.kernels.reference import Update, Weight
+from lowmem.quant import tensor as blockwise
 
 __all__ = ["Update", "Weight", "add_update", "available", "backend", "input_grad", "linear", "using"]
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lowmem import blockwise, int8
-from lowmem.blockwise import QuantizedTensor
-from lowmem.formats import get_format
-from lowmem.kernels import reference
+from lowmem.kernels import int8, reference
 from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector
 from lowmem.kernels.reference import Update, Weight
-from lowmem.search import CANDIDATES
+from lowmem.quant import tensor as blockwise
+from lowmem.quant.formats import get_format
+from lowmem.quant.search import CANDIDATES
+from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Kernel", "load"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lowmem import kernels
-from lowmem.blockwise import QuantizedTensor
-from lowmem.int8 import float_dtype
+from lowmem.kernels.int8 import float_dtype
 from lowmem.kernels.reference import Weight
+from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["dequantize_rows", "product"]
 

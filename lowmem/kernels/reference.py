@@ -10,9 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lowmem import int8
-from lowmem.blockwise import QuantizedTensor, row_chunks
-from lowmem.formats import get_format
+from lowmem.kernels import int8
+from lowmem.quant.formats import get_format
+from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 __all__ = ["Update", "Weight", "add_update", "input_grad", "linear"]
 
@@ -26,8 +26,8 @@ def linear(
 ) -> Tensor:
     """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out), computed in ``dtype``, and returned so.
 
-    With torch.int8 the input, and levels of a 4-bit weight that need it, are rounded to 8 bits (``lowmem.int8``);
-    their products are added up in float32, and come in the dtype of x.
+    With torch.int8 the input, and levels of a 4-bit weight that need it, are rounded to 8 bits
+    (``lowmem.kernels.int8``); their products are added up in float32, and come in the dtype of x.
 
     Args:
         x: (batch, in).

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lowmem.formats import FORMATS
-from lowmem.quantizing import quantize, relative_error
-from lowmem.scales import ENCODINGS
+from lowmem.quant.formats import FORMATS
+from lowmem.quant.quantize import quantize, relative_error
+from lowmem.quant.scales import ENCODINGS
 
 __all__ = ["BLOCKS", "Distortion", "distortions", "least_error"]
 

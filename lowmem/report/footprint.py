@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from lowmem import measure
-from lowmem.fourbit import FourBitStorage
-from lowmem.lora import Adapter
+from lowmem.nn.fourbit import FourBitStorage
+from lowmem.nn.lora import Adapter
 
 __all__ = ["KINDS", "Footprint", "footprint", "step_bytes", "stored_by_kind"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem import measure
-from lowmem.registry import layer_name
-from lowmem.summary import LayerSummary, summary
+from lowmem.transforms.registry import layer_name
+from lowmem.transforms.summary import LayerSummary, summary
 
 __all__ = ["Group", "group_layers", "indices"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.files import refusal, show
+from lowmem.errors import refusal, show
 from lowmem.testing.json_files import read_json
 from lowmem.testing.ratios import ratio_of_times, seconds_per_call, take_turns
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from lowmem.files import open_regular, refusal, show, write_atomically
+from lowmem.errors import refusal, show
+from lowmem.io.atomic import open_regular, write_atomically
 
 __all__ = [
     "Change",

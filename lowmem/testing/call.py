@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lowmem.errors import describe, one_line
 from lowmem.measure import tensors_in
-from lowmem.messages import describe, one_line
 
 __all__ = ["ModelError", "check_model", "model_errors"]
 

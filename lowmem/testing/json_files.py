@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowmem.files import open_regular, read_errors, refusal
-from lowmem.header import parse_json
+from lowmem.errors import refusal
+from lowmem.io.atomic import open_regular, read_errors
+from lowmem.io.safetensors import parse_json
 
 __all__ = ["MOST_BYTES", "read_json"]
 

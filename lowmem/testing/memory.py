@@ -26,8 +26,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowmem import kernels, measure
-from lowmem.fourbit import FourBitStorage
-from lowmem.lora import Adapter
+from lowmem.nn.fourbit import FourBitStorage
+from lowmem.nn.lora import Adapter
 from lowmem.testing.baseline import Figures, Key
 from lowmem.testing.call import check_model, model_errors
 

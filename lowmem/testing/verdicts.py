@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.files import refusal, show, write_atomically
+from lowmem.errors import refusal, show
+from lowmem.io.atomic import write_atomically
 from lowmem.testing.json_files import read_json
 
 __all__ = ["FAILING", "VERDICTS", "Row", "Verdict", "read_verdict", "write_verdict"]

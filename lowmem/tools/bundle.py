@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from zipfile import ZipFile, ZipInfo
 
-from lowmem.files import PARTIAL, check_free, write_atomically
+from lowmem.io.atomic import PARTIAL, check_free, write_atomically
 from lowmem.tools.output import shown
 
 __all__ = ["COMMENT", "LEFT_OUT", "MANIFEST", "add_arguments", "archive", "read_files", "run", "runnable"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowmem.bignet import CHANNELS
-from lowmem.files import open_regular
-from lowmem.messages import describe
+from lowmem.errors import describe
+from lowmem.io.atomic import open_regular
 
 __all__ = ["Split", "load_data"]
 

@@ -17,7 +17,7 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from lowmem import measure
-from lowmem.files import check_writable, write_atomically
+from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.tools.data import Split, load_data
 from lowmem.tools.models import (
     MIB,

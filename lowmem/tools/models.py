@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
-from lowmem.files import printable
-from lowmem.messages import describe
+from lowmem.errors import describe, printable
 from lowmem.tools.output import reader_gone, streams_kept
 from lowmem.variants import VARIANTS, build
 

@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from lowmem.files import printable
-from lowmem.summary import Summary
+from lowmem.errors import printable
+from lowmem.transforms.summary import Summary
 
 __all__ = [
     "Terminal",

@@ -9,11 +9,11 @@ from dataclasses import asdict
 
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lowmem.formats import FORMATS
-from lowmem.fourbit import FourBit
-from lowmem.scales import ENCODINGS
-from lowmem.shards import INDEX
-from lowmem.stream import Row, Source, convert_checkpoint
+from lowmem.io.convert_checkpoint import Row, Source, convert_checkpoint
+from lowmem.io.shards import INDEX
+from lowmem.nn.fourbit import FourBit
+from lowmem.quant.formats import FORMATS
+from lowmem.quant.scales import ENCODINGS
 from lowmem.tools.models import MIB, check_links, file_path, positive_int
 from lowmem.tools.output import print_json, print_table, progress, shown, whole
 

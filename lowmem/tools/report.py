@@ -17,7 +17,8 @@ from rich.progress import MofNCompleteColumn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lowmem.files import check_writable, printable, write_atomically
+from lowmem.errors import printable
+from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.tools.info import facts
 from lowmem.tools.models import (
     add_input_arguments,

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 
 from lowmem import measure
-from lowmem.summary import Summary, summary
 from lowmem.tools.models import (
     MIB,
     add_input_arguments,
@@ -19,6 +18,7 @@ from lowmem.tools.models import (
     user_code,
 )
 from lowmem.tools.output import print_json, print_summary, print_table, shown
+from lowmem.transforms.summary import Summary, summary
 
 __all__ = ["Stats", "add_arguments", "run", "stats_of"]
 

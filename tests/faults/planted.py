@@ -4,11 +4,11 @@ A fault is an entry of a TOML file beside this one::
 
     [[fault]]
     id = "packing-nibbles-swapped"
-    file = "lowmem/packing.py"
+    file = "lowmem/quant/packing.py"
     breaks = "unpacking takes the high nibbles for a block's first half"
     find = "torch.cat([block & 15, block >> 4], dim=-1)"      # stands in the file once
     replace = "torch.cat([block >> 4, block & 15], dim=-1)"
-    tests = ["tests/test_packing.py"]                         # at least one of which must fail
+    tests = ["tests/quant/test_packing.py"]                         # at least one of which must fail
     select = "portable"                                       # what pytest -k takes; optional
     kernel = "portable"                                       # the kernel that serves; of C files only
 """

@@ -1,7 +1,7 @@
 """Mutants that no test kills, each with the reason why none could: ``tests/survivors.toml``.
 
 [[survivor]]
-file = "lowmem/files.py"
+file = "lowmem/io/atomic.py"
 line = "head = (limit - 3) // 2"      # the lines that the mutant changes, without their indent,
 mutant = "head = (limit - 4) // 2"    # and what it makes of them
 reason = "the middle may be cut one character earlier"

@@ -85,7 +85,7 @@ struct order {
     int32_t tables[];
 };
 
-/* A matrix (rows, columns): 4-bit, as lowmem/packing.py and lowmem/scales.py lay it out, or of 16-bit floats. */
+/* A matrix (rows, columns): 4-bit, as lowmem/quant/packing.py and lowmem/quant/scales.py lay it out, or of 16-bit floats. */
 struct weight {
     const uint8_t *packed; /* (rows, row_bytes); the 16-bit floats, where there are no codes */
     const uint8_t *scales;

@@ -1,4 +1,4 @@
-/* The codes and scales of rows, bit for bit those of lowmem/blockwise.py and lowmem/search.py: what those round twice,
+/* The codes and scales of rows, bit for bit those of lowmem/quant/tensor.py and lowmem/quant/search.py: what those round twice,
  * a product and a sum, is no v_fma here. */
 
 #define ERROR_SUMS 16 /* parts in which a block's error is added up */

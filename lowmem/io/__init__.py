@@ -1,0 +1,1 @@
+"""Files: atomic writes, the safetensors container, shards, metadata, checkpoints and adapters."""

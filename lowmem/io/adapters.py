@@ -1,0 +1,188 @@
+"""Save one adapter alone, and load it onto the base that it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import printable, refusal, show
+from lowmem.io.checkpoint import base_of, how_stored
+from lowmem.io.container import read, write_tensors
+from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
+from lowmem.io.skeleton import check_adapter
+from lowmem.nn.fourbit import format_keys
+from lowmem.nn.frozen_linear import FrozenStorage
+from lowmem.nn.lora import LoRA, LoRALinear
+from lowmem.transforms.adapters import adapter_layers, adapter_names, add_adapter, check_name
+from lowmem.transforms.convert import one_at_a_time
+from lowmem.transforms.registry import layer_name, places, why_left_in
+
+__all__ = ["fingerprint", "load_adapter", "save_adapter"]
+
+
+@one_at_a_time
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Save one adapter of a model, without its base, as a safetensors file: whole, or not at all.
+
+    Args:
+        model: has the adapter.
+        path: of the file; what was there is replaced.
+        name: of the adapter; None where there is one only.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: no such adapter, or several and no name.
+        OSError: the file cannot be written; what was there is whole.
+    """
+    if name is None:
+        names = adapter_names(model)
+        if len(names) > 1:
+            raise ValueError(f"name=None must name one of several adapters: {printable(', '.join(names))}")
+        name = names[0] if names else "default"
+    layers = adapter_layers(model, name)
+    tensors = {_key(place, part): value for place, a in layers.items() for part, value in _values(a).items()}
+    metadata = {
+        "kind": "adapter",
+        "name": name,
+        "base": fingerprint(model, list(layers)),
+        "layers": {path: adapter_record(adapter) for path, adapter in layers.items()},
+    }
+    write_tensors(path, tensors, metadata)
+
+
+@one_at_a_time
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
+    """Load an adapter onto the base that it was trained on.
+
+    Where the model has an adapter of that name, of the same layers and ranks, it takes the file's values;
+    else a new one is added, active, beside those that there are.
+
+    Args:
+        model: the base, adapted already or not.
+        path: of a file that ``save_adapter`` wrote.
+        name: for the adapter here; None keeps its own.
+
+    Returns:
+        The model, changed in place; or the adapted layer, when the root itself was the layer.
+
+    Raises:
+        TypeError: the model is not a module.
+        FileError: the file is damaged, of another kind or version, or does not fit the model: another base,
+            architecture, rank, shape or dtype. The model is left as it was.
+        OSError: it cannot be read.
+    """
+    found = places(model)
+    by_path = {place: module for module, paths in found.items() for place in paths}
+    file = read(path)
+    try:
+        if file.metadata.get("kind") != "adapter":
+            raise ValueError("it holds no adapter alone; load it with load(path, factory)")
+        own_name, base, records = _parsed(file.metadata)
+        name = own_name if name is None else name
+        check_name(name)
+        _check_fits(model, by_path, records, file.tensors, base)
+        present = adapter_layers(model, name) if name in adapter_names(model) else {}
+        own = {found[by_path[place]][0]: place for place in records}  # the model's path of a layer: the file's
+        if len(own) < len(records):
+            raise ValueError("it adapts two layers that are one here: it is of another architecture")
+        if present and {at: part.technique for at, part in present.items()} != {
+            at: records[place] for at, place in own.items()
+        }:
+            raise ValueError(
+                f"the model has an adapter {show(name)} of other layers, ranks, alphas or dropouts; "
+                "delete that adapter first, or load this one under another name="
+            )
+        if any(isinstance(by_path[place], LoRALinear) and by_path[place].merged == name for place in records):
+            raise ValueError(f"the model's adapter {show(name)} is merged: call unmerge_adapter(model) first")
+    except (ValueError, TypeError) as reason:
+        raise refusal(path, str(reason), "load the adapter") from reason
+    if not present:
+        for technique in dict.fromkeys(records.values()):
+            wanted = {by_path[place] for place, of in records.items() if of == technique}
+            model = add_adapter(model, name, technique, where=_is_in(wanted))
+    with torch.no_grad():
+        for at, adapter in adapter_layers(model, name).items():
+            for part, value in _values(adapter).items():
+                value.copy_(file.tensors[_key(own[at], part)])
+    return model
+
+
+@one_at_a_time
+def fingerprint(model: nn.Module, paths: list[str]) -> str:
+    """Return the SHA-256 of what the layers at these paths store without their adapters, and of how they store it."""
+    by_path = {place: module for module, all_paths in places(model).items() for place in all_paths}
+    sha256 = hashlib.sha256()
+    for path in sorted(paths):
+        base = base_of(by_path[path])
+        record = how_stored(base) if isinstance(base, FrozenStorage) else {}
+        record.pop("method", None)  # the same bytes, however they were found
+        sha256.update(repr((path, sorted(record.items()))).encode())
+        recorded = format_keys(base)
+        for name, value in sorted(base.state_dict().items()):
+            if name in recorded:
+                continue
+            content = value.detach().cpu().contiguous()
+            sha256.update(repr((name, str(content.dtype), tuple(content.shape))).encode())
+            sha256.update(content.flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
+
+
+def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA]]:
+    """Return an adapter's name, the fingerprint of its base, and its technique in each layer."""
+    with record_errors("its metadata"):
+        fields = check_keys(metadata, ("kind", "name", "base", "layers"))
+        for key in ("name", "base"):
+            if not isinstance(fields[key], str):
+                raise ValueError(f"{key}={show(fields[key])} must be a string")
+    with record_errors("its record of the layers"):
+        layers = check_object(fields["layers"])
+        if not layers:
+            raise ValueError("it names no layer")
+    records = {}
+    for place, record in layers.items():
+        with record_errors(f"its record of {layer_name(place)}"):
+            records[place] = lora_of(record)
+    return fields["name"], fields["base"], records
+
+
+def _check_fits(
+    model: nn.Module,
+    by_path: dict[str, nn.Module],
+    records: dict[str, LoRA],
+    tensors: dict[str, Tensor],
+    base: str,
+) -> None:
+    expected: set[str] = set()
+    leaves = why_left_in(model)
+    for place, technique in records.items():
+        layer: Any = by_path.get(place)
+        if layer is None:
+            raise ValueError(f"it adapts {layer_name(place)}, which the model has not: it is of another architecture")
+        why = None if isinstance(layer, LoRALinear) else leaves(LoRA, layer)
+        if why is not None:
+            raise ValueError(f"it adapts {layer_name(place)}, which is a {type(layer).__name__} here: {why}")
+        check_adapter(_key(place, ""), technique, layer, tensors)
+        expected |= {_key(place, "lora_a"), _key(place, "lora_b")}
+    if expected != tensors.keys():
+        raise ValueError(f"it has tensors of no layer that it adapts, as {show(min(tensors.keys() - expected))}")
+    if fingerprint(model, list(records)) != base:
+        raise ValueError(
+            "it was trained on another base: the weights, or how they are stored, differ in the layers that it "
+            "adapts; load it onto the base that it was saved from"
+        )
+
+
+def _is_in(wanted: set[nn.Module]) -> Any:
+    return lambda path, module: module in wanted
+
+
+def _key(path: str, part: str) -> str:
+    return f"{path}.{part}" if path else part
+
+
+def _values(adapter: Any) -> dict[str, Tensor]:
+    return {"lora_a": adapter.lora_a, "lora_b": adapter.lora_b}

@@ -1,0 +1,288 @@
+"""Files of tensors: safetensors files that prove themselves whole.
+
+lowmem's own files are safetensors files whose header begins with a digest of the file and with lowmem's metadata::
+
+    {"__metadata__":{"sha256":"<64 hexadecimal digits>","lowmem":"{...,\\"version\\":1}"},...}
+
+The digest is the SHA-256 of the whole file with its own 64 digits as zeros. A file's bytes depend on the names and
+values of its tensors and on its metadata alone, and ``read`` takes no other bytes for the same content. Nothing in a
+file is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedIOBase, BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from lowmem.errors import FileError, refusal, show
+from lowmem.io.atomic import atomic_file, check_writable, map_file, open_regular, read_errors, write_errors
+from lowmem.io.safetensors import Header, Placed, TensorSpec, encode, parse, parse_json, place, read_header
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Checkpoint",
+    "FileError",
+    "TensorFile",
+    "TensorSpec",
+    "open_checkpoint",
+    "read",
+    "write",
+    "write_tensors",
+]
+
+FORMAT_VERSION = 1
+
+MAGIC = b'{"__metadata__":{"sha256":"'
+DIGEST = slice(8 + len(MAGIC), 8 + len(MAGIC) + 64)
+BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The content of a file that lowmem wrote.
+
+    ``tensors`` are views of the file, mapped into memory: pages are read when they are used, and a change stays in
+    this process. ``metadata`` is what the writer gave, ``sha256`` the file's digest.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    sha256: str
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """Write a file of ``tensors`` whole or not at all; see ``write``.
+
+    Example::
+
+        write_tensors("model.safetensors", model.state_dict(), {"format": "nf4"})
+    """
+    specs = {name: _spec(name, tensor) for name, tensor in tensors.items()}
+    return write(path, specs, metadata, tensors.items())
+
+
+def write(
+    path: str | os.PathLike[str],
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> str:
+    """Write a file whole or not at all, of tensors that come one at a time, in any order; return its digest.
+
+    No tensor is held after the next is asked for. They may be views of the file that ``path`` names: what they see
+    stays as it is.
+
+    Args:
+        path: A link stays, and what it points to is written.
+        specs: The dtype and the shape of each tensor, by name.
+        metadata: What JSON holds; ``"version"`` is the container's own.
+        tensors: Each name of ``specs`` once, with its tensor, of any device and strides.
+
+    Raises:
+        ValueError: a tensor is missing, comes twice or is not what ``specs`` says, or something cannot be stored.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    check_writable(path)
+    header = _header(specs, metadata)
+    start = encode(header)
+    missing = dict(header.tensors)
+    with atomic_file(path) as file:
+        with write_errors(path):
+            file.write(start)
+        for name, tensor in tensors:
+            placed = missing.pop(name, None)
+            if placed is None:
+                raise ValueError(f"tensor {show(name)} {'came twice' if name in specs else 'is not in the specs'}")
+            if (spec := _spec(name, tensor)) != placed.spec:
+                raise ValueError(f"tensor {show(name)} is {spec}, and the specs say {placed.spec}")
+            content = _bytes(tensor)
+            with write_errors(path):
+                file.seek(len(start) + placed.begin)
+                file.write(content)
+            del tensor, content  # before the next is made
+        if missing:
+            raise ValueError(f"{len(missing)} tensors did not come, the first of them {show(next(iter(missing)))}")
+        with write_errors(path):
+            digest = _digest(file)
+            file.seek(DIGEST.start)
+            file.write(digest)
+    return digest.decode()
+
+
+def read(path: str | os.PathLike[str]) -> TensorFile:
+    """Read a file that lowmem wrote: all of it is verified, and mapped into memory.
+
+    Verifying reads the file through once. Don't change a file in place while its tensors are in use: they would
+    change, and where it was cut, the system ends the process that reads them (SIGBUS). ``write`` doesn't: it puts a
+    new file in its place.
+
+    Raises:
+        FileError: it is damaged, from a newer lowmem, or not from lowmem.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    with open_regular(path) as file, read_errors(path):
+        text = read_header(path, file)
+        start = 8 + len(text)
+        size = file.seek(0, os.SEEK_END)
+        if not text.startswith(MAGIC):
+            raise _foreign(path, text, size - start)
+        digest = _digest(file)
+        if digest != text[DIGEST.start - 8 : DIGEST.stop - 8]:
+            raise refusal(path, "it is damaged: its content does not match its digest; get it again")
+        metadata = _metadata(path, text)
+        try:
+            header = parse(text, size - start)
+            expected = encode(_header({name: placed.spec for name, placed in header.tensors.items()}, metadata))
+        except ValueError as reason:
+            raise refusal(path, f"its header is not valid: {reason}; get it again from who wrote it") from None
+        if text[: DIGEST.start - 8] + b"0" * 64 + text[DIGEST.stop - 8 :] != expected[8:]:
+            raise refusal(path, "it is not laid out as lowmem does it; write it again with lowmem")
+        content = map_file(path, file, size)
+    return TensorFile(
+        {name: _view(content, start, placed) for name, placed in header.tensors.items()}, metadata, digest.decode()
+    )
+
+
+class Checkpoint:
+    """An open safetensors file of any origin, whose tensors are read one at a time.
+
+    ``specs`` are its tensors' dtypes and shapes in the order of the file, ``metadata`` is its own.
+    """
+
+    def __init__(self, path: Path, file: BufferedReader) -> None:
+        with read_errors(path):
+            text = read_header(path, file)
+            size = file.seek(0, os.SEEK_END)
+        self._path, self._file, self._start = path, file, 8 + len(text)
+        try:
+            header = parse(text, size - self._start)
+        except ValueError as reason:
+            raise refusal(path, f"it is no valid safetensors file: {reason}; get it again") from None
+        self._tensors = dict(sorted(header.tensors.items(), key=lambda item: item[1].begin))
+        self.specs = {name: placed.spec for name, placed in self._tensors.items()}
+        self.metadata = header.metadata
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Read a tensor into memory of its own, which goes when the tensor goes.
+
+        Raises:
+            KeyError: the file has no such tensor.
+            FileError: the file has been cut since it was opened.
+            OSError: it cannot be read.
+        """
+        placed = self._tensors[name]
+        content = torch.empty(placed.spec.nbytes, dtype=torch.uint8)
+        with read_errors(self._path):
+            self._file.seek(self._start + placed.begin)
+            count = self._file.readinto(content.numpy().data)
+        if count != placed.spec.nbytes:
+            raise refusal(self._path, f"it was cut after it was opened, in tensor {show(name)}; get it again")
+        return content.view(placed.spec.dtype).view(placed.spec.shape)
+
+
+@contextmanager
+def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
+    """Open a safetensors file of any origin; its header is checked, a digest is not.
+
+    Example::
+
+        with open_checkpoint("model.safetensors") as checkpoint:
+            for name in checkpoint.specs:
+                weight = checkpoint.read_tensor(name)
+
+    Raises:
+        FileError: it is no valid safetensors file.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    with open_regular(path) as file:
+        yield Checkpoint(path, file)
+
+
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, Any]) -> Header:
+    if "version" in metadata:
+        raise ValueError("metadata has a 'version', which the container sets; choose another name")
+    content = {**metadata, "version": FORMAT_VERSION}
+    try:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
+        same = parse_json(text) == content
+    except (TypeError, ValueError, RecursionError) as reason:
+        raise ValueError(f"metadata={show(metadata)} cannot be stored as JSON: {reason}") from reason
+    if not same:
+        raise ValueError(f"metadata={show(metadata)} changes in JSON; use lists for tuples, and text for all names")
+    return Header({"sha256": "0" * 64, "lowmem": text}, place(specs))
+
+
+def _spec(name: str, tensor: Tensor) -> TensorSpec:
+    if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"tensor {show(name)} is no dense tensor with values; convert it or leave it out")
+    try:
+        return TensorSpec.of(tensor)
+    except ValueError as reason:
+        raise ValueError(f"tensor {show(name)}: {reason}") from None
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's values as bytes, without a copy where they lie in a row in memory."""
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # a view keeps the odd strides that an empty tensor may have
+    return flat.view(torch.uint8).numpy().data
+
+
+def _view(content: mmap.mmap, start: int, placed: Placed) -> Tensor:
+    spec = placed.spec
+    if spec.nbytes == 0:  # frombuffer takes no empty ones
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    values = torch.frombuffer(content, dtype=torch.uint8, count=spec.nbytes, offset=start + placed.begin)
+    return values.view(spec.dtype).view(spec.shape)
+
+
+def _foreign(path: Path, text: bytes, data_size: int) -> FileError:
+    try:
+        header = parse(text, data_size)
+    except ValueError as reason:
+        return refusal(path, f"it is damaged or no safetensors file: {reason}; get it again")
+    if "lowmem" in header.metadata:
+        return refusal(path, "it is damaged, or written by another program: its digest is misplaced; get it again")
+    return refusal(path, "it is a safetensors file that lowmem did not write; convert it with lowmem quantize")
+
+
+def _metadata(path: Path, text: bytes) -> dict[str, Any]:
+    """Return lowmem's metadata; looked at first, for in another version the rest may mean something else."""
+    try:
+        metadata: dict[str, Any] = parse_json(parse_json(text)["__metadata__"]["lowmem"])
+        version = metadata.pop("version")
+    except (ValueError, TypeError, LookupError, AttributeError):  # broken, or of other types
+        raise refusal(path, "its metadata is not lowmem's; get it again from who wrote it") from None
+    if type(version) is int and version > FORMAT_VERSION:
+        newer = f"(format version {version}; this one reads {FORMAT_VERSION})"
+        raise refusal(path, f"it was written by a newer lowmem {newer}; upgrade lowmem")
+    if type(version) is not int or version < 1:
+        raise refusal(path, f"its format version is {show(version)}; get it again from who wrote it")
+    return metadata
+
+
+def _digest(file: BufferedIOBase) -> bytes:
+    """Return the digest of a file, read through in blocks: mapped, it would all count as this process's memory."""
+    sha256 = hashlib.sha256()
+    file.seek(0)
+    sha256.update(file.read(DIGEST.start) + b"0" * 64)
+    file.seek(DIGEST.stop)
+    block = memoryview(bytearray(BLOCK))
+    while count := file.readinto(block):
+        sha256.update(block[:count])
+    return sha256.hexdigest().encode()

@@ -1,0 +1,259 @@
+"""Convert a checkpoint on disk to 4 bits, one tensor at a time, whatever its size.
+
+What comes out is what ``save`` writes of the same model converted in memory, byte for byte: a file's bytes depend on
+its tensors alone, and a tensor's codes and scales on its weights alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import printable, refusal, show
+from lowmem.io.atomic import check_writable
+from lowmem.io.container import Checkpoint, TensorSpec, open_checkpoint, write
+from lowmem.io.metadata import technique_record
+from lowmem.io.shards import INDEX, index_of, read_index, shard_name, write_index
+from lowmem.nn.fourbit import FourBit
+from lowmem.quant.quantize import relative_error
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = ["Row", "Source", "convert_checkpoint"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    converted: bool
+    before_bytes: int
+    after_bytes: int
+    error: float | None
+    """Relative root-mean-square error, of a converted tensor."""
+
+
+class Source:
+    """A checkpoint to read from: one safetensors file, or the shards of an index. Close it, or use it in a ``with``.
+
+    Attributes:
+        specs: the dtype and shape of each tensor.
+        paths: of all its files.
+
+    Raises:
+        FileError: a file is no valid safetensors file, or the index does not match the files.
+        OSError: one cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._stack = ExitStack()
+        self._files: dict[str, Checkpoint] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self.paths = {path.resolve()}
+        try:
+            if not path.name.endswith(INDEX):
+                self._add(path, None)
+                return
+            names: dict[str, set[str]] = {}  # by file
+            for name, file in read_index(path).items():
+                names.setdefault(file, set()).add(name)
+            for file in sorted(names):
+                self._add(path.with_name(file), names[file])
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own."""
+        return self._files[name].read_tensor(name)
+
+    def _add(self, path: Path, names: set[str] | None) -> None:
+        file = self._stack.enter_context(open_checkpoint(path))
+        if "lowmem" in file.metadata:
+            raise refusal(path, "lowmem wrote it already; convert the checkpoint that it was made from")
+        if not file.specs:
+            raise refusal(path, "it holds no tensors; name a checkpoint that has some")
+        if names is not None and names != set(file.specs):
+            wrong = min(names ^ set(file.specs))
+            raise refusal(path, f"it and its index differ in tensor {show(wrong)}; get them again from one source")
+        self.paths.add(path.resolve())
+        self._files |= dict.fromkeys(file.specs, file)
+        self.specs |= file.specs
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    technique: FourBit,
+    *,
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+    shard_bytes: int | None = None,
+    progress: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> list[Row]:
+    """Convert a safetensors checkpoint to 4 bits, holding one tensor at a time.
+
+    Converted is what is named ``weight``, is float32, float16 or bfloat16, and has 2 to 4 dimensions: the weights
+    of nn.Linear, nn.Embedding, nn.Conv1d and nn.Conv2d. Everything else is copied as it is.
+
+    Args:
+        source: a safetensors file, or the ``.index.json`` of a sharded one.
+        target: the file to write; what was there is replaced when all of the new one is written.
+        technique: of one format.
+        include, exclude: glob patterns of tensors' names: converted is what the first match and the second do not.
+        shard_bytes: the most bytes of tensors in a file; then ``target-00001-of-00002.safetensors`` and so on are
+            written, and ``target.safetensors.index.json`` last. None: one file.
+        progress: called with a name and its bytes in the source when a tensor is done.
+
+    Returns:
+        A row for each tensor of the source, in the order of the names.
+
+    Raises:
+        ValueError: a pattern that matches nothing, nothing to convert, a weight that cannot be quantized, or a tensor
+            above ``shard_bytes``; no file has changed, but for shards that are whole.
+        FileError: the source is damaged or not of the kind.
+        OSError: a file cannot be read or written.
+    """
+    source, target = Path(source), Path(target)
+    if target.name.endswith(INDEX):
+        raise ValueError(f"target={str(target)!r} is what an index is called; name a .safetensors file")
+    check_writable(target)
+    with Source(source) as opened:
+        wanted = _wanted(opened.specs, list(include), list(exclude))
+        plan = {
+            name: _outputs(name, opened.specs[name], technique if name in wanted else None) for name in opened.specs
+        }
+        taken: dict[str, str] = {}
+        for name, outs in plan.items():
+            for out in outs:
+                if taken.setdefault(out, name) != name:
+                    both = f"both {printable(taken[out], 80)} and {printable(name, 80)} would be {printable(out, 80)}"
+                    raise ValueError(f"{both}; copy one as it is with --exclude")
+        shards = _divide(plan, shard_bytes)
+        outputs = [target]
+        if shard_bytes is not None:
+            outputs = [shard_name(target, number, len(shards)) for number in range(1, len(shards) + 1)]
+        for path in (*outputs, index_of(target)):
+            if path.resolve() in opened.paths:
+                raise ValueError(f"{str(path)!r} belongs to the source, which would be lost; choose another target")
+        record = _record(technique)
+        rows: dict[str, Row] = {}
+        written: dict[str, tuple[str, dict[str, int]]] = {}
+        for path, names in zip(outputs, shards, strict=True):
+            specs = {out: spec for name in names for out, spec in plan[name].items()}
+            layers = {name.removesuffix("weight").rstrip("."): record for name in names if name in wanted}
+            tensors = _converted(opened, names, wanted, technique, rows, progress)
+            digest = write(path, specs, {"kind": "model", "layers": layers}, tensors)
+            written[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
+        if shard_bytes is not None:
+            write_index(index_of(target), written)
+    return [rows[name] for name in sorted(rows)]
+
+
+def _record(technique: FourBit) -> dict[str, Any]:
+    """Return what a file says of it, with the format's own block size and scales spelled out."""
+    shell = technique.shell(torch.empty(1, 8, device="meta"))
+    return technique_record(FourBit(shell.format, shell.block_size, shell.scale_encoding), shell.method)
+
+
+def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in specs):
+            raise ValueError(
+                f"pattern {pattern!r} matches no tensor; check it, the first is {show(next(iter(specs)))}"
+            )
+    wanted = {
+        name
+        for name, spec in specs.items()
+        if name.rpartition(".")[2] == "weight"
+        and spec.dtype in DTYPES
+        and 2 <= len(spec.shape) <= 4
+        and 0 not in spec.shape
+        and any(fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    }
+    if not wanted:
+        raise ValueError(
+            f"nothing to convert among {len(specs)} tensors: looked for float32, float16 or bfloat16 tensors named "
+            "weight, of 2 to 4 dimensions, that --include and --exclude leave"
+        )
+    return wanted
+
+
+def _outputs(name: str, spec: TensorSpec, technique: FourBit | None) -> dict[str, TensorSpec]:
+    """Return the tensors that one of the source becomes."""
+    if technique is None:
+        return {name: spec}
+    shell = technique.shell(_rows(torch.empty(spec.shape, device="meta")))
+    prefix = name.removesuffix("weight")
+    return {prefix + part: TensorSpec.of(getattr(shell, part)) for part in ("packed", "scales")}
+
+
+def _divide(plan: dict[str, dict[str, TensorSpec]], shard_bytes: int | None) -> list[list[str]]:
+    if shard_bytes is None:
+        return [sorted(plan)]
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name in sorted(plan):
+        size = sum(spec.nbytes for spec in plan[name].values())
+        if size > shard_bytes:
+            raise ValueError(f"shard size {shard_bytes} is less than the {size} bytes of {show(name)}; raise it")
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _converted(
+    opened: Source,
+    names: list[str],
+    wanted: set[str],
+    technique: FourBit,
+    rows: dict[str, Row],
+    progress: Callable[[str, int], None],
+) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        tensor: Any = opened.read_tensor(name)
+        shape, before = tuple(tensor.shape), tensor.nbytes
+        if name in wanted:
+            try:
+                stored = technique.store(_rows(tensor))
+            except (ValueError, TypeError) as reason:
+                raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
+            rows[name] = Row(name, shape, True, before, stored.nbytes, relative_error(_rows(tensor), stored))
+            del tensor
+            yield from _parts(name, stored)
+        else:
+            rows[name] = Row(name, shape, False, before, before, None)
+            yield name, tensor
+            del tensor
+        progress(name, before)
+
+
+def _parts(name: str, stored: QuantizedTensor) -> Iterator[tuple[str, Tensor]]:
+    prefix = name.removesuffix("weight")
+    yield prefix + "packed", stored.packed
+    yield prefix + "scales", stored.scales
+
+
+def _rows(weight: Tensor) -> Tensor:
+    return weight.flatten(1)  # as the forms of the layers see it

@@ -1,0 +1,166 @@
+"""What a file says of how a layer is stored, and of an adapter: serialize to metadata, and parse."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+from lowmem.errors import show
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.half import Half
+from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.quant.formats import FORMATS
+from lowmem.quant.scales import ENCODINGS
+from lowmem.quant.tensor import METHODS
+
+__all__ = [
+    "adapter_record",
+    "adapters_of",
+    "adapters_record",
+    "check_keys",
+    "check_object",
+    "lora_of",
+    "record_errors",
+    "technique_of",
+    "technique_record",
+]
+
+_STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_COMPUTED = {**_STORED, "float32": torch.float32, "float64": torch.float64, "int8": torch.int8}
+
+
+def technique_record(technique: Half | FourBit, method: str = "absmax") -> dict[str, Any]:
+    """Return what a file says of how a weight is stored."""
+    if isinstance(technique, Half):
+        return {"technique": "Half", "dtype": str(technique.dtype).removeprefix("torch.")}
+    compute = None if technique.compute_dtype is None else str(technique.compute_dtype).removeprefix("torch.")
+    return {
+        "technique": "FourBit",
+        "format": technique.format,
+        "block_size": technique.block_size,
+        "scales": technique.scales,
+        "method": method,
+        **({} if compute is None else {"compute_dtype": compute}),
+    }
+
+
+def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
+    """Parse what ``technique_record`` returns: the technique, and the method of a 4-bit one.
+
+    Raises:
+        ValueError: no such record; the reason is short, whatever it holds.
+    """
+    kind = check_object(record).get("technique")
+    if kind == "Half":
+        fields = check_keys(record, ("technique", "dtype"))
+        return Half(_STORED[_choice(fields, "dtype", _STORED)]), None
+    if kind != "FourBit":
+        raise ValueError(f"technique={show(kind)} is unknown")
+    fields = check_keys(record, ("technique", "format", "block_size", "scales", "method"), ("compute_dtype",))
+    for name, known in (("format", FORMATS), ("scales", ENCODINGS), ("method", METHODS)):
+        _choice(fields, name, known)
+    _check_type(fields, "block_size", int, "an integer")
+    compute = _COMPUTED[_choice(fields, "compute_dtype", _COMPUTED)] if "compute_dtype" in fields else None
+    return FourBit(fields["format"], fields["block_size"], fields["scales"], compute), fields["method"]
+
+
+def adapter_record(adapter: Adapter) -> dict[str, Any]:
+    """Return what a file says of one layer's part of an adapter."""
+    technique = adapter.technique
+    return {"rank": technique.rank, "alpha": technique.alpha, "dropout": technique.dropout}
+
+
+def lora_of(record: object) -> LoRA:
+    """Parse what ``adapter_record`` returns.
+
+    Raises:
+        ValueError: no such record; the reason is short, whatever it holds.
+    """
+    return _lora(check_keys(record, ("rank", "alpha", "dropout")))
+
+
+def adapters_record(layer: LoRALinear) -> list[dict[str, Any]]:
+    """Return what a file says of all adapters of a layer."""
+    return [
+        {**adapter_record(cast(Adapter, part)), "name": name, "active": name in layer.in_use}
+        for name, part in layer.adapters.items()
+    ]
+
+
+def adapters_of(record: object) -> dict[str, tuple[LoRA, bool]]:
+    """Parse what ``adapters_record`` returns: by name, each adapter's technique and whether it is active.
+
+    Raises:
+        ValueError: no such record; the reason is short, whatever it holds.
+    """
+    if not isinstance(record, list) or not record:
+        raise ValueError(f"they are {show(record)}, and must be a list of at least one")
+    found: dict[str, tuple[LoRA, bool]] = {}
+    for part in record:
+        fields = check_keys(part, ("rank", "alpha", "dropout", "name", "active"))
+        _check_type(fields, "name", str, "a string")
+        _check_type(fields, "active", bool, "true or false")
+        if fields["name"] in found:
+            raise ValueError(f"adapter {show(fields['name'])} is there twice")
+        found[fields["name"]] = _lora(fields), fields["active"]
+    return found
+
+
+def check_keys(record: object, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
+    """Return a record that is known to be an object with all required keys and no unknown one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    fields = check_object(record)
+    for name in required:
+        if name not in fields:
+            raise ValueError(f"it has no {name!r}")
+    for name in fields:
+        if name not in required and name not in optional:
+            raise ValueError(f"{show(name)} is unknown")
+    return fields
+
+
+def check_object(record: object) -> dict[str, Any]:
+    """Return a record that is known to be an object.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"it is {show(record)}, and must be an object")
+    return record
+
+
+@contextmanager
+def record_errors(what: str) -> Iterator[None]:
+    """Turn a ValueError of the block into one that says what of the file is wrong and what to do."""
+    try:
+        yield
+    except ValueError as reason:
+        remedy = "upgrade lowmem, or get the file again from who wrote it"
+        raise ValueError(f"{what} is not lowmem's: {reason}; {remedy}") from reason
+
+
+def _lora(fields: dict[str, Any]) -> LoRA:
+    _check_type(fields, "rank", int, "a positive integer")
+    for name in ("alpha", "dropout"):
+        if type(fields[name]) not in (int, float) and not (name == "alpha" and fields[name] is None):
+            raise ValueError(f"{name}={show(fields[name])} must be a number")
+    return LoRA(fields["rank"], fields["alpha"], fields["dropout"])
+
+
+def _check_type(fields: dict[str, Any], name: str, kind: type, expected: str) -> None:
+    if type(fields[name]) is not kind:  # True is no integer
+        raise ValueError(f"{name}={show(fields[name])} must be {expected}")
+
+
+def _choice(fields: dict[str, Any], name: str, known: Collection[str]) -> str:
+    value = fields[name]
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}={show(value)} is none of {', '.join(known)}")
+    return value

@@ -1,0 +1,283 @@
+"""The header of a safetensors file: what tensors it holds, and where.
+
+A file is 8 bytes that say how long the header is (little-endian), the header, a JSON object, and the tensors' bytes
+(https://github.com/huggingface/safetensors#format)::
+
+    {"__metadata__": {text: text}, name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+
+The offsets count from the end of the header, and the tensors fill the rest of the file without gaps or overlaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import FileError, printable, refusal, show
+
+__all__ = [
+    "DTYPES",
+    "MAX_HEADER",
+    "FileError",
+    "Header",
+    "Placed",
+    "TensorSpec",
+    "encode",
+    "parse",
+    "parse_json",
+    "place",
+    "read_header",
+    "refusal",
+    "show",
+]
+
+MAX_HEADER = 16 * 2**20
+"""Bytes; a header takes about 100 a tensor."""
+
+ALIGNMENT = 64
+MAX_DIMS = 64
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+# What files of other kinds begin with, what they are then, and what to do.
+OTHERS = (
+    (b"PK\x03\x04", "a torch.save file or another zip", "save its state_dict as safetensors"),
+    (b"\x80", "a pickle or an old torch.save file", "save its state_dict as safetensors"),
+    (b"GGUF", "a GGUF file", "take the model's safetensors files"),
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file it stands for with git lfs pull"),
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor is without its values.
+
+    Raises:
+        ValueError: safetensors has no such dtype, or no tensor has such a shape.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in CODES:
+            raise ValueError(f"dtype={self.dtype} cannot be stored; convert the tensor to one of {', '.join(DTYPES)}")
+        if len(self.shape) > MAX_DIMS or not all(type(size) is int and size >= 0 for size in self.shape):
+            raise ValueError(f"shape={show(self.shape)} must be at most {MAX_DIMS} sizes that are 0 or more")
+        # The sizes that are not 0 count: torch multiplies them into strides.
+        if math.prod(max(size, 1) for size in self.shape) * self.dtype.itemsize >= 2**63:
+            raise ValueError(f"shape={show(self.shape)} is more than any memory holds; make it smaller")
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """Return what ``tensor`` is."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its values in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor's place: ``begin`` is its first byte, counted from the end of the header."""
+
+    spec: TensorSpec
+    begin: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The content of a header."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, Placed]
+
+
+def place(specs: Mapping[str, TensorSpec]) -> dict[str, Placed]:
+    """Return each tensor's place, in the order of the file.
+
+    The largest items come first, then the names decide, so that each tensor is aligned without gaps.
+    """
+    placed = {}
+    begin = 0
+    for name in sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name)):
+        placed[name] = Placed(specs[name], begin)
+        begin += specs[name].nbytes
+    return placed
+
+
+def encode(header: Header) -> bytes:
+    """Return a file up to its tensors' bytes, which begin at a multiple of 64.
+
+    Raises:
+        ValueError: a name is taken or cannot be stored, or there are too many tensors.
+    """
+    content: dict[str, object] = {"__metadata__": header.metadata}
+    for name, placed in header.tensors.items():
+        if not isinstance(name, str) or name == "__metadata__":
+            raise ValueError(f"a tensor cannot be called {show(name)} in a safetensors file; rename it")
+        content[name] = {
+            "dtype": CODES[placed.spec.dtype],
+            "shape": placed.spec.shape,
+            "data_offsets": [placed.begin, placed.begin + placed.spec.nbytes],
+        }
+    try:
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as reason:
+        raise ValueError(f"text={show(reason.object[reason.start :])} is no Unicode; rename the tensor") from reason
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"the header takes {len(text)} bytes, more than {MAX_HEADER}; store fewer tensors in a file")
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(path: Path, file: BufferedReader) -> bytes:
+    """Read the JSON of a file's header, after its length was found possible.
+
+    Raises:
+        FileError: it is no safetensors file; a few other kinds are told by their first bytes.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    begin = file.read(32)
+    length = int.from_bytes(begin[:8], "little")
+    possible = begin[8:9] == b"{" and length <= MAX_HEADER
+    if possible and length <= size - 8:
+        file.seek(8)
+        return file.read(length)
+    for magic, kind, remedy in OTHERS:
+        if begin.startswith(magic):
+            raise refusal(path, f"it is {kind}: lowmem reads safetensors only, and executed nothing; {remedy}")
+    if size == 0:
+        raise refusal(path, "it is empty; get it again")
+    if possible:
+        raise refusal(path, f"it is damaged: its header takes {length} bytes, and it ends after {size}; get it again")
+    raise refusal(path, "it is no safetensors file, or is damaged; name a safetensors file, or get it again")
+
+
+def parse(text: bytes, data_size: int) -> Header:
+    """Read a header, and check that its tensors fill the ``data_size`` bytes behind it exactly.
+
+    Raises:
+        ValueError: it is not valid; the reason is short, and repeats at most a few words of the header.
+    """
+    content = parse_json(text)
+    if not isinstance(content, dict):
+        _invalid("the header", content)
+    metadata = content.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        _invalid("the metadata", metadata)
+    tensors = {name: _entry(name, entry) for name, entry in content.items()}
+    end = 0
+    # Empty tensors lie between others, before the one that begins there.
+    for name, placed in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].spec.nbytes)):
+        if placed.begin != end:
+            kind = "a gap" if placed.begin > end else "an overlap"
+            raise ValueError(f"tensor {show(name)} begins at {placed.begin}, not at {end}: there is {kind}")
+        end += placed.spec.nbytes
+    if end != data_size:
+        raise ValueError(f"the tensors take {end} bytes, and {data_size} are there")
+    return Header(metadata, tensors)
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Parse JSON that is what it seems: no name twice, no NaN, no half of a character, no number of many digits.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        text = (text.encode() if isinstance(text, str) else text).decode()
+        content = json.loads(
+            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_float, parse_constant=_constant
+        )
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # finds escaped lone surrogates
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    except UnicodeError:
+        raise ValueError("the JSON is no UTF-8") from None
+    except json.JSONDecodeError as reason:
+        raise ValueError(f"the JSON is broken at character {reason.pos}: {reason.msg}") from None
+    return content
+
+
+def _entry(name: str, entry: object) -> Placed:
+    if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
+        _invalid(f"tensor {show(name)}", entry)
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not (isinstance(code, str) and code in DTYPES):
+        raise ValueError(f"tensor {show(name)} has dtype {show(code)}, which is none of {', '.join(DTYPES)}")
+    if not isinstance(shape, list):
+        _invalid(f"the shape of tensor {show(name)}", shape)
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)):
+        _invalid(f"the place of tensor {show(name)}", offsets)
+    try:
+        spec = TensorSpec(DTYPES[code], tuple(shape))
+    except ValueError as reason:
+        raise ValueError(f"tensor {show(name)}: {reason}") from None
+    begin, end = offsets
+    if end - begin != spec.nbytes:
+        raise ValueError(f"tensor {show(name)} has {end - begin} bytes, and its shape takes {spec.nbytes}")
+    return Placed(spec, begin)
+
+
+def _invalid(what: str, value: object) -> NoReturn:
+    raise ValueError(f"{what} is {show(value)}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("the JSON has a name twice")
+    return content
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:  # many take long to read, and Python refuses some
+        raise ValueError(f"the JSON has a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the JSON has a number that is too large: {printable(digits, 30)}")
+    return number
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"the JSON has a {name}")

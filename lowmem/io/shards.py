@@ -1,0 +1,140 @@
+"""A model in several files, and the index that names them: ``model.safetensors.index.json``.
+
+An index that lowmem writes has the digest of each file in it, and one form only: no file of another run, and no
+changed byte, goes unseen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowmem.errors import refusal, show
+from lowmem.io.atomic import open_regular, read_errors, write_atomically
+from lowmem.io.container import FORMAT_VERSION, TensorFile, read
+from lowmem.io.safetensors import parse_json
+
+__all__ = ["INDEX", "index_of", "parse_index", "read_index", "read_model", "shard_name", "write_index"]
+
+INDEX = ".index.json"
+MAX_INDEX = 2**26  # bytes
+
+
+def shard_name(path: Path, number: int, count: int) -> Path:
+    """Return the path of one of ``count`` files, the first being 1."""
+    return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
+
+
+def index_of(path: Path) -> Path:
+    """Return the path of the index of a sharded file."""
+    return path.with_name(path.name + INDEX)
+
+
+def write_index(path: Path, shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> None:
+    """Write an index: file name -> its digest, and the bytes of each of its tensors."""
+    write_atomically(path, _encode(shards))
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the file of each tensor of a sharded checkpoint, of any origin.
+
+    Raises:
+        FileError: it is no index, or names a file outside its own directory.
+        OSError: it cannot be read.
+    """
+    return parse_index(path, _read(path))
+
+
+def read_model(path: str | os.PathLike[str]) -> TensorFile:
+    """Read what lowmem wrote of a model: a file, or all files of an index.
+
+    Raises:
+        FileError: something in it is damaged, missing, of another run or version, or no model.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if not path.name.endswith(INDEX):
+        return _checked(path, read(path))
+    text = _read(path)
+    files = sorted(set(parse_index(path, text).values()))
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    shards: dict[str, tuple[str, Mapping[str, int]]] = {}
+    for name in files:
+        file = path.with_name(name)
+        part = _checked(file, read(file))
+        if "adapters" in part.metadata:
+            raise refusal(file, "it is a whole model, with adapters, and no part of one; load it alone")
+        for twice in (tensors.keys() & part.tensors.keys(), layers.keys() & part.metadata["layers"].keys()):
+            if twice:
+                why = f"it does not describe the files that it names: two of them have {show(min(twice))}"
+                raise refusal(path, f"{why}; get it and them again from one source")
+        shards[name] = part.sha256, {key: tensor.nbytes for key, tensor in part.tensors.items()}
+        tensors |= part.tensors
+        layers |= part.metadata["layers"]
+    if text != _encode(shards):
+        raise refusal(path, "it does not describe the files that it names; get it and them again from one source")
+    return TensorFile(tensors, {"kind": "model", "layers": layers}, "")
+
+
+def parse_index(path: Path, text: bytes) -> dict[str, str]:
+    """Return the file of each tensor that the text of an index names."""
+    try:
+        content = parse_json(text)
+    except ValueError as reason:
+        raise refusal(
+            path, f"it is no index of a sharded checkpoint, or is damaged: {reason}; get it again"
+        ) from None
+    entries = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(entries, dict):
+        raise refusal(path, f"it is no index of a sharded checkpoint: weight_map={show(entries)}; get it again")
+    for name, file in entries.items():
+        if not _is_name(file):
+            raise refusal(path, f"it puts tensor {show(name)} in {show(file)}, which is no file beside it; repair it")
+    if not entries:
+        raise refusal(path, "it names no tensors; get it again")
+    return entries
+
+
+def _is_name(file: object) -> bool:
+    """Return whether a file beside another can be called so."""
+    if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
+        return False
+    return len(file.encode()) <= 255  # more than any common file system takes
+
+
+def _checked(path: Path, file: TensorFile) -> TensorFile:
+    metadata = file.metadata
+    kind = metadata.get("kind")
+    if kind != "model" or not isinstance(metadata.get("layers"), dict):
+        remedy = "; load it with load_adapter(model, path)" if kind == "adapter" else "; name a file that save wrote"
+        raise refusal(path, f"it holds {'an adapter' if kind == 'adapter' else 'something else'}, no model{remedy}")
+    for name in metadata:
+        if name not in ("kind", "layers", "adapters"):
+            raise refusal(path, f"its metadata has {show(name)}, which is unknown; upgrade lowmem")
+    return file
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file, read_errors(path):
+        text = file.read(MAX_INDEX + 1)
+    if len(text) > MAX_INDEX:
+        raise refusal(path, f"it takes more than {MAX_INDEX} bytes, which no index does; name the index")
+    return text
+
+
+def _encode(shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> bytes:
+    sizes = [size for _, tensors in shards.values() for size in tensors.values()]
+    content = {
+        "metadata": {
+            "lowmem": {"version": FORMAT_VERSION, "sha256": {name: digest for name, (digest, _) in shards.items()}},
+            "total_size": sum(sizes),
+        },
+        "weight_map": {tensor: name for name, (_, tensors) in shards.items() for tensor in tensors},
+    }
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"

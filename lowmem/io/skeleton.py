@@ -1,0 +1,292 @@
+"""Build a model without its weights, as a file says that its layers are stored, and give it the file's tensors."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _EXTRA_STATE_KEY_SUFFIX,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lowmem.errors import printable, show
+from lowmem.io.metadata import adapters_of, check_object, record_errors, technique_of
+from lowmem.nn.fourbit import FourBit, format_keys
+from lowmem.nn.half import Half
+from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.transforms.convert import freeze_all_but_adapters, swap, weight_key
+from lowmem.transforms.registry import REGISTRY, layer_name, places, why_left_in
+
+__all__ = ["assign", "build", "check_adapter"]
+
+
+def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Make a model whose parameters are on the meta device, with shells of the layers that were converted.
+
+    The caller's random state is left as it is.
+
+    Args:
+        factory: makes the dense model.
+        metadata: of the file.
+        tensors: of the file, for the dtypes of its adapters.
+
+    Raises:
+        TypeError: what the factory made is no module.
+        ValueError: the factory needs the values of its parameters or returned a model that was there before, or
+            the file holds other layers than the model has.
+    """
+    made: set[nn.Module] = set()
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta(made):
+        try:
+            model = factory()
+        except (RuntimeError, ValueError) as reason:  # NotImplementedError is a RuntimeError
+            if "meta" not in str(reason):
+                raise
+            raise ValueError(
+                f"the factory needs the values of its parameters, which come from the file ({reason}): leave moves "
+                "between devices, convert, and weights that are computed out of it"
+            ) from reason
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"factory returned a {type(model).__name__}, not a torch.nn.Module")
+    if not any(module in made for module in model.modules()) and any(True for _ in model.parameters()):
+        raise ValueError("the factory returned a model that was there before, or a copy of one, and must make one")
+    before = [p for p in model.parameters() if not p.is_meta and not is_lazy(p)]
+    if before:  # layers that were there before, or copies of them: what is loaded goes into a copy, without values
+        model = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in before})
+    try:
+        return _shells(model, metadata, tensors)
+    except TypeError as reason:
+        raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
+
+
+@contextmanager
+def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
+    """Put every parameter on the meta device as a module takes it; what two modules take stays one parameter.
+
+    The modules that took a parameter or a module are gathered in ``made``: not all that are new, since copies
+    (the layers of an nn.TransformerEncoder) take nothing. Modules that other threads make are left alone.
+    """
+    known: Any = WeakTensorKeyDictionary()
+    thread = threading.get_ident()
+
+    def note(module: nn.Module, *_: object) -> None:
+        if threading.get_ident() == thread:
+            made.add(module)
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        note(module)
+        if parameter is None or parameter.is_meta or is_lazy(parameter) or threading.get_ident() != thread:
+            return None
+        if parameter not in known:
+            known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        found: nn.Parameter = known[parameter]
+        return found
+
+    with (
+        register_module_parameter_registration_hook(to_meta),  # type: ignore[arg-type]
+        register_module_module_registration_hook(note),
+    ):
+        yield
+
+
+def _shells(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Replace the layers that were converted by shells of what they were converted to, and adapt them."""
+    model = _converted(model, metadata["layers"])
+    adapted = _adapted(model, metadata.get("adapters", {}), tensors)
+    model = swap(model, adapted)
+    if adapted:
+        freeze_all_but_adapters(model)
+    return model
+
+
+def _converted(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
+    sharing: dict[Any, list[nn.Module]] = {}
+    for holder in model.modules():
+        weight = holder._parameters.get("weight")
+        if weight is not None and not is_lazy(weight):
+            sharing.setdefault(weight_key(weight), []).append(holder)
+    by_path = {path: module for module, paths in places(model).items() for path in paths}
+    found: dict[nn.Module, tuple[str, Half | FourBit, str | None]] = {}
+    for path, record in records.items():
+        module = by_path.get(path)
+        if module is None:
+            raise ValueError(f"it has a layer {show(path)} that the model has not: is this its factory?")
+        with record_errors(f"its record of {layer_name(path)}"):
+            technique, method = technique_of(record)
+        first, *same = found.setdefault(module, (path, technique, method))
+        if same != [technique, method]:
+            raise ValueError(
+                f"it stores {layer_name(first)} and {layer_name(path)} differently, which are one layer here"
+            )
+    for module, record in list(found.items()):
+        weight = module._parameters.get("weight")
+        for tied in [] if weight is None or is_lazy(weight) else sharing[weight_key(weight)]:
+            found.setdefault(tied, record)  # without a record of its own, it shares what is stored
+    left, leaves = [], why_left_in(model)
+    stored: dict[Any, tuple[str, Half | FourBit, Any]] = {}
+    shells: dict[nn.Module, Any] = {}
+    for module, (path, technique, method) in found.items():
+        why = leaves(type(technique), module)
+        if why is not None:
+            path = next(path for path, other in by_path.items() if other is module)
+            left.append(
+                f"{layer_name(path)} is stored by {type(technique).__name__}, and the model has a "
+                f"{type(module).__name__} there: {why}"
+            )
+            continue
+        weights = replace(technique, compute_dtype=None) if isinstance(technique, FourBit) else technique
+
+        def store(
+            tensor: Tensor, name: str, path: str = path, method: str | None = method, technique: Any = weights
+        ) -> Any:
+            shell = technique.shell(tensor, name)
+            shell = shell if method is None else replace(shell, method=method)
+            first, how, shell = stored.setdefault(weight_key(tensor), (path, technique, shell))
+            if how != technique:
+                raise ValueError(
+                    f"it stores {layer_name(first)} and {layer_name(path)} differently, which share a {name} here"
+                )
+            return shell
+
+        made: Any = REGISTRY[type(technique), type(module)]
+        shells[module] = made.from_layer(module, technique, store)
+    if left:
+        raise ValueError(f"{_listed(left, '; ')}; leave them out when the file is made (skip= or --exclude)")
+    return swap(model, {old: new.train(old.training) for old, new in shells.items()})
+
+
+def _adapted(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -> dict[nn.Module, nn.Module]:
+    """Return what takes the place of the layers that have adapters: none is made before all are known to fit."""
+    with record_errors("its record of the adapters"):
+        records = check_object(records)
+    by_path = {path: module for module, paths in places(model).items() for path in paths}
+    leaves = why_left_in(model)
+    found: dict[Any, tuple[str, dict[str, tuple[LoRA, bool]]]] = {}
+    for path, record in records.items():
+        base = by_path.get(path)
+        why = f"the model has no layer {show(path)}" if base is None else leaves(LoRA, base)
+        if why is not None:
+            raise ValueError(f"it has adapters for {layer_name(path)}: {why}; is this its factory?")
+        with record_errors(f"its record of the adapters of {layer_name(path)}"):
+            adapters = adapters_of(record)
+        first, same = found.setdefault(base, (path, adapters))
+        if same != adapters:
+            raise ValueError(
+                f"it adapts {layer_name(first)} and {layer_name(path)} differently, which are one layer here"
+            )
+    for base, (path, adapters) in found.items():
+        for name, (technique, _) in adapters.items():
+            check_adapter(f"{path}.adapters.{name}.".lstrip("."), technique, base, tensors)
+    adapted: dict[nn.Module, nn.Module] = {}
+    for base, (path, adapters) in found.items():
+        (name, (technique, _)), *others = adapters.items()
+        layer = LoRALinear(base, technique, name)
+        for name, (technique, _) in others:
+            layer.add(name, Adapter(base, technique))
+        layer.active = tuple(name for name, (_, active) in adapters.items() if active)
+        for name, adapter in layer.adapters.items():
+            adapter.to(tensors[f"{path}.adapters.{name}.lora_a".lstrip(".")].dtype)  # it may have been cast
+        adapted[base] = layer.train(base.training)
+    return adapted
+
+
+def check_adapter(prefix: str, technique: LoRA, layer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError unless there are the tensors of an adapter of ``technique`` for ``layer``.
+
+    Args:
+        prefix: of their names.
+        technique: says the rank, for which nothing is allocated before this is known to be true.
+        layer: nn.Linear, or what it was converted to.
+        tensors: by name.
+    """
+    shapes = {"lora_a": (technique.rank, layer.in_features), "lora_b": (layer.out_features, technique.rank)}
+    for part, shape in shapes.items():
+        given = tensors.get(prefix + part)
+        if given is None:
+            raise ValueError(f"it lacks {printable(prefix + part, 80)}")
+        if given.shape != shape or not given.is_floating_point():
+            raise ValueError(
+                f"{printable(prefix + part, 80)} is {given.dtype} {tuple(given.shape)} in it; the model takes "
+                f"{shape} floating point at rank {technique.rank}"
+            )
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put a file's tensors in the place of the model's, once all of them are known to fit.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ, or something of the model would be left without values.
+    """
+    names: dict[int, list[str]] = {}
+    own: dict[int, Tensor] = {}
+    extra_states: list[str] = []
+    recorded = format_keys(model)  # the shells are of the formats that the file records
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in recorded:
+            continue
+        if name.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX:
+            extra_states.append(name)
+        elif not isinstance(value, Tensor) or is_lazy(value):
+            raise ValueError(f"the model's state {show(name)} is a {type(value).__name__}, no tensor with a shape")
+        else:
+            names.setdefault(id(value), []).append(name)
+            own[id(value)] = value
+    known = {name for group in names.values() for name in group} | set(extra_states)
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}  # saved once, no part of the state now
+    missing = [group[0] for group in names.values() if not any(name in tensors for name in group)]
+    missing += [name for name in extra_states if name not in tensors]
+    surplus = [name for name in tensors if name not in known]
+    if missing or surplus:
+        raise ValueError(
+            f"it holds another model than the factory makes: {_named('it lacks', missing)}"
+            f"{', and ' if missing and surplus else ''}{_named('the model lacks', surplus)}"
+        )
+    found: dict[int, Tensor] = {}
+    for key, group in names.items():
+        first, *others = [name for name in group if name in tensors]
+        given, mine = tensors[first], own[key]
+        if given.shape != mine.shape or given.dtype != mine.dtype:
+            raise ValueError(
+                f"{printable(first, 80)} is {given.dtype} {tuple(given.shape)} in it, and {mine.dtype} "
+                f"{tuple(mine.shape)} in the model that the factory makes: let it make the model that was saved"
+            )
+        for other in others:
+            if not torch.equal(tensors[other], given):
+                raise ValueError(f"{first} and {other} differ in it, and are one tensor in the model")
+        found[key] = nn.Parameter(given, mine.requires_grad) if isinstance(mine, nn.Parameter) else given
+    empty = [
+        name
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+        if value.is_meta and id(value) not in found
+    ]
+    if empty:
+        raise ValueError(
+            f"{_named('no values are known for', empty)}: what is computed from parameters when the model is made "
+            "must be a persistent buffer"
+        )
+    for module in model.modules():
+        for tensors_of in (module._parameters, module._buffers):
+            for name, value in tensors_of.items():
+                if value is not None and id(value) in found:
+                    tensors_of[name] = found[id(value)]  # type: ignore[assignment]
+    for name in extra_states:
+        model.get_submodule(name.rpartition(".")[0]).set_extra_state(tensors[name])
+
+
+def _named(what: str, names: list[str]) -> str:
+    return f"{what} {_listed([printable(name, 80) for name in names], ', ')}" if names else ""
+
+
+def _listed(parts: list[str], separator: str) -> str:
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return separator.join(parts[:3]) + more

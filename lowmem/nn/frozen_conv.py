@@ -1,0 +1,299 @@
+"""The convolution with a frozen weight: its gradient reaches the input alone, and its graph holds stored bytes.
+
+A weight is the matrix (out_channels, in_channels / groups * kernel), a row an output channel. Output channels are
+restored a chunk at a time, at most 1 MiB of them, forward and backward; a weight that fits is one convolution.
+What a convolution of a chunk returns before it joins the rest takes at most 1 MiB as well, or one example's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn import grad as gradients
+
+from lowmem.kernels import Weight
+from lowmem.nn.frozen_linear import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
+from lowmem.quant.tensor import QuantizedTensor, row_chunks
+
+__all__ = ["Geometry", "frozen_conv"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which positions and channels meet in a convolution, with one number a dimension.
+
+    Args:
+        in_channels, out_channels, groups: as in nn.Conv2d.
+        kernel, stride, padding, dilation: of each dimension; the padding is of zeros, on both sides.
+        around: what ``functional.pad`` adds to the input before that, in the mode ``mode``; empty for nothing.
+        mode: of ``around``.
+    """
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    around: tuple[int, ...] = ()
+    mode: str = "constant"
+
+    def __str__(self) -> str:
+        """Describe it as nn.Conv2d does."""
+        padding = f"{self.around} {self.mode}" if self.around else self.padding
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel}, stride={self.stride}, "
+            f"padding={padding}, dilation={self.dilation}, groups={self.groups}"
+        )
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What torch's functions take between the bias and the groups."""
+        return self.stride, self.padding, self.dilation
+
+    def output_size(self, size: Sequence[int]) -> list[int]:
+        """Return the positions that come out, for those that go in after ``around``."""
+        every = zip(size, self.kernel, *self.arguments, strict=True)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
+
+    def chunks(self, itemsize: int) -> list[tuple[slice, slice, int]]:
+        """Return which output channels are restored at once, which input channels they read, and in how many groups.
+
+        A chunk is several whole groups, or a part of one.
+        """
+        rows, channels = self.out_channels // self.groups, self.in_channels // self.groups  # of a group
+        columns = channels * prod(self.kernel)
+        found = []
+        for part in row_chunks(self.groups, rows * columns, itemsize):
+            first, last = part.start * rows, part.stop * rows
+            reads = slice(part.start * channels, part.stop * channels)
+            for chunk in row_chunks(last - first, columns, itemsize):  # one, unless a single group is too large
+                found.append((slice(first + chunk.start, first + chunk.stop), reads, part.stop - part.start))
+        return found
+
+
+def frozen_conv(
+    x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """Return the convolution of ``x`` computed in ``dtype``, without a gradient for the weight.
+
+    Args:
+        x: floating point (batch, in_channels, *size) or (in_channels, *size); the result has its dtype.
+        weight: float16 or bfloat16 (out_channels, ...), or a QuantizedTensor of out_channels rows.
+        geometry: of the convolution.
+        dtype: to compute in.
+        bias: floating point (out_channels,), or None.
+
+    Raises:
+        RuntimeError: a wrong shape or dtype, as nn.Conv2d raises.
+        TypeError: a nested tensor.
+    """
+    dims, tracing = len(geometry.kernel), is_jit_tracing()  # a trace records sizes: no branch may ask one
+    if not tracing:
+        _check_input(x, geometry)
+    batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    if geometry.around:
+        batch = functional.pad(batch, geometry.around, geometry.mode)
+    if not tracing and min(geometry.output_size(batch.shape[2:])) < 1:
+        raise RuntimeError(f"input.shape={tuple(x.shape)} is smaller than the kernel {geometry.kernel}")
+    if tracing and exports_to_onnx(weight):
+        added = None if bias is None else bias.to(dtype)
+        kernel = _restore(weight, slice(None), geometry, dtype)
+        wide: Tensor = _CONVOLUTIONS[dims](batch.to(dtype), kernel, added, *geometry.arguments, geometry.groups)
+        out = wide.to(x.dtype)
+    elif is_plain_call(batch, bias):
+        out = _convolve(batch, weight, geometry, dtype, bias)
+    else:
+        # A transform inside of a compiled function sees plain torch: an operator has no forward-mode derivative.
+        traced = tracing or (torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active())
+        out = (_operator if traced else _apply)(batch, weight, geometry, dtype, None)
+        out = out if bias is None else out + bias.to(x.dtype).view(-1, *[1] * dims)
+    return out if x.dim() == dims + 2 else out.squeeze(0)
+
+
+def _check_input(x: Tensor, geometry: Geometry) -> None:
+    refuse_nested(x)
+    dims = len(geometry.kernel)
+    if not x.is_floating_point():
+        raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
+    if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != geometry.in_channels:
+        sizes = "length" if dims == 1 else "height, width"
+        raise RuntimeError(
+            f"input.shape={tuple(x.shape)} must be (batch, in_channels, {sizes}) or (in_channels, {sizes}), "
+            f"with in_channels={geometry.in_channels}"
+        )
+
+
+def _convolve(
+    x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """Return (batch, out_channels, *out size) in x's dtype, for x (batch, in_channels, *size)."""
+    conv = _CONVOLUTIONS[len(geometry.kernel)]
+    bias = None if bias is None else bias.to(dtype)
+    chunks = _chunks(weight, geometry, dtype)
+    if len(chunks) == 1:
+        kernel = _restore(weight, slice(None), geometry, dtype)
+        whole: Tensor = conv(x.to(dtype), kernel, bias, *geometry.arguments, geometry.groups)
+        return whole.to(x.dtype)
+    size = geometry.output_size(x.shape[2:])
+    out = x.new_empty(x.shape[0], geometry.out_channels, *size)
+    for rows, reads, groups in chunks:
+        kernel = _restore(weight, rows, geometry, dtype)
+        added = None if bias is None else bias[rows]
+        for part in row_chunks(x.shape[0], (rows.stop - rows.start) * prod(size), dtype.itemsize):
+            out[part, rows] = conv(x[part, reads].to(dtype), kernel, added, *geometry.arguments, groups)
+        del kernel  # before the next is restored
+    return out
+
+
+def _adjoint(grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int]) -> Tensor:
+    """Return (batch, in_channels, *size) in grad's dtype, for grad (batch, out_channels, *out size).
+
+    Half-precision sums over chunks are kept in float32, as a single convolution keeps them.
+    """
+    adjoint = _ADJOINTS[len(geometry.kernel)]
+    chunks = _chunks(weight, geometry, dtype)
+    shape = (grad.shape[0], geometry.in_channels, *size)
+    if len(chunks) == 1:
+        kernel = _restore(weight, slice(None), geometry, dtype)
+        whole: Tensor = adjoint(shape, kernel, grad.to(dtype), *geometry.arguments, geometry.groups)
+        return whole.to(grad.dtype)
+    sums = grad.new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32))
+    for rows, reads, groups in chunks:
+        kernel = _restore(weight, rows, geometry, dtype)
+        channels = reads.stop - reads.start
+        for part in row_chunks(grad.shape[0], channels * prod(size), dtype.itemsize):
+            one = grad[part, rows].to(dtype)
+            sums[part, reads] += adjoint((one.shape[0], channels, *size), kernel, one, *geometry.arguments, groups)
+        del kernel  # before the next is restored
+    return sums.to(grad.dtype)
+
+
+_CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d}
+_ADJOINTS: dict[int, Any] = {1: gradients.conv1d_input, 2: gradients.conv2d_input}
+
+
+def _chunks(weight: Weight, geometry: Geometry, dtype: torch.dtype) -> list[tuple[slice, slice, int]]:
+    if isinstance(weight, Tensor) and weight.dtype is dtype:  # there is nothing to restore
+        return [(slice(None), slice(None), geometry.groups)]
+    return geometry.chunks(dtype.itemsize)
+
+
+def _restore(weight: Weight, rows: slice, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, QuantizedTensor):
+        restored = weight.dequantize_rows(rows, dtype)
+    else:
+        restored = weight.detach()[rows].to(dtype)
+    return restored.view(-1, geometry.in_channels // geometry.groups, *geometry.kernel)
+
+
+class _FrozenConv(torch.autograd.Function):
+    """The convolution, or its adjoint to an input of ``size``. Each is the other's derivative."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
+    ) -> Tensor:
+        if size is None:
+            return _convolve(x, weight, geometry, dtype)
+        return _adjoint(x, weight, geometry, dtype, size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.weight, ctx.geometry, ctx.dtype, ctx.size = inputs
+        ctx.back = None if ctx.size is not None else x.shape[2:]
+        # Saved through torch, so that a weight changed in place before backward is an error.
+        quantized = isinstance(ctx.weight, QuantizedTensor)
+        ctx.save_for_backward(*((ctx.weight.packed, ctx.weight.scales) if quantized else (ctx.weight,)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *scales = ctx.saved_tensors
+        weight = replace(ctx.weight, packed=weight, scales=scales[0]) if scales else weight
+        return _apply(grad, weight, ctx.geometry, ctx.dtype, ctx.back), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _apply(tangent, ctx.weight, ctx.geometry, ctx.dtype, ctx.size)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        examples = x.movedim(in_dims[0], 0)  # (examples, batch, channels, *size): a larger batch
+        return _apply(examples.flatten(0, 1), *rest).unflatten(0, examples.shape[:2]), 0
+
+
+def _apply(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:
+    out: Tensor = _FrozenConv.apply(x, weight, geometry, dtype, size)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _operator(
+    x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
+) -> Tensor:
+    """Do what ``_apply`` does as an operator that torch knows, which a compiled graph calls as it is."""
+    stored: tuple[Any, ...] = (weight, None, "", 0, "")
+    if isinstance(weight, QuantizedTensor):
+        weight.check_layout()
+        stored = (weight.packed, weight.scales, weight.format, weight.block_size, weight.scale_encoding)
+    sizes = [geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel]
+    sizes += [number for of_dims in geometry.arguments for number in of_dims]
+    return cast(Tensor, torch.ops.lowmem.convolve(x, *stored, sizes, dtype, size))
+
+
+def _geometry(sizes: Sequence[int]) -> Geometry:
+    dims = (len(sizes) - 3) // 4
+    kernel, stride, padding, dilation = (tuple(sizes[start : start + dims]) for start in range(3, len(sizes), dims))
+    return Geometry(sizes[0], sizes[1], sizes[2], kernel, stride, padding, dilation)
+
+
+@torch.library.custom_op(
+    "lowmem::convolve",
+    mutates_args=(),
+    schema="(Tensor x, Tensor stored, Tensor? scales, str format, int block_size, str scale_encoding, int[] sizes, "
+    "ScalarType dtype, SymInt[]? size) -> Tensor",
+)
+def _convolve_stored(
+    x: Tensor,
+    stored: Tensor,
+    scales: Tensor | None,
+    format: str,
+    block_size: int,
+    scale_encoding: str,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    size: Sequence[int] | None,
+) -> Tensor:
+    geometry = _geometry(sizes)
+    weight: Weight = stored
+    if scales is not None:
+        shape = torch.Size((geometry.out_channels, geometry.in_channels // geometry.groups * prod(geometry.kernel)))
+        weight = QuantizedTensor(stored, scales, shape, format, block_size, scale_encoding)
+    return _FrozenConv.forward(x, weight, geometry, dtype, size)
+
+
+@_convolve_stored.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    geometry, size = _geometry(rest[-3]), rest[-1]
+    if size is None:
+        return x.new_empty(x.shape[0], geometry.out_channels, *geometry.output_size(x.shape[2:]))
+    return x.new_empty(x.shape[0], geometry.in_channels, *size)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, stored, scales, *ctx.rest, size = inputs
+    ctx.back = None if size is not None else x.shape[2:]
+    ctx.save_for_backward(stored, scales)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.lowmem.convolve(grad, *ctx.saved_tensors, *ctx.rest, ctx.back), *[None] * 8
+
+
+_convolve_stored.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,249 @@
+"""The product with a frozen weight: its gradient reaches the input alone, and its graph holds stored bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+from lowmem import kernels
+from lowmem.kernels import ops
+from lowmem.kernels.int8 import float_dtype
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = [
+    "FrozenStorage",
+    "autocast",
+    "autocasts",
+    "exports_to_onnx",
+    "freeze",
+    "frozen_linear",
+    "is_jit_tracing",
+    "is_observed",
+    "is_plain_call",
+    "refuse_nested",
+]
+
+
+def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ W.T + bias`` computed in ``dtype``, without a gradient for W.
+
+    Args:
+        x: floating point (..., in); the result has its dtype.
+        weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape.
+        dtype: to compute in; torch.int8 for products in 8-bit integers, whose gradient is that of products in the
+            dtype of x.
+        bias: floating point (out,), or None.
+
+    Raises:
+        RuntimeError: a wrong last dimension or dtype, as nn.Linear raises.
+        TypeError: a nested tensor.
+    """
+    plain = is_plain_call(x, bias)
+    if plain and x.dim() == 2 and not x.is_nested:
+        out = kernels.linear(x, weight, dtype, bias)
+        return out if dtype is x.dtype else out.to(x.dtype)
+    if is_jit_tracing():
+        return _traced_linear(x, weight, dtype, bias)
+    refuse_nested(x)
+    out_features, in_features = weight.shape
+    if not x.is_floating_point():
+        raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
+    if plain:
+        out = kernels.linear(rows, weight, dtype, bias)
+    else:
+        out = _product(rows, weight, dtype, False)
+        out = out if bias is None else out + bias.to(out.dtype)
+    return out.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def _traced_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """Do what ``frozen_linear`` does, without a branch on a size: torch.jit.trace would record one of the two."""
+    if exports_to_onnx(weight):
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(
+            x.dtype
+        )
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # (batch, in)
+    out = ops.product(rows, weight, dtype, False)
+    out = (out if bias is None else out + bias.to(out.dtype)).to(x.dtype)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def exports_to_onnx(weight: kernels.Weight) -> TypeGuard[Tensor]:
+    """Whether torch's older exporter to ONNX traces a call with a 16-bit weight, which it can hold.
+
+    Raises:
+        RuntimeError: it traces one with a 4-bit weight, for which it has no operator.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return False
+    if isinstance(weight, QuantizedTensor):
+        raise RuntimeError(
+            "torch.onnx.export(..., dynamo=False) cannot write 4-bit layers: export the model before convert, and "
+            "quantize the ONNX file; or use torch.export, or torch.jit.trace"
+        )
+    return True
+
+
+def refuse_nested(x: Tensor, name: str = "input") -> None:
+    """Raise a TypeError for a nested tensor, which has no shape that a product could take."""
+    if x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor (layout={x.layout}): pad it with torch.nested.to_padded_tensor({name}, 0.0), "
+            f"or take each of {name}.unbind()"
+        )
+
+
+_PLAIN = (Tensor, nn.Parameter)
+_is_compiling, _transforms, _trains, autocasts, _is_tracing = (  # asked in every call: faster than by attributes
+    torch.compiler.is_compiling,
+    torch._C._are_functorch_transforms_active,
+    torch.is_grad_enabled,
+    torch.is_autocast_enabled,
+    torch._C._is_tracing,
+)
+
+
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace records a call."""
+    return not _is_compiling() and _is_tracing()  # a compiler cannot see into the second
+
+
+def is_plain_call(*tensors: Tensor | None) -> bool:
+    """Whether nothing differentiates, transforms or traces a call, so that autograd can be left out."""
+    if _is_compiling() or _transforms() or _is_tracing() or forward_ad._current_level >= 0:
+        return False
+    trains = _trains()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or (trains and tensor.requires_grad)):
+            return False
+    return True
+
+
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether hooks, or what has taken the place of its forward, are to see a call of a module."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl")
+        or any(_GLOBAL_HOOKS)
+    )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype that autocast gives to a linear layer's input, if autocast is on."""
+    device = "cpu" if x.is_cpu else x.device.type
+    if device == "meta" or not autocasts(device) or x.dtype == torch.float64:  # meta has no autocast
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """``x @ W.T``, or ``x @ W`` when transposed. Each is the other's derivative, so any order of them exists."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
+        # A transform inside of a compiled function sees plain torch: an operator has no forward-mode derivative.
+        if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            return ops.product(x, weight, dtype, transposed)
+        return (kernels.input_grad if transposed else kernels.linear)(x, weight, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.weight, dtype, ctx.transposed = inputs
+        ctx.input_dtype = x.dtype
+        ctx.dtype = float_dtype(dtype, x.dtype)  # of derivatives
+        # Saved through torch, so that a weight changed in place before backward is an error.
+        if isinstance(ctx.weight, QuantizedTensor):
+            ctx.save_for_backward(ctx.weight.packed, ctx.weight.scales)
+        else:
+            ctx.save_for_backward(ctx.weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        weight = saved[0]
+        if isinstance(ctx.weight, QuantizedTensor):
+            weight = replace(ctx.weight, packed=saved[0], scales=saved[1])
+        grad = _product(grad, weight, ctx.dtype, not ctx.transposed)
+        return grad.to(ctx.input_dtype), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        batch = x.movedim(in_dims[0], 0)  # (examples, batch, in): more rows of the same product
+        out = _product(batch.flatten(0, 1), *rest)
+        return out.unflatten(0, batch.shape[:2]), 0
+
+
+class _ForwardModeProduct(_FrozenProduct):
+    """The same with forward-mode derivatives, which torch.compile does not take in a function of one's own."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _product(tangent, ctx.weight, ctx.dtype, ctx.transposed)
+
+
+def _product(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
+    function = _FrozenProduct if torch.compiler.is_compiling() else _ForwardModeProduct
+    out: Tensor = function.apply(x, weight, dtype, transposed)  # type: ignore[no-untyped-call]
+    return out
+
+
+def freeze(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter that does not train: the tensor itself if it is one, so that what is shared stays shared."""
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class FrozenStorage(nn.Module):
+    """A module whose stored tensors named in ``stored`` move between devices but never change dtype."""
+
+    stored: tuple[str, ...] = ()
+    weight_error: float | None = None  # of what is stored, relative to the weight it was made from, where known
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        kept = [getattr(self, name) for name in self.stored]
+
+        def guarded(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            if changed.dtype != tensor.dtype and any(tensor is k for k in kept):
+                return tensor.to(changed.device)
+            return changed
+
+        applied: nn.Module = super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
+        return applied
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Refuse stored tensors of another dtype."""
+        wrong = []
+        for name in self.stored:
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and own is not None and given.dtype != own.dtype:
+                wrong.append(f"{prefix}{name} stores {own.dtype}; the state holds {given.dtype}")
+        if wrong:
+            rest[-1].extend(wrong)  # torch gathers these and raises
+        else:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)

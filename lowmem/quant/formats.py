@@ -1,0 +1,156 @@
+"""The 4-bit formats: frozen data, never branches on a name.
+
+A format is sixteen levels in [-1, 1]; a weight is ``levels[code] * scale`` with one scale a block.
+To add a format, add one entry to ``FORMATS``: tests, benchmarks and commands take it from there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+
+__all__ = ["FORMATS", "Format", "get_format"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Sixteen sorted levels in [-1, 1], and the block size and scales that suit them best.
+
+    Args:
+        name: the key in ``FORMATS``.
+        levels: 16 numbers, ascending; a value may stand twice (the two zeros of a floating-point format).
+        block_size: default number of weights that share a scale.
+        scales: default encoding of the scales, a key of ``lowmem.quant.scales.ENCODINGS``.
+        source: where the levels come from.
+        signed: whether a scale has the sign of its block's largest weight, so that this weight is always at
+            the upper end, and the lower end can be nearer to zero.
+        search: whether the scales are searched for by default (``lowmem.quant.search``).
+    """
+
+    name: str
+    levels: tuple[float, ...]
+    block_size: int
+    scales: str
+    source: str
+    signed: bool = False
+    search: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.levels) != 16 or list(self.levels) != sorted(self.levels):
+            raise ValueError(f"format {self.name!r}: levels={self.levels} must be 16 ascending numbers")
+        if self.levels[0] < -1 or self.levels[-1] > 1:
+            raise ValueError(f"format {self.name!r}: levels={self.levels} must lie in [-1, 1]")
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """The 15 thresholds: a value's nearest code is the number of thresholds below it.
+
+        Of two equal levels only the upper code is ever chosen, so that both zeros of ``fp4``
+        quantize to the same code.
+        """
+        boundaries: list[float] = []
+        for low, high in pairwise(self.levels):
+            boundaries.append(boundaries[-1] if low == high and boundaries else (low + high) / 2)
+        return tuple(boundaries)
+
+    @property
+    def half_gap(self) -> float:
+        """The largest distance of any value between the end levels to its nearest level: half the widest gap."""
+        return max((high - low) / 2 for low, high in pairwise(self.levels))
+
+    @property
+    def end(self) -> float:
+        """The magnitude of the end level that is nearer to zero."""
+        return min(-self.levels[0], self.levels[-1])
+
+    @property
+    def zero_code(self) -> int:
+        """The code that a zero gets: the level nearest to zero."""
+        return bisect_left(self.boundaries, 0.0)
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of a 4-bit float
+
+_FORMATS = (
+    Format(
+        name="int4",
+        levels=tuple((2 * code - 15) / 15 for code in range(16)),
+        block_size=16,
+        scales="float16",
+        source="16 evenly spaced levels from -1 to 1; there is no exact zero",
+    ),
+    Format(
+        name="nf4",
+        levels=(
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+            -0.18477343022823334,
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+            0.24611230194568634,
+            0.33791524171829224,
+            0.44070982933044434,
+            0.5626170039176941,
+            0.7229568362236023,
+            1.0,
+        ),
+        block_size=64,
+        scales="double",
+        source="NormalFloat: QLoRA, arXiv 2305.14314, appendix E",
+    ),
+    Format(
+        name="fp4",
+        levels=tuple(-m / 6 for m in reversed(_E2M1)) + tuple(m / 6 for m in _E2M1),
+        block_size=32,
+        scales="float16",
+        source="E2M1 divided by 6: OCP Microscaling Formats v1.0, section 5.3.3",
+    ),
+    Format(
+        name="bof4s",
+        levels=(
+            -0.82273,
+            -0.63426,
+            -0.49414,
+            -0.37775,
+            -0.27434,
+            -0.17893,
+            -0.08872,
+            0.0,
+            0.08422,
+            0.17130,
+            0.26377,
+            0.36355,
+            0.47513,
+            0.60593,
+            0.77183,
+            1.0,
+        ),
+        block_size=64,
+        scales="double",
+        source="fitted to blocks of 64 normal weights with signed scales, as BOF4-S (arXiv 2505.06653), and with "
+        "the scales searched for: each level is the mean of what falls to it, weighted by the scale squared",
+        signed=True,
+        search=True,
+    ),
+)
+
+FORMATS = MappingProxyType({f.name: f for f in _FORMATS})
+
+
+def get_format(name: str) -> Format:
+    """Return ``FORMATS[name]``.
+
+    Raises:
+        ValueError: there is no such format; the choices are listed.
+    """
+    try:
+        return FORMATS[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"format={name!r} is unknown: choose from {', '.join(FORMATS)}") from None

@@ -1,0 +1,175 @@
+"""Quantize a tensor block by block, and say what that lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lowmem.quant.formats import Format, get_format
+from lowmem.quant.scales import get_encoding
+from lowmem.quant.tensor import QuantizedTensor, row_chunks, serving
+
+__all__ = ["check_weight", "method_of", "quantize", "quantize_again", "relative_error"]
+
+BYTES_PER_WEIGHT = 16  # at the peak of plain torch; a search takes twice as many
+
+
+def quantize(
+    weight: Tensor,
+    format: str | Sequence[str] = "nf4",
+    *,
+    block_size: int | None = None,
+    scales: str | None = None,
+    search: bool | None = None,
+    importance: Tensor | None = None,
+) -> QuantizedTensor:
+    """Quantize a tensor to 4 bits a weight, block by block along its last dimension.
+
+    Args:
+        weight: floating point (..., n), n > 0, finite; any strides. It is read in float32.
+        format: a key of ``FORMATS``; or several, of which the one with the least squared error is taken.
+        block_size: weights a scale, even, 8 to 4096; None takes the format's own.
+        scales: "float32", "float16" or "double"; None takes the format's own.
+        search: whether to search for the scale of each block that leaves the least squared error, instead of
+            taking its largest magnitude; None takes the format's own.
+        importance: floating point (n,), at least 0: what the squared error of each column counts in the
+            search and in the choice of the format; None: all count alike.
+
+    Returns:
+        The codes nearest to ``weight / scale``, where the scale is the block's largest magnitude (or what the
+        search found) as it is stored. The bytes depend on the values alone: not on strides, threads or the run.
+
+    Raises:
+        TypeError: not a dense floating-point tensor.
+        ValueError: an unknown format or scales, a bad block size, a meta tensor, an empty row, NaN or
+            infinite weights, a magnitude that the scales cannot hold, or an importance of another length, negative
+            or not finite.
+    """
+    check_weight(weight)
+    columns = weight.shape[-1]
+    if columns == 0:
+        raise ValueError(
+            f"weight.shape={tuple(weight.shape)} has empty rows: there is nothing to quantize; leave it out"
+        )
+    if importance is not None:
+        importance = _checked_importance(importance, weight)
+    if not isinstance(format, str):
+        tried = [
+            quantize(weight, name, block_size=block_size, scales=scales, search=search, importance=importance)
+            for name in format
+        ]
+        if not tried:
+            raise ValueError("format=() names no format: name one, or several to choose from")
+        return min(tried, key=lambda q: _squared_error(weight, q, importance))
+    form = get_format(format)
+    encoding = get_encoding(form.scales if scales is None else scales, form.signed)
+    size = form.block_size if block_size is None else block_size
+    method = method_of(form, search)
+    quantized = QuantizedTensor.empty(weight.shape, form.name, size, encoding.name, method, device=weight.device)
+    matrix = quantized.as_matrix()
+    rows = weight.detach().reshape(-1, columns)
+    scratch = BYTES_PER_WEIGHT if method == "absmax" else 2 * BYTES_PER_WEIGHT
+    for chunk in row_chunks(rows.shape[0], columns, scratch):
+        part = rows[chunk].float().contiguous()
+        serving().quantize_rows(part, matrix, chunk, importance)
+    return quantized
+
+
+def method_of(form: Format, search: bool | None) -> str:
+    """Return how scales are chosen, where None takes the format's own way."""
+    return "search" if (form.search if search is None else search) else "absmax"
+
+
+def quantize_again(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
+    """Quantize another weight of one shape as the first was: rows that hold the same values keep their bytes.
+
+    A search would find other scales for what an earlier one has rounded. What was calibrated is searched, for want
+    of the inputs.
+    """
+    again = quantize(
+        weight,
+        quantized.format,
+        block_size=quantized.block_size,
+        scales=quantized.scale_encoding,
+        search=quantized.method != "absmax",
+    )
+    before, after = quantized.as_matrix(), again.as_matrix()
+    rows = weight.detach().reshape(after.shape)
+    unchanged = True
+    for chunk in row_chunks(*after.shape):
+        same = (serving().dequantize(before, chunk, torch.float32) == rows[chunk]).all(-1, keepdim=True)  # (rows, 1)
+        for stored, into in ((before.packed, after.packed), (before.scales, after.scales)):
+            into[chunk] = torch.where(same, stored[chunk], into[chunk])
+        unchanged = unchanged and bool(same.all())
+    return replace(again, method=quantized.method) if unchanged else again
+
+
+def _checked_importance(importance: Tensor, weight: Tensor) -> Tensor:
+    if not isinstance(importance, Tensor) or not importance.is_floating_point():
+        raise TypeError(f"importance={type(importance).__name__} must be a floating-point tensor")
+    if importance.is_nested:
+        raise TypeError(f"importance is a nested tensor (layout={importance.layout}); pass one number a column")
+    if importance.shape != weight.shape[-1:]:
+        raise ValueError(f"importance.shape={tuple(importance.shape)} must be ({weight.shape[-1]},), one a column")
+    importance = importance.detach().to(weight.device, torch.float32).contiguous()
+    if not (importance.isfinite().all() and (importance >= 0).all()):
+        raise ValueError("importance holds values that are negative, NaN or infinite; repair them first")
+    return importance
+
+
+def relative_error(weight: Tensor, stored: Tensor | QuantizedTensor) -> float:
+    """Return the root mean square of what storing a weight lost over that of the weight, to 4 digits.
+
+    Args:
+        weight: floating point, of any shape.
+        stored: what was made of it, of as many values in the same order.
+    """
+    if not weight.numel():
+        return 0.0
+    rows = weight.detach().reshape(-1, stored.shape[-1])  # (rows, n), as what is stored has them
+    lost = _squared_error(rows, stored, None)
+    size = sum(float(rows[chunk].double().square_().sum()) for chunk in row_chunks(*rows.shape))
+    return float(f"{math.sqrt(lost / size) if size else 0.0:.4g}")
+
+
+def _squared_error(weight: Tensor, stored: Tensor | QuantizedTensor, importance: Tensor | None) -> float:
+    """Add up the squared errors of a weight, seen as rows, each counting as its column's importance."""
+    rows, total = weight.detach().reshape(-1, weight.shape[-1]), 0.0
+    matrix = stored.as_matrix() if isinstance(stored, QuantizedTensor) else stored.detach().reshape(rows.shape)
+    for chunk in row_chunks(*rows.shape):
+        if isinstance(matrix, QuantizedTensor):
+            restored = serving().dequantize(matrix, chunk, torch.float32)
+        else:
+            restored = matrix[chunk].float()
+        # Squares of float32 numbers are not float32 numbers: many are too large, or too small, for it.
+        error = rows[chunk].double().sub_(restored).square_()
+        total += float((error if importance is None else error.mul_(importance)).sum())
+    return total
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise unless ``weight`` is a dense floating-point tensor with values and a last dimension.
+
+    Raises:
+        TypeError: not a tensor, or an integer, complex, sparse or otherwise quantized one.
+        ValueError: on the meta device, or zero-dimensional.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, found {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight.dtype={weight.dtype} must be a floating-point dtype; convert it first")
+    if weight.is_nested:
+        raise TypeError(
+            f"weight is a nested tensor (layout={weight.layout}), which has no rows of one length; quantize each of "
+            "weight.unbind()"
+        )
+    if weight.layout != torch.strided:
+        raise TypeError(f"weight.layout={weight.layout} must be dense; call weight.to_dense() first")
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device and has no values; load its values first")
+    if weight.dim() == 0:
+        raise ValueError("weight.shape=() has no last dimension to divide into blocks; reshape it to (1,)")

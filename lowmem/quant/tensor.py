@@ -1,0 +1,291 @@
+"""Block-wise 4-bit quantization: ``w ~ levels[code] * scale``, one scale for each block of a row.
+
+Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.1, and
+QLoRA, arXiv 2305.14314, section 2. Blocks run along the last dimension and never cross a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.quant.formats import get_format
+from lowmem.quant.packing import by_block, check_block_size, pack, unpack
+from lowmem.quant.scales import ScaleEncoding, get_encoding
+from lowmem.quant.search import CANDIDATES, largest_weights, nearest_codes, searched_scales, spread
+
+__all__ = [
+    "PLAIN",
+    "SCRATCH_BYTES",
+    "QuantizedTensor",
+    "row_chunks",
+    "serve",
+    "serving",
+]
+
+SCRATCH_BYTES = 2**20
+"""The most temporary memory that restoring a chunk of rows takes (one row at least is restored at a time)."""
+
+BYTES_PER_WEIGHT = 18
+"""At the peak of ``restore``: a code as unpacked (1 byte, 2 in a row of one) and as an index (4), a value (4), and
+its scale (8 at most, where the last block is short)."""
+
+
+def row_chunks(rows: int, columns: int, bytes_per_weight: int = BYTES_PER_WEIGHT) -> Iterator[slice]:
+    """Yield slices over ``rows`` such that restoring each one fits ``SCRATCH_BYTES``."""
+    step = max(1, SCRATCH_BYTES // (bytes_per_weight * max(1, columns)))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+METHODS = {"absmax": 1.0, "search": min(CANDIDATES), "calibrated": 0.0}
+"""How scales are chosen: the least part of a block's largest magnitude that its scale is (0: no bound)."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A 4-bit tensor: packed codes, the scales of its blocks, and how to read them.
+
+    Args:
+        packed: uint8 (..., ceil(n / 2)), see ``lowmem.quant.packing``.
+        scales: (..., blocks), in the dtype of the scale encoding; ``double`` adds two bytes a row.
+        shape: of the tensor that was quantized, (..., n).
+        format: a key of ``FORMATS``.
+        block_size: B, weights a scale.
+        scale_encoding: a key of ``ENCODINGS``.
+        method: how scales and codes were chosen, a key of ``METHODS``.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    shape: torch.Size
+    format: str
+    block_size: int
+    scale_encoding: str
+    method: str = "absmax"
+
+    def __post_init__(self) -> None:
+        check_block_size(self.block_size)
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown: choose from {', '.join(METHODS)}")
+
+    @classmethod
+    def empty(
+        cls,
+        shape: torch.Size,
+        format: str,
+        block_size: int,
+        scale_encoding: str,
+        method: str,
+        *,
+        device: torch.device | str,
+    ) -> QuantizedTensor:
+        """Return one of a shape without values, as ``torch.empty`` does."""
+        nothing = torch.empty(0, device=device)
+        shaped = cls(nothing, nothing, shape, format, block_size, scale_encoding, method)
+        packed, byte, scales, dtype = shaped.stored_layout
+        return replace(
+            shaped,
+            packed=torch.empty(packed, dtype=byte, device=device),
+            scales=torch.empty(scales, dtype=dtype, device=device),
+        )
+
+    @property
+    def stored_layout(self) -> tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]:
+        """The shape and dtype that ``packed`` has to have, and those of ``scales``."""
+        *leading, columns = self.shape
+        encoding = self.encoding
+        blocks = -(-columns // self.block_size) + encoding.extra
+        packed, scales = torch.Size((*leading, -(-columns // 2))), torch.Size((*leading, blocks))
+        return packed, torch.uint8, scales, encoding.dtype
+
+    def check_layout(self) -> None:
+        """Raise unless ``packed`` and ``scales`` have the shapes and dtypes that the tensor's shape needs.
+
+        ``torch.jit.trace`` records every size that is read, as an input of the graph: there nothing is checked.
+
+        Raises:
+            RuntimeError: they do not; it names what was found and what is needed.
+        """
+        if not torch.compiler.is_compiling() and torch._C._is_tracing():
+            return
+        packed, scales = self.packed, self.scales
+        needed = self.stored_layout
+        if (packed.shape, packed.dtype, scales.shape, scales.dtype) != needed:
+            raise RuntimeError(
+                f"packed.shape={tuple(packed.shape)}, dtype={packed.dtype} and scales.shape={tuple(scales.shape)}, "
+                f"dtype={scales.dtype} do not hold a weight of shape {tuple(self.shape)} in {self.format}: they need "
+                f"{tuple(needed[0])}, {needed[1]} and {tuple(needed[2])}, {needed[3]}"
+            )
+
+    @property
+    def encoding(self) -> ScaleEncoding:
+        """How the scales are stored."""
+        return get_encoding(self.scale_encoding, get_format(self.format).signed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes and the scales."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each weight, scales included."""
+        return 8 * self.nbytes / self.shape.numel() if self.shape.numel() else 0.0
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return ``levels[codes] * scales``, rounded once to ``dtype``, in ``shape``.
+
+        Raises:
+            RuntimeError: stored tensors of another layout, see ``check_layout``.
+            ValueError: a dtype that is not floating point.
+        """
+        return self.dequantize_rows(slice(None), dtype).view(self.shape)
+
+    def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return what ``dequantize`` gives for some rows of the tensor seen as (rows, n).
+
+        Raises:
+            RuntimeError: stored tensors of another layout, see ``check_layout``.
+            ValueError: a dtype that is not floating point.
+        """
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype} must be a floating-point dtype")
+        matrix = self if len(self.shape) == 2 else self.as_matrix()
+        return _serves.dequantize(matrix, rows, dtype)
+
+    def restore(self, rows: slice, levels: tuple[float, ...] | None = None) -> Tensor:
+        """Return some rows of the tensor seen as (rows, n), in float32; with levels, if given, instead of its own.
+
+        Raises:
+            RuntimeError: stored tensors of another layout, see ``check_layout``.
+        """
+        self.check_layout()
+        columns = self.shape[-1]
+        levels = get_format(self.format).levels if levels is None else levels
+        table = torch.tensor(levels, dtype=torch.float32, device=self.packed.device)
+        packed = self.packed.reshape(-1, self.packed.shape[-1])[rows]
+        codes = unpack(packed, self.block_size)[:, :columns]  # (rows, n), without the padding
+        # Under a transform of an older torch only 64-bit indices will do; elsewhere they would double the scratch.
+        index = codes.long() if torch._C._are_functorch_transforms_active() else codes.int()
+        values = table.index_select(0, index.flatten()).view(codes.shape)
+        stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
+        scales = self.encoding.decode(stored)  # (rows, blocks)
+        return values.mul_(spread(scales, self.block_size, columns))
+
+    def as_matrix(self) -> QuantizedTensor:
+        """Return it seen as (rows, n): a view.
+
+        Raises:
+            RuntimeError: stored tensors of another layout, see ``check_layout``.
+        """
+        self.check_layout()
+        packed, scales = (t.reshape(-1, t.shape[-1]) for t in (self.packed, self.scales))
+        return replace(self, packed=packed, scales=scales, shape=torch.Size((packed.shape[0], self.shape[-1])))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}  # and not what a kernel keeps
+
+    def error_bound(self) -> Tensor:
+        """Return what ``|w - dequantize()|`` never exceeds, element by element, float32, in ``shape``.
+
+        Between the end levels times the scale, a weight lies at most half the widest gap between levels,
+        times the scale, from its level. Beyond, it lies at most as far as the block's largest weight, which
+        the scale is a known part of, less what storing the scale takes from it. Float rounding adds four
+        units in the last place of the scale.
+
+        Raises:
+            RuntimeError: stored tensors of another layout, see ``check_layout``.
+            ValueError: the codes were chosen for a layer's output (``calibrate``), and have no such bound.
+        """
+        self.check_layout()
+        part = METHODS[self.method]
+        if not part:
+            raise ValueError(
+                f"method={self.method!r} has no bound for single weights: it moves them to keep the layer's output; "
+                "compare outputs instead"
+            )
+        form = get_format(self.format)
+        stored = self.scales.reshape(-1, self.scales.shape[-1])
+        scale, shortfall = self.encoding.decode(stored).abs(), self.encoding.shortfall(stored)  # (rows, blocks)
+        # Shortfall and scale apart: their sum would round away what a scale falls short of the smallest weights.
+        beyond = shortfall / part + scale * (1 / part - form.end)
+        bound = torch.maximum(scale * form.half_gap, beyond)
+        rounding = scale * 2**-22 + 2**-148  # the second for products that are subnormal in float32
+        return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
+
+
+class _RowKernel(Protocol):
+    """What a kernel does with rows. Bit for bit what ``PLAIN`` does."""
+
+    def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor: ...
+    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None: ...
+
+
+class _Plain:
+    """Plain torch, any device: the definition of what is true."""
+
+    @staticmethod
+    def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return some rows of a matrix, restored in float32 and rounded once to ``dtype``."""
+        weight.check_layout()  # also where there is no row to restore
+        start, stop, _ = rows.indices(weight.shape[0])
+        columns = weight.shape[-1]
+        out = torch.empty(max(0, stop - start), columns, dtype=dtype, device=weight.packed.device)
+        for chunk in row_chunks(out.shape[0], columns):
+            out[chunk] = weight.restore(slice(start + chunk.start, start + chunk.stop))
+        return out
+
+    @staticmethod
+    def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
+        """Quantize float32 (rows, n) into a chunk of a matrix, by its method.
+
+        Raises:
+            ValueError: NaN or infinite weights, or a magnitude that the scales cannot hold.
+        """
+        form, encoding, size = get_format(into.format), into.encoding, into.block_size
+        scales = largest_weights(rows, size, form.signed)  # (rows, blocks)
+        largest = float(scales.abs().max())
+        if not largest <= encoding.largest:  # also when it is NaN
+            raise ValueError(_why_not_held(rows, largest, encoding))
+        if into.method == "search":
+            scales = searched_scales(rows, form, size, encoding.largest, importance)
+        stored = encoding.encode(scales)
+        codes = nearest_codes(rows, encoding.decode(stored), form, size)
+        into.packed[chunk] = pack(codes, size)
+        if form.levels[form.zero_code] == 0:
+            # A block of zero codes is dequantized to zeros, whose scale is zero: so is its own, and quantizing again
+            # gives the same bytes.
+            used = by_block(
+                codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True)
+            )
+            stored[:, : used.shape[1]].masked_fill_(~used, 0)
+        into.scales[chunk] = stored
+
+
+PLAIN: _RowKernel = _Plain()
+_serves = PLAIN
+
+
+def serving() -> _RowKernel:
+    """Return what quantizes and dequantizes rows."""
+    return _serves
+
+
+def serve(kernel: _RowKernel) -> None:
+    """Let a kernel quantize and dequantize rows; ``lowmem.kernels`` chooses which."""
+    global _serves
+    _serves = kernel
+
+
+def _why_not_held(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:
+    broken = int((~rows.isfinite()).sum())
+    if broken:
+        return f"weight holds {broken} values that are NaN, infinite or beyond float32; repair them first"
+    return (
+        f"weight holds the magnitude {largest:.6g}, above {encoding.largest:.6g}, the most that "
+        f"scales={encoding.name!r} can hold; use scales='float32'"
+    )

@@ -1,0 +1,240 @@
+"""Several adapters by name on one base: add, activate, deactivate, delete, and merge one and take it back.
+
+An adapter's name is one over the whole model; a layer may have it or not. Every function checks all of the
+model before it changes any of it. Several threads may call them: each call waits for the one before it. A forward
+that runs meanwhile may use the layers as they were before or after, and some of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import cast
+
+from torch import nn
+
+from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.transforms.convert import freeze_all_but_adapters, one_at_a_time, swap
+from lowmem.transforms.merge import adapted_layers, fold
+from lowmem.transforms.registry import chosen, layer_name, nothing_found, refuse_peft, why_left
+
+__all__ = [
+    "activate",
+    "active_adapters",
+    "adapter_layers",
+    "adapter_names",
+    "add_adapter",
+    "check_name",
+    "deactivate",
+    "delete_adapter",
+    "merge_adapter",
+    "unmerge_adapter",
+]
+
+
+@one_at_a_time
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    technique: LoRA,
+    *,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    skip: str | Iterable[str] = (),
+) -> nn.Module:
+    """Add a fresh adapter, active, to every layer that LoRA takes and that ``where`` and ``skip`` do not leave out.
+
+    Layers without an adapter are wrapped, as ``convert`` wraps them. The new adapter trains, the others
+    keep what they are (active or not, frozen or not), and the rest of the model is frozen.
+
+    Args:
+        model: any module, adapted already or not; the root itself can be the layer.
+        name: of the adapter: not empty, without dots, and not an attribute of nn.ModuleDict, which holds it.
+        technique: rank, alpha and dropout. They may differ between the calls that give layers one name.
+        where: called with (path, module); a layer is taken only where it returns True, for all its paths.
+        skip: glob patterns of paths that are left alone.
+
+    Returns:
+        The model, changed in place; or the new layer, when the root itself was wrapped.
+
+    Raises:
+        TypeError: the model is not a module, the name not a string, or the technique not a ``LoRA``.
+        ValueError: a name that cannot be one, or that a layer has already, nothing to adapt, or a pattern
+            of ``skip`` that matches nothing. The model is left as it was.
+    """
+    check_name(name)
+    if not isinstance(technique, LoRA):
+        raise TypeError(f"technique={technique!r} must be an instance of LoRA")
+    wrapped: dict[nn.Module, nn.Module] = {}
+    added: dict[LoRALinear, Adapter] = {}
+    for module, path in chosen(model, where, skip).items():
+        if why_left(LoRA, module) is None:
+            layer = cast(nn.Linear, module)
+            wrapped[module] = LoRALinear(layer, technique, name).train(module.training)
+        elif isinstance(module, LoRALinear):
+            if name in module.adapters:
+                raise ValueError(
+                    f"{layer_name(path)} has an adapter {name!r} already: choose another name, delete that "
+                    "adapter first, or leave the layer out with skip="
+                )
+            added[module] = Adapter(module.base, technique)
+    if not wrapped and not added:
+        raise ValueError(nothing_found(LoRA, model))
+    refuse_peft(model, wrapped, freezes=True)
+    model = swap(model, wrapped)
+    for adapted, adapter in added.items():
+        adapted.add(name, adapter)
+    freeze_all_but_adapters(model)
+    return model
+
+
+@one_at_a_time
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of the model's adapters, in the order of its layers and of what was added; none is []."""
+    return list(dict.fromkeys(name for layer in adapted_layers(model) for name in layer.adapters))
+
+
+@one_at_a_time
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that the output holds: the active ones, and the merged one."""
+    return list(dict.fromkeys(name for layer in adapted_layers(model) for name in layer.in_use))
+
+
+@one_at_a_time
+def adapter_layers(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """Return one adapter's part in every layer that has it, by the layer's first path.
+
+    Each has ``technique``, ``lora_a`` (rank, in) and ``lora_b`` (out, rank). To freeze an adapter,
+    call ``requires_grad_(False)`` on each.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: the model has no such adapter.
+    """
+    layers = _layers_with(model, [name])
+    return {path: cast(Adapter, layer.adapters[name]) for layer, path in layers.items() if name in layer.adapters}
+
+
+@one_at_a_time
+def activate(model: nn.Module, *names: str) -> None:
+    """Let adapters add their update, beside those that are active already. No name: all of them.
+
+    Several updates are summed in the order that the adapters were added.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: the model has no such adapter.
+    """
+    for layer in _layers_with(model, names):
+        chosen_names = {*layer.active, *(names or layer.adapters)}
+        layer.active = tuple(name for name in layer.adapters if name in chosen_names)
+
+
+@one_at_a_time
+def deactivate(model: nn.Module, *names: str) -> None:
+    """Let adapters add nothing, and cost nothing. They keep their values. No name: all of them.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: the model has no such adapter, or it is merged.
+    """
+    layers = _layers_with(model, names)
+    _check_not_merged(layers, names or adapter_names(model))
+    for layer in layers:
+        layer.active = tuple(name for name in layer.active if names and name not in names)
+
+
+@one_at_a_time
+def delete_adapter(model: nn.Module, name: str) -> nn.Module:
+    """Remove an adapter. Where it was a layer's last, the base takes the layer's place again, with its hooks.
+
+    Returns:
+        The model, changed in place; or the base, when the root itself was the layer.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: the model has no such adapter, or it is merged.
+    """
+    layers = _layers_with(model, [name])
+    _check_not_merged(layers, [name])
+    model = swap(model, {layer: layer.base for layer in layers if [*layer.adapters] == [name]})
+    for layer in adapted_layers(model):
+        if name in layer.adapters:
+            layer.active = tuple(other for other in layer.active if other != name)
+            del layer.adapters[name]
+    return model
+
+
+@one_at_a_time
+def merge_adapter(model: nn.Module, name: str) -> None:
+    """Compute with a copy of every base that has the adapter folded in: ``W + (alpha / rank) B A``.
+
+    The base is kept beside the copy, unchanged, and is what ``state_dict`` holds. A merged adapter is
+    in the output, active or not, and does not train; the others add their updates as before. The copy
+    of a half-precision base is rounded once more; that of a 4-bit base is quantized once more, and a
+    warning says what error that adds. Values that are changed in place later are not in the copy:
+    unmerge first. ``load_state_dict`` makes the copy again.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: the model has no such adapter, one is merged already, or an adapted weight cannot be
+            stored. The model is left as it was.
+    """
+    layers = _layers_with(model, [name])
+    merged = _merged(layers)
+    if merged:
+        raise ValueError(f"adapter {merged!r} is merged already: call unmerge_adapter(model) first")
+    copies = fold(model, lambda layer: (name,) if name in layer.adapters else ())
+    for layer in layers:
+        if layer in copies:
+            layer.merge(name, copies[layer])
+
+
+@one_at_a_time
+def unmerge_adapter(model: nn.Module) -> None:
+    """Undo ``merge_adapter``, bit for bit: the kept bases compute again, and the copies are gone.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: nothing is merged.
+    """
+    layers = _layers_with(model, ())
+    if not _merged(layers):
+        raise ValueError(f"no adapter of {type(model).__name__} is merged: call merge_adapter(model, name) first")
+    for layer in layers:
+        layer.merged = layer.merged_base = None
+
+
+def check_name(name: str) -> None:
+    """Raise unless an adapter can be called so.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: empty, with a dot, or an attribute of nn.ModuleDict.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r} must be a string")
+    if not name or "." in name or hasattr(nn.ModuleDict, name) or name in vars(nn.ModuleDict()):
+        raise ValueError(
+            f"name={name!r} must not be empty, hold a dot, or be an attribute of nn.ModuleDict; choose another"
+        )
+
+
+def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[LoRALinear, str]:
+    """Return every adapted layer with its first path, once the model is known to have all these adapters."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapter: add_adapter(model, name, LoRA()) adds one")
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"adapter={name!r} is unknown: {type(model).__name__} has {', '.join(known)}")
+    return layers
+
+
+def _merged(layers: Iterable[LoRALinear]) -> str | None:
+    return next((layer.merged for layer in layers if layer.merged is not None), None)
+
+
+def _check_not_merged(layers: Iterable[LoRALinear], names: Collection[str]) -> None:
+    merged = _merged(layers)
+    if merged is not None and merged in names:
+        raise ValueError(f"adapter {merged!r} is merged into the base: call unmerge_adapter(model) first")

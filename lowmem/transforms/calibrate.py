@@ -1,0 +1,238 @@
+"""Convert a model to 4 bits, its linear layers quantized against their inputs, so that it computes nearly as before.
+
+The model runs over samples of its inputs once for each layer, and only as far as that layer.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.nn.fourbit import FourBit
+from lowmem.quant.tensor import QuantizedTensor
+from lowmem.transforms.convert import Store, layers_to_convert, rebuild, swap, weight_key
+from lowmem.transforms.gptq import Inputs, quantize_against, what_inputs_say
+from lowmem.transforms.registry import layer_name
+
+__all__ = ["calibrate"]
+
+_DEFAULT = FourBit()
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    technique: FourBit = _DEFAULT,
+    *,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    skip: str | Iterable[str] = (),
+    damping: float = 0.01,
+) -> nn.Module:
+    """Convert a model to 4 bits as ``convert`` does, with the linear layers quantized against their inputs.
+
+    Layer by layer, in the order that they are called, with the layers before in 4 bits already: the model runs over
+    all batches, as far as the layer, for each one (layers that get the same input share a run). So the memory is
+    that of one layer's inputs at a time: their second moments, float32 (in, in), and a few copies while it is
+    quantized. The model runs in evaluation mode, without gradients. Every row of an input counts: leave out padding
+    that should not. Embeddings, convolutions and linear layers that share a weight are quantized by their weights
+    alone, and so is, with a warning, what no batch reached. Scales are searched for, unless ``search=False``.
+
+    Args:
+        model: any module; the root itself can be the layer.
+        batches: inputs of the model, the same at each iteration (a list, a DataLoader): each is a Tensor, a tuple or
+            list of positional arguments, or a mapping of keyword arguments. A few thousand rows, typical ones.
+        technique: how to store; of several formats each layer gets the one with the least weighted error.
+        where: called with (path, module); a layer is taken only where it returns True, for all its paths.
+        skip: glob patterns of paths that are left alone.
+        damping: above 0, what is added to the second moments' diagonal, as a part of its mean. More of it trusts
+            the inputs less.
+
+    Returns:
+        The model, changed in place; or the new layer, when the root itself was the layer. Layers that were calibrated
+        have ``quantized.method == "calibrated"``.
+
+    Raises:
+        TypeError: batches that cannot be iterated again, a batch of another kind, or a technique that is not FourBit.
+        ValueError: no batches, a bad damping, or what ``convert`` refuses. After any error, also one of the
+            model's own, it is as it was.
+
+    Warns:
+        UserWarning: layers that no batch reached, or whose inputs were all zero or not finite.
+    """
+    _check_arguments(batches, technique, damping)
+    technique = replace(technique, search=technique.search is not False)
+    candidates = layers_to_convert(model, (technique,), where, skip)
+    layers: list[Any] = list(candidates)
+    held = Counter(weight_key(layer.weight) for layer in layers)
+    linear = [layer for layer in layers if type(layer) is nn.Linear and held[weight_key(layer.weight)] == 1]
+    store, replacements = Store(), dict[nn.Module, nn.Module]()
+    without: dict[nn.Module, str] = {}  # why a layer's inputs were of no use
+
+    with _rehearsal(model) as stand_in:
+
+        def put(layer: nn.Module, store_by: Callable[[Any], Callable[[Tensor, str], Any]]) -> None:
+            replacements[layer] = rebuild(layer, (technique,), candidates[layer], {}, store_by)
+            stand_in(layer, replacements[layer])
+
+        for layer in layers:
+            if layer not in linear:
+                put(layer, store.by)
+        groups, calls = _in_order(model, batches, linear)
+        for group in groups:
+            inputs = what_inputs_say(_moments(model, batches, group[0], calls[group[0]]), damping)
+            for layer in group:
+                if inputs is None:
+                    without[layer] = "its inputs are all zero, or hold NaN or infinite values"
+                    put(layer, store.by)
+                else:
+                    put(layer, _calibrated_by(inputs))
+            del inputs  # before the next one's are gathered
+        for layer in linear:
+            if layer not in replacements:
+                without[layer] = "no batch reached it"
+                put(layer, store.by)
+    if without:
+        named = "; ".join(f"{layer_name(candidates[layer])}: {why}" for layer, why in without.items())
+        warnings.warn(f"layers were quantized by their weights alone ({named})", UserWarning, stacklevel=2)
+    for layer, made in replacements.items():
+        made.train(layer.training)
+    return swap(model, replacements)
+
+
+def _check_arguments(batches: object, technique: object, damping: object) -> None:
+    if type(technique) is not FourBit:
+        raise TypeError(f"technique={technique!r} must be a FourBit; convert applies the others")
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
+        raise ValueError(f"damping={damping!r} must be a number above 0; 0.01 suits most models")
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, which can be read only once; pass a list of it: list(batches)"
+        )
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is a {type(batches).__name__}; pass a list of batches, if only of one: [batch]")
+
+
+@contextmanager
+def _rehearsal(model: nn.Module) -> Iterator[Callable[[nn.Module, nn.Module], None]]:
+    """Make the model ready to run, let a layer be computed by another, and undo all of it in the end."""
+    modes = {module: module.training for module in model.modules()}
+    forwards: dict[nn.Module, Any] = {}
+    fused = torch.backends.mha.get_fastpath_enabled()
+
+    def stand_in(layer: nn.Module, other: nn.Module) -> None:
+        forwards[layer] = vars(layer).get("forward")
+        vars(layer)["forward"] = other.forward
+
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # it passes over the layers of nn.TransformerEncoderLayer
+        with torch.no_grad():
+            yield stand_in
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for layer, forward in forwards.items():
+            del vars(layer)["forward"]
+            if forward is not None:
+                vars(layer)["forward"] = forward
+        for module, training in modes.items():
+            module.training = training
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Tensor):
+        model(batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}; it must be a Tensor, a tuple or list of the model's arguments, or "
+            "a mapping of its keyword arguments"
+        )
+
+
+def _in_order(
+    model: nn.Module, batches: Iterable[Any], layers: Iterable[nn.Module]
+) -> tuple[list[list[nn.Module]], Counter[nn.Module]]:
+    """Return the layers by their first call, those together that get the same inputs, and each one's calls in a run.
+
+    Raises:
+        TypeError: a batch of a wrong kind.
+        ValueError: no batches.
+    """
+    total, most, now = (Counter[nn.Module]() for _ in range(3))
+    first: dict[nn.Module, set[nn.Module]] = {}  # which layers got a layer's inputs before it, itself included
+    last: tuple[Tensor, int, nn.Module] | None = None  # the last input, its version, and which layer got it first
+
+    def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        nonlocal last
+        x = args[0] if args else kwargs["input"]
+        version = -1 if x.is_inference() else x._version
+        if last is None or version < 0 or last[0] is not x or last[1] != version:
+            last = x, version, layer
+        first.setdefault(layer, set()).add(last[2])
+        now[layer] += 1
+
+    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
+    try:
+        runs = 0
+        for batch in batches:
+            _run(model, batch)
+            total += now
+            most |= now  # the maximum of both
+            now.clear()
+            last, runs = None, runs + 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not runs:
+        raise ValueError("batches is empty: pass one batch at least, or use convert, which needs none")
+    groups: dict[nn.Module, list[nn.Module]] = {}
+    for layer, leaders in first.items():
+        leader = next(iter(leaders))
+        together = len(leaders) == 1 and leader in groups and total[leader] == total[layer]
+        groups.setdefault(leader if together else layer, []).append(layer)
+    return list(groups.values()), most
+
+
+class _Stop(BaseException):
+    """Ends a run of the model once the layer has its input; not an Exception, which a model might catch."""
+
+
+def _moments(model: nn.Module, batches: Iterable[Any], layer: Any, calls: int) -> Tensor:
+    """Return the mean of ``x^T x`` over the rows x of a layer's inputs: float32 (in, in)."""
+    columns = layer.weight.shape[-1]
+    sums = torch.zeros(columns, columns, device=layer.weight.device)
+    rows = left = 0
+
+    def add(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        nonlocal rows, left
+        x = (args[0] if args else kwargs["input"]).reshape(-1, columns).float()
+        sums.addmm_(x.T, x)
+        rows, left = rows + len(x), left - 1
+        if not left:
+            raise _Stop
+
+    handle = layer.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        for batch in batches:
+            left = calls
+            with suppress(_Stop):
+                _run(model, batch)
+    finally:
+        handle.remove()
+    return sums.div_(max(1, rows))
+
+
+def _calibrated_by(inputs: Inputs) -> Callable[[FourBit], Callable[[Tensor, str], QuantizedTensor]]:
+    """Return what ``Store.by`` is for the weights of layers that get these inputs."""
+    return lambda technique: lambda weight, name: quantize_against(weight, technique, inputs)

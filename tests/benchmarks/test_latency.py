@@ -1,0 +1,831 @@
+"""The latency gate: verdicts from times, rounds with processes in a fake's place, what it shows, and bad input."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import lowmem
+from benchmarks.cases import BATCHES
+from benchmarks.latency import builds, gate, instructions, proof, rounds, show, worker, workloads
+from benchmarks.latency.__main__ import main, one_line, parse
+from benchmarks.latency.builds import Commit, Environment, GateError
+from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different
+from lowmem.testing.verdicts import Row, Verdict
+from tests.compiled import on_threads
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def outside_of_hooks(monkeypatch):
+    """Let git take the repositories that tests make, where a hook runs the tests, too."""
+    for name in builds.OF_A_HOOK:
+        monkeypatch.delenv(name, raising=False)
+
+
+BASE, HEAD = Commit("b" * 40, "main"), Commit("a" * 40, "HEAD")
+
+
+def times(slowdown=1.0, rounds=15, noise=0.01, seed=0, clock="cpu"):
+    """Return times of a head that is so much slower, with noise in each round."""
+    generator = np.random.default_rng(seed)
+    base, head, again = np.exp(generator.normal(scale=noise, size=(3, rounds)))
+    return Times(clock, list(base), list(head * slowdown), list(again))
+
+
+def verdicts(first, second=None, threshold=0.05, others=3):
+    """Judge one workload among others that stayed the same."""
+    quiet = {f"other {i}": times(seed=i + 1) for i in range(others)}
+    rows = judge({"one": first, **quiet}, {} if second is None else {"one": second}, threshold)
+    assert [row.verdict for row in rows[1:]] == ["same"] * others
+    return rows[0]
+
+
+# What makes a verdict
+
+
+def test_a_slowdown_that_is_found_again_fails():
+    row = verdicts(times(1.10, rounds=6), times(1.10, seed=9))
+    assert row.verdict == "slower"
+    assert 1.05 < row.low < row.ratio < row.high
+    assert row.ratio == pytest.approx(1.10, abs=0.02)
+    assert "in 15 fresh rounds" in row.says
+
+
+def test_the_floor_counts_noise_in_either_direction():
+    unsteady = times(noise=0.001)
+    unsteady.again = [second / 2 for second in unsteady.again]
+    row = verdicts(times(1.10, rounds=6), replace(unsteady, head=[1.3 * base for base in unsteady.of_base()]))
+    assert row.verdict == "same"
+    assert "base differs from base" in row.says
+
+
+def test_p_values_are_corrected_for_all_workloads():
+    """Eight rounds that agree: 2 * 2**-8 is below ALPHA, 4 * 2**-8 is not."""
+    eight = times(1.10, rounds=8, noise=0.001)
+    assert verdicts(times(1.10, rounds=6), eight, others=1).verdict == "slower"
+    row = verdicts(times(1.10, rounds=6), eight, others=3)
+    assert row.verdict == "same"
+    assert "do not agree" in row.says
+
+
+def test_an_improvement_beyond_the_threshold_is_reported_and_passes():
+    row = verdicts(times(0.8, rounds=6), times(0.8, seed=9))
+    assert row.verdict == "faster"
+    assert Verdict.of_rows("latency", "b", "h", {}, [row]).passed
+
+
+def test_what_is_not_found_again_in_fresh_processes_passes():
+    row = verdicts(times(1.3, rounds=6), times(1.0, seed=9))
+    assert row.verdict == "same"
+    assert "within the threshold" in row.says
+    assert row.ratio == pytest.approx(1.0, abs=0.02)  # the second look is what is shown
+
+
+def test_a_slowdown_below_the_threshold_passes():
+    assert verdicts(times(1.06, rounds=6, noise=0.001), times(1.04, noise=0.001)).verdict == "same"
+    assert verdicts(times(1.08, rounds=6), times(1.08), threshold=0.2).verdict == "same"
+
+
+def test_a_slowdown_no_larger_than_base_against_base_passes():
+    unsteady = times(1.10, noise=0.001)
+    unsteady.again = [2.0 * second for second in unsteady.again]
+    row = verdicts(times(1.10, rounds=6), unsteady)
+    assert row.verdict == "same"
+    bare = replace(
+        unsteady, head=[1.4 * 1.3 for _ in unsteady.head]
+    )  # 1.3 times base's center, below the factor of 2
+    row = verdicts(times(1.10, rounds=6), bare)
+    assert row.verdict == "same"
+    assert "base differs from base" in row.says
+
+
+def test_rounds_that_do_not_agree_pass():
+    """An estimate beyond the threshold from rounds of which five in twelve point the other way."""
+    head = [1.6] * 7 + [0.75] * 5
+    mixed = Times("wall", [1.0] * 12, head, [1.0] * 12)
+    assert mixed.ratio().value > 1.05
+    row = verdicts(times(1.10, rounds=6), mixed)
+    assert row.verdict == "same"
+    assert "do not agree" in row.says
+
+
+def test_the_rounds_are_enough_after_the_correction_over_all_workloads():
+    """Holm's correction multiplies the least p-value by the number of workloads: 2**-15 has to survive that."""
+    every = len(workloads.workloads())
+    assert 2**-gate.AGAIN_ROUNDS * every < ALPHA
+    assert verdicts(times(1.10, rounds=6), times(1.10, seed=4), others=every - 1).verdict == "slower"
+
+
+def test_rounds_let_each_side_begin_as_often():
+    assert gate.FIRST_ROUNDS % len(rounds.SIDES) == 0
+    assert gate.AGAIN_ROUNDS % len(rounds.SIDES) == 0
+    long = [number for number in range(gate.FIRST_ROUNDS) if number % gate.LONG_EVERY == 0]
+    assert sorted(number % len(rounds.SIDES) for number in long) == [0, 1, 2]
+
+
+def test_noise_alone_fails_in_no_run_of_many():
+    """Base against base: what looks different by chance, does not do so again."""
+    suspects, second = {}, {}
+    for number in range(200):
+        found = times(rounds=6, noise=0.05 + 0.001 * number, seed=number)
+        if looks_different(found, 0.05):
+            suspects[f"w{number}"] = found
+            second[f"w{number}"] = times(noise=0.05 + 0.001 * number, seed=1000 + number)
+    assert len(suspects) > 50
+    few = list(suspects)[::4]
+    rows = judge({name: suspects[name] for name in few}, {name: second[name] for name in few}, 0.05)
+    assert all(row.verdict == "same" for row in rows)
+
+
+def test_what_looks_different_is_beyond_the_threshold_on_either_side():
+    assert looks_different(Times("cpu", [1.0] * 6, [1.06] * 6, [1.0] * 6), 0.05)
+    assert looks_different(Times("cpu", [1.0] * 6, [0.94] * 6, [1.0] * 6), 0.05)
+    assert not looks_different(Times("cpu", [1.0] * 6, [1.04] * 6, [1.0] * 6), 0.05)
+
+
+def test_identical_times_are_the_same_exactly():
+    row = verdicts(Times("cpu", [1.0] * 6, [1.0] * 6, [1.0] * 6))
+    assert (row.ratio, row.low, row.high, row.verdict) == (1.0, 1.0, 1.0, "same")
+
+
+# Rounds
+
+
+class Fake:
+    """A worker without a process: a call of a workload takes as long as ``seconds`` says."""
+
+    def __init__(self, seconds, errors=(), clocks=None):
+        self.seconds, self.errors, self.requests, self.closed = seconds, set(errors), [], False
+        self.clocks = clocks or dict.fromkeys(seconds, "cpu")
+
+    def hello(self):
+        return {"workloads": self.clocks}
+
+    def send(self, **request):
+        self.requests.append(request)
+
+    def answer(self):
+        request = self.requests[-1]
+        name = request.get("set_up") or request["time"]
+        return {"error": "AttributeError: new"} if name in self.errors else {"seconds": self.seconds[name]}
+
+    def close(self):
+        self.closed = True
+
+
+def start_with(head, base=None, head_errors=(), base_errors=(), log=None):
+    base = base or dict.fromkeys(head, 0.001)
+
+    def start(number):
+        sides = [Fake(base, base_errors), Fake(head, head_errors), Fake(base, base_errors)]
+        if log is not None:
+            log.append((number, sides))
+        return sides
+
+    return start
+
+
+OPTIONS = gate.Options("main", 0.05, Path("unused"))
+
+
+def compared(start, options=OPTIONS):
+    return {row.name: row for row in gate.compare(start, options, lambda what: None)}
+
+
+def test_a_workload_that_head_lost_is_missing():
+    def start(number):
+        with_both, alone = {"a": 0.001, "gone": 0.001}, {"a": 0.001}
+        head = Fake(with_both, errors=("gone",), clocks=dict.fromkeys(alone, "cpu"))
+        return [Fake(with_both), head, Fake(with_both)]
+
+    found = compared(start)
+    assert {name: row.verdict for name, row in found.items()} == {"a": "same", "gone": "missing"}
+
+
+def test_a_base_that_can_run_nothing_is_no_verdict():
+    with pytest.raises(GateError, match="base can run no workload"):
+        compared(start_with({"a": 0.001}, base_errors=("a",)))
+
+
+def test_a_slower_head_is_measured_again_in_fresh_processes_alone():
+    log = []
+    found = compared(start_with({"a": 0.001, "b": 0.0012}, log=log))
+    assert (found["a"].verdict, found["b"].verdict) == ("same", "slower")
+    assert len(log) == gate.FIRST_ROUNDS + gate.AGAIN_ROUNDS
+    again = {
+        request.get("set_up") for _, sides in log[gate.FIRST_ROUNDS :] for side in sides for request in side.requests
+    }
+    assert again == {"b", None}
+    assert all(side.closed for _, sides in log for side in sides)
+
+
+def test_nothing_is_measured_again_where_nothing_looks_different():
+    log = []
+    assert compared(start_with({"a": 0.001}, log=log))["a"].verdict == "same"
+    assert len(log) == gate.FIRST_ROUNDS
+
+
+def test_a_slow_start_of_the_day_is_no_slowdown():
+    """Slow in the first rounds only: the head of these processes, not of the code."""
+
+    def start(number):
+        return start_with({"a": 0.002 if number < gate.FIRST_ROUNDS else 0.001})(number)
+
+    assert compared(start)["a"].verdict == "same"
+
+
+def test_what_base_lacks_is_new_and_what_head_lacks_fails():
+    found = compared(start_with({"a": 0.001, "b": 0.001}, base_errors=["a"]))
+    assert (found["a"].verdict, found["b"].verdict) == ("new", "same")
+    found = compared(start_with({"a": 0.001, "b": 0.001}, head_errors=["a"]))
+    assert found["a"].verdict == "missing"
+    assert "AttributeError" in found["a"].says
+    assert not Verdict.of_rows("latency", "b", "h", {}, list(found.values())).passed
+
+
+def test_what_neither_side_runs_is_no_verdict():
+    with pytest.raises(GateError, match="neither base nor head can run the workload 'a': AttributeError: new"):
+        compared(start_with({"a": 0.001}, head_errors=["a"], base_errors=["a"]))
+
+
+def test_a_pattern_chooses_workloads_and_one_that_chooses_none_is_refused():
+    start = start_with({"save": 0.001, "load": 0.001})
+    assert list(compared(start, replace(OPTIONS, workloads="s*"))) == ["save"]
+    with pytest.raises(GateError, match="no workload is called 'x'"):
+        compared(start, replace(OPTIONS, workloads="x"))
+
+
+def test_sides_take_turns_there_and_back_and_change_who_begins():
+    order = []
+
+    class Told(Fake):
+        def __init__(self, name):
+            super().__init__({"w": 0.001})
+            self.name = name
+
+        def send(self, **request):
+            if "time" in request:
+                order.append(self.name)
+            super().send(**request)
+
+    rounds.measure(lambda number: [Told("b"), Told("h"), Told("a")], range(3), only=lambda name: True)
+    assert "".join(order) == "bhaahb" + "habbah" + "abhhba"
+
+
+def test_short_calls_fill_a_turn_and_long_ones_take_part_in_each_second_round():
+    log = []
+    head = {"short": 1e-4, "long": 0.5}
+    found, _ = rounds.measure(start_with(head, head, log=log), range(6), only=lambda name: True, long_every=2)
+    assert (len(found["short"].head), len(found["long"].head)) == (6, 3)
+    calls = {request["time"]: request["calls"] for request in log[0][1][0].requests if "time" in request}
+    assert calls == {"short": 200, "long": 1}
+
+
+def test_all_workers_are_closed_when_one_fails():
+    log = []
+    with pytest.raises(GateError):
+        rounds.measure(
+            start_with({"a": 0.1}, head_errors="a", base_errors="a", log=log), range(1), only=lambda name: True
+        )
+    assert [side.closed for side in log[0][1]] == [True] * 3
+
+
+def stub(tmp_path, code):
+    """Return a harness whose worker runs this code."""
+    package = tmp_path / "harness" / "benchmarks" / "latency"
+    package.mkdir(parents=True)
+    for directory in (package.parent, package):
+        (directory / "__init__.py").write_text("")
+    (package / "worker.py").write_text(code)
+    return tmp_path / "harness"
+
+
+def test_a_worker_that_dies_is_an_error_that_says_what_it_said(tmp_path):
+    harness = stub(tmp_path, "import sys\nprint('{}', flush=True)\nsys.stdin.readline()\nsys.exit('out of luck')")
+    side = rounds.Worker(Environment(HEAD, Path(sys.executable), True), harness, tmp_path / "round", 0)
+    try:
+        assert side._read("start") == {}
+        side.send(set_up="a workload")
+        with pytest.raises(
+            GateError, match=r"a worker of aaaaaaaaaaaa \(HEAD\) ended \(1\) at a workload: out of luck"
+        ):
+            side.answer()
+    finally:
+        side.close()
+
+
+def test_a_worker_that_imports_another_lowmem_is_refused(tmp_path):
+    harness = stub(tmp_path, 'print(\'{"lowmem": "/elsewhere/lowmem/__init__.py"}\', flush=True)\ninput()')
+    side = rounds.Worker(Environment(HEAD, Path(sys.executable), True), harness, tmp_path / "round", 0)
+    try:
+        with pytest.raises(GateError, match="imports lowmem from .*elsewhere"):
+            side.hello()
+    finally:
+        side.close()
+
+
+def test_directories_and_variables_of_the_sides_are_equally_long(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(rounds, "Worker", lambda *arguments: made.append(arguments))
+    one, other = (Environment(commit, tmp_path, True) for commit in (BASE, HEAD))
+    rounds.starter(one, other, tmp_path / "harness", tmp_path)(7)
+    assert [environment.commit for environment, *_ in made] == [BASE, HEAD, BASE]
+    assert len({len(str(directory)) for _, _, directory, _ in made}) == 1
+    assert {seed for *_, seed in made} == {7}
+
+
+def test_a_compiled_kernel_is_not_compared_with_plain_torch():
+    with_kernel, without = Environment(BASE, Path(), True), Environment(HEAD, Path(), False)
+    with pytest.raises(GateError, match=r"the C kernel of aaaaaaaaaaaa \(HEAD\) does not compile"):
+        gate.check_kernels(with_kernel, without)
+    gate.check_kernels(without, without)
+
+
+# The worker and its workloads
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_of_bursts_the_quickest_counts():
+    clock, durations = Clock(), iter([9.0, 1.0, 2.0, 50.0, 3.0])
+
+    def run():
+        clock.now += next(durations)
+
+    assert worker.least_seconds(run, 5, clock) == 1.0
+
+
+def test_a_burst_is_the_mean_of_its_calls():
+    clock, durations = Clock(), iter([1.0, 3.0] * 5)
+
+    def run():
+        clock.now += next(durations)
+
+    assert worker.least_seconds(run, 10, clock) == 2.0
+
+
+def test_a_worker_sets_up_times_and_answers_with_errors(monkeypatch):
+    calls = []
+
+    def fails():
+        raise AttributeError("not in this version")
+
+    known = {
+        "good": workloads.Workload(lambda: lambda: calls.append("good")),
+        "bad": workloads.Workload(fails, clock="wall"),
+    }
+    monkeypatch.setattr(workloads, "workloads", lambda: known)
+    asked = [{"set_up": "good"}, {"time": "good", "calls": 10}, {"set_up": "bad"}, {"time": "good", "calls": 1}]
+    with on_threads(2):
+        said = list(worker.serve(io.StringIO("\n".join(map(json.dumps, asked)))))
+    assert said[0]["workloads"] == {"good": "cpu", "bad": "wall"}
+    assert said[0]["lowmem"] == lowmem.__file__
+    assert [sorted(answer) for answer in said[1:4]] == [["seconds"], ["seconds"], ["error"]]
+    assert said[3]["error"] == "AttributeError: not in this version"
+    assert len(calls) >= 11
+
+
+def test_workloads_are_the_variants_times_the_batches_steps_formats_and_files():
+    names = set(workloads.workloads())
+    assert {f"inference {v} batch {b}" for v in lowmem.VARIANTS for b in BATCHES} <= names
+    assert {f"training step {v}" for v in lowmem.VARIANTS} <= names
+    assert {f"quantize {form}" for form in lowmem.FORMATS} <= names
+    assert {"save", "load"} <= names
+
+
+def test_a_small_layer_and_a_file_are_set_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = workloads.workloads()
+    assert known["small layer qlora_nf4"].set_up()().shape == (1, workloads.SMALL)
+    monkeypatch.setattr(workloads, "dense_model", lambda: lowmem.bignet.nn.Linear(8, 8))
+    workloads._saved.cache_clear()
+    try:
+        known["save"].set_up()()
+        assert isinstance(known["load"].set_up()(), lowmem.Linear4Bit)
+        assert len(list(tmp_path.glob("*/again"))) == 1
+    finally:
+        workloads._saved.cache_clear()
+
+
+def test_the_harness_has_what_workers_import_and_no_lowmem(tmp_path):
+    rounds.copy_harness(ROOT, tmp_path)
+    assert (tmp_path / "benchmarks" / "latency" / "worker.py").is_file()
+    assert not list(tmp_path.glob("lowmem*"))
+
+
+# Instructions
+
+
+def test_two_percent_more_instructions_fail_and_fewer_do_not():
+    base = {"same": 1000, "grew": 1000, "shrank": 1000, "gone": 5}
+    head = {"same": 1020, "grew": 1021, "shrank": 900, "fresh": 7}
+    found = {row.name: row.verdict for row in instructions.judge(base, head)}
+    assert found == {"same": "same", "grew": "grew", "shrank": "shrank", "gone": "missing", "fresh": "new"}
+
+
+def test_what_neither_side_can_count_is_no_verdict():
+    with pytest.raises(GateError, match="neither base nor head can run 'broken'"):
+        instructions.judge({"same": 1000, "broken": None}, {"same": 1000, "broken": None})
+    found = {row.name: row.verdict for row in instructions.judge({"a": 1, "b": None}, {"a": None, "b": 1})}
+    assert found == {"a": "missing", "b": "new"}
+
+
+def test_counting_nothing_is_no_verdict():
+    with pytest.raises(GateError, match="callgrind counted nothing"):
+        instructions.judge({}, {})
+
+
+def test_counts_are_read_by_the_name_of_their_dump(tmp_path):
+    (tmp_path / "callgrind.out.1").write_text("# x\ndesc: Trigger: Client Request: a, b\nsummary: 12\ntotals: 12\n")
+    (tmp_path / "callgrind.out.2").write_text("desc: Trigger: Program termination\ntotals: 99\n")
+    assert instructions.read_counts(tmp_path) == {"a, b": 12}
+
+
+def test_without_valgrind_the_gate_says_that_it_skipped(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    environment = Environment(HEAD, Path(sys.executable), True)
+    rows, notes = instructions.compare(environment, environment, tmp_path, tmp_path / "counts")
+    assert [row.verdict for row in rows] == ["skipped"]
+    assert "valgrind is not installed" in notes[0]
+    verdict = Verdict.of_rows("instructions", "b", "h", {}, rows, notes)
+    assert verdict.passed
+    assert "SKIPPED: valgrind is not installed" in show.headline(verdict)
+
+
+# What is shown
+
+
+ROWS = [
+    Row("w|1", "cpu seconds", 1.0, 1.1, 1.1, 1.08, 1.12, "slower", "+10.0% at first"),
+    Row("w2", "cpu seconds", 1.0, 1.01, 1.01, 0.99, 1.02),
+    Row("w3", "cpu seconds", 1.0, 0.5, 0.5, 0.4, 0.6, "faster", "-50.0%"),
+    Row("w4", "", verdict="new", says="base cannot run it"),
+]
+VERDICT = Verdict.of_rows("latency", "bbb (main)", "aaa (HEAD)", {"cores": 2}, ROWS, ["a note"])
+
+
+def printed(verdict, everything=False):
+    console = Console(file=io.StringIO(), width=120)
+    show.print_verdict(verdict, console, everything)
+    return console.file.getvalue()
+
+
+def test_the_table_shows_what_differs_failures_first_and_the_verdict_last():
+    text = printed(VERDICT)
+    lines = text.splitlines()
+    assert lines[-1] == "latency: FAILED: 1 slower, 1 faster, 1 new, 1 same"
+    assert text.index("SLOWER") < text.index("faster") < text.index("new")
+    assert "w2" not in text
+    assert "1 the same, from +1.0% to +1.0%" in text
+    assert "a note" in text
+    assert "w2" in printed(VERDICT, everything=True)
+
+
+def test_markdown_folds_what_stayed_the_same_and_escapes_names():
+    text = show.markdown(VERDICT)
+    assert text.startswith("### latency: FAILED")
+    assert "| w\\|1 | 1.100 | 1.080 to 1.120 | SLOWER | +10.0% at first |" in text
+    assert text.index("<details>") < text.index("| w2 ")
+
+
+def test_the_verdict_is_written_as_the_json_that_all_gates_write(tmp_path, monkeypatch):
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    show.write([VERDICT], tmp_path / "new" / "out")
+    content = json.loads((tmp_path / "new" / "out" / "latency.json").read_text())
+    assert {"gate", "passed", "base", "head", "machine", "rows"} <= content.keys()
+    assert content["passed"] is False
+    assert set(content["rows"][0]) == {"name", "figure", "base", "head", "ratio", "low", "high", "verdict", "says"}
+    assert content["rows"][3]["ratio"] is None
+    assert summary.read_text() == show.markdown(VERDICT)
+
+
+def test_a_verdict_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GateError, match="cannot be written"):
+        show.write([VERDICT], tmp_path / "file" / "out")
+
+
+# Commits and builds
+
+
+def in_git(directory, *arguments):
+    who = [
+        "-c",
+        "user.name=n",
+        "-c",
+        "user.email=e@localhost",
+        "-c",
+        "commit.gpgsign=false",
+        "-c",
+        "init.defaultBranch=m",
+    ]
+    done = subprocess.run(["git", "-C", str(directory), *who, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository of two commits, the first of them tagged ``old``."""
+    root = tmp_path / "repository"
+    root.mkdir()
+    in_git(root, "init", "-q")
+    for content in ("one", "two"):
+        (root / "setup.py").write_text(content)
+        in_git(root, "add", "-A")
+        in_git(root, "commit", "-qm", content)
+    in_git(root, "tag", "old", "HEAD~1")
+    return root
+
+
+def test_the_base_is_the_merge_base_with_the_reference(repository):
+    in_git(repository, "checkout", "-qb", "side", "old")
+    (repository / "other").write_text("")
+    in_git(repository, "add", "-A")
+    in_git(repository, "commit", "-qm", "side")
+    base, head, dirty = builds.resolve(repository, "m")
+    assert base.sha == in_git(repository, "rev-parse", "old")
+    assert head.sha == in_git(repository, "rev-parse", "HEAD")
+    assert not dirty
+    (repository / "other").write_text("changed")
+    assert builds.resolve(repository, "m")[2]
+
+
+@pytest.mark.parametrize("reference", ["nowhere", "", "--all", "old:setup.py", "x" * 500, "a b\nc"])
+def test_a_reference_that_is_no_commit_is_refused(repository, reference):
+    with pytest.raises(GateError, match="is no commit of this repository"):
+        builds.resolve(repository, reference)
+
+
+def test_a_directory_that_is_no_repository_is_refused(tmp_path):
+    with pytest.raises(GateError, match="is no git repository"):
+        builds.resolve(tmp_path, "main")
+
+
+def test_a_reference_without_a_common_ancestor_is_refused(repository):
+    in_git(repository, "checkout", "-q", "--orphan", "alone")
+    in_git(repository, "commit", "-qm", "alone")
+    with pytest.raises(GateError, match="no common ancestor"):
+        builds.resolve(repository, "m")
+
+
+def test_without_git_there_is_an_error(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(GateError, match="git is not installed"):
+        builds.resolve(repository, "m")
+
+
+def test_a_commit_is_exported_as_it_was_committed(repository, tmp_path):
+    (repository / "setup.py").write_text("not committed")
+    builds.export(repository, builds.resolve(repository, "old")[0], tmp_path / "tree")
+    assert (tmp_path / "tree" / "setup.py").read_text() == "one"
+
+
+def test_a_base_that_does_not_build_is_an_error_and_nothing_is_cached(repository, tmp_path):
+    base, _, _ = builds.resolve(repository, "old")
+    with pytest.raises(GateError, match=r"\(merge base of HEAD and old\) does not build: see .*build-.*\.log"):
+        builds.build_wheel(repository, base, tmp_path / "cache", tmp_path / "scratch")
+    assert not list((tmp_path / "cache").rglob("*.whl"))
+
+
+def test_a_wheel_is_taken_from_the_cache_until_something_in_it_changes(repository, tmp_path):
+    _, head, _ = builds.resolve(repository, "old")
+    cached = tmp_path / "wheels" / builds._key(repository, head, builds.PACKAGED) / "lowmem-0-py3-none-any.whl"
+    cached.parent.mkdir(parents=True)
+    cached.write_text("")
+    assert builds.build_wheel(repository, head, tmp_path, tmp_path / "scratch") == cached
+    (repository / "notes").write_text("no part of a wheel")
+    in_git(repository, "add", "-A")
+    in_git(repository, "commit", "-qm", "notes")
+    _, head, _ = builds.resolve(repository, "old")
+    assert builds.build_wheel(repository, head, tmp_path, tmp_path / "scratch") == cached
+    (repository / "setup.py").write_text("three")
+    in_git(repository, "commit", "-qam", "three")
+    _, head, _ = builds.resolve(repository, "old")
+    assert builds._key(repository, head, builds.PACKAGED) != cached.parent.name
+
+
+def test_only_the_compiled_kernel_is_kept_of_an_earlier_build(tmp_path):
+    kept, stale = tmp_path / "lib" / "_native.abi3.so", tmp_path / "lib" / "removed.py"
+    kept.parent.mkdir()
+    for path in (kept, stale):
+        path.write_text("")
+    builds._keep_kernel_alone(tmp_path)
+    assert kept.exists()
+    assert not stale.exists()
+
+
+def test_dependencies_are_found_where_they_are_imported_from():
+    for place in builds.dependencies():
+        assert Path(place).is_dir()
+
+
+# The command
+
+
+def said(capsys):
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert len(err) <= 300
+    assert "Traceback" not in err
+    assert not out
+    return err
+
+
+def test_a_reference_that_does_not_exist_is_one_line_and_exit_code_2(capsys):
+    assert main(["--base", "no/such" * 100]) == 2
+    assert "is no commit of this repository" in said(capsys)
+
+
+@pytest.mark.parametrize("threshold", ["0", "-5", "nan", "inf", "five", "", "1001", "5%%"])
+def test_a_threshold_that_is_no_percentage_is_refused(threshold, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([f"--threshold={threshold}", "--base", "HEAD"])
+    assert ended.value.code == 2
+    assert "must be a percentage" in said(capsys)
+
+
+def test_the_base_has_to_be_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "--base" in said(capsys)
+
+
+def test_a_threshold_is_a_percentage():
+    assert parse(["--base", "m", "--threshold", "7.5%"])[0].threshold == pytest.approx(0.075)
+    assert parse(["--base", "m"])[0].threshold == 0.05
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_built(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--base", "HEAD", "--output", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in said(capsys)
+
+
+@pytest.mark.parametrize(("rows", "code"), [(ROWS, 1), (ROWS[1:], 0)])
+def test_the_exit_code_says_whether_it_passed(rows, code, monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    verdict = Verdict.of_rows("latency", "bbb (main)", "aaa (HEAD)", {"cores": 2}, rows)
+    monkeypatch.setattr(gate, "run", lambda options, progress: [verdict])
+    assert main(["--base", "HEAD", "--output", str(tmp_path)]) == code
+    assert ("FAILED" if code else "passed") in capsys.readouterr().out
+    assert json.loads((tmp_path / "latency.json").read_text())["passed"] is not bool(code)
+
+
+def test_an_interrupted_gate_gives_no_verdict(monkeypatch, capsys):
+    def interrupted(options, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gate, "run", interrupted)
+    assert main(["--base", "HEAD"]) == 2
+    assert "interrupted" in said(capsys)
+
+
+def test_an_error_is_one_short_line():
+    line = one_line("a\nb " * 500)
+    assert line.count("\n") == 1
+    assert len(line) <= 300
+
+
+# pytest --against
+
+
+CONFTEST = "pytest_plugins = ['benchmarks.latency.plugin']"
+
+
+@pytest.mark.parametrize(
+    ("code", "test_fails", "wanted"), [(0, False, 0), (1, False, 1), (2, False, 2), (2, True, 1)]
+)
+def test_pytest_runs_the_gate_after_the_tests_and_takes_its_exit_code(
+    code, test_fails, wanted, pytester, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(builds, "resolve", lambda root, reference: None)  # not every clone has a branch main
+    monkeypatch.setattr("benchmarks.latency.__main__.main", lambda arguments: asked.append(arguments) or code)
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(f"def test_it():\n    assert {not test_fails}")
+    assert pytester.runpytest("--against", "main").ret == wanted
+    assert asked == [["--base", "main"]]
+
+
+def test_pytest_refuses_a_reference_that_does_not_exist_before_it_runs(pytester, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile("def test_it():\n    open('ran', 'w')")
+    done = pytester.runpytest_subprocess("--against", "no such reference")
+    assert done.ret == 2
+    (line,) = done.stderr.lines
+    assert "--against: " in line
+    assert not (pytester.path / "ran").exists()
+
+
+def test_pytest_runs_no_gate_unless_it_is_asked_to(pytester, monkeypatch):
+    monkeypatch.setattr("benchmarks.latency.__main__.main", lambda arguments: 1)
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile("def test_it():\n    assert True")
+    assert pytester.runpytest().ret == 0
+    assert pytester.runpytest("--against", "main", "--collect-only").ret == 0
+
+
+# The proof
+
+
+@pytest.mark.parametrize("case", [case for case in proof.CASES if case.file], ids=lambda case: case.name)
+def test_each_fault_can_be_planted(case):
+    text = (ROOT / case.file).read_text()
+    assert text.count(case.found) == 1
+    assert case.planted not in text
+    if case.file.endswith(".py"):
+        compile(text.replace(case.found, case.planted), case.file, "exec")
+
+
+def run_of(case, *gates):
+    return {"case": case.name, "alarms": {gate: ["a row"] for gate in gates}, "seconds": 60}
+
+
+def test_the_proof_holds_when_all_runs_are_there_and_right():
+    calm, fault = proof.CASES[0], proof.CASES[2]
+    assert proof.holds(calm, [run_of(calm)] * 10)
+    assert not proof.holds(calm, [run_of(calm)] * 9)
+    assert not proof.holds(calm, [run_of(calm)] * 9 + [run_of(calm, "latency")])
+    assert proof.holds(fault, [run_of(fault, "latency")] * 5)
+    assert not proof.holds(fault, [run_of(fault, "latency")] * 4 + [run_of(fault)])
+
+
+def test_the_proof_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "proof.json"
+    calm = proof.CASES[0]
+    proof.write_results(results, [run_of(calm)] * 8)
+    ran = []
+
+    class Planted:
+        def __init__(self, case):
+            self.case = case
+
+        def __enter__(self):
+            return tmp_path
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(proof, "planted", Planted)
+    monkeypatch.setattr(proof, "run_case", lambda case, *_: ran.append(case) or run_of(case))
+    arguments = ["--results", str(results), "--case", "base against base"]
+    assert proof.main(arguments) == 0
+    assert len(ran) == 2 + 10
+    assert proof.main(arguments) == 0
+    assert len(ran) == 12
+    assert "base against base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": [1]}', '{"runs": [{"case": "a"}]}'])
+def test_damaged_results_are_refused_and_kept(text, tmp_path, capsys):
+    results = tmp_path / "proof.json"
+    results.write_text(text)
+    assert proof.main(["--results", str(results), "--table"]) == 2
+    assert "holds no results of a proof" in capsys.readouterr().err
+    assert results.read_text() == text
+
+
+def test_the_geometric_mean_of_two_times_of_base_is_what_head_is_compared_with():
+    found = Times("cpu", [1.0, 1.0], [2.0, 2.0], [4.0, 4.0])
+    assert found.of_base() == [2.0, 2.0]
+    assert found.ratio().value == 1.0
+    assert math.isclose(found.floor(), 4.0)
+
+
+def test_the_page_shows_what_the_proof_found(tmp_path):
+    page = ROOT / "docs" / "benchmarking.md"
+    found = proof.read_results(proof.RESULTS)
+    assert f"{proof.BEGIN}{proof.table(found)}{proof.END}" in page.read_text()
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text())
+    proof.update_page(copy, [run_of(proof.CASES[2], "latency", "instructions")] * 5)
+    assert "| 10% in a kernel | 5 | 5 | 5 of 5 | instructions in 5, latency in 5 | 60 to 60 |" in copy.read_text()
+
+
+def test_a_page_without_a_place_for_the_table_is_refused(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    assert proof.main(["--table", "--results", str(tmp_path / "none.json"), "--page", str(page)]) == 2
+    assert "has no marks" in capsys.readouterr().err
+    assert page.read_text() == "nothing"

@@ -1,0 +1,100 @@
+"""The README's pictures show what the code measures and draws now."""
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from lowmem import backend
+from lowmem.testing.memory import THREADS
+from tests.compiled import on_threads
+
+pytest.importorskip("altair", reason="the pictures need the extra: pip install '.[report]'")
+pytest.importorskip("vl_convert", reason="the pictures need the extra: pip install '.[report]'")
+
+from benchmarks import pictures
+from lowmem.report.charts import Drawing
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+@pytest.fixture
+def specification(monkeypatch):
+    """Return what gives the specification of a picture without drawing it: fonts differ between machines."""
+    drawn = []
+    monkeypatch.setattr(pictures.charts, "_svg", lambda chart: drawn.append(chart) or "<svg></svg>")
+    return lambda name: pictures.data_of(pictures.PICTURES[name]().spec)
+
+
+def stored(name, theme):
+    root = ElementTree.parse(pictures.IMAGES / f"{name}-{theme}.svg").getroot()
+    return json.loads(root.find("{http://www.w3.org/2000/svg}metadata").text)
+
+
+def assert_same(got, wanted, path="", rel=0.02):
+    """To the last digit but for figures, which other versions of torch change by some temporaries."""
+    if isinstance(wanted, dict):
+        assert got.keys() == wanted.keys(), path
+        for key, value in wanted.items():
+            assert_same(got[key], value, f"{path}/{key}", rel)
+    elif isinstance(wanted, list):
+        assert len(got) == len(wanted), path
+        for number, value in enumerate(wanted):
+            assert_same(got[number], value, f"{path}/{number}", rel)
+    elif isinstance(wanted, float) or (isinstance(wanted, int) and not isinstance(wanted, bool)):
+        assert got == pytest.approx(wanted, rel=rel), path
+    elif path.endswith("/text") and re.fullmatch(r"[\d.,]+ \w+", wanted):
+        (size, unit), (other, same) = wanted.split(), got.split()
+        assert unit == same, path
+        assert float(other.replace(",", "")) == pytest.approx(float(size.replace(",", "")), rel=rel), path
+    else:
+        assert got == wanted, path
+
+
+@pytest.mark.parametrize("name", list(pictures.PICTURES))
+def test_a_picture_is_current(name, specification):
+    if name == "memory" and backend().startswith("reference"):
+        pytest.skip("the peaks are those of the compiled kernel, and this machine compiled none")
+    with on_threads(THREADS):  # each has scratch of its own
+        now = specification(name)
+    for theme in pictures.THEMES:
+        # The stored run is the same everywhere; only its logarithms are computed.
+        assert_same(json.loads(json.dumps(now)), stored(name, theme), rel=1e-12 if name == "speed" else 0.02)
+
+
+def test_a_figure_that_moved_is_seen():
+    with pytest.raises(AssertionError, match="/a/1"):
+        assert_same({"a": [1.0, 2.1]}, {"a": [1.0, 2.0]})
+    with pytest.raises(AssertionError, match="/text"):
+        assert_same({"text": "9.43 MiB"}, {"text": "8.43 MiB"})
+    with pytest.raises(AssertionError, match="/a"):
+        assert_same({"a": 1.001}, {"a": 1.0}, rel=1e-12)
+    with pytest.raises(AssertionError, match="/title"):
+        assert_same({"title": "Stored"}, {"title": "Kept"})
+
+
+@pytest.mark.parametrize("theme", list(pictures.THEMES))
+@pytest.mark.parametrize("name", list(pictures.PICTURES))
+def test_a_picture_stands_alone_in_its_colours(name, theme):
+    text = (pictures.IMAGES / f"{name}-{theme}.svg").read_text()
+    text = re.sub("<metadata>.*?</metadata>", "", text)  # where the specification names them
+    assert "var(" not in text
+    assert pictures.THEMES[theme]["ink"] in text
+    other = next(colours for mode, colours in pictures.THEMES.items() if mode != theme)
+    assert other["ink"] not in text
+
+
+def test_what_is_written_is_read_back():
+    drawing = Drawing('<svg a="1"><g fill="var(--ink)"/></svg>', "", {"$schema": "x", "title": "a < b & c"})
+    text = pictures.standalone(drawing, pictures.THEMES["dark"])
+    root = ElementTree.fromstring(text)
+    assert json.loads(root.find("metadata").text) == {"title": "a < b & c"}
+    assert pictures.THEMES["dark"]["ink"] in text
+
+
+def test_the_readme_shows_each_picture_in_both_themes():
+    for name in pictures.PICTURES:
+        assert f'srcset="docs/images/{name}-dark.svg"' in README
+        assert f'src="docs/images/{name}-light.svg"' in README

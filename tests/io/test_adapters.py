@@ -1,0 +1,222 @@
+"""An adapter alone: saved, loaded onto its own base, and refused by every other."""
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem import FourBit, LoRA, convert, load_adapter, save_adapter
+from lowmem.errors import FileError
+from lowmem.io.adapters import fingerprint
+from lowmem.io.container import read, write_tensors
+from tests.models import INDICES, TECHNIQUES, small
+
+
+def base(name="qlora", seed=0):
+    """The model that ``small`` adapts, without its adapter."""
+    model = small(name, seed)
+    return lowmem.delete_adapter(model, "default").eval()
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_an_adapter_comes_back_on_its_own_base(name, tmp_path):
+    model = small(name)
+    expected = model(INDICES)
+    save_adapter(model, tmp_path / "a")
+    assert all("lora_" in key for key in read(tmp_path / "a").tensors)
+    assert torch.equal(load_adapter(base(name), tmp_path / "a").eval()(INDICES), expected)
+    fresh = convert(base(name), TECHNIQUES[name][-1]).eval()  # has an adapter of that name, and takes the values
+    load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(fresh(INDICES), expected)
+    content = (tmp_path / "a").read_bytes()
+    save_adapter(fresh, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == content
+
+
+def test_several_adapters_are_saved_and_loaded_by_name(tmp_path):
+    model = base()
+    outputs = {}
+    for seed, name in enumerate(["french", "legal"]):
+        torch.manual_seed(seed)
+        lowmem.add_adapter(model, name, LoRA(seed + 1), skip=["conv", "again", "layers.0"] if seed else [])
+        with torch.no_grad():
+            for adapter in lowmem.adapter_layers(model, name).values():
+                adapter.lora_b.normal_()
+        lowmem.deactivate(model)
+        lowmem.activate(model, name)
+        outputs[name] = model.eval()(INDICES)
+        save_adapter(model, tmp_path / name, name)
+    with pytest.raises(ValueError, match="one of several adapters: french, legal"):
+        save_adapter(model, tmp_path / "x")
+    for name, expected in outputs.items():
+        assert torch.equal(load_adapter(base(), tmp_path / name).eval()(INDICES), expected)
+        renamed = load_adapter(base(), tmp_path / name, "mine")
+        assert lowmem.adapter_names(renamed) == ["mine"]
+    both = base()
+    for name in outputs:
+        load_adapter(both, tmp_path / name)
+    assert lowmem.active_adapters(both) == ["french", "legal"]
+
+
+def refused(model, path, message, **options):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(FileError, match=message) as caught:
+        load_adapter(model, path, **options)
+    assert str(path) in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600 + len(str(path))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_what_it_does_not_fit_is_left_as_it_was(tmp_path):
+    save_adapter(small("qlora"), tmp_path / "a")
+    refused(base(seed=1), tmp_path / "a", "trained on another base")
+    refused(small("dense"), tmp_path / "a", "trained on another base")
+    refused(small("nf4"), tmp_path / "a", "trained on another base")  # another block size
+    refused(nn.Sequential(nn.Linear(4, 4)), tmp_path / "a", "of another architecture")
+    narrow = base()
+    narrow.head = nn.Linear(20, 50)
+    refused(narrow, tmp_path / "a", "head.lora_a is .* the model takes")
+    odd = base()
+    odd.head = nn.modules.linear.NonDynamicallyQuantizableLinear(24, 50)
+    refused(odd, tmp_path / "a", "NonDynamicallyQuantizableLinear here: a subclass")
+    other_rank = convert(base(), LoRA(2))
+    refused(other_rank, tmp_path / "a", "an adapter 'default' of other layers, ranks")
+
+
+def test_other_files_are_refused(tmp_path):
+    lowmem.save(small("qlora"), tmp_path / "m")
+    refused(base(), tmp_path / "m", "no adapter alone")
+    (tmp_path / "p").write_bytes(b"\x80\x04.")
+    refused(base(), tmp_path / "p", "executed nothing")
+    with pytest.raises(ValueError, match="has no adapter"):
+        save_adapter(small("nf4"), tmp_path / "x")
+    with pytest.raises(TypeError, match="model must be"):
+        load_adapter([], tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": None}, "its metadata is not lowmem's: name=None must be a string; upgrade lowmem, or get the file"),
+        ({"name": "keys"}, "name='keys' must not be empty"),
+        ({"name": "\x1b[2J." * 10**5}, r"name='\\x1b\[2J"),
+        ({"base": 3}, "base=3 must be a string"),
+        ({"base": "0" * 64}, "trained on another base"),
+        ({"layers": []}, r"its record of the layers is not lowmem's: it is \[\], and must be an object"),
+        ({"layers": {}}, "its record of the layers is not lowmem's: it names no layer"),
+        (
+            {"layers": {"\x1b[2J": {"rank": 3, "alpha": 6, "dropout": 0.1}}},
+            r"adapts \\x1b\[2J, which the model has not",
+        ),
+        ({"more": 1}, "its metadata is not lowmem's: 'more' is unknown"),
+        ({"rank": 10**18}, r"head.lora_a is .*\(3, 24\) in it; the model takes \(10{18}, 24\) .* at rank 10{18}$"),
+        ({"rank": 2**63}, "at rank 9223372036854775808$"),
+        ({"rank": None}, "its record of head is not lowmem's: rank=None must be a positive integer"),
+        ({"alpha": "6"}, "alpha='6' must be a number"),
+        ({"dropout": True}, "dropout=True must be a number"),
+        ({"active": True}, "its record of head is not lowmem's: 'active' is unknown"),
+    ],
+)
+def test_a_record_that_says_something_else_is_refused(change, message, tmp_path):
+    save_adapter(small("qlora"), tmp_path / "a")
+    file = read(tmp_path / "a")
+    metadata = dict(file.metadata)
+    if change.keys() <= {"name", "base", "layers", "more"}:
+        metadata |= change
+    else:
+        metadata["layers"] = {**metadata["layers"], "head": {**metadata["layers"]["head"], **change}}
+    write_tensors(tmp_path / "b", file.tensors, metadata)
+    refused(base(), tmp_path / "b", message)
+
+
+def test_tensors_of_no_layer_are_named(tmp_path):
+    save_adapter(small("qlora"), tmp_path / "a")
+    file = read(tmp_path / "a")
+    write_tensors(tmp_path / "b", {**file.tensors, "\x1b[2J": torch.ones(1)}, file.metadata)
+    refused(base(), tmp_path / "b", r"it has tensors of no layer that it adapts, as '\\x1b\[2J'")
+
+
+class Places(nn.Module):
+    """One layer, in one place or in two."""
+
+    def __init__(self, twice):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 16)
+        if twice:
+            self.a = layer
+        self.b = layer
+
+
+def test_a_layer_that_stands_in_several_places_here_is_one(tmp_path):
+    model = lowmem.add_adapter(Places(False), "mine", LoRA(2))
+    nn.init.normal_(model.b.lora_b)
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(Places(True), tmp_path / "a")
+    assert loaded.a is loaded.b
+    assert torch.equal(loaded.a.lora_b, model.b.lora_b)
+    load_adapter(loaded, tmp_path / "a")  # onto its own
+    save_adapter(loaded, tmp_path / "b")
+    assert torch.equal(load_adapter(Places(True), tmp_path / "b").b.lora_b, model.b.lora_b)
+
+
+def test_a_merged_adapter_takes_no_values(tmp_path):
+    model = small("lora")
+    save_adapter(model, tmp_path / "a")
+    lowmem.merge_adapter(model, "default")
+    refused(model, tmp_path / "a", "is merged: call unmerge_adapter")
+
+
+def test_a_name_that_cannot_be_one_is_refused(tmp_path):
+    save_adapter(small("qlora"), tmp_path / "a")
+    for name in ("keys", "a.b", "", 7):
+        refused(base(), tmp_path / "a", "name=", name=name)
+
+
+def test_the_root_itself_can_be_adapted(tmp_path):
+    torch.manual_seed(0)
+    layer = convert(nn.Linear(16, 8), FourBit(), LoRA(2))
+    with torch.no_grad():
+        layer.lora_b.normal_()
+    save_adapter(layer, tmp_path / "a")
+    expected = layer(torch.ones(1, 16))
+    loaded = load_adapter(layer.base, tmp_path / "a")
+    assert torch.equal(loaded(torch.ones(1, 16)), expected)
+
+
+class Holds(nn.Module):
+    """A layer that stores one tensor under a name."""
+
+    def __init__(self, name: str, value: torch.Tensor):
+        super().__init__()
+        self.register_buffer(name, value)
+
+
+BYTES = torch.arange(6, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("other", BYTES.view(2, 3)),
+        ("a", BYTES.view(3, 2)),
+        ("a", BYTES),
+        ("a", BYTES.view(2, 3).view(torch.int8)),
+        ("a", BYTES.view(2, 3) + 1),
+    ],
+    ids=["name", "shape", "dimensions", "dtype", "bytes"],
+)
+def test_the_fingerprint_of_a_base_is_of_each_tensor_s_name_shape_dtype_and_bytes(name, value):
+    of = lambda *stored: fingerprint(nn.Sequential(Holds(*stored)), ["0"])  # noqa: E731
+    assert of(name, value) != of("a", BYTES.view(2, 3)) == of("a", BYTES.clone().view(2, 3))
+
+
+def test_the_fingerprint_is_of_the_layers_paths_and_of_those_named_alone():
+    one, other = (Holds("a", value) for value in (BYTES, BYTES + 1))
+    first = fingerprint(nn.Sequential(one, other), ["0"])
+    assert fingerprint(nn.Sequential(other, one), ["1"]) != first
+    assert fingerprint(nn.Sequential(one, one), ["0"]) == first
+    assert fingerprint(nn.Sequential(one, other), ["0", "1"]) != first

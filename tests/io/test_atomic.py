@@ -1,0 +1,419 @@
+"""A file is written whole or not at all."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lowmem.errors import FileError, printable, refusal, show
+from lowmem.io import atomic
+from lowmem.io.atomic import (
+    atomic_file,
+    check_free,
+    check_writable,
+    map_file,
+    open_regular,
+    write_atomically,
+    write_errors,
+)
+
+
+def test_it_writes_and_overwrites_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    for content in (b"one", b"two"):
+        write_atomically(path, content)
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    write_atomically(tmp_path / "link", b"content")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"content"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is a device or a pipe"):
+        check_writable(tmp_path / "pipe")
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, mode):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    path.chmod(0o4000 | mode)  # what is written has not earned the right to run as its owner
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", b"after")
+    assert path.read_bytes() == b"after"
+    assert path.stat().st_mode & 0o7777 == mode
+
+
+def test_a_private_file_is_private_while_it_is_written(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    path.chmod(0o600)
+    before = os.umask(0o022)
+    try:
+        with atomic_file(path) as file:
+            assert os.fstat(file.fileno()).st_mode & 0o077 == 0
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch, overwrite, failure):
+    path = tmp_path / ("file" if overwrite else "other")
+    (tmp_path / "file").write_bytes(b"before")
+
+    def fail(_):
+        raise failure
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(failure), match="No space left|^$"):
+        write_atomically(path, b"after", overwrite=overwrite)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]
+
+
+def test_without_overwrite_nothing_is_lost(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(FileExistsError, match="exists; remove it"):
+        write_atomically(path, b"after", overwrite=False)
+    with pytest.raises(FileExistsError, match="exists; remove it"):
+        check_free(path)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    check_writable(tmp_path / "fine")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(IsADirectoryError, match="is a directory; name a file in it"):
+        check_writable(tmp_path)
+    for function in (check_writable, lambda path: write_atomically(path, b"")):
+        with pytest.raises(OSError, match=r"cannot write '.*missing/file': No such file or directory; choose"):
+            function(tmp_path / "missing" / "file")
+
+
+@pytest.mark.parametrize("path", [Path("x" * 500), Path("x" * 500, "file"), Path(*["x" * 200] * 30)])
+def test_a_path_that_is_too_long_is_shortened_in_the_error(path):
+    for function in (check_writable, lambda path: write_atomically(path, b""), check_readable):
+        with pytest.raises(OSError, match=r"^cannot (read|write) '.*xxx\.\.\.xxx.*': File name too long; ") as caught:
+            function(path)
+        assert len(str(caught.value)) < 500
+
+
+def check_readable(path):
+    with open_regular(path):
+        pass
+
+
+def test_a_new_file_can_be_read_back_and_changed_before_it_gets_its_name(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with atomic_file(path) as file:
+        file.write(b"after")
+        file.seek(0)
+        assert file.read() == b"after"
+        file.seek(0)
+        file.write(b"A")
+        assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"After"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), ValueError("bad"), OSError(5, "Input/output error", "source")]
+)
+def test_what_the_block_raises_is_passed_on(tmp_path, failure):
+    def write():
+        with atomic_file(tmp_path / "file") as file:
+            file.write(b"half")
+            raise failure
+
+    with pytest.raises(type(failure)) as caught:
+        write()
+    assert caught.value is failure
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_at_the_end_is_an_error_too(tmp_path):
+    with pytest.raises(OSError, match="cannot write .*full.*: No space left on device; choose"), write_errors("full"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="Is a directory|cannot write"), atomic_file(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+PACKAGE = str(Path(atomic.__file__).parents[1])
+KILLED = """
+import os, signal, sys, types
+from pathlib import Path
+
+package = types.ModuleType("lowmem")  # without what its __init__ imports, which takes a while
+package.__path__ = [sys.argv[1]]
+sys.modules["lowmem"] = package
+from lowmem.io.atomic import atomic_file
+
+with atomic_file(Path(sys.argv[2])) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_a_save(path):
+    """Return the partial file that a killed process leaves of ``path``."""
+    before = set(path.parent.iterdir())
+    killed = subprocess.run([sys.executable, "-c", KILLED, PACKAGE, path], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (partial,) = set(path.parent.iterdir()) - before - {path}
+    assert partial.read_bytes() == b"half"
+    return partial
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="nothing is removed where files cannot be locked")
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_a_killed_save_left_is_removed_by_the_next_to_the_same_name(tmp_path, overwrite):
+    path = tmp_path / "file"
+    own = [tmp_path / name for name in (".lowmem-mine.partial", ".lowmem-0123456789abcdef.partial", "file.partial")]
+    for mine in own:
+        mine.write_bytes(b"mine")
+    other = kill_a_save(tmp_path / "other")
+    left = {kill_a_save(path), kill_a_save(path)}
+    (tmp_path / f"{next(iter(left)).name}.bak").write_bytes(b"mine")
+    kept = set(tmp_path.iterdir()) - left
+    write_atomically(path, b"after", overwrite=overwrite)
+    assert set(tmp_path.iterdir()) == kept | {path}
+    write_atomically(tmp_path / "other", b"", overwrite=overwrite)
+    assert not other.exists()
+
+
+def test_a_file_that_is_being_written_is_left_alone(tmp_path):
+    """By another process, by this one, and by one that has written everything and only renames."""
+    path = tmp_path / "file"
+    with atomic_file(path) as outer:
+        outer.write(b"outer")
+        for content in (b"inner", b"again"):
+            write_atomically(path, content)
+            assert path.read_bytes() == content
+    assert path.read_bytes() == b"outer"
+    waits = "import sys; sys.stdout.write('x'); sys.stdout.flush(); sys.stdin.read()"
+    script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", waits)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, PACKAGE, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.read(1) == b"x"
+        write_atomically(path, b"mine")
+        assert path.read_bytes() == b"mine"
+        process.stdin.close()
+    assert process.returncode == 0
+    assert path.read_bytes() == b"half"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
+    path, rename = tmp_path / "file", os.replace
+    during = []
+
+    def interrupted(partial, target):
+        if not during:
+            during.append(target)
+            write_atomically(path, b"meanwhile")
+        rename(partial, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    write_atomically(path, b"content")
+    assert during == [path]
+    assert path.read_bytes() == b"content"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_another_process_took_for_a_leftover_before_it_was_locked_is_made_again(
+    tmp_path, monkeypatch, times
+):
+    fcntl = pytest.importorskip("fcntl")
+    path, flock, seen = tmp_path / "file", fcntl.flock, []
+
+    def late(file, operation):
+        if operation & fcntl.LOCK_EX and len(seen) < times:
+            seen.append(set(tmp_path.iterdir()))
+            atomic._remove_leftovers(path)
+            assert list(tmp_path.iterdir()) == []
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_atomically(path, b"content")
+    assert len(seen) == times
+    assert path.read_bytes() == b"content"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_many_savers_of_one_name_all_succeed(tmp_path):
+    path = tmp_path / "file"
+    failures = []
+
+    def save(number):
+        try:
+            for _ in range(50):
+                write_atomically(path, bytes([number]) * 1000)
+        except BaseException as failure:  # noqa: BLE001  it would be lost with the thread
+            failures.append(failure)
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    content = path.read_bytes()
+    assert content == content[:1] * 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_only_regular_files_of_that_name_are_removed(tmp_path):
+    path = tmp_path / "file"
+    left = kill_a_save(path)
+    left.unlink()
+    (tmp_path / "mine").write_bytes(b"mine")
+    for make in (left.mkdir, lambda: os.mkfifo(left), lambda: left.symlink_to("mine")):
+        make()
+        write_atomically(path, b"")
+        assert os.path.lexists(left)
+        left.rmdir() if left.is_dir() else left.unlink()
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_files_cannot_be_locked_nothing_is_removed(tmp_path, monkeypatch, number):
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "file"
+    left = kill_a_save(path)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with atomic_file(path) as file:
+        file.write(b"content")
+        (unlocked,) = set(tmp_path.iterdir()) - {left}
+        monkeypatch.undo()
+        write_atomically(path, b"another")  # which cannot know that it is in use, but by its name
+        assert unlocked.exists()
+        assert not left.exists()
+        monkeypatch.setattr(fcntl, "flock", fail)
+    assert path.read_bytes() == b"content"
+    left = kill_a_save(path)
+    write_atomically(path, b"last")
+    assert set(tmp_path.iterdir()) == {path, left}
+
+
+def test_a_system_without_locks_writes_and_removes_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    left = kill_a_save(path)
+    monkeypatch.setattr(atomic, "fcntl", None)
+    for content in (b"one", b"two"):
+        write_atomically(path, content)
+        assert path.read_bytes() == content
+    assert set(tmp_path.iterdir()) == {path, left}
+
+
+def next_descriptor():
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    os.close(descriptor)
+    return descriptor
+
+
+def test_only_a_regular_file_is_opened(tmp_path):
+    before = next_descriptor()
+    with pytest.raises(OSError, match=r"cannot read '.*missing': No such file or directory; name a file that can"):
+        open_regular(tmp_path / "missing")
+    refused = [tmp_path, os.devnull]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        refused.append(tmp_path / "pipe")
+    for path in refused:
+        with pytest.raises(OSError, match="it is a directory, a device or a pipe; name a regular file"):
+            open_regular(path)
+    assert next_descriptor() == before
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    with open_regular(tmp_path / "link") as file:
+        assert file.read() == b"content"
+
+
+@given(st.text(st.characters()), st.integers(10, 300))
+@example("\x1b[2J" * 10**6, 200)
+def test_printable_text_is_one_short_line_without_control_characters(text, limit):
+    shown = printable(text, limit)
+    assert shown.isprintable()
+    assert len(shown) <= limit
+    assert printable(shown, limit) == shown
+    if text.isprintable() and len(text) <= limit:
+        assert shown == text
+
+
+@given(st.recursive(st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@example([["x" * 10**6] * 9] * 9)
+def test_a_value_in_an_error_is_one_short_line(value):
+    assert show(value).isprintable()
+    assert len(show(value)) <= 200
+    assert len(show("x" * 10**6)) <= 100
+    assert show("\x1b[2J") == "'\\x1b[2J'"
+
+
+@given(st.text(st.characters()))
+def test_the_error_that_refuses_a_file_is_one_short_line(reason):
+    error = refusal(Path("a\nb"), reason, "load")
+    assert isinstance(error, FileError)
+    assert str(error).startswith(r"cannot load 'a\nb': ")
+    assert str(error).isprintable()
+    assert len(str(error)) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("layers.0.weight", "layers.0.weight"),
+        ("Größe_重み_🗝 [red]", "Größe_重み_🗝 [red]"),
+        ("\x1b[2Ja\nb\r\t\0\x7f\x9b", r"\x1b[2Ja\nb\r\t\x00\x7f\x9b"),
+        ("\u202egnp\u2066\u200f\ufeff", r"\u202egnp\u2066\u200f\ufeff"),
+        ("\u2028\x85\ud800\U000e0041", r"\u2028\x85\ud800\U000e0041"),
+        ("a" * 150 + "b" * 150, "a" * 98 + "..." + "b" * 99),
+    ],
+)
+def test_only_what_a_terminal_may_obey_or_hide_is_escaped(text, shown):
+    assert printable(text) == shown
+
+
+def test_a_file_is_mapped_as_long_as_it_was_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    with open_regular(path) as file:
+        mapped = map_file(path, file, 7)
+        mapped[:1] = b"C"
+        assert mapped[:] == b"Content"
+        os.truncate(path, 6)
+        with pytest.raises(FileError, match=r"cannot read '.*file': it was cut while it was read; get it again"):
+            map_file(path, file, 7)

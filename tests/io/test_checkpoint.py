@@ -1,0 +1,412 @@
+"""What was saved is what is loaded, bit for bit, without the dense weights; and nothing else is ever loaded."""
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lowmem
+from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, load, measure, save
+from lowmem.errors import FileError
+from lowmem.io.container import read, write_tensors
+from lowmem.nn.lora import Adapter
+from tests.models import INDICES, TECHNIQUES, Small, small
+
+every_technique = pytest.mark.parametrize("name", TECHNIQUES)
+
+
+@every_technique
+def test_a_model_comes_back_bit_for_bit(name, tmp_path):
+    model = small(name)
+    save(model, tmp_path / "m")
+    loaded = load(tmp_path / "m", Small).eval()
+    assert torch.equal(loaded(INDICES), model(INDICES))
+    assert [(key, p.requires_grad, p.dtype) for key, p in loaded.named_parameters(remove_duplicate=False)] == [
+        (key, p.requires_grad, p.dtype) for key, p in model.named_parameters(remove_duplicate=False)
+    ]
+    assert repr(loaded) == repr(model)
+    assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+    assert measure.theoretical_bytes(loaded) == measure.theoretical_bytes(model)
+
+
+@every_technique
+def test_identical_models_give_identical_bytes_and_saving_over_the_mapped_file_works(name, tmp_path):
+    save(small(name), tmp_path / "a")
+    content = (tmp_path / "a").read_bytes()
+    loaded = load(tmp_path / "a", Small).eval()
+    before = loaded(INDICES)
+    save(loaded, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == content
+    assert torch.equal(loaded(INDICES), before)
+    save(small(name, seed=1), tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() != content
+    assert torch.equal(loaded(INDICES), before)  # what it sees is the file that it was loaded from
+
+
+def test_ties_and_shared_modules_are_stored_once_and_stay(tmp_path):
+    save(small("nf4"), tmp_path / "m")
+    assert not {"head.packed", "again.packed"} & set(read(tmp_path / "m").tensors)
+    loaded = load(tmp_path / "m", Small)
+    assert loaded.head.packed is loaded.embedding.packed
+    assert loaded.again is loaded.layers[0]
+
+
+def test_a_loaded_model_trains_and_changes_no_file(tmp_path):
+    save(small("qlora"), tmp_path / "m")
+    content = (tmp_path / "m").read_bytes()
+    model = load(tmp_path / "m", Small)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    model(INDICES).sum().backward()
+    optimizer.step()
+    assert (tmp_path / "m").read_bytes() == content
+    assert not torch.equal(model.eval()(INDICES), load(tmp_path / "m", Small).eval()(INDICES))
+
+
+def test_adapters_and_which_are_active_come_back(tmp_path):
+    model = small("qlora")
+    lowmem.add_adapter(model, "other", LoRA(2), skip=["head", "again"])
+    lowmem.deactivate(model, "default")
+    save(model, tmp_path / "m")
+    loaded = load(tmp_path / "m", Small).eval()
+    assert lowmem.adapter_names(loaded) == ["default", "other"]
+    assert lowmem.active_adapters(loaded) == ["other"]
+    assert torch.equal(loaded(INDICES), model.eval()(INDICES))
+
+
+def test_the_root_itself_can_be_the_layer(tmp_path):
+    for techniques in ((FourBit(),), (Half(), LoRA(2))):
+        model = convert(nn.Linear(16, 8), *techniques)
+        save(model, tmp_path / "m")
+        loaded = load(tmp_path / "m", lambda: nn.Linear(16, 8))
+        assert type(loaded) is type(model)
+        assert torch.equal(loaded(torch.ones(2, 16)), model(torch.ones(2, 16)))
+
+
+def test_loading_leaves_the_caller_s_random_state_and_makes_no_dense_weight(tmp_path):
+    save(small("nf4"), tmp_path / "m")
+    made = []
+
+    def factory():
+        made.append(Small())
+        assert all(p.is_meta for p in made[0].parameters())
+        assert not any(b.is_meta for b in made[0].buffers())
+        return made[0]
+
+    state = torch.random.get_rng_state()
+    load(tmp_path / "m", factory)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not nn.Linear(2, 2).weight.is_meta  # outside, parameters are what they were
+
+
+class Other(Small):
+    def __init__(self, change):
+        super().__init__()
+        change(self)
+
+
+def wider(model):
+    model.conv = nn.Conv1d(24, 26, 3, padding=1, groups=2)
+
+
+def narrower(model):
+    model.layers[0] = nn.Linear(24, 20)
+
+
+def special(model):
+    model.layers[0] = nn.modules.linear.NonDynamicallyQuantizableLinear(24, 24)
+
+
+def untied(model):
+    model.head = nn.Linear(24, 50)
+
+
+def biased(model):
+    model.layers[2] = nn.Linear(24, 24)
+
+
+def without(model):
+    del model.conv
+
+
+def double(model):
+    model.layers[1] = nn.LayerNorm(24, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wider, "conv.bias is|conv.packed is"),
+        (narrower, r"layers.0|again"),
+        (special, "layers.0 is stored by FourBit.*NonDynamicallyQuantizableLinear.*subclass"),
+        (untied, "it lacks head"),
+        (biased, "it lacks layers.2.bias"),
+        (without, "has a layer 'conv' that the model has not"),
+        (double, "layers.1.*torch.float32.*torch.float64"),
+    ],
+)
+def test_another_architecture_is_named(change, message, tmp_path):
+    save(small("nf4"), tmp_path / "m")
+    with pytest.raises(FileError, match=message) as caught:
+        load(tmp_path / "m", lambda: Other(change))
+    assert str(tmp_path / "m") in str(caught.value)
+
+
+def test_extra_tensors_and_tensors_of_another_format_are_named(tmp_path):
+    save(small("nf4"), tmp_path / "m")
+    file = read(tmp_path / "m")
+    write_tensors(tmp_path / "more", {**file.tensors, "extra": torch.ones(2)}, file.metadata)
+    with pytest.raises(FileError, match="the model lacks extra"):
+        load(tmp_path / "more", Small)
+    layers = {path: {**record, "block_size": 8} for path, record in file.metadata["layers"].items()}
+    write_tensors(tmp_path / "other", file.tensors, {**file.metadata, "layers": layers})
+    with pytest.raises(FileError, match=r"scales is torch.uint8 .* in it"):
+        load(tmp_path / "other", Small)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"kind": "model"}, "something else"),
+        ({"kind": "model", "layers": []}, "something else"),
+        ({"kind": "model", "layers": {"conv": 3}}, "not lowmem's"),
+        ({"kind": "model", "layers": {"conv": {"technique": "Magic"}}}, "Magic' is unknown"),
+        ({"kind": "model", "layers": {"conv": {"technique": "Half", "dtype": "int8"}}}, "not lowmem's"),
+        ({"kind": "model", "layers": {}, "adapters": {"conv": []}}, "adapters for conv"),
+        ({"kind": "model", "layers": {}, "adapters": {"layers.0": []}}, "not lowmem's"),
+        ({"kind": "adapter", "layers": {}}, "load it with load_adapter"),
+        ({}, "something else"),
+    ],
+)
+def test_a_record_that_is_not_lowmem_s_is_refused(metadata, message, tmp_path):
+    write_tensors(tmp_path / "m", Small().state_dict() | {"head.weight": torch.ones(1)}, metadata)
+    with pytest.raises(FileError, match=message):
+        load(tmp_path / "m", Small)
+
+
+def rewritten(path, change):
+    """Replace what a file says of itself by what ``change``, which works in place, makes of it."""
+    file = read(path)
+    metadata = copy.deepcopy(file.metadata)
+    change(metadata)
+    write_tensors(path, {name: tensor.clone() for name, tensor in file.tensors.items()}, metadata)
+
+
+def lora(metadata):
+    return metadata["adapters"]["layers.0"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: lora(m)[0].update(rank=10**18),
+            r"layers.0.adapters.default.lora_a is .*\(3, 24\).* at rank 10{18}$",
+        ),
+        (lambda m: lora(m)[0].update(rank=2**63), "at rank 9223372036854775808$"),
+        (lambda m: lora(m)[0].update(rank=-1), "adapters of layers.0 is not lowmem's: rank=-1 must be a positive"),
+        (lambda m: lora(m)[0].update(rank=None), "rank=None must be a positive integer; upgrade lowmem, or get"),
+        (lambda m: lora(m)[0].update(active=1), "active=1 must be true or false"),
+        (lambda m: lora(m)[0].update(more=1), "'more' is unknown; upgrade lowmem"),
+        (lambda m: lora(m).append(lora(m)[0]), "adapter 'default' is there twice"),
+        (lambda m: lora(m).append({**lora(m)[0], "name": "\x1b[2J"}), r"lacks layers.0.adapters.\\x1b\[2J.lora_a$"),
+        (lambda m: lora(m)[0].update(name="keys"), "lacks layers.0.adapters.keys.lora_a$"),
+        (lambda m: m["adapters"].update({"again": []}), "adapters of again is not lowmem's: they are "),
+        (lambda m: m["adapters"].update({"again": [{**lora(m)[0], "alpha": 1}]}), "adapts again and layers.0 diff"),
+        (lambda m: m.update(adapters=[]), "record of the adapters is not lowmem's: it is "),
+        (lambda m: m["layers"]["conv"].update(block_size=None), "record of conv is not lowmem's: block_size=None"),
+        (lambda m: m["layers"]["conv"].update(bits=4), "'bits' is unknown"),
+        (lambda m: m["layers"].update(conv=[[]]), "record of conv is not lowmem's: it is "),
+        (lambda m: m["layers"].update({"\x1b]0;x\x07": m["layers"]["conv"]}), r"has a layer '\\x1b\]0;x\\x07' that"),
+        (lambda m: m["layers"].update({"x\n" * 10**5: m["layers"]["conv"]}), r"has a layer 'x\\nx\\nx.* that"),
+        (
+            lambda m: m["layers"].update(again={**m["layers"]["layers.0"], "block_size": 8}),
+            "stores again and layers.0 diff",
+        ),
+        (lambda m: m["layers"].update(head={**m["layers"]["embedding"], "block_size": 8}), "share a weight here"),
+        (lambda m: m["layers"].update(head={"technique": "Half", "dtype": "float16"}), "share a weight here"),
+        (lambda m: m.update(more=1), "metadata has 'more', which is unknown; upgrade lowmem"),
+    ],
+)
+def test_a_record_that_says_something_else_is_refused_at_once(change, message, tmp_path, monkeypatch):
+    save(small("qlora"), tmp_path / "m")
+    rewritten(tmp_path / "m", change)
+    made = []
+    monkeypatch.setattr(Adapter, "__init__", lambda *_: made.append(1))
+    with pytest.raises(FileError, match=message) as caught:
+        load(tmp_path / "m", Small)
+    assert not made  # before anything is allocated
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_thousands_of_adapters_without_tensors_are_refused_before_one_is_made(tmp_path, monkeypatch):
+    save(small("qlora"), tmp_path / "m")
+    rewritten(tmp_path / "m", lambda m: lora(m).extend({**lora(m)[0], "name": f"a{n}"} for n in range(30_000)))
+    monkeypatch.delattr(Adapter, "__init__")
+    with pytest.raises(FileError, match="it lacks layers.0.adapters.a0.lora_a$"):
+        load(tmp_path / "m", Small)
+
+
+def test_a_layer_that_is_recorded_twice_alike_is_one(tmp_path):
+    """As it is where two layers of the model that was saved are one in the model that is made."""
+    model = small("qlora")
+    save(model, tmp_path / "m")
+    file = read(tmp_path / "m")
+    tensors = {name: tensor.clone() for name, tensor in file.tensors.items()}
+    for name in [name for name in tensors if name.startswith("layers.0.")]:
+        tensors[name.replace("layers.0", "again")] = tensors[name].clone()
+    metadata = copy.deepcopy(file.metadata)
+    for part in ("layers", "adapters"):
+        metadata[part]["again"] = metadata[part]["layers.0"]
+    write_tensors(tmp_path / "m", tensors, metadata)
+    assert torch.equal(load(tmp_path / "m", Small).eval()(INDICES), model(INDICES))
+    tensors["again.adapters.default.lora_a"] += 1
+    write_tensors(tmp_path / "m", tensors, metadata)
+    with pytest.raises(FileError, match=r"lora_a and .*lora_a differ in it, and are one tensor"):
+        load(tmp_path / "m", Small)
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.sampled_from([0, -1, 1, 2, 3, 8, 24, 64, 2**31, 2**63 - 1, 2**63, 10**18, 0.5, 1e308, 5e-324])
+    | st.sampled_from(["", "Half", "FourBit", "nf4", "float16", "layers.0", "default", "a.b", "[red]", "\x1b[2J\n"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rank", "name", "x"]), inner),
+)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_record_with_anything_anywhere_is_refused_in_a_line_or_is_one(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("records")
+    model = data.draw(st.sampled_from(["nf4", "half", "lora", "qlora"]))
+    save(small(model), directory / "m")
+
+    def change(metadata):
+        for _ in range(data.draw(st.integers(1, 3))):
+            holder = metadata
+            while True:
+                keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+                key = data.draw(st.sampled_from(keys)) if keys else "x"
+                child = holder[key] if keys else None
+                if not isinstance(child, dict | list) or data.draw(st.integers(0, 4)) == 0:
+                    break
+                holder = child
+            value = data.draw(JSON_VALUES)
+            if isinstance(holder, list):
+                holder[:] = [value] if not holder else [*holder[:key], value, *holder[key + 1 :]]
+            elif data.draw(st.booleans()):
+                holder[key] = value
+            else:
+                holder[data.draw(st.sampled_from(["x", "name", "compute_dtype", ""]))] = value
+
+    rewritten(directory / "m", change)
+    try:
+        loaded = load(directory / "m", Small)
+    except FileError as error:
+        assert str(error).isprintable()  # noqa: PT017  either is fine
+        assert len(str(error)) < 700  # noqa: PT017
+    else:
+        assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+
+
+@given(st.data())
+def test_a_mutated_file_is_refused_and_named(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("mutated")
+    save(convert(nn.Sequential(nn.Linear(8, 8)), FourBit(block_size=8)), directory / "m")
+    content = bytearray((directory / "m").read_bytes())
+    kind = data.draw(st.sampled_from(["flip", "cut", "append", "insert"]))
+    place = data.draw(st.integers(0, len(content) - 1))
+    if kind == "flip":
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "cut":
+        del content[place:]
+    elif kind == "append":
+        content += data.draw(st.binary(min_size=1, max_size=70))
+    else:
+        content[place:place] = data.draw(st.binary(min_size=1, max_size=9))
+    (directory / "bad").write_bytes(content)
+    with pytest.raises(FileError, match="bad"):
+        load(directory / "bad", lambda: nn.Sequential(nn.Linear(8, 8)))
+
+
+def test_a_pickle_by_any_name_is_not_executed(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "m.safetensors")
+    with pytest.raises(FileError, match="executed nothing"):
+        load(tmp_path / "m.safetensors", Small)
+
+
+def test_bad_arguments_are_named(tmp_path):
+    with pytest.raises(TypeError, match="factory=Small must be a callable|callable"):
+        load(tmp_path / "none", 3)
+    save(small("dense"), tmp_path / "m")
+    with pytest.raises(TypeError, match="factory returned a list"):
+        load(tmp_path / "m", list)
+    with pytest.raises(TypeError, match="model must be"):
+        save([], tmp_path / "m")
+    with pytest.raises(ValueError, match="no dense tensor with values"):
+        save(nn.Linear(2, 2, device="meta"), tmp_path / "m")
+    assert load(tmp_path / "m", Small)  # what was there is whole
+
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(ValueError, match="is a dict, no tensor"):
+        save(Extra(2, 2), tmp_path / "m")
+
+
+def test_methods_of_quantizing_come_back(tmp_path):
+    layer = convert(nn.Linear(16, 8), FourBit())
+    calibrated = Linear4Bit(replace(layer.quantized, method="calibrated"), layer.bias)
+    save(calibrated, tmp_path / "m")
+    assert load(tmp_path / "m", lambda: nn.Linear(16, 8)).quantized.method == "calibrated"
+
+
+def test_the_docstring_warns_of_changing_a_file_that_is_in_use():
+    assert "SIGBUS" in load.__doc__
+
+
+PEAK = """
+import sys, torch
+from torch import nn
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+import lowmem
+factory = lambda: nn.Sequential(*[nn.Linear(2048, 2048) for _ in range(24)])
+before = peak()
+model = lowmem.load(sys.argv[1], factory)
+with torch.no_grad():
+    model(torch.ones(1, 2048))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of resident memory is read from /proc")
+def test_loading_takes_the_4_bit_size_and_at_most_64_mib(tmp_path):
+    """Of 384 MiB in float32, which would show."""
+    model = nn.Sequential(*[convert(nn.Linear(2048, 2048), FourBit()) for _ in range(24)])
+    save(model, tmp_path / "m")
+    size = os.path.getsize(tmp_path / "m")
+    shown = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / "m")], capture_output=True, text=True, check=True
+    )
+    assert size < int(shown.stdout) < size + 64 * 2**20 or int(shown.stdout) <= size
+
+
+def test_stored_tensors_that_do_not_fit_their_layer_are_not_saved(tmp_path):
+    model = convert(nn.Sequential(nn.Linear(32, 8)), FourBit())
+    model[0].packed.data = model[0].packed.data[:-1].clone()
+    with pytest.raises(RuntimeError, match=r"packed.shape=\(7, 16\).* they need \(8, 16\)"):
+        save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()

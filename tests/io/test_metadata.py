@@ -1,0 +1,120 @@
+"""A file's record of a layer or an adapter says all that is needed to make it again."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lowmem import FourBit, Half, LoRA
+from lowmem.io.metadata import adapter_record, adapters_of, adapters_record, lora_of, technique_of, technique_record
+from lowmem.nn.lora import Adapter, LoRALinear
+from tests import strategies
+
+
+@given(
+    strategies.formats,
+    strategies.block_sizes,
+    strategies.encodings,
+    st.sampled_from([None, torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.sampled_from(["absmax", "search", "calibrated"]),
+)
+def test_a_4_bit_record_comes_back(format, block_size, scales, dtype, method):
+    technique = FourBit(format, block_size, scales, dtype)
+    assert technique_of(technique_record(technique, method)) == (technique, method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_record_comes_back(dtype):
+    assert technique_of(technique_record(Half(dtype))) == (Half(dtype), None)
+
+
+@given(st.integers(1, 9), st.none() | st.floats(0.5, 64), st.floats(0, 0.9))
+def test_an_adapter_s_record_comes_back(rank, alpha, dropout):
+    technique = LoRA(rank, alpha, dropout)
+    assert lora_of(adapter_record(Adapter(nn.Linear(2, 2), technique))) == technique
+
+
+def test_the_record_of_several_adapters_comes_back():
+    layer = LoRALinear(nn.Linear(2, 2), LoRA(3, 6.0), "a")
+    layer.add("b", Adapter(layer.base, LoRA(2, dropout=0.5)))
+    layer.active = ("b",)
+    assert adapters_of(adapters_record(layer)) == {"a": (LoRA(3, 6.0), False), "b": (LoRA(2, dropout=0.5), True)}
+
+
+HALF = technique_record(Half())
+FOUR = technique_record(FourBit("nf4", 64, "double", torch.int8), "search")
+ADAPTER = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
+NAMED = {**ADAPTER, "name": "a", "active": True}
+
+
+def without(record, key):
+    return {name: value for name, value in record.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (None, "it is None, and must be an object"),
+        ([HALF], "it is .*, and must be an object"),
+        ({}, "technique=None is unknown"),
+        ({"technique": "Magic"}, "technique='Magic' is unknown"),
+        ({**HALF, "technique": ["Half"]}, r"technique=\['Half'\] is unknown"),
+        (without(HALF, "dtype"), "it has no 'dtype'"),
+        ({**HALF, "dtype": "int8"}, "dtype='int8' is none of float16, bfloat16"),
+        ({**HALF, "dtype": "float32"}, "dtype='float32' is none of float16, bfloat16"),
+        ({**HALF, "dtype": None}, "dtype=None is none of"),
+        ({**HALF, "dtype": ["float16"]}, "dtype=.* is none of"),
+        ({**HALF, "\x1b[2J": 1}, r"'\\x1b\[2J' is unknown"),
+        *((without(FOUR, key), f"it has no '{key}'") for key in ("format", "block_size", "scales", "method")),
+        *(({**FOUR, key: None}, f"{key}=None") for key in without(FOUR, "technique")),
+        *(({**FOUR, key: True}, f"{key}=True") for key in without(FOUR, "technique")),
+        *(({**FOUR, key: [[1]]}, f"{key}=") for key in without(FOUR, "technique")),
+        *(({**FOUR, key: {}}, f"{key}=") for key in without(FOUR, "technique")),
+        *(({**FOUR, key: "x" * 10**6}, f"{key}=") for key in without(FOUR, "technique")),
+        *(({**FOUR, "block_size": size}, "block_size=") for size in (-2, 0, 7, 2**63, 10**18, 64.0, "64")),
+        ({**FOUR, "format": ["nf4", "fp4"]}, "format=.* is none of int4, nf4"),
+        ({**FOUR, "search": True}, "'search' is unknown"),
+    ],
+)
+def test_what_is_no_record_of_a_layer_is_refused(record, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        technique_of(record)
+    assert len(str(caught.value)) < 300
+
+
+ADAPTER_MISTAKES = [
+    (None, "it is None, and must be an object"),
+    (3, "it is 3, and must be an object"),
+    *((without(ADAPTER, key), f"it has no '{key}'") for key in ADAPTER),
+    ({**ADAPTER, "more": 1}, "'more' is unknown"),
+    *(({**ADAPTER, "rank": rank}, "rank=") for rank in (0, -1, None, True, 2.0, "2", [2])),
+    *(({**ADAPTER, "alpha": alpha}, "alpha=") for alpha in (0, -1.0, True, "2", [2], {})),
+    *(({**ADAPTER, "dropout": dropout}, "dropout=") for dropout in (1, -0.1, 2.0, None, True, "0", [])),
+]
+
+
+@pytest.mark.parametrize(("record", "reason"), ADAPTER_MISTAKES)
+def test_what_is_no_record_of_an_adapter_is_refused(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        lora_of(record)
+    named = {**record, "name": "a", "active": True} if isinstance(record, dict) else record
+    with pytest.raises(ValueError, match=reason):
+        adapters_of([NAMED | {"name": "b"}, named])
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (None, "they are None, and must be a list of at least one"),
+        (NAMED, "and must be a list"),
+        ([], r"they are \[\], and must be a list of at least one"),
+        ([ADAPTER], "it has no '(name|active)'"),
+        ([NAMED, NAMED], "adapter 'a' is there twice"),
+        *(([{**NAMED, "name": name}], "name=") for name in (None, 3, True, ["a"])),
+        *(([{**NAMED, "active": active}], "active=") for active in (None, 0, 1, "a", [])),
+    ],
+)
+def test_what_is_no_record_of_several_adapters_is_refused(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        adapters_of(record)

@@ -1,0 +1,169 @@
+"""A header says what a file holds, and nothing that is not so gets through."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem.errors import FileError
+from lowmem.io.safetensors import (
+    DTYPES,
+    MAX_HEADER,
+    Header,
+    Placed,
+    TensorSpec,
+    encode,
+    parse,
+    parse_json,
+    place,
+    read_header,
+)
+from tests.strategies import names
+
+specs = st.builds(
+    TensorSpec, st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 5), max_size=4).map(tuple)
+)
+
+
+@given(st.dictionaries(names, specs), st.dictionaries(st.text(), st.text()))
+def test_a_header_comes_back_and_every_tensor_is_aligned(specs, metadata):
+    header = Header(metadata, place(specs))
+    start = encode(header)
+    size = sum(spec.nbytes for spec in specs.values())
+    assert len(start) % 64 == 0
+    assert parse(start[8:], size) == header
+    assert int.from_bytes(start[:8], "little") == len(start) - 8
+    assert all(placed.begin % placed.spec.dtype.itemsize == 0 for placed in header.tensors.values())
+    for wrong in (size - 1, size + 1):
+        with pytest.raises(ValueError, match="the tensors take"):
+            parse(start[8:], wrong)
+
+
+@given(st.dictionaries(names, specs), st.randoms())
+def test_the_order_depends_on_the_content_alone(specs, random):
+    shuffled = list(specs.items())
+    random.shuffle(shuffled)
+    assert list(place(dict(shuffled)).items()) == list(place(specs).items())
+
+
+def test_large_items_come_first_then_names():
+    specs = {
+        "b": TensorSpec(torch.int8, (3,)),
+        "a": TensorSpec(torch.float16, (1,)),
+        "z": TensorSpec(torch.float32, ()),
+        "é": TensorSpec(torch.float32, (0,)),
+    }
+    assert [(name, placed.begin) for name, placed in place(specs).items()] == [("z", 0), ("é", 4), ("a", 4), ("b", 6)]
+
+
+def test_entries_stand_in_any_order_in_a_header():
+    full = {"dtype": "U8", "shape": [6], "data_offsets": [0, 6]}
+    empty = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    last = {"dtype": "U8", "shape": [0], "data_offsets": [6, 6]}
+    content = {"last": last, "full": full, "empty": empty}
+    assert list(parse(json.dumps(content).encode(), 6).tensors) == ["last", "full", "empty"]
+
+
+ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+HALVES = {"a": {**ENTRY, "shape": [3], "data_offsets": [0, 12]}, "b": {**ENTRY, "shape": [3]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([], r"the header is \[\]"),
+        ({"__metadata__": None}, "the metadata is None"),
+        ({"__metadata__": {"a": 1}}, "the metadata is {'a': 1}"),
+        ({"a": 1}, "tensor 'a' is 1"),
+        ({"a": {"dtype": "F32", "shape": [6]}}, "tensor 'a' is {"),
+        ({"a": {**ENTRY, "more": 1}}, "tensor 'a' is {"),
+        ({"a": {**ENTRY, "dtype": "F31"}}, "tensor 'a' has dtype 'F31', which is none of BOOL, U8"),
+        ({"a": {**ENTRY, "dtype": ["F32"]}}, "tensor 'a' has dtype"),
+        ({"a": {**ENTRY, "shape": 6}}, "the shape of tensor 'a' is 6"),
+        ({"a": {**ENTRY, "shape": [6.0]}}, r"tensor 'a': shape=\(6.0,\) must be at most 64 sizes"),
+        ({"a": {**ENTRY, "shape": [True, 6]}}, "must be at most 64 sizes that are 0 or more"),
+        ({"a": {**ENTRY, "shape": [-2, -3]}}, "must be at most 64 sizes that are 0 or more"),
+        ({"a": {**ENTRY, "shape": [1] * 63 + [2, 3]}}, "must be at most 64 sizes that are 0 or more"),
+        ({"a": {**ENTRY, "shape": [2**40, 2**40]}}, "is more than any memory holds"),
+        ({"a": {**ENTRY, "shape": [2**40, 2**40, 0], "data_offsets": [0, 0]}}, "is more than any memory holds"),
+        ({"a": {**ENTRY, "shape": [2**62]}}, "is more than any memory holds"),
+        ({"a": {**ENTRY, "data_offsets": [0]}}, r"the place of tensor 'a' is \[0\]"),
+        ({"a": {**ENTRY, "data_offsets": [0, 24.0]}}, "the place of tensor 'a' is"),
+        ({"a": {**ENTRY, "data_offsets": [False, 24]}}, "the place of tensor 'a' is"),
+        ({"a": {**ENTRY, "data_offsets": [-24, 0]}}, "the place of tensor 'a' is"),
+        ({"a": {**ENTRY, "data_offsets": [24, 0]}}, "tensor 'a' has -24 bytes, and its shape takes 24"),
+        ({"a": {**ENTRY, "shape": [2, 2]}}, "tensor 'a' has 24 bytes, and its shape takes 16"),
+        ({"a": {**ENTRY, "data_offsets": [24, 48]}}, "tensor 'a' begins at 24, not at 0: there is a gap"),
+        ({"a": ENTRY, "b": ENTRY}, "tensor 'b' begins at 0, not at 24: there is an overlap"),
+        ({"b": HALVES["a"], "a": {**HALVES["b"], "data_offsets": [8, 20]}}, "'a' begins at 8, not at 12"),
+        ({"a": HALVES["a"]}, "the tensors take 12 bytes, and 24 are there"),
+        ({}, "the tensors take 0 bytes, and 24 are there"),
+    ],
+)
+def test_what_is_not_so_is_refused(content, reason):
+    assert parse(json.dumps({"a": ENTRY}).encode(), 24).tensors == {"a": Placed(TensorSpec(torch.float32, (2, 3)), 0)}
+    with pytest.raises(ValueError, match=reason):
+        parse(json.dumps(content).encode(), 24)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b'{"a": 1, "a": 1}', "a name twice"),
+        (b'{"a": {"b": 1, "b": 2}}', "a name twice"),
+        (b"[" * 10**6, "nested too deeply"),
+        (b"[" * 10**6 + b"]" * 10**6, "nested too deeply"),
+        (b'{"a":' * 10**6, "nested too deeply"),
+        (b"[NaN]", "a NaN"),
+        (b"[-Infinity]", "a -Infinity"),
+        (b"[1e999]", "a number that is too large: 1e999"),
+        (b"[-1" + b"0" * 10**6 + b".0]", "a number that is too large: -100000"),
+        (b"9" * 10**6, "a number of 1000000 digits"),
+        (b'"\\ud800"', "no UTF-8"),
+        (b'{"\\udc00": 1}', "no UTF-8"),
+        (b'"\xff"', "no UTF-8"),
+        (b"", "broken at character 0"),
+        (b"{} {}", "broken at character 3"),
+        (b"{'a': 1}", "broken at character 1"),
+    ],
+)
+def test_json_is_what_it_seems(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+
+
+def test_what_cannot_be_stored_is_named():
+    spec = TensorSpec(torch.float32, (1,))
+    for name in ("__metadata__", 1):
+        with pytest.raises(ValueError, match=f"a tensor cannot be called {name!r} in a safetensors file; rename it"):
+            encode(Header({}, place({name: spec})))
+    with pytest.raises(ValueError, match=r"text='\\ud800.* is no Unicode; rename the tensor"):
+        encode(Header({}, place({"\ud800": spec})))
+    with pytest.raises(ValueError, match=f"more than {MAX_HEADER}; store fewer tensors in a file"):
+        encode(Header({"a": "x" * MAX_HEADER}, {}))
+    with pytest.raises(
+        ValueError, match="dtype=torch.complex128 cannot be stored; convert the tensor to one of BOOL"
+    ):
+        TensorSpec(torch.complex128, (1,))
+
+
+def test_a_spec_is_that_of_a_tensor():
+    spec = TensorSpec.of(torch.zeros(2, 3, dtype=torch.bfloat16))
+    assert spec == TensorSpec(torch.bfloat16, (2, 3))
+    assert spec.nbytes == math.prod((2, 3, 2))
+    assert TensorSpec(torch.float64, ()).nbytes == 8
+
+
+@pytest.mark.parametrize("byte", range(1, 8))
+def test_every_byte_of_the_length_counts(byte, tmp_path):
+    path, damaged = tmp_path / "some.safetensors", bytearray(encode(Header({}, {})))
+    path.write_bytes(damaged)
+    with path.open("rb") as file:
+        assert read_header(path, file) == damaged[8:]
+    damaged[byte] += 1
+    path.write_bytes(damaged)
+    with path.open("rb") as file, pytest.raises(FileError, match="damaged"):
+        read_header(path, file)

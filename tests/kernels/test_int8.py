@@ -1,0 +1,272 @@
+"""Products in 8-bit integers: how numbers are rounded, and that every kernel multiplies just those."""
+
+import math
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem import FORMATS, FourBit, LoRA, convert, kernels, load, measure, quantize, save
+from lowmem.kernels import int8
+from lowmem.nn.conv import Conv4Bit
+from tests import strategies
+from tests.compiled import compiled, exact_product, given_stored, on_threads
+from tests.rounding import OF_4_BITS, assert_product
+
+batches = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 32, 33, 48, 50, 100])
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+kernel = pytest.mark.usefixtures("poisoned", "only_c")
+
+
+def with_rounded_levels(weight):
+    return weight.restore(slice(None), int8.on_a_grid(FORMATS[weight.format].levels)[1])
+
+
+def int8_product(x, weight, bias=None):
+    """What the definition says, in float64, and how far off one may be: by the bound of a sum, and a rounding."""
+    exact, allowed = exact_product(int8.round_inputs(x, weight.block_size), with_rounded_levels(weight), bias)
+    if x.dtype != torch.float32:
+        form = torch.finfo(x.dtype)
+        allowed = allowed + 0.51 * form.eps * exact.abs() + form.smallest_normal * form.eps
+    return exact, allowed
+
+
+def assert_within(got, x, exact, allowed):
+    assert got.dtype == x.dtype
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
+def assert_int8(got, x, weight, bias=None):
+    assert_within(got, x, *int8_product(x, weight, bias))
+
+
+# What is rounded.
+
+
+@given(st.integers(1, 4), st.integers(1, 600), strategies.block_sizes, st.integers(-90, 90), strategies.seeds)
+def test_an_input_is_off_by_half_a_unit_of_its_columns_at_most(batch, columns, size, exponent, seed):
+    x = strategies.make_weight("mixed", (batch, columns), 0, seed) * 2.0**exponent
+    got, width = int8.round_inputs(x, size), 128 if 128 % size == 0 else size
+    assert got.dtype == torch.float32
+    for part, rounded in zip(x.split(width, 1), got.split(width, 1), strict=True):
+        unit = part.abs().amax(1, keepdim=True).clamp_min(2.0**-100) / 127
+        assert ((rounded - part).abs() <= unit * 0.50001).all()
+        steps = rounded / unit
+        assert ((steps - steps.round()).abs() <= 1e-4).all()
+        assert (steps.abs() <= 127.0001).all()
+
+
+def test_zeros_stay_zeros_and_what_is_not_finite_spoils_its_columns_alone():
+    x = torch.zeros(4, 256)
+    x[:, 128:] = torch.randn(4, 128)
+    x[1, 5], x[2, 6], x[3, 7] = math.nan, math.inf, -math.inf
+    got = int8.round_inputs(x, 64)
+    assert (got[0, :128] == 0).all()
+    assert got[1:, :128].isnan().all()
+    assert got[:, 128:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_levels_are_off_by_half_a_step_of_8_bits_at_most(name):
+    levels = FORMATS[name].levels
+    points, rounded = int8.on_a_grid(levels)
+    largest = max(map(abs, levels))
+    assert points <= 127
+    assert max(abs(a - b) for a, b in zip(levels, rounded, strict=True)) <= largest / 254 * 1.0001
+    for level in rounded:
+        steps = level / largest * points
+        assert abs(steps - round(steps)) < 1e-9
+
+
+def test_levels_that_lie_on_a_grid_stay_as_they_are():
+    for name, points in (("int4", 15), ("fp4", 12)):
+        assert int8.on_a_grid(FORMATS[name].levels)[0] == points
+        assert int8.on_a_grid(FORMATS[name].levels)[1] == pytest.approx(FORMATS[name].levels, abs=1e-12)
+
+
+# What is multiplied: every level against the definition.
+
+
+@kernel
+@compiled
+@given(*given_stored, batches, dtypes, st.booleans(), strategies.seeds)
+def test_products_are_those_of_rounded_inputs(level, weight, form, size, scales, batch, dtype, with_bias, seed):
+    q = quantize(weight, form, block_size=size, scales=scales)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, q.shape[1], generator=generator).to(dtype)
+    bias = torch.randn(q.shape[0], generator=generator) if with_bias else None
+    with kernels.using(level):
+        assert_int8(kernels.linear(x, q, torch.int8, bias), x, q, bias)
+
+
+@lru_cache(maxsize=1)  # levels come one after the other
+def around_whole_panels(size, rows, columns):
+    """16 inputs make a panel, 16 rows and 128 columns what is restored at a time, 8192 columns what is packed."""
+    generator, cases = torch.Generator().manual_seed(rows), []
+    for form in ("int4", "bof4s"):
+        q = quantize(strategies.make_weight("normal", (rows, columns), 0, 1), form, block_size=size)
+        for batch in (1, 3, 8, 9, 16, 33, 50, 300):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.randn(batch, columns, generator=generator).to(dtype)
+                cases.append((q, x, *int8_product(x, q)))
+    return cases
+
+
+@kernel
+@compiled
+@pytest.mark.parametrize("size", [8, 16, 24, 32, 64, 72, 128, 256, 4096])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (37, 127), (130, 1300), (9, 9000)])
+def test_around_whole_panels_groups_and_parts(level, size, rows, columns):
+    for q, x, exact, allowed in around_whole_panels(size, rows, columns):
+        with kernels.using(level):
+            assert_within(kernels.linear(x, q, torch.int8), x, exact, allowed)
+
+
+@kernel
+@compiled
+@pytest.mark.parametrize("batch", [1, 6, 40])
+def test_inputs_of_every_size_and_what_is_not_finite(level, batch):
+    q = quantize(strategies.make_weight("normal", (45, 330), 0, 0), "nf4")
+    for exponent in (-140, -126, -101, -100, -99, -61, -60, -59, 99, 100, 101, 120):
+        x = torch.randn(batch, 330) * 2.0**exponent
+        x[0, :128] = 0
+        with kernels.using(level):
+            assert_int8(kernels.linear(x, q, torch.int8), x, q)
+    for bad in (math.nan, math.inf):
+        x = torch.randn(batch, 330)
+        x[-1, 200] = bad
+        with kernels.using(level):
+            got = kernels.linear(x, q, torch.int8)
+        assert got[:-1].isfinite().all()
+        assert got[-1].isnan().all()
+
+
+@kernel
+@compiled
+@pytest.mark.parametrize("batch", [1, 8, 9, 40])
+@pytest.mark.parametrize("exponent", [-110, 95, 110, 120])
+def test_weights_of_every_size(level, batch, exponent):
+    """The sum of a block is as large as 2^22 before its scale and its input's unit are applied."""
+    weight = strategies.make_weight("normal", (45, 330), 0, 0) * 2.0**exponent
+    for form in ("int4", "nf4"):
+        q = quantize(weight, form, scales="float32", block_size=64)
+        x = torch.randn(batch, 330, generator=torch.Generator().manual_seed(batch)) * 2.0 ** -(exponent // 2)
+        with kernels.using(level):
+            assert_int8(kernels.linear(x, q, torch.int8), x, q)
+
+
+@kernel
+@compiled
+def test_threads_change_no_bit(level):
+    q = quantize(strategies.make_weight("normal", (300, 1000), 0, 0))
+    with kernels.using(level):
+        for batch in (2, 9, 70):
+            x = torch.randn(batch, 1000)
+            products = []
+            for count in (1, 2, 3, 5):
+                with on_threads(count):
+                    products.append(kernels.linear(x, q, torch.int8))
+            assert all(torch.equal(products[0], other) for other in products)
+
+
+@compiled
+@pytest.mark.parametrize("size", [64, 4096])
+@pytest.mark.parametrize(
+    ("rows", "columns", "batch"), [(2048, 1024, 1), (2048, 1024, 512), (64, 8192, 600), (8, 1, 9000)]
+)
+def test_no_product_takes_more_than_a_mebibyte_of_scratch(level, size, rows, columns, batch):
+    """Where inputs are rounded by torch, too: a few at a time."""
+    q = quantize(strategies.make_weight("normal", (rows, columns), 0, 0), block_size=size)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(batch, columns).to(dtype)
+        with kernels.using(level):
+            peak = measure.peak_bytes(lambda x=x: kernels.linear(x, q, torch.int8))
+        assert peak <= 2**20 + batch * rows * dtype.itemsize
+
+
+@compiled
+def test_views_other_dtypes_and_biases_are_handled(level):
+    q, bias = quantize(torch.randn(24, 128)), torch.randn(48)[::2]
+    x = torch.randn(5, 256)[:, ::2]
+    with kernels.using(level):
+        assert_int8(kernels.linear(x, q, torch.int8, bias), x, q, bias)
+        assert_int8(kernels.linear(x[:0], q, torch.int8), x[:0], q)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels.reference, "linear", None)  # another dtype of a bias is no reason for plain torch
+            assert_int8(kernels.linear(x, q, torch.int8, bias.double()), x, q, bias)
+        wide = kernels.linear(x.double(), q, torch.int8)
+    assert wide.dtype == torch.float64
+    assert_within(wide.float(), x, *int8_product(x, q))
+
+
+@pytest.mark.parametrize("name", kernels.available())
+def test_weights_without_codes_and_wrong_shapes_are_refused(name):
+    with kernels.using(name):
+        with pytest.raises(TypeError, match=r"is for weights of 4 bits, not for torch.float16"):
+            kernels.linear(torch.randn(2, 8), torch.randn(4, 8).half(), torch.int8)
+        with pytest.raises(RuntimeError, match=r"input.shape=\(2, 9\) must end in in_features=8"):
+            kernels.linear(torch.randn(2, 9), quantize(torch.randn(4, 8)), torch.int8)
+
+
+# In a model.
+
+
+def plain():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(256, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
+
+
+def model(**options):
+    return convert(plain(), FourBit(**options))
+
+
+@pytest.mark.parametrize("format", ["int4", "nf4"])
+@pytest.mark.parametrize("name", kernels.available())
+def test_a_model_stays_close_and_its_gradient_is_the_float_one(name, format):
+    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
+    rounded, exact = model(format=format, compute_dtype=torch.int8), model(format=format)
+    with kernels.using(name):
+        with torch.no_grad():
+            assert measure.difference(exact(x), rounded(x)).relative < 0.02
+        for one in (rounded[0], exact[0]):
+            given = x.clone().requires_grad_()
+            one(given).sum().backward()
+            one.found = given.grad
+    torch.testing.assert_close(rounded[0].found, exact[0].found)
+
+
+def test_forward_mode_is_that_of_floats_and_vmap_rounds_every_example():
+    layer, exact = model(compute_dtype=torch.int8)[0], model()[0]
+    x, tangent = torch.randn(2, 256), torch.randn(2, 256)
+    got = torch.func.jvp(layer, (x,), (tangent,))[1]
+    assert_product(got, tangent, exact.quantized.dequantize(), more=OF_4_BITS)
+    torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], layer(x))
+
+
+def test_an_adapter_trains_on_it():
+    layer = convert(torch.nn.Linear(64, 32), FourBit(compute_dtype=torch.int8), LoRA(4))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        layer.adapters["default"].lora_b.normal_()
+        torch.testing.assert_close(layer(x), layer.adapters["default"](layer.base(x), x))
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.adapters.parameters())
+
+
+def test_a_checkpoint_keeps_it(tmp_path):
+    kept = model(compute_dtype=torch.int8)
+    save(kept, tmp_path / "m")
+    loaded = load(tmp_path / "m", plain)
+    assert loaded[0].compute_dtype is torch.int8
+    x = torch.randn(3, 256)
+    assert torch.equal(loaded(x), kept(x))
+
+
+def test_convolutions_compute_in_the_input_s_dtype():
+    layer = convert(torch.nn.Conv2d(4, 8, 3), FourBit(compute_dtype=torch.int8))
+    assert isinstance(layer, Conv4Bit)
+    with pytest.raises(ValueError, match=r"compute_dtype=torch.int8 is for linear layers"):
+        Conv4Bit(layer.quantized, None, layer.geometry, torch.int8)
+    assert layer(torch.randn(1, 4, 8, 8)).dtype == torch.float32

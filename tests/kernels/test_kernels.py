@@ -1,0 +1,451 @@
+"""Every kernel against a plain product with the restored weight, and against bounds of accuracy and memory."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lowmem import FourBit, LoRA, backend, convert, kernels, measure, quantize
+from tests import strategies
+from tests.compiled import assert_exact, both, both_kinds, compiled, given_stored, on_threads, restored
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def test_backend_says_what_serves_and_why():
+    for name in kernels.available():
+        with kernels.using(name):
+            assert backend().startswith(f"{name}: ")
+    assert run_python("import lowmem; print(lowmem.backend())", LOWMEM_KERNEL="").startswith(kernels.available()[-1])
+
+
+def run_python(script: str, *argv: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", kernels.available())
+def test_the_environment_variable_forces_a_level(name):
+    assert run_python("import lowmem; print(lowmem.backend())", LOWMEM_KERNEL=name).startswith(f"{name}: ")
+
+
+def test_a_level_that_cannot_serve_lists_the_choices():
+    with (
+        pytest.raises(ValueError, match=r"LOWMEM_KERNEL='sse9' cannot serve here: choose from reference"),
+        kernels.using("sse9"),
+    ):
+        pass
+
+
+def test_without_the_compiled_module_the_reference_serves_and_says_why():
+    script = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(name, path, target=None):\n"
+        "        if name == 'lowmem.kernels._native':\n"
+        "            raise ModuleNotFoundError('No module named ' + name, name=name)\n"
+        "sys.meta_path.insert(0, Missing)\n"
+        "import torch, lowmem; print(lowmem.backend())\n"
+        "print(lowmem.convert(torch.nn.Linear(8, 8), lowmem.FourBit())(torch.ones(1, 8)).shape)"
+    )
+    shown = run_python(script, LOWMEM_KERNEL="")
+    assert shown.startswith("reference: plain torch restores rows in chunks; the compiled kernel cannot be imported")
+    assert "(No module named lowmem.kernels._native)" in shown
+    assert "needs a C compiler" in shown
+    assert "torch.Size([1, 8])" in shown
+
+
+# The compiled kernel against the reference, at every level that this processor has.
+
+
+@compiled
+@given(
+    *given_stored,
+    st.integers(1, 9),
+    st.booleans(),
+    strategies.seeds,
+)
+def test_4bit_products_are_exact_to_float32(level, weight, format, block_size, scales, batch, with_bias, seed):
+    q = quantize(weight, format, block_size=block_size, scales=scales)
+    dense = q.dequantize()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, q.shape[1], generator=generator)
+    grad = torch.randn(batch, q.shape[0], generator=generator)
+    bias = torch.randn(q.shape[0], generator=generator) if with_bias else None
+    with kernels.using(level):
+        assert_exact(kernels.linear(x, q, torch.float32, bias), x, dense, bias)
+        assert_exact(kernels.input_grad(grad, q, torch.float32), grad, dense.t())
+
+
+@compiled
+@pytest.mark.parametrize("block_size", [8, 16, 24, 32, 64, 80, 128, 512, 4096])
+@pytest.mark.parametrize("columns", [1, 127, 1025, 2300])
+def test_every_block_and_batch_of_a_larger_layer(level, block_size, columns):
+    q = quantize(strategies.make_weight("normal", (37, columns), 0, 0), "int4", block_size=block_size)
+    dense = q.dequantize()
+    with kernels.using(level):
+        for batch in (1, 2, 3, 4, 5, 8, 33, 300):
+            x, grad = torch.randn(batch, columns), torch.randn(batch, 37)
+            assert_exact(kernels.linear(x, q, torch.float32), x, dense)
+            assert_exact(kernels.input_grad(grad, q, torch.float32), grad, dense.t())
+
+
+@compiled
+@given(
+    strategies.weights(min_dims=2, max_dims=2, max_columns=300),
+    strategies.formats,
+    strategies.block_sizes,
+    strategies.encodings,
+    st.integers(0, 4),
+)
+def test_restored_rows_are_the_reference_s_bit_for_bit(level, weight, format, block_size, scales, start):
+    q = quantize(weight, format, block_size=block_size, scales=scales)
+    native, _ = kernels.cpu.load()
+    for dtype in (torch.float32, torch.bfloat16):
+        got = kernels.cpu.Kernel(native, level).dequantize(q, slice(start, None), dtype)
+        with kernels.using("reference"):
+            assert torch.equal(got, q.dequantize()[start:].to(dtype))
+
+
+@compiled
+@given(
+    strategies.weights(min_dims=2, max_dims=2, max_columns=300),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+    st.integers(1, 9),
+    strategies.seeds,
+)
+def test_16bit_products_are_exact_to_float32(level, weight, dtype, batch, seed):
+    stored = weight.to(dtype).contiguous()
+    x = torch.randn(batch, stored.shape[1], generator=torch.Generator().manual_seed(seed))
+    with kernels.using(level):
+        assert_exact(kernels.linear(x, stored, torch.float32), x, stored)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16bit_weights_of_every_value_are_read_as_torch_reads_them(level, dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
+    with kernels.using(level):
+        for batch in (1, 4, 20):
+            got = kernels.linear(torch.ones(batch, 1), every, torch.float32)
+            expected = every.float().t().expand(batch, -1)
+            assert torch.equal(got.isnan(), expected.isnan())
+            assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+@compiled
+def test_threads_and_strides_change_nothing(level):
+    q = quantize(strategies.make_weight("normal", (301, 520), 0, 0))
+    half = strategies.make_weight("normal", (301, 520), 0, 0).half()
+    results = []
+    for count in (1, 2, 3, 7):
+        with on_threads(count), kernels.using(level):
+            for batch in (1, 3, 9):
+                wide = strategies.make_weight("normal", (batch, 1040), 0, 1)
+                for x in (wide[:, ::2], wide[:, ::2].contiguous(), wide[:, ::2].t().contiguous().t()):
+                    products = [kernels.linear(x, w, torch.float32) for w in (q, half)]
+                    results.append((batch, *products, kernels.input_grad(products[0][:2], q, torch.float32)))
+    for batch in (1, 3, 9):
+        same = [result[1:] for result in results if result[0] == batch]
+        assert all(torch.equal(one, other) for row in same for one, other in zip(row, same[0], strict=True))
+
+
+@compiled
+def test_what_c_cannot_read_goes_to_the_reference(level):
+    q = quantize(strategies.make_weight("normal", (6, 40), 0, 0), block_size=8)
+    x, dense = torch.randn(3, 40), q.dequantize()
+    strided = replace(q, packed=q.packed.t().contiguous().t(), scales=q.scales.t().contiguous().t())
+    odd = quantize(dense, block_size=10)
+    with kernels.using(level):
+        assert_exact(kernels.linear(x, strided, torch.float32), x, dense)
+        assert_exact(kernels.linear(x, odd, torch.float32), x, odd.dequantize())
+        assert kernels.linear(x[:0], q, torch.float32).shape == (0, 6)
+        meta = replace(q, packed=q.packed.to("meta"), scales=q.scales.to("meta"))
+        assert kernels.linear(x.to("meta"), meta, torch.float32).shape == (3, 6)
+        short = replace(q, scales=q.scales[:, :-1].contiguous())
+        with pytest.raises(RuntimeError):
+            kernels.linear(x, short, torch.float32)
+
+
+@compiled
+@both_kinds
+@pytest.mark.parametrize("bias", [torch.ones(1), torch.ones(6, dtype=torch.float64), torch.arange(12.0)[::2]])
+def test_any_bias_that_broadcasts_is_added(level, weight, bias):
+    w, x = both(weight), torch.randn(3, 40)
+    with kernels.using(level):
+        got = kernels.linear(x, w, torch.float32, bias)
+    assert_exact(got, x, restored(w, torch.float32), bias.float().expand(6))
+
+
+@compiled
+@both_kinds
+def test_wrong_shapes_and_dtypes_raise_as_the_reference_does(level, weight):
+    w = both(weight)
+    with kernels.using(level):
+        with pytest.raises(RuntimeError):
+            kernels.linear(torch.randn(2, 10), w, torch.float32)
+        with pytest.raises(RuntimeError):
+            kernels.input_grad(torch.randn(2, 10), w, torch.float32)
+    with pytest.raises(ValueError, match="block_size=9 must be"):
+        replace(both("4-bit"), block_size=9)
+
+
+# Of a weight (6, 40) in blocks of 8 with float16 scales, packed is (6, 20) and scales are (6, 5).
+WRONG_LAYOUTS = {
+    "fewer rows": lambda packed, scales: (packed[:5], scales[:5]),
+    "more rows": lambda packed, scales: (packed.repeat(2, 1), scales.repeat(2, 1)),
+    "fewer rows of codes": lambda packed, scales: (packed[:5], scales),
+    "fewer rows of scales": lambda packed, scales: (packed, scales[:5]),
+    "one row of scales": lambda packed, scales: (packed, scales[:1]),
+    "fewer columns": lambda packed, scales: (packed[:, :10].contiguous(), scales),
+    "more columns": lambda packed, scales: (packed.repeat(1, 2), scales),
+    "one scale a row": lambda packed, scales: (packed, scales[:, :1].contiguous()),
+    "a column of scales more": lambda packed, scales: (packed, scales.repeat(1, 2)[:, :6].contiguous()),
+    "as many codes in other rows": lambda packed, scales: (packed.view(12, 10), scales),
+    "as many scales in other rows": lambda packed, scales: (packed, scales.view(5, 6)),
+    "flat codes": lambda packed, scales: (packed.view(-1), scales),
+    "flat scales": lambda packed, scales: (packed, scales.view(-1)),
+    "a dimension more": lambda packed, scales: (packed[None], scales[None]),
+    "no codes": lambda packed, scales: (packed[:0], scales[:0]),
+    "signed codes": lambda packed, scales: (packed.view(torch.int8), scales),
+    "float codes": lambda packed, scales: (packed.float(), scales),
+    "scales of another dtype": lambda packed, scales: (packed, scales.view(torch.bfloat16)),
+    "wide scales": lambda packed, scales: (packed, scales.float()),
+    "scales as bytes": lambda packed, scales: (packed, scales.view(torch.uint8)),
+}
+wrong_layouts = pytest.mark.parametrize("wrong", WRONG_LAYOUTS.values(), ids=WRONG_LAYOUTS)
+every_kernel = pytest.mark.parametrize("kernel", kernels.available())
+two_kernels = pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))
+
+
+def layout_of(packed, scales):
+    """Match what is found and what is needed, in the words of an error."""
+    tensors = {"packed": packed, "scales": scales}
+    found = (f"{name}.shape={tuple(tensor.shape)}, dtype={tensor.dtype}" for name, tensor in tensors.items())
+    needed = "need (6, 20), torch.uint8 and (6, 5), torch.float16"
+    return ".*".join(map(re.escape, (*found, "(6, 40)", needed)))
+
+
+@every_kernel
+@wrong_layouts
+def test_stored_tensors_of_another_layout_are_an_error_that_names_what_is_found_and_needed(kernel, wrong):
+    """However they come there, some at the address of the right ones, and whatever is made of them."""
+    q = quantize(strategies.make_weight("normal", (6, 40), 0, 0), block_size=8, scales="float16")
+    a, b = torch.randn(2, 40), torch.randn(6, 2)
+    uses = (
+        lambda q: kernels.linear(torch.randn(1, 40), q, torch.float32),
+        lambda q: kernels.linear(torch.randn(9, 40), q, torch.float32, torch.randn(6)),
+        lambda q: kernels.linear(torch.randn(1, 40), q, torch.float32, None, (a, b, 0.5)),
+        lambda q: kernels.linear(torch.randn(3, 40).bfloat16(), q, torch.bfloat16),
+        lambda q: kernels.linear(torch.randn(3, 40).double(), q, torch.float64),
+        lambda q: kernels.linear(torch.randn(3, 40), q, torch.int8),
+        lambda q: kernels.input_grad(torch.randn(3, 6), q, torch.float32),
+        lambda q: kernels.input_grad(torch.randn(3, 6).double(), q, torch.float64),
+        lambda q: q.dequantize(),
+        lambda q: q.dequantize(torch.float64),
+        lambda q: q.dequantize_rows(slice(1, 3), torch.float16),
+        lambda q: q.as_matrix(),
+        lambda q: q.error_bound(),
+    )
+    packed, scales = wrong(q.packed, q.scales)
+    message = layout_of(packed, scales)
+    with kernels.using(kernel):
+        for use in uses:
+            kept = replace(q, packed=nn.Parameter(q.packed, False), scales=nn.Parameter(q.scales, False))
+            use(kept)  # which the kernel remembers
+            for broken in (replace(q, packed=packed, scales=scales), kept):
+                kept.packed.data, kept.scales.data = packed, scales
+                with pytest.raises(RuntimeError, match=message):
+                    use(broken)
+            kept.packed.data, kept.scales.data = q.packed, q.scales
+            use(kept)
+
+
+def with_stored(layer, wrong, how):
+    """Return what calls a layer with other codes and scales."""
+    packed, scales = wrong(layer.packed.detach(), layer.scales.detach())
+    if how == "data":
+        layer.packed.data, layer.scales.data = packed, scales
+        return layer
+    if how == "call":
+        state = {"packed": packed, "scales": scales}
+        return lambda x: torch.func.functional_call(layer, state, (x,))
+    layer.packed, layer.scales = nn.Parameter(packed, False), nn.Parameter(scales, False)
+    return layer
+
+
+@two_kernels
+@wrong_layouts
+@pytest.mark.parametrize("how", ["data", "call", "assign"])
+def test_layers_with_stored_tensors_of_another_layout_name_what_is_found_and_needed(kernel, wrong, how):
+    technique = FourBit("nf4", 8, "float16")
+    cases = (
+        (nn.Linear(40, 6), torch.randn(3, 40)),
+        (nn.Linear(40, 6), torch.randn(3, 40, requires_grad=True)),
+        (nn.Embedding(6, 40), torch.tensor([0, 3])),
+        (nn.Embedding(6, 40), torch.tensor([], dtype=torch.int64)),
+        (nn.Conv1d(8, 6, 5), torch.randn(2, 8, 9)),
+        (nn.Conv2d(10, 6, 2), torch.randn(2, 10, 4, 4, requires_grad=True)),
+    )
+    with kernels.using(kernel):
+        for dense, x in cases:
+            layer = convert(dense, technique)
+            layer(x)
+            packed, scales = wrong(layer.packed.detach(), layer.scales.detach())
+            call = with_stored(layer, wrong, how)
+            with pytest.raises(RuntimeError, match=layout_of(packed, scales)):
+                call(x)
+
+
+@two_kernels
+@wrong_layouts
+def test_adapters_over_stored_tensors_of_another_layout_and_loading_them_are_errors(kernel, wrong):
+    model = nn.Sequential(convert(nn.Linear(40, 6), FourBit("nf4", 8, "float16"), LoRA(2)))
+    state, (layer,) = model.state_dict(), model
+    packed, scales = wrong(layer.base.packed.detach(), layer.base.scales.detach())
+    state = {**state, "0.base.packed": packed, "0.base.scales": scales}
+    with kernels.using(kernel):
+        model(torch.randn(3, 40))
+        with pytest.raises(RuntimeError, match=layout_of(packed, scales)):
+            torch.func.functional_call(model, state, (torch.randn(3, 40),))
+        with pytest.raises(RuntimeError, match="0.base.(packed|scales)"):
+            model.load_state_dict(state, assign=True)
+        layer.base.packed.data, layer.base.scales.data = packed, scales
+        for x in (torch.randn(3, 40), torch.randn(3, 40, requires_grad=True), torch.randn(2, 3, 40)):
+            with pytest.raises(RuntimeError, match=layout_of(packed, scales)):
+                model(x)
+        with pytest.raises(RuntimeError, match=layout_of(packed, scales)):
+            layer.folded(["default"])
+
+
+@compiled
+@both_kinds
+def test_freed_storage_is_an_error(level, weight):
+    w = both(weight)
+    (w if weight == "half" else w.packed).untyped_storage().resize_(0)
+    with kernels.using(level), pytest.raises((RuntimeError, ValueError)):
+        kernels.linear(torch.randn(1, 40), w, torch.float32)
+
+
+@compiled
+@both_kinds
+@pytest.mark.parametrize("columns", [1024, 4096, 4100])
+@pytest.mark.parametrize("batch", [1, 64, 191])
+def test_scratch_of_every_batch_stays_within_a_mebibyte(level, weight, columns, batch):
+    dense = strategies.make_weight("normal", (64, columns), 0, 0)
+    w = dense.half() if weight == "half" else quantize(dense)
+    x = torch.randn(batch, columns)
+    with kernels.using(level):
+        peak = measure.peak_bytes(lambda: kernels.linear(x, w, torch.float32))
+        assert_exact(kernels.linear(x, w, torch.float32), x, restored(w, torch.float32))
+    assert peak <= 2**20 + batch * 64 * 4
+
+
+FORKED = """
+import os, sys, torch
+from lowmem import kernels, quantize
+torch.set_num_threads(2)
+w, x = quantize(torch.randn(64, 32)), torch.randn(2, 32)
+with kernels.using(sys.argv[1]):
+    expected = kernels.linear(x, w, torch.float32)
+    child = os.fork()
+    if not child:
+        os._exit(0 if torch.equal(kernels.linear(x, w, torch.float32), expected) else 1)
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@compiled
+def test_a_small_layer_works_in_a_forked_process(level):
+    assert run_python("import warnings; warnings.simplefilter('ignore')\n" + FORKED, level) == "0\n"
+
+
+PAGE_EDGE = """
+import ctypes, mmap, sys, torch
+from dataclasses import replace
+from lowmem import kernels, quantize
+from lowmem.quant.formats import get_format
+from lowmem.quant.scales import get_encoding
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+
+def at_the_edge(tensor):
+    # A copy whose last byte is the last one of a page; the page behind it cannot be read.
+    size = max(1, -(-tensor.nbytes // PAGE)) * PAGE
+    memory = mmap.mmap(-1, size + PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + size), PAGE, 0) == 0
+    kept.append(memory)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=size - tensor.nbytes)
+    return copy.view(tensor.shape).copy_(tensor)
+
+level = sys.argv[1]
+native, _ = kernels.cpu.load()
+kernel = kernels.cpu.Kernel(native, level)
+with kernels.using(level):
+    for columns in (1, 7, 31, 33, 100, 127, 129, 1023, 1025, 8200):
+        for scales in ("float16", "float32", "double"):
+            for block in (8, 10, 16, 64):
+                weight = at_the_edge(torch.randn(5, columns))
+                q = quantize(weight, block_size=block, scales=scales)
+                q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
+                kernel.quantize_rows(weight, q, slice(None), None)
+                signed = quantize(weight, "bof4s", block_size=block, scales=scales)
+                signed = replace(signed, packed=at_the_edge(signed.packed), scales=at_the_edge(signed.scales))
+                for importance in (None, at_the_edge(torch.rand(columns))):
+                    kernel.quantize_rows(weight, replace(q, method="search"), slice(None), importance)
+                    kernel.quantize_rows(weight, signed, slice(None), importance)
+                kernel.dequantize(signed, slice(0, 5), torch.float32)
+                kernels.linear(at_the_edge(torch.randn(2, columns)), signed, torch.float32)
+                kernels.input_grad(at_the_edge(torch.randn(2, 5)), signed, torch.float32)
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    kernel.dequantize(q, slice(0, 5), dtype)
+                    for batch in (1, 5, 13):
+                        x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 5).to(dtype)
+                        kernels.linear(at_the_edge(x), q, dtype, at_the_edge(torch.randn(5)))
+                        kernels.linear(at_the_edge(x), q, torch.int8)
+                        kernels.input_grad(at_the_edge(grad), q, dtype)
+        for stored in (torch.float16, torch.bfloat16):
+            half = at_the_edge(torch.randn(5, columns).to(stored))
+            for batch in (1, 5, 13):
+                kernels.linear(at_the_edge(torch.randn(batch, columns)), half, torch.float32)
+                kernels.input_grad(at_the_edge(torch.randn(batch, 5)), half, torch.float32)
+            for rows in (5, 32):  # whole tiles are read where they lie
+                dense = torch.randn(rows, columns)
+                q = quantize(dense, block_size=16)
+                q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
+                for weight in (q, at_the_edge(dense.to(stored))):
+                    for batch in (16, 37):
+                        x, grad = torch.randn(batch, columns).bfloat16(), torch.randn(batch, rows).bfloat16()
+                        kernels.linear(at_the_edge(x), weight, torch.bfloat16)
+                        kernels.input_grad(at_the_edge(grad), weight, torch.bfloat16)
+        for rank in (1, 3, 16):
+            shapes = (2, 5), (2, columns), (rank, columns), (5, rank)
+            kernels.add_update(*(at_the_edge(torch.randn(shape)) for shape in shapes), 0.5)
+            x, a, b = (at_the_edge(torch.randn(shape)) for shape in shapes[1:])
+            kernels.linear(x, half, torch.float32, None, (a, b, 0.5))
+print("fine")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as Linux has it")
+@compiled
+def test_nothing_past_the_end_is_read(level):
+    assert run_python(PAGE_EDGE, level) == "fine\n"

@@ -1,0 +1,76 @@
+"""Plain torch, the definition of the products: against the dequantized weight in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem import kernels, measure, quantize
+from tests import strategies
+from tests.compiled import on_threads, restored
+from tests.rounding import OF_4_BITS, assert_product
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+
+
+@st.composite
+def stored_weights(draw):
+    weight = draw(strategies.weights(min_dims=2, max_dims=2, max_columns=100))
+    if draw(st.booleans()):
+        return weight.to(draw(st.sampled_from([torch.float16, torch.bfloat16])))
+    return quantize(weight, draw(strategies.formats), block_size=draw(strategies.small_blocks))
+
+
+@given(stored_weights(), st.integers(0, 5), dtypes, strategies.seeds)
+def test_both_products_equal_those_with_the_restored_weight(weight, batch, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dense = restored(weight, dtype)
+    x = torch.randn(batch, dense.shape[1], generator=generator).to(dtype)
+    grad = torch.randn(batch, dense.shape[0], generator=generator).to(dtype)
+    with kernels.using("reference"):
+        products = kernels.linear(x, weight, dtype), kernels.input_grad(grad, weight, dtype)
+    sums, rounded = (torch.float32, [dtype] * 2) if dtype == torch.bfloat16 else (dtype, ())  # a sum, and its chunks'
+    for got, factor, weights in zip(products, (x, grad), (dense, dense.t()), strict=True):
+        assert got.dtype == dtype
+        assert_product(got, factor, weights, None, sums, rounded)
+
+
+def test_half_precision_sums_over_chunks_of_rows_are_rounded_once():
+    """Each of nine chunks adds about 180 ones, a number that bfloat16 holds; it does not hold all sums of them."""
+    weight = (torch.rand(8000, 64) < 0.2).bfloat16()
+    with kernels.using("reference"):
+        got = kernels.input_grad(torch.ones(1, 8000, dtype=torch.bfloat16), weight, torch.bfloat16)
+    assert torch.equal(got, weight.double().sum(0, keepdim=True).bfloat16())
+
+
+@pytest.mark.parametrize("columns", [64, 1000])
+def test_many_chunks_are_written_whole_and_match(columns):
+    weight = quantize(strategies.make_weight("normal", (1500, columns), 0, 0), block_size=16)
+    x = torch.randn(3, columns, dtype=torch.float64)
+    dense = weight.dequantize(torch.float64)
+    torch.testing.assert_close(kernels.linear(x, weight, torch.float64), x @ dense.t())
+    grad = torch.randn(3, 1500, dtype=torch.float64)
+    torch.testing.assert_close(kernels.input_grad(grad, weight, torch.float64), grad @ dense)
+
+
+@pytest.mark.parametrize("batch", [1, 512])
+@pytest.mark.parametrize("kind", ["half", "4-bit"])
+def test_no_product_takes_more_than_a_mebibyte_of_scratch(kind, batch):
+    dense = strategies.make_weight("normal", (2048, 1024), 0, 0)
+    weight = dense.half() if kind == "half" else quantize(dense)
+    x, grad = torch.randn(batch, 1024), torch.randn(batch, 2048)
+    for product, argument, out in ((kernels.linear, x, 2048), (kernels.input_grad, grad, 1024)):
+        peak = measure.peak_bytes(lambda p=product, a=argument: p(a, weight, torch.float32))
+        assert peak <= 2**20 + batch * out * 4
+
+
+def test_thread_counts_give_the_same_result():
+    weight = quantize(strategies.make_weight("normal", (300, 500), 0, 0))
+    x = torch.randn(7, 500)
+    dense = weight.dequantize()
+    for count in (1, 2):
+        with on_threads(count):
+            assert torch.equal(weight.dequantize(), dense)
+            assert_product(kernels.linear(x, weight, torch.float32), x, dense, more=OF_4_BITS)

@@ -1,0 +1,252 @@
+"""A convolution in 16 or 4 bits is the dense one with the restored weight, in every geometry that torch has."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lowmem import Conv4Bit, FourBit, Half, HalfConv, convert, kernels, measure, quantize
+from tests import strategies
+from tests.kernels.test_ops import compiles
+from tests.rounding import assert_sum
+
+# torch's own, of padding="same" with an even kernel
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+kinds = pytest.mark.parametrize("technique", [Half(), FourBit(block_size=8)], ids=["half", "4-bit"])
+small_techniques = st.one_of(
+    st.builds(Half, st.sampled_from([torch.float16, torch.bfloat16])),
+    st.builds(FourBit, strategies.formats, strategies.small_blocks, strategies.encodings),
+)
+
+
+def dense_twin(layer: nn.Module, dense: nn.Module) -> nn.Module:
+    """Return the dense layer in float64, with the weight and the bias that the converted one stores."""
+    twin = copy.deepcopy(dense).double()
+    weight = layer.weight if isinstance(layer, HalfConv) else layer.quantized.dequantize()
+    with torch.no_grad():
+        twin.weight.copy_(weight.view_as(twin.weight))
+        if twin.bias is not None:
+            twin.bias.copy_(layer.bias)
+    return twin
+
+
+def assert_convolved(got: torch.Tensor, twin: nn.Module, x: torch.Tensor, rounded=(), sums=torch.float32) -> None:
+    """Hold a convolution to that of ``dense_twin``, whose terms are those of one output channel, and the bias."""
+    sizes = copy.deepcopy(twin)
+    with torch.no_grad():
+        for parameter in sizes.parameters():
+            parameter.abs_()
+        exact, magnitudes = twin(x.double()), sizes(x.double().abs())
+    assert_sum(got, exact, magnitudes, twin.weight[0].numel() + 1, sums, rounded)
+
+
+@given(strategies.convolutions(), small_techniques, st.sampled_from([(), (0,), (1,), (3,)]), strategies.seeds)
+def test_outputs_and_gradients_are_those_of_the_restored_weight(drawn, technique, leading, seed):
+    dense, size = drawn
+    layer = convert(copy.deepcopy(dense), technique)
+    twin = dense_twin(layer, dense)
+    x = strategies.make_input((*leading, dense.in_channels, *size[:-1]), size[-1], seed)
+    exact = x.detach().double().requires_grad_()
+    out, expected = layer(x), twin(exact)
+    assert out.dtype == x.dtype
+    assert_convolved(out, twin, x.detach())
+    with torch.no_grad():
+        assert_convolved(layer(x), twin, x)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    # An input meets each weight of its group's columns at most as often as padding copies it: twice in a dimension.
+    sizes = copy.deepcopy(twin)
+    with torch.no_grad():
+        sizes.weight.abs_()
+    largest = exact.detach().abs().requires_grad_()
+    (sizes(largest) * weights.abs()).sum().backward()
+    terms = 4 * dense.weight.numel() // dense.weight.shape[1]
+    assert_sum(x.grad, exact.grad, largest.grad, terms)
+    if layer.bias is not None and layer.bias.requires_grad:
+        channels = weights.double().transpose(0, -len(size) - 1).flatten(1)  # (out_channels, positions)
+        assert_sum(layer.bias.grad, twin.bias.grad, channels.abs().sum(1), channels.shape[1])
+
+
+@given(strategies.convolutions(), strategies.formats, strategies.small_blocks, strategies.encodings)
+def test_it_stores_what_quantize_gives_within_its_bound_and_keeps_the_bias(drawn, format, block, scales):
+    dense, _ = drawn
+    layer = convert(copy.deepcopy(dense), FourBit(format, block, scales))
+    rows = dense.weight.detach().flatten(1)
+    q = quantize(rows, format, block_size=block, scales=scales)
+    assert torch.equal(layer.packed, q.packed)
+    assert torch.equal(layer.scales, q.scales)
+    assert ((rows - layer.quantized.dequantize()).abs() <= q.error_bound()).all()
+    assert (layer.bias is None) == (dense.bias is None)
+    assert all(name == "bias" for name, p in layer.named_parameters() if p.requires_grad)
+    assert layer.weight_count == measure.weight_count(dense)
+
+
+@kinds
+def test_half_freezes_the_bias_and_four_bits_leave_it_trainable(technique):
+    layer = convert(nn.Conv1d(4, 4, 3), technique)
+    assert layer.bias.requires_grad == isinstance(layer, Conv4Bit)
+
+
+@kinds
+@pytest.mark.parametrize("groups", [1, 4])
+def test_both_orders_and_both_modes_pass_gradcheck(technique, groups):
+    layer = convert(nn.Conv1d(4, 4, 3, 2, 1, groups=groups, dtype=torch.float64), technique)
+    x = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(layer, x, fast_mode=True)
+
+
+# Groups that fit together, one group at a time, and parts of one: 1 MiB is 262,144 restored weights.
+LARGE = {
+    "one group in parts": (lambda: nn.Conv2d(256, 160, 3, padding=1), (2, 256, 6, 6)),
+    "parts of groups": (lambda: nn.Conv2d(512, 320, 3, padding=1, groups=2), (2, 512, 6, 6)),
+    "several groups": (lambda: nn.Conv2d(1024, 1024, 3, padding=1, groups=32), (2, 1024, 5, 5)),
+    "depthwise": (lambda: nn.Conv1d(512, 1024, 301, padding=150, groups=512), (2, 512, 16)),
+}
+
+
+@kinds
+@pytest.mark.parametrize("make", LARGE)
+@pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))
+def test_large_weights_are_restored_in_chunks_forward_and_backward(technique, make, kernel):
+    make, shape = LARGE[make]
+    dense = make()
+    layer = convert(copy.deepcopy(dense), technique)
+    twin = dense_twin(layer, dense)
+    x = torch.randn(shape, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    expected = twin(exact)
+    weights = torch.randn(expected.shape)
+    gradient = torch.autograd.grad(expected, exact, weights.double())[0]
+    sizes = copy.deepcopy(twin)
+    sizes.weight.data.abs_()
+    largest = torch.autograd.grad(sizes(exact), exact, weights.double().abs())[0]
+    found = {}
+    most = 2.5 * 2**20 if kernel == "reference" and isinstance(layer, Conv4Bit) else 1.5 * 2**20
+    with kernels.using(kernel):
+        with torch.no_grad():
+            assert measure.peak_bytes(lambda: found.update(out=layer(x))) <= weights.nbytes + most
+
+        def backward():
+            found["gradient"] = torch.autograd.grad(layer(x), x, weights)[0]
+
+        assert measure.peak_bytes(backward) <= 2 * weights.nbytes + 2 * x.nbytes + most
+    assert_convolved(found["out"], twin, x.detach())
+    terms = twin.weight[:, 0].numel() // dense.groups  # of an input's gradient: a group's output channels and taps
+    assert_sum(found["gradient"], gradient, largest, terms)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [8, 520], ids=["whole", "in chunks"])
+def test_the_output_has_the_input_s_dtype(technique, dtype, channels):
+    dense = nn.Conv2d(channels, channels, 3)
+    layer = convert(copy.deepcopy(dense), technique)
+    x = torch.randn(2, channels, 5, 5, dtype=dtype, requires_grad=True)
+    out = layer(x)
+    assert out.dtype == dtype
+    # The weight, the bias, the convolution, and its sum with the bias may each be rounded to the input's dtype.
+    rounded, sums = ((), torch.float64) if dtype == torch.float64 else ([dtype] * 4, torch.float32)
+    assert_convolved(out, dense_twin(layer, dense), x.detach(), rounded, sums)
+    assert torch.autograd.grad(out.sum(), x)[0].dtype == dtype
+
+
+def test_compute_dtype_decides_the_product():
+    dense = nn.Conv1d(8, 8, 3)
+    layer = convert(copy.deepcopy(dense), FourBit(compute_dtype=torch.bfloat16))
+    x = torch.randn(2, 8, 9)
+    assert layer(x).dtype == torch.float32
+    assert_convolved(layer(x), dense_twin(layer, dense), x, rounded=[torch.bfloat16] * 5)  # the input is, too
+    with pytest.raises(AssertionError, match="beyond the bound"):
+        assert_convolved(layer(x), dense_twin(layer, dense), x)  # it was not computed in float32
+
+
+@kinds
+def test_autocast_gives_its_dtype_as_for_a_dense_layer(technique):
+    layer = convert(nn.Conv2d(4, 4, 3), technique)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(1, 4, 5, 5)).dtype == nn.Conv2d(4, 4, 3)(torch.randn(1, 4, 5, 5)).dtype
+
+
+@kinds
+def test_attributes_and_weights_that_were_changed_later_count(technique):
+    dense = nn.Conv2d(4, 4, 3)
+    dense.stride, dense.padding, dense.dilation = (2, 2), 2, (2, 2)
+    dense.weight = nn.Parameter(dense.weight[:, :1].detach().clone())  # made to take one channel
+    layer = convert(copy.deepcopy(dense), technique)
+    x = torch.randn(2, 1, 9, 9)
+    assert_convolved(layer(x), dense_twin(layer, dense), x)
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(2, 3, 8, 8), "must be .*with in_channels=4"),
+        (torch.randn(4, 8), r"must be \(batch, in_channels, height, width\)"),
+        (torch.randn(1, 1, 4, 8, 8), "must be .*in_channels=4"),
+        (torch.randn(1, 4, 2, 8), r"smaller than the kernel \(3, 3\)"),
+        (torch.ones(1, 4, 8, 8, dtype=torch.int64), "torch.int64 must be a floating-point"),
+    ],
+)
+def test_a_wrong_input_raises_what_the_dense_layer_raises(technique, x, message):
+    dense = nn.Conv2d(4, 4, 3)
+    with pytest.raises(RuntimeError):
+        dense(x)
+    with pytest.raises(RuntimeError, match=message):
+        convert(dense, technique)(x)
+
+
+@kinds
+def test_it_copies_pickles_moves_and_loads_like_a_layer(technique):
+    layer, other = (convert(nn.Conv2d(4, 6, 3, padding=1), technique) for _ in range(2))
+    x = torch.randn(2, 4, 5, 5)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+    other.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(other(x), layer(x))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.half()
+    assert all(torch.equal(getattr(layer, name), before[name]) for name in layer.stored)
+    assert "4, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, bias=True" in repr(
+        layer
+    )
+    assert layer.to("meta")(x.to("meta")).shape == (2, 6, 5, 5)
+
+
+@kinds
+def test_a_shell_of_a_layer_without_values_takes_a_state(technique):
+    dense = nn.Conv1d(4, 6, 3)
+    layer = convert(copy.deepcopy(dense), technique)
+    dense.weight = nn.Parameter(dense.weight.to("meta"))
+    if isinstance(layer, HalfConv):
+        dense.to("meta")
+    shell = type(layer).from_layer(dense, technique, technique.shell)
+    shell.load_state_dict(layer.state_dict(), strict=True, assign=True)
+    x = torch.randn(2, 4, 5)
+    assert torch.equal(shell(x), layer(x))
+
+
+def test_a_state_of_another_format_is_refused():
+    layer = convert(nn.Conv1d(4, 4, 3), FourBit("nf4", 16, "float16"))
+    with pytest.raises(RuntimeError, match="stores nf4, block_size=16, scales=float16; the state holds int4"):
+        layer.load_state_dict(convert(nn.Conv1d(4, 4, 3), FourBit("int4", 16, "float16")).state_dict())
+
+
+@compiles
+@kinds
+@pytest.mark.parametrize("channels", [8, 520], ids=["whole", "in chunks"])
+def test_it_compiles_whole_with_its_gradient_for_any_batch(technique, channels):
+    layer = convert(nn.Conv2d(channels, channels, 3, 2, 1), technique)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, size in ((2, 5), (3, 7)):
+        x = torch.randn(batch, channels, size, size, requires_grad=True)
+        torch.testing.assert_close(compiled(x), layer(x))
+        got, expected = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, layer))
+        torch.testing.assert_close(got, expected)

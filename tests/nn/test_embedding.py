@@ -1,0 +1,168 @@
+"""An embedding in 16 or 4 bits returns the rows of the restored table, bit for bit, and restores no others."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lowmem import Embedding4Bit, FourBit, Half, HalfEmbedding, convert, kernels, measure
+from tests import strategies
+from tests.kernels.test_ops import compiles
+
+techniques = pytest.mark.parametrize("technique", [Half(), FourBit()], ids=["half", "4-bit"])
+
+
+def restored(layer: nn.Module) -> torch.Tensor:
+    """Return the whole table, in the dtype of the rows."""
+    if isinstance(layer, HalfEmbedding):
+        return layer.weight.to(layer.dtype)
+    return layer.quantized.dequantize(layer.dtype)
+
+
+@st.composite
+def tables(draw, dtype=torch.float32):
+    """Draw an nn.Embedding of any small size."""
+    weight = draw(strategies.weights(min_dims=2, max_dims=2, max_columns=100))
+    return nn.Embedding(*weight.shape, dtype=dtype, _weight=weight.to(dtype))
+
+
+@given(
+    tables(),
+    st.builds(FourBit, strategies.formats, strategies.small_blocks, strategies.encodings),
+    strategies.leading_shapes,
+    st.sampled_from([torch.int32, torch.int64]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.sampled_from(sorted({"reference", kernels.available()[-1]})),
+    strategies.seeds,
+)
+def test_rows_are_those_of_the_restored_table_bit_for_bit(table, technique, leading, integer, dtype, kernel, seed):
+    dense = table.weight.detach().clone()
+    layer = convert(table, technique).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(len(dense), leading, generator=generator).to(integer)
+    with kernels.using(kernel):
+        rows = layer(indices)
+    assert rows.dtype == dtype
+    assert torch.equal(rows, restored(layer)[indices.long()])
+    error = (dense - layer.quantized.dequantize()).abs()
+    assert (error <= layer.quantized.error_bound()).all()
+
+
+@given(tables(), st.sampled_from([torch.float16, torch.bfloat16]), strategies.leading_shapes, strategies.seeds)
+def test_half_rows_are_rounded_once_and_widened(table, half, leading, seed):
+    dense = table.weight.detach().clone()
+    layer = convert(table, Half(half))
+    indices = torch.randint(len(dense), leading, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(layer(indices), dense[indices].to(half).float())
+
+
+@techniques
+def test_rows_have_the_dense_table_s_dtype_until_the_model_is_cast(technique):
+    indices = torch.arange(3)
+    layer = convert(nn.Embedding(5, 64, dtype=torch.bfloat16), technique)
+    assert layer(indices).dtype == torch.bfloat16
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for cast, dtype in (("half", torch.float16), ("double", torch.float64), ("float", torch.float32)):
+        getattr(layer, cast)()
+        assert layer(indices).dtype == copy.deepcopy(layer)(indices).dtype == dtype
+    assert all(
+        tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+        for name, tensor in layer.state_dict().items()
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(indices).dtype == nn.Embedding(5, 64)(indices).dtype == torch.float32
+
+
+@techniques
+def test_nothing_trains_and_options_of_training_are_accepted(technique):
+    dense = nn.Embedding(8, 16, padding_idx=-1, scale_grad_by_freq=True, sparse=True)
+    layer = convert(copy.deepcopy(dense), technique)
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert not layer(torch.arange(8)).requires_grad
+    assert torch.equal(layer(torch.tensor(7)), torch.zeros(16))  # the row of padding is data like another
+    assert layer.weight_count == 8 * 16 if isinstance(layer, Embedding4Bit) else layer.weight.numel() == 8 * 16
+    assert "8, 16, padding_idx=7, dtype=torch.float32, " in repr(layer)
+    assert ("format=nf4, block_size=64" if isinstance(layer, Embedding4Bit) else "stored=torch.float16") in repr(
+        layer
+    )
+
+
+@techniques
+@pytest.mark.parametrize(
+    "indices",
+    [torch.tensor([0, 5]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor([True])],
+    ids=["above", "negative", "float", "bool"],
+)
+def test_wrong_indices_raise_what_embedding_raises(technique, indices):
+    dense = nn.Embedding(5, 16)
+    with pytest.raises((IndexError, RuntimeError)) as expected:
+        dense(indices)
+    with pytest.raises(expected.type):
+        convert(dense, technique)(indices)
+
+
+@techniques
+@pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))
+def test_restoring_takes_a_chunk_at_a_time_and_never_the_table(technique, kernel):
+    layer = convert(nn.Embedding(5_000, 256), technique)
+    indices = torch.randint(5_000, (4, 2000))
+    with kernels.using(kernel):
+        assert measure.peak_bytes(lambda: layer(torch.arange(3))) <= 2**18
+        assert measure.peak_bytes(lambda: layer(indices)) <= 4 * indices.numel() * 256 + 2**20
+        assert torch.equal(layer(indices), restored(layer)[indices])
+
+
+@techniques
+def test_it_copies_pickles_moves_and_loads_like_a_layer(technique):
+    layer, other = (convert(nn.Embedding(6, 40), technique) for _ in range(2))
+    indices = torch.tensor([[5, 0], [2, 2]])
+    expected = layer(indices)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(indices), expected)
+    other.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(other(indices), expected)
+    with pytest.raises(RuntimeError, match="Missing key|stores"):
+        other.load_state_dict(nn.Embedding(6, 41).state_dict() if isinstance(layer, Embedding4Bit) else {})
+    away = layer.to("meta")(indices.to("meta"))
+    assert (away.shape, away.dtype, away.is_meta) == (expected.shape, expected.dtype, True)
+
+
+@techniques
+def test_a_shell_of_a_layer_without_values_takes_a_state(technique):
+    dense = nn.Embedding(6, 40, dtype=torch.bfloat16)
+    shell = type(convert(copy.deepcopy(dense), technique)).from_layer(dense.to("meta"), technique, technique.shell)
+    layer = convert(nn.Embedding(6, 40, dtype=torch.bfloat16), technique)
+    shell.load_state_dict(layer.state_dict(), strict=True, assign=True)
+    assert torch.equal(shell(torch.arange(6)), layer(torch.arange(6)))
+
+
+def test_a_state_of_another_format_is_refused():
+    layer = convert(nn.Embedding(6, 32), FourBit("nf4", 16, "float16"))
+    with pytest.raises(RuntimeError, match="stores nf4, block_size=16, scales=float16; the state holds int4"):
+        layer.load_state_dict(convert(nn.Embedding(6, 32), FourBit("int4", 16, "float16")).state_dict())
+
+
+@techniques
+def test_torch_func_maps_over_indices(technique):
+    if isinstance(technique, FourBit):
+        technique = replace(
+            technique, scales="float16"
+        )  # torch 2.4 maps no view in another dtype, which double needs
+    layer = convert(nn.Embedding(6, 40), technique)
+    indices = torch.arange(6).view(2, 3)
+    assert torch.equal(torch.func.vmap(layer)(indices), layer(indices))
+
+
+@compiles
+@techniques
+def test_it_compiles_whole_for_any_number_of_indices(technique):
+    layer = convert(nn.Embedding(60, 40), technique)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((2, 3), (5, 7)):
+        indices = torch.randint(60, shape)
+        assert torch.equal(compiled(indices), layer(indices))

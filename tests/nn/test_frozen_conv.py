@@ -1,0 +1,106 @@
+"""The convolution with a frozen weight under autograd, torch.func and as an operator."""
+
+import pytest
+import torch
+
+from lowmem import quantize
+from lowmem.nn.frozen_conv import Geometry, frozen_conv
+from tests import strategies
+from tests.kernels.test_ops import compiles
+
+# dynamo makes an instance of every function of one's own
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+GEOMETRY = Geometry(4, 6, 2, (3,), (2,), (1,), (1,))
+kinds = pytest.mark.parametrize("kind", ["half", "4-bit"])
+
+
+def make_weight(kind: str):
+    dense = strategies.make_weight("normal", (6, 6), 0, 3)
+    return dense.half().view(6, 2, 3) if kind == "half" else quantize(dense, block_size=8)
+
+
+def exact(weight, x):
+    dense = weight.double() if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float64)
+    return torch.nn.functional.conv1d(x, dense.view(6, 2, 3), None, 2, 1, 1, 2)
+
+
+@kinds
+def test_the_graph_saves_stored_bytes_only(kind):
+    weight = make_weight(kind)
+    saved = []
+    x = torch.randn(2, 4, 9, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        frozen_conv(x, weight, GEOMETRY, torch.float32, torch.ones(6, requires_grad=True)).sum()
+    stored = [weight] if kind == "half" else [weight.packed, weight.scales]
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in stored]
+
+
+@kinds
+def test_a_weight_changed_before_backward_is_an_error(kind):
+    weight = make_weight(kind)
+    out = frozen_conv(torch.randn(2, 4, 9, requires_grad=True), weight, GEOMETRY, torch.float32)
+    (weight if kind == "half" else weight.packed).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@kinds
+def test_torch_func_transforms_compose(kind):
+    weight = make_weight(kind)
+    x = torch.randn(3, 4, 9, dtype=torch.float64)
+    loss = lambda one: frozen_conv(one, weight, GEOMETRY, torch.float64).square().sum()  # noqa: E731
+    expected = torch.func.grad(lambda x: exact(weight, x).square().sum())(x)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), expected)
+    conv = lambda one: frozen_conv(one, weight, GEOMETRY, torch.float64)  # noqa: E731
+    torch.testing.assert_close(torch.func.jacfwd(conv)(x[0]), torch.func.jacrev(conv)(x[0]))
+
+
+@kinds
+def test_vmap_over_any_dimension_keeps_examples_apart(kind):
+    weight = make_weight(kind)
+    x = torch.randn(2, 3, 4, 9, dtype=torch.float64)
+    expected = exact(weight, x.flatten(0, 1)).unflatten(0, (2, 3))
+    for dim in range(2):  # over the other one lies the batch of an example
+        conv = lambda batch: frozen_conv(batch, weight, GEOMETRY, torch.float64)  # noqa: E731
+        torch.testing.assert_close(torch.func.vmap(conv, in_dims=dim, out_dims=dim)(x), expected)
+
+
+@kinds
+@pytest.mark.parametrize("size", [None, [9]], ids=["forward", "adjoint"])
+def test_the_operator_is_what_torch_expects_of_one(kind, size):
+    weight = make_weight(kind)
+    x = torch.randn(2, 4, 9, requires_grad=True) if size is None else torch.randn(2, 6, 5, requires_grad=True)
+    stored = (weight, None, "", 0, "")
+    if kind == "4-bit":
+        stored = (weight.packed, weight.scales, weight.format, weight.block_size, weight.scale_encoding)
+    arguments = (x, *stored, [4, 6, 2, 3, 2, 1, 1], torch.float32, size)
+    torch.library.opcheck(torch.ops.lowmem.convolve.default, arguments)
+
+
+@compiles
+@kinds
+def test_a_compiled_training_step_has_the_gradients_of_input_and_bias(kind):
+    weight, bias = make_weight(kind), torch.ones(6, requires_grad=True)
+    x = torch.randn(2, 4, 9, requires_grad=True)
+    step = lambda x, bias: frozen_conv(x, weight, GEOMETRY, torch.float32, bias).square().sum()  # noqa: E731
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got, expected = (torch.autograd.grad(f(x, bias), (x, bias)) for f in (compiled, step))
+    torch.testing.assert_close(got, expected)
+
+
+TRANSFORMS = {
+    "forward mode": lambda conv: lambda x: torch.func.jvp(conv, (x,), (x,))[1],
+    "gradient": lambda conv: torch.func.grad(lambda x: conv(x).square().sum()),
+}
+
+
+@compiles
+@kinds
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_compiled_transform_is_right(kind, transform):
+    weight = make_weight(kind)
+    x = strategies.make_input((2, 4), 9, 0, torch.float64).detach()
+    derivative = TRANSFORMS[transform]
+    got = torch.compile(derivative(lambda x: frozen_conv(x, weight, GEOMETRY, torch.float64)), backend="aot_eager")(x)
+    torch.testing.assert_close(got, derivative(lambda x: exact(weight, x))(x))

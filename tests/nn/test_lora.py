@@ -1,0 +1,292 @@
+"""LoRA trains two thin matrices beside a frozen base."""
+
+import copy
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lowmem import FourBit, Half, LoRA, convert, kernels
+from lowmem.nn.lora import Adapter
+from tests import strategies
+
+every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
+ranks = st.integers(1, 9)
+
+
+@every_base
+@given(strategies.linears(), ranks, strategies.leading_shapes, strategies.seeds)
+def test_a_fresh_adapter_changes_nothing_bit_for_bit(base, linear, rank, leading, seed):
+    x = strategies.make_input(leading, linear.in_features, seed)
+    plain = (
+        convert(copy.deepcopy(linear), *strategies.BASES[base]) if strategies.BASES[base] else copy.deepcopy(linear)
+    )
+    layer = convert(linear, *strategies.BASES[base], LoRA(rank))
+    assert torch.equal(layer(x), plain(x))
+
+
+@every_base
+@given(strategies.linears(), ranks, st.floats(0.1, 10), strategies.leading_shapes, strategies.seeds)
+def test_output_and_gradients_follow_the_equation(base, linear, rank, alpha, leading, seed):
+    layer = strategies.make_adapted(linear, base, rank, alpha, seed).double()
+    x = strategies.make_input(leading, layer.in_features, seed, torch.float64)
+    a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_a, layer.lora_b))
+    twin = x.detach().clone().requires_grad_()
+    expected = layer.base(twin) + alpha / rank * (twin @ a.t()) @ b.t()
+    out = layer(x)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for got, wanted in ((x.grad, twin.grad), (layer.lora_a.grad, a.grad), (layer.lora_b.grad, b.grad)):
+        torch.testing.assert_close(got, wanted)
+
+
+@every_base
+@given(strategies.linears(torch.float64), ranks)
+def test_gradcheck_in_float64(base, linear, rank):
+    layer = strategies.make_adapted(linear, base, rank).double()
+    x = strategies.make_input((2,), layer.in_features, 0, torch.float64)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, layer.lora_a, layer.lora_b))
+
+
+@every_base
+def test_only_the_adapters_train(base):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
+    model = convert(model, *strategies.BASES[base], LoRA(2), where=lambda path, _: path == "0")
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trains == ["0.adapters.default.lora_a", "0.adapters.default.lora_b"]
+
+
+def one_adapter(base=None, **options):
+    """A layer whose adapter is not zero, over a 4-bit base unless another is given."""
+    torch.manual_seed(0)
+    layer = convert(nn.Linear(24, 16), *([FourBit("int4")] if base is None else base), LoRA(4, **options)).eval()
+    nn.init.normal_(layer.lora_b)
+    return layer
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Whether each product of a base was taken with its update in one call."""
+    seen = []
+    linear = kernels.linear
+
+    def watched(x, weight, dtype, bias=None, update=None):
+        seen.append(update is not None)
+        return linear(x, weight, dtype, bias, update)
+
+    monkeypatch.setattr(kernels, "linear", watched)
+    return seen
+
+
+def expected_of(layer, x):
+    return layer.adapters["default"](layer.base(x), x)
+
+
+@pytest.mark.parametrize("base", [[FourBit("int4")], [FourBit("nf4")], [Half()], [Half(torch.bfloat16)]], ids=repr)
+@torch.no_grad()
+def test_a_base_and_its_only_adapter_take_one_call(base, updates):
+    layer = one_adapter(base)
+    for batch in (1, 3, 12, 40):
+        x = torch.randn(batch, 24)
+        expected = expected_of(layer, x)
+        updates.clear()
+        got = layer(x)
+        assert updates == [True]
+        assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_hooks_on_the_base_see_its_own_output(updates):
+    layer, x = one_adapter(), torch.randn(2, 24)
+    expected, plain = layer(x), layer.base(x)
+    updates.clear()
+    registrations = [
+        layer.base.register_forward_hook,
+        layer.base.register_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        layer.base.register_full_backward_hook,
+        layer.base.register_full_backward_pre_hook,
+    ]
+    for register in registrations:
+        outputs = []
+        handle = register(lambda *given, outputs=outputs: outputs.append(given[-1]))
+        assert torch.equal(layer(x), expected)
+        handle.remove()
+        assert updates.pop() is False
+        if register == layer.base.register_forward_hook:
+            assert torch.equal(outputs[0], plain)
+    layer.base.forward = lambda given: torch.ones(len(given), 16)
+    assert torch.equal(layer(x), layer.adapters["default"](torch.ones(2, 16), x))
+    del layer.base.forward
+    layer(x)
+    assert updates == [True]
+
+
+@torch.no_grad()
+def test_an_adapter_s_own_forward_is_called(updates):
+    layer, x = one_adapter(), torch.randn(2, 24)
+    expected, adapter = layer(x), layer.adapters["default"]
+    before = adapter.forward
+    adapter.forward = lambda out, given: before(out, given) + 1
+    updates.clear()
+    assert torch.equal(layer(x), expected + 1)
+    assert updates == [False]
+    del adapter.forward
+    assert torch.equal(layer(x), expected)
+
+    class Doubled(Adapter):
+        def forward(self, out, given):
+            return super().forward(out, given) * 2
+
+    adapter.__class__ = Doubled
+    assert torch.equal(layer(x), expected * 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.train(),
+        lambda layer: layer.adapters["default"].double(),
+        lambda layer: setattr(layer.base, "compute_dtype", torch.bfloat16),
+        lambda layer: layer.adapters["default"].register_parameter("lora_a", nn.Parameter(torch.randn(24, 4).t())),
+    ],
+    ids=["dropout", "dtype", "compute_dtype", "strides"],
+)
+@torch.no_grad()
+def test_what_one_call_cannot_take_is_taken_in_two(change):
+    layer = one_adapter(dropout=0.5)
+    change(layer)
+    x = torch.randn(2, 24)
+    torch.manual_seed(1)
+    expected = expected_of(layer, x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@torch.no_grad()
+def test_an_input_that_one_call_cannot_take_is_taken_in_two(updates):
+    layer = one_adapter()
+    for x in (torch.randn(2, 3, 24), torch.randn(24), torch.randn(2, 24).bfloat16(), torch.randn(2, 24).double()):
+        assert torch.equal(layer(x), expected_of(layer, x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(torch.ones(2, 24)), expected_of(layer, torch.ones(2, 24)))
+    assert True not in updates
+    for bad in (torch.randn(2, 23), torch.ones(2, 24).int()):
+        with pytest.raises(RuntimeError):
+            layer(bad)
+
+
+def test_gradients_flow_where_one_call_would_cut_them(updates):
+    layer, x = one_adapter(), torch.randn(2, 24, requires_grad=True)
+    layer(x).sum().backward()
+    assert all(tensor.grad is not None for tensor in (x, layer.lora_a, layer.lora_b))
+    assert True not in updates
+
+
+def test_dropout_acts_on_the_update_in_training_only():
+    layer = convert(torch.nn.Linear(64, 8), LoRA(4, dropout=0.5))
+    torch.nn.init.ones_(layer.lora_b)
+    x = torch.randn(5, 64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_adapters_of_a_float64_layer_are_float64_and_of_a_half_one_float32():
+    assert convert(torch.nn.Linear(4, 4, dtype=torch.float64), LoRA(1)).lora_a.dtype == torch.float64
+    assert convert(torch.nn.Linear(4, 4, dtype=torch.bfloat16), LoRA(1)).lora_a.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_update_of_an_output_in_half_precision_is_that_of_the_equation(dtype):
+    layer = convert(torch.nn.Linear(16, 8), Half(dtype), LoRA(2, alpha=6))
+    layer.lora_b.data.normal_()
+    x = torch.randn(5, 16).to(dtype)
+    update = x.double() @ layer.adapters["default"].delta().double().t()
+    expected = x.double() @ layer.base.weight.double().t() + layer.base.bias.double() + update
+    # The base, the update and their sum are rounded to the dtype: each is off by half an eps of what is below 16.
+    assert ((layer(x).double() - expected).abs() <= 3 * 16 * torch.finfo(dtype).eps).all()
+    assert (update.abs() > 1).any()
+
+
+def test_autocast_and_half_inputs_keep_the_base_s_dtype():
+    layer = strategies.make_adapted(torch.nn.Linear(16, 8), "4-bit")
+    assert layer(torch.randn(2, 16).bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(2, 16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("base", ["half", "4-bit"])
+def test_a_base_that_was_compiled_is_called_and_not_passed_over(base, monkeypatch):
+    """A base and its only adapter take one call of the kernel, unless something is to see the call of the base."""
+    layer = strategies.make_adapted(torch.nn.Linear(16, 8), base).eval().requires_grad_(False)
+    x, calls = torch.randn(2, 16), []
+    expected = layer(x)
+
+    def compiled(function, *_, **__):
+        return lambda *args: (calls.append(args), function(*args))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    layer.base.compile()
+    torch.testing.assert_close(layer(x), expected)
+    assert [args[0] is x for args in calls] == [True]
+
+
+def test_repr_names_rank_and_scaling():
+    assert "rank=4, scaling=2" in repr(convert(torch.nn.Linear(4, 4), LoRA(4, alpha=8)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"rank": rank}, f"rank={rank!r} must be a positive integer") for rank in (0, -1, 2.0, True, "4", None)),
+        *(
+            (
+                {"alpha": alpha},
+                re.escape(f"alpha={alpha!r} must be a positive number, at most float32's largest (3.4"),
+            )
+            for alpha in (0, -1, float("inf"), float("nan"), "1", True, 1j, [1], 3.5e38, 1e39, 10**400)
+        ),
+        *(({"dropout": p}, "dropout=.* must be at least 0 and below 1") for p in (-0.1, 1, 1.5, float("nan"), "0")),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoRA(**options)
+
+
+def test_the_largest_alpha_gives_finite_updates():
+    layer = convert(torch.nn.Linear(4, 4), LoRA(1, alpha=torch.finfo(torch.float32).max))
+    assert layer(torch.randn(2, 4)).isfinite().all()
+
+
+def test_layers_whose_parameters_something_replaced_still_work():
+    """parametrize and DataParallel take parameters out of the module's own table."""
+    torch.manual_seed(0)
+    layer = convert(torch.nn.Linear(6, 4), FourBit(block_size=8), LoRA(2)).eval()
+    half = convert(torch.nn.Linear(6, 4), Half())
+    x = torch.randn(2, 6)
+    expected = layer(x), half(x)
+    torch.nn.utils.parametrize.register_parametrization(layer.adapters["default"], "lora_a", torch.nn.Identity())
+    bias = layer.base.bias.detach().clone()
+    del layer.base.bias
+    layer.base.bias = bias
+    weight = half.weight.detach().clone()
+    del half.weight
+    half.weight = weight
+    torch.testing.assert_close(layer(x), expected[0])
+    torch.testing.assert_close(half(x), expected[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_an_adapter_of_an_empty_layer_gives_an_empty_or_plain_output(shape):
+    with pytest.warns(UserWarning, match="zero-element"):
+        layer = convert(torch.nn.Linear(*shape), LoRA(1)).eval()
+    with torch.no_grad():
+        assert layer(torch.randn(2, shape[0])).shape == (2, shape[1])

@@ -1,0 +1,96 @@
+"""Formats are data that hold their own promises."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lowmem import FORMATS
+from lowmem.quant.formats import Format, get_format
+from lowmem.quant.packing import check_block_size
+from lowmem.quant.scales import ENCODINGS
+from lowmem.quant.search import nearest_codes, searched_scales
+
+every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+
+
+@every_format
+def test_levels_are_sixteen_and_ascending(form):
+    assert len(form.levels) == 16
+    assert list(form.levels) == sorted(form.levels)
+
+
+@every_format
+def test_defaults_are_valid_and_the_key_is_the_name(form):
+    check_block_size(form.block_size)
+    assert form.scales in ENCODINGS
+    assert FORMATS[form.name] is form
+
+
+@every_format
+def test_boundaries_choose_the_nearest_level(form):
+    values = torch.linspace(-1, 1, 4001, dtype=torch.float64)
+    levels = torch.tensor(form.levels, dtype=torch.float64)
+    codes = torch.bucketize(values, torch.tensor(form.boundaries, dtype=torch.float64))
+    nearest = (values[:, None] - levels).abs().amin(-1)
+    torch.testing.assert_close((values - levels[codes]).abs(), nearest, rtol=0, atol=1e-15)
+
+
+@every_format
+def test_half_gap_is_reached_and_never_exceeded_between_the_ends(form):
+    values = torch.linspace(form.levels[0], form.levels[-1], 40001, dtype=torch.float64)
+    nearest = (values[:, None] - torch.tensor(form.levels, dtype=torch.float64)).abs().amin(-1)
+    assert 0.999 * form.half_gap < float(nearest.max()) <= form.half_gap * (1 + 1e-12)
+
+
+@every_format
+def test_the_largest_weight_has_a_level_of_its_own(form):
+    """A signed scale brings it to the upper end; a scale without a sign brings it to either end."""
+    assert form.levels[-1] == 1
+    assert form.end == (1 if not form.signed else -form.levels[0])
+
+
+def test_the_numbers_of_each_format():
+    assert FORMATS["int4"].levels[0] == -1
+    assert FORMATS["int4"].levels[8] == pytest.approx(1 / 15)
+    assert FORMATS["nf4"].levels[7] == 0
+    assert FORMATS["nf4"].levels[13] == 0.5626170039176941
+    assert [6 * level for level in FORMATS["fp4"].levels[8:]] == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+@pytest.mark.parametrize(("name", "level"), [("nf4", 0.0), ("fp4", 0.0), ("bof4s", 0.0), ("int4", -1 / 15)])
+def test_zero_code_is_the_level_that_zero_gets(name, level):
+    assert FORMATS[name].levels[FORMATS[name].zero_code] == level
+
+
+def test_bof4s_is_what_normal_weights_ask_for():
+    """Each level but the zero and the one is the mean of what falls to it, weighted by the scale squared."""
+    form = FORMATS["bof4s"]
+    weight = torch.randn(2**15, form.block_size, generator=torch.Generator().manual_seed(0))
+    scales = searched_scales(weight, form, form.block_size, 1e30)  # (rows, 1)
+    codes = nearest_codes(weight, scales, form, form.block_size).int().flatten()
+    count = scales.square().expand_as(weight).flatten()
+    sums = torch.zeros(16).index_add_(0, codes, (weight / scales).flatten() * count)
+    means = sums / torch.zeros(16).index_add_(0, codes, count)
+    torch.testing.assert_close(means / means[15], torch.tensor(form.levels), rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    "levels", [(0.0,) * 15, tuple(reversed(FORMATS["nf4"].levels)), (*FORMATS["nf4"].levels[:15], 1.5)]
+)
+def test_wrong_levels_are_refused(levels):
+    with pytest.raises(ValueError, match="levels="):
+        Format("bad", levels, 16, "float16", "test")
+
+
+@pytest.mark.parametrize("name", ["int8", "", None, ["nf4"]])
+def test_an_unknown_format_lists_the_choices(name):
+    with pytest.raises(ValueError, match="int4, nf4, fp4"):
+        get_format(name)
+
+
+def test_formats_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FORMATS["nf4"].block_size = 8
+    with pytest.raises(TypeError):
+        FORMATS["mine"] = FORMATS["nf4"]

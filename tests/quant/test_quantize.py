@@ -1,0 +1,94 @@
+"""Quantizing chooses, weighs and measures; what is stored is tested with blockwise."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem import Half, quantize
+from lowmem.quant.quantize import quantize_again, relative_error
+from tests import strategies
+from tests.compiled import assert_same_bytes
+
+
+@given(strategies.weights(), strategies.formats, strategies.block_sizes, strategies.encodings)
+def test_quantizing_again_does_it_the_same_way(weight, format, block_size, scales):
+    for search in (False, True):
+        q = quantize(weight, format, block_size=block_size, scales=scales, search=search)
+        again = quantize_again(q, weight)
+        assert torch.equal(again.packed, q.packed)
+        assert again.method == q.method
+
+
+@given(
+    strategies.weights(min_dims=2, max_dims=2),
+    strategies.formats,
+    strategies.block_sizes,
+    strategies.encodings,
+    st.booleans(),
+)
+def test_rows_that_are_what_was_stored_keep_their_bytes(weight, format, block_size, scales, search):
+    q = quantize(weight, format, block_size=block_size, scales=scales, search=search)
+    again = quantize_again(q, q.dequantize(torch.float64))
+    assert_same_bytes(again, q)
+    assert again.method == q.method
+    changed = q.dequantize()
+    changed[0] += 1
+    again = quantize_again(q, changed)
+    first = quantize(changed[:1], format, block_size=block_size, scales=scales, search=search)
+    assert_same_bytes(replace(again, packed=again.packed[:1], scales=again.scales[:1]), first)
+    assert torch.equal(again.packed[1:], q.packed[1:])
+    assert torch.equal(again.scales[1:].view(torch.uint8), q.scales[1:].view(torch.uint8))
+
+
+@pytest.mark.parametrize("row", [0, 150, 299])
+def test_a_weight_has_changed_wherever_it_has(row):
+    """Rows are compared a chunk at a time: the first, one in the middle, and the last chunk of five."""
+    q = replace(quantize(strategies.make_weight("normal", (300, 1000), 0, 0), search=True), method="calibrated")
+    weight = q.dequantize()
+    assert quantize_again(q, weight).method == "calibrated"
+    weight[row] += 1
+    assert quantize_again(q, weight).method == "search"
+
+
+@given(strategies.weights(), strategies.formats)
+def test_the_relative_error_is_that_of_all_weights(weight, format):
+    q, half = quantize(weight, format, scales="float32"), weight.half()
+    norm = float(weight.double().norm())
+    for stored, restored in ((q, q.dequantize()), (half, half)):
+        expected = float((weight.double() - restored.double()).norm()) / norm if norm else 0.0
+        # Four digits are kept: that is off by half a unit of the fourth, 5e-4 of the smallest first digit.
+        # What float64 loses of the sums is 1e-12 of them (Higham, section 3.1).
+        assert relative_error(weight, stored) == pytest.approx(expected, rel=5.001e-4, abs=0)
+
+
+@pytest.mark.parametrize("exponent", [-120, -80, 0, 60, 120])
+def test_the_relative_error_has_no_magnitude(exponent):
+    weight = strategies.make_weight("normal", (3, 4, 64), 0, 0)
+    expected = relative_error(weight, quantize(weight, scales="float32"))
+    scaled = weight * 2.0**exponent
+    assert relative_error(scaled, quantize(scaled, scales="float32")) == expected > 0
+    tried = [quantize(scaled, name, scales="float32") for name in ("fp4", "nf4")]
+    best = min(tried, key=lambda q: relative_error(scaled, q))
+    assert quantize(scaled, ("fp4", "nf4"), scales="float32").format == best.format
+
+
+def test_the_relative_error_of_what_is_stored_in_16_bits():
+    weight = strategies.make_weight("normal", (300, 1000), 0, 0)
+    expected = float((weight.double() - weight.half().double()).norm() / weight.double().norm())
+    assert relative_error(weight, weight.half()) == float(f"{expected:.4g}")
+    conv = weight.view(300, 10, 10, 10)
+    assert relative_error(conv, quantize(weight)) == relative_error(weight, quantize(weight))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_is_named_with_its_remedy(layout):
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    for refusing in (quantize, Half().store):
+        with pytest.raises(TypeError, match=rf"weight is a nested tensor \(layout={layout}\).*weight.unbind"):
+            refusing(nested)
+    with pytest.raises(TypeError, match="importance is a nested tensor"):
+        quantize(torch.randn(3, 8), search=True, importance=nested)

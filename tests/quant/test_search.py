@@ -1,0 +1,83 @@
+"""The scale of a block: its largest weight, or the candidate that leaves the least error, found in one order."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem.quant.formats import FORMATS
+from lowmem.quant.search import CANDIDATES, block_errors, largest_weights, nearest_codes, searched_scales, spread
+from tests import strategies
+
+LARGEST = float(torch.finfo(torch.float32).max)
+
+
+@given(strategies.weights(min_dims=2), strategies.block_sizes, st.booleans())
+def test_the_largest_weight_is_one_of_its_block(weight, size, signed):
+    rows = weight.reshape(-1, weight.shape[-1]).contiguous()
+    found = largest_weights(rows, size, signed)
+    for block, column in enumerate(found.unbind(-1)):
+        part = rows[:, block * size : (block + 1) * size]
+        assert torch.equal(column.abs(), part.abs().amax(-1))
+        assert (part.eq(column[:, None]).any(-1) if signed else column >= 0).all()
+
+
+def test_of_two_largest_weights_the_positive_one_counts():
+    assert largest_weights(torch.tensor([[-2.0, 2.0, 0.0]]), 8, True).item() == 2
+
+
+@given(strategies.weights(min_dims=2), strategies.formats, strategies.block_sizes, st.booleans())
+def test_the_search_takes_the_best_of_its_candidates(weight, format, size, weighted):
+    rows = weight.reshape(-1, weight.shape[-1]).contiguous()
+    form = FORMATS[format]
+    importance = torch.arange(rows.shape[-1]) % 3 * 1.0 if weighted else None
+    found = searched_scales(rows, form, size, LARGEST, importance)
+    least = block_errors(rows, found, form, size, importance)
+    top = largest_weights(rows, size, form.signed)
+    for factor in CANDIDATES:
+        for sign in (1, -1) if form.signed else (1,):
+            error = block_errors(rows, (top * (sign * factor)).clamp(-LARGEST, LARGEST), form, size, importance)
+            assert not (error < least).any()
+    assert (found.abs() >= top.abs() * min(CANDIDATES) * (1 - 2**-22)).all()
+    assert form.signed or (found >= 0).all()
+
+
+@given(strategies.weights(min_dims=2), strategies.formats, strategies.block_sizes)
+def test_block_errors_are_the_squared_differences(weight, format, size):
+    rows = weight.reshape(-1, weight.shape[-1]).contiguous()
+    rows = rows / rows.abs().max().clamp_min(1e-30)
+    form = FORMATS[format]
+    scales = largest_weights(rows, size, form.signed)
+    levels = torch.tensor(form.levels)
+    codes = nearest_codes(rows, scales, form, size)[:, : rows.shape[-1]].int()
+    error = (rows - levels[codes] * spread(scales, size, rows.shape[-1])).double().square()
+    got = block_errors(rows, scales, form, size, None)
+    for block, column in enumerate(got.unbind(-1)):
+        torch.testing.assert_close(
+            column.double(), error[:, block * size : (block + 1) * size].sum(-1), rtol=1e-4, atol=1e-30
+        )
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_where_nothing_is_better_the_largest_magnitude_stays(format):
+    """Zeros, and weights whose squares are too small or too large for float32, leave no error to compare."""
+    for value in (0.0, 1e-30, 3e38):
+        rows = torch.full((2, 16), value)
+        assert torch.equal(searched_scales(rows, FORMATS[format], 8, LARGEST), torch.full((2, 2), value))
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_no_scale_is_above_the_largest_that_can_be_stored(format):
+    """Of weights that 17/16 of the largest scale would hold exactly, which no encoding could then store."""
+    largest = float(torch.finfo(torch.float16).max)
+    levels = torch.tensor(FORMATS[format].levels)
+    rows = (levels[levels.abs() < 1].repeat(4) * (largest * 17 / 16))[None]
+    rows[0, 0] = largest
+    assert (searched_scales(rows, FORMATS[format], 64, LARGEST) > largest).any()
+    assert (searched_scales(rows, FORMATS[format], 64, largest) <= largest).all()
+
+
+def test_candidates_lie_a_sixteenth_apart_and_those_nearest_to_the_largest_weight_come_first():
+    assert sorted(CANDIDATES) == [n / 16 for n in range(12, 21)]
+    distances = [abs(factor - 1) for factor in CANDIDATES]
+    assert distances == sorted(distances)

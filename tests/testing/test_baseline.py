@@ -1,0 +1,156 @@
+"""A baseline survives its file, names each byte that moved, and refuses what it did not write."""
+
+import json
+import os
+import string
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lowmem.errors import FileError
+from lowmem.testing.baseline import Change, Key, compare, difference_table, read_figures, write_figures
+
+KEY = Key("portable", "2.13", 2)
+NAME = "tests/test_model.py::test_small[a b]"
+STORED = {NAME: {"stored_bytes": 10, "forward_bytes": 0}}
+
+figures = st.dictionaries(st.text(string.ascii_letters, min_size=1), st.integers(0, 2**60), min_size=1, max_size=4)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = KEY.path(tmp_path / "baselines")
+    write_figures(path, KEY, STORED)
+    return path
+
+
+def rewrite(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@given(st.dictionaries(st.text(st.characters(), min_size=1), figures, max_size=4))
+@example({"lone \udc80": {"x_bytes": 1}})
+def test_a_baseline_is_read_as_it_was_written(tmp_path_factory, found):
+    path = tmp_path_factory.mktemp("baselines") / "x.json"
+    write_figures(path, KEY, found)
+    assert read_figures(path, KEY) == found
+
+
+def test_the_file_of_a_key_is_lines_that_a_reviewer_reads_in_a_diff(file):
+    assert file.name == "portable-torch2.13.json"
+    assert file.read_text().splitlines() == [
+        "{",
+        '  "backend": "portable",',
+        '  "torch": "2.13",',
+        '  "threads": 2,',
+        '  "figures": {',
+        f'    "{NAME}": {{',
+        '      "stored_bytes": 10,',
+        '      "forward_bytes": 0',
+        "    }",
+        "  }",
+        "}",
+    ]
+
+
+def test_names_are_sorted_so_that_the_order_of_tests_makes_no_diff(tmp_path):
+    one, other = {"a": {"x_bytes": 1}, "b": {"x_bytes": 2}}, {"b": {"x_bytes": 2}, "a": {"x_bytes": 1}}
+    for number, found in enumerate((one, other)):
+        write_figures(tmp_path / str(number), KEY, found)
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+
+
+@given(figures, st.data())
+def test_every_byte_more_or_less_is_a_change_and_nothing_else_is(stored, data):
+    now = dict(stored)
+    assert compare("n", stored, now) == []
+    figure = data.draw(st.sampled_from(sorted(stored)))
+    now[figure] += data.draw(st.sampled_from([1, -1]))
+    (change,) = compare("n", stored, now)
+    assert change == Change("n", figure, stored[figure], now[figure])
+    assert change.verdict == ("grew" if now[figure] > stored[figure] else "shrank")
+
+
+def test_a_figure_of_one_side_alone_is_new_or_missing_even_where_it_is_zero():
+    assert [c.verdict for c in compare("n", {"gone": 0, "same": 1}, {"same": 1, "come": 0})] == ["new", "missing"]
+
+
+def test_the_table_says_before_after_and_difference_in_aligned_columns():
+    lines = difference_table(compare("n", {"a": 1, "b": 5000}, {"a": 1001, "c": 7}))
+    assert [line.split() for line in lines] == [
+        ["bytes", "before", "after", "difference"],
+        ["a", "1", "1,001", "+1,000"],
+        ["c", "-", "7", "+7"],
+        ["b", "5,000", "-", "-5,000"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"<<<<<<< HEAD\n{}",
+        b"[" * 100_000,
+        b'{"backend": "portable", "torch": "2.13", "threads": 2}',
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_it_and_the_remedy(file, content):
+    file.write_bytes(content)
+    with pytest.raises(FileError) as raised:
+        read_figures(file, KEY)
+    said = str(raised.value)
+    assert said.isprintable()
+    assert file.name in said
+    assert said.endswith("restore it from version control, or remove it and store the figures again")
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"backend": 3}, "backend=3 must be a string"),
+        ({"torch": 2.13}, "torch=2.13 must be a string"),
+        ({"threads": True}, "threads=True must be an integer"),
+        ({"figures": []}, r"figures=\[\] must be an object"),
+        ({"figures": {"a": {}}}, "'a' must be one or more"),
+        ({"figures": {"a": 3}}, "'a' must be an object"),
+        ({"figures": {"a": {"x": True}}}, "'x' is True and must be a number of bytes"),
+        ({"figures": {"a": {"x": 1.0}}}, "'x' is 1.0 and must be a number of bytes"),
+        ({"figures": {"a": {"x": -1}}}, "'x' is -1 and must be a number of bytes"),
+        ({"more": 1}, "must hold backend, torch, threads and figures, and nothing else"),
+        ({"backend": "avx2"}, "of backend=avx2, torch=2.13, threads=2, and this run is backend=portable"),
+        ({"torch": "2.4"}, "of backend=portable, torch=2.4, threads=2, and this run"),
+        ({"threads": 1}, "of backend=portable, torch=2.13, threads=1, and this run"),
+    ],
+)
+def test_a_file_that_does_not_hold_this_key_is_refused(file, changes, said):
+    rewrite(file, **changes)
+    with pytest.raises(FileError, match=said):
+        read_figures(file, KEY)
+
+
+def test_a_name_that_stands_twice_is_refused(file):
+    file.write_text(file.read_text().replace('"forward_bytes"', '"stored_bytes"'))
+    with pytest.raises(FileError, match="it holds 'stored_bytes' twice"):
+        read_figures(file, KEY)
+
+
+def test_a_file_that_is_not_there_or_no_file_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="No such file"):
+        read_figures(tmp_path / "none.json", KEY)
+    with pytest.raises(OSError, match="directory"):
+        read_figures(tmp_path, KEY)
+
+
+def test_a_directory_that_cannot_be_made_is_named_and_nothing_is_written(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OSError, match=r"cannot write '.*file/x\.json': .*; choose another directory"):
+        write_figures(tmp_path / "file" / "x.json", KEY, STORED)
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"

@@ -1,0 +1,208 @@
+"""A session's memory gates: one byte fails, what is asked for is stored, and nothing else is written."""
+
+import json
+
+import pytest
+
+from lowmem.errors import FileError
+from lowmem.testing.baseline import Key, read_figures, write_figures
+from lowmem.testing.gates import MemoryGates, belongs_to, entry_name
+
+KEY = Key("portable", "2.13", 2)
+OTHER = Key("cuda", "2.13", 2)
+TEST = "test_a.py::test_small[a b]"
+FIGURES = {"float32_bytes": 4, "stored_bytes": 4, "trainable_bytes": 4, "forward_bytes": 1000, "step_bytes": 2000}
+
+
+@pytest.fixture
+def gates(tmp_path):
+    """Return a function that begins a session in a mode, in a project with these figures stored."""
+    (tmp_path / "test_a.py").touch()
+    write_figures(KEY.path(tmp_path / "baselines"), KEY, {TEST: FIGURES})
+    return lambda mode="compare": MemoryGates(tmp_path, tmp_path / "baselines", mode)
+
+
+def stored(gates, key=KEY):
+    path = key.path(gates.directory)
+    return read_figures(path, key) if path.exists() else None
+
+
+def finish(session):
+    """End a session as it ends beside pytest-xdist too: through a worker's dump, which JSON holds."""
+    controller = MemoryGates(session.root, session.directory, session.mode)
+    controller.merge(json.loads(json.dumps(session.dump())))
+    assert controller.rows == session.rows
+    return controller.write()
+
+
+def moved(**changes):
+    return FIGURES | {f"{figure}_bytes": size for figure, size in changes.items()}
+
+
+def test_the_same_figures_pass_and_nothing_is_written(gates):
+    session = gates()
+    assert session.judge(TEST, TEST, KEY, FIGURES) is None
+    assert finish(session) == []
+    assert session.table() == [
+        "verdict  stored  forward   step  gate",
+        "same          4    1,000  2,000  test_a.py::test_small[a b]",
+    ]
+
+
+@pytest.mark.parametrize("figure", [name.removesuffix("_bytes") for name in FIGURES])
+@pytest.mark.parametrize("by", [1, -1])
+@pytest.mark.parametrize("mode", ["compare", "store"])
+def test_one_byte_more_or_less_fails_and_stays_as_it_was_stored(gates, figure, by, mode):
+    session = gates(mode)
+    size = FIGURES[f"{figure}_bytes"]
+    failure = session.judge(TEST, TEST, KEY, moved(**{figure: size + by}))
+    assert failure.splitlines()[0] == f"the memory of {TEST} is not what baselines/portable-torch2.13.json holds"
+    rows = [line.split() for line in failure.splitlines() if line.startswith(f"{figure}_bytes")]
+    assert rows == [[f"{figure}_bytes", f"{size:,}", f"{size + by:,}", f"{by:+}"]]
+    assert failure.endswith(
+        "If that is meant, store the new figures, and say why in the commit's message:\n"
+        "    pytest --lowmem-baseline=update 'test_a.py::test_small[a b]'"
+    )
+    assert finish(session) == []
+    assert stored(session) == {TEST: FIGURES}
+
+
+def test_a_category_that_comes_and_one_that_goes_fail(gates):
+    now = moved(codes=3)
+    del now["float32_bytes"]
+    failure = gates().judge(TEST, TEST, KEY, now)
+    assert [line.split() for line in failure.splitlines()[2:5]] == [
+        ["bytes", "before", "after", "difference"],
+        ["codes_bytes", "-", "3", "+3"],
+        ["float32_bytes", "4", "-", "-4"],
+    ]
+
+
+def test_a_failure_says_where_the_step_is_a_forward_alone(gates):
+    assert "Nothing in the model trains" in gates().judge(TEST, TEST, KEY, moved(trainable=0))
+    assert "Nothing in the model trains" not in gates().judge(TEST, TEST, KEY, moved(step=1))
+
+
+def test_updating_stores_what_moved_and_keeps_the_rest(gates):
+    session = gates("update")
+    assert session.judge(TEST, TEST, KEY, moved(step=1)) is None
+    assert session.judge("test_b.py::test", "test_b.py::test", KEY, FIGURES) is None
+    assert [row.verdict for row in session.rows.values()] == ["updated", "stored"]
+    assert finish(session) == ["baselines/portable-torch2.13.json"]
+    assert stored(session) == {TEST: moved(step=1), "test_b.py::test": FIGURES}
+
+
+def test_updating_with_the_same_figures_writes_nothing(gates):
+    session = gates("update")
+    assert session.judge(TEST, TEST, KEY, FIGURES) is None
+    assert finish(session) == []
+
+
+def test_an_unknown_gate_fails_with_the_command_that_stores_it(gates):
+    session = gates()
+    failure = session.judge("test_b.py::test", "test_b.py::test", KEY, FIGURES)
+    assert "portable-torch2.13.json holds no figures of test_b.py::test: it is new, or was renamed" in failure
+    assert failure.endswith("    pytest --lowmem-baseline=store test_b.py::test")
+    assert finish(session) == []
+
+
+def test_a_key_without_a_file_fails_and_names_the_keys_that_have_one(gates):
+    failure = gates().judge(TEST, TEST, OTHER, FIGURES)
+    assert failure.splitlines()[0] == (
+        "no figures are stored for backend cuda and torch 2.13: there is no baselines/cuda-torch2.13.json, "
+        "only portable-torch2.13"
+    )
+
+
+@pytest.mark.parametrize("mode", ["store", "update"])
+def test_a_key_without_a_file_gets_one(gates, mode):
+    session = gates(mode)
+    assert session.judge(TEST, TEST, OTHER, FIGURES) is None
+    assert finish(session) == ["baselines/cuda-torch2.13.json"]
+    assert (stored(session, OTHER), stored(session)) == ({TEST: FIGURES}, {TEST: FIGURES})
+
+
+def test_what_two_workers_measure_is_stored_in_one_file(gates):
+    controller = gates("store")
+    for number in range(2):
+        worker = gates("store")
+        worker.judge(f"test_b.py::test[{number}]", "test_b.py::test", KEY, moved(step=number))
+        controller.merge(json.loads(json.dumps(worker.dump())))
+    controller.write()
+    assert stored(controller).keys() == {TEST, "test_b.py::test[0]", "test_b.py::test[1]"}
+
+
+@pytest.mark.parametrize(
+    ("stored_name", "collected", "files", "passed", "stale"),
+    [
+        ("test_a.py::test_gone", {TEST}, {"test_a.py"}, {TEST}, True),
+        ("test_a.py::test_gone", {TEST}, set(), {TEST}, False),  # a part of the file was asked for
+        ("test_a.py::test_skipped", {TEST, "test_a.py::test_skipped"}, {"test_a.py"}, {TEST}, False),
+        ("test_a.py::test_gone | b", {TEST, "test_a.py::test_gone"}, set(), {"test_a.py::test_gone"}, True),
+        ("test_a.py::test_failed | b", {"test_a.py::test_failed"}, set(), {TEST}, False),
+        ("test_removed.py::test", {TEST}, set(), {TEST}, True),
+        (TEST, {TEST}, {"test_a.py"}, {TEST}, False),
+    ],
+)
+def test_a_stored_gate_that_nothing_measures_is_told_and_removed_on_request(
+    gates, stored_name, collected, files, passed, stale
+):
+    for mode in ("compare", "store", "update"):
+        session = gates(mode)
+        write_figures(KEY.path(session.directory), KEY, {TEST: FIGURES, stored_name: FIGURES})
+        session.judge(TEST, TEST, KEY, FIGURES)
+        session.note_stale(collected, files, passed)
+        assert bool(session.stale_lines()) == stale
+        assert all(stored_name in line for line in session.stale_lines())
+        assert bool(finish(session)) == (stale and mode == "update")
+        assert (stored_name in stored(session)) != (stale and mode == "update")
+
+
+def test_what_another_worker_measured_is_not_stale(gates):
+    write_figures(KEY.path(gates().directory), KEY, {TEST: FIGURES, "test_a.py::test_b": FIGURES})
+    controller = gates("update")
+    for name in (TEST, "test_a.py::test_b"):
+        worker = gates("update")
+        worker.judge(name, name, KEY, FIGURES)
+        worker.note_stale({TEST}, {"test_a.py"}, {name})
+        controller.merge(json.loads(json.dumps(worker.dump())))
+    assert controller.write() == []
+    assert controller.stale_lines() == []
+    assert stored(controller).keys() == {TEST, "test_a.py::test_b"}
+
+
+@pytest.mark.parametrize("mode", ["compare", "store", "update"])
+def test_a_damaged_baseline_is_not_overwritten(gates, mode):
+    session = gates(mode)
+    path = KEY.path(session.directory)
+    path.write_text("{")
+    with pytest.raises(FileError, match="restore it from version control"):
+        session.judge(TEST, TEST, KEY, FIGURES)
+    assert finish(session) == []
+    assert path.read_text() == "{"
+
+
+def test_a_baseline_that_is_damaged_meanwhile_is_not_overwritten(gates):
+    session = gates("update")
+    session.judge(TEST, TEST, KEY, moved(step=1))
+    path = KEY.path(session.directory)
+    path.write_text("{")
+    with pytest.raises(FileError, match="restore it from version control"):
+        session.write()
+    assert path.read_text() == "{"
+
+
+def test_a_test_that_is_run_again_counts_with_its_last_figures(gates):
+    session = gates("update")
+    for step in (1, 2):
+        assert session.judge(TEST, TEST, KEY, moved(step=step)) is None
+    finish(session)
+    assert stored(session) == {TEST: moved(step=2)}
+
+
+def test_a_gate_with_a_name_belongs_to_its_test_alone():
+    assert entry_name(TEST, "") == TEST
+    assert belongs_to(entry_name(TEST, "b"), TEST)
+    assert belongs_to(TEST, TEST)
+    assert not belongs_to(TEST + "x", TEST)
+    assert not belongs_to(entry_name("test_a.py::test_small", "b"), "test_a.py::test")

@@ -1,0 +1,104 @@
+"""Verdicts of the gates are read as they are written, and anything else is refused in one line."""
+
+import copy
+import json
+
+import pytest
+
+from lowmem.errors import FileError
+from lowmem.testing.verdicts import Row, read_verdict
+
+VERDICT = {
+    "gate": "latency",
+    "passed": False,
+    "base": "origin/main",
+    "head": "HEAD",
+    "machine": {"cpu": "x86_64", "threads": 2},
+    "rows": [
+        {
+            "name": "forward[qlora-batch1]",
+            "figure": "ratio",
+            "base": 0.001,
+            "head": 0.0012,
+            "ratio": 1.2,
+            "low": 1.17,
+            "high": 1.24,
+            "verdict": "slower",
+            "says": "20% slower",
+        },
+        {
+            "name": "load",
+            "figure": "ratio",
+            "base": None,
+            "head": None,
+            "ratio": None,
+            "low": None,
+            "high": None,
+            "verdict": "skipped",
+            "says": "",
+        },
+    ],
+}
+
+
+def read(tmp_path, content):
+    (tmp_path / "verdict.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return read_verdict(tmp_path / "verdict.json")
+
+
+def changed(*path, to):
+    verdict = copy.deepcopy(VERDICT)
+    at = verdict
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = to
+    return verdict
+
+
+def test_a_verdict_is_read(tmp_path):
+    verdict = read(tmp_path, VERDICT)
+    assert (verdict.gate, verdict.passed, verdict.base, verdict.head) == ("latency", False, "origin/main", "HEAD")
+    assert verdict.machine == {"cpu": "x86_64", "threads": "2"}
+    assert verdict.rows[0] == Row(
+        "forward[qlora-batch1]", "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", "20% slower"
+    )
+    assert [row.name for row in verdict.moved] == ["forward[qlora-batch1]"]
+
+
+def test_what_a_newer_gate_adds_is_passed_over(tmp_path):
+    assert read(tmp_path, VERDICT | {"duration": 3}) == read(tmp_path, VERDICT)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "the JSON is broken"),
+        ('{"gate": NaN}', "NaN"),
+        ([], "it is no verdict of a gate"),
+        ({"machine_info": {}, "benchmarks": []}, "it is no verdict of a gate: gate is missing"),
+        (changed("gate", to="weather"), "gate is 'weather'"),
+        (changed("passed", to=1), "passed is 1"),
+        (changed("base", to=None), "base is None"),
+        (changed("machine", to=[]), "machine is []"),
+        (changed("rows", to={}), "rows is {}"),
+        (changed("rows", 0, to=7), "row 0 is 7"),
+        (changed("rows", 1, "verdict", to="worse"), "row 1: verdict is 'worse'"),
+        (changed("rows", 1, "ratio", to="1"), "row 1: ratio is '1'"),
+        (changed("rows", 1, "ratio", to=True), "row 1: ratio is True"),
+        (changed("rows", 0, "ratio", to=-1), "row 0: ratio is -1"),
+        (changed("rows", 0, "low", to=0), "row 0: low is 0"),
+        (changed("rows", 0, "name", to=["x"]), "row 0: name is"),
+    ],
+)
+def test_anything_else_is_one_clear_error(tmp_path, content, why):
+    with pytest.raises(FileError, match="cannot read .*verdict.json") as refused:
+        read(tmp_path, content)
+    assert why in str(refused.value)
+    assert "write it again with the gate" in str(refused.value)
+
+
+def test_a_row_without_a_figure_is_refused(tmp_path):
+    verdict = copy.deepcopy(VERDICT)
+    del verdict["rows"][0]["ratio"]
+    with pytest.raises(FileError, match="row 0: ratio is missing"):
+        read(tmp_path, verdict)

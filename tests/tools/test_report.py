@@ -1,0 +1,235 @@
+"""`lowmem report` writes a page or one clear line; `pytest benchmarks --report` writes that of its own run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lowmem.__main__ import main
+from tests.pages import report as made_up
+from tests.testing.test_verdicts import VERDICT
+
+pytest.importorskip("altair", reason="the report needs the extra: pip install '.[report]'")
+pytest.importorskip("vl_convert", reason="the report needs the extra: pip install '.[report]'")
+
+from benchmarks.report import pytest_configure
+from lowmem.report.charts import Drawing
+from lowmem.report.timings import Timing
+from lowmem.tools import report as command
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parents[2]
+MODELS = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return x + self.down(self.up(x))
+
+class Pair(nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x)
+        return {"out": y, "again": (y, 3)}
+
+make = lambda: Pair(Block(), Block())
+
+class Broken(nn.Linear):
+    def forward(self, x):
+        raise LookupError("<no>")
+
+class Silent(nn.Linear):
+    def forward(self, x):
+        return None
+
+broken = lambda: Broken(32, 32)
+silent = lambda: nn.Sequential(nn.Linear(32, 32), Silent(32, 32))
+nothing = lambda: nn.ReLU()
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """Leave out what takes long and has tests of its own: drawing, and the errors of normal weights."""
+    empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
+    monkeypatch.setattr("lowmem.report.page.draw", lambda chart: Drawing(empty, empty, {}))
+    monkeypatch.setattr("lowmem.report.distortion.distortions", lambda: made_up().distortions)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "report_models.py").write_text(MODELS)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Leave out measuring BigNet."""
+    found = made_up()
+    measured = command.Measured(found.footprints, dict(found.losses), [], [])
+    monkeypatch.setattr(command, "measure_variants", lambda *_, **__: measured)
+
+
+def run(*argv):
+    try:
+        return main(["report", *argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+OWN = ("report_models:make", "out.html", "--input-shape", "32")
+
+
+def test_the_page_of_a_users_model(capsys):
+    assert run(*OWN, "--batches", "2") == 0
+    assert capsys.readouterr().out == ""
+    html = Path("out.html").read_text()
+    for text in (
+        "<h1>report_models:make</h1>",
+        "0,1.up",
+        "0,1.down",
+        "low_precision_nf4",
+        "Measured for this page",
+        "batch 2",
+    ):
+        assert text in html, text
+
+
+def test_what_is_measured_of_a_users_model():
+    import torch
+
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    measured = command.measure_variants("report_models:make", x, timed=[x], grouped=True)
+    assert [f.name for f in measured.footprints][:3] == ["dense", "half_precision", "low_precision"]
+    assert list(measured.losses) == [f.name for f in measured.footprints[1:]]
+    assert measured.losses["lora"] == measured.losses["half_precision"] < measured.losses["low_precision"] < 0.3
+    assert [t.name for t in measured.timings] == list(measured.losses)
+    dense = measured.footprints[0]
+    assert sum(group.dense_bytes for group in measured.groups) == dense.stored_bytes == 2 * 4 * (2 * 32 * 64 + 96)
+    for footprint in measured.footprints[1:]:
+        assert sum(group.bytes[footprint.name] for group in measured.groups) == footprint.stored_bytes
+
+
+def test_a_stored_run_gives_latency_and_the_same_bytes_twice(unmeasured):
+    stored = str(ROOT / "benchmarks" / "baselines" / "0001_baseline.json")
+    assert run("one.html", "--run", stored) == run("two.html", "--run", stored) == 0
+    one = Path("one.html").read_text()
+    assert one == Path("two.html").read_text()
+    assert "Of the run 0001_baseline.json" in one
+    assert "10.27" in one
+    assert str(ROOT) not in one
+
+
+def test_verdicts_are_shown(unmeasured):
+    Path("latency.json").write_text(json.dumps(VERDICT))
+    Path("memory.json").write_text(json.dumps(VERDICT | {"gate": "memory", "passed": True, "rows": []}))
+    assert run("out.html", "--verdict", "latency.json", "--verdict", "memory.json") == 0
+    html = Path("out.html").read_text()
+    assert 'Latency gate <span class="badge failed">failed</span>' in html
+    assert 'Memory gate <span class="badge passed">passed</span>' in html
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["report_models:broken", "out.html", "--input-shape", "32"], "LookupError: <no>"),
+        (["report_models:silent", "out.html", "--input-shape", "32"], "returns no tensor"),
+        (["report_models:nothing", "out.html", "--input-shape", "32"], "nothing to convert"),
+        (["report_models:none", "out.html"], "has no 'none'"),
+        (["report_models:make", "out.html"], "check the input's shape"),
+        (["report_models:make@lora", "out.html"], "must be module:factory"),
+        (["qlora", "out.html"], "must be module:factory"),
+        (["report_models:make"], "must end with .html"),
+        (["report_models.py"], "must end with .html"),
+        (["folder.html"], "it is a directory"),
+        (["missing/out.html"], "cannot write"),
+        (["out.html", "--run", "missing.json"], "cannot read 'missing.json'"),
+        (["out.html", "--run", "report_models.py"], "the JSON is broken"),
+        (["out.html", "--verdict", "report_models.py"], "the JSON is broken"),
+        (["out.html", "--verdict", "run.json"], "it is no verdict of a gate: gate is missing"),
+        (["out.html", "--run", "verdict.json"], "it is no run of pytest-benchmark"),
+        (["report_models:make", "out.html", "--run", "run.json"], "--run holds times of BigNet"),
+        (["out.html", "--batches", "0"], "must be a positive integer"),
+    ],
+)
+def test_bad_input_is_one_line_and_overwrites_nothing(argv, why, capsys):
+    Path("folder.html").mkdir()
+    Path("out.html").write_text("before")
+    Path("run.json").write_text(json.dumps({"benchmarks": [], "machine_info": {}}))
+    Path("verdict.json").write_text(json.dumps(VERDICT))
+    files = sorted(os.listdir())
+    assert run(*argv) == 2
+    printed = capsys.readouterr()
+    assert why in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert len(printed.err) < 300
+    assert printed.out == ""
+    assert Path("out.html").read_text() == "before"
+    assert sorted(set(os.listdir()) - {"__pycache__"}) == files
+
+
+@pytest.mark.parametrize("package", ["altair", "vl_convert", "jinja2", "scipy"])
+def test_without_the_extra_it_says_what_to_install(package, monkeypatch, capsys):
+    imported = command.import_module
+
+    def without(name):
+        if name == package:
+            raise ImportError(f"No module named {name!r}")
+        return imported(name)
+
+    monkeypatch.setattr(command, "import_module", without)
+    assert run("out.html") == 2
+    assert "pip install 'lowmem[report]'" in capsys.readouterr().err
+    assert not Path("out.html").exists()
+
+
+@pytest.fixture
+def project(pytester, unmeasured):
+    """A project of one benchmark of inference, with the option."""
+    pytester.makeconftest('pytest_plugins = ["benchmarks.report"]')
+    pytester.mkdir("benchmarks").joinpath("test_inference.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('case', ['qlora-batch8'])\n"
+        "def test_inference(benchmark, case):\n"
+        "    benchmark.extra_info['reference_seconds'] = 1.0\n"
+        "    benchmark.pedantic(lambda: None, rounds=1)\n"
+    )
+    shutil.copy(ROOT / "pyproject.toml", pytester.path)
+    return pytester
+
+
+def test_the_page_of_a_run_of_the_benchmarks_has_its_latency(project, monkeypatch):
+    seen = []
+    write = command.write
+    monkeypatch.setattr(command, "write", lambda *a, **k: seen.extend(k["timings"]) or write(*a, **k))
+    Path("verdict.json").write_text(json.dumps(VERDICT))
+    result = project.runpytest("benchmarks", "--report", "page.html", "--report-verdict", "verdict.json")
+    assert result.ret == 0
+    (timing,) = seen
+    assert timing == Timing("float32", "qlora", 8, timing.speed)
+    html = (project.path / "page.html").read_text()
+    assert "Of this run of the benchmarks" in html
+    assert "Latency gate" in html
+    assert f"saved {project.path / 'page.html'}" in result.stdout.str()
+
+
+@pytest.mark.parametrize(
+    ("target", "verdicts"), [("page.txt", []), ("missing/page.html", []), ("page.html", ["none.json"])]
+)
+def test_a_run_of_the_benchmarks_refuses_bad_input_before_it_begins(target, verdicts, tmp_path):
+    options = {"report": target, "report_verdict": verdicts}
+    config = SimpleNamespace(
+        invocation_params=SimpleNamespace(dir=tmp_path),
+        getoption=options.__getitem__,
+        pluginmanager=SimpleNamespace(register=None),  # nothing is registered
+    )
+    with pytest.raises(pytest.exit.Exception, match="^--report: .*(must end with|cannot)") as refused:
+        pytest_configure(config)
+    assert refused.value.returncode == 2
+    assert len(str(refused.value)) < 300
+    assert not (tmp_path / target).exists()

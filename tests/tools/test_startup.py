@@ -1,0 +1,148 @@
+"""The command's imports end in one line, whatever stops them; those of a library are left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowmem
+from lowmem.tools import startup
+
+BY_MODULE = [sys.executable, "-m", "lowmem"]
+BY_SCRIPT = [sys.executable, "{script}"]
+SCRIPT = "import sys\nfrom lowmem.__main__ import main\nsys.exit(main())\n"
+ROOT = str(Path(lowmem.__file__).parents[1])
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return what starts the command in either way, in a directory with the modules that are given."""
+
+    def start(way, *argv, modules=None, **environment):
+        script = tmp_path / "lowmem"
+        script.write_text(SCRIPT)
+        for name, text in (modules or {}).items():
+            (tmp_path / "first" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "first" / name).write_text(text)
+        command = [part.format(script=script) for part in way]
+        path = os.pathsep.join([str(tmp_path / "first"), ROOT])
+        return subprocess.Popen(
+            [*command, *argv],
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            cwd=tmp_path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs start deaf to it
+        )
+
+    return start
+
+
+both_ways = pytest.mark.parametrize("way", [BY_MODULE, BY_SCRIPT], ids=["module", "script"])
+
+
+@both_ways
+def test_an_unknown_kernel_is_one_line_and_exit_code_2(start, way):
+    process = start(way, "info", LOWMEM_KERNEL="x\x1b" * 1000)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("lowmem: LOWMEM_KERNEL='x\\x1bx")
+    assert err.count("\n") == 1
+    assert len(err) < 300
+
+
+@both_ways
+def test_a_torch_that_cannot_be_imported_is_one_line_and_exit_code_2(start, way):
+    process = start(way, "info", modules={"torch.py": "raise ImportError('libtorch.so:\\n  no memory')"})
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (2, "lowmem: libtorch.so: no memory\n")
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise RuntimeError('no\\nkernel')", "RuntimeError: no"),
+        ("import sys; sys.missing", "AttributeError: module 'sys' has no attribute 'missing'"),
+        ("{}['missing']", "KeyError: 'missing'"),
+        ("1 +", "SyntaxError: invalid syntax (torch.py, line 1)"),
+        ("len(3)", "object of type 'int' has no len()"),
+    ],
+)
+def test_a_broken_torch_is_one_line_and_exit_code_2(start, way, text, said):
+    process = start(way, "info", modules={"torch.py": text})
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (2, f"lowmem: {said}\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE")
+@both_ways
+def test_a_failure_that_nobody_reads_ends_it_as_it_ends_other_programs(start, way):
+    with start(way, "info", modules={"torch.py": "print('here', flush=True)\ninput()\nraise ImportError"}) as process:
+        assert process.stdout.readline() == "here\n"
+        process.stderr.close()
+        process.stdin.write("go\n")
+        process.stdin.close()
+        assert process.wait(timeout=300) == -signal.SIGPIPE
+
+
+@both_ways
+def test_another_failure_of_an_import_keeps_its_traceback(start, way):
+    process = start(way, "info", modules={"torch.py": "1 / 0"})
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert err.startswith("Traceback")
+    assert "ZeroDivisionError" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+@both_ways
+@pytest.mark.parametrize("module", ["torch", "tempfile", "hashlib"])  # the last two are imported before torch
+@pytest.mark.parametrize("swallow", ["", "try: time.sleep(3600)\nexcept KeyboardInterrupt: raise ImportError\n"])
+def test_ctrl_c_while_modules_are_imported_is_one_line_and_exit_code_2(start, way, module, swallow):
+    waits = "import time\nprint('here', flush=True)\n" + swallow + "time.sleep(3600)\n"
+    process = start(way, "info", modules={f"{module}.py": waits})
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (2, "lowmem: interrupted\n")
+
+
+def test_a_process_that_imports_the_library_keeps_its_own_hooks():
+    script = (
+        "import signal, sys; before = sys.excepthook, signal.getsignal(signal.SIGINT); import lowmem; "
+        "assert before == (sys.excepthook, signal.getsignal(signal.SIGINT))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "original", "expected"),
+    [
+        (["-m", "info"], ["python", "-m", "lowmem", "info"], True),
+        (["-m"], ["python", "-X", "dev", "-m", "lowmem"], True),
+        (["-m", "info"], ["python", "-Imlowmem", "info"], True),
+        (["-m", "lowmem"], ["python", "-m", "other", "lowmem"], False),
+        (["-m"], ["python", "-m", "xlowmem"], False),
+        (["-m"], ["python", "-mlowmem"], True),
+        (["-m"], ["python", "-m", "-xlowmem"], False),
+        (["-m"], ["python", "-m", "lowmem.tools"], False),
+        (["/usr/bin/lowmem", "info"], ["python", "/usr/bin/lowmem", "info"], True),
+        (["/usr/bin/pytest"], ["python", "/usr/bin/pytest"], False),
+        (["-c"], ["python", "-c", "import lowmem"], False),
+        ([""], ["python"], False),
+        ([], [], False),
+    ],
+)
+def test_the_command_is_told_from_a_program_that_imports_it(monkeypatch, argv, original, expected):
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", original)
+    assert startup.is_command() is expected

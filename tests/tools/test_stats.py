@@ -1,0 +1,151 @@
+"""`lowmem stats` reproduces the exact figures, for BigNet and for a user's model."""
+
+import json
+
+import pytest
+
+from lowmem.__main__ import main
+from lowmem.tools.stats import Stats
+from lowmem.transforms.summary import LayerSummary
+
+MIB = 2**20
+
+
+def rows(capsys, *argv):
+    assert main(["stats", *argv, "--json"]) == 0
+    return {row["model"]: row for row in json.loads(capsys.readouterr().out)}
+
+
+def test_json_has_exact_bytes_and_the_documented_keys(capsys):
+    found = rows(capsys)
+    exact = {
+        "bignet": (18_903_040, 0, 75_612_160),
+        "half_precision": (10_240, 18_892_800, 37_826_560),
+        "low_precision": (28_672, 10_616_832, 11_911_168),
+        "lora": (1_179_648, 18_903_040, 42_545_152),
+        "qlora": (1_179_648, 10_645_504, 16_629_760),
+    }
+    for name, (trainable, frozen, stored) in exact.items():
+        row = found[name]
+        assert list(row) == list(Stats.__dataclass_fields__)  # layers are listed for a user's model only
+        assert (row["trainable_params"], row["frozen_params"]) == (trainable, frozen)
+        assert row["total_params"] == trainable + frozen
+        assert row["theoretical_bytes"] == row["actual_bytes"] == stored
+        assert row["bits_per_weight"] == 8 * stored / 18_903_040
+    assert found["bignet"]["forward_bytes"] <= 0.05 * MIB
+    for name, most in {
+        "bignet": 72.4,
+        "half_precision": 1.2,
+        "low_precision": 1.2,
+        "lora": 5.9,
+        "qlora": 5.9,
+    }.items():
+        assert found[name]["forward_bytes"] <= 1.05 * MIB
+        assert found[name]["backward_bytes"] <= most * MIB
+
+
+def test_the_table_reproduces_the_first_three_rows(capsys):
+    assert main(["stats", "bignet", "half_precision", "low_precision"]) == 0
+    cells = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["bignet", "18.90", "0.00", "18.90", "72.11", "72.11"] in [row[:6] for row in cells]
+    assert ["half_precision", "0.01", "18.89", "18.90", "36.07", "36.07"] in [row[:6] for row in cells]
+    assert ["low_precision", "0.03", "10.62", "10.65", "11.36", "11.36"] in [row[:6] for row in cells]
+
+
+def test_markdown(capsys):
+    assert main(["stats", "low_precision", "--markdown"]) == 0
+    header, rule, row = capsys.readouterr().out.splitlines()
+    assert header.startswith("| Model | Trains M |")
+    assert set(rule) == set("|:- ")
+    assert row.startswith("| low_precision | 0.03 | 10.62 | 10.65 | 11.36 | 11.36 |")
+
+
+@pytest.mark.parametrize(
+    ("options", "factory"),
+    [
+        (["--input-shape", "12"], "nn.Linear(12, 3)"),
+        (["--input-shape", "3,8,8", "--batch", "2"], "nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))"),
+        (["--input-shape", "7", "--input-dtype", "int64"], "nn.Embedding(10, 4)"),
+    ],
+)
+def test_a_user_s_model(tmp_path, monkeypatch, capsys, options, factory):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"stats_model_{abs(hash(factory))}"
+    (tmp_path / f"{name}.py").write_text(f"from torch import nn\nmake = lambda: {factory}\n")
+    row = rows(capsys, f"{name}:make", *options)[f"{name}:make"]
+    assert row["trainable_params"] > 0
+    assert row["backward_bytes"] >= row["forward_bytes"] > 0
+    assert list(row) == [*Stats.__dataclass_fields__, "layers"]
+    assert list(row["layers"][0]) == list(LayerSummary.__dataclass_fields__)
+    assert sum(layer["weights"] for layer in row["layers"]) == row["total_params"]
+
+
+def test_the_layers_of_a_user_s_model_follow_the_table(capsys):
+    name = "lowmem:BigNet@qlora_nf4"
+    assert main(["stats", "bignet", name]) == 0
+    table, title, layers = capsys.readouterr().out.split("\n\n")[-3:]
+    assert title == name
+    assert "bignet" in table
+    assert len([line for line in layers.splitlines() if " LoRALinear " in line]) == 18
+    assert "nf4, block_size=64, scales=double + default (rank 32)" in layers
+    assert layers.splitlines()[-1].startswith("total ")
+    assert main(["stats", name, "--markdown"]) == 0
+    layers = capsys.readouterr().out.partition(f"\n\n{name}\n\n")[2].splitlines()
+    assert layers[0].startswith("| Layer | Type | Stored |")
+    assert {line.count("|") for line in layers} == {9}
+    assert main(["stats", "qlora_nf4"]) == 0
+    assert "LoRALinear" not in capsys.readouterr().out
+
+
+def test_an_input_that_the_model_cannot_take_is_one_line(capsys):
+    assert main(["stats", "bignet", "--input-shape", "12"]) == 2
+    shown = capsys.readouterr().err
+    assert "model='bignet' cannot take this input" in shown
+    assert shown.count("\n") == 1
+
+
+HOSTILE = """
+from torch import nn
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module("a\\x1b[31m\\u202e[bold]|b", type("L\\x1b]0;title\\a|x", (nn.Linear,), {})(12, 3))
+    def forward(self, x):
+        return next(self.children())(x)
+class Unlisted(nn.Linear):
+    def __init__(self):
+        super().__init__(12, 3)
+    def extra_repr(self):
+        return ""
+    def named_modules(self, *args, **options):
+        raise LookupError("not listed")
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "stats_hostile.py").write_text(HOSTILE)
+
+
+@pytest.mark.usefixtures("hostile")
+def test_names_of_modules_and_types_are_shown_without_control_characters(capsys):
+    for options in ([], ["--markdown"]):
+        assert main(["stats", "stats_hostile:Model", "--input-shape", "12", *options]) == 0
+        out = capsys.readouterr().out
+        assert out.replace("\n", "").isprintable()
+        assert ("[bold]|b" in out) == (not options)
+    rows = [line for line in out.splitlines() if "x1b" in line]
+    assert len(rows) == 1
+    assert rows[0].replace("\\\\", "").replace("\\|", "").count("|") == 9
+
+
+@pytest.mark.usefixtures("hostile")
+def test_a_model_that_cannot_be_measured_is_one_line(capsys):
+    assert main(["stats", "stats_hostile:Unlisted", "--input-shape", "12"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("lowmem stats: model='stats_hostile:Unlisted' cannot ")
+    assert "LookupError: not listed" in shown
+    assert shown.count("\n") == 1

@@ -1,0 +1,679 @@
+"""Several adapters on one base: the output is the base and the active updates, and everything can be taken back."""
+
+import copy
+import io
+import os
+import pickle
+import signal
+import threading
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import nn
+
+import lowmem
+from lowmem import FourBit, Half, LoRA, LoRALinear, convert, load_adapter, merge, save_adapter
+from lowmem.transforms import convert as convert_module
+from lowmem.transforms.adapters import (
+    activate,
+    active_adapters,
+    adapter_layers,
+    adapter_names,
+    add_adapter,
+    deactivate,
+    delete_adapter,
+    merge_adapter,
+    unmerge_adapter,
+)
+from tests import strategies
+from tests.rounding import OF_4_BITS, assert_sum, stored_weight
+
+every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
+
+
+def make_model(base=None):
+    """Return a model with a layer of each base, or of one: 0, 2 and 3 are layers, 3 stands in 4 too."""
+    torch.manual_seed(0)
+    shared = nn.Linear(12, 12)
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 12, bias=False), shared, shared)
+    if base is None:
+        convert(model, FourBit(block_size=8), where=lambda path, _: path == "0")
+        return convert(model, Half(), where=lambda path, _: path == "2")
+    return convert(model, *strategies.BASES[base]) if strategies.BASES[base] else model
+
+
+def fill(model, name, seed=0):
+    """Give an adapter values that change the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for adapter in adapter_layers(model, name).values():
+            adapter.lora_b.copy_(torch.randn(adapter.lora_b.shape, generator=generator) * 0.1)
+
+
+def make_adapted(*names, base=None):
+    model = make_model(base)
+    for seed, name in enumerate(names):
+        model = add_adapter(model, name, LoRA(2 + seed, alpha=3))
+        fill(model, name, seed)
+    return model
+
+
+def silently_merge(model, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merge_adapter(model, name)
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(model, state):
+    now = model.state_dict()
+    assert list(now) == list(state)
+    assert all(now[name].dtype == state[name].dtype and torch.equal(now[name], state[name]) for name in state)
+
+
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+
+
+def output(model, x=X):
+    with torch.no_grad():
+        return model(x.to(next(p.dtype for p in model.parameters() if p.is_floating_point())))
+
+
+class Life(RuleBasedStateMachine):
+    """Add, fill, switch, merge and delete in any order, against a list of names and plain sums."""
+
+    @initialize()
+    def start(self):
+        self.model = make_model()
+        self.plain = copy.deepcopy(self.model)
+        self.base = bits(self.model)
+        self.names, self.active, self.merged = [], set(), None
+
+    @rule(
+        name=st.sampled_from("abc"), rank=st.integers(1, 3), seed=strategies.seeds, paths=st.sampled_from(["*", "2"])
+    )
+    def add(self, name, rank, seed, paths):
+        if name in self.names:
+            with pytest.raises(ValueError, match=f"has an adapter '{name}' already"):
+                add_adapter(self.model, name, LoRA(rank))
+            return
+        before = output(self.model)
+        skip = () if paths == "*" else ["0", "3", "4"]
+        assert add_adapter(self.model, name, LoRA(rank), skip=skip) is self.model
+        assert torch.equal(output(self.model), before)
+        fill(self.model, name, seed)
+        self.names.append(name)
+        self.active.add(name)
+
+    @precondition(lambda self: self.names)
+    @rule(data=st.data())
+    def activate(self, data):
+        chosen = data.draw(st.lists(st.sampled_from(self.names)))
+        activate(self.model, *chosen)
+        self.active |= set(chosen or self.names)
+
+    @precondition(lambda self: self.names)
+    @rule(data=st.data())
+    def deactivate(self, data):
+        chosen = data.draw(st.lists(st.sampled_from(self.names)))
+        if self.merged in (chosen or self.names):
+            with pytest.raises(ValueError, match=f"'{self.merged}' is merged into the base: call unmerge_adapter"):
+                deactivate(self.model, *chosen)
+            return
+        deactivate(self.model, *chosen)
+        self.active -= set(chosen or self.names)
+
+    @precondition(lambda self: self.names)
+    @rule(data=st.data())
+    def merge(self, data):
+        name = data.draw(st.sampled_from(self.names))
+        if self.merged is not None:
+            with pytest.raises(ValueError, match=f"'{self.merged}' is merged already: call unmerge_adapter"):
+                merge_adapter(self.model, name)
+            return
+        state, before = bits(self.model), output(self.model)
+        silently_merge(self.model, name)
+        assert_same_state(self.model, state)
+        unmerge_adapter(self.model)
+        assert_same_state(self.model, state)
+        assert torch.equal(output(self.model), before)
+        silently_merge(self.model, name)
+        self.merged = name
+
+    @precondition(lambda self: self.merged is not None)
+    @rule()
+    def unmerge(self):
+        unmerge_adapter(self.model)
+        self.merged = None
+
+    @precondition(lambda self: self.names)
+    @rule(data=st.data())
+    def delete(self, data):
+        name = data.draw(st.sampled_from(self.names))
+        if name == self.merged:
+            with pytest.raises(ValueError, match=f"'{name}' is merged into the base"):
+                delete_adapter(self.model, name)
+            return
+        assert delete_adapter(self.model, name) is self.model
+        self.names.remove(name)
+        self.active.discard(name)
+
+    @rule()
+    def copy_and_load(self):
+        other = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.load_state_dict(pickle.loads(pickle.dumps(self.model)).state_dict(), strict=True)
+        assert torch.equal(output(other), output(self.model))
+        self.model = other
+
+    @invariant()
+    def names_are_those_of_the_list(self):
+        assert sorted(adapter_names(self.model)) == sorted(self.names)
+        assert set(active_adapters(self.model)) == self.active | ({self.merged} - {None})
+
+    @invariant()
+    def the_output_is_the_base_and_the_active_updates(self):
+        x = X
+        for path, plain in self.plain.named_modules(remove_duplicate=False):
+            layer = self.model.get_submodule(path)
+            if isinstance(layer, LoRALinear):
+                active = [a for n, a in layer.adapters.items() if n in self.active and n != layer.merged]
+                with torch.no_grad():
+                    got, exact = layer(x), stored_weight(plain if layer.merged is None else layer.merged_base)
+                    magnitudes = exact.abs()
+                    for adapter in active:
+                        a, b = adapter.lora_a.double(), adapter.scaling * adapter.lora_b.double()
+                        exact, magnitudes = exact + b @ a, magnitudes + b.abs() @ a.abs()
+                    bias = torch.zeros(1) if plain.bias is None else plain.bias
+                # Sums of an adapter follow each other; its scaling, and adding it, are one rounding each.
+                ranks = [len(adapter.lora_a) for adapter in active]
+                terms = x.shape[-1] + 1 + OF_4_BITS + max(ranks, default=0) + 2 * len(ranks)
+                wide = x.double()
+                # A kernel of 24-bit integers loses 4 u of the largest input times the weights: see assert_product.
+                magnitudes = wide.abs() @ magnitudes.t() + bias.double().abs()
+                magnitudes += 4 / terms * wide.abs().amax(-1, keepdim=True) * exact.abs().sum(-1)
+                assert_sum(got, wide @ exact.t() + bias.double(), magnitudes, terms)
+            if path:
+                x = layer(x).detach()
+
+    @invariant()
+    def the_base_never_changes(self):
+        now = {name.replace(".base.", "."): tensor for name, tensor in self.model.state_dict().items()}
+        assert all(torch.equal(now[name], self.base[name]) for name in self.base)
+        assert {name for name in now if ".adapters." not in name} == set(self.base)
+        if not self.names:
+            assert_same_state(self.model, self.base)
+            assert torch.equal(output(self.model), output(self.plain))
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(stateful_step_count=12)
+
+
+def test_a_shared_module_is_adapted_once_and_state_keys_name_the_adapter():
+    model = make_adapted("french", base="dense")
+    assert model[3] is model[4]
+    assert "0.adapters.french.lora_a" in model.state_dict()
+    assert list(adapter_layers(model, "french")) == ["0", "2", "3"]
+    assert adapter_layers(model, "french")["2"].technique == LoRA(2, alpha=3)
+
+
+def test_convert_makes_an_adapter_named_default_and_others_join_it():
+    model = convert(make_model(), LoRA(2), skip="0")
+    assert adapter_names(model) == active_adapters(model) == ["default"]
+    add_adapter(model, "other", LoRA(3))
+    assert [*model[2].adapters] == ["default", "other"]
+    assert [*model[0].adapters] == ["other"]
+    assert adapter_names(model) == ["other", "default"]  # in the order of the layers
+
+
+def test_one_name_may_have_another_rank_in_other_layers():
+    model = add_adapter(make_model(), "a", LoRA(2), where=lambda path, _: path == "0")
+    add_adapter(model, "a", LoRA(5), skip="0")
+    assert {path: adapter.rank for path, adapter in adapter_layers(model, "a").items()} == {"0": 2, "2": 5, "3": 5}
+
+
+def test_the_root_itself_can_be_the_layer():
+    linear = nn.Linear(16, 4)
+    expected = linear(X)
+    layer = add_adapter(linear, "a", LoRA(2))
+    assert type(layer) is LoRALinear
+    assert add_adapter(layer, "b", LoRA(2)) is layer
+    assert delete_adapter(layer, "a") is layer
+    assert delete_adapter(layer, "b") is linear
+    assert torch.equal(linear(X), expected)
+
+
+def test_updates_are_summed_in_the_order_of_adding_whatever_the_order_of_activating():
+    model = make_adapted("a", "b", "c")
+    expected = output(model)
+    deactivate(model)
+    assert active_adapters(model) == []
+    for name in ("c", "a", "b"):
+        activate(model, name)
+    assert model[0].active == ("a", "b", "c")
+    assert torch.equal(output(model), expected)
+
+
+def test_only_active_adapters_that_require_it_get_a_gradient():
+    model = make_adapted("a", "b", "c")
+    assert {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"a", "b", "c"}
+    for adapter in adapter_layers(model, "b").values():
+        adapter.requires_grad_(False)
+    deactivate(model, "c")
+    add_adapter(model, "d", LoRA(2))  # which leaves b frozen and c inactive
+    model(X).sum().backward()
+    got = {name.split(".")[2] for name, p in model.named_parameters() if p.grad is not None}
+    assert got == {"a", "d"}
+    assert active_adapters(model) == ["a", "b", "d"]
+
+
+def test_gradients_of_several_adapters_follow_the_equation():
+    layer = make_adapted("a", "b", base="dense")[0].double()
+    x = strategies.make_input((2,), 16, 0, torch.float64)
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    assert len(parameters) == 4
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *parameters), fast_mode=True)
+
+
+@every_base
+def test_merging_folds_as_merge_does_and_unmerging_gives_back_every_bit(base):
+    model = make_adapted("a", "b", base=base)
+    before, state, flags = output(model), bits(model), [p.requires_grad for p in model.parameters()]
+    deactivate(model, "b")
+    alone = output(model)
+    folded = copy.deepcopy(model)
+    activate(model, "b")
+    silently_merge(model, "a")
+    assert_same_state(model, state)
+    deactivate(model, "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = output(merge(folded))
+    assert torch.equal(output(model), expected)
+    if base == "dense":
+        torch.testing.assert_close(expected, alone)
+    activate(model, "b")
+    assert not torch.equal(output(model), expected)
+    unmerge_adapter(model)
+    assert torch.equal(output(model), before)
+    assert_same_state(model, state)
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_merging_over_a_4bit_base_says_the_error():
+    with pytest.warns(
+        UserWarning, match=r"quantized 3 adapted weights to 4 bits again.*at most .* \([023]\)"
+    ) as caught:
+        merge_adapter(make_adapted("a", base="4-bit"), "a")
+    assert caught[0].filename == __file__
+
+
+def test_an_inactive_adapter_is_in_the_output_while_it_is_merged_only():
+    model = make_adapted("a", "b", base="dense")
+    expected = output(model)
+    deactivate(model, "b")
+    before = output(model)
+    merge_adapter(model, "b")
+    assert active_adapters(model) == ["a", "b"]
+    torch.testing.assert_close(output(model), expected)
+    unmerge_adapter(model)
+    assert active_adapters(model) == ["a"]
+    assert torch.equal(output(model), before)
+
+
+def test_a_merged_adapter_does_not_train_and_another_does():
+    model = make_adapted("a", "b", base="dense")
+    merge_adapter(model, "a")
+    model(X).sum().backward()
+    assert {name.split(".")[2] for name, p in model.named_parameters() if p.grad is not None} == {"b"}
+
+
+@every_base
+def test_loading_into_a_merged_model_merges_what_was_loaded(base):
+    model, other = make_adapted("a", base=base), make_adapted("a", base=base)
+    fill(other, "a", seed=7)
+    silently_merge(model, "a")
+    model.load_state_dict(other.state_dict(), strict=True)
+    assert active_adapters(model) == ["a"]
+    silently_merge(other, "a")
+    assert torch.equal(output(model), output(other))
+    unmerge_adapter(model)
+    unmerge_adapter(other)
+    assert torch.equal(output(model), output(other))
+
+
+def test_loading_values_that_cannot_be_merged_ends_the_merge():
+    model = make_adapted("a", base="half")
+    state = {name: t.fill_(1e6) if "lora" in name else t for name, t in bits(model).items()}
+    silently_merge(model, "a")
+    with pytest.raises(ValueError, match="weight holds the magnitude"):
+        model.load_state_dict(state)
+    assert model[0].merged is None
+    assert model[0].merged_base is None
+
+
+def test_the_state_of_one_set_of_adapters_does_not_load_into_another():
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*adapters\.b\.lora_a"):
+        make_adapted("a").load_state_dict(make_adapted("a", "b").state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_casting_a_merged_model_casts_both_and_unmerging_gives_the_cast_base(dtype):
+    model = make_adapted("a", base="dense").to(dtype)
+    expected = output(model)
+    other = make_adapted("a", base="dense")
+    merge_adapter(other, "a")
+    other.to(dtype)
+    assert output(other).dtype == dtype
+    unmerge_adapter(other)
+    assert torch.equal(output(other), expected)
+
+
+def test_a_merged_model_copies_pickles_and_moves():
+    model = make_adapted("a", "b")
+    silently_merge(model, "a")
+    expected = output(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False), model.to("cpu").eval()):
+        assert torch.equal(output(other), expected)
+        unmerge_adapter(other)
+        silently_merge(other, "b")
+        assert active_adapters(other) == ["a", "b"]
+
+
+def test_merge_folds_the_active_adapters_and_drops_the_others():
+    model = make_adapted("a", "b", "c", base="dense")
+    deactivate(model, "b")
+    merge_adapter(model, "a")
+    expected = output(model)
+    merge(model)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(output(model), expected)
+
+
+def test_merge_with_an_active_adapter_in_some_layers_leaves_the_other_bases_bit_for_bit():
+    model = make_adapted("a", base="4-bit")
+    base = model[0].base
+    add_adapter(model, "b", LoRA(2), skip="0")
+    deactivate(model, "a")
+    with pytest.warns(UserWarning, match="quantized 2 adapted weights"):
+        merge(model)
+    assert model[0] is base
+
+
+def test_merge_without_an_active_adapter_is_refused():
+    model = make_adapted("a")
+    deactivate(model)
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match="no adapter of Sequential is active: activate one, or delete them"):
+        merge(model)
+    assert list(model.modules()) == modules
+
+
+def test_hooks_move_to_the_adapted_layer_and_back_beside_those_of_the_base():
+    calls = []
+
+    def note(what, *_):
+        calls.append(what)
+
+    model = nn.Sequential(nn.Linear(16, 4))
+    handles = [
+        model[0].register_forward_hook(partial(note, "outer")),
+        model[0].register_full_backward_hook(partial(note, "backward")),
+    ]
+    add_adapter(model, "a", LoRA(2))
+    model[0].base.register_forward_hook(partial(note, "inner"))
+    model(X)
+    assert calls == ["inner", "outer"]
+    delete_adapter(model, "a")
+    calls.clear()
+    model(X.clone().requires_grad_()).sum().backward()
+    assert sorted(calls) == ["backward", "inner", "outer"]
+    calls.clear()
+    for handle in handles:
+        handle.remove()
+    model(X)
+    assert calls == ["inner"]
+
+
+def test_the_mode_reaches_adapters_added_later():
+    model = add_adapter(make_model().eval(), "a", LoRA(2, dropout=0.5))
+    add_adapter(model, "b", LoRA(2, dropout=0.5))
+    assert not any(module.training for module in model.modules())
+    fill(model, "b")
+    assert torch.equal(output(model), output(model))
+    assert not torch.equal(output(model.train()), output(model))
+
+
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="as in test_ops.py: not traced whole"
+)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_follows_every_switch(request):
+    request.addfinalizer(torch.compiler.reset)  # torch counts compilations over all tests
+    torch.compiler.reset()
+    model = make_adapted("a", "b").eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for change in (
+        lambda: None,
+        lambda: deactivate(model, "a"),
+        lambda: silently_merge(model, "a"),
+        lambda: unmerge_adapter(model),
+        lambda: delete_adapter(model, "b"),
+    ):
+        change()
+        torch.testing.assert_close(output(compiled), output(model))
+
+
+def test_autocast_keeps_the_base_s_dtype_with_several_adapters():
+    model = make_adapted("a", "b")
+    silently_merge(model, "a")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert output(model).dtype == torch.bfloat16
+
+
+def test_active_adapters_of_a_plain_call_are_served_by_the_kernel(monkeypatch):
+    served = []
+    update = lowmem.kernels.add_update
+    monkeypatch.setattr(lowmem.kernels, "add_update", lambda *given: (served.append(1), update(*given))[1])
+    model = make_adapted("a", "b", "c")
+    deactivate(model, "b")
+    output(model)
+    assert len(served) == 2 * 4
+
+
+def test_the_only_adapter_s_values_are_attributes_of_its_layer():
+    layer = make_adapted("a")[0]
+    assert layer.lora_a is layer.adapters["a"].lora_a
+    assert (layer.rank, layer.scaling) == (2, 1.5)
+    layer = make_adapted("a", "b")[0]
+    assert "active=a, b, merged=None" in repr(layer)
+    with pytest.raises(AttributeError, match="lora_b"):
+        layer.lora_b  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["", "a.b", ".", "keys", "train", "training", "_modules"])
+def test_a_name_that_cannot_be_one_is_refused_and_nothing_changes(name):
+    model = make_model()
+    modules, flags = list(model.modules()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=f"name='{name}' must not be empty, hold a dot, or be an attribute"):
+        add_adapter(model, name, LoRA(2))
+    assert list(model.modules()) == modules
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_wrong_arguments_of_adding_are_named_and_nothing_changes():
+    model = convert(make_model(), LoRA(2), skip="0")
+    modules, state = list(model.modules()), bits(model)
+    for arguments, options, error, message in (
+        ((3, LoRA()), {}, TypeError, "name=3 must be a string"),
+        (("a", Half()), {}, TypeError, r"technique=Half\(.*must be an instance of LoRA"),
+        (("default", LoRA()), {}, ValueError, "2 has an adapter 'default' already: choose another name"),
+        (("a", LoRA()), {"skip": "typo"}, ValueError, "skip='typo' matches no module"),
+        (("a", LoRA()), {"where": lambda *_: False}, ValueError, "nothing to convert: LoRA looks for"),
+    ):
+        with pytest.raises(error, match=message):
+            add_adapter(model, *arguments, **options)
+        assert list(model.modules()) == modules
+        assert_same_state(model, state)
+    with pytest.raises(ValueError, match="it has LoRA already; add another with add_adapter"):
+        convert(model, LoRA(2))
+
+
+WITH_A_NAME = [activate, deactivate, delete_adapter, merge_adapter, adapter_layers]
+
+
+@pytest.mark.parametrize("function", WITH_A_NAME)
+def test_an_unknown_name_lists_those_that_there_are(function):
+    model = make_adapted("a", "b")
+    for name in ("c", None):
+        with pytest.raises(ValueError, match=f"adapter={name!r} is unknown: Sequential has a, b"):
+            function(model, name)
+    assert active_adapters(model) == ["a", "b"]
+
+
+@pytest.mark.parametrize("function", [*WITH_A_NAME, lambda model, _: unmerge_adapter(model)])
+def test_a_model_without_adapters_says_how_to_get_one(function):
+    with pytest.raises(ValueError, match="Sequential has no adapter: add_adapter"):
+        function(make_model(), "a")
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, found dict"):
+        function({}, "a")
+    assert adapter_names(make_model()) == active_adapters(make_model()) == []
+
+
+def test_unmerging_what_is_not_merged_is_refused():
+    with pytest.raises(ValueError, match="no adapter of Sequential is merged: call merge_adapter"):
+        unmerge_adapter(make_adapted("a"))
+
+
+def test_an_adapter_that_cannot_be_merged_leaves_every_layer_as_it_was():
+    model = make_adapted("a", base="half")
+    with torch.no_grad():
+        model[3].lora_b.fill_(float("inf"))
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match="3: the adapted weight holds .* NaN or infinite; scale the adapter down"):
+        merge_adapter(model, "a")
+    assert list(model.modules()) == modules
+
+
+def adapt_in_turns(model: nn.Module, first: str, then) -> None:
+    """Add an adapter in one thread and, while it looks for layers, let another change the model, if it can."""
+    other, failed = [], []
+
+    def change() -> None:
+        try:
+            then()
+        except (ValueError, RuntimeError) as reason:
+            failed.append(reason)
+
+    def where(path: str, module: nn.Module) -> bool:
+        if not other:
+            other.append(threading.Thread(target=change))
+            other[0].start()
+            other[0].join(0.3)  # it waits for this one; were it not to, it would be done long before
+        return True
+
+    add_adapter(model, first, LoRA(2), where=where)
+    other[0].join()
+    assert not failed
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_two_threads_that_add_adapters_leave_both_in_every_layer(adapted):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if adapted:
+        convert(model, LoRA(2))
+    adapt_in_turns(model, "one", lambda: add_adapter(model, "two", LoRA(2)))
+    assert adapter_names(model) == ["default"] * adapted + ["one", "two"]
+    for layer in model:
+        assert type(layer) is LoRALinear
+        assert type(layer.base) is nn.Linear
+        assert [*layer.adapters] == [*layer.active] == adapter_names(model)
+
+
+def test_an_adapter_that_another_thread_deletes_meanwhile_is_gone_from_every_layer():
+    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoRA(2))
+    adapt_in_turns(model, "one", lambda: delete_adapter(model, "default"))
+    assert [[*layer.adapters] for layer in model] == [["one"], ["one"]]
+
+
+def test_an_adapter_that_another_thread_loads_meanwhile_is_in_every_layer(tmp_path):
+    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoRA(2))
+    save_adapter(model, tmp_path / "a.safetensors")
+    delete_adapter(model, "default")
+    adapt_in_turns(model, "one", lambda: load_adapter(model, tmp_path / "a.safetensors", "two"))
+    assert [[*layer.adapters] for layer in model] == [["one", "two"]] * 2
+
+
+def test_convert_refuses_a_model_that_another_thread_has_adapted_meanwhile():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def where(path: str, module: nn.Module) -> bool:
+        if type(model[1]) is nn.Linear and path == "1":
+            thread = threading.Thread(target=lambda: add_adapter(model, "one", LoRA(2)))
+            thread.start()
+            thread.join()
+        return True
+
+    with pytest.raises(RuntimeError, match="2 of the layers to replace .a Linear. left Sequential meanwhile"):
+        convert(model, FourBit(), where=where)
+    assert [type(layer.base) for layer in model] == [nn.Linear, nn.Linear]
+
+
+def test_a_forward_beside_a_merge_takes_the_base_and_the_merged_adapter_together(monkeypatch):
+    """Whenever another thread merges: a forward that sees the copy knows which adapter is in it."""
+    model = make_adapted("a", base="dense")
+    layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
+    copy_of_base, _ = layer.folded(["a"])
+    x = torch.randn(3, layer.in_features)
+    expected = copy_of_base(x)
+    for merged in (None, "a"):  # what the layer says of it, before or after the copy is there
+        layer.merge("a", copy_of_base)
+        layer.merged = merged
+        assert torch.equal(layer(x), expected)
+
+
+def test_a_forward_passes_over_an_adapter_that_was_deleted_meanwhile():
+    model = make_adapted("a", "b", base="dense")
+    layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
+    x, active = torch.randn(3, layer.in_features), layer.active
+    lowmem.delete_adapter(model, "b")
+    expected = layer(x)
+    layer.active = active  # as a forward has read it that began before
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_that_was_forked_while_another_thread_changed_a_model_can_read_one():
+    model, held, done = make_adapted("a"), threading.Event(), threading.Event()
+
+    def change():
+        with convert_module._CHANGING:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # ends a child that waits for ever
+        os._exit(0 if lowmem.adapter_names(model) == ["a"] else 1)
+    status = os.waitpid(child, 0)[1]
+    done.set()
+    thread.join()
+    assert status == 0

@@ -1,0 +1,585 @@
+"""One walk converts any model, and an error leaves it as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+from lowmem import (
+    Embedding4Bit,
+    FourBit,
+    Half,
+    HalfLinear,
+    Linear4Bit,
+    LoRA,
+    LoRALinear,
+    add_adapter,
+    calibrate,
+    convert,
+    measure,
+)
+from lowmem.transforms.convert import REGISTRY, swap
+from tests.rounding import OF_4_BITS, assert_sum, unit
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+class Odd(nn.Module):
+    """A model as users write them: nested, shared, in containers, with things that are not layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(8, 8)
+        self.again = self.shared
+        self.list = nn.ModuleList([nn.Linear(8, 8), nn.ReLU()])
+        self.dict = nn.ModuleDict({"head": nn.Linear(8, 8), "shared": self.shared})
+        self.inner = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Conv1d(8, 8, 1))
+        self.special = Subclass(8, 8)
+        self.nothing = None
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x):
+        x = self.again(self.shared(x))
+        x = self.list[1](self.list[0](x)) + self.dict["head"](x) + self.dict["shared"](x)
+        return self.special(self.inner[0](x)) * self.scale
+
+
+def kinds(model):
+    return {path: type(module) for path, module in model.named_modules() if hasattr(module, "in_features")}
+
+
+@pytest.mark.parametrize(("techniques", "layer"), [((Half(),), HalfLinear), ((FourBit(),), Linear4Bit)])
+def test_every_exact_linear_is_converted_wherever_it_stands(techniques, layer):
+    model = Odd()
+    expected = model(torch.ones(2, 8))
+    assert convert(model, *techniques) is model
+    assert kinds(model) == {
+        "shared": layer,
+        "list.0": layer,
+        "dict.head": layer,
+        "inner.0.0": layer,
+        "special": Subclass,
+    }
+    assert model.shared is model.again is model.dict["shared"]
+    assert model(torch.ones(2, 8)).shape == expected.shape
+
+
+def test_techniques_compose_from_left_to_right():
+    model = convert(Odd(), FourBit(), LoRA(2))
+    assert type(model.shared) is LoRALinear
+    assert type(model.shared.base) is Linear4Bit
+    adapted = convert(convert(Odd(), Half()), LoRA(2))
+    assert type(adapted.shared.base) is HalfLinear
+
+
+def test_the_root_itself_can_be_the_layer():
+    assert type(convert(nn.Linear(4, 4), Half())) is HalfLinear
+    assert type(convert(nn.Linear(4, 4), FourBit(), LoRA(1))) is LoRALinear
+
+
+def test_where_sees_every_path_and_chooses():
+    seen = []
+    model = convert(Odd(), Half(), where=lambda path, module: seen.append(path) or path.startswith("list"))
+    assert [path for path, kind in kinds(model).items() if kind is HalfLinear] == ["list.0"]
+    assert {"", "shared", "list", "list.0", "dict", "inner.0.0", "special"} <= set(seen)
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ("list.*", {"list.0"}),
+        (["dict.head", "inner.*"], {"dict.head", "inner.0.0"}),
+        ("again", {"shared"}),  # any path of a shared module
+        ("*.0", {"list.0", "inner.0.0"}),
+    ],
+)
+def test_skip_leaves_matching_paths_alone(skip, left):
+    model = convert(Odd(), FourBit(), skip=skip)
+    assert {path for path, kind in kinds(model).items() if kind is nn.Linear} == left
+
+
+def test_layers_left_out_can_be_converted_later():
+    model = convert(Odd(), FourBit(), skip="dict.*")
+    convert(model, Half(), where=lambda path, _: path.startswith("dict"))
+    assert type(model.dict["head"]) is HalfLinear
+    assert type(model.shared) is nn.Linear  # it stands in dict too: skipped once, not chosen by its first path
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
+        parametrizations.spectral_norm,
+        parametrizations.weight_norm,
+    ],
+)
+def test_weights_that_are_recomputed_are_left_alone(wrap):
+    model = nn.Sequential(wrap(nn.Linear(8, 8)), nn.Linear(8, 8))
+    expected = type(model[0])
+    convert(model, FourBit())
+    assert type(model[0]) is expected
+    assert type(model[1]) is Linear4Bit
+
+
+@pytest.mark.parametrize("alias", ["shared", "again", "dict.shared"])
+def test_where_leaves_a_shared_module_alone_when_it_refuses_any_of_its_paths(alias):
+    model = convert(Odd(), FourBit(), where=lambda path, _: path != alias)
+    assert type(model.shared) is nn.Linear
+    assert type(model.list[0]) is Linear4Bit
+
+
+def test_a_layer_with_parts_of_its_own_is_left_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].register_buffer("mask", torch.ones(8))
+    convert(model, FourBit())
+    assert type(model[0]) is nn.Linear
+
+
+def test_hooks_move_to_the_new_layer_fire_once_and_can_be_removed():
+    calls = []
+    model = nn.Sequential(nn.Linear(8, 8))
+    handles = [
+        model[0].register_forward_pre_hook(lambda module, args: calls.append("pre")),
+        model[0].register_forward_hook(lambda module, args, out: calls.append(type(module).__name__)),
+        model[0].register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
+    ]
+    convert(model, LoRA(2))
+    model(torch.ones(1, 8, requires_grad=True)).sum().backward()
+    assert calls == ["pre", "LoRALinear", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(torch.ones(1, 8))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_kept(training):
+    model = convert(Odd().train(training), FourBit(), LoRA(2, dropout=0.1))
+    assert all(module.training == training for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("techniques", [(Half(),), (FourBit(),), (FourBit(), LoRA(2))])
+def test_a_transformer_keeps_working_where_torch_would_read_dense_weights(techniques, training):
+    """In float64, where what two orders of addition differ by is 1e-15 of a sum: 1e-9 allows for any condition."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    dense = nn.TransformerEncoder(layer, 2).train(training)
+    model = convert(copy.deepcopy(dense), *techniques).double()
+    twin = dense_twin(dense, model).double()
+    x, mask = torch.randn(2, 5, 16).double(), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        got, expected = (one(x, src_key_padding_mask=mask) for one in (model, twin))
+    assert type(model.layers[0].linear1) is not nn.Linear
+    torch.testing.assert_close(got[~mask], expected[~mask], rtol=1e-9, atol=1e-9)
+
+
+def dense_twin(dense, converted):
+    """Return a copy of a dense model whose weights are what the converted one stores."""
+    twin = copy.deepcopy(dense)
+    for path, layer in twin.named_modules():
+        made = converted.get_submodule(path) if type(layer) in INPUTS else layer
+        made = getattr(made, "base", made)
+        if made is not layer and type(made) is not type(layer):
+            with torch.no_grad():
+                weight = made.quantized.dequantize() if hasattr(made, "quantized") else made.weight
+                layer.weight.copy_(weight.view_as(layer.weight))
+                if getattr(layer, "bias", None) is not None:
+                    layer.bias.copy_(made.bias)
+    return twin
+
+
+def encoder(batch_first, norm_first, activation="relu"):
+    layer = nn.TransformerEncoderLayer(
+        16, 2, 32, dropout=0.0, activation=activation, batch_first=batch_first, norm_first=norm_first
+    )
+    return nn.TransformerEncoder(layer, 2)
+
+
+EVERY = [(Half(),), (Half(torch.bfloat16),), (FourBit(block_size=16),), (FourBit(block_size=16), LoRA(2))]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("techniques", EVERY)
+def test_an_encoder_computes_with_what_is_stored(techniques, batch_first, norm_first, training):
+    dense = encoder(batch_first, norm_first).train(training)
+    model = convert(copy.deepcopy(dense), *techniques)
+    expected, x = dense_twin(dense, model), torch.randn(2, 5, 16)
+    x = x if batch_first else x.transpose(0, 1)
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for gradients in (True, False):
+        for mask in (None, padded):
+            with torch.set_grad_enabled(gradients):
+                got = model(x, src_key_padding_mask=mask)
+                wanted = expected(x, src_key_padding_mask=mask)
+            keep = ~(torch.zeros(2, 5, dtype=torch.bool) if mask is None else mask)
+            keep = keep if batch_first else keep.T
+            torch.testing.assert_close(got[keep], wanted[keep], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("techniques", EVERY)
+def test_an_encoder_s_layers_are_read_afresh_in_inference(techniques):
+    """Neither a copy of a converted layer in a new encoder, nor a change of what is stored, meets a stale weight."""
+    model = encoder(True, False).eval()
+    dense = copy.deepcopy(model)
+    convert(model, *techniques)
+    again = nn.TransformerEncoder(model.layers[0], 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        twin = nn.TransformerEncoder(dense_twin(dense, model).layers[0], 2).eval()
+        torch.testing.assert_close(
+            again(x, src_key_padding_mask=mask)[~mask],
+            twin(x, src_key_padding_mask=mask)[~mask],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        before = model(x)
+        tensors_of(model.layers[0].linear1)[-1].zero_()  # the scales, or the weight
+        assert not torch.allclose(model(x), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("techniques", EVERY)
+def test_a_decoder_layer_computes_with_what_is_stored(techniques, norm_first, training):
+    dense = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first).train(
+        training
+    )
+    model = convert(copy.deepcopy(dense), *techniques)
+    expected, x, memory = dense_twin(dense, model), torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(
+                model(x, memory, tgt_mask=mask), expected(x, memory, tgt_mask=mask), rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 8, "vdim": 12}])
+@pytest.mark.parametrize("techniques", EVERY)
+def test_attention_keeps_the_projections_that_it_reads_itself(techniques, sizes, training):
+    attention = nn.MultiheadAttention(16, 2, batch_first=True, **sizes)
+    attention.out_proj = nn.Linear(16, 16)  # even of the exact type
+    model = nn.ModuleDict({"attention": attention, "head": nn.Linear(16, 4)}).train(training)
+    dense = copy.deepcopy(model)
+    convert(model, *techniques)
+    assert type(model["attention"].out_proj) is nn.Linear
+    assert type(model["head"]) is not nn.Linear
+    x = torch.randn(2, 5, 16)
+    key, value = torch.randn(2, 5, sizes.get("kdim", 16)), torch.randn(2, 5, sizes.get("vdim", 16))
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            got, wanted = model["attention"](x, key, value)[0], dense["attention"](x, key, value)[0]
+            torch.testing.assert_close(got, wanted)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.mix, self.head = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 50, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, indices):
+        return self.head(self.mix(self.tokens(indices)))
+
+
+def tensors_of(layer):
+    base = getattr(layer, "base", layer)
+    return (base.packed, base.scales) if hasattr(base, "packed") else (base.weight,)
+
+
+@pytest.mark.parametrize("techniques", EVERY)
+def test_tied_weights_stay_tied(techniques):
+    dense, untied = Tied(), Tied()
+    untied.head.weight = nn.Parameter(untied.tokens.weight.detach().clone())
+    model = convert(copy.deepcopy(dense), *techniques)
+    stored = tensors_of(model.tokens)
+    for one in (model, copy.deepcopy(model)):
+        assert all(a is b for a, b in zip(tensors_of(one.tokens), tensors_of(one.head), strict=True))
+    torch.testing.assert_close(model(torch.arange(50)), dense_twin(dense, model)(torch.arange(50)))
+    once = sum(t.numel() * t.element_size() for t in stored)
+    convert(untied, *techniques)
+    assert measure.theoretical_bytes(model) == measure.theoretical_bytes(untied) - once
+    assert measure.weight_count(model) == measure.weight_count(dense)
+    twin = convert(Tied(), *techniques)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(torch.arange(50)), model(torch.arange(50)))
+    assert tensors_of(twin.tokens)[0] is tensors_of(twin.head)[0]
+
+
+@pytest.mark.parametrize("techniques", EVERY)
+@pytest.mark.parametrize("skip", ["tokens", "head"])
+def test_tied_weights_are_left_alone_together(techniques, skip):
+    model = convert(Tied(), *techniques, skip=skip)
+    assert (type(model.tokens), type(model.head)) == (nn.Embedding, nn.Linear)
+    assert model.tokens.weight is model.head.weight
+    assert type(model.mix) is not nn.Linear
+
+
+def test_an_adapter_over_a_tied_layer_leaves_the_tie():
+    model = convert(Tied(), LoRA(2))
+    assert model.head.base.weight is model.tokens.weight
+    model.more = nn.Linear(4, 4)
+    convert(model, FourBit())
+    assert type(model.more) is Linear4Bit
+    assert type(model.tokens) is nn.Embedding  # the adapter's base holds its weight
+
+
+@pytest.mark.parametrize("techniques", EVERY)
+def test_a_weight_that_a_module_holds_itself_is_left_alone(techniques):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.register_parameter("own", model[0].weight)
+    convert(model, *techniques)
+    assert type(model[0]) is nn.Linear
+    assert type(model[1]) is not nn.Linear
+
+
+@pytest.mark.parametrize("technique", [Half(), FourBit(), LoRA()])
+def test_the_same_technique_twice_on_a_layer_is_refused(technique):
+    model = convert(Odd(), technique)
+    layers = list(model.modules())
+    with pytest.raises(ValueError, match=f"it has {type(technique).__name__} already"):
+        convert(model, technique)
+    assert list(model.modules()) == layers
+
+
+def test_another_technique_finds_nothing_in_a_converted_model():
+    model = convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), Half())
+    with pytest.raises(ValueError, match=r"FourBit looks for Linear, .*found HalfLinear x1, ReLU x1"):
+        convert(model, FourBit())
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        (nn.Sequential(nn.Conv3d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.ReLU()), "found Conv3d x2, ReLU x1"),
+        (nn.Sequential(), "found Sequential x1"),
+        (nn.Sequential(Subclass(4, 4)), "found Subclass x1"),
+    ],
+)
+def test_a_model_with_nothing_to_convert_says_what_it_has(model, found):
+    with pytest.raises(ValueError, match=f"FourBit looks for Linear.*{found}"):
+        convert(model, FourBit())
+
+
+def test_techniques_that_do_not_compose_are_refused():
+    with pytest.raises(ValueError, match="0: FourBit cannot follow .* made a HalfLinear; it takes Linear"):
+        convert(nn.Sequential(nn.Linear(4, 4)), Half(), FourBit())
+    with pytest.raises(ValueError, match="Half cannot follow .* made a LoRALinear"):
+        convert(nn.Linear(4, 4), LoRA(), Half())
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(TypeError, match=r"skip=\(3,\) must be glob patterns"):
+        convert(nn.Linear(2, 2), Half(), skip=[3])
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, found OrderedDict"):
+        convert(nn.Linear(2, 2).state_dict(), Half())
+    with pytest.raises(ValueError, match="no technique was given"):
+        convert(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="technique='nf4' must be an instance"):
+        convert(nn.Linear(2, 2), "nf4")
+    with pytest.raises(TypeError, match="must be an instance of Half, FourBit or LoRA"):
+        convert(nn.Linear(2, 2), Half)
+    with pytest.raises(ValueError, match="LoRA was given 2 times"):
+        convert(nn.Linear(2, 2), LoRA(1), LoRA(2))
+    with pytest.raises(ValueError, match="skip='typo' matches no module of Odd"):
+        convert(Odd(), Half(), skip="typo")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (
+            lambda layer: nn.init.constant_(layer.weight, float("nan")),
+            ValueError,
+            "inner.0.0: weight holds 64 values",
+        ),
+        (lambda layer: layer.to("meta"), ValueError, "inner.0.0: weight is on the meta device"),
+        (lambda layer: layer.to(torch.complex64), TypeError, "inner.0.0: weight.dtype=torch.complex64"),
+        (
+            lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(8, 8).int(), False)),
+            TypeError,
+            "torch.int32",
+        ),
+        (lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(8, 0))), ValueError, "empty rows"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize("technique", [FourBit(scales="float16"), FourBit()])
+def test_a_weight_that_cannot_be_stored_is_named_and_nothing_changes(spoil, error, message, technique):
+    model = Odd()
+    spoil(model.inner[0][0])
+    layers, flags = list(model.modules()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=message):
+        convert(model, technique, LoRA(2))
+    assert list(model.modules()) == layers
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_a_model_converts_the_same_after_deepcopy():
+    model = Odd()
+    twin = convert(copy.deepcopy(model), FourBit())
+    convert(model, FourBit())
+    x = torch.randn(2, 8)
+    assert torch.equal(model(x), twin(x))
+
+
+INPUTS = {
+    nn.Linear: (lambda: nn.Linear(16, 8), lambda: torch.randn(3, 16)),
+    nn.Embedding: (lambda: nn.Embedding(16, 8), lambda: torch.arange(3)),
+    nn.Conv1d: (lambda: nn.Conv1d(4, 8, 3), lambda: torch.randn(3, 4, 9)),
+    nn.Conv2d: (lambda: nn.Conv2d(4, 8, 3), lambda: torch.randn(3, 4, 9, 9)),
+}
+SOURCES = {HalfLinear: (nn.Linear, (Half(),)), Linear4Bit: (nn.Linear, (FourBit(),))}
+
+
+@pytest.mark.parametrize(("technique", "source"), REGISTRY)
+def test_every_entry_of_the_registry_builds_a_layer_that_replaces_its_source(technique, source):
+    kind, before = SOURCES.get(source, (source, ()))
+    make, make_input = INPUTS[kind]
+    dense, x = make(), make_input()
+    layer = convert(copy.deepcopy(dense), *before, technique())
+    assert type(layer) is REGISTRY[technique, source]
+    assert measure.weight_count(layer) == measure.weight_count(dense)
+    # What it stores is the dense layer's, but for the rounding that its technique promises.
+    base = getattr(layer, "base", layer)
+    twin = dense_twin(nn.ModuleList([dense]), nn.ModuleList([layer]))[0]
+    if hasattr(base, "quantized"):
+        allowed = base.quantized.error_bound().view_as(dense.weight)
+    else:
+        allowed = unit(base.weight.dtype) * dense.weight.abs() + torch.finfo(base.weight.dtype).smallest_normal
+    assert ((twin.weight - dense.weight).abs() <= allowed).all()
+    # What it computes is the sum of that in float32: rows of an embedding as they are, else of one weight for each
+    # input of an output, and the bias.
+    exact, sizes = twin.double(), copy.deepcopy(twin).double()
+    with torch.no_grad():
+        for parameter in sizes.parameters():
+            parameter.abs_()
+    wide, magnitudes = (x, x) if kind is nn.Embedding else (x.double(), x.double().abs())
+    terms = 0 if kind is nn.Embedding else dense.weight[0].numel() + 1 + OF_4_BITS
+    assert_sum(layer(x), exact(wide), sizes(magnitudes), terms)
+
+
+def test_a_later_technique_passes_over_what_it_does_not_take():
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8))
+    convert(model, FourBit(), LoRA(2))
+    assert type(model[0]) is Embedding4Bit
+    assert type(model[1]) is LoRALinear
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "1.adapters.default.lora_a",
+        "1.adapters.default.lora_b",
+    ]
+
+
+def test_a_later_technique_that_takes_no_layer_is_refused():
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Conv1d(8, 8, 1))
+    layers = list(model.modules())
+    with pytest.raises(ValueError, match="0: LoRA cannot follow .* made a Embedding4Bit; it takes Linear"):
+        convert(model, FourBit(), LoRA(2))
+    assert list(model.modules()) == layers
+
+
+@pytest.mark.parametrize("technique", [Half(), FourBit()])
+def test_what_a_replacement_refuses_is_left_alone(technique):
+    model = nn.Sequential(nn.Embedding(16, 8, max_norm=1.0), nn.Linear(8, 8))
+    convert(model, technique)
+    assert type(model[0]) is nn.Embedding
+    assert type(model[1]) is not nn.Linear
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Embedding(16, 8), lambda: nn.Conv1d(8, 8, 1), lambda: nn.Conv2d(8, 8, 1)]
+)
+def test_recomputed_weights_of_any_layer_are_left_alone(make):
+    model = nn.Sequential(parametrizations.weight_norm(make()), make())
+    kind = type(model[0])
+    convert(model, FourBit())
+    assert type(model[0]) is kind
+    assert type(model[1]) is not kind
+
+
+class PeftLinear(nn.Module):
+    """As PEFT's LoRA layer is built; its class says that it is PEFT's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+PeftLinear.__module__ = "peft.tuners.lora.layer"
+
+
+class OfPeft(PeftLinear):
+    """A user's own kind of it."""
+
+
+@pytest.mark.parametrize("kind", [PeftLinear, OfPeft])
+@pytest.mark.parametrize("change", ["FourBit", "Half", "LoRA", "add_adapter", "calibrate"])
+def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, change):
+    model = nn.Sequential(nn.Linear(8, 8), kind(nn.Linear(8, 8)))
+    model[1].base_layer.requires_grad_(False)
+    modules, trains = [*model.modules()], [p.requires_grad for p in model.parameters()]
+    changes = {
+        "FourBit": lambda **skip: convert(model, FourBit(), **skip),
+        "Half": lambda **skip: convert(model, Half(), **skip),
+        "LoRA": lambda **skip: convert(model, LoRA(2), **skip),
+        "add_adapter": lambda **skip: add_adapter(model, "mine", LoRA(2), **skip),
+        "calibrate": lambda **skip: calibrate(model, [torch.randn(4, 8)], **skip),
+    }
+    message = r"1.base_layer is inside 1, a \w+ of PEFT.*before get_peft_model, or call merge_and_unload"
+    with pytest.raises(ValueError, match=message):
+        changes[change]()
+    assert [*model.modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == trains
+    if change in ("LoRA", "add_adapter"):  # after which only the adapters of lowmem train
+        with pytest.raises(ValueError, match=r"the model holds 1, a \w+ of PEFT.*before get_peft_model"):
+            changes[change](skip="1.*")
+        assert [*model.modules()] == modules
+    else:
+        changes[change](skip="1.*")
+        assert [*model[1].modules()] == modules[-len([*model[1].modules()]) :]
+    assert [p.requires_grad for p in model[1].parameters()] == trains[2:]
+
+
+def test_what_is_converted_first_can_go_into_peft_s_layers():
+    model = convert(nn.Sequential(nn.Linear(8, 8)), FourBit())
+    model[0] = PeftLinear(model[0])
+    x = torch.randn(2, 8)
+    model(x).sum().backward()
+    assert model[0].lora_B["default"].weight.grad is not None
+
+
+def test_a_layer_that_left_the_model_is_not_replaced():
+    kept, gone = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(kept)
+    with pytest.raises(RuntimeError, match=r"^1 of the layers to replace \(a Linear\) left Sequential meanwhile"):
+        swap(model, {kept: torch.nn.Identity(), gone: torch.nn.Identity()})
+    assert model[0] is kept
+
+
+def test_weights_that_are_parts_of_one_storage_are_two_weights():
+    both = torch.randn(8, 16)
+    layers = [torch.nn.Linear(16, 4, bias=False) for _ in range(2)]
+    for layer, part in zip(layers, both.split(4), strict=True):
+        layer.weight = torch.nn.Parameter(part)
+    model = convert(torch.nn.Sequential(*layers), Half())
+    for layer, part in zip(model, both.split(4), strict=True):
+        assert torch.equal(layer.weight, part.half())
