@@ -93,4 +93,4 @@ def only_c(monkeypatch):
 
     monkeypatch.setattr(reference, "linear", refuse)
     monkeypatch.setattr(reference, "input_grad", refuse)
-    monkeypatch.setattr(reference, "add_update", refuse)
+    monkeypatch.setattr(reference, "add_low_rank", refuse)

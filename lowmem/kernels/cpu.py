@@ -20,13 +20,12 @@ from torch.nn import Parameter
 
 from lowmem.kernels import int8, reference
 from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector
-from lowmem.kernels.reference import Update, Weight
-from lowmem.quant import tensor as blockwise
+from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Kernel", "load"]
+__all__ = ["Kernel", "backends", "load"]
 
 # enum encoding of csrc/kernel.h, of a name that holds signs or not
 _ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2, ("double", True): 3}
@@ -34,7 +33,7 @@ _ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2, 
 Given: TypeAlias = tuple[object, Tensor, Tensor | None]
 """A weight as C is handed it: its handle, codes and scales; or None, 16-bit floats and None."""
 
-_NO_UPDATE = (None, None, None)
+_NO_LOW_RANK = (None, None, None)
 
 _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # uses of a weight, and where it keeps what C knows of it for them
 
@@ -43,7 +42,7 @@ _ROUNDED_BYTES = 2**19  # of what rounding inputs to 8 bits takes
 
 @lru_cache(maxsize=1)
 def load() -> tuple[ModuleType | None, str]:
-    """Return the compiled module and whose threads it uses; or None and the reason why there is none."""
+    """Return the compiled module and how it computes; or None and the reason why there is none."""
     try:
         import lowmem.kernels._native as _native
     except ImportError as reason:
@@ -54,8 +53,15 @@ def load() -> tuple[ModuleType | None, str]:
     bundled = [*(package / "lib").glob("lib*omp*"), *(package.parent / "torch.libs").glob("lib*omp*")]
     libraries = [*sorted(map(str, bundled)), "libgomp.so.1", "libomp.so", "libiomp5.so"]
     if any(_native.share_threads(path) for path in libraries):
-        return _native, "on torch's threads"
-    return _native, "on one thread, since torch's OpenMP library was not found"
+        return _native, "compiled C on torch's threads"
+    return _native, "compiled C on one thread, since torch's OpenMP library was not found"
+
+
+@lru_cache(maxsize=1)
+def backends() -> tuple[list[Backend], str]:
+    """Return a kernel for each ISA that this processor has, the slowest first, and how they compute; or why none."""
+    native, why = load()
+    return [Kernel(native, name) for name in native.levels()] if native else [], why
 
 
 def without_kernel(reason: object, platform: str) -> str:
@@ -73,16 +79,16 @@ class Prepared:
 
 
 class Kernel:
-    """The contract of ``lowmem.kernels`` at one level of the compiled kernel.
+    """The backend in C for one ISA.
 
     Args:
         native: the module that ``load`` returns.
-        level: one of ``native.levels()``.
+        name: of the ISA, one of ``native.levels()``.
     """
 
-    def __init__(self, native: ModuleType, level: str) -> None:
-        self.native = native
-        self._level = native.levels().index(level)
+    def __init__(self, native: ModuleType, name: str) -> None:
+        self.native, self.name = native, name
+        self._level = native.levels().index(name)
         # Faster than attributes of attributes, and with types.
         self._linear: Callable[..., Tensor | None] = native.linear
         self._linear8: Callable[..., Tensor | None] = native.linear_int8
@@ -96,21 +102,21 @@ class Kernel:
         weight: Weight,
         dtype: torch.dtype,
         bias: Tensor | None = None,
-        update: Update | None = None,
+        low_rank: LowRank | None = None,
     ) -> Tensor:
-        """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out)."""
+        """Return ``x @ W.T + bias``, and what a low-rank product adds: (batch, in) -> (batch, out)."""
         if is_traced():
-            return reference.linear(x, weight, dtype, bias, update)
+            return reference.linear(x, weight, dtype, bias, low_rank)
         given = self._given(weight)
         if x.dtype is dtype and given is not None:
             handle, packed, scales = given
-            a, b, scaling = _NO_UPDATE if update is None else update
+            a, b, scaling = _NO_LOW_RANK if low_rank is None else low_rank
             threads = torch.get_num_threads()
             out = self._linear(self._level, handle, packed, scales, x, bias, threads, a, b, scaling)
             if out is not None:
                 return out
         out = self._linear_of_others(x, weight, dtype, bias)
-        return out if update is None else self.add_update(out, x, *update)
+        return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
 
     def _linear_of_others(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         """Put in a form that C takes what it does not take as it is, or leave it to plain torch."""
@@ -121,7 +127,7 @@ class Kernel:
         x, threads = x.to(dtype).contiguous(), torch.get_num_threads()
         added = bias if bias is not None and is_vector(bias, weight.shape[0]) else None
         for given in self._ways(weight):
-            out = self._linear(self._level, *given, x, added, threads, *_NO_UPDATE)
+            out = self._linear(self._level, *given, x, added, threads, *_NO_LOW_RANK)
             if out is not None:
                 return out if bias is None or added is bias else out.add_(bias)
         return reference.linear(x, weight, dtype, bias)
@@ -154,7 +160,7 @@ class Kernel:
             product = self._linear8(self._level, *given, wide, bias, threads)
             if product is None:
                 rounded = int8.round_inputs(wide, weight.block_size).contiguous()
-                product = self._linear(self._level, *given, rounded, bias, threads, *_NO_UPDATE)
+                product = self._linear(self._level, *given, rounded, bias, threads, *_NO_LOW_RANK)
             if product is None:
                 return None
             into.copy_(product)
@@ -177,13 +183,13 @@ class Kernel:
                     return out
         return reference.input_grad(grad, weight, dtype)
 
-    def add_update(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def add_low_rank(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), of (batch, in), (rank, in), (out, rank)."""
         if not is_traced():
             out = self._update(self._level, base, x, a, b, scaling, torch.get_num_threads())
             if out is not None:
                 return out
-        return reference.add_update(base, x, a, b, scaling)
+        return reference.add_low_rank(base, x, a, b, scaling)
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return some rows of W, restored in float32 and rounded once to ``dtype``."""
@@ -193,7 +199,7 @@ class Kernel:
             for given in self._ways(weight):
                 if self.native.restore(self._level, *given, start, out, torch.get_num_threads()) is not None:
                     return out
-        return blockwise.PLAIN.dequantize(weight, rows, dtype)
+        return reference.dequantize(weight, rows, dtype)
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
         """Quantize float32 (rows, n) into a chunk of a matrix."""
@@ -203,7 +209,7 @@ class Kernel:
         if importance is not None:
             fits = fits and is_float(importance) and importance.shape == rows.shape[1:]
         if not fits or is_traced() or not rows.numel():
-            return blockwise.PLAIN.quantize_rows(rows, into, chunk, importance)
+            return reference.quantize_rows(rows, into, chunk, importance)
         levels, boundaries = _floats(form.levels), _floats(form.boundaries)
         candidates = _floats(CANDIDATES if into.method == "search" else ())
         threads, (count, columns) = torch.get_num_threads(), rows.shape
@@ -228,14 +234,14 @@ class Kernel:
             threads,
         )
         if not held:
-            blockwise.PLAIN.quantize_rows(rows, into, chunk, importance)  # raises, and says why
+            reference.quantize_rows(rows, into, chunk, importance)  # raises, and says why
         return None
 
     def _given(self, weight: Weight, use: str = _AS_FLOATS) -> Given | None:
         """Return a weight as C is handed it, which it may be told of now; or None where C cannot read it."""
         if not isinstance(weight, QuantizedTensor):  # faster than to ask for a tensor
             return None, weight, None
-        kept: Prepared | None = weight.__dict__.get(use)
+        kept: Prepared | None = weight.cache.get(use)
         if kept is None or kept.kernel is not self:
             kept = self._prepare(weight, use)
         return None if kept is None else (kept.handle, weight.packed, weight.scales)
@@ -252,7 +258,7 @@ class Kernel:
             now = replace(weight, packed=weight.packed.data, scales=weight.scales.data)
             kept = self._prepare(now, use)
             if kept is not None:
-                weight.__dict__[use] = kept
+                weight.cache[use] = kept
                 yield kept.handle, now.packed, now.scales
 
     def _prepare(self, weight: QuantizedTensor, use: str) -> Prepared | None:
@@ -281,7 +287,7 @@ class Kernel:
         )
         if handle is None:
             return None
-        kept = weight.__dict__[use] = Prepared(self, handle)  # where a kernel in another thread may put its own
+        kept = weight.cache[use] = Prepared(self, handle)  # where a kernel in another thread may put its own
         return kept
 
 

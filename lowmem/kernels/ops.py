@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem import kernels
 from lowmem.kernels.int8 import float_dtype
-from lowmem.kernels.reference import Weight
+from lowmem.quant.backend import Weight
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["dequantize_rows", "product"]

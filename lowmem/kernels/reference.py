@@ -1,30 +1,40 @@
-"""The contract in plain torch: restore a chunk of rows, multiply, forget it, go on.
+"""The backend in plain torch, on any device: dequantize a chunk of rows, multiply, forget it, go on.
 
-Readable rather than fast. Every compiled kernel is tested against these lines.
+Readable rather than fast. Every other backend is tested against these lines.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import sys
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lowmem.kernels import int8
+from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
+from lowmem.quant.packing import by_block, pack
+from lowmem.quant.scales import ScaleEncoding
+from lowmem.quant.search import largest_weights, nearest_codes, searched_scales
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["Update", "Weight", "add_update", "input_grad", "linear"]
+__all__ = ["add_low_rank", "backends", "dequantize", "input_grad", "linear", "name", "quantize_rows"]
 
-Weight: TypeAlias = Tensor | QuantizedTensor
-Update: TypeAlias = tuple[Tensor, Tensor, float]
-"""A low-rank update: A (rank, in), B (out, rank) and the scaling."""
+name = "reference"
+
+
+def backends() -> tuple[list[Backend], str]:
+    """Return what serves everywhere, and how."""
+    return [cast(Backend, sys.modules[__name__])], "plain torch dequantizes rows in chunks"
 
 
 def linear(
-    x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, update: Update | None = None
+    x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, low_rank: LowRank | None = None
 ) -> Tensor:
-    """Return ``x @ W.T + bias``, and an update: (batch, in) -> (batch, out), computed in ``dtype``, and returned so.
+    """Return ``x @ W.T + bias``, and what a low-rank product adds, computed and returned in ``dtype``.
+
+    The shapes are (batch, in) -> (batch, out).
 
     With torch.int8 the input, and levels of a 4-bit weight that need it, are rounded to 8 bits
     (``lowmem.kernels.int8``); their products are added up in float32, and come in the dtype of x.
@@ -34,7 +44,7 @@ def linear(
         weight: (out, in); of 4 bits for torch.int8.
         dtype: to compute in.
         bias: (out,), or None.
-        update: what ``add_update`` adds for x, in the dtype of A and B; or None.
+        low_rank: what ``add_low_rank`` adds for x, in the dtype of A and B; or None.
 
     Raises:
         RuntimeError: x has another shape, or is not floating point; or a 4-bit weight's stored tensors have another
@@ -60,7 +70,7 @@ def linear(
     if bias is not None:
         out.add_(bias)
     out = out if levels is None else out.to(x.dtype)
-    return out if update is None else add_update(out, x, *update)
+    return out if low_rank is None else add_low_rank(out, x, *low_rank)
 
 
 def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -86,7 +96,7 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     return sums.to(dtype)
 
 
-def add_update(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in its dtype.
 
     Args:
@@ -99,6 +109,51 @@ def add_update(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) ->
     if base.dtype == b.dtype:
         return torch.addmm(base, narrow, b.t(), alpha=scaling)
     return base + ((narrow * scaling) @ b.t()).to(base.dtype)
+
+
+def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Return some rows of a matrix, restored in float32 and rounded once to ``dtype``."""
+    weight.check_layout()  # also where there is no row to restore
+    start, stop, _ = rows.indices(weight.shape[0])
+    columns = weight.shape[-1]
+    out = torch.empty(max(0, stop - start), columns, dtype=dtype, device=weight.packed.device)
+    for chunk in row_chunks(out.shape[0], columns):
+        out[chunk] = weight.restore(slice(start + chunk.start, start + chunk.stop))
+    return out
+
+
+def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
+    """Quantize float32 (rows, n) into a chunk of a matrix, by its method.
+
+    Raises:
+        ValueError: NaN or infinite weights, or a magnitude that the scales cannot hold.
+    """
+    form, encoding, size = get_format(into.format), into.encoding, into.block_size
+    scales = largest_weights(rows, size, form.signed)  # (rows, blocks)
+    largest = float(scales.abs().max())
+    if not largest <= encoding.largest:  # also when it is NaN
+        raise ValueError(_why_not_held(rows, largest, encoding))
+    if into.method == "search":
+        scales = searched_scales(rows, form, size, encoding.largest, importance)
+    stored = encoding.encode(scales)
+    codes = nearest_codes(rows, encoding.decode(stored), form, size)
+    into.packed[chunk] = pack(codes, size)
+    if form.levels[form.zero_code] == 0:
+        # A block of zero codes is dequantized to zeros, whose scale is zero: so is its own, and quantizing again
+        # gives the same bytes.
+        used = by_block(codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True))
+        stored[:, : used.shape[1]].masked_fill_(~used, 0)
+    into.scales[chunk] = stored
+
+
+def _why_not_held(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:
+    broken = int((~rows.isfinite()).sum())
+    if broken:
+        return f"weight holds {broken} values that are NaN, infinite or beyond float32; repair them first"
+    return (
+        f"weight holds the magnitude {largest:.6g}, above {encoding.largest:.6g}, the most that "
+        f"scales={encoding.name!r} can hold; use scales='float32'"
+    )
 
 
 def _restore(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:

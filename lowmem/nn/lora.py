@@ -99,8 +99,8 @@ class Adapter(nn.Module):
             narrow = nn.functional.linear(rows, a) * self.scaling  # (batch, rank)
             wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
         else:
-            add_update = kernels.add_update if is_plain_call(x, out, a, b) else reference.add_update
-            wide = add_update(wide, rows, a, b, self.scaling)
+            add_low_rank = kernels.add_low_rank if is_plain_call(x, out, a, b) else reference.add_low_rank
+            wide = add_low_rank(wide, rows, a, b, self.scaling)
         return wide if out.dim() == 2 else wide.view(out.shape)
 
     def delta(self) -> Tensor:

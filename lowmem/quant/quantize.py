@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lowmem.quant.backend import serving
 from lowmem.quant.formats import Format, get_format
 from lowmem.quant.scales import get_encoding
-from lowmem.quant.tensor import QuantizedTensor, row_chunks, serving
+from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 __all__ = ["check_weight", "method_of", "quantize", "quantize_again", "relative_error"]
 

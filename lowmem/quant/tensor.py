@@ -7,24 +7,22 @@ QLoRA, arXiv 2305.14314, section 2. Blocks run along the last dimension and neve
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowmem.quant.backend import serving
 from lowmem.quant.formats import get_format
-from lowmem.quant.packing import by_block, check_block_size, pack, unpack
+from lowmem.quant.packing import check_block_size, unpack
 from lowmem.quant.scales import ScaleEncoding, get_encoding
-from lowmem.quant.search import CANDIDATES, largest_weights, nearest_codes, searched_scales, spread
+from lowmem.quant.search import CANDIDATES, spread
 
 __all__ = [
-    "PLAIN",
     "SCRATCH_BYTES",
     "QuantizedTensor",
     "row_chunks",
-    "serve",
-    "serving",
 ]
 
 SCRATCH_BYTES = 2**20
@@ -57,6 +55,9 @@ class QuantizedTensor:
         block_size: B, weights a scale.
         scale_encoding: a key of ``ENCODINGS``.
         method: how scales and codes were chosen, a key of ``METHODS``.
+
+    Attributes:
+        cache: what a backend knows of the stored tensors, by its own keys. Copies and pickles have none of it.
     """
 
     packed: Tensor
@@ -66,6 +67,7 @@ class QuantizedTensor:
     block_size: int
     scale_encoding: str
     method: str = "absmax"
+    cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
@@ -155,7 +157,7 @@ class QuantizedTensor:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
         matrix = self if len(self.shape) == 2 else self.as_matrix()
-        return _serves.dequantize(matrix, rows, dtype)
+        return serving().dequantize(matrix, rows, dtype)
 
     def restore(self, rows: slice, levels: tuple[float, ...] | None = None) -> Tensor:
         """Return some rows of the tensor seen as (rows, n), in float32; with levels, if given, instead of its own.
@@ -187,7 +189,10 @@ class QuantizedTensor:
         return replace(self, packed=packed, scales=scales, shape=torch.Size((packed.shape[0], self.shape[-1])))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in self.__dataclass_fields__}  # and not what a kernel keeps
+        return {name: value for name, value in self.__dict__.items() if name != "cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, cache={})
 
     def error_bound(self) -> Tensor:
         """Return what ``|w - dequantize()|`` never exceeds, element by element, float32, in ``shape``.
@@ -216,76 +221,3 @@ class QuantizedTensor:
         bound = torch.maximum(scale * form.half_gap, beyond)
         rounding = scale * 2**-22 + 2**-148  # the second for products that are subnormal in float32
         return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
-
-
-class _RowKernel(Protocol):
-    """What a kernel does with rows. Bit for bit what ``PLAIN`` does."""
-
-    def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor: ...
-    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None: ...
-
-
-class _Plain:
-    """Plain torch, any device: the definition of what is true."""
-
-    @staticmethod
-    def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return some rows of a matrix, restored in float32 and rounded once to ``dtype``."""
-        weight.check_layout()  # also where there is no row to restore
-        start, stop, _ = rows.indices(weight.shape[0])
-        columns = weight.shape[-1]
-        out = torch.empty(max(0, stop - start), columns, dtype=dtype, device=weight.packed.device)
-        for chunk in row_chunks(out.shape[0], columns):
-            out[chunk] = weight.restore(slice(start + chunk.start, start + chunk.stop))
-        return out
-
-    @staticmethod
-    def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
-        """Quantize float32 (rows, n) into a chunk of a matrix, by its method.
-
-        Raises:
-            ValueError: NaN or infinite weights, or a magnitude that the scales cannot hold.
-        """
-        form, encoding, size = get_format(into.format), into.encoding, into.block_size
-        scales = largest_weights(rows, size, form.signed)  # (rows, blocks)
-        largest = float(scales.abs().max())
-        if not largest <= encoding.largest:  # also when it is NaN
-            raise ValueError(_why_not_held(rows, largest, encoding))
-        if into.method == "search":
-            scales = searched_scales(rows, form, size, encoding.largest, importance)
-        stored = encoding.encode(scales)
-        codes = nearest_codes(rows, encoding.decode(stored), form, size)
-        into.packed[chunk] = pack(codes, size)
-        if form.levels[form.zero_code] == 0:
-            # A block of zero codes is dequantized to zeros, whose scale is zero: so is its own, and quantizing again
-            # gives the same bytes.
-            used = by_block(
-                codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True)
-            )
-            stored[:, : used.shape[1]].masked_fill_(~used, 0)
-        into.scales[chunk] = stored
-
-
-PLAIN: _RowKernel = _Plain()
-_serves = PLAIN
-
-
-def serving() -> _RowKernel:
-    """Return what quantizes and dequantizes rows."""
-    return _serves
-
-
-def serve(kernel: _RowKernel) -> None:
-    """Let a kernel quantize and dequantize rows; ``lowmem.kernels`` chooses which."""
-    global _serves
-    _serves = kernel
-
-
-def _why_not_held(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:
-    broken = int((~rows.isfinite()).sum())
-    if broken:
-        return f"weight holds {broken} values that are NaN, infinite or beyond float32; repair them first"
-    return (
-        f"weight holds the magnitude {largest:.6g}, above {encoding.largest:.6g}, the most that "
-        f"scales={encoding.name!r} can hold; use scales='float32'"
-    )

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lowmem import FourBit, Half, LoRA, QuantizedTensor, convert, kernels, measure, quantize
-from lowmem.kernels import cpu, memory
-from lowmem.quant import tensor as blockwise
+from lowmem.kernels import cpu, memory, reference
+from lowmem.quant import backend
 from tests import strategies
 from tests.compiled import (
     assert_close_in,
@@ -48,7 +48,7 @@ def test_threads_change_no_bit_of_anything(level):
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
                     made.append(kernels.input_grad(grad[:batch].to(dtype), q, dtype))
-            made.append(kernels.add_update(grad[:3].contiguous(), x[:3].contiguous(), a, b, 0.5))
+            made.append(kernels.add_low_rank(grad[:3].contiguous(), x[:3].contiguous(), a, b, 0.5))
             made += [kernels.linear(x[:n].contiguous(), q, torch.float32, None, (a, b, 0.5)) for n in (3, 12)]
             results.append(made)
     assert all(torch.equal(one, other) for made in results for one, other in zip(made, results[0], strict=True))
@@ -185,7 +185,7 @@ def test_memory_that_cannot_be_written_is_left_to_plain_torch():
     meta = replace(expected, packed=expected.packed.to("meta"), scales=expected.scales.to("meta"))
     assert kernel.dequantize(meta, slice(1, 3), torch.float32).shape == (2, 16)
     assert torch.equal(
-        blockwise.PLAIN.dequantize(expected, slice(1, 3), torch.float64)[0], expected.dequantize()[1].double()
+        reference.dequantize(expected, slice(1, 3), torch.float64)[0], expected.dequantize()[1].double()
     )
 
 
@@ -224,7 +224,7 @@ def test_either_way_to_read_a_tensor_is_as_good(level, dtype, batch):
     a, b = torch.randn(4, 70), torch.randn(33, 4)
 
     def run():
-        made = [q.dequantize(dtype), kernels.add_update(grad[:3].float(), x[:3].float(), a, b, 0.5)]
+        made = [q.dequantize(dtype), kernels.add_low_rank(grad[:3].float(), x[:3].float(), a, b, 0.5)]
         for weight in (q, half):
             made += [kernels.linear(x, weight, dtype, bias), kernels.input_grad(grad, weight, dtype)]
         return made, measure.peak_bytes(lambda: kernels.linear(x, q, dtype))
@@ -280,7 +280,7 @@ def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level
     x = torch.randn(2, 64)
     with kernels.using(level):
         kernels.linear(x, q, torch.float32)
-    handle = q.__dict__["prepared"].handle
+    handle = q.cache["prepared"].handle
 
     def linear(packed=q.packed, scales=q.scales):
         return native.linear(index, handle, packed, scales, x, None, 2, None, None, None)
@@ -342,7 +342,7 @@ def check(name, tensor, other, run):
     tried += 1
 
 def forget(q):
-    q.__dict__.pop("prepared", None)
+    q.cache.pop("prepared", None)
     kernels.cpu._floats.cache_clear()
 
 ROWS, COLUMNS = 300, 256
@@ -364,7 +364,7 @@ with kernels.using(sys.argv[1]):
                 for tensor, other in pairs:
                     check("input_grad", tensor, other, lambda: kernels.input_grad(grad, w, torch.float32))
             for tensor, other in ((base, base1), (x, x1), (a, a1), (b, b1)):
-                check("add_update", tensor, other, lambda: kernels.add_update(base, x, a, b, 0.5))
+                check("add_low_rank", tensor, other, lambda: kernels.add_low_rank(base, x, a, b, 0.5))
             low, low1 = x.bfloat16(), x1.bfloat16()
             for tensor, other in (*own, (low, low1)):
                 check("bfloat16", tensor, other, lambda: kernels.linear(low, q, torch.bfloat16))
@@ -409,7 +409,7 @@ def test_no_call_keeps_what_it_has_read(level):
         before = [sys.getrefcount(storage) for storage in storages]
         for _ in range(calls):
             kernels.linear(x, q, torch.float32, bias, (a, b, 0.5))
-            kernels.add_update(torch.zeros(3, 21), x, a, b, 0.5)
+            kernels.add_low_rank(torch.zeros(3, 21), x, a, b, 0.5)
             kernels.input_grad(x[:, :21].contiguous(), q, torch.float32)
             q.dequantize()
         after = [sys.getrefcount(storage) for storage in storages]
@@ -521,7 +521,7 @@ def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
     name = "_linear8" if int8 else "_linear"
     run = getattr(kernel, name)
     monkeypatch.setattr(kernel, name, lambda *given: calls.append((given, run(*given))) or calls[-1][1])
-    monkeypatch.setattr(kernels, "_serves", kernel)
+    monkeypatch.setattr(backend, "_serving", kernel)
     x = torch.nn.Parameter(torch.randn(3, 256))
     with torch.no_grad():
         out = layer(x)

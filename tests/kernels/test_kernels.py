@@ -51,6 +51,32 @@ def test_a_level_that_cannot_serve_lists_the_choices():
         pass
 
 
+def test_a_provider_of_another_backend_is_one_line(monkeypatch):
+    """What is last is the fastest, and serves unless another is named; one that has nothing says why."""
+
+    class Backend:
+        name = "accelerator"
+
+    class Provider:
+        @staticmethod
+        def backends():
+            return [Backend], "on its own device"
+
+    class Absent:
+        @staticmethod
+        def backends():
+            return [], "no driver is installed"
+
+    before = kernels.available()
+    monkeypatch.setattr(kernels, "PROVIDERS", (*kernels.PROVIDERS, Provider, Absent))
+    assert kernels.available() == [*before, "accelerator"]
+    chosen, why = kernels._choose(None)
+    assert chosen is Backend
+    assert why == "on its own device, the best that there is here; no driver is installed"
+    with pytest.raises(ValueError, match="choose from reference.*accelerator; no driver is installed"):
+        kernels._choose("another")
+
+
 def test_without_the_compiled_module_the_reference_serves_and_says_why():
     script = (
         "import sys\n"
@@ -63,7 +89,8 @@ def test_without_the_compiled_module_the_reference_serves_and_says_why():
         "print(lowmem.convert(torch.nn.Linear(8, 8), lowmem.FourBit())(torch.ones(1, 8)).shape)"
     )
     shown = run_python(script, LOWMEM_KERNEL="")
-    assert shown.startswith("reference: plain torch restores rows in chunks; the compiled kernel cannot be imported")
+    how = "plain torch dequantizes rows in chunks, the best that there is here"
+    assert shown.startswith(f"reference: {how}; the compiled kernel cannot be imported")
     assert "(No module named lowmem.kernels._native)" in shown
     assert "needs a C compiler" in shown
     assert "torch.Size([1, 8])" in shown
@@ -438,7 +465,7 @@ with kernels.using(level):
                         kernels.input_grad(at_the_edge(grad), weight, torch.bfloat16)
         for rank in (1, 3, 16):
             shapes = (2, 5), (2, columns), (rank, columns), (5, rank)
-            kernels.add_update(*(at_the_edge(torch.randn(shape)) for shape in shapes), 0.5)
+            kernels.add_low_rank(*(at_the_edge(torch.randn(shape)) for shape in shapes), 0.5)
             x, a, b = (at_the_edge(torch.randn(shape)) for shape in shapes[1:])
             kernels.linear(x, half, torch.float32, None, (a, b, 0.5))
 print("fine")

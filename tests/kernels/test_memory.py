@@ -67,7 +67,7 @@ def test_tensors_of_another_kind_are_left_to_plain_torch(level):
             lambda: kernels.linear(x, q, torch.float32),
             lambda: kernels.linear(x, q, torch.int8),
             lambda: kernels.input_grad(grad, q, torch.float32),
-            lambda: kernels.add_update(grad, x, a, b, 0.5),
+            lambda: kernels.add_low_rank(grad, x, a, b, 0.5),
         )
         for run in runs:
             expected = run()

@@ -13,7 +13,7 @@ from tests.rounding import assert_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
-PLAIN_UPDATE = reference.add_update
+PLAIN_UPDATE = reference.add_low_rank
 
 
 def assert_update(got, base, x, a, b, scaling, rounded=(), weight=None):
@@ -50,7 +50,7 @@ def test_an_update_equals_the_two_products(level, batch, rank, rows, columns, sc
     base, x, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
     before = base.clone()
     with kernels.using(level):
-        got = kernels.add_update(base, x, a, b, scaling)
+        got = kernels.add_low_rank(base, x, a, b, scaling)
     assert_update(got, base, x, a, b, scaling)
     assert torch.equal(base, before)
 
@@ -74,7 +74,7 @@ def test_a_product_with_an_update_is_the_product_and_then_the_update(
     weight, _ = stored(kind, dense, block_size=16)
     bias = torch.randn(rows, generator=generator) if with_bias else None
     with kernels.using(level):
-        expected = kernels.add_update(kernels.linear(x, weight, torch.float32, bias), x, a, b, 0.75)
+        expected = kernels.add_low_rank(kernels.linear(x, weight, torch.float32, bias), x, a, b, 0.75)
         for threads in (1, 2, 3):
             with on_threads(threads):
                 got = kernels.linear(x, weight, torch.float32, bias, (a, b, 0.75))
@@ -84,7 +84,7 @@ def test_a_product_with_an_update_is_the_product_and_then_the_update(
 @compiled
 @pytest.mark.parametrize("shape", [(3, 5), (2, 7)])
 def test_an_update_that_does_not_fit_its_layer_is_torch_s_error(level, shape, monkeypatch):
-    monkeypatch.setattr(reference, "add_update", PLAIN_UPDATE)
+    monkeypatch.setattr(reference, "add_low_rank", PLAIN_UPDATE)
     half, x = torch.randn(4, 6).half(), torch.randn(2, 6)
     with kernels.using(level), pytest.raises(RuntimeError):
         kernels.linear(x, half, torch.float32, None, (torch.randn(shape), torch.randn(4, shape[0]), 1.0))
@@ -92,7 +92,7 @@ def test_an_update_that_does_not_fit_its_layer_is_torch_s_error(level, shape, mo
 
 @compiled
 def test_an_update_of_another_dtype_or_layout_is_added_by_torch(level, monkeypatch):
-    monkeypatch.setattr(reference, "add_update", PLAIN_UPDATE)
+    monkeypatch.setattr(reference, "add_low_rank", PLAIN_UPDATE)
     half, x, a, b = torch.randn(4, 6).half(), torch.randn(2, 6), torch.randn(3, 6), torch.randn(4, 3)
     with kernels.using(level):
         strided = kernels.linear(x, half, torch.float32, None, (a.t().contiguous().t(), b, 2.0))
@@ -107,14 +107,14 @@ def test_an_update_of_another_dtype_or_layout_is_added_by_torch(level, monkeypat
 
 
 def test_an_update_that_c_does_not_take_goes_to_torch(monkeypatch):
-    monkeypatch.setattr(reference, "add_update", PLAIN_UPDATE)
+    monkeypatch.setattr(reference, "add_low_rank", PLAIN_UPDATE)
     base, x, a, b = torch.randn(3, 5), torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 2)
-    assert_update(kernels.add_update(base.t().contiguous().t(), x, a, b, 0.5), base, x, a, b, 0.5)
-    many = kernels.add_update(base.repeat(50, 1), x.repeat(50, 1), a, b, 0.5)
+    assert_update(kernels.add_low_rank(base.t().contiguous().t(), x, a, b, 0.5), base, x, a, b, 0.5)
+    many = kernels.add_low_rank(base.repeat(50, 1), x.repeat(50, 1), a, b, 0.5)
     assert_update(many, base.repeat(50, 1), x.repeat(50, 1), a, b, 0.5)
-    narrow = kernels.add_update(base.half(), x, a, b, 0.5)
+    narrow = kernels.add_low_rank(base.half(), x, a, b, 0.5)
     assert narrow.dtype == torch.float16
     # The update is rounded, and its sum with the base.
     assert_update(narrow, base.half(), x, a, b, 0.5, rounded=[torch.float16] * 2)
     with pytest.raises(RuntimeError):
-        kernels.add_update(base, x[:, :3], a, b, 0.5)
+        kernels.add_low_rank(base, x[:, :3], a, b, 0.5)

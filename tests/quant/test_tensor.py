@@ -9,7 +9,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from lowmem import FORMATS, QuantizedTensor, kernels, measure, quantize, unpack
-from lowmem.quant import tensor as blockwise
+from lowmem.kernels import reference
 from lowmem.quant.quantize import quantize_again
 from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.tensor import SCRATCH_BYTES, row_chunks
@@ -434,7 +434,7 @@ def test_plain_torch_dequantizes_the_rows_that_are_asked_for(rows):
     """Of 1,300 rows, which are two chunks: those of a slice that begins in either."""
     q = quantize(strategies.make_weight("normal", (1300, 64), 0, 0), "int4")
     expected = q.restore(slice(None))[rows]
-    assert torch.equal(blockwise.PLAIN.dequantize(q, rows, torch.float32), expected)
+    assert torch.equal(reference.dequantize(q, rows, torch.float32), expected)
 
 
 @pytest.mark.parametrize("kernel", ["reference", kernels.available()[-1]])

@@ -487,8 +487,8 @@ def test_autocast_keeps_the_base_s_dtype_with_several_adapters():
 
 def test_active_adapters_of_a_plain_call_are_served_by_the_kernel(monkeypatch):
     served = []
-    update = lowmem.kernels.add_update
-    monkeypatch.setattr(lowmem.kernels, "add_update", lambda *given: (served.append(1), update(*given))[1])
+    update = lowmem.kernels.add_low_rank
+    monkeypatch.setattr(lowmem.kernels, "add_low_rank", lambda *given: (served.append(1), update(*given))[1])
     model = make_adapted("a", "b", "c")
     deactivate(model, "b")
     output(model)
