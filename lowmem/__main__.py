@@ -99,6 +99,10 @@ def _run(argv: Sequence[str], program: bool) -> int:
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name in argv[:1]:
             import_module(f"lowmem.tools.{name}").add_arguments(command)
+    if not argv:
+        parser.print_help()
+        sys.stdout.flush()
+        return 0
     try:
         arguments = parser.parse_args(argv)
     finally:

@@ -31,6 +31,8 @@ def test_version_and_help(capsys):
     assert run("--help") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
+    assert run() == 0
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -42,7 +44,6 @@ def test_every_command_has_help(command, capsys):
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["unknown"],
         ["stats", "--unknown"],
         ["stats", "q4"],

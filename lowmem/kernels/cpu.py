@@ -5,7 +5,12 @@ What C does not take goes to plain torch: another device or dtype, a wrapped or 
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import sys
+import sysconfig
+import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -40,12 +45,21 @@ _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # uses of a weight, and wher
 _ROUNDED_BYTES = 2**19  # of what rounding inputs to 8 bits takes
 
 
+SOURCES = Path(__file__).with_name("csrc")  # which no wheel has
+
+
 @lru_cache(maxsize=1)
 def load() -> tuple[ModuleType | None, str]:
     """Return the compiled module and how it computes; or None and the reason why there is none."""
     try:
         import lowmem.kernels._native as _native
     except ImportError as reason:
+        if is_forgotten(sys.platform):
+            warnings.warn(
+                "lowmem runs from its source tree, which has no compiled kernel: plain torch serves, up to 30 times "
+                "slower; compile it with: pip install -e .",
+                stacklevel=2,
+            )
         return None, without_kernel(reason, sys.platform)
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     _native.use_torch(Tensor, Parameter, table, torch._C._to_dlpack)
@@ -62,6 +76,14 @@ def backends() -> tuple[list[Backend], str]:
     """Return a kernel for each ISA that this processor has, the slowest first, and how they compute; or why none."""
     native, why = load()
     return [Kernel(native, name) for name in native.levels()] if native else [], why
+
+
+def is_forgotten(platform: str, csrc: Path = SOURCES) -> bool:
+    """Whether this is a source tree whose kernel could have been compiled: its sources and a compiler are there."""
+    if platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED") or not csrc.is_dir():
+        return False  # setup.py compiles none, or this is no source tree
+    command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    return shutil.which(command[0]) is not None
 
 
 def without_kernel(reason: object, platform: str) -> str:

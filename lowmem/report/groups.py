@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -14,13 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem import measure
-from lowmem.transforms.registry import layer_name
+from lowmem.transforms.paths import group_name, role_of
 from lowmem.transforms.summary import LayerSummary, summary
 
-__all__ = ["Group", "group_layers", "indices"]
-
-_INDEX = re.compile(r"[0-9]{1,9}")
-_LISTED = 3  # indices that are not consecutive are listed up to so many; of more, the first and the last are named
+__all__ = ["Group", "group_layers"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def group_layers(dense: nn.Module, variants: Mapping[str, nn.Module | Stored]) -
     rows = summary(dense)
     for row in rows:
         shapes[row.path] = _shape(dense.get_submodule(row.path))
-        members.setdefault((_pattern(row.path), row.type, shapes[row.path]), []).append(row)
+        members.setdefault((role_of(row.path), row.type, shapes[row.path]), []).append(row)
     groups = [_group(found, shapes[found[0].path], dense, stored) for found in members.values()]
     taken = Counter(group.name for group in groups)
     groups = [
@@ -97,19 +93,10 @@ def group_layers(dense: nn.Module, variants: Mapping[str, nn.Module | Stored]) -
     return groups
 
 
-def indices(found: Iterable[int]) -> str:
-    """Write indices short: ``0-29``, ``0,2,5``, or ``0...58`` for many that are not consecutive."""
-    listed = sorted(set(found))
-    first, last = listed[0], listed[-1]
-    if len(listed) > 2 and last - first == len(listed) - 1:
-        return f"{first}-{last}"
-    return ",".join(map(str, listed)) if len(listed) <= _LISTED else f"{first}...{last}"
-
-
 def _group(rows: list[LayerSummary], shape: tuple[int, ...], dense: nn.Module, stored: Mapping[str, Stored]) -> Group:
     sizes = {row.path: _norm(dense.get_submodule(row.path)) for row in rows}
     return Group(
-        name=_name([row.path for row in rows]),
+        name=group_name([row.path for row in rows]),
         type=rows[0].type,
         shape=shape,
         layers=len(rows),
@@ -126,18 +113,6 @@ def _error(errors: Mapping[str, float | None], sizes: Mapping[str, float]) -> fl
         return None
     size = math.hypot(*sizes.values())
     return math.hypot(*(error * sizes[path] for path, error in known.items())) / size if size else 0.0
-
-
-def _name(paths: list[str]) -> str:
-    parts = []
-    for column in zip(*(path.split(".") for path in paths), strict=True):
-        numbers = [int(part) for part in column if _INDEX.fullmatch(part)]
-        parts.append(indices(numbers) if len(numbers) == len(column) else column[0])
-    return layer_name(".".join(parts))
-
-
-def _pattern(path: str) -> tuple[str | None, ...]:
-    return tuple(None if _INDEX.fullmatch(part) else part for part in path.split("."))
 
 
 def _weight(module: nn.Module) -> Tensor | None:

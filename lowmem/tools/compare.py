@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 
 import torch
 from torch import Tensor
 
 from lowmem import measure
+from lowmem.errors import one_line
 from lowmem.tools.models import (
     add_input_arguments,
     known_models,
@@ -87,7 +89,14 @@ def run(arguments: argparse.Namespace) -> int:
             print(f" - Mean difference: {found.mean:.4f}")
             print(f" - Relative error: {found.relative:.3g}\n")
     most = math.inf if arguments.tolerance is None else arguments.tolerance
-    return 0 if all(d.max <= most and math.isfinite(d.max) for d in differences.values()) else 1
+    failed = 0
+    for other, found in differences.items():
+        if math.isfinite(found.max) and found.max <= most:
+            continue
+        why = f"above --tolerance {most:g}" if math.isfinite(found.max) else "which is not finite"
+        print(one_line(f"lowmem compare: {other} differs from {base} by {found.max:.4g}, {why}"), file=sys.stderr)
+        failed = 1
+    return failed
 
 
 def _finite(value: float) -> float | None:

@@ -158,14 +158,15 @@ def print_table(
             _print_upright(columns, row)
 
 
-def print_summary(layers: Summary, *, markdown: bool = False) -> None:
-    """Print a summary of layers to stdout: as it prints itself, where there is room."""
-    lines = str(layers)
+def print_summary(layers: Summary, *, grouped: bool = False, markdown: bool = False) -> None:
+    """Print a summary of layers to stdout, those of one role as one if ``grouped``: aligned, where there is room."""
+    cells = layers.grouped_cells if grouped else layers.cells
+    lines = layers.aligned(cells)
     if not markdown and max(map(cell_len, lines.splitlines())) <= _width():
         print(lines)
     else:
         text = {*range(len(layers.columns))} - {*layers.FIGURES}
-        print_table(layers.columns, layers.cells, text=text, markdown=markdown)
+        print_table(layers.columns, cells, text=text, markdown=markdown)
 
 
 def whole() -> Column:

@@ -68,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="VARIANT, module:factory, or module:factory@VARIANT (default: every variant of BigNet)",
     )
     add_input_arguments(parser)
+    parser.add_argument(
+        "--all", action="store_true", help="list each layer of a module:factory, instead of those of one role as one"
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON with integer bytes")
     output.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -111,5 +114,5 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for name, found in layers.items():
         print(f"\n{shown(name)}\n")
-        print_summary(found, markdown=arguments.markdown)
+        print_summary(found, grouped=not arguments.all, markdown=arguments.markdown)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lowmem.nn.fourbit import FourBit, FourBitStorage
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.transforms.convert import keep_ties
+from lowmem.transforms.paths import group_name, role_of
 from lowmem.transforms.registry import MADE_BY, Technique, holders, layer_name, places, read_by_attention, why_left
 
 __all__ = ["LayerSummary", "Summary", "summary"]
@@ -83,6 +84,19 @@ class Summary(tuple[LayerSummary, ...]):
         known = [row.weight_error for row in self if row.weight_error is not None]
         return sum(known) / len(known) if known else None
 
+    def grouped(self) -> Summary:
+        """Return the rows with those of one role, type, size and treatment as one.
+
+        Its path names them all, its weights and bytes are those of all, its error the mean of theirs. What stands in
+        several places, or shares tensors, stays a row of its own.
+        """
+        members: dict[object, list[LayerSummary]] = {}
+        for row in self:
+            alone = row.path if row.also or row.shared_with is not None else ""
+            treated = (row.type, row.converted, row.stored, row.adapters, row.reason, row.weights, row.bytes)
+            members.setdefault((alone, role_of(row.path), treated), []).append(row)
+        return Summary(map(_as_one, members.values()))
+
     @property
     def columns(self) -> list[str]:
         """The titles of what ``cells`` holds."""
@@ -95,8 +109,17 @@ class Summary(tuple[LayerSummary, ...]):
         total = ["total", "", "", *_numbers(self), ""]
         return [[printable(cell, 2000) for cell in row] for row in (*rows, total)]
 
+    @property
+    def grouped_cells(self) -> list[list[str]]:
+        """The text of each row of ``grouped``, and the totals of all layers."""
+        return [*self.grouped().cells[:-1], self.cells[-1]]
+
     def __str__(self) -> str:
-        table = [self.columns, *self.cells]
+        return self.aligned(self.cells)
+
+    def aligned(self, cells: list[list[str]]) -> str:
+        """Lay out ``cells`` or ``grouped_cells`` below their titles."""
+        table = [self.columns, *cells]
         widths = [max(len(line[number]) for line in table) for number in range(len(self.columns))]
         return "\n".join(
             "  ".join(
@@ -148,6 +171,14 @@ def summary(model: nn.Module) -> Summary:
         )
         seen.update(dict.fromkeys(new, layer_name(path)))
     return Summary(rows)
+
+
+def _as_one(rows: list[LayerSummary]) -> LayerSummary:
+    first, found = rows[0], Summary(rows)
+    if len(rows) == 1:
+        return first
+    name = group_name([row.path for row in rows])
+    return replace(first, path=name, weights=found.weights, bytes=found.bytes, weight_error=found.weight_error)
 
 
 def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, str]:

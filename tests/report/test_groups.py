@@ -8,7 +8,7 @@ from torch import nn
 
 import lowmem
 from lowmem import measure
-from lowmem.report.groups import Group, group_layers, indices
+from lowmem.report.groups import Group, group_layers
 
 
 class Layer(nn.Module):
@@ -89,21 +89,6 @@ def test_names_that_would_be_equal_say_the_shape():
         [nn.ModuleList([nn.Linear(8, 1 + (row + column) % 2) for column in range(2)]) for row in range(2)]
     )
     assert [g.name for g in group_layers(crossed, {})] == ["0,1.0,1 (1 x 8)", "0,1.0,1 (2 x 8)"]
-
-
-@pytest.mark.parametrize(
-    ("found", "text"),
-    [
-        ([3], "3"),
-        ([0, 1], "0,1"),
-        ([0, 1, 2], "0-2"),
-        (range(30), "0-29"),
-        ([0, 2, 5], "0,2,5"),
-        ([0, 2, 4, 7], "0...7"),
-    ],
-)
-def test_indices_are_written_short(found, text):
-    assert indices(found) == text
 
 
 def test_tied_layers_count_where_they_stand_first():

@@ -31,8 +31,14 @@ def test_json_of_every_variant(capsys):
 
 
 @pytest.mark.parametrize(("tolerance", "code"), [("0.0005", 0), ("0.00001", 1)])
-def test_a_tolerance_gates(tolerance, code):
-    assert main(["compare", "bignet", "half_precision", "--tolerance", tolerance]) == code
+def test_a_tolerance_gates_and_what_failed_is_named(tolerance, code, capsys):
+    assert main(["compare", "bignet", "half_precision", "lora", "--json", "--tolerance", tolerance]) == code
+    shown = capsys.readouterr()
+    found = {row["other"]: row["max_difference"] for row in json.loads(shown.out)}
+    assert shown.err.splitlines() == code * [
+        f"lowmem compare: {other} differs from bignet by {largest:.4g}, above --tolerance 1e-05"
+        for other, largest in found.items()
+    ]
 
 
 def test_a_model_equals_itself_exactly(capsys):
@@ -47,7 +53,9 @@ def test_outputs_that_are_not_finite_fail(tmp_path, monkeypatch, capsys):
         "from torch import nn\nclass Nan(nn.Module):\n    def forward(self, x):\n        return x * float('nan')\n"
     )
     assert main(["compare", "bignet", "compare_nan:Nan", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)[0]["max_difference"] is None
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)[0]["max_difference"] is None
+    assert shown.err == "lowmem compare: compare_nan:Nan differs from bignet by nan, which is not finite\n"
 
 
 @pytest.mark.filterwarnings("error")

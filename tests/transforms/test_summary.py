@@ -182,6 +182,37 @@ def test_it_prints_an_aligned_table_with_totals():
     assert copy.deepcopy(summary(model)) == summary(model)
 
 
+def test_layers_of_one_role_are_one_row_with_the_same_totals():
+    torch.manual_seed(0)
+    blocks = [nn.ModuleDict({"up": nn.Linear(64, 128), "down": nn.Linear(128, 64)}) for _ in range(4)]
+    model = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "head": nn.Linear(64, 8)})
+    model["blocks"][3]["up"] = nn.Linear(64, 256)  # of another size
+    found = summary(convert(model, FourBit(), where=lambda path, module: path != "blocks.2.down"))
+    grouped = found.grouped()
+    assert [row.path for row in grouped] == [
+        "blocks.0-2.up",
+        "blocks.0,1,3.down",
+        "blocks.2.down",
+        "blocks.3.up",
+        "head",
+    ]
+    up = [row for row in found if row.path in ("blocks.0.up", "blocks.1.up", "blocks.2.up")]
+    assert grouped[0].weights == sum(row.weights for row in up)
+    assert grouped[0].bytes == sum(row.bytes for row in up)
+    assert grouped[0].bits_per_weight == up[0].bits_per_weight
+    assert grouped[0].weight_error == pytest.approx(sum(row.weight_error for row in up) / 3)
+    assert (grouped.weights, grouped.bytes) == (found.weights, found.bytes)
+    assert len(found.grouped_cells) == len(grouped) + 1
+    assert found.grouped_cells[-1] == found.cells[-1]
+
+
+def test_what_shares_tensors_or_stands_twice_stays_a_row_of_its_own():
+    layers = [nn.Linear(8, 8) for _ in range(3)]
+    layers[2].weight = layers[0].weight
+    model = nn.ModuleList([*layers, layers[1]])
+    assert [row.path for row in summary(model).grouped()] == ["0", "1", "2"]
+
+
 def test_names_are_shown_without_control_characters_and_kept_as_they_are_in_the_rows():
     kind = type("L\x1b]0;title\a", (nn.Linear,), {})
     layer = kind(4, 4)
