@@ -27,10 +27,7 @@ class BuildInParallel(build_ext):
 
     def build_extension(self, ext):
         """Hand the compiler one file at a time, from as many threads as there are cores."""
-        files = len(ext.sources)
-        print(
-            f"lowmem: compiling the kernel, {files} files: 2 to 3 minutes on two cores", file=sys.stderr, flush=True
-        )
+        print("lowmem: compiling the kernel takes 2 to 3 minutes on two cores", file=sys.stderr, flush=True)
         compile_all = self.compiler.compile
 
         def compile_each(sources, **options):
