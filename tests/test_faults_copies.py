@@ -75,7 +75,7 @@ def test_it():
     made = pathlib.Path({made!r})
     made.write_text(str(os.getpid()))
     made.rename(made.with_name("sleeps"))
-    time.sleep(600)
+    time.sleep(120)
 """
 
 

@@ -23,7 +23,7 @@ EXEMPT = {
 
 
 def modules(root: Path) -> list[str]:
-    """Return the modules of a tree that computes, converts, decides or writes, from its root."""
+    """Return the modules of a tree that compute, convert, decide or write, by their paths from its root."""
     found = [path for folder in FOLDERS for path in (root / folder).glob("*.py")]
     found = [path for path in found if path.name != "__init__.py" and not path.name.startswith("test_")]
     names = [*(path.relative_to(root).as_posix() for path in found), *ALONE]

@@ -1,4 +1,4 @@
-"""Try a sample of the mutants of the modules that compute, convert or write, and of the gate itself.
+"""Try a sample of the mutants of the library, of its pytest plugin and of the gates.
 
 Cosmic Ray says what mutants there are; one of each place in the code is drawn. A place's rank is a digest of the seed
 and of its text, so that an edit changes the sample where it changes the code, and a smaller sample is the beginning
