@@ -1,9 +1,13 @@
 """An error of any origin is one line without control characters or C++ text."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from lowmem.errors import LIMIT, describe, one_line, reason
+from lowmem.errors import LIMIT, FileError, describe, one_line, printable, reason, refusal, show
 
 ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -80,3 +84,47 @@ def test_a_long_text_leaves_room_for_what_comes_after_it():
 )
 def test_bad_input_is_told_in_its_own_words_and_what_torch_raises_by_its_type(error, text):
     assert reason(error) == text
+
+
+@given(st.text(st.characters()), st.integers(10, 300))
+@example("\x1b[2J" * 10**6, 200)
+def test_printable_text_is_one_short_line_without_control_characters(text, limit):
+    shown = printable(text, limit)
+    assert shown.isprintable()
+    assert len(shown) <= limit
+    assert printable(shown, limit) == shown
+    if text.isprintable() and len(text) <= limit:
+        assert shown == text
+
+
+@given(st.recursive(st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@example([["x" * 10**6] * 9] * 9)
+def test_a_value_in_an_error_is_one_short_line(value):
+    assert show(value).isprintable()
+    assert len(show(value)) <= 200
+    assert len(show("x" * 10**6)) <= 100
+    assert show("\x1b[2J") == "'\\x1b[2J'"
+
+
+@given(st.text(st.characters()))
+def test_the_error_that_refuses_a_file_is_one_short_line(reason):
+    error = refusal(Path("a\nb"), reason, "load")
+    assert isinstance(error, FileError)
+    assert str(error).startswith(r"cannot load 'a\nb': ")
+    assert str(error).isprintable()
+    assert len(str(error)) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("layers.0.weight", "layers.0.weight"),
+        ("Größe_重み_🗝 [red]", "Größe_重み_🗝 [red]"),
+        ("\x1b[2Ja\nb\r\t\0\x7f\x9b", r"\x1b[2Ja\nb\r\t\x00\x7f\x9b"),
+        ("\u202egnp\u2066\u200f\ufeff", r"\u202egnp\u2066\u200f\ufeff"),
+        ("\u2028\x85\ud800\U000e0041", r"\u2028\x85\ud800\U000e0041"),
+        ("a" * 150 + "b" * 150, "a" * 98 + "..." + "b" * 99),
+    ],
+)
+def test_only_what_a_terminal_may_obey_or_hide_is_escaped(text, shown):
+    assert printable(text) == shown

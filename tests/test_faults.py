@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.faults.copies import SOURCE
+from tests.faults import __main__ as command
+from tests.faults.copies import SOURCE, Outcome
+from tests.faults.modules import EXEMPT, modules
 from tests.faults.planted import Fault, errors_of, read_faults
 from tests.faults.survivors import Survivor, read_survivors
 
@@ -25,10 +27,18 @@ def test_there_are_forty_faults_in_python_and_forty_in_c():
 
 
 def test_every_module_that_computes_converts_or_writes_has_a_fault():
-    others = {"__init__", "__main__", "bignet", "messages", "startup", "version"}
-    modules = {p for folder in ("lowmem", "lowmem/kernels") for p in (SOURCE / folder).glob("*.py")}
-    expected = {p.relative_to(SOURCE).as_posix() for p in modules if p.stem not in others}
+    expected = set(modules(SOURCE))
+    assert {
+        "lowmem/tools/fit.py",
+        "lowmem/report/page.py",
+        "benchmarks/latency/rounds.py",
+        "pytest_lowmem.py",
+    } < expected
     assert expected - {fault.file for fault in FAULTS} == set()
+
+
+def test_every_exempt_module_is_there():
+    assert [name for name in sorted(EXEMPT) if not (SOURCE / name).is_file()] == []
 
 
 @pytest.mark.parametrize(
@@ -79,6 +89,73 @@ def test_a_fault_that_is_not_there_is_one_line_and_exit_2():
     done = run("--only", "gone")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "faults: --only gone: there is no such fault; --list shows all\n"
+
+
+class Pool:
+    """A pool whose workers run nothing: what each run gives is known before.
+
+    Args:
+        clean: how tests end without a fault, where they do not pass.
+        planted: how they end with a fault, where they do not fail.
+    """
+
+    def __init__(self, clean="passed", **planted):
+        self.clean, self.planted = clean, planted
+
+    def apply(self, function):
+        assert function is command._kernels
+        return ["portable"]
+
+    def imap(self, function, given):
+        if function is command._run_clean:
+            return [Outcome(self.clean, 1.0, "tests/test_main.py::test_it", "") for _ in given]
+        assert function is command._run_planted
+        return [(fault, Outcome(self.planted.get(fault.id, "failed"), 1.0, "", "")) for fault, _ in given]
+
+
+OF_C = replace(FAULT, id="c", file="lowmem/kernels/csrc/portable.c", kernel="portable")
+
+
+def test_faults_that_are_all_killed_end_with_0(capsys):
+    assert command._try_all(Pool(c="timed out"), [FAULT, OF_C]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["killed", "a"], ["killed", "c"]]
+    assert [line.split() for line in lines[5:7]] == [["Python", "1", "1", "0", "0"], ["C", "1", "1", "0", "0"]]
+    assert lines[-1] == "Every fault that was tried is caught."
+
+
+@pytest.mark.parametrize("verdict", ["passed", "unusable"])
+def test_a_fault_that_survives_ends_with_1_and_is_named(verdict, capsys):
+    assert command._try_all(Pool(a=verdict), [FAULT, OF_C]) == 1
+    out = capsys.readouterr().out
+    assert "SURVIVED a: nothing (lowmem/version.py); none of tests/test_main.py fails" in out
+    assert "caught" not in out
+
+
+@pytest.mark.parametrize("verdict", ["failed", "crashed", "timed out"])
+def test_tests_that_fail_without_a_fault_are_an_error_that_names_them(verdict):
+    with pytest.raises(ValueError, match=f"^without a fault tests/test_main.py -k '' {verdict}: .*test_it$"):
+        command._try_all(Pool(clean=verdict), [FAULT])
+
+
+def test_a_selection_that_leaves_no_test_is_an_error_that_names_the_fault():
+    with pytest.raises(ValueError, match="^a: select='none' leaves no test of tests/test_main.py"):
+        command._try_all(Pool(clean="unusable"), [replace(FAULT, select="none")])
+
+
+def test_a_fault_of_a_kernel_that_the_processor_lacks_is_skipped(capsys):
+    lacking = replace(OF_C, kernel="neon")
+    assert command._try_all(Pool(), [FAULT, lacking]) == 0
+    assert "this processor has no neon" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="^no fault can be tried on this processor"):
+        command._try_all(Pool(), [lacking])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
+def test_a_number_of_jobs_is_a_whole_number_above_0(text):
+    done = run(f"--jobs={text}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{text!r} must be a whole number above 0" in done.stderr
 
 
 def test_every_listed_survivor_is_of_code_that_is_there():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.faults.copies import SOURCE
+from tests.faults.copies import SOURCE, Outcome
 
 pytest.importorskip("cosmic_ray")  # it comes with tox -e mutants alone
 from tests.faults import mutants
@@ -77,9 +77,61 @@ def test_a_module_without_tests_is_an_error_that_names_it(tree):
 
 def test_every_module_that_is_drawn_from_has_tests():
     files = mutants.modules()
-    assert {"lowmem/quant/packing.py", "lowmem/kernels/cpu.py", "benchmarks/gate.py"} <= set(files)
+    some = {"lowmem/quant/packing.py", "lowmem/nn/lora.py", "benchmarks/gate.py", "pytest_lowmem.py"}
+    assert some <= set(files)
+    assert mutants.mirror_tests("benchmarks/latency/rounds.py") == ("tests/benchmarks/test_latency.py",)
+    assert "benchmarks/latency/rounds.py" in files
     for file in files:
         assert all((SOURCE / test).is_file() for test in mutants.mirror_tests(file))
+
+
+class Pool:
+    """A pool whose workers run nothing: what each run gives is known before.
+
+    Args:
+        clean: how tests end without a mutant.
+        lives: the numbers of mutants that no test kills.
+    """
+
+    def __init__(self, clean="passed", lives=()):
+        self.clean, self.lives = clean, lives
+
+    def imap(self, function, given):
+        if function is mutants._run_clean:
+            return [Outcome(self.clean, 1.0, f"{test}::test_it", "") for test in given]
+        assert function is mutants._run_mutant
+        verdicts = ["passed" if number in self.lives else "failed" for number in range(len(given))]
+        return [(mutant, Outcome(verdict, 1.0, "", "")) for (mutant, _), verdict in zip(given, verdicts, strict=True)]
+
+
+@pytest.fixture
+def twenty(tree):
+    """Twenty mutants of one module: one that lives is as many as may."""
+    return (4 * draw(tree, 5))[:20]
+
+
+def test_mutants_that_are_all_killed_end_with_0(twenty, capsys):
+    assert mutants._try_all(Pool(), twenty, {}) == 0
+    assert "100.0%" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_mutant_that_survives_ends_with_1_unless_it_is_listed(twenty, capsys):
+    last = twenty[-1].survivor
+    assert mutants._try_all(Pool(lives=[19]), twenty, {}) == 1
+    assert f"FAILED   not in tests/survivors.toml: {last.file}" in capsys.readouterr().out
+    assert mutants._try_all(Pool(lives=[19]), twenty, {last: "because"}) == 0
+
+
+def test_more_survivors_than_one_in_twenty_end_with_1_though_all_are_listed(twenty, capsys):
+    assert mutants._try_all(Pool(lives=[18, 19]), twenty, {m.survivor: "because" for m in twenty}) == 1
+    assert "FAILED   90.0% of the mutants were killed, and 95% must be" in capsys.readouterr().out
+
+
+def test_tests_that_fail_without_a_mutant_are_an_error_that_names_them(twenty):
+    with pytest.raises(
+        ValueError, match=r"^without a mutant tests/test_area.py failed: tests/test_area.py::test_it$"
+    ):
+        mutants._try_all(Pool(clean="failed"), twenty, {})
 
 
 def test_a_module_that_is_not_drawn_from_is_one_line_and_exit_2():

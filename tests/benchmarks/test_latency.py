@@ -3,10 +3,14 @@
 import io
 import json
 import math
+import os
 import subprocess
 import sys
+import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from rich.console import Console
 
 import lowmem
 from benchmarks.cases import BATCHES
-from benchmarks.latency import builds, gate, instructions, proof, rounds, show, worker, workloads
+from benchmarks.latency import builds, counted, gate, instructions, proof, rounds, show, worker, workloads
 from benchmarks.latency.__main__ import main, one_line, parse
 from benchmarks.latency.builds import Commit, Environment, GateError
 from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different
@@ -301,6 +305,18 @@ def test_all_workers_are_closed_when_one_fails():
     assert [side.closed for side in log[0][1]] == [True] * 3
 
 
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_time_is_the_mean_of_its_turns(turns):
+    found, _ = rounds.measure(start_with({"a": 0.5}), range(1), only=lambda name: True, turns=turns)
+    assert (found["a"].base, found["a"].head, found["a"].again) == ([0.001], [0.5], [0.001])
+
+
+def test_times_are_those_of_their_sides_whoever_begins():
+    start = start_with({"a": 0.5})
+    found, _ = rounds.measure(start, range(3), only=lambda name: True)
+    assert (found["a"].base, found["a"].head, found["a"].again) == ([0.001] * 3, [0.5] * 3, [0.001] * 3)
+
+
 def stub(tmp_path, code):
     """Return a harness whose worker runs this code."""
     package = tmp_path / "harness" / "benchmarks" / "latency"
@@ -349,7 +365,10 @@ def test_a_compiled_kernel_is_not_compared_with_plain_torch():
     with_kernel, without = Environment(BASE, Path(), True), Environment(HEAD, Path(), False)
     with pytest.raises(GateError, match=r"the C kernel of aaaaaaaaaaaa \(HEAD\) does not compile"):
         gate.check_kernels(with_kernel, without)
+    with pytest.raises(GateError, match=r"the C kernel of bbbbbbbbbbbb \(main\) does not compile"):
+        gate.check_kernels(replace(with_kernel, has_kernel=False), replace(without, has_kernel=True))
     gate.check_kernels(without, without)
+    gate.check_kernels(with_kernel, with_kernel)
 
 
 # The worker and its workloads
@@ -410,6 +429,13 @@ def test_workloads_are_the_variants_times_the_batches_steps_formats_and_files():
     assert {"save", "load"} <= names
 
 
+def test_what_waits_is_timed_by_the_clock_and_the_rest_on_one_thread():
+    for name, workload in workloads.workloads().items():
+        on_all = name.endswith("all cores")
+        assert workload.threads == (workloads.CORES if on_all else 1), name
+        assert workload.clock == ("wall" if on_all or name in ("save", "load") else "cpu"), name
+
+
 def test_a_small_layer_and_a_file_are_set_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     known = workloads.workloads()
@@ -431,6 +457,55 @@ def test_the_harness_has_what_workers_import_and_no_lowmem(tmp_path):
 
 
 # Instructions
+
+
+def test_each_product_is_counted_with_its_own_technique_and_batch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(counted, "product", lambda *a, **k: asked.append((*a, *k.values())))
+    names = [name for name in counted.counted() if name.startswith("portable") and "quantize" not in name]
+    for name in names:
+        counted.counted()[name]()
+    wanted = {"nf4": lowmem.FourBit("nf4"), "int4": lowmem.FourBit("int4", block_size=16), "half": lowmem.Half()}
+    assert dict(zip(names, asked, strict=True)) == {
+        **{f"portable kernel, {name} batch {b}": (t, b) for name, t in wanted.items() for b in (1, 8, 32)},
+        **{f"portable kernel, {name} gradient": (t, 8, True) for name, t in wanted.items()},
+    }
+
+
+def test_a_product_has_the_shape_of_its_batch_and_a_gradient_that_of_its_input():
+    assert counted.product(lowmem.Half(), 3)().shape == (3, counted.ROWS)
+    (gradient,) = counted.product(lowmem.Half(), 3, gradient=True)()
+    assert gradient.shape == (3, counted.COLUMNS)
+
+
+def test_warm_calls_alone_are_counted_and_what_fails_is_named_and_left_out(monkeypatch, capsys):
+    log = []
+
+    def fails():
+        raise AttributeError("not in this version")
+
+    found = {
+        "layer's Python, a": lambda: log.append("set up") or (lambda: log.append("call")),
+        "bad": fails,
+        "portable kernel, b": lambda: lambda: log.append("product"),
+    }
+    marks = SimpleNamespace(
+        **{name: lambda *said, name=name: log.append((name, *said)) for name in ("begin", "zero", "dump")}
+    )
+    monkeypatch.setattr(counted, "counted", lambda: found)
+    monkeypatch.setattr(counted.ctypes, "CDLL", lambda path: marks)
+    monkeypatch.setattr(counted, "gc", SimpleNamespace(disable=lambda: None))
+    monkeypatch.setattr(sys, "argv", ["counted", "marks.so"])
+    with on_threads(2):
+        counted.main()
+    assert log == [
+        *[("begin",), "set up", *["call"] * (1 + counted.WARM), ("zero",), *["call"] * counted.CALLS],
+        *[("dump", b"layer's Python, a"), *["product"] * 2, ("zero",), *["product"] * 2],
+        ("dump", b"portable kernel, b"),
+    ]
+    out, err = capsys.readouterr()
+    assert out.splitlines() == list(found)
+    assert err == "bad: not in this version\n"
 
 
 def test_two_percent_more_instructions_fail_and_fewer_do_not():
@@ -498,6 +573,11 @@ def test_the_table_shows_what_differs_failures_first_and_the_verdict_last():
     assert "w2" in printed(VERDICT, everything=True)
 
 
+def test_of_what_fails_the_slowest_is_first():
+    rows = [Row(str(ratio), "", ratio=ratio, verdict="slower") for ratio in (1.1, 1.5, 1.2)]
+    assert [row.ratio for row in show.in_order([*rows, Row("gone", "", verdict="missing")])] == [1.5, 1.2, 1.1, None]
+
+
 def test_markdown_folds_what_stayed_the_same_and_escapes_names():
     text = show.markdown(VERDICT)
     assert text.startswith("### latency: FAILED")
@@ -515,6 +595,14 @@ def test_the_verdict_is_written_as_the_json_that_all_gates_write(tmp_path, monke
     assert set(content["rows"][0]) == {"name", "figure", "base", "head", "ratio", "low", "high", "verdict", "says"}
     assert content["rows"][3]["ratio"] is None
     assert summary.read_text() == show.markdown(VERDICT)
+
+
+def test_the_summary_keeps_what_earlier_steps_wrote(tmp_path, monkeypatch):
+    summary = tmp_path / "summary.md"
+    summary.write_text("earlier\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    show.write([VERDICT], None)
+    assert summary.read_text() == "earlier\n" + show.markdown(VERDICT)
 
 
 def test_a_verdict_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
@@ -623,14 +711,34 @@ def test_a_wheel_is_taken_from_the_cache_until_something_in_it_changes(repositor
     assert builds._key(repository, head, builds.PACKAGED) != cached.parent.name
 
 
-def test_only_the_compiled_kernel_is_kept_of_an_earlier_build(tmp_path):
+def test_only_the_compiled_kernel_is_kept_of_an_earlier_build_and_is_newer_than_its_sources(tmp_path):
     kept, stale = tmp_path / "lib" / "_native.abi3.so", tmp_path / "lib" / "removed.py"
     kept.parent.mkdir()
     for path in (kept, stale):
         path.write_text("")
+    os.utime(kept, (0, 0))
+    exported = time.time() - 1  # clocks of file systems are coarse
     builds._keep_kernel_alone(tmp_path)
-    assert kept.exists()
+    assert kept.stat().st_mtime > exported
     assert not stale.exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "has_kernel"), [(["_native.pyi", "_native.abi3.so"], True), (["_native.pyi", "ops.py"], False)]
+)
+def test_a_stub_in_a_wheel_is_no_kernel(files, has_kernel, tmp_path, monkeypatch):
+    wheel = tmp_path / "lowmem.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in files:
+            archive.writestr(f"lowmem/kernels/{name}", "")
+    monkeypatch.setattr(builds, "_run", lambda command, otherwise: f"{tmp_path}\n")  # no environment is made
+    assert builds.install(wheel, HEAD, tmp_path / "environment").has_kernel is has_kernel
+    assert (tmp_path / "dependencies.pth").read_text().splitlines() == builds.dependencies()
+
+
+def test_in_a_hook_git_takes_the_repository_that_is_asked_for(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "of the hook"))
+    assert builds.git(repository, "tag") == "old"
 
 
 def test_dependencies_are_found_where_they_are_imported_from():
@@ -652,7 +760,8 @@ def said(capsys):
 
 def test_a_reference_that_does_not_exist_is_one_line_and_exit_code_2(capsys):
     assert main(["--base", "no/such" * 100]) == 2
-    assert "is no commit of this repository" in said(capsys)
+    line = said(capsys)
+    assert "is no commit of this repository" in line or "is no git repository" in line  # as an unpacked sdist
 
 
 @pytest.mark.parametrize("threshold", ["0", "-5", "nan", "inf", "five", "", "1001", "5%%"])
@@ -685,9 +794,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_built(tm
 def test_the_exit_code_says_whether_it_passed(rows, code, monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     verdict = Verdict.of_rows("latency", "bbb (main)", "aaa (HEAD)", {"cores": 2}, rows)
-    monkeypatch.setattr(gate, "run", lambda options, progress: [verdict])
+    other = Verdict.of_rows("instructions", "bbb (main)", "aaa (HEAD)", {"cores": 2}, ROWS[1:2])
+    monkeypatch.setattr(gate, "run", lambda options, progress: [verdict, other])
     assert main(["--base", "HEAD", "--output", str(tmp_path)]) == code
-    assert ("FAILED" if code else "passed") in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"latency: {'FAILED' if code else 'passed'}" in out
+    assert "instructions: passed" in out
     assert json.loads((tmp_path / "latency.json").read_text())["passed"] is not bool(code)
 
 
@@ -725,6 +837,14 @@ def test_pytest_runs_the_gate_after_the_tests_and_takes_its_exit_code(
     pytester.makepyfile(f"def test_it():\n    assert {not test_fails}")
     assert pytester.runpytest("--against", "main").ret == wanted
     assert asked == [["--base", "main"]]
+
+
+def test_pytest_runs_no_gate_after_a_session_that_was_stopped(pytester, monkeypatch):
+    monkeypatch.setattr(builds, "resolve", lambda root, reference: None)
+    monkeypatch.setattr("benchmarks.latency.__main__.main", lambda arguments: pytest.fail("it ran"))
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile("def test_it():\n    assert False")
+    assert pytester.runpytest("--against", "main", "-x").ret == 1
 
 
 def test_pytest_refuses_a_reference_that_does_not_exist_before_it_runs(pytester, monkeypatch):

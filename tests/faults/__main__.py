@@ -13,7 +13,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.faults.copies import LIVES, QUIET, SOURCE, Copy, Outcome, import_once
+from tests.faults.command import natural, refuse
+from tests.faults.copies import LIVES, QUIET, SOURCE, Copy, Outcome, exit_on_sigterm, import_once
 from tests.faults.library import BuildError, compile_all, kernels
 from tests.faults.planted import Fault, errors_of, read_faults
 
@@ -57,15 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if stale := errors_of(faults, SOURCE):
             raise ValueError(f"{len(stale)} faults do not apply, the first: {stale[0]}")
     except ValueError as reason:
-        return _refuse(str(reason))
+        return refuse("faults", str(reason))
     if options.list:
         for fault in faults:
             print(f"{fault.id:34} {fault.file}: {fault.breaks}")
         return 0
     if not hasattr(os, "fork"):
-        return _refuse("faults are tried in forks, which this system has not: run them on Linux or macOS")
+        return refuse("faults", "faults are tried in forks, which this system has not: run them on Linux or macOS")
     import_once()
-    # Tests run in forks of the workers, which have no thread that could hold a lock.
     with tempfile.TemporaryDirectory(prefix="lowmem-faults-") as folder:
         objects = options.objects or Path(folder, "objects")
         try:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with multiprocessing.get_context("fork").Pool(options.jobs, _start_worker, (folder, objects)) as pool:
                 return _try_all(pool, faults)
         except (OSError, ValueError, BuildError) as reason:
-            return _refuse(str(reason))
+            return refuse("faults", str(reason))
 
 
 def _try_all(pool: multiprocessing.pool.Pool, faults: Sequence[Fault]) -> int:
@@ -122,11 +122,6 @@ def _say(verdict: str, name: str, seconds: float, text: str) -> None:
     print(f"{verdict:9} {name:34} {seconds:6.1f} s  {text}", flush=True)
 
 
-def _refuse(reason: str) -> int:
-    print(f"faults: {' '.join(reason.split())[:280]}", file=sys.stderr)
-    return 2
-
-
 def _chosen(faults: list[Fault], only: Sequence[str]) -> list[Fault]:
     known = {fault.id for fault in faults}
     if unknown := [name for name in only if name not in known]:
@@ -138,19 +133,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tests.faults", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--only", nargs="+", default=(), metavar="ID", help="try these faults alone")
     parser.add_argument("--list", action="store_true", help="list the faults, and try none")
-    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="try N at a time, each in a copy (1)")
+    parser.add_argument("--jobs", type=natural, default=1, metavar="N", help="try N at a time, each in a copy (1)")
     parser.add_argument("--objects", type=Path, metavar="DIR", help="keep compiled C files there for the next run")
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
-    return int(text)
-
-
 def _start_worker(folder: str, objects: Path) -> None:
     global _copy
+    exit_on_sigterm()
     _copy = Copy(Path(tempfile.mkdtemp(dir=folder)), SOURCE, objects)
 
 

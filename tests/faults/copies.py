@@ -12,10 +12,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from tests.faults import library
 
@@ -35,6 +36,16 @@ def import_once() -> None:
     import hypothesis  # noqa: F401
     import pytest_benchmark.plugin  # noqa: F401
     import torch  # noqa: F401
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM, by which a pool ends its workers, end this process as sys.exit does: its fork ends with it."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # nothing interrupts the end of the fork
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 # Of pytest. Assertions stay as they are: plugins that are imported already cannot be rewritten, and none is shown.
@@ -131,10 +142,13 @@ class Copy:
         arguments = [*OPTIONS, *(["-k", select] if select else []), *tests]
         log = self.root.parent / "log"
         start = time.monotonic()
+        kept = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until _wait can end the fork
         process = os.fork()
         if not process:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, kept)
             self._run_pytest(arguments, environment, log)  # never returns
-        status = _wait(process, start + seconds)
+        status = _wait(process, start + seconds, kept)
         return _outcome(status, time.monotonic() - start, log.read_text(encoding="utf8", errors="replace"))
 
     def _run_pytest(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
@@ -159,10 +173,17 @@ class Copy:
             os._exit(code)
 
 
-def _wait(process: int, deadline: float) -> int | None:
-    """Return the status that a child ended with; None where it had to be killed at the deadline."""
+def _wait(process: int, deadline: float, mask: Iterable[int]) -> int | None:
+    """Return the status that a child ended with; None where it had to be killed at the deadline.
+
+    Args:
+        process: the child, which leads a session of its own.
+        deadline: of the monotonic clock.
+        mask: the signals that are blocked while it waits.
+    """
     ended = 0
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while time.monotonic() < deadline:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
@@ -171,7 +192,9 @@ def _wait(process: int, deadline: float) -> int | None:
         return None
     finally:
         if not ended:  # also where the wait was interrupted
-            os.killpg(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # of one that leads no session yet, and has started nothing
+                os.killpg(process, signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
 
 

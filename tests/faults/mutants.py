@@ -1,4 +1,4 @@
-"""Try a sample of the mutants of the modules that compute, convert or write, and of the gate itself.
+"""Try a sample of the mutants of the library, of its pytest plugin and of the gates.
 
 Cosmic Ray says what mutants there are; one of each place in the code is drawn. A place's rank is a digest of the seed
 and of its text, so that an edit changes the sample where it changes the code, and a smaller sample is the beginning
@@ -19,44 +19,50 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import ndiff
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
-from tests.faults.copies import LIVES, SOURCE, Copy, Outcome, import_once
+from tests.faults.command import natural, refuse
+from tests.faults.copies import LIVES, SOURCE, Copy, Outcome, exit_on_sigterm, import_once
 from tests.faults.library import LIBRARY, BuildError, compile_all
+from tests.faults.modules import modules as all_modules
 from tests.faults.survivors import Survivor, read_survivors
 
 LEAST_SHARE = 0.95
 LEAST_SECONDS = 60  # that a run with a mutant may take, or SLOWER times what it takes without
 SLOWER = 5
 
-# Modules that hold no computation of their own, or only words.
-OTHERS = {"__init__.py", "__main__.py", "bignet.py", "messages.py", "startup.py", "version.py"}
+# What mutants are drawn from: all modules of these folders that compute, convert, decide or write, and these.
+FOLDERS = (
+    *(f"lowmem/{folder}" for folder in ("quant", "kernels", "nn", "transforms", "io", "testing")),
+    "lowmem",
+    "benchmarks/latency",
+)
+ALONE = ("pytest_lowmem.py", *(f"benchmarks/{name}.py" for name in ("gate", "memory", "resident", "results")))
 
-# The tests of a module beyond, or other than, its mirror test, the quickest first; and what of them is left out.
+# The tests of a module, or of all of a folder, beyond or other than its mirror test, the quickest first.
 TESTS = {
-    "lowmem/quant/scales.py": ("test_scales", "test_blockwise"),
-    "lowmem/quant/search.py": ("test_search", "test_blockwise"),
-    "lowmem/quant/quantize.py": ("test_quantizing", "test_blockwise"),
-    "lowmem/kernels/int8.py": ("test_int8",),
-    "lowmem/nn/frozen_linear.py": ("test_frozen", "test_half", "test_fourbit", "test_ops"),
-    "lowmem/nn/frozen_conv.py": ("test_frozen_conv", "test_conv"),
-    "lowmem/nn/lora.py": ("test_lora", "test_adapters"),
-    "lowmem/transforms/registry.py": ("test_registry", "test_convert"),
-    "lowmem/io/safetensors.py": ("test_header", "test_tensorfile"),
-    "lowmem/io/metadata.py": ("test_records", "test_checkpoint"),
-    "lowmem/io/skeleton.py": ("test_shells", "test_checkpoint"),
-    "lowmem/kernels/cpu.py": ("test_cpu", "test_int8"),
-    "benchmarks/memory.py": ("test_gate",),
-    "lowmem/kernels/memory.py": ("test_kernels",),
-    "lowmem/kernels/ops.py": ("test_ops",),
-    "lowmem/kernels/reference.py": ("test_kernels", "test_lora", "test_int8"),
-    "benchmarks/results.py": ("test_gate",),
+    "benchmarks/latency": ("benchmarks/test_latency",),
+    "benchmarks/memory.py": ("benchmarks/test_gate",),
+    "benchmarks/results.py": ("benchmarks/test_gate",),
+    "lowmem/quant/scales.py": ("quant/test_scales", "quant/test_tensor"),
+    "lowmem/quant/search.py": ("quant/test_search", "quant/test_tensor"),
+    "lowmem/quant/quantize.py": ("quant/test_quantize", "quant/test_tensor"),
+    "lowmem/nn/frozen_linear.py": ("nn/test_frozen_linear", "nn/test_half", "nn/test_fourbit", "kernels/test_ops"),
+    "lowmem/nn/frozen_conv.py": ("nn/test_frozen_conv", "nn/test_conv"),
+    "lowmem/nn/lora.py": ("nn/test_lora", "transforms/test_adapters"),
+    "lowmem/transforms/registry.py": ("transforms/test_registry", "transforms/test_convert"),
+    "lowmem/io/safetensors.py": ("io/test_safetensors", "io/test_container"),
+    "lowmem/io/metadata.py": ("io/test_metadata", "io/test_checkpoint"),
+    "lowmem/io/skeleton.py": ("io/test_skeleton", "io/test_checkpoint"),
+    "lowmem/kernels/cpu.py": ("kernels/test_cpu", "kernels/test_int8"),
+    "lowmem/kernels/memory.py": ("kernels/test_memory", "kernels/test_kernels"),
+    "lowmem/kernels/reference.py": ("kernels/test_reference", "nn/test_lora", "kernels/test_int8"),
 }
-# Tests that run for long, and are of the C code.
+# Tests that run for long, and are of the C code, are left out.
 SELECT = "not mebibyte and not larger_layer and not 256_kib"
 
 
@@ -72,10 +78,7 @@ class Mutant:
 
 def modules(root: Path = SOURCE) -> list[str]:
     """Return the files that mutants are drawn from."""
-    folders = ("lowmem", "lowmem/kernels", "lowmem/testing")
-    found = [p for folder in folders for p in (root / folder).glob("*.py") if p.name not in OTHERS]
-    found += [root / "benchmarks" / name for name in ("gate.py", "memory.py", "resident.py", "results.py")]
-    return sorted(path.relative_to(root).as_posix() for path in found)
+    return [name for name in all_modules(root) if name in ALONE or str(PurePosixPath(name).parent) in FOLDERS]
 
 
 def mirror_tests(file: str, root: Path = SOURCE) -> tuple[str, ...]:
@@ -84,7 +87,10 @@ def mirror_tests(file: str, root: Path = SOURCE) -> tuple[str, ...]:
     Raises:
         ValueError: there are none.
     """
-    stems = TESTS.get(file, (f"test_{Path(file).stem}",))
+    name = PurePosixPath(file)
+    folder = str(name.parent).removeprefix("lowmem").strip("/.")
+    mirror = f"{folder}/test_{name.stem}".strip("/")
+    stems = TESTS.get(file) or TESTS.get(str(name.parent)) or (mirror,)
     found = tuple(f"tests/{stem}.py" for stem in stems if (root / "tests" / f"{stem}.py").is_file())
     if not found:
         raise ValueError(f"{file} has no tests: there is no tests/{stems[0]}.py; name them in TESTS of mutants.py")
@@ -168,13 +174,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{min(unknown)} is none of the modules that mutants are drawn from, as {files[0]} is")
         mutants = sample(options.sample, options.seed, options.files or files)
     except (OSError, ValueError) as reason:
-        return _refuse(str(reason))
+        return refuse("mutants", str(reason))
     if options.list:
         for mutant in mutants:
             _say("", mutant, "")
         return 0
     if not hasattr(os, "fork"):
-        return _refuse("mutants are tried in forks, which this system has not: run them on Linux or macOS")
+        return refuse("mutants", "mutants are tried in forks, which this system has not: run them on Linux or macOS")
     import_once()
     with tempfile.TemporaryDirectory(prefix="lowmem-mutants-") as folder:
         objects = None if (SOURCE / LIBRARY).exists() else Path(folder, "objects")
@@ -185,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with multiprocessing.get_context("fork").Pool(options.jobs, _start_worker, (folder, objects)) as pool:
                 return _try_all(pool, mutants, listed)
         except (OSError, ValueError, BuildError) as reason:
-            return _refuse(str(reason))
+            return refuse("mutants", str(reason))
 
 
 def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], listed: dict[Survivor, str]) -> int:
@@ -230,29 +236,19 @@ def _say(before: str, mutant: Mutant, after: str) -> None:
     print(f"{before}{found.file}:{mutant.number}: {found.line!r} -> {found.mutant!r}{after}", flush=True)
 
 
-def _refuse(reason: str) -> int:
-    print(f"mutants: {' '.join(reason.split())[:280]}", file=sys.stderr)
-    return 2
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tests.faults.mutants", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="draw from these modules alone")
-    parser.add_argument("--sample", type=_natural, default=300, metavar="N", help="how many (300)")
+    parser.add_argument("--sample", type=natural, default=300, metavar="N", help="how many (300)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another sample (0)")
     parser.add_argument("--list", action="store_true", help="list the mutants, and try none")
-    parser.add_argument("--jobs", type=_natural, default=1, metavar="N", help="try N at a time, each in a copy (1)")
+    parser.add_argument("--jobs", type=natural, default=1, metavar="N", help="try N at a time, each in a copy (1)")
     return parser
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
-    return int(text)
 
 
 def _start_worker(folder: str, objects: Path | None) -> None:
     global _copy
+    exit_on_sigterm()
     _copy = Copy(Path(tempfile.mkdtemp(dir=folder)), SOURCE, objects)
 
 

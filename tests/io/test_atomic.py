@@ -9,10 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
-from lowmem.errors import FileError, printable, refusal, show
+from lowmem.errors import FileError
 from lowmem.io import atomic
 from lowmem.io.atomic import (
     atomic_file,
@@ -361,50 +359,6 @@ def test_only_a_regular_file_is_opened(tmp_path):
     (tmp_path / "link").symlink_to("file")
     with open_regular(tmp_path / "link") as file:
         assert file.read() == b"content"
-
-
-@given(st.text(st.characters()), st.integers(10, 300))
-@example("\x1b[2J" * 10**6, 200)
-def test_printable_text_is_one_short_line_without_control_characters(text, limit):
-    shown = printable(text, limit)
-    assert shown.isprintable()
-    assert len(shown) <= limit
-    assert printable(shown, limit) == shown
-    if text.isprintable() and len(text) <= limit:
-        assert shown == text
-
-
-@given(st.recursive(st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
-@example([["x" * 10**6] * 9] * 9)
-def test_a_value_in_an_error_is_one_short_line(value):
-    assert show(value).isprintable()
-    assert len(show(value)) <= 200
-    assert len(show("x" * 10**6)) <= 100
-    assert show("\x1b[2J") == "'\\x1b[2J'"
-
-
-@given(st.text(st.characters()))
-def test_the_error_that_refuses_a_file_is_one_short_line(reason):
-    error = refusal(Path("a\nb"), reason, "load")
-    assert isinstance(error, FileError)
-    assert str(error).startswith(r"cannot load 'a\nb': ")
-    assert str(error).isprintable()
-    assert len(str(error)) < 600
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("layers.0.weight", "layers.0.weight"),
-        ("Größe_重み_🗝 [red]", "Größe_重み_🗝 [red]"),
-        ("\x1b[2Ja\nb\r\t\0\x7f\x9b", r"\x1b[2Ja\nb\r\t\x00\x7f\x9b"),
-        ("\u202egnp\u2066\u200f\ufeff", r"\u202egnp\u2066\u200f\ufeff"),
-        ("\u2028\x85\ud800\U000e0041", r"\u2028\x85\ud800\U000e0041"),
-        ("a" * 150 + "b" * 150, "a" * 98 + "..." + "b" * 99),
-    ],
-)
-def test_only_what_a_terminal_may_obey_or_hide_is_escaped(text, shown):
-    assert printable(text) == shown
 
 
 def test_a_file_is_mapped_as_long_as_it_was_or_not_at_all(tmp_path):

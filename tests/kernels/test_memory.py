@@ -53,7 +53,7 @@ def test_tensors_of_another_kind_are_left_to_plain_torch(level):
     """A mode that wraps what is made: C could not write into it."""
 
     class Wrapped(torch.Tensor):
-        pass
+        __torch_function__ = torch._C._disabled_torch_function_impl  # before 2.5 it wraps what is wrapped already
 
     class Wraps(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -28,9 +28,10 @@ def test_all_formats_scales_and_blocks_are_there_and_none_beats_the_limit():
     assert points == distortions((16, 1024))  # the same in every run
 
 
-def test_a_point_is_what_quantize_stores_and_loses():
+@pytest.mark.parametrize(("format", "scales", "bits"), [("fp4", "float16", 4.25), ("fp4", "float32", 4.5)])
+def test_a_point_is_what_quantize_stores_and_loses(format, scales, bits):
     weight = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0))
-    stored = lowmem.quantize(weight, "fp4", block_size=64, scales="float16")
-    (point,) = [p for p in distortions((16, 1024)) if (p.format, p.scales, p.block_size) == ("fp4", "float16", 64)]
-    assert point.bits_per_weight == stored.bits_per_weight == 4.25
+    stored = lowmem.quantize(weight, format, block_size=64, scales=scales)
+    (point,) = [p for p in distortions((16, 1024)) if (p.format, p.scales, p.block_size) == (format, scales, 64)]
+    assert point.bits_per_weight == stored.bits_per_weight == bits
     assert point.error == relative_error(weight, stored)

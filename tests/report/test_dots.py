@@ -1,5 +1,7 @@
 """Groups of layers are drawn under names that can be read, whatever they are."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.pages import report
@@ -8,7 +10,7 @@ pytest.importorskip("altair", reason="the charts need the extra: pip install '.[
 pytest.importorskip("vl_convert", reason="the charts need the extra: pip install '.[report]'")
 
 from lowmem.report.charts import draw
-from lowmem.report.dots import group_chart
+from lowmem.report.dots import MOST_GROUPS, _short, group_chart
 
 
 def drawn(name):
@@ -21,6 +23,18 @@ def test_a_name_that_is_too_long_keeps_its_end():
     narrow = drawn(long).narrow
     assert "up_proj<" in narrow
     assert "x" * 60 not in narrow
+
+
+def test_a_name_is_cut_to_its_limit():
+    assert _short("a" * 19 + "b", 20) == "a" * 19 + "b"
+    assert _short("b" + "a" * 20, 20) == "…" + "a" * 19
+
+
+def test_of_many_groups_the_largest_are_drawn():
+    some = report().groups[0]
+    groups = [replace(some, name=f"g{n}", dense_bytes=1000 + n) for n in range(MOST_GROUPS + 2)]
+    axis = group_chart(groups, ["small", "lora"], False).to_dict()["hconcat"][0]["encoding"]["y"]
+    assert axis["sort"] == [f"g{n}" for n in reversed(range(2, MOST_GROUPS + 2))]
 
 
 def test_names_that_every_object_has_are_shown():

@@ -67,6 +67,11 @@ def test_a_footprint_has_all_of_it():
     assert found.name == "half_precision"
     assert found.stored_bytes == sum(found.kinds.values())
     assert 0 < found.forward_bytes <= found.step_bytes
+    layer, x = nn.Linear(256, 256, bias=False), torch.ones(1, 256)
+    found = footprint("dense", layer, x)
+    assert found.kinds["float32 weights"] == found.stored_bytes == 4 * 256 * 256
+    assert found.forward_bytes == measure.forward_bytes(layer, x) < found.stored_bytes
+    assert found.step_bytes == step_bytes(layer, x) > 3 * found.stored_bytes
 
 
 def test_a_model_without_tensors_in_its_output_is_refused():

@@ -108,6 +108,20 @@ def test_what_moved_and_the_verdicts_are_said(html):
     assert "Memory gate passed" in text
     assert "2 figures compared, 1 moved." in text
     assert "small is 20% slower" in text
+    assert "+0.0002" in text  # by which the head is above the base
+
+
+@pytest.mark.parametrize(
+    ("term", "value", "says"),
+    [
+        ("Smallest", "1.00 MiB", "small: 4.0 times smaller than dense"),
+        ("Fastest", "8.0x dense", "small at batch 1, float32"),
+        ("Error of the output", "0.0080% to 3.7%", "lora loses least, small most"),
+        ("Gates", "failed", "failed: latency"),
+    ],
+)
+def test_tiles_say_what_is_smallest_fastest_and_loses_most(html, term, value, says):
+    assert f"<dt>{term}</dt><dd>{value}</dd><dd>{says}</dd>" in html
 
 
 def test_text_of_any_origin_is_escaped():

@@ -41,6 +41,18 @@ def test_the_line_of_the_user_s_own_code_that_failed_is_named():
         memory_figures(Own(64, 4), X)
 
 
+def test_of_several_lines_of_the_user_s_own_code_the_innermost_is_named():
+    def cut(x):
+        return x.reshape(-1, 3)
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(cut(x))
+
+    with pytest.raises(ModelError, match=r"invalid for input of size 128 \(test_call.py:\d+ in cut\)$"):
+        memory_figures(Own(64, 4), X)
+
+
 def test_a_model_that_ends_the_program_fails():
     with pytest.raises(ModelError, match="it fails on the example input: SystemExit: 3"), model_errors("it"):
         raise SystemExit(3)

@@ -41,6 +41,27 @@ def test_a_tolerance_gates_and_what_failed_is_named(tolerance, code, capsys):
     ]
 
 
+def test_figures_are_those_of_arithmetic_and_the_largest_is_held_to_the_tolerance(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "compare_arithmetic.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Base(nn.Module):\n"
+        "    y = 4.0\n"
+        "    def forward(self, x):\n"
+        "        return torch.tensor([3.0, self.y])\n"
+        "class Other(Base):\n"
+        "    y = 6.0\n"
+    )
+    models = "compare_arithmetic:Base", "compare_arithmetic:Other"
+    assert main(["compare", *models, "--json", "--tolerance", "1.9"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["base"], row["other"]) == models
+    assert (row["max_difference"], row["mean_difference"], row["relative_error"]) == pytest.approx((2, 1, 2 / 5))
+    assert main(["compare", *models, "--tolerance", "2"]) == 0
+
+
 def test_a_model_equals_itself_exactly(capsys):
     assert main(["compare", "qlora", "low_precision", "--json", "--tolerance", "0"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["max_difference"] == 0

@@ -77,6 +77,7 @@ GOOD_X, GOOD_Y = np.ones((10, 4)), np.arange(10) % 2
         ({"x": GOOD_X * np.nan, "y": GOOD_Y}, "x holds values that are NaN"),
         ({"x": GOOD_X * 1e300, "y": GOOD_Y}, "beyond float32"),
         ({"x": GOOD_X, "y": GOOD_Y - 1}, "y holds classes from -1 to 0"),
+        ({"x": GOOD_X, "y": 2 * GOOD_Y - 1}, "y holds classes from -1 to 1"),
         ({"x": GOOD_X, "y": GOOD_Y * 0}, "y holds classes from 0 to 0"),
         ({"x": GOOD_X, "y": GOOD_Y * 10**9}, "y holds classes from 0 to 1000000000"),
         ({"x": np.array([[None]] * 10), "y": GOOD_Y}, "Object arrays cannot be loaded"),

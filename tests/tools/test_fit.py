@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lowmem import VARIANTS, build, measure
 from lowmem.__main__ import main
 from lowmem.tools import fit as tool
-from lowmem.tools.data import load_data
+from lowmem.tools.data import Split, load_data
 
 
 @pytest.fixture
@@ -75,6 +75,43 @@ def test_only_the_adapters_and_the_head_change():
     tool.fit(model, data, variant="qlora", epochs=1, batch_size=400, lr=1e-3, seed=0, report=lambda line: None)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert {name for name in changed if not name.startswith("head")} == {name for name in before if "lora_" in name}
+
+
+def test_the_loss_of_an_epoch_is_that_of_all_its_examples():
+    """At a rate of 0: five examples in batches of four, whose last holds one."""
+    torch.manual_seed(0)
+    model = tool.Classifier(torch.nn.Identity(), 4, 2)
+    x, y = torch.randn(9, 4), torch.arange(9) % 2
+    with torch.no_grad():
+        logits, test_logits = model(x[:5]), model(x[5:])
+    data = Split(x[:5], y[:5], x[5:], 1 - test_logits.argmax(1), 2)
+    found = tool.fit(model, data, variant="", epochs=1, batch_size=4, lr=0.0, seed=0, report=lambda line: None)
+    assert found.losses == pytest.approx([float(torch.nn.functional.cross_entropy(logits, y[:5]))])
+    assert found.train_accuracy == pytest.approx(float((logits.argmax(1) == y[:5]).float().mean()))
+    assert found.test_accuracy == 0
+
+
+def test_accuracy_is_measured_in_eval_mode_without_gradients():
+    seen = []
+
+    class Model(torch.nn.Identity):
+        def forward(self, x):
+            seen.append((self.training, torch.is_grad_enabled()))
+            return x
+
+    assert tool.accuracy(Model().train(), torch.eye(3), torch.tensor([0, 1, 0]), 2) == pytest.approx(2 / 3)
+    assert seen == [(False, False)] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "link"), reason="this system has no hard links")
+def test_a_save_replaces_the_file_of_before(tmp_path, npz):
+    """What another name holds stays as it was: nothing is written into the file."""
+    path, other = tmp_path / "saved.safetensors", tmp_path / "other"
+    path.write_bytes(b"before")
+    os.link(path, other)
+    assert main(["fit", "lora", "--data", npz, "--epochs", "1", "--save", str(path)]) == 0
+    assert other.read_bytes() == b"before"
+    assert load_file(path)
 
 
 def test_saved_weights_are_those_of_the_trained_model(tmp_path, npz, capsys):

@@ -14,6 +14,7 @@ import torch
 import lowmem
 from lowmem.__main__ import main
 from lowmem.tools import info
+from tests.compiled import on_threads
 
 
 @pytest.fixture
@@ -47,6 +48,11 @@ def test_json_tells_versions_processor_and_kernel(told):
         "cuda_devices": found["cuda_devices"],
         "backend": lowmem.backend(),
     }
+
+
+def test_threads_are_those_that_torch_uses(told):
+    with on_threads((os.cpu_count() or 1) + 1):
+        assert told("--json")["threads"] == torch.get_num_threads() == (os.cpu_count() or 1) + 1
 
 
 def test_text_tells_the_same_one_fact_a_line(told):

@@ -194,6 +194,8 @@ def test_input_has_the_shape_and_dtype_that_were_asked_for(dtype):
     assert x.shape == (2, 3, 4)
     assert str(x.dtype) == f"torch.{dtype}"
     assert torch.equal(x, models.make_input(arguments))
+    arguments.seed = 1
+    assert torch.equal(x, models.make_input(arguments)) == (dtype == "int64")
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,16 @@ def test_bad_files_are_one_line(checkpoint, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("3", 3), ("2GB", 2 * 10**9), ("1.5 KiB", 1536), ("500mib", 500 * 2**20)]
+    ("text", "expected"),
+    [
+        ("3", 3),
+        ("2GB", 2 * 10**9),
+        ("3KB", 3000),
+        ("7MB", 7 * 10**6),
+        ("1GiB", 2**30),
+        ("1.5 KiB", 1536),
+        ("500mib", 500 * 2**20),
+    ],
 )
 def test_sizes(text, expected):
     assert size(text) == expected

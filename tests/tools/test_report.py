@@ -115,6 +115,14 @@ def test_what_is_measured_of_a_users_model():
         assert sum(group.bytes[footprint.name] for group in measured.groups) == footprint.stored_bytes
 
 
+def test_an_error_is_relative_to_the_norm_of_all_outputs():
+    import torch
+
+    expected = [torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]
+    assert command._relative_error(expected, [torch.tensor([3.0]), torch.tensor([[3.0, 4.0]])]) == pytest.approx(0.6)
+    assert command._relative_error([torch.zeros(1)], [torch.ones(1)]) == 1
+
+
 def test_a_stored_run_gives_latency_and_the_same_bytes_twice(unmeasured):
     stored = str(ROOT / "benchmarks" / "baselines" / "0001_baseline.json")
     assert run("one.html", "--run", stored) == run("two.html", "--run", stored) == 0
@@ -216,6 +224,26 @@ def test_the_page_of_a_run_of_the_benchmarks_has_its_latency(project, monkeypatc
     assert "Of this run of the benchmarks" in html
     assert "Latency gate" in html
     assert f"saved {project.path / 'page.html'}" in result.stdout.str()
+
+
+def test_the_page_of_before_stays_where_a_run_of_the_benchmarks_did_not_end(project):
+    project.makepyfile(test_stop="import pytest\ndef test_stop():\n    pytest.exit('that is all')\n")
+    page = project.path / "page.html"
+    page.write_text("before")
+    result = project.runpytest("test_stop.py", "--report", str(page))
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    assert f"--report: {page} is not written: the run did not end" in result.stdout.str()
+    assert page.read_text() == "before"
+
+
+def test_a_run_of_the_benchmarks_whose_page_cannot_be_written_ends_with_2(project, monkeypatch):
+    def write(*_, **__):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(command, "write", write)
+    result = project.runpytest("benchmarks", "--report", "page.html")
+    assert result.ret == 2
+    assert "--report failed: the disk is full" in result.stdout.str()
 
 
 @pytest.mark.parametrize(

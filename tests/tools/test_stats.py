@@ -76,6 +76,7 @@ def test_a_user_s_model(tmp_path, monkeypatch, capsys, options, factory):
     row = rows(capsys, f"{name}:make", *options)[f"{name}:make"]
     assert row["trainable_params"] > 0
     assert row["backward_bytes"] >= row["forward_bytes"] > 0
+    assert 32 <= row["bits_per_weight"] < 64  # above 32 by the statistics of a batch norm
     assert list(row) == [*Stats.__dataclass_fields__, "layers"]
     assert list(row["layers"][0]) == list(LayerSummary.__dataclass_fields__)
     assert sum(layer["weights"] for layer in row["layers"]) == row["total_params"]

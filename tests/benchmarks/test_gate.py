@@ -658,8 +658,8 @@ def test_a_figure_of_the_baseline_that_is_no_number_of_bytes_is_named(project, e
     ("change", "said"),
     [
         (
-            {"torch": "2.4"},
-            f"its figures are of backend={KEY.backend}, torch=2.4, threads=2, and this run is",
+            {"torch": "2.0"},
+            f"its figures are of backend={KEY.backend}, torch=2.0, threads=2, and this run is",
         ),
         ({"backend": "neon"}, "its figures are of backend=neon, torch="),
         ({"threads": 4}, "threads=4, and this run is "),
