@@ -299,7 +299,7 @@ def test_help_explains_options_and_fixtures(run):
 
 LATENCY = """
 import pytest
-import lowmem.testing.latency
+from lowmem.testing import latency
 from lowmem.testing.latency import Speedup
 from lowmem.testing.ratios import Ratio
 from model import example_input, my_model
@@ -310,7 +310,7 @@ def test_latency(latency_gate, monkeypatch, low, high):
         assert (candidate, reference, inputs, at_least, seconds) == (len, max, ([1],), 1.5, 3)
         return Speedup(Ratio((low + high) / 2, low, high, 0.5, 16), at_least)
 
-    monkeypatch.setattr(lowmem.testing.latency, "measure_speedup", measure)
+    monkeypatch.setattr(latency, "measure_speedup", measure)
     assert latency_gate(len, max, [1], at_least=1.5, seconds=3).verdict == "faster"
 
 def test_failing(latency_gate):

@@ -206,7 +206,7 @@ def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 before = peak()
 import lowmem.io.convert_checkpoint
-lowmem.stream.convert_checkpoint(sys.argv[1], sys.argv[2], lowmem.FourBit())
+lowmem.io.convert_checkpoint.convert_checkpoint(sys.argv[1], sys.argv[2], lowmem.FourBit())
 print(peak() - before)
 """
 
