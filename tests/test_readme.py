@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import lowmem
 from benchmarks.results import read_run
 from lowmem import backend, build, measure
 from lowmem.__main__ import main
@@ -137,6 +138,14 @@ def test_the_speed_table_is_that_of_the_stored_run():
     text = RESULTS.read_text(encoding="utf8")
     written = text.partition("| Times as fast |")[2].partition("\n\n")[0].splitlines()[2:]
     assert written == lines
+
+
+def test_every_public_name_stands_in_one_page_of_the_api():
+    pages = "".join(text for name, text in TEXTS.items() if name.startswith("docs/api/"))
+    documented = re.findall(
+        r"^\.\. (?:auto(?:class|exception|function)|py:data):: lowmem\.(\w+)$", pages, re.MULTILINE
+    )
+    assert sorted(documented) == sorted(lowmem.__all__)
 
 
 def without_code(text):
