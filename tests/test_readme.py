@@ -6,7 +6,9 @@ The pages are the README, CONTRIBUTING and all of ``docs/``.
 import configparser
 import json
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,19 @@ def test_every_public_name_stands_in_one_page_of_the_api():
         r"^\.\. (?:auto(?:class|exception|function)|py:data):: lowmem\.(\w+)$", pages, re.MULTILINE
     )
     assert sorted(documented) == sorted(lowmem.__all__)
+
+
+def test_the_site_shows_every_picture_in_both_themes(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    site = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    pictures = 0
+    for text in (text for name, text in TEXTS.items() if name.startswith("docs/")):
+        source = [text]
+        site["show_both_themes"](None, "page", source)
+        assert "\n<picture>" not in source[0]
+        assert source[0].count("```{image}") == 2 * text.count("\n<picture>")
+        pictures += text.count("\n<picture>")
+    assert pictures == 2
 
 
 def without_code(text):
