@@ -53,13 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def memory_gate(request: pytest.FixtureRequest) -> MemoryGate:
-    """Hold a model to its stored bytes: memory_gate(model, *inputs, name="", loss=None, **named)."""
+    """Hold a model to its stored bytes: ``memory_gate(model, *inputs, name="", loss=None, **named)``."""
     return MemoryGate(_session(request), request.node)
 
 
 @pytest.fixture
 def latency_gate(request: pytest.FixtureRequest) -> LatencyGate:
-    """Hold a model to a speed: latency_gate(candidate, reference, *inputs, at_least=1.0, seconds=60, **named)."""
+    """Hold a model to a speed: ``latency_gate(candidate, reference, *inputs, at_least=1.0, seconds=60, **named)``."""
     return LatencyGate(_session(request), request.node)
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.pictures``: the README's pictures, drawn by the code of ``lowmem report``, light and dark.
+"""``python -m benchmarks.pictures``: the pages' pictures, drawn by the code of ``lowmem report``, light and dark.
 
 Each SVG holds its specification and figures as metadata: a test compares them with what the code draws now. How
 text is laid out depends on the fonts of the machine that drew it.

@@ -1,6 +1,6 @@
 """Imports point one way, importing stays lean, and every module has its mirror test."""
 
-import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import lowmem
+from tests.imports import DOORS, DRAWN, MODULES, PAGE, drawn, folder_imports, imports_of, module_name, reduced
 
-PACKAGE = Path(lowmem.__file__).parent
-MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
+ROOT = Path(__file__).parents[1]
 
 # Folders, and modules that stand at the top. Each imports from its own and from those before it.
 ORDER = [
@@ -25,30 +25,7 @@ ORDER = [
     ("report",),
     ("tools",),
 ]
-DOORS = ("__init__.py", "__main__.py")  # they re-export, or start what the folders do
 TORCH_ONLY = ("bignet", "measure", "errors")
-
-
-def module_name(path: str) -> str:
-    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-
-
-def imports_of(path: str) -> set[str]:
-    """Return the modules of the package that a file imports, without the package's name."""
-    found = set()
-    tree = ast.parse((PACKAGE / path).read_text())
-    for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    for node in for_types:  # nothing runs it
-        tree.body.remove(node)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lowmem":
-            base = node.module.partition(".")[2]
-            names = [f"{base}.{alias.name}".strip(".") for alias in node.names]
-            known = {module_name(m) for m in MODULES} | {"kernels._native"}
-            found |= {name if name in known else base for name in names}
-        elif isinstance(node, ast.Import):
-            found |= {a.name.partition(".")[2] for a in node.names if a.name.split(".")[0] == "lowmem"}
-    return found
 
 
 def place_of(name: str) -> int:
@@ -68,6 +45,26 @@ def test_no_imports_go_in_a_circle():
     """Python's own sorter finds them. A package is its ``__init__``, which stands before none of its modules."""
     graph = {module_name(m): imports_of(m) - {module_name(m)} for m in MODULES if m not in DOORS}
     assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)
+
+
+def test_the_picture_shows_the_imports():
+    (picture,) = DRAWN.findall(PAGE.read_text(encoding="utf8"))
+    assert picture == drawn(reduced(folder_imports())), "draw it again: python -m tests.imports"
+
+
+def test_a_reduced_graph_keeps_what_no_longer_path_implies():
+    graph = {"a": {"b", "c", "d"}, "b": {"c"}, "c": set(), "d": {"c"}, "e": {"a", "c"}}
+    assert reduced(graph) == {"a": {"b", "d"}, "b": {"c"}, "c": set(), "d": {"c"}, "e": {"a"}}
+
+
+def test_every_file_and_folder_that_the_page_names_exists():
+    text = re.sub(r"```.*?```", "", PAGE.read_text(encoding="utf8"), flags=re.DOTALL)
+    named = re.findall(r"`([\w.]+/[\w./]*)`", text)
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    table = text.partition("## Where things are")[2].partition("\n## ")[0]
+    folders = {f"lowmem/{name}/" for name in folder_imports() if (Path(lowmem.__file__).parent / name).is_dir()}
+    assert folders <= set(re.findall(r"`(lowmem/\w+/)`", table))
 
 
 def mirror_of(path: str) -> str:

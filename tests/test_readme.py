@@ -1,38 +1,64 @@
-"""The README's code runs, its tables are what the commands print, and the commands it names exist."""
+"""The pages' code runs, their tables are what the commands print, and what they name and link to exists.
+
+The pages are the README, CONTRIBUTING and all of ``docs/``.
+"""
 
 import configparser
 import json
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
+import lowmem
 from benchmarks.results import read_run
 from lowmem import backend, build, measure
 from lowmem.__main__ import main
 from tests.compiled import on_threads
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+README = ROOT / "README.md"
+TECHNIQUES = ROOT / "docs" / "guides" / "techniques.md"
+RESULTS = ROOT / "docs" / "guides" / "results-and-quality.md"
+FORMAT = ROOT / "docs" / "format.md"
+GATES = ROOT / "docs" / "guides" / "gate-your-own-model.md"  # the files of a project: tests/test_guide.py
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf8") for page in PAGES}
+BLOCKS = [
+    (name, language, code)
+    for name, text in TEXTS.items()
+    if ROOT / name != GATES
+    for language, code in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+]
+PYTHON = [
+    pytest.param(name, code, id=f"{name}-{number}")
+    for number, (name, language, code) in enumerate(BLOCKS)
+    if language == "python" and ROOT / name != FORMAT
+]
+COMMANDS = [line for _, language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 LOWMEM = [line for line in COMMANDS if line.startswith("lowmem ")]
 TOX = [line for line in COMMANDS if line.startswith("tox ")]
 PYTEST = [line for line in COMMANDS if line.startswith("pytest ")]
 SET_UP = ["pip install . && lowmem stats", "pip install tox && tox"]
-TABLES = re.findall(r"<!-- lowmem (.*?) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+TABLES = [
+    table
+    for text in TEXTS.values()
+    for table in re.findall(r"<!-- lowmem (.*?) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])
-def test_every_python_block_runs(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "code"), PYTHON)
+def test_every_python_block_runs(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(code, page, "exec"), {"__name__": "page"})
 
 
 def test_the_code_that_reads_a_file_by_its_description_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "format.md").read_text()
+    text = FORMAT.read_text(encoding="utf8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(code, "docs/format.md", "exec"), {"__name__": "format"})
     assert text.count("<64 hexadecimal digits>") == 1
@@ -54,6 +80,14 @@ def test_every_other_command_is_one_that_the_project_defines():
     for line in PYTEST:
         assert (ROOT / shlex.split(line)[1]).is_dir()
     assert SET_UP[1] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readme_has_the_two_commands_one_table_and_one_picture():
+    text = README.read_text(encoding="utf8")
+    assert [line for line in text.splitlines() if line in SET_UP] == SET_UP
+    assert len(re.findall(r"^\| :--", text, re.MULTILINE)) == text.count("<!-- lowmem ") == 1
+    assert text.count("<picture>") == 1
+    assert len(text.splitlines()) <= 90
 
 
 def numbers(cell):
@@ -86,19 +120,10 @@ def test_every_table_is_what_its_command_prints(command, table, capsys):
         ("QLoRA", "qlora_nf4"),
     ],
 )
-def test_the_first_table_has_the_measured_bytes(row, variant):
-    line = next(line for line in README.splitlines() if line.startswith(f"| {row} |"))
+def test_the_table_of_techniques_has_the_measured_bytes(row, variant):
+    lines = TECHNIQUES.read_text(encoding="utf8").splitlines()
+    line = next(line for line in lines if line.startswith(f"| {row} |"))
     assert f"| {measure.theoretical_bytes(build(variant)) / 2**20:.2f} MiB |" in line
-
-
-def test_every_file_and_folder_it_names_exists():
-    section = README.partition("## Where things are")[2]
-    for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE):
-        folder = Path()
-        for name in re.findall(r"`(.*?)`", row):
-            path = Path(name) if "/" in name else folder / name
-            folder = path.parent
-            assert (ROOT / path).exists(), path
 
 
 def test_the_speed_table_is_that_of_the_stored_run():
@@ -112,5 +137,55 @@ def test_the_speed_table_is_that_of_the_stored_run():
             cells = [1 / ratios[f"{test}[{variant}-batch{batch}]"] for batch in (1, 8, 32, 128, 512)]
             if variant != "bignet":
                 lines.append(f"| {variant}{title} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
-    written = README.partition("| Times as fast |")[2].partition("\n\n")[0].splitlines()[2:]
+    text = RESULTS.read_text(encoding="utf8")
+    written = text.partition("| Times as fast |")[2].partition("\n\n")[0].splitlines()[2:]
     assert written == lines
+
+
+def test_every_public_name_stands_in_one_page_of_the_api():
+    pages = "".join(text for name, text in TEXTS.items() if name.startswith("docs/api/"))
+    documented = re.findall(
+        r"^\.\. (?:auto(?:class|exception|function)|py:data):: lowmem\.(\w+)$", pages, re.MULTILINE
+    )
+    assert sorted(documented) == sorted(lowmem.__all__)
+
+
+def test_the_site_shows_every_picture_in_both_themes(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    site = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    pictures = 0
+    for text in (text for name, text in TEXTS.items() if name.startswith("docs/")):
+        source = [text]
+        site["show_both_themes"](None, "page", source)
+        assert "\n<picture>" not in source[0]
+        assert source[0].count("```{image}") == 2 * text.count("\n<picture>")
+        pictures += text.count("\n<picture>")
+    assert pictures == 2
+
+
+def without_code(text):
+    return re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", outside, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_link_leads_to_a_page_and_heading_that_exist(name):
+    text = without_code(TEXTS[name])
+    targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    for target in (one or other for one, other in targets):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        page = (ROOT / name).parent / path if path else ROOT / name
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page.read_text(encoding="utf8")), target
+
+
+def test_the_anchors_are_those_of_headings_alone():
+    assert anchors("# A `b`, c: d-e\n```\n# no\n```\n## F") == {"a-b-c-d-e", "f"}

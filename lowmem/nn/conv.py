@@ -47,7 +47,7 @@ class HalfConv(FrozenStorage):
     It is computed in ``torch.promote_types(x.dtype, weight.dtype)``: float32 for a float32 input.
 
     Args:
-        weight: float16 or bfloat16 (out_channels, in_channels / groups, *kernel).
+        weight: float16 or bfloat16 ``(out_channels, in_channels / groups, *kernel)``.
         bias: the same dtype (out_channels,), or None.
         geometry: strides, paddings and the like.
     """

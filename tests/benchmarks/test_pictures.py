@@ -1,4 +1,4 @@
-"""The README's pictures show what the code measures and draws now."""
+"""The pictures of the pages show what the code measures and draws now."""
 
 import json
 import re
@@ -17,7 +17,11 @@ pytest.importorskip("vl_convert", reason="the pictures need the extra: pip insta
 from benchmarks import pictures
 from lowmem.report.charts import Drawing
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGES = {  # that show a picture, and where the images lie from there
+    "memory": (ROOT / "README.md", "docs/images"),
+    "speed": (ROOT / "docs" / "guides" / "results-and-quality.md", "../images"),
+}
 
 
 @pytest.fixture
@@ -94,7 +98,9 @@ def test_what_is_written_is_read_back():
     assert pictures.THEMES["dark"]["ink"] in text
 
 
-def test_the_readme_shows_each_picture_in_both_themes():
-    for name in pictures.PICTURES:
-        assert f'srcset="docs/images/{name}-dark.svg"' in README
-        assert f'src="docs/images/{name}-light.svg"' in README
+@pytest.mark.parametrize("name", list(pictures.PICTURES))
+def test_a_page_shows_the_picture_in_both_themes(name):
+    page, images = PAGES[name]
+    text = page.read_text(encoding="utf8")
+    assert f'srcset="{images}/{name}-dark.svg"' in text
+    assert f'src="{images}/{name}-light.svg"' in text

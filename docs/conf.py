@@ -1,0 +1,50 @@
+"""The site of the documentation: ``tox -e docs`` builds it, and warnings are errors."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for autodoc: nothing is installed
+
+from lowmem.version import __version__  # noqa: E402
+
+project = "lowmem"
+author = "the developers of lowmem"
+release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.mermaid"]
+html_theme = "furo"
+html_title = f"lowmem {release}"
+
+myst_heading_anchors = 3  # as GitHub's
+myst_fence_as_directive = ["mermaid"]
+highlight_language = "text"  # of indented blocks: commands and equations
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+# `sphinx-build -b linkcheck`: links to other sites where there is a network that can be relied on.
+linkcheck_ignore = [] if os.environ.get("CI") else [r"https?://"]
+linkcheck_retries = 3
+
+PICTURE = re.compile(
+    r'^<picture>\n.*?srcset="(?P<dark>[^"]+)".*?src="(?P<light>[^"]+)" alt="(?P<alt>[^"]+)".*?^</picture>$',
+    re.DOTALL | re.MULTILINE,
+)
+BOTH = "\n".join(
+    f"```{{image}} \\g<{theme}>\n:alt: \\g<alt>\n:class: only-{theme}\n```" for theme in ("light", "dark")
+)
+
+
+def show_both_themes(app, docname, source):
+    """Turn a picture with a source for each colour scheme, as GitHub shows it, into images that follow the theme."""
+    source[0] = PICTURE.sub(BOTH, source[0])
+
+
+def setup(app):
+    """Register what the pages need."""
+    app.connect("source-read", show_both_themes)
