@@ -19,7 +19,7 @@ from lowmem.kernels import reference
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocasts, is_observed, is_plain_call, refuse_nested
 from lowmem.nn.half import HalfLinear, round_to
-from lowmem.quant.quantize import quantize_again
+from lowmem.quant.quantize import requantize
 
 __all__ = ["Adapter", "LoRA", "LoRALinear"]
 
@@ -210,7 +210,7 @@ class LoRALinear(nn.Module):
         for name in names:
             adapted = adapted + cast(Adapter, self.adapters[name]).delta()
         if isinstance(base, Linear4Bit):
-            quantized = quantize_again(base.quantized, adapted)
+            quantized = requantize(base.quantized, adapted)
             layer: nn.Module = Linear4Bit(quantized, base.bias, base.compute_dtype)
             stored = quantized.dequantize(adapted.dtype)
         else:
