@@ -169,8 +169,8 @@ def convert_checkpoint(
 
 def _record(technique: FourBit) -> dict[str, Any]:
     """Return what a file says of it, with the format's own block size and scales spelled out."""
-    shell = technique.shell(torch.empty(1, 8, device="meta"))
-    return technique_record(FourBit(shell.format, shell.block_size, shell.scale_encoding), shell.method)
+    skeleton = technique.skeleton(torch.empty(1, 8, device="meta"))
+    return technique_record(FourBit(skeleton.format, skeleton.block_size, skeleton.scale_encoding), skeleton.method)
 
 
 def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
@@ -201,9 +201,9 @@ def _outputs(name: str, spec: TensorSpec, technique: FourBit | None) -> dict[str
     """Return the tensors that one of the source becomes."""
     if technique is None:
         return {name: spec}
-    shell = technique.shell(_rows(torch.empty(spec.shape, device="meta")))
+    skeleton = technique.skeleton(_rows(torch.empty(spec.shape, device="meta")))
     prefix = name.removesuffix("weight")
-    return {prefix + part: TensorSpec.of(getattr(shell, part)) for part in ("packed", "scales")}
+    return {prefix + part: TensorSpec.of(getattr(skeleton, part)) for part in ("packed", "scales")}
 
 
 def _divide(plan: dict[str, dict[str, TensorSpec]], shard_bytes: int | None) -> list[list[str]]:

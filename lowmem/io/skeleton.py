@@ -149,7 +149,7 @@ def _converted(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
         def store(
             tensor: Tensor, name: str, path: str = path, method: str | None = method, technique: Any = weights
         ) -> Any:
-            shell = technique.shell(tensor, name)
+            shell = technique.skeleton(tensor, name)
             shell = shell if method is None else replace(shell, method=method)
             first, how, shell = stored.setdefault(weight_key(tensor), (path, technique, shell))
             if how != technique:
