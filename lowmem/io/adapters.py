@@ -19,7 +19,7 @@ from lowmem.nn.frozen_linear import FrozenStorage
 from lowmem.nn.lora import LoRA, LoRALinear
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_adapter, check_name
 from lowmem.transforms.convert import one_at_a_time
-from lowmem.transforms.registry import layer_name, places, why_left_in
+from lowmem.transforms.registry import layer_name, module_paths, skip_reason_in
 
 __all__ = ["fingerprint", "load_adapter", "save_adapter"]
 
@@ -75,7 +75,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
             architecture, rank, shape or dtype. The model is left as it was.
         OSError: it cannot be read.
     """
-    found = places(model)
+    found = module_paths(model)
     by_path = {place: module for module, paths in found.items() for place in paths}
     file = read(path)
     try:
@@ -114,7 +114,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 @one_at_a_time
 def fingerprint(model: nn.Module, paths: list[str]) -> str:
     """Return the SHA-256 of what the layers at these paths store without their adapters, and of how they store it."""
-    by_path = {place: module for module, all_paths in places(model).items() for place in all_paths}
+    by_path = {place: module for module, all_paths in module_paths(model).items() for place in all_paths}
     sha256 = hashlib.sha256()
     for path in sorted(paths):
         base = base_of(by_path[path])
@@ -157,7 +157,7 @@ def _check_fits(
     base: str,
 ) -> None:
     expected: set[str] = set()
-    leaves = why_left_in(model)
+    leaves = skip_reason_in(model)
     for place, technique in records.items():
         layer: Any = by_path.get(place)
         if layer is None:

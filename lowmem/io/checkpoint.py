@@ -23,7 +23,7 @@ from lowmem.nn.frozen_linear import FrozenStorage
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRALinear
 from lowmem.transforms.convert import one_at_a_time
-from lowmem.transforms.registry import MADE_BY, places
+from lowmem.transforms.registry import MADE_BY, module_paths
 
 __all__ = ["base_of", "how_stored", "load", "save"]
 
@@ -47,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    layers = {module: paths[0] for module, paths in places(model).items() if type(module) in MADE_BY}
+    layers = {module: paths[0] for module, paths in module_paths(model).items() if type(module) in MADE_BY}
     recorded = format_keys(model)  # of what ``layers`` says below
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:

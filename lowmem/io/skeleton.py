@@ -25,7 +25,7 @@ from lowmem.nn.fourbit import FourBit, format_keys
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.transforms.convert import freeze_all_but_adapters, swap, weight_key
-from lowmem.transforms.registry import REGISTRY, layer_name, places, why_left_in
+from lowmem.transforms.registry import REGISTRY, layer_name, module_paths, skip_reason_in
 
 __all__ = ["assign", "build", "check_adapter"]
 
@@ -115,7 +115,7 @@ def _converted(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
         weight = holder._parameters.get("weight")
         if weight is not None and not is_lazy(weight):
             sharing.setdefault(weight_key(weight), []).append(holder)
-    by_path = {path: module for module, paths in places(model).items() for path in paths}
+    by_path = {path: module for module, paths in module_paths(model).items() for path in paths}
     found: dict[nn.Module, tuple[str, Half | FourBit, str | None]] = {}
     for path, record in records.items():
         module = by_path.get(path)
@@ -132,7 +132,7 @@ def _converted(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
         weight = module._parameters.get("weight")
         for tied in [] if weight is None or is_lazy(weight) else sharing[weight_key(weight)]:
             found.setdefault(tied, record)  # without a record of its own, it shares what is stored
-    left, leaves = [], why_left_in(model)
+    left, leaves = [], skip_reason_in(model)
     stored: dict[Any, tuple[str, Half | FourBit, Any]] = {}
     shells: dict[nn.Module, Any] = {}
     for module, (path, technique, method) in found.items():
@@ -169,8 +169,8 @@ def _adapted(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -
     """Return what takes the place of the layers that have adapters: none is made before all are known to fit."""
     with record_errors("its record of the adapters"):
         records = check_object(records)
-    by_path = {path: module for module, paths in places(model).items() for path in paths}
-    leaves = why_left_in(model)
+    by_path = {path: module for module, paths in module_paths(model).items() for path in paths}
+    leaves = skip_reason_in(model)
     found: dict[Any, tuple[str, dict[str, tuple[LoRA, bool]]]] = {}
     for path, record in records.items():
         base = by_path.get(path)
