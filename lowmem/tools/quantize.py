@@ -1,4 +1,4 @@
-"""``lowmem quantize``: a safetensors checkpoint to a 4-bit one, in bounded memory."""
+"""``lowmem quantize``: converts a safetensors checkpoint to 4 bits, in bounded memory."""
 
 from __future__ import annotations
 
