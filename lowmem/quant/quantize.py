@@ -107,10 +107,9 @@ def requantize(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
     )
     before, after = quantized.as_matrix(), again.as_matrix()
     rows = weight.detach().reshape(after.shape)
-    unchanged = True
+    unchanged, dequantize = True, active_backend().dequantize
     for chunk in row_chunks(*after.shape):
-        values = active_backend().dequantize(before, chunk, torch.float32)
-        same = (values == rows[chunk]).all(-1, keepdim=True)  # (rows, 1)
+        same = (dequantize(before, chunk, torch.float32) == rows[chunk]).all(-1, keepdim=True)  # (rows, 1)
         for stored, into in ((before.packed, after.packed), (before.scales, after.scales)):
             into[chunk] = torch.where(same, stored[chunk], into[chunk])
         unchanged = unchanged and bool(same.all())
