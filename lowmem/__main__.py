@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lowmem.errors import describe, one_line, reason
 from lowmem.tools import COMMANDS
-from lowmem.tools.output import results_alone
+from lowmem.tools.output import stdout_for_json
 from lowmem.tools.startup import end_closed_pipe, write_error
 from lowmem.version import __version__
 
@@ -110,7 +110,7 @@ def _run(argv: Sequence[str], program: bool) -> int:
         sys.stdout.flush()  # raises if --help is written to a closed pipe
     run = import_module(f"lowmem.tools.{arguments.command}").run
     try:
-        with results_alone(getattr(arguments, "json", False), program):
+        with stdout_for_json(getattr(arguments, "json", False), program):
             code: int = run(arguments)
             sys.stdout.flush()
     except SystemExit as stop:  # from the user's model, since no command raises it

@@ -130,7 +130,7 @@ def backward_bytes(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor]
 
     def run() -> None:
         with torch.inference_mode(False), torch.enable_grad():
-            losses = _losses(model, model(*inputs, **named), loss)  # which do not hold the output
+            losses = _losses(model, model(*inputs, **named), loss)  # does not keep the output alive
             if losses:
                 torch.autograd.backward(losses)
 

@@ -22,7 +22,7 @@ from lowmem.io.safetensors import parse_json
 __all__ = ["INDEX", "index_of", "parse_index", "read_index", "read_model", "shard_name", "write_index"]
 
 INDEX = ".index.json"
-MAX_INDEX = 2**26  # bytes
+MAX_INDEX = 2**26  # largest index that is read, in bytes
 
 
 def shard_name(path: Path, number: int, count: int) -> Path:
@@ -105,7 +105,7 @@ def _is_name(file: object) -> bool:
     """Whether ``file`` is the name of a file in the same directory."""
     if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
         return False
-    return len(file.encode()) <= 255  # more than any common file system takes
+    return len(file.encode()) <= 255  # the limit of common file systems
 
 
 def _checked(path: Path, file: TensorFile) -> TensorFile:

@@ -68,13 +68,13 @@ class Geometry:
 
         A chunk is several whole groups, or a part of one.
         """
-        rows, channels = self.out_channels // self.groups, self.in_channels // self.groups  # of a group
+        rows, channels = self.out_channels // self.groups, self.in_channels // self.groups  # per group
         columns = channels * prod(self.kernel)
         found = []
         for part in row_chunks(self.groups, rows * columns, itemsize):
             first, last = part.start * rows, part.stop * rows
             reads = slice(part.start * channels, part.stop * channels)
-            for chunk in row_chunks(last - first, columns, itemsize):  # one, unless a single group is too large
+            for chunk in row_chunks(last - first, columns, itemsize):  # one chunk, unless a single group is too large
                 found.append((slice(first + chunk.start, first + chunk.stop), reads, part.stop - part.start))
         return found
 

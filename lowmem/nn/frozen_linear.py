@@ -171,7 +171,7 @@ class _FrozenProduct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.weight, dtype, ctx.transposed = inputs
         ctx.input_dtype = x.dtype
-        ctx.dtype = float_dtype(dtype, x.dtype)  # of derivatives
+        ctx.dtype = float_dtype(dtype, x.dtype)  # of gradients
         # save_for_backward raises an error if the weight is changed in place before backward.
         if isinstance(ctx.weight, QuantizedTensor):
             ctx.save_for_backward(ctx.weight.packed, ctx.weight.scales)

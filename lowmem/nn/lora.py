@@ -188,7 +188,7 @@ class LoRALinear(nn.Module):
         for name in active:
             adapter = adapters.get(name)  # another thread may have deleted it
             if name != merged and adapter is not None:
-                out = adapter.forward(out, input)  # past the cost of __call__
+                out = adapter.forward(out, input)  # not __call__, for speed
         return out
 
     def merge(self, name: str, folded: nn.Module) -> None:

@@ -17,7 +17,7 @@ from lowmem.measure import tensors_in
 
 __all__ = ["ModelError", "check_model", "model_errors"]
 
-_NOT_THE_USERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
+_LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
 
 class ModelError(RuntimeError):
@@ -63,6 +63,6 @@ def _place(error: BaseException) -> str:
     """Return the innermost line outside torch and lowmem where an error was raised; "" if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if not any(path.is_relative_to(package) for package in _NOT_THE_USERS):
+        if not any(path.is_relative_to(package) for package in _LIBRARIES):
             return f" ({path.name}:{frame.lineno} in {frame.name})"
     return ""

@@ -57,7 +57,7 @@ def memory_figures(
         ModelError: it is no module, has no values, or fails on the inputs.
     """
     check_model(model, inputs, named)
-    with _same_everywhere() as kernel:
+    with _fixed_conditions() as kernel:
         with model_errors(f"the forward of {type(model).__name__}"):
             forward = [measure.forward_bytes(model, *inputs, **named) for _ in range(2)][1]
         with model_errors(f"the training step of {type(model).__name__}"):
@@ -163,7 +163,7 @@ def _is_of_python(kind: type) -> bool:
 
 
 @contextmanager
-def _same_everywhere() -> Iterator[str]:
+def _fixed_conditions() -> Iterator[str]:
     """Fix all that figures depend on besides the model; yield the name of the active backend.
 
     That is the portable kernel, which allocates the same on every processor, unless the environment names another.

@@ -62,7 +62,7 @@ SECRETS = (
     *(".aws", ".gnupg", ".kube", ".ssh"),
 )
 
-BACKUP = re.compile(r"(\.(bak|backup|old|orig|save))+$")  # copies of a secret are secrets
+BACKUP = re.compile(r"(\.(bak|backup|old|orig|save))+$")  # backup copies of secrets are secrets
 
 # Backslashes and line ends would be escaped in a manifest and are changed by some unzip programs; lone surrogates are
 # not valid UTF-8. The rest is invalid on Windows: characters, a trailing dot or space, and names of devices.

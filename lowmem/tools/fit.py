@@ -30,7 +30,7 @@ from lowmem.tools.models import (
     seed,
     user_code,
 )
-from lowmem.tools.output import print_json, progress, shown, whole
+from lowmem.tools.output import print_json, progress, shown, uncut_column
 from lowmem.version import __version__
 
 __all__ = ["Classifier", "Result", "add_arguments", "fit", "run"]
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.save is not None:
         _check_state(name, model)
     with torch.random.fork_rng():
-        torch.manual_seed(arguments.seed)  # of dropout
+        torch.manual_seed(arguments.seed)  # for dropout
         result = fit(
             model,
             data,
@@ -194,9 +194,9 @@ def fit(
         return loss.item(), int((logits.argmax(1) == y).sum())
 
     with progress(
-        MofNCompleteColumn(table_column=whole()),
-        TextColumn("steps", table_column=whole()),
-        TimeRemainingColumn(table_column=whole()),
+        MofNCompleteColumn(table_column=uncut_column()),
+        TextColumn("steps", table_column=uncut_column()),
+        TimeRemainingColumn(table_column=uncut_column()),
         redirect_stdout=sys.stdout.isatty(),  # files and pipes get plain lines
     ) as bar:
         task = bar.add_task(shown(variant), total=epochs * math.ceil(examples / batch_size))

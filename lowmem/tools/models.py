@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
 from lowmem.errors import describe, printable
-from lowmem.tools.output import reader_gone, streams_kept
+from lowmem.tools.output import is_pipe_closed, preserve_streams
 from lowmem.variants import VARIANTS, build
 
 __all__ = [
@@ -59,7 +59,7 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
     except (ValueError, TypeError, KeyboardInterrupt):
         raise
     except BaseException as reason:  # a failed allocation, or any error in methods that a user's module overrides
-        if isinstance(reason, BrokenPipeError) and reader_gone():
+        if isinstance(reason, BrokenPipeError) and is_pipe_closed():
             raise
         raise ValueError(f"model={name!r}, rank={rank} cannot be built: {describe(reason)}") from reason
 
@@ -97,12 +97,12 @@ def user_code(failure: str, remedy: str = "") -> Iterator[None]:
     stderr.
     """
     try:
-        with streams_kept():
+        with preserve_streams():
             yield
     except KeyboardInterrupt:
         raise
     except BaseException as reason:
-        if isinstance(reason, BrokenPipeError) and reader_gone():
+        if isinstance(reason, BrokenPipeError) and is_pipe_closed():
             raise
         raise ValueError(f"{failure}: {describe(reason)}{remedy}") from reason
 

@@ -24,15 +24,15 @@ from lowmem.transforms.summary import Summary
 
 __all__ = [
     "Terminal",
+    "is_pipe_closed",
+    "preserve_streams",
     "print_json",
     "print_summary",
     "print_table",
     "progress",
-    "reader_gone",
-    "results_alone",
     "shown",
-    "streams_kept",
-    "whole",
+    "stdout_for_json",
+    "uncut_column",
 ]
 
 LEAST = 12  # least width of a wrapped column of text, in characters
@@ -55,7 +55,7 @@ def shown(text: str) -> str:
 
 
 @contextmanager
-def results_alone(wanted: bool, program: bool) -> Iterator[None]:
+def stdout_for_json(wanted: bool, program: bool) -> Iterator[None]:
     """If ``wanted``, redirect stdout to stderr in the block, except for ``print_json``.
 
     Args:
@@ -81,7 +81,7 @@ def results_alone(wanted: bool, program: bool) -> Iterator[None]:
         _results = None
 
 
-def reader_gone() -> bool:
+def is_pipe_closed() -> bool:
     """Whether stdout or stderr of the process is a pipe whose reader has closed it."""
     if not hasattr(select, "poll"):  # Windows
         return False
@@ -92,7 +92,7 @@ def reader_gone() -> bool:
 
 
 @contextmanager
-def streams_kept() -> Iterator[None]:
+def preserve_streams() -> Iterator[None]:
     """Restore stdout and stderr after a block that may close, detach, replace or remove them."""
     streams = [(name, stream, *_encoding(stream)) for name in ("stdout", "stderr") if (stream := getattr(sys, name))]
     try:
@@ -170,7 +170,7 @@ def print_summary(layers: Summary, *, grouped: bool = False, markdown: bool = Fa
         print_table(layers.columns, cells, text=text, markdown=markdown)
 
 
-def whole() -> Column:
+def uncut_column() -> Column:
     """Return the column of a number in ``progress``, which is never cut, however narrow the terminal."""
     return Column(no_wrap=True)
 

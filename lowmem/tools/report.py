@@ -29,7 +29,7 @@ from lowmem.tools.models import (
     run_model,
     shape,
 )
-from lowmem.tools.output import progress, shown, whole
+from lowmem.tools.output import progress, shown, uncut_column
 from lowmem.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def measure_variants(
     dense = make_model(name, seed=seed)
     expected = _outputs(name, dense, x)
     footprints, losses, stored, timings = {}, {}, {}, []
-    with progress(MofNCompleteColumn(table_column=whole())) as bar:
+    with progress(MofNCompleteColumn(table_column=uncut_column())) as bar:
         task = bar.add_task("variants", total=len(VARIANTS))
         for variant, label in names.items():
             if variant != BIGNET:

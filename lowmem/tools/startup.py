@@ -37,7 +37,7 @@ def guard_imports() -> None:
     """Make the command end with exit code 2 and one line if an import fails or is interrupted."""
     if not is_command():
         return
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored SIGINT stays ignored
         signal.signal(signal.SIGINT, _stop)
     # Imported after SIGINT is handled, since it takes a while; not in the hook, since a package whose import has
     # failed can no longer be imported from.
@@ -59,7 +59,7 @@ def write_error(line: str, program: bool) -> int:
         program: whether the process is the command's own, and about to end.
     """
     try:
-        if sys.stderr is not None:  # it was closed at the start
+        if sys.stderr is not None:  # None if it was closed at the start
             print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:
         return end_closed_pipe(program)

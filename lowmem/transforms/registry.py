@@ -111,12 +111,12 @@ def read_by_attention(model: nn.Module) -> set[nn.Module]:
 
 
 def refuse_peft(model: nn.Module, layers: Collection[nn.Module], *, freezes: bool) -> None:
-    """Raise where PEFT's adapters would be frozen: those around layers that are to be changed, or all of them.
+    """Raise if adapters of PEFT would be frozen: those around layers to convert, or all of them.
 
     Args:
         model: any module.
-        layers: of it, that are to be changed.
-        freezes: whether all else in the model is to be frozen.
+        layers: the layers to convert.
+        freezes: whether the rest of the model will be frozen.
 
     Raises:
         ValueError: there are such layers; the first is named.
