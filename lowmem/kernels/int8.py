@@ -24,7 +24,7 @@ BYTES_PER_NUMBER = 24
 """Peak scratch of ``round_inputs`` per input: in float32 (4 bytes), padded to at most twice as many numbers (8),
 magnitudes or products (8), and the result (4)."""
 
-_LEAST = 2.0**-100  # magnitudes are at least this for the scale: the inverse of a smaller one could be infinite
+_LEAST = 2.0**-100  # least value of a largest magnitude: inverses of smaller ones could be infinite
 _EXACT = 1e-6  # in steps: how far float32 rounding may move a level off the grid
 
 
