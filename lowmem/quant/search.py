@@ -68,7 +68,7 @@ def searched_scales(
 
 def nearest_codes(rows: Tensor, scales: Tensor, form: Format, size: int) -> Tensor:
     """Return the nearest code of each weight divided by its scale: uint8 (rows, n), n padded to an even number."""
-    divisors = spread(scales.masked_fill(scales == 0, torch.inf), size, rows.shape[-1])  # 0 / inf: the zero code
+    divisors = spread(scales.masked_fill(scales == 0, torch.inf), size, rows.shape[-1])  # w / inf = 0: the zero code
     boundaries = torch.tensor(form.boundaries, dtype=torch.float32, device=rows.device)
     codes: Tensor = torch.bucketize(rows / divisors, boundaries, out_int32=True).to(torch.uint8)
     if codes.shape[-1] % 2:

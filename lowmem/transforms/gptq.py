@@ -91,7 +91,7 @@ def quantize_gptq(weight: Tensor, technique: FourBit, hessian: Hessian) -> Quant
         torch.tensor(values, dtype=torch.float32, device=weight.device) for values in (form.levels, form.boundaries)
     )
     scales = found.encoding.decode(found.scales).T.contiguous()  # (blocks, out)
-    divisors = scales.masked_fill(scales == 0, torch.inf)  # 0 / inf: the zero code
+    divisors = scales.masked_fill(scales == 0, torch.inf)  # w / inf = 0: the zero code
     rest = weight.detach().T[hessian.order].float()  # (in, out), so that each column is contiguous
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=weight.device)
     blocks, pivots = (hessian.order // size).tolist(), upper.diagonal().tolist()
