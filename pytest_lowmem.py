@@ -1,7 +1,7 @@
 """The pytest plugin of lowmem: memory and latency gates for a user's own model.
 
-pytest imports this module at every start, in projects that never use it, too. It is no part of the package, whose
-import takes torch's time, and takes what it needs from there when a gate is used.
+pytest imports this module at every start, also in projects that never use it. It is therefore outside the package,
+whose import loads torch, and imports the package only when a gate is used.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["LatencyGate", "MemoryGate", "latency_gate", "memory_gate"]
 
 MODES = ("compare", "store", "update")
 GATES = {"latency_gate", "memory_gate"}
-CANNOT_JUDGE = 2  # the exit code where a gate has no usable baseline, model or option
+CANNOT_JUDGE = 2  # exit code if a gate fails without a verdict: bad baseline, model or option
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Explain the options in ``pytest --help``."""
+    """Add the options."""
     group = parser.getgroup("lowmem", "memory and latency gates for models (lowmem)")
     group.addoption(
         "--lowmem-baseline",
@@ -47,24 +47,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gather the verdicts of this session."""
+    """Register the plugin that collects the verdicts of this session."""
     config.pluginmanager.register(Session(config), "lowmem-session")
 
 
 @pytest.fixture
 def memory_gate(request: pytest.FixtureRequest) -> MemoryGate:
-    """Hold a model to its stored bytes: ``memory_gate(model, *inputs, name="", loss=None, **named)``."""
+    """Compare a model's bytes with the stored ones: ``memory_gate(model, *inputs, name="", loss=None, **named)``."""
     return MemoryGate(_session(request), request.node)
 
 
 @pytest.fixture
 def latency_gate(request: pytest.FixtureRequest) -> LatencyGate:
-    """Hold a model to a speed: ``latency_gate(candidate, reference, *inputs, at_least=1.0, seconds=60, **named)``."""
+    """Compare speeds: ``latency_gate(candidate, reference, *inputs, at_least=1.0, seconds=60, **named)``."""
     return LatencyGate(_session(request), request.node)
 
 
 class MemoryGate:
-    """What the fixture ``memory_gate`` gives a test."""
+    """The value of the fixture ``memory_gate``."""
 
     def __init__(self, session: Session, item: pytest.Item) -> None:
         self._session, self._test = session, _node_id(item)
@@ -78,18 +78,18 @@ class MemoryGate:
         loss: Callable[[Any], Tensor] | None = None,
         **named: Any,
     ) -> Figures:
-        """Fail the test unless a model takes exactly the bytes that are stored for it.
+        """Fail the test unless the memory figures of a model equal the stored ones.
 
         Args:
             model: any module, on any device.
             *inputs: example inputs of its forward.
             name: of this gate, where a test has several.
-            loss: makes the scalar of a training step of the model's output; None takes the output's own ``loss``, or
+            loss: returns the scalar loss of a training step for the model's output; None: the output's ``loss``, or
                 the sum of its tensors.
             **named: further example inputs of its forward.
 
         Returns:
-            The bytes of each figure.
+            The figures, in bytes, by name.
         """
         __tracebackhide__ = True
         with self._session.judging():
@@ -108,7 +108,7 @@ class MemoryGate:
 
 
 class LatencyGate:
-    """What the fixture ``latency_gate`` gives a test."""
+    """The value of the fixture ``latency_gate``."""
 
     def __init__(self, session: Session, item: pytest.Item) -> None:
         self._session, self._test = session, _node_id(item)
@@ -122,15 +122,15 @@ class LatencyGate:
         seconds: float = 60.0,
         **named: Any,
     ) -> Speedup:
-        """Fail the test unless a candidate is surely so many times as fast as a reference.
+        """Fail the test unless a candidate is at least ``at_least`` times as fast as a reference, at 99% confidence.
 
         Args:
             candidate: a module, which is called in eval mode without gradients, or another callable.
-            reference: what it is compared with, in turns.
-            *inputs: of both.
-            at_least: how many times as fast it has to be; below 1 it may be slower.
-            seconds: to spend before a gate that is undecided fails.
-            **named: further inputs of both.
+            reference: a module or callable to compare with, in turns.
+            *inputs: positional arguments of both.
+            at_least: how many times as fast the candidate must be; below 1 it may be slower.
+            seconds: after which an undecided gate fails.
+            **named: keyword arguments of both.
 
         Returns:
             The ratio with its interval.
@@ -155,7 +155,7 @@ class LatencyGate:
 
 
 class Session:
-    """The gates of one session, and what its end does with them; with pytest-xdist the controller alone writes."""
+    """The gates of one session, and its hooks. With pytest-xdist only the controller writes baselines."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -167,7 +167,7 @@ class Session:
         self._passed: set[str] = set()
 
     def memory(self) -> MemoryGates:
-        """Return the memory gates, which the first one brings into being."""
+        """Return the memory gates; they are created on the first call."""
         if self._memory is None:
             from lowmem.testing.gates import MemoryGates
 
@@ -178,7 +178,7 @@ class Session:
 
     @contextmanager
     def judging(self) -> Iterator[None]:
-        """Fail the test in one line where a gate cannot judge, and the session with exit code 2."""
+        """Where a gate cannot judge, fail the test with one line and the session with exit code 2."""
         __tracebackhide__ = True
         try:
             yield
@@ -188,25 +188,25 @@ class Session:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Let gates run with ``--benchmark-only``: they are measurements, though without the fixture it asks for."""
+        """Run gates under ``--benchmark-only``, which skips tests without the fixture of pytest-benchmark."""
         for item in items:
             if GATES.intersection(getattr(item, "fixturenames", ())):
                 item.own_markers[:] = [mark for mark in item.own_markers if not _is_benchmark_only(mark)]
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
-        """Remember which tests there are, selected or not."""
+        """Record all collected tests, selected or not."""
         self._collected.add(_node_id(item))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Remember which tests ran to their end."""
+        """Record the tests that ran to their end."""
         result = yield
         self._passed.add(_node_id(item))
         return result
 
     @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, in the controller
     def pytest_testnodedown(self, node: Any) -> None:
-        """Take over what a worker measured."""
+        """Merge the results of a worker."""
         handed = json.loads(getattr(node, "workeroutput", {}).get("lowmem", "{}"))
         self.latency += handed.get("latency", [])
         self.errors += handed.get("errors", [])
@@ -214,7 +214,7 @@ class Session:
             self.memory().merge(handed["memory"])
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Store what is to be stored; a worker hands it over."""
+        """Write the baselines; a worker sends its results to the controller instead."""
         if self._memory is not None:
             partial = any("::" in argument for argument in self.config.args) or self.config.getoption("lf", False)
             files = set() if partial else {test.partition("::")[0] for test in self._collected}
@@ -235,7 +235,7 @@ class Session:
             session.exitstatus = CANNOT_JUDGE
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Show what each gate saw."""
+        """Print the verdict of each gate."""
         write = terminalreporter.write_line
         memory = self._memory
         if memory is not None and memory.rows:

@@ -1,4 +1,4 @@
-"""``lowmem COMMAND ...``, the same as ``python -m lowmem COMMAND ...``."""
+"""The command line: ``lowmem COMMAND ...`` or ``python -m lowmem COMMAND ...``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lowmem.errors import describe, one_line, reason
 from lowmem.tools import COMMANDS
-from lowmem.tools.output import results_alone
+from lowmem.tools.output import stdout_for_json
 from lowmem.tools.startup import end_closed_pipe, write_error
 from lowmem.version import __version__
 
@@ -26,7 +26,7 @@ __all__ = ["main"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose error is one line, and which does not hide that its output could not be written."""
+    """An ArgumentParser whose errors are one line, and which raises errors of writing its output."""
 
     def error(self, message: str) -> NoReturn:
         see = f" (see {self.prog} --help)"
@@ -39,7 +39,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 a check failed, 2 usage or bad input.
 
-    Without ``argv`` it is the program itself, which SIGPIPE ends where nobody reads its output any more.
+    Without ``argv`` this process is the command's own: its arguments are ``sys.argv[1:]``, and SIGPIPE ends it when
+    the reader of its output has closed the pipe.
     """
     program = argv is None
     given = sys.argv[1:] if argv is None else argv
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminated_as_interrupted(program):
             if program:
-                sys.excepthook = sys.__excepthook__  # the one of the imports, which are done
+                sys.excepthook = sys.__excepthook__  # removes the hook for the imports
                 _prepare_streams()
             return _run(given, program)
     except BrokenPipeError:
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminated_as_interrupted(program: bool) -> Iterator[None]:
-    """Let a command that is told to end clean up, as Ctrl-C does; what is ignored (by nohup, say) stays so."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C, so that commands clean up; ignored signals (nohup) stay ignored."""
     names = ("SIGINT", "SIGTERM", "SIGHUP") if program else ("SIGTERM", "SIGHUP")
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -76,9 +77,9 @@ def _terminated_as_interrupted(program: bool) -> Iterator[None]:
 
 
 def _prepare_streams() -> None:
-    """Stand in for a stdout or stderr that was closed at the start: no other file may get its number.
+    """Open the null device for a closed stdout or stderr, so that no other file gets its descriptor.
 
-    What stdout cannot encode is escaped, as Python does for stderr.
+    Characters that stdout cannot encode are escaped, as Python does for stderr.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -106,13 +107,13 @@ def _run(argv: Sequence[str], program: bool) -> int:
     try:
         arguments = parser.parse_args(argv)
     finally:
-        sys.stdout.flush()  # --help, to a pipe that may be closed
+        sys.stdout.flush()  # raises if --help is written to a closed pipe
     run = import_module(f"lowmem.tools.{arguments.command}").run
     try:
-        with results_alone(getattr(arguments, "json", False), program):
+        with stdout_for_json(getattr(arguments, "json", False), program):
             code: int = run(arguments)
             sys.stdout.flush()
-    except SystemExit as stop:  # no command calls it: the user's model did
+    except SystemExit as stop:  # from the user's model, since no command raises it
         raise ValueError(f"the model ended the program ({describe(stop)}); remove its sys.exit") from stop
     return code
 

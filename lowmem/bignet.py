@@ -33,7 +33,7 @@ class Block(nn.Module):
 class BigNet(nn.Sequential):
     """Six residual blocks of three 1024 x 1024 linear layers, with a LayerNorm between blocks.
 
-    It maps (..., 1024) to (..., 1024) and knows nothing of compression.
+    It maps (..., 1024) to (..., 1024), in plain torch.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What errors say: one line that names the value; no control characters, and none of the C++ text that torch adds."""
+"""Formats errors as one line that names the value, without control characters and torch's C++ traces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import reprlib
 
 __all__ = ["LIMIT", "FileError", "describe", "one_line", "printable", "quoted", "reason", "refusal", "show"]
 
-LIMIT = 298  # characters of a line without its line end
+LIMIT = 298  # characters of an error line, without its line end
 
 _OUT_OF_MEMORY = "out of memory"
 _ALLOCATOR = re.compile(r"(\[enforce fail at [^]]*\].*?)?DefaultCPUAllocator: .*|std::bad_alloc", re.DOTALL)
@@ -16,21 +16,21 @@ _CPP = re.compile(r"\[enforce fail at [^]]*\]\s*|\s*\(?(Exception raised from |C
 
 
 class FileError(ValueError):
-    """A file is damaged, or not of the kind that is read here; the message says which, and what to do."""
+    """A file is damaged, or not of the expected kind; the message names the file and the remedy."""
 
 
 def refusal(path: str | os.PathLike[str], reason: str, task: str = "read") -> FileError:
-    """Return the error that says why a file is not read: one line, whatever text of the file the reason repeats."""
+    """Return the error for a file that is rejected: one line, even if ``reason`` quotes text of the file."""
     return FileError(f"cannot {task} {quoted(path)}: {printable(reason, 500)}")
 
 
 def printable(text: str, limit: int = 200) -> str:
-    r"""Return text of any origin as a message or a table can show it: one line of at most ``limit`` characters.
+    r"""Return text from a user or file as one line of at most ``limit`` characters, for a message or table.
 
-    Control, bidirectional and other invisible characters and lone surrogates are written as ``\x1b`` or ``\u202e``,
-    and ``...`` takes the place of the middle of what is too long. Backslashes stay, so that escaped text does too.
+    Control, bidirectional and other invisible characters and lone surrogates are escaped as ``\x1b`` or ``\u202e``;
+    the middle of a long text is replaced by ``...``. Backslashes are not escaped: escaped text does not change.
     """
-    if len(text) > 2 * limit:  # don't escape what is cut out below
+    if len(text) > 2 * limit:  # avoids escaping what is cut out below
         text = text[:limit] + text[-limit:]
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -41,7 +41,7 @@ def printable(text: str, limit: int = 200) -> str:
 
 
 def quoted(path: str | os.PathLike[str]) -> str:
-    """Return a path as an error shows it."""
+    """Return a path in quotes, for errors."""
     return printable(repr(os.fspath(path)), 400)
 
 
@@ -51,17 +51,17 @@ _REPR.maxtuple = _REPR.maxlist = 8
 
 
 def show(value: object) -> str:
-    """Return a value as an error shows it: a string in quotes, and short, whatever it is."""
+    """Return a short repr of any value, for errors."""
     return printable(_REPR.repr(value))
 
 
 def one_line(text: str, taken: int = 0) -> str:
-    """Return text of any origin as a line that a terminal can show, of which so many characters are taken."""
+    """Return text as one printable line of at most ``LIMIT - taken`` characters."""
     return printable(" ".join(text.split()), LIMIT - taken)
 
 
 def reason(error: BaseException) -> str:
-    """Return what a command says of the error that ended it."""
+    """Return the message of a command for the exception that ended it."""
     if isinstance(error, MemoryError | RuntimeError) and _OUT_OF_MEMORY in (said := describe(error)).lower():
         return f"{said}; free memory, or take a smaller model, batch, shape or file"
     expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
@@ -69,7 +69,7 @@ def reason(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return the type and the first line of an exception of any origin, in at most 120 characters."""
+    """Return the type and the first line of any exception, in at most 120 characters."""
     text = _OUT_OF_MEMORY if isinstance(error, MemoryError) else _without_cpp(_text(error)).strip()
     if text == _OUT_OF_MEMORY:
         return text
@@ -80,7 +80,7 @@ def describe(error: BaseException) -> str:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except (Exception, SystemExit) as failure:  # noqa: BLE001  a user's exception can be broken, too
+    except (Exception, SystemExit) as failure:  # noqa: BLE001  a user's exception may have a broken __str__
         return f"its text cannot be shown: {type(failure).__name__}"
 
 

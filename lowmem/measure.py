@@ -1,8 +1,8 @@
-"""What a model costs and how close another comes: bytes, peak memory, error. Torch only.
+"""Measures bytes and peak memory of a model, and the difference of two outputs. Needs torch only.
 
-Peak memory is the same in every run, and exact for what operations return: every storage is counted when it
-appears and discounted when it is freed. A workspace that an operation takes and gives back inside itself (a
-oneDNN convolution or LSTM has large ones) is not seen. On CUDA the allocator's own figures are taken.
+Peak memory is deterministic, and exact for the outputs of operations: every storage is added when it appears and
+subtracted when it is freed. Workspaces inside an operation (large ones in oneDNN's convolutions and LSTMs) are not
+counted. On CUDA the figures of the caching allocator are used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Counts:
-    """Elements of the distinct parameters, as they are stored: two 4-bit codes are one uint8 element."""
+    """Elements of the distinct parameters as stored: two 4-bit codes are one uint8 element."""
 
     trainable: int
     frozen: int
@@ -51,7 +51,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one output is from another: largest and mean magnitude, and the ratio of the norms."""
+    """The difference of two outputs: its largest and mean magnitude, and its norm relative to that of the base."""
 
     max: float
     mean: float
@@ -65,14 +65,14 @@ def counts(model: nn.Module) -> Counts:
 
 
 def weight_count(model: nn.Module) -> int:
-    """Count the weights that the model stands for, however few bytes hold them.
+    """Count the weights of the dense model, whatever the storage: two 4-bit codes are two weights.
 
-    A module that stores them in another shape says how many in an attribute ``weight_count``, and holds
-    them in its first parameter. A parameter that two modules share is counted once.
+    A module that packs its weights declares their number in an attribute ``weight_count``, and stores them in its
+    first parameter. Shared parameters are counted once.
     """
     declared = 0
     own: dict[nn.Parameter, int] = {}
-    stored: set[nn.Parameter] = set()  # what the declared counts are of
+    stored: set[nn.Parameter] = set()  # parameters of modules with a declared count
     for module in model.modules():
         count = getattr(module, "weight_count", None)
         parameters = list(module.parameters(recurse=False))
@@ -96,9 +96,9 @@ def actual_bytes(model: nn.Module) -> int:
 
 
 def forward_bytes(model: nn.Module, *inputs: Any, **named: Any) -> int:
-    """Return the peak bytes beyond model and inputs of one inference forward, its output included.
+    """Return the peak bytes of one inference forward beyond model and inputs, its output included.
 
-    The model is left as it was: mode, gradients, buffers and torch's generator.
+    The model's mode, gradients and buffers and torch's generator are restored.
     """
 
     def run() -> object:
@@ -110,27 +110,27 @@ def forward_bytes(model: nn.Module, *inputs: Any, **named: Any) -> int:
 
 
 def backward_bytes(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **named: Any) -> int:
-    """Return the peak bytes beyond model and inputs of one forward and backward, gradients included.
+    """Return the peak bytes of one forward and backward beyond model and inputs, gradients included.
 
-    Where nothing trains, that is what the forward alone needs. The model is left as it was: mode, gradients, buffers
-    and torch's generator.
+    For a model without trainable parameters, that is the peak of the forward alone. The model's mode, gradients and
+    buffers and torch's generator are restored.
 
     Args:
         model: any module.
-        *inputs: tensors, or anything that holds some.
-        loss: makes a scalar of the model's output; None takes the output's own ``loss``, or the sum of its tensors.
-        **named: further inputs.
+        *inputs: positional arguments: tensors, or structures that hold some.
+        loss: returns a scalar for the model's output; None: the output's ``loss``, or the sum of its tensors.
+        **named: keyword arguments.
 
     Raises:
-        TypeError: the model returns no tensor, or ``loss`` no scalar with a gradient.
+        TypeError: the model returns no tensor, or ``loss`` returns no scalar with a gradient.
     """
 
-    with torch.inference_mode(False):  # where the caller is in it, a detached tensor could not be saved for backward
+    with torch.inference_mode(False):  # inside the caller's, detached tensors could not be saved for backward
         inputs, named = tree_map_only(Tensor, Tensor.detach, (inputs, named))
 
     def run() -> None:
         with torch.inference_mode(False), torch.enable_grad():
-            losses = _losses(model, model(*inputs, **named), loss)  # which do not hold the output
+            losses = _losses(model, model(*inputs, **named), loss)  # does not keep the output alive
             if losses:
                 torch.autograd.backward(losses)
 
@@ -139,10 +139,10 @@ def backward_bytes(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in mappings, sequences, dataclasses and what torch's pytrees know, nested in any way."""
+    """Yield the tensors in nested mappings, sequences, dataclasses and types that torch's pytrees know."""
     if isinstance(value, Tensor):
         yield value
-    elif is_dataclass(value) and not isinstance(value, type):  # Hugging Face's are mappings, too
+    elif is_dataclass(value) and not isinstance(value, type):  # first: Hugging Face's are mappings, too
         yield from tensors_in([getattr(value, own.name) for own in fields(value)])
     elif isinstance(value, Mapping):
         yield from tensors_in(list(value.values()))
@@ -153,7 +153,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _losses(model: nn.Module, output: Any, loss: Callable[[Any], Tensor] | None) -> list[Tensor]:
-    """Return the scalars to differentiate; none where nothing in the output has a gradient."""
+    """Return the scalars to differentiate; none if no tensor of the output requires a gradient."""
     if loss is not None and any(p.requires_grad for p in model.parameters()):
         scalar = loss(output)
         if not (isinstance(scalar, Tensor) and scalar.numel() == 1 and scalar.requires_grad):
@@ -172,13 +172,13 @@ def _losses(model: nn.Module, output: Any, loss: Callable[[Any], Tensor] | None)
 
 
 def _device(model: nn.Module, inputs: Any, named: Any) -> torch.device | None:
-    """Return where a model runs: on the device of its first parameter, or else of its first input."""
+    """Return the device of the model's first parameter, or else of the first input."""
     tensors = itertools.chain(model.parameters(), tensors_in([inputs, named]))
     return next((tensor.device for tensor in tensors), None)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device | None = None) -> int:
-    """Return the peak of the bytes that ``run`` allocates and has not freed, what it returns included."""
+    """Return the peak of the bytes that ``run`` has allocated and not yet freed, its result included."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -193,7 +193,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device | None = None) ->
 
 
 def difference(base: Tensor, other: Tensor) -> Difference:
-    """Compare two outputs of one shape, in float64, or in complex128 where one is complex.
+    """Compare two outputs of the same shape in float64, or in complex128 if one is complex.
 
     Raises:
         ValueError: their shapes differ.
@@ -211,21 +211,20 @@ def difference(base: Tensor, other: Tensor) -> Difference:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that operations allocate while it is active, and their peak.
+    """Tracks the bytes of the storages that operations allocate while it is active, and their peak.
 
-    What existed before is not counted. What an operation allocates and frees inside itself (a
-    workspace of a matrix product) is not seen.
+    Storages that existed before are not counted, nor are workspaces inside an operation.
 
     Attributes:
-        current: bytes that are allocated now.
-        peak: the most that ``current`` ever was.
+        current: bytes allocated now.
+        peak: the largest value of ``current``.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
-        self._known: dict[int, int | None] = {}  # storage -> bytes counted; None: it is from before
+        self._known: dict[int, int | None] = {}  # storage -> counted bytes; None: existed before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
@@ -245,7 +244,7 @@ class PeakMemory(TorchDispatchMode):
             self._known[key] = 0 if new else None
             weakref.finalize(storage, self._forget, key).atexit = False
         counted = self._known[key]
-        if new and counted is not None:  # again when an operation has resized a storage that is counted
+        if new and counted is not None:  # also when an operation has resized a counted storage
             self.current += storage.nbytes() - counted
             self._known[key] = storage.nbytes()
 
@@ -259,7 +258,7 @@ def _tensors(model: nn.Module) -> set[Tensor]:
 
 @contextmanager
 def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put the model in a mode, without gradients, and give everything back as it was."""
+    """Set the model's mode and clear its gradients; restore mode, gradients, buffers and generator at the end."""
     modes = {module: module.training for module in model.modules()}
     gradients = {p: p.grad for p in model.parameters()}
     buffers = {module: dict(module._buffers) for module in model.modules()}
@@ -267,7 +266,7 @@ def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     with torch.random.fork_rng():
         try:
             model.train(training)
-            for module in buffers:  # a forward may write to its buffers, or put others in their place
+            for module in buffers:  # copies, since a forward may write to its buffers or replace them
                 module._buffers.update({k: copies.get(b, b) for k, b in module._buffers.items() if b is not None})
             for parameter in gradients:
                 parameter.grad = None

@@ -1,4 +1,4 @@
-"""The named variants of a model: each is a tuple of techniques. A new variant is one line."""
+"""The named variants of a model, each a tuple of techniques. A new variant is one line here."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def techniques_of(name: str, rank: int | None = None) -> tuple[Technique, ...]:
     """Return ``VARIANTS[name]``, with another LoRA rank if one is given.
 
     Raises:
-        ValueError: an unknown variant (the choices are listed), a bad rank, or a rank for a variant
-            that has no LoRA.
+        ValueError: an unknown variant (the choices are listed), a bad rank, or a rank for a variant without LoRA.
     """
     if name not in VARIANTS:
         raise ValueError(f"variant={name!r} is unknown: choose from {', '.join(VARIANTS)}")
@@ -54,16 +53,19 @@ def techniques_of(name: str, rank: int | None = None) -> tuple[Technique, ...]:
 def build(
     name: str, factory: Callable[[], nn.Module] = BigNet, *, seed: int = 0, rank: int | None = None
 ) -> nn.Module:
-    """Build a variant. The same seed gives every variant the same weights to start from.
+    """Build a variant. All variants with the same seed are converted from the same weights.
 
     Args:
         name: a key of ``VARIANTS``.
         factory: makes the float32 model.
-        seed: of torch's generator while the model is made; the caller's generator is not touched.
-        rank: another LoRA rank than the variant's.
+        seed: of torch's generator while the model is built; the global generator's state is restored.
+        rank: LoRA rank; None: the variant's own.
+
+    Returns:
+        The model, in the training or evaluation mode of ``factory``.
 
     Raises:
-        ValueError: as ``techniques_of`` and ``convert``.
+        ValueError: an unknown variant, a bad rank or a rank without LoRA; or what ``convert`` rejects.
     """
     techniques = techniques_of(name, rank)
     with torch.random.fork_rng(devices=[]):

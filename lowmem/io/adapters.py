@@ -1,4 +1,4 @@
-"""Save one adapter alone, and load it onto the base that it was trained on."""
+"""Saves an adapter without its base, and loads it onto the base that it was trained on."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lowmem.nn.frozen_linear import FrozenStorage
 from lowmem.nn.lora import LoRA, LoRALinear
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_adapter, check_name
 from lowmem.transforms.convert import one_at_a_time
-from lowmem.transforms.registry import layer_name, places, why_left_in
+from lowmem.transforms.registry import layer_name, module_paths, skip_reason_in
 
 __all__ = ["fingerprint", "load_adapter", "save_adapter"]
 
 
 @one_at_a_time
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
-    """Save one adapter of a model, without its base, as a safetensors file: whole, or not at all.
+    """Save one adapter of a model, without its base, as a safetensors file. The write is atomic.
 
     Args:
         model: has the adapter.
-        path: of the file; what was there is replaced.
-        name: of the adapter; None where there is one only.
+        path: of the file; an existing file is replaced.
+        name: of the adapter; None: the only one.
 
     Raises:
         TypeError: the model is not a module.
-        ValueError: no such adapter, or several and no name.
-        OSError: the file cannot be written; what was there is whole.
+        ValueError: no such adapter, or ``name=None`` with several.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     if name is None:
         names = adapter_names(model)
@@ -58,13 +58,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
     """Load an adapter onto the base that it was trained on.
 
-    Where the model has an adapter of that name, of the same layers and ranks, it takes the file's values;
-    else a new one is added, active, beside those that there are.
+    If the model has an adapter of that name with the same layers, ranks, alphas and dropouts, its values are
+    replaced; otherwise a new, active adapter is added.
 
     Args:
-        model: the base, adapted already or not.
+        model: the base, with or without adapters.
         path: of a file that ``save_adapter`` wrote.
-        name: for the adapter here; None keeps its own.
+        name: of the adapter in the model; None: the name in the file.
 
     Returns:
         The model, changed in place; or the adapted layer, when the root itself was the layer.
@@ -73,9 +73,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         TypeError: the model is not a module.
         FileError: the file is damaged, of another kind or version, or does not fit the model: another base,
             architecture, rank, shape or dtype. The model is left as it was.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
-    found = places(model)
+    found = module_paths(model)
     by_path = {place: module for module, paths in found.items() for place in paths}
     file = read(path)
     try:
@@ -86,7 +86,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         check_name(name)
         _check_fits(model, by_path, records, file.tensors, base)
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
-        own = {found[by_path[place]][0]: place for place in records}  # the model's path of a layer: the file's
+        own = {found[by_path[place]][0]: place for place in records}  # a layer's first path: its path in the file
         if len(own) < len(records):
             raise ValueError("it adapts two layers that are one here: it is of another architecture")
         if present and {at: part.technique for at, part in present.items()} != {
@@ -113,13 +113,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 
 @one_at_a_time
 def fingerprint(model: nn.Module, paths: list[str]) -> str:
-    """Return the SHA-256 of what the layers at these paths store without their adapters, and of how they store it."""
-    by_path = {place: module for module, all_paths in places(model).items() for place in all_paths}
+    """Return the SHA-256 of the bases of the layers at ``paths``: stored tensors, and how they are stored."""
+    by_path = {place: module for module, all_paths in module_paths(model).items() for place in all_paths}
     sha256 = hashlib.sha256()
     for path in sorted(paths):
         base = base_of(by_path[path])
         record = how_stored(base) if isinstance(base, FrozenStorage) else {}
-        record.pop("method", None)  # the same bytes, however they were found
+        record.pop("method", None)  # it does not change how bytes are decoded
         sha256.update(repr((path, sorted(record.items()))).encode())
         recorded = format_keys(base)
         for name, value in sorted(base.state_dict().items()):
@@ -157,12 +157,12 @@ def _check_fits(
     base: str,
 ) -> None:
     expected: set[str] = set()
-    leaves = why_left_in(model)
+    skip_reason = skip_reason_in(model)
     for place, technique in records.items():
         layer: Any = by_path.get(place)
         if layer is None:
             raise ValueError(f"it adapts {layer_name(place)}, which the model has not: it is of another architecture")
-        why = None if isinstance(layer, LoRALinear) else leaves(LoRA, layer)
+        why = None if isinstance(layer, LoRALinear) else skip_reason(LoRA, layer)
         if why is not None:
             raise ValueError(f"it adapts {layer_name(place)}, which is a {type(layer).__name__} here: {why}")
         check_adapter(_key(place, ""), technique, layer, tensors)

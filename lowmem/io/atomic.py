@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and opening one that is a file indeed."""
+"""Atomic writes, and opening regular files only."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 PARTIAL = ".lowmem-*.partial"
-"""The name of a file that is being written: a pattern for those who list directories."""
+"""Glob pattern of the names of files that are being written."""
 
 
 def check_writable(path: Path) -> None:
@@ -49,23 +49,23 @@ def check_writable(path: Path) -> None:
 
 
 def check_free(path: Path) -> None:
-    """Raise a FileExistsError if there is anything at ``path``, a dangling link too."""
+    """Raise a FileExistsError if anything is at ``path``, also a dangling symbolic link."""
     if os.path.lexists(path):
         raise FileExistsError(f"{quoted(path)} exists; remove it or choose another name")
 
 
 @contextmanager
 def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRandom]:
-    """Open a new file for writing and reading that gets its name ``path`` when the block ends.
+    """Open a new file for writing and reading that is renamed to ``path`` when the block ends.
 
-    Until then it lies beside it under the name of a partial file. An error or an interruption removes that, and
-    leaves what was there before; what a killed process left, the next save to ``path`` removes. A file that is
-    replaced keeps its permissions, a new one has those that the umask leaves. What the block itself raises is
-    passed on as it is: ``write_errors`` is for it.
+    Until then it has the name of a partial file in the same directory. An error or interruption removes it and leaves
+    the old file as it was; a partial file of a killed process is removed by the next write to ``path``. A replaced
+    file keeps its permissions; a new file gets those of the umask. Errors that the block raises are passed on
+    unchanged; wrap its writes in ``write_errors``.
 
     Raises:
-        FileExistsError: something is there, or came to be meanwhile, and ``overwrite`` is False.
-        OSError: it cannot be written.
+        FileExistsError: ``overwrite`` is False and ``path`` exists, or was created meanwhile.
+        OSError: the file cannot be written.
     """
     path = _target(path) if overwrite else path
     _remove_leftovers(path)
@@ -78,18 +78,18 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
                 with suppress(OSError):  # not every file system has permissions
                     os.chmod(partial, mode & 0o777)
             os.fsync(file.fileno())
-            if fcntl is None:  # Windows renames no open files; elsewhere the lock is held until it is done
+            if fcntl is None:  # Windows cannot rename open files; elsewhere the lock is held until after the rename
                 file.close()
             _rename(partial, path, overwrite)
     _sync_directory(path.parent)
 
 
 def write_atomically(path: Path, content: bytes, *, overwrite: bool = True) -> None:
-    """Write a file; an error or an interruption leaves what was there before.
+    """Write a file; an error or interruption leaves the old file as it was.
 
     Raises:
-        FileExistsError: something is there, or came to be meanwhile, and ``overwrite`` is False.
-        OSError: it cannot be written.
+        FileExistsError: ``overwrite`` is False and ``path`` exists, or was created meanwhile.
+        OSError: the file cannot be written.
     """
     with atomic_file(path, overwrite=overwrite) as file, write_errors(path):
         file.write(content)
@@ -97,7 +97,7 @@ def write_atomically(path: Path, content: bytes, *, overwrite: bool = True) -> N
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into one that names the file and what to do, but a FileExistsError."""
+    """Turn an OSError of the block, except FileExistsError, into one that names the file and the remedy."""
     try:
         yield
     except FileExistsError:
@@ -110,7 +110,7 @@ def write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into one that names the file and what to do."""
+    """Turn an OSError of the block into one that names the file and the remedy."""
     try:
         yield
     except OSError as reason:
@@ -118,13 +118,13 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading, without waiting where it is a pipe.
+    """Open a regular file for reading; a pipe does not block.
 
     Raises:
-        OSError: there is none, it is no regular file, or it cannot be read.
+        OSError: the file does not exist, is no regular file, or cannot be read.
     """
     with read_errors(path):
-        # O_NONBLOCK: a pipe opens at once, and is then refused; regular files know no such thing.
+        # O_NONBLOCK opens a pipe at once, which is then rejected; it has no effect on regular files.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -133,11 +133,11 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def map_file(path: Path, file: BufferedReader, size: int) -> mmap.mmap:
-    """Map the first ``size`` bytes of a file into memory; what is changed in them is changed there only.
+    """Map the first ``size`` bytes of a file into memory, copy-on-write.
 
     Raises:
         FileError: the file is shorter.
-        OSError: it cannot be mapped.
+        OSError: the file cannot be mapped.
     """
     try:
         with read_errors(path):
@@ -146,56 +146,57 @@ def map_file(path: Path, file: BufferedReader, size: int) -> mmap.mmap:
         raise refusal(path, "it was cut while it was read; get it again") from None
 
 
-# A partial file is locked while it is written, and its name says for which file it is: one that is not locked is what
-# a killed process left. Where files cannot be locked the name says nothing, and the file is never taken for that.
-# Containers of one machine see each other's locks, and so do clients of one NFS server, unless it is mounted with
-# local locks.
+# A partial file is locked while it is written, and its name holds a hash of the target's name. One without a lock was
+# left by a killed process, and is removed. Where files cannot be locked the name has no hash, so that the file is
+# never removed as a leftover. Locks are visible to all containers of one machine and to all clients of an NFS server,
+# unless it is mounted with local locks.
 
 
-def _marks(path: Path) -> str:
+def _name_hash(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16] + "-"
 
 
 @contextmanager
 def _partial_file(path: Path, mode: int) -> Iterator[tuple[BufferedRandom, Path]]:
-    """Create a file beside ``path``, locked if that is possible; it is gone at the end, if it was not renamed."""
-    for marks in (_marks(path), _marks(path), ""):  # the second if another process took the first for a leftover
-        partial = path.with_name(PARTIAL.replace("*", marks + secrets.token_hex(8)))
+    """Create a file beside ``path``, locked if possible; at the end it is removed unless it was renamed."""
+    # The second try is for when another process removed the first file as a leftover, before it was locked.
+    for name_hash in (_name_hash(path), _name_hash(path), ""):
+        partial = path.with_name(PARTIAL.replace("*", name_hash + secrets.token_hex(8)))
         try:
             with write_errors(path):
-                # tempfile's files do not follow the umask
+                # not tempfile, which ignores the umask
                 file = open(partial, "x+b", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
             try:
-                if not marks or _lock(file):
+                if not name_hash or _lock(file):
                     yield file, partial
                     return
             finally:
-                with suppress(OSError):  # flushes again what could not be written
+                with suppress(OSError):  # close flushes again what could not be written
                     file.close()
         finally:
-            with suppress(OSError):  # gone when it was renamed
+            with suppress(OSError):  # it has been renamed
                 partial.unlink()
 
 
 def _lock(file: BufferedRandom) -> bool:
-    """Lock a file until it is closed or its process ends; return whether that worked, and the file is still there."""
+    """Lock a file until it is closed or the process ends; return whether that worked and the file still exists."""
     if fcntl is None:
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # not every file system can
+    except OSError:  # the file system has no locks
         return False
     return os.fstat(file.fileno()).st_nlink > 0
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the partial files of ``path`` that nobody writes any more, as far as that is possible."""
+    """Remove partial files of ``path`` that killed processes have left, as far as possible."""
     if fcntl is None:
         return
-    pattern = re.compile(re.escape(PARTIAL).replace(r"\*", f"{_marks(path)}[0-9a-f]{{16}}"))
+    pattern = re.compile(re.escape(PARTIAL).replace(r"\*", f"{_name_hash(path)}[0-9a-f]{{16}}"))
     with suppress(OSError):  # the directory cannot be listed
         for name in filter(pattern.fullmatch, os.listdir(path.parent)):
-            with suppress(OSError):  # locked, of another user, no file, or gone
+            with suppress(OSError):  # it is locked, of another user, no file, or has been removed
                 descriptor = os.open(path.with_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -219,14 +220,14 @@ def _rename(partial: Path, path: Path, overwrite: bool) -> None:
         os.replace(partial, path)
         return
     try:
-        os.link(partial, path)  # unlike a rename, never overwrites
-    except OSError:  # it exists, or this file system has no hard links
+        os.link(partial, path)  # never overwrites, unlike rename
+    except OSError:  # path exists, or the file system has no hard links
         check_free(path)
         os.rename(partial, path)
 
 
 def _sync_directory(directory: Path) -> None:
-    with suppress(OSError):  # not every system can: the file is whole, its new name may be lost in a crash
+    with suppress(OSError):  # where unsupported, a crash may lose the rename, but both files are whole
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -235,4 +236,4 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _target(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # a link stays, and what it points to is written
+    return Path(os.path.realpath(path))  # a symbolic link is kept, and its target is written

@@ -1,8 +1,8 @@
-"""Save converted models, load them without ever holding the dense weights, and the same for adapters alone.
+"""Saves converted models, and loads them without ever holding the dense weights.
 
-A file holds each distinct tensor once, and of each converted layer how it is stored (``docs/format.md``). To load,
-the model is built on the meta device, its layers become shells of the converted ones, and the file's tensors, mapped
-into memory, take the place of the shells' parameters: nothing is copied, or changed before all of it fits.
+A file holds each distinct tensor once, and records how each converted layer is stored (``docs/format.md``). To load,
+a skeleton of the converted model is built on the meta device, and its parameters are replaced by the memory-mapped
+tensors of the file, after all of them were checked. Nothing is copied.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from lowmem.nn.frozen_linear import FrozenStorage
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRALinear
 from lowmem.transforms.convert import one_at_a_time
-from lowmem.transforms.registry import MADE_BY, places
+from lowmem.transforms.registry import MADE_BY, module_paths
 
 __all__ = ["base_of", "how_stored", "load", "save"]
 
 
 @one_at_a_time
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Save a model, converted or not, as one safetensors file: whole, or not at all.
+    """Save a model, converted or not, as one safetensors file. The write is atomic.
 
-    Tensors that several names share are stored once. What a merged adapter's base was is stored, and that the
-    adapter is active; not that it is merged. The same model gives the same bytes.
+    Shared tensors are stored once. A merged adapter is stored unmerged, and as active. The same model always gives
+    the same bytes.
 
     Args:
-        model: any module whose state is tensors.
-        path: of the file; what was there is replaced, even if the model's own tensors are mapped from it.
+        model: any module whose state_dict holds only tensors.
+        path: of the file; an existing file is replaced, even if the model's own tensors are mapped from it.
 
     Raises:
         TypeError: the model is not a module.
-        RuntimeError: stored tensors of another layout than their layer's; nothing is written.
-        ValueError: a state that is not all tensors, or tensors without values.
-        OSError: the file cannot be written; what was there is whole.
+        RuntimeError: the stored tensors of a layer do not have its layout; nothing is written.
+        ValueError: a state that is no tensor, or a tensor without values.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    layers = {module: paths[0] for module, paths in places(model).items() if type(module) in MADE_BY}
-    recorded = format_keys(model)  # of what ``layers`` says below
+    layers = {module: paths[0] for module, paths in module_paths(model).items() if type(module) in MADE_BY}
+    recorded = format_keys(model)  # skipped: ``metadata`` holds the formats
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:
             continue
@@ -58,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             tensors[name] = value
             seen.add(id(value))
     stored: dict[str, Any] = {}
-    known: dict[int, Any] = {}  # by what is stored of a weight: its record, which goes for layers that share it, too
+    known: dict[int, Any] = {}  # id of a stored weight -> its record; layers that share it need none of their own
     adapters: dict[str, Any] = {}
     for layer, place in layers.items():
         base = base_of(layer)
@@ -76,28 +76,28 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model and take its tensors from a file that ``save`` or ``lowmem quantize`` wrote.
+    """Build a model with the tensors of a file that ``save`` or ``lowmem quantize`` wrote.
 
-    The tensors are views of the file, mapped into memory: pages are read as they are used, and changes stay in this
-    process. Parameters that ``factory`` makes are put on the meta device as they are made; buffers are not, so
-    that those which are no part of the state are what the factory says.
+    The tensors are views of the memory-mapped file: pages are read on first use, and changes stay in this process.
+    The parameters of ``factory`` are moved to the meta device as it creates them. Its buffers are not, so that
+    non-persistent ones keep their values.
 
-    Don't change the file in place while the model is in use: its weights would change, and where the file was cut,
-    the system ends the process that reads them (SIGBUS). Saving over it is safe: that puts a new file in its place.
+    Don't change the file in place while the model is in use: its weights would change, and reading a part that was
+    cut off ends the process (SIGBUS). ``save`` to the same path is safe: it replaces the file.
 
     Args:
         path: a file, or the ``.index.json`` of a sharded one.
         factory: makes the dense model that was converted; called once.
 
     Returns:
-        The model as it was saved, in the mode that ``factory`` left it in. What ``convert`` lets train, trains,
-        whatever was frozen by hand.
+        The model as it was saved, in the training or evaluation mode of ``factory``. Parameters require gradients as
+        after ``convert``, even if they were frozen later.
 
     Raises:
         TypeError: ``factory`` is not callable, or returned no module.
         FileError: the file is damaged, of another kind or version, or holds another model than ``factory`` makes: the
             layers, names, shapes or dtypes that differ are named.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     if not callable(factory):
         raise TypeError(f"factory={type(factory).__name__} must be a callable that makes the model")
@@ -114,7 +114,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
 
 
 def how_stored(layer: FrozenStorage) -> dict[str, Any]:
-    """Return what a file says of a converted layer."""
+    """Return the metadata record of a converted layer."""
     if isinstance(layer, FourBitStorage):
         weight = layer.quantized
         return technique_record(
@@ -126,5 +126,5 @@ def how_stored(layer: FrozenStorage) -> dict[str, Any]:
 
 
 def base_of(layer: nn.Module) -> nn.Module:
-    """Return the layer that stores the weight: an adapted layer's base."""
+    """Return the base of a LoRALinear, or the layer itself."""
     return layer.base if isinstance(layer, LoRALinear) else layer

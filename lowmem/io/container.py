@@ -1,12 +1,12 @@
-"""Files of tensors: safetensors files that prove themselves whole.
+"""lowmem's files: safetensors files with a digest.
 
-lowmem's own files are safetensors files whose header begins with a digest of the file and with lowmem's metadata::
+The header begins with the digest of the file and with lowmem's metadata::
 
     {"__metadata__":{"sha256":"<64 hexadecimal digits>","lowmem":"{...,\\"version\\":1}"},...}
 
-The digest is the SHA-256 of the whole file with its own 64 digits as zeros. A file's bytes depend on the names and
-values of its tensors and on its metadata alone, and ``read`` takes no other bytes for the same content. Nothing in a
-file is ever executed.
+The digest is the SHA-256 of the whole file with its own 64 digits replaced by zeros. A file's bytes depend only on
+the names and values of its tensors and on its metadata, and ``read`` rejects any other encoding of the same content.
+Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ BLOCK = 2**20
 class TensorFile:
     """The content of a file that lowmem wrote.
 
-    ``tensors`` are views of the file, mapped into memory: pages are read when they are used, and a change stays in
-    this process. ``metadata`` is what the writer gave, ``sha256`` the file's digest.
+    Args:
+        tensors: views of the memory-mapped file: pages are read on first use, and changes stay in this process.
+        metadata: as passed to ``write``.
+        sha256: the file's digest.
     """
 
     tensors: dict[str, Tensor]
@@ -63,7 +65,7 @@ class TensorFile:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    """Write a file of ``tensors`` whole or not at all; see ``write``.
+    """Write a file of ``tensors`` atomically; see ``write``.
 
     Example::
 
@@ -79,19 +81,19 @@ def write(
     metadata: Mapping[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
 ) -> str:
-    """Write a file whole or not at all, of tensors that come one at a time, in any order; return its digest.
+    """Write a file atomically from a stream of tensors, in any order; return its digest.
 
-    No tensor is held after the next is asked for. They may be views of the file that ``path`` names: what they see
-    stays as it is.
+    Each tensor is released before the next one is requested. Tensors may be views of the file at ``path``, which is
+    replaced, not changed.
 
     Args:
-        path: A link stays, and what it points to is written.
-        specs: The dtype and the shape of each tensor, by name.
-        metadata: What JSON holds; ``"version"`` is the container's own.
-        tensors: Each name of ``specs`` once, with its tensor, of any device and strides.
+        path: of the file; a symbolic link is followed.
+        specs: the dtype and shape of each tensor, by name.
+        metadata: JSON-serializable; the key ``"version"`` is reserved.
+        tensors: each name of ``specs`` once, with its tensor, on any device, with any strides.
 
     Raises:
-        ValueError: a tensor is missing, comes twice or is not what ``specs`` says, or something cannot be stored.
+        ValueError: a tensor is missing, comes twice or differs from its spec, or something cannot be stored.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -112,7 +114,7 @@ def write(
             with write_errors(path):
                 file.seek(len(start) + placed.begin)
                 file.write(content)
-            del tensor, content  # before the next is made
+            del tensor, content  # before the next one is made
         if missing:
             raise ValueError(f"{len(missing)} tensors did not come, the first of them {show(next(iter(missing)))}")
         with write_errors(path):
@@ -123,15 +125,14 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> TensorFile:
-    """Read a file that lowmem wrote: all of it is verified, and mapped into memory.
+    """Verify a file that lowmem wrote, and map it into memory.
 
-    Verifying reads the file through once. Don't change a file in place while its tensors are in use: they would
-    change, and where it was cut, the system ends the process that reads them (SIGBUS). ``write`` doesn't: it puts a
-    new file in its place.
+    Verifying reads the whole file once. Don't change a file in place while its tensors are in use: they would change,
+    and reading a part that was cut off ends the process (SIGBUS). ``write`` is safe: it replaces the file.
 
     Raises:
-        FileError: it is damaged, from a newer lowmem, or not from lowmem.
-        OSError: it cannot be read.
+        FileError: the file is damaged, or written by a newer lowmem or by another program.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     with open_regular(path) as file, read_errors(path):
@@ -158,9 +159,11 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
 
 
 class Checkpoint:
-    """An open safetensors file of any origin, whose tensors are read one at a time.
+    """An open safetensors file of any program, whose tensors are read one at a time.
 
-    ``specs`` are its tensors' dtypes and shapes in the order of the file, ``metadata`` is its own.
+    Attributes:
+        specs: the dtype and shape of each tensor, in the order of the file.
+        metadata: the header's ``__metadata__``.
     """
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
@@ -177,12 +180,12 @@ class Checkpoint:
         self.metadata = header.metadata
 
     def read_tensor(self, name: str) -> Tensor:
-        """Read a tensor into memory of its own, which goes when the tensor goes.
+        """Read a tensor into newly allocated memory.
 
         Raises:
             KeyError: the file has no such tensor.
-            FileError: the file has been cut since it was opened.
-            OSError: it cannot be read.
+            FileError: the file was truncated after it was opened.
+            OSError: the file cannot be read.
         """
         placed = self._tensors[name]
         content = torch.empty(placed.spec.nbytes, dtype=torch.uint8)
@@ -196,7 +199,7 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
-    """Open a safetensors file of any origin; its header is checked, a digest is not.
+    """Open a safetensors file of any program. The header is checked; a digest is not.
 
     Example::
 
@@ -237,15 +240,15 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """Return a tensor's values as bytes, without a copy where they lie in a row in memory."""
+    """Return a tensor's values as bytes, without a copy if it is contiguous on the CPU."""
     tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    flat = tensor.as_strided((tensor.numel(),), (1,))  # a view keeps the odd strides that an empty tensor may have
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # not view, which fails on odd strides of empty tensors
     return flat.view(torch.uint8).numpy().data
 
 
 def _view(content: mmap.mmap, start: int, placed: Placed) -> Tensor:
     spec = placed.spec
-    if spec.nbytes == 0:  # frombuffer takes no empty ones
+    if spec.nbytes == 0:  # frombuffer rejects empty tensors
         return torch.empty(spec.shape, dtype=spec.dtype)
     values = torch.frombuffer(content, dtype=torch.uint8, count=spec.nbytes, offset=start + placed.begin)
     return values.view(spec.dtype).view(spec.shape)
@@ -262,11 +265,11 @@ def _foreign(path: Path, text: bytes, data_size: int) -> FileError:
 
 
 def _metadata(path: Path, text: bytes) -> dict[str, Any]:
-    """Return lowmem's metadata; looked at first, for in another version the rest may mean something else."""
+    """Return lowmem's metadata. It is parsed before the tensors, whose encoding depends on the format version."""
     try:
         metadata: dict[str, Any] = parse_json(parse_json(text)["__metadata__"]["lowmem"])
         version = metadata.pop("version")
-    except (ValueError, TypeError, LookupError, AttributeError):  # broken, or of other types
+    except (ValueError, TypeError, LookupError, AttributeError):  # invalid JSON, or other types
         raise refusal(path, "its metadata is not lowmem's; get it again from who wrote it") from None
     if type(version) is int and version > FORMAT_VERSION:
         newer = f"(format version {version}; this one reads {FORMAT_VERSION})"
@@ -277,7 +280,7 @@ def _metadata(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _digest(file: BufferedIOBase) -> bytes:
-    """Return the digest of a file, read through in blocks: mapped, it would all count as this process's memory."""
+    """Return the digest of a file, read in blocks: a mapped file would count as resident memory of the process."""
     sha256 = hashlib.sha256()
     file.seek(0)
     sha256.update(file.read(DIGEST.start) + b"0" * 64)

@@ -1,7 +1,7 @@
-"""Convert a checkpoint on disk to 4 bits, one tensor at a time, whatever its size.
+"""Converts a checkpoint on disk to 4 bits, one tensor at a time.
 
-What comes out is what ``save`` writes of the same model converted in memory, byte for byte: a file's bytes depend on
-its tensors alone, and a tensor's codes and scales on its weights alone.
+The result equals, byte for byte, the file that ``save`` writes for the same model converted in memory: a file's bytes
+depend only on its tensors, and codes and scales only on the weights.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Row", "Source", "convert_checkpoint"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are converted
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one tensor."""
+    """The result for one tensor of the source."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,11 +41,11 @@ class Row:
     before_bytes: int
     after_bytes: int
     error: float | None
-    """Relative root-mean-square error, of a converted tensor."""
+    """``rms(stored - weight) / rms(weight)`` of a converted tensor."""
 
 
 class Source:
-    """A checkpoint to read from: one safetensors file, or the shards of an index. Close it, or use it in a ``with``.
+    """A dense checkpoint: one safetensors file, or the shards of an index. Use it in a ``with`` statement.
 
     Attributes:
         specs: the dtype and shape of each tensor.
@@ -53,7 +53,7 @@ class Source:
 
     Raises:
         FileError: a file is no valid safetensors file, or the index does not match the files.
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,7 +81,7 @@ class Source:
         self._stack.close()
 
     def read_tensor(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own."""
+        """Read one tensor into newly allocated memory."""
         return self._files[name].read_tensor(name)
 
     def _add(self, path: Path, names: set[str] | None) -> None:
@@ -108,27 +108,27 @@ def convert_checkpoint(
     shard_bytes: int | None = None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> list[Row]:
-    """Convert a safetensors checkpoint to 4 bits, holding one tensor at a time.
+    """Convert a safetensors checkpoint to 4 bits, with one tensor in memory at a time.
 
-    Converted is what is named ``weight``, is float32, float16 or bfloat16, and has 2 to 4 dimensions: the weights
-    of nn.Linear, nn.Embedding, nn.Conv1d and nn.Conv2d. Everything else is copied as it is.
+    Tensors named ``weight`` in float32, float16 or bfloat16 with 2 to 4 dimensions are converted: the weights of
+    nn.Linear, nn.Embedding, nn.Conv1d and nn.Conv2d. Other tensors are copied.
 
     Args:
         source: a safetensors file, or the ``.index.json`` of a sharded one.
-        target: the file to write; what was there is replaced when all of the new one is written.
-        technique: of one format.
-        include, exclude: glob patterns of tensors' names: converted is what the first match and the second do not.
-        shard_bytes: the most bytes of tensors in a file; then ``target-00001-of-00002.safetensors`` and so on are
-            written, and ``target.safetensors.index.json`` last. None: one file.
-        progress: called with a name and its bytes in the source when a tensor is done.
+        target: the file to write; an existing file is replaced when the new one is complete.
+        technique: with a single format.
+        include, exclude: glob patterns of names; tensors that match ``include`` and not ``exclude`` are converted.
+        shard_bytes: the most bytes of tensors per file; ``target-00001-of-00002.safetensors`` and so on are written,
+            then ``target.safetensors.index.json``. None: one file.
+        progress: called with the name of each finished tensor and its bytes in the source.
 
     Returns:
-        A row for each tensor of the source, in the order of the names.
+        A row for each tensor of the source, sorted by name.
 
     Raises:
         ValueError: a pattern that matches nothing, nothing to convert, a weight that cannot be quantized, or a tensor
-            above ``shard_bytes``; no file has changed, but for shards that are whole.
-        FileError: the source is damaged or not of the kind.
+            larger than ``shard_bytes``. No file has changed, except for shards that were completed.
+        FileError: the source is damaged, or no dense safetensors checkpoint.
         OSError: a file cannot be read or written.
     """
     source, target = Path(source), Path(target)
@@ -168,9 +168,9 @@ def convert_checkpoint(
 
 
 def _record(technique: FourBit) -> dict[str, Any]:
-    """Return what a file says of it, with the format's own block size and scales spelled out."""
-    shell = technique.shell(torch.empty(1, 8, device="meta"))
-    return technique_record(FourBit(shell.format, shell.block_size, shell.scale_encoding), shell.method)
+    """Return the metadata of a technique, with the format's defaults filled in."""
+    skeleton = technique.skeleton(torch.empty(1, 8, device="meta"))
+    return technique_record(FourBit(skeleton.format, skeleton.block_size, skeleton.scale_encoding), skeleton.method)
 
 
 def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
@@ -198,12 +198,12 @@ def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]
 
 
 def _outputs(name: str, spec: TensorSpec, technique: FourBit | None) -> dict[str, TensorSpec]:
-    """Return the tensors that one of the source becomes."""
+    """Return the specs of the tensors that replace one of the source."""
     if technique is None:
         return {name: spec}
-    shell = technique.shell(_rows(torch.empty(spec.shape, device="meta")))
+    skeleton = technique.skeleton(_rows(torch.empty(spec.shape, device="meta")))
     prefix = name.removesuffix("weight")
-    return {prefix + part: TensorSpec.of(getattr(shell, part)) for part in ("packed", "scales")}
+    return {prefix + part: TensorSpec.of(getattr(skeleton, part)) for part in ("packed", "scales")}
 
 
 def _divide(plan: dict[str, dict[str, TensorSpec]], shard_bytes: int | None) -> list[list[str]]:
@@ -256,4 +256,4 @@ def _parts(name: str, stored: QuantizedTensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _rows(weight: Tensor) -> Tensor:
-    return weight.flatten(1)  # as the forms of the layers see it
+    return weight.flatten(1)  # (out, in * kernel), as the 4-bit layers store it

@@ -1,4 +1,4 @@
-"""What a file says of how a layer is stored, and of an adapter: serialize to metadata, and parse."""
+"""Serializes techniques and adapters to a file's metadata, and parses them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COMPUTED = {**_STORED, "float32": torch.float32, "float64": torch.float64, "int
 
 
 def technique_record(technique: Half | FourBit, method: str = "absmax") -> dict[str, Any]:
-    """Return what a file says of how a weight is stored."""
+    """Return the metadata record of how a weight is stored."""
     if isinstance(technique, Half):
         return {"technique": "Half", "dtype": str(technique.dtype).removeprefix("torch.")}
     compute = None if technique.compute_dtype is None else str(technique.compute_dtype).removeprefix("torch.")
@@ -48,10 +48,10 @@ def technique_record(technique: Half | FourBit, method: str = "absmax") -> dict[
 
 
 def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
-    """Parse what ``technique_record`` returns: the technique, and the method of a 4-bit one.
+    """Parse a record of ``technique_record``: the technique, and the method of a 4-bit one (else None).
 
     Raises:
-        ValueError: no such record; the reason is short, whatever it holds.
+        ValueError: an invalid record; the message is short, whatever the record holds.
     """
     kind = check_object(record).get("technique")
     if kind == "Half":
@@ -68,22 +68,22 @@ def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
 
 
 def adapter_record(adapter: Adapter) -> dict[str, Any]:
-    """Return what a file says of one layer's part of an adapter."""
+    """Return the metadata record of an adapter in one layer."""
     technique = adapter.technique
     return {"rank": technique.rank, "alpha": technique.alpha, "dropout": technique.dropout}
 
 
 def lora_of(record: object) -> LoRA:
-    """Parse what ``adapter_record`` returns.
+    """Parse a record of ``adapter_record``.
 
     Raises:
-        ValueError: no such record; the reason is short, whatever it holds.
+        ValueError: an invalid record; the message is short, whatever the record holds.
     """
     return _lora(check_keys(record, ("rank", "alpha", "dropout")))
 
 
 def adapters_record(layer: LoRALinear) -> list[dict[str, Any]]:
-    """Return what a file says of all adapters of a layer."""
+    """Return the metadata records of all adapters of a layer."""
     return [
         {**adapter_record(cast(Adapter, part)), "name": name, "active": name in layer.in_use}
         for name, part in layer.adapters.items()
@@ -91,10 +91,10 @@ def adapters_record(layer: LoRALinear) -> list[dict[str, Any]]:
 
 
 def adapters_of(record: object) -> dict[str, tuple[LoRA, bool]]:
-    """Parse what ``adapters_record`` returns: by name, each adapter's technique and whether it is active.
+    """Parse the records of ``adapters_record``: by name, each adapter's technique and whether it is active.
 
     Raises:
-        ValueError: no such record; the reason is short, whatever it holds.
+        ValueError: an invalid record; the message is short, whatever the record holds.
     """
     if not isinstance(record, list) or not record:
         raise ValueError(f"they are {show(record)}, and must be a list of at least one")
@@ -110,7 +110,7 @@ def adapters_of(record: object) -> dict[str, tuple[LoRA, bool]]:
 
 
 def check_keys(record: object, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
-    """Return a record that is known to be an object with all required keys and no unknown one.
+    """Return ``record`` if it is an object with all required and no unknown keys.
 
     Raises:
         ValueError: it is not.
@@ -126,7 +126,7 @@ def check_keys(record: object, required: Collection[str], optional: Collection[s
 
 
 def check_object(record: object) -> dict[str, Any]:
-    """Return a record that is known to be an object.
+    """Return ``record`` if it is an object.
 
     Raises:
         ValueError: it is not.
@@ -138,7 +138,7 @@ def check_object(record: object) -> dict[str, Any]:
 
 @contextmanager
 def record_errors(what: str) -> Iterator[None]:
-    """Turn a ValueError of the block into one that says what of the file is wrong and what to do."""
+    """Turn a ValueError of the block into one that names the part ``what`` of the file, and the remedy."""
     try:
         yield
     except ValueError as reason:
@@ -155,7 +155,7 @@ def _lora(fields: dict[str, Any]) -> LoRA:
 
 
 def _check_type(fields: dict[str, Any], name: str, kind: type, expected: str) -> None:
-    if type(fields[name]) is not kind:  # True is no integer
+    if type(fields[name]) is not kind:  # not isinstance: True is an int
         raise ValueError(f"{name}={show(fields[name])} must be {expected}")
 
 

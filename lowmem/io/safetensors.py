@@ -1,11 +1,11 @@
-"""The header of a safetensors file: what tensors it holds, and where.
+"""The header of a safetensors file: names, dtypes, shapes and offsets of its tensors.
 
-A file is 8 bytes that say how long the header is (little-endian), the header, a JSON object, and the tensors' bytes
+A file is the length of the header (8 bytes, little-endian), the header (a JSON object), and the tensors' bytes
 (https://github.com/huggingface/safetensors#format)::
 
     {"__metadata__": {text: text}, name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
 
-The offsets count from the end of the header, and the tensors fill the rest of the file without gaps or overlaps.
+Offsets count from the end of the header. The tensors fill the rest of the file without gaps or overlaps.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ __all__ = [
 ]
 
 MAX_HEADER = 16 * 2**20
-"""Bytes; a header takes about 100 a tensor."""
+"""Largest header that is read, in bytes; a header has about 100 per tensor."""
 
-ALIGNMENT = 64
-MAX_DIMS = 64
+ALIGNMENT = 64  # bytes, of the start of the tensors
+MAX_DIMS = 64  # of a tensor in torch
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -70,7 +70,7 @@ if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-# What files of other kinds begin with, what they are then, and what to do.
+# First bytes of files of other kinds, the kind, and the remedy.
 OTHERS = (
     (b"PK\x03\x04", "a torch.save file or another zip", "save its state_dict as safetensors"),
     (b"\x80", "a pickle or an old torch.save file", "save its state_dict as safetensors"),
@@ -81,10 +81,10 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor is without its values.
+    """The dtype and shape of a tensor.
 
     Raises:
-        ValueError: safetensors has no such dtype, or no tensor has such a shape.
+        ValueError: a dtype that safetensors cannot store, or a shape that no tensor can have.
     """
 
     dtype: torch.dtype
@@ -95,13 +95,13 @@ class TensorSpec:
             raise ValueError(f"dtype={self.dtype} cannot be stored; convert the tensor to one of {', '.join(DTYPES)}")
         if len(self.shape) > MAX_DIMS or not all(type(size) is int and size >= 0 for size in self.shape):
             raise ValueError(f"shape={show(self.shape)} must be at most {MAX_DIMS} sizes that are 0 or more")
-        # The sizes that are not 0 count: torch multiplies them into strides.
+        # Sizes of 0 are skipped, since torch computes strides from the others.
         if math.prod(max(size, 1) for size in self.shape) * self.dtype.itemsize >= 2**63:
             raise ValueError(f"shape={show(self.shape)} is more than any memory holds; make it smaller")
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
-        """Return what ``tensor`` is."""
+        """Return the dtype and shape of ``tensor``."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
@@ -112,7 +112,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor's place: ``begin`` is its first byte, counted from the end of the header."""
+    """A tensor's spec, and ``begin``, the offset of its first byte from the end of the header."""
 
     spec: TensorSpec
     begin: int
@@ -127,9 +127,9 @@ class Header:
 
 
 def place(specs: Mapping[str, TensorSpec]) -> dict[str, Placed]:
-    """Return each tensor's place, in the order of the file.
+    """Return each tensor's offset, in the order of the file.
 
-    The largest items come first, then the names decide, so that each tensor is aligned without gaps.
+    Sorted by descending item size, then by name, so that each tensor is aligned without gaps.
     """
     placed = {}
     begin = 0
@@ -140,10 +140,10 @@ def place(specs: Mapping[str, TensorSpec]) -> dict[str, Placed]:
 
 
 def encode(header: Header) -> bytes:
-    """Return a file up to its tensors' bytes, which begin at a multiple of 64.
+    """Return the length and header of a file, padded so that the tensors begin at a multiple of ``ALIGNMENT``.
 
     Raises:
-        ValueError: a name is taken or cannot be stored, or there are too many tensors.
+        ValueError: a name is reserved or cannot be stored, or there are too many tensors.
     """
     content: dict[str, object] = {"__metadata__": header.metadata}
     for name, placed in header.tensors.items():
@@ -165,10 +165,10 @@ def encode(header: Header) -> bytes:
 
 
 def read_header(path: Path, file: BufferedReader) -> bytes:
-    """Read the JSON of a file's header, after its length was found possible.
+    """Return the JSON text of a file's header.
 
     Raises:
-        FileError: it is no safetensors file; a few other kinds are told by their first bytes.
+        FileError: it is no safetensors file, or is truncated; the error names some other kinds of files.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -189,10 +189,10 @@ def read_header(path: Path, file: BufferedReader) -> bytes:
 
 
 def parse(text: bytes, data_size: int) -> Header:
-    """Read a header, and check that its tensors fill the ``data_size`` bytes behind it exactly.
+    """Parse a header, and check that its tensors fill the ``data_size`` bytes after it exactly.
 
     Raises:
-        ValueError: it is not valid; the reason is short, and repeats at most a few words of the header.
+        ValueError: the header is invalid; the message is short, whatever the header holds.
     """
     content = parse_json(text)
     if not isinstance(content, dict):
@@ -202,7 +202,7 @@ def parse(text: bytes, data_size: int) -> Header:
         _invalid("the metadata", metadata)
     tensors = {name: _entry(name, entry) for name, entry in content.items()}
     end = 0
-    # Empty tensors lie between others, before the one that begins there.
+    # The number of bytes sorts empty tensors before the one with the same offset.
     for name, placed in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].spec.nbytes)):
         if placed.begin != end:
             kind = "a gap" if placed.begin > end else "an overlap"
@@ -214,10 +214,10 @@ def parse(text: bytes, data_size: int) -> Header:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Parse JSON that is what it seems: no name twice, no NaN, no half of a character, no number of many digits.
+    """Parse strict JSON: no duplicate names, NaN, lone surrogates or very long numbers.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the text is something else.
     """
     try:
         text = (text.encode() if isinstance(text, str) else text).decode()
@@ -267,7 +267,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 20:  # many take long to read, and Python refuses some
+    if len(digits) > 20:  # long ones are slow to parse, and Python rejects some
         raise ValueError(f"the JSON has a number of {len(digits)} digits")
     return int(digits)
 

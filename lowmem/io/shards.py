@@ -1,7 +1,7 @@
-"""A model in several files, and the index that names them: ``model.safetensors.index.json``.
+"""Sharded models: several files, and the index that lists them, ``model.safetensors.index.json``.
 
-An index that lowmem writes has the digest of each file in it, and one form only: no file of another run, and no
-changed byte, goes unseen.
+lowmem's index holds the digest of each file, and has only one encoding. A shard of another run, or any changed byte,
+is therefore detected.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lowmem.io.safetensors import parse_json
 __all__ = ["INDEX", "index_of", "parse_index", "read_index", "read_model", "shard_name", "write_index"]
 
 INDEX = ".index.json"
-MAX_INDEX = 2**26  # bytes
+MAX_INDEX = 2**26  # largest index that is read, in bytes
 
 
 def shard_name(path: Path, number: int, count: int) -> Path:
-    """Return the path of one of ``count`` files, the first being 1."""
+    """Return the path of shard ``number``, from 1 to ``count``."""
     return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
 
 
@@ -36,26 +36,26 @@ def index_of(path: Path) -> Path:
 
 
 def write_index(path: Path, shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> None:
-    """Write an index: file name -> its digest, and the bytes of each of its tensors."""
+    """Write an index of ``shards``: file name -> (digest, bytes of each tensor by name)."""
     write_atomically(path, _encode(shards))
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the file of each tensor of a sharded checkpoint, of any origin.
+    """Return the file name of each tensor of a sharded checkpoint of any program.
 
     Raises:
         FileError: it is no index, or names a file outside its own directory.
-        OSError: it cannot be read.
+        OSError: the index cannot be read.
     """
     return parse_index(path, _read(path))
 
 
 def read_model(path: str | os.PathLike[str]) -> TensorFile:
-    """Read what lowmem wrote of a model: a file, or all files of an index.
+    """Read a model that lowmem wrote: one file, or all shards of an index.
 
     Raises:
-        FileError: something in it is damaged, missing, of another run or version, or no model.
-        OSError: it cannot be read.
+        FileError: a file is damaged, missing, of another run or version, or no model.
+        OSError: a file cannot be read.
     """
     path = Path(path)
     if not path.name.endswith(INDEX):
@@ -83,7 +83,7 @@ def read_model(path: str | os.PathLike[str]) -> TensorFile:
 
 
 def parse_index(path: Path, text: bytes) -> dict[str, str]:
-    """Return the file of each tensor that the text of an index names."""
+    """Parse the text of an index: the file name of each tensor."""
     try:
         content = parse_json(text)
     except ValueError as reason:
@@ -102,10 +102,10 @@ def parse_index(path: Path, text: bytes) -> dict[str, str]:
 
 
 def _is_name(file: object) -> bool:
-    """Return whether a file beside another can be called so."""
+    """Whether ``file`` is the name of a file in the same directory."""
     if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
         return False
-    return len(file.encode()) <= 255  # more than any common file system takes
+    return len(file.encode()) <= 255  # the limit of common file systems
 
 
 def _checked(path: Path, file: TensorFile) -> TensorFile:

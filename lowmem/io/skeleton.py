@@ -1,4 +1,4 @@
-"""Build a model without its weights, as a file says that its layers are stored, and give it the file's tensors."""
+"""Builds a model on the meta device with the layers that a file records, and assigns the file's tensors to it."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from lowmem.nn.fourbit import FourBit, format_keys
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.transforms.convert import freeze_all_but_adapters, swap, weight_key
-from lowmem.transforms.registry import REGISTRY, layer_name, places, why_left_in
+from lowmem.transforms.registry import REGISTRY, layer_name, module_paths, skip_reason_in
 
 __all__ = ["assign", "build", "check_adapter"]
 
 
 def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Make a model whose parameters are on the meta device, with shells of the layers that were converted.
+    """Return a meta-device skeleton of the model: dense parameters and converted layers, all without values.
 
-    The caller's random state is left as it is.
+    The global random state does not change.
 
     Args:
         factory: makes the dense model.
         metadata: of the file.
-        tensors: of the file, for the dtypes of its adapters.
+        tensors: of the file, for the shapes and dtypes of its adapters.
 
     Raises:
-        TypeError: what the factory made is no module.
-        ValueError: the factory needs the values of its parameters or returned a model that was there before, or
-            the file holds other layers than the model has.
+        TypeError: the factory returned no module.
+        ValueError: the factory needs the values of its parameters, or returned an existing model; or the layers in
+            the file are not those of the model.
     """
     made: set[nn.Module] = set()
     with torch.random.fork_rng(devices=[]), _parameters_on_meta(made):
@@ -61,20 +61,20 @@ def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors
     if not any(module in made for module in model.modules()) and any(True for _ in model.parameters()):
         raise ValueError("the factory returned a model that was there before, or a copy of one, and must make one")
     before = [p for p in model.parameters() if not p.is_meta and not is_lazy(p)]
-    if before:  # layers that were there before, or copies of them: what is loaded goes into a copy, without values
+    if before:  # layers that existed before the call, or copies of them: they must not be loaded into
         model = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in before})
     try:
-        return _shells(model, metadata, tensors)
+        return _skeleton(model, metadata, tensors)
     except TypeError as reason:
         raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
 
 
 @contextmanager
 def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
-    """Put every parameter on the meta device as a module takes it; what two modules take stays one parameter.
+    """Move each parameter to the meta device when it is registered; shared parameters stay shared.
 
-    The modules that took a parameter or a module are gathered in ``made``: not all that are new, since copies
-    (the layers of an nn.TransformerEncoder) take nothing. Modules that other threads make are left alone.
+    Modules in which this thread registers a parameter or module are added to ``made``. These are not all new ones:
+    copies (the layers of an nn.TransformerEncoder) register nothing. Other threads' modules are ignored.
     """
     known: Any = WeakTensorKeyDictionary()
     thread = threading.get_ident()
@@ -99,23 +99,23 @@ def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _shells(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Replace the layers that were converted by shells of what they were converted to, and adapt them."""
-    model = _converted(model, metadata["layers"])
-    adapted = _adapted(model, metadata.get("adapters", {}), tensors)
+def _skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Replace layers by meta-device skeletons of the converted ones that the file records, and add adapters."""
+    model = _convert_layers(model, metadata["layers"])
+    adapted = _adapted_layers(model, metadata.get("adapters", {}), tensors)
     model = swap(model, adapted)
     if adapted:
         freeze_all_but_adapters(model)
     return model
 
 
-def _converted(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
+def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
     sharing: dict[Any, list[nn.Module]] = {}
-    for holder in model.modules():
-        weight = holder._parameters.get("weight")
+    for owner in model.modules():
+        weight = owner._parameters.get("weight")
         if weight is not None and not is_lazy(weight):
-            sharing.setdefault(weight_key(weight), []).append(holder)
-    by_path = {path: module for module, paths in places(model).items() for path in paths}
+            sharing.setdefault(weight_key(weight), []).append(owner)
+    by_path = {path: module for module, paths in module_paths(model).items() for path in paths}
     found: dict[nn.Module, tuple[str, Half | FourBit, str | None]] = {}
     for path, record in records.items():
         module = by_path.get(path)
@@ -131,15 +131,15 @@ def _converted(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
     for module, record in list(found.items()):
         weight = module._parameters.get("weight")
         for tied in [] if weight is None or is_lazy(weight) else sharing[weight_key(weight)]:
-            found.setdefault(tied, record)  # without a record of its own, it shares what is stored
-    left, leaves = [], why_left_in(model)
+            found.setdefault(tied, record)  # a file records only the first of the layers that share a weight
+    unfit, skip_reason = [], skip_reason_in(model)
     stored: dict[Any, tuple[str, Half | FourBit, Any]] = {}
-    shells: dict[nn.Module, Any] = {}
+    skeletons: dict[nn.Module, Any] = {}
     for module, (path, technique, method) in found.items():
-        why = leaves(type(technique), module)
+        why = skip_reason(type(technique), module)
         if why is not None:
             path = next(path for path, other in by_path.items() if other is module)
-            left.append(
+            unfit.append(
                 f"{layer_name(path)} is stored by {type(technique).__name__}, and the model has a "
                 f"{type(module).__name__} there: {why}"
             )
@@ -149,32 +149,32 @@ def _converted(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
         def store(
             tensor: Tensor, name: str, path: str = path, method: str | None = method, technique: Any = weights
         ) -> Any:
-            shell = technique.shell(tensor, name)
-            shell = shell if method is None else replace(shell, method=method)
-            first, how, shell = stored.setdefault(weight_key(tensor), (path, technique, shell))
+            skeleton = technique.skeleton(tensor, name)
+            skeleton = skeleton if method is None else replace(skeleton, method=method)
+            first, how, skeleton = stored.setdefault(weight_key(tensor), (path, technique, skeleton))
             if how != technique:
                 raise ValueError(
                     f"it stores {layer_name(first)} and {layer_name(path)} differently, which share a {name} here"
                 )
-            return shell
+            return skeleton
 
         made: Any = REGISTRY[type(technique), type(module)]
-        shells[module] = made.from_layer(module, technique, store)
-    if left:
-        raise ValueError(f"{_listed(left, '; ')}; leave them out when the file is made (skip= or --exclude)")
-    return swap(model, {old: new.train(old.training) for old, new in shells.items()})
+        skeletons[module] = made.from_layer(module, technique, store)
+    if unfit:
+        raise ValueError(f"{_listed(unfit, '; ')}; leave them out when the file is made (skip= or --exclude)")
+    return swap(model, {old: new.train(old.training) for old, new in skeletons.items()})
 
 
-def _adapted(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -> dict[nn.Module, nn.Module]:
-    """Return what takes the place of the layers that have adapters: none is made before all are known to fit."""
+def _adapted_layers(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -> dict[nn.Module, nn.Module]:
+    """Return a LoRALinear for each layer with adapters in the file; all records are checked before one is built."""
     with record_errors("its record of the adapters"):
         records = check_object(records)
-    by_path = {path: module for module, paths in places(model).items() for path in paths}
-    leaves = why_left_in(model)
+    by_path = {path: module for module, paths in module_paths(model).items() for path in paths}
+    skip_reason = skip_reason_in(model)
     found: dict[Any, tuple[str, dict[str, tuple[LoRA, bool]]]] = {}
     for path, record in records.items():
         base = by_path.get(path)
-        why = f"the model has no layer {show(path)}" if base is None else leaves(LoRA, base)
+        why = f"the model has no layer {show(path)}" if base is None else skip_reason(LoRA, base)
         if why is not None:
             raise ValueError(f"it has adapters for {layer_name(path)}: {why}; is this its factory?")
         with record_errors(f"its record of the adapters of {layer_name(path)}"):
@@ -201,13 +201,15 @@ def _adapted(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -
 
 
 def check_adapter(prefix: str, technique: LoRA, layer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError unless there are the tensors of an adapter of ``technique`` for ``layer``.
+    """Raise a ValueError unless ``tensors`` holds an adapter of the rank of ``technique`` for ``layer``.
+
+    It is called before an adapter is allocated, since a damaged file may claim any rank.
 
     Args:
-        prefix: of their names.
-        technique: says the rank, for which nothing is allocated before this is known to be true.
-        layer: nn.Linear, or what it was converted to.
-        tensors: by name.
+        prefix: of the names of the adapter's tensors.
+        technique: with the rank.
+        layer: an nn.Linear, or the converted layer.
+        tensors: of the file, by name.
     """
     shapes = {"lora_a": (technique.rank, layer.in_features), "lora_b": (layer.out_features, technique.rank)}
     for part, shape in shapes.items():
@@ -222,15 +224,15 @@ def check_adapter(prefix: str, technique: LoRA, layer: Any, tensors: Mapping[str
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put a file's tensors in the place of the model's, once all of them are known to fit.
+    """Replace the model's parameters and buffers by a file's tensors, after all of them were checked.
 
     Raises:
-        ValueError: names, shapes or dtypes differ, or something of the model would be left without values.
+        ValueError: names, shapes or dtypes differ, or a parameter or buffer would stay on the meta device.
     """
     names: dict[int, list[str]] = {}
     own: dict[int, Tensor] = {}
     extra_states: list[str] = []
-    recorded = format_keys(model)  # the shells are of the formats that the file records
+    recorded = format_keys(model)  # skipped: the skeletons have the formats that the file records
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:
             continue
@@ -242,7 +244,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             names.setdefault(id(value), []).append(name)
             own[id(value)] = value
     known = {name for group in names.values() for name in group} | set(extra_states)
-    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}  # saved once, no part of the state now
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}  # not persistent now
     missing = [group[0] for group in names.values() if not any(name in tensors for name in group)]
     missing += [name for name in extra_states if name not in tensors]
     surplus = [name for name in tensors if name not in known]

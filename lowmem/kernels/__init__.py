@@ -1,4 +1,4 @@
-"""Products with stored weights, and the choice of the backend that computes them.
+"""Products with stored weights, and the selection of the backend that computes them.
 
 A weight is a float16 or bfloat16 tensor (out, in), or a 4-bit ``QuantizedTensor``:
 
@@ -6,11 +6,11 @@ A weight is a float16 or bfloat16 tensor (out, in), or a 4-bit ``QuantizedTensor
     input_grad(grad, weight, dtype)   (batch, out) -> (batch, in)   grad @ W
     add_low_rank(base, x, a, b, s)    (batch, out) -> (batch, out)  base + s (x @ A.T) @ B.T
 
-computed in a dtype and returned in it (torch.int8: in that of the input, see ``lowmem.kernels.int8``). The same
-backend quantizes and dequantizes rows for ``lowmem.quant``; ``lowmem.quant.backend.Backend`` is what it has to have.
-``reference`` is plain torch, on any device, and the definition of what is true; ``cpu`` binds the compiled kernel,
-for the best ISA that the processor has, or the one that the environment variable ``LOWMEM_KERNEL`` names: reference,
-portable, neon, avx2, avx512, avx512vnni, avx512bf16 or avx512amx.
+computed and returned in ``dtype`` (torch.int8: returned in the dtype of x, see ``lowmem.kernels.int8``). The same
+backend quantizes and dequantizes rows for ``lowmem.quant``; its protocol is ``lowmem.quant.backend.Backend``.
+``reference`` is plain torch, runs on any device, and defines the results. ``cpu`` binds the compiled kernel, which is
+preferred, with the best ISA that the processor has. The environment variable ``LOWMEM_KERNEL`` selects another one:
+reference, portable, neon, avx2, avx512, avx512vnni, avx512bf16 or avx512amx.
 """
 
 from __future__ import annotations
@@ -24,66 +24,64 @@ from torch import Tensor
 
 from lowmem.kernels import cpu, reference
 from lowmem.kernels.int8 import float_dtype
-from lowmem.quant.backend import Backend, LowRank, Weight, serve, serving
+from lowmem.quant.backend import Backend, LowRank, Weight, active_backend, set_backend
 
 __all__ = ["LowRank", "Weight", "add_low_rank", "available", "backend", "input_grad", "linear", "using"]
 
 VARIABLE = "LOWMEM_KERNEL"
 PROVIDERS = (reference, cpu)
-"""Modules with ``backends()``: those that can serve here, the slowest first, and how; or none, and why not."""
+"""Modules with a function ``backends()``. It returns the backends that can run here, the slowest first, and how they
+compute; or none, and the reason."""
 
-_why: str
+_reason: str
 
 
 def available() -> list[str]:
-    """Return the names of what can serve this machine, the slowest first."""
-    return list(_offered()[0])
+    """Return the names of the backends that can run on this machine, the slowest first."""
+    return list(_backends()[0])
 
 
 def backend() -> str:
-    """Say which backend serves this machine, and why."""
-    return f"{serving().name}: {_why}"
+    """Return the name of the active backend, and why it was selected, as one line of text."""
+    return f"{active_backend().name}: {_reason}"
 
 
 def linear(
     x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, low_rank: LowRank | None = None
 ) -> Tensor:
-    """Return ``x @ W.T + bias``, and what a low-rank product adds: (batch, in) -> (batch, out).
-
-    It comes in ``dtype``, for torch.int8 in that of x.
-    """
-    return serving().linear(x, weight, dtype, bias, low_rank)
+    """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out), in ``dtype`` (int8: x's)."""
+    return active_backend().linear(x, weight, dtype, bias, low_rank)
 
 
 def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype`` (torch.int8: in grad's)."""
-    return serving().input_grad(grad, weight, float_dtype(dtype, grad.dtype))
+    return active_backend().input_grad(grad, weight, float_dtype(dtype, grad.dtype))
 
 
 def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in its dtype, with nothing to differentiate."""
-    return serving().add_low_rank(base, x, a, b, scaling)
+    """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in the dtype of ``base``; not differentiable."""
+    return active_backend().add_low_rank(base, x, a, b, scaling)
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Let one of ``available()`` serve inside the block: for tests and benchmarks."""
-    before = serving(), _why
-    _serve(*_choose(name))
+    """Activate one of ``available()`` inside the block: for tests and benchmarks."""
+    before = active_backend(), _reason
+    _activate(*_select(name))
     try:
         yield
     finally:
-        _serve(*before)
+        _activate(*before)
 
 
-def _serve(chosen: Backend, why: str) -> None:
-    global _why
-    _why = why
-    serve(chosen)
+def _activate(selected: Backend, reason: str) -> None:
+    global _reason
+    _reason = reason
+    set_backend(selected)
 
 
-def _offered() -> tuple[dict[str, tuple[Backend, str]], list[str]]:
-    """Return what can serve this machine and how, by name, the slowest first; and why a provider has nothing."""
+def _backends() -> tuple[dict[str, tuple[Backend, str]], list[str]]:
+    """Return each backend and how it computes, by name, the slowest first; and why providers have none."""
     found: dict[str, tuple[Backend, str]] = {}
     missing = []
     for provider in PROVIDERS:
@@ -93,16 +91,20 @@ def _offered() -> tuple[dict[str, tuple[Backend, str]], list[str]]:
     return found, missing
 
 
-def _choose(name: str | None) -> tuple[Backend, str]:
-    """Return the backend of a name, or the best one, and why it is this."""
-    found, missing = _offered()
+def _select(name: str | None) -> tuple[Backend, str]:
+    """Return the backend called ``name``, or the best one for None, and the reason for ``backend()``.
+
+    Raises:
+        ValueError: no such backend runs here.
+    """
+    found, missing = _backends()
     because = f"{VARIABLE} or a test asks for it" if name else "the best that there is here"
     name = name or list(found)[-1]
     if name not in found:
         choices = "; ".join([f"choose from {', '.join(found)}", *missing])
         raise ValueError(f"{VARIABLE}={name!r} cannot serve here: {choices}")
-    chosen, how = found[name]
-    return chosen, "; ".join([f"{how}, {because}", *missing])
+    selected, how = found[name]
+    return selected, "; ".join([f"{how}, {because}", *missing])
 
 
-_serve(*_choose(os.environ.get(VARIABLE)))
+_activate(*_select(os.environ.get(VARIABLE)))

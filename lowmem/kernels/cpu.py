@@ -1,6 +1,6 @@
 """The binding of the compiled CPU kernel (``csrc/``).
 
-What C does not take goes to plain torch: another device or dtype, a wrapped or traced tensor.
+What C does not take falls back to ``reference``: other devices and dtypes, wrapped and traced tensors.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Kernel", "backends", "load"]
 
-# enum encoding of csrc/kernel.h, of a name that holds signs or not
+# (name, signed) of a scale encoding -> enum encoding of csrc/kernel.h
 _ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2, ("double", True): 3}
 
 Given: TypeAlias = tuple[object, Tensor, Tensor | None]
-"""A weight as C is handed it: its handle, codes and scales; or None, 16-bit floats and None."""
+"""A weight as C takes it: (handle, codes, scales) in 4 bits, (None, weight, None) in 16 bits."""
 
 _NO_LOW_RANK = (None, None, None)
 
-_AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # uses of a weight, and where it keeps what C knows of it for them
+_AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # keys of ``QuantizedTensor.cache``: a C handle for each use
 
-_ROUNDED_BYTES = 2**19  # of what rounding inputs to 8 bits takes
+_ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
 
 
-SOURCES = Path(__file__).with_name("csrc")  # which no wheel has
+SOURCES = Path(__file__).with_name("csrc")  # missing in wheels
 
 
 @lru_cache(maxsize=1)
 def load() -> tuple[ModuleType | None, str]:
-    """Return the compiled module and how it computes; or None and the reason why there is none."""
+    """Return the compiled module and how it computes; or None and why it cannot be imported."""
     try:
         import lowmem.kernels._native as _native
     except ImportError as reason:
@@ -73,28 +73,28 @@ def load() -> tuple[ModuleType | None, str]:
 
 @lru_cache(maxsize=1)
 def backends() -> tuple[list[Backend], str]:
-    """Return a kernel for each ISA that this processor has, the slowest first, and how they compute; or why none."""
+    """Return a kernel for each ISA of this processor, the slowest first, and how they compute; or none, and why."""
     native, why = load()
     return [Kernel(native, name) for name in native.levels()] if native else [], why
 
 
 def is_forgotten(platform: str, csrc: Path = SOURCES) -> bool:
-    """Whether this is a source tree whose kernel could have been compiled: its sources and a compiler are there."""
+    """Whether this is a source tree whose kernel could be compiled: C sources and a compiler are there."""
     if platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED") or not csrc.is_dir():
-        return False  # setup.py compiles none, or this is no source tree
+        return False  # setup.py skips the kernel there, or this is no source tree
     command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     return shutil.which(command[0]) is not None
 
 
 def without_kernel(reason: object, platform: str) -> str:
-    """Say why there is no compiled kernel, and what would change that on a platform of ``sys.platform``'s names."""
+    """Return why there is no compiled kernel, with the remedy on ``platform`` (as ``sys.platform`` names it)."""
     remedy = "lowmem has none on Windows" if platform == "win32" else "installing from source needs a C compiler"
     return f"the compiled kernel cannot be imported ({reason}); {remedy}"
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The C handle of a 4-bit weight; valid while what is stored keeps its address and layout, which C checks."""
+    """The C handle of a 4-bit weight; valid while codes and scales keep their address and layout, which C checks."""
 
     kernel: Kernel
     handle: object
@@ -111,12 +111,12 @@ class Kernel:
     def __init__(self, native: ModuleType, name: str) -> None:
         self.native, self.name = native, name
         self._level = native.levels().index(name)
-        # Faster than attributes of attributes, and with types.
+        # Bound once: faster than nested attribute lookups, and typed.
         self._linear: Callable[..., Tensor | None] = native.linear
         self._linear8: Callable[..., Tensor | None] = native.linear_int8
         self._input_grad: Callable[..., Tensor | None] = native.input_grad
         self._update: Callable[..., Tensor | None] = native.update
-        self._order = lru_cache(maxsize=64)(native.order)  # a table of the columns, shared by layers of one shape
+        self._order = lru_cache(maxsize=64)(native.order)  # the column order, shared by layers of one shape
 
     def linear(
         self,
@@ -126,7 +126,7 @@ class Kernel:
         bias: Tensor | None = None,
         low_rank: LowRank | None = None,
     ) -> Tensor:
-        """Return ``x @ W.T + bias``, and what a low-rank product adds: (batch, in) -> (batch, out)."""
+        """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out)."""
         if is_traced():
             return reference.linear(x, weight, dtype, bias, low_rank)
         given = self._given(weight)
@@ -141,7 +141,7 @@ class Kernel:
         return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
 
     def _linear_of_others(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-        """Put in a form that C takes what it does not take as it is, or leave it to plain torch."""
+        """Convert arguments to a form that C takes, or fall back to plain torch."""
         if dtype is torch.int8:
             return self._linear_int8(x, weight, bias)
         if dtype not in TYPES or not (is_real(x) and x.is_floating_point() and x.dim() == 2):
@@ -155,7 +155,7 @@ class Kernel:
         return reference.linear(x, weight, dtype, bias)
 
     def _linear_int8(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        """Take products in 8-bit integers, or in float32 of what is rounded to them, or leave them to plain torch."""
+        """Multiply 8-bit integers; or, in float32, inputs rounded to them; or fall back to plain torch."""
         given, threads = self._given(weight, _IN_INT8), torch.get_num_threads()
         if given is not None:
             out = self._linear8(self._level, *given, x, bias, threads)
@@ -173,7 +173,7 @@ class Kernel:
         return reference.linear(x, weight, torch.int8, bias)
 
     def _few_in_int8(self, given: Given, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
-        """Do it with a few inputs at a time, in float32, and those of which C refuses one rounded by torch."""
+        """Process the batch in chunks, in float32; round a chunk that C rejects in torch."""
         out = x.new_empty(x.shape[0], weight.shape[0])
         of_one = int8.BYTES_PER_NUMBER * x.shape[1] + 4 * weight.shape[0]
         threads, step = torch.get_num_threads(), max(1, _ROUNDED_BYTES // max(1, of_one))
@@ -214,7 +214,7 @@ class Kernel:
         return reference.add_low_rank(base, x, a, b, scaling)
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return some rows of W, restored in float32 and rounded once to ``dtype``."""
+        """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
         if dtype in TYPES and not is_traced():
             start, stop, _ = rows.indices(weight.shape[0])
             out = weight.packed.new_empty(max(0, stop - start), weight.shape[-1], dtype=dtype)
@@ -224,7 +224,7 @@ class Kernel:
         return reference.dequantize(weight, rows, dtype)
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
-        """Quantize float32 (rows, n) into a chunk of a matrix."""
+        """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``."""
         form, size, packed, stored = get_format(into.format), into.block_size, into.packed[chunk], into.scales[chunk]
         encoding = _ENCODINGS[into.encoding.name, into.encoding.signed]
         fits = is_float(rows) and all(is_real(t) and t.is_contiguous() for t in (packed, stored))
@@ -256,12 +256,12 @@ class Kernel:
             threads,
         )
         if not held:
-            reference.quantize_rows(rows, into, chunk, importance)  # raises, and says why
+            reference.quantize_rows(rows, into, chunk, importance)  # raises the error
         return None
 
     def _given(self, weight: Weight, use: str = _AS_FLOATS) -> Given | None:
-        """Return a weight as C is handed it, which it may be told of now; or None where C cannot read it."""
-        if not isinstance(weight, QuantizedTensor):  # faster than to ask for a tensor
+        """Return a weight as C takes it, making its handle if there is none; None where C cannot read it."""
+        if not isinstance(weight, QuantizedTensor):  # faster than isinstance(weight, Tensor)
             return None, weight, None
         kept: Prepared | None = weight.cache.get(use)
         if kept is None or kept.kernel is not self:
@@ -269,9 +269,9 @@ class Kernel:
         return None if kept is None else (kept.handle, weight.packed, weight.scales)
 
     def _ways(self, weight: Weight, use: str = _AS_FLOATS) -> Iterator[Given]:
-        """Yield a weight as C is handed it: by its handle; and where that is not valid any more, by a new one.
+        """Yield a weight as C takes it: with its cached handle, then, in case that is stale, with a new one.
 
-        The new one is of a snapshot, which no other thread can assign to: C always takes it.
+        The new handle is of a snapshot, to which no other thread can assign data: C always takes it.
         """
         given = self._given(weight, use)
         if given is not None:
@@ -284,7 +284,7 @@ class Kernel:
                 yield kept.handle, now.packed, now.scales
 
     def _prepare(self, weight: QuantizedTensor, use: str) -> Prepared | None:
-        """Let C know a weight for one of its uses, or return None where it cannot read it."""
+        """Make and cache the C handle of a weight for one use, or return None where C cannot read the weight."""
         packed, scales = weight.packed, weight.scales
         if (packed.shape, packed.dtype, scales.shape, scales.dtype) != weight.stored_layout or len(weight.shape) != 2:
             return None
@@ -309,13 +309,13 @@ class Kernel:
         )
         if handle is None:
             return None
-        kept = weight.cache[use] = Prepared(self, handle)  # where a kernel in another thread may put its own
+        kept = weight.cache[use] = Prepared(self, handle)  # returned, since another thread may replace the cached one
         return kept
 
 
 @lru_cache(maxsize=64)
 def _floats(values: tuple[float, ...]) -> array[float]:
-    return array("f", values)  # not a tensor, which a mode that is active now could replace
+    return array("f", values)  # not a tensor: an active dispatch mode could intercept it
 
 
 def _bits(value: float) -> int:

@@ -1,4 +1,4 @@
-"""What C may read: whether a tensor's memory is its value, and whether something watches that would not see C."""
+"""Whether C may compute a call: tensors must hold plain CPU memory, and nothing may be recording operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _KEYS = torch._C._TorchDispatchModeKey
 _RECORDERS = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
-_is_compiling, _tracing, _modes = (  # asked in every call: faster than attributes of attributes
+_is_compiling, _tracing, _modes = (  # called for every product: globals are faster than attribute lookups
     torch.compiler.is_compiling,
     torch._C._get_tracing_state,
     torch._C._len_torch_dispatch_stack,
@@ -21,7 +21,7 @@ _is_compiling, _tracing, _modes = (  # asked in every call: faster than attribut
 
 
 def is_real(tensor: Tensor) -> bool:
-    """Whether a tensor's memory on the CPU is its value: no wrapper, no lazy negation, no zero without memory."""
+    """Whether a tensor is on the CPU and its memory holds its values: no subclass, lazy negation or zero tensor."""
     kind = type(tensor)
     return (
         (kind is Tensor or kind is Parameter)
@@ -32,17 +32,17 @@ def is_real(tensor: Tensor) -> bool:
 
 
 def is_float(tensor: Tensor) -> bool:
-    """Whether C may read a tensor as float32 from its first element on."""
+    """Whether C may read a tensor as contiguous float32."""
     return tensor.dtype is torch.float32 and tensor.is_contiguous() and is_real(tensor)
 
 
 def is_vector(tensor: Tensor, size: int) -> bool:
-    """Whether C may read a tensor as ``size`` numbers of one of its types."""
+    """Whether C may read a tensor as ``size`` contiguous numbers of one of ``TYPES``."""
     return tensor.shape == (size,) and tensor.dtype in TYPES and tensor.is_contiguous() and is_real(tensor)
 
 
 def is_traced() -> bool:
-    """Whether something records operations, or runs them on tensors without values: it would not see C."""
+    """Whether a tracer or dispatch mode records operations or runs them on fake tensors: it cannot see into C."""
     if _is_compiling() or _tracing() is not None:
         return True
     return _modes() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)

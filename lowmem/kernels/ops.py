@@ -1,7 +1,7 @@
-"""The two products as operators that torch knows, for ``torch.compile``, ``torch.export`` and ``torch.jit.trace``.
+"""The products as custom operators, for ``torch.compile``, ``torch.export`` and ``torch.jit.trace``.
 
-A compiled or traced graph calls them as they are, so that the kernel serves there too. Eager calls go past them: an
-operator written in Python costs more than a small product.
+They are opaque to these, so that compiled and traced graphs run the active backend. Eager calls bypass them: the
+dispatch of a Python operator costs more than a small product.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["dequantize_rows", "product"]
 def product(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
     """Return ``x @ W.T``, or ``x @ W`` when transposed, differentiable in ``x``: (batch, in) -> (batch, out)."""
     if isinstance(weight, QuantizedTensor):
-        weight.check_layout()  # here: the operator is not told how many rows there are to be
+        weight.check_layout()  # here: the operator gets no row count to check against
         stored, described = (weight.packed, weight.scales), (weight.format, weight.block_size, weight.scale_encoding)
         out = torch.ops.lowmem.product_4bit(x, *stored, *described, weight.shape[1], dtype, transposed)
     else:
@@ -31,7 +31,7 @@ def product(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool) -> 
 
 
 def dequantize_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """Return the rows of a weight, dequantized: (rows, columns)."""
+    """Return a 4-bit weight (rows, columns), dequantized to ``dtype``."""
     described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[-1]
     return cast(Tensor, torch.ops.lowmem.dequantize_rows(weight.packed, weight.scales, *described, dtype))
 

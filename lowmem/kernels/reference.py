@@ -1,6 +1,6 @@
-"""The backend in plain torch, on any device: dequantize a chunk of rows, multiply, forget it, go on.
+"""The backend in plain torch, on any device: dequantizes a chunk of rows, multiplies, frees it, and goes on.
 
-Readable rather than fast. Every other backend is tested against these lines.
+It is readable rather than fast. Every other backend is tested against it.
 """
 
 from __future__ import annotations
@@ -25,31 +25,29 @@ name = "reference"
 
 
 def backends() -> tuple[list[Backend], str]:
-    """Return what serves everywhere, and how."""
+    """Return this module, which runs on any device, and how it computes."""
     return [cast(Backend, sys.modules[__name__])], "plain torch dequantizes rows in chunks"
 
 
 def linear(
     x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, low_rank: LowRank | None = None
 ) -> Tensor:
-    """Return ``x @ W.T + bias``, and what a low-rank product adds, computed and returned in ``dtype``.
+    """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out), in ``dtype``.
 
-    The shapes are (batch, in) -> (batch, out).
-
-    With torch.int8 the input, and levels of a 4-bit weight that need it, are rounded to 8 bits
-    (``lowmem.kernels.int8``); their products are added up in float32, and come in the dtype of x.
+    With torch.int8 the input, and the levels of formats that need it, are rounded to 8 bits
+    (``lowmem.kernels.int8``); products are summed in float32, and the result has the dtype of x.
 
     Args:
-        x: (batch, in).
-        weight: (out, in); of 4 bits for torch.int8.
-        dtype: to compute in.
+        x: floating point (batch, in).
+        weight: (out, in); a QuantizedTensor for torch.int8.
+        dtype: to compute in, and of the result.
         bias: (out,), or None.
-        low_rank: what ``add_low_rank`` adds for x, in the dtype of A and B; or None.
+        low_rank: A, B and s, applied to x by ``add_low_rank``; or None.
 
     Raises:
-        RuntimeError: x has another shape, or is not floating point; or a 4-bit weight's stored tensors have another
-            layout than its shape needs.
-        TypeError: torch.int8, and a weight that has no codes.
+        RuntimeError: x has another shape, or is not floating point; or a 4-bit weight's stored tensors do not have
+            the layout that its shape needs.
+        TypeError: torch.int8 with a 16-bit weight.
     """
     out_features, in_features = weight.shape
     if not x.is_floating_point():
@@ -66,7 +64,7 @@ def linear(
         factor = x.to(dtype)
     out = factor.new_empty(x.shape[0], out_features)
     for rows in row_chunks(out_features, in_features):
-        torch.mm(factor, _restore(weight, rows, dtype, levels).t(), out=out[:, rows])  # (batch, rows)
+        torch.mm(factor, _dequantized(weight, rows, dtype, levels).t(), out=out[:, rows])  # (batch, rows)
     if bias is not None:
         out.add_(bias)
     out = out if levels is None else out.to(x.dtype)
@@ -74,10 +72,9 @@ def linear(
 
 
 def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Return ``grad @ W``: (batch, out) -> (batch, in), computed and returned in ``dtype``.
+    """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype``, which is floating point.
 
-    Half-precision sums over chunks are kept in float32, as a single product keeps them. The arguments are
-    those of ``linear``; dtype is a float.
+    Sums over chunks of rows are kept in float32 at least, as those inside one half-precision product are.
     """
     out_features, in_features = weight.shape
     if grad.shape[1] != out_features:
@@ -87,23 +84,23 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         grad.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device
     )
     for rows in row_chunks(out_features, in_features):
-        part = _restore(weight, rows, dtype)  # (rows, in)
+        part = _dequantized(weight, rows, dtype)  # (rows, in)
         if sums.dtype == dtype:
             sums.addmm_(grad[:, rows], part)
         else:
             sums += grad[:, rows] @ part
-        del part  # before the next is restored
+        del part  # before the next chunk is dequantized
     return sums.to(dtype)
 
 
 def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in its dtype.
+    """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in the dtype of ``base``.
 
     Args:
         base: (batch, out).
         x: (batch, in), in the dtype of A and B.
         a, b: (rank, in) and (out, rank).
-        scaling: of the update.
+        scaling: of the low-rank product.
     """
     narrow = x @ a.t()  # (batch, rank)
     if base.dtype == b.dtype:
@@ -112,8 +109,8 @@ def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
 
 
 def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Return some rows of a matrix, restored in float32 and rounded once to ``dtype``."""
-    weight.check_layout()  # also where there is no row to restore
+    """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
+    weight.check_layout()  # here, since an empty slice never gets to ``restore``
     start, stop, _ = rows.indices(weight.shape[0])
     columns = weight.shape[-1]
     out = torch.empty(max(0, stop - start), columns, dtype=dtype, device=weight.packed.device)
@@ -123,7 +120,7 @@ def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tens
 
 
 def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
-    """Quantize float32 (rows, n) into a chunk of a matrix, by its method.
+    """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``, by its method.
 
     Raises:
         ValueError: NaN or infinite weights, or a magnitude that the scales cannot hold.
@@ -132,21 +129,21 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
     scales = largest_weights(rows, size, form.signed)  # (rows, blocks)
     largest = float(scales.abs().max())
     if not largest <= encoding.largest:  # also when it is NaN
-        raise ValueError(_why_not_held(rows, largest, encoding))
+        raise ValueError(_range_message(rows, largest, encoding))
     if into.method == "search":
         scales = searched_scales(rows, form, size, encoding.largest, importance)
     stored = encoding.encode(scales)
     codes = nearest_codes(rows, encoding.decode(stored), form, size)
     into.packed[chunk] = pack(codes, size)
     if form.levels[form.zero_code] == 0:
-        # A block of zero codes is dequantized to zeros, whose scale is zero: so is its own, and quantizing again
-        # gives the same bytes.
+        # A block of zero codes dequantizes to zeros, for which requantizing stores a zero scale. Storing it here
+        # already makes requantizing give the same bytes.
         used = by_block(codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True))
         stored[:, : used.shape[1]].masked_fill_(~used, 0)
     into.scales[chunk] = stored
 
 
-def _why_not_held(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:
+def _range_message(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:
     broken = int((~rows.isfinite()).sum())
     if broken:
         return f"weight holds {broken} values that are NaN, infinite or beyond float32; repair them first"
@@ -156,5 +153,5 @@ def _why_not_held(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:
     )
 
 
-def _restore(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:
+def _dequantized(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:
     return weight.restore(rows, levels).to(dtype) if isinstance(weight, QuantizedTensor) else weight[rows].to(dtype)

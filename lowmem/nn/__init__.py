@@ -1,1 +1,1 @@
-"""The layers that hold frozen weights in 16 or 4 bits, and the adapters beside them."""
+"""Layers with frozen weights in 16 or 4 bits, and LoRA layers."""

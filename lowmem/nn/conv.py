@@ -1,4 +1,4 @@
-"""Convolutions in 16 and in 4 bits, over one dimension or two."""
+"""1-d and 2-d convolutions with weights in 16 or 4 bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Conv4Bit", "HalfConv", "geometry_of"]
 
 
 def geometry_of(layer: nn.Conv1d | nn.Conv2d) -> Geometry:
-    """Read the geometry of a dense layer: channels and kernel off its weight, the rest off its attributes."""
+    """Return the geometry of a dense layer: channels and kernel from its weight, the rest from its attributes."""
     out_channels, channels, *kernel = layer.weight.shape
     stride, dilation = _each(layer.stride, kernel), _each(layer.dilation, kernel)
     around: tuple[int, ...] = ()
@@ -28,7 +28,7 @@ def geometry_of(layer: nn.Conv1d | nn.Conv2d) -> Geometry:
     elif layer.padding == "same":
         spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         padding = tuple(span // 2 for span in spans)
-        # A span that is odd has no middle: torch adds its last zero behind.
+        # An odd span cannot be split in halves: torch puts the extra zero at the end.
         around = tuple(size for span in reversed(spans) for size in (0, span % 2))
     elif not isinstance(layer.padding, str):
         padding = _each(layer.padding, kernel)
@@ -44,12 +44,12 @@ def _each(sizes: int | Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
 class HalfConv(FrozenStorage):
     """An nn.Conv1d or nn.Conv2d whose weight and bias are stored in 16 bits and frozen.
 
-    It is computed in ``torch.promote_types(x.dtype, weight.dtype)``: float32 for a float32 input.
+    It computes in ``torch.promote_types(x.dtype, weight.dtype)``: in float32 for a float32 input.
 
     Args:
         weight: float16 or bfloat16 ``(out_channels, in_channels / groups, *kernel)``.
-        bias: the same dtype (out_channels,), or None.
-        geometry: strides, paddings and the like.
+        bias: (out_channels,) in the dtype of the weight, or None.
+        geometry: channels, kernel, stride, padding, dilation and groups.
     """
 
     stored = ("weight", "bias")
@@ -63,18 +63,18 @@ class HalfConv(FrozenStorage):
 
     @classmethod
     def from_layer(cls, layer: nn.Conv1d | nn.Conv2d, technique: Half, store: HalfStore | None = None) -> HalfConv:
-        """Build it from a dense layer, whose tensors ``store`` stores (None: the technique does).
+        """Build it from a dense layer, whose tensors are stored by ``store``, or ``technique.store`` for None.
 
         Raises:
-            TypeError, ValueError: weights that are not floating point, have no values, or that the
-                dtype cannot hold.
+            TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
+                dtype.
         """
         store = store or technique.store
         bias = None if layer.bias is None else store(layer.bias, "bias")
         return cls(store(layer.weight, "weight"), bias, geometry_of(layer))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (batch, out_channels, *size) in the input's dtype, for (batch, in_channels, *size), batch or not."""
+        """Convolve: ([batch,] in_channels, *size) -> ([batch,] out_channels, *out size), in the input's dtype."""
         x = autocast(input)
         return frozen_conv(x, self.weight, self.geometry, torch.promote_types(x.dtype, self.weight.dtype), self.bias)
 
@@ -84,13 +84,13 @@ class HalfConv(FrozenStorage):
 
 
 class Conv4Bit(FourBitStorage):
-    """An nn.Conv1d or nn.Conv2d whose weight is stored in 4 bits, frozen, and whose bias is as it was.
+    """An nn.Conv1d or nn.Conv2d whose weight is stored in 4 bits and frozen; the bias is unchanged.
 
     Args:
-        weight: quantized (out_channels, in_channels / groups * kernel): a row an output channel.
+        weight: quantized (out_channels, in_channels / groups * kernel), one row per output channel.
         bias: floating point (out_channels,), or None.
-        geometry: strides, paddings and the like.
-        compute_dtype: to compute in; None takes the input's.
+        geometry: channels, kernel, stride, padding, dilation and groups.
+        compute_dtype: to compute in, floating point; None: the dtype of the input.
     """
 
     bias: nn.Parameter | None
@@ -112,18 +112,18 @@ class Conv4Bit(FourBitStorage):
     def from_layer(
         cls, layer: nn.Conv1d | nn.Conv2d, technique: FourBit, store: FourBitStore | None = None
     ) -> Conv4Bit:
-        """Build it from a dense layer, whose weight ``store`` stores (None: the technique does); its bias stays.
+        """Build it from a dense layer, whose weight is stored by ``store``, or ``technique.store`` for None.
 
         Raises:
-            TypeError, ValueError: weights that ``quantize`` refuses.
+            TypeError, ValueError: weights that ``quantize`` rejects.
         """
         weight = (store or technique.store)(layer.weight.flatten(1), "weight")
         bias = cast("nn.Parameter | None", layer.bias)
-        compute = technique.compute_dtype if technique.compute_dtype is not torch.int8 else None  # for linear layers
+        compute = technique.compute_dtype if technique.compute_dtype is not torch.int8 else None  # int8: linear only
         return cls(weight, bias, geometry_of(layer), compute)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (batch, out_channels, *size) in the input's dtype, for (batch, in_channels, *size), batch or not."""
+        """Convolve: ([batch,] in_channels, *size) -> ([batch,] out_channels, *out size), in the input's dtype."""
         x = autocast(input)
         return frozen_conv(x, self.quantized, self.geometry, self.compute_dtype or x.dtype, self.bias)
 

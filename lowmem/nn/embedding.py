@@ -1,4 +1,4 @@
-"""Embeddings in 16 and in 4 bits: the rows that are asked for are gathered as stored, then restored."""
+"""Embeddings with tables in 16 or 4 bits: rows are gathered as stored, and only these are dequantized."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 __all__ = ["Embedding4Bit", "HalfEmbedding"]
 
-_BYTES = 24  # for each weight of a chunk: restoring it, the gathered bytes, the chunk before it joins the output
+_BYTES = 24  # scratch per weight of a chunk: dequantizing it, its gathered bytes, and its value before the copy
 
 
 class _Embedding(FrozenStorage):
-    """What both forms share: ``rows`` says how to gather and restore."""
+    """Base of both embeddings; they implement ``rows``."""
 
     num_embeddings: int
     embedding_dim: int
@@ -41,24 +41,24 @@ class _Embedding(FrozenStorage):
 
     @staticmethod
     def refuses(layer: nn.Embedding) -> str | None:
-        """Say why a layer cannot be stored, or None where it can."""
+        """Return why a layer cannot be converted; None where it can."""
         return None if layer.max_norm is None else "max_norm rescales its rows in place"
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return the restored rows (..., embedding_dim) of indices (...)."""
+        """Return the rows (..., embedding_dim) of indices (...), in ``dtype``."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., embedding_dim) in ``dtype``, for int32 or int64 indices (...).
 
         Raises:
-            IndexError, RuntimeError: indices out of range, or of another dtype, as nn.Embedding raises.
-            TypeError: a nested tensor, but for a jagged one where rows are stored in 16 bits.
+            IndexError, RuntimeError: indices out of range, or of another dtype, as in nn.Embedding.
+            TypeError: a nested tensor; a jagged one is taken where rows are stored in 16 bits.
         """
         if input.layout is torch.strided:
             refuse_nested(input)
         chunks = list(row_chunks(input.numel(), self.embedding_dim, _BYTES)) if is_plain_call(input) else []
-        if len(chunks) <= 1:  # a compiler or a transform sees no loop, and needs none
+        if len(chunks) <= 1:  # also under a compiler or transform, which must not see a loop
             return self.rows(input)
         flat = input.reshape(-1)
         out = torch.empty(flat.shape[0], self.embedding_dim, dtype=self.dtype, device=flat.device)
@@ -67,24 +67,24 @@ class _Embedding(FrozenStorage):
         return out.view(*input.shape, self.embedding_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # ``model.half()`` asks for rows in half precision
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # casting a model casts its rows
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        """Describe the layer as nn.Embedding does, and what it returns."""
+        """Describe the layer as nn.Embedding does, with the dtype of its rows."""
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={self.dtype}"
 
 
 class HalfEmbedding(_Embedding):
-    """An nn.Embedding whose table is stored in 16 bits, frozen.
+    """An nn.Embedding whose table is stored in 16 bits and frozen.
 
-    Rows come in ``dtype``: what the dense table had, until the model is cast (``model.half()``, ``model.to(dtype)``).
+    It returns rows in ``dtype``, which casts of the model change (``model.half()``, ``model.to(dtype)``).
 
     Args:
         weight: float16 or bfloat16 (num_embeddings, embedding_dim).
-        dtype: of the rows that it returns.
-        padding_idx: as nn.Embedding has it; a frozen row needs nothing for it.
+        dtype: of the returned rows.
+        padding_idx: as in nn.Embedding; without effect, since no row trains.
     """
 
     stored = ("weight",)
@@ -96,16 +96,16 @@ class HalfEmbedding(_Embedding):
 
     @classmethod
     def from_layer(cls, layer: nn.Embedding, technique: Half, store: HalfStore | None = None) -> HalfEmbedding:
-        """Build it from a dense layer, whose table ``store`` stores (None: the technique does).
+        """Build it from a dense layer, whose table is stored by ``store``, or ``technique.store`` for None.
 
         Raises:
-            TypeError, ValueError: weights that are not floating point, have no values, or that the
-                dtype cannot hold.
+            TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
+                dtype.
         """
         return cls((store or technique.store)(layer.weight, "weight"), layer.weight.dtype, layer.padding_idx)
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return the rows (..., embedding_dim) of indices (...), widened."""
+        """Return the rows (..., embedding_dim) of indices (...), cast to ``dtype``."""
         return embedding(indices, self.weight).to(self.dtype)
 
     def extra_repr(self) -> str:
@@ -114,14 +114,14 @@ class HalfEmbedding(_Embedding):
 
 
 class Embedding4Bit(_Embedding, FourBitStorage):
-    """An nn.Embedding whose table is stored in 4 bits, frozen.
+    """An nn.Embedding whose table is stored in 4 bits and frozen.
 
-    Rows come in ``dtype``: what the dense table had, until the model is cast (``model.half()``, ``model.to(dtype)``).
+    It returns rows in ``dtype``, which casts of the model change (``model.half()``, ``model.to(dtype)``).
 
     Args:
         weight: quantized (num_embeddings, embedding_dim).
-        dtype: of the rows that it returns; they are restored in float32 and rounded once.
-        padding_idx: as nn.Embedding has it; a frozen row needs nothing for it.
+        dtype: of the returned rows, which are dequantized in float32 and rounded once.
+        padding_idx: as in nn.Embedding; without effect, since no row trains.
     """
 
     def __init__(
@@ -132,18 +132,18 @@ class Embedding4Bit(_Embedding, FourBitStorage):
 
     @classmethod
     def from_layer(cls, layer: nn.Embedding, technique: FourBit, store: FourBitStore | None = None) -> Embedding4Bit:
-        """Build it from a dense layer, whose table ``store`` stores (None: the technique does).
+        """Build it from a dense layer, whose table is stored by ``store``, or ``technique.store`` for None.
 
         Raises:
-            TypeError, ValueError: weights that ``quantize`` refuses.
+            TypeError, ValueError: weights that ``quantize`` rejects.
         """
         return cls((store or technique.store)(layer.weight, "weight"), layer.weight.dtype, layer.padding_idx)
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return the rows (..., embedding_dim) of indices (...), restored."""
+        """Return the rows (..., embedding_dim) of indices (...), dequantized to ``dtype``."""
         refuse_nested(indices, "input")
         table = self.quantized
-        table.check_layout()  # gathered rows would not show how many there are
+        table.check_layout()  # here: the gathered rows do not show whether the table has all of its rows
         packed, scales = (
             embedding(indices, table.packed),
             embedding(indices, table.scales),
@@ -151,8 +151,8 @@ class Embedding4Bit(_Embedding, FourBitStorage):
         if is_jit_tracing():
             exports_to_onnx(table)
             packed, scales = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (packed, scales))
-            restored = ops.dequantize_rows(replace(table, packed=packed, scales=scales), self.dtype)
-            return restored.view(*indices.shape, self.embedding_dim)
+            values = ops.dequantize_rows(replace(table, packed=packed, scales=scales), self.dtype)
+            return values.view(*indices.shape, self.embedding_dim)
         shape = torch.Size((*indices.shape, self.embedding_dim))
         gathered = replace(table, packed=packed, scales=scales, shape=shape)
         if is_plain_call(indices):

@@ -1,4 +1,4 @@
-"""4-bit layers: codes and scales are stored, rows are restored as they are needed."""
+"""The 4-bit technique, the base of all 4-bit layers, and the linear layer."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from lowmem.quant.tensor import QuantizedTensor
 __all__ = ["FourBit", "FourBitStorage", "FourBitStore", "Linear4Bit", "format_keys"]
 
 FourBitStore: TypeAlias = Callable[[Tensor, str], QuantizedTensor]
-"""What turns a weight, named for errors, into a stored one: ``FourBit.store``, or another in its place."""
+"""Quantizes a weight, given with its name for errors: ``FourBit.store``, or a replacement for it."""
 
 
 @dataclass(frozen=True)
 class FourBit:
-    """The technique: weights as 4-bit codes with a scale a block, frozen; biases stay as they are.
+    """4-bit quantization: weights are stored as 4-bit codes with a scale per block, frozen; biases are unchanged.
+
+    QLoRA, arXiv 2305.14314, section 2.
 
     Args:
         format: a key of ``FORMATS``; or several, of which each weight gets the one with the least squared error.
-        block_size: weights a scale, even, 8 to 4096; None takes the format's own.
-        scales: "float32", "float16" or "double"; None takes the format's own.
-        compute_dtype: to multiply in; None takes the input's. With torch.int8, linear layers round inputs, and
+        block_size: weights per scale, even, 8 to 4096; None: the format's default.
+        scales: "float32", "float16" or "double"; None: the format's default.
+        compute_dtype: to multiply in; None: the dtype of the input. With torch.int8, linear layers round inputs, and
             levels that need it, to 8 bits (``lowmem.kernels.int8``) and multiply integers; gradients and other layers
-            do not.
-        search: whether to search for the scales that leave the least squared error; None takes the format's own.
+            use the dtype of the input.
+        search: whether to search for the scales with the least squared error; None: the format's default.
 
     Raises:
         ValueError: an unknown format or scales, a bad block size, or a dtype that is not floating point.
@@ -50,7 +52,7 @@ class FourBit:
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, str):
-            object.__setattr__(self, "format", tuple(self.format))  # a list, too, makes it hashable
+            object.__setattr__(self, "format", tuple(self.format))  # a list would not be hashable
         if not self.format:
             raise ValueError(f"format={self.format!r} names no format: name one, or several to choose from")
         for name in [self.format] if isinstance(self.format, str) else self.format:
@@ -67,20 +69,24 @@ class FourBit:
             )
 
     def store(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
-        """Quantize a weight and freeze what is stored.
+        """Quantize a weight; codes and scales become frozen parameters.
+
+        Args:
+            weight: floating point (..., n), finite.
+            name: unused; ``FourBitStore`` has it for errors.
 
         Raises:
-            TypeError, ValueError: a weight that ``quantize`` refuses.
+            TypeError, ValueError: a weight that ``quantize`` rejects.
         """
         return _freeze(
             quantize(weight, self.format, block_size=self.block_size, scales=self.scales, search=self.search)
         )
 
-    def shell(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
-        """Return what ``store`` returns, without its values: on the meta device.
+    def skeleton(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
+        """Return what ``store`` would return, on the meta device.
 
         Raises:
-            ValueError: several formats, of which only values could choose.
+            ValueError: several formats; choosing one needs the weight's values.
         """
         if not isinstance(self.format, str):
             raise ValueError(f"format={self.format!r}: without values there is no choosing; name one format")
@@ -93,13 +99,13 @@ class FourBit:
 
 
 def format_keys(model: nn.Module) -> set[str]:
-    """Return the keys of a model's state that say the format of 4-bit layers; lowmem's files say it otherwise."""
+    """Return the state_dict keys that hold formats of 4-bit layers; lowmem's files keep formats in their metadata."""
     layers = model.named_modules(remove_duplicate=False)
     return {f"{path}.{_EXTRA_STATE_KEY_SUFFIX}".lstrip(".") for path, m in layers if isinstance(m, FourBitStorage)}
 
 
 def _format_of(state: Any, unread: object) -> object:
-    """Return the format that an extra state says; ``unread`` where it has no values, on the meta device say."""
+    """Return the format in an extra state; ``unread`` where it has no values (meta or fake tensors)."""
     if isinstance(state, Tensor) and (state.is_meta or isinstance(state, FakeTensor)):
         return unread
     if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1:
@@ -112,10 +118,10 @@ def _freeze(weight: QuantizedTensor) -> QuantizedTensor:
 
 
 class FourBitStorage(FrozenStorage):
-    """A module whose weight is stored in 4 bits, frozen: what the forms of all layers share.
+    """Base of all layers with a frozen 4-bit weight, held as the parameters ``packed`` and ``scales``.
 
     Args:
-        weight: quantized; its rows are what the layer restores.
+        weight: quantized (rows, n).
     """
 
     stored = ("packed", "scales")
@@ -123,32 +129,32 @@ class FourBitStorage(FrozenStorage):
     def __init__(self, weight: QuantizedTensor) -> None:
         super().__init__()
         self.format, self.block_size, self.scale_encoding = weight.format, weight.block_size, weight.scale_encoding
-        # torch keeps a module's version beside its state, where a plain dict has no place for it.
+        # torch saves _version in a state_dict's metadata, which a plain dict lacks: hence get_extra_state, too.
         self._version = f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"  # type: ignore[assignment]
         self.packed, self.scales = freeze(weight.packed), freeze(weight.scales)
-        self._quantized = replace(weight, packed=self.packed, scales=self.scales)  # made once: calls are frequent
+        self._quantized = replace(weight, packed=self.packed, scales=self.scales)  # built once, for speed
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight: a view of what is stored, never a copy."""
+        """The weight as a QuantizedTensor of the layer's own parameters, not copied."""
         known, stored = self._quantized, self._parameters
         if known.packed is not stored.get("packed") or known.scales is not stored.get("scales"):
             known = replace(known, packed=self.packed, scales=self.scales)
             if isinstance(known.packed, nn.Parameter) and isinstance(known.scales, nn.Parameter):
-                self._quantized = known  # not what torch.func puts there for one call
+                self._quantized = known  # but not the tensors that torch.func puts there for one call
         return known
 
     def get_extra_state(self) -> Tensor:
-        """Return the format as bytes of text: a tensor, so that it goes wherever the state goes, safetensors too."""
+        """Return the format as text in a uint8 tensor, which safetensors can hold."""
         return torch.tensor(list(str(self._version).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Do nothing: a layer's format never changes, and that of a state is checked before any of it is loaded."""
+        """Do nothing: a layer's format never changes, and ``_load_from_state_dict`` has compared them."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Refuse codes of another format; warn where nothing says of which they are. States of before had no key."""
+        """Reject codes of another format; warn if the state names no format, as those of older versions do not."""
         key, own = prefix + _EXTRA_STATE_KEY_SUFFIX, str(self._version)
         missing, errors = rest[-3], rest[-1]
         found = local_metadata.get("version")
@@ -170,22 +176,22 @@ class FourBitStorage(FrozenStorage):
 
     @property
     def weight_count(self) -> int:
-        """How many weights the stored bytes stand for, the bias included."""
+        """The number of weights that the layer stores, bias included."""
         bias = getattr(self, "bias", None)
         return self._quantized.shape.numel() + (0 if bias is None else int(bias.numel()))
 
     def extra_repr(self) -> str:
-        """Describe how the weight is stored."""
+        """Describe the format."""
         return f"format={self._version}"
 
 
 class Linear4Bit(FourBitStorage):
-    """``y = x W^T + b`` with W stored in 4 bits, frozen, and b as it was.
+    """``y = x W^T + b`` with W stored in 4 bits and frozen; the bias is unchanged.
 
     Args:
         weight: quantized (out_features, in_features).
         bias: floating point (out_features,), or None.
-        compute_dtype: to multiply in; None takes the input's, and torch.int8 multiplies in 8-bit integers.
+        compute_dtype: to multiply in; None: the dtype of the input; torch.int8: 8-bit integers.
     """
 
     bias: nn.Parameter | None
@@ -200,18 +206,18 @@ class Linear4Bit(FourBitStorage):
 
     @classmethod
     def from_layer(cls, layer: nn.Linear, technique: FourBit, store: FourBitStore | None = None) -> Linear4Bit:
-        """Build it from a dense layer, whose weight ``store`` stores (None: the technique does); its bias stays.
+        """Build it from a dense layer, whose weight is stored by ``store``, or ``technique.store`` for None.
 
         Raises:
-            TypeError, ValueError: weights that ``quantize`` refuses.
+            TypeError, ValueError: weights that ``quantize`` rejects.
         """
         return cls((store or technique.store)(layer.weight, "weight"), layer.bias, technique.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
         x = autocast(input)
-        own = self._parameters  # faster than attributes; not all are there where something wraps the layer
-        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - get would ask for self.bias in every call
+        own = self._parameters  # faster than attributes; a parametrization may have moved some out
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - get would evaluate self.bias each time
         return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, bias)
 
     def extra_repr(self) -> str:

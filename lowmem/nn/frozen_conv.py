@@ -1,8 +1,8 @@
-"""The convolution with a frozen weight: its gradient reaches the input alone, and its graph holds stored bytes.
+"""The convolution with a frozen weight: only the input gets a gradient, and autograd saves only the stored weight.
 
-A weight is the matrix (out_channels, in_channels / groups * kernel), a row an output channel. Output channels are
-restored a chunk at a time, at most 1 MiB of them, forward and backward; a weight that fits is one convolution.
-What a convolution of a chunk returns before it joins the rest takes at most 1 MiB as well, or one example's.
+The weight is a matrix (out_channels, in_channels / groups * kernel). Forward and backward dequantize it in chunks of
+output channels of at most 1 MiB; a weight that fits takes a single convolution. The output of a chunk's convolution,
+before the copy to the result, takes at most 1 MiB too, or one example.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["Geometry", "frozen_conv"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Which positions and channels meet in a convolution, with one number a dimension.
+    """The hyperparameters of a convolution.
 
     Args:
         in_channels, out_channels, groups: as in nn.Conv2d.
-        kernel, stride, padding, dilation: of each dimension; the padding is of zeros, on both sides.
-        around: what ``functional.pad`` adds to the input before that, in the mode ``mode``; empty for nothing.
+        kernel, stride, padding, dilation: one number per dimension; zeros are padded on both sides.
+        around: additional padding that ``functional.pad`` applies first, in its order (last dimension first); or ().
         mode: of ``around``.
     """
 
@@ -55,26 +55,26 @@ class Geometry:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What torch's functions take between the bias and the groups."""
+        """The positional arguments of torch's convolutions between ``bias`` and ``groups``."""
         return self.stride, self.padding, self.dilation
 
     def output_size(self, size: Sequence[int]) -> list[int]:
-        """Return the positions that come out, for those that go in after ``around``."""
+        """Return the output size for an input size to which ``around`` was applied."""
         every = zip(size, self.kernel, *self.arguments, strict=True)
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
 
     def chunks(self, itemsize: int) -> list[tuple[slice, slice, int]]:
-        """Return which output channels are restored at once, which input channels they read, and in how many groups.
+        """Return chunks: output channels to dequantize together, input channels that they read, number of groups.
 
         A chunk is several whole groups, or a part of one.
         """
-        rows, channels = self.out_channels // self.groups, self.in_channels // self.groups  # of a group
+        rows, channels = self.out_channels // self.groups, self.in_channels // self.groups  # per group
         columns = channels * prod(self.kernel)
         found = []
         for part in row_chunks(self.groups, rows * columns, itemsize):
             first, last = part.start * rows, part.stop * rows
             reads = slice(part.start * channels, part.stop * channels)
-            for chunk in row_chunks(last - first, columns, itemsize):  # one, unless a single group is too large
+            for chunk in row_chunks(last - first, columns, itemsize):  # one chunk, unless a single group is too large
                 found.append((slice(first + chunk.start, first + chunk.stop), reads, part.stop - part.start))
         return found
 
@@ -82,20 +82,20 @@ class Geometry:
 def frozen_conv(
     x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
-    """Return the convolution of ``x`` computed in ``dtype``, without a gradient for the weight.
+    """Return the convolution of ``x``, computed in ``dtype``, without a gradient for the weight.
 
     Args:
         x: floating point (batch, in_channels, *size) or (in_channels, *size); the result has its dtype.
         weight: float16 or bfloat16 (out_channels, ...), or a QuantizedTensor of out_channels rows.
         geometry: of the convolution.
-        dtype: to compute in.
+        dtype: to compute in, floating point.
         bias: floating point (out_channels,), or None.
 
     Raises:
-        RuntimeError: a wrong shape or dtype, as nn.Conv2d raises.
+        RuntimeError: a wrong shape or dtype, as in nn.Conv2d.
         TypeError: a nested tensor.
     """
-    dims, tracing = len(geometry.kernel), is_jit_tracing()  # a trace records sizes: no branch may ask one
+    dims, tracing = len(geometry.kernel), is_jit_tracing()  # a trace must not branch on sizes
     if not tracing:
         _check_input(x, geometry)
     batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
@@ -105,13 +105,13 @@ def frozen_conv(
         raise RuntimeError(f"input.shape={tuple(x.shape)} is smaller than the kernel {geometry.kernel}")
     if tracing and exports_to_onnx(weight):
         added = None if bias is None else bias.to(dtype)
-        kernel = _restore(weight, slice(None), geometry, dtype)
+        kernel = _dequantized(weight, slice(None), geometry, dtype)
         wide: Tensor = _CONVOLUTIONS[dims](batch.to(dtype), kernel, added, *geometry.arguments, geometry.groups)
         out = wide.to(x.dtype)
     elif is_plain_call(batch, bias):
         out = _convolve(batch, weight, geometry, dtype, bias)
     else:
-        # A transform inside of a compiled function sees plain torch: an operator has no forward-mode derivative.
+        # Not under a functorch transform inside a compiled function: the operator has no forward-mode derivative.
         traced = tracing or (torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active())
         out = (_operator if traced else _apply)(batch, weight, geometry, dtype, None)
         out = out if bias is None else out + bias.to(x.dtype).view(-1, *[1] * dims)
@@ -139,40 +139,40 @@ def _convolve(
     bias = None if bias is None else bias.to(dtype)
     chunks = _chunks(weight, geometry, dtype)
     if len(chunks) == 1:
-        kernel = _restore(weight, slice(None), geometry, dtype)
+        kernel = _dequantized(weight, slice(None), geometry, dtype)
         whole: Tensor = conv(x.to(dtype), kernel, bias, *geometry.arguments, geometry.groups)
         return whole.to(x.dtype)
     size = geometry.output_size(x.shape[2:])
     out = x.new_empty(x.shape[0], geometry.out_channels, *size)
     for rows, reads, groups in chunks:
-        kernel = _restore(weight, rows, geometry, dtype)
+        kernel = _dequantized(weight, rows, geometry, dtype)
         added = None if bias is None else bias[rows]
         for part in row_chunks(x.shape[0], (rows.stop - rows.start) * prod(size), dtype.itemsize):
             out[part, rows] = conv(x[part, reads].to(dtype), kernel, added, *geometry.arguments, groups)
-        del kernel  # before the next is restored
+        del kernel  # before the next chunk is dequantized
     return out
 
 
 def _adjoint(grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int]) -> Tensor:
     """Return (batch, in_channels, *size) in grad's dtype, for grad (batch, out_channels, *out size).
 
-    Half-precision sums over chunks are kept in float32, as a single convolution keeps them.
+    Sums over chunks are kept in float32 at least, as those inside one half-precision convolution are.
     """
     adjoint = _ADJOINTS[len(geometry.kernel)]
     chunks = _chunks(weight, geometry, dtype)
     shape = (grad.shape[0], geometry.in_channels, *size)
     if len(chunks) == 1:
-        kernel = _restore(weight, slice(None), geometry, dtype)
+        kernel = _dequantized(weight, slice(None), geometry, dtype)
         whole: Tensor = adjoint(shape, kernel, grad.to(dtype), *geometry.arguments, geometry.groups)
         return whole.to(grad.dtype)
     sums = grad.new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32))
     for rows, reads, groups in chunks:
-        kernel = _restore(weight, rows, geometry, dtype)
+        kernel = _dequantized(weight, rows, geometry, dtype)
         channels = reads.stop - reads.start
         for part in row_chunks(grad.shape[0], channels * prod(size), dtype.itemsize):
             one = grad[part, rows].to(dtype)
             sums[part, reads] += adjoint((one.shape[0], channels, *size), kernel, one, *geometry.arguments, groups)
-        del kernel  # before the next is restored
+        del kernel  # before the next chunk is dequantized
     return sums.to(grad.dtype)
 
 
@@ -181,21 +181,21 @@ _ADJOINTS: dict[int, Any] = {1: gradients.conv1d_input, 2: gradients.conv2d_inpu
 
 
 def _chunks(weight: Weight, geometry: Geometry, dtype: torch.dtype) -> list[tuple[slice, slice, int]]:
-    if isinstance(weight, Tensor) and weight.dtype is dtype:  # there is nothing to restore
+    if isinstance(weight, Tensor) and weight.dtype is dtype:  # used as stored
         return [(slice(None), slice(None), geometry.groups)]
     return geometry.chunks(dtype.itemsize)
 
 
-def _restore(weight: Weight, rows: slice, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+def _dequantized(weight: Weight, rows: slice, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, QuantizedTensor):
-        restored = weight.dequantize_rows(rows, dtype)
+        kernel = weight.dequantize_rows(rows, dtype)
     else:
-        restored = weight.detach()[rows].to(dtype)
-    return restored.view(-1, geometry.in_channels // geometry.groups, *geometry.kernel)
+        kernel = weight.detach()[rows].to(dtype)
+    return kernel.view(-1, geometry.in_channels // geometry.groups, *geometry.kernel)
 
 
 class _FrozenConv(torch.autograd.Function):
-    """The convolution, or its adjoint to an input of ``size``. Each is the other's derivative."""
+    """The convolution, or its adjoint with outputs of ``size`` if not None. Each is the other's derivative."""
 
     @staticmethod
     def forward(
@@ -209,7 +209,7 @@ class _FrozenConv(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.weight, ctx.geometry, ctx.dtype, ctx.size = inputs
         ctx.back = None if ctx.size is not None else x.shape[2:]
-        # Saved through torch, so that a weight changed in place before backward is an error.
+        # save_for_backward raises an error if the weight is changed in place before backward.
         quantized = isinstance(ctx.weight, QuantizedTensor)
         ctx.save_for_backward(*((ctx.weight.packed, ctx.weight.scales) if quantized else (ctx.weight,)))
 
@@ -225,7 +225,7 @@ class _FrozenConv(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        examples = x.movedim(in_dims[0], 0)  # (examples, batch, channels, *size): a larger batch
+        examples = x.movedim(in_dims[0], 0)  # (examples, batch, channels, *size), flattened into one batch
         return _apply(examples.flatten(0, 1), *rest).unflatten(0, examples.shape[:2]), 0
 
 
@@ -237,7 +237,7 @@ def _apply(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, si
 def _operator(
     x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
 ) -> Tensor:
-    """Do what ``_apply`` does as an operator that torch knows, which a compiled graph calls as it is."""
+    """Compute ``_apply`` by the custom operator, which is opaque to compiled graphs."""
     stored: tuple[Any, ...] = (weight, None, "", 0, "")
     if isinstance(weight, QuantizedTensor):
         weight.check_layout()

@@ -1,4 +1,4 @@
-"""The product with a frozen weight: its gradient reaches the input alone, and its graph holds stored bytes."""
+"""The product with a frozen weight: only the input gets a gradient, and autograd saves only the stored weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowmem.quant.tensor import QuantizedTensor
 __all__ = [
     "FrozenStorage",
     "autocast",
-    "autocasts",
+    "autocast_enabled",
     "exports_to_onnx",
     "freeze",
     "frozen_linear",
@@ -31,17 +31,16 @@ __all__ = [
 
 
 def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ W.T + bias`` computed in ``dtype``, without a gradient for W.
+    """Return ``x @ W.T + bias``, computed in ``dtype``, without a gradient for W: (..., in) -> (..., out).
 
     Args:
         x: floating point (..., in); the result has its dtype.
         weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape.
-        dtype: to compute in; torch.int8 for products in 8-bit integers, whose gradient is that of products in the
-            dtype of x.
+        dtype: to compute in; torch.int8 multiplies 8-bit integers, with gradients computed in the dtype of x.
         bias: floating point (out,), or None.
 
     Raises:
-        RuntimeError: a wrong last dimension or dtype, as nn.Linear raises.
+        RuntimeError: a wrong last dimension or dtype, as in nn.Linear.
         TypeError: a nested tensor.
     """
     plain = is_plain_call(x, bias)
@@ -66,7 +65,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
 
 
 def _traced_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-    """Do what ``frozen_linear`` does, without a branch on a size: torch.jit.trace would record one of the two."""
+    """Compute ``frozen_linear`` without branches on sizes, of which torch.jit.trace would record one side only."""
     if exports_to_onnx(weight):
         return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(
             x.dtype
@@ -78,10 +77,10 @@ def _traced_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: 
 
 
 def exports_to_onnx(weight: kernels.Weight) -> TypeGuard[Tensor]:
-    """Whether torch's older exporter to ONNX traces a call with a 16-bit weight, which it can hold.
+    """Whether torch's TorchScript-based ONNX exporter is tracing this call; ``weight`` is then a 16-bit one.
 
     Raises:
-        RuntimeError: it traces one with a 4-bit weight, for which it has no operator.
+        RuntimeError: it is, and the weight is a 4-bit one, for which ONNX has no operator.
     """
     if not torch.onnx.is_in_onnx_export():
         return False
@@ -94,7 +93,7 @@ def exports_to_onnx(weight: kernels.Weight) -> TypeGuard[Tensor]:
 
 
 def refuse_nested(x: Tensor, name: str = "input") -> None:
-    """Raise a TypeError for a nested tensor, which has no shape that a product could take."""
+    """Raise a TypeError for a nested tensor, whose rows have no common length."""
     if x.is_nested:
         raise TypeError(
             f"{name} is a nested tensor (layout={x.layout}): pad it with torch.nested.to_padded_tensor({name}, 0.0), "
@@ -103,7 +102,7 @@ def refuse_nested(x: Tensor, name: str = "input") -> None:
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_is_compiling, _transforms, _trains, autocasts, _is_tracing = (  # asked in every call: faster than by attributes
+_is_compiling, _transforms, _grad_enabled, autocast_enabled, _is_tracing = (  # called often: globals are faster
     torch.compiler.is_compiling,
     torch._C._are_functorch_transforms_active,
     torch.is_grad_enabled,
@@ -114,16 +113,16 @@ _is_compiling, _transforms, _trains, autocasts, _is_tracing = (  # asked in ever
 
 def is_jit_tracing() -> bool:
     """Whether torch.jit.trace records a call."""
-    return not _is_compiling() and _is_tracing()  # a compiler cannot see into the second
+    return not _is_compiling() and _is_tracing()  # Dynamo cannot trace the second call
 
 
 def is_plain_call(*tensors: Tensor | None) -> bool:
-    """Whether nothing differentiates, transforms or traces a call, so that autograd can be left out."""
+    """Whether nothing differentiates, transforms or traces a call, so that autograd can be bypassed."""
     if _is_compiling() or _transforms() or _is_tracing() or forward_ad._current_level >= 0:
         return False
-    trains = _trains()
+    grad_enabled = _grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or (trains and tensor.requires_grad)):
+        if tensor is not None and (type(tensor) not in _PLAIN or (grad_enabled and tensor.requires_grad)):
             return False
     return True
 
@@ -137,7 +136,7 @@ _GLOBAL_HOOKS = (
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether hooks, or what has taken the place of its forward, are to see a call of a module."""
+    """Whether a call of the module runs hooks, a replaced ``forward`` or compiled code: it must not be bypassed."""
     own = module.__dict__
     return bool(
         own["_forward_hooks"]
@@ -151,19 +150,19 @@ def is_observed(module: nn.Module) -> bool:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """Return ``x`` in the dtype that autocast gives to a linear layer's input, if autocast is on."""
+    """Return ``x`` in the dtype to which autocast, if enabled, casts the input of a linear layer."""
     device = "cpu" if x.is_cpu else x.device.type
-    if device == "meta" or not autocasts(device) or x.dtype == torch.float64:  # meta has no autocast
+    if device == "meta" or not autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
         return x
     return x.to(torch.get_autocast_dtype(device))
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """``x @ W.T``, or ``x @ W`` when transposed. Each is the other's derivative, so any order of them exists."""
+    """``x @ W.T``, or ``x @ W`` when transposed. Each is the other's derivative, so all orders exist."""
 
     @staticmethod
     def forward(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
-        # A transform inside of a compiled function sees plain torch: an operator has no forward-mode derivative.
+        # Not under a functorch transform inside a compiled function: the operator has no forward-mode derivative.
         if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
             return ops.product(x, weight, dtype, transposed)
         return (kernels.input_grad if transposed else kernels.linear)(x, weight, dtype)
@@ -172,8 +171,8 @@ class _FrozenProduct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.weight, dtype, ctx.transposed = inputs
         ctx.input_dtype = x.dtype
-        ctx.dtype = float_dtype(dtype, x.dtype)  # of derivatives
-        # Saved through torch, so that a weight changed in place before backward is an error.
+        ctx.dtype = float_dtype(dtype, x.dtype)  # of gradients
+        # save_for_backward raises an error if the weight is changed in place before backward.
         if isinstance(ctx.weight, QuantizedTensor):
             ctx.save_for_backward(ctx.weight.packed, ctx.weight.scales)
         else:
@@ -190,13 +189,13 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        batch = x.movedim(in_dims[0], 0)  # (examples, batch, in): more rows of the same product
+        batch = x.movedim(in_dims[0], 0)  # (examples, batch, in), flattened into one batch
         out = _product(batch.flatten(0, 1), *rest)
         return out.unflatten(0, batch.shape[:2]), 0
 
 
 class _ForwardModeProduct(_FrozenProduct):
-    """The same with forward-mode derivatives, which torch.compile does not take in a function of one's own."""
+    """The product with forward-mode derivatives, which torch.compile does not support in autograd functions."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -210,17 +209,17 @@ def _product(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: 
 
 
 def freeze(tensor: Tensor) -> nn.Parameter:
-    """Return a parameter that does not train: the tensor itself if it is one, so that what is shared stays shared."""
+    """Return a parameter without gradient: ``tensor`` itself if it is one, so that shared weights stay shared."""
     if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
         return tensor
     return nn.Parameter(tensor, requires_grad=False)
 
 
 class FrozenStorage(nn.Module):
-    """A module whose stored tensors named in ``stored`` move between devices but never change dtype."""
+    """A module whose tensors named in ``stored`` move between devices but never change dtype."""
 
     stored: tuple[str, ...] = ()
-    weight_error: float | None = None  # of what is stored, relative to the weight it was made from, where known
+    weight_error: float | None = None  # ``relative_error`` of the stored weight, where known
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         kept = [getattr(self, name) for name in self.stored]
@@ -237,13 +236,13 @@ class FrozenStorage(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Refuse stored tensors of another dtype."""
+        """Reject stored tensors of another dtype."""
         wrong = []
         for name in self.stored:
             own, given = getattr(self, name), state_dict.get(prefix + name)
             if isinstance(given, Tensor) and own is not None and given.dtype != own.dtype:
                 wrong.append(f"{prefix}{name} stores {own.dtype}; the state holds {given.dtype}")
         if wrong:
-            rest[-1].extend(wrong)  # torch gathers these and raises
+            rest[-1].extend(wrong)  # error_msgs, which torch raises as one error
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)

@@ -1,7 +1,6 @@
-"""Half precision: store 16 bits a weight, compute without losing any more.
+"""Half precision: weights are stored in 16 bits and rounded only once, when they are converted.
 
-A weight is rounded once, when it is converted; the product is taken in the wider of the input's and
-the weight's dtypes, on a chunk of rows at a time.
+A product is computed in the wider of the input's and the weight's dtypes, on a chunk of rows at a time.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from lowmem.quant.quantize import check_weight
 __all__ = ["Half", "HalfLinear", "HalfStore", "round_to"]
 
 HalfStore: TypeAlias = Callable[[Tensor, str], nn.Parameter]
-"""What turns a tensor, named for errors, into a stored one: ``Half.store``, or another in its place."""
+"""Rounds a tensor, given with its name for errors: ``Half.store``, or a replacement for it."""
 
 
 @dataclass(frozen=True)
 class Half:
-    """The technique: weights and biases in float16 (or bfloat16), frozen.
+    """Half precision: weights and biases are stored in float16 or bfloat16 and frozen.
 
     Args:
-        dtype: ``torch.float16`` keeps 11 bits of each weight and holds up to 65504; ``torch.bfloat16``
-            keeps 8 bits and holds what float32 holds.
+        dtype: ``torch.float16`` has 11 significant bits and ends at 65504; ``torch.bfloat16`` has 8 significant
+            bits and the range of float32.
 
     Raises:
         ValueError: another dtype.
@@ -41,26 +40,26 @@ class Half:
             raise ValueError(f"dtype={self.dtype} must be torch.float16 or torch.bfloat16")
 
     def store(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
-        """Round a tensor once and freeze it.
+        """Round a tensor to ``dtype``, as a frozen parameter.
 
         Raises:
-            TypeError, ValueError: it is not floating point, has no values, or the dtype cannot hold it.
+            TypeError, ValueError: it is not floating point, has no values, or exceeds the range of the dtype.
         """
         return freeze(round_to(tensor, self.dtype, name))
 
-    def shell(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
-        """Return what ``store`` returns, without its values: on the meta device."""
+    def skeleton(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
+        """Return what ``store`` would return, on the meta device."""
         return freeze(torch.empty_like(tensor, dtype=self.dtype, device="meta"))
 
 
 class HalfLinear(FrozenStorage):
     """``y = x W^T + b`` with W and b stored in 16 bits and frozen.
 
-    The product is computed in ``torch.promote_types(x.dtype, W.dtype)``: float32 for a float32 input.
+    The product is computed in ``torch.promote_types(x.dtype, W.dtype)``: in float32 for a float32 input.
 
     Args:
         weight: float16 or bfloat16 (out_features, in_features).
-        bias: the same dtype (out_features,), or None.
+        bias: (out_features,) in the dtype of the weight, or None.
     """
 
     stored = ("weight", "bias")
@@ -74,11 +73,11 @@ class HalfLinear(FrozenStorage):
 
     @classmethod
     def from_layer(cls, layer: nn.Linear, technique: Half, store: HalfStore | None = None) -> HalfLinear:
-        """Build it from a dense layer, whose tensors ``store`` stores (None: the technique does).
+        """Build it from a dense layer, whose tensors are stored by ``store``, or ``technique.store`` for None.
 
         Raises:
-            TypeError, ValueError: weights that are not floating point, have no values, or that the
-                dtype cannot hold.
+            TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
+                dtype.
         """
         store = store or technique.store
         return cls(store(layer.weight, "weight"), None if layer.bias is None else store(layer.bias, "bias"))
@@ -86,11 +85,11 @@ class HalfLinear(FrozenStorage):
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
         x = autocast(input)
-        own = self._parameters  # faster than attributes; not all are there where something wraps the layer
+        own = self._parameters  # faster than attributes; a parametrization may have moved some out
         weight = own.get("weight")
         weight = self.weight if weight is None else weight
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
-        if x.dtype is weight.dtype and not (x.is_cpu and x.dtype is torch.float16):  # which torch multiplies slowly
+        if x.dtype is weight.dtype and not (x.is_cpu and x.dtype is torch.float16):  # slow in torch on CPUs
             return nn.functional.linear(x, weight.detach(), None if bias is None else bias.detach())
         wide = x.dtype if x.dtype is torch.float32 else torch.promote_types(x.dtype, weight.dtype)
         return frozen_linear(x, weight, wide, bias)
@@ -104,7 +103,12 @@ class HalfLinear(FrozenStorage):
 
 
 def round_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return a copy in ``dtype``, with an error that names what it cannot hold."""
+    """Return a contiguous copy in ``dtype``.
+
+    Raises:
+        TypeError, ValueError: no dense floating-point tensor with values, values that are not finite, or that exceed
+            the range of ``dtype``.
+    """
     check_weight(tensor)
     wide = tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()  # float8 has no isfinite
     broken = int((~wide.isfinite()).sum())

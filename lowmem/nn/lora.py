@@ -1,7 +1,7 @@
-"""Low-rank adaptation: train two thin matrices beside a frozen layer.
+"""Low-rank adaptation: two small matrices train beside a frozen layer.
 
-Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1. Over a
-4-bit base this is QLoRA (arXiv 2305.14314): a composition, not a class of its own.
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1. QLoRA
+(arXiv 2305.14314) is LoRA over a 4-bit base, and needs no class of its own.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from lowmem import kernels
 from lowmem.kernels import reference
 from lowmem.nn.fourbit import Linear4Bit
-from lowmem.nn.frozen_linear import autocasts, is_observed, is_plain_call, refuse_nested
+from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call, refuse_nested
 from lowmem.nn.half import HalfLinear, round_to
-from lowmem.quant.quantize import quantize_again
+from lowmem.quant.quantize import requantize
 
 __all__ = ["Adapter", "LoRA", "LoRALinear"]
 
 
-_LARGEST_ALPHA = torch.finfo(torch.float32).max  # updates are scaled in float32
+_LARGEST_ALPHA = torch.finfo(torch.float32).max  # low-rank products are scaled in float32
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """The technique: every parameter of the model is frozen, and two thin matrices a layer train.
+    """Low-rank adaptation: the model is frozen, and two matrices A and B per layer train (arXiv 2106.09685).
 
     Args:
-        rank: of the update, at least 1.
-        alpha: the update is scaled by ``alpha / rank``; None means ``rank``, a scale of 1.
-        dropout: of the update's input, in [0, 1).
+        rank: of ``B A``, at least 1.
+        alpha: the low-rank product is scaled by ``alpha / rank``; None: by 1.
+        dropout: probability of dropout on the input of A, in [0, 1).
 
     Raises:
         ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
@@ -58,16 +58,16 @@ class LoRA:
 
 
 class Adapter(nn.Module):
-    """The update of one layer: ``(alpha / rank) B A x``, with A (rank, in) random and B (out, rank) zero at first.
+    """The low-rank product of one layer, ``(alpha / rank) B A x``: A (rank, in) starts random, B (out, rank) zero.
 
-    A fresh adapter therefore changes nothing, bit for bit.
+    A new adapter therefore does not change the output, bit for bit.
 
     Args:
-        base: the layer that it is for, which it does not keep.
+        base: the layer to adapt; only its shape, dtype and device are read.
         technique: rank, alpha and dropout.
     """
 
-    weight_count = 0  # an adapter stands for no weights beyond those of its base
+    weight_count = 0  # an adapter adds no weights to those that its base stores
 
     def __init__(self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA) -> None:
         super().__init__()
@@ -79,14 +79,14 @@ class Adapter(nn.Module):
         dtype = stored.dtype if stored.dtype in (torch.float32, torch.float64) else torch.float32
         self.lora_a = nn.Parameter(torch.empty(self.rank, base.in_features, dtype=dtype, device=stored.device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, self.rank, dtype=dtype, device=stored.device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear's own weight
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear initializes its weight
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
-        """Return ``out`` (..., out_features) and the update of ``x`` (..., in_features) summed, in out's dtype."""
+        """Return ``out + (alpha / rank) B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
         own, dropout = self._parameters, self._modules["dropout"]  # faster than attributes
         assert dropout is not None
         a, b = own.get("lora_a"), own.get("lora_b")
-        if a is None or b is None:  # something wraps the adapter
+        if a is None or b is None:  # a parametrization has moved them out
             a, b = self.lora_a, self.lora_b
         x = x if x.dtype is a.dtype else x.to(a.dtype)
         if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
@@ -95,7 +95,7 @@ class Adapter(nn.Module):
             refuse_nested(x)
         wide = out if out.dim() == 2 else out.reshape(-1, b.shape[0])  # (batch, out)
         rows = x if x.dim() == 2 else x.reshape(-1, a.shape[1])  # (batch, in)
-        if autocasts("cpu" if x.is_cpu else x.device.type):  # which would narrow a sum with the base
+        if autocast_enabled("cpu" if x.is_cpu else x.device.type):  # it would cast the sum with ``out`` to 16 bits
             narrow = nn.functional.linear(rows, a) * self.scaling  # (batch, rank)
             wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
         else:
@@ -104,8 +104,8 @@ class Adapter(nn.Module):
         return wide if out.dim() == 2 else wide.view(out.shape)
 
     def delta(self) -> Tensor:
-        """Return the update of the weight, ``(alpha / rank) B A``: (out, in), in float32 or wider."""
-        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # whatever the adapter was cast to
+        """Return ``(alpha / rank) B A``, the change of the weight: (out, in), in float32 or wider."""
+        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # the adapter may have been cast to 16 bits
         return (self.lora_b.detach().to(dtype) * self.scaling) @ self.lora_a.detach().to(dtype)
 
     def extra_repr(self) -> str:
@@ -113,7 +113,7 @@ class Adapter(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
 
-def _of_the_only_adapter(name: str) -> Any:
+def _of_single_adapter(name: str) -> Any:
     def get(layer: LoRALinear) -> Any:
         if len(layer.adapters) != 1:
             raise AttributeError(name)
@@ -123,7 +123,7 @@ def _of_the_only_adapter(name: str) -> Any:
 
 
 class LoRALinear(nn.Module):
-    """``y = base(x) +`` the updates of the active adapters, summed in the order that they were added.
+    """``y = base(x) + sum (alpha / rank) B A x`` over the active adapters, in the order in which they were added.
 
     Args:
         base: an nn.Linear, HalfLinear or Linear4Bit.
@@ -132,17 +132,17 @@ class LoRALinear(nn.Module):
 
     Attributes:
         adapters: every ``Adapter`` by its name.
-        active: the names of those that add their update; the others cost nothing.
-        merged: the name of the adapter that ``merged_base`` holds, or None.
-        merged_base: what computes in the base's place: a copy of it with one adapter folded in. It is no
-            part of the state, and is made again when a state is loaded.
+        active: the names of the adapters that are applied; the others cost nothing.
+        merged: the name of the adapter that is merged into ``merged_base``, or None.
+        merged_base: a copy of the base with one adapter merged into its weight, called in place of the base. It is
+            left out of the state_dict, and rebuilt when one is loaded.
     """
 
     merged_base: nn.Module | None
-    lora_a = _of_the_only_adapter("lora_a")
-    lora_b = _of_the_only_adapter("lora_b")
-    rank = _of_the_only_adapter("rank")
-    scaling = _of_the_only_adapter("scaling")
+    lora_a = _of_single_adapter("lora_a")
+    lora_b = _of_single_adapter("lora_b")
+    rank = _of_single_adapter("rank")
+    scaling = _of_single_adapter("scaling")
 
     def __init__(self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA, name: str = "default") -> None:
         super().__init__()
@@ -152,28 +152,28 @@ class LoRALinear(nn.Module):
         self.active: tuple[str, ...] = ()
         self.merged: str | None = None
         self.register_module("merged_base", None)
-        self._register_state_dict_hook(_leave_out_merged_base)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
+        self._register_state_dict_hook(_drop_merged_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_remerge)  # type: ignore[no-untyped-call]
         self.add(name, Adapter(base, technique))
 
     @classmethod
     def from_layer(cls, layer: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA) -> LoRALinear:
-        """Build it over a layer, which it keeps."""
+        """Build it over a layer, which becomes its base."""
         return cls(layer, technique)
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Take an adapter in, and make it active."""
+        """Add an adapter and activate it."""
         self.adapters[name] = adapter.train(self.training)
         self.active += (name,)
 
     @property
     def in_use(self) -> tuple[str, ...]:
-        """The adapters that the output holds: the active ones and the merged one, in the order they were added."""
+        """The adapters that contribute to the output, active or merged, in the order in which they were added."""
         return tuple(name for name in self.adapters if name in self.active or name == self.merged)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the base's dtype, for input (..., in_features)."""
-        active = self.active  # this and the merged base are asked for once: another thread may change them
+        active = self.active  # this and the merged base are read once: another thread may change them
         parts: dict[str, Any] = self._modules
         base = parts["merged_base"]
         merged = None if base is None else base.folds
@@ -181,36 +181,35 @@ class LoRALinear(nn.Module):
             base = parts["base"]
         adapters: dict[str, Any] = parts["adapters"]._modules
         if len(active) == 1 and active[0] != merged:
-            at_once = _at_once(base, adapters.get(active[0]), input)
-            if at_once is not None:
-                return at_once
+            fused = _fused_forward(base, adapters.get(active[0]), input)
+            if fused is not None:
+                return fused
         out: Tensor = base(input)
         for name in active:
             adapter = adapters.get(name)  # another thread may have deleted it
             if name != merged and adapter is not None:
-                out = adapter.forward(out, input)  # past the cost of __call__
+                out = adapter.forward(out, input)  # not __call__, for speed
         return out
 
     def merge(self, name: str, folded: nn.Module) -> None:
-        """Let a copy of the base, which an adapter is folded into, compute in its place."""
-        folded.folds = name  # type: ignore[assignment]  # told by the copy itself, so that a forward reads both at once
+        """Use ``folded``, a copy of the base with adapter ``name`` merged into its weight, in place of the base."""
+        folded.folds = name  # type: ignore[assignment]  # stored on the copy, so that forward reads both in one access
         self.merged, self.merged_base = name, folded
 
     def folded(self, names: Iterable[str]) -> tuple[nn.Module, float]:
-        """Return a new base with adapters folded in, and the relative error that storing it adds.
+        """Return a copy of the base with adapters merged into its weight, and the relative error of storing that.
 
-        The error is the root mean square of what is lost over that of the adapted weight. This layer
-        and its base are not changed.
+        The error is ``rms(stored - adapted) / rms(adapted)``. This layer and its base do not change.
 
         Raises:
-            ValueError: the adapted weight is not finite, or the base's dtype or scales cannot hold it.
+            ValueError: the adapted weight is not finite, or exceeds the range of the base's dtype or scales.
         """
         base = self.base
         adapted = base.quantized.dequantize() if isinstance(base, Linear4Bit) else base.weight.detach()
         for name in names:
             adapted = adapted + cast(Adapter, self.adapters[name]).delta()
         if isinstance(base, Linear4Bit):
-            quantized = quantize_again(base.quantized, adapted)
+            quantized = requantize(base.quantized, adapted)
             layer: nn.Module = Linear4Bit(quantized, base.bias, base.compute_dtype)
             stored = quantized.dequantize(adapted.dtype)
         else:
@@ -227,16 +226,16 @@ class LoRALinear(nn.Module):
         return layer.train(base.training), error / size if size else 0.0
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.merged_base = None  # so that nothing is loaded into it
+        self.merged_base = None  # rebuilt by the post hook
         super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
-        """Say which adapters the output holds."""
+        """Describe which adapters are active and merged."""
         return f"active={', '.join(self.active) or None}, merged={self.merged}"
 
 
-def _at_once(base: nn.Module | None, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Return the base's output and an update in one call of the kernel; None where their parts are to be seen."""
+def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
+    """Return the output of base and adapter from one fused product; None where they must be called as modules."""
     weight: kernels.Weight
     if type(base) is Linear4Bit and base.compute_dtype in (None, torch.float32):
         weight = base.quantized
@@ -252,28 +251,28 @@ def _at_once(base: nn.Module | None, adapter: nn.Module | None, x: Tensor) -> Te
     if (
         a is None
         or b is None
-        or "bias" not in bases  # something wraps the layers
+        or "bias" not in bases  # a parametrization has moved it out
         or "forward" in own
         or not is_plain_call(x, bases["bias"], a, b)
         or not (x.dtype is a.dtype is b.dtype is torch.float32 and x.dim() == 2 and not x.is_nested)
         or not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
-        or autocasts("cpu" if x.is_cpu else x.device.type)
+        or autocast_enabled("cpu" if x.is_cpu else x.device.type)
         or is_observed(base)
     ):
         return None
     return kernels.linear(x, weight, torch.float32, bases["bias"], (a, b, adapter.scaling))
 
 
-def _leave_out_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: object) -> None:
+def _drop_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: object) -> None:
     if layer.merged_base is not None:
         for name in layer.merged_base.state_dict():
             del state[f"{prefix}merged_base.{name}"]
         getattr(state, "_metadata", {}).pop(f"{prefix}merged_base", None)
 
 
-def _merge_again(layer: LoRALinear, _: object) -> None:
+def _remerge(layer: LoRALinear, _: object) -> None:
     if layer.merged is not None:
-        name, layer.merged = layer.merged, None  # which stays so if the loaded values cannot be merged
+        name, layer.merged = layer.merged, None  # stays None if the loaded values cannot be merged
         layer.merge(name, layer.folded([name])[0])
 
 

@@ -1,1 +1,1 @@
-"""What 4 bits are: formats, packing, scales, and the quantized tensor. Tensors only, no modules."""
+"""Block-wise 4-bit quantization: formats, packing, scales and the quantized tensor. Tensors only, no modules."""

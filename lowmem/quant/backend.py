@@ -1,7 +1,7 @@
-"""What computes with stored weights: one protocol, and the implementation that serves this process.
+"""The backend protocol for computing with stored weights, and the backend that is active in this process.
 
-``lowmem.kernels`` registers the implementations, chooses one, and says why. The protocol stands here because a
-tensor is quantized and dequantized by what serves, too.
+``lowmem.kernels`` lists the implementations and selects one. The protocol is defined here because ``lowmem.quant``,
+which must not import ``lowmem.kernels``, quantizes and dequantizes through the active backend.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Backend", "LowRank", "Weight", "serve", "serving"]
+__all__ = ["Backend", "LowRank", "Weight", "active_backend", "set_backend"]
 
 Weight: TypeAlias = "Tensor | QuantizedTensor"
-"""A stored weight: float16 or bfloat16 (out, in), or a 4-bit one of that shape."""
+"""A stored weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape."""
 
 LowRank: TypeAlias = tuple[Tensor, Tensor, float]
-"""What an adapter adds to a product: A (rank, in), B (out, rank) and the scaling."""
+"""A low-rank adapter: A (rank, in), B (out, rank) and the scaling of their product."""
 
 
 class Backend(Protocol):
-    """Products with stored weights, and the rows of 4-bit ones.
+    """Products with stored weights, and quantizing and dequantizing rows of 4-bit ones.
 
-    No method may hold a whole dequantized weight. ``lowmem.kernels.reference`` is the definition of what is true:
-    ``dequantize`` and ``quantize_rows`` give its bytes, and products its results within rounding.
+    No method may hold a whole dequantized weight. ``lowmem.kernels.reference`` defines the results: of ``dequantize``
+    and ``quantize_rows`` bit for bit, of products within rounding.
     """
 
     @property
     def name(self) -> str:
-        """What ``LOWMEM_KERNEL`` calls it."""
+        """The value of ``LOWMEM_KERNEL`` that selects this backend."""
         ...
 
     def linear(
@@ -45,36 +45,36 @@ class Backend(Protocol):
     ) -> Tensor:
         """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out), in ``dtype``.
 
-        With torch.int8 products are of 8-bit integers (``lowmem.kernels.int8``), in the dtype of x.
+        With torch.int8, 8-bit integers are multiplied (``lowmem.kernels.int8``), and the result has the dtype of x.
         """
         ...
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype``, a float."""
+        """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype``, which is floating point."""
         ...
 
     def add_low_rank(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in its dtype."""
+        """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in the dtype of ``base``."""
         ...
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return some rows of a matrix, dequantized in float32 and rounded once to ``dtype``."""
+        """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
         ...
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
-        """Quantize float32 (rows, n) into a chunk of a matrix, by its method."""
+        """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``, by its method."""
         ...
 
 
-_serving: Backend
+_active: Backend
 
 
-def serving() -> Backend:
-    """Return what computes in this process."""
-    return _serving
+def active_backend() -> Backend:
+    """Return the backend of this process."""
+    return _active
 
 
-def serve(backend: Backend) -> None:
-    """Let a backend compute in this process; ``lowmem.kernels`` chooses which."""
-    global _serving
-    _serving = backend
+def set_backend(backend: Backend) -> None:
+    """Make ``backend`` the one of this process; ``lowmem.kernels`` selects it."""
+    global _active
+    _active = backend

@@ -1,7 +1,7 @@
-"""The 4-bit formats: frozen data, never branches on a name.
+"""The 4-bit formats, as frozen data: no code branches on a format's name.
 
-A format is sixteen levels in [-1, 1]; a weight is ``levels[code] * scale`` with one scale a block.
-To add a format, add one entry to ``FORMATS``: tests, benchmarks and commands take it from there.
+A format is sixteen levels in [-1, 1]. A weight is ``levels[code] * scale``, with one scale per block.
+To add a format, add one entry to ``FORMATS``: tests, benchmarks and commands pick it up from there.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Format:
 
     Args:
         name: the key in ``FORMATS``.
-        levels: 16 numbers, ascending; a value may stand twice (the two zeros of a floating-point format).
+        levels: 16 numbers, ascending; a value may occur twice (the two zeros of a floating-point format).
         block_size: default number of weights that share a scale.
         scales: default encoding of the scales, a key of ``lowmem.quant.scales.ENCODINGS``.
         source: where the levels come from.
-        signed: whether a scale has the sign of its block's largest weight, so that this weight is always at
-            the upper end, and the lower end can be nearer to zero.
-        search: whether the scales are searched for by default (``lowmem.quant.search``).
+        signed: whether a scale takes the sign of its block's largest weight. That weight then always falls on the
+            largest level, and the smallest level can be closer to zero.
+        search: whether scales are chosen by search by default (``lowmem.quant.search``).
     """
 
     name: str
@@ -47,8 +47,7 @@ class Format:
     def boundaries(self) -> tuple[float, ...]:
         """The 15 thresholds: a value's nearest code is the number of thresholds below it.
 
-        Of two equal levels only the upper code is ever chosen, so that both zeros of ``fp4``
-        quantize to the same code.
+        Of two equal levels only the upper code is ever chosen, so +0 and -0 get the same code in ``fp4``.
         """
         boundaries: list[float] = []
         for low, high in pairwise(self.levels):
@@ -57,21 +56,21 @@ class Format:
 
     @property
     def half_gap(self) -> float:
-        """The largest distance of any value between the end levels to its nearest level: half the widest gap."""
+        """Half the widest gap: the largest distance to the nearest level, for values between the end levels."""
         return max((high - low) / 2 for low, high in pairwise(self.levels))
 
     @property
     def end(self) -> float:
-        """The magnitude of the end level that is nearer to zero."""
+        """The magnitude of the end level (smallest or largest) that is closer to zero."""
         return min(-self.levels[0], self.levels[-1])
 
     @property
     def zero_code(self) -> int:
-        """The code that a zero gets: the level nearest to zero."""
+        """The code of the level nearest to zero, which zeros get."""
         return bisect_left(self.boundaries, 0.0)
 
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of a 4-bit float
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of a float with 2 exponent bits and 1 mantissa bit
 
 _FORMATS = (
     Format(

@@ -1,12 +1,12 @@
-"""Two 4-bit codes a byte. The only file that knows the order of the nibbles.
+"""Packs two 4-bit codes per byte. The only Python file that depends on the order of the nibbles.
 
-Within a block of B codes, byte j holds code j in its low nibble and code j + B/2 in its high one
-("split halves"). Unpacking is then two vector operations with no shuffle::
+Within a block of B codes, byte j holds code j in its low nibble and code j + B/2 in its high nibble
+("split halves"), so unpacking takes a mask, a shift and no shuffle::
 
     block  c0 c1 c2 c3 c4 c5 c6 c7
     byte   c0|c4  c1|c5  c2|c6  c3|c7      (low|high)
 
-A row's last block is as short as what is left of the row, and is split in halves like the others.
+The last block of a row may be shorter; it is split in halves like the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_block_size(block_size: int) -> None:
 
 
 def pack(codes: Tensor, block_size: int) -> Tensor:
-    """Pack 4-bit codes, two a byte.
+    """Pack 4-bit codes, two per byte.
 
     Args:
         codes: uint8 (..., n), values 0 to 15, n even.
@@ -56,7 +56,7 @@ def pack(codes: Tensor, block_size: int) -> Tensor:
 
 
 def unpack(packed: Tensor, block_size: int) -> Tensor:
-    """Undo ``pack``: uint8 (..., m) -> uint8 (..., 2 m). ``pack(unpack(p)) == p`` for every byte.
+    """Unpack what ``pack`` packed: uint8 (..., m) -> uint8 (..., 2 m). ``pack(unpack(p)) == p`` for all bytes.
 
     Raises:
         TypeError: ``packed`` is not a uint8 tensor.
@@ -72,7 +72,7 @@ def unpack(packed: Tensor, block_size: int) -> Tensor:
 
 
 def by_block(rows: Tensor, size: int, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply ``change`` to the blocks of each row, (..., blocks, size) and the short last one, and join the rows."""
+    """Apply ``change`` to the whole blocks of each row (..., blocks, size), and to a shorter last one; join them."""
     length = rows.shape[-1]
     blocks, rest = divmod(length, size)
     whole = rows[..., : length - rest].reshape(*rows.shape[:-1], blocks, size)  # (..., blocks, size)

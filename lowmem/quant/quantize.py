@@ -1,4 +1,4 @@
-"""Quantize a tensor block by block, and say what that lost."""
+"""Quantizes a tensor block by block, and measures the error."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import serving
+from lowmem.quant.backend import active_backend
 from lowmem.quant.formats import Format, get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["check_weight", "method_of", "quantize", "quantize_again", "relative_error"]
+__all__ = ["check_weight", "method_of", "quantize", "relative_error", "requantize"]
 
-BYTES_PER_WEIGHT = 16  # at the peak of plain torch; a search takes twice as many
+BYTES_PER_WEIGHT = 16  # peak scratch of plain torch; twice as much with a search
 
 
 def quantize(
@@ -28,21 +28,24 @@ def quantize(
     search: bool | None = None,
     importance: Tensor | None = None,
 ) -> QuantizedTensor:
-    """Quantize a tensor to 4 bits a weight, block by block along its last dimension.
+    """Quantize a tensor to 4 bits per weight, block by block along its last dimension.
+
+    Each block has one scale, its largest magnitude or the result of a search, and the code of a weight is the level
+    nearest to ``weight / scale`` with the scale as stored (arXiv 2110.02861, section 2.1).
 
     Args:
         weight: floating point (..., n), n > 0, finite; any strides. It is read in float32.
         format: a key of ``FORMATS``; or several, of which the one with the least squared error is taken.
-        block_size: weights a scale, even, 8 to 4096; None takes the format's own.
-        scales: "float32", "float16" or "double"; None takes the format's own.
-        search: whether to search for the scale of each block that leaves the least squared error, instead of
-            taking its largest magnitude; None takes the format's own.
-        importance: floating point (n,), at least 0: what the squared error of each column counts in the
-            search and in the choice of the format; None: all count alike.
+        block_size: weights per scale, even, 8 to 4096; None: the format's default.
+        scales: "float32", "float16" or "double"; None: the format's default.
+        search: whether to search for the scale of each block with the least squared error, instead of taking its
+            largest magnitude; None: the format's default.
+        importance: floating point (n,), at least 0: factor of each column's squared error in the search and in the
+            choice of the format; None: 1.
 
     Returns:
-        The codes nearest to ``weight / scale``, where the scale is the block's largest magnitude (or what the
-        search found) as it is stored. The bytes depend on the values alone: not on strides, threads or the run.
+        The quantized tensor, of the same shape. Its bytes depend on the values alone: not on strides, threads or
+        the run.
 
     Raises:
         TypeError: not a dense floating-point tensor.
@@ -76,20 +79,24 @@ def quantize(
     scratch = BYTES_PER_WEIGHT if method == "absmax" else 2 * BYTES_PER_WEIGHT
     for chunk in row_chunks(rows.shape[0], columns, scratch):
         part = rows[chunk].float().contiguous()
-        serving().quantize_rows(part, matrix, chunk, importance)
+        active_backend().quantize_rows(part, matrix, chunk, importance)
     return quantized
 
 
 def method_of(form: Format, search: bool | None) -> str:
-    """Return how scales are chosen, where None takes the format's own way."""
+    """Return the key of ``METHODS`` for a ``search`` argument; None: the format's default."""
     return "search" if (form.search if search is None else search) else "absmax"
 
 
-def quantize_again(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
-    """Quantize another weight of one shape as the first was: rows that hold the same values keep their bytes.
+def requantize(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
+    """Quantize a changed weight as ``quantized`` was; rows whose values have not changed keep their bytes.
 
-    A search would find other scales for what an earlier one has rounded. What was calibrated is searched, for want
-    of the inputs.
+    Without that, a search would find other scales for values that an earlier search has rounded. For a calibrated
+    weight the scales are searched for, since the layer's inputs are not known here.
+
+    Args:
+        quantized: of the weight before the change.
+        weight: floating point, of the same shape.
     """
     again = quantize(
         weight,
@@ -100,9 +107,9 @@ def quantize_again(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTenso
     )
     before, after = quantized.as_matrix(), again.as_matrix()
     rows = weight.detach().reshape(after.shape)
-    unchanged = True
+    unchanged, dequantize = True, active_backend().dequantize
     for chunk in row_chunks(*after.shape):
-        same = (serving().dequantize(before, chunk, torch.float32) == rows[chunk]).all(-1, keepdim=True)  # (rows, 1)
+        same = (dequantize(before, chunk, torch.float32) == rows[chunk]).all(-1, keepdim=True)  # (rows, 1)
         for stored, into in ((before.packed, after.packed), (before.scales, after.scales)):
             into[chunk] = torch.where(same, stored[chunk], into[chunk])
         unchanged = unchanged and bool(same.all())
@@ -123,31 +130,31 @@ def _checked_importance(importance: Tensor, weight: Tensor) -> Tensor:
 
 
 def relative_error(weight: Tensor, stored: Tensor | QuantizedTensor) -> float:
-    """Return the root mean square of what storing a weight lost over that of the weight, to 4 digits.
+    """Return ``rms(weight - stored) / rms(weight)``, rounded to 4 digits; 0 if the weight is empty or all zero.
 
     Args:
         weight: floating point, of any shape.
-        stored: what was made of it, of as many values in the same order.
+        stored: the weight as stored, with as many values in the same order.
     """
     if not weight.numel():
         return 0.0
-    rows = weight.detach().reshape(-1, stored.shape[-1])  # (rows, n), as what is stored has them
+    rows = weight.detach().reshape(-1, stored.shape[-1])  # (rows, n), where n is that of stored
     lost = _squared_error(rows, stored, None)
     size = sum(float(rows[chunk].double().square_().sum()) for chunk in row_chunks(*rows.shape))
     return float(f"{math.sqrt(lost / size) if size else 0.0:.4g}")
 
 
 def _squared_error(weight: Tensor, stored: Tensor | QuantizedTensor, importance: Tensor | None) -> float:
-    """Add up the squared errors of a weight, seen as rows, each counting as its column's importance."""
+    """Return the sum of squared errors, each multiplied by the importance of its column."""
     rows, total = weight.detach().reshape(-1, weight.shape[-1]), 0.0
     matrix = stored.as_matrix() if isinstance(stored, QuantizedTensor) else stored.detach().reshape(rows.shape)
     for chunk in row_chunks(*rows.shape):
         if isinstance(matrix, QuantizedTensor):
-            restored = serving().dequantize(matrix, chunk, torch.float32)
+            values = active_backend().dequantize(matrix, chunk, torch.float32)
         else:
-            restored = matrix[chunk].float()
-        # Squares of float32 numbers are not float32 numbers: many are too large, or too small, for it.
-        error = rows[chunk].double().sub_(restored).square_()
+            values = matrix[chunk].float()
+        # In double: squares of float32 numbers may overflow or underflow float32.
+        error = rows[chunk].double().sub_(values).square_()
         total += float((error if importance is None else error.mul_(importance)).sum())
     return total
 

@@ -1,7 +1,6 @@
-"""How the scale of each block is stored: float32, float16, or double (8 bits a block, float16 a row).
+"""How the scale of each block is stored: float32, float16, or double (8 bits per block and a float16 per row).
 
-An encoding turns the scales of blocks into stored ones and back. A code is chosen against the *stored*
-scale, so that what a scale loses by rounding costs accuracy once, not twice.
+Codes are chosen against the *stored* scale, so the codes already account for the rounding of the scale.
 """
 
 from __future__ import annotations
@@ -23,12 +22,13 @@ class ScaleEncoding:
     Args:
         name: the key in ``ENCODINGS``.
         dtype: of the stored tensor.
-        encode: float32 scales (rows, blocks) -> stored (rows, blocks + extra), never further from zero
-            than they were, but for what ``double`` says.
+        encode: float32 scales (rows, blocks) -> stored (rows, blocks + extra), rounded towards zero; ``double``
+            raises those below its first step.
         decode: stored -> float32 scales (rows, blocks).
-        shortfall: stored -> how much larger the magnitude of a scale may have been, float32 (rows, blocks).
-        largest: the largest magnitude that can be held.
-        extra: stored elements a row beyond one a block.
+        shortfall: stored -> an upper bound on the magnitude that encoding took from each scale, float32
+            (rows, blocks).
+        largest: the largest magnitude that can be stored.
+        extra: stored elements per row beyond one per block.
         signed: whether a scale can be negative.
     """
 
@@ -46,22 +46,22 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def _encode_float32(scales: Tensor) -> Tensor:
-    # A subnormal scale would leave its products too few bits to find the same codes again, and
-    # processors that flush subnormals would disagree: such blocks become zeros.
+    # Products with a subnormal scale have too few bits for requantizing to find the same codes, and processors that
+    # flush subnormals would give other bytes: such blocks become zeros.
     return scales.masked_fill(scales.abs() < _SMALLEST_NORMAL, 0)
 
 
 def _float16_spacing(stored: Tensor) -> Tensor:
-    """Return at least the distance to the next float16: exact where it matters, at subnormals."""
+    """Return an upper bound on the distance to the next float16, exact for subnormals."""
     return (stored.float().abs() * 2**-10).clamp_min(2**-24)
 
 
 def _encode_float16(scales: Tensor) -> Tensor:
-    # Rounded towards zero: the largest weight of a block then always takes an end level, so that
-    # quantizing the dequantized block finds the same scale and the same codes, subnormals included.
+    # Rounded towards zero: the largest weight of a block then always takes an end level, so that quantizing the
+    # dequantized block again finds the same scale and codes, subnormals included.
     nearest = scales.to(torch.float16)
-    below = (nearest.view(torch.int16) - 1).view(torch.float16)  # the bits of a magnitude count upwards
-    return torch.where(nearest.float().abs() > scales.abs(), below, nearest) + 0.0  # a zero gets no sign
+    below = (nearest.view(torch.int16) - 1).view(torch.float16)  # one bit pattern less: the next smaller magnitude
+    return torch.where(nearest.float().abs() > scales.abs(), below, nearest) + 0.0  # -0 becomes +0
 
 
 def _row_scale(stored: Tensor) -> Tensor:
@@ -69,19 +69,20 @@ def _row_scale(stored: Tensor) -> Tensor:
 
 
 def _double(steps: int) -> ScaleEncoding:
-    """Double quantization: QLoRA, arXiv 2305.14314, section 3, here kept local to the row.
+    """Double quantization: QLoRA, arXiv 2305.14314, section 3, with a second scale per row.
 
-    A scale is n / ``steps`` of the row's, n at least 1 (a row with one large outlier keeps its small blocks),
-    else rounded down: the largest weight of a block takes an end level, as above. A byte has 8 bits for n, or
-    a sign and 7 bits. A scale below one step is stored as one step, positive: no weight of its block is at an end
-    level, so that the sign of the largest weight could change when the block is quantized again.
+    A block's scale is ``row_scale * n / steps``, where n is a byte: 8 bits, or a sign and 7 bits if signed. n is
+    rounded down, so that the largest weight of a block takes an end level, as in float16. But n is at least 1, so
+    that blocks of small weights survive an outlier elsewhere in the row. A scale that was raised to one step is
+    stored positive: no weight of its block reaches an end level, so the sign of the largest weight could change
+    when the block is quantized again.
     """
     signed = steps < 255
 
     def encode(scales: Tensor) -> Tensor:
         magnitude = scales.abs()
         row_scale = _encode_float16(magnitude.amax(-1, keepdim=True))  # (rows, 1)
-        # The quotient is raised a little, lest it be rounded to just below the step that a dequantized block is on.
+        # Scaled up slightly, since rounding may leave the scale of a dequantized block just below its own step.
         raised = (magnitude * (steps * (1 + 2**-20)) / row_scale.float().clamp_min(2**-24)).floor()
         count = raised.clamp(1, steps).masked_fill((magnitude == 0) | (row_scale == 0), 0)  # (rows, blocks)
         if signed:
@@ -136,7 +137,7 @@ _SIGNED_DOUBLE = _double(127)
 
 
 def get_encoding(name: str, signed: bool = False) -> ScaleEncoding:
-    """Return ``ENCODINGS[name]``, or its kind that holds negative scales too.
+    """Return ``ENCODINGS[name]``, or its variant with negative scales if ``signed``.
 
     Raises:
         ValueError: there is no such encoding; the choices are listed.

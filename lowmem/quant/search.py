@@ -1,8 +1,8 @@
-"""Which scale a block gets: its largest weight, or the candidate around it that loses least.
+"""Chooses the scale of a block: its largest magnitude, or the candidate around it with the least squared error.
 
-A block's largest magnitude wastes levels on one weight. A smaller scale clips it and brings the others nearer to a
-level; a larger one moves levels to where weights are. The search takes what leaves the least squared error, weight by
-weight as important as the caller says. Sums have one order, so that a compiled kernel finds the same scales.
+A smaller scale clips the largest weight and brings the others closer to a level; a larger one may move levels to
+where more weights are. Errors can be weighted by an importance for each column. Sums are added in a fixed order, so
+that compiled kernels find the same scales bit for bit.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from lowmem.quant.packing import by_block
 __all__ = ["CANDIDATES", "LANES", "block_errors", "largest_weights", "nearest_codes", "searched_scales", "spread"]
 
 CANDIDATES = tuple(n / 16 for n in (16, 15, 17, 14, 18, 13, 19, 12, 20))
-"""Scales that are tried, in units of the block's largest magnitude; with both signs where the format is signed."""
+"""Scales that are tried, as multiples of the block's largest magnitude; with both signs if the format is signed."""
 
-LANES = 16  # partial sums of a block's error
+LANES = 16  # partial sums per block
 
 
 def spread(scales: Tensor, block_size: int, columns: int) -> Tensor:
-    """Repeat the scales of blocks, (rows, blocks), for each of their weights: (rows, columns)."""
+    """Repeat each block's scale for all of its weights: (rows, blocks) -> (rows, columns)."""
     return scales.repeat_interleave(min(block_size, columns), dim=-1)[:, :columns]
 
 
 def largest_weights(rows: Tensor, size: int, signed: bool) -> Tensor:
-    """Return the largest magnitude of each block, with its weight's sign if signed: (rows, blocks)."""
+    """Return each block's largest magnitude, with the sign of that weight if signed: (rows, blocks)."""
     high = by_block(rows if signed else rows.abs(), size, lambda block: block.amax(-1, keepdim=True))
     if not signed:
         return high
     low = by_block(rows, size, lambda block: block.amin(-1, keepdim=True))
-    return torch.where(-low > high, low, high) + 0.0  # a zero gets no sign
+    return torch.where(-low > high, low, high) + 0.0  # -0 becomes +0
 
 
 def searched_scales(
     rows: Tensor, form: Format, size: int, largest: float, importance: Tensor | None = None
 ) -> Tensor:
-    """Return the scale of each block that leaves the least squared error, of those tried.
+    """Return the candidate scale of each block with the least squared error.
 
     Args:
         rows: float32 (rows, n), finite.
         form: the format; both signs are tried if it is signed.
-        size: of a block.
-        largest: magnitude of a scale.
-        importance: float32 (n,) or (rows, n), at least 0, what each weight's squared error counts; None: 1.
+        size: weights per block.
+        largest: the largest magnitude of a scale that can be stored.
+        importance: float32 (n,) or (rows, n), at least 0: factor of each weight's squared error; None: 1.
 
     Returns:
-        float32 (rows, blocks), at least ``min(CANDIDATES)`` of the block's largest magnitude. Of equal errors, and
-        where squares overflow, the first candidate's counts.
+        float32 (rows, blocks), at least ``min(CANDIDATES)`` times the block's largest magnitude. The first of
+        several candidates with equal errors is taken, also where squares overflow.
     """
     top = largest_weights(rows, size, form.signed)  # (rows, blocks)
     best = least = None
@@ -67,8 +67,8 @@ def searched_scales(
 
 
 def nearest_codes(rows: Tensor, scales: Tensor, form: Format, size: int) -> Tensor:
-    """Return the code nearest to each weight over its block's scale: uint8 (rows, n), padded to be even."""
-    divisors = spread(scales.masked_fill(scales == 0, torch.inf), size, rows.shape[-1])  # a zero scale: the zero code
+    """Return the nearest code of each weight divided by its scale: uint8 (rows, n), n padded to an even number."""
+    divisors = spread(scales.masked_fill(scales == 0, torch.inf), size, rows.shape[-1])  # w / inf = 0: the zero code
     boundaries = torch.tensor(form.boundaries, dtype=torch.float32, device=rows.device)
     codes: Tensor = torch.bucketize(rows / divisors, boundaries, out_int32=True).to(torch.uint8)
     if codes.shape[-1] % 2:
@@ -77,7 +77,7 @@ def nearest_codes(rows: Tensor, scales: Tensor, form: Format, size: int) -> Tens
 
 
 def block_errors(rows: Tensor, scales: Tensor, form: Format, size: int, importance: Tensor | None) -> Tensor:
-    """Return the squared error of each block at these scales, (rows, blocks), added up in ``LANES`` parts."""
+    """Return the squared error of each block with these scales, (rows, blocks), from ``LANES`` partial sums."""
     columns = rows.shape[-1]
     levels = torch.tensor(form.levels, dtype=torch.float32, device=rows.device)
     codes = nearest_codes(rows, scales, form, size)[:, :columns]

@@ -1,4 +1,4 @@
-"""Block-wise 4-bit quantization: ``w ~ levels[code] * scale``, one scale for each block of a row.
+"""The quantized tensor: ``w ~ levels[code] * scale``, one scale for each block of a row.
 
 Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.1, and
 QLoRA, arXiv 2305.14314, section 2. Blocks run along the last dimension and never cross a row.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import serving
+from lowmem.quant.backend import active_backend
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size, unpack
 from lowmem.quant.scales import ScaleEncoding, get_encoding
@@ -26,38 +26,39 @@ __all__ = [
 ]
 
 SCRATCH_BYTES = 2**20
-"""The most temporary memory that restoring a chunk of rows takes (one row at least is restored at a time)."""
+"""Limit of the scratch memory for dequantizing a chunk of rows; a chunk has one row at least."""
 
 BYTES_PER_WEIGHT = 18
-"""At the peak of ``restore``: a code as unpacked (1 byte, 2 in a row of one) and as an index (4), a value (4), and
-its scale (8 at most, where the last block is short)."""
+"""Peak scratch of ``restore``: an unpacked code (1 byte, 2 in a row of one weight), its index (4), the value (4), and
+the scale (at most 8, where the last block is short)."""
 
 
 def row_chunks(rows: int, columns: int, bytes_per_weight: int = BYTES_PER_WEIGHT) -> Iterator[slice]:
-    """Yield slices over ``rows`` such that restoring each one fits ``SCRATCH_BYTES``."""
+    """Yield slices of ``rows`` whose scratch, ``bytes_per_weight`` for each weight, fits into ``SCRATCH_BYTES``."""
     step = max(1, SCRATCH_BYTES // (bytes_per_weight * max(1, columns)))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 METHODS = {"absmax": 1.0, "search": min(CANDIDATES), "calibrated": 0.0}
-"""How scales are chosen: the least part of a block's largest magnitude that its scale is (0: no bound)."""
+"""How scales are chosen, with the least possible ratio of a scale to its block's largest magnitude (0: none)."""
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A 4-bit tensor: packed codes, the scales of its blocks, and how to read them.
+    """A 4-bit tensor: packed codes, the scales of its blocks, and how to decode them.
 
     Args:
         packed: uint8 (..., ceil(n / 2)), see ``lowmem.quant.packing``.
-        scales: (..., blocks), in the dtype of the scale encoding; ``double`` adds two bytes a row.
-        shape: of the tensor that was quantized, (..., n).
+        scales: (..., blocks), in the dtype of the scale encoding; ``double`` adds two bytes per row.
+        shape: (..., n), the shape of the tensor that was quantized.
         format: a key of ``FORMATS``.
-        block_size: B, weights a scale.
+        block_size: B, weights per scale.
         scale_encoding: a key of ``ENCODINGS``.
         method: how scales and codes were chosen, a key of ``METHODS``.
 
     Attributes:
-        cache: what a backend knows of the stored tensors, by its own keys. Copies and pickles have none of it.
+        cache: what a backend derives from the stored tensors (handles), under its own keys; left out of copies and
+            pickles.
     """
 
     packed: Tensor
@@ -85,7 +86,7 @@ class QuantizedTensor:
         *,
         device: torch.device | str,
     ) -> QuantizedTensor:
-        """Return one of a shape without values, as ``torch.empty`` does."""
+        """Return a tensor of ``shape`` with uninitialized codes and scales, as ``torch.empty`` does."""
         nothing = torch.empty(0, device=device)
         shaped = cls(nothing, nothing, shape, format, block_size, scale_encoding, method)
         packed, byte, scales, dtype = shaped.stored_layout
@@ -97,7 +98,7 @@ class QuantizedTensor:
 
     @property
     def stored_layout(self) -> tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]:
-        """The shape and dtype that ``packed`` has to have, and those of ``scales``."""
+        """The required shape and dtype of ``packed``, and those of ``scales``."""
         *leading, columns = self.shape
         encoding = self.encoding
         blocks = -(-columns // self.block_size) + encoding.extra
@@ -105,12 +106,12 @@ class QuantizedTensor:
         return packed, torch.uint8, scales, encoding.dtype
 
     def check_layout(self) -> None:
-        """Raise unless ``packed`` and ``scales`` have the shapes and dtypes that the tensor's shape needs.
+        """Raise unless ``packed`` and ``scales`` have the shapes and dtypes of ``stored_layout``.
 
-        ``torch.jit.trace`` records every size that is read, as an input of the graph: there nothing is checked.
+        Nothing is checked under ``torch.jit.trace``, which would record each size that is read into the graph.
 
         Raises:
-            RuntimeError: they do not; it names what was found and what is needed.
+            RuntimeError: a shape or dtype differs; the error names what was found and what is needed.
         """
         if not torch.compiler.is_compiling() and torch._C._is_tracing():
             return
@@ -125,17 +126,17 @@ class QuantizedTensor:
 
     @property
     def encoding(self) -> ScaleEncoding:
-        """How the scales are stored."""
+        """The encoding of the scales."""
         return get_encoding(self.scale_encoding, get_format(self.format).signed)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed codes and the scales."""
+        """Bytes of the packed codes and the scales together."""
         return self.packed.nbytes + self.scales.nbytes
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits for each weight, scales included."""
+        """Stored bits per weight, scales included."""
         return 8 * self.nbytes / self.shape.numel() if self.shape.numel() else 0.0
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -148,7 +149,7 @@ class QuantizedTensor:
         return self.dequantize_rows(slice(None), dtype).view(self.shape)
 
     def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return what ``dequantize`` gives for some rows of the tensor seen as (rows, n).
+        """Dequantize ``rows`` of the tensor seen as (rows, n), as ``dequantize`` does.
 
         Raises:
             RuntimeError: stored tensors of another layout, see ``check_layout``.
@@ -157,10 +158,14 @@ class QuantizedTensor:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
         matrix = self if len(self.shape) == 2 else self.as_matrix()
-        return serving().dequantize(matrix, rows, dtype)
+        return active_backend().dequantize(matrix, rows, dtype)
 
     def restore(self, rows: slice, levels: tuple[float, ...] | None = None) -> Tensor:
-        """Return some rows of the tensor seen as (rows, n), in float32; with levels, if given, instead of its own.
+        """Dequantize ``rows`` of the tensor seen as (rows, n), to float32, in plain torch: the definition.
+
+        Args:
+            rows: which rows.
+            levels: 16 numbers to use in place of the format's.
 
         Raises:
             RuntimeError: stored tensors of another layout, see ``check_layout``.
@@ -171,7 +176,7 @@ class QuantizedTensor:
         table = torch.tensor(levels, dtype=torch.float32, device=self.packed.device)
         packed = self.packed.reshape(-1, self.packed.shape[-1])[rows]
         codes = unpack(packed, self.block_size)[:, :columns]  # (rows, n), without the padding
-        # Under a transform of an older torch only 64-bit indices will do; elsewhere they would double the scratch.
+        # Functorch transforms of older torch versions need 64-bit indices; elsewhere these would double the scratch.
         index = codes.long() if torch._C._are_functorch_transforms_active() else codes.int()
         values = table.index_select(0, index.flatten()).view(codes.shape)
         stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
@@ -179,7 +184,7 @@ class QuantizedTensor:
         return values.mul_(spread(scales, self.block_size, columns))
 
     def as_matrix(self) -> QuantizedTensor:
-        """Return it seen as (rows, n): a view.
+        """Return a view of the tensor as (rows, n).
 
         Raises:
             RuntimeError: stored tensors of another layout, see ``check_layout``.
@@ -195,16 +200,17 @@ class QuantizedTensor:
         self.__dict__.update(state, cache={})
 
     def error_bound(self) -> Tensor:
-        """Return what ``|w - dequantize()|`` never exceeds, element by element, float32, in ``shape``.
+        """Return an elementwise upper bound of ``|w - dequantize()|``: float32, in ``shape``.
 
-        Between the end levels times the scale, a weight lies at most half the widest gap between levels,
-        times the scale, from its level. Beyond, it lies at most as far as the block's largest weight, which
-        the scale is a known part of, less what storing the scale takes from it. Float rounding adds four
-        units in the last place of the scale.
+        A weight between the end levels (times the scale) is off by at most half the widest gap between levels, times
+        the scale. A weight beyond them is clipped, and is off by at most what the block's largest weight is off by:
+        ``METHODS`` bounds that weight relative to the scale, and the encoding's shortfall is added. Float rounding
+        adds four units in the last place of the scale.
 
         Raises:
             RuntimeError: stored tensors of another layout, see ``check_layout``.
-            ValueError: the codes were chosen for a layer's output (``calibrate``), and have no such bound.
+            ValueError: the tensor was calibrated (``calibrate``), which minimizes the error of the layer's output and
+                does not bound that of a weight.
         """
         self.check_layout()
         part = METHODS[self.method]
@@ -216,8 +222,8 @@ class QuantizedTensor:
         form = get_format(self.format)
         stored = self.scales.reshape(-1, self.scales.shape[-1])
         scale, shortfall = self.encoding.decode(stored).abs(), self.encoding.shortfall(stored)  # (rows, blocks)
-        # Shortfall and scale apart: their sum would round away what a scale falls short of the smallest weights.
+        # Not (scale + shortfall) / part - scale * end: the sum would round the shortfall of tiny scales away.
         beyond = shortfall / part + scale * (1 / part - form.end)
         bound = torch.maximum(scale * form.half_gap, beyond)
-        rounding = scale * 2**-22 + 2**-148  # the second for products that are subnormal in float32
+        rounding = scale * 2**-22 + 2**-148  # the second term: products that are subnormal in float32
         return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)

@@ -1,1 +1,1 @@
-"""A report on a model or on every variant: what is measured, the charts, and the page. Needs the extra ``report``."""
+"""Reports on models and variants: measurements, charts and the HTML page. Needs the extra ``report``."""

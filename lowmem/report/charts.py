@@ -1,7 +1,7 @@
-"""The charts: what Altair draws of the figures, for a desk and for a phone, in the names of the theme's colours.
+"""Charts of memory and speed, drawn by Altair in a wide and a narrow layout, in the theme's CSS variables.
 
-They are SVG without a script: the page is the same wherever HTML is shown or printed, and nothing in it runs. What a
-tooltip would say is in the table below each chart.
+They are static SVG, so that the page runs no script and prints as it is shown. A table below each chart holds its
+numbers in place of tooltips.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 
 _KIND_COLOURS = dict(zip(KINDS, ("grey", "blue", "green", "olive", "purple", "orange", "brown"), strict=True))
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
-ROW = 26  # pixels of a row of bars
-_CHARACTER = 6.8  # pixels of a character of 11 pixels in a wide font
+ROW = 26  # height of a row of bars, in pixels
+_CHARACTER = 6.8  # width of a character at font size 11 in a wide font, in pixels
 
 
 class Drawing(NamedTuple):
-    """A chart as SVG, for a desk and for a phone, and the specification of the former."""
+    """A chart as SVG, wide and narrow, and the Vega-Lite specification of the wide one."""
 
     wide: str
     narrow: str
@@ -59,10 +59,10 @@ class Drawing(NamedTuple):
 
 
 def draw(chart: Callable[[bool], Any]) -> Drawing:
-    """Draw a chart for a desk and for a phone.
+    """Draw the wide and the narrow layout of a chart.
 
     Args:
-        chart: returns it, given whether it is narrow.
+        chart: returns the Altair chart; its argument says whether it is narrow.
     """
     wide, narrow = (_configured(chart(is_narrow)) for is_narrow in (False, True))
     return Drawing(_svg(wide), _svg(narrow), wide.to_dict())
@@ -110,35 +110,35 @@ def _configured(chart: Any) -> Any:
 
 
 def readable_bytes(count: float) -> str:
-    """Return bytes in the largest unit of which there is one: ``9.43 MiB``."""
+    """Format bytes in the largest unit that is not above them: ``9.43 MiB``."""
     size, unit = unit_of(count)
     return f"{count:,.0f} bytes" if size == 1 else f"{count / size:.2f} {unit}"
 
 
 def percent(value: float) -> str:
-    """Return a share with two digits: ``3.7%``."""
+    """Format a fraction as a percentage with two significant digits: ``3.7%``."""
     digits = max(0, 1 - math.floor(math.log10(value * 100))) if value > 0 else 1
     return f"{value:.{min(digits, 6)}%}"
 
 
 def unit_of(count: float) -> tuple[int, str]:
-    """Return the largest unit of which there is one, in bytes, and its name."""
+    """Return the size in bytes and the name of the largest unit that is not above ``count``."""
     return next(((size, unit) for size, unit in _UNITS if abs(count) >= size), _UNITS[-1])
 
 
 def data(rows: Iterable[dict[str, Any]]) -> Any:
-    """Return rows as a chart takes them."""
+    """Return rows as the data of an Altair chart."""
     return alt.Data(values=list(rows))  # type: ignore[no-untyped-call]
 
 
 def names_axis(names: Sequence[str], *, shown: bool = True) -> Any:
-    """Return the axis of rows that have names, in their order."""
+    """Return the y axis of named rows, in the order of ``names``."""
     axis = name_axis(names) if shown else unlabelled(grid=False)
     return alt.Y("name:N", sort=list(names), axis=axis, scale=alt.Scale(paddingInner=0.3, paddingOuter=0.15))
 
 
 def name_axis(names: Iterable[str], *, grid: bool = False, labels: str | None = None) -> Any:
-    """Return an axis with room for names in any font: Vega measures them in one that is narrower than some are."""
+    """Return an axis with room for names in any font; Vega measures text in a font narrower than some."""
     expression: Any = {} if labels is None else {"labelExpr": labels}
     return alt.Axis(
         title=None,
@@ -154,12 +154,12 @@ def name_axis(names: Iterable[str], *, grid: bool = False, labels: str | None = 
 
 
 def unlabelled(*, grid: bool) -> Any:
-    """Return the axis of rows whose names stand elsewhere."""
+    """Return the axis of rows whose names another panel shows."""
     return alt.Axis(title=None, labels=False, ticks=False, domain=False, grid=grid)
 
 
 def memory_chart(footprints: Sequence[Footprint], narrow: bool) -> Any:
-    """Draw what each variant stores, by kind, and the peaks of its forward and its training step, as bars."""
+    """Draw bars of each variant's stored bytes by kind, and of the peaks of its forward and training step."""
     names = [footprint.name for footprint in footprints]
     kinds = [kind for kind in KINDS if any(footprint.kinds[kind] for footprint in footprints)]
     size, unit = unit_of(max(footprint.stored_bytes for footprint in footprints))
@@ -212,7 +212,7 @@ def _peak_panel(title: str, colour: str, names: Sequence[str], peaks: Sequence[i
 
 
 def _room_for_text(rows: Sequence[dict[str, Any]], width: int) -> Any:
-    """Return a scale that leaves 62 pixels right of the longest bar, for its figure."""
+    """Return a scale that leaves 62 pixels right of the longest bar, for its label."""
     largest = max(row["size"] for row in rows) or 1.0
     return alt.Scale(domain=[0, largest * width / (width - 62)], nice=False)
 
@@ -230,7 +230,7 @@ def _texts(rows: Sequence[dict[str, Any]], names: Sequence[str], *, shown: bool 
 
 
 def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
-    """Draw how many times as fast as the dense model, against the batch: a panel for each dtype, logarithmic axes."""
+    """Draw the speed relative to the dense model against the batch size: a panel per dtype, logarithmic axes."""
     names = list(dict.fromkeys(timing.name for timing in timings))
     batches = sorted({timing.batch for timing in timings})
     ends = [end for t in timings for end in (t.speed, t.low or t.speed, t.high or t.speed)]
@@ -280,16 +280,16 @@ def _powers_of_two(low: float, high: float) -> list[float]:
 
 
 def by_name(names: Sequence[str], narrow: bool) -> Any:
-    """Return a colour for each name."""
+    """Return the colour encoding of the series ``names``."""
     return alt.Color("name:N", scale=alt.Scale(domain=list(names), range=series(len(names))), legend=legend(narrow))
 
 
 def shapes(names: Sequence[str], narrow: bool) -> Any:
-    """Return a shape for each name."""
+    """Return the shape encoding of the series ``names``."""
     given = [SHAPES[number % len(SHAPES)] for number in range(len(names))]
     return alt.Shape("name:N", scale=alt.Scale(domain=list(names), range=given), legend=legend(narrow))
 
 
 def legend(narrow: bool) -> Any:
-    """Return a legend of series."""
+    """Return the legend of the series."""
     return alt.Legend(columns=2 if narrow else 6, title=None)

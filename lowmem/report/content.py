@@ -1,4 +1,4 @@
-"""What a page is made of: the report's figures, and the sections, figures and tables that show them."""
+"""The content of a page: the report's data, and the sections, figures and tables that show it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["Figure", "Report", "Section", "Table", "Tile", "figure_text"]
 
 @dataclass(frozen=True)
 class Report:
-    """All that a page shows.
+    """The data of a page.
 
     Attributes:
         title: the name of the model.
         lead: a sentence below it.
-        footprints: of the dense model first, and of every variant.
+        footprints: of the dense model first, then of every variant.
         losses: by variant, the error of its output relative to the dense model's.
-        timings: how fast variants are, and other libraries; empty where nothing was timed.
-        timed: a sentence: where the timings are from, or why there are none.
+        timings: of variants and other libraries; empty where nothing was timed.
+        timed: a sentence on the source of the timings, or why there are none.
         groups: the layers of a user's model; empty for BigNet, whose layers are all alike.
-        distortions: what formats lose of normal weights.
+        distortions: errors of the formats for normal weights.
         verdicts: of the gates.
-        machine: what the figures were measured on.
-        timing_machine: what the timings were measured on, where that is another run.
+        machine: properties of the machine of the measurements.
+        timing_machine: the same of the timings, if they are from another run.
     """
 
     title: str
@@ -50,7 +50,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; ``text`` says which columns are no figures."""
+    """A table; the columns in ``text`` hold text, the others numbers."""
 
     caption: str
     columns: Sequence[str]
@@ -60,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, what it shows, and its figures; a gate's has a verdict, and may have no chart."""
+    """A chart with a caption and the table of its numbers. A gate's also has a verdict, and may have no chart."""
 
     drawing: Drawing | None
     caption: str
@@ -71,7 +71,7 @@ class Figure:
     shown: Table | None = None
 
     def svg(self, width: str) -> Markup:
-        """Return the chart as an image that is called by its caption."""
+        """Return the "wide" or "narrow" chart as an image with the caption as its accessible name."""
         text: str = getattr(self.drawing, width)
         label = escape(self.caption)
         return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # Vega escapes names
@@ -79,7 +79,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, and what stands below it."""
+    """A heading with texts, figures and tables."""
 
     id: str
     title: str
@@ -90,7 +90,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that says most at a glance."""
+    """A headline number at the top of the page."""
 
     term: str
     value: str
@@ -98,7 +98,7 @@ class Tile:
 
 
 def figure_text(value: float | None) -> str:
-    """Return a figure of a gate as a table shows it: whole numbers whole, others to four digits, nothing for None."""
+    """Format a number of a gate for a table: integers in full, others with four digits, None as ""."""
     if value is None:
         return ""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"

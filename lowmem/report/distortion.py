@@ -1,11 +1,11 @@
-"""What 4-bit storage loses of normal weights, beside the least that theory allows.
+"""Errors of the 4-bit formats for normal weights, and the theoretical lower bound.
 
-A memoryless Gaussian source of variance 1 cannot be stored in R bits a sample with a mean squared error below
+A memoryless Gaussian source of variance 1 cannot be stored in R bits per sample with a mean squared error below
 
     D(R) = 2 ** (-2 R)
 
-(Cover and Thomas, Elements of Information Theory, 2nd ed., theorem 10.3.2). The relative root mean square error is at
-least 2 ** -R then: each further bit halves it.
+(Cover and Thomas, Elements of Information Theory, 2nd ed., theorem 10.3.2). The relative root mean square error is
+therefore at least 2 ** -R.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lowmem.quant.scales import ENCODINGS
 __all__ = ["BLOCKS", "Distortion", "distortions", "least_error"]
 
 BLOCKS = (16, 32, 64, 128)
-"""Block sizes that are compared: smaller blocks take more bits for scales and lose less."""
+"""Block sizes to compare; smaller blocks take more bits for scales and have a smaller error."""
 
-_SHAPE = (32, 4096)  # rows so long that the row's own scale in ``double`` takes next to nothing
+_SHAPE = (32, 4096)  # long rows, in which the scale per row of ``double`` hardly counts
 
 
 @dataclass(frozen=True)
 class Distortion:
-    """One way to store a normal matrix: its bits a weight, and the relative root mean square error."""
+    """Bits per weight and relative root mean square error of a normal matrix in one format."""
 
     format: str
     scales: str
@@ -38,7 +38,7 @@ class Distortion:
 
 
 def distortions(shape: tuple[int, int] = _SHAPE) -> list[Distortion]:
-    """Quantize one matrix of normal weights in every format, with all scales and block sizes of ``BLOCKS``."""
+    """Quantize one normal matrix in every format, scale encoding and block size of ``BLOCKS``."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     points = []
     for name in FORMATS:
@@ -52,5 +52,5 @@ def distortions(shape: tuple[int, int] = _SHAPE) -> list[Distortion]:
 
 
 def least_error(bits: float) -> float:
-    """Return ``2 ** -bits``: the least relative error of normal weights stored in so many bits each."""
+    """Return ``2 ** -bits``, the least relative error of normal weights at this many bits per weight."""
     return float(2.0**-bits)

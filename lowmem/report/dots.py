@@ -1,4 +1,4 @@
-"""The charts of errors, groups of layers and gates: dots on logarithmic axes."""
+"""Charts of errors, groups of layers and gates: dots on logarithmic axes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from lowmem.testing.verdicts import Row
 __all__ = ["MOST_GROUPS", "distortion_chart", "group_chart", "loss_chart", "ratio_chart"]
 
 MOST_GROUPS = 24
-"""Groups of layers that are drawn, the largest ones; the table has all of them."""
+"""The number of groups of layers that are drawn, the largest first; the table has all of them."""
 
 
 def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
-    """Draw the error of normal weights against bits a weight, and the least possible."""
+    """Draw the error of normal weights against bits per weight, and the lower bound."""
     formats = list(dict.fromkeys(point.format for point in points))
     first, last = 4.0, max(point.bits_per_weight for point in points)
     lowest = least_error(last) * 0.95
@@ -99,7 +99,7 @@ def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:
 
 
 def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) -> Any:
-    """Draw what each group of layers costs, dense and in each variant, and what its weights lose."""
+    """Draw the bytes of each group of layers, dense and in each variant, and the errors of its weights."""
     drawn = sorted(groups, key=lambda group: -group.dense_bytes)[:MOST_GROUPS]
     labels = {group.name: _short(group.name, 20 if narrow else 44) for group in drawn}
     names = [group.name for group in drawn]
@@ -149,7 +149,7 @@ def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) 
 
 
 def _decades(rows: Sequence[dict[str, Any]], title: str, format: str) -> Any:
-    """Return a logarithmic axis from one power of ten to another, with one tick for each."""
+    """Return a logarithmic axis between powers of ten, with a tick at each."""
     values = [row["value"] for row in rows]
     first, last = math.floor(math.log10(min(values) / 1.2)), math.ceil(math.log10(max(values) * 1.2))
     ticks = [float(f"1e{power}") for power in range(first, last + 1)]
@@ -158,18 +158,18 @@ def _decades(rows: Sequence[dict[str, Any]], title: str, format: str) -> Any:
 
 
 def _looked_up(labels: Mapping[str, str]) -> str:
-    """Return an expression of Vega that looks labels up; with a mark before each, none is a property of objects."""
+    """Return a Vega expression that looks up labels; the prefix keeps names from matching properties of objects."""
     marked = {f"~{name}": label for name, label in labels.items()}
     return f"{json.dumps(marked)}['~' + datum.label]"
 
 
 def _short(name: str, limit: int) -> str:
-    """Return the end of a name that is too long: it says more than the beginning."""
+    """Return the end of a name that is too long, which identifies a layer better than the beginning."""
     return name if len(name) <= limit else f"…{name[1 - limit :]}"
 
 
 def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
-    """Draw the ratios of a gate, head over base, with their intervals; what moved stands out."""
+    """Draw the ratios head / base of a gate with their intervals, coloured by verdict."""
     drawn = [row for row in rows if row.ratio is not None]
     names = list(dict.fromkeys(row.name for row in drawn))
     labels = {name: _short(name, 24 if narrow else 60) for name in names}

@@ -1,4 +1,4 @@
-"""What a model's bytes are for: stored tensors by kind, and the peaks of a forward and of a training step."""
+"""The memory footprint of a model: stored bytes by kind, and the peaks of a forward and a training step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = (
     "LoRA adapters",
     "other",
 )
-"""What stored bytes are for, in the order in which they are stacked."""
+"""The kinds of stored bytes, in the order in which charts stack them."""
 
 _BY_DTYPE = {
     torch.float32: "float32 weights",
@@ -36,13 +36,13 @@ _BY_DTYPE = {
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one model costs.
+    """The memory of one model.
 
     Attributes:
         name: of the variant.
-        kinds: bytes of the distinct parameters and buffers, by kind; every kind of ``KINDS`` is there.
-        forward_bytes: the peak of an inference forward beyond model and input.
-        step_bytes: the peak of the first training step beyond model and input.
+        kinds: bytes of the distinct parameters and buffers, for every kind of ``KINDS``.
+        forward_bytes: peak of an inference forward beyond model and input.
+        step_bytes: peak of the first training step beyond model and input.
     """
 
     name: str
@@ -52,17 +52,17 @@ class Footprint:
 
     @property
     def stored_bytes(self) -> int:
-        """All that is stored: what ``measure.theoretical_bytes`` counts."""
+        """The sum over all kinds, which equals ``measure.theoretical_bytes``."""
         return sum(self.kinds.values())
 
 
 def stored_by_kind(model: nn.Module) -> dict[str, int]:
     """Sum numel * itemsize over the distinct parameters and buffers, by kind.
 
-    Vectors and scalars are biases and norms, running statistics too; a tensor that two modules share counts once.
+    Vectors and scalars count as biases and norms, also running statistics. Shared tensors are counted once.
 
     Returns:
-        Bytes of every kind of ``KINDS``, 0 where there is none of it.
+        Bytes of every kind of ``KINDS``.
     """
     kinds = dict.fromkeys(KINDS, 0)
     seen: set[Tensor] = set()
@@ -87,10 +87,10 @@ def _kind(module: nn.Module, tensor: Tensor) -> str:
 
 
 def step_bytes(model: nn.Module, x: Tensor) -> int:
-    """Return the peak bytes beyond model and input of the first training step with AdamW, its state included.
+    """Return the peak bytes of the first training step with AdamW beyond model and input, optimizer state included.
 
-    The loss is the sum of the outputs. The learning rate is 0, so that no parameter changes; buffers may, and the
-    model is left in training mode. Where nothing trains, this is what the forward needs.
+    The loss is the sum of the outputs. The learning rate is 0, so that no parameter changes; buffers may change, and
+    the model is left in training mode. Without trainable parameters, this is the peak of the forward.
 
     Raises:
         TypeError: the model returns no tensor.
@@ -116,7 +116,7 @@ def step_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def footprint(name: str, model: nn.Module, x: Tensor) -> Footprint:
-    """Measure what a model costs to keep, to run and to train on ``x``; it is left as ``step_bytes`` leaves it."""
+    """Measure the memory of a model on ``x``; its mode and buffers change as by ``step_bytes``."""
     return Footprint(
         name=name,
         kinds=stored_by_kind(model),

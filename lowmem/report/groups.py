@@ -1,4 +1,4 @@
-"""Layers of one role as one row: ``layers.0-29.mlp.up_proj`` for thirty layers of one type and shape."""
+"""Groups layers of the same role, type and shape: ``layers.0-29.mlp.up_proj`` stands for thirty layers."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["Group", "group_layers"]
 
 @dataclass(frozen=True)
 class Group:
-    """Layers whose paths differ by indices alone, of one type and shape.
+    """Layers of one type and shape whose paths differ only in indices.
 
     Attributes:
-        name: the path, with the indices that occur: ``layers.0-29.mlp.up_proj``.
+        name: the path with the indices that occur: ``layers.0-29.mlp.up_proj``.
         type: of the dense modules.
-        shape: of the weight of each, or of the first parameter; () for ``buffers``.
-        layers: how many there are.
+        shape: of the weight of each, or else of the first parameter; () for ``buffers``.
+        layers: their number.
         weights: of all of them, each counted once in the model.
-        dense_bytes: of all of them, in the dense model.
-        bytes: the same in each variant, adapters included.
-        errors: in each variant, the root mean square of what storing the weights lost over that of the weights; None
-            where all of them stay as they are.
+        dense_bytes: of all of them in the dense model.
+        bytes: of all of them in each variant, adapters included.
+        errors: for each variant, ``rms(stored - weight) / rms(weight)`` over all of them; None where none is stored
+            otherwise.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a variant made of a model, for ``group``, without the model: bytes and errors by path, and all bytes."""
+    """The figures of a variant that ``group_layers`` needs: bytes and errors by path, and total bytes."""
 
     bytes: Mapping[str, int]
     errors: Mapping[str, float | None]
@@ -55,7 +55,7 @@ class Stored:
 
     @classmethod
     def of(cls, model: nn.Module) -> Stored:
-        """Take the figures of a model, which may be freed then."""
+        """Return the figures of a model, which may then be freed."""
         rows = summary(model)
         return cls(
             {row.path: row.bytes for row in rows},
@@ -67,11 +67,11 @@ class Stored:
 def group_layers(dense: nn.Module, variants: Mapping[str, nn.Module | Stored]) -> list[Group]:
     """Group the layers of a model, in the order of its modules.
 
-    Buffers of modules without parameters come last, as ``buffers``: the bytes add up to those of the whole model.
+    Buffers of modules without parameters come last, as ``buffers``, so that bytes add up to those of the model.
 
     Args:
-        dense: the model as it was.
-        variants: by name, what became of it.
+        dense: the dense model.
+        variants: its variants, or their figures, by name.
     """
     stored = {name: made if isinstance(made, Stored) else Stored.of(made) for name, made in variants.items()}
     members: dict[tuple[object, ...], list[LayerSummary]] = {}

@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds all it shows. Jinja escapes every text, whatever a file or a model names."""
+"""Renders a report as one self-contained HTML file. Jinja escapes all text, also names from files and models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Report", "render"]
 
 
 def render(report: Report) -> str:
-    """Return the page as HTML: the same bytes for the same report."""
+    """Return the page as HTML; the same report gives the same bytes."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

@@ -1,8 +1,8 @@
-"""The colours of a report, light and dark: the page and its charts name them, as CSS variables.
+"""The colours of a report, light and dark, which the page and its charts use as CSS variables.
 
-A chart is drawn once for both: browsers fill the names in, ``coloured`` does for a picture that stands alone. The
-series are after Okabe and Ito's palette, which colour-blind readers can tell apart, darkened or lightened until each
-has a contrast of 3:1 with the page (WCAG 2.2, 1.4.11), and text one of 4.5:1 (1.4.3). Shapes tell series apart, too.
+A chart is drawn once for both themes; ``coloured`` replaces the variables in a standalone picture. Series have the
+colours of Okabe and Ito's palette, which colour-blind readers can distinguish, adjusted to a contrast of 3:1 with the
+page (WCAG 2.2, 1.4.11); text has 4.5:1 (1.4.3). Series differ in shape, too.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ DARK = MappingProxyType(
 )
 
 SERIES = ("blue", "green", "orange", "purple", "olive", "sky", "brown", "grey")
-"""The colours of series, in the order in which they are given out; what has more begins again."""
+"""The colours of series, in the order of use; further series repeat them."""
 
 _NAME = re.compile(r"var\(--(\w+)\)")
 
 
 def series(count: int) -> list[str]:
-    """Return the colours of so many series, as charts name them."""
+    """Return the colours of ``count`` series, as CSS variables."""
     return [f"var(--{SERIES[number % len(SERIES)]})" for number in range(count)]
 
 
 def css(theme: MappingProxyType[str, str]) -> str:
-    """Return a theme as declarations of CSS variables."""
+    """Return a theme as CSS variable declarations."""
     return " ".join(f"--{name}: {colour};" for name, colour in theme.items())
 
 
 def coloured(text: str, theme: MappingProxyType[str, str]) -> str:
-    """Return an SVG with the theme's colours in the places of their names."""
+    """Return an SVG with its CSS variables replaced by the theme's colours."""
     return _NAME.sub(lambda match: theme[match[1]], text)

@@ -1,6 +1,6 @@
-"""How many times as fast as the dense model: from a run of the benchmarks, or measured here, in turns.
+"""Speeds relative to the dense model, from a benchmark run or measured here in turns.
 
-A bare time would compare machines; both sides of a ratio are of one run.
+Both times of a ratio are from the same run, since bare times would compare machines.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowmem.testing.ratios import ratio_of_times, seconds_per_call, take_turns
 __all__ = ["DENSE", "Timing", "from_benchmarks", "is_peers", "read_run", "time_in_turns"]
 
 DENSE = "float32"
-"""The panel of models whose inputs are float32, beside the dense model of the same dtype."""
+"""The panel of float32 inputs, compared with the dense float32 model."""
 
 _PANELS = {"": DENSE, "_in_bfloat16": "bfloat16", "_in_int8": "8-bit integers"}
 _INFERENCE = re.compile(r"test_inference(\w*)\[(\w+)-batch([1-9][0-9]{0,8})\]")
@@ -34,15 +34,14 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 5, 60
 
 @dataclass(frozen=True)
 class Timing:
-    """How fast a model is at a batch size.
+    """The relative speed of a model at a batch size.
 
     Attributes:
-        panel: the dtype of inputs and products; a panel of peers compares with this library instead of the dense
-            model (see ``is_peers``).
+        panel: the dtype of inputs and products, or a panel of other libraries (see ``is_peers``).
         name: of the variant, or of the other library.
-        batch: inputs at once.
-        speed: times as fast as what the panel compares with.
-        low: the lower end of its 95% interval, where it was timed in turns; None for a run of the benchmarks.
+        batch: the batch size.
+        speed: time of the panel's reference divided by that of the model.
+        low: the lower end of its 95% interval if it was timed in turns; None for a benchmark run.
         high: the upper end.
     """
 
@@ -55,16 +54,16 @@ class Timing:
 
 
 def is_peers(panel: str) -> bool:
-    """Return whether a panel shows other libraries, as many times as fast as ``nf4`` of this one."""
+    """Whether a panel compares other libraries, with lowmem's ``nf4`` as the reference."""
     return panel.startswith("peers")
 
 
 def read_run(path: Path) -> tuple[list[Timing], dict[str, str]]:
-    """Read a run that pytest-benchmark stored, and the machine it ran on.
+    """Read a run that pytest-benchmark stored: its timings and machine.
 
     Raises:
-        FileError: it is damaged, or no run.
-        OSError: it cannot be read.
+        FileError: the file is damaged, or no run.
+        OSError: the file cannot be read.
     """
     run = read_json(path)
     try:
@@ -80,10 +79,10 @@ def read_run(path: Path) -> tuple[list[Timing], dict[str, str]]:
 
 
 def from_benchmarks(benchmarks: Iterable[Any]) -> list[Timing]:
-    """Return the ratios of the benchmarks of inference, as pytest-benchmark stores them or hands them to its hooks.
+    """Return the timings of the inference benchmarks in the records of pytest-benchmark, stored or from its hooks.
 
     Raises:
-        ValueError: they are not what it stores.
+        ValueError: an invalid record.
     """
     timings = []
     for number, bench in enumerate(benchmarks):
@@ -103,7 +102,7 @@ def from_benchmarks(benchmarks: Iterable[Any]) -> list[Timing]:
 
 
 def _place(fullname: str) -> tuple[str, str, int] | None:
-    """Return the panel, the name and the batch of a benchmark of inference; None for another one."""
+    """Return panel, name and batch size of an inference benchmark; None for other benchmarks."""
     test = fullname.rpartition("::")[2]
     if found := _INFERENCE.fullmatch(test):
         return _PANELS.get(found[1], found[1].strip("_")), found[2], int(found[3])
@@ -121,17 +120,17 @@ def _seconds(value: Any, number: int) -> float:
 
 
 def time_in_turns(name: str, dense: nn.Module, other: nn.Module, x: Tensor, *, seconds: float = 0.5) -> Timing:
-    """Time forwards of two models in turns, for about so many seconds.
+    """Time forwards of two models in turns, for about ``seconds``.
 
-    The speed is the Hodges-Lehmann estimate of dense time / other time with its 95% interval
-    (``lowmem.testing.ratios``): what loads the machine meanwhile slows both.
+    The speed is the Hodges-Lehmann estimate of dense time / other time, with its 95% interval
+    (``lowmem.testing.ratios``); other load on the machine slows both alike.
 
     Args:
         name: of the other model.
-        dense: what it is compared with; both are in eval mode.
+        dense: the reference; both models are in eval mode.
         other: the model.
-        x: (batch, ...), which both take.
-        seconds: at least 5 rounds are timed, however long they take.
+        x: (batch, ...), the input of both.
+        seconds: in all; at least 5 rounds are timed, even if they take longer.
     """
 
     def call(model: nn.Module) -> Callable[[], float]:
@@ -139,7 +138,7 @@ def time_in_turns(name: str, dense: nn.Module, other: nn.Module, x: Tensor, *, s
 
     sides = [call(dense), call(other)]
     with torch.no_grad():
-        for side in sides:  # the first call allocates, and picks kernels
+        for side in sides:  # warm-up: the first call allocates and selects kernels
             side()
         round_seconds = 2 * sum(side() for side in sides)
         rounds = round(min(max(seconds / max(round_seconds, 1e-9), _LEAST_ROUNDS), _MOST_ROUNDS))

@@ -1,1 +1,1 @@
-"""What tests use to hold a model's memory and latency: latency needs the extra ``lowmem[testing]``."""
+"""Memory and latency gates for tests. Latency needs the extra ``lowmem[testing]``."""

@@ -1,10 +1,10 @@
-"""Stored memory figures: one JSON file for each kernel backend and minor version of torch, and what moved since.
+"""Baselines of memory figures, one JSON file for each kernel backend and minor version of torch.
 
     {"backend": "portable", "torch": "2.13", "threads": 2,
      "figures": {"tests/test_model.py::test_small": {"stored_bytes": 4096, "forward_bytes": 512}}}
 
-Figures are exact: a byte more and a byte less are both a change. Backends, versions of torch and thread counts
-allocate otherwise, so their figures are never compared with each other.
+Figures are exact: one byte more or less is a change. Figures of different backends, versions of torch or thread
+counts are never compared, since these allocate differently.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ Figures = dict[str, int]
 
 @dataclass(frozen=True)
 class Key:
-    """Where figures hold; one file has the figures of one key.
+    """The conditions under which figures were measured; each file has those of one key.
 
     Attributes:
-        backend: the kernel that served, or the device that is not the CPU.
+        backend: the active kernel backend, or the device type if it is not the CPU.
         torch: its version, as major.minor.
-        threads: of torch; each has scratch of its own.
+        threads: of torch; each has its own scratch.
     """
 
     backend: str
@@ -53,7 +53,7 @@ class Key:
 
     @classmethod
     def of_this_process(cls, backend: str, threads: int) -> Key:
-        """Return the key of figures that are measured here, with the torch that is imported."""
+        """Return the key for figures of this process, with the imported version of torch."""
         return cls(backend, ".".join(torch.__version__.split(".")[:2]), threads)
 
     @property
@@ -71,13 +71,13 @@ class Key:
 
 @dataclass(frozen=True)
 class Change:
-    """One figure that is not as it was; None where it is absent.
+    """A figure that differs from the baseline.
 
     Attributes:
         name: of the measurement.
-        figure: of it.
-        before: bytes in the baseline.
-        after: bytes now.
+        figure: its name, such as ``stored_bytes``.
+        before: bytes in the baseline; None where it has none.
+        after: bytes now; None where it was not measured.
     """
 
     name: str
@@ -102,19 +102,19 @@ class Change:
 
 
 def compare(name: str, stored: Figures, now: Figures) -> list[Change]:
-    """Return every figure of a measurement that differs by a byte or more, in the order of the figures now."""
+    """Return the figures of a measurement that differ, in the order of ``now``."""
     figures = dict.fromkeys([*now, *stored])
     changes = (Change(name, figure, stored.get(figure), now.get(figure)) for figure in figures)
     return [change for change in changes if change.before != change.after]
 
 
 def difference_table(changes: Iterable[Change]) -> list[str]:
-    """Lay out changes under a heading: figure, before, after, difference, in bytes."""
+    """Return the lines of a table of changes: figure, before, after, difference, in bytes."""
     return layout([("bytes", "before", "after", "difference"), *(change.cells for change in changes)], left=(0,))
 
 
 def layout(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
-    """Align the columns of a table, those in ``left`` to the left."""
+    """Return the lines of a table: the columns in ``left`` are left-aligned, others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -129,8 +129,8 @@ def read_figures(path: Path, key: Key) -> dict[str, Figures]:
     """Read the figures of each measurement from the file of a key.
 
     Raises:
-        FileError: it is damaged, or holds figures of another backend, torch or thread count.
-        OSError: there is none, or it cannot be read.
+        FileError: the file is damaged, or has another key.
+        OSError: the file does not exist or cannot be read.
     """
     with open_regular(path) as file:
         content = file.read()
@@ -147,15 +147,15 @@ def read_figures(path: Path, key: Key) -> dict[str, Figures]:
 
 
 def parse_document(content: str | bytes, key: Key, more: Collection[str] = ()) -> dict[str, Any]:
-    """Return what a baseline of a key holds.
+    """Parse a baseline.
 
     Args:
         content: of the file.
         key: of this run.
-        more: the names that it holds beside the key's and ``figures``.
+        more: names of further members, besides the key's and ``figures``.
 
     Raises:
-        ValueError: it is damaged, or of another key; the message is one line without the file's name.
+        ValueError: it is damaged, or has another key; the message is one line without the file's name.
     """
     try:
         document = json.loads(content, object_pairs_hook=_without_duplicates)
@@ -180,7 +180,7 @@ def parse_document(content: str | bytes, key: Key, more: Collection[str] = ()) -
 
 
 def check_figures(name: str, figures: Any) -> None:
-    """Raise a ValueError that names what is no number of bytes."""
+    """Raise a ValueError unless ``figures`` maps names to numbers of bytes."""
     if not isinstance(figures, dict):
         raise ValueError(f"the figures of {show(name)} must be an object")
     for figure, size in figures.items():
@@ -189,16 +189,16 @@ def check_figures(name: str, figures: Any) -> None:
 
 
 def write_figures(path: Path, key: Key, figures: Mapping[str, Mapping[str, float]], **more: Any) -> None:
-    """Write the file of a key, and its directory: sorted by name, for a diff; whole, or not at all.
+    """Write the baseline of a key atomically, and make its directory. Figures are sorted by name, for small diffs.
 
     Args:
         path: of the file.
-        key: where the figures hold.
+        key: of the figures.
         figures: by the name of the measurement.
-        **more: what the file holds beside them.
+        **more: further members of the file.
 
     Raises:
-        OSError: it cannot be written; what was there is unchanged.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def write_figures(path: Path, key: Key, figures: Mapping[str, Mapping[str, float
         raise OSError(f"cannot write {show(str(path))}: {error.strerror}; choose another directory") from error
     document = {**asdict(key), **more, "figures": dict(sorted(figures.items()))}
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, text.encode(errors="backslashreplace"))  # a lone surrogate becomes JSON's escape of it
+    write_atomically(path, text.encode(errors="backslashreplace"))  # lone surrogates become JSON escapes
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

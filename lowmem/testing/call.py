@@ -1,4 +1,4 @@
-"""Calling a user's model: what fails in it is told apart from what a gate finds."""
+"""Calls a user's model: its own failures become a ModelError, apart from the verdict of a gate."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lowmem.measure import tensors_in
 
 __all__ = ["ModelError", "check_model", "model_errors"]
 
-_NOT_THE_USERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
+_LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
 
 class ModelError(RuntimeError):
-    """The user's model or its input cannot be measured; the message says why, in one line."""
+    """The user's model cannot be measured on its input; the message is one line."""
 
 
 def check_model(model: object, *inputs: Any) -> nn.Module:
-    """Return the model.
+    """Return ``model`` if it is a module with values.
 
     Raises:
         ModelError: it is no module, or it or an input is on the meta device.
@@ -40,7 +40,7 @@ def check_model(model: object, *inputs: Any) -> nn.Module:
 
 
 def _kind(value: object) -> str:
-    """Return what a value is, as an error shows it: a class of modules is a frequent slip."""
+    """Return the type of a value for errors; passing the class instead of a model is a common mistake."""
     if isinstance(value, type):
         return f"the class {value.__name__}: call it"
     return type(value).__name__
@@ -48,21 +48,21 @@ def _kind(value: object) -> str:
 
 @contextmanager
 def model_errors(name: str) -> Iterator[None]:
-    """Turn any exception of the block into a ModelError that says what failed, how, and in which line.
+    """Turn any exception of the block into a ModelError with the exception and its line in the user's code.
 
     Args:
-        name: of what runs in the block.
+        name: of the code in the block, for the message.
     """
     try:
         yield
-    except (Exception, SystemExit) as error:  # a model may end the program
+    except (Exception, SystemExit) as error:  # a model may call sys.exit
         raise ModelError(one_line(f"{name} fails on the example input: {describe(error)}{_place(error)}")) from error
 
 
 def _place(error: BaseException) -> str:
-    """Return the line of the user's own code where an error came up; nothing where torch or lowmem called itself."""
+    """Return the innermost line outside torch and lowmem where an error was raised; "" if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if not any(path.is_relative_to(package) for package in _NOT_THE_USERS):
+        if not any(path.is_relative_to(package) for package in _LIBRARIES):
             return f" ({path.name}:{frame.lineno} in {frame.name})"
     return ""

@@ -1,4 +1,4 @@
-"""The memory gates of one test session: what was measured, how it compares, and what is to be stored."""
+"""The memory gates of a test session: compares figures with the baselines, and stores new ones."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Judged:
     """The verdict of one gate.
 
     Attributes:
-        name: of the gate: its test, and what the test calls it.
-        file: of the baseline, as messages show it.
-        figures: what was measured.
+        name: of the gate: the node id of its test, and the ``name=`` of the gate, if any.
+        file: path of the baseline, for messages.
+        figures: as measured.
         verdict: "same", "changed", "unknown", "stored" or "updated".
     """
 
@@ -34,37 +34,37 @@ class Judged:
 
 @dataclass
 class MemoryGates:
-    """Judges figures against the files of a directory, and writes these when the session ends.
+    """Compares figures with the baselines in a directory, and writes these when the session ends.
 
     Args:
-        root: of the user's project; messages name files as they are seen from there.
+        root: of the user's project; paths in messages are relative to it.
         directory: of the baselines.
-        mode: "compare" fails where figures differ or are missing, "store" stores the missing ones, "update" all.
+        mode: "compare" fails where figures differ or are missing, "store" stores missing ones, "update" stores all.
     """
 
     root: Path
     directory: Path
     mode: str = "compare"
-    rows: dict[str, Judged] = field(default_factory=dict)  # by name; of a test that is run again, the last ones
-    pending: dict[Key, dict[str, Figures]] = field(default_factory=dict)  # what to store, by key
-    stale: set[tuple[Key, str]] = field(default_factory=set)  # stored names that nothing measures, by key
-    _stored: dict[Key, dict[str, Figures] | None] = field(default_factory=dict)  # None: there is no file
+    rows: dict[str, Judged] = field(default_factory=dict)  # by name; a rerun of a test replaces its rows
+    pending: dict[Key, dict[str, Figures]] = field(default_factory=dict)  # figures to store, by key
+    stale: set[tuple[Key, str]] = field(default_factory=set)  # (key, name) of stored gates without a test
+    _stored: dict[Key, dict[str, Figures] | None] = field(default_factory=dict)  # None: no file
 
     def judge(self, name: str, test: str, key: Key, figures: Figures) -> str | None:
-        """Compare the figures of a gate with the stored ones, or put them down to be stored.
+        """Compare the figures of a gate with the stored ones, or mark them to be stored.
 
         Args:
             name: of the gate.
             test: the node id of its test, for the command that stores the figures.
-            key: where the figures hold.
-            figures: what was measured.
+            key: of the figures.
+            figures: as measured.
 
         Returns:
             Why the gate fails, or None.
 
         Raises:
             FileError: the baseline is damaged, or of another version.
-            OSError: it cannot be read.
+            OSError: the baseline cannot be read.
         """
         path = key.path(self.directory)
         if key not in self._stored:
@@ -77,7 +77,7 @@ class MemoryGates:
             self.pending.setdefault(key, {})[name] = figures
             verdict = {"unknown": "stored", "changed": "updated"}[verdict]
         elif name in self.pending.get(key, {}):
-            del self.pending[key][name]  # a rerun of the test measured what is stored
+            del self.pending[key][name]  # a rerun of the test measured the stored figures
         self.rows[name] = Judged(name, self._shown(path), figures, verdict)
         if verdict == "unknown":
             return self._unknown(name, test, key, known is not None, figures)
@@ -107,12 +107,12 @@ class MemoryGates:
         return "\n".join([*lines, f"    {_command('store', test)}"])
 
     def note_stale(self, collected: Collection[str], files: Collection[str], passed: Collection[str]) -> None:
-        """Put down the stored gates that are no more.
+        """Find the stored gates that no test has any more.
 
         Args:
             collected: node ids of the tests of this session.
-            files: those of which every test was collected.
-            passed: node ids of the tests that ran to their end: what they did not measure, they do not measure.
+            files: test files that were collected completely.
+            passed: node ids of the tests that ran to their end, and so called all of their gates.
         """
         for key, stored in self._stored.items():
             for name in (stored or {}).keys() - self.rows.keys():
@@ -123,10 +123,10 @@ class MemoryGates:
                     self.stale.add((key, name))
 
     def write(self) -> list[str]:
-        """Store what is pending, remove what is stale in mode "update", and return the files that were written.
+        """Store pending figures, remove stale ones in mode "update", and return the written files.
 
         Raises:
-            FileError, OSError: a file cannot be read or written; it is as it was.
+            FileError, OSError: a file cannot be read or written; it is unchanged.
         """
         self.stale = {(key, name) for key, name in self.stale if name not in self.rows}
         removed = self.stale if self.mode == "update" else set()
@@ -139,7 +139,7 @@ class MemoryGates:
         return written
 
     def dump(self) -> dict[str, Any]:
-        """Return what a worker of pytest-xdist hands over, as JSON holds it."""
+        """Return the state of a pytest-xdist worker as JSON-serializable data."""
         return {
             "rows": [asdict(row) for row in self.rows.values()],
             "pending": [[astuple(key), figures] for key, figures in self.pending.items()],
@@ -147,14 +147,14 @@ class MemoryGates:
         }
 
     def merge(self, dumped: dict[str, Any]) -> None:
-        """Take over what a worker handed over."""
+        """Merge the ``dump`` of a worker."""
         self.rows |= {row["name"]: Judged(**row) for row in dumped["rows"]}
         for key, figures in dumped["pending"]:
             self.pending.setdefault(Key(*key), {}).update(figures)
         self.stale |= {(Key(*key), name) for key, name in dumped["stale"]}
 
     def table(self) -> list[str]:
-        """Lay out the verdicts, with the figures that are more than a category."""
+        """Return the lines of a table of the verdicts, with the total, forward and step bytes."""
         heading = ("verdict", "stored", "forward", "step", "gate")
         rows = [
             (row.verdict, *(f"{row.figures[f'{figure}_bytes']:,}" for figure in heading[1:4]), row.name)
@@ -163,7 +163,7 @@ class MemoryGates:
         return layout([heading, *rows], left=(0, 4))
 
     def stale_lines(self) -> list[str]:
-        """Say which stored gates nothing measures."""
+        """Return a line for each stored gate without a test."""
         remedy = "removed" if self.mode == "update" else "remove it, or run with --lowmem-baseline=update"
         return [
             f"{self._shown(key.path(self.directory))} holds {name}, which no test measures: {remedy}"
@@ -175,12 +175,12 @@ class MemoryGates:
 
 
 def entry_name(test: str, name: str) -> str:
-    """Return under which name a gate of a test is stored."""
+    """Return the name under which a gate of a test is stored."""
     return f"{test}{_SEPARATOR}{name}" if name else test
 
 
 def belongs_to(entry: str, test: str) -> bool:
-    """Return whether a stored name is of a test."""
+    """Whether a stored name belongs to a test."""
     return entry == test or entry.startswith(test + _SEPARATOR)
 
 

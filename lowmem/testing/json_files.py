@@ -1,4 +1,4 @@
-"""Reading the JSON that a report is made from."""
+"""Reads the JSON files that reports are made from."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lowmem.io.safetensors import parse_json
 __all__ = ["MOST_BYTES", "read_json"]
 
 MOST_BYTES = 2**28
-"""Bytes of a file that are read at most: a run with every single time is some 10 MiB."""
+"""Largest file that is read, in bytes; a benchmark run with all single times has about 10 MiB."""
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        FileError: it is damaged, or too large.
-        OSError: it cannot be read.
+        FileError: the file is damaged, or too large.
+        OSError: the file cannot be read.
     """
     with open_regular(path) as file, read_errors(path):
         text = file.read(MOST_BYTES + 1)

@@ -1,4 +1,4 @@
-"""How many times as fast as a reference a model is, measured in turns until the answer is sure."""
+"""Measures how many times as fast as a reference a model is, in turns, until the interval decides."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lowmem.testing.ratios import Ratio, ratio_of_times, seconds_per_call, take_
 
 __all__ = ["CONFIDENCE", "Speedup", "measure_speedup"]
 
-CONFIDENCE = 0.99  # of the interval: it is looked at a few times, and each look may err
-BURST = 0.005  # seconds that a turn takes at least: longer than a timer's step and most interruptions
-FEWEST_ROUNDS = 8  # however slow the calls are: with fewer pairs, all lie on one side by chance too often
-FIRST_ROUNDS = 16  # before the first look, where there is time
-MOST_ROUNDS = 128  # in all; more pairs would take longer to bootstrap than to measure
+CONFIDENCE = 0.99  # of the interval; high, since each of several looks at it may err
+BURST = 0.005  # least seconds of a turn: longer than the timer's resolution and most interruptions
+FEWEST_ROUNDS = 8  # however slow the calls are: fewer pairs lie on one side by chance too often
+FIRST_ROUNDS = 16  # before the first look, if the time allows
+MOST_ROUNDS = 128  # in all; bootstrapping more pairs would take longer than measuring them
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Speedup:
     """The verdict on a candidate.
 
     Attributes:
-        ratio: the reference's seconds over the candidate's: above 1 the candidate is faster.
-        at_least: what is asked for.
+        ratio: the reference's seconds divided by the candidate's: above 1 the candidate is faster.
+        at_least: the required ratio.
     """
 
     ratio: Ratio
@@ -38,7 +38,7 @@ class Speedup:
 
     @property
     def verdict(self) -> str:
-        """ "faster" or "slower" where the interval lies on one side of what is asked for; else "undecided"."""
+        """ "faster" or "slower" where the interval lies on one side of ``at_least``, else "undecided"."""
         if self.ratio.low >= self.at_least:
             return "faster"
         return "slower" if self.ratio.high < self.at_least else "undecided"
@@ -62,17 +62,17 @@ def measure_speedup(
 ) -> Speedup:
     """Measure ``reference's seconds / candidate's seconds`` in turns (ABBA).
 
-    Pairs of times are added until the interval of the ratio lies wholly above or below ``at_least``, or the time is
-    up. Modules are called in eval mode and without gradients; other callables are called as they are.
+    Pairs of times are added until the interval of the ratio lies above or below ``at_least``, or the time is up.
+    Modules are called in eval mode without gradients; other callables as they are.
 
     Args:
         candidate: a module or another callable.
-        reference: what it is compared with, called with the same inputs.
-        *inputs: for both.
-        at_least: how many times as fast the candidate has to be; below 1 it may be slower.
-        seconds: to spend; eight pairs of times are taken even where they need more.
+        reference: a module or another callable to compare with, called with the same inputs.
+        *inputs: positional arguments of both.
+        at_least: how many times as fast the candidate must be; below 1 it may be slower.
+        seconds: the time limit; at least eight pairs of times are taken, even if they take longer.
         timer: returns seconds.
-        **named: further inputs.
+        **named: keyword arguments of both.
 
     Raises:
         ModelError: one of the two fails on the inputs.
@@ -95,14 +95,14 @@ def measure_speedup(
                 own += times
             found = Speedup(ratio_of_times(theirs, mine, bound=at_least, confidence=CONFIDENCE), at_least)
             spent = timer() - start
-            rounds = len(mine)  # as many again
+            rounds = len(mine)  # doubles the number of pairs
             if found.verdict != "undecided" or 2 * rounds > MOST_ROUNDS or 2 * spent > seconds:
                 return found
 
 
 @contextmanager
 def _ready(call: Callable[..., object], inputs: Any, named: Any) -> Iterator[Callable[[], object]]:
-    """Give a call without arguments; a module is in eval mode meanwhile, and takes no gradients."""
+    """Yield a call without arguments; a module is put in eval mode meanwhile, and computes no gradients."""
     if not isinstance(call, nn.Module):
         yield lambda: call(*inputs, **named)
         return
@@ -122,14 +122,14 @@ def _ready(call: Callable[..., object], inputs: Any, named: Any) -> Iterator[Cal
 
 
 def _turn(run: Callable[[], object], timer: Callable[[], float], name: str) -> Callable[[], float]:
-    """Warm a call up, and return what takes its seconds in a burst that is long enough to be timed."""
+    """Warm up a call, and return a function that times it: seconds per call, in bursts of ``BURST`` or more."""
     with model_errors(name):
         run()
 
     def burst() -> None:
         for _ in range(calls):
             run()
-        if torch.cuda.is_initialized():  # which works on while Python goes on, whatever the call returns
+        if torch.cuda.is_initialized():  # CUDA kernels may still run after the call
             for device in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(device)
 

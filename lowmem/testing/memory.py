@@ -1,10 +1,10 @@
-"""The exact memory figures of a model: what it stores, by category, and the peaks of a forward and a training step.
+"""Exact memory figures of a model: stored bytes by category, and the peaks of a forward and a training step.
 
     stored = sum of the bytes of the distinct storages of parameters, buffers and plain attributes
     forward, step = peak bytes beyond model and input (``lowmem.measure``)
 
-All are taken after one warm-up, with fixed threads, kernel, seed and garbage collection, so that neither the machine
-nor the tests before decide about a byte.
+All are measured after one warm-up, with fixed threads, kernel, seed and garbage collection, so that they do not
+depend on the machine or on earlier tests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lowmem.testing.call import check_model, model_errors
 
 __all__ = ["THREADS", "memory_figures", "stored_figures"]
 
-THREADS = 2  # scratch of the kernel grows with them: figures hold for this many
+THREADS = 2  # fixed, since the kernel's scratch grows with them
 
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 
@@ -41,23 +41,23 @@ _CONTAINERS = (list, tuple, set, frozenset, deque)
 def memory_figures(
     model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **named: Any
 ) -> tuple[Key, Figures]:
-    """Measure a model on example inputs; it is left as it was, but for what its own calls change.
+    """Measure a model on example inputs. The model does not change, except by its own forward.
 
     Args:
         model: any module, on any device.
-        *inputs: for its forward.
-        loss: makes a scalar of its output; None takes the output's own ``loss``, or the sum of its tensors.
-        **named: for its forward.
+        *inputs: positional arguments of its forward.
+        loss: returns a scalar for its output; None: the output's ``loss``, or the sum of its tensors.
+        **named: keyword arguments of its forward.
 
     Returns:
-        Under which key the figures are to be stored, and the figures: ``stored_bytes`` and its categories,
-        ``trainable_bytes`` (as large as the gradients), ``forward_bytes`` and ``step_bytes``.
+        The key of the figures, and the figures in bytes: ``stored_bytes`` and its categories, ``trainable_bytes``
+        (the size of the gradients), ``forward_bytes`` and ``step_bytes``.
 
     Raises:
-        ModelError: no module, one without values, or one that fails on the inputs.
+        ModelError: it is no module, has no values, or fails on the inputs.
     """
     check_model(model, inputs, named)
-    with _same_everywhere() as kernel:
+    with _fixed_conditions() as kernel:
         with model_errors(f"the forward of {type(model).__name__}"):
             forward = [measure.forward_bytes(model, *inputs, **named) for _ in range(2)][1]
         with model_errors(f"the training step of {type(model).__name__}"):
@@ -73,9 +73,9 @@ def memory_figures(
 def stored_figures(model: nn.Module) -> Figures:
     """Count the bytes of a model's distinct storages by category.
 
-    Parameters are counted by dtype, apart from 4-bit codes, their scales, and adapters; buffers; and what lies in
-    plain attributes of modules (or in containers and dataclasses there): tensors, arrays, bytes and modules that are
-    not registered. Categories without bytes are left out; ``stored_bytes`` and ``trainable_bytes`` never are.
+    Categories are 4-bit codes, their scales, adapters, other parameters by dtype, buffers, and attributes: tensors,
+    arrays, bytes and unregistered modules in plain attributes of modules, or in containers and dataclasses there.
+    Categories without bytes are left out; ``stored_bytes`` and ``trainable_bytes`` are always present.
     """
     counted: set[int] = set()
     sizes: Figures = {}
@@ -108,9 +108,9 @@ def _category(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
 
 
 def _storages(value: Tensor | np.ndarray[Any, Any] | bytes | bytearray) -> Iterator[tuple[int, int]]:
-    """Yield address and bytes of what holds a value: one storage, or several where it consists of several tensors."""
+    """Yield address and bytes of each storage of a value; sparse tensors and wrapper subclasses have several."""
     if isinstance(value, bytes | bytearray):
-        yield id(value), len(value)  # an object is where its id says
+        yield id(value), len(value)  # in CPython the id is the address
     elif isinstance(value, np.ndarray):
         while isinstance(value.base, np.ndarray):
             value = value.base
@@ -158,16 +158,16 @@ def _attributes(model: nn.Module) -> Iterator[Any]:
 
 
 def _is_of_python(kind: type) -> bool:
-    """Return whether a class is of the standard library: a logger, say, leads to everything there is."""
+    """Whether a class is of the standard library, whose objects (loggers, say) refer to unrelated ones."""
     return kind.__module__.partition(".")[0] in sys.stdlib_module_names
 
 
 @contextmanager
-def _same_everywhere() -> Iterator[str]:
-    """Fix what figures depend on beside the model, and return the name of the kernel that serves.
+def _fixed_conditions() -> Iterator[str]:
+    """Fix all that figures depend on besides the model; yield the name of the active backend.
 
-    The portable kernel does, unless the environment names another: it is the same on every processor. When reference
-    cycles are freed is up to the garbage collector, which waits meanwhile.
+    That is the portable kernel, which allocates the same on every processor, unless the environment names another.
+    The garbage collector is disabled, since it would free reference cycles at arbitrary times.
     """
     threads, states = torch.get_num_threads(), (random.getstate(), np.random.get_state())
     collects = gc.isenabled()

@@ -1,7 +1,7 @@
-"""Compare two durations by the ratio of times that were taken in turns, with an interval and a p-value.
+"""Compares two durations by the ratio of times measured in turns, with an interval and a p-value.
 
-A duration alone says little: machines differ, and one machine differs from minute to minute. Two durations that were
-measured in turns share the machine's state, which their ratio cancels.
+Durations differ between machines, and on one machine from minute to minute. Two durations measured in turns share the
+state of the machine, which cancels in their ratio.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from scipy import stats
 __all__ = ["Ratio", "hodges_lehmann", "ratio_of_times", "seconds_per_call", "take_turns"]
 
 RESAMPLES = 2000  # of the bootstrap: another seed moves the ends of a 95% interval by some hundredths of its width
-BATCH_VALUES = 4_000_000  # Walsh averages that are held at once, 32 MB of them
-EXACT_PAIRS = 50  # up to so many, the p-value is exact
+BATCH_VALUES = 4_000_000  # most Walsh averages held at once: 32 MB
+EXACT_PAIRS = 50  # the p-value is exact up to this many pairs
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Ratio:
         value: the Hodges-Lehmann estimate.
         low: lower end of the bootstrap interval.
         high: upper end of it.
-        p_value: of the hypothesis that the ratio is at most the bound that was asked about (one-sided).
-        pairs: how many pairs of times it is estimated from.
+        p_value: one-sided, of the hypothesis that the ratio is at most ``bound``.
+        pairs: the number of pairs of times.
     """
 
     value: float
@@ -46,15 +46,15 @@ class Ratio:
 def hodges_lehmann(values: npt.ArrayLike, axis: int = -1) -> Any:
     """Return the median of the Walsh averages, ``median((x_i + x_j) / 2, i <= j)``.
 
-    It estimates the center of a symmetric distribution almost as precisely as the mean does (95% for normal noise),
-    and outliers move it little: up to 29% of the values may be any.
+    It estimates the center of a symmetric distribution almost as efficiently as the mean (95% for normal noise), and
+    is robust: its breakdown point is 29%.
 
     Args:
-        values: (..., n, ...) finite numbers.
-        axis: along which the n values lie.
+        values: (..., n, ...), finite.
+        axis: of the n values.
 
     Returns:
-        A float64, or an array of them with the other axes.
+        A float64, or an array of the other axes.
 
     Raises:
         ValueError: no values, or one that is not finite.
@@ -73,19 +73,18 @@ def ratio_of_times(
 ) -> Ratio:
     """Estimate ``numerator / denominator`` from pairs of times.
 
-    The estimate is ``exp(hodges_lehmann(log(numerator / denominator)))``, its interval a percentile bootstrap over
-    the pairs, and the p-value that of Wilcoxon's signed-rank test. All treat a pair as independent of the others,
-    which pairs from one process are not quite: it keeps its memory layout for life.
+    The estimate is ``exp(hodges_lehmann(log(numerator / denominator)))``, the interval is a percentile bootstrap over
+    the pairs, and the p-value is that of Wilcoxon's signed-rank test. All assume independent pairs. Pairs from one
+    process are not quite independent, since its memory layout never changes.
 
     Args:
         numerator: n seconds, each measured next to its partner in ``denominator``.
         denominator: n seconds.
-        bound: the ratio that ``p_value`` asks about: how likely are such times where the ratio is no larger.
+        bound: the largest ratio under the null hypothesis of ``p_value``.
         confidence: of the interval.
 
     Raises:
-        ValueError: fewer than two pairs, a time that is not a positive, finite number, or another argument that is no
-            ratio or confidence.
+        ValueError: fewer than two pairs, a time that is not positive and finite, or a bad bound or confidence.
     """
     if not 0 < bound < math.inf:
         raise ValueError(f"bound={bound} must be a positive, finite ratio")
@@ -99,7 +98,7 @@ def ratio_of_times(
         raise ValueError(f"{many} too few: give at least 2")
     logs = np.log(top) - np.log(bottom)
     for log, above, below in zip(logs, top, bottom, strict=True):
-        if abs(log) > 700:  # its exponential is infinite, or not far from zero
+        if abs(log) > 700:  # exp would overflow or underflow
             raise ValueError(f"the ratio of {above} to {below} seconds is not a finite number that can be compared")
     shift = float(hodges_lehmann(logs))
     interval = stats.bootstrap(
@@ -109,16 +108,16 @@ def ratio_of_times(
         batch=max(1, BATCH_VALUES // (len(logs) * (len(logs) + 1) // 2)),
         vectorized=True,
         confidence_level=confidence,
-        method="percentile",  # the others divide by zero where pairs are equal
+        method="percentile",  # other methods divide by zero where all pairs are equal
         random_state=np.random.default_rng(0),  # the same times give the same verdict
     ).confidence_interval
-    # Where most pairs are equal, rounding may put the estimate a last bit beside an interval without width.
+    # Where most pairs are equal, rounding may put the estimate just outside an interval of width 0.
     low, high = min(float(interval.low), shift), max(float(interval.high), shift)
     return Ratio(math.exp(shift), math.exp(low), math.exp(high), _p_value(logs - math.log(bound)), len(logs))
 
 
 def take_turns(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """Let sides measure in turns, there and back: ABBA, or ABCCBA.
+    """Measure sides in turns, forwards then backwards: ABBA, or ABCCBA.
 
     A machine that slows down steadily during a round slows all sides equally.
 
@@ -127,7 +126,7 @@ def take_turns(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[f
         rounds: how often.
 
     Returns:
-        For each side ``rounds`` times, the mean of its two turns in a round.
+        For each side, ``rounds`` times in seconds, each the mean of its two turns in a round.
 
     Raises:
         ValueError: no rounds.
@@ -136,9 +135,9 @@ def take_turns(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[f
         raise ValueError(f"rounds={rounds} must be at least 1")
     times: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds):
-        there = [side() for side in sides]
-        back = [side() for side in reversed(sides)][::-1]
-        for own, first, second in zip(times, there, back, strict=True):
+        forwards = [side() for side in sides]
+        backwards = [side() for side in reversed(sides)][::-1]
+        for own, first, second in zip(times, forwards, backwards, strict=True):
             own.append((first + second) / 2)
     return times
 
@@ -146,7 +145,7 @@ def take_turns(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[f
 def seconds_per_call(
     run: Callable[[], object], *, calls: int = 1, bursts: int = 1, timer: Callable[[], float] = perf_counter
 ) -> float:
-    """Return the median over bursts of the seconds that one of ``calls`` calls takes.
+    """Return the median, over bursts of ``calls`` calls, of the seconds per call.
 
     Raises:
         ValueError: no calls, or no bursts.
@@ -176,7 +175,7 @@ def _times(seconds: Sequence[float]) -> npt.NDArray[np.float64]:
 
 
 def _p_value(shifts: npt.NDArray[np.float64]) -> float:
-    """Return the one-sided p-value of the signed ranks: the shifts' center is at most 0."""
+    """Return the one-sided p-value of Wilcoxon's signed-rank test that the center of ``shifts`` is at most 0."""
     moved = shifts[shifts != 0]
     if len(moved) == 0:
         return 1.0

@@ -1,4 +1,4 @@
-"""What the gates say: their verdicts as JSON, which the report and Actions read, checked before anything is shown."""
+"""Verdicts of the gates as JSON files, which reports and GitHub Actions show; they are checked when read."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["FAILING", "VERDICTS", "Row", "Verdict", "read_verdict", "write_verdi
 VERDICTS = ("same", "slower", "faster", "grew", "shrank", "new", "missing", "skipped")
 
 FAILING: Mapping[str, frozenset[str]] = {
-    # Exact figures: whatever is not as it was stored.
+    # Exact figures: any difference from the baseline.
     "memory": frozenset(VERDICTS) - {"same"},
     "resident": frozenset(VERDICTS) - {"same", "skipped"},
-    # Comparisons with a base: what got worse, or is gone.
+    # Comparisons with a base: figures that got worse, or are missing.
     "latency": frozenset({"slower", "missing"}),
     "instructions": frozenset({"grew", "missing"}),
 }
@@ -35,14 +35,14 @@ class Row:
 
     Attributes:
         name: of the workload: a benchmark's node id, say, or a variant.
-        figure: which of its figures: ``stored_bytes``, say; empty where the row is of the workload as a whole.
+        figure: its name, such as ``stored_bytes``; empty if the workload has only one.
         base: the figure in the base; None where it has none.
         head: the figure in the head; None where it has none.
-        ratio: head over base; None where that is not how they are compared.
+        ratio: head / base; None where they are compared otherwise.
         low: the lower end of the interval of ``ratio``.
         high: its upper end.
         verdict: one of ``VERDICTS``.
-        says: the same as a sentence.
+        says: the verdict as a sentence.
     """
 
     name: str
@@ -58,16 +58,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one gate says of a head against a base, on one machine.
+    """The result of a gate that compares a head with a base, on one machine.
 
     Attributes:
         gate: a key of ``FAILING``.
-        passed: whether it passed as a whole: a gate may fail for more than its rows.
-        base: what was compared with: a commit, or the file of a baseline.
-        head: what was measured.
-        machine: what the figures may depend on.
-        rows: each figure.
-        notes: what else a reader has to know.
+        passed: whether the gate passed; it may fail for other reasons than its rows.
+        base: name of the base: a commit, or the file of a baseline.
+        head: name of the head.
+        machine: properties of the machine that figures may depend on.
+        rows: one for each figure.
+        notes: further remarks.
     """
 
     gate: str
@@ -88,30 +88,30 @@ class Verdict:
         rows: Sequence[Row],
         notes: Sequence[str] = (),
     ) -> Verdict:
-        """Return the verdict that rows alone decide."""
+        """Return a verdict that passes unless the verdict of a row fails the gate."""
         return cls(gate, not any(row.verdict in FAILING[gate] for row in rows), base, head, machine, rows, notes)
 
     @property
     def moved(self) -> list[Row]:
-        """The rows that are not the same in the head as in the base."""
+        """The rows whose figures differ between base and head."""
         return [row for row in self.rows if row.verdict not in _UNMOVED]
 
 
 def write_verdict(path: Path, verdict: Verdict) -> None:
-    """Write a verdict, whole or not at all.
+    """Write a verdict atomically.
 
     Raises:
-        OSError: it cannot be written; what was there before is whole.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     write_atomically(path, (json.dumps(asdict(verdict), indent=1) + "\n").encode())
 
 
 def read_verdict(path: Path) -> Verdict:
-    """Read what a gate wrote. Names that are not known are passed over: a newer gate may say more.
+    """Read the verdict of a gate. Unknown names are ignored, since a newer gate may write more.
 
     Raises:
-        FileError: it is damaged, or no verdict.
-        OSError: it cannot be read.
+        FileError: the file is damaged, or no verdict.
+        OSError: the file cannot be read.
     """
     content = read_json(path)
     try:

@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 __all__ = ["COMMANDS"]
 
-# name -> what it does. The module of the same name is imported only when its command runs.
+# name -> help text. The module of the same name is imported only when its command runs.
 COMMANDS = MappingProxyType(
     {
         "stats": "what models cost: parameters, bytes, peak memory of a forward and a backward",

@@ -1,8 +1,8 @@
-"""``lowmem bundle``: a directory as one zip that runs, verifies, and comes out the same everywhere.
+"""``lowmem bundle``: packs a directory into one runnable, verifiable and reproducible zip.
 
-Its bytes depend on the names and contents of the files alone. Files are stored, because what deflate makes of them
-differs from one zlib to the next, in the order of their names, with one date and one mode for all. Everything is
-read before anything is written, so the manifest describes exactly what the zip holds.
+Its bytes depend only on the names and contents of the files: these are sorted by name, have the same date and mode,
+and are not compressed, since the output of deflate depends on the version of zlib. All files are read before anything
+is written, so that the manifest describes exactly the content of the zip.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from lowmem.tools.output import shown
 __all__ = ["COMMENT", "LEFT_OUT", "MANIFEST", "add_arguments", "archive", "read_files", "run", "runnable"]
 
 MANIFEST = "MANIFEST.sha256"
-COMMENT = b"made by lowmem bundle"  # ends every bundle, so that the next one knows it and leaves it out
+COMMENT = b"made by lowmem bundle"  # the comment of each bundle, by which later bundles leave it out
 
-# Caches, other programs' records, and what is built. Compiled code too: it fits one machine, and no Python
-# imports it from a zip. A project's top-level build and dist go as well, unless they are packages.
+# Caches, other programs' records and build products, also compiled code, which depends on the machine and cannot be
+# imported from a zip. A project's top-level build and dist are left out too, unless they are packages.
 LEFT_OUT = (
     *("__pycache__", "*.py[cod]", "*.so", "*.so.*", "*.dylib", "*.dll", "*.o", "*.a", "*.egg-info", ".eggs"),
-    *(".git", ".hg", ".svn", ".tox", ".nox", ".venv", "venv", "node_modules"),  # and what has a pyvenv.cfg
+    *(".git", ".hg", ".svn", ".tox", ".nox", ".venv", "venv", "node_modules"),  # and directories with a pyvenv.cfg
     *(".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".benchmarks", ".ipynb_checkpoints"),
     *(".coverage", ".coverage.*", "htmlcov", ".DS_Store", "Thumbs.db", "*.swp", "*~", PARTIAL),
 )
 
-# What likely holds passwords or private keys: names in lower case of files and of directories, or the last two of a
-# path. A file's id_* is one too, as keys of ssh are named; Python's sources are none.
+# Lower-case names of files and directories that probably hold passwords or private keys; a pattern with a slash
+# matches the last two parts of a path. Files named id_* (SSH keys) are secrets, too; Python sources never are.
 SECRETS = (
     *(
         ".env",
@@ -62,10 +62,10 @@ SECRETS = (
     *(".aws", ".gnupg", ".kube", ".ssh"),
 )
 
-BACKUP = re.compile(r"(\.(bak|backup|old|orig|save))+$")  # copies of a secret are secrets
+BACKUP = re.compile(r"(\.(bak|backup|old|orig|save))+$")  # backup copies of secrets are secrets
 
-# Backslashes and line ends are escaped in a manifest and changed by some unzips; lone surrogates are no UTF-8. The
-# rest is what Windows refuses: these characters, a dot or a space at the end of a name, and what it calls devices.
+# Backslashes and line ends would be escaped in a manifest and are changed by some unzip programs; lone surrogates are
+# not valid UTF-8. The rest is invalid on Windows: characters, a trailing dot or space, and names of devices.
 UNPORTABLE = re.compile(
     r'[\x00-\x1f\x7f<>:"|?*\\\ud800-\udfff]|[. ]$|^(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)',
     re.IGNORECASE,
@@ -81,21 +81,20 @@ runpy.run_module("{package}", run_name="__main__")
 
 
 def read_files(directory: str, include: Collection[str] = ()) -> tuple[dict[str, bytes], list[str]]:
-    """Read the files of a project, or of a package under its own name.
+    """Read the files of a project; or of a package, with its name as the first part of their paths.
 
     Args:
-        directory: of the project or the package.
-        include: names or paths, or patterns of them, of files that are read though they look like secrets.
+        directory: of the project or package.
+        include: names or paths, or glob patterns of them, of files to include although they look like secrets.
 
     Returns:
-        The files, by their names with slashes, and the names of those that look like secrets and were left out.
+        The contents of the files by their paths with slashes; the paths of files left out as secrets.
 
     Raises:
-        ValueError: it is no directory, nothing is left of it, or a link, a name or a kind of file in it cannot be
-            stored so that it unzips alike everywhere.
-        OSError: something in it cannot be read.
+        ValueError: it is no directory, no files are left, or a link, name or type of file is not portable.
+        OSError: a file cannot be read.
     """
-    if not os.path.isdir(directory):  # Path("") would be the current one
+    if not os.path.isdir(directory):  # Path("") would be the current directory
         raise ValueError(f"directory={directory!r} is no directory; name a package or what holds one")
     root = Path(os.path.realpath(directory))
     package = os.path.isfile(root / "__init__.py")
@@ -131,7 +130,7 @@ def read_files(directory: str, include: Collection[str] = ()) -> tuple[dict[str,
 
 
 def _walk(directory: Path, root: Path, products: Collection[Path]) -> Iterator[Path]:
-    """Give every path that is no directory, and a link to one, but what is left out."""
+    """Yield all paths except directories and ``LEFT_OUT``; links to directories are yielded, not followed."""
     for path in sorted(directory.iterdir()):
         if any(fnmatchcase(path.name, pattern) for pattern in LEFT_OUT) or os.path.isfile(path / "pyvenv.cfg"):
             continue
@@ -145,7 +144,7 @@ def _walk(directory: Path, root: Path, products: Collection[Path]) -> Iterator[P
 
 
 def _is_secret(path: Path, root: Path) -> bool:
-    """Return whether a path, or what a link points to, is by its name likely a secret."""
+    """Whether a path, or the target of a link, probably is a secret by its name."""
     name = BACKUP.sub("", path.name.lower())
     inside = PurePosixPath(path.relative_to(root).as_posix().lower())
     return (
@@ -194,10 +193,10 @@ def _check_link(link: Path, root: Path) -> None:
 
 
 def runnable(files: Mapping[str, bytes], directory: str) -> dict[str, bytes]:
-    """Return the files with a ``__main__.py`` at the top: their own, or one that runs their only package.
+    """Return the files with a top-level ``__main__.py``: their own, or one that runs their only package.
 
     Raises:
-        ValueError: they have none, and there is no package to run or more than one.
+        ValueError: they have none, and there is no package to run, or more than one.
     """
     if "__main__.py" in files:
         return dict(files)
@@ -218,10 +217,10 @@ def runnable(files: Mapping[str, bytes], directory: str) -> dict[str, bytes]:
 
 
 def archive(files: Mapping[str, bytes]) -> bytes:
-    """Return a zip of the files and a manifest of their SHA-256 digests, which replaces one they may have.
+    """Return a zip of the files and a manifest of their SHA-256 digests, which replaces an existing manifest.
 
     Raises:
-        ValueError: two names, or those of directories, are one where case does not count.
+        ValueError: two paths differ only in case or Unicode normalization.
     """
     _check_case([*files, MANIFEST])
     lines = [f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files) if name != MANIFEST]
@@ -231,7 +230,7 @@ def archive(files: Mapping[str, bytes]) -> bytes:
         bundle.comment = COMMENT
         for name in sorted(files):
             entry = ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-            entry.create_system = 3  # Unix, whatever this system is: it says how to read the next line
+            entry.create_system = 3  # Unix, on every system: determines the meaning of external_attr
             entry.external_attr = 0o100644 << 16
             bundle.writestr(entry, files[name])
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""``lowmem compare``: how far the outputs of models are from those of a base, on one input.
+"""``lowmem compare``: compares the outputs of models with those of a base, on one input.
 
 Outputs that are not finite fail the comparison, whatever the tolerance.
 """

@@ -1,4 +1,4 @@
-"""The data that ``fit`` trains on: a synthetic task, scikit-learn's digits, or arrays in an .npz file."""
+"""Data for ``fit``: a synthetic task, scikit-learn's digits, or arrays in an .npz file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lowmem.io.atomic import open_regular
 __all__ = ["Split", "load_data"]
 
 TEST_SHARE = 0.2
-NPY = b"\x93NUMPY"  # what a file of one array begins with
+NPY = b"\x93NUMPY"  # first bytes of an .npy file
 
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (examples, ...) in float32 and class indices (examples,), shuffled and cut by a seed."""
+    """Inputs (examples, ...) in float32 and int64 classes (examples,), split into training and test."""
 
     train_x: Tensor
     train_y: Tensor
@@ -33,7 +33,7 @@ class Split:
 
 
 def load_data(name: str, seed: int) -> Split:
-    """Return the data that ``name`` stands for, split by ``seed`` into 80% and 20%.
+    """Load data, and split it randomly into 80% for training and 20% for the test.
 
     Args:
         name: "synthetic", "digits", or the path of an .npz file with arrays ``x`` (examples, ...) and
@@ -60,7 +60,7 @@ def load_data(name: str, seed: int) -> Split:
 
 
 def _synthetic(generator: torch.Generator, examples: int = 1000, classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Return normal clouds around one random center a class: a task that a model can learn."""
+    """Return inputs (examples, 1024) that are normal around a random center for each class, and their classes."""
     centers = torch.randn(classes, CHANNELS, generator=generator) * 0.2
     y = torch.randint(classes, (examples,), generator=generator)
     return centers[y] + torch.randn(examples, CHANNELS, generator=generator), y
@@ -85,7 +85,7 @@ def _npz(path: Path) -> tuple[Tensor, Tensor]:
             _check_arrays(x, y)
         except OSError:
             raise
-        except Exception as reason:  # a file that was not written by numpy can fail in any way
+        except Exception as reason:  # numpy may raise anything for a malformed file
             said = str(reason) if isinstance(reason, ValueError) else describe(reason)
             raise ValueError(f"data={str(path)!r}: {said}") from reason
     return torch.from_numpy(np.asarray(x, dtype=np.float32)), torch.from_numpy(np.asarray(y, dtype=np.int64))
@@ -118,7 +118,7 @@ def _check_arrays(x: np.ndarray, y: np.ndarray) -> None:
         raise ValueError(f"x holds {len(x)} examples and y {len(y)}; they must be as many")
     if len(x) < 5:
         raise ValueError(f"{len(x)} examples are too few to split into training and test; 5 is the least")
-    with np.errstate(over="ignore"):  # infinity is what is looked for
+    with np.errstate(over="ignore"):  # overflow to infinity is an error below
         finite = bool(np.isfinite(np.asarray(x, dtype=np.float32)).all())
     if not finite:
         raise ValueError("x holds values that are NaN, infinite or beyond float32")

@@ -1,4 +1,4 @@
-"""``lowmem fit``: train what a variant lets train, and a float32 linear head on its output."""
+"""``lowmem fit``: trains the trainable parameters of a variant and a float32 linear head on its output."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from lowmem.tools.models import (
     seed,
     user_code,
 )
-from lowmem.tools.output import print_json, progress, shown, whole
+from lowmem.tools.output import print_json, progress, shown, uncut_column
 from lowmem.version import __version__
 
 __all__ = ["Classifier", "Result", "add_arguments", "fit", "run"]
 
-LARGEST_LR = 0.09 * torch.finfo(torch.float32).max  # AdamW's first step is lr / (1 - 0.9), rounded a little
+LARGEST_LR = 0.09 * torch.finfo(torch.float32).max  # AdamW's first step is lr / (1 - 0.9); the rest is for rounding
 
 
 class Classifier(nn.Module):
-    """A model of any kind, and a float32 linear head on its flattened output."""
+    """Any model with a float32 linear head on its flattened output."""
 
     def __init__(self, body: nn.Module, features: int, classes: int) -> None:
         super().__init__()
@@ -54,10 +54,10 @@ class Classifier(nn.Module):
 
 @dataclass
 class Result:
-    """What a run gives.
+    """The result of a run.
 
-    ``train_accuracy`` is that of the last epoch's batches as they were trained on; ``peak_bytes`` is the
-    peak of the first training step, optimizer included, beyond the model and its input.
+    ``losses`` has the mean loss of each epoch. ``train_accuracy`` is measured on the batches of the last epoch, each
+    before its step. ``peak_bytes`` is the peak of the first training step beyond model and input, optimizer included.
     """
 
     variant: str
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     data = load_data(arguments.data, arguments.seed)
     name = arguments.model
     body = make_model(name, seed=arguments.seed, rank=arguments.rank)
-    if ":" not in name:  # BigNet takes a row of features
+    if ":" not in name:  # BigNet takes (examples, features)
         data = Split(data.train_x.flatten(1), data.train_y, data.test_x.flatten(1), data.test_y, data.classes)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(arguments.seed)
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.save is not None:
         _check_state(name, model)
     with torch.random.fork_rng():
-        torch.manual_seed(arguments.seed)  # of dropout
+        torch.manual_seed(arguments.seed)  # for dropout
         result = fit(
             model,
             data,
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.save is not None:
         options = ("model", "data", "epochs", "batch_size", "lr", "rank", "seed")
         origin = {"version": __version__, **{option: getattr(arguments, option) for option in options}}
-        # One entry: safetensors writes several in an order that differs from run to run.
+        # A single entry: safetensors writes several in an order that differs from run to run.
         with user_code(f"model={name!r} has a state that can no longer be listed; leave out --save"):
             content = safetensors.torch.save(_tensors(model), {"lowmem": json.dumps(origin)})
         write_atomically(arguments.save, content)
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _features(name: str, body: nn.Module, x: Tensor) -> int:
-    """Return how many numbers a model gives for an example."""
+    """Return the number of values in a model's output for one example."""
     output = run_model(name, lambda: body.eval()(x))
     if not isinstance(output, Tensor):
         raise ValueError(f"model={name!r} returns a {type(output).__name__}; fit takes models that return a tensor")
@@ -147,7 +147,7 @@ def _features(name: str, body: nn.Module, x: Tensor) -> int:
 
 
 def _check_state(name: str, model: nn.Module) -> None:
-    """Raise a ValueError, before the training, if safetensors cannot hold the state."""
+    """Raise a ValueError, before the training, if safetensors cannot store the state."""
     with user_code(f"model={name!r} has a state that cannot be listed; leave out --save"):
         state = model.state_dict()
     if not all(isinstance(value, Tensor) for value in state.values()):
@@ -167,7 +167,7 @@ def fit(
     seed: int,
     report: Callable[[str], None],
 ) -> Result:
-    """Train with AdamW and cross entropy; call ``report`` with a line an epoch.
+    """Train with AdamW and cross entropy; call ``report`` with a line for each epoch.
 
     Raises:
         ValueError: ``lr`` is too large for float32, the loss or a weight is no longer finite, or the model fails.
@@ -194,10 +194,10 @@ def fit(
         return loss.item(), int((logits.argmax(1) == y).sum())
 
     with progress(
-        MofNCompleteColumn(table_column=whole()),
-        TextColumn("steps", table_column=whole()),
-        TimeRemainingColumn(table_column=whole()),
-        redirect_stdout=sys.stdout.isatty(),  # a file or a pipe gets the lines as they are
+        MofNCompleteColumn(table_column=uncut_column()),
+        TextColumn("steps", table_column=uncut_column()),
+        TimeRemainingColumn(table_column=uncut_column()),
+        redirect_stdout=sys.stdout.isatty(),  # files and pipes get plain lines
     ) as bar:
         task = bar.add_task(shown(variant), total=epochs * math.ceil(examples / batch_size))
         for epoch in range(1, epochs + 1):
@@ -220,7 +220,7 @@ def fit(
                 sum(loss * len(rows) for (loss, _), rows in zip(outcomes, batches, strict=True)) / examples
             )
             result.train_accuracy = sum(correct for _, correct in outcomes) / examples
-            if lost := finite - _finite(model):  # the last step can do that, and no loss shows it
+            if lost := finite - _finite(model):  # after the last step no loss shows it
                 raise ValueError(f"{min(lost)!r} is no longer finite in epoch {epoch}: lower --lr={lr:g}")
             with user_code(failed):
                 result.test_accuracy = accuracy(model, data.test_x, data.test_y, batch_size)
@@ -228,13 +228,13 @@ def fit(
                 f"epoch {epoch}/{epochs}  loss {result.losses[-1]:.4f}  "
                 f"train accuracy {result.train_accuracy:.1%}  test accuracy {result.test_accuracy:.1%}"
             )
-    timed = seconds[1:] or seconds  # the first step is tracked, which makes it slower
+    timed = seconds[1:] or seconds  # the first step is slower, since its memory is tracked
     result.seconds_per_step = sum(timed) / len(timed)
     return result
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
-    """Return the share of examples whose class has the largest logit."""
+    """Return the fraction of examples whose class has the largest logit."""
     model.eval()
     with torch.no_grad():
         batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
@@ -252,7 +252,7 @@ def _finite(model: nn.Module) -> set[str]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state as contiguous tensors of their own: safetensors takes no two that share memory."""
+    """Return the state as contiguous tensors without shared memory, which safetensors rejects."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict().items():

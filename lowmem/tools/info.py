@@ -1,4 +1,4 @@
-"""``lowmem info``: what a bug report needs."""
+"""``lowmem info``: versions, processor and kernel, for bug reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def facts() -> dict[str, str | int | bool | list[str] | None]:
-    """Return what is installed, what it runs on, and which kernel serves it. None is what cannot be known."""
+    """Return versions, platform, processor and the active backend; None for what cannot be determined."""
     cuda = torch.cuda.is_available()
     return {
         "lowmem": __version__,
@@ -52,7 +52,7 @@ def _cpu() -> str | None:
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:  # copied by hand or bundled: it works, but no record says which version
+    except PackageNotFoundError:  # copied or bundled without metadata
         return None
 
 

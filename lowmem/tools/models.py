@@ -1,4 +1,4 @@
-"""What the commands share: models by name, calls of what users wrote, and numbers.
+"""Shared by the commands: building models by name, calling users' code, and parsing arguments.
 
 A model is named ``VARIANT``, ``module:factory`` (any callable that returns an nn.Module), or
 ``module:factory@VARIANT`` (the techniques of a variant on that model).
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
 from lowmem.errors import describe, printable
-from lowmem.tools.output import reader_gone, streams_kept
+from lowmem.tools.output import is_pipe_closed, preserve_streams
 from lowmem.variants import VARIANTS, build
 
 __all__ = [
@@ -46,11 +46,11 @@ Result = TypeVar("Result")
 
 
 def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Module:
-    """Build the model that ``name`` stands for, from weights that ``seed`` alone decides.
+    """Build the model called ``name``, with weights that depend only on ``seed``.
 
     Raises:
-        ValueError: an unknown variant, a module that cannot be imported, an attribute that is missing or
-            not callable, or a factory that fails or returns something else than an nn.Module.
+        ValueError: an unknown variant, a module that cannot be imported, an attribute that is missing or not
+            callable, or a factory that fails or returns no nn.Module.
     """
     target, at, variant = name.partition("@") if ":" in name else ("", "@", name)
     factory = _factory(target) if target else BigNet
@@ -58,17 +58,17 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
         return build(variant if at else "bignet", factory, seed=seed, rank=rank)
     except (ValueError, TypeError, KeyboardInterrupt):
         raise
-    except BaseException as reason:  # an allocation that the system refuses, or what a user's module overrides
-        if isinstance(reason, BrokenPipeError) and reader_gone():
+    except BaseException as reason:  # a failed allocation, or any error in methods that a user's module overrides
+        if isinstance(reason, BrokenPipeError) and is_pipe_closed():
             raise
         raise ValueError(f"model={name!r}, rank={rank} cannot be built: {describe(reason)}") from reason
 
 
 def _factory(target: str) -> Callable[[], nn.Module]:
     module_name, _, attribute = target.partition(":")
-    with suppress(FileNotFoundError):  # the working directory may be gone
+    with suppress(FileNotFoundError):  # the working directory may have been removed
         if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # as python -m does: the user's model is most often a file right here
+            sys.path.insert(0, os.getcwd())  # as python -m does, since models are often files in it
     with user_code(f"model={target!r}: cannot import {module_name!r}"):
         factory: Any = import_module(module_name)
     for part in attribute.split("."):
@@ -91,23 +91,24 @@ def _factory(target: str) -> Callable[[], nn.Module]:
 
 @contextmanager
 def user_code(failure: str, remedy: str = "") -> Iterator[None]:
-    """Turn whatever the block raises, sys.exit too, into a ValueError that says so; an interrupt stays one.
+    """Turn any exception of the block, SystemExit too, into a ValueError with the text ``failure``.
 
-    So does a BrokenPipeError of what the block prints. The block may close or replace stdout and stderr.
+    Exceptions are KeyboardInterrupt, and a BrokenPipeError from printing. The block may close or replace stdout and
+    stderr.
     """
     try:
-        with streams_kept():
+        with preserve_streams():
             yield
     except KeyboardInterrupt:
         raise
     except BaseException as reason:
-        if isinstance(reason, BrokenPipeError) and reader_gone():
+        if isinstance(reason, BrokenPipeError) and is_pipe_closed():
             raise
         raise ValueError(f"{failure}: {describe(reason)}{remedy}") from reason
 
 
 def run_model(name: str, run: Callable[[], Result]) -> Result:
-    """Return ``run()``, a call of the user's model, with its failures told as bad input, whatever they are."""
+    """Return ``run()``, a call of the user's model; any failure becomes a ValueError about the input."""
     with user_code(f"model={name!r} cannot take this input", "; check the input's shape and dtype"):
         return run()
 
@@ -132,7 +133,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_input(arguments: argparse.Namespace) -> Tensor:
-    """Return a random input (batch, *input_shape) as the arguments ask for."""
+    """Return an input (batch, *input_shape) for the arguments: normal values, or zeros for int64."""
     size = (arguments.batch, *arguments.input_shape)
     dtype = getattr(torch, arguments.input_dtype)
     try:
@@ -144,12 +145,12 @@ def make_input(arguments: argparse.Namespace) -> Tensor:
 
 
 def positive_int(text: str) -> int:
-    """Parse an integer of at least 1 that torch takes."""
+    """Parse an integer from 1 to 2**63 - 1."""
     return _integer(text, 1, f"{_shown(text)} must be a positive integer below 2**63")
 
 
 def seed(text: str) -> int:
-    """Parse a seed that every generator takes."""
+    """Parse an integer from 0 to 2**63 - 1."""
     return _integer(text, 0, f"{_shown(text)} must be an integer from 0 to 2**63 - 1")
 
 
@@ -186,14 +187,14 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def file_path(text: str) -> Path:
-    """Parse the name of a file; an empty one would be the current directory."""
+    """Parse a path that is not empty, which would be the current directory."""
     if not text:
         raise argparse.ArgumentTypeError("'' must be the name of a file")
     return Path(text)
 
 
 def check_links(path: Path) -> None:
-    """Raise an OSError that names ``path``, if links on the way to it lead in a circle."""
+    """Raise an OSError that names ``path`` if its symbolic links form a cycle."""
     try:
         path.stat()
     except OSError as reason:
@@ -206,5 +207,5 @@ def _shown(text: str) -> str:
 
 
 def known_models(names: list[str]) -> list[str]:
-    """Return the names, or every variant where there are none."""
+    """Return ``names``, or all variants if it is empty."""
     return names or list(VARIANTS)

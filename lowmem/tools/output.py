@@ -1,4 +1,4 @@
-"""What commands print: tables and JSON on stdout, where nothing else goes with ``--json``; progress on stderr."""
+"""Output of the commands: tables or JSON on stdout (with ``--json`` nothing else), progress on stderr."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from lowmem.transforms.summary import Summary
 
 __all__ = [
     "Terminal",
+    "is_pipe_closed",
+    "preserve_streams",
     "print_json",
     "print_summary",
     "print_table",
     "progress",
-    "reader_gone",
-    "results_alone",
     "shown",
-    "streams_kept",
-    "whole",
+    "stdout_for_json",
+    "uncut_column",
 ]
 
-LEAST = 12  # characters that a column of text is narrowed to
-ROOMY = 60  # columns of a terminal that has room for a bar
+LEAST = 12  # least width of a wrapped column of text, in characters
+ROOMY = 60  # least width of a terminal for a progress bar, in characters
 
-_results: TextIO | None = None  # where JSON goes while stdout is stderr
+_results: TextIO | None = None  # the original stdout while it is redirected to stderr
 
 
 class Terminal(Console):
-    """A Console that leaves it to the command what a closed pipe means."""
+    """A Console that leaves closed pipes to the command."""
 
     def on_broken_pipe(self) -> None:
         """Raise the BrokenPipeError again, where rich would exit with 1."""
@@ -50,17 +50,18 @@ class Terminal(Console):
 
 
 def shown(text: str) -> str:
-    """Return a name of any origin as a table or a line of text can show it."""
+    """Return a name from a user or file with control characters escaped, cut to 2000 characters."""
     return printable(text, 2000)
 
 
 @contextmanager
-def results_alone(wanted: bool, program: bool) -> Iterator[None]:
-    """Where ``wanted``, send to stderr what is printed in the block but by ``print_json``.
+def stdout_for_json(wanted: bool, program: bool) -> Iterator[None]:
+    """If ``wanted``, redirect stdout to stderr in the block, except for ``print_json``.
 
     Args:
-        program: the process is the command's: what any library writes to the file descriptor of stdout goes to
-            stderr too, until the process ends.
+        wanted: whether to redirect.
+        program: whether the process is the command's own; then the file descriptor of stdout, to which libraries may
+            write, is redirected until the process ends.
     """
     global _results
     if not wanted:
@@ -80,8 +81,8 @@ def results_alone(wanted: bool, program: bool) -> Iterator[None]:
         _results = None
 
 
-def reader_gone() -> bool:
-    """Return whether stdout or stderr of the process is a pipe that nobody reads any more."""
+def is_pipe_closed() -> bool:
+    """Whether stdout or stderr of the process is a pipe whose reader has closed it."""
     if not hasattr(select, "poll"):  # Windows
         return False
     poll = select.poll()
@@ -91,16 +92,16 @@ def reader_gone() -> bool:
 
 
 @contextmanager
-def streams_kept() -> Iterator[None]:
-    """Give stdout and stderr back after a block that may close, detach, replace or remove them."""
+def preserve_streams() -> Iterator[None]:
+    """Restore stdout and stderr after a block that may close, detach, replace or remove them."""
     streams = [(name, stream, *_encoding(stream)) for name in ("stdout", "stderr") if (stream := getattr(sys, name))]
     try:
         yield
     finally:
         for name, stream, encoding, errors in streams:
-            setattr(sys, name, stream)  # first: what stood there may close the buffer that it shares
+            setattr(sys, name, stream)  # before the check: the replaced stream may close a shared buffer
             if isinstance(stream, TextIOWrapper) and _is_closed(stream):
-                number = ("stdout", "stderr").index(name) + 1  # Python closes neither file with its stream
+                number = ("stdout", "stderr").index(name) + 1  # Python does not close descriptors 1 and 2
                 setattr(sys, name, open(number, "w", encoding=encoding, errors=errors, closefd=False))  # noqa: SIM115
 
 
@@ -123,13 +124,13 @@ def print_json(document: object) -> None:
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: Collection[int] = (0,), markdown: bool = False
 ) -> None:
-    """Print a table to stdout, with every figure whole: where a terminal is too narrow, one line a figure.
+    """Print a table to stdout. Numbers are never cut: if the terminal is too narrow, each cell gets its own line.
 
     Args:
         columns: the titles.
-        rows: the cells; they and the titles may hold anything.
-        text: the columns that are no figures: they stand to the left, and are wrapped where that is needed.
-        markdown: a Markdown table.
+        rows: the cells; cells and titles may hold any text.
+        text: columns of text, which are left-aligned and may be wrapped; the others hold numbers.
+        markdown: print Markdown.
     """
     columns, *rows = [[shown(cell) for cell in row] for row in (columns, *rows)]
     if markdown:
@@ -149,7 +150,7 @@ def print_table(
             table.add_column(Text(title), justify="right", no_wrap=True, min_width=width)
         widths.append(width)
     for row in rows:
-        table.add_row(*map(Text, row))  # no str: rich would read markup and emoji in it
+        table.add_row(*map(Text, row))  # not str, in which rich interprets markup and emoji codes
     least = [min(width, LEAST) if number in text else width for number, width in enumerate(widths)]
     if sum(least) + len(columns) + 1 <= _width():
         _print(table, sum(widths) + len(columns) + 1)
@@ -159,7 +160,7 @@ def print_table(
 
 
 def print_summary(layers: Summary, *, grouped: bool = False, markdown: bool = False) -> None:
-    """Print a summary of layers to stdout, those of one role as one if ``grouped``: aligned, where there is room."""
+    """Print a summary to stdout, with layers of one role as one row if ``grouped``; as a table if it is too wide."""
     cells = layers.grouped_cells if grouped else layers.cells
     lines = layers.aligned(cells)
     if not markdown and max(map(cell_len, lines.splitlines())) <= _width():
@@ -169,20 +170,20 @@ def print_summary(layers: Summary, *, grouped: bool = False, markdown: bool = Fa
         print_table(layers.columns, cells, text=text, markdown=markdown)
 
 
-def whole() -> Column:
-    """Return how a figure of ``progress`` is laid out: never cut, however narrow the terminal."""
+def uncut_column() -> Column:
+    """Return the column of a number in ``progress``, which is never cut, however narrow the terminal."""
     return Column(no_wrap=True)
 
 
 def progress(
     *figures: ProgressColumn, roomy: Sequence[ProgressColumn] = (), redirect_stdout: bool = True
 ) -> Progress:
-    """Return a display of progress on stderr: a name, a bar where there is room for one, and figures.
+    """Return a progress display on stderr: a name, a bar if there is room, and further columns.
 
     Args:
-        figures: what is always shown behind the bar.
-        roomy: what is shown behind these where there is room for a bar.
-        redirect_stdout: lines that are printed meanwhile go above it.
+        figures: columns that are always shown.
+        roomy: columns that are shown only if there is room for a bar.
+        redirect_stdout: print lines of stdout above the display.
     """
     console = Terminal(stderr=True)
     has_room = console.width >= ROOMY
@@ -199,7 +200,7 @@ def progress(
 
 
 def _print_upright(columns: Sequence[str], row: Sequence[str]) -> None:
-    """Print a row as its first cell, and below it a line for each other that is not empty."""
+    """Print the first cell of a row, and below it a line for each other cell that is not empty."""
     _print(Text(row[0], overflow="fold"))
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -219,6 +220,6 @@ def _print(what: RenderableType, width: int = 0) -> None:
 
 
 def _width() -> float:
-    """Return how many characters a line of stdout has room for: a file or a pipe has no width to keep to."""
+    """Return the width of stdout in characters, infinite for files and pipes."""
     console = Terminal()
     return console.width if console.is_terminal else float("inf")

@@ -1,4 +1,4 @@
-"""``lowmem quantize``: a safetensors checkpoint to a 4-bit one, in bounded memory."""
+"""``lowmem quantize``: converts a safetensors checkpoint to 4 bits, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowmem.nn.fourbit import FourBit
 from lowmem.quant.formats import FORMATS
 from lowmem.quant.scales import ENCODINGS
 from lowmem.tools.models import MIB, check_links, file_path, positive_int
-from lowmem.tools.output import print_json, print_table, progress, shown, whole
+from lowmem.tools.output import print_json, print_table, progress, shown, uncut_column
 
 __all__ = ["add_arguments", "run", "size"]
 
@@ -65,9 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
     with Source(arguments.source) as source:
         total = sum(spec.nbytes for spec in source.specs.values())
     with progress(
-        DownloadColumn(binary_units=True, table_column=whole()),
-        TimeRemainingColumn(table_column=whole()),
-        roomy=[TransferSpeedColumn(table_column=whole())],
+        DownloadColumn(binary_units=True, table_column=uncut_column()),
+        TimeRemainingColumn(table_column=uncut_column()),
+        roomy=[TransferSpeedColumn(table_column=uncut_column())],
     ) as bar:
         task = bar.add_task("quantize", total=total)
 

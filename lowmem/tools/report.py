@@ -1,4 +1,4 @@
-"""``lowmem report``: a page on what every variant of a model costs, how fast it is, and what it loses."""
+"""``lowmem report``: writes a page on the memory, speed and error of every variant of a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lowmem.tools.models import (
     run_model,
     shape,
 )
-from lowmem.tools.output import progress, shown, whole
+from lowmem.tools.output import progress, shown, uncut_column
 from lowmem.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 __all__ = ["Measured", "add_arguments", "check_extra", "check_target", "machine", "measure_variants", "run", "write"]
 
 BIGNET = "bignet"
-DENSE = "dense"  # how the variant without techniques of a user's model is called
+DENSE = "dense"  # the name of a user's model without techniques
 ENDINGS = (".html", ".htm")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of every variant of a model."""
+    """The measurements of every variant of a model."""
 
     footprints: Sequence[Footprint]
     losses: dict[str, float]
@@ -128,10 +128,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check_extra(what: str) -> None:
-    """Raise an ImportError that says what to install, where the charts cannot be drawn.
+    """Raise an ImportError with the remedy if packages for the charts are missing.
 
     Args:
-        what: needs them.
+        what: the command that needs them, for the message.
     """
     try:
         for module in ("altair", "vl_convert", "jinja2", "scipy"):
@@ -143,11 +143,11 @@ def check_extra(what: str) -> None:
 
 
 def check_target(path: Path) -> None:
-    """Raise where a page cannot be written, before anything is measured for it.
+    """Raise, before anything is measured, if the page cannot be written.
 
     Raises:
-        ValueError: it is not named as a page is: a model or a checkpoint in its place would be overwritten.
-        OSError: it cannot be written.
+        ValueError: the name does not end in .html, so that another file might be overwritten by mistake.
+        OSError: the file cannot be written.
     """
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(
@@ -158,7 +158,7 @@ def check_target(path: Path) -> None:
 
 
 def read_verdicts(paths: Iterable[Path]) -> list[Verdict]:
-    """Read what gates wrote."""
+    """Read the verdicts of gates."""
     from lowmem.testing.verdicts import read_verdict
 
     paths = list(paths)
@@ -170,17 +170,17 @@ def read_verdicts(paths: Iterable[Path]) -> list[Verdict]:
 def measure_variants(
     name: str, x: Tensor, *, seed: int = 0, timed: Sequence[Tensor] = (), grouped: bool = False
 ) -> Measured:
-    """Measure every variant of a model on an input: bytes, peaks, and how far its output is from the dense model's.
+    """Measure every variant of a model: bytes, peaks, the error of its output, and speed.
 
     Args:
         name: ``bignet`` or ``module:factory``.
         x: (batch, ...), the input.
         seed: of the weights.
-        timed: inputs that forwards are timed with.
-        grouped: whether to say what each group of layers costs and loses.
+        timed: inputs for timing forwards.
+        grouped: whether to measure each group of layers.
 
     Raises:
-        ValueError: the model cannot be made, converted, or run on the inputs.
+        ValueError: the model cannot be built, converted, or run on the inputs.
     """
     from lowmem.report.footprint import footprint
     from lowmem.report.groups import Stored, group_layers
@@ -191,7 +191,7 @@ def measure_variants(
     dense = make_model(name, seed=seed)
     expected = _outputs(name, dense, x)
     footprints, losses, stored, timings = {}, {}, {}, []
-    with progress(MofNCompleteColumn(table_column=whole())) as bar:
+    with progress(MofNCompleteColumn(table_column=uncut_column())) as bar:
         task = bar.add_task("variants", total=len(VARIANTS))
         for variant, label in names.items():
             if variant != BIGNET:
@@ -219,7 +219,7 @@ def write(
     timing_machine: dict[str, str],
     verdicts: Sequence[Verdict],
 ) -> None:
-    """Write the page; an error leaves what was there before."""
+    """Write the page; on an error an existing file is unchanged."""
     from lowmem.report.distortion import distortions
     from lowmem.report.page import Report, render
 
@@ -240,7 +240,7 @@ def write(
 
 
 def machine() -> dict[str, str]:
-    """Return what figures can depend on as text, without where the package lies."""
+    """Return the facts of ``lowmem info`` as text, without the location of the package."""
     return {name: _text(value) for name, value in facts().items() if name != "location"}
 
 
@@ -261,7 +261,7 @@ def _check_model(arguments: argparse.Namespace) -> None:
 
 
 def of_a_run(name: str) -> str:
-    """Say where timings of a run of the benchmarks are from."""
+    """Return a sentence on the source of timings from a benchmark run."""
     return f"Of {name}: the smallest time of each, beside the dense model's in the same run."
 
 
@@ -281,7 +281,7 @@ def _lead(arguments: argparse.Namespace, own: bool) -> str:
 
 
 def _outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return the tensors that a model gives for an input, in whatever structure."""
+    """Return the tensors in a model's output, of any structure."""
 
     def run() -> list[Tensor]:
         with torch.no_grad():
@@ -293,7 +293,7 @@ def _outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def _relative_error(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Return the norm of the difference over that of what is expected, over all tensors as one."""
+    """Return ``|found - expected| / |expected|``, with norms over all tensors together."""
     wide = [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in expected]
     lost = math.hypot(*(float((other - t).norm()) for t, other in zip(wide, found, strict=True)))
     size = math.hypot(*(float(t.norm()) for t in wide))

@@ -1,8 +1,8 @@
-"""What the ``lowmem`` command does before it imports torch, so that no import ends in a traceback.
+"""Hooks of the ``lowmem`` command for the time of its imports, so that none ends in a traceback.
 
-``python -m lowmem`` and the installed script import the whole package before ``main`` can catch anything: the hooks
-are for that time. A process that only imports the library keeps its own. Importing this module takes as little time
-as possible: until SIGINT is handled, Ctrl-C is a traceback.
+``python -m lowmem`` and the installed script import the whole package before ``main`` can catch an exception. A
+process that only imports the library gets no hooks. This module imports little, since Ctrl-C gives a traceback until
+SIGINT is handled.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from types import TracebackType
 
 __all__ = ["CLOSED_PIPE", "discard_output", "end_closed_pipe", "guard_imports", "is_command", "write_error"]
 
-CLOSED_PIPE = 141  # what shells show of a program that SIGPIPE ended
+CLOSED_PIPE = 141  # 128 + SIGPIPE: what shells report for a process that SIGPIPE ended
 
-# What a broken installation raises while it is imported; anything else is a bug, which keeps its traceback.
+# Exceptions of broken installations during imports; any other is a bug, and keeps its traceback.
 _BROKEN = (
     *(ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError),
     *(AttributeError, LookupError, SyntaxError),
@@ -25,21 +25,22 @@ _BROKEN = (
 
 
 def is_command() -> bool:
-    """Return whether this process was started as ``python -m lowmem`` or as the installed script."""
-    if sys.argv[:1] == ["-m"]:  # while the module that -m names is looked for
-        module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)]  # or the option and it: -mlowmem
+    """Whether this process was started as ``python -m lowmem`` or as the installed script."""
+    if sys.argv[:1] == ["-m"]:  # the value while Python locates the module
+        module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)]  # "lowmem", or with the option: "-mlowmem"
         option = module.removesuffix("lowmem")
         return option != module and (not option or (option.startswith("-") and option.endswith("m")))
     return os.path.basename(sys.argv[0] if sys.argv else "") in ("lowmem", "lowmem.exe", "lowmem-script.py")
 
 
 def guard_imports() -> None:
-    """Let the command end with exit code 2 and one line, where an import fails or is interrupted."""
+    """Make the command end with exit code 2 and one line if an import fails or is interrupted."""
     if not is_command():
         return
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored SIGINT stays ignored
         signal.signal(signal.SIGINT, _stop)
-    # Here, because it takes a while; and not in the hook, because the package is gone once its import has failed.
+    # Imported after SIGINT is handled, since it takes a while; not in the hook, since a package whose import has
+    # failed can no longer be imported from.
     from lowmem.errors import one_line, reason
 
     def tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -51,18 +52,18 @@ def guard_imports() -> None:
 
 
 def write_error(line: str, program: bool) -> int:
-    """Write the one line that says why the command ends to stderr, and return its exit code.
+    """Write an error line to stderr, and return the exit code 2.
 
     Args:
         line: without its line end.
-        program: the process is the command's, and about to end.
+        program: whether the process is the command's own, and about to end.
     """
     try:
-        if sys.stderr is not None:  # it was closed at the start
+        if sys.stderr is not None:  # None if it was closed at the start
             print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:
         return end_closed_pipe(program)
-    except (OSError, ValueError):  # a full disk, or a closed file: nothing can be said
+    except (OSError, ValueError):  # a full disk, or a closed file: the error cannot be shown
         pass
     if program:
         discard_output()
@@ -70,7 +71,7 @@ def write_error(line: str, program: bool) -> int:
 
 
 def end_closed_pipe(program: bool) -> int:
-    """End without a word, as programs do whose reader has gone, or return the exit code that says so."""
+    """End the process silently by SIGPIPE, if it is the command's own; otherwise return ``CLOSED_PIPE``."""
     if program:
         discard_output()
         if hasattr(signal, "SIGPIPE"):
@@ -80,7 +81,7 @@ def end_closed_pipe(program: bool) -> int:
 
 
 def discard_output() -> None:
-    """Write what stdout and stderr hold, or drop it: Python would try again at its end, and complain."""
+    """Flush stdout and stderr, or discard their buffers, which Python would flush with an error at exit."""
     for number, stream in enumerate((sys.stdout, sys.stderr), 1):
         try:
             if stream is not None:
@@ -90,7 +91,7 @@ def discard_output() -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    # No KeyboardInterrupt: what is being imported may swallow it, or wrap it. There is nothing to clean up yet.
+    # Not a KeyboardInterrupt, which modules that are being imported may swallow or wrap. Nothing needs cleaning up.
     with suppress(OSError):  # stderr is closed
         os.write(2, b"lowmem: interrupted\n")
     os._exit(2)

@@ -25,7 +25,7 @@ __all__ = ["Stats", "add_arguments", "run", "stats_of"]
 
 @dataclass(frozen=True)
 class Stats:
-    """One row. Params are elements as they are stored: two 4-bit codes are one uint8 element."""
+    """One row. Parameters are counted as stored: two 4-bit codes are one uint8 element."""
 
     model: str
     trainable_params: int
@@ -39,7 +39,7 @@ class Stats:
 
 
 def stats_of(name: str, model: nn.Module, x: Tensor) -> Stats:
-    """Measure the model that ``name`` stands for on ``x``."""
+    """Measure a model on the input ``x``; ``name`` is for errors."""
     forward = run_model(name, lambda: measure.forward_bytes(model, x))
     backward = run_model(name, lambda: measure.backward_bytes(model, x))
     with user_code(f"model={name!r} cannot be measured"):

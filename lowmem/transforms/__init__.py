@@ -1,1 +1,1 @@
-"""What is done to a model: conversion, merging, adapters, calibration, and its summary."""
+"""Transforms of whole models: convert, merge, adapters and calibrate; and their summary."""

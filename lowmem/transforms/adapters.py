@@ -1,8 +1,8 @@
-"""Several adapters by name on one base: add, activate, deactivate, delete, and merge one and take it back.
+"""Several named adapters on one base: add, activate, deactivate, delete, merge and unmerge them.
 
-An adapter's name is one over the whole model; a layer may have it or not. Every function checks all of the
-model before it changes any of it. Several threads may call them: each call waits for the one before it. A forward
-that runs meanwhile may use the layers as they were before or after, and some of both.
+A name stands for one adapter of the whole model, which may cover only some layers. Every function checks the whole
+model before it changes anything. The functions are thread-safe: one runs at a time. A forward that runs meanwhile may
+see some layers before the change and others after it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.transforms.convert import freeze_all_but_adapters, one_at_a_time, swap
 from lowmem.transforms.merge import adapted_layers, fold
-from lowmem.transforms.registry import chosen, layer_name, nothing_found, refuse_peft, why_left
+from lowmem.transforms.registry import layer_name, no_match_message, refuse_peft, select_modules, skip_reason
 
 __all__ = [
     "activate",
@@ -40,33 +40,33 @@ def add_adapter(
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
 ) -> nn.Module:
-    """Add a fresh adapter, active, to every layer that LoRA takes and that ``where`` and ``skip`` do not leave out.
+    """Add a new, active adapter to every layer that LoRA supports and that ``where`` and ``skip`` select.
 
-    Layers without an adapter are wrapped, as ``convert`` wraps them. The new adapter trains, the others
-    keep what they are (active or not, frozen or not), and the rest of the model is frozen.
+    Layers without an adapter become LoRALinear, as by ``convert``. The new adapter trains, other adapters do not
+    change (active or not, frozen or not), and the rest of the model is frozen.
 
     Args:
-        model: any module, adapted already or not; the root itself can be the layer.
-        name: of the adapter: not empty, without dots, and not an attribute of nn.ModuleDict, which holds it.
-        technique: rank, alpha and dropout. They may differ between the calls that give layers one name.
+        model: any module, with or without adapters; the root itself can be the layer.
+        name: of the adapter: not empty, without dots, and no attribute of nn.ModuleDict, which holds it.
+        technique: rank, alpha and dropout. Further calls may add the same name to other layers with other values.
         where: called with (path, module); a layer is taken only where it returns True, for all its paths.
-        skip: glob patterns of paths that are left alone.
+        skip: glob patterns of paths to leave as they are.
 
     Returns:
         The model, changed in place; or the new layer, when the root itself was wrapped.
 
     Raises:
-        TypeError: the model is not a module, the name not a string, or the technique not a ``LoRA``.
-        ValueError: a name that cannot be one, or that a layer has already, nothing to adapt, or a pattern
-            of ``skip`` that matches nothing. The model is left as it was.
+        TypeError: the model is not a module, the name is not a string, or the technique is not a ``LoRA``.
+        ValueError: an invalid name, or one that a layer has already; nothing to adapt; or a pattern of ``skip`` that
+            matches nothing. The model is left as it was.
     """
     check_name(name)
     if not isinstance(technique, LoRA):
         raise TypeError(f"technique={technique!r} must be an instance of LoRA")
     wrapped: dict[nn.Module, nn.Module] = {}
     added: dict[LoRALinear, Adapter] = {}
-    for module, path in chosen(model, where, skip).items():
-        if why_left(LoRA, module) is None:
+    for module, path in select_modules(model, where, skip).items():
+        if skip_reason(LoRA, module) is None:
             layer = cast(nn.Linear, module)
             wrapped[module] = LoRALinear(layer, technique, name).train(module.training)
         elif isinstance(module, LoRALinear):
@@ -77,7 +77,7 @@ def add_adapter(
                 )
             added[module] = Adapter(module.base, technique)
     if not wrapped and not added:
-        raise ValueError(nothing_found(LoRA, model))
+        raise ValueError(no_match_message(LoRA, model))
     refuse_peft(model, wrapped, freezes=True)
     model = swap(model, wrapped)
     for adapted, adapter in added.items():
@@ -88,22 +88,22 @@ def add_adapter(
 
 @one_at_a_time
 def adapter_names(model: nn.Module) -> list[str]:
-    """Return the names of the model's adapters, in the order of its layers and of what was added; none is []."""
+    """Return the names of the model's adapters, in the order of its layers, then in that in which they were added."""
     return list(dict.fromkeys(name for layer in adapted_layers(model) for name in layer.adapters))
 
 
 @one_at_a_time
 def active_adapters(model: nn.Module) -> list[str]:
-    """Return the names of the adapters that the output holds: the active ones, and the merged one."""
+    """Return the names of the adapters that contribute to the output: the active ones and the merged one."""
     return list(dict.fromkeys(name for layer in adapted_layers(model) for name in layer.in_use))
 
 
 @one_at_a_time
 def adapter_layers(model: nn.Module, name: str) -> dict[str, Adapter]:
-    """Return one adapter's part in every layer that has it, by the layer's first path.
+    """Return the modules of one adapter, by the first path of their layers.
 
-    Each has ``technique``, ``lora_a`` (rank, in) and ``lora_b`` (out, rank). To freeze an adapter,
-    call ``requires_grad_(False)`` on each.
+    Each has ``technique``, ``lora_a`` (rank, in) and ``lora_b`` (out, rank). To freeze the adapter, call
+    ``requires_grad_(False)`` on each.
 
     Raises:
         TypeError: the model is not a module.
@@ -115,22 +115,22 @@ def adapter_layers(model: nn.Module, name: str) -> dict[str, Adapter]:
 
 @one_at_a_time
 def activate(model: nn.Module, *names: str) -> None:
-    """Let adapters add their update, beside those that are active already. No name: all of them.
+    """Activate adapters, in addition to those that are active already. Without names: all of them.
 
-    Several updates are summed in the order that the adapters were added.
+    The low-rank products of several are summed in the order in which the adapters were added.
 
     Raises:
         TypeError: the model is not a module.
         ValueError: the model has no such adapter.
     """
     for layer in _layers_with(model, names):
-        chosen_names = {*layer.active, *(names or layer.adapters)}
-        layer.active = tuple(name for name in layer.adapters if name in chosen_names)
+        active = {*layer.active, *(names or layer.adapters)}
+        layer.active = tuple(name for name in layer.adapters if name in active)
 
 
 @one_at_a_time
 def deactivate(model: nn.Module, *names: str) -> None:
-    """Let adapters add nothing, and cost nothing. They keep their values. No name: all of them.
+    """Deactivate adapters: they keep their values, and cost no time. Without names: all of them.
 
     Raises:
         TypeError: the model is not a module.
@@ -144,7 +144,7 @@ def deactivate(model: nn.Module, *names: str) -> None:
 
 @one_at_a_time
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Remove an adapter. Where it was a layer's last, the base takes the layer's place again, with its hooks.
+    """Delete an adapter. A layer without further adapters is replaced by its base, which gets the layer's hooks.
 
     Returns:
         The model, changed in place; or the base, when the root itself was the layer.
@@ -165,13 +165,12 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
 
 @one_at_a_time
 def merge_adapter(model: nn.Module, name: str) -> None:
-    """Compute with a copy of every base that has the adapter folded in: ``W + (alpha / rank) B A``.
+    """Merge an adapter into copies of the bases, ``W + (alpha / rank) B A``, which are called in place of them.
 
-    The base is kept beside the copy, unchanged, and is what ``state_dict`` holds. A merged adapter is
-    in the output, active or not, and does not train; the others add their updates as before. The copy
-    of a half-precision base is rounded once more; that of a 4-bit base is quantized once more, and a
-    warning says what error that adds. Values that are changed in place later are not in the copy:
-    unmerge first. ``load_state_dict`` makes the copy again.
+    The bases are kept unchanged, and ``state_dict`` holds them without the copies. A merged adapter contributes to
+    the output, active or not, and does not train; other adapters work as before. The copy of a half-precision base is
+    rounded once more; that of a 4-bit base is quantized once more, and a warning gives the error that this adds.
+    In-place changes of the base or adapter do not reach the copy: unmerge first. ``load_state_dict`` rebuilds it.
 
     Raises:
         TypeError: the model is not a module.
@@ -190,7 +189,7 @@ def merge_adapter(model: nn.Module, name: str) -> None:
 
 @one_at_a_time
 def unmerge_adapter(model: nn.Module) -> None:
-    """Undo ``merge_adapter``, bit for bit: the kept bases compute again, and the copies are gone.
+    """Undo ``merge_adapter`` exactly: the original bases are called again, and the copies are freed.
 
     Raises:
         TypeError: the model is not a module.
@@ -204,7 +203,7 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise unless an adapter can be called so.
+    """Raise unless ``name`` is a valid name of an adapter.
 
     Raises:
         TypeError: not a string.
@@ -219,7 +218,7 @@ def check_name(name: str) -> None:
 
 
 def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[LoRALinear, str]:
-    """Return every adapted layer with its first path, once the model is known to have all these adapters."""
+    """Return every adapted layer with its first path; raise a ValueError unless the model has all these adapters."""
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapter: add_adapter(model, name, LoRA()) adds one")

@@ -1,6 +1,6 @@
-"""Convert a model to 4 bits, its linear layers quantized against their inputs, so that it computes nearly as before.
+"""Converts a model to 4 bits, with linear layers quantized by GPTQ on sample inputs.
 
-The model runs over samples of its inputs once for each layer, and only as far as that layer.
+The model runs over the samples once for each layer, up to that layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowmem.nn.fourbit import FourBit
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.convert import Store, layers_to_convert, rebuild, swap, weight_key
-from lowmem.transforms.gptq import Inputs, quantize_against, what_inputs_say
+from lowmem.transforms.gptq import Hessian, prepare_hessian, quantize_gptq
 from lowmem.transforms.registry import layer_name
 
 __all__ = ["calibrate"]
@@ -36,33 +36,35 @@ def calibrate(
     skip: str | Iterable[str] = (),
     damping: float = 0.01,
 ) -> nn.Module:
-    """Convert a model to 4 bits as ``convert`` does, with the linear layers quantized against their inputs.
+    """Convert a model to 4 bits as ``convert`` does, with linear layers calibrated on sample inputs.
 
-    Layer by layer, in the order that they are called, with the layers before in 4 bits already: the model runs over
-    all batches, as far as the layer, for each one (layers that get the same input share a run). So the memory is
-    that of one layer's inputs at a time: their second moments, float32 (in, in), and a few copies while it is
-    quantized. The model runs in evaluation mode, without gradients. Every row of an input counts: leave out padding
-    that should not. Embeddings, convolutions and linear layers that share a weight are quantized by their weights
-    alone, and so is, with a warning, what no batch reached. Scales are searched for, unless ``search=False``.
+    GPTQ, arXiv 2210.17323: minimizes ``|X W^T - X W_q^T|^2`` for the inputs X of each layer, instead of the error of
+    each weight. Layers are quantized in the order of their calls, each on inputs that the quantized layers before it
+    compute. The model runs over all batches once for each layer, up to that layer; layers with the same input share
+    a run. Peak memory is the Hessian of one layer's inputs, float32 (in, in), and a few copies of it.
+
+    The model runs in evaluation mode without gradients. Every row of an input counts, padding included. Embeddings,
+    convolutions and linear layers with a shared weight are quantized by their weights alone, and so are, with a
+    warning, layers that no batch reaches. Scales are searched for, unless ``search=False``.
 
     Args:
         model: any module; the root itself can be the layer.
-        batches: inputs of the model, the same at each iteration (a list, a DataLoader): each is a Tensor, a tuple or
-            list of positional arguments, or a mapping of keyword arguments. A few thousand rows, typical ones.
+        batches: typical inputs of the model, a few thousand rows in all, the same at each iteration (a list, a
+            DataLoader). Each is a Tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
         technique: how to store; of several formats each layer gets the one with the least weighted error.
         where: called with (path, module); a layer is taken only where it returns True, for all its paths.
-        skip: glob patterns of paths that are left alone.
-        damping: above 0, what is added to the second moments' diagonal, as a part of its mean. More of it trusts
-            the inputs less.
+        skip: glob patterns of paths to leave as they are.
+        damping: above 0, added to the Hessian's diagonal, as a fraction of its mean; more trusts the inputs less.
 
     Returns:
-        The model, changed in place; or the new layer, when the root itself was the layer. Layers that were calibrated
-        have ``quantized.method == "calibrated"``.
+        The model, changed in place; or the new layer, when the root itself was the layer. Calibrated layers have
+        ``quantized.method == "calibrated"``.
 
     Raises:
-        TypeError: batches that cannot be iterated again, a batch of another kind, or a technique that is not FourBit.
-        ValueError: no batches, a bad damping, or what ``convert`` refuses. After any error, also one of the
-            model's own, it is as it was.
+        TypeError: batches that can be iterated only once, a batch of another type, or a technique but FourBit.
+        ValueError: no batches, a bad damping, or what ``convert`` rejects.
+
+        After any error, also one of the model's own, the model is unchanged.
 
     Warns:
         UserWarning: layers that no batch reached, or whose inputs were all zero or not finite.
@@ -74,33 +76,33 @@ def calibrate(
     held = Counter(weight_key(layer.weight) for layer in layers)
     linear = [layer for layer in layers if type(layer) is nn.Linear and held[weight_key(layer.weight)] == 1]
     store, replacements = Store(), dict[nn.Module, nn.Module]()
-    without: dict[nn.Module, str] = {}  # why a layer's inputs were of no use
+    uncalibrated: dict[nn.Module, str] = {}  # and why
 
-    with _rehearsal(model) as stand_in:
+    with _calibration_mode(model) as override_forward:
 
-        def put(layer: nn.Module, store_by: Callable[[Any], Callable[[Tensor, str], Any]]) -> None:
+        def replace_layer(layer: nn.Module, store_by: Callable[[Any], Callable[[Tensor, str], Any]]) -> None:
             replacements[layer] = rebuild(layer, (technique,), candidates[layer], {}, store_by)
-            stand_in(layer, replacements[layer])
+            override_forward(layer, replacements[layer])
 
         for layer in layers:
             if layer not in linear:
-                put(layer, store.by)
-        groups, calls = _in_order(model, batches, linear)
+                replace_layer(layer, store.by)
+        groups, calls = _group_by_input(model, batches, linear)
         for group in groups:
-            inputs = what_inputs_say(_moments(model, batches, group[0], calls[group[0]]), damping)
+            hessian = prepare_hessian(_mean_gram(model, batches, group[0], calls[group[0]]), damping)
             for layer in group:
-                if inputs is None:
-                    without[layer] = "its inputs are all zero, or hold NaN or infinite values"
-                    put(layer, store.by)
+                if hessian is None:
+                    uncalibrated[layer] = "its inputs are all zero, or hold NaN or infinite values"
+                    replace_layer(layer, store.by)
                 else:
-                    put(layer, _calibrated_by(inputs))
-            del inputs  # before the next one's are gathered
+                    replace_layer(layer, _gptq_store(hessian))
+            del hessian  # before the next one is computed
         for layer in linear:
             if layer not in replacements:
-                without[layer] = "no batch reached it"
-                put(layer, store.by)
-    if without:
-        named = "; ".join(f"{layer_name(candidates[layer])}: {why}" for layer, why in without.items())
+                uncalibrated[layer] = "no batch reached it"
+                replace_layer(layer, store.by)
+    if uncalibrated:
+        named = "; ".join(f"{layer_name(candidates[layer])}: {why}" for layer, why in uncalibrated.items())
         warnings.warn(f"layers were quantized by their weights alone ({named})", UserWarning, stacklevel=2)
     for layer, made in replacements.items():
         made.train(layer.training)
@@ -121,21 +123,21 @@ def _check_arguments(batches: object, technique: object, damping: object) -> Non
 
 
 @contextmanager
-def _rehearsal(model: nn.Module) -> Iterator[Callable[[nn.Module, nn.Module], None]]:
-    """Make the model ready to run, let a layer be computed by another, and undo all of it in the end."""
+def _calibration_mode(model: nn.Module) -> Iterator[Callable[[nn.Module, nn.Module], None]]:
+    """Put the model in evaluation mode, yield a function that overrides a layer's forward; undo both."""
     modes = {module: module.training for module in model.modules()}
     forwards: dict[nn.Module, Any] = {}
     fused = torch.backends.mha.get_fastpath_enabled()
 
-    def stand_in(layer: nn.Module, other: nn.Module) -> None:
+    def override_forward(layer: nn.Module, other: nn.Module) -> None:
         forwards[layer] = vars(layer).get("forward")
         vars(layer)["forward"] = other.forward
 
     try:
         model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # it passes over the layers of nn.TransformerEncoderLayer
+        torch.backends.mha.set_fastpath_enabled(False)  # which bypasses the linear layers of encoder layers
         with torch.no_grad():
-            yield stand_in
+            yield override_forward
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for layer, forward in forwards.items():
@@ -160,18 +162,18 @@ def _run(model: nn.Module, batch: Any) -> None:
         )
 
 
-def _in_order(
+def _group_by_input(
     model: nn.Module, batches: Iterable[Any], layers: Iterable[nn.Module]
 ) -> tuple[list[list[nn.Module]], Counter[nn.Module]]:
-    """Return the layers by their first call, those together that get the same inputs, and each one's calls in a run.
+    """Return groups of layers that get the same inputs, in call order, and each layer's most calls in one run.
 
     Raises:
         TypeError: a batch of a wrong kind.
         ValueError: no batches.
     """
     total, most, now = (Counter[nn.Module]() for _ in range(3))
-    first: dict[nn.Module, set[nn.Module]] = {}  # which layers got a layer's inputs before it, itself included
-    last: tuple[Tensor, int, nn.Module] | None = None  # the last input, its version, and which layer got it first
+    first: dict[nn.Module, set[nn.Module]] = {}  # for each layer, the first layers that got its inputs
+    last: tuple[Tensor, int, nn.Module] | None = None  # the last input, its version, and the first layer that got it
 
     def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         nonlocal last
@@ -188,7 +190,7 @@ def _in_order(
         for batch in batches:
             _run(model, batch)
             total += now
-            most |= now  # the maximum of both
+            most |= now  # element-wise maximum
             now.clear()
             last, runs = None, runs + 1
     finally:
@@ -205,10 +207,10 @@ def _in_order(
 
 
 class _Stop(BaseException):
-    """Ends a run of the model once the layer has its input; not an Exception, which a model might catch."""
+    """Ends a run of the model after the layer has got its last input; no Exception, which a model might catch."""
 
 
-def _moments(model: nn.Module, batches: Iterable[Any], layer: Any, calls: int) -> Tensor:
+def _mean_gram(model: nn.Module, batches: Iterable[Any], layer: Any, calls: int) -> Tensor:
     """Return the mean of ``x^T x`` over the rows x of a layer's inputs: float32 (in, in)."""
     columns = layer.weight.shape[-1]
     sums = torch.zeros(columns, columns, device=layer.weight.device)
@@ -233,6 +235,6 @@ def _moments(model: nn.Module, batches: Iterable[Any], layer: Any, calls: int) -
     return sums.div_(max(1, rows))
 
 
-def _calibrated_by(inputs: Inputs) -> Callable[[FourBit], Callable[[Tensor, str], QuantizedTensor]]:
-    """Return what ``Store.by`` is for the weights of layers that get these inputs."""
-    return lambda technique: lambda weight, name: quantize_against(weight, technique, inputs)
+def _gptq_store(hessian: Hessian) -> Callable[[FourBit], Callable[[Tensor, str], QuantizedTensor]]:
+    """Return a replacement for ``Store.by`` that quantizes by GPTQ."""
+    return lambda technique: lambda weight, name: quantize_gptq(weight, technique, hessian)

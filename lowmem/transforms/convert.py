@@ -1,6 +1,6 @@
-"""One walk over any model: find the layers, build their replacements, then swap them all at once.
+"""Converts any model in one walk: selects layers, builds all replacements, then swaps them in.
 
-Nothing of the model changes until every replacement exists, so an error leaves it as it was.
+The model does not change before every replacement exists, so an error leaves it as it was.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lowmem.transforms.registry import (
     MADE_BY,
     REGISTRY,
     Technique,
-    chosen,
-    holders,
     layer_name,
-    nothing_found,
-    places,
+    module_paths,
+    no_match_message,
+    parameter_owners,
     refuse_peft,
-    taken_types,
-    why_left,
+    select_modules,
+    skip_reason,
+    supported_types,
 )
 
 __all__ = [
     "Store",
     "convert",
+    "drop_partial_ties",
     "freeze_all_but_adapters",
-    "keep_ties",
     "layers_to_convert",
     "one_at_a_time",
     "rebuild",
@@ -48,24 +48,24 @@ __all__ = [
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_CHANGING = threading.RLock()  # held by whoever changes which modules a model has, or reads them all
+_LOCK = threading.RLock()  # held while modules are replaced, and while all of them are read
 
 
-def _forget_lock() -> None:
-    global _CHANGING
-    _CHANGING = threading.RLock()
+def _renew_lock() -> None:
+    global _LOCK
+    _LOCK = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):  # the thread that held it is not there in the child
-    os.register_at_fork(after_in_child=_forget_lock)
+if hasattr(os, "register_at_fork"):  # in the child, a thread that held the lock does not exist
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let no two threads be inside such functions at once: each finds a model that none is changing."""
+    """Decorate functions that replace or list a model's modules: one thread at a time runs any of them."""
 
     @wraps(function)
     def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with _CHANGING:
+        with _LOCK:
             return function(*args, **kwargs)
 
     return alone
@@ -77,30 +77,29 @@ def convert(
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
 ) -> nn.Module:
-    """Apply techniques, left to right, to every layer that the first one takes.
+    """Apply techniques, left to right, to every layer that the first one supports.
 
-    A layer is taken when its type is exactly one in ``REGISTRY`` (a subclass is left alone) and its
-    weight is its own parameter (not recomputed by a parametrization or pruning hook), which no
-    nn.MultiheadAttention reads past it. A later technique passes over the layers that it does not take. A
-    module that stands in several places is replaced by one module in all of them; modules that share a weight
-    (tied embeddings) share what is stored of it, or are left alone together. Forward and backward hooks move to
-    the replacement. After ``LoRA``, only the adapters of the model train. ``summary`` lists what
-    became of every layer.
+    A layer is converted if its type is exactly one that the technique supports (subclasses are skipped) and its
+    weight is a parameter of its own (not computed by a parametrization or pruning hook), unless
+    nn.MultiheadAttention reads that weight itself. Later techniques skip layers that they do not support. A module
+    at several paths is replaced by one module at all of them. Modules that share a weight (tied embeddings) share
+    the stored weight, or are skipped together. Forward and backward hooks move to the replacement. After ``LoRA``,
+    only adapters train. ``summary`` lists how each layer was treated, and why.
 
     Args:
         model: any module; the root itself can be the layer.
         techniques: ``Half``, ``FourBit``, ``LoRA``.
         where: called with (path, module); a layer is taken only where it returns True, for all its paths.
-        skip: glob patterns of paths that are left alone.
+        skip: glob patterns of paths to leave as they are.
 
     Returns:
         The model, changed in place; or the new layer, when the root itself was the layer.
 
     Raises:
-        TypeError: the model is not a module, or a technique is not one.
-        ValueError: no technique, techniques that do not compose, nothing to convert, a pattern of
-            ``skip`` that matches nothing, a layer that has the technique already or is inside one of PEFT, or
-            a weight that cannot be stored (its path is named). The model is left as it was.
+        TypeError: the model is not a module, or a technique is of another type.
+        ValueError: no technique, techniques that do not compose, nothing to convert, a pattern of ``skip`` that
+            matches nothing, a layer that has the technique already or is inside a PEFT layer, or a weight that
+            cannot be stored (its path is named). The model is left as it was.
     """
     _check_arguments(techniques)
     candidates = layers_to_convert(model, techniques, where, skip)
@@ -124,15 +123,15 @@ def layers_to_convert(
     where: Callable[[str, nn.Module], bool] | None,
     skip: str | Iterable[str],
 ) -> dict[nn.Module, str]:
-    """Return the layers that the first technique takes, each with its first path.
+    """Return the layers that the first technique converts, each with its first path.
 
     Raises:
-        TypeError: the model is not a module, or a pattern not a string.
-        ValueError: nothing to convert, a pattern that matches nothing, a layer that has a technique already, or
-            one of PEFT.
+        TypeError: the model is not a module, or a pattern is not a string.
+        ValueError: nothing to convert, a pattern that matches nothing, a layer that has one of the techniques
+            already, or is inside a PEFT layer.
     """
     candidates: dict[nn.Module, str] = {}
-    for module, path in chosen(model, where, skip).items():
+    for module, path in select_modules(model, where, skip).items():
         made_by = MADE_BY.get(type(module))
         if made_by is not None and made_by in {type(t) for t in techniques}:
             remedy = "add another with add_adapter" if made_by is LoRA else "convert a model once"
@@ -140,50 +139,50 @@ def layers_to_convert(
                 f"{layer_name(path)} is a {type(module).__name__}: it has {made_by.__name__} already; "
                 f"{remedy}, or leave the layer out with skip="
             )
-        if why_left(type(techniques[0]), module) is None:
+        if skip_reason(type(techniques[0]), module) is None:
             candidates[module] = path
-    if type(techniques[0]) is not LoRA:  # whose base keeps its weight
-        keep_ties(model, candidates)
+    if type(techniques[0]) is not LoRA:  # LoRA keeps the weight, and with it all ties
+        drop_partial_ties(model, candidates)
     if not candidates:
-        raise ValueError(nothing_found(type(techniques[0]), model))
+        raise ValueError(no_match_message(type(techniques[0]), model))
     refuse_peft(model, candidates, freezes=any(isinstance(t, LoRA) for t in techniques))
     return candidates
 
 
-def keep_ties(model: nn.Module, candidates: dict[nn.Module, str]) -> None:
-    """Drop candidates that share a weight with a module that stays as it is; repeat until stable."""
-    held = holders(model)  # without what another thread has just replaced, which swap refuses
+def drop_partial_ties(model: nn.Module, candidates: dict[nn.Module, str]) -> None:
+    """Drop candidates that share a weight with a module that is no candidate; repeat until stable."""
+    owners = parameter_owners(model)  # lacks modules that another thread has just replaced, which swap rejects
     while True:
-        torn = [m for m in candidates if any(other not in candidates for other, _ in held.get(id(m.weight), ()))]
-        if not torn:
+        dropped = [m for m in candidates if any(o not in candidates for o, _ in owners.get(id(m.weight), ()))]
+        if not dropped:
             return
-        for module in torn:
+        for module in dropped:
             del candidates[module]
 
 
 def stored_weight(layer: nn.Module) -> Any:
-    """Return what a converted layer stores of its weight: a QuantizedTensor, or a 16-bit tensor."""
+    """Return the stored weight of a converted layer: a QuantizedTensor, or a 16-bit tensor."""
     return layer.quantized if isinstance(layer, FourBitStorage) else layer.weight
 
 
 def weight_key(weight: Tensor) -> Hashable:
-    """Return what is equal for two weights that are the same values in the same memory."""
+    """Return a key that is equal for tensors that view the same memory with the same shape and strides."""
     return weight.untyped_storage()._cdata, weight.storage_offset(), weight.shape, weight.stride()
 
 
 class Store:
-    """Stores each weight once, so that layers that share a weight share what is stored of it."""
+    """Stores each weight once per technique, so that layers with a shared weight share the stored one."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Tensor, Any]] = {}
 
     def by(self, technique: Any) -> Callable[[Tensor, str], Any]:
-        """Return what stores a weight, named for errors, by a technique."""
+        """Return ``technique.store`` with a cache."""
 
         def store(tensor: Tensor, name: str) -> Any:
             key = technique, weight_key(tensor)
             if key not in self._known:
-                self._known[key] = tensor, technique.store(tensor, name)  # the tensor, so that its address stays its
+                self._known[key] = tensor, technique.store(tensor, name)  # keeps tensor alive: key has its address
             return self._known[key][1]
 
         return store
@@ -208,9 +207,17 @@ def rebuild(
     unused: dict[Technique, str | None],
     store_by: Callable[[Any], Callable[[Tensor, str], Any]],
 ) -> nn.Module:
-    """Apply the techniques that take the layer, and store its weight by ``store_by(technique)``.
+    """Return the replacement of a layer, by all techniques that support it.
 
-    ``unused`` gathers why others do not take it, None once one takes any.
+    Args:
+        module: the layer.
+        techniques: applied left to right.
+        path: of the layer, for errors.
+        unused: for each technique, why it has converted no layer so far; None once it has. It is updated.
+        store_by: returns, for a technique, the function that stores the weight: ``Store.by``.
+
+    Raises:
+        TypeError, ValueError: a weight that cannot be stored.
     """
     layer: Any = module
     for technique in techniques:
@@ -219,7 +226,7 @@ def rebuild(
             unused.setdefault(
                 technique,
                 f"{layer_name(path)}: {type(technique).__name__} cannot follow the techniques before it, which made "
-                f"a {type(layer).__name__}; it takes {taken_types(type(technique))}",
+                f"a {type(layer).__name__}; it takes {supported_types(type(technique))}",
             )
             continue
         unused[technique] = None
@@ -239,12 +246,12 @@ def rebuild(
 
 @one_at_a_time
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Put every replacement where its layer stands: all of them or, where another thread took one's layer, none.
+    """Replace layers at all of their paths and move their hooks; return the model, or the replacement of the root.
 
     Raises:
-        RuntimeError: a layer is not in the model any more. The model is left as it is.
+        RuntimeError: another thread has removed one of the layers. The model is left as it is.
     """
-    found = places(model)
+    found = module_paths(model)
     gone = [type(old).__name__ for old in replacements if old not in found]
     if gone:
         raise RuntimeError(
@@ -257,9 +264,9 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Modul
         for name in _HOOKS:
             hooks = vars(old)[name]
             if hooks:
-                vars(old)[name] = type(hooks)()  # a wrapped base must not run them a second time
-                hooks.update(vars(new)[name])  # those that a base got while it was wrapped
-                vars(new)[name] = hooks  # the same dictionary, so that the handles still remove them
+                vars(old)[name] = type(hooks)()  # a base inside its replacement must not run them a second time
+                hooks.update(vars(new)[name])  # hooks that were set on a base while a LoRALinear held it
+                vars(new)[name] = hooks  # the same dictionary, so that handles still remove them
         for path in found[old]:
             parent_path, _, child = path.rpartition(".")
             if not path:
@@ -267,7 +274,7 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Modul
             parent = model.get_submodule(parent_path)
             setattr(parent, child, new)
             if isinstance(parent, nn.TransformerEncoderLayer):
-                # Its fused inference path would read the dense weight of the layers it holds.
+                # Disables its fused inference path, which would read the dense weights.
                 parent.activation_relu_or_gelu = 0
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(m in replacements.values() for m in module.modules()):
@@ -287,7 +294,7 @@ _HOOKS = (
 
 
 def freeze_all_but_adapters(model: nn.Module) -> None:
-    """Freeze every parameter that is not an adapter's; those stay as they are, and train when they are new."""
+    """Freeze every parameter that does not belong to an adapter; adapters keep their ``requires_grad``."""
     adapters = {p for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
     for parameter in model.parameters():
         if parameter not in adapters:

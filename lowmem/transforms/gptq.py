@@ -1,8 +1,8 @@
-"""Choose 4-bit codes by what a layer computes from its inputs, not by each weight alone.
+"""GPTQ: chooses 4-bit codes that minimize the error of a layer's output, not that of each weight.
 
-GPTQ, arXiv 2210.17323: column by column, what rounding a column loses of the layer's output is made up for by the
-columns that are not rounded yet, as far as the inputs' second moments say that they move together. Scales are found
-before, by the weighted search; the columns that count most go first.
+Frantar et al., arXiv 2210.17323, section 3: columns are rounded one by one, and the error of each is compensated by
+the columns not yet rounded, according to the inverse Hessian of the layer's inputs. Scales are chosen before, by the
+weighted search; columns with the largest Hessian diagonal go first ("act-order").
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lowmem.quant.packing import pack
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Inputs", "quantize_against", "what_inputs_say"]
+__all__ = ["Hessian", "prepare_hessian", "quantize_gptq"]
 
-_COLUMNS = 128  # rounded before the columns behind them are corrected, by one product
+_COLUMNS = 128  # the paper's lazy batches: columns rounded before one product corrects all later ones
 
 
-class Inputs(NamedTuple):
-    """What a layer's inputs say.
+class Hessian(NamedTuple):
+    """The Hessian H of a layer's inputs, prepared for GPTQ.
 
     Args:
-        importance: float32 (in,), above 0: what an error in each column counts.
-        order: int64 (in,): the columns, those that count most first.
-        upper: float32 (in, in), upper triangular: U of ``H^-1 = U^T U``, where H has the columns in order.
+        importance: float32 (in,), above 0: the diagonal of H, the weight of each column's squared error.
+        order: int64 (in,): the columns by descending diagonal.
+        upper: float32 (in, in), upper triangular: U of ``H^-1 = U^T U``, with H's rows and columns in ``order``.
     """
 
     importance: Tensor
@@ -38,45 +38,45 @@ class Inputs(NamedTuple):
     upper: Tensor
 
 
-def what_inputs_say(moments: Tensor, damping: float) -> Inputs | None:
-    """Return what the second moments of a layer's inputs say; None where that is nothing: zero, or not finite.
+def prepare_hessian(gram: Tensor, damping: float) -> Hessian | None:
+    """Order, damp, invert and factor the Hessian of a layer's inputs; None where it is zero or not finite.
 
     Args:
-        moments: float32 (in, in), the mean of ``x^T x`` over the inputs' rows.
-        damping: above 0, added to the diagonal, as a part of its mean.
+        gram: float32 (in, in), the mean of ``x^T x`` over the rows x of the inputs.
+        damping: above 0, added to the diagonal, as a fraction of its mean.
 
     Raises:
-        ValueError: damping that is too small.
+        ValueError: the damping is too small for a Cholesky decomposition.
     """
-    diagonal = moments.diagonal()
+    diagonal = gram.diagonal()
     mean = float(diagonal.mean())
-    if not (moments.isfinite().all() and mean > 0):
+    if not (gram.isfinite().all() and mean > 0):
         return None
     order = diagonal.argsort(descending=True, stable=True)
-    damped = moments[order][:, order].double()
+    damped = gram[order][:, order].double()
     damped.diagonal().add_(damping * mean)
-    # H = R R^T with R upper triangular is Cholesky's decomposition seen from the last column; U is R's inverse.
+    # Cholesky of H with rows and columns reversed gives H = R R^T with R upper triangular; U is the inverse of R.
     root, broken = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if int(broken):
         raise ValueError(f"damping={damping!r} is too small for inputs as alike as these; 0.01 suits most models")
     one = torch.eye(len(order), dtype=root.dtype, device=root.device)
     upper = torch.linalg.solve_triangular(root.flip(0, 1), one, upper=True).float()
-    return Inputs(diagonal.clamp_min(mean * 1e-3), order, upper)  # so that none counts nothing
+    return Hessian(diagonal.clamp_min(mean * 1e-3), order, upper)  # clamped: every column's error counts a little
 
 
-def quantize_against(weight: Tensor, technique: FourBit, inputs: Inputs) -> QuantizedTensor:
-    """Quantize a weight by a technique, so that the layer computes nearly the same from inputs like these.
+def quantize_gptq(weight: Tensor, technique: FourBit, hessian: Hessian) -> QuantizedTensor:
+    """Quantize a weight so that the error of the layer's output is small for the inputs of ``hessian``.
 
     Args:
         weight: floating point (out, in), finite.
         technique: how to store it; of several formats the one with the least weighted error is taken.
-        inputs: what the layer's inputs say.
+        hessian: of the layer's inputs.
 
     Returns:
-        The weight (out, in), whose ``method`` is "calibrated".
+        The weight (out, in), with the method "calibrated".
 
     Raises:
-        TypeError, ValueError: weights that ``quantize`` refuses.
+        TypeError, ValueError: weights that ``quantize`` rejects.
     """
     found = quantize(
         weight,
@@ -84,17 +84,17 @@ def quantize_against(weight: Tensor, technique: FourBit, inputs: Inputs) -> Quan
         block_size=technique.block_size,
         scales=technique.scales,
         search=technique.search,
-        importance=inputs.importance,
+        importance=hessian.importance,
     )
-    form, size, upper = get_format(found.format), found.block_size, inputs.upper
+    form, size, upper = get_format(found.format), found.block_size, hessian.upper
     levels, boundaries = (
         torch.tensor(values, dtype=torch.float32, device=weight.device) for values in (form.levels, form.boundaries)
     )
     scales = found.encoding.decode(found.scales).T.contiguous()  # (blocks, out)
-    divisors = scales.masked_fill(scales == 0, torch.inf)  # a zero scale: the zero code
-    rest = weight.detach().T[inputs.order].float()  # (in, out): each column's weights are together
+    divisors = scales.masked_fill(scales == 0, torch.inf)  # w / inf = 0: the zero code
+    rest = weight.detach().T[hessian.order].float()  # (in, out), so that each column is contiguous
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=weight.device)
-    blocks, pivots = (inputs.order // size).tolist(), upper.diagonal().tolist()
+    blocks, pivots = (hessian.order // size).tolist(), upper.diagonal().tolist()
     for start in range(0, len(blocks), _COLUMNS):
         stop = min(start + _COLUMNS, len(blocks))
         errors = torch.empty_like(rest[start:stop])
@@ -104,7 +104,7 @@ def quantize_against(weight: Tensor, technique: FourBit, inputs: Inputs) -> Quan
             rest[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
             codes[i] = code
         rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    in_place = torch.empty_like(codes)
-    in_place[inputs.order] = codes
-    rows = nn.functional.pad(in_place.T, (0, len(blocks) % 2), value=form.zero_code)
+    unordered = torch.empty_like(codes)
+    unordered[hessian.order] = codes
+    rows = nn.functional.pad(unordered.T, (0, len(blocks) % 2), value=form.zero_code)
     return replace(found, packed=pack(rows.contiguous(), size), method="calibrated")

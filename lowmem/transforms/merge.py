@@ -1,4 +1,4 @@
-"""Fold adapters into their base: one new layer holds what the base and they gave together."""
+"""Merges adapters into the weights of their bases."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import nn
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.lora import LoRALinear
 from lowmem.transforms.convert import one_at_a_time, swap
-from lowmem.transforms.registry import layer_name, places
+from lowmem.transforms.registry import layer_name, module_paths
 
 __all__ = ["adapted_layers", "fold", "merge"]
 
 
 @one_at_a_time
 def merge(model: nn.Module) -> nn.Module:
-    """Fold the active adapters into their base for good: ``W + (alpha / rank) B A``.
+    """Merge the active adapters into their bases permanently: ``W + (alpha / rank) B A``.
 
-    Inactive adapters are dropped: the output stays what it is. A half-precision base is rounded once
-    more. A 4-bit base is quantized once more, and a warning says what error that adds. What the
-    adapters froze stays frozen. ``merge_adapter`` is the merge that can be taken back.
+    Inactive adapters are dropped, so the output does not change. A half-precision weight is rounded once more. A
+    4-bit weight is quantized once more, and a warning gives the error that this adds. Parameters stay frozen.
+    ``merge_adapter`` merges reversibly.
 
     Returns:
         The model, changed in place; or the base, when the root itself was a LoRALinear.
@@ -47,11 +47,11 @@ def adapted_layers(model: nn.Module) -> dict[LoRALinear, str]:
     Raises:
         TypeError: the model is not a module.
     """
-    return {module: paths[0] for module, paths in places(model).items() if isinstance(module, LoRALinear)}
+    return {module: paths[0] for module, paths in module_paths(model).items() if isinstance(module, LoRALinear)}
 
 
 def fold(model: nn.Module, names: Callable[[LoRALinear], Sequence[str]]) -> dict[nn.Module, nn.Module]:
-    """Return a new base, which holds the adapters that ``names`` gives, for every layer where it gives some.
+    """Return, for each layer, a copy of the base with the adapters ``names(layer)`` merged, if these are any.
 
     Raises:
         ValueError: an adapted weight cannot be stored; its path is named.
@@ -75,6 +75,6 @@ def fold(model: nn.Module, names: Callable[[LoRALinear], Sequence[str]]) -> dict
         warnings.warn(
             f"merge quantized {len(errors)} adapted weights to 4 bits again: that adds a relative error of "
             f"{sum(errors.values()) / len(errors):.3g} on average, at most {errors[worst]:.3g} ({worst})",
-            stacklevel=4,  # the caller of what one_at_a_time wraps
+            stacklevel=4,  # the caller of the function that one_at_a_time wraps
         )
     return folded

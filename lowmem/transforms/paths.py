@@ -1,4 +1,4 @@
-"""Names of layers that differ by indices alone: ``layers.0-29.mlp.up_proj`` for thirty layers of one role."""
+"""One name for layers whose paths differ only in indices: ``layers.0-29.mlp.up_proj`` for thirty layers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lowmem.transforms.registry import layer_name
 __all__ = ["group_name", "indices", "role_of"]
 
 _INDEX = re.compile(r"[0-9]{1,9}")
-_LISTED = 3  # indices that are not consecutive are listed up to so many; of more, the first and the last are named
+_LISTED = 3  # non-consecutive indices are listed up to this many; beyond, only the first and the last are
 
 
 def role_of(path: str) -> tuple[str | None, ...]:
-    """Return the parts of a path, with None for indices: equal for layers of one role."""
+    """Return the parts of a path with None in place of indices: equal for layers of one role."""
     return tuple(None if _INDEX.fullmatch(part) else part for part in path.split("."))
 
 
 def group_name(paths: Sequence[str]) -> str:
-    """Return one name for paths of one role, with the indices that occur."""
+    """Return one name for paths of one role, which lists their indices."""
     parts = []
     for column in zip(*(path.split(".") for path in paths), strict=True):
         numbers = [int(part) for part in column if _INDEX.fullmatch(part)]
@@ -28,7 +28,7 @@ def group_name(paths: Sequence[str]) -> str:
 
 
 def indices(found: Iterable[int]) -> str:
-    """Write indices short: ``0-29``, ``0,2,5``, or ``0...58`` for many that are not consecutive."""
+    """Format indices: ``0-29``, ``0,2,5``, or ``0...58`` for many that are not consecutive."""
     listed = sorted(set(found))
     first, last = listed[0], listed[-1]
     if len(listed) > 2 and last - first == len(listed) - 1:

@@ -1,4 +1,4 @@
-"""Which layers each technique takes, where they stand in a model, and why a layer is left alone."""
+"""Which layer types each technique converts, where these are in a model, and why a layer is skipped."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ __all__ = [
     "REGISTRY",
     "Converted",
     "Technique",
-    "chosen",
-    "holders",
     "layer_name",
-    "nothing_found",
-    "places",
+    "module_paths",
+    "no_match_message",
+    "parameter_owners",
     "read_by_attention",
     "refuse_peft",
-    "taken_types",
-    "why_left",
-    "why_left_in",
+    "select_modules",
+    "skip_reason",
+    "skip_reason_in",
+    "supported_types",
 ]
 
 Technique: TypeAlias = Half | FourBit | LoRA
 Converted: TypeAlias = HalfLinear | Linear4Bit | LoRALinear | HalfEmbedding | Embedding4Bit | HalfConv | Conv4Bit
 
-# What replaces a layer of exactly this type, by its `from_layer`. A new layer type is one line here.
+# (technique, exact type of a layer) -> the class whose `from_layer` converts it. A new layer type is one line here.
 REGISTRY: MappingProxyType[tuple[type[Technique], type[nn.Module]], type[Converted]] = MappingProxyType(
     {
         (Half, nn.Linear): HalfLinear,
@@ -58,8 +58,8 @@ REGISTRY: MappingProxyType[tuple[type[Technique], type[nn.Module]], type[Convert
 MADE_BY: Mapping[type[nn.Module], type[Technique]] = {made: technique for (technique, _), made in REGISTRY.items()}
 
 
-def places(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return every module with all its paths, in the order of the walk, which does not enter converted layers.
+def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return every module with all of its paths, in the order of ``named_modules``; converted layers are not entered.
 
     Raises:
         TypeError: the model is not a module.
@@ -75,16 +75,18 @@ def places(model: nn.Module) -> dict[nn.Module, list[str]]:
     return found
 
 
-def chosen(
+def select_modules(
     model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
 ) -> dict[nn.Module, str]:
-    """Return every module that ``where`` and ``skip`` do not leave out, nor attention, with its first path.
+    """Return the modules that ``where`` and ``skip`` select, each with its first path.
+
+    Left out are also the projections that nn.MultiheadAttention reads itself.
 
     Raises:
-        TypeError: the model is not a module, or a pattern not a string.
+        TypeError: the model is not a module, or a pattern is not a string.
         ValueError: a pattern matches nothing.
     """
-    found = places(model)
+    found = module_paths(model)
     inside = read_by_attention(model)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if not all(isinstance(pattern, str) for pattern in skip):
@@ -109,12 +111,12 @@ def read_by_attention(model: nn.Module) -> set[nn.Module]:
 
 
 def refuse_peft(model: nn.Module, layers: Collection[nn.Module], *, freezes: bool) -> None:
-    """Raise where PEFT's adapters would be frozen: those around layers that are to be changed, or all of them.
+    """Raise if adapters of PEFT would be frozen: those around layers to convert, or all of them.
 
     Args:
         model: any module.
-        layers: of it, that are to be changed.
-        freezes: whether all else in the model is to be frozen.
+        layers: the layers to convert.
+        freezes: whether the rest of the model will be frozen.
 
     Raises:
         ValueError: there are such layers; the first is named.
@@ -130,8 +132,8 @@ def refuse_peft(model: nn.Module, layers: Collection[nn.Module], *, freezes: boo
                 )
 
 
-def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return, for the id of every parameter, the modules that hold it, each with its first path."""
+def parameter_owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return, by the id of each parameter, the modules that have it, each with its first path."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -140,10 +142,10 @@ def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
-def why_left(technique: type[Technique], module: nn.Module) -> str | None:
-    """Return why a technique leaves a module alone, or None where it takes it."""
+def skip_reason(technique: type[Technique], module: nn.Module) -> str | None:
+    """Return why a technique does not convert a module; None where it does."""
     made = REGISTRY.get((technique, type(module)))
-    if is_parametrized(module):  # which makes it a subclass of what it was
+    if is_parametrized(module):  # before the type: parametrizing a module changes its class to a subclass
         return "its weight or bias is computed by a parametrization"
     if made is None:
         base = next((kind for known, kind in REGISTRY if known is technique and isinstance(module, kind)), None)
@@ -160,28 +162,28 @@ def why_left(technique: type[Technique], module: nn.Module) -> str | None:
     return None if refuses is None else refuses(module)
 
 
-def why_left_in(model: nn.Module) -> Callable[[type[Technique], nn.Module], str | None]:
-    """Return ``why_left`` for modules of a model, which also knows those that attention reads."""
+def skip_reason_in(model: nn.Module) -> Callable[[type[Technique], nn.Module], str | None]:
+    """Return ``skip_reason`` for modules of ``model``, which also skips projections that attention reads itself."""
     inside = read_by_attention(model)
     why = "attention reads its weight without calling it"
-    return lambda technique, module: why_left(technique, module) or (why if module in inside else None)
+    return lambda technique, module: skip_reason(technique, module) or (why if module in inside else None)
 
 
-def nothing_found(technique: type[Technique], model: nn.Module) -> str:
-    """Say what a technique looks for, and what the model has."""
-    found = Counter(type(module).__name__ for module in places(model) if not list(module.children()))
+def no_match_message(technique: type[Technique], model: nn.Module) -> str:
+    """Return the error text for a model without layers to convert: what was looked for, and what was found."""
+    found = Counter(type(module).__name__ for module in module_paths(model) if not list(module.children()))
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
     return (
-        f"nothing to convert: {technique.__name__} looks for {taken_types(technique)} (the exact type, with a "
+        f"nothing to convert: {technique.__name__} looks for {supported_types(technique)} (the exact type, with a "
         f"weight of its own), not left out by where= or skip=; found {listed or 'no layers'}"
     )
 
 
-def taken_types(technique: type[Technique]) -> str:
-    """Return the names of the types of layers that a technique takes."""
+def supported_types(technique: type[Technique]) -> str:
+    """Return the names of the layer types that a technique converts."""
     return ", ".join(layer.__name__ for known, layer in REGISTRY if known is technique)
 
 
 def layer_name(path: str) -> str:
-    """Return how an error names the module at a path."""
+    """Return the name of the module at ``path`` for errors."""
     return printable(path) or "the model itself"

@@ -1,4 +1,4 @@
-"""What became of every layer: how it is stored, what that costs and loses, and why a layer was left as it was."""
+"""Summarizes a model by layer: how each is stored, its bytes and error, and why a layer was not converted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ from lowmem.errors import printable
 from lowmem.nn.fourbit import FourBit, FourBitStorage
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
-from lowmem.transforms.convert import keep_ties
+from lowmem.transforms.convert import drop_partial_ties
 from lowmem.transforms.paths import group_name, role_of
-from lowmem.transforms.registry import MADE_BY, Technique, holders, layer_name, places, read_by_attention, why_left
+from lowmem.transforms.registry import (
+    MADE_BY,
+    Technique,
+    layer_name,
+    module_paths,
+    parameter_owners,
+    read_by_attention,
+    skip_reason,
+)
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -24,21 +32,21 @@ _NOT_CHOSEN = "not chosen: where=, skip= or never converted"
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One row: a module that holds parameters of its own, or a converted layer with all that is in it.
+    """One row: a module with parameters of its own, or a converted layer with its base and adapters.
 
     Attributes:
         path: the first path; "" is the model itself.
-        also: the further paths of a module that stands in several places.
+        also: the other paths of a module that occurs several times.
         type: the name of the module's type.
         converted: whether it is one of this library's layers.
         stored: how its weight is stored, or the dtypes of its parameters.
         adapters: the name and rank of each adapter of a LoRALinear.
-        reason: why it was left as it is; None where it is converted.
-        shared_with: the path of an earlier row that holds some of its tensors too; None where none does.
-        weights: how many weights it stands for, without those of earlier rows.
+        reason: why it was not converted; None where it is.
+        shared_with: the path of an earlier row that shares tensors with it; None where none does.
+        weights: the number of its weights, without those of earlier rows.
         bytes: of its parameters and buffers, without those of earlier rows.
-        bits_per_weight: of all that it holds, adapters included, whether an earlier row holds it or not.
-        weight_error: what storing its weight lost, relative to it; None where that is nothing, or is not known.
+        bits_per_weight: of all its tensors, adapters and shared tensors included.
+        weight_error: ``rms(stored - weight) / rms(weight)``; None where it is not converted, or not known.
     """
 
     path: str
@@ -56,12 +64,12 @@ class LayerSummary:
 
 
 class Summary(tuple[LayerSummary, ...]):
-    """The rows of a model in the order of its modules, and their totals. ``print`` shows a table of plain text."""
+    """The rows of a model in the order of its modules, and their totals. ``print`` shows a plain-text table."""
 
     __slots__ = ()
 
     FIGURES = range(3, 7)
-    """Which columns of ``cells`` are figures."""
+    """The columns of ``cells`` that hold numbers."""
 
     @property
     def weights(self) -> int:
@@ -70,25 +78,25 @@ class Summary(tuple[LayerSummary, ...]):
 
     @property
     def bytes(self) -> int:
-        """The bytes of all rows, each tensor counted once; a module that holds buffers alone has no row."""
+        """The bytes of all rows, each tensor counted once; modules without parameters have no row."""
         return sum(row.bytes for row in self)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that are stored for each weight; 0.0 where there are none."""
+        """Stored bits per weight; 0.0 without weights."""
         return _bits(self.bytes, self.weights)
 
     @property
     def weight_error(self) -> float | None:
-        """The mean of the known errors of the rows; None where none is known."""
+        """The mean of the rows' known errors; None without any."""
         known = [row.weight_error for row in self if row.weight_error is not None]
         return sum(known) / len(known) if known else None
 
     def grouped(self) -> Summary:
-        """Return the rows with those of one role, type, size and treatment as one.
+        """Return a summary with one row for all layers of the same role, type, size and treatment.
 
-        Its path names them all, its weights and bytes are those of all, its error the mean of theirs. What stands in
-        several places, or shares tensors, stays a row of its own.
+        Such a row has a path for all of them, the sum of their weights and bytes, and the mean of their errors. A
+        module that occurs several times, or shares tensors, keeps its own row.
         """
         members: dict[object, list[LayerSummary]] = {}
         for row in self:
@@ -99,26 +107,26 @@ class Summary(tuple[LayerSummary, ...]):
 
     @property
     def columns(self) -> list[str]:
-        """The titles of what ``cells`` holds."""
+        """The titles of the columns of ``cells``."""
         return ["Layer", "Type", "Stored", "Weights", "MiB", "Bits/weight", "Error", "Left because"]
 
     @property
     def cells(self) -> list[list[str]]:
-        """The text of each row, the totals last: names are as a model gives them, but for control characters."""
+        """The texts of each row, and the totals last; control characters in names are escaped."""
         rows = ([layer_name(r.path), r.type, _stored_text(r), *_numbers(r), r.reason or ""] for r in self)
         total = ["total", "", "", *_numbers(self), ""]
         return [[printable(cell, 2000) for cell in row] for row in (*rows, total)]
 
     @property
     def grouped_cells(self) -> list[list[str]]:
-        """The text of each row of ``grouped``, and the totals of all layers."""
+        """The texts of each row of ``grouped``, and the totals of all layers."""
         return [*self.grouped().cells[:-1], self.cells[-1]]
 
     def __str__(self) -> str:
         return self.aligned(self.cells)
 
     def aligned(self, cells: list[list[str]]) -> str:
-        """Lay out ``cells`` or ``grouped_cells`` below their titles."""
+        """Return ``cells`` or ``grouped_cells`` as aligned columns below their titles."""
         table = [self.columns, *cells]
         widths = [max(len(line[number]) for line in table) for number in range(len(self.columns))]
         return "\n".join(
@@ -131,17 +139,17 @@ class Summary(tuple[LayerSummary, ...]):
 
 
 def summary(model: nn.Module) -> Summary:
-    """Say what became of every layer of a model, converted or not.
+    """Return how every layer of a model is stored, its bytes and error, and why it was not converted.
 
-    Every module that holds parameters of its own has a row. A converted layer is one row, with its base and
-    adapters. A weight that several layers share is counted in the first of their rows alone, so that rows add up.
+    Every module with parameters of its own has a row; a converted layer has one row with its base and adapters. A
+    weight that several layers share is counted only in the first of their rows, so that rows add up.
 
-    Reasons are those of the techniques that the model shows to have been applied; of 4 bits, where it shows none.
+    Reasons are those of the techniques that some layer was converted by; of ``FourBit`` if there are none.
 
     Raises:
         TypeError: the model is not a module.
     """
-    found = places(model)
+    found = module_paths(model)
     reasons = _reasons(model, found)
     seen: dict[Tensor, str] = {}
     rows = []
@@ -182,31 +190,31 @@ def _as_one(rows: list[LayerSummary]) -> LayerSummary:
 
 
 def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, str]:
-    """Return why each module that is not converted was left, as far as the model tells."""
+    """Return why each dense module was not converted, as far as the model shows."""
     techniques, inside = _techniques(model), read_by_attention(model)
     left: dict[nn.Module, str] = {}
     taken: dict[nn.Module, str] = {}
     for module in found:
         if type(module) in MADE_BY:
             continue
-        whys = [why_left(technique, module) for technique in techniques]
+        whys = [skip_reason(technique, module) for technique in techniques]
         if module in inside and None in whys:
             left[module] = f"{type(module).__name__}: nn.MultiheadAttention reads its weight itself"
         elif None in whys:
             taken[module] = _NOT_CHOSEN
         else:
             left[module] = f"{type(module).__name__}: {whys[0]}"
-    if techniques == [LoRA]:  # whose base keeps its weight, so that ties do not matter
+    if techniques == [LoRA]:  # LoRA keeps the weight, and with it all ties
         return left | taken
-    held = holders(model)
+    owners = parameter_owners(model)
     kept = dict(taken)
-    keep_ties(model, kept)
+    drop_partial_ties(model, kept)
     for module in taken:
-        others = [layer_name(path) for other, path in held[id(module.weight)] if other is not module]
+        others = [layer_name(path) for other, path in owners[id(module.weight)] if other is not module]
         if module not in kept:
-            # One that convert always leaves says more than one that is left for this very tie.
+            # Prefer a module that convert cannot take to one that was dropped for the same tie.
             never = [
-                layer_name(p) for other, p in held[id(module.weight)] if other is not module and other not in taken
+                layer_name(p) for other, p in owners[id(module.weight)] if other is not module and other not in taken
             ]
             taken[module] = f"its weight is tied to `{(never or others)[0]}`, which is left"
         elif others:
@@ -215,14 +223,14 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
 
 
 def _techniques(model: nn.Module) -> list[type[Technique]]:
-    """Return the techniques that stored the model's converted layers; LoRA alone counts where nothing did."""
+    """Return which of FourBit and Half have converted layers; else LoRA if there are adapters; else FourBit."""
     made = {MADE_BY[type(module)] for module in model.modules() if type(module) in MADE_BY}
     storing: list[type[Technique]] = [technique for technique in (FourBit, Half) if technique in made]
     return storing or ([LoRA] if made else [FourBit])
 
 
 def _weights(layer: nn.Module) -> dict[Tensor, int]:
-    """Return how many weights each of a layer's own parameters stands for."""
+    """Return the number of weights that each of a layer's own parameters stores."""
     counts: dict[Tensor, int] = {
         parameter: 0 if is_lazy(parameter) else parameter.numel() for parameter in layer.parameters(recurse=False)
     }

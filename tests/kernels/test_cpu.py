@@ -529,7 +529,7 @@ def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
     name = "_linear8" if int8 else "_linear"
     run = getattr(kernel, name)
     monkeypatch.setattr(kernel, name, lambda *given: calls.append((given, run(*given))) or calls[-1][1])
-    monkeypatch.setattr(backend, "_serving", kernel)
+    monkeypatch.setattr(backend, "_active", kernel)
     x = torch.nn.Parameter(torch.randn(3, 256))
     with torch.no_grad():
         out = layer(x)

@@ -70,11 +70,11 @@ def test_a_provider_of_another_backend_is_one_line(monkeypatch):
     before = kernels.available()
     monkeypatch.setattr(kernels, "PROVIDERS", (*kernels.PROVIDERS, Provider, Absent))
     assert kernels.available() == [*before, "accelerator"]
-    chosen, why = kernels._choose(None)
-    assert chosen is Backend
+    selected, why = kernels._select(None)
+    assert selected is Backend
     assert why == "on its own device, the best that there is here; no driver is installed"
     with pytest.raises(ValueError, match="choose from reference.*accelerator; no driver is installed"):
-        kernels._choose("another")
+        kernels._select("another")
 
 
 def test_without_the_compiled_module_the_reference_serves_and_says_why():

@@ -221,16 +221,16 @@ def test_it_copies_pickles_moves_and_loads_like_a_layer(technique):
 
 
 @kinds
-def test_a_shell_of_a_layer_without_values_takes_a_state(technique):
+def test_a_skeleton_of_a_layer_takes_a_state(technique):
     dense = nn.Conv1d(4, 6, 3)
     layer = convert(copy.deepcopy(dense), technique)
     dense.weight = nn.Parameter(dense.weight.to("meta"))
     if isinstance(layer, HalfConv):
         dense.to("meta")
-    shell = type(layer).from_layer(dense, technique, technique.shell)
-    shell.load_state_dict(layer.state_dict(), strict=True, assign=True)
+    skeleton = type(layer).from_layer(dense, technique, technique.skeleton)
+    skeleton.load_state_dict(layer.state_dict(), strict=True, assign=True)
     x = torch.randn(2, 4, 5)
-    assert torch.equal(shell(x), layer(x))
+    assert torch.equal(skeleton(x), layer(x))
 
 
 def test_a_state_of_another_format_is_refused():

@@ -133,12 +133,13 @@ def test_it_copies_pickles_moves_and_loads_like_a_layer(technique):
 
 
 @techniques
-def test_a_shell_of_a_layer_without_values_takes_a_state(technique):
+def test_a_skeleton_of_a_layer_takes_a_state(technique):
     dense = nn.Embedding(6, 40, dtype=torch.bfloat16)
-    shell = type(convert(copy.deepcopy(dense), technique)).from_layer(dense.to("meta"), technique, technique.shell)
+    made = type(convert(copy.deepcopy(dense), technique))
+    skeleton = made.from_layer(dense.to("meta"), technique, technique.skeleton)
     layer = convert(nn.Embedding(6, 40, dtype=torch.bfloat16), technique)
-    shell.load_state_dict(layer.state_dict(), strict=True, assign=True)
-    assert torch.equal(shell(torch.arange(6)), layer(torch.arange(6)))
+    skeleton.load_state_dict(layer.state_dict(), strict=True, assign=True)
+    assert torch.equal(skeleton(torch.arange(6)), layer(torch.arange(6)))
 
 
 def test_a_state_of_another_format_is_refused():

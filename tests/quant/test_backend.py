@@ -10,7 +10,7 @@ import torch
 import lowmem
 from lowmem import kernels
 from lowmem.kernels import reference
-from lowmem.quant.backend import serve, serving
+from lowmem.quant.backend import active_backend, set_backend
 
 METHODS = ("linear", "input_grad", "add_low_rank", "dequantize", "quantize_rows")
 
@@ -33,10 +33,10 @@ class Recording:
 
 @pytest.fixture
 def recording():
-    before, backend = serving(), Recording()
-    serve(backend)
+    before, backend = active_backend(), Recording()
+    set_backend(backend)
     yield backend
-    serve(before)
+    set_backend(before)
 
 
 def test_all_that_touches_stored_weights_asks_the_one_that_serves(recording):
@@ -52,8 +52,8 @@ def test_all_that_touches_stored_weights_asks_the_one_that_serves(recording):
 @pytest.mark.parametrize("name", kernels.available())
 def test_each_backend_has_the_whole_protocol(name):
     with kernels.using(name):
-        assert serving().name == name
-        assert all(callable(getattr(serving(), method)) for method in METHODS)
+        assert active_backend().name == name
+        assert all(callable(getattr(active_backend(), method)) for method in METHODS)
 
 
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), replace])

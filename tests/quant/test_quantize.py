@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import Half, quantize
-from lowmem.quant.quantize import quantize_again, relative_error
+from lowmem.quant.quantize import relative_error, requantize
 from tests import strategies
 from tests.compiled import assert_same_bytes
 
@@ -17,7 +17,7 @@ from tests.compiled import assert_same_bytes
 def test_quantizing_again_does_it_the_same_way(weight, format, block_size, scales):
     for search in (False, True):
         q = quantize(weight, format, block_size=block_size, scales=scales, search=search)
-        again = quantize_again(q, weight)
+        again = requantize(q, weight)
         assert torch.equal(again.packed, q.packed)
         assert again.method == q.method
 
@@ -31,12 +31,12 @@ def test_quantizing_again_does_it_the_same_way(weight, format, block_size, scale
 )
 def test_rows_that_are_what_was_stored_keep_their_bytes(weight, format, block_size, scales, search):
     q = quantize(weight, format, block_size=block_size, scales=scales, search=search)
-    again = quantize_again(q, q.dequantize(torch.float64))
+    again = requantize(q, q.dequantize(torch.float64))
     assert_same_bytes(again, q)
     assert again.method == q.method
     changed = q.dequantize()
     changed[0] += 1
-    again = quantize_again(q, changed)
+    again = requantize(q, changed)
     first = quantize(changed[:1], format, block_size=block_size, scales=scales, search=search)
     assert_same_bytes(replace(again, packed=again.packed[:1], scales=again.scales[:1]), first)
     assert torch.equal(again.packed[1:], q.packed[1:])
@@ -48,9 +48,9 @@ def test_a_weight_has_changed_wherever_it_has(row):
     """Rows are compared a chunk at a time: the first, one in the middle, and the last chunk of five."""
     q = replace(quantize(strategies.make_weight("normal", (300, 1000), 0, 0), search=True), method="calibrated")
     weight = q.dequantize()
-    assert quantize_again(q, weight).method == "calibrated"
+    assert requantize(q, weight).method == "calibrated"
     weight[row] += 1
-    assert quantize_again(q, weight).method == "search"
+    assert requantize(q, weight).method == "search"
 
 
 @given(strategies.weights(), strategies.formats)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lowmem import FORMATS, QuantizedTensor, kernels, measure, quantize, unpack
 from lowmem.kernels import reference
-from lowmem.quant.quantize import quantize_again
+from lowmem.quant.quantize import requantize
 from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.tensor import SCRATCH_BYTES, row_chunks
 from tests import strategies
@@ -298,8 +298,8 @@ def test_what_was_calibrated_has_no_bound_for_single_weights():
     q = replace(quantize(torch.ones(2, 8)), method="calibrated")
     with pytest.raises(ValueError, match="method='calibrated' has no bound"):
         q.error_bound()
-    assert quantize_again(q, torch.ones(2, 8)).method == "calibrated"  # it is what was stored
-    assert quantize_again(q, torch.full((2, 8), 2.0)).method == "search"
+    assert requantize(q, torch.ones(2, 8)).method == "calibrated"  # it is what was stored
+    assert requantize(q, torch.full((2, 8), 2.0)).method == "search"
     with pytest.raises(ValueError, match="method='magic' is unknown"):
         replace(q, method="magic")
 

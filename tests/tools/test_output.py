@@ -12,7 +12,7 @@ from torch import nn
 
 from lowmem import FourBit, convert, summary
 from lowmem.tools import output
-from lowmem.tools.output import print_json, print_summary, print_table, progress, results_alone, shown, whole
+from lowmem.tools.output import print_json, print_summary, print_table, progress, shown, stdout_for_json, uncut_column
 
 HOSTILE = "w\x1b[31m\n\u202e[bold]x[/bold][/y]:warning:|<b>\\"
 COLUMNS = ["Model", "Trains M", "Frozen M", "Total M", "Theory MiB", "Actual MiB", "Forward MiB", "Bits/ weight"]
@@ -84,7 +84,7 @@ def test_markdown_cells_stay_in_their_columns(capsys):
 
 
 def test_only_json_goes_to_stdout_where_results_are_alone(capsys):
-    with results_alone(True, program=False):
+    with stdout_for_json(True, program=False):
         print("noise")
         print_json({"name": HOSTILE})
     print("after")
@@ -93,13 +93,13 @@ def test_only_json_goes_to_stdout_where_results_are_alone(capsys):
     document, _, rest = out.rpartition("}\n")
     assert json.loads(document + "}") == {"name": HOSTILE}
     assert rest == "after\n"
-    with results_alone(False, program=False):
+    with stdout_for_json(False, program=False):
         print("text")
     assert capsys.readouterr() == ("text\n", "")
 
 
 def test_an_error_in_the_block_gives_stdout_back(capsys):
-    with pytest.raises(ValueError, match="bad"), results_alone(True, program=False):
+    with pytest.raises(ValueError, match="bad"), stdout_for_json(True, program=False):
         raise ValueError("bad")
     print_json([])
     assert capsys.readouterr().out == "[]\n"
@@ -110,14 +110,14 @@ def test_an_error_in_the_block_gives_stdout_back(capsys):
 def test_figures_of_progress_are_whole_on_any_terminal(monkeypatch, columns, name):
     monkeypatch.setenv("COLUMNS", str(columns))
     size, count, left = (
-        DownloadColumn(binary_units=True, table_column=whole()),
-        MofNCompleteColumn(table_column=whole()),
-        TimeRemainingColumn(table_column=whole()),
+        DownloadColumn(binary_units=True, table_column=uncut_column()),
+        MofNCompleteColumn(table_column=uncut_column()),
+        TimeRemainingColumn(table_column=uncut_column()),
     )
-    speed = TransferSpeedColumn(table_column=whole())
+    speed = TransferSpeedColumn(table_column=uncut_column())
     for shown_total, display in (
         ("38.3/115.0 GiB", progress(size, left, roomy=[speed])),
-        ("41152263004/123456789012", progress(count, TextColumn("steps", table_column=whole()))),
+        ("41152263004/123456789012", progress(count, TextColumn("steps", table_column=uncut_column()))),
     ):
         display.add_task(name, total=123456789012, completed=123456789012 // 3)
         screen = io.StringIO()

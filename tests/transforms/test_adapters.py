@@ -662,7 +662,7 @@ def test_a_child_that_was_forked_while_another_thread_changed_a_model_can_read_o
     model, held, done = make_adapted("a"), threading.Event(), threading.Event()
 
     def change():
-        with convert_module._CHANGING:
+        with convert_module._LOCK:
             held.set()
             done.wait()
 

@@ -78,15 +78,15 @@ def test_each_layer_sees_what_the_layers_before_it_give_in_4_bits():
     dense = copy.deepcopy(model)
     calibrate(model, [x])
     hidden = torch.relu(model[0](x)).detach()
-    inputs = gptq.what_inputs_say(hidden.T @ hidden / 60, 0.01)
-    expected = gptq.quantize_against(dense[2].weight, FourBit(search=True), inputs)
+    inputs = gptq.prepare_hessian(hidden.T @ hidden / 60, 0.01)
+    expected = gptq.quantize_gptq(dense[2].weight, FourBit(search=True), inputs)
     assert torch.equal(model[2].packed, expected.packed)
 
 
 def test_a_layer_that_is_called_twice_counts_both(net, samples, monkeypatch):
     seen = []
-    told = gptq.what_inputs_say
-    monkeypatch.setitem(calibrate.__globals__, "what_inputs_say", lambda m, d: seen.append(m.clone()) or told(m, d))
+    told = gptq.prepare_hessian
+    monkeypatch.setitem(calibrate.__globals__, "prepare_hessian", lambda m, d: seen.append(m.clone()) or told(m, d))
     inputs = []
     net.twice.register_forward_pre_hook(lambda _, args: inputs.append(args[0].reshape(-1, 32)))
     calibrate(net, samples, where=lambda path, _: path == "twice")
@@ -119,13 +119,13 @@ def test_an_input_changed_in_place_is_another():
     weight = model.b.weight.detach().clone()
     calibrate(model, [x])
     x = x * torch.arange(16.0)
-    expected = gptq.quantize_against(weight, FourBit(search=True), gptq.what_inputs_say(x.T @ x / 40, 0.01))
+    expected = gptq.quantize_gptq(weight, FourBit(search=True), gptq.prepare_hessian(x.T @ x / 40, 0.01))
     assert torch.equal(model.b.packed, expected.packed)
 
 
 def test_one_layers_second_moments_are_alive_at_a_time(net, samples, monkeypatch):
     alive = []
-    told = gptq.what_inputs_say
+    told = gptq.prepare_hessian
 
     def watch(moments, damping):
         gc.collect()
@@ -134,7 +134,7 @@ def test_one_layers_second_moments_are_alive_at_a_time(net, samples, monkeypatch
         alive.extend(weakref.ref(tensor) for tensor in (moments, *said))
         return said
 
-    monkeypatch.setitem(calibrate.__globals__, "what_inputs_say", watch)
+    monkeypatch.setitem(calibrate.__globals__, "prepare_hessian", watch)
     calibrate(net, samples, **SKIP)
     assert len(alive) == 3 * 4
 

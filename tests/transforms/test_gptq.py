@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import FORMATS, FourBit, quantize
-from lowmem.transforms.gptq import quantize_against, what_inputs_say
+from lowmem.transforms.gptq import prepare_hessian, quantize_gptq
 
 
 def correlated(rows, columns, seed=0):
@@ -16,8 +16,8 @@ def correlated(rows, columns, seed=0):
     return torch.randn(rows, columns, generator=generator) @ mix.T
 
 
-def said_by(x, damping=0.01):
-    return what_inputs_say(x.T @ x / len(x), damping)
+def hessian_of(x, damping=0.01):
+    return prepare_hessian(x.T @ x / len(x), damping)
 
 
 def lost(weight, quantized, x):
@@ -39,7 +39,7 @@ def test_the_output_loses_less_than_by_the_search(format, out, columns, size, ro
     x = correlated(rows, columns)
     weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(1))
     technique = FourBit(format, block_size=size, search=True)
-    found = quantize_against(weight, technique, said_by(x))
+    found = quantize_gptq(weight, technique, hessian_of(x))
     assert found.method == "calibrated"
     assert lost(weight, found, x) < 0.75 * lost(weight, technique.store(weight), x)
 
@@ -55,11 +55,11 @@ def test_the_output_loses_less_than_by_the_search(format, out, columns, size, ro
 def test_the_layout_is_that_of_the_search_and_a_repeat_gives_the_same_bytes(format, out, columns, size, scales, seed):
     x = correlated(20, columns, seed)
     weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(seed))
-    inputs = said_by(x)
+    hessian = hessian_of(x)
     technique = FourBit(format, size, scales, search=True)
-    one, two = (quantize_against(weight, technique, inputs) for _ in range(2))
+    one, two = (quantize_gptq(weight, technique, hessian) for _ in range(2))
     assert torch.equal(one.packed, two.packed)
-    expected = quantize(weight, format, block_size=size, scales=scales, search=True, importance=inputs.importance)
+    expected = quantize(weight, format, block_size=size, scales=scales, search=True, importance=hessian.importance)
     assert torch.equal(one.scales, expected.scales)
     assert (one.packed.shape, one.packed.dtype) == (expected.packed.shape, expected.packed.dtype)
     assert torch.isfinite(one.dequantize()).all()
@@ -68,7 +68,7 @@ def test_the_layout_is_that_of_the_search_and_a_repeat_gives_the_same_bytes(form
 @pytest.mark.parametrize("format", FORMATS)
 def test_independent_inputs_give_the_nearest_codes(format):
     weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
-    found = quantize_against(weight, FourBit(format, block_size=8, search=True), what_inputs_say(torch.eye(33), 0.01))
+    found = quantize_gptq(weight, FourBit(format, block_size=8, search=True), prepare_hessian(torch.eye(33), 0.01))
     expected = quantize(weight, format, block_size=8, search=True)
     assert torch.equal(found.packed, expected.packed)
     assert torch.equal(found.scales, expected.scales)
@@ -78,63 +78,63 @@ def test_columns_that_are_always_zero_get_their_nearest_codes():
     x = correlated(100, 32)
     x[:, 5:9] = 0
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
-    found = quantize_against(weight, FourBit(block_size=16), said_by(x))
+    found = quantize_gptq(weight, FourBit(block_size=16), hessian_of(x))
     error = (weight - found.dequantize())[:, 5:9].abs()
     scales = found.encoding.decode(found.scales)[:, :1]
     assert (error <= scales * FORMATS["nf4"].half_gap + (weight.abs().amax() - scales).clamp_min(0)).all()
 
 
 def test_zero_weights_stay_zero():
-    found = quantize_against(torch.zeros(4, 32), FourBit(), said_by(correlated(50, 32)))
+    found = quantize_gptq(torch.zeros(4, 32), FourBit(), hessian_of(correlated(50, 32)))
     assert not found.dequantize().any()
 
 
 def test_the_order_is_that_of_what_columns_count():
-    inputs = what_inputs_say(torch.diag(torch.tensor([1.0, 3.0, 0.0, 2.0])), 0.5)
-    assert inputs.order.tolist() == [1, 3, 0, 2]
-    assert (inputs.importance > 0).all()
-    assert torch.equal(inputs.upper, inputs.upper.triu())
+    hessian = prepare_hessian(torch.diag(torch.tensor([1.0, 3.0, 0.0, 2.0])), 0.5)
+    assert hessian.order.tolist() == [1, 3, 0, 2]
+    assert (hessian.importance > 0).all()
+    assert torch.equal(hessian.upper, hessian.upper.triu())
 
 
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 1000))
 def test_upper_is_the_root_of_the_inverse(columns, rows, seed):
     x = correlated(rows, columns, seed).double()
     moments = (x.T @ x / rows).float()
-    inputs = what_inputs_say(moments, 0.01)
-    damped = moments[inputs.order][:, inputs.order].double() + 0.01 * float(moments.diagonal().mean()) * torch.eye(
+    hessian = prepare_hessian(moments, 0.01)
+    damped = moments[hessian.order][:, hessian.order].double() + 0.01 * float(moments.diagonal().mean()) * torch.eye(
         columns
     )
-    upper = inputs.upper.double()
+    upper = hessian.upper.double()
     assert torch.allclose(upper.T @ upper @ damped, torch.eye(columns, dtype=torch.float64), atol=1e-3)
 
 
 @pytest.mark.parametrize("moments", [torch.zeros(3, 3), torch.full((3, 3), torch.inf), torch.full((3, 3), torch.nan)])
-def test_inputs_may_say_nothing(moments):
-    assert what_inputs_say(moments, 0.01) is None
+def test_zero_or_infinite_moments_have_no_hessian(moments):
+    assert prepare_hessian(moments, 0.01) is None
 
 
 def test_damping_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="damping=1e-30 is too small"):
-        what_inputs_say(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), 1e-30)
+        prepare_hessian(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), 1e-30)
 
 
 def test_the_best_format_is_that_with_the_least_weighted_error():
     weight = (torch.randint(0, 16, (64, 32), generator=torch.Generator().manual_seed(0)) * 2 - 15) / 15.0
-    found = quantize_against(weight, FourBit(("nf4", "int4"), scales="float32"), said_by(correlated(90, 32)))
+    found = quantize_gptq(weight, FourBit(("nf4", "int4"), scales="float32"), hessian_of(correlated(90, 32)))
     assert found.format == "int4"
 
 
 def test_weights_that_quantize_refuses_are_refused():
     with pytest.raises(ValueError, match="NaN"):
-        quantize_against(torch.full((2, 8), torch.nan), FourBit(), said_by(correlated(20, 8)))
+        quantize_gptq(torch.full((2, 8), torch.nan), FourBit(), hessian_of(correlated(20, 8)))
 
 
 @pytest.mark.parametrize("columns", [129, 300])
 def test_columns_make_up_for_each_other_across_the_panels_that_are_rounded_together(columns, monkeypatch):
     """Panels are for speed alone: the output loses what it would lose with a single one, but for roundings."""
     x = correlated(400, columns)
-    weight, inputs = torch.randn(64, columns, generator=torch.Generator().manual_seed(1)), said_by(x)
-    in_panels = quantize_against(weight, FourBit(search=True), inputs)
+    weight, hessian = torch.randn(64, columns, generator=torch.Generator().manual_seed(1)), hessian_of(x)
+    in_panels = quantize_gptq(weight, FourBit(search=True), hessian)
     monkeypatch.setattr("lowmem.transforms.gptq._COLUMNS", columns)
-    at_once = quantize_against(weight, FourBit(search=True), inputs)
+    at_once = quantize_gptq(weight, FourBit(search=True), hessian)
     assert lost(weight, in_panels, x) == pytest.approx(lost(weight, at_once, x), rel=0.01)

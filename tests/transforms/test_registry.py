@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lowmem import FourBit, Half, LoRA, convert
-from lowmem.transforms.registry import MADE_BY, REGISTRY, chosen, holders, places, why_left
+from lowmem.transforms.registry import MADE_BY, REGISTRY, module_paths, parameter_owners, select_modules, skip_reason
 
 
 class Subclass(nn.Linear):
@@ -50,7 +50,7 @@ def test_a_layer_made_without_a_store_holds_what_its_technique_stores(technique,
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_left_alone_has_a_reason(module, reason):
-    found = why_left(FourBit, module)
+    found = skip_reason(FourBit, module)
     assert (found is None) == (reason is None)
     assert reason is None or reason in found
 
@@ -65,19 +65,19 @@ def test_what_replaces_a_layer_is_called_as_it_is(technique, kind):
 def test_a_layer_with_tensors_of_its_own_has_a_reason():
     layer = nn.Linear(4, 4)
     layer.register_buffer("mask", torch.ones(4))
-    assert "mask" in why_left(Half, layer)
-    assert why_left(LoRA, nn.Embedding(4, 4)) == "LoRA has no form of it"
+    assert "mask" in skip_reason(Half, layer)
+    assert skip_reason(LoRA, nn.Embedding(4, 4)) == "LoRA has no form of it"
 
 
-def test_places_and_holders_know_every_path():
+def test_module_paths_and_parameter_owners_know_every_path():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})
     model["c"].weight = shared.weight
-    assert places(model)[shared] == ["a", "b.0"]
-    assert [path for _, path in holders(model)[id(shared.weight)]] == ["a", "c"]
-    assert list(chosen(model, None, "b*").values()) == ["", "c"]
+    assert module_paths(model)[shared] == ["a", "b.0"]
+    assert [path for _, path in parameter_owners(model)[id(shared.weight)]] == ["a", "c"]
+    assert list(select_modules(model, None, "b*").values()) == ["", "c"]
     with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
-        places([shared])
+        module_paths([shared])
 
 
 def test_a_layer_whose_bias_is_no_parameter_of_its_own_is_left_alone():
@@ -86,4 +86,4 @@ def test_a_layer_whose_bias_is_no_parameter_of_its_own_is_left_alone():
     del layer.bias
     layer.bias = bias  # a plain tensor, as a hook would put there before each call
     for technique in (Half, FourBit, LoRA):
-        assert why_left(technique, layer) == "its weight or bias is computed from, or comes with, something else"
+        assert skip_reason(technique, layer) == "its weight or bias is computed from, or comes with, something else"
