@@ -74,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=file_path,
         dest="timed_run",
         metavar="FILE",
-        help="take BigNet's latency from a run that pytest-benchmark stored, instead of timing it now",
+        help="take BigNet's latency, and that of peers, from a run that pytest-benchmark stored, instead of timing "
+        "the variants now",
     )
     parser.add_argument(
         "--verdict",
