@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+
+from lowmem.kernels.cpu import compiler
 
 PACKAGED = (
     "lowmem",
@@ -231,7 +231,7 @@ def _key(root: Path, commit: Commit, paths: tuple[str, ...]) -> str:
 
 def _compiler() -> str:
     """Return what the C compiler says of its version; nothing where there is none."""
-    command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    command = compiler()
     if shutil.which(command[0]) is None:
         return ""
     return subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout

@@ -6,18 +6,16 @@ kernels: what is counted is portable C on one thread, and the Python of a layer.
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.latency.builds import Environment, GateError
 from benchmarks.latency.rounds import worker_environment
+from lowmem.kernels.cpu import compiler
 from lowmem.testing.verdicts import Row
 
 LIMIT = 0.02  # more instructions than this fail
@@ -47,11 +45,11 @@ def unavailable(scratch: Path) -> str | None:
     """Return why instructions cannot be counted here; or None, and the requests to callgrind are compiled."""
     if shutil.which("valgrind") is None:
         return "valgrind is not installed (Debian: apt-get install valgrind)"
-    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
-        return f"the C compiler {compiler[0]!r} is not installed"
+    command = compiler()
+    if shutil.which(command[0]) is None:
+        return f"the C compiler {command[0]!r} is not installed"
     source = Path(__file__).with_name("marks.c")
-    command = [*compiler, "-shared", "-fPIC", "-O1", "-o", str(scratch / "marks.so"), str(source)]
+    command += ["-shared", "-fPIC", "-O1", "-o", str(scratch / "marks.so"), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return f"{source.name} does not compile; valgrind's headers may be missing"

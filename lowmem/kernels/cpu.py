@@ -82,8 +82,12 @@ def is_forgotten(platform: str, csrc: Path = SOURCES) -> bool:
     """Whether this is a source tree whose kernel could be compiled: C sources and a compiler are there."""
     if platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED") or not csrc.is_dir():
         return False  # setup.py skips the kernel there, or this is no source tree
-    command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
-    return shutil.which(command[0]) is not None
+    return shutil.which(compiler()[0]) is not None
+
+
+def compiler() -> list[str]:
+    """Return the command of the C compiler that an installation from source runs."""
+    return shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
 
 
 def without_kernel(reason: object, platform: str) -> str:
