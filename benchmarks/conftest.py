@@ -82,3 +82,17 @@ def pytest_benchmark_update_json(output_json):
     """Leave the single rounds out: thousands of lines that no comparison reads."""
     for bench in output_json["benchmarks"]:
         bench["stats"].pop("data", None)
+
+
+def pytest_configure(config):
+    """Declare the marker of benchmarks that run where they are asked for."""
+    config.addinivalue_line("markers", "every_shape: a shape of many; runs where -m selects it.")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what runs only where ``-m`` selects it."""
+    if "every_shape" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("every_shape")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("every_shape")]

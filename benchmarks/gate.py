@@ -66,7 +66,7 @@ class Recorder:
         self.files.add(item.nodeid.partition("::")[0])
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
-        self.deselected.update(item.nodeid for item in items)
+        self.deselected.update(item.nodeid for item in items if item.get_closest_marker("ungated") is None)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(session.config, "workeroutput"):

@@ -20,15 +20,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem.kernels import cpu, reference
 from lowmem.kernels.int8 import float_dtype
+from lowmem.kernels.memory import TYPES
 from lowmem.quant.backend import Backend, LowRank, Weight, active_backend, set_backend
+from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["LowRank", "Weight", "add_low_rank", "available", "backend", "input_grad", "linear", "using"]
+__all__ = ["LowRank", "Weight", "add_low_rank", "available", "backend", "explain", "input_grad", "linear", "using"]
 
 VARIABLE = "LOWMEM_KERNEL"
+HALVES = (torch.float16, torch.bfloat16)
+
 PROVIDERS = (reference, cpu)
 """Modules with a function ``backends()``. It returns the backends that can run here, the slowest first, and how they
 compute; or none, and the reason."""
@@ -61,6 +65,35 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
 def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in the dtype of ``base``; not differentiable."""
     return active_backend().add_low_rank(base, x, a, b, scaling)
+
+
+def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = None) -> str:
+    """Print and return what the active backend runs for a weight, and why: a line for each product.
+
+    A line names the kernel, the ISA whose table has it, and the kernels that were asked before and why they refuse.
+
+    Args:
+        weight: a QuantizedTensor (out, in), a float16 or bfloat16 tensor, or a layer that stores one.
+        rows: of the input, (rows, in).
+        dtype: of the input, or torch.int8 for products in 8-bit integers; None: the layer's, or float32.
+
+    Raises:
+        TypeError: something that stores no weight of 4 or 16 bits.
+        ValueError: ``rows`` below 1, or another dtype.
+    """
+    dtype = dtype or getattr(weight, "compute_dtype", None) or torch.float32
+    stored: object = weight
+    if isinstance(weight, nn.Module):
+        stored = getattr(weight, "quantized", getattr(weight, "weight", None))
+    if not isinstance(stored, QuantizedTensor) and not (isinstance(stored, Tensor) and stored.dtype in HALVES):
+        raise TypeError(f"{type(weight).__name__} stores no weight in 4 or 16 bits")
+    if rows < 1:
+        raise ValueError(f"rows={rows} must be at least 1")
+    if dtype not in (*TYPES, torch.int8):
+        raise ValueError(f"dtype={dtype} must be torch.float32, torch.bfloat16, torch.float16 or torch.int8")
+    text = active_backend().explain(stored, rows, dtype)
+    print(text)
+    return text
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter, functional
 
 from lowmem.kernels import int8, reference
 from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector
@@ -43,6 +43,13 @@ _NO_LOW_RANK = (None, None, None)
 _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # keys of ``QuantizedTensor.cache``: a C handle for each use
 
 _ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
+
+_CHUNK_BYTES = 2**20  # scratch limit for dequantized rows or columns that torch multiplies
+
+_OPERATIONS = {"linear": 0, "linear_int8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
+
+Asked: TypeAlias = tuple[str, str, int, int, "str | None"]
+"""A kernel that the plan asks: ISA, name, least and most rows of an input, and why it refuses, or None."""
 
 
 SOURCES = Path(__file__).with_name("csrc")  # missing in wheels
@@ -75,7 +82,7 @@ def load() -> tuple[ModuleType | None, str]:
 def backends() -> tuple[list[Backend], str]:
     """Return a kernel for each ISA of this processor, the slowest first, and how they compute; or none, and why."""
     native, why = load()
-    return [Kernel(native, name) for name in native.levels()] if native else [], why
+    return [Kernel(native, name) for name, runs in native.isas() if runs] if native else [], why
 
 
 def is_forgotten(platform: str, csrc: Path = SOURCES) -> bool:
@@ -109,16 +116,17 @@ class Kernel:
 
     Args:
         native: the module that ``load`` returns.
-        name: of the ISA, one of ``native.levels()``.
+        name: of the ISA, one of those of ``native.isas()``.
     """
 
     def __init__(self, native: ModuleType, name: str) -> None:
         self.native, self.name = native, name
-        self._level = native.levels().index(name)
+        self._isa = [isa for isa, _ in native.isas()].index(name)
         # Bound once: faster than nested attribute lookups, and typed.
-        self._linear: Callable[..., Tensor | None] = native.linear
+        self._linear: Callable[..., Tensor | Literal[False] | None] = native.linear  # False: the plan says torch
         self._linear8: Callable[..., Tensor | None] = native.linear_int8
-        self._input_grad: Callable[..., Tensor | None] = native.input_grad
+        self._input_grad: Callable[..., Tensor | Literal[False] | None] = native.input_grad
+        self._native_dequantize: Callable[..., Tensor | None] = native.dequantize
         self._update: Callable[..., Tensor | None] = native.update
         self._order = lru_cache(maxsize=64)(native.order)  # the column order, shared by layers of one shape
 
@@ -138,8 +146,8 @@ class Kernel:
             handle, packed, scales = given
             a, b, scaling = _NO_LOW_RANK if low_rank is None else low_rank
             threads = torch.get_num_threads()
-            out = self._linear(self._level, handle, packed, scales, x, bias, threads, a, b, scaling)
-            if out is not None:
+            out = self._linear(self._isa, handle, packed, scales, x, bias, threads, a, b, scaling)
+            if out is not None and out is not False:
                 return out
         out = self._linear_of_others(x, weight, dtype, bias)
         return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
@@ -152,24 +160,63 @@ class Kernel:
             return reference.linear(x, weight, dtype, bias)
         x, threads = x.to(dtype).contiguous(), torch.get_num_threads()
         added = bias if bias is not None and is_vector(bias, weight.shape[0]) else None
-        for given in self._ways(weight):
-            out = self._linear(self._level, *given, x, added, threads, *_NO_LOW_RANK)
+        for given in self._handles(weight):
+            out = self._linear(self._isa, *given, x, added, threads, *_NO_LOW_RANK)
+            if out is False:
+                out = self._linear_by_torch(x, given, weight.shape, added)
             if out is not None:
                 return out if bias is None or added is bias else out.add_(bias)
         return reference.linear(x, weight, dtype, bias)
+
+    def _linear_by_torch(self, x: Tensor, given: Given, shape: torch.Size, bias: Tensor | None) -> Tensor:
+        """Dequantize rows of a weight, a chunk at a time, and multiply each by torch: (batch, in) -> (batch, out)."""
+        handle, packed, _ = given
+        bias = bias if bias is None else bias.to(x.dtype)
+        if handle is None:
+            return functional.linear(x, packed, bias)
+        rows, columns = shape
+        out = x.new_empty(x.shape[0], rows)
+        for chunk in _chunks(rows, columns * x.element_size()):
+            part = x.new_empty(chunk.stop - chunk.start, columns)
+            self._dequantize(given, chunk.start, 0, part)
+            if bias is None:
+                torch.mm(x, part.t(), out=out[:, chunk])
+            else:
+                torch.addmm(bias[chunk], x, part.t(), out=out[:, chunk])
+        return out
+
+    def _input_grad_by_torch(self, grad: Tensor, given: Given, shape: torch.Size, block_size: int) -> Tensor:
+        """Dequantize columns of a weight, a chunk at a time, and multiply each: (batch, out) -> (batch, in).
+
+        Chunks of columns need no sums over them, which would have to be kept in float32.
+        """
+        handle, packed, _ = given
+        if handle is None:
+            return grad @ packed
+        rows, columns = shape
+        out = grad.new_empty(grad.shape[0], columns)
+        for chunk in _chunks(columns, rows * grad.element_size(), block_size):
+            part = grad.new_empty(rows, chunk.stop - chunk.start)
+            self._dequantize(given, 0, chunk.start, part)
+            torch.mm(grad, part, out=out[:, chunk])
+        return out
+
+    def _dequantize(self, given: Given, row: int, column: int, out: Tensor) -> Tensor | None:
+        """Fill ``out`` with what a weight holds from a row and the column of a block on; None: C does not take it."""
+        return self._native_dequantize(self._isa, *given, row, column, out, torch.get_num_threads())
 
     def _linear_int8(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """Multiply 8-bit integers; or, in float32, inputs rounded to them; or fall back to plain torch."""
         given, threads = self._given(weight, _IN_INT8), torch.get_num_threads()
         if given is not None:
-            out = self._linear8(self._level, *given, x, bias, threads)
+            out = self._linear8(self._isa, *given, x, bias, threads)
             if out is not None:
                 return out
         if isinstance(weight, QuantizedTensor) and x.dtype in TYPES and x.dim() == 2 and is_real(x):
             x = x.contiguous()
             bias = bias if bias is None or is_vector(bias, weight.shape[0]) else bias.float().contiguous()
-            for given in self._ways(weight, _IN_INT8):
-                out = self._linear8(self._level, *given, x, bias, threads)
+            for given in self._handles(weight, _IN_INT8):
+                out = self._linear8(self._isa, *given, x, bias, threads)
                 if out is None:
                     out = self._few_in_int8(given, x, weight, bias)
                 if out is not None:
@@ -183,11 +230,11 @@ class Kernel:
         threads, step = torch.get_num_threads(), max(1, _ROUNDED_BYTES // max(1, of_one))
         for few, into in zip(x.split(step), out.split(step), strict=True):
             wide = few.float()
-            product = self._linear8(self._level, *given, wide, bias, threads)
+            product: Tensor | Literal[False] | None = self._linear8(self._isa, *given, wide, bias, threads)
             if product is None:
                 rounded = int8.round_inputs(wide, weight.block_size).contiguous()
-                product = self._linear(self._level, *given, rounded, bias, threads, *_NO_LOW_RANK)
-            if product is None:
+                product = self._linear(self._isa, *given, rounded, bias, threads, *_NO_LOW_RANK)
+            if product is None or product is False:
                 return None
             into.copy_(product)
         return out
@@ -198,13 +245,16 @@ class Kernel:
             return reference.input_grad(grad, weight, dtype)
         given = self._given(weight)
         if grad.dtype is dtype and given is not None:
-            out = self._input_grad(self._level, *given, grad, torch.get_num_threads())
-            if out is not None:
+            out = self._input_grad(self._isa, *given, grad, torch.get_num_threads())
+            if out is not None and out is not False:
                 return out
         if dtype in TYPES and is_real(grad):
             ready, threads = grad.to(dtype).contiguous(), torch.get_num_threads()
-            for given in self._ways(weight):
-                out = self._input_grad(self._level, *given, ready, threads)
+            for given in self._handles(weight):
+                out = self._input_grad(self._isa, *given, ready, threads)
+                if out is False:
+                    size = weight.block_size if isinstance(weight, QuantizedTensor) else 1
+                    return self._input_grad_by_torch(ready, given, weight.shape, size)
                 if out is not None:
                     return out
         return reference.input_grad(grad, weight, dtype)
@@ -212,7 +262,7 @@ class Kernel:
     def add_low_rank(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), of (batch, in), (rank, in), (out, rank)."""
         if not is_traced():
-            out = self._update(self._level, base, x, a, b, scaling, torch.get_num_threads())
+            out = self._update(self._isa, base, x, a, b, scaling, torch.get_num_threads())
             if out is not None:
                 return out
         return reference.add_low_rank(base, x, a, b, scaling)
@@ -222,8 +272,8 @@ class Kernel:
         if dtype in TYPES and not is_traced():
             start, stop, _ = rows.indices(weight.shape[0])
             out = weight.packed.new_empty(max(0, stop - start), weight.shape[-1], dtype=dtype)
-            for given in self._ways(weight):
-                if self.native.restore(self._level, *given, start, out, torch.get_num_threads()) is not None:
+            for given in self._handles(weight):
+                if self._dequantize(given, start, 0, out) is not None:
                     return out
         return reference.dequantize(weight, rows, dtype)
 
@@ -241,7 +291,7 @@ class Kernel:
         threads, (count, columns) = torch.get_num_threads(), rows.shape
         scratch = rows.new_empty(threads * (-(-columns // size) + size + 64))
         held = self.native.quantize(
-            self._level,
+            self._isa,
             rows.data_ptr(),
             packed.data_ptr(),
             stored.data_ptr(),
@@ -272,7 +322,7 @@ class Kernel:
             kept = self._prepare(weight, use)
         return None if kept is None else (kept.handle, weight.packed, weight.scales)
 
-    def _ways(self, weight: Weight, use: str = _AS_FLOATS) -> Iterator[Given]:
+    def _handles(self, weight: Weight, use: str = _AS_FLOATS) -> Iterator[Given]:
         """Yield a weight as C takes it: with its cached handle, then, in case that is stale, with a new one.
 
         The new handle is of a snapshot, to which no other thread can assign data: C always takes it.
@@ -287,6 +337,42 @@ class Kernel:
                 weight.cache[use] = kept
                 yield kept.handle, now.packed, now.scales
 
+    def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
+        """Return which kernel computes each product of an input of ``rows`` rows, and why those before it do not.
+
+        A kernel is a row of the table in ``csrc/plan.h``'s sense: its function in ``csrc/`` is called NAME_body.
+        """
+        lines = []
+        for operation in ("linear_int8",) if dtype is torch.int8 else ("linear", "input_grad"):
+            asked = self.plan(weight, rows, dtype, operation)
+            if asked:
+                isa, name, least, most, _ = asked[-1]
+                lines.append(f"{operation}: {name} of {isa}, which takes {_range(least, most)}")
+            else:
+                lines.append(f"{operation}: {reference.name}, since no kernel of {self.name} takes this")
+            for isa, name, least, most, why in asked[:-1]:
+                takes = _range(least, most) if why == "rows" else f"other {why}s"
+                if why != "operation":
+                    lines.append(f"  not {name} of {isa}, which takes {takes}")
+        return "\n".join(lines)
+
+    def plan(self, weight: Weight, rows: int, dtype: torch.dtype, operation: str) -> list[Asked]:
+        """Return the kernels that are asked to compute a product, the last of which does; none: plain torch serves.
+
+        Args:
+            weight: (out, in).
+            rows: of the input.
+            dtype: to compute in.
+            operation: linear, linear_int8 or input_grad.
+
+        Returns:
+            For each its ISA and name, the least and the most rows that it takes, and why it refuses, or None.
+        """
+        size, stored = (weight.block_size, 0) if isinstance(weight, QuantizedTensor) else (0, TYPES[weight.dtype])
+        given = TYPES[torch.float32 if dtype is torch.int8 else dtype]
+        asked: list[Asked] = self.native.plan(self._isa, size, stored, rows, given, _OPERATIONS[operation])
+        return asked
+
     def _prepare(self, weight: QuantizedTensor, use: str) -> Prepared | None:
         """Make and cache the C handle of a weight for one use, or return None where C cannot read the weight."""
         packed, scales = weight.packed, weight.scales
@@ -300,8 +386,8 @@ class Kernel:
             points, form = int8.on_a_grid(form)
         levels = _floats(form)
         handle = self.native.prepare(
-            self._order(self._level, columns, weight.block_size),
-            self._level,
+            self._order(self._isa, columns, weight.block_size),
+            self._isa,
             packed,
             scales,
             levels.buffer_info()[0],
@@ -315,6 +401,16 @@ class Kernel:
             return None
         kept = weight.cache[use] = Prepared(self, handle)  # returned, since another thread may replace the cached one
         return kept
+
+
+def _range(least: int, most: int) -> str:
+    return f"{least} rows and more" if most >= 2**62 else f"{least} to {most} rows"
+
+
+def _chunks(count: int, bytes_of_one: int, step: int = 1) -> Iterator[slice]:
+    """Yield slices of ``count`` rows or columns, in whole steps, that take ``_CHUNK_BYTES`` at most, or one step."""
+    size = max(step, _CHUNK_BYTES // max(1, bytes_of_one) // step * step)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 @lru_cache(maxsize=64)

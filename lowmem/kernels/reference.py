@@ -19,7 +19,7 @@ from lowmem.quant.scales import ScaleEncoding
 from lowmem.quant.search import largest_weights, nearest_codes, searched_scales
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["add_low_rank", "backends", "dequantize", "input_grad", "linear", "name", "quantize_rows"]
+__all__ = ["add_low_rank", "backends", "dequantize", "explain", "input_grad", "linear", "name", "quantize_rows"]
 
 name = "reference"
 
@@ -151,6 +151,11 @@ def _range_message(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str
         f"weight holds the magnitude {largest:.6g}, above {encoding.largest:.6g}, the most that "
         f"scales={encoding.name!r} can hold; use scales='float32'"
     )
+
+
+def explain(weight: Weight, rows: int, dtype: torch.dtype) -> str:
+    """Return how products are computed, whatever the weight, the rows of the input and the dtype."""
+    return f"linear, input_grad: plain torch dequantizes rows in chunks and multiplies, {name}"
 
 
 def _dequantized(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:

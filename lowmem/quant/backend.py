@@ -65,6 +65,10 @@ class Backend(Protocol):
         """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``, by its method."""
         ...
 
+    def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
+        """Return what computes the products of an input of ``rows`` rows, and why: a line for each product."""
+        ...
+
 
 _active: Backend
 

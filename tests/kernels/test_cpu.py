@@ -244,7 +244,7 @@ OLD_CAPSULES = not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")  # of whic
 def test_what_c_cannot_read_never_reaches_it(level):
     """Wrong shapes, dtypes, devices, layouts and sizes: None, so that plain torch serves or says what is wrong."""
     native, _ = cpu.load()
-    index = native.levels().index(level)
+    index = [name for name, _ in native.isas()].index(level)
     half, x = torch.randn(5, 8).half(), torch.randn(3, 8)
     lazy = torch._neg_view(torch.randn(3, 8))
 
@@ -283,7 +283,7 @@ def test_what_c_cannot_read_never_reaches_it(level):
 @compiled
 def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level):
     native, _ = cpu.load()
-    index = native.levels().index(level)
+    index = [name for name, _ in native.isas()].index(level)
     q = quantize(strategies.make_weight("normal", (6, 64), 0, 0), block_size=16)
     x = torch.randn(2, 64)
     with kernels.using(level):
@@ -299,11 +299,11 @@ def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level
     assert linear(packed=q.packed[:5]) is None
     assert linear(scales=q.scales[:5]) is None
     assert linear(packed=q.packed[1:]) is None
-    assert native.restore(index, handle, q.packed, q.scales, 4, torch.empty(3, 64), 2) is None  # beyond the end
-    assert native.restore(index, handle, q.packed, q.scales, -1, torch.empty(3, 64), 2) is None
-    assert native.restore(index, handle, q.packed, q.scales, 4, torch.empty(2, 63), 2) is None
-    assert native.restore(index, handle, q.packed, q.scales, 4, torch.empty(2, 64), 2) is not None
-    for other, name in enumerate(native.levels()):
+    assert native.dequantize(index, handle, q.packed, q.scales, 4, torch.empty(3, 64), 2) is None  # beyond the end
+    assert native.dequantize(index, handle, q.packed, q.scales, -1, torch.empty(3, 64), 2) is None
+    assert native.dequantize(index, handle, q.packed, q.scales, 4, torch.empty(2, 63), 2) is None
+    assert native.dequantize(index, handle, q.packed, q.scales, 4, torch.empty(2, 64), 2) is not None
+    for other, name in enumerate(name for name, runs in native.isas() if runs):
         found = native.linear(other, handle, q.packed, q.scales, x, None, 2, None, None, None)
         lanes = {"portable": 8, "neon": 4, "avx2": 8}
         assert (found is not None) == (lanes.get(name, 16) == lanes.get(level, 16))

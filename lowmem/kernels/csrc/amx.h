@@ -1,11 +1,10 @@
-/* x @ W.T by AMX. The lines of tiles are rows of the weight, restored as they lie: nothing is transposed but the input, once a call,
+/* x @ W.T by AMX. The lines of tiles are rows of the weight, dequantized as they lie: nothing is transposed but the input, once a call,
  * and what comes out. In grad @ W (amx_gradient.h) the lines are the gradient as it lies, and pairs of rows of the weight are
- * restored side by side. */
+ * dequantized side by side. */
 
 #include "tiles.h"
-#include "terms.h"
 #include "amx_pack.h"
-#include "amx_restore.h"
+#include "amx_rows.h"
 
 /* Sums of rows r and on, of which `rows` are there, with inputs m and on of a piece, sixteen a row, to the output. */
 static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m, const float *sums)
@@ -21,11 +20,11 @@ static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m,
         EACH_LANE v_store(turned + i * TILED_ROWS + n, v[i]);
     }
     if (job->out_type != BFLOAT16 || rows < TILED_ROWS || job->g0 || job->g1 * GROUP < job->weight->columns) {
-        LEVEL(put_rows)(&of, r, rows, MANY_VECTORS, turned);
+        put_rows(&of, r, rows, MANY_VECTORS, turned);
         return;
     }
     float widened[TILED_ROWS] = {0};
-    const float *bias = LEVEL(bias_of)(job, r, rows, widened);
+    const float *bias = bias_of(job, r, rows, widened);
     uint16_t *out = (uint16_t *)job->out + of.m0 * job->out_step + r;
     for (const float *sum = turned; of.m0 < of.m1; of.m0++, sum += TILED_ROWS, out += job->out_step) {
         const V front = v_add(v_load(sum), v_load(bias)), back = v_add(v_load(sum + LANES), v_load(bias + LANES));
@@ -39,33 +38,28 @@ static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m,
     }
 }
 
-static void linear_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void tiles_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
-    float *scales = job->own + thread * job->own_floats, *restored = scales + TILED_ROWS * LANES;
-    float *sums = job->own + thread * job->own_floats + TILED_OWN(job->tiles);
-    const int64_t batch = job->m1 - job->m0, term = (job->g1 - job->g0) * LINES * TILE_FLOATS, sixteen = term * job->tiles;
-    const int64_t groups = job->tiles > 1 ? 1 : TILED_GROUPS;
+    float *scales = job->own + thread * job->own_floats, *dequantized = scales + TILED_ROWS * LANES;
+    float *sums = job->own + thread * job->own_floats + TILED_OWN;
+    const int64_t batch = job->m1 - job->m0, sixteen = (job->g1 - job->g0) * LINES * TILE_FLOATS;
     int64_t r, to;
     share(w->rows, TILED_ROWS, parts, part, &r, &to);
     if (r >= to)
         return;
     begin_tiles();
-    for (; r < to && !is_refused(job); r += TILED_ROWS) {
+    for (; r < to; r += TILED_ROWS) {
         int64_t from = -1;
         for (int64_t g = job->g0, end; g < job->g1; g = end) {
-            end = smaller(g + groups, job->g1);
-            restore_tiles(job, r, g, end, scales, &from, restored);
-            const struct tiles rows = {restored, TILE_FLOATS, 2 * TILE_FLOATS, TERM, 64, weight_terms(w, job->tiles)};
-            struct tiles x = {job->packed + (g - job->g0) * LINES * TILE_FLOATS, sixteen, TILE_FLOATS, term, 64, job->tiles};
+            end = smaller(g + TILED_GROUPS, job->g1);
+            dequantize_tiles(job, r, g, end, scales, &from, dequantized);
+            const struct tiles rows = {dequantized, TILE_FLOATS, 2 * TILE_FLOATS, 64};
+            struct tiles x = {job->packed + (g - job->g0) * LINES * TILE_FLOATS, sixteen, TILE_FLOATS, 64};
             for (int64_t m = 0; m < batch; m += 2 * TILED_INPUTS, x.at += 2 * sixteen) {
                 const int both = m + TILED_INPUTS < batch, first = g == job->g0;
                 float *of = sums + m * TILED_ROWS;
-                if (job->tiles > 1 && both)
-                    multiply_terms(rows, x, LINES, 0, 1, first, of, 2 * TILE_FLOATS);
-                else if (job->tiles > 1)
-                    multiply_terms(rows, x, LINES, 0, 0, first, of, 0);
-                else if (both)
+                if (both)
                     multiply_tiles(rows, x, (end - g) * LINES, 0, 1, first, of, 2 * TILE_FLOATS);
                 else
                     multiply_tiles(rows, x, (end - g) * LINES, 0, 0, first, of, 0);
@@ -75,22 +69,4 @@ static void linear_body(struct job *job, int64_t part, int64_t parts, int64_t th
             put_tiles(job, r, smaller(TILED_ROWS, to - r), m, sums + m * TILED_ROWS);
     }
     end_tiles();
-}
-
-static void linear_piece(struct job *job)
-{
-    parallel(job, pack_body, job->packed_step || job->batch <= TILED_INPUTS ? 0 : PARTS, linear_body, PARTS);
-}
-
-static void linear(struct job *job)
-{
-    if (!job->tiles) {
-        level_avx512bf16.linear(job);
-        return;
-    }
-    in_pieces(job, job->weight->stride / GROUP, (job->tiles > 1 ? TILED_WIDE : wide_of(job->batch)) / GROUP, linear_piece);
-    if (job->update && !is_refused(job)) {
-        job->packed_step = 0; /* its parts are shared */
-        update(job);
-    }
 }

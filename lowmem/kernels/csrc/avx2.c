@@ -5,10 +5,9 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#define LEVEL(level_name) avx2_##level_name
+#define ISA_NAME avx2
 #include "avx2.h"
-
-LEVEL_OF(avx2, NONE_LOW, NULL);
+#include "floats.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

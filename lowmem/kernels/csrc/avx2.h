@@ -169,5 +169,3 @@ static inline void v_to_bfloat(uint16_t *p, V a)
 #define GRAD_CODES 3
 #define GRAD_SIXTEEN 16
 #define GRAD_VECTORS 4
-
-#include "body.h"

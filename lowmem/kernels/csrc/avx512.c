@@ -5,10 +5,9 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
-#define LEVEL(level_name) avx512_##level_name
+#define ISA_NAME avx512
 #include "avx512.h"
-
-LEVEL_OF(avx512, NONE_LOW, NULL);
+#include "floats.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

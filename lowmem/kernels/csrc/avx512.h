@@ -181,5 +181,3 @@ static inline void v_to_bfloat(uint16_t *p, V a)
 #define GRAD_CODES 16
 #define GRAD_SIXTEEN 32
 #define GRAD_VECTORS 8
-
-#include "body.h"

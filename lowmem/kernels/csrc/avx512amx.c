@@ -1,5 +1,4 @@
-/* AVX-512 with products in bfloat16 by AMX, of all but a few inputs: those vectors multiply in float32 or in integers,
- * since vdpbf16ps takes two cycles where there is AMX. avx512bf16.c has the rest. */
+/* AVX-512 with products in bfloat16 by AMX, of all but a few inputs. */
 #include "kernel.h"
 #if HAS_AMX
 #pragma GCC diagnostic ignored "-Wunused-function" /* what is included and serves other levels */
@@ -8,23 +7,27 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,avx512vnni,amx-tile,amx-bf16")
 #endif
-#define LEVEL(level_name) avx512amx_##level_name
-#define LEVEL_LOW 1
-#define LEVEL_GRID 1
+#define ISA_BFLOAT16 1
 #include "avx512.h"
 
-static void linear_int8(struct job *job) { level_avx512bf16.linear_int8(job); }
-static void restore(struct job *job) { level_avx512bf16.restore(job); }
-static void update(struct job *job) { level_avx512bf16.update(job); }
-static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_t *own)
-{
-    return level_avx512bf16.quantize(q, from, to, own);
-}
-
+#include "body.h"
 #include "amx.h"
 #include "amx_gradient.h"
 
-const struct level level_avx512amx = {"avx512amx", LANES, CODES_LOW, 1, linear, linear_int8, input_grad, restore, update, quantize};
+#define BY_AMX .amx = 1, .number = 2, .whole = TILED_INPUTS, .own = TILED_OWN, .own_of_input = TILED_ROWS, .pack = pack_tiles, .multiply = tiles_body
+#define GRADIENT_BY_AMX .amx = 1, .number = 2, .whole = TILED_INPUTS, .own = TILED_GRAD_OWN, .multiply = gradient_body
+
+static const struct kernel kernels[] = {
+    BY_TORCH,
+    {"amx", LINEAR, CODES, 1 << BFLOAT16, TILED_FEW + 1, ANY_ROWS, BY_AMX},
+    {"amx_sixteen", LINEAR, BFLOATS, 1 << BFLOAT16, TILED_FEW_SIXTEEN + 1, ANY_ROWS, BY_AMX},
+    {"grad_amx", INPUT_GRAD, CODES, 1 << BFLOAT16, TILED_FEW + 1, ANY_ROWS, GRADIENT_BY_AMX},
+    {"grad_amx_sixteen", INPUT_GRAD, BFLOATS, 1 << BFLOAT16, TILED_FEW_SIXTEEN + 1, ANY_ROWS, GRADIENT_BY_AMX},
+    {NULL},
+};
+
+/* Fewer rows of bfloat16 are multiplied in float32: vdpbf16ps takes two cycles where there is AMX, as long as four FMA. */
+const struct isa isa_avx512amx = {"avx512amx", LANES, &isa_avx512vnni, kernels, NULL, NULL, NULL, NULL};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,15 +1,24 @@
 /* AVX-512 with products in 8-bit integers. */
+#include "kernel.h"
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vnni"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vnni")
 #endif
-#define LEVEL(level_name) avx512vnni_##level_name
-#define LEVEL_GRID 1
 #include "avx512.h"
 
-LEVEL_OF(avx512vnni, CODES_LOW, avx512vnni_linear_int8);
+#include "body.h"
+#include "int8.h"
+
+static const struct kernel kernels[] = {
+    {"few_int8", LINEAR_INT8, GROUPS, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few_int8, .multiply = few_int8_body},
+    {"panels_int8", LINEAR_INT8, GROUPS, ANY_TYPE, FEW_MORE + 1, ANY_ROWS, .number = 2, .whole = PANEL, .own = SUMS_AT,
+     .own_of_input = INT8_ROWS, .pack = pack_int8, .multiply = int8_body},
+    {NULL},
+};
+
+const struct isa isa_avx512vnni = {"avx512vnni", LANES, &isa_avx512, kernels, NULL, NULL, NULL, NULL};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,7 +1,7 @@
 /* Products in bfloat16: pairs of products are summed in float32 (vdpbf16ps). */
 
 /* Two vectors as bfloat16, lane by lane side by side. */
-INLINE W LEVEL(pairs)(V even, V odd)
+INLINE W pairs(V even, V odd)
 {
     const W halves = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
                                       4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -9,7 +9,7 @@ INLINE W LEVEL(pairs)(V even, V odd)
 }
 
 /* One pair in every lane. By an instruction for integers: that for floats slows vdpbf16ps down by a quarter on Zen 4. */
-INLINE __m512bh LEVEL(pair_of)(const float *p)
+INLINE __m512bh pair_of(const float *p)
 {
     int32_t pair;
     memcpy(&pair, p, 4);
@@ -17,7 +17,7 @@ INLINE __m512bh LEVEL(pair_of)(const float *p)
 }
 
 /* 64 columns, those of a group's low nibbles or of its high ones: of even bytes to out, of odd ones to out + step. */
-INLINE void LEVEL(put_nibbles)(W front, W back, uint16_t *out, int64_t step)
+INLINE void put_nibbles(W front, W back, uint16_t *out, int64_t step)
 {
     const W lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const W even = _mm512_add_epi32(_mm512_set1_epi32(0x00020000), _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00040004)));
@@ -28,7 +28,7 @@ INLINE void LEVEL(put_nibbles)(W front, W back, uint16_t *out, int64_t step)
 
 /* Pack input m in the order in which 16-bit words bring codes up: for a group, nibble 0 to 3 of every 16-bit word, of which
  * word 2 i + h is half h of the 32-bit word i; for each nibble, all inputs. */
-static void LEVEL(pack_low)(const struct job *job, int64_t m)
+static void pack_bf16(const struct job *job, int64_t m)
 {
     const struct weight *w = job->weight;
     const int64_t half = w->half, step = (job->m1 - job->m0) * 32; /* from a nibble to the next */
@@ -48,13 +48,13 @@ static void LEVEL(pack_low)(const struct job *job, int64_t m)
                 v[i] = _mm512_loadu_si512(x + 2 * byte + 32 * i);
             for (int high = 0; high < 2; high++) {
                 const W from = _mm512_loadu_si512(fours[high]);
-                LEVEL(put_nibbles)(_mm512_permutex2var_epi64(v[0], from, v[1]), _mm512_permutex2var_epi64(v[2], from, v[3]),
+                put_nibbles(_mm512_permutex2var_epi64(v[0], from, v[1]), _mm512_permutex2var_epi64(v[2], from, v[3]),
                                    out + high * step, 2 * step);
             }
         } else if (whole_blocks || (half % (LANES * 4) == 0 && 2 * half * (block + 1) <= w->columns)) {
             const uint16_t *lows = x + byte + block * half, *backs = lows + (half == 32 ? 64 : 32);
             for (int high = 0; high < 2; high++, lows += half, backs += half)
-                LEVEL(put_nibbles)(_mm512_loadu_si512(lows), _mm512_loadu_si512(backs), out + high * step, 2 * step);
+                put_nibbles(_mm512_loadu_si512(lows), _mm512_loadu_si512(backs), out + high * step, 2 * step);
         } else {
             for (int k = 0; k < 4; k++)
                 memset(out + k * step, 0, 64);
@@ -70,27 +70,27 @@ static void LEVEL(pack_low)(const struct job *job, int64_t m)
     }
 }
 
-INLINE W LEVEL(table_low)(const float *levels)
+INLINE W table_bf16(const float *levels)
 {
     const V table = v_load(levels);
     return (W)_mm512_cvtne2ps_pbh(table, table); /* twice: the permute reads a bit above the nibble */
 }
 
-#define LOW_ROWS(M) ((M) <= 2 ? 4 : 2) /* at a time with M inputs, of which two are multiplied side by side: */
+#define BF16_ROWS(M) ((M) <= 2 ? 4 : 2) /* at a time with M inputs, of which two are multiplied side by side: */
 #define EACH_OF_TWO EACH_INPUT if (j / 2 == two)
 
 /* As few_groups: 32 levels are looked up at once, and what has been looked up stays in registers for all inputs. */
-INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
+INLINE void few_groups_bf16(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
                                   const float *x, V *sums)
 {
     const int64_t row_bytes = w->row_bytes;
     const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
-    const uint8_t *soon = LEVEL(codes_soon)(w, r, g, R);
-    const W table = LEVEL(table_low)(w->levels);
+    const uint8_t *soon = codes_soon(w, r, g, R);
+    const W table = table_bf16(w->levels);
     V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     int32_t from = -1;
-    LEVEL(row_units)(w, r, R, unit);
+    row_units(w, r, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (; g < g1; g++, p += LANES * 4, x += M * (GROUP / 2), block += 4 * LANES, soon += LANES * 4 * R) {
@@ -99,8 +99,8 @@ INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, 
         W words[4], level[4 * 4];
         V scale[4];
         if (first[g] != from)
-            LEVEL(few_scales)(w, r, 1, from = first[g], R, unit, stored);
-        LEVEL(few_words)(p, row_bytes, left, R, words);
+            few_scales(w, r, 1, from = first[g], R, unit, stored);
+        few_words(p, row_bytes, left, R, words);
 #pragma GCC unroll 4
         for (int two = 0; 2 * two < M; two++) {
             V sum[FEW_SUMS];
@@ -122,4 +122,4 @@ INLINE void LEVEL(few_groups_low)(const struct weight *w, int64_t r, int64_t g, 
     EACH_ROW EACH_INPUT sums[AT] = acc[AT];
 }
 
-FEW_PRODUCT(few_low, few_groups_low, )
+FEW_PRODUCT(few_bf16, few_groups_bf16, )

@@ -12,21 +12,10 @@ _Static_assert(GRAD_SIXTEEN * GRAD_SIXTEEN_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, 
 _Static_assert(GRAD_CODES <= GRAD_FEW_BATCH && GRAD_CODES <= GRAD_MOST(1) && GRAD_SIXTEEN <= GRAD_MOST(0), "they are few");
 #define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
 
-#define GRAD_GRID_ROWS 256 /* the same in integers, */
-#define GRAD_WINDOW 4      /* and groups of columns, which all are taken so or none */
-
-/* How a window of columns is multiplied with what one input has for a chunk of rows, in integers (gradient_grid.h). */
-struct LEVEL(grad_window) {
-    int64_t number; /* of the window, or -1: none yet */
-    int fits; /* or it is left to others */
-    uint16_t block[16]; /* of slot s % 4 of quarter s / 4, counted from the first of two groups: a half of the quarter's bytes */
-    float unit, factors[GRAD_GRID_ROWS], turns[GRAD_GRID_ROWS]; /* numbers of the gradient over the unit, or zeros; where rows are rounded */
-};
-
-INLINE void LEVEL(add_to)(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
+INLINE void add_to(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
 
 /* What N chains have made, to what those before have. */
-INLINE void LEVEL(end_chain)(V *done, V *chain, const int N)
+INLINE void end_chain(V *done, V *chain, const int N)
 {
     EACH_VECTOR(N) {
         done[n] = v_add(done[n], chain[n]);
@@ -34,8 +23,8 @@ INLINE void LEVEL(end_chain)(V *done, V *chain, const int N)
     }
 }
 
-/* M rows of the gradient with restored rows: sums, a GROUP an input, += grad @ tile. */
-INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int M, const float *tile, int rows, float *sums)
+/* M rows of the gradient with dequantized rows: sums, a GROUP an input, += grad @ tile. */
+INLINE void accumulate(const float *grad, int64_t grad_stride, const int M, const float *tile, int rows, float *sums)
 {
     V acc[GRAD_INPUTS * TILE_VECTORS];
     EACH_INPUT EACH_VECTOR(TILE_VECTORS) acc[j * TILE_VECTORS + n] = v_zero();
@@ -47,22 +36,22 @@ INLINE void LEVEL(accumulate)(const float *grad, int64_t grad_stride, const int 
             EACH_VECTOR(TILE_VECTORS) acc[j * TILE_VECTORS + n] = v_fma(row[n], factor, acc[j * TILE_VECTORS + n]);
         }
     }
-    EACH_INPUT EACH_VECTOR(TILE_VECTORS) LEVEL(add_to)(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
+    EACH_INPUT EACH_VECTOR(TILE_VECTORS) add_to(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
 }
 
 /* Whether one vector holds the scales of groups g and g + 1, of those before t1. */
-INLINE int LEVEL(share_scales)(const struct weight *w, int64_t g, int64_t t1)
+INLINE int share_scales(const struct weight *w, int64_t g, int64_t t1)
 {
     return g + 1 < t1 && w->order->first_block[g] == w->order->first_block[g + 1];
 }
 
 /* What a row is multiplied with: the scales from block `first` on times what the inputs have for it, spread over the words. */
-INLINE void LEVEL(row_factors)(const struct weight *w, int64_t r, float row_unit, int64_t first, const int32_t *block,
+INLINE void row_factors(const struct weight *w, int64_t r, float row_unit, int64_t first, const int32_t *block,
                                const float *grad, int64_t grad_stride, const int M, const int G, V *factor)
 {
     const V unit = v_set1(row_unit);
     V scale;
-    LEVEL(few_scales)(w, r, 1, first, 1, &unit, &scale);
+    few_scales(w, r, 1, first, 1, &unit, &scale);
     if (M == 1) {
         scale = v_mul(scale, v_set1(*grad));
         EACH_SUM factor[j] = v_spread(scale, block + j * 4 * LANES);
@@ -74,7 +63,7 @@ INLINE void LEVEL(row_factors)(const struct weight *w, int64_t r, float row_unit
 
 /* The same with codes of group g decoded in registers, N vectors from k0 on: rows r0 to r1, whose steps count `units`. Two
  * groups (G) with one input. */
-INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
+INLINE void accumulate_few(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
                                   const int N, int64_t r0, int64_t r1, int64_t g, const int k0, const float *units, float *sums)
 {
     const T table = table_load(w->levels);
@@ -83,11 +72,11 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
     const uint8_t *p = w->packed + r0 * row_bytes + g * LANES * 4;
     V acc[GRAD_FEW_INPUTS * GRAD_VECTORS], done[GRAD_FEW_INPUTS * GRAD_VECTORS], factor[GRAD_FEW_INPUTS];
     EACH_SUM EACH_VECTOR(N) acc[j * N + n] = done[j * N + n] = v_zero();
-    LEVEL(row_factors)(w, r0, units[0], first, block, grad, grad_stride, M, G, factor);
+    row_factors(w, r0, units[0], first, block, grad, grad_stride, M, G, factor);
     for (int64_t r = r0; r < r1; r++, p += row_bytes) {
         V later[GRAD_FEW_INPUTS]; /* factors take so long that they are begun a row ahead */
         const int64_t next = smaller(r + 1, r1 - 1);
-        LEVEL(row_factors)(w, next, units[next - r0], first, block, grad + (next - r0), grad_stride, M, G, later);
+        row_factors(w, next, units[next - r0], first, block, grad + (next - r0), grad_stride, M, G, later);
         W words[2];
         for (int i = 0; i < G; i++) {
             words[i] = words_load(p + i * LANES * 4, left - i * LANES * 4);
@@ -101,14 +90,14 @@ INLINE void LEVEL(accumulate_few)(const struct weight *w, const float *grad, int
         }
         EACH_SUM factor[j] = later[j];
         if ((r - r0) % GRAD_CHAIN == GRAD_CHAIN - 1)
-            EACH_SUM LEVEL(end_chain)(done + j * N, acc + j * N, N);
+            EACH_SUM end_chain(done + j * N, acc + j * N, N);
     }
-    EACH_SUM EACH_VECTOR(N) LEVEL(add_to)(sums + j * GROUP + n * LANES, v_add(done[j * N + n], acc[j * N + n]));
+    EACH_SUM EACH_VECTOR(N) add_to(sums + j * GROUP + n * LANES, v_add(done[j * N + n], acc[j * N + n]));
 }
 
 /* The same with 16-bit weights: N vectors of columns, from column c on. Rows often lie a power of two apart, so that few of them
  * fit the sets of the first cache that they share: they are fetched to the second a block ahead, to the first a little ahead. */
-INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int N,
+INLINE void accumulate_sixteen(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int N,
                                       int64_t r0, int64_t r1, int64_t c, float *sums, const int type)
 {
     const int64_t stride = w->columns, soon = 8 * stride, far = GRAD_SIXTEEN_ROWS * stride;
@@ -118,7 +107,7 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
     for (int64_t r = r0; r < r1; r++, p += stride, grad++) {
         V row[16];
         EACH_VECTOR(N) {
-            row[n] = LEVEL(sixteen)(p + n * LANES, type);
+            row[n] = sixteen(p + n * LANES, type);
             if (n % 2 == 0) {
                 prefetch(p + n * LANES + soon);
                 if (N <= 8) /* no gain was seen with more */
@@ -130,22 +119,22 @@ INLINE void LEVEL(accumulate_sixteen)(const struct weight *w, const float *grad,
             EACH_VECTOR(N) acc[j * N + n] = v_fma(row[n], factor, acc[j * N + n]);
         }
         if ((r - r0) % GRAD_CHAIN == GRAD_CHAIN - 1)
-            EACH_INPUT LEVEL(end_chain)(done + j * N, acc + j * N, N);
+            EACH_INPUT end_chain(done + j * N, acc + j * N, N);
     }
-    EACH_INPUT EACH_VECTOR(N) LEVEL(add_to)(sums + j * GROUP + n * LANES, v_add(done[j * N + n], acc[j * N + n]));
+    EACH_INPUT EACH_VECTOR(N) add_to(sums + j * GROUP + n * LANES, v_add(done[j * N + n], acc[j * N + n]));
 }
 
 /* The same for group g, and for the next one before t1 if one input has vectors for two. Returns how many are done. */
-INLINE int LEVEL(grad_sixteen)(const struct weight *w, const float *grad, int64_t stride, int64_t batch, int64_t r0, int64_t r1,
+INLINE int grad_sixteen(const struct weight *w, const float *grad, int64_t stride, int64_t batch, int64_t r0, int64_t r1,
                                int64_t t1, int64_t g, float *sums, const int type)
 {
     const int64_t c = g * GROUP, groups = 2 * GRAD_VECTORS / 8;
     if (batch == 1 && g + groups <= t1 && c + groups * GROUP <= w->columns) {
-        LEVEL(accumulate_sixteen)(w, grad, stride, 1, 2 * GRAD_VECTORS, r0, r1, c, sums, type);
+        accumulate_sixteen(w, grad, stride, 1, 2 * GRAD_VECTORS, r0, r1, c, sums, type);
         return (int)groups;
     }
 #define WITH(M, N) \
-    LEVEL(accumulate_sixteen)(w, grad + m * stride, stride, M, N, r0, r1, c + k * LANES, sums + m * GROUP + k * LANES, type)
+    accumulate_sixteen(w, grad + m * stride, stride, M, N, r0, r1, c + k * LANES, sums + m * GROUP + k * LANES, type)
 #define CALL(M) WITH(M, GRAD_VECTORS)
     for (int k = 0; k < 8 && batch <= GRAD_FEW_INPUTS; k += GRAD_VECTORS)
         IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
@@ -158,58 +147,35 @@ INLINE int LEVEL(grad_sixteen)(const struct weight *w, const float *grad, int64_
     return 1;
 }
 
-/* Whether the gradient of one input may be taken in integers, with codes as they are (gradient_grid.h). */
-INLINE int LEVEL(grad_codes)(const struct weight *w)
-{
-    return w->codes && w->encoding == SCALES_FLOAT16 && has_whole_groups(w) && w->half % 8 == 0;
-}
-
-/* Whether the gradient of a batch, however large its pieces are, needs no tile: rows are decoded in registers. */
-INLINE int LEVEL(grad_few)(const struct job *job)
-{
-    const struct weight *w = job->weight;
-    return w->order ? job->batch <= GRAD_CODES && w->order->whole_words : job->batch <= GRAD_SIXTEEN;
-}
-
-#if LEVEL_LOW
+#if ISA_BFLOAT16
 #include "gradient_bfloat16.h"
-#endif
-#if LEVEL_GRID
-#include "gradient_grid.h"
 #endif
 
 /* Rows r0 to r1 of group g, of the chunk of groups t0 to t1; `scales` holds those of the chunk, row by row, where a tile is
- * restored, else what steps of them count, `grad` what the inputs have for the rows, and `window` is NULL but where codes are
- * multiplied as they are. Returns how many groups are done. */
-static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
-                             int64_t t1, int64_t g, struct LEVEL(grad_window) *window, const float *scales, float *tile, float *sums)
+ * dequantized, else what steps of them count, and `grad` what the inputs have for the rows. Returns how many groups are done. */
+static int grad_group(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
+                             int64_t t1, int64_t g, const float *scales, float *tile, float *sums)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, rows = r1 - r0;
     const float *units = scales + ROW_UNITS_AT;
-    if (LEVEL(grad_few)(job) && !w->order && (g + 1) * GROUP <= w->columns)
-        return w->encoding == BFLOAT16 ? LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, BFLOAT16)
-                                       : LEVEL(grad_sixteen)(w, grad, stride, batch, r0, r1, t1, g, sums, FLOAT16);
-    if (LEVEL(grad_few)(job) && w->order) {
-#if LEVEL_GRID
-        const int done = window ? LEVEL(grad_grid)(w, grad, r0, r1, t0, t1, g, window, tile, sums) : 0;
-        if (done)
-            return done;
-#endif
+    if (job->kernel->few && !w->order && (g + 1) * GROUP <= w->columns)
+        return w->encoding == BFLOAT16 ? grad_sixteen(w, grad, stride, batch, r0, r1, t1, g, sums, BFLOAT16)
+                                       : grad_sixteen(w, grad, stride, batch, r0, r1, t1, g, sums, FLOAT16);
+    if (job->kernel->few && w->order) {
         if (batch == 1) {
-            const int alike = !window || (g + 1) % GRAD_WINDOW; /* or the next may be taken in integers */
-            const int both = GRAD_VECTORS == 8 && alike && LEVEL(share_scales)(w, g, t1); /* side by side */
+            const int both = GRAD_VECTORS == 8 && share_scales(w, g, t1); /* side by side */
             for (int64_t r = r0, to; r < r1; r = to, grad += GRAD_FEW_ROWS, units += GRAD_FEW_ROWS) {
                 to = smaller(r + GRAD_FEW_ROWS, r1);
                 if (both)
-                    LEVEL(accumulate_few)(w, grad, stride, 1, 2, 8, r, to, g, 0, units, sums);
+                    accumulate_few(w, grad, stride, 1, 2, 8, r, to, g, 0, units, sums);
                 else
-                    LEVEL(accumulate_few)(w, grad, stride, 1, 1, 8, r, to, g, 0, units, sums);
+                    accumulate_few(w, grad, stride, 1, 1, 8, r, to, g, 0, units, sums);
             }
             return 1 + both;
         }
         for (int k = 0; k < 8; k += GRAD_VECTORS) {
-#define CALL(M) LEVEL(accumulate_few)(w, grad + m * stride, stride, M, 1, GRAD_VECTORS, r0, r1, g, k, units, sums + m * GROUP + k * LANES)
+#define CALL(M) accumulate_few(w, grad + m * stride, stride, M, 1, GRAD_VECTORS, r0, r1, g, k, units, sums + m * GROUP + k * LANES)
             IN_PASSES(batch, GRAD_FEW_INPUTS, CALL)
 #undef CALL
         }
@@ -218,15 +184,15 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
     const T table = table_load(w->order ? w->levels : tile); /* any sixteen floats */
     for (int64_t i = 0; i < rows; i++)
         if (w->order)
-            LEVEL(decode_group)(w, r0 + i, g, t0, table, scales + i * TILE_SCALES, tile + i * GROUP);
+            decode_group(w, r0 + i, g, t0, table, scales + i * TILE_SCALES, tile + i * GROUP);
         else {
             for (int64_t c = 0; c < GROUP; c += 32)
                 prefetch((const uint16_t *)w->packed + (r0 + i + GRAD_ROWS) * w->columns + g * GROUP + c);
-            LEVEL(widen_typed)(w, r0 + i, g * GROUP, GROUP, tile + i * GROUP);
+            widen_typed(w, r0 + i, g * GROUP, GROUP, tile + i * GROUP);
         }
     for (int n0 = 0; n0 < 8; n0 += TILE_VECTORS) {
 #define CALL(M) \
-    LEVEL(accumulate)(grad + m * stride, stride, M, tile + n0 * LANES, (int)rows, sums + m * GROUP + n0 * LANES)
+    accumulate(grad + m * stride, stride, M, tile + n0 * LANES, (int)rows, sums + m * GROUP + n0 * LANES)
         IN_PASSES(batch, GRAD_INPUTS, CALL)
 #undef CALL
     }
@@ -234,9 +200,9 @@ static int LEVEL(grad_group)(const struct job *job, const float *grad, int64_t s
 }
 
 /* What steps of the scales of rows count, where they do. */
-static void LEVEL(grad_units)(const struct weight *w, int64_t r0, int64_t rows, float *out)
+static void grad_units(const struct weight *w, int64_t r0, int64_t rows, float *out)
 {
-    uint16_t halves[GRAD_FEW_ROWS]; /* more rows than these have scales that are no steps (grad_codes) */
+    uint16_t halves[GRAD_FEW_ROWS];
     if (w->encoding < SCALES_DOUBLE)
         return;
     for (int64_t i = 0; i < rows; i++)
@@ -248,7 +214,7 @@ static void LEVEL(grad_units)(const struct weight *w, int64_t r0, int64_t rows, 
 
 /* The scales that groups g0 to g1 need of R rows, whose steps count `units`: those of the first of them come first, and as many
  * as are whole vectors. */
-INLINE void LEVEL(tile_scales)(const struct weight *w, int64_t r, const int R, int64_t g0, int64_t g1, const float *units, float *out)
+INLINE void tile_scales(const struct weight *w, int64_t r, const int R, int64_t g0, int64_t g1, const float *units, float *out)
 {
     const struct order *order = w->order;
     const int64_t last = order->block[(g1 * 4 - 1) * LANES + LANES - 1]; /* of group g1 - 1 */
@@ -256,14 +222,14 @@ INLINE void LEVEL(tile_scales)(const struct weight *w, int64_t r, const int R, i
     V unit[4], scale[4];
     EACH_ROW unit[i] = v_set1(units[i]);
     for (int64_t b = first; b < end; b += LANES, out += LANES) {
-        LEVEL(few_scales)(w, r, 1, b, R, unit, scale);
+        few_scales(w, r, 1, b, R, unit, scale);
         EACH_ROW v_store(out + i * TILE_SCALES, scale[i]);
     }
 }
 
 /* What the inputs have for rows r0 to r1, room for `step` each: as float32, or as pairs of bfloat16. A zero comes after the
  * last of an odd number. */
-static void LEVEL(grad_rows)(const struct job *job, int64_t r0, int64_t r1, int paired, float *out, int64_t step)
+static void grad_rows(const struct job *job, int64_t r0, int64_t r1, int paired, float *out, int64_t step)
 {
     const int64_t rows = r1 - r0;
     for (int64_t m = job->m0; m < job->m1; m++, out += paired ? step / 2 : step) {
@@ -274,14 +240,14 @@ static void LEVEL(grad_rows)(const struct job *job, int64_t r0, int64_t r1, int 
                 ((uint16_t *)out)[rows] = 0;
             continue;
         }
-        LEVEL(widen_run_typed)(of, rows, out, job->type);
+        widen_run_typed(of, rows, out, job->type);
         if (rows % 2)
             out[rows] = 0.0f;
     }
 }
 
 /* The sums of a group, GROUP an input, out of the order of the words and into the output. */
-INLINE void LEVEL(unpack)(const struct job *job, int64_t g, const float *sums, const int type)
+INLINE void unpack(const struct job *job, int64_t g, const float *sums, const int type)
 {
     const struct weight *w = job->weight;
     const int64_t half = w->half, from = g * LANES * 4, size = type == FLOAT32 ? 4 : 2;
@@ -297,7 +263,7 @@ INLINE void LEVEL(unpack)(const struct job *job, int64_t g, const float *sums, c
                 v_runs(v_load(of), v_load(of + 2 * LANES), v_load(of + 4 * LANES), v_load(of + 6 * LANES), runs);
                 uint16_t typed[4 * LANES];
                 for (int i = 0; i < 4 && type != FLOAT32; i++)
-                    LEVEL(store_as)(typed, type, i * LANES, v_load(runs + i * LANES));
+                    store_as(typed, type, i * LANES, v_load(runs + i * LANES));
                 for (int i = 0; i < LANES; i++)
                     memcpy(out + (column[i] + high * half) * size,
                            type == FLOAT32 ? (const void *)(runs + 4 * i) : typed + 4 * i, (size_t)(4 * size));
@@ -308,7 +274,7 @@ INLINE void LEVEL(unpack)(const struct job *job, int64_t g, const float *sums, c
         if (!w->order) {
             int64_t i = 0, n = smaller(GROUP, w->columns - g * GROUP);
             for (; i + LANES <= n; i += LANES)
-                LEVEL(store_as)(out, type, g * GROUP + i, v_load(sums + i));
+                store_as(out, type, g * GROUP + i, v_load(sums + i));
             for (; i < n; i++)
                 write_as(out, type, g * GROUP + i, sums[i]);
         } else {
@@ -323,20 +289,18 @@ INLINE void LEVEL(unpack)(const struct job *job, int64_t g, const float *sums, c
         }
 }
 
-static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+INLINE void grad_part(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16)
 {
     const struct weight *w = job->weight;
     float *scales = job->own + thread * job->own_floats, *tile = scales + 2 * GRAD_ROWS * TILE_SCALES;
-    const int low = job->low;
     const int64_t batch = (job->m1 - job->m0) * GROUP, columns = grad_columns(w, job->batch, job->threads);
-    const int few = LEVEL(grad_few)(job), no_tile = few && (w->order || w->columns == w->stride);
-    const int paired = low && !few, grid = LEVEL_GRID && job->type == FLOAT32 && job->batch == 1 && w->order && LEVEL(grad_codes)(w);
+    const int few = job->kernel->few, no_tile = few && (w->order || w->columns == w->stride);
+    const int paired = bf16 && !few;
     const int64_t step = paired ? 2 * GRAD_ROWS
                          : !no_tile ? GRAD_ROWS
                          : !w->order ? GRAD_SIXTEEN_ROWS
-                         : grid ? GRAD_GRID_ROWS : GRAD_FEW_ROWS;
+                         : GRAD_FEW_ROWS;
     float *rows = no_tile ? scales : tile + GRAD_ROWS * MAX_GROUP;
-    struct LEVEL(grad_window) window;
     int64_t g0, g1;
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
     for (int64_t t0 = g0, t1; t0 < g1; t0 = t1) {
@@ -347,39 +311,39 @@ static void LEVEL(grad_body)(struct job *job, int64_t part, int64_t parts, int64
         for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
             r1 = smaller(r0 + step, w->rows);
             if (w->order)
-                LEVEL(grad_units)(w, r0, r1 - r0, few ? scales + ROW_UNITS_AT : tile);
+                grad_units(w, r0, r1 - r0, few ? scales + ROW_UNITS_AT : tile);
             if (w->order && !few) {
                 int64_t r = r0; /* their units lie where the tile will */
                 for (; r + 4 <= r1; r += 4)
-                    LEVEL(tile_scales)(w, r, 4, t0, t1, tile + (r - r0), scales + (r - r0) * TILE_SCALES);
+                    tile_scales(w, r, 4, t0, t1, tile + (r - r0), scales + (r - r0) * TILE_SCALES);
                 for (; r < r1; r++)
-                    LEVEL(tile_scales)(w, r, 1, t0, t1, tile + (r - r0), scales + (r - r0) * TILE_SCALES);
+                    tile_scales(w, r, 1, t0, t1, tile + (r - r0), scales + (r - r0) * TILE_SCALES);
             }
             const float *grad = (const float *)job->x + job->m0 * w->rows + r0;
             if (job->type != FLOAT32) {
-                LEVEL(grad_rows)(job, r0, r1, paired, rows, step);
+                grad_rows(job, r0, r1, paired, rows, step);
                 grad = rows;
             }
-            window.number = -1;
             const int64_t stride = job->type == FLOAT32 ? w->rows : paired ? step / 2 : step;
             for (int64_t g = t0; g < t1;)
-#if LEVEL_LOW
-                if (low)
-                    g += LEVEL(grad_group_low)(job, grad, stride, r0, r1, t0, t1, g, scales, tile, sums + (g - t0) * batch);
+#if ISA_BFLOAT16
+                if (bf16)
+                    g += grad_group_bf16(job, grad, stride, r0, r1, t0, t1, g, scales, tile, sums + (g - t0) * batch);
                 else
 #endif
-                    g += LEVEL(grad_group)(job, grad, stride, r0, r1, t0, t1, g, grid ? &window : NULL, scales, tile, sums + (g - t0) * batch);
+                    g += grad_group(job, grad, stride, r0, r1, t0, t1, g, scales, tile, sums + (g - t0) * batch);
         }
         for (int64_t g = t0; g < t1; g++)
             if (job->out_type == FLOAT32)
-                LEVEL(unpack)(job, g, sums + (g - t0) * batch, FLOAT32);
+                unpack(job, g, sums + (g - t0) * batch, FLOAT32);
             else if (job->out_type == BFLOAT16)
-                LEVEL(unpack)(job, g, sums + (g - t0) * batch, BFLOAT16);
+                unpack(job, g, sums + (g - t0) * batch, BFLOAT16);
             else
-                LEVEL(unpack)(job, g, sums + (g - t0) * batch, FLOAT16);
+                unpack(job, g, sums + (g - t0) * batch, FLOAT16);
     }
 }
 
-static void LEVEL(grad_piece)(struct job *job) { parallel(job, LEVEL(grad_body), 1, NULL, 0); }
-
-static void LEVEL(input_grad)(struct job *job) { in_pieces(job, job->weight->stride / GROUP, job->weight->stride / GROUP, LEVEL(grad_piece)); }
+static void grad_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { grad_part(job, part, parts, thread, 0); }
+#if ISA_BFLOAT16
+static void grad_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { grad_part(job, part, parts, thread, 1); }
+#endif

@@ -3,38 +3,129 @@
  *
  *   sum of level[c] x = step * unit * (sum of steps[c] v - 128 * sum of v),        x ~ unit * v
  *
- * A few inputs are multiplied as those of grid.h, with one digit. More of them lie across the lanes, LANES inputs a panel: each
- * four columns of a row are multiplied with all of them at once, and a block's sum begins with what its zero point takes off.
+ * A few inputs are multiplied in registers, as those of linear.h. A group of one: the bytes of its low nibbles and of its high
+ * ones (64 and 64); -128 * sum of v, for each lane; step * unit.
  *
- * A group of a panel: four columns of each input, those of the low nibbles of a word's bytes for each of LANES words, then those
- * of the high ones; what the zero points of each block take off; the units. */
+ * More of them lie across the lanes, LANES inputs a panel: each four columns of a row are multiplied with all of them at once,
+ * and a block's sum begins with what its zero point takes off. A group of a panel: four columns of each input, those of the low
+ * nibbles of a word's bytes for each of LANES words, then those of the high ones; what the zero points of each block take off;
+ * the units. */
 
+#define FEW_INT8_SUMS (2 * LANES) /* in floats */
+#define FEW_INT8_UNIT (FEW_INT8_SUMS + LANES)
 #define INT8_SUMS (2 * LANES * LANES) /* in floats */
 #define INT8_UNITS (INT8_SUMS + LANES * LANES)
 #define INT8_GROUP (GROUP / 2) /* floats of a group of an input */
 #define INT8_PANEL (INT8_GROUP * LANES) /* of a panel */
 #define INT8_PANELS 3 /* that are multiplied with four rows at a time, or two; one with eight rows: */
 #define INT8_MOST 12  /* sums, which stay in registers */
-#define INT8_LARGEST 0x1p100f /* scale: that times the sum of a group must be a float */
-#define INT8_LEAST 0x1p-60f /* of the largest number of a group, unless all of it is zero */
-_Static_assert(MOST * INT8_ROWS <= SUMS_AT, "what is turned has room before the sums");
+#define INT8_RANGE 127.0f      /* the largest integer that an input is rounded to */
+#define INT8_LARGEST 0x1p100f /* number of an input, and scale: that times the sum of a group must be a float */
+#define INT8_LEAST 0x1p-60f   /* of the largest number of a group, unless all of it is zero */
+_Static_assert(LANES == PANEL && MOST * INT8_ROWS <= SUMS_AT, "what is turned has room before the sums");
 _Static_assert(INT8_UNITS + LANES <= INT8_GROUP * LANES, "a panel has room for its groups");
 
-INLINE float *LEVEL(int8_at)(const struct job *job, int64_t m, int64_t g)
+/* sum + bytes * numbers, for long loops: around the intrinsic GCC copies each sum there, and half of the time is lost. */
+INLINE W add_bytes(W sum, W bytes, W numbers)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(numbers));
+    return sum;
+}
+
+/* As few_groups. */
+INLINE void few_groups_int8(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
+                                   const float *x, V *sums)
+{
+    const int64_t row_bytes = w->row_bytes;
+    const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
+    const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
+    const uint8_t *soon = codes_soon(w, r, g, R);
+    V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+    int32_t from = -1;
+    row_units(w, r, R, unit);
+    const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
+    V acc[FEW_SUMS];
+    EACH_ROW EACH_INPUT acc[AT] = v_zero();
+    for (; g < g1; g++, x += M * GROUP, p += LANES * 4, block += 4 * LANES, soon += LANES * 4 * R) {
+        const int64_t left = row_bytes - g * (LANES * 4);
+        W words[4], lows[4], highs[4];
+        V scale[4];
+        if (first[g] != from)
+            few_scales(w, r, 1, from = first[g], R, unit, stored);
+        EACH_ROW prefetch(soon + i * LANES * 4);
+        few_words(p, row_bytes, left, R, words);
+        EACH_ROW {
+            lows[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(words[i], nibble));
+            highs[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words[i], 4), nibble));
+            scale[i] = v_spread(stored[i], block);
+        }
+        EACH_INPUT { /* the rows take turns: chains behind each other would fill what waits for operands */
+            const float *of = x + j * GROUP;
+            const W low = _mm512_loadu_si512(of), high = _mm512_loadu_si512(of + LANES);
+            const W offset = _mm512_loadu_si512(of + FEW_INT8_SUMS);
+            const V unit_of_input = v_set1(of[FEW_INT8_UNIT]);
+            W sum[4];
+            EACH_ROW sum[i] = _mm512_dpbusd_epi32(offset, lows[i], low);
+            EACH_ROW sum[i] = _mm512_dpbusd_epi32(sum[i], highs[i], high);
+            EACH_ROW acc[AT] = v_fma(v_mul(_mm512_cvtepi32_ps(sum[i]), unit_of_input), scale[i], acc[AT]);
+        }
+    }
+    EACH_ROW EACH_INPUT sums[AT] = acc[AT];
+}
+
+/* Where to_bytes has four columns of a group. */
+INLINE W four_at(W four)
+{
+    const W three = _mm512_set1_epi32(3);
+    const W quarter = _mm512_and_si512(_mm512_srli_epi32(four, 2), three), in_quarter = _mm512_and_si512(four, three);
+    return _mm512_or_si512(_mm512_and_si512(four, _mm512_set1_epi32(16)), _mm512_or_si512(_mm512_slli_epi32(in_quarter, 2), quarter));
+}
+
+/* Turn a group of an input into bytes; 0 where it is too small, too large or not finite. `run` times four columns of low nibbles
+ * come together, and then those of the high ones. */
+INLINE int to_bytes(const struct weight *w, const V *x, const int run, float *group)
+{
+    const W magnitude = _mm512_set1_epi32(0x7fffffff);
+    W most = _mm512_setzero_si512();
+    for (int i = 0; i < 8; i++)
+        most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(x[i]), magnitude));
+    const float largest = float_of((uint32_t)_mm512_reduce_max_epi32(most));
+    if (!(largest <= INT8_LARGEST && (largest >= INT8_LEAST || largest == 0.0f)))
+        return 0;
+    const V factor = v_set1(largest > 0.0f ? INT8_RANGE / largest : 0.0f);
+    const W lowest = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400); /* bytes of four columns to the front */
+    const W word = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const W fours = _mm512_add_epi32(word, _mm512_andnot_si512(_mm512_set1_epi32(run - 1), word)); /* of columns, of low nibbles */
+    const W lows = four_at(fours), highs = four_at(_mm512_add_epi32(fours, _mm512_set1_epi32(run)));
+    W v[8], of[2]; /* the bytes of 64 columns, four of them together: of each quarter of these, the first, and so on */
+    for (int i = 0; i < 8; i++)
+        v[i] = _mm512_shuffle_epi8(_mm512_cvtps_epi32(v_mul(x[i], factor)), lowest);
+    for (int i = 0; i < 2; i++)
+        of[i] = _mm512_unpacklo_epi64(_mm512_unpacklo_epi32(v[4 * i], v[4 * i + 1]), _mm512_unpacklo_epi32(v[4 * i + 2], v[4 * i + 3]));
+    const W low = _mm512_permutex2var_epi32(of[0], lows, of[1]), high = _mm512_permutex2var_epi32(of[0], highs, of[1]);
+    const W one = _mm512_set1_epi8(1), sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), one, low), one, high);
+    _mm512_storeu_si512(group, low);
+    _mm512_storeu_si512(group + LANES, high);
+    _mm512_storeu_si512(group + FEW_INT8_SUMS, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-INT8_ZERO)));
+    group[FEW_INT8_UNIT] = largest / INT8_RANGE * w->int8_step;
+    return 1;
+}
+
+INLINE float *int8_at(const struct job *job, int64_t m, int64_t g)
 {
     return job->packed + ((g - job->g0) * round_up(job->m1 - job->m0, LANES) + m - job->m0) * INT8_GROUP;
 }
 
 /* Four bytes, in every lane. */
-INLINE W LEVEL(four_of)(const uint8_t *p)
+INLINE W four_of(const uint8_t *p)
 {
     int four;
     memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
 }
 
-/* A group of an input as 8-bit integers, in the order of grid.h; 0 where it is too small, too large or not finite. */
-INLINE int LEVEL(to_int8)(const struct job *job, int64_t m, int64_t g, float *group)
+/* A group of an input as 8-bit integers; 0 where it is too small, too large or not finite. */
+INLINE int to_int8(const struct job *job, int64_t m, int64_t g, float *group)
 {
     const struct weight *w = job->weight;
     const int64_t from = m * w->columns + g * GROUP, left = w->columns - g * GROUP;
@@ -47,14 +138,14 @@ INLINE int LEVEL(to_int8)(const struct job *job, int64_t m, int64_t g, float *gr
             sorted[word * 8 + nibble % 2 * 4 + nibble / 2] = read_as_float(job->x, job->type, from + c);
         }
         EACH_VECTOR(8) x[n] = v_load(sorted + n * LANES);
-        return LEVEL(to_digits)(w, x, 1, group, INT8_DIGITS, INT8_LEAST, 0.0f);
+        return to_bytes(w, x, 1, group);
     }
-    EACH_VECTOR(8) x[n] = LEVEL(load_as)(job->x, job->type, from + n * LANES);
-    return LEVEL(to_digits)(w, x, (int)w->half / 4, group, INT8_DIGITS, INT8_LEAST, 0.0f);
+    EACH_VECTOR(8) x[n] = load_as(job->x, job->type, from + n * LANES);
+    return to_bytes(w, x, (int)w->half / 4, group);
 }
 
 /* Pack panels of inputs, or say that this cannot be done. */
-static void LEVEL(pack_int8)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void pack_int8(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const int64_t words = job->weight->half / 4; /* of a block */
     int64_t m, to;
@@ -62,9 +153,9 @@ static void LEVEL(pack_int8)(struct job *job, int64_t part, int64_t parts, int64
     share(round_up(job->m1 - job->m0, LANES), LANES, parts, part, &m, &to);
     for (m += job->m0, to += job->m0; m < to; m += LANES)
         for (int64_t g = job->g0; g < job->g1; g++) {
-            float of[LANES][GROUP] = {{0}}, *out = LEVEL(int8_at)(job, m, g);
+            float of[LANES][GROUP] = {{0}}, *out = int8_at(job, m, g);
             for (int64_t i = 0; i < smaller(LANES, job->m1 - m); i++)
-                if (!LEVEL(to_int8)(job, m + i, g, of[i])) {
+                if (!to_int8(job, m + i, g, of[i])) {
                     refuse(job);
                     return;
                 }
@@ -74,7 +165,7 @@ static void LEVEL(pack_int8)(struct job *job, int64_t part, int64_t parts, int64
                 v_transpose(v);
                 EACH_LANE v_store(out + (half * LANES + i) * LANES, v[i]);
             }
-            EACH_LANE v[i] = v_load(of[i] + GRID_SUMS);
+            EACH_LANE v[i] = v_load(of[i] + FEW_INT8_SUMS);
             v_transpose(v);
             for (int64_t word = 0; word < LANES; word += words) {
                 W sum = _mm512_setzero_si512();
@@ -83,13 +174,13 @@ static void LEVEL(pack_int8)(struct job *job, int64_t part, int64_t parts, int64
                 v_store(out + INT8_SUMS + word / words * LANES, v_of_words(sum));
             }
             for (int i = 0; i < LANES; i++)
-                out[INT8_UNITS + i] = of[i][GRID_UNIT];
+                out[INT8_UNITS + i] = of[i][FEW_INT8_UNIT];
         }
 }
 
-/* P panels with a group of R restored rows: LANES sums a row and panel. Bytes of rows that are spread over the lanes are
+/* P panels with a group of R dequantized rows: LANES sums a row and panel. Bytes of rows that are spread over the lanes are
  * loads, and so are inputs: several panels share the former, several rows the latter. */
-INLINE void LEVEL(multiply_int8)(const float *x, const uint8_t *tile, const float *scales, const int words, const int R, const int P,
+INLINE void multiply_int8(const float *x, const uint8_t *tile, const float *scales, const int words, const int R, const int P,
                                  float *sums)
 {
     const float *offset = x + INT8_SUMS, *unit = x + INT8_UNITS, *end = x + LANES * LANES;
@@ -110,8 +201,8 @@ INLINE void LEVEL(multiply_int8)(const float *x, const uint8_t *tile, const floa
                 W of[INT8_PANELS];
                 EACH_PANEL of[j] = _mm512_loadu_si512(x + high * LANES * LANES + j * INT8_PANEL);
                 EACH_OF_ROWS {
-                    const W bytes = LEVEL(four_of)(tile + i * GROUP + high * GROUP / 2);
-                    EACH_PANEL sum[OF] = LEVEL(add_bytes)(sum[OF], bytes, of[j]);
+                    const W bytes = four_of(tile + i * GROUP + high * GROUP / 2);
+                    EACH_PANEL sum[OF] = add_bytes(sum[OF], bytes, of[j]);
                 }
             }
         EACH_OF_ROWS {
@@ -126,27 +217,38 @@ INLINE void LEVEL(multiply_int8)(const float *x, const uint8_t *tile, const floa
 }
 
 /* The steps of a group's codes, INT8_ROWS rows of them, and the scales of its blocks, LANES a row. */
-INLINE void LEVEL(restore_int8)(const struct job *job, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
+INLINE void dequantize_int8(const struct job *job, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
 {
     const struct weight *w = job->weight;
     const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
     const int64_t first = g * LANES * 4 / w->half;
     for (int64_t i = 0; i < INT8_ROWS; i++) {
         const int64_t row = smaller(r + i, w->rows - 1);
-        const W words = LEVEL(words)(w, row, g);
+        const W words = words_of_group(w, row, g);
         const V unit = v_set1(units[i]);
         V stored;
         prefetch(w->packed + (r + INT8_ROWS + i) * w->row_bytes + g * LANES * 4);
         _mm512_storeu_si512(tile + i * GROUP, _mm512_shuffle_epi8(table, _mm512_and_si512(words, nibble)));
         _mm512_storeu_si512(tile + i * GROUP + GROUP / 2, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble)));
-        LEVEL(few_scales)(w, row, 1, first, 1, &unit, &stored);
+        few_scales(w, row, 1, first, 1, &unit, &stored);
         if (w->encoding == SCALES_FLOAT32 && _mm512_cmp_ps_mask(_mm512_abs_ps(stored), v_set1(INT8_LARGEST), _CMP_NLE_UQ))
             refuse(job);
         v_store(scales + i * LANES, stored);
     }
 }
 
-static void LEVEL(int8_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+/* Sums of so many rows, LANES inputs of each, as those of inputs, so many of each. */
+INLINE void turn(const float *sums, const int rows, float *out)
+{
+    for (int r = 0; r < rows; r += LANES) {
+        V v[LANES];
+        EACH_LANE v[i] = v_load(sums + (r + i) * LANES);
+        v_transpose(v);
+        EACH_LANE v_store(out + i * rows + r, v[i]);
+    }
+}
+
+static void int8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
     const int64_t batch = round_up(job->m1 - job->m0, LANES);
@@ -159,13 +261,13 @@ static void LEVEL(int8_body)(struct job *job, int64_t part, int64_t parts, int64
     for (; r < to && !is_refused(job); r += INT8_ROWS) {
         memset(sums, 0, (size_t)(batch * INT8_ROWS) * sizeof(float));
         for (int i = 0; w->encoding >= SCALES_DOUBLE && i < INT8_ROWS; i++)
-            units[i] = LEVEL(row_scale)(w, smaller(r + i, w->rows - 1)) / row_steps(w);
+            units[i] = row_scale(w, smaller(r + i, w->rows - 1)) / row_steps(w);
         for (int64_t g = job->g0; g < job->g1; g++) {
-            LEVEL(restore_int8)(job, r, g, units, tile, scales);
-            const float *x = LEVEL(int8_at)(job, job->m0, g);
+            dequantize_int8(job, r, g, units, tile, scales);
+            const float *x = int8_at(job, job->m0, g);
 #define ROWS_WITH_PANELS(R, P)                                                                                  \
     for (int i = 0; i < INT8_ROWS; i += R)                                                                      \
-        LEVEL(multiply_int8)(x + m * INT8_GROUP, tile + i * GROUP, scales + i * LANES, words, R, P,             \
+        multiply_int8(x + m * INT8_GROUP, tile + i * GROUP, scales + i * LANES, words, R, P,             \
                              sums + m * INT8_ROWS + i * LANES)
             for (int64_t m = 0, left; (left = (batch - m) / LANES) > 0; m += smaller(left, INT8_PANELS) * LANES)
                 if (left == 1)
@@ -176,46 +278,33 @@ static void LEVEL(int8_body)(struct job *job, int64_t part, int64_t parts, int64
                     ROWS_WITH_PANELS(4, 3);
         }
         for (int64_t m = 0; m < batch; m += LANES)
-            LEVEL(turn)(sums + m * INT8_ROWS, INT8_ROWS, turned + m * INT8_ROWS);
-        LEVEL(put_rows)(job, r, smaller(INT8_ROWS, to - r), INT8_ROWS / LANES, turned);
+            turn(sums + m * INT8_ROWS, INT8_ROWS, turned + m * INT8_ROWS);
+        put_rows(job, r, smaller(INT8_ROWS, to - r), INT8_ROWS / LANES, turned);
     }
 }
 
 /* Pack a few inputs side by side, or say that this cannot be done. */
-static void LEVEL(pack_few_int8)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void pack_few_int8(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const int64_t batch = job->m1 - job->m0;
     (void)part, (void)parts, (void)thread; /* one does it all */
     for (int64_t g = job->g0; g < job->g1; g++)
         for (int64_t m = 0; m < batch; m++)
-            if (!LEVEL(to_int8)(job, job->m0 + m, g, job->packed + ((g - job->g0) * batch + m) * GROUP)) {
+            if (!to_int8(job, job->m0 + m, g, job->packed + ((g - job->g0) * batch + m) * GROUP)) {
                 refuse(job);
                 return;
             }
 }
 
-FEW_PRODUCT(few_int8, few_groups_grid, STEPS, INT8_DIGITS, )
+FEW_PRODUCT(few_int8, few_groups_int8, )
 ROWS_WITH_MORE(rows_int8, FEW_ROWS, few_int8)
 
-static void LEVEL(few_int8_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void few_int8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    static LEVEL(rows_with) *const rows[] = {NAMED_MORE(rows_int8)};
+    static rows_with *const rows[] = {NAMED_MORE(rows_int8)};
     int64_t r, to;
     (void)thread;
     share(job->weight->rows, SHARE_ROWS, parts, part, &r, &to);
     if (!is_refused(job))
         rows[job->m1 - job->m0 - 1](job, r, to);
-}
-
-static void LEVEL(int8_piece)(struct job *job)
-{
-    if (job->batch <= FEW_MORE)
-        parallel(job, LEVEL(pack_few_int8), 0, LEVEL(few_int8_body), 1);
-    else
-        parallel(job, LEVEL(pack_int8), job->packed_step ? 0 : PARTS, LEVEL(int8_body), PARTS);
-}
-
-static void LEVEL(linear_int8)(struct job *job)
-{
-    in_pieces(job, job->weight->stride / GROUP, wide_of(job->batch) / GROUP, LEVEL(int8_piece));
 }

@@ -1,4 +1,4 @@
-/* What the levels of the kernel and its Python binding share. */
+/* What the kernels and their Python binding share. */
 #ifndef LOWMEM_KERNEL_H
 #define LOWMEM_KERNEL_H
 
@@ -18,7 +18,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Sizes of scratch, the same at every level, so that memory is the same on every processor. */
+/* Sizes of scratch, the same for every ISA, so that memory is the same on every processor. */
 #define MAX_LANES 16
 #define MAX_GROUP (MAX_LANES * 8)
 #define FEW 4                     /* inputs that are few */
@@ -29,16 +29,16 @@
 #define PARTS 4                   /* of a thread, where work is long: a thread that is held up leaves them to others */
 #define CHUNK 256                 /* columns whose scales are read at a time, at least */
 #define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */
-#define PART(low) ((low) ? 256 : 128) /* columns of a tile, which stays in the first cache, as bfloat16 or float32: */
+#define PART(bf16) ((bf16) ? 256 : 128) /* columns of a tile, which stays in the first cache, as bfloat16 or float32: */
 #define PART_FLOATS 128           /* as large as so many floats, for each row */
 #define MAX_VECTORS 2             /* of rows, in a tile */
 #define TILES_AT (MAX_VECTORS * MAX_LANES * CHUNK_SCALES)              /* two of them, behind the scales of a chunk; */
 #define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART_FLOATS) /* behind those */
-#define PANEL MAX_LANES           /* inputs, at every level, */
-#define PANEL_ROWS 16             /* and rows that are multiplied with them, in panels.h */
-#define INT8_ROWS 32              /* rows in int8.h */
-#define LARGEST_BLOCK 4096
-#define WIDE 8192                 /* columns of the input that are packed at a time, at most */
+#define PANEL MAX_LANES           /* inputs, and */
+#define INT8_ROWS 32              /* rows that are multiplied with them, in int8.h */
+#define INT8_ZERO 128             /* the step of a level that is zero there */
+#define WIDE 8192                 /* columns of the input that are packed at a time, at most; */
+#define WIDE_OF_FEW 49152         /* of FEW inputs at most, whose rows of the weight are read as they lie: those of all inputs */
 #define SUMMED 128                /* inputs at a time, where columns come in parts and results are rounded, at most; */
 #define SUMMED_ROWS 32            /* rows are multiples of this then, */
 #define SUMS_BYTES (256 * 1024)   /* all sums take this at most, */
@@ -49,26 +49,24 @@
 #define MOST 256                  /* and the most inputs in it; */
 #define SCRATCH_BYTES (1008 * 1024) /* fewer, where scratch of many threads would be more with it, */
 #define LEAST_BYTES (256 * 1024)  /* but no less of it */
+#define TILE_ROWS (MAX_VECTORS * MAX_LANES) /* whose sums a thread has, for each input */
 #define GRAD_ROWS 32              /* rows, or pairs of them, of a tile of the gradient, a group of columns wide */
+#define TORCH_ROWS 512            /* rows of a bfloat16 input from which torch multiplies dequantized weights faster, */
+#define TORCH_GRAD_ROWS 192       /* in the gradient, too, */
+#define TORCH_SIXTEEN_ROWS 16     /* and with bfloat16 weights */
 #define TILED_INPUTS 16           /* of a tile of AMX, */
 #define TILED_LINE 32             /* and its columns */
 #define TILED_FEW 4               /* inputs that AMX leaves to others, */
-#define TILED_FEW_SIXTEEN 8       /* those with bfloat16 weights, */
-#define TILED_FEW_TERMS 12        /* of float32, */
-#define TILED_FEW_TERMS_GRAD 96   /* and of gradients of it */
-#define TERMS 3                   /* bfloat16 numbers that add up to one of float32 */
-#define TILED_WIDE 2048           /* columns of the input that are packed at a time as such */
-#define TILED_ROWS 32             /* rows of the weight that are restored at a time then, */
-#define TILED_GROUPS 2            /* of so many groups of columns (of float32: one); */
-#define TILED_OWN(terms) (TILED_ROWS * (MAX_LANES + ((terms) > 1 ? TERMS : TILED_GROUPS) * MAX_GROUP / 2)) /* floats, with scales. */
+#define TILED_FEW_SIXTEEN 8       /* and those with bfloat16 weights */
+#define TILED_ROWS 32             /* rows of the weight that are dequantized at a time then, */
+#define TILED_GROUPS 2            /* of so many groups of columns; */
+#define TILED_OWN (TILED_ROWS * (MAX_LANES + TILED_GROUPS * MAX_GROUP / 2)) /* floats, with scales. */
 #define TILED_GRAD_ROWS 128       /* rows in the gradient, at most, of a group of columns, */
-#define TILED_GRAD_OWN(terms) /* floats, with scales and padded inputs */ \
-    (TILED_GRAD_ROWS * (((terms) > 1 ? TERMS * TILED_LINE : MAX_GROUP) / 2 + MAX_LANES + ((terms) > 1 ? 0 : TILED_INPUTS)))
-#define TILED_GRAD_PART 256       /* rows whose numbers of the gradient are packed as terms at a time */
+#define TILED_GRAD_OWN (TILED_GRAD_ROWS * (MAX_GROUP / 2 + MAX_LANES + TILED_INPUTS)) /* floats, with scales and padded inputs */
 #define TILED_GRAD_COLUMNS 1024   /* columns whose sums are taken at a time then, but a group for each thread */
 #define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient, and whose sums a thread takes; */
 #define GRAD_COLUMNS 2048         /* whose sums it takes where inputs may be few: */
-#define GRAD_MOST(coded) ((coded) ? 16 : 32) /* the most that are at any level, with codes or 16-bit weights */
+#define GRAD_MOST(coded) ((coded) ? 16 : 32) /* the most that are for any ISA, with codes or 16-bit weights */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
 
 /* Types of inputs, outputs and 16-bit weights. */
@@ -93,13 +91,11 @@ struct weight {
     const struct order *order; /* NULL for 16-bit floats, which keep their own order */
     int64_t rows, columns, row_bytes, blocks;
     int64_t half; /* bytes of a whole block */
-    int64_t stride; /* columns, padded to whole groups of words at every level */
+    int64_t stride; /* columns, padded to whole groups of words for every ISA */
     int encoding; /* enum encoding; enum type for 16-bit floats */
-    uint8_t steps[16]; /* where the levels lie on a grid, levels[c] = step * (steps[c] + base) */
-    int base;
-    int codes; /* 1 or 2: steps[c] = codes * c, as those of levels that are evenly spaced; else 0 */
-    float step; /* else 0 */
-    float int8_step; /* of levels that were made multiples of it, levels[c] = int8_step * (steps[c] - 128), or 0; `step` is 0 then */
+    int kind; /* enum kind of plan.h */
+    float int8_step; /* levels[c] = int8_step * (steps[c] - INT8_ZERO), where levels were rounded for 8-bit products; else 0 */
+    uint8_t steps[16];
 };
 
 /* A low-rank update: A (rank, columns), B (rows, rank), x (batch, columns), base and out (batch, rows), which may be one. */
@@ -113,7 +109,7 @@ struct update {
 /* What rows of float32 are quantized to, and how the scales of their blocks are chosen. */
 struct quantizing {
     const struct weight *weight; /* of what is made: its levels, encoding and sizes */
-    const struct level *level;
+    const struct isa *isa;
     const float *x;          /* (rows, columns) */
     const float *boundaries; /* 15 */
     const float *candidates; /* scales to try, in units of a block's largest weight; none: that weight is the scale */
@@ -136,11 +132,8 @@ struct job {
     int64_t out_step; /* from a row of it to the next, in linear */
     float *partial;   /* (batch, rows of the weight) there: what the parts of the columns make until the last is there; out, if it is float32 */
     int type, out_type, bias_type; /* enum type of x, out and the bias */
-    int low; /* whether products are taken in bfloat16, */
-    int grid; /* or in integers: enum grid of grid.h */
-    int panels; /* whether inputs, more than a few, are packed in panels, at levels that have as many lanes */
-    int tiles; /* 0, or taken by AMX: of how many terms an input is the sum */
-    int *refused; /* set where terms, or 8-bit integers, would not do for what is read: nothing that is written counts */
+    const struct kernel *kernel;
+    int *refused; /* set where 8-bit integers would not do for what is read: nothing that is written counts */
     int64_t batch, threads;
     float *packed; /* the input, or sums of the gradient, in the order of the words, or in tiles; */
     int64_t packed_step; /* each thread packs its own copy, so many floats behind the one before; 0: they share one */
@@ -167,33 +160,8 @@ void parallel(struct job *, body first, int64_t first_parts, body then, int64_t 
 /* Run something for each piece of the batch and, of so many groups of columns, each part of at most `wide`, unless it is refused. */
 void in_pieces(struct job *, int64_t groups, int64_t wide, void (*run)(struct job *));
 
-/* Which products with inputs in bfloat16 vectors take as such: none; those with one input, and codes as they are, in integers; or all. */
-enum low { NONE_LOW, CODES_LOW, ALL_LOW };
-
 /* Columns that packing has looked at, in all calls: a test holds that their number is linear in those of the inputs. */
 extern int64_t visited_columns;
-
-/* One instruction set. */
-struct level {
-    const char *name;
-    int lanes;
-    enum low low;
-    int tiles; /* whether it has AMX */
-    void (*linear)(struct job *);
-    void (*linear_int8)(struct job *); /* NULL: it has no products of 8-bit integers */
-    void (*input_grad)(struct job *);
-    void (*restore)(struct job *);
-    void (*update)(struct job *);
-    int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
-};
-
-/* A level whose operations are all those of body.h. */
-#define LEVEL_OF(name, low, linear_int8)                                                                                \
-    const struct level level_##name = {                                                                                 \
-        #name, LANES, low, 0, name##_linear, linear_int8, name##_input_grad, name##_restore, name##_update, name##_quantize, \
-    }
-
-extern const struct level level_portable, level_neon, level_avx2, level_avx512, level_avx512vnni, level_avx512bf16, level_avx512amx;
 
 #if defined(__GNUC__)
 #define prefetch(p) __builtin_prefetch(p)
@@ -215,31 +183,16 @@ static inline int64_t tiled_grad_columns(const struct weight *w, int64_t threads
 }
 
 /* Columns of so many inputs that are packed at a time: fewer of more than a few, so that small batches take little scratch. */
-static inline int64_t wide_of(int64_t batch) { return batch > FEW && batch <= FEW_MORE ? WIDE / 2 : WIDE; }
+static inline int64_t wide_of(int64_t batch)
+{
+    return batch > FEW_MORE ? WIDE : batch > FEW ? WIDE / 2 : WIDE_OF_FEW / batch;
+}
 
 /* Columns whose sums of a gradient a thread takes at a time, without AMX. */
 static inline int64_t grad_columns(const struct weight *w, int64_t batch, int64_t threads)
 {
     const int64_t groups = w->stride / MAX_GROUP, most = (groups + threads - 1) / threads * MAX_GROUP;
     return smaller(batch <= GRAD_MOST(w->order != NULL) ? GRAD_COLUMNS : TILE_COLUMNS, most);
-}
-
-/* Inputs that are few: codes are decoded in registers, with columns across the lanes. */
-static inline int64_t few_inputs(const struct weight *w, int low)
-{
-    return !w->order || (low && w->order->whole_words) ? FEW_MORE : FEW;
-}
-
-/* Whether every group of columns is whole blocks, which are whole words, but for the end of a row. */
-static inline int has_whole_groups(const struct weight *w) { return w->order->whole_words && MAX_GROUP / 2 % w->half == 0; }
-
-/* Whether codes are multiplied as they are with one input of integers, whose units become part of the scales (grid.h): these are
- * not so small that the product with a unit could be subnormal. In bfloat16 every vector of the input has one of them, and no level
- * is zero (all are odd numbers of half steps): what is small beside a large number must not be all that counts. */
-static inline int has_plain_codes(const struct weight *w, int low)
-{
-    const int counts = 2 * w->half >= MAX_LANES && w->codes == 2;
-    return w->order && w->codes && has_whole_groups(w) && w->encoding != SCALES_FLOAT32 && (!low || counts);
 }
 
 /* Columns whose scales are read at a time: whole parts, of about MAX_LANES blocks where these are not small. */

@@ -34,28 +34,28 @@ static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, 
            has_shape(&b, rows, a.shape[0]) && x->shape[0] && x->shape[0] <= UPDATED && rows && a.shape[1];
 }
 
-/* Where the arguments of a product, and those of restore, lie. */
-enum { LEVEL_INDEX, PREPARED_OF, PACKED, SCALES, X };
+/* Where the arguments of a product, and those of dequantize, lie. */
+enum { ISA, PREPARED_OF, PACKED, SCALES, X };
 
 /* A product with a weight, and with an update (A, B, scaling) unless A is None, of tensors that are held by who calls this. */
-static PyObject *product_of(struct held *held, PyObject *const *args, int transposed, int int8, PyObject *bias_given,
+static PyObject *product_of(struct held *held, PyObject *const *args, enum operation operation, PyObject *bias_given,
                             PyObject *threads_given, PyObject *const *update_given)
 {
     long long index, threads;
-    struct weight w;
+    struct weight w = {.rows = 0};
     struct update u = {.rank = 0};
     struct tensor x, out, bias = {.data = NULL};
     if (read_numbers(args, 1, &index, 1) || read_numbers(&threads_given, 1, &threads, 1))
         return NULL;
-    const struct level *level = all_levels[index];
-    int is = read_weight(level, args[PREPARED_OF], args[PACKED], args[SCALES], &w, held);
+    const struct isa *isa = all_isas[index];
+    int is = read_weight(isa, args[PREPARED_OF], args[PACKED], args[SCALES], &w, held);
     if (is == 1 && (is = read_tensor(args[X], &x, held)) == 1 && bias_given != Py_None)
         is = read_tensor(bias_given, &bias, held);
     if (is < 0)
         return NULL;
-    if (int8 && !(is && level->linear_int8 && w.int8_step > 0.0f && has_whole_groups(&w)))
+    if (operation == LINEAR_INT8 && is && !(w.int8_step > 0.0f))
         Py_RETURN_NONE;
-    w.step = int8 ? w.int8_step : w.step;
+    const int transposed = operation == INPUT_GRAD;
     const int64_t from = transposed ? w.rows : w.columns, to = transposed ? w.columns : w.rows;
     if (!is || x.type < 0 || !has_shape(&x, x.shape[0], from) || !x.shape[0] || !from || !to)
         Py_RETURN_NONE;
@@ -66,6 +66,11 @@ static PyObject *product_of(struct held *held, PyObject *const *args, int transp
         return NULL;
     if (!is)
         Py_RETURN_NONE;
+    const struct kernel *k = plan(isa, w.kind, x.shape[0], x.type, operation);
+    if (!k)
+        Py_RETURN_NONE;
+    if (!k->multiply)
+        Py_RETURN_FALSE;
     PyObject *made = empty_like(args[X], x.shape[0], to);
     if (!made)
         return NULL;
@@ -85,8 +90,8 @@ static PyObject *product_of(struct held *held, PyObject *const *args, int transp
             .batch = x.shape[0],
         };
         done = !transposed && x.type != FLOAT32 && from > wide_of(x.shape[0])
-                   ? take_in_parts(level, &job, int8, threads, args[X])
-                   : take_product(level, &job, updated ? &u : NULL, transposed, int8, threads, args[X], 0);
+                   ? run_in_parts(isa, k, &job, threads, args[X])
+                   : run_kernel(isa, k, &job, updated ? &u : NULL, threads, args[X], 0);
     }
     if (done == 1)
         return made;
@@ -96,74 +101,107 @@ static PyObject *product_of(struct held *held, PyObject *const *args, int transp
     Py_RETURN_NONE;
 }
 
-static PyObject *product(PyObject *const *args, int transposed, int int8, PyObject *bias, PyObject *threads,
+static PyObject *product(PyObject *const *args, enum operation operation, PyObject *bias, PyObject *threads,
                          PyObject *const *update_given)
 {
     struct held held = {.count = 0};
-    PyObject *made = product_of(&held, args, transposed, int8, bias, threads, update_given);
+    PyObject *made = product_of(&held, args, operation, bias, threads, update_given);
     release(&held);
     return made;
 }
 
-/* linear(level, prepared or None, packed or 16-bit weight, scales or None, x, bias or None, threads, A or None, B, scaling)
- * -> out, or None: there is something that C does not take */
+/* linear(isa, prepared or None, packed or 16-bit weight, scales or None, x, bias or None, threads, A or None, B, scaling)
+ * -> out, or None: there is something that C does not take; False: the plan leaves it to torch */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, THREADS, A, B, SCALING, ARGUMENTS };
     (void)self;
-    return has_count(given, ARGUMENTS) ? NULL : product(args, 0, 0, args[BIAS], args[THREADS], args + A);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR, args[BIAS], args[THREADS], args + A);
 }
 
-/* linear_int8(level, prepared for it, packed, scales, x, bias or None, threads)
+/* linear_int8(isa, prepared for it, packed, scales, x, bias or None, threads)
  * -> out, or None: there is something that 8-bit integers do not do */
 static PyObject *linear_int8(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, THREADS, ARGUMENTS };
     (void)self;
-    return has_count(given, ARGUMENTS) ? NULL : product(args, 0, 1, args[BIAS], args[THREADS], NULL);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR_INT8, args[BIAS], args[THREADS], NULL);
 }
 
-/* input_grad(level, prepared or None, packed or 16-bit weight, scales or None, grad, threads)
- * -> out, or None: there is something that C does not take */
+/* input_grad(isa, prepared or None, packed or 16-bit weight, scales or None, grad, threads)
+ * -> out, or None: there is something that C does not take; False: the plan leaves it to torch */
 static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { THREADS = X + 1, ARGUMENTS };
     (void)self;
-    return has_count(given, ARGUMENTS) ? NULL : product(args, 1, 0, Py_None, args[THREADS], NULL);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, INPUT_GRAD, Py_None, args[THREADS], NULL);
 }
 
-/* restore(level, prepared, packed, scales, first row, out, threads) -> out, or None: there is something that C does not take */
-static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t given)
+/* dequantize(isa, prepared, packed, scales, first row, first column, out, threads) -> out, which is filled, or None: there is
+ * something that C does not take. Columns are whole blocks, but at the end of the rows. */
+static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { FIRST = SCALES + 1, OUT, THREADS, ARGUMENTS };
-    long long index, first, threads;
-    struct weight w;
+    enum { ROW = SCALES + 1, COLUMN, OUT, THREADS, ARGUMENTS };
+    long long index, first[2], threads;
+    struct weight w = {.rows = 0};
     struct tensor out;
     struct held held = {.count = 0};
     (void)self;
-    if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + FIRST, 1, &first, 1) ||
+    if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + ROW, 2, first, 2) ||
         read_numbers(args + THREADS, 1, &threads, 1))
         return NULL;
-    int is = read_weight(all_levels[index], args[PREPARED_OF], args[PACKED], args[SCALES], &w, &held);
+    int is = read_weight(all_isas[index], args[PREPARED_OF], args[PACKED], args[SCALES], &w, &held);
     if (is == 1)
         is = read_tensor(args[OUT], &out, &held);
-    if (is < 1 || !w.order || out.type < 0 || !has_shape(&out, out.shape[0], w.columns) || first < 0 ||
-        first + out.shape[0] > w.rows) {
+    const int64_t size = 2 * w.half, end = is == 1 && out.dims == 2 ? first[1] + out.shape[1] : 0;
+    if (is < 1 || !w.order || out.type < 0 || out.dims != 2 || first[0] < 0 || first[0] + out.shape[0] > w.rows || first[1] < 0 ||
+        first[1] % size || end > w.columns || (end % size && end < w.columns)) {
         release(&held);
         if (is < 0)
             return NULL;
         Py_RETURN_NONE;
     }
-    w = rows_of(&w, first, out.shape[0]);
+    w = rows_of(&w, first[0], out.shape[0]);
     struct job job = {
-        .weight = &w, .out = out.data, .out_type = out.type, .threads = threads_for(threads, (double)w.rows * w.columns),
+        .weight = &w,
+        .out = out.data,
+        .out_type = out.type,
+        .out_step = out.shape[1],
+        .g0 = first[1] / size,
+        .g1 = (end + size - 1) / size,
+        .threads = threads_for(threads, (double)w.rows * out.shape[1]),
     };
     Py_BEGIN_ALLOW_THREADS
-    all_levels[index]->restore(&job);
+    parallel(&job, base_of(all_isas[index])->dequantize, 1, NULL, 0);
     Py_END_ALLOW_THREADS
     release(&held);
     Py_INCREF(args[OUT]);
     return args[OUT];
+}
+
+/* plan(isa, block size or 0, enum type of a 16-bit weight, rows of the input, its enum type, enum operation) -> [(ISA, kernel, its
+ * least rows, its most, why it refuses or None), ...]: all kernels that are asked, the last of which accepts; empty: none does */
+static PyObject *plan_of(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    enum { ISA_AT, BLOCK, WEIGHT, ROWS, TYPE, OPERATION, ARGUMENTS };
+    long long n[ARGUMENTS];
+    (void)self;
+    if (read_numbers(args, given, n, ARGUMENTS))
+        return NULL;
+    const enum kind kind = kind_of(n[BLOCK] / 2, (int)n[WEIGHT]);
+    const struct kernel *found = plan(all_isas[n[ISA_AT]], kind, n[ROWS], (int)n[TYPE], (enum operation)n[OPERATION]);
+    PyObject *asked = PyList_New(0);
+    for (const struct isa *isa = all_isas[n[ISA_AT]]; asked && found && isa; isa = isa->extends)
+        for (const struct kernel *k = isa->kernels; asked && k->name; k++) {
+            PyObject *row = Py_BuildValue("(ssLLz)", isa->name, k->name, (long long)k->least, (long long)k->most,
+                                          refusal(k, kind, n[ROWS], (int)n[TYPE], (enum operation)n[OPERATION]));
+            if (!row || PyList_Append(asked, row))
+                Py_CLEAR(asked);
+            Py_XDECREF(row);
+            if (k == found)
+                return asked;
+        }
+    return asked;
 }
 
 /* What `update` below returns, of tensors that are held by who calls this. */
@@ -200,13 +238,13 @@ static PyObject *update_of(struct held *held, PyObject *const *args, Py_ssize_t 
         .threads = threads_for(threads, (double)u.rank * (u.rows + u.columns) * base.shape[0]),
     };
     Py_BEGIN_ALLOW_THREADS
-    all_levels[index]->update(&job);
+    run_update(all_isas[index], &job);
     Py_END_ALLOW_THREADS
     free_scratch(&narrow);
     return made;
 }
 
-/* update(level, base, x, A, B, scaling, threads) -> out, or None: there is something that C does not take */
+/* update(isa, base, x, A, B, scaling, threads) -> out, or None: there is something that C does not take */
 static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     struct held held = {.count = 0};
@@ -221,16 +259,16 @@ static void quantize_body(struct job *job, int64_t part, int64_t parts, int64_t 
     struct quantizing *q = job->quantizing;
     int64_t from, to;
     share(q->weight->rows, 1, parts, part, &from, &to);
-    if (!q->level->quantize(q, from, to, q->scratch + thread * q->own))
+    if (!q->isa->quantize(q, from, to, q->scratch + thread * q->own))
         q->failed = 1;
 }
 
-/* quantize(level, x, packed, scales, levels, encoding, block_size, rows, columns, boundaries, candidates, number of
+/* quantize(isa, x, packed, scales, levels, encoding, block_size, rows, columns, boundaries, candidates, number of
  * candidates, importance, bits of the largest magnitude, zero code, whether a scale has a sign, scratch, threads)
  * -> whether the scales can hold every weight */
 static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { LEVEL_INDEX, X, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, BOUNDARIES, CANDIDATES, TRIED, IMPORTANCE, LARGEST, ZERO, SIGN, SCRATCH, THREADS,
+    enum { ISA, X, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, BOUNDARIES, CANDIDATES, TRIED, IMPORTANCE, LARGEST, ZERO, SIGN, SCRATCH, THREADS,
            ARGUMENTS };
     long long n[ARGUMENTS];
     (void)self;
@@ -240,7 +278,7 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
                                       n[ROWS], n[COLUMNS]);
     struct quantizing q = {
         .weight = &w,
-        .level = all_levels[n[LEVEL_INDEX]],
+        .isa = base_of(all_isas[n[ISA]]),
         .x = ADDRESS(n[X]),
         .boundaries = ADDRESS(n[BOUNDARIES]),
         .candidates = ADDRESS(n[CANDIDATES]),
@@ -297,7 +335,7 @@ static PyObject *visited(PyObject *self, PyObject *unused)
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 static PyMethodDef methods[] = {
-    {"levels", levels, METH_NOARGS, NULL},
+    {"isas", isas, METH_NOARGS, NULL},
     {"visited", visited, METH_NOARGS, NULL},
     {"share_threads", share_threads, METH_O, NULL},
     {"use_torch", use_torch, METH_VARARGS, NULL},
@@ -306,7 +344,8 @@ static PyMethodDef methods[] = {
     FAST(linear),
     FAST(linear_int8),
     FAST(input_grad),
-    FAST(restore),
+    FAST(dequantize),
+    {"plan", (PyCFunction)(void (*)(void))plan_of, METH_FASTCALL, NULL},
     FAST(quantize),
     FAST(update),
     {NULL, NULL, 0, NULL},

@@ -4,7 +4,6 @@
 #include <arm_neon.h>
 
 #define LANES 4
-#define LEVEL(name) neon_##name
 typedef float32x4_t V;
 typedef uint32x4_t W;
 typedef uint8x16x4_t T;
@@ -136,9 +135,8 @@ static inline void codes_store(uint8_t *p, W codes)
 #define GRAD_SIXTEEN 16
 #define GRAD_VECTORS 4
 
-#include "body.h"
-
-LEVEL_OF(neon, NONE_LOW, NULL);
+#define ISA_NAME neon
+#include "floats.h"
 #else
 typedef int nothing_here;
 #endif

@@ -7,17 +7,17 @@
  * bfloat16, and after it that of the next input. 16-bit weights have the columns in their own order. */
 
 /* Columns from c on of input m, n of them, as float32. */
-INLINE const float *LEVEL(floats_of)(const struct job *job, int64_t m, int64_t c, int64_t n, float *scratch, const int type)
+INLINE const float *floats_of(const struct job *job, int64_t m, int64_t c, int64_t n, float *scratch, const int type)
 {
     const int64_t from = m * job->weight->columns + c;
     if (type == FLOAT32)
         return (const float *)job->x + from;
-    LEVEL(widen_run)((const uint16_t *)job->x + from, n, scratch, type);
+    widen_run((const uint16_t *)job->x + from, n, scratch, type);
     return scratch;
 }
 
 /* A part of whole blocks: four columns of a block's first half, four of its second, and so on. */
-INLINE void LEVEL(interleave)(const char *x, char *out, const int half, const int bytes)
+INLINE void interleave(const char *x, char *out, const int half, const int bytes)
 {
     for (int block = 0; block < 2 * PART_FLOATS / bytes; block += half, x += 2 * half * bytes)
 #pragma GCC unroll 8
@@ -28,18 +28,18 @@ INLINE void LEVEL(interleave)(const char *x, char *out, const int half, const in
 }
 
 /* Pack input m in the order of the words: as float32, or as it is where products are taken in bfloat16. */
-INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, const int type, const int low)
+INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const int type, const int bf16)
 {
     const struct weight *w = job->weight;
-    const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, bytes = low ? 2 : 4;
-    const int64_t size = PART(low), last = (floats - 1) / size * size;
+    const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, bytes = bf16 ? 2 : 4;
+    const int64_t size = PART(bf16), last = (floats - 1) / size * size;
 #define PLACE(s) ((char *)job->packed + bytes * ((s) / size * size * batch + (m - job->m0) * size + (s) % size))
     if (floats != w->columns)
         memset(PLACE(last), 0, (size_t)((floats - last) * bytes));
     if (!w->order) {
         for (int64_t s = 0, n; s < floats && begin + s < w->columns; s += size) {
             n = smaller(smaller(size, floats - s), w->columns - begin - s);
-            memcpy(PLACE(s), LEVEL(floats_of)(job, m, begin + s, n, scratch, type), (size_t)n * sizeof(float));
+            memcpy(PLACE(s), floats_of(job, m, begin + s, n, scratch, type), (size_t)n * sizeof(float));
         }
         return;
     }
@@ -48,20 +48,20 @@ INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, 
     if (size / 2 % half == 0 && half % 4 == 0) /* a part is whole blocks */
         for (; (block + 1) * half <= end && block * half * 2 + size <= w->columns; block += size / 2 / half) {
             const int64_t start = block * 2 * half;
-            const char *x = low ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
-                                : (const char *)LEVEL(floats_of)(job, m, start, size, scratch, type);
+            const char *x = bf16 ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
+                                : (const char *)floats_of(job, m, start, size, scratch, type);
             char *place = PLACE(start - begin);
             switch (half) {
-            case 8: LEVEL(interleave)(x, place, 8, (int)bytes); break;
-            case 16: LEVEL(interleave)(x, place, 16, (int)bytes); break;
-            case 32: LEVEL(interleave)(x, place, 32, (int)bytes); break;
-            default: LEVEL(interleave)(x, place, (int)half, (int)bytes);
+            case 8: interleave(x, place, 8, (int)bytes); break;
+            case 16: interleave(x, place, 16, (int)bytes); break;
+            case 32: interleave(x, place, 32, (int)bytes); break;
+            default: interleave(x, place, (int)half, (int)bytes);
             }
         }
     for (; block * half < end; block++) {
         const int64_t start = block * 2 * half, columns = smaller(w->columns - start, 2 * half), lower = (columns + 1) / 2;
-        const char *lows = low ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
-                               : (const char *)LEVEL(floats_of)(job, m, start, columns, scratch, type);
+        const char *lows = bf16 ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
+                               : (const char *)floats_of(job, m, start, columns, scratch, type);
         const char *highs = lows + lower * bytes;
         int64_t j = block * half < begin / 2 ? begin / 2 - block * half : 0;
         const int64_t to = smaller(lower, end - block * half);
@@ -83,27 +83,31 @@ INLINE void LEVEL(pack_input)(const struct job *job, int64_t m, float *scratch, 
 }
 
 /* Pack input m as float32. */
-static void LEVEL(pack_typed)(const struct job *job, int64_t m, float *scratch)
+static void pack_typed(const struct job *job, int64_t m, float *scratch)
 {
     if (job->type == FLOAT32)
-        LEVEL(pack_input)(job, m, scratch, FLOAT32, 0);
+        pack_input(job, m, scratch, FLOAT32, 0);
     else if (job->type == BFLOAT16)
-        LEVEL(pack_input)(job, m, scratch, BFLOAT16, 0);
+        pack_input(job, m, scratch, BFLOAT16, 0);
     else
-        LEVEL(pack_input)(job, m, scratch, FLOAT16, 0);
+        pack_input(job, m, scratch, FLOAT16, 0);
 }
 
 /* Pack a piece of the batch: part by part, input by input. */
-static void LEVEL(pack_many)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void pack_many(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    float *scratch = job->own + thread * job->own_floats;
     int64_t m, to;
     share(job->m1 - job->m0, 1, parts, part, &m, &to);
     for (m += job->m0, to += job->m0; m < to; m++)
-#if LEVEL_LOW
-        if (job->low)
-            LEVEL(pack_input)(job, m, scratch, BFLOAT16, 1);
-        else
-#endif
-            LEVEL(pack_typed)(job, m, scratch);
+        pack_typed(job, m, job->own + thread * job->own_floats);
 }
+
+#if ISA_BFLOAT16
+static void pack_many_bf16(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    int64_t m, to;
+    share(job->m1 - job->m0, 1, parts, part, &m, &to);
+    for (m += job->m0, to += job->m0; m < to; m++)
+        pack_input(job, m, job->own + thread * job->own_floats, BFLOAT16, 1);
+}
+#endif

@@ -1,8 +1,7 @@
-/* The portable level: plain C that any compiler turns into correct code for any processor. */
+/* The portable ISA: plain C that any compiler turns into correct code for any processor. */
 #include "kernel.h"
 
 #define LANES 8
-#define LEVEL(name) portable_##name
 typedef struct {
     float v[LANES];
 } V;
@@ -152,6 +151,5 @@ static inline void v_to_bfloat(uint16_t *p, V a) { EACH p[i] = float_to_bfloat(a
 #define GRAD_SIXTEEN 3
 #define GRAD_VECTORS 4
 
-#include "body.h"
-
-LEVEL_OF(portable, NONE_LOW, NULL);
+#define ISA_NAME portable
+#include "floats.h"

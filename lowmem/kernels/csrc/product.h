@@ -1,81 +1,64 @@
-/* How a product is taken: in what arithmetic, with what scratch, and in which parts. */
+/* The driver: it runs the kernel that the plan has for a product, with what scratch that needs, in pieces. */
 #ifndef LOWMEM_PRODUCT_H
 #define LOWMEM_PRODUCT_H
 
 #include "layout.h"
 #include "weights.h"
 
-/* Whether vectors take products with an input of a type in bfloat16, or with two digits for it. */
-static int is_low(const struct level *level, const struct weight *w, int64_t batch, int type, int transposed)
+/* A piece of the batch, and groups of columns. */
+static void run_piece(struct job *job)
 {
-    if (type != BFLOAT16 || !w->order || level->low == NONE_LOW)
-        return 0;
-    return level->low == ALL_LOW || (batch == 1 && !transposed && has_plain_codes(w, 1));
+    const struct kernel *k = job->kernel;
+    if (k->operation == INPUT_GRAD)
+        parallel(job, k->multiply, 1, NULL, 0);
+    else if (k->few)
+        parallel(job, k->pack, !job->update ? 0 : job->packed_step ? 1 : 2, k->multiply, job->batch > FEW ? PARTS : 1);
+    else
+        parallel(job, k->pack, job->packed_step || job->m1 - job->m0 <= PACKED_ALONE ? 0 : PARTS, k->multiply, PARTS);
 }
 
-/* Whether levels are zeros or large enough that none of their terms is lost. */
-static int levels_have_terms(const struct weight *w)
-{
-    for (int c = 0; w->order && c < 16; c++)
-        if (w->levels[c] != 0.0f && !(fabsf(w->levels[c]) >= 0x1p-10f && fabsf(w->levels[c]) <= 0x1p10f))
-            return 0;
-    return 1;
-}
+static void run_update(const struct isa *isa, struct job *job) { parallel(job, base_of(isa)->narrow, 1, base_of(isa)->widen, 1); }
 
-/* Whether products with more than a few inputs are taken by AMX, and of how many terms an input is the sum, then. */
-static int in_tiles(const struct level *level, const struct weight *w, int64_t batch, int type, int transposed)
-{
-    const int is_bfloat = !w->order && w->encoding == BFLOAT16;
-    if (!level->tiles || type == FLOAT16 || (type == BFLOAT16 && !w->order && !is_bfloat))
-        return 0;
-    if (type == FLOAT32) {
-        const int64_t few = transposed ? TILED_FEW_TERMS_GRAD : is_bfloat ? TILED_FEW_SIXTEEN : TILED_FEW_TERMS;
-        return batch > few && levels_have_terms(w) ? TERMS : 0;
-    }
-    return batch > (is_bfloat ? TILED_FEW_SIXTEEN : TILED_FEW);
-}
-
-/* Take a product that is known but for how, with scratch for it; beside it, so many bytes are taken already. 1: it is done.
- * 0: it is refused. -1, with an error: there is no scratch. */
-static int take_product(const struct level *level, struct job *job, struct update *update, int transposed, int int8,
-                        long long threads, PyObject *like, int64_t beside)
+/* Run a kernel, with scratch for it; beside it, so many bytes are taken already. 1: it is done. 0: it refuses what it reads. -1,
+ * with an error: there is no scratch. */
+static int run_kernel(const struct isa *isa, const struct kernel *k, struct job *job, struct update *update, long long threads,
+                      PyObject *like, int64_t beside)
 {
     const struct weight *w = job->weight;
-    const int64_t narrow = update ? job->batch * update->rank : 0;
-    int refused;
-    job->tiles = int8 ? 0 : in_tiles(level, w, job->batch, job->type, transposed);
+    const struct layout layout = layout_of(k, w, job->batch, threads, beside);
+    const int64_t floats = layout.shared + layout.threads * layout.own, narrow = update ? job->batch * update->rank : 0;
+    const int64_t narrow_at = k->few ? floats : 0; /* of more inputs it is made when all rows are done */
+    const int64_t group = isa->lanes * 8, groups = w->stride / group;
+    struct scratch scratch;
+    int refused = 0;
+    if (take_scratch(like, job->type == FLOAT32 ? 4 : 2, 4 * (narrow_at + narrow > floats ? narrow_at + narrow : floats), &scratch))
+        return -1;
+    if (update)
+        update->narrow = scratch.memory + narrow_at;
+    job->kernel = k;
     job->refused = &refused;
-    for (;; job->tiles = 0) { /* where terms are refused */
-        refused = 0;
-        job->low = !int8 && (job->tiles == 1 || is_low(level, w, job->batch, job->type, transposed));
-        const struct layout layout = layout_of(w, job->batch, threads, transposed, job->low, int8, job->tiles, beside);
-        const int64_t floats = layout.shared + layout.threads * layout.own;
-        const int64_t narrow_at = layout.few ? floats : 0; /* of more inputs it is made when all rows are done */
-        struct scratch scratch;
-        if (take_scratch(like, job->type == FLOAT32 ? 4 : 2, 4 * (narrow_at + narrow > floats ? narrow_at + narrow : floats), &scratch))
-            return -1;
-        if (update)
-            update->narrow = scratch.memory + narrow_at;
-        job->update = update;
-        job->panels = layout.panels;
-        job->threads = layout.threads;
-        job->packed = scratch.memory;
-        job->packed_step = layout.packed_step;
-        job->own = scratch.memory + layout.shared;
-        job->own_floats = layout.own;
-        job->piece = layout.piece;
-        Py_BEGIN_ALLOW_THREADS
-        (transposed ? level->input_grad : int8 ? level->linear_int8 : level->linear)(job);
-        Py_END_ALLOW_THREADS
-        free_scratch(&scratch);
-        if (!refused || int8)
-            return !refused;
+    job->update = update;
+    job->threads = layout.threads;
+    job->packed = scratch.memory;
+    job->packed_step = layout.packed_step;
+    job->own = scratch.memory + layout.shared;
+    job->own_floats = layout.own;
+    job->piece = layout.piece;
+    Py_BEGIN_ALLOW_THREADS
+    in_pieces(job, groups, k->operation != INPUT_GRAD ? wide_of(job->batch) / group : k->amx ? tiled_grad_columns(w, job->threads) / group : groups,
+              run_piece);
+    if (update && !k->few && !refused) {
+        job->packed_step = 0; /* its parts are shared */
+        run_update(isa, job);
     }
+    Py_END_ALLOW_THREADS
+    free_scratch(&scratch);
+    return !refused;
 }
 
 /* The same of inputs whose columns come in parts, for an output of 16 bits: these are added up in float32, for some inputs and
  * rows of the weight at a time, and rounded once. */
-static int take_in_parts(const struct level *level, const struct job *job, int int8, long long threads, PyObject *like)
+static int run_in_parts(const struct isa *isa, const struct kernel *k, const struct job *job, long long threads, PyObject *like)
 {
     const struct weight *w = job->weight;
     const int64_t pieces = (job->batch + SUMMED - 1) / SUMMED, step = (job->batch + pieces - 1) / pieces;
@@ -98,7 +81,7 @@ static int take_in_parts(const struct level *level, const struct job *job, int i
             part.out = (uint16_t *)job->out + m * w->rows + r;
             part.partial = sums.memory;
             part.batch = smaller(step, job->batch - m);
-            done = take_product(level, &part, NULL, 0, int8, threads, like, bytes);
+            done = run_kernel(isa, plan(isa, w->kind, part.batch, part.type, k->operation), &part, NULL, threads, like, bytes);
         }
     free_scratch(&sums);
     return done;

@@ -4,7 +4,7 @@
 #define ERROR_SUMS 16 /* parts in which a block's error is added up */
 
 /* The first n values of a vector, the others zero. */
-INLINE V LEVEL(first)(const float *p, int64_t n)
+INLINE V first(const float *p, int64_t n)
 {
     float rest[LANES] = {0};
     for (int64_t i = 0; i < n && i < LANES; i++)
@@ -13,7 +13,7 @@ INLINE V LEVEL(first)(const float *p, int64_t n)
 }
 
 /* The bits of the largest magnitude. */
-INLINE uint32_t LEVEL(largest)(const float *x, int64_t n)
+INLINE uint32_t largest_bits(const float *x, int64_t n)
 {
     uint32_t most = 0; /* magnitudes are ordered as their bits are, and a NaN lies above infinity */
     for (int64_t i = 0; i < n; i++) {
@@ -24,7 +24,7 @@ INLINE uint32_t LEVEL(largest)(const float *x, int64_t n)
 }
 
 /* Whether the largest weight is negative, and no positive one as large. */
-INLINE int LEVEL(is_negative)(const float *x, int64_t n, uint32_t largest)
+INLINE int is_negative(const float *x, int64_t n, uint32_t largest)
 {
     int positive = largest == 0;
     for (int64_t i = 0; i < n; i++)
@@ -33,10 +33,10 @@ INLINE int LEVEL(is_negative)(const float *x, int64_t n, uint32_t largest)
 }
 
 /* What divides the weights of a block: one without a scale gets the zero code. */
-INLINE float LEVEL(divisor)(float scale) { return scale == 0.0f ? float_of(0x7f800000) : scale; }
+INLINE float divisor_of(float scale) { return scale == 0.0f ? float_of(0x7f800000) : scale; }
 
 /* Put the squared error of LANES weights at a scale into out[0], and that at the negative scale into out[1]. */
-INLINE void LEVEL(squares)(V x, V importance, V scale, V divisor, B boundaries, T levels, const int both, const int weighted,
+INLINE void squares(V x, V importance, V scale, V divisor, B boundaries, T levels, const int both, const int weighted,
                            V *out)
 {
     const V relative = v_div(x, divisor);
@@ -54,10 +54,10 @@ INLINE void LEVEL(squares)(V x, V importance, V scale, V divisor, B boundaries, 
 }
 
 /* The squared error of a block at a scale, and at the negative scale. */
-INLINE void LEVEL(errors)(const float *x, const float *importance, int64_t n, float scale, B boundaries, T levels,
+INLINE void errors(const float *x, const float *importance, int64_t n, float scale, B boundaries, T levels,
                           const int both, const int weighted, float *out)
 {
-    const V factor = v_set1(scale), divisor = v_set1(LEVEL(divisor)(scale));
+    const V factor = v_set1(scale), divisor = v_set1(divisor_of(scale));
     V sums[2][ERROR_SUMS / LANES], square[2];
     for (int h = 0; h < ERROR_SUMS / LANES; h++)
         sums[0][h] = sums[1][h] = v_zero();
@@ -66,7 +66,7 @@ INLINE void LEVEL(errors)(const float *x, const float *importance, int64_t n, fl
 #pragma GCC unroll 2
         for (int h = 0; h < ERROR_SUMS / LANES; h++) {
             const int64_t at = i + h * LANES;
-            LEVEL(squares)(v_load(x + at), weighted ? v_load(importance + at) : v_zero(), factor, divisor, boundaries, levels,
+            squares(v_load(x + at), weighted ? v_load(importance + at) : v_zero(), factor, divisor, boundaries, levels,
                            both, weighted, square);
             for (int s = 0; s <= both; s++)
                 sums[s][h] = v_add(sums[s][h], square[s]);
@@ -77,12 +77,12 @@ INLINE void LEVEL(errors)(const float *x, const float *importance, int64_t n, fl
         const int64_t at = i + h * LANES;
         if (at >= n)
             break;
-        LEVEL(squares)(LEVEL(first)(x + at, n - at), weighted ? LEVEL(first)(importance + at, n - at) : v_zero(), factor,
+        squares(first(x + at, n - at), weighted ? first(importance + at, n - at) : v_zero(), factor,
                        divisor, boundaries, levels, both, weighted, square);
         for (int s = 0; s <= both; s++) {
             float values[LANES]; /* what lies beyond the block has an error too, where a zero has no level */
             v_store(values, square[s]);
-            sums[s][h] = v_add(sums[s][h], LEVEL(first)(values, n - at));
+            sums[s][h] = v_add(sums[s][h], first(values, n - at));
         }
     }
     for (int s = 0; s <= both; s++) {
@@ -97,7 +97,7 @@ INLINE void LEVEL(errors)(const float *x, const float *importance, int64_t n, fl
 }
 
 /* The candidate with the least error, of those the first; a NaN is never less. */
-INLINE float LEVEL(best)(const struct quantizing *q, const float *x, const float *importance, int64_t n, float top,
+INLINE float best(const struct quantizing *q, const float *x, const float *importance, int64_t n, float top,
                          const int both, const int weighted)
 {
     const B boundaries = boundaries_load(q->boundaries);
@@ -106,7 +106,7 @@ INLINE float LEVEL(best)(const struct quantizing *q, const float *x, const float
     for (int64_t c = 0; c < q->tried; c++) {
         float scale = top * q->candidates[c], error[2];
         scale = scale > q->largest ? q->largest : scale < -q->largest ? -q->largest : scale;
-        LEVEL(errors)(x, importance, n, scale, boundaries, levels, both, weighted, error);
+        errors(x, importance, n, scale, boundaries, levels, both, weighted, error);
         if (c == 0 || error[0] < least)
             best = scale, least = error[0];
         if (both && error[1] < least)
@@ -115,17 +115,17 @@ INLINE float LEVEL(best)(const struct quantizing *q, const float *x, const float
     return best;
 }
 
-static float LEVEL(searched)(const struct quantizing *q, const float *x, int64_t column, int64_t n, float top)
+static float searched(const struct quantizing *q, const float *x, int64_t column, int64_t n, float top)
 {
     const float *importance = q->importance ? q->importance + column : NULL;
     if (q->has_sign)
-        return importance ? LEVEL(best)(q, x, importance, n, top, 1, 1) : LEVEL(best)(q, x, NULL, n, top, 1, 0);
-    return importance ? LEVEL(best)(q, x, importance, n, top, 0, 1) : LEVEL(best)(q, x, NULL, n, top, 0, 0);
+        return importance ? best(q, x, importance, n, top, 1, 1) : best(q, x, NULL, n, top, 1, 0);
+    return importance ? best(q, x, importance, n, top, 0, 1) : best(q, x, NULL, n, top, 0, 0);
 }
 
 /* Double quantization of n scales: bytes that count steps of the row's, which the two bytes behind them hold. A scale
  * below one step is stored as one step, positive: its block has no weight at an end, and so no sign to find again. */
-INLINE void LEVEL(encode_double)(float *scales, int64_t n, const int has_sign, uint8_t *out)
+INLINE void encode_double(float *scales, int64_t n, const int has_sign, uint8_t *out)
 {
     const float most = has_sign ? 127.0f : 255.0f, raise = has_sign ? (float)(127 * (1 + 0x1p-20)) : (float)(255 * (1 + 0x1p-20));
     float largest = 0.0f;
@@ -145,7 +145,7 @@ INLINE void LEVEL(encode_double)(float *scales, int64_t n, const int has_sign, u
 }
 
 /* Store the scale of every block of a row, and put what divides its weights in their place. */
-static void LEVEL(encode)(const struct weight *w, float *scales, uint8_t *out)
+static void encode(const struct weight *w, float *scales, uint8_t *out)
 {
     const int64_t n = w->blocks;
     if (w->encoding == SCALES_FLOAT32) {
@@ -160,16 +160,16 @@ static void LEVEL(encode)(const struct weight *w, float *scales, uint8_t *out)
             scales[b] = half_to_float(bits);
         }
     } else if (w->encoding == SCALES_DOUBLE) {
-        LEVEL(encode_double)(scales, n, 0, out);
+        encode_double(scales, n, 0, out);
     } else {
-        LEVEL(encode_double)(scales, n, 1, out);
+        encode_double(scales, n, 1, out);
     }
     for (int64_t b = 0; b < n; b++)
-        scales[b] = LEVEL(divisor)(scales[b]);
+        scales[b] = divisor_of(scales[b]);
 }
 
 /* Whether all weights of a block have one code. */
-INLINE int LEVEL(all_equal)(const uint8_t *codes, int64_t n, uint8_t code)
+INLINE int all_equal(const uint8_t *codes, int64_t n, uint8_t code)
 {
     for (int64_t i = 0; i < n; i++)
         if (codes[i] != code)
@@ -179,7 +179,7 @@ INLINE int LEVEL(all_equal)(const uint8_t *codes, int64_t n, uint8_t code)
 
 /* Quantize some rows; `own` is scratch for the scales of a row and the codes of a block. Returns whether all weights are
  * finite and no magnitude is above the largest; if not, nothing that was written counts. */
-static int LEVEL(quantize)(const struct quantizing *q, int64_t from, int64_t to, uint8_t *own)
+static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_t *own)
 {
     const struct weight *w = q->weight;
     const int64_t size = 2 * w->half;
@@ -193,15 +193,15 @@ static int LEVEL(quantize)(const struct quantizing *q, int64_t from, int64_t to,
         uint8_t *packed = q->packed + r * w->row_bytes, *stored = q->scales + r * q->scale_bytes;
         for (int64_t b = 0; b < w->blocks; b++) {
             const int64_t n = smaller(size, w->columns - b * size);
-            const uint32_t largest = LEVEL(largest)(x + b * size, n);
+            const uint32_t largest = largest_bits(x + b * size, n);
             if (largest > bits_of(q->largest))
                 return 0;
-            const int negative = q->has_sign && LEVEL(is_negative)(x + b * size, n, largest);
+            const int negative = q->has_sign && is_negative(x + b * size, n, largest);
             scales[b] = negative ? -float_of(largest) : float_of(largest);
             if (q->tried)
-                scales[b] = LEVEL(searched)(q, x + b * size, b * size, n, scales[b]);
+                scales[b] = searched(q, x + b * size, b * size, n, scales[b]);
         }
-        LEVEL(encode)(w, scales, stored);
+        encode(w, scales, stored);
         for (int64_t b = 0; b < w->blocks; b++, x += size) {
             const int64_t n = smaller(size, w->columns - b * size), half = (n + 1) / 2;
             const V divisor = v_set1(scales[b]);
@@ -209,11 +209,11 @@ static int LEVEL(quantize)(const struct quantizing *q, int64_t from, int64_t to,
             for (; i + LANES <= n; i += LANES)
                 codes_store(codes + i, v_code(boundaries, v_div(v_load(x + i), divisor)));
             if (i < n)
-                codes_store(codes + i, v_code(boundaries, v_div(LEVEL(first)(x + i, n - i), divisor)));
+                codes_store(codes + i, v_code(boundaries, v_div(first(x + i, n - i), divisor)));
             if (n % 2)
                 codes[n] = (uint8_t)q->zero;
             /* A block of zero codes is dequantized to zeros, whose scale is zero: so is its own. */
-            if (is_double && has_zero && stored[b] == 1 && LEVEL(all_equal)(codes, n, (uint8_t)q->zero))
+            if (is_double && has_zero && stored[b] == 1 && all_equal(codes, n, (uint8_t)q->zero))
                 stored[b] = 0;
             for (int64_t j = 0; j < half; j++)
                 packed[b * w->half + j] = (uint8_t)(codes[j] | codes[half + j] << 4);

@@ -1,6 +1,6 @@
 /* Rows of a weight as vectors of float32, over the few vector operations that each level defines:
  *
- *   LANES, LEVEL(name), V, v_zero, v_set1, v_load, v_store, v_add, v_mul, v_fma, v_sum
+ *   LANES, name, V, v_zero, v_set1, v_load, v_store, v_add, v_mul, v_fma, v_sum
  *   v_sum4(a, b, c, d, out)  four sums; v_runs(a, b, c, d, out), lane by lane four numbers; v_transpose(v), LANES vectors
  *   v_scales(p, from, n, encoding)   up to n stored scales of a row at p, or the steps that they count; then zeros: by
  *                            OWN_SCALES, one by one, or where there are LANES of them (OWN_STEPS) by v_steps(p, encoding)
@@ -91,7 +91,7 @@ static inline void v_transpose(V *v)
 }
 #endif
 
-INLINE float LEVEL(row_scale)(const struct weight *w, int64_t row)
+INLINE float row_scale(const struct weight *w, int64_t row)
 {
     uint16_t bits;
     memcpy(&bits, row_scale_at(w, row), sizeof bits);
@@ -99,7 +99,7 @@ INLINE float LEVEL(row_scale)(const struct weight *w, int64_t row)
 }
 
 /* The scales of n blocks of a row, from block `first`. */
-INLINE void LEVEL(scales)(const struct weight *w, int64_t row, int64_t first, int64_t n, float *out)
+INLINE void row_scales(const struct weight *w, int64_t row, int64_t first, int64_t n, float *out)
 {
     if (w->encoding == SCALES_FLOAT32) {
         memcpy(out, (const float *)w->scales + row * w->blocks + first, (size_t)n * sizeof *out);
@@ -107,7 +107,7 @@ INLINE void LEVEL(scales)(const struct weight *w, int64_t row, int64_t first, in
         v_from_half((const uint16_t *)w->scales + row * w->blocks + first, n, out);
     } else {
         const uint8_t *p = w->scales + row * scale_bytes(w);
-        const float scale = LEVEL(row_scale)(w, row);
+        const float scale = row_scale(w, row);
         if (w->encoding == SCALES_SIGNED)
             for (int64_t i = 0; i < n; i++)
                 out[i] = signed_steps(p[first + i]) * scale / 127.0f;
@@ -117,78 +117,78 @@ INLINE void LEVEL(scales)(const struct weight *w, int64_t row, int64_t first, in
     }
 }
 
-INLINE W LEVEL(words)(const struct weight *w, int64_t row, int64_t group)
+INLINE W words_of_group(const struct weight *w, int64_t row, int64_t group)
 {
     const int64_t start = group * LANES * 4;
     return words_load(w->packed + row * w->row_bytes + start, w->row_bytes - start);
 }
 
 /* The scale of byte b of each word of a group, where `scales` starts at the first block of group g0. */
-INLINE V LEVEL(spread)(const struct order *order, const float *scales, int64_t g0, int64_t group, int b)
+INLINE V spread(const struct order *order, const float *scales, int64_t g0, int64_t group, int b)
 {
     return v_spread(v_load(scales + order->first_block[group] - order->first_block[g0]), order->block + (group * 4 + b) * LANES);
 }
 
-INLINE V LEVEL(sixteen)(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
+INLINE V sixteen(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
 
 /* LANES numbers of a type, from number i on, as float32. */
-INLINE V LEVEL(load_as)(const void *p, const int type, int64_t i)
+INLINE V load_as(const void *p, const int type, int64_t i)
 {
-    return type == FLOAT32 ? v_load((const float *)p + i) : LEVEL(sixteen)((const uint16_t *)p + i, type);
+    return type == FLOAT32 ? v_load((const float *)p + i) : sixteen((const uint16_t *)p + i, type);
 }
 
 /* n 16-bit floats as float32. */
-INLINE void LEVEL(widen_run)(const uint16_t *p, int64_t n, float *out, const int type)
+INLINE void widen_run(const uint16_t *p, int64_t n, float *out, const int type)
 {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        v_store(out + i, LEVEL(sixteen)(p + i, type));
+        v_store(out + i, sixteen(p + i, type));
     for (; i < n; i++)
         out[i] = read_as_float(p, type, i);
 }
 
-INLINE void LEVEL(widen_run_typed)(const uint16_t *p, int64_t n, float *out, int type)
+INLINE void widen_run_typed(const uint16_t *p, int64_t n, float *out, int type)
 {
     if (type == BFLOAT16)
-        LEVEL(widen_run)(p, n, out, BFLOAT16);
+        widen_run(p, n, out, BFLOAT16);
     else
-        LEVEL(widen_run)(p, n, out, FLOAT16);
+        widen_run(p, n, out, FLOAT16);
 }
 
 /* Columns from..to of a row of 16-bit floats, padded with zeros up to `floats`. */
-INLINE void LEVEL(widen)(const struct weight *w, int64_t row, int64_t from, int64_t floats, float *out, const int type)
+INLINE void widen(const struct weight *w, int64_t row, int64_t from, int64_t floats, float *out, const int type)
 {
     const uint16_t *p = (const uint16_t *)w->packed + row * w->columns + from;
     const int64_t left = smaller(w->columns - from, floats);
-    LEVEL(widen_run)(p, left, out, type);
+    widen_run(p, left, out, type);
     for (int64_t c = left < 0 ? 0 : left; c < floats; c++)
         out[c] = 0.0f;
 }
 
 /* One group of a row of codes, in the order of the words; `scales` starts at the first block of group g0. */
-INLINE void LEVEL(decode_group)(const struct weight *w, int64_t row, int64_t g, int64_t g0, T table, const float *scales,
+INLINE void decode_group(const struct weight *w, int64_t row, int64_t g, int64_t g0, T table, const float *scales,
                                 float *out)
 {
-    const W words = LEVEL(words)(w, row, g);
+    const W words = words_of_group(w, row, g);
     prefetch(w->packed + (row + GRAD_ROWS) * w->row_bytes + g * LANES * 4);
-    V scale = LEVEL(spread)(w->order, scales, g0, g, 0);
+    V scale = spread(w->order, scales, g0, g, 0);
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++) {
         if (k && k % 2 == 0 && !w->order->whole_words)
-            scale = LEVEL(spread)(w->order, scales, g0, g, k / 2);
+            scale = spread(w->order, scales, g0, g, k / 2);
         v_store(out + k * LANES, v_mul(v_lookup(table, words, k), scale));
     }
 }
 
-INLINE void LEVEL(widen_typed)(const struct weight *w, int64_t row, int64_t from, int64_t floats, float *out)
+INLINE void widen_typed(const struct weight *w, int64_t row, int64_t from, int64_t floats, float *out)
 {
     if (w->encoding == BFLOAT16)
-        LEVEL(widen)(w, row, from, floats, out, BFLOAT16);
+        widen(w, row, from, floats, out, BFLOAT16);
     else
-        LEVEL(widen)(w, row, from, floats, out, FLOAT16);
+        widen(w, row, from, floats, out, FLOAT16);
 }
 
-INLINE void LEVEL(store_as)(void *out, const int type, int64_t i, V a)
+INLINE void store_as(void *out, const int type, int64_t i, V a)
 {
     if (type == FLOAT32)
         v_store((float *)out + i, a);
@@ -198,30 +198,31 @@ INLINE void LEVEL(store_as)(void *out, const int type, int64_t i, V a)
         v_to_half((uint16_t *)out + i, a);
 }
 
-/* Some rows of W in their own order. */
-INLINE void LEVEL(restore_rows)(const struct job *job, int64_t r, int64_t to, float *scales, const int type)
+/* Some rows of W in their own order: blocks g0 to g1 of each. */
+INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, float *scales, const int type)
 {
     const struct weight *w = job->weight;
     const T table = table_load(w->levels);
     const int64_t size = 2 * w->half;
     for (; r < to; r++) {
-        const uint8_t *p = w->packed + r * w->row_bytes;
-        int64_t out = r * w->columns;
-        for (int64_t b = 0; b < w->blocks; b++, p += w->half, out += size) {
-            if (b % (TILE_COLUMNS / 8) == 0)
-                LEVEL(scales)(w, r, b, smaller(w->blocks - b, TILE_COLUMNS / 8), scales);
+        const uint8_t *p = w->packed + r * w->row_bytes + job->g0 * w->half;
+        int64_t out = r * job->out_step;
+        for (int64_t b = job->g0; b < job->g1; b++, p += w->half, out += size) {
+            const int64_t at = (b - job->g0) % (TILE_COLUMNS / 8);
+            if (at == 0)
+                row_scales(w, r, b, smaller(job->g1 - b, TILE_COLUMNS / 8), scales);
             const int64_t left = w->columns - b * size, half = left < size ? (left + 1) / 2 : w->half;
-            const float one = scales[b % (TILE_COLUMNS / 8)];
+            const float one = scales[at];
             const V scale = v_set1(one);
             int64_t j = 0;
             if (left >= size && half == LANES / 2) { /* a block is one vector */
-                LEVEL(store_as)(job->out, type, out, v_mul(v_lookup(table, block_load(p), 0), scale));
+                store_as(job->out, type, out, v_mul(v_lookup(table, block_load(p), 0), scale));
                 j = half;
             } else if (left >= size)
                 for (; j + LANES <= half; j += LANES) {
                     const W words = bytes_load(p + j);
-                    LEVEL(store_as)(job->out, type, out + j, v_mul(v_lookup(table, words, 0), scale));
-                    LEVEL(store_as)(job->out, type, out + half + j, v_mul(v_lookup(table, words, 1), scale));
+                    store_as(job->out, type, out + j, v_mul(v_lookup(table, words, 0), scale));
+                    store_as(job->out, type, out + half + j, v_mul(v_lookup(table, words, 1), scale));
                 }
             for (; j < half; j++) {
                 write_as(job->out, type, out + j, w->levels[p[j] & 15] * one);
@@ -232,18 +233,16 @@ INLINE void LEVEL(restore_rows)(const struct job *job, int64_t r, int64_t to, fl
     }
 }
 
-static void LEVEL(restore_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void dequantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
     float scales[TILE_SCALES];
     int64_t r, to;
     share(job->weight->rows, 1, parts, part, &r, &to);
     if (job->out_type == FLOAT32)
-        LEVEL(restore_rows)(job, r, to, scales, FLOAT32);
+        dequantize_rows(job, r, to, scales, FLOAT32);
     else if (job->out_type == BFLOAT16)
-        LEVEL(restore_rows)(job, r, to, scales, BFLOAT16);
+        dequantize_rows(job, r, to, scales, BFLOAT16);
     else
-        LEVEL(restore_rows)(job, r, to, scales, FLOAT16);
+        dequantize_rows(job, r, to, scales, FLOAT16);
 }
-
-static void LEVEL(restore)(struct job *job) { parallel(job, LEVEL(restore_body), 1, NULL, 0); }

@@ -6,7 +6,7 @@
 #define TILE_FLOATS (16 * LANES) /* of a register */
 #define LINE TILED_LINE
 #define LINES (GROUP / LINE)    /* of a group */
-#define TERM (LINES * 2 * TILE_FLOATS) /* floats of a group of restored rows: terms lie behind each other */
+#define GROUP_FLOATS (LINES * 2 * TILE_FLOATS) /* of a group of dequantized rows */
 
 _Static_assert(TILED_ROWS == MANY_ROWS && TILED_ROWS == 32, "two tiles, and as many as put_rows has");
 
@@ -29,12 +29,11 @@ static void begin_tiles(void)
 
 static void end_tiles(void) { _tile_release(); }
 
-/* Where tiles lie: the first, the second, those of the next columns, and those of the next term. */
+/* Where tiles lie: the first, the second, and those of the next columns. */
 struct tiles {
     const float *at;
-    int64_t second, next, term; /* floats */
-    int64_t line;               /* bytes from a line to the next */
-    int terms;
+    int64_t second, next; /* floats */
+    int64_t line;         /* bytes from a line to the next */
 };
 
 /* Registers 0 to 3 += `count` products of tiles: 4 and 5 are two of the weight, 6 and 7 one or two (`both`) of the input.
@@ -99,29 +98,4 @@ INLINE void multiply_tiles(struct tiles w, struct tiles x, int64_t count, const 
     add_products(w.at, x.at, w, x, count, transposed, both);
     store_sums(sums, second, both);
     TILES_BARRIER;
-}
-
-/* The same for the products of terms that count, the smallest first: sums of the largest are rounded as if there were no others.
- * What `count` products make is summed before it is added to the rest, so that long sums lose less. */
-INLINE void multiply_terms(struct tiles w, struct tiles x, int64_t count, const int transposed, const int both, int first,
-                           float *sums, int64_t second)
-{
-    float made[4 * TILE_FLOATS];
-    TILES_BARRIER;
-    zero_sums();
-    for (int i = x.terms - 1; i >= 0; i--)
-        for (int j = (int)smaller(x.terms - i, w.terms) - 1; j >= 0; j--)
-            add_products(w.at + j * w.term, x.at + i * x.term, w, x, count, transposed, both);
-    if (first) {
-        store_sums(sums, second, both);
-        TILES_BARRIER;
-        return;
-    }
-    store_sums(made, 2 * TILE_FLOATS, both);
-    TILES_BARRIER;
-    for (int64_t i = 0; i < 2 * TILE_FLOATS; i += LANES) {
-        v_store(sums + i, v_add(v_load(sums + i), v_load(made + i)));
-        if (both)
-            v_store(sums + second + i, v_add(v_load(sums + second + i), v_load(made + 2 * TILE_FLOATS + i)));
-    }
 }

@@ -3,7 +3,7 @@
 #define SUM_ROWS 16 /* whose sums are added at a time */
 
 /* R rows of a matrix (rows, columns) with M inputs (batch, columns), as far as columns are whole vectors: SUM_ROWS an input. */
-INLINE void LEVEL(dots)(const float *matrix, int64_t columns, int64_t whole, const int R, const float *x, const int M, float *out)
+INLINE void dots(const float *matrix, int64_t columns, int64_t whole, const int R, const float *x, const int M, float *out)
 {
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
@@ -24,14 +24,14 @@ INLINE void LEVEL(dots)(const float *matrix, int64_t columns, int64_t whole, con
 
 /* Up to SUM_ROWS rows of it, and all columns: a function for each M. */
 #define DOTS_WITH(M)                                                                                                       \
-    OWN_FUNCTION LEVEL(dots_##M)(const float *matrix, int64_t rows, int64_t columns, const float *x, float *out) \
+    OWN_FUNCTION dots_##M(const float *matrix, int64_t rows, int64_t columns, const float *x, float *out) \
     {                                                                                                                      \
         const int64_t whole = columns / LANES * LANES;                                                                     \
         int64_t i = 0;                                                                                                     \
         for (; i + 4 <= rows; i += 4)                                                                                      \
-            LEVEL(dots)(matrix + i * columns, columns, whole, 4, x, M, out + i);                                           \
+            dots(matrix + i * columns, columns, whole, 4, x, M, out + i);                                           \
         for (; i < rows; i++)                                                                                              \
-            LEVEL(dots)(matrix + i * columns, columns, whole, 1, x, M, out + i);                                           \
+            dots(matrix + i * columns, columns, whole, 1, x, M, out + i);                                           \
         if (whole < columns)                                                                                               \
             for (int64_t j = 0; j < M; j++)                                                                                \
                 for (i = 0; i < rows; i++)                                                                                 \
@@ -45,7 +45,7 @@ DOTS_WITH(4)
 
 /* out = base + scale * (x @ matrix.T), or without a base: rows r to `to` of a matrix (rows, columns). Groups of four start
  * at every fourth row, so that parts of a matrix make the same sums as the whole. */
-INLINE void LEVEL(small_product)(int64_t batch, int64_t r, int64_t to, const float *matrix, int64_t rows, int64_t columns,
+INLINE void small_product(int64_t batch, int64_t r, int64_t to, const float *matrix, int64_t rows, int64_t columns,
                                  const float *x, const float *base, float scale, float *out)
 {
     for (int64_t n; r < to; r += n) {
@@ -55,10 +55,10 @@ INLINE void LEVEL(small_product)(int64_t batch, int64_t r, int64_t to, const flo
             const float *row = matrix + r * columns, *of = x + m * columns;
             float *into = sums + m * SUM_ROWS;
             switch (smaller(FEW, batch - m)) {
-            case 1: LEVEL(dots_1)(row, n, columns, of, into); break;
-            case 2: LEVEL(dots_2)(row, n, columns, of, into); break;
-            case 3: LEVEL(dots_3)(row, n, columns, of, into); break;
-            default: LEVEL(dots_4)(row, n, columns, of, into); break;
+            case 1: dots_1(row, n, columns, of, into); break;
+            case 2: dots_2(row, n, columns, of, into); break;
+            case 3: dots_3(row, n, columns, of, into); break;
+            default: dots_4(row, n, columns, of, into); break;
             }
         }
         for (int64_t m = 0; m < batch; m++) {
@@ -77,28 +77,26 @@ INLINE void LEVEL(small_product)(int64_t batch, int64_t r, int64_t to, const flo
 }
 
 /* narrow = scaling * (x @ A.T): a part of its columns. */
-static void LEVEL(narrow_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void narrow_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
     const struct update *u = job->update;
     int64_t r, to;
     share(u->rank, 4, parts, part, &r, &to);
-    LEVEL(small_product)(job->batch, r, to, u->a, u->rank, u->columns, u->x, NULL, u->scaling, u->narrow);
+    small_product(job->batch, r, to, u->a, u->rank, u->columns, u->x, NULL, u->scaling, u->narrow);
 }
 
 /* out = base + narrow @ B.T: rows r to `to` of B. */
-static void LEVEL(add_wide)(const struct job *job, int64_t r, int64_t to)
+static void add_wide(const struct job *job, int64_t r, int64_t to)
 {
     const struct update *u = job->update;
-    LEVEL(small_product)(job->batch, r, to, u->b, u->rows, u->rank, u->narrow, u->base, 1.0f, u->out);
+    small_product(job->batch, r, to, u->b, u->rows, u->rank, u->narrow, u->base, 1.0f, u->out);
 }
 
-static void LEVEL(wide_body)(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void wide_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
     int64_t r, to;
     share(job->update->rows, 4, parts, part, &r, &to);
-    LEVEL(add_wide)(job, r, to);
+    add_wide(job, r, to);
 }
-
-static void LEVEL(update)(struct job *job) { parallel(job, LEVEL(narrow_body), 1, LEVEL(wide_body), 1); }

@@ -3,7 +3,7 @@
 #ifndef LOWMEM_WEIGHTS_H
 #define LOWMEM_WEIGHTS_H
 
-#include "levels.h"
+#include "isas.h"
 #include "order.h"
 #include "tensor.h"
 
@@ -20,14 +20,14 @@ struct prepared {
 
 static void free_order(PyObject *capsule) { free(PyCapsule_GetPointer(capsule, ORDER)); }
 
-/* order(level, columns, block_size) -> capsule */
+/* order(isa, columns, block_size) -> capsule */
 static PyObject *order(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     long long n[3];
     (void)self;
     if (read_numbers(args, given, n, 3))
         return NULL;
-    struct order *made = make_order(all_levels[n[0]]->lanes, n[1], n[2]);
+    struct order *made = make_order(all_isas[n[0]]->lanes, n[1], n[2]);
     return made ? PyCapsule_New(made, ORDER, free_order) : PyErr_NoMemory();
 }
 
@@ -52,6 +52,7 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
         .half = size / 2,
         .stride = round_up(columns + columns % 2, MAX_GROUP),
         .encoding = encoding,
+        .kind = kind_of(size / 2, encoding),
     };
     return w;
 }
@@ -66,43 +67,12 @@ static struct weight rows_of(const struct weight *w, int64_t first, int64_t rows
     return some;
 }
 
-#define GRID_MOST 31 /* of steps, so that sums of them stay below 2^31 */
-
-/* Whether the levels lie on a grid that has a zero, as far as float32 can tell. */
-static void find_grid(struct weight *w)
-{
-    const float *levels = w->levels, wide = levels[15] - levels[0];
-    float least = wide;
-    for (int c = 1; c < 16; c++)
-        if (levels[c] > levels[c - 1])
-            least = fminf(least, levels[c] - levels[c - 1]);
-    float points = rintf(wide / least), step = wide / points; /* the widest distance says best how long a step is */
-    if (fabsf(levels[0] / step - rintf(levels[0] / step)) > 0.25f) /* zero lies between two points */
-        points *= 2.0f, step = wide / points;
-    const float base = rintf(levels[0] / step);
-    if (!(points >= 1.0f && points <= GRID_MOST && fabsf(base) <= GRID_MOST && fabsf(base + points) <= GRID_MOST))
-        return;
-    for (int c = 0; c < 16; c++) {
-        const float at = rintf(levels[c] / step);
-        if (!(fabsf(at * step - levels[c]) <= wide * 0x1p-24f))
-            return;
-        w->steps[c] = (uint8_t)(at - base);
-    }
-    w->codes = w->steps[1];
-    for (int c = 0; c < 16; c++)
-        if (w->steps[c] != w->steps[1] * c)
-            w->codes = 0;
-    w->base = (int)base;
-    w->step = step;
-}
-
 /* Levels that are multiples of a step, so many of which make the largest of them. */
 static void use_int8(struct weight *w, int64_t points)
 {
     w->int8_step = fmaxf(w->levels[15], -w->levels[0]) / (float)points;
-    w->base = -128;
     for (int c = 0; c < 16; c++)
-        w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->int8_step) - (float)w->base);
+        w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->int8_step) + INT8_ZERO);
 }
 
 /* Whether codes and scales have the shapes and types that a weight needs. */
@@ -113,17 +83,17 @@ static int is_stored_as(const struct weight *w, const struct tensor *packed, con
            has_shape(scales, w->rows, w->blocks + (steps ? 2 : 0));
 }
 
-/* prepare(order, level, packed, scales, levels, encoding, block_size, rows, columns, int8 points or 0) -> capsule, or None: C
+/* prepare(order, isa, packed, scales, levels, encoding, block_size, rows, columns, int8 points or 0) -> capsule, or None: C
  * cannot read it */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { ORDER_OF, LEVEL_INDEX, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, ARGUMENTS };
-    long long level, n[ARGUMENTS];
+    enum { ORDER_OF, ISA, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, ARGUMENTS };
+    long long isa, n[ARGUMENTS];
     struct tensor packed, scales;
     struct held held = {.count = 0};
     int is = 1;
     (void)self;
-    if (has_count(given, ARGUMENTS) || read_numbers(args + LEVEL_INDEX, 1, &level, 1) ||
+    if (has_count(given, ARGUMENTS) || read_numbers(args + ISA, 1, &isa, 1) ||
         read_numbers(args + LEVELS, given - LEVELS, n + LEVELS, ARGUMENTS - LEVELS))
         return NULL;
     struct order *order = PyCapsule_GetPointer(args[ORDER_OF], ORDER);
@@ -147,8 +117,6 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     }
     if (n[POINTS])
         use_int8(&w, n[POINTS]);
-    else
-        find_grid(&w);
     w.order = order;
     Py_INCREF(args[ORDER_OF]);
     memcpy(prepared->levels, w.levels, sizeof prepared->levels);
@@ -160,7 +128,7 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
 
 /* Read a weight: 4-bit by its handle, or 16-bit floats. 1: w describes it, and its storages are held. 0: C cannot read it, or the
  * handle is not valid any more. -1: a Python error is set. */
-static int read_weight(const struct level *level, PyObject *prepared, PyObject *packed, PyObject *scales, struct weight *w,
+static int read_weight(const struct isa *isa, PyObject *prepared, PyObject *packed, PyObject *scales, struct weight *w,
                        struct held *held)
 {
     struct tensor p, s;
@@ -176,7 +144,7 @@ static int read_weight(const struct level *level, PyObject *prepared, PyObject *
         return -1;
     *w = known->weight;
     return read_memory(packed, &p, held) && read_memory(scales, &s, held) && p.data == w->packed && s.data == w->scales &&
-           is_stored_as(w, &p, &s) && w->order->lanes == level->lanes;
+           is_stored_as(w, &p, &s) && w->order->lanes == isa->lanes;
 }
 
 #endif

@@ -1,8 +1,8 @@
 /* The instruction sets that the binding knows, and those of them that this processor has. */
-#ifndef LOWMEM_LEVELS_H
-#define LOWMEM_LEVELS_H
+#ifndef LOWMEM_ISAS_H
+#define LOWMEM_ISAS_H
 
-#include "kernel.h"
+#include "plan.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -12,19 +12,19 @@
 #include <unistd.h>
 #endif
 
-static const struct level *const all_levels[] = {
-    &level_portable,
+static const struct isa *const all_isas[] = {
+    &isa_portable,
 #if HAS_NEON
-    &level_neon,
+    &isa_neon,
 #endif
 #if defined(__x86_64__)
-    &level_avx2,
-    &level_avx512,
-    &level_avx512vnni,
-    &level_avx512bf16,
+    &isa_avx2,
+    &isa_avx512,
+    &isa_avx512vnni,
+    &isa_avx512bf16,
 #endif
 #if HAS_AMX
-    &level_avx512amx,
+    &isa_avx512amx,
 #endif
 };
 
@@ -50,14 +50,12 @@ static int may_use_amx(void)
 }
 #endif
 
-/* levels() -> the names of the levels that this processor can run, the slowest first; their order is their index */
-static PyObject *levels(PyObject *self, PyObject *unused)
+/* isas() -> [(name, whether this processor can run it), ...] of all that were compiled, the slowest first; their order is their index */
+static PyObject *isas(PyObject *self, PyObject *unused)
 {
     (void)self;
     (void)unused;
-    PyObject *names = PyList_New(0);
-    if (!names)
-        return NULL;
+    PyObject *found = PyList_New(0);
     int count = 1 + HAS_NEON; /* which every 64-bit ARM processor has */
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -70,16 +68,14 @@ static PyObject *levels(PyObject *self, PyObject *unused)
         count += count == 5 && may_use_amx();
     }
 #endif
-    for (int i = 0; i < count; i++) {
-        PyObject *name = PyUnicode_FromString(all_levels[i]->name);
-        if (!name || PyList_Append(names, name)) {
-            Py_XDECREF(name);
-            Py_DECREF(names);
-            return NULL;
-        }
-        Py_DECREF(name);
+    const int all = (int)(sizeof all_isas / sizeof *all_isas);
+    for (int i = 0; found && i < all; i++) {
+        PyObject *isa = Py_BuildValue("(sO)", all_isas[i]->name, i < count ? Py_True : Py_False);
+        if (!isa || PyList_Append(found, isa))
+            Py_CLEAR(found);
+        Py_XDECREF(isa);
     }
-    return names;
+    return found;
 }
 
 #endif

@@ -1,0 +1,125 @@
+/* Rows of the weight as x @ W.T by AMX multiplies them: as they lie, 32 columns a line.
+ *
+ * What 16 weights of a block are, as bfloat16, is looked up in their levels times the scale. A lookup takes one of 32
+ * numbers, so that a line may have two blocks: a bit beside the code says which. */
+
+/* The scales of TILED_ROWS rows from a block on, a vector a row; behind the last row they are its own. */
+static void put_scales(const struct job *job, int64_t r, int64_t first, float *out)
+{
+    const struct weight *w = job->weight;
+    const int64_t bytes = scale_bytes(w);
+    const uint8_t *soon = w->scales + (r + TILED_ROWS) * bytes + first * bytes / w->blocks;
+    V unit[4], scale[4];
+    for (const int64_t end = r + TILED_ROWS; r < end; r += 4, soon += 4 * bytes, out += 4 * LANES) {
+        if (r + 4 <= w->rows) {
+            row_units(w, r, 4, unit);
+            few_scales(w, r, 1, first, 4, unit, scale);
+        } else
+            for (int i = 0; i < 4; i++) {
+                const int64_t row = smaller(r + i, w->rows - 1);
+                row_units(w, row, 1, unit);
+                few_scales(w, row, 1, first, 1, unit, scale + i);
+            }
+        for (int i = 0; i < 4; i++) {
+            prefetch_far(soon + i * bytes);
+            v_store(out + i * LANES, scale[i]);
+        }
+    }
+}
+
+/* Levels times two scales, as bfloat16: those of the first scale, then those of the second. */
+INLINE W two_tables(V levels, const float *one, const float *two)
+{
+    return (W)_mm512_cvtne2ps_pbh(v_mul(levels, v_set1(*two)), v_mul(levels, v_set1(*one)));
+}
+
+/* Look up the nibbles of 16-bit words that `nibble` masks; `second` has the bit that selects the second of two tables. */
+INLINE void look_up(W words, W nibble, W second, W tables, float *out)
+{
+    const W index = _mm512_ternarylogic_epi32(words, nibble, second, 0xea); /* a & b | c */
+    v_store(out, v_of_words(_mm512_permutexvar_epi16(index, tables)));
+}
+
+/* Four rows of group g, of which the first is there: LANES floats a row and line, `scales` of block first_block[g] on. */
+INLINE void dequantize_four(const struct weight *w, int64_t r, int64_t g, const enum lines lines, const float *scales, float *out)
+{
+    const int64_t left = w->row_bytes - g * LANES * 4, last = w->rows - 1 - r;
+    const int32_t *block = w->order->block + g * 4 * LANES;
+    const V levels = v_load(w->levels);
+    W nibble = _mm512_set1_epi16(15), shifts = _mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0);
+    W second = _mm512_set4_epi32(0x00100010, 0x00100010, 0, 0); /* bit 4 of an index selects the second table */
+    if (lines == FOURS) {
+        /* words behind the row have block 0: they must not be taken for those of a block that may not be there */
+        const W is = _mm512_max_epi32(_mm512_sub_epi32(_mm512_loadu_si512(block), _mm512_set1_epi32(block[0])), _mm512_setzero_si512());
+        second = _mm512_or_si512(_mm512_slli_epi32(is, 4), _mm512_slli_epi32(is, 20));
+    }
+    v_keep(nibble); /* the compiler would make them anew for every row */
+    v_keep(shifts);
+    v_keep(second);
+    for (int i = 0; i < 4; i++, scales += LANES, out += LANES) {
+        const uint8_t *p = w->packed + (r + smaller(i, last)) * w->row_bytes + g * LANES * 4;
+        uint8_t padded[LANES * 4];
+        prefetch_far(p + TILED_ROWS * w->row_bytes);
+        if (lines == EIGHTS) {
+            if (left < LANES * 4) {
+                _mm512_storeu_si512(padded, words_load(p, left));
+                p = padded;
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < LINES; k++) { /* sixteen bytes, four times */
+                const W codes = _mm512_rorv_epi64(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p + k)), shifts);
+                look_up(codes, nibble, second, two_tables(levels, scales + block[4 * k], scales + block[4 * k + 2]), out + 2 * k * TILE_FLOATS);
+            }
+            continue;
+        }
+        const W words = words_load(p, left);
+        if (lines == FOURS) {
+            const W tables = two_tables(levels, scales + block[0], scales + block[0] + 1);
+#pragma GCC unroll 4
+            for (int k = 0; k < LINES; k++)
+                look_up(_mm512_srli_epi16(words, 4 * k), nibble, second, tables, out + 2 * k * TILE_FLOATS);
+            continue;
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < LINES; k++) {
+            const int32_t *low = block + (lines == APART ? k / 2 : 0) * LANES, *high = low + (lines == APART ? 2 : 0) * LANES;
+            const V scale = v_load(scales);
+            const V even = v_mul(v_lookup(levels, words, k), v_spread(scale, low));
+            const V odd = v_mul(v_lookup(levels, words, k + 4), v_spread(scale, high));
+            v_store(out + 2 * k * TILE_FLOATS, v_of_words(pairs(even, odd)));
+        }
+    }
+}
+
+/* The same of bfloat16 weights. */
+INLINE void copy_four(const struct weight *w, int64_t r, int64_t g, float *out)
+{
+    for (int64_t i = 0; i < 4; i++, out += LANES)
+        for (int64_t k = 0, c = g * GROUP; k < LINES; k++, c += LINE) {
+            const uint16_t *p = (const uint16_t *)w->packed + smaller(r + i, w->rows - 1) * w->columns + c;
+            prefetch_far(p + TILED_ROWS * w->columns);
+            v_store(out + 2 * k * TILE_FLOATS, v_of_words(words_load((const uint8_t *)p, 2 * (w->columns - c))));
+        }
+}
+
+/* Dequantize TILED_ROWS rows of groups g to g1: two tiles a line. `scales` are those from block `from` on, or of other rows (-1). */
+static void dequantize_tiles(const struct job *job, int64_t r, int64_t g, int64_t g1, float *scales, int64_t *from, float *out)
+{
+    const struct weight *w = job->weight;
+    const enum lines lines = lines_of(w);
+    for (; g < g1; g++, out += GROUP_FLOATS) {
+        if (w->order && w->order->first_block[g] != *from)
+            put_scales(job, r, *from = w->order->first_block[g], scales);
+        for (int row = 0; row < TILED_ROWS && r + row < w->rows; row += 4) {
+            const float *of = scales + row * LANES;
+            float *at = out + row * LANES;
+            switch (lines) { /* each has a loop of its own */
+            case FLOATS: copy_four(w, r + row, g, at); break;
+            case EIGHTS: dequantize_four(w, r + row, g, EIGHTS, of, at); break;
+            case FOURS: dequantize_four(w, r + row, g, FOURS, of, at); break;
+            case SCALED: dequantize_four(w, r + row, g, SCALED, of, at); break;
+            case APART: dequantize_four(w, r + row, g, APART, of, at); break;
+            }
+        }
+    }
+}

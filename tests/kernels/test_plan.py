@@ -1,0 +1,110 @@
+"""The plan that selects a kernel, what ``explain`` says of it, and the page that shows it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem import FourBit, Half, convert, kernels, quantize
+from lowmem.kernels.cpu import Kernel, load
+from tests import plan, strategies
+from tests.compiled import compiled
+
+WEIGHTS = st.sampled_from(sorted(plan.WEIGHTS))
+DTYPES = st.sampled_from(sorted(plan.DTYPES))
+OPERATIONS = st.sampled_from(sorted(plan.PRODUCTS))
+edges = st.sampled_from([191, 192, 193, 511, 512, 513, 4096])
+rows_at_edges = st.one_of(st.integers(1, 40), edges, st.integers(1, 10**6))
+
+needs_kernel = pytest.mark.skipif(load()[0] is None, reason="the compiled kernel is missing")
+
+
+def kernel_of(isa: str) -> Kernel:
+    native, _ = load()
+    assert native is not None
+    return Kernel(native, isa)
+
+
+def test_the_page_shows_the_plan():
+    page = plan.PAGE.read_text(encoding="utf8")
+    shown = plan.TABLE.search(page)
+    assert shown, "docs/kernels.md has no table between <!-- plan --> and <!-- end -->"
+    assert shown.group() == plan.drawn(shown.group()), "write it again: python -m tests.plan"
+
+
+@needs_kernel
+@given(st.data(), WEIGHTS, DTYPES, OPERATIONS, rows_at_edges)
+def test_the_first_kernel_that_accepts_a_product_computes_it(data, weight, dtype, operation, rows):
+    isa = data.draw(st.sampled_from(sorted(plan.compiled_isas())))
+    *refused, chosen = kernel_of(isa).plan(plan.WEIGHTS[weight], rows, plan.DTYPES[dtype], operation) or [None]
+    assert all(why in ("operation", "weight", "dtype", "rows") for *_, why in refused)
+    for _, _, least, most, why in refused:
+        assert why != "rows" or not least <= rows <= most
+    if chosen is None:
+        assert operation == "linear_int8"  # every other product has a kernel, whatever the weight
+    else:
+        _, _, least, most, why = chosen
+        assert why is None
+        assert least <= rows <= most
+
+
+@compiled
+@given(
+    st.sampled_from([8, 10, 64, 256, "half", "bfloat16"]),
+    DTYPES,
+    st.sampled_from(["linear", "input_grad"]),
+    st.sampled_from([1, 15, 16, 17, 191, 192, 511, 512]),
+    strategies.seeds,
+)
+def test_c_leaves_to_torch_what_the_plan_does(level, kind, dtype, operation, rows, seed):
+    kernel, generator = kernel_of(level), torch.Generator().manual_seed(seed)
+    dense = torch.randn(24, 40, generator=generator)
+    weight = quantize(dense, "nf4", block_size=kind) if isinstance(kind, int) else dense.to(getattr(torch, kind))
+    x = torch.randn(rows, 40 if operation == "linear" else 24, generator=generator).to(plan.DTYPES[dtype])
+    name = kernel.plan(weight, rows, x.dtype, operation)[-1][1]
+    given = kernel._given(weight)
+    if operation == "linear":
+        out = kernel.native.linear(kernel._isa, *given, x, None, 2, None, None, 0.0)
+    else:
+        out = kernel.native.input_grad(kernel._isa, *given, x, 2)
+    assert (out is False) == ("torch" in name)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("isa", "rows", "dtype", "name"),
+    [("avx2", 8, torch.bfloat16, "tiled"), ("avx512", 24, torch.float32, "fused"), ("portable", 1, None, "few")],
+)
+def test_explain_names_the_kernel(isa, rows, dtype, name, capsys):
+    if isa not in kernels.available():
+        pytest.skip(f"this processor has no {isa}")
+    with kernels.using(isa):
+        text = kernels.explain(quantize(torch.zeros(4, 64), "nf4"), rows, dtype)
+    assert text.startswith(f"linear: {name} of {isa}, which takes ")
+    assert "\ninput_grad: " in text
+    assert capsys.readouterr().out == text + "\n"
+
+
+@pytest.mark.parametrize("name", kernels.available())
+@pytest.mark.parametrize("technique", [FourBit(), FourBit(compute_dtype=torch.int8), Half(), Half(torch.bfloat16)])
+def test_explain_takes_layers(name, technique):
+    layer = convert(torch.nn.Linear(64, 64), technique)
+    with kernels.using(name):
+        text = kernels.explain(layer, 3)
+    assert text.startswith("linear")
+    assert name in text or name.startswith("avx512")  # which computes some products as the ISA that it extends
+
+
+@pytest.mark.parametrize(
+    ("weight", "rows", "dtype", "error", "says"),
+    [
+        (torch.nn.Linear(2, 2), 1, None, TypeError, "Linear stores no weight in 4 or 16 bits"),
+        (torch.zeros(2, 2), 1, None, TypeError, "Tensor stores no weight in 4 or 16 bits"),
+        (torch.nn.ReLU(), 1, None, TypeError, "ReLU stores no weight"),
+        (torch.zeros(2, 2).half(), 0, None, ValueError, "rows=0 must be at least 1"),
+        (torch.zeros(2, 2).half(), 1, torch.float64, ValueError, "dtype=torch.float64 must be"),
+    ],
+)
+def test_explain_refuses_what_it_cannot_explain(weight, rows, dtype, error, says):
+    with pytest.raises(error, match=says):
+        kernels.explain(weight, rows, dtype)

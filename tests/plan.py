@@ -1,0 +1,95 @@
+"""The table of which kernel runs: ``python -m tests.plan`` writes it into docs/kernels.md, as the plan has it."""
+
+import re
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from lowmem.kernels.cpu import Kernel, load
+from lowmem.quant.quantize import quantize
+
+PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+TABLE = re.compile(r"(?<=<!-- plan -->\n).*?(?=<!-- end -->)", re.DOTALL)
+ISAS = ("portable", "neon", "avx2", "avx512", "avx512vnni", "avx512bf16", "avx512amx")
+EXTENDS = {"avx512vnni": "avx512", "avx512bf16": "avx512vnni", "avx512amx": "avx512vnni"}
+MOST = 2048  # rows of an input: no plan changes beyond
+PRODUCTS = {"linear": "x @ W.T", "linear_int8": "x @ W.T in int8", "input_grad": "grad @ W"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS = {  # blocks of 8, 16, 32, 64 and 128 are whole parts of a group of 128 columns
+    "4-bit, blocks of 8 to 128": quantize(torch.zeros(1, 64), "nf4", block_size=64),
+    "4-bit, other multiples of 8": quantize(torch.zeros(1, 256), "nf4", block_size=256),
+    "4-bit, other blocks": quantize(torch.zeros(1, 10), "nf4", block_size=10),
+    "bfloat16": torch.zeros(1, 1, dtype=torch.bfloat16),
+    "float16": torch.zeros(1, 1, dtype=torch.float16),
+}
+
+
+def compiled_isas() -> dict[str, Kernel]:
+    """Return a kernel for each ISA that was compiled, whether this processor can run it or not, by name."""
+    native, _ = load()
+    return {name: Kernel(native, name) for name, _ in native.isas()} if native else {}
+
+
+def ranges(kernel: Kernel, weight, dtype: torch.dtype, operation: str) -> list[tuple[int, str]]:
+    """Return the kernels for 1 to ``MOST`` rows of an input, each with the first row count that it takes."""
+    asked = ((rows, kernel.plan(weight, rows, dtype, operation)) for rows in range(1, MOST + 1))
+    names = ((rows, plan[-1][1] if plan else "") for rows, plan in asked)
+    return [(next(group)[0], name) for name, group in groupby(names, key=lambda pair: pair[1])]
+
+
+def cell(found: list[tuple[int, str]]) -> str:
+    """Return ranges as text: "1 to 4 `few`, 5 and more `tiled`"."""
+    parts = []
+    for (first, name), (after, _) in zip(found, [*found[1:], (0, "")], strict=True):
+        rows = f"{first} and more" if not after else f"{first}" if after == first + 1 else f"{first} to {after - 1}"
+        parts += [f"{rows} `{name}`"] if name else []
+    return ", ".join(parts)
+
+
+def plans(kernel: Kernel) -> dict[tuple[str, str, str], str]:
+    """Return the cell of each product, weight and dtype of the input that an ISA has a kernel for."""
+    made = {
+        (product, weight, dtype): cell(ranges(kernel, stored, given, operation))
+        for operation, product in PRODUCTS.items()
+        for weight, stored in WEIGHTS.items()
+        for dtype, given in DTYPES.items()
+    }
+    return {key: text for key, text in made.items() if text}
+
+
+def lines(name: str, cells: dict[tuple[str, str, str], str]) -> list[str]:
+    """Return the lines of an ISA: weights and dtypes that have the same cell share one."""
+    shared: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for (product, weight, dtype), text in cells.items():
+        shared.setdefault((product, text), {}).setdefault(weight, []).append(dtype)
+    found = []
+    for (product, text), weights in shared.items():
+        for dtypes in {tuple(of): None for of in weights.values()}:
+            alike = ", ".join(weight for weight, of in weights.items() if tuple(of) == dtypes)
+            given = "any" if len(dtypes) == len(DTYPES) else ", ".join(dtypes)
+            found.append(f"| {name} | {product} | {alike} | {given} | {text} |")
+    return found
+
+
+def drawn(page: str) -> str:
+    """Return the table: an ISA has the lines of the one that it extends, too, where it has none of its own.
+
+    Lines of ISAs that are not compiled on this machine are those of the page.
+    """
+    made = {name: plans(kernel) for name, kernel in compiled_isas().items()}
+    table = ["| ISA | Product | Weight | Input | Rows of the input and kernel |", "| :-- | :-- | :-- | :-- | :-- |"]
+    for name in ISAS:
+        if name in made:
+            inherited = made.get(EXTENDS.get(name, ""), {})
+            table += lines(name, {key: text for key, text in made[name].items() if text != inherited.get(key)})
+        else:
+            table += [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+    return "\n".join(table) + "\n"
+
+
+if __name__ == "__main__":
+    text = PAGE.read_text(encoding="utf8")
+    old = TABLE.search(text)
+    assert old, f"{PAGE} has no <!-- plan --> ... <!-- end -->"
+    PAGE.write_text(TABLE.sub(lambda _: drawn(old.group()), text), encoding="utf8")
