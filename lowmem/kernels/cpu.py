@@ -28,7 +28,7 @@ from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.quant.tensor import SCRATCH_BYTES, QuantizedTensor
 
 __all__ = ["Kernel", "backends", "load"]
 
@@ -43,8 +43,6 @@ _NO_LOW_RANK = (None, None, None)
 _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # keys of ``QuantizedTensor.cache``: a C handle for each use
 
 _ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
-
-_CHUNK_BYTES = 2**20  # scratch limit for dequantized rows or columns that torch multiplies
 
 _OPERATIONS = {"linear": 0, "linear_int8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
 
@@ -176,8 +174,10 @@ class Kernel:
             return functional.linear(x, packed, bias)
         rows, columns = shape
         out = x.new_empty(x.shape[0], rows)
-        for chunk in _chunks(rows, columns * x.element_size()):
-            part = x.new_empty(chunk.stop - chunk.start, columns)
+        step = min(rows, max(1, SCRATCH_BYTES // (columns * x.element_size())))
+        scratch = x.new_empty(step * columns)
+        for chunk in _chunks(rows, step):
+            part = scratch[: (chunk.stop - chunk.start) * columns].view(-1, columns)
             self._dequantize(given, chunk.start, 0, part)
             if bias is None:
                 torch.mm(x, part.t(), out=out[:, chunk])
@@ -195,8 +195,11 @@ class Kernel:
             return grad @ packed
         rows, columns = shape
         out = grad.new_empty(grad.shape[0], columns)
-        for chunk in _chunks(columns, rows * grad.element_size(), block_size):
-            part = grad.new_empty(rows, chunk.stop - chunk.start)
+        most = SCRATCH_BYTES // (rows * grad.element_size()) // block_size * block_size
+        step = min(columns, max(block_size, most))
+        scratch = grad.new_empty(rows * step)
+        for chunk in _chunks(columns, step):
+            part = scratch[: rows * (chunk.stop - chunk.start)].view(rows, -1)
             self._dequantize(given, 0, chunk.start, part)
             torch.mm(grad, part, out=out[:, chunk])
         return out
@@ -407,10 +410,9 @@ def _range(least: int, most: int) -> str:
     return f"{least} rows and more" if most >= 2**62 else f"{least} to {most} rows"
 
 
-def _chunks(count: int, bytes_of_one: int, step: int = 1) -> Iterator[slice]:
-    """Yield slices of ``count`` rows or columns, in whole steps, that take ``_CHUNK_BYTES`` at most, or one step."""
-    size = max(step, _CHUNK_BYTES // max(1, bytes_of_one) // step * step)
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+def _chunks(count: int, step: int) -> Iterator[slice]:
+    """Yield slices of ``count``, of ``step`` each but for the last."""
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 @lru_cache(maxsize=64)
