@@ -181,7 +181,7 @@ static int grad_group(const struct job *job, const float *grad, int64_t stride, 
         }
         return 1;
     }
-    const T table = table_load(w->order ? w->levels : tile); /* any sixteen floats */
+    const T table = table_load(w->order ? w->levels : tile); /* 16-bit floats have no levels: any 16 floats */
     for (int64_t i = 0; i < rows; i++)
         if (w->order)
             decode_group(w, r0 + i, g, t0, table, scales + i * TILE_SCALES, tile + i * GROUP);
