@@ -26,7 +26,8 @@
 _Static_assert(LANES == PANEL && MOST * INT8_ROWS <= SUMS_AT, "what is turned has room before the sums");
 _Static_assert(INT8_UNITS + LANES <= INT8_GROUP * LANES, "a panel has room for its groups");
 
-/* sum + bytes * numbers. With the intrinsic GCC copies every sum in long loops, which takes half of the time. */
+/* sum + bytes * numbers, in assembly for long loops: around the intrinsic GCC copies each sum there, which costs half of the
+ * time. */
 INLINE W add_bytes(W sum, W bytes, W numbers)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(numbers));

@@ -218,8 +218,7 @@ static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_
                 codes_store(codes + i, v_code(boundaries, v_div(first(x + i, n - i), divisor)));
             if (n % 2)
                 codes[n] = (uint8_t)q->zero;
-            /* A block whose codes are all zero has zeros only: its scale is stored as zero, as quantizing these zeros again
-             * would do. */
+            /* A block of zero codes dequantizes to zeros, and quantizing these would give a scale of zero: store that. */
             if (is_double && has_zero && stored[b] == 1 && all_equal(codes, n, (uint8_t)q->zero))
                 stored[b] = 0;
             for (int64_t j = 0; j < half; j++)
