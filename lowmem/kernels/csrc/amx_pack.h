@@ -11,6 +11,7 @@ enum lines {
     APART    /* blocks that are not whole words: the same */
 };
 
+/* How the codes of a weight are dequantized into lines. */
 static enum lines lines_of(const struct weight *w)
 {
     if (!w->order)

@@ -15,6 +15,7 @@ static int by_eights(const struct weight *w) { return w->order && w->half % 8 ==
  * ends the rows; if r + 1 is not before it, the second row is zeros. `out` is the pair's line in the first tile. `scales` are
  * those of both rows, a vector each. */
 
+/* Prefetch the codes, or 16-bit floats, of the pair TILED_ROWS rows below. */
 INLINE void fetch_pair(const uint8_t *p, int64_t row_bytes)
 {
     prefetch_far(p + TILED_ROWS * row_bytes);

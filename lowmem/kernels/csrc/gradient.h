@@ -5,7 +5,8 @@
 #define GRAD_INPUTS 6     /* batch rows that are multiplied at a time with a tile */
 #define GRAD_FEW_INPUTS 3 /* the same with codes decoded in registers */
 #define GRAD_FEW_BATCH 16 /* most batch rows of any ISA for that */
-/* Rows at a time then. Their gradient, and their units behind it, are stored in the scratch where tiles have scales. */
+/* Rows at a time then. Their gradient, followed by their units, is stored in the scratch that holds scales where tiles are
+ * used. */
 #define GRAD_FEW_ROWS 128
 /* The same with 16-bit weights. While these rows are multiplied, as many more are prefetched to L2 (but for a single batch
  * row). */

@@ -12,12 +12,13 @@
  * each batch row, those of the low nibbles of a word's bytes for each of LANES words, then those of the high ones; what the
  * zero points of each block subtract; the units. */
 
-#define FEW_INT8_SUMS (2 * LANES) /* in floats */
+/* Offsets in floats of the 32-bit sums and of the units in a group: of a batch row, and of a panel. */
+#define FEW_INT8_SUMS (2 * LANES)
 #define FEW_INT8_UNIT (FEW_INT8_SUMS + LANES)
-#define INT8_SUMS (2 * LANES * LANES) /* in floats */
+#define INT8_SUMS (2 * LANES * LANES)
 #define INT8_UNITS (INT8_SUMS + LANES * LANES)
-#define INT8_GROUP (GROUP / 2) /* floats of a group of an input */
-#define INT8_PANEL (INT8_GROUP * LANES) /* of a panel */
+#define INT8_GROUP (GROUP / 2) /* floats of a group of a batch row in a panel */
+#define INT8_PANEL (INT8_GROUP * LANES) /* floats of a group of a panel */
 #define INT8_PANELS 3 /* panels that are multiplied with four rows at a time (two with four rows, one with eight) */
 #define INT8_MOST 12  /* most sums: they stay in registers */
 #define INT8_RANGE 127.0f      /* largest integer that a number of x is rounded to */

@@ -59,7 +59,7 @@
 #define GRAD_ROWS 32              /* rows, or pairs of rows, of a tile in grad @ W, which is a group of columns wide */
 #define TORCH_ROWS 512            /* batch rows from which torch is faster with dequantized weights in bfloat16: x @ W.T */
 #define TORCH_GRAD_ROWS 192       /* the same in grad @ W */
-#define TORCH_SIXTEEN_ROWS 16     /* the same with bfloat16 weights, which torch takes as they are */
+#define TORCH_SIXTEEN_ROWS 16     /* the same with bfloat16 weights, in both products */
 #define TILED_INPUTS 16           /* batch rows of an AMX tile */
 #define TILED_LINE 32             /* bfloat16 columns of a line of an AMX tile */
 #define TILED_FEW 4               /* most batch rows that AMX leaves to other kernels, with codes */

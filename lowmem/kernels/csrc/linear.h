@@ -262,7 +262,7 @@ ROWS_WITH_MORE(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
 ROWS_WITH_MORE(rows_bf16, BF16_ROWS, few_bf16)
 #endif
 
-/* Multiplies rows r to `to` with the packed batch rows, whose number the function is made for. */
+/* Multiplies rows r to `to` with the packed batch rows; there is a function for each number of them. */
 typedef void rows_with(const struct job *, int64_t r, int64_t to);
 
 /* Pack a small batch as float32: vector by vector, all batch rows side by side. */
@@ -303,6 +303,7 @@ INLINE void few_rows(struct job *job, int64_t part, int64_t parts, rows_with *co
     }
 }
 
+/* The kernels for a small batch: NAME_body is the function of kernel NAME in the table of an ISA. */
 static void few_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     static rows_with *const rows[] = {NAMED_FEW(rows)};

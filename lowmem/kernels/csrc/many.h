@@ -185,6 +185,7 @@ INLINE void tiled_part(const struct job *job, int64_t part, int64_t parts, int64
         tiled_rows(job, r, to, job->own + thread * job->own_floats, bf16, fewer);
 }
 
+/* The functions of the kernels fused and tiled, and of those in bfloat16. */
 static void fused_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { fused_part(job, part, parts, thread, 0); }
 static void tiled_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {

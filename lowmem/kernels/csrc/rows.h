@@ -45,6 +45,7 @@
         }                                                                        \
     }
 
+/* Operations that an ISA does not define itself. */
 #ifndef OWN_FROM_HALF
 static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
 {
@@ -243,6 +244,7 @@ INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, float 
     }
 }
 
+/* Dequantize a part of the rows, for struct isa. */
 static void dequantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;

@@ -5,6 +5,8 @@
 
 #include "kernel.h"
 
+/* has_count returns 1 and sets a TypeError if the number of arguments is wrong. read_numbers returns 0, or -1 with a Python
+ * error. */
 static int has_count(Py_ssize_t given, Py_ssize_t expected)
 {
     if (given != expected)
@@ -109,6 +111,7 @@ static int ask(PyObject *object, PyObject *method)
     return is;
 }
 
+/* Describe a DLPack tensor; 0 if it is not a contiguous CPU tensor of one or two dimensions and of a type that C takes. */
 static int read_dl(const struct dl_tensor *from, struct tensor *t)
 {
     const int bits = from->dtype.bits;
