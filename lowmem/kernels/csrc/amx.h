@@ -1,12 +1,12 @@
-/* x @ W.T by AMX. The lines of tiles are rows of the weight, dequantized as they lie: nothing is transposed but the input, once a call,
- * and what comes out. In grad @ W (amx_gradient.h) the lines are the gradient as it lies, and pairs of rows of the weight are
- * dequantized side by side. */
+/* x @ W.T by AMX, in bfloat16. The lines of tiles are rows of W, dequantized in their own layout, so that only x (once a call)
+ * and the results are transposed. In grad @ W (amx_gradient.h) the lines are rows of grad, used in place, and pairs of rows of
+ * W are interleaved as they are dequantized. */
 
 #include "tiles.h"
 #include "amx_pack.h"
 #include "amx_rows.h"
 
-/* Sums of rows r and on, of which `rows` are there, with inputs m and on of a piece, sixteen a row, to the output. */
+/* Transpose the sums (TILED_ROWS, 16) of `rows` rows from r on with 16 batch rows from m on, and write them to the output. */
 static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m, const float *sums)
 {
     struct job of = *job;
@@ -33,11 +33,12 @@ static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m,
             v_to_bfloat(out, front);
             v_to_bfloat(out + LANES, back);
         } else {
-            _mm512_storeu_si512(out, (W)_mm512_cvtne2ps_pbh(back, front)); /* takes subnormal numbers for zeros */
+            _mm512_storeu_si512(out, (W)_mm512_cvtne2ps_pbh(back, front)); /* flushes subnormal numbers to zero */
         }
     }
 }
 
+/* x @ W.T for a part of the rows: TILED_ROWS rows and TILED_GROUPS groups at a time, times all batch rows of a piece. */
 static void tiles_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;

@@ -1,13 +1,14 @@
-/* grad @ W by AMX: a thread takes groups of columns, whose sums it keeps, and the gradient is multiplied as it lies. */
+/* grad @ W by AMX, in bfloat16. A thread takes groups of columns and keeps their sums; grad is multiplied in place. amx_pairs.h
+ * dequantizes. */
 
 #include "amx_pairs.h"
 
-/* The sums of a group, tile by tile sixteen inputs, to the output. */
+/* Write the sums of a group to the output: tiles of 16 columns and 16 batch rows, in the order of the columns. */
 static void put_gradient(const struct job *job, int64_t g, const float *sums)
 {
     const struct weight *w = job->weight;
     const int64_t half = w->half, size = 2;
-    /* Low nibbles, then high ones, of eight bytes. */
+    /* For each of eight bytes: the columns of low nibbles, then those of high ones. */
     const W order = _mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
     for (int64_t m = 0; m < job->m1 - job->m0; m++) {
         char *out = (char *)job->out + (job->m0 + m) * w->columns * size;
@@ -38,8 +39,8 @@ static void put_gradient(const struct job *job, int64_t g, const float *sums)
     }
 }
 
-/* Inputs m and on of a piece, 32 or as many as are there, for rows r0 to r1: as they lie, or where these are not whole tiles with
- * zeros behind them in `padded`. */
+/* Tiles of grad for up to 32 batch rows from m on and rows r0 to r1: in place, or, where these are not whole tiles, copied to
+ * `padded` with zeros. */
 static struct tiles as_it_lies(const struct job *job, int64_t m, int64_t r0, int64_t r1, uint16_t *padded)
 {
     const int64_t stride = job->weight->rows, inputs = smaller(job->m1 - job->m0 - m, 2 * TILED_INPUTS), rows = r1 - r0;
@@ -55,7 +56,7 @@ static struct tiles as_it_lies(const struct job *job, int64_t m, int64_t r0, int
     return copy;
 }
 
-/* Group g of rows r0 to r1, with all inputs of a piece; `sums` are those of the group. */
+/* sums += grad @ W for group g and rows r0 to r1, for all batch rows of a piece. */
 static void add_group(const struct job *job, int64_t g, int64_t r0, int64_t r1, const float *scales, float *dequantized, uint16_t *padded,
                       float *sums)
 {
@@ -73,11 +74,13 @@ static void add_group(const struct job *job, int64_t g, int64_t r0, int64_t r1, 
     }
 }
 
+/* grad @ W for a part of the groups. */
 static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, all = round_up(batch, TILED_INPUTS);
-    const int64_t step = job->batch > 2 * TILED_INPUTS ? TILED_GRAD_ROWS : TILED_GRAD_ROWS / 2; /* more pay where sums are many */
+    /* more rows at a time for larger batches: their sums are loaded and stored less often */
+    const int64_t step = job->batch > 2 * TILED_INPUTS ? TILED_GRAD_ROWS : TILED_GRAD_ROWS / 2;
     float *dequantized = job->own + thread * job->own_floats, *scales = dequantized + GRADIENT_STRIPS * STRIP;
     uint16_t *padded = (uint16_t *)(scales + TILED_GRAD_ROWS * LANES);
     int64_t g0, g1;

@@ -1,14 +1,17 @@
-/* Inputs as x @ W.T by AMX multiplies them: in the order in which codes are dequantized, pairs of columns with sixteen inputs. */
+/* Packs rows of x for amx.h, in the order in which codes are dequantized into lines: pairs of columns, each with sixteen batch
+ * rows. */
 
-/* How codes come into lines, whose 32 columns may be any, as long as those of the input are the same. */
+/* How codes are dequantized into lines of 32 columns. Which columns these are does not matter, as long as x is packed in the
+ * same order. */
 enum lines {
-    FLOATS,  /* no codes: bfloat16 weights */
-    EIGHTS,  /* blocks of 16 and 32: nibbles 0 to 3 of the eight 16-bit words of 16 bytes. All others: a nibble of all 32 */
-    FOURS,   /* blocks of which a group has two at most: 64, 128 and more */
-    SCALED,  /* other blocks of whole words, whose weights are scaled one by one, */
-    APART    /* and blocks that are not */
+    FLOATS,  /* bfloat16 weights: columns in their order */
+    EIGHTS,  /* blocks of 16 and 32: a line is nibbles 0 to 3 of the eight 16-bit words of 16 bytes */
+    FOURS,   /* blocks of 64, 128 and more, at most two in a group. Here and below a line is nibble k of all 32 16-bit words */
+    SCALED,  /* other blocks of whole words: weights are scaled one by one */
+    APART    /* blocks that are not whole words: the same */
 };
 
+/* How the codes of a weight are dequantized into lines. */
 static enum lines lines_of(const struct weight *w)
 {
     if (!w->order)
@@ -18,7 +21,8 @@ static enum lines lines_of(const struct weight *w)
     return w->half == 8 || w->half == 16 ? EIGHTS : w->half == 32 || w->half >= 64 ? FOURS : SCALED;
 }
 
-/* Where a column comes up that the order of the words has at `place`, or that is the one at `place`: in which line, and where in it. */
+/* For a column, its line and its index in the line. `place` is struct order's place of the column, or the column itself for
+ * FLOATS. */
 INLINE int64_t line_of(int64_t place, enum lines lines)
 {
     if (lines == FLOATS)
@@ -34,13 +38,13 @@ INLINE int64_t at_in_line(int64_t place, enum lines lines)
     return 2 * (lines == EIGHTS ? nibble % 4 * 4 + word % 4 : word) + nibble / 4;
 }
 
-/* Where its pair lies among those of sixteen inputs, in floats. */
+/* The offset in floats of the column's pair in the packed lines of sixteen batch rows. */
 INLINE int64_t pair_at(int64_t place, enum lines lines)
 {
     return line_of(place, lines) * TILE_FLOATS + at_in_line(place, lines) / 2 * LANES;
 }
 
-/* Pack sixteen bfloat16 inputs, of which `inputs` are there, from m on: line by line, pairs of columns with all sixteen. */
+/* Pack `inputs` (at most 16) batch rows from m on, padded with zeros to 16: out (lines, 16 pairs of columns, 16 batch rows). */
 static void pack_sixteen(const struct job *job, int64_t m, int64_t inputs, float *out)
 {
     const struct weight *w = job->weight;
@@ -56,9 +60,9 @@ static void pack_sixteen(const struct job *job, int64_t m, int64_t inputs, float
         }
         return;
     }
-    /* Four columns that lie in one word are two pairs: those of its even bytes, and those of its odd ones. */
+    /* Four columns of a word are two pairs: those of its even bytes, and those of its odd bytes. */
     const W pairs = _mm512_set4_epi32(0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100);
-    const int64_t odd = lines == EIGHTS ? 8 * LANES : 2 * TILE_FLOATS; /* floats from the even to the odd ones */
+    const int64_t odd = lines == EIGHTS ? 8 * LANES : 2 * TILE_FLOATS; /* floats from the pair of even bytes to that of odd bytes */
     const int64_t size = 2 * w->half, left = columns % size, end = smaller(columns, before + floats + size);
     const int64_t by_fours = lines == APART ? 0 : left % 8 ? columns - left : columns, whole = smaller(end, by_fours) / LINE * LINE;
     int64_t c = before > size ? (before - size) / LINE * LINE : 0;
@@ -90,7 +94,7 @@ static void pack_sixteen(const struct job *job, int64_t m, int64_t inputs, float
     }
 }
 
-/* Pack a piece of the batch. */
+/* Pack the batch rows of a piece. */
 static void pack_tiles(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const int64_t batch = job->m1 - job->m0, floats = (job->g1 - job->g0) * LINES * TILE_FLOATS;

@@ -1,26 +1,28 @@
-/* Rows of the weight as grad @ W by AMX multiplies them: pairs of rows side by side, in tiles of 16 pairs by 16 columns. */
+/* Dequantizes rows of W for amx_gradient.h: pairs of rows are interleaved, in tiles of 16 pairs by 16 columns. */
 
-#define GRADIENT_LINES (TILED_GRAD_ROWS / LINE) /* of a part of the gradient */
-#define STRIP (GRADIENT_LINES * 2 * TILE_FLOATS) /* floats of two tiles' columns, for all rows of a part */
+#define GRADIENT_LINES (TILED_GRAD_ROWS / LINE) /* tiles along the rows, of 16 pairs each */
+#define STRIP (GRADIENT_LINES * 2 * TILE_FLOATS) /* floats of a strip: two tiles of 16 columns, for all these rows */
 #define GROUP_TILES (GROUP / 16)
 #define GRADIENT_STRIPS (GROUP / LINE)
 _Static_assert(TILED_GRAD_OWN == GRADIENT_STRIPS * STRIP + TILED_GRAD_ROWS * LANES + TILED_INPUTS * TILED_GRAD_ROWS,
                "dequantized rows, scales, and inputs that are padded");
 
-/* Blocks of which eight bytes are a part: sixteen columns of one block, nibble 0 to 3 of four 16-bit words. Others: nibble k of
- * all words of a group. */
+/* Whether blocks are multiples of eight bytes. Then the sixteen columns of a tile belong to one block and are nibbles 0 to 3 of
+ * four 16-bit words; else they are nibble k of all words of a group. */
 static int by_eights(const struct weight *w) { return w->order && w->half % 8 == 0; }
 
-/* What follows restores pairs of rows, r and the next, which may be missing (r1 is the last): all strips of 32 columns of group g,
- * each two tiles, STRIP apart. `out` is where the pair lies in the first tile. `scales` are those of both rows, a vector each. */
+/* The functions below dequantize rows r and r + 1 of group g, all strips of 32 columns: two tiles each, STRIP floats apart. r1
+ * ends the rows; if r + 1 is not before it, the second row is zeros. `out` is the pair's line in the first tile. `scales` are
+ * those of both rows, a vector each. */
 
+/* Prefetch the codes, or 16-bit floats, of the pair TILED_ROWS rows below. */
 INLINE void fetch_pair(const uint8_t *p, int64_t row_bytes)
 {
     prefetch_far(p + TILED_ROWS * row_bytes);
     prefetch_far(p + (TILED_ROWS + 1) * row_bytes);
 }
 
-/* bfloat16 weights. */
+/* bfloat16 weights: only interleaved. */
 INLINE void copy_pair(const struct weight *w, int64_t r, int64_t r1, int64_t g, float *out)
 {
     const W front = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
@@ -37,7 +39,7 @@ INLINE void copy_pair(const struct weight *w, int64_t r, int64_t r1, int64_t g, 
     }
 }
 
-/* Codes of which eight bytes are a tile's columns. */
+/* Codes in blocks of multiples of eight bytes: see by_eights. */
 INLINE void dequantize_eights(const struct weight *w, int64_t r, int64_t r1, int64_t g, const float *scales, float *out)
 {
     const int64_t from = g * LANES * 4, left = w->row_bytes - from;
@@ -46,10 +48,12 @@ INLINE void dequantize_eights(const struct weight *w, int64_t r, int64_t r1, int
     const V levels = v_load(w->levels);
     W nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi32(1 << 20), tables = _mm512_setzero_si512();
     W shifts = _mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0);
-    v_keep(nibble); /* the compiler would make them anew for every pair */
+    /* the compiler would compute these again for every pair */
+    v_keep(nibble);
     v_keep(shifts);
     v_keep(second);
-    __m128i words[2][4]; /* of eight bytes of either row side by side: those of even eights, those of odd ones */
+    /* Eight bytes of both rows, with 16-bit words interleaved: the even ones of the group's eights, and the odd ones. */
+    __m128i words[2][4];
     const W one = words_load(p, left), two = words_load(p + w->row_bytes, r + 1 < r1 ? left : 0);
     _mm512_storeu_si512(words[0], _mm512_unpacklo_epi16(one, two));
     _mm512_storeu_si512(words[1], _mm512_unpackhi_epi16(one, two));
@@ -63,7 +67,7 @@ INLINE void dequantize_eights(const struct weight *w, int64_t r, int64_t r1, int
     }
 }
 
-/* All others: nibble k of all words is tile k. */
+/* All other blocks: tile k is nibble k of all words. */
 INLINE void dequantize_nibbles(const struct weight *w, int64_t r, int64_t r1, int64_t g, const float *scales, float *out)
 {
     const int64_t from = g * LANES * 4, left = w->row_bytes - from;
@@ -80,7 +84,7 @@ INLINE void dequantize_nibbles(const struct weight *w, int64_t r, int64_t r1, in
     }
 }
 
-/* Dequantize all strips of rows r0 to r1. Pairs behind the last are zeros, up to a whole tile. */
+/* out = all strips of rows r0 to r1 of group g. The last tile is padded with zeros. */
 static void dequantize_strips(const struct weight *w, int64_t r0, int64_t r1, int64_t g, const float *scales, float *out)
 {
     int64_t r = r0, pair = 0;

@@ -1,9 +1,9 @@
-/* Rows of the weight as x @ W.T by AMX multiplies them: as they lie, 32 columns a line.
+/* Dequantizes rows of W for amx.h, 32 columns a line, in the layout of the row.
  *
- * What 16 weights of a block are, as bfloat16, is looked up in their levels times the scale. A lookup takes one of 32
- * numbers, so that a line may have two blocks: a bit beside the code says which. */
+ * Levels times the scale of a block are 16 bfloat16 numbers, and weights are looked up in them. The permute finds one of 32
+ * numbers, so that a line can have two blocks: a bit next to the code selects one of two tables. */
 
-/* The scales of TILED_ROWS rows from a block on, a vector a row; behind the last row they are its own. */
+/* out (TILED_ROWS, LANES) = the scales of TILED_ROWS rows from block `first` on. Rows past the last repeat it. */
 static void put_scales(const struct job *job, int64_t r, int64_t first, float *out)
 {
     const struct weight *w = job->weight;
@@ -27,20 +27,22 @@ static void put_scales(const struct job *job, int64_t r, int64_t first, float *o
     }
 }
 
-/* Levels times two scales, as bfloat16: those of the first scale, then those of the second. */
+/* Levels times two scales, as bfloat16: 16 for the first scale, then 16 for the second. */
 INLINE W two_tables(V levels, const float *one, const float *two)
 {
     return (W)_mm512_cvtne2ps_pbh(v_mul(levels, v_set1(*two)), v_mul(levels, v_set1(*one)));
 }
 
-/* Look up the nibbles of 16-bit words that `nibble` masks; `second` has the bit that selects the second of two tables. */
+/* out = the nibbles of 16-bit words that `nibble` masks, looked up in two tables; `second` has the bit that selects the second
+ * one. */
 INLINE void look_up(W words, W nibble, W second, W tables, float *out)
 {
     const W index = _mm512_ternarylogic_epi32(words, nibble, second, 0xea); /* a & b | c */
     v_store(out, v_of_words(_mm512_permutexvar_epi16(index, tables)));
 }
 
-/* Four rows of group g, of which the first is there: LANES floats a row and line, `scales` of block first_block[g] on. */
+/* Dequantize group g of four rows, of which at least the first exists; others repeat the last. out: a vector per row, and lines
+ * two tiles apart. `scales` (4, LANES) start at block first_block[g]. */
 INLINE void dequantize_four(const struct weight *w, int64_t r, int64_t g, const enum lines lines, const float *scales, float *out)
 {
     const int64_t left = w->row_bytes - g * LANES * 4, last = w->rows - 1 - r;
@@ -49,11 +51,12 @@ INLINE void dequantize_four(const struct weight *w, int64_t r, int64_t g, const 
     W nibble = _mm512_set1_epi16(15), shifts = _mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0);
     W second = _mm512_set4_epi32(0x00100010, 0x00100010, 0, 0); /* bit 4 of an index selects the second table */
     if (lines == FOURS) {
-        /* words behind the row have block 0: they must not be taken for those of a block that may not be there */
+        /* Words past the row's end have block 0, which can be less than that of the group's first word; clamp the difference. */
         const W is = _mm512_max_epi32(_mm512_sub_epi32(_mm512_loadu_si512(block), _mm512_set1_epi32(block[0])), _mm512_setzero_si512());
         second = _mm512_or_si512(_mm512_slli_epi32(is, 4), _mm512_slli_epi32(is, 20));
     }
-    v_keep(nibble); /* the compiler would make them anew for every row */
+    /* the compiler would compute these again for every row */
+    v_keep(nibble);
     v_keep(shifts);
     v_keep(second);
     for (int i = 0; i < 4; i++, scales += LANES, out += LANES) {
@@ -66,7 +69,7 @@ INLINE void dequantize_four(const struct weight *w, int64_t r, int64_t g, const 
                 p = padded;
             }
 #pragma GCC unroll 4
-            for (int k = 0; k < LINES; k++) { /* sixteen bytes, four times */
+            for (int k = 0; k < LINES; k++) { /* sixteen bytes at a time */
                 const W codes = _mm512_rorv_epi64(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p + k)), shifts);
                 look_up(codes, nibble, second, two_tables(levels, scales + block[4 * k], scales + block[4 * k + 2]), out + 2 * k * TILE_FLOATS);
             }
@@ -91,7 +94,7 @@ INLINE void dequantize_four(const struct weight *w, int64_t r, int64_t g, const 
     }
 }
 
-/* The same of bfloat16 weights. */
+/* The same for bfloat16 weights: copied. */
 INLINE void copy_four(const struct weight *w, int64_t r, int64_t g, float *out)
 {
     for (int64_t i = 0; i < 4; i++, out += LANES)
@@ -102,7 +105,8 @@ INLINE void copy_four(const struct weight *w, int64_t r, int64_t g, float *out)
         }
 }
 
-/* Dequantize TILED_ROWS rows of groups g to g1: two tiles a line. `scales` are those from block `from` on, or of other rows (-1). */
+/* Dequantize TILED_ROWS rows of groups g to g1: out (groups, lines, 2 tiles). `scales` are those from block *from on, or not
+ * yet read (-1). */
 static void dequantize_tiles(const struct job *job, int64_t r, int64_t g, int64_t g1, float *scales, int64_t *from, float *out)
 {
     const struct weight *w = job->weight;
@@ -113,7 +117,7 @@ static void dequantize_tiles(const struct job *job, int64_t r, int64_t g, int64_
         for (int row = 0; row < TILED_ROWS && r + row < w->rows; row += 4) {
             const float *of = scales + row * LANES;
             float *at = out + row * LANES;
-            switch (lines) { /* each has a loop of its own */
+            switch (lines) { /* each call is compiled for its constant */
             case FLOATS: copy_four(w, r + row, g, at); break;
             case EIGHTS: dequantize_four(w, r + row, g, EIGHTS, of, at); break;
             case FOURS: dequantize_four(w, r + row, g, FOURS, of, at); break;

@@ -1,4 +1,4 @@
-/* AVX2. */
+/* The ISA avx2: kernels in float32. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

@@ -1,4 +1,4 @@
-/* Vector operations of AVX2 with FMA and F16C: the sixteen levels are two registers; bit 3 of a code chooses. */
+/* Vector operations (rows.h) of AVX2 with FMA and F16C. The sixteen levels are two registers; bit 3 of a code selects one. */
 #include <immintrin.h>
 
 #include "kernel.h"
@@ -25,10 +25,10 @@ typedef struct {
 #define OWN_SHUFFLES /* v_sum4, v_runs, v_transpose */
 static inline void v_sum4(V a, V b, V c, V d, float *out)
 {
-    const V all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); /* a, b, c, d in each half */
+    const V all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); /* partial sums of a, b, c, d in each half */
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
-/* Pairs of lanes: those of a, then those of b. */
+/* Interleave pairs of lanes of a and b, in each half: the low pairs, or the high ones. */
 static inline V v_pairs_low(V a, V b)
 {
     return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
@@ -37,7 +37,7 @@ static inline V v_pairs_high(V a, V b)
 {
     return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
 }
-/* Lanes i and i + 4 of four vectors, which become the halves of run i. */
+/* run[i] = lane i of a, b, c, d in its low half, and lane i + 4 of them in its high half. */
 static inline void v_quarters(V a, V b, V c, V d, V *run)
 {
     const V ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
@@ -74,8 +74,8 @@ static inline T table_load(const float *levels)
 }
 static inline __attribute__((always_inline)) V v_lookup(T table, W words, const int k)
 {
-    const W index = _mm256_srli_epi32(words, 4 * k); /* the permute reads three bits of it */
-    const V bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * k)); /* the blend reads the sign */
+    const W index = _mm256_srli_epi32(words, 4 * k); /* the permute reads three bits of an index */
+    const V bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * k)); /* the blend reads the sign bit */
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
                             _mm256_permutevar8x32_ps(table.high, index), bit3);
 }
@@ -107,14 +107,14 @@ static inline V v_steps(const uint8_t *p, int encoding)
     const W steps = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
     if (encoding == SCALES_DOUBLE)
         return _mm256_cvtepi32_ps(steps);
-    /* 1, or -1 for a byte with the sign */
+    /* 1, or -1 where a byte has the sign bit */
     const W sign = _mm256_sub_epi32(_mm256_set1_epi32(1), _mm256_srli_epi32(_mm256_and_si256(steps, _mm256_set1_epi32(128)), 6));
     return _mm256_cvtepi32_ps(_mm256_sign_epi32(_mm256_and_si256(steps, _mm256_set1_epi32(127)), sign));
 }
 
-/* A binary search: each bit of a code chooses the boundary that the next one is found with. */
+/* v_code is a binary search: the bits of a code that are found select the boundary for the next bit. */
 typedef struct {
-    V bit3, bit2[2], bit1, bit0; /* bit1 and bit0: looked up with the bits that are known */
+    V bit3, bit2[2], bit1, bit0; /* bit1 and bit0: looked up with the bits found so far */
 } B;
 static inline B boundaries_load(const float *p)
 {

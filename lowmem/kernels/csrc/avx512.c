@@ -1,4 +1,4 @@
-/* AVX-512. */
+/* The ISA avx512: kernels in float32. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)

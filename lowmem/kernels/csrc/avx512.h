@@ -1,4 +1,4 @@
-/* Vector operations of AVX-512: sixteen levels are one register, and a permute looks sixteen of them up. */
+/* Vector operations (rows.h) of AVX-512. The sixteen levels are one register, and one permute looks up sixteen codes. */
 #include <immintrin.h>
 
 #include "kernel.h"
@@ -28,11 +28,11 @@ static inline void v_sum4(V a, V b, V c, V d, float *out)
     const V cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
     const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const V all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)); /* a, b, c, d in each quarter */
+    const V all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)); /* partial sums of a, b, c, d in each quarter */
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
-/* A square in each quarter of four vectors: lanes i, i + 4, i + 8, i + 12 of all of them to out[i]. */
+/* Transpose 4 x 4 numbers in each quarter of four vectors: out[i] = lane i, i + 4, i + 8, i + 12 of a, b, c, d. */
 static inline void v_quarters(V a, V b, V c, V d, V *out)
 {
     const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
@@ -54,7 +54,7 @@ static inline void v_runs(V a, V b, V c, V d, float *out)
         _mm_storeu_ps(out + 48 + 4 * i, _mm512_extractf32x4_ps(run[i], 3));
     }
 }
-/* A square of vectors, by pairs, fours, eights and halves. */
+/* Transpose 16 x 16 numbers: interleave pairs, then fours, then quarters of vectors. */
 static inline void v_transpose(V *v)
 {
     V a[16], b[16];
@@ -81,7 +81,7 @@ static inline void v_transpose(V *v)
     }
 }
 #define table_load _mm512_loadu_ps
-/* The permute reads four bits of each index, so the nibbles above need not be cleared. */
+/* The permute reads four bits of an index, so the nibbles above need not be cleared. */
 #define v_lookup(table, words, k) _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * (k)), table)
 #define v_spread(a, index) _mm512_permutexvar_ps(_mm512_loadu_si512(index), a)
 
@@ -115,7 +115,7 @@ static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
 #define OWN_SCALES
 static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
 {
-    /* a load under a mask is slower than one without */
+    /* a masked load is slower than a plain one */
     const __mmask16 mask = n >= LANES ? 0xffff : (__mmask16)((1u << (n < 0 ? 0 : n)) - 1);
     if (encoding == SCALES_FLOAT32)
         return n >= LANES ? v_load((const float *)p + from) : _mm512_maskz_loadu_ps(mask, (const float *)p + from);
@@ -131,9 +131,9 @@ static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding
     return _mm512_cvtepi32_ps(steps);
 }
 
-/* A binary search: each bit of a code chooses the boundary that the next one is found with. */
+/* v_code is a binary search: the bits of a code that are found select the boundary for the next bit. */
 typedef struct {
-    V bit3, bit2, bit1, bit0; /* looked up with the bits that are known */
+    V bit3, bit2, bit1, bit0; /* looked up with the bits found so far */
 } B;
 static inline B boundaries_load(const float *p)
 {
@@ -163,7 +163,7 @@ static inline void v_to_half(uint16_t *p, V a)
 {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-/* By integers: the instruction of AVX512_BF16 takes subnormals for zeros. */
+/* In integer arithmetic: vcvtneps2bf16 flushes subnormal numbers to zero. */
 static inline void v_to_bfloat(uint16_t *p, V a)
 {
     const W bits = _mm512_castps_si512(a), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

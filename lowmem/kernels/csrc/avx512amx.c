@@ -1,7 +1,7 @@
-/* AVX-512 with products in bfloat16 by AMX, of all but a few inputs. */
+/* The ISA avx512amx: AVX-512 with bfloat16 products by AMX, for all but small batches. */
 #include "kernel.h"
 #if HAS_AMX
-#pragma GCC diagnostic ignored "-Wunused-function" /* what is included and serves other levels */
+#pragma GCC diagnostic ignored "-Wunused-function" /* functions of included files that only other ISAs use */
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,avx512vnni,amx-tile,amx-bf16"))), apply_to = function)
 #else
@@ -26,7 +26,8 @@ static const struct kernel kernels[] = {
     {NULL},
 };
 
-/* Fewer rows of bfloat16 are multiplied in float32: vdpbf16ps takes two cycles where there is AMX, as long as four FMA. */
+/* Small batches in bfloat16 are multiplied in float32, so this does not extend avx512bf16: processors with AMX take two cycles
+ * for a vdpbf16ps, as long as for four FMA. */
 const struct isa isa_avx512amx = {"avx512amx", LANES, &isa_avx512vnni, kernels, NULL, NULL, NULL, NULL};
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-/* AVX-512 with products in bfloat16 and in 8-bit integers. */
+/* The ISA avx512bf16: AVX-512 with bfloat16 products (vdpbf16ps), in addition to the 8-bit ones of avx512vnni. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,avx512vnni"))), apply_to = function)

@@ -1,4 +1,4 @@
-/* AVX-512 with products in 8-bit integers. */
+/* The ISA avx512vnni: AVX-512 with products in 8-bit integers (vpdpbusd). */
 #include "kernel.h"
 #if defined(__x86_64__)
 #if defined(__clang__)

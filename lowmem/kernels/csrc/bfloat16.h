@@ -1,6 +1,6 @@
-/* Products in bfloat16: pairs of products are summed in float32 (vdpbf16ps). */
+/* x @ W.T for a small batch in bfloat16 (linear.h): vdpbf16ps adds two products per lane to a float32 sum. */
 
-/* Two vectors as bfloat16, lane by lane side by side. */
+/* Two vectors rounded to bfloat16 and interleaved: even[0], odd[0], even[1], ... */
 INLINE W pairs(V even, V odd)
 {
     const W halves = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
@@ -8,7 +8,7 @@ INLINE W pairs(V even, V odd)
     return _mm512_permutexvar_epi16(halves, (W)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-/* One pair in every lane. By an instruction for integers: that for floats slows vdpbf16ps down by a quarter on Zen 4. */
+/* Broadcast a pair. With the integer instruction: the floating-point one slows vdpbf16ps down by a quarter on Zen 4. */
 INLINE __m512bh pair_of(const float *p)
 {
     int32_t pair;
@@ -16,7 +16,7 @@ INLINE __m512bh pair_of(const float *p)
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-/* 64 columns, those of a group's low nibbles or of its high ones: of even bytes to out, of odd ones to out + step. */
+/* Split 64 columns, those of a group's low or of its high nibbles: columns of even bytes to out, of odd bytes to out + step. */
 INLINE void put_nibbles(W front, W back, uint16_t *out, int64_t step)
 {
     const W lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -26,22 +26,24 @@ INLINE void put_nibbles(W front, W back, uint16_t *out, int64_t step)
     _mm512_storeu_si512(out + step, _mm512_permutex2var_epi16(front, odd, back));
 }
 
-/* Pack input m in the order in which 16-bit words bring codes up: for a group, nibble 0 to 3 of every 16-bit word, of which
- * word 2 i + h is half h of the 32-bit word i; for each nibble, all inputs. */
+/* Pack batch row m in the order in which 16-bit words bring codes up: per group, nibble 0 to 3 of every 16-bit word, where word
+ * 2 * i + h is half h of 32-bit word i; per nibble, 32 columns of each batch row. */
 static void pack_bf16(const struct job *job, int64_t m)
 {
     const struct weight *w = job->weight;
-    const int64_t half = w->half, step = (job->m1 - job->m0) * 32; /* from a nibble to the next */
+    const int64_t half = w->half, step = (job->m1 - job->m0) * 32; /* numbers from a nibble to the next */
     const uint16_t *x = (const uint16_t *)job->x + m * w->columns;
     uint16_t *out = (uint16_t *)job->packed + (m - job->m0) * 32;
-    uint64_t fours[2][8]; /* of two vectors, in small blocks: where four columns of a block's first half lie, or of its second */
+    /* For small blocks, indices into two vectors of eight 64-bit words, four columns each: those of first halves of blocks, and
+     * those of second halves. */
+    uint64_t fours[2][8];
     for (int64_t n = 0, run = smaller(half / 4, 4); n < 8; n++) {
         fours[0][n] = (uint64_t)(n / run * 2 * run + n % run);
         fours[1][n] = fours[0][n] + (uint64_t)run;
     }
     for (int64_t g = job->g0; g < job->g1; g++, out += 4 * step) {
         const int64_t byte = g * LANES * 4, block = byte / half;
-        const int whole_blocks = LANES * 4 % half == 0 && 2 * byte + GROUP <= w->columns; /* of them, the group is made */
+        const int whole_blocks = LANES * 4 % half == 0 && 2 * byte + GROUP <= w->columns; /* the group consists of whole blocks */
         if (whole_blocks && half <= 16) {
             W v[4];
             for (int i = 0; i < 4; i++)
@@ -70,16 +72,18 @@ static void pack_bf16(const struct job *job, int64_t m)
     }
 }
 
+/* The levels as bfloat16. */
 INLINE W table_bf16(const float *levels)
 {
     const V table = v_load(levels);
-    return (W)_mm512_cvtne2ps_pbh(table, table); /* twice: the permute reads a bit above the nibble */
+    return (W)_mm512_cvtne2ps_pbh(table, table); /* repeated, since the permute reads five bits of an index */
 }
 
-#define BF16_ROWS(M) ((M) <= 2 ? 4 : 2) /* at a time with M inputs, of which two are multiplied side by side: */
+/* Rows that are multiplied at a time with M batch rows; two batch rows (EACH_OF_TWO) are multiplied at a time. */
+#define BF16_ROWS(M) ((M) <= 2 ? 4 : 2)
 #define EACH_OF_TWO EACH_INPUT if (j / 2 == two)
 
-/* As few_groups: 32 levels are looked up at once, and what has been looked up stays in registers for all inputs. */
+/* As few_groups, for bfloat16: a permute looks up 32 levels, which stay in registers for all batch rows. */
 INLINE void few_groups_bf16(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
                                   const float *x, V *sums)
 {

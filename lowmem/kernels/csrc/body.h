@@ -1,14 +1,14 @@
-/* The kernels of one ISA, over the vector operations that the file that includes this has defined; rows.h lists them, and:
+/* The kernels of one ISA. The file that includes this has defined the ISA's vector operations, which rows.h lists, and these
+ * parameters:
  *
- *   FEW_ROWS(M)    rows at a time with M inputs where these are few, at most 4, and 16 / M
- *   FUSED_BATCH    the largest batch that is multiplied with codes decoded in registers, FUSED_INPUTS at a time (FEW or less: none)
- *   MANY_VECTORS   vectors of rows that are dequantized together, at most MAX_VECTORS, and
- *   MANY_INPUTS    inputs at a time that are multiplied with them, at most 16
- *   GRAD_CODES, GRAD_SIXTEEN   the largest batches whose gradients decode codes, or widen 16-bit floats, in registers
- *   GRAD_VECTORS, TILE_VECTORS   vectors of columns at a time in the gradient, decoded in registers or in a tile:
- *                  divisors of 8
- *   ISA_BFLOAT16   whether it has products of bfloat16 vectors
- */
+ *   FEW_ROWS(M)    rows that are multiplied at a time with M batch rows in linear.h: at most 4, and at most 16 / M
+ *   FUSED_BATCH    largest batch of fused.h, which decodes codes in registers for
+ *   FUSED_INPUTS   batch rows at a time (FUSED_BATCH of FEW or less: not used)
+ *   MANY_VECTORS   vectors of rows in a tile of tiled.h, at most MAX_VECTORS, which is multiplied with
+ *   MANY_INPUTS    batch rows at a time, at most 16
+ *   GRAD_CODES, GRAD_SIXTEEN   largest batches of grad @ W for which codes are decoded, or 16-bit floats widened, in registers
+ *   GRAD_VECTORS, TILE_VECTORS   vectors of columns at a time in grad @ W, in registers or from a tile: divisors of 8
+ *   ISA_BFLOAT16   whether the ISA multiplies bfloat16 vectors (vdpbf16ps) */
 #ifndef ISA_BFLOAT16
 #define ISA_BFLOAT16 0
 #endif
@@ -19,7 +19,7 @@
 #include "gradient.h"
 #include "quantize.h"
 
-/* Scratch of kernels. */
+/* Scratch fields of struct kernel, for kernels of linear.h, of many.h and of gradient.h. */
 #define IN_REGISTERS(bytes) .number = bytes, .whole = 1, .few = 1
 #define IN_TILES(bytes) .number = bytes, .whole = 1, .own = SUMS_AT, .own_of_input = TILE_ROWS
 #define OF_GRADIENT .number = 4, .whole = 1, .own = GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP), .own_of_input = GRAD_ROWS

@@ -1,5 +1,5 @@
-/* An ISA whose products are all in float32: the table of its kernels, and itself. The file that includes this has included the
- * ISA's vector operations, and names it ISA_NAME. */
+/* An ISA whose products are all in float32: the table of its kernels, and its struct isa. The file that includes this has
+ * included the ISA's vector operations and defined ISA_NAME. */
 #include "body.h"
 
 #define TEXT_OF(name) #name

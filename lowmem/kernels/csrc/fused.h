@@ -1,13 +1,16 @@
-/* More than a few inputs, but not many: what was decoded in registers is multiplied there with all of them (many.h). */
+/* Batches of medium size (many.h): codes are decoded in registers and multiplied there with up to FUSED_INPUTS batch rows. */
 
-#define FETCH_GROUPS 3 /* of columns: how far behind what is decoded codes are fetched */
-#define FUSED_CHAIN 8  /* the most words whose products are summed in one chain: more, all rounded one way, lose too much */
-#define FEWER 12       /* inputs, for which torch's chains are short, too (MKL's are), have */
-#define FEWER_CHAIN 2  /* words in one, here and in tiles */
+#define FETCH_GROUPS 3 /* how many groups of columns ahead codes are prefetched */
+/* Most words whose products are added in one chain: in a longer chain, roundings that go the same way lose too much. */
+#define FUSED_CHAIN 8
+/* Most batch rows that are summed in shorter chains, since torch sums them in short chains, too (MKL does). */
+#define FEWER 12
+/* Words in such a chain, here and in tiled.h. */
+#define FEWER_CHAIN 2
 
-/* Add to `sums`, LANES an input, what M inputs make with a group of words. A block's products, or those of half
- * a group, or of `chain` words, are summed before its scale is applied. `scales` are those of the block of the first word, which
- * has `ahead` words in front of it. */
+/* sums (M, LANES) += a group of words of LANES rows times M batch rows. The products of a block, or of `chain` words if these
+ * are fewer, are summed before they are multiplied with the scale. `words` and `scales` are transposed; `scales` begins with
+ * the block of the first word, which started `ahead` words before the group. */
 INLINE void fused(const struct weight *w, const float *words, const float *scales, int64_t ahead, const float *x,
                          const int M, float *sums, const uint8_t *fetch, int64_t chain, const int bf16)
 {
@@ -20,7 +23,7 @@ INLINE void fused(const struct weight *w, const float *words, const float *scale
 #endif
     V acc[FUSED_INPUTS];
     EACH_OF_MANY acc[j] = v_zero();
-    for (int64_t word = 0, next = size - ahead; word < LANES;) { /* the block after this one begins at word `next` */
+    for (int64_t word = 0, next = size - ahead; word < LANES;) { /* the next block begins at word `next` */
         const int64_t end = smaller(smaller(next, word + chain), LANES);
         V sum[FUSED_INPUTS];
         EACH_OF_MANY sum[j] = v_zero();
@@ -29,7 +32,8 @@ INLINE void fused(const struct weight *w, const float *words, const float *scale
             if (fetch)
                 prefetch(fetch + word * w->row_bytes);
 #if ISA_BFLOAT16
-            if (bf16) /* bytes 0 2 1 3: so that the halves of a word hold neighbours */
+            /* Swap bytes 1 and 2 of each word: nibble k of its two 16-bit halves is then a pair of adjacent columns. */
+            if (bf16)
                 codes = _mm512_shuffle_epi8(codes, _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200));
 #endif
 #pragma GCC unroll 8
@@ -50,12 +54,12 @@ INLINE void fused(const struct weight *w, const float *words, const float *scale
     EACH_OF_MANY v_store(sums + j * LANES, v_add(v_load(sums + j * LANES), acc[j]));
 }
 
-/* LANES rows with all inputs of a piece, codes decoded in registers. */
+/* sums (batch, LANES) += LANES rows from r on times all batch rows of a piece. `own` is the thread's scratch. */
 INLINE void fused_rows(const struct job *job, int64_t r, float *own, float *sums, const int bf16)
 {
     const struct weight *w = job->weight;
     const int64_t begin = job->g0 * GROUP;
-    float *scales = own, *words = own + TILES_AT; /* where others have tiles */
+    float *scales = own, *words = own + TILES_AT; /* tiled.h has tiles there */
     const int64_t chain = bf16 ? LANES : job->batch <= FEWER ? FEWER_CHAIN : FUSED_CHAIN;
     int64_t first = 0;
     for (int64_t c = begin; c < job->g1 * GROUP; c += GROUP) {

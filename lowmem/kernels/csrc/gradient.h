@@ -1,20 +1,28 @@
-/* grad @ W: a thread takes groups of columns, and for each of them all rows in order. Columns lie across the lanes. */
+/* grad @ W. A thread takes groups of columns and, for each of them, goes through all rows of W in order, so that it alone
+ * writes its columns. Columns lie across the lanes. A small batch (`few`) is multiplied with codes that are decoded in
+ * registers, or 16-bit floats that are widened there; a larger one with a tile of GRAD_ROWS dequantized rows. */
 
-#define GRAD_INPUTS 6     /* of the gradient at a time with a tile, */
-#define GRAD_FEW_INPUTS 3 /* and with codes decoded in registers, */
-#define GRAD_FEW_BATCH 16 /* up to this batch at most */
-#define GRAD_FEW_ROWS 128 /* rows at a time then: what the inputs have for them lies where scales would */
-#define GRAD_SIXTEEN_ROWS 64 /* the same of 16-bit weights: while they are multiplied, as many are fetched to the second cache (but for one input) */
-#define GRAD_CHAIN 16 /* of either, whose products are added one after the other: what they make is added apart */
-#define ROW_UNITS_AT (GRAD_FEW_BATCH * GRAD_FEW_ROWS) /* behind them, what steps of the rows' scales count */
+#define GRAD_INPUTS 6     /* batch rows that are multiplied at a time with a tile */
+#define GRAD_FEW_INPUTS 3 /* the same with codes decoded in registers */
+#define GRAD_FEW_BATCH 16 /* most batch rows of any ISA for that */
+/* Rows at a time then. Their gradient, followed by their units, is stored in the scratch that holds scales where tiles are
+ * used. */
+#define GRAD_FEW_ROWS 128
+/* The same with 16-bit weights. While these rows are multiplied, as many more are prefetched to L2 (but for a single batch
+ * row). */
+#define GRAD_SIXTEEN_ROWS 64
+/* Rows of either whose products are added in one chain, which is then added to the sum of the chains before. */
+#define GRAD_CHAIN 16
+#define ROW_UNITS_AT (GRAD_FEW_BATCH * GRAD_FEW_ROWS) /* offset in floats of their units: what a step of a row's scales counts */
 _Static_assert(ROW_UNITS_AT + GRAD_FEW_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "they fit there");
 _Static_assert(GRAD_SIXTEEN * GRAD_SIXTEEN_ROWS <= 2 * GRAD_ROWS * TILE_SCALES, "so does what the inputs have for rows of 16-bit weights");
 _Static_assert(GRAD_CODES <= GRAD_FEW_BATCH && GRAD_CODES <= GRAD_MOST(1) && GRAD_SIXTEEN <= GRAD_MOST(0), "they are few");
-#define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* of inputs, or of groups */
+#define EACH_SUM _Pragma("GCC unroll 8") for (int j = 0; j < M * G; j++) /* over batch rows, or over groups */
 
+/* p += a. */
 INLINE void add_to(float *p, V a) { v_store(p, v_add(v_load(p), a)); }
 
-/* What N chains have made, to what those before have. */
+/* done += chain, and chain = 0, for N vectors. */
 INLINE void end_chain(V *done, V *chain, const int N)
 {
     EACH_VECTOR(N) {
@@ -23,7 +31,7 @@ INLINE void end_chain(V *done, V *chain, const int N)
     }
 }
 
-/* M rows of the gradient with dequantized rows: sums, a GROUP an input, += grad @ tile. */
+/* sums (M, GROUP) += grad (M, rows) @ tile (rows, GROUP), for TILE_VECTORS vectors of columns. */
 INLINE void accumulate(const float *grad, int64_t grad_stride, const int M, const float *tile, int rows, float *sums)
 {
     V acc[GRAD_INPUTS * TILE_VECTORS];
@@ -39,13 +47,14 @@ INLINE void accumulate(const float *grad, int64_t grad_stride, const int M, cons
     EACH_INPUT EACH_VECTOR(TILE_VECTORS) add_to(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
 }
 
-/* Whether one vector holds the scales of groups g and g + 1, of those before t1. */
+/* Whether one vector holds the scales of groups g and g + 1, and the latter is before t1. */
 INLINE int share_scales(const struct weight *w, int64_t g, int64_t t1)
 {
     return g + 1 < t1 && w->order->first_block[g] == w->order->first_block[g + 1];
 }
 
-/* What a row is multiplied with: the scales from block `first` on times what the inputs have for it, spread over the words. */
+/* factor = scale * grad for row r, per lane: the scales from block `first` on, spread over the words, times the gradient of M
+ * batch rows, or, for one of them, of G groups. */
 INLINE void row_factors(const struct weight *w, int64_t r, float row_unit, int64_t first, const int32_t *block,
                                const float *grad, int64_t grad_stride, const int M, const int G, V *factor)
 {
@@ -61,8 +70,8 @@ INLINE void row_factors(const struct weight *w, int64_t r, float row_unit, int64
     }
 }
 
-/* The same with codes of group g decoded in registers, N vectors from k0 on: rows r0 to r1, whose steps count `units`. Two
- * groups (G) with one input. */
+/* sums (M, GROUP) += grad @ W for rows r0 to r1 and N vectors of group g from nibble k0 on. Codes are decoded in registers.
+ * units[r - r0] is what the steps of row r count. For one batch row G can be 2: groups g and g + 1. */
 INLINE void accumulate_few(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int G,
                                   const int N, int64_t r0, int64_t r1, int64_t g, const int k0, const float *units, float *sums)
 {
@@ -74,7 +83,7 @@ INLINE void accumulate_few(const struct weight *w, const float *grad, int64_t gr
     EACH_SUM EACH_VECTOR(N) acc[j * N + n] = done[j * N + n] = v_zero();
     row_factors(w, r0, units[0], first, block, grad, grad_stride, M, G, factor);
     for (int64_t r = r0; r < r1; r++, p += row_bytes) {
-        V later[GRAD_FEW_INPUTS]; /* factors take so long that they are begun a row ahead */
+        V later[GRAD_FEW_INPUTS]; /* a long chain of operations, so it is started a row ahead */
         const int64_t next = smaller(r + 1, r1 - 1);
         row_factors(w, next, units[next - r0], first, block, grad + (next - r0), grad_stride, M, G, later);
         W words[2];
@@ -95,8 +104,8 @@ INLINE void accumulate_few(const struct weight *w, const float *grad, int64_t gr
     EACH_SUM EACH_VECTOR(N) add_to(sums + j * GROUP + n * LANES, v_add(done[j * N + n], acc[j * N + n]));
 }
 
-/* The same with 16-bit weights: N vectors of columns, from column c on. Rows often lie a power of two apart, so that few of them
- * fit the sets of the first cache that they share: they are fetched to the second a block ahead, to the first a little ahead. */
+/* The same with 16-bit weights: N vectors of columns from column c on. Rows are often a power of two apart, so that they share
+ * few sets of L1, which hold few of them: rows are prefetched to L2 a block of rows ahead, and to L1 only 8 rows ahead. */
 INLINE void accumulate_sixteen(const struct weight *w, const float *grad, int64_t grad_stride, const int M, const int N,
                                       int64_t r0, int64_t r1, int64_t c, float *sums, const int type)
 {
@@ -110,7 +119,7 @@ INLINE void accumulate_sixteen(const struct weight *w, const float *grad, int64_
             row[n] = sixteen(p + n * LANES, type);
             if (n % 2 == 0) {
                 prefetch(p + n * LANES + soon);
-                if (N <= 8) /* no gain was seen with more */
+                if (N <= 8) /* no gain was measured with more */
                     prefetch_far(p + n * LANES + far);
             }
         }
@@ -124,7 +133,8 @@ INLINE void accumulate_sixteen(const struct weight *w, const float *grad, int64_
     EACH_INPUT EACH_VECTOR(N) add_to(sums + j * GROUP + n * LANES, v_add(done[j * N + n], acc[j * N + n]));
 }
 
-/* The same for group g, and for the next one before t1 if one input has vectors for two. Returns how many are done. */
+/* The same for group g and all batch rows. One batch row leaves registers for more groups, if they are before t1 and whole.
+ * Returns the number of groups that are done. */
 INLINE int grad_sixteen(const struct weight *w, const float *grad, int64_t stride, int64_t batch, int64_t r0, int64_t r1,
                                int64_t t1, int64_t g, float *sums, const int type)
 {
@@ -151,8 +161,10 @@ INLINE int grad_sixteen(const struct weight *w, const float *grad, int64_t strid
 #include "gradient_bfloat16.h"
 #endif
 
-/* Rows r0 to r1 of group g, of the chunk of groups t0 to t1; `scales` holds those of the chunk, row by row, where a tile is
- * dequantized, else what steps of them count, and `grad` what the inputs have for the rows. Returns how many groups are done. */
+/* sums (batch, GROUP) += grad @ W for rows r0 to r1 of group g, one of the groups t0 to t1. `grad` is float32, its batch rows
+ * `stride` apart, and starts at row r0. `scales` (rows, TILE_SCALES) are those of groups t0 to t1; where no tile is used, the
+ * units of the rows lie at ROW_UNITS_AT there. Returns the number of groups that are done: two where they share a vector of
+ * scales. */
 static int grad_group(const struct job *job, const float *grad, int64_t stride, int64_t r0, int64_t r1, int64_t t0,
                              int64_t t1, int64_t g, const float *scales, float *tile, float *sums)
 {
@@ -164,7 +176,7 @@ static int grad_group(const struct job *job, const float *grad, int64_t stride, 
                                        : grad_sixteen(w, grad, stride, batch, r0, r1, t1, g, sums, FLOAT16);
     if (job->kernel->few && w->order) {
         if (batch == 1) {
-            const int both = GRAD_VECTORS == 8 && share_scales(w, g, t1); /* side by side */
+            const int both = GRAD_VECTORS == 8 && share_scales(w, g, t1); /* two groups at a time */
             for (int64_t r = r0, to; r < r1; r = to, grad += GRAD_FEW_ROWS, units += GRAD_FEW_ROWS) {
                 to = smaller(r + GRAD_FEW_ROWS, r1);
                 if (both)
@@ -181,7 +193,7 @@ static int grad_group(const struct job *job, const float *grad, int64_t stride, 
         }
         return 1;
     }
-    const T table = table_load(w->order ? w->levels : tile); /* any sixteen floats */
+    const T table = table_load(w->order ? w->levels : tile); /* 16-bit floats have no levels: any 16 floats */
     for (int64_t i = 0; i < rows; i++)
         if (w->order)
             decode_group(w, r0 + i, g, t0, table, scales + i * TILE_SCALES, tile + i * GROUP);
@@ -199,7 +211,7 @@ static int grad_group(const struct job *job, const float *grad, int64_t stride, 
     return 1;
 }
 
-/* What steps of the scales of rows count, where they do. */
+/* out[i] = row scale / row_steps of row r0 + i, for double quantization. */
 static void grad_units(const struct weight *w, int64_t r0, int64_t rows, float *out)
 {
     uint16_t halves[GRAD_FEW_ROWS];
@@ -212,8 +224,8 @@ static void grad_units(const struct weight *w, int64_t r0, int64_t rows, float *
         out[i] /= row_steps(w);
 }
 
-/* The scales that groups g0 to g1 need of R rows, whose steps count `units`: those of the first of them come first, and as many
- * as are whole vectors. */
+/* out (R, TILE_SCALES) = the scales of R rows for groups g0 to g1, from the first block of g0 on, as whole vectors. `units` is
+ * what the steps of each row count. */
 INLINE void tile_scales(const struct weight *w, int64_t r, const int R, int64_t g0, int64_t g1, const float *units, float *out)
 {
     const struct order *order = w->order;
@@ -227,8 +239,8 @@ INLINE void tile_scales(const struct weight *w, int64_t r, const int R, int64_t 
     }
 }
 
-/* What the inputs have for rows r0 to r1, room for `step` each: as float32, or as pairs of bfloat16. A zero comes after the
- * last of an odd number. */
+/* The 16-bit gradient of rows r0 to r1, with room for `step` of them per batch row: widened to float32, or as pairs of
+ * bfloat16. An odd number of rows is padded with a zero. */
 static void grad_rows(const struct job *job, int64_t r0, int64_t r1, int paired, float *out, int64_t step)
 {
     const int64_t rows = r1 - r0;
@@ -246,19 +258,19 @@ static void grad_rows(const struct job *job, int64_t r0, int64_t r1, int paired,
     }
 }
 
-/* The sums of a group, GROUP an input, out of the order of the words and into the output. */
+/* Write the sums (batch, GROUP) of a group to the output, in the order of the columns. */
 INLINE void unpack(const struct job *job, int64_t g, const float *sums, const int type)
 {
     const struct weight *w = job->weight;
     const int64_t half = w->half, from = g * LANES * 4, size = type == FLOAT32 ? 4 : 2;
     char *out = (char *)job->out + job->m0 * w->columns * size;
     if (w->order && w->order->whole_words && ((from + LANES * 4 - 1) / half + 1) * 2 * half <= w->columns) {
-        int64_t column[LANES]; /* of the first of the four low nibbles of a word; the high ones come half a block later */
+        int64_t column[LANES]; /* column of the first of a word's four low nibbles; its high nibbles are half a block later */
         for (int64_t i = 0; i < LANES; i++)
             column[i] = (from + 4 * i) + (from + 4 * i) / half * half;
         for (int64_t m = job->m0; m < job->m1; m++, sums += GROUP, out += w->columns * size)
             for (int high = 0; high < 2; high++) {
-                float runs[4 * LANES]; /* four columns a word */
+                float runs[4 * LANES]; /* four columns per word */
                 const float *of = sums + high * LANES;
                 v_runs(v_load(of), v_load(of + 2 * LANES), v_load(of + 4 * LANES), v_load(of + 6 * LANES), runs);
                 uint16_t typed[4 * LANES];
@@ -289,6 +301,7 @@ INLINE void unpack(const struct job *job, int64_t g, const float *sums, const in
         }
 }
 
+/* grad @ W for a part of the groups of columns. */
 INLINE void grad_part(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16)
 {
     const struct weight *w = job->weight;
@@ -305,7 +318,8 @@ INLINE void grad_part(const struct job *job, int64_t part, int64_t parts, int64_
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
     for (int64_t t0 = g0, t1; t0 < g1; t0 = t1) {
         t1 = smaller(t0 + (few ? columns : smaller(columns, TILE_COLUMNS)) / GROUP, g1);
-        /* Each thread has room for some columns; or, if all columns are no more than that, each column has its own. */
+        /* A thread has room for the sums of `columns` columns. If all threads together have room for all columns, each column
+         * has its own place. */
         float *sums = job->packed + (job->threads * columns < w->stride ? thread * columns / GROUP : t0) * batch;
         memset(sums, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
         for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
@@ -313,7 +327,7 @@ INLINE void grad_part(const struct job *job, int64_t part, int64_t parts, int64_
             if (w->order)
                 grad_units(w, r0, r1 - r0, few ? scales + ROW_UNITS_AT : tile);
             if (w->order && !few) {
-                int64_t r = r0; /* their units lie where the tile will */
+                int64_t r = r0; /* their units are in the memory of the tile, which is not needed yet */
                 for (; r + 4 <= r1; r += 4)
                     tile_scales(w, r, 4, t0, t1, tile + (r - r0), scales + (r - r0) * TILE_SCALES);
                 for (; r < r1; r++)

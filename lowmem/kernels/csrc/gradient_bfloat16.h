@@ -1,6 +1,7 @@
-/* The input gradient in bfloat16: pairs of rows side by side, so that vdpbf16ps sums over the two. */
+/* grad @ W in bfloat16, for gradient.h. Two rows of W make a pair in each lane, so that vdpbf16ps sums over rows, two at a
+ * time. */
 
-/* M rows of the gradient with pairs of dequantized rows: `grad` holds bfloat16, of which a pair is one float here. */
+/* sums (M, GROUP) += grad (M, pairs) @ tile (pairs, GROUP), where elements are pairs of bfloat16, stored as floats. */
 INLINE void accumulate_bf16(const float *grad, int64_t grad_stride, const int M, const float *tile, int pairs,
                                   float *sums)
 {
@@ -18,8 +19,8 @@ INLINE void accumulate_bf16(const float *grad, int64_t grad_stride, const int M,
     EACH_INPUT EACH_VECTOR(TILE_VECTORS) add_to(sums + j * GROUP + n * LANES, acc[j * TILE_VECTORS + n]);
 }
 
-/* What a pair of rows is multiplied with: the scales from block `first` on times what M inputs have for the rows, as bfloat16,
- * those of the second row behind those of the first. */
+/* factor[j] = scale * grad as bfloat16 for row r (the first LANES) and row r + next (the last LANES), for M batch rows. Scales
+ * are those from block `first` on. */
 INLINE void pair_factors(const struct weight *w, int64_t r, int64_t next, const float *units, int64_t first,
                                 const float *grad, const int M, W *factor)
 {
@@ -33,14 +34,15 @@ INLINE void pair_factors(const struct weight *w, int64_t r, int64_t next, const 
     }
 }
 
-/* Where a pair's factors for the words of a group lie: that of the first row, and that of the second, side by side. */
+/* Indices that spread pair_factors over the words of a group: for each word, the factor of the first row and that of the
+ * second. */
 INLINE W pair_spread(const struct order *order, int64_t g)
 {
     const W block = _mm512_loadu_si512(order->block + g * 4 * LANES);
     return _mm512_or_si512(block, _mm512_slli_epi32(_mm512_add_epi32(block, _mm512_set1_epi32(LANES)), 16));
 }
 
-/* The low or the high halves of the words of two rows, side by side. */
+/* The low or high 16-bit halves of the words of two rows, interleaved. */
 INLINE W pair_halves(W one, W two, const int high)
 {
     const __mmask32 odd = 0xaaaaaaaa;
@@ -48,13 +50,14 @@ INLINE W pair_halves(W one, W two, const int high)
                 : _mm512_mask_blend_epi16(odd, one, _mm512_slli_epi32(two, 16));
 }
 
+/* The levels of nibble k (0 to 3) of 16-bit words. */
 INLINE __m512bh pair_level(W halves, const int k, W table)
 {
     return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 4 * k), table);
 }
 
-/* As accumulate_few, with one input and G groups, for pairs of rows: `grad` has a zero after the last of an odd number. Factors
- * hold the scales, so that levels are looked up as bfloat16. */
+/* As accumulate_few, for one batch row, G groups and pairs of rows. `grad` is padded with a zero where the number of rows is
+ * odd. Scales are in the factors, so that levels are looked up as bfloat16. */
 INLINE void accumulate_one_bf16(const struct weight *w, const float *grad, const int G, int64_t r0, int64_t r1, int64_t g,
                                       const float *units, float *sums)
 {
@@ -70,7 +73,7 @@ INLINE void accumulate_one_bf16(const struct weight *w, const float *grad, const
     pair_factors(w, r0, r0 + 1 < r1, units, first, grad, 1, &both);
     for (int64_t r = r0; r < r1; r += 2, p += 2 * row_bytes) {
         const int64_t next = (r + 1 < r1) * row_bytes, pair = r + 2 < r1 ? r + 2 : r;
-        W halves[2 * 2], later; /* factors take so long that they are begun a pair ahead */
+        W halves[2 * 2], later; /* a long chain of operations, so it is started a pair ahead */
         __m512bh factor[2];
         pair_factors(w, pair, pair + 1 < r1, units + (pair - r0), first, grad + (pair - r0), 1, &later);
         for (int i = 0; i < G; i++) {
@@ -92,8 +95,8 @@ INLINE void accumulate_one_bf16(const struct weight *w, const float *grad, const
         EACH_VECTOR(8) add_to(sums + i * GROUP + n * LANES, acc[i * 8 + n]);
 }
 
-/* The same with several inputs, one half of every word (H is 1, which says `high`) or both (2). What the inputs have for a pair
- * of rows comes from `factors`, `batch` vectors a pair. `whole`: all words of the group are there. */
+/* The same for M batch rows and one half of every word (H is 1, and `high` says which) or both (H is 2). `factors` are what
+ * put_factors makes, `batch` vectors per pair of rows. `whole`: all words of the group are within the row. */
 INLINE void accumulate_halves(const struct weight *w, const float *factors, int64_t batch, const int M, const int H,
                                      const int high, int64_t r0, int64_t r1, int64_t g, const int whole, float *sums)
 {
@@ -119,9 +122,9 @@ INLINE void accumulate_halves(const struct weight *w, const float *factors, int6
     EACH_INPUT EACH_VECTOR(4 * H) add_to(sums + j * GROUP + (high * 4 + n) * LANES, acc[j * 4 * H + n]);
 }
 
-#define FACTOR_INPUTS 8 /* at a time */
+#define FACTOR_INPUTS 8 /* batch rows whose factors are made at a time */
 
-/* The factors of M inputs of a batch, a vector each, for pairs of rows r0 to r1. */
+/* out (pairs, batch, LANES) = the factors of rows r0 to r1 for M batch rows: see pair_factors. */
 INLINE void put_factors(const struct weight *w, const float *grad, int64_t batch, const int M, int64_t r0, int64_t r1,
                                int64_t g, const float *units, float *out)
 {
@@ -132,10 +135,11 @@ INLINE void put_factors(const struct weight *w, const float *grad, int64_t batch
     }
 }
 
-#define FACTOR_ROWS 64 /* whose factors, of a few inputs, lie in a tile; fewer of more inputs */
-#define FACTOR_PAIRS (GRAD_ROWS * MAX_GROUP / LANES) /* of rows and inputs, for which it has room */
+/* Most rows whose factors are stored at a time, in the memory of a tile; fewer with larger batches. */
+#define FACTOR_ROWS 64
+#define FACTOR_PAIRS (GRAD_ROWS * MAX_GROUP / LANES) /* most factors there: pairs of rows times batch rows */
 
-/* Several inputs with rows r0 to r1 of one or two groups, whose scales one vector holds. */
+/* Several batch rows with rows r0 to r1 of one or two groups that share a vector of scales. */
 INLINE void accumulate_several_bf16(const struct weight *w, const float *grad, int64_t batch, int64_t r0, int64_t r1,
                                           int64_t g, int64_t groups, const float *units, float *factors, float *sums)
 {
@@ -160,7 +164,8 @@ INLINE void accumulate_several_bf16(const struct weight *w, const float *grad, i
     }
 }
 
-/* Two rows of group g, lane by lane side by side: GROUP pairs. */
+/* out = group g of rows `row` and, if `both`, row + 1, dequantized and interleaved: GROUP pairs. Without `both` the second is
+ * zeros. */
 INLINE void decode_pair(const struct weight *w, int64_t row, int both, int64_t g, int64_t t0, T table,
                                const float *scales, float *out)
 {
@@ -195,7 +200,9 @@ static int grad_group_bf16(const struct job *job, const float *grad, int64_t str
         else if (job->batch == 1)
             accumulate_one_bf16(w, grad, 1, r0, r1, g, units, sums);
         else
-            for (int64_t r = r0, to; r < r1; r = to) { /* as many as for the whole batch: they decide how sums are rounded */
+            /* As many rows at a time as for the whole batch, also for one piece of it: this number decides how sums are
+             * rounded. */
+            for (int64_t r = r0, to; r < r1; r = to) {
                 to = smaller(r + smaller(FACTOR_ROWS, FACTOR_PAIRS / job->batch * 2), r1);
                 accumulate_several_bf16(w, grad + (r - r0), batch, r, to, g, groups, units + (r - r0), tile, sums);
             }

@@ -1,38 +1,41 @@
-/* Products in 8-bit integers (vpdpbusd: four of them a lane, exact). Inputs are rounded to integers of 8 bits, GROUP columns
- * with one unit, and levels are multiples of a step that 8 bits hold: prepare of weights.h has made them so.
+/* Products in 8-bit integers: vpdpbusd adds four products of an unsigned and a signed byte per lane to a 32-bit sum, exactly.
+ * GROUP columns of a row of x are rounded to signed bytes with one scale, its unit; levels are multiples of a step that fit
+ * unsigned bytes (struct weight, use_int8 of weights.h). lowmem/kernels/int8.py defines the rounding.
  *
- *   sum of level[c] x = step * unit * (sum of steps[c] v - 128 * sum of v),        x ~ unit * v
+ *   sum of level[c] * x = step * unit * (sum of steps[c] * v - 128 * sum of v),        x ~ unit * v
  *
- * A few inputs are multiplied in registers, as those of linear.h. A group of one: the bytes of its low nibbles and of its high
- * ones (64 and 64); -128 * sum of v, for each lane; step * unit.
+ * A small batch is multiplied in registers, as in linear.h. A group of a batch row: the bytes of its low nibbles and of its
+ * high ones (64 and 64); -128 * sum of v, per lane; step * unit.
  *
- * More of them lie across the lanes, LANES inputs a panel: each four columns of a row are multiplied with all of them at once,
- * and a block's sum begins with what its zero point takes off. A group of a panel: four columns of each input, those of the low
- * nibbles of a word's bytes for each of LANES words, then those of the high ones; what the zero points of each block take off;
- * the units. */
+ * In a larger batch the rows of x lie across the lanes, LANES of them a panel: four columns of a row of W are multiplied with
+ * all of them at once, and the sum of a block begins with what its zero point subtracts. A group of a panel: four columns of
+ * each batch row, those of the low nibbles of a word's bytes for each of LANES words, then those of the high ones; what the
+ * zero points of each block subtract; the units. */
 
-#define FEW_INT8_SUMS (2 * LANES) /* in floats */
+/* Offsets in floats of the 32-bit sums and of the units in a group: of a batch row, and of a panel. */
+#define FEW_INT8_SUMS (2 * LANES)
 #define FEW_INT8_UNIT (FEW_INT8_SUMS + LANES)
-#define INT8_SUMS (2 * LANES * LANES) /* in floats */
+#define INT8_SUMS (2 * LANES * LANES)
 #define INT8_UNITS (INT8_SUMS + LANES * LANES)
-#define INT8_GROUP (GROUP / 2) /* floats of a group of an input */
-#define INT8_PANEL (INT8_GROUP * LANES) /* of a panel */
-#define INT8_PANELS 3 /* that are multiplied with four rows at a time, or two; one with eight rows: */
-#define INT8_MOST 12  /* sums, which stay in registers */
-#define INT8_RANGE 127.0f      /* the largest integer that an input is rounded to */
-#define INT8_LARGEST 0x1p100f /* number of an input, and scale: that times the sum of a group must be a float */
-#define INT8_LEAST 0x1p-60f   /* of the largest number of a group, unless all of it is zero */
+#define INT8_GROUP (GROUP / 2) /* floats of a group of a batch row in a panel */
+#define INT8_PANEL (INT8_GROUP * LANES) /* floats of a group of a panel */
+#define INT8_PANELS 3 /* panels that are multiplied with four rows at a time (two with four rows, one with eight) */
+#define INT8_MOST 12  /* most sums: they stay in registers */
+#define INT8_RANGE 127.0f      /* largest integer that a number of x is rounded to */
+#define INT8_LARGEST 0x1p100f /* largest number of x, and scale: a scale times the sum of a group must be finite */
+#define INT8_LEAST 0x1p-60f   /* least magnitude of the largest number of a group, unless the group is all zeros */
 _Static_assert(LANES == PANEL && MOST * INT8_ROWS <= SUMS_AT, "what is turned has room before the sums");
 _Static_assert(INT8_UNITS + LANES <= INT8_GROUP * LANES, "a panel has room for its groups");
 
-/* sum + bytes * numbers, for long loops: around the intrinsic GCC copies each sum there, and half of the time is lost. */
+/* sum + bytes * numbers, in assembly for long loops: around the intrinsic GCC copies each sum there, which costs half of the
+ * time. */
 INLINE W add_bytes(W sum, W bytes, W numbers)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(numbers));
     return sum;
 }
 
-/* As few_groups. */
+/* As few_groups, in 8-bit integers. */
 INLINE void few_groups_int8(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
                                    const float *x, V *sums)
 {
@@ -59,7 +62,9 @@ INLINE void few_groups_int8(const struct weight *w, int64_t r, int64_t g, int64_
             highs[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words[i], 4), nibble));
             scale[i] = v_spread(stored[i], block);
         }
-        EACH_INPUT { /* the rows take turns: chains behind each other would fill what waits for operands */
+        /* The rows take turns: chains of dependent products one after the other would fill the queues of operations that wait
+         * for operands. */
+        EACH_INPUT {
             const float *of = x + j * GROUP;
             const W low = _mm512_loadu_si512(of), high = _mm512_loadu_si512(of + LANES);
             const W offset = _mm512_loadu_si512(of + FEW_INT8_SUMS);
@@ -73,7 +78,7 @@ INLINE void few_groups_int8(const struct weight *w, int64_t r, int64_t g, int64_
     EACH_ROW EACH_INPUT sums[AT] = acc[AT];
 }
 
-/* Where to_bytes has four columns of a group. */
+/* For the four-column quads of a group, numbered in the order of the columns, where to_bytes has them. */
 INLINE W four_at(W four)
 {
     const W three = _mm512_set1_epi32(3);
@@ -81,8 +86,8 @@ INLINE W four_at(W four)
     return _mm512_or_si512(_mm512_and_si512(four, _mm512_set1_epi32(16)), _mm512_or_si512(_mm512_slli_epi32(in_quarter, 2), quarter));
 }
 
-/* Turn a group of an input into bytes; 0 where it is too small, too large or not finite. `run` times four columns of low nibbles
- * come together, and then those of the high ones. */
+/* Convert the GROUP numbers x to the bytes, sums and unit of a group. Quads of four columns alternate: `run` of them belong to
+ * low nibbles, the next `run` to high ones. Returns 0 if a number is too large or not finite, or if all are too small. */
 INLINE int to_bytes(const struct weight *w, const V *x, const int run, float *group)
 {
     const W magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -93,11 +98,12 @@ INLINE int to_bytes(const struct weight *w, const V *x, const int run, float *gr
     if (!(largest <= INT8_LARGEST && (largest >= INT8_LEAST || largest == 0.0f)))
         return 0;
     const V factor = v_set1(largest > 0.0f ? INT8_RANGE / largest : 0.0f);
-    const W lowest = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400); /* bytes of four columns to the front */
+    const W lowest = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400); /* the lowest byte of each of four words */
     const W word = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const W fours = _mm512_add_epi32(word, _mm512_andnot_si512(_mm512_set1_epi32(run - 1), word)); /* of columns, of low nibbles */
+    const W fours = _mm512_add_epi32(word, _mm512_andnot_si512(_mm512_set1_epi32(run - 1), word)); /* quads of low nibbles */
     const W lows = four_at(fours), highs = four_at(_mm512_add_epi32(fours, _mm512_set1_epi32(run)));
-    W v[8], of[2]; /* the bytes of 64 columns, four of them together: of each quarter of these, the first, and so on */
+    /* The bytes of 64 columns as quads: the first quad of each quarter of these columns, then the second of each, and so on. */
+    W v[8], of[2];
     for (int i = 0; i < 8; i++)
         v[i] = _mm512_shuffle_epi8(_mm512_cvtps_epi32(v_mul(x[i], factor)), lowest);
     for (int i = 0; i < 2; i++)
@@ -111,12 +117,13 @@ INLINE int to_bytes(const struct weight *w, const V *x, const int run, float *gr
     return 1;
 }
 
+/* Where group g of batch row m is packed. */
 INLINE float *int8_at(const struct job *job, int64_t m, int64_t g)
 {
     return job->packed + ((g - job->g0) * round_up(job->m1 - job->m0, LANES) + m - job->m0) * INT8_GROUP;
 }
 
-/* Four bytes, in every lane. */
+/* Broadcast four bytes. */
 INLINE W four_of(const uint8_t *p)
 {
     int four;
@@ -124,14 +131,14 @@ INLINE W four_of(const uint8_t *p)
     return _mm512_set1_epi32(four);
 }
 
-/* A group of an input as 8-bit integers; 0 where it is too small, too large or not finite. */
+/* Pack group g of batch row m. Returns 0 if 8-bit integers cannot represent it (see to_bytes). */
 INLINE int to_int8(const struct job *job, int64_t m, int64_t g, float *group)
 {
     const struct weight *w = job->weight;
     const int64_t from = m * w->columns + g * GROUP, left = w->columns - g * GROUP;
     float sorted[GROUP] = {0};
     V x[8];
-    if (left < GROUP) { /* the end of a row: its last block is short */
+    if (left < GROUP) { /* the end of a row: its last block may be short */
         const int32_t *place = w->order->place + g * GROUP;
         for (int64_t c = 0; c < left; c++) {
             const int64_t nibble = place[c] % GROUP / LANES, word = place[c] % LANES;
@@ -144,10 +151,10 @@ INLINE int to_int8(const struct job *job, int64_t m, int64_t g, float *group)
     return to_bytes(w, x, (int)w->half / 4, group);
 }
 
-/* Pack panels of inputs, or say that this cannot be done. */
+/* Pack panels of batch rows, or refuse the job. */
 static void pack_int8(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    const int64_t words = job->weight->half / 4; /* of a block */
+    const int64_t words = job->weight->half / 4; /* words of a block */
     int64_t m, to;
     (void)thread;
     share(round_up(job->m1 - job->m0, LANES), LANES, parts, part, &m, &to);
@@ -178,8 +185,8 @@ static void pack_int8(struct job *job, int64_t part, int64_t parts, int64_t thre
         }
 }
 
-/* P panels with a group of R dequantized rows: LANES sums a row and panel. Bytes of rows that are spread over the lanes are
- * loads, and so are inputs: several panels share the former, several rows the latter. */
+/* sums (P panels, R rows, LANES) += a group of R dequantized rows times P panels. Bytes of rows are broadcast by loads, and
+ * numbers of x are loads, too: several panels share the former, several rows the latter. */
 INLINE void multiply_int8(const float *x, const uint8_t *tile, const float *scales, const int words, const int R, const int P,
                                  float *sums)
 {
@@ -216,7 +223,8 @@ INLINE void multiply_int8(const float *x, const uint8_t *tile, const float *scal
     }
 }
 
-/* The steps of a group's codes, INT8_ROWS rows of them, and the scales of its blocks, LANES a row. */
+/* The steps of the codes of a group, tile (INT8_ROWS, GROUP), and the scales of its blocks, (INT8_ROWS, LANES). Refuses the job
+ * if a float32 scale is too large. */
 INLINE void dequantize_int8(const struct job *job, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
 {
     const struct weight *w = job->weight;
@@ -237,7 +245,7 @@ INLINE void dequantize_int8(const struct job *job, int64_t r, int64_t g, const f
     }
 }
 
-/* Sums of so many rows, LANES inputs of each, as those of inputs, so many of each. */
+/* Transpose sums (rows, LANES) to (LANES, rows). */
 INLINE void turn(const float *sums, const int rows, float *out)
 {
     for (int r = 0; r < rows; r += LANES) {
@@ -248,11 +256,12 @@ INLINE void turn(const float *sums, const int rows, float *out)
     }
 }
 
+/* x @ W.T by panels, for a part of the rows. */
 static void int8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
     const int64_t batch = round_up(job->m1 - job->m0, LANES);
-    const int words = (int)w->half / 4; /* of a block */
+    const int words = (int)w->half / 4; /* words of a block */
     float *own = job->own + thread * job->own_floats, *sums = own + SUMS_AT, *turned = own;
     float units[INT8_ROWS] = {0}, scales[INT8_ROWS * LANES];
     uint8_t tile[INT8_ROWS * GROUP];
@@ -283,11 +292,11 @@ static void int8_body(struct job *job, int64_t part, int64_t parts, int64_t thre
     }
 }
 
-/* Pack a few inputs side by side, or say that this cannot be done. */
+/* Pack a small batch, group by group all batch rows side by side, or refuse the job. */
 static void pack_few_int8(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const int64_t batch = job->m1 - job->m0;
-    (void)part, (void)parts, (void)thread; /* one does it all */
+    (void)part, (void)parts, (void)thread; /* there is one part */
     for (int64_t g = job->g0; g < job->g1; g++)
         for (int64_t m = 0; m < batch; m++)
             if (!to_int8(job, job->m0 + m, g, job->packed + ((g - job->g0) * batch + m) * GROUP)) {

@@ -1,4 +1,4 @@
-/* The instruction sets that the binding knows, and those of them that this processor has. */
+/* All ISAs that were compiled, and which of them this processor has. */
 #ifndef LOWMEM_ISAS_H
 #define LOWMEM_ISAS_H
 
@@ -29,14 +29,15 @@ static const struct isa *const all_isas[] = {
 };
 
 #if defined(__x86_64__)
-/* Whether it converts float16. Clang before 15 has no name for that in __builtin_cpu_supports. */
+/* Whether the processor converts float16. __builtin_cpu_supports of Clang before 15 does not know F16C. */
 static int has_f16c(void)
 {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
 }
 
-/* Whether the processor has AMX for bfloat16, and Linux lets this process use it: registers so large must be asked for. */
+/* Whether the processor has AMX for bfloat16, and Linux permits it to this process: a process must request the large tile
+ * registers. */
 static int may_use_amx(void)
 {
 #if HAS_AMX
@@ -50,17 +51,18 @@ static int may_use_amx(void)
 }
 #endif
 
-/* isas() -> [(name, whether this processor can run it), ...] of all that were compiled, the slowest first; their order is their index */
+/* isas() -> [(name, whether this processor runs it), ...] for all ISAs that were compiled, the slowest first. Functions below
+ * take an index into this list. */
 static PyObject *isas(PyObject *self, PyObject *unused)
 {
     (void)self;
     (void)unused;
     PyObject *found = PyList_New(0);
-    int count = 1 + HAS_NEON; /* which every 64-bit ARM processor has */
+    int count = 1 + HAS_NEON; /* every 64-bit ARM processor has NEON */
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-        count = 2; /* each of those that follow needs the one before */
+        count = 2; /* each further ISA requires the one before it */
         count += __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                  __builtin_cpu_supports("avx512dq");
         count += count == 3 && __builtin_cpu_supports("avx512vnni");

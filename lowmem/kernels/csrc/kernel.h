@@ -1,13 +1,15 @@
-/* What the kernels and their Python binding share. */
+/* What the kernels and their Python binding share: sizes of scratch, the structs that describe a weight and a call, and
+ * conversions between float32, float16 and bfloat16. */
 #ifndef LOWMEM_KERNEL_H
 #define LOWMEM_KERNEL_H
 
-/* Whether the compiler knows AMX, and the system lets us ask for it. */
+/* Whether the compiler supports AMX, and the system is one on which the binding can request it (isas.h). */
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define HAS_AMX 1
 #else
 #define HAS_AMX 0
 #endif
+/* NEON is used on little-endian 64-bit ARM, where words are loaded by bytes. */
 #if defined(__aarch64__) && defined(__ARM_NEON) && defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define HAS_NEON 1
 #else
@@ -18,154 +20,179 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Sizes of scratch, the same for every ISA, so that memory is the same on every processor. */
-#define MAX_LANES 16
-#define MAX_GROUP (MAX_LANES * 8)
-#define FEW 4                     /* inputs that are few */
-#define FEW_MORE 8                /* in bfloat16, in 8-bit integers, and with 16-bit weights */
-#define SHARE_ROWS 8              /* of a thread, at least */
-#define UPDATE_ROWS 16            /* rows after which an update is added */
-#define UPDATED 128               /* inputs that an update is added for; for more, torch's own products are as fast */
-#define PARTS 4                   /* of a thread, where work is long: a thread that is held up leaves them to others */
-#define CHUNK 256                 /* columns whose scales are read at a time, at least */
-#define CHUNK_SCALES (CHUNK / 8 + MAX_LANES) /* the scales of a row there, and as much as may be read behind */
-#define PART(bf16) ((bf16) ? 256 : 128) /* columns of a tile, which stays in the first cache, as bfloat16 or float32: */
-#define PART_FLOATS 128           /* as large as so many floats, for each row */
-#define MAX_VECTORS 2             /* of rows, in a tile */
-#define TILES_AT (MAX_VECTORS * MAX_LANES * CHUNK_SCALES)              /* two of them, behind the scales of a chunk; */
-#define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART_FLOATS) /* behind those */
-#define PANEL MAX_LANES           /* inputs, and */
-#define INT8_ROWS 32              /* rows that are multiplied with them, in int8.h */
-#define INT8_ZERO 128             /* the step of a level that is zero there */
-#define WIDE 8192                 /* columns of the input that are packed at a time, at most; */
-#define WIDE_OF_FEW 49152         /* of FEW inputs at most, whose rows of the weight are read as they lie: those of all inputs */
-#define SUMMED 128                /* inputs at a time, where columns come in parts and results are rounded, at most; */
-#define SUMMED_ROWS 32            /* rows are multiples of this then, */
-#define SUMS_BYTES (256 * 1024)   /* all sums take this at most, */
-#define SUMS_BYTES_OF_FEW (64 * 1024) /* those of up to FEW_MORE inputs this, */
-#define LEAST_SUMS (4 * SUMMED * SUMMED_ROWS) /* and this, however many threads have scratch of their own */
-#define PACKED_ALONE 16           /* inputs that one thread packs for all */
-#define PACKED_BYTES (704 * 1024) /* the most that a packed input takes, */
-#define MOST 256                  /* and the most inputs in it; */
-#define SCRATCH_BYTES (1008 * 1024) /* fewer, where scratch of many threads would be more with it, */
-#define LEAST_BYTES (256 * 1024)  /* but no less of it */
-#define TILE_ROWS (MAX_VECTORS * MAX_LANES) /* whose sums a thread has, for each input */
-#define GRAD_ROWS 32              /* rows, or pairs of them, of a tile of the gradient, a group of columns wide */
-#define TORCH_ROWS 512            /* rows of a bfloat16 input from which torch multiplies dequantized weights faster, */
-#define TORCH_GRAD_ROWS 192       /* in the gradient, too, */
-#define TORCH_SIXTEEN_ROWS 16     /* and with bfloat16 weights */
-#define TILED_INPUTS 16           /* of a tile of AMX, */
-#define TILED_LINE 32             /* and its columns */
-#define TILED_FEW 4               /* inputs that AMX leaves to others, */
-#define TILED_FEW_SIXTEEN 8       /* and those with bfloat16 weights */
-#define TILED_ROWS 32             /* rows of the weight that are dequantized at a time then, */
-#define TILED_GROUPS 2            /* of so many groups of columns; */
-#define TILED_OWN (TILED_ROWS * (MAX_LANES + TILED_GROUPS * MAX_GROUP / 2)) /* floats, with scales. */
-#define TILED_GRAD_ROWS 128       /* rows in the gradient, at most, of a group of columns, */
-#define TILED_GRAD_OWN (TILED_GRAD_ROWS * (MAX_GROUP / 2 + MAX_LANES + TILED_INPUTS)) /* floats, with scales and padded inputs */
-#define TILED_GRAD_COLUMNS 1024   /* columns whose sums are taken at a time then, but a group for each thread */
-#define TILE_COLUMNS 256          /* columns whose scales are read at a time in the gradient, and whose sums a thread takes; */
-#define GRAD_COLUMNS 2048         /* whose sums it takes where inputs may be few: */
-#define GRAD_MOST(coded) ((coded) ? 16 : 32) /* the most that are for any ISA, with codes or 16-bit weights */
-#define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES)
+/* Sizes. They are the same for every ISA, so that a product takes the same memory on every processor. A "batch row" is a row of x
+ * or of grad; a "row" alone is a row of the weight. */
+#define MAX_LANES 16              /* float32 lanes of the widest ISA */
+#define MAX_GROUP (MAX_LANES * 8) /* codes in a group of MAX_LANES words */
+#define FEW 4                     /* most batch rows for which columns lie across the lanes (linear.h) */
+#define FEW_MORE 8                /* the same in bfloat16, in 8-bit integers and with 16-bit weights */
+#define SHARE_ROWS 8              /* granularity in rows of a thread's share there */
+#define UPDATE_ROWS 16            /* rows after which a low-rank update is added there */
+#define UPDATED 128               /* most batch rows whose low-rank update C adds; beyond, torch's own products are as fast */
+#define PARTS 4                   /* parts per thread of long work: a delayed thread leaves its remaining parts to the others */
+#define CHUNK 256                 /* fewest columns whose scales are read at a time */
+/* Floats for a row's scales of a chunk (blocks have 8 columns or more); MAX_LANES of them because whole vectors are read. */
+#define CHUNK_SCALES (CHUNK / 8 + MAX_LANES)
+#define PART(bf16) ((bf16) ? 256 : 128) /* columns of a tile of dequantized rows, in bfloat16 or float32; it stays in L1 */
+#define PART_FLOATS 128           /* the size of a row of such a tile in floats, for both types */
+#define MAX_VECTORS 2             /* most vectors of rows in a tile */
+/* Offsets in a thread's scratch, in floats: the scales of a chunk come first, then two tiles, then sums. */
+#define TILES_AT (MAX_VECTORS * MAX_LANES * CHUNK_SCALES)
+#define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART_FLOATS)
+#define PANEL MAX_LANES           /* batch rows of a panel (int8.h) */
+#define INT8_ROWS 32              /* rows that are multiplied with panels at a time (int8.h) */
+#define INT8_ZERO 128             /* zero point of levels in unsigned bytes (int8.h) */
+#define WIDE 8192                 /* columns of x that are packed at a time, for more than FEW_MORE batch rows: see wide_of */
+#define WIDE_OF_FEW 49152         /* columns times batch rows, for up to FEW batch rows, where rows are read as stored */
+/* Where x is packed in parts of its columns and the output has 16 bits, float32 partial sums are kept (run_in_parts): */
+#define SUMMED 128                /* most batch rows at a time */
+#define SUMMED_ROWS 32            /* rows at a time are multiples of this */
+#define SUMS_BYTES (256 * 1024)   /* most bytes of all sums */
+#define SUMS_BYTES_OF_FEW (64 * 1024) /* most bytes of all sums of up to FEW_MORE batch rows */
+#define LEAST_SUMS (4 * SUMMED * SUMMED_ROWS) /* bytes that the sums may always take, however much scratch the threads have */
+#define PACKED_ALONE 16           /* most batch rows that one thread packs for all */
+#define PACKED_BYTES (704 * 1024) /* most bytes of packed batch rows, copies included */
+#define MOST 256                  /* most batch rows that are packed at a time */
+#define SCRATCH_BYTES (1008 * 1024) /* limit in bytes for all scratch: with many threads fewer batch rows are packed at a time */
+#define LEAST_BYTES (256 * 1024)  /* bytes for packed batch rows and their sums, even where the limit leaves less (piece_of) */
+#define TILE_ROWS (MAX_VECTORS * MAX_LANES) /* rows of a tile: sums that a thread has per batch row */
+#define GRAD_ROWS 32              /* rows, or pairs of rows, of a tile in grad @ W, which is a group of columns wide */
+#define TORCH_ROWS 512            /* batch rows from which torch is faster with dequantized weights in bfloat16: x @ W.T */
+#define TORCH_GRAD_ROWS 192       /* the same in grad @ W */
+#define TORCH_SIXTEEN_ROWS 16     /* the same with bfloat16 weights, in both products */
+#define TILED_INPUTS 16           /* batch rows of an AMX tile */
+#define TILED_LINE 32             /* bfloat16 columns of a line of an AMX tile */
+#define TILED_FEW 4               /* most batch rows that AMX leaves to other kernels, with codes */
+#define TILED_FEW_SIXTEEN 8       /* the same with bfloat16 weights */
+#define TILED_ROWS 32             /* rows that are dequantized at a time for AMX */
+#define TILED_GROUPS 2            /* groups of columns that are dequantized at a time for AMX */
+/* Floats of a thread's scratch for AMX, for scales and dequantized rows. */
+#define TILED_OWN (TILED_ROWS * (MAX_LANES + TILED_GROUPS * MAX_GROUP / 2))
+#define TILED_GRAD_ROWS 128       /* most rows that are dequantized at a time for AMX in grad @ W, of one group of columns */
+/* Floats of a thread's scratch for that, for dequantized rows, scales and zero-padded batch rows. */
+#define TILED_GRAD_OWN (TILED_GRAD_ROWS * (MAX_GROUP / 2 + MAX_LANES + TILED_INPUTS))
+#define TILED_GRAD_COLUMNS 1024   /* columns of grad @ W whose sums are kept at a time for AMX: see tiled_grad_columns */
+#define TILE_COLUMNS 256          /* columns of grad @ W whose scales are read, and whose sums a thread keeps, at a time */
+#define GRAD_COLUMNS 2048         /* columns whose sums a thread keeps where the batch is small: up to GRAD_MOST */
+#define GRAD_MOST(coded) ((coded) ? 16 : 32) /* most batch rows that any ISA decodes in registers in grad @ W, by kind of weight */
+#define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES) /* floats for a row's scales of TILE_COLUMNS columns; whole vectors */
 
-/* Types of inputs, outputs and 16-bit weights. */
+/* Types of x, grad, the output and 16-bit weights. */
 enum type { FLOAT32, BFLOAT16, FLOAT16 };
 
-enum encoding { SCALES_FLOAT32, SCALES_FLOAT16, SCALES_DOUBLE, SCALES_SIGNED /* double with a sign */ };
+/* How scales are stored. SCALES_DOUBLE: a byte of 0 to 255 steps per block, times a float16 per row (double quantization).
+ * SCALES_SIGNED: the same with a sign bit and 7 bits. */
+enum encoding { SCALES_FLOAT32, SCALES_FLOAT16, SCALES_DOUBLE, SCALES_SIGNED };
 
-/* Where the columns of a row of codes come up, for one number of columns, block and number of lanes: column c in
- * vector place[c] / lanes, lane place[c] % lanes. The block of a group's word i, byte b, counted from first_block[g], is
- * block[(g * 4 + b) * lanes + i]: the same for all four bytes where blocks are whole words. */
+/* The order in which the codes of a row are decoded, for one number of columns, block size and lane count (order.h). Column c
+ * is lane place[c] % lanes of vector place[c] / lanes. Byte b of word i of group g belongs to block
+ *  first_block[g] + block[(g * 4 + b) * lanes + i],
+ * which is the same for all four bytes where blocks are whole words. */
 struct order {
     int64_t lanes, groups, whole_words;
     const int32_t *place, *block, *first_block;
     int32_t tables[];
 };
 
-/* A matrix (rows, columns): 4-bit, as lowmem/quant/packing.py and lowmem/quant/scales.py lay it out, or of 16-bit floats. */
+/* A weight (rows, columns): 4-bit, in the layout of lowmem/quant/packing.py and lowmem/quant/scales.py, or 16-bit floats. */
 struct weight {
-    const uint8_t *packed; /* (rows, row_bytes); the 16-bit floats, where there are no codes */
+    const uint8_t *packed; /* codes (rows, row_bytes), or 16-bit floats (rows, columns) */
+    /* (rows, scale_bytes(w)); NULL for 16-bit floats */
     const uint8_t *scales;
-    const float *levels; /* 16 */
-    const struct order *order; /* NULL for 16-bit floats, which keep their own order */
+    /* the 16 values of the format */
+    const float *levels;
+    /* NULL for 16-bit floats, which are not reordered */
+    const struct order *order;
     int64_t rows, columns, row_bytes, blocks;
-    int64_t half; /* bytes of a whole block */
-    int64_t stride; /* columns, padded to whole groups of words for every ISA */
-    int encoding; /* enum encoding; enum type for 16-bit floats */
+    int64_t half; /* bytes of a block's codes, half its columns; 0 for 16-bit floats */
+    int64_t stride; /* columns, padded to a multiple of MAX_GROUP */
+    int encoding; /* enum encoding; for 16-bit floats enum type */
     int kind; /* enum kind of plan.h */
-    float int8_step; /* levels[c] = int8_step * (steps[c] - INT8_ZERO), where levels were rounded for 8-bit products; else 0 */
+    /* Levels rounded for 8-bit products: levels[c] ~ int8_step * (steps[c] - INT8_ZERO). Without them int8_step is 0. */
+    float int8_step;
     uint8_t steps[16];
 };
 
-/* A low-rank update: A (rank, columns), B (rows, rank), x (batch, columns), base and out (batch, rows), which may be one. */
+/* A low-rank update, out = base + scaling * (x @ A.T) @ B.T: A (rank, columns), B (rows, rank), x (batch, columns), base and
+ * out (batch, rows), which may be the same memory. */
 struct update {
     const float *x, *a, *b, *base;
-    float *narrow, *out; /* narrow: scratch (batch, rank) */
+    float *narrow, *out; /* narrow: scratch (batch, rank) for scaling * (x @ A.T) */
     float scaling;
     int64_t rank, rows, columns;
 };
 
-/* What rows of float32 are quantized to, and how the scales of their blocks are chosen. */
+/* A call of quantize: float32 rows, what they are quantized to, and how the scale of a block is chosen. */
 struct quantizing {
-    const struct weight *weight; /* of what is made: its levels, encoding and sizes */
+    const struct weight *weight; /* describes the result: levels, encoding, sizes */
     const struct isa *isa;
     const float *x;          /* (rows, columns) */
-    const float *boundaries; /* 15 */
-    const float *candidates; /* scales to try, in units of a block's largest weight; none: that weight is the scale */
-    const float *importance; /* (columns,): what squared errors count, or NULL: all count alike */
+    const float *boundaries; /* 15, between adjacent levels */
+    /* Scales to try, as factors of the block's weight of largest magnitude. With none of them, that magnitude is the scale. */
+    const float *candidates;
+    /* (columns,): weights of the squared errors, or NULL: all weigh the same */
+    const float *importance;
     int64_t tried;           /* number of candidates */
-    float largest;           /* magnitude that a scale can have */
-    int zero;                /* the zero code */
-    int has_sign;            /* whether a scale has one */
+    float largest;           /* largest magnitude of a scale */
+    int zero;                /* code of the zero weight; it also pads odd rows */
+    int has_sign;            /* whether scales are signed */
     uint8_t *packed, *scales, *scratch;
-    int64_t own, scale_bytes; /* of a thread's scratch, of a row's scales */
-    int failed; /* only ever set */
+    int64_t own, scale_bytes; /* bytes: of a thread's scratch, of a row's scales */
+    int failed; /* set by any thread, never cleared */
 };
 
-/* One call. All threads read it. */
+/* One call. All threads read it; none writes to it while they run. */
 struct job {
     const struct weight *weight;
-    const void *x; /* (batch, columns) of linear, (batch, rows) of input_grad */
+    const void *x; /* linear: (batch, columns); input_grad: (batch, rows) */
     const void *bias;
     void *out;
-    int64_t out_step; /* from a row of it to the next, in linear */
-    float *partial;   /* (batch, rows of the weight) there: what the parts of the columns make until the last is there; out, if it is float32 */
-    int type, out_type, bias_type; /* enum type of x, out and the bias */
+    int64_t out_step; /* elements from an output row to the next (linear, dequantize) */
+    /* float32 (batch, rows of the weight): the sums over the parts of the columns that were multiplied so far, where x is
+     * packed in parts. It is `out` itself where that is float32. */
+    float *partial;
+    int type, out_type, bias_type; /* enum type of x, out and bias */
     const struct kernel *kernel;
-    int *refused; /* set where 8-bit integers would not do for what is read: nothing that is written counts */
+    /* Set by a kernel that cannot represent what it reads (8-bit integers): the output is then invalid, and the caller
+     * discards it. */
+    int *refused;
     int64_t batch, threads;
-    float *packed; /* the input, or sums of the gradient, in the order of the words, or in tiles; */
-    int64_t packed_step; /* each thread packs its own copy, so many floats behind the one before; 0: they share one */
-    float *own; /* scratch of the threads */
+    /* x packed in the order of the codes or in AMX tiles; for input_grad the sums, in the order of the codes. */
+    float *packed;
+    /* Floats from the copy of one thread to the next, where each thread packs x for itself; 0: all share one copy. */
+    int64_t packed_step;
+    float *own; /* scratch of the threads, own_floats each */
     int64_t own_floats;
-    int64_t piece; /* inputs that are packed at a time */
-    /* What is multiplied now: a piece of the batch, groups of columns, and rows. */
+    int64_t piece; /* batch rows that are packed at a time */
+    /* What is multiplied now, as half-open ranges: batch rows m0 to m1 (a piece), groups of columns g0 to g1, rows r0 to r1. */
     int64_t m0, m1, g0, g1, r0, r1;
     struct quantizing *quantizing;
     const struct update *update; /* or NULL */
 };
 
+/* Threads set and read `refused` without a lock: it only ever changes from 0 to 1. */
 static inline void refuse(const struct job *job) { __atomic_store_n(job->refused, 1, __ATOMIC_RELAXED); }
 static inline int is_refused(const struct job *job) { return __atomic_load_n(job->refused, __ATOMIC_RELAXED); }
 
-/* One of so many parts of a job's work, by one of its threads: which one changes no bit. */
+/* Computes part `part` of `parts` of a job's work, on thread `thread`. Which thread runs a part changes no bit of the result. */
 typedef void (*body)(struct job *, int64_t part, int64_t parts, int64_t thread);
 
-/* Run bodies for as many parts a thread of the job each, or for one part in all (0). Who is done takes the next part; no
- * part of `then`, which may be NULL, begins before all of `first` are done. Threads that pack copies of their own
- * all run part 0 of `first`, which comes on top of the others then. */
+/* Run `first`, then `then` (or NULL), in parts: first_parts and then_parts are parts per thread, and 0 means one part in all.
+ * A thread that finishes a part takes the next one; no part of `then` begins before all of `first` are done. Where threads
+ * pack their own copies of x (packed_step), each of them runs part 0 of `first` for itself, and first_parts are counted beyond
+ * that one. */
 void parallel(struct job *, body first, int64_t first_parts, body then, int64_t then_parts);
 
-/* Run something for each piece of the batch and, of so many groups of columns, each part of at most `wide`, unless it is refused. */
+/* Call run for each piece of the batch and, within it, each run of at most `wide` groups of columns; stop when the job is
+ * refused. */
 void in_pieces(struct job *, int64_t groups, int64_t wide, void (*run)(struct job *));
 
-/* Columns that packing has looked at, in all calls: a test holds that their number is linear in those of the inputs. */
+/* Columns that packing has visited, over all calls: a test checks that their number grows linearly with the columns of x. */
 extern int64_t visited_columns;
 
 #if defined(__GNUC__)
 #define prefetch(p) __builtin_prefetch(p)
-#define prefetch_far(p) __builtin_prefetch(p, 0, 2) /* to the second cache */
+#define prefetch_far(p) __builtin_prefetch(p, 0, 2) /* to L2 */
 #else
 #define prefetch(p) ((void)0)
 #define prefetch_far(p) ((void)0)
@@ -174,7 +201,8 @@ extern int64_t visited_columns;
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Columns whose sums of a gradient AMX takes at a time: parts about as large, of whole groups, so that all threads have some. */
+/* Columns of grad @ W whose sums are kept at a time with AMX: TILED_GRAD_COLUMNS or a group per thread, whichever is more,
+ * evened out over the passes so that every thread has work in each, and rounded up to whole groups. */
 static inline int64_t tiled_grad_columns(const struct weight *w, int64_t threads)
 {
     const int64_t most = threads * MAX_GROUP > TILED_GRAD_COLUMNS ? threads * MAX_GROUP : TILED_GRAD_COLUMNS;
@@ -182,20 +210,20 @@ static inline int64_t tiled_grad_columns(const struct weight *w, int64_t threads
     return round_up((w->stride + parts - 1) / parts, MAX_GROUP);
 }
 
-/* Columns of so many inputs that are packed at a time: fewer of more than a few, so that small batches take little scratch. */
+/* Columns of x that are packed at a time for a batch: fewer for 5 to 8 batch rows, so that small batches take little scratch. */
 static inline int64_t wide_of(int64_t batch)
 {
     return batch > FEW_MORE ? WIDE : batch > FEW ? WIDE / 2 : WIDE_OF_FEW / batch;
 }
 
-/* Columns whose sums of a gradient a thread takes at a time, without AMX. */
+/* Columns of grad @ W whose sums a thread keeps at a time, without AMX. */
 static inline int64_t grad_columns(const struct weight *w, int64_t batch, int64_t threads)
 {
     const int64_t groups = w->stride / MAX_GROUP, most = (groups + threads - 1) / threads * MAX_GROUP;
     return smaller(batch <= GRAD_MOST(w->order != NULL) ? GRAD_COLUMNS : TILE_COLUMNS, most);
 }
 
-/* Columns whose scales are read at a time: whole parts, of about MAX_LANES blocks where these are not small. */
+/* Columns whose scales are read at a time: a multiple of CHUNK, MAX_LANES blocks or so where blocks are large. */
 static inline int64_t chunk_of(const struct weight *w)
 {
     const int64_t most = 2 * w->half * MAX_LANES / CHUNK * CHUNK;
@@ -220,12 +248,12 @@ static inline float half_to_float(uint16_t h)
 {
     const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
     if (rest >= 0x0400)
-        return float_of(sign | ((rest << 13) + ((rest >= 0x7c00 ? 224u : 112u) << 23))); /* 224: infinity, NaN */
+        return float_of(sign | ((rest << 13) + ((rest >= 0x7c00 ? 224u : 112u) << 23))); /* 127 - 15; 255 - 31 */
     const float value = (float)rest * 0x1p-24f;
     return sign ? -value : value;
 }
 
-/* What a byte of SCALES_SIGNED counts: a sign and 7 bits. No branch: signs are foreseen by no processor. */
+/* The steps that a byte of SCALES_SIGNED counts: a sign bit and 7 bits. Without a branch, since signs cannot be predicted. */
 static inline float signed_steps(uint8_t byte)
 {
     const int sign = -(byte >> 7);
@@ -234,7 +262,7 @@ static inline float signed_steps(uint8_t byte)
 
 static inline float bfloat_to_float(uint16_t b) { return float_of((uint32_t)b << 16); }
 
-/* Scale i of a row at p, or the steps that it counts. */
+/* Scale i of a row whose scales start at p; for double quantization, the steps that it counts. */
 static inline float scale_as_stored(const uint8_t *p, int64_t i, int encoding)
 {
     if (encoding == SCALES_FLOAT32)
@@ -244,23 +272,24 @@ static inline float scale_as_stored(const uint8_t *p, int64_t i, int encoding)
     return encoding == SCALES_SIGNED ? signed_steps(p[i]) : (float)p[i];
 }
 
-/* Bytes from a row to the next. */
+/* Bytes from a row of codes, or of 16-bit floats, to the next. */
 static inline int64_t row_stride(const struct weight *w) { return w->order ? w->row_bytes : 2 * w->columns; }
 
-/* Bytes of the scales of a row. */
+/* Bytes of a row's scales; for double quantization, steps and the float16 after them. */
 static inline int64_t scale_bytes(const struct weight *w)
 {
     return w->encoding >= SCALES_DOUBLE ? w->blocks + 2 : w->blocks * (w->encoding == SCALES_FLOAT16 ? 2 : 4);
 }
 
-/* Where the float16 behind the steps of a row lies, and how many steps it counts: a scale is steps * that / row_steps. */
+/* Double quantization: scale = steps * row scale / row_steps. row_scale_at returns where the row's float16 is stored,
+ * row_steps the largest number of steps. */
 static inline const uint8_t *row_scale_at(const struct weight *w, int64_t row)
 {
     return w->scales + row * scale_bytes(w) + w->blocks;
 }
 static inline float row_steps(const struct weight *w) { return w->encoding == SCALES_SIGNED ? 127.0f : 255.0f; }
 
-/* To the nearest, ties to even; a NaN stays one. */
+/* Rounds to nearest, ties to even; a NaN becomes the quiet NaN 0x7fc0. */
 static inline uint16_t float_to_bfloat(float value)
 {
     const uint32_t bits = bits_of(value);
@@ -268,6 +297,7 @@ static inline uint16_t float_to_bfloat(float value)
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
 }
 
+/* Rounds to nearest, ties to even; a NaN becomes the quiet NaN 0x7e00 with its sign. */
 static inline uint16_t float_to_half(float value)
 {
     const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
@@ -280,7 +310,7 @@ static inline uint16_t float_to_half(float value)
     return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
 }
 
-/* Towards zero, for magnitudes that are not above 65504. */
+/* Rounds toward zero; defined for magnitudes up to 65504. */
 static inline uint16_t float_to_half_below(float value)
 {
     const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
@@ -304,8 +334,8 @@ static inline void write_as(void *p, int type, int64_t i, float value)
         ((uint16_t *)p)[i] = type == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
 }
 
-/* The range of columns that packing groups g0 to g1, of `group` columns each, has to look at: whole blocks, from a multiple of
- * two vectors on. To look at all columns for each part of them would take time that is quadratic in their number. */
+/* The columns that packing groups g0 to g1 (of `group` columns each) has to visit: whole blocks, starting at a multiple of two
+ * vectors. If each of several parts visited all columns, packing would take quadratic time. */
 static inline void columns_between(const struct weight *w, int64_t g0, int64_t g1, int64_t group, int64_t *from, int64_t *to)
 {
     const int64_t size = w->order ? 2 * w->half : 1;
@@ -314,7 +344,7 @@ static inline void columns_between(const struct weight *w, int64_t g0, int64_t g
     __atomic_fetch_add(&visited_columns, *to - *from, __ATOMIC_RELAXED);
 }
 
-/* One of the parts of n, in steps. */
+/* Part `part` of `parts` of the range 0 to n; boundaries are multiples of `step`. */
 static inline void share(int64_t n, int64_t step, int64_t parts, int64_t part, int64_t *from, int64_t *to)
 {
     const int64_t steps = (n + step - 1) / step;

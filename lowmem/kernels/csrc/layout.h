@@ -1,12 +1,13 @@
-/* How the scratch of a product is laid out, and how many inputs are packed at a time. */
+/* How the scratch of a product is laid out, and how many batch rows are packed at a time. */
 #ifndef LOWMEM_LAYOUT_H
 #define LOWMEM_LAYOUT_H
 
 #include "plan.h"
 #include "threads.h"
 
-/* How many inputs of so many packed bytes, and so many of the threads' own, are packed at a time beside `others`, in `most_bytes`:
- * pieces of a batch that are about as large, and multiples of `whole`. */
+/* How many batch rows are packed at a time: the batch is divided into pieces of about one size, multiples of `whole`. A batch
+ * row takes `packed` bytes of the packed input, at most most_bytes in all, and `own` bytes of the threads' scratch; `others`
+ * bytes of scratch are taken anyway. */
 static int64_t piece_of(int64_t batch, int64_t most_bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
 {
     const int64_t least = whole > 1 ? LEAST_BYTES / 2 : LEAST_BYTES;
@@ -16,22 +17,26 @@ static int64_t piece_of(int64_t batch, int64_t most_bytes, int64_t packed, int64
     return pieces ? round_up((batch + pieces - 1) / pieces, whole) : 0;
 }
 
-/* Columns of an input that are packed, where there are more than a few: whole chunks. */
+/* Columns of x that are packed at a time, at most `wide`: whole chunks. */
 static int64_t packed_width(const struct weight *w, int64_t wide) { return smaller(round_up(w->stride, CHUNK), wide); }
 
-/* Sizes in floats: what the threads share, then what each has of its own. */
+/* The layout of scratch; sizes are in floats. First `shared` for all threads: the copies of the packed input, packed_step apart
+ * (0: there is one), or the sums of grad @ W. Then `own` for each of `threads`. `piece` is the batch rows that are packed at a
+ * time. */
 struct layout {
     int64_t threads, piece, packed_step, shared, own;
 };
 
-#define MOST_COPIES 4 /* of a packed input: with more threads, packing it in all of them would take too long */
+/* Most copies of the packed input. With more threads, packing it in each of them would take too long. */
+#define MOST_COPIES 4
 
-/* The layout for a product whose sums take `beside` bytes already. */
+/* The layout for a product, beside scratch of `beside` bytes that is taken already. */
 static struct layout layout_of(const struct kernel *k, const struct weight *w, int64_t batch, long long threads, int64_t beside)
 {
     const int gradient = k->operation == INPUT_GRAD;
     const int64_t all = threads_for(threads, (double)w->rows * w->columns * batch);
-    const int64_t bytes = !gradient ? packed_width(w, wide_of(batch)) * k->number /* that an input takes */
+    /* Bytes of a packed batch row, or, in grad @ W, of the sums of a batch row. */
+    const int64_t bytes = !gradient ? packed_width(w, wide_of(batch)) * k->number
                           : k->amx  ? tiled_grad_columns(w, all) * 4
                                     : smaller(all * grad_columns(w, batch, all), w->stride) * 4;
     const int64_t copies = gradient || all > MOST_COPIES ? 1 : all;

@@ -1,11 +1,12 @@
-/* x @ W.T with a few inputs: columns lie across the lanes, and codes are decoded in registers. many.h has more inputs. */
+/* x @ W.T for a small batch. Columns lie across the lanes, codes are decoded in registers, and each row of W is read once for
+ * all batch rows. many.h serves larger batches. */
 
-/* Put one input where its codes come up, as float32: vectors lie `step` vectors apart. What lies beyond the row is left alone. */
+/* Pack batch row m as float32 in the order of the codes; its vectors are `step` vectors apart. Padding is not written. */
 INLINE void place_input(const struct job *job, int64_t m, float *out, int64_t step, const int type)
 {
     const struct weight *w = job->weight;
     const int64_t before = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, from = m * w->columns;
-    if (!w->order) { /* in its own order */
+    if (!w->order) { /* 16-bit weights keep the order of the columns */
         const int64_t end = smaller(w->columns, before + floats);
         int64_t c = before;
         for (; c + LANES <= end; c += LANES, out += step * LANES)
@@ -33,16 +34,17 @@ static void place_input_typed(const struct job *job, int64_t m, float *out, int6
         place_input(job, m, out, step, FLOAT16);
 }
 
-/* Loops over R rows and M inputs, which must be unrolled for their arrays to be registers. */
+/* Loops over R rows and M batch rows. They must be unrolled, so that arrays indexed by AT become registers. */
 #define EACH_ROW _Pragma("GCC unroll 4") for (int i = 0; i < R; i++)
 #define EACH_INPUT _Pragma("GCC unroll 8") for (int j = 0; j < M; j++)
 #define AT (i * M + j)
-#define FEW_SUMS 16 /* the most rows times inputs */
-#define FEW_CHAIN 32 /* the most products that are summed in one chain: all their roundings may go one way */
-/* Of a loop for one number of inputs: it has the registers for itself. */
+#define FEW_SUMS 16 /* most rows times batch rows: sums in registers */
+/* Most products that are added one after the other: in a longer chain, roundings that go the same way would add up to more. */
+#define FEW_CHAIN 32
+/* A function for one number of batch rows, not inlined, so that its loop has all registers for itself. */
 #define OWN_FUNCTION static __attribute__((noinline)) void
 
-/* The sums across the lanes of R rows with M inputs: LANES an input. */
+/* Horizontal sums: out[j * LANES + i] = the sum of sums[AT] for row i and batch row j. */
 INLINE void few_sums(const int R, const int M, const V *sums, float *out)
 {
 #pragma GCC unroll 8
@@ -51,7 +53,7 @@ INLINE void few_sums(const int R, const int M, const V *sums, float *out)
         float four[4];
         if (R == 4) {
             v_sum4(sums[j], sums[M + j], sums[2 * M + j], sums[3 * M + j], out + j * LANES);
-        } else if (R == 2) { /* in the same order, whether there is a second input or not */
+        } else if (R == 2) { /* one order of additions, with or without a second batch row */
             v_sum4(sums[j], sums[M + j], last ? v_zero() : sums[j + 1], last ? v_zero() : sums[M + j + 1], four);
             memcpy(out + j * LANES, four, 2 * sizeof(float));
             if (!last)
@@ -63,7 +65,7 @@ INLINE void few_sums(const int R, const int M, const V *sums, float *out)
     }
 }
 
-/* What the steps of the scales of R rows count. */
+/* out[i] = row scale / row_steps of row r + i, which a block's steps are multiplied with; zero without double quantization. */
 INLINE void row_units(const struct weight *w, int64_t r, const int R, V *out)
 {
     EACH_ROW out[i] = v_zero();
@@ -71,14 +73,14 @@ INLINE void row_units(const struct weight *w, int64_t r, const int R, V *out)
         EACH_ROW out[i] = v_set1(row_scale(w, r + i) / row_steps(w));
 }
 
-/* What is fetched while groups from g on of R rows are multiplied: the lines of rows to come, which lie behind each other,
- * R of them a group. */
+/* The codes to prefetch while group g of R rows is multiplied: of rows 8 * R further. Rows are contiguous, so that the lines of
+ * all R rows together are fetched in order, R lines of LANES * 4 bytes per group. */
 INLINE const uint8_t *codes_soon(const struct weight *w, int64_t r, int64_t g, const int R)
 {
     return w->packed + (r + 8 * R) * w->row_bytes + g * LANES * 4 * R;
 }
 
-/* The scales of R rows, which are `step` apart, from a block on, as many as there are lanes. */
+/* The scales of R rows, `step` rows apart, for up to LANES blocks from `first` on. `unit` is what row_units returns. */
 INLINE void few_scales(const struct weight *w, int64_t r, int64_t step, int64_t first, const int R, const V *unit, V *out)
 {
     const int64_t stride = scale_bytes(w) * step, n = w->blocks - first;
@@ -102,10 +104,11 @@ INLINE void few_scales(const struct weight *w, int64_t r, int64_t step, int64_t 
 #undef READ
 }
 
-/* A group of words of R rows, of which `left` bytes are there. One way leads to them, not two: or they would go to the stack. */
+/* Load a group of words of R rows, `left` bytes of which exist. A short group is copied first, so that both cases share one
+ * load: with two paths the compiler keeps the words on the stack. */
 INLINE void few_words(const uint8_t *p, int64_t row_bytes, int64_t left, const int R, W *words)
 {
-    uint8_t rest[4][LANES * 4]; /* with zeros behind what is left */
+    uint8_t rest[4][LANES * 4]; /* padded with zeros */
     if (left < LANES * 4) {
         EACH_ROW v_store((float *)rest[i], v_of_words(words_load(p + i * row_bytes, left)));
         p = rest[0];
@@ -114,8 +117,9 @@ INLINE void few_words(const uint8_t *p, int64_t row_bytes, int64_t left, const i
     EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
 }
 
-/* What R rows with M inputs make in groups g to g1, decoding codes in registers. A block's products are
- * summed before its scale is applied; blocks that are not whole words (`apart`) are scaled first. */
+/* sums[AT] = row r + i times batch row j over groups g to g1, still spread over the lanes. Codes are decoded in registers. A
+ * block's products are summed before they are multiplied with its scale; where blocks are not whole words (`apart`), each level
+ * is multiplied with its scale first. */
 INLINE void few_groups(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
                               const int apart, const float *x, V *sums)
 {
@@ -159,7 +163,7 @@ INLINE void few_groups(const struct weight *w, int64_t r, int64_t g, int64_t g1,
     EACH_ROW EACH_INPUT sums[AT] = acc[AT];
 }
 
-/* R rows with M inputs. */
+/* Define name(): R rows times M batch rows; out as in few_sums. */
 #define FEW_PRODUCT(name, groups, ...)                                                         \
     INLINE void name(const struct job *job, int64_t r, const int R, const int M, float *out) \
     {                                                                                          \
@@ -186,7 +190,8 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
         for (const int64_t end = smaller(c + FEW_CHAIN * LANES, whole); c < end; c += LANES, x += M * LANES) {
             V row[4];
             EACH_ROW row[i] = sixteen(rows + i * stride + c, type);
-            if (c % 32 == 0) /* a line; rows are read from memory faster than the processor foresees */
+            /* once per cache line; rows come from memory faster than the hardware prefetcher predicts */
+            if (c % 32 == 0)
                 EACH_ROW prefetch(rows + (i + 8 * R) * stride + c);
             EACH_INPUT {
                 const V value = v_load(x + j * LANES);
@@ -195,7 +200,7 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
         }
         EACH_ROW EACH_INPUT sums[AT] = v_add(sums[AT], acc[AT]);
     }
-    if (whole < columns) { /* the input is padded with zeros */
+    if (whole < columns) { /* x is padded with zeros */
         float rest[4][LANES];
         EACH_ROW for (int64_t c = 0; c < LANES; c++)
             rest[i][c] = whole + c < columns ? read_as_float(rows + i * stride, type, whole + c) : 0.0f;
@@ -211,8 +216,9 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
 #include "update.h"
 #include "many.h"
 
-/* Rows r to `to` with M inputs, LANES of them at a time: a function for each M, which has the registers for itself. What LANES
- * rows make is written when the next ones are done: it would have to wait for what has just been stored a few numbers at a time. */
+/* Define name_M(): rows r to `to` times M batch rows, LANES rows at a time. There is a function for each M, which has the
+ * registers for itself. The results of LANES rows are written only when the next LANES are done: they were just stored a few
+ * floats at a time, and a vector load of them would have to wait for these stores. */
 #define ROWS_WITH(M, name, rows, product, ...)                              \
     OWN_FUNCTION name##_##M(const struct job *job, int64_t r, int64_t to) \
     {                                                                       \
@@ -256,9 +262,10 @@ ROWS_WITH_MORE(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
 ROWS_WITH_MORE(rows_bf16, BF16_ROWS, few_bf16)
 #endif
 
+/* Multiplies rows r to `to` with the packed batch rows; there is a function for each number of them. */
 typedef void rows_with(const struct job *, int64_t r, int64_t to);
 
-/* Pack the inputs of a small batch side by side, vector by vector, as float32. */
+/* Pack a small batch as float32: vector by vector, all batch rows side by side. */
 static void put_few(struct job *job)
 {
     const int64_t floats = (job->g1 - job->g0) * GROUP, batch = job->m1 - job->m0;
@@ -268,7 +275,7 @@ static void put_few(struct job *job)
         place_input_typed(job, job->m0 + m, job->packed + m * LANES, batch);
 }
 
-/* The first part packs the inputs; the others multiply them with an update's A. */
+/* The first part packs x; the others compute the narrow product of a low-rank update. */
 static void pack_few(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     if (part == 0)
@@ -277,15 +284,17 @@ static void pack_few(struct job *job, int64_t part, int64_t parts, int64_t threa
         narrow_body(job, part - (parts > 1), parts - (parts > 1), thread);
 }
 
-/* Rows of a part, by the function for as many inputs as are packed. */
+/* Multiply the rows of a part, by the function for the number of packed batch rows, and add the low-rank update. */
 INLINE void few_rows(struct job *job, int64_t part, int64_t parts, rows_with *const *rows)
 {
     int64_t r, to;
     share(job->weight->rows, SHARE_ROWS, parts, part, &r, &to);
-    const struct update *u = job->g1 * GROUP < job->weight->columns ? NULL : job->update; /* once the rows are whole */
+    /* An update is added with the last groups of columns, when the sums are complete. */
+    const struct update *u = job->g1 * GROUP < job->weight->columns ? NULL : job->update;
     for (int64_t end; r < to; r = end) {
         end = u ? smaller(r + UPDATE_ROWS, to) : to;
-        for (int64_t i = r; u && i < end; i++) /* B, which is read from further away than it takes to multiply rows */
+        /* prefetch rows of B: loading them takes longer than multiplying these rows of W */
+        for (int64_t i = r; u && i < end; i++)
             for (int64_t k = 0; k < u->rank; k += 16)
                 prefetch(u->b + i * u->rank + k);
         rows[job->m1 - job->m0 - 1](job, r, end);
@@ -294,6 +303,7 @@ INLINE void few_rows(struct job *job, int64_t part, int64_t parts, rows_with *co
     }
 }
 
+/* The kernels for a small batch: NAME_body is the function of kernel NAME in the table of an ISA. */
 static void few_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     static rows_with *const rows[] = {NAMED_FEW(rows)};
@@ -318,7 +328,7 @@ static void few_sixteen_body(struct job *job, int64_t part, int64_t parts, int64
 #if ISA_BFLOAT16
 static void pack_few_bf16(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    (void)part, (void)parts, (void)thread; /* one does it all */
+    (void)part, (void)parts, (void)thread; /* there is one part */
     for (int64_t m = job->m0; m < job->m1; m++)
         pack_bf16(job, m);
 }

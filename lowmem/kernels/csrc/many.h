@@ -1,18 +1,17 @@
-/* x @ W.T with more than a few inputs. Rows lie across the lanes: LANES of them are decoded at a time, and each number
- * of an input is multiplied with all of them at once, so that no sum is taken across lanes, and results lie as the
- * output has them.
+/* x @ W.T for larger batches. Rows of W lie across the lanes: LANES of them are decoded at a time, and each number of x is
+ * multiplied with all of them at once. So there are no horizontal sums, and results are laid out as the output is.
  *
- * What is multiplied is a unit: a column in float32, a pair of columns as bfloat16 where products are taken in it. The
- * input comes as pack.h packs it. */
+ * A unit is what is multiplied at a time: a column in float32, or a pair of columns in bfloat16. pack.h packs x. fused.h
+ * multiplies decoded codes in registers; tiled.h dequantizes rows into a tile that is multiplied with the whole batch. */
 
-#define UNITS(bf16) ((bf16) ? 4 : 8) /* of a word */
-#define MANY_ROWS (LANES * MANY_VECTORS) /* of a tile */
+#define UNITS(bf16) ((bf16) ? 4 : 8) /* units in a word */
+#define MANY_ROWS (LANES * MANY_VECTORS) /* rows of a tile */
 _Static_assert(MANY_VECTORS <= MAX_VECTORS && MANY_INPUTS <= 16, "scratch and passes have room for them");
 #define EACH_LANE _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
 #define EACH_OF_MANY _Pragma("GCC unroll 16") for (int j = 0; j < M; j++)
 #define EACH_ROWS for (int v = 0; v < MANY_VECTORS; v++)
 
-/* A number, or a pair of numbers, in every lane. */
+/* Broadcast a unit of x: a number, or a pair of bfloat16 numbers. */
 INLINE V spread_unit(const float *p, const int bf16)
 {
 #if ISA_BFLOAT16
@@ -23,7 +22,7 @@ INLINE V spread_unit(const float *p, const int bf16)
     return v_set1(*p);
 }
 
-/* sum + a * b. */
+/* sum + a * b; in bfloat16 the sum of both products of a pair. */
 INLINE V multiply_add(V a, V b, V sum, const int bf16)
 {
 #if ISA_BFLOAT16
@@ -34,7 +33,7 @@ INLINE V multiply_add(V a, V b, V sum, const int bf16)
     return v_fma(a, b, sum);
 }
 
-/* Words of one group of LANES rows: row by row they are read, word by word they are written, `step` floats apart. */
+/* Transpose the words of a group of LANES rows: out[i * step + lane] = word i of row r + lane. Rows past the last repeat it. */
 INLINE void words_across(const struct weight *w, int64_t r, int64_t group, const int step, float *out)
 {
     const int64_t start = group * LANES * 4, left = w->row_bytes - start, last = w->rows - 1;
@@ -50,11 +49,12 @@ INLINE void words_across(const struct weight *w, int64_t r, int64_t group, const
     EACH_LANE v_store(out + i * step, v[i]);
 }
 
-/* The scales of n blocks of LANES rows: block by block, `step` floats apart, row by row. Blocks beyond the row have zeros. */
+/* Transpose the scales of n blocks of LANES rows: out[b * step + lane] = the scale of block first + b of row r + lane, zero for
+ * blocks past the row's end. Prefetches the scales of the rows that come next. */
 INLINE void scales_across(const struct weight *w, int64_t r, int64_t first, int64_t n, const int step, float *out)
 {
     const int64_t stride = scale_bytes(w), last = w->rows - 1;
-    const int many = w->encoding >= SCALES_DOUBLE; /* steps of a float16 */
+    const int many = w->encoding >= SCALES_DOUBLE; /* double quantization */
     V unit = v_zero();
     if (many) {
         float units[LANES];
@@ -71,7 +71,7 @@ INLINE void scales_across(const struct weight *w, int64_t r, int64_t first, int6
             prefetch(p + next);
         }
         v_transpose(v);
-        for (int64_t i = 0; i < smaller(n - b, LANES); i++) { /* rounded as the scales of a row are */
+        for (int64_t i = 0; i < smaller(n - b, LANES); i++) { /* rounded exactly as row_scales rounds */
             if (many)
                 v[i] = v_div(v_mul(v[i], unit), v_set1(row_steps(w)));
             v_store(out + i * step, v[i]);
@@ -79,7 +79,7 @@ INLINE void scales_across(const struct weight *w, int64_t r, int64_t first, int6
     }
 }
 
-/* Unit k of each word: a level, or two levels as bfloat16. */
+/* Look up unit k of each word: a level, or a pair of levels as bfloat16. */
 INLINE V unit_levels(T table, W words, const int k, const int bf16)
 {
 #if ISA_BFLOAT16
@@ -90,7 +90,8 @@ INLINE V unit_levels(T table, W words, const int k, const int bf16)
     return v_lookup(table, words, k);
 }
 
-/* The bias of rows r and on, of which `rows` are there, as float32: where it lies, or in `widened`, which is zeros. */
+/* The bias of `rows` rows from r on, as float32: in place, or copied to `widened`, which the caller has set to zero. It is
+ * added with the first groups of columns; afterwards, and without a bias, the result is zeros. */
 INLINE const float *bias_of(const struct job *job, int64_t r, int64_t rows, float *widened)
 {
     if (!job->bias || job->g0)
@@ -101,8 +102,8 @@ INLINE const float *bias_of(const struct job *job, int64_t r, int64_t rows, floa
     return widened;
 }
 
-/* Sums of `vectors` times LANES rows, of which `rows` are there, and what the parts of the columns before have made of them, or
- * the bias, to the output, or to what is added up there. */
+/* Write sums (batch, vectors * LANES) of `rows` rows from r on to out (batch, rows of W, rows `step` apart). Adds the bias with
+ * the first groups of columns, the partial sums of the groups before with later ones. */
 INLINE void put_rows_as(const struct job *job, int64_t r, int64_t rows, const int vectors, const float *sums, void *out,
                                int64_t step, const int type)
 {
@@ -118,6 +119,7 @@ INLINE void put_rows_as(const struct job *job, int64_t r, int64_t rows, const in
     }
 }
 
+/* The same to the output, rounded to its type, or to the partial sums if columns are left. */
 static void put_rows(const struct job *job, int64_t r, int64_t rows, const int vectors, const float *sums)
 {
     if (job->g1 * GROUP < job->weight->columns)
@@ -130,15 +132,15 @@ static void put_rows(const struct job *job, int64_t r, int64_t rows, const int v
         put_rows_as(job, r, rows, vectors, sums, job->out, job->out_step, FLOAT16);
 }
 
-/* The input at a column, counted from the first that is packed: the first of a piece. */
+/* Packed x from column c on (counted from the first packed column), for the first batch row of a piece. */
 INLINE const float *packed_at(const struct job *job, int64_t c, const int bf16)
 {
     const int64_t batch = job->m1 - job->m0;
     return job->packed + c / PART(bf16) * PART_FLOATS * batch + c % PART(bf16) / (bf16 ? 2 : 1);
 }
 
-/* The codes, or 16-bit floats, so many columns behind column c of a row; after the last one that is packed come the next
- * `rows`. */
+/* The address of codes (or 16-bit floats) to prefetch: `columns` columns after column c of row r, where the last packed column
+ * is followed by the first one of the row `rows` further. */
 INLINE const uint8_t *codes_behind(const struct job *job, int64_t r, int64_t c, int64_t columns, int64_t rows)
 {
     const int64_t begin = job->g0 * GROUP, width = job->g1 * GROUP - begin, behind = c - begin + columns;
@@ -147,8 +149,7 @@ INLINE const uint8_t *codes_behind(const struct job *job, int64_t r, int64_t c, 
     return job->weight->packed + r * row_stride(job->weight) + (job->weight->order ? c / 2 : c * 2);
 }
 
-/* The scales of `vectors` times LANES rows, from a column on that a chunk starts at; where that of the first block is
- * counted from. */
+/* Transpose the scales of `vectors` times LANES rows for a chunk of columns that starts at `start`. Returns the first block. */
 INLINE int64_t chunk_scales(const struct job *job, int64_t r, int64_t start, const int vectors, float *scales)
 {
     const struct weight *w = job->weight;
@@ -161,7 +162,7 @@ INLINE int64_t chunk_scales(const struct job *job, int64_t r, int64_t start, con
 #include "fused.h"
 #include "tiled.h"
 
-/* Rows of a part with all inputs of a piece, in registers. */
+/* Multiply the rows of a part with all batch rows of a piece, decoding codes in registers. */
 INLINE void fused_part(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16)
 {
     float *own = job->own + thread * job->own_floats, *sums = own + SUMS_AT;
@@ -175,7 +176,7 @@ INLINE void fused_part(const struct job *job, int64_t part, int64_t parts, int64
     }
 }
 
-/* The same from tiles. */
+/* The same from tiles; `fewer`: in shorter chains of sums. */
 INLINE void tiled_part(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16, const int fewer)
 {
     int64_t r, to;
@@ -184,6 +185,7 @@ INLINE void tiled_part(const struct job *job, int64_t part, int64_t parts, int64
         tiled_rows(job, r, to, job->own + thread * job->own_floats, bf16, fewer);
 }
 
+/* The functions of the kernels fused and tiled, and of those in bfloat16. */
 static void fused_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { fused_part(job, part, parts, thread, 0); }
 static void tiled_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {

@@ -1,6 +1,7 @@
-/* The binding: products are handed tensors, whose memory is checked here; quantize is handed addresses and sizes that
- * lowmem/kernels/cpu.py has checked. One binary serves every Python from 3.10 (the limited API) and every PyTorch (none of
- * its headers). Threads are those of the OpenMP library that torch has loaded: a second one would fight it for the cores. */
+/* The Python module. Products are given tensors, whose memory is checked here; quantize is given addresses and sizes that
+ * lowmem/kernels/cpu.py has checked. One binary serves every Python from 3.10 on (the limited API) and every PyTorch (none of
+ * its headers). Threads are those of the OpenMP library that torch has loaded: a second pool would compete with it for the
+ * cores. */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
@@ -15,7 +16,7 @@
 
 #include "product.h"
 
-/* A low-rank update with x: as read_tensor, and 0 where shapes or types do not fit. */
+/* Read a low-rank update of a product with x: returns as read_tensor, and 0 if shapes or types do not fit. */
 static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, const struct tensor *x, int64_t rows,
                        struct update *u, struct held *held)
 {
@@ -34,10 +35,11 @@ static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, 
            has_shape(&b, rows, a.shape[0]) && x->shape[0] && x->shape[0] <= UPDATED && rows && a.shape[1];
 }
 
-/* Where the arguments of a product, and those of dequantize, lie. */
+/* Positions of the first arguments of products and of dequantize. */
 enum { ISA, PREPARED_OF, PACKED, SCALES, X };
 
-/* A product with a weight, and with an update (A, B, scaling) unless A is None, of tensors that are held by who calls this. */
+/* Compute a product, with a low-rank update (A, B, scaling) unless A is None. The caller releases `held`. Returns the output,
+ * None if C cannot compute it, False if torch should, or NULL with a Python error. */
 static PyObject *product_of(struct held *held, PyObject *const *args, enum operation operation, PyObject *bias_given,
                             PyObject *threads_given, PyObject *const *update_given)
 {
@@ -74,7 +76,7 @@ static PyObject *product_of(struct held *held, PyObject *const *args, enum opera
     PyObject *made = empty_like(args[X], x.shape[0], to);
     if (!made)
         return NULL;
-    int done = -1; /* something makes tensors of another kind */
+    int done = -1; /* new_empty made another kind of tensor */
     if (read_memory(made, &out, NULL) && out.type == x.type && has_shape(&out, x.shape[0], to)) {
         u.base = u.out = out.data;
         struct job job = {
@@ -83,7 +85,7 @@ static PyObject *product_of(struct held *held, PyObject *const *args, enum opera
             .bias = bias.data,
             .out = out.data,
             .out_step = to,
-            .partial = out.data, /* unless it is rounded */
+            .partial = out.data, /* run_in_parts replaces it where the output has 16 bits */
             .type = x.type,
             .out_type = out.type,
             .bias_type = bias.type,
@@ -101,6 +103,7 @@ static PyObject *product_of(struct held *held, PyObject *const *args, enum opera
     Py_RETURN_NONE;
 }
 
+/* The same; releases what it holds. */
 static PyObject *product(PyObject *const *args, enum operation operation, PyObject *bias, PyObject *threads,
                          PyObject *const *update_given)
 {
@@ -110,8 +113,9 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
     return made;
 }
 
-/* linear(isa, prepared or None, packed or 16-bit weight, scales or None, x, bias or None, threads, A or None, B, scaling)
- * -> out, or None: there is something that C does not take; False: the plan leaves it to torch */
+/* linear(isa, handle or None, packed or 16-bit weight, scales or None, x, bias or None, threads, A or None, B, scaling) ->
+ * x @ W.T + bias + scaling * (x @ A.T) @ B.T; None if C does not take the arguments, False if the plan leaves the product to
+ * torch */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, THREADS, A, B, SCALING, ARGUMENTS };
@@ -119,8 +123,8 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
     return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR, args[BIAS], args[THREADS], args + A);
 }
 
-/* linear_int8(isa, prepared for it, packed, scales, x, bias or None, threads)
- * -> out, or None: there is something that 8-bit integers do not do */
+/* linear_int8(isa, handle with 8-bit levels, packed, scales, x, bias or None, threads) -> x @ W.T + bias; None if C does not
+ * take the arguments or 8-bit integers cannot represent them */
 static PyObject *linear_int8(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, THREADS, ARGUMENTS };
@@ -128,8 +132,8 @@ static PyObject *linear_int8(PyObject *self, PyObject *const *args, Py_ssize_t g
     return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR_INT8, args[BIAS], args[THREADS], NULL);
 }
 
-/* input_grad(isa, prepared or None, packed or 16-bit weight, scales or None, grad, threads)
- * -> out, or None: there is something that C does not take; False: the plan leaves it to torch */
+/* input_grad(isa, handle or None, packed or 16-bit weight, scales or None, grad, threads) -> grad @ W; None if C does not take
+ * the arguments, False if the plan leaves the product to torch */
 static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { THREADS = X + 1, ARGUMENTS };
@@ -137,8 +141,8 @@ static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t gi
     return has_count(given, ARGUMENTS) ? NULL : product(args, INPUT_GRAD, Py_None, args[THREADS], NULL);
 }
 
-/* dequantize(isa, prepared, packed, scales, first row, first column, out, threads) -> out, which is filled, or None: there is
- * something that C does not take. Columns are whole blocks, but at the end of the rows. */
+/* dequantize(isa, handle, packed, scales, first row, first column, out, threads) -> out, filled; None if C does not take the
+ * arguments. The columns of out are whole blocks, except at the end of the rows. */
 static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ROW = SCALES + 1, COLUMN, OUT, THREADS, ARGUMENTS };
@@ -179,8 +183,9 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     return args[OUT];
 }
 
-/* plan(isa, block size or 0, enum type of a 16-bit weight, rows of the input, its enum type, enum operation) -> [(ISA, kernel, its
- * least rows, its most, why it refuses or None), ...]: all kernels that are asked, the last of which accepts; empty: none does */
+/* plan(isa, block size or 0, enum type of a 16-bit weight, batch rows, enum type of x, enum operation) -> [(ISA, kernel, its
+ * least batch rows, its most, why it refuses or None), ...]: the kernels that were asked, the last of which accepts; empty if
+ * none does */
 static PyObject *plan_of(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ISA_AT, BLOCK, WEIGHT, ROWS, TYPE, OPERATION, ARGUMENTS };
@@ -204,7 +209,7 @@ static PyObject *plan_of(PyObject *self, PyObject *const *args, Py_ssize_t given
     return asked;
 }
 
-/* What `update` below returns, of tensors that are held by who calls this. */
+/* What `update` below returns; the caller releases `held`. */
 static PyObject *update_of(struct held *held, PyObject *const *args, Py_ssize_t given)
 {
     enum { BASE = 1, INPUT, A, B, SCALING, THREADS, ARGUMENTS };
@@ -228,7 +233,7 @@ static PyObject *update_of(struct held *held, PyObject *const *args, Py_ssize_t 
         Py_DECREF(made);
         if (PyErr_Occurred())
             return NULL;
-        Py_RETURN_NONE; /* something makes tensors of another kind */
+        Py_RETURN_NONE; /* new_empty made another kind of tensor */
     }
     u.base = base.data;
     u.narrow = narrow.memory;
@@ -244,7 +249,7 @@ static PyObject *update_of(struct held *held, PyObject *const *args, Py_ssize_t 
     return made;
 }
 
-/* update(isa, base, x, A, B, scaling, threads) -> out, or None: there is something that C does not take */
+/* update(isa, base, x, A, B, scaling, threads) -> base + scaling * (x @ A.T) @ B.T; None if C does not take the arguments */
 static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     struct held held = {.count = 0};
@@ -254,6 +259,7 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     return made;
 }
 
+/* Quantize a part of the rows. */
 static void quantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     struct quantizing *q = job->quantizing;
@@ -263,9 +269,9 @@ static void quantize_body(struct job *job, int64_t part, int64_t parts, int64_t 
         q->failed = 1;
 }
 
-/* quantize(isa, x, packed, scales, levels, encoding, block_size, rows, columns, boundaries, candidates, number of
- * candidates, importance, bits of the largest magnitude, zero code, whether a scale has a sign, scratch, threads)
- * -> whether the scales can hold every weight */
+/* quantize(isa, x, packed, scales, levels, encoding, block_size, rows, columns, boundaries, candidates, number of candidates,
+ * importance, bits of the largest magnitude, zero code, whether scales are signed, scratch, threads) -> whether the scales can
+ * hold every weight. Tensors are addresses; importance may be 0. */
 static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ISA, X, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, BOUNDARIES, CANDIDATES, TRIED, IMPORTANCE, LARGEST, ZERO, SIGN, SCRATCH, THREADS,
@@ -304,7 +310,7 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     return PyBool_FromLong(!q.failed);
 }
 
-/* share_threads(path) -> whether the loaded OpenMP library at `path` will run the threads */
+/* share_threads(path) -> whether the OpenMP library at `path`, which must be loaded already, will run the threads */
 static PyObject *share_threads(PyObject *self, PyObject *path)
 {
     (void)self;
@@ -324,7 +330,7 @@ static PyObject *share_threads(PyObject *self, PyObject *path)
     Py_RETURN_TRUE;
 }
 
-/* visited() -> columns of inputs that were looked at to be packed, so far */
+/* visited() -> columns of x that packing has visited so far */
 static PyObject *visited(PyObject *self, PyObject *unused)
 {
     (void)self;

@@ -1,4 +1,5 @@
-/* NEON: four lanes; the sixteen levels are four registers, whose bytes a table lookup finds. */
+/* The ISA neon: vector operations (rows.h) of 64-bit ARM, four lanes. The sixteen levels are four registers, and a byte-table
+ * lookup finds their bytes. */
 #include "kernel.h"
 #if HAS_NEON
 #include <arm_neon.h>
@@ -22,7 +23,7 @@ typedef uint8x16x4_t T;
 #define v_fma(a, b, sum) vfmaq_f32(sum, a, b)
 #define v_sum vaddvq_f32
 
-/* Where the four bytes of number i lie in a table of numbers. */
+/* Indices of the four bytes of float32 number i in a table of them. */
 static inline uint8x16_t bytes_at(W i)
 {
     return vreinterpretq_u8_u32(vmlaq_u32(vdupq_n_u32(0x03020100), i, vdupq_n_u32(0x04040404)));
@@ -96,10 +97,10 @@ static inline V v_steps(const uint8_t *p, int encoding)
     return vcvtq_f32_s32(vbslq_s32(vtstq_u32(steps, vdupq_n_u32(128)), vnegq_s32(magnitude), magnitude));
 }
 
-/* A binary search: each bit of a code chooses the boundary that the next one is found with. */
+/* v_code is a binary search: the bits of a code that are found select the boundary for the next bit. */
 typedef struct {
     V bit3, bit2[2];
-    uint8x16_t bit1; /* looked up with the bits that are known */
+    uint8x16_t bit1; /* looked up with the bits found so far */
     uint8x16x2_t bit0;
 } B;
 static inline B boundaries_load(const float *p)
@@ -112,7 +113,7 @@ static inline B boundaries_load(const float *p)
 }
 static inline W v_code(B b, V a)
 {
-    /* a comparison is all ones, which is minus one */
+    /* a comparison that is true is all ones, or -1 */
     const W bit3 = vcgtq_f32(a, b.bit3), bit2 = vcgtq_f32(a, vbslq_f32(bit3, b.bit2[1], b.bit2[0]));
     W code = (vdupq_n_u32(0) - bit3 - bit3) - bit2;
     code = code + code - vcgtq_f32(a, vreinterpretq_f32_u8(vqtbl1q_u8(b.bit1, bytes_at(code))));

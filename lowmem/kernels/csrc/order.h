@@ -1,4 +1,7 @@
-/* The order in which the words of a row bring its columns up: struct order of kernel.h. */
+/* Makes struct order of kernel.h: the order in which the columns of a row come up when its words are decoded. A group is
+ * `lanes` words of 32 bits; vector k of a group holds nibble k of each of them. The low nibble of a byte is a column of the
+ * block's first half, the high nibble the column half a block later. A row's last block may be short: its halves are shorter,
+ * too. */
 #ifndef LOWMEM_ORDER_H
 #define LOWMEM_ORDER_H
 
@@ -6,12 +9,14 @@
 
 #include "kernel.h"
 
+/* The place (vector * lanes + lane) of the low or high nibble of a byte of a row. */
 static int32_t place_of(int64_t byte, int high, int64_t lanes)
 {
     const int64_t word = byte / 4, nibble = 2 * (byte % 4) + high;
     return (int32_t)(word / lanes * lanes * 8 + nibble * lanes + word % lanes);
 }
 
+/* The order for rows of `columns` columns in blocks of `size`, or NULL without memory. The caller frees it. */
 static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
 {
     const int64_t stride = round_up(columns + columns % 2, MAX_GROUP), groups = stride / (lanes * 8), half = size / 2;
@@ -31,7 +36,8 @@ static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
     for (int64_t g = 0; g < groups; g++) {
         const int64_t byte = smaller(g * lanes * 4, row_bytes - 1), last = smaller((g + 1) * lanes * 4, row_bytes) - 1;
         first_block[g] = (int32_t)(byte / half);
-        if (g && last / half - first_block[g - 1] < lanes) /* one vector holds the scales of groups side by side */
+        /* One vector holds the scales of several groups, so that a kernel reads them once. */
+        if (g && last / half - first_block[g - 1] < lanes)
             first_block[g] = first_block[g - 1];
         for (int b = 0; b < 4; b++)
             for (int64_t i = 0; i < lanes; i++) {

@@ -1,12 +1,12 @@
-/* Inputs in the order of the words of a row. A word holds eight codes; the columns of the low nibbles of its bytes come
- * first, then those of the high ones:
+/* Packs rows of x for many.h, in the order of the words of a row of codes. A word holds eight codes; the columns of the low
+ * nibbles of its bytes come first, then those of the high ones:
  *
  *   column of byte b, low nibble: 8 * word + b        high nibble: 8 * word + 4 + b
  *
- * which is the input's own order, four columns at a time. A part of the columns of an input lies together, as float32 or as
- * bfloat16, and after it that of the next input. 16-bit weights have the columns in their own order. */
+ * So four columns at a time keep their order. With 16-bit weights all columns do. A part of PART columns of one batch row is
+ * contiguous, as float32 or bfloat16, followed by the same part of the next batch row: (parts, batch, PART). */
 
-/* Columns from c on of input m, n of them, as float32. */
+/* n columns of batch row m from column c on, as float32: in place, or widened into scratch. */
 INLINE const float *floats_of(const struct job *job, int64_t m, int64_t c, int64_t n, float *scratch, const int type)
 {
     const int64_t from = m * job->weight->columns + c;
@@ -16,7 +16,7 @@ INLINE const float *floats_of(const struct job *job, int64_t m, int64_t c, int64
     return scratch;
 }
 
-/* A part of whole blocks: four columns of a block's first half, four of its second, and so on. */
+/* Pack a part that is whole blocks: four columns of a block's first half, four of its second half, and so on. */
 INLINE void interleave(const char *x, char *out, const int half, const int bytes)
 {
     for (int block = 0; block < 2 * PART_FLOATS / bytes; block += half, x += 2 * half * bytes)
@@ -27,7 +27,8 @@ INLINE void interleave(const char *x, char *out, const int half, const int bytes
         }
 }
 
-/* Pack input m in the order of the words: as float32, or as it is where products are taken in bfloat16. */
+/* Pack batch row m in the order of the words: as float32, or unchanged where products are in bfloat16. `scratch` holds a part
+ * as float32. */
 INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const int type, const int bf16)
 {
     const struct weight *w = job->weight;
@@ -51,6 +52,7 @@ INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const i
             const char *x = bf16 ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
                                 : (const char *)floats_of(job, m, start, size, scratch, type);
             char *place = PLACE(start - begin);
+            /* in each case the size is a constant */
             switch (half) {
             case 8: interleave(x, place, 8, (int)bytes); break;
             case 16: interleave(x, place, 16, (int)bytes); break;
@@ -82,7 +84,7 @@ INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const i
 #undef PLACE
 }
 
-/* Pack input m as float32. */
+/* Pack batch row m as float32. */
 static void pack_typed(const struct job *job, int64_t m, float *scratch)
 {
     if (job->type == FLOAT32)
@@ -93,7 +95,7 @@ static void pack_typed(const struct job *job, int64_t m, float *scratch)
         pack_input(job, m, scratch, FLOAT16, 0);
 }
 
-/* Pack a piece of the batch: part by part, input by input. */
+/* Pack the batch rows of a piece. */
 static void pack_many(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     int64_t m, to;

@@ -1,5 +1,6 @@
-/* The plan: which kernel computes a product. Each instruction set (ISA) has a table of its kernels, a row for each, and `plan`
- * returns the first row that accepts a product. An ISA has the kernels of the one that it extends, too, behind its own. */
+/* The plan: which kernel computes a product. Each instruction set (ISA) has a table with a row for each of its kernels, and
+ * `plan` returns the first row that accepts a product. An ISA inherits the kernels of the ISA that it extends; they come after
+ * its own. */
 #ifndef LOWMEM_PLAN_H
 #define LOWMEM_PLAN_H
 
@@ -7,13 +8,13 @@
 
 enum operation {
     LINEAR,      /* x @ W.T */
-    LINEAR_INT8, /* the same in 8-bit integers */
+    LINEAR_INT8, /* x @ W.T in 8-bit integers */
     INPUT_GRAD   /* grad @ W */
 };
 
-/* Kinds of weights: bits. A word is 32 bits, eight codes; a group MAX_GROUP codes. */
+/* Kinds of weights, as bits. A word is 32 bits, or eight codes; a group is MAX_GROUP codes. */
 enum kind {
-    GROUPS = 1,     /* 4-bit, in blocks that are whole words and whole parts of a group: 8 to 128 */
+    GROUPS = 1,     /* 4-bit, in blocks of 8 to 128 columns that are whole words and divide a group */
     WORDS = 2,      /* 4-bit, in other blocks of whole words */
     ODD = 4,        /* 4-bit, in blocks that are not whole words */
     BFLOATS = 8,    /* bfloat16 */
@@ -29,18 +30,20 @@ enum { ANY_TYPE = 1 << FLOAT32 | 1 << BFLOAT16 | 1 << FLOAT16 };
 struct kernel {
     const char *name; /* NULL ends a table */
     enum operation operation;
-    int weights;         /* kinds that it accepts */
-    int types;           /* types of the input that it accepts: 1 << enum type */
-    int64_t least, most; /* rows of the input */
-    int few;             /* whether results come row by row, and an update with them */
+    int weights;         /* accepted kinds of weights */
+    int types;           /* accepted types of x or grad, as bits 1 << enum type */
+    int64_t least, most; /* accepted range of batch rows */
+    /* Whether the kernel is for a small batch: it computes row by row (and adds a low-rank update on the way), or, in grad @ W,
+     * decodes codes in registers instead of tiles. */
+    int few;
     int amx;
-    /* Scratch: bytes of a number of the packed input; floats that a thread has of its own, and more for each packed row of the
-     * input; rows of the input are packed in multiples of `whole`. */
+    /* Scratch. number: bytes of a number of packed x. own: floats of each thread. own_of_input: more of them for each packed
+     * batch row. whole: batch rows are packed in multiples of it. */
     int64_t number, own, own_of_input, whole;
-    body pack, multiply; /* NULL: in grad @ W nothing is packed; torch multiplies (BY_TORCH) */
+    body pack, multiply; /* pack: NULL in grad @ W, which packs nothing. multiply: NULL for BY_TORCH */
 };
 
-/* Where torch's product is faster, and Python dequantizes for it: rows of the weight, or columns in the gradient. */
+/* Products that are faster in torch, for which Python dequantizes the weight: from a number of batch rows on. */
 #define BY_TORCH                                                                       \
     {"torch", LINEAR, CODES, 1 << BFLOAT16, TORCH_ROWS, ANY_ROWS},                     \
     {"torch_sixteen", LINEAR, BFLOATS, 1 << BFLOAT16, TORCH_SIXTEEN_ROWS, ANY_ROWS},   \
@@ -52,14 +55,14 @@ struct isa {
     int lanes;
     const struct isa *extends; /* or NULL */
     const struct kernel *kernels;
-    /* Each NULL where it is that of the ISA that this one extends. */
-    body dequantize, narrow, widen; /* rows of a weight; the two products of an update */
+    /* NULL where the ISA extends another: base_of has them. */
+    body dequantize, narrow, widen; /* dequantize rows; narrow and widen: the two products of a low-rank update (update.h) */
     int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
 };
 
 extern const struct isa isa_portable, isa_neon, isa_avx2, isa_avx512, isa_avx512vnni, isa_avx512bf16, isa_avx512amx;
 
-/* The ISA whose functions, other than products, one uses. */
+/* The ISA at the end of the chain of `extends`, which has the functions other than products. */
 static inline const struct isa *base_of(const struct isa *isa)
 {
     while (isa->extends)
@@ -67,7 +70,7 @@ static inline const struct isa *base_of(const struct isa *isa)
     return isa;
 }
 
-/* The kind of a weight in blocks of `half` bytes, or of 16-bit floats (0) of a type. */
+/* The kind of a weight whose blocks have `half` bytes; for 16-bit floats half is 0 and `type` is theirs. */
 static inline enum kind kind_of(int64_t half, int type)
 {
     if (!half)
@@ -75,7 +78,7 @@ static inline enum kind kind_of(int64_t half, int type)
     return half % 4 ? ODD : MAX_GROUP / 2 % half ? WORDS : GROUPS;
 }
 
-/* Why a kernel does not accept a product, or NULL: it does. */
+/* Why a kernel does not accept a product, or NULL if it does. */
 static inline const char *refusal(const struct kernel *k, enum kind weight, int64_t rows, int type, enum operation operation)
 {
     if (k->operation != operation)
@@ -87,7 +90,7 @@ static inline const char *refusal(const struct kernel *k, enum kind weight, int6
     return rows < k->least || rows > k->most ? "rows" : NULL;
 }
 
-/* The kernel for a product, or NULL: there is none. */
+/* The kernel that computes a product, or NULL if there is none. */
 static inline const struct kernel *plan(const struct isa *isa, enum kind weight, int64_t rows, int type, enum operation operation)
 {
     for (; isa; isa = isa->extends)

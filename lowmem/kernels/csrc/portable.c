@@ -1,4 +1,4 @@
-/* The portable ISA: plain C that any compiler turns into correct code for any processor. */
+/* The ISA portable: vector operations (rows.h) in plain C, for any compiler and processor. */
 #include "kernel.h"
 
 #define LANES 8
@@ -61,7 +61,7 @@ static inline float v_sum(V a)
 static inline W words_load(const uint8_t *p, int64_t left)
 {
     W r = {{0}};
-    EACH for (int b = 0; b < 4; b++) /* by bytes: the order of a word's bytes is the processor's */
+    EACH for (int b = 0; b < 4; b++) /* byte by byte, since the byte order of the processor may differ */
         if (4 * i + b < left)
             r.v[i] |= (uint32_t)p[4 * i + b] << (8 * b);
     return r;

@@ -1,11 +1,12 @@
-/* The driver: it runs the kernel that the plan has for a product, with what scratch that needs, in pieces. */
+/* The driver of products: runs the kernel that the plan selected, with its scratch, piece by piece. */
 #ifndef LOWMEM_PRODUCT_H
 #define LOWMEM_PRODUCT_H
 
 #include "layout.h"
 #include "weights.h"
 
-/* A piece of the batch, and groups of columns. */
+/* Run the kernel for the piece of the batch and the groups of columns that the job names. Small batches are packed by one
+ * thread, while others compute the narrow product of a low-rank update. */
 static void run_piece(struct job *job)
 {
     const struct kernel *k = job->kernel;
@@ -17,17 +18,19 @@ static void run_piece(struct job *job)
         parallel(job, k->pack, job->packed_step || job->m1 - job->m0 <= PACKED_ALONE ? 0 : PARTS, k->multiply, PARTS);
 }
 
+/* The two products of a low-rank update, each in parts. */
 static void run_update(const struct isa *isa, struct job *job) { parallel(job, base_of(isa)->narrow, 1, base_of(isa)->widen, 1); }
 
-/* Run a kernel, with scratch for it; beside it, so many bytes are taken already. 1: it is done. 0: it refuses what it reads. -1,
- * with an error: there is no scratch. */
+/* Run kernel k on a job, beside `beside` bytes of scratch that are taken already. Returns 1 when it is done, 0 when the kernel
+ * refuses what it reads, and -1 with a Python error when scratch cannot be allocated. `like` is a tensor (see take_scratch). */
 static int run_kernel(const struct isa *isa, const struct kernel *k, struct job *job, struct update *update, long long threads,
                       PyObject *like, int64_t beside)
 {
     const struct weight *w = job->weight;
     const struct layout layout = layout_of(k, w, job->batch, threads, beside);
     const int64_t floats = layout.shared + layout.threads * layout.own, narrow = update ? job->batch * update->rank : 0;
-    const int64_t narrow_at = k->few ? floats : 0; /* of more inputs it is made when all rows are done */
+    /* larger batches compute it when all rows are done, in the place of what was packed */
+    const int64_t narrow_at = k->few ? floats : 0;
     const int64_t group = isa->lanes * 8, groups = w->stride / group;
     struct scratch scratch;
     int refused = 0;
@@ -48,7 +51,7 @@ static int run_kernel(const struct isa *isa, const struct kernel *k, struct job 
     in_pieces(job, groups, k->operation != INPUT_GRAD ? wide_of(job->batch) / group : k->amx ? tiled_grad_columns(w, job->threads) / group : groups,
               run_piece);
     if (update && !k->few && !refused) {
-        job->packed_step = 0; /* its parts are shared */
+        job->packed_step = 0; /* the threads share the parts of an update */
         run_update(isa, job);
     }
     Py_END_ALLOW_THREADS
@@ -56,13 +59,14 @@ static int run_kernel(const struct isa *isa, const struct kernel *k, struct job 
     return !refused;
 }
 
-/* The same of inputs whose columns come in parts, for an output of 16 bits: these are added up in float32, for some inputs and
- * rows of the weight at a time, and rounded once. */
+/* The same where x is packed in parts of its columns and the output has 16 bits. Partial sums are kept in float32, for some
+ * batch rows and rows of the weight at a time, so that each result is rounded once. */
 static int run_in_parts(const struct isa *isa, const struct kernel *k, const struct job *job, long long threads, PyObject *like)
 {
     const struct weight *w = job->weight;
     const int64_t pieces = (job->batch + SUMMED - 1) / SUMMED, step = (job->batch + pieces - 1) / pieces;
-    const int64_t left = SCRATCH_BYTES - LEAST_BYTES - 4 * SUMS_AT * threads; /* beside what threads have, and an input */
+    /* beside the scratch of the threads, and a packed input */
+    const int64_t left = SCRATCH_BYTES - LEAST_BYTES - 4 * SUMS_AT * threads;
     const int64_t most = smaller(job->batch <= FEW_MORE ? SUMS_BYTES_OF_FEW : SUMS_BYTES, left > LEAST_SUMS ? left : LEAST_SUMS);
     const int64_t fit = most / 4 / step / SUMMED_ROWS * SUMMED_ROWS, parts = (w->rows + fit - 1) / fit;
     const int64_t rows = round_up((w->rows + parts - 1) / parts, SUMMED_ROWS), bytes = 4 * step * rows;

@@ -1,9 +1,9 @@
-/* The codes and scales of rows, bit for bit those of lowmem/quant/tensor.py and lowmem/quant/search.py: what those round twice,
- * a product and a sum, is no v_fma here. */
+/* Quantizes rows of float32: chooses the scale of each block and finds the codes. The result is bit for bit that of
+ * lowmem/quant/tensor.py and lowmem/quant/search.py; these round a product and a sum apart, so no v_fma is used here. */
 
-#define ERROR_SUMS 16 /* parts in which a block's error is added up */
+#define ERROR_SUMS 16 /* partial sums of a block's error, whatever LANES is */
 
-/* The first n values of a vector, the others zero. */
+/* The first n values at p, padded with zeros. */
 INLINE V first(const float *p, int64_t n)
 {
     float rest[LANES] = {0};
@@ -12,10 +12,10 @@ INLINE V first(const float *p, int64_t n)
     return v_load(rest);
 }
 
-/* The bits of the largest magnitude. */
+/* The bits of the largest magnitude of n numbers. */
 INLINE uint32_t largest_bits(const float *x, int64_t n)
 {
-    uint32_t most = 0; /* magnitudes are ordered as their bits are, and a NaN lies above infinity */
+    uint32_t most = 0; /* as integers, bits are ordered as magnitudes, with NaN above infinity */
     for (int64_t i = 0; i < n; i++) {
         const uint32_t bits = bits_of(x[i]) & 0x7fffffff;
         most = bits > most ? bits : most;
@@ -23,7 +23,7 @@ INLINE uint32_t largest_bits(const float *x, int64_t n)
     return most;
 }
 
-/* Whether the largest weight is negative, and no positive one as large. */
+/* Whether the weight of largest magnitude is negative, and no positive weight has that magnitude. */
 INLINE int is_negative(const float *x, int64_t n, uint32_t largest)
 {
     int positive = largest == 0;
@@ -32,10 +32,11 @@ INLINE int is_negative(const float *x, int64_t n, uint32_t largest)
     return !positive;
 }
 
-/* What divides the weights of a block: one without a scale gets the zero code. */
+/* The divisor for the weights of a block. A scale of zero becomes infinity, so that all weights get the zero code. */
 INLINE float divisor_of(float scale) { return scale == 0.0f ? float_of(0x7f800000) : scale; }
 
-/* Put the squared error of LANES weights at a scale into out[0], and that at the negative scale into out[1]. */
+/* out[0] = the squared errors of LANES weights with a scale, weighted by importance if `weighted`; with `both`, out[1] = those
+ * with the negative scale. */
 INLINE void squares(V x, V importance, V scale, V divisor, B boundaries, T levels, const int both, const int weighted,
                            V *out)
 {
@@ -53,7 +54,8 @@ INLINE void squares(V x, V importance, V scale, V divisor, B boundaries, T level
     }
 }
 
-/* The squared error of a block at a scale, and at the negative scale. */
+/* out[0] = the squared error of a block with a scale; with `both`, out[1] = that with the negative scale. The order of
+ * additions does not depend on LANES. */
 INLINE void errors(const float *x, const float *importance, int64_t n, float scale, B boundaries, T levels,
                           const int both, const int weighted, float *out)
 {
@@ -80,7 +82,8 @@ INLINE void errors(const float *x, const float *importance, int64_t n, float sca
         squares(first(x + at, n - at), weighted ? first(importance + at, n - at) : v_zero(), factor,
                        divisor, boundaries, levels, both, weighted, square);
         for (int s = 0; s <= both; s++) {
-            float values[LANES]; /* what lies beyond the block has an error too, where a zero has no level */
+            /* a number past the block's end has an error, too, in formats that have no zero */
+            float values[LANES];
             v_store(values, square[s]);
             sums[s][h] = v_add(sums[s][h], first(values, n - at));
         }
@@ -96,7 +99,8 @@ INLINE void errors(const float *x, const float *importance, int64_t n, float sca
     }
 }
 
-/* The candidate with the least error, of those the first; a NaN is never less. */
+/* The candidate scale with the least error, or the first of several; a NaN is never less. `top` is the block's weight of
+ * largest magnitude. */
 INLINE float best(const struct quantizing *q, const float *x, const float *importance, int64_t n, float top,
                          const int both, const int weighted)
 {
@@ -115,6 +119,7 @@ INLINE float best(const struct quantizing *q, const float *x, const float *impor
     return best;
 }
 
+/* The scale of a block of n weights at a column, found by search. */
 static float searched(const struct quantizing *q, const float *x, int64_t column, int64_t n, float top)
 {
     const float *importance = q->importance ? q->importance + column : NULL;
@@ -123,8 +128,9 @@ static float searched(const struct quantizing *q, const float *x, int64_t column
     return importance ? best(q, x, importance, n, top, 0, 1) : best(q, x, NULL, n, top, 0, 0);
 }
 
-/* Double quantization of n scales: bytes that count steps of the row's, which the two bytes behind them hold. A scale
- * below one step is stored as one step, positive: its block has no weight at an end, and so no sign to find again. */
+/* Double quantization of n scales: a byte of steps per scale, then the float16 row scale in two bytes; scales[b] becomes the
+ * stored scale. A scale below one step is stored as one positive step: none of its block's codes is at an end of the format,
+ * where the sign would be recovered from. */
 INLINE void encode_double(float *scales, int64_t n, const int has_sign, uint8_t *out)
 {
     const float most = has_sign ? 127.0f : 255.0f, raise = has_sign ? (float)(127 * (1 + 0x1p-20)) : (float)(255 * (1 + 0x1p-20));
@@ -144,7 +150,7 @@ INLINE void encode_double(float *scales, int64_t n, const int has_sign, uint8_t 
     }
 }
 
-/* Store the scale of every block of a row, and put what divides its weights in their place. */
+/* Store the scales of a row, and replace them by the divisors of their blocks' weights. */
 static void encode(const struct weight *w, float *scales, uint8_t *out)
 {
     const int64_t n = w->blocks;
@@ -155,7 +161,7 @@ static void encode(const struct weight *w, float *scales, uint8_t *out)
     } else if (w->encoding == SCALES_FLOAT16) {
         for (int64_t b = 0; b < n; b++) {
             uint16_t bits = float_to_half_below(scales[b]);
-            bits = bits == 0x8000 ? 0 : bits; /* a zero gets no sign */
+            bits = bits == 0x8000 ? 0 : bits; /* no negative zero */
             memcpy(out + 2 * b, &bits, 2);
             scales[b] = half_to_float(bits);
         }
@@ -168,7 +174,7 @@ static void encode(const struct weight *w, float *scales, uint8_t *out)
         scales[b] = divisor_of(scales[b]);
 }
 
-/* Whether all weights of a block have one code. */
+/* Whether all n codes of a block are equal to `code`. */
 INLINE int all_equal(const uint8_t *codes, int64_t n, uint8_t code)
 {
     for (int64_t i = 0; i < n; i++)
@@ -177,8 +183,8 @@ INLINE int all_equal(const uint8_t *codes, int64_t n, uint8_t code)
     return 1;
 }
 
-/* Quantize some rows; `own` is scratch for the scales of a row and the codes of a block. Returns whether all weights are
- * finite and no magnitude is above the largest; if not, nothing that was written counts. */
+/* Quantize rows `from` to `to`; `own` is scratch for the scales of a row and the codes of a block. Returns 0 if a weight is not
+ * finite or its magnitude is above the largest; what was written is then invalid. */
 static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_t *own)
 {
     const struct weight *w = q->weight;
@@ -212,7 +218,7 @@ static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_
                 codes_store(codes + i, v_code(boundaries, v_div(first(x + i, n - i), divisor)));
             if (n % 2)
                 codes[n] = (uint8_t)q->zero;
-            /* A block of zero codes is dequantized to zeros, whose scale is zero: so is its own. */
+            /* A block of zero codes dequantizes to zeros, and quantizing these would give a scale of zero: store that. */
             if (is_double && has_zero && stored[b] == 1 && all_equal(codes, n, (uint8_t)q->zero))
                 stored[b] = 0;
             for (int64_t j = 0; j < half; j++)

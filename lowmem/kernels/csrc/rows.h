@@ -1,32 +1,36 @@
-/* Rows of a weight as vectors of float32, over the few vector operations that each level defines:
+/* Rows of a weight as float32 vectors: reading scales, decoding groups of codes, and dequantizing rows. Written over a few
+ * vector operations that each ISA defines:
  *
- *   LANES, name, V, v_zero, v_set1, v_load, v_store, v_add, v_mul, v_fma, v_sum
- *   v_sum4(a, b, c, d, out)  four sums; v_runs(a, b, c, d, out), lane by lane four numbers; v_transpose(v), LANES vectors
- *   v_scales(p, from, n, encoding)   up to n stored scales of a row at p, or the steps that they count; then zeros: by
- *                            OWN_SCALES, one by one, or where there are LANES of them (OWN_STEPS) by v_steps(p, encoding)
+ *   LANES, name; V, a vector of LANES float32: v_zero, v_set1, v_load, v_store, v_add, v_sub, v_mul, v_div
+ *   v_fma(a, b, c), a * b + c; v_sum(a), the horizontal sum
+ *   v_sum4(a, b, c, d, out)  four horizontal sums; v_runs(a, b, c, d, out)  a[0], b[0], c[0], d[0], a[1], ...
+ *   v_transpose(v)           transposes LANES vectors in place
+ *   v_scales(p, from, n, encoding)   up to n stored scales of a row at p (see scale_as_stored), then zeros. An ISA defines it
+ *                            (OWN_SCALES), or v_steps(p, encoding) for LANES bytes of steps (OWN_STEPS), or nothing
  *   W, words_load(p, left)   LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero
- *   v_of_words(words), words_of_v(a)   the same bits
+ *   v_of_words(words), words_of_v(a)   the same bits as V or W
  *   bytes_load(p)            LANES bytes, each widened to a word
- *   block_load(p)            LANES / 2 bytes, each widened to a word; then the same, shifted by a nibble
- *   T, table_load(levels), v_lookup(table, words, k)   the level of nibble k, 0 to 7, of each word
+ *   block_load(p)            LANES / 2 bytes, each widened to a word; then the same bytes shifted right by a nibble
+ *   T, table_load(levels), v_lookup(table, words, k)   the level of nibble k (0 to 7) of each word
  *   v_spread(a, index)       a[index[i]], where 0 <= index[i] < LANES
- *   v_from_half(p, n, out)   n float16 to float32, where a level has a way of its own (OWN_FROM_HALF)
- *   v_sub, v_div; B, boundaries_load(p), v_code(boundaries, a)   how many of 15 boundaries lie below each value
- *   codes_store(p, words)    LANES words, each below 256, as bytes
- *   v_keep(a)                in a register: what several rows use, the compiler would load for each of them
- *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32; one_half(bits)   a float16 as float32
- *   v_to_half(p, a), v_to_bfloat(p, a)   the same, stored
+ *   v_from_half(p, n, out)   n float16 to float32; an ISA may define its own (OWN_FROM_HALF)
+ *   B, boundaries_load(p), v_code(boundaries, a)   for each value, how many of 15 boundaries are less: its code
+ *   codes_store(p, words)    LANES words, each below 256, stored as bytes
+ *   v_keep(a)                keeps a in a register: the compiler would load or compute it again for each use
+ *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32; one_half(bits)  a float16 as float32
+ *   v_to_half(p, a), v_to_bfloat(p, a)   LANES float32, rounded and stored
  *
- * A 32-bit word of a row holds eight codes: the low nibble of a byte is a weight of the block's first half, the
- * high nibble the one half a block later. Rather than sort the codes of every row, the input is sorted once a
- * call into the order in which shifts bring them up: for a group of LANES words, nibble k of every word.
- */
+ * A 32-bit word of a row holds eight codes. The low nibble of a byte is a weight of the block's first half, the high nibble the
+ * weight half a block later. The codes of a row are not sorted; instead x is permuted once a call into the order in which
+ * shifts bring codes up: within a group of LANES words, nibble 0 of every word, then nibble 1 of every word, and so on
+ * (order.h). */
 
 #define INLINE static inline __attribute__((always_inline))
-#define GROUP (LANES * 8) /* weights in a group of words */
+#define GROUP (LANES * 8) /* weights in a group of LANES words */
 #define EACH_VECTOR(most) _Pragma("GCC unroll 16") for (int n = 0; n < most; n++)
 
-/* Call with M inputs at a time, `most` or fewer, from input m on; all about as many. */
+/* Run call(M) for batch rows m to m + M, with M a constant of at most `most`; the batch is divided into passes of about one
+ * size. */
 #define CASE_OF(most, n, call) \
     case n: if ((most) >= n) call(((most) >= n ? n : 1)); break;
 #define IN_PASSES(batch, most, call)                                             \
@@ -41,6 +45,7 @@
         }                                                                        \
     }
 
+/* Operations that an ISA does not define itself. */
 #ifndef OWN_FROM_HALF
 static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
 {
@@ -91,6 +96,7 @@ static inline void v_transpose(V *v)
 }
 #endif
 
+/* The float16 that a row's steps multiply (double quantization). */
 INLINE float row_scale(const struct weight *w, int64_t row)
 {
     uint16_t bits;
@@ -98,7 +104,7 @@ INLINE float row_scale(const struct weight *w, int64_t row)
     return one_half(bits);
 }
 
-/* The scales of n blocks of a row, from block `first`. */
+/* out[i] = the scale of block first + i of a row, for n blocks. */
 INLINE void row_scales(const struct weight *w, int64_t row, int64_t first, int64_t n, float *out)
 {
     if (w->encoding == SCALES_FLOAT32) {
@@ -117,27 +123,29 @@ INLINE void row_scales(const struct weight *w, int64_t row, int64_t first, int64
     }
 }
 
+/* The words of a group of a row; zeros past its end. */
 INLINE W words_of_group(const struct weight *w, int64_t row, int64_t group)
 {
     const int64_t start = group * LANES * 4;
     return words_load(w->packed + row * w->row_bytes + start, w->row_bytes - start);
 }
 
-/* The scale of byte b of each word of a group, where `scales` starts at the first block of group g0. */
+/* The scale of byte b of each word of a group; `scales` starts at the first block of group g0. */
 INLINE V spread(const struct order *order, const float *scales, int64_t g0, int64_t group, int b)
 {
     return v_spread(v_load(scales + order->first_block[group] - order->first_block[g0]), order->block + (group * 4 + b) * LANES);
 }
 
+/* LANES 16-bit floats of a type as float32. */
 INLINE V sixteen(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
 
-/* LANES numbers of a type, from number i on, as float32. */
+/* LANES numbers of a type, from element i of p on, as float32. */
 INLINE V load_as(const void *p, const int type, int64_t i)
 {
     return type == FLOAT32 ? v_load((const float *)p + i) : sixteen((const uint16_t *)p + i, type);
 }
 
-/* n 16-bit floats as float32. */
+/* n 16-bit floats of a type to float32. */
 INLINE void widen_run(const uint16_t *p, int64_t n, float *out, const int type)
 {
     int64_t i = 0;
@@ -155,7 +163,7 @@ INLINE void widen_run_typed(const uint16_t *p, int64_t n, float *out, int type)
         widen_run(p, n, out, FLOAT16);
 }
 
-/* Columns from..to of a row of 16-bit floats, padded with zeros up to `floats`. */
+/* Columns from `from` on of a row of 16-bit floats as float32, padded with zeros to `floats` numbers. */
 INLINE void widen(const struct weight *w, int64_t row, int64_t from, int64_t floats, float *out, const int type)
 {
     const uint16_t *p = (const uint16_t *)w->packed + row * w->columns + from;
@@ -165,7 +173,8 @@ INLINE void widen(const struct weight *w, int64_t row, int64_t from, int64_t flo
         out[c] = 0.0f;
 }
 
-/* One group of a row of codes, in the order of the words; `scales` starts at the first block of group g0. */
+/* Dequantize a group of a row, in the order of the words; `scales` starts at the first block of group g0. Prefetches the group
+ * GRAD_ROWS rows below. */
 INLINE void decode_group(const struct weight *w, int64_t row, int64_t g, int64_t g0, T table, const float *scales,
                                 float *out)
 {
@@ -188,6 +197,7 @@ INLINE void widen_typed(const struct weight *w, int64_t row, int64_t from, int64
         widen(w, row, from, floats, out, FLOAT16);
 }
 
+/* Store LANES float32 as a type, from element i of out on. */
 INLINE void store_as(void *out, const int type, int64_t i, V a)
 {
     if (type == FLOAT32)
@@ -198,7 +208,8 @@ INLINE void store_as(void *out, const int type, int64_t i, V a)
         v_to_half((uint16_t *)out + i, a);
 }
 
-/* Some rows of W in their own order: blocks g0 to g1 of each. */
+/* out = levels[code] * scale for rows r to `to` of W and blocks g0 to g1, in the order of the columns. `scales` is scratch of
+ * TILE_COLUMNS / 8 floats. */
 INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, float *scales, const int type)
 {
     const struct weight *w = job->weight;
@@ -215,7 +226,7 @@ INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, float 
             const float one = scales[at];
             const V scale = v_set1(one);
             int64_t j = 0;
-            if (left >= size && half == LANES / 2) { /* a block is one vector */
+            if (left >= size && half == LANES / 2) { /* the block is one vector */
                 store_as(job->out, type, out, v_mul(v_lookup(table, block_load(p), 0), scale));
                 j = half;
             } else if (left >= size)
@@ -226,13 +237,14 @@ INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, float 
                 }
             for (; j < half; j++) {
                 write_as(job->out, type, out + j, w->levels[p[j] & 15] * one);
-                if (half + j < left) /* not the code that pads an odd row */
+                if (half + j < left) /* skips the code that pads an odd row */
                     write_as(job->out, type, out + half + j, w->levels[p[j] >> 4] * one);
             }
         }
     }
 }
 
+/* Dequantize a part of the rows, for struct isa. */
 static void dequantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;

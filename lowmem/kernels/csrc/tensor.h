@@ -1,10 +1,12 @@
-/* What Python hands over as C reads it: numbers, and tensors. These come by DLPack (its header dlpack.h, version 1), which torch
- * keeps stable and which needs none of torch's headers: by its table of C functions where torch has one, else by a capsule. */
+/* Arguments from Python: numbers and tensors. Tensors come by DLPack (dlpack.h, version 1), which is a stable interface and
+ * needs none of torch's headers: through torch's table of C functions where it has one, else through a capsule. */
 #ifndef LOWMEM_TENSOR_H
 #define LOWMEM_TENSOR_H
 
 #include "kernel.h"
 
+/* has_count returns 1 and sets a TypeError if the number of arguments is wrong. read_numbers returns 0, or -1 with a Python
+ * error. */
 static int has_count(Py_ssize_t given, Py_ssize_t expected)
 {
     if (given != expected)
@@ -26,7 +28,7 @@ static int read_numbers(PyObject *const *args, Py_ssize_t given, long long *numb
 
 #define ADDRESS(n) ((void *)(intptr_t)(n))
 
-/* DLTensor, DLManagedTensor, DLManagedTensorVersioned and the head of DLPackExchangeAPI. */
+/* DLTensor, DLManagedTensor, DLManagedTensorVersioned and the head of DLPackExchangeAPI in dlpack.h. */
 struct dl_tensor {
     void *data;
     struct {
@@ -66,15 +68,16 @@ struct dl_table {
 
 enum { DL_CPU = 1, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
 
-/* What torch has given: its types of plain tensors, its table or NULL, its function that makes a capsule. */
+/* What use_torch was given: the types of plain tensors, torch's table of functions or NULL, and its function that makes a
+ * capsule; and the names of methods. */
 static struct {
     PyTypeObject *tensor, *parameter;
     const struct dl_table *table;
     PyObject *to_capsule, *new_empty, *untyped_storage, *is_neg, *is_zero;
 } torch;
 
-/* The storages that a call reads. Another thread may assign a tensor's .data while the GIL is released, which frees the storage
- * that the tensor had, unless something else refers to it. */
+/* The storages that a call reads, with references to them. While the GIL is released, another thread may assign to a tensor's
+ * .data, which frees the tensor's old storage unless something else refers to it. */
 struct held {
     PyObject *storages[8];
     int count;
@@ -86,10 +89,10 @@ static void release(struct held *held)
         Py_DECREF(held->storages[--held->count]);
 }
 
-/* Memory on the CPU without gaps, which is the tensor's value. */
+/* A contiguous tensor on the CPU. */
 struct tensor {
     void *data;
-    int dims, type; /* enum type, or -1: another */
+    int dims, type; /* type: enum type, or -1 for uint8 */
     int64_t shape[2], bytes;
 };
 
@@ -99,7 +102,7 @@ static PyObject *no_memory(void)
     return NULL;
 }
 
-/* The answer of a method without arguments: 1, 0, or -1 with an error. */
+/* The truth value of object.method(): 1 or 0, or -1 with a Python error. */
 static int ask(PyObject *object, PyObject *method)
 {
     PyObject *answer = PyObject_CallMethodObjArgs(object, method, NULL);
@@ -108,6 +111,7 @@ static int ask(PyObject *object, PyObject *method)
     return is;
 }
 
+/* Describe a DLPack tensor; 0 if it is not a contiguous CPU tensor of one or two dimensions and of a type that C takes. */
 static int read_dl(const struct dl_tensor *from, struct tensor *t)
 {
     const int bits = from->dtype.bits;
@@ -130,17 +134,17 @@ static int read_dl(const struct dl_tensor *from, struct tensor *t)
     return t->type >= 0 || (from->dtype.code == DL_UINT && bits == 8);
 }
 
-/* 1: it is read, and its storage is held (NULL: nothing else knows the tensor). 0: it is no plain tensor of one or two dimensions
- * without gaps, in memory of the CPU and of a type that C takes. */
+/* Read a plain, contiguous CPU tensor of one or two dimensions and of a type that C takes, and hold its storage (held may be
+ * NULL for a tensor that nobody else refers to). Returns 1, or 0 if it is not such a tensor. */
 static int read_memory(PyObject *object, struct tensor *t, struct held *held)
 {
     PyTypeObject *type = Py_TYPE(object);
     if (type != torch.tensor && type != torch.parameter)
         return 0;
     int is = 0, failed;
-    if (held) { /* first, so that no other thread runs between this and the read */
+    if (held) { /* hold it before reading the address, so that no other thread runs in between */
         PyObject *storage = PyObject_CallMethodObjArgs(object, torch.untyped_storage, NULL);
-        if (!storage) { /* a sparse tensor, or one of a transform */
+        if (!storage) { /* a sparse tensor, or one of a function transform */
             PyErr_Clear();
             return 0;
         }
@@ -157,24 +161,24 @@ static int read_memory(PyObject *object, struct tensor *t, struct held *held)
         failed = !found;
         if (!failed)
             is = read_dl(&found->tensor, t);
-        Py_XDECREF(capsule); /* which gives back what nobody has taken */
+        Py_XDECREF(capsule); /* its destructor frees what was not taken */
     }
-    if (failed) /* a layout that DLPack does not know */
+    if (failed) /* a layout that DLPack cannot express */
         PyErr_Clear();
     return is;
 }
 
-/* The same, where memory may not be the value. -1, with an error: there is no memory. */
+/* The same for any tensor, whose memory may not be its value. Returns -1 with a Python error if it has no memory. */
 static int read_tensor(PyObject *object, struct tensor *t, struct held *held)
 {
     if (!read_memory(object, t, held))
         return 0;
-    const int lazy = t->type < 0 ? 0 : ask(object, torch.is_neg); /* a sign that is not in memory yet */
+    const int lazy = t->type < 0 ? 0 : ask(object, torch.is_neg); /* negated lazily: memory has the opposite sign */
     if (lazy)
         return lazy > 0 ? 0 : -1;
     if (t->data || !t->bytes)
         return 1;
-    const int zero = ask(object, torch.is_zero); /* which has no memory */
+    const int zero = ask(object, torch.is_zero); /* a zero tensor has no memory */
     if (!zero)
         no_memory();
     return zero > 0 ? 0 : -1;
@@ -185,7 +189,7 @@ static int has_shape(const struct tensor *t, int64_t rows, int64_t columns)
     return t->dims == 2 && t->shape[0] == rows && t->shape[1] == columns;
 }
 
-/* A new tensor (rows, columns) of the dtype of another. */
+/* A new, uninitialized tensor (rows, columns) of the dtype of `other`. */
 static PyObject *empty_like(PyObject *other, int64_t rows, int64_t columns)
 {
     PyObject *r = PyLong_FromLongLong(rows), *c = PyLong_FromLongLong(columns);
@@ -195,7 +199,7 @@ static PyObject *empty_like(PyObject *other, int64_t rows, int64_t columns)
     return made;
 }
 
-/* Scratch, allocated through torch, so that its memory figures count it. */
+/* Scratch memory. It is allocated through torch, so that torch's memory figures count it. */
 struct scratch {
     float *memory;
     struct dl_managed *managed;
@@ -208,7 +212,7 @@ static void set_error(void *unused, const char *kind, const char *message)
     PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
 }
 
-/* So many bytes; `like` is a tensor on the CPU whose elements have `size` of them. -1, with an error: there are none. */
+/* Allocate `bytes` of scratch; `like` is a CPU tensor whose elements have `size` bytes. Returns 0, or -1 with a Python error. */
 static int take_scratch(PyObject *like, int64_t size, int64_t bytes, struct scratch *s)
 {
     const struct scratch none = {0};
@@ -242,7 +246,8 @@ static void free_scratch(struct scratch *s)
     Py_XDECREF(s->object);
 }
 
-/* use_torch(Tensor, Parameter, its table or None, its function that makes a capsule) -> None */
+/* use_torch(Tensor, Parameter, torch's table of C functions or None, its function that makes a capsule) -> whether the table is
+ * used */
 static PyObject *use_torch(PyObject *self, PyObject *args)
 {
     PyObject *tensor, *parameter, *table, *to_capsule;
@@ -257,7 +262,7 @@ static PyObject *use_torch(PyObject *self, PyObject *args)
         if (given->major == 1 && given->allocate && given->read)
             torch.table = given;
     }
-    Py_INCREF(tensor); /* for as long as the process lives */
+    Py_INCREF(tensor); /* never released */
     Py_INCREF(parameter);
     Py_INCREF(to_capsule);
     torch.tensor = (PyTypeObject *)tensor;

@@ -1,5 +1,5 @@
-/* Threads: those of the OpenMP library that torch has loaded, which share_threads of module.c finds. A call is one region,
- * and in it whoever is done takes the next part. */
+/* Threads: those of the OpenMP library that torch has loaded, which share_threads of module.c finds. A call is one parallel
+ * region; within it, a thread that finishes a part takes the next one. */
 #ifndef LOWMEM_THREADS_H
 #define LOWMEM_THREADS_H
 
@@ -11,7 +11,7 @@
 
 #include "kernel.h"
 
-#define GRAIN 65536 /* multiplications that are worth a thread */
+#define GRAIN 65536 /* multiplications for which another thread is used */
 
 int64_t visited_columns;
 
@@ -20,10 +20,10 @@ static int (*thread_number)(void);
 
 struct region {
     struct job *job;
-    int many; /* whether there are threads */
+    int many; /* whether the region runs on several threads */
     body first, then;
-    int64_t firsts, parts; /* of first, and of both */
-    int64_t next, done;    /* the next part, and how many of first are done */
+    int64_t firsts, parts; /* number of parts of `first`, and of `first` and `then` */
+    int64_t next, done;    /* next part to take; finished parts of `first` */
 };
 
 #if defined(__x86_64__)
@@ -31,14 +31,16 @@ struct region {
 #else
 #define pause() ((void)0)
 #endif
-#define PATIENCE 4096 /* pauses before a waiting thread gives its core away */
+#define PATIENCE 4096 /* pauses after which a waiting thread yields its core */
 
+/* What each thread of the region runs. */
 static void region_body(void *data)
 {
     struct region *region = data;
     const int64_t thread = region->many ? thread_number() : 0, firsts = region->firsts;
     struct job copy, *job = region->job;
-    if (job->packed_step) { /* nobody waits for what others pack, nor reads it from their caches */
+    /* The thread packs a copy for itself: it neither waits for other threads nor reads what they packed from their caches. */
+    if (job->packed_step) {
         copy = *job;
         job = &copy;
         job->packed += thread * job->packed_step;
@@ -82,6 +84,7 @@ void in_pieces(struct job *job, int64_t groups, int64_t wide, void (*run)(struct
     }
 }
 
+/* Threads for `work` multiplications, at most `most`. */
 static int64_t threads_for(long long most, double work)
 {
     const double worth = 1.0 + work / GRAIN;

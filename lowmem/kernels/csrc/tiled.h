@@ -1,9 +1,12 @@
-/* Many inputs: rows are dequantized into a tile that stays in the first cache, and it is multiplied with all of them (many.h). */
+/* Large batches (many.h): rows are dequantized into a tile that stays in L1 and is multiplied with all batch rows. While one
+ * tile is multiplied, the next one is dequantized into the other.
+ *
+ * A tile holds a part of the columns of MANY_ROWS rows, unit by unit: (units, MANY_ROWS). */
 
-#define FETCH_PARTS 2 /* how far behind what is dequantized codes are fetched */
-#define MANY_SUMS (MANY_VECTORS * MANY_INPUTS) /* in registers */
+#define FETCH_PARTS 2 /* how many parts ahead of dequantizing codes are prefetched */
+#define MANY_SUMS (MANY_VECTORS * MANY_INPUTS) /* sums in registers */
 
-/* Levels times the scales of each byte of a word, MANY_ROWS a unit. */
+/* Dequantize a vector of words into a tile: its units are MANY_ROWS floats apart. There is a scale for each byte of a word. */
 INLINE void put_word(W codes, V scale0, V scale1, V scale2, V scale3, T table, float *tile, const int bf16)
 {
     const V scale[4] = {scale0, scale1, scale2, scale3};
@@ -24,13 +27,15 @@ INLINE void put_word(W codes, V scale0, V scale1, V scale2, V scale3, T table, f
         v_store(tile + k * MANY_ROWS, value[k]);
 }
 
-/* Words of MANY_ROWS rows that are being dequantized into a tile, MANY_ROWS a unit. */
+/* Words of MANY_ROWS rows that are being dequantized into a tile, a vector of words at a time. The MANY_VECTORS vectors of a
+ * word follow each other. */
 struct dequantizing {
     const struct weight *w;
-    const float *words, *scales; /* of the block of the next word */
+    /* Transposed words, and the scales from the block of the next word on. */
+    const float *words, *scales;
     float *tile;
-    int64_t left; /* words until the next block */
-    int vectors, count; /* done, and all: those of a word come one after the other */
+    int64_t left; /* vectors of words until the next block */
+    int vectors, count; /* vectors done, and vectors in all */
 };
 
 /* Dequantize the next vector of words. */
@@ -46,7 +51,8 @@ INLINE void dequantize_next(struct dequantizing *to, T table, const int bf16)
     to->left--, to->vectors++;
 }
 
-/* The same where blocks are not whole words: n words, from a byte of the row on. */
+/* Dequantize n words at once where blocks are not whole words; `byte` is the offset of the first word in its row, and `scales`
+ * begin with the block of that byte. */
 INLINE void dequantize_apart(const struct weight *w, const float *words, const float *scales, int64_t byte, int64_t n,
                                  float *tile, const int bf16)
 {
@@ -62,16 +68,17 @@ INLINE void dequantize_apart(const struct weight *w, const float *words, const f
         }
 }
 
-/* M inputs with n words of dequantized rows. In between, the next tile is dequantized up to a vector of words: the pipes that look
- * up and store are idle while those of products are not. `fetch`: what to fetch, or NULL; all at once, it would have to wait.
- * In float32, 64 products are summed in one chain, or 16 (`fewer`). */
+/* sums (M, MANY_ROWS) += n words of a tile times M batch rows. Meanwhile the next tile is dequantized up to vector `until`: the
+ * ports that look up and store are idle while those of products are busy. `fetch` is what to prefetch, or NULL; it is spread
+ * over the words, since many prefetches at once would wait for each other. In float32 a chain of sums has 64 products, or 16
+ * (`fewer`). */
 INLINE void multiply(const float *tile, int n, const float *x, const int M, float *sums, struct dequantizing *next,
                             int until, const uint8_t *fetch, const int bf16, const int fewer)
 {
-    const T table = table_load(next->w->levels ? next->w->levels : tile); /* any sixteen floats */
+    const T table = table_load(next->w->levels ? next->w->levels : tile); /* 16-bit floats have no levels: any 16 floats */
     const int units = UNITS(bf16), before = next->vectors, due = until - before;
     const int64_t stride = row_stride(next->w), step = next->w->order ? LANES * 4 : LANES * 16;
-    for (int word = 0, end; word < n;) { /* a longer sum would lose what it adds */
+    for (int word = 0, end; word < n;) { /* a longer chain would lose precision */
         V acc[MANY_SUMS];
         EACH_ROWS EACH_OF_MANY acc[v * M + j] = v_zero();
         for (end = fewer ? (int)smaller(word + FEWER_CHAIN, n) : bf16 || word ? n : (n + 1) / 2; word < end; word++, tile += units * MANY_ROWS, x += units) {
@@ -101,8 +108,8 @@ INLINE void multiply(const float *tile, int n, const float *x, const int M, floa
         dequantize_next(next, table, bf16);
 }
 
-/* Columns from c on of LANES rows of 16-bit floats into a tile: LANES columns, `step` floats apart, of which those beyond a
- * row are zeros. */
+/* Widen and transpose LANES columns from c on of LANES rows of 16-bit floats: tile[i * step + lane] = column c + i of row r +
+ * lane. Columns past the row's end are zeros; rows past the last repeat it. */
 INLINE void widen_across(const struct weight *w, int64_t r, int64_t c, const int step, float *tile, const int type)
 {
     const int64_t stride = w->columns, last = w->rows - 1, left = w->columns - c;
@@ -123,13 +130,14 @@ INLINE void widen_across(const struct weight *w, int64_t r, int64_t c, const int
     EACH_LANE v_store(tile + i * step, v[i]);
 }
 
-/* Begin to dequantize MANY_ROWS rows into a tile, from a column on: what is left to do is in `to`. `first` is the block that
- * the scales start with. */
+/* Begin to dequantize MANY_ROWS rows into a tile, from column `start` on; `to` says what is left to do (nothing for 16-bit
+ * floats and blocks that are not whole words). `own` holds the scales of the chunk, *first is their first block. */
 INLINE void begin_tile(const struct job *job, int64_t r, int64_t start, int64_t columns, float *own, float *tile,
                               int64_t *first, struct dequantizing *to, const int bf16)
 {
     const struct weight *w = job->weight;
-    /* Words lie in the end of what they are dequantized to, which comes to each of them after it is read. */
+    /* The transposed words are stored in the end of the tile itself: each word is read before the numbers that overwrite it are
+     * stored. */
     float *scales = own, *words = tile + (columns / (bf16 ? 2 : 1) - columns / 8) * MANY_ROWS;
     const struct dequantizing nothing = {.w = w, .tile = tile};
     *to = nothing;
@@ -162,7 +170,7 @@ INLINE void begin_tile(const struct job *job, int64_t r, int64_t start, int64_t 
     }
 }
 
-/* Rows r to `to` with all inputs of a piece, from tiles: while one is multiplied, the next is dequantized. */
+/* Multiply rows r to `to` with all batch rows of a piece, and write the results. */
 INLINE void tiled_rows(const struct job *job, int64_t r, int64_t to, float *own, const int bf16, const int fewer)
 {
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, end = job->g1 * GROUP;
@@ -170,7 +178,7 @@ INLINE void tiled_rows(const struct job *job, int64_t r, int64_t to, float *own,
     int64_t first = 0, columns = smaller(PART(bf16), end - begin);
     struct dequantizing next;
     begin_tile(job, r, begin, columns, own, tile, &first, &next, bf16);
-    const T table = table_load(job->weight->levels ? job->weight->levels : tile); /* any sixteen floats */
+    const T table = table_load(job->weight->levels ? job->weight->levels : tile); /* 16-bit floats have no levels: any 16 floats */
     while (next.vectors < next.count)
         dequantize_next(&next, table, bf16);
     for (int64_t c = begin; r < to;) {

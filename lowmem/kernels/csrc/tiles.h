@@ -1,19 +1,21 @@
-/* The registers of AMX, which are tiles (Intel's Software Developer's Manual, volume 1, chapter 18): 16 lines of 64 bytes. One
- * instruction multiplies a tile of 16 lines of 32 columns with one of 16 pairs of columns, each of 16 lines side by side, and adds
- * the 16 x 16 sums to a third. Four registers hold sums here: two tiles of inputs with two of the weight. */
+/* The tile registers of AMX (Intel's Software Developer's Manual, volume 1, chapter 18): 16 lines of 64 bytes. tdpbf16ps
+ * multiplies a tile of 16 lines of 32 bfloat16 columns with a tile of 16 pairs of columns, each with 16 lines side by side, and
+ * adds the 16 x 16 products to a third tile, in float32. Here four registers hold sums, of two tiles of x or grad with two
+ * tiles of the weight. */
 
-/* No other level has any of this, so that names are plain. */
-#define TILE_FLOATS (16 * LANES) /* of a register */
+/* TILE_FLOATS: floats of a tile. LINE: bfloat16 columns of a line. */
+#define TILE_FLOATS (16 * LANES)
 #define LINE TILED_LINE
-#define LINES (GROUP / LINE)    /* of a group */
-#define GROUP_FLOATS (LINES * 2 * TILE_FLOATS) /* of a group of dequantized rows */
+#define LINES (GROUP / LINE)    /* lines of a group */
+#define GROUP_FLOATS (LINES * 2 * TILE_FLOATS) /* floats of a group of TILED_ROWS dequantized rows */
 
 _Static_assert(TILED_ROWS == MANY_ROWS && TILED_ROWS == 32, "two tiles, and as many as put_rows has");
 
-/* GCC 12 does not know that tiles read and write memory. */
+/* GCC 12 does not know that tile instructions read and write memory. */
 #define TILES_BARRIER __asm__ volatile("" ::: "memory")
 
-/* All registers are whole: what is too much in them is not used. Who begins must end: other code has other shapes. */
+/* Configure all eight registers as whole tiles; lines that a product does not need are computed and ignored. Each begin_tiles
+ * needs an end_tiles, since other code configures other shapes. */
 static void begin_tiles(void)
 {
     struct {
@@ -29,15 +31,15 @@ static void begin_tiles(void)
 
 static void end_tiles(void) { _tile_release(); }
 
-/* Where tiles lie: the first, the second, and those of the next columns. */
+/* The memory of tiles: the first tile, the distance to the second, and the distance to the tiles of the next columns. */
 struct tiles {
     const float *at;
-    int64_t second, next; /* floats */
+    int64_t second, next; /* in floats */
     int64_t line;         /* bytes from a line to the next */
 };
 
-/* Registers 0 to 3 += `count` products of tiles: 4 and 5 are two of the weight, 6 and 7 one or two (`both`) of the input.
- * `transposed`: the lines are those of the input, not of the weight. */
+/* Registers 0 to 3 += the products of `count` tiles of columns. Registers 4 and 5 are two tiles of the weight, 6 and 7 one or
+ * two (`both`) of x or grad. `transposed`: the lines of the sums are those of x or grad, not those of the weight. */
 INLINE void add_products(const float *w, const float *x, struct tiles at_w, struct tiles at_x, int64_t count, const int transposed,
                          const int both)
 {
@@ -61,6 +63,7 @@ INLINE void add_products(const float *w, const float *x, struct tiles at_w, stru
 #undef ADD_PRODUCT
 }
 
+/* Store the sums of 16 batch rows at `sums` and those of 16 more (`both`) `second` floats further. */
 INLINE void store_sums(float *sums, int64_t second, const int both)
 {
     _tile_stored(0, sums, 64);
@@ -79,8 +82,8 @@ INLINE void zero_sums(void)
     _tile_zero(3);
 }
 
-/* Sums of 16 inputs, or of 32 (`both`: `second` floats further), with two tiles of the weight += so many products of tiles.
- * `first`: they begin with zero. */
+/* sums += two tiles of the weight times one or two (`both`) tiles of x or grad, for `count` tiles of columns. The sums of the
+ * second tile are `second` floats further. `first`: sums start at zero, and memory is not read. */
 INLINE void multiply_tiles(struct tiles w, struct tiles x, int64_t count, const int transposed, const int both, int first,
                            float *sums, int64_t second)
 {

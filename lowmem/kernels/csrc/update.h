@@ -1,8 +1,10 @@
-/* A low-rank update of a small batch, in float32: out = base + scaling * (x @ A.T) @ B.T. */
+/* A low-rank update in float32: out = base + scaling * (x @ A.T) @ B.T. Two products: narrow = scaling * (x @ A.T), then out =
+ * base + narrow @ B.T. */
 
-#define SUM_ROWS 16 /* whose sums are added at a time */
+#define SUM_ROWS 16 /* rows of the matrix whose sums are computed before they are added to the base */
 
-/* R rows of a matrix (rows, columns) with M inputs (batch, columns), as far as columns are whole vectors: SUM_ROWS an input. */
+/* out[j * SUM_ROWS + i] = row i of a matrix (R, columns) times row j of x (M, columns), for the first `whole` columns, a
+ * multiple of LANES. */
 INLINE void dots(const float *matrix, int64_t columns, int64_t whole, const int R, const float *x, const int M, float *out)
 {
     V acc[FEW_SUMS];
@@ -22,7 +24,7 @@ INLINE void dots(const float *matrix, int64_t columns, int64_t whole, const int 
             out[j * SUM_ROWS] = v_sum(acc[j]);
 }
 
-/* Up to SUM_ROWS rows of it, and all columns: a function for each M. */
+/* Define dots_M(): the same for up to SUM_ROWS rows and all columns. There is a function for each M. */
 #define DOTS_WITH(M)                                                                                                       \
     OWN_FUNCTION dots_##M(const float *matrix, int64_t rows, int64_t columns, const float *x, float *out) \
     {                                                                                                                      \
@@ -43,8 +45,9 @@ DOTS_WITH(2)
 DOTS_WITH(3)
 DOTS_WITH(4)
 
-/* out = base + scale * (x @ matrix.T), or without a base: rows r to `to` of a matrix (rows, columns). Groups of four start
- * at every fourth row, so that parts of a matrix make the same sums as the whole. */
+/* out = base + scale * (x @ matrix.T) for rows r to `to` of a matrix (rows, columns); base may be NULL. r is a multiple of
+ * four: rows are summed in the same groups of four in any part of the matrix, so that every part has the same bits as the
+ * whole. */
 INLINE void small_product(int64_t batch, int64_t r, int64_t to, const float *matrix, int64_t rows, int64_t columns,
                                  const float *x, const float *base, float scale, float *out)
 {
@@ -76,7 +79,7 @@ INLINE void small_product(int64_t batch, int64_t r, int64_t to, const float *mat
     }
 }
 
-/* narrow = scaling * (x @ A.T): a part of its columns. */
+/* narrow = scaling * (x @ A.T), for a part of the rank. */
 static void narrow_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     (void)thread;
@@ -86,7 +89,7 @@ static void narrow_body(struct job *job, int64_t part, int64_t parts, int64_t th
     small_product(job->batch, r, to, u->a, u->rank, u->columns, u->x, NULL, u->scaling, u->narrow);
 }
 
-/* out = base + narrow @ B.T: rows r to `to` of B. */
+/* out = base + narrow @ B.T, for rows r to `to` of B. */
 static void add_wide(const struct job *job, int64_t r, int64_t to)
 {
     const struct update *u = job->update;

@@ -1,5 +1,5 @@
-/* Weights as Python hands them over. A 4-bit weight has a handle, made once, that is valid while its tensors keep their address,
- * shape and dtype: each call checks these. */
+/* Weights from Python. A 4-bit weight has a C handle, made once. It is valid while its tensors keep their address, shape and
+ * dtype, which each call checks. */
 #ifndef LOWMEM_WEIGHTS_H
 #define LOWMEM_WEIGHTS_H
 
@@ -7,8 +7,8 @@
 #include "order.h"
 #include "tensor.h"
 
-/* A weight that has been prepared: what Python holds as a capsule. It refers to no memory that is not its own, but for the
- * addresses of the codes and scales, which are compared and never read. */
+/* The handle of a 4-bit weight, which Python holds as a capsule. It owns its levels and a reference to its order; the addresses
+ * of codes and scales are only compared, never read. */
 struct prepared {
     struct weight weight;
     float levels[16];
@@ -20,7 +20,7 @@ struct prepared {
 
 static void free_order(PyObject *capsule) { free(PyCapsule_GetPointer(capsule, ORDER)); }
 
-/* order(isa, columns, block_size) -> capsule */
+/* order(isa, columns, block_size) -> capsule of a struct order */
 static PyObject *order(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     long long n[3];
@@ -38,6 +38,7 @@ static void free_prepared(PyObject *capsule)
     free(prepared);
 }
 
+/* The description of a weight in blocks of `size` columns, or of 16-bit floats (0). */
 static struct weight weight_of(const void *packed, const void *scales, const float *levels, int encoding, int64_t size,
                                int64_t rows, int64_t columns)
 {
@@ -57,7 +58,7 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
     return w;
 }
 
-/* So many rows of a weight. */
+/* Rows `first` to first + rows of a weight. */
 static struct weight rows_of(const struct weight *w, int64_t first, int64_t rows)
 {
     struct weight some = *w;
@@ -67,7 +68,7 @@ static struct weight rows_of(const struct weight *w, int64_t first, int64_t rows
     return some;
 }
 
-/* Levels that are multiples of a step, so many of which make the largest of them. */
+/* Round the levels for 8-bit products: the step is 1 / points of the largest magnitude. */
 static void use_int8(struct weight *w, int64_t points)
 {
     w->int8_step = fmaxf(w->levels[15], -w->levels[0]) / (float)points;
@@ -75,7 +76,7 @@ static void use_int8(struct weight *w, int64_t points)
         w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->int8_step) + INT8_ZERO);
 }
 
-/* Whether codes and scales have the shapes and types that a weight needs. */
+/* Whether codes and scales have the shapes and types that the weight requires. */
 static int is_stored_as(const struct weight *w, const struct tensor *packed, const struct tensor *scales)
 {
     const int steps = w->encoding >= SCALES_DOUBLE, type = steps ? -1 : w->encoding == SCALES_FLOAT16 ? FLOAT16 : FLOAT32;
@@ -83,8 +84,8 @@ static int is_stored_as(const struct weight *w, const struct tensor *packed, con
            has_shape(scales, w->rows, w->blocks + (steps ? 2 : 0));
 }
 
-/* prepare(order, isa, packed, scales, levels, encoding, block_size, rows, columns, int8 points or 0) -> capsule, or None: C
- * cannot read it */
+/* prepare(order, isa, packed, scales, levels, encoding, block_size, rows, columns, int8 points or 0) -> capsule, or None if C
+ * cannot read the tensors. points: the steps of the largest level in 8-bit products. */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ORDER_OF, ISA, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, ARGUMENTS };
@@ -101,7 +102,7 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
         return NULL;
     if ((is = read_tensor(args[PACKED], &packed, &held)) == 1)
         is = read_tensor(args[SCALES], &scales, &held);
-    release(&held); /* nothing is read yet */
+    release(&held); /* only addresses were taken */
     if (is < 0)
         return NULL;
     struct weight w;
@@ -126,8 +127,8 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     return capsule;
 }
 
-/* Read a weight: 4-bit by its handle, or 16-bit floats. 1: w describes it, and its storages are held. 0: C cannot read it, or the
- * handle is not valid any more. -1: a Python error is set. */
+/* Read a weight: a 4-bit one by its handle, or a matrix of 16-bit floats. Returns 1 if `w` describes it and its storages are
+ * held, 0 if C cannot read it or the handle is not valid any more, and -1 with a Python error. */
 static int read_weight(const struct isa *isa, PyObject *prepared, PyObject *packed, PyObject *scales, struct weight *w,
                        struct held *held)
 {
