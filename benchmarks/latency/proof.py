@@ -73,9 +73,9 @@ CASES = (
     Case(
         "10% in a kernel",
         file="lowmem/kernels/csrc/linear.h",
-        found="        rows(job, r, end);\n",
+        found="        rows[job->m1 - job->m0 - 1](job, r, end);\n",
         # A tenth of the rows is multiplied twice.
-        planted="        rows(job, r, end);\n        rows(job, r, r + (end - r) / 10);\n",
+        planted="        rows[job->m1 - job->m0 - 1](job, r, end);\n        rows[job->m1 - job->m0 - 1](job, r, r + (end - r) / 10);\n",
     ),
     Case(
         "30% in a layer's Python at batch 1",

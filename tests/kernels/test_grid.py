@@ -247,35 +247,18 @@ def test_gradients_of_one_input_lose_no_more_than_float32_s(
 
 
 @compiled
-@pytest.mark.parametrize("tiny", [0.49, 0.51, 1.49, 7.51, 1e3 + 0.5])
-@pytest.mark.parametrize("outlier", [1.0, 3.0, 20.0])
-@pytest.mark.parametrize("rows", [127, 128, 1024])
-def test_rows_of_a_gradient_that_would_all_be_rounded_alike(level, form, tiny, outlier, rows):
-    """Of each 128 rows one is large, in the gradient or by its scale, and weights there hardly count."""
-    weight = torch.ones(rows, 640)
-    grad = torch.full((1, rows), tiny / 0x7F7F00)
-    grad[:, ::128] = 1.0
-    weight[::128] = outlier / (15 if form == "int4" else 12)
-    weight[::128, ::16] = outlier
-    with kernels.using(level):
-        for g in (grad, torch.full((1, rows), 0.37)):
-            q = quantize(weight, form, block_size=16, scales="float16")
-            assert_exact(kernels.input_grad(g, q, torch.float32), g, q.dequantize(torch.float64).t())
-
-
-@compiled
-@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-38, 1e-19, 1.0, 1e17, 1e19, 1e35])
 @pytest.mark.parametrize("small", [1.0, 1e-6])
-def test_gradients_of_every_magnitude(level, form, largest, small):
+def test_gradients_of_every_magnitude(level, form, small):
     """And float16 scales that are subnormal, blocks of zeros, rows without a gradient."""
     weight = strategies.make_weight("normal", (300, 384), 0, 0) * small
     weight[::3, 64:128] = 0
     q = quantize(weight, form, block_size=16)
-    grad = torch.linspace(-1, 1, 300).reshape(1, 300) * largest
-    grad[:, :128] = 0
-    with kernels.using(level):
-        got = kernels.input_grad(grad, q, torch.float32)
-    assert_exact(got, grad, q.dequantize(torch.float64).t())
+    for largest in (0.0, 1e-45, 1e-38, 1e-19, 1.0, 1e17, 1e19, 1e35):
+        grad = torch.linspace(-1, 1, 300).reshape(1, 300) * largest
+        grad[:, :128] = 0
+        with kernels.using(level):
+            got = kernels.input_grad(grad, q, torch.float32)
+        assert_exact(got, grad, q.dequantize(torch.float64).t())
 
 
 @compiled
@@ -309,18 +292,3 @@ def test_threads_change_no_bit_of_a_gradient(level, form, columns, block_size, l
                 found.append(kernels.input_grad(grad, q, torch.float32))
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert_exact(found[0], grad, q.dequantize(torch.float64).t())
-
-
-@compiled
-@pytest.mark.parametrize("apart", [1, 8, 13, 21, 34])
-def test_rows_of_a_gradient_whose_fractions_are_alike(level, form, apart):
-    """Nearly: those of the golden ratio at such distances."""
-    weight, grad, rows = torch.zeros(256, 256), torch.zeros(1, 256), torch.arange(3, 256, apart)
-    weight[rows] = 1.0
-    weight[0] = 3.9 / 15
-    weight[0, ::16] = 3.9
-    grad[0, rows] = 0.64 * 3.9 / 0x7F7F00
-    grad[0, 0] = 1.0
-    q = quantize(weight, form, block_size=16, scales="float16")
-    with kernels.using(level):
-        assert_exact(kernels.input_grad(grad, q, torch.float32), grad, q.dequantize(torch.float64).t())
