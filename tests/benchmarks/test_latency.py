@@ -426,14 +426,14 @@ def test_workloads_are_the_variants_times_the_batches_steps_formats_and_files():
     assert {f"inference {v} batch {b}" for v in lowmem.VARIANTS for b in BATCHES} <= names
     assert {f"training step {v}" for v in lowmem.VARIANTS} <= names
     assert {f"quantize {form}" for form in lowmem.FORMATS} <= names
-    assert {"save", "load"} <= names
+    assert {"save", "load", "save, waiting", "load, waiting"} <= names
 
 
 def test_what_waits_is_timed_by_the_clock_and_the_rest_on_one_thread():
     for name, workload in workloads.workloads().items():
         on_all = name.endswith("all cores")
         assert workload.threads == (workloads.CORES if on_all else 1), name
-        assert workload.clock == ("wall" if on_all or name in ("save", "load") else "cpu"), name
+        assert workload.clock == ("wall" if on_all or name.endswith(", waiting") else "cpu"), name
 
 
 def test_a_small_layer_and_a_file_are_set_up(tmp_path, monkeypatch):
