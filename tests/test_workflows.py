@@ -46,3 +46,11 @@ def test_every_action_is_pinned_by_commit_and_says_its_version():
     uses = [line.strip() for text in WORKFLOWS.values() for line in text.splitlines() if "uses:" in line]
     assert uses
     assert [line for line in uses if not re.fullmatch(r"- uses: [\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
+
+
+def test_the_sanitizers_run_files_that_exist():
+    script = (ROOT / ".ci/asan").read_text()
+    (folder, names), *others = re.findall(r"(tests/[\w/]*)test_\{([\w,]+)\}\.py", script)
+    assert not others
+    missing = [name for name in names.split(",") if not (ROOT / folder / f"test_{name}.py").exists()]
+    assert not missing, f".ci/asan names {missing} in {folder}"

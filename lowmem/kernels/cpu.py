@@ -341,23 +341,24 @@ class Kernel:
                 yield kept.handle, now.packed, now.scales
 
     def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
-        """Return which kernel computes each product of an input of ``rows`` rows, and why those before it do not.
+        """Return which kernel computes each product of an input of ``rows`` rows, and why those before it do not."""
+        if dtype is not torch.int8:
+            return "\n".join(
+                [*self._explained(weight, rows, dtype, "linear"), *self._explained(weight, rows, dtype, "input_grad")]
+            )
+        if self.plan(weight, rows, dtype, "linear_int8"):
+            return "\n".join(self._explained(weight, rows, dtype, "linear_int8"))
+        rounded = f"linear_int8: no kernel of {self.name} takes this; torch rounds the input to 8 bits, and then"
+        return "\n".join([rounded, *self._explained(weight, rows, torch.float32, "linear")])
 
-        A kernel is a row of the table in ``csrc/plan.h``'s sense: its function in ``csrc/`` is called NAME_body.
-        """
-        lines = []
-        for operation in ("linear_int8",) if dtype is torch.int8 else ("linear", "input_grad"):
-            asked = self.plan(weight, rows, dtype, operation)
-            if asked:
-                isa, name, least, most, _ = asked[-1]
-                lines.append(f"{operation}: {name} of {isa}, which takes {_range(least, most)}")
-            else:
-                lines.append(f"{operation}: {reference.name}, since no kernel of {self.name} takes this")
-            for isa, name, least, most, why in asked[:-1]:
-                takes = _range(least, most) if why == "rows" else f"other {why}s"
-                if why != "operation":
-                    lines.append(f"  not {name} of {isa}, which takes {takes}")
-        return "\n".join(lines)
+    def _explained(self, weight: Weight, rows: int, dtype: torch.dtype, operation: str) -> list[str]:
+        *refused, (isa, name, least, most, _) = self.plan(weight, rows, dtype, operation)
+        lines = [f"{operation}: {name} of {isa}, which takes {_range(least, most)}"]
+        for other, kernel, least, most, why in refused:
+            takes = _range(least, most) if why == "rows" else f"other {why}s"
+            if why != "operation":
+                lines.append(f"  not {kernel} of {other}, which takes {takes}")
+        return lines
 
     def plan(self, weight: Weight, rows: int, dtype: torch.dtype, operation: str) -> list[Asked]:
         """Return the kernels that are asked to compute a product, the last of which does; none: plain torch serves.
