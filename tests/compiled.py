@@ -1,10 +1,7 @@
 """What tests of the compiled kernel share: at which ISAs they run, weights of every kind, and how exact it is."""
 
-import os
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
-from itertools import combinations, product
 
 import pytest
 import torch
@@ -13,9 +10,7 @@ from lowmem import QuantizedTensor, kernels, quantize
 from lowmem.kernels import reference
 from tests import strategies
 from tests.rounding import gamma, unit
-
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-"""Whether tests run at every ISA of the processor, and with every combination of what they are parametrized with."""
+from tests.selection import NIGHTLY
 
 ISAS = kernels.available()[1:]
 
@@ -29,40 +24,7 @@ def at(names: Iterable[str]) -> pytest.MarkDecorator:
 compiled = at(["portable", "neon", "avx2", "avx512"])  # products of float32 and float16; rows
 compiled_bfloat16 = at(["portable", "neon", "avx2", "avx512", "avx512bf16", "avx512amx"])
 compiled_int8 = at(["portable", "neon", "avx2", "avx512vnni"])
-bound = at(
-    [ISAS[0], ISAS[-1]] if ISAS else []
-)  # how C is called, in one source: the slowest ISA, and the one that serves
-
-
-def selection(axes: Iterable[Iterable], strength: int) -> list[tuple]:
-    """Return rows of the cross product, in its order, that hold every combination of values of ``strength`` axes.
-
-    Greedy: the next row is the one with the most combinations that are missing, and of these the one whose values
-    were taken the least often.
-    """
-    rows = list(product(*axes))
-    held = [set(combinations(enumerate(row), strength)) for row in rows]
-    missing, uses, taken = set().union(*held), Counter(), []
-    while missing:
-        best = max(
-            range(len(rows)), key=lambda i: (len(held[i] & missing), -sum(uses[v] for v in enumerate(rows[i])))
-        )
-        missing -= held[best]
-        uses.update(enumerate(rows[best]))
-        taken.append(best)
-    return [rows[i] for i in sorted(taken)]
-
-
-def covering(strength: int = 2, **axes: Iterable) -> pytest.MarkDecorator:
-    """Parametrize a test with values of each axis: every pair of them, and in the nightly profile the cross product.
-
-    Args:
-        strength: 1 where every value once is enough.
-        axes: the values of each argument, which can be hashed.
-    """
-    rows = list(product(*axes.values())) if NIGHTLY else selection(axes.values(), strength)
-    return pytest.mark.parametrize(tuple(axes), rows)
-
+bound = at([*ISAS[:1], *ISAS[-1:]])  # how C is called, which is one source: the slowest and the fastest
 
 # The largest batches that are taken in one way, or are a step of one, at some ISA; each with its neighbours.
 STEPS = (1, 3, 4, 6, 8, 12, 16, 24, 32, 48)

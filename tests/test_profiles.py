@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiled import ISAS, selection
+from tests.compiled import ISAS
+from tests.selection import selection
 
 ROOT = Path(__file__).parents[1]
 
 SHOW = (
-    "import conftest; from hypothesis import settings; from tests.compiled import ISAS, bound, covering; "
+    "import conftest; from hypothesis import settings; "
+    "from tests.compiled import ISAS, bound; from tests.selection import covering; "
     "found, axes = settings(), {'a': range(3), 'b': range(3), 'c': range(3)}; "
     "print(found.derandomize, found.database is not None, found.max_examples, found.deadline, "
     "*(len(covering(strength, **axes).args[1]) for strength in (1, 2)), bound.args[1] == ISAS)"

@@ -24,12 +24,12 @@ from tests.compiled import (
     bound,
     compiled,
     compiled_bfloat16,
-    covering,
     no_plain_rows,
     on_threads,
     stored,
 )
 from tests.kernels.test_kernels import run_python
+from tests.selection import covering
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -127,7 +127,7 @@ normal = lru_cache(maxsize=4)(partial(strategies.make_weight, "normal", exponent
 of_normal = lru_cache(maxsize=1)(lambda kind, shape: stored(kind, normal(shape=shape))[0])
 
 
-@compiled_bfloat16
+@bound
 @covering(
     1,
     sizes=[
@@ -154,7 +154,7 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
         assert backward <= 2**20 + batch * columns * dtype.itemsize
 
 
-@compiled_bfloat16
+@bound
 @covering(
     1,
     shape=[(64, 8192), (64, 28672), (256, 4096), (3000, 4224)],

@@ -13,8 +13,9 @@ from lowmem import FORMATS, FourBit, LoRA, convert, kernels, load, measure, quan
 from lowmem.kernels import int8
 from lowmem.nn.conv import Conv4Bit
 from tests import strategies
-from tests.compiled import EDGES, ISAS, compiled_int8, covering, exact_product, given_stored, on_threads
+from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored, on_threads
 from tests.rounding import OF_4_BITS, assert_product
+from tests.selection import covering
 
 batches = st.sampled_from([*EDGES, 50, 62, 64, 96, 100])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

@@ -18,13 +18,13 @@ from tests.compiled import (
     assert_exact,
     compiled,
     compiled_bfloat16,
-    covering,
     exact_product,
     given_stored,
     on_threads,
     spread_inputs,
     stored,
 )
+from tests.selection import covering
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 

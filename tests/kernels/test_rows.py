@@ -19,10 +19,10 @@ from tests.compiled import (
     bound,
     compiled,
     compiled_bfloat16,
-    covering,
     no_plain_rows,
     on_threads,
 )
+from tests.selection import covering
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
