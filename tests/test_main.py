@@ -15,6 +15,7 @@ import lowmem
 from lowmem import __version__
 from lowmem.__main__ import main
 from lowmem.tools import COMMANDS
+from tests.selection import covering
 
 
 def run(*argv):
@@ -254,8 +255,7 @@ def test_a_pipe_of_the_model_s_own_that_is_closed_is_bad_input():
 
 
 @posix
-@pytest.mark.parametrize("argv", [["stats", "q4"], ["stats", "--unknown"], ["unknown"]])
-@pytest.mark.parametrize("both", [False, True])
+@covering(1, argv=[("stats", "q4"), ("stats", "--unknown"), ("unknown",)], both=[False, True])
 def test_an_error_that_nobody_reads_ends_it_likewise(argv, both):
     reader, writer = os.pipe()
     os.close(reader)
@@ -309,17 +309,13 @@ CLOSES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("argv", "does"),
-    [
-        *((["stats"], does) for does in CLOSES),
-        *((["stats", "--json"], does) for does in (CLOSES[0], CLOSES[-1])),
-        (["compare", "main_closes:make"], CLOSES[0]),
-        *((["fit", "--epochs", "1"], does) for does in (CLOSES[0], CLOSES[-1])),
-    ],
+@covering(
+    1,
+    does=CLOSES,
+    argv=[("stats",), ("stats", "--json"), ("compare", "main_closes:make"), ("fit", "--epochs", "1")],
 )
 @pytest.mark.usefixtures("user_module")
-def test_results_are_printed_whatever_a_factory_does_to_stdout(argv, does):
+def test_results_are_printed_whatever_a_factory_does_to_stdout(does, argv):
     text = f"import io, sys\nfrom torch import nn\ndef make():\n    {does}\n    return nn.Linear(1024, 4)\n"
     Path("main_closes.py").write_text(text)
     process = start(*argv, "main_closes:make", stdout=subprocess.PIPE)
@@ -340,8 +336,7 @@ def test_called_from_python_a_closed_pipe_is_the_shell_s_code(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("argv", [["info"], ["info", "--json"]])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@covering(1, argv=[("info",), ("info", "--json")], unbuffered=["", "1"])
 def test_a_full_disk_is_one_line(argv, unbuffered, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with open("/dev/full", "w") as full:
