@@ -35,7 +35,7 @@ def assert_layers_exact(model: nn.Module, x: Tensor) -> None:
         base = layer.base if isinstance(layer, LoRALinear) else layer
         weight = base.quantized if isinstance(base, Linear4Bit) else base.weight.detach()
         if getattr(base, "compute_dtype", None) is torch.int8:
-            factor, weights = int8.round_inputs(given, weight.block_size), [on_a_grid(weight)]
+            factor, weights = int8.round_inputs(given, weight.block_size), [rounded_levels(weight)]
         else:
             factor, weights = given, may_multiply_with(weight, given.dtype)
         for name in layer.active if isinstance(layer, LoRALinear) else ():
@@ -43,9 +43,9 @@ def assert_layers_exact(model: nn.Module, x: Tensor) -> None:
         assert_product(out, factor, weights, base.bias)
 
 
-def on_a_grid(weight: QuantizedTensor) -> Tensor:
+def rounded_levels(weight: QuantizedTensor) -> Tensor:
     """Return what products in 8-bit integers multiply with."""
-    return weight.restore(slice(None), int8.on_a_grid(get_format(weight.format).levels)[1])
+    return weight.restore(slice(None), int8.rounded_levels(get_format(weight.format).levels)[1])
 
 
 def may_multiply_with(weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> list[Tensor]:

@@ -1,5 +1,6 @@
-"""What tests of the compiled kernel share: its levels, weights of every kind, and how exact it must be."""
+"""What tests of the compiled kernel share: at which ISAs they run, weights of every kind, and how exact it is."""
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import pytest
@@ -9,8 +10,26 @@ from lowmem import QuantizedTensor, kernels, quantize
 from lowmem.kernels import reference
 from tests import strategies
 from tests.rounding import gamma, unit
+from tests.selection import NIGHTLY
 
-compiled = pytest.mark.parametrize("level", kernels.available()[1:])
+ISAS = kernels.available()[1:]
+
+
+def at(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Run a test at those of these ISAs that the processor has; in the nightly profile at every one."""
+    return pytest.mark.parametrize("isa", [name for name in ISAS if NIGHTLY or name in names])
+
+
+# Every ISA serves every product. Those that are not named compute it with the source of one that is.
+compiled = at(["portable", "neon", "avx2", "avx512"])  # products of float32 and float16; rows
+compiled_bfloat16 = at(["portable", "neon", "avx2", "avx512", "avx512bf16", "avx512amx"])
+compiled_int8 = at(["portable", "neon", "avx2", "avx512vnni"])
+bound = at([*ISAS[:1], *ISAS[-1:]])  # how C is called, which is one source: the slowest and the fastest
+
+# The largest batches that are taken in one way, or are a step of one, at some ISA; each with its neighbours.
+STEPS = (1, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+EDGES = sorted({step + beside for step in STEPS for beside in (-1, 0, 1)} - {0})
+
 given_stored = (  # a matrix and how it is stored in 4 bits: weight, format, block size, scales
     strategies.weights(2, 2, max_exponent=0, rows=strategies.tiled_rows, columns=strategies.long_columns),
     strategies.formats,
@@ -32,7 +51,7 @@ def on_threads(count: int):
 
 @contextmanager
 def no_plain_rows():
-    """Let no rows be quantized or restored because plain torch did it."""
+    """Let no rows be quantized or dequantized because plain torch did it."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("dequantize", "quantize_rows"):
             patch.setattr(reference, name, None)  # calling it is a TypeError
@@ -43,30 +62,24 @@ def roundings(terms: int) -> int:
     """Return the most roundings that one product meets in a float32 sum of so many, at every ISA and batch size.
 
     A sum is off by at most gamma(k) times the sum of the magnitudes, where no term meets more than k roundings
-    (Higham, section 4.2). In any order that is one for each term. The kernel adds products in chains of at most 128
-    (AMX; vectors: 64), and then what the chains made: at most one chain for 16 products.
+    (Higham, section 4.2). In any order that is one for each term. The kernel adds products in chains of at most 64,
+    and then what the chains made: at most one chain for 16 products.
 
-    The other 32: 3 dequantize the weight (steps times the row's scale, over the row's steps, times the level), 1
-    rounds the product, 8 add up the lanes, the parts of wide rows and the bias. 20 are lost where inputs become
-    integers of 24 bits (grid.h): each is off by 1.02 u of the largest of its 128, by Cauchy and Schwarz 11.6 u of
-    the norms' product in sum, and half of a sum is rounded, 6 u; or by terms of AMX that are left out, 8 u of each
-    product (terms.h).
+    The other 12: 3 dequantize the weight (steps times the row's scale, over the row's steps, times the level), 1
+    rounds the product, 8 add up the lanes, the parts of wide rows and the bias.
     """
-    return min(terms, 128 + -(-terms // 16)) + 32
+    return min(terms, 64 + -(-terms // 16)) + 12
 
 
 def exact_product(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None):
-    """Return the float64 product, and how far off a float32 one may be: ``roundings`` of the product of the norms.
+    """Return the float64 product, and how far off a float32 one may be: ``roundings`` of the sum of the magnitudes.
 
-    The sum of the magnitudes, which is never more, would not do: integers of 24 bits are relative to the largest of
-    128 inputs. 1e-40 is for products that are subnormal in float32: 4096 of them are off by half of 2**-149 each.
+    1e-40 is for products that are subnormal in float32: 4096 of them are off by half of 2**-149 each.
     """
-    expected = x.double() @ dense.double().t()
-    lost = gamma(roundings(x.shape[1]))
-    norms = x.double().norm(dim=1)[:, None] * dense.double().norm(dim=1)
-    if bias is None:
-        return expected, lost * norms + 1e-40
-    return expected + bias.double(), lost * (norms + bias.double().abs()) + 1e-40
+    expected, magnitudes = x.double() @ dense.double().t(), x.double().abs() @ dense.double().abs().t()
+    if bias is not None:
+        expected, magnitudes = expected + bias.double(), magnitudes + bias.double().abs()
+    return expected, gamma(roundings(x.shape[1])) * magnitudes + 1e-40
 
 
 def assert_exact(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -110,7 +123,7 @@ def stored(kind: str, dense: torch.Tensor, **options):
     return w, w.float() if dtype else w.dequantize()
 
 
-def restored(weight, dtype):
+def dequantized(weight, dtype):
     return weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
 
 

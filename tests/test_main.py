@@ -15,6 +15,7 @@ import lowmem
 from lowmem import __version__
 from lowmem.__main__ import main
 from lowmem.tools import COMMANDS
+from tests.selection import covering
 
 
 def run(*argv):
@@ -41,66 +42,66 @@ def test_every_command_has_help(command, capsys):
     assert f"usage: lowmem {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["unknown"],
-        ["stats", "--unknown"],
-        ["stats", "q4"],
-        ["stats", "--batch", "0"],
-        ["stats", "--batch", "two"],
-        ["stats", "--input-shape", "3,-1"],
-        ["stats", "--json", "--markdown"],
-        ["stats", "bignet", "--batch", "9999999999999"],
-        ["stats", "bignet", "--input-shape", "99999999999999"],
-        ["stats", "--seed", "99999999999999999999"],
-        ["stats", "--seed", "-1"],
-        ["stats", ""],
-        ["stats", "bignet", ""],
-        ["stats", "lowmem:BigNet@"],
-        ["stats", ":"],
-        ["stats", ":BigNet"],
-        ["stats", "\x1b[31m\u202e\n"],
-        ["stats", "x" * 10_000],
-        ["stats", "--\x1b[31m"],
-        *(["stats", "bignet", "--batch", "9" * digits] for digits in (19, 20, 5000)),
-        *(["stats", "bignet", "--input-shape", f"1024,{'9' * digits},3"] for digits in (19, 20, 5000)),
-        ["stats", "bignet", "--input-shape", ",".join(["9"] * 1000)],
-        *(["stats", "bignet", "--seed", "9" * digits] for digits in (20, 5000)),
-        *(["fit", "lora", "--rank", "9" * digits] for digits in (19, 20, 5000)),
-        *(["fit", "lora", "--epochs", "9" * digits] for digits in (20, 5000)),
-        *(["quantize", "a", "b", "--block-size", "9" * digits] for digits in (19, 20, 5000)),
-        ["fit", ""],
-        ["fit", "lora", "--save", "\0"],
-        ["fit", "lora", "--data", ""],
-        ["fit", "lora", "--data", "\0.npz"],
-        ["compare", "bignet", ""],
-        *(["compare", "--tolerance", text] for text in ("0.0.0", "", ".", "0x0", "nan", "inf", "-1e-9")),
-        ["fit", "lora", "--rank", "999999999999"],
-        ["compare", "bignet"],
-        ["compare", "--tolerance", "-1"],
-        ["compare", "--tolerance", "x"],
-        ["fit"],
-        ["fit", "q4"],
-        ["fit", "lora", "--epochs", "0"],
-        ["fit", "lora", "--lr", "nan"],
-        ["fit", "lora", "--rank", "0"],
-        ["fit", "lora", "--rank", "1.5"],
-        ["fit", "low_precision", "--rank", "4"],
-        ["fit", "lora", "--data", "mnist"],
-        ["fit", "lora", "--data", "missing.npz"],
-        ["bundle", "missing", "name"],
-    ],
-)
-def test_bad_usage_is_one_line_and_exit_code_2(argv, capsys):
-    assert run(*argv) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.count("\n") == 1
-    assert shown.err.startswith("lowmem")
-    assert len(shown.err) < 300
-    assert shown.err[:-1].isprintable()
-    assert not any(word in shown.err for word in (".cpp", ".h:", "c10::", "Exception raised"))
+BAD_USAGE = [
+    ["unknown"],
+    ["stats", "--unknown"],
+    ["stats", "q4"],
+    ["stats", "--batch", "0"],
+    ["stats", "--batch", "two"],
+    ["stats", "--input-shape", "3,-1"],
+    ["stats", "--json", "--markdown"],
+    ["stats", "bignet", "--batch", "9999999999999"],
+    ["stats", "bignet", "--input-shape", "99999999999999"],
+    ["stats", "--seed", "99999999999999999999"],
+    ["stats", "--seed", "-1"],
+    ["stats", ""],
+    ["stats", "bignet", ""],
+    ["stats", "lowmem:BigNet@"],
+    ["stats", ":"],
+    ["stats", ":BigNet"],
+    ["stats", "\x1b[31m\u202e\n"],
+    ["stats", "x" * 10_000],
+    ["stats", "--\x1b[31m"],
+    *(["stats", "bignet", "--batch", "9" * digits] for digits in (19, 20, 5000)),
+    *(["stats", "bignet", "--input-shape", f"1024,{'9' * digits},3"] for digits in (19, 20, 5000)),
+    ["stats", "bignet", "--input-shape", ",".join(["9"] * 1000)],
+    *(["stats", "bignet", "--seed", "9" * digits] for digits in (20, 5000)),
+    *(["fit", "lora", "--rank", "9" * digits] for digits in (19, 20, 5000)),
+    *(["fit", "lora", "--epochs", "9" * digits] for digits in (20, 5000)),
+    *(["quantize", "a", "b", "--block-size", "9" * digits] for digits in (19, 20, 5000)),
+    ["fit", ""],
+    ["fit", "lora", "--save", "\0"],
+    ["fit", "lora", "--data", ""],
+    ["fit", "lora", "--data", "\0.npz"],
+    ["compare", "bignet", ""],
+    *(["compare", "--tolerance", text] for text in ("0.0.0", "", ".", "0x0", "nan", "inf", "-1e-9")),
+    ["fit", "lora", "--rank", "999999999999"],
+    ["compare", "bignet"],
+    ["compare", "--tolerance", "-1"],
+    ["compare", "--tolerance", "x"],
+    ["fit"],
+    ["fit", "q4"],
+    ["fit", "lora", "--epochs", "0"],
+    ["fit", "lora", "--lr", "nan"],
+    ["fit", "lora", "--rank", "0"],
+    ["fit", "lora", "--rank", "1.5"],
+    ["fit", "low_precision", "--rank", "4"],
+    ["fit", "lora", "--data", "mnist"],
+    ["fit", "lora", "--data", "missing.npz"],
+    ["bundle", "missing", "name"],
+]
+
+
+def test_bad_usage_is_one_line_and_exit_code_2(capsys):
+    for argv in BAD_USAGE:
+        assert run(*argv) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.count("\n") == 1
+        assert shown.err.startswith("lowmem")
+        assert len(shown.err) < 300
+        assert shown.err[:-1].isprintable()
+        assert not any(word in shown.err for word in (".cpp", ".h:", "c10::", "Exception raised"))
 
 
 def test_ctrl_c_is_one_line_and_exit_code_2(monkeypatch, capsys):
@@ -254,8 +255,7 @@ def test_a_pipe_of_the_model_s_own_that_is_closed_is_bad_input():
 
 
 @posix
-@pytest.mark.parametrize("argv", [["stats", "q4"], ["stats", "--unknown"], ["unknown"]])
-@pytest.mark.parametrize("both", [False, True])
+@covering(1, argv=[("stats", "q4"), ("stats", "--unknown"), ("unknown",)], both=[False, True])
 def test_an_error_that_nobody_reads_ends_it_likewise(argv, both):
     reader, writer = os.pipe()
     os.close(reader)
@@ -309,17 +309,13 @@ CLOSES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("argv", "does"),
-    [
-        *((["stats"], does) for does in CLOSES),
-        *((["stats", "--json"], does) for does in (CLOSES[0], CLOSES[-1])),
-        (["compare", "main_closes:make"], CLOSES[0]),
-        *((["fit", "--epochs", "1"], does) for does in (CLOSES[0], CLOSES[-1])),
-    ],
+@covering(
+    1,
+    does=CLOSES,
+    argv=[("stats",), ("stats", "--json"), ("compare", "main_closes:make"), ("fit", "--epochs", "1")],
 )
 @pytest.mark.usefixtures("user_module")
-def test_results_are_printed_whatever_a_factory_does_to_stdout(argv, does):
+def test_results_are_printed_whatever_a_factory_does_to_stdout(does, argv):
     text = f"import io, sys\nfrom torch import nn\ndef make():\n    {does}\n    return nn.Linear(1024, 4)\n"
     Path("main_closes.py").write_text(text)
     process = start(*argv, "main_closes:make", stdout=subprocess.PIPE)
@@ -340,8 +336,7 @@ def test_called_from_python_a_closed_pipe_is_the_shell_s_code(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("argv", [["info"], ["info", "--json"]])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@covering(1, argv=[("info",), ("info", "--json")], unbuffered=["", "1"])
 def test_a_full_disk_is_one_line(argv, unbuffered, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with open("/dev/full", "w") as full:

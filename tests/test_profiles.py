@@ -1,23 +1,34 @@
-"""What hypothesis tries where: the same examples in what gates a merge, others every night."""
+"""What is tried where: the same examples and a selection of cases in what gates a merge, and more every night."""
 
 import os
 import subprocess
 import sys
+from collections import Counter
+from itertools import combinations, product
+from math import prod
 from pathlib import Path
 
 import pytest
 
+from tests.compiled import ISAS
+from tests.selection import selection
+
 ROOT = Path(__file__).parents[1]
 
 SHOW = (
-    "import conftest; from hypothesis import settings; found = settings(); "
-    "print(found.derandomize, found.database is not None, found.max_examples, found.deadline)"
+    "import conftest; from hypothesis import settings; "
+    "from tests.compiled import ISAS, bound; from tests.selection import covering; "
+    "found, axes = settings(), {'a': range(3), 'b': range(3), 'c': range(3)}; "
+    "print(found.derandomize, found.database is not None, found.max_examples, found.deadline, "
+    "*(len(covering(strength, **axes).args[1]) for strength in (1, 2)), bound.args[1] == ISAS)"
 )
 
 
 @pytest.mark.parametrize("ci", ["", "true"], ids=["here", "in CI"])
 @pytest.mark.parametrize(
-    ("profile", "shown"), [("ci", "True False 60 None"), ("nightly", "False True 2000 None")], ids=["ci", "nightly"]
+    ("profile", "shown"),
+    [("ci", f"True False 60 None 3 9 {len(ISAS) <= 2}"), ("nightly", "False True 2000 None 27 27 True")],
+    ids=["ci", "nightly"],
 )
 def test_a_profile_is_the_same_wherever_it_runs(profile, shown, ci):
     """Where CI is set, hypothesis's own defaults are others."""
@@ -27,3 +38,17 @@ def test_a_profile_is_the_same_wherever_it_runs(profile, shown, ci):
     environment |= {"CI": ci} if ci else {}
     done = subprocess.run([sys.executable, "-c", SHOW], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == shown, done.stderr
+
+
+@pytest.mark.parametrize("sizes", [(3,), (2, 2), (10, 4), (4, 2, 2), (9, 4, 3), (2, 3, 2, 5)])
+def test_a_selection_holds_every_combination_and_takes_values_alike_often(sizes):
+    axes = [[f"{axis}{value}" for value in range(size)] for axis, size in enumerate(sizes)]
+    for strength in range(1, len(axes) + 1):
+        rows = selection(axes, strength)
+        for few in combinations(range(len(axes)), strength):
+            assert {tuple(row[i] for i in few) for row in rows} == set(product(*(axes[i] for i in few)))
+        assert len(set(rows)) == len(rows) <= prod(sizes)
+    uses = Counter(value for row in selection(axes, 1) for value in row)
+    for axis in axes:
+        assert max(uses[value] for value in axis) - min(uses[value] for value in axis) <= 1
+    assert len(selection(axes, 1)) == max(sizes)

@@ -15,6 +15,7 @@ from torch import nn
 
 import lowmem
 from lowmem.testing.memory import memory_figures
+from tests.selection import covering
 
 pytest_plugins = ["pytester"]
 
@@ -205,15 +206,16 @@ def test_a_gate_of_no_own_name_is_refused(project, run):
     assert "name=3: it must be a string" in output
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
+@covering(
+    1,
+    mode=["compare", "store", "update"],
+    bad=[
         ("{", "Expecting property name"),
         ('{"backend": "x", "torch": "1.0", "threads": 2, "figures": {}}', "its figures are of backend=x, torch=1.0"),
     ],
 )
-@pytest.mark.parametrize("mode", ["compare", "store", "update"])
-def test_a_bad_baseline_is_one_line_exit_code_2_and_stays(project, run, content, said, mode):
+def test_a_bad_baseline_is_one_line_exit_code_2_and_stays(project, run, mode, bad):
+    content, said = bad
     run("--lowmem-baseline=store")
     (file,) = (project.path / "memory_baselines").glob("*.json")
     file.write_text(content)

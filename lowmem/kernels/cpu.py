@@ -387,7 +387,7 @@ class Kernel:
             return None
         points, form = 0, get_format(weight.format).levels
         if use == _IN_INT8:
-            points, form = int8.on_a_grid(form)
+            points, form = int8.rounded_levels(form)
         levels = _floats(form)
         handle = self.native.prepare(
             self._order(self._isa, columns, weight.block_size),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["BYTES_PER_NUMBER", "COLUMNS", "LARGEST", "float_dtype", "on_a_grid", "round_inputs"]
+__all__ = ["BYTES_PER_NUMBER", "COLUMNS", "LARGEST", "float_dtype", "round_inputs", "rounded_levels"]
 
 COLUMNS = 128
 """Columns per activation scale; ``block_size`` where it does not divide 128."""
@@ -59,7 +59,7 @@ def float_dtype(dtype: torch.dtype, given: torch.dtype) -> torch.dtype:
 
 
 @lru_cache(maxsize=64)
-def on_a_grid(levels: tuple[float, ...]) -> tuple[int, tuple[float, ...]]:
+def rounded_levels(levels: tuple[float, ...]) -> tuple[int, tuple[float, ...]]:
     """Return the largest level in steps, at most 127, and the levels rounded to multiples of that step.
 
     The levels of int4 and fp4 are exact multiples, of 1/15 and 1/12. Those of other formats are rounded, by at most

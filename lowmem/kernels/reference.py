@@ -58,7 +58,7 @@ def linear(
     if dtype is torch.int8:
         if not isinstance(weight, QuantizedTensor):
             raise TypeError(f"dtype={dtype} is for weights of 4 bits, not for {weight.dtype}: give a float dtype")
-        dtype, levels = torch.float32, int8.on_a_grid(get_format(weight.format).levels)[1]
+        dtype, levels = torch.float32, int8.rounded_levels(get_format(weight.format).levels)[1]
         factor = int8.round_inputs(x, weight.block_size)
     else:
         factor = x.to(dtype)

@@ -132,48 +132,32 @@ print(json.dumps(figures))
 """
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    """Measure a sound model twice, and those with a megabyte too much, in a process of their own."""
-    folder = tmp_path_factory.mktemp("planted")
-    (folder / "planted.py").write_text(PLANTED)
+@needs_high_water
+def test_a_megabyte_that_no_tensor_shows_fails_and_what_is_the_same_passes(tmp_path):
+    """A sound model, measured twice, and those with a megabyte too much, in a process of their own."""
+    (tmp_path / "planted.py").write_text(PLANTED)
     environment = {**resident.environment(), "PYTHONPATH": str(ROOT)}
-    (folder / "library").write_bytes(b"1" * 4 * 2**20)
-    command = [sys.executable, str(folder / "planted.py"), str(folder), str(folder / "library")]
+    (tmp_path / "library").write_bytes(b"1" * 4 * 2**20)
+    command = [sys.executable, str(tmp_path / "planted.py"), str(tmp_path), str(tmp_path / "library")]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
-
-
-@needs_high_water
-@pytest.mark.parametrize(
-    ("fault", "shown"),
-    [
-        ("AttributeOfNew", {"load_peak", "load_kept"}),
-        ("AttributeOfForward", {"forward_peak", "forward_kept"}),
-        ("NumpyInForward", {"forward_peak"}),
-        ("UntouchedInForward", {"forward_peak"}),
-        ("UntouchedOfNew", {"load_kept"}),
-        ("ScratchInForward", {"forward_peak"}),
-        ("ScratchKept", {"forward_peak", "forward_kept"}),
-        ("KeptByTraining", {"step_peak", "step_kept"}),
-    ],
-)
-def test_a_megabyte_that_no_tensor_shows_fails(planted, fault, shown):
-    baseline = Baseline({fault: planted["Sound"]}, 5, 0.1, resident.LIMIT)  # the largest tolerance there can be
-    grown = {row.figure for row in compare(baseline, planted, [fault]) if row.verdict == "grew"}
-    assert shown <= grown
-
-
-@needs_high_water
-def test_the_same_model_in_the_same_process_is_the_same(planted):
+    planted = json.loads(run.stdout)
+    for fault, shown in {
+        "AttributeOfNew": {"load_peak", "load_kept"},
+        "AttributeOfForward": {"forward_peak", "forward_kept"},
+        "NumpyInForward": {"forward_peak"},
+        "UntouchedInForward": {"forward_peak"},
+        "UntouchedOfNew": {"load_kept"},
+        "ScratchInForward": {"forward_peak"},
+        "ScratchKept": {"forward_peak", "forward_kept"},
+        "KeptByTraining": {"step_peak", "step_kept"},
+    }.items():
+        baseline = Baseline({fault: planted["Sound"]}, 5, 0.1, resident.LIMIT)  # the largest tolerance there can be
+        grown = {row.figure for row in compare(baseline, planted, [fault]) if row.verdict == "grew"}
+        assert shown <= grown, fault
     baseline = Baseline({"again": planted["Sound"]}, 5, 0.1, 0.5)
     assert {row.verdict for row in compare(baseline, planted, ["again"])} == {"same"}
-
-
-@needs_high_water
-def test_what_a_library_maps_from_its_file_does_not_count(planted):
-    """How much a first read maps depends on what the system has cached of the file: 64 KiB, or megabytes."""
+    # How much a first read of a library maps depends on what the system has cached of the file: 64 KiB, or megabytes.
     baseline = Baseline({"ReadsALibrary": planted["Sound"]}, 5, 0.1, 0.3)
     assert {row.verdict for row in compare(baseline, planted, ["ReadsALibrary"])} == {"same"}
 

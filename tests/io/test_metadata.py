@@ -52,35 +52,35 @@ def without(record, key):
     return {name: value for name, value in record.items() if name != key}
 
 
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        (None, "it is None, and must be an object"),
-        ([HALF], "it is .*, and must be an object"),
-        ({}, "technique=None is unknown"),
-        ({"technique": "Magic"}, "technique='Magic' is unknown"),
-        ({**HALF, "technique": ["Half"]}, r"technique=\['Half'\] is unknown"),
-        (without(HALF, "dtype"), "it has no 'dtype'"),
-        ({**HALF, "dtype": "int8"}, "dtype='int8' is none of float16, bfloat16"),
-        ({**HALF, "dtype": "float32"}, "dtype='float32' is none of float16, bfloat16"),
-        ({**HALF, "dtype": None}, "dtype=None is none of"),
-        ({**HALF, "dtype": ["float16"]}, "dtype=.* is none of"),
-        ({**HALF, "\x1b[2J": 1}, r"'\\x1b\[2J' is unknown"),
-        *((without(FOUR, key), f"it has no '{key}'") for key in ("format", "block_size", "scales", "method")),
-        *(({**FOUR, key: None}, f"{key}=None") for key in without(FOUR, "technique")),
-        *(({**FOUR, key: True}, f"{key}=True") for key in without(FOUR, "technique")),
-        *(({**FOUR, key: [[1]]}, f"{key}=") for key in without(FOUR, "technique")),
-        *(({**FOUR, key: {}}, f"{key}=") for key in without(FOUR, "technique")),
-        *(({**FOUR, key: "x" * 10**6}, f"{key}=") for key in without(FOUR, "technique")),
-        *(({**FOUR, "block_size": size}, "block_size=") for size in (-2, 0, 7, 2**63, 10**18, 64.0, "64")),
-        ({**FOUR, "format": ["nf4", "fp4"]}, "format=.* is none of int4, nf4"),
-        ({**FOUR, "search": True}, "'search' is unknown"),
-    ],
-)
-def test_what_is_no_record_of_a_layer_is_refused(record, reason):
-    with pytest.raises(ValueError, match=reason) as caught:
-        technique_of(record)
-    assert len(str(caught.value)) < 300
+LAYER_MISTAKES = [
+    (None, "it is None, and must be an object"),
+    ([HALF], "it is .*, and must be an object"),
+    ({}, "technique=None is unknown"),
+    ({"technique": "Magic"}, "technique='Magic' is unknown"),
+    ({**HALF, "technique": ["Half"]}, r"technique=\['Half'\] is unknown"),
+    (without(HALF, "dtype"), "it has no 'dtype'"),
+    ({**HALF, "dtype": "int8"}, "dtype='int8' is none of float16, bfloat16"),
+    ({**HALF, "dtype": "float32"}, "dtype='float32' is none of float16, bfloat16"),
+    ({**HALF, "dtype": None}, "dtype=None is none of"),
+    ({**HALF, "dtype": ["float16"]}, "dtype=.* is none of"),
+    ({**HALF, "\x1b[2J": 1}, r"'\\x1b\[2J' is unknown"),
+    *((without(FOUR, key), f"it has no '{key}'") for key in ("format", "block_size", "scales", "method")),
+    *(({**FOUR, key: None}, f"{key}=None") for key in without(FOUR, "technique")),
+    *(({**FOUR, key: True}, f"{key}=True") for key in without(FOUR, "technique")),
+    *(({**FOUR, key: [[1]]}, f"{key}=") for key in without(FOUR, "technique")),
+    *(({**FOUR, key: {}}, f"{key}=") for key in without(FOUR, "technique")),
+    *(({**FOUR, key: "x" * 10**6}, f"{key}=") for key in without(FOUR, "technique")),
+    *(({**FOUR, "block_size": size}, "block_size=") for size in (-2, 0, 7, 2**63, 10**18, 64.0, "64")),
+    ({**FOUR, "format": ["nf4", "fp4"]}, "format=.* is none of int4, nf4"),
+    ({**FOUR, "search": True}, "'search' is unknown"),
+]
+
+
+def test_what_is_no_record_of_a_layer_is_refused():
+    for record, reason in LAYER_MISTAKES:
+        with pytest.raises(ValueError, match=reason) as caught:
+            technique_of(record)
+        assert len(str(caught.value)) < 300
 
 
 ADAPTER_MISTAKES = [
@@ -94,27 +94,27 @@ ADAPTER_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("record", "reason"), ADAPTER_MISTAKES)
-def test_what_is_no_record_of_an_adapter_is_refused(record, reason):
-    with pytest.raises(ValueError, match=reason):
-        lora_of(record)
-    named = {**record, "name": "a", "active": True} if isinstance(record, dict) else record
-    with pytest.raises(ValueError, match=reason):
-        adapters_of([NAMED | {"name": "b"}, named])
+def test_what_is_no_record_of_an_adapter_is_refused():
+    for record, reason in ADAPTER_MISTAKES:
+        with pytest.raises(ValueError, match=reason):
+            lora_of(record)
+        named = {**record, "name": "a", "active": True} if isinstance(record, dict) else record
+        with pytest.raises(ValueError, match=reason):
+            adapters_of([NAMED | {"name": "b"}, named])
 
 
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        (None, "they are None, and must be a list of at least one"),
-        (NAMED, "and must be a list"),
-        ([], r"they are \[\], and must be a list of at least one"),
-        ([ADAPTER], "it has no '(name|active)'"),
-        ([NAMED, NAMED], "adapter 'a' is there twice"),
-        *(([{**NAMED, "name": name}], "name=") for name in (None, 3, True, ["a"])),
-        *(([{**NAMED, "active": active}], "active=") for active in (None, 0, 1, "a", [])),
-    ],
-)
-def test_what_is_no_record_of_several_adapters_is_refused(record, reason):
-    with pytest.raises(ValueError, match=reason):
-        adapters_of(record)
+ADAPTERS_MISTAKES = [
+    (None, "they are None, and must be a list of at least one"),
+    (NAMED, "and must be a list"),
+    ([], r"they are \[\], and must be a list of at least one"),
+    ([ADAPTER], "it has no '(name|active)'"),
+    ([NAMED, NAMED], "adapter 'a' is there twice"),
+    *(([{**NAMED, "name": name}], "name=") for name in (None, 3, True, ["a"])),
+    *(([{**NAMED, "active": active}], "active=") for active in (None, 0, 1, "a", [])),
+]
+
+
+def test_what_is_no_record_of_several_adapters_is_refused():
+    for record, reason in ADAPTERS_MISTAKES:
+        with pytest.raises(ValueError, match=reason):
+            adapters_of(record)

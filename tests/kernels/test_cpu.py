@@ -17,23 +17,27 @@ from lowmem.kernels import cpu, memory, reference
 from lowmem.quant import backend
 from tests import strategies
 from tests.compiled import (
+    ISAS,
     assert_close_in,
     assert_exact,
     assert_same_bytes,
+    bound,
     compiled,
+    compiled_bfloat16,
     no_plain_rows,
     on_threads,
     stored,
 )
 from tests.kernels.test_kernels import run_python
+from tests.selection import covering
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
-PRODUCTS = {"linear": 10, "input_grad": 6, "restore": 7}
+PRODUCTS = {"linear": 10, "input_grad": 6, "dequantize": 8}
 
 
-@compiled
-def test_threads_change_no_bit_of_anything(level):
+@compiled_bfloat16
+def test_threads_change_no_bit_of_anything(isa):
     q = quantize(strategies.make_weight("normal", (301, 520), 0, 0))
     x = strategies.make_weight("normal", (100, 520), 0, 1)
     grad = strategies.make_weight("normal", (100, 301), 0, 2)
@@ -41,7 +45,7 @@ def test_threads_change_no_bit_of_anything(level):
     large = strategies.make_weight("normal", (301, 900), 0, 5)
     results = []
     for count in (1, 2, 3, 7):
-        with on_threads(count), kernels.using(level):
+        with on_threads(count), kernels.using(isa):
             made = [quantize(large, scales="double").packed, quantize(large).dequantize()]
             made += [quantize(large, "bof4s", search=True).scales]
             for batch in (1, 4, 6, 12, 13, 40, 100):
@@ -54,16 +58,16 @@ def test_threads_change_no_bit_of_anything(level):
     assert all(torch.equal(one, other) for made in results for one, other in zip(made, results[0], strict=True))
 
 
-@compiled
+@compiled_bfloat16
 @pytest.mark.parametrize("kind", ["half", "int4"])
-def test_small_pieces_of_a_batch_change_no_bit(level, kind):
+def test_small_pieces_of_a_batch_change_no_bit(isa, kind):
     """With many threads less is packed at a time, and what is packed may be so little that alone it would be few."""
     q, _ = stored(kind, strategies.make_weight("normal", (77, 8190), 0, 0), block_size=64)
     x, grad = torch.randn(30, 8190), torch.randn(30, 77)
     results = []
     for threads in (1, 16, 64):
         with on_threads(threads):
-            with kernels.using(level):
+            with kernels.using(isa):
                 made = []
                 for batch in (3, 5, 7, 8, 9, 13, 25, 30):
                     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -73,13 +77,13 @@ def test_small_pieces_of_a_batch_change_no_bit(level, kind):
     assert all(torch.equal(one, other) for made in results for one, other in zip(made, results[0], strict=True))
 
 
-@compiled
-def test_what_is_remembered_of_a_weight_follows_it(level):
-    """Changed in place, moved, copied, or shared between levels: the product is that of its values."""
+@bound
+def test_what_is_remembered_of_a_weight_follows_it(isa):
+    """Changed in place, moved, copied, or shared between ISAs: the product is that of its values."""
     q = quantize(strategies.make_weight("normal", (12, 64), 0, 0))
     other = quantize(strategies.make_weight("normal", (12, 64), 0, 1))
     x = torch.randn(2, 64)
-    with kernels.using(level):
+    with kernels.using(isa):
         assert_exact(kernels.linear(x, q, torch.float32), x, q.dequantize())
         twins = copy.deepcopy(q), pickle.loads(pickle.dumps(q))
         q.packed.copy_(other.packed)
@@ -100,11 +104,11 @@ def test_what_is_remembered_of_a_weight_follows_it(level):
         assert_exact(kernels.linear(x, q, torch.float32), x, q.dequantize())
 
 
-@compiled
-def test_a_bias_that_changed_under_the_same_address_is_read_anew(level):
+@bound
+def test_a_bias_that_changed_under_the_same_address_is_read_anew(isa):
     q = quantize(strategies.make_weight("normal", (8, 64), 0, 0))
     x, full = torch.randn(1, 64), torch.randn(16)
-    with kernels.using(level):
+    with kernels.using(isa):
         plain = kernels.linear(x, q, torch.float32)
         bias = torch.nn.Parameter(full[:8], requires_grad=False)
         torch.testing.assert_close(kernels.linear(x, q, torch.float32, bias), plain + full[:8])
@@ -118,17 +122,15 @@ def test_a_bias_that_changed_under_the_same_address_is_read_anew(level):
             kernels.linear(x, q, torch.float32)
 
 
-# To make them takes longest, and levels and dtypes come one after the other.
+# To make them takes longest, and ISAs and dtypes come one after the other.
 normal = lru_cache(maxsize=4)(partial(strategies.make_weight, "normal", exponent=0, seed=0))
 of_normal = lru_cache(maxsize=1)(lambda kind, shape: stored(kind, normal(shape=shape))[0])
 
 
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["half", "bfloat16", "nf4"])
-@pytest.mark.parametrize(
-    ("rows", "columns", "batch", "threads"),
-    [
+@bound
+@covering(
+    1,
+    sizes=[
         *(
             (*shape, *work)
             for shape in ((4096, 256), (1024, 1280))
@@ -138,27 +140,31 @@ of_normal = lru_cache(maxsize=1)(lambda kind, shape: stored(kind, normal(shape=s
         *((2048, 2304, *work) for work in ((13, 18), (64, 17), (64, 18), (130, 18))),
         *((512, 8200, *work) for work in ((12, 18), (128, 14), (128, 18))),
     ],
+    kind=["half", "bfloat16", "nf4"],
 )
-def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyte(
-    level, dtype, kind, rows, columns, batch, threads
-):
+def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyte(isa, sizes, kind):
+    rows, columns, batch, threads = sizes
     w = of_normal(kind, (rows, columns))
-    x, grad = normal(shape=(batch, columns)).to(dtype), normal(shape=(batch, rows)).to(dtype)
-    with on_threads(threads), kernels.using(level):
-        for run, out in (
-            (lambda: kernels.linear(x, w, dtype), rows),
-            (lambda: kernels.input_grad(grad, w, dtype), columns),
-        ):
-            assert measure.peak_bytes(run) <= 2**20 + batch * out * dtype.itemsize
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, grad = normal(shape=(batch, columns)).to(dtype), normal(shape=(batch, rows)).to(dtype)
+        with on_threads(threads), kernels.using(isa):
+            forward = measure.peak_bytes(lambda x=x, dtype=dtype: kernels.linear(x, w, dtype))
+            backward = measure.peak_bytes(lambda grad=grad, dtype=dtype: kernels.input_grad(grad, w, dtype))
+        assert forward <= 2**20 + batch * rows * dtype.itemsize
+        assert backward <= 2**20 + batch * columns * dtype.itemsize
 
 
-@compiled
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("kind", ["half", "bfloat16", "int4", "nf4"])
-@pytest.mark.parametrize(("rows", "columns"), [(64, 8192), (64, 28672), (256, 4096), (9000, 4224)])
-def test_scratch_of_a_few_inputs_is_less_than_256_kib_a_thread(level, kind, threads, rows, columns):
+@bound
+@covering(
+    1,
+    shape=[(64, 8192), (64, 28672), (256, 4096), (3000, 4224)],
+    kind=["half", "bfloat16", "int4", "nf4"],
+    threads=[1, 2],
+)
+def test_scratch_of_a_few_inputs_is_less_than_256_kib_a_thread(isa, shape, kind, threads):
+    rows, columns = shape
     w = of_normal(kind, (rows, columns))
-    with on_threads(threads), kernels.using(level):
+    with on_threads(threads), kernels.using(isa):
         for batch in (1, 4, 8):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 x, grad = normal(shape=(batch, columns)).to(dtype), normal(shape=(batch, rows)).to(dtype)
@@ -189,9 +195,9 @@ def test_memory_that_cannot_be_written_is_left_to_plain_torch():
     )
 
 
-@compiled
+@pytest.mark.skipif(not ISAS, reason="the kernel is not compiled here")
 @pytest.mark.parametrize("function", [*PRODUCTS, "quantize", "update", "prepare", "order"])
-def test_a_wrong_number_of_arguments_is_an_error(level, function):
+def test_a_wrong_number_of_arguments_is_an_error(function):
     native, _ = cpu.load()
     with pytest.raises(TypeError, match="arguments, got"):
         getattr(native, function)(0, 1)
@@ -214,10 +220,10 @@ def read_by_capsules():
         assert native.use_torch(*shared, table, torch._C._to_dlpack) is (table is not None)
 
 
-@compiled
+@bound
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch", [1, 30])
-def test_either_way_to_read_a_tensor_is_as_good(level, dtype, batch):
+def test_either_way_to_read_a_tensor_is_as_good(isa, dtype, batch):
     dense = strategies.make_weight("normal", (33, 70), 0, 0)
     q, half = quantize(dense, block_size=16), dense.half()
     x, grad, bias = torch.randn(batch, 70).to(dtype), torch.randn(batch, 33).to(dtype), torch.randn(33)
@@ -229,7 +235,7 @@ def test_either_way_to_read_a_tensor_is_as_good(level, dtype, batch):
             made += [kernels.linear(x, weight, dtype, bias), kernels.input_grad(grad, weight, dtype)]
         return made, measure.peak_bytes(lambda: kernels.linear(x, q, dtype))
 
-    with kernels.using(level):
+    with kernels.using(isa):
         expected, memory = run()
         with read_by_capsules():
             got, same = run()
@@ -240,11 +246,11 @@ def test_either_way_to_read_a_tensor_is_as_good(level, dtype, batch):
 OLD_CAPSULES = not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")  # of which torch gives none for freed memory
 
 
-@compiled
-def test_what_c_cannot_read_never_reaches_it(level):
+@bound
+def test_what_c_cannot_read_never_reaches_it(isa):
     """Wrong shapes, dtypes, devices, layouts and sizes: None, so that plain torch serves or says what is wrong."""
     native, _ = cpu.load()
-    index = [name for name, _ in native.isas()].index(level)
+    index = [name for name, _ in native.isas()].index(isa)
     half, x = torch.randn(5, 8).half(), torch.randn(3, 8)
     lazy = torch._neg_view(torch.randn(3, 8))
 
@@ -280,13 +286,13 @@ def test_what_c_cannot_read_never_reaches_it(level):
         everywhere()
 
 
-@compiled
-def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level):
+@bound
+def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(isa):
     native, _ = cpu.load()
-    index = [name for name, _ in native.isas()].index(level)
+    index = [name for name, _ in native.isas()].index(isa)
     q = quantize(strategies.make_weight("normal", (6, 64), 0, 0), block_size=16)
     x = torch.randn(2, 64)
-    with kernels.using(level):
+    with kernels.using(isa):
         kernels.linear(x, q, torch.float32)
     handle = q.cache["prepared"].handle
 
@@ -299,14 +305,14 @@ def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(level
     assert linear(packed=q.packed[:5]) is None
     assert linear(scales=q.scales[:5]) is None
     assert linear(packed=q.packed[1:]) is None
-    assert native.dequantize(index, handle, q.packed, q.scales, 4, torch.empty(3, 64), 2) is None  # beyond the end
-    assert native.dequantize(index, handle, q.packed, q.scales, -1, torch.empty(3, 64), 2) is None
-    assert native.dequantize(index, handle, q.packed, q.scales, 4, torch.empty(2, 63), 2) is None
-    assert native.dequantize(index, handle, q.packed, q.scales, 4, torch.empty(2, 64), 2) is not None
+    assert native.dequantize(index, handle, q.packed, q.scales, 4, 0, torch.empty(3, 64), 2) is None  # beyond the end
+    assert native.dequantize(index, handle, q.packed, q.scales, -1, 0, torch.empty(3, 64), 2) is None
+    assert native.dequantize(index, handle, q.packed, q.scales, 4, 0, torch.empty(2, 63), 2) is None
+    assert native.dequantize(index, handle, q.packed, q.scales, 4, 0, torch.empty(2, 64), 2) is not None
     for other, name in enumerate(name for name, runs in native.isas() if runs):
         found = native.linear(other, handle, q.packed, q.scales, x, None, 2, None, None, None)
         lanes = {"portable": 8, "neon": 4, "avx2": 8}
-        assert (found is not None) == (lanes.get(name, 16) == lanes.get(level, 16))
+        assert (found is not None) == (lanes.get(name, 16) == lanes.get(isa, 16))
 
 
 # Run where glibc overwrites freed memory: what is read from there is no product of anything.
@@ -391,29 +397,29 @@ print(tried)
 OVERWRITTEN = {"MALLOC_PERTURB_": "165", "MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-@compiled
-def test_memory_that_is_given_up_during_a_call_stays_for_as_long_as_it_is_read(level):
+@bound
+def test_memory_that_is_given_up_during_a_call_stays_for_as_long_as_it_is_read(isa):
     """As where another thread assigns ``.data``: C holds what it reads, and what it knows of a weight."""
-    assert int(run_python(SWAPS, level, **OVERWRITTEN)) == 2 * (3 * (6 + 5 + 4 + 4 + 3 + 4) + 2)
+    assert int(run_python(SWAPS, isa, **OVERWRITTEN)) == 2 * (3 * (6 + 5 + 4 + 4 + 3 + 4) + 2)
 
 
-@compiled
-def test_inputs_that_come_in_parts_have_a_result_of_their_own(level):
+@compiled_bfloat16
+def test_inputs_that_come_in_parts_have_a_result_of_their_own(isa):
     """Of wide rows in 16 bits at most 128 inputs are added up at a time."""
     q = quantize(strategies.make_weight("normal", (9, 8200), 0, 0))
     x = strategies.make_weight("normal", (150, 8200), 0, 1).bfloat16()
-    with kernels.using(level):
+    with kernels.using(isa):
         assert_close_in(torch.bfloat16, kernels.linear(x, q, torch.bfloat16), x, q.dequantize())
 
 
-@compiled
-def test_no_call_keeps_what_it_has_read(level):
+@bound
+def test_no_call_keeps_what_it_has_read(isa):
     """What C holds during a call it gives back, or no memory of a model would ever be freed."""
     q = quantize(strategies.make_weight("normal", (21, 70), 0, 0))
     x, bias, calls = torch.randn(3, 70), torch.randn(21), 50
     a, b = torch.randn(2, 70), torch.randn(21, 2)
     storages = [tensor.untyped_storage() for tensor in (q.packed, q.scales, x, bias, a, b)]
-    with kernels.using(level):
+    with kernels.using(isa):
         before = [sys.getrefcount(storage) for storage in storages]
         for _ in range(calls):
             kernels.linear(x, q, torch.float32, bias, (a, b, 0.5))
@@ -477,8 +483,7 @@ def test_a_weight_is_known_to_two_kernels_at_once():
     """Each takes what the other has put there for its own, in the middle of its calls."""
     native, _ = cpu.load()
     q, x = quantize(strategies.make_weight("normal", (64, 256), 0, 0)), torch.randn(3, 256)
-    levels = kernels.available()
-    served = [cpu.Kernel(native, level) for level in (levels[1], levels[-1]) for _ in range(2)]
+    served = [cpu.Kernel(native, isa) for isa in (ISAS[0], ISAS[-1]) for _ in range(2)]
     expected = [kernel.linear(x, q, torch.float32) for kernel in served]
 
     def multiply(kernel, alone):
@@ -488,13 +493,15 @@ def test_a_weight_is_known_to_two_kernels_at_once():
         assert all(pool.map(multiply, served, expected))
 
 
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("kind", "block_size"), [("nf4", 64), ("nf4", 4096), ("nf4", 10), ("int4", 24), ("half", None)]
+@compiled_bfloat16
+@covering(
+    1,
+    blocks=[("nf4", 64), ("nf4", 4096), ("nf4", 10), ("int4", 24), ("half", None)],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
 )
-def test_packing_a_wide_input_looks_at_each_column_about_once(level, dtype, kind, block_size):
+def test_packing_a_wide_input_looks_at_each_column_about_once(isa, blocks, dtype):
     """Columns are packed in parts, of which each may look at the blocks that reach into it and at no others."""
+    kind, block_size = blocks
     native, _ = cpu.load()
     columns, part = 5 * 8192 + 100, 4096  # the least that a part is
     dense = strategies.make_weight("normal", (3, columns), 0, 0)
@@ -502,7 +509,7 @@ def test_packing_a_wide_input_looks_at_each_column_about_once(level, dtype, kind
     beside = 2 * (block_size or 0) + 32  # of each part: a block that reaches into it on either side, and a vector
     for batch in (1, 4, 6, 32):
         x = strategies.make_weight("normal", (batch, columns), 0, 1).to(dtype)
-        with on_threads(1), kernels.using(level):
+        with on_threads(1), kernels.using(isa):
             before = native.visited()
             got = kernels.linear(x, w, dtype)
             seen = native.visited() - before
@@ -554,7 +561,7 @@ def test_a_parameter_is_as_real_as_a_tensor():
         assert not memory.is_real(other)
 
 
-@cache  # for all levels
+@cache  # for all ISAs
 def of_wide_rows(kind, dtype, rows, batch, bias_dtype):
     """A wide weight, inputs, a bias, their product in float64, and how far off one in a 16-bit dtype may be."""
     generator = torch.Generator().manual_seed(rows + batch)
@@ -575,17 +582,23 @@ def of_wide_rows(kind, dtype, rows, batch, bias_dtype):
     return w, x, bias, expected, unit * (2.1 * magnitudes + 1.1 * expected.abs())
 
 
-@compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("kind", "rows", "batch", "of_bias"),
-    [("nf4", 1000, 100, "same"), ("nf4", 3000, 8, "same"), ("nf4", 3000, 8, "float32"), ("16 bits", 3000, 8, "same")],
+@compiled_bfloat16
+@covering(
+    1,
+    case=[
+        ("nf4", 1000, 100, "same"),
+        ("nf4", 3000, 8, "same"),
+        ("nf4", 3000, 8, "float32"),
+        ("16 bits", 3000, 8, "same"),
+    ],
+    dtype=[torch.bfloat16, torch.float16],
 )
-def test_rows_that_come_in_parts_are_written_and_biased_each_in_its_place(level, dtype, kind, rows, batch, of_bias):
+def test_rows_that_come_in_parts_are_written_and_biased_each_in_its_place(isa, case, dtype):
     """Sums of more than 8192 columns are kept in float32 for as many rows at a time as scratch has room for."""
+    kind, rows, batch, of_bias = case
     bias_dtype = dtype if of_bias == "same" else torch.float32
     w, x, bias, expected, allowed = of_wide_rows(kind, dtype, rows, batch, bias_dtype)
-    with kernels.using(level):
+    with kernels.using(isa):
         got = kernels.linear(x, w, dtype, bias)
     assert got.dtype == dtype
     assert ((got.double() - expected).abs() <= allowed).all()
@@ -604,7 +617,7 @@ def zeros_before(last: torch.Tensor, rows: int) -> torch.Tensor:
 @LARGE
 @compiled
 @pytest.mark.parametrize("kind", ["codes", "scales", "half"])
-def test_rows_behind_2_to_31_bytes_or_weights_are_found(level, kind):
+def test_rows_behind_2_to_31_bytes_or_weights_are_found(isa, kind):
     """The last rows of a weight whose offsets 32 bits do not hold, and beside them what they make alone."""
     columns, few = 2**16, 40
     dense = strategies.make_weight("normal", (few, columns), 0, 0)
@@ -617,7 +630,7 @@ def test_rows_behind_2_to_31_bytes_or_weights_are_found(level, kind):
         packed, scales = zeros_before(last.packed, rows), zeros_before(last.scales, rows)
         w = replace(last, packed=packed, scales=scales, shape=torch.Size((rows, columns)))
     x, grad = torch.randn(16, columns), torch.randn(16, few)
-    with kernels.using(level):
+    with kernels.using(isa):
         for batch in (1, 16):
             one, back = x[:batch], grad[:batch]
             got = kernels.linear(one, w, torch.float32)
@@ -630,8 +643,8 @@ def test_rows_behind_2_to_31_bytes_or_weights_are_found(level, kind):
             assert torch.equal(w.dequantize_rows(slice(rows - few, rows), torch.float32), last.dequantize())
 
 
-@compiled
-def test_a_weight_that_another_thread_keeps_moving_is_taken_by_c_all_the_same(level, monkeypatch):
+@bound
+def test_a_weight_that_another_thread_keeps_moving_is_taken_by_c_all_the_same(isa, monkeypatch):
     """Plain torch, which reads it in several operations, could mix what was there before and after."""
     q = quantize(strategies.make_weight("normal", (8, 64), 0, 0))
     x, dense, prepare = torch.randn(3, 64), q.dequantize(), cpu.Kernel._prepare
@@ -644,7 +657,7 @@ def test_a_weight_that_another_thread_keeps_moving_is_taken_by_c_all_the_same(le
     monkeypatch.setattr(cpu.Kernel, "_prepare", move)
     monkeypatch.setattr(kernels.reference, "linear", None)
     monkeypatch.setattr(kernels.reference, "input_grad", None)
-    with kernels.using(level), no_plain_rows():
+    with kernels.using(isa), no_plain_rows():
         assert_exact(kernels.linear(x, q, torch.float32), x, dense)
         assert_exact(kernels.input_grad(x[:, :8].contiguous(), q, torch.float32), x[:, :8], dense.t())
         assert torch.equal(q.dequantize(), dense)

@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from itertools import product
 
 import pytest
 import torch
@@ -12,16 +13,17 @@ from lowmem import FORMATS, FourBit, LoRA, convert, kernels, load, measure, quan
 from lowmem.kernels import int8
 from lowmem.nn.conv import Conv4Bit
 from tests import strategies
-from tests.compiled import compiled, exact_product, given_stored, on_threads
+from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored, on_threads
 from tests.rounding import OF_4_BITS, assert_product
+from tests.selection import covering
 
-batches = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 32, 33, 48, 50, 100])
+batches = st.sampled_from([*EDGES, 50, 62, 64, 96, 100])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 kernel = pytest.mark.usefixtures("poisoned", "only_c")
 
 
 def with_rounded_levels(weight):
-    return weight.restore(slice(None), int8.on_a_grid(FORMATS[weight.format].levels)[1])
+    return weight.restore(slice(None), int8.rounded_levels(FORMATS[weight.format].levels)[1])
 
 
 def int8_product(x, weight, bias=None):
@@ -71,7 +73,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_spoils_its_columns_alone():
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_levels_are_off_by_half_a_step_of_8_bits_at_most(name):
     levels = FORMATS[name].levels
-    points, rounded = int8.on_a_grid(levels)
+    points, rounded = int8.rounded_levels(levels)
     largest = max(map(abs, levels))
     assert points <= 127
     assert max(abs(a - b) for a, b in zip(levels, rounded, strict=True)) <= largest / 254 * 1.0001
@@ -82,32 +84,33 @@ def test_levels_are_off_by_half_a_step_of_8_bits_at_most(name):
 
 def test_levels_that_lie_on_a_grid_stay_as_they_are():
     for name, points in (("int4", 15), ("fp4", 12)):
-        assert int8.on_a_grid(FORMATS[name].levels)[0] == points
-        assert int8.on_a_grid(FORMATS[name].levels)[1] == pytest.approx(FORMATS[name].levels, abs=1e-12)
+        assert int8.rounded_levels(FORMATS[name].levels)[0] == points
+        assert int8.rounded_levels(FORMATS[name].levels)[1] == pytest.approx(FORMATS[name].levels, abs=1e-12)
 
 
-# What is multiplied: every level against the definition.
+# What is multiplied: against the definition.
 
 
 @kernel
-@compiled
+@compiled_int8
 @given(*given_stored, batches, dtypes, st.booleans(), strategies.seeds)
-def test_products_are_those_of_rounded_inputs(level, weight, form, size, scales, batch, dtype, with_bias, seed):
+def test_products_are_those_of_rounded_inputs(isa, weight, form, size, scales, batch, dtype, with_bias, seed):
     q = quantize(weight, form, block_size=size, scales=scales)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, q.shape[1], generator=generator).to(dtype)
     bias = torch.randn(q.shape[0], generator=generator) if with_bias else None
-    with kernels.using(level):
+    with kernels.using(isa):
         assert_int8(kernels.linear(x, q, torch.int8, bias), x, q, bias)
 
 
-@lru_cache(maxsize=1)  # levels come one after the other
-def around_whole_panels(size, rows, columns):
-    """16 inputs make a panel, 16 rows and 128 columns what is restored at a time, 8192 columns what is packed."""
+@lru_cache(maxsize=1)  # ISAs come one after the other
+def around_whole_panels(size, shape):
+    """16 inputs make a panel, 16 rows and 128 columns what is dequantized at a time, 8192 columns what is packed."""
+    rows, columns = shape
     generator, cases = torch.Generator().manual_seed(rows), []
     for form in ("int4", "bof4s"):
-        q = quantize(strategies.make_weight("normal", (rows, columns), 0, 1), form, block_size=size)
-        for batch in (1, 3, 8, 9, 16, 33, 50, 300):
+        q = quantize(strategies.make_weight("normal", shape, 0, 1), form, block_size=size)
+        for batch in (*EDGES, 300):
             for dtype in (torch.float32, torch.bfloat16):
                 x = torch.randn(batch, columns, generator=generator).to(dtype)
                 cases.append((q, x, *int8_product(x, q)))
@@ -115,53 +118,71 @@ def around_whole_panels(size, rows, columns):
 
 
 @kernel
-@compiled
-@pytest.mark.parametrize("size", [8, 16, 24, 32, 64, 72, 128, 256, 4096])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (37, 127), (130, 1300), (9, 9000)])
-def test_around_whole_panels_groups_and_parts(level, size, rows, columns):
-    for q, x, exact, allowed in around_whole_panels(size, rows, columns):
-        with kernels.using(level):
+@compiled_int8
+@covering(
+    1,
+    size=[8, 16, 24, 32, 64, 72, 128, 256, 4096],
+    shape=[(1, 1), (16, 128), (37, 127), (9, 9000), (130, 1300), (33, 129)],
+)
+def test_around_whole_panels_groups_and_parts(isa, size, shape):
+    for q, x, exact, allowed in around_whole_panels(size, shape):
+        with kernels.using(isa):
             assert_within(kernels.linear(x, q, torch.int8), x, exact, allowed)
 
 
 @kernel
-@compiled
+@compiled_int8
 @pytest.mark.parametrize("batch", [1, 6, 40])
-def test_inputs_of_every_size_and_what_is_not_finite(level, batch):
+def test_inputs_of_every_size_and_what_is_not_finite(isa, batch):
     q = quantize(strategies.make_weight("normal", (45, 330), 0, 0), "nf4")
     for exponent in (-140, -126, -101, -100, -99, -61, -60, -59, 99, 100, 101, 120):
         x = torch.randn(batch, 330) * 2.0**exponent
         x[0, :128] = 0
-        with kernels.using(level):
+        with kernels.using(isa):
             assert_int8(kernels.linear(x, q, torch.int8), x, q)
-    for bad in (math.nan, math.inf):
+    for bad, column in product((math.nan, math.inf, -math.inf), (0, 129, 200, 329)):
         x = torch.randn(batch, 330)
-        x[-1, 200] = bad
-        with kernels.using(level):
+        x[-1, column] = bad
+        with kernels.using(isa):
             got = kernels.linear(x, q, torch.int8)
         assert got[:-1].isfinite().all()
         assert got[-1].isnan().all()
 
 
 @kernel
-@compiled
+@compiled_int8
 @pytest.mark.parametrize("batch", [1, 8, 9, 40])
-@pytest.mark.parametrize("exponent", [-110, 95, 110, 120])
-def test_weights_of_every_size(level, batch, exponent):
+def test_weights_of_every_size(isa, batch):
     """The sum of a block is as large as 2^22 before its scale and its input's unit are applied."""
-    weight = strategies.make_weight("normal", (45, 330), 0, 0) * 2.0**exponent
-    for form in ("int4", "nf4"):
+    for exponent, form in product((-110, 95, 110, 120), ("int4", "nf4")):
+        weight = strategies.make_weight("normal", (45, 330), 0, 0) * 2.0**exponent
         q = quantize(weight, form, scales="float32", block_size=64)
         x = torch.randn(batch, 330, generator=torch.Generator().manual_seed(batch)) * 2.0 ** -(exponent // 2)
-        with kernels.using(level):
+        with kernels.using(isa):
             assert_int8(kernels.linear(x, q, torch.int8), x, q)
 
 
 @kernel
-@compiled
-def test_threads_change_no_bit(level):
+@compiled_int8
+@pytest.mark.parametrize("form", ["int4", "fp4", "nf4"])
+def test_numbers_beside_a_large_neighbour_and_sums_that_cancel(isa, form):
+    """What the definition rounds to zero is zero, and what it keeps counts, whatever lies beside it."""
+    for block_size, tiny, batch in product((8, 64, 1024), (0.49 / 127, 0.51 / 127, 1.49 / 127), (1, 2, 9, 40)):
+        weight = torch.ones(3, 1024)
+        weight[1, ::2] *= -1
+        weight[2, :block_size] = 0
+        q = quantize(weight, form, block_size=block_size, scales="float16")
+        x = torch.full((batch, 1024), tiny)
+        x[:, ::128] = 1.0
+        with kernels.using(isa):
+            assert_int8(kernels.linear(x, q, torch.int8), x, q)
+
+
+@kernel
+@compiled_int8
+def test_threads_change_no_bit(isa):
     q = quantize(strategies.make_weight("normal", (300, 1000), 0, 0))
-    with kernels.using(level):
+    with kernels.using(isa):
         for batch in (2, 9, 70):
             x = torch.randn(batch, 1000)
             products = []
@@ -171,26 +192,37 @@ def test_threads_change_no_bit(level):
             assert all(torch.equal(products[0], other) for other in products)
 
 
-@compiled
-@pytest.mark.parametrize("size", [64, 4096])
-@pytest.mark.parametrize(
-    ("rows", "columns", "batch"), [(2048, 1024, 1), (2048, 1024, 512), (64, 8192, 600), (8, 1, 9000)]
-)
-def test_no_product_takes_more_than_a_mebibyte_of_scratch(level, size, rows, columns, batch):
+@kernel
+@pytest.mark.parametrize("isa", [isa for isa in ("avx512bf16", "avx512amx") if isa in ISAS])
+def test_an_isa_without_a_source_of_its_own_gives_the_bits_of_another(isa):
+    """Which is why tests do not run there again; see ``tests.compiled.compiled_int8``."""
+    q = quantize(strategies.make_weight("normal", (70, 330), 0, 0), "nf4")
+    for batch, dtype in product(EDGES, (torch.float32, torch.bfloat16, torch.float16)):
+        x, made = torch.randn(batch, 330).to(dtype), []
+        for name in (isa, "avx512vnni"):
+            with kernels.using(name):
+                made.append(kernels.linear(x, q, torch.int8))
+        assert torch.equal(*made)
+
+
+@compiled_int8
+@covering(1, shape=[(2048, 1024, 1), (2048, 1024, 512), (64, 8192, 600), (8, 1, 9000)], size=[64, 4096])
+def test_no_product_takes_more_than_a_mebibyte_of_scratch(isa, shape, size):
     """Where inputs are rounded by torch, too: a few at a time."""
+    rows, columns, batch = shape
     q = quantize(strategies.make_weight("normal", (rows, columns), 0, 0), block_size=size)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(batch, columns).to(dtype)
-        with kernels.using(level):
+        with kernels.using(isa):
             peak = measure.peak_bytes(lambda x=x: kernels.linear(x, q, torch.int8))
         assert peak <= 2**20 + batch * rows * dtype.itemsize
 
 
-@compiled
-def test_views_other_dtypes_and_biases_are_handled(level):
+@compiled_int8
+def test_views_other_dtypes_and_biases_are_handled(isa):
     q, bias = quantize(torch.randn(24, 128)), torch.randn(48)[::2]
     x = torch.randn(5, 256)[:, ::2]
-    with kernels.using(level):
+    with kernels.using(isa):
         assert_int8(kernels.linear(x, q, torch.int8, bias), x, q, bias)
         assert_int8(kernels.linear(x[:0], q, torch.int8), x[:0], q)
         with pytest.MonkeyPatch.context() as patch:
@@ -201,7 +233,7 @@ def test_views_other_dtypes_and_biases_are_handled(level):
     assert_within(wide.float(), x, *int8_product(x, q))
 
 
-@pytest.mark.parametrize("name", kernels.available())
+@pytest.mark.parametrize("name", sorted({"reference", kernels.available()[-1]}))
 def test_weights_without_codes_and_wrong_shapes_are_refused(name):
     with kernels.using(name):
         with pytest.raises(TypeError, match=r"is for weights of 4 bits, not for torch.float16"):
@@ -222,12 +254,12 @@ def model(**options):
     return convert(plain(), FourBit(**options))
 
 
+@compiled_int8
 @pytest.mark.parametrize("format", ["int4", "nf4"])
-@pytest.mark.parametrize("name", kernels.available())
-def test_a_model_stays_close_and_its_gradient_is_the_float_one(name, format):
+def test_a_model_stays_close_and_its_gradient_is_the_float_one(isa, format):
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
     rounded, exact = model(format=format, compute_dtype=torch.int8), model(format=format)
-    with kernels.using(name):
+    with kernels.using(isa):
         with torch.no_grad():
             assert measure.difference(exact(x), rounded(x)).relative < 0.02
         for one in (rounded[0], exact[0]):

@@ -7,49 +7,49 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem import kernels, quantize
-from tests.compiled import assert_exact, both, both_kinds, compiled, restored
+from tests.compiled import assert_exact, both, both_kinds, bound, dequantized
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@compiled
+@bound
 @both_kinds
-def test_a_default_device_changes_nothing(level, weight):
+def test_a_default_device_changes_nothing(isa, weight):
     """Fresh tensors are asked for on the CPU, whatever the mode or the default says."""
     w, x = both(weight), torch.randn(3, 40)
     kernels.cpu._floats.cache_clear()
-    with kernels.using(level):
+    with kernels.using(isa):
         with torch.device("meta"):
             got = kernels.linear(x, w, torch.float32)
-        assert_exact(got, x, restored(w, torch.float32))
+        assert_exact(got, x, dequantized(w, torch.float32))
 
 
-@compiled
+@bound
 @both_kinds
-def test_what_records_operations_sees_the_reference(level, weight):
+def test_what_records_operations_sees_the_reference(isa, weight):
     w, x = both(weight), torch.randn(3, 40)
-    expected = x @ restored(w, torch.float32).t()
-    with kernels.using(level):
+    expected = x @ dequantized(w, torch.float32).t()
+    with kernels.using(isa):
         graph = make_fx(lambda x: kernels.linear(x, w, torch.float32))(x)
         torch.testing.assert_close(graph(x), expected)
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert kernels.linear(x, w, torch.float32).shape == (3, 6)
 
 
-@compiled
+@bound
 @both_kinds
-def test_values_that_are_not_their_memory_are_resolved(level, weight):
+def test_values_that_are_not_their_memory_are_resolved(isa, weight):
     w = both(weight)
     negative = torch.complex(torch.zeros(3, 40), torch.randn(3, 40)).conj().imag  # its memory holds the opposite
     assert negative.is_neg()
-    with kernels.using(level):
-        assert_exact(kernels.linear(negative, w, torch.float32), negative.clone(), restored(w, torch.float32))
+    with kernels.using(isa):
+        assert_exact(kernels.linear(negative, w, torch.float32), negative.clone(), dequantized(w, torch.float32))
         zero = torch._efficientzerotensor(3, 40)
         assert not kernels.linear(zero, w, torch.float32).any()
 
 
-@compiled
-def test_tensors_of_another_kind_are_left_to_plain_torch(level):
+@bound
+def test_tensors_of_another_kind_are_left_to_plain_torch(isa):
     """A mode that wraps what is made: C could not write into it."""
 
     class Wrapped(torch.Tensor):
@@ -62,7 +62,7 @@ def test_tensors_of_another_kind_are_left_to_plain_torch(level):
 
     q, x, grad = quantize(torch.randn(8, 32)), torch.randn(2, 32), torch.randn(2, 8)
     a, b = torch.randn(4, 32), torch.randn(8, 4)
-    with kernels.using(level):
+    with kernels.using(isa):
         runs = (
             lambda: kernels.linear(x, q, torch.float32),
             lambda: kernels.linear(x, q, torch.int8),

@@ -1,6 +1,7 @@
-"""Products of the compiled kernel beyond a few float32 inputs: other dtypes, tiles, pieces, long sums."""
+"""Products of the compiled kernel: every dtype, the edges of tiles, parts and pieces, long sums, hard numbers."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -8,34 +9,62 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import kernels, measure, quantize
+from lowmem.kernels import cpu
+from lowmem.quant import formats
 from tests import strategies
-from tests.compiled import assert_close_in, assert_exact, compiled, given_stored, stored
+from tests.compiled import (
+    EDGES,
+    ISAS,
+    assert_close_in,
+    assert_exact,
+    compiled,
+    compiled_bfloat16,
+    exact_product,
+    given_stored,
+    on_threads,
+    spread_inputs,
+    stored,
+)
+from tests.selection import covering
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
-batches = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 12, 13, 16, 17, 33, 50])
+batches = st.sampled_from([*EDGES, 50, 62, 64, 96])
+columns_of_groups = st.one_of(st.integers(1, 700), st.sampled_from([128, 256, 640, 1024]))  # whole ones or not
 low_dtypes = st.sampled_from([torch.bfloat16, torch.float16])
+KINDS = ["int4", "nf4", "half", "bfloat16"]
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-@compiled
+def assert_product(got, dtype, x, dense, bias=None):
+    if dtype == torch.float32:
+        assert_exact(got, x, dense, bias)
+    elif bias is None:
+        assert_close_in(dtype, got, x, dense)
+    else:  # a bias is one more column
+        ones = torch.ones(len(x), 1, dtype=dtype)
+        assert_close_in(dtype, got, torch.cat((x, ones), 1), torch.cat((dense.float(), bias[:, None]), 1))
+
+
+@compiled_bfloat16
 @given(
     *given_stored,
     batches,
     low_dtypes,
     strategies.seeds,
 )
-def test_products_in_16_bits_lose_no_more_than_their_roundings(level, weight, form, size, scales, batch, dtype, seed):
+def test_products_in_16_bits_lose_no_more_than_their_roundings(isa, weight, form, size, scales, batch, dtype, seed):
     q = quantize(weight, form, block_size=size, scales=scales)
     dense = q.dequantize()
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, q.shape[1], generator=generator).to(dtype)
     grad = torch.randn(batch, q.shape[0], generator=generator).to(dtype)
-    with kernels.using(level):
+    with kernels.using(isa):
         assert_close_in(dtype, kernels.linear(x, q, dtype), x, dense)
         assert_close_in(dtype, kernels.input_grad(grad, q, dtype), grad, dense.t())
 
 
-@compiled
+@compiled_bfloat16
 @given(
     strategies.weights(min_dims=2, max_dims=2, max_columns=300),
     low_dtypes,
@@ -43,12 +72,12 @@ def test_products_in_16_bits_lose_no_more_than_their_roundings(level, weight, fo
     batches,
     strategies.seeds,
 )
-def test_both_products_with_16bit_weights_in_every_dtype(level, weight, stored, dtype, batch, seed):
+def test_both_products_with_16bit_weights_in_every_dtype(isa, weight, stored, dtype, batch, seed):
     w = weight.to(stored).contiguous()
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, w.shape[1], generator=generator).to(dtype)
     grad = torch.randn(batch, w.shape[0], generator=generator).to(dtype)
-    with kernels.using(level):
+    with kernels.using(isa):
         products = kernels.linear(x, w, dtype), kernels.input_grad(grad, w, dtype)
     for got, left, right in zip(products, (x, grad), (w, w.t()), strict=True):
         if dtype == torch.float32:
@@ -57,41 +86,42 @@ def test_both_products_with_16bit_weights_in_every_dtype(level, weight, stored, 
             assert_close_in(dtype, got, left, right)
 
 
-@compiled
+@compiled_bfloat16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch", [1, 3, 40])
-def test_a_bias_of_every_dtype_is_added_before_the_result_is_rounded(level, dtype, bias_dtype, batch):
-    q = quantize(strategies.make_weight("normal", (21, 70), 0, 0))
-    x, bias = torch.randn(batch, 70).to(dtype), torch.randn(21).to(bias_dtype)
-    with kernels.using(level):
-        got, without = kernels.linear(x, q, dtype, bias), kernels.linear(x, q, torch.float32)
-    wide = without + bias.float()
-    unit = torch.finfo(dtype).eps
-    assert ((got.float() - wide).abs() <= 3 * unit * (x.float().abs() @ q.dequantize().abs().t() + bias.abs())).all()
+def test_a_bias_of_every_dtype_is_added_before_the_result_is_rounded(isa, dtype):
+    q, unit = quantize(strategies.make_weight("normal", (21, 70), 0, 0)), torch.finfo(dtype).eps
+    for batch in (1, 3, 40):
+        x = torch.randn(batch, 70).to(dtype)
+        magnitudes = x.float().abs() @ q.dequantize().abs().t()
+        for bias_dtype in (torch.float32, torch.bfloat16, torch.float16):
+            bias = torch.randn(21).to(bias_dtype)
+            with kernels.using(isa):
+                got, without = kernels.linear(x, q, dtype, bias), kernels.linear(x, q, torch.float32)
+            off = (got.float() - (without + bias.float())).abs()
+            assert (off <= 3 * unit * (magnitudes + bias.abs())).all()
 
 
-@compiled
+@compiled_bfloat16
 @pytest.mark.parametrize("block_size", [10, 12, 30, 62, 100, 1022])
-@pytest.mark.parametrize("batch", [1, 4, 20])
-def test_blocks_that_are_not_whole_words(level, block_size, batch):
+def test_blocks_that_are_not_whole_words(isa, block_size):
     q = quantize(strategies.make_weight("mixed", (19, 517), 0, 0), "int4", block_size=block_size, scales="float32")
-    x, grad, dense = torch.randn(batch, 517), torch.randn(batch, 19), q.dequantize()
-    with kernels.using(level):
-        assert_exact(kernels.linear(x, q, torch.float32), x, dense)
-        assert_exact(kernels.input_grad(grad, q, torch.float32), grad, dense.t())
-        assert_close_in(torch.bfloat16, kernels.linear(x.bfloat16(), q, torch.bfloat16), x.bfloat16(), dense)
+    dense = q.dequantize()
+    with kernels.using(isa):
+        for batch in (1, 4, 20):
+            x, grad = torch.randn(batch, 517), torch.randn(batch, 19)
+            assert_exact(kernels.linear(x, q, torch.float32), x, dense)
+            assert_exact(kernels.input_grad(grad, q, torch.float32), grad, dense.t())
+            assert_close_in(torch.bfloat16, kernels.linear(x.bfloat16(), q, torch.bfloat16), x.bfloat16(), dense)
 
 
-@compiled
-@pytest.mark.parametrize("block_size", [8, 16, 24, 32, 64, 72, 128, 256, 512, 4096])
-@pytest.mark.parametrize("columns", [127, 640, 1025, 2300])
-def test_every_number_of_a_few_inputs(level, block_size, columns):
+@compiled_bfloat16
+@covering(1, block_size=[8, 16, 24, 32, 64, 72, 128, 256, 512, 4096], columns=[127, 640, 1025, 2300])
+def test_every_number_of_a_few_inputs(isa, block_size, columns):
     scales = {8: "float16", 16: "double", 24: "float32"}.get(block_size, "double")
     form = "nf4" if block_size % 16 else "bof4s"  # which has signed scales
     q = quantize(strategies.make_weight("normal", (131, columns), 0, 1), form, block_size=block_size, scales=scales)
     dense = q.dequantize()
-    with kernels.using(level):
+    with kernels.using(isa):
         for dtype, batches in ((torch.bfloat16, [*range(1, 10), 11, 16, 17]), (torch.float32, [2, 7, 10, 16, 17])):
             for batch in batches:
                 x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 131).to(dtype)
@@ -99,12 +129,11 @@ def test_every_number_of_a_few_inputs(level, block_size, columns):
                 assert_close_in(dtype, kernels.input_grad(grad, q, dtype), grad, dense.t())
 
 
-@compiled
-@pytest.mark.parametrize("stored_as", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("columns", [5, 127, 640])
-def test_every_number_of_a_few_inputs_with_16_bit_weights(level, stored_as, columns):
+@compiled_bfloat16
+@covering(1, columns=[5, 127, 640], stored_as=[torch.float16, torch.bfloat16])
+def test_every_number_of_a_few_inputs_with_16_bit_weights(isa, stored_as, columns):
     w = strategies.make_weight("normal", (77, columns), 0, 1).to(stored_as)
-    with kernels.using(level):
+    with kernels.using(isa):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for batch in range(1, 11):
                 x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 77).to(dtype)
@@ -112,38 +141,42 @@ def test_every_number_of_a_few_inputs_with_16_bit_weights(level, stored_as, colu
                 assert_close_in(dtype, kernels.input_grad(grad, w, dtype), grad, w.t())
 
 
-@compiled
-@pytest.mark.parametrize("block_size", [8, 10, 16, 24, 32, 48, 64, 72, 100, 128, 4096, None])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (31, 65), (64, 192), (130, 1300), (258, 129), (32, 2000)])
-def test_batches_and_weights_around_whole_tiles_in_bfloat16(level, block_size, rows, columns):
-    """AMX takes 16 inputs, 32 columns and 16 rows at a time; None is a weight of bfloat16 numbers."""
-    dense = strategies.make_weight("normal", (rows, columns), 0, 2)
-    w = quantize(dense, "nf4", block_size=block_size) if block_size else dense.bfloat16()
-    restored = w.dequantize() if block_size else w.float()
+@compiled_bfloat16
+@covering(
+    1,
+    block_size=[8, 10, 16, 24, 32, 48, 64, 72, 100, 128, 512, 4096, "half", "bfloat16"],
+    shape=[(1, 1), (17, 127), (33, 129), (31, 65), (64, 192), (130, 1300), (258, 129), (1058, 130), (9, 9000)],
+)
+def test_batches_and_weights_around_whole_tiles_parts_and_pieces(isa, block_size, shape):
+    """Rows are taken 16 or 32 at a time, columns 32, 128 or 256, 8192 are packed together, and 256 inputs a piece."""
+    rows, columns = shape
+    dense = strategies.make_weight("normal", shape, 0, 2)
+    if isinstance(block_size, str):
+        w, numbers = stored(block_size, dense)
+    else:
+        w, numbers = stored("int4" if rows % 2 else "nf4", dense, block_size=block_size)
     generator = torch.Generator().manual_seed(rows)
     bias = torch.randn(rows, generator=generator)
-    with kernels.using(level):
-        for batch in (3, 4, 15, 16, 17, 31, 32, 33, 48, 50):
-            x = torch.randn(batch, columns, generator=generator).bfloat16()
-            grad = torch.randn(batch, rows, generator=generator).bfloat16()
-            assert_close_in(torch.bfloat16, kernels.linear(x, w, torch.bfloat16), x, restored)
-            assert_close_in(torch.bfloat16, kernels.input_grad(grad, w, torch.bfloat16), grad, restored.t())
-            ones = torch.ones(batch, 1, dtype=torch.bfloat16)  # a bias is one more column
-            got = kernels.linear(x, w, torch.bfloat16, bias)
-            assert_close_in(torch.bfloat16, got, torch.cat((x, ones), 1), torch.cat((restored, bias[:, None]), 1))
+    with kernels.using(isa):
+        for batch in (*EDGES, 97, 130, *([257] if columns < 1000 else [])):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.randn(batch, columns, generator=generator).to(dtype)
+                grad = torch.randn(batch, rows, generator=generator).to(dtype)
+                assert_product(kernels.linear(x, w, dtype, bias), dtype, x, numbers, bias)
+                assert_product(kernels.input_grad(grad, w, dtype), dtype, grad, numbers.t())
 
 
-@compiled
-@pytest.mark.parametrize(("block_size", "columns"), [(None, 330), (16, 330), (64, 330), (128, 2000), (24, 330)])
-@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-def test_what_is_not_finite_stays_in_its_row(level, block_size, columns, bad):
+@compiled_bfloat16
+@covering(1, blocks=[(None, 330), (16, 330), (64, 330), (128, 2000), (24, 330)], bad=[torch.inf, torch.nan])
+def test_what_is_not_finite_stays_in_its_row(isa, blocks, bad):
     """What fills tiles up and is not used touches nothing: one bad input, one bad row of the weight."""
+    block_size, columns = blocks
     dense = strategies.make_weight("normal", (45, columns), 0, 0)
     w = quantize(dense, block_size=block_size, scales="float32") if block_size else dense.bfloat16()
     for batch in (2, 5, 21, 40):
         x, grad = torch.randn(batch, columns).bfloat16(), torch.randn(batch, 45).bfloat16()
         x[1], grad[1] = bad, bad
-        with kernels.using(level):
+        with kernels.using(isa):
             products = kernels.linear(x, w, torch.bfloat16), kernels.input_grad(grad, w, torch.bfloat16)
             for got in products:
                 finite = got.isfinite().all(1)
@@ -158,75 +191,72 @@ def test_what_is_not_finite_stays_in_its_row(level, block_size, columns, bad):
                 assert finite.sum() == 44
 
 
-@compiled
-def test_a_result_that_is_subnormal_is_one_in_every_row(level):
+@compiled_bfloat16
+def test_a_result_that_is_subnormal_is_one_in_every_row(isa):
     q, bias = quantize(torch.randn(45, 64)), torch.full((45,), 1e-39)
-    with kernels.using(level):
+    with kernels.using(isa):
         for batch in (1, 3, 20):
             got = kernels.linear(torch.zeros(batch, 64).bfloat16(), q, torch.bfloat16, bias)
             assert (got == bias.bfloat16()).all()
 
 
-@compiled
-@pytest.mark.parametrize("columns", [4098, 8192, 8194, 20000])
-@pytest.mark.parametrize("batch", [1, 5, 30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["half", "int4"])
-def test_wide_rows_are_packed_in_parts(level, columns, batch, dtype, kind):
+@compiled_bfloat16
+@covering(columns=[4098, 8192, 8194, 20000], dtype=[torch.float32, torch.bfloat16], kind=["half", "int4"])
+def test_wide_rows_are_packed_in_parts(isa, columns, dtype, kind):
     dense = strategies.make_weight("normal", (9, columns), 0, 0)
-    w, restored = stored(kind, dense, block_size=96)
-    x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 9).to(dtype)
+    w, dequantized = stored(kind, dense, block_size=96)
     bias = torch.randn(9)
-    with kernels.using(level):
-        got, back = kernels.linear(x, w, dtype, bias), kernels.input_grad(grad, w, dtype)
-        assert measure.peak_bytes(lambda: kernels.linear(x, w, dtype, bias)) <= 2**20 + got.nbytes + x.numel() * 4
-    if dtype == torch.float32:
-        assert_exact(got, x, restored, bias)
-        assert_exact(back, grad, restored.t())
-    else:
-        magnitudes = x.float().abs() @ restored.abs().t() + bias.abs()
-        assert ((got.float() - (x.float() @ restored.t() + bias)).abs() <= 2**-7 * magnitudes).all()
-        assert_close_in(dtype, back, grad, restored.t())
+    for batch in (1, 5, 30):
+        x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 9).to(dtype)
+        with kernels.using(isa):
+            got, back = kernels.linear(x, w, dtype, bias), kernels.input_grad(grad, w, dtype)
+            peak = measure.peak_bytes(lambda x=x: kernels.linear(x, w, dtype, bias))
+        assert peak <= 2**20 + got.nbytes + x.numel() * 4
+        if dtype == torch.float32:
+            assert_exact(got, x, dequantized, bias)
+            assert_exact(back, grad, dequantized.t())
+        else:
+            magnitudes = x.float().abs() @ dequantized.abs().t() + bias.abs()
+            assert ((got.float() - (x.float() @ dequantized.t() + bias)).abs() <= 2**-7 * magnitudes).all()
+            assert_close_in(dtype, back, grad, dequantized.t())
 
 
-@compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["half", "int4"])
-def test_sums_of_wide_rows_are_rounded_once(level, dtype, kind):
-    """Some inputs and some rows at a time."""
-    w, restored = stored(kind, strategies.make_weight("normal", (600, 8200), 0, 0))
+@compiled_bfloat16
+@covering(1, dtype=[torch.bfloat16, torch.float16], kind=["half", "int4"])
+def test_sums_of_wide_rows_are_rounded_once(isa, dtype, kind):
+    """Some inputs at a time: at most 128."""
+    w, dequantized = stored(kind, strategies.make_weight("normal", (600, 8200), 0, 0))
     bias = torch.randn(600)
-    for batch in (7, 300):
+    for batch in (7, 130):
         x = torch.randn(batch, 8200).to(dtype)
-        with kernels.using(level):
+        with kernels.using(isa):
             got, added = kernels.linear(x, w, dtype), kernels.linear(x, w, dtype, bias)
-        assert_close_in(dtype, got, x, restored)
+        assert_close_in(dtype, got, x, dequantized)
         unit = torch.finfo(dtype).eps / 2
         assert ((added.float() - got.float() - bias).abs() <= unit * (added.abs() + got.abs() + 1e-3)).all()
 
 
-@compiled
-@pytest.mark.parametrize("batch", [161, 330, 513, 1100])
+@compiled_bfloat16
 @pytest.mark.parametrize("columns", [40, 1024])
-def test_batches_of_several_pieces(level, batch, columns):
+def test_batches_of_several_pieces(isa, columns):
     q = quantize(strategies.make_weight("normal", (10, columns), 0, 0))
     half = strategies.make_weight("normal", (10, columns), 0, 0).half()
-    x, grad = torch.randn(batch, columns), torch.randn(batch, 10)
-    with kernels.using(level):
-        for w, dense in ((q, q.dequantize()), (half, half)):
-            assert_exact(kernels.linear(x, w, torch.float32), x, dense)
-            assert_exact(kernels.input_grad(grad, w, torch.float32), grad, dense.t())
-        low = grad.bfloat16()
-        assert_close_in(torch.bfloat16, kernels.input_grad(low, q, torch.bfloat16), low, q.dequantize().t())
+    for batch in (161, 330, 513, 1100):
+        x, grad = torch.randn(batch, columns), torch.randn(batch, 10)
+        with kernels.using(isa):
+            for w, dense in ((q, q.dequantize()), (half, half)):
+                assert_exact(kernels.linear(x, w, torch.float32), x, dense)
+                assert_exact(kernels.input_grad(grad, w, torch.float32), grad, dense.t())
+            low = grad.bfloat16()
+            assert_close_in(torch.bfloat16, kernels.input_grad(low, q, torch.bfloat16), low, q.dequantize().t())
 
 
 @compiled
-@pytest.mark.parametrize("columns", [64, 192, 200])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradients_of_16_bit_weights_whose_last_group_of_columns_is_short(level, columns, dtype):
-    """At levels whose groups are shorter than a row is padded to, a group may hold no column at all."""
+@covering(1, columns=[64, 192, 200], dtype=[torch.float16, torch.bfloat16])
+def test_gradients_of_16_bit_weights_whose_last_group_of_columns_is_short(isa, columns, dtype):
+    """At ISAs whose groups are shorter than a row is padded to, a group may hold no column at all."""
     w = torch.randn(200, columns).to(dtype)
-    with kernels.using(level):
+    with kernels.using(isa):
         for batch in (1, 3, 8, 9, 20, 33):
             for x in (torch.randn(batch, 200), torch.randn(batch, 200).to(dtype)):
                 for _ in range(20):  # a write past the scratch would show when it is freed
@@ -235,34 +265,33 @@ def test_gradients_of_16_bit_weights_whose_last_group_of_columns_is_short(level,
 
 
 @compiled
-@pytest.mark.parametrize("size", [1024, 4096])
 @pytest.mark.parametrize("kind", ["half", "int4"])
-def test_long_sums_of_one_sign_keep_their_bound(level, kind, size):
-    dense = torch.rand(5, size, generator=torch.Generator().manual_seed(0)) + 0.1
-    (wide, of_wide), (tall, of_tall) = stored(kind, dense), stored(kind, dense.t().contiguous(), block_size=8)
-    with kernels.using(level):
-        for batch in (1, 4, 12, 16, 40, 100):
-            for x in (torch.ones(batch, size), torch.rand(batch, size)):
-                assert_exact(kernels.linear(x, wide, torch.float32), x, of_wide)
-                assert_exact(kernels.input_grad(x, tall, torch.float32), x, of_tall.t())
+def test_long_sums_of_one_sign_keep_their_bound(isa, kind):
+    for size in (1024, 4096):
+        dense = torch.rand(5, size, generator=torch.Generator().manual_seed(0)) + 0.1
+        (wide, of_wide), (tall, of_tall) = stored(kind, dense), stored(kind, dense.t().contiguous(), block_size=8)
+        with kernels.using(isa):
+            for batch in (1, 4, 12, 16, 40, 100):
+                for x in (torch.ones(batch, size), torch.rand(batch, size)):
+                    assert_exact(kernels.linear(x, wide, torch.float32), x, of_wide)
+                    assert_exact(kernels.input_grad(x, tall, torch.float32), x, of_tall.t())
 
 
 @compiled
-@pytest.mark.parametrize("size", [512, 4096])
 @pytest.mark.parametrize("kind", ["half", "int4"])
-def test_sums_whose_roundings_all_go_one_way_keep_their_bound(level, kind, size):
+def test_sums_whose_roundings_all_go_one_way_keep_their_bound(isa, kind):
     """Of numbers so alike that no rounding makes up for another."""
-    dense = 0.9 + 0.05 * torch.rand(256, size, generator=torch.Generator().manual_seed(0))
-    (wide, of_wide), (tall, of_tall) = stored(kind, dense), stored(kind, dense.t().contiguous(), block_size=8)
-    with kernels.using(level):
-        for batch in (1, 4, 12, 16, 40, 100):
-            for x in (torch.full((batch, size), 0.37), torch.full((batch, size), 0.61)):
-                assert_exact(kernels.linear(x, wide, torch.float32), x, of_wide)
-                assert_exact(kernels.input_grad(x, tall, torch.float32), x, of_tall.t())
+    for size in (512, 4096):
+        dense = 0.9 + 0.05 * torch.rand(64, size, generator=torch.Generator().manual_seed(0))
+        (wide, of_wide), (tall, of_tall) = stored(kind, dense), stored(kind, dense.t().contiguous(), block_size=8)
+        with kernels.using(isa):
+            for batch in (1, 4, 12, 16, 40, 100):
+                for x in (torch.full((batch, size), 0.37), torch.full((batch, size), 0.61)):
+                    assert_exact(kernels.linear(x, wide, torch.float32), x, of_wide)
+                    assert_exact(kernels.input_grad(x, tall, torch.float32), x, of_tall.t())
 
 
 @compiled
-@pytest.mark.parametrize("size", [256, 2048, 4096])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -274,38 +303,28 @@ def test_sums_whose_roundings_all_go_one_way_keep_their_bound(level, kind, size)
         ("nf4", {"block_size": 100}),
     ],
 )
-def test_sums_of_equal_numbers_keep_their_bound(level, kind, options, size):
+def test_sums_of_equal_numbers_keep_their_bound(isa, kind, options):
     """Their roundings may all go one way."""
-    for noise in (0.0, 0.05):
+    for size, noise in product((256, 2048, 4096), (0.0, 0.05)):
         dense = 0.9 + noise * torch.rand(64, size, generator=torch.Generator().manual_seed(0))
-        w, restored = stored(kind, dense, **options)
-        with kernels.using(level):
+        w, dequantized = stored(kind, dense, **options)
+        with kernels.using(isa):
             for batch in (1, 4, 5, 8, 12, 24, 40):
                 for value in (0.37, 0.61, 0.9, 1 / 3, 0.7731):
                     x = torch.full((batch, size), value)
-                    assert_exact(kernels.linear(x, w, torch.float32), x, restored)
+                    assert_exact(kernels.linear(x, w, torch.float32), x, dequantized)
 
 
-IN_INTEGERS = ("avx512vnni", "avx512bf16", "avx512amx")
-"""Where levels on a grid are multiplied in integers: 128 columns of up to 4 inputs are exact, but for 24 bits."""
-
-
-def longest_chain(level: str, kind: str, batch: int) -> int:
+def longest_chain(kind: str, batch: int) -> int:
     """The most products of a float32 sum that are added one after the other before what they make is added apart."""
-    if kind == "int4" and batch <= 4 and level in IN_INTEGERS:
-        return 128
     if batch <= 12:
         return 32 if kind in ("half", "bfloat16") and batch <= 8 else 16
-    return 128 if level == "avx512amx" else 64
+    return 64
 
 
-def longest_chain_of_gradient(level: str, kind: str, batch: int) -> int:
+def longest_chain_of_gradient(isa: str, batch: int) -> int:
     """The same of a sum over rows."""
-    if kind == "int4" and batch == 1 and level in IN_INTEGERS:
-        return 256
-    if batch > 96 and level == "avx512amx":
-        return 128
-    return 16 if batch <= {"portable": 1, "avx2": 3, "neon": 3}.get(level, 16) else 32
+    return 16 if batch <= {"portable": 1, "avx2": 3, "neon": 3}.get(isa, 16) else 32
 
 
 LARGE = 2.0**25
@@ -318,44 +337,428 @@ def assert_lost_ones(got: torch.Tensor, terms: int, chain: int) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("columns", [768, 3840])  # whole blocks, so that no chain is short
 @pytest.mark.parametrize(
     ("kind", "block_size"),
-    [("half", None), ("bfloat16", None), *((kind, size) for kind in ("int4", "nf4") for size in (16, 64, 96, 256))],
+    [("half", None), ("bfloat16", None), ("int4", 16), ("nf4", 64), ("int4", 96), ("nf4", 256)],
 )
-def test_chains_of_products_are_short(level, kind, block_size, columns):
+def test_chains_of_products_are_short(isa, kind, block_size):
     """What is added to a large number, one by one, may all be rounded off."""
-    w, _ = stored(kind, torch.ones(40, columns), block_size=block_size, scales="float16")
-    for batch in (1, 3, 4, 5, 8, 9, 12, 13, 24, 40, 100):
-        x = torch.ones(batch, columns)
-        x[torch.arange(batch), (torch.arange(batch) * 37 + 5 * batch) % columns] = LARGE
-        with kernels.using(level):
-            got = kernels.linear(x, w, torch.float32)
-        assert_lost_ones(got, columns, longest_chain(level, kind, batch))
+    for columns in (768, 3840):  # whole blocks, so that no chain is short
+        w, _ = stored(kind, torch.ones(40, columns), block_size=block_size, scales="float16")
+        for batch in (1, 3, 4, 5, 8, 9, 12, 13, 24, 40, 100):
+            x = torch.ones(batch, columns)
+            x[torch.arange(batch), (torch.arange(batch) * 37 + 5 * batch) % columns] = LARGE
+            with kernels.using(isa):
+                got = kernels.linear(x, w, torch.float32)
+            assert_lost_ones(got, columns, longest_chain(kind, batch))
 
 
 @compiled
-@pytest.mark.parametrize("kind", ["half", "bfloat16", "int4", "nf4"])
-@pytest.mark.parametrize("rows", [1024, 4096])
-def test_chains_of_a_gradient_are_short(level, kind, rows):
-    w, _ = stored(kind, torch.ones(rows, 256), scales="float16")
-    for batch in (1, 2, 3, 5, 16, 17, 40, 130):
-        grad = torch.ones(batch, rows)
-        grad[torch.arange(batch), (torch.arange(batch) * 37 + 5 * batch) % rows] = LARGE
-        with kernels.using(level):
-            got = kernels.input_grad(grad, w, torch.float32)
-        assert_lost_ones(got, rows, longest_chain_of_gradient(level, kind, batch))
+@kinds
+def test_chains_of_a_gradient_are_short(isa, kind):
+    for rows in (1024, 4096):
+        w, _ = stored(kind, torch.ones(rows, 256), scales="float16")
+        for batch in (1, 2, 3, 5, 16, 17, 40, 130):
+            grad = torch.ones(batch, rows)
+            grad[torch.arange(batch), (torch.arange(batch) * 37 + 5 * batch) % rows] = LARGE
+            with kernels.using(isa):
+                got = kernels.input_grad(grad, w, torch.float32)
+            assert_lost_ones(got, rows, longest_chain_of_gradient(isa, batch))
 
 
 @compiled
 @pytest.mark.parametrize("form", ["int4", "nf4", "bof4s"])
-@pytest.mark.parametrize("batch", [1, 4, 5, 30])
-def test_large_inputs_and_small_steps_make_no_infinity(level, form, batch):
+def test_large_inputs_and_small_steps_make_no_infinity(isa, form):
     """The scales of `double` are steps of a small unit: no sum is held in steps."""
     weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) * 0.01
     q = quantize(weight, form, scales="double")
-    x = 4e36 * weight.sign().expand(batch, 64)
-    with kernels.using(level):
-        got = kernels.linear(x, q, torch.float32)
-    assert got.isfinite().all()
-    assert_exact(got, x, q.dequantize())
+    for batch in (1, 4, 5, 30):
+        x = 4e36 * weight.sign().expand(batch, 64)
+        with kernels.using(isa):
+            got = kernels.linear(x, q, torch.float32)
+        assert got.isfinite().all()
+        assert_exact(got, x, q.dequantize())
+
+
+# Inputs and weights that are hard to multiply: of magnitudes that lie apart, at the ends of float32, not finite.
+
+
+@compiled
+@given(
+    st.sampled_from([*KINDS, "fp4"]),
+    batches,
+    columns_of_groups,
+    st.sampled_from([8, 16, 24, 32, 64, 128, 256, 1024]),
+    st.sampled_from(["float32", "float16", "double"]),
+    st.integers(0, 38),
+    st.integers(0, 4),
+    strategies.seeds,
+)
+def test_magnitudes_that_lie_apart(isa, kind, batch, columns, block_size, scales, decades, apart, seed):
+    """Those of the inputs, of their columns, and of the rows of the weight."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 10 ** (-apart * torch.rand(columns, 1, generator=generator))
+    wide, numbers = stored(kind, torch.randn(9, columns, generator=generator), block_size=block_size, scales=scales)
+    tall = torch.randn(columns, 9, generator=generator) * sizes
+    tall, turned = stored(kind, tall, block_size=block_size, scales=scales)
+    x = spread_inputs(torch.linspace(-3.0, 12, batch), columns, decades, generator)
+    with kernels.using(isa):
+        assert_exact(kernels.linear(x, wide, torch.float32), x, numbers)
+        assert_exact(kernels.input_grad(x, tall, torch.float32), x, turned.t())
+
+
+@compiled_bfloat16
+@given(
+    st.sampled_from([*KINDS, "fp4"]),
+    batches,
+    columns_of_groups,
+    st.sampled_from([8, 16, 24, 32, 64, 128, 256, 1024]),
+    st.sampled_from(["float32", "float16", "double"]),
+    st.integers(0, 38),
+    strategies.seeds,
+)
+def test_magnitudes_that_lie_apart_in_bfloat16(isa, kind, batch, columns, block_size, scales, decades, seed):
+    generator = torch.Generator().manual_seed(seed)
+    w, numbers = stored(kind, torch.randn(9, columns, generator=generator), block_size=block_size, scales=scales)
+    x = spread_inputs(torch.zeros(batch), columns, decades, generator).bfloat16()
+    with kernels.using(isa):
+        assert_close_in(torch.bfloat16, kernels.linear(x, w, torch.bfloat16), x, numbers)
+
+
+@compiled
+@given(st.sampled_from(["int4", "fp4", "nf4"]), batches, columns_of_groups, strategies.seeds)
+def test_float16_is_widened_and_rounded_once(isa, form, batch, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q = quantize(torch.randn(5, columns, generator=generator), form)
+    x = torch.randn(batch, columns, generator=generator).half()
+    expected, allowed = exact_product(x, q.dequantize())
+    with kernels.using(isa):
+        got = kernels.linear(x, q, torch.float16)
+    rounded = 2.0**-11 * (expected.abs() + allowed) + 2.0**-25  # the second where the result is subnormal
+    assert ((got.double() - expected).abs() <= allowed + rounded).all()
+
+
+@compiled_bfloat16
+@pytest.mark.parametrize("kind", [*KINDS, "fp4"])
+def test_inputs_of_every_magnitude(isa, kind):
+    """All of them, one of them, and a single number of one; an input of zeros, and zeros beside others."""
+    w, numbers = stored(kind, torch.randn(70, 300, generator=torch.Generator().manual_seed(0)) * 0.01)
+    for exponent in (-149, -126, -100, -61, -60, -59, 0, 59, 60, 61, 100, 120):
+        every = torch.linspace(-1, 1, 120 * 300).reshape(120, 300) * 2.0**exponent
+        every[:, :128] = 0
+        one, single = torch.randn(2, 120, 300)
+        one[0], single[0, 5] = every[0], 2.0**exponent
+        one[1] = 0
+        for x, batch, dtype in product((every, one, single), (1, 3, 120), (torch.float32, torch.bfloat16)):
+            few = x[:batch].to(dtype)
+            grad = few[:, :70].contiguous()
+            with kernels.using(isa):
+                assert_product(kernels.linear(few, w, dtype), dtype, few, numbers)
+                assert_product(kernels.input_grad(grad, w, dtype), dtype, grad, numbers.t())
+
+
+@compiled
+@kinds
+def test_inputs_that_are_the_least_of_all_count_beside_large_weights(isa, kind):
+    w, numbers = stored(kind, torch.full((70, 4096), 6e4), **({} if kind == "nf4" else {"scales": "float16"}))
+    for exponent in (-149, -148, -147):
+        x = torch.full((100, 4096), 2.0**exponent)
+        grad = x[:, :70].contiguous()
+        with kernels.using(isa):
+            assert_exact(kernels.linear(x, w, torch.float32), x, numbers)
+            assert_exact(kernels.input_grad(grad, w, torch.float32), grad, numbers.t())
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["int4", "nf4", "bfloat16"])
+def test_weights_of_every_magnitude(isa, kind):
+    """The whole weight, a row, and a block; a row of zeros."""
+    options = {} if kind == "bfloat16" else {"block_size": 16, "scales": "float32"}
+    for exponent in (-120, -90, -41, -40, -33, -31, 0, 30, 59, 61, 90, 110):
+        whole = torch.randn(70, 300, generator=torch.Generator().manual_seed(0)) * 2.0**exponent
+        row, block = torch.randn(2, 70, 300)
+        row[3], block[3, 16:32] = whole[3], whole[3, 16:32]
+        row[4] = 0
+        for dense, batch in product((whole, row, block), (1, 4, 100)):
+            w, numbers = stored(kind, dense, **options)
+            x, grad = torch.randn(batch, 300), torch.randn(batch, 70)
+            with kernels.using(isa):
+                assert_exact(kernels.linear(x, w, torch.float32), x, numbers)
+                assert_exact(kernels.input_grad(grad, w, torch.float32), grad, numbers.t())
+
+
+@compiled
+@pytest.mark.parametrize("form", ["int4", "fp4"])
+def test_scales_that_are_subnormal_and_blocks_of_zeros(isa, form):
+    weight = strategies.make_weight("normal", (300, 384), 0, 0) * 1e-6
+    weight[::3, 64:128] = 0
+    q = quantize(weight, form, block_size=16, scales="float16")
+    assert (q.scales[q.scales > 0] < torch.finfo(torch.float16).smallest_normal).any()
+    dense = q.dequantize(torch.float64)
+    for batch, largest in product((1, 4, 40), (1e-19, 1.0, 1e19)):
+        x, grad = torch.randn(batch, 384) * largest, torch.randn(batch, 300) * largest
+        grad[:, :128] = 0
+        with kernels.using(isa):
+            assert_exact(kernels.linear(x, q, torch.float32), x, dense)
+            assert_exact(kernels.input_grad(grad, q, torch.float32), grad, dense.t())
+
+
+@compiled
+@pytest.mark.parametrize("least", [1e-2, 1e-20, 1e-38])
+def test_levels_of_every_magnitude(isa, least, monkeypatch):
+    """Sixteen levels as data, of which all but one are so small; half of the rows have no other."""
+    small = replace(formats.get_format("nf4"), name="small", levels=(*(least * c for c in range(-8, 7)), 1.0))
+    monkeypatch.setattr(formats, "FORMATS", {**formats.FORMATS, "small": small})
+    q = quantize(strategies.make_weight("normal", (70, 300), 0, 0), "small", scales="float32")
+    q.packed[::2] &= 0x77
+    x, grad = torch.randn(100, 300), torch.randn(100, 70)
+    with kernels.using(isa):
+        for batch in (1, 12, 100):
+            some, back = x[:batch], grad[:batch]
+            assert_exact(kernels.linear(some, q, torch.float32), some, q.dequantize(torch.float64))
+            assert_exact(kernels.input_grad(back, q, torch.float32), back, q.dequantize(torch.float64).t())
+
+
+def assert_as_in_float64(got, dtype, x, dense, of_weight=False) -> None:
+    """What is not finite is so in the same places and of the same sign; what is finite is exact.
+
+    An infinite scale is that of numbers of both signs, whose sum may be taken before: it may give a NaN, too.
+    """
+    expected = x.double() @ dense.double().t()
+    assert torch.equal(got.isfinite(), expected.isfinite())
+    assert of_weight or torch.equal(got.isnan(), expected.isnan())
+    assert ((got == expected) | got.isnan())[expected.isinf()].all()
+    rows, columns = x.isfinite().all(1), dense.isfinite().all(1)
+    assert_product(got[rows][:, columns], dtype, x[rows], dense[columns])
+
+
+@compiled_bfloat16
+@kinds
+def test_what_is_not_finite_shows_as_in_float32(isa, kind):
+    """A number of an input, of a gradient, or of the weight, each of which may be infinite or no number."""
+    coded = kind not in ("half", "bfloat16")
+    options = {"block_size": 16, "scales": "float32"} if coded else {}
+    w, numbers = stored(kind, strategies.make_weight("normal", (70, 330), 0, 0) + 3, **options)  # none is zero
+    for value, column, batch in product((torch.inf, -torch.inf, torch.nan), (0, 45, 69), (2, 4, 100)):
+        broken = replace(w, scales=w.scales.clone()) if coded else w.clone()
+        (broken.scales if coded else broken)[column, 2] = value
+        of_broken = broken.dequantize() if coded else broken.float()
+        for dtype in (torch.float32, torch.bfloat16):
+            x, grad = torch.randn(batch, 330).to(dtype), torch.randn(batch, 70).to(dtype)
+            broken_x, broken_grad = x.clone(), grad.clone()
+            broken_x[-1, 4 * column], broken_grad[-1, column] = value, value
+            with kernels.using(isa):
+                for few in (x, broken_x, broken_x[-1:]):
+                    assert_as_in_float64(kernels.linear(few, w, dtype), dtype, few, numbers)
+                for few in (grad, broken_grad, broken_grad[-1:]):
+                    assert_as_in_float64(kernels.input_grad(few, w, dtype), dtype, few, numbers.t())
+                assert_as_in_float64(kernels.linear(x, broken, dtype), dtype, x, of_broken, True)
+                assert_as_in_float64(kernels.input_grad(grad, broken, dtype), dtype, grad, of_broken.t(), True)
+                assert_product(kernels.linear(x, w, dtype), dtype, x, numbers)  # and is not remembered
+
+
+@compiled
+@pytest.mark.parametrize("form", ["int4", "fp4"])
+def test_sums_that_cancel_are_as_exact_as_those_of_single_levels(isa, form):
+    """Inputs of one sign, weights far below their block's scale: nothing large may be there to cancel."""
+    for block_size, spread, batch in product((64, 1024, 4096), (0.0, 1.0), (2, 9, 40)):
+        weight = torch.full((2, 4096), 0.0 if form == "fp4" else 1 / 15)
+        weight[1, ::2] *= -1
+        weight[:, ::block_size] = 1.0
+        q = quantize(weight, form, block_size=block_size, scales="float32")
+        x = 1 + spread * torch.rand(batch, 4096, generator=torch.Generator().manual_seed(0))
+        x[:, ::block_size] = 0
+        with kernels.using(isa):
+            got = kernels.linear(x, q, torch.float32)
+        assert_exact(got, x, q.dequantize(torch.float64))
+        if form == "fp4":
+            assert not got.any()
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["int4", "nf4", "half"])
+def test_what_is_small_beside_a_large_neighbour_counts(isa, kind):
+    """One large number in 128, in the input or in its column of the weight. What is small has one sign."""
+    wide = 0.7 + 0.3 * torch.rand(3, 1024)
+    tall = torch.ones(1024, 640)
+    tall[::128] = 0.1
+    tall[::128, ::16] = 1.5
+    for tiny, batch in product((2.0**-24, 0.49 * 2.0**-23, 1.49 * 2.0**-23, 2.0**-20 / 3), (1, 2, 16, 40)):
+        x = torch.full((batch, 1024), tiny)
+        x[:, ::128] = 1.0
+        with kernels.using(isa):
+            for dense in (wide, tall.t().contiguous()):
+                w, numbers = stored(kind, dense, block_size=16, scales="float16")
+                assert_exact(kernels.linear(x, w, torch.float32), x, numbers)
+            w, numbers = stored(kind, tall, block_size=16, scales="float16")
+            assert_exact(kernels.input_grad(x, w, torch.float32), x, numbers.t())
+
+
+@compiled_bfloat16
+@pytest.mark.parametrize("form", ["int4", "fp4"])
+def test_bfloat16_beside_large_neighbours_is_off_by_no_more_than_its_rounding(isa, form):
+    """Small inputs meet weights that are large beside the others."""
+    for tiny, large, batch in product((0.49, 1.49, 7.49), (1, 2, 3, 4, 8), (1, 2, 20)):
+        weight = torch.ones(3, 1024)
+        x = torch.full((batch, 1024), tiny / 0x7F00)
+        for column in range(large):
+            x[:, 17 * column % 128 :: 128] = 1.0
+            weight[:, 17 * column % 128 :: 128] = 1 / 15 if form == "int4" else 1 / 12
+        x, q = x.bfloat16(), quantize(weight, form, block_size=16)
+        with kernels.using(isa):
+            got = kernels.linear(x, q, torch.bfloat16)
+        assert_close_in(torch.bfloat16, got, x, q.dequantize())
+
+
+@compiled_bfloat16
+@pytest.mark.parametrize("form", ["int4", "fp4"])
+def test_bfloat16_beside_many_large_ones_that_hardly_count(isa, form):
+    """Those meet a block of small weights: what the others lose is not small beside what they make."""
+    generator = torch.Generator().manual_seed(0)
+    for block_size, faint, large, batch in product((8, 16, 32, 64), (0.0, 1e-3, 1.0), (10.0, 1e3, 1e5), (1, 5)):
+        weight, x = torch.randn(64, 256, generator=generator), torch.randn(batch, 256, generator=generator)
+        weight[:, :block_size] *= faint
+        x[:, :8] = large * torch.tensor([1.0, -1.0]).repeat(4)
+        x, q = x.bfloat16(), quantize(weight, form, block_size=block_size, scales="float16")
+        with kernels.using(isa):
+            got = kernels.linear(x, q, torch.bfloat16)
+        assert_close_in(torch.bfloat16, got, x, q.dequantize())
+
+
+@compiled_bfloat16
+@pytest.mark.parametrize("form", ["int4", "fp4"])
+def test_a_large_bfloat16_that_meets_no_weight_takes_nothing_from_others(isa, form):
+    """In the forward a block of zeros, in the gradient a row of them."""
+    for large, batch in product((100.0, 1e3, 1e4, 1e6, 1e9), (1, 2, 4, 5, 20)):
+        q = quantize(torch.ones(96, 256), form, block_size=16, scales="float16")
+        q.scales[:, 0] = 0
+        x = torch.ones(batch, 256, dtype=torch.bfloat16)
+        x[:, 3] = large
+        with kernels.using(isa):
+            assert_close_in(torch.bfloat16, kernels.linear(x, q, torch.bfloat16), x, q.dequantize())
+        q.scales[0] = 0
+        grad = torch.ones(batch, 96, dtype=torch.bfloat16)
+        grad[:, 0] = large
+        with kernels.using(isa):
+            assert_close_in(torch.bfloat16, kernels.input_grad(grad, q, torch.bfloat16), grad, q.dequantize().t())
+
+
+@compiled_bfloat16
+@pytest.mark.parametrize("form", ["int4", "fp4"])
+def test_many_large_ones_that_meet_no_weight_take_nothing_from_a_few_others(isa, form):
+    """Zeros among a block's codes, or a block of zeros: beside each of the small ones lies a large one."""
+    for block_size, batch, large in product((8, 16, 24, 32), (1, 2, 4, 5, 20), (1e3, 1e6, 1e9)):
+        weight = torch.zeros(3, 144)
+        weight[:, 1:16] = 1
+        q = quantize(weight, form, block_size=block_size, scales="float16")
+        if form == "int4":  # which has no zero
+            q = quantize(torch.ones(3, 144), form, block_size=block_size, scales="float16")
+            q.scales.zero_()
+            q.scales[:, 2:4] = 1
+        weights = q.dequantize()
+        assert (weights == 0).any()
+        x = torch.where(weights[:1] == 0, large, 1.0).expand(batch, -1).bfloat16()
+        with kernels.using(isa):
+            assert_close_in(torch.bfloat16, kernels.linear(x, q, torch.bfloat16), x, weights)
+
+
+# What else is computed at the same time changes no bit.
+
+
+@compiled_bfloat16
+@pytest.mark.parametrize("kind", ["half", "int4", "nf4"])
+def test_an_input_s_result_is_its_own(isa, kind):
+    """Whatever its place in a panel, and whatever lies beside it. (A NaN in float32: AMX leaves all to vectors.)"""
+    w, _ = stored(kind, torch.randn(45, 330))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(48, 330).to(dtype)
+        with kernels.using(isa):
+            whole = kernels.linear(x, w, dtype)
+            order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+            assert torch.equal(kernels.linear(x[order], w, dtype), whole[order])
+        if isa == "avx512amx" and dtype == torch.float32:
+            with kernels.using("avx512bf16"):
+                whole = kernels.linear(x, w, dtype)
+        x[::2] = torch.nan
+        with kernels.using(isa):
+            got = kernels.linear(x, w, dtype)
+        assert torch.equal(got[1::2], whole[1::2])
+        assert got[::2].isnan().all()
+
+
+@compiled_bfloat16
+def test_many_threads_change_no_bit(isa):
+    """They have less room for inputs."""
+    for columns, dtype in ((8192, torch.float32), (8192, torch.bfloat16), (4096, torch.float32)):
+        q, x = quantize(torch.randn(64, columns), "int4"), torch.randn(32, columns).to(dtype)
+        found = []
+        with kernels.using(isa):
+            for count in (1, 13, 20, 64):
+                with on_threads(count):
+                    found.append(kernels.linear(x, q, dtype))
+        assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@compiled
+@pytest.mark.parametrize("form", ["int4", "nf4"])
+def test_threads_change_no_bit_of_a_gradient(isa, form):
+    """Groups of columns may go to two threads, and some are left to others."""
+    for columns, block_size, batch in product((128, 640, 1100, 1408), (16, 64), (1, 3)):
+        weight = torch.randn(300, columns, generator=torch.Generator().manual_seed(0))
+        weight[:, :512] *= 10 ** torch.linspace(-4, 0, 300)[:, None]
+        q, grad = quantize(weight, form, block_size=block_size), torch.randn(batch, 300)
+        found = []
+        with kernels.using(isa):
+            for count in (1, 2, 3, 5, 8):
+                with on_threads(count):
+                    found.append(kernels.input_grad(grad, q, torch.float32))
+        assert all(torch.equal(found[0], other) for other in found[1:])
+        assert_exact(found[0], grad, q.dequantize(torch.float64).t())
+
+
+SOURCES = {"avx512vnni": "avx512", "avx512bf16": "avx512", "avx512amx": "avx512bf16"}
+"""Of an ISA, the one whose source it runs where it has none of its own."""
+
+
+@pytest.mark.parametrize("isa", [isa for isa in SOURCES if isa in ISAS])
+def test_an_isa_without_a_source_of_its_own_gives_the_bits_of_another(isa):
+    """Which is why tests do not run there again; see ``tests.compiled.compiled``."""
+    dense = strategies.make_weight("normal", (70, 330), 0, 0)
+    dtypes = [torch.float16] if isa == "avx512amx" else [torch.float32, torch.float16]
+    made = []
+    for name in (isa, SOURCES[isa]):
+        with kernels.using(name):
+            q = quantize(dense, "nf4", search=True)
+            found = [q.packed, q.scales.view(torch.uint8), q.dequantize(), q.dequantize(torch.bfloat16)]
+            for w, dtype, batch in product((q, dense.half()), dtypes, EDGES):
+                generator = torch.Generator().manual_seed(batch)
+                x, grad = (torch.randn(batch, n, generator=generator).to(dtype) for n in (330, 70))
+                found += [kernels.linear(x, w, dtype), kernels.input_grad(grad, w, dtype)]
+        made.append(found)
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+
+
+@compiled_bfloat16
+def test_chunks_that_torch_multiplies_are_all_of_the_weight(isa, monkeypatch):
+    """Several chunks of rows, and of columns in the gradient, of which the last is smaller."""
+    monkeypatch.setattr(cpu, "SCRATCH_BYTES", 2**14)
+    w = quantize(strategies.make_weight("normal", (130, 200), 0, 0), "nf4", block_size=64)
+    bias, dense = torch.randn(130), w.dequantize()
+    x, grad = torch.randn(600, 200).bfloat16(), torch.randn(600, 130).bfloat16()
+    with kernels.using(isa):
+        got = kernels.linear(x, w, torch.bfloat16, bias.bfloat16())
+        back = kernels.input_grad(grad, w, torch.bfloat16)
+    assert_product(got, torch.bfloat16, x, dense, bias.bfloat16().float())
+    assert_product(back, torch.bfloat16, grad, dense.t())
+
+
+@compiled_bfloat16
+@kinds
+@pytest.mark.parametrize("least", [16, 192, 512])  # rows from which torch multiplies at some ISA
+def test_batches_where_torch_takes_over(isa, kind, least):
+    w, dense = stored(kind, strategies.make_weight("normal", (70, 90), 0, 0))
+    for batch in (least - 1, least, least + 1):
+        x, grad = torch.randn(batch, 90).bfloat16(), torch.randn(batch, 70).bfloat16()
+        with kernels.using(isa):
+            assert_product(kernels.linear(x, w, torch.bfloat16), torch.bfloat16, x, dense)
+            assert_product(kernels.input_grad(grad, w, torch.bfloat16), torch.bfloat16, grad, dense.t())

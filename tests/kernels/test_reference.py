@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, measure, quantize
 from tests import strategies
-from tests.compiled import on_threads, restored
+from tests.compiled import dequantized, on_threads
 from tests.rounding import OF_4_BITS, assert_product
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -26,7 +26,7 @@ def stored_weights(draw):
 @given(stored_weights(), st.integers(0, 5), dtypes, strategies.seeds)
 def test_both_products_equal_those_with_the_restored_weight(weight, batch, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
-    dense = restored(weight, dtype)
+    dense = dequantized(weight, dtype)
     x = torch.randn(batch, dense.shape[1], generator=generator).to(dtype)
     grad = torch.randn(batch, dense.shape[0], generator=generator).to(dtype)
     with kernels.using("reference"):

@@ -1,7 +1,8 @@
-"""Rows that the compiled kernel quantizes and restores."""
+"""Rows that the compiled kernel quantizes and dequantizes."""
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 
 import pytest
 import torch
@@ -9,10 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
+from lowmem.quant.backend import active_backend
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
 from tests import strategies
-from tests.compiled import assert_exact, assert_same_bytes, compiled, no_plain_rows, on_threads
+from tests.compiled import (
+    assert_exact,
+    assert_same_bytes,
+    bound,
+    compiled,
+    compiled_bfloat16,
+    no_plain_rows,
+    on_threads,
+)
+from tests.selection import covering
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -31,7 +42,7 @@ low_dtypes = st.sampled_from([torch.bfloat16, torch.float16])
     strategies.seeds,
 )
 def test_quantizing_gives_the_bytes_of_plain_torch_and_restoring_its_bits(
-    level, weight, form, size, scales, search, kind, dtype, seed
+    isa, weight, form, size, scales, search, kind, dtype, seed
 ):
     options = {
         "block_size": size,
@@ -42,14 +53,14 @@ def test_quantizing_gives_the_bytes_of_plain_torch_and_restoring_its_bits(
     with kernels.using("reference"):
         expected = quantize(weight, form, **options)
         values = expected.dequantize(), expected.dequantize(dtype)
-    with kernels.using(level), no_plain_rows():
+    with kernels.using(isa), no_plain_rows():
         got = quantize(weight, form, **options)
         assert_same_bytes(got, expected)
         assert torch.equal(got.dequantize(), values[0])
         assert torch.equal(got.dequantize(dtype), values[1])
 
 
-@lru_cache(maxsize=1)  # levels come one after the other
+@lru_cache(maxsize=1)  # ISAs come one after the other
 def searched_by_plain_torch(form, importance, exponent):
     """Weights whose squares vanish or overflow, candidates above the largest scale, zeros of both signs."""
     generator, cases = torch.Generator().manual_seed(0), []
@@ -70,18 +81,20 @@ def searched_by_plain_torch(form, importance, exponent):
 
 
 @compiled
-@pytest.mark.parametrize("form", ["nf4", "int4", "fp4", "bof4s"])
-@pytest.mark.parametrize("importance", ["none", "some zeros", "mixed"])
-@pytest.mark.parametrize("exponent", [-149, -140, -126, -75, 0, 15, 62, 65, 127])
-def test_a_search_at_the_ends_of_float32_finds_the_bytes_of_plain_torch(level, form, importance, exponent):
+@covering(
+    exponent=[-149, -140, -126, -75, 0, 15, 62, 65, 127],
+    form=["nf4", "int4", "fp4", "bof4s"],
+    importance=["none", "some zeros", "mixed"],
+)
+def test_a_search_at_the_ends_of_float32_finds_the_bytes_of_plain_torch(isa, form, importance, exponent):
     for weight, options, expected in searched_by_plain_torch(form, importance, exponent):
-        with kernels.using(level), no_plain_rows():
+        with kernels.using(isa), no_plain_rows():
             assert_same_bytes(quantize(weight, form, **options), expected)
 
 
 @compiled
 @pytest.mark.parametrize("block_size", [8, 10, 64, 256])
-def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(level, block_size):
+def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(isa, block_size):
     """All bytes of signed double scales, under row scales of every kind, and all float16 scales."""
     generator = torch.Generator().manual_seed(0)
     columns = 256 * block_size
@@ -96,7 +109,7 @@ def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(level,
         with kernels.using("reference"):
             dense = signed.dequantize()
         assert (dense < 0).any()
-        with kernels.using(level), no_plain_rows():
+        with kernels.using(isa), no_plain_rows():
             assert torch.equal(signed.dequantize(), dense)
             for batch in (1, 3):
                 assert_exact(kernels.linear(x[:batch], signed, torch.float32), x[:batch], dense)
@@ -105,7 +118,7 @@ def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(level,
 
 @compiled
 @pytest.mark.parametrize("form", ["nf4", "bof4s"])
-def test_every_double_scale_is_found_again(level, form):
+def test_every_double_scale_is_found_again(isa, form):
     """Blocks whose largest weight is at the upper end level, with every count of steps that a byte holds."""
     most = 127 if form == "bof4s" else 255
     codes = torch.randint(0, 16, (4, most * 8), dtype=torch.uint8)
@@ -115,13 +128,13 @@ def test_every_double_scale_is_found_again(level, form):
     q = quantize(torch.ones(4, most * 8), form, block_size=8, scales="double", search=False)
     q = replace(q, packed=pack(codes, 8), scales=torch.cat([counts, row_scales], dim=-1).contiguous())
     dense = q.dequantize()
-    with kernels.using(level), no_plain_rows():
+    with kernels.using(isa), no_plain_rows():
         assert_same_bytes(quantize(dense, form, block_size=8, scales="double", search=False), q)
 
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_restored_values_are_rounded_as_torch_rounds(level, dtype):
+def test_restored_values_are_rounded_as_torch_rounds(isa, dtype):
     """Magnitudes around every rounding: subnormal, halfway, and beyond what the dtype holds."""
     generator = torch.Generator().manual_seed(0)
     scales = torch.exp2(torch.rand(64, 300, generator=generator) * 160 - 140)
@@ -130,31 +143,31 @@ def test_restored_values_are_rounded_as_torch_rounds(level, dtype):
     broken = replace(q, scales=torch.full_like(scales, torch.nan))
     with kernels.using("reference"):
         expected, nans = q.dequantize().to(dtype), broken.dequantize().isnan()
-    with kernels.using(level), no_plain_rows():
+    with kernels.using(isa), no_plain_rows():
         assert torch.equal(q.dequantize(dtype), expected)
         assert torch.equal(broken.dequantize(dtype).isnan(), nans)
 
 
-@compiled
+@bound
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
-def test_weights_that_cannot_be_held_raise_what_plain_torch_raises(level, value):
+def test_weights_that_cannot_be_held_raise_what_plain_torch_raises(isa, value):
     weight = torch.ones(300, 64)
     weight[299, 63] = value
     messages = []
-    for name in ("reference", level):
+    for name in ("reference", isa):
         with kernels.using(name), pytest.raises(ValueError, match="weight holds") as error:
             quantize(weight, "nf4", scales="float16")
         messages.append(str(error.value))
     assert messages[0] == messages[1]
 
 
-@compiled
+@bound
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_a_weight_that_cannot_be_held_is_refused_whichever_thread_reads_it(level, threads):
+def test_a_weight_that_cannot_be_held_is_refused_whichever_thread_reads_it(isa, threads):
     """A part of the rows each: who finds it may be the first to be done, or the last."""
     rows, columns = 64, 2048  # two chunks of rows, of 65536 weights each: a search is worth 7 threads, the rest 2
     weight = strategies.make_weight("normal", (rows, columns), 0, 0)
-    with on_threads(threads), kernels.using(level):
+    with on_threads(threads), kernels.using(isa):
         for form, options in (("nf4", {}), ("nf4", {"search": True, "scales": "float16"}), ("bof4s", {})):
             for row, value in zip(range(0, rows, 3), [torch.nan, torch.inf, -torch.nan, 1e30] * 6, strict=False):
                 broken = weight.clone()
@@ -164,56 +177,91 @@ def test_a_weight_that_cannot_be_held_is_refused_whichever_thread_reads_it(level
 
 
 @compiled
-@pytest.mark.parametrize("scales", ["float16", "double"])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_search_near_the_largest_float16_tries_no_scale_beyond_it(level, scales, sign):
+def test_a_search_near_the_largest_float16_tries_no_scale_beyond_it(isa):
     """Of a block that is best held with 17/16 of its largest weight as the scale, which float16 does not have."""
     levels, largest = torch.tensor(get_format("bof4s").levels), torch.finfo(torch.float16).max
     block = levels.where(levels < 1, levels[7]).repeat(4) * (largest * 17 / 16)
     block[0] = largest
-    weight = torch.stack([block, block.flip(0), block / 2]) * sign
-    best = quantize(weight, "bof4s", block_size=64, scales="float32", search=True)
-    assert torch.equal(best.scales, torch.tensor([[17 / 16], [17 / 16], [17 / 32]]) * largest * sign)
-    with kernels.using("reference"):
-        expected = quantize(weight, "bof4s", block_size=64, scales=scales, search=True)
-    assert torch.equal(expected.dequantize().abs().amax(1)[:2], torch.full((2,), largest))
-    with kernels.using(level), no_plain_rows():
-        assert_same_bytes(quantize(weight, "bof4s", block_size=64, scales=scales, search=True), expected)
+    for scales, sign in product(("float16", "double"), (1.0, -1.0)):
+        weight = torch.stack([block, block.flip(0), block / 2]) * sign
+        best = quantize(weight, "bof4s", block_size=64, scales="float32", search=True)
+        assert torch.equal(best.scales, torch.tensor([[17 / 16], [17 / 16], [17 / 32]]) * largest * sign)
+        with kernels.using("reference"):
+            expected = quantize(weight, "bof4s", block_size=64, scales=scales, search=True)
+        assert torch.equal(expected.dequantize().abs().amax(1)[:2], torch.full((2,), largest))
+        with kernels.using(isa), no_plain_rows():
+            assert_same_bytes(quantize(weight, "bof4s", block_size=64, scales=scales, search=True), expected)
 
 
 # NaNs whose rounding by an addition would carry into the sign, or leave an infinity.
 NANS = [0x7FFF9000, 0x7FFFFFFF, 0x7F800001, 0x7F80FFFF, 0x7FC00000, -1, -0x7000]
 
 
-@compiled
+@compiled_bfloat16
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", NANS, ids=[f"{bits & 0xFFFFFFFF:08x}" for bits in NANS])
-def test_every_nan_is_one_when_it_is_rounded(level, dtype, bits):
-    """Wherever C rounds: restored rows, products and gradients, in whole vectors and at their ends."""
-    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
-    assert nan.isnan()
-    for rows, columns, block_size in ((37, 300, 8), (21, 129, 10), (70, 130, 64), (33, 1, 8), (5, 8200, 64)):
+def test_every_nan_is_one_when_it_is_rounded(isa, dtype):
+    """Wherever C rounds: dequantized rows, products and gradients, in whole vectors and at their ends."""
+    shapes = ((37, 300, 8), (21, 129, 10), (70, 130, 64), (33, 1, 8), (5, 8200, 64))
+    for bits, (rows, columns, block_size) in product(NANS, shapes):
+        nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+        assert nan.isnan()
         q = quantize(strategies.make_weight("normal", (rows, columns), 0, 0), "nf4", block_size=block_size)
         q = replace(q, scale_encoding="float32", scales=torch.empty(rows, -(-columns // block_size)))
         q.scales.copy_(nan)
         finite = replace(q, scales=torch.ones_like(q.scales))
         half = finite.dequantize(dtype)
         bias = nan.expand(rows).contiguous()
-        with kernels.using(level), no_plain_rows():
+        with kernels.using(isa), no_plain_rows():
             assert q.dequantize(dtype).isnan().all()
             for batch in (1, 3, 6, 13, 32):
                 x, grad = torch.ones(batch, columns, dtype=dtype), torch.ones(batch, rows, dtype=dtype)
                 made = [kernels.linear(x, q, dtype), kernels.input_grad(grad, q, dtype)]
                 made += [kernels.linear(x, w, dtype, bias) for w in (finite, half)]
-                assert all(out.dtype == dtype and out.isnan().all() for out in made)
+                assert all(out.dtype == dtype and out.isnan().all() for out in made), f"{bits & 0xFFFFFFFF:08x}"
 
 
 @compiled
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)], ids=str)
-def test_a_number_halfway_between_two_is_rounded_to_the_even_one(level, dtype, bits):
+def test_a_number_halfway_between_two_is_rounded_to_the_even_one(isa, dtype, bits):
     """Weights at the end level, so that each is its scale: odd multiples of half a unit in the last place."""
     scales = (1 + torch.arange(1, 65, 2) * 2.0**-bits)[:, None]
     q = quantize(torch.ones(32, 21), "fp4", block_size=32, scales="float32")
     q = replace(q, scales=scales)
-    with kernels.using(level), no_plain_rows():
+    with kernels.using(isa), no_plain_rows():
         assert torch.equal(q.dequantize(dtype), scales.expand(32, 21).to(dtype))
+
+
+@compiled
+@given(
+    st.integers(1, 5),
+    st.integers(1, 400),
+    strategies.short_blocks,
+    strategies.encodings,
+    st.integers(0, 50),
+    st.integers(1, 50),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    strategies.seeds,
+)
+def test_columns_from_a_block_on_are_the_same(isa, rows, columns, size, scales, first, count, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q = quantize(torch.randn(rows, columns, generator=generator), "nf4", block_size=size, scales=scales)
+    blocks = -(-columns // size)
+    start = first % blocks * size
+    end = min(start + count * size, columns)
+    with kernels.using(isa):
+        whole, kernel = q.dequantize(dtype), active_backend()
+        part = torch.empty(rows, end - start, dtype=dtype)
+        assert kernel._dequantize(kernel._given(q), 0, start, part) is part
+    assert torch.equal(part, whole[:, start:end])
+
+
+@bound
+@pytest.mark.parametrize(
+    ("column", "count"), [(3, 16), (8, 16), (0, 17), (16, 8), (-16, 16), (48, 16), (32, 9), (64, 0)], ids=str
+)
+def test_no_columns_that_begin_or_end_within_a_block_or_beyond_the_row(isa, column, count):
+    q = quantize(torch.randn(2, 40), "nf4", block_size=16)
+    with kernels.using(isa):
+        kernel = active_backend()
+        assert kernel._dequantize(kernel._given(q), 0, column, torch.empty(2, count)) is None
+        assert kernel._dequantize(kernel._given(q), 0, 32, torch.empty(2, 8)) is not None  # the end of the rows

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lowmem import kernels
 from lowmem.kernels import reference
 from tests import strategies
-from tests.compiled import compiled, on_threads, stored
+from tests.compiled import bound, compiled, on_threads, stored
 from tests.rounding import assert_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
@@ -44,12 +44,12 @@ BATCHES = st.one_of(st.integers(1, 12), st.sampled_from([17, 31, 64, 127, 128]))
     st.floats(0.01, 8),
     strategies.seeds,
 )
-def test_an_update_equals_the_two_products(level, batch, rank, rows, columns, scaling, seed):
+def test_an_update_equals_the_two_products(isa, batch, rank, rows, columns, scaling, seed):
     generator = torch.Generator().manual_seed(seed)
     shapes = (batch, rows), (batch, columns), (rank, columns), (rows, rank)
     base, x, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
     before = base.clone()
-    with kernels.using(level):
+    with kernels.using(isa):
         got = kernels.add_low_rank(base, x, a, b, scaling)
     assert_update(got, base, x, a, b, scaling)
     assert torch.equal(base, before)
@@ -66,14 +66,14 @@ def test_an_update_equals_the_two_products(level, batch, rank, rows, columns, sc
     strategies.seeds,
 )
 def test_a_product_with_an_update_is_the_product_and_then_the_update(
-    level, kind, batch, rank, rows, columns, with_bias, seed
+    isa, kind, batch, rank, rows, columns, with_bias, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     shapes = (rows, columns), (batch, columns), (rank, columns), (rows, rank)
     dense, x, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
     weight, _ = stored(kind, dense, block_size=16)
     bias = torch.randn(rows, generator=generator) if with_bias else None
-    with kernels.using(level):
+    with kernels.using(isa):
         expected = kernels.add_low_rank(kernels.linear(x, weight, torch.float32, bias), x, a, b, 0.75)
         for threads in (1, 2, 3):
             with on_threads(threads):
@@ -81,20 +81,20 @@ def test_a_product_with_an_update_is_the_product_and_then_the_update(
                 assert torch.equal(got, expected)
 
 
-@compiled
+@bound
 @pytest.mark.parametrize("shape", [(3, 5), (2, 7)])
-def test_an_update_that_does_not_fit_its_layer_is_torch_s_error(level, shape, monkeypatch):
+def test_an_update_that_does_not_fit_its_layer_is_torch_s_error(isa, shape, monkeypatch):
     monkeypatch.setattr(reference, "add_low_rank", PLAIN_UPDATE)
     half, x = torch.randn(4, 6).half(), torch.randn(2, 6)
-    with kernels.using(level), pytest.raises(RuntimeError):
+    with kernels.using(isa), pytest.raises(RuntimeError):
         kernels.linear(x, half, torch.float32, None, (torch.randn(shape), torch.randn(4, shape[0]), 1.0))
 
 
-@compiled
-def test_an_update_of_another_dtype_or_layout_is_added_by_torch(level, monkeypatch):
+@bound
+def test_an_update_of_another_dtype_or_layout_is_added_by_torch(isa, monkeypatch):
     monkeypatch.setattr(reference, "add_low_rank", PLAIN_UPDATE)
     half, x, a, b = torch.randn(4, 6).half(), torch.randn(2, 6), torch.randn(3, 6), torch.randn(4, 3)
-    with kernels.using(level):
+    with kernels.using(isa):
         strided = kernels.linear(x, half, torch.float32, None, (a.t().contiguous().t(), b, 2.0))
         twice = kernels.linear(x.t().contiguous().t(), half, torch.float32, None, (a, b, 2.0))
         low = kernels.linear(x.bfloat16(), half, torch.bfloat16, None, (a.bfloat16(), b.bfloat16(), 2.0))

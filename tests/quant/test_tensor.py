@@ -15,6 +15,7 @@ from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.tensor import SCRATCH_BYTES, row_chunks
 from tests import strategies
 from tests.compiled import assert_same_bytes, on_threads
+from tests.selection import covering
 
 every_format = pytest.mark.parametrize("format", sorted(FORMATS))
 every_encoding = pytest.mark.parametrize("scales", sorted(ENCODINGS))
@@ -110,15 +111,15 @@ def test_the_bound_is_tight_where_a_stored_scale_falls_short(format, scales, row
 
 
 @every_format
-@pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_the_bound_is_tight_where_a_float16_scale_falls_short(format, steps):
+def test_the_bound_is_tight_where_a_float16_scale_falls_short(format):
     """A block just below the next subnormal float16 loses almost a whole step of it."""
-    weight = torch.nextafter(torch.full((8,), (steps + 1) * 2.0**-24), torch.zeros(8))
-    weight[1:] *= -1  # at the lower end, which may be nearer
-    q = quantize(weight, format, block_size=8, scales="float16", search=False)
-    error = (weight.double() - q.dequantize().double()).abs()
-    assert float((error / q.error_bound().double()).max()) >= 0.99
-    assert_within_bound(weight, q)
+    for steps in (0, 1, 2, 5):
+        weight = torch.nextafter(torch.full((8,), (steps + 1) * 2.0**-24), torch.zeros(8))
+        weight[1:] *= -1  # at the lower end, which may be nearer
+        q = quantize(weight, format, block_size=8, scales="float16", search=False)
+        error = (weight.double() - q.dequantize().double()).abs()
+        assert float((error / q.error_bound().double()).max()) >= 0.99
+        assert_within_bound(weight, q)
 
 
 @given(
@@ -139,28 +140,28 @@ def test_quantizing_what_was_dequantized_gives_the_same_bytes(weight, format, bl
             assert_same_bytes(again, q)
 
 
-@pytest.mark.parametrize("factor", [1e3, 1e4, 1e5, 1e6, 1e7])
 @every_format
 @every_encoding
-def test_a_row_with_an_outlier_is_quantized_to_the_same_bytes_again(format, scales, factor):
-    weight = strategies.make_weight("normal", (64, 256), -10, 5)
-    weight[:, 7] = 60.0
-    weight[:, 8:] *= 60000 / factor
-    q = quantize(weight, format, block_size=16, scales=scales, search=False)
-    assert_within_bound(weight, q)
-    assert_same_bytes(quantize(q.dequantize(), format, block_size=16, scales=scales, search=False), q)
+def test_a_row_with_an_outlier_is_quantized_to_the_same_bytes_again(format, scales):
+    for factor in (1e3, 1e4, 1e5, 1e6, 1e7):
+        weight = strategies.make_weight("normal", (64, 256), -10, 5)
+        weight[:, 7] = 60.0
+        weight[:, 8:] *= 60000 / factor
+        q = quantize(weight, format, block_size=16, scales=scales, search=False)
+        assert_within_bound(weight, q)
+        assert_same_bytes(quantize(q.dequantize(), format, block_size=16, scales=scales, search=False), q)
 
 
 @every_format
-@pytest.mark.parametrize("unit", [2.0**-149, 2.0**-126, 2.0**-30, 2.0**-24])
 @every_encoding
-def test_tiny_scales_are_found_again_by_a_second_quantization(format, scales, unit):
+def test_tiny_scales_are_found_again_by_a_second_quantization(format, scales):
     """Every pair of a block's absmax and one other weight, in the units where few bits are left."""
     pairs = torch.cartesian_prod(torch.arange(1, 60), torch.arange(-60, 60))
-    weight = (pairs * unit).float()
-    q = quantize(weight, format, block_size=8, scales=scales, search=False)
-    assert_same_bytes(quantize(q.dequantize(), format, block_size=8, scales=scales, search=False), q)
-    assert_within_bound(weight, q)
+    for unit in (2.0**-149, 2.0**-126, 2.0**-30, 2.0**-24):
+        weight = (pairs * unit).float()
+        q = quantize(weight, format, block_size=8, scales=scales, search=False)
+        assert_same_bytes(quantize(q.dequantize(), format, block_size=8, scales=scales, search=False), q)
+        assert_within_bound(weight, q)
 
 
 @given(strategies.formats, strategies.encodings, strategies.small_blocks, st.integers(-9, 9), strategies.seeds)
@@ -357,11 +358,9 @@ def test_the_default_dtype_changes_nothing(dtype):
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize(
-    ("columns", "block_size"), [(10, 4096), (64, 4096), (10, 64), (65, 64), (1000, 8), (4096, 64)]
-)
-@every_encoding
-def test_quantizing_and_dequantizing_stay_within_the_scratch(columns, block_size, scales):
+@covering(1, sizes=[(10, 4096), (64, 4096), (10, 64), (65, 64), (1000, 8), (4096, 64)], scales=sorted(ENCODINGS))
+def test_quantizing_and_dequantizing_stay_within_the_scratch(sizes, scales):
+    columns, block_size = sizes
     weight = torch.randn(2**20 // columns, columns)
     peak = measure.peak_bytes(lambda: quantize(weight, block_size=block_size, scales=scales))
     q = quantize(weight, block_size=block_size, scales=scales)

@@ -22,6 +22,7 @@ from lowmem import (
 )
 from lowmem.transforms.convert import REGISTRY, swap
 from tests.rounding import OF_4_BITS, assert_sum, unit
+from tests.selection import covering
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 
@@ -208,10 +209,7 @@ EVERY = [(Half(),), (Half(torch.bfloat16),), (FourBit(block_size=16),), (FourBit
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor is True")
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("techniques", EVERY)
+@covering(techniques=EVERY, batch_first=[True, False], norm_first=[True, False], training=[True, False])
 def test_an_encoder_computes_with_what_is_stored(techniques, batch_first, norm_first, training):
     dense = encoder(batch_first, norm_first).train(training)
     model = convert(copy.deepcopy(dense), *techniques)
@@ -250,9 +248,7 @@ def test_an_encoder_s_layers_are_read_afresh_in_inference(techniques):
         assert not torch.allclose(model(x), before)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("techniques", EVERY)
+@covering(techniques=EVERY, norm_first=[True, False], training=[True, False])
 def test_a_decoder_layer_computes_with_what_is_stored(techniques, norm_first, training):
     dense = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first).train(
         training
@@ -267,10 +263,9 @@ def test_a_decoder_layer_computes_with_what_is_stored(techniques, norm_first, tr
             )
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("sizes", [{}, {"kdim": 8, "vdim": 12}])
-@pytest.mark.parametrize("techniques", EVERY)
-def test_attention_keeps_the_projections_that_it_reads_itself(techniques, sizes, training):
+@covering(techniques=EVERY, own_sizes=[False, True], training=[True, False])
+def test_attention_keeps_the_projections_that_it_reads_itself(techniques, own_sizes, training):
+    sizes = {"kdim": 8, "vdim": 12} if own_sizes else {}
     attention = nn.MultiheadAttention(16, 2, batch_first=True, **sizes)
     attention.out_proj = nn.Linear(16, 16)  # even of the exact type
     model = nn.ModuleDict({"attention": attention, "head": nn.Linear(16, 4)}).train(training)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lowmem import FORMATS, FourBit, quantize
 from lowmem.transforms.gptq import prepare_hessian, quantize_gptq
+from tests.selection import covering
 
 
 def correlated(rows, columns, seed=0):
@@ -24,18 +25,19 @@ def lost(weight, quantized, x):
     return float(((weight - quantized.dequantize()) @ x.T).norm())
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(
-    ("out", "columns", "size", "rows"),
-    [
+@covering(
+    1,
+    sizes=[
         (96, 96, 16, 400),
         (5, 130, 64, 400),  # fewer outputs than inputs, and a last block of 2 columns
         (64, 129, 32, 400),  # an odd row
         (64, 300, 64, 40),  # fewer inputs than columns
         (48, 40, 4096, 400),  # a block longer than the row
     ],
+    format=FORMATS,
 )
-def test_the_output_loses_less_than_by_the_search(format, out, columns, size, rows):
+def test_the_output_loses_less_than_by_the_search(sizes, format):
+    out, columns, size, rows = sizes
     x = correlated(rows, columns)
     weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(1))
     technique = FourBit(format, block_size=size, search=True)

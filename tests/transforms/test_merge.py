@@ -22,6 +22,7 @@ from lowmem import (
 )
 from tests import strategies
 from tests.rounding import assert_sum
+from tests.selection import covering
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 ranks = st.integers(1, 9)
@@ -83,9 +84,7 @@ def test_a_fresh_adapter_folds_to_nothing_whatever_the_model_was_cast_to(base):
     assert all(torch.equal(merged[name], stored[name]) for name in stored)
 
 
-@pytest.mark.parametrize("search", [False, True], ids=["absmax", "search"])
-@pytest.mark.parametrize("scales", ["float16", "float32", "double"])
-@pytest.mark.parametrize("format", ["nf4", "bof4s", "fp4", "int4"])
+@covering(format=["nf4", "bof4s", "fp4", "int4"], scales=["float16", "float32", "double"], search=[False, True])
 def test_merging_a_fresh_adapter_into_4_bits_changes_no_byte_and_refuses_no_other(format, scales, search, tmp_path):
     """Also in rows with an outlier, whose other blocks lie far below one step of ``double`` scales."""
     torch.manual_seed(0)
