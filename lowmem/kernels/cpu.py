@@ -28,7 +28,7 @@ from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES
-from lowmem.quant.tensor import SCRATCH_BYTES, QuantizedTensor
+from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Kernel", "backends", "load"]
 
@@ -43,6 +43,8 @@ _NO_LOW_RANK = (None, None, None)
 _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # keys of ``QuantizedTensor.cache``: a C handle for each use
 
 _ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
+
+_TORCH_CHUNK = 512  # rows, or columns, that are dequantized for torch at a time; no more than the input has rows
 
 _OPERATIONS = {"linear": 0, "linear_int8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
 
@@ -174,7 +176,7 @@ class Kernel:
             return functional.linear(x, packed, bias)
         rows, columns = shape
         out = x.new_empty(x.shape[0], rows)
-        step = min(rows, max(1, SCRATCH_BYTES // (columns * x.element_size())))
+        step = min(rows, x.shape[0], _TORCH_CHUNK)
         scratch = x.new_empty(step * columns)
         for chunk in _chunks(rows, step):
             part = scratch[: (chunk.stop - chunk.start) * columns].view(-1, columns)
@@ -195,8 +197,7 @@ class Kernel:
             return grad @ packed
         rows, columns = shape
         out = grad.new_empty(grad.shape[0], columns)
-        most = SCRATCH_BYTES // (rows * grad.element_size()) // block_size * block_size
-        step = min(columns, max(block_size, most))
+        step = min(columns, max(block_size, min(grad.shape[0], _TORCH_CHUNK) // block_size * block_size))
         scratch = grad.new_empty(rows * step)
         for chunk in _chunks(columns, step):
             part = scratch[: rows * (chunk.stop - chunk.start)].view(rows, -1)

@@ -741,10 +741,10 @@ def test_an_isa_without_a_source_of_its_own_gives_the_bits_of_another(isa):
 @compiled_bfloat16
 def test_chunks_that_torch_multiplies_are_all_of_the_weight(isa, monkeypatch):
     """Several chunks of rows, and of columns in the gradient, of which the last is smaller."""
-    monkeypatch.setattr(cpu, "SCRATCH_BYTES", 2**14)
-    w = quantize(strategies.make_weight("normal", (130, 200), 0, 0), "nf4", block_size=64)
-    bias, dense = torch.randn(130), w.dequantize()
-    x, grad = torch.randn(600, 200).bfloat16(), torch.randn(600, 130).bfloat16()
+    monkeypatch.setattr(cpu, "_TORCH_CHUNK", 64)
+    w = quantize(strategies.make_weight("normal", (150, 200), 0, 0), "nf4", block_size=64)
+    bias, dense = torch.randn(150), w.dequantize()
+    x, grad = torch.randn(600, 200).bfloat16(), torch.randn(600, 150).bfloat16()
     with kernels.using(isa):
         got = kernels.linear(x, w, torch.bfloat16, bias.bfloat16())
         back = kernels.input_grad(grad, w, torch.bfloat16)
@@ -754,7 +754,7 @@ def test_chunks_that_torch_multiplies_are_all_of_the_weight(isa, monkeypatch):
 
 @compiled_bfloat16
 @kinds
-@pytest.mark.parametrize("least", [16, 192, 512])  # rows from which torch multiplies at some ISA
+@pytest.mark.parametrize("least", [9, 16, 384, 512])  # rows from which torch multiplies at some ISA
 def test_batches_where_torch_takes_over(isa, kind, least):
     w, dense = stored(kind, strategies.make_weight("normal", (70, 90), 0, 0))
     for batch in (least - 1, least, least + 1):

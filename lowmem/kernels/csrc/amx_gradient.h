@@ -95,7 +95,7 @@ static void gradient_body(struct job *job, int64_t part, int64_t parts, int64_t 
         r1 = smaller(r0 + step, w->rows);
         for (int64_t g = g0; g < g1; g++) {
             float *sums = job->packed + (g - job->g0) * all * GROUP;
-            if (w->order && w->order->first_block[g] != from) {
+            if (w->order->first_block[g] != from) {
                 from = w->order->first_block[g];
                 for (int64_t r = r0; r < r1; r += TILED_ROWS)
                     put_scales(job, r, from, scales + (r - r0) * LANES);

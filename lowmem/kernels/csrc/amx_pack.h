@@ -4,36 +4,25 @@
 /* How codes are dequantized into lines of 32 columns. Which columns these are does not matter, as long as x is packed in the
  * same order. */
 enum lines {
-    FLOATS,  /* bfloat16 weights: columns in their order */
     EIGHTS,  /* blocks of 16 and 32: a line is nibbles 0 to 3 of the eight 16-bit words of 16 bytes */
     FOURS,   /* blocks of 64, 128 and more, at most two in a group. Here and below a line is nibble k of all 32 16-bit words */
-    SCALED,  /* other blocks of whole words: weights are scaled one by one */
-    APART    /* blocks that are not whole words: the same */
+    SCALED   /* other blocks: weights are scaled one by one */
 };
 
 /* How the codes of a weight are dequantized into lines. */
 static enum lines lines_of(const struct weight *w)
 {
-    if (!w->order)
-        return FLOATS;
-    if (!w->order->whole_words)
-        return APART;
     return w->half == 8 || w->half == 16 ? EIGHTS : w->half == 32 || w->half >= 64 ? FOURS : SCALED;
 }
 
-/* For a column, its line and its index in the line. `place` is struct order's place of the column, or the column itself for
- * FLOATS. */
+/* For a column, its line and its index in the line. `place` is struct order's place of the column. */
 INLINE int64_t line_of(int64_t place, enum lines lines)
 {
-    if (lines == FLOATS)
-        return place / LINE;
     const int64_t nibble = place % GROUP / LANES, word = place % LANES;
     return place / GROUP * LINES + (lines == EIGHTS ? word / 4 : nibble % 4);
 }
 INLINE int64_t at_in_line(int64_t place, enum lines lines)
 {
-    if (lines == FLOATS)
-        return place % LINE;
     const int64_t nibble = place % GROUP / LANES, word = place % LANES;
     return 2 * (lines == EIGHTS ? nibble % 4 * 4 + word % 4 : word) + nibble / 4;
 }
@@ -51,20 +40,11 @@ static void pack_sixteen(const struct job *job, int64_t m, int64_t inputs, float
     const enum lines lines = lines_of(w);
     const int64_t columns = w->columns, before = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP;
     const uint16_t *x = (const uint16_t *)job->x + m * columns;
-    if (lines == FLOATS) {
-        for (int64_t c = before; c < before + floats; c += LINE, out += TILE_FLOATS) {
-            V v[LANES];
-            EACH_LANE v[i] = v_of_words(words_load((const uint8_t *)(x + i * columns + c), i < inputs ? 2 * (columns - c) : 0));
-            v_transpose(v);
-            EACH_LANE v_store(out + i * LANES, v[i]);
-        }
-        return;
-    }
     /* Four columns of a word are two pairs: those of its even bytes, and those of its odd bytes. */
     const W pairs = _mm512_set4_epi32(0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100);
     const int64_t odd = lines == EIGHTS ? 8 * LANES : 2 * TILE_FLOATS; /* floats from the pair of even bytes to that of odd bytes */
     const int64_t size = 2 * w->half, left = columns % size, end = smaller(columns, before + floats + size);
-    const int64_t by_fours = lines == APART ? 0 : left % 8 ? columns - left : columns, whole = smaller(end, by_fours) / LINE * LINE;
+    const int64_t by_fours = left % 8 ? columns - left : columns, whole = smaller(end, by_fours) / LINE * LINE;
     int64_t c = before > size ? (before - size) / LINE * LINE : 0;
     if (whole < before + floats)
         memset(out, 0, (size_t)(floats / LINE * TILE_FLOATS) * sizeof *out);

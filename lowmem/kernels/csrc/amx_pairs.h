@@ -9,34 +9,17 @@ _Static_assert(TILED_GRAD_OWN == GRADIENT_STRIPS * STRIP + TILED_GRAD_ROWS * LAN
 
 /* Whether blocks are multiples of eight bytes. Then the sixteen columns of a tile belong to one block and are nibbles 0 to 3 of
  * four 16-bit words; else they are nibble k of all words of a group. */
-static int by_eights(const struct weight *w) { return w->order && w->half % 8 == 0; }
+static int by_eights(const struct weight *w) { return w->half % 8 == 0; }
 
 /* The functions below dequantize rows r and r + 1 of group g, all strips of 32 columns: two tiles each, STRIP floats apart. r1
  * ends the rows; if r + 1 is not before it, the second row is zeros. `out` is the pair's line in the first tile. `scales` are
  * those of both rows, a vector each. */
 
-/* Prefetch the codes, or 16-bit floats, of the pair TILED_ROWS rows below. */
+/* Prefetch the codes of the pair TILED_ROWS rows below. */
 INLINE void fetch_pair(const uint8_t *p, int64_t row_bytes)
 {
     prefetch_far(p + TILED_ROWS * row_bytes);
     prefetch_far(p + (TILED_ROWS + 1) * row_bytes);
-}
-
-/* bfloat16 weights: only interleaved. */
-INLINE void copy_pair(const struct weight *w, int64_t r, int64_t r1, int64_t g, float *out)
-{
-    const W front = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
-                                     34, 2, 33, 1, 32, 0);
-    const W back = _mm512_add_epi16(front, _mm512_set1_epi16(16));
-#pragma GCC unroll 4
-    for (int k = 0; k < GRADIENT_STRIPS; k++, out += STRIP) {
-        const int64_t c = g * GROUP + k * LINE, left = w->columns - c;
-        const uint8_t *p = w->packed + 2 * (r * w->columns + c);
-        const W one = words_load(p, 2 * left), two = words_load(p + 2 * w->columns, r + 1 < r1 ? 2 * left : 0);
-        fetch_pair(p, 2 * w->columns);
-        v_store(out, v_of_words(_mm512_permutex2var_epi16(one, front, two)));
-        v_store(out + TILE_FLOATS, v_of_words(_mm512_permutex2var_epi16(one, back, two)));
-    }
 }
 
 /* Codes in blocks of multiples of eight bytes: see by_eights. */
@@ -75,8 +58,8 @@ INLINE void dequantize_nibbles(const struct weight *w, int64_t r, int64_t r1, in
     const W one = words_load(p, left), two = words_load(p + w->row_bytes, r + 1 < r1 ? left : 0);
     const V levels = v_load(w->levels), scale = v_load(scales), next = v_load(scales + LANES);
     fetch_pair(p, w->row_bytes);
+    const int32_t *block = w->order->block + g * 4 * LANES;
     for (int k = 0; k < GROUP_TILES; k++) {
-        const int32_t *block = w->order->block + g * 4 * LANES + (w->order->whole_words ? 0 : k / 2 * LANES);
         const __m128i shift = _mm_cvtsi32_si128(4 * k);
         const V even = v_mul(_mm512_permutexvar_ps(_mm512_srl_epi32(one, shift), levels), v_spread(scale, block));
         const V odd = v_mul(_mm512_permutexvar_ps(_mm512_srl_epi32(two, shift), levels), v_spread(next, block));
@@ -90,9 +73,7 @@ static void dequantize_strips(const struct weight *w, int64_t r0, int64_t r1, in
     int64_t r = r0, pair = 0;
 #define EACH_PAIR for (; r < r1; r += 2, pair++, scales += 2 * LANES)
 #define AT_PAIR (out + pair / LANES * 2 * TILE_FLOATS + pair % LANES * LANES)
-    if (!w->order)
-        EACH_PAIR copy_pair(w, r, r1, g, AT_PAIR);
-    else if (by_eights(w))
+    if (by_eights(w))
         EACH_PAIR dequantize_eights(w, r, r1, g, scales, AT_PAIR);
     else
         EACH_PAIR dequantize_nibbles(w, r, r1, g, scales, AT_PAIR);

@@ -85,24 +85,11 @@ INLINE void dequantize_four(const struct weight *w, int64_t r, int64_t g, const 
         }
 #pragma GCC unroll 4
         for (int k = 0; k < LINES; k++) {
-            const int32_t *low = block + (lines == APART ? k / 2 : 0) * LANES, *high = low + (lines == APART ? 2 : 0) * LANES;
-            const V scale = v_load(scales);
-            const V even = v_mul(v_lookup(levels, words, k), v_spread(scale, low));
-            const V odd = v_mul(v_lookup(levels, words, k + 4), v_spread(scale, high));
+            const V scale = v_spread(v_load(scales), block);
+            const V even = v_mul(v_lookup(levels, words, k), scale), odd = v_mul(v_lookup(levels, words, k + 4), scale);
             v_store(out + 2 * k * TILE_FLOATS, v_of_words(pairs(even, odd)));
         }
     }
-}
-
-/* The same for bfloat16 weights: copied. */
-INLINE void copy_four(const struct weight *w, int64_t r, int64_t g, float *out)
-{
-    for (int64_t i = 0; i < 4; i++, out += LANES)
-        for (int64_t k = 0, c = g * GROUP; k < LINES; k++, c += LINE) {
-            const uint16_t *p = (const uint16_t *)w->packed + smaller(r + i, w->rows - 1) * w->columns + c;
-            prefetch_far(p + TILED_ROWS * w->columns);
-            v_store(out + 2 * k * TILE_FLOATS, v_of_words(words_load((const uint8_t *)p, 2 * (w->columns - c))));
-        }
 }
 
 /* Dequantize TILED_ROWS rows of groups g to g1: out (groups, lines, 2 tiles). `scales` are those from block *from on, or not
@@ -112,17 +99,15 @@ static void dequantize_tiles(const struct job *job, int64_t r, int64_t g, int64_
     const struct weight *w = job->weight;
     const enum lines lines = lines_of(w);
     for (; g < g1; g++, out += GROUP_FLOATS) {
-        if (w->order && w->order->first_block[g] != *from)
+        if (w->order->first_block[g] != *from)
             put_scales(job, r, *from = w->order->first_block[g], scales);
         for (int row = 0; row < TILED_ROWS && r + row < w->rows; row += 4) {
             const float *of = scales + row * LANES;
             float *at = out + row * LANES;
             switch (lines) { /* each call is compiled for its constant */
-            case FLOATS: copy_four(w, r + row, g, at); break;
             case EIGHTS: dequantize_four(w, r + row, g, EIGHTS, of, at); break;
             case FOURS: dequantize_four(w, r + row, g, FOURS, of, at); break;
             case SCALED: dequantize_four(w, r + row, g, SCALED, of, at); break;
-            case APART: dequantize_four(w, r + row, g, APART, of, at); break;
             }
         }
     }

@@ -19,10 +19,8 @@
 
 static const struct kernel kernels[] = {
     BY_TORCH,
-    {"amx", LINEAR, CODES, 1 << BFLOAT16, TILED_FEW + 1, ANY_ROWS, BY_AMX},
-    {"amx_sixteen", LINEAR, BFLOATS, 1 << BFLOAT16, TILED_FEW_SIXTEEN + 1, ANY_ROWS, BY_AMX},
-    {"grad_amx", INPUT_GRAD, CODES, 1 << BFLOAT16, TILED_FEW + 1, ANY_ROWS, GRADIENT_BY_AMX},
-    {"grad_amx_sixteen", INPUT_GRAD, BFLOATS, 1 << BFLOAT16, TILED_FEW_SIXTEEN + 1, ANY_ROWS, GRADIENT_BY_AMX},
+    {"amx", LINEAR, WHOLE, 1 << BFLOAT16, TILED_FEW + 1, ANY_ROWS, BY_AMX},
+    {"grad_amx", INPUT_GRAD, WHOLE, 1 << BFLOAT16, TILED_FEW + 1, ANY_ROWS, GRADIENT_BY_AMX},
     {NULL},
 };
 

@@ -58,12 +58,12 @@
 #define TILE_ROWS (MAX_VECTORS * MAX_LANES) /* rows of a tile: sums that a thread has per batch row */
 #define GRAD_ROWS 32              /* rows, or pairs of rows, of a tile in grad @ W, which is a group of columns wide */
 #define TORCH_ROWS 512            /* batch rows from which torch is faster with dequantized weights in bfloat16: x @ W.T */
-#define TORCH_GRAD_ROWS 192       /* the same in grad @ W */
-#define TORCH_SIXTEEN_ROWS 16     /* the same with bfloat16 weights, in both products */
+#define TORCH_GRAD_ROWS 384       /* the same in grad @ W */
+#define TORCH_SIXTEEN_ROWS 9      /* batch rows from which torch is faster with bfloat16 weights and inputs: x @ W.T */
+#define TORCH_GRAD_SIXTEEN_ROWS 16 /* the same in grad @ W */
 #define TILED_INPUTS 16           /* batch rows of an AMX tile */
 #define TILED_LINE 32             /* bfloat16 columns of a line of an AMX tile */
 #define TILED_FEW 4               /* most batch rows that AMX leaves to other kernels, with codes */
-#define TILED_FEW_SIXTEEN 8       /* the same with bfloat16 weights */
 #define TILED_ROWS 32             /* rows that are dequantized at a time for AMX */
 #define TILED_GROUPS 2            /* groups of columns that are dequantized at a time for AMX */
 /* Floats of a thread's scratch for AMX, for scales and dequantized rows. */

@@ -48,7 +48,7 @@ struct kernel {
     {"torch", LINEAR, CODES, 1 << BFLOAT16, TORCH_ROWS, ANY_ROWS},                     \
     {"torch_sixteen", LINEAR, BFLOATS, 1 << BFLOAT16, TORCH_SIXTEEN_ROWS, ANY_ROWS},   \
     {"grad_torch", INPUT_GRAD, GROUPS, 1 << BFLOAT16, TORCH_GRAD_ROWS, ANY_ROWS},      \
-    {"grad_torch_sixteen", INPUT_GRAD, BFLOATS, 1 << BFLOAT16, TORCH_SIXTEEN_ROWS, ANY_ROWS}
+    {"grad_torch_sixteen", INPUT_GRAD, BFLOATS, 1 << BFLOAT16, TORCH_GRAD_SIXTEEN_ROWS, ANY_ROWS}
 
 struct isa {
     const char *name;
