@@ -9,6 +9,7 @@ from lowmem import FourBit, Half, LoRA, LoRALinear, convert
 from lowmem.io.safetensors import DTYPES
 from lowmem.quant.formats import FORMATS
 from lowmem.quant.scales import ENCODINGS
+from tests.selection import NIGHTLY
 
 formats = st.sampled_from(sorted(FORMATS))
 encodings = st.sampled_from(sorted(ENCODINGS))
@@ -104,6 +105,9 @@ def make_importance(kind: str, columns: int, seed: int) -> torch.Tensor | None:
 
 
 importance_kinds = st.sampled_from(["none", "some zeros", "mixed"])
+
+
+GRADCHECKED = 40 if NIGHTLY else 20  # features: gradcheck takes a product for each number; blocks have 16
 
 
 @st.composite

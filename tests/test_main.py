@@ -218,12 +218,10 @@ def test_a_closed_pipe_ends_it_as_it_ends_other_programs(argv):
 
 
 @posix
-@pytest.mark.parametrize(
-    ("argv", "place"),
-    [
-        *((["stats"], place) for place in ("module", "factory", "forward")),
-        *((argv, "forward") for argv in (["stats", "--json"], ["compare", "bignet"], ["fit", "--epochs", "1"])),
-    ],
+@covering(
+    1,
+    argv=[("stats",), ("stats", "--json"), ("compare", "bignet"), ("fit", "--epochs", "1")],
+    place=["forward", "module", "factory"],
 )
 @pytest.mark.usefixtures("user_module")
 def test_a_closed_pipe_that_the_user_s_model_writes_to_ends_it_likewise(argv, place):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lowmem import BigNet, FourBit, Half, LoRA, build, convert, measure
+from tests.selection import NIGHTLY
 
 MIB = 2**20
 
@@ -274,7 +275,7 @@ RESIDENT = r"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the high-water mark of a process by itself")
-@pytest.mark.parametrize("name", ["bignet", "low_precision"])
+@pytest.mark.parametrize("name", ["low_precision", "bignet"] if NIGHTLY else ["low_precision"])
 def test_the_resident_high_water_mark_of_a_process_rises_by_the_peak(name):
     """One process tracks the peak, another runs the same without tracking and asks the system for its own."""
     batch = "16384"  # 64 MiB an activation: large beside what the system rounds and caches

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.compiled import ISAS
-from tests.selection import selection
+from tests.selection import covering, selection
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,22 +22,18 @@ SHOW = (
     "print(found.derandomize, found.database is not None, found.max_examples, found.deadline, "
     "*(len(covering(strength, **axes).args[1]) for strength in (1, 2)), bound.args[1] == ISAS)"
 )
+SHOWN = {"ci": f"True False 60 None 3 9 {len(ISAS) <= 2}", "nightly": "False True 2000 None 27 27 True"}
 
 
-@pytest.mark.parametrize("ci", ["", "true"], ids=["here", "in CI"])
-@pytest.mark.parametrize(
-    ("profile", "shown"),
-    [("ci", f"True False 60 None 3 9 {len(ISAS) <= 2}"), ("nightly", "False True 2000 None 27 27 True")],
-    ids=["ci", "nightly"],
-)
-def test_a_profile_is_the_same_wherever_it_runs(profile, shown, ci):
+@covering(1, profile=SHOWN, ci=["", "true"])
+def test_a_profile_is_the_same_wherever_it_runs(profile, ci):
     """Where CI is set, hypothesis's own defaults are others."""
     environment = {name: value for name, value in os.environ.items() if name != "CI"} | {
         "HYPOTHESIS_PROFILE": profile
     }
     environment |= {"CI": ci} if ci else {}
     done = subprocess.run([sys.executable, "-c", SHOW], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == shown, done.stderr
+    assert done.stdout.strip() == SHOWN[profile], done.stderr
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 2), (10, 4), (4, 2, 2), (9, 4, 3), (2, 3, 2, 5)])

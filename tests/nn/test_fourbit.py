@@ -36,7 +36,7 @@ def test_outputs_and_gradients_equal_those_of_the_dequantized_weight(linear, tec
         assert_sum(layer.bias.grad, rows.sum(0), rows.abs().sum(0), len(rows))
 
 
-@given(strategies.linears(torch.float64), techniques())
+@given(strategies.linears(torch.float64, strategies.GRADCHECKED), techniques())
 def test_input_and_bias_gradients_pass_gradcheck_in_float64(linear, technique):
     layer = convert(linear, technique)
     x = strategies.make_input((2,), layer.in_features, 0, torch.float64)

@@ -46,7 +46,7 @@ def test_output_and_gradients_follow_the_equation(base, linear, rank, alpha, lea
 
 
 @every_base
-@given(strategies.linears(torch.float64), ranks)
+@given(strategies.linears(torch.float64, strategies.GRADCHECKED), ranks)
 def test_gradcheck_in_float64(base, linear, rank):
     layer = strategies.make_adapted(linear, base, rank).double()
     x = strategies.make_input((2,), layer.in_features, 0, torch.float64)
