@@ -54,7 +54,8 @@ class FrozenOperator:
 
     def node(self, *arguments: Any) -> Tensor:
         """Compute it as one node of autograd's graph, which saves the stored weight only."""
-        return cast(Tensor, _Node.apply(self, *arguments))  # type: ignore[no-untyped-call]
+        out: Tensor = _Node.apply(self, *arguments)  # type: ignore[no-untyped-call]
+        return out
 
     def declare(self, schema: str, arguments: Callable[..., tuple[Any, ...]]) -> None:
         """Declare ``torch.ops.lowmem.<name>``.
@@ -64,10 +65,8 @@ class FrozenOperator:
             arguments: maps its arguments to those of ``compute``.
         """
         _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        operator = getattr(torch.ops.lowmem, schema.partition("(")[0]).default
-
-        def compute(*given: Any) -> Tensor:
-            return self.compute(*arguments(*given))
+        name, _, overload = schema.partition("(")[0].partition(".")
+        operator = getattr(getattr(torch.ops.lowmem, name), overload or "default")
 
         def compute_or_differentiate(*given: Any) -> Tensor:
             if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in given):
@@ -77,20 +76,23 @@ class FrozenOperator:
                     return cast(Tensor, operator(*given))
             return self.compute(*arguments(*given))  # a second dispatch would cost as much as the first
 
-        _LIBRARY.impl(operator, compute, "CompositeExplicitAutograd")
+        _LIBRARY.impl(operator, lambda *given: self.compute(*arguments(*given)), "CompositeExplicitAutograd")
         if self.derivatives is not None:
             _LIBRARY.impl(operator, compute_or_differentiate, "Autograd")
         torch.library.register_fake(operator, lambda *given: self.fake(*arguments(*given)), lib=_LIBRARY)
 
 
-def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active()
+_is_compiling, _is_tracing, _is_transformed = (  # called often: globals are faster
+    torch.compiler.is_compiling,
+    torch._C._is_tracing,
+    torch._C._are_functorch_transforms_active,
+)
 
 
 def _is_recorded() -> bool:
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return not _is_transformed()  # the operator has no forward-mode derivative
-    return torch._C._is_tracing()  # by torch.jit.trace; Dynamo cannot trace this call
+    return _is_tracing()  # by torch.jit.trace; Dynamo cannot trace this call
 
 
 def fields(weight: QuantizedTensor) -> tuple[Any, ...]:
@@ -119,7 +121,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(f: FrozenOperator, x: Tensor, weight: Weight, *rest: Any) -> Tensor:
-        return (f.record if is_traced() and not _is_transformed() else f.compute)(x, weight, *rest)
+        recorded = type(x) is not Tensor and is_traced() and not _is_transformed()
+        return (f.record if recorded else f.compute)(x, weight, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

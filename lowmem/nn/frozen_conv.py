@@ -195,9 +195,7 @@ def _dequantized(weight: Weight, rows: slice, geometry: Geometry, dtype: torch.d
 
 def _compute(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:
     """Return the convolution, or its adjoint with outputs of ``size`` if not None. Each is the other's derivative."""
-    if size is None:
-        return _convolve(x, weight, geometry, dtype)
-    return _adjoint(x, weight, geometry, dtype, size)
+    return _convolve(x, weight, geometry, dtype) if size is None else _adjoint(x, weight, geometry, dtype, size)
 
 
 def _fake(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:

@@ -27,6 +27,14 @@ TECHNIQUES = {
 techniques = pytest.mark.parametrize("technique", TECHNIQUES)
 
 
+@pytest.fixture(autouse=True)
+def _no_graphs_of_other_tests():
+    """Torch compiles one function a few times only, and all models here are called by the same one."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 def build(technique: str) -> nn.Module:
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)), *TECHNIQUES[technique])
@@ -46,7 +54,6 @@ def test_a_compiled_model_gives_the_eager_one_s_bits_without_a_graph_for_each_ba
         graphs.append(graph)
         return graph
 
-    torch._dynamo.reset()
     with torch.no_grad():
         compiled, counted = torch.compile(model, backend="aot_eager"), torch.compile(model, backend=count)
         for batch in (1, 3, 5, 7, 9):
@@ -74,6 +81,19 @@ def test_an_exported_inference_program_has_the_gradients_of_a_training_one(techn
     found = torch.autograd.grad(program(x).square().sum(), [x, *own])
     torch.testing.assert_close(found[0], expected[0])
     assert sorted(float(g.norm()) for g in found) == pytest.approx(sorted(float(g.norm()) for g in expected))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
+def test_the_operator_that_graphs_hold_is_what_torch_expects_of_one(transposed):
+    weight = quantize(torch.randn(6, 40), block_size=8)
+    packed, scales, *described = fields(weight)
+    text = " ".join(map(str, (*described, 40, torch.float32, transposed)))
+    x = torch.randn(3, 6 if transposed else 40, requires_grad=True)
+    added = () if transposed else (torch.randn(6), torch.randn(2, 40), torch.randn(6, 2), 1.0)
+    operator = torch.ops.lowmem.product_4bit
+    torch.library.opcheck(operator.described, (x, packed, scales, text, *added))
+    of_numbers = operator.default(x, *fields(weight), 40, torch.float32, transposed, *added)
+    assert torch.equal(operator.described(x, packed, scales, text, *added), of_numbers)
 
 
 @pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))
