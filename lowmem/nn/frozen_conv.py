@@ -8,7 +8,7 @@ before the copy to the result, takes at most 1 MiB too, or one example.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn import grad as gradients
 
 from lowmem.kernels import Weight
+from lowmem.kernels.frozen_operator import FrozenOperator, fields, stored
 from lowmem.nn.frozen_linear import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
@@ -111,9 +112,7 @@ def frozen_conv(
     elif is_plain_call(batch, bias):
         out = _convolve(batch, weight, geometry, dtype, bias)
     else:
-        # Not under a functorch transform inside a compiled function: the operator has no forward-mode derivative.
-        traced = tracing or (torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active())
-        out = (_operator if traced else _apply)(batch, weight, geometry, dtype, None)
+        out = _OPERATOR(batch, weight, geometry, dtype, None)
         out = out if bias is None else out + bias.to(x.dtype).view(-1, *[1] * dims)
     return out if x.dim() == dims + 2 else out.squeeze(0)
 
@@ -194,106 +193,45 @@ def _dequantized(weight: Weight, rows: slice, geometry: Geometry, dtype: torch.d
     return kernel.view(-1, geometry.in_channels // geometry.groups, *geometry.kernel)
 
 
-class _FrozenConv(torch.autograd.Function):
-    """The convolution, or its adjoint with outputs of ``size`` if not None. Each is the other's derivative."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
-    ) -> Tensor:
-        if size is None:
-            return _convolve(x, weight, geometry, dtype)
-        return _adjoint(x, weight, geometry, dtype, size)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.weight, ctx.geometry, ctx.dtype, ctx.size = inputs
-        ctx.back = None if ctx.size is not None else x.shape[2:]
-        # save_for_backward raises an error if the weight is changed in place before backward.
-        quantized = isinstance(ctx.weight, QuantizedTensor)
-        ctx.save_for_backward(*((ctx.weight.packed, ctx.weight.scales) if quantized else (ctx.weight,)))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *scales = ctx.saved_tensors
-        weight = replace(ctx.weight, packed=weight, scales=scales[0]) if scales else weight
-        return _apply(grad, weight, ctx.geometry, ctx.dtype, ctx.back), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _apply(tangent, ctx.weight, ctx.geometry, ctx.dtype, ctx.size)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        examples = x.movedim(in_dims[0], 0)  # (examples, batch, channels, *size), flattened into one batch
-        return _apply(examples.flatten(0, 1), *rest).unflatten(0, examples.shape[:2]), 0
+def _compute(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:
+    """Return the convolution, or its adjoint with outputs of ``size`` if not None. Each is the other's derivative."""
+    return _convolve(x, weight, geometry, dtype) if size is None else _adjoint(x, weight, geometry, dtype, size)
 
 
-def _apply(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:
-    out: Tensor = _FrozenConv.apply(x, weight, geometry, dtype, size)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _operator(
-    x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
-) -> Tensor:
-    """Compute ``_apply`` by the custom operator, which is opaque to compiled graphs."""
-    stored: tuple[Any, ...] = (weight, None, "", 0, "")
-    if isinstance(weight, QuantizedTensor):
-        weight.check_layout()
-        stored = (weight.packed, weight.scales, weight.format, weight.block_size, weight.scale_encoding)
-    sizes = [geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel]
-    sizes += [number for of_dims in geometry.arguments for number in of_dims]
-    return cast(Tensor, torch.ops.lowmem.convolve(x, *stored, sizes, dtype, size))
-
-
-def _geometry(sizes: Sequence[int]) -> Geometry:
-    dims = (len(sizes) - 3) // 4
-    kernel, stride, padding, dilation = (tuple(sizes[start : start + dims]) for start in range(3, len(sizes), dims))
-    return Geometry(sizes[0], sizes[1], sizes[2], kernel, stride, padding, dilation)
-
-
-@torch.library.custom_op(
-    "lowmem::convolve",
-    mutates_args=(),
-    schema="(Tensor x, Tensor stored, Tensor? scales, str format, int block_size, str scale_encoding, int[] sizes, "
-    "ScalarType dtype, SymInt[]? size) -> Tensor",
-)
-def _convolve_stored(
-    x: Tensor,
-    stored: Tensor,
-    scales: Tensor | None,
-    format: str,
-    block_size: int,
-    scale_encoding: str,
-    sizes: Sequence[int],
-    dtype: torch.dtype,
-    size: Sequence[int] | None,
-) -> Tensor:
-    geometry = _geometry(sizes)
-    weight: Weight = stored
-    if scales is not None:
-        shape = torch.Size((geometry.out_channels, geometry.in_channels // geometry.groups * prod(geometry.kernel)))
-        weight = QuantizedTensor(stored, scales, shape, format, block_size, scale_encoding)
-    return _FrozenConv.forward(x, weight, geometry, dtype, size)
-
-
-@_convolve_stored.register_fake
-def _(x: Tensor, *rest: Any) -> Tensor:
-    geometry, size = _geometry(rest[-3]), rest[-1]
+def _fake(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:
     if size is None:
         return x.new_empty(x.shape[0], geometry.out_channels, *geometry.output_size(x.shape[2:]))
     return x.new_empty(x.shape[0], geometry.in_channels, *size)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, stored, scales, *ctx.rest, size = inputs
-    ctx.back = None if size is not None else x.shape[2:]
-    ctx.save_for_backward(stored, scales)
+def _record(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:
+    given: tuple[Any, ...] = (weight, None, "", 0, "")
+    if isinstance(weight, QuantizedTensor):
+        weight.check_layout()  # here: the operator gets no row count to check against
+        given = fields(weight)
+    sizes = [geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel]
+    sizes += [number for of_dims in geometry.arguments for number in of_dims]
+    return cast(Tensor, torch.ops.lowmem.convolve(x, *given, sizes, dtype, size))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.lowmem.convolve(grad, *ctx.saved_tensors, *ctx.rest, ctx.back), *[None] * 8
+def _derivatives(
+    x: Tensor, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return (geometry, dtype, size), (geometry, dtype, x.shape[2:] if size is None else None)
 
 
-_convolve_stored.register_autograd(_backward, setup_context=_setup_context)
+def _arguments(x: Tensor, weight: Tensor, scales: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    *described, sizes, dtype, size = rest
+    dims = (len(sizes) - 3) // 4
+    kernel, stride, padding, dilation = (tuple(sizes[start : start + dims]) for start in range(3, len(sizes), dims))
+    geometry = Geometry(sizes[0], sizes[1], sizes[2], kernel, stride, padding, dilation)
+    columns = geometry.in_channels // geometry.groups * prod(geometry.kernel)
+    return x, weight if scales is None else stored(weight, scales, *described, columns), geometry, dtype, size
+
+
+_OPERATOR = FrozenOperator(_compute, _fake, _record, _derivatives)
+_OPERATOR.declare(
+    "convolve(Tensor x, Tensor stored, Tensor? scales, str format, int block_size, str scale_encoding, int[] sizes, "
+    "ScalarType dtype, SymInt[]? size) -> Tensor",
+    _arguments,
+)

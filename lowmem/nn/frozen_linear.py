@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -13,7 +12,6 @@ from torch.nn.modules import module as torch_module
 
 from lowmem import kernels
 from lowmem.kernels import ops
-from lowmem.kernels.int8 import float_dtype
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
@@ -56,11 +54,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
-    if plain:
-        out = kernels.linear(rows, weight, dtype, bias)
-    else:
-        out = _product(rows, weight, dtype, False)
-        out = out if bias is None else out + bias.to(out.dtype)
+    out = kernels.linear(rows, weight, dtype, bias) if plain else ops.product(rows, weight, dtype, False, bias)
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
@@ -71,9 +65,7 @@ def _traced_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: 
             x.dtype
         )
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # (batch, in)
-    out = ops.product(rows, weight, dtype, False)
-    out = (out if bias is None else out + bias.to(out.dtype)).to(x.dtype)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return ops.product(rows, weight, dtype, False, bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def exports_to_onnx(weight: kernels.Weight) -> TypeGuard[Tensor]:
@@ -155,57 +147,6 @@ def autocast(x: Tensor) -> Tensor:
     if device == "meta" or not autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
         return x
     return x.to(torch.get_autocast_dtype(device))
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """``x @ W.T``, or ``x @ W`` when transposed. Each is the other's derivative, so all orders exist."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
-        # Not under a functorch transform inside a compiled function: the operator has no forward-mode derivative.
-        if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            return ops.product(x, weight, dtype, transposed)
-        return (kernels.input_grad if transposed else kernels.linear)(x, weight, dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.weight, dtype, ctx.transposed = inputs
-        ctx.input_dtype = x.dtype
-        ctx.dtype = float_dtype(dtype, x.dtype)  # of gradients
-        # save_for_backward raises an error if the weight is changed in place before backward.
-        if isinstance(ctx.weight, QuantizedTensor):
-            ctx.save_for_backward(ctx.weight.packed, ctx.weight.scales)
-        else:
-            ctx.save_for_backward(ctx.weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        weight = saved[0]
-        if isinstance(ctx.weight, QuantizedTensor):
-            weight = replace(ctx.weight, packed=saved[0], scales=saved[1])
-        grad = _product(grad, weight, ctx.dtype, not ctx.transposed)
-        return grad.to(ctx.input_dtype), None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        batch = x.movedim(in_dims[0], 0)  # (examples, batch, in), flattened into one batch
-        out = _product(batch.flatten(0, 1), *rest)
-        return out.unflatten(0, batch.shape[:2]), 0
-
-
-class _ForwardModeProduct(_FrozenProduct):
-    """The product with forward-mode derivatives, which torch.compile does not support in autograd functions."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _product(tangent, ctx.weight, ctx.dtype, ctx.transposed)
-
-
-def _product(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
-    function = _FrozenProduct if torch.compiler.is_compiling() else _ForwardModeProduct
-    out: Tensor = function.apply(x, weight, dtype, transposed)  # type: ignore[no-untyped-call]
-    return out
 
 
 def freeze(tensor: Tensor) -> nn.Parameter:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem import kernels
-from lowmem.kernels import reference
+from lowmem.kernels import ops, reference
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call, refuse_nested
 from lowmem.nn.half import HalfLinear, round_to
@@ -248,19 +248,22 @@ def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor)
     own, bases = adapter.__dict__, base._parameters  # faster than attributes
     update, dropout = own["_parameters"], own["_modules"]["dropout"]
     a, b = update.get("lora_a"), update.get("lora_b")
+    plain = is_plain_call(x, bases.get("bias"), a, b)
     if (
         a is None
         or b is None
         or "bias" not in bases  # a parametrization has moved it out
         or "forward" in own
-        or not is_plain_call(x, bases["bias"], a, b)
+        or not (plain or torch.compiler.is_compiling())
         or not (x.dtype is a.dtype is b.dtype is torch.float32 and x.dim() == 2 and not x.is_nested)
         or not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
         or autocast_enabled("cpu" if x.is_cpu else x.device.type)
         or is_observed(base)
     ):
         return None
-    return kernels.linear(x, weight, torch.float32, bases["bias"], (a, b, adapter.scaling))
+    if plain:
+        return kernels.linear(x, weight, torch.float32, bases["bias"], (a, b, adapter.scaling))
+    return ops.product(x, weight, torch.float32, False, bases["bias"], a, b, adapter.scaling)
 
 
 def _drop_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: object) -> None:

@@ -1,0 +1,151 @@
+"""Operators on an input and a frozen weight, each declared once for eager calls, derivatives and recorded graphs.
+
+Compiled, exported and traced graphs hold them as ``torch.ops.lowmem.<name>``, which is opaque to these, so that the
+active backend serves. Such an operator takes tensors, numbers and text: the fields of a 4-bit weight stand for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.kernels.memory import is_traced
+from lowmem.quant.backend import Weight
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = ["FrozenOperator", "fields", "stored"]
+
+# Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
+_LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
+
+
+class FrozenOperator:
+    """An operator ``f(x, weight, *rest)`` that is linear in x; or one without a gradient, of any arguments.
+
+    Eager calls bypass torch's dispatcher, which costs more than the autograd function that they run.
+
+    Args:
+        compute: computes it from real tensors.
+        fake: returns an empty output for the same arguments.
+        record: calls the declared operator with the same arguments.
+        derivatives: maps (x, *rest) to the ``rest`` with which f maps a tangent of x to that of the output, and the
+            ``rest`` with which f maps a gradient of the output to that of x; None: there is no gradient.
+        differentiable: computes it where a gradient is needed; None: ``node``.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[..., Tensor],
+        fake: Callable[..., Tensor],
+        record: Callable[..., Tensor],
+        derivatives: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]] | None = None,
+        differentiable: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.compute, self.fake, self.record, self.derivatives = compute, fake, record, derivatives
+        self.differentiable = differentiable or self.node
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        """Compute it, differentiable in x; or record it, where a graph is made."""
+        return (self.record if _is_recorded() else self.differentiable)(*arguments)
+
+    def node(self, *arguments: Any) -> Tensor:
+        """Compute it as one node of autograd's graph, which saves the stored weight only."""
+        out: Tensor = _Node.apply(self, *arguments)  # type: ignore[no-untyped-call]
+        return out
+
+    def declare(self, schema: str, arguments: Callable[..., tuple[Any, ...]]) -> None:
+        """Declare ``torch.ops.lowmem.<name>``.
+
+        Args:
+            schema: its name, arguments and result.
+            arguments: maps its arguments to those of ``compute``.
+        """
+        _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        name, _, overload = schema.partition("(")[0].partition(".")
+        operator = getattr(getattr(torch.ops.lowmem, name), overload or "default")
+
+        def compute_or_differentiate(*given: Any) -> Tensor:
+            if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in given):
+                return self.differentiable(*arguments(*given))
+            if is_traced() or _is_transformed():
+                with torch._C._AutoDispatchBelowAutograd():
+                    return cast(Tensor, operator(*given))
+            return self.compute(*arguments(*given))  # a second dispatch would cost as much as the first
+
+        _LIBRARY.impl(operator, lambda *given: self.compute(*arguments(*given)), "CompositeExplicitAutograd")
+        if self.derivatives is not None:
+            _LIBRARY.impl(operator, compute_or_differentiate, "Autograd")
+        torch.library.register_fake(operator, lambda *given: self.fake(*arguments(*given)), lib=_LIBRARY)
+
+
+_is_compiling, _is_tracing, _is_transformed = (  # called often: globals are faster
+    torch.compiler.is_compiling,
+    torch._C._is_tracing,
+    torch._C._are_functorch_transforms_active,
+)
+
+
+def _is_recorded() -> bool:
+    if _is_compiling():
+        return not _is_transformed()  # the operator has no forward-mode derivative
+    return _is_tracing()  # by torch.jit.trace; Dynamo cannot trace this call
+
+
+def fields(weight: QuantizedTensor) -> tuple[Any, ...]:
+    """Return the fields of a 4-bit weight that an operator takes, of which ``stored`` makes it again."""
+    return weight.packed, weight.scales, weight.format, weight.block_size, weight.scale_encoding
+
+
+def stored(packed: Tensor, scales: Tensor, *described: Any) -> QuantizedTensor:
+    """Return the matrix (rows, columns) of a weight's fields and its columns, with what was cached for it before."""
+    if type(packed) is not nn.Parameter and type(packed) is not Tensor:  # fake tensors have no address
+        return QuantizedTensor(packed, scales, torch.Size((packed.shape[0], described[-1])), *described[:-1])
+    weight = object.__new__(QuantizedTensor)  # its __init__ takes as long as the rest of a small operator
+    weight.__dict__.update(_state_of(packed.data_ptr(), packed.shape, *described), packed=packed, scales=scales)
+    return weight
+
+
+@lru_cache(maxsize=4096)  # of a few hundred bytes each
+def _state_of(address: int, packed: torch.Size, *described: Any) -> dict[str, Any]:
+    """Return a weight's state with the cache for what is stored at an address; backends check what they cached."""
+    nothing, shape = torch.empty(0), torch.Size((packed[0], described[-1]))
+    return dict(QuantizedTensor(nothing, nothing, shape, *described[:-1]).__dict__)
+
+
+class _Node(torch.autograd.Function):
+    """``f(x, weight, *rest)`` for a ``FrozenOperator`` f. Derivatives are f again, so all orders exist."""
+
+    @staticmethod
+    def forward(f: FrozenOperator, x: Tensor, weight: Weight, *rest: Any) -> Tensor:
+        recorded = type(x) is not Tensor and is_traced() and not _is_transformed()
+        return (f.record if recorded else f.compute)(x, weight, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.f, x, ctx.weight, *rest = inputs
+        ctx.dtype, ctx.unused = x.dtype, [None] * len(rest)
+        ctx.of_tangent, ctx.of_gradient = ctx.f.derivatives(x, *rest)
+        # save_for_backward raises an error if the weight is changed in place before backward.
+        quantized = isinstance(ctx.weight, QuantizedTensor)
+        ctx.save_for_backward(*((ctx.weight.packed, ctx.weight.scales) if quantized else (ctx.weight,)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *scales = ctx.saved_tensors
+        if scales:
+            _, _, *described = fields(ctx.weight)
+            weight = stored(weight, scales[0], *described, ctx.weight.shape[-1])
+        return None, ctx.f.node(grad, weight, *ctx.of_gradient).to(ctx.dtype), None, *ctx.unused
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor, *__: None) -> Tensor:
+        return cast(Tensor, ctx.f.node(tangent, ctx.weight, *ctx.of_tangent))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, ...], f: FrozenOperator, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        examples = x.movedim(in_dims[1], 0)  # (examples, batch, ...), flattened into one batch
+        return f.node(examples.flatten(0, 1), *rest).unflatten(0, examples.shape[:2]), 0

@@ -1,0 +1,125 @@
+"""Operators on a frozen weight: what is cached by address, and that compiled models do what eager ones do."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem import FourBit, Half, LoRA, convert, kernels, quantize
+from lowmem.kernels.frozen_operator import fields, stored
+from tests.kernels.test_ops import compiles
+
+# dynamo makes an instance of every function of one's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning",
+)
+
+TECHNIQUES = {
+    "nf4": (FourBit(block_size=16),),
+    "int4": (FourBit("int4", 16, "float16"),),
+    "half": (Half(),),
+    "qlora": (FourBit(block_size=16), LoRA(4, alpha=3)),
+    "half and lora": (Half(), LoRA(4)),
+}
+techniques = pytest.mark.parametrize("technique", TECHNIQUES)
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_other_tests():
+    """Torch compiles one function a few times only, and all models here are called by the same one."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def build(technique: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)), *TECHNIQUES[technique])
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+@compiles
+@techniques
+def test_a_compiled_model_gives_the_eager_one_s_bits_without_a_graph_for_each_batch(technique):
+    model = build(technique)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        compiled, counted = torch.compile(model, backend="aot_eager"), torch.compile(model, backend=count)
+        for batch in (1, 3, 5, 7, 9):
+            x = torch.randn(batch, 32)
+            assert torch.equal(compiled(x), model(x))
+            counted(x)
+    assert len(graphs) <= 3  # of one input, of three, and of any number
+    # A layer is one call, with its bias and its adapter, as it is in eager mode.
+    called = [str(node.target) for node in graphs[-1].graph.nodes if "lowmem" in str(node.target)]
+    assert len(called) == 2
+    assert not [node for node in graphs[-1].graph.nodes if node.target in (torch.addmm, torch.Tensor.t)]
+
+
+@compiles
+@techniques
+def test_an_exported_inference_program_has_the_gradients_of_a_training_one(technique):
+    model = build(technique)
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,)).module()
+    x.requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = [p for p in program.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *trained])
+    found = torch.autograd.grad(program(x).square().sum(), [x, *own])
+    torch.testing.assert_close(found[0], expected[0])
+    assert sorted(float(g.norm()) for g in found) == pytest.approx(sorted(float(g.norm()) for g in expected))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
+def test_the_operator_that_graphs_hold_is_what_torch_expects_of_one(transposed):
+    weight = quantize(torch.randn(6, 40), block_size=8)
+    packed, scales, *described = fields(weight)
+    text = " ".join(map(str, (*described, 40, torch.float32, transposed)))
+    x = torch.randn(3, 6 if transposed else 40, requires_grad=True)
+    added = () if transposed else (torch.randn(6), torch.randn(2, 40), torch.randn(6, 2), 1.0)
+    operator = torch.ops.lowmem.product_4bit
+    torch.library.opcheck(operator.described, (x, packed, scales, text, *added))
+    of_numbers = operator.default(x, *fields(weight), 40, torch.float32, transposed, *added)
+    assert torch.equal(operator.described(x, packed, scales, text, *added), of_numbers)
+
+
+@pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))
+def test_weights_that_take_the_same_memory_in_turn_are_told_apart(kernel):
+    """The cache of an address outlives its weight: another one there, in another format too, gets its own results."""
+    x = torch.randn(2, 64)
+    memory = [torch.empty(8, 32, dtype=torch.uint8), torch.empty(8, 3, dtype=torch.uint8)]
+    with kernels.using(kernel):
+        for form in ("nf4", "fp4", "nf4"):
+            weight = quantize(torch.randn(8, 64), form, block_size=64, scales="double")
+            for place, tensor in zip(memory, fields(weight)[:2], strict=True):
+                place.copy_(tensor)
+            again = stored(*memory, *fields(weight)[2:], 64)
+            assert torch.equal(again.dequantize(), weight.dequantize())
+            dtype = torch.float32
+            assert torch.equal(kernels.linear(x, again, dtype), kernels.linear(x, weight, dtype))
+            moved = stored(memory[0], memory[1].clone(), *fields(weight)[2:], 64)
+            assert torch.equal(kernels.linear(x, moved, dtype), kernels.linear(x, weight, dtype))
+
+
+def test_the_cache_keeps_no_tensor_alive():
+    weight = quantize(torch.randn(8, 64))
+    again = stored(*fields(weight), 64)
+    kernels.linear(torch.randn(1, 64), again, torch.float32)
+    assert stored(*fields(weight), 64).cache is again.cache
+    held = [weakref.ref(weight.packed), weakref.ref(weight.scales)]
+    del weight, again
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
