@@ -44,7 +44,9 @@ _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # keys of ``QuantizedTensor.
 
 _ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
 
-_TORCH_CHUNK = 512  # rows, or columns, that are dequantized for torch at a time; no more than the input has rows
+_TORCH_CHUNK = (
+    512  # rows, or columns, of a weight that are dequantized for torch at a time, or up to half as many more
+)
 
 _OPERATIONS = {"linear": 0, "linear_int8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
 
@@ -176,9 +178,9 @@ class Kernel:
             return functional.linear(x, packed, bias)
         rows, columns = shape
         out = x.new_empty(x.shape[0], rows)
-        step = min(rows, x.shape[0], _TORCH_CHUNK)
-        scratch = x.new_empty(step * columns)
-        for chunk in _chunks(rows, step):
+        chunks = _chunks(rows)
+        scratch = x.new_empty(chunks[0].stop * columns)
+        for chunk in chunks:
             part = scratch[: (chunk.stop - chunk.start) * columns].view(-1, columns)
             self._dequantize(given, chunk.start, 0, part)
             if bias is None:
@@ -197,9 +199,9 @@ class Kernel:
             return grad @ packed
         rows, columns = shape
         out = grad.new_empty(grad.shape[0], columns)
-        step = min(columns, max(block_size, min(grad.shape[0], _TORCH_CHUNK) // block_size * block_size))
-        scratch = grad.new_empty(rows * step)
-        for chunk in _chunks(columns, step):
+        chunks = _chunks(columns, block_size)
+        scratch = grad.new_empty(rows * chunks[0].stop)
+        for chunk in chunks:
             part = scratch[: rows * (chunk.stop - chunk.start)].view(rows, -1)
             self._dequantize(given, 0, chunk.start, part)
             torch.mm(grad, part, out=out[:, chunk])
@@ -412,9 +414,11 @@ def _range(least: int, most: int) -> str:
     return f"{least} rows and more" if most >= 2**62 else f"{least} to {most} rows"
 
 
-def _chunks(count: int, step: int) -> Iterator[slice]:
-    """Yield slices of ``count``, of ``step`` each but for the last."""
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+def _chunks(count: int, step: int = 1) -> list[slice]:
+    """Return slices of ``count`` rows or columns: about ``_TORCH_CHUNK`` each, of about one size, in whole steps."""
+    size = -(-count // max(1, round(count / _TORCH_CHUNK)))
+    size = min(count, -(-size // step) * step)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 @lru_cache(maxsize=64)

@@ -754,7 +754,7 @@ def test_chunks_that_torch_multiplies_are_all_of_the_weight(isa, monkeypatch):
 
 @compiled_bfloat16
 @kinds
-@pytest.mark.parametrize("least", [9, 16, 384, 512])  # rows from which torch multiplies at some ISA
+@pytest.mark.parametrize("least", [9, 16, 192, 512])  # rows from which torch multiplies at some ISA
 def test_batches_where_torch_takes_over(isa, kind, least):
     w, dense = stored(kind, strategies.make_weight("normal", (70, 90), 0, 0))
     for batch in (least - 1, least, least + 1):

@@ -58,7 +58,7 @@
 #define TILE_ROWS (MAX_VECTORS * MAX_LANES) /* rows of a tile: sums that a thread has per batch row */
 #define GRAD_ROWS 32              /* rows, or pairs of rows, of a tile in grad @ W, which is a group of columns wide */
 #define TORCH_ROWS 512            /* batch rows from which torch is faster with dequantized weights in bfloat16: x @ W.T */
-#define TORCH_GRAD_ROWS 384       /* the same in grad @ W */
+#define TORCH_GRAD_ROWS 192       /* the same in grad @ W */
 #define TORCH_SIXTEEN_ROWS 9      /* batch rows from which torch is faster with bfloat16 weights and inputs: x @ W.T */
 #define TORCH_GRAD_SIXTEEN_ROWS 16 /* the same in grad @ W */
 #define TILED_INPUTS 16           /* batch rows of an AMX tile */
