@@ -46,17 +46,10 @@ def assert_sum(got, exact, magnitudes, terms, sums=torch.float32, rounded=()):
 def assert_product(got, x, weight, bias=None, sums=torch.float32, rounded=(), more=0):
     """Hold ``got`` to ``x @ weight.T + bias`` of these very factors: (..., in), (out, in) -> (..., out).
 
-    A kernel may multiply a 4-bit weight whose levels are multiples of a step with integers of 24 bits. An input is
-    then off by 1.02 u of the largest of its 128. Halving 16 integer sums loses less than 3 u of that input times the
-    block's scale, which is at most the largest weight. Together that is below 4 u.
-
     Args:
         more: roundings of each term beside those of the sum; ``OF_4_BITS`` where the weight is of 4 bits.
     """
     x, weight = x.detach().double(), weight.detach().double()
     bias = torch.zeros((), dtype=torch.float64) if bias is None else bias.detach().double()
     exact, magnitudes = x @ weight.t() + bias, x.abs() @ weight.abs().t() + bias.abs()
-    terms = x.shape[-1] + 1 + more
-    if more:  # as a part of what so many roundings lose
-        magnitudes += 4 / terms * x.abs().amax(-1, keepdim=True) * weight.abs().sum(-1)
-    assert_sum(got, exact, magnitudes, terms, sums, rounded)
+    assert_sum(got, exact, magnitudes, x.shape[-1] + 1 + more, sums, rounded)

@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem import kernels, quantize
-from tests.compiled import assert_exact, both, both_kinds, bound, dequantized
+from tests.compiled import assert_exact, assert_same_bytes, both, both_kinds, bound, dequantized
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -39,11 +39,15 @@ def test_what_records_operations_sees_the_reference(isa, weight):
 @bound
 @both_kinds
 def test_values_that_are_not_their_memory_are_resolved(isa, weight):
-    w = both(weight)
-    negative = torch.complex(torch.zeros(3, 40), torch.randn(3, 40)).conj().imag  # its memory holds the opposite
-    assert negative.is_neg()
+    """Of memory that holds the opposite, with gaps or without."""
+    w, q = both(weight), both("4-bit")
+    with_gaps = torch.complex(torch.zeros(3, 40), torch.randn(3, 40)).conj().imag
+    dense = torch._neg_view(q.dequantize())
     with kernels.using(isa):
-        assert_exact(kernels.linear(negative, w, torch.float32), negative.clone(), dequantized(w, torch.float32))
+        for negative in (with_gaps, torch._neg_view(torch.randn(3, 40))):
+            assert negative.is_neg()
+            assert_exact(kernels.linear(negative, w, torch.float32), negative.clone(), dequantized(w, torch.float32))
+        assert_same_bytes(quantize(dense, block_size=8), quantize(dense.clone(), block_size=8))
         zero = torch._efficientzerotensor(3, 40)
         assert not kernels.linear(zero, w, torch.float32).any()
 
