@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WEIGHTS = {  # blocks of 8, 16, 32, 64 and 128 are whole parts of a group of 128 columns
     "4-bit, blocks of 8 to 128": quantize(torch.zeros(1, 64), "nf4", block_size=64),
     "4-bit, other multiples of 8": quantize(torch.zeros(1, 256), "nf4", block_size=256),
-    "4-bit, other blocks": quantize(torch.zeros(1, 10), "nf4", block_size=10),
+    "4-bit, other blocks": quantize(torch.zeros(1, 12), "nf4", block_size=12),
     "bfloat16": torch.zeros(1, 1, dtype=torch.bfloat16),
     "float16": torch.zeros(1, 1, dtype=torch.float16),
 }

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem import FourBit, Half, LoRA
+from lowmem import FourBit, Half, LoRA, convert, merge_adapter
 from lowmem.io.metadata import adapter_record, adapters_of, adapters_record, lora_of, technique_of, technique_record
 from lowmem.nn.lora import Adapter, LoRALinear
 from tests import strategies
@@ -118,3 +118,10 @@ def test_what_is_no_record_of_several_adapters_is_refused():
     for record, reason in ADAPTERS_MISTAKES:
         with pytest.raises(ValueError, match=reason):
             adapters_of(record)
+
+
+def test_a_merged_adapter_is_recorded_as_active():
+    model = convert(nn.Sequential(nn.Linear(4, 4)), LoRA(2))
+    merge_adapter(model, model[0].active[0])
+    model[0].active = ()
+    assert [record["active"] for record in adapters_record(model[0])] == [True]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
 from lowmem.quant.backend import active_backend
-from lowmem.quant.formats import get_format
+from lowmem.quant.formats import FORMATS, get_format
 from lowmem.quant.packing import pack
 from tests import strategies
 from tests.compiled import (
@@ -225,10 +225,10 @@ def test_every_nan_is_one_when_it_is_rounded(isa, dtype):
 def test_a_number_halfway_between_two_is_rounded_to_the_even_one(isa, dtype, bits):
     """Weights at the end level, so that each is its scale: odd multiples of half a unit in the last place."""
     scales = (1 + torch.arange(1, 65, 2) * 2.0**-bits)[:, None]
-    q = quantize(torch.ones(32, 21), "fp4", block_size=32, scales="float32")
-    q = replace(q, scales=scales)
+    q = quantize(torch.ones(32, 53), "fp4", block_size=32, scales="float32")  # a whole block, and a part of one
+    q = replace(q, scales=scales.repeat(1, 2))
     with kernels.using(isa), no_plain_rows():
-        assert torch.equal(q.dequantize(dtype), scales.expand(32, 21).to(dtype))
+        assert torch.equal(q.dequantize(dtype), scales.expand(32, 53).to(dtype))
 
 
 @compiled
@@ -257,7 +257,7 @@ def test_columns_from_a_block_on_are_the_same(isa, rows, columns, size, scales, 
 
 @bound
 @pytest.mark.parametrize(
-    ("column", "count"), [(3, 16), (8, 16), (0, 17), (16, 8), (-16, 16), (48, 16), (32, 9), (64, 0)], ids=str
+    ("column", "count"), [(3, 16), (8, 8), (8, 16), (0, 17), (16, 8), (-16, 16), (48, 16), (32, 9), (64, 0)], ids=str
 )
 def test_no_columns_that_begin_or_end_within_a_block_or_beyond_the_row(isa, column, count):
     q = quantize(torch.randn(2, 40), "nf4", block_size=16)
@@ -265,3 +265,14 @@ def test_no_columns_that_begin_or_end_within_a_block_or_beyond_the_row(isa, colu
         kernel = active_backend()
         assert kernel._dequantize(kernel._given(q), 0, column, torch.empty(2, count)) is None
         assert kernel._dequantize(kernel._given(q), 0, 32, torch.empty(2, 8)) is not None  # the end of the rows
+
+
+@compiled
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_what_lies_beyond_a_short_block_counts_in_no_error(isa, form):
+    """A format without a zero would have an error there, and the search would choose other scales."""
+    weight = strategies.make_weight("normal", (60, 21), 0, 0)
+    with kernels.using("reference"):
+        expected = quantize(weight, form, block_size=16, search=True)
+    with kernels.using(isa), no_plain_rows():
+        assert_same_bytes(quantize(weight, form, block_size=16, search=True), expected)

@@ -578,3 +578,12 @@ def test_weights_that_are_parts_of_one_storage_are_two_weights():
     model = convert(torch.nn.Sequential(*layers), Half())
     for layer, part in zip(model, both.split(4), strict=True):
         assert torch.equal(layer.weight, part.half())
+
+
+@pytest.mark.parametrize("techniques", EVERY)
+def test_a_tie_with_a_layer_that_another_tie_leaves_is_left_alone(techniques):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model.register_parameter("own", model[0].weight)
+    model[0].register_parameter("other", model[1].weight)
+    convert(model, *techniques)
+    assert [type(layer) is nn.Linear for layer in model] == [True, True, False]
