@@ -1,5 +1,7 @@
 """An adapter alone: saved, loaded onto its own base, and refused by every other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -220,3 +222,14 @@ def test_the_fingerprint_is_of_the_layers_paths_and_of_those_named_alone():
     assert fingerprint(nn.Sequential(other, one), ["1"]) != first
     assert fingerprint(nn.Sequential(one, one), ["0"]) == first
     assert fingerprint(nn.Sequential(one, other), ["0", "1"]) != first
+
+
+def test_how_scales_were_found_makes_no_other_base():
+    """It does not change what the bytes mean."""
+    model, other = (convert(nn.Sequential(nn.Linear(16, 8)), FourBit()) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    assert fingerprint(model, ["0"]) == fingerprint(other, ["0"])
+    other[0]._quantized = replace(other[0].quantized, method="search")
+    assert fingerprint(model, ["0"]) == fingerprint(other, ["0"])
+    other[0].packed[0, 0] ^= 1
+    assert fingerprint(model, ["0"]) != fingerprint(other, ["0"])

@@ -371,3 +371,11 @@ def test_a_file_is_mapped_as_long_as_it_was_or_not_at_all(tmp_path):
         os.truncate(path, 6)
         with pytest.raises(FileError, match=r"cannot read '.*file': it was cut while it was read; get it again"):
             map_file(path, file, 7)
+
+
+def test_a_dangling_link_is_no_free_name(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match="exists; remove it"):
+        check_free(link)
+    check_free(tmp_path / "free")

@@ -600,3 +600,15 @@ def test_memory_stays_small_whatever_a_file_says_and_however_large_it_is(tmp_pat
 
 def test_the_version_is_that_of_the_files():
     assert json.loads(HEADER["__metadata__"]["lowmem"])["version"] == FORMAT_VERSION
+
+
+@pytest.mark.parametrize("place", [-1, -200, -600])
+def test_the_digest_is_of_every_block(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(container, "BLOCK", 64)
+    path = tmp_path / "file"
+    write_tensors(path, {"x": torch.arange(200.0)}, {})
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FileError, match="it is damaged"):
+        read(path)

@@ -106,6 +106,8 @@ def test_patterns_choose_and_other_tensors_are_copied(tmp_path):
     tensors = read(tmp_path / "out").tensors
     assert {"a.packed", "a.scales"} | (set(state) - {"a.weight"}) == set(tensors)
     assert all(torch.equal(tensors[name], state[name]) for name in state if name in tensors)
+    rows = convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit(), exclude=["norm.*", "a.*"])
+    assert [row.name for row in rows if row.converted] == ["b.weight"]
     rows = convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit(), include=["b.*"])
     assert [row.name for row in rows if row.converted] == ["b.weight"]
 
@@ -174,6 +176,9 @@ def test_the_source_is_never_overwritten_and_not_converted_twice(tmp_path):
     os.symlink("in", tmp_path / "link")
     with pytest.raises(ValueError, match="belongs to the source"):
         convert_checkpoint(tmp_path / "link", tmp_path / "in", FourBit())
+    os.symlink(tmp_path, tmp_path / "folder")
+    with pytest.raises(ValueError, match="belongs to the source"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "folder" / "in", FourBit())
     convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit())
     with pytest.raises(FileError, match="wrote it already"):
         convert_checkpoint(tmp_path / "out", tmp_path / "again", FourBit())

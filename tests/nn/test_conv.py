@@ -250,3 +250,16 @@ def test_it_compiles_whole_with_its_gradient_for_any_batch(technique, channels):
         torch.testing.assert_close(compiled(x), layer(x))
         got, expected = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, layer))
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("technique", [Half(torch.float16), FourBit(block_size=8)])
+def test_padding_same_of_an_even_kernel_puts_the_odd_zero_behind(technique):
+    """As nn.Conv2d does, which this is held against with the stored weight."""
+    dense = nn.Conv2d(3, 5, (2, 4), padding="same", dilation=(3, 1))
+    layer = convert(nn.Sequential(copy.deepcopy(dense)), technique)[0]
+    x = torch.randn(2, 3, 9, 11)
+    stored = layer.quantized.dequantize() if isinstance(technique, FourBit) else layer.weight.float()
+    with torch.no_grad():
+        dense.weight.copy_(stored.view_as(dense.weight))
+        dense.bias.copy_(layer.bias.float())
+        torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)

@@ -94,3 +94,12 @@ def test_formats_are_frozen():
         FORMATS["nf4"].block_size = 8
     with pytest.raises(TypeError):
         FORMATS["mine"] = FORMATS["nf4"]
+
+
+def test_of_two_equal_levels_one_code_is_chosen():
+    """The boundary between the zeros of fp4 is the one before them: whatever is nearest to zero has one code."""
+    for form in FORMATS.values():
+        for code in range(1, 15):
+            if form.levels[code] == form.levels[code + 1]:
+                assert form.boundaries[code] == form.boundaries[code - 1]
+    assert len(set(FORMATS["fp4"].levels)) == 15

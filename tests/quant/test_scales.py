@@ -80,3 +80,19 @@ def test_an_outlier_does_not_erase_the_other_blocks_of_its_row():
 def test_an_unknown_encoding_lists_the_choices(name):
     with pytest.raises(ValueError, match="choose from float32, float16, double"):
         get_encoding(name)
+
+
+def test_what_is_decoded_is_encoded_to_the_same_bytes():
+    """Every number of steps, in rows whose largest scale has any mantissa of float16."""
+    largest = (1 + torch.arange(0, 1024, 7) / 1024)[:, None]  # (rows, 1)
+    scales = torch.arange(256) / 255 * largest  # (rows, 256)
+    for encoding in ENCODINGS.values():
+        stored = encoding.encode(scales)
+        assert torch.equal(encoding.encode(encoding.decode(stored)), stored)
+
+
+def test_a_subnormal_float32_scale_is_stored_as_zero():
+    """Some processors take it for zero, and others do not."""
+    tiny = torch.finfo(torch.float32).smallest_normal
+    stored = get_encoding("float32", False).encode(torch.tensor([[tiny / 2, tiny, 2.0**-149]]))
+    assert stored.tolist() == [[0.0, tiny, 0.0]]

@@ -81,3 +81,12 @@ def test_candidates_lie_a_sixteenth_apart_and_those_nearest_to_the_largest_weigh
     assert sorted(CANDIDATES) == [n / 16 for n in range(12, 21)]
     distances = [abs(factor - 1) for factor in CANDIDATES]
     assert distances == sorted(distances)
+
+
+def test_importance_multiplies_the_squared_error():
+    rows, form = torch.tensor([[0.3, -0.7, 1.0, 0.45]]), FORMATS["nf4"]
+    importance, scale = torch.tensor([4.0, 0.0, 1.0, 9.0]), torch.tensor([[0.9]])
+    codes = nearest_codes(rows, scale, form, 4).long()
+    errors = (rows - torch.tensor(form.levels)[codes] * 0.9).double() ** 2
+    found = block_errors(rows, scale, form, 4, importance)
+    torch.testing.assert_close(found.double(), (errors * importance).sum(-1, keepdim=True), rtol=1e-5, atol=0)

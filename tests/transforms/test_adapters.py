@@ -677,3 +677,11 @@ def test_a_child_that_was_forked_while_another_thread_changed_a_model_can_read_o
     done.set()
     thread.join()
     assert status == 0
+
+
+def test_active_adapters_stand_in_the_order_in_which_they_were_added():
+    model = convert(nn.Sequential(nn.Linear(4, 4)), LoRA(1))
+    add_adapter(model, "added", LoRA(1))
+    deactivate(model)
+    activate(model, "added", "default")
+    assert model[0].active == ("default", "added")
