@@ -150,14 +150,13 @@ def layers_to_convert(
 
 
 def drop_partial_ties(model: nn.Module, candidates: dict[nn.Module, str]) -> None:
-    """Drop candidates that share a weight with a module that is no candidate; repeat until stable."""
+    """Drop candidates that share their weight with a module that is no candidate.
+
+    Once is enough: whoever shares that weight is dropped with them, and a candidate holds no other one.
+    """
     owners = parameter_owners(model)  # lacks modules that another thread has just replaced, which swap rejects
-    while True:
-        dropped = [m for m in candidates if any(o not in candidates for o, _ in owners.get(id(m.weight), ()))]
-        if not dropped:
-            return
-        for module in dropped:
-            del candidates[module]
+    for module in [m for m in candidates if any(o not in candidates for o, _ in owners.get(id(m.weight), ()))]:
+        del candidates[module]
 
 
 def stored_weight(layer: nn.Module) -> Any:
