@@ -13,6 +13,7 @@ from tests.rounding import gamma, unit
 from tests.selection import NIGHTLY
 
 ISAS = kernels.available()[1:]
+needs_kernel = pytest.mark.skipif(not ISAS, reason="the kernel is not compiled here")
 
 
 def at(names: Iterable[str]) -> pytest.MarkDecorator:

@@ -31,8 +31,6 @@ from lowmem.quant.tensor import QuantizedTensor
 __all__ = ["LowRank", "Weight", "add_low_rank", "available", "backend", "explain", "input_grad", "linear", "using"]
 
 VARIABLE = "LOWMEM_KERNEL"
-HALVES = (torch.float16, torch.bfloat16)
-
 PROVIDERS = (reference, cpu)
 """Modules with a function ``backends()``. It returns the backends that can run here, the slowest first, and how they
 compute; or none, and the reason."""
@@ -78,15 +76,18 @@ def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = N
         dtype: of the input, or torch.int8 for products in 8-bit integers; None: the layer's, or float32.
 
     Raises:
-        TypeError: something that stores no weight of 4 or 16 bits.
+        TypeError: something that stores no weight of 4 or 16 bits, or torch.int8 with a weight of 16.
         ValueError: ``rows`` below 1, or another dtype.
     """
     dtype = dtype or getattr(weight, "compute_dtype", None) or torch.float32
     stored: object = weight
     if isinstance(weight, nn.Module):
         stored = getattr(weight, "quantized", getattr(weight, "weight", None))
-    if not isinstance(stored, QuantizedTensor) and not (isinstance(stored, Tensor) and stored.dtype in HALVES):
-        raise TypeError(f"{type(weight).__name__} stores no weight in 4 or 16 bits")
+    if not isinstance(stored, QuantizedTensor):
+        if not isinstance(stored, Tensor) or stored.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"{type(weight).__name__} stores no weight in 4 or 16 bits")
+        if dtype is torch.int8:
+            raise TypeError(f"dtype={dtype} is for weights of 4 bits, not for {stored.dtype}: give a float dtype")
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1")
     if dtype not in (*TYPES, torch.int8):

@@ -24,6 +24,7 @@ from tests.compiled import (
     bound,
     compiled,
     compiled_bfloat16,
+    needs_kernel,
     no_plain_rows,
     on_threads,
     stored,
@@ -199,7 +200,7 @@ def test_memory_that_cannot_be_written_is_left_to_plain_torch():
     )
 
 
-@pytest.mark.skipif(not ISAS, reason="the kernel is not compiled here")
+@needs_kernel
 @pytest.mark.parametrize("function", [*PRODUCTS, "quantize", "update", "prepare", "order"])
 def test_a_wrong_number_of_arguments_is_an_error(function):
     native, _ = cpu.load()
