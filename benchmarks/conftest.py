@@ -91,8 +91,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what runs only where ``-m`` selects it."""
-    if "every_shape" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("every_shape")]
-        if left_out:
-            config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if not item.get_closest_marker("every_shape")]
+    if "every_shape" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("every_shape")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

@@ -6,8 +6,6 @@
 Extra info has ``reference_seconds``: what nn.Linear takes. After ``pip install .[peers]`` bitsandbytes runs, too.
 """
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
@@ -67,8 +65,7 @@ def test_layer_shape(benchmark, timed, shape, rows):
 @pytest.mark.filterwarnings("ignore")
 @cells
 def test_layer_shape_in_bitsandbytes(benchmark, timed, shape, rows):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[peers]")
-    bnb = importlib.import_module("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[peers]")
     benchmark.group = f"nf4 {shape[0]} x {shape[1]}, rows {rows:4}"
     dense, x = layers(shape, rows)
     layer = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")

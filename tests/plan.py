@@ -12,7 +12,6 @@ from lowmem.quant.quantize import quantize
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 TABLE = re.compile(r"(?<=<!-- plan -->\n).*?(?=<!-- end -->)", re.DOTALL)
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512vnni", "avx512bf16", "avx512amx")
-EXTENDS = {"avx512vnni": "avx512", "avx512bf16": "avx512vnni", "avx512amx": "avx512vnni"}
 MOST = 2048  # rows of an input: no plan changes beyond
 PRODUCTS = {"linear": "x @ W.T", "linear_int8": "x @ W.T in int8", "input_grad": "grad @ W"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,16 +71,23 @@ def lines(name: str, cells: dict[tuple[str, str, str], str]) -> list[str]:
     return found
 
 
+def extended(kernel: Kernel) -> str:
+    """Return the ISA that a kernel's ISA extends, or an empty text: the plan asks its kernels next."""
+    asked = kernel.plan(WEIGHTS["float16"], MOST, torch.float32, "input_grad")  # which the first of all ISAs computes
+    return next((isa for isa, *_ in asked if isa != kernel.name), "")
+
+
 def drawn(page: str) -> str:
     """Return the table: an ISA has the lines of the one that it extends, too, where it has none of its own.
 
     Lines of ISAs that are not compiled on this machine are those of the page.
     """
-    made = {name: plans(kernel) for name, kernel in compiled_isas().items()}
+    isas = compiled_isas()
+    made = {name: plans(kernel) for name, kernel in isas.items()}
     table = ["| ISA | Product | Weight | Input | Rows of the input and kernel |", "| :-- | :-- | :-- | :-- | :-- |"]
     for name in ISAS:
         if name in made:
-            inherited = made.get(EXTENDS.get(name, ""), {})
+            inherited = made.get(extended(isas[name]), {})
             table += lines(name, {key: text for key, text in made[name].items() if text != inherited.get(key)})
         else:
             table += [line for line in page.splitlines() if line.startswith(f"| {name} |")]

@@ -44,9 +44,9 @@ _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # keys of ``QuantizedTensor.
 
 _ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
 
-_TORCH_CHUNK = (
-    512  # rows, or columns, of a weight that are dequantized for torch at a time, or up to half as many more
-)
+# Rows, or columns, of a weight that are dequantized at a time where torch multiplies: up to half more, so that the
+# chunks of one weight have about one size.
+_TORCH_CHUNK = 512
 
 _OPERATIONS = {"linear": 0, "linear_int8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
 

@@ -382,15 +382,19 @@ def test_large_inputs_and_small_steps_make_no_infinity(isa, form):
 
 # Inputs and weights that are hard to multiply: of magnitudes that lie apart, at the ends of float32, not finite.
 
-
-@compiled
-@given(
+given_apart = (  # kind, batch, columns, block size, scales, and the decades over which the columns of an input lie
     st.sampled_from([*KINDS, "fp4"]),
     batches,
     columns_of_groups,
     st.sampled_from([8, 16, 24, 32, 64, 128, 256, 1024]),
     st.sampled_from(["float32", "float16", "double"]),
     st.integers(0, 38),
+)
+
+
+@compiled
+@given(
+    *given_apart,
     st.integers(0, 4),
     strategies.seeds,
 )
@@ -409,12 +413,7 @@ def test_magnitudes_that_lie_apart(isa, kind, batch, columns, block_size, scales
 
 @compiled_bfloat16
 @given(
-    st.sampled_from([*KINDS, "fp4"]),
-    batches,
-    columns_of_groups,
-    st.sampled_from([8, 16, 24, 32, 64, 128, 256, 1024]),
-    st.sampled_from(["float32", "float16", "double"]),
-    st.integers(0, 38),
+    *given_apart,
     strategies.seeds,
 )
 def test_magnitudes_that_lie_apart_in_bfloat16(isa, kind, batch, columns, block_size, scales, decades, seed):

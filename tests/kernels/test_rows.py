@@ -41,7 +41,7 @@ low_dtypes = st.sampled_from([torch.bfloat16, torch.float16])
     low_dtypes,
     strategies.seeds,
 )
-def test_quantizing_gives_the_bytes_of_plain_torch_and_restoring_its_bits(
+def test_quantizing_gives_the_bytes_of_plain_torch_and_dequantizing_its_bits(
     isa, weight, form, size, scales, search, kind, dtype, seed
 ):
     options = {
