@@ -172,6 +172,8 @@ class Kernel:
 
     def _linear_by_torch(self, x: Tensor, given: Given, shape: torch.Size, bias: Tensor | None) -> Tensor:
         """Dequantize rows of a weight, a chunk at a time, and multiply each by torch: (batch, in) -> (batch, out)."""
+        if x.dtype is torch.float16:  # the weight would be rounded to it
+            return self._linear_by_torch(x.float(), given, shape, bias).to(x.dtype)
         handle, packed, _ = given
         bias = bias if bias is None else bias.to(x.dtype)
         if handle is None:
@@ -194,6 +196,8 @@ class Kernel:
 
         Chunks of columns need no sums over them, which would have to be kept in float32.
         """
+        if grad.dtype is torch.float16:  # the weight would be rounded to it
+            return self._input_grad_by_torch(grad.float(), given, shape, block_size).to(grad.dtype)
         handle, packed, _ = given
         if handle is None:
             return grad @ packed
@@ -240,7 +244,9 @@ class Kernel:
             if product is None:
                 rounded = int8.round_inputs(wide, weight.block_size).contiguous()
                 product = self._linear(self._isa, *given, rounded, bias, threads, *_NO_LOW_RANK)
-            if product is None or product is False:
+            if product is False:
+                product = self._linear_by_torch(rounded, given, weight.shape, bias)
+            if product is None:
                 return None
             into.copy_(product)
         return out
@@ -411,7 +417,9 @@ class Kernel:
 
 
 def _range(least: int, most: int) -> str:
-    return f"{least} rows and more" if most >= 2**62 else f"{least} to {most} rows"
+    if most < 2**62:
+        return f"{least} to {most} rows"
+    return f"{least} rows and more" if least > 1 else "any number of rows"
 
 
 def _chunks(count: int, step: int = 1) -> list[slice]:

@@ -13,29 +13,19 @@ static void put_gradient(const struct job *job, int64_t g, const float *sums)
     for (int64_t m = 0; m < job->m1 - job->m0; m++) {
         char *out = (char *)job->out + (job->m0 + m) * w->columns * size;
         const float *of = sums + m / TILED_INPUTS * GROUP_TILES * TILE_FLOATS + m % TILED_INPUTS * LANES;
-        if (by_eights(w)) {
-            for (int64_t q = 0, byte = g * LANES * 4; q < GROUP_TILES && byte < w->row_bytes; q++, byte += 8) {
-                const int64_t start = byte / half * 2 * half, j = byte % half, columns = smaller(w->columns - start, 2 * half);
-                const int64_t lower = (columns + 1) / 2, low = smaller(8, lower - j), high = smaller(8, columns - lower - j);
-                float row[LANES];
-                store_as(row, BFLOAT16, 0, _mm512_permutexvar_ps(order, v_load(of + q * TILE_FLOATS)));
-                if (high == 8) {
-                    memcpy(out + (start + j) * size, row, 8 * size);
-                    memcpy(out + (start + lower + j) * size, (char *)row + 8 * size, 8 * size);
-                } else {
-                    memcpy(out + (start + j) * size, row, (size_t)(low * size));
-                    memcpy(out + (start + lower + j) * size, (char *)row + 8 * size, (size_t)((high > 0 ? high : 0) * size));
-                }
+        for (int64_t q = 0, byte = g * LANES * 4; q < GROUP_TILES && byte < w->row_bytes; q++, byte += 8) {
+            const int64_t start = byte / half * 2 * half, j = byte % half, columns = smaller(w->columns - start, 2 * half);
+            const int64_t lower = (columns + 1) / 2, low = smaller(8, lower - j), high = smaller(8, columns - lower - j);
+            float row[LANES];
+            store_as(row, BFLOAT16, 0, _mm512_permutexvar_ps(order, v_load(of + q * TILE_FLOATS)));
+            if (high == 8) {
+                memcpy(out + (start + j) * size, row, 8 * size);
+                memcpy(out + (start + lower + j) * size, (char *)row + 8 * size, 8 * size);
+            } else {
+                memcpy(out + (start + j) * size, row, (size_t)(low * size));
+                memcpy(out + (start + lower + j) * size, (char *)row + 8 * size, (size_t)((high > 0 ? high : 0) * size));
             }
-            continue;
         }
-        float row[GROUP];
-        for (int k = 0; k < GROUP_TILES; k++)
-            v_store(row + k * LANES, v_load(of + k * TILE_FLOATS));
-        struct job one = *job;
-        one.m0 = job->m0 + m;
-        one.m1 = one.m0 + 1;
-        unpack(&one, g, row, BFLOAT16);
     }
 }
 

@@ -5,15 +5,11 @@
  * same order. */
 enum lines {
     EIGHTS,  /* blocks of 16 and 32: a line is nibbles 0 to 3 of the eight 16-bit words of 16 bytes */
-    FOURS,   /* blocks of 64, 128 and more, at most two in a group. Here and below a line is nibble k of all 32 16-bit words */
-    SCALED   /* other blocks: weights are scaled one by one */
+    FOURS    /* blocks of 64 and 128, at most two in a group: a line is nibble k of all 32 16-bit words */
 };
 
 /* How the codes of a weight are dequantized into lines. */
-static enum lines lines_of(const struct weight *w)
-{
-    return w->half == 8 || w->half == 16 ? EIGHTS : w->half == 32 || w->half >= 64 ? FOURS : SCALED;
-}
+static enum lines lines_of(const struct weight *w) { return w->half <= 16 ? EIGHTS : FOURS; }
 
 /* For a column, its line and its index in the line. `place` is struct order's place of the column. */
 INLINE int64_t line_of(int64_t place, enum lines lines)

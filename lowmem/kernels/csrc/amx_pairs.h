@@ -2,32 +2,19 @@
 
 #define GRADIENT_LINES (TILED_GRAD_ROWS / LINE) /* tiles along the rows, of 16 pairs each */
 #define STRIP (GRADIENT_LINES * 2 * TILE_FLOATS) /* floats of a strip: two tiles of 16 columns, for all these rows */
-#define GROUP_TILES (GROUP / 16)
+#define GROUP_TILES (GROUP / 16) /* the sixteen columns of each belong to one block: nibbles 0 to 3 of four 16-bit words */
 #define GRADIENT_STRIPS (GROUP / LINE)
 _Static_assert(TILED_GRAD_OWN == GRADIENT_STRIPS * STRIP + TILED_GRAD_ROWS * LANES + TILED_INPUTS * TILED_GRAD_ROWS,
                "dequantized rows, scales, and inputs that are padded");
 
-/* Whether blocks are multiples of eight bytes. Then the sixteen columns of a tile belong to one block and are nibbles 0 to 3 of
- * four 16-bit words; else they are nibble k of all words of a group. */
-static int by_eights(const struct weight *w) { return w->half % 8 == 0; }
-
-/* The functions below dequantize rows r and r + 1 of group g, all strips of 32 columns: two tiles each, STRIP floats apart. r1
- * ends the rows; if r + 1 is not before it, the second row is zeros. `out` is the pair's line in the first tile. `scales` are
- * those of both rows, a vector each. */
-
-/* Prefetch the codes of the pair TILED_ROWS rows below. */
-INLINE void fetch_pair(const uint8_t *p, int64_t row_bytes)
-{
-    prefetch_far(p + TILED_ROWS * row_bytes);
-    prefetch_far(p + (TILED_ROWS + 1) * row_bytes);
-}
-
-/* Codes in blocks of multiples of eight bytes: see by_eights. */
+/* Dequantize rows r and r + 1 of group g, all strips of 32 columns: two tiles each, STRIP floats apart. r1 ends the rows; if
+ * r + 1 is not before it, the second row is zeros. `out` is the pair's line in the first tile. `scales` are those of both rows,
+ * a vector each. */
 INLINE void dequantize_eights(const struct weight *w, int64_t r, int64_t r1, int64_t g, const float *scales, float *out)
 {
     const int64_t from = g * LANES * 4, left = w->row_bytes - from;
     const uint8_t *p = w->packed + r * w->row_bytes + from;
-    const int32_t *block = w->order->block + g * 4 * LANES;
+    const int32_t *block = w->order->block + g * LANES;
     const V levels = v_load(w->levels);
     W nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi32(1 << 20), tables = _mm512_setzero_si512();
     W shifts = _mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0);
@@ -40,7 +27,8 @@ INLINE void dequantize_eights(const struct weight *w, int64_t r, int64_t r1, int
     const W one = words_load(p, left), two = words_load(p + w->row_bytes, r + 1 < r1 ? left : 0);
     _mm512_storeu_si512(words[0], _mm512_unpacklo_epi16(one, two));
     _mm512_storeu_si512(words[1], _mm512_unpackhi_epi16(one, two));
-    fetch_pair(p, w->row_bytes);
+    prefetch_far(p + TILED_ROWS * w->row_bytes);
+    prefetch_far(p + (TILED_ROWS + 1) * w->row_bytes);
 #pragma GCC unroll 8
     for (int q = 0; q < GROUP_TILES; q++) {
         if (!q || block[2 * q] != block[2 * q - 2])
@@ -50,33 +38,13 @@ INLINE void dequantize_eights(const struct weight *w, int64_t r, int64_t r1, int
     }
 }
 
-/* All other blocks: tile k is nibble k of all words. */
-INLINE void dequantize_nibbles(const struct weight *w, int64_t r, int64_t r1, int64_t g, const float *scales, float *out)
-{
-    const int64_t from = g * LANES * 4, left = w->row_bytes - from;
-    const uint8_t *p = w->packed + r * w->row_bytes + from;
-    const W one = words_load(p, left), two = words_load(p + w->row_bytes, r + 1 < r1 ? left : 0);
-    const V levels = v_load(w->levels), scale = v_load(scales), next = v_load(scales + LANES);
-    fetch_pair(p, w->row_bytes);
-    const int32_t *block = w->order->block + g * 4 * LANES;
-    for (int k = 0; k < GROUP_TILES; k++) {
-        const __m128i shift = _mm_cvtsi32_si128(4 * k);
-        const V even = v_mul(_mm512_permutexvar_ps(_mm512_srl_epi32(one, shift), levels), v_spread(scale, block));
-        const V odd = v_mul(_mm512_permutexvar_ps(_mm512_srl_epi32(two, shift), levels), v_spread(next, block));
-        v_store(out + k / 2 * STRIP + k % 2 * TILE_FLOATS, v_of_words(pairs(even, odd)));
-    }
-}
-
 /* out = all strips of rows r0 to r1 of group g. The last tile is padded with zeros. */
 static void dequantize_strips(const struct weight *w, int64_t r0, int64_t r1, int64_t g, const float *scales, float *out)
 {
     int64_t r = r0, pair = 0;
-#define EACH_PAIR for (; r < r1; r += 2, pair++, scales += 2 * LANES)
 #define AT_PAIR (out + pair / LANES * 2 * TILE_FLOATS + pair % LANES * LANES)
-    if (by_eights(w))
-        EACH_PAIR dequantize_eights(w, r, r1, g, scales, AT_PAIR);
-    else
-        EACH_PAIR dequantize_nibbles(w, r, r1, g, scales, AT_PAIR);
+    for (; r < r1; r += 2, pair++, scales += 2 * LANES)
+        dequantize_eights(w, r, r1, g, scales, AT_PAIR);
     for (const int64_t end = r0 + round_up(r1 - r0, LINE); r < end; r += 2, pair++)
         for (int k = 0; k < GRADIENT_STRIPS; k++) {
             v_store(AT_PAIR + k * STRIP, v_zero());

@@ -13,12 +13,12 @@ static void put_scales(const struct job *job, int64_t r, int64_t first, float *o
     for (const int64_t end = r + TILED_ROWS; r < end; r += 4, soon += 4 * bytes, out += 4 * LANES) {
         if (r + 4 <= w->rows) {
             row_units(w, r, 4, unit);
-            few_scales(w, r, 1, first, 4, unit, scale);
+            few_scales(w, r, first, 4, unit, scale);
         } else
             for (int i = 0; i < 4; i++) {
                 const int64_t row = smaller(r + i, w->rows - 1);
                 row_units(w, row, 1, unit);
-                few_scales(w, row, 1, first, 1, unit, scale + i);
+                few_scales(w, row, first, 1, unit, scale + i);
             }
         for (int i = 0; i < 4; i++) {
             prefetch_far(soon + i * bytes);
@@ -46,7 +46,7 @@ INLINE void look_up(W words, W nibble, W second, W tables, float *out)
 INLINE void dequantize_four(const struct weight *w, int64_t r, int64_t g, const enum lines lines, const float *scales, float *out)
 {
     const int64_t left = w->row_bytes - g * LANES * 4, last = w->rows - 1 - r;
-    const int32_t *block = w->order->block + g * 4 * LANES;
+    const int32_t *block = w->order->block + g * LANES;
     const V levels = v_load(w->levels);
     W nibble = _mm512_set1_epi16(15), shifts = _mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0);
     W second = _mm512_set4_epi32(0x00100010, 0x00100010, 0, 0); /* bit 4 of an index selects the second table */
@@ -75,20 +75,10 @@ INLINE void dequantize_four(const struct weight *w, int64_t r, int64_t g, const 
             }
             continue;
         }
-        const W words = words_load(p, left);
-        if (lines == FOURS) {
-            const W tables = two_tables(levels, scales + block[0], scales + block[0] + 1);
+        const W words = words_load(p, left), tables = two_tables(levels, scales + block[0], scales + block[0] + 1);
 #pragma GCC unroll 4
-            for (int k = 0; k < LINES; k++)
-                look_up(_mm512_srli_epi16(words, 4 * k), nibble, second, tables, out + 2 * k * TILE_FLOATS);
-            continue;
-        }
-#pragma GCC unroll 4
-        for (int k = 0; k < LINES; k++) {
-            const V scale = v_spread(v_load(scales), block);
-            const V even = v_mul(v_lookup(levels, words, k), scale), odd = v_mul(v_lookup(levels, words, k + 4), scale);
-            v_store(out + 2 * k * TILE_FLOATS, v_of_words(pairs(even, odd)));
-        }
+        for (int k = 0; k < LINES; k++)
+            look_up(_mm512_srli_epi16(words, 4 * k), nibble, second, tables, out + 2 * k * TILE_FLOATS);
     }
 }
 
@@ -104,11 +94,10 @@ static void dequantize_tiles(const struct job *job, int64_t r, int64_t g, int64_
         for (int row = 0; row < TILED_ROWS && r + row < w->rows; row += 4) {
             const float *of = scales + row * LANES;
             float *at = out + row * LANES;
-            switch (lines) { /* each call is compiled for its constant */
-            case EIGHTS: dequantize_four(w, r + row, g, EIGHTS, of, at); break;
-            case FOURS: dequantize_four(w, r + row, g, FOURS, of, at); break;
-            case SCALED: dequantize_four(w, r + row, g, SCALED, of, at); break;
-            }
+            if (lines == EIGHTS) /* each call is compiled for its constant */
+                dequantize_four(w, r + row, g, EIGHTS, of, at);
+            else
+                dequantize_four(w, r + row, g, FOURS, of, at);
         }
     }
 }

@@ -10,49 +10,16 @@ typedef struct {
     __m256 low, high;
 } T;
 
-#define v_of_words _mm256_castsi256_ps
-#define words_of_v _mm256_castps_si256
-#define v_zero _mm256_setzero_ps
 #define v_set1 _mm256_set1_ps
-#define v_load _mm256_loadu_ps
-#define v_store _mm256_storeu_ps
 #define v_keep(a) __asm__("" : "+x"(a))
-#define v_add _mm256_add_ps
-#define v_mul _mm256_mul_ps
-#define v_sub _mm256_sub_ps
-#define v_div _mm256_div_ps
 #define v_fma _mm256_fmadd_ps
-#define OWN_SHUFFLES /* v_sum4, v_runs, v_transpose */
-static inline void v_sum4(V a, V b, V c, V d, float *out)
+/* out[i] = lane i of a, b, c, d in its low half, and lane i + 4 of them in its high half. */
+static inline void v_quarters(V a, V b, V c, V d, V *out)
 {
-    const V all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); /* partial sums of a, b, c, d in each half */
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-}
-/* Interleave pairs of lanes of a and b, in each half: the low pairs, or the high ones. */
-static inline V v_pairs_low(V a, V b)
-{
-    return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-}
-static inline V v_pairs_high(V a, V b)
-{
-    return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-}
-/* run[i] = lane i of a, b, c, d in its low half, and lane i + 4 of them in its high half. */
-static inline void v_quarters(V a, V b, V c, V d, V *run)
-{
-    const V ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
-    const V ab_high = _mm256_unpackhi_ps(a, b), cd_high = _mm256_unpackhi_ps(c, d);
-    run[0] = v_pairs_low(ab, cd), run[1] = v_pairs_high(ab, cd);
-    run[2] = v_pairs_low(ab_high, cd_high), run[3] = v_pairs_high(ab_high, cd_high);
-}
-static inline void v_runs(V a, V b, V c, V d, float *out)
-{
-    V run[4];
-    v_quarters(a, b, c, d, run);
-    for (int i = 0; i < 4; i++) {
-        _mm_storeu_ps(out + 4 * i, _mm256_castps256_ps128(run[i]));
-        _mm_storeu_ps(out + 16 + 4 * i, _mm256_extractf128_ps(run[i], 1));
-    }
+    const __m256d low[2] = {(__m256d)_mm256_unpacklo_ps(a, b), (__m256d)_mm256_unpacklo_ps(c, d)};
+    const __m256d high[2] = {(__m256d)_mm256_unpackhi_ps(a, b), (__m256d)_mm256_unpackhi_ps(c, d)};
+    out[0] = (V)_mm256_unpacklo_pd(low[0], low[1]), out[1] = (V)_mm256_unpackhi_pd(low[0], low[1]);
+    out[2] = (V)_mm256_unpacklo_pd(high[0], high[1]), out[3] = (V)_mm256_unpackhi_pd(high[0], high[1]);
 }
 static inline void v_transpose(V *v)
 {
@@ -64,6 +31,12 @@ static inline void v_transpose(V *v)
         v[i] = _mm256_permute2f128_ps(front[i], back[i], 0x20);
         v[i + 4] = _mm256_permute2f128_ps(front[i], back[i], 0x31);
     }
+}
+static inline V v_sums(V *v)
+{
+    const V front = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    const V back = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(front, back, 0x20), _mm256_permute2f128_ps(front, back, 0x31));
 }
 #define v_spread(a, index) _mm256_permutevar8x32_ps(a, _mm256_loadu_si256((const __m256i *)(index)))
 
@@ -79,28 +52,7 @@ static inline __attribute__((always_inline)) V v_lookup(T table, W words, const 
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
                             _mm256_permutevar8x32_ps(table.high, index), bit3);
 }
-static inline float v_sum(V a)
-{
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-static inline W words_load(const uint8_t *p, int64_t left)
-{
-    if (left >= 32)
-        return _mm256_loadu_si256((const __m256i *)p);
-    uint8_t part[32] = {0};
-    if (left > 0)
-        memcpy(part, p, (size_t)left);
-    return _mm256_loadu_si256((const __m256i *)part);
-}
 static inline W bytes_load(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
-static inline W block_load(const uint8_t *p)
-{
-    int four;
-    memcpy(&four, p, 4);
-    return _mm256_srlv_epi32(_mm256_cvtepu8_epi32(_mm_set1_epi32(four)), _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0));
-}
 #define OWN_STEPS
 static inline V v_steps(const uint8_t *p, int encoding)
 {
@@ -166,6 +118,4 @@ static inline void v_to_bfloat(uint16_t *p, V a)
 #define MANY_INPUTS 6
 #define FEW_ROWS(M) ((M) <= 4 ? 2 : 1)
 #define TILE_VECTORS 2
-#define GRAD_CODES 3
 #define GRAD_SIXTEEN 16
-#define GRAD_VECTORS 4

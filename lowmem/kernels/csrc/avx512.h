@@ -8,52 +8,9 @@ typedef __m512 V;
 typedef __m512i W;
 typedef __m512 T;
 
-#define v_of_words _mm512_castsi512_ps
-#define words_of_v _mm512_castps_si512
-#define v_zero _mm512_setzero_ps
 #define v_set1 _mm512_set1_ps
-#define v_load _mm512_loadu_ps
-#define v_store _mm512_storeu_ps
-#define OWN_SHUFFLES /* v_sum4, v_runs, v_transpose */
 #define v_keep(a) __asm__("" : "+v"(a))
-#define v_add _mm512_add_ps
-#define v_mul _mm512_mul_ps
-#define v_sub _mm512_sub_ps
-#define v_div _mm512_div_ps
 #define v_fma _mm512_fmadd_ps
-#define v_sum _mm512_reduce_add_ps
-static inline void v_sum4(V a, V b, V c, V d, float *out)
-{
-    const V ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const V cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const V all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)); /* partial sums of a, b, c, d in each quarter */
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-}
-/* Transpose 4 x 4 numbers in each quarter of four vectors: out[i] = lane i, i + 4, i + 8, i + 12 of a, b, c, d. */
-static inline void v_quarters(V a, V b, V c, V d, V *out)
-{
-    const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
-    const __m512d cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(c, d)), cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
-    out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low));
-    out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low));
-    out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high));
-    out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high));
-}
-static inline void v_runs(V a, V b, V c, V d, float *out)
-{
-    V run[4];
-    v_quarters(a, b, c, d, run);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        _mm_storeu_ps(out + 4 * i, _mm512_castps512_ps128(run[i]));
-        _mm_storeu_ps(out + 16 + 4 * i, _mm512_extractf32x4_ps(run[i], 1));
-        _mm_storeu_ps(out + 32 + 4 * i, _mm512_extractf32x4_ps(run[i], 2));
-        _mm_storeu_ps(out + 48 + 4 * i, _mm512_extractf32x4_ps(run[i], 3));
-    }
-}
 /* Transpose 16 x 16 numbers: interleave pairs, then fours, then quarters of vectors. */
 static inline void v_transpose(V *v)
 {
@@ -80,11 +37,23 @@ static inline void v_transpose(V *v)
         v[i + 12] = _mm512_shuffle_f32x4(high0, high1, 0xdd);
     }
 }
+static inline V v_sums(V *v)
+{
+#define FOLD(a, b) _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))
+    for (int i = 0; i < 8; i++)
+        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = (__m512d)v[2 * i], b = (__m512d)v[2 * i + 1];
+        v[i] = _mm512_add_ps((V)_mm512_unpacklo_pd(a, b), (V)_mm512_unpackhi_pd(a, b));
+    }
+    return FOLD(FOLD(v[0], v[1]), FOLD(v[2], v[3]));
+}
 #define table_load _mm512_loadu_ps
 /* The permute reads four bits of an index, so the nibbles above need not be cleared. */
 #define v_lookup(table, words, k) _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * (k)), table)
 #define v_spread(a, index) _mm512_permutexvar_ps(_mm512_loadu_si512(index), a)
 
+#define OWN_WORDS
 static inline W words_load(const uint8_t *p, int64_t left)
 {
     if (left >= 64)
@@ -94,6 +63,7 @@ static inline W words_load(const uint8_t *p, int64_t left)
     return _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, p);
 }
 static inline W bytes_load(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+#define OWN_BLOCKS
 static inline W block_load(const uint8_t *p)
 {
     long long eight;
@@ -101,24 +71,13 @@ static inline W block_load(const uint8_t *p)
     const W twice = _mm512_cvtepu8_epi32(_mm_set1_epi64x(eight));
     return _mm512_srlv_epi32(twice, _mm512_set_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0));
 }
-#define OWN_FROM_HALF
-static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
-{
-    for (; n >= 16; n -= 16, p += 16, out += 16)
-        _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)));
-    if (n > 0) {
-        const __mmask16 mask = (__mmask16)((1u << n) - 1);
-        _mm512_mask_storeu_ps(out, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)));
-    }
-}
-
 #define OWN_SCALES
 static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
 {
     /* a masked load is slower than a plain one */
     const __mmask16 mask = n >= LANES ? 0xffff : (__mmask16)((1u << (n < 0 ? 0 : n)) - 1);
     if (encoding == SCALES_FLOAT32)
-        return n >= LANES ? v_load((const float *)p + from) : _mm512_maskz_loadu_ps(mask, (const float *)p + from);
+        return n >= LANES ? _mm512_loadu_ps((const float *)p + from) : _mm512_maskz_loadu_ps(mask, (const float *)p + from);
     if (encoding == SCALES_FLOAT16) {
         const uint16_t *scales = (const uint16_t *)p + from;
         return _mm512_cvtph_ps(n >= LANES ? _mm256_loadu_si256((const __m256i *)scales) : _mm256_maskz_loadu_epi16(mask, scales));
@@ -178,6 +137,4 @@ static inline void v_to_bfloat(uint16_t *p, V a)
 #define MANY_INPUTS 12
 #define FEW_ROWS(M) ((M) <= 3 ? 4 : 2)
 #define TILE_VECTORS 4
-#define GRAD_CODES 16
 #define GRAD_SIXTEEN 32
-#define GRAD_VECTORS 8

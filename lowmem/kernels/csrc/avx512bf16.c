@@ -1,10 +1,7 @@
 /* The ISA avx512bf16: AVX-512 with bfloat16 products (vdpbf16ps), in addition to the 8-bit ones of avx512vnni. */
+#include "kernel.h"
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,avx512vnni"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,avx512vnni")
-#endif
+TARGET(AVX512,avx512vnni,avx512bf16)
 #define ISA_BFLOAT16 1
 #include "avx512.h"
 
@@ -15,18 +12,12 @@ static const struct kernel kernels[] = {
     {"few_bf16", LINEAR, WHOLE, 1 << BFLOAT16, 1, FEW_MORE, IN_REGISTERS(2), .pack = pack_few_bf16, .multiply = few_bf16_body},
     {"fused_bf16", LINEAR, WHOLE, 1 << BFLOAT16, FEW_MORE + 1, FUSED_BATCH, IN_TILES(2), .pack = pack_many_bf16,
      .multiply = fused_bf16_body},
-    {"tiled_bf16", LINEAR, CODES, 1 << BFLOAT16, FEW + 1, ANY_ROWS, IN_TILES(2), .pack = pack_many_bf16,
+    {"tiled_bf16", LINEAR, WHOLE, 1 << BFLOAT16, FEW + 1, ANY_ROWS, IN_TILES(2), .pack = pack_many_bf16,
      .multiply = tiled_bf16_body},
-    {"grad_few_bf16", INPUT_GRAD, WHOLE, 1 << BFLOAT16, 1, GRAD_CODES, OF_GRADIENT, .few = 1,
-     .multiply = grad_bf16_body},
-    {"grad_tiled_bf16", INPUT_GRAD, CODES, 1 << BFLOAT16, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_bf16_body},
+    {"grad_tiled_bf16", INPUT_GRAD, WHOLE, 1 << BFLOAT16, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_bf16_body},
     {NULL},
 };
 
 const struct isa isa_avx512bf16 = {"avx512bf16", LANES, &isa_avx512vnni, kernels, NULL, NULL, NULL, NULL};
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#else
-typedef int nothing_here;
+END_TARGET
 #endif

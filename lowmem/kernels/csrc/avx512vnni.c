@@ -1,11 +1,7 @@
 /* The ISA avx512vnni: AVX-512 with products in 8-bit integers (vpdpbusd). */
 #include "kernel.h"
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vnni"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vnni")
-#endif
+TARGET(AVX512,avx512vnni)
 #include "avx512.h"
 
 #include "body.h"
@@ -19,9 +15,5 @@ static const struct kernel kernels[] = {
 };
 
 const struct isa isa_avx512vnni = {"avx512vnni", LANES, &isa_avx512, kernels, NULL, NULL, NULL, NULL};
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#else
-typedef int nothing_here;
+END_TARGET
 #endif

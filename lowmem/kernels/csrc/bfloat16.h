@@ -83,12 +83,14 @@ INLINE W table_bf16(const float *levels)
 #define BF16_ROWS(M) ((M) <= 2 ? 4 : 2)
 #define EACH_OF_TWO EACH_INPUT if (j / 2 == two)
 
-/* As few_groups, for bfloat16: a permute looks up 32 levels, which stay in registers for all batch rows. */
-INLINE void few_groups_bf16(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
-                                  const float *x, V *sums)
+/* As few, for bfloat16: a permute looks up 32 levels, which stay in registers for all batch rows. */
+INLINE void few_bf16(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
+    const struct weight *w = job->weight;
+    const float *x = job->packed;
+    int64_t g = job->g0;
     const int64_t row_bytes = w->row_bytes;
-    const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
+    const int32_t *first = w->order->first_block, *block = w->order->block + g * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
     const uint8_t *soon = codes_soon(w, r, g, R);
     const W table = table_bf16(w->levels);
@@ -97,13 +99,13 @@ INLINE void few_groups_bf16(const struct weight *w, int64_t r, int64_t g, int64_
     row_units(w, r, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (; g < g1; g++, p += LANES * 4, x += M * (GROUP / 2), block += 4 * LANES, soon += LANES * 4 * R) {
+    for (; g < job->g1; g++, p += LANES * 4, x += M * (GROUP / 2), block += LANES, soon += LANES * 4 * R) {
         const int64_t left = row_bytes - g * (LANES * 4);
         EACH_ROW prefetch(soon + i * LANES * 4);
         W words[4], level[4 * 4];
         V scale[4];
         if (first[g] != from)
-            few_scales(w, r, 1, from = first[g], R, unit, stored);
+            few_scales(w, r, from = first[g], R, unit, stored);
         few_words(p, row_bytes, left, R, words);
 #pragma GCC unroll 4
         for (int two = 0; 2 * two < M; two++) {
@@ -123,7 +125,5 @@ INLINE void few_groups_bf16(const struct weight *w, int64_t r, int64_t g, int64_
             EACH_ROW EACH_OF_TWO acc[AT] = v_fma(sum[AT], scale[i], acc[AT]);
         }
     }
-    EACH_ROW EACH_INPUT sums[AT] = acc[AT];
+    EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
 }
-
-FEW_PRODUCT(few_bf16, few_groups_bf16, )

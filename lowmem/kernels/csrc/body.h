@@ -6,9 +6,10 @@
  *   FUSED_INPUTS   batch rows at a time (FUSED_BATCH of FEW or less: not used)
  *   MANY_VECTORS   vectors of rows in a tile of tiled.h, at most MAX_VECTORS, which is multiplied with
  *   MANY_INPUTS    batch rows at a time, at most 16
- *   GRAD_CODES, GRAD_SIXTEEN   largest batches of grad @ W for which codes are decoded, or 16-bit floats widened, in registers
- *   GRAD_VECTORS, TILE_VECTORS   vectors of columns at a time in grad @ W, in registers or from a tile: divisors of 8
+ *   GRAD_SIXTEEN   largest batch of grad @ W for which 16-bit weights are widened in registers
+ *   TILE_VECTORS   vectors of columns at a time in grad @ W: a divisor of 8
  *   ISA_BFLOAT16   whether the ISA multiplies bfloat16 vectors (vdpbf16ps) */
+#pragma GCC diagnostic ignored "-Wunused-function" /* functions that only other ISAs use */
 #ifndef ISA_BFLOAT16
 #define ISA_BFLOAT16 0
 #endif

@@ -2,20 +2,17 @@
  * included the ISA's vector operations and defined ISA_NAME. */
 #include "body.h"
 
-#define TEXT_OF(name) #name
-#define TEXT(name) TEXT_OF(name)
 #define ISA_OF(name) isa_##name
 #define THIS_ISA(name) ISA_OF(name)
 
 static const struct kernel kernels[] = {
     {"few", LINEAR, WHOLE, ANY_TYPE, 1, FEW, IN_REGISTERS(4), .pack = pack_few, .multiply = few_body},
-    {"few_odd", LINEAR, ODD, ANY_TYPE, 1, FEW, IN_REGISTERS(4), .pack = pack_few, .multiply = few_odd_body},
     {"few_sixteen", LINEAR, SIXTEEN, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_sixteen_body},
     {"fused", LINEAR, WHOLE, ANY_TYPE, FEW + 1, FUSED_BATCH, IN_TILES(4), .pack = pack_many, .multiply = fused_body},
-    {"tiled", LINEAR, CODES | SIXTEEN, ANY_TYPE, FEW + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
-    {"grad_few", INPUT_GRAD, WHOLE, ANY_TYPE, 1, GRAD_CODES, OF_GRADIENT, .few = 1, .multiply = grad_body},
+    {"tiled", LINEAR, WHOLE | SIXTEEN, ANY_TYPE, FEW + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
     {"grad_few_sixteen", INPUT_GRAD, SIXTEEN, ANY_TYPE, 1, GRAD_SIXTEEN, OF_GRADIENT, .few = 1, .multiply = grad_body},
-    {"grad_tiled", INPUT_GRAD, CODES | SIXTEEN, ANY_TYPE, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
+    {"grad_tiled", INPUT_GRAD, WHOLE | SIXTEEN, ANY_TYPE, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
+    RARE_BY_TORCH,
     {NULL},
 };
 

@@ -35,12 +35,14 @@ INLINE W add_bytes(W sum, W bytes, W numbers)
     return sum;
 }
 
-/* As few_groups, in 8-bit integers. */
-INLINE void few_groups_int8(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
-                                   const float *x, V *sums)
+/* As few, in 8-bit integers. */
+INLINE void few_int8(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
+    const struct weight *w = job->weight;
+    const float *x = job->packed;
+    int64_t g = job->g0;
     const int64_t row_bytes = w->row_bytes;
-    const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
+    const int32_t *first = w->order->first_block, *block = w->order->block + g * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
     const uint8_t *soon = codes_soon(w, r, g, R);
     V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
@@ -49,12 +51,12 @@ INLINE void few_groups_int8(const struct weight *w, int64_t r, int64_t g, int64_
     const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (; g < g1; g++, x += M * GROUP, p += LANES * 4, block += 4 * LANES, soon += LANES * 4 * R) {
+    for (; g < job->g1; g++, x += M * GROUP, p += LANES * 4, block += LANES, soon += LANES * 4 * R) {
         const int64_t left = row_bytes - g * (LANES * 4);
         W words[4], lows[4], highs[4];
         V scale[4];
         if (first[g] != from)
-            few_scales(w, r, 1, from = first[g], R, unit, stored);
+            few_scales(w, r, from = first[g], R, unit, stored);
         EACH_ROW prefetch(soon + i * LANES * 4);
         few_words(p, row_bytes, left, R, words);
         EACH_ROW {
@@ -75,7 +77,7 @@ INLINE void few_groups_int8(const struct weight *w, int64_t r, int64_t g, int64_
             EACH_ROW acc[AT] = v_fma(v_mul(_mm512_cvtepi32_ps(sum[i]), unit_of_input), scale[i], acc[AT]);
         }
     }
-    EACH_ROW EACH_INPUT sums[AT] = acc[AT];
+    EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
 }
 
 /* For the four-column quads of a group, numbered in the order of the columns, where to_bytes has them. */
@@ -238,7 +240,7 @@ INLINE void dequantize_int8(const struct job *job, int64_t r, int64_t g, const f
         prefetch(w->packed + (r + INT8_ROWS + i) * w->row_bytes + g * LANES * 4);
         _mm512_storeu_si512(tile + i * GROUP, _mm512_shuffle_epi8(table, _mm512_and_si512(words, nibble)));
         _mm512_storeu_si512(tile + i * GROUP + GROUP / 2, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble)));
-        few_scales(w, row, 1, first, 1, &unit, &stored);
+        few_scales(w, row, first, 1, &unit, &stored);
         if (w->encoding == SCALES_FLOAT32 && _mm512_cmp_ps_mask(_mm512_abs_ps(stored), v_set1(INT8_LARGEST), _CMP_NLE_UQ))
             refuse(job);
         v_store(scales + i * LANES, stored);
@@ -305,7 +307,6 @@ static void pack_few_int8(struct job *job, int64_t part, int64_t parts, int64_t 
             }
 }
 
-FEW_PRODUCT(few_int8, few_groups_int8, )
 ROWS_WITH_MORE(rows_int8, FEW_ROWS, few_int8)
 
 static void few_int8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)

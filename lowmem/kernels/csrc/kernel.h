@@ -16,6 +16,21 @@
 #define HAS_NEON 0
 #endif
 
+/* TARGET(features) compiles what follows for a processor that has them, up to END_TARGET. */
+#define TEXT_OF(...) #__VA_ARGS__
+#define TEXT(...) TEXT_OF(__VA_ARGS__)
+#define PRAGMA_OF(...) _Pragma(#__VA_ARGS__)
+#define PRAGMA(...) PRAGMA_OF(__VA_ARGS__)
+#if defined(__clang__)
+#define TARGET(...) PRAGMA(clang attribute push(__attribute__((target(TEXT(__VA_ARGS__)))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define TARGET(...) PRAGMA(GCC target(TEXT(__VA_ARGS__)))
+#define END_TARGET
+#endif
+#define AVX2 avx2,fma,f16c
+#define AVX512 AVX2,avx512f,avx512bw,avx512vl,avx512dq
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -73,8 +88,6 @@
 #define TILED_GRAD_OWN (TILED_GRAD_ROWS * (MAX_GROUP / 2 + MAX_LANES + TILED_INPUTS))
 #define TILED_GRAD_COLUMNS 1024   /* columns of grad @ W whose sums are kept at a time for AMX: see tiled_grad_columns */
 #define TILE_COLUMNS 256          /* columns of grad @ W whose scales are read, and whose sums a thread keeps, at a time */
-#define GRAD_COLUMNS 2048         /* columns whose sums a thread keeps where the batch is small: up to GRAD_MOST */
-#define GRAD_MOST(coded) ((coded) ? 16 : 32) /* most batch rows that any ISA decodes in registers in grad @ W, by kind of weight */
 #define TILE_SCALES (TILE_COLUMNS / 8 + 2 * MAX_LANES) /* floats for a row's scales of TILE_COLUMNS columns; whole vectors */
 
 /* Types of x, grad, the output and 16-bit weights. */
@@ -85,11 +98,10 @@ enum type { FLOAT32, BFLOAT16, FLOAT16 };
 enum encoding { SCALES_FLOAT32, SCALES_FLOAT16, SCALES_DOUBLE, SCALES_SIGNED };
 
 /* The order in which the codes of a row are decoded, for one number of columns, block size and lane count (order.h). Column c
- * is lane place[c] % lanes of vector place[c] / lanes. Byte b of word i of group g belongs to block
- *  first_block[g] + block[(g * 4 + b) * lanes + i],
- * which is the same for all four bytes where blocks are whole words. */
+ * is lane place[c] % lanes of vector place[c] / lanes. Word i of group g belongs to block
+ * first_block[g] + block[g * lanes + i], where blocks are whole words. */
 struct order {
-    int64_t lanes, groups, whole_words;
+    int64_t lanes, groups;
     const int32_t *place, *block, *first_block;
     int32_t tables[];
 };
@@ -217,10 +229,10 @@ static inline int64_t wide_of(int64_t batch)
 }
 
 /* Columns of grad @ W whose sums a thread keeps at a time, without AMX. */
-static inline int64_t grad_columns(const struct weight *w, int64_t batch, int64_t threads)
+static inline int64_t grad_columns(const struct weight *w, int64_t threads)
 {
-    const int64_t groups = w->stride / MAX_GROUP, most = (groups + threads - 1) / threads * MAX_GROUP;
-    return smaller(batch <= GRAD_MOST(w->order != NULL) ? GRAD_COLUMNS : TILE_COLUMNS, most);
+    const int64_t groups = w->stride / MAX_GROUP;
+    return smaller(TILE_COLUMNS, (groups + threads - 1) / threads * MAX_GROUP);
 }
 
 /* Columns whose scales are read at a time: a multiple of CHUNK, MAX_LANES blocks or so where blocks are large. */

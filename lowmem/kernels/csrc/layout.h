@@ -38,7 +38,7 @@ static struct layout layout_of(const struct kernel *k, const struct weight *w, i
     /* Bytes of a packed batch row, or, in grad @ W, of the sums of a batch row. */
     const int64_t bytes = !gradient ? packed_width(w, wide_of(batch)) * k->number
                           : k->amx  ? tiled_grad_columns(w, all) * 4
-                                    : smaller(all * grad_columns(w, batch, all), w->stride) * 4;
+                                    : smaller(all * grad_columns(w, all), w->stride) * 4;
     const int64_t copies = gradient || all > MOST_COPIES ? 1 : all;
     const int64_t of_input = 4 * all * k->own_of_input, others = 4 * all * k->own + beside;
     const int own_copies = copies > 1 && copies * bytes * round_up(batch, k->whole) <= PACKED_BYTES &&

@@ -44,25 +44,11 @@ static void place_input_typed(const struct job *job, int64_t m, float *out, int6
 /* A function for one number of batch rows, not inlined, so that its loop has all registers for itself. */
 #define OWN_FUNCTION static __attribute__((noinline)) void
 
-/* Horizontal sums: out[j * LANES + i] = the sum of sums[AT] for row i and batch row j. */
-INLINE void few_sums(const int R, const int M, const V *sums, float *out)
+/* out[j * LANES + i] = the sum of the lanes of sums[j * LANES + i]. */
+INLINE void sum_lanes(V *sums, const int M, float *out)
 {
-#pragma GCC unroll 8
-    for (int j = 0; j < M; j += R == 2 ? 2 : 1) {
-        const int last = j + 1 == M;
-        float four[4];
-        if (R == 4) {
-            v_sum4(sums[j], sums[M + j], sums[2 * M + j], sums[3 * M + j], out + j * LANES);
-        } else if (R == 2) { /* one order of additions, with or without a second batch row */
-            v_sum4(sums[j], sums[M + j], last ? v_zero() : sums[j + 1], last ? v_zero() : sums[M + j + 1], four);
-            memcpy(out + j * LANES, four, 2 * sizeof(float));
-            if (!last)
-                memcpy(out + (j + 1) * LANES, four + 2, 2 * sizeof(float));
-        } else {
-            for (int i = 0; i < R; i++)
-                out[j * LANES + i] = v_sum(sums[AT]);
-        }
-    }
+    for (int j = 0; j < M; j++)
+        v_store(out + j * LANES, v_sums(sums + j * LANES));
 }
 
 /* out[i] = row scale / row_steps of row r + i, which a block's steps are multiplied with; zero without double quantization. */
@@ -80,11 +66,11 @@ INLINE const uint8_t *codes_soon(const struct weight *w, int64_t r, int64_t g, c
     return w->packed + (r + 8 * R) * w->row_bytes + g * LANES * 4 * R;
 }
 
-/* The scales of R rows, `step` rows apart, for up to LANES blocks from `first` on. `unit` is what row_units returns. */
-INLINE void few_scales(const struct weight *w, int64_t r, int64_t step, int64_t first, const int R, const V *unit, V *out)
+/* The scales of R rows, for up to LANES blocks from `first` on. `unit` is what row_units returns. */
+INLINE void few_scales(const struct weight *w, int64_t r, int64_t first, const int R, const V *unit, V *out)
 {
-    const int64_t stride = scale_bytes(w) * step, n = w->blocks - first;
-    const uint8_t *p = w->scales + r * scale_bytes(w);
+    const int64_t stride = scale_bytes(w), n = w->blocks - first;
+    const uint8_t *p = w->scales + r * stride;
 #define READ(encoding)                                                     \
     if (n >= LANES)                                                        \
         EACH_ROW out[i] = v_scales(p + i * stride, first, LANES, encoding); \
@@ -117,14 +103,15 @@ INLINE void few_words(const uint8_t *p, int64_t row_bytes, int64_t left, const i
     EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
 }
 
-/* sums[AT] = row r + i times batch row j over groups g to g1, still spread over the lanes. Codes are decoded in registers. A
- * block's products are summed before they are multiplied with its scale; where blocks are not whole words (`apart`), each level
- * is multiplied with its scale first. */
-INLINE void few_groups(const struct weight *w, int64_t r, int64_t g, int64_t g1, const int R, const int M,
-                              const int apart, const float *x, V *sums)
+/* out[j * LANES + i] = row r + i times batch row j, still spread over the lanes. Codes are decoded in registers. A block's
+ * products are summed before they are multiplied with its scale. */
+INLINE void few(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
+    const struct weight *w = job->weight;
+    const float *x = job->packed;
+    int64_t g = job->g0;
     const int64_t row_bytes = w->row_bytes;
-    const int32_t *first = w->order->first_block, *block = w->order->block + g * 4 * LANES;
+    const int32_t *first = w->order->first_block, *block = w->order->block + g * LANES;
     const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
     const uint8_t *soon = codes_soon(w, r, g, R);
     const T table = table_load(w->levels);
@@ -133,24 +120,20 @@ INLINE void few_groups(const struct weight *w, int64_t r, int64_t g, int64_t g1,
     row_units(w, r, R, unit);
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (; g < g1; g++, p += LANES * 4, x += M * GROUP, block += 4 * LANES, soon += LANES * 4 * R) {
+    for (; g < job->g1; g++, p += LANES * 4, x += M * GROUP, block += LANES, soon += LANES * 4 * R) {
         const int64_t left = row_bytes - g * (LANES * 4);
         EACH_ROW prefetch(soon + i * LANES * 4);
         W words[4];
         V scale[4], sum[FEW_SUMS];
         if (first[g] != from)
-            few_scales(w, r, 1, from = first[g], R, unit, stored);
+            few_scales(w, r, from = first[g], R, unit, stored);
         few_words(p, row_bytes, left, R, words);
         EACH_ROW scale[i] = v_spread(stored[i], block);
         EACH_ROW EACH_INPUT sum[AT] = v_zero();
 #pragma GCC unroll 8
         for (int k = 0; k < 8; k++) {
             V level[4];
-            if (apart && k && k % 2 == 0)
-                EACH_ROW scale[i] = v_spread(stored[i], block + k / 2 * LANES);
             EACH_ROW level[i] = v_lookup(table, words[i], k);
-            if (apart)
-                EACH_ROW level[i] = v_mul(level[i], scale[i]);
             EACH_INPUT {
                 V value = v_load(x + (k * M + j) * LANES);
                 if (M > 2)
@@ -158,25 +141,13 @@ INLINE void few_groups(const struct weight *w, int64_t r, int64_t g, int64_t g1,
                 EACH_ROW sum[AT] = v_fma(level[i], value, sum[AT]);
             }
         }
-        EACH_ROW EACH_INPUT acc[AT] = apart ? v_add(acc[AT], sum[AT]) : v_fma(sum[AT], scale[i], acc[AT]);
+        EACH_ROW EACH_INPUT acc[AT] = v_fma(sum[AT], scale[i], acc[AT]);
     }
-    EACH_ROW EACH_INPUT sums[AT] = acc[AT];
+    EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
 }
 
-/* Define name(): R rows times M batch rows; out as in few_sums. */
-#define FEW_PRODUCT(name, groups, ...)                                                         \
-    INLINE void name(const struct job *job, int64_t r, const int R, const int M, float *out) \
-    {                                                                                          \
-        V sums[FEW_SUMS];                                                                      \
-        groups(job->weight, r, job->g0, job->g1, R, M, __VA_ARGS__ job->packed, sums);  \
-        few_sums(R, M, sums, out);                                                      \
-    }
-
-FEW_PRODUCT(few, few_groups, 0, )
-FEW_PRODUCT(few_odd, few_groups, 1, )
-
 /* The same with 16-bit weights. */
-INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int M, float *out, const int type)
+INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int M, V *out, const int type)
 {
     const struct weight *w = job->weight;
     const int64_t from = job->g0 * GROUP, columns = smaller(w->columns - from, (job->g1 - job->g0) * GROUP);
@@ -206,7 +177,7 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
             rest[i][c] = whole + c < columns ? read_as_float(rows + i * stride, type, whole + c) : 0.0f;
         EACH_INPUT EACH_ROW sums[AT] = v_fma(v_load(rest[i]), v_load(x + j * LANES), sums[AT]);
     }
-    few_sums(R, M, sums, out);
+    EACH_ROW EACH_INPUT out[j * LANES + i] = sums[AT];
 }
 
 #if ISA_BFLOAT16
@@ -217,27 +188,22 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
 #include "many.h"
 
 /* Define name_M(): rows r to `to` times M batch rows, LANES rows at a time. There is a function for each M, which has the
- * registers for itself. The results of LANES rows are written only when the next LANES are done: they were just stored a few
- * floats at a time, and a vector load of them would have to wait for these stores. */
-#define ROWS_WITH(M, name, rows, product, ...)                              \
+ * registers for itself. */
+#define ROWS_WITH(M, name, rows, product, ...)                            \
     OWN_FUNCTION name##_##M(const struct job *job, int64_t r, int64_t to) \
-    {                                                                       \
-        float sums[2][M * LANES], *now = sums[0], *before = sums[1];        \
-        for (const int64_t begin = r; r < to; r += LANES) {                 \
-            const int n = (int)smaller(LANES, to - r);                      \
-            int i = 0;                                                      \
-            for (; i + rows <= n; i += rows)                                \
-                product(job, r + i, rows, M, now + i __VA_ARGS__);   \
-            for (; i < n; i++)                                              \
-                product(job, r + i, 1, M, now + i __VA_ARGS__);      \
-            if (r > begin)                                                  \
-                put_rows(job, r - LANES, LANES, 1, before);          \
-            float *const done = now;                                        \
-            now = before;                                                   \
-            before = done;                                                  \
-            if (r + LANES >= to)                                            \
-                put_rows(job, r, n, 1, before);                      \
-        }                                                                   \
+    {                                                                     \
+        for (; r < to; r += LANES) {                                      \
+            V sums[M * LANES];                                            \
+            float out[M * LANES];                                         \
+            const int n = (int)smaller(LANES, to - r);                    \
+            int i = 0;                                                    \
+            for (; i + rows <= n; i += rows)                              \
+                product(job, r + i, rows, M, sums + i __VA_ARGS__);       \
+            for (; i < n; i++)                                            \
+                product(job, r + i, 1, M, sums + i __VA_ARGS__);          \
+            sum_lanes(sums, M, out);                                      \
+            put_rows(job, r, n, 1, out);                                  \
+        }                                                                 \
     }
 #define ROWS_WITH_FEW(name, rows, product, ...)                             \
     ROWS_WITH(1, name, rows(1), product, __VA_ARGS__)                       \
@@ -252,10 +218,8 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
     ROWS_WITH(8, name, rows(8), product, __VA_ARGS__)
 #define NAMED_FEW(name) name##_1, name##_2, name##_3, name##_4
 #define NAMED_MORE(name) NAMED_FEW(name), name##_5, name##_6, name##_7, name##_8
-#define ONE_ROW(M) 1
 
 ROWS_WITH_FEW(rows, FEW_ROWS, few)
-ROWS_WITH_FEW(rows_odd, ONE_ROW, few_odd)
 ROWS_WITH_MORE(rows_bfloat, FEW_ROWS, few_sixteen, , BFLOAT16)
 ROWS_WITH_MORE(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
 #if ISA_BFLOAT16
@@ -307,13 +271,6 @@ INLINE void few_rows(struct job *job, int64_t part, int64_t parts, rows_with *co
 static void few_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     static rows_with *const rows[] = {NAMED_FEW(rows)};
-    (void)thread;
-    few_rows(job, part, parts, rows);
-}
-
-static void few_odd_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
-{
-    static rows_with *const rows[] = {NAMED_FEW(rows_odd)};
     (void)thread;
     few_rows(job, part, parts, rows);
 }

@@ -38,21 +38,22 @@ static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, 
 /* Positions of the first arguments of products and of dequantize. */
 enum { ISA, PREPARED_OF, PACKED, SCALES, X };
 
-/* Compute a product, with a low-rank update (A, B, scaling) unless A is None. The caller releases `held`. Returns the output,
- * None if C cannot compute it, False if torch should, or NULL with a Python error. */
-static PyObject *product_of(struct held *held, PyObject *const *args, enum operation operation, PyObject *bias_given,
-                            PyObject *threads_given, PyObject *const *update_given)
+/* Compute a product, with a low-rank update (A, B, scaling) unless A is None. Returns the output, None if C cannot compute it,
+ * False if the plan leaves it to torch, or NULL with a Python error. */
+static PyObject *product(PyObject *const *args, enum operation operation, PyObject *bias_given, PyObject *threads_given,
+                         PyObject *const *update_given)
 {
     long long index, threads;
     struct weight w = {.rows = 0};
     struct update u = {.rank = 0};
     struct tensor x, out, bias = {.data = NULL};
+    HELD held = {.count = 0};
     if (read_numbers(args, 1, &index, 1) || read_numbers(&threads_given, 1, &threads, 1))
         return NULL;
     const struct isa *isa = all_isas[index];
-    int is = read_weight(isa, args[PREPARED_OF], args[PACKED], args[SCALES], &w, held);
-    if (is == 1 && (is = read_tensor(args[X], &x, held)) == 1 && bias_given != Py_None)
-        is = read_tensor(bias_given, &bias, held);
+    int is = read_weight(isa, args[PREPARED_OF], args[PACKED], args[SCALES], &w, &held);
+    if (is == 1 && (is = read_tensor(args[X], &x, &held)) == 1 && bias_given != Py_None)
+        is = read_tensor(bias_given, &bias, &held);
     if (is < 0)
         return NULL;
     if (operation == LINEAR_INT8 && is && !(w.int8_step > 0.0f))
@@ -64,7 +65,7 @@ static PyObject *product_of(struct held *held, PyObject *const *args, enum opera
     if (bias_given != Py_None && (bias.type < 0 || bias.dims != 1 || bias.shape[0] != to))
         Py_RETURN_NONE;
     const int updated = update_given && update_given[0] != Py_None;
-    if (updated && (is = read_update(update_given[0], update_given[1], update_given[2], &x, to, &u, held)) < 0)
+    if (updated && (is = read_update(update_given[0], update_given[1], update_given[2], &x, to, &u, &held)) < 0)
         return NULL;
     if (!is)
         Py_RETURN_NONE;
@@ -103,16 +104,6 @@ static PyObject *product_of(struct held *held, PyObject *const *args, enum opera
     Py_RETURN_NONE;
 }
 
-/* The same; releases what it holds. */
-static PyObject *product(PyObject *const *args, enum operation operation, PyObject *bias, PyObject *threads,
-                         PyObject *const *update_given)
-{
-    struct held held = {.count = 0};
-    PyObject *made = product_of(&held, args, operation, bias, threads, update_given);
-    release(&held);
-    return made;
-}
-
 /* linear(isa, handle or None, packed or 16-bit weight, scales or None, x, bias or None, threads, A or None, B, scaling) ->
  * x @ W.T + bias + scaling * (x @ A.T) @ B.T; None if C does not take the arguments, False if the plan leaves the product to
  * torch */
@@ -149,7 +140,7 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     long long index, first[2], threads;
     struct weight w = {.rows = 0};
     struct tensor out;
-    struct held held = {.count = 0};
+    HELD held = {.count = 0};
     (void)self;
     if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + ROW, 2, first, 2) ||
         read_numbers(args + THREADS, 1, &threads, 1))
@@ -157,14 +148,12 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     int is = read_weight(all_isas[index], args[PREPARED_OF], args[PACKED], args[SCALES], &w, &held);
     if (is == 1)
         is = read_tensor(args[OUT], &out, &held);
+    if (is < 0)
+        return NULL;
     const int64_t size = 2 * w.half, end = is == 1 && out.dims == 2 ? first[1] + out.shape[1] : 0;
-    if (is < 1 || !w.order || out.type < 0 || out.dims != 2 || first[0] < 0 || first[0] + out.shape[0] > w.rows || first[1] < 0 ||
-        first[1] % size || end > w.columns || (end % size && end < w.columns)) {
-        release(&held);
-        if (is < 0)
-            return NULL;
+    if (!is || !w.order || out.type < 0 || out.dims != 2 || first[0] < 0 || first[0] + out.shape[0] > w.rows || first[1] < 0 ||
+        first[1] % size || end > w.columns || (end % size && end < w.columns))
         Py_RETURN_NONE;
-    }
     w = rows_of(&w, first[0], out.shape[0]);
     struct job job = {
         .weight = &w,
@@ -178,7 +167,6 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     Py_BEGIN_ALLOW_THREADS
     parallel(&job, base_of(all_isas[index])->dequantize, 1, NULL, 0);
     Py_END_ALLOW_THREADS
-    release(&held);
     Py_INCREF(args[OUT]);
     return args[OUT];
 }
@@ -193,34 +181,36 @@ static PyObject *plan_of(PyObject *self, PyObject *const *args, Py_ssize_t given
     (void)self;
     if (read_numbers(args, given, n, ARGUMENTS))
         return NULL;
-    const enum kind kind = kind_of(n[BLOCK] / 2, (int)n[WEIGHT]);
-    const struct kernel *found = plan(all_isas[n[ISA_AT]], kind, n[ROWS], (int)n[TYPE], (enum operation)n[OPERATION]);
+    const struct isa *isa = all_isas[n[ISA_AT]];
     PyObject *asked = PyList_New(0);
-    for (const struct isa *isa = all_isas[n[ISA_AT]]; asked && found && isa; isa = isa->extends)
-        for (const struct kernel *k = isa->kernels; asked && k->name; k++) {
-            PyObject *row = Py_BuildValue("(ssLLz)", isa->name, k->name, (long long)k->least, (long long)k->most,
-                                          refusal(k, kind, n[ROWS], (int)n[TYPE], (enum operation)n[OPERATION]));
-            if (!row || PyList_Append(asked, row))
-                Py_CLEAR(asked);
-            Py_XDECREF(row);
-            if (k == found)
-                return asked;
-        }
-    return asked;
+    for (const struct kernel *k = isa->kernels; asked && (k = next_kernel(&isa, k)); k++) {
+        const char *why = refusal(k, kind_of(n[BLOCK] / 2, (int)n[WEIGHT]), n[ROWS], (int)n[TYPE], (enum operation)n[OPERATION]);
+        PyObject *row = Py_BuildValue("(ssLLz)", isa->name, k->name, (long long)k->least, (long long)k->most, why);
+        if (!row || PyList_Append(asked, row))
+            Py_CLEAR(asked);
+        Py_XDECREF(row);
+        if (!why)
+            return asked;
+    }
+    Py_XDECREF(asked);
+    return asked ? PyList_New(0) : NULL;
 }
 
-/* What `update` below returns; the caller releases `held`. */
-static PyObject *update_of(struct held *held, PyObject *const *args, Py_ssize_t given)
+/* update(isa, base, x, A, B, scaling, threads) -> base + scaling * (x @ A.T) @ B.T; None if C does not take the arguments */
+static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BASE = 1, INPUT, A, B, SCALING, THREADS, ARGUMENTS };
     long long index, threads;
     struct tensor base, x, out;
     struct update u;
+    struct scratch narrow;
+    HELD held = {.count = 0};
     int is;
+    (void)self;
     if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + THREADS, 1, &threads, 1))
         return NULL;
-    if ((is = read_tensor(args[BASE], &base, held)) == 1 && (is = read_tensor(args[INPUT], &x, held)) == 1 && base.dims == 2)
-        is = read_update(args[A], args[B], args[SCALING], &x, base.shape[1], &u, held);
+    if ((is = read_tensor(args[BASE], &base, &held)) == 1 && (is = read_tensor(args[INPUT], &x, &held)) == 1 && base.dims == 2)
+        is = read_update(args[A], args[B], args[SCALING], &x, base.shape[1], &u, &held);
     if (is < 0)
         return NULL;
     if (!is || base.type != FLOAT32 || !has_shape(&base, x.shape[0], u.rows))
@@ -228,7 +218,6 @@ static PyObject *update_of(struct held *held, PyObject *const *args, Py_ssize_t 
     PyObject *made = empty_like(args[BASE], base.shape[0], u.rows);
     if (!made)
         return NULL;
-    struct scratch narrow;
     if (!read_memory(made, &out, NULL) || take_scratch(args[BASE], 4, 4 * base.shape[0] * (u.rank + !u.rank), &narrow)) {
         Py_DECREF(made);
         if (PyErr_Occurred())
@@ -246,16 +235,6 @@ static PyObject *update_of(struct held *held, PyObject *const *args, Py_ssize_t 
     run_update(all_isas[index], &job);
     Py_END_ALLOW_THREADS
     free_scratch(&narrow);
-    return made;
-}
-
-/* update(isa, base, x, A, B, scaling, threads) -> base + scaling * (x @ A.T) @ B.T; None if C does not take the arguments */
-static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
-{
-    struct held held = {.count = 0};
-    (void)self;
-    PyObject *made = update_of(&held, args, given);
-    release(&held);
     return made;
 }
 

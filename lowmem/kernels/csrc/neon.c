@@ -9,19 +9,9 @@ typedef float32x4_t V;
 typedef uint32x4_t W;
 typedef uint8x16x4_t T;
 
-#define v_of_words vreinterpretq_f32_u32
-#define words_of_v vreinterpretq_u32_f32
-#define v_zero() vdupq_n_f32(0.0f)
 #define v_set1 vdupq_n_f32
-#define v_load vld1q_f32
-#define v_store vst1q_f32
 #define v_keep(a) __asm__("" : "+w"(a))
-#define v_add vaddq_f32
-#define v_mul vmulq_f32
-#define v_sub vsubq_f32
-#define v_div vdivq_f32
 #define v_fma(a, b, sum) vfmaq_f32(sum, a, b)
-#define v_sum vaddvq_f32
 
 /* Indices of the four bytes of float32 number i in a table of them. */
 static inline uint8x16_t bytes_at(W i)
@@ -38,13 +28,7 @@ static inline V v_spread(V a, const int32_t *index)
     return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(a), bytes_at(vld1q_u32((const uint32_t *)index))));
 }
 
-#define OWN_SHUFFLES
-static inline void v_sum4(V a, V b, V c, V d, float *out) { vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))); }
-static inline void v_runs(V a, V b, V c, V d, float *out)
-{
-    const float32x4x4_t all = {{a, b, c, d}};
-    vst4q_f32(out, all);
-}
+static inline V v_sums(V *v) { return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])); }
 static inline void v_transpose(V *v)
 {
 #define PAIRS(which, a, b) vreinterpretq_f64_f32(vtrn##which##q_f32(a, b))
@@ -57,34 +41,19 @@ static inline void v_transpose(V *v)
     v[3] = vreinterpretq_f32_f64(vtrn2q_f64(odd, next_odd));
 }
 
-static inline W words_load(const uint8_t *p, int64_t left)
-{
-    if (left >= 16)
-        return vreinterpretq_u32_u8(vld1q_u8(p));
-    uint8_t part[16] = {0};
-    if (left > 0)
-        memcpy(part, p, (size_t)left);
-    return vreinterpretq_u32_u8(vld1q_u8(part));
-}
 static inline W bytes_load(const uint8_t *p)
 {
     uint32_t four;
     memcpy(&four, p, sizeof four);
     return vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)))));
 }
-static inline W block_load(const uint8_t *p)
-{
-    const uint32_t both[4] = {p[0], p[1], (uint32_t)p[0] >> 4, (uint32_t)p[1] >> 4};
-    return vld1q_u32(both);
-}
-
 #define one_half half_to_float
 #define v_half(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
 #define v_bfloat(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
 static inline void v_to_half(uint16_t *p, V a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
 static inline void v_to_bfloat(uint16_t *p, V a)
 {
-    const W bits = words_of_v(a), rounded = bits + vdupq_n_u32(0x7fff) + (bits >> 16 & vdupq_n_u32(1));
+    const W bits = vreinterpretq_u32_f32(a), rounded = bits + vdupq_n_u32(0x7fff) + (bits >> 16 & vdupq_n_u32(1));
     vst1_u16(p, vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), rounded, vdupq_n_u32(0x7fc00000)), 16));
 }
 #define OWN_STEPS
@@ -132,12 +101,8 @@ static inline void codes_store(uint8_t *p, W codes)
 #define MANY_INPUTS 12
 #define FEW_ROWS(M) 2
 #define TILE_VECTORS 4
-#define GRAD_CODES 3
 #define GRAD_SIXTEEN 16
-#define GRAD_VECTORS 4
 
 #define ISA_NAME neon
 #include "floats.h"
-#else
-typedef int nothing_here;
 #endif

@@ -21,10 +21,10 @@ static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
 {
     const int64_t stride = round_up(columns + columns % 2, MAX_GROUP), groups = stride / (lanes * 8), half = size / 2;
     const int64_t row_bytes = (columns + 1) / 2;
-    struct order *order = malloc(sizeof *order + (size_t)(columns + stride / 2 + groups) * sizeof(int32_t));
+    struct order *order = malloc(sizeof *order + (size_t)(columns + stride / 8 + groups) * sizeof(int32_t));
     if (!order)
         return NULL;
-    int32_t *place = order->tables, *block = place + columns, *first_block = block + stride / 2;
+    int32_t *place = order->tables, *block = place + columns, *first_block = block + stride / 8;
     for (int64_t start = 0; start < columns; start += size) {
         const int64_t left = smaller(columns - start, size), low = (left + 1) / 2;
         for (int64_t j = 0; j < low; j++) {
@@ -39,15 +39,11 @@ static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
         /* One vector holds the scales of several groups, so that a kernel reads them once. */
         if (g && last / half - first_block[g - 1] < lanes)
             first_block[g] = first_block[g - 1];
-        for (int b = 0; b < 4; b++)
-            for (int64_t i = 0; i < lanes; i++) {
-                const int64_t at = (g * lanes + i) * 4 + b;
-                block[(g * 4 + b) * lanes + i] = at < row_bytes ? (int32_t)(at / half) - first_block[g] : 0;
-            }
+        for (int64_t word = g * lanes; word < (g + 1) * lanes; word++)
+            block[word] = word * 4 < row_bytes ? (int32_t)(word * 4 / half) - first_block[g] : 0;
     }
     order->lanes = lanes;
     order->groups = groups;
-    order->whole_words = half % 4 == 0;
     order->place = place;
     order->block = block;
     order->first_block = first_block;

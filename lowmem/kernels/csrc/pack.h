@@ -46,7 +46,7 @@ INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const i
     }
     const int64_t end = smaller((begin + floats) / 2, w->row_bytes), half = w->half;
     int64_t block = begin / 2 / half;
-    if (size / 2 % half == 0 && half % 4 == 0) /* a part is whole blocks */
+    if (size / 2 % half == 0) /* a part is whole blocks */
         for (; (block + 1) * half <= end && block * half * 2 + size <= w->columns; block += size / 2 / half) {
             const int64_t start = block * 2 * half;
             const char *x = bf16 ? (const char *)((const uint16_t *)job->x + m * w->columns + start)
@@ -67,12 +67,11 @@ INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const i
         const char *highs = lows + lower * bytes;
         int64_t j = block * half < begin / 2 ? begin / 2 - block * half : 0;
         const int64_t to = smaller(lower, end - block * half);
-        if (w->order->whole_words)
-            for (; j + 4 <= smaller(to, columns - lower); j += 4) {
-                char *place = PLACE(2 * (block * half + j) - begin);
-                memcpy(place, lows + j * bytes, (size_t)(4 * bytes));
-                memcpy(place + 4 * bytes, highs + j * bytes, (size_t)(4 * bytes));
-            }
+        for (; j + 4 <= smaller(to, columns - lower); j += 4) {
+            char *place = PLACE(2 * (block * half + j) - begin);
+            memcpy(place, lows + j * bytes, (size_t)(4 * bytes));
+            memcpy(place + 4 * bytes, highs + j * bytes, (size_t)(4 * bytes));
+        }
         for (; j < to; j++) {
             const int64_t byte = block * half + j;
             char *place = PLACE(byte / 4 * 8 - begin) + byte % 4 * bytes;

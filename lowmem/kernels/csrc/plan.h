@@ -14,13 +14,12 @@ enum operation {
 
 /* Kinds of weights, as bits. A word is 32 bits, or eight codes; a group is MAX_GROUP codes. */
 enum kind {
-    GROUPS = 1,     /* 4-bit, in blocks of 8 to 128 columns that are whole words and divide a group */
+    GROUPS = 1,     /* 4-bit, in blocks of 16, 32, 64 or 128 columns */
     WORDS = 2,      /* 4-bit, in other blocks of whole words */
-    ODD = 4,        /* 4-bit, in blocks that are not whole words */
+    ODD = 4,        /* 4-bit, in blocks that are not whole words, which no kernel takes */
     BFLOATS = 8,    /* bfloat16 */
     HALVES = 16,    /* float16 */
     WHOLE = GROUPS | WORDS,
-    CODES = WHOLE | ODD,
     SIXTEEN = BFLOATS | HALVES
 };
 
@@ -34,7 +33,7 @@ struct kernel {
     int types;           /* accepted types of x or grad, as bits 1 << enum type */
     int64_t least, most; /* accepted range of batch rows */
     /* Whether the kernel is for a small batch: it computes row by row (and adds a low-rank update on the way), or, in grad @ W,
-     * decodes codes in registers instead of tiles. */
+     * widens 16-bit weights in registers. */
     int few;
     int amx;
     /* Scratch. number: bytes of a number of packed x. own: floats of each thread. own_of_input: more of them for each packed
@@ -45,10 +44,15 @@ struct kernel {
 
 /* Products that are faster in torch, for which Python dequantizes the weight: from a number of batch rows on. */
 #define BY_TORCH                                                                       \
-    {"torch", LINEAR, CODES, 1 << BFLOAT16, TORCH_ROWS, ANY_ROWS},                     \
+    {"torch", LINEAR, WHOLE, 1 << BFLOAT16, TORCH_ROWS, ANY_ROWS},                     \
     {"torch_sixteen", LINEAR, BFLOATS, 1 << BFLOAT16, TORCH_SIXTEEN_ROWS, ANY_ROWS},   \
     {"grad_torch", INPUT_GRAD, GROUPS, 1 << BFLOAT16, TORCH_GRAD_ROWS, ANY_ROWS},      \
     {"grad_torch_sixteen", INPUT_GRAD, BFLOATS, 1 << BFLOAT16, TORCH_GRAD_SIXTEEN_ROWS, ANY_ROWS}
+
+/* The same for rare weights: no kernel is worth its lines. */
+#define RARE_BY_TORCH                                    \
+    {"torch_odd", LINEAR, ODD, ANY_TYPE, 1, ANY_ROWS},   \
+    {"grad_torch_odd", INPUT_GRAD, ODD, ANY_TYPE, 1, ANY_ROWS}
 
 struct isa {
     const char *name;
@@ -75,7 +79,7 @@ static inline enum kind kind_of(int64_t half, int type)
 {
     if (!half)
         return type == BFLOAT16 ? BFLOATS : HALVES;
-    return half % 4 ? ODD : MAX_GROUP / 2 % half ? WORDS : GROUPS;
+    return half % 4 ? ODD : MAX_GROUP / 2 % half || half % 8 ? WORDS : GROUPS;
 }
 
 /* Why a kernel does not accept a product, or NULL if it does. */
@@ -90,14 +94,24 @@ static inline const char *refusal(const struct kernel *k, enum kind weight, int6
     return rows < k->least || rows > k->most ? "rows" : NULL;
 }
 
+/* The kernel k, or at the end of the table of *isa the first of the ISA that it extends, which is stored there; NULL: none. */
+static inline const struct kernel *next_kernel(const struct isa **isa, const struct kernel *k)
+{
+    while (!k->name) {
+        if (!(*isa = (*isa)->extends))
+            return NULL;
+        k = (*isa)->kernels;
+    }
+    return k;
+}
+
 /* The kernel that computes a product, or NULL if there is none. */
 static inline const struct kernel *plan(const struct isa *isa, enum kind weight, int64_t rows, int type, enum operation operation)
 {
-    for (; isa; isa = isa->extends)
-        for (const struct kernel *k = isa->kernels; k->name; k++)
-            if (!refusal(k, weight, rows, type, operation))
-                return k;
-    return NULL;
+    const struct kernel *k = isa->kernels;
+    while ((k = next_kernel(&isa, k)) && refusal(k, weight, rows, type, operation))
+        k++;
+    return k;
 }
 
 #endif

@@ -1,19 +1,17 @@
 /* Rows of a weight as float32 vectors: reading scales, decoding groups of codes, and dequantizing rows. Written over a few
  * vector operations that each ISA defines:
  *
- *   LANES, name; V, a vector of LANES float32: v_zero, v_set1, v_load, v_store, v_add, v_sub, v_mul, v_div
- *   v_fma(a, b, c), a * b + c; v_sum(a), the horizontal sum
- *   v_sum4(a, b, c, d, out)  four horizontal sums; v_runs(a, b, c, d, out)  a[0], b[0], c[0], d[0], a[1], ...
- *   v_transpose(v)           transposes LANES vectors in place
+ *   LANES; V, a vector of LANES float32, and W, of as many 32-bit words: types of GNU C, which have operators; v_set1(a)
+ *   v_fma(a, b, c), a * b + c; v_transpose(v) transposes LANES vectors in place;
+ *   v_sums(v)  lane i: the sum of v[i]
  *   v_scales(p, from, n, encoding)   up to n stored scales of a row at p (see scale_as_stored), then zeros. An ISA defines it
  *                            (OWN_SCALES), or v_steps(p, encoding) for LANES bytes of steps (OWN_STEPS), or nothing
- *   W, words_load(p, left)   LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero
- *   v_of_words(words), words_of_v(a)   the same bits as V or W
+ *   words_load(p, left)      LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero
  *   bytes_load(p)            LANES bytes, each widened to a word
- *   block_load(p)            LANES / 2 bytes, each widened to a word; then the same bytes shifted right by a nibble
+ *   block_load(p)            LANES / 2 bytes, each widened to a word; then the same bytes shifted right by a nibble. Optional
+ *                            (OWN_BLOCKS)
  *   T, table_load(levels), v_lookup(table, words, k)   the level of nibble k (0 to 7) of each word
  *   v_spread(a, index)       a[index[i]], where 0 <= index[i] < LANES
- *   v_from_half(p, n, out)   n float16 to float32; an ISA may define its own (OWN_FROM_HALF)
  *   B, boundaries_load(p), v_code(boundaries, a)   for each value, how many of 15 boundaries are less: its code
  *   codes_store(p, words)    LANES words, each below 256, stored as bytes
  *   v_keep(a)                keeps a in a register: the compiler would load or compute it again for each use
@@ -45,14 +43,30 @@
         }                                                                        \
     }
 
-/* Operations that an ISA does not define itself. */
-#ifndef OWN_FROM_HALF
-static inline void v_from_half(const uint16_t *p, int64_t n, float *out)
+/* Operations that all ISAs share, or that an ISA does not define itself. */
+#define v_zero() ((V){0})
+#define v_add(a, b) ((V)((a) + (b)))
+#define v_sub(a, b) ((V)((a) - (b)))
+#define v_mul(a, b) ((V)((a) * (b)))
+#define v_div(a, b) ((V)((a) / (b)))
+#define v_of_words(a) ((V)(a)) /* the same bits */
+#define words_of_v(a) ((W)(a))
+static inline V v_load(const float *p)
 {
-    for (; n >= LANES; n -= LANES, p += LANES, out += LANES)
-        v_store(out, v_half(p));
-    for (int64_t i = 0; i < n; i++)
-        out[i] = half_to_float(p[i]);
+    V a;
+    memcpy(&a, p, sizeof a);
+    return a;
+}
+static inline void v_store(float *p, V a) { memcpy(p, &a, sizeof a); }
+#ifndef OWN_WORDS
+static inline W words_load(const uint8_t *p, int64_t left)
+{
+    W words = {0};
+    if (left >= LANES * 4)
+        memcpy(&words, p, sizeof words);
+    else if (left > 0)
+        memcpy(&words, p, (size_t)left);
+    return words;
 }
 #endif
 #ifndef OWN_SCALES
@@ -70,31 +84,19 @@ static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding
     return v_load(scales);
 }
 #endif
-#ifndef OWN_SHUFFLES
-static inline void v_runs(V a, V b, V c, V d, float *out)
+
+/* LANES 16-bit floats of a type as float32. */
+INLINE V sixteen(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
+
+/* n 16-bit floats of a type to float32. */
+INLINE void widen_run(const uint16_t *p, int64_t n, float *out, const int type)
 {
-    float in[4][LANES];
-    v_store(in[0], a), v_store(in[1], b), v_store(in[2], c), v_store(in[3], d);
-    for (int i = 0; i < 4 * LANES; i++)
-        out[i] = in[i % 4][i / 4];
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        v_store(out + i, sixteen(p + i, type));
+    for (; i < n; i++)
+        out[i] = read_as_float(p, type, i);
 }
-static inline void v_sum4(V a, V b, V c, V d, float *out)
-{
-    out[0] = v_sum(a), out[1] = v_sum(b), out[2] = v_sum(c), out[3] = v_sum(d);
-}
-static inline void v_transpose(V *v)
-{
-    float square[LANES][LANES];
-    for (int i = 0; i < LANES; i++)
-        v_store(square[i], v[i]);
-    for (int i = 0; i < LANES; i++) {
-        float column[LANES];
-        for (int j = 0; j < LANES; j++)
-            column[j] = square[j][i];
-        v[i] = v_load(column);
-    }
-}
-#endif
 
 /* The float16 that a row's steps multiply (double quantization). */
 INLINE float row_scale(const struct weight *w, int64_t row)
@@ -110,7 +112,7 @@ INLINE void row_scales(const struct weight *w, int64_t row, int64_t first, int64
     if (w->encoding == SCALES_FLOAT32) {
         memcpy(out, (const float *)w->scales + row * w->blocks + first, (size_t)n * sizeof *out);
     } else if (w->encoding == SCALES_FLOAT16) {
-        v_from_half((const uint16_t *)w->scales + row * w->blocks + first, n, out);
+        widen_run((const uint16_t *)w->scales + row * w->blocks + first, n, out, FLOAT16);
     } else {
         const uint8_t *p = w->scales + row * scale_bytes(w);
         const float scale = row_scale(w, row);
@@ -130,29 +132,16 @@ INLINE W words_of_group(const struct weight *w, int64_t row, int64_t group)
     return words_load(w->packed + row * w->row_bytes + start, w->row_bytes - start);
 }
 
-/* The scale of byte b of each word of a group; `scales` starts at the first block of group g0. */
-INLINE V spread(const struct order *order, const float *scales, int64_t g0, int64_t group, int b)
+/* The scale of each word of a group; `scales` starts at the first block of group g0. */
+INLINE V spread(const struct order *order, const float *scales, int64_t g0, int64_t group)
 {
-    return v_spread(v_load(scales + order->first_block[group] - order->first_block[g0]), order->block + (group * 4 + b) * LANES);
+    return v_spread(v_load(scales + order->first_block[group] - order->first_block[g0]), order->block + group * LANES);
 }
-
-/* LANES 16-bit floats of a type as float32. */
-INLINE V sixteen(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
 
 /* LANES numbers of a type, from element i of p on, as float32. */
 INLINE V load_as(const void *p, const int type, int64_t i)
 {
     return type == FLOAT32 ? v_load((const float *)p + i) : sixteen((const uint16_t *)p + i, type);
-}
-
-/* n 16-bit floats of a type to float32. */
-INLINE void widen_run(const uint16_t *p, int64_t n, float *out, const int type)
-{
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        v_store(out + i, sixteen(p + i, type));
-    for (; i < n; i++)
-        out[i] = read_as_float(p, type, i);
 }
 
 INLINE void widen_run_typed(const uint16_t *p, int64_t n, float *out, int type)
@@ -180,13 +169,10 @@ INLINE void decode_group(const struct weight *w, int64_t row, int64_t g, int64_t
 {
     const W words = words_of_group(w, row, g);
     prefetch(w->packed + (row + GRAD_ROWS) * w->row_bytes + g * LANES * 4);
-    V scale = spread(w->order, scales, g0, g, 0);
+    const V scale = spread(w->order, scales, g0, g);
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; k++) {
-        if (k && k % 2 == 0 && !w->order->whole_words)
-            scale = spread(w->order, scales, g0, g, k / 2);
+    for (int k = 0; k < 8; k++)
         v_store(out + k * LANES, v_mul(v_lookup(table, words, k), scale));
-    }
 }
 
 INLINE void widen_typed(const struct weight *w, int64_t row, int64_t from, int64_t floats, float *out)
@@ -226,10 +212,13 @@ INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, float 
             const float one = scales[at];
             const V scale = v_set1(one);
             int64_t j = 0;
+#ifdef OWN_BLOCKS
             if (left >= size && half == LANES / 2) { /* the block is one vector */
                 store_as(job->out, type, out, v_mul(v_lookup(table, block_load(p), 0), scale));
                 j = half;
-            } else if (left >= size)
+            }
+#endif
+            if (left >= size)
                 for (; j + LANES <= half; j += LANES) {
                     const W words = bytes_load(p + j);
                     store_as(job->out, type, out + j, v_mul(v_lookup(table, words, 0), scale));

@@ -83,6 +83,7 @@ struct held {
     int count;
 };
 
+#define HELD __attribute__((cleanup(release))) struct held /* released at the end of its scope */
 static void release(struct held *held)
 {
     while (held->count)

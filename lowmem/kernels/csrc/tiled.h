@@ -6,27 +6,6 @@
 #define FETCH_PARTS 2 /* how many parts ahead of dequantizing codes are prefetched */
 #define MANY_SUMS (MANY_VECTORS * MANY_INPUTS) /* sums in registers */
 
-/* Dequantize a vector of words into a tile: its units are MANY_ROWS floats apart. There is a scale for each byte of a word. */
-INLINE void put_word(W codes, V scale0, V scale1, V scale2, V scale3, T table, float *tile, const int bf16)
-{
-    const V scale[4] = {scale0, scale1, scale2, scale3};
-    V value[8];
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; k++)
-        value[k % 2 * 4 + k / 2] = v_mul(v_lookup(table, codes, k), scale[k / 2]);
-#if ISA_BFLOAT16
-    if (bf16) {
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; k++)
-            v_store(tile + k * MANY_ROWS, (V)pairs(value[2 * k], value[2 * k + 1]));
-        return;
-    }
-#endif
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; k++)
-        v_store(tile + k * MANY_ROWS, value[k]);
-}
-
 /* Words of MANY_ROWS rows that are being dequantized into a tile, a vector of words at a time. The MANY_VECTORS vectors of a
  * word follow each other. */
 struct dequantizing {
@@ -38,7 +17,7 @@ struct dequantizing {
     int vectors, count; /* vectors done, and vectors in all */
 };
 
-/* Dequantize the next vector of words. */
+/* Dequantize the next vector of words: its units are MANY_ROWS floats apart. */
 INLINE void dequantize_next(struct dequantizing *to, T table, const int bf16)
 {
     const int word = to->vectors / MANY_VECTORS, v = to->vectors % MANY_VECTORS;
@@ -47,25 +26,22 @@ INLINE void dequantize_next(struct dequantizing *to, T table, const int bf16)
     if (!to->left)
         to->scales += MANY_ROWS, to->left = to->w->half / 4 * MANY_VECTORS;
     const V scale = v_load(to->scales + v * LANES);
-    put_word(codes, scale, scale, scale, scale, table, tile, bf16);
     to->left--, to->vectors++;
-}
-
-/* Dequantize n words at once where blocks are not whole words; `byte` is the offset of the first word in its row, and `scales`
- * begin with the block of that byte. */
-INLINE void dequantize_apart(const struct weight *w, const float *words, const float *scales, int64_t byte, int64_t n,
-                                 float *tile, const int bf16)
-{
-    const T table = table_load(w->levels);
-    const int64_t first = byte / w->half;
-    for (int64_t i = 0; i < n; i++, byte += 4, tile += UNITS(bf16) * MANY_ROWS, words += MANY_ROWS)
-        EACH_ROWS {
-            V scale[4];
-            for (int b = 0; b < 4; b++)
-                scale[b] = v_load(scales + ((byte + b) / w->half - first) * MANY_ROWS + v * LANES);
-            const W codes = words_of_v(v_load(words + v * LANES));
-            put_word(codes, scale[0], scale[1], scale[2], scale[3], table, tile + v * LANES, bf16);
-        }
+    V value[8];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++)
+        value[k % 2 * 4 + k / 2] = v_mul(v_lookup(table, codes, k), scale);
+#if ISA_BFLOAT16
+    if (bf16) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++)
+            v_store(tile + k * MANY_ROWS, (V)pairs(value[2 * k], value[2 * k + 1]));
+        return;
+    }
+#endif
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++)
+        v_store(tile + k * MANY_ROWS, value[k]);
 }
 
 /* sums (M, MANY_ROWS) += n words of a tile times M batch rows. Meanwhile the next tile is dequantized up to vector `until`: the
@@ -131,7 +107,7 @@ INLINE void widen_across(const struct weight *w, int64_t r, int64_t c, const int
 }
 
 /* Begin to dequantize MANY_ROWS rows into a tile, from column `start` on; `to` says what is left to do (nothing for 16-bit
- * floats and blocks that are not whole words). `own` holds the scales of the chunk, *first is their first block. */
+ * floats). `own` holds the scales of the chunk, *first is their first block. */
 INLINE void begin_tile(const struct job *job, int64_t r, int64_t start, int64_t columns, float *own, float *tile,
                               int64_t *first, struct dequantizing *to, const int bf16)
 {
@@ -162,12 +138,8 @@ INLINE void begin_tile(const struct job *job, int64_t r, int64_t start, int64_t 
     const int64_t byte = start / 2, block = byte / w->half;
     to->words = words;
     to->scales = scales + (block - *first) * MANY_ROWS;
-    if (w->order->whole_words) {
-        to->left = ((block + 1) * w->half - byte) / 4 * MANY_VECTORS;
-        to->count = (int)(columns / 8) * MANY_VECTORS;
-    } else {
-        dequantize_apart(w, words, to->scales, byte, columns / 8, tile, bf16);
-    }
+    to->left = ((block + 1) * w->half - byte) / 4 * MANY_VECTORS;
+    to->count = (int)(columns / 8) * MANY_VECTORS;
 }
 
 /* Multiply rows r to `to` with all batch rows of a piece, and write the results. */

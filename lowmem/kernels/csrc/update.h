@@ -1,11 +1,9 @@
 /* A low-rank update in float32: out = base + scaling * (x @ A.T) @ B.T. Two products: narrow = scaling * (x @ A.T), then out =
  * base + narrow @ B.T. */
 
-#define SUM_ROWS 16 /* rows of the matrix whose sums are computed before they are added to the base */
-
-/* out[j * SUM_ROWS + i] = row i of a matrix (R, columns) times row j of x (M, columns), for the first `whole` columns, a
- * multiple of LANES. */
-INLINE void dots(const float *matrix, int64_t columns, int64_t whole, const int R, const float *x, const int M, float *out)
+/* out[j * LANES + i] = row i of a matrix (R, columns) times row j of x (M, columns), for the first `whole` columns, a multiple
+ * of LANES, still spread over the lanes. */
+INLINE void dots(const float *matrix, int64_t columns, int64_t whole, const int R, const float *x, const int M, V *out)
 {
     V acc[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
@@ -17,46 +15,41 @@ INLINE void dots(const float *matrix, int64_t columns, int64_t whole, const int 
             EACH_ROW acc[AT] = v_fma(row[i], value, acc[AT]);
         }
     }
-    EACH_INPUT
-        if (R == 4)
-            v_sum4(acc[j], acc[M + j], acc[2 * M + j], acc[3 * M + j], out + j * SUM_ROWS);
-        else
-            out[j * SUM_ROWS] = v_sum(acc[j]);
+    EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
 }
 
-/* Define dots_M(): the same for up to SUM_ROWS rows and all columns. There is a function for each M. */
-#define DOTS_WITH(M)                                                                                                       \
+/* Define dots_M(): the same for up to LANES rows and all columns, summed. There is a function for each M. */
+#define DOTS_WITH(M)                                                                                      \
     OWN_FUNCTION dots_##M(const float *matrix, int64_t rows, int64_t columns, const float *x, float *out) \
-    {                                                                                                                      \
-        const int64_t whole = columns / LANES * LANES;                                                                     \
-        int64_t i = 0;                                                                                                     \
-        for (; i + 4 <= rows; i += 4)                                                                                      \
-            dots(matrix + i * columns, columns, whole, 4, x, M, out + i);                                           \
-        for (; i < rows; i++)                                                                                              \
-            dots(matrix + i * columns, columns, whole, 1, x, M, out + i);                                           \
-        if (whole < columns)                                                                                               \
-            for (int64_t j = 0; j < M; j++)                                                                                \
-                for (i = 0; i < rows; i++)                                                                                 \
-                    for (int64_t c = whole; c < columns; c++)                                                              \
-                        out[j * SUM_ROWS + i] += matrix[i * columns + c] * x[j * columns + c];                             \
+    {                                                                                                     \
+        const int64_t whole = columns / LANES * LANES;                                                    \
+        V sums[M * LANES];                                                                                \
+        int64_t i = 0;                                                                                    \
+        for (; i + 4 <= rows; i += 4)                                                                     \
+            dots(matrix + i * columns, columns, whole, 4, x, M, sums + i);                                \
+        for (; i < rows; i++)                                                                             \
+            dots(matrix + i * columns, columns, whole, 1, x, M, sums + i);                                \
+        sum_lanes(sums, M, out);                                                                          \
+        for (int64_t j = 0; j < M; j++)                                                                   \
+            for (i = 0; i < rows; i++)                                                                    \
+                for (int64_t c = whole; c < columns; c++)                                                 \
+                    out[j * LANES + i] += matrix[i * columns + c] * x[j * columns + c];                   \
     }
 DOTS_WITH(1)
 DOTS_WITH(2)
 DOTS_WITH(3)
 DOTS_WITH(4)
 
-/* out = base + scale * (x @ matrix.T) for rows r to `to` of a matrix (rows, columns); base may be NULL. r is a multiple of
- * four: rows are summed in the same groups of four in any part of the matrix, so that every part has the same bits as the
- * whole. */
+/* out = base + scale * (x @ matrix.T) for rows r to `to` of a matrix (rows, columns); base may be NULL. */
 INLINE void small_product(int64_t batch, int64_t r, int64_t to, const float *matrix, int64_t rows, int64_t columns,
                                  const float *x, const float *base, float scale, float *out)
 {
     for (int64_t n; r < to; r += n) {
-        float sums[UPDATED * SUM_ROWS];
-        n = smaller(SUM_ROWS, to - r);
+        float sums[UPDATED * LANES];
+        n = smaller(LANES, to - r);
         for (int64_t m = 0; m < batch; m += FEW) {
             const float *row = matrix + r * columns, *of = x + m * columns;
-            float *into = sums + m * SUM_ROWS;
+            float *into = sums + m * LANES;
             switch (smaller(FEW, batch - m)) {
             case 1: dots_1(row, n, columns, of, into); break;
             case 2: dots_2(row, n, columns, of, into); break;
@@ -68,11 +61,11 @@ INLINE void small_product(int64_t batch, int64_t r, int64_t to, const float *mat
             const int64_t at = m * rows + r;
             int64_t i = 0;
             for (; i + LANES <= n; i += LANES) {
-                const V sum = v_mul(v_load(sums + m * SUM_ROWS + i), v_set1(scale));
+                const V sum = v_mul(v_load(sums + m * LANES + i), v_set1(scale));
                 v_store(out + at + i, base ? v_add(v_load(base + at + i), sum) : sum);
             }
             for (; i < n; i++) {
-                const float sum = sums[m * SUM_ROWS + i] * scale;
+                const float sum = sums[m * LANES + i] * scale;
                 out[at + i] = base ? base[at + i] + sum : sum;
             }
         }
