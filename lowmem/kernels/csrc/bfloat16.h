@@ -88,25 +88,14 @@ INLINE void few_bf16(const struct job *job, int64_t r, const int R, const int M,
 {
     const struct weight *w = job->weight;
     const float *x = job->packed;
-    int64_t g = job->g0;
-    const int64_t row_bytes = w->row_bytes;
-    const int32_t *first = w->order->first_block, *block = w->order->block + g * LANES;
-    const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
-    const uint8_t *soon = codes_soon(w, r, g, R);
     const W table = table_bf16(w->levels);
-    V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
-    int32_t from = -1;
-    row_units(w, r, R, unit);
+    struct reading at;
     V acc[FEW_SUMS];
+    begin_reading(&at, w, r, job->g0, R);
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (; g < job->g1; g++, p += LANES * 4, x += M * (GROUP / 2), block += LANES, soon += LANES * 4 * R) {
-        const int64_t left = row_bytes - g * (LANES * 4);
-        EACH_ROW prefetch(soon + i * LANES * 4);
-        W words[4], level[4 * 4];
-        V scale[4];
-        if (first[g] != from)
-            few_scales(w, r, from = first[g], R, unit, stored);
-        few_words(p, row_bytes, left, R, words);
+    for (int64_t g = job->g0; g < job->g1; g++, x += M * (GROUP / 2)) {
+        W level[4 * 4];
+        read_group(&at, w, r, g, R);
 #pragma GCC unroll 4
         for (int two = 0; 2 * two < M; two++) {
             V sum[FEW_SUMS];
@@ -114,15 +103,13 @@ INLINE void few_bf16(const struct job *job, int64_t r, const int R, const int M,
 #pragma GCC unroll 4
             for (int k = 0; k < 4; k++) {
                 if (!two)
-                    EACH_ROW level[i * 4 + k] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[i], 4 * k), table);
+                    EACH_ROW level[i * 4 + k] = _mm512_permutexvar_epi16(_mm512_srli_epi16(at.words[i], 4 * k), table);
                 EACH_OF_TWO {
                     const __m512bh value = (__m512bh)_mm512_loadu_si512(x + (k * M + j) * LANES);
                     EACH_ROW sum[AT] = _mm512_dpbf16_ps(sum[AT], (__m512bh)level[i * 4 + k], value);
                 }
             }
-            if (!two)
-                EACH_ROW scale[i] = v_spread(stored[i], block);
-            EACH_ROW EACH_OF_TWO acc[AT] = v_fma(sum[AT], scale[i], acc[AT]);
+            EACH_ROW EACH_OF_TWO acc[AT] = v_fma(sum[AT], at.scale[i], acc[AT]);
         }
     }
     EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];

@@ -40,29 +40,17 @@ INLINE void few_int8(const struct job *job, int64_t r, const int R, const int M,
 {
     const struct weight *w = job->weight;
     const float *x = job->packed;
-    int64_t g = job->g0;
-    const int64_t row_bytes = w->row_bytes;
-    const int32_t *first = w->order->first_block, *block = w->order->block + g * LANES;
-    const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
-    const uint8_t *soon = codes_soon(w, r, g, R);
-    V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
-    int32_t from = -1;
-    row_units(w, r, R, unit);
     const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
+    struct reading at;
     V acc[FEW_SUMS];
+    begin_reading(&at, w, r, job->g0, R);
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (; g < job->g1; g++, x += M * GROUP, p += LANES * 4, block += LANES, soon += LANES * 4 * R) {
-        const int64_t left = row_bytes - g * (LANES * 4);
-        W words[4], lows[4], highs[4];
-        V scale[4];
-        if (first[g] != from)
-            few_scales(w, r, from = first[g], R, unit, stored);
-        EACH_ROW prefetch(soon + i * LANES * 4);
-        few_words(p, row_bytes, left, R, words);
+    for (int64_t g = job->g0; g < job->g1; g++, x += M * GROUP) {
+        W lows[4], highs[4];
+        read_group(&at, w, r, g, R);
         EACH_ROW {
-            lows[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(words[i], nibble));
-            highs[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words[i], 4), nibble));
-            scale[i] = v_spread(stored[i], block);
+            lows[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(at.words[i], nibble));
+            highs[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(at.words[i], 4), nibble));
         }
         /* The rows take turns: chains of dependent products one after the other would fill the queues of operations that wait
          * for operands. */
@@ -74,7 +62,7 @@ INLINE void few_int8(const struct job *job, int64_t r, const int R, const int M,
             W sum[4];
             EACH_ROW sum[i] = _mm512_dpbusd_epi32(offset, lows[i], low);
             EACH_ROW sum[i] = _mm512_dpbusd_epi32(sum[i], highs[i], high);
-            EACH_ROW acc[AT] = v_fma(v_mul(_mm512_cvtepi32_ps(sum[i]), unit_of_input), scale[i], acc[AT]);
+            EACH_ROW acc[AT] = v_fma(v_mul(_mm512_cvtepi32_ps(sum[i]), unit_of_input), at.scale[i], acc[AT]);
         }
     }
     EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];

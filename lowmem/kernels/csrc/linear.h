@@ -103,37 +103,55 @@ INLINE void few_words(const uint8_t *p, int64_t row_bytes, int64_t left, const i
     EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
 }
 
+/* What is read of R rows, a group at a time: `scale` is that of each word. */
+struct reading {
+    const uint8_t *p, *soon;
+    const int32_t *block;
+    int64_t first; /* block of the first scale in `stored` */
+    V unit[4], stored[4], scale[4];
+    W words[4];
+};
+
+INLINE void begin_reading(struct reading *at, const struct weight *w, int64_t r, int64_t g, const int R)
+{
+    at->p = w->packed + r * w->row_bytes + g * LANES * 4;
+    at->soon = codes_soon(w, r, g, R);
+    at->block = w->order->block + g * LANES;
+    at->first = -1;
+    row_units(w, r, R, at->unit);
+    EACH_ROW at->stored[i] = v_zero();
+}
+
+INLINE void read_group(struct reading *at, const struct weight *w, int64_t r, int64_t g, const int R)
+{
+    EACH_ROW prefetch(at->soon + i * LANES * 4);
+    if (w->order->first_block[g] != at->first)
+        few_scales(w, r, at->first = w->order->first_block[g], R, at->unit, at->stored);
+    few_words(at->p, w->row_bytes, w->row_bytes - g * LANES * 4, R, at->words);
+    EACH_ROW at->scale[i] = v_spread(at->stored[i], at->block);
+    at->p += LANES * 4;
+    at->soon += LANES * 4 * R;
+    at->block += LANES;
+}
+
 /* out[j * LANES + i] = row r + i times batch row j, still spread over the lanes. Codes are decoded in registers. A block's
  * products are summed before they are multiplied with its scale. */
 INLINE void few(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
     const struct weight *w = job->weight;
     const float *x = job->packed;
-    int64_t g = job->g0;
-    const int64_t row_bytes = w->row_bytes;
-    const int32_t *first = w->order->first_block, *block = w->order->block + g * LANES;
-    const uint8_t *p = w->packed + r * row_bytes + g * LANES * 4;
-    const uint8_t *soon = codes_soon(w, r, g, R);
     const T table = table_load(w->levels);
-    V unit[4], stored[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
-    int32_t from = -1;
-    row_units(w, r, R, unit);
-    V acc[FEW_SUMS];
+    struct reading at;
+    V acc[FEW_SUMS], sum[FEW_SUMS];
+    begin_reading(&at, w, r, job->g0, R);
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (; g < job->g1; g++, p += LANES * 4, x += M * GROUP, block += LANES, soon += LANES * 4 * R) {
-        const int64_t left = row_bytes - g * (LANES * 4);
-        EACH_ROW prefetch(soon + i * LANES * 4);
-        W words[4];
-        V scale[4], sum[FEW_SUMS];
-        if (first[g] != from)
-            few_scales(w, r, from = first[g], R, unit, stored);
-        few_words(p, row_bytes, left, R, words);
-        EACH_ROW scale[i] = v_spread(stored[i], block);
+    for (int64_t g = job->g0; g < job->g1; g++, x += M * GROUP) {
+        read_group(&at, w, r, g, R);
         EACH_ROW EACH_INPUT sum[AT] = v_zero();
 #pragma GCC unroll 8
         for (int k = 0; k < 8; k++) {
             V level[4];
-            EACH_ROW level[i] = v_lookup(table, words[i], k);
+            EACH_ROW level[i] = v_lookup(table, at.words[i], k);
             EACH_INPUT {
                 V value = v_load(x + (k * M + j) * LANES);
                 if (M > 2)
@@ -141,7 +159,7 @@ INLINE void few(const struct job *job, int64_t r, const int R, const int M, V *o
                 EACH_ROW sum[AT] = v_fma(level[i], value, sum[AT]);
             }
         }
-        EACH_ROW EACH_INPUT acc[AT] = v_fma(sum[AT], scale[i], acc[AT]);
+        EACH_ROW EACH_INPUT acc[AT] = v_fma(sum[AT], at.scale[i], acc[AT]);
     }
     EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
 }

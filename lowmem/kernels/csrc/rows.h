@@ -2,8 +2,9 @@
  * vector operations that each ISA defines:
  *
  *   LANES; V, a vector of LANES float32, and W, of as many 32-bit words: types of GNU C, which have operators; v_set1(a)
- *   v_fma(a, b, c), a * b + c; v_transpose(v) transposes LANES vectors in place;
- *   v_sums(v)  lane i: the sum of v[i]
+ *   v_fma(a, b, c)           a * b + c
+ *   v_transpose(v)           transposes LANES vectors in place
+ *   v_sums(v)                lane i: the sum of v[i]; v may be overwritten
  *   v_scales(p, from, n, encoding)   up to n stored scales of a row at p (see scale_as_stored), then zeros. An ISA defines it
  *                            (OWN_SCALES), or v_steps(p, encoding) for LANES bytes of steps (OWN_STEPS), or nothing
  *   words_load(p, left)      LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero
