@@ -58,8 +58,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
     """Load an adapter onto the base that it was trained on.
 
-    If the model has an adapter of that name with the same layers, ranks, alphas and dropouts, its values are
-    replaced; otherwise a new, active adapter is added.
+    If the model has an adapter of that name with the same layers, ranks, alphas, dropouts and scalings, its values
+    are replaced; otherwise a new, active adapter is added.
 
     Args:
         model: the base, with or without adapters.
@@ -93,7 +93,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
             at: records[place] for at, place in own.items()
         }:
             raise ValueError(
-                f"the model has an adapter {show(name)} of other layers, ranks, alphas or dropouts; "
+                f"the model has an adapter {show(name)} of other layers, ranks, alphas, dropouts or scalings; "
                 "delete that adapter first, or load this one under another name="
             )
         if any(isinstance(by_path[place], LoRALinear) and by_path[place].merged == name for place in records):

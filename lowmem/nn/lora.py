@@ -7,8 +7,9 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
@@ -31,40 +32,85 @@ _LARGEST_ALPHA = torch.finfo(torch.float32).max  # low-rank products are scaled 
 class LoRA:
     """Low-rank adaptation: the model is frozen, and two matrices A and B per layer train (arXiv 2106.09685).
 
+        y = W x + b + s B A x,  s = alpha / rank, or alpha / sqrt(rank) if rank-stabilized
+
+    A pattern is a glob of a layer's paths; the first one that matches wins, and one that matches no adapted layer is
+    an error: ``LoRA(8, ranks={"*.q_proj": 32, "*_proj": 16})``.
+
     Args:
         rank: of ``B A``, at least 1.
-        alpha: the low-rank product is scaled by ``alpha / rank``; None: by 1.
+        alpha: the numerator of the scaling s; None: the rank, of each layer its own.
         dropout: probability of dropout on the input of A, in [0, 1).
+        rank_stabilized: whether to scale by ``alpha / sqrt(rank)``, which keeps the size of gradients at high ranks
+            (rsLoRA, arXiv 2312.03732).
+        ranks: other ranks by pattern, a mapping or pairs; stored as a tuple of pairs.
+        alphas: other alphas by pattern, likewise.
 
     Raises:
         ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
-            float32 can hold, or a dropout outside [0, 1).
+            float32 can hold, a dropout outside [0, 1), a rank_stabilized that is not a bool, or ranks or alphas
+            that are not pairs of a pattern and a value.
     """
 
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
+    rank_stabilized: bool = False
+    ranks: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    alphas: Mapping[str, float | None] | tuple[tuple[str, float | None], ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r} must be a positive integer")
-        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha <= _LARGEST_ALPHA):
-            raise ValueError(
-                f"alpha={self.alpha!r} must be a positive number, at most float32's largest ({_LARGEST_ALPHA:.6g}), "
-                "or None for the rank"
-            )
+        for name in ("ranks", "alphas"):  # a dict or a list would not be hashable
+            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+        for rank in (self.rank, *(rank for _, rank in _pairs("ranks", self.ranks))):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"rank={rank!r} must be a positive integer")
+        for alpha in (self.alpha, *(alpha for _, alpha in _pairs("alphas", self.alphas))):
+            if alpha is not None and not (_is_number(alpha) and 0 < alpha <= _LARGEST_ALPHA):
+                raise ValueError(
+                    f"alpha={alpha!r} must be a positive number, at most float32's largest ({_LARGEST_ALPHA:.6g}), "
+                    "or None for the rank"
+                )
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
+        if not isinstance(self.rank_stabilized, bool):
+            raise ValueError(f"rank_stabilized={self.rank_stabilized!r} must be True or False")
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of ``B A x``, at the technique's own rank and alpha."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def at(self, paths: Sequence[str]) -> LoRA:
+        """Return the technique of a layer at ``paths``: its rank and alpha, without patterns."""
+
+        def found(patterns: Any, default: Any) -> Any:
+            return next((value for p, value in patterns if any(fnmatchcase(path, p) for path in paths)), default)
+
+        rank, alpha = found(self.ranks, self.rank), found(self.alphas, self.alpha)
+        return replace(self, rank=rank, alpha=alpha, ranks=(), alphas=())
+
+
+def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
+    """Return patterns and values as a tuple of pairs."""
+    try:
+        pairs = tuple((pattern, value) for pattern, value in (given.items() if isinstance(given, Mapping) else given))
+    except (TypeError, ValueError):
+        pairs = ((None, None),)
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern, _ in pairs):
+        raise ValueError(f"{name}={given!r} must map glob patterns of paths to values, as {{'*.q_proj': 32}}")
+    return pairs
 
 
 class Adapter(nn.Module):
-    """The low-rank product of one layer, ``(alpha / rank) B A x``: A (rank, in) starts random, B (out, rank) zero.
+    """The low-rank product of one layer, ``s B A x``: A (rank, in) starts random, B (out, rank) zero.
 
     A new adapter therefore does not change the output, bit for bit.
 
     Args:
         base: the layer to adapt; only its shape, dtype and device are read.
-        technique: rank, alpha and dropout.
+        technique: rank, alpha, dropout and scaling; patterns are for ``LoRA.at`` to resolve.
     """
 
     weight_count = 0  # an adapter adds no weights to those that its base stores
@@ -73,7 +119,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.technique = technique
         self.rank = technique.rank
-        self.scaling = (technique.rank if technique.alpha is None else technique.alpha) / technique.rank
+        self.scaling = technique.scaling
         self.dropout = nn.Dropout(technique.dropout) if technique.dropout else nn.Identity()
         stored = base.packed if isinstance(base, Linear4Bit) else base.weight
         dtype = stored.dtype if stored.dtype in (torch.float32, torch.float64) else torch.float32
@@ -82,7 +128,7 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear initializes its weight
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
-        """Return ``out + (alpha / rank) B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
+        """Return ``out + s B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
         own, dropout = self._parameters, self._modules["dropout"]  # faster than attributes
         assert dropout is not None
         a, b = own.get("lora_a"), own.get("lora_b")
@@ -104,7 +150,7 @@ class Adapter(nn.Module):
         return wide if out.dim() == 2 else wide.view(out.shape)
 
     def delta(self) -> Tensor:
-        """Return ``(alpha / rank) B A``, the change of the weight: (out, in), in float32 or wider."""
+        """Return ``s B A``, the change of the weight: (out, in), in float32 or wider."""
         dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # the adapter may have been cast to 16 bits
         return (self.lora_b.detach().to(dtype) * self.scaling) @ self.lora_a.detach().to(dtype)
 
@@ -123,11 +169,11 @@ def _of_single_adapter(name: str) -> Any:
 
 
 class LoRALinear(nn.Module):
-    """``y = base(x) + sum (alpha / rank) B A x`` over the active adapters, in the order in which they were added.
+    """``y = base(x) + sum s B A x`` over the active adapters, in the order in which they were added.
 
     Args:
         base: an nn.Linear, HalfLinear or Linear4Bit.
-        technique: rank, alpha and dropout of a first adapter, which is active.
+        technique: rank, alpha, dropout and scaling s of a first adapter, which is active.
         name: of that adapter.
 
     Attributes:
