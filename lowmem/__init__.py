@@ -33,7 +33,7 @@ from lowmem.transforms.adapters import (
 )
 from lowmem.transforms.calibrate import calibrate
 from lowmem.transforms.convert import convert
-from lowmem.transforms.merge import merge
+from lowmem.transforms.merge import MergedLayer, MergeReport, merge
 from lowmem.transforms.summary import LayerSummary, Summary, summary
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__
@@ -55,6 +55,8 @@ __all__ = [
     "Linear4Bit",
     "LoRA",
     "LoRALinear",
+    "MergeReport",
+    "MergedLayer",
     "QuantizedTensor",
     "Summary",
     "__version__",

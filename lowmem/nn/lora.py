@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from lowmem.kernels import ops, reference
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call, refuse_nested
 from lowmem.nn.half import HalfLinear, round_to
-from lowmem.quant.quantize import requantize
+from lowmem.quant.quantize import relative_error, requantize
 
-__all__ = ["Adapter", "LoRA", "LoRALinear"]
+__all__ = ["Adapter", "Folded", "LoRA", "LoRALinear"]
 
 
 _LARGEST_ALPHA = torch.finfo(torch.float32).max  # low-rank products are scaled in float32
@@ -168,6 +168,20 @@ def _of_single_adapter(name: str) -> Any:
     return property(get, doc=f"The adapter's ``{name}``, while there is one adapter only.")
 
 
+class Folded(NamedTuple):
+    """A base with adapters merged into its weight, and ``rms(weight - adapted) / rms(adapted)`` of two weights.
+
+    Attributes:
+        layer: the copy of the base.
+        before: the error of the base's weight, without the adapters.
+        after: the error of the weight that the copy stores.
+    """
+
+    layer: nn.Module
+    before: float
+    after: float
+
+
 class LoRALinear(nn.Module):
     """``y = base(x) + sum s B A x`` over the active adapters, in the order in which they were added.
 
@@ -242,34 +256,39 @@ class LoRALinear(nn.Module):
         folded.folds = name  # type: ignore[assignment]  # stored on the copy, so that forward reads both in one access
         self.merged, self.merged_base = name, folded
 
-    def folded(self, names: Iterable[str]) -> tuple[nn.Module, float]:
-        """Return a copy of the base with adapters merged into its weight, and the relative error of storing that.
+    def folded(self, names: Iterable[str], to: torch.dtype | None = None) -> Folded:
+        """Return a copy of the base with adapters merged into its weight. This layer and its base do not change.
 
-        The error is ``rms(stored - adapted) / rms(adapted)``. This layer and its base do not change.
+        An adapter whose B is all zero is left out, so that it changes no byte.
+
+        Args:
+            names: of the adapters.
+            to: the dtype of an nn.Linear to make; None: store the weight as the base does.
 
         Raises:
-            ValueError: the adapted weight is not finite, or exceeds the range of the base's dtype or scales.
+            ValueError: the adapted weight is not finite, or exceeds the range of the dtype or scales.
         """
         base = self.base
         adapted = base.quantized.dequantize() if isinstance(base, Linear4Bit) else base.weight.detach()
-        for name in names:
-            adapted = adapted + cast(Adapter, self.adapters[name]).delta()
-        if isinstance(base, Linear4Bit):
-            quantized = requantize(base.quantized, adapted)
-            layer: nn.Module = Linear4Bit(quantized, base.bias, base.compute_dtype)
-            stored = quantized.dequantize(adapted.dtype)
+        added = [part for name in names if (part := cast(Adapter, self.adapters[name])).lora_b.any()]
+        for adapter in added:
+            adapted = adapted + adapter.delta()
+        layer: nn.Module
+        if to is None and isinstance(base, Linear4Bit):
+            quantized = requantize(base.quantized, adapted) if added else base.quantized
+            layer = Linear4Bit(quantized, base.bias, base.compute_dtype)
+        elif to is None and isinstance(base, HalfLinear):
+            layer = HalfLinear(round_to(adapted, base.weight.dtype, "weight"), base.bias)
         else:
-            stored = round_to(adapted, base.weight.dtype, "weight")
-            if isinstance(base, HalfLinear):
-                layer = HalfLinear(stored, base.bias)
-            else:
-                layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-                layer.weight = nn.Parameter(stored, requires_grad=base.weight.requires_grad)
-                layer.bias = base.bias
-            stored = stored.to(adapted.dtype)
-        size = float(adapted.pow(2).mean().sqrt())
-        error = float((stored - adapted).pow(2).mean().sqrt())
-        return layer.train(base.training), error / size if size else 0.0
+            layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+            trains = isinstance(base, nn.Linear) and base.weight.requires_grad
+            layer.weight = nn.Parameter(round_to(adapted, to or adapted.dtype, "weight"), requires_grad=trains)
+            bias: nn.Parameter | None = base.bias
+            if to is not None and bias is not None:
+                bias = nn.Parameter(round_to(bias, to, "bias"), requires_grad=bias.requires_grad)
+            layer.register_parameter("bias", bias)
+        before, after = (relative_error(adapted, _weight_of(part)) for part in (base, layer))
+        return Folded(layer.train(base.training), before, after)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.merged_base = None  # rebuilt by the post hook
@@ -322,7 +341,11 @@ def _drop_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: 
 def _remerge(layer: LoRALinear, _: object) -> None:
     if layer.merged is not None:
         name, layer.merged = layer.merged, None  # stays None if the loaded values cannot be merged
-        layer.merge(name, layer.folded([name])[0])
+        layer.merge(name, layer.folded([name]).layer)
+
+
+def _weight_of(layer: nn.Module) -> Any:
+    return layer.quantized if isinstance(layer, Linear4Bit) else layer.weight
 
 
 def _is_number(value: object) -> bool:

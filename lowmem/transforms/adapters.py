@@ -15,7 +15,7 @@ from torch import nn
 
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.transforms.convert import freeze_all_but_adapters, one_at_a_time, swap
-from lowmem.transforms.merge import adapted_layers, fold
+from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
 from lowmem.transforms.placement import place_adapters
 from lowmem.transforms.registry import layer_name, no_match_message, refuse_peft, select_modules, skip_reason
 
@@ -205,7 +205,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
 
 @one_at_a_time
 def merge_adapter(model: nn.Module, name: str) -> None:
-    """Merge an adapter into copies of the bases, ``W + (alpha / rank) B A``, which are called in place of them.
+    """Merge an adapter into copies of the bases, ``W + s B A``, which are called in place of them.
 
     The bases are kept unchanged, and ``state_dict`` holds them without the copies. A merged adapter contributes to
     the output, active or not, and does not train; other adapters work as before. The copy of a half-precision base is
@@ -221,10 +221,10 @@ def merge_adapter(model: nn.Module, name: str) -> None:
     merged = _merged(layers)
     if merged:
         raise ValueError(f"adapter {merged!r} is merged already: call unmerge_adapter(model) first")
-    copies = fold(model, lambda layer: (name,) if name in layer.adapters else ())
-    for layer in layers:
-        if layer in copies:
-            layer.merge(name, copies[layer])
+    copies = fold(model, {layer: (name,) for layer in layers if name in layer.adapters})
+    warn_of_requantizing(copies, layers)
+    for layer, copy in copies.items():
+        layer.merge(name, copy.layer)
 
 
 @one_at_a_time
