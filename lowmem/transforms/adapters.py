@@ -46,7 +46,8 @@ def add_adapter(
     """Add a new, active adapter to every layer that LoRA supports and that ``where`` and ``skip`` select.
 
     Layers without an adapter become LoRALinear, as by ``convert``. The new adapter trains, other adapters do not
-    change (active or not, frozen or not), and the rest of the model is frozen.
+    change (active or not, frozen or not), and the rest of the model is frozen. Output layers are left out as by
+    ``convert``, unless ``where`` is given.
 
     Args:
         model: any module, with or without adapters; the root itself can be the layer.
@@ -73,7 +74,7 @@ def add_adapter(
         raise ValueError(no_match_message(LoRA, model))
     wrapped: dict[nn.Module, nn.Module] = {}
     added: dict[LoRALinear, Adapter] = {}
-    for module, own in place_adapters(model, technique, layers).items():
+    for module, own in place_adapters(model, technique, layers, where).items():
         if not isinstance(module, LoRALinear):
             wrapped[module] = LoRALinear(cast(nn.Linear, module), own, name).train(module.training)
         elif name in module.adapters:

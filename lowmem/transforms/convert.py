@@ -85,7 +85,10 @@ def convert(
     nn.MultiheadAttention reads that weight itself. Later techniques skip layers that they do not support. A module
     at several paths is replaced by one module at all of them. Modules that share a weight (tied embeddings) share
     the stored weight, or are skipped together. Forward and backward hooks move to the replacement. After ``LoRA``,
-    only adapters train. ``summary`` lists how each layer was treated, and why.
+    only adapters train. ``LoRA`` leaves out the output layer of a language model (what ``get_output_embeddings()``
+    returns), layers that share its weight, and linear layers whose weight is tied to an embedding, unless ``where``
+    is given: their adapters would be as large as the vocabulary. ``summary`` lists how each layer was treated, and
+    why.
 
     Args:
         model: any module; the root itself can be the layer.
@@ -104,11 +107,13 @@ def convert(
     """
     _check_arguments(techniques)
     candidates = layers_to_convert(model, techniques, where, skip)
-    chosen = techniques_by_layer(model, techniques, candidates)
+    chosen = techniques_by_layer(model, techniques, candidates, where)
     store = Store()
     unused: dict[type[Technique], str | None] = {}
     replacements = {
-        module: rebuild(module, chosen[module], path, unused, store.by) for module, path in candidates.items()
+        module: rebuild(module, chosen[module], path, unused, store.by)
+        for module, path in candidates.items()
+        if chosen[module]
     }
     for why in unused.values():
         if why is not None:

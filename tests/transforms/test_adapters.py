@@ -478,6 +478,7 @@ def test_merge_with_an_active_adapter_in_some_layers_leaves_the_other_bases_bit_
     model = make_adapted("a", base="4-bit")
     base = model[0].base
     add_adapter(model, "b", LoRA(2), skip="0")
+    fill(model, "b")
     deactivate(model, "a")
     with pytest.warns(UserWarning, match="quantized 2 adapted weights"):
         merge(model)
@@ -707,7 +708,7 @@ def test_a_forward_beside_a_merge_takes_the_base_and_the_merged_adapter_together
     """Whenever another thread merges: a forward that sees the copy knows which adapter is in it."""
     model = make_adapted("a", base="dense")
     layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
-    copy_of_base, _ = layer.folded(["a"])
+    copy_of_base = layer.folded(["a"]).layer
     x = torch.randn(3, layer.in_features)
     expected = copy_of_base(x)
     for merged in (None, "a"):  # what the layer says of it, before or after the copy is there

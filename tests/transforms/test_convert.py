@@ -300,7 +300,8 @@ def tensors_of(layer):
 def test_tied_weights_stay_tied(techniques):
     dense, untied = Tied(), Tied()
     untied.head.weight = nn.Parameter(untied.tokens.weight.detach().clone())
-    model = convert(copy.deepcopy(dense), *techniques)
+    everywhere = {"where": lambda *_: True}  # an adapter over the head, too
+    model = convert(copy.deepcopy(dense), *techniques, **everywhere)
     stored = tensors_of(model.tokens)
     for one in (model, copy.deepcopy(model)):
         assert all(a is b for a, b in zip(tensors_of(one.tokens), tensors_of(one.head), strict=True))
@@ -309,7 +310,7 @@ def test_tied_weights_stay_tied(techniques):
     convert(untied, *techniques)
     assert measure.theoretical_bytes(model) == measure.theoretical_bytes(untied) - once
     assert measure.weight_count(model) == measure.weight_count(dense)
-    twin = convert(Tied(), *techniques)
+    twin = convert(Tied(), *techniques, **everywhere)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(torch.arange(50)), model(torch.arange(50)))
     assert tensors_of(twin.tokens)[0] is tensors_of(twin.head)[0]
@@ -325,7 +326,7 @@ def test_tied_weights_are_left_alone_together(techniques, skip):
 
 
 def test_an_adapter_over_a_tied_layer_leaves_the_tie():
-    model = convert(Tied(), LoRA(2))
+    model = convert(Tied(), LoRA(2), where=lambda path, _: path == "head")
     assert model.head.base.weight is model.tokens.weight
     model.more = nn.Linear(4, 4)
     convert(model, FourBit())
