@@ -89,7 +89,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         own = {found[by_path[place]][0]: place for place in records}  # a layer's first path: its path in the file
         if len(own) < len(records):
             raise ValueError("it adapts two layers that are one here: it is of another architecture")
-        if present and {at: part.technique for at, part in present.items()} != {
+        if present and {at: lora_of(adapter_record(part)) for at, part in present.items()} != {
             at: records[place] for at, place in own.items()
         }:
             raise ValueError(

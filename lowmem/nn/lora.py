@@ -20,6 +20,7 @@ from lowmem.kernels import ops, reference
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call, refuse_nested
 from lowmem.nn.half import HalfLinear, round_to
+from lowmem.nn.loftq import truncated_svd
 from lowmem.quant.quantize import relative_error, requantize
 
 __all__ = ["Adapter", "Folded", "LoRA", "LoRALinear"]
@@ -45,11 +46,20 @@ class LoRA:
             (rsLoRA, arXiv 2312.03732).
         ranks: other ranks by pattern, a mapping or pairs; stored as a tuple of pairs.
         alphas: other alphas by pattern, likewise.
+        init: "zero": B starts at zero, so that a fresh adapter changes nothing, bit for bit. "loftq": ``s B A``
+            starts as the best approximation of this rank of the base's quantization error, so that base and adapter
+            are nearer to the dense weight W than the base alone (LoftQ, arXiv 2310.08659, algorithm 1):
+
+                s B A = SVD_rank(W - dequantize(quantize(W)))
+
+            It needs W, so ``FourBit`` has to be applied by the same ``convert``. One step of LoftQ's alternation is
+            taken: the base keeps the bytes that ``FourBit`` alone stores, is the same for every adapter, and stays
+            tied. Merging a fresh adapter of this kind changes bytes.
 
     Raises:
         ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
-            float32 can hold, a dropout outside [0, 1), a rank_stabilized that is not a bool, or ranks or alphas
-            that are not pairs of a pattern and a value.
+            float32 can hold, a dropout outside [0, 1), a rank_stabilized that is not a bool, ranks or alphas
+            that are not pairs of a pattern and a value, or an unknown init.
     """
 
     rank: int = 16
@@ -58,6 +68,7 @@ class LoRA:
     rank_stabilized: bool = False
     ranks: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     alphas: Mapping[str, float | None] | tuple[tuple[str, float | None], ...] = ()
+    init: str = "zero"
 
     def __post_init__(self) -> None:
         for name in ("ranks", "alphas"):  # a dict or a list would not be hashable
@@ -75,6 +86,8 @@ class LoRA:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
         if not isinstance(self.rank_stabilized, bool):
             raise ValueError(f"rank_stabilized={self.rank_stabilized!r} must be True or False")
+        if self.init not in ("zero", "loftq"):
+            raise ValueError(f"init={self.init!r} must be 'zero' or 'loftq'")
 
     @property
     def scaling(self) -> float:
@@ -106,16 +119,22 @@ def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
 class Adapter(nn.Module):
     """The low-rank product of one layer, ``s B A x``: A (rank, in) starts random, B (out, rank) zero.
 
-    A new adapter therefore does not change the output, bit for bit.
+    A new adapter therefore does not change the output, bit for bit; one with ``init="loftq"`` does.
 
     Args:
-        base: the layer to adapt; only its shape, dtype and device are read.
-        technique: rank, alpha, dropout and scaling; patterns are for ``LoRA.at`` to resolve.
+        base: the layer to adapt; its shape, dtype and device are read, and its weight for ``init="loftq"``.
+        technique: rank, alpha, dropout, scaling and init; patterns are for ``LoRA.at`` to resolve.
+        dense: the weight that a 4-bit base was quantized from, (out, in), for ``init="loftq"``.
+
+    Raises:
+        ValueError: ``init="loftq"`` without a 4-bit base or its dense weight.
     """
 
     weight_count = 0  # an adapter adds no weights to those that its base stores
 
-    def __init__(self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA) -> None:
+    def __init__(
+        self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA, dense: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.technique = technique
         self.rank = technique.rank
@@ -126,6 +145,22 @@ class Adapter(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(self.rank, base.in_features, dtype=dtype, device=stored.device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, self.rank, dtype=dtype, device=stored.device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear initializes its weight
+        if technique.init == "loftq":
+            if dense is None or not isinstance(base, Linear4Bit):
+                raise ValueError(
+                    "init='loftq' approximates what 4 bits lose of the dense weight, and needs both: apply it in the "
+                    "call that quantizes, convert(model, FourBit(), LoRA(init='loftq')), or use init='zero'"
+                )
+            self._approximate(dense.detach().to(dtype) - base.quantized.dequantize(dtype))
+
+    @torch.no_grad()
+    def _approximate(self, error: Tensor) -> None:
+        """Set A and B so that ``s B A`` is near to an error (out, in); their sizes are the same."""
+        u, sizes, vt = truncated_svd(error, self.rank)
+        count = int((sizes > 0).sum())  # the rest of A stays random, and of B zero: it can train from there
+        root = (sizes[:count] / self.scaling).sqrt()
+        self.lora_b[:, :count] = u[:, :count] * root
+        self.lora_a[:count] = root[:, None] * vt[:count]
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
         """Return ``out + s B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
@@ -189,6 +224,7 @@ class LoRALinear(nn.Module):
         base: an nn.Linear, HalfLinear or Linear4Bit.
         technique: rank, alpha, dropout and scaling s of a first adapter, which is active.
         name: of that adapter.
+        dense: the weight that a 4-bit base was quantized from, for ``init="loftq"``.
 
     Attributes:
         adapters: every ``Adapter`` by its name.
@@ -204,7 +240,13 @@ class LoRALinear(nn.Module):
     rank = _of_single_adapter("rank")
     scaling = _of_single_adapter("scaling")
 
-    def __init__(self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA, name: str = "default") -> None:
+    def __init__(
+        self,
+        base: nn.Linear | HalfLinear | Linear4Bit,
+        technique: LoRA,
+        name: str = "default",
+        dense: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -214,12 +256,18 @@ class LoRALinear(nn.Module):
         self.register_module("merged_base", None)
         self._register_state_dict_hook(_drop_merged_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_remerge)  # type: ignore[no-untyped-call]
-        self.add(name, Adapter(base, technique))
+        self.add(name, Adapter(base, technique, dense))
 
     @classmethod
-    def from_layer(cls, layer: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA) -> LoRALinear:
-        """Build it over a layer, which becomes its base."""
-        return cls(layer, technique)
+    def from_layer(
+        cls, layer: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA, dense: Tensor | None = None
+    ) -> LoRALinear:
+        """Build it over a layer, which becomes its base; ``dense`` is the weight that the layer was made from.
+
+        Raises:
+            ValueError: ``init="loftq"`` without a 4-bit base or its dense weight.
+        """
+        return cls(layer, technique, dense=dense)
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Add an adapter and activate it."""

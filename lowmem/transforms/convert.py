@@ -238,7 +238,8 @@ def rebuild(
         unused[type(technique)] = None
         try:
             if isinstance(technique, LoRA):
-                layer = made.from_layer(layer, technique)
+                dense: Any = None if layer is module else module.weight
+                layer = made.from_layer(layer, technique, dense)
             else:
                 layer = made.from_layer(layer, technique, store_by(technique))
         except (TypeError, ValueError) as reason:

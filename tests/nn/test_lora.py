@@ -287,6 +287,7 @@ def test_patterns_are_hashable_and_json_holds_them():
             ({"ranks": ranks}, re.escape(f"ranks={ranks!r} must map glob patterns of paths to values"))
             for ranks in (7, "ab", ["ab", "abc"], [(1, 2)], {1: 2}, [("*", 1, 2)], None)
         ),
+        *(({"init": init}, f"init={init!r} must be 'zero' or 'loftq'") for init in ("qera", None, True)),
         ({"alphas": 1.5}, "alphas=1.5 must map glob patterns of paths to values"),
         *(({"rank_stabilized": value}, f"rank_stabilized={value} must be True or False") for value in (1, None)),
         *(({"dropout": p}, "dropout=.* must be at least 0 and below 1") for p in (-0.1, 1, 1.5, float("nan"), "0")),
