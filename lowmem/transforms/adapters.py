@@ -70,6 +70,7 @@ def add_adapter(
         raise TypeError(f"technique={technique!r} must be an instance of LoRA")
     selected = select_modules(model, where, skip)
     layers = [m for m in selected if isinstance(m, LoRALinear) or skip_reason(LoRA, m) is None]
+    refuse_peft(model, layers, freezes=True)
     if not layers:
         raise ValueError(no_match_message(LoRA, model))
     wrapped: dict[nn.Module, nn.Module] = {}
@@ -84,7 +85,6 @@ def add_adapter(
             )
         else:
             added[module] = Adapter(module.base, own)
-    refuse_peft(model, wrapped, freezes=True)
     model = swap(model, wrapped)
     for adapted, adapter in added.items():
         adapted.add(name, adapter)

@@ -150,9 +150,9 @@ def layers_to_convert(
             candidates[module] = path
     if type(techniques[0]) is not LoRA:  # LoRA keeps the weight, and with it all ties
         drop_partial_ties(model, candidates)
+    refuse_peft(model, candidates, freezes=any(isinstance(t, LoRA) for t in techniques))
     if not candidates:
         raise ValueError(no_match_message(type(techniques[0]), model))
-    refuse_peft(model, candidates, freezes=any(isinstance(t, LoRA) for t in techniques))
     return candidates
 
 

@@ -1,6 +1,7 @@
 """One walk converts any model, and an error leaves it as it was."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -553,6 +554,52 @@ def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, change):
         changes[change](skip="1.*")
         assert [*model[1].modules()] == modules[-len([*model[1].modules()]) :]
     assert [p.requires_grad for p in model[1].parameters()] == trains[2:]
+
+
+class PeftModel(nn.Module):
+    """As PEFT wraps a model: its layers are PEFT's, others stay as they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_model = nn.Sequential(PeftLinear(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8))
+
+
+PeftModel.__module__ = "peft.peft_model"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, "base_model.0.base_layer is inside"),
+        ({"skip": "*.base_model.0.*"}, "base_model.2 is inside"),
+        ({"where": lambda path, _: path.endswith("2")}, "base_model.2 is inside"),
+        ({"where": lambda *_: False}, None),
+    ],
+    ids=["all", "skip", "where", "nothing"],
+)
+@pytest.mark.parametrize("change", ["FourBit", "Half", "LoRA", "QLoRA", "add_adapter", "calibrate"])
+def test_a_model_that_peft_has_wrapped_is_refused_whatever_is_selected(change, options, found, wrapped):
+    model = nn.ModuleDict({"module": PeftModel()}) if wrapped else PeftModel()  # as in DistributedDataParallel
+    if not wrapped and "skip" in options:
+        options = {"skip": "base_model.0.*"}
+    modules, trains = [*model.modules()], [p.requires_grad for p in model.parameters()]
+    changes = {
+        "FourBit": lambda: convert(model, FourBit(), **options),
+        "Half": lambda: convert(model, Half(), **options),
+        "LoRA": lambda: convert(model, LoRA(2), **options),
+        "QLoRA": lambda: convert(model, FourBit(), LoRA(2), **options),
+        "add_adapter": lambda: add_adapter(model, "mine", LoRA(2), **options),
+        "calibrate": lambda: calibrate(model, [torch.randn(4, 8)], **options),
+    }
+    place = "module" if wrapped else "the model itself"
+    start = f"{found} {place}," if found else "the model holds module," if wrapped else "the model is"
+    prefix = "module." if wrapped and found else ""
+    message = rf"^{re.escape(prefix + start)} a PeftModel of PEFT.* before get_peft_model, or call merge_and_unload"
+    with pytest.raises(ValueError, match=message):
+        changes[change]()
+    assert [*model.modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == trains
 
 
 def test_what_is_converted_first_can_go_into_peft_s_layers():
