@@ -330,7 +330,8 @@ class LoRALinear(nn.Module):
         else:
             layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
             trains = isinstance(base, nn.Linear) and base.weight.requires_grad
-            layer.weight = nn.Parameter(round_to(adapted, to or adapted.dtype, "weight"), requires_grad=trains)
+            dtype = cast(nn.Linear, base).weight.dtype if to is None else to
+            layer.weight = nn.Parameter(round_to(adapted, dtype, "weight"), requires_grad=trains)
             bias: nn.Parameter | None = base.bias
             if to is not None and bias is not None:
                 bias = nn.Parameter(round_to(bias, to, "bias"), requires_grad=bias.requires_grad)

@@ -121,6 +121,15 @@ def test_merging_to_a_dtype_makes_dense_layers_rounded_once(base, dtype):
     assert model[0](torch.ones(2, 24, dtype=dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_dense_layer_keeps_its_dtype_though_the_sum_is_wider(dtype):
+    layer = strategies.make_adapted(torch.nn.Linear(8, 8, dtype=dtype), "dense")
+    expected = (layer.base.weight + layer.adapters["default"].delta()).to(dtype)
+    merged = merge(layer)
+    assert merged.weight.dtype == merged.bias.dtype == dtype
+    assert torch.equal(merged.weight, expected)
+
+
 def error_of(got, exact):
     return float((got.double() - exact).norm() / exact.norm())
 

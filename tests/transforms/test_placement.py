@@ -117,7 +117,7 @@ def test_a_model_without_an_output_layer_has_none_left_out(returned):
 def test_a_layer_that_shares_a_bias_alone_is_no_output_layer():
     model = Causal()
     model.more = nn.Linear(4, 50)
-    model.more.bias = model.draft.bias
+    model.lm_head.bias = model.more.bias
     assert model.more not in output_layers(model)
 
 
