@@ -24,6 +24,7 @@ from lowmem.transforms.adapters import (
     active_adapters,
     adapter_layers,
     adapter_names,
+    adapter_parameter_groups,
     add_adapter,
     deactivate,
     delete_adapter,
@@ -32,7 +33,7 @@ from lowmem.transforms.adapters import (
 )
 from lowmem.transforms.calibrate import calibrate
 from lowmem.transforms.convert import convert
-from lowmem.transforms.merge import merge
+from lowmem.transforms.merge import MergedLayer, MergeReport, merge
 from lowmem.transforms.summary import LayerSummary, Summary, summary
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__
@@ -54,6 +55,8 @@ __all__ = [
     "Linear4Bit",
     "LoRA",
     "LoRALinear",
+    "MergeReport",
+    "MergedLayer",
     "QuantizedTensor",
     "Summary",
     "__version__",
@@ -61,6 +64,7 @@ __all__ = [
     "active_adapters",
     "adapter_layers",
     "adapter_names",
+    "adapter_parameter_groups",
     "add_adapter",
     "backend",
     "build",

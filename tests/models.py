@@ -43,12 +43,15 @@ INDICES = torch.arange(18).view(2, 9) * 7 % 50
 
 
 def small(name: str, seed: int = 0) -> nn.Module:
-    """Return ``Small``, converted by one of ``TECHNIQUES``, in eval mode; its adapters are not zero."""
+    """Return ``Small``, converted by one of ``TECHNIQUES``, in eval mode; its adapters are not zero.
+
+    The head, which is tied to the embedding, has one, too.
+    """
     from lowmem import convert
 
     torch.manual_seed(seed)
     model = Small()
-    model = convert(model, *TECHNIQUES[name]) if TECHNIQUES[name] else model
+    model = convert(model, *TECHNIQUES[name], where=lambda *_: True) if TECHNIQUES[name] else model
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "lora_b" in key:

@@ -182,10 +182,15 @@ def convolutions(draw, dtype=torch.float32):
 
 
 def make_adapted(
-    linear: torch.nn.Linear, base: str, rank: int = 4, alpha: float | None = None, seed: int = 0
+    linear: torch.nn.Linear,
+    base: str,
+    rank: int = 4,
+    alpha: float | None = None,
+    seed: int = 0,
+    technique: LoRA | None = None,
 ) -> LoRALinear:
     """Return a LoRALinear over one of ``BASES`` whose lora_b is no longer zero."""
-    layer = convert(linear, *BASES[base], LoRA(rank, alpha))
+    layer = convert(linear, *BASES[base], LoRA(rank, alpha) if technique is None else technique)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         layer.lora_b.copy_(torch.randn(layer.lora_b.shape, generator=generator))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lowmem.io.checkpoint import base_of, how_stored
 from lowmem.io.container import read, write_tensors
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import check_adapter
+from lowmem.io.wrappers import unwrap
 from lowmem.nn.fourbit import format_keys
 from lowmem.nn.frozen_linear import FrozenStorage
 from lowmem.nn.lora import LoRA, LoRALinear
@@ -29,7 +31,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     """Save one adapter of a model, without its base, as a safetensors file. The write is atomic.
 
     Args:
-        model: has the adapter.
+        model: has the adapter; one that DistributedDataParallel wraps counts as the model inside.
         path: of the file; an existing file is replaced.
         name: of the adapter; None: the only one.
 
@@ -38,6 +40,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         ValueError: no such adapter, or ``name=None`` with several.
         OSError: the file cannot be written; an existing file is unchanged.
     """
+    model = unwrap(model)
     if name is None:
         names = adapter_names(model)
         if len(names) > 1:
@@ -58,11 +61,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
     """Load an adapter onto the base that it was trained on.
 
-    If the model has an adapter of that name with the same layers, ranks, alphas and dropouts, its values are
-    replaced; otherwise a new, active adapter is added.
+    If the model has an adapter of that name with the same layers, ranks, alphas, dropouts and scalings, its values
+    are replaced; otherwise a new, active adapter is added.
 
     Args:
-        model: the base, with or without adapters.
+        model: the base, with or without adapters. One that DistributedDataParallel wraps counts as the model
+            inside; wrap it after an adapter was added, not before.
         path: of a file that ``save_adapter`` wrote.
         name: of the adapter in the model; None: the name in the file.
 
@@ -74,7 +78,21 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         FileError: the file is damaged, of another kind or version, or does not fit the model: another base,
             architecture, rank, shape or dtype. The model is left as it was.
         OSError: the file cannot be read.
+
+    Warns:
+        UserWarning: an adapter was added inside DistributedDataParallel, which does not synchronize its gradients.
     """
+    if unwrap(model) is not model:
+        wrapper: Any = model
+        known = {*wrapper.module.parameters()}
+        wrapper.module = load_adapter(wrapper.module, path, name)
+        if isinstance(model, nn.parallel.DistributedDataParallel) and {*wrapper.module.parameters()} - known:
+            warnings.warn(
+                f"{type(model).__name__} was made before this adapter was loaded, and does not synchronize its "
+                "gradients: load the adapter, then wrap the model",
+                stacklevel=3,  # the caller of the function that one_at_a_time wraps
+            )
+        return model
     found = module_paths(model)
     by_path = {place: module for module, paths in found.items() for place in paths}
     file = read(path)
@@ -89,11 +107,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         own = {found[by_path[place]][0]: place for place in records}  # a layer's first path: its path in the file
         if len(own) < len(records):
             raise ValueError("it adapts two layers that are one here: it is of another architecture")
-        if present and {at: part.technique for at, part in present.items()} != {
+        if present and {at: lora_of(adapter_record(part)) for at, part in present.items()} != {
             at: records[place] for at, place in own.items()
         }:
             raise ValueError(
-                f"the model has an adapter {show(name)} of other layers, ranks, alphas or dropouts; "
+                f"the model has an adapter {show(name)} of other layers, ranks, alphas, dropouts or scalings; "
                 "delete that adapter first, or load this one under another name="
             )
         if any(isinstance(by_path[place], LoRALinear) and by_path[place].merged == name for place in records):

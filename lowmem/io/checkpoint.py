@@ -18,6 +18,7 @@ from lowmem.io.container import write_tensors
 from lowmem.io.metadata import adapters_record, technique_record
 from lowmem.io.shards import read_model
 from lowmem.io.skeleton import assign, build
+from lowmem.io.wrappers import unwrap
 from lowmem.nn.fourbit import FourBit, FourBitStorage, format_keys
 from lowmem.nn.frozen_linear import FrozenStorage
 from lowmem.nn.half import Half
@@ -36,7 +37,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     the same bytes.
 
     Args:
-        model: any module whose state_dict holds only tensors.
+        model: any module whose state_dict holds only tensors. Of one that DistributedDataParallel wraps, the model
+            inside is saved, under names without ``module.``.
         path: of the file; an existing file is replaced, even if the model's own tensors are mapped from it.
 
     Raises:
@@ -45,6 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: a state that is no tensor, or a tensor without values.
         OSError: the file cannot be written; an existing file is unchanged.
     """
+    model = unwrap(model)
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     layers = {module: paths[0] for module, paths in module_paths(model).items() if type(module) in MADE_BY}

@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_ADAPTER = ("rank", "alpha", "dropout")
 _COMPUTED = {**_STORED, "float32": torch.float32, "float64": torch.float64, "int8": torch.int8}
 
 
@@ -70,7 +71,8 @@ def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
 def adapter_record(adapter: Adapter) -> dict[str, Any]:
     """Return the metadata record of an adapter in one layer."""
     technique = adapter.technique
-    return {"rank": technique.rank, "alpha": technique.alpha, "dropout": technique.dropout}
+    record: dict[str, Any] = {"rank": technique.rank, "alpha": technique.alpha, "dropout": technique.dropout}
+    return {**record, "rank_stabilized": True} if technique.rank_stabilized else record
 
 
 def lora_of(record: object) -> LoRA:
@@ -79,7 +81,7 @@ def lora_of(record: object) -> LoRA:
     Raises:
         ValueError: an invalid record; the message is short, whatever the record holds.
     """
-    return _lora(check_keys(record, ("rank", "alpha", "dropout")))
+    return _lora(check_keys(record, _ADAPTER, ("rank_stabilized",)))
 
 
 def adapters_record(layer: LoRALinear) -> list[dict[str, Any]]:
@@ -100,7 +102,7 @@ def adapters_of(record: object) -> dict[str, tuple[LoRA, bool]]:
         raise ValueError(f"they are {show(record)}, and must be a list of at least one")
     found: dict[str, tuple[LoRA, bool]] = {}
     for part in record:
-        fields = check_keys(part, ("rank", "alpha", "dropout", "name", "active"))
+        fields = check_keys(part, (*_ADAPTER, "name", "active"), ("rank_stabilized",))
         _check_type(fields, "name", str, "a string")
         _check_type(fields, "active", bool, "true or false")
         if fields["name"] in found:
@@ -151,7 +153,10 @@ def _lora(fields: dict[str, Any]) -> LoRA:
     for name in ("alpha", "dropout"):
         if type(fields[name]) not in (int, float) and not (name == "alpha" and fields[name] is None):
             raise ValueError(f"{name}={show(fields[name])} must be a number")
-    return LoRA(fields["rank"], fields["alpha"], fields["dropout"])
+    stabilized = fields.get("rank_stabilized", False)
+    if "rank_stabilized" in fields and stabilized is not True:  # absent where it is not, so that bytes are unique
+        raise ValueError(f"rank_stabilized={show(stabilized)} must be true, or absent")
+    return LoRA(fields["rank"], fields["alpha"], fields["dropout"], stabilized)
 
 
 def _check_type(fields: dict[str, Any], name: str, kind: type, expected: str) -> None:

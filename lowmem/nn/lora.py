@@ -7,9 +7,10 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from lowmem.kernels import ops, reference
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call, refuse_nested
 from lowmem.nn.half import HalfLinear, round_to
-from lowmem.quant.quantize import requantize
+from lowmem.nn.loftq import truncated_svd
+from lowmem.quant.quantize import relative_error, requantize
 
-__all__ = ["Adapter", "LoRA", "LoRALinear"]
+__all__ = ["Adapter", "Folded", "LoRA", "LoRALinear"]
 
 
 _LARGEST_ALPHA = torch.finfo(torch.float32).max  # low-rank products are scaled in float32
@@ -31,58 +33,137 @@ _LARGEST_ALPHA = torch.finfo(torch.float32).max  # low-rank products are scaled 
 class LoRA:
     """Low-rank adaptation: the model is frozen, and two matrices A and B per layer train (arXiv 2106.09685).
 
+        y = W x + b + s B A x,  s = alpha / rank, or alpha / sqrt(rank) if rank-stabilized
+
+    A pattern is a glob of a layer's paths; the first one that matches wins, and one that matches no adapted layer is
+    an error: ``LoRA(8, ranks={"*.q_proj": 32, "*_proj": 16})``.
+
     Args:
         rank: of ``B A``, at least 1.
-        alpha: the low-rank product is scaled by ``alpha / rank``; None: by 1.
+        alpha: the numerator of the scaling s; None: the rank, of each layer its own.
         dropout: probability of dropout on the input of A, in [0, 1).
+        rank_stabilized: whether to scale by ``alpha / sqrt(rank)``, which keeps the size of gradients at high ranks
+            (rsLoRA, arXiv 2312.03732).
+        ranks: other ranks by pattern, a mapping or pairs; stored as a tuple of pairs.
+        alphas: other alphas by pattern, likewise.
+        init: "zero": B starts at zero, so that a fresh adapter changes nothing, bit for bit. "loftq": ``s B A``
+            starts as the best approximation of this rank of the base's quantization error, so that base and adapter
+            are nearer to the dense weight W than the base alone (LoftQ, arXiv 2310.08659, algorithm 1):
+
+                s B A = SVD_rank(W - dequantize(quantize(W)))
+
+            It needs W, so ``FourBit`` has to be applied by the same ``convert``. One step of LoftQ's alternation is
+            taken: the base keeps the bytes that ``FourBit`` alone stores, is the same for every adapter, and stays
+            tied. Merging a fresh adapter of this kind changes bytes.
 
     Raises:
         ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
-            float32 can hold, or a dropout outside [0, 1).
+            float32 can hold, a dropout outside [0, 1), a rank_stabilized that is not a bool, ranks or alphas
+            that are not pairs of a pattern and a value, or an unknown init.
     """
 
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
+    rank_stabilized: bool = False
+    ranks: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    alphas: Mapping[str, float | None] | tuple[tuple[str, float | None], ...] = ()
+    init: str = "zero"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r} must be a positive integer")
-        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha <= _LARGEST_ALPHA):
-            raise ValueError(
-                f"alpha={self.alpha!r} must be a positive number, at most float32's largest ({_LARGEST_ALPHA:.6g}), "
-                "or None for the rank"
-            )
+        for name in ("ranks", "alphas"):  # a dict or a list would not be hashable
+            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+        for rank in (self.rank, *(rank for _, rank in _pairs("ranks", self.ranks))):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"rank={rank!r} must be a positive integer")
+        for alpha in (self.alpha, *(alpha for _, alpha in _pairs("alphas", self.alphas))):
+            if alpha is not None and not (_is_number(alpha) and 0 < alpha <= _LARGEST_ALPHA):
+                raise ValueError(
+                    f"alpha={alpha!r} must be a positive number, at most float32's largest ({_LARGEST_ALPHA:.6g}), "
+                    "or None for the rank"
+                )
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
+        if not isinstance(self.rank_stabilized, bool):
+            raise ValueError(f"rank_stabilized={self.rank_stabilized!r} must be True or False")
+        if self.init not in ("zero", "loftq"):
+            raise ValueError(f"init={self.init!r} must be 'zero' or 'loftq'")
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of ``B A x``, at the technique's own rank and alpha."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def at(self, paths: Sequence[str]) -> LoRA:
+        """Return the technique of a layer at ``paths``: its rank and alpha, without patterns."""
+
+        def found(patterns: Any, default: Any) -> Any:
+            return next((value for p, value in patterns if any(fnmatchcase(path, p) for path in paths)), default)
+
+        rank, alpha = found(self.ranks, self.rank), found(self.alphas, self.alpha)
+        return replace(self, rank=rank, alpha=alpha, ranks=(), alphas=())
+
+
+def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
+    """Return patterns and values as a tuple of pairs."""
+    try:
+        pairs = tuple((pattern, value) for pattern, value in (given.items() if isinstance(given, Mapping) else given))
+    except (TypeError, ValueError):
+        pairs = ((None, None),)
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern, _ in pairs):
+        raise ValueError(f"{name}={given!r} must map glob patterns of paths to values, as {{'*.q_proj': 32}}")
+    return pairs
 
 
 class Adapter(nn.Module):
-    """The low-rank product of one layer, ``(alpha / rank) B A x``: A (rank, in) starts random, B (out, rank) zero.
+    """The low-rank product of one layer, ``s B A x``: A (rank, in) starts random, B (out, rank) zero.
 
-    A new adapter therefore does not change the output, bit for bit.
+    A new adapter therefore does not change the output, bit for bit; one with ``init="loftq"`` does.
 
     Args:
-        base: the layer to adapt; only its shape, dtype and device are read.
-        technique: rank, alpha and dropout.
+        base: the layer to adapt; its shape, dtype and device are read, and its weight for ``init="loftq"``.
+        technique: rank, alpha, dropout, scaling and init; patterns are for ``LoRA.at`` to resolve.
+        dense: the weight that a 4-bit base was quantized from, (out, in), for ``init="loftq"``.
+
+    Raises:
+        ValueError: ``init="loftq"`` without a 4-bit base or its dense weight.
     """
 
     weight_count = 0  # an adapter adds no weights to those that its base stores
 
-    def __init__(self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA) -> None:
+    def __init__(
+        self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA, dense: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.technique = technique
         self.rank = technique.rank
-        self.scaling = (technique.rank if technique.alpha is None else technique.alpha) / technique.rank
+        self.scaling = technique.scaling
         self.dropout = nn.Dropout(technique.dropout) if technique.dropout else nn.Identity()
         stored = base.packed if isinstance(base, Linear4Bit) else base.weight
         dtype = stored.dtype if stored.dtype in (torch.float32, torch.float64) else torch.float32
         self.lora_a = nn.Parameter(torch.empty(self.rank, base.in_features, dtype=dtype, device=stored.device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, self.rank, dtype=dtype, device=stored.device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear initializes its weight
+        if technique.init == "loftq":
+            if dense is None or not isinstance(base, Linear4Bit):
+                raise ValueError(
+                    "init='loftq' approximates what 4 bits lose of the dense weight, and needs both: apply it in the "
+                    "call that quantizes, convert(model, FourBit(), LoRA(init='loftq')), or use init='zero'"
+                )
+            self._approximate(dense.detach().to(dtype) - base.quantized.dequantize(dtype))
+
+    @torch.no_grad()
+    def _approximate(self, error: Tensor) -> None:
+        """Set A and B so that ``s B A`` is near to an error (out, in); their sizes are the same."""
+        u, sizes, vt = truncated_svd(error, self.rank)
+        count = int((sizes > 0).sum())  # the rest of A stays random, and of B zero: it can train from there
+        root = (sizes[:count] / self.scaling).sqrt()
+        self.lora_b[:, :count] = u[:, :count] * root
+        self.lora_a[:count] = root[:, None] * vt[:count]
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
-        """Return ``out + (alpha / rank) B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
+        """Return ``out + s B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
         own, dropout = self._parameters, self._modules["dropout"]  # faster than attributes
         assert dropout is not None
         a, b = own.get("lora_a"), own.get("lora_b")
@@ -104,7 +185,7 @@ class Adapter(nn.Module):
         return wide if out.dim() == 2 else wide.view(out.shape)
 
     def delta(self) -> Tensor:
-        """Return ``(alpha / rank) B A``, the change of the weight: (out, in), in float32 or wider."""
+        """Return ``s B A``, the change of the weight: (out, in), in float32 or wider."""
         dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # the adapter may have been cast to 16 bits
         return (self.lora_b.detach().to(dtype) * self.scaling) @ self.lora_a.detach().to(dtype)
 
@@ -122,13 +203,28 @@ def _of_single_adapter(name: str) -> Any:
     return property(get, doc=f"The adapter's ``{name}``, while there is one adapter only.")
 
 
+class Folded(NamedTuple):
+    """A base with adapters merged into its weight, and ``rms(weight - adapted) / rms(adapted)`` of two weights.
+
+    Attributes:
+        layer: the copy of the base.
+        before: the error of the base's weight, without the adapters.
+        after: the error of the weight that the copy stores.
+    """
+
+    layer: nn.Module
+    before: float
+    after: float
+
+
 class LoRALinear(nn.Module):
-    """``y = base(x) + sum (alpha / rank) B A x`` over the active adapters, in the order in which they were added.
+    """``y = base(x) + sum s B A x`` over the active adapters, in the order in which they were added.
 
     Args:
         base: an nn.Linear, HalfLinear or Linear4Bit.
-        technique: rank, alpha and dropout of a first adapter, which is active.
+        technique: rank, alpha, dropout and scaling s of a first adapter, which is active.
         name: of that adapter.
+        dense: the weight that a 4-bit base was quantized from, for ``init="loftq"``.
 
     Attributes:
         adapters: every ``Adapter`` by its name.
@@ -144,7 +240,13 @@ class LoRALinear(nn.Module):
     rank = _of_single_adapter("rank")
     scaling = _of_single_adapter("scaling")
 
-    def __init__(self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA, name: str = "default") -> None:
+    def __init__(
+        self,
+        base: nn.Linear | HalfLinear | Linear4Bit,
+        technique: LoRA,
+        name: str = "default",
+        dense: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -154,12 +256,18 @@ class LoRALinear(nn.Module):
         self.register_module("merged_base", None)
         self._register_state_dict_hook(_drop_merged_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_remerge)  # type: ignore[no-untyped-call]
-        self.add(name, Adapter(base, technique))
+        self.add(name, Adapter(base, technique, dense))
 
     @classmethod
-    def from_layer(cls, layer: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA) -> LoRALinear:
-        """Build it over a layer, which becomes its base."""
-        return cls(layer, technique)
+    def from_layer(
+        cls, layer: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA, dense: Tensor | None = None
+    ) -> LoRALinear:
+        """Build it over a layer, which becomes its base; ``dense`` is the weight that the layer was made from.
+
+        Raises:
+            ValueError: ``init="loftq"`` without a 4-bit base or its dense weight.
+        """
+        return cls(layer, technique, dense=dense)
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Add an adapter and activate it."""
@@ -196,34 +304,40 @@ class LoRALinear(nn.Module):
         folded.folds = name  # type: ignore[assignment]  # stored on the copy, so that forward reads both in one access
         self.merged, self.merged_base = name, folded
 
-    def folded(self, names: Iterable[str]) -> tuple[nn.Module, float]:
-        """Return a copy of the base with adapters merged into its weight, and the relative error of storing that.
+    def folded(self, names: Iterable[str], to: torch.dtype | None = None) -> Folded:
+        """Return a copy of the base with adapters merged into its weight. This layer and its base do not change.
 
-        The error is ``rms(stored - adapted) / rms(adapted)``. This layer and its base do not change.
+        An adapter whose B is all zero is left out, so that it changes no byte.
+
+        Args:
+            names: of the adapters.
+            to: the dtype of an nn.Linear to make; None: store the weight as the base does.
 
         Raises:
-            ValueError: the adapted weight is not finite, or exceeds the range of the base's dtype or scales.
+            ValueError: the adapted weight is not finite, or exceeds the range of the dtype or scales.
         """
         base = self.base
         adapted = base.quantized.dequantize() if isinstance(base, Linear4Bit) else base.weight.detach()
-        for name in names:
-            adapted = adapted + cast(Adapter, self.adapters[name]).delta()
-        if isinstance(base, Linear4Bit):
-            quantized = requantize(base.quantized, adapted)
-            layer: nn.Module = Linear4Bit(quantized, base.bias, base.compute_dtype)
-            stored = quantized.dequantize(adapted.dtype)
+        added = [part for name in names if (part := cast(Adapter, self.adapters[name])).lora_b.any()]
+        for adapter in added:
+            adapted = adapted + adapter.delta()
+        layer: nn.Module
+        if to is None and isinstance(base, Linear4Bit):
+            quantized = requantize(base.quantized, adapted) if added else base.quantized
+            layer = Linear4Bit(quantized, base.bias, base.compute_dtype)
+        elif to is None and isinstance(base, HalfLinear):
+            layer = HalfLinear(round_to(adapted, base.weight.dtype, "weight"), base.bias)
         else:
-            stored = round_to(adapted, base.weight.dtype, "weight")
-            if isinstance(base, HalfLinear):
-                layer = HalfLinear(stored, base.bias)
-            else:
-                layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-                layer.weight = nn.Parameter(stored, requires_grad=base.weight.requires_grad)
-                layer.bias = base.bias
-            stored = stored.to(adapted.dtype)
-        size = float(adapted.pow(2).mean().sqrt())
-        error = float((stored - adapted).pow(2).mean().sqrt())
-        return layer.train(base.training), error / size if size else 0.0
+            layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+            trains = isinstance(base, nn.Linear) and base.weight.requires_grad
+            dtype = cast(nn.Linear, base).weight.dtype if to is None else to
+            layer.weight = nn.Parameter(round_to(adapted, dtype, "weight"), requires_grad=trains)
+            bias: nn.Parameter | None = base.bias
+            if to is not None and bias is not None:
+                bias = nn.Parameter(round_to(bias, to, "bias"), requires_grad=bias.requires_grad)
+            layer.register_parameter("bias", bias)
+        before, after = (relative_error(adapted, _weight_of(part)) for part in (base, layer))
+        return Folded(layer.train(base.training), before, after)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.merged_base = None  # rebuilt by the post hook
@@ -276,7 +390,11 @@ def _drop_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: 
 def _remerge(layer: LoRALinear, _: object) -> None:
     if layer.merged is not None:
         name, layer.merged = layer.merged, None  # stays None if the loaded values cannot be merged
-        layer.merge(name, layer.folded([name])[0])
+        layer.merge(name, layer.folded([name]).layer)
+
+
+def _weight_of(layer: nn.Module) -> Any:
+    return layer.quantized if isinstance(layer, Linear4Bit) else layer.weight
 
 
 def _is_number(value: object) -> bool:

@@ -152,7 +152,7 @@ def _squared_error(weight: Tensor, stored: Tensor | QuantizedTensor, importance:
         if isinstance(matrix, QuantizedTensor):
             values = active_backend().dequantize(matrix, chunk, torch.float32)
         else:
-            values = matrix[chunk].float()
+            values = matrix[chunk].double()
         # In double: squares of float32 numbers may overflow or underflow float32.
         error = rows[chunk].double().sub_(values).square_()
         total += float((error if importance is None else error.mul_(importance)).sum())

@@ -11,6 +11,7 @@ COMMANDS = MappingProxyType(
         "compare": "how close the outputs of models come to those of a base",
         "fit": "fine-tune a variant on a classification task",
         "quantize": "convert a safetensors checkpoint to 4 bits, in bounded memory",
+        "merge": "merge an adapter into the model that it was trained on, and say what that loses",
         "report": "write a page: what every variant of a model costs, how fast it is, what it loses",
         "bundle": "write a directory as one reproducible, runnable zip",
         "info": "versions, processor and kernel: what a bug report needs",

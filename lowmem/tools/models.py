@@ -32,6 +32,7 @@ __all__ = [
     "known_models",
     "make_input",
     "make_model",
+    "model_factory",
     "number",
     "positive_float",
     "positive_int",
@@ -53,7 +54,7 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
             callable, or a factory that fails or returns no nn.Module.
     """
     target, at, variant = name.partition("@") if ":" in name else ("", "@", name)
-    factory = _factory(target) if target else BigNet
+    factory = model_factory(target) if target else BigNet
     try:
         return build(variant if at else "bignet", factory, seed=seed, rank=rank)
     except (ValueError, TypeError, KeyboardInterrupt):
@@ -64,7 +65,13 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
         raise ValueError(f"model={name!r}, rank={rank} cannot be built: {describe(reason)}") from reason
 
 
-def _factory(target: str) -> Callable[[], nn.Module]:
+def model_factory(target: str) -> Callable[[], nn.Module]:
+    """Return the factory called ``module:factory``; it is imported from the working directory, too.
+
+    Raises:
+        ValueError: a module that cannot be imported, or an attribute that is missing or not callable. The factory
+            raises one if it fails, or returns no nn.Module.
+    """
     module_name, _, attribute = target.partition(":")
     with suppress(FileNotFoundError):  # the working directory may have been removed
         if os.getcwd() not in sys.path:

@@ -7,14 +7,16 @@ see some layers before the change and others after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.transforms.convert import freeze_all_but_adapters, one_at_a_time, swap
-from lowmem.transforms.merge import adapted_layers, fold
+from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
+from lowmem.transforms.placement import place_adapters
 from lowmem.transforms.registry import layer_name, no_match_message, refuse_peft, select_modules, skip_reason
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "active_adapters",
     "adapter_layers",
     "adapter_names",
+    "adapter_parameter_groups",
     "add_adapter",
     "check_name",
     "deactivate",
@@ -43,12 +46,14 @@ def add_adapter(
     """Add a new, active adapter to every layer that LoRA supports and that ``where`` and ``skip`` select.
 
     Layers without an adapter become LoRALinear, as by ``convert``. The new adapter trains, other adapters do not
-    change (active or not, frozen or not), and the rest of the model is frozen.
+    change (active or not, frozen or not), and the rest of the model is frozen. Output layers are left out as by
+    ``convert``, unless ``where`` is given.
 
     Args:
         model: any module, with or without adapters; the root itself can be the layer.
         name: of the adapter: not empty, without dots, and no attribute of nn.ModuleDict, which holds it.
-        technique: rank, alpha and dropout. Further calls may add the same name to other layers with other values.
+        technique: rank, alpha, dropout and scaling. Further calls may add the same name to other layers with other
+            values.
         where: called with (path, module); a layer is taken only where it returns True, for all its paths.
         skip: glob patterns of paths to leave as they are.
 
@@ -57,28 +62,29 @@ def add_adapter(
 
     Raises:
         TypeError: the model is not a module, the name is not a string, or the technique is not a ``LoRA``.
-        ValueError: an invalid name, or one that a layer has already; nothing to adapt; or a pattern of ``skip`` that
-            matches nothing. The model is left as it was.
+        ValueError: an invalid name, or one that a layer has already; nothing to adapt; or a pattern of ``skip`` or
+            of the technique that matches nothing. The model is left as it was.
     """
     check_name(name)
     if not isinstance(technique, LoRA):
         raise TypeError(f"technique={technique!r} must be an instance of LoRA")
+    selected = select_modules(model, where, skip)
+    layers = [m for m in selected if isinstance(m, LoRALinear) or skip_reason(LoRA, m) is None]
+    refuse_peft(model, layers, freezes=True)
+    if not layers:
+        raise ValueError(no_match_message(LoRA, model))
     wrapped: dict[nn.Module, nn.Module] = {}
     added: dict[LoRALinear, Adapter] = {}
-    for module, path in select_modules(model, where, skip).items():
-        if skip_reason(LoRA, module) is None:
-            layer = cast(nn.Linear, module)
-            wrapped[module] = LoRALinear(layer, technique, name).train(module.training)
-        elif isinstance(module, LoRALinear):
-            if name in module.adapters:
-                raise ValueError(
-                    f"{layer_name(path)} has an adapter {name!r} already: choose another name, delete that "
-                    "adapter first, or leave the layer out with skip="
-                )
-            added[module] = Adapter(module.base, technique)
-    if not wrapped and not added:
-        raise ValueError(no_match_message(LoRA, model))
-    refuse_peft(model, wrapped, freezes=True)
+    for module, own in place_adapters(model, technique, layers, where).items():
+        if not isinstance(module, LoRALinear):
+            wrapped[module] = LoRALinear(cast(nn.Linear, module), own, name).train(module.training)
+        elif name in module.adapters:
+            raise ValueError(
+                f"{layer_name(selected[module])} has an adapter {name!r} already: choose another name, delete that "
+                "adapter first, or leave the layer out with skip="
+            )
+        else:
+            added[module] = Adapter(module.base, own)
     model = swap(model, wrapped)
     for adapted, adapter in added.items():
         adapted.add(name, adapter)
@@ -111,6 +117,41 @@ def adapter_layers(model: nn.Module, name: str) -> dict[str, Adapter]:
     """
     layers = _layers_with(model, [name])
     return {path: cast(Adapter, layer.adapters[name]) for layer, path in layers.items() if name in layer.adapters}
+
+
+@one_at_a_time
+def adapter_parameter_groups(model: nn.Module, ratio: float = 16.0, *, lr: float) -> list[dict[str, Any]]:
+    """Return parameter groups for a torch optimizer in which the matrices B learn ``ratio`` times faster.
+
+    LoRA+, arXiv 2402.12354: B starts at zero and A does not, so that one learning rate for both is too low for B.
+    ``torch.optim.AdamW(adapter_parameter_groups(model, lr=1e-4))``.
+
+    Args:
+        model: with adapters.
+        ratio: of the learning rate of B to that of A, positive; the paper finds 16 to suit most models.
+        lr: the learning rate of A, and of parameters of no adapter that train, positive.
+
+    Returns:
+        Two groups with ``params`` and ``lr``: first A and whatever else trains, then B. Frozen parameters are left
+        out; inactive adapters are not.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: the model has no adapter that trains, or a ratio or lr that is not a positive number.
+    """
+    for name, value in (("ratio", ratio), ("lr", lr)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name}={value!r} must be a positive number")
+    adapters = [cast(Adapter, part) for layer in adapted_layers(model) for part in layer.adapters.values()]
+    fast = [adapter.lora_b for adapter in adapters if adapter.lora_b.requires_grad]
+    if not fast:
+        raise ValueError(
+            f"{type(model).__name__} has no adapter that trains: add_adapter(model, name, LoRA()) adds one, and "
+            "requires_grad_(True) on each of adapter_layers(model, name) lets it train"
+        )
+    known = set(fast)
+    slow = [p for p in model.parameters() if p.requires_grad and p not in known]
+    return [{"params": slow, "lr": lr}, {"params": fast, "lr": ratio * lr}]
 
 
 @one_at_a_time
@@ -165,7 +206,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
 
 @one_at_a_time
 def merge_adapter(model: nn.Module, name: str) -> None:
-    """Merge an adapter into copies of the bases, ``W + (alpha / rank) B A``, which are called in place of them.
+    """Merge an adapter into copies of the bases, ``W + s B A``, which are called in place of them.
 
     The bases are kept unchanged, and ``state_dict`` holds them without the copies. A merged adapter contributes to
     the output, active or not, and does not train; other adapters work as before. The copy of a half-precision base is
@@ -181,10 +222,10 @@ def merge_adapter(model: nn.Module, name: str) -> None:
     merged = _merged(layers)
     if merged:
         raise ValueError(f"adapter {merged!r} is merged already: call unmerge_adapter(model) first")
-    copies = fold(model, lambda layer: (name,) if name in layer.adapters else ())
-    for layer in layers:
-        if layer in copies:
-            layer.merge(name, copies[layer])
+    copies = fold(model, {layer: (name,) for layer in layers if name in layer.adapters})
+    warn_of_requantizing(copies, layers)
+    for layer, copy in copies.items():
+        layer.merge(name, copy.layer)
 
 
 @one_at_a_time

@@ -22,7 +22,7 @@ from lowmem.transforms.convert import Store, layers_to_convert, rebuild, swap, w
 from lowmem.transforms.gptq import Hessian, prepare_hessian, quantize_gptq
 from lowmem.transforms.registry import layer_name
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "evaluation_mode", "run_batch"]
 
 _DEFAULT = FourBit()
 
@@ -78,7 +78,7 @@ def calibrate(
     store, replacements = Store(), dict[nn.Module, nn.Module]()
     uncalibrated: dict[nn.Module, str] = {}  # and why
 
-    with _calibration_mode(model) as override_forward:
+    with evaluation_mode(model) as override_forward:
 
         def replace_layer(layer: nn.Module, store_by: Callable[[Any], Callable[[Tensor, str], Any]]) -> None:
             replacements[layer] = rebuild(layer, (technique,), candidates[layer], {}, store_by)
@@ -123,7 +123,7 @@ def _check_arguments(batches: object, technique: object, damping: object) -> Non
 
 
 @contextmanager
-def _calibration_mode(model: nn.Module) -> Iterator[Callable[[nn.Module, nn.Module], None]]:
+def evaluation_mode(model: nn.Module) -> Iterator[Callable[[nn.Module, nn.Module], None]]:
     """Put the model in evaluation mode, yield a function that overrides a layer's forward; undo both."""
     modes = {module: module.training for module in model.modules()}
     forwards: dict[nn.Module, Any] = {}
@@ -148,7 +148,12 @@ def _calibration_mode(model: nn.Module) -> Iterator[Callable[[nn.Module, nn.Modu
             module.training = training
 
 
-def _run(model: nn.Module, batch: Any) -> None:
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Call a model with a batch, as ``calibrate`` takes them.
+
+    Raises:
+        TypeError: a batch of another type.
+    """
     if isinstance(batch, Tensor):
         model(batch)
     elif isinstance(batch, Mapping):
@@ -188,7 +193,7 @@ def _group_by_input(
     try:
         runs = 0
         for batch in batches:
-            _run(model, batch)
+            run_batch(model, batch)
             total += now
             most |= now  # element-wise maximum
             now.clear()
@@ -229,7 +234,7 @@ def _mean_gram(model: nn.Module, batches: Iterable[Any], layer: Any, calls: int)
         for batch in batches:
             left = calls
             with suppress(_Stop):
-                _run(model, batch)
+                run_batch(model, batch)
     finally:
         handle.remove()
     return sums.div_(max(1, rows))

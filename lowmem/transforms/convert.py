@@ -18,6 +18,7 @@ from lowmem.nn.fourbit import FourBitStorage
 from lowmem.nn.frozen_linear import FrozenStorage
 from lowmem.nn.lora import Adapter, LoRA
 from lowmem.quant.quantize import relative_error
+from lowmem.transforms.placement import techniques_by_layer
 from lowmem.transforms.registry import (
     MADE_BY,
     REGISTRY,
@@ -84,7 +85,10 @@ def convert(
     nn.MultiheadAttention reads that weight itself. Later techniques skip layers that they do not support. A module
     at several paths is replaced by one module at all of them. Modules that share a weight (tied embeddings) share
     the stored weight, or are skipped together. Forward and backward hooks move to the replacement. After ``LoRA``,
-    only adapters train. ``summary`` lists how each layer was treated, and why.
+    only adapters train. ``LoRA`` leaves out the output layer of a language model (what ``get_output_embeddings()``
+    returns), layers that share its weight, and linear layers whose weight is tied to an embedding, unless ``where``
+    is given: their adapters would be as large as the vocabulary. ``summary`` lists how each layer was treated, and
+    why.
 
     Args:
         model: any module; the root itself can be the layer.
@@ -97,16 +101,19 @@ def convert(
 
     Raises:
         TypeError: the model is not a module, or a technique is of another type.
-        ValueError: no technique, techniques that do not compose, nothing to convert, a pattern of ``skip`` that
-            matches nothing, a layer that has the technique already or is inside a PEFT layer, or a weight that
-            cannot be stored (its path is named). The model is left as it was.
+        ValueError: no technique, techniques that do not compose, nothing to convert, a pattern of ``skip`` or of
+            ``LoRA`` that matches nothing, a layer that has the technique already or is inside a PEFT layer, or a
+            weight that cannot be stored (its path is named). The model is left as it was.
     """
     _check_arguments(techniques)
     candidates = layers_to_convert(model, techniques, where, skip)
+    chosen = techniques_by_layer(model, techniques, candidates, where)
     store = Store()
-    unused: dict[Technique, str | None] = {}
+    unused: dict[type[Technique], str | None] = {}
     replacements = {
-        module: rebuild(module, techniques, path, unused, store.by) for module, path in candidates.items()
+        module: rebuild(module, chosen[module], path, unused, store.by)
+        for module, path in candidates.items()
+        if chosen[module]
     }
     for why in unused.values():
         if why is not None:
@@ -143,9 +150,9 @@ def layers_to_convert(
             candidates[module] = path
     if type(techniques[0]) is not LoRA:  # LoRA keeps the weight, and with it all ties
         drop_partial_ties(model, candidates)
+    refuse_peft(model, candidates, freezes=any(isinstance(t, LoRA) for t in techniques))
     if not candidates:
         raise ValueError(no_match_message(type(techniques[0]), model))
-    refuse_peft(model, candidates, freezes=any(isinstance(t, LoRA) for t in techniques))
     return candidates
 
 
@@ -203,7 +210,7 @@ def rebuild(
     module: nn.Module,
     techniques: tuple[Technique, ...],
     path: str,
-    unused: dict[Technique, str | None],
+    unused: dict[type[Technique], str | None],
     store_by: Callable[[Any], Callable[[Tensor, str], Any]],
 ) -> nn.Module:
     """Return the replacement of a layer, by all techniques that support it.
@@ -212,7 +219,7 @@ def rebuild(
         module: the layer.
         techniques: applied left to right.
         path: of the layer, for errors.
-        unused: for each technique, why it has converted no layer so far; None once it has. It is updated.
+        unused: for each kind of technique, why it has converted no layer so far; None once it has. It is updated.
         store_by: returns, for a technique, the function that stores the weight: ``Store.by``.
 
     Raises:
@@ -223,15 +230,16 @@ def rebuild(
         made: Any = REGISTRY.get((type(technique), type(layer)))
         if made is None:
             unused.setdefault(
-                technique,
+                type(technique),
                 f"{layer_name(path)}: {type(technique).__name__} cannot follow the techniques before it, which made "
                 f"a {type(layer).__name__}; it takes {supported_types(type(technique))}",
             )
             continue
-        unused[technique] = None
+        unused[type(technique)] = None
         try:
             if isinstance(technique, LoRA):
-                layer = made.from_layer(layer, technique)
+                dense: Any = None if layer is module else module.weight
+                layer = made.from_layer(layer, technique, dense)
             else:
                 layer = made.from_layer(layer, technique, store_by(technique))
         except (TypeError, ValueError) as reason:

@@ -1,36 +1,154 @@
-"""Merges adapters into the weights of their bases."""
+"""Merges adapters into the weights of their bases, and measures what that loses."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lowmem.errors import printable
 from lowmem.nn.fourbit import Linear4Bit
-from lowmem.nn.lora import LoRALinear
+from lowmem.nn.lora import Folded, LoRALinear
+from lowmem.transforms.calibrate import evaluation_mode, run_batch
 from lowmem.transforms.convert import one_at_a_time, swap
 from lowmem.transforms.registry import layer_name, module_paths
 
-__all__ = ["adapted_layers", "fold", "merge"]
+__all__ = ["MergeReport", "MergedLayer", "adapted_layers", "fold", "merge", "warn_of_requantizing"]
+
+_SAME: Literal["same format"] = "same format"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """One layer of a report: relative errors against base + adapter, ``rms(x - exact) / rms(exact)``.
+
+    Attributes:
+        path: the first path; "" is the model itself.
+        adapters: the names of those that were merged.
+        before: the error of the base's weight without the adapters: how much they change it.
+        after: the error of the weight as it is stored now. Where it is not far below ``before``, storing the weight
+            has lost the adapter.
+        output_before: as ``before``, of the outputs for the example inputs; None where no input reached the layer.
+        output_after: as ``after``, of the outputs.
+    """
+
+    path: str
+    adapters: tuple[str, ...]
+    before: float
+    after: float
+    output_before: float | None = None
+    output_after: float | None = None
+
+    @property
+    def largest(self) -> float:
+        """The largest error after the merge, of weight and outputs; infinite where one is NaN."""
+        errors = [error for error in (self.after, self.output_after) if error is not None]
+        return max(math.inf if math.isnan(error) else error for error in errors)
+
+
+class MergeReport(tuple[MergedLayer, ...]):
+    """The merged layers, in the order of the model. ``print`` shows a plain-text table."""
+
+    __slots__ = ()
+
+    @property
+    def worst(self) -> MergedLayer:
+        """The layer with the largest error after the merge."""
+        return max(self, key=lambda row: row.largest)
+
+    @property
+    def columns(self) -> list[str]:
+        """The titles of the columns of ``cells``."""
+        return ["Layer", "Adapters", "Before", "After", "Outputs before", "Outputs after"]
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The texts of each row; control characters in names are escaped."""
+        return [
+            [
+                layer_name(row.path),
+                printable(", ".join(row.adapters), 2000),
+                *(
+                    "" if error is None else f"{error:.4g}"
+                    for error in (row.before, row.after, row.output_before, row.output_after)
+                ),
+            ]
+            for row in self
+        ]
+
+    def __str__(self) -> str:
+        table = [self.columns, *self.cells]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        )
+
+
+@overload
+def merge(
+    model: nn.Module,
+    to: torch.dtype | Literal["same format"] = ...,
+    *,
+    at_most: float | None = ...,
+    inputs: Any = ...,
+    report: Literal[False] = ...,
+) -> nn.Module: ...
+
+
+@overload
+def merge(
+    model: nn.Module,
+    to: torch.dtype | Literal["same format"] = ...,
+    *,
+    at_most: float | None = ...,
+    inputs: Any = ...,
+    report: Literal[True],
+) -> tuple[nn.Module, MergeReport]: ...
 
 
 @one_at_a_time
-def merge(model: nn.Module) -> nn.Module:
-    """Merge the active adapters into their bases permanently: ``W + (alpha / rank) B A``.
+def merge(
+    model: nn.Module,
+    to: torch.dtype | Literal["same format"] = _SAME,
+    *,
+    at_most: float | None = None,
+    inputs: Any = None,
+    report: bool = False,
+) -> nn.Module | tuple[nn.Module, MergeReport]:
+    """Merge the active adapters into their bases permanently: ``W + s B A``, with the scaling s of each.
 
     Inactive adapters are dropped, so the output does not change. A half-precision weight is rounded once more. A
-    4-bit weight is quantized once more, and a warning gives the error that this adds. Parameters stay frozen.
-    ``merge_adapter`` merges reversibly.
+    4-bit weight is quantized once more, and a warning gives the error that this adds, unless a report does. Where all
+    of its adapters are fresh (B all zero, as of ``init="zero"``), a base is kept, bit for bit. Parameters stay
+    frozen. ``merge_adapter`` merges reversibly.
+
+    Args:
+        model: has adapters.
+        to: "same format": a weight is stored as that of its base; or a floating-point dtype of 16 bits or more: each
+            adapted layer becomes an nn.Linear of that dtype, bias included, which takes inputs of that dtype.
+        at_most: the largest relative error after the merge that is accepted, of any weight and, with ``inputs``, of
+            any layer's outputs; None: any.
+        inputs: one batch for the model (a Tensor, a tuple or list of positional arguments, or a mapping of keyword
+            arguments), with which errors of the layers' outputs are measured, in evaluation mode.
+        report: whether to return a report, too.
 
     Returns:
-        The model, changed in place; or the base, when the root itself was a LoRALinear.
+        The model, changed in place; or the base, when the root itself was a LoRALinear. With ``report=True`` a tuple
+        of that and a ``MergeReport``, which has a row for each adapted layer.
 
     Raises:
-        TypeError: the model is not a module.
-        ValueError: no LoRALinear is left (merged already?), no adapter is active, or an adapted weight
-            cannot be stored. The model is left as it was.
+        TypeError: the model is not a module, or ``inputs`` are of another type.
+        ValueError: no LoRALinear is left (merged already?), no adapter is active, an adapted weight
+            cannot be stored, an error is above ``at_most`` (the worst layer is named), an invalid ``to`` or
+            ``at_most``, or ``inputs`` without ``report`` or ``at_most``. The model is left as it was.
     """
+    _check_arguments(to, at_most, inputs, report)
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(
@@ -38,7 +156,24 @@ def merge(model: nn.Module) -> nn.Module:
         )
     if not any(layer.in_use for layer in layers):
         raise ValueError(f"no adapter of {type(model).__name__} is active: activate one, or delete them")
-    return swap(model, {layer: layer.base for layer in layers} | fold(model, lambda layer: layer.in_use))
+    dtype = None if isinstance(to, str) else to
+    folded = fold(model, {layer: layer.in_use for layer in layers}, dtype)
+    outputs = {} if inputs is None else _output_errors(model, folded, inputs, dtype)
+    found = MergeReport(
+        MergedLayer(path, layer.in_use, folded[layer].before, folded[layer].after, *outputs.get(layer, ()))
+        for layer, path in layers.items()
+    )
+    worst = found.worst
+    if at_most is not None and not worst.largest <= at_most:
+        raise ValueError(
+            f"{layer_name(worst.path)}: merging gives a relative error of {worst.largest:.4g}, above "
+            f"at_most={at_most:g}; merge to a dtype, as to=torch.bfloat16, or keep the adapter apart"
+        )
+    if not report:
+        warn_of_requantizing(folded, layers)
+    kept = {layer for layer, done in folded.items() if dtype is None and not done.before}
+    model = swap(model, {layer: layer.base if layer in kept else done.layer for layer, done in folded.items()})
+    return (model, found) if report else model
 
 
 def adapted_layers(model: nn.Module) -> dict[LoRALinear, str]:
@@ -50,26 +185,35 @@ def adapted_layers(model: nn.Module) -> dict[LoRALinear, str]:
     return {module: paths[0] for module, paths in module_paths(model).items() if isinstance(module, LoRALinear)}
 
 
-def fold(model: nn.Module, names: Callable[[LoRALinear], Sequence[str]]) -> dict[nn.Module, nn.Module]:
-    """Return, for each layer, a copy of the base with the adapters ``names(layer)`` merged, if these are any.
+def fold(
+    model: nn.Module, names: Mapping[LoRALinear, Sequence[str]], to: torch.dtype | None = None
+) -> dict[LoRALinear, Folded]:
+    """Return, for each layer, a copy of the base with the adapters ``names[layer]`` merged.
 
     Raises:
         ValueError: an adapted weight cannot be stored; its path is named.
     """
-    folded: dict[nn.Module, nn.Module] = {}
-    errors: dict[str, float] = {}
-    for layer, path in adapted_layers(model).items():
-        if not names(layer):
-            continue
+    paths = adapted_layers(model)
+    folded = {}
+    for layer, chosen in names.items():
         try:
-            folded[layer], error = layer.folded(names(layer))
+            folded[layer] = layer.folded(chosen, to)
         except ValueError as reason:
             found = str(reason).partition(";")[0]
             raise ValueError(
-                f"{layer_name(path)}: the adapted {found}; scale the adapter down, or convert the base otherwise"
+                f"{layer_name(paths[layer])}: the adapted {found}; scale the adapter down, or convert the base "
+                "otherwise"
             ) from reason
-        if isinstance(layer.base, Linear4Bit):
-            errors[layer_name(path)] = error
+    return folded
+
+
+def warn_of_requantizing(folded: Mapping[LoRALinear, Folded], paths: Mapping[LoRALinear, str]) -> None:
+    """Warn of the errors of weights that were quantized to 4 bits again, if there are any."""
+    errors = {
+        layer_name(paths[layer]): done.after
+        for layer, done in folded.items()
+        if isinstance(done.layer, Linear4Bit) and done.after
+    }
     if errors:
         worst = max(errors, key=errors.__getitem__)
         warnings.warn(
@@ -77,4 +221,46 @@ def fold(model: nn.Module, names: Callable[[LoRALinear], Sequence[str]]) -> dict
             f"{sum(errors.values()) / len(errors):.3g} on average, at most {errors[worst]:.3g} ({worst})",
             stacklevel=4,  # the caller of the function that one_at_a_time wraps
         )
-    return folded
+
+
+def _check_arguments(to: object, at_most: object, inputs: object, report: bool) -> None:
+    if to not in (_SAME, *_DTYPES):
+        raise ValueError(f"to={to!r} must be {_SAME!r}, or a floating-point torch.dtype of 16 bits or more")
+    if at_most is not None and (
+        isinstance(at_most, bool) or not isinstance(at_most, int | float) or not at_most >= 0
+    ):
+        raise ValueError(f"at_most={at_most!r} must be a number of at least 0, or None")
+    if inputs is not None and not report and at_most is None:
+        raise ValueError("inputs= measure errors for report=True or at_most=: pass one of these, or no inputs")
+
+
+def _output_errors(
+    model: nn.Module, folded: Mapping[LoRALinear, Folded], inputs: Any, to: torch.dtype | None
+) -> dict[LoRALinear, tuple[float, float]]:
+    """Return the relative errors of the outputs of each layer that inputs reach: of the base, and of the copy."""
+    sums: dict[LoRALinear, Tensor] = {}  # squares: of the base's error, of the copy's, and of the exact output
+
+    def see(layer: LoRALinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = args[0] if args else kwargs["input"]
+        parts: Any = layer.base, folded[layer].layer  # their forward is called, which runs no hooks
+        base = exact = parts[0].forward(x)
+        for name in layer.in_use:
+            exact = layer.adapters[name].forward(exact, x)
+        merged = parts[1].forward(x if to is None else x.to(to))
+        wide = exact.double()
+        found = torch.stack([t.double().sub(wide).square().sum() for t in (base, merged)] + [wide.square().sum()])
+        sums[layer] = sums.get(layer, 0) + found
+
+    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in folded]
+    try:
+        with evaluation_mode(model):
+            run_batch(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    totals = {layer: found.tolist() for layer, found in sums.items()}
+    return {layer: (_relative(base, size), _relative(copy, size)) for layer, (base, copy, size) in totals.items()}
+
+
+def _relative(lost: float, size: float) -> float:
+    return math.sqrt(lost / size) if size else math.inf if lost else 0.0

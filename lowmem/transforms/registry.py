@@ -115,7 +115,7 @@ def refuse_peft(model: nn.Module, layers: Collection[nn.Module], *, freezes: boo
 
     Args:
         model: any module.
-        layers: the layers to convert.
+        layers: the layers to convert; without any, a model that holds PEFT's is refused, since PEFT is why.
         freezes: whether the rest of the model will be frozen.
 
     Raises:
@@ -124,10 +124,11 @@ def refuse_peft(model: nn.Module, layers: Collection[nn.Module], *, freezes: boo
     for path, module in model.named_modules():
         if any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__):
             inside = next((inner for inner, layer in module.named_modules(prefix=path) if layer in layers), None)
-            if inside is not None or freezes:
-                where = "the model holds" if inside is None else f"{layer_name(inside)} is inside"
+            if inside is not None or freezes or not layers:
+                where = f"the model holds {layer_name(path)}," if path else "the model is"
+                where = where if inside is None else f"{layer_name(inside)} is inside {layer_name(path)},"
                 raise ValueError(
-                    f"{where} {layer_name(path)}, a {type(module).__name__} of PEFT, whose adapters would be "
+                    f"{where} a {type(module).__name__} of PEFT, whose adapters would be "
                     "frozen: convert the base before get_peft_model, or call merge_and_unload() first"
                 )
 

@@ -15,6 +15,7 @@ from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.transforms.convert import drop_partial_ties
 from lowmem.transforms.paths import group_name, role_of
+from lowmem.transforms.placement import output_layers, takes_adapter
 from lowmem.transforms.registry import (
     MADE_BY,
     Technique,
@@ -41,7 +42,7 @@ class LayerSummary:
         converted: whether it is one of this library's layers.
         stored: how its weight is stored, or the dtypes of its parameters.
         adapters: the name and rank of each adapter of a LoRALinear.
-        reason: why it was not converted; None where it is.
+        reason: why it was not converted, or why it has no adapter where other layers have; None otherwise.
         shared_with: the path of an earlier row that shares tensors with it; None where none does.
         weights: the number of its weights, without those of earlier rows.
         bytes: of its parameters and buffers, without those of earlier rows.
@@ -141,6 +142,8 @@ class Summary(tuple[LayerSummary, ...]):
 def summary(model: nn.Module) -> Summary:
     """Return how every layer of a model is stored, its bytes and error, and why it was not converted.
 
+    In a model with adapters, output layers without one say why, too.
+
     Every module with parameters of its own has a row; a converted layer has one row with its base and adapters. A
     weight that several layers share is counted only in the first of their rows, so that rows add up.
 
@@ -194,6 +197,7 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
     techniques, inside = _techniques(model), read_by_attention(model)
     left: dict[nn.Module, str] = {}
     taken: dict[nn.Module, str] = {}
+    bare = _without_adapter(model)
     for module in found:
         if type(module) in MADE_BY:
             continue
@@ -205,7 +209,8 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
         else:
             left[module] = f"{type(module).__name__}: {whys[0]}"
     if techniques == [LoRA]:  # LoRA keeps the weight, and with it all ties
-        return left | taken
+        return left | taken | {module: why for module, why in bare.items() if module not in left}
+    left |= {module: why for module, why in bare.items() if type(module) in MADE_BY}
     owners = parameter_owners(model)
     kept = dict(taken)
     drop_partial_ties(model, kept)
@@ -220,6 +225,17 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
         elif others:
             taken[module] = f"{_NOT_CHOSEN}; its weight is tied to `{others[0]}`, which is left"
     return left | taken
+
+
+def _without_adapter(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the output layers without an adapter, and why, if other layers of the model have adapters."""
+    if not any(isinstance(module, LoRALinear) for module in model.modules()):
+        return {}
+    return {
+        module: f"no adapter: {why}; where= would give it one"
+        for module, why in output_layers(model).items()
+        if takes_adapter(module) and not isinstance(module, LoRALinear)
+    }
 
 
 def _techniques(model: nn.Module) -> list[type[Technique]]:

@@ -27,12 +27,35 @@ def test_an_adapter_comes_back_on_its_own_base(name, tmp_path):
     save_adapter(model, tmp_path / "a")
     assert all("lora_" in key for key in read(tmp_path / "a").tensors)
     assert torch.equal(load_adapter(base(name), tmp_path / "a").eval()(INDICES), expected)
-    fresh = convert(base(name), TECHNIQUES[name][-1]).eval()  # has an adapter of that name, and takes the values
+    fresh = convert(base(name), TECHNIQUES[name][-1], where=lambda *_: True).eval()  # has an adapter of that name
     load_adapter(fresh, tmp_path / "a")
     assert torch.equal(fresh(INDICES), expected)
     content = (tmp_path / "a").read_bytes()
     save_adapter(fresh, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == content
+
+
+def test_rank_stabilized_adapters_and_ranks_by_pattern_come_back(tmp_path):
+    def make(*techniques):
+        torch.manual_seed(0)
+        return convert(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), FourBit(), *techniques)
+
+    model = make(LoRA(2, 5, rank_stabilized=True, ranks={"1": 4}))
+    for adapter in lowmem.adapter_layers(model, "default").values():
+        nn.init.normal_(adapter.lora_b)
+    save_adapter(model, tmp_path / "a")
+    lowmem.save(model, tmp_path / "m")
+    own = {place: adapter.technique for place, adapter in lowmem.adapter_layers(model, "default").items()}
+    assert own == {"0": LoRA(2, 5, rank_stabilized=True), "1": LoRA(4, 5, rank_stabilized=True)}
+    x = torch.randn(3, 16)
+    dense = lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))  # noqa: E731
+    for loaded in (load_adapter(make(), tmp_path / "a"), lowmem.load(tmp_path / "m", dense)):
+        assert torch.equal(loaded(x), model(x))
+        assert {p: a.technique for p, a in lowmem.adapter_layers(loaded, "default").items()} == own
+        load_adapter(loaded, tmp_path / "a")
+    refused(
+        convert(make(), LoRA(2, 5, ranks={"1": 4})), tmp_path / "a", "of other layers, ranks, alphas, dropouts or"
+    )
 
 
 def test_several_adapters_are_saved_and_loaded_by_name(tmp_path):

@@ -29,17 +29,23 @@ def test_a_half_record_comes_back(dtype):
     assert technique_of(technique_record(Half(dtype))) == (Half(dtype), None)
 
 
-@given(st.integers(1, 9), st.none() | st.floats(0.5, 64), st.floats(0, 0.9))
-def test_an_adapter_s_record_comes_back(rank, alpha, dropout):
-    technique = LoRA(rank, alpha, dropout)
+@given(st.integers(1, 9), st.none() | st.floats(0.5, 64), st.floats(0, 0.9), st.booleans())
+def test_an_adapter_s_record_comes_back(rank, alpha, dropout, rank_stabilized):
+    technique = LoRA(rank, alpha, dropout, rank_stabilized)
     assert lora_of(adapter_record(Adapter(nn.Linear(2, 2), technique))) == technique
 
 
 def test_the_record_of_several_adapters_comes_back():
     layer = LoRALinear(nn.Linear(2, 2), LoRA(3, 6.0), "a")
-    layer.add("b", Adapter(layer.base, LoRA(2, dropout=0.5)))
+    layer.add("b", Adapter(layer.base, LoRA(2, dropout=0.5, rank_stabilized=True)))
     layer.active = ("b",)
-    assert adapters_of(adapters_record(layer)) == {"a": (LoRA(3, 6.0), False), "b": (LoRA(2, dropout=0.5), True)}
+    second = LoRA(2, dropout=0.5, rank_stabilized=True)
+    assert adapters_of(adapters_record(layer)) == {"a": (LoRA(3, 6.0), False), "b": (second, True)}
+
+
+def test_only_a_rank_stabilized_adapter_s_record_has_a_key_that_older_readers_refuse():
+    records = [adapter_record(Adapter(nn.Linear(2, 2), LoRA(2, rank_stabilized=on))) for on in (False, True)]
+    assert records == [{"rank": 2, "alpha": None, "dropout": 0.0}, {**records[0], "rank_stabilized": True}]
 
 
 HALF = technique_record(Half())
@@ -88,6 +94,10 @@ ADAPTER_MISTAKES = [
     (3, "it is 3, and must be an object"),
     *((without(ADAPTER, key), f"it has no '{key}'") for key in ADAPTER),
     ({**ADAPTER, "more": 1}, "'more' is unknown"),
+    *(
+        ({**ADAPTER, "rank_stabilized": v}, "rank_stabilized=.* must be true, or absent")
+        for v in (False, 1, None, [])
+    ),
     *(({**ADAPTER, "rank": rank}, "rank=") for rank in (0, -1, None, True, 2.0, "2", [2])),
     *(({**ADAPTER, "alpha": alpha}, "alpha=") for alpha in (0, -1.0, True, "2", [2], {})),
     *(({**ADAPTER, "dropout": dropout}, "dropout=") for dropout in (1, -0.1, 2.0, None, True, "0", [])),

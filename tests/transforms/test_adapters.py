@@ -243,6 +243,76 @@ def test_one_name_may_have_another_rank_in_other_layers():
     assert {path: adapter.rank for path, adapter in adapter_layers(model, "a").items()} == {"0": 2, "2": 5, "3": 5}
 
 
+def test_patterns_give_layers_ranks_and_alphas_of_their_own():
+    technique = LoRA(2, ranks={"0": 5, "4": 3}, alphas={"[02]": 7.0})
+    expected = {"0": LoRA(5, 7.0), "2": LoRA(2, 7.0), "3": LoRA(3)}  # the layer at 3 is at 4, too
+    for model in (convert(make_model(), technique), add_adapter(make_model(), "default", technique)):
+        layers = adapter_layers(model, "default")
+        assert {path: adapter.technique for path, adapter in layers.items()} == expected
+        assert {path: adapter.lora_a.shape[0] for path, adapter in layers.items()} == {"0": 5, "2": 2, "3": 3}
+        assert layers["0"].scaling == 7 / 5
+
+
+def test_patterns_reach_adapters_over_what_the_same_call_stores():
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    convert(model, FourBit(), LoRA(2, ranks={"2": 4}))
+    assert {path: adapter.rank for path, adapter in adapter_layers(model, "default").items()} == {"1": 2, "2": 4}
+
+
+@pytest.mark.parametrize("patterns", [{"ranks": {"*": 2, "1": 3}}, {"alphas": {"9": 3}}])
+def test_a_pattern_that_matches_no_adapted_layer_is_an_error(patterns):
+    """Also one that matches a module that takes no adapter: 1 is a ReLU."""
+    (name, given), pattern = *patterns.items(), [*next(iter(patterns.values()))][-1]
+    for model, change in (
+        (make_model(), lambda model, technique: convert(model, technique)),
+        (make_model(base="dense"), lambda model, technique: convert(model, FourBit(), technique)),
+        (make_adapted("a"), lambda model, technique: add_adapter(model, "b", technique)),
+    ):
+        modules, state = [*model.modules()], bits(model)
+        with pytest.raises(ValueError, match=f"{name}: pattern '{pattern}' matches no layer of Sequential"):
+            change(model, LoRA(2, **{name: given}))
+        assert [*model.modules()] == modules
+        assert_same_state(model, state)
+
+
+def test_b_learns_ratio_times_faster_and_all_that_trains_is_in_a_group():
+    model = make_adapted("a", "b")
+    model.append(nn.LayerNorm(12))
+    for adapter in adapter_layers(model, "a").values():
+        adapter.requires_grad_(False)
+    deactivate(model)
+    slow, fast = lowmem.adapter_parameter_groups(model, 8, lr=0.25)
+    assert (slow["lr"], fast["lr"]) == (0.25, 2.0)
+    layers = [*adapter_layers(model, "b").values()]
+    assert [id(p) for p in fast["params"]] == [id(adapter.lora_b) for adapter in layers]
+    others = [adapter.lora_a for adapter in layers] + [*model[-1].parameters()]
+    assert {id(p) for p in slow["params"]} == {id(p) for p in others}
+    assert lowmem.adapter_parameter_groups(model, lr=1)[1]["lr"] == 16
+
+
+def test_the_first_step_of_sgd_moves_b_by_its_own_rate():
+    layer = convert(nn.Linear(16, 4), LoRA(2))
+    optimizer = torch.optim.SGD(lowmem.adapter_parameter_groups(layer, 4.0, lr=0.5))
+    nn.init.ones_(layer.lora_b)
+    a, b = layer.lora_a.detach().clone(), layer.lora_b.detach().clone()
+    layer(X).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.lora_a, a - 0.5 * layer.lora_a.grad)
+    assert torch.equal(layer.lora_b, b - 2.0 * layer.lora_b.grad)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), True, "1", None])
+def test_groups_need_positive_rates_and_an_adapter_that_trains(value):
+    model = make_adapted("a")
+    with pytest.raises(ValueError, match=f"ratio={value!r} must be a positive number"):
+        lowmem.adapter_parameter_groups(model, value, lr=1e-3)
+    with pytest.raises(ValueError, match=f"lr={value!r} must be a positive number"):
+        lowmem.adapter_parameter_groups(model, lr=value)
+    for frozen in (model.requires_grad_(False), nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="has no adapter that trains: add_adapter"):
+            lowmem.adapter_parameter_groups(frozen, lr=1e-3)
+
+
 def test_the_root_itself_can_be_the_layer():
     linear = nn.Linear(16, 4)
     expected = linear(X)
@@ -408,6 +478,7 @@ def test_merge_with_an_active_adapter_in_some_layers_leaves_the_other_bases_bit_
     model = make_adapted("a", base="4-bit")
     base = model[0].base
     add_adapter(model, "b", LoRA(2), skip="0")
+    fill(model, "b")
     deactivate(model, "a")
     with pytest.warns(UserWarning, match="quantized 2 adapted weights"):
         merge(model)
@@ -637,7 +708,7 @@ def test_a_forward_beside_a_merge_takes_the_base_and_the_merged_adapter_together
     """Whenever another thread merges: a forward that sees the copy knows which adapter is in it."""
     model = make_adapted("a", base="dense")
     layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
-    copy_of_base, _ = layer.folded(["a"])
+    copy_of_base = layer.folded(["a"]).layer
     x = torch.randn(3, layer.in_features)
     expected = copy_of_base(x)
     for merged in (None, "a"):  # what the layer says of it, before or after the copy is there

@@ -1,6 +1,7 @@
 """One walk converts any model, and an error leaves it as it was."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -300,7 +301,8 @@ def tensors_of(layer):
 def test_tied_weights_stay_tied(techniques):
     dense, untied = Tied(), Tied()
     untied.head.weight = nn.Parameter(untied.tokens.weight.detach().clone())
-    model = convert(copy.deepcopy(dense), *techniques)
+    everywhere = {"where": lambda *_: True}  # an adapter over the head, too
+    model = convert(copy.deepcopy(dense), *techniques, **everywhere)
     stored = tensors_of(model.tokens)
     for one in (model, copy.deepcopy(model)):
         assert all(a is b for a, b in zip(tensors_of(one.tokens), tensors_of(one.head), strict=True))
@@ -309,7 +311,7 @@ def test_tied_weights_stay_tied(techniques):
     convert(untied, *techniques)
     assert measure.theoretical_bytes(model) == measure.theoretical_bytes(untied) - once
     assert measure.weight_count(model) == measure.weight_count(dense)
-    twin = convert(Tied(), *techniques)
+    twin = convert(Tied(), *techniques, **everywhere)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(torch.arange(50)), model(torch.arange(50)))
     assert tensors_of(twin.tokens)[0] is tensors_of(twin.head)[0]
@@ -325,7 +327,7 @@ def test_tied_weights_are_left_alone_together(techniques, skip):
 
 
 def test_an_adapter_over_a_tied_layer_leaves_the_tie():
-    model = convert(Tied(), LoRA(2))
+    model = convert(Tied(), LoRA(2), where=lambda path, _: path == "head")
     assert model.head.base.weight is model.tokens.weight
     model.more = nn.Linear(4, 4)
     convert(model, FourBit())
@@ -552,6 +554,52 @@ def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, change):
         changes[change](skip="1.*")
         assert [*model[1].modules()] == modules[-len([*model[1].modules()]) :]
     assert [p.requires_grad for p in model[1].parameters()] == trains[2:]
+
+
+class PeftModel(nn.Module):
+    """As PEFT wraps a model: its layers are PEFT's, others stay as they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_model = nn.Sequential(PeftLinear(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8))
+
+
+PeftModel.__module__ = "peft.peft_model"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, "base_model.0.base_layer is inside"),
+        ({"skip": "*.base_model.0.*"}, "base_model.2 is inside"),
+        ({"where": lambda path, _: path.endswith("2")}, "base_model.2 is inside"),
+        ({"where": lambda *_: False}, None),
+    ],
+    ids=["all", "skip", "where", "nothing"],
+)
+@pytest.mark.parametrize("change", ["FourBit", "Half", "LoRA", "QLoRA", "add_adapter", "calibrate"])
+def test_a_model_that_peft_has_wrapped_is_refused_whatever_is_selected(change, options, found, wrapped):
+    model = nn.ModuleDict({"module": PeftModel()}) if wrapped else PeftModel()  # as in DistributedDataParallel
+    if not wrapped and "skip" in options:
+        options = {"skip": "base_model.0.*"}
+    modules, trains = [*model.modules()], [p.requires_grad for p in model.parameters()]
+    changes = {
+        "FourBit": lambda: convert(model, FourBit(), **options),
+        "Half": lambda: convert(model, Half(), **options),
+        "LoRA": lambda: convert(model, LoRA(2), **options),
+        "QLoRA": lambda: convert(model, FourBit(), LoRA(2), **options),
+        "add_adapter": lambda: add_adapter(model, "mine", LoRA(2), **options),
+        "calibrate": lambda: calibrate(model, [torch.randn(4, 8)], **options),
+    }
+    place = "module" if wrapped else "the model itself"
+    start = f"{found} {place}," if found else "the model holds module," if wrapped else "the model is"
+    prefix = "module." if wrapped and found else ""
+    message = rf"^{re.escape(prefix + start)} a PeftModel of PEFT.* before get_peft_model, or call merge_and_unload"
+    with pytest.raises(ValueError, match=message):
+        changes[change]()
+    assert [*model.modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == trains
 
 
 def test_what_is_converted_first_can_go_into_peft_s_layers():

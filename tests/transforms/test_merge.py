@@ -10,18 +10,23 @@ from hypothesis import strategies as st
 
 from lowmem import (
     FourBit,
+    Half,
     HalfLinear,
     Linear4Bit,
     LoRA,
     LoRALinear,
+    add_adapter,
     convert,
+    deactivate,
     load_adapter,
     merge,
+    merge_adapter,
     quantize,
     save_adapter,
 )
+from lowmem.quant.quantize import relative_error
 from tests import strategies
-from tests.rounding import assert_sum
+from tests.rounding import assert_sum, stored_weight
 from tests.selection import covering
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
@@ -66,8 +71,230 @@ def test_merge_into_a_4bit_base_quantizes_again_and_says_the_error(linear, rank,
         merged = merge(layer)
     assert type(merged) is Linear4Bit
     assert torch.equal(merged.packed, quantize(target, "nf4", block_size=16).packed)
-    error = (merged.quantized.dequantize() - target).pow(2).mean().sqrt() / target.pow(2).mean().sqrt()
-    assert f"at most {float(error):.3g} (the model itself)" in str(caught[0].message)
+    error = relative_error(target, merged.quantized)
+    assert f"at most {error:.3g} (the model itself)" in str(caught[0].message)
+
+
+@every_base
+def test_a_fresh_adapter_leaves_the_base_in_its_place_with_every_byte_and_no_warning(base):
+    """Also the sign of a zero, which adding a zero would lose."""
+    model = torch.nn.Sequential(torch.nn.Linear(24, 8), torch.nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight[0] = -0.0
+        model[0].bias[0] = -0.0
+    convert(model, *strategies.BASES[base], LoRA(2))
+    bases = [layer.base for layer in model]
+    stored = {name: value.clone() for name, value in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged, report = merge(copy.deepcopy(model), report=True)
+        assert [(row.before, row.after) for row in report] == [(0.0, 0.0)] * 2
+        merge(model)
+    assert list(model) == bases
+    for one in (model, merged):
+        for name, value in one.state_dict().items():
+            layer, _, rest = name.partition(".")
+            before = stored[f"{layer}.base.{rest}"]
+            assert torch.equal(value.flatten().view(torch.uint8), before.flatten().view(torch.uint8))
+
+
+@every_base
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merging_to_a_dtype_makes_dense_layers_rounded_once(base, dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(24, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 8, bias=False))
+    model[0] = strategies.make_adapted(model[0], base)
+    model[2] = convert(model[2], *strategies.BASES[base], LoRA(2))
+    deactivate(model[2])
+    weights = [stored_weight(layer.base).float() for layer in (model[0], model[2])]
+    weights[0] = weights[0] + model[0].adapters["default"].delta()
+    bias, norm = model[0].base.bias, model[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(model.eval(), dtype)
+    assert model[1] is norm
+    for layer, weight in zip((model[0], model[2]), weights, strict=True):
+        assert type(layer) is torch.nn.Linear
+        assert torch.equal(layer.weight, weight.to(dtype))
+        assert not layer.weight.requires_grad
+        assert not layer.training
+    assert torch.equal(model[0].bias, bias.to(dtype))
+    assert model[0](torch.ones(2, 24, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_dense_layer_keeps_its_dtype_though_the_sum_is_wider(dtype):
+    layer = strategies.make_adapted(torch.nn.Linear(8, 8, dtype=dtype), "dense")
+    expected = (layer.base.weight + layer.adapters["default"].delta()).to(dtype)
+    merged = merge(layer)
+    assert merged.weight.dtype == merged.bias.dtype == dtype
+    assert torch.equal(merged.weight, expected)
+
+
+def error_of(got, exact):
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+@every_base
+@pytest.mark.parametrize("to", ["same format", torch.bfloat16])
+def test_the_report_says_what_the_adapters_change_and_what_storing_the_sum_loses(base, to):
+    """Against float64; a report's figures have 4 digits."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 32) for name in ("a", "b")})
+    model["a"] = strategies.make_adapted(model["a"], base)
+    model["b"] = add_adapter(strategies.make_adapted(model["b"], base), "more", LoRA(2, 5.0))
+    torch.nn.init.normal_(model["b"].adapters["more"].lora_b)
+    bases = {name: stored_weight(layer.base) for name, layer in model.items()}
+    exact = {name: bases[name] + sum(a.delta().double() for a in model[name].adapters.values()) for name in model}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the report says it
+        merged, report = merge(model, to, report=True)
+    assert merged is model
+    assert [(row.path, row.adapters) for row in report] == [("a", ("default",)), ("b", ("default", "more"))]
+    for row in report:
+        assert row.before == pytest.approx(error_of(bases[row.path], exact[row.path]), rel=1e-3)
+        assert row.after == pytest.approx(
+            error_of(stored_weight(model[row.path]), exact[row.path]), rel=1e-3, abs=1e-7
+        )
+        assert row.output_before is row.output_after is None
+    assert report.worst.after == max(row.after for row in report)
+    assert str(report).splitlines()[1].split() == [
+        "a",
+        "default",
+        f"{report[0].before:.4g}",
+        f"{report[0].after:.4g}",
+    ]
+
+
+class Branches(torch.nn.Module):
+    """A layer that is called twice, one by keyword, and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.keyword, self.never = (torch.nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x, scale):
+        self.seen = [x, self.twice(x)]
+        self.seen.append(self.twice(self.seen[1]))
+        return self.keyword(input=self.seen[2] * scale)
+
+
+@every_base
+@pytest.mark.parametrize("to", ["same format", torch.bfloat16])
+def test_with_inputs_the_report_says_the_errors_of_the_outputs(base, to):
+    torch.manual_seed(0)
+    model = convert(Branches(), *strategies.BASES[base], LoRA(2, dropout=0.5)).train()
+    for layer in (model.twice, model.keyword, model.never):
+        torch.nn.init.normal_(layer.lora_b)
+    bases = {name: layer.base for name, layer in model.named_children()}
+    for layer in bases.values():
+        layer.register_forward_hook(lambda *_: pytest.fail("hooks of the base saw the measuring"))
+    plain = copy.deepcopy(model).eval()
+    for layer in (plain.twice, plain.keyword, plain.never):
+        layer.base._forward_hooks.clear()
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        y = plain(x, 2.0)
+        given = {"twice": torch.cat(plain.seen[:2]), "keyword": plain.seen[2] * 2}
+    for inputs in ((x, 2.0), {"x": x, "scale": 2.0}):
+        one = copy.deepcopy(model)
+        for layer in (one.twice, one.keyword, one.never):
+            layer.base._forward_hooks.clear()
+        one, report = merge(one, to, inputs=inputs, report=True)
+        assert one.training
+        for row in report[:2]:
+            layer = getattr(plain, row.path)
+            with torch.no_grad():
+                exact, before = layer(given[row.path]).double(), layer.base(given[row.path])
+                after = getattr(one, row.path)(given[row.path].to(y.dtype if to == "same format" else to))
+            assert row.output_before == pytest.approx(error_of(before, exact), rel=1e-4)
+            assert row.output_after == pytest.approx(error_of(after, exact), rel=1e-4, abs=1e-6)
+            assert row.largest == max(row.after, row.output_after)
+        assert report[2].output_after is report[2].output_before is None
+        assert not any(vars(module)["_forward_pre_hooks"] for module in one.modules())
+
+
+def test_a_merge_beyond_at_most_is_refused_with_the_worst_layer_and_the_model_stays():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    convert(model, FourBit(), LoRA(4))
+    torch.nn.init.normal_(model[1].lora_b, std=1e-3)
+    _, report = merge(copy.deepcopy(model), report=True)
+    assert [row.after > 0 for row in report] == [False, True]
+    modules, state = [*model.modules()], {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(3, 64)
+    for limit, inputs in ((report[1].after * 0.99, None), (0, None), (0, x)):
+        with pytest.raises(
+            ValueError, match=r"^1: merging gives a relative error of [\d.]+, above at_most=[\d.e-]+; merge"
+        ):
+            merge(model, at_most=limit, inputs=inputs)
+        assert [*model.modules()] == modules
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    merge(model, torch.float32, at_most=1e-7)
+    assert type(model[1]) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("part", [0.99, 1])
+def test_outputs_beyond_at_most_are_refused_too(part):
+    """Inputs that the base and the adapter cancel on: what storing loses of the weight is large in the outputs."""
+    torch.manual_seed(0)
+    layer = convert(torch.nn.Linear(32, 32, bias=False), Half(torch.bfloat16), LoRA(1))
+    x = torch.randn(32)
+    with torch.no_grad():
+        layer.lora_a.copy_(x[None] / x.dot(x))
+        layer.lora_b.copy_(-part * layer.base(x)[:, None])  # B A x = -part W x
+    _, report = merge(copy.deepcopy(layer), inputs=x[None], report=True)
+    limit = 2 * report[0].after
+    assert report[0].output_after > limit
+    assert (report[0].output_after == float("inf")) == (part == 1)  # the exact output is zero
+    merge(copy.deepcopy(layer), at_most=limit)
+    with pytest.raises(ValueError, match="the model itself: merging gives a relative error of"):
+        merge(layer, at_most=limit, inputs=x[None])
+
+
+def test_outputs_that_are_not_numbers_are_refused():
+    layer = strategies.make_adapted(torch.nn.Linear(4, 4), "dense")
+    with pytest.raises(ValueError, match="gives a relative error of inf, above at_most=1"):
+        merge(layer, at_most=1, inputs=torch.full((1, 4), float("inf")))
+
+
+def test_an_adapter_that_was_merged_reversibly_is_reported_against_its_own_base():
+    layer = strategies.make_adapted(torch.nn.Linear(64, 16), "4-bit")
+    x = torch.randn(4, 64)
+    _, expected = merge(copy.deepcopy(layer), inputs=x, report=True)
+    with pytest.warns(UserWarning, match="quantized 1 adapted weights"):
+        merge_adapter(layer, "default")
+    assert merge(layer, inputs=x, report=True)[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"to": "bfloat16"}, ValueError, "to='bfloat16' must be 'same format', or a floating-point torch.dtype"),
+        ({"to": torch.int8}, ValueError, "to=torch.int8 must be"),
+        ({"to": None}, ValueError, "to=None must be"),
+        *(({"at_most": v}, ValueError, f"at_most={v!r} must be a number") for v in (-1, True, "1", float("nan"))),
+        ({"inputs": torch.ones(1, 8)}, ValueError, "inputs= measure errors for report=True or at_most="),
+        ({"inputs": 3, "report": True}, TypeError, "a batch is a int; it must be a Tensor"),
+        ({"inputs": torch.ones(1, 7), "report": True}, RuntimeError, "7"),
+    ],
+)
+def test_bad_arguments_are_named_and_the_model_stays(options, kind, message):
+    model = torch.nn.Sequential(strategies.make_adapted(torch.nn.Linear(8, 8), "dense")).train()
+    modules = [*model.modules()]
+    with pytest.raises(kind, match=message):
+        merge(model, **options)
+    assert [*model.modules()] == modules
+    assert model.training
+    assert not model[0]._forward_pre_hooks
+
+
+def test_a_bias_that_the_dtype_cannot_hold_is_named():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    torch.nn.init.constant_(model[0].bias, 1e6)
+    convert(model, FourBit(), LoRA(2))
+    with pytest.raises(ValueError, match="0: the adapted bias holds the magnitude 1e"):
+        merge(model, torch.float16)
+    assert type(model[0]) is LoRALinear
 
 
 @pytest.mark.parametrize("base", ["dense", "bfloat16", "4-bit"])

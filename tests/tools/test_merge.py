@@ -1,0 +1,152 @@
+"""``lowmem merge``."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem import FourBit, LoRA
+from lowmem.__main__ import main
+
+MODELS = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+
+def other():
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 9))
+
+def rounded():
+    return make().to(torch.bfloat16)
+"""
+
+
+def make():
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A 4-bit base, an adapter that was trained on it, and the folder that a model's module lies in."""
+    (tmp_path / "merge_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = lowmem.convert(make(), FourBit())
+    lowmem.save(model, "base.safetensors")
+    lowmem.add_adapter(model, "mine", LoRA(4, 2.0), skip="0")
+    nn.init.normal_(model[2].lora_b)
+    lowmem.save_adapter(model, "adapter.safetensors")
+    return tmp_path
+
+
+BASIC = ["merge", "base.safetensors", "adapter.safetensors", "out.safetensors", "--model", "merge_models:make"]
+
+
+def expected(to="same format"):
+    model = lowmem.load_adapter(lowmem.load("base.safetensors", make), "adapter.safetensors")
+    return lowmem.merge(model, to, report=True)
+
+
+def test_it_writes_what_merge_makes_and_prints_the_report(files, capsys):
+    assert main(BASIC) == 0
+    shown = capsys.readouterr()
+    model, report = expected()
+    assert [row.path for row in report] == ["2"]
+    figures = [line.split() for line in shown.out.splitlines() if "mine" in line]
+    assert figures == [["2", "mine", f"{report[0].before:.4g}", f"{report[0].after:.4g}"]]
+    assert shown.err == "saved out.safetensors\n"
+    merged = lowmem.load("out.safetensors", make)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in merged.state_dict().items())
+    assert type(merged[2]) is type(model[2]) is lowmem.Linear4Bit
+
+
+def test_json_and_another_dtype(files, capsys):
+    assert main([*BASIC, "--to", "bfloat16", "--json", "--at-most", "0.01"]) == 0
+    model, report = expected(torch.bfloat16)
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == [{"path": "2", "adapters": ["mine"], "before": report[0].before, "after": report[0].after}]
+
+    def mixed():
+        made = make()
+        made[2].to(torch.bfloat16)
+        return made
+
+    merged = lowmem.load("out.safetensors", mixed)
+    assert type(merged[2]) is nn.Linear
+    assert torch.equal(merged[2].weight, model[2].weight)
+
+
+def test_a_merge_above_at_most_fails_prints_the_report_and_writes_nothing(files, capsys):
+    (files / "out.safetensors").write_bytes(b"kept")
+    assert main([*BASIC, "--at-most", "1e-3"]) == 1
+    shown = capsys.readouterr()
+    assert "mine" in shown.out
+    assert shown.err.startswith("lowmem merge: 2 has a relative error of 0.")
+    assert ", above 0.001; nothing was written" in shown.err
+    assert len(shown.err.splitlines()) == 1
+    assert (files / "out.safetensors").read_bytes() == b"kept"
+
+
+def test_a_fresh_adapter_gives_a_file_of_the_base_s_bytes(files, capsys):
+    model = lowmem.load("base.safetensors", make)
+    lowmem.save_adapter(lowmem.add_adapter(model, "fresh", LoRA(2)), "adapter.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main([*BASIC, "--at-most", "0"]) == 0
+    assert (files / "out.safetensors").read_bytes() == (files / "base.safetensors").read_bytes()
+
+
+def test_the_base_itself_can_be_replaced(files):
+    model, _ = expected()
+    assert main(["merge", "base.safetensors", "adapter.safetensors", "base.safetensors", *BASIC[4:]]) == 0
+    assert torch.equal(lowmem.load("base.safetensors", make)[2].packed, model[2].packed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"--model": "merge_models"}, "--model='merge_models' must be module:factory"),
+        ({"--model": "merge_models:none"}, "'merge_models' has no 'none'"),
+        ({"--model": "no_such_module:make"}, "cannot import 'no_such_module'"),
+        ({"--model": "merge_models:other"}, "2.packed is"),
+        ({"base": "missing.safetensors"}, "missing.safetensors"),
+        ({"base": "adapter.safetensors"}, "adapter.safetensors"),
+        ({"adapter": "base.safetensors"}, "it holds no adapter alone"),
+        ({"adapter": "merge_models.py"}, "merge_models.py"),
+        ({"out": "no/such/folder/out"}, "no/such/folder"),
+        ({"--to": "int8"}, "invalid choice: 'int8'"),
+        ({"--at-most": "-1"}, "must be a number of at least 0"),
+        ({"base": ""}, "'' must be the name of a file"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line_and_overwrite_nothing(files, options, message, capsys):
+    (files / "out.safetensors").write_bytes(b"kept")
+    given = {"base": BASIC[1], "adapter": BASIC[2], "out": BASIC[3], "--model": BASIC[5], **options}
+    flags = [part for name, value in given.items() if name.startswith("--") for part in (name, value)]
+    names = sorted(path.name for path in files.iterdir())
+    try:
+        code = main(["merge", given["base"], given["adapter"], given["out"], *flags])
+    except SystemExit as stopped:
+        code = stopped.code
+    shown = capsys.readouterr()
+    assert code == 2
+    assert message in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+    assert shown.out == ""
+    assert (files / "out.safetensors").read_bytes() == b"kept"
+    assert sorted(path.name for path in files.iterdir() if path.name != "__pycache__") == names
+
+
+def test_an_adapter_of_another_base_is_refused(files, capsys):
+    torch.manual_seed(1)
+    lowmem.save(lowmem.convert(make(), FourBit()), "base.safetensors")
+    assert main(BASIC) == 2
+    assert "it was trained on another base" in capsys.readouterr().err
+    assert not (files / "out.safetensors").exists()

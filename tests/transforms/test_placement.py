@@ -1,0 +1,173 @@
+"""Which layers get an adapter, and of which rank; the output layer of a language model gets none."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem import FourBit, Half, LoRA, LoRALinear, add_adapter, convert, summary
+from lowmem.transforms.placement import output_layers, place_adapters, techniques_by_layer
+
+STORED = {"dense": (), "half": (Half(),), "4-bit": (FourBit(),)}
+every_storage = pytest.mark.parametrize("stored", STORED)
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(50, 16)
+        self.q, self.v = nn.Linear(16, 16), nn.Linear(16, 16)
+
+
+class Tied(nn.Module):
+    """A plain model whose head is tied, and no method says that it is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = Body(), nn.Linear(16, 50)
+        self.head.weight = self.body.tokens.weight
+
+
+class Causal(nn.Module):
+    """As a causal model of transformers: a method returns its head, and another layer shares the head's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.lm_head = Body(), nn.Linear(16, 50, bias=False)
+        self.draft = nn.Linear(16, 50)
+        self.draft.weight = self.lm_head.weight
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+class Without(nn.Module):
+    """Models without an output layer say so in several ways."""
+
+    def __init__(self, returned):
+        super().__init__()
+        self.body, self.returned = Body(), returned
+
+    def get_output_embeddings(self):
+        if isinstance(self.returned, type):
+            raise self.returned
+        return self.returned
+
+
+class Several(nn.Module):
+    """A head of several layers, inside another model."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Causal()
+        self.inner.lm_head = nn.ModuleList([nn.Linear(16, 50), nn.Linear(16, 50)])
+
+
+def adapted(model):
+    return [path for path, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+HEADS = [(Tied, ["head"]), (Causal, ["lm_head", "draft"]), (Several, ["inner.lm_head.0", "inner.lm_head.1"])]
+
+
+@every_storage
+@pytest.mark.parametrize(("kind", "heads"), HEADS, ids=lambda value: getattr(value, "__name__", ""))
+def test_output_layers_get_no_adapter_unless_where_names_them(stored, kind, heads):
+    rest = [path for path, module in kind().named_modules() if type(module) is nn.Linear and path not in heads]
+    once = lambda **options: convert(kind(), *STORED[stored], LoRA(2), **options)  # noqa: E731
+    convert_all = lambda: convert(kind(), *STORED[stored]) if stored != "dense" else kind()  # noqa: E731
+    later = lambda **options: add_adapter(convert_all(), "mine", LoRA(2), **options)  # noqa: E731
+    for change in (once, later):
+        assert adapted(change()) == rest
+        assert set(adapted(change(where=lambda path, _: path in heads or "token" in path))) == set(heads)
+        assert set(adapted(change(where=lambda *_: True))) == {*rest, *heads}
+    model = once()
+    plain = convert_all()
+    for head in heads:
+        assert type(model.get_submodule(head)) is type(plain.get_submodule(head))
+    add_adapter(model, "more", LoRA(3))
+    assert adapted(model) == rest
+    everywhere = once(where=lambda *_: True)
+    add_adapter(everywhere, "more", LoRA(3))
+    assert all([*everywhere.get_submodule(head).adapters] == ["default"] for head in heads)
+
+
+@every_storage
+def test_the_summary_says_why_an_output_layer_has_no_adapter(stored):
+    reasons = {row.path: row.reason for row in summary(convert(Tied(), *STORED[stored], LoRA(2)))}
+    why = "no adapter: its weight is tied to the embedding `body.tokens`; where= would give it one"
+    assert reasons["head"] == why
+    assert reasons["body.q"] is None
+    reasons = {row.path: row.reason for row in summary(convert(Causal(), *STORED[stored], LoRA(2)))}
+    assert reasons["lm_head"] == "no adapter: it is the model's output layer; where= would give it one"
+    assert reasons["draft"].startswith("no adapter: its weight is that of the output layer `lm_head`")
+    everywhere = summary(convert(Causal(), *STORED[stored], LoRA(2), where=lambda *_: True))
+    assert all("no adapter" not in (row.reason or "") for row in everywhere)
+    if stored != "dense":  # a model without adapters has nothing to say of them
+        assert {row.path: row.reason for row in summary(convert(Causal(), *STORED[stored]))}["lm_head"] is None
+
+
+@pytest.mark.parametrize("returned", [None, AttributeError, NotImplementedError, torch.ones(1)], ids=str)
+def test_a_model_without_an_output_layer_has_none_left_out(returned):
+    assert output_layers(Without(returned)) == {}
+    assert adapted(convert(Without(returned), LoRA(2))) == ["body.q", "body.v"]
+
+
+def test_a_layer_that_shares_a_bias_alone_is_no_output_layer():
+    model = Causal()
+    model.more = nn.Linear(4, 50)
+    model.lm_head.bias = model.more.bias
+    assert model.more not in output_layers(model)
+
+
+def test_an_embedding_tied_to_another_is_no_output_layer():
+    model = Body()
+    model.twin = nn.Embedding(50, 16)
+    model.twin.weight = model.tokens.weight
+    assert output_layers(model) == {}
+
+
+@pytest.mark.parametrize("techniques", [(LoRA(2),), (FourBit(), LoRA(2))], ids=["lora", "qlora"])
+def test_a_model_of_output_layers_alone_is_refused_and_stays(techniques):
+    model = nn.ModuleDict({"tokens": nn.Embedding(50, 16), "head": nn.Linear(16, 50)})
+    model["head"].weight = model["tokens"].weight
+    modules = [*model.modules()]
+    message = "nothing to adapt: head is left out, since its weight is tied to the embedding `tokens`; .* with where="
+    with pytest.raises(ValueError, match=message):
+        convert(model, *techniques)
+    with pytest.raises(ValueError, match=message):
+        add_adapter(model, "mine", LoRA(2))
+    assert [*model.modules()] == modules
+    assert adapted(convert(model, *techniques, where=lambda *_: True)) == ["head"]
+
+
+def test_a_pattern_of_an_output_layer_matches_where_where_selects_it():
+    technique = LoRA(2, ranks={"head": 1})
+    with pytest.raises(ValueError, match="ranks: pattern 'head' matches no layer of Tied that gets an adapter"):
+        convert(Tied(), technique)
+    assert convert(Tied(), technique, where=lambda *_: True).head.rank == 1
+
+
+def test_a_technique_after_lora_is_still_refused():
+    for order in (LoRA(2), Half()), (LoRA(2), FourBit()):
+        with pytest.raises(ValueError, match="cannot follow the techniques before it"):
+            convert(Tied(), *order)
+
+
+def test_each_layer_has_the_technique_of_its_patterns():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    placed = place_adapters(model, LoRA(2, ranks={"1": 3}), model, None)
+    assert placed == {model[0]: LoRA(2), model[1]: LoRA(3)}
+
+
+def test_only_layers_that_an_adapter_can_follow_have_one_placed():
+    model = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4))
+    technique = LoRA(2, ranks={"1": 3})
+    chosen = techniques_by_layer(model, (FourBit(), technique), model, None)
+    assert chosen == {model[0]: (FourBit(), technique), model[1]: (FourBit(), LoRA(3))}
+
+
+def test_copies_know_their_output_layers():
+    model = copy.deepcopy(convert(Causal(), FourBit(), LoRA(2)))
+    assert {type(module).__name__ for module in output_layers(model)} == {"Linear4Bit"}
