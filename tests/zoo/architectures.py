@@ -217,7 +217,9 @@ TRANSFORMERS = (
     causal("xlnet", "XLNetLMHeadModel", SPECIAL, vocab_size=VOCABULARY, d_model=32, n_layer=2, n_head=4, d_inner=96),
     # Recurrent ones, and those that mix recurrence with attention.
     # RWKV would otherwise divide its own weights in inference.
-    causal("rwkv", "RwkvForCausalLM", TEXT, attention_hidden_size=32, context_length=64, rescale_every=0),
+    causal(
+        "rwkv", "RwkvForCausalLM", TEXT, attention_hidden_size=32, context_length=64, rescale_every=0, use_cache=False
+    ),
     causal("mamba", "MambaForCausalLM", TEXT, state_size=8),
     causal("mamba2", "Mamba2ForCausalLM", TEXT, state_size=8, num_heads=4, head_dim=16, n_groups=2, chunk_size=4),
     causal("falcon_mamba", "FalconMambaForCausalLM", TEXT, state_size=8),
