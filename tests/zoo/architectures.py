@@ -32,12 +32,14 @@ class Architecture:
         make: returns a new model, in eval mode.
         inputs: returns the keyword arguments of an example call.
         generates: whether ``model.generate`` continues tokens.
+        lacks: what the dense model cannot do: "pickle", "bfloat16".
     """
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[], Inputs]
     generates: bool = False
+    lacks: tuple[str, ...] = ()
 
 
 def draw(*shape: int) -> Tensor:
@@ -84,12 +86,18 @@ def seeded(name: str, build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def module(name: str, build: Callable[[], nn.Module], inputs: Callable[[], Inputs]) -> Architecture:
-    return Architecture(name, partial(seeded, name, build), inputs)
+def module(name: str, build: Callable[[], nn.Module], inputs: Callable[[], Inputs], **more: Any) -> Architecture:
+    return Architecture(name, partial(seeded, name, build), inputs, **more)
 
 
 def pretrained(
-    name: str, kind: str, *configs: dict[str, Any], inputs: Callable[[], Inputs], generates: bool = False, **more: Any
+    name: str,
+    kind: str,
+    *configs: dict[str, Any],
+    inputs: Callable[[], Inputs],
+    generates: bool = False,
+    lacks: tuple[str, ...] = (),
+    **more: Any,
 ) -> Architecture:
     """Return an architecture of transformers.
 
@@ -105,7 +113,7 @@ def pretrained(
             merged |= config
         return cls(cls.config_class(**merged))
 
-    return Architecture(name, partial(seeded, name, build), inputs, generates)
+    return Architecture(name, partial(seeded, name, build), inputs, generates, lacks)
 
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -398,8 +406,10 @@ TRANSFORMERS = (
         begin_suppress_tokens=None,
         generates=True,
     ),
-    pretrained("wav2vec2", "Wav2Vec2ForCTC", SPEECH, inputs=lambda: {"input_values": draw(2, 400)}),
-    pretrained("hubert", "HubertForCTC", SPEECH, inputs=lambda: {"input_values": draw(2, 400)}),
+    pretrained(
+        "wav2vec2", "Wav2Vec2ForCTC", SPEECH, inputs=lambda: {"input_values": draw(2, 400)}, lacks=("pickle",)
+    ),
+    pretrained("hubert", "HubertForCTC", SPEECH, inputs=lambda: {"input_values": draw(2, 400)}, lacks=("pickle",)),
     pretrained(
         "vits",
         "VitsModel",
@@ -419,6 +429,7 @@ TRANSFORMERS = (
         posterior_encoder_num_wavenet_layers=2,
         use_stochastic_duration_prediction=False,
         noise_scale=0.0,
+        lacks=("pickle",),
     ),
     pretrained(
         "encodec",
@@ -429,6 +440,7 @@ TRANSFORMERS = (
         upsampling_ratios=[4, 4],
         codebook_size=64,
         target_bandwidths=[24.0],
+        lacks=("pickle",),
     ),
 )
 
@@ -506,7 +518,7 @@ TORCHVISION = (
     module("tv_densenet", lambda: torchvision.models.DenseNet(16, (2, 2), 32, num_classes=10), picture),
     module("tv_regnet", regnet, picture),
     module("tv_lraspp", lraspp, lambda: {"input": image()["pixel_values"]}),
-    module("tv_faster_rcnn", faster_rcnn, lambda: {"images": list(image()["pixel_values"])}),
+    module("tv_faster_rcnn", faster_rcnn, lambda: {"images": list(image()["pixel_values"])}, lacks=("bfloat16",)),
 )
 
 ARCHITECTURES = {architecture.name: architecture for architecture in (*TRANSFORMERS, *TORCHVISION)}
