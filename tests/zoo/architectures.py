@@ -32,7 +32,7 @@ class Architecture:
         make: returns a new model, in eval mode.
         inputs: returns the keyword arguments of an example call.
         generates: whether ``model.generate`` continues tokens.
-        lacks: what the dense model cannot do: "pickle", "bfloat16".
+        lacks: "pickle" or "bfloat16", which the dense model does not take, or "linear" layers, which adapters need.
     """
 
     name: str
@@ -440,7 +440,7 @@ TRANSFORMERS = (
         upsampling_ratios=[4, 4],
         codebook_size=64,
         target_bandwidths=[24.0],
-        lacks=("pickle",),
+        lacks=("pickle", "linear"),
     ),
 )
 
@@ -517,7 +517,7 @@ TORCHVISION = (
     module("tv_vgg", vgg, picture),
     module("tv_densenet", lambda: torchvision.models.DenseNet(16, (2, 2), 32, num_classes=10), picture),
     module("tv_regnet", regnet, picture),
-    module("tv_lraspp", lraspp, lambda: {"input": image()["pixel_values"]}),
+    module("tv_lraspp", lraspp, lambda: {"input": image()["pixel_values"]}, lacks=("linear",)),
     module("tv_faster_rcnn", faster_rcnn, lambda: {"images": list(image()["pixel_values"])}, lacks=("bfloat16",)),
 )
 
