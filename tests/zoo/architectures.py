@@ -224,7 +224,7 @@ TRANSFORMERS = (
     causal("smollm3", "SmolLM3ForCausalLM", LLAMA),
     causal("xlnet", "XLNetLMHeadModel", SPECIAL, vocab_size=VOCABULARY, d_model=32, n_layer=2, n_head=4, d_inner=96),
     # Recurrent ones, and those that mix recurrence with attention.
-    # RWKV would otherwise divide its own weights in inference.
+    # RWKV would otherwise divide its own weights in inference, and write its cache in place, which stops backward.
     causal(
         "rwkv", "RwkvForCausalLM", TEXT, attention_hidden_size=32, context_length=64, rescale_every=0, use_cache=False
     ),
