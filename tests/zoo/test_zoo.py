@@ -1,0 +1,263 @@
+"""Real architectures, tiny and with random weights: each converts, and is then what it was, but smaller.
+
+``tox -e zoo`` runs these.
+"""
+
+import copy
+import io
+import math
+import pickle
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e zoo")
+pytest.importorskip("torchvision", reason="torchvision is not installed: tox -e zoo")
+
+import lowmem
+from lowmem import FourBit, Half, LoRA, LoRALinear
+from tests.zoo.architectures import ARCHITECTURES
+from tests.zoo.stored import dequantized
+
+# How far float32 may take outputs and gradients from those of the reference, by their norms. Rounding takes outputs
+# 2e-6 from those of the same models in float64, converted or not, and gradients 7e-6. Who rounds an activation to
+# bfloat16 by mistake is 2e-3 away; another code or scale than the stored one is further.
+CLOSE = 1e-4
+# What a second rounding of an adapted weight adds, by its norm: a normal weight in nf4 0.09, bfloat16 less than 2^-8.
+ROUNDED_AGAIN = {FourBit: 0.15, Half: 2**-8}
+TECHNIQUES = {"nf4": FourBit("nf4"), "bfloat16": Half(torch.bfloat16)}
+ADAPTER = LoRA(4, alpha=8)
+
+
+@pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(params=TECHNIQUES.values(), ids=TECHNIQUES.keys())
+def technique(request):
+    return request.param
+
+
+@pytest.fixture
+def converted(architecture, technique):
+    return lowmem.convert(architecture.make(), technique)
+
+
+@pytest.fixture
+def with_adapters(architecture, technique):
+    """Return a converted model with new adapters, which do not change yet what it computes."""
+    needs(architecture, "linear")
+    return lowmem.convert(architecture.make(), technique, ADAPTER)
+
+
+@pytest.fixture
+def adapted(with_adapters):
+    """Return a converted model whose adapters change what it computes."""
+    with torch.no_grad():
+        for adapter in lowmem.adapter_layers(with_adapters, "default").values():
+            adapter.lora_b.normal_(0, 0.1)
+    return with_adapters
+
+
+def needs(architecture, ability):
+    """Skip what the dense model cannot do either."""
+    if ability in architecture.lacks:
+        pytest.skip(f"the dense model lacks it: {ability}")
+
+
+def reference(architecture, converted):
+    """Return the dense model with the values that the converted one stores, in parameters of their own.
+
+    Tied weights are so no longer: an adapter may have been merged into one of them.
+    """
+    dense = architecture.make()
+    for path, values in dequantized(converted).items():
+        parameter = dense.get_parameter(path)
+        owner, _, name = path.rpartition(".")
+        own = nn.Parameter(values.view_as(parameter).clone(), parameter.requires_grad)
+        setattr(dense.get_submodule(owner), name, own)
+    return dense
+
+
+def tensors(outputs):
+    """Return the tensors of what a model returns, in order; caches are none of them."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def cast(inputs, dtype):
+    floating = lambda value: isinstance(value, torch.Tensor) and value.is_floating_point()  # noqa: E731
+    return tree_map(lambda value: value.to(dtype) if floating(value) else value, inputs)
+
+
+@torch.no_grad()
+def call(architecture, model, dtype=torch.float32):
+    return tensors(model(**cast(architecture.inputs(), dtype)))
+
+
+@torch.no_grad()
+def generate(architecture, model):
+    """Return the tokens of a greedy continuation, with those that it continues: (batch, length)."""
+    inputs = {name: value for name, value in architecture.inputs().items() if not name.startswith("decoder_")}
+    return model.generate(**inputs, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+
+
+def gradients(architecture, model):
+    """Return the gradients of the mean squares of all outputs, by the names of the parameters that got one."""
+    outputs = tensors(model(**architecture.inputs()))
+    model.zero_grad()
+    sum(output.square().mean() for output in outputs if output.requires_grad).backward()
+    return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+
+def assert_equal(got, expected):
+    assert len(got) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def assert_close(got, expected, bound=CLOSE):
+    assert [value.shape for value in got] == [value.shape for value in expected]
+    for a, b in zip(got, expected, strict=True):
+        if a.is_floating_point():
+            excess = float((a - b).norm()) / max(float(b.norm()), math.ulp(0))
+            assert excess <= bound, f"off by {excess:.2g} of the norm"
+        else:
+            assert torch.equal(a, b)
+
+
+def assert_finite(got):
+    assert got
+    assert all(torch.isfinite(value).all() for value in got)
+
+
+def test_an_architecture_is_small_and_the_same_each_time(architecture):
+    first, second = architecture.make(), architecture.make()
+    assert sum(parameter.numel() for parameter in first.parameters()) < 400_000
+    assert not any(module.training for module in first.modules())
+    outputs = call(architecture, first)
+    assert_finite(outputs)
+    assert_equal(call(architecture, second), outputs)
+    if architecture.generates:
+        assert torch.equal(generate(architecture, first), generate(architecture, second))
+
+
+@pytest.mark.parametrize("architecture", [pytest.param(a, id=a.name) for a in ARCHITECTURES.values() if a.lacks])
+def test_what_an_architecture_lacks_its_dense_model_lacks(architecture):
+    abilities = {
+        "pickle": lambda: pickle.dumps(architecture.make()),
+        "linear": lambda: next(m for m in architecture.make().modules() if isinstance(m, nn.Linear)),
+        "bfloat16": lambda: call(architecture, architecture.make().to(torch.bfloat16), torch.bfloat16),
+    }
+    for ability in architecture.lacks:
+        with pytest.raises((RuntimeError, StopIteration)):
+            abilities[ability]()
+
+
+def test_outputs_are_those_of_the_dequantized_weights(architecture, converted):
+    assert_close(call(architecture, converted), call(architecture, reference(architecture, converted)))
+
+
+@pytest.mark.parametrize("architecture", [pytest.param(a, id=a.name) for a in ARCHITECTURES.values() if a.generates])
+def test_the_same_tokens_are_generated(architecture, converted):
+    assert torch.equal(generate(architecture, converted), generate(architecture, reference(architecture, converted)))
+
+
+def test_a_deepcopy_computes_the_same(architecture, converted):
+    assert_equal(call(architecture, copy.deepcopy(converted)), call(architecture, converted))
+
+
+def test_a_pickled_model_computes_the_same(architecture, converted):
+    needs(architecture, "pickle")
+    assert_equal(call(architecture, pickle.loads(pickle.dumps(converted))), call(architecture, converted))
+
+
+def test_a_state_dict_loads_into_another_converted_model(architecture, technique, converted):
+    other = architecture.make()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    other = lowmem.convert(other, technique)
+    file = io.BytesIO()
+    torch.save(converted.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    assert_equal(call(architecture, other), call(architecture, converted))
+
+
+def test_a_saved_model_loads(architecture, converted, tmp_path):
+    lowmem.save(converted, tmp_path / "model.safetensors")
+    loaded = lowmem.load(tmp_path / "model.safetensors", architecture.make)
+    assert_equal(call(architecture, loaded), call(architecture, converted))
+
+
+def test_it_runs_in_bfloat16(architecture, converted):
+    needs(architecture, "bfloat16")
+    dense = call(architecture, architecture.make().to(torch.bfloat16), torch.bfloat16)
+    got = call(architecture, converted.to(torch.bfloat16), torch.bfloat16)
+    assert_finite(got)
+    assert [value.dtype for value in got] == [value.dtype for value in dense]
+
+
+def test_it_runs_under_autocast(architecture, converted):
+    with torch.autocast("cpu", torch.bfloat16):
+        got, dense = call(architecture, converted), call(architecture, architecture.make())
+    assert_finite(got)
+    assert [value.dtype for value in got] == [value.dtype for value in dense]
+
+
+def test_adapters_get_the_gradients_of_their_weights(architecture, technique, with_adapters):
+    """For W + s B A with B = 0, the gradient of B is s G A^T, where G is that of W; and no adapter is left out."""
+    dense = reference(architecture, lowmem.convert(architecture.make(), technique))
+    gradients(architecture, with_adapters)
+    gradients(architecture, dense)
+    used = 0
+    for path, adapter in lowmem.adapter_layers(with_adapters, "default").items():
+        of_weight = dense.get_parameter(f"{path}.weight").grad  # (out, in)
+        if of_weight is not None:  # the outputs depend on it
+            assert adapter.lora_b.grad is not None, f"{path}: the adapter has no effect"
+            expected = adapter.scaling * of_weight @ adapter.lora_a.detach().t()  # (out, rank)
+            assert_close([adapter.lora_b.grad], [expected])
+            used += 1
+    assert used
+
+
+def test_a_saved_adapter_loads_onto_another_base(architecture, technique, adapted, tmp_path):
+    lowmem.save_adapter(adapted, tmp_path / "adapter.safetensors")
+    other = lowmem.load_adapter(lowmem.convert(architecture.make(), technique), tmp_path / "adapter.safetensors")
+    assert_equal(call(architecture, other), call(architecture, adapted))
+
+
+def test_merging_rounds_the_adapted_weights(architecture, technique, adapted):
+    before = dequantized(lowmem.convert(architecture.make(), technique))
+    deltas = {path: adapter.delta() for path, adapter in lowmem.adapter_layers(adapted, "default").items()}
+    quantizes = isinstance(technique, FourBit)
+    with pytest.warns(UserWarning, match="merge quantized") if quantizes else nullcontext():
+        merged = lowmem.merge(adapted)
+    assert not any(isinstance(module, LoRALinear) for module in merged.modules())
+    after = dequantized(merged)
+    for path, delta in deltas.items():
+        weight = f"{path}.weight"
+        assert_close([after[weight]], [before[weight] + delta], ROUNDED_AGAIN[type(technique)])
+    assert_close(call(architecture, merged), call(architecture, reference(architecture, merged)))
+
+
+def test_checkpointed_activations_give_the_same_gradients(architecture, with_adapters):
+    model = with_adapters.train()
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        pytest.skip("the dense model lacks it: checkpointing of activations")
+
+    def step():
+        torch.manual_seed(0)  # dropout
+        np.random.seed(0)  # masked parts of speech
+        return gradients(architecture, model)
+
+    kept = {name: value.clone() for name, value in step().items()}
+    model.activation_checkpointing_enable()
+    got = step()
+    assert got
+    assert got.keys() == kept.keys()
+    assert_close(list(got.values()), list(kept.values()))
