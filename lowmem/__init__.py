@@ -33,6 +33,7 @@ from lowmem.transforms.adapters import (
 from lowmem.transforms.calibrate import calibrate
 from lowmem.transforms.convert import convert
 from lowmem.transforms.merge import merge
+from lowmem.transforms.plan import Plan, plan
 from lowmem.transforms.summary import LayerSummary, Summary, summary
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__
@@ -54,6 +55,7 @@ __all__ = [
     "Linear4Bit",
     "LoRA",
     "LoRALinear",
+    "Plan",
     "QuantizedTensor",
     "Summary",
     "__version__",
@@ -73,6 +75,7 @@ __all__ = [
     "merge",
     "merge_adapter",
     "pack",
+    "plan",
     "quantize",
     "save",
     "save_adapter",

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lowmem.kernels.memory import is_traced
 from lowmem.quant.backend import Weight
@@ -50,7 +51,7 @@ class FrozenOperator:
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Compute it, differentiable in x; or record it, where a graph is made."""
-        return (self.record if _is_recorded() else self.differentiable)(*arguments)
+        return (self.record if _is_recorded(arguments) else self.differentiable)(*arguments)
 
     def node(self, *arguments: Any) -> Tensor:
         """Compute it as one node of autograd's graph, which saves the stored weight only."""
@@ -69,7 +70,7 @@ class FrozenOperator:
         operator = getattr(getattr(torch.ops.lowmem, name), overload or "default")
 
         def compute_or_differentiate(*given: Any) -> Tensor:
-            if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in given):
+            if _needs_gradient(given):
                 return self.differentiable(*arguments(*given))
             if is_traced() or _is_transformed():
                 with torch._C._AutoDispatchBelowAutograd():
@@ -89,10 +90,18 @@ _is_compiling, _is_tracing, _is_transformed = (  # called often: globals are fas
 )
 
 
-def _is_recorded() -> bool:
+def _is_recorded(arguments: tuple[Any, ...]) -> bool:
+    """Whether a call must be one operator: in a graph, and on fake tensors where eager code would bypass autograd."""
     if _is_compiling():
         return not _is_transformed()  # the operator has no forward-mode derivative
-    return _is_tracing()  # by torch.jit.trace; Dynamo cannot trace this call
+    if _is_tracing():  # by torch.jit.trace; Dynamo cannot trace this call
+        return True
+    derived = _is_transformed() or forward_ad._current_level >= 0
+    return is_traced() and not derived and not _needs_gradient(arguments)
+
+
+def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
 
 
 def fields(weight: QuantizedTensor) -> tuple[Any, ...]:
