@@ -34,8 +34,7 @@ def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors
         tensors: of the file, for the shapes and dtypes of its adapters.
 
     Raises:
-        TypeError, ValueError: a factory that ``make_on_meta`` rejects, or layers in the file that are not those of the
-            model.
+        TypeError, ValueError: a factory that ``make_on_meta`` rejects, or layers in the file that the model has not.
     """
     model = make_on_meta(factory)
     try:

@@ -6,7 +6,7 @@ active backend serves. Such an operator takes tensors, numbers and text: the fie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from lowmem.kernels.memory import is_traced
 from lowmem.quant.backend import Weight
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["FrozenOperator", "fields", "stored"]
+__all__ = ["FrozenOperator", "fields", "stands_for_plain_call", "stored"]
 
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
@@ -91,16 +91,18 @@ _is_compiling, _is_tracing, _is_transformed = (  # called often: globals are fas
 
 
 def _is_recorded(arguments: tuple[Any, ...]) -> bool:
-    """Whether a call must be one operator: in a graph, and on fake tensors where eager code would bypass autograd."""
     if _is_compiling():
         return not _is_transformed()  # the operator has no forward-mode derivative
-    if _is_tracing():  # by torch.jit.trace; Dynamo cannot trace this call
-        return True
-    derived = _is_transformed() or forward_ad._current_level >= 0
-    return is_traced() and not derived and not _needs_gradient(arguments)
+    return _is_tracing() or stands_for_plain_call(arguments)  # by torch.jit.trace; Dynamo cannot trace this call
 
 
-def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
+def stands_for_plain_call(arguments: Sequence[Any]) -> bool:
+    """Whether a mode runs a call on fake tensors that bypasses autograd on real ones, since it needs no gradient."""
+    derived = _is_compiling() or _is_transformed() or forward_ad._current_level >= 0
+    return not derived and is_traced() and not _needs_gradient(arguments)
+
+
+def _needs_gradient(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
 
 

@@ -50,7 +50,7 @@ __all__ = [
     "text_of",
 ]
 
-OPTIMIZERS: MappingProxyType[str, type[torch.optim.Optimizer]] = MappingProxyType(
+OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
     {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 )
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def training_bytes(self) -> int:
-        """Peak of a training step: model, inputs, gradients, optimizer, activations and scratch; 0 without training."""
+        """Peak of a training step: model, inputs, gradients, optimizer, activations, scratch; 0 without training."""
         if self.training is None:
             return 0
         step = max(self.optimizer + self.backward, self.update)
@@ -192,14 +192,14 @@ def plan(
 ) -> Plan:
     """Return the memory that a model takes, converted by techniques; its weights are never allocated.
 
-    Stored bytes, gradients and optimizer state are exact. Peaks count what ``lowmem.measure`` counts on a CPU: the
-    outputs of operations, and not workspaces inside one (an LSTM's backward). What products with stored weights take
-    is not predicted for each: ``scratch`` is the most, but that many rows of bfloat16 take some hundred rows of the
-    weight in bfloat16 beside. Inference counts the output of a convolution with a stored weight and a bias twice.
+    Stored bytes, gradients and optimizer state are exact. Peaks are those of ``lowmem.measure`` on a CPU: outputs of
+    operations count, workspaces inside one (an LSTM's backward) do not, and the output is not held in the backward.
+    What products with stored weights take beside is not predicted for each: ``scratch`` is the most, but that many
+    rows of bfloat16 take some hundred rows of a weight in bfloat16.
 
     Args:
-        make: makes the dense model, with as little as ``lambda: MyModel(config)``. It is called on the meta device; if
-            it needs values of buffers, once more with its parameters alone there.
+        make: makes the dense model. It is called with the meta device as torch's default; if it needs values of its
+            own tensors, once more with its parameters alone there.
         techniques: as ``convert`` takes them; none: the dense model.
         batch: inputs of the model, of which only shapes and dtypes matter (they may be on the meta device): a tensor,
             a tuple of positional arguments, or a mapping of named ones.
@@ -207,8 +207,8 @@ def plan(
         loss: returns a scalar for the model's output; None: the output's ``loss``, or the sum of its tensors.
         where: as in ``convert``.
         skip: as in ``convert``.
-        at_most: bytes, or text such as "24GiB", that the total may take. Instead of ``techniques``: of a list from the
-            dense model to 4 bits in blocks of 4096 (with ``LoRA()`` for training) the first that fits is returned.
+        at_most: bytes, or text such as "24GiB", that the total may take. In place of ``techniques``: of a list, from
+            the dense model to 4 bits in blocks of 4096 (with ``LoRA()`` for training), the first that fits is taken.
 
     Raises:
         TypeError: a technique, model or batch of another type.
@@ -415,10 +415,11 @@ def on_fake_tensors(model: nn.Module) -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         known: dict[int, tuple[Tensor, Tensor]] = {}
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers, vars(module)):
+            for values in (module._parameters, module._buffers, vars(module)):
+                tensors: dict[str, Any] = values
                 for name, tensor in list(tensors.items()):
                     if isinstance(tensor, Tensor):
-                        tensors[name] = known.setdefault(id(tensor), (tensor, _fake(tensor)))[1]  # type: ignore[index]
+                        tensors[name] = known.setdefault(id(tensor), (tensor, _fake(tensor)))[1]
             if isinstance(module, HalfEmbedding | Embedding4Bit):  # else it would dequantize all rows at once
                 module.forward = partial(_rows, module)  # type: ignore[method-assign]
         try:
@@ -488,10 +489,9 @@ def text_of(techniques: Iterable[Technique]) -> str:
     """Return techniques as the code that makes them, without defaults; "dense" for none."""
     parts = []
     for technique in techniques:
-        given = [
-            (f.name, getattr(technique, f.name)) for f in fields(technique) if f.default != getattr(technique, f.name)
-        ]
-        parts.append(f"{type(technique).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})")
+        values = {field.name: getattr(technique, field.name) for field in fields(technique)}
+        given = [f"{f.name}={values[f.name]!r}" for f in fields(technique) if values[f.name] != f.default]
+        parts.append(f"{type(technique).__name__}({', '.join(given)})")
     return ", ".join(parts) or "dense"
 
 
