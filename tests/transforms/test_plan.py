@@ -264,6 +264,15 @@ def test_a_loss_of_one_s_own_is_counted():
     assert found.backward != plan(Named, batch=x).backward
 
 
+@pytest.mark.parametrize("technique", ["half", "nf4"])
+def test_rows_of_an_embedding_are_dequantized_a_chunk_at_a_time(technique):
+    batch = torch.zeros(8, 2048, dtype=torch.int64)
+    found = plan(lambda: nn.Embedding(100, 128), *TECHNIQUES[technique], batch=batch, training=None)
+    assert found.forward == 8 * 2048 * 128 * 4
+    model = convert(nn.Embedding(100, 128), *TECHNIQUES[technique])
+    assert found.forward <= measure.forward_bytes(model, batch) <= found.forward + found.scratch
+
+
 def test_where_and_skip_leave_layers_as_convert_does():
     def make():
         return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
