@@ -98,8 +98,9 @@ def _is_recorded(arguments: tuple[Any, ...]) -> bool:
 
 def stands_for_plain_call(arguments: Sequence[Any]) -> bool:
     """Whether a mode runs a call on fake tensors that bypasses autograd on real ones, since it needs no gradient."""
-    derived = _is_compiling() or _is_transformed() or forward_ad._current_level >= 0
-    return not derived and is_traced() and not _needs_gradient(arguments)
+    if _is_compiling() or _is_tracing() or _is_transformed() or forward_ad._current_level >= 0:
+        return False
+    return is_traced() and not _needs_gradient(arguments)
 
 
 def _needs_gradient(arguments: Sequence[Any]) -> bool:
