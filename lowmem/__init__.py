@@ -34,6 +34,7 @@ from lowmem.transforms.adapters import (
 from lowmem.transforms.calibrate import calibrate
 from lowmem.transforms.convert import convert
 from lowmem.transforms.merge import MergedLayer, MergeReport, merge
+from lowmem.transforms.plan import Plan, plan
 from lowmem.transforms.summary import LayerSummary, Summary, summary
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__
@@ -57,6 +58,7 @@ __all__ = [
     "LoRALinear",
     "MergeReport",
     "MergedLayer",
+    "Plan",
     "QuantizedTensor",
     "Summary",
     "__version__",
@@ -77,6 +79,7 @@ __all__ = [
     "merge",
     "merge_adapter",
     "pack",
+    "plan",
     "quantize",
     "save",
     "save_adapter",

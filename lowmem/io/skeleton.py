@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    _EXTRA_STATE_KEY_SUFFIX,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.nn.parameter import is_lazy
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowmem.errors import printable, show
 from lowmem.io.metadata import adapters_of, check_object, record_errors, technique_of
@@ -25,6 +17,7 @@ from lowmem.nn.fourbit import FourBit, format_keys
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.transforms.convert import freeze_all_but_adapters, swap, weight_key
+from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.registry import REGISTRY, layer_name, module_paths, skip_reason_in
 
 __all__ = ["assign", "build", "check_adapter"]
@@ -41,62 +34,13 @@ def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors
         tensors: of the file, for the shapes and dtypes of its adapters.
 
     Raises:
-        TypeError: the factory returned no module.
-        ValueError: the factory needs the values of its parameters, or returned an existing model; or the layers in
-            the file are not those of the model.
+        TypeError, ValueError: a factory that ``make_on_meta`` rejects, or layers in the file that the model has not.
     """
-    made: set[nn.Module] = set()
-    with torch.random.fork_rng(devices=[]), _parameters_on_meta(made):
-        try:
-            model = factory()
-        except (RuntimeError, ValueError) as reason:  # NotImplementedError is a RuntimeError
-            if "meta" not in str(reason):
-                raise
-            raise ValueError(
-                f"the factory needs the values of its parameters, which come from the file ({reason}): leave moves "
-                "between devices, convert, and weights that are computed out of it"
-            ) from reason
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"factory returned a {type(model).__name__}, not a torch.nn.Module")
-    if not any(module in made for module in model.modules()) and any(True for _ in model.parameters()):
-        raise ValueError("the factory returned a model that was there before, or a copy of one, and must make one")
-    before = [p for p in model.parameters() if not p.is_meta and not is_lazy(p)]
-    if before:  # layers that existed before the call, or copies of them: they must not be loaded into
-        model = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in before})
+    model = make_on_meta(factory)
     try:
         return _skeleton(model, metadata, tensors)
     except TypeError as reason:
         raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
-
-
-@contextmanager
-def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
-    """Move each parameter to the meta device when it is registered; shared parameters stay shared.
-
-    Modules in which this thread registers a parameter or module are added to ``made``. These are not all new ones:
-    copies (the layers of an nn.TransformerEncoder) register nothing. Other threads' modules are ignored.
-    """
-    known: Any = WeakTensorKeyDictionary()
-    thread = threading.get_ident()
-
-    def note(module: nn.Module, *_: object) -> None:
-        if threading.get_ident() == thread:
-            made.add(module)
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        note(module)
-        if parameter is None or parameter.is_meta or is_lazy(parameter) or threading.get_ident() != thread:
-            return None
-        if parameter not in known:
-            known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        found: nn.Parameter = known[parameter]
-        return found
-
-    with (
-        register_module_parameter_registration_hook(to_meta),  # type: ignore[arg-type]
-        register_module_module_registration_hook(note),
-    ):
-        yield
 
 
 def _skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -6,18 +6,19 @@ active backend serves. Such an operator takes tensors, numbers and text: the fie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lowmem.kernels.memory import is_traced
 from lowmem.quant.backend import Weight
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["FrozenOperator", "fields", "stored"]
+__all__ = ["FrozenOperator", "fields", "stands_for_plain_call", "stored"]
 
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
@@ -50,7 +51,7 @@ class FrozenOperator:
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Compute it, differentiable in x; or record it, where a graph is made."""
-        return (self.record if _is_recorded() else self.differentiable)(*arguments)
+        return (self.record if _is_recorded(arguments) else self.differentiable)(*arguments)
 
     def node(self, *arguments: Any) -> Tensor:
         """Compute it as one node of autograd's graph, which saves the stored weight only."""
@@ -69,7 +70,7 @@ class FrozenOperator:
         operator = getattr(getattr(torch.ops.lowmem, name), overload or "default")
 
         def compute_or_differentiate(*given: Any) -> Tensor:
-            if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in given):
+            if _needs_gradient(given):
                 return self.differentiable(*arguments(*given))
             if is_traced() or _is_transformed():
                 with torch._C._AutoDispatchBelowAutograd():
@@ -89,10 +90,21 @@ _is_compiling, _is_tracing, _is_transformed = (  # called often: globals are fas
 )
 
 
-def _is_recorded() -> bool:
+def _is_recorded(arguments: tuple[Any, ...]) -> bool:
     if _is_compiling():
         return not _is_transformed()  # the operator has no forward-mode derivative
-    return _is_tracing()  # by torch.jit.trace; Dynamo cannot trace this call
+    return _is_tracing() or stands_for_plain_call(arguments)  # by torch.jit.trace; Dynamo cannot trace this call
+
+
+def stands_for_plain_call(arguments: Sequence[Any]) -> bool:
+    """Whether a mode runs a call on fake tensors that bypasses autograd on real ones, since it needs no gradient."""
+    if _is_compiling() or _is_tracing() or _is_transformed() or forward_ad._current_level >= 0:
+        return False
+    return is_traced() and not _needs_gradient(arguments)
+
+
+def _needs_gradient(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
 
 
 def fields(weight: QuantizedTensor) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn import grad as gradients
 
 from lowmem.kernels import Weight
-from lowmem.kernels.frozen_operator import FrozenOperator, fields, stored
+from lowmem.kernels.frozen_operator import FrozenOperator, fields, stands_for_plain_call, stored
 from lowmem.nn.frozen_linear import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
@@ -113,7 +113,9 @@ def frozen_conv(
         out = _convolve(batch, weight, geometry, dtype, bias)
     else:
         out = _OPERATOR(batch, weight, geometry, dtype, None)
-        out = out if bias is None else out + bias.to(x.dtype).view(-1, *[1] * dims)
+        if bias is not None:
+            added = bias.to(x.dtype).view(-1, *[1] * dims)
+            out = out.add_(added) if stands_for_plain_call((batch, bias)) else out + added
     return out if x.dim() == dims + 2 else out.squeeze(0)
 
 

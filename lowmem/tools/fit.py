@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import safetensors.torch
 import torch
@@ -24,16 +24,19 @@ from lowmem.tools.models import (
     check_links,
     file_path,
     make_model,
+    plan_model,
     positive_float,
     positive_int,
+    recipe_of,
     run_model,
     seed,
     user_code,
 )
-from lowmem.tools.output import print_json, progress, shown, uncut_column
+from lowmem.tools.output import print_json, print_plan, progress, shown, uncut_column
+from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, skeleton_of
 from lowmem.version import __version__
 
-__all__ = ["Classifier", "Result", "add_arguments", "fit", "run"]
+__all__ = ["Classifier", "Result", "add_arguments", "fit", "plan_fit", "run"]
 
 LARGEST_LR = 0.09 * torch.finfo(torch.float32).max  # AdamW's first step is lr / (1 - 0.9); the rest is for rounding
 
@@ -85,20 +88,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank", type=positive_int, metavar="N", help="LoRA rank, where the variant has LoRA (default its own)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, split and batches (default 0)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the memory that this takes; train nothing, write nothing"
+    )
     parser.add_argument("--save", type=file_path, metavar="FILE", help="write the trained model as safetensors")
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    if arguments.save is not None:
+    if arguments.save is not None and not arguments.dry_run:
         check_links(arguments.save)
         check_writable(arguments.save)  # before the training, not after it
     data = load_data(arguments.data, arguments.seed)
     name = arguments.model
-    body = make_model(name, seed=arguments.seed, rank=arguments.rank)
     if ":" not in name:  # BigNet takes (examples, features)
         data = Split(data.train_x.flatten(1), data.train_y, data.test_x.flatten(1), data.test_y, data.classes)
+    if arguments.dry_run:
+        found = plan_model(name, lambda: plan_fit(name, data, rank=arguments.rank, batch_size=arguments.batch_size))
+        if arguments.json:
+            print_json({"variant": name} | found.as_json())
+        else:
+            print_plan(name, found)
+        return 0
+    body = make_model(name, seed=arguments.seed, rank=arguments.rank)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(arguments.seed)
         features = _features(name, body, data.train_x[:2])
@@ -131,6 +144,27 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"peak memory of a step: {result.peak_bytes / MIB:.2f} MiB beyond the model and its input")
         print(f"time of a step: {result.seconds_per_step:.3f} s")
     return 0
+
+
+def plan_fit(name: str, data: Split, *, rank: int | None, batch_size: int) -> Plan:
+    """Return the memory that ``fit`` takes for the model called ``name``, whose weights are not allocated.
+
+    Raises:
+        ValueError: a model that ``make_model`` or ``fit`` rejects, or one that cannot be planned.
+    """
+    factory, techniques = recipe_of(name, rank)
+    body = skeleton_of(factory, techniques)
+    x, y = data.train_x[:batch_size], data.train_y[:batch_size]
+    with on_fake_tensors(body.model):
+        inputs, _ = fake_inputs(x[:2])
+        features = _features(name, body.model, *inputs)
+    with torch.device("meta"):
+        model = Classifier(body.model, features, data.classes)
+    head = measure.theoretical_bytes(model.head)
+    whole = replace(
+        body, model=model, dense=body.dense + head, load=body.load + head, conversion=body.conversion + head
+    )
+    return plan_of(whole, x, "adamw", lambda logits: nn.functional.cross_entropy(logits, y))
 
 
 def _features(name: str, body: nn.Module, x: Tensor) -> int:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +22,13 @@ from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
 from lowmem.errors import describe, printable
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.half import Half
+from lowmem.nn.lora import LoRA
 from lowmem.tools.output import is_pipe_closed, preserve_streams
-from lowmem.variants import VARIANTS, build
+from lowmem.transforms.plan import Plan, bytes_of
+from lowmem.transforms.registry import Technique
+from lowmem.variants import VARIANTS, build, techniques_of
 
 __all__ = [
     "MIB",
@@ -34,11 +40,15 @@ __all__ = [
     "make_model",
     "model_factory",
     "number",
+    "plan_model",
     "positive_float",
     "positive_int",
+    "recipe_of",
     "run_model",
     "seed",
     "shape",
+    "size",
+    "techniques",
     "user_code",
 ]
 
@@ -53,16 +63,30 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
         ValueError: an unknown variant, a module that cannot be imported, an attribute that is missing or not
             callable, or a factory that fails or returns no nn.Module.
     """
-    target, at, variant = name.partition("@") if ":" in name else ("", "@", name)
-    factory = model_factory(target) if target else BigNet
+    variant, factory = _parts(name)
     try:
-        return build(variant if at else "bignet", factory, seed=seed, rank=rank)
+        return build(variant, factory, seed=seed, rank=rank)
     except (ValueError, TypeError, KeyboardInterrupt):
         raise
     except BaseException as reason:  # a failed allocation, or any error in methods that a user's module overrides
         if isinstance(reason, BrokenPipeError) and is_pipe_closed():
             raise
         raise ValueError(f"model={name!r}, rank={rank} cannot be built: {describe(reason)}") from reason
+
+
+def recipe_of(name: str, rank: int | None = None) -> tuple[Callable[[], nn.Module], tuple[Technique, ...]]:
+    """Return the factory of the dense model called ``name``, and the techniques that make it of that.
+
+    Raises:
+        ValueError: as ``make_model``, but for what the factory raises when it is called.
+    """
+    variant, factory = _parts(name)
+    return factory, techniques_of(variant, rank)
+
+
+def _parts(name: str) -> tuple[str, Callable[[], nn.Module]]:
+    target, at, variant = name.partition("@") if ":" in name else ("", "@", name)
+    return variant if at else "bignet", model_factory(target) if target else BigNet
 
 
 def model_factory(target: str) -> Callable[[], nn.Module]:
@@ -118,6 +142,16 @@ def run_model(name: str, run: Callable[[], Result]) -> Result:
     """Return ``run()``, a call of the user's model; any failure becomes a ValueError about the input."""
     with user_code(f"model={name!r} cannot take this input", "; check the input's shape and dtype"):
         return run()
+
+
+def plan_model(name: str, run: Callable[[], Plan]) -> Plan:
+    """Return ``run()``, which plans the user's model; its own errors pass, any other becomes a ValueError."""
+    with user_code(f"model={name!r} cannot be planned"):
+        try:
+            return run()
+        except (ValueError, TypeError) as reason:
+            error = reason
+    raise error
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +225,41 @@ def _number(text: str, accepted: Callable[[float], bool], refusal: str) -> float
 def shape(text: str) -> tuple[int, ...]:
     """Parse ``3,224,224``."""
     return tuple(positive_int(part) for part in text.split(","))
+
+
+def size(text: str) -> int:
+    """Parse a number of bytes with its unit, as 500MiB."""
+    try:
+        return bytes_of(text)
+    except ValueError as reason:
+        raise argparse.ArgumentTypeError(str(reason)) from reason
+
+
+def techniques(text: str) -> tuple[Technique, ...]:
+    """Parse ``FourBit:nf4:64:double,LoRA:16``: techniques, each with the first of its arguments."""
+    try:
+        return tuple(map(_technique, text.split(",")))
+    except (ValueError, argparse.ArgumentTypeError) as reason:
+        raise argparse.ArgumentTypeError(f"{_shown(text)}: {reason}") from reason
+
+
+_ARGUMENTS: dict[type[Technique], tuple[Callable[[str], Any], ...]] = {
+    Half: (lambda text: getattr(torch, text, text),),
+    FourBit: (str, positive_int, str),
+    LoRA: (positive_int,),
+}
+
+
+def _technique(text: str) -> Technique:
+    name, *given = text.split(":")
+    kind = next((kind for kind in _ARGUMENTS if kind.__name__ == name), None)
+    if kind is None:
+        raise ValueError(f"{_shown(name)} is no technique: choose from {', '.join(t.__name__ for t in _ARGUMENTS)}")
+    parsers = _ARGUMENTS[kind]
+    if len(given) > len(parsers):
+        names = ":".join(field.name for field in fields(kind)[: len(parsers)])
+        raise ValueError(f"{_shown(text)} has more than {name}:{names}")
+    return kind(*(parse(value) for parse, value in zip(parsers, given, strict=False)))
 
 
 def file_path(text: str) -> Path:

@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lowmem.errors import printable
+from lowmem.transforms.plan import Plan, text_of
 from lowmem.transforms.summary import Summary
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "is_pipe_closed",
     "preserve_streams",
     "print_json",
+    "print_plan",
     "print_summary",
     "print_table",
     "progress",
@@ -168,6 +170,12 @@ def print_summary(layers: Summary, *, grouped: bool = False, markdown: bool = Fa
     else:
         text = {*range(len(layers.columns))} - {*layers.FIGURES}
         print_table(layers.columns, cells, text=text, markdown=markdown)
+
+
+def print_plan(name: str, plan: Plan, *, markdown: bool = False) -> None:
+    """Print the plan of the model called ``name`` to stdout, as a table below its techniques."""
+    print(f"{shown(name)}: {text_of(plan.techniques)}\n")
+    print_table(plan.columns, plan.cells, markdown=markdown)
 
 
 def uncut_column() -> Column:

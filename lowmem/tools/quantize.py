@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from dataclasses import asdict
 
@@ -14,12 +13,10 @@ from lowmem.io.shards import INDEX
 from lowmem.nn.fourbit import FourBit
 from lowmem.quant.formats import FORMATS
 from lowmem.quant.scales import ENCODINGS
-from lowmem.tools.models import MIB, check_links, file_path, positive_int
+from lowmem.tools.models import MIB, check_links, file_path, positive_int, size
 from lowmem.tools.output import print_json, print_table, progress, shown, uncut_column
 
-__all__ = ["add_arguments", "run", "size"]
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shard-size", type=size, metavar="SIZE", help="split the output, such as 2GB or 500MiB")
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
-
-
-def size(text: str) -> int:
-    """Parse a number of bytes with its unit, as 500MiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text, re.ASCII)
-    unit = UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or len(text) > 20 or int(float(match[1]) * unit) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 2GB or 500MiB")
-    return int(float(match[1]) * unit)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,7 @@
-"""``lowmem stats``: parameters, stored bytes, peak memory of a forward and a backward; a user's model by layers."""
+"""``lowmem stats``: parameters, stored bytes, peak memory of a forward and a backward; a user's model by layers.
+
+With ``--plan`` or ``--at-most``: the memory that techniques would take, without the weights.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,15 @@ from lowmem.tools.models import (
     known_models,
     make_input,
     make_model,
+    plan_model,
+    recipe_of,
     run_model,
+    size,
+    techniques,
     user_code,
 )
-from lowmem.tools.output import print_json, print_summary, print_table, shown
+from lowmem.tools.output import print_json, print_plan, print_summary, print_table, shown
+from lowmem.transforms.plan import OPTIMIZERS, Plan, plan
 from lowmem.transforms.summary import Summary, summary
 
 __all__ = ["Stats", "add_arguments", "run", "stats_of"]
@@ -68,8 +76,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="VARIANT, module:factory, or module:factory@VARIANT (default: every variant of BigNet)",
     )
     add_input_arguments(parser)
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--all", action="store_true", help="list each layer of a module:factory, instead of those of one role as one"
+    )
+    kind.add_argument(
+        "--plan",
+        type=techniques,
+        metavar="TECHNIQUES",
+        help="the memory that these take, without the weights: FourBit[:format[:block_size[:scales]]], Half[:dtype], "
+        "LoRA[:rank], joined by commas",
+    )
+    kind.add_argument(
+        "--at-most", type=size, metavar="SIZE", help="propose techniques whose total is at most this, such as 24GiB"
+    )
+    parser.add_argument(
+        "--training",
+        choices=["none", *OPTIMIZERS],
+        default="adamw",
+        help="what --plan and --at-most count beside inference (default adamw)",
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON with integer bytes")
@@ -79,6 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     x = make_input(arguments)
+    if arguments.plan is not None or arguments.at_most is not None:
+        return _print_plans(arguments, x)
     rows: list[Stats] = []
     layers: dict[str, Summary] = {}  # of the user's models
     for name in known_models(arguments.models):
@@ -115,4 +142,26 @@ def run(arguments: argparse.Namespace) -> int:
     for name, found in layers.items():
         print(f"\n{shown(name)}\n")
         print_summary(found, grouped=not arguments.all, markdown=arguments.markdown)
+    return 0
+
+
+def _print_plans(arguments: argparse.Namespace, x: Tensor) -> int:
+    training = None if arguments.training == "none" else arguments.training
+    plans: dict[str, Plan] = {}
+    for name in arguments.models or ["bignet"]:
+        factory, own = recipe_of(name)
+        if own:
+            raise ValueError(f"model={name!r} has techniques of its own: name the model alone, and them in --plan")
+        plans[name] = plan_model(
+            name,
+            lambda make=factory: plan(  # type: ignore[misc]
+                make, *(arguments.plan or ()), batch=x, training=training, at_most=arguments.at_most
+            ),
+        )
+    if arguments.json:
+        print_json([{"model": name} | found.as_json() for name, found in plans.items()])
+        return 0
+    for number, (name, found) in enumerate(plans.items()):
+        print("\n" * (number > 0), end="")
+        print_plan(name, found, markdown=arguments.markdown)
     return 0

@@ -6,8 +6,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from lowmem import FourBit, Half, LoRA, convert, kernels, quantize
+from lowmem import FourBit, Half, LoRA, convert, kernels, measure, quantize
 from lowmem.kernels.frozen_operator import fields, stored
 from tests.kernels.test_ops import compiles
 
@@ -123,3 +124,16 @@ def test_the_cache_keeps_no_tensor_alive():
     del weight, again
     gc.collect()
     assert [reference() for reference in held] == [None, None]
+
+
+@pytest.mark.parametrize("technique", ["nf4", "half"])
+@pytest.mark.parametrize(
+    ("make", "shape"), [(lambda: nn.Linear(32, 48), (64, 32)), (lambda: nn.Conv1d(8, 48, 3), (4, 8, 20))]
+)
+def test_an_inference_on_fake_tensors_takes_a_layer_s_output_once_with_its_bias(technique, make, shape):
+    layer = convert(make(), *TECHNIQUES[technique])
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        x = torch.empty(shape)
+        with measure.PeakMemory() as memory:
+            out = layer(x)
+        assert out.nbytes <= memory.peak <= out.nbytes + 4 * 48  # a fake of the bias

@@ -437,3 +437,52 @@ def test_ctrl_c_in_the_middle_leaves_the_file_of_before(tmp_path):
     assert errors == "lowmem fit: interrupted; what was not finished is not there: run it again\n"
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("name", ["qlora", "bignet"])
+def test_a_dry_run_says_what_the_run_takes(name, npz, tmp_path, capsys, monkeypatch):
+    argv = [name, "--data", npz, "--batch-size", "16", "--epochs", "1"]
+    target = tmp_path / "new" / "saved.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(tool, "fit", None)
+        patched.setattr(tool, "make_model", None)
+        planned = results(capsys, *argv, "--dry-run", "--save", str(target))
+        assert main(["fit", *argv, "--dry-run"]) == 0
+        assert capsys.readouterr().out.startswith(f"{name}: ")
+    assert not target.parent.exists()
+    model = tool.Classifier(build(name), 1024, 2)
+    assert planned["variant"] == name
+    assert planned["stored_bytes"] == measure.actual_bytes(model)
+    assert planned["gradients"] == 4 * measure.counts(model).trainable  # the head's are among them
+    if name == "qlora":
+        assert planned["stored"]["dense"] == 6 * 1024 * 3 * 4 + 5 * 2 * 1024 * 4 + (1024 + 1) * 2 * 4
+    real = results(capsys, *argv)["peak_bytes"]
+    assert max(planned["backward"], planned["update"]) == pytest.approx(real, rel=0.05)
+
+
+def test_a_dry_run_takes_the_rank_and_a_user_s_factory(npz, capsys):
+    argv = ["lowmem:BigNet@qlora_nf4", "--data", npz, "--dry-run", "--rank"]
+    four, eight = (results(capsys, *argv, rank)["stored"]["adapters"] for rank in ("4", "8"))
+    assert eight == 2 * four
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["lora", "--data", "absent.txt"], "data='absent.txt' is unknown"),
+        (["lora", "--rank", "0"], "must be a positive integer"),
+        (["bignet", "--rank", "4"], "rank=4 has no use for variant='bignet'"),
+        (["torch.nn:Identity@lora"], "nothing to convert"),
+        (["torch.nn:Tanhshrink@bignet"], ""),
+        (["torch.nn:Module"], "cannot take this input"),
+    ],
+)
+def test_a_dry_run_of_bad_input_is_one_line(argv, said, capsys):
+    try:
+        code = main(["fit", *argv, "--dry-run"])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == (2 if said else 0)
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == (1 if said else 0)

@@ -13,7 +13,7 @@ from torch import nn
 
 import lowmem
 from lowmem.__main__ import main
-from lowmem.tools.quantize import size
+from lowmem.tools.models import size
 
 
 @pytest.fixture

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
+from lowmem import BigNet, FourBit, Half, LoRA, convert, measure
 from lowmem.__main__ import main
+from lowmem.tools.models import techniques
 from lowmem.tools.stats import Stats
 from lowmem.transforms.summary import LayerSummary
 
@@ -154,4 +157,116 @@ def test_a_model_that_cannot_be_measured_is_one_line(capsys):
     shown = capsys.readouterr().err
     assert shown.startswith("lowmem stats: model='stats_hostile:Unlisted' cannot ")
     assert "LookupError: not listed" in shown
+    assert shown.count("\n") == 1
+
+
+def plans(capsys, *argv):
+    assert main(["stats", *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_plan_has_the_exact_bytes_and_the_documented_keys(capsys):
+    (found,) = plans(capsys, "lowmem:BigNet", "--plan", "FourBit:int4:16:float16,LoRA:8")
+    assert list(found) == [
+        "model",
+        *("techniques", "training", "dense", "stored", "inputs", "forward", "scratch", "gradients", "optimizer"),
+        *("backward", "update", "load", "conversion", "stored_bytes", "inference_bytes", "training_bytes"),
+    ]
+    assert found["techniques"] == ["FourBit(format='int4', block_size=16, scales='float16')", "LoRA(rank=8)"]
+    model = convert(BigNet(), FourBit("int4", 16, "float16"), LoRA(8))
+    assert found["stored_bytes"] == measure.actual_bytes(model)
+    assert (found["training"], found["dense"]) == ("adamw", 75_612_160)
+    assert found["gradients"] == 4 * measure.counts(model).trainable
+
+
+def test_plans_of_several_models_as_tables(capsys):
+    argv = ["stats", "bignet", "lowmem:BigNet", "--plan", "Half:bfloat16", "--training", "none"]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "BigNet" in line or "bignet" in line] == [
+        "bignet: Half(dtype=torch.bfloat16)",
+        "lowmem:BigNet: Half(dtype=torch.bfloat16)",
+    ]
+    assert len([line for line in lines if line.split() == ["dense", "model", "72.11"]]) == 2
+    assert not [line for line in lines if "training" in line or "adamw" in line]
+    assert main([*argv, "--markdown"]) == 0
+    assert "| stored: Half | 36.04 |" in capsys.readouterr().out
+
+
+def test_techniques_that_fit_are_proposed(capsys):
+    (found,) = plans(capsys, "--at-most", "64MiB", "--training", "none")
+    assert (found["model"], found["techniques"]) == ("bignet", ["Half(dtype=torch.bfloat16)"])
+    assert found["inference_bytes"] <= 64 * MIB
+    (found,) = plans(capsys, "--at-most", "40MiB")
+    assert found["techniques"][1:] == ["LoRA()"]
+    assert found["training_bytes"] <= 40 * MIB
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["bignet", "--at-most", "4MiB"], "is out of reach: the least that is possible is "),
+        (["bignet", "--at-most", "4MiB", "--training", "none"], "FourBit(block_size=4096, scales='double')"),
+        (["bignet", "--plan", "Half,LoRA", "--input-shape", "3"], "model='bignet' cannot be planned: RuntimeError"),
+        (["qlora", "--plan", "Half"], "model='qlora' has techniques of its own"),
+        (["torch.nn:Identity", "--plan", "FourBit"], "nothing to convert: FourBit looks for"),
+        (["bignet", "--plan", "FourBit,Half"], "Half cannot follow the techniques before it"),
+        (["stats_absent:make", "--plan", "Half"], "cannot import 'stats_absent'"),
+        (["nothing", "--plan", "Half"], "variant='nothing' is unknown"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(argv, said, capsys):
+    assert main(["stats", *argv]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+
+
+def test_an_error_of_a_model_s_own_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "stats_planned.py").write_text(
+        "from torch import nn\n"
+        "class Values(nn.Linear):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(1024, 1)\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) if x.sum() > 0 else x\n"
+        "class Fails(Values):\n"
+        "    def forward(self, x):\n"
+        "        raise SystemExit(3)\n"
+    )
+    for name, said in (("Values", "its forward needs the values of tensors"), ("Fails", "SystemExit: 3")):
+        assert main(["stats", f"stats_planned:{name}", "--at-most", "1GiB"]) == 2
+        shown = capsys.readouterr().err
+        assert said in shown
+        assert shown.count("\n") == 1
+
+
+def test_the_plan_of_techniques_as_text():
+    assert techniques("Half,LoRA:4") == (Half(), LoRA(4))
+    assert techniques("FourBit") == (FourBit(),)
+    assert techniques("FourBit:fp4:32:double,LoRA") == (FourBit("fp4", 32, "double"), LoRA())
+    assert techniques("Half:bfloat16") == (Half(torch.bfloat16),)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "'' is no technique: choose from Half, FourBit, LoRA"),
+        ("qlora", "'qlora' is no technique"),
+        ("Half:float8", "dtype=float8 must be torch.float16 or torch.bfloat16"),
+        ("Half:Tensor", "must be torch.float16 or torch.bfloat16"),
+        ("FourBit:nf5", "format='nf5' is unknown: choose from int4, nf4"),
+        ("FourBit:nf4:7", "block_size=7"),
+        ("FourBit:nf4:64:half", "scales='half' is unknown"),
+        ("LoRA:0", "'0' must be a positive integer"),
+        ("LoRA:4:8", "'LoRA:4:8' has more than LoRA:rank"),
+    ],
+)
+def test_bad_text_of_techniques_is_one_line(text, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["stats", "bignet", "--plan", text])
+    shown = capsys.readouterr().err
+    assert said in shown
     assert shown.count("\n") == 1

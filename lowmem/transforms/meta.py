@@ -1,0 +1,81 @@
+"""Makes a model with its parameters on the meta device: shapes and dtypes without values."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["make_on_meta"]
+
+
+def make_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
+    """Return the model that ``factory`` makes, with its parameters on the meta device and its buffers as they are.
+
+    Each parameter is moved when its module registers it, so that one of them has memory at a time. The global random
+    state does not change.
+
+    Raises:
+        TypeError: the factory returned no module.
+        ValueError: the factory needs the values of its parameters, or returned an existing model.
+    """
+    made: set[nn.Module] = set()
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta(made):
+        try:
+            model = factory()
+        except (RuntimeError, ValueError) as reason:  # NotImplementedError is a RuntimeError
+            if "meta" not in str(reason):
+                raise
+            raise ValueError(
+                f"the factory needs the values of its parameters, which it is called without ({reason}): leave moves "
+                "between devices, convert, and weights that are computed out of it"
+            ) from reason
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"factory returned a {type(model).__name__}, not a torch.nn.Module")
+    if not any(module in made for module in model.modules()) and any(True for _ in model.parameters()):
+        raise ValueError("the factory returned a model that was there before, or a copy of one, and must make one")
+    before = [p for p in model.parameters() if not p.is_meta and not is_lazy(p)]
+    if before:  # layers that existed before the call, or copies of them: their values must stay as they are
+        model = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in before})
+    return model
+
+
+@contextmanager
+def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
+    """Move each parameter to the meta device when it is registered; shared parameters stay shared.
+
+    Modules in which this thread registers a parameter or module are added to ``made``. These are not all new ones:
+    copies (the layers of an nn.TransformerEncoder) register nothing. Other threads' modules are ignored.
+    """
+    known: Any = WeakTensorKeyDictionary()
+    thread = threading.get_ident()
+
+    def note(module: nn.Module, *_: object) -> None:
+        if threading.get_ident() == thread:
+            made.add(module)
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        note(module)
+        if parameter is None or parameter.is_meta or is_lazy(parameter) or threading.get_ident() != thread:
+            return None
+        if parameter not in known:
+            known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        found: nn.Parameter = known[parameter]
+        return found
+
+    with (
+        register_module_parameter_registration_hook(to_meta),  # type: ignore[arg-type]
+        register_module_module_registration_hook(note),
+    ):
+        yield

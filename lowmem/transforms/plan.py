@@ -1,0 +1,503 @@
+"""Plans the memory of a model before it is converted: from shapes and dtypes alone, without its weights.
+
+The model is made and converted on the meta device, so that stored bytes are exact. Its forward and backward, and the
+step of a real optimizer, run on fake tensors, whose storages ``lowmem.measure`` counts as it counts real ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
+
+from lowmem import measure
+from lowmem.errors import show
+from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.frozen_linear import FrozenStorage
+from lowmem.nn.half import Half
+from lowmem.nn.lora import Adapter, LoRA
+from lowmem.transforms.convert import Store, convert, freeze_all_but_adapters, layers_to_convert, swap
+from lowmem.transforms.meta import make_on_meta
+from lowmem.transforms.registry import MADE_BY, REGISTRY, Technique, layer_name, supported_types
+
+__all__ = [
+    "OPTIMIZERS",
+    "Plan",
+    "Skeleton",
+    "bytes_of",
+    "fake_inputs",
+    "on_fake_tensors",
+    "plan",
+    "plan_of",
+    "skeleton_of",
+    "text_of",
+]
+
+OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
+    {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+)
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+_SCRATCH = 2**20  # bytes that a product with a stored weight takes at most, beside its output
+_STORING = 2**21  # bytes for a chunk of rows that is quantized, and one whose error is measured
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The bytes that a model takes. ``print`` shows a table.
+
+    Attributes:
+        techniques: in the order in which they are applied.
+        training: the optimizer; None: inference only, and no figure of training.
+        dense: parameters and buffers of the model before it is converted.
+        stored: those of the converted model, by technique: "dense", "Half", "FourBit", "adapters". Exact.
+        inputs: the batch.
+        forward: peak of an inference forward beyond model and inputs, output included.
+        scratch: what the products with stored weights take beside that, at most; 0 without any.
+        gradients: of the parameters that get one. Exact.
+        optimizer: its state. Exact, with AdamW's count of steps for each parameter.
+        backward: peak of a training forward and backward beyond model, inputs and optimizer, gradients included.
+        update: peak of the optimizer's step beyond the model: gradients, state and temporaries.
+        load: peak of ``lowmem.load``: the mapped file, buffers, and one dense parameter while the factory makes it.
+        conversion: peak of ``lowmem.convert``: the dense model, what is stored anew, and temporaries.
+    """
+
+    techniques: tuple[Technique, ...]
+    training: str | None
+    dense: int
+    stored: Mapping[str, int]
+    inputs: int
+    forward: int
+    scratch: int
+    gradients: int
+    optimizer: int
+    backward: int
+    update: int
+    load: int
+    conversion: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """All parameters and buffers of the converted model."""
+        return sum(self.stored.values())
+
+    @property
+    def inference_bytes(self) -> int:
+        """Peak of an inference forward: model, inputs, activations and scratch."""
+        return self.stored_bytes + self.inputs + self.forward + self.scratch
+
+    @property
+    def training_bytes(self) -> int:
+        """Peak of a training step: model, inputs, gradients, optimizer, activations, scratch; 0 without training."""
+        if self.training is None:
+            return 0
+        step = max(self.optimizer + self.backward, self.update)
+        return self.stored_bytes + self.inputs + step + self.scratch
+
+    @property
+    def total_bytes(self) -> int:
+        """What has to fit: that of training, or that of inference without training."""
+        return self.training_bytes or self.inference_bytes
+
+    @property
+    def rows(self) -> list[tuple[str, int]]:
+        """The lines of the table: what takes the bytes, and how many."""
+        found = [("dense model", self.dense)]
+        found += [(f"stored: {name}", size) for name, size in self.stored.items()]
+        found += [("inputs", self.inputs), ("forward", self.forward), ("scratch, at most", self.scratch)]
+        if self.training is not None:
+            found += [
+                ("gradients", self.gradients),
+                (f"{self.training} state", self.optimizer),
+                ("forward and backward", self.backward),
+                (f"{self.training} step", self.update),
+            ]
+        found += [("peak of load", self.load), ("peak of convert", self.conversion)]
+        found += [("total for inference", self.inference_bytes)]
+        return found if self.training is None else [*found, ("total for training", self.training_bytes)]
+
+    @property
+    def columns(self) -> list[str]:
+        """The titles of the columns of ``cells``."""
+        return ["Memory", _unit(max(size for _, size in self.rows))[0]]
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The texts of the table: ``rows``, in MiB, or in GiB if one of them has that many."""
+        _, unit = _unit(max(size for _, size in self.rows))
+        return [[name, f"{size / unit:.2f}"] for name, size in self.rows]
+
+    def __str__(self) -> str:
+        table = [self.columns, *self.cells]
+        left, right = (max(len(row[column]) for row in table) for column in (0, 1))
+        lines = [f"{name.ljust(left)}  {size.rjust(right)}" for name, size in table]
+        return "\n".join([text_of(self.techniques), *lines])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures as integers, and the techniques as text: what JSON can hold."""
+        totals = ("stored_bytes", "inference_bytes", "training_bytes")
+        figures = asdict(self) | {name: getattr(self, name) for name in totals}
+        return figures | {"techniques": [text_of([technique]) for technique in self.techniques]}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A converted model on the meta device, and the ``Plan`` figures of its making."""
+
+    model: nn.Module
+    techniques: tuple[Technique, ...]
+    dense: int
+    load: int
+    conversion: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The figures of ``Plan`` that running the model gives."""
+
+    inputs: int
+    forward: int
+    gradients: int
+    optimizer: int
+    backward: int
+    update: int
+
+
+def plan(
+    make: Callable[[], nn.Module],
+    *techniques: Technique,
+    batch: Any,
+    training: str | None = "adamw",
+    loss: Callable[[Any], Tensor] | None = None,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    skip: str | Iterable[str] = (),
+    at_most: str | int | None = None,
+) -> Plan:
+    """Return the memory that a model takes, converted by techniques; its weights are never allocated.
+
+    Stored bytes, gradients and optimizer state are exact. Peaks are those of ``lowmem.measure`` on a CPU: outputs of
+    operations count, workspaces inside one (an LSTM's backward) do not, and the output is not held in the backward.
+    What products with stored weights take beside is not predicted for each: ``scratch`` is the most, but that many
+    rows of bfloat16 take some hundred rows of a weight in bfloat16.
+
+    Args:
+        make: makes the dense model. It is called with the meta device as torch's default; if it needs values of its
+            own tensors, once more with its parameters alone there.
+        techniques: as ``convert`` takes them; none: the dense model.
+        batch: inputs of the model, of which only shapes and dtypes matter (they may be on the meta device): a tensor,
+            a tuple of positional arguments, or a mapping of named ones.
+        training: "adamw", "sgd" (without momentum), or None for inference.
+        loss: returns a scalar for the model's output; None: the output's ``loss``, or the sum of its tensors.
+        where: as in ``convert``.
+        skip: as in ``convert``.
+        at_most: bytes, or text such as "24GiB", that the total may take. In place of ``techniques``: of a list, from
+            the dense model to 4 bits in blocks of 4096 (with ``LoRA()`` for training), the first that fits is taken.
+
+    Raises:
+        TypeError: a technique, model or batch of another type.
+        ValueError: another ``training``; techniques that ``convert`` rejects; a model that needs values to be made or
+            run; or nothing fits ``at_most``: the least that is possible is named.
+    """
+    if training is not None and training not in OPTIMIZERS:
+        raise ValueError(f"training={training!r} is unknown: choose from None, {', '.join(OPTIMIZERS)}")
+    if at_most is None:
+        return plan_of(skeleton_of(make, techniques, where, skip), batch, training, loss)
+    if techniques:
+        raise ValueError(f"at_most={at_most!r} proposes techniques: leave out {text_of(techniques)}")
+    limit = bytes_of(at_most)
+    runs: dict[tuple[type, ...], _Run] = {}  # block size and scales have no influence on them
+    smallest, refused = None, None
+
+    def planned(found: Skeleton) -> Plan:
+        kinds = tuple(map(type, found.techniques))
+        if kinds not in runs:
+            runs[kinds] = _run(found.model, batch, training, loss)
+        return _combined(found, training, runs[kinds], stored)
+
+    for tried in _proposals(training):
+        try:
+            found = skeleton_of(make, tried, where, skip)
+        except ValueError as reason:
+            if not tried:
+                raise
+            refused = reason  # the model has no layers for it
+            continue
+        stored = _stored(found.model)
+        if smallest is None or sum(stored.values()) < sum(smallest[1].values()):
+            smallest = found, stored
+        if sum(stored.values()) <= limit:
+            proposed = planned(found)
+            if proposed.total_bytes <= limit:
+                return proposed
+    assert smallest is not None
+    found, stored = smallest
+    least = planned(found)
+    unit, size = _unit(least.total_bytes)
+    remedy = "take a smaller batch, or a smaller model" if refused is None else refused
+    raise ValueError(
+        f"at_most={at_most!r} is out of reach: the least that is possible is {least.total_bytes / size:.2f} {unit} "
+        f"({least.total_bytes:,} bytes), with {text_of(least.techniques)}; {remedy}"
+    )
+
+
+def skeleton_of(
+    make: Callable[[], nn.Module],
+    techniques: tuple[Technique, ...],
+    where: Callable[[str, nn.Module], bool] | None = None,
+    skip: str | Iterable[str] = (),
+) -> Skeleton:
+    """Make and convert a model on the meta device.
+
+    Raises:
+        TypeError, ValueError: as ``plan``.
+    """
+    if not callable(make):
+        raise TypeError(f"make={type(make).__name__} must be a callable that makes the model")
+    if techniques:
+        with torch.random.fork_rng(devices=[]):
+            convert(nn.Linear(8, 8), *techniques)  # raises where the techniques alone are wrong
+    try:
+        with torch.device("meta"):
+            model = make_on_meta(make)
+    except (TypeError, ValueError):  # some compute rates or tables: their values may be real, and parameters not
+        model = make_on_meta(make)
+    dense = dict.fromkeys([*model.parameters(), *model.buffers()])
+    if any(map(is_lazy, dense)):
+        raise ValueError(f"{type(model).__name__} has lazy parameters: make it with their sizes")
+    largest = max((p.nbytes for p in model.parameters()), default=0)
+    kept = {id(value) for value in model.state_dict(keep_vars=True).values()}
+    replaced = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) in kept)
+    storing = 0
+    if techniques:
+        model, storing = _converted(model, techniques, where, skip)
+    after = dict.fromkeys([*model.parameters(), *model.buffers()])
+    before = _bytes(dense)
+    return Skeleton(
+        model=model,
+        techniques=techniques,
+        dense=before,
+        load=_bytes(after) + replaced + largest,
+        conversion=before + _bytes(tensor for tensor in after if tensor not in dense) + storing,
+    )
+
+
+@dataclass(frozen=True)
+class _Empty:
+    """A technique that stores on the meta device, for ``Store.by``."""
+
+    technique: Half | FourBit
+
+    def store(self, tensor: Tensor, name: str) -> Any:
+        return self.technique.skeleton(tensor, name)
+
+
+def _converted(
+    model: nn.Module,
+    techniques: tuple[Technique, ...],
+    where: Callable[[str, nn.Module], bool] | None,
+    skip: str | Iterable[str],
+) -> tuple[nn.Module, int]:
+    """Convert as ``convert`` does, without values; also return the bytes of its temporaries."""
+    store, unused, storing = Store(), dict.fromkeys(techniques), 0
+    replacements: dict[nn.Module, nn.Module] = {}
+    for module, path in layers_to_convert(model, techniques, where, skip).items():
+        layer: Any = module
+        for technique in techniques:
+            made: Any = REGISTRY.get((type(technique), type(layer)))
+            if made is None:
+                continue
+            unused.pop(technique, None)
+            if isinstance(technique, LoRA):
+                layer = made.from_layer(layer, technique)
+                continue
+            if isinstance(technique, Half):  # magnitudes, and which of them are finite
+                storing = max(storing, *(p.numel() * (p.element_size() + 1) for p in module.parameters()))
+            else:
+                storing = max(storing, _STORING)
+            try:
+                layer = made.from_layer(layer, technique, store.by(_Empty(technique)))
+            except (TypeError, ValueError) as reason:
+                raise type(reason)(f"{layer_name(path)}: {reason}") from reason
+        replacements[module] = layer.train(module.training)
+    for technique in unused:
+        kind = type(technique)
+        raise ValueError(
+            f"{kind.__name__} converts no layer of {type(model).__name__}: it takes {supported_types(kind)}"
+        )
+    model = swap(model, replacements)
+    if any(isinstance(technique, LoRA) for technique in techniques):
+        freeze_all_but_adapters(model)
+    return model, storing
+
+
+def plan_of(
+    skeleton: Skeleton, batch: Any, training: str | None, loss: Callable[[Any], Tensor] | None = None
+) -> Plan:
+    """Return the plan of a model on the meta device; its tensors are replaced by fake ones."""
+    stored = _stored(skeleton.model)
+    return _combined(skeleton, training, _run(skeleton.model, batch, training, loss), stored)
+
+
+def _combined(skeleton: Skeleton, training: str | None, run: _Run, stored: Mapping[str, int]) -> Plan:
+    scratch = _SCRATCH if any(isinstance(m, FrozenStorage) for m in skeleton.model.modules()) else 0
+    own = {f.name: getattr(skeleton, f.name) for f in fields(skeleton) if f.name != "model"}
+    return Plan(training=training, stored=stored, scratch=scratch, **own, **asdict(run))
+
+
+def _stored(model: nn.Module) -> dict[str, int]:
+    """Return the bytes of the distinct parameters and buffers by what stores them, in the order of the model."""
+    kinds: dict[Tensor, str] = {}
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            kinds |= dict.fromkeys(module.parameters(), "adapters")
+        elif isinstance(module, FrozenStorage):
+            own = [getattr(module, name) for name in module.stored]
+            kinds |= dict.fromkeys((t for t in own if t is not None), MADE_BY[type(module)].__name__)
+    found = {"dense": 0}
+    for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]):
+        kind = kinds.get(tensor, "dense")
+        found[kind] = found.get(kind, 0) + tensor.nbytes
+    return found
+
+
+def _run(model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any], Tensor] | None) -> _Run:
+    """Run the model, and the optimizer, on fake tensors."""
+    with on_fake_tensors(model):
+        inputs, named = fake_inputs(batch)
+        given = _bytes(dict.fromkeys(measure.tensors_in([inputs, named])))
+        forward = measure.forward_bytes(model, *inputs, **named)
+        if training is None:
+            return _Run(given, forward, 0, 0, 0, 0)
+        trained: dict[Tensor, None] = {}  # in whose backward a gradient arrives
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p: trained.setdefault(p))
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+        backward = measure.backward_bytes(model, *inputs, loss=loss, **named)
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        gradients, state, memory = _bytes(trained), 0, measure.PeakMemory()
+        if trained:
+            optimizer = OPTIMIZERS[training](list(trained))
+            with memory:
+                optimizer.step()
+            state = _bytes(dict.fromkeys(measure.tensors_in(list(optimizer.state.values()))))
+        return _Run(given, forward, gradients, state, backward, gradients + memory.peak)
+
+
+@contextmanager
+def on_fake_tensors(model: nn.Module) -> Iterator[None]:
+    """Replace the tensors of a model by fake ones on the CPU, with which it runs inside the block.
+
+    Raises:
+        ValueError: what runs inside needs a value.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        known: dict[int, tuple[Tensor, Tensor]] = {}
+        for module in model.modules():
+            for values in (module._parameters, module._buffers, vars(module)):
+                tensors: dict[str, Any] = values
+                for name, tensor in list(tensors.items()):
+                    if isinstance(tensor, Tensor):
+                        tensors[name] = known.setdefault(id(tensor), (tensor, _fake(tensor)))[1]
+            if isinstance(module, HalfEmbedding | Embedding4Bit):  # else it would dequantize all rows at once
+                module.forward = partial(_rows, module)  # type: ignore[method-assign]
+        try:
+            yield
+        except (
+            DataDependentOutputException,
+            DynamicOutputShapeException,
+            UnsupportedFakeTensorException,
+            UnsupportedOperatorException,
+        ) as reason:
+            raise ValueError(
+                f"{type(model).__name__} cannot be planned: its forward needs the values of tensors, or an operator "
+                f"without shapes ({reason}); measure a smaller one with lowmem.measure"
+            ) from reason
+
+
+def fake_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the named inputs in a batch, with fake tensors in place of its tensors.
+
+    Raises:
+        TypeError: it holds no tensor.
+    """
+    if not any(True for _ in measure.tensors_in(batch)):
+        raise TypeError(f"batch={show(batch)} must be a tensor, or a tuple or mapping that holds the model's inputs")
+    named = dict(batch) if isinstance(batch, Mapping) else {}
+    inputs = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+    found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, _fake, (inputs, named))
+    return found
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _rows(layer: HalfEmbedding | Embedding4Bit, indices: Tensor) -> Tensor:
+    return torch.empty(*indices.shape, layer.embedding_dim, dtype=layer.dtype)
+
+
+def _proposals(training: str | None) -> list[tuple[Technique, ...]]:
+    """Return what ``at_most`` tries, from what loses least to what takes least."""
+    blocks = ((64, "float32"), (64, "float16"), (64, "double"), (128, "double"), (512, "double"), (4096, "double"))
+    bases: list[tuple[Technique, ...]] = [(), (Half(torch.bfloat16),)]
+    bases += [(FourBit("nf4", size, scales),) for size, scales in blocks]
+    return bases if training is None else [(), *((*base, LoRA()) for base in bases)]
+
+
+def bytes_of(size: str | int) -> int:
+    """Return a number of bytes, given as it is or as text with a unit, such as "24GiB".
+
+    Raises:
+        ValueError: another text, or less than 1 byte.
+        TypeError: another type.
+    """
+    if isinstance(size, bool) or not isinstance(size, str | int):
+        raise TypeError(f"{show(size)} must be a number of bytes, or a size such as 2GB or 500MiB")
+    number = size if isinstance(size, int) else 0
+    if isinstance(size, str) and len(size) <= 20:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size, re.ASCII)
+        number = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if number < 1:
+        raise ValueError(f"{show(size)} must be a size such as 2GB or 500MiB")
+    return number
+
+
+def text_of(techniques: Iterable[Technique]) -> str:
+    """Return techniques as the code that makes them, without defaults; "dense" for none."""
+    parts = []
+    for technique in techniques:
+        values = {field.name: getattr(technique, field.name) for field in fields(technique)}
+        given = [f"{f.name}={values[f.name]!r}" for f in fields(technique) if values[f.name] != f.default]
+        parts.append(f"{type(technique).__name__}({', '.join(given)})")
+    return ", ".join(parts) or "dense"
+
+
+def _unit(size: int) -> tuple[str, int]:
+    return ("GiB", 2**30) if size >= 2**30 else ("MiB", 2**20)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,410 @@
+"""A plan says, without the weights, what a real run of the same model measures."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem import BigNet, FourBit, Half, LoRA, convert, measure, plan
+from lowmem.nn.frozen_linear import FrozenStorage
+from lowmem.transforms.plan import OPTIMIZERS, bytes_of, text_of
+from tests.models import INDICES, Small
+
+MIB = 2**20
+
+TECHNIQUES = {
+    "dense": (),
+    "half": (Half(),),
+    "bfloat16": (Half(torch.bfloat16),),
+    "nf4": (FourBit(),),
+    "int4": (FourBit("int4", 16, "float16"),),
+    "bof4s": (FourBit("bof4s", 128, "float32"),),
+    "int8": (FourBit(block_size=32, compute_dtype=torch.int8),),
+    "lora": (LoRA(2),),
+    "half lora": (Half(), LoRA(3)),
+    "qlora": (FourBit(block_size=32), LoRA(3, alpha=6, dropout=0.1)),
+}
+
+
+class Convolutions(nn.Module):
+    """Pictures in, with a batch norm: buffers, one of which is no float."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.BatchNorm2d(24), nn.ReLU()
+        )
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.head(self.layers(x).mean((2, 3)))
+
+
+def encoder():
+    return nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+
+
+MODELS = {
+    "BigNet": (BigNet, torch.ones(8, 1024)),
+    "linear": (lambda: nn.Sequential(nn.Linear(37, 64), nn.ReLU(), nn.Linear(64, 5, bias=False)), torch.ones(3, 37)),
+    "root": (lambda: nn.Linear(37, 64), torch.ones(3, 37)),
+    "convolutions": (Convolutions, torch.ones(4, 3, 20, 20)),
+    "tied": (Small, INDICES),
+    "encoder": (encoder, torch.ones(8, 16, 64)),
+    "double": (lambda: nn.Linear(16, 8, dtype=torch.float64), torch.ones(3, 16, dtype=torch.float64)),
+}
+
+
+def converted(make, technique):
+    model = make()
+    return convert(model, *TECHNIQUES[technique]) if TECHNIQUES[technique] else model
+
+
+def step(model, batch, optimizer):
+    optimizer.zero_grad(set_to_none=True)
+    model(batch).sum().backward()  # the output is not held meanwhile, as in lowmem.measure
+    optimizer.step()
+
+
+def state_bytes(optimizer):
+    return sum(
+        t.nbytes for of_one in optimizer.state.values() for t in of_one.values() if isinstance(t, torch.Tensor)
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_every_figure_of_one_model_is_what_a_real_one_measures(name, technique):
+    """Stored bytes, gradients and optimizer to the byte; peaks, too, but for the scratch of products."""
+    make, batch = MODELS[name]
+    found = plan(make, *TECHNIQUES[technique], batch=batch)
+    model = converted(make, technique)
+    assert found.stored_bytes == measure.theoretical_bytes(model) == measure.actual_bytes(model)
+    assert found.dense == measure.theoretical_bytes(make())
+    assert found.inputs == batch.nbytes
+    adapters = sum(p.nbytes for key, p in model.named_parameters() if ".adapters." in f".{key}")
+    assert found.stored.get("adapters", 0) == adapters
+    layers = [m for m in model.modules() if isinstance(m, FrozenStorage)]
+    frozen = {getattr(m, part) for m in layers for part in m.stored} - {None}
+    assert sum(found.stored.get(kind, 0) for kind in ("Half", "FourBit")) == sum(t.nbytes for t in frozen)
+
+    assert found.scratch == (MIB if layers else 0)
+    forward, backward = measure.forward_bytes(model, batch), measure.backward_bytes(model, batch)
+    assert found.forward <= forward <= found.forward + found.scratch
+    assert found.backward <= backward <= found.backward + found.scratch
+    if technique == "dense":
+        assert (found.forward, found.backward) == (forward, backward)
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        assert found.gradients == found.optimizer == found.update == 0
+        return
+    optimizer = torch.optim.AdamW(trained)
+    step(model.train(), batch, optimizer)
+    gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+    assert (found.gradients, found.optimizer) == (gradients, state_bytes(optimizer))
+
+
+def layers():
+    return nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+
+
+@pytest.mark.parametrize(
+    ("make", "rows", "technique", "training"),
+    [
+        (BigNet, 64, "dense", "adamw"),  # the optimizer's step takes most
+        (BigNet, 64, "dense", "sgd"),
+        (layers, 4096, "dense", "adamw"),  # the backward does
+        (BigNet, 512, "qlora", "adamw"),
+    ],
+)
+def test_the_total_of_training_is_the_peak_of_a_step_with_state_within_five_percent(make, rows, technique, training):
+    batch = torch.ones(rows, 256 if make is layers else 1024)
+    found = plan(make, *TECHNIQUES[technique], batch=batch, training=training)
+    model = converted(make, technique)
+    optimizer = OPTIMIZERS[training]([p for p in model.parameters() if p.requires_grad])
+    assert (found.optimizer > 0) == (training == "adamw")
+    memory = measure.PeakMemory()
+    with memory:
+        for _ in range(2):
+            step(model, batch, optimizer)
+    real = measure.theoretical_bytes(model) + batch.nbytes + memory.peak
+    counts = 4 * len(optimizer.state)  # AdamW's counts of steps come from no operation, and are not measured
+    assert found.training_bytes - found.scratch - counts <= real <= found.training_bytes <= 1.05 * real
+
+
+@pytest.mark.parametrize("technique", ["nf4", "half"])
+def test_the_total_of_inference_is_the_peak_of_a_forward_within_ten_percent(technique):
+    batch = torch.ones(512, 1024)
+    found = plan(BigNet, *TECHNIQUES[technique], batch=batch, training=None)
+    model = converted(BigNet, technique)
+    real = measure.theoretical_bytes(model) + batch.nbytes + measure.forward_bytes(model, batch)
+    assert real <= found.inference_bytes <= 1.1 * real
+    assert found.training_bytes == 0
+    assert found.total_bytes == found.inference_bytes
+
+
+@pytest.mark.parametrize("technique", ["half", "nf4", "bof4s", "lora", "qlora"])
+@pytest.mark.parametrize("name", ["BigNet", "large table"])
+def test_the_peak_of_convert_is_that_of_a_real_one_within_five_percent(name, technique):
+    make = BigNet if name == "BigNet" else lambda: nn.Sequential(nn.Embedding(40_000, 256), nn.Linear(256, 256))
+    batch = MODELS["BigNet"][1] if name == "BigNet" else torch.zeros(1, 2, dtype=torch.int64)
+    found = plan(make, *TECHNIQUES[technique], batch=batch, training=None).conversion
+    model = make()
+    real = measure.theoretical_bytes(model)
+    real += measure.peak_bytes(lambda: convert(model, *TECHNIQUES[technique]))
+    assert 0.95 * real <= found <= 1.05 * real
+
+
+@pytest.mark.parametrize("technique", ["dense", "half", "qlora"])
+@pytest.mark.parametrize("name", ["BigNet", "convolutions", "tied", "encoder"])
+def test_the_peak_of_load_is_the_mapped_file_and_what_the_factory_allocates(name, technique, tmp_path):
+    make, batch = MODELS[name]
+    found = plan(make, *TECHNIQUES[technique], batch=batch, training=None).load
+    lowmem.save(converted(make, technique), tmp_path / "m")
+    loaded = []
+    made = measure.peak_bytes(
+        lambda: loaded.append(lowmem.load(tmp_path / "m", make))
+    )  # mapped bytes are no storage's
+    mapped = {id(t): t.nbytes for t in loaded[0].state_dict(keep_vars=True).values() if t.dtype != torch.uint8}
+    mapped |= {id(p): p.nbytes for p in loaded[0].parameters()}
+    real = sum(mapped.values()) + made
+    assert real <= found <= 1.05 * real + 1024  # the rest: a bias beside the largest weight
+
+
+SEVENTY_BILLION = """
+import resource, sys
+import torch
+from torch import nn
+from lowmem import BigNet, FourBit, LoRA, plan
+
+class Block(nn.Module):
+    def __init__(self, width=8192, hidden=37_000):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        y = self.norm(x)
+        x = x + self.o(nn.functional.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y)))
+        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
+
+def make():
+    return nn.Sequential(nn.Embedding(64_000, 8192), *(Block() for _ in range(80)))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+plan(BigNet, FourBit(), LoRA(16), batch=torch.empty(1, 1024))  # imports torch's optimizers, and what these import
+before = peak()
+found = plan(make, FourBit(), LoRA(16), batch=torch.empty(1, 16, dtype=torch.int64, device="meta"))
+print(found.dense, found.stored["FourBit"], peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no module resource")
+def test_seventy_billion_weights_are_planned_without_them():
+    shown = subprocess.run([sys.executable, "-c", SEVENTY_BILLION], capture_output=True, text=True, check=True)
+    dense, stored, grown = map(int, shown.stdout.split())
+    assert dense > 4 * 70e9
+    assert stored == pytest.approx(dense / 4 * 4.125 / 8, rel=0.001)  # 4 bits, and 8 for each block of 64
+    assert grown < 256 * MIB
+
+
+@pytest.mark.parametrize("given", ["values", "float"])
+def test_a_factory_that_computes_from_values_of_its_own_is_made_again_with_only_its_parameters_on_meta(given):
+    class Rates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            rates = torch.linspace(0, 0.5, 3)
+            self.drops = nn.ModuleList([nn.Dropout(rate.item()) for rate in rates])
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("table", torch.from_numpy(rates.numpy().copy()))
+            self.plain = torch.ones(8)
+
+        def forward(self, x):
+            return self.drops[2](self.linear(x) + self.plain) * self.table.sum()
+
+    def make():
+        return Rates() if given == "values" else Rates().double()
+
+    batch = torch.ones(2, 8, dtype=torch.float32 if given == "values" else torch.float64)
+    found = plan(make, FourBit(), batch=batch)
+    assert found.stored_bytes == measure.actual_bytes(convert(make(), FourBit()))
+    assert found.forward > 0
+
+
+def test_planning_leaves_the_generator_and_the_batch_as_they_were():
+    batch = torch.ones(2, 1024, requires_grad=True)
+    before = torch.get_rng_state()
+    plan(BigNet, FourBit(), LoRA(4), batch=batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert type(batch) is torch.Tensor
+    assert batch.grad is None
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x, *, bias=None):
+        return {"logits": self.linear(x) + (0 if bias is None else bias)}
+
+
+def test_a_batch_is_a_tensor_a_tuple_or_a_mapping_as_measure_takes_inputs():
+    x, bias = torch.ones(16, 8), torch.ones(16, 4)
+    real = measure.forward_bytes(Named(), x)
+    assert {plan(Named, batch=given).forward for given in (x, (x,), [x], {"x": x}, (x.to("meta"),))} == {real}
+    found = plan(Named, batch={"x": x, "bias": bias})
+    assert found.forward == measure.forward_bytes(Named(), x, bias=bias)
+    assert found.inputs == x.nbytes + bias.nbytes
+
+
+def test_a_loss_of_one_s_own_is_counted():
+    def loss(output):
+        return nn.functional.cross_entropy(output["logits"], torch.zeros(16, dtype=torch.int64))
+
+    x = torch.ones(16, 8)
+    found = plan(Named, batch=x, loss=loss)
+    assert found.backward == measure.backward_bytes(Named(), x, loss=loss)
+    assert found.backward != plan(Named, batch=x).backward
+
+
+@pytest.mark.parametrize("technique", ["half", "nf4"])
+def test_rows_of_an_embedding_are_dequantized_a_chunk_at_a_time(technique):
+    batch = torch.zeros(8, 2048, dtype=torch.int64)
+    found = plan(lambda: nn.Embedding(100, 128), *TECHNIQUES[technique], batch=batch, training=None)
+    assert found.forward == 8 * 2048 * 128 * 4
+    model = convert(nn.Embedding(100, 128), *TECHNIQUES[technique])
+    assert found.forward <= measure.forward_bytes(model, batch) <= found.forward + found.scratch
+
+
+def test_where_and_skip_leave_layers_as_convert_does():
+    def make():
+        return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+    x = torch.ones(2, 64)
+    expected = measure.theoretical_bytes(convert(make(), FourBit(), skip="1"))
+    assert plan(make, FourBit(), batch=x, skip="1").stored_bytes == expected
+    assert plan(make, FourBit(), batch=x, where=lambda path, _: path != "1").stored_bytes == expected
+
+
+def test_the_figures_as_text_and_as_json():
+    found = plan(BigNet, FourBit(block_size=128), LoRA(), batch=torch.ones(1, 1024), training="sgd")
+    lines = str(found).splitlines()
+    assert lines[0] == "FourBit(block_size=128), LoRA()"
+    assert lines[1].split() == ["Memory", "MiB"]
+    assert lines[2].split() == ["dense", "model", "72.11"]
+    assert lines[-1].startswith("total for training ")
+    assert "total for training" not in str(plan(BigNet, batch=torch.ones(1, 1024), training=None))
+    document = json.loads(json.dumps(found.as_json()))
+    assert document["techniques"] == ["FourBit(block_size=128)", "LoRA()"]
+    assert document["training_bytes"] == found.training_bytes
+    assert document["stored"] == found.stored
+    large = plan(lambda: nn.Linear(2**15, 2**14), batch=torch.ones(1, 2**15), training=None)
+    assert str(large).splitlines()[:3] == ["dense", "Memory                GiB", "dense model          2.00"]
+
+
+def test_the_text_of_techniques_makes_them_again():
+    for given in TECHNIQUES.values():
+        if given:
+            namespace = {"FourBit": FourBit, "Half": Half, "LoRA": LoRA, "torch": torch}
+            assert eval(f"({text_of(given)},)", namespace) == given
+    assert text_of(()) == "dense"
+
+
+@pytest.mark.parametrize("training", [None, "adamw"])
+def test_at_most_proposes_the_first_that_fits(training):
+    batch = torch.ones(8, 1024)
+    found = plan(BigNet, batch=batch, training=training)
+    seen = []
+    refused = ""
+    while not refused:
+        try:
+            found = plan(BigNet, batch=batch, training=training, at_most=found.total_bytes - bool(seen))
+        except ValueError as reason:
+            refused = str(reason)
+        else:
+            assert found == plan(BigNet, *found.techniques, batch=batch, training=training)
+            seen.append(tuple(type(t) for t in found.techniques))
+    assert f"({found.total_bytes:,} bytes), with {text_of(found.techniques)}" in refused
+    assert seen[0] == ()
+    kinds = list(dict.fromkeys(seen))
+    if training is None:
+        assert kinds == [(), (Half,), (FourBit,)]
+    else:
+        assert kinds == [(), (LoRA,), (Half, LoRA), (FourBit, LoRA)]
+    assert found.techniques[0] == FourBit("nf4", 4096, "double")
+
+
+def test_at_most_takes_a_size_as_text():
+    batch = torch.ones(8, 1024)
+    assert plan(BigNet, batch=batch, at_most="1GiB").techniques == ()
+    assert plan(BigNet, batch=batch, at_most="50MiB", training=None).techniques == (Half(torch.bfloat16),)
+
+
+def test_at_most_passes_over_techniques_that_the_model_has_no_layers_for():
+    def make():
+        return nn.Sequential(nn.Conv1d(64, 64, 3), nn.ReLU())
+
+    x = torch.ones(1, 64, 8)
+    total = plan(make, batch=x).total_bytes
+    assert plan(make, batch=x, at_most=total).techniques == ()
+    with pytest.raises(ValueError, match=rf"\({total:,} bytes\), with dense; LoRA converts no layer"):
+        plan(make, batch=x, at_most=total - 1)
+
+
+def needs_values():
+    class Model(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    return Model(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "options", "error", "text"),
+    [
+        (BigNet, (), {"training": "adam"}, ValueError, "training='adam' is unknown: choose from None, sgd, adamw"),
+        (BigNet, ("nf4",), {}, TypeError, "technique='nf4' must be an instance of"),
+        (BigNet, (LoRA(2), LoRA(3)), {}, ValueError, "LoRA was given 2 times"),
+        (BigNet, (FourBit(), Half()), {}, ValueError, "Half cannot follow the techniques before it"),
+        (BigNet, (FourBit(("nf4", "int4")),), {}, ValueError, "`?0.layers.0`?: format=.* name one format"),
+        (lambda: nn.LayerNorm(1024), (FourBit(),), {}, ValueError, "nothing to convert: FourBit looks for"),
+        (lambda: nn.Conv1d(1, 1, 3), (Half(), LoRA()), {}, ValueError, "LoRA converts no layer of Conv1d: it takes"),
+        (BigNet, (Half(),), {"at_most": "1GiB"}, ValueError, r"at_most='1GiB' proposes .*: leave out Half\(\)"),
+        (BigNet, (), {"at_most": "much"}, ValueError, "'much' must be a size such as"),
+        (BigNet, (), {"at_most": 0}, ValueError, "0 must be a size"),
+        (BigNet, (), {"at_most": 1.5}, TypeError, "1.5 must be a number of bytes"),
+        (BigNet, (), {"batch": 3}, TypeError, "batch=3 must be a tensor"),
+        (BigNet, (), {"batch": {}}, TypeError, r"batch=\{\} must be a tensor"),
+        (BigNet(), (), {}, ValueError, "model that was there before"),
+        ("BigNet", (), {}, TypeError, "make=str must be a callable"),
+        (lambda: 3, (), {}, TypeError, "factory returned a int"),
+        (lambda: nn.LazyLinear(3), (), {}, ValueError, "LazyLinear has lazy parameters"),
+        (needs_values, (), {"batch": torch.ones(1, 8)}, ValueError, "Model cannot be planned: its forward needs"),
+    ],
+)
+def test_bad_input_is_one_clear_error(make, given, options, error, text):
+    factory = (lambda: make) if isinstance(make, nn.Module) else make
+    with pytest.raises(error, match=text):
+        plan(factory, *given, **{"batch": torch.ones(1, 1024), **options})
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(7, 7), (2**60 + 1, 2**60 + 1), ("24GiB", 24 * 2**30), ("1.5KB", 1500)]
+)
+def test_sizes(size, expected):
+    assert bytes_of(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "GB", "1XB", "-1GB", "0", "1e3", "9" * 30])
+def test_what_is_no_size(size):
+    with pytest.raises(ValueError, match="must be a size"):
+        bytes_of(size)
