@@ -15,6 +15,7 @@ from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit, Linear4Bit
 from lowmem.nn.half import Half, HalfLinear
 from lowmem.nn.lora import LoRA, LoRALinear
+from lowmem.nn.stored import StoredTensor
 from lowmem.quant.formats import FORMATS, Format
 from lowmem.quant.packing import pack, unpack
 from lowmem.quant.quantize import quantize
@@ -32,7 +33,7 @@ from lowmem.transforms.adapters import (
     unmerge_adapter,
 )
 from lowmem.transforms.calibrate import calibrate
-from lowmem.transforms.convert import convert
+from lowmem.transforms.convert import convert, restore
 from lowmem.transforms.merge import MergedLayer, MergeReport, merge
 from lowmem.transforms.plan import Plan, plan
 from lowmem.transforms.summary import LayerSummary, Summary, summary
@@ -60,6 +61,7 @@ __all__ = [
     "MergedLayer",
     "Plan",
     "QuantizedTensor",
+    "StoredTensor",
     "Summary",
     "__version__",
     "activate",
@@ -81,6 +83,7 @@ __all__ = [
     "pack",
     "plan",
     "quantize",
+    "restore",
     "save",
     "save_adapter",
     "summary",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
@@ -59,9 +59,20 @@ class Difference:
 
 
 def counts(model: nn.Module) -> Counts:
-    """Count the elements of the distinct parameters."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Counts(trainable, sum(p.numel() for p in model.parameters()) - trainable)
+    """Count the elements of the distinct parameters.
+
+    A module whose parameters hold the bytes of other elements (scales) declares how many these are, by the names of
+    the parameters, in an attribute ``element_counts``.
+    """
+    sizes: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        declared: Any = getattr(module, "element_counts", None)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                known = declared.get(name) if isinstance(declared, dict) else None
+                sizes.setdefault(parameter, parameter.numel() if known is None else known)
+    trainable = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
+    return Counts(trainable, sum(sizes.values()) - trainable)
 
 
 def weight_count(model: nn.Module) -> int:
@@ -236,6 +247,10 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Any, new: bool) -> None:
+        if is_traceable_wrapper_subclass(tensor):  # it has no memory of its own, but those in it have
+            for name in tensor.__tensor_flatten__()[0]:
+                self._see(getattr(tensor, name), new)
+            return
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             return
         storage = tensor.untyped_storage()

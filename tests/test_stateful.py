@@ -55,9 +55,8 @@ def stored_bits(model):
     bits = {}
     for path, module in model.named_modules():
         if isinstance(module, (HalfLinear, Linear4Bit)):
-            for name in module.stored:
-                if getattr(module, name) is not None:
-                    bits[f"{path}.{name}"] = getattr(module, name).detach().contiguous().view(torch.uint8).clone()
+            for name in module.part_names:
+                bits[f"{path}.{name}"] = getattr(module, name).detach().contiguous().view(torch.uint8).clone()
     return bits
 
 
@@ -79,8 +78,9 @@ def assert_holds(layer, exact, magnitudes, terms):
     if isinstance(layer, Linear4Bit):
         rounding = layer.quantized.error_bound().double()
     else:
-        kind = torch.finfo(layer.weight.dtype)
-        rounding = unit(layer.weight.dtype) * (exact.abs() + added) + kind.smallest_normal * kind.eps  # subnormals
+        stored = getattr(layer, "weight_rounded", layer.weight).dtype
+        kind = torch.finfo(stored)
+        rounding = unit(stored) * (exact.abs() + added) + kind.smallest_normal * kind.eps  # subnormals
     assert ((stored_weight(layer) - exact).abs() <= added + rounding).all()
 
 

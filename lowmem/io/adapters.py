@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import printable, refusal, show
-from lowmem.io.checkpoint import base_of, how_stored
+from lowmem.io.checkpoint import as_in_file, base_of, how_stored
 from lowmem.io.container import read, write_tensors
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import check_adapter
 from lowmem.io.wrappers import unwrap
-from lowmem.nn.fourbit import format_keys
-from lowmem.nn.frozen_linear import FrozenStorage
 from lowmem.nn.lora import LoRA, LoRALinear
+from lowmem.nn.stored_module import StoredModule, file_names, format_keys
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_adapter, check_name
 from lowmem.transforms.convert import one_at_a_time
 from lowmem.transforms.registry import layer_name, module_paths, skip_reason_in
@@ -136,13 +135,16 @@ def fingerprint(model: nn.Module, paths: list[str]) -> str:
     sha256 = hashlib.sha256()
     for path in sorted(paths):
         base = base_of(by_path[path])
-        record = how_stored(base) if isinstance(base, FrozenStorage) else {}
+        record = how_stored(base).get("weight", {}) if isinstance(base, StoredModule) else {}
         record.pop("method", None)  # it does not change how bytes are decoded
         sha256.update(repr((path, sorted(record.items()))).encode())
-        recorded = format_keys(base)
-        for name, value in sorted(base.state_dict().items()):
-            if name in recorded:
-                continue
+        recorded, parts = format_keys(base), file_names(base) if isinstance(base, StoredModule) else {}
+        state = {
+            parts.get(name, name): as_in_file(base, name) if name in parts else value  # type: ignore[arg-type]
+            for name, value in base.state_dict().items()
+            if name not in recorded
+        }
+        for name, value in sorted(state.items()):
             content = value.detach().cpu().contiguous()
             sha256.update(repr((name, str(content.dtype), tuple(content.shape))).encode())
             sha256.update(content.flatten().view(torch.uint8).numpy().data)

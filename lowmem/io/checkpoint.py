@@ -19,14 +19,16 @@ from lowmem.io.metadata import adapters_record, technique_record
 from lowmem.io.shards import read_model
 from lowmem.io.skeleton import assign, build
 from lowmem.io.wrappers import unwrap
-from lowmem.nn.fourbit import FourBit, FourBitStorage, format_keys
-from lowmem.nn.frozen_linear import FrozenStorage
+from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRALinear
+from lowmem.nn.stored import FourBitForm
+from lowmem.nn.stored_module import StoredModule, file_names, format_keys
+from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.convert import one_at_a_time
-from lowmem.transforms.registry import MADE_BY, module_paths
+from lowmem.transforms.registry import made_by, module_paths
 
-__all__ = ["base_of", "how_stored", "load", "save"]
+__all__ = ["as_in_file", "base_of", "how_stored", "load", "names_in_files", "save"]
 
 
 @one_at_a_time
@@ -50,28 +52,31 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model = unwrap(model)
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    layers = {module: paths[0] for module, paths in module_paths(model).items() if type(module) in MADE_BY}
+    layers = {module: paths[0] for module, paths in module_paths(model).items() if made_by(module) is not None}
     recorded = format_keys(model)  # skipped: ``metadata`` holds the formats
+    names = names_in_files(model)
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"state {show(name)} is a {type(value).__name__}, no tensor: safetensors cannot hold it")
         if id(value) not in seen:
-            tensors[name] = value
             seen.add(id(value))
+            module, part = names.get(name, (None, ""))
+            tensors[name if module is None else _in_file(name, module, part)] = (
+                value if module is None else as_in_file(module, part)
+            )
     stored: dict[str, Any] = {}
     known: dict[int, Any] = {}  # id of a stored weight -> its record; layers that share it need none of their own
     adapters: dict[str, Any] = {}
     for layer, place in layers.items():
         base = base_of(layer)
-        if isinstance(base, FourBitStorage):
-            base.quantized.check_layout()
-        if isinstance(base, FrozenStorage):
-            record = how_stored(base)
-            first = known.setdefault(id(getattr(base, base.stored[0])), record)
-            if first is record or first != record:
-                stored[place] = record
+        if isinstance(base, StoredModule):
+            for name, record in how_stored(base).items():
+                first_part = getattr(base, f"{name}_{base.forms[name].parts[0]}")
+                first = known.setdefault(id(first_part), record)
+                if first is record or first != record:
+                    stored[place if name == "weight" else f"{place}.{name}".lstrip(".")] = record
         if isinstance(layer, LoRALinear):
             adapters[place] = adapters_record(layer)
     metadata = {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}
@@ -116,16 +121,47 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     return model
 
 
-def how_stored(layer: FrozenStorage) -> dict[str, Any]:
-    """Return the metadata record of a converted layer."""
-    if isinstance(layer, FourBitStorage):
-        weight = layer.quantized
-        return technique_record(
-            FourBit(weight.format, weight.block_size, weight.scale_encoding, getattr(layer, "compute_dtype", None)),
-            weight.method,
-        )
-    stored: Any = getattr(layer, layer.stored[0])
-    return technique_record(Half(stored.dtype))
+def how_stored(module: StoredModule) -> dict[str, dict[str, Any]]:
+    """Return the metadata record of each stored parameter; that of a 16-bit weight stands for the bias, too.
+
+    Raises:
+        RuntimeError: the stored tensors do not have the layout of the form.
+    """
+    records = {}
+    for name, form in module.forms.items():
+        weight = module.stored_weight(name)
+        if isinstance(weight, QuantizedTensor):
+            assert isinstance(form, FourBitForm)
+            weight.check_layout()
+            compute = getattr(module, "compute_dtype", None)
+            technique = FourBit(form.format, form.block_size, form.scale_encoding, compute)
+            records[name] = technique_record(technique, form.method)
+        elif name != "bias":
+            records[name] = technique_record(Half(weight.dtype))
+    return records
+
+
+def names_in_files(model: nn.Module) -> dict[str, tuple[StoredModule, str]]:
+    """Return the module and the part's name for each key of the model's state that is a stored part."""
+    found: dict[str, tuple[StoredModule, str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, StoredModule):
+            found |= {f"{path}.{name}".lstrip("."): (module, name) for name in module.part_names}
+    return found
+
+
+def _in_file(name: str, module: StoredModule, part: str) -> str:
+    return name.removesuffix(part) + file_names(module)[part]
+
+
+def as_in_file(module: StoredModule, part: str) -> Tensor:
+    """Return a part as files hold it: scales in their own dtype."""
+    value: Tensor = getattr(module, part)
+    name, _, kind = part.rpartition("_")
+    if kind != "scales":
+        return value
+    weight: Any = module.stored_weight(name)
+    return weight.scales  # type: ignore[no-any-return]
 
 
 def base_of(layer: nn.Module) -> nn.Module:

@@ -13,12 +13,13 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable, show
 from lowmem.io.metadata import adapters_of, check_object, record_errors, technique_of
-from lowmem.nn.fourbit import FourBit, format_keys
+from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
-from lowmem.transforms.convert import freeze_all_but_adapters, swap, weight_key
+from lowmem.nn.stored_module import StoredModule, as_part, file_names, format_keys
+from lowmem.transforms.convert import commit, freeze_all_but_adapters, store_parameters, swap, weight_key
 from lowmem.transforms.meta import make_on_meta
-from lowmem.transforms.registry import REGISTRY, layer_name, module_paths, skip_reason_in
+from lowmem.transforms.registry import layer_name, module_paths, skip_reason, skip_reason_in
 
 __all__ = ["assign", "build", "check_adapter"]
 
@@ -54,59 +55,83 @@ def _skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[st
 
 
 def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
-    sharing: dict[Any, list[nn.Module]] = {}
+    owners: dict[Any, list[tuple[nn.Module, str]]] = {}
     for owner in model.modules():
-        weight = owner._parameters.get("weight")
-        if weight is not None and not is_lazy(weight):
-            sharing.setdefault(weight_key(weight), []).append(owner)
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and not is_lazy(parameter):
+                owners.setdefault(weight_key(parameter), []).append((owner, name))
     by_path = {path: module for module, paths in module_paths(model).items() for path in paths}
-    found: dict[nn.Module, tuple[str, Half | FourBit, str | None]] = {}
+    found: dict[tuple[nn.Module, str], tuple[str, Half | FourBit, str | None]] = {}
     for path, record in records.items():
-        module = by_path.get(path)
-        if module is None:
-            raise ValueError(f"it has a layer {show(path)} that the model has not: is this its factory?")
+        module, name = _parameter_at(by_path, path)
         with record_errors(f"its record of {layer_name(path)}"):
             technique, method = technique_of(record)
-        first, *same = found.setdefault(module, (path, technique, method))
+        first, *same = found.setdefault((module, name), (path, technique, method))
         if same != [technique, method]:
             raise ValueError(
                 f"it stores {layer_name(first)} and {layer_name(path)} differently, which are one layer here"
             )
-    for module, record in list(found.items()):
-        weight = module._parameters.get("weight")
-        for tied in [] if weight is None or is_lazy(weight) else sharing[weight_key(weight)]:
+    for (module, name), record in list(found.items()):
+        parameter = module._parameters.get(name)
+        for tied in [] if parameter is None or is_lazy(parameter) else owners[weight_key(parameter)]:
             found.setdefault(tied, record)  # a file records only the first of the layers that share a weight
-    unfit, skip_reason = [], skip_reason_in(model)
+    unfit: list[str] = []
     stored: dict[Any, tuple[str, Half | FourBit, Any]] = {}
-    skeletons: dict[nn.Module, Any] = {}
-    for module, (path, technique, method) in found.items():
-        why = skip_reason(type(technique), module)
-        if why is not None:
+    layers: dict[nn.Module, tuple[Half | FourBit, dict[str, tuple[str, str | None]]]] = {}
+    for (module, name), (path, technique, method) in found.items():
+        parameter = module._parameters.get(name)
+        if parameter is None or is_lazy(parameter) or parameter.dim() < 2 or isinstance(module, StoredModule):
+            why = skip_reason(type(technique), module) or f"it has no parameter {show(name)} of its own to store"
             path = next(path for path, other in by_path.items() if other is module)
             unfit.append(
                 f"{layer_name(path)} is stored by {type(technique).__name__}, and the model has a "
                 f"{type(module).__name__} there: {why}"
             )
             continue
-        weights = replace(technique, compute_dtype=None) if isinstance(technique, FourBit) else technique
+        how, names = layers.setdefault(module, (technique, {}))
+        names[name] = path, method
+        if type(how) is not type(technique):
+            raise ValueError(
+                f"it stores {layer_name(path)} by {type(technique).__name__}, and the rest of it otherwise"
+            )
+        layers[module] = technique, names
+    if unfit:
+        raise ValueError(f"{_listed(unfit, '; ')}; leave them out when the file is made (skip= or --exclude)")
+    replacements: dict[nn.Module, nn.Module] = {}
+    for module, (technique, names) in layers.items():
 
         def store(
-            tensor: Tensor, name: str, path: str = path, method: str | None = method, technique: Any = weights
+            tensor: Tensor,
+            name: str,
+            names: Any = names,
+            techniques: Any = {name: found[module, name][1] for name in names},  # noqa: B006 - of this module
         ) -> Any:
-            skeleton = technique.skeleton(tensor, name)
+            path, method = names.get(name) or names["weight"]
+            how = techniques.get(name) or techniques["weight"]
+            how = replace(how, compute_dtype=None) if isinstance(how, FourBit) else how
+            skeleton = how.skeleton(tensor, name)
             skeleton = skeleton if method is None else replace(skeleton, method=method)
-            first, how, skeleton = stored.setdefault(weight_key(tensor), (path, technique, skeleton))
-            if how != technique:
+            first, before, skeleton = stored.setdefault(weight_key(tensor), (path, how, skeleton))
+            if before != how:
                 raise ValueError(
                     f"it stores {layer_name(first)} and {layer_name(path)} differently, which share a {name} here"
                 )
             return skeleton
 
-        made: Any = REGISTRY[type(technique), type(module)]
-        skeletons[module] = made.from_layer(module, technique, store)
-    if unfit:
-        raise ValueError(f"{_listed(unfit, '; ')}; leave them out when the file is made (skip= or --exclude)")
-    return swap(model, {old: new.train(old.training) for old, new in skeletons.items()})
+        path = next(iter(names.values()))[0]
+        replacements[module] = store_parameters(module, technique, path, names, store)
+    return commit(model, replacements)
+
+
+def _parameter_at(by_path: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
+    """Return the module and the name of a recorded parameter: ``weight`` of a layer, or another by its full name."""
+    if path in by_path:
+        return by_path[path], "weight"
+    parent, _, name = path.rpartition(".")
+    module = by_path.get(parent)
+    if module is None or name not in module._parameters:
+        raise ValueError(f"it has a layer {show(path)} that the model has not: is this its factory?")
+    return module, name
 
 
 def _adapted_layers(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -> dict[nn.Module, nn.Module]:
@@ -177,6 +202,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own: dict[int, Tensor] = {}
     extra_states: list[str] = []
     recorded = format_keys(model)  # skipped: the skeletons have the formats that the file records
+    tensors = _by_state_names(model, tensors)
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:
             continue
@@ -227,6 +253,16 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     tensors_of[name] = found[id(value)]  # type: ignore[assignment]
     for name in extra_states:
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(tensors[name])
+
+
+def _by_state_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors by the names of the model's state; scales become their bytes."""
+    names: dict[str, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, StoredModule):
+            prefix = f"{path}." if path else ""
+            names |= {prefix + old: prefix + name for name, old in file_names(module).items()}
+    return {names.get(name, name): as_part(tensor, names.get(name, "")) for name, tensor in tensors.items()}
 
 
 def _named(what: str, names: list[str]) -> str:

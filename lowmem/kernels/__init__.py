@@ -71,7 +71,7 @@ def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = N
     A line names the kernel, the ISA whose table has it, and the kernels that were asked before and why they refuse.
 
     Args:
-        weight: a QuantizedTensor (out, in), a float16 or bfloat16 tensor, or a layer that stores one.
+        weight: a QuantizedTensor (out, in), a float16 or bfloat16 tensor, a StoredTensor, or a layer that has one.
         rows: of the input, (rows, in).
         dtype: of the input, or torch.int8 for products in 8-bit integers; None: the layer's, or float32.
 
@@ -82,7 +82,9 @@ def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = N
     dtype = dtype or getattr(weight, "compute_dtype", None) or torch.float32
     stored: object = weight
     if isinstance(weight, nn.Module):
-        stored = getattr(weight, "quantized", getattr(weight, "weight", None))
+        found = getattr(weight, "stored_weight", None)
+        stored = found() if callable(found) else getattr(weight, "weight", None)
+    stored = getattr(stored, "stored", stored)  # of a stored tensor
     if not isinstance(stored, QuantizedTensor):
         if not isinstance(stored, Tensor) or stored.dtype not in (torch.float16, torch.bfloat16):
             raise TypeError(f"{type(weight).__name__} stores no weight in 4 or 16 bits")

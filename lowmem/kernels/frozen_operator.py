@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from torch.autograd import forward_ad
 
 from lowmem.kernels.memory import is_traced
 from lowmem.quant.backend import Weight
+from lowmem.quant.formats import get_format
+from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["FrozenOperator", "fields", "stands_for_plain_call", "stored"]
+__all__ = ["FrozenOperator", "StoredParts", "fields", "stands_for_plain_call", "stored"]
 
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
@@ -107,13 +109,46 @@ def _needs_gradient(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
 
 
-def fields(weight: QuantizedTensor) -> tuple[Any, ...]:
+def fields(weight: QuantizedTensor | StoredParts) -> tuple[Any, ...]:
     """Return the fields of a 4-bit weight that an operator takes, of which ``stored`` makes it again."""
     return weight.packed, weight.scales, weight.format, weight.block_size, weight.scale_encoding
 
 
+class StoredParts(NamedTuple):
+    """The fields of a 4-bit matrix with the bytes of its scales, which stand for it where a graph is made."""
+
+    packed: Tensor
+    scales: Tensor
+    format: str
+    block_size: int
+    scale_encoding: str
+    shape: tuple[int, int]
+
+    def check_layout(self) -> None:
+        """Raise a RuntimeError unless ``packed`` has the shape of the matrix; a trace would record each size."""
+        if not _is_compiling() and _is_tracing():
+            return
+        rows, columns = self.shape
+        if tuple(self.packed.shape) != (rows, -(-columns // 2)):
+            raise RuntimeError(
+                f"packed.shape={tuple(self.packed.shape)} does not hold a weight of shape {tuple(self.shape)} in "
+                f"{self.format}"
+            )
+
+
+@lru_cache(maxsize=64)
+def _scale_dtype(format: str, _: int, scale_encoding: str, *__: Any) -> torch.dtype:
+    return get_encoding(scale_encoding, get_format(format).signed).dtype
+
+
 def stored(packed: Tensor, scales: Tensor, *described: Any) -> QuantizedTensor:
-    """Return the matrix (rows, columns) of a weight's fields and its columns, with what was cached for it before."""
+    """Return the matrix (rows, columns) of a weight's fields and its columns, with what was cached for it before.
+
+    The scales may be given as their bytes.
+    """
+    if scales.dtype is torch.uint8:
+        dtype = _scale_dtype(*described)
+        scales = scales if dtype is torch.uint8 else scales.view(dtype)
     if type(packed) is not nn.Parameter and type(packed) is not Tensor:  # fake tensors have no address
         return QuantizedTensor(packed, scales, torch.Size((packed.shape[0], described[-1])), *described[:-1])
     weight = object.__new__(QuantizedTensor)  # its __init__ takes as long as the rest of a small operator

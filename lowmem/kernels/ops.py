@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -10,12 +12,12 @@ from torch import Tensor
 
 from lowmem import kernels
 from lowmem.kernels import reference
-from lowmem.kernels.frozen_operator import FrozenOperator, fields, stored
+from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, stored
 from lowmem.kernels.int8 import float_dtype
 from lowmem.quant.backend import Weight
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["dequantize_rows", "product"]
+__all__ = ["dequantize_rows", "grouped_product", "product"]
 
 
 def _compute(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *added: Any) -> Tensor:
@@ -28,8 +30,8 @@ def _fake(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *_: o
     return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], dtype=float_dtype(dtype, x.dtype))
 
 
-def _record(x: Tensor, weight: Weight, *rest: Any) -> Tensor:
-    if not isinstance(weight, QuantizedTensor):
+def _record(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
+    if not isinstance(weight, QuantizedTensor | StoredParts):
         return cast(Tensor, torch.ops.lowmem.product_16bit(x, weight, *rest))
     weight.check_layout()  # here: the operator gets no row count to check against
     packed, scales, *described = fields(weight)
@@ -81,7 +83,7 @@ product.declare(
 )
 
 
-def dequantize_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def dequantize_rows(weight: QuantizedTensor | StoredParts, dtype: torch.dtype) -> Tensor:
     """Return a 4-bit weight (rows, columns), dequantized to ``dtype``, by its operator."""
     return cast(Tensor, torch.ops.lowmem.dequantize_rows(*fields(weight), weight.shape[-1], dtype))
 
@@ -91,3 +93,63 @@ FrozenOperator(
     lambda weight, dtype: weight.packed.new_empty(weight.shape, dtype=dtype),
     dequantize_rows,
 ).declare(f"dequantize_rows({_FIELDS}, ScalarType dtype) -> Tensor", lambda *given: (stored(*given[:6]), given[6]))
+
+
+def _compute_grouped(
+    x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, count: int, offsets: Tensor
+) -> Tensor:
+    out = _fake_grouped(x, weight, dtype, transposed, count, offsets)
+    multiply, start = (kernels.input_grad if transposed else kernels.linear), 0
+    matrices = _matrices(weight, count)
+    for number, end in enumerate(offsets.tolist()):
+        if end > start:
+            out[start:end] = multiply(x[start:end], matrices(number), dtype)
+        start = max(start, end)
+    out[start:].zero_()
+    return out
+
+
+def _fake_grouped(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, count: int, _: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0] // count, dtype=dtype)
+
+
+def _matrices(weight: Weight, count: int) -> Callable[[int], Weight]:
+    """Return a function from the number of a matrix to that matrix of a stack; 4-bit ones keep what is cached."""
+    rows = weight.shape[0] // count
+    if not isinstance(weight, QuantizedTensor):
+        return lambda number: weight[number * rows : (number + 1) * rows]
+    packed, scales, key = weight.packed, weight.scales, ("stack", count, weight.packed.data_ptr())
+    kept: dict[int, QuantizedTensor] = weight.cache.setdefault(str(key), {})
+
+    def matrix(number: int) -> QuantizedTensor:
+        if number not in kept:
+            part = slice(number * rows, (number + 1) * rows)
+            shape = torch.Size((rows, weight.shape[1]))
+            kept[number] = replace(weight, packed=packed.detach()[part], scales=scales.detach()[part], shape=shape)
+        return kept[number]
+
+    return matrix
+
+
+def _record_grouped(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
+    if not isinstance(weight, QuantizedTensor | StoredParts):
+        return cast(Tensor, torch.ops.lowmem.grouped_product_16bit(x, weight, *rest))
+    weight.check_layout()  # here: the operator gets no row count to check against
+    return cast(Tensor, torch.ops.lowmem.grouped_product_4bit(x, *fields(weight), weight.shape[1], *rest))
+
+
+grouped_product = FrozenOperator(
+    _compute_grouped,
+    _fake_grouped,
+    _record_grouped,
+    lambda x, dtype, transposed, *rest: ((dtype, transposed, *rest), (dtype, not transposed, *rest)),
+)
+"""``grouped_product(x, W, dtype, transposed, count, offsets)`` multiplies rows ``offsets[e - 1]`` to ``offsets[e]``
+of x by matrix e of a stack W (count * out, in): by its transpose, as ``product`` does, or by itself if transposed."""
+
+_GROUPS = "ScalarType dtype, bool transposed, int count, Tensor offsets"
+grouped_product.declare(f"grouped_product_16bit(Tensor x, Tensor weight, {_GROUPS}) -> Tensor", lambda *given: given)
+grouped_product.declare(
+    f"grouped_product_4bit(Tensor x, {_FIELDS}, {_GROUPS}) -> Tensor",
+    lambda x, *given: (x, stored(*given[:6]), *given[6:]),
+)

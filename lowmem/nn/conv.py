@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.nn.fourbit import FourBit, FourBitStorage, FourBitStore
+from lowmem.nn.fourbit import FourBit, FourBitStore
 from lowmem.nn.frozen_conv import Geometry, frozen_conv
-from lowmem.nn.frozen_linear import FrozenStorage, autocast, freeze
-from lowmem.nn.half import Half, HalfStore
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.nn.frozen_linear import autocast
+from lowmem.nn.half import Half, HalfStore, half_weights
+from lowmem.nn.stored import FourBitForm, HalfForm, StoredTensor
+from lowmem.nn.stored_module import LAYERS, FourBitStorage, StoredModule, stored_copy, stored_property
 
 __all__ = ["Conv4Bit", "HalfConv", "geometry_of"]
 
@@ -41,25 +42,21 @@ def _each(sizes: int | Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
     return (sizes,) * len(kernel) if isinstance(sizes, int) else tuple(sizes)
 
 
-class HalfConv(FrozenStorage):
-    """An nn.Conv1d or nn.Conv2d whose weight and bias are stored in 16 bits and frozen.
+class _Conv(StoredModule):
+    """Base of both convolutions. Its subclasses are classes of nn.Conv1d and nn.Conv2d.
 
-    It computes in ``torch.promote_types(x.dtype, weight.dtype)``: in float32 for a float32 input.
-
-    Args:
-        weight: float16 or bfloat16 ``(out_channels, in_channels / groups, *kernel)``.
-        bias: (out_channels,) in the dtype of the weight, or None.
+    Attributes:
         geometry: channels, kernel, stride, padding, dilation and groups.
     """
 
-    stored = ("weight", "bias")
-    bias: nn.Parameter | None
+    geometry: Geometry
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-        super().__init__()
-        self.geometry = geometry
-        self.weight = freeze(weight)
-        self.register_parameter("bias", None if bias is None else freeze(bias))
+
+class HalfConv(_Conv):
+    """An nn.Conv1d or nn.Conv2d whose weight and bias are stored in 16 bits and frozen.
+
+    It computes in ``torch.promote_types(x.dtype, D)`` for the stored dtype D: in float32 for a float32 input.
+    """
 
     @classmethod
     def from_layer(cls, layer: nn.Conv1d | nn.Conv2d, technique: Half, store: HalfStore | None = None) -> HalfConv:
@@ -69,44 +66,27 @@ class HalfConv(FrozenStorage):
             TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
                 dtype.
         """
-        store = store or technique.store
-        bias = None if layer.bias is None else store(layer.bias, "bias")
-        return cls(store(layer.weight, "weight"), bias, geometry_of(layer))
+        return cast(
+            HalfConv, stored_copy(layer, half_weights(layer, store or technique.store), geometry=geometry_of(layer))
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ([batch,] in_channels, *size) -> ([batch,] out_channels, *out size), in the input's dtype."""
-        x = autocast(input)
-        return frozen_conv(x, self.weight, self.geometry, torch.promote_types(x.dtype, self.weight.dtype), self.bias)
+        x, own = autocast(input), self._parameters
+        weight: Tensor = self.weight_rounded  # type: ignore[assignment]
+        bias: Any = own["bias_rounded"] if "bias_rounded" in own else self.bias  # noqa: SIM401 - get would evaluate it
+        bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
+        return frozen_conv(x, weight, self.geometry, torch.promote_types(x.dtype, weight.dtype), bias)
 
-    def extra_repr(self) -> str:
-        """Describe the layer as nn.Conv2d does, and how it is stored."""
-        return f"{self.geometry}, bias={self.bias is not None}, dtype={self.weight.dtype}"
 
-
-class Conv4Bit(FourBitStorage):
+class Conv4Bit(FourBitStorage, _Conv):
     """An nn.Conv1d or nn.Conv2d whose weight is stored in 4 bits and frozen; the bias is unchanged.
 
-    Args:
-        weight: quantized (out_channels, in_channels / groups * kernel), one row per output channel.
-        bias: floating point (out_channels,), or None.
-        geometry: channels, kernel, stride, padding, dilation and groups.
+    Attributes:
         compute_dtype: to compute in, floating point; None: the dtype of the input.
     """
 
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        weight: QuantizedTensor,
-        bias: nn.Parameter | None,
-        geometry: Geometry,
-        compute_dtype: torch.dtype | None = None,
-    ) -> None:
-        if compute_dtype is torch.int8:
-            raise ValueError(f"compute_dtype={compute_dtype} is for linear layers: give a float dtype, or None")
-        super().__init__(weight)
-        self.geometry, self.compute_dtype = geometry, compute_dtype
-        self.register_parameter("bias", bias)
+    compute_dtype: torch.dtype | None = None
 
     @classmethod
     def from_layer(
@@ -118,15 +98,55 @@ class Conv4Bit(FourBitStorage):
             TypeError, ValueError: weights that ``quantize`` rejects.
         """
         weight = (store or technique.store)(layer.weight.flatten(1), "weight")
-        bias = cast("nn.Parameter | None", layer.bias)
         compute = technique.compute_dtype if technique.compute_dtype is not torch.int8 else None  # int8: linear only
-        return cls(weight, bias, geometry_of(layer), compute)
+        return cast(
+            Conv4Bit, stored_copy(layer, {"weight": weight}, compute_dtype=compute, geometry=geometry_of(layer))
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ([batch,] in_channels, *size) -> ([batch,] out_channels, *out size), in the input's dtype."""
         x = autocast(input)
-        return frozen_conv(x, self.quantized, self.geometry, self.compute_dtype or x.dtype, self.bias)
+        bias = cast("Tensor | None", self.bias)
+        return frozen_conv(x, self.quantized, self.geometry, self.compute_dtype or x.dtype, bias)
 
-    def extra_repr(self) -> str:
-        """Describe the layer as nn.Conv2d does, and how it is stored."""
-        return f"{self.geometry}, bias={self.bias is not None}, {super().extra_repr()}"
+
+class HalfConv1d(HalfConv, nn.Conv1d):
+    """An nn.Conv1d in 16 bits."""
+
+    dense_class = nn.Conv1d
+    stored_names = ("weight", "bias")
+    weight, bias = stored_property("weight"), stored_property("bias")
+
+
+class HalfConv2d(HalfConv, nn.Conv2d):
+    """An nn.Conv2d in 16 bits."""
+
+    dense_class = nn.Conv2d
+    stored_names = ("weight", "bias")
+    weight, bias = stored_property("weight"), stored_property("bias")
+
+
+class Conv1d4Bit(Conv4Bit, nn.Conv1d):
+    """An nn.Conv1d in 4 bits."""
+
+    dense_class = nn.Conv1d
+    stored_names = ("weight",)
+    weight = stored_property("weight")
+
+
+class Conv2d4Bit(Conv4Bit, nn.Conv2d):
+    """An nn.Conv2d in 4 bits."""
+
+    dense_class = nn.Conv2d
+    stored_names = ("weight",)
+    weight = stored_property("weight")
+
+
+LAYERS.update(
+    {
+        (nn.Conv1d, HalfForm): HalfConv1d,
+        (nn.Conv2d, HalfForm): HalfConv2d,
+        (nn.Conv1d, FourBitForm): Conv1d4Bit,
+        (nn.Conv2d, FourBitForm): Conv2d4Bit,
+    }
+)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from lowmem.kernels import ops
-from lowmem.nn.fourbit import FourBit, FourBitStorage, FourBitStore
+from lowmem.nn.fourbit import FourBit, FourBitStore
 from lowmem.nn.frozen_linear import (
-    FrozenStorage,
     exports_to_onnx,
-    freeze,
     is_jit_tracing,
     is_plain_call,
     refuse_nested,
 )
 from lowmem.nn.half import Half, HalfStore
+from lowmem.nn.stored import FourBitForm, HalfForm
+from lowmem.nn.stored_module import LAYERS, FourBitStorage, StoredModule, stored_copy, stored_property
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 __all__ = ["Embedding4Bit", "HalfEmbedding"]
@@ -27,22 +27,22 @@ __all__ = ["Embedding4Bit", "HalfEmbedding"]
 _BYTES = 24  # scratch per weight of a chunk: dequantizing it, its gathered bytes, and its value before the copy
 
 
-class _Embedding(FrozenStorage):
+class _Embedding(StoredModule, nn.Embedding):
     """Base of both embeddings; they implement ``rows``."""
 
-    num_embeddings: int
-    embedding_dim: int
-    padding_idx: int | None
-    dtype: torch.dtype
+    dense_class = nn.Embedding
+    stored_names = ("weight",)
+    weight = stored_property("weight")
 
-    def _describe(self, shape: torch.Size, dtype: torch.dtype, padding_idx: int | None) -> None:
+    def _describe(self, shape: torch.Size, padding_idx: int | None) -> None:
         self.num_embeddings, self.embedding_dim = shape
-        self.dtype, self.padding_idx = dtype, padding_idx
+        self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
 
-    @staticmethod
-    def refuses(layer: nn.Embedding) -> str | None:
-        """Return why a layer cannot be converted; None where it can."""
-        return None if layer.max_norm is None else "max_norm rescales its rows in place"
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the returned rows; casts of the model change it."""
+        return self._forms["weight"].dtype
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows (..., embedding_dim) of indices (...), in ``dtype``."""
@@ -66,14 +66,9 @@ class _Embedding(FrozenStorage):
             out[chunk] = self.rows(flat[chunk])
         return out.view(*input.shape, self.embedding_dim)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # casting a model casts its rows
-        return super()._apply(fn, recurse)
-
     def extra_repr(self) -> str:
         """Describe the layer as nn.Embedding does, with the dtype of its rows."""
-        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={self.dtype}"
+        return f"{super().extra_repr()}, dtype={self.dtype}"
 
 
 class HalfEmbedding(_Embedding):
@@ -87,12 +82,10 @@ class HalfEmbedding(_Embedding):
         padding_idx: as in nn.Embedding; without effect, since no row trains.
     """
 
-    stored = ("weight",)
-
     def __init__(self, weight: Tensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None) -> None:
-        super().__init__()
-        self._describe(weight.shape, dtype, padding_idx)
-        self.weight = freeze(weight)
+        StoredModule.__init__(self)
+        self._describe(weight.shape, padding_idx)
+        self.store("weight", weight, (self.embedding_dim,), dtype)
 
     @classmethod
     def from_layer(cls, layer: nn.Embedding, technique: Half, store: HalfStore | None = None) -> HalfEmbedding:
@@ -102,18 +95,15 @@ class HalfEmbedding(_Embedding):
             TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
                 dtype.
         """
-        return cls((store or technique.store)(layer.weight, "weight"), layer.weight.dtype, layer.padding_idx)
+        weight = (store or technique.store)(layer.weight, "weight")
+        return cast(HalfEmbedding, stored_copy(layer, {"weight": weight}))
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows (..., embedding_dim) of indices (...), cast to ``dtype``."""
-        return embedding(indices, self.weight).to(self.dtype)
-
-    def extra_repr(self) -> str:
-        """Describe the layer as nn.Embedding does, and how it is stored."""
-        return f"{super().extra_repr()}, stored={self.weight.dtype}"
+        return embedding(indices, cast(Tensor, self.weight_rounded)).to(self.dtype)
 
 
-class Embedding4Bit(_Embedding, FourBitStorage):
+class Embedding4Bit(FourBitStorage, _Embedding):
     """An nn.Embedding whose table is stored in 4 bits and frozen.
 
     It returns rows in ``dtype``, which casts of the model change (``model.half()``, ``model.to(dtype)``).
@@ -127,8 +117,9 @@ class Embedding4Bit(_Embedding, FourBitStorage):
     def __init__(
         self, weight: QuantizedTensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None
     ) -> None:
-        FourBitStorage.__init__(self, weight)
-        self._describe(weight.shape, dtype, padding_idx)
+        StoredModule.__init__(self)
+        self._describe(weight.shape, padding_idx)
+        self.store("weight", weight, (self.embedding_dim,), dtype)
 
     @classmethod
     def from_layer(cls, layer: nn.Embedding, technique: FourBit, store: FourBitStore | None = None) -> Embedding4Bit:
@@ -137,11 +128,14 @@ class Embedding4Bit(_Embedding, FourBitStorage):
         Raises:
             TypeError, ValueError: weights that ``quantize`` rejects.
         """
-        return cls((store or technique.store)(layer.weight, "weight"), layer.weight.dtype, layer.padding_idx)
+        weight = (store or technique.store)(layer.weight, "weight")
+        return cast(Embedding4Bit, stored_copy(layer, {"weight": weight}))
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows (..., embedding_dim) of indices (...), dequantized to ``dtype``."""
         refuse_nested(indices, "input")
+        if torch.compiler.is_compiling():
+            return embedding(indices, self.stored_tensor("weight"))
         table = self.quantized
         table.check_layout()  # here: the gathered rows do not show whether the table has all of its rows
         packed, scales = (
@@ -151,7 +145,8 @@ class Embedding4Bit(_Embedding, FourBitStorage):
         if is_jit_tracing():
             exports_to_onnx(table)
             packed, scales = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (packed, scales))
-            values = ops.dequantize_rows(replace(table, packed=packed, scales=scales), self.dtype)
+            gathered_parts = table._replace(packed=packed, scales=scales)  # type: ignore[attr-defined]
+            values = ops.dequantize_rows(gathered_parts, self.dtype)
             return values.view(*indices.shape, self.embedding_dim)
         shape = torch.Size((*indices.shape, self.embedding_dim))
         gathered = replace(table, packed=packed, scales=scales, shape=shape)
@@ -159,6 +154,5 @@ class Embedding4Bit(_Embedding, FourBitStorage):
             return gathered.dequantize(self.dtype)
         return gathered.restore(slice(None)).to(self.dtype).view(shape)
 
-    def extra_repr(self) -> str:
-        """Describe the layer as nn.Embedding does, and how it is stored."""
-        return f"{super().extra_repr()}, {FourBitStorage.extra_repr(self)}"
+
+LAYERS.update({(nn.Embedding, HalfForm): HalfEmbedding, (nn.Embedding, FourBitForm): Embedding4Bit})

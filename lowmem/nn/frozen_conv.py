@@ -18,11 +18,12 @@ from torch.nn import functional
 from torch.nn import grad as gradients
 
 from lowmem.kernels import Weight
-from lowmem.kernels.frozen_operator import FrozenOperator, fields, stands_for_plain_call, stored
+from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, stands_for_plain_call, stored
+from lowmem.kernels.memory import is_traced
 from lowmem.nn.frozen_linear import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["Geometry", "frozen_conv"]
+__all__ = ["Geometry", "convolution", "convolution_adjoint", "frozen_conv"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ class Geometry:
         """Return the output size for an input size to which ``around`` was applied."""
         every = zip(size, self.kernel, *self.arguments, strict=True)
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
+
+    def transposed_size(self, size: Sequence[int], output_padding: Sequence[int]) -> list[int]:
+        """Return the output size of the transposed convolution whose adjoint has this geometry."""
+        added = tuple(output_padding) * (len(size) if len(output_padding) == 1 else 1)
+        every = zip(size, self.kernel, *self.arguments, added, strict=True)
+        return [(n - 1) * s - 2 * p + d * (k - 1) + more + 1 for n, k, s, p, d, more in every]
 
     def chunks(self, itemsize: int) -> list[tuple[slice, slice, int]]:
         """Return chunks: output channels to dequantize together, input channels that they read, number of groups.
@@ -117,6 +124,22 @@ def frozen_conv(
             added = bias.to(x.dtype).view(-1, *[1] * dims)
             out = out.add_(added) if stands_for_plain_call((batch, bias)) else out + added
     return out if x.dim() == dims + 2 else out.squeeze(0)
+
+
+def convolution(x: Tensor, weight: Weight | StoredParts, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """Return the convolution of (batch, in_channels, *size), below autograd: (batch, out_channels, *out size)."""
+    if is_traced() or isinstance(weight, StoredParts):
+        return _record(x, weight, geometry, dtype, None)
+    return _compute(x, weight, geometry, dtype, None)
+
+
+def convolution_adjoint(
+    x: Tensor, weight: Weight | StoredParts, geometry: Geometry, dtype: torch.dtype, size: Sequence[int]
+) -> Tensor:
+    """Return the adjoint of ``convolution``: (batch, out_channels, *out size) -> (batch, in_channels, *size)."""
+    if is_traced() or isinstance(weight, StoredParts):
+        return _record(x, weight, geometry, dtype, list(size))
+    return _compute(x, weight, geometry, dtype, list(size))
 
 
 def _check_input(x: Tensor, geometry: Geometry) -> None:
@@ -177,8 +200,8 @@ def _adjoint(grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtyp
     return sums.to(grad.dtype)
 
 
-_CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d}
-_ADJOINTS: dict[int, Any] = {1: gradients.conv1d_input, 2: gradients.conv2d_input}
+_CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_ADJOINTS: dict[int, Any] = {1: gradients.conv1d_input, 2: gradients.conv2d_input, 3: gradients.conv3d_input}
 
 
 def _chunks(weight: Weight, geometry: Geometry, dtype: torch.dtype) -> list[tuple[slice, slice, int]]:
@@ -206,9 +229,11 @@ def _fake(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, siz
     return x.new_empty(x.shape[0], geometry.in_channels, *size)
 
 
-def _record(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:
+def _record(
+    x: Tensor, weight: Weight | StoredParts, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
+) -> Tensor:
     given: tuple[Any, ...] = (weight, None, "", 0, "")
-    if isinstance(weight, QuantizedTensor):
+    if isinstance(weight, QuantizedTensor | StoredParts):
         weight.check_layout()  # here: the operator gets no row count to check against
         given = fields(weight)
     sizes = [geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,11 @@ from torch.nn.modules import module as torch_module
 
 from lowmem import kernels
 from lowmem.kernels import ops
-from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
-    "FrozenStorage",
     "autocast",
     "autocast_enabled",
     "exports_to_onnx",
-    "freeze",
     "frozen_linear",
     "is_jit_tracing",
     "is_observed",
@@ -76,7 +72,7 @@ def exports_to_onnx(weight: kernels.Weight) -> TypeGuard[Tensor]:
     """
     if not torch.onnx.is_in_onnx_export():
         return False
-    if isinstance(weight, QuantizedTensor):
+    if not isinstance(weight, Tensor):
         raise RuntimeError(
             "torch.onnx.export(..., dynamo=False) cannot write 4-bit layers: export the model before convert, and "
             "quantize the ONNX file; or use torch.export, or torch.jit.trace"
@@ -147,43 +143,3 @@ def autocast(x: Tensor) -> Tensor:
     if device == "meta" or not autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
         return x
     return x.to(torch.get_autocast_dtype(device))
-
-
-def freeze(tensor: Tensor) -> nn.Parameter:
-    """Return a parameter without gradient: ``tensor`` itself if it is one, so that shared weights stay shared."""
-    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-        return tensor
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-class FrozenStorage(nn.Module):
-    """A module whose tensors named in ``stored`` move between devices but never change dtype."""
-
-    stored: tuple[str, ...] = ()
-    weight_error: float | None = None  # ``relative_error`` of the stored weight, where known
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        kept = [getattr(self, name) for name in self.stored]
-
-        def guarded(tensor: Tensor) -> Tensor:
-            changed = fn(tensor)
-            if changed.dtype != tensor.dtype and any(tensor is k for k in kept):
-                return tensor.to(changed.device)
-            return changed
-
-        applied: nn.Module = super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
-        return applied
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        """Reject stored tensors of another dtype."""
-        wrong = []
-        for name in self.stored:
-            own, given = getattr(self, name), state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and own is not None and given.dtype != own.dtype:
-                wrong.append(f"{prefix}{name} stores {own.dtype}; the state holds {given.dtype}")
-        if wrong:
-            rest[-1].extend(wrong)  # error_msgs, which torch raises as one error
-        else:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.nn.frozen_linear import FrozenStorage, autocast, freeze, frozen_linear
-from lowmem.quant.quantize import check_weight
+from lowmem.nn.frozen_linear import autocast, frozen_linear
+from lowmem.nn.stored import HalfForm, StoredTensor
+from lowmem.nn.stored_module import LAYERS, StoredModule, freeze, stored_copy, stored_property
+from lowmem.quant.rounding import round_to
 
-__all__ = ["Half", "HalfLinear", "HalfStore", "round_to"]
+__all__ = ["Half", "HalfLinear", "HalfStore", "half_weights"]
 
 HalfStore: TypeAlias = Callable[[Tensor, str], nn.Parameter]
 """Rounds a tensor, given with its name for errors: ``Half.store``, or a replacement for it."""
@@ -52,24 +54,30 @@ class Half:
         return freeze(torch.empty_like(tensor, dtype=self.dtype, device="meta"))
 
 
-class HalfLinear(FrozenStorage):
+class HalfLinear(StoredModule, nn.Linear):
     """``y = x W^T + b`` with W and b stored in 16 bits and frozen.
 
-    The product is computed in ``torch.promote_types(x.dtype, W.dtype)``: in float32 for a float32 input.
+    The product is computed in ``torch.promote_types(x.dtype, D)`` for the stored dtype D: in float32 for float32.
 
     Args:
         weight: float16 or bfloat16 (out_features, in_features).
         bias: (out_features,) in the dtype of the weight, or None.
+        dtype: as which weight and bias present themselves.
     """
 
-    stored = ("weight", "bias")
-    bias: nn.Parameter | None
+    dense_class = nn.Linear
+    stored_names = ("weight", "bias")
+    weight = stored_property("weight")
+    bias = stored_property("bias")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+        StoredModule.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.weight = freeze(weight)
-        self.register_parameter("bias", None if bias is None else freeze(bias))
+        self.store("weight", weight, (self.in_features,), dtype)
+        if bias is None:
+            self._parameters["bias"] = None
+        else:
+            self.store("bias", bias, (self.out_features,), dtype)
 
     @classmethod
     def from_layer(cls, layer: nn.Linear, technique: Half, store: HalfStore | None = None) -> HalfLinear:
@@ -79,46 +87,26 @@ class HalfLinear(FrozenStorage):
             TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
                 dtype.
         """
-        store = store or technique.store
-        return cls(store(layer.weight, "weight"), None if layer.bias is None else store(layer.bias, "bias"))
+        return cast(HalfLinear, stored_copy(layer, half_weights(layer, store or technique.store)))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
         x = autocast(input)
         own = self._parameters  # faster than attributes; a parametrization may have moved some out
-        weight = own.get("weight")
-        weight = self.weight if weight is None else weight
-        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        weight = own.get("weight_rounded")
+        weight = cast(nn.Parameter, self.weight_rounded) if weight is None else weight
+        bias = own["bias_rounded"] if "bias_rounded" in own else self.bias  # noqa: SIM401 - get would evaluate it
+        bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
         if x.dtype is weight.dtype and not (x.is_cpu and x.dtype is torch.float16):  # slow in torch on CPUs
             return nn.functional.linear(x, weight.detach(), None if bias is None else bias.detach())
         wide = x.dtype if x.dtype is torch.float32 else torch.promote_types(x.dtype, weight.dtype)
         return frozen_linear(x, weight, wide, bias)
 
-    def extra_repr(self) -> str:
-        """Describe the layer as nn.Linear does."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, dtype={self.weight.dtype}"
-        )
+
+LAYERS[nn.Linear, HalfForm] = HalfLinear
 
 
-def round_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return a contiguous copy in ``dtype``.
-
-    Raises:
-        TypeError, ValueError: no dense floating-point tensor with values, values that are not finite, or that exceed
-            the range of ``dtype``.
-    """
-    check_weight(tensor)
-    wide = tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()  # float8 has no isfinite
-    broken = int((~wide.isfinite()).sum())
-    if broken:
-        raise ValueError(f"{name} holds {broken} values that are NaN or infinite; repair them first")
-    rounded = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-    if not rounded.isfinite().all():
-        largest = float(wide.abs().max())
-        raise ValueError(
-            f"{name} holds the magnitude {largest:.6g}, above {torch.finfo(dtype).max:.6g}, the most that "
-            f"{dtype} can hold; use Half(torch.bfloat16), or leave the layer out with skip="
-        )
-    return rounded
+def half_weights(layer: nn.Module, store: HalfStore) -> dict[str, Tensor]:
+    """Return a layer's weight and bias, rounded."""
+    found = {name: layer._parameters.get(name) for name in ("weight", "bias")}
+    return {name: store(tensor, name) for name, tensor in found.items() if tensor is not None}

@@ -19,9 +19,12 @@ from lowmem import kernels
 from lowmem.kernels import ops, reference
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call, refuse_nested
-from lowmem.nn.half import HalfLinear, round_to
+from lowmem.nn.half import HalfLinear
 from lowmem.nn.loftq import truncated_svd
+from lowmem.nn.stored import StoredTensor
+from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.quantize import relative_error, requantize
+from lowmem.quant.rounding import round_to
 
 __all__ = ["Adapter", "Folded", "LoRA", "LoRALinear"]
 
@@ -140,7 +143,7 @@ class Adapter(nn.Module):
         self.rank = technique.rank
         self.scaling = technique.scaling
         self.dropout = nn.Dropout(technique.dropout) if technique.dropout else nn.Identity()
-        stored = base.packed if isinstance(base, Linear4Bit) else base.weight
+        stored = base.weight
         dtype = stored.dtype if stored.dtype in (torch.float32, torch.float64) else torch.float32
         self.lora_a = nn.Parameter(torch.empty(self.rank, base.in_features, dtype=dtype, device=stored.device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, self.rank, dtype=dtype, device=stored.device))
@@ -217,6 +220,94 @@ class Folded(NamedTuple):
     after: float
 
 
+class AdaptedWeight(Tensor):
+    """The weight of an adapted layer, ``W + sum s B A``, for those who read it and do not call the layer.
+
+    ``F.linear`` computes with it as the layer does. Its shape, dtype and device are known; its values are computed,
+    with gradients for A and B, by every other function that takes it, each time.
+
+    Args:
+        base: the layer that is adapted.
+        adapters: the active ones.
+    """
+
+    _layer: nn.Module
+    _adapters: list[Adapter]
+
+    @staticmethod
+    def __new__(cls, base: Any, adapters: list[Adapter]) -> AdaptedWeight:
+        """Make a tensor without values of its own."""
+        weight = base.weight
+        return torch.Tensor._make_wrapper_subclass(
+            cls, weight.shape, dtype=weight.dtype, device=weight.device, requires_grad=False
+        )
+
+    def __init__(self, base: nn.Module, adapters: list[Adapter]) -> None:
+        self._layer, self._adapters = base, adapters
+        self._is_param = True
+
+    def values(self) -> Tensor:
+        """Return the adapted weight as a dense tensor, differentiable in A and B."""
+        weight: Any = self._layer.weight
+        total: Tensor = weight.dequantize() if isinstance(weight, StoredTensor) else weight
+        for adapter in self._adapters:
+            total = total + ((adapter.lora_b * adapter.scaling) @ adapter.lora_a).to(total.dtype)
+        return total
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _READS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        if function is nn.functional.linear and len(args) > 1 and isinstance(args[1], AdaptedWeight):
+            return args[1]._linear(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
+        plain = lambda one: one.values() if isinstance(one, AdaptedWeight) else one  # noqa: E731
+        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        plain = lambda one: one.values() if isinstance(one, AdaptedWeight) else one  # noqa: E731
+        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs or {}))
+        return operator(*args, **kwargs)
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight: Any = self._layer.weight
+        out = nn.functional.linear(x, weight, bias)
+        for adapter in self._adapters:
+            out = adapter.forward(out, x)
+        return out
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"AdaptedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, adapters={len(self._adapters)})"
+
+
+_READS = {
+    getattr(Tensor, name).__get__
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "layout",
+        "requires_grad",
+        "is_leaf",
+        "ndim",
+        "is_cpu",
+        "is_cuda",
+        "is_meta",
+    )
+} | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.stride,
+    Tensor.is_floating_point,
+    Tensor.element_size,
+    Tensor.__len__,
+}
+
+
 class LoRALinear(nn.Module):
     """``y = base(x) + sum s B A x`` over the active adapters, in the order in which they were added.
 
@@ -275,6 +366,18 @@ class LoRALinear(nn.Module):
         self.active += (name,)
 
     @property
+    def weight(self) -> Any:
+        """The weight with the active adapters: an ``AdaptedWeight``, or that of the base where none is active."""
+        active = [name for name in self.active if name != self.merged]
+        base: Any = self.merged_base or self.base
+        return AdaptedWeight(base, [cast(Adapter, self.adapters[name]) for name in active]) if active else base.weight
+
+    @property
+    def bias(self) -> Any:
+        """The bias of the base."""
+        return self.base.bias
+
+    @property
     def in_use(self) -> tuple[str, ...]:
         """The adapters that contribute to the output, active or merged, in the order in which they were added."""
         return tuple(name for name in self.adapters if name in self.active or name == self.merged)
@@ -317,23 +420,26 @@ class LoRALinear(nn.Module):
             ValueError: the adapted weight is not finite, or exceeds the range of the dtype or scales.
         """
         base = self.base
-        adapted = base.quantized.dequantize() if isinstance(base, Linear4Bit) else base.weight.detach()
+        adapted = base.quantized.dequantize() if isinstance(base, Linear4Bit) else _values(base)
         added = [part for name in names if (part := cast(Adapter, self.adapters[name])).lora_b.any()]
         for adapter in added:
             adapted = adapted + adapter.delta()
         layer: nn.Module
         if to is None and isinstance(base, Linear4Bit):
             quantized = requantize(base.quantized, adapted) if added else base.quantized
-            layer = Linear4Bit(quantized, base.bias, base.compute_dtype)
+            layer = Linear4Bit(quantized, base.bias, base.compute_dtype, base.weight.dtype)
         elif to is None and isinstance(base, HalfLinear):
-            layer = HalfLinear(round_to(adapted, base.weight.dtype, "weight"), base.bias)
+            rounded = round_to(adapted, _values(base).dtype, "weight")
+            layer = HalfLinear(rounded, base._parameters.get("bias_rounded"), base.weight.dtype)
         else:
             layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-            trains = isinstance(base, nn.Linear) and base.weight.requires_grad
-            dtype = cast(nn.Linear, base).weight.dtype if to is None else to
+            trains = base.weight.requires_grad
+            dtype = base.weight.dtype if to is None else to
             layer.weight = nn.Parameter(round_to(adapted, dtype, "weight"), requires_grad=trains)
-            bias: nn.Parameter | None = base.bias
-            if to is not None and bias is not None:
+            bias: Any = base.bias
+            if isinstance(bias, StoredTensor):
+                bias = nn.Parameter(bias.dequantize(to), requires_grad=False)
+            elif to is not None and bias is not None:
                 bias = nn.Parameter(round_to(bias, to, "bias"), requires_grad=bias.requires_grad)
             layer.register_parameter("bias", bias)
         before, after = (relative_error(adapted, _weight_of(part)) for part in (base, layer))
@@ -348,25 +454,35 @@ class LoRALinear(nn.Module):
         return f"active={', '.join(self.active) or None}, merged={self.merged}"
 
 
+def _values(base: nn.Module) -> Tensor:
+    """Return the weight of a dense or 16-bit layer, as it is stored."""
+    weight: Any = base.stored_weight() if isinstance(base, HalfLinear) else base.weight
+    return weight.detach()  # type: ignore[no-any-return]
+
+
 def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
     """Return the output of base and adapter from one fused product; None where they must be called as modules."""
     weight: kernels.Weight
     if type(base) is Linear4Bit and base.compute_dtype in (None, torch.float32):
         weight = base.quantized
     elif type(base) is HalfLinear:
-        weight = base.weight
+        found = base._parameters.get("weight_rounded")
+        if found is None:  # a parametrization has moved it out
+            return None
+        weight = found
     else:
         return None
     if type(adapter) is not Adapter:
         return None
     own, bases = adapter.__dict__, base._parameters  # faster than attributes
+    key = "bias" if "bias" in bases else "bias_rounded"
     update, dropout = own["_parameters"], own["_modules"]["dropout"]
     a, b = update.get("lora_a"), update.get("lora_b")
-    plain = is_plain_call(x, bases.get("bias"), a, b)
+    plain = is_plain_call(x, bases.get(key), a, b)
     if (
         a is None
         or b is None
-        or "bias" not in bases  # a parametrization has moved it out
+        or key not in bases  # a parametrization has moved it out
         or "forward" in own
         or not (plain or torch.compiler.is_compiling())
         or not (x.dtype is a.dtype is b.dtype is torch.float32 and x.dim() == 2 and not x.is_nested)
@@ -376,8 +492,8 @@ def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor)
     ):
         return None
     if plain:
-        return kernels.linear(x, weight, torch.float32, bases["bias"], (a, b, adapter.scaling))
-    return ops.product(x, weight, torch.float32, False, bases["bias"], a, b, adapter.scaling)
+        return kernels.linear(x, weight, torch.float32, bases[key], (a, b, adapter.scaling))
+    return ops.product(x, weight, torch.float32, False, bases[key], a, b, adapter.scaling)
 
 
 def _drop_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: object) -> None:
@@ -394,7 +510,7 @@ def _remerge(layer: LoRALinear, _: object) -> None:
 
 
 def _weight_of(layer: nn.Module) -> Any:
-    return layer.quantized if isinstance(layer, Linear4Bit) else layer.weight
+    return layer.stored_weight() if isinstance(layer, StoredModule) else layer.weight
 
 
 def _is_number(value: object) -> bool:

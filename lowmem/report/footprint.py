@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from lowmem import measure
-from lowmem.nn.fourbit import FourBitStorage
 from lowmem.nn.lora import Adapter
+from lowmem.nn.stored_module import StoredModule
 
 __all__ = ["KINDS", "Footprint", "footprint", "step_bytes", "stored_by_kind"]
 
@@ -77,10 +77,10 @@ def stored_by_kind(model: nn.Module) -> dict[str, int]:
 def _kind(module: nn.Module, tensor: Tensor) -> str:
     if isinstance(module, Adapter):
         return "LoRA adapters"
-    if isinstance(module, FourBitStorage) and tensor is module.packed:
-        return "4-bit codes"
-    if isinstance(module, FourBitStorage) and tensor is module.scales:
-        return "scales"
+    if isinstance(module, StoredModule):
+        part = next((name for name in module.part_names if getattr(module, name) is tensor), "")
+        if part.endswith(("_packed", "_scales")):
+            return "4-bit codes" if part.endswith("_packed") else "scales"
     if tensor.dim() <= 1:
         return "biases, norms"
     return _BY_DTYPE.get(tensor.dtype, "other")

@@ -26,8 +26,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowmem import kernels, measure
-from lowmem.nn.fourbit import FourBitStorage
 from lowmem.nn.lora import Adapter
+from lowmem.nn.stored_module import StoredModule
 from lowmem.testing.baseline import Figures, Key
 from lowmem.testing.call import check_model, model_errors
 
@@ -100,8 +100,8 @@ def stored_figures(model: nn.Module) -> Figures:
 
 
 def _category(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    if isinstance(module, FourBitStorage) and name in module.stored:
-        return {"packed": "codes", "scales": "scales"}[name]
+    if isinstance(module, StoredModule) and name in module.part_names and name.endswith(("_packed", "_scales")):
+        return "codes" if name.endswith("_packed") else "scales"
     if isinstance(module, Adapter):
         return "adapters"
     return str(parameter.dtype).removeprefix("torch.")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lowmem.nn.fourbit import FourBit
 from lowmem.quant.tensor import QuantizedTensor
-from lowmem.transforms.convert import Store, layers_to_convert, rebuild, swap, weight_key
+from lowmem.transforms.convert import Store, commit, layers_to_convert, rebuild, weight_key
 from lowmem.transforms.gptq import Hessian, prepare_hessian, quantize_gptq
-from lowmem.transforms.registry import layer_name
+from lowmem.transforms.registry import layer_name, parameters_to_store
 
 __all__ = ["calibrate", "evaluation_mode", "run_batch"]
 
@@ -73,7 +73,7 @@ def calibrate(
     technique = replace(technique, search=technique.search is not False)
     candidates = layers_to_convert(model, (technique,), where, skip)
     layers: list[Any] = list(candidates)
-    held = Counter(weight_key(layer.weight) for layer in layers)
+    held = Counter(weight_key(layer._parameters[name]) for layer in layers for name in parameters_to_store(layer))
     linear = [layer for layer in layers if type(layer) is nn.Linear and held[weight_key(layer.weight)] == 1]
     store, replacements = Store(), dict[nn.Module, nn.Module]()
     uncalibrated: dict[nn.Module, str] = {}  # and why
@@ -104,9 +104,7 @@ def calibrate(
     if uncalibrated:
         named = "; ".join(f"{layer_name(candidates[layer])}: {why}" for layer, why in uncalibrated.items())
         warnings.warn(f"layers were quantized by their weights alone ({named})", UserWarning, stacklevel=2)
-    for layer, made in replacements.items():
-        made.train(layer.training)
-    return swap(model, replacements)
+    return commit(model, replacements)
 
 
 def _check_arguments(batches: object, technique: object, damping: object) -> None:

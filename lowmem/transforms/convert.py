@@ -1,32 +1,50 @@
-"""Converts any model in one walk: selects layers, builds all replacements, then swaps them in.
+"""Converts any model: selects modules, stores copies of all their weights, then puts these in.
 
-The model does not change before every replacement exists, so an error leaves it as it was.
+The model does not change before everything is made, so an error leaves it as it was.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lowmem.nn.fourbit import FourBitStorage
-from lowmem.nn.frozen_linear import FrozenStorage
-from lowmem.nn.lora import Adapter, LoRA
+from lowmem.errors import printable
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.half import Half
+from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.nn.stored import FourBitForm, HalfForm
+from lowmem.nn.stored_module import (
+    HOOKS,
+    LAYERS,
+    StoredModule,
+    become,
+    freeze,
+    leading_dims,
+    restored_copy,
+    stored_copy,
+)
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.placement import techniques_by_layer
 from lowmem.transforms.registry import (
-    MADE_BY,
-    REGISTRY,
+    ADAPTED,
     Technique,
     layer_name,
+    made_by,
     module_paths,
     no_match_message,
     parameter_owners,
+    parameters_to_store,
+    read_by_attention,
     refuse_peft,
     select_modules,
     skip_reason,
@@ -35,12 +53,16 @@ from lowmem.transforms.registry import (
 
 __all__ = [
     "Store",
+    "commit",
     "convert",
     "drop_partial_ties",
     "freeze_all_but_adapters",
     "layers_to_convert",
     "one_at_a_time",
     "rebuild",
+    "rebuild_all",
+    "restore",
+    "store_parameters",
     "stored_weight",
     "swap",
     "weight_key",
@@ -49,6 +71,7 @@ __all__ = [
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_TOLD_SHARE = 0.1  # of the bytes; convert warns if weights of more stay dense
 _LOCK = threading.RLock()  # held while modules are replaced, and while all of them are read
 
 
@@ -77,51 +100,84 @@ def convert(
     *techniques: Technique,
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
+    parameters: Callable[[str, Tensor], bool] | None = None,
+    at_most: float | None = None,
 ) -> nn.Module:
-    """Apply techniques, left to right, to every layer that the first one supports.
+    """Apply techniques, left to right, to every module that the first one supports.
 
-    A layer is converted if its type is exactly one that the technique supports (subclasses are skipped) and its
-    weight is a parameter of its own (not computed by a parametrization or pruning hook), unless
-    nn.MultiheadAttention reads that weight itself. Later techniques skip layers that they do not support. A module
-    at several paths is replaced by one module at all of them. Modules that share a weight (tied embeddings) share
-    the stored weight, or are skipped together. Forward and backward hooks move to the replacement. After ``LoRA``,
-    only adapters train. ``LoRA`` leaves out the output layer of a language model (what ``get_output_embeddings()``
-    returns), layers that share its weight, and linear layers whose weight is tied to an embedding, unless ``where``
-    is given: their adapters would be as large as the vocabulary. ``summary`` lists how each layer was treated, and
-    why.
+    ``Half`` and ``FourBit`` store the weights of linear and convolutional layers, embeddings, attention,
+    recurrent layers and experts (``lowmem.transforms.registry.ENTRIES``). A module stays the same object, an
+    instance of its own class, with its hooks; its ``weight`` is a read-only tensor, whose values are dequantized
+    where something else than a product reads them. Norms stay dense, and biases but for those of nn.Linear,
+    nn.Conv1d and nn.Conv2d in ``Half``. Modules that share a weight (tied embeddings) share the stored one, or
+    are skipped together. ``LoRA`` puts a LoRALinear in the place of linear layers, at all of their paths; after
+    it only adapters train. It leaves out the output layer of a language model (what ``get_output_embeddings()``
+    returns), layers that share its weight, and linear layers whose weight is tied to an embedding, unless
+    ``where`` is given: their adapters would be as large as the vocabulary. ``summary`` lists how each module was
+    treated, and why.
 
     Args:
         model: any module; the root itself can be the layer.
         techniques: ``Half``, ``FourBit``, ``LoRA``.
-        where: called with (path, module); a layer is taken only where it returns True, for all its paths.
+        where: called with (path, module); a module is taken only where it returns True, for all its paths.
         skip: glob patterns of paths to leave as they are.
+        parameters: called with (path, parameter) for floating-point parameters of two and more dimensions that no
+            entry of the registry knows; those for which it returns True are stored, too.
+        at_most: bits per weight of the whole model, biases and norms included; more is an error.
 
     Returns:
-        The model, changed in place; or the new layer, when the root itself was the layer.
+        The model, changed in place; or the new LoRALinear, when the root itself was adapted.
 
     Raises:
         TypeError: the model is not a module, or a technique is of another type.
+        RuntimeError: inference mode is active: autograd could not use what is stored.
         ValueError: no technique, techniques that do not compose, nothing to convert, a pattern of ``skip`` or of
-            ``LoRA`` that matches nothing, a layer that has the technique already or is inside a PEFT layer, or a
-            weight that cannot be stored (its path is named). The model is left as it was.
+            ``LoRA`` or a ``parameters`` that matches nothing, a layer that has the technique already or is inside a
+            PEFT layer, a weight that cannot be stored (its path is named), or more than ``at_most`` bits. The model
+            is left as it was.
+
+    Warns:
+        UserWarning: weights of more than a tenth of the model's bytes stayed dense, and neither ``where`` nor
+            ``skip`` left them out; the largest reasons are named.
     """
     _check_arguments(techniques)
-    candidates = layers_to_convert(model, techniques, where, skip)
-    chosen = techniques_by_layer(model, techniques, candidates, where)
-    store = Store()
+    replacements = rebuild_all(model, techniques, where, skip, parameters, Store().by)
+    if at_most is not None:
+        _check_bits(model, replacements, at_most)
+    left = _left_dense(model, replacements, where, skip) if type(techniques[0]) is not LoRA else None
+    model = commit(model, replacements)
+    if any(isinstance(t, LoRA) for t in techniques):
+        freeze_all_but_adapters(model)
+    if left is not None:
+        warnings.warn(left, UserWarning, stacklevel=2)
+    return model
+
+
+def rebuild_all(
+    model: nn.Module,
+    techniques: tuple[Technique, ...],
+    where: Callable[[str, nn.Module], bool] | None,
+    skip: str | Iterable[str],
+    parameters: Callable[[str, Tensor], bool] | None,
+    store_by: Callable[[Any], Callable[[Tensor, str], Any]],
+) -> dict[nn.Module, nn.Module]:
+    """Return what each module becomes that ``convert`` takes; the model does not change.
+
+    Raises:
+        TypeError, ValueError: as ``convert``.
+    """
+    found = _found(model, techniques, where, skip, parameters)
+    chosen = techniques_by_layer(model, techniques, found, where)
     unused: dict[type[Technique], str | None] = {}
     replacements = {
-        module: rebuild(module, chosen[module], path, unused, store.by)
-        for module, path in candidates.items()
+        module: rebuild(module, chosen[module], path, unused, store_by, names)
+        for module, (path, names) in found.items()
         if chosen[module]
     }
     for why in unused.values():
         if why is not None:
             raise ValueError(why)
-    model = swap(model, replacements)
-    if any(isinstance(t, LoRA) for t in techniques):
-        freeze_all_but_adapters(model)
-    return model
+    return replacements
 
 
 def layers_to_convert(
@@ -130,45 +186,211 @@ def layers_to_convert(
     where: Callable[[str, nn.Module], bool] | None,
     skip: str | Iterable[str],
 ) -> dict[nn.Module, str]:
-    """Return the layers that the first technique converts, each with its first path.
+    """Return the modules that the first technique converts, each with its first path.
 
     Raises:
         TypeError: the model is not a module, or a pattern is not a string.
+        RuntimeError: inference mode is active.
         ValueError: nothing to convert, a pattern that matches nothing, a layer that has one of the techniques
             already, or is inside a PEFT layer.
     """
-    candidates: dict[nn.Module, str] = {}
+    return {module: path for module, (path, _) in _found(model, techniques, where, skip, None).items()}
+
+
+def _found(
+    model: nn.Module,
+    techniques: tuple[Technique, ...],
+    where: Callable[[str, nn.Module], bool] | None,
+    skip: str | Iterable[str],
+    parameters: Callable[[str, Tensor], bool] | None,
+) -> dict[nn.Module, tuple[str, list[str]]]:
+    """Return the modules that the first technique converts, each with its first path and what is stored of it."""
+    first = type(techniques[0])
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "convert inside torch.inference_mode() would make weights that autograd cannot use: leave it"
+        )
+    found: dict[nn.Module, tuple[str, list[str]]] = {}
     for module, path in select_modules(model, where, skip).items():
-        made_by = MADE_BY.get(type(module))
-        if made_by is not None and made_by in {type(t) for t in techniques}:
-            remedy = "add another with add_adapter" if made_by is LoRA else "convert a model once"
+        made = made_by(module)
+        if made is not None and made in {type(t) for t in techniques}:
+            remedy = "add another with add_adapter" if made is LoRA else "convert a model once"
             raise ValueError(
-                f"{layer_name(path)} is a {type(module).__name__}: it has {made_by.__name__} already; "
+                f"{layer_name(path)} is a {type(module).__name__}: it has {made.__name__} already; "
                 f"{remedy}, or leave the layer out with skip="
             )
-        if skip_reason(type(techniques[0]), module) is None:
-            candidates[module] = path
-    if type(techniques[0]) is not LoRA:  # LoRA keeps the weight, and with it all ties
-        drop_partial_ties(model, candidates)
-    refuse_peft(model, candidates, freezes=any(isinstance(t, LoRA) for t in techniques))
-    if not candidates:
-        raise ValueError(no_match_message(type(techniques[0]), model))
-    return candidates
+        names = parameters_to_store(module) if skip_reason(first, module, where is not None) is None else []
+        if parameters is not None and not isinstance(module, StoredModule):
+            names += [name for name in _more_parameters(module, path, parameters) if name not in names]
+        if names:
+            found[module] = path, names
+    if first is LoRA:  # LoRA keeps the weight, and with it all ties
+        inside = read_by_attention(model)
+        selected = select_modules(model, where, skip)
+        found = {m: (path, []) for m, path in selected.items() if skip_reason(LoRA, m) is None and m not in inside}
+    else:
+        if parameters is not None and not any(set(n) - set(parameters_to_store(m)) for m, (_, n) in found.items()):
+            raise ValueError(
+                "parameters= chose no further parameter of two or more dimensions: check what it returns"
+            )
+        _drop_partial_ties(model, found)
+        _check_parameters(found)
+    refuse_peft(model, found, freezes=any(isinstance(t, LoRA) for t in techniques))
+    if not found:
+        raise ValueError(no_match_message(first, model))
+    return found
+
+
+def _more_parameters(module: nn.Module, path: str, parameters: Callable[[str, Tensor], bool]) -> list[str]:
+    return [
+        name
+        for name, one in module._parameters.items()
+        if one is not None
+        and not is_lazy(one)
+        and one.is_floating_point()
+        and one.dim() >= 2
+        and parameters(f"{path}.{name}".lstrip("."), one)
+    ]
 
 
 def drop_partial_ties(model: nn.Module, candidates: dict[nn.Module, str]) -> None:
-    """Drop candidates that share their weight with a module that is no candidate.
-
-    Once is enough: whoever shares that weight is dropped with them, and a candidate holds no other one.
-    """
-    owners = parameter_owners(model)  # lacks modules that another thread has just replaced, which swap rejects
-    for module in [m for m in candidates if any(o not in candidates for o, _ in owners.get(id(m.weight), ()))]:
+    """Drop candidates that share a weight with a module that is no candidate, until none does."""
+    found = {module: (path, parameters_to_store(module)) for module, path in candidates.items()}
+    _drop_partial_ties(model, found)
+    for module in [module for module in candidates if module not in found]:
         del candidates[module]
 
 
+def _drop_partial_ties(model: nn.Module, found: dict[nn.Module, tuple[str, list[str]]]) -> None:
+    owners = parameter_owners(model)  # lacks modules that another thread has just replaced, which commit rejects
+
+    def stays_dense(module: nn.Module, parameter: Any) -> bool:
+        stored = [module._parameters[name] for name in found[module][1]] if module in found else []
+        return not any(parameter is one for one in stored)
+
+    while True:
+        partial = [
+            module
+            for module, (_, names) in found.items()
+            if any(
+                stays_dense(owner, module._parameters[name])
+                for name in names
+                for owner, _ in owners.get(id(module._parameters[name]), ())
+            )
+        ]
+        if not partial:
+            return
+        for module in partial:
+            del found[module]
+
+
+def _check_parameters(found: dict[nn.Module, tuple[str, list[str]]]) -> None:
+    """Raise for parameters that cannot be stored on their own: shards, and views of others."""
+    seen: dict[int, list[tuple[str, Hashable, range]]] = {}
+    for module, (path, names) in found.items():
+        for name in names:
+            parameter: Any = module._parameters[name]
+            place = layer_name(path) if name == "weight" else layer_name(f"{path}.{name}".lstrip("."))
+            if isinstance(parameter, _sharded()) or isinstance(getattr(parameter, "data", None), _sharded()):
+                raise ValueError(f"{place} is sharded (a DTensor): convert the model before fully_shard")
+            if parameter.is_meta:
+                continue
+            key, at = weight_key(parameter), parameter.storage_offset()
+            last = at + sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+            others = seen.setdefault(parameter.untyped_storage()._cdata, [])
+            for other, same, range_ in others:
+                if same != key and at < range_.stop and range_.start <= last:
+                    raise ValueError(
+                        f"{place} and {other} are views of one tensor: give each a tensor of its own (.clone()), or "
+                        "leave one out with skip="
+                    )
+            others.append((place, key, range(at, last + 1)))
+
+
+def _sharded() -> tuple[type, ...]:
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)
+
+
+def _left_dense(
+    model: nn.Module,
+    replacements: Mapping[nn.Module, nn.Module],
+    where: Callable[[str, nn.Module], bool] | None,
+    skip: str | Iterable[str],
+) -> str | None:
+    """Return what to warn of: weights of more than a tenth of the bytes stay dense, and nobody asked for that."""
+    seen: set[int] = set()
+    total, left = 0, Counter[str]()
+    chosen = select_modules(model, where, skip)
+    for module in module_paths(model):
+        new = replacements.get(module, module)
+        new = new.base if isinstance(new, LoRALinear) else new
+        stored = set(new.forms) if isinstance(new, StoredModule) else set()
+        for name, parameter in module._parameters.items():
+            if parameter is None or is_lazy(parameter) or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            size = parameter.numel() * parameter.element_size()
+            total += size
+            if isinstance(module, StoredModule | Adapter) or name in stored or parameter.dim() < 2:
+                continue
+            if module in chosen:
+                reason = skip_reason(FourBit, module)
+                if reason is None and name in parameters_to_store(module):
+                    reason = "it shares a weight with a module that stays dense"
+                left[f"{type(module).__name__}.{name}: {reason or 'no entry of the registry names it'}"] += size
+    share = sum(left.values()) / total if total else 0.0
+    if share <= _TOLD_SHARE:
+        return None
+    told = "; ".join(f"{size / total:.0%} {reason}" for reason, size in left.most_common(3))
+    return (
+        f"{share:.0%} of the bytes of {type(model).__name__} are weights that stay dense: {told}. parameters= names "
+        "what else to store, skip= what to leave; lowmem.summary(model) lists all"
+    )
+
+
+def _check_bits(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], at_most: float) -> None:
+    """Raise a ValueError if the converted model would take more than ``at_most`` bits a weight."""
+    if isinstance(at_most, bool) or not isinstance(at_most, int | float) or not at_most > 0:
+        raise ValueError(f"at_most={at_most!r} must be a number of bits above 0")
+    tensors: dict[int, int] = {}
+    weights: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and not is_lazy(parameter):
+                weights[id(parameter)] = parameter.numel()
+        new: Any = replacements.get(module, module)
+        new = new.base if isinstance(new, LoRALinear) else new
+        if isinstance(module, StoredModule):
+            for name in module.part_names:
+                weights.pop(id(getattr(module, name)), None)
+            for name in module.forms:
+                weights[id(getattr(module, module.part_names[0]))] = module.stored_size(name)
+        for parameter in new._parameters.values():
+            if parameter is not None and not is_lazy(parameter):
+                tensors[id(parameter)] = parameter.numel() * parameter.element_size()
+    bits = 8 * sum(tensors.values()) / max(1, sum(weights.values()))
+    if bits > at_most:
+        dense = sorted(
+            (
+                (one.numel() * one.element_size(), path)
+                for path, one in model.named_parameters()
+                if id(one) in tensors
+            ),
+            reverse=True,
+        )
+        largest = ", ".join(f"{printable(path, 80)} ({size / 2**20:.2f} MiB)" for size, path in dense[:3])
+        raise ValueError(
+            f"at_most={at_most} bits a weight are out of reach: these techniques give {bits:.3f}. What stays dense: "
+            f"{largest or 'nothing'}; name it with parameters=, or take larger blocks or another scale encoding"
+        )
+
+
 def stored_weight(layer: nn.Module) -> Any:
-    """Return the stored weight of a converted layer: a QuantizedTensor, or a 16-bit tensor."""
-    return layer.quantized if isinstance(layer, FourBitStorage) else layer.weight
+    """Return the weight of a layer: a QuantizedTensor, a 16-bit tensor, or the dense parameter."""
+    return layer.stored_weight() if isinstance(layer, StoredModule) else layer.weight
 
 
 def weight_key(weight: Tensor) -> Hashable:
@@ -197,9 +419,8 @@ class Store:
 def _check_arguments(techniques: tuple[Technique, ...]) -> None:
     if not techniques:
         raise ValueError("no technique was given: pass Half(), FourBit() or LoRA()")
-    known = {technique for technique, _ in REGISTRY}
     for technique in techniques:
-        if type(technique) not in known:
+        if type(technique) not in (Half, FourBit, LoRA):
             raise TypeError(f"technique={technique!r} must be an instance of Half, FourBit or LoRA")
     for kind, count in Counter(type(t) for t in techniques).items():
         if count > 1:
@@ -212,23 +433,25 @@ def rebuild(
     path: str,
     unused: dict[type[Technique], str | None],
     store_by: Callable[[Any], Callable[[Tensor, str], Any]],
+    names: Iterable[str] | None = None,
 ) -> nn.Module:
-    """Return the replacement of a layer, by all techniques that support it.
+    """Return what a module becomes by all techniques that support it; ``commit`` puts it in the module's place.
 
     Args:
-        module: the layer.
+        module: dense, or with stored parameters if the techniques are adapters.
         techniques: applied left to right.
-        path: of the layer, for errors.
-        unused: for each kind of technique, why it has converted no layer so far; None once it has. It is updated.
+        path: of the module, for errors.
+        unused: for each kind of technique, why it has converted no module so far; None once it has. It is updated.
         store_by: returns, for a technique, the function that stores the weight: ``Store.by``.
+        names: the parameters to store; None: ``parameters_to_store(module)``.
 
     Raises:
         TypeError, ValueError: a weight that cannot be stored.
     """
     layer: Any = module
     for technique in techniques:
-        made: Any = REGISTRY.get((type(technique), type(layer)))
-        if made is None:
+        fits = type(layer) in ADAPTED if isinstance(technique, LoRA) else layer is module
+        if not fits:
             unused.setdefault(
                 type(technique),
                 f"{layer_name(path)}: {type(technique).__name__} cannot follow the techniques before it, which made "
@@ -236,19 +459,141 @@ def rebuild(
             )
             continue
         unused[type(technique)] = None
-        try:
-            if isinstance(technique, LoRA):
-                dense: Any = None if layer is module else module.weight
-                layer = made.from_layer(layer, technique, dense)
-            else:
-                layer = made.from_layer(layer, technique, store_by(technique))
-        except (TypeError, ValueError) as reason:
-            raise type(reason)(f"{layer_name(path)}: {reason}") from reason
-        if isinstance(layer, FrozenStorage):
-            weight: Any = module.weight
-            layer.weight_error = relative_error(weight, stored_weight(layer))
+        if isinstance(technique, LoRA):
+            dense: Any = None if layer is module else module.weight
+            try:
+                layer = LoRALinear.from_layer(layer, technique, dense)
+            except ValueError as reason:
+                raise ValueError(f"{layer_name(path)}: {reason}") from reason
+        else:
+            stored = parameters_to_store(module) if names is None else names
+            layer = store_parameters(module, technique, path, stored, store_by(technique))
     built: nn.Module = layer.train(module.training)
     return built
+
+
+def store_parameters(
+    module: nn.Module, technique: Half | FourBit, path: str, names: Iterable[str], store: Callable[[Tensor, str], Any]
+) -> StoredModule:
+    """Return a copy of a dense module in which parameters are stored by ``store``; the module does not change.
+
+    Raises:
+        TypeError, ValueError: a weight that cannot be stored; its path is named.
+    """
+    place = [path]
+    errors: list[tuple[float, float]] = []  # the squared error of each weight, and its squared size
+
+    def named_store(tensor: Tensor, name: str) -> Any:
+        place[:] = [path if name in ("weight", "bias") else f"{path}.{name}".lstrip(".")]
+        stored = store(tensor, name)
+        if name != "bias" and not tensor.is_meta:
+            size = float(tensor.detach().double().pow(2).sum()) if len(wanted) > 1 else 1.0
+            errors.append((relative_error(tensor, stored) ** 2 * size, size))
+        return stored
+
+    wanted = list(names)
+    form = FourBitForm if isinstance(technique, FourBit) else HalfForm
+    known: Any = LAYERS.get((type(module), form))
+    try:
+        if known is not None and wanted == ["weight"]:
+            made = known.from_layer(module, technique, named_store)
+        else:
+            weights = {}
+            for name in wanted:
+                parameter = module._parameters[name]
+                assert parameter is not None
+                lead = leading_dims(module, parameter)
+                inside = isinstance(technique, FourBit) and parameter.dim() > lead + 1
+                weights[name] = named_store(parameter.flatten(lead) if inside else parameter, name)
+            made = stored_copy(module, weights)
+    except (TypeError, ValueError) as reason:
+        raise type(reason)(f"{layer_name(place[0])}: {reason}") from reason
+    if errors:
+        total = sum(size for _, size in errors)
+        made.weight_error = (sum(error for error, _ in errors) / total) ** 0.5 if total else 0.0
+    return made  # type: ignore[no-any-return]
+
+
+@one_at_a_time
+def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put what ``rebuild`` has made in the place of modules; return the model, or the new root.
+
+    Modules whose parameters are stored stay the same objects; a LoRALinear takes the place of its layer.
+
+    Raises:
+        RuntimeError: another thread has removed or converted one of the modules. The model is left as it is.
+    """
+    _check_all_there(model, replacements, module_paths(model))
+    adapted: dict[nn.Module, nn.Module] = {}
+    for old, new in replacements.items():
+        stored = new.base if isinstance(new, LoRALinear) else new
+        if stored is not old and isinstance(stored, StoredModule):
+            if isinstance(old, StoredModule):
+                raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
+            become(old, stored)
+        if isinstance(new, LoRALinear):
+            new.base = cast(nn.Linear, old)
+            adapted[old] = new
+    return swap(model, adapted)
+
+
+@one_at_a_time
+def restore(
+    model: nn.Module,
+    *,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    skip: str | Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Make stored parameters dense again: modules get their own class back, and values as ``dequantize`` gives them.
+
+    Dense parameters do not require gradients; shared ones stay shared. Adapters are kept: their bases become dense.
+
+    Args:
+        model: any module; the root itself can be the layer.
+        where: called with (path, module); a module is taken only where it returns True, for all its paths.
+        skip: glob patterns of paths to leave as they are.
+        dtype: of the dense parameters; None: as which they present themselves, which casts of the model follow.
+
+    Returns:
+        The model, changed in place.
+
+    Raises:
+        TypeError: the model is not a module, or ``dtype`` is not floating point.
+        ValueError: nothing is stored in the modules that are selected, or ``skip`` matches nothing. The model is left
+            as it was.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype} must be a floating-point dtype")
+    found: dict[StoredModule, str] = {}
+    for module, path in select_modules(model, where, skip).items():
+        stored = module.base if isinstance(module, LoRALinear) else module
+        if isinstance(stored, StoredModule):
+            found[stored] = path
+    if not found:
+        raise ValueError(f"no module of {type(model).__name__} that where= and skip= leave has stored parameters")
+    dense: dict[int, nn.Parameter] = {}
+    copies: dict[nn.Module, nn.Module] = {}
+    for module in found:
+        values: dict[str, Tensor | None] = {}
+        for name in module.forms:
+            tensor = module.stored_tensor(name)
+            if id(tensor) not in dense:
+                dense[id(tensor)] = freeze(tensor.dequantize(dtype).contiguous().clone())
+            values[name] = dense[id(tensor)]
+        copies[module] = restored_copy(module, values)
+    for old, copied in copies.items():
+        become(old, copied)
+    return model
+
+
+def _check_all_there(model: nn.Module, replacements: Iterable[nn.Module], found: Container[nn.Module]) -> None:
+    gone = [type(old).__name__ for old in replacements if old not in found]
+    if gone:
+        raise RuntimeError(
+            f"{len(gone)} of the layers to replace (a {gone[0]}) left {type(model).__name__} meanwhile: change a "
+            "model from one thread, or one after the other"
+        )
 
 
 @one_at_a_time
@@ -259,16 +604,11 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Modul
         RuntimeError: another thread has removed one of the layers. The model is left as it is.
     """
     found = module_paths(model)
-    gone = [type(old).__name__ for old in replacements if old not in found]
-    if gone:
-        raise RuntimeError(
-            f"{len(gone)} of the layers to replace (a {gone[0]}) left {type(model).__name__} meanwhile: change a "
-            "model from one thread, or one after the other"
-        )
+    _check_all_there(model, replacements, found)
     for old, new in replacements.items():
         if old._is_full_backward_hook is not None:
             new._is_full_backward_hook = old._is_full_backward_hook
-        for name in _HOOKS:
+        for name in HOOKS:
             hooks = vars(old)[name]
             if hooks:
                 vars(old)[name] = type(hooks)()  # a base inside its replacement must not run them a second time
@@ -287,17 +627,6 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Modul
         if isinstance(module, nn.TransformerEncoder) and any(m in replacements.values() for m in module.modules()):
             module.use_nested_tensor = False
     return model
-
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
 
 
 def freeze_all_but_adapters(model: nn.Module) -> None:

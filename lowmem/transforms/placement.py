@@ -7,13 +7,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.lora import LoRA, LoRALinear
-from lowmem.transforms.registry import REGISTRY, Technique, layer_name, module_paths
+from lowmem.transforms.registry import ADAPTED, Technique, layer_name, module_paths, read_by_attention
 
 __all__ = ["output_layers", "place_adapters", "takes_adapter", "techniques_by_layer"]
-
-_EMBEDDINGS = (nn.Embedding, HalfEmbedding, Embedding4Bit)
 
 
 def output_layers(model: nn.Module) -> dict[nn.Module, str]:
@@ -36,7 +33,10 @@ def output_layers(model: nn.Module) -> dict[nn.Module, str]:
                 why |= dict.fromkeys(head.modules(), "it is the model's output layer")
     named = {weight: found[module][0] for module in found if module in why for weight in _weights(module)}
     tied = {
-        weight: found[module][0] for module in found if isinstance(module, _EMBEDDINGS) for weight in _weights(module)
+        weight: found[module][0]
+        for module in found
+        if isinstance(module, nn.Embedding)
+        for weight in _weights(module)
     }
     for module in found:
         for weight in _weights(module):
@@ -94,8 +94,10 @@ def techniques_by_layer(
     Raises:
         ValueError: as ``place_adapters``.
     """
-    chosen = dict.fromkeys(layers, techniques)
-    adaptable = [layer for layer in chosen if takes_adapter(layer)]
+    inside = read_by_attention(model)
+    storing = tuple(technique for technique in techniques if not isinstance(technique, LoRA))
+    chosen = {layer: storing if layer in inside else techniques for layer in layers}
+    adaptable = [layer for layer in chosen if takes_adapter(layer) and layer not in inside]
     for index, lora in enumerate(techniques):
         if isinstance(lora, LoRA):
             placed = place_adapters(model, lora, adaptable, where)
@@ -107,10 +109,10 @@ def techniques_by_layer(
 
 def takes_adapter(module: nn.Module) -> bool:
     """Whether an adapter can be added to a module of this type."""
-    return (LoRA, type(module)) in REGISTRY or isinstance(module, LoRALinear)
+    return type(module) in ADAPTED or isinstance(module, LoRALinear)
 
 
 def _weights(module: nn.Module) -> set[int]:
     """Return the ids of a layer's own parameters, or of its base's, without the bias."""
     base = module.base if isinstance(module, LoRALinear) else module
-    return {id(p) for name, p in base._parameters.items() if p is not None and name != "bias"}
+    return {id(p) for name, p in base._parameters.items() if p is not None and not name.startswith("bias")}

@@ -30,12 +30,12 @@ from lowmem import measure
 from lowmem.errors import show
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit
-from lowmem.nn.frozen_linear import FrozenStorage
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA
-from lowmem.transforms.convert import Store, convert, freeze_all_but_adapters, layers_to_convert, swap
+from lowmem.nn.stored_module import FourBitStorage, StoredModule
+from lowmem.transforms.convert import Store, commit, convert, freeze_all_but_adapters, rebuild_all
 from lowmem.transforms.meta import make_on_meta
-from lowmem.transforms.registry import MADE_BY, REGISTRY, Technique, layer_name, supported_types
+from lowmem.transforms.registry import Technique
 
 __all__ = [
     "OPTIMIZERS",
@@ -315,33 +315,14 @@ def _converted(
     skip: str | Iterable[str],
 ) -> tuple[nn.Module, int]:
     """Convert as ``convert`` does, without values; also return the bytes of its temporaries."""
-    store, unused, storing = Store(), dict.fromkeys(techniques), 0
-    replacements: dict[nn.Module, nn.Module] = {}
-    for module, path in layers_to_convert(model, techniques, where, skip).items():
-        layer: Any = module
-        for technique in techniques:
-            made: Any = REGISTRY.get((type(technique), type(layer)))
-            if made is None:
-                continue
-            unused.pop(technique, None)
-            if isinstance(technique, LoRA):
-                layer = made.from_layer(layer, technique)
-                continue
-            if isinstance(technique, Half):  # magnitudes, and which of them are finite
-                storing = max(storing, *(p.numel() * (p.element_size() + 1) for p in module.parameters()))
-            else:
-                storing = max(storing, _STORING)
-            try:
-                layer = made.from_layer(layer, technique, store.by(_Empty(technique)))
-            except (TypeError, ValueError) as reason:
-                raise type(reason)(f"{layer_name(path)}: {reason}") from reason
-        replacements[module] = layer.train(module.training)
-    for technique in unused:
-        kind = type(technique)
-        raise ValueError(
-            f"{kind.__name__} converts no layer of {type(model).__name__}: it takes {supported_types(kind)}"
-        )
-    model = swap(model, replacements)
+    store, storing = Store(), 0
+    replacements = rebuild_all(model, techniques, where, skip, None, lambda technique: store.by(_Empty(technique)))
+    for module, made in replacements.items():
+        if any(isinstance(technique, Half) for technique in techniques):  # magnitudes, and which of them are finite
+            storing = max(storing, *(p.numel() * (p.element_size() + 1) for p in module.parameters(recurse=False)))
+        elif isinstance(made, StoredModule) or isinstance(getattr(made, "base", None), StoredModule):
+            storing = max(storing, _STORING)
+    model = commit(model, replacements)
     if any(isinstance(technique, LoRA) for technique in techniques):
         freeze_all_but_adapters(model)
     return model, storing
@@ -356,7 +337,7 @@ def plan_of(
 
 
 def _combined(skeleton: Skeleton, training: str | None, run: _Run, stored: Mapping[str, int]) -> Plan:
-    scratch = _SCRATCH if any(isinstance(m, FrozenStorage) for m in skeleton.model.modules()) else 0
+    scratch = _SCRATCH if any(isinstance(m, StoredModule) for m in skeleton.model.modules()) else 0
     own = {f.name: getattr(skeleton, f.name) for f in fields(skeleton) if f.name != "model"}
     return Plan(training=training, stored=stored, scratch=scratch, **own, **asdict(run))
 
@@ -367,9 +348,9 @@ def _stored(model: nn.Module) -> dict[str, int]:
     for module in model.modules():
         if isinstance(module, Adapter):
             kinds |= dict.fromkeys(module.parameters(), "adapters")
-        elif isinstance(module, FrozenStorage):
-            own = [getattr(module, name) for name in module.stored]
-            kinds |= dict.fromkeys((t for t in own if t is not None), MADE_BY[type(module)].__name__)
+        elif isinstance(module, StoredModule):
+            kind = "FourBit" if isinstance(module, FourBitStorage) else "Half"
+            kinds |= dict.fromkeys((getattr(module, name) for name in module.part_names), kind)
     found = {"dense": 0}
     for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]):
         kind = kinds.get(tensor, "dense")

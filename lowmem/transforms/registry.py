@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from types import MappingProxyType
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
-from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lowmem.errors import printable
-from lowmem.nn.conv import Conv4Bit, HalfConv
-from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit, Linear4Bit
 from lowmem.nn.half import Half, HalfLinear
 from lowmem.nn.lora import LoRA, LoRALinear
+from lowmem.nn.stored import HalfForm, StoredTensor
+from lowmem.nn.stored_module import FourBitStorage, StoredModule, copied_module
 
 __all__ = [
-    "MADE_BY",
-    "REGISTRY",
-    "Converted",
+    "ADAPTED",
+    "ENTRIES",
+    "Entry",
     "Technique",
+    "computes_linear",
     "layer_name",
+    "made_by",
     "module_paths",
     "no_match_message",
     "parameter_owners",
+    "parameters_to_store",
     "read_by_attention",
     "refuse_peft",
     "select_modules",
@@ -36,30 +40,154 @@ __all__ = [
 ]
 
 Technique: TypeAlias = Half | FourBit | LoRA
-Converted: TypeAlias = HalfLinear | Linear4Bit | LoRALinear | HalfEmbedding | Embedding4Bit | HalfConv | Conv4Bit
 
-# (technique, exact type of a layer) -> the class whose `from_layer` converts it. A new layer type is one line here.
-REGISTRY: MappingProxyType[tuple[type[Technique], type[nn.Module]], type[Converted]] = MappingProxyType(
-    {
-        (Half, nn.Linear): HalfLinear,
-        (FourBit, nn.Linear): Linear4Bit,
-        (Half, nn.Embedding): HalfEmbedding,
-        (FourBit, nn.Embedding): Embedding4Bit,
-        (Half, nn.Conv1d): HalfConv,
-        (FourBit, nn.Conv1d): Conv4Bit,
-        (Half, nn.Conv2d): HalfConv,
-        (FourBit, nn.Conv2d): Conv4Bit,
-        (LoRA, nn.Linear): LoRALinear,
-        (LoRA, HalfLinear): LoRALinear,
-        (LoRA, Linear4Bit): LoRALinear,
-    }
+
+@dataclass(frozen=True)
+class Entry:
+    """Modules of one kind, and which of their parameters ``Half`` and ``FourBit`` store.
+
+    Args:
+        kind: what errors call it.
+        fits: whether a module is of this kind.
+        parameters: the names of what is stored; those that a module lacks, or has as None, are left out.
+        refuses: why a module of this kind is left dense, or None.
+    """
+
+    kind: str
+    fits: Callable[[nn.Module], bool]
+    parameters: Callable[[nn.Module], Iterable[str]] = lambda module: ("weight",)
+    refuses: Callable[[nn.Module], str | None] = lambda module: None
+
+
+def _is(*kinds: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    return lambda module: isinstance(module, kinds)
+
+
+def _refuse_max_norm(module: nn.Module) -> str | None:
+    return None if getattr(module, "max_norm", None) is None else "max_norm rescales its rows in place"
+
+
+def _refuse_other_linear(module: nn.Module) -> str | None:
+    if type(module).forward is nn.Linear.forward or computes_linear(module):
+        return None
+    return "a subclass of Linear that computes something else: where= or parameters= takes it nevertheless"
+
+
+def _is_conv1d_of_transformers(module: nn.Module) -> bool:
+    return any(
+        (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") for kind in type(module).__mro__
+    )
+
+
+def _is_experts(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return ("expert" in name or "moe" in name) and bool(_expert_weights(module))
+
+
+def _expert_weights(module: nn.Module) -> list[str]:
+    found = module._parameters.items()
+    return [name for name, one in found if one is not None and one.dim() >= 3 and "bias" not in name]
+
+
+def _is_xlnet_attention(module: nn.Module) -> bool:
+    return any(kind.__name__ == "XLNetRelativeAttention" for kind in type(module).__mro__)
+
+
+def _is_weight_norm(module: nn.Module) -> bool:
+    """Whether a module holds magnitude and direction of a weight, which is dequantized at each call."""
+    return isinstance(module, ParametrizationList) and [type(one).__name__ for one in module] == ["_WeightNorm"]
+
+
+def _named(prefix: str, module: nn.Module) -> list[str]:
+    return [name for name in module._parameters if name.startswith(prefix)]
+
+
+_RNN = (nn.RNNBase, nn.RNNCellBase)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# A new kind of module is one line here; the first that fits serves.
+ENTRIES = (
+    Entry("Linear", _is(nn.Linear), refuses=_refuse_other_linear),
+    Entry("Embedding", _is(nn.Embedding, nn.EmbeddingBag), refuses=_refuse_max_norm),
+    Entry("convolutions", _is(*_CONVOLUTIONS)),
+    Entry("Bilinear", _is(nn.Bilinear)),
+    Entry(
+        "MultiheadAttention",
+        _is(nn.MultiheadAttention),
+        lambda _: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    ),
+    Entry("LSTM, GRU and RNN", _is(*_RNN), lambda module: _named("weight_", module)),
+    Entry("Conv1D of transformers", _is_conv1d_of_transformers),
+    Entry("experts", _is_experts, _expert_weights),
+    Entry("XLNet's attention", _is_xlnet_attention, lambda _: "qkvor"),
+    Entry("weight norm", _is_weight_norm, lambda _: ("original1",)),
 )
 
-MADE_BY: Mapping[type[nn.Module], type[Technique]] = {made: technique for (technique, _), made in REGISTRY.items()}
+ADAPTED: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit)
+"""The exact types of layers that ``LoRA`` adapts."""
+
+
+def computes_linear(module: nn.Module) -> bool:
+    """Whether a subclass of nn.Linear reads its weight in products alone: found by a call on the meta device."""
+    probe = _Probe.of(module)
+    read = getattr(module, "in_features", 0)
+    copied = copied_module(module, type(module))
+    copied.__dict__["_parameters"] = {
+        name: probe if name == "weight" else None if one is None else one.detach().to("meta")
+        for name, one in module._parameters.items()
+    }
+    copied.__dict__["_buffers"] = {name: None if b is None else b.to("meta") for name, b in module._buffers.items()}
+    try:
+        with torch.no_grad():
+            type(module).forward(copied, torch.empty(2, read, device="meta", dtype=probe.dtype))
+    except Exception:  # noqa: BLE001 - whatever a class of the user's raises on the meta device: it is not known to be linear
+        return False
+    return not _Probe.dequantized
+
+
+class _Probe(StoredTensor):
+    """A stored weight on the meta device that notes whether something dequantizes it."""
+
+    dequantized: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Probe:
+        """Return a probe in place of a module's weight."""
+        weight = module._parameters["weight"]
+        assert weight is not None
+        cls.dequantized = False
+        half = torch.empty(weight.shape, dtype=torch.bfloat16, device="meta")
+        return cls(HalfForm(torch.bfloat16), (half,), weight.shape[1:], weight.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        _Probe.dequantized = True
+        return super().dequantize(dtype)
+
+
+def made_by(module: nn.Module) -> type[Technique] | None:
+    """Return the technique that converted a module; None for a dense one."""
+    if isinstance(module, LoRALinear):
+        return LoRA
+    if isinstance(module, FourBitStorage):
+        return FourBit
+    return Half if isinstance(module, StoredModule) else None
+
+
+def parameters_to_store(module: nn.Module) -> list[str]:
+    """Return the names of the parameters that ``Half`` and ``FourBit`` store in a module that an entry fits."""
+    entry = _entry_of(module)
+    if entry is None:
+        return []
+    found = module._parameters
+    return [name for name in entry.parameters(module) if found.get(name) is not None]
+
+
+def _entry_of(module: nn.Module) -> Entry | None:
+    return next((entry for entry in ENTRIES if entry.fits(module)), None)
 
 
 def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return every module with all of its paths, in the order of ``named_modules``; converted layers are not entered.
+    """Return every module with all of its paths, in the order of ``named_modules``; adapted layers are not entered.
 
     Raises:
         TypeError: the model is not a module.
@@ -71,7 +199,7 @@ def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     for path, module in model.named_modules(remove_duplicate=False):
         if inside is None or not path.startswith(inside):
             found.setdefault(module, []).append(path)
-            inside = (path and f"{path}.") if type(module) in MADE_BY else None
+            inside = (path and f"{path}.") if isinstance(module, LoRALinear) else None
     return found
 
 
@@ -80,14 +208,11 @@ def select_modules(
 ) -> dict[nn.Module, str]:
     """Return the modules that ``where`` and ``skip`` select, each with its first path.
 
-    Left out are also the projections that nn.MultiheadAttention reads itself.
-
     Raises:
         TypeError: the model is not a module, or a pattern is not a string.
         ValueError: a pattern matches nothing.
     """
     found = module_paths(model)
-    inside = read_by_attention(model)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if not all(isinstance(pattern, str) for pattern in skip):
         raise TypeError(f"skip={skip!r} must be glob patterns of paths")
@@ -97,8 +222,7 @@ def select_modules(
     return {
         module: paths[0]
         for module, paths in found.items()
-        if module not in inside
-        and not any(fnmatchcase(path, pattern) for path in paths for pattern in skip)
+        if not any(fnmatchcase(path, pattern) for path in paths for pattern in skip)
         and (where is None or all(where(path, module) for path in paths))
     }
 
@@ -143,31 +267,50 @@ def parameter_owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]
     return found
 
 
-def skip_reason(technique: type[Technique], module: nn.Module) -> str | None:
-    """Return why a technique does not convert a module; None where it does."""
-    made = REGISTRY.get((technique, type(module)))
+def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = False) -> str | None:
+    """Return why a technique does not convert a module; None where it does.
+
+    Args:
+        technique: Half, FourBit or LoRA.
+        module: any module.
+        chosen: whether the user has named it: then it may be a subclass that computes something else.
+    """
     if is_parametrized(module):  # before the type: parametrizing a module changes its class to a subclass
         return "its weight or bias is computed by a parametrization"
-    if made is None:
-        base = next((kind for known, kind in REGISTRY if known is technique and isinstance(module, kind)), None)
-        if base is not None:
-            return f"a subclass of {base.__name__} may compute something else"
-        return f"{technique.__name__} has no form of it"
-    if type(module) in MADE_BY:
-        return None
-    own = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    extra = own - {"weight", "bias"}
-    if extra or "weight" not in own or (getattr(module, "bias", None) is not None and "bias" not in own):
-        return f"its weight or bias is computed from, or comes with, {', '.join(sorted(extra)) or 'something else'}"
-    refuses: Callable[[nn.Module], str | None] | None = getattr(made, "refuses", None)
-    return None if refuses is None else refuses(module)
+    if technique is LoRA:
+        return _adapter_skip_reason(module)
+    if isinstance(module, ParametrizationList) and not _is_weight_norm(module):
+        return "a parametrization computes a weight from it"
+    if isinstance(module, StoredModule):
+        return f"it is stored in {next(iter(module.forms.values()), 'another form')} already"
+    entry = _entry_of(module)
+    if entry is None:
+        own = [one for one in module._parameters.values() if one is not None]
+        if own and all(one.dim() < 2 for one in own):
+            return "vectors (biases, norms) stay dense"
+        return f"{technique.__name__} has no form of it; parameters= names what to store"
+    if not parameters_to_store(module):
+        return "its weight is no parameter of its own"
+    return None if chosen and isinstance(module, nn.Linear) else entry.refuses(module)
+
+
+def _adapter_skip_reason(module: nn.Module) -> str | None:
+    if type(module) in ADAPTED:
+        if isinstance(module, StoredModule) or "weight" in module._parameters:
+            return None
+        return "its weight is no parameter of its own"
+    if isinstance(module, nn.Linear):
+        return "a subclass of Linear may compute something else"
+    return "LoRA has no form of it"
 
 
 def skip_reason_in(model: nn.Module) -> Callable[[type[Technique], nn.Module], str | None]:
-    """Return ``skip_reason`` for modules of ``model``, which also skips projections that attention reads itself."""
+    """Return ``skip_reason`` for modules of a model, which skips adapters of projections that are not called."""
     inside = read_by_attention(model)
     why = "attention reads its weight without calling it"
-    return lambda technique, module: skip_reason(technique, module) or (why if module in inside else None)
+    return lambda technique, module: (
+        skip_reason(technique, module) or (why if technique is LoRA and module in inside else None)
+    )
 
 
 def no_match_message(technique: type[Technique], model: nn.Module) -> str:
@@ -175,14 +318,16 @@ def no_match_message(technique: type[Technique], model: nn.Module) -> str:
     found = Counter(type(module).__name__ for module in module_paths(model) if not list(module.children()))
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
     return (
-        f"nothing to convert: {technique.__name__} looks for {supported_types(technique)} (the exact type, with a "
-        f"weight of its own), not left out by where= or skip=; found {listed or 'no layers'}"
+        f"nothing to convert: {technique.__name__} looks for {supported_types(technique)}, with a weight "
+        f"of its own, not left out by where= or skip=; found {listed or 'no layers'}"
     )
 
 
 def supported_types(technique: type[Technique]) -> str:
-    """Return the names of the layer types that a technique converts."""
-    return ", ".join(layer.__name__ for known, layer in REGISTRY if known is technique)
+    """Return the names of what a technique converts."""
+    if technique is LoRA:
+        return ", ".join(kind.__name__ for kind in ADAPTED)
+    return ", ".join(entry.kind for entry in ENTRIES)
 
 
 def layer_name(path: str) -> str:

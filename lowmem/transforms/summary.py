@@ -10,18 +10,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable
-from lowmem.nn.fourbit import FourBit, FourBitStorage
+from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.nn.stored_module import FourBitStorage, StoredModule
 from lowmem.transforms.convert import drop_partial_ties
 from lowmem.transforms.paths import group_name, role_of
 from lowmem.transforms.placement import output_layers, takes_adapter
 from lowmem.transforms.registry import (
-    MADE_BY,
     Technique,
     layer_name,
+    made_by,
     module_paths,
     parameter_owners,
+    parameters_to_store,
     read_by_attention,
     skip_reason,
 )
@@ -157,10 +159,11 @@ def summary(model: nn.Module) -> Summary:
     seen: dict[Tensor, str] = {}
     rows = []
     for module, (path, *also) in found.items():
-        converted = type(module) in MADE_BY
+        converted = made_by(module) is not None
         if not converted and not any(True for _ in module.parameters(recurse=False)):
             continue
-        tensors = dict.fromkeys([*module.parameters(recurse=converted), *module.buffers(recurse=converted)])
+        inner = isinstance(module, LoRALinear)
+        tensors = dict.fromkeys([*module.parameters(recurse=inner), *module.buffers(recurse=inner)])
         new = [tensor for tensor in tensors if tensor not in seen]
         base = cast(nn.Module, module.base) if isinstance(module, LoRALinear) else module
         weights = _weights(base)
@@ -199,10 +202,10 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
     taken: dict[nn.Module, str] = {}
     bare = _without_adapter(model)
     for module in found:
-        if type(module) in MADE_BY:
+        if made_by(module) is not None:
             continue
         whys = [skip_reason(technique, module) for technique in techniques]
-        if module in inside and None in whys:
+        if techniques == [LoRA] and module in inside and None in whys:
             left[module] = f"{type(module).__name__}: nn.MultiheadAttention reads its weight itself"
         elif None in whys:
             taken[module] = _NOT_CHOSEN
@@ -210,20 +213,23 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
             left[module] = f"{type(module).__name__}: {whys[0]}"
     if techniques == [LoRA]:  # LoRA keeps the weight, and with it all ties
         return left | taken | {module: why for module, why in bare.items() if module not in left}
-    left |= {module: why for module, why in bare.items() if type(module) in MADE_BY}
+    left |= {module: why for module, why in bare.items() if made_by(module) is not None}
     owners = parameter_owners(model)
     kept = dict(taken)
     drop_partial_ties(model, kept)
     for module in taken:
-        others = [layer_name(path) for other, path in owners[id(module.weight)] if other is not module]
-        if module not in kept:
+        tied = [
+            (other, layer_name(path))
+            for name in parameters_to_store(module)
+            for other, path in owners[id(module._parameters[name])]
+            if other is not module
+        ]
+        if module not in kept and tied:
             # Prefer a module that convert cannot take to one that was dropped for the same tie.
-            never = [
-                layer_name(p) for other, p in owners[id(module.weight)] if other is not module and other not in taken
-            ]
-            taken[module] = f"its weight is tied to `{(never or others)[0]}`, which is left"
-        elif others:
-            taken[module] = f"{_NOT_CHOSEN}; its weight is tied to `{others[0]}`, which is left"
+            never = [path for other, path in tied if other not in taken]
+            taken[module] = f"its weight is tied to `{(never or [tied[0][1]])[0]}`, which is left"
+        elif tied:
+            taken[module] = f"{_NOT_CHOSEN}; its weight is tied to `{tied[0][1]}`, which is left"
     return left | taken
 
 
@@ -240,7 +246,7 @@ def _without_adapter(model: nn.Module) -> dict[nn.Module, str]:
 
 def _techniques(model: nn.Module) -> list[type[Technique]]:
     """Return which of FourBit and Half have converted layers; else LoRA if there are adapters; else FourBit."""
-    made = {MADE_BY[type(module)] for module in model.modules() if type(module) in MADE_BY}
+    made = {made_by(module) for module in model.modules()} - {None}
     storing: list[type[Technique]] = [technique for technique in (FourBit, Half) if technique in made]
     return storing or ([LoRA] if made else [FourBit])
 
@@ -250,14 +256,16 @@ def _weights(layer: nn.Module) -> dict[Tensor, int]:
     counts: dict[Tensor, int] = {
         parameter: 0 if is_lazy(parameter) else parameter.numel() for parameter in layer.parameters(recurse=False)
     }
-    if isinstance(layer, FourBitStorage):
-        counts |= {layer.packed: layer.quantized.shape.numel(), layer.scales: 0}
+    if isinstance(layer, StoredModule):
+        for name, form in layer.forms.items():
+            first, *others = (getattr(layer, f"{name}_{part}") for part in form.parts)
+            counts |= {first: layer.stored_size(name), **dict.fromkeys(others, 0)}
     return counts
 
 
 def _stored(layer: nn.Module) -> str:
     if isinstance(layer, FourBitStorage):
-        return f"{layer.format}, block_size={layer.block_size}, scales={layer.scale_encoding}"
+        return layer.formats
     dtypes = dict.fromkeys(str(parameter.dtype) for parameter in layer.parameters(recurse=False))
     return ", ".join(dtype.removeprefix("torch.") for dtype in dtypes)
 

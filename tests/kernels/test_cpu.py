@@ -547,8 +547,12 @@ def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
         out = layer(x)
     ((given, made),) = calls
     assert out is made
-    own = [base.packed, base.scales] if technique != Half() else [base.weight]
-    own += [x, base.bias] + ([layer.lora_a, layer.lora_b] if "LoRA" in kind else [])
+    if technique == Half():
+        own = [base.weight_rounded, base.bias_rounded]
+    else:
+        own = [base.weight_packed, base.bias]
+        assert any(one is base.quantized.scales for one in given)  # a view of the bytes, made once
+    own += [x] + ([layer.lora_a, layer.lora_b] if "LoRA" in kind else [])
     assert all(type(parameter) is torch.nn.Parameter for parameter in own)
     assert all(any(parameter is one for one in given) for parameter in own)
 

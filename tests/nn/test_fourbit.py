@@ -121,16 +121,16 @@ def test_it_moves_copies_and_pickles_like_a_layer():
         assert torch.equal(other(x), layer(x))
     assert layer.to("meta").packed.is_meta
     assert layer(torch.empty(2, 16, device="meta")).shape == (2, 8)
-    assert "format=nf4, block_size=64, scales=double" in repr(layer)
+    assert "stored in nf4, block_size=64, scales=double" in repr(layer)
 
 
 def test_state_dict_round_trips_strictly():
     one, two = (convert(torch.nn.Linear(16, 8), FourBit()) for _ in range(2))
-    assert set(one.state_dict()) == {"packed", "scales", "bias", "_extra_state"}
+    assert set(one.state_dict()) == {"weight_packed", "weight_scales", "bias", "_extra_state"}
     two.load_state_dict(one.state_dict(), strict=True)
     x = torch.randn(2, 16)
     assert torch.equal(two(x), one(x))
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(RuntimeError, match="weight is dense in the state, and stored in nf4.*load it before convert"):
         two.load_state_dict(torch.nn.Linear(16, 8).state_dict(), strict=True)
 
 
@@ -273,13 +273,24 @@ def test_what_a_functional_call_puts_in_place_is_not_kept():
     layer = convert(torch.nn.Linear(32, 8), FourBit())
     other = {name: value.detach().clone() for name, value in layer.named_parameters()}
     torch.func.functional_call(layer, other, (torch.randn(2, 32),))
-    assert all(kept is not other["packed"] for kept in (layer._quantized.packed, layer.quantized.packed))
+    assert layer.quantized.packed is layer.weight_packed is not other["weight_packed"]
+    assert layer.weight.packed is layer.weight_packed
 
 
 @pytest.mark.parametrize("name", ["packed", "scales"])
-def test_what_takes_the_place_of_one_stored_tensor_is_read(name):
+@pytest.mark.parametrize("by_data", [False, True])
+def test_what_takes_the_place_of_one_stored_tensor_is_read(name, by_data):
     layer = convert(torch.nn.Linear(16, 8), FourBit("int4"))
-    assert getattr(layer.quantized, name) is getattr(layer, name)
-    other = torch.nn.Parameter(torch.zeros_like(getattr(layer, name)), requires_grad=False)
-    setattr(layer, name, other)
-    assert getattr(layer.quantized, name) is other
+    x = torch.randn(2, 16)
+    layer(x), layer.weight.dequantize()
+    own = getattr(layer, f"weight_{name}")
+    assert getattr(layer.quantized, name).data_ptr() == own.data_ptr()
+    other = torch.nn.Parameter(torch.ones_like(own), requires_grad=False)
+    if by_data:
+        own.data = other.data
+    else:
+        setattr(layer, f"weight_{name}", other)
+    assert getattr(layer.quantized, name).data_ptr() == other.data_ptr()
+    expected = layer.quantized.dequantize()
+    assert torch.equal(layer.weight.dequantize(), expected)
+    assert_product(layer(x), x, expected, layer.bias, more=OF_4_BITS)

@@ -314,9 +314,9 @@ def test_layers_whose_parameters_something_replaced_still_work():
     bias = layer.base.bias.detach().clone()
     del layer.base.bias
     layer.base.bias = bias
-    weight = half.weight.detach().clone()
-    del half.weight
-    half.weight = weight
+    weight = half.weight_rounded.detach().clone()
+    del half.weight_rounded
+    half.weight_rounded = weight
     torch.testing.assert_close(layer(x), expected[0])
     torch.testing.assert_close(half(x), expected[1])
 
@@ -327,3 +327,34 @@ def test_an_adapter_of_an_empty_layer_gives_an_empty_or_plain_output(shape):
         layer = convert(torch.nn.Linear(*shape), LoRA(1)).eval()
     with torch.no_grad():
         assert layer(torch.randn(2, shape[0])).shape == (2, shape[1])
+
+
+BASES = {"dense": (), "half": (Half(torch.bfloat16),), "4-bit": (FourBit("nf4", 16),)}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_weight_of_an_adapted_layer_can_be_read_and_is_the_adapted_one(base):
+    """Some models multiply with a layer's weight and never call the layer."""
+    torch.manual_seed(0)
+    layer = convert(torch.nn.Linear(32, 8), *BASES[base], LoRA(2, alpha=4))
+    with torch.no_grad():
+        layer.lora_b.normal_()
+    x = torch.randn(3, 32)
+    weight = layer.weight
+    assert (weight.shape, weight.dtype, weight.device.type) == ((8, 32), torch.float32, "cpu")
+    assert isinstance(weight, torch.nn.Parameter)
+    assert not weight.requires_grad
+    outputs = {
+        "called": layer(x),
+        "linear": torch.nn.functional.linear(x, weight, layer.bias),
+        "product": x @ weight.T + layer.bias,
+    }
+    gradients = {}
+    for name, out in outputs.items():
+        layer.zero_grad()
+        out.square().sum().backward()
+        gradients[name] = layer.lora_a.grad.clone(), layer.lora_b.grad.clone()
+        torch.testing.assert_close(out, outputs["called"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradients[name], gradients["called"], rtol=1e-3, atol=1e-3)
+    layer.active = ()
+    assert layer.weight is layer.base.weight

@@ -114,7 +114,7 @@ def test_the_base_itself_can_be_replaced(files):
         ({"--model": "merge_models"}, "--model='merge_models' must be module:factory"),
         ({"--model": "merge_models:none"}, "'merge_models' has no 'none'"),
         ({"--model": "no_such_module:make"}, "cannot import 'no_such_module'"),
-        ({"--model": "merge_models:other"}, "2.packed is"),
+        ({"--model": "merge_models:other"}, "2.weight_packed is"),
         ({"base": "missing.safetensors"}, "missing.safetensors"),
         ({"base": "adapter.safetensors"}, "adapter.safetensors"),
         ({"adapter": "base.safetensors"}, "it holds no adapter alone"),

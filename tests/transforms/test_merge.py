@@ -58,9 +58,10 @@ def test_merge_into_a_half_base_rounds_once(base, linear, rank, seed):
     merged = merge(layer)
     assert type(merged) is HalfLinear
     assert torch.equal(
-        merged.weight, (layer.base.weight.float() + layer.adapters["default"].delta()).to(merged.weight.dtype)
+        merged.weight_rounded,
+        (layer.base.weight_rounded.float() + layer.adapters["default"].delta()).to(merged.weight_rounded.dtype),
     )
-    assert merged.bias is None or torch.equal(merged.bias, layer.base.bias)
+    assert merged.bias is None or torch.equal(merged.bias_rounded, layer.base.bias_rounded)
 
 
 @given(strategies.linears(), ranks, strategies.seeds)

@@ -10,7 +10,7 @@ from torch import nn
 
 import lowmem
 from lowmem import BigNet, FourBit, Half, LoRA, convert, measure, plan
-from lowmem.nn.frozen_linear import FrozenStorage
+from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.plan import OPTIMIZERS, bytes_of, text_of
 from tests.models import INDICES, Small
 
@@ -88,8 +88,8 @@ def test_every_figure_of_one_model_is_what_a_real_one_measures(name, technique):
     assert found.inputs == batch.nbytes
     adapters = sum(p.nbytes for key, p in model.named_parameters() if ".adapters." in f".{key}")
     assert found.stored.get("adapters", 0) == adapters
-    layers = [m for m in model.modules() if isinstance(m, FrozenStorage)]
-    frozen = {getattr(m, part) for m in layers for part in m.stored} - {None}
+    layers = [m for m in model.modules() if isinstance(m, StoredModule)]
+    frozen = {getattr(m, part) for m in layers for part in m.part_names}
     assert sum(found.stored.get(kind, 0) for kind in ("Half", "FourBit")) == sum(t.nbytes for t in frozen)
 
     assert found.scratch == (MIB if layers else 0)
@@ -356,7 +356,7 @@ def test_at_most_passes_over_techniques_that_the_model_has_no_layers_for():
     x = torch.ones(1, 64, 8)
     total = plan(make, batch=x).total_bytes
     assert plan(make, batch=x, at_most=total).techniques == ()
-    with pytest.raises(ValueError, match=rf"\({total:,} bytes\), with dense; LoRA converts no layer"):
+    with pytest.raises(ValueError, match=rf"\({total:,} bytes\), with dense; 0: LoRA cannot follow"):
         plan(make, batch=x, at_most=total - 1)
 
 
@@ -375,9 +375,15 @@ def needs_values():
         (BigNet, ("nf4",), {}, TypeError, "technique='nf4' must be an instance of"),
         (BigNet, (LoRA(2), LoRA(3)), {}, ValueError, "LoRA was given 2 times"),
         (BigNet, (FourBit(), Half()), {}, ValueError, "Half cannot follow the techniques before it"),
-        (BigNet, (FourBit(("nf4", "int4")),), {}, ValueError, "`?0.layers.0`?: format=.* name one format"),
+        (BigNet, (FourBit(("nf4", "int4")),), {}, ValueError, "format=.* name one format"),
         (lambda: nn.LayerNorm(1024), (FourBit(),), {}, ValueError, "nothing to convert: FourBit looks for"),
-        (lambda: nn.Conv1d(1, 1, 3), (Half(), LoRA()), {}, ValueError, "LoRA converts no layer of Conv1d: it takes"),
+        (
+            lambda: nn.Conv1d(1, 1, 3),
+            (Half(), LoRA()),
+            {},
+            ValueError,
+            "LoRA cannot follow the techniques before it, which made a HalfConv1d; it takes",
+        ),
         (BigNet, (Half(),), {"at_most": "1GiB"}, ValueError, r"at_most='1GiB' proposes .*: leave out Half\(\)"),
         (BigNet, (), {"at_most": "much"}, ValueError, "'much' must be a size such as"),
         (BigNet, (), {"at_most": 0}, ValueError, "0 must be a size"),

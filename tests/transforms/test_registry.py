@@ -1,6 +1,5 @@
 """Which layers are taken, and why others are not."""
 
-import copy
 import inspect
 
 import pytest
@@ -8,33 +7,112 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lowmem import FourBit, Half, LoRA, convert
-from lowmem.transforms.registry import MADE_BY, REGISTRY, module_paths, parameter_owners, select_modules, skip_reason
+from lowmem import FourBit, Half, LoRA, LoRALinear, StoredTensor, convert
+from lowmem.nn.stored_module import LAYERS
+from lowmem.transforms.registry import (
+    ENTRIES,
+    computes_linear,
+    made_by,
+    module_paths,
+    parameter_owners,
+    parameters_to_store,
+    select_modules,
+    skip_reason,
+)
 
 
 class Subclass(nn.Linear):
     pass
 
 
-@pytest.mark.parametrize(("technique", "kind"), REGISTRY)
-def test_every_kind_of_layer_in_the_registry_says_what_makes_it(technique, kind):
-    made = REGISTRY[technique, kind]
-    assert MADE_BY[made] is technique
-    assert callable(made.from_layer)
+KINDS = {
+    "Linear": lambda: nn.Linear(40, 6),
+    "Subclass": lambda: Subclass(40, 6),
+    "Transposed": lambda: Transposed(40, 6),
+    "Embedding": lambda: nn.Embedding(6, 40),
+    "EmbeddingBag": lambda: nn.EmbeddingBag(6, 40),
+    "Conv1d": lambda: nn.Conv1d(8, 6, 3),
+    "Conv2d": lambda: nn.Conv2d(4, 6, 3),
+    "Conv3d": lambda: nn.Conv3d(4, 6, 3),
+    "ConvTranspose1d": lambda: nn.ConvTranspose1d(8, 6, 3),
+    "ConvTranspose2d": lambda: nn.ConvTranspose2d(8, 6, 3),
+    "ConvTranspose3d": lambda: nn.ConvTranspose3d(8, 6, 3),
+    "Bilinear": lambda: nn.Bilinear(6, 20, 4),
+    "LSTM": lambda: nn.LSTM(16, 24, 2, bidirectional=True, proj_size=8),
+    "GRU": lambda: nn.GRU(16, 24),
+    "RNNCell": lambda: nn.RNNCell(16, 24),
+    "MultiheadAttention": lambda: nn.MultiheadAttention(16, 2),
+    "Attention of other keys": lambda: nn.MultiheadAttention(16, 2, kdim=8, vdim=12),
+    "Experts": lambda: Experts(),
+}
 
 
-@pytest.mark.parametrize(("technique", "kind"), [key for key in REGISTRY if key[0] is not LoRA])
-def test_a_layer_made_without_a_store_holds_what_its_technique_stores(technique, kind):
-    sizes = {nn.Linear: (40, 6), nn.Embedding: (6, 40), nn.Conv1d: (8, 6, 3), nn.Conv2d: (4, 6, 3)}
-    dense = kind(*sizes[kind])
-    expected = convert(copy.deepcopy(dense), technique())
-    made = REGISTRY[technique, kind].from_layer(dense, technique())
-    assert type(made) is type(expected)
-    state = made.state_dict()
-    assert {name: tensor.dtype for name, tensor in state.items()} == {
-        name: tensor.dtype for name, tensor in expected.state_dict().items()
-    }
-    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+class Transposed(nn.Linear):
+    """As Falcon's linear layer computes."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Cosine(nn.Linear):
+    """A subclass that reads its weight in more than products."""
+
+    def forward(self, x):
+        return x @ (self.weight / self.weight.norm(dim=1, keepdim=True)).T
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 16, 8))
+        self.up_bias = nn.Parameter(torch.randn(3, 16))
+        self.router = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x):
+        return x @ self.up[0].T
+
+
+@pytest.mark.filterwarnings("ignore:16% of the bytes of Experts are weights that stay dense")
+@pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16)], ids=["4-bit", "half"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(kind, technique):
+    dense = KINDS[kind]()
+    names = parameters_to_store(dense)
+    assert names
+    assert all(dense._parameters[name].dim() >= 2 and "bias" not in name for name in names)
+    own = {name: parameter.detach().clone() for name, parameter in dense.named_parameters(recurse=False)}
+    made = convert(dense, technique)
+    assert made is dense
+    assert isinstance(made, type(KINDS[kind]()))
+    assert made_by(made) is type(technique)
+    assert {*names} <= {*made.forms} <= {*names, "bias"}
+    for name in names:
+        weight = getattr(made, name)
+        assert isinstance(weight, StoredTensor)
+        assert (weight.shape, weight.dtype, weight.requires_grad) == (own[name].shape, torch.float32, False)
+        error = (weight.dequantize() - own[name]).norm() / own[name].norm()
+        assert error < (0.2 if type(technique) is FourBit else 2**-8)
+    assert made.weight_count == sum(tensor.numel() for tensor in own.values())
+
+
+@pytest.mark.parametrize("made", LAYERS.values(), ids=lambda made: made.__name__)
+def test_a_layer_with_a_forward_of_its_own_is_of_the_class_that_it_replaces(made):
+    assert issubclass(made, made.dense_class)
+    assert all(isinstance(vars(made).get(name, getattr(made, name)), property) for name in made.stored_names)
+
+
+def test_the_first_entry_that_fits_serves():
+    for kind, make in KINDS.items():
+        assert sum(entry.fits(make()) for entry in ENTRIES) == 1, kind
+
+
+def test_a_subclass_of_linear_is_taken_if_products_alone_read_its_weight():
+    assert computes_linear(Transposed(8, 4))
+    assert computes_linear(Subclass(8, 4))
+    assert not computes_linear(Cosine(8, 4))
+    assert skip_reason(FourBit, Transposed(8, 4)) is None
+    assert "computes something else" in skip_reason(FourBit, Cosine(8, 4))
+    assert skip_reason(FourBit, Cosine(8, 4), chosen=True) is None
 
 
 @pytest.mark.parametrize(
@@ -42,8 +120,9 @@ def test_a_layer_made_without_a_store_holds_what_its_technique_stores(technique,
     [
         (nn.Linear(4, 4), None),
         (nn.Embedding(4, 4), None),
-        (Subclass(4, 4), "a subclass of Linear"),
-        (nn.LayerNorm(4), "FourBit has no form of it"),
+        (Subclass(4, 4), None),
+        (nn.LayerNorm(4), "vectors (biases, norms) stay dense"),
+        (nn.LayerNorm((4, 4)), "FourBit has no form of it; parameters= names what to store"),
         (parametrizations.weight_norm(nn.Linear(4, 4)), "computed by a parametrization"),
         (nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
     ],
@@ -55,17 +134,19 @@ def test_what_is_left_alone_has_a_reason(module, reason):
     assert reason is None or reason in found
 
 
-@pytest.mark.parametrize(("technique", "kind"), REGISTRY)
-def test_what_replaces_a_layer_is_called_as_it_is(technique, kind):
+@pytest.mark.parametrize("made", [*LAYERS.values(), LoRALinear], ids=lambda made: made.__name__)
+def test_what_replaces_a_layer_is_called_as_it_is(made):
     """Models call layers by keyword, too."""
-    names = [list(inspect.signature(form.forward).parameters) for form in (REGISTRY[technique, kind], kind)]
+    kind = getattr(made, "dense_class", nn.Linear)
+    names = [list(inspect.signature(form.forward).parameters) for form in (made, kind)]
     assert names[0] == names[1]
 
 
-def test_a_layer_with_tensors_of_its_own_has_a_reason():
+def test_a_layer_with_tensors_of_its_own_is_taken():
     layer = nn.Linear(4, 4)
     layer.register_buffer("mask", torch.ones(4))
-    assert "mask" in skip_reason(Half, layer)
+    assert skip_reason(Half, layer) is None
+    assert torch.equal(convert(layer, Half()).mask, torch.ones(4))
     assert skip_reason(LoRA, nn.Embedding(4, 4)) == "LoRA has no form of it"
 
 
@@ -80,10 +161,21 @@ def test_module_paths_and_parameter_owners_know_every_path():
         module_paths([shared])
 
 
-def test_a_layer_whose_bias_is_no_parameter_of_its_own_is_left_alone():
+@pytest.mark.parametrize("technique", [Half, FourBit])
+def test_a_bias_that_is_no_parameter_of_its_own_stays(technique):
     layer = nn.Linear(8, 4)
     bias = layer.bias.detach()
     del layer.bias
     layer.bias = bias  # a plain tensor, as a hook would put there before each call
+    x = torch.randn(2, 8)
+    made = convert(layer, technique())
+    torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight.dequantize(), bias))
+
+
+def test_a_weight_that_is_no_parameter_of_its_own_is_left_alone():
+    layer = nn.Linear(8, 4)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
     for technique in (Half, FourBit, LoRA):
-        assert skip_reason(technique, layer) == "its weight or bias is computed from, or comes with, something else"
+        assert skip_reason(technique, layer) == "its weight is no parameter of its own"

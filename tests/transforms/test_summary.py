@@ -13,7 +13,8 @@ NOT_CHOSEN = "not chosen: where=, skip= or never converted"
 
 
 class Subclass(nn.Linear):
-    pass
+    def forward(self, x):
+        return x @ (self.weight / self.weight.norm()).T
 
 
 class Tied(nn.Module):
@@ -78,17 +79,20 @@ def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (nn.LayerNorm(8), "LayerNorm: FourBit has no form of it"),
-        (nn.LSTM(8, 8), "LSTM: FourBit has no form of it"),
-        (Subclass(8, 8), "Subclass: a subclass of Linear may compute something else"),
+        (nn.LayerNorm(8), "LayerNorm: vectors (biases, norms) stay dense"),
+        (nn.LayerNorm((8, 8)), "LayerNorm: FourBit has no form of it; parameters= names what to store"),
+        (
+            Subclass(8, 8),
+            "Subclass: a subclass of Linear that computes something else: where= or parameters= takes it",
+        ),
         (nn.Embedding(8, 8, max_norm=1.0), "Embedding: max_norm rescales its rows in place"),
         (parametrizations.weight_norm(nn.Linear(8, 8)), "its weight or bias is computed by a parametrization"),
-        (prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5), "weight_mask, weight_orig"),
-        (nn.MultiheadAttention(8, 2), "MultiheadAttention: FourBit has no form of it"),
+        (prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5), "its weight is no parameter of its own"),
         (nn.Linear(8, 8), NOT_CHOSEN),
     ],
     ids=lambda value: type(value).__name__,
 )
+@pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
 def test_what_was_left_has_a_reason(module, reason):
     model = nn.Sequential(nn.Linear(8, 8), module)
     convert(model, FourBit(), where=lambda path, _: path != "1")
@@ -100,17 +104,17 @@ def test_what_was_left_has_a_reason(module, reason):
 
 def test_the_reasons_are_those_of_the_techniques_that_were_applied():
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(8, 8))
-    assert by_path(model)["1"].reason == "LayerNorm: FourBit has no form of it"
+    assert by_path(model)["1"].reason == "LayerNorm: vectors (biases, norms) stay dense"
     adapted = convert(copy.deepcopy(model), LoRA(2))
     assert by_path(adapted)["2"].reason == "Embedding: LoRA has no form of it"
-    assert by_path(convert(adapted, Half()))["1"].reason == "LayerNorm: Half has no form of it"
+    assert by_path(convert(adapted, Half()))["1"].reason == "LayerNorm: vectors (biases, norms) stay dense"
 
 
-def test_the_projection_of_attention_is_left_whatever_its_type():
-    attention = nn.MultiheadAttention(8, 2)
-    assert "a subclass of Linear" in by_path(attention)["out_proj"].reason
-    attention.out_proj = nn.Linear(8, 8)
-    assert by_path(attention)["out_proj"].reason == "Linear: nn.MultiheadAttention reads its weight itself"
+def test_the_projection_of_attention_gets_no_adapter_whatever_its_type():
+    model = convert(nn.ModuleList([nn.MultiheadAttention(8, 2), nn.Linear(8, 8)]), LoRA(2))
+    assert "a subclass of Linear" in by_path(model)["0.out_proj"].reason
+    model[0].out_proj = nn.Linear(8, 8)
+    assert by_path(model)["0.out_proj"].reason == "Linear: nn.MultiheadAttention reads its weight itself"
 
 
 def test_parameters_that_a_container_holds_have_a_row():

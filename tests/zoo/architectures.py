@@ -32,7 +32,8 @@ class Architecture:
         make: returns a new model, in eval mode.
         inputs: returns the keyword arguments of an example call.
         generates: whether ``model.generate`` continues tokens.
-        lacks: "pickle" or "bfloat16", which the dense model does not take, or "linear" layers, which adapters need.
+        lacks: "pickle", "bfloat16" or "checkpointing" with frozen embeddings, which the dense model does not take, or
+            "linear" layers, which adapters need.
     """
 
     name: str
@@ -384,7 +385,14 @@ TRANSFORMERS = (
     # Images with text.
     pretrained("clip", "CLIPModel", PAIR, inputs=text_with_image, projection_dim=32),
     pretrained("siglip", "SiglipModel", PAIR, inputs=text_with_image),
-    pretrained("blip", "BlipForImageTextRetrieval", PAIR, inputs=text_with_image, projection_dim=32),
+    pretrained(
+        "blip",
+        "BlipForImageTextRetrieval",
+        PAIR,
+        inputs=text_with_image,
+        projection_dim=32,
+        lacks=("checkpointing",),
+    ),
     pretrained(
         "llava",
         "LlavaForConditionalGeneration",

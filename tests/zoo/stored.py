@@ -2,22 +2,20 @@
 
 from collections import Counter
 
+import torch
 from torch import Tensor, nn
 
-from lowmem.nn.fourbit import FourBitStorage
-from lowmem.nn.frozen_linear import FrozenStorage
+from lowmem.nn.stored_module import StoredModule
 
 
 def dequantized(model: nn.Module) -> dict[str, Tensor]:
     """Return the converted parameters in float32, by their paths in the dense model; tied ones at each path."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FourBitStorage):
-            found[f"{path}.weight"] = module.quantized.dequantize()
-        elif isinstance(module, FrozenStorage):
-            stored = {name: getattr(module, name) for name in module.stored}
-            found |= {f"{path}.{name}": value.detach().float() for name, value in stored.items() if value is not None}
-    return found
+    return {
+        f"{path}.{name}".lstrip("."): module.stored_tensor(name).dequantize(torch.float32)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, StoredModule)
+        for name in module.forms
+    }
 
 
 def numbers(dense: nn.Module, converted: nn.Module) -> tuple[int, Counter[str]]:

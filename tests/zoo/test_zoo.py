@@ -21,7 +21,7 @@ pytest.importorskip("torchvision", reason="torchvision is not installed: tox -e 
 import lowmem
 from lowmem import FourBit, Half, LoRA, LoRALinear
 from tests.zoo.architectures import ARCHITECTURES
-from tests.zoo.stored import dequantized
+from tests.zoo.stored import dequantized, numbers
 
 # How far float32 may take outputs and gradients from those of the reference, by their norms. Rounding takes outputs
 # 2e-6 from those of the same models in float64, converted or not, and gradients 7e-6. Who rounds an activation to
@@ -214,15 +214,24 @@ def test_adapters_get_the_gradients_of_their_weights(architecture, technique, wi
     dense = reference(architecture, lowmem.convert(architecture.make(), technique))
     gradients(architecture, with_adapters)
     gradients(architecture, dense)
-    used = 0
+    pairs = []
     for path, adapter in lowmem.adapter_layers(with_adapters, "default").items():
         of_weight = dense.get_parameter(f"{path}.weight").grad  # (out, in)
         if of_weight is not None:  # the outputs depend on it
             assert adapter.lora_b.grad is not None, f"{path}: the adapter has no effect"
             expected = adapter.scaling * of_weight @ adapter.lora_a.detach().t()  # (out, rank)
-            assert_close([adapter.lora_b.grad], [expected])
-            used += 1
-    assert used
+            pairs.append((adapter.lora_b.grad, expected))
+    assert pairs
+    # Where a gradient all but cancels out (attention over equal values), rounding is that of its large terms.
+    largest = max(float(expected.norm()) for _, expected in pairs)
+    for got, expected in pairs:
+        assert float((got - expected).norm()) <= CLOSE * max(float(expected.norm()), largest / 100)
+
+
+def test_nearly_all_numbers_are_stored(architecture):
+    """Biases, norms, position tables, routers and state matrices stay dense: 8% of so small a model at most."""
+    stored, kept = numbers(architecture.make(), lowmem.convert(architecture.make(), FourBit("nf4")))
+    assert stored >= 0.92 * (stored + kept.total()), kept.most_common(5)
 
 
 def test_a_saved_adapter_loads_onto_another_base(architecture, technique, adapted, tmp_path):
@@ -246,6 +255,7 @@ def test_merging_rounds_the_adapted_weights(architecture, technique, adapted):
 
 
 def test_checkpointed_activations_give_the_same_gradients(architecture, with_adapters):
+    needs(architecture, "checkpointing")
     model = with_adapters.train()
     if not getattr(model, "supports_gradient_checkpointing", False):
         pytest.skip("the dense model lacks it: checkpointing of activations")

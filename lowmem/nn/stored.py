@@ -1,0 +1,319 @@
+"""A weight that is stored in 4 or 16 bits, and answers like the dense tensor that it replaced.
+
+``StoredTensor`` is a tensor of the dense weight's shape, dtype and device whose values lie in other tensors: 4-bit
+codes and the bytes of their scales, or a 16-bit copy. Operations see these below autograd: products run on the
+stored weight, and the graph saves only that. Views of whole rows stay stored; whatever else reads values gets them
+dequantized. ``lowmem.nn.stored_operators`` lists the operators that need not dequantize.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.kernels import Weight, ops
+from lowmem.kernels.frozen_operator import StoredParts
+from lowmem.kernels.memory import is_traced
+from lowmem.quant.formats import get_format
+from lowmem.quant.scales import get_encoding
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = ["FUNCTIONS", "OPERATORS", "REMEDY", "Form", "FourBitForm", "HalfForm", "StoredTensor", "is_recorded"]
+
+REMEDY = "write to a copy, weight.dequantize(), or make the layer dense again first: lowmem.restore(model)"
+
+OPERATORS: dict[Any, Callable[..., Any]] = {}
+"""Operator overload -> its implementation for stored tensors, which may return NotImplemented to dequantize."""
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""Python function of torch -> its implementation for stored tensors, which may return NotImplemented."""
+
+
+@dataclass(frozen=True)
+class FourBitForm:
+    """How a weight is stored in 4 bits. ``QuantizedTensor`` has the same attributes.
+
+    The parts are ``packed``, uint8 (*lead, bytes), and ``scales``, the bytes of the scales: uint8, so that no cast of
+    a model touches them.
+    """
+
+    format: str
+    block_size: int
+    scale_encoding: str
+    method: str
+
+    parts: ClassVar[tuple[str, ...]] = ("packed", "scales")
+
+    def __str__(self) -> str:
+        return f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of the scales whose bytes are stored."""
+        return get_encoding(self.scale_encoding, get_format(self.format).signed).dtype
+
+    @classmethod
+    def of(cls, weight: QuantizedTensor) -> FourBitForm:
+        """Return the form of a quantized tensor."""
+        return cls(weight.format, weight.block_size, weight.scale_encoding, weight.method)
+
+    def join(self, parts: Sequence[Tensor], columns: int) -> QuantizedTensor:
+        """Return the weight (*lead, columns) of its parts, not copied."""
+        packed, scales = parts
+        shape = torch.Size((*packed.shape[:-1], columns))
+        shaped = QuantizedTensor(
+            packed, scales, shape, self.format, self.block_size, self.scale_encoding, self.method
+        )
+        dtype, size = shaped.encoding.dtype, scales.shape[-1] if scales.dim() else 0
+        if scales.dtype is torch.uint8 is not dtype and scales.stride(-1) == 1 and size % dtype.itemsize == 0:
+            object.__setattr__(shaped, "scales", scales.view(dtype))
+        return shaped  # whose check_layout names what does not fit
+
+    @staticmethod
+    def split(weight: QuantizedTensor, lead: int) -> tuple[Tensor, ...]:
+        """Return the parts of a quantized tensor, not copied."""
+        return weight.packed, weight.scales.detach().view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class HalfForm:
+    """How a weight is stored in 16 bits. The only part is ``rounded``, float16 or bfloat16 in the weight's shape."""
+
+    dtype: torch.dtype
+
+    parts: ClassVar[tuple[str, ...]] = ("rounded",)
+
+    def __str__(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def join(self, parts: Sequence[Tensor], columns: int) -> Tensor:
+        """Return the weight (*lead, columns) of its part."""
+        return parts[0]
+
+    @staticmethod
+    def split(weight: Tensor, lead: int) -> tuple[Tensor, ...]:
+        """Return the parts, as ``StoredTensor`` holds them: (*lead, columns)."""
+        return (weight.flatten(lead) if weight.dim() > lead + 1 else weight,)
+
+
+Form: TypeAlias = FourBitForm | HalfForm
+
+
+class StoredTensor(Tensor):
+    """A read-only weight of shape (*lead, *tail) whose parts hold prod(tail) values in each row of their (*lead, n).
+
+    Args:
+        form: how it is stored.
+        parts: the stored tensors, in the order of ``form.parts``.
+        tail: the dimensions of a row.
+        dtype: as which it presents itself, and to which ``dequantize`` rounds.
+        swapped: whether the last two dimensions are seen transposed.
+    """
+
+    form: Form
+    tail: tuple[int, ...]
+    swapped: bool
+
+    @staticmethod
+    def __new__(
+        cls, form: Form, parts: Sequence[Tensor], tail: Sequence[int], dtype: torch.dtype, swapped: bool = False
+    ) -> StoredTensor:
+        """Make a tensor without values of its own."""
+        shape = [*parts[0].shape[:-1], *tail]
+        strides, step = [0] * len(shape), 1
+        for number in reversed(range(len(shape))):
+            strides[number], step = step, step * shape[number]
+        if swapped:
+            shape[-2:], strides[-2:] = reversed(shape[-2:]), reversed(strides[-2:])
+        return torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), strides=tuple(strides), dtype=dtype, device=parts[0].device, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        form: Form,
+        parts: Sequence[Tensor],
+        tail: Sequence[int],
+        dtype: torch.dtype,
+        swapped: bool = False,
+    ) -> None:
+        self.form, self.tail, self.swapped = form, tuple(tail), swapped
+        for name, part in zip(form.parts, parts, strict=True):
+            setattr(self, name, part)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The stored tensors, in the order of ``form.parts``."""
+        own = self.__dict__
+        return tuple(own[name] for name in own["form"].parts)
+
+    @property
+    def columns(self) -> int:
+        """The number of values in a row."""
+        return math.prod(self.tail)
+
+    @property
+    def lead(self) -> int:
+        """The number of leading dimensions, which count rows."""
+        return int(self.parts[0].dim()) - 1
+
+    @property
+    def stored(self) -> Weight:
+        """The weight as products take it, (*lead, columns), not copied: a QuantizedTensor, or a 16-bit tensor."""
+        return self._kept("_stored", lambda: self.form.join(self.parts, self.columns))
+
+    def _kept(self, name: str, make: Callable[[], Weight]) -> Weight:
+        """Return what was made of the parts, as long as they are where they were; C handles are kept with it."""
+        last = self.__dict__[self.__dict__["form"].parts[-1]]
+        if torch.compiler.is_compiling() or (type(last) is not nn.Parameter and type(last) is not Tensor):
+            return make()
+        known: tuple[int, Weight] | None = self.__dict__.get(name)
+        if known is None or known[0] != last.data_ptr():
+            known = self.__dict__[name] = last.data_ptr(), make()
+        return known[1]
+
+    @property
+    def matrix(self) -> Weight:
+        """The weight as (rows, columns)."""
+        stored = self.stored
+        if isinstance(stored, QuantizedTensor):
+            return stored if len(stored.shape) == 2 else self._kept("_matrix", stored.as_matrix)
+        return stored if stored.dim() == 2 else stored.reshape(-1, stored.shape[-1])
+
+    @property
+    def recorded(self) -> StoredParts | Tensor:
+        """The matrix as operators take it that are being recorded: with the bytes of its scales."""
+        form, parts = self.form, self.parts
+        if not isinstance(form, FourBitForm):
+            return self.matrix  # type: ignore[return-value]
+        packed, scales = (part if part.dim() == 2 else part.reshape(-1, part.shape[-1]) for part in parts)
+        shape = (packed.shape[0], self.columns)
+        return StoredParts(packed, scales, form.format, form.block_size, form.scale_encoding, shape)
+
+    def like(
+        self,
+        parts: Sequence[Tensor],
+        tail: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        swapped: bool | None = None,
+    ) -> StoredTensor:
+        """Return a tensor of other parts that are stored in the same way."""
+        return type(self)(
+            self.form,
+            parts,
+            self.tail if tail is None else tail,
+            self.dtype if dtype is None else dtype,
+            self.swapped if swapped is None else swapped,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the values as a dense tensor, rounded once to ``dtype`` (None: the dtype of this tensor).
+
+        Raises:
+            ValueError: a dtype that is not floating point.
+        """
+        dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype} must be a floating-point dtype")
+        parts = self.parts
+        if is_recorded(*parts) and isinstance(self.form, FourBitForm):
+            values = ops.dequantize_rows(self.recorded, dtype)  # type: ignore[arg-type]
+        else:
+            stored = self.stored
+            values = stored.dequantize(dtype) if isinstance(stored, QuantizedTensor) else stored.detach().to(dtype)
+        values = values.view(*parts[0].shape[:-1], *self.tail)
+        return values.transpose(-1, -2) if self.swapped else values
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        return list(self.form.parts), (self.form, self.tail, self.dtype, self.swapped)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> StoredTensor:
+        form, tail, dtype, swapped = meta
+        return StoredTensor(form, [inner[name] for name in form.parts], tail, dtype, swapped)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"StoredTensor({self.form}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredTensor:
+        if id(self) not in memo:
+            made = self.like([copy.deepcopy(part, memo) for part in self.parts])
+            if self.__dict__.get("_is_param"):
+                made._is_param = True
+            memo[id(self)] = made
+        found: StoredTensor = memo[id(self)]
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.form, self.parts, self.tail, self.dtype, self.swapped, "_is_param" in self.__dict__)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = FUNCTIONS.get(function)
+        if own is not None:
+            result = own(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        own = OPERATORS.get(operator)
+        if own is not None:
+            result = own(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        _refuse_writes(operator, args, kwargs)
+        known: dict[int, Tensor] = {}
+        return operator(
+            *(_dequantized(one, known) for one in args), **{k: _dequantized(one, known) for k, one in kwargs.items()}
+        )
+
+
+def is_recorded(*tensors: Tensor) -> bool:
+    """Whether an operation on these must go through the dispatcher: it is being recorded, or they are no memory."""
+    return is_traced() or any(type(tensor) is not Tensor and type(tensor) is not nn.Parameter for tensor in tensors)
+
+
+def _rebuild(
+    form: Form, parts: Sequence[Tensor], tail: tuple[int, ...], dtype: torch.dtype, swapped: bool, is_param: bool
+) -> StoredTensor:
+    made = StoredTensor(form, parts, tail, dtype, swapped)
+    if is_param:
+        made._is_param = True
+    return made
+
+
+def _dequantized(value: Any, known: dict[int, Tensor]) -> Any:
+    if isinstance(value, StoredTensor):
+        if id(value) not in known:
+            known[id(value)] = value.dequantize()
+        return known[id(value)]
+    if isinstance(value, list | tuple):
+        return type(value)(_dequantized(one, known) for one in value)
+    return value
+
+
+def _refuse_writes(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Raise if an operator would write to a stored tensor.
+
+    Raises:
+        RuntimeError: it would; the remedy is named.
+    """
+    for number, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[number] if number < len(args) else kwargs.get(argument.name)
+        for one in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(one, StoredTensor):
+                raise RuntimeError(f"{operator} would write to a weight that is stored in {one.form}: {REMEDY}")

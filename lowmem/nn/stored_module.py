@@ -1,0 +1,700 @@
+"""Modules whose parameters are stored: generated subclasses of the modules' own classes.
+
+A parameter ``weight`` that is stored in 4 bits is two frozen parameters, ``weight_packed`` and ``weight_scales`` (the
+bytes of the scales); in 16 bits it is ``weight_rounded``. ``module.weight`` is a property, which returns a
+``StoredTensor`` over them. The module stays an instance of its class, with its attributes, methods and hooks, so
+that whoever reads it finds what they expect.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, register_module_parameter_registration_hook
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lowmem.kernels import Weight
+from lowmem.kernels.frozen_operator import StoredParts
+from lowmem.nn import stored_functions  # noqa: F401 - registers the functions and operators of stored tensors
+from lowmem.nn.stored import REMEDY, Form, FourBitForm, HalfForm, StoredTensor, is_recorded
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = [
+    "HOOKS",
+    "LAYERS",
+    "FourBitStorage",
+    "StoredModule",
+    "as_part",
+    "become",
+    "copied_module",
+    "file_names",
+    "format_keys",
+    "freeze",
+    "leading_dims",
+    "restored_copy",
+    "stored_class",
+    "stored_copy",
+    "stored_property",
+]
+
+LAYERS: dict[tuple[type[nn.Module], type[Form]], type[StoredModule]] = {}
+"""(class of a layer, form) -> the class of such a layer that has a faster forward than the generated one."""
+
+is_compiling, is_jit_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # called often: globals are faster
+
+
+class Described(NamedTuple):
+    """How one parameter is stored, its leading dimensions, those of a row, and the dtype that it presents."""
+
+    form: Form
+    rows: tuple[int, ...]
+    tail: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Kept(NamedTuple):
+    """A stored tensor, and what it was made of: it is valid while these are the module's, at that address."""
+
+    sources: tuple[Tensor, ...]
+    address: int
+    dtype: torch.dtype
+    tensor: StoredTensor
+    weight: Weight
+
+
+_SHARED: WeakValueDictionary[int, StoredTensor] = WeakValueDictionary()
+"""Stored tensors by the id of their first part: modules that share a weight return the same one."""
+
+
+def is_exported() -> bool:
+    """Whether torch.export or torch.jit.trace records a graph, which cannot hold a tensor of another class."""
+    return torch.compiler.is_exporting() if is_compiling() else is_jit_tracing()
+
+
+def _shared(sources: tuple[Tensor, ...], address: int, dtype: torch.dtype) -> StoredTensor | None:
+    """Return what another module has kept for the same parts at the same address, in the same dtype."""
+    tensor = _SHARED.get(id(sources[0]))
+    if tensor is None:
+        return None
+    own = tensor.__dict__
+    same = own["made_of"] == (address, dtype) and all(a is b for a, b in zip(own["sources"], sources, strict=True))
+    return tensor if same else None
+
+
+def freeze(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter without gradient: ``tensor`` itself if it is one, so that shared weights stay shared."""
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class StoredModule(nn.Module):
+    """Base of all modules with stored parameters.
+
+    Attributes:
+        dense_class: the class before the parameters were stored.
+        stored_names: the parameters for which the class has properties.
+        weight_error: ``relative_error`` of the stored weights, where known.
+    """
+
+    dense_class: ClassVar[type[nn.Module]]
+    stored_names: ClassVar[tuple[str, ...]] = ()
+    weight_error: float | None = None
+    _forms: dict[str, Described]
+    _kept: dict[str, Kept]
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(_forms={}, _kept={})
+
+    def store(self, name: str, weight: Weight, tail: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Set a parameter to a stored weight: (*lead, columns), with rows of shape ``tail``, that had ``dtype``."""
+        form, parts = described(weight)
+        rows = tuple(weight.shape[: weight.dim() - len(tail)] if isinstance(weight, Tensor) else weight.shape[:-1])
+        self._forms[name] = Described(form, rows, tuple(tail), dtype)
+        self._parameters.update(parts_of(name, form, parts))
+        self._kept.pop(name, None)
+
+    def stored_tensor(self, name: str) -> StoredTensor:
+        """Return the stored tensor of a parameter: the same one as long as its parts are the same."""
+        own = self.__dict__
+        form, _, _, dtype = one = own["_forms"][name]
+        found = own["_parameters"]
+        sources = tuple([_named(self, found, f"{name}_{part}") for part in form.parts])
+        if is_recorded(*sources) or not all(isinstance(source, nn.Parameter) for source in sources):
+            made = _made(one, sources)
+            return made.dequantize() if is_exported() else made  # type: ignore[return-value]
+        known: Kept | None = own["_kept"].get(name)
+        address = sources[-1].data_ptr()
+        if (
+            known is None
+            or known.address != address
+            or known.dtype is not dtype
+            or any(a is not b for a, b in zip(known.sources, sources, strict=True))
+        ):
+            tensor = _shared(sources, address, dtype)
+            if tensor is None:
+                tensor = _made(one, sources)
+                tensor.__dict__.update(sources=sources, made_of=(address, dtype))
+                _SHARED[id(sources[0])] = tensor
+            own["_forms"][name] = one._replace(rows=tuple(tensor.shape[: tensor.lead]))  # ``weight.data =`` adds some
+            known = own["_kept"][name] = Kept(sources, address, dtype, tensor, tensor.stored)
+        return known.tensor
+
+    def stored_weight(self, name: str = "weight") -> Weight:
+        """Return a stored parameter as products take it: (*lead, columns), of the module's own parameters."""
+        return self.stored_tensor(name).stored
+
+    @property
+    def forms(self) -> Mapping[str, Form]:
+        """How each stored parameter is stored, by its name."""
+        return {name: one.form for name, one in self._forms.items()}
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The names of the parameters that hold the parts of all stored ones."""
+        return tuple(f"{name}_{part}" for name, one in self._forms.items() for part in one.form.parts)
+
+    @property
+    def weight_count(self) -> int:
+        """The number of weights that the module itself holds, stored and dense."""
+        parts = set(self.part_names)
+        dense = sum(p.numel() for name, p in self._parameters.items() if p is not None and name not in parts)
+        return dense + sum(self.stored_size(name) for name in self._forms)
+
+    @property
+    def element_counts(self) -> dict[str, int]:
+        """The number of scales in each parameter that holds their bytes."""
+        return {
+            f"{name}_scales": getattr(self, f"{name}_scales").numel() // one.form.scale_dtype.itemsize
+            for name, one in self._forms.items()
+            if isinstance(one.form, FourBitForm)
+        }
+
+    def stored_size(self, name: str) -> int:
+        """Return the number of values of a stored parameter."""
+        _, rows, tail, _ = self._forms[name]
+        return torch.Size((*rows, *tail)).numel()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        forms = self.__dict__.get("_forms", {})
+        if name not in forms:
+            super().__setattr__(name, value)
+        elif isinstance(value, StoredTensor):
+            _share(self, name, value)
+        elif value is None or isinstance(value, nn.Parameter):
+            become(self, restored_copy(self, {name: value}))
+        else:  # as torch says of a dense parameter
+            raise TypeError(
+                f"cannot assign {type(value).__name__} as parameter {name!r}, which is stored in {forms[name].form}: "
+                "give a torch.nn.Parameter, or None"
+            )
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__.get("_forms", {}):
+            form = self._forms[name].form
+            raise AttributeError(f"{type(self).__name__}.{name} is stored in {form} and cannot be deleted: {REMEDY}")
+        super().__delattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move parts between devices without changing their bits; a cast changes what the weights present."""
+        for name, one in self._forms.items():
+            cast = fn(torch.empty(0, dtype=one.dtype)).dtype
+            self._forms[name] = one._replace(dtype=cast if cast.is_floating_point else one.dtype)
+        kept = [getattr(self, name) for name in self.part_names]
+
+        def guarded(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            if changed.dtype != tensor.dtype and any(tensor is k for k in kept):
+                return tensor.to(changed.device)
+            return changed
+
+        applied: nn.Module = super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
+        self._kept.clear()
+        return applied
+
+    def __getstate__(self) -> dict[str, Any]:
+        own: Any = getattr(super(), "__getstate__", lambda: self.__dict__)()
+        state = dict(own if isinstance(own, dict) else self.__dict__)
+        for name in self._kept:
+            self.stored_tensor(name)  # which notices that ``weight.data =`` has changed the number of rows
+        state.update(_kept={}, _forms=dict(self._forms))
+        for name in ("_flat_weights", "_flat_weight_refs"):  # of recurrent layers: weak references to the parameters
+            state.pop(name, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(_forms=state["_forms"], _kept={})  # before a class looks at its parameters
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Reject parts of another dtype, and dense weights; take the names that older versions gave to parts."""
+        errors = rest[-1]  # error_msgs, which torch raises as one error
+        before = len(errors)
+        errors += _rename_old(self, state_dict, prefix)
+        for name, (form, *_) in self._forms.items():
+            if isinstance(state_dict.get(prefix + name), Tensor):
+                errors.append(
+                    f"{prefix}{name} is dense in the state, and stored in {form} here: load it before convert"
+                )
+            given_parts = [part for part in form.parts if f"{prefix}{name}_{part}" in state_dict]
+            if given_parts and len(given_parts) < len(form.parts):  # codes alone would be read with other scales
+                errors.append(f"{prefix}{name}: the state holds {', '.join(given_parts)} of {', '.join(form.parts)}")
+            for part in form.parts:
+                own, given = getattr(self, f"{name}_{part}"), state_dict.get(f"{prefix}{name}_{part}")
+                if not isinstance(given, Tensor):
+                    continue
+                if given.dtype != own.dtype:
+                    errors.append(f"{prefix}{name}_{part} stores {own.dtype}; the state holds {given.dtype}")
+                elif given.shape != own.shape:  # torch would load the other parts
+                    shapes = f"{tuple(own.shape)}; the state holds {tuple(given.shape)}"
+                    errors.append(f"{prefix}{name}_{part} has shape {shapes}")
+        if len(errors) == before:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def extra_repr(self) -> str:
+        """Describe the module as its own class does, and how its parameters are stored."""
+        forms = {str(one.form): name for name, one in self._forms.items()}
+        how = next(iter(forms)) if len(forms) == 1 else "; ".join(f"{name}: {form}" for form, name in forms.items())
+        return ", ".join(text for text in (super().extra_repr(), f"stored in {how}") if text)
+
+
+class FourBitStorage(StoredModule):
+    """Base of all modules with parameters in 4 bits. A state carries the formats, and codes of others are refused."""
+
+    @property
+    def formats(self) -> str:
+        """How the 4-bit parameters are stored, as text: of the weight alone, or by name."""
+        texts = {name: str(one.form) for name, one in self._forms.items() if isinstance(one.form, FourBitForm)}
+        return (
+            texts["weight"]
+            if [*texts] == ["weight"]
+            else "; ".join(f"{name}: {text}" for name, text in texts.items())
+        )
+
+    @property
+    def _version(self) -> Any:  # type: ignore[override]
+        """What torch writes into a state's metadata: the formats, unless the class has versions of its own."""
+        own = self.dense_class._version
+        return self.formats if own == nn.Module._version else own
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a QuantizedTensor of the layer's own parameters, not copied."""
+        own = self.__dict__
+        known, found = own["_kept"].get("weight"), own["_parameters"]
+        if known is not None and not is_compiling() and not is_jit_tracing():  # inline, for speed
+            packed, scales = known.sources
+            same = packed is found.get("weight_packed") and scales is found.get("weight_scales")
+            if same and known.address == scales.data_ptr():
+                return known.weight  # type: ignore[no-any-return]
+        self._weight_form  # noqa: B018 - raises an AttributeError where there is no such weight
+        recorded = is_compiling() or is_jit_tracing()
+        weight: Any = self._parts() if recorded else self.stored_weight("weight")
+        return weight  # type: ignore[no-any-return]
+
+    def _parts(self) -> StoredParts:
+        """Return what stands for ``quantized`` in a graph that torch.compile or torch.jit.trace makes."""
+        form, _, tail, _ = self._forms["weight"]
+        assert isinstance(form, FourBitForm)
+        columns = 1
+        for size in tail:
+            columns *= size
+        packed, scales = (_named(self, self._parameters, f"weight_{part}") for part in form.parts)
+        shape = (packed.shape[0], columns)
+        return StoredParts(packed, scales, form.format, form.block_size, form.scale_encoding, shape)
+
+    @property
+    def packed(self) -> nn.Parameter:
+        """The codes of the weight."""
+        return self.weight_packed  # type: ignore[return-value]
+
+    @property
+    def scales(self) -> Tensor:
+        """The scales of the weight, a view of ``weight_scales`` in their dtype."""
+        return self.quantized.scales
+
+    @property
+    def format(self) -> str:
+        """The format of the weight, a key of ``FORMATS``."""
+        return self._weight_form.format
+
+    @property
+    def block_size(self) -> int:
+        """Weights per scale."""
+        return self._weight_form.block_size
+
+    @property
+    def scale_encoding(self) -> str:
+        """The encoding of the scales, a key of ``ENCODINGS``."""
+        return self._weight_form.scale_encoding
+
+    @property
+    def _weight_form(self) -> FourBitForm:
+        form = self._forms["weight"].form if "weight" in self._forms else None
+        if not isinstance(form, FourBitForm):
+            raise AttributeError(f"{type(self).__name__} has no weight in 4 bits")
+        return form
+
+    def get_extra_state(self) -> Any:
+        """Return the formats as text in a uint8 tensor, which safetensors can hold, beside the class's own state."""
+        text = torch.tensor(list(self.formats.encode()), dtype=torch.uint8, device="cpu")
+        return {"formats": text, "own": super().get_extra_state()} if _has_extra_state(self) else text
+
+    def set_extra_state(self, state: Any) -> None:
+        """Set the class's own state: formats never change, and ``_load_from_state_dict`` has compared them."""
+        if _has_extra_state(self):
+            super().set_extra_state(state["own"])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Reject codes of another format; warn if the state names no format, as those of older versions do not."""
+        key, own = prefix + _EXTRA_STATE_KEY_SUFFIX, self.formats
+        missing, errors = rest[-3], rest[-1]
+        found = local_metadata.get("version")  # older versions had the format there
+        if key in state_dict:
+            state = state_dict[key]
+            text = state.get("formats") if isinstance(state, dict) and _has_extra_state(self) else state
+            found = _formats_of(text, own if found is None else found)
+        if isinstance(found, str) and found != own:
+            errors.append(f"{prefix.rstrip('.') or 'the layer'} stores {own}; the state holds {found}")
+            return
+        coded = {prefix + name for name in self.part_names} | {prefix + name for name in file_names(self).values()}
+        if not isinstance(found, str) and coded & state_dict.keys():
+            warnings.warn(
+                f"nothing in the state says how its 4-bit codes are stored: they are taken for {own}, and are noise "
+                "if they are not; load what this version's state_dict() gives, or a file with lowmem.load",
+                UserWarning,
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if key in missing and not _has_extra_state(self):
+            missing.remove(key)
+
+
+def _has_extra_state(module: StoredModule) -> bool:
+    return module.dense_class.get_extra_state is not nn.Module.get_extra_state
+
+
+def _formats_of(state: Any, unread: object) -> object:
+    """Return the formats in an extra state; ``unread`` where it has no values (meta or fake tensors)."""
+    if isinstance(state, Tensor) and (state.is_meta or isinstance(state, FakeTensor)):
+        return unread
+    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1:
+        return bytes(state.tolist()).decode(errors="replace")
+    return f"something else than a format ({type(state).__name__})"
+
+
+def format_keys(model: nn.Module) -> set[str]:
+    """Return the state_dict keys that hold formats of 4-bit modules; files keep formats in their metadata."""
+    layers = model.named_modules(remove_duplicate=False)
+    return {
+        f"{path}.{_EXTRA_STATE_KEY_SUFFIX}".lstrip(".")
+        for path, module in layers
+        if isinstance(module, FourBitStorage) and not _has_extra_state(module)
+    }
+
+
+def file_names(module: StoredModule) -> dict[str, str]:
+    """Return the names of a module's parts in files (``docs/format.md``), and in states of older versions."""
+    names = {}
+    for name, (form, *_) in module._forms.items():
+        for part in form.parts:
+            short = name if part == "rounded" else part if name == "weight" else f"{name}_{part}"
+            names[f"{name}_{part}"] = short
+    return names
+
+
+def _rename_old(module: StoredModule, state_dict: dict[str, Any], prefix: str) -> list[str]:
+    """Rename the parts of an older state; return what is wrong with them."""
+    errors = []
+    for name, old in file_names(module).items():
+        given, own = state_dict.get(prefix + old), getattr(module, name)
+        if old == name or not isinstance(given, Tensor) or prefix + name in state_dict or _has(module, old):
+            continue
+        if name.endswith("_rounded") and given.dtype != own.dtype:
+            continue  # a dense weight
+        if name.endswith("_scales"):
+            own = module.stored_weight("weight").scales  # type: ignore[union-attr]
+            if given.dtype != own.dtype:
+                errors.append(f"{prefix}{old} stores {own.dtype}; the state holds {given.dtype}")
+        state_dict[prefix + name] = as_part(state_dict.pop(prefix + old), name)
+    return errors
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return name in module._parameters or name in module._buffers or name in module._modules
+
+
+def as_part(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor of an older state or file as the part ``name``: scales become their bytes."""
+    return tensor.view(torch.uint8) if name.endswith("_scales") and tensor.dtype != torch.uint8 else tensor
+
+
+def described(weight: Weight) -> tuple[Form, tuple[nn.Parameter, ...]]:
+    """Return the form of a weight, and its parts as frozen parameters: the same ones for the same weight."""
+    if not isinstance(weight, QuantizedTensor):
+        return HalfForm(weight.dtype), (freeze(weight),)
+    parts = weight.cache.get("parts")
+    if parts is None:
+        parts = weight.cache["parts"] = tuple(map(freeze, FourBitForm.split(weight, 0)))
+    return FourBitForm.of(weight), parts
+
+
+def parts_of(name: str, form: Form, parts: tuple[nn.Parameter, ...]) -> dict[str, nn.Parameter]:
+    """Return the parts of a parameter by their names."""
+    return {f"{name}_{part}": tensor for part, tensor in zip(form.parts, parts, strict=True)}
+
+
+def _named(module: nn.Module, parameters: Mapping[str, Any], name: str) -> Tensor:
+    found = parameters.get(name)
+    if found is None:
+        found = getattr(module, name)  # something else holds it: a parametrization, or torch.func
+    return found  # type: ignore[no-any-return]
+
+
+def _made(one: Described, sources: tuple[Tensor, ...]) -> StoredTensor:
+    """Return a stored tensor of a module's parameters.
+
+    Raises:
+        RuntimeError: they do not have the layout that its shape needs.
+    """
+    parts, rows = sources, one.rows
+    if isinstance(one.form, HalfForm):
+        if tuple(sources[0].shape) != (*rows, *one.tail) and not is_recorded(*sources):
+            raise RuntimeError(
+                f"rounded.shape={tuple(sources[0].shape)} does not hold a weight of {(*rows, *one.tail)}"
+            )
+        parts = tuple(part.flatten(len(rows)) if len(one.tail) > 1 else part for part in sources)
+    elif tuple(parts[0].shape[:-1]) != rows and not is_recorded(*sources):
+        weight = one.form.join(parts, torch.Size(one.tail).numel())
+        replace(weight, shape=torch.Size((*rows, weight.shape[-1]))).check_layout()
+    tensor = StoredTensor(one.form, parts, one.tail, one.dtype)
+    tensor._is_param = True  # isinstance(weight, nn.Parameter) holds
+    return tensor
+
+
+def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:
+    """Make a parameter of a module one of another module: its parts are shared."""
+    if tensor.swapped:
+        raise RuntimeError(
+            f"{name} = weight.T: a transposed stored weight cannot be shared: give weight.dequantize()"
+        )
+    parts = tensor.__dict__.get("sources", tensor.parts)
+    old = module._forms[name].form
+    if type(old) is not type(tensor.form):
+        _change_class(module, name, tensor)
+    for part in old.parts:
+        module._parameters.pop(f"{name}_{part}", None)
+    module._forms[name] = Described(tensor.form, tuple(tensor.shape[: tensor.lead]), tensor.tail, tensor.dtype)
+    module._parameters.update(parts_of(name, tensor.form, tuple(map(freeze, parts))))
+    module._kept.pop(name, None)
+
+
+def _change_class(module: StoredModule, name: str, tensor: StoredTensor) -> None:
+    """Make a module one of the class for another form of a parameter."""
+    shapes = {one: module.stored_tensor(one) for one in module.forms}
+    empty = {one: freeze(torch.empty(own.shape, dtype=own.dtype, device="meta")) for one, own in shapes.items()}
+    dense = restored_copy(module, empty)
+    weights = {one: own.stored for one, own in shapes.items() if one != name} | {name: tensor.stored}
+    become(module, stored_copy(dense, weights, compute_dtype=None))
+
+
+def _refuse_in_dense(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Refuse a stored tensor as a parameter of a module that cannot store it.
+
+    Raises:
+        RuntimeError: it is one; the remedy is named.
+    """
+    if isinstance(parameter, StoredTensor):
+        raise RuntimeError(
+            f"{type(module).__name__}.{name} cannot hold a weight that is stored in {parameter.form}: convert both "
+            f"modules, so that they share it; or {REMEDY}"
+        )
+
+
+register_module_parameter_registration_hook(_refuse_in_dense)
+
+
+# Classes
+
+
+def _stored_class(dense: Any, names: tuple[str, ...], form: Any) -> type[StoredModule]:
+    """Return the class of modules of class ``dense`` whose parameters ``names`` are stored."""
+    known = LAYERS.get((dense, form))
+    if known is not None and "weight" in names and set(names) <= set(known.stored_names):
+        return known
+    base = FourBitStorage if form is FourBitForm else StoredModule
+    body: dict[str, Any] = {name: stored_property(name) for name in names}
+    body |= {
+        "dense_class": dense,
+        "stored_names": names,
+        "__module__": dense.__module__,
+        "__qualname__": dense.__qualname__,
+        "__doc__": dense.__doc__,
+        "__reduce_ex__": lambda module, _: (_empty, (dense, names, form), module.__getstate__()),
+    }
+    if issubclass(dense, nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
+    return type(dense.__name__, (base, dense), body)
+
+
+stored_class: Callable[[Any, tuple[str, ...], Any], type[StoredModule]] = cache(_stored_class)
+
+
+def stored_property(name: str) -> property:
+    """Return a property for a stored parameter ``name``."""
+
+    def get(module: StoredModule) -> Any:
+        if name in module.__dict__["_forms"]:
+            return module.stored_tensor(name)
+        found = module._parameters.get(name)
+        return module.__dict__.get(name) if found is None else found  # a plain tensor, as a hook puts there
+
+    def put(module: StoredModule, value: Any) -> None:
+        module.__dict__[name] = value
+
+    return property(get, put, doc=f"The parameter ``{name}``: a StoredTensor.")
+
+
+def _flat_weights(module: Any) -> list[Any]:
+    return [getattr(module, name) for name in module.__dict__["_flat_weights_names"]]
+
+
+def _empty(dense: type[nn.Module], names: tuple[str, ...], form: type[Form]) -> StoredModule:
+    made = stored_class(dense, names, form)
+    return made.__new__(made)
+
+
+# Hooks stay with a module when parameters of it are stored or made dense again.
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def stored_copy(module: nn.Module, weights: Mapping[str, Weight], **attributes: Any) -> StoredModule:
+    """Return a copy of a module in which parameters are stored; it has no hooks, and shares everything else.
+
+    Args:
+        module: dense.
+        weights: for each parameter to store: (*lead, columns), with the leading dimensions of the parameter.
+        **attributes: of the copy.
+    """
+    forms = {name: described(weight) for name, weight in weights.items()}
+    kinds = {type(form) for form, _ in forms.values()}
+    made = stored_class(type(module), tuple(weights), FourBitForm if FourBitForm in kinds else HalfForm)
+    _refuse_collisions(module, made, forms)
+    copied = copied_module(module, made)
+    described_by: dict[str, Described] = {}
+    parameters: dict[str, Any] = {}
+    for name, parameter in module._parameters.items():
+        if name not in forms:
+            parameters[name] = parameter
+            continue
+        assert parameter is not None
+        form, parts = forms[name]
+        lead = leading_dims(module, parameter)
+        shape = tuple(parameter.shape)
+        described_by[name] = Described(form, shape[:lead], shape[lead:], parameter.dtype)
+        if isinstance(form, HalfForm) and parts[0].shape != parameter.shape:
+            parts = (freeze(parts[0].view(parameter.shape)),)
+        parameters |= parts_of(name, form, parts)
+    copied.__dict__.update(_parameters=parameters, _forms=described_by, _kept={}, **attributes)
+    if isinstance(module, nn.RNNBase):
+        copied.__dict__.pop("_flat_weights", None)
+    return copied  # type: ignore[return-value]
+
+
+def _refuse_collisions(module: nn.Module, made: type[nn.Module], forms: Mapping[str, Any]) -> None:
+    """Refuse a module with attributes that the class with stored parameters, or their parts, would hide.
+
+    Raises:
+        ValueError: it has some; they are named.
+    """
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    parts = {f"{name}_{part}" for name, (form, _) in forms.items() for part in form.parts}
+    base = FourBitStorage if issubclass(made, FourBitStorage) else StoredModule
+    added = {name for name in dir(base) if not hasattr(nn.Module, name) and not hasattr(object, name)} - {
+        "__weakref__"
+    }
+    hidden = (own & (added | parts)) | {name for name in added if hasattr(type(module), name)}
+    if hidden:
+        raise ValueError(
+            f"{type(module).__name__} has {', '.join(sorted(hidden))} of its own, which a module with stored "
+            "parameters has, too: rename it, or leave the module out with skip="
+        )
+
+
+def leading_dims(module: nn.Module, parameter: Tensor) -> int:
+    """Return how many leading dimensions of a module's parameter count rows: the first one of a convolution's."""
+    dims = parameter.dim()
+    if isinstance(module, (nn.modules.conv._ConvNd, ParametrizationList)) and dims > 1:
+        return 1
+    return max(0, dims - 1)
+
+
+def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> nn.Module:
+    """Return a copy of a module in which parameters are dense, with these values; of its own class, where all are."""
+    left = {name: one for name, one in module._forms.items() if name not in values}
+    names = tuple(name for name in module.stored_names if name in left)
+    kinds = {type(one.form) for one in left.values()}
+    made = module.dense_class
+    if names:
+        made = stored_class(module.dense_class, names, FourBitForm if FourBitForm in kinds else HalfForm)
+    copied = copied_module(module, made)
+    parameters: dict[str, Any] = {}
+    for name, parameter in module._parameters.items():
+        owner = next(
+            (one for one in values if name in [f"{one}_{part}" for part in module._forms[one].form.parts]), None
+        )
+        if owner is None:
+            parameters[name] = parameter
+        elif owner not in parameters:
+            value = values[owner]
+            parameters[owner] = value if value is None or isinstance(value, nn.Parameter) else freeze(value)
+    copied.__dict__["_parameters"] = parameters
+    for name in ("_forms", "_kept", "weight_error"):
+        copied.__dict__.pop(name, None)
+    if names:
+        copied.__dict__.update(_forms=left, _kept={})
+    if isinstance(copied, nn.RNNBase) and not names:
+        copied.__dict__["_flat_weights"] = _flat_weights(copied)
+    return copied
+
+
+def copied_module(module: nn.Module, made: type[nn.Module]) -> nn.Module:
+    """Return an object of a class with a module's attributes, without its hooks."""
+    copied = made.__new__(made)
+    copied.__dict__.update(module.__dict__)
+    for name in (*HOOKS, "_buffers", "_modules"):
+        value = module.__dict__[name]
+        copied.__dict__[name] = type(value)() if name in HOOKS else type(value)(value)
+    return copied
+
+
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Make a module what ``other``, a copy of ``stored_copy`` or ``restored_copy``, is; its hooks and mode stay."""
+    own = module.__dict__
+    final = {**other.__dict__, **{name: own[name] for name in (*HOOKS, "training", "_modules", "_buffers")}}
+    # In between, what either class reads is there: another thread may be calling the module.
+    both = {**own, **final, "_parameters": {**own["_parameters"], **final["_parameters"]}}
+    object.__setattr__(module, "__dict__", both)
+    module.__class__ = other.__class__
+    object.__setattr__(module, "__dict__", final)

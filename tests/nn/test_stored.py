@@ -1,0 +1,137 @@
+"""A stored tensor answers like the dense one that it replaced."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from lowmem.nn.stored import StoredTensor
+from tests.nn.stored_cases import store
+
+FORMS = ["bof4s", "bfloat16"]
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+@forms
+def test_it_has_the_shape_dtype_and_device_of_the_dense_weight(form):
+    dense = torch.randn(3, 24, 40)
+    weight = store(dense, form)
+    for name in ("shape", "dtype", "device", "requires_grad", "is_leaf", "ndim", "layout", "itemsize"):
+        assert getattr(weight, name) == getattr(dense, name), name
+    assert weight.size() == dense.size()
+    assert weight.size(-1) == 40
+    assert weight.stride() == dense.stride()
+    assert (weight.numel(), weight.dim(), len(weight)) == (dense.numel(), 3, 3)
+    assert weight.is_floating_point()
+    assert weight.is_contiguous()
+    assert not weight.is_sparse
+    assert not weight.is_meta
+    assert form in repr(weight)
+    assert "shape=(3, 24, 40)" in repr(weight)
+    assert (weight.dequantize() - dense).norm() < 0.2 * dense.norm()
+
+
+@forms
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda w: w[1],
+        lambda w: w[1][4],
+        lambda w: w[-1, 2:9],
+        lambda w: w[:, 3],
+        lambda w: w[1:],
+        lambda w: w.view(72, 40),
+        lambda w: w.reshape(-1, 40),
+        lambda w: w.flatten(0, 1),
+        lambda w: w.view(3, 24, 5, 8),
+        lambda w: w.unsqueeze(0).squeeze(0),
+        lambda w: w.mT,
+        lambda w: w.transpose(1, 2).transpose(1, 2),
+        lambda w: w[1].t(),
+        lambda w: w.expand(2, 3, 24, 40),
+        lambda w: w.detach(),
+        lambda w: w.split(1)[2],
+        lambda w: w.chunk(3)[0],
+        lambda w: w.unbind()[1],
+        lambda w: w.data,
+    ],
+)
+def test_views_of_rows_share_the_stored_bytes(form, view):
+    weight = store(torch.randn(3, 24, 40), form)
+    made, expected = view(weight), view(weight.dequantize())
+    assert isinstance(made, StoredTensor)
+    assert made.shape == expected.shape
+    assert made.stride() == expected.stride() or not expected.is_contiguous()
+    assert torch.equal(made.dequantize(), expected)
+    own = [part.untyped_storage().data_ptr() for part in weight.parts]
+    assert [part.untyped_storage().data_ptr() for part in made.parts] == own
+
+
+@forms
+@pytest.mark.parametrize(
+    "view", [lambda w: w[..., 4:9], lambda w: w.permute(2, 0, 1), lambda w: w[0, 1, 2], lambda w: w.float() + 1]
+)
+def test_whatever_is_no_whole_rows_is_dense(form, view):
+    weight = store(torch.randn(3, 24, 40), form)
+    made = view(weight)
+    assert type(made) is torch.Tensor
+    assert torch.equal(made, view(weight.dequantize()))
+
+
+@forms
+def test_a_matrix_of_a_stack_is_made_once_and_follows_the_storage(form):
+    weight = store(torch.randn(3, 24, 40), form)
+    assert weight[1] is weight[1] is weight[torch.tensor(1)]
+    assert weight[1] is not weight[2]
+    before = weight[1].dequantize()
+    for part in weight.parts:
+        part.data = part.data.flip(0).contiguous()
+    assert torch.equal(weight[1].dequantize(), before)  # the one in the middle
+    assert not torch.equal(weight[0].dequantize(), weight[2].dequantize())
+
+
+@forms
+def test_casts_change_what_it_presents_and_no_stored_bit(form):
+    weight = store(torch.randn(24, 40), form)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        cast = weight.to(dtype)
+        assert isinstance(cast, StoredTensor)
+        assert cast.dtype == cast.dequantize().dtype == dtype
+        assert all(a is b or torch.equal(a, b) for a, b in zip(cast.parts, weight.parts, strict=True))
+    assert weight.half().dtype == torch.float16
+    assert weight.double().dtype == torch.float64
+    assert torch.equal(weight.half().float().dequantize(), weight.dequantize())
+    assert weight.to("meta").is_meta
+    with pytest.raises(ValueError, match="dtype=torch.int32 must be a floating-point dtype"):
+        weight.dequantize(torch.int32)
+
+
+@forms
+def test_copies_have_bytes_of_their_own(form):
+    weight = store(torch.randn(24, 40), form)
+    for twin in (weight.clone(), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert isinstance(twin, StoredTensor)
+        assert (twin.form, twin.tail, twin.dtype) == (weight.form, weight.tail, weight.dtype)
+        assert torch.equal(twin, weight)
+        assert not {p.data_ptr() for p in twin.parts} & {p.data_ptr() for p in weight.parts}
+    pair = copy.deepcopy([weight, weight])
+    assert pair[0] is pair[1]
+
+
+@forms
+def test_tensors_like_it_are_dense(form):
+    weight = store(torch.randn(24, 40), form)
+    for make in (torch.zeros_like, torch.empty_like, torch.randn_like, torch.ones_like):
+        made = make(weight)
+        assert (type(made), made.shape, made.dtype) == (torch.Tensor, weight.shape, weight.dtype)
+    assert torch.full_like(weight, 2.0, dtype=torch.float64).eq(2).all()
+    assert weight.new_zeros(3).shape == (3,)
+
+
+def test_it_is_equal_to_what_has_the_same_values():
+    weight = store(torch.randn(24, 40), "nf4")
+    assert torch.equal(weight, weight.dequantize())
+    assert torch.equal(weight.dequantize(), weight)
+    assert not torch.equal(weight, store(torch.randn(24, 40), "nf4"))
+    assert not torch.equal(weight, store(torch.randn(24, 40), "fp4"))

@@ -1,0 +1,115 @@
+"""Nothing writes to a stored weight by halves: a write is refused with its remedy, or stores anew."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem import FourBit, Half, convert
+from lowmem.nn.stored_functions import store_again
+from tests.nn.stored_cases import store
+
+forms = pytest.mark.parametrize("form", ["nf4", "bfloat16"])
+
+WRITES = {
+    "zero_": lambda w: w.zero_(),
+    "fill_": lambda w: w.fill_(1.0),
+    "mul_": lambda w: w.mul_(2),
+    "*=": lambda w: w.__imul__(2),
+    "div_": lambda w: w.div_(2**0.5),
+    "add_": lambda w: w.add_(torch.ones(24, 40)),
+    "copy_": lambda w: w.copy_(torch.ones(24, 40)),
+    "normal_": lambda w: nn.init.normal_(w),
+    "kaiming_uniform_": lambda w: nn.init.kaiming_uniform_(w),
+    "orthogonal_": lambda w: nn.init.orthogonal_(w),
+    "a row": lambda w: w[3].zero_(),
+    "rows": lambda w: w[3:5].fill_(1),
+    "setitem": lambda w: w.__setitem__(0, 1.0),
+    "data": lambda w: w.data.normal_(),
+    "out": lambda w: torch.add(torch.ones(24, 40), 1, out=w),
+    "clamp_": lambda w: w.clamp_(-1, 1),
+    "renorm_": lambda w: w.renorm_(2, 0, 1.0),
+    "max_norm": lambda w: nn.functional.embedding(torch.tensor([1]), w, max_norm=1.0),
+    "apply_": lambda w: w.apply_(lambda value: value),
+    "optimizer": lambda w: torch._foreach_add_([w], 1.0),
+}
+
+
+@forms
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_writes_are_refused_with_the_remedy(write, form):
+    weight = store(torch.randn(24, 40), form)
+    before = [part.clone() for part in weight.parts]
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"stored in (nf4|bfloat16).*lowmem.restore\(model\)"):
+        write(weight)
+    assert all(torch.equal(part, old) for part, old in zip(weight.parts, before, strict=True))
+
+
+@forms
+def test_memory_that_it_has_not_is_refused_and_its_parts_are_shared(form):
+    weight = store(torch.randn(24, 40), form)
+    for export in (weight.numpy, weight.tolist, lambda: torch.from_dlpack(weight)):
+        with pytest.raises(TypeError, match=r"has no dense memory: call weight.dequantize\(\) first"):
+            export()
+    assert weight.share_memory_() is weight
+    assert all(part.is_shared() for part in weight.parts)
+
+
+@forms
+def test_it_never_trains(form):
+    weight = store(torch.randn(24, 40), form)
+    for train in (lambda: weight.requires_grad_(), lambda: setattr(weight, "requires_grad", True)):
+        with pytest.raises(RuntimeError, match="frozen: train an adapter"):
+            train()
+    assert weight.requires_grad_(False) is weight
+    weight.requires_grad = False
+    assert not weight.requires_grad
+
+
+@pytest.mark.parametrize("technique", [FourBit("nf4"), FourBit("int4", search=True), Half(torch.float16)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(40, 24), lambda: nn.Conv2d(4, 6, 3), lambda: nn.Embedding(24, 40)]
+)
+def test_data_is_stored_in_the_form_of_the_weight(technique, make):
+    layer, other = convert(make(), technique), make()
+    weight, first = layer.weight, next(layer.parameters())
+    weight.data = other.weight.detach().clone()
+    expected = convert(other, technique).weight
+    assert torch.equal(layer.weight, expected)
+    assert torch.equal(weight, expected)
+    assert next(layer.parameters()) is first
+    weight.data = expected
+    assert torch.equal(layer.weight.dequantize(), expected.dequantize())
+
+
+def test_data_of_more_rows_changes_the_shape_for_all_that_share_the_weight():
+    """As a model's vocabulary grows."""
+    tokens, head = nn.Embedding(10, 32), nn.Linear(32, 10, bias=False)
+    head.weight = tokens.weight
+    model = convert(nn.ModuleList([tokens, head]), FourBit())
+    more = torch.randn(12, 32)
+    model[0].weight.data = more
+    assert model[0].weight.shape == model[1].weight.shape == (12, 32)
+    assert model[0].weight is model[1].weight
+    assert model[1](torch.randn(3, 32)).shape == (3, 12)
+    assert torch.equal(model[0](torch.arange(12)), model[1].weight.dequantize())
+
+
+def test_data_that_cannot_be_stored_changes_nothing():
+    layer = convert(nn.Linear(40, 24), FourBit())
+    before = layer.weight.dequantize()
+    with pytest.raises(ValueError, match="NaN"):
+        layer.weight.data = torch.full((24, 40), float("nan"))
+    with pytest.raises(RuntimeError, match="this weight is stored in nf4.*and the value in fp4"):
+        layer.weight.data = store(torch.randn(24, 40), "fp4")
+    with pytest.raises(RuntimeError, match=r"rows of shape \(40,\), and the value of \(41,\)"):
+        layer.weight.data = torch.randn(24, 41)
+    with pytest.raises(RuntimeError, match="would write to a weight that is stored in nf4"):
+        layer.weight.T.data = torch.randn(40, 24)
+    assert torch.equal(layer.weight.dequantize(), before)
+
+
+@forms
+def test_storing_again_what_is_stored_changes_no_bit(form):
+    weight = store(torch.randn(24, 40), form)
+    again = store_again(weight, weight.dequantize())
+    assert torch.equal(again.dequantize(), weight.dequantize())

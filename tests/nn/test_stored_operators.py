@@ -1,0 +1,160 @@
+"""What computes with a stored weight gives what the dequantized one gives, and keeps nothing dense for backward."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lowmem import FORMATS, measure
+from lowmem.nn.stored import StoredTensor
+from lowmem.quant.scales import ENCODINGS
+from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, store
+from tests.rounding import OF_4_BITS, assert_sum
+
+FORMS = ["nf4", "bfloat16"]
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def run(function, x, weight):
+    """Return the output, the gradient of the input for ones, and what backward kept."""
+    kept = []
+    x = x.clone().requires_grad_(x.is_floating_point())
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda one: one):
+        out = function(x, weight)
+    if x.requires_grad:
+        out.backward(torch.ones_like(out))
+    return out.detach(), x.grad, kept
+
+
+def assert_nothing_dense(kept, x, weight):
+    """Hold what backward kept to stored tensors, the input and small ones."""
+    own = {part.untyped_storage().data_ptr() for part in (*weight.parts, x)}
+    for tensor in kept:
+        if not isinstance(tensor, StoredTensor) and tensor.is_floating_point():
+            known = tensor.untyped_storage().data_ptr() in own or tensor.shape == x.shape
+            assert known or tensor.numel() < weight.numel() // 2, (tensor.shape, tensor.dtype)
+
+
+@forms
+@cases
+def test_outputs_and_gradients_are_those_of_the_dequantized_weight_and_none_is_kept(case, form):
+    torch.manual_seed(0)
+    weight, x = store(torch.randn(case.weight), form, case.lead), case.make_input()
+    dense = weight.dequantize()
+    assert (type(dense), dense.shape) == (torch.Tensor, torch.Size(case.weight))
+    got, of_x, kept = run(case.function, x, weight)
+    assert_nothing_dense(kept, x, weight)
+    wide = x.double() if x.is_floating_point() else x
+    exact, exact_of_x, _ = run(case.function, wide, dense.double())
+    sizes, sizes_of_x, _ = run(case.function, wide.abs(), dense.double().abs())
+    assert_sum(got, exact, sizes, case.terms + OF_4_BITS)
+    if of_x is not None:
+        assert_sum(of_x, exact_of_x, sizes_of_x, dense.numel() + OF_4_BITS)
+
+
+LARGE = {
+    "linear": (F.linear, (1024, 1024), (4, 1024), None),
+    "x @ W": (lambda x, w: x @ w, (1024, 1024), (4, 1024), None),
+    "addmm": (lambda x, w: torch.addmm(x.new_ones(1024), x, w), (1024, 1024), (4, 1024), None),
+    "bmm": (torch.bmm, (4, 512, 512), (4, 4, 512), None),
+    "einsum": (lambda x, w: torch.einsum("bh,hnd->bnd", x, w), (1024, 4, 256), (4, 1024), None),
+    "conv1d": (F.conv1d, (1024, 512, 2), (1, 512, 4), 1),
+    "conv2d": (F.conv2d, (512, 256, 3, 3), (1, 256, 4, 4), 1),
+    "conv2d, transposed": (F.conv_transpose2d, (512, 256, 3, 3), (1, 512, 2, 2), 1),
+    "bilinear": (lambda x, w: F.bilinear(x, x, w), (4, 512, 512), (4, 512), None),
+}
+
+
+@pytest.mark.parametrize("form", ["nf4", "float16"])
+@pytest.mark.parametrize("name", LARGE)
+def test_the_peak_of_a_step_holds_no_dense_weight(name, form):
+    """A weight of 4 MiB or more in float32; the einsum's strided parts, of 16 bits, are copied: 2 MiB, and chunks."""
+    function, shape, size, lead = LARGE[name]
+    weight, x = store(torch.randn(shape), form, lead), torch.randn(size, requires_grad=True)
+    dense = 4 * weight.numel()
+    assert dense >= 4 * 2**20
+
+    def step():
+        function(x, weight).sum().backward()
+
+    step()  # caches and handles
+    x.grad = None
+    assert measure.peak_bytes(step) < 3.2 * 2**20 < dense
+
+
+@forms
+@pytest.mark.parametrize("case", WHOLE.values(), ids=WHOLE.keys())
+def test_whatever_else_reads_values_gets_them_dequantized(case, form):
+    weight, x = store(torch.randn(case.weight), form), case.make_input()
+    got, of_x, _ = run(case.function, x, weight)
+    expected, expected_of_x, _ = run(case.function, x, weight.dequantize())
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(of_x, expected_of_x)
+
+
+@pytest.mark.parametrize("scales", ENCODINGS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_and_scale_encoding_is_read(form, scales):
+    weight, x = store(torch.randn(24, 40), form, scales=scales), torch.randn(3, 40, dtype=torch.float64)
+    exact = F.linear(x, weight.dequantize(torch.float64))
+    for got in (F.linear(x, weight), x @ weight.T, (weight @ x.T).T):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    indices = torch.tensor([3, 1])
+    assert torch.equal(F.embedding(indices, weight), weight.dequantize()[indices])
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.aten, "_grouped_mm"), reason="this torch has no grouped_mm")
+@forms
+def test_a_grouped_product_is_one_for_each_group_of_rows(form):
+    """In bfloat16, as torch has it: held against float64 of the same inputs; one rounding of the result remains."""
+    weight = store(torch.randn(3, 48, 32), form).to(torch.bfloat16)
+    dense = weight.dequantize(torch.float32).double()
+    x = torch.randn(7, 48).bfloat16().requires_grad_()
+    out = torch._grouped_mm(x, weight, offs=OFFSETS)
+    exact = torch.cat([x[:2].double() @ dense[0], x[2:5].double() @ dense[2], torch.zeros(2, 32).double()])
+    sizes = torch.cat(
+        [x[:2].double().abs() @ dense[0].abs(), x[2:5].double().abs() @ dense[2].abs(), torch.ones(2, 32).double()]
+    )
+    assert ((out.double() - exact).abs() <= 2**-6 * sizes).all()
+    out.backward(torch.ones_like(out))
+    assert x.grad[5:].eq(0).all()
+    wanted = torch.cat([dense[0].sum(1).expand(2, -1), dense[2].sum(1).expand(3, -1)])
+    assert ((x.grad[:5].double() - wanted).abs() <= 2**-6 * dense.abs().sum(2).max()).all()
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@forms
+def test_a_bag_gathers_each_row_once(form, mode):
+    weight, indices = store(torch.randn(4096, 64), form), torch.randint(4096, (4, 3))
+    expected = F.embedding_bag(indices, weight.dequantize(), mode=mode)
+    torch.testing.assert_close(F.embedding_bag(indices, weight, mode=mode), expected)
+    assert measure.peak_bytes(lambda: F.embedding_bag(indices, weight, mode=mode)) < 64 * 1024
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("transform", ["jvp", "vmap", "hessian", "grad of grad"])
+def test_transforms_of_functions_see_a_matrix(form, transform):
+    weight, x = store(torch.randn(6, 8), form).double(), torch.randn(8, dtype=torch.float64)
+    dense = weight.dequantize()
+
+    def norm(matrix):
+        return lambda x: (x @ matrix.T).pow(2).sum()
+
+    if transform == "jvp":
+        got, expected = (torch.func.jvp(lambda x, m=m: x @ m.T, (x,), (x.cos(),))[1] for m in (weight, dense))
+    elif transform == "vmap":
+        got, expected = (torch.func.vmap(lambda x, m=m: m @ x)(x.expand(3, 8)) for m in (weight, dense))
+    elif transform == "hessian":
+        got, expected = (torch.func.hessian(norm(m))(x) for m in (weight, dense))
+    else:
+        assert torch.autograd.gradgradcheck(norm(weight), x.clone().requires_grad_())
+        return
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_it_is_read_in_inference_mode_and_under_autocast():
+    weight, x = store(torch.randn(24, 40), "nf4"), torch.randn(3, 40)
+    with torch.inference_mode():
+        torch.testing.assert_close(F.linear(x, weight), F.linear(x, weight.dequantize()), rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(x, weight).dtype == (x @ weight.T).dtype == torch.bfloat16
