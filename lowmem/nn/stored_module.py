@@ -693,7 +693,7 @@ def become(module: nn.Module, other: nn.Module) -> None:
     """Make a module what ``other``, a copy of ``stored_copy`` or ``restored_copy``, is; its hooks and mode stay."""
     own = module.__dict__
     final = {**other.__dict__, **{name: own[name] for name in (*HOOKS, "training", "_modules", "_buffers")}}
-    # In between, what either class reads is there: another thread may be calling the module.
+    # In between, what either class reads is there, for a call by another thread; one that is reading may still fail.
     both = {**own, **final, "_parameters": {**own["_parameters"], **final["_parameters"]}}
     object.__setattr__(module, "__dict__", both)
     module.__class__ = other.__class__

@@ -114,7 +114,7 @@ def convert(
     it only adapters train. It leaves out the output layer of a language model (what ``get_output_embeddings()``
     returns), layers that share its weight, and linear layers whose weight is tied to an embedding, unless
     ``where`` is given: their adapters would be as large as the vocabulary. ``summary`` lists how each module was
-    treated, and why.
+    treated, and why. A call of the model by another thread meanwhile may fail.
 
     Args:
         model: any module; the root itself can be the layer.
@@ -548,6 +548,7 @@ def restore(
     """Make stored parameters dense again: modules get their own class back, and values as ``dequantize`` gives them.
 
     Dense parameters do not require gradients; shared ones stay shared. Adapters are kept: their bases become dense.
+    A call of the model by another thread meanwhile may fail.
 
     Args:
         model: any module; the root itself can be the layer.

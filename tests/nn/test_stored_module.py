@@ -3,8 +3,6 @@
 import copy
 import io
 import pickle
-import sys
-import threading
 
 import pytest
 import torch
@@ -347,33 +345,6 @@ def test_a_copy_knows_of_more_rows(technique):
     layer.weight.data = torch.randn(12, 16)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin.weight.dequantize(), layer.weight.dequantize())
-
-
-def test_a_layer_is_called_while_another_thread_converts_it():
-    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)))
-    x, errors, ended = torch.randn(2, 16), [], threading.Event()
-
-    def call():
-        try:
-            while not ended.is_set():
-                model(x)
-        except Exception as error:  # noqa: BLE001 - whatever it is: the test shows it
-            errors.append(error)
-
-    interval = sys.getswitchinterval()
-    threads = [threading.Thread(target=call) for _ in range(2)]
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for _ in range(10):
-            restore(convert(model, FourBit()))
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
-        sys.setswitchinterval(interval)
-    assert errors == []
 
 
 def test_codes_without_their_scales_are_not_loaded():
