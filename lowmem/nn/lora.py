@@ -262,9 +262,7 @@ class AdaptedWeight(Tensor):
                 return function(*args, **kwargs)
         if function is nn.functional.linear and len(args) > 1 and isinstance(args[1], AdaptedWeight):
             return args[1]._linear(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
-        plain = lambda one: one.values() if isinstance(one, AdaptedWeight) else one  # noqa: E731
-        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
-        return function(*args, **kwargs)
+        return cls.__torch_dispatch__(function, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -420,7 +418,8 @@ class LoRALinear(nn.Module):
             ValueError: the adapted weight is not finite, or exceeds the range of the dtype or scales.
         """
         base = self.base
-        adapted = base.quantized.dequantize() if isinstance(base, Linear4Bit) else _values(base)
+        own = _weight_of(base)
+        adapted = own.dequantize() if isinstance(base, Linear4Bit) else own.detach()
         added = [part for name in names if (part := cast(Adapter, self.adapters[name])).lora_b.any()]
         for adapter in added:
             adapted = adapted + adapter.delta()
@@ -429,7 +428,7 @@ class LoRALinear(nn.Module):
             quantized = requantize(base.quantized, adapted) if added else base.quantized
             layer = Linear4Bit(quantized, base.bias, base.compute_dtype, base.weight.dtype)
         elif to is None and isinstance(base, HalfLinear):
-            rounded = round_to(adapted, _values(base).dtype, "weight")
+            rounded = round_to(adapted, own.dtype, "weight")
             layer = HalfLinear(rounded, base._parameters.get("bias_rounded"), base.weight.dtype)
         else:
             layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -452,12 +451,6 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         """Describe which adapters are active and merged."""
         return f"active={', '.join(self.active) or None}, merged={self.merged}"
-
-
-def _values(base: nn.Module) -> Tensor:
-    """Return the weight of a dense or 16-bit layer, as it is stored."""
-    weight: Any = base.stored_weight() if isinstance(base, HalfLinear) else base.weight
-    return weight.detach()  # type: ignore[no-any-return]
 
 
 def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor) -> Tensor | None:

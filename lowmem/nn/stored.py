@@ -76,7 +76,7 @@ class FourBitForm:
         return shaped  # whose check_layout names what does not fit
 
     @staticmethod
-    def split(weight: QuantizedTensor, lead: int) -> tuple[Tensor, ...]:
+    def split(weight: QuantizedTensor) -> tuple[Tensor, ...]:
         """Return the parts of a quantized tensor, not copied."""
         return weight.packed, weight.scales.detach().view(torch.uint8)
 
@@ -95,11 +95,6 @@ class HalfForm:
     def join(self, parts: Sequence[Tensor], columns: int) -> Tensor:
         """Return the weight (*lead, columns) of its part."""
         return parts[0]
-
-    @staticmethod
-    def split(weight: Tensor, lead: int) -> tuple[Tensor, ...]:
-        """Return the parts, as ``StoredTensor`` holds them: (*lead, columns)."""
-        return (weight.flatten(lead) if weight.dim() > lead + 1 else weight,)
 
 
 Form: TypeAlias = FourBitForm | HalfForm

@@ -147,9 +147,7 @@ def store_again(weight: StoredTensor, values: Tensor) -> StoredTensor:
         stored = quantize(
             rows, form.format, block_size=form.block_size, scales=form.scale_encoding, search=form.method != "absmax"
         )
-        form = FourBitForm.of(stored)
-        parts = form.split(stored, lead)
-        form = weight.form
+        parts = form.split(stored)
     else:
         parts = (round_to(rows, form.dtype, "weight"),)
     return StoredTensor(form, parts, values.shape[lead:], values.dtype)

@@ -8,6 +8,7 @@ that whoever reads it finds what they expect.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -307,11 +308,8 @@ class FourBitStorage(StoredModule):
         """Return what stands for ``quantized`` in a graph that torch.compile or torch.jit.trace makes."""
         form, _, tail, _ = self._forms["weight"]
         assert isinstance(form, FourBitForm)
-        columns = 1
-        for size in tail:
-            columns *= size
         packed, scales = (_named(self, self._parameters, f"weight_{part}") for part in form.parts)
-        shape = (packed.shape[0], columns)
+        shape = (packed.shape[0], math.prod(tail))
         return StoredParts(packed, scales, form.format, form.block_size, form.scale_encoding, shape)
 
     @property
@@ -448,7 +446,7 @@ def described(weight: Weight) -> tuple[Form, tuple[nn.Parameter, ...]]:
         return HalfForm(weight.dtype), (freeze(weight),)
     parts = weight.cache.get("parts")
     if parts is None:
-        parts = weight.cache["parts"] = tuple(map(freeze, FourBitForm.split(weight, 0)))
+        parts = weight.cache["parts"] = tuple(map(freeze, FourBitForm.split(weight)))
     return FourBitForm.of(weight), parts
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable
+from lowmem.measure import weight_count
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
@@ -63,7 +64,6 @@ __all__ = [
     "rebuild_all",
     "restore",
     "store_parameters",
-    "stored_weight",
     "swap",
     "weight_key",
 ]
@@ -291,7 +291,7 @@ def _check_parameters(found: dict[nn.Module, tuple[str, list[str]]]) -> None:
         for name in names:
             parameter: Any = module._parameters[name]
             place = layer_name(path) if name == "weight" else layer_name(f"{path}.{name}".lstrip("."))
-            if isinstance(parameter, _sharded()) or isinstance(getattr(parameter, "data", None), _sharded()):
+            if isinstance(parameter, _sharded()):
                 raise ValueError(f"{place} is sharded (a DTensor): convert the model before fully_shard")
             if parameter.is_meta:
                 continue
@@ -354,24 +354,15 @@ def _check_bits(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], a
     if isinstance(at_most, bool) or not isinstance(at_most, int | float) or not at_most > 0:
         raise ValueError(f"at_most={at_most!r} must be a number of bits above 0")
     tensors: dict[int, int] = {}
-    weights: dict[int, int] = {}
     for module in model.modules():
         if isinstance(module, Adapter):
             continue
-        for parameter in module._parameters.values():
-            if parameter is not None and not is_lazy(parameter):
-                weights[id(parameter)] = parameter.numel()
         new: Any = replacements.get(module, module)
         new = new.base if isinstance(new, LoRALinear) else new
-        if isinstance(module, StoredModule):
-            for name in module.part_names:
-                weights.pop(id(getattr(module, name)), None)
-            for name in module.forms:
-                weights[id(getattr(module, module.part_names[0]))] = module.stored_size(name)
         for parameter in new._parameters.values():
             if parameter is not None and not is_lazy(parameter):
                 tensors[id(parameter)] = parameter.numel() * parameter.element_size()
-    bits = 8 * sum(tensors.values()) / max(1, sum(weights.values()))
+    bits = 8 * sum(tensors.values()) / max(1, weight_count(model))
     if bits > at_most:
         dense = sorted(
             (
@@ -386,11 +377,6 @@ def _check_bits(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], a
             f"at_most={at_most} bits a weight are out of reach: these techniques give {bits:.3f}. What stays dense: "
             f"{largest or 'nothing'}; name it with parameters=, or take larger blocks or another scale encoding"
         )
-
-
-def stored_weight(layer: nn.Module) -> Any:
-    """Return the weight of a layer: a QuantizedTensor, a 16-bit tensor, or the dense parameter."""
-    return layer.stored_weight() if isinstance(layer, StoredModule) else layer.weight
 
 
 def weight_key(weight: Tensor) -> Hashable:

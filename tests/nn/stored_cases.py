@@ -114,4 +114,4 @@ def store(weight: Tensor, form: str, lead: int | None = None, scales: str | None
         return StoredTensor(HalfForm(dtype), (rows.to(dtype),), weight.shape[lead:], weight.dtype)
     quantized = quantize(rows, form, block_size=16, scales=scales)
     made = FourBitForm.of(quantized)
-    return StoredTensor(made, made.split(quantized, lead), weight.shape[lead:], weight.dtype)
+    return StoredTensor(made, made.split(quantized), weight.shape[lead:], weight.dtype)

@@ -750,3 +750,10 @@ def test_a_module_converted_in_place_stays_the_object_that_others_hold():
     assert [model.shared, model.list[0], model.inner[0][0]] == held
     model(torch.ones(2, 8))
     assert calls == [Linear4Bit] * 3
+
+
+def test_at_most_counts_all_weights_of_a_module_that_was_converted_before():
+    make = lambda: convert(nn.ModuleList([nn.LSTM(16, 24, 2), nn.Linear(16, 16)]), FourBit(), skip="1")  # noqa: E731
+    whole = convert(make(), Half(), where=lambda path, _: path == "1")
+    bits = 8 * measure.theoretical_bytes(whole) / measure.weight_count(whole)
+    convert(make(), Half(), where=lambda path, _: path == "1", at_most=bits)
