@@ -240,6 +240,8 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             self._see(tensor, new=False)
+        if any(issubclass(kind, Tensor) and hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # the subclass runs operations of its own, which come here one by one
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             self._see(tensor, new=True)

@@ -74,6 +74,16 @@ def test_peak_memory_follows_what_is_allocated_and_freed():
         assert memory.peak == 8000
 
 
+def test_peak_memory_follows_what_a_tensor_subclass_allocates():
+    weight, x = convert(nn.Linear(64, 64), FourBit()).weight, torch.ones(64, 64)
+    weight + x  # caches
+    assert measure.peak_bytes(lambda: x + x) == 4 * 64 * 64
+    assert (
+        2 * 4 * 64 * 64 <= measure.peak_bytes(lambda: weight + x) < 3 * 4 * 64 * 64
+    )  # the dense weight, and the sum
+    assert measure.peak_bytes(weight.detach) == 0
+
+
 def test_peak_memory_does_not_count_what_existed_before():
     before = torch.zeros(1000)
     memory = measure.PeakMemory()

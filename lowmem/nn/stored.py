@@ -199,13 +199,21 @@ class StoredTensor(Tensor):
         swapped: bool | None = None,
     ) -> StoredTensor:
         """Return a tensor of other parts that are stored in the same way."""
-        return type(self)(
+        made = type(self)(
             self.form,
             parts,
             self.tail if tail is None else tail,
             self.dtype if dtype is None else dtype,
             self.swapped if swapped is None else swapped,
         )
+        made.__dict__["dequantized_by"] = self.dequantized_by  # one set for a weight and its views
+        return made
+
+    @property
+    def dequantized_by(self) -> set[str]:
+        """The operators that have read values of this weight, or of a view of it: ``mul``, ``cat``."""
+        found: set[str] = self.__dict__.setdefault("dequantized_by", set())
+        return found
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values as a dense tensor, rounded once to ``dtype`` (None: the dtype of this tensor).
@@ -239,6 +247,7 @@ class StoredTensor(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredTensor:
         if id(self) not in memo:
             made = self.like([copy.deepcopy(part, memo) for part in self.parts])
+            made.__dict__["dequantized_by"] = set(self.dequantized_by)
             if self.__dict__.get("_is_param"):
                 made._is_param = True
             memo[id(self)] = made
@@ -269,6 +278,10 @@ class StoredTensor(Tensor):
             if result is not NotImplemented:
                 return result
         _refuse_writes(operator, args, kwargs)
+        for one in (*args, *kwargs.values()):
+            for weight in one if isinstance(one, list | tuple) else [one]:
+                if isinstance(weight, StoredTensor):
+                    weight.dequantized_by.add(operator.overloadpacket.__name__)
         known: dict[int, Tensor] = {}
         return operator(
             *(_dequantized(one, known) for one in args), **{k: _dequantized(one, known) for k, one in kwargs.items()}

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lowmem.kernels import Weight
 from lowmem.kernels.frozen_operator import StoredParts
-from lowmem.nn import stored_functions  # noqa: F401 - registers the functions and operators of stored tensors
+from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
 from lowmem.nn.stored import REMEDY, Form, FourBitForm, HalfForm, StoredTensor, is_recorded
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -158,6 +158,11 @@ class StoredModule(nn.Module):
     def forms(self) -> Mapping[str, Form]:
         """How each stored parameter is stored, by its name."""
         return {name: one.form for name, one in self._forms.items()}
+
+    @property
+    def dequantized_by(self) -> set[str]:
+        """The operators that have dequantized a stored parameter in calls so far, as far as the module knows."""
+        return {name for one in self._kept.values() for name in one.tensor.dequantized_by}
 
     @property
     def part_names(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ __all__ = [
     "Entry",
     "Technique",
     "computes_linear",
+    "how_computed",
     "layer_name",
     "made_by",
     "module_paths",
@@ -51,12 +52,14 @@ class Entry:
         fits: whether a module is of this kind.
         parameters: the names of what is stored; those that a module lacks, or has as None, are left out.
         refuses: why a module of this kind is left dense, or None.
+        computes: how a call computes with what is stored; "as stored": in products and gathers of codes.
     """
 
     kind: str
     fits: Callable[[nn.Module], bool]
     parameters: Callable[[nn.Module], Iterable[str]] = lambda module: ("weight",)
     refuses: Callable[[nn.Module], str | None] = lambda module: None
+    computes: Callable[[nn.Module], str] = lambda module: "as stored"
 
 
 def _is(*kinds: type[nn.Module]) -> Callable[[nn.Module], bool]:
@@ -98,16 +101,27 @@ def _is_weight_norm(module: nn.Module) -> bool:
     return isinstance(module, ParametrizationList) and [type(one).__name__ for one in module] == ["_WeightNorm"]
 
 
+def _computes_rnn(module: nn.Module) -> str:
+    """Return how: torch gives an LSTM to one operator of a library, which takes dense weights."""
+    return "dequantized, a layer at a time" if isinstance(module, nn.LSTM) else "as stored"
+
+
+def _computes_subclass(module: nn.Module) -> str:
+    dense = module.dense_class if isinstance(module, StoredModule) else type(module)
+    return "as stored" if dense.forward is nn.Linear.forward or computes_linear(module) else _AS_READ
+
+
 def _named(prefix: str, module: nn.Module) -> list[str]:
     return [name for name in module._parameters if name.startswith(prefix)]
 
 
+_AS_READ = "as its module reads it"
 _RNN = (nn.RNNBase, nn.RNNCellBase)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # A new kind of module is one line here; the first that fits serves.
 ENTRIES = (
-    Entry("Linear", _is(nn.Linear), refuses=_refuse_other_linear),
+    Entry("Linear", _is(nn.Linear), refuses=_refuse_other_linear, computes=_computes_subclass),
     Entry("Embedding", _is(nn.Embedding, nn.EmbeddingBag), refuses=_refuse_max_norm),
     Entry("convolutions", _is(*_CONVOLUTIONS)),
     Entry("Bilinear", _is(nn.Bilinear)),
@@ -116,11 +130,16 @@ ENTRIES = (
         _is(nn.MultiheadAttention),
         lambda _: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
     ),
-    Entry("LSTM, GRU and RNN", _is(*_RNN), lambda module: _named("weight_", module)),
+    Entry("LSTM, GRU and RNN", _is(*_RNN), lambda module: _named("weight_", module), computes=_computes_rnn),
     Entry("Conv1D of transformers", _is_conv1d_of_transformers),
     Entry("experts", _is_experts, _expert_weights),
     Entry("XLNet's attention", _is_xlnet_attention, lambda _: "qkvor"),
-    Entry("weight norm", _is_weight_norm, lambda _: ("original1",)),
+    Entry(
+        "weight norm",
+        _is_weight_norm,
+        lambda _: ("original1",),
+        computes=lambda _: "dequantized in chunks, to a dense weight at each call",
+    ),
 )
 
 ADAPTED: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit)
@@ -131,15 +150,15 @@ def computes_linear(module: nn.Module) -> bool:
     """Whether a subclass of nn.Linear reads its weight in products alone: found by a call on the meta device."""
     probe = _Probe.of(module)
     read = getattr(module, "in_features", 0)
-    copied = copied_module(module, type(module))
+    kind = module.dense_class if isinstance(module, StoredModule) else type(module)
+    copied = copied_module(module, kind)
     copied.__dict__["_parameters"] = {
-        name: probe if name == "weight" else None if one is None else one.detach().to("meta")
-        for name, one in module._parameters.items()
-    }
+        name: None if one is None else one.detach().to("meta") for name, one in module._parameters.items()
+    } | {"weight": probe}
     copied.__dict__["_buffers"] = {name: None if b is None else b.to("meta") for name, b in module._buffers.items()}
     try:
         with torch.no_grad():
-            type(module).forward(copied, torch.empty(2, read, device="meta", dtype=probe.dtype))
+            kind.forward(copied, torch.empty(2, read, device="meta", dtype=probe.dtype))
     except Exception:  # noqa: BLE001 - whatever a class of the user's raises on the meta device: it is not known to be linear
         return False
     return not _Probe.dequantized
@@ -153,8 +172,7 @@ class _Probe(StoredTensor):
     @classmethod
     def of(cls, module: nn.Module) -> _Probe:
         """Return a probe in place of a module's weight."""
-        weight = module._parameters["weight"]
-        assert weight is not None
+        weight: Any = module.weight
         cls.dequantized = False
         half = torch.empty(weight.shape, dtype=torch.bfloat16, device="meta")
         return cls(HalfForm(torch.bfloat16), (half,), weight.shape[1:], weight.dtype)
@@ -180,6 +198,16 @@ def parameters_to_store(module: nn.Module) -> list[str]:
         return []
     found = module._parameters
     return [name for name in entry.parameters(module) if found.get(name) is not None]
+
+
+def how_computed(module: nn.Module) -> str:
+    """Return how calls compute with what a module stores, as its entry says and calls have shown; "" if dense."""
+    if not isinstance(module, StoredModule):
+        return ""
+    entry = _entry_of(module)
+    how = _AS_READ if entry is None else entry.computes(module)
+    readers = ", ".join(sorted(module.dequantized_by))
+    return f"dequantized by {readers}" if readers and not how.startswith("dequantized") else how
 
 
 def _entry_of(module: nn.Module) -> Entry | None:

@@ -19,6 +19,7 @@ from lowmem.transforms.paths import group_name, role_of
 from lowmem.transforms.placement import output_layers, takes_adapter
 from lowmem.transforms.registry import (
     Technique,
+    how_computed,
     layer_name,
     made_by,
     module_paths,
@@ -50,6 +51,8 @@ class LayerSummary:
         bytes: of its parameters and buffers, without those of earlier rows.
         bits_per_weight: of all its tensors, adapters and shared tensors included.
         weight_error: ``rms(stored - weight) / rms(weight)``; None where it is not converted, or not known.
+        computed: how calls compute with what is stored: "as stored", in products and gathers of its codes; or how it
+            is dequantized, and by which operators, which is known of a module's own code after a call; "" if dense.
     """
 
     path: str
@@ -64,6 +67,7 @@ class LayerSummary:
     bytes: int
     bits_per_weight: float
     weight_error: float | None
+    computed: str = ""
 
 
 class Summary(tuple[LayerSummary, ...]):
@@ -104,20 +108,29 @@ class Summary(tuple[LayerSummary, ...]):
         members: dict[object, list[LayerSummary]] = {}
         for row in self:
             alone = row.path if row.also or row.shared_with is not None else ""
-            treated = (row.type, row.converted, row.stored, row.adapters, row.reason, row.weights, row.bytes)
+            treated = (
+                row.type,
+                row.converted,
+                row.stored,
+                row.adapters,
+                row.reason,
+                row.weights,
+                row.bytes,
+                row.computed,
+            )
             members.setdefault((alone, role_of(row.path), treated), []).append(row)
         return Summary(map(_as_one, members.values()))
 
     @property
     def columns(self) -> list[str]:
         """The titles of the columns of ``cells``."""
-        return ["Layer", "Type", "Stored", "Weights", "MiB", "Bits/weight", "Error", "Left because"]
+        return ["Layer", "Type", "Stored", "Weights", "MiB", "Bits/weight", "Error", "Computed", "Left because"]
 
     @property
     def cells(self) -> list[list[str]]:
         """The texts of each row, and the totals last; control characters in names are escaped."""
-        rows = ([layer_name(r.path), r.type, _stored_text(r), *_numbers(r), r.reason or ""] for r in self)
-        total = ["total", "", "", *_numbers(self), ""]
+        rows = ([layer_name(r.path), r.type, _stored_text(r), *_numbers(r), r.computed, r.reason or ""] for r in self)
+        total = ["total", "", "", *_numbers(self), "", ""]
         return [[printable(cell, 2000) for cell in row] for row in (*rows, total)]
 
     @property
@@ -181,6 +194,7 @@ def summary(model: nn.Module) -> Summary:
                 bytes=_bytes(new),
                 bits_per_weight=_bits(_bytes(tensors), sum(weights.values())),
                 weight_error=getattr(base, "weight_error", None) if converted else None,
+                computed=how_computed(base),
             )
         )
         seen.update(dict.fromkeys(new, layer_name(path)))

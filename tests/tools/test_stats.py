@@ -102,7 +102,7 @@ def test_the_layers_of_a_user_s_model_follow_the_table(capsys):
     assert main(["stats", name, "--markdown"]) == 0
     layers = capsys.readouterr().out.partition(f"\n\n{name}\n\n")[2].splitlines()
     assert layers[0].startswith("| Layer | Type | Stored |")
-    assert {line.count("|") for line in layers} == {9}
+    assert {line.count("|") for line in layers} == {10}
     assert main(["stats", "qlora_nf4"]) == 0
     assert "LoRALinear" not in capsys.readouterr().out
 
@@ -148,7 +148,7 @@ def test_names_of_modules_and_types_are_shown_without_control_characters(capsys)
         assert ("[bold]|b" in out) == (not options)
     rows = [line for line in out.splitlines() if "x1b" in line]
     assert len(rows) == 1
-    assert rows[0].replace("\\\\", "").replace("\\|", "").count("|") == 9
+    assert rows[0].replace("\\\\", "").replace("\\|", "").count("|") == 10
 
 
 @pytest.mark.usefixtures("hostile")

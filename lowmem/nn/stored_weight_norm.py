@@ -1,0 +1,63 @@
+"""A weight norm whose direction is stored: ``w = g v / ||v||``, dequantized in chunks of rows of at most 1 MiB.
+
+The result is dense, since g trains: one dense weight lives while a layer is called, and no second one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.nn.stored import OPERATORS, StoredTensor, is_recorded
+from lowmem.quant.tensor import row_chunks
+
+__all__: list[str] = []
+
+aten = torch.ops.aten
+
+
+def _weight_norm(v: Any, g: Any, dim: int = 0) -> Any:
+    """Return w, and the norms of v over all dimensions but ``dim`` in the shape of g."""
+    if not _is_rows(v) or isinstance(g, StoredTensor):
+        return NotImplemented
+    if dim == 0:
+        squares = torch.cat([_summed(rows.square(), dim) for _, rows in _chunks(v)])
+    else:
+        squares = sum((_summed(rows.square(), dim) for _, rows in _chunks(v)), torch.zeros(()))
+    norms = squares.sqrt().view(g.shape)
+    ratio, out = g / norms, torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    for part, rows in _chunks(v):
+        torch.mul(rows, ratio[part] if dim == 0 else ratio, out=out[part])
+    return out, norms
+
+
+def _weight_norm_backward(grad: Any, v: Any, g: Any, norms: Any, dim: int) -> Any:
+    """Return the gradient of g; v is frozen."""
+    if not _is_rows(v) or isinstance(g, StoredTensor):
+        return NotImplemented
+    if dim == 0:
+        products = torch.cat([_summed(grad[part] * rows, dim) for part, rows in _chunks(v)])
+    else:
+        products = sum((_summed(grad[part] * rows, dim) for part, rows in _chunks(v)), torch.zeros(()))
+    return None, products.view(g.shape) / norms
+
+
+def _is_rows(v: Any) -> bool:
+    return isinstance(v, StoredTensor) and v.lead == 1 and not v.swapped and not is_recorded(*v.parts)
+
+
+def _chunks(v: StoredTensor) -> Iterator[tuple[slice, Tensor]]:
+    for part in row_chunks(v.shape[0], math.prod(v.tail), v.dtype.itemsize):
+        yield part, v.like([one[part] for one in v.parts]).dequantize()
+
+
+def _summed(values: Tensor, dim: int) -> Tensor:
+    return values.sum([other for other in range(values.dim()) if other != dim % values.dim()])
+
+
+OPERATORS[aten._weight_norm_interface.default] = _weight_norm
+OPERATORS[aten._weight_norm_interface_backward.default] = _weight_norm_backward
