@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ import torch
 from lowmem.errors import one_line
 from lowmem.io.adapters import load_adapter
 from lowmem.io.checkpoint import load, save
-from lowmem.tools.models import check_links, file_path, model_factory, number
+from lowmem.tools.models import batch_of, check_links, file_path, model_factory, number, user_code
 from lowmem.tools.output import print_json, print_table, shown
-from lowmem.transforms.merge import merge
+from lowmem.transforms.merge import MergeReport, merge
 from lowmem.transforms.registry import layer_name
 
 __all__ = ["add_arguments", "run"]
@@ -37,7 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--at-most",
         type=number,
         metavar="E",
-        help="write nothing and exit with 1 when a weight's relative error after the merge is above E",
+        help="write nothing and exit with 1 when a relative error after the merge is above E: a weight's, and with "
+        "--inputs the outputs' of a layer or the whole model",
+    )
+    parser.add_argument(
+        "--inputs",
+        metavar="MODULE:FUNCTION",
+        help="what returns an example batch: also report the errors of each layer's outputs, and the whole model's",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -48,22 +55,44 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--model={arguments.model!r} must be module:factory, as my_models:make")
     for path in (arguments.base, arguments.adapter, arguments.out):
         check_links(path)
+    inputs = None if arguments.inputs is None else batch_of(arguments.inputs)
     model = load_adapter(load(arguments.base, model_factory(arguments.model)), arguments.adapter)
     to: Any = "same format" if arguments.to is None else DTYPES[arguments.to]
-    model, report = merge(model, to, report=True)
-    worst = report.worst
-    failed = arguments.at_most is not None and worst.after > arguments.at_most
-    if not failed:
+    run_it = nullcontext() if inputs is None else user_code(f"inputs={arguments.inputs!r}: calling the model failed")
+    with run_it:
+        model, report = merge(model, to, inputs=inputs, report=True)
+    why = _above(report, arguments.at_most)
+    if why is None:
         save(model, arguments.out)
     if arguments.json:
-        keys = ("path", "adapters", "before", "after")
-        print_json([{key: getattr(row, key) for key in keys} for row in report])
+        print_json(_document(report))
     else:
-        print_table(report.columns[:4], [cells[:4] for cells in report.cells], text=(0, 1))
-    if failed:
-        why = f"{layer_name(worst.path)} has a relative error of {worst.after:.4g}, above {arguments.at_most:g}"
+        count = 4 if inputs is None else len(report.columns)
+        print_table(report.columns[:count], [cells[:count] for cells in report.cells], text=(0, 1))
+    if why is not None:
         remedy = "nothing was written: merge --to bfloat16, or keep the adapter apart"
-        print(one_line(f"lowmem merge: {why}; {remedy}"), file=sys.stderr)
+        print(one_line(f"lowmem merge: {why}, above {arguments.at_most:g}; {remedy}"), file=sys.stderr)
         return 1
     print(f"saved {shown(str(arguments.out))}", file=sys.stderr)
     return 0
+
+
+def _above(report: MergeReport, at_most: float | None) -> str | None:
+    """Return what has a larger error than ``at_most``, if something has."""
+    if at_most is None:
+        return None
+    worst, of_model = report.worst, report.output_after
+    if not worst.largest <= at_most:
+        return f"{layer_name(worst.path)} has a relative error of {worst.largest:.4g}"
+    if of_model is not None and not of_model <= at_most:
+        return f"the whole model's outputs have a relative error of {of_model:.4g}"
+    return None
+
+
+def _document(report: MergeReport) -> dict[str, Any]:
+    keys = ("path", "adapters", "before", "after", "output_before", "output_after")
+    return {
+        "layers": [{key: getattr(row, key) for key in keys} for row in report],
+        "output_before": report.output_before,
+        "output_after": report.output_after,
+    }

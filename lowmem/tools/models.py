@@ -10,7 +10,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib import import_module
@@ -33,6 +33,7 @@ from lowmem.variants import VARIANTS, build, techniques_of
 __all__ = [
     "MIB",
     "add_input_arguments",
+    "batch_of",
     "check_links",
     "file_path",
     "known_models",
@@ -96,19 +97,7 @@ def model_factory(target: str) -> Callable[[], nn.Module]:
         ValueError: a module that cannot be imported, or an attribute that is missing or not callable. The factory
             raises one if it fails, or returns no nn.Module.
     """
-    module_name, _, attribute = target.partition(":")
-    with suppress(FileNotFoundError):  # the working directory may have been removed
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # as python -m does, since models are often files in it
-    with user_code(f"model={target!r}: cannot import {module_name!r}"):
-        factory: Any = import_module(module_name)
-    for part in attribute.split("."):
-        with user_code(f"model={target!r}: looking up {attribute!r} failed"):
-            factory = getattr(factory, part, None)
-        if factory is None:
-            raise ValueError(f"model={target!r}: {module_name!r} has no {attribute!r}")
-    if not callable(factory):
-        raise ValueError(f"model={target!r}: it is a {type(factory).__name__}, not a callable that returns a model")
+    factory = _callable(target, "model")
 
     def checked() -> nn.Module:
         with user_code(f"model={target!r}: calling it failed"):
@@ -118,6 +107,43 @@ def model_factory(target: str) -> Callable[[], nn.Module]:
         return model
 
     return checked
+
+
+def batch_of(target: str) -> Any:
+    """Return the example batch that the callable ``module:function`` returns.
+
+    Raises:
+        ValueError: as ``model_factory``; or it fails, or returns nothing that a model can be called with.
+    """
+    if ":" not in target:
+        raise ValueError(f"inputs={target!r} must be module:function, as my_models:batch")
+    function = _callable(target, "inputs")
+    with user_code(f"inputs={target!r}: calling it failed"):
+        batch = function()
+    if not isinstance(batch, Tensor | tuple | list | Mapping):
+        raise ValueError(
+            f"inputs={target!r}: it returned a {type(batch).__name__}; it must return a Tensor, a tuple or list of "
+            "the model's arguments, or a mapping of its keyword arguments"
+        )
+    return batch
+
+
+def _callable(target: str, option: str) -> Callable[[], Any]:
+    what = "a model" if option == "model" else "a batch"
+    module_name, _, attribute = target.partition(":")
+    with suppress(FileNotFoundError):  # the working directory may have been removed
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # as python -m does, since models are often files in it
+    with user_code(f"{option}={target!r}: cannot import {module_name!r}"):
+        factory: Any = import_module(module_name)
+    for part in attribute.split("."):
+        with user_code(f"{option}={target!r}: looking up {attribute!r} failed"):
+            factory = getattr(factory, part, None)
+        if factory is None:
+            raise ValueError(f"{option}={target!r}: {module_name!r} has no {attribute!r}")
+    if not callable(factory):
+        raise ValueError(f"{option}={target!r}: it is a {type(factory).__name__}, not a callable that returns {what}")
+    return factory  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -146,23 +146,22 @@ def evaluation_mode(model: nn.Module) -> Iterator[Callable[[nn.Module, nn.Module
             module.training = training
 
 
-def run_batch(model: nn.Module, batch: Any) -> None:
-    """Call a model with a batch, as ``calibrate`` takes them.
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch, as ``calibrate`` takes them, and return its output.
 
     Raises:
         TypeError: a batch of another type.
     """
     if isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        raise TypeError(
-            f"a batch is a {type(batch).__name__}; it must be a Tensor, a tuple or list of the model's arguments, or "
-            "a mapping of its keyword arguments"
-        )
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    raise TypeError(
+        f"a batch is a {type(batch).__name__}; it must be a Tensor, a tuple or list of the model's arguments, or "
+        "a mapping of its keyword arguments"
+    )
 
 
 def _group_by_input(

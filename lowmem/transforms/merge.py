@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from lowmem import measure
 from lowmem.errors import printable
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.lora import Folded, LoRALinear
@@ -53,9 +54,16 @@ class MergedLayer:
 
 
 class MergeReport(tuple[MergedLayer, ...]):
-    """The merged layers, in the order of the model. ``print`` shows a plain-text table."""
+    """The merged layers, in the order of the model. ``print`` shows a plain-text table.
 
-    __slots__ = ()
+    Attributes:
+        output_before: the relative error of the whole model's outputs for the example inputs, of its floating-point
+            tensors together, without the adapters; None without inputs, or where outputs cannot be compared.
+        output_after: as ``output_before``, of the merged model.
+    """
+
+    output_before: float | None = None
+    output_after: float | None = None
 
     @property
     def worst(self) -> MergedLayer:
@@ -69,18 +77,18 @@ class MergeReport(tuple[MergedLayer, ...]):
 
     @property
     def cells(self) -> list[list[str]]:
-        """The texts of each row; control characters in names are escaped."""
-        return [
+        """The texts of each row, and the whole model's if there are any; control characters in names are escaped."""
+        rows = [
             [
                 layer_name(row.path),
                 printable(", ".join(row.adapters), 2000),
-                *(
-                    "" if error is None else f"{error:.4g}"
-                    for error in (row.before, row.after, row.output_before, row.output_after)
-                ),
+                *map(_shown, (row.before, row.after, row.output_before, row.output_after)),
             ]
             for row in self
         ]
+        if self.output_after is not None:
+            rows.append(["whole model", "", "", "", _shown(self.output_before), _shown(self.output_after)])
+        return rows
 
     def __str__(self) -> str:
         table = [self.columns, *self.cells]
@@ -133,9 +141,10 @@ def merge(
         to: "same format": a weight is stored as that of its base; or a floating-point dtype of 16 bits or more: each
             adapted layer becomes an nn.Linear of that dtype, bias included, which takes inputs of that dtype.
         at_most: the largest relative error after the merge that is accepted, of any weight and, with ``inputs``, of
-            any layer's outputs; None: any.
+            any layer's outputs and the model's; None: any.
         inputs: one batch for the model (a Tensor, a tuple or list of positional arguments, or a mapping of keyword
-            arguments), with which errors of the layers' outputs are measured, in evaluation mode.
+            arguments), with which errors of the layers' outputs and the model's are measured, in evaluation mode: the
+            model runs three times.
         report: whether to return a report, too.
 
     Returns:
@@ -158,15 +167,21 @@ def merge(
         raise ValueError(f"no adapter of {type(model).__name__} is active: activate one, or delete them")
     dtype = None if isinstance(to, str) else to
     folded = fold(model, {layer: layer.in_use for layer in layers}, dtype)
-    outputs = {} if inputs is None else _output_errors(model, folded, inputs, dtype)
+    outputs, of_model = ({}, None) if inputs is None else _output_errors(model, folded, inputs, dtype)
     found = MergeReport(
         MergedLayer(path, layer.in_use, folded[layer].before, folded[layer].after, *outputs.get(layer, ()))
         for layer, path in layers.items()
     )
+    found.output_before, found.output_after = of_model or (None, None)
     worst = found.worst
     if at_most is not None and not worst.largest <= at_most:
         raise ValueError(
             f"{layer_name(worst.path)}: merging gives a relative error of {worst.largest:.4g}, above "
+            f"at_most={at_most:g}; merge to a dtype, as to=torch.bfloat16, or keep the adapter apart"
+        )
+    if at_most is not None and found.output_after is not None and not found.output_after <= at_most:
+        raise ValueError(
+            f"merging gives a relative error of {found.output_after:.4g} of the whole model's outputs, above "
             f"at_most={at_most:g}; merge to a dtype, as to=torch.bfloat16, or keep the adapter apart"
         )
     if not report:
@@ -236,8 +251,8 @@ def _check_arguments(to: object, at_most: object, inputs: object, report: bool) 
 
 def _output_errors(
     model: nn.Module, folded: Mapping[LoRALinear, Folded], inputs: Any, to: torch.dtype | None
-) -> dict[LoRALinear, tuple[float, float]]:
-    """Return the relative errors of the outputs of each layer that inputs reach: of the base, and of the copy."""
+) -> tuple[dict[LoRALinear, tuple[float, float]], tuple[float, float] | None]:
+    """Return the relative errors, before and after, of the outputs of each layer that inputs reach, and the model."""
     sums: dict[LoRALinear, Tensor] = {}  # squares: of the base's error, of the copy's, and of the exact output
 
     def see(layer: LoRALinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -254,12 +269,75 @@ def _output_errors(
     handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in folded]
     try:
         with evaluation_mode(model):
-            run_batch(model, inputs)
+            exact = _floating(run_batch(model, inputs))
     finally:
         for handle in handles:
             handle.remove()
     totals = {layer: found.tolist() for layer, found in sums.items()}
-    return {layer: (_relative(base, size), _relative(copy, size)) for layer, (base, copy, size) in totals.items()}
+    of_layers = {
+        layer: (_relative(base, size), _relative(copy, size)) for layer, (base, copy, size) in totals.items()
+    }
+    of_model = [
+        _difference(_outputs_with(parts, model, inputs), exact)
+        for parts in (
+            {layer: _Instead(layer.base, None, layer.base.weight.dtype) for layer in folded},
+            {layer: _Instead(done.layer, to, layer.base.weight.dtype) for layer, done in folded.items()},
+        )
+    ]
+    return of_layers, None if None in of_model else tuple(of_model)  # type: ignore[return-value]
+
+
+class _Instead(nn.Module):
+    """What a LoRALinear computes with instead of base and adapters; it takes any dtype, and hooks do not see it."""
+
+    folds = None
+
+    def __init__(self, layer: Any, dtype: torch.dtype | None, read: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.dtype, self.read = layer, dtype, read
+
+    @property
+    def weight(self) -> Any:
+        """The weight in the dtype of the base's, for models that read it."""
+        return self.layer.weight.to(self.read)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what the layer returns, in the dtype of the input where it computes in another."""
+        if self.dtype is None:
+            return self.layer.forward(input)  # type: ignore[no-any-return]
+        return self.layer.forward(input.to(self.dtype)).to(input.dtype)  # type: ignore[no-any-return]
+
+
+def _outputs_with(parts: Mapping[LoRALinear, _Instead], model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Return the outputs of a model whose layers compute with other modules meanwhile."""
+    kept = {layer: (layer.active, layer.merged, layer.merged_base) for layer in parts}
+    try:
+        for layer, part in parts.items():
+            layer.active, layer.merged, layer.merged_base = (), None, part
+        with evaluation_mode(model):
+            return _floating(run_batch(model, inputs))
+    finally:
+        for layer, state in kept.items():
+            layer.active, layer.merged, layer.merged_base = state
+
+
+def _floating(outputs: Any) -> list[Tensor]:
+    return [one.detach().clone() for one in measure.tensors_in(outputs) if one.is_floating_point()]
+
+
+def _difference(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float | None:
+    """Return the relative error of all tensors together; None if they have other shapes, or there are none."""
+    if not exact or [one.shape for one in outputs] != [one.shape for one in exact]:
+        return None
+    wide = [(a.double(), b.double()) for a, b in zip(outputs, exact, strict=True)]
+    lost, size = (
+        sum(float(one.square().sum()) for one in ones) for ones in ([a - b for a, b in wide], [b for _, b in wide])
+    )
+    return _relative(lost, size)
+
+
+def _shown(error: float | None) -> str:
+    return "" if error is None else f"{error:.4g}"
 
 
 def _relative(lost: float, size: float) -> float:

@@ -23,6 +23,15 @@ def other():
 
 def rounded():
     return make().to(torch.bfloat16)
+
+def batch():
+    return torch.ones(3, 64)
+
+def wide():
+    return {"input": torch.ones(3, 65)}
+
+def text():
+    return "text"
 """
 
 
@@ -69,8 +78,10 @@ def test_it_writes_what_merge_makes_and_prints_the_report(files, capsys):
 def test_json_and_another_dtype(files, capsys):
     assert main([*BASIC, "--to", "bfloat16", "--json", "--at-most", "0.01"]) == 0
     model, report = expected(torch.bfloat16)
-    rows = json.loads(capsys.readouterr().out)
-    assert rows == [{"path": "2", "adapters": ["mine"], "before": report[0].before, "after": report[0].after}]
+    document = json.loads(capsys.readouterr().out)
+    row = {"path": "2", "adapters": ["mine"], "before": report[0].before, "after": report[0].after}
+    none = {"output_before": None, "output_after": None}
+    assert document == {"layers": [row | none], **none}
 
     def mixed():
         made = make()
@@ -91,6 +102,24 @@ def test_a_merge_above_at_most_fails_prints_the_report_and_writes_nothing(files,
     assert ", above 0.001; nothing was written" in shown.err
     assert len(shown.err.splitlines()) == 1
     assert (files / "out.safetensors").read_bytes() == b"kept"
+
+
+def test_inputs_add_the_errors_of_outputs(files, capsys):
+    options = ["--inputs", "merge_models:batch"]
+    assert main([*BASIC, *options, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    model = lowmem.load_adapter(lowmem.load("base.safetensors", make), "adapter.safetensors")
+    _, report = lowmem.merge(model, inputs=torch.ones(3, 64), report=True)
+    assert document["layers"][0]["output_after"] == report[0].output_after > 0
+    figures = {"output_before": report.output_before, "output_after": report.output_after}
+    assert {name: document[name] for name in figures} == figures
+    (files / "out.safetensors").unlink()
+    limit = max(report.worst.largest, report.output_after)
+    assert main([*BASIC, *options, "--at-most", f"{limit * 0.999}"]) == 1
+    shown = capsys.readouterr()
+    assert "whole model" in shown.out
+    assert f"a relative error of {limit:.4g}, above" in shown.err
+    assert not (files / "out.safetensors").exists()
 
 
 def test_a_fresh_adapter_gives_a_file_of_the_base_s_bytes(files, capsys):
@@ -121,6 +150,9 @@ def test_the_base_itself_can_be_replaced(files):
         ({"adapter": "merge_models.py"}, "merge_models.py"),
         ({"out": "no/such/folder/out"}, "no/such/folder"),
         ({"--to": "int8"}, "invalid choice: 'int8'"),
+        ({"--inputs": "batch"}, "inputs='batch' must be module:function"),
+        ({"--inputs": "merge_models:text"}, "inputs='merge_models:text': it returned a str; it must return a Tensor"),
+        ({"--inputs": "merge_models:wide"}, "inputs='merge_models:wide': calling the model failed: "),
         ({"--at-most": "-1"}, "must be a number of at least 0"),
         ({"base": ""}, "'' must be the name of a file"),
     ],

@@ -214,6 +214,83 @@ def test_with_inputs_the_report_says_the_errors_of_the_outputs(base, to):
         assert not any(vars(module)["_forward_pre_hooks"] for module in one.modules())
 
 
+class Reads(torch.nn.Module):
+    """It calls one layer, reads the weight of another, and returns what Hugging Face's models do: a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16, bias=False)
+
+    def forward(self, x):
+        return {"index": x.argmax(-1), "last": self.called(x).tanh() @ self.read.weight.T, "first": x[:, 0]}
+
+
+@every_base
+@pytest.mark.parametrize("to", ["same format", torch.bfloat16])
+def test_with_inputs_the_report_says_the_error_of_the_whole_model_s_outputs(base, to):
+    torch.manual_seed(0)
+    model = convert(Reads(), *strategies.BASES[base], LoRA(2, dropout=0.5)).train()
+    for layer in (model.called, model.read):
+        torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(5, 16)
+
+    def outputs(one):
+        with torch.no_grad():
+            found = one.eval()(x)
+        return torch.cat([found["last"], found["first"][:, None]], 1).double()
+
+    exact = outputs(copy.deepcopy(model))
+    without = copy.deepcopy(model)
+    deactivate(without)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    merged, report = merge(copy.deepcopy(model), to, inputs=x, report=True)
+    again = copy.deepcopy(model)
+    merge_options = {"inputs": x, "report": True}
+    if to == "same format":
+        assert report.output_after == pytest.approx(error_of(outputs(merged), exact), rel=1e-4, abs=1e-7)
+    else:  # layers compute in bfloat16, the rest as before
+        assert 0 < report.output_after < 2**-6
+    assert report.output_before == pytest.approx(error_of(outputs(without), exact), rel=1e-4)
+    assert report.cells[-1] == [
+        "whole model",
+        "",
+        "",
+        "",
+        f"{report.output_before:.4g}",
+        f"{report.output_after:.4g}",
+    ]
+    assert "whole model" in str(report)
+    if report.output_after > 1e-6:  # the layers' errors aside, the model's is above the limit
+        limit = max(row.largest for row in report)
+        if report.output_after > limit:
+            with pytest.raises(ValueError, match="relative error of .* of the whole model's outputs, above at_most="):
+                merge(again, to, at_most=limit, **merge_options)
+        merge(again, to, at_most=max(limit, report.output_after), **merge_options)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.called.active == ("default",)
+
+
+def test_a_model_whose_outputs_change_their_shapes_has_no_error_of_them():
+    class Chosen(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            out = self.layer(x)
+            return out[out > 0]
+
+    model = convert(Chosen(), LoRA(1))
+    with torch.no_grad():
+        model.layer.lora_b.copy_(torch.ones(4, 1) * 100)
+        model.layer.lora_a.copy_(torch.ones(1, 4))
+        model.layer.base.weight.fill_(-1)
+    _, report = merge(model, inputs=torch.ones(1, 4), report=True)
+    assert report.output_before is report.output_after is None
+    assert report[0].output_after == 0
+    assert len(report.cells) == 1
+
+
 def test_a_merge_beyond_at_most_is_refused_with_the_worst_layer_and_the_model_stays():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
