@@ -17,7 +17,14 @@ from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.nn.stored_module import StoredModule, as_part, file_names, format_keys
-from lowmem.transforms.convert import commit, freeze_all_but_adapters, store_parameters, swap, weight_key
+from lowmem.transforms.convert import (
+    commit,
+    freeze_all_but_adapters,
+    keep_shared_biases,
+    store_parameters,
+    swap,
+    weight_key,
+)
 from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.registry import layer_name, module_paths, skip_reason, skip_reason_in
 
@@ -120,6 +127,7 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Modul
 
         path = next(iter(names.values()))[0]
         replacements[module] = store_parameters(module, technique, path, names, store)
+    keep_shared_biases(model, replacements)
     return commit(model, replacements)
 
 

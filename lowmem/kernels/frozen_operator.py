@@ -193,6 +193,15 @@ class _Node(torch.autograd.Function):
         return cast(Tensor, ctx.f.node(tangent, ctx.weight, *ctx.of_tangent))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, ...], f: FrozenOperator, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], f: FrozenOperator, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        if in_dims[1] is None or any(dim is not None for dim in in_dims[2:]):  # weights or biases of several models
+            outs = []
+            for number in range(info.batch_size):
+                one = (
+                    value if dim is None else value.select(dim, number)
+                    for value, dim in zip((x, *rest), in_dims[1:], strict=True)
+                )
+                outs.append(f.node(*one))
+            return torch.stack(outs), 0
         examples = x.movedim(in_dims[1], 0)  # (examples, batch, ...), flattened into one batch
         return f.node(examples.flatten(0, 1), *rest).unflatten(0, examples.shape[:2]), 0

@@ -302,6 +302,10 @@ def _rebuild(
     return made
 
 
+if hasattr(torch.serialization, "add_safe_globals"):  # torch.load(weights_only=True) takes a file that holds one
+    torch.serialization.add_safe_globals([_rebuild, FourBitForm, HalfForm])
+
+
 def _dequantized(value: Any, known: dict[int, Tensor]) -> Any:
     if isinstance(value, StoredTensor):
         if id(value) not in known:

@@ -131,8 +131,13 @@ class StoredModule(nn.Module):
         found = own["_parameters"]
         sources = tuple([_named(self, found, f"{name}_{part}") for part in form.parts])
         if is_recorded(*sources) or not all(isinstance(source, nn.Parameter) for source in sources):
+            _refuse_batched(sources)
             made = _made(one, sources)
             return made.dequantize() if is_exported() else made  # type: ignore[return-value]
+        presented = sources[0].__dict__.get("presented_dtype", dtype)
+        if presented is not dtype:  # a module that shares the weight was cast
+            dtype = presented
+            one = own["_forms"][name] = one._replace(dtype=dtype)
         known: Kept | None = own["_kept"].get(name)
         address = sources[-1].data_ptr()
         if (
@@ -162,7 +167,8 @@ class StoredModule(nn.Module):
     @property
     def dequantized_by(self) -> set[str]:
         """The operators that have dequantized a stored parameter in calls so far, as far as the module knows."""
-        return {name for one in self._kept.values() for name in one.tensor.dequantized_by}
+        weights = [one.tensor for one in self._kept.values() if one.tensor.dim() > 1]
+        return {name for weight in weights for name in weight.dequantized_by}
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -213,8 +219,13 @@ class StoredModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move parts between devices without changing their bits; a cast changes what the weights present."""
         for name, one in self._forms.items():
-            cast = fn(torch.empty(0, dtype=one.dtype)).dtype
-            self._forms[name] = one._replace(dtype=cast if cast.is_floating_point else one.dtype)
+            first = getattr(self, f"{name}_{one.form.parts[0]}")
+            before = first.__dict__.get("presented_dtype", one.dtype)
+            cast = fn(torch.empty(0, dtype=before)).dtype
+            cast = cast if cast.is_floating_point else before
+            self._forms[name] = one._replace(dtype=cast)
+            if cast is not before:  # seen by all modules that share the weight
+                first.presented_dtype = cast
         kept = [getattr(self, name) for name in self.part_names]
 
         def guarded(tensor: Tensor) -> Tensor:
@@ -232,6 +243,10 @@ class StoredModule(nn.Module):
         state = dict(own if isinstance(own, dict) else self.__dict__)
         for name in self._kept:
             self.stored_tensor(name)  # which notices that ``weight.data =`` has changed the number of rows
+        for name, one in self._forms.items():
+            first = self._parameters.get(f"{name}_{one.form.parts[0]}")
+            dtype = one.dtype if first is None else first.__dict__.get("presented_dtype", one.dtype)
+            self._forms[name] = one._replace(dtype=dtype)
         state.update(_kept={}, _forms=dict(self._forms))
         for name in ("_flat_weights", "_flat_weight_refs"):  # of recurrent layers: weak references to the parameters
             state.pop(name, None)
@@ -486,6 +501,19 @@ def _made(one: Described, sources: tuple[Tensor, ...]) -> StoredTensor:
     tensor = StoredTensor(one.form, parts, one.tail, one.dtype)
     tensor._is_param = True  # isinstance(weight, nn.Parameter) holds
     return tensor
+
+
+def _refuse_batched(sources: tuple[Tensor, ...]) -> None:
+    """Refuse weights of several models, stacked for torch.func.vmap.
+
+    Raises:
+        RuntimeError: they are; the remedy is named.
+    """
+    if not is_compiling() and any(torch._C._functorch.is_batchedtensor(source) for source in sources):
+        raise RuntimeError(
+            "torch.func.vmap cannot compute with a stack of stored weights: call one model after the other, or make "
+            "them dense before stack_module_state: lowmem.restore(model)"
+        )
 
 
 def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:

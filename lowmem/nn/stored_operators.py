@@ -124,6 +124,10 @@ def _bmm(a: Any, b: Any) -> Any:
     else:
         return NotImplemented
     count, rows = x.shape[:2]
+    if count > 1 and all(part.stride(0) == 0 for part in weight.parts):  # one matrix, expanded
+        matrix = weight.like([part[0] for part in weight.parts])
+        out = _product(x.reshape(count * rows, x.shape[2]), matrix, transposed).view(count, rows, -1)
+        return out if weight is b else out.transpose(1, 2)
     offsets = torch.arange(1, count + 1, device=x.device, dtype=torch.int32) * rows
     out = _grouped(x.reshape(count * rows, x.shape[2]), weight, offsets, transposed).view(count, rows, -1)
     return out if weight is b else out.transpose(1, 2)
@@ -360,11 +364,12 @@ def _index(weight: StoredTensor, indices: Sequence[Tensor | None]) -> Any:
 
 @_implements("expand")
 def _expand(weight: StoredTensor, size: Sequence[int], *, implicit: bool = False) -> Any:
-    added = len(size) - weight.dim()
+    added, inside = len(size) - weight.dim(), 2 if weight.swapped else len(weight.tail)
     wanted = [weight.shape[number - added] if one == -1 else one for number, one in enumerate(size)]
-    if wanted[added:] != list(weight.shape):
+    if wanted[len(wanted) - inside :] != list(weight.shape[weight.dim() - inside :]):
         return NotImplemented
-    return weight.like([part.expand(*wanted[:added], *part.shape) for part in weight.parts])
+    rows = [*wanted[:-2], wanted[-1]] if weight.swapped else wanted[: len(wanted) - inside]
+    return weight.like([part.expand(*rows, part.shape[-1]) for part in weight.parts])
 
 
 @_implements("view", "_unsafe_view", "reshape", "_reshape_alias")
@@ -402,8 +407,11 @@ def _squeeze(weight: StoredTensor, dim: int) -> Any:
 @_implements("unsqueeze")
 def _unsqueeze(weight: StoredTensor, dim: int) -> Any:
     shape = list(weight.shape)
-    shape.insert(dim % (len(shape) + 1), 1)
-    return NotImplemented if weight.swapped else _with_shape(weight, shape)
+    dim = dim % (len(shape) + 1)
+    if weight.swapped:
+        return weight.like([part.unsqueeze(dim) for part in weight.parts]) if dim < len(shape) - 1 else NotImplemented
+    shape.insert(dim, 1)
+    return _with_shape(weight, shape)
 
 
 @_implements("as_strided")

@@ -58,6 +58,7 @@ __all__ = [
     "convert",
     "drop_partial_ties",
     "freeze_all_but_adapters",
+    "keep_shared_biases",
     "layers_to_convert",
     "one_at_a_time",
     "rebuild",
@@ -141,6 +142,7 @@ def convert(
             ``skip`` left them out; the largest reasons are named.
     """
     _check_arguments(techniques)
+    where = where and _asked_once(where)
     replacements = rebuild_all(model, techniques, where, skip, parameters, Store().by)
     if at_most is not None:
         _check_bits(model, replacements, at_most)
@@ -151,6 +153,18 @@ def convert(
     if left is not None:
         warnings.warn(left, UserWarning, stacklevel=2)
     return model
+
+
+def _asked_once(where: Callable[[str, nn.Module], bool]) -> Callable[[str, nn.Module], bool]:
+    """Return a predicate that calls ``where`` once for each path: it may be slow, or ask a person."""
+    known: dict[tuple[str, nn.Module], bool] = {}
+
+    def asked(path: str, module: nn.Module) -> bool:
+        if (path, module) not in known:
+            known[path, module] = where(path, module)
+        return known[path, module]
+
+    return asked
 
 
 def rebuild_all(
@@ -177,7 +191,26 @@ def rebuild_all(
     for why in unused.values():
         if why is not None:
             raise ValueError(why)
+    keep_shared_biases(model, replacements)
     return replacements
+
+
+def keep_shared_biases(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Make biases in ``replacements`` dense again that the model has elsewhere, too, where they stay dense."""
+    stored: dict[int, list[tuple[nn.Module, Any]]] = {}  # a bias -> the modules that store it, and what they become
+    for module, made in replacements.items():
+        new: Any = made.base if isinstance(made, LoRALinear) else made
+        if isinstance(new, StoredModule) and "bias" in new.forms:
+            stored.setdefault(id(module._parameters["bias"]), []).append((module, new))
+    if not stored:
+        return
+    held = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
+    for key, biases in stored.items():
+        if held[key] > len(biases):
+            for module, new in biases:
+                error = new.weight_error
+                become(new, restored_copy(new, {"bias": module._parameters["bias"]}))
+                new.weight_error = error
 
 
 def layers_to_convert(
@@ -211,7 +244,8 @@ def _found(
             "convert inside torch.inference_mode() would make weights that autograd cannot use: leave it"
         )
     found: dict[nn.Module, tuple[str, list[str]]] = {}
-    for module, path in select_modules(model, where, skip).items():
+    selected = select_modules(model, where, skip)
+    for module, path in selected.items():
         made = made_by(module)
         if made is not None and made in {type(t) for t in techniques}:
             remedy = "add another with add_adapter" if made is LoRA else "convert a model once"
@@ -226,7 +260,6 @@ def _found(
             found[module] = path, names
     if first is LoRA:  # LoRA keeps the weight, and with it all ties
         inside = read_by_attention(model)
-        selected = select_modules(model, where, skip)
         found = {m: (path, []) for m, path in selected.items() if skip_reason(LoRA, m) is None and m not in inside}
     else:
         if parameters is not None and not any(set(n) - set(parameters_to_store(m)) for m, (_, n) in found.items()):

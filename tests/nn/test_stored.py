@@ -1,11 +1,14 @@
 """A stored tensor answers like the dense one that it replaced."""
 
 import copy
+import io
 import pickle
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from lowmem import measure
 from lowmem.nn.stored import StoredTensor
 from tests.nn.stored_cases import store
 
@@ -135,3 +138,48 @@ def test_it_is_equal_to_what_has_the_same_values():
     assert torch.equal(weight.dequantize(), weight)
     assert not torch.equal(weight, store(torch.randn(24, 40), "nf4"))
     assert not torch.equal(weight, store(torch.randn(24, 40), "fp4"))
+
+
+@forms
+def test_a_file_that_holds_one_loads_without_trusting_it(form):
+    weight, file = store(torch.randn(24, 40), form), io.BytesIO()
+    torch.save({"weight": weight, "rows": weight[2:5]}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert torch.equal(loaded["weight"], weight)
+    assert torch.equal(loaded["rows"], weight[2:5])
+
+
+@forms
+def test_products_with_an_expanded_weight_and_by_keyword_read_no_dense_one(form):
+    weight, x = store(torch.randn(24, 40), form), torch.randn(3, 4, 40, requires_grad=True)
+    dense = weight.dequantize()
+    for product in (
+        lambda w: x @ w.expand(3, 24, 40).mT,
+        lambda w: torch.bmm(x, w[None].expand(3, -1, -1).transpose(1, 2)),
+        lambda w: w.expand(3, 24, 40) @ x.mT,
+        lambda w: F.linear(x, weight=w),
+        lambda w: F.linear(input=x, weight=w.expand(24, 40), bias=None),
+    ):
+        got, expected = product(weight), product(dense)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), x)[0] for y in (got, expected)))
+    assert not weight.dequantized_by
+
+
+@forms
+def test_an_expanded_weight_is_multiplied_as_one_matrix(form):
+    weight, x = store(torch.randn(512, 512), form), torch.randn(8, 4, 512)
+    codes = sum(part.nbytes for part in weight.parts)
+    for product in (lambda w: torch.bmm(x, w.expand(8, -1, -1).mT), lambda w: torch.bmm(x, w.T.expand(8, 512, 512))):
+        product(weight)  # caches
+        assert measure.peak_bytes(lambda product=product: product(weight)) < 2 * x.nbytes + 2 * codes
+    for expand in (
+        lambda w: w[:1].expand(7, 512),
+        lambda w: w.T[None].expand(2, 512, 512),
+        lambda w: w.T.expand(2, 512, 512),
+    ):
+        made = expand(weight)
+        assert isinstance(made, StoredTensor)
+        assert torch.equal(made.dequantize(), expand(weight.dequantize()))
+    assert type(weight.view(512, 512, 1).expand(512, 512, 2)) is torch.Tensor

@@ -355,3 +355,44 @@ def test_codes_without_their_scales_are_not_loaded():
     with pytest.raises(RuntimeError, match="weight: the state holds packed of packed, scales"):
         layer.load_state_dict(state, strict=False)
     assert torch.equal(layer.weight.dequantize(), before)
+
+
+@pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16)])
+def test_a_cast_of_one_of_two_tied_modules_is_seen_by_both(technique):
+    model = nn.ModuleList([nn.Embedding(8, 4), nn.Linear(4, 8)])
+    model[1].weight = model[0].weight
+    convert(model, technique)
+    read = model[0].weight  # noqa: F841 - one of the two is kept
+    model[1].to(torch.bfloat16)
+    twin = copy.deepcopy(model)
+    for one in (model, twin, pickle.loads(pickle.dumps(model))):
+        assert one[0].weight is one[1].weight
+        assert one[0].weight.dtype == torch.bfloat16
+        assert one[0](torch.tensor([1])).dtype == torch.bfloat16
+    model[0].float()
+    assert model[1].weight is model[0].weight
+    assert model[1].weight.dtype == torch.float32
+    assert twin[1].weight.dtype == torch.bfloat16
+
+
+def test_models_that_are_stacked_compute_as_one_after_the_other_or_say_that_they_cannot():
+    def make(technique):
+        return convert(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)), technique)
+
+    x = torch.randn(3, 5, 8)
+    for technique in (Half(torch.bfloat16), FourBit("nf4")):
+        models = [make(technique) for _ in range(3)]
+        stacked = torch.func.stack_module_state(models)
+
+        def call(parameters, buffers, x, one=models[0]):
+            return torch.func.functional_call(one, (parameters, buffers), (x,))
+
+        for in_dims, given in (((0, 0, None), x[0]), ((0, 0, 0), x)):
+            run = torch.func.vmap(call, in_dims)
+            if isinstance(technique, Half):
+                expected = [model(given if in_dims[2] is None else given[n]) for n, model in enumerate(models)]
+                torch.testing.assert_close(run(*stacked, given), torch.stack(expected))
+            else:
+                with pytest.raises(RuntimeError, match=r"vmap cannot compute with a stack of stored.*lowmem.restore"):
+                    run(*stacked, given)
+        torch.testing.assert_close(torch.func.vmap(models[0])(x), models[0](x))

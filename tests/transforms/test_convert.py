@@ -18,11 +18,14 @@ from lowmem import (
     LoRA,
     LoRALinear,
     QuantizedTensor,
+    StoredTensor,
     add_adapter,
     calibrate,
     convert,
+    load,
     measure,
     restore,
+    save,
 )
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.convert import swap
@@ -757,3 +760,50 @@ def test_at_most_counts_all_weights_of_a_module_that_was_converted_before():
     whole = convert(make(), Half(), where=lambda path, _: path == "1")
     bits = 8 * measure.theoretical_bytes(whole) / measure.weight_count(whole)
     convert(make(), Half(), where=lambda path, _: path == "1", at_most=bits)
+
+
+class SharedBias(nn.Module):
+    """A bias of two linear layers, and one that a norm has, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.c = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm.bias = self.a.bias
+        self.c.bias = self.b.bias
+        nn.init.normal_(self.a.bias)
+
+    def forward(self, x):
+        return self.c(self.b(self.norm(self.a(x))))
+
+
+@pytest.mark.parametrize("techniques", [(Half(torch.bfloat16),), (Half(torch.bfloat16), LoRA(2))])
+def test_a_bias_that_a_dense_module_has_too_stays_that_module_s(techniques, tmp_path):
+    dense = SharedBias()
+    model = convert(copy.deepcopy(dense), *techniques)
+    layer = getattr(model.a, "base", model.a)
+    assert isinstance(layer, HalfLinear)
+    assert layer.bias is model.norm.bias
+    assert layer.bias.dtype == torch.float32
+    assert layer.weight_error is not None
+    assert model.b.bias is model.c.bias
+    assert isinstance(model.b.bias, StoredTensor)
+    x = torch.randn(3, 8)
+    assert (model(x) - dense(x)).norm() < 0.05 * dense(x).norm()
+    save(model, tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors", SharedBias)
+    assert torch.equal(loaded(x), model(x))
+    assert getattr(loaded.a, "base", loaded.a).bias is loaded.norm.bias
+    assert model(x.bfloat16()).dtype == torch.bfloat16 or techniques[1:]  # adapters stay float32
+    assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_where_is_asked_once_for_each_path():
+    for technique in (Half(), FourBit(), LoRA(2)):
+        asked = []
+
+        def where(path, module, asked=asked):
+            asked.append(path)
+            return isinstance(module, nn.Linear)
+
+        convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), technique, where=where)
+        assert sorted(asked) == ["", "0", "1"]
