@@ -135,7 +135,7 @@ def _set_data(weight: Any, value: Tensor) -> Any:
 
 
 def store_again(weight: StoredTensor, values: Tensor) -> StoredTensor:
-    """Return dense values, stored in the form of a weight of as many dimensions.
+    """Return dense values, stored in the form of a weight of as many dimensions; rows with its values keep their bits.
 
     Raises:
         TypeError, ValueError: values that ``quantize`` or ``round_to`` rejects.
@@ -150,6 +150,12 @@ def store_again(weight: StoredTensor, values: Tensor) -> StoredTensor:
         parts = form.split(stored)
     else:
         parts = (round_to(rows, form.dtype, "weight"),)
+    if weight.lead == 1 and weight.columns == rows.shape[-1]:  # a larger vocabulary: a search may find other scales
+        count = min(len(rows), weight.shape[0])
+        own = weight.like([part[:count] for part in weight.parts]).dequantize(rows.dtype).view(count, -1)
+        same = (own == rows[:count]).all(1)
+        for part, old in zip(parts, weight.parts, strict=True):
+            part[:count][same] = old[:count][same].view(-1, part.shape[1])
     return StoredTensor(form, parts, values.shape[lead:], values.dtype)
 
 

@@ -396,3 +396,20 @@ def test_models_that_are_stacked_compute_as_one_after_the_other_or_say_that_they
                 with pytest.raises(RuntimeError, match=r"vmap cannot compute with a stack of stored.*lowmem.restore"):
                     run(*stacked, given)
         torch.testing.assert_close(torch.func.vmap(models[0])(x), models[0](x))
+
+
+@pytest.mark.parametrize("technique", [FourBit("nf4", search=True), FourBit("bof4s", 16), Half(torch.float16)])
+def test_rows_that_stay_keep_their_bits_when_others_are_set(technique):
+    for make in (lambda: nn.Embedding(16, 40), lambda: nn.Conv1d(6, 16, 3)):
+        layer = convert(make(), technique)
+        old = layer.weight.detach().clone()
+        for cast, rows in ((torch.float32, 20), (torch.float32, 9), (torch.bfloat16, 9)):
+            layer.to(cast)
+            values = torch.randn(rows, *old.shape[1:]).to(cast)
+            kept = min(rows, 9)
+            values[1:kept] = layer.weight.dequantize()[1:kept]
+            layer.weight.data = values
+            assert layer.weight.shape == values.shape
+            for part, before in zip(layer.weight.parts, old.parts, strict=True):
+                assert torch.equal(part[1:kept], before[1:kept])
+            assert not torch.equal(layer.weight[0].dequantize(), old[0].dequantize())
