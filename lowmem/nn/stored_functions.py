@@ -135,7 +135,7 @@ def _set_data(weight: Any, value: Tensor) -> Any:
 
 
 def store_again(weight: StoredTensor, values: Tensor) -> StoredTensor:
-    """Return dense values, stored in the form of a weight of as many dimensions; rows with its values keep their bits.
+    """Return dense values, stored in the form of a weight of as many dimensions; rows of its values keep their bits.
 
     Raises:
         TypeError, ValueError: values that ``quantize`` or ``round_to`` rejects.
