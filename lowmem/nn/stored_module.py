@@ -207,7 +207,7 @@ class StoredModule(nn.Module):
         else:  # as torch says of a dense parameter
             raise TypeError(
                 f"cannot assign {type(value).__name__} as parameter {name!r}, which is stored in {forms[name].form}: "
-                "give a torch.nn.Parameter, or None"
+                "give a torch.nn.Parameter, or None; leave the module out with skip= if functional_call sets it"
             )
 
     def __delattr__(self, name: str) -> None:
@@ -714,6 +714,9 @@ def copied_module(module: nn.Module, made: type[nn.Module]) -> nn.Module:
     """Return an object of a class with a module's attributes, without its hooks."""
     copied = made.__new__(made)
     copied.__dict__.update(module.__dict__)
+    for name in {slot for kind in type(module).__mro__ for slot in getattr(kind, "__slots__", ())}:
+        if name != "__dict__" and name != "__weakref__" and hasattr(module, name):
+            object.__setattr__(copied, name, getattr(module, name))
     for name in (*HOOKS, "_buffers", "_modules"):
         value = module.__dict__[name]
         copied.__dict__[name] = type(value)() if name in HOOKS else type(value)(value)

@@ -324,6 +324,10 @@ def _check_parameters(found: dict[nn.Module, tuple[str, list[str]]]) -> None:
         for name in names:
             parameter: Any = module._parameters[name]
             place = layer_name(path) if name == "weight" else layer_name(f"{path}.{name}".lstrip("."))
+            if is_lazy(parameter):
+                raise ValueError(
+                    f"{place} is lazy and has no shape yet: call the model once before convert, or leave it out (skip=)"
+                )
             if isinstance(parameter, _sharded()):
                 raise ValueError(f"{place} is sharded (a DTensor): convert the model before fully_shard")
             if parameter.is_meta:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from lowmem import (
@@ -26,6 +27,7 @@ from lowmem import (
     measure,
     restore,
     save,
+    summary,
 )
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.convert import swap
@@ -431,6 +433,11 @@ def test_wrong_arguments_are_named():
             "torch.int32",
         ),
         (lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(8, 0))), ValueError, "empty rows"),
+        (
+            lambda layer: setattr(layer, "weight", nn.UninitializedParameter()),
+            ValueError,
+            r"inner.0.0 is lazy and has no shape yet: call the model once before convert, or .*skip=",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
@@ -807,3 +814,29 @@ def test_where_is_asked_once_for_each_path():
 
         convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), technique, where=where)
         assert sorted(asked) == ["", "0", "1"]
+
+
+def test_a_class_with_slots_and_its_own_setattr_converts():
+    class Slots(nn.Linear):
+        __slots__ = ("factor",)
+
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.factor = 3.0
+
+        def __setattr__(self, name, value):
+            if name == "weight" and "bias" in self._parameters:
+                raise RuntimeError("its weight is set once")
+            super().__setattr__(name, value)
+
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias) * self.factor
+
+    for technique in (FourBit(), Half()):
+        layer, x = Slots(8, 8), torch.randn(2, 8)
+        dense = layer(x)
+        convert(layer, technique)
+        assert isinstance(layer, StoredModule)
+        assert layer.factor == 3.0
+        assert (layer(x) - dense).norm() < 0.2 * dense.norm()
+        assert summary(layer)[0].computed == "as stored"

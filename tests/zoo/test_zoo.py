@@ -145,12 +145,22 @@ def test_an_architecture_is_small_and_the_same_each_time(architecture):
         assert torch.equal(generate(architecture, first), generate(architecture, second))
 
 
+def checkpointed(model):
+    """Return a dense model that checkpoints activations, with frozen embeddings."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)
+    model.activation_checkpointing_enable()
+    return model
+
+
 @pytest.mark.parametrize("architecture", [pytest.param(a, id=a.name) for a in ARCHITECTURES.values() if a.lacks])
 def test_what_an_architecture_lacks_its_dense_model_lacks(architecture):
     abilities = {
         "pickle": lambda: pickle.dumps(architecture.make()),
         "linear": lambda: next(m for m in architecture.make().modules() if isinstance(m, nn.Linear)),
         "bfloat16": lambda: call(architecture, architecture.make().to(torch.bfloat16), torch.bfloat16),
+        "checkpointing": lambda: gradients(architecture, checkpointed(architecture.make().train())),
     }
     for ability in architecture.lacks:
         with pytest.raises((RuntimeError, StopIteration)):
