@@ -326,7 +326,7 @@ def _check_parameters(found: dict[nn.Module, tuple[str, list[str]]]) -> None:
             place = layer_name(path) if name == "weight" else layer_name(f"{path}.{name}".lstrip("."))
             if is_lazy(parameter):
                 raise ValueError(
-                    f"{place} is lazy and has no shape yet: call the model once before convert, or leave it out (skip=)"
+                    f"{place} is lazy and has no shape yet: call the model once before convert, or use skip="
                 )
             if isinstance(parameter, _sharded()):
                 raise ValueError(f"{place} is sharded (a DTensor): convert the model before fully_shard")
