@@ -24,7 +24,17 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["FUNCTIONS", "OPERATORS", "REMEDY", "Form", "FourBitForm", "HalfForm", "StoredTensor", "is_recorded"]
+__all__ = [
+    "FUNCTIONS",
+    "OPERATORS",
+    "REMEDY",
+    "Form",
+    "FourBitForm",
+    "HalfForm",
+    "StoredTensor",
+    "is_recorded",
+    "leave_to_eager",
+]
 
 REMEDY = "write to a copy, weight.dequantize(), or make the layer dense again first: lowmem.restore(model)"
 
@@ -286,6 +296,19 @@ class StoredTensor(Tensor):
         return operator(
             *(_dequantized(one, known) for one in args), **{k: _dequantized(one, known) for k, one in kwargs.items()}
         )
+
+
+def leave_to_eager(function: Any) -> None:
+    """Let Dynamo run a function, and what it calls, as it is: after a graph break it would compile each of them."""
+    dynamo: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    if hasattr(dynamo, "set_code_exec_strategy"):
+        skip = dynamo._FrameAction.SKIP
+        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    elif hasattr(dynamo, "skip_code"):  # of the function alone, in older versions
+        dynamo.skip_code(function.__code__)
+
+
+leave_to_eager(StoredTensor.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
 
 
 def is_recorded(*tensors: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lowmem.kernels import Weight
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
-from lowmem.nn.stored import REMEDY, Form, FourBitForm, HalfForm, StoredTensor, is_recorded
+from lowmem.nn.stored import REMEDY, Form, FourBitForm, HalfForm, StoredTensor, is_recorded, leave_to_eager
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
@@ -601,6 +601,9 @@ def stored_property(name: str) -> property:
 
 def _flat_weights(module: Any) -> list[Any]:
     return [getattr(module, name) for name in module.__dict__["_flat_weights_names"]]
+
+
+leave_to_eager(_flat_weights)  # as torch.compile does with recurrent layers
 
 
 def _empty(dense: type[nn.Module], names: tuple[str, ...], form: type[Form]) -> StoredModule:

@@ -413,3 +413,18 @@ def test_rows_that_stay_keep_their_bits_when_others_are_set(technique):
             for part, before in zip(layer.weight.parts, old.parts, strict=True):
                 assert torch.equal(part[1:kept], before[1:kept])
             assert not torch.equal(layer.weight[0].dequantize(), old[0].dequantize())
+
+
+@techniques
+def test_a_layer_that_torch_compile_leaves_to_eager_computes_the_same(technique, request):
+    """Dynamo breaks the graph at recurrent layers, and would compile functions of this library that they call."""
+    request.addfinalizer(torch.compiler.reset)
+    torch.compiler.reset()
+    for options in ({}, {"bidirectional": True}):
+        model, x = (
+            convert(nn.Sequential(nn.Linear(16, 16), nn.LSTM(16, 16, 2, **options)), technique),
+            torch.randn(3, 2, 16),
+        )
+        expected, _ = model(x)
+        got, _ = torch.compile(model, backend="aot_eager")(x)
+        torch.testing.assert_close(got, expected)
