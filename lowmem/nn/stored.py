@@ -300,7 +300,7 @@ class StoredTensor(Tensor):
 
 def leave_to_eager(function: Any) -> None:
     """Let Dynamo run a function, and what it calls, as it is: after a graph break it would compile each of them."""
-    dynamo: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    dynamo: Any = torch._C._dynamo.eval_frame
     if hasattr(dynamo, "set_code_exec_strategy"):
         skip = dynamo._FrameAction.SKIP
         dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
