@@ -200,7 +200,7 @@ def keep_shared_biases(model: nn.Module, replacements: Mapping[nn.Module, nn.Mod
     stored: dict[int, list[tuple[nn.Module, Any]]] = {}  # a bias -> the modules that store it, and what they become
     for module, made in replacements.items():
         new: Any = made.base if isinstance(made, LoRALinear) else made
-        if isinstance(new, StoredModule) and "bias" in new.forms:
+        if new is not module and isinstance(new, StoredModule) and "bias" in new.forms:
             stored.setdefault(id(module._parameters["bias"]), []).append((module, new))
     if not stored:
         return
