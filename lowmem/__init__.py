@@ -10,6 +10,7 @@ from lowmem.errors import FileError
 from lowmem.io.adapters import load_adapter, save_adapter
 from lowmem.io.checkpoint import load, save
 from lowmem.kernels import backend
+from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.conv import Conv4Bit, HalfConv
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit, Linear4Bit
@@ -43,6 +44,7 @@ from lowmem.version import __version__
 __all__ = [
     "FORMATS",
     "VARIANTS",
+    "AdaptedWeight",
     "BigNet",
     "Conv4Bit",
     "Embedding4Bit",

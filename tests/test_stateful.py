@@ -178,7 +178,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule()
     def merging_without_adapters_is_refused(self):
         modules = list(self.model.modules())
-        with pytest.raises(ValueError, match="no LoRALinear to merge"):
+        with pytest.raises(ValueError, match="no adapter to merge"):
             merge(self.model)
         assert list(self.model.modules()) == modules
 

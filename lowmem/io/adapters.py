@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import printable, refusal, show
-from lowmem.io.checkpoint import as_in_file, base_of, how_stored
+from lowmem.io.checkpoint import as_in_file, how_stored
 from lowmem.io.container import read, write_tensors
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
-from lowmem.io.skeleton import check_adapter
+from lowmem.io.skeleton import adapter_skip_reason, check_adapter
 from lowmem.io.wrappers import unwrap
-from lowmem.nn.lora import LoRA, LoRALinear
+from lowmem.nn.adapted_module import AdaptedModule, bank_of, base_of, parameter_of, without_adapters
+from lowmem.nn.lora import LoRA
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys
-from lowmem.transforms.adapters import adapter_layers, adapter_names, add_adapter, check_name
+from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
 from lowmem.transforms.convert import one_at_a_time
-from lowmem.transforms.registry import layer_name, module_paths, skip_reason_in
+from lowmem.transforms.placement import place_name, places_of
+from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, refuse_peft
 
 __all__ = ["fingerprint", "load_adapter", "save_adapter"]
 
@@ -92,8 +94,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
                 stacklevel=3,  # the caller of the function that one_at_a_time wraps
             )
         return model
-    found = module_paths(model)
-    by_path = {place: module for module, paths in found.items() for place in paths}
+    found, places = module_paths(model), places_of(model)
     file = read(path)
     try:
         if file.metadata.get("kind") != "adapter":
@@ -101,9 +102,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         own_name, base, records = _parsed(file.metadata)
         name = own_name if name is None else name
         check_name(name)
-        _check_fits(model, by_path, records, file.tensors, base)
+        _check_fits(model, places, records, file.tensors, base)
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
-        own = {found[by_path[place]][0]: place for place in records}  # a layer's first path: its path in the file
+        first = {place: place_name(found[places[place][0]][0], places[place][1]) for place in records}
+        own = {first[place]: place for place in records}  # a layer's first path: its path in the file
         if len(own) < len(records):
             raise ValueError("it adapts two layers that are one here: it is of another architecture")
         if present and {at: lora_of(adapter_record(part)) for at, part in present.items()} != {
@@ -113,14 +115,18 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
                 f"the model has an adapter {show(name)} of other layers, ranks, alphas, dropouts or scalings; "
                 "delete that adapter first, or load this one under another name="
             )
-        if any(isinstance(by_path[place], LoRALinear) and by_path[place].merged == name for place in records):
+        banks = [bank for place in records if (bank := bank_of(places[place][0])) is not None]
+        if any(bank.merged == name for bank in banks):
             raise ValueError(f"the model's adapter {show(name)} is merged: call unmerge_adapter(model) first")
     except (ValueError, TypeError) as reason:
         raise refusal(path, str(reason), "load the adapter") from reason
     if not present:
-        for technique in dict.fromkeys(records.values()):
-            wanted = {by_path[place] for place, of in records.items() if of == technique}
-            model = add_adapter(model, name, technique, where=_is_in(wanted))
+        placed: dict[nn.Module, dict[str, LoRA]] = {}
+        for place, technique in records.items():
+            module, parameter = places[place]
+            placed.setdefault(module, {})[parameter] = technique
+        refuse_peft(model, placed, freezes=True)
+        model = add_placed(model, name, placed, {module: paths[0] for module, paths in found.items()})
     with torch.no_grad():
         for at, adapter in adapter_layers(model, name).items():
             for part, value in _values(adapter).items():
@@ -131,24 +137,40 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 @one_at_a_time
 def fingerprint(model: nn.Module, paths: list[str]) -> str:
     """Return the SHA-256 of the bases of the layers at ``paths``: stored tensors, and how they are stored."""
+    places = places_of(model)
     by_path = {place: module for module, all_paths in module_paths(model).items() for place in all_paths}
     sha256 = hashlib.sha256()
     for path in sorted(paths):
-        base = base_of(by_path[path])
-        record = how_stored(base).get("weight", {}) if isinstance(base, StoredModule) else {}
+        module, parameter = places.get(path) or (by_path[path], "weight")
+        base = base_of(module)
+        base = without_adapters(base) if isinstance(base, AdaptedModule) else base
+        stored = how_stored(base) if isinstance(base, StoredModule) else {}
+        record = stored.get(parameter, {})
         record.pop("method", None)  # it does not change how bytes are decoded
         sha256.update(repr((path, sorted(record.items()))).encode())
-        recorded, parts = format_keys(base), file_names(base) if isinstance(base, StoredModule) else {}
-        state = {
-            parts.get(name, name): as_in_file(base, name) if name in parts else value  # type: ignore[arg-type]
-            for name, value in base.state_dict().items()
-            if name not in recorded
-        }
-        for name, value in sorted(state.items()):
+        for name, value in sorted(_state_of(base, parameter).items()):
             content = value.detach().cpu().contiguous()
             sha256.update(repr((name, str(content.dtype), tuple(content.shape))).encode())
             sha256.update(content.flatten().view(torch.uint8).numpy().data)
     return sha256.hexdigest()
+
+
+def _state_of(base: nn.Module, parameter: str) -> dict[str, Tensor]:
+    """Return a layer's tensors by their names in files: of a linear layer all, of others those of the parameter."""
+    parts = file_names(base) if isinstance(base, StoredModule) else {}
+    if not isinstance(base, nn.Linear) and parameter in parameters_to_adapt(base):
+        own = (
+            [f"{parameter}_{part}" for part in base.forms[parameter].parts] if isinstance(base, StoredModule) else []
+        )
+        if own:
+            return {parts[name]: as_in_file(base, name) for name in own}  # type: ignore[arg-type]
+        return {parameter: parameter_of(base, parameter)}
+    recorded = format_keys(base)
+    return {
+        parts.get(name, name): as_in_file(base, name) if name in parts else value  # type: ignore[arg-type]
+        for name, value in base.state_dict().items()
+        if name not in recorded
+    }
 
 
 def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA]]:
@@ -171,21 +193,21 @@ def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA]]:
 
 def _check_fits(
     model: nn.Module,
-    by_path: dict[str, nn.Module],
+    places: dict[str, tuple[nn.Module, str]],
     records: dict[str, LoRA],
     tensors: dict[str, Tensor],
     base: str,
 ) -> None:
     expected: set[str] = set()
-    skip_reason = skip_reason_in(model)
     for place, technique in records.items():
-        layer: Any = by_path.get(place)
-        if layer is None:
+        why = adapter_skip_reason(model, places, place)
+        if place not in places and why == f"the model has no layer {show(place)}":
             raise ValueError(f"it adapts {layer_name(place)}, which the model has not: it is of another architecture")
-        why = None if isinstance(layer, LoRALinear) else skip_reason(LoRA, layer)
         if why is not None:
-            raise ValueError(f"it adapts {layer_name(place)}, which is a {type(layer).__name__} here: {why}")
-        check_adapter(_key(place, ""), technique, layer, tensors)
+            kind = type(model.get_submodule(place)).__name__
+            raise ValueError(f"it adapts {layer_name(place)}, which is a {kind} here: {why}")
+        module, parameter = places[place]
+        check_adapter(_key(place, ""), technique, module, tensors, parameter)
         expected |= {_key(place, "lora_a"), _key(place, "lora_b")}
     if expected != tensors.keys():
         raise ValueError(f"it has tensors of no layer that it adapts, as {show(min(tensors.keys() - expected))}")
@@ -194,10 +216,6 @@ def _check_fits(
             "it was trained on another base: the weights, or how they are stored, differ in the layers that it "
             "adapts; load it onto the base that it was saved from"
         )
-
-
-def _is_in(wanted: set[nn.Module]) -> Any:
-    return lambda path, module: module in wanted
 
 
 def _key(path: str, part: str) -> str:

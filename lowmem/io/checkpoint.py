@@ -19,16 +19,17 @@ from lowmem.io.metadata import adapters_record, technique_record
 from lowmem.io.shards import read_model
 from lowmem.io.skeleton import assign, build
 from lowmem.io.wrappers import unwrap
+from lowmem.nn.adapted_module import bank_of, base_of
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import LoRALinear
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.convert import one_at_a_time
+from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import made_by, module_paths
 
-__all__ = ["as_in_file", "base_of", "how_stored", "load", "names_in_files", "save"]
+__all__ = ["as_in_file", "how_stored", "load", "names_in_files", "save"]
 
 
 @one_at_a_time
@@ -77,8 +78,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 first = known.setdefault(id(first_part), record)
                 if first is record or first != record:
                     stored[place if name == "weight" else f"{place}.{name}".lstrip(".")] = record
-        if isinstance(layer, LoRALinear):
-            adapters[place] = adapters_record(layer)
+        if bank_of(layer) is not None:
+            adapters |= {place_name(place, name): record for name, record in adapters_record(layer).items()}
     metadata = {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}
     write_tensors(path, tensors, metadata)
 
@@ -162,8 +163,3 @@ def as_in_file(module: StoredModule, part: str) -> Tensor:
         return value
     weight: Any = module.stored_weight(name)
     return weight.scales  # type: ignore[no-any-return]
-
-
-def base_of(layer: nn.Module) -> nn.Module:
-    """Return the base of a LoRALinear, or the layer itself."""
-    return layer.base if isinstance(layer, LoRALinear) else layer

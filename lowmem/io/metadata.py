@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import nn
 
 from lowmem.errors import show
+from lowmem.nn.adapted_module import bank_of
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.nn.lora import Adapter, LoRA
 from lowmem.quant.formats import FORMATS
 from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.tensor import METHODS
@@ -84,12 +86,14 @@ def lora_of(record: object) -> LoRA:
     return _lora(check_keys(record, _ADAPTER, ("rank_stabilized",)))
 
 
-def adapters_record(layer: LoRALinear) -> list[dict[str, Any]]:
-    """Return the metadata records of all adapters of a layer."""
-    return [
-        {**adapter_record(cast(Adapter, part)), "name": name, "active": name in layer.in_use}
-        for name, part in layer.adapters.items()
-    ]
+def adapters_record(layer: nn.Module) -> dict[str, list[dict[str, Any]]]:
+    """Return the metadata records of all adapters of a layer, by the parameters that they change."""
+    bank, found = bank_of(layer), dict[str, list[dict[str, Any]]]()
+    for name in bank.names:
+        for parameter, part in bank.parts(name).items():
+            record = {**adapter_record(part), "name": name, "active": name in bank.in_use}
+            found.setdefault(parameter, []).append(record)
+    return found
 
 
 def adapters_of(record: object) -> dict[str, tuple[LoRA, bool]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,19 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable, show
 from lowmem.io.metadata import adapters_of, check_object, record_errors, technique_of
+from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.adapter import layout_of
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.nn.lora import LoRA, LoRALinear
 from lowmem.nn.stored_module import StoredModule, as_part, file_names, format_keys
-from lowmem.transforms.convert import (
-    commit,
-    freeze_all_but_adapters,
-    keep_shared_biases,
-    store_parameters,
-    swap,
-    weight_key,
-)
+from lowmem.transforms.adapters import add_placed
+from lowmem.transforms.convert import commit, keep_shared_biases, store_parameters, weight_key
 from lowmem.transforms.meta import make_on_meta
-from lowmem.transforms.registry import layer_name, module_paths, skip_reason, skip_reason_in
+from lowmem.transforms.placement import places_of
+from lowmem.transforms.registry import ADAPTED, layer_name, module_paths, skip_reason
 
-__all__ = ["assign", "build", "check_adapter"]
+__all__ = ["adapter_skip_reason", "assign", "build", "check_adapter"]
 
 
 def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -52,13 +49,9 @@ def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors
 
 
 def _skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Replace layers by meta-device skeletons of the converted ones that the file records, and add adapters."""
+    """Make layers the converted ones that the file records, and add adapters, all on the meta device."""
     model = _convert_layers(model, metadata["layers"])
-    adapted = _adapted_layers(model, metadata.get("adapters", {}), tensors)
-    model = swap(model, adapted)
-    if adapted:
-        freeze_all_but_adapters(model)
-    return model
+    return _add_adapters(model, metadata.get("adapters", {}), tensors)
 
 
 def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
@@ -142,54 +135,89 @@ def _parameter_at(by_path: Mapping[str, nn.Module], path: str) -> tuple[nn.Modul
     return module, name
 
 
-def _adapted_layers(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -> dict[nn.Module, nn.Module]:
-    """Return a LoRALinear for each layer with adapters in the file; all records are checked before one is built."""
+def _add_adapters(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Give layers the adapters that a file records; all records are checked before one is built."""
     with record_errors("its record of the adapters"):
         records = check_object(records)
-    by_path = {path: module for module, paths in module_paths(model).items() for path in paths}
-    skip_reason = skip_reason_in(model)
-    found: dict[Any, tuple[str, dict[str, tuple[LoRA, bool]]]] = {}
-    for path, record in records.items():
-        base = by_path.get(path)
-        why = f"the model has no layer {show(path)}" if base is None else skip_reason(LoRA, base)
+    places = places_of(model)
+    found: dict[tuple[nn.Module, str], tuple[str, dict[str, tuple[LoRA, bool]]]] = {}
+    for place, record in records.items():
+        why = adapter_skip_reason(model, places, place)
         if why is not None:
-            raise ValueError(f"it has adapters for {layer_name(path)}: {why}; is this its factory?")
-        with record_errors(f"its record of the adapters of {layer_name(path)}"):
+            raise ValueError(f"it has adapters for {layer_name(place)}: {why}; is this its factory?")
+        with record_errors(f"its record of the adapters of {layer_name(place)}"):
             adapters = adapters_of(record)
-        first, same = found.setdefault(base, (path, adapters))
+        first, same = found.setdefault(places[place], (place, adapters))
         if same != adapters:
             raise ValueError(
-                f"it adapts {layer_name(first)} and {layer_name(path)} differently, which are one layer here"
+                f"it adapts {layer_name(first)} and {layer_name(place)} differently, which are one layer here"
             )
-    for base, (path, adapters) in found.items():
-        for name, (technique, _) in adapters.items():
-            check_adapter(f"{path}.adapters.{name}.".lstrip("."), technique, base, tensors)
-    adapted: dict[nn.Module, nn.Module] = {}
-    for base, (path, adapters) in found.items():
-        (name, (technique, _)), *others = adapters.items()
-        layer = LoRALinear(base, technique, name)
-        for name, (technique, _) in others:
-            layer.add(name, Adapter(base, technique))
-        layer.active = tuple(name for name, (_, active) in adapters.items() if active)
-        for name, adapter in layer.adapters.items():
-            adapter.to(tensors[f"{path}.adapters.{name}.lora_a".lstrip(".")].dtype)  # it may have been cast
-        adapted[base] = layer.train(base.training)
-    return adapted
+    wanted: dict[nn.Module, dict[str, dict[str, tuple[LoRA, bool]]]] = {}  # by layer, by adapter, by parameter
+    prefixes: dict[tuple[nn.Module, str, str], str] = {}
+    for (module, parameter), (place, adapters) in found.items():
+        for name, (technique, active) in adapters.items():
+            prefix = prefixes[module, parameter, name] = _prefix(place, parameter, name, type(module) in ADAPTED)
+            check_adapter(prefix, technique, module, tensors, parameter)
+            wanted.setdefault(module, {}).setdefault(name, {})[parameter] = technique, active
+    paths = {module: path for path, module in model.named_modules()}
+    for name in dict.fromkeys(name for of_layer in wanted.values() for name in of_layer):
+        placed = {
+            module: {parameter: technique for parameter, (technique, _) in of_layer[name].items()}
+            for module, of_layer in wanted.items()
+            if name in of_layer
+        }
+        model, layers = _added(model, name, placed, paths)
+        wanted = {layers.get(module, module): of_layer for module, of_layer in wanted.items()}
+        prefixes = {(layers.get(one, one), part, of): prefix for (one, part, of), prefix in prefixes.items()}
+    for module, of_layer in wanted.items():
+        bank = bank_of(module)
+        bank.active = tuple(n for n, parts in of_layer.items() if any(active for _, active in parts.values()))
+        for name in bank.names:
+            for parameter, adapter in bank.parts(name).items():
+                adapter.to(tensors[f"{prefixes[module, parameter, name]}lora_a"].dtype)  # it may have been cast
+    return model
 
 
-def check_adapter(prefix: str, technique: LoRA, layer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError unless ``tensors`` holds an adapter of the rank of ``technique`` for ``layer``.
+def _prefix(place: str, parameter: str, name: str, is_linear: bool) -> str:
+    """Return what the state's names of an adapter's tensors begin with."""
+    if is_linear:
+        return f"{place}.adapters.{name}.".lstrip(".")
+    path = place if parameter == "weight" else place.removesuffix(parameter).rstrip(".")
+    return f"{path}.adapters.{name}.{parameter}.".lstrip(".")
+
+
+def _added(
+    model: nn.Module, name: str, placed: Mapping[nn.Module, Mapping[str, LoRA]], paths: Mapping[nn.Module, str]
+) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """Add an adapter; also return the LoRALinear of each layer that has become one."""
+    model = add_placed(model, name, placed, paths)
+    layers = {one.base: one for one in model.modules() if isinstance(one, LoRALinear)}
+    return model, cast("dict[nn.Module, nn.Module]", layers)
+
+
+def adapter_skip_reason(model: nn.Module, places: Mapping[str, tuple[nn.Module, str]], place: str) -> str | None:
+    """Return why a model cannot have an adapter at a place, or None."""
+    if place in places:
+        return skip_reason(LoRA, places[place][0], chosen=True)
+    module = next((one for path, one in model.named_modules(remove_duplicate=False) if path == place), None)
+    return f"the model has no layer {show(place)}" if module is None else skip_reason(LoRA, module, chosen=True)
+
+
+def check_adapter(
+    prefix: str, technique: LoRA, layer: nn.Module, tensors: Mapping[str, Tensor], parameter: str = "weight"
+) -> None:
+    """Raise a ValueError unless ``tensors`` holds an adapter of the rank of ``technique`` for a layer's parameter.
 
     It is called before an adapter is allocated, since a damaged file may claim any rank.
 
     Args:
         prefix: of the names of the adapter's tensors.
         technique: with the rank.
-        layer: an nn.Linear, or the converted layer.
+        layer: dense, or the converted layer.
         tensors: of the file, by name.
+        parameter: which the adapter changes.
     """
-    shapes = {"lora_a": (technique.rank, layer.in_features), "lora_b": (layer.out_features, technique.rank)}
-    for part, shape in shapes.items():
+    for part, shape in layout_of(base_of(layer), parameter).shapes(technique.rank).items():
         given = tensors.get(prefix + part)
         if given is None:
             raise ValueError(f"it lacks {printable(prefix + part, 80)}")

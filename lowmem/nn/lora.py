@@ -1,200 +1,30 @@
-"""Low-rank adaptation: two small matrices train beside a frozen layer.
+"""The linear layer with adapters: two small matrices train beside a frozen layer.
 
-Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1. QLoRA
-(arXiv 2305.14314) is LoRA over a 4-bit base, and needs no class of its own.
+QLoRA (arXiv 2305.14314) is LoRA over a 4-bit base, and needs no class of its own. Other modules get adapters by
+``lowmem.nn.adapted_module``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowmem import kernels
-from lowmem.kernels import ops, reference
+from lowmem.kernels import ops
+from lowmem.nn.adapted_weight import adapted_weight
+from lowmem.nn.adapter import Adapter, LoRA
 from lowmem.nn.fourbit import Linear4Bit
-from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call, refuse_nested
+from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call
 from lowmem.nn.half import HalfLinear
-from lowmem.nn.loftq import truncated_svd
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.quantize import relative_error, requantize
 from lowmem.quant.rounding import round_to
 
 __all__ = ["Adapter", "Folded", "LoRA", "LoRALinear"]
-
-
-_LARGEST_ALPHA = torch.finfo(torch.float32).max  # low-rank products are scaled in float32
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adaptation: the model is frozen, and two matrices A and B per layer train (arXiv 2106.09685).
-
-        y = W x + b + s B A x,  s = alpha / rank, or alpha / sqrt(rank) if rank-stabilized
-
-    A pattern is a glob of a layer's paths; the first one that matches wins, and one that matches no adapted layer is
-    an error: ``LoRA(8, ranks={"*.q_proj": 32, "*_proj": 16})``.
-
-    Args:
-        rank: of ``B A``, at least 1.
-        alpha: the numerator of the scaling s; None: the rank, of each layer its own.
-        dropout: probability of dropout on the input of A, in [0, 1).
-        rank_stabilized: whether to scale by ``alpha / sqrt(rank)``, which keeps the size of gradients at high ranks
-            (rsLoRA, arXiv 2312.03732).
-        ranks: other ranks by pattern, a mapping or pairs; stored as a tuple of pairs.
-        alphas: other alphas by pattern, likewise.
-        init: "zero": B starts at zero, so that a fresh adapter changes nothing, bit for bit. "loftq": ``s B A``
-            starts as the best approximation of this rank of the base's quantization error, so that base and adapter
-            are nearer to the dense weight W than the base alone (LoftQ, arXiv 2310.08659, algorithm 1):
-
-                s B A = SVD_rank(W - dequantize(quantize(W)))
-
-            It needs W, so ``FourBit`` has to be applied by the same ``convert``. One step of LoftQ's alternation is
-            taken: the base keeps the bytes that ``FourBit`` alone stores, is the same for every adapter, and stays
-            tied. Merging a fresh adapter of this kind changes bytes.
-
-    Raises:
-        ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
-            float32 can hold, a dropout outside [0, 1), a rank_stabilized that is not a bool, ranks or alphas
-            that are not pairs of a pattern and a value, or an unknown init.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    rank_stabilized: bool = False
-    ranks: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
-    alphas: Mapping[str, float | None] | tuple[tuple[str, float | None], ...] = ()
-    init: str = "zero"
-
-    def __post_init__(self) -> None:
-        for name in ("ranks", "alphas"):  # a dict or a list would not be hashable
-            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
-        for rank in (self.rank, *(rank for _, rank in _pairs("ranks", self.ranks))):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"rank={rank!r} must be a positive integer")
-        for alpha in (self.alpha, *(alpha for _, alpha in _pairs("alphas", self.alphas))):
-            if alpha is not None and not (_is_number(alpha) and 0 < alpha <= _LARGEST_ALPHA):
-                raise ValueError(
-                    f"alpha={alpha!r} must be a positive number, at most float32's largest ({_LARGEST_ALPHA:.6g}), "
-                    "or None for the rank"
-                )
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
-        if not isinstance(self.rank_stabilized, bool):
-            raise ValueError(f"rank_stabilized={self.rank_stabilized!r} must be True or False")
-        if self.init not in ("zero", "loftq"):
-            raise ValueError(f"init={self.init!r} must be 'zero' or 'loftq'")
-
-    @property
-    def scaling(self) -> float:
-        """The factor s of ``B A x``, at the technique's own rank and alpha."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
-
-    def at(self, paths: Sequence[str]) -> LoRA:
-        """Return the technique of a layer at ``paths``: its rank and alpha, without patterns."""
-
-        def found(patterns: Any, default: Any) -> Any:
-            return next((value for p, value in patterns if any(fnmatchcase(path, p) for path in paths)), default)
-
-        rank, alpha = found(self.ranks, self.rank), found(self.alphas, self.alpha)
-        return replace(self, rank=rank, alpha=alpha, ranks=(), alphas=())
-
-
-def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
-    """Return patterns and values as a tuple of pairs."""
-    try:
-        pairs = tuple((pattern, value) for pattern, value in (given.items() if isinstance(given, Mapping) else given))
-    except (TypeError, ValueError):
-        pairs = ((None, None),)
-    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern, _ in pairs):
-        raise ValueError(f"{name}={given!r} must map glob patterns of paths to values, as {{'*.q_proj': 32}}")
-    return pairs
-
-
-class Adapter(nn.Module):
-    """The low-rank product of one layer, ``s B A x``: A (rank, in) starts random, B (out, rank) zero.
-
-    A new adapter therefore does not change the output, bit for bit; one with ``init="loftq"`` does.
-
-    Args:
-        base: the layer to adapt; its shape, dtype and device are read, and its weight for ``init="loftq"``.
-        technique: rank, alpha, dropout, scaling and init; patterns are for ``LoRA.at`` to resolve.
-        dense: the weight that a 4-bit base was quantized from, (out, in), for ``init="loftq"``.
-
-    Raises:
-        ValueError: ``init="loftq"`` without a 4-bit base or its dense weight.
-    """
-
-    weight_count = 0  # an adapter adds no weights to those that its base stores
-
-    def __init__(
-        self, base: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA, dense: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.technique = technique
-        self.rank = technique.rank
-        self.scaling = technique.scaling
-        self.dropout = nn.Dropout(technique.dropout) if technique.dropout else nn.Identity()
-        stored = base.weight
-        dtype = stored.dtype if stored.dtype in (torch.float32, torch.float64) else torch.float32
-        self.lora_a = nn.Parameter(torch.empty(self.rank, base.in_features, dtype=dtype, device=stored.device))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, self.rank, dtype=dtype, device=stored.device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear initializes its weight
-        if technique.init == "loftq":
-            if dense is None or not isinstance(base, Linear4Bit):
-                raise ValueError(
-                    "init='loftq' approximates what 4 bits lose of the dense weight, and needs both: apply it in the "
-                    "call that quantizes, convert(model, FourBit(), LoRA(init='loftq')), or use init='zero'"
-                )
-            self._approximate(dense.detach().to(dtype) - base.quantized.dequantize(dtype))
-
-    @torch.no_grad()
-    def _approximate(self, error: Tensor) -> None:
-        """Set A and B so that ``s B A`` is near to an error (out, in); their sizes are the same."""
-        u, sizes, vt = truncated_svd(error, self.rank)
-        count = int((sizes > 0).sum())  # the rest of A stays random, and of B zero: it can train from there
-        root = (sizes[:count] / self.scaling).sqrt()
-        self.lora_b[:, :count] = u[:, :count] * root
-        self.lora_a[:count] = root[:, None] * vt[:count]
-
-    def forward(self, out: Tensor, x: Tensor) -> Tensor:
-        """Return ``out + s B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
-        own, dropout = self._parameters, self._modules["dropout"]  # faster than attributes
-        assert dropout is not None
-        a, b = own.get("lora_a"), own.get("lora_b")
-        if a is None or b is None:  # a parametrization has moved them out
-            a, b = self.lora_a, self.lora_b
-        x = x if x.dtype is a.dtype else x.to(a.dtype)
-        if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
-            x = dropout(x)
-        if x.dim() != 2:
-            refuse_nested(x)
-        wide = out if out.dim() == 2 else out.reshape(-1, b.shape[0])  # (batch, out)
-        rows = x if x.dim() == 2 else x.reshape(-1, a.shape[1])  # (batch, in)
-        if autocast_enabled("cpu" if x.is_cpu else x.device.type):  # it would cast the sum with ``out`` to 16 bits
-            narrow = nn.functional.linear(rows, a) * self.scaling  # (batch, rank)
-            wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
-        else:
-            add_low_rank = kernels.add_low_rank if is_plain_call(x, out, a, b) else reference.add_low_rank
-            wide = add_low_rank(wide, rows, a, b, self.scaling)
-        return wide if out.dim() == 2 else wide.view(out.shape)
-
-    def delta(self) -> Tensor:
-        """Return ``s B A``, the change of the weight: (out, in), in float32 or wider."""
-        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # the adapter may have been cast to 16 bits
-        return (self.lora_b.detach().to(dtype) * self.scaling) @ self.lora_a.detach().to(dtype)
-
-    def extra_repr(self) -> str:
-        """Describe the adapter."""
-        return f"rank={self.rank}, scaling={self.scaling:g}"
 
 
 def _of_single_adapter(name: str) -> Any:
@@ -207,103 +37,26 @@ def _of_single_adapter(name: str) -> Any:
 
 
 class Folded(NamedTuple):
-    """A base with adapters merged into its weight, and ``rms(weight - adapted) / rms(adapted)`` of two weights.
+    """A module with adapters merged into its weights, and the errors of these.
 
     Attributes:
         layer: the copy of the base.
-        before: the error of the base's weight, without the adapters.
-        after: the error of the weight that the copy stores.
+        errors: for each adapted parameter ``rms(weight - adapted) / rms(adapted)`` of the base's weight, without the
+            adapters, and of the weight that the copy stores.
     """
 
     layer: nn.Module
-    before: float
-    after: float
+    errors: Mapping[str, tuple[float, float]]
 
+    @property
+    def before(self) -> float:
+        """The largest error of the base's weights."""
+        return max(before for before, _ in self.errors.values())
 
-class AdaptedWeight(Tensor):
-    """The weight of an adapted layer, ``W + sum s B A``, for those who read it and do not call the layer.
-
-    ``F.linear`` computes with it as the layer does. Its shape, dtype and device are known; its values are computed,
-    with gradients for A and B, by every other function that takes it, each time.
-
-    Args:
-        base: the layer that is adapted.
-        adapters: the active ones.
-    """
-
-    _layer: nn.Module
-    _adapters: list[Adapter]
-
-    @staticmethod
-    def __new__(cls, base: Any, adapters: list[Adapter]) -> AdaptedWeight:
-        """Make a tensor without values of its own."""
-        weight = base.weight
-        return torch.Tensor._make_wrapper_subclass(
-            cls, weight.shape, dtype=weight.dtype, device=weight.device, requires_grad=False
-        )
-
-    def __init__(self, base: nn.Module, adapters: list[Adapter]) -> None:
-        self._layer, self._adapters = base, adapters
-        self._is_param = True
-
-    def values(self) -> Tensor:
-        """Return the adapted weight as a dense tensor, differentiable in A and B."""
-        weight: Any = self._layer.weight
-        total: Tensor = weight.dequantize() if isinstance(weight, StoredTensor) else weight
-        for adapter in self._adapters:
-            total = total + ((adapter.lora_b * adapter.scaling) @ adapter.lora_a).to(total.dtype)
-        return total
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function in _READS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **kwargs)
-        if function is nn.functional.linear and len(args) > 1 and isinstance(args[1], AdaptedWeight):
-            return args[1]._linear(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
-        return cls.__torch_dispatch__(function, types, args, kwargs)
-
-    @classmethod
-    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        plain = lambda one: one.values() if isinstance(one, AdaptedWeight) else one  # noqa: E731
-        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs or {}))
-        return operator(*args, **kwargs)
-
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight: Any = self._layer.weight
-        out = nn.functional.linear(x, weight, bias)
-        for adapter in self._adapters:
-            out = adapter.forward(out, x)
-        return out
-
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
-        return f"AdaptedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, adapters={len(self._adapters)})"
-
-
-_READS = {
-    getattr(Tensor, name).__get__
-    for name in (
-        "shape",
-        "dtype",
-        "device",
-        "layout",
-        "requires_grad",
-        "is_leaf",
-        "ndim",
-        "is_cpu",
-        "is_cuda",
-        "is_meta",
-    )
-} | {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.stride,
-    Tensor.is_floating_point,
-    Tensor.element_size,
-    Tensor.__len__,
-}
+    @property
+    def after(self) -> float:
+        """The largest error of the weights that the copy stores."""
+        return max(after for _, after in self.errors.values())
 
 
 class LoRALinear(nn.Module):
@@ -364,11 +117,36 @@ class LoRALinear(nn.Module):
         self.active += (name,)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters, in the order in which they were added."""
+        return tuple(self.adapters)
+
+    def parts(self, name: str) -> dict[str, Adapter]:
+        """Return the adapter of a name, by the parameter that it changes; none for an unknown name."""
+        return {"weight": cast(Adapter, self.adapters[name])} if name in self.adapters else {}
+
+    def add_parts(self, name: str, parts: Mapping[str, Adapter]) -> None:
+        """Add an adapter, given by the parameter that it changes, and activate it."""
+        self.add(name, parts["weight"])
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter."""
+        self.active = tuple(other for other in self.active if other != name)
+        del self.adapters[name]
+
+    def unmerge(self) -> None:
+        """Call the base again."""
+        self.merged = self.merged_base = None
+
+    @property
     def weight(self) -> Any:
         """The weight with the active adapters: an ``AdaptedWeight``, or that of the base where none is active."""
         active = [name for name in self.active if name != self.merged]
         base: Any = self.merged_base or self.base
-        return AdaptedWeight(base, [cast(Adapter, self.adapters[name]) for name in active]) if active else base.weight
+        if not active:
+            return base.weight
+        adapters = [cast(Adapter, self.adapters[name]) for name in active]
+        return adapted_weight(base.weight, [one.update() for one in adapters], adapters[0].layout)
 
     @property
     def bias(self) -> Any:
@@ -420,7 +198,7 @@ class LoRALinear(nn.Module):
         base = self.base
         own = _weight_of(base)
         adapted = own.dequantize() if isinstance(base, Linear4Bit) else own.detach()
-        added = [part for name in names if (part := cast(Adapter, self.adapters[name])).lora_b.any()]
+        added = [part for name in names if not (part := cast(Adapter, self.adapters[name])).changes_nothing()]
         for adapter in added:
             adapted = adapted + adapter.delta()
         layer: nn.Module
@@ -442,7 +220,7 @@ class LoRALinear(nn.Module):
                 bias = nn.Parameter(round_to(bias, to, "bias"), requires_grad=bias.requires_grad)
             layer.register_parameter("bias", bias)
         before, after = (relative_error(adapted, _weight_of(part)) for part in (base, layer))
-        return Folded(layer.train(base.training), before, after)
+        return Folded(layer.train(base.training), {"weight": (before, after)})
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.merged_base = None  # rebuilt by the post hook
@@ -504,7 +282,3 @@ def _remerge(layer: LoRALinear, _: object) -> None:
 
 def _weight_of(layer: nn.Module) -> Any:
     return layer.stored_weight() if isinstance(layer, StoredModule) else layer.weight
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import string
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -21,7 +22,7 @@ from lowmem.nn.stored_operators import compute_dtype
 from lowmem.quant.quantize import quantize
 from lowmem.quant.rounding import round_to
 
-__all__ = ["store_again"]
+__all__ = ["attention", "store_again"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -47,6 +48,21 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     x = autocast(input)
     bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
     return frozen_linear(x, stored, compute_dtype(x, stored), bias)
+
+
+@_replaces(functional.multi_head_attention_forward)
+def attention(*args: Any, **kwargs: Any) -> Any:
+    """Compute attention by torch's own function, whose products then see the weights as functions do."""
+    return _OPEN_ATTENTION(*args, **kwargs)
+
+
+# The function asks first whether an argument is of another class, and would be here again: this one does not ask.
+_OPEN_ATTENTION = types.FunctionType(
+    functional.multi_head_attention_forward.__code__,
+    {**vars(functional), "has_torch_function": lambda _: False},
+    "multi_head_attention_forward",
+    functional.multi_head_attention_forward.__defaults__,
+)
 
 
 @_replaces(Tensor.__getitem__)

@@ -198,6 +198,7 @@ class StoredModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         forms = self.__dict__.get("_forms", {})
+        value = getattr(value, "unadapted", value) if name in forms else value
         if name not in forms:
             super().__setattr__(name, value)
         elif isinstance(value, StoredTensor):
@@ -633,9 +634,10 @@ def stored_copy(module: nn.Module, weights: Mapping[str, Weight], **attributes: 
     """
     forms = {name: described(weight) for name, weight in weights.items()}
     kinds = {type(form) for form, _ in forms.values()}
-    made = stored_class(type(module), tuple(weights), FourBitForm if FourBitForm in kinds else HalfForm)
+    plain = getattr(type(module), "_plain_class", type(module))
+    made = stored_class(plain, tuple(weights), FourBitForm if FourBitForm in kinds else HalfForm)
     _refuse_collisions(module, made, forms)
-    copied = copied_module(module, made)
+    copied = copied_module(module, _with_adapters_of(module, made))
     described_by: dict[str, Described] = {}
     parameters: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
@@ -692,7 +694,7 @@ def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> 
     made = module.dense_class
     if names:
         made = stored_class(module.dense_class, names, FourBitForm if FourBitForm in kinds else HalfForm)
-    copied = copied_module(module, made)
+    copied = copied_module(module, _with_adapters_of(module, made))
     parameters: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
         owner = next(
@@ -711,6 +713,12 @@ def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> 
     if isinstance(copied, nn.RNNBase) and not names:
         copied.__dict__["_flat_weights"] = _flat_weights(copied)
     return copied
+
+
+def _with_adapters_of(module: nn.Module, made: type[nn.Module]) -> type[nn.Module]:
+    """Return the class ``made``, or the one with adapters over it, where the module has adapters."""
+    over: Callable[[type[nn.Module]], type[nn.Module]] | None = getattr(type(module), "_over", None)
+    return made if over is None else over(made)
 
 
 def copied_module(module: nn.Module, made: type[nn.Module]) -> nn.Module:

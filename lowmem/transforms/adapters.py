@@ -8,16 +8,17 @@ see some layers before the change and others after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
+from lowmem.nn.adapted_module import AdaptedModule, bank_of, base_of, put_in_place, without_adapters
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
-from lowmem.transforms.convert import freeze_all_but_adapters, one_at_a_time, swap
+from lowmem.transforms.convert import add_first_adapter, freeze_all_but_adapters, one_at_a_time, swap
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
-from lowmem.transforms.placement import place_adapters
-from lowmem.transforms.registry import layer_name, no_match_message, refuse_peft, select_modules, skip_reason
+from lowmem.transforms.placement import place_adapters, place_name, takes_adapter
+from lowmem.transforms.registry import layer_name, no_match_message, refuse_peft, select_modules
 
 __all__ = [
     "activate",
@@ -26,6 +27,7 @@ __all__ = [
     "adapter_names",
     "adapter_parameter_groups",
     "add_adapter",
+    "add_placed",
     "check_name",
     "deactivate",
     "delete_adapter",
@@ -45,9 +47,9 @@ def add_adapter(
 ) -> nn.Module:
     """Add a new, active adapter to every layer that LoRA supports and that ``where`` and ``skip`` select.
 
-    Layers without an adapter become LoRALinear, as by ``convert``. The new adapter trains, other adapters do not
-    change (active or not, frozen or not), and the rest of the model is frozen. Output layers are left out as by
-    ``convert``, unless ``where`` is given.
+    Linear layers without an adapter become LoRALinear, and other modules get adapters, as by ``convert``. The new
+    adapter trains, other adapters do not change (active or not, frozen or not), and the rest of the model is frozen.
+    Output layers, embeddings and other layers are left out as by ``convert``, unless ``where`` is given.
 
     Args:
         model: any module, with or without adapters; the root itself can be the layer.
@@ -69,25 +71,48 @@ def add_adapter(
     if not isinstance(technique, LoRA):
         raise TypeError(f"technique={technique!r} must be an instance of LoRA")
     selected = select_modules(model, where, skip)
-    layers = [m for m in selected if isinstance(m, LoRALinear) or skip_reason(LoRA, m) is None]
+    layers = [m for m in selected if takes_adapter(m, where is not None)]
     refuse_peft(model, layers, freezes=True)
     if not layers:
-        raise ValueError(no_match_message(LoRA, model))
+        raise ValueError(no_match_message(LoRA, model, selected, where is not None))
+    return add_placed(model, name, place_adapters(model, technique, layers, where), selected)
+
+
+@one_at_a_time
+def add_placed(
+    model: nn.Module, name: str, placed: Mapping[nn.Module, Mapping[str, LoRA]], paths: Mapping[nn.Module, str]
+) -> nn.Module:
+    """Add a new, active adapter to layers, each with the technique for the parameters that it changes.
+
+    Args:
+        model: has the layers.
+        name: of the adapter.
+        placed: the techniques by layer and parameter.
+        paths: of the layers.
+
+    Raises:
+        ValueError: as ``add_adapter``.
+    """
     wrapped: dict[nn.Module, nn.Module] = {}
-    added: dict[LoRALinear, Adapter] = {}
-    for module, own in place_adapters(model, technique, layers, where).items():
-        if not isinstance(module, LoRALinear):
-            wrapped[module] = LoRALinear(cast(nn.Linear, module), own, name).train(module.training)
-        elif name in module.adapters:
+    changed: dict[nn.Module, nn.Module] = {}
+    added: dict[nn.Module, dict[str, Adapter]] = {}
+    for module, techniques in placed.items():
+        bank = bank_of(module)
+        if bank is None:
+            made = add_first_adapter(module, techniques, paths[module], {}, name).train(module.training)
+            (wrapped if isinstance(made, LoRALinear) else changed)[module] = made
+            continue
+        if bank.parts(name).keys() & techniques.keys():
             raise ValueError(
-                f"{layer_name(selected[module])} has an adapter {name!r} already: choose another name, delete that "
+                f"{layer_name(paths[module])} has an adapter {name!r} already: choose another name, delete that "
                 "adapter first, or leave the layer out with skip="
             )
-        else:
-            added[module] = Adapter(module.base, own)
+        added[module] = {one: Adapter(base_of(module), own, None, one) for one, own in techniques.items()}
+    for module, made in changed.items():
+        put_in_place(module, made)
     model = swap(model, wrapped)
-    for adapted, adapter in added.items():
-        adapted.add(name, adapter)
+    for module, parts in added.items():
+        bank_of(module).add_parts(name, parts)
     freeze_all_but_adapters(model)
     return model
 
@@ -95,35 +120,41 @@ def add_adapter(
 @one_at_a_time
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the model's adapters, in the order of its layers, then in that in which they were added."""
-    return list(dict.fromkeys(name for layer in adapted_layers(model) for name in layer.adapters))
+    return list(dict.fromkeys(name for layer in adapted_layers(model) for name in bank_of(layer).names))
 
 
 @one_at_a_time
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the adapters that contribute to the output: the active ones and the merged one."""
-    return list(dict.fromkeys(name for layer in adapted_layers(model) for name in layer.in_use))
+    return list(dict.fromkeys(name for layer in adapted_layers(model) for name in bank_of(layer).in_use))
 
 
 @one_at_a_time
 def adapter_layers(model: nn.Module, name: str) -> dict[str, Adapter]:
     """Return the modules of one adapter, by the first path of their layers.
 
-    Each has ``technique``, ``lora_a`` (rank, in) and ``lora_b`` (out, rank). To freeze the adapter, call
-    ``requires_grad_(False)`` on each.
+    The adapter of a parameter but ``weight`` has its name after the path: ``mlp.experts.gate_up_proj``. Each has
+    ``technique``, ``lora_a`` (rank, in), ``lora_b`` (out, rank), of experts a stack of these, and ``delta()``, what
+    it adds to the parameter. To freeze the adapter, call ``requires_grad_(False)`` on each.
 
     Raises:
         TypeError: the model is not a module.
         ValueError: the model has no such adapter.
     """
     layers = _layers_with(model, [name])
-    return {path: cast(Adapter, layer.adapters[name]) for layer, path in layers.items() if name in layer.adapters}
+    return {
+        place_name(path, parameter): adapter
+        for layer, path in layers.items()
+        for parameter, adapter in bank_of(layer).parts(name).items()
+    }
 
 
 @one_at_a_time
 def adapter_parameter_groups(model: nn.Module, ratio: float = 16.0, *, lr: float) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer in which the matrices B learn ``ratio`` times faster.
 
-    LoRA+, arXiv 2402.12354: B starts at zero and A does not, so that one learning rate for both is too low for B.
+    LoRA+, arXiv 2402.12354: B starts at zero and A does not, so that one learning rate for both is too low for B. Of
+    an embedding A starts at zero, and learns faster.
     ``torch.optim.AdamW(adapter_parameter_groups(model, lr=1e-4))``.
 
     Args:
@@ -142,8 +173,9 @@ def adapter_parameter_groups(model: nn.Module, ratio: float = 16.0, *, lr: float
     for name, value in (("ratio", ratio), ("lr", lr)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} must be a positive number")
-    adapters = [cast(Adapter, part) for layer in adapted_layers(model) for part in layer.adapters.values()]
-    fast = [adapter.lora_b for adapter in adapters if adapter.lora_b.requires_grad]
+    banks = [bank_of(layer) for layer in adapted_layers(model)]
+    adapters: list[Adapter] = [part for bank in banks for name in bank.names for part in bank.parts(name).values()]
+    fast = [adapter.starts_at_zero for adapter in adapters if adapter.starts_at_zero.requires_grad]
     if not fast:
         raise ValueError(
             f"{type(model).__name__} has no adapter that trains: add_adapter(model, name, LoRA()) adds one, and "
@@ -165,8 +197,9 @@ def activate(model: nn.Module, *names: str) -> None:
         ValueError: the model has no such adapter.
     """
     for layer in _layers_with(model, names):
-        active = {*layer.active, *(names or layer.adapters)}
-        layer.active = tuple(name for name in layer.adapters if name in active)
+        bank = bank_of(layer)
+        active = {*bank.active, *(names or bank.names)}
+        bank.active = tuple(name for name in bank.names if name in active)
 
 
 @one_at_a_time
@@ -179,13 +212,13 @@ def deactivate(model: nn.Module, *names: str) -> None:
     """
     layers = _layers_with(model, names)
     _check_not_merged(layers, names or adapter_names(model))
-    for layer in layers:
-        layer.active = tuple(name for name in layer.active if names and name not in names)
+    for bank in map(bank_of, layers):
+        bank.active = tuple(name for name in bank.active if names and name not in names)
 
 
 @one_at_a_time
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Delete an adapter. A layer without further adapters is replaced by its base, which gets the layer's hooks.
+    """Delete an adapter. A LoRALinear without further adapters is replaced by its base, which gets its hooks.
 
     Returns:
         The model, changed in place; or the base, when the root itself was the layer.
@@ -196,11 +229,14 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     """
     layers = _layers_with(model, [name])
     _check_not_merged(layers, [name])
-    model = swap(model, {layer: layer.base for layer in layers if [*layer.adapters] == [name]})
-    for layer in adapted_layers(model):
-        if name in layer.adapters:
-            layer.active = tuple(other for other in layer.active if other != name)
-            del layer.adapters[name]
+    bare = [layer for layer in layers if bank_of(layer).names == (name,)]
+    model = swap(model, {layer: layer.base for layer in bare if isinstance(layer, LoRALinear)})
+    for layer in bare:
+        if isinstance(layer, AdaptedModule):
+            put_in_place(layer, without_adapters(layer))
+    for bank in map(bank_of, adapted_layers(model)):
+        if name in bank.names:
+            bank.remove(name)
     return model
 
 
@@ -222,10 +258,10 @@ def merge_adapter(model: nn.Module, name: str) -> None:
     merged = _merged(layers)
     if merged:
         raise ValueError(f"adapter {merged!r} is merged already: call unmerge_adapter(model) first")
-    copies = fold(model, {layer: (name,) for layer in layers if name in layer.adapters})
+    copies = fold(model, {layer: (name,) for layer in layers if name in bank_of(layer).names})
     warn_of_requantizing(copies, layers)
     for layer, copy in copies.items():
-        layer.merge(name, copy.layer)
+        bank_of(layer).merge(name, copy.layer)
 
 
 @one_at_a_time
@@ -239,8 +275,8 @@ def unmerge_adapter(model: nn.Module) -> None:
     layers = _layers_with(model, ())
     if not _merged(layers):
         raise ValueError(f"no adapter of {type(model).__name__} is merged: call merge_adapter(model, name) first")
-    for layer in layers:
-        layer.merged = layer.merged_base = None
+    for bank in map(bank_of, layers):
+        bank.unmerge()
 
 
 def check_name(name: str) -> None:
@@ -258,7 +294,7 @@ def check_name(name: str) -> None:
         )
 
 
-def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[LoRALinear, str]:
+def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[nn.Module, str]:
     """Return every adapted layer with its first path; raise a ValueError unless the model has all these adapters."""
     layers = adapted_layers(model)
     if not layers:
@@ -270,11 +306,11 @@ def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[LoRALinear, str
     return layers
 
 
-def _merged(layers: Iterable[LoRALinear]) -> str | None:
-    return next((layer.merged for layer in layers if layer.merged is not None), None)
+def _merged(layers: Iterable[nn.Module]) -> str | None:
+    return next((bank.merged for bank in map(bank_of, layers) if bank.merged is not None), None)
 
 
-def _check_not_merged(layers: Iterable[LoRALinear], names: Collection[str]) -> None:
+def _check_not_merged(layers: Iterable[nn.Module], names: Collection[str]) -> None:
     merged = _merged(layers)
     if merged is not None and merged in names:
         raise ValueError(f"adapter {merged!r} is merged into the base: call unmerge_adapter(model) first")

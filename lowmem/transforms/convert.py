@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable
 from lowmem.measure import weight_count
+from lowmem.nn.adapted_module import AdaptedModule, adapted_copy, base_of, put_in_place
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
@@ -35,17 +36,18 @@ from lowmem.nn.stored_module import (
     stored_copy,
 )
 from lowmem.quant.quantize import relative_error
-from lowmem.transforms.placement import techniques_by_layer
+from lowmem.transforms.placement import takes_adapter, techniques_by_layer
 from lowmem.transforms.registry import (
     ADAPTED,
+    Step,
     Technique,
     layer_name,
     made_by,
     module_paths,
     no_match_message,
     parameter_owners,
+    parameters_to_adapt,
     parameters_to_store,
-    read_by_attention,
     refuse_peft,
     select_modules,
     skip_reason,
@@ -111,11 +113,16 @@ def convert(
     instance of its own class, with its hooks; its ``weight`` is a read-only tensor, whose values are dequantized
     where something else than a product reads them. Norms stay dense, and biases but for those of nn.Linear,
     nn.Conv1d and nn.Conv2d in ``Half``. Modules that share a weight (tied embeddings) share the stored one, or
-    are skipped together. ``LoRA`` puts a LoRALinear in the place of linear layers, at all of their paths; after
-    it only adapters train. It leaves out the output layer of a language model (what ``get_output_embeddings()``
-    returns), layers that share its weight, and linear layers whose weight is tied to an embedding, unless
-    ``where`` is given: their adapters would be as large as the vocabulary. ``summary`` lists how each module was
-    treated, and why. A call of the model by another thread meanwhile may fail.
+    are skipped together.
+
+    ``LoRA`` puts a LoRALinear in the place of linear layers, at all of their paths. Other modules stay the same
+    objects, too, and their parameters become an ``AdaptedWeight``: subclasses of nn.Linear, transformers' Conv1D,
+    experts (a pair of matrices for each), the projections of nn.MultiheadAttention. It leaves out embeddings and
+    convolutions, the output layer of a language model (what ``get_output_embeddings()`` returns), layers that
+    share its weight, linear layers whose weight is tied to an embedding (their adapters would be as large as the
+    vocabulary), and linear layers that choose experts, unless ``where`` is given: then it takes all that ``where``
+    selects. After it only adapters train. ``summary`` lists how each module was treated, and why. A call of the
+    model by another thread meanwhile may fail.
 
     Args:
         model: any module; the root itself can be the layer.
@@ -127,7 +134,7 @@ def convert(
         at_most: bits per weight of the whole model, biases and norms included; more is an error.
 
     Returns:
-        The model, changed in place; or the new LoRALinear, when the root itself was adapted.
+        The model, changed in place; or the new LoRALinear, when the root itself was a linear layer that is adapted.
 
     Raises:
         TypeError: the model is not a module, or a technique is of another type.
@@ -254,13 +261,12 @@ def _found(
                 f"{remedy}, or leave the layer out with skip="
             )
         names = parameters_to_store(module) if skip_reason(first, module, where is not None) is None else []
-        if parameters is not None and not isinstance(module, StoredModule):
+        if parameters is not None and made is None:
             names += [name for name in _more_parameters(module, path, parameters) if name not in names]
         if names:
             found[module] = path, names
     if first is LoRA:  # LoRA keeps the weight, and with it all ties
-        inside = read_by_attention(model)
-        found = {m: (path, []) for m, path in selected.items() if skip_reason(LoRA, m) is None and m not in inside}
+        found = {m: (path, []) for m, path in selected.items() if takes_adapter(m, where is not None)}
     else:
         if parameters is not None and not any(set(n) - set(parameters_to_store(m)) for m, (_, n) in found.items()):
             raise ValueError(
@@ -270,7 +276,7 @@ def _found(
         _check_parameters(found)
     refuse_peft(model, found, freezes=any(isinstance(t, LoRA) for t in techniques))
     if not found:
-        raise ValueError(no_match_message(first, model))
+        raise ValueError(no_match_message(first, model, select_modules(model, where, skip), where is not None))
     return found
 
 
@@ -361,7 +367,7 @@ def _left_dense(
     chosen = select_modules(model, where, skip)
     for module in module_paths(model):
         new = replacements.get(module, module)
-        new = new.base if isinstance(new, LoRALinear) else new
+        new = base_of(new)
         stored = set(new.forms) if isinstance(new, StoredModule) else set()
         for name, parameter in module._parameters.items():
             if parameter is None or is_lazy(parameter) or id(parameter) in seen:
@@ -369,7 +375,7 @@ def _left_dense(
             seen.add(id(parameter))
             size = parameter.numel() * parameter.element_size()
             total += size
-            if isinstance(module, StoredModule | Adapter) or name in stored or parameter.dim() < 2:
+            if isinstance(module, StoredModule) or name in stored or parameter.dim() < 2:
                 continue
             if module in chosen:
                 reason = skip_reason(FourBit, module)
@@ -395,7 +401,7 @@ def _check_bits(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], a
         if isinstance(module, Adapter):
             continue
         new: Any = replacements.get(module, module)
-        new = new.base if isinstance(new, LoRALinear) else new
+        new = base_of(new)
         for parameter in new._parameters.values():
             if parameter is not None and not is_lazy(parameter):
                 tensors[id(parameter)] = parameter.numel() * parameter.element_size()
@@ -452,7 +458,7 @@ def _check_arguments(techniques: tuple[Technique, ...]) -> None:
 
 def rebuild(
     module: nn.Module,
-    techniques: tuple[Technique, ...],
+    techniques: tuple[Step, ...],
     path: str,
     unused: dict[type[Technique], str | None],
     store_by: Callable[[Any], Callable[[Tensor, str], Any]],
@@ -473,26 +479,47 @@ def rebuild(
     """
     layer: Any = module
     for technique in techniques:
-        fits = type(layer) in ADAPTED if isinstance(technique, LoRA) else layer is module
-        if not fits:
+        adapts = isinstance(technique, dict)
+        kind: Any = LoRA if adapts else type(technique)
+        if (kind is LoRA and not adapts) or (not adapts and layer is not module):
             unused.setdefault(
-                type(technique),
-                f"{layer_name(path)}: {type(technique).__name__} cannot follow the techniques before it, which made "
-                f"a {type(layer).__name__}; it takes {supported_types(type(technique))}",
+                kind,
+                f"{layer_name(path)}: {kind.__name__} cannot follow the techniques before it, which made "
+                f"a {type(layer).__name__}; it takes {supported_types(kind)}",
             )
             continue
-        unused[type(technique)] = None
-        if isinstance(technique, LoRA):
-            dense: Any = None if layer is module else module.weight
-            try:
-                layer = LoRALinear.from_layer(layer, technique, dense)
-            except ValueError as reason:
-                raise ValueError(f"{layer_name(path)}: {reason}") from reason
-        else:
+        unused[kind] = None
+        if isinstance(technique, dict):
+            layer = add_first_adapter(layer, technique, path, {} if layer is module else module._parameters)
+        elif not isinstance(technique, LoRA):
             stored = parameters_to_store(module) if names is None else names
             layer = store_parameters(module, technique, path, stored, store_by(technique))
     built: nn.Module = layer.train(module.training)
     return built
+
+
+def add_first_adapter(
+    layer: Any, techniques: Mapping[str, LoRA], path: str, dense: Mapping[str, Any], name: str = "default"
+) -> nn.Module:
+    """Return a layer with an adapter: a LoRALinear over it, or a copy of a class of its own.
+
+    Args:
+        layer: without adapters.
+        techniques: of the adapter, by the parameters that it changes.
+        path: of the layer, for errors.
+        dense: the parameters that 4-bit ones were quantized from, for ``init="loftq"``.
+        name: of the adapter.
+
+    Raises:
+        ValueError: ``init="loftq"`` without a 4-bit base or its dense weight, or a layer that has ``adapters``.
+    """
+    try:
+        if type(layer) in ADAPTED:
+            return LoRALinear(layer, techniques["weight"], name, dense.get("weight"))
+        parts = {one: Adapter(layer, own, dense.get(one), one) for one, own in techniques.items()}
+        return adapted_copy(layer, parameters_to_adapt(layer), name, parts)
+    except ValueError as reason:
+        raise ValueError(f"{layer_name(path)}: {reason}") from reason
 
 
 def store_parameters(
@@ -549,15 +576,22 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
     _check_all_there(model, replacements, module_paths(model))
     adapted: dict[nn.Module, nn.Module] = {}
     for old, new in replacements.items():
-        stored = new.base if isinstance(new, LoRALinear) else new
-        if stored is not old and isinstance(stored, StoredModule):
-            if isinstance(old, StoredModule):
+        stored = base_of(new)
+        if stored is not old and isinstance(stored, StoredModule | AdaptedModule):
+            if type(old) not in _classes_before(stored):
                 raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
-            become(old, stored)
+            put_in_place(old, stored)
         if isinstance(new, LoRALinear):
             new.base = cast(nn.Linear, old)
             adapted[old] = new
     return swap(model, adapted)
+
+
+def _classes_before(made: nn.Module) -> list[type[nn.Module]]:
+    """Return the classes of which a module can become what was made."""
+    plain: Any = made._plain_class if isinstance(made, AdaptedModule) else type(made)
+    before = [plain.dense_class] if issubclass(plain, StoredModule) else []
+    return [*before, plain] if isinstance(made, AdaptedModule) else before
 
 
 @one_at_a_time
@@ -591,7 +625,7 @@ def restore(
         raise TypeError(f"dtype={dtype} must be a floating-point dtype")
     found: dict[StoredModule, str] = {}
     for module, path in select_modules(model, where, skip).items():
-        stored = module.base if isinstance(module, LoRALinear) else module
+        stored = base_of(module)
         if isinstance(stored, StoredModule):
             found[stored] = path
     if not found:
@@ -648,8 +682,9 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Modul
                 # Disables its fused inference path, which would read the dense weights.
                 parent.activation_relu_or_gelu = 0
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(m in replacements.values() for m in module.modules()):
-            module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoder):
+            inside = any(m in replacements.values() or isinstance(m, AdaptedModule) for m in module.modules())
+            module.use_nested_tensor = module.use_nested_tensor and not inside
     return model
 
 

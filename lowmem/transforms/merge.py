@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lowmem import measure
 from lowmem.errors import printable
-from lowmem.nn.fourbit import Linear4Bit
+from lowmem.nn.adapted_module import bank_of, fold_layer, put_in_place, without_adapters
 from lowmem.nn.lora import Folded, LoRALinear
+from lowmem.nn.stored import FourBitForm
+from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.calibrate import evaluation_mode, run_batch
 from lowmem.transforms.convert import one_at_a_time, swap
+from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name, module_paths
 
 __all__ = ["MergeReport", "MergedLayer", "adapted_layers", "fold", "merge", "warn_of_requantizing"]
@@ -27,10 +33,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """One layer of a report: relative errors against base + adapter, ``rms(x - exact) / rms(exact)``.
+    """One weight of a report: relative errors against base + adapter, ``rms(x - exact) / rms(exact)``.
 
     Attributes:
-        path: the first path; "" is the model itself.
+        path: the first path of the layer, "" for the model itself; then the parameter's name, but for ``weight``.
         adapters: the names of those that were merged.
         before: the error of the base's weight without the adapters: how much they change it.
         after: the error of the weight as it is stored now. Where it is not far below ``before``, storing the weight
@@ -139,7 +145,8 @@ def merge(
     Args:
         model: has adapters.
         to: "same format": a weight is stored as that of its base; or a floating-point dtype of 16 bits or more: each
-            adapted layer becomes an nn.Linear of that dtype, bias included, which takes inputs of that dtype.
+            LoRALinear becomes an nn.Linear of that dtype, and the parameters of another adapted module become dense
+            and of that dtype, biases included; it takes inputs of that dtype.
         at_most: the largest relative error after the merge that is accepted, of any weight and, with ``inputs``, of
             any layer's outputs and the model's; None: any.
         inputs: one batch for the model (a Tensor, a tuple or list of positional arguments, or a mapping of keyword
@@ -149,11 +156,11 @@ def merge(
 
     Returns:
         The model, changed in place; or the base, when the root itself was a LoRALinear. With ``report=True`` a tuple
-        of that and a ``MergeReport``, which has a row for each adapted layer.
+        of that and a ``MergeReport``, which has a row for each adapted weight.
 
     Raises:
         TypeError: the model is not a module, or ``inputs`` are of another type.
-        ValueError: no LoRALinear is left (merged already?), no adapter is active, an adapted weight
+        ValueError: no adapter is left (merged already?), no adapter is active, an adapted weight
             cannot be stored, an error is above ``at_most`` (the worst layer is named), an invalid ``to`` or
             ``at_most``, or ``inputs`` without ``report`` or ``at_most``. The model is left as it was.
     """
@@ -161,16 +168,17 @@ def merge(
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no LoRALinear to merge: it was never adapted, or is merged already"
+            f"{type(model).__name__} has no adapter to merge: it was never adapted, or is merged already"
         )
-    if not any(layer.in_use for layer in layers):
+    if not any(bank_of(layer).in_use for layer in layers):
         raise ValueError(f"no adapter of {type(model).__name__} is active: activate one, or delete them")
     dtype = None if isinstance(to, str) else to
-    folded = fold(model, {layer: layer.in_use for layer in layers}, dtype)
+    folded = fold(model, {layer: bank_of(layer).in_use for layer in layers}, dtype)
     outputs, of_model = ({}, None) if inputs is None else _output_errors(model, folded, inputs, dtype)
     found = MergeReport(
-        MergedLayer(path, layer.in_use, folded[layer].before, folded[layer].after, *outputs.get(layer, ()))
+        MergedLayer(place_name(path, name), _names(layer, name), *errors, *outputs.get(layer, ()))
         for layer, path in layers.items()
+        for name, errors in folded[layer].errors.items()
     )
     found.output_before, found.output_after = of_model or (None, None)
     worst = found.worst
@@ -186,23 +194,32 @@ def merge(
         )
     if not report:
         warn_of_requantizing(folded, layers)
-    kept = {layer for layer, done in folded.items() if dtype is None and not done.before}
-    model = swap(model, {layer: layer.base if layer in kept else done.layer for layer, done in folded.items()})
+    kept = {layer for layer, done in folded.items() if dtype is None and not any(b for b, _ in done.errors.values())}
+    for layer, done in folded.items():
+        if not isinstance(layer, LoRALinear):
+            put_in_place(layer, without_adapters(layer) if layer in kept else done.layer)  # type: ignore[arg-type]
+    linear = [layer for layer in folded if isinstance(layer, LoRALinear)]
+    model = swap(model, {layer: layer.base if layer in kept else folded[layer].layer for layer in linear})
     return (model, found) if report else model
 
 
-def adapted_layers(model: nn.Module) -> dict[LoRALinear, str]:
-    """Return every LoRALinear with its first path.
+def adapted_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Return every layer with adapters, a LoRALinear or an AdaptedModule, with its first path.
 
     Raises:
         TypeError: the model is not a module.
     """
-    return {module: paths[0] for module, paths in module_paths(model).items() if isinstance(module, LoRALinear)}
+    return {module: paths[0] for module, paths in module_paths(model).items() if bank_of(module) is not None}
+
+
+def _names(layer: nn.Module, parameter: str) -> tuple[str, ...]:
+    bank = bank_of(layer)
+    return tuple(name for name in bank.in_use if parameter in bank.parts(name))
 
 
 def fold(
-    model: nn.Module, names: Mapping[LoRALinear, Sequence[str]], to: torch.dtype | None = None
-) -> dict[LoRALinear, Folded]:
+    model: nn.Module, names: Mapping[nn.Module, Sequence[str]], to: torch.dtype | None = None
+) -> dict[nn.Module, Folded]:
     """Return, for each layer, a copy of the base with the adapters ``names[layer]`` merged.
 
     Raises:
@@ -212,7 +229,7 @@ def fold(
     folded = {}
     for layer, chosen in names.items():
         try:
-            folded[layer] = layer.folded(chosen, to)
+            folded[layer] = fold_layer(layer, chosen, to)
         except ValueError as reason:
             found = str(reason).partition(";")[0]
             raise ValueError(
@@ -222,12 +239,13 @@ def fold(
     return folded
 
 
-def warn_of_requantizing(folded: Mapping[LoRALinear, Folded], paths: Mapping[LoRALinear, str]) -> None:
+def warn_of_requantizing(folded: Mapping[nn.Module, Folded], paths: Mapping[nn.Module, str]) -> None:
     """Warn of the errors of weights that were quantized to 4 bits again, if there are any."""
     errors = {
-        layer_name(paths[layer]): done.after
+        layer_name(place_name(paths[layer], name)): after
         for layer, done in folded.items()
-        if isinstance(done.layer, Linear4Bit) and done.after
+        for name, (_, after) in done.errors.items()
+        if isinstance(done.layer, StoredModule) and isinstance(done.layer.forms.get(name), FourBitForm) and after
     }
     if errors:
         worst = max(errors, key=errors.__getitem__)
@@ -250,20 +268,27 @@ def _check_arguments(to: object, at_most: object, inputs: object, report: bool) 
 
 
 def _output_errors(
-    model: nn.Module, folded: Mapping[LoRALinear, Folded], inputs: Any, to: torch.dtype | None
-) -> tuple[dict[LoRALinear, tuple[float, float]], tuple[float, float] | None]:
+    model: nn.Module, folded: Mapping[nn.Module, Folded], inputs: Any, to: torch.dtype | None
+) -> tuple[dict[nn.Module, tuple[float, float]], tuple[float, float] | None]:
     """Return the relative errors, before and after, of the outputs of each layer that inputs reach, and the model."""
-    sums: dict[LoRALinear, Tensor] = {}  # squares: of the base's error, of the copy's, and of the exact output
+    sums: dict[nn.Module, Tensor] = {}  # squares: of the base's error, of the copy's, and of the exact output
 
-    def see(layer: LoRALinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        x = args[0] if args else kwargs["input"]
-        parts: Any = layer.base, folded[layer].layer  # their forward is called, which runs no hooks
-        base = exact = parts[0].forward(x)
-        for name in layer.in_use:
-            exact = layer.adapters[name].forward(exact, x)
-        merged = parts[1].forward(x if to is None else x.to(to))
+    def see(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        base = layer.base if isinstance(layer, LoRALinear) else without_adapters(layer)  # type: ignore[arg-type]
+        merged = folded[layer].layer
+        if isinstance(layer, LoRALinear):
+            x: Any = args[0] if args else kwargs["input"]
+            exact = _output(base, (x,))
+            for name in layer.in_use:
+                exact = layer.parts(name)["weight"].forward(exact, x)
+        else:
+            with _unmerged(layer):
+                exact = _output(layer, args, kwargs)
+        cast = args if to is None else tree_map(lambda one: _cast(one, to), args)
+        named = kwargs if to is None else tree_map(lambda one: _cast(one, to), kwargs)
         wide = exact.double()
-        found = torch.stack([t.double().sub(wide).square().sum() for t in (base, merged)] + [wide.square().sum()])
+        pair = _output(base, args, kwargs), _output(merged, cast, named)
+        found = torch.stack([t.double().sub(wide).square().sum() for t in pair] + [wide.square().sum()])
         sums[layer] = sums.get(layer, 0) + found
 
     handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in folded]
@@ -277,12 +302,11 @@ def _output_errors(
     of_layers = {
         layer: (_relative(base, size), _relative(copy, size)) for layer, (base, copy, size) in totals.items()
     }
+    bases = {layer: layer.base if isinstance(layer, LoRALinear) else without_adapters(layer) for layer in folded}  # type: ignore[arg-type]
+    merged = {layer: done.layer for layer, done in folded.items()}
     of_model = [
-        _difference(_outputs_with(parts, model, inputs), exact)
-        for parts in (
-            {layer: _Instead(layer.base, None, layer.base.weight.dtype) for layer in folded},
-            {layer: _Instead(done.layer, to, layer.base.weight.dtype) for layer, done in folded.items()},
-        )
+        _difference(_outputs_with(others, model, inputs, dtype), exact)
+        for others, dtype in ((bases, None), (merged, to))
     ]
     return of_layers, None if None in of_model else tuple(of_model)  # type: ignore[return-value]
 
@@ -303,22 +327,52 @@ class _Instead(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what the layer returns, in the dtype of the input where it computes in another."""
-        if self.dtype is None:
-            return self.layer.forward(input)  # type: ignore[no-any-return]
-        return self.layer.forward(input.to(self.dtype)).to(input.dtype)  # type: ignore[no-any-return]
+        out: Tensor = _in_dtype(self.layer.forward, self.dtype, input)
+        return out
 
 
-def _outputs_with(parts: Mapping[LoRALinear, _Instead], model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Return the outputs of a model whose layers compute with other modules meanwhile."""
-    kept = {layer: (layer.active, layer.merged, layer.merged_base) for layer in parts}
+def _in_dtype(forward: Callable[..., Any], dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> Any:
+    """Call a forward that takes one dtype with inputs of another, in which the result is; None: as it is."""
+    if dtype is None:
+        return forward(*args, **kwargs)
+    before = [one.dtype for one in measure.tensors_in((args, kwargs)) if one.is_floating_point()]
+    out = forward(*tree_map(lambda one: _cast(one, dtype), args), **tree_map(lambda one: _cast(one, dtype), kwargs))
+    return tree_map(lambda one: _cast(one, before[0]), out) if before else out
+
+
+@contextmanager
+def _computing_with(layer: Any, other: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Let an adapted layer compute with the parameters of another module, inside the block."""
+    if isinstance(layer, LoRALinear):
+        kept = layer.active, layer.merged, layer.merged_base
+        layer.active, layer.merged = (), None
+        layer.merged_base = _Instead(other, dtype, layer.base.weight.dtype)
+        try:
+            yield
+        finally:
+            layer.active, layer.merged, layer.merged_base = kept
+        return
+    kind, own, children = type(layer), layer.__dict__, dict(layer._modules)
+    put_in_place(layer, other)
+    if dtype is not None:
+        layer.__dict__["forward"] = partial(_in_dtype, layer.forward, dtype)
     try:
-        for layer, part in parts.items():
-            layer.active, layer.merged, layer.merged_base = (), None, part
-        with evaluation_mode(model):
-            return _floating(run_batch(model, inputs))
+        yield
     finally:
-        for layer, state in kept.items():
-            layer.active, layer.merged, layer.merged_base = state
+        layer.__class__ = kind
+        object.__setattr__(layer, "__dict__", own)
+        own["_modules"].clear()
+        own["_modules"].update(children)
+
+
+def _outputs_with(
+    others: Mapping[nn.Module, nn.Module], model: nn.Module, inputs: Any, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Return the outputs of a model whose adapted layers compute with other modules meanwhile."""
+    with ExitStack() as stack, evaluation_mode(model):
+        for layer, other in others.items():
+            stack.enter_context(_computing_with(layer, other, dtype))
+        return _floating(run_batch(model, inputs))
 
 
 def _floating(outputs: Any) -> list[Tensor]:
@@ -338,6 +392,30 @@ def _difference(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float | N
 
 def _shown(error: float | None) -> str:
     return "" if error is None else f"{error:.4g}"
+
+
+def _output(module: Any, args: Any, kwargs: Any = None) -> Tensor:
+    """Return the first tensor of a module's output; its forward is called, which runs no hooks."""
+    leaves = tree_leaves(module.forward(*args, **(kwargs or {})))
+    return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _cast(value: Any, to: torch.dtype) -> Any:
+    return value.to(to) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextmanager
+def _unmerged(layer: nn.Module) -> Iterator[None]:
+    """Let all adapters in use be applied to the base as it is, inside the block."""
+    bank = bank_of(layer)
+    active, merged, merged_base = bank.active, bank.merged, bank.merged_base
+    try:
+        bank.unmerge()
+        bank.active = tuple(name for name in bank.names if name in active or name == merged)
+        yield
+    finally:
+        bank.active, bank.merged = active, merged
+        vars(bank)["merged_base"] = merged_base
 
 
 def _relative(lost: float, size: float) -> float:

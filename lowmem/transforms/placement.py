@@ -7,10 +7,27 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lowmem.nn.lora import LoRA, LoRALinear
-from lowmem.transforms.registry import ADAPTED, Technique, layer_name, module_paths, read_by_attention
+from lowmem.nn.adapted_module import base_of
+from lowmem.nn.lora import LoRA
+from lowmem.transforms.registry import (
+    Step,
+    Technique,
+    expert_count,
+    layer_name,
+    module_paths,
+    parameters_to_adapt,
+    skip_reason,
+)
 
-__all__ = ["output_layers", "place_adapters", "takes_adapter", "techniques_by_layer"]
+__all__ = [
+    "output_layers",
+    "place_adapters",
+    "place_name",
+    "places_of",
+    "routers",
+    "takes_adapter",
+    "techniques_by_layer",
+]
 
 
 def output_layers(model: nn.Module) -> dict[nn.Module, str]:
@@ -42,9 +59,36 @@ def output_layers(model: nn.Module) -> dict[nn.Module, str]:
         for weight in _weights(module):
             if weight in named:
                 why.setdefault(module, f"its weight is that of the output layer `{layer_name(named[weight])}`")
-            elif weight in tied and takes_adapter(module):
+            elif weight in tied and _computes_products(module):
                 why.setdefault(module, f"its weight is tied to the embedding `{layer_name(tied[weight])}`")
     return why
+
+
+def routers(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the linear layers beside a mixture with an output for each expert, with the reason."""
+    found: dict[nn.Module, str] = {}
+    for parent in model.modules():
+        counts = {expert_count(name, child) for name, child in parent.named_children()} - {None}
+        for child in parent.children():
+            base = base_of(child)
+            if isinstance(base, nn.Linear) and base.out_features in counts:
+                found[child] = "it chooses experts"
+    return found
+
+
+def place_name(path: str, parameter: str) -> str:
+    """Return the name of an adapter's place: its layer's path, and the parameter's name unless it is ``weight``."""
+    return path if parameter == "weight" else f"{path}.{parameter}".lstrip(".")
+
+
+def places_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return the modules and parameters that can have adapters, by all of their places."""
+    return {
+        place_name(path, name): (module, name)
+        for module, paths in module_paths(model).items()
+        for path in paths
+        for name in parameters_to_adapt(module)
+    }
 
 
 def place_adapters(
@@ -52,35 +96,44 @@ def place_adapters(
     technique: LoRA,
     layers: Iterable[nn.Module],
     where: Callable[[str, nn.Module], bool] | None,
-) -> dict[nn.Module, LoRA]:
-    """Return the layers that get an adapter, each with the technique of its own rank and alpha.
+) -> dict[nn.Module, dict[str, LoRA]]:
+    """Return the layers that get adapters, each with the technique for its parameters, of their own rank and alpha.
 
     Args:
         model: has the layers.
-        technique: with patterns.
+        technique: with patterns, of paths, and of paths with the name of a parameter.
         layers: that LoRA supports, and ``where`` selects.
-        where: None leaves output layers out.
+        where: None leaves output layers and routers out.
 
     Raises:
-        ValueError: all are output layers, or a pattern of ``ranks`` or ``alphas`` matches none of the rest.
+        ValueError: all are left out, or a pattern of ``ranks`` or ``alphas`` matches none of the rest.
     """
     layers, paths = list(layers), module_paths(model)
-    left = output_layers(model) if where is None else {}
-    placed = {layer: technique.at(paths[layer]) for layer in layers if layer not in left}
-    if layers and not placed:
+    left = {**routers(model), **output_layers(model)} if where is None else {}
+    known = {
+        layer: {
+            name: [*paths[layer], *(f"{path}.{name}".lstrip(".") for path in paths[layer])]
+            for name in parameters_to_adapt(layer)
+        }
+        for layer in layers
+        if layer not in left
+    }
+    if layers and not known:
         raise ValueError(
             f"nothing to adapt: {layer_name(paths[layers[0]][0])} is left out, since {left[layers[0]]}; select it "
             "with where= to adapt it"
         )
-    adapted = [path for layer in placed for path in paths[layer]]
-    for name in ("ranks", "alphas"):
-        for pattern, _ in getattr(technique, name):
-            if not any(fnmatchcase(path, pattern) for path in adapted):
+    adapted = [name for of_layer in known.values() for names in of_layer.values() for name in names]
+    for kind in ("ranks", "alphas"):
+        for pattern, _ in getattr(technique, kind):
+            if not any(fnmatchcase(name, pattern) for name in adapted):
                 raise ValueError(
-                    f"{name}: pattern {pattern!r} matches no layer of {type(model).__name__} that gets an adapter; "
+                    f"{kind}: pattern {pattern!r} matches no layer of {type(model).__name__} that gets an adapter; "
                     "check the pattern"
                 )
-    return placed
+    return {
+        layer: {name: technique.at(names) for name, names in of_layer.items()} for layer, of_layer in known.items()
+    }
 
 
 def techniques_by_layer(
@@ -88,16 +141,14 @@ def techniques_by_layer(
     techniques: tuple[Technique, ...],
     layers: Iterable[nn.Module],
     where: Callable[[str, nn.Module], bool] | None,
-) -> dict[nn.Module, tuple[Technique, ...]]:
+) -> dict[nn.Module, tuple[Step, ...]]:
     """Return the techniques of each layer that ``convert`` takes, with LoRA as ``place_adapters`` places it.
 
     Raises:
         ValueError: as ``place_adapters``.
     """
-    inside = read_by_attention(model)
-    storing = tuple(technique for technique in techniques if not isinstance(technique, LoRA))
-    chosen = {layer: storing if layer in inside else techniques for layer in layers}
-    adaptable = [layer for layer in chosen if takes_adapter(layer) and layer not in inside]
+    chosen: dict[nn.Module, tuple[Step, ...]] = dict.fromkeys(layers, techniques)
+    adaptable = [layer for layer in chosen if takes_adapter(layer, where is not None)]
     for index, lora in enumerate(techniques):
         if isinstance(lora, LoRA):
             placed = place_adapters(model, lora, adaptable, where)
@@ -107,12 +158,16 @@ def techniques_by_layer(
     return chosen
 
 
-def takes_adapter(module: nn.Module) -> bool:
-    """Whether an adapter can be added to a module of this type."""
-    return type(module) in ADAPTED or isinstance(module, LoRALinear)
+def takes_adapter(module: nn.Module, chosen: bool = False) -> bool:
+    """Whether adapters can be added to a module; ``chosen``: by ``where=``, which takes all that can have one."""
+    return skip_reason(LoRA, module, chosen) is None
+
+
+def _computes_products(module: nn.Module) -> bool:
+    return isinstance(base_of(module), nn.Linear)
 
 
 def _weights(module: nn.Module) -> set[int]:
     """Return the ids of a layer's own parameters, or of its base's, without the bias."""
-    base = module.base if isinstance(module, LoRALinear) else module
+    base = base_of(module)
     return {id(p) for name, p in base._parameters.items() if p is not None and not name.startswith("bias")}

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from lowmem import measure
 from lowmem.errors import show
+from lowmem.nn.adapted_module import bank_of, base_of
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
@@ -320,7 +321,7 @@ def _converted(
     for module, made in replacements.items():
         if any(isinstance(technique, Half) for technique in techniques):  # magnitudes, and which of them are finite
             storing = max(storing, *(p.numel() * (p.element_size() + 1) for p in module.parameters(recurse=False)))
-        elif isinstance(made, StoredModule) or isinstance(getattr(made, "base", None), StoredModule):
+        elif isinstance(base_of(made), StoredModule):
             storing = max(storing, _STORING)
     model = commit(model, replacements)
     if any(isinstance(technique, LoRA) for technique in techniques):
@@ -401,7 +402,8 @@ def on_fake_tensors(model: nn.Module) -> Iterator[None]:
                 for name, tensor in list(tensors.items()):
                     if isinstance(tensor, Tensor):
                         tensors[name] = known.setdefault(id(tensor), (tensor, _fake(tensor)))[1]
-            if isinstance(module, HalfEmbedding | Embedding4Bit):  # else it would dequantize all rows at once
+            if isinstance(module, HalfEmbedding | Embedding4Bit) and bank_of(module) is None:
+                # else it would dequantize all rows at once
                 module.forward = partial(_rows, module)  # type: ignore[method-assign]
         try:
             yield

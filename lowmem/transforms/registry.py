@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeAlias
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lowmem.errors import printable
+from lowmem.nn.adapted_module import AdapterBank, adapted_parameters, bank_of
+from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.fourbit import FourBit, Linear4Bit
 from lowmem.nn.half import Half, HalfLinear
 from lowmem.nn.lora import LoRA, LoRALinear
@@ -23,29 +25,32 @@ __all__ = [
     "ADAPTED",
     "ENTRIES",
     "Entry",
+    "Step",
     "Technique",
     "computes_linear",
+    "expert_count",
     "how_computed",
     "layer_name",
     "made_by",
     "module_paths",
     "no_match_message",
     "parameter_owners",
+    "parameters_to_adapt",
     "parameters_to_store",
-    "read_by_attention",
     "refuse_peft",
     "select_modules",
     "skip_reason",
-    "skip_reason_in",
     "supported_types",
 ]
 
 Technique: TypeAlias = Half | FourBit | LoRA
+Step: TypeAlias = Half | FourBit | LoRA | dict[str, LoRA]
+"""A technique for one module: ``LoRA`` as the technique of each parameter that it adapts."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Modules of one kind, and which of their parameters ``Half`` and ``FourBit`` store.
+    """Modules of one kind, and which of their parameters ``Half`` and ``FourBit`` store and ``LoRA`` adapts.
 
     Args:
         kind: what errors call it.
@@ -53,6 +58,8 @@ class Entry:
         parameters: the names of what is stored; those that a module lacks, or has as None, are left out.
         refuses: why a module of this kind is left dense, or None.
         computes: how a call computes with what is stored; "as stored": in products and gathers of codes.
+        no_adapter: why a module of this kind cannot have an adapter, or None.
+        asked: why ``LoRA`` takes modules of this kind only where ``where=`` selects them; None: it takes them.
     """
 
     kind: str
@@ -60,6 +67,8 @@ class Entry:
     parameters: Callable[[nn.Module], Iterable[str]] = lambda module: ("weight",)
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     computes: Callable[[nn.Module], str] = lambda module: "as stored"
+    no_adapter: Callable[[nn.Module], str | None] = lambda module: None
+    asked: str | None = None
 
 
 def _is(*kinds: type[nn.Module]) -> Callable[[nn.Module], bool]:
@@ -70,16 +79,15 @@ def _refuse_max_norm(module: nn.Module) -> str | None:
     return None if getattr(module, "max_norm", None) is None else "max_norm rescales its rows in place"
 
 
+def _refuse_largest(module: nn.Module) -> str | None:
+    largest = isinstance(module, nn.EmbeddingBag) and module.mode == "max"
+    return "LoRA has no form of it: the largest of several rows is not linear in them" if largest else None
+
+
 def _refuse_other_linear(module: nn.Module) -> str | None:
     if type(module).forward is nn.Linear.forward or computes_linear(module):
         return None
     return "a subclass of Linear that computes something else: where= or parameters= takes it nevertheless"
-
-
-def _is_conv1d_of_transformers(module: nn.Module) -> bool:
-    return any(
-        (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") for kind in type(module).__mro__
-    )
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -90,6 +98,15 @@ def _is_experts(module: nn.Module) -> bool:
 def _expert_weights(module: nn.Module) -> list[str]:
     found = module._parameters.items()
     return [name for name, one in found if one is not None and one.dim() >= 3 and "bias" not in name]
+
+
+def expert_count(name: str, module: nn.Module) -> int | None:
+    """Return the number of experts of a mixture, as stacks of matrices or a list of modules; else None."""
+    if isinstance(module, nn.ModuleList) and "expert" in name:
+        return len(module)
+    if not _is_experts(module):
+        return None
+    return int(module._parameters[_expert_weights(module)[0]].shape[0])  # type: ignore[union-attr]
 
 
 def _is_xlnet_attention(module: nn.Module) -> bool:
@@ -122,28 +139,53 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 # A new kind of module is one line here; the first that fits serves.
 ENTRIES = (
     Entry("Linear", _is(nn.Linear), refuses=_refuse_other_linear, computes=_computes_subclass),
-    Entry("Embedding", _is(nn.Embedding, nn.EmbeddingBag), refuses=_refuse_max_norm),
-    Entry("convolutions", _is(*_CONVOLUTIONS)),
-    Entry("Bilinear", _is(nn.Bilinear)),
+    Entry(
+        "Embedding",
+        _is(nn.Embedding, nn.EmbeddingBag),
+        refuses=_refuse_max_norm,
+        no_adapter=lambda module: _refuse_max_norm(module) or _refuse_largest(module),
+        asked="LoRA leaves embeddings out: where= takes them",
+    ),
+    Entry("convolutions", _is(*_CONVOLUTIONS), asked="LoRA leaves convolutions out: where= takes them"),
+    Entry(
+        "Bilinear",
+        _is(nn.Bilinear),
+        no_adapter=lambda _: "LoRA has no form of it: both of its inputs are contracted with one weight",
+    ),
     Entry(
         "MultiheadAttention",
         _is(nn.MultiheadAttention),
         lambda _: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
     ),
-    Entry("LSTM, GRU and RNN", _is(*_RNN), lambda module: _named("weight_", module), computes=_computes_rnn),
-    Entry("Conv1D of transformers", _is_conv1d_of_transformers),
+    Entry(
+        "LSTM, GRU and RNN",
+        _is(*_RNN),
+        lambda module: _named("weight_", module),
+        computes=_computes_rnn,
+        no_adapter=lambda _: "LoRA has no form of it: recurrent kernels take whole weights, dense at every call",
+    ),
+    Entry("Conv1D of transformers", is_conv1d),
     Entry("experts", _is_experts, _expert_weights),
-    Entry("XLNet's attention", _is_xlnet_attention, lambda _: "qkvor"),
+    Entry(
+        "XLNet's attention",
+        _is_xlnet_attention,
+        lambda _: "qkvor",
+        no_adapter=lambda _: "LoRA has no form of it: its heads lie inside its matrices",
+    ),
     Entry(
         "weight norm",
         _is_weight_norm,
         lambda _: ("original1",),
         computes=lambda _: "dequantized in chunks, to a dense weight at each call",
+        no_adapter=lambda _: "a parametrization computes a weight from it",
     ),
 )
 
 ADAPTED: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit)
-"""The exact types of layers that ``LoRA`` adapts."""
+"""The exact types of layers that become a LoRALinear; other modules with adapters stay instances of their class."""
+
+
+_NO_ADAPTER = ("Bilinear", "LSTM, GRU and RNN", "XLNet's attention", "weight norm")
 
 
 def computes_linear(module: nn.Module) -> bool:
@@ -184,7 +226,7 @@ class _Probe(StoredTensor):
 
 def made_by(module: nn.Module) -> type[Technique] | None:
     """Return the technique that converted a module; None for a dense one."""
-    if isinstance(module, LoRALinear):
+    if bank_of(module) is not None:
         return LoRA
     if isinstance(module, FourBitStorage):
         return FourBit
@@ -223,11 +265,14 @@ def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     found: dict[nn.Module, list[str]] = {}
-    inside = None  # the prefix of the paths inside the last converted layer
+    inside = None  # the prefix of the paths inside the last layer, or adapters, that are not entered
     for path, module in model.named_modules(remove_duplicate=False):
-        if inside is None or not path.startswith(inside):
+        if inside is not None and path.startswith(inside):
+            continue
+        if not isinstance(module, AdapterBank):
             found.setdefault(module, []).append(path)
-            inside = (path and f"{path}.") if isinstance(module, LoRALinear) else None
+        closed = isinstance(module, LoRALinear | AdapterBank)
+        inside = (path and f"{path}.") if closed else None
     return found
 
 
@@ -252,13 +297,6 @@ def select_modules(
         for module, paths in found.items()
         if not any(fnmatchcase(path, pattern) for path in paths for pattern in skip)
         and (where is None or all(where(path, module) for path in paths))
-    }
-
-
-def read_by_attention(model: nn.Module) -> set[nn.Module]:
-    """Return the projections whose weights nn.MultiheadAttention reads without calling them."""
-    return {
-        getattr(module, "out_proj", module) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
     }
 
 
@@ -306,7 +344,9 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
     if is_parametrized(module):  # before the type: parametrizing a module changes its class to a subclass
         return "its weight or bias is computed by a parametrization"
     if technique is LoRA:
-        return _adapter_skip_reason(module)
+        return _adapter_skip_reason(module, chosen)
+    if bank_of(module) is not None:
+        return "it has an adapter: convert the base first"
     if isinstance(module, ParametrizationList) and not _is_weight_norm(module):
         return "a parametrization computes a weight from it"
     if isinstance(module, StoredModule):
@@ -322,39 +362,61 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
     return None if chosen and isinstance(module, nn.Linear) else entry.refuses(module)
 
 
-def _adapter_skip_reason(module: nn.Module) -> str | None:
-    if type(module) in ADAPTED:
-        if isinstance(module, StoredModule) or "weight" in module._parameters:
-            return None
+def _adapter_skip_reason(module: nn.Module, chosen: bool) -> str | None:
+    if bank_of(module) is not None:
+        return None
+    entry = _entry_of(module)
+    if entry is None:
+        return "LoRA has no form of it"
+    if not parameters_to_adapt(module):
         return "its weight is no parameter of its own"
-    if isinstance(module, nn.Linear):
-        return "a subclass of Linear may compute something else"
-    return "LoRA has no form of it"
+    refused = entry.no_adapter(module)
+    if refused is None and not chosen:
+        computes = None if isinstance(module, StoredModule) else entry.refuses(module)
+        refused = entry.asked or computes
+    return refused
 
 
-def skip_reason_in(model: nn.Module) -> Callable[[type[Technique], nn.Module], str | None]:
-    """Return ``skip_reason`` for modules of a model, which skips adapters of projections that are not called."""
-    inside = read_by_attention(model)
-    why = "attention reads its weight without calling it"
-    return lambda technique, module: (
-        skip_reason(technique, module) or (why if technique is LoRA and module in inside else None)
-    )
+def parameters_to_adapt(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a module that can have adapters."""
+    if bank_of(module) is not None:
+        return adapted_parameters(module)
+    if isinstance(module, StoredModule):
+        return tuple(name for name in module.forms if "bias" not in name)
+    return tuple(parameters_to_store(module))
 
 
-def no_match_message(technique: type[Technique], model: nn.Module) -> str:
-    """Return the error text for a model without layers to convert: what was looked for, and what was found."""
+def no_match_message(
+    technique: type[Technique],
+    model: nn.Module,
+    selected: Mapping[nn.Module, str] | None = None,
+    chosen: bool = False,
+) -> str:
+    """Return the error text for a model without layers to convert: what was looked for, and what was found.
+
+    Args:
+        technique: Half, FourBit or LoRA.
+        model: any module.
+        selected: the modules that were looked at; the first of a known kind is named, and why it is left.
+        chosen: whether ``where=`` has selected them.
+    """
     found = Counter(type(module).__name__ for module in module_paths(model) if not list(module.children()))
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
+    known = {path: one for one, path in (selected or {}).items() if _entry_of(one) is not None}
+    whys = {path: (one, skip_reason(technique, one, chosen)) for path, one in known.items()}
+    why = next(
+        (f"; {layer_name(p)} is a {type(one).__name__}: {text}" for p, (one, text) in whys.items() if text), ""
+    )
     return (
         f"nothing to convert: {technique.__name__} looks for {supported_types(technique)}, with a weight "
-        f"of its own, not left out by where= or skip=; found {listed or 'no layers'}"
+        f"of its own, not left out by where= or skip=; found {listed or 'no layers'}{why}"
     )
 
 
 def supported_types(technique: type[Technique]) -> str:
     """Return the names of what a technique converts."""
     if technique is LoRA:
-        return ", ".join(kind.__name__ for kind in ADAPTED)
+        return ", ".join(entry.kind for entry in ENTRIES if entry.kind not in _NO_ADAPTER)
     return ", ".join(entry.kind for entry in ENTRIES)
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable
+from lowmem.nn.adapted_module import bank_of, base_of
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.nn.lora import LoRA, LoRALinear
 from lowmem.nn.stored_module import FourBitStorage, StoredModule
 from lowmem.transforms.convert import drop_partial_ties
 from lowmem.transforms.paths import group_name, role_of
-from lowmem.transforms.placement import output_layers, takes_adapter
+from lowmem.transforms.placement import output_layers, routers, takes_adapter
 from lowmem.transforms.registry import (
     Technique,
     how_computed,
@@ -25,7 +25,6 @@ from lowmem.transforms.registry import (
     module_paths,
     parameter_owners,
     parameters_to_store,
-    read_by_attention,
     skip_reason,
 )
 
@@ -44,7 +43,7 @@ class LayerSummary:
         type: the name of the module's type.
         converted: whether it is one of this library's layers.
         stored: how its weight is stored, or the dtypes of its parameters.
-        adapters: the name and rank of each adapter of a LoRALinear.
+        adapters: the name and rank of each adapter; once where several parameters have the same rank.
         reason: why it was not converted, or why it has no adapter where other layers have; None otherwise.
         shared_with: the path of an earlier row that shares tensors with it; None where none does.
         weights: the number of its weights, without those of earlier rows.
@@ -176,9 +175,11 @@ def summary(model: nn.Module) -> Summary:
         if not converted and not any(True for _ in module.parameters(recurse=False)):
             continue
         inner = isinstance(module, LoRALinear)
-        tensors = dict.fromkeys([*module.parameters(recurse=inner), *module.buffers(recurse=inner)])
+        bank = bank_of(module)
+        adapters = [] if inner or bank is None else [*bank.parameters()]
+        tensors = dict.fromkeys([*module.parameters(recurse=inner), *module.buffers(recurse=inner), *adapters])
         new = [tensor for tensor in tensors if tensor not in seen]
-        base = cast(nn.Module, module.base) if isinstance(module, LoRALinear) else module
+        base = base_of(module)
         weights = _weights(base)
         rows.append(
             LayerSummary(
@@ -211,7 +212,7 @@ def _as_one(rows: list[LayerSummary]) -> LayerSummary:
 
 def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, str]:
     """Return why each dense module was not converted, as far as the model shows."""
-    techniques, inside = _techniques(model), read_by_attention(model)
+    techniques = _techniques(model)
     left: dict[nn.Module, str] = {}
     taken: dict[nn.Module, str] = {}
     bare = _without_adapter(model)
@@ -219,9 +220,7 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
         if made_by(module) is not None:
             continue
         whys = [skip_reason(technique, module) for technique in techniques]
-        if techniques == [LoRA] and module in inside and None in whys:
-            left[module] = f"{type(module).__name__}: nn.MultiheadAttention reads its weight itself"
-        elif None in whys:
+        if None in whys:
             taken[module] = _NOT_CHOSEN
         else:
             left[module] = f"{type(module).__name__}: {whys[0]}"
@@ -248,13 +247,14 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
 
 
 def _without_adapter(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the output layers without an adapter, and why, if other layers of the model have adapters."""
-    if not any(isinstance(module, LoRALinear) for module in model.modules()):
+    """Return the output layers and routers without an adapter, and why, if other layers have adapters."""
+    if not any(bank_of(module) is not None for module in model.modules()):
         return {}
+    left = {**routers(model), **output_layers(model)}
     return {
         module: f"no adapter: {why}; where= would give it one"
-        for module, why in output_layers(model).items()
-        if takes_adapter(module) and not isinstance(module, LoRALinear)
+        for module, why in left.items()
+        if takes_adapter(module) and bank_of(module) is None
     }
 
 
@@ -285,9 +285,10 @@ def _stored(layer: nn.Module) -> str:
 
 
 def _adapters(layer: nn.Module) -> tuple[tuple[str, int], ...]:
-    if not isinstance(layer, LoRALinear):
+    bank = bank_of(layer)
+    if bank is None:
         return ()
-    return tuple((name, cast(Adapter, adapter).rank) for name, adapter in layer.adapters.items())
+    return tuple(dict.fromkeys((name, part.rank) for name in bank.names for part in bank.parts(name).values()))
 
 
 def _stored_text(row: LayerSummary) -> str:

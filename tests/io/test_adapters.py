@@ -106,7 +106,9 @@ def test_what_it_does_not_fit_is_left_as_it_was(tmp_path):
     refused(narrow, tmp_path / "a", "head.lora_a is .* the model takes")
     odd = base()
     odd.head = nn.modules.linear.NonDynamicallyQuantizableLinear(24, 50)
-    refused(odd, tmp_path / "a", "NonDynamicallyQuantizableLinear here: a subclass")
+    refused(odd, tmp_path / "a", "trained on another base")
+    odd.head = nn.GRU(24, 50)
+    refused(odd, tmp_path / "a", "head, which is a GRU here: LoRA has no form of it: recurrent kernels take whole")
     other_rank = convert(base(), LoRA(2))
     refused(other_rank, tmp_path / "a", "an adapter 'default' of other layers, ranks")
 

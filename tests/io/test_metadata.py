@@ -40,7 +40,7 @@ def test_the_record_of_several_adapters_comes_back():
     layer.add("b", Adapter(layer.base, LoRA(2, dropout=0.5, rank_stabilized=True)))
     layer.active = ("b",)
     second = LoRA(2, dropout=0.5, rank_stabilized=True)
-    assert adapters_of(adapters_record(layer)) == {"a": (LoRA(3, 6.0), False), "b": (second, True)}
+    assert adapters_of(adapters_record(layer)["weight"]) == {"a": (LoRA(3, 6.0), False), "b": (second, True)}
 
 
 def test_only_a_rank_stabilized_adapter_s_record_has_a_key_that_older_readers_refuse():
@@ -134,4 +134,4 @@ def test_a_merged_adapter_is_recorded_as_active():
     model = convert(nn.Sequential(nn.Linear(4, 4)), LoRA(2))
     merge_adapter(model, model[0].active[0])
     model[0].active = ()
-    assert [record["active"] for record in adapters_record(model[0])] == [True]
+    assert [record["active"] for record in adapters_record(model[0])["weight"]] == [True]

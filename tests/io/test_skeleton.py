@@ -203,20 +203,17 @@ def test_layers_that_attention_reads_past_their_forward_are_stored(technique, tm
     assert torch.equal(again.attn(x, x, x)[0], model.attn(x, x, x)[0])
 
 
-def test_adapters_that_attention_would_read_past_are_named(tmp_path):
-    save(convert(Attentive(False), LoRA(2)), tmp_path / "m")
-    assert load(tmp_path / "m", lambda: Attentive(False))
-    with pytest.raises(FileError, match=r"attn.out_proj.*: attention reads its weight without calling it"):
-        load(tmp_path / "m", lambda: Attentive(True))
-
-
-def test_an_adapter_of_a_layer_that_attention_reads_is_refused_whole(tmp_path):
-    lowmem.save_adapter(convert(Attentive(False), LoRA(2)), tmp_path / "a")
-    assert lowmem.load_adapter(Attentive(False), tmp_path / "a")
-    model = Attentive(True)
-    with pytest.raises(FileError, match="attn.out_proj, .*: attention reads its weight without calling it"):
-        lowmem.load_adapter(model, tmp_path / "a")
-    assert type(model.other) is nn.Linear
+def test_adapters_of_layers_that_attention_reads_past_their_forward_have_their_effect(tmp_path):
+    model, x = convert(Attentive(True), LoRA(2)).eval(), torch.randn(3, 1, 8)
+    torch.nn.init.normal_(lowmem.adapter_layers(model, "default")["attn.out_proj"].lora_b)
+    expected = model.attn(x, x, x)[0]
+    assert not torch.allclose(expected, Attentive(True).attn(x, x, x)[0])
+    save(model, tmp_path / "m")
+    assert torch.equal(load(tmp_path / "m", lambda: Attentive(True)).eval().attn(x, x, x)[0], expected)
+    lowmem.save_adapter(model, tmp_path / "a")
+    assert torch.equal(lowmem.load_adapter(Attentive(True).eval(), tmp_path / "a").attn(x, x, x)[0], expected)
+    with pytest.raises(FileError, match="adapters for attn.in_proj_weight: the model has no layer"):
+        load(tmp_path / "m", lambda: Attentive(False))
 
 
 def test_loading_changes_no_layer_that_was_there_before(tmp_path):

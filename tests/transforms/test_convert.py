@@ -291,8 +291,7 @@ def test_attention_computes_with_the_stored_projections_that_it_reads_itself(tec
     model = nn.ModuleDict({"attention": attention, "head": nn.Linear(16, 4)}).train(training)
     dense = copy.deepcopy(model)
     convert(model, *techniques)
-    # No adapter around out_proj, which would not be called.
-    assert made_by(model["attention"]) is made_by(model["attention"].out_proj) is type(techniques[0])
+    assert made_by(model["attention"]) is made_by(model["attention"].out_proj) is type(techniques[-1])
     assert isinstance(model["attention"], nn.MultiheadAttention)
     dense = dense_twin(dense, model)
     x = torch.randn(2, 5, 16)
@@ -322,14 +321,14 @@ def tensors_of(layer):
 def test_tied_weights_stay_tied(techniques):
     dense, untied = Tied(), Tied()
     untied.head.weight = nn.Parameter(untied.tokens.weight.detach().clone())
-    everywhere = {"where": lambda *_: True}  # an adapter over the head, too
+    everywhere = {"where": lambda *_: True}  # adapters over both ends, too
     model = convert(copy.deepcopy(dense), *techniques, **everywhere)
     stored = tensors_of(model.tokens)
     for one in (model, copy.deepcopy(model)):
         assert all(a is b for a, b in zip(tensors_of(one.tokens), tensors_of(one.head), strict=True))
     torch.testing.assert_close(model(torch.arange(50)), dense_twin(dense, model)(torch.arange(50)))
     once = sum(t.numel() * t.element_size() for t in stored)
-    convert(untied, *techniques)
+    convert(untied, *techniques, **everywhere)
     assert measure.theoretical_bytes(model) == measure.theoretical_bytes(untied) - once
     assert measure.weight_count(model) == measure.weight_count(dense)
     twin = convert(Tied(), *techniques, **everywhere)

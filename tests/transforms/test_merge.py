@@ -425,7 +425,7 @@ def test_merging_twice_is_refused(base):
         warnings.simplefilter("ignore")
         merge(model)
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="no LoRALinear to merge.*merged already"):
+    with pytest.raises(ValueError, match="no adapter to merge.*merged already"):
         merge(model)
     assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
 

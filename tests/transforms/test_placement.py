@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem import FourBit, Half, LoRA, LoRALinear, add_adapter, convert, summary
+from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, summary
 from lowmem.transforms.placement import output_layers, place_adapters, techniques_by_layer
+from tests.test_any_model import Experts
 
 STORED = {"dense": (), "half": (Half(),), "4-bit": (FourBit(),)}
 every_storage = pytest.mark.parametrize("stored", STORED)
@@ -158,16 +159,63 @@ def test_a_technique_after_lora_is_still_refused():
 def test_each_layer_has_the_technique_of_its_patterns():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     placed = place_adapters(model, LoRA(2, ranks={"1": 3}), model, None)
-    assert placed == {model[0]: LoRA(2), model[1]: LoRA(3)}
+    assert placed == {model[0]: {"weight": LoRA(2)}, model[1]: {"weight": LoRA(3)}}
 
 
 def test_only_layers_that_an_adapter_can_follow_have_one_placed():
     model = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4))
     technique = LoRA(2, ranks={"1": 3})
     chosen = techniques_by_layer(model, (FourBit(), technique), model, None)
-    assert chosen == {model[0]: (FourBit(), technique), model[1]: (FourBit(), LoRA(3))}
+    assert chosen == {model[0]: (FourBit(), technique), model[1]: (FourBit(), {"weight": LoRA(3)})}
 
 
 def test_copies_know_their_output_layers():
     model = copy.deepcopy(convert(Causal(), FourBit(), LoRA(2)))
     assert {type(module).__name__ for module in output_layers(model)} == {"Linear4Bit"}
+
+
+class Router(nn.Module):
+    """A mixture: a linear layer chooses of experts, which are stacks, or a list of modules."""
+
+    def __init__(self, listed):
+        super().__init__()
+        self.gate, self.mix = nn.Linear(16, 4), nn.Linear(16, 16)
+        self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(4)]) if listed else Experts()
+
+
+@every_storage
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_chooses_experts_gets_no_adapter_unless_where_names_it(stored, listed):
+    places = [f"experts.{number}" for number in range(4)] if listed else ["experts.up", "experts.down"]
+    model = convert(nn.Sequential(Router(listed)), *STORED[stored], LoRA(2))
+    assert [*adapter_layers(model, "default")] == ["0.mix", *(f"0.{place}" for place in places)]
+    reasons = {row.path: row.reason for row in summary(model)}
+    assert reasons["0.gate"] == "no adapter: it chooses experts; where= would give it one"
+    add_adapter(model, "more", LoRA(2))
+    assert "0.gate" not in adapter_layers(model, "more")
+    add_adapter(model, "gate", LoRA(2), where=lambda path, _: path == "0.gate")
+    assert [*adapter_layers(model, "gate")] == ["0.gate"]
+
+
+def test_patterns_name_layers_and_their_parameters():
+    technique = LoRA(2, ranks={"*.up": 3, "*.experts": 5}, alphas={"*.down": 7.0})
+    for model in (
+        convert(nn.Sequential(Router(False)), technique),
+        convert(nn.Sequential(Router(False)), FourBit(), technique),
+    ):
+        found = {place: part.technique for place, part in adapter_layers(model, "default").items()}
+        assert found == {"0.mix": LoRA(2), "0.experts.up": LoRA(3), "0.experts.down": LoRA(5, 7.0)}
+    with pytest.raises(ValueError, match=r"pattern '\*.left' matches no layer"):
+        convert(Router(False), LoRA(2, ranks={"*.left": 1}))
+
+
+@every_storage
+def test_embeddings_and_convolutions_get_adapters_where_where_names_them(stored):
+    def make():
+        return nn.ModuleDict({"tokens": nn.Embedding(9, 16), "conv": nn.Conv1d(16, 16, 2), "mix": nn.Linear(16, 4)})
+
+    assert [*adapter_layers(convert(make(), *STORED[stored], LoRA(2)), "default")] == ["mix"]
+    model = convert(make(), *STORED[stored], LoRA(2), where=lambda path, _: path != "mix")
+    assert [*adapter_layers(model, "default")] == ["tokens", "conv"]
+    with pytest.raises(ValueError, match="tokens is a Embedding: LoRA leaves embeddings out: where= takes them"):
+        convert(make(), LoRA(2), skip="mix")

@@ -147,7 +147,7 @@ def test_a_layer_with_tensors_of_its_own_is_taken():
     layer.register_buffer("mask", torch.ones(4))
     assert skip_reason(Half, layer) is None
     assert torch.equal(convert(layer, Half()).mask, torch.ones(4))
-    assert skip_reason(LoRA, nn.Embedding(4, 4)) == "LoRA has no form of it"
+    assert skip_reason(LoRA, nn.LayerNorm(4)) == "LoRA has no form of it"
 
 
 def test_module_paths_and_parameter_owners_know_every_path():

@@ -106,15 +106,17 @@ def test_the_reasons_are_those_of_the_techniques_that_were_applied():
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(8, 8))
     assert by_path(model)["1"].reason == "LayerNorm: vectors (biases, norms) stay dense"
     adapted = convert(copy.deepcopy(model), LoRA(2))
-    assert by_path(adapted)["2"].reason == "Embedding: LoRA has no form of it"
+    assert by_path(adapted)["2"].reason == "Embedding: LoRA leaves embeddings out: where= takes them"
     assert by_path(convert(adapted, Half()))["1"].reason == "LayerNorm: vectors (biases, norms) stay dense"
 
 
-def test_the_projection_of_attention_gets_no_adapter_whatever_its_type():
-    model = convert(nn.ModuleList([nn.MultiheadAttention(8, 2), nn.Linear(8, 8)]), LoRA(2))
-    assert "a subclass of Linear" in by_path(model)["0.out_proj"].reason
-    model[0].out_proj = nn.Linear(8, 8)
-    assert by_path(model)["0.out_proj"].reason == "Linear: nn.MultiheadAttention reads its weight itself"
+def test_the_projections_of_attention_get_adapters_whatever_their_type():
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
+    model[1].out_proj = nn.Linear(8, 8)
+    rows = by_path(convert(model, LoRA(2)))
+    assert [(path, row.adapters) for path, row in rows.items()] == [
+        (path, (("default", 2),)) for path in ("0", "0.out_proj", "1", "1.out_proj")
+    ]
 
 
 def test_parameters_that_a_container_holds_have_a_row():

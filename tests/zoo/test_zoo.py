@@ -226,16 +226,22 @@ def test_adapters_get_the_gradients_of_their_weights(architecture, technique, wi
     gradients(architecture, dense)
     pairs = []
     for path, adapter in lowmem.adapter_layers(with_adapters, "default").items():
-        of_weight = dense.get_parameter(f"{path}.weight").grad  # (out, in)
+        of_weight = dense.get_parameter(adapted_parameter(dense, path)).grad
         if of_weight is not None:  # the outputs depend on it
             assert adapter.lora_b.grad is not None, f"{path}: the adapter has no effect"
-            expected = adapter.scaling * of_weight @ adapter.lora_a.detach().t()  # (out, rank)
+            matrices = adapter.layout.matrix(of_weight)  # (*stack, out, in)
+            expected = adapter.scaling * matrices @ adapter.lora_a.detach().mT  # (*stack, out, rank)
             pairs.append((adapter.lora_b.grad, expected))
     assert pairs
     # Where a gradient all but cancels out (attention over equal values), rounding is that of its large terms.
     largest = max(float(expected.norm()) for _, expected in pairs)
     for got, expected in pairs:
         assert float((got - expected).norm()) <= CLOSE * max(float(expected.norm()), largest / 100)
+
+
+def adapted_parameter(dense, place):
+    """Return the name of the parameter that an adapter changes: that of its place, or ``weight`` there."""
+    return place if place in dict(dense.named_parameters(remove_duplicate=False)) else f"{place}.weight"
 
 
 def test_nearly_all_numbers_are_stored(architecture):
@@ -259,7 +265,7 @@ def test_merging_rounds_the_adapted_weights(architecture, technique, adapted):
     assert not any(isinstance(module, LoRALinear) for module in merged.modules())
     after = dequantized(merged)
     for path, delta in deltas.items():
-        weight = f"{path}.weight"
+        weight = path if path in after else f"{path}.weight"
         assert_close([after[weight]], [before[weight] + delta], ROUNDED_AGAIN[type(technique)])
     assert_close(call(architecture, merged), call(architecture, reference(architecture, merged)))
 

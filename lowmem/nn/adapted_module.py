@@ -1,0 +1,381 @@
+"""Modules with adapters on parameters: generated subclasses of the modules' own classes.
+
+``module.weight`` of a module with an active adapter is an ``AdaptedWeight``. The module stays an instance of its
+class and the same object, with its attributes, methods, hooks and children, so that it works for whoever calls it,
+and for whoever only reads it: attention, experts, GPT-2's ``Conv1D``, embeddings, convolutions. The adapters are the
+child ``adapters``. ``LoRALinear`` does the same for plain linear layers, faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.nn.adapted_weight import LowRankSum, adapted_weight
+from lowmem.nn.adapter import Adapter
+from lowmem.nn.lora import Folded, LoRALinear
+from lowmem.nn.stored import FourBitForm, HalfForm, StoredTensor
+from lowmem.nn.stored_module import (
+    LAYERS,
+    FourBitStorage,
+    StoredModule,
+    become,
+    copied_module,
+    freeze,
+    restored_copy,
+    stored_class,
+)
+from lowmem.quant.quantize import relative_error, requantize
+from lowmem.quant.rounding import round_to
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = [
+    "AdaptedModule",
+    "AdapterBank",
+    "adapted_copy",
+    "adapted_parameters",
+    "bank_of",
+    "base_of",
+    "fold_layer",
+    "parameter_of",
+    "put_in_place",
+    "without_adapters",
+]
+
+
+class AdapterBank(nn.Module):
+    """The adapters of a module: by name, and of each by the parameter that it changes.
+
+    Attributes:
+        active: the names of the adapters that are applied; the others cost nothing.
+        merged: the name of the adapter that is merged into ``merged_base``, or None.
+        merged_base: a module with copies of the parameters that this adapter changes, merged. It is no child, so that
+            the state does not have it.
+    """
+
+    active: tuple[str, ...]
+    merged: str | None
+    merged_base: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active, self.merged = (), None
+        self.__dict__["merged_base"] = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters, in the order in which they were added."""
+        return tuple(self._modules)
+
+    @property
+    def in_use(self) -> tuple[str, ...]:
+        """The adapters that contribute to the output, active or merged, in the order in which they were added."""
+        return tuple(name for name in self._modules if name in self.active or name == self.merged)
+
+    def parts(self, name: str) -> dict[str, Adapter]:
+        """Return the adapters of a name, by the parameter that each changes; none for an unknown name."""
+        found = self._modules.get(name)
+        return {} if found is None else cast("dict[str, Adapter]", dict(found._modules))
+
+    def add_parts(self, name: str, parts: Mapping[str, Adapter]) -> None:
+        """Add adapters under a name, which may have others of other parameters already, and activate it."""
+        if name not in self._modules:
+            self._modules[name] = nn.Module()
+        for parameter, adapter in parts.items():
+            self._modules[name]._modules[parameter] = adapter.train(self.training)  # type: ignore[union-attr]
+        if name not in self.active:
+            self.active += (name,)
+
+    def remove(self, name: str) -> None:
+        """Remove the adapters of a name."""
+        self.active = tuple(other for other in self.active if other != name)
+        del self._modules[name]
+
+    def merge(self, name: str, folded: nn.Module) -> None:
+        """Use the parameters of ``folded`` that the adapter ``name`` changes in place of the module's own."""
+        changed = self.parts(name)
+        kept = copied_module(folded, type(folded))
+        own = kept.__dict__
+        own.update(_modules={}, _buffers={})
+        if isinstance(kept, StoredModule):
+            own.update(_forms={one: form for one, form in kept._forms.items() if one in changed}, _kept={})
+        names = {*changed, *(kept.part_names if isinstance(kept, StoredModule) else ())}
+        own["_parameters"] = {one: value for one, value in folded._parameters.items() if one in names}
+        self.__dict__["merged_base"], self.merged = kept, name
+
+    def unmerge(self) -> None:
+        """Use the module's own parameters again."""
+        self.merged = self.__dict__["merged_base"] = None
+
+    def weight(self, module: nn.Module, name: str) -> Any:
+        """Return a parameter of a module with the active adapters; as it is where there are none."""
+        own = self.__dict__
+        merged = own["merged_base"]
+        done = own["merged"] if merged is not None else None
+        base = parameter_of(module, name)
+        if done is not None and name in self.parts(done):
+            base = parameter_of(merged, name)
+        active = [self.parts(one) for one in own["active"] if one != done]
+        parts = [one[name] for one in active if name in one]
+        if not parts or base is None:
+            return base
+        return adapted_weight(base, [part.update() for part in parts], parts[0].layout)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if self.merged_base is not None:
+            self.merged_base._apply(fn)
+        applied: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return applied
+
+    def extra_repr(self) -> str:
+        """Describe which adapters are active and merged."""
+        return f"active={', '.join(self.active) or None}, merged={self.merged}"
+
+
+class AdaptedModule(nn.Module):
+    """Base of all modules with adapters on parameters.
+
+    Attributes:
+        _plain_class: the class without adapters.
+        _adapted_names: the parameters that can have some.
+    """
+
+    _plain_class: ClassVar[type[nn.Module]]
+    _adapted_names: ClassVar[tuple[str, ...]] = ()
+    adapters: AdapterBank
+
+    @classmethod
+    def _over(cls, plain: type[nn.Module]) -> type[nn.Module]:
+        """Return the class with the same adapters over another class, whose parameters are stored otherwise."""
+        return adapted_class(plain, cls._adapted_names)
+
+
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """Return a parameter of a module, dense or stored, without adapters."""
+    own = module.__dict__
+    if isinstance(module, StoredModule) and name in own["_forms"]:
+        return module.stored_tensor(name)
+    found = own["_parameters"].get(name)
+    return own.get(name) if found is None else found  # a plain tensor, as a hook puts there
+
+
+def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
+    """Return the class of modules of class ``plain`` with adapters on the parameters ``names``."""
+    body: dict[str, Any] = {name: _adapted_property(name) for name in names}
+    body |= {
+        "_plain_class": plain,
+        "_adapted_names": names,
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+        "__reduce_ex__": _reduce,
+    }
+    if plain in LAYERS.values():  # its forward reads the stored bytes, and that of the dense class the weight
+        convolves = issubclass(plain, nn.modules.conv._ConvNd)
+        body["forward"] = _adapted_convolution(plain) if convolves else plain.dense_class.forward
+    return type(plain.__name__, (AdaptedModule, plain), body)
+
+
+adapted_class: Callable[[Any, tuple[str, ...]], type[AdaptedModule]] = cache(_adapted_class)
+
+
+def _adapted_property(name: str) -> property:
+    def get(module: nn.Module) -> Any:
+        bank = module.__dict__["_modules"].get("adapters")
+        return parameter_of(module, name) if bank is None else bank.weight(module, name)
+
+    def put(module: nn.Module, value: Any) -> None:
+        module.__dict__[name] = value
+
+    return property(get, put, doc=f"The parameter ``{name}``, with the active adapters.")
+
+
+def _adapted_convolution(plain: Any) -> Callable[[Any, Tensor], Tensor]:
+    """Return a forward that convolves with the stored kernel as without adapters, to the last bit, and adds these."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if self.adapters.merged_base is not None:
+            out: Tensor = plain.dense_class.forward(self, input)
+            return out
+        out, weight = plain.forward(self, input), self.weight
+        return self._conv_forward(input, weight.added_to(out), None) if isinstance(weight, LowRankSum) else out
+
+    return forward
+
+
+def _reduce(module: AdaptedModule, protocol: Any) -> Any:
+    plain: Any = type(module)._plain_class
+    how: Any = plain
+    if issubclass(plain, StoredModule):
+        how = plain.dense_class, plain.stored_names, FourBitForm if issubclass(plain, FourBitStorage) else HalfForm
+    state: Any = getattr(module, "__getstate__", lambda: module.__dict__)()
+    return _empty, (how, type(module)._adapted_names), dict(state)
+
+
+def _empty(how: Any, names: tuple[str, ...]) -> nn.Module:
+    made = adapted_class(stored_class(*how) if isinstance(how, tuple) else how, names)
+    return made.__new__(made)
+
+
+def adapted_copy(module: nn.Module, names: Iterable[str], name: str, parts: Mapping[str, Adapter]) -> AdaptedModule:
+    """Return a copy of a module with adapters; it has no hooks, and shares everything else.
+
+    Args:
+        module: without adapters.
+        names: the parameters that can have some.
+        name: of the adapters.
+        parts: the adapters, by the parameter that each changes.
+
+    Raises:
+        ValueError: the module has an attribute ``adapters`` of its own.
+    """
+    if hasattr(module, "adapters"):
+        raise ValueError(
+            f"{type(module).__name__} has an attribute `adapters` of its own, which a module with adapters has, too: "
+            "rename it, or leave the module out with skip="
+        )
+    made = adapted_class(type(module), tuple(names))
+    copied = cast(AdaptedModule, copied_module(module, made))
+    bank = AdapterBank().train(module.training)
+    bank.add_parts(name, parts)
+    copied._modules["adapters"] = bank
+    own = copied.__dict__
+    own["_load_state_dict_post_hooks"] = type(own["_load_state_dict_post_hooks"])(own["_load_state_dict_post_hooks"])
+    copied.register_load_state_dict_post_hook(_remerge)  # type: ignore[no-untyped-call]
+    return copied
+
+
+def without_adapters(module: AdaptedModule) -> nn.Module:
+    """Return a copy of a module without its adapters; it has no hooks, and shares everything else."""
+    copied = copied_module(module, type(module)._plain_class)
+    copied._modules.pop("adapters")
+    hooks = copied.__dict__["_load_state_dict_post_hooks"]
+    kept = [(key, hook) for key, hook in hooks.items() if hook is not _remerge]
+    copied.__dict__["_load_state_dict_post_hooks"] = type(hooks)(kept)
+    return copied
+
+
+def put_in_place(module: nn.Module, other: nn.Module) -> None:
+    """Make a module what ``other`` is, a copy with or without adapters; hooks, mode and other children stay."""
+    adapted = isinstance(module, AdaptedModule)
+    become(module, other)
+    children = module.__dict__["_modules"]
+    if isinstance(other, AdaptedModule):
+        children["adapters"] = other._modules["adapters"]
+    elif adapted:
+        children.pop("adapters", None)
+
+
+def _remerge(module: AdaptedModule, _: object) -> None:
+    """Merge again what was merged, of the values that were loaded."""
+    bank = module.adapters
+    if bank.merged is not None:
+        name = bank.merged
+        bank.unmerge()  # and stays so if the loaded values cannot be merged
+        bank.merge(name, fold_module(module, [name]).layer)
+
+
+# What both kinds of adapted layers have
+
+
+def bank_of(layer: nn.Module) -> Any:
+    """Return what holds the adapters of a layer: a LoRALinear itself, an AdapterBank, or None."""
+    if isinstance(layer, LoRALinear):
+        return layer
+    return layer.adapters if isinstance(layer, AdaptedModule) else None
+
+
+def base_of(layer: nn.Module) -> nn.Module:
+    """Return the base of a LoRALinear; any other module is its own."""
+    return layer.base if isinstance(layer, LoRALinear) else layer
+
+
+def fold_layer(layer: nn.Module, names: Iterable[str], to: torch.dtype | None = None) -> Folded:
+    """Return a copy of a layer's base with adapters merged into its weights. The layer does not change.
+
+    An adapter that changes nothing is left out, so that it changes no byte.
+
+    Args:
+        layer: with adapters.
+        names: of the adapters.
+        to: the dtype of dense parameters to make; None: store each as the base does.
+
+    Raises:
+        ValueError: an adapted weight is not finite, or exceeds the range of the dtype or scales.
+    """
+    if isinstance(layer, LoRALinear):
+        return layer.folded(names, to)
+    assert isinstance(layer, AdaptedModule)
+    return fold_module(layer, names, to)
+
+
+def fold_module(module: AdaptedModule, names: Iterable[str], to: torch.dtype | None = None) -> Folded:
+    """Return a copy of a module without adapters and with these merged into its parameters."""
+    names = list(names)
+    base = without_adapters(module)
+    dense: dict[str, Tensor] = {}
+    made: dict[str, Any] = {}
+    errors: dict[str, tuple[float, float]] = {}
+    for parameter in dict.fromkeys(one for name in names for one in module.adapters.parts(name)):
+        own = parameter_of(module, parameter)
+        stored: Any = own.stored if isinstance(own, StoredTensor) else own.detach()
+        adapted = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored.detach()
+        added = [part for name in names if (part := module.adapters.parts(name).get(parameter)) is not None]
+        added = [part for part in added if not part.changes_nothing()]
+        for part in added:
+            adapted = adapted + part.delta().reshape(adapted.shape)
+        if to is not None:
+            new: Any = round_to(adapted, to, parameter)
+            dense[parameter] = new
+        elif isinstance(stored, QuantizedTensor):
+            new = made[parameter] = requantize(stored, adapted) if added else stored
+        else:
+            new = made[parameter] = round_to(adapted, stored.dtype, parameter) if added else stored
+        errors[parameter] = relative_error(adapted, stored), relative_error(adapted, new)
+    folded = _with_parameters(base, made) if to is None else _in_dtype(base, dense, to)
+    return Folded(folded, errors)
+
+
+def _with_parameters(base: nn.Module, made: Mapping[str, Any]) -> nn.Module:
+    """Put parameters that are stored as they were into a copy of a module."""
+    own = base.__dict__
+    own["_parameters"] = dict(own["_parameters"])
+    if isinstance(base, StoredModule):
+        own.update(_forms=dict(base._forms), _kept={})
+    for name, value in made.items():
+        if isinstance(base, StoredModule) and name in base._forms:
+            _, rows, tail, dtype = base._forms[name]
+            base.store(name, value.view(*rows, *tail) if isinstance(value, Tensor) else value, tail, dtype)
+        else:
+            before = base._parameters[name]
+            assert before is not None
+            base._parameters[name] = nn.Parameter(value.view(before.shape), requires_grad=before.requires_grad)
+    return base
+
+
+def _in_dtype(base: nn.Module, dense: Mapping[str, Tensor], to: torch.dtype) -> nn.Module:
+    """Return a copy of a module whose parameters are all dense and of a dtype."""
+    values: dict[str, Tensor | None] = {}
+    if isinstance(base, StoredModule):
+        for name in base.forms:
+            shape, value = base.stored_tensor(name).shape, dense.get(name)
+            values[name] = freeze((base.stored_tensor(name).dequantize(to) if value is None else value).view(shape))
+        base = restored_copy(base, values)
+    parameters: dict[str, Any] = {}
+    for name, parameter in base._parameters.items():
+        value = dense.get(name, parameter)
+        if parameter is not None and value is not None and name not in values:
+            rounded = round_to(value, to, name).view(parameter.shape)
+            parameter = nn.Parameter(rounded, requires_grad=parameter.requires_grad)
+        parameters[name] = parameter
+    base.__dict__["_parameters"] = parameters
+    return base
+
+
+def adapted_parameters(layer: nn.Module) -> tuple[str, ...]:
+    """Return the parameters of an adapted layer that can have adapters."""
+    return type(layer)._adapted_names if isinstance(layer, AdaptedModule) else ("weight",)

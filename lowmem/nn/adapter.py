@@ -1,0 +1,318 @@
+"""The LoRA technique, and the pair of thin matrices that adapts one parameter of a layer.
+
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lowmem import kernels
+from lowmem.kernels import reference
+from lowmem.nn.frozen_linear import autocast_enabled, is_plain_call, refuse_nested
+from lowmem.nn.loftq import truncated_svd
+from lowmem.nn.stored import FourBitForm, StoredTensor
+from lowmem.nn.stored_module import StoredModule
+
+__all__ = ["Adapter", "Layout", "LoRA", "Update", "add_low_rank", "is_conv1d", "layout_of"]
+
+
+_LARGEST_ALPHA = torch.finfo(torch.float32).max  # low-rank products are scaled in float32
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation: the model is frozen, and two matrices A and B per weight train (arXiv 2106.09685).
+
+        y = W x + b + s B A x,  s = alpha / rank, or alpha / sqrt(rank) if rank-stabilized
+
+    A pattern is a glob of a layer's paths, or of these with the name of a parameter; the first one that matches wins,
+    and one that matches no adapted layer is an error: ``LoRA(8, ranks={"*.q_proj": 32, "*.experts.down_proj": 16})``.
+    Experts have a pair of matrices for each. ``convert`` says which layers get adapters.
+
+    Args:
+        rank: of ``B A``, at least 1.
+        alpha: the numerator of the scaling s; None: the rank, of each layer its own.
+        dropout: probability of dropout on the input of the low-rank product, in [0, 1); rows of embeddings, and
+            weights that are read as values, have none.
+        rank_stabilized: whether to scale by ``alpha / sqrt(rank)``, which keeps the size of gradients at high ranks
+            (rsLoRA, arXiv 2312.03732).
+        ranks: other ranks by pattern, a mapping or pairs; stored as a tuple of pairs.
+        alphas: other alphas by pattern, likewise.
+        init: "zero": B starts at zero, so that a fresh adapter changes nothing, bit for bit. "loftq": ``s B A``
+            starts as the best approximation of this rank of the base's quantization error, so that base and adapter
+            are nearer to the dense weight W than the base alone (LoftQ, arXiv 2310.08659, algorithm 1):
+
+                s B A = SVD_rank(W - dequantize(quantize(W)))
+
+            It needs W, so ``FourBit`` has to be applied by the same ``convert``. One step of LoftQ's alternation is
+            taken: the base keeps the bytes that ``FourBit`` alone stores, is the same for every adapter, and stays
+            tied. Merging a fresh adapter of this kind changes bytes.
+
+    Raises:
+        ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
+            float32 can hold, a dropout outside [0, 1), a rank_stabilized that is not a bool, ranks or alphas
+            that are not pairs of a pattern and a value, or an unknown init.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    ranks: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    alphas: Mapping[str, float | None] | tuple[tuple[str, float | None], ...] = ()
+    init: str = "zero"
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "alphas"):  # a dict or a list would not be hashable
+            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+        for rank in (self.rank, *(rank for _, rank in _pairs("ranks", self.ranks))):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"rank={rank!r} must be a positive integer")
+        for alpha in (self.alpha, *(alpha for _, alpha in _pairs("alphas", self.alphas))):
+            if alpha is not None and not (_is_number(alpha) and 0 < alpha <= _LARGEST_ALPHA):
+                raise ValueError(
+                    f"alpha={alpha!r} must be a positive number, at most float32's largest ({_LARGEST_ALPHA:.6g}), "
+                    "or None for the rank"
+                )
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
+        if not isinstance(self.rank_stabilized, bool):
+            raise ValueError(f"rank_stabilized={self.rank_stabilized!r} must be True or False")
+        if self.init not in ("zero", "loftq"):
+            raise ValueError(f"init={self.init!r} must be 'zero' or 'loftq'")
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of ``B A x``, at the technique's own rank and alpha."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def at(self, paths: Sequence[str]) -> LoRA:
+        """Return the technique of a layer at ``paths``: its rank and alpha, without patterns."""
+
+        def found(patterns: Any, default: Any) -> Any:
+            return next((value for p, value in patterns if any(fnmatchcase(path, p) for path in paths)), default)
+
+        rank, alpha = found(self.ranks, self.rank), found(self.alphas, self.alpha)
+        return replace(self, rank=rank, alpha=alpha, ranks=(), alphas=())
+
+
+def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
+    """Return patterns and values as a tuple of pairs."""
+    try:
+        pairs = tuple((pattern, value) for pattern, value in (given.items() if isinstance(given, Mapping) else given))
+    except (TypeError, ValueError):
+        pairs = ((None, None),)
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern, _ in pairs):
+        raise ValueError(f"{name}={given!r} must map glob patterns of paths to values, as {{'*.q_proj': 32}}")
+    return pairs
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is the ``Conv1D`` of transformers: a linear layer with a transposed weight, (in, out)."""
+    return any(
+        (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") for kind in type(module).__mro__
+    )
+
+
+class Layout(NamedTuple):
+    """How a parameter holds the matrices (*stack, out, in) that ``B A`` changes.
+
+    Args:
+        shape: of the parameter.
+        kind: "linear": (*stack, out, in). "transposed": (*stack, in, out), as an embedding has it with its vocabulary
+            as inputs. "kernel": (out, in / groups, *kernel), a matrix of in / groups * kernel columns. "transposed
+            kernel": (in, out / groups, *kernel), one of in * kernel columns and out / groups rows.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return a tensor of the parameter's shape as matrices (*stack, out, in)."""
+        if self.kind == "transposed":
+            return weight.mT
+        if self.kind == "kernel":
+            return weight.flatten(1)
+        return weight.movedim(1, 0).flatten(1) if self.kind == "transposed kernel" else weight
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """Return matrices (*stack, out, in) as a tensor of the parameter's shape."""
+        if self.kind == "transposed":
+            return matrix.mT
+        if self.kind == "kernel":
+            return matrix.view(self.shape)
+        if self.kind == "transposed kernel":
+            rows, outputs, *kernel = self.shape
+            return matrix.view(outputs, rows, *kernel).movedim(0, 1)
+        return matrix
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A, (*stack, rank, in), and B, (*stack, out, rank)."""
+        *stack, outputs, inputs = self.matrix(torch.empty(self.shape, device="meta")).shape
+        return {"lora_a": (*stack, rank, inputs), "lora_b": (*stack, outputs, rank)}
+
+
+def layout_of(module: nn.Module, name: str = "weight") -> Layout:
+    """Return how a parameter of a module holds what an adapter changes."""
+    shape = tuple(getattr(module, name).shape)
+    if isinstance(module, _ConvNd):
+        return Layout(shape, "transposed kernel" if isinstance(module, _ConvTransposeNd) else "kernel")
+    transposed = isinstance(module, nn.Embedding | nn.EmbeddingBag) or is_conv1d(module)
+    transposed = transposed or (len(shape) > 2 and bool(getattr(module, "is_transposed", False)))
+    return Layout(shape, "transposed" if transposed else "linear")
+
+
+class Update(NamedTuple):
+    """The change ``scaling left right`` of matrices (*stack, rows, columns).
+
+    Args:
+        left: (*stack, rows, rank).
+        right: (*stack, rank, columns).
+        scaling: of the product.
+        dropout: for the inputs of products.
+    """
+
+    left: Tensor
+    right: Tensor
+    scaling: float
+    dropout: nn.Module
+
+    def values(self) -> Tensor:
+        """Return the change, dense and differentiable: (*stack, rows, columns)."""
+        return (self.left * self.scaling) @ self.right
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return an input in the dtype of the matrices, after dropout."""
+        x = x if x.dtype is self.left.dtype else x.to(self.left.dtype)
+        return x if drops_nothing(self.dropout) else self.dropout(x)
+
+
+def drops_nothing(dropout: nn.Module | None) -> bool:
+    """Whether a dropout returns its input as it is."""
+    return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
+
+
+def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return ``out + s B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
+    if x.dim() != 2:
+        refuse_nested(x)
+    wide = out if out.dim() == 2 else out.reshape(-1, b.shape[0])  # (batch, out)
+    rows = x if x.dim() == 2 else x.reshape(-1, a.shape[1])  # (batch, in)
+    if autocast_enabled("cpu" if x.is_cpu else x.device.type):  # it would cast the sum with ``out`` to 16 bits
+        narrow = nn.functional.linear(rows, a) * scaling  # (batch, rank)
+        wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
+    else:
+        add = kernels.add_low_rank if is_plain_call(x, out, a, b) else reference.add_low_rank
+        wide = add(wide, rows, a, b, scaling)
+    return wide if out.dim() == 2 else wide.view(out.shape)
+
+
+class Adapter(nn.Module):
+    """The low-rank change of one parameter, ``s B A``: A (*stack, rank, in) and B (*stack, out, rank).
+
+    One of the two starts random, the other at zero, so that a new adapter does not change the output, bit for bit;
+    one with ``init="loftq"`` does. B starts at zero; of an embedding A does, as in PEFT, so that only rows change
+    that a batch has read. A stack of matrices, as experts have it, has a pair for each.
+
+    Args:
+        base: the module to adapt; shape, dtype and device of its parameter are read.
+        technique: rank, alpha, dropout, scaling and init; patterns are for ``LoRA.at`` to resolve.
+        dense: what a 4-bit parameter was quantized from, for ``init="loftq"``.
+        name: of the parameter.
+
+    Attributes:
+        layout: how the parameter holds the matrices that ``B A`` changes.
+        rows_are_read: whether the parameter is the table of an embedding.
+
+    Raises:
+        ValueError: ``init="loftq"`` without a 4-bit parameter or its dense values.
+    """
+
+    weight_count = 0  # an adapter adds no weights to those that its base stores
+
+    def __init__(self, base: nn.Module, technique: LoRA, dense: Tensor | None = None, name: str = "weight") -> None:
+        super().__init__()
+        self.technique = technique
+        self.rank = technique.rank
+        self.scaling = technique.scaling
+        self.layout = layout_of(base, name)
+        self.rows_are_read = isinstance(base, nn.Embedding | nn.EmbeddingBag)
+        self.dropout = nn.Dropout(technique.dropout) if technique.dropout else nn.Identity()
+        stored = getattr(base, name)
+        dtype = stored.dtype if stored.dtype in (torch.float32, torch.float64) else torch.float32
+        shapes = self.layout.shapes(self.rank)
+        a, b = (torch.zeros(shapes[part], dtype=dtype, device=stored.device) for part in ("lora_a", "lora_b"))
+        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
+        if self.rows_are_read:
+            nn.init.normal_(self.lora_b)
+        else:
+            nn.init.kaiming_uniform_(a.flatten(0, -2), a=math.sqrt(5))  # as nn.Linear initializes its weight
+        if technique.init == "loftq":
+            form = base.forms.get(name) if isinstance(base, StoredModule) else None
+            if dense is None or not isinstance(form, FourBitForm):
+                raise ValueError(
+                    "init='loftq' approximates what 4 bits lose of the dense weight, and needs both: apply it in the "
+                    "call that quantizes, convert(model, FourBit(), LoRA(init='loftq')), or use init='zero'"
+                )
+            assert isinstance(stored, StoredTensor)
+            self._approximate(self.layout.matrix(dense.detach().to(dtype) - stored.dequantize(dtype)))
+
+    @torch.no_grad()
+    def _approximate(self, error: Tensor) -> None:
+        """Set A and B so that ``s B A`` is near to an error (*stack, out, in)."""
+        a, b = self.lora_a.view(-1, *self.lora_a.shape[-2:]), self.lora_b.view(-1, *self.lora_b.shape[-2:])
+        for number, matrix in enumerate(error.reshape(-1, *error.shape[-2:])):
+            u, sizes, vt = truncated_svd(matrix, self.rank)
+            count = int((sizes > 0).sum())  # the rest keeps its values, of which one is zero: it can train from there
+            root = (sizes[:count] / self.scaling).sqrt()
+            b[number, :, :count] = u[:, :count] * root
+            a[number, :count] = root[:, None] * vt[:count]
+
+    @property
+    def starts_at_zero(self) -> nn.Parameter:
+        """The matrix that starts at zero: B, or A of an embedding."""
+        return self.lora_a if self.rows_are_read else self.lora_b
+
+    def forward(self, out: Tensor, x: Tensor) -> Tensor:
+        """Return ``out + s B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
+        own, dropout = self._parameters, self._modules["dropout"]  # faster than attributes
+        assert dropout is not None
+        a, b = own.get("lora_a"), own.get("lora_b")
+        if a is None or b is None:  # a parametrization has moved them out
+            a, b = self.lora_a, self.lora_b
+        x = x if x.dtype is a.dtype else x.to(a.dtype)
+        x = x if drops_nothing(dropout) else dropout(x)
+        return add_low_rank(out, x, a, b, self.scaling)
+
+    def update(self) -> Update:
+        """Return the change of the matrices that the parameter holds, transposed where it is."""
+        if self.layout.kind == "transposed":
+            return Update(self.lora_a.mT, self.lora_b.mT, self.scaling, self.dropout)
+        return Update(self.lora_b, self.lora_a, self.scaling, self.dropout)
+
+    def changes_nothing(self) -> bool:
+        """Whether ``B A`` is zero since one of the two is."""
+        return not (bool(self.lora_a.any()) and bool(self.lora_b.any()))
+
+    def delta(self) -> Tensor:
+        """Return ``s B A``, the change of the parameter, in its shape and in float32 or wider."""
+        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # the adapter may have been cast to 16 bits
+        return self.layout.weight((self.lora_b.detach().to(dtype) * self.scaling) @ self.lora_a.detach().to(dtype))
+
+    def extra_repr(self) -> str:
+        """Describe the adapter."""
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,51 @@
+"""An adapter's matrices have the shapes of the parameter that they change, and one of them starts at zero."""
+
+import torch
+from torch import nn
+
+from lowmem import FourBit, LoRA, convert
+from lowmem.nn.adapter import Adapter, Layout, is_conv1d, layout_of
+from tests.test_any_model import Experts, Transposed
+
+KINDS = {
+    "Linear": (lambda: nn.Linear(6, 4), "weight", "linear", (2, 6), (4, 2)),
+    "Conv1D": (lambda: Transposed(6, 4), "weight", "transposed", (2, 6), (4, 2)),
+    "Embedding": (lambda: nn.Embedding(6, 4), "weight", "transposed", (2, 6), (4, 2)),
+    "EmbeddingBag": (lambda: nn.EmbeddingBag(6, 4), "weight", "transposed", (2, 6), (4, 2)),
+    "Conv2d": (lambda: nn.Conv2d(6, 4, (3, 2), groups=2), "weight", "kernel", (2, 18), (4, 2)),
+    "ConvTranspose": (lambda: nn.ConvTranspose1d(6, 4, 3, groups=2), "weight", "transposed kernel", (2, 18), (2, 2)),
+    "experts": (Experts, "up", "linear", (4, 2, 16), (4, 48, 2)),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), "in_proj_weight", "linear", (2, 8), (24, 2)),
+}
+
+
+def test_shapes_are_those_of_the_parameter_whatever_stores_it():
+    for kind, (make, name, how, of_a, of_b) in KINDS.items():
+        for module in (make(), convert(make(), FourBit("nf4", 8))):
+            layout = layout_of(module, name)
+            assert layout == Layout(tuple(getattr(module, name).shape), how), kind
+            adapter = Adapter(module, LoRA(2, alpha=4), name=name)
+            assert (adapter.lora_a.shape, adapter.lora_b.shape) == (of_a, of_b), kind
+            assert adapter.changes_nothing()
+            assert not adapter.starts_at_zero.any()
+            assert adapter.starts_at_zero is (adapter.lora_a if "Embedding" in kind else adapter.lora_b)
+            nn.init.normal_(adapter.starts_at_zero)
+            assert not adapter.changes_nothing()
+            assert adapter.delta().shape == getattr(module, name).shape
+            torch.testing.assert_close(layout.matrix(adapter.delta()), 2 * adapter.lora_b.detach() @ adapter.lora_a)
+            torch.testing.assert_close(layout.weight(layout.matrix(adapter.delta()).contiguous()), adapter.delta())
+            if "kernel" not in how:
+                torch.testing.assert_close(adapter.update().values(), adapter.delta())
+
+
+def test_a_stack_starts_as_its_matrices_would():
+    """Of 2000 numbers, uniform to 1 / sqrt(16), the largest is within a hundredth of the bound."""
+    adapter = Adapter(Experts(), LoRA(32), name="up")
+    largest = float(adapter.lora_a.detach().abs().max())
+    assert 0.99 / 4 < largest <= 1 / 4
+
+
+def test_conv1d_is_known_by_its_name_and_by_that_of_its_bases():
+    assert is_conv1d(Transposed(2, 2))
+    assert is_conv1d(type("Other", (Transposed,), {})(2, 2))
+    assert not is_conv1d(nn.Conv1d(2, 2, 2))
