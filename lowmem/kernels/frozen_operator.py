@@ -111,28 +111,39 @@ def _needs_gradient(arguments: Sequence[Any]) -> bool:
 
 def fields(weight: QuantizedTensor | StoredParts) -> tuple[Any, ...]:
     """Return the fields of a 4-bit weight that an operator takes, of which ``stored`` makes it again."""
+    if isinstance(weight, StoredParts):
+        format, block_size, scale_encoding, _ = weight.text.split()
+        return weight.packed, weight.scales, format, int(block_size), scale_encoding
     return weight.packed, weight.scales, weight.format, weight.block_size, weight.scale_encoding
 
 
 class StoredParts(NamedTuple):
-    """The fields of a 4-bit matrix with the bytes of its scales, which stand for it where a graph is made."""
+    """A 4-bit matrix with the bytes of its scales, which stands for it where a graph is made.
+
+    Args:
+        packed, scales: uint8 (rows, bytes).
+        text: its format, block size, scale encoding and columns: torch.compile guards each value that it reads of a
+            layer, at each call, and so reads one.
+    """
 
     packed: Tensor
     scales: Tensor
-    format: str
-    block_size: int
-    scale_encoding: str
-    shape: tuple[int, int]
+    text: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the matrix."""
+        return self.packed.shape[0], int(self.text.split()[3])
 
     def check_layout(self) -> None:
         """Raise a RuntimeError unless ``packed`` has the shape of the matrix; a trace would record each size."""
         if not _is_compiling() and _is_tracing():
             return
         rows, columns = self.shape
-        if tuple(self.packed.shape) != (rows, -(-columns // 2)):
+        if self.packed.shape[1] != -(-columns // 2):
             raise RuntimeError(
-                f"packed.shape={tuple(self.packed.shape)} does not hold a weight of shape {tuple(self.shape)} in "
-                f"{self.format}"
+                f"packed.shape={tuple(self.packed.shape)} does not hold a weight of shape {(rows, columns)} in "
+                f"{self.text.split()[0]}"
             )
 
 

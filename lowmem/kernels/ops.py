@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowmem import kernels
-from lowmem.kernels import reference
+from lowmem.kernels import decompositions, reference
+from lowmem.kernels.decompositions import decomposes
 from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, stored
 from lowmem.kernels.int8 import float_dtype
 from lowmem.quant.backend import Weight
@@ -34,9 +35,14 @@ def _record(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
     if not isinstance(weight, QuantizedTensor | StoredParts):
         return cast(Tensor, torch.ops.lowmem.product_16bit(x, weight, *rest))
     weight.check_layout()  # here: the operator gets no row count to check against
-    packed, scales, *described = fields(weight)
-    text = " ".join(map(str, (*described, weight.shape[1], *rest[:2])))
-    return cast(Tensor, torch.ops.lowmem.product_4bit.described(x, packed, scales, text, *rest[2:]))
+    if isinstance(weight, StoredParts):
+        packed, scales, text = weight
+    else:
+        packed, scales, *described = fields(weight)
+        text = f"{' '.join(map(str, described))} {weight.shape[1]}"
+    return cast(
+        Tensor, torch.ops.lowmem.product_4bit.described(x, packed, scales, f"{text} {rest[0]} {rest[1]}", *rest[2:])
+    )
 
 
 def _derivatives(x: Tensor, dtype: torch.dtype, transposed: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -83,6 +89,20 @@ product.declare(
 )
 
 
+@decomposes("product_16bit")
+def _written_16bit(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bool, *added: Any) -> Tensor:
+    return decompositions.product(x, weight.to(dtype), transposed, *(added or (None,)))
+
+
+@decomposes("product_4bit.described")
+def _written_described(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any) -> Tensor:
+    described, dtype, transposed = _parsed(text)
+    return decompositions.product_4bit(x, packed, scales, *described, dtype, transposed, *added)
+
+
+decomposes("product_4bit")(decompositions.product_4bit)
+
+
 def dequantize_rows(weight: QuantizedTensor | StoredParts, dtype: torch.dtype) -> Tensor:
     """Return a 4-bit weight (rows, columns), dequantized to ``dtype``, by its operator."""
     return cast(Tensor, torch.ops.lowmem.dequantize_rows(*fields(weight), weight.shape[-1], dtype))
@@ -93,6 +113,8 @@ FrozenOperator(
     lambda weight, dtype: weight.packed.new_empty(weight.shape, dtype=dtype),
     dequantize_rows,
 ).declare(f"dequantize_rows({_FIELDS}, ScalarType dtype) -> Tensor", lambda *given: (stored(*given[:6]), given[6]))
+
+decomposes("dequantize_rows")(decompositions.dequantized)
 
 
 def _compute_grouped(

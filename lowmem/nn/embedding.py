@@ -13,13 +13,12 @@ from lowmem.kernels import ops
 from lowmem.nn.fourbit import FourBit, FourBitStore
 from lowmem.nn.frozen_linear import (
     exports_to_onnx,
-    is_jit_tracing,
     is_plain_call,
     refuse_nested,
 )
 from lowmem.nn.half import Half, HalfStore
 from lowmem.nn.stored import FourBitForm, HalfForm
-from lowmem.nn.stored_module import LAYERS, FourBitStorage, StoredModule, stored_copy, stored_property
+from lowmem.nn.stored_module import LAYERS, FourBitStorage, StoredModule, is_exported, stored_copy, stored_property
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 __all__ = ["Embedding4Bit", "HalfEmbedding"]
@@ -134,7 +133,8 @@ class Embedding4Bit(FourBitStorage, _Embedding):
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows (..., embedding_dim) of indices (...), dequantized to ``dtype``."""
         refuse_nested(indices, "input")
-        if torch.compiler.is_compiling():
+        recorded = is_exported()
+        if torch.compiler.is_compiling() and not recorded:
             return embedding(indices, self.stored_tensor("weight"))
         table = self.quantized
         table.check_layout()  # here: the gathered rows do not show whether the table has all of its rows
@@ -142,7 +142,7 @@ class Embedding4Bit(FourBitStorage, _Embedding):
             embedding(indices, table.packed),
             embedding(indices, table.scales),
         )  # (..., bytes), (..., blocks)
-        if is_jit_tracing():
+        if recorded:
             exports_to_onnx(table)
             packed, scales = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (packed, scales))
             gathered_parts = table._replace(packed=packed, scales=scales)  # type: ignore[attr-defined]

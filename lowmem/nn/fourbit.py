@@ -9,9 +9,10 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from lowmem.nn.frozen_linear import autocast, frozen_linear
+from lowmem import kernels
+from lowmem.nn.frozen_linear import autocast, frozen_linear, is_plain_call
 from lowmem.nn.stored import FourBitForm
-from lowmem.nn.stored_module import LAYERS, FourBitStorage, freeze, stored_copy, stored_property
+from lowmem.nn.stored_module import LAYERS, FourBitStorage, freeze, kept_weight, stored_copy, stored_property
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size
 from lowmem.quant.quantize import method_of, quantize
@@ -143,9 +144,15 @@ class Linear4Bit(FourBitStorage, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
         x = autocast(input)
-        own = self._parameters  # faster than attributes; a parametrization may have moved some out
-        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - get would evaluate self.bias each time
-        return frozen_linear(x, self.quantized, self.compute_dtype or x.dtype, bias)
+        found = self._parameters  # faster than attributes; a parametrization may have moved some out
+        bias = found["bias"] if "bias" in found else self.bias  # noqa: SIM401 - get would evaluate self.bias each time
+        dtype = self.compute_dtype or x.dtype
+        if is_plain_call(x, bias) and x.dim() == 2 and not x.is_nested:  # inline, for speed
+            weight = kept_weight(self)
+            if weight is not None:
+                out = kernels.linear(x, weight, dtype, bias)
+                return out if dtype is x.dtype else out.to(x.dtype)
+        return frozen_linear(x, self.quantized, dtype, bias)
 
 
 LAYERS[nn.Linear, FourBitForm] = Linear4Bit

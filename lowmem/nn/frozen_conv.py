@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn import grad as gradients
 
 from lowmem.kernels import Weight
+from lowmem.kernels.decompositions import decomposes, dequantized
 from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, stands_for_plain_call, stored
 from lowmem.kernels.memory import is_traced
 from lowmem.nn.frozen_linear import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
@@ -54,6 +55,11 @@ class Geometry:
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel}, stride={self.stride}, "
             f"padding={padding}, dilation={self.dilation}, groups={self.groups}"
         )
+
+    @property
+    def columns(self) -> int:
+        """The number of weights of an output channel."""
+        return self.in_channels // self.groups * prod(self.kernel)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -249,11 +255,16 @@ def _derivatives(
 
 def _arguments(x: Tensor, weight: Tensor, scales: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     *described, sizes, dtype, size = rest
+    geometry = _geometry(sizes)
+    given = weight if scales is None else stored(weight, scales, *described, geometry.columns)
+    return x, given, geometry, dtype, size
+
+
+def _geometry(sizes: Sequence[int]) -> Geometry:
+    """Return the geometry whose numbers ``_record`` gave to the operator."""
     dims = (len(sizes) - 3) // 4
     kernel, stride, padding, dilation = (tuple(sizes[start : start + dims]) for start in range(3, len(sizes), dims))
-    geometry = Geometry(sizes[0], sizes[1], sizes[2], kernel, stride, padding, dilation)
-    columns = geometry.in_channels // geometry.groups * prod(geometry.kernel)
-    return x, weight if scales is None else stored(weight, scales, *described, columns), geometry, dtype, size
+    return Geometry(sizes[0], sizes[1], sizes[2], kernel, stride, padding, dilation)
 
 
 _OPERATOR = FrozenOperator(_compute, _fake, _record, _derivatives)
@@ -262,3 +273,29 @@ _OPERATOR.declare(
     "ScalarType dtype, SymInt[]? size) -> Tensor",
     _arguments,
 )
+
+
+@decomposes("convolve")
+def _written_out(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    format: str,
+    block_size: int,
+    scale_encoding: str,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    size: Sequence[int] | None,
+) -> Tensor:
+    geometry = _geometry(sizes)
+    if scales is None:
+        kernel = weight.to(dtype)
+    else:
+        kernel = dequantized(weight, scales, format, block_size, scale_encoding, geometry.columns, dtype)
+    kernel = kernel.view(-1, geometry.in_channels // geometry.groups, *geometry.kernel)
+    more = [0] * len(geometry.kernel)
+    if size is not None:
+        more = [int(a - b) for a, b in zip(size, geometry.transposed_size(x.shape[2:], more), strict=True)]
+    convolve = torch.ops.aten.convolution.default
+    out = convolve(x.to(dtype), kernel, None, *geometry.arguments, size is not None, more, geometry.groups)
+    return cast(Tensor, out).to(x.dtype)

@@ -49,7 +49,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
         raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
+    rows = x if x.dim() == 2 else _rows(x)
     out = kernels.linear(rows, weight, dtype, bias) if plain else ops.product(rows, weight, dtype, False, bias)
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
@@ -60,22 +60,26 @@ def _traced_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: 
         return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(
             x.dtype
         )
-    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # (batch, in)
-    return ops.product(rows, weight, dtype, False, bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return ops.product(_rows(x), weight, dtype, False, bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return (..., in) as (batch, in), without reading a size that may be dynamic."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def exports_to_onnx(weight: kernels.Weight) -> TypeGuard[Tensor]:
     """Whether torch's TorchScript-based ONNX exporter is tracing this call; ``weight`` is then a 16-bit one.
 
     Raises:
-        RuntimeError: it is, and the weight is a 4-bit one, for which ONNX has no operator.
+        RuntimeError: it is, and the weight is a 4-bit one, which that exporter cannot write.
     """
     if not torch.onnx.is_in_onnx_export():
         return False
     if not isinstance(weight, Tensor):
         raise RuntimeError(
-            "torch.onnx.export(..., dynamo=False) cannot write 4-bit layers: export the model before convert, and "
-            "quantize the ONNX file; or use torch.export, or torch.jit.trace"
+            "torch.onnx.export(..., dynamo=False) cannot write 4-bit layers: use dynamo=True, or make them dense "
+            "first, lowmem.restore(model)"
         )
     return True
 
@@ -90,11 +94,19 @@ def refuse_nested(x: Tensor, name: str = "input") -> None:
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_is_compiling, _transforms, _grad_enabled, autocast_enabled, _is_tracing = (  # called often: globals are faster
+(
+    _is_compiling,
+    _transforms,
+    _grad_enabled,
+    autocast_enabled,
+    _autocast_anywhere,
+    _is_tracing,
+) = (  # called often: globals are faster
     torch.compiler.is_compiling,
     torch._C._are_functorch_transforms_active,
     torch.is_grad_enabled,
     torch.is_autocast_enabled,
+    torch._C._is_any_autocast_enabled,
     torch._C._is_tracing,
 )
 
@@ -139,6 +151,8 @@ def is_observed(module: nn.Module) -> bool:
 
 def autocast(x: Tensor) -> Tensor:
     """Return ``x`` in the dtype to which autocast, if enabled, casts the input of a linear layer."""
+    if not _autocast_anywhere():  # the next question, for one device, takes 0.1 microseconds more
+        return x
     device = "cpu" if x.is_cpu else x.device.type
     if device == "meta" or not autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
         return x

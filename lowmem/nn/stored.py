@@ -68,6 +68,10 @@ class FourBitForm:
         """The dtype of the scales whose bytes are stored."""
         return get_encoding(self.scale_encoding, get_format(self.format).signed).dtype
 
+    def text(self, columns: int) -> str:
+        """Return what ``StoredParts`` says of a matrix of so many columns in this form."""
+        return f"{self.format} {self.block_size} {self.scale_encoding} {columns}"
+
     @classmethod
     def of(cls, weight: QuantizedTensor) -> FourBitForm:
         """Return the form of a quantized tensor."""
@@ -198,8 +202,7 @@ class StoredTensor(Tensor):
         if not isinstance(form, FourBitForm):
             return self.matrix  # type: ignore[return-value]
         packed, scales = (part if part.dim() == 2 else part.reshape(-1, part.shape[-1]) for part in parts)
-        shape = (packed.shape[0], self.columns)
-        return StoredParts(packed, scales, form.format, form.block_size, form.scale_encoding, shape)
+        return StoredParts(packed, scales, form.text(self.columns))
 
     def like(
         self,

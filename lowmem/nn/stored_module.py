@@ -39,6 +39,8 @@ __all__ = [
     "file_names",
     "format_keys",
     "freeze",
+    "is_exported",
+    "kept_weight",
     "leading_dims",
     "restored_copy",
     "stored_class",
@@ -53,12 +55,21 @@ is_compiling, is_jit_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
 
 class Described(NamedTuple):
-    """How one parameter is stored, its leading dimensions, those of a row, and the dtype that it presents."""
+    """How one parameter is stored, its leading dimensions, those of a row, and the dtype that it presents.
+
+    ``text`` says of a 4-bit one, in one value, what a graph needs.
+    """
 
     form: Form
     rows: tuple[int, ...]
     tail: tuple[int, ...]
     dtype: torch.dtype
+    text: str
+
+    @classmethod
+    def of(cls, form: Form, rows: tuple[int, ...], tail: tuple[int, ...], dtype: torch.dtype) -> Described:
+        """Describe a parameter."""
+        return cls(form, rows, tail, dtype, form.text(math.prod(tail)) if isinstance(form, FourBitForm) else "")
 
 
 class Kept(NamedTuple):
@@ -120,14 +131,14 @@ class StoredModule(nn.Module):
         """Set a parameter to a stored weight: (*lead, columns), with rows of shape ``tail``, that had ``dtype``."""
         form, parts = described(weight)
         rows = tuple(weight.shape[: weight.dim() - len(tail)] if isinstance(weight, Tensor) else weight.shape[:-1])
-        self._forms[name] = Described(form, rows, tuple(tail), dtype)
+        self._forms[name] = Described.of(form, rows, tuple(tail), dtype)
         self._parameters.update(parts_of(name, form, parts))
         self._kept.pop(name, None)
 
     def stored_tensor(self, name: str) -> StoredTensor:
         """Return the stored tensor of a parameter: the same one as long as its parts are the same."""
         own = self.__dict__
-        form, _, _, dtype = one = own["_forms"][name]
+        form, _, _, dtype, _ = one = own["_forms"][name]
         found = own["_parameters"]
         sources = tuple([_named(self, found, f"{name}_{part}") for part in form.parts])
         if is_recorded(*sources) or not all(isinstance(source, nn.Parameter) for source in sources):
@@ -193,7 +204,7 @@ class StoredModule(nn.Module):
 
     def stored_size(self, name: str) -> int:
         """Return the number of values of a stored parameter."""
-        _, rows, tail, _ = self._forms[name]
+        _, rows, tail, _, _ = self._forms[name]
         return torch.Size((*rows, *tail)).numel()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -291,6 +302,20 @@ class StoredModule(nn.Module):
         return ", ".join(text for text in (super().extra_repr(), f"stored in {how}") if text)
 
 
+def kept_weight(module: StoredModule) -> QuantizedTensor | None:
+    """Return what a module has kept of its 4-bit weight; None: it must be made again.
+
+    It is read at each call, and not under torch.compile or torch.jit.trace, which would record its tensors.
+    """
+    known = module._kept.get("weight")
+    if known is None:
+        return None
+    (packed, scales), address, _, _, weight = known
+    found = module._parameters
+    same = packed is found.get("weight_packed") and scales is found.get("weight_scales")
+    return weight if same and address == scales.data_ptr() else None  # type: ignore[return-value]
+
+
 class FourBitStorage(StoredModule):
     """Base of all modules with parameters in 4 bits. A state carries the formats, and codes of others are refused."""
 
@@ -313,25 +338,19 @@ class FourBitStorage(StoredModule):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight as a QuantizedTensor of the layer's own parameters, not copied."""
-        own = self.__dict__
-        known, found = own["_kept"].get("weight"), own["_parameters"]
-        if known is not None and not is_compiling() and not is_jit_tracing():  # inline, for speed
-            packed, scales = known.sources
-            same = packed is found.get("weight_packed") and scales is found.get("weight_scales")
-            if same and known.address == scales.data_ptr():
-                return known.weight  # type: ignore[no-any-return]
-        self._weight_form  # noqa: B018 - raises an AttributeError where there is no such weight
-        recorded = is_compiling() or is_jit_tracing()
-        weight: Any = self._parts() if recorded else self.stored_weight("weight")
-        return weight  # type: ignore[no-any-return]
+        if not is_compiling() and not is_jit_tracing():
+            kept = kept_weight(self)
+            if kept is not None:
+                return kept
+            self._weight_form  # noqa: B018 - raises an AttributeError where there is no such weight
+            return self.stored_weight("weight")  # type: ignore[return-value]
+        return self._parts()  # type: ignore[return-value]
 
     def _parts(self) -> StoredParts:
         """Return what stands for ``quantized`` in a graph that torch.compile or torch.jit.trace makes."""
-        form, _, tail, _ = self._forms["weight"]
-        assert isinstance(form, FourBitForm)
-        packed, scales = (_named(self, self._parameters, f"weight_{part}") for part in form.parts)
-        shape = (packed.shape[0], math.prod(tail))
-        return StoredParts(packed, scales, form.format, form.block_size, form.scale_encoding, shape)
+        found = self._parameters
+        packed, scales = _named(self, found, "weight_packed"), _named(self, found, "weight_scales")
+        return StoredParts(packed, scales, self._forms["weight"].text)
 
     @property
     def packed(self) -> nn.Parameter:
@@ -529,7 +548,7 @@ def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:
         _change_class(module, name, tensor)
     for part in old.parts:
         module._parameters.pop(f"{name}_{part}", None)
-    module._forms[name] = Described(tensor.form, tuple(tensor.shape[: tensor.lead]), tensor.tail, tensor.dtype)
+    module._forms[name] = Described.of(tensor.form, tuple(tensor.shape[: tensor.lead]), tensor.tail, tensor.dtype)
     module._parameters.update(parts_of(name, tensor.form, tuple(map(freeze, parts))))
     module._kept.pop(name, None)
 
@@ -648,7 +667,7 @@ def stored_copy(module: nn.Module, weights: Mapping[str, Weight], **attributes: 
         form, parts = forms[name]
         lead = leading_dims(module, parameter)
         shape = tuple(parameter.shape)
-        described_by[name] = Described(form, shape[:lead], shape[lead:], parameter.dtype)
+        described_by[name] = Described.of(form, shape[:lead], shape[lead:], parameter.dtype)
         if isinstance(form, HalfForm) and parts[0].shape != parameter.shape:
             parts = (freeze(parts[0].view(parameter.shape)),)
         parameters |= parts_of(name, form, parts)

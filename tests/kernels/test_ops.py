@@ -1,6 +1,7 @@
 """The products as operators: what torch.compile and torch.export make of them."""
 
 import io
+import shutil
 import subprocess
 import sys
 import warnings
@@ -114,6 +115,24 @@ def test_a_compiled_graph_is_served_by_the_kernel(kind, monkeypatch):
 
 
 @compiles
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_gives_what_the_model_gives_for_any_batch(request):
+    """In float64, where what two orders of addition differ by is 1e-15 of a sum: 1e-9 allows for any condition."""
+    request.addfinalizer(torch.compiler.reset)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+    model = convert(convert(model, FourBit(block_size=16), skip="2"), Half()).double()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for shape in ((2, 5, 16), (7, 3, 16)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        got, expected = compiled(x), model(x)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        of_x = [torch.autograd.grad(out.square().sum(), x)[0] for out in (got, expected)]
+        torch.testing.assert_close(*of_x, rtol=1e-9, atol=1e-9)
+
+
+@compiles
 @models
 def test_an_exported_model_gives_the_same(kind):
     model = build(kind).eval()
@@ -121,6 +140,10 @@ def test_an_exported_model_gives_the_same(kind):
     with torch.no_grad():
         program = torch.export.export(model, (x,))
         torch.testing.assert_close(program.module()(x), model(x))
+        shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
+        program = torch.export.export(model, (torch.randn(3, 4, 16),), dynamic_shapes=shapes)
+        other = torch.randn(5, 2, 16)
+        torch.testing.assert_close(program.module()(other), model(other))
 
 
 @contextmanager
@@ -306,5 +329,5 @@ def test_the_older_onnx_exporter_gets_a_graph_of_plain_operations_of_16_bit_laye
 )
 def test_the_older_onnx_exporter_is_told_that_4_bit_layers_have_no_operator(layer):
     x = torch.zeros(1, 2, dtype=torch.int64) if isinstance(layer, nn.Embedding) else torch.randn(2, 8, 8)
-    with pytest.raises(RuntimeError, match="cannot write 4-bit layers: export the model before convert"):
+    with pytest.raises(RuntimeError, match="cannot write 4-bit layers: use dynamo=True"):
         torch.jit.trace(convert(layer, FourBit()), x)

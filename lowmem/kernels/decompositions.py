@@ -1,0 +1,146 @@
+"""The operators, written out in plain ones: for exporters, whose targets have no lowmem (``torch.onnx.export``).
+
+They use what every target has: no view of bytes as other numbers. ``torch.compile`` and ``torch.export`` leave the
+operators whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowmem.kernels import int8
+from lowmem.quant.formats import get_format
+from lowmem.quant.packing import by_block
+from lowmem.quant.scales import get_encoding
+from lowmem.quant.search import spread
+
+__all__ = ["decomposes", "dequantized", "product", "product_4bit"]
+
+
+def decomposes(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a function as what ``torch.ops.lowmem.<name>`` does, with its arguments."""
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.lowmem, packet), overload or "default")
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        # Exporters to other formats read all of this table. Fake tensors of dynamic sizes do, too, unless the other
+        # one has the operator: then they call its fake implementation.
+        torch._decomp.decomposition_table[operator] = function
+        torch._decomp.meta_table[operator] = operator
+        return function
+
+    return register
+
+
+def dequantized(
+    packed: Tensor,
+    scales: Tensor,
+    format: str,
+    block_size: int,
+    scale_encoding: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return a 4-bit matrix (rows, columns) in ``dtype``."""
+    form = get_format(format)
+    codes = by_block(packed.float(), block_size // 2, _split)[:, :columns]  # (rows, columns)
+    values = _looked_up(form.levels, codes)
+    return (values * spread(_decoded(scales, scale_encoding, form.signed), block_size, columns)).to(dtype)
+
+
+def _split(block: Tensor) -> Tensor:
+    """Return the codes (..., B) in bytes (..., B / 2), as ``lowmem.quant.packing.unpack`` does, in floats."""
+    high = (block / 16).floor()
+    return torch.cat([block - 16 * high, high], dim=-1)
+
+
+def product(x: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, *low_rank: Any) -> Tensor:
+    """Return ``x @ W.T + bias + s (x @ A.T) @ B.T`` for a dense weight, or ``x @ W``, in the weight's dtype."""
+    wide = x.to(weight.dtype)
+    out = wide @ weight if transposed else functional.linear(wide, weight)
+    out = out if bias is None else out + bias.to(out.dtype)
+    a, b, scaling = low_rank if low_rank else (None, None, None)
+    if a is None or b is None:
+        return out
+    update: Tensor = functional.linear(functional.linear(x.to(a.dtype), a), b) * scaling
+    return out + update.to(out.dtype)
+
+
+def _decoded(scales: Tensor, scale_encoding: str, signed: bool) -> Tensor:
+    """Return the scales (rows, blocks) in float32, given as they are or as their bytes."""
+    encoding = get_encoding(scale_encoding, signed)
+    if scales.dtype is not torch.uint8:
+        decoded: Tensor = encoding.decode(scales)
+        return decoded
+    if encoding.name == "float32":
+        return _float(scales, 4)
+    if encoding.name == "float16":
+        return _float(scales, 2)
+    count = scales[:, : -encoding.extra].float()
+    if encoding.signed:
+        count = torch.where(count >= 128, 128 - count, count)
+    return count * _float(scales[:, -encoding.extra :], 2) / (127 if encoding.signed else 255)
+
+
+def _float(stored: Tensor, size: int) -> Tensor:
+    """Return the floating-point numbers (rows, n) of which ``stored`` (rows, n * size) has the bytes, by arithmetic.
+
+    Every step is exact in float32, and none is subnormal unless the number is.
+    """
+    bits, bias = (10, 15) if size == 2 else (23, 127)  # of the mantissa, and of the exponent
+    *low, second, first = stored.unflatten(-1, (-1, size)).float().unbind(-1)  # (rows, n) each
+    negative = first >= 128
+    head = torch.where(negative, first - 128, first) * 256 + second  # exponent, and the mantissa's first bits
+    step = 2.0 ** (bits - 8 * len(low))
+    exponent = (head / step).floor()
+    mantissa = head - exponent * step
+    for byte in reversed(low):
+        mantissa = mantissa * 256 + byte
+    fraction = torch.where(exponent == 0, mantissa, mantissa + 2.0**bits) * 2.0**-bits
+    power = torch.where(exponent == 0, exponent, exponent - 1)  # of the number, less 1 - bias
+    high = (power / 16).floor()
+    fraction = fraction * _looked_up([2.0**one for one in range(16)], power - 16 * high)
+    magnitude = fraction * _looked_up([2.0 ** (16 * one + 1 - bias) for one in range(2 * bias // 16 + 1)], high)
+    return torch.where(negative, -magnitude, magnitude)
+
+
+def product_4bit(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    format: str,
+    block_size: int,
+    scale_encoding: str,
+    columns: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    *added: Any,
+) -> Tensor:
+    """Return the product with a 4-bit weight.
+
+    Raises:
+        RuntimeError: a product in 8-bit integers.
+    """
+    if dtype is torch.int8 and not transposed:
+        raise RuntimeError(
+            "lowmem has no plain operators for compute_dtype=torch.int8, as torch.onnx.export needs: convert the "
+            "model with compute_dtype=None"
+        )
+    weight = dequantized(
+        packed, scales, format, block_size, scale_encoding, columns, int8.float_dtype(dtype, x.dtype)
+    )
+    return product(x, weight, transposed, *(added or (None,)))
+
+
+def _table(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return a vector; of ``torch.tensor`` a graph would hold writes in place."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+
+
+def _looked_up(values: Sequence[float], indices: Tensor) -> Tensor:
+    return _table(values, indices.device).index_select(0, indices.flatten().int()).view(indices.shape)
