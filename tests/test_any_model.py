@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lowmem
 from lowmem import FourBit, Half, LoRA, LoRALinear, convert, restore
+from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.stored_module import StoredModule
+from tests.kernels.test_ops import compiles
 
 TECHNIQUES = {"nf4": FourBit("nf4", 16), "bfloat16": Half(torch.bfloat16)}
 techniques = pytest.mark.parametrize("technique", TECHNIQUES.values(), ids=TECHNIQUES.keys())
@@ -266,6 +268,7 @@ def test_adapters_train_travel_and_merge(name, technique, tmp_path):
     assert lowmem.measure.difference(loaded(x).detach(), merged(x).detach()).relative < (0.5 if quantizes else 0.03)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # of torch's own, before 2.5
 @techniques
 @models
 def test_checkpointed_activations_give_the_same_gradients(name, technique):
@@ -282,6 +285,7 @@ def test_checkpointed_activations_give_the_same_gradients(name, technique):
 @techniques
 @models
 def test_it_compiles_whole(name, technique, request):
+    """Before torch 2.9 in several graphs: between these, stored weights are read eagerly."""
     if name == "mixture":
         pytest.skip("a loop over the experts that tokens chose has no graph, dense or not")
     if name in ("LSTM", "GRU", "generator"):
@@ -289,10 +293,11 @@ def test_it_compiles_whole(name, technique, request):
     request.addfinalizer(torch.compiler.reset)
     torch.compiler.reset()
     model, x = convert(make(name), technique), make_input(name)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=TORCH >= (2, 9), dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@compiles
 @techniques
 @models
 def test_it_exports(name, technique):

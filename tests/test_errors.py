@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowmem.errors import LIMIT, FileError, describe, one_line, printable, reason, refusal, show
+from tests.selection import rows_in_one_case
 
 ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -26,9 +26,7 @@ class ExitsError(Exception):
         raise SystemExit(3)
 
 
-@pytest.mark.parametrize(
-    "text", ["a\nb\r\tc", "\x1b[31mred\x1b[0m", "\u202egpj.exe", "x" * 10_000, "\ud800", "a\x00b"]
-)
+@rows_in_one_case("text", ["a\nb\r\tc", "\x1b[31mred\x1b[0m", "\u202egpj.exe", "x" * 10_000, "\ud800", "a\x00b"])
 def test_a_line_is_one_printable_line_of_bounded_length(text):
     line = one_line(f"lowmem: {text}")
     assert line.isprintable()
@@ -37,7 +35,7 @@ def test_a_line_is_one_printable_line_of_bounded_length(text):
     assert len(one_line(text, 100)) <= LIMIT - 100
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("error", "text"),
     [
         (RuntimeError("first\nsecond"), "RuntimeError: first"),
@@ -68,7 +66,7 @@ def test_a_long_text_leaves_room_for_what_comes_after_it():
     assert told.startswith("ValueError: xxx")
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("error", "text"),
     [
         (ValueError("batch=0: take more"), "batch=0: take more"),
@@ -115,7 +113,7 @@ def test_the_error_that_refuses_a_file_is_one_short_line(reason):
     assert len(str(error)) < 600
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("text", "shown"),
     [
         ("layers.0.weight", "layers.0.weight"),

@@ -11,6 +11,7 @@ from tests.faults.copies import SOURCE, Outcome
 from tests.faults.modules import EXEMPT, modules
 from tests.faults.planted import Fault, errors_of, read_faults
 from tests.faults.survivors import Survivor, read_survivors
+from tests.selection import rows_in_one_case
 
 FAULTS = read_faults()
 FAULT = Fault("a", "lowmem/version.py", "nothing", "__version__", "_version", ("tests/test_main.py",))
@@ -41,7 +42,7 @@ def test_every_exempt_module_is_there():
     assert [name for name in sorted(EXEMPT) if not (SOURCE / name).is_file()] == []
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("changes", "error"),
     [
         ({"find": "_"}, "stands"),
@@ -173,7 +174,7 @@ def test_a_list_of_survivors_gives_the_reason_of_each(tmp_path):
     assert read_survivors(path) == {Survivor("a.py", "x = 1", "x = 2"): "x is not read"}
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("text", "error"),
     [
         (ENTRY, "'x = 2' has no reason"),

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.faults.copies import SOURCE, _outcome
+from tests.selection import rows_in_one_case
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are tried in forks, which this system has not")
 REPORT = "...F\nFAILED tests/test_a.py::test_b[1] - assert 0\nERROR tests/test_c.py\n1 failed\n"
@@ -19,7 +20,7 @@ def exited(code):
 
 
 @FORKS
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("status", "verdict", "first"),
     [
         (exited(0), "passed", "tests/test_a.py::test_b[1]"),

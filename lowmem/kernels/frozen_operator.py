@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lowmem.kernels.memory import is_traced
+from lowmem.kernels.torch_versions import outside_of_graphs
 from lowmem.quant.backend import Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
@@ -48,7 +49,8 @@ class FrozenOperator:
         derivatives: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]] | None = None,
         differentiable: Callable[..., Tensor] | None = None,
     ) -> None:
-        self.compute, self.fake, self.record, self.derivatives = compute, fake, record, derivatives
+        self.compute, self.fake, self.derivatives = compute, fake, derivatives
+        self.record = outside_of_graphs(record)
         self.differentiable = differentiable or self.node
 
     def __call__(self, *arguments: Any) -> Tensor:

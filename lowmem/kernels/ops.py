@@ -32,7 +32,7 @@ def _fake(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *_: o
 
 
 def _record(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
-    if not isinstance(weight, QuantizedTensor | StoredParts):
+    if not isinstance(weight, (QuantizedTensor, StoredParts)):  # a tuple: torch 2.9's compiler takes no union
         return cast(Tensor, torch.ops.lowmem.product_16bit(x, weight, *rest))
     weight.check_layout()  # here: the operator gets no row count to check against
     if isinstance(weight, StoredParts):
@@ -154,7 +154,7 @@ def _matrices(weight: Weight, count: int) -> Callable[[int], Weight]:
 
 
 def _record_grouped(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
-    if not isinstance(weight, QuantizedTensor | StoredParts):
+    if not isinstance(weight, (QuantizedTensor, StoredParts)):
         return cast(Tensor, torch.ops.lowmem.grouped_product_16bit(x, weight, *rest))
     weight.check_layout()  # here: the operator gets no row count to check against
     return cast(Tensor, torch.ops.lowmem.grouped_product_4bit(x, *fields(weight), weight.shape[1], *rest))

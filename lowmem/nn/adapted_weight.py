@@ -449,7 +449,7 @@ def _transpose(weight: Any, first: int, second: int) -> Any:
 
 @_implements(Tensor.permute, torch.permute)
 def _permute(weight: Any, *dims: Any) -> Any:
-    order = [one % len(weight.base.shape) for one in (dims[0] if isinstance(dims[0], tuple | list) else dims)]
+    order = [one % len(weight.base.shape) for one in (dims[0] if isinstance(dims[0], (tuple, list)) else dims)]
     last = [*range(len(order) - 2), len(order) - 1, len(order) - 2]
     return weight.swapped() if order == last else NotImplemented
 
@@ -569,7 +569,7 @@ def _is_list(index: Any) -> bool:
 
 def _keeps_matrices(index: Any) -> bool:
     """Whether an index of a stack's dimension gives whole matrices."""
-    return isinstance(index, slice | int | Tensor | list)
+    return isinstance(index, (slice, int, Tensor, list))
 
 
 def _on_values(function: Any, args: Any, kwargs: Any) -> Any:

@@ -167,7 +167,7 @@ def layout_of(module: nn.Module, name: str = "weight") -> Layout:
     shape = tuple(getattr(module, name).shape)
     if isinstance(module, _ConvNd):
         return Layout(shape, "transposed kernel" if isinstance(module, _ConvTransposeNd) else "kernel")
-    transposed = isinstance(module, nn.Embedding | nn.EmbeddingBag) or is_conv1d(module)
+    transposed = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_conv1d(module)
     transposed = transposed or (len(shape) > 2 and bool(getattr(module, "is_transposed", False)))
     return Layout(shape, "transposed" if transposed else "linear")
 
@@ -246,7 +246,7 @@ class Adapter(nn.Module):
         self.rank = technique.rank
         self.scaling = technique.scaling
         self.layout = layout_of(base, name)
-        self.rows_are_read = isinstance(base, nn.Embedding | nn.EmbeddingBag)
+        self.rows_are_read = isinstance(base, (nn.Embedding, nn.EmbeddingBag))
         self.dropout = nn.Dropout(technique.dropout) if technique.dropout else nn.Identity()
         stored = getattr(base, name)
         dtype = stored.dtype if stored.dtype in (torch.float32, torch.float64) else torch.float32

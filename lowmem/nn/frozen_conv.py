@@ -239,7 +239,7 @@ def _record(
     x: Tensor, weight: Weight | StoredParts, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
 ) -> Tensor:
     given: tuple[Any, ...] = (weight, None, "", 0, "")
-    if isinstance(weight, QuantizedTensor | StoredParts):
+    if isinstance(weight, (QuantizedTensor, StoredParts)):
         weight.check_layout()  # here: the operator gets no row count to check against
         given = fields(weight)
     sizes = [geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel]

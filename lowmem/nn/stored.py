@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lowmem.kernels import Weight, ops
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.memory import is_traced
+from lowmem.kernels.torch_versions import outside_of_graphs
 from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
@@ -271,6 +272,7 @@ class StoredTensor(Tensor):
         return _rebuild, (self.form, self.parts, self.tail, self.dtype, self.swapped, "_is_param" in self.__dict__)
 
     @classmethod
+    @outside_of_graphs
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own = FUNCTIONS.get(function)
         if own is not None:
@@ -292,7 +294,7 @@ class StoredTensor(Tensor):
                 return result
         _refuse_writes(operator, args, kwargs)
         for one in (*args, *kwargs.values()):
-            for weight in one if isinstance(one, list | tuple) else [one]:
+            for weight in one if isinstance(one, (list, tuple)) else [one]:
                 if isinstance(weight, StoredTensor):
                     weight.dequantized_by.add(operator.overloadpacket.__name__)
         known: dict[int, Tensor] = {}
@@ -337,7 +339,7 @@ def _dequantized(value: Any, known: dict[int, Tensor]) -> Any:
         if id(value) not in known:
             known[id(value)] = value.dequantize()
         return known[id(value)]
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return type(value)(_dequantized(one, known) for one in value)
     return value
 
@@ -352,6 +354,6 @@ def _refuse_writes(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         given = args[number] if number < len(args) else kwargs.get(argument.name)
-        for one in given if isinstance(given, list | tuple) else [given]:
+        for one in given if isinstance(given, (list, tuple)) else [given]:
             if isinstance(one, StoredTensor):
                 raise RuntimeError(f"{operator} would write to a weight that is stored in {one.form}: {REMEDY}")

@@ -197,7 +197,7 @@ def _einsum(equation: str, *operands: Any) -> Any:
 
     Letters that count rows and cannot be contracted in one product are looped over.
     """
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     text, arrow, out = equation.replace(" ", "").partition("->")
     letters = text.split(",")

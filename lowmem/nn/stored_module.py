@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lowmem.kernels import Weight
 from lowmem.kernels.frozen_operator import StoredParts
+from lowmem.kernels.torch_versions import is_exporting, outside_of_graphs
 from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
 from lowmem.nn.stored import REMEDY, Form, FourBitForm, HalfForm, StoredTensor, is_recorded, leave_to_eager
 from lowmem.quant.tensor import QuantizedTensor
@@ -88,7 +89,7 @@ _SHARED: WeakValueDictionary[int, StoredTensor] = WeakValueDictionary()
 
 def is_exported() -> bool:
     """Whether torch.export or torch.jit.trace records a graph, which cannot hold a tensor of another class."""
-    return torch.compiler.is_exporting() if is_compiling() else is_jit_tracing()
+    return is_exporting() if is_compiling() else is_jit_tracing()
 
 
 def _shared(sources: tuple[Tensor, ...], address: int, dtype: torch.dtype) -> StoredTensor | None:
@@ -135,6 +136,7 @@ class StoredModule(nn.Module):
         self._parameters.update(parts_of(name, form, parts))
         self._kept.pop(name, None)
 
+    @outside_of_graphs
     def stored_tensor(self, name: str) -> StoredTensor:
         """Return the stored tensor of a parameter: the same one as long as its parts are the same."""
         own = self.__dict__

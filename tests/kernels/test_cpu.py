@@ -30,7 +30,7 @@ from tests.compiled import (
     stored,
 )
 from tests.kernels.test_kernels import run_python
-from tests.selection import covering
+from tests.selection import in_one_case
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -60,7 +60,7 @@ def test_threads_change_no_bit_of_anything(isa):
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("kind", ["half", "int4"])
+@in_one_case(kind=["half", "int4"])
 def test_small_pieces_of_a_batch_change_no_bit(isa, kind):
     """With many threads less is packed at a time, and what is packed may be so little that alone it would be few."""
     q, _ = stored(kind, strategies.make_weight("normal", (77, 8190), 0, 0), block_size=64)
@@ -123,13 +123,13 @@ def test_a_bias_that_changed_under_the_same_address_is_read_anew(isa):
             kernels.linear(x, q, torch.float32)
 
 
-# To make them takes longest, and ISAs and dtypes come one after the other.
+# To make them takes longest.
 normal = lru_cache(maxsize=4)(partial(strategies.make_weight, "normal", exponent=0, seed=0))
-of_normal = lru_cache(maxsize=1)(lambda kind, shape: stored(kind, normal(shape=shape))[0])
+of_normal = lru_cache(maxsize=16)(lambda kind, shape: stored(kind, normal(shape=shape))[0])
 
 
 @bound
-@covering(
+@in_one_case(
     1,
     sizes=[
         *(
@@ -160,7 +160,7 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
 
 
 @bound
-@covering(
+@in_one_case(
     1,
     shape=[(64, 8192), (64, 28672), (256, 4096), (3000, 4224)],
     kind=["half", "bfloat16", "int4", "nf4"],
@@ -201,7 +201,7 @@ def test_memory_that_cannot_be_written_is_left_to_plain_torch():
 
 
 @needs_kernel
-@pytest.mark.parametrize("function", [*PRODUCTS, "quantize", "update", "prepare", "order"])
+@in_one_case(function=[*PRODUCTS, "quantize", "update", "prepare", "order"])
 def test_a_wrong_number_of_arguments_is_an_error(function):
     native, _ = cpu.load()
     with pytest.raises(TypeError, match="arguments, got"):
@@ -226,8 +226,7 @@ def read_by_capsules():
 
 
 @bound
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch", [1, 30])
+@in_one_case(dtype=[torch.float32, torch.bfloat16, torch.float16], batch=[1, 30])
 def test_either_way_to_read_a_tensor_is_as_good(isa, dtype, batch):
     dense = strategies.make_weight("normal", (33, 70), 0, 0)
     q, half = quantize(dense, block_size=16), dense.half()
@@ -365,7 +364,7 @@ def forget(q):
     kernels.cpu._floats.cache_clear()
 
 ROWS, COLUMNS = 300, 256
-with kernels.using(sys.argv[1]):
+def run_everything():
     for form, scales in (("nf4", "float16"), ("int4", "double")):
         q, r = (quantize(torch.randn(ROWS, COLUMNS), form, block_size=16, scales=scales) for _ in range(2))
         half, other_half = torch.randn(ROWS, COLUMNS).half(), torch.randn(ROWS, COLUMNS).half()
@@ -396,16 +395,21 @@ with kernels.using(sys.argv[1]):
                 assert swaps.count
         for tensor, other in ((q.packed, r.packed), (q.scales, r.scales)):
             check("dequantize", tensor, other, q.dequantize)
+
+for isa in sys.argv[1:]:
+    with kernels.using(isa):
+        run_everything()
 print(tried)
 """
 
 OVERWRITTEN = {"MALLOC_PERTURB_": "165", "MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-@bound
-def test_memory_that_is_given_up_during_a_call_stays_for_as_long_as_it_is_read(isa):
+@needs_kernel
+def test_memory_that_is_given_up_during_a_call_stays_for_as_long_as_it_is_read():
     """As where another thread assigns ``.data``: C holds what it reads, and what it knows of a weight."""
-    assert int(run_python(SWAPS, isa, **OVERWRITTEN)) == 2 * (3 * (6 + 5 + 4 + 4 + 3 + 4) + 2)
+    isas = bound.args[1]
+    assert int(run_python(SWAPS, *isas, **OVERWRITTEN)) == len(isas) * 2 * (3 * (6 + 5 + 4 + 4 + 3 + 4) + 2)
 
 
 @compiled_bfloat16
@@ -499,7 +503,7 @@ def test_a_weight_is_known_to_two_kernels_at_once():
 
 
 @compiled_bfloat16
-@covering(
+@in_one_case(
     1,
     blocks=[("nf4", 64), ("nf4", 4096), ("nf4", 10), ("int4", 24), ("half", None)],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
@@ -592,7 +596,7 @@ def of_wide_rows(kind, dtype, rows, batch, bias_dtype):
 
 
 @compiled_bfloat16
-@covering(
+@in_one_case(
     1,
     case=[
         ("nf4", 1000, 100, "same"),
@@ -625,7 +629,7 @@ def zeros_before(last: torch.Tensor, rows: int) -> torch.Tensor:
 
 @LARGE
 @compiled
-@pytest.mark.parametrize("kind", ["codes", "scales", "half"])
+@in_one_case(kind=["codes", "scales", "half"])
 def test_rows_behind_2_to_31_bytes_or_weights_are_found(isa, kind):
     """The last rows of a weight whose offsets 32 bits do not hold, and beside them what they make alone."""
     columns, few = 2**16, 40

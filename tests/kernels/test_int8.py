@@ -15,7 +15,7 @@ from lowmem.nn.conv import Conv4Bit
 from tests import strategies
 from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored, on_threads
 from tests.rounding import OF_4_BITS, assert_product
-from tests.selection import covering
+from tests.selection import in_one_case
 
 batches = st.sampled_from([*EDGES, 50, 62, 64, 96, 100])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -119,7 +119,7 @@ def around_whole_panels(size, shape):
 
 @kernel
 @compiled_int8
-@covering(
+@in_one_case(
     1,
     size=[8, 16, 24, 32, 64, 72, 128, 256, 4096],
     shape=[(1, 1), (16, 128), (37, 127), (9, 9000), (130, 1300), (33, 129)],
@@ -132,7 +132,7 @@ def test_around_whole_panels_groups_and_parts(isa, size, shape):
 
 @kernel
 @compiled_int8
-@pytest.mark.parametrize("batch", [1, 6, 40])
+@in_one_case(batch=[1, 6, 40])
 def test_inputs_of_every_size_and_what_is_not_finite(isa, batch):
     q = quantize(strategies.make_weight("normal", (45, 330), 0, 0), "nf4")
     for exponent in (-140, -126, -101, -100, -99, -61, -60, -59, 99, 100, 101, 120):
@@ -151,7 +151,7 @@ def test_inputs_of_every_size_and_what_is_not_finite(isa, batch):
 
 @kernel
 @compiled_int8
-@pytest.mark.parametrize("batch", [1, 8, 9, 40])
+@in_one_case(batch=[1, 8, 9, 40])
 def test_weights_of_every_size(isa, batch):
     """The sum of a block is as large as 2^22 before its scale and its input's unit are applied."""
     for exponent, form in product((-110, 95, 110, 120), ("int4", "nf4")):
@@ -164,7 +164,7 @@ def test_weights_of_every_size(isa, batch):
 
 @kernel
 @compiled_int8
-@pytest.mark.parametrize("form", ["int4", "fp4", "nf4"])
+@in_one_case(form=["int4", "fp4", "nf4"])
 def test_numbers_beside_a_large_neighbour_and_sums_that_cancel(isa, form):
     """What the definition rounds to zero is zero, and what it keeps counts, whatever lies beside it."""
     for block_size, tiny, batch in product((8, 64, 1024), (0.49 / 127, 0.51 / 127, 1.49 / 127), (1, 2, 9, 40)):
@@ -206,7 +206,7 @@ def test_an_isa_without_a_source_of_its_own_gives_the_bits_of_another(isa):
 
 
 @compiled_int8
-@covering(1, shape=[(2048, 1024, 1), (2048, 1024, 512), (64, 8192, 600), (8, 1, 9000)], size=[64, 4096])
+@in_one_case(1, shape=[(2048, 1024, 1), (2048, 1024, 512), (64, 8192, 600), (8, 1, 9000)], size=[64, 4096])
 def test_no_product_takes_more_than_a_mebibyte_of_scratch(isa, shape, size):
     """Where inputs are rounded by torch, too: a few at a time."""
     rows, columns, batch = shape
@@ -255,7 +255,7 @@ def model(**options):
 
 
 @compiled_int8
-@pytest.mark.parametrize("format", ["int4", "nf4"])
+@in_one_case(format=["int4", "nf4"])
 def test_a_model_stays_close_and_its_gradient_is_the_float_one(isa, format):
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
     rounded, exact = model(format=format, compute_dtype=torch.int8), model(format=format)

@@ -9,6 +9,7 @@ from lowmem import FourBit, Half, convert, kernels, quantize
 from lowmem.kernels.cpu import Kernel, load
 from tests import plan, strategies
 from tests.compiled import ISAS, compiled_bfloat16, needs_kernel
+from tests.selection import in_one_case
 
 WEIGHTS = st.sampled_from(sorted(plan.WEIGHTS))
 DTYPES = st.sampled_from(sorted(plan.DTYPES))
@@ -92,8 +93,10 @@ def test_explain_names_the_kernel(isa, rows, dtype, name, capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
-@pytest.mark.parametrize("name", ["reference", *ISAS[:1], *ISAS[-1:]])
-@pytest.mark.parametrize("technique", [FourBit(), FourBit(compute_dtype=torch.int8), Half(), Half(torch.bfloat16)])
+@in_one_case(
+    name=sorted({"reference", *ISAS[:1], *ISAS[-1:]}),
+    technique=[FourBit(), FourBit(compute_dtype=torch.int8), Half(), Half(torch.bfloat16)],
+)
 def test_explain_takes_layers(name, technique):
     layer = convert(torch.nn.Linear(64, 64), technique)
     stored = layer.quantized if isinstance(technique, FourBit) else layer.weight
@@ -104,17 +107,15 @@ def test_explain_takes_layers(name, technique):
     assert text.startswith("linear")
 
 
-@pytest.mark.parametrize(
-    ("weight", "rows", "dtype", "error", "says"),
-    [
+def test_explain_refuses_what_it_cannot_explain():
+    half = torch.zeros(2, 2).half()
+    for weight, rows, dtype, error, says in (
         (torch.nn.Linear(2, 2), 1, None, TypeError, "Linear stores no weight in 4 or 16 bits"),
         (torch.zeros(2, 2), 1, None, TypeError, "Tensor stores no weight in 4 or 16 bits"),
         (torch.nn.ReLU(), 1, None, TypeError, "ReLU stores no weight"),
-        (torch.zeros(2, 2).half(), 1, torch.int8, TypeError, "dtype=torch.int8 is for weights of 4 bits"),
-        (torch.zeros(2, 2).half(), 0, None, ValueError, "rows=0 must be at least 1"),
-        (torch.zeros(2, 2).half(), 1, torch.float64, ValueError, "dtype=torch.float64 must be"),
-    ],
-)
-def test_explain_refuses_what_it_cannot_explain(weight, rows, dtype, error, says):
-    with pytest.raises(error, match=says):
-        kernels.explain(weight, rows, dtype)
+        (half, 1, torch.int8, TypeError, "dtype=torch.int8 is for weights of 4 bits"),
+        (half, 0, None, ValueError, "rows=0 must be at least 1"),
+        (half, 1, torch.float64, ValueError, "dtype=torch.float64 must be"),
+    ):
+        with pytest.raises(error, match=says):
+            kernels.explain(weight, rows, dtype)

@@ -25,7 +25,7 @@ from tests.compiled import (
     spread_inputs,
     stored,
 )
-from tests.selection import covering
+from tests.selection import in_one_case
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -33,7 +33,6 @@ batches = st.sampled_from([*EDGES, 50, 62, 64, 96])
 columns_of_groups = st.one_of(st.integers(1, 700), st.sampled_from([128, 256, 640, 1024]))  # whole ones or not
 low_dtypes = st.sampled_from([torch.bfloat16, torch.float16])
 KINDS = ["int4", "nf4", "half", "bfloat16"]
-kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def assert_product(got, dtype, x, dense, bias=None):
@@ -87,7 +86,7 @@ def test_both_products_with_16bit_weights_in_every_dtype(isa, weight, stored, dt
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@in_one_case(dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_a_bias_of_every_dtype_is_added_before_the_result_is_rounded(isa, dtype):
     q, unit = quantize(strategies.make_weight("normal", (21, 70), 0, 0)), torch.finfo(dtype).eps
     for batch in (1, 3, 40):
@@ -102,7 +101,7 @@ def test_a_bias_of_every_dtype_is_added_before_the_result_is_rounded(isa, dtype)
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("block_size", [10, 12, 30, 62, 100, 1022])
+@in_one_case(block_size=[10, 12, 30, 62, 100, 1022])
 def test_blocks_that_are_not_whole_words(isa, block_size):
     q = quantize(strategies.make_weight("mixed", (19, 517), 0, 0), "int4", block_size=block_size, scales="float32")
     dense = q.dequantize()
@@ -115,7 +114,7 @@ def test_blocks_that_are_not_whole_words(isa, block_size):
 
 
 @compiled_bfloat16
-@covering(1, block_size=[8, 16, 24, 32, 64, 72, 128, 256, 512, 4096], columns=[127, 640, 1025, 2300])
+@in_one_case(1, block_size=[8, 16, 24, 32, 64, 72, 128, 256, 512, 4096], columns=[127, 640, 1025, 2300])
 def test_every_number_of_a_few_inputs(isa, block_size, columns):
     scales = {8: "float16", 16: "double", 24: "float32"}.get(block_size, "double")
     form = "nf4" if block_size % 16 else "bof4s"  # which has signed scales
@@ -130,7 +129,7 @@ def test_every_number_of_a_few_inputs(isa, block_size, columns):
 
 
 @compiled_bfloat16
-@covering(1, columns=[5, 127, 640], stored_as=[torch.float16, torch.bfloat16])
+@in_one_case(1, columns=[5, 127, 640], stored_as=[torch.float16, torch.bfloat16])
 def test_every_number_of_a_few_inputs_with_16_bit_weights(isa, stored_as, columns):
     w = strategies.make_weight("normal", (77, columns), 0, 1).to(stored_as)
     with kernels.using(isa):
@@ -142,7 +141,7 @@ def test_every_number_of_a_few_inputs_with_16_bit_weights(isa, stored_as, column
 
 
 @compiled_bfloat16
-@covering(
+@in_one_case(
     1,
     block_size=[8, 10, 16, 24, 32, 48, 64, 72, 100, 128, 512, 4096, "half", "bfloat16"],
     shape=[(1, 1), (17, 127), (33, 129), (31, 65), (64, 192), (130, 1300), (258, 129), (1058, 130), (9, 9000)],
@@ -167,7 +166,7 @@ def test_batches_and_weights_around_whole_tiles_parts_and_pieces(isa, block_size
 
 
 @compiled_bfloat16
-@covering(1, blocks=[(None, 330), (16, 330), (64, 330), (128, 2000), (24, 330)], bad=[torch.inf, torch.nan])
+@in_one_case(1, blocks=[(None, 330), (16, 330), (64, 330), (128, 2000), (24, 330)], bad=[torch.inf, torch.nan])
 def test_what_is_not_finite_stays_in_its_row(isa, blocks, bad):
     """What fills tiles up and is not used touches nothing: one bad input, one bad row of the weight."""
     block_size, columns = blocks
@@ -201,7 +200,7 @@ def test_a_result_that_is_subnormal_is_one_in_every_row(isa):
 
 
 @compiled_bfloat16
-@covering(columns=[4098, 8192, 8194, 20000], dtype=[torch.float32, torch.bfloat16], kind=["half", "int4"])
+@in_one_case(columns=[4098, 8192, 8194, 20000], dtype=[torch.float32, torch.bfloat16], kind=["half", "int4"])
 def test_wide_rows_are_packed_in_parts(isa, columns, dtype, kind):
     dense = strategies.make_weight("normal", (9, columns), 0, 0)
     w, dequantized = stored(kind, dense, block_size=96)
@@ -222,7 +221,7 @@ def test_wide_rows_are_packed_in_parts(isa, columns, dtype, kind):
 
 
 @compiled_bfloat16
-@covering(1, dtype=[torch.bfloat16, torch.float16], kind=["half", "int4"])
+@in_one_case(1, dtype=[torch.bfloat16, torch.float16], kind=["half", "int4"])
 def test_sums_of_wide_rows_are_rounded_once(isa, dtype, kind):
     """Some inputs at a time: at most 128."""
     w, dequantized = stored(kind, strategies.make_weight("normal", (600, 8200), 0, 0))
@@ -237,7 +236,7 @@ def test_sums_of_wide_rows_are_rounded_once(isa, dtype, kind):
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("columns", [40, 1024])
+@in_one_case(columns=[40, 1024])
 def test_batches_of_several_pieces(isa, columns):
     q = quantize(strategies.make_weight("normal", (10, columns), 0, 0))
     half = strategies.make_weight("normal", (10, columns), 0, 0).half()
@@ -252,7 +251,7 @@ def test_batches_of_several_pieces(isa, columns):
 
 
 @compiled
-@covering(1, columns=[64, 192, 200], dtype=[torch.float16, torch.bfloat16])
+@in_one_case(1, columns=[64, 192, 200], dtype=[torch.float16, torch.bfloat16])
 def test_gradients_of_16_bit_weights_whose_last_group_of_columns_is_short(isa, columns, dtype):
     """At ISAs whose groups are shorter than a row is padded to, a group may hold no column at all."""
     w = torch.randn(200, columns).to(dtype)
@@ -265,7 +264,7 @@ def test_gradients_of_16_bit_weights_whose_last_group_of_columns_is_short(isa, c
 
 
 @compiled
-@pytest.mark.parametrize("kind", ["half", "int4"])
+@in_one_case(kind=["half", "int4"])
 def test_long_sums_of_one_sign_keep_their_bound(isa, kind):
     for size in (1024, 4096):
         dense = torch.rand(5, size, generator=torch.Generator().manual_seed(0)) + 0.1
@@ -278,7 +277,7 @@ def test_long_sums_of_one_sign_keep_their_bound(isa, kind):
 
 
 @compiled
-@pytest.mark.parametrize("kind", ["half", "int4"])
+@in_one_case(kind=["half", "int4"])
 def test_sums_whose_roundings_all_go_one_way_keep_their_bound(isa, kind):
     """Of numbers so alike that no rounding makes up for another."""
     for size in (512, 4096):
@@ -292,22 +291,13 @@ def test_sums_whose_roundings_all_go_one_way_keep_their_bound(isa, kind):
 
 
 @compiled
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("half", {}),
-        ("bfloat16", {}),
-        ("int4", {"block_size": 96}),
-        ("int4", {"block_size": 128}),
-        ("nf4", {"block_size": 512}),
-        ("nf4", {"block_size": 100}),
-    ],
-)
-def test_sums_of_equal_numbers_keep_their_bound(isa, kind, options):
+@in_one_case(case=[("half", None), ("bfloat16", None), ("int4", 96), ("int4", 128), ("nf4", 512), ("nf4", 100)])
+def test_sums_of_equal_numbers_keep_their_bound(isa, case):
     """Their roundings may all go one way."""
+    kind, block_size = case
     for size, noise in product((256, 2048, 4096), (0.0, 0.05)):
         dense = 0.9 + noise * torch.rand(64, size, generator=torch.Generator().manual_seed(0))
-        w, dequantized = stored(kind, dense, **options)
+        w, dequantized = stored(kind, dense, block_size=block_size)
         with kernels.using(isa):
             for batch in (1, 4, 5, 8, 12, 24, 40):
                 for value in (0.37, 0.61, 0.9, 1 / 3, 0.7731):
@@ -337,12 +327,10 @@ def assert_lost_ones(got: torch.Tensor, terms: int, chain: int) -> None:
 
 
 @compiled
-@pytest.mark.parametrize(
-    ("kind", "block_size"),
-    [("half", None), ("bfloat16", None), ("int4", 16), ("nf4", 64), ("int4", 96), ("nf4", 256)],
-)
-def test_chains_of_products_are_short(isa, kind, block_size):
+@in_one_case(case=[("half", None), ("bfloat16", None), ("int4", 16), ("nf4", 64), ("int4", 96), ("nf4", 256)])
+def test_chains_of_products_are_short(isa, case):
     """What is added to a large number, one by one, may all be rounded off."""
+    kind, block_size = case
     for columns in (768, 3840):  # whole blocks, so that no chain is short
         w, _ = stored(kind, torch.ones(40, columns), block_size=block_size, scales="float16")
         for batch in (1, 3, 4, 5, 8, 9, 12, 13, 24, 40, 100):
@@ -354,7 +342,7 @@ def test_chains_of_products_are_short(isa, kind, block_size):
 
 
 @compiled
-@kinds
+@in_one_case(kind=KINDS)
 def test_chains_of_a_gradient_are_short(isa, kind):
     for rows in (1024, 4096):
         w, _ = stored(kind, torch.ones(rows, 256), scales="float16")
@@ -367,7 +355,7 @@ def test_chains_of_a_gradient_are_short(isa, kind):
 
 
 @compiled
-@pytest.mark.parametrize("form", ["int4", "nf4", "bof4s"])
+@in_one_case(form=["int4", "nf4", "bof4s"])
 def test_large_inputs_and_small_steps_make_no_infinity(isa, form):
     """The scales of `double` are steps of a small unit: no sum is held in steps."""
     weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) * 0.01
@@ -438,7 +426,7 @@ def test_float16_is_widened_and_rounded_once(isa, form, batch, columns, seed):
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("kind", [*KINDS, "fp4"])
+@in_one_case(kind=[*KINDS, "fp4"])
 def test_inputs_of_every_magnitude(isa, kind):
     """All of them, one of them, and a single number of one; an input of zeros, and zeros beside others."""
     w, numbers = stored(kind, torch.randn(70, 300, generator=torch.Generator().manual_seed(0)) * 0.01)
@@ -457,7 +445,7 @@ def test_inputs_of_every_magnitude(isa, kind):
 
 
 @compiled
-@kinds
+@in_one_case(kind=KINDS)
 def test_inputs_that_are_the_least_of_all_count_beside_large_weights(isa, kind):
     w, numbers = stored(kind, torch.full((70, 4096), 6e4), **({} if kind == "nf4" else {"scales": "float16"}))
     for exponent in (-149, -148, -147):
@@ -469,7 +457,7 @@ def test_inputs_that_are_the_least_of_all_count_beside_large_weights(isa, kind):
 
 
 @compiled
-@pytest.mark.parametrize("kind", ["int4", "nf4", "bfloat16"])
+@in_one_case(kind=["int4", "nf4", "bfloat16"])
 def test_weights_of_every_magnitude(isa, kind):
     """The whole weight, a row, and a block; a row of zeros."""
     options = {} if kind == "bfloat16" else {"block_size": 16, "scales": "float32"}
@@ -487,7 +475,7 @@ def test_weights_of_every_magnitude(isa, kind):
 
 
 @compiled
-@pytest.mark.parametrize("form", ["int4", "fp4"])
+@in_one_case(form=["int4", "fp4"])
 def test_scales_that_are_subnormal_and_blocks_of_zeros(isa, form):
     weight = strategies.make_weight("normal", (300, 384), 0, 0) * 1e-6
     weight[::3, 64:128] = 0
@@ -503,7 +491,7 @@ def test_scales_that_are_subnormal_and_blocks_of_zeros(isa, form):
 
 
 @compiled
-@pytest.mark.parametrize("least", [1e-2, 1e-20, 1e-38])
+@in_one_case(least=[1e-2, 1e-20, 1e-38])
 def test_levels_of_every_magnitude(isa, least, monkeypatch):
     """Sixteen levels as data, of which all but one are so small; half of the rows have no other."""
     small = replace(formats.get_format("nf4"), name="small", levels=(*(least * c for c in range(-8, 7)), 1.0))
@@ -532,7 +520,7 @@ def assert_as_in_float64(got, dtype, x, dense, of_weight=False) -> None:
 
 
 @compiled_bfloat16
-@kinds
+@in_one_case(kind=KINDS)
 def test_what_is_not_finite_shows_as_in_float32(isa, kind):
     """A number of an input, of a gradient, or of the weight, each of which may be infinite or no number."""
     coded = kind not in ("half", "bfloat16")
@@ -557,7 +545,7 @@ def test_what_is_not_finite_shows_as_in_float32(isa, kind):
 
 
 @compiled
-@pytest.mark.parametrize("form", ["int4", "fp4"])
+@in_one_case(form=["int4", "fp4"])
 def test_sums_that_cancel_are_as_exact_as_those_of_single_levels(isa, form):
     """Inputs of one sign, weights far below their block's scale: nothing large may be there to cancel."""
     for block_size, spread, batch in product((64, 1024, 4096), (0.0, 1.0), (2, 9, 40)):
@@ -575,7 +563,7 @@ def test_sums_that_cancel_are_as_exact_as_those_of_single_levels(isa, form):
 
 
 @compiled
-@pytest.mark.parametrize("kind", ["int4", "nf4", "half"])
+@in_one_case(kind=["int4", "nf4", "half"])
 def test_what_is_small_beside_a_large_neighbour_counts(isa, kind):
     """One large number in 128, in the input or in its column of the weight. What is small has one sign."""
     wide = 0.7 + 0.3 * torch.rand(3, 1024)
@@ -594,7 +582,7 @@ def test_what_is_small_beside_a_large_neighbour_counts(isa, kind):
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("form", ["int4", "fp4"])
+@in_one_case(form=["int4", "fp4"])
 def test_bfloat16_beside_large_neighbours_is_off_by_no_more_than_its_rounding(isa, form):
     """Small inputs meet weights that are large beside the others."""
     for tiny, large, batch in product((0.49, 1.49, 7.49), (1, 2, 3, 4, 8), (1, 2, 20)):
@@ -610,7 +598,7 @@ def test_bfloat16_beside_large_neighbours_is_off_by_no_more_than_its_rounding(is
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("form", ["int4", "fp4"])
+@in_one_case(form=["int4", "fp4"])
 def test_bfloat16_beside_many_large_ones_that_hardly_count(isa, form):
     """Those meet a block of small weights: what the others lose is not small beside what they make."""
     generator = torch.Generator().manual_seed(0)
@@ -625,7 +613,7 @@ def test_bfloat16_beside_many_large_ones_that_hardly_count(isa, form):
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("form", ["int4", "fp4"])
+@in_one_case(form=["int4", "fp4"])
 def test_a_large_bfloat16_that_meets_no_weight_takes_nothing_from_others(isa, form):
     """In the forward a block of zeros, in the gradient a row of them."""
     for large, batch in product((100.0, 1e3, 1e4, 1e6, 1e9), (1, 2, 4, 5, 20)):
@@ -643,7 +631,7 @@ def test_a_large_bfloat16_that_meets_no_weight_takes_nothing_from_others(isa, fo
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("form", ["int4", "fp4"])
+@in_one_case(form=["int4", "fp4"])
 def test_many_large_ones_that_meet_no_weight_take_nothing_from_a_few_others(isa, form):
     """Zeros among a block's codes, or a block of zeros: beside each of the small ones lies a large one."""
     for block_size, batch, large in product((8, 16, 24, 32), (1, 2, 4, 5, 20), (1e3, 1e6, 1e9)):
@@ -665,7 +653,7 @@ def test_many_large_ones_that_meet_no_weight_take_nothing_from_a_few_others(isa,
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("kind", ["half", "int4", "nf4"])
+@in_one_case(kind=["half", "int4", "nf4"])
 def test_an_input_s_result_is_its_own(isa, kind):
     """Whatever its place in a tile, and whatever lies beside it."""
     w, _ = stored(kind, torch.randn(45, 330))
@@ -696,7 +684,7 @@ def test_many_threads_change_no_bit(isa):
 
 
 @compiled
-@pytest.mark.parametrize("form", ["int4", "nf4"])
+@in_one_case(form=["int4", "nf4"])
 def test_threads_change_no_bit_of_a_gradient(isa, form):
     """Groups of columns may go to two threads, and some are left to others."""
     for columns, block_size, batch in product((128, 640, 1100, 1408), (16, 64), (1, 3)):
@@ -745,8 +733,7 @@ def test_chunks_that_torch_multiplies_are_all_of_the_weight(isa, monkeypatch):
 
 
 @compiled_bfloat16
-@kinds
-@pytest.mark.parametrize("least", [9, 16, 192, 512])  # rows from which torch multiplies at some ISA
+@in_one_case(kind=KINDS, least=[9, 16, 192, 512])  # rows from which torch multiplies at some ISA
 def test_batches_where_torch_takes_over(isa, kind, least):
     w, dense = stored(kind, strategies.make_weight("normal", (70, 90), 0, 0))
     for batch in (least - 1, least, least + 1):

@@ -1,7 +1,6 @@
 """Rows that the compiled kernel quantizes and dequantizes."""
 
 from dataclasses import replace
-from functools import lru_cache
 from itertools import product
 
 import pytest
@@ -20,10 +19,11 @@ from tests.compiled import (
     bound,
     compiled,
     compiled_bfloat16,
+    needs_kernel,
     no_plain_rows,
     on_threads,
 )
-from tests.selection import covering
+from tests.selection import in_one_case
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -60,7 +60,6 @@ def test_quantizing_gives_the_bytes_of_plain_torch_and_dequantizing_its_bits(
         assert torch.equal(got.dequantize(dtype), values[1])
 
 
-@lru_cache(maxsize=1)  # ISAs come one after the other
 def searched_by_plain_torch(form, importance, exponent):
     """Weights whose squares vanish or overflow, candidates above the largest scale, zeros of both signs."""
     generator, cases = torch.Generator().manual_seed(0), []
@@ -80,20 +79,21 @@ def searched_by_plain_torch(form, importance, exponent):
     return cases
 
 
-@compiled
-@covering(
+@needs_kernel
+@in_one_case(
     exponent=[-149, -140, -126, -75, 0, 15, 62, 65, 127],
     form=["nf4", "int4", "fp4", "bof4s"],
     importance=["none", "some zeros", "mixed"],
 )
-def test_a_search_at_the_ends_of_float32_finds_the_bytes_of_plain_torch(isa, form, importance, exponent):
+def test_a_search_at_the_ends_of_float32_finds_the_bytes_of_plain_torch(form, importance, exponent):
     for weight, options, expected in searched_by_plain_torch(form, importance, exponent):
-        with kernels.using(isa), no_plain_rows():
-            assert_same_bytes(quantize(weight, form, **options), expected)
+        for isa in compiled.args[1]:  # plain torch takes longest
+            with kernels.using(isa), no_plain_rows():
+                assert_same_bytes(quantize(weight, form, **options), expected)
 
 
 @compiled
-@pytest.mark.parametrize("block_size", [8, 10, 64, 256])
+@in_one_case(block_size=[8, 10, 64, 256])
 def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(isa, block_size):
     """All bytes of signed double scales, under row scales of every kind, and all float16 scales."""
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +117,7 @@ def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(isa, b
 
 
 @compiled
-@pytest.mark.parametrize("form", ["nf4", "bof4s"])
+@in_one_case(form=["nf4", "bof4s"])
 def test_every_double_scale_is_found_again(isa, form):
     """Blocks whose largest weight is at the upper end level, with every count of steps that a byte holds."""
     most = 127 if form == "bof4s" else 255
@@ -133,7 +133,7 @@ def test_every_double_scale_is_found_again(isa, form):
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@in_one_case(dtype=[torch.float16, torch.bfloat16])
 def test_restored_values_are_rounded_as_torch_rounds(isa, dtype):
     """Magnitudes around every rounding: subnormal, halfway, and beyond what the dtype holds."""
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +149,7 @@ def test_restored_values_are_rounded_as_torch_rounds(isa, dtype):
 
 
 @bound
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+@in_one_case(value=[torch.nan, torch.inf, 1e30])
 def test_weights_that_cannot_be_held_raise_what_plain_torch_raises(isa, value):
     weight = torch.ones(300, 64)
     weight[299, 63] = value
@@ -162,7 +162,7 @@ def test_weights_that_cannot_be_held_raise_what_plain_torch_raises(isa, value):
 
 
 @bound
-@pytest.mark.parametrize("threads", [2, 3, 7])
+@in_one_case(threads=[2, 3, 7])
 def test_a_weight_that_cannot_be_held_is_refused_whichever_thread_reads_it(isa, threads):
     """A part of the rows each: who finds it may be the first to be done, or the last."""
     rows, columns = 64, 2048  # two chunks of rows, of 65536 weights each: a search is worth 7 threads, the rest 2
@@ -198,7 +198,7 @@ NANS = [0x7FFF9000, 0x7FFFFFFF, 0x7F800001, 0x7F80FFFF, 0x7FC00000, -1, -0x7000]
 
 
 @compiled_bfloat16
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@in_one_case(dtype=[torch.bfloat16, torch.float16])
 def test_every_nan_is_one_when_it_is_rounded(isa, dtype):
     """Wherever C rounds: dequantized rows, products and gradients, in whole vectors and at their ends."""
     shapes = ((37, 300, 8), (21, 129, 10), (70, 130, 64), (33, 1, 8), (5, 8200, 64))
@@ -221,9 +221,10 @@ def test_every_nan_is_one_when_it_is_rounded(isa, dtype):
 
 
 @compiled
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)], ids=str)
-def test_a_number_halfway_between_two_is_rounded_to_the_even_one(isa, dtype, bits):
+@in_one_case(dtype=[torch.bfloat16, torch.float16])
+def test_a_number_halfway_between_two_is_rounded_to_the_even_one(isa, dtype):
     """Weights at the end level, so that each is its scale: odd multiples of half a unit in the last place."""
+    bits = 8 if dtype == torch.bfloat16 else 11
     scales = (1 + torch.arange(1, 65, 2) * 2.0**-bits)[:, None]
     q = quantize(torch.ones(32, 53), "fp4", block_size=32, scales="float32")  # a whole block, and a part of one
     q = replace(q, scales=scales.repeat(1, 2))
@@ -256,19 +257,18 @@ def test_columns_from_a_block_on_are_the_same(isa, rows, columns, size, scales, 
 
 
 @bound
-@pytest.mark.parametrize(
-    ("column", "count"), [(3, 16), (8, 8), (8, 16), (0, 17), (16, 8), (-16, 16), (48, 16), (32, 9), (64, 0)], ids=str
-)
-def test_no_columns_that_begin_or_end_within_a_block_or_beyond_the_row(isa, column, count):
+def test_no_columns_that_begin_or_end_within_a_block_or_beyond_the_row(isa):
     q = quantize(torch.randn(2, 40), "nf4", block_size=16)
+    columns = [(3, 16), (8, 8), (8, 16), (0, 17), (16, 8), (-16, 16), (48, 16), (32, 9), (64, 0)]
     with kernels.using(isa):
         kernel = active_backend()
-        assert kernel._dequantize(kernel._given(q), 0, column, torch.empty(2, count)) is None
+        for column, count in columns:
+            assert kernel._dequantize(kernel._given(q), 0, column, torch.empty(2, count)) is None
         assert kernel._dequantize(kernel._given(q), 0, 32, torch.empty(2, 8)) is not None  # the end of the rows
 
 
 @compiled
-@pytest.mark.parametrize("form", sorted(FORMATS))
+@in_one_case(form=sorted(FORMATS))
 def test_what_lies_beyond_a_short_block_counts_in_no_error(isa, form):
     """A format without a zero would have an error there, and the search would choose other scales."""
     weight = strategies.make_weight("normal", (60, 21), 0, 0)

@@ -7,16 +7,17 @@ from hypothesis import strategies as st
 
 from lowmem import pack, unpack
 from tests import strategies
+from tests.selection import rows_in_one_case
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("block_size", [8, 10, 16, 64, 512, 4096])
+@rows_in_one_case("block_size", [8, 10, 16, 64, 512, 4096])
 def test_every_byte_survives_unpack_and_pack(block_size):
     assert torch.equal(pack(unpack(ALL_BYTES, block_size), block_size), ALL_BYTES)
 
 
-@pytest.mark.parametrize("block_size", [8, 10, 16, 64, 512, 4096])
+@rows_in_one_case("block_size", [8, 10, 16, 64, 512, 4096])
 def test_every_pair_of_codes_survives_pack_and_unpack(block_size):
     codes = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8).flatten()
     assert torch.equal(unpack(pack(codes, block_size), block_size), codes)
@@ -56,15 +57,15 @@ def test_strided_codes_pack_like_contiguous_ones(pairs, block_size):
     assert torch.equal(pack(view, block_size), pack(view.contiguous(), block_size))
 
 
-@pytest.mark.parametrize("block_size", [0, -8, 6, 9, 4098, 8.0, True, "16", None])
-@pytest.mark.parametrize("function", [pack, unpack])
+@rows_in_one_case("block_size", [0, -8, 6, 9, 4098, 8.0, True, "16", None])
+@rows_in_one_case("function", [pack, unpack])
 def test_a_bad_block_size_is_named(function, block_size):
     with pytest.raises(ValueError, match=f"block_size={block_size!r} must be"):
         function(torch.zeros(8, dtype=torch.uint8), block_size)
 
 
-@pytest.mark.parametrize("function", [pack, unpack])
-@pytest.mark.parametrize("wrong", [torch.zeros(8), torch.zeros(8, dtype=torch.int64), [1, 2]])
+@rows_in_one_case("function", [pack, unpack])
+@rows_in_one_case("wrong", [torch.zeros(8), torch.zeros(8, dtype=torch.int64), [1, 2]])
 def test_anything_but_uint8_is_a_type_error(function, wrong):
     with pytest.raises(TypeError, match="must be a uint8 tensor, found"):
         function(wrong, 8)

@@ -15,10 +15,10 @@ from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.tensor import SCRATCH_BYTES, row_chunks
 from tests import strategies
 from tests.compiled import assert_same_bytes, on_threads
-from tests.selection import covering
+from tests.selection import in_one_case, rows_in_one_case
 
-every_format = pytest.mark.parametrize("format", sorted(FORMATS))
-every_encoding = pytest.mark.parametrize("scales", sorted(ENCODINGS))
+every_format = rows_in_one_case("format", sorted(FORMATS))
+every_encoding = rows_in_one_case("scales", sorted(ENCODINGS))
 
 
 def codes_of(q: QuantizedTensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_the_bound_is_tight_in_the_widest_gap(format, scales, magnitude, block_s
 
 
 @every_format
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("scales", "row", "magnitude"),
     [
         ("float32", 1.0, 2.0**-149),  # subnormal scales become zero
@@ -222,7 +222,7 @@ def test_an_all_zero_block_dequantizes_to_zeros(format, scales):
     assert torch.equal(q.dequantize()[:, 32:], torch.zeros(2, 8))
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4", "bof4s"])
+@rows_in_one_case("format", ["nf4", "fp4", "bof4s"])
 @every_encoding
 def test_zeros_stay_exact_zeros_where_the_format_has_one(format, scales):
     weight = torch.tensor([0.0, 1.0, -0.0, -2.0, 0.0, 3.0])
@@ -358,7 +358,7 @@ def test_the_default_dtype_changes_nothing(dtype):
         torch.set_default_dtype(before)
 
 
-@covering(1, sizes=[(10, 4096), (64, 4096), (10, 64), (65, 64), (1000, 8), (4096, 64)], scales=sorted(ENCODINGS))
+@in_one_case(1, sizes=[(10, 4096), (64, 4096), (10, 64), (65, 64), (1000, 8), (4096, 64)], scales=sorted(ENCODINGS))
 def test_quantizing_and_dequantizing_stay_within_the_scratch(sizes, scales):
     columns, block_size = sizes
     weight = torch.randn(2**20 // columns, columns)
@@ -389,7 +389,7 @@ def test_chunks_cover_every_row_once_within_the_scratch(rows, columns):
     assert all((c.stop - c.start) * columns * 16 <= SCRATCH_BYTES or c.stop - c.start == 1 for c in chunks)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("weight", "error", "message"),
     [
         ([1.0, 2.0], TypeError, "must be a tensor, found list"),
@@ -436,8 +436,8 @@ def test_plain_torch_dequantizes_the_rows_that_are_asked_for(rows):
     assert torch.equal(reference.dequantize(q, rows, torch.float32), expected)
 
 
-@pytest.mark.parametrize("kernel", ["reference", kernels.available()[-1]])
-@pytest.mark.parametrize("format", ["nf4", "fp4", "bof4s"])
+@rows_in_one_case("kernel", ["reference", kernels.available()[-1]])
+@rows_in_one_case("format", ["nf4", "fp4", "bof4s"])
 def test_a_block_of_zero_codes_has_a_scale_of_zero(kernel, format):
     """A block that is small beside an outlier has one step as its scale, and no weight that a level is near to."""
     weight = torch.tensor([[1.0] * 8 + [1e-6] * 8])

@@ -10,6 +10,7 @@ from torch import nn
 
 from lowmem.errors import FileError
 from lowmem.report.timings import DENSE, Timing, from_benchmarks, read_run, time_in_turns
+from tests.selection import rows_in_one_case
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "baselines" / "0001_baseline.json"
 
@@ -62,7 +63,7 @@ def test_the_stored_run_is_read():
     assert all(isinstance(value, str) for value in machine.values())
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("content", "why"),
     [
         ("", "the JSON is broken"),

@@ -10,6 +10,7 @@ from torch import nn
 from lowmem.testing.call import ModelError
 from lowmem.testing.latency import FEWEST_ROUNDS, FIRST_ROUNDS, MOST_ROUNDS, Speedup, measure_speedup
 from lowmem.testing.ratios import Ratio
+from tests.selection import rows_in_one_case
 
 
 class Clock:
@@ -30,10 +31,8 @@ class Clock:
         return run
 
 
-@pytest.mark.parametrize(
-    ("at_least", "verdict"), [(1.0, "faster"), (1.9, "faster"), (2.1, "slower"), (3.0, "slower")]
-)
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
+@rows_in_one_case(("at_least", "verdict"), [(1.0, "faster"), (1.9, "faster"), (2.1, "slower"), (3.0, "slower")])
+@rows_in_one_case("scale", [1e-6, 1e-3, 1.0])
 def test_half_the_seconds_are_twice_as_fast(at_least, verdict, scale):
     clock = Clock()
     found = measure_speedup(clock.call(1 * scale), clock.call(2 * scale), at_least=at_least, seconds=30, timer=clock)
@@ -104,8 +103,8 @@ def test_another_callable_keeps_its_gradients():
     assert model.seen == {(True, True)}
 
 
-@pytest.mark.parametrize("name", ["at_least", "seconds"])
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1.5", None, True])
+@rows_in_one_case("name", ["at_least", "seconds"])
+@rows_in_one_case("value", [0, -1.0, math.nan, math.inf, "1.5", None, True])
 def test_what_is_asked_for_must_be_a_positive_number(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r} must be a positive, finite number"):
         measure_speedup(len, len, [], **{name: value})

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem.testing.ratios import Ratio, hodges_lehmann, ratio_of_times, seconds_per_call, take_turns
+from tests.selection import rows_in_one_case
 
 seconds = st.floats(1e-6, 1e3)
 times = st.lists(st.tuples(seconds, seconds), min_size=4, max_size=12)
@@ -102,7 +103,7 @@ def test_the_interval_of_noise_holds_the_truth_as_often_as_it_says():
     assert 170 <= held <= 199  # of 200; a percentile interval of 16 pairs is a little narrow
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("numerator", "denominator", "says"),
     [
         ([], [], "0 pairs of times are too few: give at least 2"),

@@ -7,6 +7,7 @@ import pytest
 
 from lowmem.errors import FileError
 from lowmem.testing.verdicts import Row, read_verdict
+from tests.selection import rows_in_one_case
 
 VERDICT = {
     "gate": "latency",
@@ -69,7 +70,7 @@ def test_what_a_newer_gate_adds_is_passed_over(tmp_path):
     assert read(tmp_path, VERDICT | {"duration": 3}) == read(tmp_path, VERDICT)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("content", "why"),
     [
         ("", "the JSON is broken"),

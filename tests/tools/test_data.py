@@ -10,6 +10,7 @@ import torch
 
 from lowmem.__main__ import main
 from lowmem.tools.data import load_data
+from tests.selection import rows_in_one_case
 
 
 def saved(tmp_path, **arrays):
@@ -61,7 +62,7 @@ def test_a_file_keeps_its_pairs_and_shapes(tmp_path):
 GOOD_X, GOOD_Y = np.ones((10, 4)), np.arange(10) % 2
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("arrays", "message"),
     [
         ({"x": GOOD_X}, "it holds x; arrays x and y are needed"),

@@ -9,6 +9,7 @@ import torch
 from lowmem import Linear4Bit
 from lowmem.__main__ import main
 from lowmem.tools import models
+from tests.selection import rows_in_one_case
 
 FACTORY = """
 import torch
@@ -114,7 +115,7 @@ def test_a_variant_applies_to_a_factory(user_module):
     assert type(model[0]) is type(model[2]) is Linear4Bit
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("name", "message"),
     [
         ("missing_module:small", "cannot import 'missing_module': ModuleNotFoundError"),
@@ -198,21 +199,19 @@ def test_input_has_the_shape_and_dtype_that_were_asked_for(dtype):
     assert torch.equal(x, models.make_input(arguments)) == (dtype == "int64")
 
 
-@pytest.mark.parametrize(
-    "text", ["0", "-1", "1.5", "", "a", "²", "000", str(2**63), "9" * 20, "9" * 5000, "1_0", " 1"]
-)
+@rows_in_one_case("text", ["0", "-1", "1.5", "", "a", "²", "000", str(2**63), "9" * 20, "9" * 5000, "1_0", " 1"])
 def test_positive_int_refuses(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"^.{,80} must be a positive integer below 2\*\*63$"):
         models.positive_int(text)
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "", "a", "1_0", "\N{ARABIC-INDIC DIGIT ONE}", " 1", "1\n"])
+@rows_in_one_case("text", ["0", "-1", "nan", "inf", "", "a", "1_0", "\N{ARABIC-INDIC DIGIT ONE}", " 1", "1\n"])
 def test_positive_float_refuses(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be a positive number"):
         models.positive_float(text)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     "text",
     [
         "-1",
@@ -238,7 +237,7 @@ def test_number_refuses(text):
         models.number(text)
 
 
-@pytest.mark.parametrize("text", ["-1", "", "0x1", str(2**63), "9" * 5000])
+@rows_in_one_case("text", ["-1", "", "0x1", str(2**63), "9" * 5000])
 def test_seed_refuses(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"must be an integer from 0 to 2\*\*63 - 1"):
         models.seed(text)

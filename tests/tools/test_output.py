@@ -13,6 +13,7 @@ from torch import nn
 from lowmem import FourBit, convert, summary
 from lowmem.tools import output
 from lowmem.tools.output import print_json, print_summary, print_table, progress, shown, stdout_for_json, uncut_column
+from tests.selection import rows_in_one_case
 
 HOSTILE = "w\x1b[31m\n\u202e[bold]x[/bold][/y]:warning:|<b>\\"
 COLUMNS = ["Model", "Trains M", "Frozen M", "Total M", "Theory MiB", "Actual MiB", "Forward MiB", "Bits/ weight"]
@@ -34,8 +35,8 @@ def terminal(monkeypatch):
     return terminal
 
 
-@pytest.mark.parametrize("columns", [30, 40, 60, 80, 120])
-@pytest.mark.parametrize("name", ["bignet", "a.module.with.a.long.path:factory@low_precision_nf4", "語" * 30])
+@rows_in_one_case("columns", [30, 40, 60, 80, 120])
+@rows_in_one_case("name", ["bignet", "a.module.with.a.long.path:factory@low_precision_nf4", "語" * 30])
 def test_every_figure_is_whole_and_every_name_complete_on_any_terminal(terminal, columns, name):
     lines = terminal(columns, print_table, COLUMNS, [[name, *FIGURES]])
     assert all(cell_len(line) <= columns for line in lines)
@@ -44,7 +45,7 @@ def test_every_figure_is_whole_and_every_name_complete_on_any_terminal(terminal,
     assert name in "".join(word for word in words if word not in FIGURES)  # in pieces below each other
 
 
-@pytest.mark.parametrize("columns", [30, 40, 60, 80, 120, 300])
+@rows_in_one_case("columns", [30, 40, 60, 80, 120, 300])
 def test_a_summary_too(terminal, columns):
     model = convert(nn.ModuleDict({"a_long_name_" * 3: nn.Linear(1024, 1024), "norm": nn.LayerNorm(16)}), FourBit())
     lines = terminal(columns, print_summary, summary(model))
@@ -105,8 +106,8 @@ def test_an_error_in_the_block_gives_stdout_back(capsys):
     assert capsys.readouterr().out == "[]\n"
 
 
-@pytest.mark.parametrize("columns", [40, 50, 60, 80])
-@pytest.mark.parametrize("name", ["quantize", "a.module.with.a.long.path:factory@low_precision_nf4"])
+@rows_in_one_case("columns", [40, 50, 60, 80])
+@rows_in_one_case("name", ["quantize", "a.module.with.a.long.path:factory@low_precision_nf4"])
 def test_figures_of_progress_are_whole_on_any_terminal(monkeypatch, columns, name):
     monkeypatch.setenv("COLUMNS", str(columns))
     size, count, left = (

@@ -14,6 +14,7 @@ from torch import nn
 import lowmem
 from lowmem.__main__ import main
 from lowmem.tools.models import size
+from tests.selection import rows_in_one_case
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_bad_files_are_one_line(checkpoint, capsys):
         assert len(shown.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("text", "expected"),
     [
         ("3", 3),
@@ -209,7 +210,7 @@ def test_sizes(text, expected):
     assert size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1GB", "GB", "1XB", "1e3", "0.1"])
+@rows_in_one_case("text", ["", "0", "-1GB", "GB", "1XB", "1e3", "0.1"])
 def test_what_is_no_size(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be a size"):
         size(text)

@@ -10,6 +10,7 @@ from lowmem.__main__ import main
 from lowmem.tools.models import techniques
 from lowmem.tools.stats import Stats
 from lowmem.transforms.summary import LayerSummary
+from tests.selection import rows_in_one_case
 
 MIB = 2**20
 
@@ -250,7 +251,7 @@ def test_the_plan_of_techniques_as_text():
     assert techniques("Half:bfloat16") == (Half(torch.bfloat16),)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("text", "said"),
     [
         ("", "'' is no technique: choose from Half, FourBit, LoRA"),

@@ -1,0 +1,46 @@
+"""What older versions of torch that serve lack, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+
+__all__ = ["TORCH", "is_exporting", "outside_of_graphs"]
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+"""The version of torch, as (major, minor)."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def is_exporting() -> bool:
+    """Whether torch.export records a graph; False where torch cannot tell, before 2.7."""
+    return torch.compiler.is_exporting() if TORCH >= (2, 7) else False
+
+
+def outside_of_graphs(function: _F) -> _F:
+    """Run a function eagerly where torch's compiler cannot take stored tensors into a graph, before 2.9.
+
+    Where it is called, the graph ends and the next one begins, as with ``torch.compiler.disable``. That imports the
+    whole compiler, and serves only where the older way to do it is gone.
+    """
+    if TORCH >= (2, 9):
+        return function
+    frames = torch._C._dynamo.eval_frame
+    if not hasattr(frames, "skip_code"):
+        return torch.compiler.disable(function)  # type: ignore[no-any-return]
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        compiler = frames.set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            frames.set_eval_frame(compiler)
+
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    frames.skip_code(run.__code__)  # type: ignore[attr-defined]
+    return cast(_F, run)
