@@ -19,6 +19,7 @@ ORDER = [
     ("nn",),
     ("transforms",),
     ("io", "variants"),
+    ("integrations",),
     ("testing",),
     ("report",),
     ("tools",),

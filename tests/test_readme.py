@@ -25,12 +25,15 @@ TECHNIQUES = ROOT / "docs" / "guides" / "techniques.md"
 RESULTS = ROOT / "docs" / "guides" / "results-and-quality.md"
 FORMAT = ROOT / "docs" / "format.md"
 GATES = ROOT / "docs" / "guides" / "gate-your-own-model.md"  # the files of a project: tests/test_guide.py
+FOLDERS = (
+    ROOT / "docs" / "guides" / "hugging-face.md"
+)  # needs transformers: tests/integrations/transformers/test_guide.py
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf8") for page in PAGES}
 BLOCKS = [
     (name, language, code)
     for name, text in TEXTS.items()
-    if ROOT / name != GATES
+    if ROOT / name not in (GATES, FOLDERS)
     for language, code in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 ]
 PYTHON = [

@@ -25,7 +25,7 @@ from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.placement import places_of
 from lowmem.transforms.registry import ADAPTED, layer_name, module_paths, skip_reason
 
-__all__ = ["adapter_skip_reason", "assign", "build", "check_adapter"]
+__all__ = ["adapter_skip_reason", "assign", "build", "check_adapter", "convert_skeleton"]
 
 
 def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -43,13 +43,22 @@ def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors
     """
     model = make_on_meta(factory)
     try:
-        return _skeleton(model, metadata, tensors)
+        return convert_skeleton(model, metadata, tensors)
     except TypeError as reason:
         raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
 
 
-def _skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Make layers the converted ones that the file records, and add adapters, all on the meta device."""
+def convert_skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Replace layers by meta-device skeletons of the converted ones that the file records, and add adapters.
+
+    Args:
+        model: dense, on the meta device.
+        metadata: with ``layers`` and maybe ``adapters``.
+        tensors: of the file, for the shapes and dtypes of its adapters.
+
+    Raises:
+        ValueError: layers in the file that the model has not.
+    """
     model = _convert_layers(model, metadata["layers"])
     return _add_adapters(model, metadata.get("adapters", {}), tensors)
 

@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, register_module_parameter_registration_hook
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lowmem.errors import show
 from lowmem.kernels import Weight
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.torch_versions import is_exporting, outside_of_graphs
@@ -392,7 +393,14 @@ class FourBitStorage(StoredModule):
         return {"formats": text, "own": super().get_extra_state()} if _has_extra_state(self) else text
 
     def set_extra_state(self, state: Any) -> None:
-        """Set the class's own state: formats never change, and ``_load_from_state_dict`` has compared them."""
+        """Set the class's own state: formats never change.
+
+        Raises:
+            ValueError: the state is of other formats.
+        """
+        found = _formats_of(state.get("formats") if isinstance(state, dict) else state, self.formats)
+        if found != self.formats:
+            raise ValueError(f"the layer stores {self.formats}; the state holds {show(found)}")
         if _has_extra_state(self):
             super().set_extra_state(state["own"])
 

@@ -10,7 +10,7 @@ COMMANDS = MappingProxyType(
         "stats": "what models cost: parameters, bytes, peak memory of a forward and a backward",
         "compare": "how close the outputs of models come to those of a base",
         "fit": "fine-tune a variant on a classification task",
-        "quantize": "convert a safetensors checkpoint to 4 bits, in bounded memory",
+        "quantize": "convert a safetensors checkpoint or a Hugging Face folder to 4 bits, in bounded memory",
         "merge": "merge an adapter into the model that it was trained on, and say what that loses",
         "report": "write a page: what every variant of a model costs, how fast it is, what it loses",
         "bundle": "write a directory as one reproducible, runnable zip",

@@ -1,4 +1,4 @@
-"""``lowmem compare``: compares the outputs of models with those of a base, on one input.
+"""``lowmem compare``: compares the outputs of models with those of a base, on one input or a text.
 
 Outputs that are not finite fail the comparison, whatever the tolerance.
 """
@@ -8,14 +8,19 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowmem import measure
-from lowmem.errors import one_line
+from lowmem.errors import one_line, refusal
+from lowmem.io.atomic import open_regular, read_errors
 from lowmem.tools.models import (
     add_input_arguments,
+    file_path,
+    folder_of,
     known_models,
     make_input,
     make_model,
@@ -33,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="a base and at least one other: VARIANT, module:factory, or module:factory@VARIANT "
+        help="a base and at least one other: VARIANT, module:factory, module:factory@VARIANT, or with --text folders "
         "(default: bignet and every other variant)",
     )
     add_input_arguments(parser)
@@ -43,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="exit with 1 when any largest difference is above T; 0 asks for equal outputs",
     )
+    parser.add_argument(
+        "--text",
+        type=file_path,
+        metavar="FILE",
+        help="of folders of language models: perplexity, divergence from the first, and speed on this text; "
+        "--tolerance is then the most divergence",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -50,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    if arguments.text is not None:
+        return _compare_text(arguments)
     base, *others = known_models(arguments.models)
     if not others:
         raise ValueError(f"models={base!r} is a base alone: name at least one other model to compare with it")
@@ -97,6 +111,60 @@ def run(arguments: argparse.Namespace) -> int:
         print(one_line(f"lowmem compare: {other} differs from {base} by {found.max:.4g}, {why}"), file=sys.stderr)
         failed = 1
     return failed
+
+
+def _compare_text(arguments: argparse.Namespace) -> int:
+    """Compare language models in folders on a text.
+
+    Raises:
+        ValueError: a model that is no folder, fewer than two, or a text that is too short.
+        FileError: the text is no UTF-8, or a folder cannot be compared.
+        ImportError: transformers is missing, or too old.
+    """
+    folders = [(name, folder_of(name)) for name in arguments.models]
+    for name, folder in folders:
+        if folder is None:
+            raise ValueError(f"model={name!r} is no folder: --text compares folders of Hugging Face transformers")
+    if len(folders) < 2:
+        raise ValueError(f"models={arguments.models!r}: name a base and at least one other folder to compare with it")
+    text = _text(arguments.text)
+    from lowmem.integrations.transformers.language import compare_text
+
+    scores = compare_text([folder for _, folder in folders if folder is not None], text)
+    if arguments.json:
+        print_json(
+            [{name: _finite(v) if isinstance(v, float) else v for name, v in asdict(one).items()} for one in scores]
+        )
+    else:
+        print_table(
+            ["Model", "Perplexity", "KL to the first", "Tokens a second"],
+            [
+                [one.model, f"{one.perplexity:.4f}", f"{one.divergence:.5f}", f"{one.tokens_per_second:.1f}"]
+                for one in scores
+            ],
+            markdown=arguments.markdown,
+        )
+    most = math.inf if arguments.tolerance is None else arguments.tolerance
+    failed = 0
+    for one in scores[1:]:
+        if math.isfinite(one.divergence) and one.divergence <= most:
+            continue
+        why = f"above --tolerance {most:g}" if math.isfinite(one.divergence) else "which is not finite"
+        told = (
+            f"lowmem compare: {one.model} diverges from {scores[0].model} by {one.divergence:.4g} nats a token, {why}"
+        )
+        print(one_line(told), file=sys.stderr)
+        failed = 1
+    return failed
+
+
+def _text(path: Path) -> str:
+    with open_regular(path) as file, read_errors(path):
+        content = file.read()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as reason:
+        raise refusal(path, f"it is no UTF-8 text, from byte {reason.start}; name a text file") from None
 
 
 def _finite(value: float) -> float | None:

@@ -1,7 +1,7 @@
 """Shared by the commands: building models by name, calling users' code, and parsing arguments.
 
-A model is named ``VARIANT``, ``module:factory`` (any callable that returns an nn.Module), or
-``module:factory@VARIANT`` (the techniques of a variant on that model).
+A model is named ``VARIANT``, ``module:factory`` (any callable that returns an nn.Module),
+``module:factory@VARIANT`` (the techniques of a variant on that model), or by a folder of Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ __all__ = [
     "batch_of",
     "check_links",
     "file_path",
+    "folder_of",
     "known_models",
     "make_input",
     "make_model",
@@ -62,8 +63,14 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
 
     Raises:
         ValueError: an unknown variant, a module that cannot be imported, an attribute that is missing or not
-            callable, or a factory that fails or returns no nn.Module.
+            callable, or a factory that fails or returns no nn.Module; or a folder that cannot be loaded.
+        ImportError: a folder, without transformers.
     """
+    folder = folder_of(name)
+    if folder is not None:
+        from lowmem.integrations.transformers.folder import load_folder
+
+        return load_folder(folder)
     variant, factory = _parts(name)
     try:
         return build(variant, factory, seed=seed, rank=rank)
@@ -73,6 +80,11 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
         if isinstance(reason, BrokenPipeError) and is_pipe_closed():
             raise
         raise ValueError(f"model={name!r}, rank={rank} cannot be built: {describe(reason)}") from reason
+
+
+def folder_of(name: str) -> Path | None:
+    """Return the folder that a model's name is; None for names of another kind."""
+    return Path(name) if name and ":" not in name and name not in VARIANTS and os.path.isdir(name) else None
 
 
 def recipe_of(name: str, rank: int | None = None) -> tuple[Callable[[], nn.Module], tuple[Technique, ...]]:

@@ -1,4 +1,4 @@
-"""``lowmem quantize``: converts a safetensors checkpoint to 4 bits, in bounded memory."""
+"""``lowmem quantize``: converts a safetensors checkpoint, or a Hugging Face folder, to 4 bits, in bounded memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "source", type=file_path, metavar="IN", help=f"a .safetensors file, or a sharded one's {INDEX}"
+        "source",
+        type=file_path,
+        metavar="IN",
+        help=f"a .safetensors file, a sharded one's {INDEX}, or a folder of Hugging Face transformers",
     )
-    parser.add_argument("target", type=file_path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument(
+        "target", type=file_path, metavar="OUT", help="the .safetensors file to write, or the folder that is not yet"
+    )
     parser.add_argument("--format", choices=list(FORMATS), default="nf4", help="default nf4")
     parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
     parser.add_argument("--scales", choices=list(ENCODINGS), help="how scales are stored (default the format's)")
@@ -37,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--include", action="append", metavar="GLOB", help="convert only tensors so named; may be given again"
     )
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="GLOB", help="copy tensors so named; may be given again"
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="copy tensors so named, or of a folder's modules at such paths; may be given again",
     )
     parser.add_argument("--shard-size", type=size, metavar="SIZE", help="split the output, such as 2GB or 500MiB")
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
@@ -50,6 +59,21 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for path in (arguments.source, arguments.target):
         check_links(path)
+    convert = _folder if (arguments.source / "config.json").is_file() else _checkpoint
+    rows = convert(arguments, technique)
+    if arguments.json:
+        print_json([asdict(row) for row in rows])
+        return 0
+    print_table(["Tensor", "Shape", "Before MiB", "After MiB", "Error"], [_cells(row) for row in rows])
+    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
+    count = sum(row.converted for row in rows)
+    print(f"converted {count} of {len(rows)} tensors: {before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
+    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
+    return 0
+
+
+def _checkpoint(arguments: argparse.Namespace, technique: FourBit) -> list[Row]:
+    """Convert a file, or the files of an index."""
     with Source(arguments.source) as source:
         total = sum(spec.nbytes for spec in source.specs.values())
     with progress(
@@ -62,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         def advance(name: str, nbytes: int) -> None:
             bar.update(task, advance=nbytes)
 
-        rows = convert_checkpoint(
+        return convert_checkpoint(
             arguments.source,
             arguments.target,
             technique,
@@ -71,15 +95,24 @@ def run(arguments: argparse.Namespace) -> int:
             shard_bytes=arguments.shard_size,
             progress=advance,
         )
-    if arguments.json:
-        print_json([asdict(row) for row in rows])
-        return 0
-    print_table(["Tensor", "Shape", "Before MiB", "After MiB", "Error"], [_cells(row) for row in rows])
-    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
-    count = sum(row.converted for row in rows)
-    print(f"converted {count} of {len(rows)} tensors: {before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
-    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
-    return 0
+
+
+def _folder(arguments: argparse.Namespace, technique: FourBit) -> list[Row]:
+    """Convert a folder, which transformers loads.
+
+    Raises:
+        ValueError: an option for files alone.
+        ImportError: transformers is missing, or too old.
+    """
+    if arguments.include:
+        raise ValueError(
+            f"--include {arguments.include[0]!r} names tensors of a file: leave modules of a folder out by --exclude"
+        )
+    from lowmem.integrations.transformers.folder import quantize_folder
+
+    return quantize_folder(
+        arguments.source, arguments.target, technique, skip=arguments.exclude, shard_bytes=arguments.shard_size
+    )
 
 
 def _cells(row: Row) -> list[str]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lowmem import measure
 from lowmem.tools.models import (
     MIB,
     add_input_arguments,
+    folder_of,
     known_models,
     make_input,
     make_model,
@@ -29,6 +31,8 @@ from lowmem.transforms.plan import OPTIMIZERS, Plan, plan
 from lowmem.transforms.summary import Summary, summary
 
 __all__ = ["Stats", "add_arguments", "run", "stats_of"]
+
+TOKENS = 128  # that a folder's model is measured with
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="VARIANT, module:factory, or module:factory@VARIANT (default: every variant of BigNet)",
+        help="VARIANT, module:factory, module:factory@VARIANT, or a folder of Hugging Face transformers, which gets "
+        "128 tokens unless an input is described (default: every variant of BigNet)",
     )
     add_input_arguments(parser)
     kind = parser.add_mutually_exclusive_group()
@@ -110,8 +115,9 @@ def run(arguments: argparse.Namespace) -> int:
     layers: dict[str, Summary] = {}  # of the user's models
     for name in known_models(arguments.models):
         model = make_model(name, seed=arguments.seed)
-        rows.append(stats_of(name, model, x))
-        if ":" in name:
+        folder = folder_of(name) is not None
+        rows.append(stats_of(name, model, _tokens(arguments, x) if folder else x))
+        if ":" in name or folder:
             with user_code(f"model={name!r} cannot be listed by layers"):
                 layers[name] = summary(model)
     if arguments.json:
@@ -143,6 +149,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{shown(name)}\n")
         print_summary(found, grouped=not arguments.all, markdown=arguments.markdown)
     return 0
+
+
+def _tokens(arguments: argparse.Namespace, x: Tensor) -> Tensor:
+    """Return an input for a language model, unless the arguments describe another than BigNet's."""
+    described = (arguments.input_shape, arguments.input_dtype) != ((1024,), "float32")
+    return x if described else torch.zeros(arguments.batch, TOKENS, dtype=torch.int64)
 
 
 def _print_plans(arguments: argparse.Namespace, x: Tensor) -> int:

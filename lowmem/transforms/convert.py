@@ -36,6 +36,7 @@ from lowmem.nn.stored_module import (
     stored_copy,
 )
 from lowmem.quant.quantize import relative_error
+from lowmem.transforms.libraries import import_integrations
 from lowmem.transforms.placement import takes_adapter, techniques_by_layer
 from lowmem.transforms.registry import (
     ADAPTED,
@@ -62,6 +63,7 @@ __all__ = [
     "freeze_all_but_adapters",
     "keep_shared_biases",
     "layers_to_convert",
+    "left_dense",
     "one_at_a_time",
     "rebuild",
     "rebuild_all",
@@ -153,7 +155,7 @@ def convert(
     replacements = rebuild_all(model, techniques, where, skip, parameters, Store().by)
     if at_most is not None:
         _check_bits(model, replacements, at_most)
-    left = _left_dense(model, replacements, where, skip) if type(techniques[0]) is not LoRA else None
+    left = left_dense(model, replacements, where, skip) if type(techniques[0]) is not LoRA else None
     model = commit(model, replacements)
     if any(isinstance(t, LoRA) for t in techniques):
         freeze_all_but_adapters(model)
@@ -355,7 +357,7 @@ def _sharded() -> tuple[type, ...]:
     return () if module is None else (module.DTensor,)
 
 
-def _left_dense(
+def left_dense(
     model: nn.Module,
     replacements: Mapping[nn.Module, nn.Module],
     where: Callable[[str, nn.Module], bool] | None,
@@ -574,6 +576,7 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
         RuntimeError: another thread has removed or converted one of the modules. The model is left as it is.
     """
     _check_all_there(model, replacements, module_paths(model))
+    import_integrations(model)
     adapted: dict[nn.Module, nn.Module] = {}
     for old, new in replacements.items():
         stored = base_of(new)

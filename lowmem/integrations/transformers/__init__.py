@@ -1,0 +1,28 @@
+"""lowmem in Hugging Face transformers: models are quantized while they load, and saved as folders.
+
+Importing this module registers the quantizer, so that ``from_pretrained`` loads the folders that ``save_pretrained``
+writes of a converted model::
+
+    import lowmem.integrations.transformers
+    from lowmem.integrations.transformers import LowmemConfig
+
+    config = LowmemConfig(lowmem.FourBit("nf4"))
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    model.save_pretrained(small)
+    model = AutoModelForCausalLM.from_pretrained(small)
+
+``lowmem.convert`` imports it where a model is one of transformers.
+"""
+# ruff: noqa: E402
+
+from lowmem.integrations.transformers import version
+
+version.check()  # before anything of transformers is imported that older versions do not have
+
+from lowmem.integrations.transformers import saving
+from lowmem.integrations.transformers.config import METHOD, LowmemConfig
+from lowmem.integrations.transformers.quantizer import LowmemQuantizer
+
+saving.install()
+
+__all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer"]

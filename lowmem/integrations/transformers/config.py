@@ -1,0 +1,128 @@
+"""How a model is stored, as ``quantization_config`` in the config.json of a Hugging Face folder holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowmem.errors import show
+from lowmem.io.metadata import check_keys, check_object
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.half import Half
+
+__all__ = ["METHOD", "LowmemConfig"]
+
+METHOD = "lowmem: import lowmem.integrations.transformers"
+"""The quantization method. transformers quotes it where it is unknown, so that it says what is missing."""
+
+NOTICE = (
+    "The weights of this folder are stored by lowmem. To load it: pip install 'lowmem[transformers]', and import "
+    "lowmem.integrations.transformers before from_pretrained. Without, transformers replaces them by random ones."
+)
+VERSION = 1  # of what to_dict returns; a newer one is refused
+
+
+@register_quantization_config(METHOD)
+class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How to store a model while ``from_pretrained`` loads it, or how a saved one is stored.
+
+    What is stored equals what ``lowmem.convert(model, technique, skip=skip)`` makes of the same model, to the bit.
+    What the folder has no values for, such as a new head, stays dense.
+
+    Args:
+        technique: ``Half`` or ``FourBit``; or its JSON. Adapters come afterwards: ``lowmem.add_adapter``.
+        skip: glob patterns of modules' paths to leave dense.
+        layers: of a saved model: records of how weights are stored, each with the ``names`` of its weights.
+        adapters: of a saved model: the records of its adapters, by path.
+        version: of these fields.
+
+    Raises:
+        TypeError: a technique of another type, or patterns that are no strings.
+        ValueError: fields that this version of lowmem does not know.
+    """
+
+    def __init__(
+        self,
+        technique: Half | FourBit | Mapping[str, Any] | None = None,
+        *,
+        skip: str | Iterable[str] = (),
+        layers: Iterable[Mapping[str, Any]] = (),
+        adapters: Mapping[str, Any] | None = None,
+        version: int = VERSION,
+        **others: Any,
+    ) -> None:
+        if version != VERSION:
+            raise ValueError(
+                f"quantization_config has version={show(version)}, and this lowmem reads {VERSION}: upgrade lowmem"
+            )
+        unknown = sorted(others.keys() - {"quant_method", "notice"})
+        if unknown:
+            raise ValueError(
+                f"quantization_config has {show(unknown[0])}, which this lowmem does not know: upgrade it"
+            )
+        if technique is not None and not isinstance(technique, (Half, FourBit)):
+            technique = _parsed(technique)
+        self.quant_method = METHOD
+        self.technique = technique
+        self.skip = [skip] if isinstance(skip, str) else list(skip)
+        if not all(isinstance(pattern, str) for pattern in self.skip):
+            raise TypeError(f"skip={skip!r} must be glob patterns of paths")
+        self.layers = [dict(record) for record in layers]
+        self.adapters = dict(adapters or {})
+        if technique is None and not self.layers and not self.adapters:
+            raise TypeError("technique=None: name Half() or FourBit(), as LowmemConfig(FourBit('nf4'))")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON holds."""
+        return {
+            "quant_method": METHOD,
+            "version": VERSION,
+            "notice": NOTICE,
+            **({} if self.technique is None else {"technique": _record(self.technique)}),
+            **({"skip": self.skip} if self.skip else {}),
+            **({"layers": self.layers} if self.layers else {}),
+            **({"adapters": self.adapters} if self.adapters else {}),
+        }
+
+
+def _record(technique: Half | FourBit) -> dict[str, Any]:
+    """Return the JSON of a technique: its name, and the fields that are not None."""
+    fields = {name: value for name, value in vars(technique).items() if value is not None}
+    for name, value in fields.items():
+        if isinstance(value, torch.dtype):
+            fields[name] = str(value).removeprefix("torch.")
+        elif isinstance(value, tuple):
+            fields[name] = list(value)
+    return {"technique": type(technique).__name__, **fields}
+
+
+def _parsed(record: object) -> Half | FourBit:
+    """Return the technique of its JSON.
+
+    Raises:
+        TypeError: it is something else than JSON of a technique.
+        ValueError: its fields are no technique's.
+    """
+    kinds: dict[str, Any] = {"Half": Half, "FourBit": FourBit}
+    if not isinstance(record, Mapping):
+        raise TypeError(
+            f"technique={show(record)} must be Half() or FourBit(); adapters come afterwards, with lowmem.add_adapter"
+        )
+    kind = kinds.get(str(check_object(dict(record)).get("technique")))
+    if kind is None:
+        raise ValueError(f"technique={show(record.get('technique'))} is none of {', '.join(kinds)}")
+    fields = check_keys(dict(record), ("technique",), kind.__dataclass_fields__)
+    values = {name: value for name, value in fields.items() if name != "technique"}
+    for name in ("dtype", "compute_dtype"):
+        if name in values:
+            values[name] = getattr(torch, str(values[name]), values[name])
+    if isinstance(values.get("format"), list):
+        values["format"] = tuple(values["format"])
+    try:
+        return kind(**values)  # type: ignore[no-any-return]
+    except TypeError as reason:
+        raise ValueError(f"technique={show(record)} is none of lowmem's: {reason}") from reason

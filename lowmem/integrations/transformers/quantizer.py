@@ -1,0 +1,271 @@
+"""The quantizer that transformers calls while it loads a model: one that is to be stored, or was saved as stored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from lowmem.errors import show
+from lowmem.integrations.transformers.config import METHOD, LowmemConfig
+from lowmem.integrations.transformers.mapped import drop_pages
+from lowmem.integrations.transformers.saving import config_of
+from lowmem.integrations.transformers.storing import Storing
+from lowmem.io.container import open_checkpoint
+from lowmem.io.skeleton import convert_skeleton
+from lowmem.nn.adapted_module import bank_of
+from lowmem.nn.stored import StoredTensor
+from lowmem.nn.stored_module import StoredModule
+from lowmem.transforms.convert import freeze_all_but_adapters, restore
+
+__all__ = ["LowmemQuantizer"]
+
+# Asked by the functions with which transformers initializes what a folder lacks; stored weights are never that.
+StoredTensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+class _Store(ConversionOps):  # type: ignore[misc]
+    """Stores a weight that was read, in place of setting it."""
+
+    def __init__(self, storing: Storing, files: list[str]) -> None:
+        self._storing, self._files = storing, files
+
+    def convert(self, input_dict: dict[str, Any], missing_keys: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Return what is not to be stored; weights that are have become a part of their modules."""
+        left = {}
+        while input_dict:
+            name, value = input_dict.popitem()
+            tensor = value[0] if isinstance(value, list) else value
+            if not self._storing.wants(name) or not self._storing.take(name, tensor, missing_keys):
+                left[name] = value
+            del value, tensor
+        drop_pages(self._files)
+        return left
+
+
+class _Align(ConversionOps):  # type: ignore[misc]
+    """Copies scales whose bytes lie in a mapped file where their dtype cannot: they are read as floats."""
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:
+        """Return the only tensor, by its full name."""
+        ((_, value),) = input_dict.items()
+        tensor: Tensor = value[0] if isinstance(value, list) else value
+        return {full_layer_name: tensor.clone() if tensor.data_ptr() % _WIDEST else tensor}
+
+
+_WIDEST = 4  # bytes of the widest scale
+
+
+@register_quantizer(METHOD)
+class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Stores weights while they are read, or takes them as ``save_pretrained`` has written them."""
+
+    quantization_config: LowmemConfig
+
+    def __init__(self, quantization_config: LowmemConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._storing: Storing | None = None
+        self._files: list[str] = []
+        self._parts: set[str] = set()
+        self._ties: dict[str, str] | None = None
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` can write the model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on the model."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model."""
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what cannot be loaded.
+
+        Raises:
+            ValueError: the config is of a model that was saved, and the folder's is dense; or weights would be
+                offloaded to disk before they are stored.
+        """
+        if not self.pre_quantized and self.quantization_config.technique is None:
+            raise ValueError(
+                "quantization_config has no technique, and the folder is dense: LowmemConfig(FourBit('nf4'))"
+            )
+        if not self.pre_quantized and isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise ValueError(
+                f"device_map={show(device_map)} offloads weights to disk while they are stored: load and save the "
+                "model without it first, and offload what was saved"
+            )
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Return the dtype to cast a saved tensor to: none for parts of stored weights."""
+        if any(name in self._parts for name in converter.target_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is to be stored while it is read."""
+        return self._storing is not None and self._storing.wants(param_name)
+
+    def get_quantize_ops(self) -> _Store:
+        """Return what stores a weight."""
+        assert self._storing is not None
+        return _Store(self._storing, self._files)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Return how names of the folder become those of the model: a saved model has its own."""
+        if not self.pre_quantized:
+            return weight_conversions
+        return [WeightConverter(["_scales"], ["_scales"], [_Align()])]
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        tied = _tie(model)
+        self._files = list(checkpoint_files or [])
+        config = self.quantization_config
+        if not self.pre_quantized:
+            assert config.technique is not None
+            self._storing = storing = Storing(model, config.technique, config.skip)
+            ties = {target: source for target, source in tied.items() if storing.stays_tied(target, source)}
+            self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
+            return model
+        convert_skeleton(model, *_records(model, config, self._files))
+        ties = {}
+        for target, source in tied.items():
+            ties |= _ties_of_parts(model, target, source)
+        self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
+        self._parts = set(_parts(model))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._storing is not None:
+            self._storing.finish()
+            drop_pages(self._files)
+            if self._storing.warning is not None:
+                warnings.warn(self._storing.warning, UserWarning, stacklevel=2)
+        else:
+            _check_complete(model)
+        self._storing, self._parts = None, set()
+        if self._ties is not None:
+            model.all_tied_weights_keys, self._ties = self._ties, None
+        for module in model.modules():
+            if isinstance(module, StoredModule):
+                for name in module.part_names:
+                    module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+        if any(bank_of(module) is not None for module in model.modules()):
+            freeze_all_but_adapters(model)
+        model.config.quantization_config = self.quantization_config = config_of(model) or self.quantization_config
+        model.is_quantized = False  # it trains, casts and moves as any model does
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return restore(model, dtype=dtype)
+
+
+def _tie(model: Any) -> dict[str, str]:
+    """Tie the parameters of a model that transformers has made without: target -> source."""
+    tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for target, source in tied.items():
+        path, _, name = target.rpartition(".")
+        setattr(model.get_submodule(path), name, model.get_parameter(source))
+    return tied
+
+
+def _ties_of_parts(model: Any, target: str, source: str) -> dict[str, str]:
+    """Return the ties of what two tied parameters consist of; none where only one of them is stored."""
+    parts = []
+    for name in (target, source):
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        form = module.forms.get(own) if isinstance(module, StoredModule) else None
+        parts.append([name] if form is None else [f"{name}_{part}" for part in form.parts])
+    stored = [names != [name] for names, name in zip(parts, (target, source), strict=True)]
+    return dict(zip(*parts, strict=True)) if stored[0] == stored[1] else {}
+
+
+def _parts(model: nn.Module) -> list[str]:
+    """Return the names of all parameters that hold a part of a stored one."""
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, StoredModule)
+        for name in module.part_names
+    ]
+
+
+def _records(model: Any, config: LowmemConfig, files: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a folder's metadata as lowmem's files have it, and its tensors without values, by the model's paths.
+
+    Raises:
+        ValueError: records that are not lowmem's, or of none of the model's modules.
+    """
+    found = dict(model.named_modules(remove_duplicate=False))
+    prefix = f"{model.base_model_prefix}."
+
+    def own(name: str) -> str | None:
+        """Return the name in this model: a folder may hold it with a head, and the model be the part below it."""
+        for path in (name, name.removeprefix(prefix), prefix + name):
+            parent, _, parameter = path.rpartition(".")
+            if path in found or (parent in found and parameter in found[parent]._parameters):
+                return path
+        return None
+
+    layers: dict[str, Any] = {}
+    for record in config.layers:
+        if not isinstance(record.get("names"), list):
+            raise ValueError(f"quantization_config: layers has {show(record)}, without the names of its weights")
+        how = {key: value for key, value in record.items() if key != "names"}
+        layers |= {place: how for name in record["names"] if (place := own(str(name))) is not None}
+    adapters = {place: record for name, record in config.adapters.items() if (place := own(name)) is not None}
+    if (config.layers and not layers) or (config.adapters and not adapters):
+        raise ValueError(
+            f"quantization_config names no module that {type(model).__name__} has: load the class that was saved"
+        )
+    tensors: dict[str, Tensor] = {}
+    for file in files if adapters else ():
+        with open_checkpoint(file) as checkpoint:
+            for name, spec in checkpoint.specs.items():
+                tensors[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+    tensors |= {
+        place: one for name, one in tensors.items() if (place := _own_tensor(name, prefix, found)) is not None
+    }
+    return {"layers": layers, "adapters": adapters}, tensors
+
+
+def _own_tensor(name: str, prefix: str, found: Container[str]) -> str | None:
+    """Return the name of an adapter's tensor in a model that has another prefix."""
+    place, adapters, rest = name.partition(".adapters.")
+    for path in (place.removeprefix(prefix), prefix + place):
+        if adapters and path in found:
+            return path + adapters + rest
+    return None
+
+
+def _check_complete(model: nn.Module) -> None:
+    """Raise if a part of a stored weight was not in the folder.
+
+    Raises:
+        ValueError: one was not; it is named.
+    """
+    on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
+    for path, module in model.named_modules():
+        if isinstance(module, StoredModule):
+            for name in module.part_names:
+                part: Any = getattr(module, name)
+                if part.is_meta and on_disk:
+                    continue
+                if part.is_meta or not getattr(part, "_is_hf_initialized", False):
+                    raise ValueError(
+                        f"the folder lacks {f'{path}.{name}'.lstrip('.')}, which its quantization_config names: get "
+                        "it again from one source"
+                    )

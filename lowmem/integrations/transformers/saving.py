@@ -1,0 +1,107 @@
+"""What ``save_pretrained`` writes of a converted model: its state, and how it is stored, in config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lowmem.integrations.transformers.config import LowmemConfig
+from lowmem.io.checkpoint import how_stored
+from lowmem.io.metadata import adapters_record
+from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.stored_module import StoredModule
+from lowmem.transforms.placement import place_name
+from lowmem.transforms.registry import module_paths
+
+__all__ = ["config_of", "install"]
+
+_ABSENT = object()
+
+
+def config_of(model: nn.Module) -> LowmemConfig | None:
+    """Return how a model is stored, and which adapters it has; None where nothing is stored or adapted.
+
+    An adapter that is merged counts as active, as ``lowmem.save`` has it.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    adapters: dict[str, Any] = {}
+    for module, paths in module_paths(model).items():
+        base = base_of(module)
+        if isinstance(base, StoredModule):
+            for name, record in how_stored(base).items():
+                named = layers.setdefault(json.dumps(record, sort_keys=True), {**record, "names": []})
+                named["names"].append(paths[0] if name == "weight" else f"{paths[0]}.{name}".lstrip("."))
+        if bank_of(module) is not None:
+            adapters |= {place_name(paths[0], name): record for name, record in adapters_record(module).items()}
+    if not layers and not adapters:
+        return None
+    old = getattr(getattr(model, "config", None), "quantization_config", None)
+    asked = old if isinstance(old, LowmemConfig) else None
+    return LowmemConfig(
+        None if asked is None else asked.technique,
+        skip=() if asked is None else asked.skip,
+        layers=layers.values(),
+        adapters=adapters,
+    )
+
+
+def install() -> None:
+    """Let ``save_pretrained`` and ``dtype`` of transformers' models know what lowmem has stored in them."""
+    original, dtype = PreTrainedModel.save_pretrained, PreTrainedModel.dtype
+
+    @wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _described(self):
+            return original(self, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained
+    PreTrainedModel.dtype = property(lambda self: _presented(self) or dtype.fget(self), doc=dtype.__doc__)
+
+
+def _presented(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype as which a model's first floating-point parameter presents itself, stored or dense."""
+    for module in model.modules():
+        if isinstance(module, StoredModule):
+            for name in module.forms:
+                return module._forms[name].dtype
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                return parameter.dtype
+    return None
+
+
+@contextmanager
+def _described(model: Any) -> Iterator[None]:
+    """Describe a converted model in its config for the block, and let its names be written as they are.
+
+    transformers would give weights back the names that they had in the folder they come from, of which stored ones
+    have none.
+    """
+    config, found = model.config, config_of(model)
+    before = getattr(config, "quantization_config", None)
+    ours = isinstance(before, LowmemConfig)
+    if found is None and not ours:
+        yield
+        return
+    replaced: dict[str, Any] = {"hf_quantizer": None, "_weight_conversions": []}
+    own = {name: model.__dict__.get(name, _ABSENT) for name in replaced}
+    model.__dict__.update(replaced)
+    if found is None:
+        del config.quantization_config  # ``restore`` has made the model dense again
+    else:
+        config.quantization_config = found
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            if value is _ABSENT:
+                del model.__dict__[name]
+            else:
+                model.__dict__[name] = value

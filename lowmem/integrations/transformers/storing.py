@@ -1,0 +1,194 @@
+"""Stores the weights of a model that transformers is loading, each as soon as it is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.half import Half
+from lowmem.nn.stored import FourBitForm, HalfForm
+from lowmem.nn.stored_module import StoredModule, become, freeze
+from lowmem.quant.quantize import relative_error
+from lowmem.transforms.convert import left_dense, rebuild_all, store_parameters
+from lowmem.transforms.registry import layer_name
+
+__all__ = ["Storing"]
+
+
+@dataclass
+class _Shared:
+    """A parameter: its places are modules that store it, each with its name there, and ``names`` all of its names."""
+
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    weight: Any = None  # what it is stored as, once it was read
+
+
+class Storing:
+    """Stores weights one at a time: what ``convert`` would store of the model, if it were loaded.
+
+    Args:
+        model: dense, on the meta device, with its ties.
+        technique: ``Half`` or ``FourBit``.
+        skip: glob patterns of paths to leave dense.
+
+    Attributes:
+        warning: what ``convert`` would warn of, or None.
+
+    Raises:
+        ValueError: as ``convert``: nothing to store, or a pattern that matches nothing.
+    """
+
+    def __init__(self, model: nn.Module, technique: Half | FourBit, skip: Iterable[str]) -> None:
+        self._technique = technique
+        shapes: Any = technique
+        if isinstance(technique, FourBit) and not isinstance(technique.format, str):
+            shapes = replace(technique, format=technique.format[0])  # which one is chosen does not change the shapes
+        made: dict[Any, Any] = rebuild_all(model, (technique,), None, skip, None, lambda _: shapes.skeleton)
+        self.warning = left_dense(model, made, None, skip)
+        self._skeletons: dict[nn.Module, StoredModule] = made
+        self._paths: dict[nn.Module, str] = {}
+        self._weights: dict[nn.Module, dict[str, Any]] = {module: {} for module in made}
+        self._errors: dict[nn.Module, list[tuple[float, float]]] = {module: [] for module in made}
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._shared: dict[str, _Shared] = {}
+        self._missing: set[str] | None = None
+        self._error: Exception | None = None
+        self._computed = _computed(model)
+        by_id: dict[int, _Shared] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for name, parameter in module._parameters.items():
+                full = f"{path}.{name}".lstrip(".")
+                self._shared[full] = shared = by_id.setdefault(id(parameter), _Shared())
+                shared.names.append(full)
+                if module in made and name in made[module].forms:
+                    self._paths.setdefault(module, path)
+                    self._places[full] = module, name
+                    if (module, name) not in shared.places:
+                        shared.places.append((module, name))
+
+    def wants(self, name: str) -> bool:
+        """Whether the parameter called ``name`` is to be stored, be it at another place that is tied to it."""
+        return name in self._shared and bool(self._shared[name].places)
+
+    def stays_tied(self, target: str, source: str) -> bool:
+        """Whether both ends of a tie are stored, or none: ``Half`` stores the bias of a layer, and no other one."""
+        return (target in self._places) == (source in self._places)
+
+    def take(self, name: str, value: Tensor, missing: set[str] | None) -> bool:
+        """Store a parameter that was read; return whether that is all there is to do.
+
+        It is not where the parameter has another shape than the model's, or stays dense under this name.
+
+        Args:
+            name: of the parameter, with the path of its module.
+            value: dense.
+            missing: the names that were not read yet; this one is removed.
+        """
+        self._missing = missing
+        shared = self._shared[name]
+        module, own = self._places.get(name, shared.places[0])
+        if value.shape != self._shape(module, own):
+            del self._shared[name]
+            return False
+        try:
+            stored = None if self._error else self._stored(module, own, value)
+        except (TypeError, ValueError) as reason:  # transformers would bury it in a report: ``finish`` raises it
+            self._error = type(reason)(f"{layer_name(self._paths[module])}: {reason}; or leave it out with skip=")
+        if self._error is not None:
+            if missing is not None:
+                missing.difference_update(shared.names)
+            return True
+        if shared.weight is None:
+            shared.weight = stored
+            for place in shared.places:
+                self._put(*place, stored, value)
+        elif name in self._places and not _same(shared.weight, stored):  # two values for what the config ties
+            self._put(module, own, stored, value)
+        if name not in self._places:
+            stays = {name}
+        else:
+            stays = {other for other in shared.names if other != name and self.stays_tied(other, name)}
+        if missing is not None:
+            missing.difference_update(set(shared.names) - stays)  # transformers ties those that stay
+        return name in self._places
+
+    def finish(self) -> None:
+        """Store what was read beside a weight of another name; leave dense what was not read at all.
+
+        Raises:
+            TypeError, ValueError: a weight could not be stored; its path is named.
+        """
+        if self._error is not None:
+            raise self._error
+        missing = self._missing or set()
+        for name, (module, own) in self._places.items():
+            parameter = module._parameters.get(own)
+            if isinstance(module, StoredModule) or parameter is None or parameter.is_meta or not self.wants(name):
+                continue
+            if name not in missing or self._weights[module] or self._computed(name):
+                self.take(name, parameter.detach(), None)
+
+    def _shape(self, module: nn.Module, name: str) -> torch.Size:
+        parameter = module._parameters.get(name)
+        shape = self._skeletons[module].stored_tensor(name).shape
+        return shape if parameter is None else parameter.shape
+
+    def _stored(self, module: nn.Module, name: str, value: Tensor) -> Any:
+        """Return a parameter as it is stored."""
+        if isinstance(self._skeletons[module].forms[name], HalfForm):
+            return self._technique.store(value, name)
+        return self._technique.store(value.reshape(self._skeletons[module].stored_weight(name).shape), name)
+
+    def _put(self, module: nn.Module, name: str, stored: Any, value: Tensor) -> None:
+        """Note how a parameter is stored; its module is converted when all of its parameters are."""
+        skeleton, weights = self._skeletons[module], self._weights[module]
+        if isinstance(module, StoredModule):
+            described = module._forms[name]
+            module.store(name, stored, described.tail, described.dtype)
+            return
+        weights[name] = stored
+        names = [own for own in skeleton.forms if own != "bias"]  # which ``Half`` stores with the weight
+        if name != "bias":
+            size = 1.0 if len(names) == 1 else float(value.double().pow(2).sum())
+            self._errors[module].append((relative_error(value, stored) ** 2 * size, size))
+        if len(weights) < len(skeleton.forms):
+            return
+        made = store_parameters(module, self._technique, self._paths[module], names, _given(weights))
+        total = sum(size for _, size in self._errors[module])
+        made.weight_error = (sum(error for error, _ in self._errors[module]) / total) ** 0.5 if total else 0.0
+        become(module, made)
+        for part in made.part_names:
+            made._parameters[part]._is_hf_initialized = True  # type: ignore[union-attr]
+        weights.clear()
+
+
+def _computed(model: Any) -> Callable[[str], bool]:
+    """Return whether a parameter is one that the model computes: it is in no folder, and is no new one either."""
+    patterns = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    return lambda name: any(re.search(pattern, name) for pattern in patterns)
+
+
+def _given(weights: dict[str, Any]) -> Callable[[Tensor, str], Any]:
+    """Return what takes the place of ``technique.store``: stored weights, in the shape that is asked for."""
+
+    def store(tensor: Tensor, name: str) -> Any:
+        weight = weights[name]
+        return weight if weight.shape == tensor.shape else freeze(weight.view(tensor.shape))
+
+    return store
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two weights are stored in the same form and bytes."""
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if FourBitForm.of(a) != FourBitForm.of(b):
+        return False
+    return all(torch.equal(*parts) for parts in zip(FourBitForm.split(a), FourBitForm.split(b), strict=True))

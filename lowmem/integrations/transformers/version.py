@@ -1,0 +1,34 @@
+"""Which transformers the integration works with."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+__all__ = ["OLDEST", "check"]
+
+OLDEST = (5, 24)
+"""The oldest version of transformers whose loading calls a quantizer as this one needs it."""
+
+_INSTALL = "pip install 'lowmem[transformers]'"
+
+
+def check() -> None:
+    """Raise unless transformers is installed, and new enough.
+
+    Raises:
+        ImportError: it is not; the remedy is named.
+    """
+    oldest = ".".join(map(str, OLDEST))
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:
+        raise ImportError(
+            f"lowmem.integrations.transformers needs transformers {oldest} or newer, which is not installed: "
+            f"{_INSTALL}"
+        ) from None
+    numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
+    if numbers < OLDEST:
+        raise ImportError(
+            f"lowmem.integrations.transformers needs transformers {oldest} or newer; {found} is installed: {_INSTALL}"
+        )

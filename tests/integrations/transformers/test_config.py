@@ -1,0 +1,52 @@
+"""The config is JSON, and refuses what it does not know."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from lowmem import FourBit, Half, LoRA
+from lowmem.integrations.transformers import METHOD, LowmemConfig
+
+TECHNIQUES = [
+    Half(),
+    Half(torch.bfloat16),
+    FourBit("bof4s", 32, "double", torch.bfloat16, True),
+    FourBit(("nf4", "int4"), compute_dtype=torch.int8, search=False),
+]
+
+
+def test_json_holds_it():
+    for technique in TECHNIQUES:
+        config = LowmemConfig(technique, skip=["lm_head", "*.o_proj"])
+        again = AutoQuantizationConfig.from_dict(json.loads(config.to_json_string()))
+        assert type(again) is LowmemConfig
+        assert (again.technique, again.skip) == (technique, ["lm_head", "*.o_proj"])
+        assert again.to_dict() == config.to_dict()
+    saved = LowmemConfig(layers=[{"technique": "Half", "dtype": "float16", "names": ["a"]}], adapters={"a": []})
+    assert LowmemConfig.from_dict(saved.to_dict()).to_dict() == saved.to_dict()
+    assert "pip install 'lowmem[transformers]'" in saved.to_dict()["notice"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "says"),
+    [
+        ({}, TypeError, r"technique=None: name Half\(\) or FourBit\(\)"),
+        ({"technique": LoRA(4)}, TypeError, "adapters come afterwards, with lowmem.add_adapter"),
+        ({"technique": "nf4"}, TypeError, r"technique='nf4' must be Half\(\) or FourBit\(\)"),
+        ({"technique": {"technique": "Third"}}, ValueError, "technique='Third' is none of Half, FourBit"),
+        ({"technique": {"technique": "Half", "rank": 3}}, ValueError, "'rank' is unknown"),
+        ({"technique": {"technique": "Half", "dtype": "float33"}}, ValueError, "dtype=float33 must be"),
+        ({"technique": {"technique": "FourBit", "block_size": [1]}}, (TypeError, ValueError), "block_size"),
+        ({"technique": Half(), "skip": [3]}, TypeError, r"skip=\[3\] must be glob patterns"),
+        ({"technique": Half(), "version": 2}, ValueError, "version=2, and this lowmem reads 1: upgrade lowmem"),
+        ({"technique": Half(), "rotations": 1}, ValueError, "has 'rotations', which this lowmem does not know"),
+    ],
+)
+def test_it_refuses_what_it_does_not_know(arguments, kind, says):
+    with pytest.raises(kind, match=says):
+        LowmemConfig.from_dict({"quant_method": METHOD, **arguments})

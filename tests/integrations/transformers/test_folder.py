@@ -1,0 +1,144 @@
+"""A folder becomes another one, in one piece or not at all; damaged ones are refused. Also from the shell."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from safetensors.torch import load_file, save_file
+
+import lowmem
+from lowmem import FileError, FourBit, Half
+from lowmem.__main__ import main
+from lowmem.integrations.transformers.folder import load_folder, quantize_folder
+from tests.integrations.transformers.folders import CONFIGS, IDS, assert_same, load, write
+from tests.integrations.transformers.tokens import write_tokenizer
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Return a folder with shards, a tokenizer and more."""
+    folder = write(tmp_path / "in", max_shard_size="40KB")
+    write_tokenizer(folder)
+    (folder / "README.md").write_text("a card")
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    return folder
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_equals_convert(tmp_path, kind):
+    folder = write(tmp_path / "in", kind, torch.bfloat16)
+    rows = quantize_folder(folder, tmp_path / "out", FourBit("nf4"), skip="*norm*" if kind == "llama" else ())
+    expected = lowmem.convert(load(folder, dtype="auto"), FourBit("nf4"))
+    assert_same(load_folder(tmp_path / "out"), expected)
+    layers = {layer.path for layer in lowmem.summary(expected) if layer.converted and layer.shared_with is None}
+    stored = {row.name: row for row in rows if row.converted}
+    assert {name.rpartition(".")[0] for name in stored} == layers
+    for name, row in stored.items():
+        assert row.error == expected.get_submodule(name.rpartition(".")[0]).weight_error
+        assert row.before_bytes == 2 * torch.Size(row.shape).numel()
+    assert sum(row.after_bytes for row in rows) == sum(one.nbytes for one in expected.parameters())
+    assert [row.name for row in rows] == sorted(row.name for row in rows)
+
+
+def test_the_command_writes_what_loads(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["quantize", str(source), str(out), "--shard-size", "20KB", "--exclude", "*o_proj", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in rows if not row["converted"]} >= {"model.layers.0.self_attn.o_proj.weight"}
+    expected = lowmem.convert(load(source), FourBit("nf4"), skip="*o_proj")
+    assert_same(load(out), expected)
+    assert torch.equal(load(out)(IDS).logits, expected(IDS).logits)
+    same = {"README.md", "tokenizer.json", "tokenizer_config.json"}
+    assert same == {file.name for file in out.iterdir() if (source / file.name).exists()} - {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+    }
+    assert all((out / name).read_bytes() == (source / name).read_bytes() for name in same)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+    assert len([*out.glob("*.safetensors")]) > 1
+
+    assert main(["stats", str(out), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["theoretical_bytes"] == lowmem.measure.theoretical_bytes(expected)
+    assert row["forward_bytes"] > 0
+    assert main(["stats", str(out), "--input-shape", "7", "--input-dtype", "int64"]) == 0
+    assert "Linear4Bit" in capsys.readouterr().out
+
+
+def refused(capsys, *argv):
+    assert main([*map(str, argv)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_bad_folders_are_one_line(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "exists; remove it" in refused(capsys, "quantize", source, source)
+    assert "leave modules of a folder out by --exclude" in refused(capsys, "quantize", source, out, "--include", "*")
+    assert "skip='nothing' matches no module" in refused(capsys, "quantize", source, out, "--exclude", "nothing")
+
+    shard = next(source.glob("*.safetensors"))
+    weights = load_file(shard)
+    name, value = weights.popitem()
+    save_file(weights | {"another": value}, shard, {"format": "pt"})
+    assert "it and its index differ in tensor" in refused(capsys, "quantize", source, out)
+    save_file(weights | {name: value}, shard, {"format": "pt"})
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    assert "are there" in refused(capsys, "quantize", source, out)
+    shard.write_bytes(content)
+
+    config = json.loads((source / "config.json").read_text())
+    for changed, says in [
+        (config | {"architectures": ["os"]}, "architectures names 'os', which transformers"),
+        (config | {"quantization_config": {"quant_method": "gptq"}}, "it is quantized by 'gptq' already"),
+        ([1], "no config of a model"),
+    ]:
+        (source / "config.json").write_text(json.dumps(changed))
+        assert says in refused(capsys, "quantize", source, out)
+    (source / "config.json").write_text("{")
+    assert "it is damaged" in refused(capsys, "quantize", source, out)
+    (source / "config.json").unlink()
+    assert "it has no config.json" in refused(capsys, "stats", source)
+    (source / "config.json").write_text(json.dumps(config))
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    assert "it has no model.safetensors and no model.safetensors.index.json" in refused(
+        capsys, "quantize", source, out
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("the disk is full"), RuntimeError])
+def test_an_interruption_leaves_nothing(source, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises((KeyboardInterrupt, OSError, RuntimeError)):
+        quantize_folder(source, tmp_path / "out", Half())
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_another_one_at_the_place_meanwhile_stays(source, tmp_path, monkeypatch):
+    write_whole = load(source).__class__.save_pretrained
+
+    def save(self, *args, **kwargs):
+        write_whole(self, *args, **kwargs)
+        (tmp_path / "out").mkdir()
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", save)
+    with pytest.raises(FileExistsError):
+        quantize_folder(source, tmp_path / "out", Half())
+    assert [*(tmp_path / "out").iterdir()] == []
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_stored_folder_is_not_stored_twice(source, tmp_path):
+    quantize_folder(source, tmp_path / "out", Half())
+    with pytest.raises(FileError, match="it is quantized by lowmem already"):
+        quantize_folder(tmp_path / "out", tmp_path / "twice", FourBit())

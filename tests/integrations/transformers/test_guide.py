@@ -1,0 +1,37 @@
+"""The guide's program runs as it is written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+pytest.importorskip("accelerate", reason="accelerate is not installed: tox -e transformers")
+
+from lowmem.__main__ import main
+from tests.integrations.transformers.folders import write
+from tests.integrations.transformers.tokens import write_tokenizer
+
+PAGE = Path(__file__).parents[3] / "docs" / "guides" / "hugging-face.md"
+
+
+@pytest.mark.filterwarnings("default::FutureWarning", "default::DeprecationWarning", "default::UserWarning")
+@pytest.mark.filterwarnings("default::ResourceWarning")
+def test_the_program_and_the_commands(tmp_path, monkeypatch, capsys):
+    write_tokenizer(write(tmp_path / "llama"))
+    lines = [f"line {n}: weights are levels times scales, and each error has a bound" for n in range(8)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    (tmp_path / "held-out.txt").write_text(" ".join(lines))
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf8"), flags=re.DOTALL)
+    assert len([line for line in program.splitlines() if line]) <= 25
+    space = {"__name__": "guide"}
+    exec(compile(program, str(PAGE), "exec"), space)
+    assert "The weather" in capsys.readouterr().out.splitlines()[-1]
+    assert space["trainer"].state.global_step == 20
+    history = [line["train_loss"] for line in space["trainer"].state.log_history if "train_loss" in line]
+    assert history
+    assert (tmp_path / "runs" / "checkpoint-10").is_dir()
+    (commands,) = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf8"), flags=re.DOTALL)
+    for command in commands.splitlines():
+        assert main(command.split()[1:]) == 0

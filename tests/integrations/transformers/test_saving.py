@@ -1,0 +1,90 @@
+"""``save_pretrained`` of a converted model writes what ``from_pretrained`` loads, to the bit."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
+
+import lowmem
+from lowmem import FourBit, Half, LoRA
+from lowmem.integrations.transformers import METHOD, LowmemConfig
+from lowmem.io.metadata import technique_record
+from tests.integrations.transformers.folders import CONFIGS, IDS, assert_same, load, write
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_is_loaded_again(tmp_path, kind):
+    dense = write(tmp_path / "dense", kind)
+    for number, technique in enumerate((FourBit("bof4s", 32), Half())):
+        model = lowmem.convert(load(dense), technique)
+        model.save_pretrained(tmp_path / f"{number}", max_shard_size="30KB")
+        assert (tmp_path / f"{number}" / "model.safetensors.index.json").exists()
+        again = load(tmp_path / f"{number}")
+        assert_same(again, model)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        base = load(tmp_path / f"{number}", as_class=AutoModel)
+        assert_same(base, model.base_model)
+        again.save_pretrained(tmp_path / f"{number} again", max_shard_size="30KB")
+        for file in (tmp_path / f"{number}").iterdir():
+            assert file.read_bytes() == (tmp_path / f"{number} again" / file.name).read_bytes()
+        own = load(tmp_path / f"{number}", dtype=torch.bfloat16)  # the rest in bfloat16; what is stored stays
+        assert own.dtype == torch.bfloat16 != model.dtype == torch.float32
+        for name, value in own.state_dict().items():
+            if name.endswith(("_packed", "_scales", "_rounded")):
+                assert torch.equal(value, model.state_dict()[name])
+
+
+def test_a_model_without_a_folder_and_parts_of_it(tmp_path):
+    """Only a part was converted, by hand; names are those of the whole."""
+    model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"])
+    lowmem.convert(model.model.layers[1], FourBit("nf4"))
+    model.save_pretrained(tmp_path)
+    (record,) = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
+    names = record.pop("names")
+    assert record == technique_record(FourBit("nf4", 64, "double"))
+    assert "model.layers.1.mlp.experts.gate_up_proj" in names
+    assert all(name.startswith("model.layers.1.") for name in names)
+    assert "model.layers.1.mlp.experts.gate_up_proj_packed" in load_file(tmp_path / "model.safetensors")
+    assert_same(load(tmp_path), model)
+    lowmem.restore(model).save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert_same(load(tmp_path), model)
+
+
+def test_adapters_are_saved_with_their_base(tmp_path):
+    dense = write(tmp_path / "dense")
+    config = LowmemConfig(FourBit("nf4"))
+    model = lowmem.add_adapter(load(dense, quantization_config=config), "one", LoRA(4, ranks={"*up_proj": 2}))
+    lowmem.add_adapter(model, "two", LoRA(3, rank_stabilized=True), where=lambda path, _: path.endswith("q_proj"))
+    lowmem.activate(model, "one")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "small")
+    again = load(tmp_path / "small")
+    assert_same(again, model)
+    assert lowmem.active_adapters(again) == lowmem.active_adapters(model)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    base = load(tmp_path / "small", as_class=AutoModel)
+    assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    only = lowmem.convert(load(dense), LoRA(4))
+    only.save_pretrained(tmp_path / "only adapters")
+    assert_same(load(tmp_path / "only adapters"), only)
+
+
+def test_without_lowmem_the_folder_says_what_is_missing(tmp_path, monkeypatch, caplog):
+    lowmem.convert(load(write(tmp_path / "dense")), FourBit()).save_pretrained(tmp_path / "small")
+    found = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert "pip install 'lowmem[transformers]'" in found["notice"]
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD)  # as where lowmem is not imported
+    messages = []
+    monkeypatch.setattr("transformers.quantizers.auto.logger.warning", messages.append)
+    assert not AutoHfQuantizer.supports_quant_method(found)
+    assert "lowmem: import lowmem.integrations.transformers" in messages[0]

@@ -1,0 +1,91 @@
+"""What is stored while a folder is read equals what ``convert`` stores of the loaded model."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+import lowmem
+from lowmem import FourBit, Half, summary
+from lowmem.integrations.transformers import LowmemConfig
+from lowmem.nn.stored_module import StoredModule
+from tests.integrations.transformers.folders import CONFIGS, assert_same, load, write
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_equals_convert(tmp_path, kind):
+    folder = write(tmp_path, kind)
+    ways = [
+        (FourBit("nf4"), {}, torch.float32),
+        (FourBit(("int4", "bof4s"), 32), {"skip": ["*lm_head", "*.[a-z]_proj", "*attn*"]}, torch.float32),
+        (FourBit("nf4", compute_dtype=torch.bfloat16), {}, torch.bfloat16),
+        (Half(torch.bfloat16), {}, torch.float32),
+    ]
+    for technique, more, dtype in ways:
+        if kind != "llama" and "skip" in more:
+            more = {"skip": ["*attn*"]}
+        read = load(folder, quantization_config=LowmemConfig(technique, **more), dtype=dtype)
+        expected = lowmem.convert(load(folder, dtype=dtype), technique, **more)
+        assert_same(read, expected)
+        assert [*summary(read)] == [*summary(expected)]  # forms, dtypes and errors, layer by layer
+        assert not read.training
+        assert {name: p.requires_grad for name, p in read.named_parameters()} == {
+            name: p.requires_grad for name, p in expected.named_parameters()
+        }
+
+
+def test_both_ends_of_a_tie_in_the_folder(tmp_path):
+    """Files of other programs may hold both: they are one where they are equal, and two where they differ."""
+    file = write(tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    config = LowmemConfig(FourBit("nf4"))
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    assert_same(load(tmp_path, quantization_config=config), lowmem.convert(load(tmp_path), FourBit("nf4")))
+    head = weights["model.embed_tokens.weight"].flip(0)
+    save_file(weights | {"lm_head.weight": head.contiguous()}, file, {"format": "pt"})
+    assert_same(load(tmp_path, quantization_config=config), lowmem.convert(load(tmp_path), FourBit("nf4")))
+
+
+def test_what_the_folder_lacks_stays_dense(tmp_path):
+    """A new head is to be trained: stored, it would be frozen."""
+    folder = write(tmp_path)
+    model = load(
+        folder, as_class=AutoModelForSequenceClassification, quantization_config=LowmemConfig(FourBit()), num_labels=3
+    )
+    assert type(model.score) is nn.Linear
+    assert model.score.weight.requires_grad
+    assert not model.score.weight.is_meta
+    assert isinstance(model.model.embed_tokens, StoredModule)
+    names = {name for record in model.config.quantization_config.layers for name in record["names"]}
+    assert "model.embed_tokens" in names
+    assert "score" not in names
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    folder = write(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(96, 32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="mismatched"):
+        load(folder, quantization_config=LowmemConfig(FourBit()))
+    read = load(folder, quantization_config=LowmemConfig(FourBit()), ignore_mismatched_sizes=True)
+    assert type(read.model.layers[0].mlp.up_proj) is nn.Linear
+    assert isinstance(read.model.layers[0].mlp.down_proj, StoredModule)
+
+
+def test_what_cannot_be_stored_is_named(tmp_path):
+    folder = write(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for technique in (FourBit(), Half()):
+        with pytest.raises(ValueError, match=r"^model.layers.0.mlp.up_proj: .*; or leave it out with skip=$"):
+            load(folder, quantization_config=LowmemConfig(technique))
+    read = load(folder, quantization_config=LowmemConfig(FourBit(), skip="*up_proj"))
+    assert isinstance(read.model.layers[0].mlp.down_proj, StoredModule)
+    with pytest.raises(ValueError, match=r"skip='nothing\*' matches no module"):
+        load(folder, quantization_config=LowmemConfig(FourBit(), skip="nothing*"))

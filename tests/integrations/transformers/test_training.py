@@ -1,0 +1,179 @@
+"""Trainer, PEFT and accelerate on models that lowmem has stored, with tied ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+pytest.importorskip("accelerate", reason="accelerate is not installed: tox -e transformers")
+
+from transformers import Trainer, TrainingArguments, pipeline
+
+import lowmem
+from lowmem import FourBit, LoRA
+from lowmem.integrations.transformers import LowmemConfig
+from tests.integrations.transformers.folders import IDS, assert_same, load, write
+from tests.integrations.transformers.tokens import write_tokenizer
+
+pytestmark = pytest.mark.filterwarnings(  # those of transformers and accelerate are not ours
+    "default::FutureWarning", "default::DeprecationWarning", "default::UserWarning"
+)
+ROOT = Path(__file__).parents[3]
+DATA = [
+    {"input_ids": (torch.arange(16) * (i + 3)) % 258, "labels": (torch.arange(16) * (i + 3)) % 258} for i in range(16)
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "dense")
+
+
+def stored(folder):
+    return load(folder, quantization_config=LowmemConfig(FourBit("nf4")))
+
+
+def with_lowmem(folder):
+    return lowmem.add_adapter(stored(folder), "tuned", LoRA(4))
+
+
+def with_peft(folder):
+    peft = pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(stored(folder), config)
+
+
+def trainer(model, out, **more):
+    arguments = TrainingArguments(
+        str(out),
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **(
+            {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+            | more
+        ),
+    )
+    return Trainer(model, arguments, train_dataset=DATA, eval_dataset=DATA[:4])
+
+
+def logged(run, name):
+    return [line[name] for line in run.state.log_history if name in line]
+
+
+@pytest.mark.parametrize("adapt", [with_lowmem, with_peft])
+def test_it_trains_and_goes_on_from_a_checkpoint(folder, tmp_path, adapt):
+    """Steps after a checkpoint are those of the run that was not stopped; what lies in checkpoints loads again."""
+    torch.manual_seed(0)
+    model = adapt(folder)
+    whole = trainer(model, tmp_path / "run", gradient_checkpointing=True)
+    whole.train()
+    assert len(logged(whole, "loss")) == 4
+    assert len(logged(whole, "eval_loss")) == 2
+    assert logged(whole, "eval_loss")[1] < logged(whole, "eval_loss")[0]
+    torch.manual_seed(1)
+    again = adapt(folder)
+    resumed = trainer(again, tmp_path / "run", gradient_checkpointing=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert_same(again, model)
+    last = tmp_path / "run" / "checkpoint-4"
+    if adapt is with_lowmem:
+        assert_same(load(last), model)
+        (record,) = json.loads((last / "config.json").read_text())["quantization_config"]["layers"]
+        assert "lm_head" in record["names"]
+        plain = trainer(adapt(folder), tmp_path / "plain", load_best_model_at_end=True)
+        plain.train()
+    else:
+        peft = pytest.importorskip("peft")
+        assert_same(peft.PeftModel.from_pretrained(stored(folder), last), model)
+
+
+def test_adapters_of_peft_compute_and_load(folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
+    torch.manual_seed(0)
+    model = with_peft(folder).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    dense = peft.PeftModel(stored(folder).dequantize(), model.peft_config["default"]).eval()
+    dense.load_state_dict({name: p for name, p in model.state_dict().items() if "lora_" in name}, strict=False)
+    # the same products in float32, of the same values: sums in another order
+    torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(stored(folder), tmp_path / "adapter").eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    own = stored(folder)  # transformers' own way to the same
+    own.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(own(IDS).logits, model(IDS).logits)
+
+
+def test_a_pipeline_generates(folder, tmp_path):
+    write_tokenizer(folder)
+    stored(folder).save_pretrained(tmp_path / "small")
+    write_tokenizer(tmp_path / "small")
+    generate = pipeline("text-generation", model=str(tmp_path / "small"))
+    (found,) = generate("ab", max_new_tokens=5, do_sample=False)
+    assert found["generated_text"].startswith("ab")
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from tests.integrations.transformers.test_training import trainer, with_lowmem
+import torch.distributed as dist
+
+torch.manual_seed(0)
+model = with_lowmem(Path(sys.argv[2]))
+run = trainer(model, sys.argv[3], max_steps=2)
+run.train()
+assert dist.get_world_size() == 2
+for parameter in model.parameters():
+    both = [torch.empty_like(parameter) for _ in range(2)]
+    dist.all_gather(both, parameter.detach())
+    assert torch.equal(*both)
+print("rank", dist.get_rank(), "done")
+"""
+
+
+def test_accelerate_launches_two_processes(folder, tmp_path):
+    """Both train the same adapter, on batches of their own; the first one saves it.
+
+    With ``--cpu`` alone, accelerate starts one process, or needs mpirun: ``--multi_gpu`` is torchrun, and
+    ``use_cpu=True`` of the arguments makes it gloo.
+    """
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [str(tmp_path / "train.py"), str(ROOT), str(folder), str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert sorted(line for line in run.stdout.splitlines() if line.startswith("rank")) == [
+        "rank 0 done",
+        "rank 1 done",
+    ]
+    trained = load(tmp_path / "run" / "checkpoint-2")
+    assert lowmem.adapter_names(trained) == ["tuned"]
+    fresh = with_lowmem(folder).state_dict()
+    changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, fresh[name])}
+    assert changed
+    assert all(".adapters.tuned.lora_" in name for name in changed)
