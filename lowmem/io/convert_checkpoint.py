@@ -26,7 +26,7 @@ from lowmem.nn.fourbit import FourBit
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Row", "Source", "convert_checkpoint"]
+__all__ = ["Row", "Source", "convert_checkpoint", "divide"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are converted
 
@@ -146,7 +146,7 @@ def convert_checkpoint(
                 if taken.setdefault(out, name) != name:
                     both = f"both {printable(taken[out], 80)} and {printable(name, 80)} would be {printable(out, 80)}"
                     raise ValueError(f"{both}; copy one as it is with --exclude")
-        shards = _divide(plan, shard_bytes)
+        shards = divide(plan, shard_bytes)
         outputs = [target]
         if shard_bytes is not None:
             outputs = [shard_name(target, number, len(shards)) for number in range(1, len(shards) + 1)]
@@ -206,7 +206,12 @@ def _outputs(name: str, spec: TensorSpec, technique: FourBit | None) -> dict[str
     return {prefix + part: TensorSpec.of(getattr(skeleton, part)) for part in ("packed", "scales")}
 
 
-def _divide(plan: dict[str, dict[str, TensorSpec]], shard_bytes: int | None) -> list[list[str]]:
+def divide(plan: dict[str, dict[str, TensorSpec]], shard_bytes: int | None) -> list[list[str]]:
+    """Return the names of each file's tensors, sorted, of which ``plan`` has the specs of what replaces them.
+
+    Raises:
+        ValueError: a tensor that is larger than ``shard_bytes``.
+    """
     if shard_bytes is None:
         return [sorted(plan)]
     shards: list[list[str]] = [[]]

@@ -14,8 +14,8 @@ from lowmem.nn.adapted_module import bank_of
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA
-from lowmem.quant.formats import FORMATS
-from lowmem.quant.scales import ENCODINGS
+from lowmem.quant.formats import FORMATS, IMPORTED
+from lowmem.quant.scales import ENCODINGS, OFFSETS
 from lowmem.quant.tensor import METHODS
 
 __all__ = [
@@ -63,7 +63,11 @@ def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
     if kind != "FourBit":
         raise ValueError(f"technique={show(kind)} is unknown")
     fields = check_keys(record, ("technique", "format", "block_size", "scales", "method"), ("compute_dtype",))
-    for name, known in (("format", FORMATS), ("scales", ENCODINGS), ("method", METHODS)):
+    for name, known in (
+        ("format", {**FORMATS, **IMPORTED}),
+        ("scales", {**ENCODINGS, **OFFSETS}),
+        ("method", METHODS),
+    ):
         _choice(fields, name, known)
     _check_type(fields, "block_size", int, "an integer")
     compute = _COMPUTED[_choice(fields, "compute_dtype", _COMPUTED)] if "compute_dtype" in fields else None

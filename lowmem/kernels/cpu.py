@@ -27,7 +27,7 @@ from lowmem.kernels import int8, reference
 from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
-from lowmem.quant.search import CANDIDATES
+from lowmem.quant.search import CANDIDATES, block_sums, spread
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Kernel", "backends", "load"]
@@ -41,6 +41,7 @@ Given: TypeAlias = tuple[object, Tensor, Tensor | None]
 _NO_LOW_RANK = (None, None, None)
 
 _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # keys of ``QuantizedTensor.cache``: a C handle for each use
+_BASE, _BASE_IN_INT8 = "prepared_base", "prepared_base_int8"  # of a weight that has offsets, without these
 
 _ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
 
@@ -156,6 +157,8 @@ class Kernel:
 
     def _linear_of_others(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         """Convert arguments to a form that C takes, or fall back to plain torch."""
+        if isinstance(weight, QuantizedTensor) and weight.has_offsets:
+            return self._linear_with_offsets(x, weight, dtype, bias)
         if dtype is torch.int8:
             return self._linear_int8(x, weight, bias)
         if dtype not in TYPES or not (is_real(x) and x.is_floating_point() and x.dim() == 2):
@@ -169,6 +172,38 @@ class Kernel:
             if out is not None:
                 return out if bias is None or added is bias else out.add_(bias)
         return reference.linear(x, weight, dtype, bias)
+
+    def _linear_with_offsets(
+        self, x: Tensor, weight: QuantizedTensor, dtype: torch.dtype, bias: Tensor | None
+    ) -> Tensor:
+        """Multiply by the weight without offsets in float32, and add offsets @ (sums of x over blocks).
+
+        In float32, since the two may be larger than their sum.
+        """
+        if not ((dtype in TYPES or dtype is torch.int8) and is_real(x) and x.is_floating_point() and x.dim() == 2):
+            return reference.linear(x, weight, dtype, bias)
+        in_int8 = dtype is torch.int8
+        wide = int8.round_inputs(x, weight.block_size) if in_int8 else x.to(dtype).float()
+        wide, threads = wide.contiguous(), torch.get_num_threads()
+        for given in self._handles(weight, _BASE_IN_INT8 if in_int8 else _BASE):
+            out = self._linear(self._isa, *given, wide, None, threads, *_NO_LOW_RANK)
+            if out is False:
+                out = self._linear_by_torch(wide, given, weight.shape, None)
+            if out is not None:
+                out.addmm_(block_sums(wide, weight.block_size), weight.offsets().t())
+                return (out if bias is None else out.add_(bias)).to(x.dtype if in_int8 else dtype)
+        return reference.linear(x, weight, dtype, bias)
+
+    def _input_grad_with_offsets(self, grad: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
+        """Multiply by the weight without offsets in float32, and add grad @ offsets to each column of a block."""
+        wide, size, columns = grad.to(dtype).float().contiguous(), weight.block_size, weight.shape[1]
+        for given in self._handles(weight, _BASE):
+            out = self._input_grad(self._isa, *given, wide, torch.get_num_threads())
+            if out is False:
+                out = self._input_grad_by_torch(wide, given, weight.shape, size)
+            if out is not None:
+                return out.add_(spread(wide @ weight.offsets(), size, columns)).to(dtype)
+        return None
 
     def _linear_by_torch(self, x: Tensor, given: Given, shape: torch.Size, bias: Tensor | None) -> Tensor:
         """Dequantize rows of a weight, a chunk at a time, and multiply each by torch: (batch, in) -> (batch, out)."""
@@ -260,6 +295,9 @@ class Kernel:
             out = self._input_grad(self._isa, *given, grad, torch.get_num_threads())
             if out is not None and out is not False:
                 return out
+        if dtype in TYPES and is_real(grad) and isinstance(weight, QuantizedTensor) and weight.has_offsets:
+            out = self._input_grad_with_offsets(grad, weight, dtype)
+            return reference.input_grad(grad, weight, dtype) if out is None else out
         if dtype in TYPES and is_real(grad):
             ready, threads = grad.to(dtype).contiguous(), torch.get_num_threads()
             for given in self._handles(weight):
@@ -291,6 +329,8 @@ class Kernel:
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
         """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``."""
+        if into.has_offsets:
+            return reference.quantize_rows(rows, into, chunk, importance)
         form, size, packed, stored = get_format(into.format), into.block_size, into.packed[chunk], into.scales[chunk]
         encoding = _ENCODINGS[into.encoding.name, into.encoding.signed]
         fits = is_float(rows) and all(is_real(t) and t.is_contiguous() for t in (packed, stored))
@@ -351,6 +391,10 @@ class Kernel:
 
     def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
         """Return which kernel computes each product of an input of ``rows`` rows, and why those before it do not."""
+        if isinstance(weight, QuantizedTensor) and weight.has_offsets:
+            without = replace(weight, scale_encoding="float32")
+            added = "offsets: added in plain torch, to products in float32 without them:"
+            return "\n".join([added, self.explain(without, rows, torch.float32)])
         if dtype is not torch.int8:
             return "\n".join(
                 [*self._explained(weight, rows, dtype, "linear"), *self._explained(weight, rows, dtype, "input_grad")]
@@ -392,10 +436,10 @@ class Kernel:
         if (packed.shape, packed.dtype, scales.shape, scales.dtype) != weight.stored_layout or len(weight.shape) != 2:
             return None
         rows, columns = weight.shape
-        if not columns:
+        if not columns or weight.has_offsets != (use in (_BASE, _BASE_IN_INT8)):
             return None
         points, form = 0, get_format(weight.format).levels
-        if use == _IN_INT8:
+        if use in (_IN_INT8, _BASE_IN_INT8):
             points, form = int8.rounded_levels(form)
         levels = _floats(form)
         handle = self.native.prepare(
@@ -404,11 +448,12 @@ class Kernel:
             packed,
             scales,
             levels.buffer_info()[0],
-            _ENCODINGS[weight.encoding.name, weight.encoding.signed],
+            _ENCODINGS[weight.encoding.name.removesuffix("_offsets"), weight.encoding.signed],
             weight.block_size,
             rows,
             columns,
             points,
+            weight.has_offsets,
         )
         if handle is None:
             return None

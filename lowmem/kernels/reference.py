@@ -16,7 +16,14 @@ from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import by_block, pack
 from lowmem.quant.scales import ScaleEncoding
-from lowmem.quant.search import largest_weights, nearest_codes, searched_scales
+from lowmem.quant.search import (
+    fitting_offsets,
+    fitting_scales,
+    largest_weights,
+    nearest_codes,
+    searched_scales,
+    spread,
+)
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 __all__ = ["add_low_rank", "backends", "dequantize", "explain", "input_grad", "linear", "name", "quantize_rows"]
@@ -130,9 +137,18 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
     largest = float(scales.abs().max())
     if not largest <= encoding.largest:  # also when it is NaN
         raise ValueError(_range_message(rows, largest, encoding))
+    if encoding.offsets:
+        offsets = encoding.round_offsets(fitting_offsets(rows, form, size))  # (rows, blocks)
+        rows = rows - spread(offsets, size, rows.shape[1])
+        scales = fitting_scales(rows, form, size)
+        if not float(scales.max()) <= encoding.largest:
+            raise ValueError(_range_message(rows, float(scales.max()), encoding))
     if into.method == "search":
-        scales = searched_scales(rows, form, size, encoding.largest, importance)
+        top = scales if encoding.offsets else None
+        scales = searched_scales(rows, form, size, encoding.largest, importance, top)
     stored = encoding.encode(scales)
+    if encoding.offsets:
+        stored = encoding.with_offsets(stored, offsets)
     codes = nearest_codes(rows, encoding.decode(stored), form, size)
     into.packed[chunk] = pack(codes, size)
     if form.levels[form.zero_code] == 0:

@@ -16,7 +16,7 @@ from lowmem.nn.stored_module import LAYERS, FourBitStorage, freeze, kept_weight,
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size
 from lowmem.quant.quantize import method_of, quantize
-from lowmem.quant.scales import get_encoding
+from lowmem.quant.scales import OFFSETS, get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["FourBit", "FourBitStore", "Linear4Bit"]
@@ -34,11 +34,13 @@ class FourBit:
     Args:
         format: a key of ``FORMATS``; or several, of which each weight gets the one with the least squared error.
         block_size: weights per scale, even, 8 to 4096; None: the format's default.
-        scales: "float32", "float16" or "double"; None: the format's default.
+        scales: "float32", "float16" or "double", or one of the first two with "_offsets"; None: the format's default.
         compute_dtype: to multiply in; None: the dtype of the input. With torch.int8, linear layers round inputs, and
             levels that need it, to 8 bits (``lowmem.kernels.int8``) and multiply integers; gradients and other layers
             use the dtype of the input.
         search: whether to search for the scales with the least squared error; None: the format's default.
+        offsets: whether each block has an offset, too, the middle of its weights: scales become "float16_offsets" or
+            "float32_offsets". A product then takes the sums of the input over blocks, in float32.
 
     Raises:
         ValueError: an unknown format or scales, a bad block size, or a dtype that is not floating point.
@@ -49,6 +51,7 @@ class FourBit:
     scales: str | None = None
     compute_dtype: torch.dtype | None = None
     search: bool | None = None
+    offsets: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, str):
@@ -59,8 +62,12 @@ class FourBit:
             get_format(name)
         if self.block_size is not None:
             check_block_size(self.block_size)
+        if self.offsets and self.scales not in OFFSETS:
+            if self.scales not in (None, "float16", "float32"):
+                raise ValueError(f"scales={self.scales!r} has no offsets: choose from {', '.join(OFFSETS)}")
+            object.__setattr__(self, "scales", f"{self.scales or 'float16'}_offsets")
         if self.scales is not None:
-            get_encoding(self.scales)
+            object.__setattr__(self, "offsets", get_encoding(self.scales).offsets)
         dtype = self.compute_dtype
         if dtype not in (None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(

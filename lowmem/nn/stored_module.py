@@ -367,7 +367,7 @@ class FourBitStorage(StoredModule):
 
     @property
     def format(self) -> str:
-        """The format of the weight, a key of ``FORMATS``."""
+        """The format of the weight, a key of ``FORMATS`` or ``IMPORTED``."""
         return self._weight_form.format
 
     @property

@@ -1,7 +1,9 @@
 """The 4-bit formats, as frozen data: no code branches on a format's name.
 
 A format is sixteen levels in [-1, 1]. A weight is ``levels[code] * scale``, with one scale per block.
-To add a format, add one entry to ``FORMATS``: tests, benchmarks and commands pick it up from there.
+To add a format, add one entry to ``FORMATS``: tests, benchmarks and commands pick it up from there. ``IMPORTED`` has
+the levels of other programs' files, whose codes lowmem keeps exactly: they store, multiply and are quantized into as
+the others, which lose less.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 
-__all__ = ["FORMATS", "Format", "get_format"]
+__all__ = ["FORMATS", "IMPORTED", "Format", "get_format"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Format:
     """Sixteen sorted levels in [-1, 1], and the block size and scales that suit them best.
 
     Args:
-        name: the key in ``FORMATS``.
+        name: the key in ``FORMATS`` or ``IMPORTED``.
         levels: 16 numbers, ascending; a value may occur twice (the two zeros of a floating-point format).
         block_size: default number of weights that share a scale.
         scales: default encoding of the scales, a key of ``lowmem.quant.scales.ENCODINGS``.
@@ -142,14 +144,60 @@ _FORMATS = (
 
 FORMATS = MappingProxyType({f.name: f for f in _FORMATS})
 
+# Divided by powers of two, so that the quotients are exact, and so is the scale times the same power: both products
+# are rounded alike. Signed and searched, since one end is shorter.
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_BNB_FP4 = (0.0, 0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+
+IMPORTED = MappingProxyType(
+    {
+        f.name: f
+        for f in (
+            Format(
+                name="q4_0",
+                levels=tuple((code - 8) / 8 for code in range(16)),
+                block_size=32,
+                scales="float16",
+                source="signed 4-bit integers: Q4_0 of ggml, symmetric GPTQ, AWQ and compressed-tensors",
+                signed=True,
+                search=True,
+            ),
+            Format(
+                name="iq4_nl",
+                levels=tuple(value / 128 for value in _IQ4_NL),
+                block_size=32,
+                scales="float16",
+                source="IQ4_NL and IQ4_XS of ggml",
+                signed=True,
+                search=True,
+            ),
+            Format(
+                name="uint4",
+                levels=tuple(code / 16 for code in range(16)),
+                block_size=32,
+                scales="float16_offsets",
+                source="4-bit integers with offsets: Q4_1 and Q4_K of ggml, asymmetric GPTQ and AWQ",
+            ),
+            Format(
+                name="bnb_fp4",
+                levels=tuple(-m / 12 + 0.0 for m in reversed(_BNB_FP4)) + tuple(m / 12 for m in _BNB_FP4),
+                block_size=64,
+                scales="float32",
+                source="fp4 of bitsandbytes",
+            ),
+        )
+    }
+)
+"""Formats of other programs' files: the levels as those programs define them, whatever suits quantizing best."""
+
 
 def get_format(name: str) -> Format:
-    """Return ``FORMATS[name]``.
+    """Return ``FORMATS[name]`` or ``IMPORTED[name]``.
 
     Raises:
         ValueError: there is no such format; the choices are listed.
     """
     try:
-        return FORMATS[name]
+        return FORMATS[name] if name in FORMATS else IMPORTED[name]
     except (KeyError, TypeError):
-        raise ValueError(f"format={name!r} is unknown: choose from {', '.join(FORMATS)}") from None
+        raise ValueError(f"format={name!r} is unknown: choose from {', '.join([*FORMATS, *IMPORTED])}") from None

@@ -1,18 +1,22 @@
 """How the scale of each block is stored: float32, float16, or double (8 bits per block and a float16 per row).
 
+With offsets (``OFFSETS``), a weight is ``levels[code] * scale + offset``: a row's offsets, one for each block, lie
+behind its scales, in the same dtype. One tensor holds both, so that whatever shards, gathers, saves or records scales
+does so with offsets.
+
 Codes are chosen against the *stored* scale, so the codes already account for the rounding of the scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-__all__ = ["ENCODINGS", "ScaleEncoding", "get_encoding"]
+__all__ = ["ENCODINGS", "OFFSETS", "ScaleEncoding", "get_encoding"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class ScaleEncoding:
     """One way to store scales.
 
     Args:
-        name: the key in ``ENCODINGS``.
+        name: the key in ``ENCODINGS`` or ``OFFSETS``.
         dtype: of the stored tensor.
         encode: float32 scales (rows, blocks) -> stored (rows, blocks + extra), rounded towards zero; ``double``
             raises those below its first step.
@@ -30,6 +34,7 @@ class ScaleEncoding:
         largest: the largest magnitude that can be stored.
         extra: stored elements per row beyond one per block.
         signed: whether a scale can be negative.
+        offsets: whether offsets lie behind the scales. ``encode`` then takes and returns scales alone.
     """
 
     name: str
@@ -40,6 +45,23 @@ class ScaleEncoding:
     largest: float
     extra: int = 0
     signed: bool = True
+    offsets: bool = False
+
+    def width(self, blocks: int) -> int:
+        """Return the stored elements of a row of ``blocks`` blocks."""
+        return (2 * blocks if self.offsets else blocks) + self.extra
+
+    def decode_offsets(self, stored: Tensor) -> Tensor:
+        """Return float32 offsets (rows, blocks), of an encoding that has them."""
+        return stored[..., stored.shape[-1] // 2 :].float()
+
+    def round_offsets(self, offsets: Tensor) -> Tensor:
+        """Round float32 offsets down to what can be stored, so that no weight is below its block's offset."""
+        return offsets if self.dtype == torch.float32 else _float16_below(offsets).float()
+
+    def with_offsets(self, scales: Tensor, offsets: Tensor) -> Tensor:
+        """Return encoded scales and float32 offsets (rows, blocks) as they are stored: (rows, 2 * blocks)."""
+        return torch.cat([scales, offsets.to(self.dtype)], dim=-1)
 
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -54,6 +76,15 @@ def _encode_float32(scales: Tensor) -> Tensor:
 def _float16_spacing(stored: Tensor) -> Tensor:
     """Return an upper bound on the distance to the next float16, exact for subnormals."""
     return (stored.float().abs() * 2**-10).clamp_min(2**-24)
+
+
+def _float16_below(values: Tensor) -> Tensor:
+    """Return the largest float16 that is not above each value."""
+    nearest = values.to(torch.float16)
+    bits = nearest.view(torch.int16)
+    step = torch.where(nearest > 0, bits - 1, bits + 1)  # one bit pattern less, or more: the next below
+    lower = torch.where(nearest == 0, torch.full_like(bits, -(2**15) + 1), step).view(torch.float16)
+    return torch.where(nearest.float() > values, lower, nearest)
 
 
 def _encode_float16(scales: Tensor) -> Tensor:
@@ -133,17 +164,35 @@ _ENCODINGS = (
 )
 
 ENCODINGS = MappingProxyType({e.name: e for e in _ENCODINGS})
+
+
+def _scales_of(stored: Tensor) -> Tensor:
+    return stored[..., : stored.shape[-1] // 2]
+
+
+def _offset(encoding: ScaleEncoding) -> ScaleEncoding:
+    return replace(
+        encoding,
+        name=f"{encoding.name}_offsets",
+        decode=lambda stored: encoding.decode(_scales_of(stored)),
+        shortfall=lambda stored: encoding.shortfall(_scales_of(stored)),
+        offsets=True,
+    )
+
+
+OFFSETS = MappingProxyType({f"{e.name}_offsets": _offset(e) for e in _ENCODINGS if not e.extra})
+"""Encodings of scales and offsets: "float32_offsets" and "float16_offsets"."""
 _SIGNED_DOUBLE = _double(127)
 
 
 def get_encoding(name: str, signed: bool = False) -> ScaleEncoding:
-    """Return ``ENCODINGS[name]``, or its variant with negative scales if ``signed``.
+    """Return ``ENCODINGS[name]`` or ``OFFSETS[name]``, or its variant with negative scales if ``signed``.
 
     Raises:
         ValueError: there is no such encoding; the choices are listed.
     """
     try:
-        found = ENCODINGS[name]
+        found = ENCODINGS[name] if name in ENCODINGS else OFFSETS[name]
     except (KeyError, TypeError):
-        raise ValueError(f"scales={name!r} is unknown: choose from {', '.join(ENCODINGS)}") from None
+        raise ValueError(f"scales={name!r} is unknown: choose from {', '.join([*ENCODINGS, *OFFSETS])}") from None
     return found if found.signed or not signed else _SIGNED_DOUBLE

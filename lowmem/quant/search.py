@@ -13,7 +13,18 @@ from torch import Tensor
 from lowmem.quant.formats import Format
 from lowmem.quant.packing import by_block
 
-__all__ = ["CANDIDATES", "LANES", "block_errors", "largest_weights", "nearest_codes", "searched_scales", "spread"]
+__all__ = [
+    "CANDIDATES",
+    "LANES",
+    "block_errors",
+    "block_sums",
+    "fitting_offsets",
+    "fitting_scales",
+    "largest_weights",
+    "nearest_codes",
+    "searched_scales",
+    "spread",
+]
 
 CANDIDATES = tuple(n / 16 for n in (16, 15, 17, 14, 18, 13, 19, 12, 20))
 """Scales that are tried, as multiples of the block's largest magnitude; with both signs if the format is signed."""
@@ -35,8 +46,40 @@ def largest_weights(rows: Tensor, size: int, signed: bool) -> Tensor:
     return torch.where(-low > high, low, high) + 0.0  # -0 becomes +0
 
 
+def block_sums(rows: Tensor, size: int) -> Tensor:
+    """Return the sum of each block: (rows, n) -> (rows, blocks)."""
+    return by_block(rows, size, lambda block: block.sum(-1, keepdim=True))
+
+
+def fitting_offsets(rows: Tensor, form: Format, size: int) -> Tensor:
+    """Return the offset with which a block's smallest and largest weight fall on the end levels: (rows, blocks)."""
+    low, high = form.levels[0], form.levels[-1]
+
+    def offset(block: Tensor) -> Tensor:
+        least, most = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
+        return least * (high / (high - low)) - most * (low / (high - low))
+
+    return by_block(rows, size, offset)
+
+
+def fitting_scales(rows: Tensor, form: Format, size: int) -> Tensor:
+    """Return the least scale, 0 or more, with which no weight of a block is beyond the end levels: (rows, blocks)."""
+    low, high = form.levels[0], form.levels[-1]
+
+    def scale(block: Tensor) -> Tensor:
+        most = block.amax(-1, keepdim=True) / high
+        return most if low == 0 else torch.maximum(most, block.amin(-1, keepdim=True) / low)
+
+    return by_block(rows, size, scale).clamp_min(0)
+
+
 def searched_scales(
-    rows: Tensor, form: Format, size: int, largest: float, importance: Tensor | None = None
+    rows: Tensor,
+    form: Format,
+    size: int,
+    largest: float,
+    importance: Tensor | None = None,
+    top: Tensor | None = None,
 ) -> Tensor:
     """Return the candidate scale of each block with the least squared error.
 
@@ -46,15 +89,17 @@ def searched_scales(
         size: weights per block.
         largest: the largest magnitude of a scale that can be stored.
         importance: float32 (n,) or (rows, n), at least 0: factor of each weight's squared error; None: 1.
+        top: (rows, blocks), of which the candidates are multiples, in its own sign; None: the largest weights.
 
     Returns:
         float32 (rows, blocks), at least ``min(CANDIDATES)`` times the block's largest magnitude. The first of
         several candidates with equal errors is taken, also where squares overflow.
     """
-    top = largest_weights(rows, size, form.signed)  # (rows, blocks)
+    signs = (1.0, -1.0) if form.signed and top is None else (1.0,)
+    top = largest_weights(rows, size, form.signed) if top is None else top  # (rows, blocks)
     best = least = None
     for factor in CANDIDATES:
-        for sign in (1.0, -1.0) if form.signed else (1.0,):
+        for sign in signs:
             scales = (top * (sign * factor)).clamp(-largest, largest)
             error = block_errors(rows, scales, form, size, importance)
             if least is None or best is None:

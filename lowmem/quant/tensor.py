@@ -39,7 +39,7 @@ def row_chunks(rows: int, columns: int, bytes_per_weight: int = BYTES_PER_WEIGHT
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-METHODS = {"absmax": 1.0, "search": min(CANDIDATES), "calibrated": 0.0}
+METHODS = {"absmax": 1.0, "search": min(CANDIDATES), "calibrated": 0.0, "imported": 0.0}
 """How scales are chosen, with the least possible ratio of a scale to its block's largest magnitude (0: none)."""
 
 
@@ -49,11 +49,12 @@ class QuantizedTensor:
 
     Args:
         packed: uint8 (..., ceil(n / 2)), see ``lowmem.quant.packing``.
-        scales: (..., blocks), in the dtype of the scale encoding; ``double`` adds two bytes per row.
+        scales: (..., blocks), in the dtype of the scale encoding; ``double`` adds two bytes per row, and encodings
+            with offsets one for each block.
         shape: (..., n), the shape of the tensor that was quantized.
-        format: a key of ``FORMATS``.
+        format: a key of ``FORMATS`` or ``IMPORTED``.
         block_size: B, weights per scale.
-        scale_encoding: a key of ``ENCODINGS``.
+        scale_encoding: a key of ``ENCODINGS`` or ``OFFSETS``.
         method: how scales and codes were chosen, a key of ``METHODS``.
 
     Attributes:
@@ -101,8 +102,8 @@ class QuantizedTensor:
         """The required shape and dtype of ``packed``, and those of ``scales``."""
         *leading, columns = self.shape
         encoding = self.encoding
-        blocks = -(-columns // self.block_size) + encoding.extra
-        packed, scales = torch.Size((*leading, -(-columns // 2))), torch.Size((*leading, blocks))
+        width = encoding.width(-(-columns // self.block_size))
+        packed, scales = torch.Size((*leading, -(-columns // 2))), torch.Size((*leading, width))
         return packed, torch.uint8, scales, encoding.dtype
 
     def check_layout(self) -> None:
@@ -140,7 +141,7 @@ class QuantizedTensor:
         return 8 * self.nbytes / self.shape.numel() if self.shape.numel() else 0.0
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return ``levels[codes] * scales``, rounded once to ``dtype``, in ``shape``.
+        """Return ``levels[codes] * scales (+ offsets)``, rounded once to ``dtype``, in ``shape``.
 
         Raises:
             RuntimeError: stored tensors of another layout, see ``check_layout``.
@@ -181,7 +182,19 @@ class QuantizedTensor:
         values = table.index_select(0, index.flatten()).view(codes.shape)
         stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
         scales = self.encoding.decode(stored)  # (rows, blocks)
-        return values.mul_(spread(scales, self.block_size, columns))
+        values.mul_(spread(scales, self.block_size, columns))
+        if self.encoding.offsets:
+            values.add_(spread(self.encoding.decode_offsets(stored), self.block_size, columns))
+        return values
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether a weight is ``levels[code] * scale + offset``."""
+        return self.encoding.offsets
+
+    def offsets(self) -> Tensor:
+        """Return the offsets of a tensor that has them, in float32: (..., blocks)."""
+        return self.encoding.decode_offsets(self.scales)
 
     def as_matrix(self) -> QuantizedTensor:
         """Return a view of the tensor as (rows, n).
@@ -205,25 +218,29 @@ class QuantizedTensor:
         A weight between the end levels (times the scale) is off by at most half the widest gap between levels, times
         the scale. A weight beyond them is clipped, and is off by at most what the block's largest weight is off by:
         ``METHODS`` bounds that weight relative to the scale, and the encoding's shortfall is added. Float rounding
-        adds four units in the last place of the scale.
+        adds four units in the last place of the scale, and of the offset.
 
         Raises:
             RuntimeError: stored tensors of another layout, see ``check_layout``.
             ValueError: the tensor was calibrated (``calibrate``), which minimizes the error of the layer's output and
-                does not bound that of a weight.
+                does not bound that of a weight; or another program quantized it.
         """
         self.check_layout()
         part = METHODS[self.method]
         if not part:
+            why = "it moves them to keep the layer's output"
+            why = why if self.method == "calibrated" else "another program chose scales and codes"
             raise ValueError(
-                f"method={self.method!r} has no bound for single weights: it moves them to keep the layer's output; "
-                "compare outputs instead"
+                f"method={self.method!r} has no bound for single weights: {why}; compare outputs instead"
             )
         form = get_format(self.format)
         stored = self.scales.reshape(-1, self.scales.shape[-1])
         scale, shortfall = self.encoding.decode(stored).abs(), self.encoding.shortfall(stored)  # (rows, blocks)
         # Not (scale + shortfall) / part - scale * end: the sum would round the shortfall of tiny scales away.
-        beyond = shortfall / part + scale * (1 / part - form.end)
+        # With offsets both ends of a block fall on end levels.
+        beyond = shortfall / part + scale * (1 / part - (1.0 if self.has_offsets else form.end))
         bound = torch.maximum(scale * form.half_gap, beyond)
         rounding = scale * 2**-22 + 2**-148  # the second term: products that are subnormal in float32
+        if self.has_offsets:
+            rounding = rounding + (scale + shortfall + self.encoding.decode_offsets(stored).abs()) * 2**-22
         return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)

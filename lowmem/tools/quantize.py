@@ -13,6 +13,7 @@ from lowmem.io.shards import INDEX
 from lowmem.nn.fourbit import FourBit
 from lowmem.quant.formats import FORMATS
 from lowmem.quant.scales import ENCODINGS
+from lowmem.tools import import_file
 from lowmem.tools.models import MIB, check_links, file_path, positive_int, size
 from lowmem.tools.output import print_json, print_table, progress, shown, uncut_column
 
@@ -25,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=file_path,
         metavar="IN",
-        help=f"a .safetensors file, a sharded one's {INDEX}, or a folder of Hugging Face transformers",
+        help=f"a .safetensors file, a sharded one's {INDEX}, a folder of Hugging Face transformers, or another "
+        "program's 4-bit file or folder (GGUF, bitsandbytes, GPTQ, AWQ, compressed-tensors, gpt-oss), whose codes are kept",
     )
     parser.add_argument(
         "target", type=file_path, metavar="OUT", help="the .safetensors file to write, or the folder that is not yet"
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy tensors so named, or of a folder's modules at such paths; may be given again",
     )
     parser.add_argument("--shard-size", type=size, metavar="SIZE", help="split the output, such as 2GB or 500MiB")
+    import_file.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
 
 
@@ -59,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for path in (arguments.source, arguments.target):
         check_links(path)
+    if import_file.is_foreign(arguments.source):
+        return import_file.run(arguments, technique)
     convert = _folder if (arguments.source / "config.json").is_file() else _checkpoint
     rows = convert(arguments, technique)
     if arguments.json:

@@ -92,6 +92,7 @@ def quantize_gptq(weight: Tensor, technique: FourBit, hessian: Hessian) -> Quant
     )
     scales = found.encoding.decode(found.scales).T.contiguous()  # (blocks, out)
     divisors = scales.masked_fill(scales == 0, torch.inf)  # w / inf = 0: the zero code
+    offsets = found.offsets().T.contiguous() if found.has_offsets else None
     rest = weight.detach().T[hessian.order].float()  # (in, out), so that each column is contiguous
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=weight.device)
     blocks, pivots = (hessian.order // size).tolist(), upper.diagonal().tolist()
@@ -99,8 +100,9 @@ def quantize_gptq(weight: Tensor, technique: FourBit, hessian: Hessian) -> Quant
         stop = min(start + _COLUMNS, len(blocks))
         errors = torch.empty_like(rest[start:stop])
         for i in range(start, stop):
-            code = torch.bucketize(rest[i] / divisors[blocks[i]], boundaries)
-            errors[i - start] = error = (rest[i] - levels[code] * scales[blocks[i]]) / pivots[i]
+            shifted = rest[i] if offsets is None else rest[i] - offsets[blocks[i]]
+            code = torch.bucketize(shifted / divisors[blocks[i]], boundaries)
+            errors[i - start] = error = (shifted - levels[code] * scales[blocks[i]]) / pivots[i]
             rest[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
             codes[i] = code
         rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)

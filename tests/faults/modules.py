@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDERS = (
-    *("lowmem", "lowmem/quant", "lowmem/kernels", "lowmem/nn", "lowmem/transforms", "lowmem/io"),
+    *("lowmem", "lowmem/quant", "lowmem/kernels", "lowmem/nn", "lowmem/transforms", "lowmem/io", "lowmem/io/foreign"),
     *("lowmem/testing", "lowmem/report", "lowmem/tools"),
     *("benchmarks", "benchmarks/latency"),
 )

@@ -15,7 +15,7 @@ from torch import nn
 from lowmem import FourBit, convert, load, save
 from lowmem.errors import FileError
 from lowmem.io.container import TensorSpec, read
-from lowmem.io.convert_checkpoint import Source, _divide, convert_checkpoint
+from lowmem.io.convert_checkpoint import Source, convert_checkpoint, divide
 from lowmem.quant.formats import FORMATS
 from tests import strategies
 from tests.models import INDICES, Small
@@ -278,4 +278,4 @@ def test_a_row_is_frozen():
 def test_a_shard_takes_as_many_tensors_as_fit():
     sizes = {"a": 10, "b": 10, "c": 10, "d": 25, "e": 5, "f": 1}
     plan = {name: {name: TensorSpec(torch.uint8, (size,))} for name, size in sizes.items()}
-    assert _divide(plan, 30) == [["a", "b", "c"], ["d", "e"], ["f"]]
+    assert divide(plan, 30) == [["a", "b", "c"], ["d", "e"], ["f"]]

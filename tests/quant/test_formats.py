@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from lowmem import FORMATS
-from lowmem.quant.formats import Format, get_format
+from lowmem import FORMATS, quantize
+from lowmem.quant.formats import IMPORTED, Format, get_format
 from lowmem.quant.packing import check_block_size
 from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.search import nearest_codes, searched_scales
@@ -103,3 +103,18 @@ def test_of_two_equal_levels_one_code_is_chosen():
             if form.levels[code] == form.levels[code + 1]:
                 assert form.boundaries[code] == form.boundaries[code - 1]
     assert len(set(FORMATS["fp4"].levels)) == 15
+
+
+def test_imported_formats_have_the_levels_of_their_programs_and_are_quantized_into_within_their_bound():
+    """Their levels are what they are: q4_0 and iq4_nl have none at 1, the largest that a scale can be divided by."""
+    assert IMPORTED["q4_0"].levels == tuple((code - 8) / 8 for code in range(16))
+    assert [128 * level for level in IMPORTED["iq4_nl"].levels[:2]] == [-127, -104]
+    assert [12 * level for level in IMPORTED["bnb_fp4"].levels[7:10]] == [0, 0, 0.0625]
+    assert not {*IMPORTED} & {*FORMATS}
+    for name in IMPORTED:
+        for weight in (torch.randn(9, 100), torch.zeros(2, 64), torch.full((2, 33), -3.0), torch.ones(3, 5)):
+            stored = quantize(weight, name)
+            assert ((weight - stored.dequantize()).abs() <= stored.error_bound()).all(), name
+            assert stored.method == ("search" if IMPORTED[name].search else "absmax")
+    with pytest.raises(ValueError, match="bof4s, q4_0, iq4_nl, uint4, bnb_fp4"):
+        get_format("q4_1")

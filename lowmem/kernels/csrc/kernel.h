@@ -116,6 +116,7 @@ struct weight {
     /* NULL for 16-bit floats, which are not reordered */
     const struct order *order;
     int64_t rows, columns, row_bytes, blocks;
+    int64_t behind; /* elements of the stored scales behind those of a row's blocks: a float16's bytes, or offsets */
     int64_t half; /* bytes of a block's codes, half its columns; 0 for 16-bit floats */
     int64_t stride; /* columns, padded to a multiple of MAX_GROUP */
     int encoding; /* enum encoding; for 16-bit floats enum type */
@@ -287,10 +288,10 @@ static inline float scale_as_stored(const uint8_t *p, int64_t i, int encoding)
 /* Bytes from a row of codes, or of 16-bit floats, to the next. */
 static inline int64_t row_stride(const struct weight *w) { return w->order ? w->row_bytes : 2 * w->columns; }
 
-/* Bytes of a row's scales; for double quantization, steps and the float16 after them. */
+/* Bytes of a row's scales and of what is behind them: for double quantization, steps and the float16 after them. */
 static inline int64_t scale_bytes(const struct weight *w)
 {
-    return w->encoding >= SCALES_DOUBLE ? w->blocks + 2 : w->blocks * (w->encoding == SCALES_FLOAT16 ? 2 : 4);
+    return (w->blocks + w->behind) * (w->encoding >= SCALES_DOUBLE ? 1 : w->encoding == SCALES_FLOAT16 ? 2 : 4);
 }
 
 /* Double quantization: scale = steps * row scale / row_steps. row_scale_at returns where the row's float16 is stored,

@@ -110,12 +110,12 @@ INLINE float row_scale(const struct weight *w, int64_t row)
 /* out[i] = the scale of block first + i of a row, for n blocks. */
 INLINE void row_scales(const struct weight *w, int64_t row, int64_t first, int64_t n, float *out)
 {
+    const uint8_t *p = w->scales + row * scale_bytes(w);
     if (w->encoding == SCALES_FLOAT32) {
-        memcpy(out, (const float *)w->scales + row * w->blocks + first, (size_t)n * sizeof *out);
+        memcpy(out, (const float *)p + first, (size_t)n * sizeof *out);
     } else if (w->encoding == SCALES_FLOAT16) {
-        widen_run((const uint16_t *)w->scales + row * w->blocks + first, n, out, FLOAT16);
+        widen_run((const uint16_t *)p + first, n, out, FLOAT16);
     } else {
-        const uint8_t *p = w->scales + row * scale_bytes(w);
         const float scale = row_scale(w, row);
         if (w->encoding == SCALES_SIGNED)
             for (int64_t i = 0; i < n; i++)

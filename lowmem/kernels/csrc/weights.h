@@ -50,6 +50,7 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
         .columns = columns,
         .row_bytes = (columns + 1) / 2,
         .blocks = size ? (columns + size - 1) / size : 0,
+        .behind = size && encoding >= SCALES_DOUBLE ? 2 : 0,
         .half = size / 2,
         .stride = round_up(columns + columns % 2, MAX_GROUP),
         .encoding = encoding,
@@ -81,14 +82,15 @@ static int is_stored_as(const struct weight *w, const struct tensor *packed, con
 {
     const int steps = w->encoding >= SCALES_DOUBLE, type = steps ? -1 : w->encoding == SCALES_FLOAT16 ? FLOAT16 : FLOAT32;
     return packed->type < 0 && has_shape(packed, w->rows, w->row_bytes) && scales->type == type &&
-           has_shape(scales, w->rows, w->blocks + (steps ? 2 : 0));
+           has_shape(scales, w->rows, w->blocks + w->behind);
 }
 
-/* prepare(order, isa, packed, scales, levels, encoding, block_size, rows, columns, int8 points or 0) -> capsule, or None if C
- * cannot read the tensors. points: the steps of the largest level in 8-bit products. */
+/* prepare(order, isa, packed, scales, levels, encoding, block_size, rows, columns, int8 points or 0, offsets) -> capsule, or None
+ * if C cannot read the tensors. points: the steps of the largest level in 8-bit products. offsets: whether one for each block lies
+ * behind a row's scales; C steps over them. */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { ORDER_OF, ISA, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, ARGUMENTS };
+    enum { ORDER_OF, ISA, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, OFFSETS, ARGUMENTS };
     long long isa, n[ARGUMENTS];
     struct tensor packed, scales;
     struct held held = {.count = 0};
@@ -108,6 +110,8 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     struct weight w;
     if (is)
         w = weight_of(packed.data, scales.data, ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK], n[ROWS], n[COLUMNS]);
+    if (is && n[OFFSETS])
+        w.behind = w.blocks;
     if (!is || !is_stored_as(&w, &packed, &scales))
         Py_RETURN_NONE;
     struct prepared *prepared = malloc(sizeof *prepared);

@@ -1,0 +1,161 @@
+"""Linear layers of compressed-tensors: integers of 4 bits ("pack-quantized") and MXFP4 ("mxfp4-pack-quantized").
+
+Integers: ``<layer>.weight_packed`` int32 (out, in / 8), the first in the lowest bits, plus 8; ``.weight_scale``
+(out, groups); ``.weight_shape``. MXFP4: ``.weight_packed`` uint8 (out, in / 2), the first code low; ``.weight_scale``
+uint8 (out, in / 32), the exponents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import show
+from lowmem.io.convert_checkpoint import Source
+from lowmem.io.foreign.gptq import unpacked_outputs
+from lowmem.io.foreign.tensor import (
+    E2M1_CODES,
+    ForeignTensor,
+    integer_refusal,
+    integer_values,
+    integer_weight,
+    nibbles,
+    power_scales,
+    quantized,
+)
+from lowmem.quant.packing import pack
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = ["find"]
+
+Found = tuple[ForeignTensor, set[str]]
+
+_OTHERS = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")
+
+
+def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
+    """Yield the weight of each layer of compressed-tensors, and the names of its tensors.
+
+    Raises:
+        ValueError: a layer that lacks a part, or whose parts do not fit.
+    """
+    for name in source.specs:
+        layer, _, part = name.rpartition(".")
+        if part == "weight_packed":
+            yield _layer(source, layer)
+
+
+def _layer(source: Source, layer: str) -> tuple[ForeignTensor, set[str]]:
+    parts = ("weight_packed", "weight_scale", *_OTHERS)
+    names = {part: f"{layer}.{part}".lstrip(".") for part in parts}
+    names = {part: name for part, name in names.items() if name in source.specs}
+    if "weight_scale" not in names:
+        raise ValueError(f"the layer {show(layer)} of compressed-tensors lacks its weight_scale; get it again")
+    specs = {part: source.specs[name] for part, name in names.items()}
+    packed, scale = specs["weight_packed"], specs["weight_scale"]
+    weight, nbytes = f"{layer}.weight".lstrip("."), sum(spec.nbytes for spec in specs.values())
+    if len(packed.shape) < 2 or len(scale.shape) != len(packed.shape) or 0 in (*packed.shape, *scale.shape):
+        _misfit(layer, specs)
+    claimed = set(names.values())
+
+    def refused(kind: str, shape: tuple[int, ...], why: str, values: Any = None) -> Found:
+        return ForeignTensor.refused(weight, shape, kind, nbytes, why, values), claimed
+
+    if packed.dtype == torch.uint8:
+        shape = (*packed.shape[:-1], 2 * packed.shape[-1])
+        if scale.dtype != torch.uint8:
+            return refused("NVFP4", shape, "its scales are 8-bit floats in blocks of 16 times a scale of the tensor")
+        if scale.shape != (*shape[:-1], -(-shape[-1] // 32)):
+            _misfit(layer, specs)
+        return ForeignTensor.of_weight(weight, shape, "MXFP4", nbytes, _mxfp4(source, names, shape)), claimed
+    if packed.dtype != torch.int32 or not scale.dtype.is_floating_point:
+        _misfit(layer, specs)
+    shape = _shape(source, names, specs, layer)
+    columns, groups = shape[-1], scale.shape[-1]
+    if packed.shape != (*shape[:-1], -(-columns // 8)):
+        bits = round(32 * packed.shape[-1] / columns)
+        return refused("compressed-tensors", shape, f"it has about {bits} bits a weight, and lowmem 4")
+    if scale.shape[:-1] != shape[:-1] or columns % groups:
+        _misfit(layer, specs)
+    stored = _Integers(source, names, shape, columns // groups)
+    if "weight_g_idx" in names:
+        groups_of = source.read_tensor(names["weight_g_idx"]).long()
+        in_order = stored.groups()
+        if groups_of.shape != in_order.shape or not bool(((groups_of == in_order) | (groups_of == -1)).all()):
+            why = "its groups follow the order of activations, and blocks take columns as they lie"
+            return refused("compressed-tensors", shape, why)
+    if "weight_zero_point" in names:
+        zeros = specs["weight_zero_point"]
+        if len(shape) != 2 or zeros.dtype != torch.int32 or zeros.shape != (-(-shape[0] // 8), groups):
+            _misfit(layer, specs)
+    reason = integer_refusal(columns, stored.group, scale.dtype, stored.zeros())
+    if reason is not None:
+        return refused("compressed-tensors", shape, reason, stored.values)
+    return ForeignTensor.of_weight(weight, shape, "compressed-tensors", nbytes, stored.read), claimed
+
+
+def _misfit(layer: str, specs: Mapping[str, Any]) -> None:
+    shown = ", ".join(f"{part} {spec.dtype} {spec.shape}" for part, spec in specs.items())
+    raise ValueError(f"the parts of the layer {show(layer)} of compressed-tensors do not fit: {shown}; get it again")
+
+
+def _shape(source: Source, names: Mapping[str, str], specs: Mapping[str, Any], layer: str) -> tuple[int, ...]:
+    spec, packed = specs.get("weight_shape"), specs["weight_packed"].shape
+    if spec is None or spec.dtype not in (torch.int32, torch.int64) or spec.shape != (len(packed),):
+        _misfit(layer, specs)
+    shape = tuple(source.read_tensor(names["weight_shape"]).tolist())
+    if shape[:-1] != packed[:-1] or not 0 < shape[-1] <= 32 * packed[-1]:
+        raise ValueError(f"the layer {show(layer)} says its shape is {show(shape)}, and its codes are {packed}")
+    return shape
+
+
+def _mxfp4(source: Source, names: Mapping[str, str], shape: tuple[int, ...]) -> Callable[[], QuantizedTensor]:
+    def read() -> QuantizedTensor:
+        scales = power_scales(source.read_tensor(names["weight_scale"]))
+        codes = nibbles(source.read_tensor(names["weight_packed"]))
+        codes = torch.tensor(E2M1_CODES, dtype=torch.uint8)[codes.int()]
+        return quantized(pack(codes, 32), scales, shape, "fp4", 32)
+
+    return read
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """The parts of a layer of integers."""
+
+    source: Source
+    names: Mapping[str, str]
+    shape: tuple[int, ...]
+    group: int
+
+    def groups(self) -> Tensor:
+        """Return the group of each column."""
+        return torch.arange(self.shape[-1]) // self.group
+
+    def codes(self) -> Tensor:
+        """Return the codes: uint8 (..., out, in)."""
+        words = self.source.read_tensor(self.names["weight_packed"])
+        return unpacked_outputs(words.flatten(0, -2), self.shape[-1]).view(self.shape)
+
+    def zeros(self) -> Tensor | None:
+        """Return the zero points, which are packed along the outputs: uint8 (out, groups); or None."""
+        if "weight_zero_point" not in self.names:
+            return None
+        words = self.source.read_tensor(self.names["weight_zero_point"])  # (out / 8, groups)
+        return unpacked_outputs(words.T, self.shape[0]).T
+
+    def scales(self) -> Tensor:
+        """Return the scales, (..., out, groups)."""
+        return self.source.read_tensor(self.names["weight_scale"])
+
+    def read(self) -> QuantizedTensor:
+        """Return the weight."""
+        return integer_weight(self.codes(), self.scales(), self.group, self.zeros())
+
+    def values(self) -> Tensor:
+        """Return the weight in float32."""
+        return integer_values(self.codes(), self.scales(), self.groups(), self.zeros())

@@ -1,0 +1,142 @@
+"""The names that a model has in GGUF and in Hugging Face's transformers, and the rows that llama.cpp reorders.
+
+For rotary embeddings llama.cpp takes the two halves of each head interleaved, transformers one behind the other. Its
+converter reorders the rows of the query and key projections of the llama family; here they are put back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import show
+
+__all__ = ["FAMILIES", "Family", "Names", "names_of"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture of GGUF: the names in transformers of a layer's parts, and whether q and k are reordered."""
+
+    parts: Mapping[str, str]
+    reordered: bool = False
+
+
+_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_ATTENTION = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_LLAMA = {
+    **_ATTENTION,
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_LLAMA, reordered=True),
+    "smollm3": Family(_LLAMA, reordered=True),
+    "qwen2": Family(_LLAMA),
+    "qwen3": Family({**_LLAMA, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}),
+    "phi3": Family(
+        {
+            "attn_norm": "input_layernorm",
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        }
+    ),
+}
+"""By ``general.architecture``. To add one, add an entry; check that its converter changes no values (gemma's adds 1
+to the weights of norms), and whether it reorders rows."""
+
+_COMPUTED = re.compile(r"rope_freqs\.weight|(blk\.\d+\.)?(rope_freqs|rope_factors_(long|short))\.weight")
+_NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of one model."""
+
+    architecture: str
+    family: Family
+    heads: dict[str, int]
+    """The heads of ``attn_q`` and ``attn_k``, if their rows are reordered."""
+
+    def model_name(self, name: str) -> str | None:
+        """Return the name in transformers, or None for a tensor that the model computes itself.
+
+        Raises:
+            ValueError: the architecture has no such tensor.
+        """
+        if _COMPUTED.fullmatch(name):
+            return None
+        found = _NAME.fullmatch(name)
+        if found is not None:
+            layer, part, kind = found["layer"], found["part"], found["kind"]
+            known = _ENDS.get(part) if layer is None else self.family.parts.get(part)
+            if known is not None:
+                return f"{known}.{kind}" if layer is None else f"model.layers.{int(layer)}.{known}.{kind}"
+        raise ValueError(
+            f"tensor {show(name)} has no known place in a model of {show(self.architecture)}; take the model's "
+            "safetensors files"
+        )
+
+    def row_order(self, name: str, rows: int) -> Tensor | None:
+        """Return the file's row for each row of the model, or None where they are the same.
+
+        Raises:
+            ValueError: the rows do not divide into heads of two halves.
+        """
+        found = _NAME.fullmatch(name)
+        heads = None if found is None else self.heads.get(found["part"])
+        if heads is None:
+            return None
+        if rows % (2 * heads):
+            raise ValueError(
+                f"tensor {show(name)} has {rows} rows, which do not divide into {heads} heads; get it again"
+            )
+        return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).flatten()
+
+
+def names_of(metadata: Mapping[str, Any]) -> Names:
+    """Return the names of a model.
+
+    Raises:
+        ValueError: an architecture whose names are not known, a part of a model, or a missing number of heads.
+    """
+    architecture = metadata.get("general.architecture")
+    family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
+    if metadata.get("general.type", "model") != "model":
+        raise ValueError(f"general.type={show(metadata['general.type'])} is no model; name the model's file")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise ValueError(
+            f"it is one of {show(metadata['split.count'])} parts; join them with llama-gguf-split --merge"
+        )
+    if family is None or not isinstance(architecture, str):
+        known = ", ".join(FAMILIES)
+        raise ValueError(
+            f"general.architecture={show(architecture)} has names that lowmem does not know: it knows {known}; take "
+            "the model's safetensors files"
+        )
+    heads: dict[str, int] = {}
+    if family.reordered:
+        for part, key in (("attn_q", "head_count"), ("attn_k", "head_count_kv")):
+            default = heads.get("attn_q")  # as many as those of q
+            count = metadata.get(f"{architecture}.attention.{key}", default)
+            if type(count) is not int or count < 1:
+                raise ValueError(f"{architecture}.attention.{key}={show(count)} must be a number; get it again")
+            heads[part] = count
+    return Names(architecture, family, heads)

@@ -1,0 +1,180 @@
+"""Tells what a file or folder of another program is, and opens it.
+
+To read another format, add its file beside this one, and a line to ``READERS`` or a case to ``open_foreign``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import FileError, refusal, show
+from lowmem.io.atomic import open_regular, read_errors
+from lowmem.io.convert_checkpoint import Source
+from lowmem.io.foreign import awq, bitsandbytes, compressed_tensors, gpt_oss, gptq
+from lowmem.io.foreign.gguf import MAGIC, read_gguf
+from lowmem.io.foreign.tensor import ForeignTensor
+from lowmem.io.safetensors import parse_json
+from lowmem.io.shards import INDEX
+
+__all__ = ["CONFIG", "READERS", "ForeignFile", "open_foreign", "quantization_of"]
+
+Reader = Callable[[Source, Mapping[str, Any]], Iterator[tuple[ForeignTensor, set[str]]]]
+
+READERS: dict[str, Reader] = {
+    "bitsandbytes": bitsandbytes.find,
+    "gpt-oss": gpt_oss.find,
+    "gptq": gptq.find,
+    "awq": awq.find,
+    "compressed-tensors": compressed_tensors.find,
+}
+"""What finds the weights of a format among the tensors of a safetensors checkpoint."""
+
+_LEFT = ("qweight", "qzeros", "absmax", "quant_map", "weight_packed", "weight_scale", "weight_zero_point")
+"""Last parts of the names of tensors that mean nothing without the others of their format."""
+
+_MODEL, CONFIG = "model.safetensors", "config.json"
+MAX_CONFIG = 2**24  # bytes
+
+
+class ForeignFile:
+    """An open file or folder of another program. Use it in a ``with`` statement.
+
+    Attributes:
+        kind: "GGUF", the formats of ``READERS`` that it has, or "safetensors" for dense tensors alone.
+        tensors: by the name in the model, in the order of the file.
+        left_out: names of the file's tensors that the model computes itself.
+        paths: of its files.
+    """
+
+    def __init__(
+        self, path: Path, stack: ExitStack, kind: str, tensors: dict[str, ForeignTensor], paths: set[Path]
+    ) -> None:
+        self._stack, self.kind, self.paths = stack, kind, paths
+        self.tensors = {name: _guarded(path, tensor) for name, tensor in tensors.items()}
+        self.left_out: list[str] = []
+
+    def __enter__(self) -> ForeignFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def open_foreign(path: Path) -> ForeignFile:
+    """Open a GGUF file, a safetensors file, the index of a sharded one, or a folder of ``save_pretrained``.
+
+    Raises:
+        FileError: it is damaged, or of a kind that lowmem does not read; lowmem wrote it.
+        OSError: it cannot be read.
+    """
+    if not path.is_dir():
+        with open_regular(path) as file, read_errors(path):
+            is_gguf = file.read(len(MAGIC)) == MAGIC
+        if is_gguf:
+            return _gguf(path)
+        return _safetensors(path, path.with_name(CONFIG) if path.name in (_MODEL, _MODEL + INDEX) else None)
+    return _safetensors(_model_in(path), path / CONFIG)
+
+
+def _gguf(path: Path) -> ForeignFile:
+    file, tensors, left_out = read_gguf(path)
+    stack = ExitStack()
+    stack.callback(file.close)
+    found = ForeignFile(path, stack, "GGUF", {tensor.name: tensor for tensor in tensors}, {path.resolve()})
+    found.left_out = left_out
+    return found
+
+
+def _model_in(folder: Path) -> Path:
+    """Return the index or the only safetensors file of a folder."""
+    with read_errors(folder):
+        names = sorted(entry.name for entry in folder.iterdir())
+    for endings in ((INDEX,), (".safetensors",)):
+        found = [name for name in names if name.endswith(endings)]
+        if len(found) == 1:
+            return folder / found[0]
+        if found:
+            raise refusal(folder, f"it has {len(found)} files as {show(found[0])}; name the one to read")
+    for name in names:
+        if name.endswith(".gguf"):
+            raise refusal(folder, f"it is a folder of GGUF files; name one, as {show(name)}")
+    raise refusal(folder, "it holds no .safetensors file; name a model's folder or file")
+
+
+def _safetensors(path: Path, config: Path | None) -> ForeignFile:
+    with ExitStack() as stack:
+        source = stack.enter_context(Source(path))
+        settings = quantization_of(config) if config is not None and config.is_file() else {}
+        tensors: dict[str, ForeignTensor] = {}
+        claimed: set[str] = set()
+        kinds = []
+        try:
+            for kind, find in READERS.items():
+                for tensor, names in find(source, settings):
+                    if claimed & names or tensor.name in tensors:
+                        raise ValueError(f"{show(min(claimed & names, default=tensor.name))} belongs to two weights")
+                    claimed |= names
+                    tensors[tensor.name] = tensor
+                    kinds += [] if kind in kinds else [kind]
+        except FileError:
+            raise
+        except ValueError as reason:
+            raise refusal(path, str(reason)) from None
+        for name, spec in source.specs.items():
+            if name in claimed:
+                continue
+            if name.rpartition(".")[2] in _LEFT:
+                raise refusal(path, f"its tensor {show(name)} belongs to a format that lowmem does not read")
+            if name in tensors:
+                raise refusal(path, f"it has {show(name)} twice, in 4 bits and dense; get it again")
+            kind = str(spec.dtype).removeprefix("torch.")
+            read = partial(source.read_tensor, name)
+            tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, partial(_same, spec.dtype), read)
+        return ForeignFile(path, stack.pop_all(), ", ".join(kinds) or "safetensors", tensors, source.paths)
+
+
+def _guarded(path: Path, tensor: ForeignTensor) -> ForeignTensor:
+    """Return a weight whose errors name the file."""
+
+    def guard(read: Callable[[], Any]) -> Callable[[], Any]:
+        def guarded() -> Any:
+            try:
+                return read()
+            except FileError:
+                raise
+            except ValueError as reason:
+                raise refusal(path, f"tensor {show(tensor.name)}: {reason}") from None
+
+        return guarded
+
+    values = None if tensor.values is None else guard(tensor.values)
+    return replace(tensor, kept=guard(tensor.kept), read=guard(tensor.read), values=values)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def quantization_of(path: Path) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a model's config.json, or nothing.
+
+    Raises:
+        FileError, OSError: the file is damaged, or cannot be read.
+    """
+    with open_regular(path) as file, read_errors(path):
+        text = file.read(MAX_CONFIG + 1)
+    if len(text) > MAX_CONFIG:
+        raise refusal(path, f"it takes more than {MAX_CONFIG} bytes, which no config does")
+    try:
+        content = parse_json(text)
+    except ValueError as reason:
+        raise refusal(path, f"it is no JSON: {reason}") from None
+    found = content.get("quantization_config") if isinstance(content, dict) else None
+    if found is not None and not isinstance(found, dict):
+        raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")
+    return found or {}

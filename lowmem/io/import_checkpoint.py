@@ -1,0 +1,249 @@
+"""Writes another program's 4-bit weights as a file of lowmem's, one tensor at a time, codes as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import printable, refusal, show
+from lowmem.io.atomic import check_writable
+from lowmem.io.container import TensorSpec, write
+from lowmem.io.convert_checkpoint import divide
+from lowmem.io.foreign.recognize import ForeignFile, open_foreign
+from lowmem.io.foreign.tensor import ForeignTensor
+from lowmem.io.metadata import technique_record
+from lowmem.io.shards import INDEX, index_of, shard_name, write_index
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.stored import FourBitForm
+from lowmem.quant.quantize import relative_error
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = ["ImportedRow", "import_checkpoint"]
+
+TRANSPOSED = "the model has it transposed, and lowmem's files store rows of the model's own weight"
+
+
+@dataclass(frozen=True)
+class ImportedRow:
+    """The result for one tensor of the source."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    """How the source stores it."""
+    kept: str
+    """How the target does."""
+    before_bytes: int
+    after_bytes: int
+    error: float | None
+    """``rms(stored - weight) / rms(weight)`` of what was quantized again; None: no value changed, unless ``dtype``
+    rounded it."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of one tensor."""
+
+    tensor: ForeignTensor
+    kept: FourBitForm | torch.dtype
+    read: Callable[[], Tensor | QuantizedTensor]
+    again: bool
+    """Whether it is quantized again."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.tensor.shape
+        return (*shape[:-2], shape[-1], shape[-2]) if self.tensor.transposed else shape
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        if isinstance(self.kept, torch.dtype):
+            return None
+        form = self.kept
+        return technique_record(FourBit(form.format, form.block_size, form.scale_encoding), form.method)
+
+    @property
+    def path(self) -> str:
+        """The key of the record: the layer's path, or the parameter's full name."""
+        name = self.tensor.name
+        return name.removesuffix("weight").rstrip(".") if name.rpartition(".")[2] == "weight" else name
+
+    def parts(self) -> dict[str, str]:
+        """Return the name in the file of each stored part, or of the dense tensor ("")."""
+        name = self.tensor.name
+        if isinstance(self.kept, torch.dtype):
+            return {"": name}
+        prefix = name.removesuffix("weight") if name.rpartition(".")[2] == "weight" else f"{name}_"
+        return {part: prefix + part for part in FourBitForm.parts}
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the specs of what is written for it."""
+        if isinstance(self.kept, torch.dtype):
+            return {self.tensor.name: TensorSpec(self.kept, self.shape)}
+        form = self.kept
+        empty = QuantizedTensor.empty(
+            torch.Size(self.shape), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
+        )
+        return {name: TensorSpec.of(getattr(empty, part)) for part, name in self.parts().items()}
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    requantize: FourBit | None = None,
+    include: Iterable[str] = (),
+    technique: FourBit | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+    progress: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> list[ImportedRow]:
+    """Write another program's weights as a file of lowmem's, whose dequantized values are the same bits in float32.
+
+    Args:
+        source: a GGUF file, a safetensors file, the index of a sharded one, or a model's folder.
+        target: the file to write; an existing file is replaced when the new one is complete.
+        requantize: how weights are stored that cannot be kept exactly; None: they are refused.
+        include: glob patterns of names: dense weights of 2 dimensions or more that match are quantized.
+        technique: how these are.
+        dtype: to which the other dense floating-point tensors are rounded; None: they stay as they are.
+        shard_bytes: the most bytes of tensors per file, as in ``convert_checkpoint``; None: one file.
+        progress: called with the name of each finished tensor and its bytes in the source.
+
+    Returns:
+        A row for each tensor, sorted by name.
+
+    Raises:
+        ValueError: a weight that cannot be kept exactly, without ``requantize``; or what ``convert_checkpoint``
+            raises. No file has changed, except for shards that were completed.
+        FileError: the source is damaged, or of a kind that lowmem does not read.
+        OSError: a file cannot be read or written.
+    """
+    source, target = Path(source), Path(target)
+    if target.name.endswith(INDEX):
+        raise ValueError(f"target={str(target)!r} is what an index is called; name a .safetensors file")
+    check_writable(target)
+    with open_foreign(source) as file:
+        plans = _plans(source, file, requantize, list(include), technique, dtype)
+        shards = divide({name: plan.specs() for name, plan in plans.items()}, shard_bytes)
+        outputs = [target]
+        if shard_bytes is not None:
+            outputs = [shard_name(target, number, len(shards)) for number in range(1, len(shards) + 1)]
+        for path in (*outputs, index_of(target)):
+            if path.resolve() in file.paths:
+                raise ValueError(f"{str(path)!r} belongs to the source, which would be lost; choose another target")
+        rows: dict[str, ImportedRow] = {}
+        written: dict[str, tuple[str, dict[str, int]]] = {}
+        for path, names in zip(outputs, shards, strict=True):
+            own = [plans[name] for name in names]
+            specs = {out: spec for plan in own for out, spec in plan.specs().items()}
+            layers = {plan.path: plan.record for plan in own if plan.record is not None}
+            digest = write(path, specs, {"kind": "model", "layers": layers}, _tensors(own, rows, progress))
+            written[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
+        if shard_bytes is not None:
+            write_index(index_of(target), written)
+    return [rows[name] for name in sorted(rows)]
+
+
+def _plans(
+    source: Path,
+    file: ForeignFile,
+    requantize: FourBit | None,
+    include: list[str],
+    technique: FourBit | None,
+    dtype: torch.dtype | None,
+) -> dict[str, _Plan]:
+    for pattern in include:
+        if not any(fnmatchcase(name, pattern) for name in file.tensors):
+            first = show(min(file.tensors))
+            raise ValueError(f"pattern {pattern!r} matches no tensor; check it, the first is {first}")
+    plans: dict[str, _Plan] = {}
+    refused: list[str] = []
+    for name, tensor in file.tensors.items():
+        reason = TRANSPOSED if tensor.transposed else tensor.refusal
+        if reason is not None:
+            values = _values(tensor)
+            if requantize is None or values is None:
+                known = "" if values is None else " (--requantize)"
+                refused.append(f"{printable(name, 80)}, {tensor.kind}: {reason}{known}")
+            else:
+                plans[name] = _again(tensor, requantize, values)
+            continue
+        kept = tensor.kept()
+        if isinstance(kept, torch.dtype) and kept.is_floating_point:
+            asked = len(tensor.shape) > 1 and any(fnmatchcase(name, pattern) for pattern in include)
+            if asked and technique is not None:
+                plans[name] = _again(tensor, technique, tensor.read)
+                continue
+            if dtype is not None:
+                plans[name] = _Plan(tensor, dtype, _rounded(tensor, dtype), False)
+                continue
+        plans[name] = _Plan(tensor, kept, tensor.read, False)
+    if refused:
+        more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+        how = "; what says --requantize is quantized again by it, and the error that it adds printed"
+        raise refusal(source, f"it cannot be kept exactly: {'; '.join(refused[:3])}{more}{how}", "import")
+    return plans
+
+
+def _values(tensor: ForeignTensor) -> Callable[[], Tensor] | None:
+    """Return what reads a refused weight in float32, in the model's shape; or None."""
+    if not tensor.transposed:
+        return tensor.values
+
+    def read() -> Tensor:
+        weight = tensor.read()
+        assert isinstance(weight, QuantizedTensor)
+        return weight.dequantize().transpose(-1, -2).contiguous()
+
+    return read
+
+
+def _again(tensor: ForeignTensor, technique: FourBit, read: Callable[[], Any]) -> _Plan:
+    shape = tensor.shape
+    shape = (*shape[:-2], shape[-1], shape[-2]) if tensor.transposed else shape
+    skeleton = technique.skeleton(torch.empty(shape, device="meta"))
+    return _Plan(tensor, FourBitForm.of(skeleton), read, True)
+
+
+def _rounded(tensor: ForeignTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        weight = tensor.read()
+        assert isinstance(weight, Tensor)
+        return weight.to(dtype)
+
+    return read
+
+
+def _tensors(
+    plans: list[_Plan], rows: dict[str, ImportedRow], progress: Callable[[str, int], None]
+) -> Iterator[tuple[str, Tensor]]:
+    for plan in plans:
+        name = plan.tensor.name
+        stored, error = plan.read(), None
+        if plan.again:
+            assert isinstance(stored, Tensor)
+            assert isinstance(plan.kept, FourBitForm)
+            weight, form = stored, plan.kept
+            technique = FourBit(form.format, form.block_size, form.scale_encoding, search=form.method == "search")
+            try:
+                stored = technique.store(weight)
+            except (ValueError, TypeError) as reason:
+                raise ValueError(f"{printable(name)}: {reason}") from reason
+            error = relative_error(weight, stored)
+            del weight
+        after = stored.nbytes
+        for part, out in plan.parts().items():
+            yield out, stored if isinstance(stored, Tensor) else getattr(stored, part)
+        del stored
+        kept = str(plan.kept).removeprefix("torch.")
+        before = plan.tensor.nbytes
+        rows[name] = ImportedRow(name, plan.shape, plan.tensor.kind, kept, before, after, error)
+        progress(name, before)

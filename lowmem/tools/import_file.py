@@ -1,0 +1,93 @@
+"""The part of ``lowmem quantize`` for other programs' 4-bit files, whose codes it keeps."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lowmem.io.foreign.recognize import CONFIG, open_foreign, quantization_of
+from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
+from lowmem.nn.fourbit import FourBit
+from lowmem.tools.models import MIB
+from lowmem.tools.output import print_json, print_table, progress, shown
+
+__all__ = ["DTYPES", "add_arguments", "is_foreign", "run"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that are for other programs' files alone."""
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="of another program's file: quantize again what cannot be kept exactly, and print the error",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        help="of another program's file: round dense tensors to it (default as they are)",
+    )
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file or folder has 4-bit weights of another program, or is a GGUF file.
+
+    Raises:
+        FileError, OSError: it cannot be read.
+    """
+    if path.is_dir() and (path / CONFIG).is_file():
+        method = quantization_of(path / CONFIG).get("quant_method")
+        if method is None or str(method).startswith("lowmem"):
+            return False  # a folder of transformers
+    with open_foreign(path) as file:
+        return file.kind != "safetensors"
+
+
+def run(arguments: argparse.Namespace, technique: FourBit) -> int:
+    """Import the file; ``technique`` is for what is quantized again, or was asked for by ``--include``."""
+    with open_foreign(arguments.source) as file:
+        kind, left_out = file.kind, file.left_out
+        total = sum(tensor.nbytes for tensor in file.tensors.values())
+    with progress() as bar:
+        task = bar.add_task("import", total=total)
+        rows = import_checkpoint(
+            arguments.source,
+            arguments.target,
+            requantize=technique if arguments.requantize else None,
+            include=arguments.include or [],
+            technique=technique,
+            dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
+            shard_bytes=arguments.shard_size,
+            progress=lambda name, nbytes: bar.update(task, advance=nbytes),
+        )
+    if arguments.json:
+        print_json([asdict(row) for row in rows])
+        return 0
+    print_table(["Tensor", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows])
+    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
+    changed = [row for row in rows if row.error is not None]
+    print(f"{kind}: kept {len(rows) - len(changed)} of {len(rows)} tensors")
+    print(f"{before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
+    if changed:
+        worst = max(changed, key=lambda row: row.error or 0.0)
+        print(f"quantized {len(changed)}, with an error of up to {worst.error:.4f} (rms, {shown(worst.name)})")
+    if left_out:
+        print(f"left out {len(left_out)} that the model computes: {shown(', '.join(left_out[:3]))}", file=sys.stderr)
+    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
+    return 0
+
+
+def _cells(row: ImportedRow) -> list[str]:
+    return [
+        row.name,
+        " x ".join(map(str, row.shape)) or "scalar",
+        row.kind,
+        row.kept,
+        f"{row.after_bytes / MIB:.2f}",
+        "kept" if row.error is None else f"{row.error:.4f}",
+    ]

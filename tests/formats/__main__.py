@@ -1,0 +1,25 @@
+"""Writes the small files of other programs that the default run reads: ``python -m tests.formats``.
+
+It needs the packages of ``tox -e formats``.
+"""
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.formats.makers import MAKERS, PACKAGES, samples_json
+
+SAMPLES = Path(__file__).parents[1] / "io" / "foreign" / "samples"
+
+
+def main() -> None:
+    digests = {}
+    for name, make in MAKERS.items():
+        values = make(SAMPLES / name, seed=0)
+        digests[name] = {key: hashlib.sha256(value.contiguous().numpy()).hexdigest() for key, value in values.items()}
+    text = samples_json(digests, {package: version(package) for package in PACKAGES})
+    (SAMPLES / "samples.json").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Every foreign format against the package that writes it, bit for bit: ``tox -e formats``.
+
+The default run reads small files that ``python -m tests.formats`` made with the same packages.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("gguf", reason="gguf is not installed: tox -e formats")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: tox -e formats")
+pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: tox -e formats")
+pytest.importorskip("transformers", reason="transformers is not installed: tox -e formats")
+
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+from lowmem.io.foreign.gguf_names import FAMILIES, names_of
+from lowmem.io.foreign.recognize import open_foreign
+from tests.formats.makers import MAKERS, bitsandbytes, compressed_tensors, gguf
+from tests.io.foreign.test_recognize import values_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
+
+
+def check(path, expected):
+    with open_foreign(path) as file:
+        assert expected.keys() == file.tensors.keys()
+        for name, values in expected.items():
+            found = values_of(file.tensors[name])
+            assert torch.equal(found.view(torch.int32), values.contiguous().view(torch.int32)), name
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_a_package_writes_is_read_to_the_bit(tmp_path, name):
+    for seed in range(20):
+        check(tmp_path / name, MAKERS[name](tmp_path / name, seed))
+
+
+def test_every_scale_and_code_of_a_gguf_block_is_exact(tmp_path):
+    """A tensor of a megabyte has scales of every size, and each part of a block takes every value."""
+    check(tmp_path / "a.gguf", gguf(tmp_path / "a.gguf", seed=100, rows=64, columns=4096))
+
+
+def test_bitsandbytes_blocks_over_the_ends_of_rows(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for columns in (8, 24, 48, 96, 160):
+        for kind in ("nf4", "fp4"):
+            check(path, bitsandbytes(path, columns, kind, double=True, shape=(64, columns)))
+
+
+def test_compressed_tensors_in_groups_of_any_length(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for group in (8, 16, 64):
+        check(path, compressed_tensors(path, group, group=group))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_names_are_those_of_the_package(architecture):
+    """The package maps the names of transformers to those of GGUF; here the other way."""
+    number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    assert isinstance(number, MODEL_ARCH)
+    package = get_tensor_name_map(number, 3)
+    heads = {f"{architecture}.attention.head_count": 2}
+    names = names_of({"general.architecture": architecture, **heads})
+    parts = [f"blk.2.{part}" for part in FAMILIES[architecture].parts] + ["token_embd", "output_norm", "output"]
+    for part in parts:
+        found = names.model_name(f"{part}.weight")
+        assert package.get_name(found, try_suffixes=(".weight",)) == f"{part}.weight"

@@ -1,0 +1,81 @@
+"""compressed-tensors: other bits, groups and zero points are refused, and parts that do not fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowmem.errors import FileError
+from lowmem.io.foreign.recognize import open_foreign
+from tests.io.foreign.written import words
+
+SAMPLES = Path(__file__).parent / "samples"
+INT4, MXFP4 = (load_file(SAMPLES / f"compressed-tensors-{kind}.safetensors") for kind in ("int4", "mxfp4"))
+SHAPE, SCALE, PACKED = (f"layer.weight_{part}" for part in ("shape", "scale", "packed"))
+
+
+def test_rows_of_any_length_and_a_scale_for_each_row(tmp_path):
+    """compressed-tensors pads a row to whole words."""
+    path = tmp_path / "a.safetensors"
+    for columns, groups in ((44, 1), (64, 1), (64, 4)):
+        codes, scales = torch.randint(0, 16, (3, columns)), torch.randn(3, groups)
+        padded = torch.nn.functional.pad(codes, (0, -columns % 8))
+        save_file({PACKED: words(padded), SCALE: scales, SHAPE: torch.tensor([3, columns])}, path)
+        with open_foreign(path) as file:
+            weight = file.tensors["layer.weight"].read().dequantize()
+        assert torch.equal(weight, (codes - 8).float() * scales.repeat_interleave(columns // groups, 1))
+
+
+def test_what_is_not_exact_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    order = torch.arange(64).flip(0).int() // 32
+    for message, changed in {
+        "8 bits": {**INT4, PACKED: INT4[PACKED].repeat(1, 2)},
+        "order of activations": {**INT4, "layer.weight_g_idx": order},
+        "8-bit floats": {**MXFP4, SCALE: MXFP4[SCALE].float().to(torch.float8_e4m3fn)},
+        "no blocks": {**INT4, SCALE: torch.ones(16, 16)},
+    }.items():
+        save_file(changed, path)
+        with open_foreign(path) as file:
+            assert message in file.tensors["layer.weight"].refusal
+
+
+def test_zero_points_are_offsets_and_exact_for_scales_of_16_bits(tmp_path):
+    zeros = torch.randint(0, 16, (16, 2))
+    packed = words(zeros.T.contiguous()).T.contiguous()
+    codes = INT4[PACKED].view(torch.uint8)
+    codes = torch.stack([codes & 15, codes >> 4], -1).view(16, 64)
+    for scales in (INT4[SCALE].half(), INT4[SCALE].bfloat16(), INT4[SCALE]):
+        save_file({**INT4, SCALE: scales, "layer.weight_zero_point": packed}, tmp_path / "a.safetensors")
+        wide = scales.float().repeat_interleave(32, 1)
+        expected = (codes.int() - zeros.repeat_interleave(32, 1)).float() * wide
+        with open_foreign(tmp_path / "a.safetensors") as file:
+            tensor = file.tensors["layer.weight"]
+            if scales.dtype == torch.float32:
+                assert "more bits than float32" in tensor.refusal
+                assert torch.equal(tensor.values(), expected)
+            else:
+                assert tensor.read().format == "uint4"
+                assert torch.equal(tensor.read().dequantize(), expected)
+    save_file({**INT4, "layer.weight_zero_point": packed[:1].contiguous()}, tmp_path / "a.safetensors")
+    with pytest.raises(FileError, match="do not fit"):
+        open_foreign(tmp_path / "a.safetensors")
+
+
+def test_parts_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for changed in (
+        {**INT4, SHAPE: torch.tensor([16, 2**40])},
+        {**INT4, SHAPE: torch.tensor([15, 64])},
+        {**INT4, SHAPE: torch.tensor([64])},
+        {**INT4, SCALE: torch.ones(15, 2)},
+        {**INT4, SCALE: torch.ones(16, 3)},
+        {**INT4, SCALE: torch.ones(16)},
+        {**INT4, PACKED: INT4[PACKED].float()},
+        {**MXFP4, SCALE: MXFP4[SCALE][:, :1].contiguous()},
+        {PACKED: INT4[PACKED]},
+    ):
+        save_file(changed, path)
+        with pytest.raises(FileError, match="do not fit|lacks|says its shape"):
+            open_foreign(path)

@@ -1,0 +1,34 @@
+"""Names of GGUF, and the rows that llama.cpp reorders."""
+
+import pytest
+import torch
+
+from lowmem.io.foreign.gguf_names import FAMILIES, names_of
+
+
+def test_rows_are_put_back_where_the_converter_of_llama_cpp_took_them_from():
+    """Its code: w.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(w.shape)."""
+    metadata = {"general.architecture": "llama", "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
+    names = names_of(metadata)
+    for part, heads in (("attn_q", 4), ("attn_k", 2)):
+        weight = torch.randn(24, 5)
+        moved = weight.reshape(heads, 2, 24 // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+        order = names.row_order(f"blk.7.{part}.weight", 24)
+        assert torch.equal(moved[order], weight)
+    assert names.row_order("blk.7.attn_v.weight", 24) is None
+    del metadata["llama.attention.head_count_kv"]  # as many as those of q
+    assert names_of(metadata).heads == {"attn_q": 4, "attn_k": 4}
+
+
+def test_only_families_that_are_converted_so_reorder_rows():
+    assert {name for name, family in FAMILIES.items() if family.reordered} == {"llama", "smollm3"}
+    assert names_of({"general.architecture": "qwen2"}).row_order("blk.0.attn_q.weight", 8) is None
+
+
+def test_names_that_are_none_of_the_family_are_refused():
+    names = names_of({"general.architecture": "qwen2"})
+    assert names.model_name("blk.31.attn_q.bias") == "model.layers.31.self_attn.q_proj.bias"
+    assert names.model_name("blk.0.rope_freqs.weight") is None
+    for name in ("blk.0.attn_q_norm.weight", "blk.x.attn_q.weight", "blk.0.attn_q", "attn_q.weight", "a" * 999):
+        with pytest.raises(ValueError, match="no known place"):
+            names.model_name(name)

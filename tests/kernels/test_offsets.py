@@ -1,0 +1,199 @@
+"""Weights with offsets: w = levels[code] * scale + offset, from quantizing to products, layers and files."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lowmem
+from lowmem import FourBit, LoRA, convert, kernels, quantize
+from lowmem.kernels import reference
+from lowmem.quant.formats import FORMATS, IMPORTED
+from lowmem.quant.scales import OFFSETS, get_encoding
+from lowmem.quant.search import block_sums, fitting_offsets, fitting_scales
+from tests import strategies
+from tests.rounding import unit
+
+formats = st.sampled_from([*FORMATS, *IMPORTED])
+encodings = st.sampled_from(sorted(OFFSETS))
+
+
+sizes = st.sampled_from([8, 10, 32])
+
+
+@given(strategies.weights(max_exponent=0), formats, sizes, encodings, st.booleans(), st.booleans())
+def test_every_weight_is_within_its_bound_and_bytes_depend_on_values_alone(weight, form, size, scales, search, far):
+    weight = weight + 50 * far  # far from zero, where offsets matter
+    how = {"block_size": size, "scales": scales, "search": search}
+    stored = quantize(weight, form, **how)
+    stored.check_layout()
+    values = stored.dequantize()
+    assert ((weight.double() - values).abs() <= stored.error_bound()).all()
+    assert torch.equal(stored.scales, quantize(weight.clone(), form, **how).scales)
+    restored = stored.as_matrix().restore(slice(None)).view(values.shape)
+    assert torch.equal(values, restored)
+
+
+def test_a_block_far_from_zero_loses_no_more_than_its_spread():
+    """Without offsets its own size counts, not its spread."""
+    weight = 100 + torch.rand(8, 64)
+    error = {}
+    for scales in ("float32", "float32_offsets"):
+        stored = quantize(weight, "int4", block_size=32, scales=scales)
+        error[scales] = float((weight - stored.dequantize()).abs().max())
+    assert error["float32_offsets"] < 1 / 29
+    assert error["float32"] > 0.9
+
+
+def test_offsets_and_scales_bring_both_ends_of_a_block_to_the_end_levels():
+    rows = torch.tensor([[1.0, 2.0, 3.0, 4.0, -2.0, 0.0, 7.0, 7.0]])
+    for form in (*FORMATS.values(), IMPORTED["uint4"]):
+        offsets = fitting_offsets(rows, form, 8)
+        scales = fitting_scales(rows - offsets, form, 8)
+        ends = torch.tensor([form.levels[0], form.levels[-1]]) * scales[0] + offsets[0]
+        torch.testing.assert_close(ends, torch.tensor([-2.0, 7.0]), rtol=0, atol=1e-5)
+
+
+def test_float16_offsets_are_rounded_down():
+    ends = torch.tensor([0.0, 2.0**-26, -(2.0**-26)])
+    values = torch.cat([torch.randn(1000) * 10.0 ** torch.randint(-8, 4, (1000,)), ends])
+    encoding = get_encoding("float16_offsets")
+    rounded = encoding.round_offsets(values)
+    assert (rounded <= values).all()
+    assert ((values - rounded) <= values.abs() * 2.0**-10 + 2.0**-24).all()
+    assert torch.equal(rounded, rounded.half().float())
+
+
+@given(
+    st.sampled_from(["int4", "nf4", "bof4s", "uint4", "iq4_nl"]),
+    encodings,
+    st.sampled_from([8, 10, 16, 32, 64]),
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.sampled_from([1, 3, 30, 600]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(),
+    strategies.seeds,
+)
+def test_products_are_those_of_the_weight(form, scales, size, rows, columns, batch, dtype, biased, seed):
+    """In every ISA, held against float64: parts are added in float32, and the sum is rounded once to the dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) + 3 * torch.randn(rows, 1, generator=generator)
+    stored = quantize(weight, form, block_size=size, scales=scales)
+    dense = stored.dequantize().double()
+    offsets = stored.offsets().repeat_interleave(size, -1)[:, :columns].double()
+    parts = (dense - offsets).abs() + offsets.abs()  # what is added, before terms cancel
+    x, grad = (torch.randn(batch, n, generator=generator).to(dtype) for n in (columns, rows))
+    bias = torch.randn(rows, generator=generator) if biased else None
+    for name in kernels.available():
+        with kernels.using(name):
+            out, back = kernels.linear(x, stored, dtype, bias), kernels.input_grad(grad, stored, dtype)
+        if name == "reference" and dtype != torch.float32:
+            continue  # it rounds weights to the dtype first
+        assert (out.dtype, back.dtype) == (dtype, dtype)
+        exact = x.double() @ dense.T + (0 if bias is None else bias.double())
+        sizes = x.double().abs() @ parts.T + (0 if bias is None else bias.double().abs())
+        assert ((out.double() - exact).abs() <= bound(sizes, exact, columns, dtype)).all()
+        exact, sizes = grad.double() @ dense, grad.double().abs() @ parts
+        assert ((back.double() - exact).abs() <= bound(sizes, exact, rows, dtype)).all()
+
+
+def bound(sizes, exact, terms, dtype):
+    sums = (2 * terms + 8) * unit(torch.float32) * sizes
+    return sums + unit(dtype) * (exact.abs() + sums) + (2.0**-24 if dtype == torch.float16 else 2.0**-126)
+
+
+def test_products_in_8_bit_integers_are_those_of_the_reference():
+    x = torch.randn(5, 200)
+    stored = quantize(torch.randn(30, 200) + 1, "int4", block_size=32, scales="float16_offsets")
+    expected = reference.linear(x, stored, torch.int8)
+    for name in kernels.available():
+        with kernels.using(name):
+            out = kernels.linear(x, stored, torch.int8, torch.ones(30))
+        torch.testing.assert_close(out, expected + 1, rtol=1e-5, atol=1e-4)
+
+
+def test_explain_says_that_offsets_are_added(capsys):
+    text = kernels.explain(quantize(torch.randn(8, 64), "int4", scales="float16_offsets"), 4)
+    assert text.startswith("offsets: added in plain torch")
+    assert "input_grad:" in text
+
+
+def test_block_sums_of_a_row_that_ends_in_a_short_block():
+    assert block_sums(torch.arange(10.0)[None], 4).tolist() == [[6.0, 22.0, 17.0]]
+
+
+def test_the_technique_names_its_encoding_and_scales_that_cannot_have_offsets_are_refused():
+    assert FourBit("int4", offsets=True) == FourBit("int4", scales="float16_offsets")
+    assert FourBit("int4", scales="float32", offsets=True).scales == "float32_offsets"
+    assert FourBit("nf4", scales="float16_offsets").offsets
+    with pytest.raises(ValueError, match="scales='double' has no offsets"):
+        FourBit("nf4", scales="double", offsets=True)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(20, 32), nn.Conv1d(32, 16, 3)
+        self.linear, self.head = nn.Linear(16, 24), nn.Linear(24, 8)
+
+    def forward(self, tokens):
+        hidden = self.conv(self.embed(tokens).transpose(1, 2)).transpose(1, 2)
+        return self.head(torch.relu(self.linear(hidden)))
+
+
+OFFSET = FourBit("int4", block_size=8, offsets=True)
+
+
+def test_layers_of_all_kinds_compute_with_offsets_and_files_hold_them(tmp_path):
+    tokens = torch.randint(0, 20, (3, 9))
+    dense = Model().eval()
+    model = convert(copy.deepcopy(dense), OFFSET)
+    assert all(module.quantized.has_offsets for module in (model.embed, model.conv, model.linear, model.head))
+    restored = lowmem.restore(copy.deepcopy(model))
+    expected = restored(tokens)
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
+    lowmem.save(model, tmp_path / "a.safetensors")
+    loaded = lowmem.load(tmp_path / "a.safetensors", Model).eval()
+    assert torch.equal(loaded(tokens), model(tokens))
+    again = convert(Model(), OFFSET).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(tokens), model(tokens))
+    compiled = torch.export.export(model, (tokens,)).module()
+    torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_training_an_adapter_on_a_base_with_offsets_and_merging_it():
+    tokens = torch.randint(0, 20, (3, 9))
+    model = convert(Model(), OFFSET, LoRA(4))
+    dense = lowmem.restore(copy.deepcopy(model))
+    for one in (model, dense):
+        one(tokens).square().sum().backward()
+    expected = dict(dense.named_parameters())
+    for name, value in model.named_parameters():
+        if "lora" in name:
+            torch.testing.assert_close(value.grad, expected[name].grad, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("lora_b"):
+                value.normal_(std=0.05)
+        expected = model.eval()(tokens)
+    with pytest.warns(UserWarning, match="quantized 2 adapted weights to 4 bits again"):
+        merged = lowmem.merge(copy.deepcopy(model))
+    assert merged.head.quantized.has_offsets
+    with torch.no_grad():
+        assert float((merged(tokens) - expected).norm() / expected.norm()) < 0.2
+
+
+def test_calibrating_and_gptq_take_offsets_into_account():
+    weight, x = torch.randn(24, 32) + 0.5, torch.randn(400, 32) @ torch.randn(32, 32)
+    layer = nn.Linear(32, 24, bias=False)
+    layer.weight.data = weight
+    plain = quantize(weight, "int4", block_size=8, scales="float16_offsets").dequantize()
+    calibrated = lowmem.calibrate(nn.Sequential(layer), [x], technique=OFFSET)[0].quantized
+    assert calibrated.has_offsets
+    lost = [float(((weight - stored) @ x.T).norm()) for stored in (calibrated.dequantize(), plain)]
+    assert lost[0] < lost[1]
