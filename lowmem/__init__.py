@@ -21,6 +21,9 @@ from lowmem.quant.formats import FORMATS, Format
 from lowmem.quant.packing import pack, unpack
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
+from lowmem.training.activations import compressed_activations
+from lowmem.training.loss import linear_cross_entropy
+from lowmem.training.prepare import prepare_training, release_training, training_report
 from lowmem.transforms.adapters import (
     activate,
     active_adapters,
@@ -75,20 +78,25 @@ __all__ = [
     "backend",
     "build",
     "calibrate",
+    "compressed_activations",
     "convert",
     "deactivate",
     "delete_adapter",
+    "linear_cross_entropy",
     "load",
     "load_adapter",
     "merge",
     "merge_adapter",
     "pack",
     "plan",
+    "prepare_training",
     "quantize",
+    "release_training",
     "restore",
     "save",
     "save_adapter",
     "summary",
+    "training_report",
     "unmerge_adapter",
     "unpack",
 ]

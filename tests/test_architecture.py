@@ -18,7 +18,7 @@ ORDER = [
     ("kernels",),
     ("nn",),
     ("transforms",),
-    ("io", "variants"),
+    ("io", "training", "variants"),
     ("integrations",),
     ("testing",),
     ("report",),

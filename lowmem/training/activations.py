@@ -1,0 +1,275 @@
+"""What autograd saves for backward, kept as 8-bit codes in blocks.
+
+A training step's memory is mostly what the forward saves. ``compressed_activations`` replaces each large floating
+tensor by signed 8-bit codes with one scale for 64 numbers, and makes it again when backward asks (Chen et al., ActNN,
+arXiv 2104.14129, and Dettmers et al., 8-bit Optimizers, arXiv 2110.02861, section 2, for blocks). Its hooks are
+``torch.autograd.graph.saved_tensors_hooks``, so no model needs code of its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Codes", "compress", "compressed_activations"]
+
+BLOCK = 64
+_CHUNK = 2**18
+"""Numbers compressed at a time, so that temporaries stay in a processor's cache."""
+
+_LEAST = 2**12
+"""Numbers of a tensor below which it is kept as it is: its codes would save less than they cost."""
+
+_VANISHED = 1 / 7
+"""A tensor of which a larger part would vanish is kept as it is: probabilities, decays, masks of attention."""
+
+_VIEWED = 4
+"""A tensor is kept with its whole storage, once for all views, if that has at most this many times its numbers."""
+
+
+class Codes(NamedTuple):
+    """Numbers in 8 bits, ``x = codes * scale`` in blocks of 64 of the flat tensor.
+
+    Attributes:
+        codes: int8 (blocks, 64), from -127 to 127.
+        scales: float32 (blocks, 1): the largest magnitude of a block over 127.
+        dtype: of the numbers.
+        length: how many numbers there are, without the padding of the last block.
+        vanished: which part of the numbers other than zero has the code of zero, at most; 1, if one is not finite.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+    length: int
+    vanished: float
+
+    def values(self) -> Tensor:
+        """Return the numbers: (length,)."""
+        out = torch.empty(self.codes.shape, dtype=self.dtype, device=self.codes.device)
+        rows = max(1, min(_CHUNK // BLOCK, len(out)))
+        scratch = torch.empty(rows, BLOCK, device=out.device)
+        for codes, scales, part in zip(self.codes.split(rows), self.scales.split(rows), out.split(rows), strict=True):
+            exact = part if self.dtype is torch.float32 else scratch[: len(part)]
+            torch.mul(codes, scales, out=exact)
+            if exact is not part:
+                part.copy_(exact)
+        return out.view(-1)[: self.length]
+
+
+def compress(numbers: Tensor) -> Codes:
+    """Return the 8-bit codes of a flat floating tensor: ``|x - codes * scale| <= scale / 2`` but for rounding.
+
+    A block with NaN or an infinite number becomes NaN: what went wrong stays visible.
+    """
+    length = numbers.numel()
+    blocks = -(-length // BLOCK)
+    codes = torch.empty(blocks, BLOCK, dtype=torch.int8, device=numbers.device)
+    scales = torch.empty(blocks, 1, dtype=torch.float32, device=numbers.device)
+    if length % BLOCK:
+        numbers = functional.pad(numbers, (0, blocks * BLOCK - length))
+    rows = max(1, min(_CHUNK // BLOCK, blocks))
+    scratch = torch.empty(rows, BLOCK, device=numbers.device)
+    after = 0  # numbers other than zero
+    for source, code, scale in zip(
+        numbers.view(-1, BLOCK).split(rows), codes.split(rows), scales.split(rows), strict=True
+    ):
+        scaled = scratch[: len(source)]
+        torch.amax(torch.abs(scaled.copy_(source), out=scaled), 1, keepdim=True, out=scale).div_(127)
+        torch.div(source, scale.clamp_min(torch.finfo(torch.float32).tiny), out=scaled)
+        code.copy_(scaled.round_())  # of a block that is not finite any codes: its scale says so
+        after += int(code.count_nonzero())
+    broken = ~scales.isfinite()
+    if broken.any():
+        scales.masked_fill_(broken, torch.nan)
+        return Codes(codes, scales, numbers.dtype, length, 1.0)
+    before = length if after > (1 - _VANISHED) * length else int(numbers.count_nonzero())
+    return Codes(codes, scales, numbers.dtype, length, 1 - after / max(1, before))
+
+
+@dataclass(eq=False)
+class _Packed:
+    """A saved tensor: codes of a storage, and the view of it."""
+
+    codes: Codes
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    held: _Held
+
+
+@dataclass(eq=False)
+class _Held:
+    """The storage that was made again last: several views of one are asked for in a row."""
+
+    codes: Codes | None = None
+    values: Tensor | None = None
+
+
+class _Seen(NamedTuple):
+    """What a storage is kept as at one version: its codes, or itself for None."""
+
+    storage: weakref.ref[Any]
+    version: int
+    codes: Codes | None
+
+
+class _Compressor:
+    """The hooks of one context.
+
+    Args:
+        exact: addresses of storages that are kept as they are: parameters and buffers.
+
+    Attributes:
+        keeps: which of the tensors that the running function saves stay as they are; None: no more than of any other.
+    """
+
+    def __init__(self, exact: set[int]) -> None:
+        self.exact = exact
+        self.seen: dict[tuple[int, torch.dtype], _Seen] = {}
+        self.held = _Held()
+        self.keeps: Callable[[Tensor], bool] | None = None
+
+    def pack(self, tensor: Tensor) -> Tensor | _Packed:
+        """Return what autograd keeps in place of a tensor."""
+        if type(tensor) is not Tensor or not _is_large(tensor):
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self.exact:
+            return tensor
+        keep = self.keeps is not None and self.keeps(tensor)
+        if storage.nbytes() > _VIEWED * tensor.nbytes:
+            codes = None if keep else _worth(compress(tensor.detach().reshape(-1)))
+            shape = torch.empty(tensor.shape, device="meta")
+            return tensor if codes is None else _Packed(codes, shape.shape, shape.stride(), 0, self.held)
+        codes = self._of_storage(tensor, storage, keep)
+        if codes is None:
+            return tensor
+        return _Packed(codes, tensor.shape, tensor.stride(), int(tensor.storage_offset()), self.held)
+
+    def _of_storage(self, tensor: Tensor, storage: Any, keep: bool) -> Codes | None:
+        """Return the codes of a whole storage, the same ones for each view of it while it does not change.
+
+        An address is used again after its memory is freed, and a storage can be written to: so the codes are those
+        of the storage object and version that they were made from. What one function keeps as it is, all do.
+        """
+        key = storage._cdata, tensor.dtype
+        seen = self.seen.get(key)
+        if seen is None or seen.storage() is not storage or seen.version != tensor._version:
+            flat = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+            seen = _Seen(weakref.ref(storage), tensor._version, None if keep else _worth(compress(flat)))
+            self.seen = {at: one for at, one in self.seen.items() if one.storage() is not None} | {key: seen}
+        return seen.codes
+
+    @staticmethod
+    def unpack(packed: Tensor | _Packed) -> Tensor:
+        """Return the tensor for backward."""
+        if isinstance(packed, Tensor):
+            return packed
+        held = packed.held
+        if held.codes is not packed.codes or held.values is None:
+            held.codes, held.values = packed.codes, packed.codes.values()
+        return held.values.as_strided(packed.shape, packed.stride, packed.offset)
+
+
+def _worth(codes: Codes) -> Codes | None:
+    return None if codes.vanished > _VANISHED else codes
+
+
+def _is_large(tensor: Tensor) -> bool:
+    """Whether a tensor is worth compressing, and bears it: statistics of rows, of shape (..., 1), do not."""
+    if tensor.layout is not torch.strided or not tensor.is_floating_point() or tensor.element_size() == 1:
+        return False
+    return tensor.dim() > 1 and tensor.shape[-1] > 1 and tensor.numel() >= _LEAST
+
+
+_EXACT = {
+    functional.softmax,
+    functional.log_softmax,
+    functional.cross_entropy,
+    functional.nll_loss,
+    Tensor.softmax,
+    Tensor.log_softmax,
+    Tensor.logsumexp,
+    torch.softmax,
+    torch.log_softmax,
+    torch.logsumexp,
+}
+"""Functions whose saves are probabilities or their logarithms, of which 8 bits would lose the small ones."""
+
+
+class _ByFunction(TorchFunctionMode):
+    """Tells the hooks what a function saves that 8 bits would harm."""
+
+    def __init__(self, compressor: _Compressor) -> None:
+        super().__init__()
+        self.compressor = compressor
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        keeps = _keeps(function, args, kwargs)
+        if keeps is None:
+            return function(*args, **kwargs)
+        before, self.compressor.keeps = self.compressor.keeps, keeps
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.compressor.keeps = before
+
+
+def _keeps(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[Tensor], bool] | None:
+    """Return which tensors that a function saves stay as they are; None: no more than of any function."""
+    if function in _EXACT:
+        return lambda saved: True
+    if function is functional.scaled_dot_product_attention:
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        scores = None if mask is None else tuple(mask.shape[-2:])
+        # Sums of exponentials are (batch, heads, rows), masks and probabilities (batch, heads, rows, rows).
+        return lambda saved: saved.dim() < 4 or tuple(saved.shape[-2:]) == scores
+    if function is functional.linear and len(args) > 1 and torch.is_autocast_enabled(args[0].device.type):
+        shape = tuple(args[1].shape)  # of the weight, which autocast has cast
+        return lambda saved: tuple(saved.shape) in (shape, shape[::-1])
+    return None
+
+
+@contextmanager
+def compressed_activations(model: nn.Module) -> Iterator[None]:
+    """Keep in 8 bits what autograd saves in this context: a quarter of float32's bytes, and half of bfloat16's.
+
+        with lowmem.compressed_activations(model):
+            loss = model(**batch).loss
+        loss.backward()
+
+    Compressed are dense floating tensors of 16 bits or more with at least 4096 numbers and two dimensions. Each
+    number is off by at most 1/254 of the largest magnitude among its 64 neighbours in memory; gradients, which are
+    sums over rows, by a few percent. Kept as they are: parameters and buffers, integers, complex and sparse tensors,
+    statistics of rows, what softmax, log_softmax and cross_entropy save, masks of attention, and whatever has numbers
+    that are not finite, or of which more than a seventh would become zero. Views are restored as views, and tensors
+    that share memory are compressed once. Of a region of ``torch.utils.checkpoint`` that is the region's inputs, from
+    which it is computed again.
+
+    Args:
+        model: whose parameters and buffers are kept as they are.
+
+    Raises:
+        TypeError: not a module.
+        RuntimeError: inside torch.compile, whose graphs decide themselves what they save; call the compiled model in
+            the context instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if torch.compiler.is_compiling():
+        raise RuntimeError("compressed_activations inside a compiled function: enter it around the compiled call")
+    tensors = [*model.parameters(), *model.buffers()]
+    compressor = _Compressor({one.untyped_storage().data_ptr() for one in tensors if one.layout is torch.strided})
+    with saved_tensors_hooks(compressor.pack, compressor.unpack), _ByFunction(compressor):
+        yield

@@ -1,0 +1,291 @@
+"""Logits that are not computed until somebody needs them: their cross entropy never does.
+
+A language model's output layer returns ``LazyLogits`` in training. What a loss does with logits before
+``torch.nn.functional.cross_entropy`` takes them (``float()``, views, a shift by one place, a factor) is done with the
+hidden states, and the loss is ``linear_cross_entropy``. Every other function gets the logits themselves. So a model
+needs no code of its own for this, and its loss, labels and reduction stay what they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowmem.nn.frozen_linear import is_jit_tracing
+from lowmem.training.loss import linear_cross_entropy
+
+__all__ = ["LazyLogits", "delay_logits", "delays_logits", "undelay_logits"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Logits ``scale * layer(hidden) + offset``.
+
+    Attributes:
+        layer: with ``weight`` (vocabulary, width) and ``bias``.
+        hidden: (..., width).
+        dtype: in which the layer computes, by the rules of autocast.
+        chunk: rows of logits that exist at once.
+        scale: a factor.
+        offset: (vocabulary,), frozen, or None.
+    """
+
+    layer: Any
+    hidden: Tensor
+    dtype: torch.dtype
+    chunk: int
+    scale: float = 1.0
+    offset: Tensor | None = None
+
+    def logits(self) -> Tensor:
+        """Compute all logits, differentiable."""
+        with torch.autocast(self.hidden.device.type, self.dtype, enabled=self.hidden.dtype is not self.dtype):
+            out: Tensor = self.layer.dense_forward(self.hidden)
+        out = out if self.scale == 1 else out * self.scale
+        return out if self.offset is None else out + self.offset
+
+    def cross_entropy(self, labels: Tensor, **options: Any) -> Tensor:
+        """Return the loss, of the same rows, without all logits."""
+        hidden, bias = self.hidden, self.layer.bias
+        if self.scale != 1:
+            hidden, bias = hidden * self.scale, None if bias is None else bias * self.scale
+        if self.offset is not None:
+            bias = self.offset if bias is None else bias + self.offset
+        return linear_cross_entropy(
+            hidden, self.layer.weight, labels, bias=bias, chunk=self.chunk, dtype=self.dtype, **options
+        )
+
+
+class LazyLogits(Tensor):
+    """Logits of an output layer, (..., vocabulary), that are computed by the first function that needs their values.
+
+    Attributes:
+        product: the layer and its input.
+    """
+
+    product: _Product
+
+    @staticmethod
+    def __new__(cls, product: _Product, dtype: torch.dtype) -> LazyLogits:
+        """Make a tensor without values of its own, as which ``dtype`` the logits present themselves."""
+        shape = (*product.hidden.shape[:-1], product.layer.weight.shape[0])
+        out: LazyLogits = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=product.hidden.device, requires_grad=False
+        )
+        out.product = product
+        return out
+
+    def values(self) -> Tensor:
+        """Compute the logits, differentiable."""
+        return self.product.logits().to(self.dtype)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        delayed = _FUNCTIONS.get(function)
+        if delayed is not None and isinstance(args[0] if args else kwargs.get("input"), cls):
+            result = delayed(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        elif function in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        return cls.__torch_dispatch__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        values = lambda one: one.values() if isinstance(one, LazyLogits) else one  # noqa: E731
+        args, kwargs = torch.utils._pytree.tree_map(values, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+class LazyOutput(nn.Module):
+    """Base of output layers whose logits are lazy while they train."""
+
+    delayed_class: type[nn.Module]
+    logits_chunk: int
+
+    def dense_forward(self, input: Tensor) -> Tensor:
+        """Return the logits, computed: (..., width) -> (..., vocabulary)."""
+        out: Tensor = super().forward(input)
+        return out
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return logits (..., vocabulary): lazy ones where a gradient will be asked for."""
+        graph = torch.compiler.is_compiling() or is_jit_tracing()
+        if graph or not (self.training and torch.is_grad_enabled() and input.is_floating_point()):
+            return self.dense_forward(input)
+        device = input.device.type
+        cast = device != "meta" and torch.is_autocast_enabled(device) and input.dtype is not torch.float64
+        dtype = torch.get_autocast_dtype(device) if cast else input.dtype
+        return LazyLogits(_Product(self, input, dtype, self.logits_chunk), dtype)
+
+
+def delay_logits(layer: nn.Module, chunk: int = 256) -> None:
+    """Let an output layer return ``LazyLogits`` in training.
+
+    Args:
+        layer: computes ``x @ weight.T + bias``: nn.Linear, or that layer stored in 16 or 4 bits.
+        chunk: rows of logits that exist at once in the loss.
+    """
+    layer.__dict__["logits_chunk"] = chunk
+    layer.__class__ = _delayed(cast(Any, type(layer)))
+
+
+def delays_logits(layer: nn.Module) -> bool:
+    """Whether the layer returns ``LazyLogits``."""
+    return isinstance(layer, LazyOutput)
+
+
+def undelay_logits(layer: nn.Module) -> None:
+    """Undo ``delay_logits``."""
+    if isinstance(layer, LazyOutput):
+        layer.__dict__.pop("logits_chunk", None)
+        layer.__class__ = cast(Any, layer.delayed_class)
+
+
+@cache
+def _delayed(kind: type[Any]) -> type[LazyOutput]:
+    made: type[LazyOutput] = type(
+        f"Lazy{kind.__name__}", (LazyOutput, kind), {"delayed_class": kind, "__module__": kind.__module__}
+    )
+    return made
+
+
+_METADATA = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_cuda", "is_meta")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
+
+
+def _delays(*functions: Any) -> Callable[[_F], _F]:
+    def register(function: _F) -> _F:
+        _FUNCTIONS.update(dict.fromkeys(functions, function))
+        return function
+
+    return register
+
+
+@_delays(functional.cross_entropy)
+def _cross_entropy(
+    input: LazyLogits,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    plain = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum")
+    if not plain or target.dtype is not torch.int64 or input.dim() > 2:
+        return NotImplemented
+    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    return input.product.cross_entropy(target, **options).to(input.dtype)
+
+
+@_delays(Tensor.float)
+def _float(logits: LazyLogits) -> Any:
+    return LazyLogits(logits.product, torch.float32)
+
+
+@_delays(Tensor.to)
+def _to(logits: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+    device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
+    if form is not None or device not in (None, logits.device):
+        return NotImplemented
+    return LazyLogits(logits.product, dtype) if dtype is not None else logits
+
+
+@_delays(Tensor.contiguous)
+def _contiguous(logits: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
+    return logits if memory_format is torch.contiguous_format else NotImplemented
+
+
+@_delays(Tensor.view, Tensor.reshape)
+def _view(logits: LazyLogits, *shape: Any) -> Any:
+    sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+    if isinstance(sizes, torch.dtype) or not sizes:
+        return NotImplemented
+    vocabulary, rows = logits.shape[-1], logits.shape[:-1].numel()
+    leading = list(sizes[:-1])
+    if sizes[-1] == -1 and -1 not in leading and math.prod(leading) == rows:
+        pass  # the vocabulary is what is left
+    elif sizes[-1] != vocabulary:
+        return NotImplemented
+    product = logits.product
+    return LazyLogits(
+        replace(product, hidden=product.hidden.reshape(*leading, product.hidden.shape[-1])), logits.dtype
+    )
+
+
+@_delays(Tensor.flatten)
+def _flatten(logits: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
+    last = end_dim % logits.dim()
+    if last == logits.dim() - 1:
+        return NotImplemented
+    product = logits.product
+    return LazyLogits(replace(product, hidden=product.hidden.flatten(start_dim, last)), logits.dtype)
+
+
+@_delays(Tensor.__getitem__)
+def _getitem(logits: LazyLogits, index: Any) -> Any:
+    """Index leading dimensions: those of the hidden states."""
+    parts = index if isinstance(index, tuple) else (index,)
+    taken = 0
+    for part in parts:
+        if isinstance(part, LazyLogits):
+            return NotImplemented
+        masks = isinstance(part, Tensor) and part.dtype is torch.bool
+        taken += part.dim() if masks else part is not None and part is not Ellipsis
+    reaches = any(part is Ellipsis for part in parts) or taken >= logits.dim()
+    whole = isinstance(parts[-1], slice) and parts[-1] == slice(None)
+    if reaches and parts[-1] is not Ellipsis and not whole:
+        return NotImplemented
+    product = logits.product
+    return LazyLogits(replace(product, hidden=product.hidden[index]), logits.dtype)
+
+
+@_delays(Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul)
+def _times(logits: LazyLogits, factor: Any) -> Any:
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
+        return NotImplemented
+    product = logits.product
+    offset = None if product.offset is None else product.offset * factor
+    return LazyLogits(replace(product, scale=product.scale * factor, offset=offset), logits.dtype)
+
+
+@_delays(Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)
+def _plus(logits: LazyLogits, other: Any) -> Any:
+    """Add frozen numbers for each token of the vocabulary, such as the final bias of BART."""
+    if (
+        type(other) is not Tensor
+        or other.requires_grad
+        or other.numel() != logits.shape[-1]
+        or other.shape[-1:] != logits.shape[-1:]
+        or other.dim() > logits.dim()
+    ):
+        return NotImplemented
+    product, own = logits.product, other.reshape(-1)
+    offset = own if product.offset is None else product.offset + own
+    return LazyLogits(replace(product, offset=offset), torch.promote_types(logits.dtype, other.dtype))
+
+
+@_delays(Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide)
+def _divided(logits: LazyLogits, divisor: Any, **options: Any) -> Any:
+    if options or isinstance(divisor, bool) or not isinstance(divisor, int | float) or divisor == 0:
+        return NotImplemented
+    return _times(logits, 1 / divisor)

@@ -1,0 +1,221 @@
+"""The cross entropy of an output layer over a vocabulary, in chunks of rows: all logits never exist at once.
+
+Logits of (rows, vocabulary) and their gradient are the largest tensors of a language model's training step. Rows are
+independent, so a chunk's loss and the gradients that follow from it are computed in one pass in forward, and its
+logits are dropped; backward only scales what forward has found (Hsu et al., Liger Kernel, arXiv 2410.10989, section
+3.3, FusedLinearCrossEntropy; here with stored weights and without ignored rows).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowmem import kernels
+from lowmem.nn.stored import StoredTensor
+
+__all__ = ["linear_cross_entropy"]
+
+_ROWS = 16
+"""Rows whose probabilities are computed at a time in float32: few enough to stay in a processor's cache."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    chunk: int = 256,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return ``cross_entropy(hidden @ weight.T + bias, labels)``, with a peak of ``chunk`` rows of logits.
+
+    The gradients of hidden, weight and bias are computed in forward and kept, each of the size of its tensor.
+
+    Args:
+        hidden: floating point (..., width).
+        weight: (vocabulary, width): dense, or stored in 4, or 16 bits (frozen).
+        labels: int64 (...), from 0 to vocabulary - 1, or ``ignore_index``: rows that are not computed.
+        bias: (vocabulary,), or None.
+        ignore_index: the label of rows without a loss.
+        chunk: rows whose logits exist at once, at least 1.
+        label_smoothing: how much of each target is spread over the vocabulary, in [0, 1].
+        reduction: "mean" over the labels that count (NaN if none does), or "sum".
+        dtype: to multiply in; None: autocast's if enabled, or the wider one of hidden and a dense or 16-bit weight.
+
+    Returns:
+        The loss, a scalar in float32, or float64 when computed in it. It is differentiable once.
+
+    Raises:
+        TypeError: hidden or dtype is not floating point, or labels are not int64.
+        ValueError: shapes that do not fit, a label outside the vocabulary, or an option out of its range.
+    """
+    _check_options(chunk, label_smoothing, reduction, dtype)
+    _check_shapes(hidden, weight, labels, bias)
+    dtype = dtype or _compute_dtype(hidden, weight)
+    if isinstance(bias, StoredTensor):
+        bias = bias.dequantize()
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    counted = (targets != ignore_index).nonzero().squeeze(1)
+    targets = targets[counted]
+    _check_labels(targets, weight.shape[0])
+    given = rows, weight, bias, counted, targets, chunk, label_smoothing, dtype
+    loss: Tensor = _Chunked.apply(*given)  # type: ignore[no-untyped-call]
+    return loss / len(counted) if reduction == "mean" else loss
+
+
+class _Chunked(torch.autograd.Function):
+    """The sum of the losses; gradients are computed in forward, for a gradient of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        counted: Tensor,
+        targets: Tensor,
+        chunk: int,
+        smoothing: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        sums = torch.promote_types(dtype, torch.float32)
+        wanted = ctx.needs_input_grad
+        factor, offset = _Factor(weight, dtype), None if bias is None else bias.detach().to(dtype)
+        row_grad = torch.zeros_like(rows) if wanted[0] else None
+        weight_grad = rows.new_zeros(weight.shape, dtype=sums) if wanted[1] else None
+        bias_grad = rows.new_zeros(weight.shape[:1], dtype=sums) if wanted[2] else None
+        loss = rows.new_zeros((), dtype=sums)
+        with torch.autocast(rows.device.type, enabled=False):
+            for start in range(0, len(counted), chunk):
+                at, target = counted[start : start + chunk], targets[start : start + chunk]
+                x = (rows[start : start + chunk] if len(counted) == len(rows) else rows[at]).to(dtype)
+                logits = factor.logits(x, offset)  # (chunk, vocabulary)
+                loss += _losses(logits, target, smoothing, gradient=any(wanted[:3]))
+                if row_grad is not None:
+                    row_grad[at] = factor.times(logits).to(rows.dtype)
+                if weight_grad is not None:
+                    weight_grad += logits.t() @ x
+                if bias_grad is not None:
+                    bias_grad += logits.sum(0, dtype=sums)
+                del logits, x  # before the next chunk's are made
+        ctx.save_for_backward(
+            row_grad,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
+        )
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if one is None else one * gradient.to(one.dtype) for one in ctx.saved_tensors]
+        return *scaled, None, None, None, None, None
+
+
+class _Factor:
+    """The products with an output layer's weight, dense or stored, in one dtype."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.stored: kernels.Weight | None = None
+        if isinstance(weight, StoredTensor):
+            self.stored = weight.stored
+        else:
+            self.dense = weight.detach().to(dtype)
+
+    def logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x @ W.T + bias``: (rows, width) -> (rows, vocabulary)."""
+        if self.stored is not None:
+            return kernels.linear(x, self.stored, self.dtype, bias)
+        return torch.nn.functional.linear(x, self.dense, bias)
+
+    def times(self, gradient: Tensor) -> Tensor:
+        """Return ``gradient @ W``: (rows, vocabulary) -> (rows, width)."""
+        if self.stored is not None:
+            return kernels.input_grad(gradient, self.stored, self.dtype)
+        return gradient @ self.dense
+
+
+def _losses(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
+    """Return the sum of the losses of rows, and replace their logits by the gradient with respect to them.
+
+    loss = -(1 - e) log p[target] - e mean(log p),    d loss / d logits = p - (1 - e) onehot - e / vocabulary
+    """
+    parts = zip(logits.split(_ROWS), targets.unsqueeze(1).split(_ROWS), strict=True)
+    return torch.stack([_losses_of_few(part, target, smoothing, gradient) for part, target in parts]).sum()
+
+
+def _losses_of_few(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
+    logs = torch.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (rows, vocabulary)
+    spread = smoothing / logits.shape[1]
+    loss = (smoothing - 1) * logs.gather(1, targets).sum()
+    if smoothing:
+        loss -= spread * logs.sum()
+    if gradient:
+        errors = logs.exp_()
+        errors.scatter_add_(1, targets, errors.new_full(targets.shape, smoothing - 1))
+        logits.copy_(errors.sub_(spread) if smoothing else errors)
+    return loss
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    stored = weight.stored if isinstance(weight, StoredTensor) else weight
+    return torch.promote_types(hidden.dtype, stored.dtype) if isinstance(stored, Tensor) else hidden.dtype
+
+
+def _check_options(chunk: int, smoothing: float, reduction: str, dtype: torch.dtype | None) -> None:
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+        raise ValueError(f"chunk={chunk!r} must be a number of rows, at least 1")
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing={smoothing!r} must lie in [0, 1]")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f'reduction={reduction!r} must be "mean" or "sum"; for a loss of each row use '
+            "torch.nn.functional.cross_entropy on the logits"
+        )
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype} must be floating point")
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden.dtype={hidden.dtype} must be floating point")
+    if labels.dtype is not torch.int64:
+        raise TypeError(f"labels.dtype={labels.dtype} must be torch.int64, the numbers of classes")
+    if weight.dim() != 2:
+        raise ValueError(f"weight.shape={tuple(weight.shape)} must be (vocabulary, width)")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight.shape={tuple(weight.shape)} takes a width of {weight.shape[1]}, and "
+            f"hidden.shape={tuple(hidden.shape)} ends in {hidden.shape[-1] if hidden.dim() else None}"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels.shape={tuple(labels.shape)} must be that of hidden without its last dimension, "
+            f"{tuple(hidden.shape[:-1])}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias.shape={tuple(bias.shape)} must be {tuple(weight.shape[:1])}")
+
+
+def _check_labels(targets: Tensor, vocabulary: int) -> None:
+    if not len(targets):
+        return
+    least, largest = cast(tuple[Tensor, Tensor], torch.aminmax(targets))
+    for value in (int(least), int(largest)):
+        if not 0 <= value < vocabulary:
+            raise ValueError(
+                f"labels hold {value}, which is outside the vocabulary of {vocabulary}; rows without a loss take "
+                "ignore_index"
+            )

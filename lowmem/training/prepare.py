@@ -1,0 +1,175 @@
+"""One call that makes the training steps of a model small, and one that undoes it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lowmem.nn.lora import LoRALinear
+from lowmem.training.activations import compressed_activations
+from lowmem.training.logits import LazyOutput, delay_logits, undelay_logits
+from lowmem.transforms.placement import output_layers
+from lowmem.transforms.registry import ADAPTED, layer_name, module_paths
+
+__all__ = ["prepare_training", "release_training", "training_report"]
+
+_MODES = "fast", "lean"
+
+
+def prepare_training(
+    model: nn.Module, memory: str = "fast", *, output: str | Iterable[str] = (), chunk: int = 256
+) -> nn.Module:
+    """Let training steps of a model take less memory, and use it as before.
+
+    - "fast" and "lean": the output layers' logits are computed in chunks of rows, by the cross entropy that takes
+      them (``linear_cross_entropy``), in the code of the model, of a Trainer, or in your own. Whoever needs the
+      logits themselves gets them.
+    - "lean": what autograd saves in forward is kept in 8 bits (``compressed_activations``), which costs time.
+
+    ``training_report`` says what was done to which module. In evaluation, without gradients, compiled and exported,
+    the model does what it did before. Call ``release_training`` before the model is pickled or sharded.
+
+    Args:
+        model: with parameters that train.
+        memory: "fast" or "lean".
+        output: glob patterns of the paths of output layers; empty: what ``get_output_embeddings()`` of the model
+            returns, and linear layers whose weight is tied to an embedding.
+        chunk: rows whose logits exist at once.
+
+    Returns:
+        The model, changed in place. Preparing it again replaces what was prepared.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: an unknown ``memory``, a chunk below 1, a pattern that matches no linear layer, a model without
+            parameters that train, or one whose parameters are inference tensors. The model is left as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if memory not in _MODES:
+        raise ValueError(f'memory={memory!r} must be "fast" or "lean"')
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+        raise ValueError(f"chunk={chunk!r} must be a number of rows, at least 1")
+    _check_trains(model)
+    patterns = [output] if isinstance(output, str) else list(output)
+    chunks: dict[nn.Module, int] = {one: one.logits_chunk for one in model.modules() if isinstance(one, LazyOutput)}
+    was_lean = isinstance(model, _Compressing)
+    release_training(model)
+    try:
+        layers = _named_layers(model, patterns) if patterns else output_layers(model)
+    except ValueError:
+        _apply(model, chunks, was_lean)
+        raise
+    return _apply(model, {one: chunk for one in layers if _reason(one) is None}, memory == "lean")
+
+
+def _apply(model: nn.Module, chunks: Mapping[nn.Module, int], lean: bool) -> nn.Module:
+    for layer, chunk in chunks.items():
+        delay_logits(layer, chunk)
+    if lean:
+        model.__class__ = cast(Any, _compressing(cast(Any, type(model))))
+    return model
+
+
+def release_training(model: nn.Module) -> nn.Module:
+    """Undo ``prepare_training``; a model that is not prepared stays as it is.
+
+    Raises:
+        TypeError: the model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if isinstance(model, _Compressing):
+        model.__class__ = cast(Any, model.plain_class)
+    for module in model.modules():
+        undelay_logits(module)
+    return model
+
+
+def training_report(model: nn.Module) -> dict[str, str]:
+    """Return by path what ``prepare_training`` did, and why it left output layers as they are; "" is the model.
+
+    Raises:
+        TypeError: the model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    report = {}
+    if isinstance(model, _Compressing):
+        report[""] = "what autograd saves is kept in 8 bits"
+    left = output_layers(model)
+    for module, paths in module_paths(model).items():
+        if isinstance(module, LazyOutput):
+            report[paths[0]] = f"logits in chunks of {module.logits_chunk} rows, by the cross entropy that takes them"
+        elif module in left and (reason := _reason(module)) is not None:
+            report[paths[0]] = f"logits as before: {reason}"
+    return report
+
+
+class _Compressing(nn.Module):
+    """Base of models whose forward runs in ``compressed_activations``."""
+
+    plain_class: type[nn.Module]
+
+
+@functools.cache
+def _compressing(kind: type[Any]) -> type[_Compressing]:
+    """Return a subclass with the class's name and the signature of its forward, which others read."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return kind.forward(self, *args, **kwargs)
+        with compressed_activations(self):
+            return kind.forward(self, *args, **kwargs)
+
+    names = {"plain_class": kind, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    made: type[_Compressing] = type(kind.__name__, (_Compressing, kind), names)
+    return made
+
+
+def _reason(layer: nn.Module) -> str | None:
+    """Return why an output layer's logits cannot be lazy, or None."""
+    kind = getattr(layer, "delayed_class", type(layer))
+    if isinstance(layer, LoRALinear):
+        return "the layer has an adapter"
+    if kind not in ADAPTED:
+        return f"{kind.__name__} is no plain linear layer"
+    if getattr(layer, "compute_dtype", None) is not None:
+        return "the layer has a compute_dtype of its own"
+    return None
+
+
+def _named_layers(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
+    paths = module_paths(model)
+    found = []
+    for pattern in patterns:
+        named = [one for one, own in paths.items() if any(fnmatchcase(path, pattern) for path in own)]
+        layers = [one for one in named if _reason(one) is None]
+        if not layers:
+            why = f"; {layer_name(paths[named[0]][0])}: {_reason(named[0])}" if named else ""
+            raise ValueError(
+                f"output: pattern {pattern!r} matches no linear layer of {type(model).__name__}{why}; check the "
+                "pattern"
+            )
+        found += layers
+    return found
+
+
+def _check_trains(model: nn.Module) -> None:
+    trained = [one for one in model.parameters() if one.requires_grad]
+    if not trained:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that trains: convert(model, LoRA()) adds adapters, and "
+            "requires_grad_(True) lets parameters train"
+        )
+    if any(one.is_inference() for one in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} was made inside torch.inference_mode(), whose tensors cannot train: make it "
+            "outside"
+        )

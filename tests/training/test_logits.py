@@ -1,0 +1,170 @@
+"""Lazy logits are the layer's logits for everyone, and their cross entropy never computes them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lowmem import FourBit, Half, convert
+from lowmem.training.logits import LazyLogits, delay_logits, delays_logits, undelay_logits
+
+VOCABULARY = 40
+
+
+class Language(nn.Module):
+    """Tied ends, and the loss as Hugging Face's models compute it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.mix = nn.Linear(16, 16)
+        self.head = nn.Linear(16, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.mix(self.embedding(ids))))
+
+
+def shifted_loss(logits, labels):
+    logits = logits.float()
+    labels = functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
+    return functional.cross_entropy(logits.view(-1, VOCABULARY), labels.view(-1), ignore_index=-100, reduction="mean")
+
+
+def cut_loss(logits, labels):
+    shifted = logits[..., :-1, :].contiguous()
+    return nn.CrossEntropyLoss()(shifted.view(-1, shifted.size(-1)), labels[..., 1:].reshape(-1))
+
+
+def scaled_loss(logits, labels):
+    return functional.cross_entropy((logits / 4 * 3).flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+
+
+def biased_loss(logits, labels):
+    return functional.cross_entropy(
+        ((logits + torch.linspace(0, 3, VOCABULARY).view(1, -1)) * 2).flatten(0, 1), labels.flatten()
+    )
+
+
+def masked_loss(logits, labels):
+    mask = labels > 20
+    return functional.cross_entropy(logits[mask], labels[mask], reduction="sum")
+
+
+def smoothed_by_hand(logits, labels):  # no cross entropy: needs the logits
+    return -functional.log_softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).mean()
+
+
+def loss_of_each_row(logits, labels):
+    return functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean()
+
+
+def close(a, b):
+    """Compare numbers whose sums of at most 1000 float32 terms of magnitude up to 10 were taken in another order."""
+    return float((a.detach().double() - b.detach().double()).abs().max()) <= 1e4 * torch.finfo(torch.float32).eps
+
+
+LAZY = [shifted_loss, cut_loss, scaled_loss, biased_loss, masked_loss]
+
+
+@pytest.mark.parametrize("loss", [*LAZY, smoothed_by_hand, loss_of_each_row], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("technique", [None, FourBit(), Half()], ids=["dense", "4-bit", "half"])
+def test_losses_and_gradients_stay(loss, technique, monkeypatch):
+    torch.manual_seed(0)
+    model = Language()
+    if technique is not None:
+        convert(model, technique, skip="mix")
+    ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
+    wanted = loss(model(ids), labels)
+    wanted.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    delay_logits(model.head)
+    logits = model(ids)
+    assert isinstance(logits, LazyLogits)
+    assert logits.shape == (3, 9, VOCABULARY)
+    if loss in LAZY:
+        monkeypatch.setattr(LazyLogits, "values", lambda _: pytest.fail("all logits were computed"))
+    found = loss(logits, labels)
+    found.backward()
+    assert close(found, wanted)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (name not in gradients)
+        assert parameter.grad is None or close(parameter.grad, gradients[name]), name
+
+
+def test_whoever_reads_them_gets_the_logits():
+    torch.manual_seed(0)
+    model = Language()
+    ids = torch.randint(0, VOCABULARY, (2, 5))
+    wanted = model(ids)
+    delay_logits(model.head)
+    logits = model(ids)
+    assert (logits.dtype, logits.device, logits.dim(), len(logits)) == (wanted.dtype, wanted.device, 3, 2)
+    assert "LazyLogits(shape=(2, 5, 40)" in repr(logits)
+    reads = {
+        "detach": lambda x: x.detach(),
+        "item": lambda x: x[0, 0, 3].reshape(1),
+        "last": lambda x: x[:, -1],
+        "column": lambda x: x[..., 7],
+        "new axis": lambda x: x[None],
+        "added": lambda x: x + torch.ones(5, VOCABULARY),
+        "offset": lambda x: x + torch.ones(VOCABULARY),
+        "softmax": lambda x: torch.softmax(x, -1),
+        "concatenated": lambda x: torch.cat([x, x]),
+        "capped": lambda x: torch.tanh(x / 30) * 30,
+        "halves": lambda x: x.view(2, 5, 2, 20),
+        "by a tensor": lambda x: x * torch.tensor(2.0),
+        "least": lambda x: x.amin(-1),
+        "bfloat16": lambda x: x.to(torch.bfloat16),
+        "numpy": lambda x: torch.from_numpy(x.detach().numpy()),
+    }
+    for name, read in reads.items():
+        assert close(read(logits) + 0, read(wanted)), name
+    assert (logits + 0).requires_grad
+    logits.sum().backward()
+
+
+def test_evaluation_compiled_and_traced_calls_return_plain_logits():
+    model = Language()
+    ids = torch.randint(0, VOCABULARY, (2, 5))
+    delay_logits(model.head)
+    with torch.no_grad():
+        assert type(model(ids)) is torch.Tensor
+    traced = torch.jit.trace(model, ids)
+    assert torch.equal(traced(ids), model.eval()(ids))
+    assert type(model(ids)) is torch.Tensor
+    model.train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert type(compiled(ids)) is torch.Tensor
+
+
+def test_under_autocast_they_are_of_its_dtype():
+    torch.manual_seed(0)
+    model = Language()
+    ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = shifted_loss(model(ids), labels)
+        delay_logits(model.head)
+        logits = model(ids)
+        assert logits.dtype == torch.bfloat16
+        loss = shifted_loss(logits, labels)
+    assert loss.dtype == torch.float32
+    assert close(loss, wanted)
+
+
+def test_it_is_undone_and_copies_are_independent():
+    model = Language()
+    before = type(model.head), set(model.head.__dict__)
+    delay_logits(model.head, chunk=8)
+    copied = copy.deepcopy(model)
+    undelay_logits(model.head)
+    assert (type(model.head), set(model.head.__dict__)) == before
+    assert delays_logits(copied.head)
+    assert not delays_logits(model.head)
+    assert isinstance(copied.head, nn.Linear)
+    assert copied.head.logits_chunk == 8
+    assert copied(torch.zeros(1, 2, dtype=torch.long)).product.layer is copied.head
+    undelay_logits(model.head)  # again: nothing happens

@@ -1,0 +1,159 @@
+"""A prepared model takes less memory, learns the same, and is what it was after its release."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lowmem import FourBit, LoRA, convert, prepare_training, release_training, training_report
+from lowmem.measure import PeakMemory
+from lowmem.training.logits import LazyLogits
+
+VOCABULARY, WIDTH = 512, 32
+
+
+class Language(nn.Module):
+    """A few layers with tied ends, and a loss of its own."""
+
+    def __init__(self, depth=4):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids, labels=None):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + functional.gelu(layer(x))
+        logits = self.head(x)
+        return logits if labels is None else functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def make(*techniques, depth=4):
+    torch.manual_seed(0)
+    model = Language(depth)
+    return convert(model, *techniques) if techniques else model
+
+
+def batch():
+    return torch.randint(0, VOCABULARY, (2, 4, 64), generator=torch.Generator().manual_seed(1)).unbind()
+
+
+def step(model):
+    """Return the loss, all gradients, and the peak bytes of a step."""
+    model.zero_grad()
+    memory = PeakMemory()
+    with memory:
+        loss = model(*batch())
+        loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None], memory.peak
+
+
+@pytest.mark.parametrize("techniques", [(), (FourBit(), LoRA(4, init="loftq"))], ids=["dense", "qlora"])
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_steps_are_smaller_and_learn_the_same(techniques, memory):
+    model = make(*techniques)
+    before = set(dict(model.named_modules())), set(model.state_dict()), type(model)
+    loss, gradients, peak = step(model)
+    assert prepare_training(model, memory, chunk=32) is model
+    assert isinstance(model, Language)
+    assert type(model).__name__ == "Language"
+    assert inspect.signature(model.forward) == inspect.signature(Language().forward)
+    found, near, less = step(model)
+    logits = 4 * 64 * VOCABULARY * 4  # of which the plain step has several
+    assert less < peak - logits
+    # Rows of logits are summed in another order; 8-bit saves are documented to move gradients by up to 6%.
+    assert abs(found - loss) <= 1e-5 * loss
+    bound = 1e-4 if memory == "fast" else 0.06
+    whole = torch.cat([one.flatten() for one in gradients])
+    assert (torch.cat([one.flatten() for one in near]) - whole).norm() <= bound * whole.norm()
+    assert release_training(model) is model
+    assert (set(dict(model.named_modules())), set(model.state_dict()), type(model)) == before
+    again = step(model)
+    assert again[0] == loss
+    assert again[2] == peak
+
+
+def test_lean_takes_less_than_fast():
+    """With many layers nearly all of a step's memory is what they save."""
+    peaks = {}
+    for memory in ("fast", "lean"):
+        model = prepare_training(make(FourBit(), LoRA(4), depth=40), memory, chunk=32)
+        peaks[memory] = step(model)[2]
+    assert peaks["lean"] < 0.5 * peaks["fast"]
+
+
+def test_the_report_says_what_was_done():
+    model = make(FourBit(), LoRA(4))
+    assert training_report(model) == {}
+    prepare_training(model, "lean", chunk=8)
+    assert training_report(model) == {
+        "": "what autograd saves is kept in 8 bits",
+        "head": "logits in chunks of 8 rows, by the cross entropy that takes them",
+    }
+    prepare_training(model)  # replaces it
+    assert training_report(model) == {"head": "logits in chunks of 256 rows, by the cross entropy that takes them"}
+    adapted = make(FourBit())
+    convert(adapted, LoRA(4), where=lambda path, _: path in ("head", "layers.0"))
+    prepare_training(adapted)
+    assert training_report(adapted) == {"head": "logits as before: the layer has an adapter"}
+    release_training(adapted)
+
+
+def test_an_output_layer_can_be_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 600))
+    prepare_training(model, output="1")
+    assert isinstance(model(torch.randn(4, 8)), LazyLogits)
+    assert type(release_training(model)(torch.randn(4, 8))) is torch.Tensor
+
+
+def test_evaluation_and_copies():
+    model = prepare_training(make(), "lean")
+    ids, _ = batch()
+    with torch.no_grad():
+        assert type(model(ids)) is torch.Tensor
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied.eval()(ids), make().eval()(ids))
+    compiled = torch.compile(copied.train(), backend="eager", fullgraph=True)
+    assert type(compiled(ids)) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("make_model", "options", "message"),
+    [
+        (make, {"memory": "small"}, "memory='small'"),
+        (make, {"chunk": 0}, "chunk=0"),
+        (make, {"output": "head?"}, "pattern 'head\\?' matches no linear layer"),
+        (make, {"output": "embedding"}, "embedding: Embedding is no plain linear layer"),
+        (lambda: make().requires_grad_(False), {}, "no parameter that trains"),
+        (lambda: {}, {}, "found dict"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_are_named(make_model, options, message):
+    model = make_model()
+    with pytest.raises((ValueError, TypeError), match=message):
+        prepare_training(model, **options)
+    assert not isinstance(model, nn.Module) or training_report(model) == {}
+
+
+def test_a_refused_call_leaves_what_was_prepared():
+    model = prepare_training(make(), "lean", chunk=7)
+    before = training_report(model)
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        prepare_training(model, output="nothing")
+    assert training_report(model) == before != {}
+
+
+def test_inference_tensors_are_refused():
+    with torch.inference_mode():
+        model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="inference_mode"):
+        prepare_training(model)
+    for function in (release_training, training_report):
+        with pytest.raises(TypeError, match="found int"):
+            function(3)
