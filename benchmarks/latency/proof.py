@@ -67,7 +67,7 @@ class Case:
 OF_MEMORY = ("memory", "resident")  # without a baseline of this kernel they fail
 FEW_ROWS = "        rows[job->m1 - job->m0 - 1](job, r, end);\n"
 LAYER = "lowmem/nn/fourbit.py"
-CALL = "        x = autocast(input)\n        own = self._parameters"
+CALL = "        x = autocast(input)\n        found = self._parameters"
 STORED_COPY = '    if isinstance(module, nn.RNNBase):\n        copied.__dict__.pop("_flat_weights", None)\n'
 CASES = (
     Case("base against base", runs=10, alarm=False),

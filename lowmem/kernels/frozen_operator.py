@@ -207,11 +207,12 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], f: FrozenOperator, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        if in_dims[1] is None or any(dim is not None for dim in in_dims[2:]):  # weights or biases of several models
+        several = [dim is not None for dim, one in zip(in_dims[2:], rest, strict=True) if isinstance(one, Tensor)]
+        if in_dims[1] is None or any(several):  # weights or biases of several models
             outs = []
             for number in range(info.batch_size):
                 one = (
-                    value if dim is None else value.select(dim, number)
+                    value.select(dim, number) if isinstance(value, Tensor) and dim is not None else value
                     for value, dim in zip((x, *rest), in_dims[1:], strict=True)
                 )
                 outs.append(f.node(*one))

@@ -348,8 +348,9 @@ def _with_parameters(base: nn.Module, made: Mapping[str, Any]) -> nn.Module:
         own.update(_forms=dict(base._forms), _kept={})
     for name, value in made.items():
         if isinstance(base, StoredModule) and name in base._forms:
-            _, rows, tail, dtype = base._forms[name]
-            base.store(name, value.view(*rows, *tail) if isinstance(value, Tensor) else value, tail, dtype)
+            form = base._forms[name]
+            shaped = value.view(*form.rows, *form.tail) if isinstance(value, Tensor) else value
+            base.store(name, shaped, form.tail, form.dtype)
         else:
             before = base._parameters[name]
             assert before is not None

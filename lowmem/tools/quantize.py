@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=file_path,
         metavar="IN",
         help=f"a .safetensors file, a sharded one's {INDEX}, a folder of Hugging Face transformers, or another "
-        "program's 4-bit file or folder (GGUF, bitsandbytes, GPTQ, AWQ, compressed-tensors, gpt-oss), whose codes are kept",
+        "program's 4-bit file or folder (GGUF, bitsandbytes, GPTQ, AWQ, compressed-tensors, gpt-oss), whose codes "
+        "are kept",
     )
     parser.add_argument(
         "target", type=file_path, metavar="OUT", help="the .safetensors file to write, or the folder that is not yet"

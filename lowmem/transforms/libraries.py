@@ -6,6 +6,7 @@ say how its weights are stored.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from importlib import import_module
 from types import MappingProxyType
@@ -25,7 +26,7 @@ def import_integrations(model: nn.Module) -> None:
         UserWarning: the library is too old for its integration, so that it cannot save what is converted.
     """
     libraries = {kind.__module__.partition(".")[0] for module in model.modules() for kind in type(module).__mro__}
-    for library in libraries & INTEGRATIONS.keys():
+    for library in libraries & INTEGRATIONS.keys() & sys.modules.keys():
         try:
             import_module(INTEGRATIONS[library])
         except ImportError as reason:

@@ -318,10 +318,8 @@ def _converted(
     """Convert as ``convert`` does, without values; also return the bytes of its temporaries."""
     store, storing = Store(), 0
     replacements = rebuild_all(model, techniques, where, skip, None, lambda technique: store.by(_Empty(technique)))
-    for module, made in replacements.items():
-        if any(isinstance(technique, Half) for technique in techniques):  # magnitudes, and which of them are finite
-            storing = max(storing, *(p.numel() * (p.element_size() + 1) for p in module.parameters(recurse=False)))
-        elif isinstance(base_of(made), StoredModule):
+    for made in replacements.values():
+        if isinstance(base_of(made), StoredModule):
             storing = max(storing, _STORING)
     model = commit(model, replacements)
     if any(isinstance(technique, LoRA) for technique in techniques):

@@ -6,13 +6,14 @@ from pathlib import Path
 
 FOLDERS = (
     *("lowmem", "lowmem/quant", "lowmem/kernels", "lowmem/nn", "lowmem/transforms", "lowmem/io", "lowmem/io/foreign"),
-    *("lowmem/testing", "lowmem/report", "lowmem/tools"),
+    *("lowmem/testing", "lowmem/training", "lowmem/report", "lowmem/tools"),
     *("benchmarks", "benchmarks/latency"),
 )
 ALONE = ("pytest_lowmem.py",)
 
 # Beside every __init__.py, which imports others' names.
 EXEMPT = {
+    "lowmem/kernels/torch_versions.py",  # other branches run on other versions of torch
     "lowmem/__main__.py",  # names of commands
     "lowmem/bignet.py",  # a model that others measure
     "lowmem/tools/startup.py",  # imports

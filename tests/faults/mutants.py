@@ -37,7 +37,7 @@ SLOWER = 5
 
 # What mutants are drawn from: all modules of these folders that compute, convert, decide or write, and these.
 FOLDERS = (
-    *(f"lowmem/{folder}" for folder in ("quant", "kernels", "nn", "transforms", "io", "testing")),
+    *(f"lowmem/{folder}" for folder in ("quant", "kernels", "nn", "transforms", "training", "io", "testing")),
     "lowmem",
     "benchmarks/latency",
 )

@@ -17,6 +17,7 @@ def model(monkeypatch):
     monkeypatch.setattr(
         libraries, "INTEGRATIONS", MappingProxyType({"some_library": "some_integration", "absent": "nothing"})
     )
+    monkeypatch.setitem(sys.modules, "some_library", ModuleType("some_library"))
     return nn.Sequential(kind(8, 8), nn.Linear(8, 8))
 
 

@@ -53,7 +53,7 @@ def config_of(model: nn.Module) -> LowmemConfig | None:
 
 
 def install() -> None:
-    """Let ``save_pretrained`` and ``dtype`` of transformers' models know what lowmem has stored in them."""
+    """Let ``save_pretrained``, ``dtype`` and ``num_parameters`` of transformers' models know what lowmem stores."""
     original, dtype = PreTrainedModel.save_pretrained, PreTrainedModel.dtype
 
     @wraps(original)
@@ -61,7 +61,11 @@ def install() -> None:
         with _described(self):
             return original(self, *args, **kwargs)
 
-    PreTrainedModel.save_pretrained = save_pretrained
+    @wraps(PreTrainedModel.num_parameters)
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        return _count(self, only_trainable, exclude_embeddings)
+
+    PreTrainedModel.save_pretrained, PreTrainedModel.num_parameters = save_pretrained, num_parameters
     PreTrainedModel.dtype = property(lambda self: _presented(self) or dtype.fget(self), doc=dtype.__doc__)
 
 
@@ -75,6 +79,26 @@ def _presented(model: nn.Module) -> torch.dtype | None:
             if parameter is not None and parameter.is_floating_point():
                 return parameter.dtype
     return None
+
+
+def _count(model: nn.Module, only_trainable: bool, exclude_embeddings: bool) -> int:
+    """Return the numbers of the distinct parameters, of stored ones those of the weights and not of their parts."""
+    total, seen = 0, set()
+    for module in model.modules():
+        stored = module.forms if isinstance(module, StoredModule) else {}
+        parts = module.part_names if isinstance(module, StoredModule) else ()
+        left_out = ("weight",) if exclude_embeddings and isinstance(module, nn.Embedding) else ()
+        counted: list[tuple[str, Any, int]] = [
+            (name, module._parameters[f"{name}_{form.parts[0]}"], module.stored_tensor(name).numel())  # type: ignore[operator]
+            for name, form in stored.items()
+        ]
+        own = module._parameters.items()
+        counted += [(name, one, one.numel()) for name, one in own if one is not None and name not in parts]
+        for name, parameter, numbers in counted:
+            if id(parameter) not in seen and name not in left_out and (parameter.requires_grad or not only_trainable):
+                total += numbers
+            seen.add(id(parameter))
+    return total
 
 
 @contextmanager

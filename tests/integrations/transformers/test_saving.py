@@ -57,6 +57,22 @@ def test_a_model_without_a_folder_and_parts_of_it(tmp_path):
     assert_same(load(tmp_path), model)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_count_of_parameters_is_that_of_the_weights(tmp_path, kind):
+    dense = load(write(tmp_path, kind))
+    wanted = {flag: dense.num_parameters(exclude_embeddings=flag) for flag in (False, True)}
+    assert wanted[False] == sum(one.numel() for one in dense.parameters())
+    for technique in (FourBit("nf4"), Half()):
+        model = lowmem.convert(load(tmp_path), technique)
+        assert {flag: model.num_parameters(exclude_embeddings=flag) for flag in wanted} == wanted
+        trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+        assert model.num_parameters(only_trainable=True) == trained
+        lowmem.convert(model, LoRA(2))
+        added = sum(one.numel() for one in model.parameters() if one.requires_grad)
+        assert model.num_parameters(only_trainable=True) == added
+        assert model.num_parameters() == wanted[False] + added
+
+
 def test_adapters_are_saved_with_their_base(tmp_path):
     dense = write(tmp_path / "dense")
     config = LowmemConfig(FourBit("nf4"))
