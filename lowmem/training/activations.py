@@ -115,6 +115,13 @@ class _Held:
     values: Tensor | None = None
 
 
+class _Kept(NamedTuple):
+    """A tensor that is saved as it is, at one version: torch does not check versions of what hooks return."""
+
+    tensor: Tensor
+    version: int
+
+
 class _Seen(NamedTuple):
     """What a storage is kept as at one version: its codes, or itself for None."""
 
@@ -139,21 +146,24 @@ class _Compressor:
         self.held = _Held()
         self.keeps: Callable[[Tensor], bool] | None = None
 
-    def pack(self, tensor: Tensor) -> Tensor | _Packed:
+    def pack(self, tensor: Tensor) -> _Kept | _Packed:
         """Return what autograd keeps in place of a tensor."""
+        return self._packed(tensor) or _Kept(tensor, tensor._version)
+
+    def _packed(self, tensor: Tensor) -> _Packed | None:
         if type(tensor) is not Tensor or not _is_large(tensor):
-            return tensor
+            return None
         storage = tensor.untyped_storage()
         if storage.data_ptr() in self.exact:
-            return tensor
+            return None
         keep = self.keeps is not None and self.keeps(tensor)
         if storage.nbytes() > _VIEWED * tensor.nbytes:
             codes = None if keep else _worth(compress(tensor.detach().reshape(-1)))
             shape = torch.empty(tensor.shape, device="meta")
-            return tensor if codes is None else _Packed(codes, shape.shape, shape.stride(), 0, self.held)
+            return None if codes is None else _Packed(codes, shape.shape, shape.stride(), 0, self.held)
         codes = self._of_storage(tensor, storage, keep)
         if codes is None:
-            return tensor
+            return None
         return _Packed(codes, tensor.shape, tensor.stride(), int(tensor.storage_offset()), self.held)
 
     def _of_storage(self, tensor: Tensor, storage: Any, keep: bool) -> Codes | None:
@@ -171,10 +181,20 @@ class _Compressor:
         return seen.codes
 
     @staticmethod
-    def unpack(packed: Tensor | _Packed) -> Tensor:
-        """Return the tensor for backward."""
-        if isinstance(packed, Tensor):
-            return packed
+    def unpack(packed: _Kept | _Packed) -> Tensor:
+        """Return the tensor for backward.
+
+        Raises:
+            RuntimeError: it was kept as it is, and has been written to since.
+        """
+        if isinstance(packed, _Kept):
+            if packed.tensor._version != packed.version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"a tensor of shape {tuple(packed.tensor.shape)} is at version {packed.tensor._version}, and was "
+                    f"saved at version {packed.version}"
+                )
+            return packed.tensor
         held = packed.held
         if held.codes is not packed.codes or held.values is None:
             held.codes, held.values = packed.codes, packed.codes.values()
@@ -187,24 +207,53 @@ def _worth(codes: Codes) -> Codes | None:
 
 def _is_large(tensor: Tensor) -> bool:
     """Whether a tensor is worth compressing, and bears it: statistics of rows, of shape (..., 1), do not."""
-    if tensor.layout is not torch.strided or not tensor.is_floating_point() or tensor.element_size() == 1:
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
         return False
     return tensor.dim() > 1 and tensor.shape[-1] > 1 and tensor.numel() >= _LEAST
 
 
-_EXACT = {
-    functional.softmax,
-    functional.log_softmax,
-    functional.cross_entropy,
-    functional.nll_loss,
-    Tensor.softmax,
-    Tensor.log_softmax,
-    Tensor.logsumexp,
-    torch.softmax,
-    torch.log_softmax,
-    torch.logsumexp,
-}
-"""Functions whose saves are probabilities or their logarithms, of which 8 bits would lose the small ones."""
+_EXACT = (
+    {
+        functional.softmax,
+        functional.log_softmax,
+        functional.softmin,
+        functional.cross_entropy,
+        functional.nll_loss,
+        functional.multi_head_attention_forward,  # its softmax cannot be told apart
+        Tensor.softmax,
+        Tensor.log_softmax,
+        Tensor.logsumexp,
+        torch.softmax,
+        torch.log_softmax,
+        torch.logsumexp,
+        torch.special.softmax,
+        torch.special.log_softmax,
+        torch.special.logsumexp,
+    }
+    | {
+        getattr(place, name)
+        for place in (torch, Tensor)
+        for name in (
+            "div",
+            "true_divide",
+            "divide",
+            "reciprocal",
+            "log",
+            "log2",
+            "log10",
+            "log1p",
+            "sqrt",
+            "rsqrt",
+            "prod",
+        )
+    }
+    | {Tensor.__truediv__, Tensor.__rtruediv__, Tensor.norm, torch.norm, torch.linalg.vector_norm}
+)
+"""Functions whose saves are divided by in backward, or are probabilities: 8 bits would lose the small ones."""
+
+_POWERS = {torch.pow, Tensor.pow, Tensor.__pow__, torch.float_power, Tensor.float_power}
 
 
 class _ByFunction(TorchFunctionMode):
@@ -228,17 +277,28 @@ class _ByFunction(TorchFunctionMode):
 
 def _keeps(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[Tensor], bool] | None:
     """Return which tensors that a function saves stay as they are; None: no more than of any function."""
-    if function in _EXACT:
+    if function in _EXACT or (function in _POWERS and not _is_whole(args[1] if len(args) > 1 else None)):
         return lambda saved: True
+    if function is functional.group_norm:  # statistics of groups, (batch, groups)
+        return lambda saved: saved.dim() == 2
     if function is functional.scaled_dot_product_attention:
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
         scores = None if mask is None else tuple(mask.shape[-2:])
         # Sums of exponentials are (batch, heads, rows), masks and probabilities (batch, heads, rows, rows).
         return lambda saved: saved.dim() < 4 or tuple(saved.shape[-2:]) == scores
-    if function is functional.linear and len(args) > 1 and torch.is_autocast_enabled(args[0].device.type):
+    if function is functional.linear and len(args) > 1 and _casts(args[0].device.type):
         shape = tuple(args[1].shape)  # of the weight, which autocast has cast
         return lambda saved: tuple(saved.shape) in (shape, shape[::-1])
     return None
+
+
+def _is_whole(exponent: Any) -> bool:
+    """Whether the gradient of a power multiplies by powers of the number, and does not divide."""
+    return isinstance(exponent, int | float) and exponent >= 1 and exponent == int(exponent)
+
+
+def _casts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 @contextmanager
@@ -252,8 +312,9 @@ def compressed_activations(model: nn.Module) -> Iterator[None]:
     Compressed are dense floating tensors of 16 bits or more with at least 4096 numbers and two dimensions. Each
     number is off by at most 1/254 of the largest magnitude among its 64 neighbours in memory; gradients, which are
     sums over rows, by a few percent. Kept as they are: parameters and buffers, integers, complex and sparse tensors,
-    statistics of rows, what softmax, log_softmax and cross_entropy save, masks of attention, and whatever has numbers
-    that are not finite, or of which more than a seventh would become zero. Views are restored as views, and tensors
+    statistics of rows, what softmax, cross_entropy, divisions, logarithms, roots and ``nn.MultiheadAttention`` save,
+    masks of attention, and whatever has numbers that are not finite, or of which more than a seventh would become
+    zero. Views are restored as views, and tensors
     that share memory are compressed once. Of a region of ``torch.utils.checkpoint`` that is the region's inputs, from
     which it is computed again.
 

@@ -34,7 +34,9 @@ class _Product:
     Attributes:
         layer: with ``weight`` (vocabulary, width) and ``bias``.
         hidden: (..., width).
-        dtype: in which the layer computes, by the rules of autocast.
+        dtype: in which the layer computes.
+        autocast: whether autocast to that dtype was on.
+        versions: of the layer's weight and bias when the layer was called.
         chunk: rows of logits that exist at once.
         scale: a factor.
         offset: (vocabulary,), frozen, or None.
@@ -43,13 +45,24 @@ class _Product:
     layer: Any
     hidden: Tensor
     dtype: torch.dtype
+    autocast: bool
+    versions: tuple[int, ...]
     chunk: int
     scale: float = 1.0
     offset: Tensor | None = None
 
     def logits(self) -> Tensor:
-        """Compute all logits, differentiable."""
-        with torch.autocast(self.hidden.device.type, self.dtype, enabled=self.hidden.dtype is not self.dtype):
+        """Compute all logits, differentiable.
+
+        Raises:
+            RuntimeError: the weight has been written to since the layer was called.
+        """
+        if _versions(self.layer) != self.versions:
+            raise RuntimeError(
+                "the output layer's weight was written to since it was called, as by an optimizer's step, and its "
+                "logits were not computed before: read them first, or call lowmem.release_training(model)"
+            )
+        with torch.autocast(self.hidden.device.type, self.dtype, enabled=self.autocast):
             out: Tensor = self.layer.dense_forward(self.hidden)
         out = out if self.scale == 1 else out * self.scale
         return out if self.offset is None else out + self.offset
@@ -78,9 +91,17 @@ class LazyLogits(Tensor):
     @staticmethod
     def __new__(cls, product: _Product, dtype: torch.dtype) -> LazyLogits:
         """Make a tensor without values of its own, as which ``dtype`` the logits present themselves."""
+        layer = product.layer
+        trained = [one if type(one) is nn.Parameter else None for one in (layer.weight, layer.bias)]
+        out: LazyLogits = _Lazily.apply(product, dtype, product.hidden, *trained)  # type: ignore[no-untyped-call]
+        return out
+
+    @staticmethod
+    def without_graph(product: _Product, dtype: torch.dtype) -> LazyLogits:
+        """Make the tensor alone; autograd does not know what it was made of."""
         shape = (*product.hidden.shape[:-1], product.layer.weight.shape[0])
         out: LazyLogits = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=product.hidden.device, requires_grad=False
+            LazyLogits, shape, dtype=dtype, device=product.hidden.device, requires_grad=False
         )
         out.product = product
         return out
@@ -93,13 +114,15 @@ class LazyLogits(Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         delayed = _FUNCTIONS.get(function)
-        if delayed is not None and isinstance(args[0] if args else kwargs.get("input"), cls):
+        named = bool(kwargs) and function not in _TAKE_NAMES
+        if delayed is not None and not named and isinstance(args[0] if args else kwargs.get("input"), cls):
             result = delayed(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         elif function in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
+        _refuse_writes(function, args, kwargs)
         return cls.__torch_dispatch__(function, types, args, kwargs)
 
     @classmethod
@@ -110,6 +133,26 @@ class LazyLogits(Tensor):
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+class _Lazily(torch.autograd.Function):
+    """Makes lazy logits a node of autograd's graph, for functions that Python does not see."""
+
+    @staticmethod
+    def forward(ctx: Any, product: _Product, dtype: torch.dtype, *sources: Tensor | None) -> Tensor:
+        ctx.product, ctx.dtype, ctx.sources = product, dtype, sources
+        return LazyLogits.without_graph(product, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *trained = ctx.sources
+        wanted = [one for one, needed in zip(trained, ctx.needs_input_grad[3:], strict=True) if needed]
+        with torch.enable_grad():
+            own = hidden.detach().requires_grad_()
+            logits = replace(ctx.product, hidden=own).logits().to(ctx.dtype)
+            found = iter(torch.autograd.grad(logits, [own, *wanted], gradient))
+        needed = [True, *ctx.needs_input_grad[3:]]
+        return None, None, *(next(found) if one else None for one in needed)
 
 
 class LazyOutput(nn.Module):
@@ -131,7 +174,11 @@ class LazyOutput(nn.Module):
         device = input.device.type
         cast = device != "meta" and torch.is_autocast_enabled(device) and input.dtype is not torch.float64
         dtype = torch.get_autocast_dtype(device) if cast else input.dtype
-        return LazyLogits(_Product(self, input, dtype, self.logits_chunk), dtype)
+        return LazyLogits(_Product(self, input, dtype, cast, _versions(self), self.logits_chunk), dtype)
+
+
+def _versions(layer: Any) -> tuple[int, ...]:
+    return tuple(one._version for one in (layer.weight, layer.bias) if type(one) is nn.Parameter)
 
 
 def delay_logits(layer: nn.Module, chunk: int = 256) -> None:
@@ -151,8 +198,17 @@ def delays_logits(layer: nn.Module) -> bool:
 
 
 def undelay_logits(layer: nn.Module) -> None:
-    """Undo ``delay_logits``."""
+    """Undo ``delay_logits``.
+
+    Raises:
+        RuntimeError: the class of the layer was changed since, as a parametrization does.
+    """
     if isinstance(layer, LazyOutput):
+        if type(layer) is not _delayed(cast(Any, layer.delayed_class)):
+            raise RuntimeError(
+                f"{type(layer).__name__} was made of the prepared layer since, as a parametrization does: "
+                "undo that first"
+            )
         layer.__dict__.pop("logits_chunk", None)
         layer.__class__ = cast(Any, layer.delayed_class)
 
@@ -169,6 +225,27 @@ _METADATA = {
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_cuda", "is_meta")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
+
+
+_TAKE_NAMES = {functional.cross_entropy, Tensor.to, Tensor.contiguous, Tensor.flatten}
+"""Functions whose arguments have the same names here."""
+
+_WRITES = {
+    *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"),
+    *("register_hook", "retain_grad"),
+}
+
+
+def _refuse_writes(function: Any, args: Any, kwargs: Any) -> None:
+    """Raise a RuntimeError for what would change logits that do not exist, or their gradient."""
+    name = getattr(function, "__name__", "")
+    writes = name in _WRITES or (name.endswith("_") and not name.endswith("__")) or name == "__set__"
+    target = args[0] if args else None
+    if (writes and isinstance(target, LazyLogits)) or isinstance(kwargs.get("out"), LazyLogits):
+        raise RuntimeError(
+            f"{name} would change logits of a prepared model, which are not computed: change a copy, as logits + 0, "
+            "or call lowmem.release_training(model)"
+        )
 
 
 def _delays(*functions: Any) -> Callable[[_F], _F]:
@@ -253,7 +330,7 @@ def _getitem(logits: LazyLogits, index: Any) -> Any:
         taken += part.dim() if masks else part is not None and part is not Ellipsis
     reaches = any(part is Ellipsis for part in parts) or taken >= logits.dim()
     whole = isinstance(parts[-1], slice) and parts[-1] == slice(None)
-    if reaches and parts[-1] is not Ellipsis and not whole:
+    if (reaches and parts[-1] is not Ellipsis and not whole) or (parts[-1] is Ellipsis and taken >= logits.dim()):
         return NotImplemented
     product = logits.product
     return LazyLogits(replace(product, hidden=product.hidden[index]), logits.dtype)

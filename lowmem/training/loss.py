@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lowmem import kernels
 from lowmem.nn.stored import StoredTensor
@@ -114,8 +113,12 @@ class _Chunked(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # its graph would say that the second derivative is zero
+            raise RuntimeError(
+                "linear_cross_entropy is differentiable once: for create_graph=True take "
+                "torch.nn.functional.cross_entropy of the logits, after lowmem.release_training(model)"
+            )
         scaled = [None if one is None else one * gradient.to(one.dtype) for one in ctx.saved_tensors]
         return *scaled, None, None, None, None, None
 

@@ -32,7 +32,8 @@ def prepare_training(
     - "lean": what autograd saves in forward is kept in 8 bits (``compressed_activations``), which costs time.
 
     ``training_report`` says what was done to which module. In evaluation, without gradients, compiled and exported,
-    the model does what it did before. Call ``release_training`` before the model is pickled or sharded.
+    the model does what it did before. Second derivatives of the loss (``create_graph=True``) and writes to logits are
+    refused. Call ``release_training`` before the model is converted further, pickled or sharded.
 
     Args:
         model: with parameters that train.
@@ -47,7 +48,8 @@ def prepare_training(
     Raises:
         TypeError: the model is not a module.
         ValueError: an unknown ``memory``, a chunk below 1, a pattern that matches no linear layer, a model without
-            parameters that train, or one whose parameters are inference tensors. The model is left as it was.
+            parameters that train, with a forward that another library has replaced, or whose parameters are
+            inference tensors. The model is left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
@@ -56,6 +58,7 @@ def prepare_training(
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be a number of rows, at least 1")
     _check_trains(model)
+    _check_forward(model)
     patterns = [output] if isinstance(output, str) else list(output)
     chunks: dict[nn.Module, int] = {one: one.logits_chunk for one in model.modules() if isinstance(one, LazyOutput)}
     was_lean = isinstance(model, _Compressing)
@@ -84,9 +87,9 @@ def release_training(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    if isinstance(model, _Compressing):
-        model.__class__ = cast(Any, model.plain_class)
     for module in model.modules():
+        if isinstance(module, _Compressing):
+            module.__class__ = cast(Any, module.plain_class)
         undelay_logits(module)
     return model
 
@@ -100,11 +103,11 @@ def training_report(model: nn.Module) -> dict[str, str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     report = {}
-    if isinstance(model, _Compressing):
-        report[""] = "what autograd saves is kept in 8 bits"
     left = output_layers(model)
     for module, paths in module_paths(model).items():
-        if isinstance(module, LazyOutput):
+        if isinstance(module, _Compressing):
+            report[paths[0]] = "what autograd saves is kept in 8 bits"
+        elif isinstance(module, LazyOutput):
             report[paths[0]] = f"logits in chunks of {module.logits_chunk} rows, by the cross entropy that takes them"
         elif module in left and (reason := _reason(module)) is not None:
             report[paths[0]] = f"logits as before: {reason}"
@@ -159,6 +162,14 @@ def _named_layers(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
             )
         found += layers
     return found
+
+
+def _check_forward(model: nn.Module) -> None:
+    if "forward" in vars(model):
+        raise ValueError(
+            f"{type(model).__name__} has a forward of its own, which another library has put into it: prepare the "
+            "model before, as before accelerate.prepare"
+        )
 
 
 def _check_trains(model: nn.Module) -> None:

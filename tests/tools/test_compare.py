@@ -1,6 +1,11 @@
 """`lowmem compare` prints how close outputs stay, and gates on it."""
 
 import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -139,3 +144,55 @@ def test_a_model_that_cannot_be_put_in_eval_mode_is_one_line(tmp_path, monkeypat
     )
     assert main(["compare", "bignet", "compare_eval:Model"]) == 2
     assert "model='compare_eval:Model' cannot take this input: LookupError: no;" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Score:
+    model: str
+    tokens: int
+    perplexity: float
+    divergence: float
+    tokens_per_second: float
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Return a text and three folders, whose scores are made up: transformers is not needed."""
+    language = ModuleType("lowmem.integrations.transformers.language")
+    names = [str(tmp_path / name) for name in ("base", "near", "far")]
+    differences = 0.0, 0.02, math.inf
+    found = [Score(name, 9, 20.0 + at, differences[at], 5.0) for at, name in enumerate(names)]
+    language.compare_text = lambda paths, text: [found[names.index(str(path))] for path in paths]
+    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.language"):
+        monkeypatch.setitem(sys.modules, module, language)
+    for name in names:
+        Path(name).mkdir()
+    text = tmp_path / "text.txt"
+    text.write_text("some words")
+    return str(text), *names
+
+
+def test_folders_are_compared_on_a_text(folders, capsys):
+    text, base, near, far = folders
+    assert main(["compare", base, near, "--text", text, "--markdown", "--tolerance", "0.05"]) == 0
+    assert "| 21.0000" in capsys.readouterr().out.replace("|  ", "| ")
+    assert main(["compare", base, near, far, "--text", text, "--json", "--tolerance", "0.01"]) == 1
+    shown = capsys.readouterr()
+    assert [row["divergence"] for row in json.loads(shown.out)] == [0.0, 0.02, None]
+    first, second = shown.err.splitlines()
+    assert first.endswith(f"near diverges from {base} by 0.02 nats a token, above --tolerance 0.01")
+    assert second.endswith("by inf nats a token, which is not finite")
+
+
+def test_what_cannot_be_compared_on_a_text_is_said(folders, tmp_path, capsys):
+    text, base, near, _ = folders
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"a\xff")
+    cases = {
+        "is no folder: --text compares folders": [base, "bignet", "--text", text],
+        "at least one other folder": [base, "--text", text],
+        "it is no UTF-8 text, from byte 1": [base, near, "--text", str(binary)],
+    }
+    for message, arguments in cases.items():
+        assert main(["compare", *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import safetensors.torch
@@ -221,3 +222,24 @@ def test_an_empty_name_is_named_as_it_was_given(argv, which, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["quantize", *argv])
     assert f"argument {which}: '' must be the name of a file" in capsys.readouterr().err
+
+
+def test_a_folder_of_transformers_is_given_to_its_integration(tmp_path, monkeypatch, capsys):
+    """What transformers does is held where it is installed: tests/integrations."""
+    folder = ModuleType("lowmem.integrations.transformers.folder")
+    calls = []
+    folder.quantize_folder = lambda *given, **named: calls.append((given, named)) or []
+    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.folder"):
+        monkeypatch.setitem(sys.modules, module, folder)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text('{"model_type": "llama"}')
+    given = ["quantize", str(tmp_path / "in"), str(tmp_path / "out")]
+    assert main([*given, "--format", "int4", "--exclude", "lm_head", "--shard-size", "1MiB"]) == 0
+    ((source, target, technique), named) = calls.pop()
+    assert (source, target) == (tmp_path / "in", tmp_path / "out")
+    assert technique == lowmem.FourBit("int4")
+    assert named == {"skip": ["lm_head"], "shard_bytes": 2**20}
+    capsys.readouterr()
+    assert main([*given, "--include", "*.weight"]) == 2
+    assert "--include '*.weight' names tensors of a file" in capsys.readouterr().err
+    assert calls == []

@@ -168,3 +168,63 @@ def test_it_is_undone_and_copies_are_independent():
     assert copied.head.logits_chunk == 8
     assert copied(torch.zeros(1, 2, dtype=torch.long)).product.layer is copied.head
     undelay_logits(model.head)  # again: nothing happens
+
+
+class Mean(torch.autograd.Function):
+    """Takes logits below Python's functions."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.shape = logits.shape
+        return (logits * 1.0).sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.ones(ctx.shape)
+
+
+def test_functions_that_python_does_not_see_get_a_gradient():
+    torch.manual_seed(0)
+    model = Language()
+    ids = torch.randint(0, VOCABULARY, (2, 5))
+    model(ids).sum().backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    delay_logits(model.head)
+    Mean.apply(model(ids)).backward()
+    assert all(close(p.grad, wanted[name]) for name, p in model.named_parameters())
+
+
+def test_writes_and_stale_reads_are_refused():
+    model = Language()
+    delay_logits(model.head)
+    ids = torch.randint(0, VOCABULARY, (2, 5))
+    logits = model(ids)
+    writes = {
+        "item": lambda: logits.__setitem__((..., 0), 1.0),
+        "in place": lambda: logits.mul_(2),
+        "masked": lambda: logits.masked_fill_(torch.ones(2, 5, VOCABULARY, dtype=torch.bool), 0),
+        "a view": lambda: logits.view(10, VOCABULARY).clamp_(0),
+        "out": lambda: torch.add(torch.ones(2, 5, VOCABULARY), 1, out=logits),
+        "a hook": lambda: logits.register_hook(print),
+    }
+    for write in writes.values():
+        with pytest.raises(RuntimeError, match="not computed: change a copy"):
+            write()
+    assert torch.equal(logits.view(size=(10, VOCABULARY)), (logits + 0).view(10, VOCABULARY))
+    assert logits[:, :, 5, ...].shape == (2, 5)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="written to since"):
+        logits.softmax(-1)
+
+
+def test_logits_of_autocast_are_read_outside_of_it():
+    torch.manual_seed(0)
+    model = Language()
+    ids = torch.randint(0, VOCABULARY, (2, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model.head(model.mix(model.embedding(ids)))
+        delay_logits(model.head)
+        logits = model.head(model.mix(model.embedding(ids)))
+    assert torch.equal(logits + 0, wanted)

@@ -157,3 +157,26 @@ def test_inference_tensors_are_refused():
     for function in (release_training, training_report):
         with pytest.raises(TypeError, match="found int"):
             function(3)
+
+
+def test_a_part_that_was_prepared_is_released_with_the_whole():
+    inner = prepare_training(make(), "lean")
+    whole = nn.Sequential(inner)
+    assert set(training_report(whole)) == {"0", "0.head"}
+    release_training(whole)
+    assert training_report(whole) == {}
+    assert type(inner) is Language
+
+
+def test_a_forward_of_another_library_is_refused():
+    model = make()
+    model.forward = model.forward
+    with pytest.raises(ValueError, match="forward of its own.*prepare the model before"):
+        prepare_training(model, "lean")
+
+
+def test_a_parametrized_output_layer_is_not_released():
+    model = prepare_training(make())
+    nn.utils.parametrize.register_parametrization(model.head, "weight", nn.Identity())
+    with pytest.raises(RuntimeError, match="was made of the prepared layer since"):
+        release_training(model)

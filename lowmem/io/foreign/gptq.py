@@ -118,11 +118,20 @@ class _Stored:
         return groups
 
     def zeros(self) -> Tensor:
-        """Return the zero point of each group and output, int32 (groups, out)."""
+        """Return the zero point of each group and output, int32 (groups, out).
+
+        Raises:
+            ValueError: nothing tells of which version they are.
+        """
         stored = unpacked_outputs(self.part("qzeros"), self.outputs).int()
         kind = self.config.get("checkpoint_format")
         if kind is None:  # symmetric ones tell the version
             kind = "gptq_v2" if bool((stored == 8).all()) else "gptq"
+            if not self.config and kind == "gptq" and not bool((stored == 7).all()):
+                raise ValueError(
+                    f"the zero points {show(self.names['qzeros'])} of GPTQ are of version 1 or 2, and no config.json "
+                    "beside the file tells; put the one of its folder there"
+                )
         return stored if kind == "gptq_v2" else stored + 1 & 15  # 0 was stored as -1
 
     def refusal(self) -> str | None:

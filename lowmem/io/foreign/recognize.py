@@ -37,7 +37,7 @@ READERS: dict[str, Reader] = {
 _LEFT = ("qweight", "qzeros", "absmax", "quant_map", "weight_packed", "weight_scale", "weight_zero_point")
 """Last parts of the names of tensors that mean nothing without the others of their format."""
 
-_MODEL, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
 MAX_CONFIG = 2**24  # bytes
 
 
@@ -77,7 +77,7 @@ def open_foreign(path: Path) -> ForeignFile:
             is_gguf = file.read(len(MAGIC)) == MAGIC
         if is_gguf:
             return _gguf(path)
-        return _safetensors(path, path.with_name(CONFIG) if path.name in (_MODEL, _MODEL + INDEX) else None)
+        return _safetensors(path, path.with_name(CONFIG))
     return _safetensors(_model_in(path), path / CONFIG)
 
 
@@ -106,10 +106,10 @@ def _model_in(folder: Path) -> Path:
     raise refusal(folder, "it holds no .safetensors file; name a model's folder or file")
 
 
-def _safetensors(path: Path, config: Path | None) -> ForeignFile:
+def _safetensors(path: Path, config: Path) -> ForeignFile:
     with ExitStack() as stack:
         source = stack.enter_context(Source(path))
-        settings = quantization_of(config) if config is not None and config.is_file() else {}
+        settings = quantization_of(config) if config.is_file() else {}
         tensors: dict[str, ForeignTensor] = {}
         claimed: set[str] = set()
         kinds = []

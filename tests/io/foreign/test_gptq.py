@@ -126,3 +126,19 @@ def test_what_a_config_claims_is_checked(tmp_path):
         save(tmp_path, parts, {"group_size": size})
         with pytest.raises(FileError, match=f"1 groups of {size} of 32 inputs"):
             open_foreign(tmp_path)
+
+
+def test_zero_points_of_an_unknown_version_are_refused(tmp_path):
+    """A file that was taken out of its folder: nothing says whether its zero points are one too small."""
+    parts, _ = layer(0, 32, 8, 32, torch.randint(0, 7, (1, 8)), 2)
+    save(tmp_path, parts)
+    (tmp_path / "config.json").unlink()
+    with (
+        pytest.raises(FileError, match="version 1 or 2, and no config.json"),
+        open_foreign(tmp_path / "model.safetensors") as file,
+    ):
+        read_all(file)
+    save(tmp_path, parts, {"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"})
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
+    with open_foreign(tmp_path / "gptq_model-4bit-32g.safetensors") as file:
+        assert file.kind == "gptq"
