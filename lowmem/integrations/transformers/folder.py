@@ -52,6 +52,9 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
         raise refusal(file, f"it is damaged: {reason}; get it again") from None
     if not isinstance(config, dict):
         raise refusal(file, f"it is {show(config)}, and no config of a model; get it again")
+    asked = config.get("quantization_config")
+    if not isinstance(asked, (dict, type(None))):
+        raise refusal(file, f"quantization_config={show(asked)} must be an object; repair it")
     weights = next((folder / name for name in (WEIGHTS + INDEX, WEIGHTS) if (folder / name).exists()), None)
     if weights is None:
         raise refusal(
@@ -70,23 +73,38 @@ def load_folder(folder: Path, config: LowmemConfig | None = None) -> nn.Module:
         config: how to store it while it is loaded; None: as it is.
 
     Raises:
-        FileError: as ``check``; or a class that transformers does not have, or a model that it cannot load.
+        FileError: as ``check``; or a class that transformers does not have, a model that it cannot load, or one that
+            has tensors that the folder lacks; when it is to be stored, one that lacks some of the folder's.
     """
     found, _ = check(folder)
-    name = (found.get("architectures") or ["AutoModel"])[0]
-    kind = getattr(transformers, str(name), None)
+    names = found.get("architectures") or ["AutoModel"]
+    if not (isinstance(names, list) and isinstance(names[0], str)):
+        raise refusal(folder, f"architectures={show(names)} must be a list of names of classes; repair config.json")
+    name = names[0]
+    kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
         raise refusal(
             folder, f"architectures names {show(name)}, which transformers {transformers.__version__} has not"
         )
     try:
         with _without_bars():
-            model: nn.Module = kind.from_pretrained(
-                folder, quantization_config=config, dtype="auto", local_files_only=True
+            model: nn.Module
+            model, info = kind.from_pretrained(
+                folder, quantization_config=config, dtype="auto", local_files_only=True, output_loading_info=True
             )
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as reason:
         raise refusal(folder, describe(reason), "load") from reason
+    _refuse_differing(folder, name, "lacks", info["missing_keys"])
+    if config is not None:  # what is left out would be lost
+        _refuse_differing(folder, name, "has, and the model has not,", info["unexpected_keys"])
     return model
+
+
+def _refuse_differing(folder: Path, name: str, what: str, tensors: Iterable[str]) -> None:
+    found = sorted(tensors)
+    if found:
+        as_told = f"a {name} as config.json describes it, as {show(found[0])}"
+        raise refusal(folder, f"it {what} {len(found)} tensors of {as_told}", "load")
 
 
 def quantize_folder(

@@ -173,7 +173,7 @@ def quantization_of(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(text)
     except ValueError as reason:
-        raise refusal(path, f"it is no JSON: {reason}") from None
+        raise refusal(path, f"it is damaged: {reason}; get it again") from None
     found = content.get("quantization_config") if isinstance(content, dict) else None
     if found is not None and not isinstance(found, dict):
         raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")

@@ -97,6 +97,10 @@ def test_bad_folders_are_one_line(source, tmp_path, capsys):
         (config | {"architectures": ["os"]}, "architectures names 'os', which transformers"),
         (config | {"quantization_config": {"quant_method": "gptq"}}, "it is quantized by 'gptq' already"),
         ([1], "no config of a model"),
+        (config | {"architectures": 5}, "architectures=5 must be a list"),
+        (config | {"quantization_config": "x"}, "quantization_config='x' must be an object"),
+        (config | {"num_hidden_layers": 9}, "it lacks "),
+        (config | {"num_hidden_layers": 1}, "it has, and the model has not, "),
     ]:
         (source / "config.json").write_text(json.dumps(changed))
         assert says in refused(capsys, "quantize", source, out)
