@@ -20,7 +20,7 @@ from lowmem.nn.adapted_module import AdaptedModule, bank_of, base_of, parameter_
 from lowmem.nn.lora import LoRA
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
-from lowmem.transforms.convert import one_at_a_time
+from lowmem.transforms.convert import one_at_a_time, refuse_inference_mode, refuse_inference_tensors
 from lowmem.transforms.placement import place_name, places_of
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, refuse_peft
 
@@ -76,6 +76,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 
     Raises:
         TypeError: the model is not a module.
+        RuntimeError: inference mode is active, or was when a parameter was made.
         FileError: the file is damaged, of another kind or version, or does not fit the model: another base,
             architecture, rank, shape or dtype. The model is left as it was.
         OSError: the file cannot be read.
@@ -94,7 +95,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
                 stacklevel=3,  # the caller of the function that one_at_a_time wraps
             )
         return model
+    refuse_inference_mode("load_adapter")
     found, places = module_paths(model), places_of(model)
+    refuse_inference_tensors(model)
     file = read(path)
     try:
         if file.metadata.get("kind") != "adapter":

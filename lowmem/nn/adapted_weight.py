@@ -306,6 +306,8 @@ def _einsum(equation: str, *operands: Any) -> Any:
     weight, x, of_weight, of_x = operands[at], operands[1 - at], letters[at], letters[1 - at]
     if weight.is_kernel or "." in of_weight or len(set(of_weight)) < len(weight.base.shape):
         return NotImplemented
+    if set(of_weight) <= set(of_x):  # nothing to factor: the step between the thin matrices would be the larger
+        return NotImplemented
     result = weight.of_rows(x, lambda x, base: torch.einsum(f"{of_x},{of_weight}->{out}", x, base))
     rank = next(one for one in string.ascii_letters if one not in equation)
     stack, row, column = of_weight[:-2], of_weight[-2], of_weight[-1]
@@ -442,13 +444,14 @@ def _mt(weight: Any) -> Any:
 
 
 @_implements(Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims)
-def _transpose(weight: Any, first: int, second: int) -> Any:
+def _transpose(weight: Any, dim0: int, dim1: int) -> Any:
     dims = len(weight.base.shape)
-    return weight.swapped() if {first % dims, second % dims} == {dims - 1, dims - 2} else NotImplemented
+    return weight.swapped() if {dim0 % dims, dim1 % dims} == {dims - 1, dims - 2} else NotImplemented
 
 
 @_implements(Tensor.permute, torch.permute)
-def _permute(weight: Any, *dims: Any) -> Any:
+def _permute(weight: Any, *given: Any, dims: Any = None) -> Any:
+    dims = given if dims is None else dims
     order = [one % len(weight.base.shape) for one in (dims[0] if isinstance(dims[0], (tuple, list)) else dims)]
     last = [*range(len(order) - 2), len(order) - 1, len(order) - 2]
     return weight.swapped() if order == last else NotImplemented
@@ -499,8 +502,12 @@ def _register_casts() -> None:
 
     def register(name: str) -> None:
         def cast(weight: Any, *args: Any, **kwargs: Any) -> Any:
+            args = tuple(one.base if _is_adapted(one) else one for one in args)
+            kwargs = {key: one.base if _is_adapted(one) else one for key, one in kwargs.items()}
+            if not _is_adapted(weight):  # cast to the dtype of one
+                return getattr(weight, name)(*args, **kwargs)
             base = getattr(weight.base, name)(*args, **kwargs)
-            if not _is_adapted(weight) or not base.is_floating_point():
+            if not base.is_floating_point():
                 return NotImplemented
             return type(weight)(base, weight.updates, weight.holds)
 
@@ -513,7 +520,7 @@ def _register_casts() -> None:
 _register_casts()
 
 
-@_implements(Tensor.detach, torch.detach)
+@_implements(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 def _detach(weight: Any) -> Any:
     updates = tuple(one._replace(left=one.left.detach(), right=one.right.detach()) for one in weight.updates)
     return type(weight)(weight.base.detach(), updates, weight.holds)
@@ -569,6 +576,8 @@ def _is_list(index: Any) -> bool:
 
 def _keeps_matrices(index: Any) -> bool:
     """Whether an index of a stack's dimension gives whole matrices."""
+    if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) and index.dim() > 1:
+        return False  # a mask takes the place of several dimensions
     return isinstance(index, (slice, int, Tensor, list))
 
 

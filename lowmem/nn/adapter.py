@@ -265,6 +265,8 @@ class Adapter(nn.Module):
                     "call that quantizes, convert(model, FourBit(), LoRA(init='loftq')), or use init='zero'"
                 )
             assert isinstance(stored, StoredTensor)
+            if dense.is_meta:  # a plan, which has no values
+                return
             self._approximate(self.layout.matrix(dense.detach().to(dtype) - stored.dequantize(dtype)))
 
     @torch.no_grad()

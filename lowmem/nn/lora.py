@@ -222,6 +222,16 @@ class LoRALinear(nn.Module):
         before, after = (relative_error(adapted, _weight_of(part)) for part in (base, layer))
         return Folded(layer.train(base.training), {"weight": (before, after)})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("weight", "bias"):
+            super().__setattr__(name, value)
+            return
+        if self.merged is not None:  # its copy would keep the old values
+            raise ValueError(
+                f"{name} cannot be set while adapter {self.merged!r} is merged: call unmerge_adapter(model) first"
+            )
+        setattr(self.base, name, getattr(value, "unadapted", value))  # as tie_weights() of transformers does
+
     def _load_from_state_dict(self, *args: Any) -> None:
         self.merged_base = None  # rebuilt by the post hook
         super()._load_from_state_dict(*args)

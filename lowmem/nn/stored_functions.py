@@ -96,7 +96,7 @@ def _setitem(tensor: Any, index: Any, value: Any) -> Any:
     )
 
 
-@_replaces(Tensor.apply_, Tensor.map_, Tensor.map2_)
+@_replaces(Tensor.apply_, Tensor.map_, Tensor.map2_, Tensor.fill_diagonal_)
 def _write_in_place(weight: Any, *_: Any) -> Any:
     if not isinstance(weight, StoredTensor):
         return NotImplemented
@@ -222,6 +222,7 @@ def _einsum(equation: str, *operands: Any) -> Any:
         or len(set(of_weight)) < weight.dim()
         or len(set(of_x)) < x.dim()
         or set(out) - set(of_x + of_weight)
+        or set(of_weight) - set(of_x + out)  # summed over the weight alone
     ):
         return NotImplemented
     counting, inside = of_weight[: weight.lead], of_weight[weight.lead :]

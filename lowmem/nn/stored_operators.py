@@ -167,15 +167,34 @@ def _embedding(weight: Any, indices: Any, *_: Any, **__: Any) -> Any:
 
 
 @_implements("_embedding_bag", "_embedding_bag_forward_only")
-def _embedding_bag(weight: Any, indices: Any, offsets: Any, *rest: Any, **named: Any) -> Any:
+def _embedding_bag(
+    weight: Any,
+    indices: Any,
+    offsets: Any,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> Any:
     if not _is_matrix(weight) or weight.swapped:
         return NotImplemented
+    padding = padding_idx
     if is_recorded(indices, *weight.parts):  # the number of distinct rows is not known
-        distinct, inverse = indices, torch.arange(indices.shape[0], device=indices.device)
+        rows = _embedding(weight, indices)
+        numbers = torch.arange(indices.shape[0], device=indices.device)
+        if padding >= 0:  # one more row in front stands for the padding
+            rows = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
+            numbers, padding = torch.where(indices == padding, 0, numbers + 1), 0
     else:
-        distinct, inverse = torch.unique(indices, return_inverse=True)
-    rows = _embedding(weight, distinct)
-    return aten._embedding_bag_forward_only.default(rows, inverse.to(indices.dtype), offsets, *rest, **named)
+        distinct, numbers = torch.unique(indices, return_inverse=True)
+        rows = _embedding(weight, distinct)
+        if padding >= 0:
+            at = (distinct == padding).nonzero()
+            padding = int(at[0]) if len(at) else -1
+    rest = scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding
+    return aten._embedding_bag_forward_only.default(rows, numbers.to(indices.dtype), offsets, *rest)
 
 
 # Convolutions

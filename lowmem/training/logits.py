@@ -160,6 +160,7 @@ class LazyOutput(nn.Module):
 
     delayed_class: type[nn.Module]
     logits_chunk: int
+    prepared_for_training = True
 
     def dense_forward(self, input: Tensor) -> Tensor:
         """Return the logits, computed: (..., width) -> (..., vocabulary)."""

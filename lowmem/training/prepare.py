@@ -118,6 +118,7 @@ class _Compressing(nn.Module):
     """Base of models whose forward runs in ``compressed_activations``."""
 
     plain_class: type[nn.Module]
+    prepared_for_training = True
 
 
 @functools.cache

@@ -13,9 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.nn.adapted_module import AdaptedModule, bank_of, base_of, put_in_place, without_adapters
+from lowmem.nn.adapted_module import AdaptedModule, AdapterBank, bank_of, base_of, put_in_place, without_adapters
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
-from lowmem.transforms.convert import add_first_adapter, freeze_all_but_adapters, one_at_a_time, swap
+from lowmem.transforms.convert import (
+    add_first_adapter,
+    freeze_all_but_adapters,
+    one_at_a_time,
+    refuse_inference_mode,
+    refuse_inference_tensors,
+    swap,
+)
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
 from lowmem.transforms.placement import place_adapters, place_name, takes_adapter
 from lowmem.transforms.registry import layer_name, no_match_message, refuse_peft, select_modules
@@ -53,7 +60,7 @@ def add_adapter(
 
     Args:
         model: any module, with or without adapters; the root itself can be the layer.
-        name: of the adapter: not empty, without dots, and no attribute of nn.ModuleDict, which holds it.
+        name: of the adapter: not empty, without dots, and no attribute of what holds it.
         technique: rank, alpha, dropout and scaling. Further calls may add the same name to other layers with other
             values.
         where: called with (path, module); a layer is taken only where it returns True, for all its paths.
@@ -64,13 +71,16 @@ def add_adapter(
 
     Raises:
         TypeError: the model is not a module, the name is not a string, or the technique is not a ``LoRA``.
+        RuntimeError: inference mode is active, or was when a parameter was made.
         ValueError: an invalid name, or one that a layer has already; nothing to adapt; or a pattern of ``skip`` or
             of the technique that matches nothing. The model is left as it was.
     """
     check_name(name)
+    refuse_inference_mode("add_adapter")
     if not isinstance(technique, LoRA):
         raise TypeError(f"technique={technique!r} must be an instance of LoRA")
     selected = select_modules(model, where, skip)
+    refuse_inference_tensors(model)
     layers = [m for m in selected if takes_adapter(m, where is not None)]
     refuse_peft(model, layers, freezes=True)
     if not layers:
@@ -251,9 +261,11 @@ def merge_adapter(model: nn.Module, name: str) -> None:
 
     Raises:
         TypeError: the model is not a module.
+        RuntimeError: inference mode is active.
         ValueError: the model has no such adapter, one is merged already, or an adapted weight cannot be
             stored. The model is left as it was.
     """
+    refuse_inference_mode("merge_adapter")
     layers = _layers_with(model, [name])
     merged = _merged(layers)
     if merged:
@@ -284,13 +296,15 @@ def check_name(name: str) -> None:
 
     Raises:
         TypeError: not a string.
-        ValueError: empty, with a dot, or an attribute of nn.ModuleDict.
+        ValueError: empty, with a dot, or an attribute of nn.ModuleDict or AdapterBank.
     """
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} must be a string")
-    if not name or "." in name or hasattr(nn.ModuleDict, name) or name in vars(nn.ModuleDict()):
+    holders = nn.ModuleDict, AdapterBank
+    if not name or "." in name or any(hasattr(kind, name) or name in vars(kind()) for kind in holders):
         raise ValueError(
-            f"name={name!r} must not be empty, hold a dot, or be an attribute of nn.ModuleDict; choose another"
+            f"name={name!r} must not be empty, hold a dot, or be an attribute of nn.ModuleDict or AdapterBank, which "
+            "hold adapters; choose another"
         )
 
 

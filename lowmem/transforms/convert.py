@@ -36,6 +36,7 @@ from lowmem.nn.stored_module import (
     stored_copy,
 )
 from lowmem.quant.quantize import relative_error
+from lowmem.quant.rounding import round_to
 from lowmem.transforms.libraries import import_integrations
 from lowmem.transforms.placement import takes_adapter, techniques_by_layer
 from lowmem.transforms.registry import (
@@ -140,7 +141,7 @@ def convert(
 
     Raises:
         TypeError: the model is not a module, or a technique is of another type.
-        RuntimeError: inference mode is active: autograd could not use what is stored.
+        RuntimeError: inference mode is active, or was when a parameter was made: autograd could not use the weights.
         ValueError: no technique, techniques that do not compose, nothing to convert, a pattern of ``skip`` or of
             ``LoRA`` or a ``parameters`` that matches nothing, a layer that has the technique already or is inside a
             PEFT layer, a weight that cannot be stored (its path is named), or more than ``at_most`` bits. The model
@@ -151,7 +152,7 @@ def convert(
             ``skip`` left them out; the largest reasons are named.
     """
     _check_arguments(techniques)
-    where = where and _asked_once(where)
+    where = _asked_once(where) if callable(where) else where
     replacements = rebuild_all(model, techniques, where, skip, parameters, Store().by)
     if at_most is not None:
         _check_bits(model, replacements, at_most)
@@ -222,6 +223,34 @@ def keep_shared_biases(model: nn.Module, replacements: Mapping[nn.Module, nn.Mod
                 new.weight_error = error
 
 
+def refuse_inference_mode(name: str) -> None:
+    """Raise a RuntimeError inside torch.inference_mode(); ``name`` is the function that would make weights there."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} inside torch.inference_mode() would make weights that autograd cannot use: leave it"
+        )
+
+
+def refuse_prepared(model: nn.Module, name: str) -> None:
+    """Raise a RuntimeError for a model that ``prepare_training`` has given classes of its own."""
+    for path, module in model.named_modules():
+        if getattr(type(module), "prepared_for_training", False):
+            raise RuntimeError(
+                f"{name}: {layer_name(path)} is prepared for training: call lowmem.release_training(model) before, "
+                "and prepare_training again afterwards"
+            )
+
+
+def refuse_inference_tensors(model: nn.Module) -> None:
+    """Raise a RuntimeError if parameters were made inside torch.inference_mode(); the first is named."""
+    for path, parameter in model.named_parameters():
+        if not is_lazy(parameter) and parameter.is_inference():
+            raise RuntimeError(
+                f"{layer_name(path)} was made inside torch.inference_mode(), and autograd cannot use it: make the "
+                "model outside, or take copy.deepcopy(model) outside, whose parameters are ordinary ones"
+            )
+
+
 def layers_to_convert(
     model: nn.Module,
     techniques: tuple[Technique, ...],
@@ -248,12 +277,18 @@ def _found(
 ) -> dict[nn.Module, tuple[str, list[str]]]:
     """Return the modules that the first technique converts, each with its first path and what is stored of it."""
     first = type(techniques[0])
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "convert inside torch.inference_mode() would make weights that autograd cannot use: leave it"
+    refuse_inference_mode("convert")
+    for name, asked in (("where", where), ("parameters", parameters)):
+        if asked is not None and not callable(asked):
+            raise TypeError(f"{name}={asked!r} must be callable with a path and what is there, or None")
+    if first is LoRA and parameters is not None:
+        raise ValueError(
+            "parameters= names what Half or FourBit store besides; LoRA alone stores nothing: leave it out"
         )
     found: dict[nn.Module, tuple[str, list[str]]] = {}
     selected = select_modules(model, where, skip)
+    refuse_inference_tensors(model)
+    refuse_prepared(model, "convert")
     for module, path in selected.items():
         made = made_by(module)
         if made is not None and made in {type(t) for t in techniques}:
@@ -269,6 +304,12 @@ def _found(
             found[module] = path, names
     if first is LoRA:  # LoRA keeps the weight, and with it all ties
         found = {m: (path, []) for m, path in selected.items() if takes_adapter(m, where is not None)}
+        for module, (path, _) in found.items():
+            if any(one is not None and is_lazy(one) for one in module._parameters.values()):
+                raise ValueError(
+                    f"{layer_name(path)} is lazy and has no shape yet: call the model once before convert, "
+                    "or use skip="
+                )
     else:
         if parameters is not None and not any(set(n) - set(parameters_to_store(m)) for m, (_, n) in found.items()):
             raise ValueError(
@@ -614,18 +655,22 @@ def restore(
         model: any module; the root itself can be the layer.
         where: called with (path, module); a module is taken only where it returns True, for all its paths.
         skip: glob patterns of paths to leave as they are.
-        dtype: of the dense parameters; None: as which they present themselves, which casts of the model follow.
+        dtype: of all parameters of these modules, biases included; None: as which the stored ones present
+            themselves, which casts of the model follow.
 
     Returns:
         The model, changed in place.
 
     Raises:
         TypeError: the model is not a module, or ``dtype`` is not floating point.
-        ValueError: nothing is stored in the modules that are selected, or ``skip`` matches nothing. The model is left
+        ValueError: nothing is stored in the modules that are selected, a module that is left shares what they store
+            (or, with ``dtype``, a bias), ``dtype`` cannot hold a bias, or ``skip`` matches nothing. The model is left
             as it was.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype={dtype} must be a floating-point dtype")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r} must be a floating-point dtype")
+    refuse_inference_mode("restore")
+    refuse_prepared(model, "restore")
     found: dict[StoredModule, str] = {}
     for module, path in select_modules(model, where, skip).items():
         stored = base_of(module)
@@ -633,6 +678,8 @@ def restore(
             found[stored] = path
     if not found:
         raise ValueError(f"no module of {type(model).__name__} that where= and skip= leave has stored parameters")
+    _refuse_partial_ties(model, found)
+    cast_to = {} if dtype is None else _cast_parameters(model, found, dtype)
     dense: dict[int, nn.Parameter] = {}
     copies: dict[nn.Module, nn.Module] = {}
     for module in found:
@@ -645,7 +692,69 @@ def restore(
         copies[module] = restored_copy(module, values)
     for old, copied in copies.items():
         become(old, copied)
+    for module, parameters in cast_to.items():
+        module._parameters.update(parameters)
+    for module in found:
+        if cast_to and isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
     return model
+
+
+def _refuse_partial_ties(model: nn.Module, found: Mapping[StoredModule, str]) -> None:
+    """Refuse to make dense what a module that is left shares, which would untie them.
+
+    Raises:
+        ValueError: there is such a module; both are named.
+    """
+    parts = {id(getattr(module, part)): path for module, path in found.items() for part in module.part_names}
+    for layer, paths in module_paths(model).items():
+        base = base_of(layer)
+        if base in found:
+            continue
+        path = next((parts[id(one)] for one in base._parameters.values() if id(one) in parts), None)
+        if path is not None:
+            raise ValueError(
+                f"{layer_name(path)}: what it stores is shared with {layer_name(paths[0])}, which where= and skip= "
+                "leave: restore both, or neither"
+            )
+
+
+def _cast_parameters(
+    model: nn.Module, found: Mapping[StoredModule, str], dtype: torch.dtype
+) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """Return the dense parameters that modules compute with, in another dtype; shared ones stay shared.
+
+    Raises:
+        ValueError: a module that keeps its dtype shares one, or the dtype cannot hold it; both are named.
+    """
+    taken: dict[nn.Module, str] = {module: path for module, path in found.items()}  # noqa: C416
+    for stored, path in found.items():
+        if isinstance(stored, nn.MultiheadAttention):  # which reads these parameters itself
+            taken.setdefault(stored.out_proj, f"{path}.out_proj".lstrip("."))
+    others: dict[int, str] = {}
+    for layer, paths in module_paths(model).items():
+        if base_of(layer) not in taken:
+            others.update((id(one), paths[0]) for one in base_of(layer)._parameters.values())
+    made: dict[int, nn.Parameter] = {}
+    cast_to: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    for module, path in taken.items():
+        parts = module.part_names if isinstance(module, StoredModule) else ()
+        for name, one in module._parameters.items():
+            if one is None or name in parts or not one.is_floating_point() or one.dtype == dtype:
+                continue
+            if id(one) in others:
+                raise ValueError(
+                    f"{layer_name(path)}: its {name} is shared with {layer_name(others[id(one)])}, which stays "
+                    f"{one.dtype}: call restore(model) without dtype=, then model.to({dtype})"
+                )
+            if id(one) not in made:
+                try:
+                    rounded = round_to(one, dtype, name)
+                except ValueError as reason:
+                    raise ValueError(f"{layer_name(path)}: {reason}") from reason
+                made[id(one)] = nn.Parameter(rounded, requires_grad=one.requires_grad)
+            cast_to.setdefault(module, {})[name] = made[id(one)]
+    return cast_to
 
 
 def _check_all_there(model: nn.Module, replacements: Iterable[nn.Module], found: Container[nn.Module]) -> None:

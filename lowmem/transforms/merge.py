@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lowmem import measure
 from lowmem.errors import printable
-from lowmem.nn.adapted_module import bank_of, fold_layer, put_in_place, without_adapters
+from lowmem.nn.adapted_module import bank_of, base_of, fold_layer, parameter_of, put_in_place, without_adapters
 from lowmem.nn.lora import Folded, LoRALinear
-from lowmem.nn.stored import FourBitForm
-from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored import FourBitForm, StoredTensor
+from lowmem.nn.stored_module import StoredModule, copied_module
+from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.calibrate import evaluation_mode, run_batch
 from lowmem.transforms.convert import one_at_a_time, swap
 from lowmem.transforms.placement import place_name
@@ -160,9 +161,10 @@ def merge(
 
     Raises:
         TypeError: the model is not a module, or ``inputs`` are of another type.
-        ValueError: no adapter is left (merged already?), no adapter is active, an adapted weight
-            cannot be stored, an error is above ``at_most`` (the worst layer is named), an invalid ``to`` or
-            ``at_most``, or ``inputs`` without ``report`` or ``at_most``. The model is left as it was.
+        ValueError: no adapter is left (merged already?), no adapter is active, an adapted weight cannot be stored, or
+            is shared with a module for which the merged one differs, an error is above ``at_most`` (the worst layer
+            is named), an invalid ``to`` or ``at_most``, or ``inputs`` without ``report`` or ``at_most``. The model is
+            left as it was.
     """
     _check_arguments(to, at_most, inputs, report)
     layers = adapted_layers(model)
@@ -174,6 +176,7 @@ def merge(
         raise ValueError(f"no adapter of {type(model).__name__} is active: activate one, or delete them")
     dtype = None if isinstance(to, str) else to
     folded = fold(model, {layer: bank_of(layer).in_use for layer in layers}, dtype)
+    _refuse_untying(model, folded, dtype)
     outputs, of_model = ({}, None) if inputs is None else _output_errors(model, folded, inputs, dtype)
     found = MergeReport(
         MergedLayer(place_name(path, name), _names(layer, name), *errors, *outputs.get(layer, ()))
@@ -239,6 +242,46 @@ def fold(
     return folded
 
 
+def _refuse_untying(model: nn.Module, folded: Mapping[nn.Module, Folded], to: torch.dtype | None) -> None:
+    """Refuse to merge into one of several modules that share a weight, or differently into them.
+
+    ``merge_adapter`` need not: the bases, which the state holds, stay tied.
+
+    Raises:
+        ValueError: the merged weights differ; two of their modules are named.
+    """
+    seen: dict[int, tuple[str, Any]] = {}
+    for layer, paths in module_paths(model).items():
+        base = base_of(layer)
+        for name in (*base._parameters, *(base.forms if isinstance(base, StoredModule) else ())):
+            own = parameter_of(base, name)
+            if own is None:
+                continue
+            place = place_name(paths[0], name)
+            now = _merged_parameter(folded.get(layer), name, own, to)
+            other, differs = seen.setdefault(id(own), (place, now))
+            if now is not differs and not _equal(now, differs):
+                raise ValueError(
+                    f"{layer_name(place)} shares its weight with {layer_name(other)}, and their merged weights would "
+                    "differ: keep the adapter apart, or untie them before convert (give one a copy of the weight)"
+                )
+
+
+def _merged_parameter(done: Folded | None, name: str, own: Any, to: torch.dtype | None) -> Any:
+    """Return what becomes of a parameter: itself, where no adapter changes it."""
+    if done is None or name not in done.errors or (to is None and not done.errors[name][0]):
+        return own
+    return parameter_of(done.layer, name)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    pair = [tensor.stored if isinstance(tensor, StoredTensor) else tensor.detach() for tensor in (one, other)]
+    if type(pair[0]) is not type(pair[1]):
+        return False
+    wide = [stored.dequantize() if isinstance(stored, QuantizedTensor) else stored for stored in pair]
+    return wide[0].dtype == wide[1].dtype and torch.equal(*wide)
+
+
 def warn_of_requantizing(folded: Mapping[nn.Module, Folded], paths: Mapping[nn.Module, str]) -> None:
     """Warn of the errors of weights that were quantized to 4 bits again, if there are any."""
     errors = {
@@ -271,11 +314,13 @@ def _output_errors(
     model: nn.Module, folded: Mapping[nn.Module, Folded], inputs: Any, to: torch.dtype | None
 ) -> tuple[dict[nn.Module, tuple[float, float]], tuple[float, float] | None]:
     """Return the relative errors, before and after, of the outputs of each layer that inputs reach, and the model."""
+    copies = {layer: _widened(layer, done) if to and _reads(layer) else done.layer for layer, done in folded.items()}
+    dtypes = {layer: None if _reads(layer) else to for layer in folded}
     sums: dict[nn.Module, Tensor] = {}  # squares: of the base's error, of the copy's, and of the exact output
 
     def see(layer: nn.Module, args: Any, kwargs: Any) -> None:
         base = layer.base if isinstance(layer, LoRALinear) else without_adapters(layer)  # type: ignore[arg-type]
-        merged = folded[layer].layer
+        merged, to = copies[layer], dtypes[layer]
         if isinstance(layer, LoRALinear):
             x: Any = args[0] if args else kwargs["input"]
             exact = _output(base, (x,))
@@ -303,12 +348,28 @@ def _output_errors(
         layer: (_relative(base, size), _relative(copy, size)) for layer, (base, copy, size) in totals.items()
     }
     bases = {layer: layer.base if isinstance(layer, LoRALinear) else without_adapters(layer) for layer in folded}  # type: ignore[arg-type]
-    merged = {layer: done.layer for layer, done in folded.items()}
     of_model = [
-        _difference(_outputs_with(others, model, inputs, dtype), exact)
-        for others, dtype in ((bases, None), (merged, to))
+        _difference(_outputs_with(others, model, inputs, computed_in), exact)
+        for others, computed_in in ((bases, dict.fromkeys(folded)), (copies, dtypes))
     ]
     return of_layers, None if None in of_model else tuple(of_model)  # type: ignore[return-value]
+
+
+def _reads(layer: nn.Module) -> bool:
+    """Whether a dtype cannot be that of the inputs: attention reads the weight, or the inputs are integers."""
+    kinds = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Embedding, nn.EmbeddingBag)
+    return isinstance(layer, kinds)
+
+
+def _widened(layer: nn.Module, done: Folded) -> nn.Module:
+    """Return a copy of a merged module that presents its rounded values in the dtype that the layer presents."""
+    read = parameter_of(layer, next(iter(done.errors))).dtype
+    copied = copied_module(done.layer, type(done.layer))
+    copied.__dict__["_parameters"] = {
+        name: one if one is None else nn.Parameter(one.detach().to(read), requires_grad=False)
+        for name, one in done.layer._parameters.items()
+    }
+    return copied
 
 
 class _Instead(nn.Module):
@@ -366,12 +427,15 @@ def _computing_with(layer: Any, other: nn.Module, dtype: torch.dtype | None) -> 
 
 
 def _outputs_with(
-    others: Mapping[nn.Module, nn.Module], model: nn.Module, inputs: Any, dtype: torch.dtype | None
+    others: Mapping[nn.Module, nn.Module],
+    model: nn.Module,
+    inputs: Any,
+    dtypes: Mapping[nn.Module, torch.dtype | None],
 ) -> list[Tensor]:
     """Return the outputs of a model whose adapted layers compute with other modules meanwhile."""
     with ExitStack() as stack, evaluation_mode(model):
         for layer, other in others.items():
-            stack.enter_context(_computing_with(layer, other, dtype))
+            stack.enter_context(_computing_with(layer, other, dtypes[layer]))
         return _floating(run_batch(model, inputs))
 
 

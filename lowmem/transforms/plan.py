@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -272,8 +272,10 @@ def skeleton_of(
     if not callable(make):
         raise TypeError(f"make={type(make).__name__} must be a callable that makes the model")
     if techniques:
+        # The patterns of a LoRA are those of the model's paths, which the trial's one layer does not have.
+        tried = [replace(t, ranks=(), alphas=()) if isinstance(t, LoRA) else t for t in techniques]
         with torch.random.fork_rng(devices=[]):
-            convert(nn.Linear(8, 8), *techniques)  # raises where the techniques alone are wrong
+            convert(nn.Linear(8, 8), *tried)  # raises where the techniques alone are wrong
     try:
         with torch.device("meta"):
             model = make_on_meta(make)

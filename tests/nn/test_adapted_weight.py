@@ -261,3 +261,42 @@ def test_views_and_everything_else_are_those_of_the_sum(form):
     ):
         assert not isinstance(view(kernels), LowRankSum)
         assert float((view(kernels) - view(kernels.values())).detach().abs().max()) <= 64 * 2.0**-23 * 10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_casts_to_it_einsums_of_both_its_sides_and_masks_are_those_of_the_sum(form):
+    weight, dense, pairs, layout = make("linear", CASES["linear"], form)
+    whole = total(dense, pairs, layout).float()
+    x = torch.randn(5, 48, 32)
+    for cast in (x.double().to(weight), x.double().type_as(weight)):
+        assert (type(cast), cast.dtype) == (torch.Tensor, torch.float32)
+    assert torch.equal(weight.to(weight).values(), weight.values())
+    torch.testing.assert_close(torch.einsum("boi,oi->b", x, weight), torch.einsum("boi,oi->b", x, whole))
+    torch.testing.assert_close(torch.einsum("boi,oi->boi", x, weight), x * whole)
+    stack = adapted_weight(
+        torch.randn(2, 3, 4, 5),
+        [Update(torch.randn(2, 3, 4, RANK), torch.randn(2, 3, RANK, 5), SCALING, nn.Identity())],
+        Layout((2, 3, 4, 5), "linear"),
+    )
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    torch.testing.assert_close(torch.as_tensor(stack[mask] * 1), stack.values()[mask])
+
+
+def test_its_data_is_such_a_weight_again_and_refuses_writes():
+    weight, *_ = make("linear", CASES["linear"], "nf4")
+    assert isinstance(weight.data, AdaptedWeight)
+    with pytest.raises(RuntimeError, match="would write to a weight with adapters"):
+        weight.data.zero_()
+    with pytest.raises(RuntimeError, match="would write to a weight with adapters"):
+        weight.data = torch.zeros(48, 32)
+
+
+def test_dimensions_may_be_named_as_torch_names_them():
+    weight, *_ = make("linear", CASES["linear"], "nf4")
+    for swapped in (
+        weight.transpose(dim0=0, dim1=1),
+        weight.permute(dims=(1, 0)),
+        torch.permute(weight, dims=(1, 0)),
+    ):
+        assert isinstance(swapped, AdaptedWeight)
+        assert torch.equal(swapped.values(), weight.values().T)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import lowmem
 from lowmem import FourBit, Half, LoRA, convert, kernels
 from lowmem.nn.lora import Adapter
 from tests import strategies
@@ -358,3 +359,17 @@ def test_the_weight_of_an_adapted_layer_can_be_read_and_is_the_adapted_one(base)
         torch.testing.assert_close(gradients[name], gradients["called"], rtol=1e-3, atol=1e-3)
     layer.active = ()
     assert layer.weight is layer.base.weight
+
+
+def test_weight_and_bias_can_be_set_and_go_to_the_base():
+    layer = convert(nn.Linear(8, 6), LoRA(2))
+    weight, bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(6))
+    layer.weight, layer.bias = weight, bias
+    assert layer.base.weight is weight
+    assert layer.base.bias is bias
+    layer.weight = layer.weight  # an AdaptedWeight: its base is set, and no adapter is taken into it
+    assert layer.base.weight is weight
+    lowmem.merge_adapter(layer, "default")
+    for name, value in (("weight", weight), ("bias", bias)):
+        with pytest.raises(ValueError, match=f"{name} cannot be set while adapter 'default' is merged.*unmerge"):
+            setattr(layer, name, value)

@@ -30,6 +30,7 @@ WRITES = {
     "renorm_": lambda w: w.renorm_(2, 0, 1.0),
     "max_norm": lambda w: nn.functional.embedding(torch.tensor([1]), w, max_norm=1.0),
     "apply_": lambda w: w.apply_(lambda value: value),
+    "fill_diagonal_": lambda w: w.fill_diagonal_(1.0),
     "optimizer": lambda w: torch._foreach_add_([w], 1.0),
 }
 
@@ -113,3 +114,15 @@ def test_storing_again_what_is_stored_changes_no_bit(form):
     weight = store(torch.randn(24, 40), form)
     again = store_again(weight, weight.dequantize())
     assert torch.equal(again.dequantize(), weight.dequantize())
+
+
+@forms
+def test_an_einsum_that_sums_a_letter_of_the_weight_alone_is_that_of_the_values(form):
+    weight, stack = store(torch.randn(24, 40), form), store(torch.randn(3, 24, 40), form)
+    for equation, w, x in (
+        ("bi,oi->b", weight, (5, 40)),
+        ("bo,oi->b", weight, (5, 24)),
+        ("bi,eoi->bo", stack, (5, 40)),
+    ):
+        x = torch.randn(x)
+        torch.testing.assert_close(torch.einsum(equation, x, w), torch.einsum(equation, x, w.dequantize()))

@@ -1,10 +1,13 @@
 """What computes with a stored weight gives what the dequantized one gives, and keeps nothing dense for backward."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from lowmem import FORMATS, measure
+from lowmem import FORMATS, FourBit, convert, measure, restore
 from lowmem.nn.stored import StoredTensor
 from lowmem.quant.scales import ENCODINGS
 from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, store
@@ -158,3 +161,16 @@ def test_it_is_read_in_inference_mode_and_under_autocast():
         torch.testing.assert_close(F.linear(x, weight), F.linear(x, weight.dequantize()), rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(x, weight).dtype == (x @ weight.T).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("padding", [None, 0, 3])
+def test_a_bag_leaves_its_padding_out_also_where_it_is_recorded(padding):
+    module = convert(nn.EmbeddingBag(11, 8, mode="mean", padding_idx=padding), FourBit()).eval()
+    dense = restore(copy.deepcopy(module))
+    for mode in ("mean", "sum", "max"):
+        module.mode = dense.mode = mode
+        for indices in ([[5, 7, 3, 0], [3, 3, 10, 0]], [[1, 2]], [[3, 3]], [[0, 3]]):
+            x = torch.tensor(indices)
+            torch.testing.assert_close(module(x), dense(x))
+            if mode != "max":
+                torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), dense(x))

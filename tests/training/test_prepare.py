@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lowmem import FourBit, LoRA, convert, prepare_training, release_training, training_report
+from lowmem import FourBit, LoRA, convert, prepare_training, release_training, restore, training_report
 from lowmem.measure import PeakMemory
 from lowmem.training.logits import LazyLogits
 
@@ -180,3 +180,16 @@ def test_a_parametrized_output_layer_is_not_released():
     nn.utils.parametrize.register_parametrization(model.head, "weight", nn.Identity())
     with pytest.raises(RuntimeError, match="was made of the prepared layer since"):
         release_training(model)
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_converting_and_restoring_come_before_or_after(memory):
+    """The class of a prepared layer is no class that ``convert`` knows: it would cut a tie in silence."""
+    model = prepare_training(make(), memory)
+    with pytest.raises(RuntimeError, match="convert: .* is prepared for training: call lowmem.release_training"):
+        convert(model, FourBit())
+    convert(release_training(model), FourBit())
+    assert model.head.weight is model.embedding.weight
+    model = prepare_training(make(FourBit(), LoRA(2)), memory)
+    with pytest.raises(RuntimeError, match="restore: .* is prepared for training"):
+        restore(model)

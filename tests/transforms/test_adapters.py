@@ -756,3 +756,35 @@ def test_active_adapters_stand_in_the_order_in_which_they_were_added():
     deactivate(model)
     activate(model, "added", "default")
     assert model[0].active == ("default", "added")
+
+
+def test_names_that_a_holder_of_adapters_needs_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(9, 8))
+    for name in ("active", "merged", "merged_base", "names", "parts", "remove", "unmerge", "training", "keys"):
+        with pytest.raises(ValueError, match=f"name='{name}' must not .*; choose another"):
+            add_adapter(model, name, LoRA(2), where=lambda path, _: path != "")
+        assert [type(layer) for layer in model] == [nn.Linear, nn.Embedding]
+
+
+def test_inference_mode_and_its_tensors_are_refused(tmp_path):
+    model = add_adapter(nn.Sequential(nn.Linear(8, 8)), "a", LoRA(2))
+    save_adapter(model, tmp_path / "a")
+    before = repr(model)
+    calls = {
+        "add_adapter": lambda one: add_adapter(one, "b", LoRA(2)),
+        "merge_adapter": lambda one: merge_adapter(one, "a"),
+        "load_adapter": lambda one: load_adapter(one, tmp_path / "a", "b"),
+        "convert": lambda one: convert(one, FourBit()),
+    }
+    for name, call in calls.items():
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=rf"{name} inside torch.inference_mode\(\)"):
+            call(model)
+        assert repr(model) == before
+        if name == "merge_adapter":
+            continue
+        with torch.inference_mode():
+            made = nn.Sequential(nn.Linear(8, 8))
+        with pytest.raises(RuntimeError, match=r"0.weight.* was made inside .*copy.deepcopy"):
+            call(made)
+        assert type(made[0]) is nn.Linear
+    add_adapter(copy.deepcopy(made), "b", LoRA(2))

@@ -839,3 +839,74 @@ def test_a_class_with_slots_and_its_own_setattr_converts():
         assert layer.factor == 3.0
         assert (layer(x) - dense).norm() < 0.2 * dense.norm()
         assert summary(layer)[0].computed == "as stored"
+
+
+@pytest.mark.parametrize("technique", [FourBit(), Half()])
+def test_what_is_restored_in_a_dtype_runs_in_it(technique):
+    for layer, shape in ((nn.Linear(8, 8), (2, 8)), (nn.Conv1d(8, 8, 3), (2, 8, 5)), (nn.LSTM(8, 8), (3, 8))):
+        model = restore(convert(nn.Sequential(layer), technique), dtype=torch.bfloat16)
+        x = torch.randn(shape).bfloat16()
+        out = model(x)
+        assert (out[0] if isinstance(out, tuple) else out).dtype == torch.bfloat16
+    for where in (None, lambda path, _: path == ""):
+        attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+        convert(attention, technique, where=where)
+        restore(attention, dtype=torch.bfloat16)
+        x = torch.randn(3, 2, 8).bfloat16()
+        assert attention(x, x, x)[0].dtype == torch.bfloat16
+    layer = convert(nn.Linear(8, 8), technique, LoRA(2))
+    restore(layer, dtype=torch.float64)
+    assert {layer.base.weight.dtype, layer.base.bias.dtype} == {torch.float64}
+    assert layer.lora_a.dtype == torch.float32
+
+
+def test_a_bias_that_a_restored_layer_shares_with_one_of_another_dtype_is_refused():
+    model = convert(SharedBias(), FourBit())
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"a: its bias is shared with norm, .*float32.*model.to\(torch.bfloat16\)"):
+        restore(model, dtype=torch.bfloat16)
+    assert [type(module) for module in model.modules()] == before
+    restore(model)
+    assert model.a.bias is model.norm.bias
+    assert model.b.bias is model.c.bias
+
+
+def test_a_bias_beyond_the_dtype_s_range_is_not_restored():
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.bias[1] = 1e6
+    convert(layer, FourBit())
+    with pytest.raises(ValueError, match="bias holds the magnitude"):
+        restore(layer, dtype=torch.float16)
+    assert type(layer) is Linear4Bit
+
+
+@pytest.mark.parametrize("technique", [FourBit(), Half()])
+def test_one_end_of_a_tie_is_not_restored_alone(technique):
+    for options in ({"where": lambda path, _: path == "head"}, {"skip": "tokens"}):
+        model = convert(Tied(), technique)
+        before = [type(module) for module in model.modules()]
+        with pytest.raises(ValueError, match=r"head: .*shared with tokens, which where= and skip= leave"):
+            restore(model, **options)
+        assert [type(module) for module in model.modules()] == before
+        restore(model)
+        assert model.head.weight is model.tokens.weight
+
+
+def test_restore_names_what_is_no_floating_point_dtype():
+    for dtype in ("float32", torch.int8, 16, float):
+        with pytest.raises(TypeError, match=f"dtype={re.escape(repr(dtype))} must be a floating-point dtype"):
+            restore(convert(nn.Linear(4, 4), FourBit()), dtype=dtype)
+
+
+def test_what_lora_cannot_use_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="parameters=.*LoRA alone"):
+        convert(model, LoRA(2), parameters=lambda path, _: True)
+    for technique in (LoRA(2), FourBit()):
+        for name in ("where", "parameters"):
+            with pytest.raises(TypeError, match=f"{name}='l' must be callable"):
+                convert(model, technique, **{name: "l"})
+        with pytest.raises(ValueError, match="0 is lazy.*call the model once|0.*is lazy"):
+            convert(nn.Sequential(nn.LazyLinear(8)), technique)
+    assert type(model[0]) is nn.Linear

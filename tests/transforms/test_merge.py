@@ -18,10 +18,12 @@ from lowmem import (
     add_adapter,
     convert,
     deactivate,
+    load,
     load_adapter,
     merge,
     merge_adapter,
     quantize,
+    save,
     save_adapter,
 )
 from lowmem.quant.quantize import relative_error
@@ -454,3 +456,68 @@ def test_an_adapter_that_cannot_be_folded_leaves_the_model_as_it_was(base, value
 def test_merge_takes_modules_only():
     with pytest.raises(TypeError, match="must be a torch.nn.Module, found dict"):
         merge({})
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e, self.h = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16, bias=False)
+        self.h.weight = self.e.weight
+
+    def forward(self, x):
+        return self.h(self.e(x))
+
+
+@pytest.mark.parametrize("base", sorted(strategies.BASES))
+@pytest.mark.parametrize("to", ["same format", torch.bfloat16])
+def test_merging_that_would_untie_is_refused_and_the_model_stays(base, to, tmp_path):
+    x = torch.arange(16)
+    for paths in (("e", "h"), ("e",), ("h",)):
+        model = convert(Tied(), *strategies.BASES[base], LoRA(2), where=lambda p, _: True)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name and name[0] in paths:
+                    parameter.normal_()
+        before, children = model(x), list(model.children())
+        with pytest.raises(ValueError, match="^h shares its weight with e, .*keep the adapter apart, or untie"):
+            merge(model, to)
+        assert list(model.children()) == children
+        assert torch.equal(model(x), before)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merge_adapter(model, "default")  # whose bases stay tied
+        save(model, tmp_path / "model.safetensors")
+        assert torch.equal(load(tmp_path / "model.safetensors", Tied)(x), before)
+
+
+@every_base
+def test_merging_fresh_adapters_leaves_a_tie(base, tmp_path):
+    x = torch.arange(16)
+    model = merge(convert(Tied(), *strategies.BASES[base], LoRA(2), where=lambda p, _: True))
+    assert model.h.weight is model.e.weight
+    save(model, tmp_path / "model.safetensors")
+    assert torch.equal(load(tmp_path / "model.safetensors", Tied)(x), model(x))
+
+
+class Attends(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e, self.l = torch.nn.Embedding(11, 16), torch.nn.Linear(16, 16)
+        self.a = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.e(x)
+        return self.l(self.a(x, x, x)[0])
+
+
+@every_base
+def test_outputs_of_attention_and_embeddings_merged_to_a_dtype_are_compared(base):
+    for taken in ("e a a.out_proj l", "a e", "e", "a.out_proj", "a"):
+        where = lambda p, _, taken=taken: p in taken.split()  # noqa: E731
+        model = convert(Attends(), *strategies.BASES[base], LoRA(2), where=where)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name:
+                    parameter.normal_(0, 0.1)
+        _, report = merge(model, torch.bfloat16, inputs=torch.randint(0, 11, (2, 5)), report=True)
+        assert report.output_after < min(0.05, report.output_before)

@@ -414,3 +414,17 @@ def test_sizes(size, expected):
 def test_what_is_no_size(size):
     with pytest.raises(ValueError, match="must be a size"):
         bytes_of(size)
+
+
+def test_patterns_and_loftq_are_planned_as_they_are_converted():
+    def make():
+        return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+    x = torch.zeros(2, 64)
+    for technique in (LoRA(2, ranks={"0": 3}), LoRA(2, alphas={"1": 5}), LoRA(2, init="loftq")):
+        planned = plan(make, FourBit(), technique, batch=x)
+        assert planned.stored_bytes == measure.actual_bytes(convert(make(), FourBit(), technique))
+    with pytest.raises(ValueError, match="matches no"):
+        plan(make, FourBit(), LoRA(2, ranks={"7": 3}), batch=x)
+    with pytest.raises(ValueError, match="loftq"):
+        plan(make, LoRA(2, init="loftq"), batch=x)
