@@ -170,11 +170,12 @@ class _Compressor:
         """Return the codes of a whole storage, the same ones for each view of it while it does not change.
 
         An address is used again after its memory is freed, and a storage can be written to: so the codes are those
-        of the storage object and version that they were made from. What one function keeps as it is, all do.
+        of the storage object and version that they were made from. What one function keeps as it is, later ones do.
         """
         key = storage._cdata, tensor.dtype
         seen = self.seen.get(key)
-        if seen is None or seen.storage() is not storage or seen.version != tensor._version:
+        known = seen is not None and seen.storage() is storage and seen.version == tensor._version
+        if seen is None or not known or (keep and seen.codes is not None):
             flat = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
             seen = _Seen(weakref.ref(storage), tensor._version, None if keep else _worth(compress(flat)))
             self.seen = {at: one for at, one in self.seen.items() if one.storage() is not None} | {key: seen}

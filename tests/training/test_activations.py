@@ -305,3 +305,16 @@ def test_writes_after_a_save_are_noticed():
         z.mul_(100)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.sum().backward()
+
+
+def test_what_was_compressed_before_is_kept_for_a_divisor():
+    x = torch.full((64, 128), 1e-3)
+    x[0, 0] = 1e3  # its 63 neighbours vanish in 8 bits, too few for the tensor to be kept
+    x.requires_grad_()
+    with compressed_activations(nn.Module()):
+        divisor = x * 1
+        product = Square.apply(divisor)  # saves it, too
+        out = torch.ones(()).div(divisor)
+    (out.sum() + 0 * product.sum()).backward()
+    wanted = -1 / x.detach().square()
+    assert float(((x.grad - wanted) / wanted).abs().max()) <= 8 * torch.finfo(torch.float32).eps
