@@ -20,7 +20,7 @@ CLOSE = 1e-5
 # Models whose forward needs the logits themselves: those with a cap, tanh(logits / cap) * cap.
 CAPPED = ("gemma2", "recurrent_gemma")
 # Models that draw what they mask or drop in forward, or take other inputs in training.
-OTHER = ("wav2vec2", "hubert", "tv_faster_rcnn")
+OTHER = ("wav2vec2", "hubert", "speecht5", "tv_faster_rcnn")
 
 
 def step(model, inputs):
