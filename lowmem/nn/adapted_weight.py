@@ -22,7 +22,7 @@ from lowmem.nn.grouped import grouped_matmul
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_functions import attention
 
-__all__ = ["AdaptedWeight", "LowRankSum", "adapted_weight"]
+__all__ = ["METADATA", "AdaptedWeight", "LowRankSum", "adapted_weight", "writes_in_place"]
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """Function of torch -> its implementation, called with its arguments, which may return NotImplemented."""
@@ -127,7 +127,7 @@ class LowRankSum:
             result = own(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if function in _READS:
+        if function in METADATA:
             return cls.read(function, *args, **kwargs)
         return _on_values(function, args, kwargs)
 
@@ -557,7 +557,7 @@ _register_methods()
 
 _WRITES = ("__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__imatmul__", "__ipow__")
 
-_READS = {
+METADATA = {
     *(
         getattr(Tensor, name).__get__
         for name in (
@@ -568,6 +568,13 @@ _READS = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex),
     *(Tensor.element_size, Tensor.__len__, Tensor.get_device, Tensor.is_contiguous),
 }  # fmt: skip
+"""Functions that need no values of a tensor."""
+
+
+def writes_in_place(function: Any) -> bool:
+    """Whether a function of torch changes its first argument, by its name."""
+    name = getattr(function, "__name__", "").partition(".")[0]
+    return (name.endswith("_") and not name.endswith("__")) or name in _WRITES
 
 
 def _is_list(index: Any) -> bool:
@@ -587,8 +594,6 @@ def _on_values(function: Any, args: Any, kwargs: Any) -> Any:
     Raises:
         RuntimeError: it would write.
     """
-    name = getattr(function, "__name__", "").partition(".")[0]
-    writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
     known: dict[int, Tensor] = {}
 
     def dense(one: Any) -> Any:
@@ -599,7 +604,8 @@ def _on_values(function: Any, args: Any, kwargs: Any) -> Any:
         return known[id(one)]
 
     target = args[0] if args else next(iter(kwargs.values()), None)
-    if (writes and _is_adapted(target)) or _is_adapted(kwargs.get("out")):
+    if (writes_in_place(function) and _is_adapted(target)) or _is_adapted(kwargs.get("out")):
+        name = getattr(function, "__name__", "").partition(".")[0]
         raise RuntimeError(
             f"{name} would write to a weight with adapters, which is computed: write to the layer's own parameter, "
             "or merge the adapters first, lowmem.merge(model)"

@@ -17,6 +17,7 @@ __all__ = [
     "autocast_enabled",
     "exports_to_onnx",
     "frozen_linear",
+    "is_cast",
     "is_jit_tracing",
     "is_observed",
     "is_plain_call",
@@ -151,9 +152,12 @@ def is_observed(module: nn.Module) -> bool:
 
 def autocast(x: Tensor) -> Tensor:
     """Return ``x`` in the dtype to which autocast, if enabled, casts the input of a linear layer."""
-    if not _autocast_anywhere():  # the next question, for one device, takes 0.1 microseconds more
+    if not _autocast_anywhere() or not is_cast(x):  # the second question takes 0.1 microseconds more
         return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast casts ``x`` where it is the input of a linear layer."""
     device = "cpu" if x.is_cpu else x.device.type
-    if device == "meta" or not autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    return device != "meta" and autocast_enabled(device) and x.dtype != torch.float64  # meta has no autocast

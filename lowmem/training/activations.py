@@ -20,6 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lowmem.nn.frozen_linear import is_cast
+from lowmem.transforms.registry import check_module
+
 __all__ = ["Codes", "compress", "compressed_activations"]
 
 BLOCK = 64
@@ -287,7 +290,7 @@ def _keeps(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cal
         scores = None if mask is None else tuple(mask.shape[-2:])
         # Sums of exponentials are (batch, heads, rows), masks and probabilities (batch, heads, rows, rows).
         return lambda saved: saved.dim() < 4 or tuple(saved.shape[-2:]) == scores
-    if function is functional.linear and len(args) > 1 and _casts(args[0].device.type):
+    if function is functional.linear and len(args) > 1 and is_cast(args[0]):
         shape = tuple(args[1].shape)  # of the weight, which autocast has cast
         return lambda saved: tuple(saved.shape) in (shape, shape[::-1])
     return None
@@ -296,10 +299,6 @@ def _keeps(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cal
 def _is_whole(exponent: Any) -> bool:
     """Whether the gradient of a power multiplies by powers of the number, and does not divide."""
     return isinstance(exponent, int | float) and exponent >= 1 and exponent == int(exponent)
-
-
-def _casts(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 @contextmanager
@@ -327,8 +326,7 @@ def compressed_activations(model: nn.Module) -> Iterator[None]:
         RuntimeError: inside torch.compile, whose graphs decide themselves what they save; call the compiled model in
             the context instead.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    check_module(model)
     if torch.compiler.is_compiling():
         raise RuntimeError("compressed_activations inside a compiled function: enter it around the compiled call")
     tensors = [*model.parameters(), *model.buffers()]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowmem.nn.frozen_linear import is_jit_tracing
+from lowmem.nn.adapted_weight import METADATA, writes_in_place
+from lowmem.nn.frozen_linear import is_cast, is_jit_tracing
 from lowmem.training.loss import linear_cross_entropy
 
-__all__ = ["LazyLogits", "delay_logits", "delays_logits", "undelay_logits"]
+__all__ = ["LazyLogits", "LazyOutput", "delay_logits", "undelay_logits"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -119,7 +120,7 @@ class LazyLogits(Tensor):
             result = delayed(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        elif function in _METADATA:
+        elif function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         _refuse_writes(function, args, kwargs)
@@ -172,9 +173,8 @@ class LazyOutput(nn.Module):
         graph = torch.compiler.is_compiling() or is_jit_tracing()
         if graph or not (self.training and torch.is_grad_enabled() and input.is_floating_point()):
             return self.dense_forward(input)
-        device = input.device.type
-        cast = device != "meta" and torch.is_autocast_enabled(device) and input.dtype is not torch.float64
-        dtype = torch.get_autocast_dtype(device) if cast else input.dtype
+        cast = is_cast(input)
+        dtype = torch.get_autocast_dtype(input.device.type) if cast else input.dtype
         return LazyLogits(_Product(self, input, dtype, cast, _versions(self), self.logits_chunk), dtype)
 
 
@@ -191,11 +191,6 @@ def delay_logits(layer: nn.Module, chunk: int = 256) -> None:
     """
     layer.__dict__["logits_chunk"] = chunk
     layer.__class__ = _delayed(cast(Any, type(layer)))
-
-
-def delays_logits(layer: nn.Module) -> bool:
-    """Whether the layer returns ``LazyLogits``."""
-    return isinstance(layer, LazyOutput)
 
 
 def undelay_logits(layer: nn.Module) -> None:
@@ -222,25 +217,14 @@ def _delayed(kind: type[Any]) -> type[LazyOutput]:
     return made
 
 
-_METADATA = {
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_cuda", "is_meta")
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
-
-
 _TAKE_NAMES = {functional.cross_entropy, Tensor.to, Tensor.contiguous, Tensor.flatten}
 """Functions whose arguments have the same names here."""
-
-_WRITES = {
-    *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"),
-    *("register_hook", "retain_grad"),
-}
 
 
 def _refuse_writes(function: Any, args: Any, kwargs: Any) -> None:
     """Raise a RuntimeError for what would change logits that do not exist, or their gradient."""
     name = getattr(function, "__name__", "")
-    writes = name in _WRITES or (name.endswith("_") and not name.endswith("__")) or name == "__set__"
+    writes = writes_in_place(function) or name in ("register_hook", "retain_grad")
     target = args[0] if args else None
     if (writes and isinstance(target, LazyLogits)) or isinstance(kwargs.get("out"), LazyLogits):
         raise RuntimeError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem import kernels
+from lowmem.nn.frozen_linear import is_cast
 from lowmem.nn.stored import StoredTensor
 
 __all__ = ["linear_cross_entropy"]
@@ -170,9 +171,8 @@ def _losses_of_few(logits: Tensor, targets: Tensor, smoothing: float, gradient: 
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype is not torch.float64:
-        return torch.get_autocast_dtype(device)
+    if is_cast(hidden):
+        return torch.get_autocast_dtype(hidden.device.type)
     stored = weight.stored if isinstance(weight, StoredTensor) else weight
     return torch.promote_types(hidden.dtype, stored.dtype) if isinstance(stored, Tensor) else hidden.dtype
 

@@ -14,7 +14,7 @@ from lowmem.nn.lora import LoRALinear
 from lowmem.training.activations import compressed_activations
 from lowmem.training.logits import LazyOutput, delay_logits, undelay_logits
 from lowmem.transforms.placement import output_layers
-from lowmem.transforms.registry import ADAPTED, layer_name, module_paths
+from lowmem.transforms.registry import ADAPTED, check_module, layer_name, module_paths
 
 __all__ = ["prepare_training", "release_training", "training_report"]
 
@@ -51,8 +51,7 @@ def prepare_training(
             parameters that train, with a forward that another library has replaced, or whose parameters are
             inference tensors. The model is left as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    check_module(model)
     if memory not in _MODES:
         raise ValueError(f'memory={memory!r} must be "fast" or "lean"')
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
@@ -85,8 +84,7 @@ def release_training(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: the model is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    check_module(model)
     for module in model.modules():
         if isinstance(module, _Compressing):
             module.__class__ = cast(Any, module.plain_class)
@@ -100,8 +98,7 @@ def training_report(model: nn.Module) -> dict[str, str]:
     Raises:
         TypeError: the model is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    check_module(model)
     report = {}
     left = output_layers(model)
     for module, paths in module_paths(model).items():

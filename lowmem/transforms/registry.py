@@ -27,6 +27,7 @@ __all__ = [
     "Entry",
     "Step",
     "Technique",
+    "check_module",
     "computes_linear",
     "expert_count",
     "how_computed",
@@ -256,14 +257,19 @@ def _entry_of(module: nn.Module) -> Entry | None:
     return next((entry for entry in ENTRIES if entry.fits(module)), None)
 
 
+def check_module(model: object) -> None:
+    """Raise a TypeError for a model that is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+
+
 def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Return every module with all of its paths, in the order of ``named_modules``; adapted layers are not entered.
 
     Raises:
         TypeError: the model is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    check_module(model)
     found: dict[nn.Module, list[str]] = {}
     inside = None  # the prefix of the paths inside the last layer, or adapters, that are not entered
     for path, module in model.named_modules(remove_duplicate=False):

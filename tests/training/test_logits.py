@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from lowmem import FourBit, Half, convert
-from lowmem.training.logits import LazyLogits, delay_logits, delays_logits, undelay_logits
+from lowmem.training.logits import LazyLogits, LazyOutput, delay_logits, undelay_logits
 
 VOCABULARY = 40
 
@@ -127,6 +127,16 @@ def test_whoever_reads_them_gets_the_logits():
     logits.sum().backward()
 
 
+def test_what_needs_no_values_computes_none(monkeypatch):
+    model = Language()
+    delay_logits(model.head)
+    logits = model(torch.randint(0, VOCABULARY, (2, 5)))
+    monkeypatch.setattr(LazyLogits, "values", lambda _: pytest.fail("all logits were computed"))
+    assert logits.requires_grad
+    assert logits.grad_fn is not None
+    assert (logits.is_leaf, logits.nbytes, logits.is_contiguous()) == (False, 2 * 5 * VOCABULARY * 4, True)
+
+
 def test_evaluation_compiled_and_traced_calls_return_plain_logits():
     model = Language()
     ids = torch.randint(0, VOCABULARY, (2, 5))
@@ -162,8 +172,8 @@ def test_it_is_undone_and_copies_are_independent():
     copied = copy.deepcopy(model)
     undelay_logits(model.head)
     assert (type(model.head), set(model.head.__dict__)) == before
-    assert delays_logits(copied.head)
-    assert not delays_logits(model.head)
+    assert isinstance(copied.head, LazyOutput)
+    assert not isinstance(model.head, LazyOutput)
     assert isinstance(copied.head, nn.Linear)
     assert copied.head.logits_chunk == 8
     assert copied(torch.zeros(1, 2, dtype=torch.long)).product.layer is copied.head
