@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["TORCH", "is_exporting", "outside_of_graphs"]
+__all__ = ["TORCH", "is_exporting", "leave_to_eager", "outside_of_graphs"]
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 """The version of torch, as (major, minor)."""
@@ -44,3 +44,13 @@ def outside_of_graphs(function: _F) -> _F:
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
     frames.skip_code(run.__code__)  # type: ignore[attr-defined]
     return cast(_F, run)
+
+
+def leave_to_eager(function: Any) -> None:
+    """Let Dynamo run a function, and what it calls, as it is: after a graph break it would compile each of them."""
+    dynamo: Any = torch._C._dynamo.eval_frame
+    if hasattr(dynamo, "set_code_exec_strategy"):
+        skip = dynamo._FrameAction.SKIP
+        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    elif hasattr(dynamo, "skip_code"):  # of the function alone, in older versions
+        dynamo.skip_code(function.__code__)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowmem.kernels import Weight, ops
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.memory import is_traced
-from lowmem.kernels.torch_versions import outside_of_graphs
+from lowmem.kernels.torch_versions import leave_to_eager, outside_of_graphs
 from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
@@ -34,7 +34,6 @@ __all__ = [
     "HalfForm",
     "StoredTensor",
     "is_recorded",
-    "leave_to_eager",
 ]
 
 REMEDY = "write to a copy, weight.dequantize(), or make the layer dense again first: lowmem.restore(model)"
@@ -301,16 +300,6 @@ class StoredTensor(Tensor):
         return operator(
             *(_dequantized(one, known) for one in args), **{k: _dequantized(one, known) for k, one in kwargs.items()}
         )
-
-
-def leave_to_eager(function: Any) -> None:
-    """Let Dynamo run a function, and what it calls, as it is: after a graph break it would compile each of them."""
-    dynamo: Any = torch._C._dynamo.eval_frame
-    if hasattr(dynamo, "set_code_exec_strategy"):
-        skip = dynamo._FrameAction.SKIP
-        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
-    elif hasattr(dynamo, "skip_code"):  # of the function alone, in older versions
-        dynamo.skip_code(function.__code__)
 
 
 leave_to_eager(StoredTensor.__torch_dispatch__.__func__)  # type: ignore[attr-defined]

@@ -25,9 +25,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lowmem.errors import show
 from lowmem.kernels import Weight
 from lowmem.kernels.frozen_operator import StoredParts
-from lowmem.kernels.torch_versions import is_exporting, outside_of_graphs
+from lowmem.kernels.torch_versions import is_exporting, leave_to_eager, outside_of_graphs
 from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
-from lowmem.nn.stored import REMEDY, Form, FourBitForm, HalfForm, StoredTensor, is_recorded, leave_to_eager
+from lowmem.nn.stored import REMEDY, Form, FourBitForm, HalfForm, StoredTensor, is_recorded
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [

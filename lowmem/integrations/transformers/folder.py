@@ -15,9 +15,9 @@ from torch import nn
 
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.io.atomic import PARTIAL, check_free, open_regular, read_errors, write_errors
+from lowmem.io.atomic import PARTIAL, check_free, write_errors
 from lowmem.io.convert_checkpoint import Row, Source
-from lowmem.io.safetensors import parse_json
+from lowmem.io.foreign.recognize import read_config
 from lowmem.io.shards import INDEX
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
@@ -29,7 +29,6 @@ WEIGHTS = "model.safetensors"
 # What is not copied from a folder: weights in any format, and what save_pretrained writes itself.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 WRITTEN = ("config.json", "generation_config.json")
-MAX_CONFIG = 2**24  # largest config.json that is read, in bytes
 
 
 def check(folder: Path) -> tuple[dict[str, Any], int]:
@@ -42,14 +41,7 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
     file = folder / "config.json"
     if not file.exists():
         raise refusal(folder, "it has no config.json: name a folder that save_pretrained of transformers wrote")
-    with open_regular(file) as opened, read_errors(file):
-        text = opened.read(MAX_CONFIG + 1)
-    if len(text) > MAX_CONFIG:
-        raise refusal(file, f"it takes more than {MAX_CONFIG} bytes, which no config does")
-    try:
-        config = parse_json(text)
-    except ValueError as reason:
-        raise refusal(file, f"it is damaged: {reason}; get it again") from None
+    config = read_config(file)
     if not isinstance(config, dict):
         raise refusal(file, f"it is {show(config)}, and no config of a model; get it again")
     asked = config.get("quantization_config")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowmem.errors import show
 from lowmem.io.convert_checkpoint import Source
-from lowmem.io.foreign.gptq import unpacked_outputs
+from lowmem.io.foreign.gptq import packed_layers, unpacked_outputs
 from lowmem.io.foreign.tensor import ForeignTensor, integer_refusal, integer_values, integer_weight
 from lowmem.quant.backend import Weight
 
@@ -31,12 +31,8 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTen
     Raises:
         ValueError: a layer that lacks a part, or whose parts do not fit.
     """
-    for name, spec in source.specs.items():
-        layer, _, part = name.rpartition(".")
-        scales = source.specs.get(f"{layer}.scales".lstrip("."))
-        if part != "qweight" or scales is None or len(spec.shape) != 2 or len(scales.shape) != 2:
-            continue
-        if scales.shape[1] == 8 * spec.shape[1]:  # GPTQ packs inputs
+    for layer, words, scales in packed_layers(source):
+        if scales.shape[1] == 8 * words.shape[1]:  # GPTQ packs inputs
             yield _layer(source, layer)
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from lowmem.errors import show
 from lowmem.io.convert_checkpoint import Source
 from lowmem.io.foreign.tensor import ForeignTensor, as_bytes, integer_refusal, integer_values, integer_weight, nibbles
+from lowmem.io.safetensors import TensorSpec
 from lowmem.quant.backend import Weight
 
-__all__ = ["find", "unpacked_outputs"]
+__all__ = ["find", "packed_layers", "unpacked_outputs"]
 
 _PARTS = ("qweight", "qzeros", "scales")
 
@@ -30,13 +31,18 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTen
     Raises:
         ValueError: a layer that lacks a part, or whose parts do not fit.
     """
-    for name, spec in source.specs.items():
+    for layer, words, scales in packed_layers(source):
+        if words.shape[1] == scales.shape[1]:  # AWQ packs outputs
+            yield _layer(source, layer, config)
+
+
+def packed_layers(source: Source) -> Iterator[tuple[str, TensorSpec, TensorSpec]]:
+    """Yield the path of each layer of GPTQ or AWQ, and the specs of its matrices ``qweight`` and ``scales``."""
+    for name, words in source.specs.items():
         layer, _, part = name.rpartition(".")
         scales = source.specs.get(f"{layer}.scales".lstrip("."))
-        if part != "qweight" or scales is None or len(scales.shape) != 2 or len(spec.shape) != 2:
-            continue
-        if spec.shape[1] == scales.shape[1]:  # AWQ packs outputs
-            yield _layer(source, layer, config)
+        if part == "qweight" and scales is not None and len(words.shape) == len(scales.shape) == 2:
+            yield layer, words, scales
 
 
 def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[ForeignTensor, set[str]]:

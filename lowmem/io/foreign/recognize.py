@@ -21,7 +21,7 @@ from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.safetensors import parse_json
 from lowmem.io.shards import INDEX
 
-__all__ = ["CONFIG", "READERS", "ForeignFile", "open_foreign", "quantization_of"]
+__all__ = ["CONFIG", "READERS", "ForeignFile", "open_foreign", "quantization_of", "read_config"]
 
 Reader = Callable[[Source, Mapping[str, Any]], Iterator[tuple[ForeignTensor, set[str]]]]
 
@@ -160,20 +160,29 @@ def _same(value: Any) -> Any:
     return value
 
 
-def quantization_of(path: Path) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a model's config.json, or nothing.
+def read_config(path: Path) -> Any:
+    """Return what a model's config.json holds.
 
     Raises:
-        FileError, OSError: the file is damaged, or cannot be read.
+        FileError, OSError: the file is too large or damaged, or cannot be read.
     """
     with open_regular(path) as file, read_errors(path):
         text = file.read(MAX_CONFIG + 1)
     if len(text) > MAX_CONFIG:
         raise refusal(path, f"it takes more than {MAX_CONFIG} bytes, which no config does")
     try:
-        content = parse_json(text)
+        return parse_json(text)
     except ValueError as reason:
         raise refusal(path, f"it is damaged: {reason}; get it again") from None
+
+
+def quantization_of(path: Path) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a model's config.json, or nothing.
+
+    Raises:
+        FileError, OSError: the file is damaged, or cannot be read.
+    """
+    content = read_config(path)
     found = content.get("quantization_config") if isinstance(content, dict) else None
     if found is not None and not isinstance(found, dict):
         raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")
