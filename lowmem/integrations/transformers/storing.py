@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.stored import FourBitForm, HalfForm
-from lowmem.nn.stored_module import StoredModule, become, freeze
+from lowmem.nn.stored_module import StoredModule, become, freeze, stored_copy
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.convert import left_dense, rebuild_all, store_parameters
 from lowmem.transforms.registry import layer_name
@@ -160,7 +160,10 @@ class Storing:
             self._errors[module].append((relative_error(value, stored) ** 2 * size, size))
         if len(weights) < len(skeleton.forms):
             return
-        made = store_parameters(module, self._technique, self._paths[module], names, _given(weights))
+        if isinstance(self._technique, Half):  # as many as the skeleton stores: a bias that is shared stays dense
+            made = stored_copy(module, {own: weights[own] for own in skeleton.forms})
+        else:
+            made = store_parameters(module, self._technique, self._paths[module], names, _given(weights))
         total = sum(size for _, size in self._errors[module])
         made.weight_error = (sum(error for error, _ in self._errors[module]) / total) ** 0.5 if total else 0.0
         become(module, made)

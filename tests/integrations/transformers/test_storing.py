@@ -7,13 +7,13 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 import lowmem
 from lowmem import FourBit, Half, summary
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.nn.stored_module import StoredModule
-from tests.integrations.transformers.folders import CONFIGS, assert_same, load, write
+from tests.integrations.transformers.folders import CONFIGS, SIZES, assert_same, load, write
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -48,6 +48,17 @@ def test_both_ends_of_a_tie_in_the_folder(tmp_path):
     head = weights["model.embed_tokens.weight"].flip(0)
     save_file(weights | {"lm_head.weight": head.contiguous()}, file, {"format": "pt"})
     assert_same(load(tmp_path, quantization_config=config), lowmem.convert(load(tmp_path), FourBit("nf4")))
+
+
+def test_a_bias_that_another_module_holds_stays_dense(tmp_path):
+    """A BERT's head has the bias of its decoder, too: ``Half`` stores biases of layers, and leaves this one dense."""
+    config = BertConfig(**SIZES)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    for technique in (Half(torch.bfloat16), FourBit("nf4")):
+        read = load(tmp_path, as_class=BertForMaskedLM, quantization_config=LowmemConfig(technique))
+        assert_same(read, lowmem.convert(load(tmp_path, as_class=BertForMaskedLM), technique))
+        assert read.cls.predictions.decoder.bias is read.cls.predictions.bias
+        assert "bias" not in read.cls.predictions.decoder.forms
 
 
 def test_what_the_folder_lacks_stays_dense(tmp_path):

