@@ -334,7 +334,7 @@ def _times(logits: LazyLogits, factor: Any) -> Any:
 def _plus(logits: LazyLogits, other: Any) -> Any:
     """Add frozen numbers for each token of the vocabulary, such as the final bias of BART."""
     if (
-        type(other) is not Tensor
+        type(other) not in (Tensor, nn.Parameter)
         or other.requires_grad
         or other.numel() != logits.shape[-1]
         or other.shape[-1:] != logits.shape[-1:]
