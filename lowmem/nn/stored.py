@@ -115,7 +115,7 @@ Form: TypeAlias = FourBitForm | HalfForm
 
 
 class StoredTensor(Tensor):
-    """A read-only weight of shape (*lead, *tail) whose parts hold prod(tail) values in each row of their (*lead, n).
+    """A read-only weight of shape ``(*lead, *tail)``; its parts, ``(*lead, n)``, hold prod(tail) values in each row.
 
     Args:
         form: how it is stored.

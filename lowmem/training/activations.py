@@ -303,7 +303,7 @@ def _is_whole(exponent: Any) -> bool:
 
 @contextmanager
 def compressed_activations(model: nn.Module) -> Iterator[None]:
-    """Keep in 8 bits what autograd saves in this context: a quarter of float32's bytes, and half of bfloat16's.
+    """Keep in 8 bits what autograd saves in this context: a quarter of float32's bytes, and half of bfloat16's::
 
         with lowmem.compressed_activations(model):
             loss = model(**batch).loss
