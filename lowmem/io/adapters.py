@@ -20,8 +20,9 @@ from lowmem.nn.adapted_module import AdaptedModule, bank_of, base_of, parameter_
 from lowmem.nn.lora import LoRA
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
-from lowmem.transforms.convert import one_at_a_time, refuse_inference_mode, refuse_inference_tensors
+from lowmem.transforms.convert import one_at_a_time
 from lowmem.transforms.placement import place_name, places_of
+from lowmem.transforms.refusals import refuse_layers, refuse_model
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, refuse_peft
 
 __all__ = ["fingerprint", "load_adapter", "save_adapter"]
@@ -47,7 +48,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         if len(names) > 1:
             raise ValueError(f"name=None must name one of several adapters: {printable(', '.join(names))}")
         name = names[0] if names else "default"
-    layers = adapter_layers(model, name)
+    layers, found = adapter_layers(model, name), module_paths(model)
+    refuse_layers(
+        "save_adapter", {places_of(model)[place][0]: found[places_of(model)[place][0]][0] for place in layers}
+    )
     tensors = {_key(place, part): value for place, a in layers.items() for part, value in _values(a).items()}
     metadata = {
         "kind": "adapter",
@@ -95,9 +99,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
                 stacklevel=3,  # the caller of the function that one_at_a_time wraps
             )
         return model
-    refuse_inference_mode("load_adapter")
+    refuse_model("load_adapter", model)
     found, places = module_paths(model), places_of(model)
-    refuse_inference_tensors(model)
     file = read(path)
     try:
         if file.metadata.get("kind") != "adapter":
@@ -105,6 +108,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         own_name, base, records = _parsed(file.metadata)
         name = own_name if name is None else name
         check_name(name)
+        here = [places[place][0] for place in records if place in places]
+        refuse_layers("load_adapter", {module: found[module][0] for module in here})
         _check_fits(model, places, records, file.tensors, base)
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
         first = {place: place_name(found[places[place][0]][0], places[place][1]) for place in records}

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable, show
 from lowmem.io.metadata import adapters_of, check_object, record_errors, technique_of
-from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.adapted_module import bank_of, base_of, table_of
 from lowmem.nn.adapter import layout_of
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
@@ -163,9 +163,18 @@ def _add_adapters(model: nn.Module, records: object, tensors: Mapping[str, Tenso
             )
     wanted: dict[nn.Module, dict[str, dict[str, tuple[LoRA, bool]]]] = {}  # by layer, by adapter, by parameter
     prefixes: dict[tuple[nn.Module, str, str], str] = {}
+    of_tables: dict[tuple[int | None, str, LoRA], str] = {}
+    for (module, parameter), (place, adapters) in found.items():
+        for name, (technique, _) in adapters.items() if table_of(module) is not None else ():
+            prefix = _prefix(place, parameter, name, False)
+            if f"{prefix}lora_a" in tensors:
+                of_tables.setdefault((table_of(module), name, technique), prefix)
     for (module, parameter), (place, adapters) in found.items():
         for name, (technique, active) in adapters.items():
-            prefix = prefixes[module, parameter, name] = _prefix(place, parameter, name, type(module) in ADAPTED)
+            prefix = _prefix(place, parameter, name, type(module) in ADAPTED)
+            if f"{prefix}lora_a" not in tensors:  # a file holds the adapter of a shared table once
+                prefix = of_tables.get((table_of(module), name, technique), prefix)
+            prefixes[module, parameter, name] = prefix
             check_adapter(prefix, technique, module, tensors, parameter)
             wanted.setdefault(module, {}).setdefault(name, {})[parameter] = technique, active
     paths = {module: path for path, module in model.named_modules()}

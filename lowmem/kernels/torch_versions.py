@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["TORCH", "is_exporting", "leave_to_eager", "outside_of_graphs"]
+__all__ = ["TORCH", "constant_in_graphs", "is_exporting", "leave_to_eager", "outside_of_graphs"]
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 """The version of torch, as (major, minor)."""
@@ -54,3 +54,12 @@ def leave_to_eager(function: Any) -> None:
         dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
     elif hasattr(dynamo, "skip_code"):  # of the function alone, in older versions
         dynamo.skip_code(function.__code__)
+
+
+def constant_in_graphs(function: _F) -> _F:
+    """Let Dynamo call a function while it records, and record the result as a constant.
+
+    ``torch.compiler.assume_constant_result`` does no more, and imports the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -15,9 +15,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lowmem.nn.adapted_weight import LowRankSum, adapted_weight
+from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.lora import Folded, LoRALinear
+from lowmem.nn.low_rank_sum import LowRankSum
 from lowmem.nn.stored import FourBitForm, HalfForm, StoredTensor
 from lowmem.nn.stored_module import (
     LAYERS,
@@ -43,6 +44,9 @@ __all__ = [
     "fold_layer",
     "parameter_of",
     "put_in_place",
+    "share_table",
+    "share_tied_adapters",
+    "table_of",
     "without_adapters",
 ]
 
@@ -89,6 +93,10 @@ class AdapterBank(nn.Module):
             self._modules[name]._modules[parameter] = adapter.train(self.training)  # type: ignore[union-attr]
         if name not in self.active:
             self.active += (name,)
+
+    def replace_part(self, name: str, parameter: str, adapter: Adapter) -> None:
+        """Put an adapter in the place of another."""
+        self._modules[name]._modules[parameter] = adapter  # type: ignore[union-attr]
 
     def remove(self, name: str) -> None:
         """Remove the adapters of a name."""
@@ -257,6 +265,38 @@ def without_adapters(module: AdaptedModule) -> nn.Module:
     kept = [(key, hook) for key, hook in hooks.items() if hook is not _remerge]
     copied.__dict__["_load_state_dict_post_hooks"] = type(hooks)(kept)
     return copied
+
+
+def table_of(module: nn.Module) -> int | None:
+    """Return the id of an embedding's table, or of what stores it; None for other modules."""
+    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return None
+    return next((id(one) for name, one in module._parameters.items() if name.startswith("weight")), None)
+
+
+def share_table(module: nn.Module, other: nn.Module) -> None:
+    """Give an embedding, a copy of its own, the table of another."""
+    tables = {name: one for name, one in other._parameters.items() if name.startswith("weight")}
+    module.__dict__["_parameters"] = {**module._parameters, **tables}
+    if isinstance(module, StoredModule):
+        module.__dict__["_kept"] = {}
+
+
+def share_tied_adapters(modules: Iterable[nn.Module]) -> None:
+    """Let embeddings that share a table share its adapters of one name and technique, too.
+
+    Which of them is called is not known: T5 never calls the one from which the others take the table.
+    """
+    known: dict[Any, Adapter] = {}
+    for module in modules:
+        table = table_of(module)
+        if table is None or not isinstance(module, AdaptedModule):
+            continue
+        for name in module.adapters.names:
+            for parameter, adapter in module.adapters.parts(name).items():
+                module.adapters.replace_part(
+                    name, parameter, known.setdefault((table, name, parameter, adapter.technique), adapter)
+                )
 
 
 def put_in_place(module: nn.Module, other: nn.Module) -> None:

@@ -230,7 +230,13 @@ class LoRALinear(nn.Module):
             raise ValueError(
                 f"{name} cannot be set while adapter {self.merged!r} is merged: call unmerge_adapter(model) first"
             )
-        setattr(self.base, name, getattr(value, "unadapted", value))  # as tie_weights() of transformers does
+        value = getattr(value, "unadapted", value)
+        if not (value is None or isinstance(value, (nn.Parameter, StoredTensor))):
+            raise TypeError(
+                f"cannot assign {type(value).__name__} as parameter {name!r} of a layer with adapters: give a "
+                f"torch.nn.Parameter, or None; functional_call takes another value under the name base.{name}"
+            )
+        setattr(self.base, name, value)  # as tie_weights() of transformers does
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.merged_base = None  # rebuilt by the post hook

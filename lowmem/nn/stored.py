@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -21,6 +22,7 @@ from lowmem.kernels import Weight, ops
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import leave_to_eager, outside_of_graphs
+from lowmem.nn.read_only import VIEWS, read_only
 from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
@@ -140,9 +142,11 @@ class StoredTensor(Tensor):
             strides[number], step = step, step * shape[number]
         if swapped:
             shape[-2:], strides[-2:] = reversed(shape[-2:]), reversed(strides[-2:])
-        return torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape), strides=tuple(strides), dtype=dtype, device=parts[0].device, requires_grad=False
-        )
+        options: Any = {"strides": tuple(strides), "dtype": dtype, "device": parts[0].device, "requires_grad": False}
+        if torch.is_inference_mode_enabled():  # where a view of a weight that was read before is no inference tensor
+            with torch.inference_mode(False):
+                return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), **options)
+        return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), **options)
 
     def __init__(
         self,
@@ -279,7 +283,12 @@ class StoredTensor(Tensor):
             if result is not NotImplemented:
                 return result
         with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
+        if function not in VIEWS or isinstance(result, StoredTensor):
+            return result
+        weight = next(one for one in (*args, *(kwargs or {}).values()) if isinstance(one, StoredTensor))
+        refusal = f"a weight that is stored in {weight.form}, and was dequantized for it: {REMEDY}"
+        return read_only(result, refusal, function, args)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -297,12 +306,19 @@ class StoredTensor(Tensor):
                 if isinstance(weight, StoredTensor):
                     weight.dequantized_by.add(operator.overloadpacket.__name__)
         known: dict[int, Tensor] = {}
-        return operator(
-            *(_dequantized(one, known) for one in args), **{k: _dequantized(one, known) for k, one in kwargs.items()}
-        )
+        views = torch.is_inference_mode_enabled() and _makes_view(operator)
+        with torch.inference_mode(False) if views else nullcontext():  # as for the weight itself
+            return operator(
+                *(_dequantized(one, known) for one in args),
+                **{k: _dequantized(one, known) for k, one in kwargs.items()},
+            )
 
 
 leave_to_eager(StoredTensor.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
+
+
+def _makes_view(operator: Any) -> bool:
+    return any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.returns)
 
 
 def is_recorded(*tensors: Tensor) -> bool:

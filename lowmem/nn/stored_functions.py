@@ -22,7 +22,7 @@ from lowmem.nn.stored_operators import compute_dtype
 from lowmem.quant.quantize import quantize
 from lowmem.quant.rounding import round_to
 
-__all__ = ["attention", "store_again"]
+__all__ = ["einsum", "open_attention", "store_again"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -50,19 +50,25 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return frozen_linear(x, stored, compute_dtype(x, stored), bias)
 
 
+def open_attention(**replaced: Any) -> Any:
+    """Return torch's own attention, whose products see the weights as functions do.
+
+    The function asks first whether an argument is of another class, and would be called again: this one does not ask.
+
+    Args:
+        **replaced: functions of ``torch.nn.functional`` that it calls, by their names.
+    """
+    function = functional.multi_head_attention_forward
+    known = {**vars(functional), "has_torch_function": lambda _: False, **replaced}
+    return types.FunctionType(function.__code__, known, function.__name__, function.__defaults__)
+
+
+_OPEN_ATTENTION = open_attention()
+
+
 @_replaces(functional.multi_head_attention_forward)
-def attention(*args: Any, **kwargs: Any) -> Any:
-    """Compute attention by torch's own function, whose products then see the weights as functions do."""
+def _attention(*args: Any, **kwargs: Any) -> Any:
     return _OPEN_ATTENTION(*args, **kwargs)
-
-
-# The function asks first whether an argument is of another class, and would be here again: this one does not ask.
-_OPEN_ATTENTION = types.FunctionType(
-    functional.multi_head_attention_forward.__code__,
-    {**vars(functional), "has_torch_function": lambda _: False},
-    "multi_head_attention_forward",
-    functional.multi_head_attention_forward.__defaults__,
-)
 
 
 @_replaces(Tensor.__getitem__)
@@ -192,7 +198,7 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Any = None) -> 
 
 
 @_replaces(torch.einsum)
-def _einsum(equation: str, *operands: Any) -> Any:
+def einsum(equation: str, *operands: Any) -> Any:
     """Contract an input with a stored weight: the letters of its rows, or those that count rows, or both.
 
     Letters that count rows and cannot be contracted in one product are looped over.

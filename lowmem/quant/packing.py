@@ -16,15 +16,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["by_block", "check_block_size", "pack", "unpack"]
+__all__ = ["MAX_BLOCK_SIZE", "by_block", "check_block_size", "pack", "unpack"]
+
+MAX_BLOCK_SIZE = 4096  # weights
 
 
 def check_block_size(block_size: int) -> None:
     """Raise a ValueError unless ``block_size`` is an even integer from 8 to 4096."""
     if not isinstance(block_size, int) or isinstance(block_size, bool):
         raise ValueError(f"block_size={block_size!r} must be an integer")
-    if block_size % 2 or not 8 <= block_size <= 4096:
-        raise ValueError(f"block_size={block_size} must be an even number from 8 to 4096")
+    if block_size % 2 or not 8 <= block_size <= MAX_BLOCK_SIZE:
+        raise ValueError(f"block_size={block_size} must be an even number from 8 to {MAX_BLOCK_SIZE}")
 
 
 def pack(codes: Tensor, block_size: int) -> Tensor:

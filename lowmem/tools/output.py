@@ -20,7 +20,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lowmem.errors import printable
-from lowmem.transforms.plan import Plan, text_of
+from lowmem.transforms.bits import text_of
+from lowmem.transforms.plan import Plan
 from lowmem.transforms.summary import Summary
 
 __all__ = [

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowmem.nn.adapted_weight import METADATA, writes_in_place
 from lowmem.nn.frozen_linear import is_cast, is_jit_tracing
+from lowmem.nn.low_rank_sum import METADATA
+from lowmem.nn.read_only import writes_in_place
 from lowmem.training.loss import linear_cross_entropy
 
 __all__ = ["LazyLogits", "LazyOutput", "delay_logits", "undelay_logits"]

@@ -8,23 +8,37 @@ see some layers before the change and others after it.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from lowmem.nn.adapted_module import AdaptedModule, AdapterBank, bank_of, base_of, put_in_place, without_adapters
+from lowmem.nn.adapted_module import (
+    AdaptedModule,
+    AdapterBank,
+    bank_of,
+    base_of,
+    put_in_place,
+    share_tied_adapters,
+    without_adapters,
+)
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.transforms.convert import (
     add_first_adapter,
     freeze_all_but_adapters,
     one_at_a_time,
-    refuse_inference_mode,
-    refuse_inference_tensors,
     swap,
 )
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
-from lowmem.transforms.placement import place_adapters, place_name, takes_adapter
+from lowmem.transforms.placement import (
+    place_adapters,
+    place_name,
+    takes_adapter,
+    unnamed_places,
+    warning_of_unnamed,
+)
+from lowmem.transforms.refusals import refuse_layers, refuse_model
 from lowmem.transforms.registry import layer_name, no_match_message, refuse_peft, select_modules
 
 __all__ = [
@@ -56,7 +70,7 @@ def add_adapter(
 
     Linear layers without an adapter become LoRALinear, and other modules get adapters, as by ``convert``. The new
     adapter trains, other adapters do not change (active or not, frozen or not), and the rest of the model is frozen.
-    Output layers, embeddings and other layers are left out as by ``convert``, unless ``where`` is given.
+    Output layers, embeddings and other layers are left out as by ``convert``, unless ``where`` selects them.
 
     Args:
         model: any module, with or without adapters; the root itself can be the layer.
@@ -71,21 +85,31 @@ def add_adapter(
 
     Raises:
         TypeError: the model is not a module, the name is not a string, or the technique is not a ``LoRA``.
-        RuntimeError: inference mode is active, or was when a parameter was made.
-        ValueError: an invalid name, or one that a layer has already; nothing to adapt; or a pattern of ``skip`` or
-            of the technique that matches nothing. The model is left as it was.
+        RuntimeError: inference mode is active, or was when a parameter was made; or a layer is prepared for training.
+        ValueError: an invalid name, or one that a layer has already; nothing to adapt; a pattern of ``skip`` or of
+            the technique that matches nothing; a layer that is lazy, sharded, without values, or inside one of PEFT;
+            or a model that is wrapped for several processes. The model is left as it was.
+
+    Warns:
+        UserWarning: as ``convert``, of adapters that ``where`` gave to layers without naming them.
     """
     check_name(name)
-    refuse_inference_mode("add_adapter")
     if not isinstance(technique, LoRA):
         raise TypeError(f"technique={technique!r} must be an instance of LoRA")
+    refuse_model("add_adapter", model)
     selected = select_modules(model, where, skip)
-    refuse_inference_tensors(model)
     layers = [m for m in selected if takes_adapter(m, where is not None)]
     refuse_peft(model, layers, freezes=True)
     if not layers:
         raise ValueError(no_match_message(LoRA, model, selected, where is not None))
-    return add_placed(model, name, place_adapters(model, technique, layers, where), selected)
+    placed = place_adapters(model, technique, layers, where)
+    refuse_layers("add_adapter", {layer: selected[layer] for layer in placed})
+    unnamed = unnamed_places(model, placed, where)
+    model = add_placed(model, name, placed, selected)
+    told = warning_of_unnamed(model, name, unnamed)
+    if told is not None:
+        warnings.warn(told, UserWarning, stacklevel=3)  # the caller of the function that one_at_a_time wraps
+    return model
 
 
 @one_at_a_time
@@ -123,6 +147,7 @@ def add_placed(
     model = swap(model, wrapped)
     for module, parts in added.items():
         bank_of(module).add_parts(name, parts)
+    share_tied_adapters([*changed, *added])
     freeze_all_but_adapters(model)
     return model
 
@@ -261,12 +286,15 @@ def merge_adapter(model: nn.Module, name: str) -> None:
 
     Raises:
         TypeError: the model is not a module.
-        RuntimeError: inference mode is active.
-        ValueError: the model has no such adapter, one is merged already, or an adapted weight cannot be
-            stored. The model is left as it was.
+        RuntimeError: inference mode is active, or was when a parameter was made.
+        ValueError: the model has no such adapter, one is merged already, an adapted weight cannot be stored, is
+            sharded, without values or inside a layer of PEFT, or the model is wrapped for several processes. The
+            model is left as it was.
     """
-    refuse_inference_mode("merge_adapter")
+    refuse_model("merge_adapter", model)
+    refuse_peft(model, adapted_layers(model), merges=True)
     layers = _layers_with(model, [name])
+    refuse_layers("merge_adapter", layers)
     merged = _merged(layers)
     if merged:
         raise ValueError(f"adapter {merged!r} is merged already: call unmerge_adapter(model) first")

@@ -20,6 +20,7 @@ from lowmem.nn.fourbit import FourBit
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.convert import Store, commit, layers_to_convert, rebuild, weight_key
 from lowmem.transforms.gptq import Hessian, prepare_hessian, quantize_gptq
+from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import layer_name, parameters_to_store
 
 __all__ = ["calibrate", "evaluation_mode", "run_batch"]
@@ -72,6 +73,7 @@ def calibrate(
     _check_arguments(batches, technique, damping)
     technique = replace(technique, search=technique.search is not False)
     candidates = layers_to_convert(model, (technique,), where, skip)
+    refuse_layers("calibrate", candidates)
     layers: list[Any] = list(candidates)
     held = Counter(weight_key(layer._parameters[name]) for layer in layers for name in parameters_to_store(layer))
     linear = [layer for layer in layers if type(layer) is nn.Linear and held[weight_key(layer.weight)] == 1]

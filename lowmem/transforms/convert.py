@@ -6,7 +6,6 @@ The model does not change before everything is made, so an error leaves it as it
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import warnings
 from collections import Counter
@@ -18,9 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowmem.errors import printable
-from lowmem.measure import weight_count
-from lowmem.nn.adapted_module import AdaptedModule, adapted_copy, base_of, put_in_place
+from lowmem.errors import show
+from lowmem.nn.adapted_module import (
+    AdaptedModule,
+    adapted_copy,
+    bank_of,
+    base_of,
+    put_in_place,
+    share_tied_adapters,
+)
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
@@ -37,8 +42,11 @@ from lowmem.nn.stored_module import (
 )
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.rounding import round_to
+from lowmem.quant.tensor import QuantizedTensor
+from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits
 from lowmem.transforms.libraries import import_integrations
-from lowmem.transforms.placement import takes_adapter, techniques_by_layer
+from lowmem.transforms.placement import takes_adapter, techniques_by_layer, unnamed_places, warning_of_unnamed
+from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_prepared, sharded_types
 from lowmem.transforms.registry import (
     ADAPTED,
     Step,
@@ -124,8 +132,8 @@ def convert(
     convolutions, the output layer of a language model (what ``get_output_embeddings()`` returns), layers that
     share its weight, linear layers whose weight is tied to an embedding (their adapters would be as large as the
     vocabulary), and linear layers that choose experts, unless ``where`` is given: then it takes all that ``where``
-    selects. After it only adapters train. ``summary`` lists how each module was treated, and why. A call of the
-    model by another thread meanwhile may fail.
+    selects. ``skip`` leaves layers out and keeps this choice. After it only adapters train. ``summary`` lists how
+    each module was treated, and why. A call of the model by another thread meanwhile may fail.
 
     Args:
         model: any module; the root itself can be the layer.
@@ -134,7 +142,8 @@ def convert(
         skip: glob patterns of paths to leave as they are.
         parameters: called with (path, parameter) for floating-point parameters of two and more dimensions that no
             entry of the registry knows; those for which it returns True are stored, too.
-        at_most: bits per weight of the whole model, biases and norms included; more is an error.
+        at_most: bits per weight of the whole model, biases and norms included; more is an error, which says what the
+            least is that a technique gives with the same ``where``, ``skip`` and ``parameters``.
 
     Returns:
         The model, changed in place; or the new LoRALinear, when the root itself was a linear layer that is adapted.
@@ -142,26 +151,43 @@ def convert(
     Raises:
         TypeError: the model is not a module, or a technique is of another type.
         RuntimeError: inference mode is active, or was when a parameter was made: autograd could not use the weights.
+            Or the model is prepared for training.
         ValueError: no technique, techniques that do not compose, nothing to convert, a pattern of ``skip`` or of
             ``LoRA`` or a ``parameters`` that matches nothing, a layer that has the technique already or is inside a
-            PEFT layer, a weight that cannot be stored (its path is named), or more than ``at_most`` bits. The model
-            is left as it was.
+            PEFT layer, a weight that cannot be stored or adapted (its path is named), more than ``at_most`` bits, or
+            a model that is wrapped for several processes. The model is left as it was.
 
     Warns:
         UserWarning: weights of more than a tenth of the model's bytes stayed dense, and neither ``where`` nor
-            ``skip`` left them out; the largest reasons are named.
+            ``skip`` left them out; the largest reasons are named. Or a ``where`` that only leaves something out, as
+            ``path != "lm_head"`` does, gave adapters to layers that ``LoRA`` leaves out without it, beside others:
+            these layers are named, and their share of the adapter's numbers.
     """
     _check_arguments(techniques)
     where = _asked_once(where) if callable(where) else where
+
+    def without_values(*others: Technique) -> dict[nn.Module, nn.Module]:
+        store = Store()
+        return rebuild_all(model, others, where, skip, parameters, lambda technique: store.by(Empty(technique)))
+
+    if at_most is not None:
+        check_at_most(at_most)
+        storing = tuple(t for t in techniques if not isinstance(t, LoRA))
+        if all(isinstance(t, Half) or isinstance(t.format, str) for t in storing):  # else sizes depend on values
+            sized = without_values(*storing) if storing else {}
+            refuse_more_bits(model, sized, at_most, without_values)  # before the weights are quantized
     replacements = rebuild_all(model, techniques, where, skip, parameters, Store().by)
     if at_most is not None:
-        _check_bits(model, replacements, at_most)
-    left = left_dense(model, replacements, where, skip) if type(techniques[0]) is not LoRA else None
+        refuse_more_bits(model, replacements, at_most, without_values)
+    told = [left_dense(model, replacements, where, skip)] if type(techniques[0]) is not LoRA else []
+    adapts = any(isinstance(t, LoRA) for t in techniques)
+    unnamed = unnamed_places(model, (m for m, new in replacements.items() if bank_of(new)), where) if adapts else {}
     model = commit(model, replacements)
-    if any(isinstance(t, LoRA) for t in techniques):
+    if adapts:
         freeze_all_but_adapters(model)
-    if left is not None:
-        warnings.warn(left, UserWarning, stacklevel=2)
+        told.append(warning_of_unnamed(model, "default", unnamed))
+    for text in filter(None, told):
+        warnings.warn(text, UserWarning, stacklevel=2)
     return model
 
 
@@ -223,34 +249,6 @@ def keep_shared_biases(model: nn.Module, replacements: Mapping[nn.Module, nn.Mod
                 new.weight_error = error
 
 
-def refuse_inference_mode(name: str) -> None:
-    """Raise a RuntimeError inside torch.inference_mode(); ``name`` is the function that would make weights there."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{name} inside torch.inference_mode() would make weights that autograd cannot use: leave it"
-        )
-
-
-def refuse_prepared(model: nn.Module, name: str) -> None:
-    """Raise a RuntimeError for a model that ``prepare_training`` has given classes of its own."""
-    for path, module in model.named_modules():
-        if getattr(type(module), "prepared_for_training", False):
-            raise RuntimeError(
-                f"{name}: {layer_name(path)} is prepared for training: call lowmem.release_training(model) before, "
-                "and prepare_training again afterwards"
-            )
-
-
-def refuse_inference_tensors(model: nn.Module) -> None:
-    """Raise a RuntimeError if parameters were made inside torch.inference_mode(); the first is named."""
-    for path, parameter in model.named_parameters():
-        if not is_lazy(parameter) and parameter.is_inference():
-            raise RuntimeError(
-                f"{layer_name(path)} was made inside torch.inference_mode(), and autograd cannot use it: make the "
-                "model outside, or take copy.deepcopy(model) outside, whose parameters are ordinary ones"
-            )
-
-
 def layers_to_convert(
     model: nn.Module,
     techniques: tuple[Technique, ...],
@@ -277,18 +275,17 @@ def _found(
 ) -> dict[nn.Module, tuple[str, list[str]]]:
     """Return the modules that the first technique converts, each with its first path and what is stored of it."""
     first = type(techniques[0])
-    refuse_inference_mode("convert")
-    for name, asked in (("where", where), ("parameters", parameters)):
-        if asked is not None and not callable(asked):
-            raise TypeError(f"{name}={asked!r} must be callable with a path and what is there, or None")
+    refuse_model("convert", model)
+    for path, module in model.named_modules():
+        refuse_prepared("convert", module, path)
+    if parameters is not None and not callable(parameters):
+        raise TypeError(f"parameters={show(parameters)} must be callable with a path and what is there, or None")
     if first is LoRA and parameters is not None:
         raise ValueError(
             "parameters= names what Half or FourBit store besides; LoRA alone stores nothing: leave it out"
         )
     found: dict[nn.Module, tuple[str, list[str]]] = {}
     selected = select_modules(model, where, skip)
-    refuse_inference_tensors(model)
-    refuse_prepared(model, "convert")
     for module, path in selected.items():
         made = made_by(module)
         if made is not None and made in {type(t) for t in techniques}:
@@ -304,12 +301,7 @@ def _found(
             found[module] = path, names
     if first is LoRA:  # LoRA keeps the weight, and with it all ties
         found = {m: (path, []) for m, path in selected.items() if takes_adapter(m, where is not None)}
-        for module, (path, _) in found.items():
-            if any(one is not None and is_lazy(one) for one in module._parameters.values()):
-                raise ValueError(
-                    f"{layer_name(path)} is lazy and has no shape yet: call the model once before convert, "
-                    "or use skip="
-                )
+        refuse_layers("convert", {module: path for module, (path, _) in found.items()})
     else:
         if parameters is not None and not any(set(n) - set(parameters_to_store(m)) for m, (_, n) in found.items()):
             raise ValueError(
@@ -377,7 +369,7 @@ def _check_parameters(found: dict[nn.Module, tuple[str, list[str]]]) -> None:
                 raise ValueError(
                     f"{place} is lazy and has no shape yet: call the model once before convert, or use skip="
                 )
-            if isinstance(parameter, _sharded()):
+            if isinstance(parameter, sharded_types()):
                 raise ValueError(f"{place} is sharded (a DTensor): convert the model before fully_shard")
             if parameter.is_meta:
                 continue
@@ -391,11 +383,6 @@ def _check_parameters(found: dict[nn.Module, tuple[str, list[str]]]) -> None:
                         "leave one out with skip="
                     )
             others.append((place, key, range(at, last + 1)))
-
-
-def _sharded() -> tuple[type, ...]:
-    module = sys.modules.get("torch.distributed.tensor")
-    return () if module is None else (module.DTensor,)
 
 
 def left_dense(
@@ -433,36 +420,6 @@ def left_dense(
         f"{share:.0%} of the bytes of {type(model).__name__} are weights that stay dense: {told}. parameters= names "
         "what else to store, skip= what to leave; lowmem.summary(model) lists all"
     )
-
-
-def _check_bits(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], at_most: float) -> None:
-    """Raise a ValueError if the converted model would take more than ``at_most`` bits a weight."""
-    if isinstance(at_most, bool) or not isinstance(at_most, int | float) or not at_most > 0:
-        raise ValueError(f"at_most={at_most!r} must be a number of bits above 0")
-    tensors: dict[int, int] = {}
-    for module in model.modules():
-        if isinstance(module, Adapter):
-            continue
-        new: Any = replacements.get(module, module)
-        new = base_of(new)
-        for parameter in new._parameters.values():
-            if parameter is not None and not is_lazy(parameter):
-                tensors[id(parameter)] = parameter.numel() * parameter.element_size()
-    bits = 8 * sum(tensors.values()) / max(1, weight_count(model))
-    if bits > at_most:
-        dense = sorted(
-            (
-                (one.numel() * one.element_size(), path)
-                for path, one in model.named_parameters()
-                if id(one) in tensors
-            ),
-            reverse=True,
-        )
-        largest = ", ".join(f"{printable(path, 80)} ({size / 2**20:.2f} MiB)" for size, path in dense[:3])
-        raise ValueError(
-            f"at_most={at_most} bits a weight are out of reach: these techniques give {bits:.3f}. What stays dense: "
-            f"{largest or 'nothing'}; name it with parameters=, or take larger blocks or another scale encoding"
-        )
 
 
 def weight_key(weight: Tensor) -> Hashable:
@@ -579,7 +536,7 @@ def store_parameters(
     def named_store(tensor: Tensor, name: str) -> Any:
         place[:] = [path if name in ("weight", "bias") else f"{path}.{name}".lstrip(".")]
         stored = store(tensor, name)
-        if name != "bias" and not tensor.is_meta:
+        if name != "bias" and not tensor.is_meta and not _without_values(stored):
             size = float(tensor.detach().double().pow(2).sum()) if len(wanted) > 1 else 1.0
             errors.append((relative_error(tensor, stored) ** 2 * size, size))
         return stored
@@ -607,6 +564,10 @@ def store_parameters(
     return made  # type: ignore[no-any-return]
 
 
+def _without_values(stored: Tensor | QuantizedTensor) -> bool:
+    return (stored.packed if isinstance(stored, QuantizedTensor) else stored).is_meta
+
+
 @one_at_a_time
 def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put what ``rebuild`` has made in the place of modules; return the model, or the new root.
@@ -618,6 +579,7 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
     """
     _check_all_there(model, replacements, module_paths(model))
     import_integrations(model)
+    share_tied_adapters(replacements.values())
     adapted: dict[nn.Module, nn.Module] = {}
     for old, new in replacements.items():
         stored = base_of(new)
@@ -663,14 +625,17 @@ def restore(
 
     Raises:
         TypeError: the model is not a module, or ``dtype`` is not floating point.
+        RuntimeError: inference mode is active, or was when a parameter was made. Or the model is prepared for
+            training.
         ValueError: nothing is stored in the modules that are selected, a module that is left shares what they store
-            (or, with ``dtype``, a bias), ``dtype`` cannot hold a bias, or ``skip`` matches nothing. The model is left
-            as it was.
+            (or, with ``dtype``, a bias), ``dtype`` cannot hold a bias, ``skip`` matches nothing, a module is sharded
+            or has no values, or the model is wrapped for several processes. The model is left as it was.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype={dtype!r} must be a floating-point dtype")
-    refuse_inference_mode("restore")
-    refuse_prepared(model, "restore")
+    refuse_model("restore", model)
+    for path, one in model.named_modules():
+        refuse_prepared("restore", one, path)
     found: dict[StoredModule, str] = {}
     for module, path in select_modules(model, where, skip).items():
         stored = base_of(module)
@@ -678,6 +643,7 @@ def restore(
             found[stored] = path
     if not found:
         raise ValueError(f"no module of {type(model).__name__} that where= and skip= leave has stored parameters")
+    refuse_layers("restore", cast(dict[nn.Module, str], found))
     _refuse_partial_ties(model, found)
     cast_to = {} if dtype is None else _cast_parameters(model, found, dtype)
     dense: dict[int, nn.Parameter] = {}
@@ -805,4 +771,4 @@ def freeze_all_but_adapters(model: nn.Module) -> None:
     adapters = {p for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
     for parameter in model.parameters():
         if parameter not in adapters:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # lazy ones, too, on which no method can be called

@@ -16,7 +16,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lowmem import measure
 from lowmem.errors import printable
-from lowmem.nn.adapted_module import bank_of, base_of, fold_layer, parameter_of, put_in_place, without_adapters
+from lowmem.nn.adapted_module import (
+    bank_of,
+    base_of,
+    fold_layer,
+    parameter_of,
+    put_in_place,
+    share_table,
+    table_of,
+    without_adapters,
+)
 from lowmem.nn.lora import Folded, LoRALinear
 from lowmem.nn.stored import FourBitForm, StoredTensor
 from lowmem.nn.stored_module import StoredModule, copied_module
@@ -24,7 +33,8 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.calibrate import evaluation_mode, run_batch
 from lowmem.transforms.convert import one_at_a_time, swap
 from lowmem.transforms.placement import place_name
-from lowmem.transforms.registry import layer_name, module_paths
+from lowmem.transforms.refusals import refuse_layers, refuse_model
+from lowmem.transforms.registry import layer_name, module_paths, refuse_peft
 
 __all__ = ["MergeReport", "MergedLayer", "adapted_layers", "fold", "merge", "warn_of_requantizing"]
 
@@ -161,13 +171,18 @@ def merge(
 
     Raises:
         TypeError: the model is not a module, or ``inputs`` are of another type.
-        ValueError: no adapter is left (merged already?), no adapter is active, an adapted weight cannot be stored, or
-            is shared with a module for which the merged one differs, an error is above ``at_most`` (the worst layer
+        RuntimeError: inference mode is active, or was when a parameter was made.
+        ValueError: no adapter is left (merged already?), no adapter is active, an adapted weight cannot be stored, is
+            sharded, without values, inside a layer of PEFT, or shared with a module for which the merged one differs,
+            the model is wrapped for several processes, an error is above ``at_most`` (the worst layer
             is named), an invalid ``to`` or ``at_most``, or ``inputs`` without ``report`` or ``at_most``. The model is
             left as it was.
     """
     _check_arguments(to, at_most, inputs, report)
+    refuse_model("merge", model)
     layers = adapted_layers(model)
+    refuse_peft(model, layers, merges=True)
+    refuse_layers("merge", layers)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no adapter to merge: it was never adapted, or is merged already"
@@ -229,7 +244,8 @@ def fold(
         ValueError: an adapted weight cannot be stored; its path is named.
     """
     paths = adapted_layers(model)
-    folded = {}
+    folded: dict[nn.Module, Folded] = {}
+    tables: dict[Any, nn.Module] = {}
     for layer, chosen in names.items():
         try:
             folded[layer] = fold_layer(layer, chosen, to)
@@ -239,6 +255,10 @@ def fold(
                 f"{layer_name(paths[layer])}: the adapted {found}; scale the adapter down, or convert the base "
                 "otherwise"
             ) from reason
+        if table_of(layer) is not None:  # a table that embeddings share, and its adapters, are merged into one
+            adapters = [id(bank_of(layer).parts(name).get("weight")) for name in chosen]
+            first = tables.setdefault((table_of(layer), *adapters), folded[layer].layer)
+            share_table(folded[layer].layer, first)
     return folded
 
 

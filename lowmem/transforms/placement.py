@@ -1,13 +1,13 @@
-"""Which layers get an adapter, and of which rank and alpha."""
+"""Which layers get an adapter, and of which rank and alpha; and which get one that nobody has named."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lowmem.nn.adapted_module import base_of
+from lowmem.nn.adapted_module import bank_of, base_of
 from lowmem.nn.lora import LoRA
 from lowmem.transforms.registry import (
     Step,
@@ -27,6 +27,8 @@ __all__ = [
     "routers",
     "takes_adapter",
     "techniques_by_layer",
+    "unnamed_places",
+    "warning_of_unnamed",
 ]
 
 
@@ -106,18 +108,28 @@ def place_adapters(
         where: None leaves output layers and routers out.
 
     Raises:
-        ValueError: all are left out, or a pattern of ``ranks`` or ``alphas`` matches none of the rest.
+        ValueError: all are left out, a pattern of ``ranks`` or ``alphas`` matches none of the rest, or an embedding
+            is taken without those that share its weight.
     """
     layers, paths = list(layers), module_paths(model)
     left = {**routers(model), **output_layers(model)} if where is None else {}
+    tied = _tied_embeddings(paths)
     known = {
         layer: {
-            name: [*paths[layer], *(f"{path}.{name}".lstrip(".") for path in paths[layer])]
+            name: [*own, *(f"{path}.{name}".lstrip(".") for path in own)]
+            for own in [[path for one in tied.get(layer, [layer]) for path in paths[one]]]
             for name in parameters_to_adapt(layer)
         }
         for layer in layers
         if layer not in left
     }
+    for layer in known:
+        without = [layer_name(paths[one][0]) for one in tied.get(layer, ()) if one not in known]
+        if without and layer is tied[layer][0]:
+            raise ValueError(
+                f"{layer_name(paths[layer][0])} shares its weight with {', '.join(without)}, which get no adapter: "
+                "one on it alone changes nothing where only these are called; select them all, or only those"
+            )
     if layers and not known:
         raise ValueError(
             f"nothing to adapt: {layer_name(paths[layers[0]][0])} is left out, since {left[layers[0]]}; select it "
@@ -134,6 +146,15 @@ def place_adapters(
     return {
         layer: {name: technique.at(names) for name, names in of_layer.items()} for layer, of_layer in known.items()
     }
+
+
+def _tied_embeddings(found: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+    """Return the embeddings that share a weight with others of their kind, each with all of them in their order."""
+    groups: dict[frozenset[int], list[nn.Module]] = {}
+    for module in found:
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            groups.setdefault(frozenset(_weights(module)), []).append(module)
+    return {module: group for group in groups.values() if len(group) > 1 for module in group}
 
 
 def techniques_by_layer(
@@ -161,6 +182,58 @@ def techniques_by_layer(
 def takes_adapter(module: nn.Module, chosen: bool = False) -> bool:
     """Whether adapters can be added to a module; ``chosen``: by ``where=``, which takes all that can have one."""
     return skip_reason(LoRA, module, chosen) is None
+
+
+def unnamed_places(
+    model: nn.Module, layers: Iterable[nn.Module], where: Callable[[str, nn.Module], bool] | None
+) -> dict[str, str]:
+    """Return the places that get adapters because ``where`` has only left out others, each with its layer's type.
+
+    These are of layers that LoRA leaves out without ``where``, beside some that it takes. A ``where`` names a layer
+    if it is true of the layer and not of the module around it; one that is true of every module names all.
+    """
+    layers = list(layers)
+    if where is None:
+        return {}
+    left = {**routers(model), **output_layers(model)}
+    more = [layer for layer in layers if layer in left or not takes_adapter(layer)]
+    paths, modules = module_paths(model), dict(model.named_modules(remove_duplicate=False))
+    found = {
+        place_name(paths[layer][0], name): type(base_of(layer)).__name__
+        for layer in more
+        if all(path and where(path.rpartition(".")[0], modules[path.rpartition(".")[0]]) for path in paths[layer])
+        for name in parameters_to_adapt(layer)
+    }
+    if not found or len(more) == len(layers):
+        return {}
+    return {} if all(where(path, module) for module in paths for path in paths[module]) else found
+
+
+def warning_of_unnamed(model: nn.Module, name: str, places: Mapping[str, str]) -> str | None:
+    """Return what to warn of: the adapters of ``unnamed_places``, once they are there; None for no places.
+
+    Args:
+        model: with the adapter.
+        name: of the adapter.
+        places: the result of ``unnamed_places``.
+    """
+    if not places:
+        return None
+    sizes = {
+        place_name(paths[0], parameter): sum(one.numel() for one in part.parameters())
+        for module, paths in module_paths(model).items()
+        if (bank := bank_of(module)) is not None
+        for parameter, part in bank.parts(name).items()
+    }
+    largest = sorted(places, key=lambda place: -sizes[place])
+    told = ", ".join(f"{layer_name(place)} ({places[place]})" for place in largest[:3])
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    share = sum(sizes[place] for place in places) / sum(sizes.values())
+    return (
+        f"where= gave adapters to layers that LoRA leaves out by default, {share:.0%} of the adapter's numbers: "
+        f"{told}{more}. skip= keeps the default and leaves more out; a where= that is true of such a layer, not of "
+        "the module around it takes it without this warning"
+    )
 
 
 def _computes_products(module: nn.Module) -> bool:

@@ -34,6 +34,7 @@ from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA
 from lowmem.nn.stored_module import FourBitStorage, StoredModule
+from lowmem.transforms.bits import SMALLEST, Empty, text_of
 from lowmem.transforms.convert import Store, commit, convert, freeze_all_but_adapters, rebuild_all
 from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.registry import Technique
@@ -48,7 +49,6 @@ __all__ = [
     "plan",
     "plan_of",
     "skeleton_of",
-    "text_of",
 ]
 
 OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
@@ -224,9 +224,10 @@ def plan(
         raise ValueError(f"at_most={at_most!r} proposes techniques: leave out {text_of(techniques)}")
     limit = bytes_of(at_most)
     runs: dict[tuple[type, ...], _Run] = {}  # block size and scales have no influence on them
-    smallest, refused = None, None
+    tight: list[tuple[Skeleton, dict[str, int]]] = []  # what does not fit, with its stored bytes
+    refused = None
 
-    def planned(found: Skeleton) -> Plan:
+    def planned(found: Skeleton, stored: Mapping[str, int]) -> Plan:
         kinds = tuple(map(type, found.techniques))
         if kinds not in runs:
             runs[kinds] = _run(found.model, batch, training, loss)
@@ -241,15 +242,12 @@ def plan(
             refused = reason  # the model has no layers for it
             continue
         stored = _stored(found.model)
-        if smallest is None or sum(stored.values()) < sum(smallest[1].values()):
-            smallest = found, stored
         if sum(stored.values()) <= limit:
-            proposed = planned(found)
+            proposed = planned(found, stored)
             if proposed.total_bytes <= limit:
                 return proposed
-    assert smallest is not None
-    found, stored = smallest
-    least = planned(found)
+        tight.append((found, stored))
+    least = min((planned(*one) for one in tight), key=lambda one: one.total_bytes)
     unit, size = _unit(least.total_bytes)
     remedy = "take a smaller batch, or a smaller model" if refused is None else refused
     raise ValueError(
@@ -301,16 +299,6 @@ def skeleton_of(
     )
 
 
-@dataclass(frozen=True)
-class _Empty:
-    """A technique that stores on the meta device, for ``Store.by``."""
-
-    technique: Half | FourBit
-
-    def store(self, tensor: Tensor, name: str) -> Any:
-        return self.technique.skeleton(tensor, name)
-
-
 def _converted(
     model: nn.Module,
     techniques: tuple[Technique, ...],
@@ -319,7 +307,7 @@ def _converted(
 ) -> tuple[nn.Module, int]:
     """Convert as ``convert`` does, without values; also return the bytes of its temporaries."""
     store, storing = Store(), 0
-    replacements = rebuild_all(model, techniques, where, skip, None, lambda technique: store.by(_Empty(technique)))
+    replacements = rebuild_all(model, techniques, where, skip, None, lambda technique: store.by(Empty(technique)))
     for made in replacements.values():
         if isinstance(base_of(made), StoredModule):
             storing = max(storing, _STORING)
@@ -444,9 +432,10 @@ def _rows(layer: HalfEmbedding | Embedding4Bit, indices: Tensor) -> Tensor:
 
 def _proposals(training: str | None) -> list[tuple[Technique, ...]]:
     """Return what ``at_most`` tries, from what loses least to what takes least."""
-    blocks = ((64, "float32"), (64, "float16"), (64, "double"), (128, "double"), (512, "double"), (4096, "double"))
+    blocks = ((64, "float32"), (64, "float16"), (64, "double"), (128, "double"), (512, "double"))
     bases: list[tuple[Technique, ...]] = [(), (Half(torch.bfloat16),)]
     bases += [(FourBit("nf4", size, scales),) for size, scales in blocks]
+    bases += [(one,) for one in SMALLEST if (one,) not in bases]
     return bases if training is None else [(), *((*base, LoRA()) for base in bases)]
 
 
@@ -466,16 +455,6 @@ def bytes_of(size: str | int) -> int:
     if number < 1:
         raise ValueError(f"{show(size)} must be a size such as 2GB or 500MiB")
     return number
-
-
-def text_of(techniques: Iterable[Technique]) -> str:
-    """Return techniques as the code that makes them, without defaults; "dense" for none."""
-    parts = []
-    for technique in techniques:
-        values = {field.name: getattr(technique, field.name) for field in fields(technique)}
-        given = [f"{f.name}={values[f.name]!r}" for f in fields(technique) if values[f.name] != f.default]
-        parts.append(f"{type(technique).__name__}({', '.join(given)})")
-    return ", ".join(parts) or "dense"
 
 
 def _unit(size: int) -> tuple[str, int]:

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.weight_norm import WeightNorm
 
-from lowmem.errors import printable
+from lowmem.errors import printable, show
 from lowmem.nn.adapted_module import AdapterBank, adapted_parameters, bank_of
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.fourbit import FourBit, Linear4Bit
@@ -288,13 +289,15 @@ def select_modules(
     """Return the modules that ``where`` and ``skip`` select, each with its first path.
 
     Raises:
-        TypeError: the model is not a module, or a pattern is not a string.
+        TypeError: the model is not a module, ``where`` is not callable, or a pattern is not a string.
         ValueError: a pattern matches nothing.
     """
     found = module_paths(model)
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    if where is not None and not callable(where):
+        raise TypeError(f"where={show(where)} must be callable with a path and what is there, or None")
+    skip = (skip,) if isinstance(skip, str) or not isinstance(skip, Iterable) else tuple(skip)
     if not all(isinstance(pattern, str) for pattern in skip):
-        raise TypeError(f"skip={skip!r} must be glob patterns of paths")
+        raise TypeError(f"skip={show(skip)} must be glob patterns of paths")
     for pattern in skip:
         if not any(fnmatchcase(path, pattern) for paths in found.values() for path in paths):
             raise ValueError(f"skip={pattern!r} matches no module of {type(model).__name__}; check the pattern")
@@ -306,13 +309,16 @@ def select_modules(
     }
 
 
-def refuse_peft(model: nn.Module, layers: Collection[nn.Module], *, freezes: bool) -> None:
-    """Raise if adapters of PEFT would be frozen: those around layers to convert, or all of them.
+def refuse_peft(
+    model: nn.Module, layers: Collection[nn.Module], *, freezes: bool = False, merges: bool = False
+) -> None:
+    """Raise if adapters of PEFT would be frozen, or no longer fit: those around layers to change, or all of them.
 
     Args:
         model: any module.
-        layers: the layers to convert; without any, a model that holds PEFT's is refused, since PEFT is why.
+        layers: the layers to change; without any, a model that holds PEFT's is refused, since PEFT is why.
         freezes: whether the rest of the model will be frozen.
+        merges: whether adapters are merged into the layers.
 
     Raises:
         ValueError: there are such layers; the first is named.
@@ -323,10 +329,12 @@ def refuse_peft(model: nn.Module, layers: Collection[nn.Module], *, freezes: boo
             if inside is not None or freezes or not layers:
                 where = f"the model holds {layer_name(path)}," if path else "the model is"
                 where = where if inside is None else f"{layer_name(inside)} is inside {layer_name(path)},"
-                raise ValueError(
-                    f"{where} a {type(module).__name__} of PEFT, whose adapters would be "
-                    "frozen: convert the base before get_peft_model, or call merge_and_unload() first"
-                )
+                remedy = "call merge_and_unload() first"
+                if merges:
+                    lost = "were trained on the weights as they are now" if layers else "are not lowmem's"
+                else:
+                    lost, remedy = "would be frozen", f"convert the base before get_peft_model, or {remedy}"
+                raise ValueError(f"{where} a {type(module).__name__} of PEFT, whose adapters {lost}: {remedy}")
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -364,8 +372,17 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
             return "vectors (biases, norms) stay dense"
         return f"{technique.__name__} has no form of it; parameters= names what to store"
     if not parameters_to_store(module):
-        return "its weight is no parameter of its own"
+        return _no_parameter(module)
     return None if chosen and isinstance(module, nn.Linear) else entry.refuses(module)
+
+
+def _no_parameter(module: nn.Module) -> str:
+    if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
+        return (
+            "a hook of torch.nn.utils.weight_norm computes its weight: call remove_weight_norm first, or use "
+            "torch.nn.utils.parametrizations.weight_norm, which FourBit and Half store"
+        )
+    return "its weight is no parameter of its own"
 
 
 def _adapter_skip_reason(module: nn.Module, chosen: bool) -> str | None:
@@ -375,7 +392,7 @@ def _adapter_skip_reason(module: nn.Module, chosen: bool) -> str | None:
     if entry is None:
         return "LoRA has no form of it"
     if not parameters_to_adapt(module):
-        return "its weight is no parameter of its own"
+        return _no_parameter(module)
     refused = entry.no_adapter(module)
     if refused is None and not chosen:
         computes = None if isinstance(module, StoredModule) else entry.refuses(module)

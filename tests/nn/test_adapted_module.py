@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import lowmem
 from lowmem import FourBit, Half, LoRA, LoRALinear, convert, restore
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapted_weight import AdaptedWeight, LowRankSum
+from lowmem.nn.adapted_weight import AdaptedWeight
+from lowmem.nn.low_rank_sum import LowRankSum
 from tests.test_any_model import Experts, Transposed
 
 

@@ -373,3 +373,38 @@ def test_weight_and_bias_can_be_set_and_go_to_the_base():
     for name, value in (("weight", weight), ("bias", bias)):
         with pytest.raises(ValueError, match=f"{name} cannot be set while adapter 'default' is merged.*unmerge"):
             setattr(layer, name, value)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_functional_calls_take_other_values_for_the_base_and_the_adapter(base):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.Embedding(8, 16)), torch.randn(3, 16)
+    model = convert(model, *([] if base == "dense" else [FourBit("nf4", 16)]), LoRA(2), where=lambda *_: True)
+    layer = model[0]
+    nn.init.normal_(layer.lora_b)
+    own = {name: one.detach() for name, one in layer.named_parameters()}
+    call = lambda values: torch.func.functional_call(layer, values, (x,))  # noqa: E731
+    torch.testing.assert_close(call(own), layer(x))
+    layer(x).sum().backward()
+    of_a = torch.func.grad(lambda a: call({**own, "adapters.default.lora_a": a}).sum())(
+        own["adapters.default.lora_a"]
+    )
+    torch.testing.assert_close(of_a, layer.lora_a.grad)
+    weight = torch.randn(8, 16)
+    with pytest.raises(TypeError, match=r"under the name base.weight" if base == "dense" else r"base.weight"):
+        call({"weight": weight})
+    if base == "dense":
+        exact = nn.functional.linear(x, weight + layer.lora_b @ layer.lora_a, layer.bias)
+        torch.testing.assert_close(call({"base.weight": weight}), exact)
+    else:
+        with pytest.raises(TypeError, match=r"stored in nf4.*leave the module out with skip= if functional_call"):
+            call({"base.weight": weight})
+    torch.testing.assert_close(call(own), layer(x))  # nothing of the others is left
+    with torch.no_grad():
+        for adapter in lowmem.adapter_layers(model, "default").values():
+            nn.init.normal_(adapter.lora_a)
+    tokens, table, embedding = torch.tensor([1, 7]), torch.randn(8, 16), model[1]
+    if base == "dense":
+        given = torch.func.functional_call(embedding, {"weight": table}, (tokens,))
+        change = (embedding.weight - embedding._parameters["weight"]).detach()
+        torch.testing.assert_close(given, (table + change)[tokens], rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """What computes with a stored weight gives what the dequantized one gives, and keeps nothing dense for backward."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -174,3 +175,21 @@ def test_a_bag_leaves_its_padding_out_also_where_it_is_recorded(padding):
             torch.testing.assert_close(module(x), dense(x))
             if mode != "max":
                 torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), dense(x))
+
+
+@pytest.mark.parametrize("form", ["nf4", "bfloat16"])
+def test_a_weight_that_was_read_before_inference_mode_is_viewed_in_it_and_the_other_way_round(form):
+    x = torch.randn(5, 16)
+    views = (
+        lambda w: F.linear(x, w[3:7]),
+        lambda w: x @ w.T,
+        lambda w: w.view(2, 12, 16)[0] * w.unsqueeze(0)[0, :, :1][:12],
+        lambda w: w.detach()[:, 2] + w.chunk(2)[0].sum(),
+    )
+    for first, then in ((torch.inference_mode, nullcontext), (nullcontext, torch.inference_mode)):
+        for view in views:
+            weight = store(torch.randn(24, 16), form)
+            with first():
+                expected = view(weight)
+            with then():
+                torch.testing.assert_close(view(weight), expected, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowmem
 from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, summary
 from lowmem.transforms.placement import output_layers, place_adapters, techniques_by_layer
 from tests.test_any_model import Experts
@@ -219,3 +220,115 @@ def test_embeddings_and_convolutions_get_adapters_where_where_names_them(stored)
     assert [*adapter_layers(model, "default")] == ["tokens", "conv"]
     with pytest.raises(ValueError, match="tokens is a Embedding: LoRA leaves embeddings out: where= takes them"):
         convert(make(), LoRA(2), skip="mix")
+
+
+class Whole(Causal):
+    """Everything that an adapter can have, and LoRA leaves out by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.moe, self.norm = nn.Conv1d(16, 16, 2), Router(True), nn.LayerNorm(16)
+
+
+@every_storage
+@pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
+def test_a_where_that_only_leaves_out_says_which_other_layers_it_has_adapted(stored):
+    make = lambda: convert(Whole(), *STORED[stored]) if stored != "dense" else Whole()  # noqa: E731
+    quiet = {  # it names layers, takes everything, or nothing that is left out
+        "names": lambda path, _: path in ("lm_head", "body.q", "conv", "moe.gate"),
+        "types": lambda _, module: isinstance(module, nn.Linear | nn.Conv1d),
+        "everything": lambda *_: True,
+        "a part": lambda path, _: path.startswith("moe.experts"),
+        "nothing else": lambda path, _: path not in ("body.q", "body.v", "moe.mix") and "experts" not in path,
+    }
+    for where in quiet.values():
+        convert(Whole(), *STORED[stored], LoRA(2), where=where)
+        add_adapter(make(), "mine", LoRA(2), where=where)
+    loud = {
+        lambda path, _: path != "lm_head": {"draft", "tokens", "conv", "gate"},
+        lambda path, _: not path.startswith("body"): {"lm_head", "draft", "conv", "gate"},
+        lambda path, _: "moe" in path: {"gate"},
+    }
+    for where, names in loud.items():
+        for name in ("default", "mine"):
+            added = name == "mine"
+            model, techniques = (make(), [name, LoRA(2)]) if added else (Whole(), [*STORED[stored], LoRA(2)])
+            change = add_adapter if added else convert
+            with pytest.warns(UserWarning, match="layers that LoRA leaves out by default") as caught:
+                change(model, *techniques, where=where)
+            parts = adapter_layers(model, name)
+            (warned,) = caught
+            assert warned.filename == __file__
+            sizes = {place: sum(p.numel() for p in part.parameters()) for place, part in parts.items()}
+            there = {place for place in sizes if place.split(".")[-1] in names}  # a tied one may stay dense
+            share = sum(sizes[place] for place in there) / sum(sizes.values())
+            text = str(warned.message)
+            assert f"{share:.0%} of the adapter's numbers" in text
+            assert sum(f"{place} (" in text for place in there) == min(3, len(there))
+            assert ("and 1 more" in text) == (len(there) == 4)
+            assert "skip= keeps the default" in text
+    default = set(adapter_layers(convert(Whole(), LoRA(2)), "default"))
+    assert set(adapter_layers(convert(Whole(), LoRA(2), skip="moe.mix"), "default")) == default - {"moe.mix"}
+
+
+class Stack(nn.Module):
+    def __init__(self, shared):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(50, 16), nn.Linear(16, 16)
+        self.embed.weight = shared.weight
+
+    def forward(self, tokens):
+        return self.mix(self.embed(tokens))
+
+
+class Translates(nn.Module):
+    """As T5 does, it never calls the embedding whose table the others share."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared = nn.Embedding(50, 16)
+        self.encoder, self.decoder = Stack(self.shared), Stack(self.shared)
+
+    def forward(self, tokens):
+        return self.encoder(tokens) + self.decoder(tokens.flip(1))
+
+
+EMBEDDINGS = ["shared", "encoder.embed", "decoder.embed"]
+
+
+@pytest.mark.parametrize("base", [(), (FourBit("nf4", 16),), (Half(),)], ids=["dense", "nf4", "half"])
+def test_embeddings_that_share_a_table_share_its_adapter(base, tmp_path):
+    """So that none is without effect, whichever of them are called."""
+    model = Translates()
+    model = convert(model, *base) if base else model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"shared shares its weight with encoder.embed, decoder.embed, which get no"):
+        lowmem.add_adapter(model, "default", LoRA(2), where=lambda path, module: path == "shared")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model = lowmem.add_adapter(model, "default", LoRA(2, ranks={"shared": 4}), where=lambda path, module: True)
+    adapters = lowmem.adapter_layers(model, "default")
+    assert [*adapters] == ["shared", "encoder.embed", "encoder.mix", "decoder.embed", "decoder.mix"]
+    assert len({adapters[path] for path in EMBEDDINGS}) == 1
+    assert adapters["shared"].rank == 4
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.lora_a, 0, 0.3)
+        nn.init.normal_(adapter.lora_b, 0, 0.3)
+    tokens = torch.randint(50, (2, 6))
+    out = model(tokens)
+    out.sum().backward()
+    assert all(one.grad is not None for one in model.parameters() if one.requires_grad)
+    lowmem.save(model, tmp_path / "model.safetensors")
+    lowmem.save_adapter(model, tmp_path / "adapter.safetensors", "default")
+    plain = Translates()
+    plain = convert(plain, *base) if base else plain
+    for twin in (
+        copy.deepcopy(model),
+        lowmem.load(tmp_path / "model.safetensors", Translates),
+        lowmem.load_adapter(plain, tmp_path / "adapter.safetensors", "default"),
+    ):
+        assert torch.equal(twin(tokens), out)
+        assert len({lowmem.adapter_layers(twin, "default")[path] for path in EMBEDDINGS}) == 1
+    lowmem.merge(model, to=torch.float32)
+    torch.testing.assert_close(model(tokens), out, rtol=1e-4, atol=1e-4)
+    assert model.shared.weight is model.encoder.embed.weight is model.decoder.embed.weight

@@ -179,3 +179,7 @@ def test_a_weight_that_is_no_parameter_of_its_own_is_left_alone():
     layer.weight = weight
     for technique in (Half, FourBit, LoRA):
         assert skip_reason(technique, layer) == "its weight is no parameter of its own"
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Linear(8, 4))
+    for technique in (Half, FourBit, LoRA):
+        assert "weight_norm computes its weight: call remove_weight_norm" in skip_reason(technique, layer)

@@ -1,0 +1,289 @@
+"""Products, gathers and convolutions with a weight that has adapters: those of W, and of two thin matrices.
+
+They compute with W as before and add the low-rank product of their input, without making the sum.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowmem.nn.adapter import add_low_rank
+from lowmem.nn.grouped import grouped_matmul
+from lowmem.nn.low_rank_sum import FUNCTIONS, implements, is_adapted
+from lowmem.nn.stored_functions import einsum, open_attention
+
+__all__: list[str] = []
+
+
+@implements(functional.linear)
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if not is_adapted(weight) or is_adapted(input) or weight.is_kernel or len(weight.base.shape) != 2:
+        return NotImplemented
+    out = weight.of_rows(input, functional.linear, bias.values() if is_adapted(bias) else bias)
+    for one in weight.updates:
+        out = add_low_rank(out, one.dropped(input), one.right, one.left, one.scaling)
+    return out
+
+
+def _register_products() -> None:
+    for name, *matrices in (
+        ("matmul", "other"), ("mm", "mat2"), ("bmm", "mat2"), ("mv", "vec"),
+        ("addmm", "mat1", "mat2"), ("baddbmm", "batch1", "batch2"),
+    ):  # fmt: skip
+        for place in (torch, Tensor):
+            function = getattr(place, name)
+            FUNCTIONS[function] = partial(_named_product, function, matrices)
+    FUNCTIONS[torch.linalg.matmul] = FUNCTIONS[torch.matmul]
+    FUNCTIONS[Tensor.__matmul__] = partial(_product, torch.matmul)
+    FUNCTIONS[Tensor.__rmatmul__] = lambda b, a: _product(torch.matmul, a, b)
+
+
+def _named_product(function: Any, names: Sequence[str], first: Any, *rest: Any, **named: Any) -> Any:
+    """Return a product, of which all matrices but a first one may be given by name, or an added one."""
+    given = [*rest, *[named[name] for name in names[len(rest) :]]]
+    options = {name: value for name, value in named.items() if name not in names}
+    if len(names) == 1:
+        return NotImplemented if options else _product(function, first, *given)
+    return _added_product(function, first, *given, **options)
+
+
+def _added_product(function: Any, input: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    return _product(lambda a, b: function(input, a, b, beta=beta, alpha=alpha), a, b, alpha)
+
+
+def _product(function: Callable[[Any, Any], Tensor], a: Any, b: Any, alpha: float = 1) -> Any:
+    """Return ``function(a, b)``, the product of an input with a weight, with alpha times the low-rank one."""
+    if is_adapted(a) == is_adapted(b) or (b if is_adapted(b) else a).is_kernel:
+        return NotImplemented
+    if not is_adapted(b):
+        out = a.of_rows(b, lambda x, weight: function(weight, x))
+        for one in a.updates:
+            narrow = torch.matmul(one.right, one.dropped(b)) * (one.scaling * alpha)
+            out = out + torch.matmul(one.left, narrow).to(out.dtype)
+        return out
+    out = b.of_rows(a, function)
+    for one in b.updates:
+        if len(b.base.shape) == 2:
+            out = add_low_rank(out, one.dropped(a), one.left.mT, one.right.mT, one.scaling * alpha)
+        else:
+            narrow = torch.matmul(one.dropped(a), one.left) * (one.scaling * alpha)
+            out = out + torch.matmul(narrow, one.right).to(out.dtype)
+    return out
+
+
+_register_products()
+
+
+def _grouped_mm(mat_a: Any, mat_b: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    if not is_adapted(mat_b) or is_adapted(mat_a) or len(mat_a.shape) != 2 or len(mat_b.base.shape) != 3:
+        return NotImplemented
+    if offs is None:
+        return NotImplemented
+    out = mat_b.of_rows(mat_a, lambda x, weight: _GROUPED[0](x, weight, offs=offs, bias=bias, out_dtype=out_dtype))
+    return _with_groups(out, mat_a, mat_b, offs)
+
+
+def _grouped_mm_of_transformers(input: Any, weight: Any, offs: Any) -> Any:
+    """Compute what transformers does where there is no grouped_mm; of a stored weight it would make a dense one."""
+    if not is_adapted(weight) or len(weight.base.shape) != 3:
+        return NotImplemented
+    out = torch.ops.transformers.grouped_mm_fallback(input, weight.base, offs)
+    return _with_groups(out, input, weight, offs)
+
+
+def _with_groups(out: Tensor, x: Tensor, weight: Any, offsets: Tensor) -> Tensor:
+    for one in weight.updates:
+        narrow = grouped_matmul(one.dropped(x), one.left, offsets) * one.scaling
+        out = out + grouped_matmul(narrow, one.right, offsets).to(out.dtype)
+    return out
+
+
+_GROUPED = [
+    getattr(place, name)
+    for place, name in ((functional, "grouped_mm"), (torch, "_grouped_mm"))
+    if hasattr(place, name)
+]
+FUNCTIONS.update(dict.fromkeys(_GROUPED, _grouped_mm))
+FUNCTIONS["transformers.grouped_mm_fallback"] = _grouped_mm_of_transformers
+
+
+@implements(torch.einsum)
+def _einsum(equation: str, *operands: Any) -> Any:
+    """Contract an input with a weight: with one of its thin matrices, and then with the other."""
+    operands = tuple(operands[0]) if len(operands) == 1 else operands
+    text, arrow, out = equation.replace(" ", "").partition("->")
+    letters = text.split(",")
+    if len(operands) != 2 or len(letters) != 2 or not arrow or sum(map(is_adapted, operands)) != 1:
+        return NotImplemented
+    at = 1 if is_adapted(operands[1]) else 0
+    weight, x, of_weight, of_x = operands[at], operands[1 - at], letters[at], letters[1 - at]
+    if weight.is_kernel or "." in of_weight or len(set(of_weight)) < len(weight.base.shape):
+        return NotImplemented
+    if set(of_weight) <= set(of_x):  # nothing to factor: the step between the thin matrices would be the larger
+        return NotImplemented
+    result = weight.of_rows(x, partial(_einsum_of_base, f"{of_x},{of_weight}->{out}"))
+    rank = next(one for one in string.ascii_letters if one not in equation)
+    stack, row, column = of_weight[:-2], of_weight[-2], of_weight[-1]
+    left, right = f"{stack}{row}{rank}", f"{stack}{rank}{column}"
+    for one in weight.updates:
+        matrices = [(left, one.left), (right, one.right)]
+        (first, thin), (second, wide) = matrices if row in of_x else matrices[::-1]
+        change = torch.einsum(f"{of_x},{first},{second}->{out}", one.dropped(x) * one.scaling, thin, wide)
+        result = result + change.to(result.dtype)
+    return result
+
+
+def _einsum_of_base(equation: str, x: Tensor, base: Any) -> Tensor:
+    out = einsum(equation, x, base)  # inside of a function that Dynamo calls for a class, it asks no other
+    return torch.einsum(equation, x, base) if out is NotImplemented else out
+
+
+@implements(functional.embedding)
+def _embedding(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if not is_adapted(weight) or weight.is_kernel or len(weight.base.shape) != 2:
+        return NotImplemented
+    rest = padding_idx, max_norm, norm_type, scale_grad_by_freq
+    out = functional.embedding(input, weight.base, *rest, sparse)
+    for one in weight.updates:
+        narrow = functional.embedding(input, one.left, *rest) * one.scaling  # (..., rank)
+        out = out + (narrow @ one.right).to(out.dtype)
+    return out
+
+
+@implements(functional.embedding_bag)
+def _embedding_bag(
+    input: Tensor,
+    weight: Any,
+    offsets: Any = None,
+    max_norm: Any = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    *rest: Any,
+    **named: Any,
+) -> Any:
+    if not is_adapted(weight) or mode == "max":
+        return NotImplemented
+
+    def bag(table: Any, sparse: bool) -> Tensor:
+        return functional.embedding_bag(
+            input, table, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, *rest, **named
+        )
+
+    out = bag(weight.base, sparse)
+    for one in weight.updates:
+        out = out + ((bag(one.left.contiguous(), False) * one.scaling) @ one.right).to(out.dtype)
+    return out
+
+
+def _convolve(dims: int) -> None:
+    """Register the convolutions of so many dimensions: A convolves to ``rank`` channels, B mixes them."""
+    conv: Any = getattr(functional, f"conv{dims}d")
+    transposed: Any = getattr(functional, f"conv_transpose{dims}d")
+    ones = (1,) * dims
+
+    def of_kernel(
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        if not is_adapted(weight) or weight.holds.kind != "kernel":
+            return NotImplemented
+        out = weight.of_rows(input, conv, bias, stride, padding, dilation, groups)
+        for one in weight.updates:
+            a = one.right.view(-1, *weight.holds.shape[1:])  # (rank, in / groups, *kernel)
+            a = a if groups == 1 else a.repeat(groups, *ones, 1)
+            narrow = conv(one.dropped(input), a, None, stride, padding, dilation, groups)
+            b = one.left.view(*one.left.shape, *ones)
+            out = out + conv(narrow * one.scaling, b, groups=groups).to(out.dtype)
+        return out
+
+    def of_transposed(
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Any:
+        if not is_adapted(weight) or weight.holds.kind != "transposed kernel":
+            return NotImplemented
+        rest = stride, padding, output_padding, groups, dilation
+        out = weight.of_rows(input, transposed, bias, *rest)
+        inputs, _, *kernel = weight.holds.shape
+        for one in weight.updates:
+            a = one.right.view(-1, inputs, *kernel).movedim(0, 1)  # (in, rank, *kernel)
+            narrow = transposed(one.dropped(input), a, None, *rest)
+            b = one.left.repeat(groups, 1).view(-1, one.left.shape[1], *ones)
+            out = out + conv(narrow * one.scaling, b, groups=groups).to(out.dtype)
+        return out
+
+    FUNCTIONS[conv], FUNCTIONS[transposed] = of_kernel, of_transposed
+
+
+for _dims in (1, 2, 3):
+    _convolve(_dims)
+
+
+# Attention. Dynamo does not ask the classes of arguments inside of a function that it calls for a class.
+
+
+def _apply(x: Tensor, weight: Any, bias: Any = None) -> Any:
+    out = _linear(x, weight, bias)
+    return functional.linear(x, weight, bias) if out is NotImplemented else out
+
+
+def _apply_packed(q: Tensor, k: Tensor, v: Tensor, weight: Any, bias: Any = None) -> Any:
+    size = q.size(-1)
+    if q is k is v:
+        return [part.contiguous() for part in _apply(q, weight, bias).chunk(3, -1)]
+    outs = []
+    for number, x in enumerate((q, k, v)):
+        rows = slice(number * size, number * size + size)
+        matrix = weight.indexed((rows,)) if is_adapted(weight) else weight[rows]
+        outs.append(_apply(x, matrix, None if bias is None else bias[rows]))
+    return outs
+
+
+def _apply_each(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    of_q: Any,
+    of_k: Any,
+    of_v: Any,
+    b_q: Any = None,
+    b_k: Any = None,
+    b_v: Any = None,
+) -> Any:
+    return _apply(q, of_q, b_q), _apply(k, of_k, b_k), _apply(v, of_v, b_v)
+
+
+_ATTENTION = open_attention(linear=_apply, _in_projection_packed=_apply_packed, _in_projection=_apply_each)
+
+
+@implements(functional.multi_head_attention_forward)
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    return _ATTENTION(*args, **kwargs)

@@ -1,0 +1,198 @@
+"""A weight with adapters as the sum ``W + sum s B A``: what each function of torch does with one.
+
+``lowmem.nn.adapted_products`` and ``lowmem.nn.adapted_views`` register the functions that need no values of it.
+Everything else gets the values, dense and differentiable in A and B.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from lowmem.nn.adapter import Layout, Update
+from lowmem.nn.read_only import name_of, read_only, writes_in_place
+from lowmem.nn.stored import StoredTensor
+
+__all__ = ["FUNCTIONS", "METADATA", "LowRankSum", "implements", "is_adapted", "on_values"]
+
+REMEDY = "write to the layer's own parameter, or merge the adapters first, lowmem.merge(model)"
+
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""Function of torch -> its implementation, called with its arguments, which may return NotImplemented."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_FIRST = ("input", "tensor")  # names of a function's first argument, which a caller may give
+_ELLIPSIS = type(...)
+_PYTHON = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+
+
+def implements(*functions: Any) -> Callable[[_F], _F]:
+    """Register an implementation for functions of torch."""
+
+    def register(function: _F) -> _F:
+        FUNCTIONS.update(dict.fromkeys(functions, function))
+        return function
+
+    return register
+
+
+class LowRankSum:
+    """``base + sum s left right``, and what can be done with it.
+
+    Attributes:
+        base: without adapters.
+        updates: their changes, of matrices (*stack, rows, columns); for a kernel B and A.
+        holds: its layout as a whole; of kind "linear" in views, too.
+        known: the product with the base, where it is known: then it is for one product with the whole weight.
+    """
+
+    base: Any
+    updates: tuple[Update, ...]
+    holds: Layout
+    known: Tensor | None
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is the kernel of a convolution."""
+        return "kernel" in self.holds.kind
+
+    def values(self) -> Tensor:
+        """Return the weight as a dense tensor, differentiable in the adapters."""
+        base = self.base
+        total: Tensor = base.dequantize() if isinstance(base, StoredTensor) else base
+        for update in self.updates:
+            change = self.holds.weight(update.values()) if self.is_kernel else update.values()
+            total = total + change.to(total.dtype)
+        return total
+
+    def added_to(self, known: Tensor) -> Any:
+        """Return this weight for one product, of which that with the base is known."""
+        return self.remade(self.base, self.updates, known=known)
+
+    def of_rows(self, x: Tensor, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Return ``function(x, base, *arguments)``."""
+        return function(x, self.base, *arguments) if self.known is None else self.known
+
+    def like(self, base: Any, updates: Sequence[Update]) -> Any:
+        """Return a weight of other matrices, which come of this one's."""
+        return self.remade(base, updates, Layout(tuple(base.shape), "linear"))
+
+    def remade(
+        self, base: Any, updates: Sequence[Update], layout: Layout | None = None, known: Tensor | None = None
+    ) -> Any:
+        """Return a weight of another base and other updates; layout: None for this one's."""
+        raise NotImplementedError
+
+    def indexed(self, index: tuple[Any, ...]) -> Any:
+        """Return what an index keeps of matrices; NotImplemented where it is not matrices again."""
+        dims = len(self.updates[0].left.shape)
+        if _ELLIPSIS in map(type, index):
+            at = [type(one) for one in index].index(_ELLIPSIS)
+            index = (*index[:at], *[slice(None)] * (dims - len(index) + 1), *index[at + 1 :])
+        full = (*index, *[slice(None)] * (dims - len(index)))
+        stack, (row, column) = full[:-2], full[-2:]
+        if len(full) != dims or self.is_kernel or not all(map(_keeps_matrices, stack)):
+            return NotImplemented
+        if not isinstance(column, slice) or not (isinstance(row, slice) or (not stack and _is_list(row))):
+            return NotImplemented
+        if sum(not isinstance(one, slice) for one in full) > 1:
+            return NotImplemented
+        of_rows, of_columns = (*stack, row), (*stack, slice(None), column)
+        base = self.base[full] if len(index) > 1 else self.base[index[0]]
+        return self.like(
+            base,
+            [one._replace(left=one.left[of_rows], right=one.right[of_columns]) for one in self.updates],
+        )
+
+    def swapped(self) -> Any:
+        """Return the weight with its matrices transposed; NotImplemented for a kernel."""
+        if self.is_kernel:
+            return NotImplemented
+        return self.like(
+            self.base.transpose(-1, -2),
+            [one._replace(left=one.right.mT, right=one.left.mT) for one in self.updates],
+        )
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        own = FUNCTIONS.get(function)
+        if own is None and not isinstance(function, _PYTHON):  # an operator that a library has registered
+            own = FUNCTIONS.get(str(function).removesuffix(".default"))
+        if own is not None and "out" not in kwargs:
+            first = [name for name in _FIRST if name in kwargs] if not args else []
+            rest = {name: value for name, value in kwargs.items() if name not in first}
+            result = own(*args, *[kwargs[name] for name in first], **rest)
+            if result is not NotImplemented:
+                return result
+        if function in METADATA:
+            return cls.read(function, *args, **kwargs)
+        return on_values(function, args, kwargs)
+
+    @classmethod
+    def read(cls, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what needs no values."""
+        raise NotImplementedError
+
+
+def is_adapted(value: Any) -> bool:
+    """Whether a value is a weight with adapters."""
+    return isinstance(value, LowRankSum)
+
+
+METADATA = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            "shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn", "grad", "ndim", "itemsize",
+            "nbytes", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested",
+        )
+    ),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.element_size, Tensor.__len__, Tensor.get_device, Tensor.is_contiguous),
+}  # fmt: skip
+"""Functions that need no values of a tensor."""
+
+
+def _is_list(index: Any) -> bool:
+    return (isinstance(index, Tensor) and index.dim() == 1) or isinstance(index, list)
+
+
+def _keeps_matrices(index: Any) -> bool:
+    """Whether an index of a stack's dimension gives whole matrices."""
+    if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) and index.dim() > 1:
+        return False  # a mask takes the place of several dimensions
+    return isinstance(index, (slice, int, Tensor, list))
+
+
+def on_values(function: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function with the values of adapted weights; refuse to write to these.
+
+    Raises:
+        RuntimeError: it would write.
+    """
+    target = args[0] if args else next(iter(kwargs.values()), None)
+    if (writes_in_place(function) and is_adapted(target)) or is_adapted(kwargs.get("out")):
+        raise RuntimeError(f"{name_of(function)} would write to a weight with adapters, which is computed: {REMEDY}")
+    known: list[tuple[Any, Tensor]] = []
+
+    def dense(one: Any) -> Any:
+        if not is_adapted(one):
+            return one
+        for weight, values in known:
+            if weight is one:
+                return values
+        known.append((one, one.values()))
+        return known[-1][1]
+
+    args, kwargs = torch.utils._pytree.tree_map(dense, (args, kwargs))
+    result = function(*args, **kwargs)
+    if not known or isinstance(function, OpOverload):
+        return result
+    return read_only(result, f"a weight with adapters, which is computed: {REMEDY}", function, args, known[0][1])

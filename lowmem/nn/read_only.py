@@ -1,0 +1,178 @@
+"""Views of weights that have no dense memory: read-only tensors, so that what is written to one is never lost.
+
+``weight.view(-1)`` of a stored weight has to dequantize it: the result has memory of its own, and a write to it would
+not reach the weight. It is marked instead, and refuses writes with their remedy. Results that are no views, as
+``weight * 2``, are plain tensors, and so are the results of computing with a marked one.
+
+Two kinds of writes are not seen: through the storage or DLPack; and those of a graph of torch.compile or torch.export
+to a view of a stored weight, where no class is asked. A weight with adapters refuses them in compiled graphs, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.kernels.torch_versions import constant_in_graphs
+
+__all__ = ["VIEWS", "ReadOnlyView", "changes_itself_alone", "name_of", "read_only", "writes_in_place"]
+
+_WRITES = (
+    "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
+    "__imatmul__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+)  # fmt: skip
+
+_OF_ITSELF = frozenset((
+    "requires_grad_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "detach_", "rename_",
+    "share_memory_", "retain_grad", "backward", "register_hook", "register_post_accumulate_grad_hook",
+))  # fmt: skip
+"""Methods that concern the tensor itself, and no value of it: they need no copy, and change no weight."""
+
+
+@constant_in_graphs
+def writes_in_place(function: Any) -> bool:
+    """Whether a function of torch changes its first argument, by its name."""
+    name = name_of(function)
+    return (name.endswith("_") and not name.endswith("__")) or name in _WRITES
+
+
+@constant_in_graphs
+def changes_itself_alone(function: Any) -> bool:
+    """Whether a function concerns its first argument as a tensor, and not its values."""
+    return name_of(function) in _OF_ITSELF or function in _ATTRIBUTES
+
+
+@constant_in_graphs
+def name_of(function: Any) -> str:
+    """Return the name of a function or operator of torch, without an overload's."""
+    return str(getattr(function, "__name__", "")).partition(".")[0]
+
+
+def _attributes() -> set[Any]:
+    names = (
+        "shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn", "grad", "ndim", "itemsize",
+        "nbytes", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested", "output_nr", "_version",
+        "_backward_hooks",
+    )  # fmt: skip
+    found = {getattr(Tensor, name).__get__ for name in names}
+    found |= {getattr(Tensor, name).__set__ for name in ("requires_grad", "grad", "_backward_hooks")}
+    return found | {getattr(Tensor, name) for name in ("size", "dim", "numel", "stride", "is_contiguous", "data_ptr")}
+
+
+_ATTRIBUTES = _attributes()
+
+
+def _views() -> set[Any]:
+    names = (
+        "as_strided", "diagonal", "expand", "expand_as", "broadcast_to", "flatten", "movedim", "moveaxis", "narrow",
+        "permute", "ravel", "reshape", "reshape_as", "select", "squeeze", "swapaxes", "swapdims", "t", "transpose",
+        "adjoint", "unflatten", "unfold", "unsqueeze", "view", "view_as", "split", "split_with_sizes", "chunk",
+        "tensor_split", "hsplit", "vsplit", "dsplit", "unbind", "detach", "contiguous", "alias", "__iter__",
+        "atleast_1d", "atleast_2d", "atleast_3d",
+    )  # fmt: skip
+    found = {getattr(place, name) for place in (Tensor, torch) for name in names if hasattr(place, name)}
+    found.add(Tensor.__getitem__)
+    return found | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "data")}
+
+
+VIEWS = frozenset(_views())
+"""Functions whose results are views of a dense, contiguous tensor; an index is one if it has no list or tensor."""
+
+
+def _is_view(function: Any, args: Any) -> bool:
+    if function is Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return not any(isinstance(one, (list, bool, Tensor)) for one in index)
+    return function in VIEWS
+
+
+def read_only(result: Any, refusal: str, function: Any, args: Any, source: Tensor | None = None) -> Any:
+    """Return the result of a function, of which views are marked.
+
+    Args:
+        result: a tensor, or several.
+        refusal: what a write to one raises: the weight, and the remedy.
+        function: that was called.
+        args: its arguments.
+        source: the values that it was called with, where these are known: whatever shares their memory is a view.
+    """
+    if source is None or torch.compiler.is_compiling():
+        if not _is_view(function, args):
+            return result
+        source = None
+    if isinstance(result, list):
+        return [_marked(one, refusal, source) for one in result]
+    if type(result) is tuple:
+        return tuple([_marked(one, refusal, source) for one in result])
+    return _marked(result, refusal, source)
+
+
+def _marked(one: Any, refusal: str, source: Tensor | None) -> Any:
+    if type(one) is not Tensor or (source is not None and not torch._C._is_alias_of(one, source)):  # type: ignore[attr-defined]
+        return one
+    made: Any = one.as_subclass(ReadOnlyView)
+    made.refusal = refusal
+    if torch.compiler.is_compiling():
+        made.recorded = one
+    return made
+
+
+class ReadOnlyView(Tensor):
+    """A view of a weight that has no dense memory: the values, which refuse writes. Its views are such tensors again.
+
+    Attributes:
+        refusal: what a write raises.
+        recorded: the plain tensor, in a graph that is being recorded.
+    """
+
+    refusal: str
+    recorded: Tensor
+
+    def plain(self) -> Tensor:
+        """Return the values as a plain tensor, not copied."""
+        if torch.compiler.is_compiling():  # Dynamo cannot make it
+            return self.recorded
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if changes_itself_alone(function):
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        _refuse_writes(function, args, kwargs)
+        views: list[tuple[str, Tensor]] = []
+
+        def plain(one: Any) -> Any:
+            if not isinstance(one, ReadOnlyView):
+                return one
+            views.append((one.refusal, one.plain()))
+            return views[-1][1]
+
+        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
+        result = function(*args, **kwargs)
+        if not isinstance(result, (Tensor, list, tuple)):
+            flags: Any = getattr(result, "flags", None)  # of an array of numpy, which shares the memory
+            if hasattr(flags, "writeable"):
+                flags.writeable = False
+            return result
+        return read_only(result, views[0][0], function, args, views[0][1]) if views else result
+
+
+def _refuse_writes(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Raise if a function would write to a read-only view.
+
+    Raises:
+        RuntimeError: it would; the remedy is named.
+    """
+    targets = [kwargs.get("out")]
+    if writes_in_place(function) or kwargs.get("inplace") is True:
+        targets.append(args[0] if args else next(iter(kwargs.values()), None))
+    for target in targets:
+        for one in target if isinstance(target, (list, tuple)) else [target]:
+            if isinstance(one, ReadOnlyView):
+                raise RuntimeError(f"{name_of(function)} would write to a view of {one.refusal}")

@@ -1,0 +1,120 @@
+"""How many bits a weight of a converted model takes, and at least: over all that ``convert`` can store it as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lowmem.errors import printable, show
+from lowmem.measure import weight_count
+from lowmem.nn.adapted_module import base_of
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.half import Half
+from lowmem.nn.lora import Adapter
+from lowmem.quant.packing import MAX_BLOCK_SIZE
+from lowmem.quant.scales import ENCODINGS
+from lowmem.transforms.registry import Technique
+
+__all__ = ["SMALLEST", "Empty", "bits_per_weight", "check_at_most", "refuse_more_bits", "text_of"]
+
+Replacements: TypeAlias = Mapping[nn.Module, nn.Module]
+
+# The largest blocks have the fewest scales; which encoding of these is the smallest depends on the length of rows.
+# Formats differ in levels alone. Rows of one or two weights are smaller in 16 bits than with a scale of their own.
+SMALLEST: tuple[Half | FourBit, ...] = (
+    *(FourBit("nf4", MAX_BLOCK_SIZE, scales) for scales in ENCODINGS),
+    Half(torch.bfloat16),
+)
+
+
+@dataclass(frozen=True)
+class Empty:
+    """A technique that stores on the meta device, for ``Store.by``."""
+
+    technique: Half | FourBit
+
+    def store(self, tensor: Tensor, name: str) -> Any:
+        """Return what the technique would store, without values."""
+        return self.technique.skeleton(tensor, name)
+
+
+def check_at_most(at_most: float) -> None:
+    """Raise unless ``at_most`` is a number of bits.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(at_most, bool) or not isinstance(at_most, int | float) or not at_most > 0:
+        raise ValueError(f"at_most={show(at_most)} must be a number of bits above 0")
+
+
+def bits_per_weight(model: nn.Module, replacements: Replacements) -> float:
+    """Return the bits of all parameters without adapters, by the weights of the model, if modules were replaced."""
+    return 8 * sum(_parameter_bytes(model, replacements).values()) / max(1, weight_count(model))
+
+
+def refuse_more_bits(
+    model: nn.Module, replacements: Replacements, at_most: float, rebuilt: Callable[[Technique], Replacements]
+) -> None:
+    """Raise if a converted model would take more than ``at_most`` bits a weight.
+
+    Args:
+        model: before it is converted.
+        replacements: what its modules become.
+        at_most: bits.
+        rebuilt: returns what modules would become with another technique, without values.
+
+    Raises:
+        ValueError: it would; the least that is possible is named, and the largest weights that stay dense.
+    """
+    bits = bits_per_weight(model, replacements)
+    if bits <= at_most:
+        return
+    possible = {}
+    for technique in SMALLEST:
+        try:
+            possible[technique] = bits_per_weight(model, rebuilt(technique))
+        except (TypeError, ValueError):  # the model has nothing that this technique stores
+            continue
+    least = min(possible, key=possible.__getitem__, default=None)
+    if least is None or possible[least] >= bits:
+        told = "which is the least that is possible"
+    else:
+        told = f"and the least that is possible is {possible[least]:.3f}, with {text_of([least])}"
+    sizes = _parameter_bytes(model, replacements)
+    dense = sorted(
+        ((sizes[id(one)], path) for path, one in model.named_parameters() if id(one) in sizes), reverse=True
+    )
+    largest = ", ".join(f"{printable(path, 80)} ({size / 2**20:.2f} MiB)" for size, path in dense[:3])
+    raise ValueError(
+        f"at_most={at_most} bits a weight are out of reach: these techniques give {bits:.3f}, {told}. What stays "
+        f"dense: {largest or 'nothing'}; parameters= stores more of it"
+    )
+
+
+def _parameter_bytes(model: nn.Module, replacements: Replacements) -> dict[int, int]:
+    """Return the bytes of the distinct parameters of a model whose modules were replaced, by their ids."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            continue
+        new = base_of(replacements.get(module, module))
+        for parameter in new._parameters.values():
+            if parameter is not None and not is_lazy(parameter):
+                found[id(parameter)] = parameter.numel() * parameter.element_size()
+    return found
+
+
+def text_of(techniques: tuple[Technique, ...] | list[Technique]) -> str:
+    """Return techniques as the code that makes them, without defaults; "dense" for none."""
+    parts = []
+    for technique in techniques:
+        values = {field.name: getattr(technique, field.name) for field in fields(technique)}
+        given = [f"{f.name}={values[f.name]!r}" for f in fields(technique) if values[f.name] != f.default]
+        parts.append(f"{type(technique).__name__}({', '.join(given)})")
+    return ", ".join(parts) or "dense"

@@ -1,0 +1,82 @@
+"""What ``convert``, ``restore``, ``merge`` and adapters refuse alike, before they change anything."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from torch import is_inference_mode_enabled, nn
+from torch.nn.parameter import is_lazy
+
+from lowmem.nn.adapted_module import base_of
+from lowmem.transforms.registry import check_module, layer_name
+
+__all__ = ["refuse_layers", "refuse_model", "refuse_prepared", "sharded_types"]
+
+
+def refuse_model(name: str, model: nn.Module) -> None:
+    """Raise for a model, or a mode, in which nothing can be changed; ``name`` is the function that would do it.
+
+    Raises:
+        TypeError: the model is not a module.
+        RuntimeError: inference mode is active, or was when a parameter was made.
+        ValueError: a wrapper for several processes knows the model's parameters, which would change.
+    """
+    check_module(model)
+    if is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} inside torch.inference_mode() would make weights that autograd cannot use: leave it"
+        )
+    for path, parameter in model.named_parameters():
+        if not is_lazy(parameter) and parameter.is_inference():
+            raise RuntimeError(
+                f"{layer_name(path)} was made inside torch.inference_mode(), and autograd cannot use it: make the "
+                "model outside, or take copy.deepcopy(model) outside, whose parameters are ordinary ones"
+            )
+    for path, module in model.named_modules():
+        if any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__):
+            wrapper = next(kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS)
+            raise ValueError(
+                f"{layer_name(path)} is a {wrapper}, which keeps the parameters that it was made with: call {name} "
+                "with the model inside (model.module), then wrap it anew"
+            )
+
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")  # by name: importing the second one takes long
+
+
+def refuse_layers(name: str, layers: Mapping[nn.Module, str]) -> None:
+    """Raise for layers whose own parameters, or adapters, cannot be changed; ``layers`` has their paths.
+
+    Raises:
+        RuntimeError: a layer is prepared for training.
+        ValueError: a parameter is lazy, sharded, or on the meta device.
+    """
+    sharded = sharded_types()
+    for layer, path in layers.items():
+        refuse_prepared(name, base_of(layer), path)
+        for own, parameter in layer.named_parameters(recurse=layer is not base_of(layer)):
+            place = layer_name(f"{path}.{own}".lstrip("."))
+            if is_lazy(parameter):
+                raise ValueError(
+                    f"{layer_name(path)} is lazy and has no shape yet: call the model once before {name}"
+                )
+            if isinstance(parameter, sharded):
+                raise ValueError(f"{place} is sharded (a DTensor): call {name} before fully_shard")
+            if parameter.is_meta:
+                raise ValueError(f"{place} is on the meta device and has no values: load its values before {name}")
+
+
+def refuse_prepared(name: str, module: nn.Module, path: str) -> None:
+    """Raise a RuntimeError for a module to which ``prepare_training`` has given a class of its own."""
+    if getattr(type(module), "prepared_for_training", False):
+        raise RuntimeError(
+            f"{name}: {layer_name(path)} is prepared for training: call lowmem.release_training(model) before, "
+            "and prepare_training again afterwards"
+        )
+
+
+def sharded_types() -> tuple[type, ...]:
+    """Return the types of parameters of which this process has a part."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)

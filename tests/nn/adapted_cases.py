@@ -1,0 +1,67 @@
+"""Weights with adapters, made for tests, and ways in which models compute with them."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowmem.nn.adapted_weight import adapted_weight
+from lowmem.nn.adapter import Layout, Update
+from lowmem.nn.stored import StoredTensor
+from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, Case, store
+
+RANK, SCALING = 2, 0.5
+
+
+def grouped(x, matrices):
+    """Multiply groups of rows, also in float64, which torch does not."""
+    if x.dtype != torch.float64:
+        return F.grouped_mm(x, matrices, offs=OFFSETS)
+    bounds = [0, *OFFSETS.tolist()]
+    return torch.cat([x[bounds[at] : bounds[at + 1]] @ matrices[at] for at in range(3)])
+
+
+PRODUCTS = {name: case for name, case in CASES.items() if name not in ("bilinear", "a kernel as a matrix")} | {
+    "grouped_mm": Case(grouped, (3, 48, 32), (5, 48), 48),
+    "grouped_mm of transposed": Case(lambda x, w: grouped(x, w.transpose(-2, -1)), (3, 48, 32), (5, 32), 32),
+    "a cast": Case(lambda x, w: F.linear(x, w.to(x.dtype)), (48, 32), (5, 32), 32),
+    "a column block": Case(lambda x, w: x @ w[:, 4:9], (48, 32), (5, 48), 48),
+    "experts of tokens": Case(
+        lambda x, w: torch.bmm(w[torch.tensor([2, 0, 0, 1, 2])], x.unsqueeze(-1)).squeeze(-1),
+        (3, 48, 32),
+        (5, 32),
+        32,
+    ),
+    "conv2d, depthwise": Case(
+        lambda x, w: F.conv2d(x, w, padding="same", groups=8), (8, 1, 3, 3), (2, 8, 6, 6), 9, 1
+    ),
+}
+if not hasattr(F, "grouped_mm"):  # which torch has since 2.10
+    PRODUCTS = {name: case for name, case in PRODUCTS.items() if "grouped" not in name}
+ON_VALUES = {name: CASES[name] for name in ("bilinear", "a kernel as a matrix")} | WHOLE
+FORMS = ("dense", "nf4", "bfloat16")
+
+
+def layout_of(name, case):
+    if "conv" in name or "kernel" in name:
+        return Layout(case.weight, "transposed kernel" if "transposed" in name else "kernel")
+    return Layout(case.weight, "transposed" if "embedding" in name else "linear")
+
+
+def make(name, case, form, count=1, dropout=None):
+    """Return an adapted weight, its base as a dense tensor, and its matrices A and B."""
+    weight = torch.randn(case.weight)
+    base = nn.Parameter(weight, requires_grad=False) if form == "dense" else store(weight, form, case.lead)
+    layout = layout_of(name, case)
+    pairs, updates = [], []
+    for _ in range(count):
+        shapes = layout.shapes(RANK)
+        a, b = (torch.randn(shapes[part]).requires_grad_() for part in ("lora_a", "lora_b"))
+        left, right = (a.mT, b.mT) if layout.kind == "transposed" else (b, a)
+        updates.append(Update(left, right, SCALING, dropout or nn.Identity()))
+        pairs.append((a, b))
+    dense = base.dequantize() if isinstance(base, StoredTensor) else base.detach()
+    return adapted_weight(base, updates, layout), dense, pairs, layout
+
+
+def total(dense, pairs, layout):
+    return dense.double() + sum(SCALING * layout.weight(b.double() @ a.double()) for a, b in pairs)

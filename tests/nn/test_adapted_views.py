@@ -1,0 +1,107 @@
+"""Views of an adapted weight are such weights where they keep matrices whole, and otherwise those of its values."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowmem.nn.adapted_weight import AdaptedWeight, adapted_weight
+from lowmem.nn.adapter import Layout, Update
+from lowmem.nn.low_rank_sum import LowRankSum
+from tests.nn.adapted_cases import FORMS, RANK, SCALING, make, total
+from tests.nn.stored_cases import CASES, Case
+
+VIEWS = {
+    "rows": lambda w: w[3:9],
+    "one row": lambda w: w[5],
+    "an element": lambda w: w[5, 2],
+    "columns": lambda w: w[:, 4:9],
+    "an ellipsis": lambda w: w[..., 4:9],
+    "a new axis": lambda w: w[None],
+    "chosen rows": lambda w: w[torch.tensor([4, 0, 4])],
+    "transposed": lambda w: w.t(),
+    "axes swapped": lambda w: w.swapaxes(0, 1),
+    "permuted": lambda w: w.permute(1, 0),
+    "as it is, permuted": lambda w: w.permute(0, 1),
+    "selected": lambda w: w.select(0, 3),
+    "narrowed": lambda w: w.narrow(0, 3, 4),
+    "rows of an index": lambda w: w.index_select(0, torch.tensor([1, 1, 7])),
+    "columns of an index": lambda w: w.index_select(1, torch.tensor([1, 1, 7])),
+    "unbound": lambda w: torch.stack(w.unbind()),
+    "split": lambda w: torch.cat([part * 2 for part in w.split(20)]),
+    "chunks": lambda w: torch.cat([part + 1 for part in w.chunk(3, 1)], 1),
+    "a sum with itself": lambda w: w + w,
+    "a double": lambda w: w.double() * 1,
+    "integers": lambda w: w.to(torch.int32),
+    "norm": lambda w: w.norm(),
+    "a product with itself": lambda w: w.t() @ w,
+    "a contraction of three": lambda w: torch.einsum("ij,ik,jk->k", w, torch.ones(48, 3), torch.ones(32, 3)),
+    "a trace": lambda w: torch.einsum("ii->i", w[:9, :9]),
+    "a large bag": lambda w: F.embedding_bag(torch.tensor([[1, 2], [3, 3]]), w, mode="max"),
+    "a lookup in a row": lambda w: F.conv1d(torch.ones(1, 32, 5), w.unsqueeze(-1)),
+    "a copy": lambda w: copy.deepcopy(w) * 1,
+    "a pickle": lambda w: pickle.loads(pickle.dumps(w)) * 1,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_views_and_everything_else_are_those_of_the_sum(form):
+    torch.manual_seed(0)
+    case = Case(lambda x, w: x, (48, 32), (5, 32), 32)
+    weight, *_ = make("linear", case, form)
+    exact = weight.values().detach()
+    for name, view in VIEWS.items():
+        found, wanted = view(weight), view(exact)
+        found = (found.values() if isinstance(found, LowRankSum) else found).detach()
+        assert found.shape == wanted.shape, name
+        assert found.dtype == wanted.dtype, name
+        # The sums of rank 2 are taken in another order: a few units in the last place of numbers up to 10.
+        if found.dtype.is_floating_point:
+            assert float((found - wanted).abs().max()) <= 64 * 2.0**-23 * float(wanted.abs().max()), name
+    stack = Case(lambda x, w: x, (3, 48, 32), (5, 32), 32)
+    weights, *_ = make("stack", stack, form)
+    for number, matrix in enumerate(weights):
+        assert isinstance(matrix, LowRankSum)
+        assert float((matrix.values() - weights.values()[number]).detach().abs().max()) <= 64 * 2.0**-23 * 10
+    kernels, *_ = make("conv2d", Case(lambda x, w: x, (8, 4, 3, 3), (2, 4, 6, 6), 36, 1), form)
+    for view in (
+        lambda w: w[2],
+        lambda w: w.mT,
+        lambda w: w.unbind()[1],
+        lambda w: F.linear(torch.ones(2, 3), w[0, 0]),
+    ):
+        assert not isinstance(view(kernels), LowRankSum)
+        assert float((view(kernels) - view(kernels.values())).detach().abs().max()) <= 64 * 2.0**-23 * 10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_casts_to_it_einsums_of_both_its_sides_and_masks_are_those_of_the_sum(form):
+    weight, dense, pairs, layout = make("linear", CASES["linear"], form)
+    whole = total(dense, pairs, layout).float()
+    x = torch.randn(5, 48, 32)
+    for cast in (x.double().to(weight), x.double().type_as(weight)):
+        assert (type(cast), cast.dtype) == (torch.Tensor, torch.float32)
+    assert torch.equal(weight.to(weight).values(), weight.values())
+    torch.testing.assert_close(torch.einsum("boi,oi->b", x, weight), torch.einsum("boi,oi->b", x, whole))
+    torch.testing.assert_close(torch.einsum("boi,oi->boi", x, weight), x * whole)
+    stack = adapted_weight(
+        torch.randn(2, 3, 4, 5),
+        [Update(torch.randn(2, 3, 4, RANK), torch.randn(2, 3, RANK, 5), SCALING, nn.Identity())],
+        Layout((2, 3, 4, 5), "linear"),
+    )
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    torch.testing.assert_close(torch.as_tensor(stack[mask] * 1), stack.values()[mask])
+
+
+def test_dimensions_may_be_named_as_torch_names_them():
+    weight, *_ = make("linear", CASES["linear"], "nf4")
+    for swapped in (
+        weight.transpose(dim0=0, dim1=1),
+        weight.permute(dims=(1, 0)),
+        torch.permute(weight, dims=(1, 0)),
+    ):
+        assert isinstance(swapped, AdaptedWeight)
+        assert torch.equal(swapped.values(), weight.values().T)

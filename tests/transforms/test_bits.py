@@ -1,0 +1,97 @@
+"""An ``at_most`` that is out of reach: the error names the least that is possible, and nothing gives less."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem import FORMATS, BigNet, FourBit, Half, LoRA, convert, measure
+from lowmem.quant.packing import MAX_BLOCK_SIZE
+from lowmem.quant.scales import ENCODINGS, OFFSETS
+from lowmem.transforms.bits import SMALLEST, check_at_most, text_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
+
+
+def tied():
+    model = nn.Sequential(nn.Embedding(32, 16), nn.LayerNorm(16), nn.Linear(16, 32, bias=False))
+    model[2].weight = model[0].weight
+    return model
+
+
+MODELS = {
+    "short rows": lambda: nn.Sequential(nn.Linear(24, 16), nn.LayerNorm(16)),
+    "long rows": lambda: nn.Linear(5 * MAX_BLOCK_SIZE, 2),
+    "rows of one weight": lambda: nn.Linear(1, 64),  # 16 bits are less than a code and a scale
+    "tied, in float16": lambda: tied().half(),
+    "attention and LSTM": lambda: nn.ModuleList([nn.MultiheadAttention(16, 2), nn.LSTM(8, 24), nn.Conv2d(3, 8, 3)]),
+}
+CHOICES = [
+    *(FourBit(name, size, scales) for name in FORMATS for size in (8, 64, MAX_BLOCK_SIZE) for scales in ENCODINGS),
+    *(FourBit("int4", MAX_BLOCK_SIZE, scales) for scales in OFFSETS),
+    Half(),
+    Half(torch.bfloat16),
+]
+
+
+def bits_of(model, *techniques):
+    model = convert(copy.deepcopy(model), *techniques)
+    return 8 * measure.theoretical_bytes(model) / measure.weight_count(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_error_names_the_least_that_any_technique_gives(name):
+    model = MODELS[name]()
+    before = model.state_dict(keep_vars=True)
+    given = {technique: bits_of(model, technique) for technique in CHOICES}
+    least = min(given.values())
+    refused = ""
+    for techniques in ((FourBit(block_size=8),), (FourBit(("nf4", "int4")),), (Half(), LoRA(2))):
+        techniques = techniques if name not in ("attention and LSTM", "tied, in float16") else techniques[:1]
+        with pytest.raises(ValueError, match="bits a weight are out of reach") as caught:
+            convert(model, *techniques, at_most=least * (1 - 1e-6))
+        refused = str(caught.value)
+        if min(bits_of(model, one) for one in techniques if not isinstance(one, LoRA)) > least:
+            named = next(one for one in SMALLEST if f"with {text_of([one])}." in refused)
+            assert f"the least that is possible is {least:.3f}, with" in refused
+            assert bits_of(model, named) == least
+    after = model.state_dict(keep_vars=True)
+    assert all(one is other for one, other in zip(before.values(), after.values(), strict=True))
+    best = min(given, key=given.__getitem__)
+    with pytest.raises(ValueError, match=f"give {least:.3f}, which is the least that is possible. What stays"):
+        convert(model, best, at_most=least * (1 - 1e-6))
+    convert(model, best, at_most=least)
+
+
+def test_nothing_is_quantized_for_an_at_most_that_is_out_of_reach(monkeypatch):
+    monkeypatch.setattr("lowmem.nn.fourbit.quantize", lambda *_, **__: pytest.fail("a weight was quantized"))
+    with pytest.raises(
+        ValueError, match=r"give 4.\d\d\d, and the least that is possible is 4\.0\d\d, with FourBit\("
+    ):
+        convert(BigNet(), FourBit(), at_most=4.05)
+    for wrong, technique in itertools.product((0, -1, True, "4.5", float("nan"), [4]), (FourBit(), LoRA())):
+        with pytest.raises(ValueError, match="at_most=.* must be a number of bits above 0"):
+            convert(nn.Linear(8, 8), technique, at_most=wrong)
+    check_at_most(1)
+
+
+def test_the_least_is_that_of_what_where_skip_and_parameters_select():
+    model = nn.ModuleDict({"a": nn.Linear(64, 64, bias=False), "b": nn.Linear(64, 64, bias=False)})
+    half_dense = (32 + 4 + 16 / 64) / 2
+    with pytest.raises(ValueError, match=rf"is {half_dense:.3f}, with .*dense: b.weight \(0\.02 MiB\); parameters="):
+        convert(model, FourBit(), skip="b", at_most=4.5)
+    with pytest.raises(ValueError, match=rf"is {half_dense:.3f}, with .*dense: b.weight"):
+        convert(model, FourBit(), where=lambda path, _: path == "a", at_most=4.5)
+    with pytest.raises(ValueError, match=r"give 32\.000, and the least that is possible is 4\.250, with FourBit\("):
+        convert(model, LoRA(2), at_most=4.5)
+    assert bits_of(model, FourBit(block_size=4096, scales="float16")) == 4.25
+
+
+def test_the_text_of_techniques_makes_them_again():
+    for given in [(), (FourBit(),), SMALLEST, (Half(torch.bfloat16), LoRA(4))]:
+        if given:
+            namespace = {"FourBit": FourBit, "Half": Half, "LoRA": LoRA, "torch": torch}
+            assert eval(f"({text_of(given)},)", namespace) == given
+    assert text_of(()) == "dense"

@@ -1,0 +1,213 @@
+"""Every call that changes a model refuses the same faults: one clear error each, and the model stays as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem import FourBit, Half, LoRA
+from lowmem.transforms.refusals import refuse_layers, refuse_model, sharded_types
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+def make(*techniques):
+    torch.manual_seed(0)
+    return lowmem.convert(Net(), *techniques) if techniques else Net()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapter") / "a"
+    lowmem.save_adapter(make(FourBit(), LoRA(2)), path)
+    return path
+
+
+# A call -> the techniques of the model before it, and what it does. With ``where`` and ``skip`` unless it has none.
+CALLS = {
+    "convert to 16 bits": ((), lambda model, _, **options: lowmem.convert(model, Half(), **options)),
+    "convert to 4 bits": ((), lambda model, _, **options: lowmem.convert(model, FourBit(), **options)),
+    "convert with LoRA": ((), lambda model, _, **options: lowmem.convert(model, LoRA(2), **options)),
+    "calibrate": ((), lambda model, _, **options: lowmem.calibrate(model, [torch.ones(2, 16)], **options)),
+    "add_adapter": ((FourBit(),), lambda model, _, **options: lowmem.add_adapter(model, "x", LoRA(2), **options)),
+    "restore": ((FourBit(), LoRA(2)), lambda model, _, **options: lowmem.restore(model, **options)),
+    "load_adapter": ((FourBit(),), lambda model, file: lowmem.load_adapter(model, file)),
+    "load_adapter again": ((FourBit(), LoRA(2)), lambda model, file: lowmem.load_adapter(model, file)),
+    "merge": ((FourBit(), LoRA(2)), lambda model, _: lowmem.merge(model)),
+    "merge to a dtype": ((FourBit(), LoRA(2)), lambda model, _: lowmem.merge(model, torch.bfloat16)),
+    "merge_adapter": ((FourBit(), LoRA(2)), lambda model, _: lowmem.merge_adapter(model, "default")),
+}
+
+
+class DistributedDataParallel(nn.Module):
+    """As torch's, whose own needs a group of processes; ``load_adapter`` looks into that one."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+class FullyShardedDataParallel(DistributedDataParallel):
+    pass
+
+
+class OfPeft(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+OfPeft.__module__ = "peft.tuners.lora.layer"
+
+
+class Shard(torch.Tensor):
+    """As a DTensor, of which no other process has a part."""
+
+
+def of_inference_mode(model):
+    with torch.inference_mode():
+        model.d = nn.Linear(4, 4)
+    return model
+
+
+def on_meta(model):
+    model.b.to("meta")
+    return model
+
+
+def sharded(model):
+    layer = getattr(model.b, "base", model.b)
+    name = next(iter(layer._parameters))
+    layer._parameters[name] = nn.Parameter(layer._parameters[name].detach().as_subclass(Shard), requires_grad=False)
+    return model
+
+
+def inside_peft(model):
+    model.b = OfPeft(model.b)
+    return model
+
+
+def prepared(model):
+    layer = getattr(model.b, "base", model.b)
+    layer.__class__ = type("Prepared", (type(layer),), {"prepared_for_training": True})
+    return model
+
+
+def lazy(model):
+    model.b = nn.LazyLinear(16)
+    return model
+
+
+# A fault -> how a model gets it, the error, its text for all calls but those of the last entry, which take the model.
+FAULTS = {
+    "DDP": (DistributedDataParallel, ValueError, "the model itself is a DistributedDataParallel.*model.module", []),
+    "FSDP": (
+        lambda m: nn.Sequential(FullyShardedDataParallel(m)),
+        ValueError,
+        "0 is a FullyShardedData",
+        ["load_ad"],
+    ),
+    "inference tensors": (of_inference_mode, RuntimeError, r"d.weight was made inside torch.inference_mode\(\)", []),
+    "no values": (on_meta, ValueError, r"b\S*( is on|: weight is on) the meta device and has no values", []),
+    "shards": (sharded, ValueError, r"b\S* is sharded \(a DTensor\): .*before fully_shard", []),
+    "PEFT": (
+        inside_peft,
+        ValueError,
+        "b is inside b, a OfPeft of PEFT|b.base_layer is inside b|b, which",
+        ["restore"],
+    ),
+    "prepared": (prepared, RuntimeError, r"b\S* is prepared for training: call lowmem.release", []),
+    "lazy": (lazy, ValueError, "b is lazy and has no shape yet|b, which is a LazyLinear", ["merge", "restore"]),
+    "no module": (lambda _: "model", TypeError, "model must be a torch.nn.Module, found str", []),
+}
+
+
+def state_of(model):
+    if not isinstance(model, nn.Module):
+        return None
+    modules = [(path, type(module), id(module)) for path, module in model.named_modules()]
+    return modules, [(name, id(one), one.requires_grad) for name, one in model.named_parameters()]
+
+
+@pytest.fixture
+def dtensor(monkeypatch):
+    """Let this process believe that it has shards: a real one needs a group of processes."""
+    for module in ("refusals", "convert"):
+        monkeypatch.setattr(f"lowmem.transforms.{module}.sharded_types", lambda: (Shard,))
+
+
+@pytest.mark.usefixtures("dtensor")
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_call_refuses_every_fault_and_the_model_stays(fault, file):
+    spoil, error, text, passing = FAULTS[fault]
+    for call, (techniques, change) in CALLS.items():
+        model = spoil(make(*techniques))
+        before = state_of(model)
+        if any(call.startswith(one) for one in passing):
+            continue
+        with pytest.raises(error, match=text):
+            change(model, file)
+        assert state_of(model) == before, call
+
+
+def test_every_call_refuses_inference_mode_and_bad_choices(file):
+    for call, (techniques, change) in CALLS.items():
+        model = make(*techniques)
+        before = state_of(model)
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inside torch.inference_mode\(\).*leave it"):
+            change(model, file)
+        wrong = {
+            "where": [("a", TypeError, "where='a' must be callable"), (lambda *_: False, ValueError, "^no")],
+            "skip": [
+                ("zz*", ValueError, r"skip='zz\*' matches no module of Net"),
+                (3, TypeError, r"skip=\(3,\) must be glob patterns of paths"),
+                (["a", 3], TypeError, r"skip=\('a', 3\) must be glob patterns"),
+            ],
+        }
+        for name, cases in ({} if call.startswith(("load", "merge")) else wrong).items():
+            for value, error, text in cases:
+                with pytest.raises(error, match=text):
+                    change(model, file, **{name: value})
+        assert state_of(model) == before, call
+
+
+def test_what_is_prepared_elsewhere_or_lazy_elsewhere_does_not_hinder(file):
+    """An adapter is merged after training, and lazy layers that are left out stay lazy."""
+    for call, (techniques, change) in CALLS.items():
+        model = make(*techniques)
+        model.more = nn.LazyLinear(4)
+        options = {"skip": "more"} if call in ("convert with LoRA", "add_adapter") else {}
+        if call.startswith("convert to") or call == "calibrate":
+            continue  # other tests have these
+        change(model, file, **options)
+        assert not model.more.weight.requires_grad or call not in ("convert with LoRA", "add_adapter", "load_adapter")
+        model.more(torch.ones(1, 3))
+
+
+def test_merging_what_is_peft_s_says_so():
+    for merge in (lowmem.merge, lambda model: lowmem.merge_adapter(model, "default")):
+        with pytest.raises(
+            ValueError, match=r"holds b, a OfPeft of PEFT, whose adapters are not .*: call merge_and_unl"
+        ):
+            merge(inside_peft(Net()))
+        with pytest.raises(ValueError, match="Net has no adapter"):
+            merge(Net())
+
+
+def test_the_checks_alone():
+    assert all(kind.__name__ == "DTensor" for kind in sharded_types())
+    refuse_model("f", Net())
+    refuse_layers("f", {Net(): ""})
+    with pytest.raises(ValueError, match="weight is on the meta device and has no values: load its values before f"):
+        refuse_layers("f", {nn.Linear(2, 2, device="meta"): ""})
