@@ -9,6 +9,8 @@ from lowmem.bignet import BigNet
 from lowmem.errors import FileError
 from lowmem.io.adapters import load_adapter, save_adapter
 from lowmem.io.checkpoint import load, save
+from lowmem.io.export.exported import Exported
+from lowmem.io.export.targets import export
 from lowmem.kernels import backend
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.conv import Conv4Bit, HalfConv
@@ -51,6 +53,7 @@ __all__ = [
     "BigNet",
     "Conv4Bit",
     "Embedding4Bit",
+    "Exported",
     "FileError",
     "Format",
     "FourBit",
@@ -82,6 +85,7 @@ __all__ = [
     "convert",
     "deactivate",
     "delete_adapter",
+    "export",
     "linear_cross_entropy",
     "load",
     "load_adapter",

@@ -28,12 +28,13 @@ GATES = ROOT / "docs" / "guides" / "gate-your-own-model.md"  # the files of a pr
 FOLDERS = (
     ROOT / "docs" / "guides" / "hugging-face.md"
 )  # needs transformers: tests/integrations/transformers/test_guide.py
+LLAMA_CPP = ROOT / "docs" / "guides" / "llama-cpp.md"  # needs transformers: tests/formats/test_llama_cpp_guide.py
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf8") for page in PAGES}
 BLOCKS = [
     (name, language, code)
     for name, text in TEXTS.items()
-    if ROOT / name not in (GATES, FOLDERS)
+    if ROOT / name not in (GATES, FOLDERS, LLAMA_CPP)
     for language, code in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 ]
 PYTHON = [

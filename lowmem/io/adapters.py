@@ -1,23 +1,31 @@
-"""Saves an adapter without its base, and loads it onto the base that it was trained on."""
+"""Saves an adapter without its base, and loads one onto a base: lowmem's own files, and other programs'."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import printable, refusal, show
+from lowmem.errors import printable, quoted, refusal, show
+from lowmem.io.atomic import open_regular, read_errors
 from lowmem.io.checkpoint import as_in_file, how_stored
 from lowmem.io.container import read, write_tensors
+from lowmem.io.export.gguf_adapter import write_gguf_adapter
+from lowmem.io.export.peft_adapter import write_peft
+from lowmem.io.foreign.gguf import MAGIC
+from lowmem.io.foreign.peft_folder import CONFIG, PICKLES, WEIGHTS, read_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
 from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import AdaptedModule, bank_of, base_of, parameter_of, without_adapters
-from lowmem.nn.lora import LoRA
+from lowmem.nn.lora import Adapter, LoRA
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
 from lowmem.transforms.convert import one_at_a_time
@@ -29,19 +37,33 @@ __all__ = ["fingerprint", "load_adapter", "save_adapter"]
 
 
 @one_at_a_time
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
-    """Save one adapter of a model, without its base, as a safetensors file. The write is atomic.
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, format: str = "lowmem"
+) -> None:
+    """Save one adapter of a model, without its base. The write is atomic.
 
     Args:
         model: has the adapter; one that DistributedDataParallel wraps counts as the model inside.
-        path: of the file; an existing file is replaced.
+        path: of the file; an existing one is replaced. For ``format="peft"`` and "gguf" nothing may be there yet.
         name: of the adapter; None: the only one.
+        format: "lowmem": a safetensors file, which ``load_adapter`` loads onto the same base only. "peft": a folder
+            that ``PeftModel.from_pretrained`` loads, and ``load_adapter``, too; parameters of the base that train
+            beside the adapter are saved with it, as ``modules_to_save`` and biases. "gguf": a file for llama.cpp, of
+            linear layers and the input embedding of the llama family in transformers; scalings that it has no form of
+            are folded into B.
 
     Raises:
         TypeError: the model is not a module.
-        ValueError: no such adapter, or ``name=None`` with several.
+        ValueError: no such adapter, ``name=None`` with several, an unknown format, or one that has no form of the
+            adapter; the layer is named.
+        FileExistsError: something is at ``path``, for ``format="peft"`` and "gguf".
         OSError: the file cannot be written; an existing file is unchanged.
+
+    Warns:
+        UserWarning: ``format="peft"`` has no form of the dropouts.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}")
     model = unwrap(model)
     if name is None:
         names = adapter_names(model)
@@ -52,6 +74,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     refuse_layers(
         "save_adapter", {places_of(model)[place][0]: found[places_of(model)[place][0]][0] for place in layers}
     )
+    FORMATS[format](Path(path), model, name, layers)
+
+
+def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter]) -> None:
+    """Write lowmem's own file."""
     tensors = {_key(place, part): value for place, a in layers.items() for part, value in _values(a).items()}
     metadata = {
         "kind": "adapter",
@@ -62,18 +89,28 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     write_tensors(path, tensors, metadata)
 
 
+FORMATS: dict[str, Callable[[Path, nn.Module, str, Mapping[str, Adapter]], None]] = {
+    "lowmem": _write,
+    "peft": lambda path, model, name, layers: write_peft(path, model, layers),
+    "gguf": write_gguf_adapter,
+}
+"""What writes an adapter, by the name of the format."""
+
+
 @one_at_a_time
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
-    """Load an adapter onto the base that it was trained on.
+    """Load an adapter: of lowmem, onto the base that it was trained on, or a folder of PEFT.
 
     If the model has an adapter of that name with the same layers, ranks, alphas, dropouts and scalings, its values
-    are replaced; otherwise a new, active adapter is added.
+    are replaced; otherwise a new, active adapter is added. PEFT's folders say nothing of the base's values: shapes
+    are checked, names are compared, and the base may be stored otherwise than it was in training. What such a folder
+    holds of the base itself (``modules_to_save``, biases) replaces the model's own values, and trains on.
 
     Args:
         model: the base, with or without adapters. One that DistributedDataParallel wraps counts as the model
             inside; wrap it after an adapter was added, not before.
-        path: of a file that ``save_adapter`` wrote.
-        name: of the adapter in the model; None: the name in the file.
+        path: of a file that ``save_adapter`` wrote, or a folder that PEFT wrote.
+        name: of the adapter in the model; None: the name in the file, of a folder "default".
 
     Returns:
         The model, changed in place; or the adapted layer, when the root itself was the layer.
@@ -82,11 +119,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         TypeError: the model is not a module.
         RuntimeError: inference mode is active, or was when a parameter was made.
         FileError: the file is damaged, of another kind or version, or does not fit the model: another base,
-            architecture, rank, shape or dtype. The model is left as it was.
+            architecture, rank, shape or dtype; or PEFT's has what lowmem has no form of, as DoRA. The model is left
+            as it was.
         OSError: the file cannot be read.
 
     Warns:
-        UserWarning: an adapter was added inside DistributedDataParallel, which does not synchronize its gradients.
+        UserWarning: an adapter was added inside DistributedDataParallel, which does not synchronize its gradients; or
+            PEFT's folder names another base than the model.
     """
     if unwrap(model) is not model:
         wrapper: Any = model
@@ -101,36 +140,33 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         return model
     refuse_model("load_adapter", model)
     found, places = module_paths(model), places_of(model)
-    file = read(path)
+    path = Path(path)
+    content = _of_folder(path, model) if path.is_dir() else _of_file(path, model, places)
     try:
-        if file.metadata.get("kind") != "adapter":
-            raise ValueError("it holds no adapter alone; load it with load(path, factory)")
-        own_name, base, records = _parsed(file.metadata)
-        name = own_name if name is None else name
+        name = content.name if name is None else name
         check_name(name)
-        here = [places[place][0] for place in records if place in places]
+        here = [places[place][0] for place in content.techniques if place in places]
         refuse_layers("load_adapter", {module: found[module][0] for module in here})
-        _check_fits(model, places, records, file.tensors, base)
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
-        first = {place: place_name(found[places[place][0]][0], places[place][1]) for place in records}
-        own = {first[place]: place for place in records}  # a layer's first path: its path in the file
-        if len(own) < len(records):
+        first = {place: place_name(found[places[place][0]][0], places[place][1]) for place in content.techniques}
+        own = {first[place]: place for place in content.techniques}  # a layer's first path: its path in the file
+        if len(own) < len(content.techniques):
             raise ValueError("it adapts two layers that are one here: it is of another architecture")
         if present and {at: lora_of(adapter_record(part)) for at, part in present.items()} != {
-            at: records[place] for at, place in own.items()
+            at: content.techniques[place] for at, place in own.items()
         }:
             raise ValueError(
                 f"the model has an adapter {show(name)} of other layers, ranks, alphas, dropouts or scalings; "
                 "delete that adapter first, or load this one under another name="
             )
-        banks = [bank for place in records if (bank := bank_of(places[place][0])) is not None]
+        banks = [bank for place in content.techniques if (bank := bank_of(places[place][0])) is not None]
         if any(bank.merged == name for bank in banks):
             raise ValueError(f"the model's adapter {show(name)} is merged: call unmerge_adapter(model) first")
     except (ValueError, TypeError) as reason:
         raise refusal(path, str(reason), "load the adapter") from reason
     if not present:
         placed: dict[nn.Module, dict[str, LoRA]] = {}
-        for place, technique in records.items():
+        for place, technique in content.techniques.items():
             module, parameter = places[place]
             placed.setdefault(module, {})[parameter] = technique
         refuse_peft(model, placed, freezes=True)
@@ -138,8 +174,53 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     with torch.no_grad():
         for at, adapter in adapter_layers(model, name).items():
             for part, value in _values(adapter).items():
-                value.copy_(file.tensors[_key(own[at], part)])
+                value.copy_(content.tensors[own[at]][part])
+        for old, new in content.base_values:
+            old.copy_(new)
+    for trained in content.trained:
+        trained.requires_grad_()
     return model
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a file or folder holds, for a model that it fits: see ``PeftContent``."""
+
+    name: str
+    techniques: dict[str, LoRA]
+    tensors: dict[str, dict[str, Tensor]]
+    base_values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    trained: list[Tensor] = field(default_factory=list)
+
+
+def _of_folder(path: Path, model: nn.Module) -> _Content:
+    found = read_peft(path, model)
+    return _Content("default", found.techniques, found.tensors, found.base_values, found.trained)
+
+
+def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, str]]) -> _Content:
+    _refuse_foreign(path)
+    file = read(path)
+    try:
+        if file.metadata.get("kind") != "adapter":
+            raise ValueError("it holds no adapter alone; load it with load(path, factory)")
+        name, base, records = _parsed(file.metadata)
+        _check_fits(model, places, records, file.tensors, base)
+    except (ValueError, TypeError) as reason:
+        raise refusal(path, str(reason), "load the adapter") from reason
+    tensors = {place: {part: file.tensors[_key(place, part)] for part in ("lora_a", "lora_b")} for place in records}
+    return _Content(name, records, tensors)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise a FileError that says what another program's file is, and what to load in its place."""
+    if path.name in (WEIGHTS, CONFIG, *PICKLES):
+        raise refusal(path, f"it is a part of a folder of PEFT: name the folder, {quoted(path.parent)}", "load")
+    with open_regular(path) as file, read_errors(path):
+        if file.read(len(MAGIC)) == MAGIC:
+            raise refusal(
+                path, "it is a GGUF file, and adapters are read from lowmem's files and PEFT's folders", "load"
+            )
 
 
 @one_at_a_time

@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ except ImportError:  # Windows
 __all__ = [
     "PARTIAL",
     "atomic_file",
+    "atomic_folder",
     "check_free",
     "check_writable",
     "map_file",
@@ -81,7 +83,31 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
             if fcntl is None:  # Windows cannot rename open files; elsewhere the lock is held until after the rename
                 file.close()
             _rename(partial, path, overwrite)
-    _sync_directory(path.parent)
+    _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Make a folder beside ``target``, where nothing is yet, for the block; it is then renamed. An error removes it.
+
+    Raises:
+        FileExistsError: ``target`` exists, or was created meanwhile.
+        OSError: the folder cannot be written.
+    """
+    check_free(target)
+    partial = target.with_name(PARTIAL.replace("*", secrets.token_hex(8)))
+    try:
+        with write_errors(target):
+            partial.mkdir()
+        yield partial
+        with write_errors(target):
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            check_free(target)
+            os.rename(partial, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: bytes, *, overwrite: bool = True) -> None:
@@ -226,9 +252,9 @@ def _rename(partial: Path, path: Path, overwrite: bool) -> None:
         os.rename(partial, path)
 
 
-def _sync_directory(directory: Path) -> None:
+def _sync(path: Path) -> None:
     with suppress(OSError):  # where unsupported, a crash may lose the rename, but both files are whole
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -39,6 +39,7 @@ __all__ = [
     "open_checkpoint",
     "read",
     "write",
+    "write_plain",
     "write_tensors",
 ]
 
@@ -122,6 +123,21 @@ def write(
             file.seek(DIGEST.start)
             file.write(digest)
     return digest.decode()
+
+
+def write_plain(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file for other programs: without a digest, and with their metadata. The write is atomic.
+
+    Raises:
+        ValueError: something cannot be stored.
+        OSError: the file cannot be written.
+    """
+    header = Header(dict(metadata), place({name: _spec(name, tensor) for name, tensor in tensors.items()}))
+    start = encode(header)
+    with atomic_file(path) as file, write_errors(path):
+        file.write(start)
+        for name in header.tensors:  # in the order of the file
+            file.write(_bytes(tensors[name]))
 
 
 def read(path: str | os.PathLike[str]) -> TensorFile:

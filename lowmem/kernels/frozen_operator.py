@@ -21,7 +21,7 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["FrozenOperator", "StoredParts", "fields", "stands_for_plain_call", "stored"]
+__all__ = ["FrozenOperator", "StoredParts", "fields", "parsed", "stands_for_plain_call", "stored", "stored_as"]
 
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
@@ -167,6 +167,33 @@ def stored(packed: Tensor, scales: Tensor, *described: Any) -> QuantizedTensor:
     weight = object.__new__(QuantizedTensor)  # its __init__ takes as long as the rest of a small operator
     weight.__dict__.update(_state_of(packed.data_ptr(), packed.shape, *described), packed=packed, scales=scales)
     return weight
+
+
+def stored_as(packed: Tensor, scales: Tensor, text: str) -> tuple[QuantizedTensor, torch.dtype, bool]:
+    """Return the same of one text, as graphs hold it; with the dtype to compute in, and whether it is transposed."""
+    if type(packed) is not nn.Parameter and type(packed) is not Tensor:
+        described, dtype, transposed = parsed(text)
+        return stored(packed, scales, *described), dtype, transposed
+    state, as_dtype, dtype, transposed = _state_as(packed.data_ptr(), packed.shape, text)
+    weight = object.__new__(QuantizedTensor)
+    scales = scales if scales.dtype is as_dtype else scales.view(as_dtype)
+    weight.__dict__.update(state, packed=packed, scales=scales)
+    return weight, dtype, transposed
+
+
+@lru_cache(maxsize=4096)
+def _state_as(address: int, packed: torch.Size, text: str) -> tuple[dict[str, Any], torch.dtype, torch.dtype, bool]:
+    """Return ``_state_of``, the dtype of the scales, and the rest of a text: one look-up at each call."""
+    described, dtype, transposed = parsed(text)
+    return _state_of(address, packed, *described), _scale_dtype(*described), dtype, transposed
+
+
+@lru_cache(maxsize=1024)
+def parsed(text: str) -> tuple[tuple[Any, ...], torch.dtype, bool]:
+    """Return what a text says: the fields of a weight but its tensors, the dtype, and whether it is transposed."""
+    format, block_size, scale_encoding, columns, dtype, transposed = text.split()
+    described = format, int(block_size), scale_encoding, int(columns)
+    return described, getattr(torch, dtype.removeprefix("torch.")), transposed == "True"
 
 
 @lru_cache(maxsize=4096)  # of a few hundred bytes each

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from lowmem import kernels
 from lowmem.kernels import decompositions, reference
 from lowmem.kernels.decompositions import decomposes
-from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, stored
+from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, parsed, stored, stored_as
 from lowmem.kernels.int8 import float_dtype
 from lowmem.quant.backend import Weight
 from lowmem.quant.tensor import QuantizedTensor
@@ -40,9 +39,10 @@ def _record(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
     else:
         packed, scales, *described = fields(weight)
         text = f"{' '.join(map(str, described))} {weight.shape[1]}"
-    return cast(
-        Tensor, torch.ops.lowmem.product_4bit.described(x, packed, scales, f"{text} {rest[0]} {rest[1]}", *rest[2:])
-    )
+    text, added = f"{text} {rest[0]} {rest[1]}", rest[2:]
+    if len(added) < 2 or added[1] is None:
+        return cast(Tensor, torch.ops.lowmem.product_4bit.plain(x, packed, scales, text, *added[:1]))
+    return cast(Tensor, torch.ops.lowmem.product_4bit.described(x, packed, scales, text, *added))
 
 
 def _derivatives(x: Tensor, dtype: torch.dtype, transposed: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -64,15 +64,8 @@ all but W; or ``x @ W`` when transposed. The arguments from ``bias`` on may be l
 
 
 def _arguments(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any) -> tuple[Any, ...]:
-    described, dtype, transposed = _parsed(text)
-    return x, stored(packed, scales, *described), dtype, transposed, *added
-
-
-@lru_cache(maxsize=1024)
-def _parsed(text: str) -> tuple[tuple[Any, ...], torch.dtype, bool]:
-    format, block_size, scale_encoding, columns, dtype, transposed = text.split()
-    described = format, int(block_size), scale_encoding, int(columns)
-    return described, getattr(torch, dtype.removeprefix("torch.")), transposed == "True"
+    weight, dtype, transposed = stored_as(packed, scales, text)
+    return x, weight, dtype, transposed, *added
 
 
 _FIELDS = "Tensor packed, Tensor scales, str format, int block_size, str scale_encoding, int columns"
@@ -83,10 +76,11 @@ product.declare(
     f"product_4bit(Tensor x, {_FIELDS}, {_REST}) -> Tensor",
     lambda x, *given: (x, stored(*given[:6]), *given[6:]),
 )
-# Graphs hold this one: a number takes the dispatcher 0.3 microseconds and a dtype 0.8, of 10 for a call.
-product.declare(
-    f"product_4bit.described(Tensor x, Tensor packed, Tensor scales, str described, {_ADDED}) -> Tensor", _arguments
-)
+# Graphs hold these: a number takes the dispatcher 0.3 microseconds and a dtype 0.8, of 10 for a call, and an argument
+# that is None 0.3.
+_TEXT = "Tensor x, Tensor packed, Tensor scales, str described"
+product.declare(f"product_4bit.described({_TEXT}, {_ADDED}) -> Tensor", _arguments)
+product.declare(f"product_4bit.plain({_TEXT}, Tensor? bias=None) -> Tensor", _arguments)
 
 
 @decomposes("product_16bit")
@@ -95,8 +89,9 @@ def _written_16bit(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bo
 
 
 @decomposes("product_4bit.described")
+@decomposes("product_4bit.plain")
 def _written_described(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any) -> Tensor:
-    described, dtype, transposed = _parsed(text)
+    described, dtype, transposed = parsed(text)
     return decompositions.product_4bit(x, packed, scales, *described, dtype, transposed, *added)
 
 

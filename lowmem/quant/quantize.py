@@ -140,7 +140,7 @@ def relative_error(weight: Tensor, stored: Tensor | QuantizedTensor) -> float:
         return 0.0
     rows = weight.detach().reshape(-1, stored.shape[-1])  # (rows, n), where n is that of stored
     lost = _squared_error(rows, stored, None)
-    size = sum(float(rows[chunk].double().square_().sum()) for chunk in row_chunks(*rows.shape))
+    size = sum(float(_copied(rows[chunk]).square_().sum()) for chunk in row_chunks(*rows.shape))
     return float(f"{math.sqrt(lost / size) if size else 0.0:.4g}")
 
 
@@ -154,9 +154,14 @@ def _squared_error(weight: Tensor, stored: Tensor | QuantizedTensor, importance:
         else:
             values = matrix[chunk].double()
         # In double: squares of float32 numbers may overflow or underflow float32.
-        error = rows[chunk].double().sub_(values).square_()
+        error = _copied(rows[chunk]).sub_(values).square_()
         total += float((error if importance is None else error.mul_(importance)).sum())
     return total
+
+
+def _copied(values: Tensor) -> Tensor:
+    """Return values in float64 that can be written: ``double()`` of float64 is the tensor itself."""
+    return values.to(torch.float64, copy=True)
 
 
 def check_weight(weight: Tensor) -> None:

@@ -12,6 +12,7 @@ COMMANDS = MappingProxyType(
         "fit": "fine-tune a variant on a classification task",
         "quantize": "convert a safetensors checkpoint or a Hugging Face folder to 4 bits, in bounded memory",
         "merge": "merge an adapter into the model that it was trained on, and say what that loses",
+        "export": "write a model that lowmem stored as a GGUF file, codes as they are",
         "report": "write a page: what every variant of a model costs, how fast it is, what it loses",
         "bundle": "write a directory as one reproducible, runnable zip",
         "info": "versions, processor and kernel: what a bug report needs",

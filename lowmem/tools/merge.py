@@ -1,4 +1,4 @@
-"""``lowmem merge``: merges an adapter file into the model file that it was trained on, and says what that loses."""
+"""``lowmem merge``: merges an adapter into the model file that it was trained on, and says what that loses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("base", type=file_path, metavar="BASE", help="the model file, which lowmem.save wrote")
-    parser.add_argument("adapter", type=file_path, metavar="ADAPTER", help="the file that save_adapter wrote")
+    parser.add_argument(
+        "adapter", type=file_path, metavar="ADAPTER", help="the file that save_adapter wrote, or a folder of PEFT"
+    )
     parser.add_argument("out", type=file_path, metavar="OUT", help="the model file to write")
     parser.add_argument("--model", required=True, metavar="MODULE:FACTORY", help="what makes the dense model of BASE")
     parser.add_argument(

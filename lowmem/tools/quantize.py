@@ -11,7 +11,7 @@ from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColu
 from lowmem.io.convert_checkpoint import Row, Source, convert_checkpoint
 from lowmem.io.shards import INDEX
 from lowmem.nn.fourbit import FourBit
-from lowmem.quant.formats import FORMATS
+from lowmem.quant.formats import FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS
 from lowmem.tools import import_file
 from lowmem.tools.models import MIB, check_links, file_path, positive_int, size
@@ -33,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", type=file_path, metavar="OUT", help="the .safetensors file to write, or the folder that is not yet"
     )
-    parser.add_argument("--format", choices=list(FORMATS), default="nf4", help="default nf4")
+    parser.add_argument(
+        "--format",
+        choices=[*FORMATS, *IMPORTED],
+        default="nf4",
+        help="default nf4; q4_0, iq4_nl and uint4 are GGUF's own, which lowmem export writes code for code",
+    )
     parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
     parser.add_argument("--scales", choices=list(ENCODINGS), help="how scales are stored (default the format's)")
     parser.add_argument(

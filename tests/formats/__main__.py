@@ -7,7 +7,7 @@ import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.formats.makers import MAKERS, PACKAGES, samples_json
+from tests.formats.makers import MAKERS, PACKAGES, peft_folder, samples_json
 
 SAMPLES = Path(__file__).parents[1] / "io" / "foreign" / "samples"
 
@@ -17,6 +17,7 @@ def main() -> None:
     for name, make in MAKERS.items():
         values = make(SAMPLES / name, seed=0)
         digests[name] = {key: hashlib.sha256(value.contiguous().numpy()).hexdigest() for key, value in values.items()}
+    peft_folder(SAMPLES / "peft")
     text = samples_json(digests, {package: version(package) for package in PACKAGES})
     (SAMPLES / "samples.json").write_text(text)
 

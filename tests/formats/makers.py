@@ -178,6 +178,38 @@ def compressed_tensors(
     return {"layer.weight": values.float()}
 
 
+PEFT_CONFIG = {
+    "r": 2,
+    "lora_alpha": 3,
+    "use_rslora": True,
+    "target_modules": ["fc", "embed", "conv"],
+    "target_parameters": ["experts.up", "experts.down"],
+    "exclude_modules": ["inner.fc"],
+    "modules_to_save": ["head"],
+    "rank_pattern": {"experts.d.*": 3},
+    "alpha_pattern": {"^fc": 5},
+    "bias": "lora_only",
+}
+
+
+def peft_folder(folder: Path, seed: int = 0) -> Tensor:
+    """Write an adapter of ``Parts`` as PEFT does, and return the outputs that PEFT computes with it."""
+    from peft import LoraConfig, get_peft_model
+
+    from tests.io.foreign.peft_model import TOKENS, filled, parts
+
+    torch.manual_seed(seed)
+    model = get_peft_model(parts(), LoraConfig(**PEFT_CONFIG), autocast_adapter_dtype=False).eval()
+    trained = torch.nn.ParameterList([one for one in model.parameters() if one.requires_grad])
+    filled(trained, seed=1)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        outputs: Tensor = model(TOKENS)
+    save_file({"outputs": outputs}, folder / "outputs.safetensors")
+    (folder / "README.md").unlink()
+    return outputs
+
+
 MAKERS: dict[str, Callable[[Path, int], Values]] = {
     "types.gguf": gguf,
     "bitsandbytes-nf4.safetensors": bitsandbytes,
@@ -192,7 +224,7 @@ MAKERS: dict[str, Callable[[Path, int], Values]] = {
 }
 """By the name of the file that is kept in ``tests/io/foreign/samples``."""
 
-PACKAGES = ("bitsandbytes", "compressed-tensors", "gguf", "transformers", "torch")
+PACKAGES = ("bitsandbytes", "compressed-tensors", "gguf", "peft", "transformers", "torch")
 
 
 def samples_json(digests: dict[str, dict[str, str]], versions: dict[str, str]) -> str:

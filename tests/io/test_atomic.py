@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from lowmem.errors import FileError
 from lowmem.io import atomic
 from lowmem.io.atomic import (
+    PARTIAL,
     atomic_file,
+    atomic_folder,
     check_free,
     check_writable,
     map_file,
@@ -379,3 +382,21 @@ def test_a_dangling_link_is_no_free_name(tmp_path):
     with pytest.raises(FileExistsError, match="exists; remove it"):
         check_free(link)
     check_free(tmp_path / "free")
+
+
+def test_a_folder_appears_when_it_is_complete_or_not_at_all(tmp_path):
+    target = tmp_path / "folder"
+    with atomic_folder(target) as partial:
+        (partial / "a").write_text("a")
+        assert not target.exists()
+        assert fnmatchcase(partial.name, PARTIAL)
+    assert (target / "a").read_text() == "a"
+    with pytest.raises(FileExistsError, match="folder"), atomic_folder(target):
+        raise AssertionError("what exists is refused before the block")
+    with pytest.raises(FileNotFoundError, match="a/b"), atomic_folder(tmp_path / "other") as partial:
+        (partial / "a" / "b").write_text("b")
+    with pytest.raises(FileExistsError, match="late"), atomic_folder(tmp_path / "late"):
+        (tmp_path / "late").mkdir()
+    with pytest.raises(OSError, match=r"missing.*choose"), atomic_folder(tmp_path / "missing" / "folder"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "late"]

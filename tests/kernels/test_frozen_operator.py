@@ -95,6 +95,9 @@ def test_the_operator_that_graphs_hold_is_what_torch_expects_of_one(transposed):
     torch.library.opcheck(operator.described, (x, packed, scales, text, *added))
     of_numbers = operator.default(x, *fields(weight), 40, torch.float32, transposed, *added)
     assert torch.equal(operator.described(x, packed, scales, text, *added), of_numbers)
+    torch.library.opcheck(operator.plain, (x, packed, scales, text, *added[:1]))
+    of_numbers = operator.default(x, *fields(weight), 40, torch.float32, transposed, *added[:1])
+    assert torch.equal(operator.plain(x, packed, scales, text, *added[:1]), of_numbers)
 
 
 @pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))

@@ -75,6 +75,15 @@ def test_the_relative_error_has_no_magnitude(exponent):
     assert quantize(scaled, ("fp4", "nf4"), scales="float32").format == best.format
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_relative_error_leaves_the_weight_as_it_is(dtype):
+    weight = torch.arange(1.0, 17.0).view(2, 8).to(dtype)
+    before = weight.clone()
+    assert relative_error(weight, weight * 2) == 1
+    assert relative_error(weight, weight) == 0
+    assert torch.equal(weight, before)
+
+
 def test_the_relative_error_of_what_is_stored_in_16_bits():
     weight = strategies.make_weight("normal", (300, 1000), 0, 0)
     expected = float((weight.double() - weight.half().double()).norm() / weight.double().norm())

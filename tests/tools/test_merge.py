@@ -182,3 +182,24 @@ def test_an_adapter_of_another_base_is_refused(files, capsys):
     assert main(BASIC) == 2
     assert "it was trained on another base" in capsys.readouterr().err
     assert not (files / "out.safetensors").exists()
+
+
+def test_a_folder_of_peft_is_merged_as_the_file_is(files, capsys):
+    model = lowmem.load_adapter(lowmem.load("base.safetensors", make), "adapter.safetensors")
+    lowmem.save_adapter(model, "folder", format="peft")
+    options = ["--model", "merge_models:make", "--to", "float32"]
+    for adapter, out in (("adapter.safetensors", "one.safetensors"), ("folder", "two.safetensors")):
+        assert main(["merge", "base.safetensors", adapter, out, *options]) == 0
+    assert (files / "one.safetensors").read_bytes() == (files / "two.safetensors").read_bytes()
+    capsys.readouterr()
+    (files / "folder" / "adapter_model.safetensors").rename(files / "folder" / "adapter_model.bin")
+    for adapter, why in (
+        ("folder", "adapter_model.bin is a pickle, which could run code: lowmem executed nothing; load it in PEFT"),
+        ("folder/adapter_config.json", "it is a part of a folder of PEFT: name the folder, 'folder'"),
+        (".", "its adapters lie in folders: name one, as 'folder'"),
+    ):
+        assert main(["merge", "base.safetensors", adapter, "three.safetensors", *options]) == 2
+        error = capsys.readouterr().err
+        assert why in error
+        assert error.count("\n") == 1
+    assert not (files / "three.safetensors").exists()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import nn
 
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.io.atomic import PARTIAL, check_free, write_errors
+from lowmem.io.atomic import atomic_folder, check_free, write_errors
 from lowmem.io.convert_checkpoint import Row, Source
 from lowmem.io.foreign.recognize import read_config
 from lowmem.io.shards import INDEX
@@ -133,7 +131,7 @@ def quantize_folder(
         by = "lowmem" if method == METHOD else show(method)
         raise refusal(source, f"it is quantized by {by} already; take the folder that it was made from", "convert")
     model: Any = load_folder(source, LowmemConfig(technique, skip=skip))
-    with _written_beside(target) as partial:
+    with atomic_folder(target) as partial:
         with write_errors(target):
             for file in sorted(source.iterdir()):
                 if file.is_file() and file.name not in WRITTEN and not file.name.endswith(NOT_COPIED):
@@ -154,33 +152,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
-
-
-@contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
-    """Make a folder beside ``target`` for the block, which is then renamed; an error removes it."""
-    partial = target.with_name(PARTIAL.replace("*", secrets.token_hex(8)))
-    try:
-        with write_errors(target):
-            partial.mkdir()
-        yield partial
-        with write_errors(target):
-            for path in (*partial.iterdir(), partial):
-                _sync(path)
-            check_free(target)
-            os.rename(partial, target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    with suppress(OSError):  # where unsupported, a crash may lose what was written last
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:

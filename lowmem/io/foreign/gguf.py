@@ -65,6 +65,8 @@ class GGUFHeader:
 
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    places: dict[str, slice]
+    """Where each key with its type and value lies in the file."""
 
 
 class _Cursor:
@@ -175,11 +177,14 @@ def _header(cursor: _Cursor, size: int) -> GGUFHeader:
         if number > min(cursor.end // least, MAX_TENSORS):
             raise ValueError(f"it claims {number} {what}, more than fit")
     metadata: dict[str, Any] = {}
+    places: dict[str, slice] = {}
     for _ in range(keys):
+        begin = cursor.at
         key = cursor.name("a metadata key")
         if key in metadata:
             raise ValueError(f"its metadata has {show(key)} twice")
         metadata[key] = cursor.value(cursor.number("I"))
+        places[key] = slice(begin, cursor.at)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise ValueError(f"general.alignment={show(alignment)} must be a power of two up to {MAX_ALIGNMENT}")
@@ -192,7 +197,7 @@ def _header(cursor: _Cursor, size: int) -> GGUFHeader:
     start = cursor.at + -cursor.at % alignment
     tensors = {name: _placed(name, entry, start, alignment, size) for name, entry in entries.items()}
     _check_apart(tensors.values())
-    return GGUFHeader(metadata, tensors)
+    return GGUFHeader(metadata, tensors, places)
 
 
 def _entry(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], int, int]:

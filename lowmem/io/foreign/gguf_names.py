@@ -64,6 +64,7 @@ to the weights of norms), and whether it reorders rows."""
 
 _COMPUTED = re.compile(r"rope_freqs\.weight|(blk\.\d+\.)?(rope_freqs|rope_factors_(long|short))\.weight")
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)", re.ASCII)
+_LAYER = re.compile(r"model\.layers\.(?P<layer>\d{1,6})\.(?P<part>.+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,21 @@ class Names:
             f"tensor {show(name)} has no known place in a model of {show(self.architecture)}; take the model's "
             "safetensors files"
         )
+
+    def file_name(self, name: str) -> str:
+        """Return the name in GGUF of a weight of the model: what ``model_name`` turns back.
+
+        Raises:
+            ValueError: the architecture has no such weight.
+        """
+        path, _, kind = name.rpartition(".")
+        layer = _LAYER.fullmatch(path)
+        parts = _ENDS if layer is None else self.family.parts
+        wanted = path if layer is None else layer["part"]
+        for part, known in parts.items():
+            if known == wanted and kind in ("weight", "bias"):
+                return f"{part}.{kind}" if layer is None else f"blk.{int(layer['layer'])}.{part}.{kind}"
+        raise ValueError(f"weight {show(name)} has no known place in a GGUF file of {show(self.architecture)}")
 
     def row_order(self, name: str, rows: int) -> Tensor | None:
         """Return the file's row for each row of the model, or None where they are the same.

@@ -25,6 +25,17 @@ def test_only_families_that_are_converted_so_reorder_rows():
     assert names_of({"general.architecture": "qwen2"}).row_order("blk.0.attn_q.weight", 8) is None
 
 
+def test_a_name_of_the_model_becomes_that_of_the_file_and_the_other_way():
+    for architecture, family in FAMILIES.items():
+        names = names_of({"general.architecture": architecture, f"{architecture}.attention.head_count": 2})
+        for part in (*(f"blk.12.{part}" for part in family.parts), "token_embd", "output_norm", "output"):
+            for kind in ("weight", "bias"):
+                assert names.file_name(names.model_name(f"{part}.{kind}")) == f"{part}.{kind}"
+        for name in ("model.layers.0.weight", "model.layers.x.mlp.up_proj.weight", "lm_head.scale", "weight", ""):
+            with pytest.raises(ValueError, match="no known place"):
+                names.file_name(name)
+
+
 def test_names_that_are_none_of_the_family_are_refused():
     names = names_of({"general.architecture": "qwen2"})
     assert names.model_name("blk.31.attn_q.bias") == "model.layers.31.self_attn.q_proj.bias"

@@ -1,0 +1,1 @@
+"""Writers of other programs' files, from what lowmem wrote: one file per target."""

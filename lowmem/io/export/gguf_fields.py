@@ -1,0 +1,250 @@
+"""The metadata of a model in GGUF: from the config.json of a Hugging Face folder, or from an existing file.
+
+The keys are those of ``docs/gguf.md`` of ggml, filled as the converter of llama.cpp does it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import refusal, show
+from lowmem.io.atomic import read_errors
+from lowmem.io.export.gguf_file import Field
+from lowmem.io.foreign.gguf import GGUFHeader, read_header
+
+__all__ = ["ARCHITECTURES", "Existing", "architecture_of", "model_fields", "read_existing", "rope_factors"]
+
+ARCHITECTURES = MappingProxyType(
+    {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "smollm3": "smollm3"}
+)
+"""``general.architecture`` by ``model_type`` of config.json."""
+
+_DESCRIBED = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)  # whose config is all there is to know; others take an existing file
+
+_NOT_COPIED = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
+_NOT_COPIED_PARTS = ("split.", "quantize.")  # of files in parts, and how the other one was quantized
+
+_FREE = ("context_length", "vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length")
+"""Fields that may differ from the config, or be another's default: llama.cpp takes what the file has."""
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Return the architecture in GGUF.
+
+    Raises:
+        ValueError: lowmem does not know its names in GGUF.
+    """
+    kind = config.get("model_type")
+    found = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+    if found is None:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"model_type={show(kind)} is no architecture that lowmem writes as GGUF: it writes {known}")
+    return found
+
+
+def model_fields(config: Mapping[str, Any]) -> dict[str, Field]:
+    """Return the fields of an architecture's model, by key.
+
+    Raises:
+        ValueError: a value that is missing, or that this architecture of llama.cpp does not compute.
+    """
+    arch = architecture_of(config)
+    if arch not in _DESCRIBED:
+        raise ValueError(
+            f"model_type={show(config['model_type'])} needs more than its config says: name an existing GGUF file of "
+            "the model with --like"
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act={show(config['hidden_act'])}: llama.cpp computes silu in a {arch}")
+    layers = _count(config, "num_hidden_layers")
+    rotated = config.get("no_rope_layers")
+    if arch == "smollm3" and rotated not in (
+        None,
+        [int((layer + 1) % 4 != 0) for layer in range(min(layers, 10**4))],
+    ):
+        raise ValueError(f"no_rope_layers={show(rotated)}: llama.cpp leaves out each fourth layer of a {arch}")
+    heads = _count(config, "num_attention_heads")
+    hidden = _count(config, "hidden_size")
+    head = _count(config, "head_dim", hidden // heads)
+    fields: dict[str, Field] = {
+        "block_count": layers,
+        "context_length": _context(config),
+        "embedding_length": hidden,
+        "feed_forward_length": _count(config, "intermediate_size"),
+        "attention.head_count": heads,
+        "attention.head_count_kv": _count(config, "num_key_value_heads", heads),
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.layer_norm_rms_epsilon": _number(config, "rms_norm_eps"),
+        "vocab_size": _count(config, "vocab_size"),
+        **_rope(config, head),
+    }
+    return {f"{arch}.{key}": value for key, value in fields.items()}
+
+
+def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    value = default if value is None else value
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ValueError(f"{name}={show(value)} must be a positive integer; repair config.json")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = config.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**64:
+        raise ValueError(f"{name}={show(value)} must be a positive number; repair config.json")
+    return float(value)
+
+
+def _context(config: Mapping[str, Any]) -> int:
+    """Return the most tokens that llama.cpp computes right: it has no sliding window in these architectures."""
+    length = _count(config, "max_position_embeddings")
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window") is False:
+        return length
+    return min(length, _count(config, "sliding_window"))
+
+
+def _rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parameters of the rotary embedding, which older configs have in two places."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"rope_parameters={show(found)} must be an object; repair config.json")
+    return {"rope_theta": config.get("rope_theta"), **found}
+
+
+def _rope(config: Mapping[str, Any], head: int) -> dict[str, Field]:
+    rope = _rope_of(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part not in (None, 1):
+        raise ValueError(f"partial_rotary_factor={show(part)} is not what llama.cpp computes in this architecture")
+    fields: dict[str, Field] = {
+        "rope.freq_base": _number(rope, "rope_theta", 10000.0),
+        "rope.dimension_count": head,
+    }
+    if kind in ("default", "llama3"):  # llama3: ``rope_factors``
+        return fields
+    if kind == "linear":
+        return {**fields, "rope.scaling.type": "linear", "rope.scaling.factor": _number(rope, "factor")}
+    if kind == "yarn":
+        known = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
+        other = sorted(name for name, value in rope.items() if name not in known and value is not None)
+        if other:
+            raise ValueError(
+                f"{other[0]}={show(rope[other[0]])} of a yarn embedding is not written; name --like GGUF"
+            )
+        length = _count(rope, "original_max_position_embeddings", _count(config, "max_position_embeddings"))
+        scaling: dict[str, Field] = {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": _number(rope, "factor"),
+            "rope.scaling.original_context_length": length,
+        }
+        return {**fields, **scaling}
+    raise ValueError(f"rope_type={show(kind)} is none of default, linear, llama3, yarn, which llama.cpp computes")
+
+
+def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
+    """Return by what llama.cpp divides each frequency of a llama3 embedding, float32 (head_dim / 2); or None.
+
+    Raises:
+        ValueError: a missing or wrong parameter.
+    """
+    rope = _rope_of(config)
+    if rope.get("rope_type", rope.get("type")) != "llama3":
+        return None
+    head = _count(config, "head_dim", _count(config, "hidden_size") // _count(config, "num_attention_heads"))
+    base, factor = _number(rope, "rope_theta", 10000.0), _number(rope, "factor")
+    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+    context = _count(rope, "original_max_position_embeddings")
+    if not low < high:
+        raise ValueError(f"low_freq_factor={low} must be less than high_freq_factor={high}; repair config.json")
+    waves = 2 * math.pi * base ** (torch.arange(0, head, 2, dtype=torch.float64) / head)
+    smooth = (context / waves - low) / (high - low)
+    factors = 1 / ((1 - smooth) / factor + smooth)
+    factors = torch.where(waves < context / high, 1.0, torch.where(waves > context / low, factor, factors))
+    return factors.float()
+
+
+@dataclass(frozen=True)
+class Existing:
+    """An existing file.
+
+    Args:
+        path: where it is.
+        header: what it says.
+        fields: those that another file of the same model takes over, as they lie in it.
+        vocabulary: the number of its tokens; None: it has none.
+    """
+
+    path: Path
+    header: GGUFHeader
+    fields: dict[str, bytes]
+    vocabulary: int | None
+
+    @property
+    def architecture(self) -> str:
+        """Its ``general.architecture``."""
+        return str(self.header.metadata.get("general.architecture"))
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raise a FileError unless it is of the model that a config describes."""
+        arch = architecture_of(config)
+        if self.architecture != arch:
+            why = f"it is a {show(self.architecture)}, and config.json describes a {show(arch)}"
+            raise refusal(self.path, f"{why}; name a file of the same model", "copy from")
+        if arch not in _DESCRIBED:
+            return
+        for key, value in model_fields(config).items():
+            found = self.header.metadata.get(key)
+            if key.removeprefix(f"{arch}.") in _FREE or found is None:
+                continue
+            same = math.isclose(found, value, rel_tol=1e-6) if isinstance(value, float) else found == value
+            if not same:
+                why = f"{key}={show(found)} in it, and config.json says {show(value)}"
+                raise refusal(self.path, f"{why}; name a file of the same model", "copy from")
+
+
+def read_existing(path: Path, file: BufferedReader) -> Existing:
+    """Read the metadata of an open file.
+
+    Raises:
+        FileError: it is damaged, or no model.
+        OSError: it cannot be read.
+    """
+    header = read_header(path, file)
+    metadata = header.metadata
+    if metadata.get("general.type", "model") != "model":
+        raise refusal(path, f"general.type={show(metadata['general.type'])} is no model; name the model's file")
+    fields, vocabulary = {}, None
+    for key, place in header.places.items():
+        if key in _NOT_COPIED or key.startswith(_NOT_COPIED_PARTS):
+            continue
+        with read_errors(path):
+            file.seek(place.start)
+            content = file.read(place.stop - place.start)
+        if len(content) != place.stop - place.start:
+            raise refusal(path, "it was cut while it was read; get it again")
+        if key == "tokenizer.ggml.tokens":
+            at = 8 + len(key.encode())  # behind the length and the text of the key
+            if content[at : at + 8] == struct.pack("<II", 9, 8):  # an array of texts
+                vocabulary = int.from_bytes(content[at + 8 : at + 16], "little")
+        fields[key] = content
+    return Existing(path, header, fields, vocabulary)

@@ -1,0 +1,98 @@
+"""``lowmem export``: writes a model that lowmem stored for another program, its codes as they are."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from dataclasses import asdict
+
+from lowmem.io.export.exported import Exported, total_error
+from lowmem.io.export.source import open_stored
+from lowmem.io.export.targets import TARGETS, export, target_of
+from lowmem.tools.import_file import DTYPES
+from lowmem.tools.models import MIB, check_links, file_path
+from lowmem.tools.output import print_json, print_table, progress, shown
+
+__all__ = ["add_arguments", "run"]
+
+SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "source",
+        type=file_path,
+        metavar="IN",
+        help="a folder that lowmem quantize or save_pretrained wrote, or a .safetensors file of lowmem's",
+    )
+    parser.add_argument("out", type=file_path, metavar="OUT", help="what to write, where nothing is yet: OUT.gguf")
+    parser.add_argument("--format", choices=list(TARGETS), help="default: what the name of OUT ends with")
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="quantize again what the format cannot hold exactly, and print the error",
+    )
+    parser.add_argument("--dtype", choices=list(SHORT), help="of gguf: write all weights dense, in this dtype")
+    parser.add_argument(
+        "--like",
+        type=file_path,
+        metavar="GGUF",
+        help="of gguf: an existing file of the same model, whose metadata and tokenizer are copied",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    for path in (arguments.source, arguments.out):
+        check_links(path)
+    name = target_of(arguments.out, arguments.format)
+    with open_stored(arguments.source) as model:
+        total = sum(weight.nbytes for weight in model.weights.values())
+    with progress() as bar:
+        task = bar.add_task("export", total=total)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always", UserWarning)
+            rows = export(
+                arguments.source,
+                arguments.out,
+                format=name,
+                requantize=arguments.requantize,
+                like=arguments.like,
+                dtype=None if arguments.dtype is None else DTYPES[SHORT[arguments.dtype]],
+                progress=lambda name, nbytes: bar.update(task, advance=nbytes),
+            )
+    for note in notes:
+        print(f"note: {shown(str(note.message))}", file=sys.stderr)
+    if arguments.json:
+        print_json([asdict(row) for row in rows])
+        return 0
+    print_table(["Weight", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows])
+    _print_totals(name, rows)
+    print(f"saved {shown(str(arguments.out))}", file=sys.stderr)
+    return 0
+
+
+def _print_totals(name: str, rows: list[Exported]) -> None:
+    changed = [row for row in rows if row.error is not None]
+    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
+    print(f"{name}: {len(rows) - len(changed)} of {len(rows)} weights as they were")
+    print(f"{before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
+    for change in dict.fromkeys((row.kept, row.kind) for row in changed):
+        same = [row for row in changed if (row.kept, row.kind) == change]
+        print(f"{len(same)} from {change[0]} to {change[1]}: an error of {total_error(same):.4g} was added (rms)")
+    if changed:
+        print(f"over all weights: {total_error(rows):.4g}")
+
+
+def _cells(row: Exported) -> list[str]:
+    return [
+        row.name,
+        " x ".join(map(str, row.shape)) or "scalar",
+        row.kept,
+        row.kind,
+        f"{row.after_bytes / MIB:.2f}",
+        "same" if row.error is None else f"{row.error:.4g}",
+    ]

@@ -1,0 +1,263 @@
+"""Exported GGUF files in llama.cpp itself, and as the package gguf reads them: ``tox -e formats``."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed: tox -e formats")
+pytest.importorskip("gguf", reason="gguf is not installed: tox -e formats")
+pytest.importorskip("llama_cpp_py_sync", reason="llama-cpp-py-sync is not installed: tox -e formats")
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+import lowmem
+import lowmem.integrations.transformers
+from lowmem.__main__ import main
+from lowmem.io.export.gguf_tokenizer import PRE_TOKENIZERS
+from lowmem.io.export.source import open_stored
+from tests.formats.llama_cpp import llama_cpp
+from tests.formats.smollm2 import smollm2
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PAST = {"original_max_position_embeddings": 32}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "llama, tied, with biases": lambda: LlamaForCausalLM(
+        LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    ),
+    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters={**LLAMA3, **PAST})),
+    "linear": lambda: LlamaForCausalLM(
+        LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
+    ),
+    "yarn": lambda: LlamaForCausalLM(
+        LlamaConfig(**SMALL, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **PAST})
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, head_dim=32, sliding_window=64)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**{**SMALL, "num_hidden_layers": 5}, pad_token_id=0)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**{**SMALL, "head_dim": 32}, tie_word_embeddings=True)),
+}
+
+
+def model_of(name, *change):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 1, 0.2)  # of norms and biases, that would be 1 and 0
+        for one in change:
+            one(parameter.data)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_a_float32_export_are_those_of_transformers(name, tmp_path):
+    model = lowmem.convert(model_of(name), lowmem.FourBit("nf4"))
+    model.save_pretrained(tmp_path / "in")
+    lowmem.export(tmp_path / "in", tmp_path / "out.gguf", dtype=torch.float32)
+    tokens = torch.randint(0, 96, (1, 60))
+    with torch.no_grad():
+        expected = lowmem.restore(model)(tokens).logits[0].double()
+    with llama_cpp(tmp_path / "out.gguf") as loaded:
+        found = loaded.logits(tokens[0].tolist()).double()
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def powers_of_two(weight):
+    """Make the largest weight of each block 6 times a power of two, which is what MXFP4 can scale."""
+    if weight.dim() > 1:
+        blocks = weight.unflatten(-1, (-1, 32))
+        blocks[..., 0] = 1.5 * torch.exp2(blocks.abs().amax(-1).log2().ceil())
+
+
+def in_8_bits(values):
+    """Round activations as ggml does for products with 4-bit weights: Q8_0, blocks of 32 with float16 scales."""
+    blocks = values.unflatten(-1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return ((blocks * (1 / scale).nan_to_num(posinf=0)).round() * scale.half().float()).flatten(-2)
+
+
+@pytest.mark.parametrize("format", ["q4_0", "iq4_nl", "fp4", "uint4"])
+def test_logits_of_a_4_bit_export_differ_by_the_rounding_of_activations_alone(format, tmp_path):
+    """Held against the same model whose layers' inputs are rounded as ggml rounds them.
+
+    Sums in another order change an input by a part in 10^7, and where that turns a rounding the other way, all that
+    follows is rounded otherwise, too: most logits are equal, and the others as far from the exact ones as the rounded
+    model's are. Q4_1 multiplies its offsets by sums of activations that ggml rounds to float16: none are equal.
+    """
+    model = model_of("llama", *([powers_of_two] if format == "fp4" else []))
+    model = lowmem.convert(model, lowmem.FourBit(format, block_size=32))
+    model.save_pretrained(tmp_path / "in")
+    rows = lowmem.export(tmp_path / "in", tmp_path / "out.gguf")
+    assert all(row.error is None for row in rows)
+    tokens = torch.arange(96)[:, None]  # each alone, so that none follows another one's rounding
+    with torch.no_grad():
+        dense = lowmem.restore(model)
+        exact = dense(tokens).logits[:, 0].double()
+        for module in dense.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _, given: (in_8_bits(given[0]),))
+        rounded = dense(tokens).logits[:, 0].double()
+    with llama_cpp(tmp_path / "out.gguf") as loaded:
+        found = torch.cat([loaded.logits([token]) for token in range(96)]).double()
+    size = exact.norm(dim=-1)
+    same = (found - rounded).norm(dim=-1) < 1e-5 * size
+    assert format == "uint4" or same.sum() > 96 / 2
+    of_rounding = ((rounded - exact).norm(dim=-1) / size).max()
+    assert ((found - exact).norm(dim=-1) / size).max() < 2 * of_rounding
+
+
+def test_the_package_gguf_reads_the_same_fields_and_values(tmp_path):
+    import gguf
+
+    model = lowmem.convert(model_of("qwen2"), lowmem.FourBit("iq4_nl"))
+    model.save_pretrained(tmp_path / "in")
+    lowmem.export(tmp_path / "in", tmp_path / "out.gguf")
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert reader.fields["general.architecture"].contents() == "qwen2"
+    assert reader.fields["qwen2.rope.freq_base"].contents() == 10000.0
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 2)
+    found = {one.name: gguf.dequantize(one.data, one.tensor_type) for one in reader.tensors}
+    with open_stored(tmp_path / "in") as source:
+        for name, weight in source.weights.items():
+            values = weight.read()
+            values = values if isinstance(values, torch.Tensor) else values.dequantize()
+            package = torch.from_numpy(found.pop(names.get_name(name, try_suffixes=(".weight", ".bias"))))
+            assert torch.equal(package.view(values.shape), values), name
+    assert not found
+
+
+CORPUS = [path.read_text() for path in sorted((Path(__file__).parents[2] / "docs").rglob("*.md"))]
+CORPUS += ["naïve café über 東京 привет 123 4567 don't I'll  \n\n x\t\ty"] * 20
+
+
+def of_bytes(cuts, whole, ends=False):
+    """Return a BPE of bytes that was trained on the docs, whose text is cut by expressions."""
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if cut == "digits"
+        else pre_tokenizers.Split(Regex(cut), "isolated")
+        for cut in cuts
+    ]
+    made = Tokenizer(models.BPE(ignore_merges=whole))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|begin|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    made.decoder = decoders.ByteLevel()
+    if ends:
+        single, numbers = "<|begin|> $A <|end|>", [("<|begin|>", 0), ("<|end|>", 1)]
+        made.post_processor = processors.TemplateProcessing(single=single, special_tokens=numbers)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|begin|>", eos_token="<|end|>")
+
+
+def of_pieces(prefix):
+    """Return a BPE as transformers makes it of one of SentencePiece, that was trained on the docs."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=1200, special_tokens=special, show_progress=False)
+    )
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if prefix == "normalizer":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
+    content = json.loads(made.to_str())
+    model = json.loads(trained.to_str())["model"]
+    content["model"] |= {"vocab": model["vocab"], "merges": model["merges"]}
+    made = Tokenizer.from_str(json.dumps(content))
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+TOKENIZERS = {
+    **{
+        name: lambda cuts=cuts, whole=whole, name=name: of_bytes(cuts, whole, ends=name == "llama-bpe")
+        for (*cuts, whole), name in PRE_TOKENIZERS.items()
+    },
+    **{f"pieces, {prefix}": lambda prefix=prefix: of_pieces(prefix) for prefix in ("normalizer", "first", "never")},
+}
+
+
+def texts(prefix):
+    """Return texts that are hard to cut. Some begin with a space: but for "first", which llama.cpp has not."""
+    source = random.Random(0)
+    letters = [chr(number) for number in range(32, 127)] * 3 + list(" \n\t'éüßñ東京都привет😀∑①½\u00a0\u2003")
+    letters += ["don't", "I'LL", " the ", " word", "  ", "\n\n", "123"]
+    made = ["Hello world, don't 12345 x", " leading", "trailing ", "a  b   c\n\n\nd \n e", "\t tab", ""]
+    made += ["".join(source.choice(letters) for _ in range(source.randrange(1, 40))) for _ in range(300)]
+    return [text for text in made if not (prefix and text.startswith(" "))]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_llama_cpp_cuts_texts_as_the_tokenizer_does(name, tmp_path):
+    tokenizer = TOKENIZERS[name]()
+    config = {**SMALL, "num_hidden_layers": 1, "vocab_size": len(tokenizer) + 5}
+    model = lowmem.convert(LlamaForCausalLM(LlamaConfig(**config)), lowmem.FourBit("q4_0"))
+    model.save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "in")
+    lowmem.export(tmp_path / "in", tmp_path / "out.gguf")
+    with llama_cpp(tmp_path / "out.gguf") as loaded:
+        for text in texts("first" in name):
+            assert loaded.tokens(text, special=False) == tokenizer(text)["input_ids"], text
+
+
+def test_smollm2_comes_back_as_it_was(tmp_path):
+    """A real model in Q4_1: read, stored by lowmem, exported with the fields of the first file, and run."""
+    file = smollm2()
+    stored, out = tmp_path / "smollm2.safetensors", tmp_path / "smollm2.gguf"
+    assert main(["quantize", str(file), str(stored)]) == 0
+    assert main(["export", str(stored), str(out), "--like", str(file)]) == 0
+    import gguf
+
+    before, after = ({one.name: one for one in gguf.GGUFReader(path).tensors} for path in (file, out))
+    same = [name for name, one in before.items() if one.tensor_type == after[name].tensor_type]
+    assert before.keys() - same == {"token_embd.weight"}  # Q8_0, which lowmem keeps dense
+    for name in same:
+        assert before[name].data.tobytes() == after[name].data.tobytes(), name
+    found = []
+    for path in (file, out):
+        with llama_cpp(path) as loaded:
+            found.append(loaded.greedy(loaded.tokens("The capital of France is"), 8))
+    assert found[0] == found[1]
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,58 @@
+"""``lowmem export``."""
+
+import json
+
+from lowmem.__main__ import main
+from lowmem.io.foreign.recognize import open_foreign
+from tests.io.export.folders import fourbit, weights_of, write_folder
+
+
+def test_a_table_says_what_became_of_each_weight_and_the_errors_of_what_changed(tmp_path, capsys):
+    weights = weights_of(fourbit("nf4"))
+    weights["lm_head.weight"] = fourbit("q4_0")(weights["lm_head.weight"].dequantize())
+    source, out = write_folder(tmp_path / "in", weights), tmp_path / "out.gguf"
+    assert main(["export", str(source), str(out)]) == 2
+    assert "--requantize" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["export", str(source), str(out), "--requantize"]) == 0
+    shown = capsys.readouterr()
+    assert "gguf: 4 of 12 weights as they were" in shown.out
+    assert "8 from nf4, block_size=64, scales=double to IQ4_NL: an error of 0.0" in shown.out
+    assert "over all weights: 0.0" in shown.out
+    assert "note: no tokenizer is written" in shown.err
+    assert f"saved {out}" in shown.err
+    assert main(["export", str(source), str(out), "--requantize"]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_json_is_the_rows_and_options_reach_the_writer(tmp_path, capsys):
+    source = write_folder(tmp_path / "in", weights_of(fourbit("nf4")))
+    out, again = tmp_path / "out", tmp_path / "again.gguf"
+    assert main(["export", str(source), str(out), "--format", "gguf", "--dtype", "bf16", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["lm_head.weight"]["kind"] == "BF16"
+    assert 0 < rows["lm_head.weight"]["error"] < 2**-8
+    assert rows["model.norm.weight"]["error"] is None
+    assert main(["export", str(source), str(again), "--dtype", "f32", "--like", str(out)]) == 0
+    with open_foreign(again) as file:
+        assert file.tensors["lm_head.weight"].kind == "F32"
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    source = write_folder(tmp_path / "in", weights_of(fourbit("q4_0")))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments in (
+        [str(empty), str(tmp_path / "a.gguf")],
+        [str(tmp_path / "none"), str(tmp_path / "a.gguf")],
+        [str(source), str(tmp_path / "a.bin")],
+        [str(source), str(tmp_path / "none" / "a.gguf")],
+        [str(source), str(empty)],
+        [str(source), str(tmp_path / "a.gguf"), "--like", str(empty)],
+        [str(source), str(tmp_path / "a.gguf"), "--like", str(source / "model.safetensors")],
+    ):
+        assert main(["export", *arguments]) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("lowmem export: ")
+        assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in"]
