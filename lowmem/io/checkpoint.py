@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from lowmem.errors import refusal, show
 from lowmem.io.container import write_tensors
-from lowmem.io.metadata import adapters_record, technique_record
+from lowmem.io.metadata import adapters_record, form_record, technique_record
 from lowmem.io.shards import read_model
 from lowmem.io.skeleton import assign, build
 from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import bank_of, base_of
-from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys
@@ -135,8 +134,7 @@ def how_stored(module: StoredModule) -> dict[str, dict[str, Any]]:
             assert isinstance(form, FourBitForm)
             weight.check_layout()
             compute = getattr(module, "compute_dtype", None)
-            technique = FourBit(form.format, form.block_size, form.scale_encoding, compute)
-            records[name] = technique_record(technique, form.method)
+            records[name] = form_record(form, compute)
         elif name != "bias":
             records[name] = technique_record(Half(weight.dtype))
     return records

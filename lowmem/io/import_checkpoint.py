@@ -18,7 +18,7 @@ from lowmem.io.container import TensorSpec, write
 from lowmem.io.convert_checkpoint import divide
 from lowmem.io.foreign.recognize import ForeignFile, open_foreign
 from lowmem.io.foreign.tensor import ForeignTensor
-from lowmem.io.metadata import technique_record
+from lowmem.io.metadata import form_record
 from lowmem.io.shards import INDEX, index_of, shard_name, write_index
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.stored import FourBitForm
@@ -26,8 +26,6 @@ from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["ImportedRow", "import_checkpoint"]
-
-TRANSPOSED = "the model has it transposed, and lowmem's files store rows of the model's own weight"
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,7 @@ class _Plan:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        if isinstance(self.kept, torch.dtype):
-            return None
-        form = self.kept
-        return technique_record(FourBit(form.format, form.block_size, form.scale_encoding), form.method)
+        return None if isinstance(self.kept, torch.dtype) else form_record(self.kept)
 
     @property
     def path(self) -> str:
@@ -81,17 +76,22 @@ class _Plan:
         if isinstance(self.kept, torch.dtype):
             return {"": name}
         prefix = name.removesuffix("weight") if name.rpartition(".")[2] == "weight" else f"{name}_"
-        return {part: prefix + part for part in FourBitForm.parts}
+        return {part: prefix + part for part in self.kept.parts}
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return the specs of what is written for it."""
         if isinstance(self.kept, torch.dtype):
             return {self.tensor.name: TensorSpec(self.kept, self.shape)}
         form = self.kept
+        shape = self.tensor.shape if form.transposed else self.shape
         empty = QuantizedTensor.empty(
-            torch.Size(self.shape), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
+            torch.Size(shape), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
         )
-        return {name: TensorSpec.of(getattr(empty, part)) for part, name in self.parts().items()}
+        order = torch.empty(shape[-1:], dtype=torch.int32, device="meta")
+        return {
+            name: TensorSpec.of(order if part == "order" else getattr(empty, part))
+            for part, name in self.parts().items()
+        }
 
 
 def import_checkpoint(
@@ -167,9 +167,9 @@ def _plans(
     plans: dict[str, _Plan] = {}
     refused: list[str] = []
     for name, tensor in file.tensors.items():
-        reason = TRANSPOSED if tensor.transposed else tensor.refusal
+        reason = tensor.refusal
         if reason is not None:
-            values = _values(tensor)
+            values = tensor.values
             if requantize is None or values is None:
                 known = "" if values is None else " (--requantize)"
                 refused.append(f"{printable(name, 80)}, {tensor.kind}: {reason}{known}")
@@ -193,23 +193,8 @@ def _plans(
     return plans
 
 
-def _values(tensor: ForeignTensor) -> Callable[[], Tensor] | None:
-    """Return what reads a refused weight in float32, in the model's shape; or None."""
-    if not tensor.transposed:
-        return tensor.values
-
-    def read() -> Tensor:
-        weight = tensor.read()
-        assert isinstance(weight, QuantizedTensor)
-        return weight.dequantize().transpose(-1, -2).contiguous()
-
-    return read
-
-
 def _again(tensor: ForeignTensor, technique: FourBit, read: Callable[[], Any]) -> _Plan:
-    shape = tensor.shape
-    shape = (*shape[:-2], shape[-1], shape[-2]) if tensor.transposed else shape
-    skeleton = technique.skeleton(torch.empty(shape, device="meta"))
+    skeleton = technique.skeleton(torch.empty(tensor.shape, device="meta"))
     return _Plan(tensor, FourBitForm.of(skeleton), read, True)
 
 
@@ -241,7 +226,13 @@ def _tensors(
             del weight
         after = stored.nbytes
         for part, out in plan.parts().items():
-            yield out, stored if isinstance(stored, Tensor) else getattr(stored, part)
+            if part == "order":
+                assert plan.tensor.order is not None
+                order = plan.tensor.order()
+                after += order.nbytes
+                yield out, order
+            else:
+                yield out, stored if isinstance(stored, Tensor) else getattr(stored, part)
         del stored
         kept = str(plan.kept).removeprefix("torch.")
         before = plan.tensor.nbytes

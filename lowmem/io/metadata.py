@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,29 +14,36 @@ from lowmem.nn.adapted_module import bank_of
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA
+from lowmem.nn.stored import FourBitForm
 from lowmem.quant.formats import FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS, OFFSETS
 from lowmem.quant.tensor import METHODS
 
 __all__ = [
+    "FLAGS",
     "adapter_record",
     "adapters_of",
     "adapters_record",
     "check_keys",
     "check_object",
+    "flags_of",
+    "form_record",
     "lora_of",
     "record_errors",
     "technique_of",
     "technique_record",
 ]
 
+FLAGS = ("transposed", "gathered")
+"""What a record says of a 4-bit weight where it holds, and else not: older readers refuse the keys."""
+
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _ADAPTER = ("rank", "alpha", "dropout")
 _COMPUTED = {**_STORED, "float32": torch.float32, "float64": torch.float64, "int8": torch.int8}
 
 
-def technique_record(technique: Half | FourBit, method: str = "absmax") -> dict[str, Any]:
-    """Return the metadata record of how a weight is stored."""
+def technique_record(technique: Half | FourBit, method: str = "absmax", flags: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the metadata record of how a weight is stored; ``flags`` are those of its ``FourBitForm``."""
     if isinstance(technique, Half):
         return {"technique": "Half", "dtype": str(technique.dtype).removeprefix("torch.")}
     compute = None if technique.compute_dtype is None else str(technique.compute_dtype).removeprefix("torch.")
@@ -47,7 +54,14 @@ def technique_record(technique: Half | FourBit, method: str = "absmax") -> dict[
         "scales": technique.scales,
         "method": method,
         **({} if compute is None else {"compute_dtype": compute}),
+        **dict.fromkeys(flags, True),
     }
+
+
+def form_record(form: FourBitForm, compute_dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Return the metadata record of a weight that is stored in a form."""
+    technique = FourBit(form.format, form.block_size, form.scale_encoding, compute_dtype)
+    return technique_record(technique, form.method, form.flags)
 
 
 def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
@@ -62,7 +76,8 @@ def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
         return Half(_STORED[_choice(fields, "dtype", _STORED)]), None
     if kind != "FourBit":
         raise ValueError(f"technique={show(kind)} is unknown")
-    fields = check_keys(record, ("technique", "format", "block_size", "scales", "method"), ("compute_dtype",))
+    required = ("technique", "format", "block_size", "scales", "method")
+    fields = check_keys(record, required, ("compute_dtype", *FLAGS))
     for name, known in (
         ("format", {**FORMATS, **IMPORTED}),
         ("scales", {**ENCODINGS, **OFFSETS}),
@@ -70,8 +85,16 @@ def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
     ):
         _choice(fields, name, known)
     _check_type(fields, "block_size", int, "an integer")
+    for name in FLAGS:
+        if fields.get(name, True) is not True:  # absent where it does not hold, so that bytes are unique
+            raise ValueError(f"{name}={show(fields[name])} must be true, or absent")
     compute = _COMPUTED[_choice(fields, "compute_dtype", _COMPUTED)] if "compute_dtype" in fields else None
     return FourBit(fields["format"], fields["block_size"], fields["scales"], compute), fields["method"]
+
+
+def flags_of(record: Mapping[str, Any]) -> frozenset[str]:
+    """Return which of ``FLAGS`` a record has that ``technique_of`` takes."""
+    return frozenset(FLAGS) & record.keys()
 
 
 def adapter_record(adapter: Adapter) -> dict[str, Any]:

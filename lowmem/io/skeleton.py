@@ -12,10 +12,12 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable, show
-from lowmem.io.metadata import adapters_of, check_object, record_errors, technique_of
+from lowmem.io.metadata import adapters_of, check_object, flags_of, record_errors, technique_of
 from lowmem.nn.adapted_module import bank_of, base_of, table_of
 from lowmem.nn.adapter import layout_of
-from lowmem.nn.fourbit import FourBit
+from lowmem.nn.fourbit import FourBit, Linear4Bit
+from lowmem.nn.gathered_linear import gathered_copy
+from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRA, LoRALinear
 from lowmem.nn.stored_module import StoredModule, as_part, file_names, format_keys
@@ -70,13 +72,14 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Modul
             if parameter is not None and not is_lazy(parameter):
                 owners.setdefault(weight_key(parameter), []).append((owner, name))
     by_path = {path: module for module, paths in module_paths(model).items() for path in paths}
-    found: dict[tuple[nn.Module, str], tuple[str, Half | FourBit, str | None]] = {}
+    found: dict[tuple[nn.Module, str], tuple[str, Half | FourBit, str | None, frozenset[str]]] = {}
     for path, record in records.items():
         module, name = _parameter_at(by_path, path)
         with record_errors(f"its record of {layer_name(path)}"):
             technique, method = technique_of(record)
-        first, *same = found.setdefault((module, name), (path, technique, method))
-        if same != [technique, method]:
+        flags = flags_of(cast("dict[str, Any]", record))
+        first, *same = found.setdefault((module, name), (path, technique, method, flags))
+        if same != [technique, method, flags]:
             raise ValueError(
                 f"it stores {layer_name(first)} and {layer_name(path)} differently, which are one layer here"
             )
@@ -85,9 +88,9 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Modul
         for tied in [] if parameter is None or is_lazy(parameter) else owners[weight_key(parameter)]:
             found.setdefault(tied, record)  # a file records only the first of the layers that share a weight
     unfit: list[str] = []
-    stored: dict[Any, tuple[str, Half | FourBit, Any]] = {}
+    stored: dict[Any, tuple[str, tuple[Half | FourBit, frozenset[str]], Any]] = {}
     layers: dict[nn.Module, tuple[Half | FourBit, dict[str, tuple[str, str | None]]]] = {}
-    for (module, name), (path, technique, method) in found.items():
+    for (module, name), (path, technique, method, _) in found.items():
         parameter = module._parameters.get(name)
         if parameter is None or is_lazy(parameter) or parameter.dim() < 2 or isinstance(module, StoredModule):
             why = skip_reason(type(technique), module) or f"it has no parameter {show(name)} of its own to store"
@@ -114,23 +117,42 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Modul
             name: str,
             names: Any = names,
             techniques: Any = {name: found[module, name][1] for name in names},  # noqa: B006 - of this module
+            flags: Any = {name: found[module, name][3] for name in names},  # noqa: B006
         ) -> Any:
             path, method = names.get(name) or names["weight"]
             how = techniques.get(name) or techniques["weight"]
             how = replace(how, compute_dtype=None) if isinstance(how, FourBit) else how
             skeleton = how.skeleton(tensor, name)
             skeleton = skeleton if method is None else replace(skeleton, method=method)
-            first, before, skeleton = stored.setdefault(weight_key(tensor), (path, how, skeleton))
-            if before != how:
+            as_told = how, flags.get(name, frozenset())
+            first, before, skeleton = stored.setdefault(weight_key(tensor), (path, as_told, skeleton))
+            if before != as_told:
                 raise ValueError(
                     f"it stores {layer_name(first)} and {layer_name(path)} differently, which share a {name} here"
                 )
             return skeleton
 
         path = next(iter(names.values()))[0]
-        replacements[module] = store_parameters(module, technique, path, names, store)
+        transposed = [name for name in names if "transposed" in found[module, name][3]]
+        made = store_parameters(module, technique, path, names, store, transposed)
+        gathered = [name for name in names if "gathered" in found[module, name][3]]
+        replacements[module] = _gathered(made, path) if gathered else made
     keep_shared_biases(model, replacements)
     return commit(model, replacements)
+
+
+def _gathered(layer: StoredModule, path: str) -> StoredModule:
+    """Return a layer whose columns are in an order that the file has.
+
+    Raises:
+        ValueError: it is no linear layer.
+    """
+    if type(layer) is not Linear4Bit or layer.forms["weight"].transposed:
+        raise ValueError(
+            f"its record of {layer_name(path)} says that columns are gathered, which linear layers alone can: the "
+            f"model has a {type(layer).__name__} there"
+        )
+    return gathered_copy(layer, torch.empty(layer.in_features, dtype=torch.int32, device="meta"))
 
 
 def _parameter_at(by_path: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
@@ -277,6 +299,11 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"it holds another model than the factory makes: {_named('it lacks', missing)}"
             f"{', and ' if missing and surplus else ''}{_named('the model lacks', surplus)}"
         )
+    for path, module in model.named_modules():
+        for own_name in module.forms if isinstance(module, StoredModule) else ():
+            order = tensors.get(f"{path}.{own_name}_order".lstrip("."))
+            if order is not None and order.dtype is torch.int32:
+                check_order(order, f"{path}.order".lstrip("."))
     found: dict[int, Tensor] = {}
     for key, group in names.items():
         first, *others = [name for name in group if name in tensors]

@@ -43,6 +43,9 @@ _NO_LOW_RANK = (None, None, None)
 _AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # keys of ``QuantizedTensor.cache``: a C handle for each use
 _BASE, _BASE_IN_INT8 = "prepared_base", "prepared_base_int8"  # of a weight that has offsets, without these
 
+OFFSETS_SCRATCH = 2**23
+"""Bytes that a product with offsets takes at most beside its result, unless one row of the input takes more."""
+_OFFSETS_CHUNK = 2**20  # bytes of offsets that are decoded at a time
 _ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
 
 # Rows, or columns, of a weight that are dequantized at a time where torch multiplies: up to half more, so that the
@@ -176,34 +179,64 @@ class Kernel:
     def _linear_with_offsets(
         self, x: Tensor, weight: QuantizedTensor, dtype: torch.dtype, bias: Tensor | None
     ) -> Tensor:
-        """Multiply by the weight without offsets in float32, and add offsets @ (sums of x over blocks).
+        """Multiply by the weight without offsets, and add offsets @ (sums of x over blocks).
 
-        In float32, since the two may be larger than their sum.
+        In float32, since the two may be larger than their sum; a few inputs at a time, so that what is beside the
+        result stays below ``OFFSETS_SCRATCH``.
         """
         if not ((dtype in TYPES or dtype is torch.int8) and is_real(x) and x.is_floating_point() and x.dim() == 2):
             return reference.linear(x, weight, dtype, bias)
-        in_int8 = dtype is torch.int8
-        wide = int8.round_inputs(x, weight.block_size) if in_int8 else x.to(dtype).float()
-        wide, threads = wide.contiguous(), torch.get_num_threads()
+        in_int8, blocks = dtype is torch.int8, -(-weight.shape[1] // weight.block_size)
+
+        def of_few(few: Tensor) -> Tensor | None:
+            wide = few.float() if in_int8 else few.to(dtype).float()
+            product = self._base_product(wide.contiguous(), weight, in_int8)
+            if product is None:
+                return None
+            sums = block_sums(wide, weight.block_size)
+            for chunk, offsets in _offsets_of(weight):
+                product[:, chunk].addmm_(sums, offsets.t())
+            product = product if bias is None else product.add_(bias)
+            return product.to(x.dtype if in_int8 else dtype)
+
+        nbytes = 6 * sum(weight.shape) + in_int8 * int8.BYTES_PER_NUMBER * weight.shape[1] + 8 * blocks
+        out = _few_at_a_time(x, nbytes, of_few)
+        return reference.linear(x, weight, dtype, bias) if out is None else out
+
+    def _base_product(self, x: Tensor, weight: QuantizedTensor, in_int8: bool) -> Tensor | None:
+        """Multiply float32 inputs by a weight without its offsets; None: C cannot read it."""
+        threads = torch.get_num_threads()
         for given in self._handles(weight, _BASE_IN_INT8 if in_int8 else _BASE):
-            out = self._linear(self._isa, *given, wide, None, threads, *_NO_LOW_RANK)
-            if out is False:
-                out = self._linear_by_torch(wide, given, weight.shape, None)
-            if out is not None:
-                out.addmm_(block_sums(wide, weight.block_size), weight.offsets().t())
-                return (out if bias is None else out.add_(bias)).to(x.dtype if in_int8 else dtype)
-        return reference.linear(x, weight, dtype, bias)
+            product: Tensor | Literal[False] | None = None
+            if in_int8:
+                product = self._linear8(self._isa, *given, x, None, threads)
+                x = x if product is not None else int8.round_inputs(x, weight.block_size).contiguous()
+            if product is None:
+                product = self._linear(self._isa, *given, x, None, threads, *_NO_LOW_RANK)
+            if product is False:
+                product = self._linear_by_torch(x, given, weight.shape, None)
+            if product is not None:
+                return product
+        return None
 
     def _input_grad_with_offsets(self, grad: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
         """Multiply by the weight without offsets in float32, and add grad @ offsets to each column of a block."""
-        wide, size, columns = grad.to(dtype).float().contiguous(), weight.block_size, weight.shape[1]
-        for given in self._handles(weight, _BASE):
-            out = self._input_grad(self._isa, *given, wide, torch.get_num_threads())
-            if out is False:
-                out = self._input_grad_by_torch(wide, given, weight.shape, size)
-            if out is not None:
-                return out.add_(spread(wide @ weight.offsets(), size, columns)).to(dtype)
-        return None
+        size, (rows, columns) = weight.block_size, weight.shape
+
+        def of_few(few: Tensor) -> Tensor | None:
+            wide = few.to(dtype).float().contiguous()
+            for given in self._handles(weight, _BASE):
+                product = self._input_grad(self._isa, *given, wide, torch.get_num_threads())
+                if product is False:
+                    product = self._input_grad_by_torch(wide, given, weight.shape, size)
+                if product is not None:
+                    added = wide.new_zeros(wide.shape[0], -(-columns // size))
+                    for chunk, offsets in _offsets_of(weight):
+                        added.addmm_(wide[:, chunk], offsets)
+                    return product.add_(spread(added, size, columns)).to(dtype)
+            return None
+
+        return _few_at_a_time(grad, 4 * (rows + 3 * columns), of_few)
 
     def _linear_by_torch(self, x: Tensor, given: Given, shape: torch.Size, bias: Tensor | None) -> Tensor:
         """Dequantize rows of a weight, a chunk at a time, and multiply each by torch: (batch, in) -> (batch, out)."""
@@ -392,9 +425,10 @@ class Kernel:
     def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
         """Return which kernel computes each product of an input of ``rows`` rows, and why those before it do not."""
         if isinstance(weight, QuantizedTensor) and weight.has_offsets:
-            without = replace(weight, scale_encoding="float32")
-            added = "offsets: added in plain torch, to products in float32 without them:"
-            return "\n".join([added, self.explain(without, rows, torch.float32)])
+            without, in_int8 = replace(weight, scale_encoding="float32"), dtype is torch.int8
+            how = "8-bit integers" if in_int8 else "float32"
+            added = f"offsets: added in plain torch, to products in {how} without them:"
+            return "\n".join([added, self.explain(without, rows, torch.int8 if in_int8 else torch.float32)])
         if dtype is not torch.int8:
             return "\n".join(
                 [*self._explained(weight, rows, dtype, "linear"), *self._explained(weight, rows, dtype, "input_grad")]
@@ -465,6 +499,37 @@ def _range(least: int, most: int) -> str:
     if most < 2**62:
         return f"{least} to {most} rows"
     return f"{least} rows and more" if least > 1 else "any number of rows"
+
+
+def _few_at_a_time(x: Tensor, nbytes: int, function: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+    """Return what a function makes of an input, of so many rows at a time that their scratch fits into the limit.
+
+    Args:
+        x: (batch, n).
+        nbytes: the scratch for a row.
+        function: may return None, for any rows.
+    """
+    step = max(1, (OFFSETS_SCRATCH - 4 * _OFFSETS_CHUNK) // nbytes)  # the rest: offsets, and what torch multiplies
+    if len(x) <= step:
+        return function(x)
+    out: Tensor | None = None
+    for start in range(0, len(x), step):
+        made = function(x[start : start + step])
+        if made is None:
+            return None
+        if out is None:
+            out = made.new_empty(len(x), made.shape[1])
+        out[start : start + step] = made
+    return out
+
+
+def _offsets_of(weight: QuantizedTensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of a matrix and their offsets, in float32: (rows, blocks)."""
+    rows, columns = weight.shape
+    step = max(1, _OFFSETS_CHUNK // (4 * -(-columns // weight.block_size)))
+    for start in range(0, rows, step):
+        chunk = slice(start, min(start + step, rows))
+        yield chunk, weight.encoding.decode_offsets(weight.scales[chunk])
 
 
 def _chunks(count: int, step: int = 1) -> list[slice]:

@@ -17,6 +17,7 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.packing import by_block, pack
 from lowmem.quant.scales import ScaleEncoding
 from lowmem.quant.search import (
+    block_sums,
     fitting_offsets,
     fitting_scales,
     largest_weights,
@@ -42,7 +43,8 @@ def linear(
     """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out), in ``dtype``.
 
     With torch.int8 the input, and the levels of formats that need it, are rounded to 8 bits
-    (``lowmem.kernels.int8``); products are summed in float32, and the result has the dtype of x.
+    (``lowmem.kernels.int8``); products are summed in float32, and the result has the dtype of x. Offsets are
+    multiplied with the sums of the input over blocks, of which neither is rounded.
 
     Args:
         x: floating point (batch, in).
@@ -71,7 +73,14 @@ def linear(
         factor = x.to(dtype)
     out = factor.new_empty(x.shape[0], out_features)
     for rows in row_chunks(out_features, in_features):
-        torch.mm(factor, _dequantized(weight, rows, dtype, levels).t(), out=out[:, rows])  # (batch, rows)
+        part = _dequantized(weight, rows, dtype, levels)  # (rows, in)
+        if levels is None or not isinstance(weight, QuantizedTensor) or not weight.has_offsets:
+            torch.mm(factor, part.t(), out=out[:, rows])  # (batch, rows)
+            continue
+        offsets = weight.encoding.decode_offsets(weight.scales[rows])  # (rows, blocks)
+        part = weight.without_offsets().restore(rows, levels)
+        torch.mm(factor, part.t(), out=out[:, rows])
+        out[:, rows] += block_sums(x.float(), weight.block_size) @ offsets.t()
     if bias is not None:
         out.add_(bias)
     out = out if levels is None else out.to(x.dtype)

@@ -366,11 +366,12 @@ def fold_module(module: AdaptedModule, names: Iterable[str], to: torch.dtype | N
         adapted = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored.detach()
         added = [part for name in names if (part := module.adapters.parts(name).get(parameter)) is not None]
         added = [part for part in added if not part.changes_nothing()]
+        swapped = isinstance(own, StoredTensor) and own.swapped  # stored as the parameter's transpose
         for part in added:
-            adapted = adapted + part.delta().reshape(adapted.shape)
+            adapted = adapted + (part.delta().mT if swapped else part.delta()).reshape(adapted.shape)
         if to is not None:
             new: Any = round_to(adapted, to, parameter)
-            dense[parameter] = new
+            dense[parameter] = new.mT.contiguous() if swapped else new
         elif isinstance(stored, QuantizedTensor):
             new = made[parameter] = requantize(stored, adapted) if added else stored
         else:

@@ -18,6 +18,7 @@ from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Adapter, LoRA
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call
+from lowmem.nn.gathered_linear import GatheredLinear4Bit, gathered_copy
 from lowmem.nn.half import HalfLinear
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
@@ -199,16 +200,20 @@ class LoRALinear(nn.Module):
         own = _weight_of(base)
         adapted = own.dequantize() if isinstance(base, Linear4Bit) else own.detach()
         added = [part for name in names if not (part := cast(Adapter, self.adapters[name])).changes_nothing()]
+        order = base.weight_order if isinstance(base, GatheredLinear4Bit) else None
         for adapter in added:
-            adapted = adapted + adapter.delta()
+            adapted = adapted + (adapter.delta() if order is None else adapter.delta().index_select(1, order))
+        before = relative_error(adapted, own)
         layer: nn.Module
         if to is None and isinstance(base, Linear4Bit):
             quantized = requantize(base.quantized, adapted) if added else base.quantized
-            layer = Linear4Bit(quantized, base.bias, base.compute_dtype, base.weight.dtype)
+            layer = made = Linear4Bit(quantized, base.bias, base.compute_dtype, base.weight.dtype)
+            layer = made if order is None else gathered_copy(made, order)
         elif to is None and isinstance(base, HalfLinear):
             rounded = round_to(adapted, own.dtype, "weight")
             layer = HalfLinear(rounded, base._parameters.get("bias_rounded"), base.weight.dtype)
         else:
+            adapted = adapted if order is None else adapted.index_select(1, order.argsort())
             layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
             trains = base.weight.requires_grad
             dtype = base.weight.dtype if to is None else to
@@ -219,7 +224,7 @@ class LoRALinear(nn.Module):
             elif to is not None and bias is not None:
                 bias = nn.Parameter(round_to(bias, to, "bias"), requires_grad=bias.requires_grad)
             layer.register_parameter("bias", bias)
-        before, after = (relative_error(adapted, _weight_of(part)) for part in (base, layer))
+        after = relative_error(adapted, _weight_of(layer))
         return Folded(layer.train(base.training), {"weight": (before, after)})
 
     def __setattr__(self, name: str, value: Any) -> None:

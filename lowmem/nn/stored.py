@@ -35,6 +35,7 @@ __all__ = [
     "FourBitForm",
     "HalfForm",
     "StoredTensor",
+    "dequantized_call",
     "is_recorded",
 ]
 
@@ -53,17 +54,34 @@ class FourBitForm:
 
     The parts are ``packed``, uint8 (*lead, bytes), and ``scales``, the bytes of the scales: uint8, so that no cast of
     a model touches them.
+
+    Args:
+        transposed: whether the parts hold the parameter's transpose (its last two dimensions).
+        gathered: whether the parts hold the columns in another order, which one more part, ``order``, has: int32
+            (columns,), the column of the parameter for each of the parts. ``lowmem.nn.gathered_weight`` computes.
     """
 
     format: str
     block_size: int
     scale_encoding: str
     method: str
+    transposed: bool = False
+    gathered: bool = False
 
-    parts: ClassVar[tuple[str, ...]] = ("packed", "scales")
+    parts: ClassVar[tuple[str, ...]] = ("packed", "scales")  # one that is gathered has its own
+
+    def __post_init__(self) -> None:
+        if self.gathered:
+            object.__setattr__(self, "parts", ("packed", "order", "scales"))
 
     def __str__(self) -> str:
-        return f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"
+        how = f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"
+        return ", ".join([how, *self.flags])
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """``transposed`` and ``gathered``, those that hold."""
+        return tuple(name for name in ("transposed", "gathered") if getattr(self, name))
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -81,7 +99,7 @@ class FourBitForm:
 
     def join(self, parts: Sequence[Tensor], columns: int) -> QuantizedTensor:
         """Return the weight (*lead, columns) of its parts, not copied."""
-        packed, scales = parts
+        packed, *_, scales = parts
         shape = torch.Size((*packed.shape[:-1], columns))
         shaped = QuantizedTensor(
             packed, scales, shape, self.format, self.block_size, self.scale_encoding, self.method
@@ -93,7 +111,7 @@ class FourBitForm:
 
     @staticmethod
     def split(weight: QuantizedTensor) -> tuple[Tensor, ...]:
-        """Return the parts of a quantized tensor, not copied."""
+        """Return the codes and scales of a quantized tensor, not copied."""
         return weight.packed, weight.scales.detach().view(torch.uint8)
 
 
@@ -104,6 +122,8 @@ class HalfForm:
     dtype: torch.dtype
 
     parts: ClassVar[tuple[str, ...]] = ("rounded",)
+    transposed: ClassVar[bool] = False
+    gathered: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return str(self.dtype).removeprefix("torch.")
@@ -205,7 +225,8 @@ class StoredTensor(Tensor):
         form, parts = self.form, self.parts
         if not isinstance(form, FourBitForm):
             return self.matrix  # type: ignore[return-value]
-        packed, scales = (part if part.dim() == 2 else part.reshape(-1, part.shape[-1]) for part in parts)
+        ends = parts[0], parts[-1]
+        packed, scales = (part if part.dim() == 2 else part.reshape(-1, part.shape[-1]) for part in ends)
         return StoredParts(packed, scales, form.text(self.columns))
 
     def like(
@@ -300,18 +321,7 @@ class StoredTensor(Tensor):
             result = own(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        _refuse_writes(operator, args, kwargs)
-        for one in (*args, *kwargs.values()):
-            for weight in one if isinstance(one, (list, tuple)) else [one]:
-                if isinstance(weight, StoredTensor):
-                    weight.dequantized_by.add(operator.overloadpacket.__name__)
-        known: dict[int, Tensor] = {}
-        views = torch.is_inference_mode_enabled() and _makes_view(operator)
-        with torch.inference_mode(False) if views else nullcontext():  # as for the weight itself
-            return operator(
-                *(_dequantized(one, known) for one in args),
-                **{k: _dequantized(one, known) for k, one in kwargs.items()},
-            )
+        return dequantized_call(operator, args, kwargs)
 
 
 leave_to_eager(StoredTensor.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
@@ -337,6 +347,25 @@ def _rebuild(
 
 if hasattr(torch.serialization, "add_safe_globals"):  # torch.load(weights_only=True) takes a file that holds one
     torch.serialization.add_safe_globals([_rebuild, FourBitForm, HalfForm])
+
+
+def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call an operator with the values of stored tensors, and note it.
+
+    Raises:
+        RuntimeError: it would write to one; the remedy is named.
+    """
+    _refuse_writes(operator, args, kwargs)
+    for one in (*args, *kwargs.values()):
+        for weight in one if isinstance(one, (list, tuple)) else [one]:
+            if isinstance(weight, StoredTensor):
+                weight.dequantized_by.add(operator.overloadpacket.__name__)
+    known: dict[int, Tensor] = {}
+    views = torch.is_inference_mode_enabled() and _makes_view(operator)
+    with torch.inference_mode(False) if views else nullcontext():  # as for the weight itself
+        return operator(
+            *(_dequantized(one, known) for one in args), **{k: _dequantized(one, known) for k, one in kwargs.items()}
+        )
 
 
 def _dequantized(value: Any, known: dict[int, Tensor]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
@@ -27,6 +27,7 @@ from lowmem.kernels import Weight
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.torch_versions import is_exporting, leave_to_eager, outside_of_graphs
 from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
+from lowmem.nn.gathered_weight import GatheredTensor, check_order
 from lowmem.nn.stored import REMEDY, Form, FourBitForm, HalfForm, StoredTensor, is_recorded
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -59,7 +60,8 @@ is_compiling, is_jit_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 class Described(NamedTuple):
     """How one parameter is stored, its leading dimensions, those of a row, and the dtype that it presents.
 
-    ``text`` says of a 4-bit one, in one value, what a graph needs.
+    Of a transposed one these are the dimensions as its parts have them. ``text`` says of a 4-bit one, in one value,
+    what a graph needs.
     """
 
     form: Form
@@ -130,8 +132,11 @@ class StoredModule(nn.Module):
         self.__dict__.update(_forms={}, _kept={})
 
     def store(self, name: str, weight: Weight, tail: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Set a parameter to a stored weight: (*lead, columns), with rows of shape ``tail``, that had ``dtype``."""
-        form, parts = described(weight)
+        """Set a parameter to a stored weight: (*lead, columns), with rows of shape ``tail``, that had ``dtype``.
+
+        One that is stored transposed here stays so.
+        """
+        form, parts = described(weight, name in self._forms and self._forms[name].form.transposed)
         rows = tuple(weight.shape[: weight.dim() - len(tail)] if isinstance(weight, Tensor) else weight.shape[:-1])
         self._forms[name] = Described.of(form, rows, tuple(tail), dtype)
         self._parameters.update(parts_of(name, form, parts))
@@ -165,7 +170,7 @@ class StoredModule(nn.Module):
                 tensor = _made(one, sources)
                 tensor.__dict__.update(sources=sources, made_of=(address, dtype))
                 _SHARED[id(sources[0])] = tensor
-            own["_forms"][name] = one._replace(rows=tuple(tensor.shape[: tensor.lead]))  # ``weight.data =`` adds some
+            own["_forms"][name] = one._replace(rows=tuple(tensor.parts[0].shape[:-1]))  # ``weight.data =`` adds some
             known = own["_kept"][name] = Kept(sources, address, dtype, tensor, tensor.stored)
         return known.tensor
 
@@ -295,6 +300,11 @@ class StoredModule(nn.Module):
                 elif given.shape != own.shape:  # torch would load the other parts
                     shapes = f"{tuple(own.shape)}; the state holds {tuple(given.shape)}"
                     errors.append(f"{prefix}{name}_{part} has shape {shapes}")
+                elif part == "order":
+                    try:
+                        check_order(given, f"{prefix}{name}_{part}")
+                    except ValueError as reason:
+                        errors.append(str(reason))
         if len(errors) == before:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
@@ -313,7 +323,7 @@ def kept_weight(module: StoredModule) -> QuantizedTensor | None:
     known = module._kept.get("weight")
     if known is None:
         return None
-    (packed, scales), address, _, _, weight = known
+    (packed, *_, scales), address, _, _, weight = known
     found = module._parameters
     same = packed is found.get("weight_packed") and scales is found.get("weight_scales")
     return weight if same and address == scales.data_ptr() else None  # type: ignore[return-value]
@@ -490,14 +500,14 @@ def as_part(tensor: Tensor, name: str) -> Tensor:
     return tensor.view(torch.uint8) if name.endswith("_scales") and tensor.dtype != torch.uint8 else tensor
 
 
-def described(weight: Weight) -> tuple[Form, tuple[nn.Parameter, ...]]:
+def described(weight: Weight, transposed: bool = False) -> tuple[Form, tuple[nn.Parameter, ...]]:
     """Return the form of a weight, and its parts as frozen parameters: the same ones for the same weight."""
     if not isinstance(weight, QuantizedTensor):
         return HalfForm(weight.dtype), (freeze(weight),)
     parts = weight.cache.get("parts")
     if parts is None:
         parts = weight.cache["parts"] = tuple(map(freeze, FourBitForm.split(weight)))
-    return FourBitForm.of(weight), parts
+    return replace(FourBitForm.of(weight), transposed=transposed), parts
 
 
 def parts_of(name: str, form: Form, parts: tuple[nn.Parameter, ...]) -> dict[str, nn.Parameter]:
@@ -528,7 +538,8 @@ def _made(one: Described, sources: tuple[Tensor, ...]) -> StoredTensor:
     elif tuple(parts[0].shape[:-1]) != rows and not is_recorded(*sources):
         weight = one.form.join(parts, torch.Size(one.tail).numel())
         replace(weight, shape=torch.Size((*rows, weight.shape[-1]))).check_layout()
-    tensor = StoredTensor(one.form, parts, one.tail, one.dtype)
+    kind = GatheredTensor if one.form.gathered else StoredTensor
+    tensor = kind(one.form, parts, one.tail, one.dtype, swapped=one.form.transposed)
     tensor._is_param = True  # isinstance(weight, nn.Parameter) holds
     return tensor
 
@@ -548,7 +559,7 @@ def _refuse_batched(sources: tuple[Tensor, ...]) -> None:
 
 def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:
     """Make a parameter of a module one of another module: its parts are shared."""
-    if tensor.swapped:
+    if tensor.swapped != tensor.form.transposed:
         raise RuntimeError(
             f"{name} = weight.T: a transposed stored weight cannot be shared: give weight.dequantize()"
         )
@@ -558,7 +569,7 @@ def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:
         _change_class(module, name, tensor)
     for part in old.parts:
         module._parameters.pop(f"{name}_{part}", None)
-    module._forms[name] = Described.of(tensor.form, tuple(tensor.shape[: tensor.lead]), tensor.tail, tensor.dtype)
+    module._forms[name] = Described.of(tensor.form, tuple(tensor.parts[0].shape[:-1]), tensor.tail, tensor.dtype)
     module._parameters.update(parts_of(name, tensor.form, tuple(map(freeze, parts))))
     module._kept.pop(name, None)
 
@@ -653,15 +664,18 @@ HOOKS = (
 )
 
 
-def stored_copy(module: nn.Module, weights: Mapping[str, Weight], **attributes: Any) -> StoredModule:
+def stored_copy(
+    module: nn.Module, weights: Mapping[str, Weight], *, transposed: Container[str] = (), **attributes: Any
+) -> StoredModule:
     """Return a copy of a module in which parameters are stored; it has no hooks, and shares everything else.
 
     Args:
         module: dense.
         weights: for each parameter to store: (*lead, columns), with the leading dimensions of the parameter.
+        transposed: those whose 4-bit weights are of the parameter's transpose (last two dimensions).
         **attributes: of the copy.
     """
-    forms = {name: described(weight) for name, weight in weights.items()}
+    forms = {name: described(weight, name in transposed) for name, weight in weights.items()}
     kinds = {type(form) for form, _ in forms.values()}
     plain = getattr(type(module), "_plain_class", type(module))
     made = stored_class(plain, tuple(weights), FourBitForm if FourBitForm in kinds else HalfForm)
@@ -676,7 +690,7 @@ def stored_copy(module: nn.Module, weights: Mapping[str, Weight], **attributes: 
         assert parameter is not None
         form, parts = forms[name]
         lead = leading_dims(module, parameter)
-        shape = tuple(parameter.shape)
+        shape = tuple(parameter.mT.shape if form.transposed else parameter.shape)
         described_by[name] = Described.of(form, shape[:lead], shape[lead:], parameter.dtype)
         if isinstance(form, HalfForm) and parts[0].shape != parameter.shape:
             parts = (freeze(parts[0].view(parameter.shape)),)

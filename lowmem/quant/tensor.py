@@ -196,6 +196,12 @@ class QuantizedTensor:
         """Return the offsets of a tensor that has them, in float32: (..., blocks)."""
         return self.encoding.decode_offsets(self.scales)
 
+    def without_offsets(self) -> QuantizedTensor:
+        """Return a view of a tensor that has offsets, without them."""
+        blocks = self.scales.shape[-1] // 2
+        encoding = self.scale_encoding.removesuffix("_offsets")
+        return replace(self, scales=self.scales[..., :blocks], scale_encoding=encoding)
+
     def as_matrix(self) -> QuantizedTensor:
         """Return a view of the tensor as (rows, n).
 

@@ -53,18 +53,10 @@ def run(arguments: argparse.Namespace, technique: FourBit) -> int:
     with open_foreign(arguments.source) as file:
         kind, left_out = file.kind, file.left_out
         total = sum(tensor.nbytes for tensor in file.tensors.values())
-    with progress() as bar:
-        task = bar.add_task("import", total=total)
-        rows = import_checkpoint(
-            arguments.source,
-            arguments.target,
-            requantize=technique if arguments.requantize else None,
-            include=arguments.include or [],
-            technique=technique,
-            dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
-            shard_bytes=arguments.shard_size,
-            progress=lambda name, nbytes: bar.update(task, advance=nbytes),
-        )
+    if arguments.target.suffix == ".safetensors":
+        rows = _to_file(arguments, technique, total)
+    else:
+        rows = _to_folder(arguments)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
@@ -80,6 +72,42 @@ def run(arguments: argparse.Namespace, technique: FourBit) -> int:
         print(f"left out {len(left_out)} that the model computes: {shown(', '.join(left_out[:3]))}", file=sys.stderr)
     print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
     return 0
+
+
+def _to_file(arguments: argparse.Namespace, technique: FourBit, total: int) -> list[ImportedRow]:
+    """Write a file of lowmem's, with the names of the source."""
+    with progress() as bar:
+        task = bar.add_task("import", total=total)
+        return import_checkpoint(
+            arguments.source,
+            arguments.target,
+            requantize=technique if arguments.requantize else None,
+            include=arguments.include or [],
+            technique=technique,
+            dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
+            shard_bytes=arguments.shard_size,
+            progress=lambda name, nbytes: bar.update(task, advance=nbytes),
+        )
+
+
+def _to_folder(arguments: argparse.Namespace) -> list[ImportedRow]:
+    """Write a folder that ``from_pretrained`` loads.
+
+    Raises:
+        ValueError: an option for files alone.
+        ImportError: transformers is missing, or too old.
+    """
+    for option, given in (("--requantize", arguments.requantize), ("--include", arguments.include)):
+        if given:
+            raise ValueError(
+                f"{option} is for files: {shown(str(arguments.target))} would be a folder, which keeps all codes; "
+                "name OUT.safetensors, or leave it out"
+            )
+    if arguments.dtype is not None:
+        raise ValueError("--dtype is for files: from_pretrained(OUT, dtype=) says it of a folder; leave it out")
+    from lowmem.integrations.transformers.folder import import_folder
+
+    return import_folder(arguments.source, arguments.target, shard_bytes=arguments.shard_size)
 
 
 def _cells(row: ImportedRow) -> list[str]:

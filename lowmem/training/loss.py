@@ -130,7 +130,7 @@ class _Factor:
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.stored: kernels.Weight | None = None
-        if isinstance(weight, StoredTensor):
+        if isinstance(weight, StoredTensor) and not weight.form.gathered:
             self.stored = weight.stored
         else:
             self.dense = weight.detach().to(dtype)

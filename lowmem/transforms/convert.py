@@ -523,9 +523,16 @@ def add_first_adapter(
 
 
 def store_parameters(
-    module: nn.Module, technique: Half | FourBit, path: str, names: Iterable[str], store: Callable[[Tensor, str], Any]
+    module: nn.Module,
+    technique: Half | FourBit,
+    path: str,
+    names: Iterable[str],
+    store: Callable[[Tensor, str], Any],
+    transposed: Container[str] = (),
 ) -> StoredModule:
     """Return a copy of a dense module in which parameters are stored by ``store``; the module does not change.
+
+    Those in ``transposed`` are given to ``store`` with their last two dimensions swapped, and stored so.
 
     Raises:
         TypeError, ValueError: a weight that cannot be stored; its path is named.
@@ -545,6 +552,8 @@ def store_parameters(
     form = FourBitForm if isinstance(technique, FourBit) else HalfForm
     known: Any = LAYERS.get((type(module), form))
     try:
+        if known is not None and transposed:
+            raise ValueError(f"a {type(module).__name__} cannot hold a weight that is stored transposed")
         if known is not None and wanted == ["weight"]:
             made = known.from_layer(module, technique, named_store)
         else:
@@ -553,9 +562,14 @@ def store_parameters(
                 parameter = module._parameters[name]
                 assert parameter is not None
                 lead = leading_dims(module, parameter)
+                if name in transposed:
+                    if parameter.dim() != lead + 1 or parameter.dim() < 2:
+                        raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be stored transposed")
+                    weights[name] = named_store(parameter.mT, name)
+                    continue
                 inside = isinstance(technique, FourBit) and parameter.dim() > lead + 1
                 weights[name] = named_store(parameter.flatten(lead) if inside else parameter, name)
-            made = stored_copy(module, weights)
+            made = stored_copy(module, weights, transposed=transposed)
     except (TypeError, ValueError) as reason:
         raise type(reason)(f"{layer_name(place[0])}: {reason}") from reason
     if errors:

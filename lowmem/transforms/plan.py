@@ -28,12 +28,15 @@ from torch.utils._pytree import tree_map_only
 
 from lowmem import measure
 from lowmem.errors import show
+from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.nn.adapted_module import bank_of, base_of
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA
+from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import FourBitStorage, StoredModule
+from lowmem.quant.scales import get_encoding
 from lowmem.transforms.bits import SMALLEST, Empty, text_of
 from lowmem.transforms.convert import Store, commit, convert, freeze_all_but_adapters, rebuild_all
 from lowmem.transforms.meta import make_on_meta
@@ -326,7 +329,9 @@ def plan_of(
 
 
 def _combined(skeleton: Skeleton, training: str | None, run: _Run, stored: Mapping[str, int]) -> Plan:
-    scratch = _SCRATCH if any(isinstance(m, StoredModule) for m in skeleton.model.modules()) else 0
+    forms = [form for m in skeleton.model.modules() if isinstance(m, StoredModule) for form in m.forms.values()]
+    offsets = any(isinstance(form, FourBitForm) and get_encoding(form.scale_encoding).offsets for form in forms)
+    scratch = OFFSETS_SCRATCH if offsets else _SCRATCH if forms else 0
     own = {f.name: getattr(skeleton, f.name) for f in fields(skeleton) if f.name != "model"}
     return Plan(training=training, stored=stored, scratch=scratch, **own, **asdict(run))
 

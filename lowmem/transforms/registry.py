@@ -17,6 +17,7 @@ from lowmem.errors import printable, show
 from lowmem.nn.adapted_module import AdapterBank, adapted_parameters, bank_of
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.fourbit import FourBit, Linear4Bit
+from lowmem.nn.gathered_linear import GatheredLinear4Bit
 from lowmem.nn.half import Half, HalfLinear
 from lowmem.nn.lora import LoRA, LoRALinear
 from lowmem.nn.stored import HalfForm, StoredTensor
@@ -183,7 +184,7 @@ ENTRIES = (
     ),
 )
 
-ADAPTED: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit)
+ADAPTED: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit, GatheredLinear4Bit)
 """The exact types of layers that become a LoRALinear; other modules with adapters stay instances of their class."""
 
 

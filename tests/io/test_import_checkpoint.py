@@ -1,14 +1,17 @@
 """Other programs' weights become files of lowmem's that hold the same values."""
 
+import copy
+import pickle
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lowmem import FourBit, load
+from lowmem import FourBit, LoRA, convert, load, merge, restore, save
 from lowmem.errors import FileError
 from lowmem.io.foreign.recognize import open_foreign
 from lowmem.io.import_checkpoint import import_checkpoint
@@ -89,9 +92,11 @@ def test_dense_tensors_stay_are_rounded_or_quantized_as_asked(tmp_path):
 def test_what_is_not_exact_is_refused_unless_it_may_be_quantized_again(tmp_path):
     """Nothing is written, and the error says which tensor, why, and how to go on."""
     source, target = tmp_path / "in.safetensors", tmp_path / "a.safetensors"
-    parts, weight = layer(3, 32, 8, 16, order=torch.randperm(32) // 16)
+    uneven = torch.tensor([0] * 15 + [1] * 17)[torch.randperm(32)]
+    parts, weight = layer(3, 32, 8, 16, order=uneven)
     save_file({f"q.{name}": value for name, value in parts.items()}, source)
-    with pytest.raises(FileError, match=r"q.weight, GPTQ: its groups follow the order .*\(--requantize\)"):
+    (tmp_path / "config.json").write_text('{"quantization_config": {"bits": 4, "group_size": 16}}')
+    with pytest.raises(FileError, match=r"q.weight, GPTQ: its groups do not have 16 .*\(--requantize\)"):
         import_checkpoint(source, target)
     assert not target.exists()
     (row,) = import_checkpoint(source, target, requantize=FourBit("nf4", block_size=16))
@@ -101,20 +106,110 @@ def test_what_is_not_exact_is_refused_unless_it_may_be_quantized_again(tmp_path)
     assert lost == pytest.approx(row.error, rel=1e-3)
 
 
-def test_transposed_experts_are_refused_and_quantized_again_in_the_shape_of_the_model(tmp_path):
+def test_groups_that_follow_activations_are_kept_with_the_order_of_their_columns(tmp_path):
+    source, target = tmp_path / "in.safetensors", tmp_path / "a.safetensors"
+    parts, weight = layer(3, 32, 8, 16, order=torch.randperm(32) // 16)
+    save_file({f"q.{name}": value for name, value in parts.items()}, source)
+    (row,) = import_checkpoint(source, target)
+    assert row.kept.endswith(", gathered")
+    model = load(target, lambda: Layers({"q": weight.shape}))
+    assert row.after_bytes == sum(part.nbytes for part in model.parameters())
+    assert torch.equal(model.q.weight.dequantize(), weight)
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(model.q(x), x @ weight.T)
+    save(model, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == target.read_bytes()
+    with pytest.raises(FileError, match="columns are gathered, which linear layers alone can"):
+        load(target, lambda: nn.ModuleDict({"q": nn.Embedding(8, 32)}))
+
+
+class Experts(nn.Module):
+    """A mixture as gpt-oss has it: its weights are (experts, in, out)."""
+
+    is_transposed = True
+
+    def __init__(self):
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.randn(2, 64, 4))
+        self.bias = nn.Parameter(torch.zeros(2, 4))
+
+    def forward(self, x):
+        """Return the outputs of each expert: (2, rows, 4)."""
+        return torch.stack([x @ self.down_proj[e] + self.bias[e] for e in range(2)])
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+
+
+def gpt_oss(folder: Path) -> Path:
+    """Write the sample with scales of a common size."""
     tensors = load_file(GPT_OSS)
     tensors["experts.down_proj_scales"] = tensors["experts.down_proj_scales"] % 10 + 120
-    save_file(tensors, tmp_path / "in.safetensors")
-    with pytest.raises(FileError, match="transposed"):
-        import_checkpoint(tmp_path / "in.safetensors", tmp_path / "a.safetensors")
-    rows = import_checkpoint(
-        tmp_path / "in.safetensors", tmp_path / "a.safetensors", requantize=FourBit("nf4", block_size=8)
-    )
-    (row,) = [row for row in rows if row.error is not None]
-    assert row.shape == (2, 64, 4)
-    tensors = read_model(tmp_path / "a.safetensors")
-    assert tensors.tensors["experts.down_proj_packed"].shape == (2, 64, 2)
-    assert [*tensors.metadata["layers"]] == ["experts.down_proj"]
+    save_file(tensors, folder / "in.safetensors")
+    return folder / "in.safetensors"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_transposed_experts_are_kept_and_the_file_says_so(tmp_path):
+    source, target = gpt_oss(tmp_path), tmp_path / "a.safetensors"
+    rows = import_checkpoint(source, target)
+    assert {row.name: (row.shape, row.kept.partition(",")[0], row.error) for row in rows} == {
+        "experts.down_proj": ((2, 64, 4), "fp4", None),
+        "experts.bias": ((2, 4), "float32", None),
+    }
+    record = read_model(target).metadata["layers"]["experts.down_proj"]
+    assert record["transposed"] is True
+    with open_foreign(source) as file:
+        expected = values_of(file.tensors["experts.down_proj"])
+    model = load(target, Mixture)
+    experts = model.experts
+    weight, x = experts.down_proj, torch.randn(3, 64, requires_grad=True)
+    assert weight.shape == (2, 64, 4)
+    assert torch.equal(weight.dequantize(), expected)
+    out = experts(x)
+    torch.testing.assert_close(out, torch.stack([x @ expected[e] for e in range(2)]) + experts.bias[:, None])
+    assert not experts.dequantized_by
+    torch.testing.assert_close(torch.bmm(x.expand(2, 3, 64), weight), x @ expected)
+    save(model, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == target.read_bytes()
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(one.experts.down_proj.dequantize(), expected)
+    other = load(target, Mixture)
+    other.load_state_dict(model.state_dict())
+    straight = Mixture()
+    with torch.no_grad():
+        straight.experts.down_proj.copy_(expected)
+    with pytest.raises(RuntimeError, match="transposed"):
+        other.load_state_dict(convert(straight, FourBit("fp4", 32, "float16")).state_dict())
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path / "distributed", no_dist=True)
+    empty = {name: torch.zeros_like(value) for name, value in state.items()}
+    torch.distributed.checkpoint.load(empty, checkpoint_id=tmp_path / "distributed", no_dist=True)
+    other.load_state_dict(empty)
+    assert torch.equal(other.experts.down_proj.dequantize(), expected)
+    adapted = convert(load(target, Mixture), LoRA(2))
+    nn.init.normal_(adapted.experts.adapters.default.down_proj.lora_b)
+    wanted = adapted.experts(x.detach())
+    torch.testing.assert_close(merge(adapted, to=torch.float32).experts(x.detach()), wanted, rtol=1e-4, atol=1e-4)
+    dense = restore(model)
+    assert torch.equal(dense.experts.down_proj, expected)
+
+
+def test_a_record_that_says_transposed_of_a_linear_layer_is_refused(tmp_path):
+    source, target = gpt_oss(tmp_path), tmp_path / "a.safetensors"
+    import_checkpoint(source, target)
+
+    class Wrong(Mixture):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Module()
+            self.experts.down_proj = nn.Linear(4, 64)
+
+    with pytest.raises(FileError, match="Linear cannot hold a weight that is stored transposed"):
+        load(target, Wrong)
 
 
 def test_the_target_is_neither_the_source_nor_an_index(tmp_path):

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import FourBit, Half, LoRA, convert, merge_adapter
-from lowmem.io.metadata import adapter_record, adapters_of, adapters_record, lora_of, technique_of, technique_record
+from lowmem.io.metadata import (
+    FLAGS,
+    adapter_record,
+    adapters_of,
+    adapters_record,
+    flags_of,
+    lora_of,
+    technique_of,
+    technique_record,
+)
 from lowmem.nn.lora import Adapter, LoRALinear
 from tests import strategies
 
@@ -21,7 +30,11 @@ from tests import strategies
 )
 def test_a_4_bit_record_comes_back(format, block_size, scales, dtype, method):
     technique = FourBit(format, block_size, scales, dtype)
-    assert technique_of(technique_record(technique, method)) == (technique, method)
+    for flags in ((), *((flag,) for flag in FLAGS)):
+        record = technique_record(technique, method, flags)
+        assert technique_of(record) == (technique, method)
+        assert flags_of(record) == {*flags}
+        assert record.keys() & FLAGS == {*flags}  # older readers refuse the keys
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -79,6 +92,12 @@ LAYER_MISTAKES = [
     *(({**FOUR, "block_size": size}, "block_size=") for size in (-2, 0, 7, 2**63, 10**18, 64.0, "64")),
     ({**FOUR, "format": ["nf4", "fp4"]}, "format=.* is none of int4, nf4"),
     ({**FOUR, "search": True}, "'search' is unknown"),
+    *(
+        ({**FOUR, flag: value}, f"{flag}=.* must be true, or absent")
+        for flag in FLAGS
+        for value in (False, 1, None, [])
+    ),
+    *(({**HALF, flag: True}, f"'{flag}' is unknown") for flag in FLAGS),
 ]
 
 

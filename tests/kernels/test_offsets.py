@@ -10,8 +10,9 @@ from torch import nn
 
 import lowmem
 from lowmem import FourBit, LoRA, convert, kernels, quantize
-from lowmem.kernels import reference
-from lowmem.quant.formats import FORMATS, IMPORTED
+from lowmem.kernels.cpu import OFFSETS_SCRATCH
+from lowmem.kernels.int8 import round_inputs, rounded_levels
+from lowmem.quant.formats import FORMATS, IMPORTED, get_format
 from lowmem.quant.scales import OFFSETS, get_encoding
 from lowmem.quant.search import block_sums, fitting_offsets, fitting_scales
 from tests import strategies
@@ -106,20 +107,57 @@ def bound(sizes, exact, terms, dtype):
     return sums + unit(dtype) * (exact.abs() + sums) + (2.0**-24 if dtype == torch.float16 else 2.0**-126)
 
 
-def test_products_in_8_bit_integers_are_those_of_the_reference():
-    x = torch.randn(5, 200)
-    stored = quantize(torch.randn(30, 200) + 1, "int4", block_size=32, scales="float16_offsets")
-    expected = reference.linear(x, stored, torch.int8)
+@given(
+    st.sampled_from(["int4", "nf4", "uint4"]),
+    st.sampled_from([8, 10, 32, 64]),
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.sampled_from([1, 3, 30]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    strategies.seeds,
+)
+def test_products_in_8_bit_integers_round_what_offsets_do_not_touch(form, size, rows, columns, batch, dtype, seed):
+    """Inputs and levels are rounded in the product without offsets; sums of inputs times offsets are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) + 30 * torch.randn(rows, 1, generator=generator)
+    stored = quantize(weight, form, block_size=size, scales="float16_offsets")
+    x, bias = torch.randn(batch, columns, generator=generator).to(dtype), torch.randn(rows, generator=generator)
+    base = stored.without_offsets().restore(slice(None), rounded_levels(get_format(form).levels)[1]).double()
+    offsets = stored.offsets().repeat_interleave(size, -1)[:, :columns].double()
+    rounded = round_inputs(x, size).double()
+    exact = rounded @ base.T + x.double() @ offsets.T + bias.double()
+    sizes = rounded.abs() @ base.abs().T + x.double().abs() @ offsets.abs().T + bias.double().abs()
     for name in kernels.available():
         with kernels.using(name):
-            out = kernels.linear(x, stored, torch.int8, torch.ones(30))
-        torch.testing.assert_close(out, expected + 1, rtol=1e-5, atol=1e-4)
+            out = kernels.linear(x, stored, torch.int8, bias)
+        assert out.dtype == dtype
+        assert ((out.double() - exact).abs() <= bound(sizes, exact, columns, dtype)).all()
+
+
+def test_products_take_no_more_scratch_than_is_said():
+    stored = quantize(torch.randn(1024, 2048) + 1, "int4", block_size=8, scales="float16_offsets")
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        given = torch.float32 if dtype == torch.int8 else dtype
+        x, grad = torch.randn(4000, 2048).to(given), torch.randn(4000, 1024).to(given)
+        kernels.linear(x[:2], stored, dtype)
+        with lowmem.measure.PeakMemory() as peak:
+            kernels.linear(x, stored, dtype)
+        assert peak.peak - 4000 * 1024 * given.itemsize <= OFFSETS_SCRATCH
+        if dtype != torch.int8:
+            kernels.input_grad(grad[:2], stored, dtype)
+            with lowmem.measure.PeakMemory() as peak:
+                kernels.input_grad(grad, stored, dtype)
+            assert peak.peak - 4000 * 2048 * given.itemsize <= OFFSETS_SCRATCH
 
 
 def test_explain_says_that_offsets_are_added(capsys):
-    text = kernels.explain(quantize(torch.randn(8, 64), "int4", scales="float16_offsets"), 4)
-    assert text.startswith("offsets: added in plain torch")
+    stored = quantize(torch.randn(8, 64), "int4", scales="float16_offsets")
+    text = kernels.explain(stored, 4)
+    assert text.startswith("offsets: added in plain torch, to products in float32")
     assert "input_grad:" in text
+    text = kernels.explain(stored, 4, torch.int8)
+    assert text.startswith("offsets: added in plain torch, to products in 8-bit integers")
+    assert "linear_int8" in text
 
 
 def test_block_sums_of_a_row_that_ends_in_a_short_block():

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -25,10 +26,33 @@ def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):
 
 def test_what_is_not_exact_is_an_error_that_names_the_option_which_prints_what_it_costs(tmp_path, capsys):
     source, target = tmp_path / "in.safetensors", tmp_path / "a.safetensors"
-    parts, _ = layer(3, 64, 8, 16, order=torch.randperm(64) // 16)
+    parts, _ = layer(3, 64, 8, 16, order=torch.tensor([0] * 16 + [1] * 15 + [2] * 17 + [3] * 16))
     save_file({f"q.{name}": value for name, value in parts.items()}, source)
     assert main(["quantize", str(source), str(target)]) == 2
     assert "--requantize" in capsys.readouterr().err
     assert not target.exists()
     assert main(["quantize", str(source), str(target), "--requantize"]) == 0
     assert "quantized 1, with an error of up to 0." in capsys.readouterr().out
+
+
+def test_a_folder_becomes_a_folder_that_from_pretrained_loads(tmp_path, capsys):
+    pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+    from lowmem.integrations.transformers import LowmemConfig
+    from tests.integrations.transformers.folders import assert_same, load
+    from tests.integrations.transformers.foreign import write_foreign
+
+    source, target = write_foreign(tmp_path, "gptq desc_act"), tmp_path / "small"
+    (source / "tokenizer.json").write_text("{}")
+    for option in (["--requantize"], ["--include", "*"], ["--dtype", "float32"]):
+        assert main(["quantize", str(source), str(target), *option]) == 2
+        assert f"{option[0]} is for files" in capsys.readouterr().err
+    assert main(["quantize", str(source), str(target), "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    kept = rows["model.layers.0.mlp.up_proj.weight"]
+    assert kept["kept"].endswith("gathered")
+    assert (kept["kind"], kept["error"]) == ("GPTQ", None)
+    assert rows["lm_head.weight"]["kept"] == "float32"
+    assert_same(load(target), load(source, quantization_config=LowmemConfig("exact")))
+    assert (target / "tokenizer.json").read_text() == "{}"
+    assert main(["quantize", str(source), str(target)]) == 2
+    assert "small" in capsys.readouterr().err

@@ -471,7 +471,7 @@ SOURCES = {HalfLinear: (nn.Linear, (Half(),)), Linear4Bit: (nn.Linear, (FourBit(
 MADE = {
     **{(Half, kind): Half for kind in INPUTS},
     **{(FourBit, kind): FourBit for kind in INPUTS},
-    **{(LoRA, kind): LoRA for kind in ADAPTED},
+    **{(LoRA, kind): LoRA for kind in ADAPTED if kind in (*INPUTS, *SOURCES)},  # not those that only files make
 }
 
 

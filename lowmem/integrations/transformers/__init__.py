@@ -19,10 +19,11 @@ from lowmem.integrations.transformers import version
 
 version.check()  # before anything of transformers is imported that older versions do not have
 
-from lowmem.integrations.transformers import saving
+from lowmem.integrations.transformers import loading, saving
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 
 saving.install()
+loading.install()
 
 __all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from transformers.quantizers.auto import register_quantization_config
@@ -14,7 +14,10 @@ from lowmem.io.metadata import check_keys, check_object
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 
-__all__ = ["METHOD", "LowmemConfig"]
+__all__ = ["EXACT", "METHOD", "LowmemConfig"]
+
+EXACT: Final = "exact"
+"""In place of a technique: codes of another program's folder are kept."""
 
 METHOD = "lowmem: import lowmem.integrations.transformers"
 """The quantization method. transformers quotes it where it is unknown, so that it says what is missing."""
@@ -34,7 +37,10 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
     What the folder has no values for, such as a new head, stays dense.
 
     Args:
-        technique: ``Half`` or ``FourBit``; or its JSON. Adapters come afterwards: ``lowmem.add_adapter``.
+        technique: ``Half`` or ``FourBit``; or its JSON. Adapters come afterwards: ``lowmem.add_adapter``. "exact":
+            keep the 4-bit weights of another program (bitsandbytes, GPTQ, AWQ, compressed-tensors, MXFP4 of gpt-oss;
+            GGUF with ``gguf_file=``) with their codes as they are: equal, bit for bit, to what that program computes
+            in float32. What cannot be kept exactly is refused.
         skip: glob patterns of modules' paths to leave dense.
         layers: of a saved model: records of how weights are stored, each with the ``names`` of its weights.
         adapters: of a saved model: the records of its adapters, by path.
@@ -47,7 +53,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        technique: Half | FourBit | Mapping[str, Any] | None = None,
+        technique: Half | FourBit | Literal["exact"] | Mapping[str, Any] | None = None,
         *,
         skip: str | Iterable[str] = (),
         layers: Iterable[Mapping[str, Any]] = (),
@@ -64,7 +70,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"quantization_config has {show(unknown[0])}, which this lowmem does not know: upgrade it"
             )
-        if technique is not None and not isinstance(technique, (Half, FourBit)):
+        if technique is not None and technique != EXACT and not isinstance(technique, (Half, FourBit)):
             technique = _parsed(technique)
         self.quant_method = METHOD
         self.technique = technique
@@ -73,6 +79,10 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise TypeError(f"skip={skip!r} must be glob patterns of paths")
         self.layers = [dict(record) for record in layers]
         self.adapters = dict(adapters or {})
+        if technique == EXACT and self.skip:
+            raise ValueError(
+                f"skip={self.skip!r}: LowmemConfig('exact') keeps what the folder has, and skips nothing"
+            )
         if technique is None and not self.layers and not self.adapters:
             raise TypeError("technique=None: name Half() or FourBit(), as LowmemConfig(FourBit('nf4'))")
 
@@ -89,8 +99,10 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
         }
 
 
-def _record(technique: Half | FourBit) -> dict[str, Any]:
-    """Return the JSON of a technique: its name, and the fields that are not None."""
+def _record(technique: Any) -> Any:
+    """Return the JSON of a technique: its name, and the fields that are not None; "exact" is itself."""
+    if technique == EXACT:
+        return technique
     fields = {name: value for name, value in vars(technique).items() if value is not None}
     for name, value in fields.items():
         if isinstance(value, torch.dtype):
@@ -110,7 +122,8 @@ def _parsed(record: object) -> Half | FourBit:
     kinds: dict[str, Any] = {"Half": Half, "FourBit": FourBit}
     if not isinstance(record, Mapping):
         raise TypeError(
-            f"technique={show(record)} must be Half() or FourBit(); adapters come afterwards, with lowmem.add_adapter"
+            f"technique={show(record)} must be Half(), FourBit() or 'exact'; adapters come afterwards, with "
+            "lowmem.add_adapter"
         )
     kind = kinds.get(str(check_object(dict(record)).get("technique")))
     if kind is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,22 +11,26 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem.errors import describe, refusal, show
-from lowmem.integrations.transformers.config import METHOD, LowmemConfig
+from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
+from lowmem.integrations.transformers.loading import checked
 from lowmem.io.atomic import atomic_folder, check_free, write_errors
 from lowmem.io.convert_checkpoint import Row, Source
-from lowmem.io.foreign.recognize import read_config
+from lowmem.io.foreign.recognize import open_foreign, read_config
+from lowmem.io.import_checkpoint import ImportedRow
 from lowmem.io.shards import INDEX
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.stored_module import StoredModule
 
-__all__ = ["check", "load_folder", "quantize_folder"]
+__all__ = ["check", "import_folder", "load_folder", "load_gguf", "quantize_folder"]
 
 WEIGHTS = "model.safetensors"
 # What is not copied from a folder: weights in any format, and what save_pretrained writes itself.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 WRITTEN = ("config.json", "generation_config.json")
 
 
@@ -52,7 +57,20 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
             f"it has no {WEIGHTS} and no {WEIGHTS}{INDEX}: lowmem reads safetensors only, and executed nothing",
         )
     with Source(weights) as source:
+        _refuse_layers(file, config, len(source.specs))
         return config, sum(spec.nbytes for spec in source.specs.values())
+
+
+def _refuse_layers(file: Path, config: Any, tensors: int) -> None:
+    """Raise if a config, or one in it, has more layers than a folder has tensors, before they are made.
+
+    Raises:
+        FileError: it has; or a number that is none.
+    """
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if name in _LAYERS and isinstance(value, int) and value > tensors:
+            raise refusal(file, f"{name}={show(value)}, and the folder has {tensors} tensors; get it again")
+        _refuse_layers(file, value, tensors)
 
 
 def load_folder(folder: Path, config: LowmemConfig | None = None) -> nn.Module:
@@ -77,7 +95,7 @@ def load_folder(folder: Path, config: LowmemConfig | None = None) -> nn.Module:
             folder, f"architectures names {show(name)}, which transformers {transformers.__version__} has not"
         )
     try:
-        with _without_bars():
+        with _without_bars(), checked():
             model: nn.Module
             model, info = kind.from_pretrained(
                 folder, quantization_config=config, dtype="auto", local_files_only=True, output_loading_info=True
@@ -88,6 +106,87 @@ def load_folder(folder: Path, config: LowmemConfig | None = None) -> nn.Module:
     if config is not None:  # what is left out would be lost
         _refuse_differing(folder, name, "has, and the model has not,", info["unexpected_keys"])
     return model
+
+
+def load_gguf(file: Path) -> nn.Module:
+    """Return the causal language model of a GGUF file, its 4-bit codes as they are, in float32 and evaluation mode.
+
+    Raises:
+        FileError: the file is damaged, has weights that cannot be kept exactly, or is of a model that transformers
+            cannot make of its metadata.
+        ImportError: accelerate or gguf, which transformers needs for such files, are missing.
+    """
+    with open_foreign(file):
+        pass  # transformers' own reader gives other errors for damaged files, if any
+    try:
+        with _without_bars():
+            model: nn.Module
+            model, info = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=LowmemConfig(EXACT),
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as reason:
+        raise refusal(file, describe(reason), "load") from reason
+    name = type(model).__name__
+    _refuse_differing(file, name, "lacks", info["missing_keys"])
+    _refuse_differing(file, name, "has, and the model has not,", info["unexpected_keys"])
+    return model
+
+
+def import_folder(source: Path, target: Path, *, shard_bytes: int | None = None) -> list[ImportedRow]:
+    """Write a folder that ``from_pretrained`` loads, with another program's 4-bit codes as they are.
+
+    Args:
+        source: a folder whose weights another program quantized, whose other files are copied; or a GGUF file, whose
+            metadata become config and tokenizer, where transformers can read one from it.
+        target: where nothing is yet.
+        shard_bytes: the most bytes of tensors per file; None: transformers' own limit.
+
+    Returns:
+        A row for each parameter, sorted by name; tied ones have one.
+
+    Raises:
+        FileError: as ``load_folder`` and ``load_gguf``; or a weight cannot be kept exactly.
+        FileExistsError: something is at ``target``.
+        OSError: a file cannot be read or written.
+    """
+    check_free(target)
+    with open_foreign(source) as file:
+        sources = {name: (tensor.kind, tensor.nbytes) for name, tensor in file.tensors.items()}
+        kind = file.kind
+    if source.is_dir():
+        check(source)
+        model = load_folder(source, LowmemConfig(EXACT))
+        _write(model, source, target, shard_bytes)
+    else:
+        model = load_gguf(source)
+        _write(model, None, target, shard_bytes, _tokenizer_in(source))
+    found = []
+    for row in sorted(_rows(model), key=lambda row: row.name):
+        path, _, name = row.name.rpartition(".")
+        module: Any = model.get_submodule(path)
+        kept = module.forms[name] if row.converted else module._parameters[name].dtype
+        before = sources.get(row.name, (kind, row.after_bytes))  # transformers merges experts
+        text = str(kept).removeprefix("torch.")
+        found.append(ImportedRow(row.name, row.shape, before[0], text, before[1], row.after_bytes, None))
+    return found
+
+
+def _tokenizer_in(file: Path) -> Any:
+    """Return the tokenizer of a GGUF file; None: it has none that transformers can read."""
+    try:
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, NotImplementedError) as reason:
+        warnings.warn(
+            f"{show(file.name)} has no tokenizer that transformers can read ({describe(reason)}): put the model's "
+            "own tokenizer files into the folder",
+            UserWarning,
+            stacklevel=3,
+        )
+        return None
 
 
 def _refuse_differing(folder: Path, name: str, what: str, tensors: Iterable[str]) -> None:
@@ -130,15 +229,22 @@ def quantize_folder(
     if method is not None:
         by = "lowmem" if method == METHOD else show(method)
         raise refusal(source, f"it is quantized by {by} already; take the folder that it was made from", "convert")
-    model: Any = load_folder(source, LowmemConfig(technique, skip=skip))
+    model = load_folder(source, LowmemConfig(technique, skip=skip))
+    _write(model, source, target, shard_bytes)
+    return sorted(_rows(model), key=lambda row: row.name)
+
+
+def _write(model: Any, source: Path | None, target: Path, shard_bytes: int | None, tokenizer: Any = None) -> None:
+    """Write a model's folder, with the other files of ``source``, and a tokenizer."""
     with atomic_folder(target) as partial:
         with write_errors(target):
-            for file in sorted(source.iterdir()):
+            for file in () if source is None else sorted(source.iterdir()):
                 if file.is_file() and file.name not in WRITTEN and not file.name.endswith(NOT_COPIED):
                     shutil.copyfile(file, partial / file.name)
         with _without_bars():
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
             model.save_pretrained(partial, **({} if shard_bytes is None else {"max_shard_size": shard_bytes}))
-    return sorted(_rows(model), key=lambda row: row.name)
 
 
 @contextmanager

@@ -13,13 +13,17 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from lowmem.errors import show
-from lowmem.integrations.transformers.config import METHOD, LowmemConfig
+from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
+from lowmem.integrations.transformers.exact import Exact
 from lowmem.integrations.transformers.mapped import drop_pages
 from lowmem.integrations.transformers.saving import config_of
 from lowmem.integrations.transformers.storing import Storing
 from lowmem.io.container import open_checkpoint
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapted_module import bank_of
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.gathered_weight import check_order
+from lowmem.nn.half import Half
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.convert import freeze_all_but_adapters, restore
@@ -71,6 +75,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: LowmemConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._storing: Storing | None = None
+        self.exact: Exact | None = None
         self._files: list[str] = []
         self._parts: set[str] = set()
         self._ties: dict[str, str] | None = None
@@ -100,11 +105,31 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(
                 "quantization_config has no technique, and the folder is dense: LowmemConfig(FourBit('nf4'))"
             )
-        if not self.pre_quantized and isinstance(device_map, Mapping) and "disk" in device_map.values():
+        if (
+            (not self.pre_quantized or self.is_exact)
+            and isinstance(device_map, Mapping)
+            and "disk" in device_map.values()
+        ):
             raise ValueError(
                 f"device_map={show(device_map)} offloads weights to disk while they are stored: load and save the "
                 "model without it first, and offload what was saved"
             )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether codes of another program's files are kept."""
+        return self.quantization_config.technique == EXACT
+
+    def read_header(self, gguf_file: str) -> None:
+        """Do nothing: a GGUF file is read with its tensors."""
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        """Return the dtype of the model: that of the user's, or float32 of a GGUF file, which names none."""
+        return torch.float32 if dtype is None else dtype
+
+    def get_state_dict(self, checkpoint_file: str | None = None, model: Any = None) -> dict[str, Any] | None:
+        """Return what there is to load in place of the tensors of files; None: these."""
+        return None if self.exact is None else self.exact.state
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Return the dtype to cast a saved tensor to: none for parts of stored weights."""
@@ -123,6 +148,8 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Return how names of the folder become those of the model: a saved model has its own."""
+        if self.exact is not None:
+            return self.exact.conversions(weight_conversions)
         if not self.pre_quantized:
             return weight_conversions
         return [WeightConverter(["_scales"], ["_scales"], [_Align()])]
@@ -134,12 +161,17 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files = list(checkpoint_files or [])
         config = self.quantization_config
         if not self.pre_quantized:
-            assert config.technique is not None
+            assert isinstance(config.technique, (Half, FourBit))
             self._storing = storing = Storing(model, config.technique, config.skip)
             ties = {target: source for target, source in tied.items() if storing.stays_tied(target, source)}
             self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
             return model
-        convert_skeleton(model, *_records(model, config, self._files))
+        if self.is_exact:
+            self.exact = Exact(self._files, model)
+            convert_skeleton(model, {"layers": self.exact.layers}, {})
+            self.exact.add_formats(model)
+        else:
+            convert_skeleton(model, *_records(model, config, self._files))
         ties = {}
         for target, source in tied.items():
             ties |= _ties_of_parts(model, target, source)
@@ -155,6 +187,9 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                 warnings.warn(self._storing.warning, UserWarning, stacklevel=2)
         else:
             _check_complete(model)
+        if self.exact is not None:
+            self.exact.close()
+            self.exact = None
         self._storing, self._parts = None, set()
         if self._ties is not None:
             model.all_tied_weights_keys, self._ties = self._ties, None
@@ -269,3 +304,5 @@ def _check_complete(model: nn.Module) -> None:
                         f"the folder lacks {f'{path}.{name}'.lstrip('.')}, which its quantization_config names: get "
                         "it again from one source"
                     )
+                if name.endswith("_order"):
+                    check_order(part, f"{path}.{name}".lstrip("."))

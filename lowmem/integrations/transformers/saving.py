@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowmem.integrations.transformers.config import LowmemConfig
+from lowmem.integrations.transformers.config import EXACT, LowmemConfig
 from lowmem.io.checkpoint import how_stored
 from lowmem.io.metadata import adapters_record
 from lowmem.nn.adapted_module import bank_of, base_of
@@ -45,7 +45,7 @@ def config_of(model: nn.Module) -> LowmemConfig | None:
     old = getattr(getattr(model, "config", None), "quantization_config", None)
     asked = old if isinstance(old, LowmemConfig) else None
     return LowmemConfig(
-        None if asked is None else asked.technique,
+        None if asked is None or asked.technique == EXACT else asked.technique,
         skip=() if asked is None else asked.skip,
         layers=layers.values(),
         adapters=adapters,

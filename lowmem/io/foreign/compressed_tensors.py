@@ -20,6 +20,7 @@ from lowmem.io.foreign.gptq import unpacked_outputs
 from lowmem.io.foreign.tensor import (
     E2M1_CODES,
     ForeignTensor,
+    gathering,
     integer_refusal,
     integer_values,
     integer_weight,
@@ -82,12 +83,18 @@ def _layer(source: Source, layer: str) -> tuple[ForeignTensor, set[str]]:
     if scale.shape[:-1] != shape[:-1] or columns % groups:
         _misfit(layer, specs)
     stored = _Integers(source, names, shape, columns // groups)
+    order = None
     if "weight_g_idx" in names:
         groups_of = source.read_tensor(names["weight_g_idx"]).long()
-        in_order = stored.groups()
-        if groups_of.shape != in_order.shape or not bool(((groups_of == in_order) | (groups_of == -1)).all()):
-            why = "its groups follow the order of activations, and blocks take columns as they lie"
-            return refused("compressed-tensors", shape, why)
+        in_order = torch.arange(columns) // stored.group
+        if groups_of.shape != in_order.shape:
+            _misfit(layer, specs)
+        if not bool(((groups_of == in_order) | (groups_of == -1)).all()):
+            try:
+                gathering(groups_of, stored.group)
+            except ValueError as uneven:
+                return refused("compressed-tensors", shape, str(uneven))
+            order = stored.order
     if "weight_zero_point" in names:
         zeros = specs["weight_zero_point"]
         if len(shape) != 2 or zeros.dtype != torch.int32 or zeros.shape != (-(-shape[0] // 8), groups):
@@ -95,7 +102,8 @@ def _layer(source: Source, layer: str) -> tuple[ForeignTensor, set[str]]:
     reason = integer_refusal(columns, stored.group, scale.dtype, stored.zeros())
     if reason is not None:
         return refused("compressed-tensors", shape, reason, stored.values)
-    return ForeignTensor.of_weight(weight, shape, "compressed-tensors", nbytes, stored.read), claimed
+    read = stored.read if order is None else stored.read_gathered
+    return ForeignTensor.of_weight(weight, shape, "compressed-tensors", nbytes, read, order=order), claimed
 
 
 def _misfit(layer: str, specs: Mapping[str, Any]) -> None:
@@ -134,7 +142,15 @@ class _Integers:
 
     def groups(self) -> Tensor:
         """Return the group of each column."""
-        return torch.arange(self.shape[-1]) // self.group
+        in_order = torch.arange(self.shape[-1]) // self.group
+        if "weight_g_idx" not in self.names:
+            return in_order
+        given = self.source.read_tensor(self.names["weight_g_idx"]).long()
+        return torch.where(given == -1, in_order, given)
+
+    def order(self) -> Tensor:
+        """Return the columns in the order of their groups: int32 (in,)."""
+        return gathering(self.groups(), self.group)
 
     def codes(self) -> Tensor:
         """Return the codes: uint8 (..., out, in)."""
@@ -155,6 +171,10 @@ class _Integers:
     def read(self) -> QuantizedTensor:
         """Return the weight."""
         return integer_weight(self.codes(), self.scales(), self.group, self.zeros())
+
+    def read_gathered(self) -> QuantizedTensor:
+        """Return the weight, with its columns in the order of their groups."""
+        return integer_weight(self.codes()[..., self.order()], self.scales(), self.group, self.zeros())
 
     def values(self) -> Tensor:
         """Return the weight in float32."""

@@ -3,6 +3,8 @@
 ``<layer>.qweight`` int32 (in / 8, out) holds eight inputs in a word, the first in the lowest bits; ``.qzeros`` int32
 (groups, out / 8) eight outputs; ``.scales`` is float16 (groups, out), and ``.g_idx`` (in,) the group of each input.
 A weight is ``scale * (code - zero)``. The first version of the format stores ``zero - 1``.
+
+With ``desc_act`` the inputs of a group lie apart: they are read side by side, in the order ``argsort(g_idx)``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from torch import Tensor
 
 from lowmem.errors import show
 from lowmem.io.convert_checkpoint import Source
-from lowmem.io.foreign.tensor import ForeignTensor, as_bytes, integer_refusal, integer_values, integer_weight, nibbles
+from lowmem.io.foreign.tensor import (
+    ForeignTensor,
+    as_bytes,
+    gathering,
+    integer_refusal,
+    integer_values,
+    integer_weight,
+    nibbles,
+)
 from lowmem.io.safetensors import TensorSpec
 from lowmem.quant.backend import Weight
 
@@ -78,7 +88,8 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
     reason = stored.refusal()
     if reason is not None:
         return ForeignTensor.refused(weight, (outputs, inputs), "GPTQ", nbytes, reason, stored.values), claimed
-    return ForeignTensor.of_weight(weight, (outputs, inputs), "GPTQ", nbytes, stored.read), claimed
+    order = None if stored.is_in_order() else stored.order
+    return ForeignTensor.of_weight(weight, (outputs, inputs), "GPTQ", nbytes, stored.read, order=order), claimed
 
 
 def _group(source: Source, names: Mapping[str, str], inputs: int, groups: int, config: Mapping[str, Any]) -> int:
@@ -142,18 +153,33 @@ class _Stored:
 
     def refusal(self) -> str | None:
         """Return why it is not 16 levels times the scales of blocks."""
-        if not torch.equal(self.groups(), torch.arange(self.inputs) // self.group):
-            return "its groups follow the order of activations (desc_act), and blocks take columns as they lie"
+        try:
+            self.order()
+        except ValueError as reason:
+            return str(reason)
         dtype = self.source.specs[self.names["scales"]].dtype
         return integer_refusal(self.inputs, self.group, dtype, self.zeros())
+
+    def order(self) -> Tensor:
+        """Return the inputs in the order of their groups: int32 (in,).
+
+        Raises:
+            ValueError: groups of several sizes, or one that has no scale.
+        """
+        return gathering(self.groups(), self.group)
+
+    def is_in_order(self) -> bool:
+        """Whether the inputs of each group lie side by side."""
+        return torch.equal(self.groups(), torch.arange(self.inputs) // self.group)
 
     def codes(self) -> Tensor:
         """Return the codes: uint8 (out, in)."""
         return nibbles(as_bytes(self.part("qweight").T))  # of (out, in / 8)
 
     def read(self) -> Weight:
-        """Return the weight (out, in)."""
-        return integer_weight(self.codes(), self.part("scales").T, self.group, self.zeros().T)
+        """Return the weight (out, in), with its columns in the order of their groups."""
+        codes = self.codes() if self.is_in_order() else self.codes()[:, self.order()]
+        return integer_weight(codes, self.part("scales").T, self.group, self.zeros().T)
 
     def values(self) -> Tensor:
         """Return the weight in float32."""

@@ -152,8 +152,8 @@ def _guarded(path: Path, tensor: ForeignTensor) -> ForeignTensor:
 
         return guarded
 
-    values = None if tensor.values is None else guard(tensor.values)
-    return replace(tensor, kept=guard(tensor.kept), read=guard(tensor.read), values=values)
+    values, order = (None if one is None else guard(one) for one in (tensor.values, tensor.order))
+    return replace(tensor, kept=guard(tensor.kept), read=guard(tensor.read), values=values, order=order)
 
 
 def _same(value: Any) -> Any:

@@ -6,7 +6,7 @@ Exact means: ``dequantize(torch.float32)`` gives the bits that the program which
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "as_bytes",
     "encoding_of",
     "fitting_blocks",
+    "gathering",
     "integer_refusal",
     "integer_values",
     "integer_weight",
@@ -62,6 +63,8 @@ class ForeignTensor:
         refusal: why it cannot be kept exactly; None: it can. Of a refused weight ``kept`` and ``read`` raise.
         values: returns a refused weight in float32, to be quantized again; None: its values are unknown.
         transposed: whether the last two dimensions of the model's weight are swapped here.
+        order: returns the column of the model's weight for each column that ``read`` returns, int32; None: they are
+            in the model's order.
     """
 
     name: str
@@ -73,6 +76,7 @@ class ForeignTensor:
     refusal: str | None = None
     values: Callable[[], Tensor] | None = None
     transposed: bool = False
+    order: Callable[[], Tensor] | None = None
 
     @classmethod
     def of_weight(
@@ -83,14 +87,17 @@ class ForeignTensor:
         nbytes: int,
         read: Callable[[], Weight],
         transposed: bool = False,
+        order: Callable[[], Tensor] | None = None,
     ) -> ForeignTensor:
         """Return a weight that is kept as what ``read`` returns, which is called for either."""
 
         def kept() -> Kept:
             weight = read()
-            return FourBitForm.of(weight) if isinstance(weight, QuantizedTensor) else weight.dtype
+            if not isinstance(weight, QuantizedTensor):
+                return weight.dtype
+            return replace(FourBitForm.of(weight), transposed=transposed, gathered=order is not None)
 
-        return cls(name, shape, kind, nbytes, kept, read, transposed=transposed)
+        return cls(name, shape, kind, nbytes, kept, read, transposed=transposed, order=order)
 
     @classmethod
     def refused(
@@ -186,6 +193,22 @@ def power_scales(exponents: Tensor) -> Tensor:
         raise ValueError(f"it holds a block exponent of {int(exponents.max())}, above {_MAX_E8M0}; get it again")
     # 1.5 * 2 ** (e - 125), by its bits
     return ((exponents.int() + 2) << 23 | 1 << 22).view(torch.float32)
+
+
+def gathering(groups: Tensor, size: int) -> Tensor:
+    """Return the order of columns in which those of a group lie side by side: int32 (columns,), in it as they were.
+
+    Args:
+        groups: the group of each column.
+        size: columns of a group; the last group may be shorter.
+
+    Raises:
+        ValueError: groups of other sizes.
+    """
+    order = groups.argsort(stable=True)
+    if not torch.equal(groups[order], torch.arange(len(groups)) // size):
+        raise ValueError(f"its groups do not have {size} columns each")
+    return order.to(torch.int32)
 
 
 def integer_refusal(columns: int, group: int, dtype: torch.dtype, zeros: Tensor | None) -> str | None:

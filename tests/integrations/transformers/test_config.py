@@ -37,7 +37,7 @@ def test_json_holds_it():
     [
         ({}, TypeError, r"technique=None: name Half\(\) or FourBit\(\)"),
         ({"technique": LoRA(4)}, TypeError, "adapters come afterwards, with lowmem.add_adapter"),
-        ({"technique": "nf4"}, TypeError, r"technique='nf4' must be Half\(\) or FourBit\(\)"),
+        ({"technique": "nf4"}, TypeError, r"technique='nf4' must be Half\(\), FourBit\(\) or 'exact'"),
         ({"technique": {"technique": "Third"}}, ValueError, "technique='Third' is none of Half, FourBit"),
         ({"technique": {"technique": "Half", "rank": 3}}, ValueError, "'rank' is unknown"),
         ({"technique": {"technique": "Half", "dtype": "float33"}}, ValueError, "dtype=float33 must be"),

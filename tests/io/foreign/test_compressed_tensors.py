@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lowmem.errors import FileError
 from lowmem.io.foreign.recognize import open_foreign
+from tests.io.foreign.test_recognize import values_of
 from tests.io.foreign.written import words
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -29,10 +30,10 @@ def test_rows_of_any_length_and_a_scale_for_each_row(tmp_path):
 
 def test_what_is_not_exact_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    order = torch.arange(64).flip(0).int() // 32
+    uneven = torch.tensor([0] * 31 + [1] * 33).int().flip(0)
     for message, changed in {
         "8 bits": {**INT4, PACKED: INT4[PACKED].repeat(1, 2)},
-        "order of activations": {**INT4, "layer.weight_g_idx": order},
+        "do not have 32 columns": {**INT4, "layer.weight_g_idx": uneven},
         "8-bit floats": {**MXFP4, SCALE: MXFP4[SCALE].float().to(torch.float8_e4m3fn)},
         "no blocks": {**INT4, SCALE: torch.ones(16, 16)},
     }.items():
@@ -79,3 +80,13 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
         save_file(changed, path)
         with pytest.raises(FileError, match="do not fit|lacks|says its shape"):
             open_foreign(path)
+
+
+def test_groups_in_the_order_of_activations_are_read_side_by_side(tmp_path):
+    groups = (torch.randperm(64) // 32).int()
+    save_file({**INT4, "layer.weight_g_idx": groups}, tmp_path / "a.safetensors")
+    save_file(INT4, tmp_path / "b.safetensors")
+    with open_foreign(tmp_path / "a.safetensors") as file, open_foreign(tmp_path / "b.safetensors") as plain:
+        mixed, straight = file.tensors["layer.weight"], plain.tensors["layer.weight"].read()
+        codes = straight.dequantize() / INT4[SCALE].float().repeat_interleave(32, -1)
+        torch.testing.assert_close(values_of(mixed), codes * INT4[SCALE].float()[:, groups.long()])

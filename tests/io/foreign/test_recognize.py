@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def values_of(tensor: ForeignTensor) -> torch.Tensor:
     """Return a weight in float32, in the model's shape."""
     weight = tensor.read()
     if isinstance(weight, QuantizedTensor):
-        assert FourBitForm.of(weight) == tensor.kept()
+        flags = {"transposed": tensor.transposed, "gathered": tensor.order is not None}
+        assert replace(FourBitForm.of(weight), **flags) == tensor.kept()
         assert tuple(weight.shape) == tensor.shape
         weight.check_layout()
         values = weight.dequantize()
@@ -35,6 +37,7 @@ def values_of(tensor: ForeignTensor) -> torch.Tensor:
     else:
         assert weight.dtype == tensor.kept()
         values = weight.float()
+    values = values if tensor.order is None else values[..., tensor.order().argsort()]
     return values.transpose(-1, -2).contiguous() if tensor.transposed else values
 
 

@@ -1,0 +1,96 @@
+"""Refuses a folder whose tensors are of another model than its config.json describes, before that model is allocated.
+
+transformers fills what a folder lacks, or has in another shape, with random numbers. A config without sizes stands
+for a model of the class's defaults, which may take a hundred times what the folder does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lowmem.errors import printable, show
+from lowmem.io.container import open_checkpoint
+
+__all__ = ["Names", "refuse_unfitting", "shapes_of"]
+
+_SLACK = 2**24  # bytes of new tensors that any folder may lack
+
+
+class Names:
+    """The parameters of a model, and which of them a tensor of a folder becomes in transformers.
+
+    Args:
+        model: on the meta device.
+        conversions: how transformers renames and converts a folder's tensors.
+    """
+
+    def __init__(self, model: Any, conversions: Sequence[Any]) -> None:
+        self._prefix = model.base_model_prefix
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        conversions = deepcopy(list(conversions))  # which note that they were used
+        self._renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in conversions if isinstance(one, WeightConverter)]
+        self._by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
+
+    def of(self, name: str) -> tuple[str, WeightConverter | None]:
+        """Return the parameter that a tensor becomes, or a part of it, and what converts it."""
+        found, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.parameters)
+        if found not in self.parameters and name in self.parameters:
+            return name, None
+        return found, None if pattern is None else self._by_pattern[pattern]
+
+
+def shapes_of(files: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Return the shapes of the tensors of safetensors files, and their bytes.
+
+    Raises:
+        FileError: a file is damaged.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    total = 0
+    for file in files:
+        with open_checkpoint(file) as checkpoint:
+            shapes |= {name: spec.shape for name, spec in checkpoint.specs.items()}
+            total += sum(spec.nbytes for spec in checkpoint.specs.values())
+    return shapes, total
+
+
+def refuse_unfitting(
+    model: Any, shapes: Mapping[str, tuple[int, ...] | None], nbytes: int, conversions: Sequence[Any]
+) -> None:
+    """Raise if a model would get more new parameters than a folder has.
+
+    Args:
+        model: on the meta device.
+        shapes: of the folder's tensors, by its names; None: not known.
+        nbytes: what they take.
+        conversions: as in ``Names``.
+
+    Raises:
+        ValueError: it would; the first tensor of another shape is named, or the first that the folder lacks.
+    """
+    names = Names(model, conversions)
+    filled: set[int] = set()
+    other: list[str] = []
+    for name, shape in shapes.items():
+        found, converter = names.of(name)
+        parameter = names.parameters.get(found)
+        if parameter is None:
+            continue
+        if shape is None or converter is not None or tuple(parameter.shape) == shape:
+            filled.add(id(parameter))
+        else:
+            other.append(f"{printable(name, 80)} is {show(shape)}, and the model's {tuple(parameter.shape)}")
+    lacking = {name: one for name, one in names.parameters.items() if id(one) not in filled}
+    new = sum({id(one): one.numel() * one.itemsize for one in lacking.values()}.values())
+    if new > nbytes + _SLACK:
+        first = other[0] if other else f"it lacks {next(iter(lacking))}"
+        raise ValueError(
+            f"config.json describes a {type(model).__name__} of which {new} bytes are not in the folder, whose "
+            f"tensors take {nbytes}: {first}; its sizes are another model's, or missing: get config.json again"
+        )

@@ -1,0 +1,48 @@
+"""The linear layer of a 4-bit weight whose columns are gathered (``lowmem.nn.gathered_weight``)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor
+
+from lowmem.nn.fourbit import Linear4Bit
+from lowmem.nn.stored import FourBitForm
+from lowmem.nn.stored_module import copied_module, freeze
+
+__all__ = ["GatheredLinear4Bit", "gathered_copy"]
+
+
+class GatheredLinear4Bit(Linear4Bit):
+    """``y = x[..., order] W[:, order]^T + b`` with ``W[:, order]`` stored in 4 bits and frozen.
+
+    ``quantized`` holds the columns in that order; ``weight`` presents them in their own.
+    """
+
+    weight_order: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
+        return super().forward(input.index_select(-1, self.weight_order))
+
+
+def gathered_copy(layer: Linear4Bit, order: Tensor) -> GatheredLinear4Bit:
+    """Return a copy of a layer, whose weight has its columns in an order: int32 (in_features,); it has no hooks.
+
+    Raises:
+        ValueError: the order has another dtype or length.
+    """
+    columns = layer.in_features
+    if order.shape != (columns,) or order.dtype.is_floating_point or order.dtype.itemsize != 4:
+        raise ValueError(f"order is {order.dtype} {tuple(order.shape)}, and must be int32 ({columns},)")
+    copied = cast(GatheredLinear4Bit, copied_module(layer, GatheredLinear4Bit))
+    described = layer._forms["weight"]
+    assert isinstance(described.form, FourBitForm)
+    form = replace(described.form, gathered=True)
+    copied.__dict__.update(
+        _forms={**layer._forms, "weight": described._replace(form=form)},
+        _kept={},
+        _parameters={**layer._parameters, "weight_order": freeze(order)},
+    )
+    return copied

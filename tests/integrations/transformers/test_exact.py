@@ -1,0 +1,172 @@
+"""Folders that other programs quantized load with their codes as they are: the values are those that they mean."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, GPT2LMHeadModel, GptOssConfig
+
+import lowmem
+from lowmem.integrations.transformers import LowmemConfig
+from lowmem.io.import_checkpoint import import_checkpoint
+from lowmem.io.shards import read_model
+from tests.integrations.transformers import folders
+from tests.integrations.transformers.folders import IDS, assert_same, load
+from tests.integrations.transformers.foreign import METHODS, values, write_foreign
+
+EXACT = LowmemConfig("exact")
+
+
+def assert_exact(model: torch.nn.Module, dense: torch.nn.Module) -> None:
+    found, wanted = values(model), values(dense)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    with torch.no_grad():
+        outputs = model(IDS).logits, dense(IDS).logits
+    assert float((outputs[0] - outputs[1]).norm()) < 1e-5 * float(outputs[1].norm())
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [*((method, "llama") for method in METHODS), ("awq", "mixtral"), ("gptq", "gpt2")]
+)
+def test_codes_are_kept_and_saved_and_loaded_again(tmp_path, method, kind):
+    """Rows of separate experts become one stack, as transformers makes it; Conv1D's are stored transposed."""
+    folder = write_foreign(tmp_path, method, kind)
+    model = load(folder, quantization_config=EXACT)
+    assert_exact(model, load(tmp_path / "dense"))
+    assert not model.is_quantized
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert_same(again, model)
+    assert "technique" not in json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+
+
+def test_the_bytes_are_those_of_lowmem_quantize(tmp_path):
+    for method in METHODS:
+        folder = write_foreign(tmp_path / method, method)
+        import_checkpoint(folder, tmp_path / "a.safetensors")
+        file = read_model(tmp_path / "a.safetensors")
+        model = load(folder, quantization_config=EXACT)
+        lowmem.save(model, tmp_path / "b.safetensors")
+        other = read_model(tmp_path / "b.safetensors")
+        assert other.metadata["layers"] == file.metadata["layers"]
+        assert other.tensors.keys() == file.tensors.keys()
+        assert all(torch.equal(value, other.tensors[name]) for name, value in file.tensors.items())
+
+
+def write_gpt_oss(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Write a folder of gpt-oss with experts in MXFP4; return it, and the codes' values by the model's names."""
+    folders.CONFIGS["gpt-oss"] = GptOssConfig(
+        **folders.SIZES | {"intermediate_size": 32}, num_local_experts=4, num_experts_per_tok=2, head_dim=16
+    )
+    folders.write(folder, "gpt-oss")
+    state = load_file(folder / "model.safetensors")
+    expected = {}
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = state.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 124, blocks.shape[:-1], dtype=torch.uint8)
+        levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+        codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
+        rows = (levels[codes] * torch.exp2(scales.float() - 127)[..., None]).flatten(-2)
+        expected[name] = rows.mT.contiguous()
+        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    return folder, expected
+
+
+def test_experts_of_gpt_oss_are_stored_as_the_transpose_that_the_file_has(tmp_path):
+    folder, expected = write_gpt_oss(tmp_path / "foreign")
+    model = load(folder, quantization_config=EXACT, dtype=torch.float32)
+    found = values(model)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    dense = lowmem.restore(load(folder, quantization_config=EXACT, dtype=torch.float32))
+    for how in ("eager", "batched_mm", "grouped_mm"):
+        for one in (model, dense):
+            one.set_experts_implementation(how)
+        assert_exact(model, dense)
+    assert not model.model.layers[0].mlp.experts.dequantized_by
+    model.save_pretrained(tmp_path / "again")
+    assert_same(load(tmp_path / "again", dtype=torch.float32), model)
+
+
+def test_a_model_in_half_precision_presents_its_own_dtype_and_keeps_the_values(tmp_path):
+    folder = write_foreign(tmp_path, "gptq", dtype=torch.bfloat16)
+    model = load(folder, quantization_config=EXACT, dtype=torch.bfloat16)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.weight.dtype == torch.bfloat16 == model.dtype
+    stored = load_file(tmp_path / "dense" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(layer.weight.dequantize(torch.float32), stored.float())
+
+
+def test_a_model_without_the_head_leaves_its_weights(tmp_path):
+    folder = write_foreign(tmp_path, "awq")
+    model = AutoModel.from_pretrained(folder, quantization_config=EXACT)
+    assert sorted(values(model)) == sorted(values(AutoModel.from_pretrained(tmp_path / "dense")))
+
+
+def test_adapters_train_on_what_was_kept(tmp_path):
+    model = load(write_foreign(tmp_path, "gptq desc_act"), quantization_config=EXACT)
+    before = model.model.layers[0].mlp.up_proj.weight.dequantize()
+    model = lowmem.convert(model, lowmem.LoRA(2))
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(4):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert torch.equal(model.model.layers[0].mlp.up_proj.base.weight.dequantize(), before)
+
+
+def test_what_cannot_be_exact_is_refused_with_how_to_go_on(tmp_path):
+    folder = write_foreign(tmp_path / "a", "gptq")
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    uneven = torch.tensor([0] * 31 + [1] * 33, dtype=torch.int32).flip(0)
+    save_file(state | {f"{name}.g_idx": uneven}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"{name}.weight, GPTQ: its groups do not have 32.*lowmem quantize.*--requant"
+    ):
+        load(folder, quantization_config=EXACT)
+    mixed = {
+        f"{name}.g_idx": torch.arange(64, dtype=torch.int32) // 32,
+        f"{name}.qweight": torch.zeros(8, 80, dtype=torch.int32),
+        f"{name}.qzeros": torch.full((2, 10), 0x77777777, dtype=torch.int32),
+        f"{name}.scales": torch.ones(2, 80, dtype=torch.float16),
+    }
+    save_file(state | mixed, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"up_proj.weight is \(80, 64\) in .* and the model's is \(96, 64\)"):
+        load(folder, quantization_config=EXACT)
+    dense = folders.write(tmp_path / "b", "llama")
+    with pytest.raises(ValueError, match=r"no 4-bit weights.*LowmemConfig\(FourBit"):
+        load(dense, quantization_config=EXACT)
+    (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
+    with pytest.raises((ValueError, OSError)):
+        load(dense, quantization_config=EXACT)
+
+
+def test_experts_that_differ_in_form_are_refused(tmp_path):
+    folder = write_foreign(tmp_path, "awq", "mixtral")
+    state = load_file(folder / "model.safetensors")
+    key = next(name for name in state if "experts.1" in name and name.endswith(".qzeros"))
+    save_file(state | {key: torch.full_like(state[key], -2004318072)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="is stored in uint4.* in q4_0, .*are one weight in MixtralForCausalLM"):
+        load(folder, quantization_config=EXACT)
+
+
+def test_the_class_may_be_named(tmp_path):
+    folder = write_foreign(tmp_path, "gptq", "gpt2")
+    model = GPT2LMHeadModel.from_pretrained(folder, quantization_config=EXACT)
+    assert model.transformer.h[0].attn.c_attn.forms["weight"].transposed
+    assert model.lm_head.weight is model.transformer.wte.weight
