@@ -25,7 +25,9 @@ from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.training.activations import compressed_activations
 from lowmem.training.loss import linear_cross_entropy
+from lowmem.training.optimizer import AdamW8bit
 from lowmem.training.prepare import prepare_training, release_training, training_report
+from lowmem.training.step_in_backward import step_in_backward
 from lowmem.transforms.adapters import (
     activate,
     active_adapters,
@@ -49,6 +51,7 @@ from lowmem.version import __version__
 __all__ = [
     "FORMATS",
     "VARIANTS",
+    "AdamW8bit",
     "AdaptedWeight",
     "BigNet",
     "Conv4Bit",
@@ -99,6 +102,7 @@ __all__ = [
     "restore",
     "save",
     "save_adapter",
+    "step_in_backward",
     "summary",
     "training_report",
     "unmerge_adapter",

@@ -29,12 +29,13 @@ FOLDERS = (
     ROOT / "docs" / "guides" / "hugging-face.md"
 )  # needs transformers: tests/integrations/transformers/test_guide.py
 LLAMA_CPP = ROOT / "docs" / "guides" / "llama-cpp.md"  # needs transformers: tests/formats/test_llama_cpp_guide.py
+OTHERS = ROOT / "docs" / "guides" / "other-programs.md"  # needs other programs' packages: tests/formats/test_guide.py
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf8") for page in PAGES}
 BLOCKS = [
     (name, language, code)
     for name, text in TEXTS.items()
-    if ROOT / name not in (GATES, FOLDERS, LLAMA_CPP)
+    if ROOT / name not in (GATES, FOLDERS, LLAMA_CPP, OTHERS)
     for language, code in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 ]
 PYTHON = [

@@ -5,6 +5,7 @@ A weight is a float16 or bfloat16 tensor (out, in), or a 4-bit ``QuantizedTensor
     linear(x, weight, dtype, bias, (A, B, s))  (batch, in) -> (batch, out)  x @ W.T + bias + s (x @ A.T) @ B.T
     input_grad(grad, weight, dtype)   (batch, out) -> (batch, in)   grad @ W
     add_low_rank(base, x, a, b, s)    (batch, out) -> (batch, out)  base + s (x @ A.T) @ B.T
+    add_product(out, x, weight, transposed)   out += x @ W.T, or x @ W: sums are rounded once, in the dtype of x
 
 computed and returned in ``dtype`` (torch.int8: returned in the dtype of x, see ``lowmem.kernels.int8``). The same
 backend quantizes and dequantizes rows for ``lowmem.quant``; its protocol is ``lowmem.quant.backend.Backend``.
@@ -28,7 +29,19 @@ from lowmem.kernels.memory import TYPES
 from lowmem.quant.backend import Backend, LowRank, Weight, active_backend, set_backend
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["LowRank", "Weight", "add_low_rank", "available", "backend", "explain", "input_grad", "linear", "using"]
+__all__ = [
+    "LowRank",
+    "Weight",
+    "add_low_rank",
+    "add_product",
+    "adds_products",
+    "available",
+    "backend",
+    "explain",
+    "input_grad",
+    "linear",
+    "using",
+]
 
 VARIABLE = "LOWMEM_KERNEL"
 PROVIDERS = (reference, cpu)
@@ -63,6 +76,16 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
 def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in the dtype of ``base``; not differentiable."""
     return active_backend().add_low_rank(base, x, a, b, scaling)
+
+
+def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
+    """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place; sums are rounded once."""
+    return active_backend().add_product(out, x, weight, transposed)
+
+
+def adds_products() -> bool:
+    """Whether ``add_product`` in bfloat16 is as fast as a product and an update apart, for 64 rows and more."""
+    return active_backend().adds_products
 
 
 def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = None) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -134,6 +134,7 @@ class Kernel:
         self._input_grad: Callable[..., Tensor | Literal[False] | None] = native.input_grad
         self._native_dequantize: Callable[..., Tensor | None] = native.dequantize
         self._update: Callable[..., Tensor | None] = native.update
+        self._rowwise: Callable[..., None] = native.rowwise
         self._order = lru_cache(maxsize=64)(native.order)  # the column order, shared by layers of one shape
 
     def linear(
@@ -238,45 +239,77 @@ class Kernel:
 
         return _few_at_a_time(grad, 4 * (rows + 3 * columns), of_few)
 
-    def _linear_by_torch(self, x: Tensor, given: Given, shape: torch.Size, bias: Tensor | None) -> Tensor:
-        """Dequantize rows of a weight, a chunk at a time, and multiply each by torch: (batch, in) -> (batch, out)."""
+    @property
+    def adds_products(self) -> bool:
+        """Whether the processor multiplies bfloat16, so that torch is fast at it."""
+        return self.name in ("avx512bf16", "avx512amx")
+
+    def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
+        """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place; torch multiplies."""
+        if x.dtype in (torch.float32, torch.bfloat16) and is_real(x) and not is_traced():
+            for given in self._handles(weight):
+                if given[0] is None and given[1].dtype is not x.dtype:
+                    break
+                if given[0] is not None and self._dequantize(given, 0, 0, x.new_empty(1, weight.shape[1])) is None:
+                    continue  # a stale handle
+                if not transposed:
+                    return self._linear_by_torch(x, given, weight.shape, None, out)
+                size = weight.block_size if isinstance(weight, QuantizedTensor) else 1
+                return self._input_grad_by_torch(x, given, weight.shape, size, out)
+        return reference.add_product(out, x, weight, transposed)
+
+    def _linear_by_torch(
+        self, x: Tensor, given: Given, shape: torch.Size, bias: Tensor | None, onto: Tensor | None = None
+    ) -> Tensor:
+        """Dequantize rows of a weight, a chunk at a time, and multiply each by torch: (batch, in) -> (batch, out).
+
+        The product is added to ``onto``, in place, if that is given.
+        """
         if x.dtype is torch.float16:  # the weight would be rounded to it
             return self._linear_by_torch(x.float(), given, shape, bias).to(x.dtype)
         handle, packed, _ = given
         bias = bias if bias is None else bias.to(x.dtype)
         if handle is None:
-            return functional.linear(x, packed, bias)
+            return functional.linear(x, packed, bias) if onto is None else onto.addmm_(x, packed.t())
         rows, columns = shape
-        out = x.new_empty(x.shape[0], rows)
+        out = x.new_empty(x.shape[0], rows) if onto is None else onto
         chunks = _chunks(rows)
         scratch = x.new_empty(chunks[0].stop * columns)
         for chunk in chunks:
             part = scratch[: (chunk.stop - chunk.start) * columns].view(-1, columns)
             self._dequantize(given, chunk.start, 0, part)
-            if bias is None:
+            if onto is not None:
+                out[:, chunk].addmm_(x, part.t())
+            elif bias is None:
                 torch.mm(x, part.t(), out=out[:, chunk])
             else:
                 torch.addmm(bias[chunk], x, part.t(), out=out[:, chunk])
         return out
 
-    def _input_grad_by_torch(self, grad: Tensor, given: Given, shape: torch.Size, block_size: int) -> Tensor:
+    def _input_grad_by_torch(
+        self, grad: Tensor, given: Given, shape: torch.Size, block_size: int, onto: Tensor | None = None
+    ) -> Tensor:
         """Dequantize columns of a weight, a chunk at a time, and multiply each: (batch, out) -> (batch, in).
 
-        Chunks of columns need no sums over them, which would have to be kept in float32.
+        Chunks of columns need no sums over them, which would have to be kept in float32. The product is added to
+        ``onto``, in place, if that is given.
         """
         if grad.dtype is torch.float16:  # the weight would be rounded to it
             return self._input_grad_by_torch(grad.float(), given, shape, block_size).to(grad.dtype)
         handle, packed, _ = given
         if handle is None:
-            return grad @ packed
+            return grad @ packed if onto is None else onto.addmm_(grad, packed)
         rows, columns = shape
-        out = grad.new_empty(grad.shape[0], columns)
+        out = grad.new_empty(grad.shape[0], columns) if onto is None else onto
         chunks = _chunks(columns, block_size)
         scratch = grad.new_empty(rows * chunks[0].stop)
         for chunk in chunks:
             part = scratch[: rows * (chunk.stop - chunk.start)].view(rows, -1)
             self._dequantize(given, 0, chunk.start, part)
-            torch.mm(grad, part, out=out[:, chunk])
+            if onto is None:
+                torch.mm(grad, part, out=out[:, chunk])
+            else:
+                out[:, chunk].addmm_(grad, part)
         return out
 
     def _dequantize(self, given: Given, row: int, column: int, out: Tensor) -> Tensor | None:
@@ -349,6 +382,25 @@ class Kernel:
             if out is not None:
                 return out
         return reference.add_low_rank(base, x, a, b, scaling)
+
+    def rowwise(
+        self,
+        operation: int,
+        given_type: int,
+        type: int,
+        given: tuple[Tensor | None, ...],
+        outs: tuple[Tensor | None, ...],
+        numbers: tuple[float, float],
+        step: int,
+        out_step: int,
+    ) -> None:
+        """Fill ``outs``; ``lowmem.kernels.rowwise`` has checked the tensors."""
+        first = cast(Tensor, outs[0])
+        columns = first.shape[-1]
+        addresses = [0 if one is None else one.data_ptr() for one in (*given, *outs, None)][:5]
+        sizes = first.numel() // columns, columns, step, out_step
+        bits = map(_bits, numbers)
+        self._rowwise(self._isa, operation, given_type, type, *sizes, *bits, torch.get_num_threads(), *addresses)
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""

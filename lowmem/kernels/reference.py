@@ -27,9 +27,21 @@ from lowmem.quant.search import (
 )
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["add_low_rank", "backends", "dequantize", "explain", "input_grad", "linear", "name", "quantize_rows"]
+__all__ = [
+    "add_low_rank",
+    "add_product",
+    "adds_products",
+    "backends",
+    "dequantize",
+    "explain",
+    "input_grad",
+    "linear",
+    "name",
+    "quantize_rows",
+]
 
 name = "reference"
+adds_products = True
 
 
 def backends() -> tuple[list[Backend], str]:
@@ -122,6 +134,25 @@ def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
     if base.dtype == b.dtype:
         return torch.addmm(base, narrow, b.t(), alpha=scaling)
     return base + ((narrow * scaling) @ b.t()).to(base.dtype)
+
+
+def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
+    """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place: sums in float32 or wider, rounded once.
+
+    Args:
+        out: (batch, out), or (batch, in) if transposed; in the dtype of x.
+        x: (batch, in), or (batch, out) if transposed; floating point.
+        weight: (out, in).
+    """
+    if transposed:
+        wide = torch.promote_types(out.dtype, torch.float32)
+        sums = out.to(wide)
+        for rows in row_chunks(*weight.shape):
+            sums.addmm_(x[:, rows].to(wide), _dequantized(weight, rows, x.dtype).to(wide))
+        return out.copy_(sums)
+    for rows in row_chunks(*weight.shape):
+        out[:, rows].addmm_(x, _dequantized(weight, rows, x.dtype).t())  # (batch, rows)
+    return out
 
 
 def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:

@@ -106,7 +106,9 @@ _register_casts()
 
 @implements(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 def _detach(weight: Any) -> Any:
-    updates = tuple(one._replace(left=one.left.detach(), right=one.right.detach()) for one in weight.updates)
+    updates = tuple(
+        one._replace(left=one.left.detach(), right=one.right.detach(), adapter=None) for one in weight.updates
+    )
     return weight.remade(weight.base.detach(), updates)
 
 

@@ -6,6 +6,7 @@ keep matrices whole are such weights again. Everything else gets the values, den
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lowmem.nn import adapted_products, adapted_views  # noqa: F401 - register what such weights do
 from lowmem.nn.adapter import Layout, Update
-from lowmem.nn.low_rank_sum import LowRankSum, on_values
+from lowmem.nn.low_rank_sum import FUNCTIONS, REFUSAL, LowRankSum, on_values
+from lowmem.nn.read_only import read_only
 
 __all__ = ["AdaptedWeight", "adapted_weight"]
 
@@ -104,6 +106,28 @@ class _Traced(LowRankSum, nn.Parameter):
     def read(cls, function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what needs no values: of the base, which has the same shape, dtype and device."""
         return function(weight.base, *args, **kwargs)
+
+
+def _register_methods() -> None:
+    """Give graphs the methods of tensors that Python defines, as ``split``: Dynamo asks no class for them."""
+
+    def register(name: str, function: Any) -> None:
+        implemented = function in FUNCTIONS
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if implemented:
+                return self.__torch_function__(function, (), (self, *args), kwargs)
+            result = getattr(self.values(), name)(*args, **kwargs)  # not the function, which may call super()
+            return read_only(result, REFUSAL, function, (self, *args))
+
+        setattr(_Traced, name, method)
+
+    for name, function in vars(Tensor).items():
+        if isinstance(function, types.FunctionType) and not name.startswith("_"):
+            register(name, function)
+
+
+_register_methods()
 
 
 def _traced(base: Any, updates: tuple[Update, ...], layout: Layout, known: Tensor | None) -> _Traced:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ class LoRA:
             (rsLoRA, arXiv 2312.03732).
         ranks: other ranks by pattern, a mapping or pairs; stored as a tuple of pairs.
         alphas: other alphas by pattern, likewise.
-        init: "zero": B starts at zero, so that a fresh adapter changes nothing, bit for bit. "loftq": ``s B A``
+        init: "zero": B starts at zero, so that a fresh adapter changes nothing, bit for bit (in training, where
+            layers compute in bfloat16, but for the order of sums). "loftq": ``s B A``
             starts as the best approximation of this rank of the base's quantization error, so that base and adapter
             are nearer to the dense weight W than the base alone (LoftQ, arXiv 2310.08659, algorithm 1):
 
@@ -180,12 +182,24 @@ class Update(NamedTuple):
         right: (*stack, rank, columns).
         scaling: of the product.
         dropout: for the inputs of products.
+        adapter: whose matrices these are, whole; None for views.
     """
 
     left: Tensor
     right: Tensor
     scaling: float
     dropout: nn.Module
+    adapter: Any = None
+
+    def view(self, left: Tensor, right: Tensor) -> Update:
+        """Return the change of other matrices, of which these are views."""
+        return self._replace(left=left, right=right, adapter=None)
+
+    def of_matrix(self, number: int) -> Update:
+        """Return the change of one matrix of a stack."""
+        if self.adapter is None:
+            return self.view(self.left[number], self.right[number])
+        return self.view(*self.adapter.matrices(number))
 
     def values(self) -> Tensor:
         """Return the change, dense and differentiable: (*stack, rows, columns)."""
@@ -215,6 +229,10 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -
         add = kernels.add_low_rank if is_plain_call(x, out, a, b) else reference.add_low_rank
         wide = add(wide, rows, a, b, scaling)
     return wide if out.dim() == 2 else wide.view(out.shape)
+
+
+_MATRICES: WeakKeyDictionary[Adapter, tuple[Any, list[tuple[Tensor, Tensor]]]] = WeakKeyDictionary()
+"""The matrices of an adapter's stacks, and of which values: beside the modules, whose copies do not have them."""
 
 
 class Adapter(nn.Module):
@@ -299,8 +317,31 @@ class Adapter(nn.Module):
     def update(self) -> Update:
         """Return the change of the matrices that the parameter holds, transposed where it is."""
         if self.layout.kind == "transposed":
-            return Update(self.lora_a.mT, self.lora_b.mT, self.scaling, self.dropout)
-        return Update(self.lora_b, self.lora_a, self.scaling, self.dropout)
+            return Update(self.lora_a.mT, self.lora_b.mT, self.scaling, self.dropout, self)
+        return Update(self.lora_b, self.lora_a, self.scaling, self.dropout, self)
+
+    def matrices(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the factors of the change of one matrix of a stack, in the order of ``update``.
+
+        The gradient of ``a[number]`` is as large as the whole stack, and experts are read one by one. So the stack is
+        taken apart once, which autograd undoes once, as long as it has the same values.
+        """
+        a, b = self.lora_a, self.lora_b
+        if torch.compiler.is_compiling() or not all(
+            type(one) is nn.Parameter and not one.is_inference() for one in (a, b)
+        ):
+            pair = a[number], b[number]
+        else:
+            now = (
+                *((id(one), one._version, one.data_ptr(), one.requires_grad) for one in (a, b)),
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+            )
+            known = _MATRICES.get(self)
+            if known is None or known[0] != now:
+                known = _MATRICES[self] = now, list(zip(a.unbind(), b.unbind(), strict=True))
+            pair = known[1][number]
+        return (pair[0].mT, pair[1].mT) if self.layout.kind == "transposed" else (pair[1], pair[0])
 
     def changes_nothing(self) -> bool:
         """Whether ``B A`` is zero since one of the two is."""

@@ -16,6 +16,7 @@ from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Adapter, LoRA
+from lowmem.nn.adapter_product import adapted_product
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call
 from lowmem.nn.gathered_linear import GatheredLinear4Bit, gathered_copy
@@ -170,6 +171,8 @@ class LoRALinear(nn.Module):
         adapters: dict[str, Any] = parts["adapters"]._modules
         if len(active) == 1 and active[0] != merged:
             fused = _fused_forward(base, adapters.get(active[0]), input)
+            if fused is None and (self.training or torch.is_grad_enabled()):
+                fused = adapted_product(base, adapters.get(active[0]), input)
             if fused is not None:
                 return fused
         out: Tensor = base(input)

@@ -18,9 +18,13 @@ from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.read_only import name_of, read_only, writes_in_place
 from lowmem.nn.stored import StoredTensor
 
-__all__ = ["FUNCTIONS", "METADATA", "LowRankSum", "implements", "is_adapted", "on_values"]
+__all__ = ["FUNCTIONS", "METADATA", "REFUSAL", "LowRankSum", "implements", "is_adapted", "on_values"]
 
-REMEDY = "write to the layer's own parameter, or merge the adapters first, lowmem.merge(model)"
+REFUSAL = (
+    "a weight with adapters, which is computed: write to the layer's own parameter, or merge the adapters first, "
+    "lowmem.merge(model)"
+)
+"""What a write to one raises."""
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -103,11 +107,13 @@ class LowRankSum:
             return NotImplemented
         if sum(not isinstance(one, slice) for one in full) > 1:
             return NotImplemented
+        if len(index) == 1 and dims == 3 and (number := _whole_number(index[0])) is not None:
+            return self.like(self.base[number], [one.of_matrix(number) for one in self.updates])
         of_rows, of_columns = (*stack, row), (*stack, slice(None), column)
         base = self.base[full] if len(index) > 1 else self.base[index[0]]
         return self.like(
             base,
-            [one._replace(left=one.left[of_rows], right=one.right[of_columns]) for one in self.updates],
+            [one.view(one.left[of_rows], one.right[of_columns]) for one in self.updates],
         )
 
     def swapped(self) -> Any:
@@ -116,7 +122,7 @@ class LowRankSum:
             return NotImplemented
         return self.like(
             self.base.transpose(-1, -2),
-            [one._replace(left=one.right.mT, right=one.left.mT) for one in self.updates],
+            [one.view(one.right.mT, one.left.mT) for one in self.updates],
         )
 
     @classmethod
@@ -126,9 +132,7 @@ class LowRankSum:
         if own is None and not isinstance(function, _PYTHON):  # an operator that a library has registered
             own = FUNCTIONS.get(str(function).removesuffix(".default"))
         if own is not None and "out" not in kwargs:
-            first = [name for name in _FIRST if name in kwargs] if not args else []
-            rest = {name: value for name, value in kwargs.items() if name not in first}
-            result = own(*args, *[kwargs[name] for name in first], **rest)
+            result = own(*args, **kwargs) if args else _call_by_name(own, kwargs)
             if result is not NotImplemented:
                 return result
         if function in METADATA:
@@ -160,6 +164,20 @@ METADATA = {
 """Functions that need no values of a tensor."""
 
 
+def _call_by_name(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """Call an implementation with a first argument that the caller has named as torch does."""
+    first = [name for name in _FIRST if name in kwargs]
+    rest = {name: value for name, value in kwargs.items() if name not in first}
+    return function(*[kwargs[name] for name in first], **rest)
+
+
+def _whole_number(index: Any) -> int | None:
+    """Return the index of one matrix of a stack; in a graph, where a tensor has no value, of an int alone."""
+    if isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int64, torch.int32):
+        return None if torch.compiler.is_compiling() else int(index)
+    return index if type(index) is int else None
+
+
 def _is_list(index: Any) -> bool:
     return (isinstance(index, Tensor) and index.dim() == 1) or isinstance(index, list)
 
@@ -179,7 +197,7 @@ def on_values(function: Any, args: Any, kwargs: Any) -> Any:
     """
     target = args[0] if args else next(iter(kwargs.values()), None)
     if (writes_in_place(function) and is_adapted(target)) or is_adapted(kwargs.get("out")):
-        raise RuntimeError(f"{name_of(function)} would write to a weight with adapters, which is computed: {REMEDY}")
+        raise RuntimeError(f"{name_of(function)} would write to {REFUSAL}")
     known: list[tuple[Any, Tensor]] = []
 
     def dense(one: Any) -> Any:
@@ -195,4 +213,4 @@ def on_values(function: Any, args: Any, kwargs: Any) -> Any:
     result = function(*args, **kwargs)
     if not known or isinstance(function, OpOverload):
         return result
-    return read_only(result, f"a weight with adapters, which is computed: {REMEDY}", function, args, known[0][1])
+    return read_only(result, REFUSAL, function, args, known[0][1])

@@ -86,6 +86,11 @@ def _is_view(function: Any, args: Any) -> bool:
     if function is Tensor.__getitem__:
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return not any(isinstance(one, (list, bool, Tensor)) for one in index)
+    return _makes_views(function)
+
+
+@constant_in_graphs
+def _makes_views(function: Any) -> bool:
     return function in VIEWS
 
 

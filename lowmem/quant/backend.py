@@ -35,6 +35,11 @@ class Backend(Protocol):
         """The value of ``LOWMEM_KERNEL`` that selects this backend."""
         ...
 
+    @property
+    def adds_products(self) -> bool:
+        """Whether ``add_product`` in bfloat16 is as fast as ``linear`` and ``input_grad``, for 64 rows and more."""
+        ...
+
     def linear(
         self,
         x: Tensor,
@@ -55,6 +60,10 @@ class Backend(Protocol):
 
     def add_low_rank(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in the dtype of ``base``."""
+        ...
+
+    def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
+        """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place; sums are rounded once."""
         ...
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:

@@ -20,14 +20,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lowmem.kernels.codes import code, decode
 from lowmem.nn.frozen_linear import is_cast
 from lowmem.transforms.registry import check_module
 
 __all__ = ["Codes", "compress", "compressed_activations"]
-
-BLOCK = 64
-_CHUNK = 2**18
-"""Numbers compressed at a time, so that temporaries stay in a processor's cache."""
 
 _LEAST = 2**12
 """Numbers of a tensor below which it is kept as it is: its codes would save less than they cost."""
@@ -58,15 +55,7 @@ class Codes(NamedTuple):
 
     def values(self) -> Tensor:
         """Return the numbers: (length,)."""
-        out = torch.empty(self.codes.shape, dtype=self.dtype, device=self.codes.device)
-        rows = max(1, min(_CHUNK // BLOCK, len(out)))
-        scratch = torch.empty(rows, BLOCK, device=out.device)
-        for codes, scales, part in zip(self.codes.split(rows), self.scales.split(rows), out.split(rows), strict=True):
-            exact = part if self.dtype is torch.float32 else scratch[: len(part)]
-            torch.mul(codes, scales, out=exact)
-            if exact is not part:
-                part.copy_(exact)
-        return out.view(-1)[: self.length]
+        return decode(self.codes, self.scales, self.dtype).view(-1)[: self.length]
 
 
 def compress(numbers: Tensor) -> Codes:
@@ -74,29 +63,9 @@ def compress(numbers: Tensor) -> Codes:
 
     A block with NaN or an infinite number becomes NaN: what went wrong stays visible.
     """
-    length = numbers.numel()
-    blocks = -(-length // BLOCK)
-    codes = torch.empty(blocks, BLOCK, dtype=torch.int8, device=numbers.device)
-    scales = torch.empty(blocks, 1, dtype=torch.float32, device=numbers.device)
-    if length % BLOCK:
-        numbers = functional.pad(numbers, (0, blocks * BLOCK - length))
-    rows = max(1, min(_CHUNK // BLOCK, blocks))
-    scratch = torch.empty(rows, BLOCK, device=numbers.device)
-    after = 0  # numbers other than zero
-    for source, code, scale in zip(
-        numbers.view(-1, BLOCK).split(rows), codes.split(rows), scales.split(rows), strict=True
-    ):
-        scaled = scratch[: len(source)]
-        torch.amax(torch.abs(scaled.copy_(source), out=scaled), 1, keepdim=True, out=scale).div_(127)
-        torch.div(source, scale.clamp_min(torch.finfo(torch.float32).tiny), out=scaled)
-        code.copy_(scaled.round_())  # of a block that is not finite any codes: its scale says so
-        after += int(code.count_nonzero())
-    broken = ~scales.isfinite()
-    if broken.any():
-        scales.masked_fill_(broken, torch.nan)
-        return Codes(codes, scales, numbers.dtype, length, 1.0)
-    before = length if after > (1 - _VANISHED) * length else int(numbers.count_nonzero())
-    return Codes(codes, scales, numbers.dtype, length, 1 - after / max(1, before))
+    coded, scales, (before, after) = code(numbers)
+    lost = 1 - after / max(1, before) if bool(scales.isfinite().all()) else 1.0
+    return Codes(coded, scales, numbers.dtype, numbers.numel(), lost)
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from lowmem.nn.frozen_linear import is_cast, is_jit_tracing
 from lowmem.nn.low_rank_sum import METADATA
 from lowmem.nn.read_only import writes_in_place
-from lowmem.training.loss import linear_cross_entropy
+from lowmem.training.loss import linear_cross_entropy, loss_dtype
 
 __all__ = ["LazyLogits", "LazyOutput", "delay_logits", "undelay_logits"]
 
@@ -40,6 +40,7 @@ class _Product:
         autocast: whether autocast to that dtype was on.
         versions: of the layer's weight and bias when the layer was called.
         chunk: rows of logits that exist at once.
+        loss_dtype: in which the loss multiplies.
         scale: a factor.
         offset: (vocabulary,), frozen, or None.
     """
@@ -50,6 +51,7 @@ class _Product:
     autocast: bool
     versions: tuple[int, ...]
     chunk: int
+    loss_dtype: torch.dtype
     scale: float = 1.0
     offset: Tensor | None = None
 
@@ -77,7 +79,7 @@ class _Product:
         if self.offset is not None:
             bias = self.offset if bias is None else bias + self.offset
         return linear_cross_entropy(
-            hidden, self.layer.weight, labels, bias=bias, chunk=self.chunk, dtype=self.dtype, **options
+            hidden, self.layer.weight, labels, bias=bias, chunk=self.chunk, dtype=self.loss_dtype, **options
         )
 
 
@@ -162,7 +164,14 @@ class LazyOutput(nn.Module):
 
     delayed_class: type[nn.Module]
     logits_chunk: int
+    logits_dtype: torch.dtype | None
     prepared_for_training = True
+
+    @property
+    def training_note(self) -> str:
+        """What was done to the layer, for reports."""
+        in_dtype = f" in {self.logits_dtype}" * bool(self.logits_dtype)
+        return f"logits in chunks of {self.logits_chunk} rows{in_dtype}, by the cross entropy that takes them"
 
     def dense_forward(self, input: Tensor) -> Tensor:
         """Return the logits, computed: (..., width) -> (..., vocabulary)."""
@@ -174,23 +183,27 @@ class LazyOutput(nn.Module):
         graph = torch.compiler.is_compiling() or is_jit_tracing()
         if graph or not (self.training and torch.is_grad_enabled() and input.is_floating_point()):
             return self.dense_forward(input)
-        cast = is_cast(input)
-        dtype = torch.get_autocast_dtype(input.device.type) if cast else input.dtype
-        return LazyLogits(_Product(self, input, dtype, cast, _versions(self), self.logits_chunk), dtype)
+        casts = is_cast(input)
+        dtype = torch.get_autocast_dtype(input.device.type) if casts else input.dtype
+        chosen = self.logits_dtype if input.dtype is torch.float32 and not casts else None
+        in_loss = chosen or loss_dtype(input, cast(Tensor, self.weight))
+        return LazyLogits(_Product(self, input, dtype, casts, _versions(self), self.logits_chunk, in_loss), dtype)
 
 
 def _versions(layer: Any) -> tuple[int, ...]:
     return tuple(one._version for one in (layer.weight, layer.bias) if type(one) is nn.Parameter)
 
 
-def delay_logits(layer: nn.Module, chunk: int = 256) -> None:
+def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None = None) -> None:
     """Let an output layer return ``LazyLogits`` in training.
 
     Args:
         layer: computes ``x @ weight.T + bias``: nn.Linear, or that layer stored in 16 or 4 bits.
         chunk: rows of logits that exist at once in the loss.
+        dtype: in which the loss multiplies where the hidden states are float32 and autocast is off; None: that of
+            ``linear_cross_entropy``.
     """
-    layer.__dict__["logits_chunk"] = chunk
+    layer.__dict__.update(logits_chunk=chunk, logits_dtype=dtype)
     layer.__class__ = _delayed(cast(Any, type(layer)))
 
 
@@ -206,7 +219,8 @@ def undelay_logits(layer: nn.Module) -> None:
                 f"{type(layer).__name__} was made of the prepared layer since, as a parametrization does: "
                 "undo that first"
             )
-        layer.__dict__.pop("logits_chunk", None)
+        for name in ("logits_chunk", "logits_dtype"):
+            layer.__dict__.pop(name, None)
         layer.__class__ = cast(Any, layer.delayed_class)
 
 

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from lowmem import kernels
+from lowmem.kernels.entropy import entropies
 from lowmem.nn.frozen_linear import is_cast
 from lowmem.nn.stored import StoredTensor
 
-__all__ = ["linear_cross_entropy"]
-
-_ROWS = 16
-"""Rows whose probabilities are computed at a time in float32: few enough to stay in a processor's cache."""
+__all__ = ["linear_cross_entropy", "loss_dtype"]
 
 
 def linear_cross_entropy(
@@ -48,7 +46,8 @@ def linear_cross_entropy(
         chunk: rows whose logits exist at once, at least 1.
         label_smoothing: how much of each target is spread over the vocabulary, in [0, 1].
         reduction: "mean" over the labels that count (NaN if none does), or "sum".
-        dtype: to multiply in; None: autocast's if enabled, or the wider one of hidden and a dense or 16-bit weight.
+        dtype: to multiply in, with sums, softmax and loss in float32 or wider; None: autocast's if enabled,
+            bfloat16 if hidden or weight is of it, else the wider one of hidden and a dense or 16-bit weight.
 
     Returns:
         The loss, a scalar in float32, or float64 when computed in it. It is differentiable once.
@@ -59,7 +58,7 @@ def linear_cross_entropy(
     """
     _check_options(chunk, label_smoothing, reduction, dtype)
     _check_shapes(hidden, weight, labels, bias)
-    dtype = dtype or _compute_dtype(hidden, weight)
+    dtype = dtype or loss_dtype(hidden, weight)
     if isinstance(bias, StoredTensor):
         bias = bias.dequantize()
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -98,7 +97,7 @@ class _Chunked(torch.autograd.Function):
                 at, target = counted[start : start + chunk], targets[start : start + chunk]
                 x = (rows[start : start + chunk] if len(counted) == len(rows) else rows[at]).to(dtype)
                 logits = factor.logits(x, offset)  # (chunk, vocabulary)
-                loss += _losses(logits, target, smoothing, gradient=any(wanted[:3]))
+                loss += entropies(logits, target, smoothing, gradient=any(wanted[:3])).sum()
                 if row_grad is not None:
                     row_grad[at] = factor.times(logits).to(rows.dtype)
                 if weight_grad is not None:
@@ -148,33 +147,16 @@ class _Factor:
         return gradient @ self.dense
 
 
-def _losses(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
-    """Return the sum of the losses of rows, and replace their logits by the gradient with respect to them.
-
-    loss = -(1 - e) log p[target] - e mean(log p),    d loss / d logits = p - (1 - e) onehot - e / vocabulary
-    """
-    parts = zip(logits.split(_ROWS), targets.unsqueeze(1).split(_ROWS), strict=True)
-    return torch.stack([_losses_of_few(part, target, smoothing, gradient) for part, target in parts]).sum()
-
-
-def _losses_of_few(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
-    logs = torch.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (rows, vocabulary)
-    spread = smoothing / logits.shape[1]
-    loss = (smoothing - 1) * logs.gather(1, targets).sum()
-    if smoothing:
-        loss -= spread * logs.sum()
-    if gradient:
-        errors = logs.exp_()
-        errors.scatter_add_(1, targets, errors.new_full(targets.shape, smoothing - 1))
-        logits.copy_(errors.sub_(spread) if smoothing else errors)
-    return loss
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def loss_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype in which ``linear_cross_entropy`` multiplies by default."""
     if is_cast(hidden):
         return torch.get_autocast_dtype(hidden.device.type)
     stored = weight.stored if isinstance(weight, StoredTensor) else weight
-    return torch.promote_types(hidden.dtype, stored.dtype) if isinstance(stored, Tensor) else hidden.dtype
+    if not isinstance(stored, Tensor):
+        return hidden.dtype
+    wide = torch.promote_types(hidden.dtype, stored.dtype)
+    narrow = torch.bfloat16 in (hidden.dtype, stored.dtype) and torch.float16 not in (hidden.dtype, stored.dtype)
+    return torch.bfloat16 if narrow and wide is torch.float32 else wide
 
 
 def _check_options(chunk: int, smoothing: float, reduction: str, dtype: torch.dtype | None) -> None:

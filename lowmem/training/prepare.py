@@ -10,9 +10,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lowmem import kernels
 from lowmem.nn.lora import LoRALinear
 from lowmem.training.activations import compressed_activations
+from lowmem.training.fused import Act, FusedModule, GatedMLP, How, RMSNorm, activations, fuse, unfuse
 from lowmem.training.logits import LazyOutput, delay_logits, undelay_logits
+from lowmem.training.recognize import recognize
 from lowmem.transforms.placement import output_layers
 from lowmem.transforms.registry import ADAPTED, check_module, layer_name, module_paths
 
@@ -28,7 +31,9 @@ def prepare_training(
 
     - "fast" and "lean": the output layers' logits are computed in chunks of rows, by the cross entropy that takes
       them (``linear_cross_entropy``), in the code of the model, of a Trainer, or in your own. Whoever needs the
-      logits themselves gets them.
+      logits themselves gets them. The chunks are multiplied in bfloat16 where 4-bit layers of the model have that
+      ``compute_dtype``. RMS norms, gated MLPs and activations, recognized by what they compute, keep their inputs
+      alone for backward, and compute the rest again.
     - "lean": what autograd saves in forward is kept in 8 bits (``compressed_activations``), which costs time.
 
     ``training_report`` says what was done to which module. In evaluation, without gradients, compiled and exported,
@@ -61,18 +66,30 @@ def prepare_training(
     patterns = [output] if isinstance(output, str) else list(output)
     chunks: dict[nn.Module, int] = {one: one.logits_chunk for one in model.modules() if isinstance(one, LazyOutput)}
     was_lean = isinstance(model, _Compressing)
+    fused: dict[nn.Module, How] = {one: one.fused_as for one in model.modules() if isinstance(one, FusedModule)}
     release_training(model)
     try:
         layers = _named_layers(model, patterns) if patterns else output_layers(model)
     except ValueError:
-        _apply(model, chunks, was_lean)
+        _apply(model, chunks, fused, was_lean)
         raise
-    return _apply(model, {one: chunk for one in layers if _reason(one) is None}, memory == "lean")
+    return _apply(model, {one: chunk for one in layers if _reason(one) is None}, _fusable(model), memory == "lean")
 
 
-def _apply(model: nn.Module, chunks: Mapping[nn.Module, int], lean: bool) -> nn.Module:
+def _fusable(model: nn.Module) -> dict[nn.Module, How]:
+    """Return the modules that can be fused, without the activations of gated MLPs, which are not called."""
+    found = {one: how for one in model.modules() if isinstance(how := recognize(one), RMSNorm | GatedMLP | Act)}
+    inner = {child for one, how in found.items() if isinstance(how, GatedMLP) for child in activations(one, how)}
+    return {one: how for one, how in found.items() if one not in inner}
+
+
+def _apply(
+    model: nn.Module, chunks: Mapping[nn.Module, int], fused: Mapping[nn.Module, How], lean: bool
+) -> nn.Module:
+    for module, how in fused.items():
+        fuse(module, how)
     for layer, chunk in chunks.items():
-        delay_logits(layer, chunk)
+        delay_logits(layer, chunk, _logits_dtype(model))
     if lean:
         model.__class__ = cast(Any, _compressing(cast(Any, type(model))))
     return model
@@ -89,11 +106,14 @@ def release_training(model: nn.Module) -> nn.Module:
         if isinstance(module, _Compressing):
             module.__class__ = cast(Any, module.plain_class)
         undelay_logits(module)
+        unfuse(module)
     return model
 
 
 def training_report(model: nn.Module) -> dict[str, str]:
-    """Return by path what ``prepare_training`` did, and why it left output layers as they are; "" is the model.
+    """Return by path what ``prepare_training`` did, and why it left modules as they are; "" is the model.
+
+    Those are output layers, and modules that look like RMS norms or gated MLPs.
 
     Raises:
         TypeError: the model is not a module.
@@ -101,14 +121,21 @@ def training_report(model: nn.Module) -> dict[str, str]:
     check_module(model)
     report = {}
     left = output_layers(model)
+    prepared = any(getattr(type(module), "prepared_for_training", False) for module in model.modules())
     for module, paths in module_paths(model).items():
-        if isinstance(module, _Compressing):
-            report[paths[0]] = "what autograd saves is kept in 8 bits"
-        elif isinstance(module, LazyOutput):
-            report[paths[0]] = f"logits in chunks of {module.logits_chunk} rows, by the cross entropy that takes them"
+        if getattr(type(module), "prepared_for_training", False):
+            report[paths[0]] = cast(Any, module).training_note
+        elif prepared and isinstance(why := recognize(module), str):
+            report[paths[0]] = f"as before: {why}"
         elif module in left and (reason := _reason(module)) is not None:
             report[paths[0]] = f"logits as before: {reason}"
     return report
+
+
+def _logits_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return bfloat16 where the model's 4-bit layers compute in it, and the processor is fast at it; else None."""
+    asked = any(getattr(one, "compute_dtype", None) is torch.bfloat16 for one in model.modules())
+    return torch.bfloat16 if asked and kernels.adds_products() else None
 
 
 class _Compressing(nn.Module):
@@ -116,6 +143,7 @@ class _Compressing(nn.Module):
 
     plain_class: type[nn.Module]
     prepared_for_training = True
+    training_note = "what autograd saves is kept in 8 bits"
 
 
 @functools.cache

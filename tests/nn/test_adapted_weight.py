@@ -64,6 +64,7 @@ READS = {
     "a question": lambda x, w: F.linear(x, w) if isinstance(w, torch.Tensor) and not w.requires_grad else x,
     "its sizes": lambda x, w: F.linear(x, w) * w.shape[0] + w.size(1) + w.dim() + len(w) + w.numel(),
     "rows": lambda x, w: F.linear(x, w[2:9]).sum() + x @ w[0] + sum(F.linear(x, part).sum() for part in w.chunk(3)),
+    "parts": lambda x, w: x[:, :4] @ w.split([4, 12], 1)[0].T + w.unflatten(0, (4, 6)).sum() + w.split(8)[1][0, 0],
     "columns": lambda x, w: x[:, 2:7] @ w[:, 2:7].T,
     "transposed": lambda x, w: x @ w.t() + x @ w.T + x @ w.mT + torch.addmm(x.new_ones(24), x, w.t()),
     "a normalized one": lambda x, w: F.linear(x, w / w.norm(dim=1, keepdim=True)),

@@ -1,9 +1,14 @@
 """An adapter's matrices have the shapes of the parameter that they change, and one of them starts at zero."""
 
+import copy
+import pickle
+from collections import Counter
+
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem import FourBit, LoRA, convert
+from lowmem import FourBit, LoRA, adapter_layers, convert
 from lowmem.nn.adapter import Adapter, Layout, is_conv1d, layout_of
 from tests.test_any_model import Experts, Transposed
 
@@ -49,3 +54,59 @@ def test_conv1d_is_known_by_its_name_and_by_that_of_its_bases():
     assert is_conv1d(Transposed(2, 2))
     assert is_conv1d(type("Other", (Transposed,), {})(2, 2))
     assert not is_conv1d(nn.Conv1d(2, 2, 2))
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.counted = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.counted[operator.overloadpacket.__name__] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def test_experts_that_are_read_one_by_one_have_one_gradient_of_the_stack():
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(Experts()), LoRA(2))
+    adapters = adapter_layers(model, "default").values()
+    for adapter in adapters:
+        nn.init.normal_(adapter.lora_b)
+    matrices = [one for adapter in adapters for one in (adapter.lora_a, adapter.lora_b)]
+    x, weights = torch.randn(6, 16), torch.rand(6, 2)
+    chosen = torch.tensor([[0, 1], [1, 3], [3, 0], [0, 3], [1, 0], [3, 1]])
+
+    def step(model):
+        return model[0](x, chosen, weights).square().sum()
+
+    def exact():
+        twin = Experts()
+        for name in ("up", "down"):
+            weight = model[0]._parameters[name]
+            adapter = model[0].adapters.parts("default")[name]
+            delattr(twin, name)
+            setattr(twin, name, weight + adapter.scaling * (adapter.lora_b @ adapter.lora_a))
+        return torch.autograd.grad(twin(x, chosen, weights).square().sum(), matrices)
+
+    optimizer = torch.optim.SGD(matrices, lr=1e-3)
+    for _ in range(2):  # the second step sees other values
+        optimizer.zero_grad()
+        out = step(model)
+        with Calls() as calls:
+            out.backward()
+        assert calls.counted["select_backward"] == 0
+        for one, wanted in zip(matrices, exact(), strict=True):
+            torch.testing.assert_close(one.grad, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+        step(model).backward()  # without a step between: the gradients add up
+        for one, wanted in zip(matrices, exact(), strict=True):
+            torch.testing.assert_close(one.grad, 2 * wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+        optimizer.step()
+    twin = copy.deepcopy(model)
+    with torch.inference_mode():
+        assert torch.equal(step(twin), step(model))
+        assert torch.equal(step(pickle.loads(pickle.dumps(model))), step(model))
+    matrices[0].data = matrices[0].data * 2
+    with torch.no_grad():
+        assert not torch.equal(step(twin), step(model))

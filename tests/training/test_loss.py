@@ -8,9 +8,11 @@ from torch.nn import functional
 import lowmem
 from lowmem import FourBit, Half, StoredTensor, convert, linear_cross_entropy
 from lowmem.measure import PeakMemory
+from lowmem.training.loss import loss_dtype
 from tests.selection import covering
 
 WIDTH, VOCABULARY = 24, 50
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def inputs(dtype, *, rows=13, ignored=4, seed=0):
@@ -93,7 +95,8 @@ def test_the_weight_may_be_stored(technique):
     dense = layer.weight.dequantize(torch.float32)
     bias = layer.bias.dequantize() if isinstance(layer.bias, StoredTensor) else layer.bias.detach()
     wanted, gradients = exact(hidden, dense, bias, labels, 0.0, "mean")
-    bounds = tolerances(hidden, dense, bias, torch.float32, 1)
+    dtype = torch.bfloat16 if isinstance(technique, Half) else torch.float32
+    bounds = tolerances(hidden, dense, bias, dtype, 1)
     assert abs(loss.double() - wanted) <= bounds[0]
     assert float((hidden.grad - gradients[0]).abs().max()) <= bounds[1]
 
@@ -208,3 +211,16 @@ def test_wrong_arguments_are_named(change, message):
 
 def test_it_is_public():
     assert lowmem.linear_cross_entropy is linear_cross_entropy
+
+
+def test_it_multiplies_in_bfloat16_if_a_factor_is_or_autocast_says_so():
+    half, wide, narrow = torch.float16, torch.float32, torch.bfloat16
+    found = {(x, w): loss_dtype(torch.ones(1, dtype=x), torch.ones(1, dtype=w)) for x in DTYPES for w in DTYPES}
+    narrowed = {(narrow, narrow), (wide, narrow), (narrow, wide)}
+    for (x, w), dtype in found.items():
+        assert dtype is (narrow if (x, w) in narrowed else torch.promote_types(x, w)), (x, w)
+    stored = convert(nn.Linear(WIDTH, VOCABULARY), FourBit()).weight
+    assert loss_dtype(torch.ones(1), stored) is wide
+    for cast in (narrow, half):
+        with torch.autocast("cpu", cast):
+            assert loss_dtype(torch.ones(1), stored) is loss_dtype(torch.ones(1), torch.ones(1)) is cast

@@ -1,6 +1,7 @@
 """A prepared model takes less memory, learns the same, and is what it was after its release."""
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -8,9 +9,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lowmem import FourBit, LoRA, convert, prepare_training, release_training, restore, training_report
+from lowmem import (
+    FourBit,
+    LoRA,
+    convert,
+    kernels,
+    prepare_training,
+    release_training,
+    restore,
+    summary,
+    training_report,
+)
 from lowmem.measure import PeakMemory
 from lowmem.training.logits import LazyLogits
+from tests.training.test_fused import MLP, Block
 
 VOCABULARY, WIDTH = 512, 32
 
@@ -104,6 +116,53 @@ def test_the_report_says_what_was_done():
     release_training(adapted)
 
 
+class Gated(Language):
+    """Blocks of a norm and a gated MLP, one of which has dropout."""
+
+    def __init__(self, depth=2):
+        super().__init__(0)
+        self.layers = nn.ModuleList(Block() for _ in range(depth))
+        self.stretch, self.shrink = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+        self.layers[-1].mlp.forward = functools.partial(MLP.forward, self.layers[-1].mlp)
+
+    def forward(self, ids, labels):
+        x = self.stretch(self.embedding(ids))
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(self.shrink(x))
+        return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_norms_and_gated_mlps_are_fused(memory):
+    torch.manual_seed(0)
+    model = convert(Gated(), FourBit(), LoRA(4))
+    before, plain = step(model), {one: type(one) for one in model.modules()}
+    prepare_training(model, memory)
+    report = training_report(model)
+    assert report["layers.0.norm"] == report["layers.1.norm"] == "RMS norm fused: keeps its input"
+    assert report["layers.0.mlp"] == "gated MLP fused (SiLU): keeps the outputs of gate, up"
+    assert report["layers.1.mlp"].startswith("as before: it has a forward of its own")
+    shown = {row.path: row.computed for row in summary(model)}
+    assert all(report[path] in shown[path] for path in ("layers.0.norm", "layers.0.mlp", "head"))
+    loss, gradients, peak = step(model)
+    assert abs(loss - before[0]) <= 1e-5 * before[0]
+    whole = torch.cat([one.flatten() for one in before[1]])
+    bound = 1e-4 if memory == "fast" else 0.06
+    assert (torch.cat([one.flatten() for one in gradients]) - whole).norm() <= bound * whole.norm()
+    assert peak < before[2]
+    again = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        prepare_training(model, output="nothing")
+    assert training_report(model) == training_report(again) == report
+    assert torch.equal(step(again)[0], loss)
+    release_training(model)
+    assert {one: type(one) for one in model.modules()} == plain
+    assert training_report(model) == {}
+    found = step(model)
+    assert all(torch.equal(a, b) for a, b in zip((found[0], *found[1]), (before[0], *before[1]), strict=True))
+
+
 def test_an_output_layer_can_be_named():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 600))
     prepare_training(model, output="1")
@@ -193,3 +252,36 @@ def test_converting_and_restoring_come_before_or_after(memory):
     model = prepare_training(make(FourBit(), LoRA(2)), memory)
     with pytest.raises(RuntimeError, match="restore: .* is prepared for training"):
         restore(model)
+
+
+def test_logits_are_multiplied_in_bfloat16_where_4_bit_layers_are(monkeypatch):
+    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block, self.head = nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 50, False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(torch.relu(self.block(self.embed(ids))))
+
+    ids, found = torch.randint(50, (3, 40), generator=torch.Generator().manual_seed(0)), {}
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        technique = FourBit(compute_dtype=dtype), LoRA(4)
+        model = convert(Tiny(), *technique, where=lambda path, _: path == "block")
+        nn.init.normal_(model.block.lora_b, std=0.1)
+        plain = nn.functional.cross_entropy(model(ids).view(-1, 50), ids.view(-1))
+        prepare_training(model)
+        logits = model(ids)
+        assert logits.dtype is torch.float32
+        assert logits.product.loss_dtype is (dtype or torch.float32)
+        found[dtype] = loss = nn.functional.cross_entropy(logits.view(-1, 50), ids.view(-1))
+        assert abs(float((loss - plain).detach())) <= (0.05 if dtype else 1e-5)
+        assert ("in torch.bfloat16" in training_report(model)["head"]) == bool(dtype)
+        with torch.autocast("cpu", torch.float16):
+            assert model(ids).product.loss_dtype is torch.float16
+        release_training(model)
+        assert "logits_dtype" not in vars(model.head)
+    assert found[None] != found[torch.bfloat16]

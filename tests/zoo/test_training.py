@@ -71,3 +71,18 @@ def test_a_prepared_model_learns_the_same(name, monkeypatch):
     assert abs(found - loss) <= CLOSE * abs(loss)
     assert (same - gradient).norm() <= CLOSE * gradient.norm()
     release_training(model)
+
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name in ARCHITECTURES])
+def test_norms_and_mlps_of_the_family_are_fused(name):
+    """Every one, in float32 and bfloat16, and nothing in their reports is as before."""
+    model = prepare_training(convert(ARCHITECTURES[name].make(), LoRA(2)).train())
+    report = training_report(model)
+    fused = [text for text in report.values() if "fused" in text]
+    layers = model.config.num_hidden_layers
+    assert sum("gated MLP" in text for text in fused) == layers
+    assert sum("RMS norm" in text for text in fused) >= 2 * layers + 1
+    assert not any("as before: on" in text for text in report.values())

@@ -144,7 +144,7 @@ class _Writing:
             )
         return {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM" if type(self._model).__name__.endswith("ForCausalLM") else None,
+            "task_type": _task_of(self._model),
             "base_model_name_or_path": _public_name(self._model),
             "revision": None,
             "inference_mode": True,
@@ -203,6 +203,12 @@ def _alpha(technique: LoRA, stabilized: bool) -> float:
     """Return the alpha that gives the scaling where all, or not all, layers are rank-stabilized."""
     alpha = technique.rank if technique.alpha is None else technique.alpha
     return alpha if technique.rank_stabilized == stabilized else alpha * math.sqrt(technique.rank)
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """Return the task by which PEFT knows that a model generates; others would change what it saves."""
+    generates = type(model).__name__.endswith("ForCausalLM") and hasattr(model, "prepare_inputs_for_generation")
+    return "CAUSAL_LM" if generates else None
 
 
 def _public_name(model: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 from lowmem.errors import show
 
-__all__ = ["Budget", "Pattern"]
+__all__ = ["MAX_LENGTH", "Budget", "Pattern"]
 
 MAX_LENGTH = 2000  # characters of a pattern
 MAX_STATES = 4000

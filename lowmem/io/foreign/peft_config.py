@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem.errors import show
-from lowmem.io.foreign.patterns import Budget, Pattern
+from lowmem.io.foreign.patterns import MAX_LENGTH, Budget, Pattern
 from lowmem.nn.adapter import LoRA
 
 __all__ = ["MERGE", "Matcher", "PeftConfig", "ends_of"]
@@ -133,13 +133,16 @@ class Matcher:
 
     def __init__(self, config: PeftConfig) -> None:
         self._config, budget = config, Budget()
-        self._targets, self._excluded = (
-            Pattern(given, budget) if isinstance(given, str) else given
-            for given in (config.target_modules, config.excluded)
-        )
+        self._targets = _targets(config.target_modules, budget)
+        self._excluded = Pattern(config.excluded, budget) if isinstance(config.excluded, str) else config.excluded
         # As check_target_module_exists of PEFT has it: nothing inside of what is stored whole is adapted.
         self._saved = [Pattern(rf"(^|.*\.){one}($|\..*)", budget) for one in config.modules_to_save]
         self._ranks, self._alphas = (_ByPattern(found, budget) for found in (config.ranks, config.alphas))
+
+    @property
+    def names_modules(self) -> bool:
+        """Whether the config says which modules are adapted; otherwise the names of the tensors do."""
+        return self._targets is not None
 
     def takes(self, path: str) -> bool:
         """Whether the module at a path is adapted."""
@@ -201,6 +204,23 @@ class _ByPattern:
             if number < first and pattern.matches(place):
                 return value
         return next((value for number, value in found if number == first), default)
+
+
+def _targets(given: frozenset[str] | str | None, budget: Budget) -> frozenset[str] | Pattern | None:
+    """Return what finds the modules; None for a pattern that an automaton cannot hold, as one that looks ahead."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return Pattern(given, budget)
+    except ValueError:
+        try:
+            re.compile(given)
+        except (re.error, OverflowError, RecursionError):
+            pass
+        else:
+            if len(given) <= MAX_LENGTH:
+                return None
+        raise
 
 
 def ends_of(path: str) -> Iterator[str]:

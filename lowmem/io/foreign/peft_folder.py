@@ -152,10 +152,11 @@ class _Reading:
         return PeftContent(techniques, tensors, values, trained)
 
     def _modules(self) -> list[str]:
-        if self._config.target_modules is None and not self._config.target_parameters:
+        if not self._matcher.names_modules:
             ends = (".lora_A.weight", ".lora_embedding_A")
             found = {name.removesuffix(end) for name in self._specs for end in ends if name.endswith(end)}
-            return sorted(name.removeprefix(PREFIX).replace(".base_layer", "") for name in found)
+            paths = {name.removeprefix(PREFIX).replace(".base_layer", "") for name in found}
+            return sorted(paths - {name.rpartition(".")[0] for name in self._parameters()})
         return [path for paths in self._paths.values() for path in paths if path and self._matcher.takes(path)]
 
     def _parameters(self) -> list[str]:

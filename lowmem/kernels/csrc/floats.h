@@ -1,6 +1,7 @@
 /* An ISA whose products are all in float32: the table of its kernels, and its struct isa. The file that includes this has
  * included the ISA's vector operations and defined ISA_NAME. */
 #include "body.h"
+#include "rowwise.h"
 
 #define ISA_OF(name) isa_##name
 #define THIS_ISA(name) ISA_OF(name)
@@ -17,5 +18,5 @@ static const struct kernel kernels[] = {
 };
 
 const struct isa THIS_ISA(ISA_NAME) = {
-    TEXT(ISA_NAME), LANES, NULL, kernels, dequantize_body, narrow_body, wide_body, quantize,
+    TEXT(ISA_NAME), LANES, NULL, kernels, dequantize_body, narrow_body, wide_body, quantize, rowwise_body,
 };

@@ -154,8 +154,21 @@ struct quantizing {
     int failed; /* set by any thread, never cleared */
 };
 
+/* A call of rowwise (rowwise.h), on rows of numbers. `type` is that of a and b, `wide` of grad and the outputs; a norm has one. */
+struct rowwise {
+    enum { NORM, NORM_GRAD, GATED, GATED_GRAD, ENTROPY, CODE, DECODE } operation;
+    int type, wide;
+    int64_t rows, columns, step, out_step; /* steps: elements from a row to the next of a and b, and of what `out` points to */
+    /* Of a norm epsilon and whether it rounds before it multiplies; of an activation its z; of a cross entropy its smoothing and
+     * whether its gradient is asked for. */
+    float numbers[2];
+    const void *a, *b, *grad;
+    void *out[2];
+};
+
 /* One call. All threads read it; none writes to it while they run. */
 struct job {
+    const struct rowwise *rowwise;
     const struct weight *weight;
     const void *x; /* linear: (batch, columns); input_grad: (batch, rows) */
     const void *bias;

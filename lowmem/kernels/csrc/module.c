@@ -289,6 +289,25 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     return PyBool_FromLong(!q.failed);
 }
 
+/* rowwise(isa, operation, type, type of grad and outputs, rows, columns, step, out step, bits of two floats, threads, a, b,
+ * grad or 0, out, second out or 0) fills the outputs. Tensors are addresses. */
+static PyObject *rowwise(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    long long n[16];
+    (void)self;
+    if (read_numbers(args, given, n, 16))
+        return NULL;
+    const struct rowwise r = {
+        (int)n[1], (int)n[2], (int)n[3], n[4], n[5], n[6], n[7], {float_of((uint32_t)n[8]), float_of((uint32_t)n[9])},
+        ADDRESS(n[11]), ADDRESS(n[12]), ADDRESS(n[13]), {ADDRESS(n[14]), ADDRESS(n[15])},
+    };
+    struct job job = {.rowwise = &r, .threads = threads_for(n[10], (double)r.rows * r.columns)};
+    Py_BEGIN_ALLOW_THREADS
+    parallel(&job, base_of(all_isas[n[0]])->rowwise, PARTS, NULL, 0);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 /* share_threads(path) -> whether the OpenMP library at `path`, which must be loaded already, will run the threads */
 static PyObject *share_threads(PyObject *self, PyObject *path)
 {
@@ -333,6 +352,7 @@ static PyMethodDef methods[] = {
     {"plan", (PyCFunction)(void (*)(void))plan_of, METH_FASTCALL, NULL},
     FAST(quantize),
     FAST(update),
+    FAST(rowwise),
     {NULL, NULL, 0, NULL},
 };
 

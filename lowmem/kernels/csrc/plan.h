@@ -62,6 +62,7 @@ struct isa {
     /* NULL where the ISA extends another: base_of has them. */
     body dequantize, narrow, widen; /* dequantize rows; narrow and widen: the two products of a low-rank update (update.h) */
     int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
+    body rowwise;
 };
 
 extern const struct isa isa_portable, isa_neon, isa_avx2, isa_avx512, isa_avx512vnni, isa_avx512bf16, isa_avx512amx;

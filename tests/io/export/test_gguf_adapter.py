@@ -15,12 +15,12 @@ from lowmem.io.foreign.gguf import read_header
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.q_proj, self.k_proj = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.q_proj, self.k_proj = nn.Linear(16, 32), nn.Linear(16, 16)
         self.rotary = nn.Linear(16, 16)
 
 
 class Llama(nn.Module):
-    """The names of transformers' llama: 4 heads, of which 2 keys, with 4 rows each."""
+    """The names of transformers' llama: 4 heads, 2 of keys, with 8 rows each (of 4, the order is its own inverse)."""
 
     def __init__(self, kind="llama", tied=False):
         super().__init__()
@@ -78,8 +78,8 @@ def test_names_fields_and_orders(tmp_path):
         a, b = (value.detach().numpy() for value in (places[place].lora_a, places[place].lora_b))
         found_a, found_b = (tensors[f"{name}.weight.lora_{part}"] for part in "ab")
         assert np.array_equal(found_a, a.T if name == "token_embd" else a)
-        if name in ("blk.1.attn_q", "blk.1.attn_k"):  # of each head's 4 rows, the two halves are interleaved
-            b = b.reshape(-1, 2, 2, 2).swapaxes(1, 2).reshape(b.shape)
+        if name in ("blk.1.attn_q", "blk.1.attn_k"):  # of each head's 8 rows, the two halves are interleaved
+            b = b.reshape(-1, 2, 4, 2).swapaxes(1, 2).reshape(b.shape)
         assert np.array_equal(found_b, b)
 
 

@@ -28,6 +28,7 @@ PATTERNS = st.recursive(ATOMS, composed, max_leaves=8)
 
 @given(PATTERNS, st.lists(st.text("ab.c1é{-", max_size=6), min_size=1, max_size=5))
 @example("a|", ["", "a"])
+@example("a^b|a$b|(^a|b)*c", ["ab", "bac", "abc", "ac"])
 @example("(?P<n>a{2,3})b{0}", ["aa", "aaaa", "aab"])
 @example("(a?){3}b", ["aab", "aaaab"])
 @example(r"[]a-][\]^-]", ["]^", "-]", "a-"])

@@ -8,7 +8,6 @@ import json
 import pickle
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,11 @@ def state_of(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-def refused(path, message, model=None, most=5.0):
+def refused(path, message, model=None):
     model = parts() if model is None else model
     before, kinds = state_of(model), [type(one) for one in model.modules()]
-    start = time.process_time()
     with pytest.raises(FileError, match=message) as caught:
         load_adapter(model, path)
-    assert time.process_time() - start < most
     text = str(caught.value)
     assert text.isprintable()
     assert len(text) < 700 + len(str(path))
@@ -299,12 +296,12 @@ def test_another_architecture_is_refused_by_name(folder):
 
 
 def test_without_target_modules_the_tensors_say_what_is_adapted(tmp_path):
-    model = convert(parts(), LoRA(2), where=lambda path, _: path in ("fc", "embed"))
+    model = convert(parts(), LoRA(2), where=lambda path, _: path in ("fc", "embed", "experts"))
     for one in adapter_layers(model, "default").values():
         nn.init.normal_(one.lora_a)
         nn.init.normal_(one.lora_b)
     save_adapter(model, tmp_path / "a", format="peft")
-    for given_as in (None, "all-linear"):
+    for given_as in (None, "all-linear", r"(?!inner)(fc|embed)"):
         content = json.loads((tmp_path / "a" / CONFIG).read_text())
         (tmp_path / "a" / CONFIG).write_text(json.dumps({**content, "target_modules": given_as}))
         loaded = load_adapter(parts(), tmp_path / "a")

@@ -1,0 +1,103 @@
+"""Numbers as 8-bit codes in blocks of 64 with one scale each: the definition in plain torch, and the calls of C.
+
+    scale = max |x| / 127,    code = round(x / scale),    x ~ code scale
+
+Halves are rounded to even. Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861,
+section 2. C (``csrc/codes.h``) serves 32 and 16 bits on the CPU, with the same bits; plain torch everything else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowmem.kernels.memory import TYPES, is_real, is_traced
+from lowmem.quant.backend import active_backend
+
+__all__ = ["BLOCK", "code", "code_in_torch", "decode", "decode_in_torch"]
+
+BLOCK = 64
+_CODE, _DECODE = 5, 6  # of struct rowwise in csrc/kernel.h
+
+_CHUNK = 2**18
+"""Numbers that torch compresses at a time, so that temporaries stay in a processor's cache."""
+
+
+def code(numbers: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Return codes, scales, and how many numbers and codes are other than zero.
+
+    Args:
+        numbers: floating point (length,), contiguous.
+
+    Returns:
+        codes: int8 (blocks, 64), from -127 to 127; zeros behind the last number.
+        scales: float32 (blocks, 1). NaN, with any codes, where a number is not finite.
+        counts: of the numbers and of the codes.
+    """
+    if not _takes(numbers):
+        return code_in_torch(numbers)
+    codes, scales = _empty(numbers)
+    counts = torch.zeros(3, dtype=torch.int64)  # in 0, out 0; whether a scale is not finite
+    given, outs, type = (numbers, counts, None), (codes, scales), TYPES[numbers.dtype]
+    backend: Any = active_backend()
+    backend.rowwise(_CODE, type, type, given, outs, (0.0, 0.0), len(numbers), 0)
+    before, after, _ = counts.tolist()
+    return codes, scales, (before, after)
+
+
+def code_in_torch(numbers: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Compute ``code``, by definition."""
+    length, (codes, scales) = numbers.numel(), _empty(numbers)
+    before = int(numbers.count_nonzero())
+    numbers = functional.pad(numbers, (0, codes.numel() - length))
+    rows = max(1, min(_CHUNK // BLOCK, len(codes)))
+    scratch = torch.empty(rows, BLOCK, device=numbers.device)
+    after = 0
+    for source, part, scale in zip(
+        numbers.view(-1, BLOCK).split(rows), codes.split(rows), scales.split(rows), strict=True
+    ):
+        scaled = scratch[: len(source)]
+        torch.amax(torch.abs(scaled.copy_(source), out=scaled), 1, keepdim=True, out=scale).div_(127)
+        torch.div(source.float(), scale.clamp_min(torch.finfo(torch.float32).tiny), out=scaled)
+        part.copy_(scaled.round_())
+        after += int(part.count_nonzero())
+    return codes, scales.masked_fill_(~scales.isfinite(), torch.nan), (before, after)
+
+
+def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``codes * scales`` in a dtype: (blocks, 64)."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if not _takes(out):
+        return decode_in_torch(codes, scales, dtype)
+    backend: Any = active_backend()
+    backend.rowwise(_DECODE, TYPES[dtype], TYPES[dtype], (codes, scales, None), (out,), (0.0, 0.0), 0, 0)
+    return out
+
+
+def decode_in_torch(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute ``decode``, by definition."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    rows = max(1, min(_CHUNK // BLOCK, len(out)))
+    scratch = torch.empty(rows, BLOCK, device=out.device)
+    for part, scale, into in zip(codes.split(rows), scales.split(rows), out.split(rows), strict=True):
+        exact = into if dtype is torch.float32 else scratch[: len(into)]
+        torch.mul(part, scale, out=exact)
+        if exact is not into:
+            into.copy_(exact)
+    return out
+
+
+def _empty(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = -(-numbers.numel() // BLOCK)
+    codes = torch.empty(blocks, BLOCK, dtype=torch.int8, device=numbers.device)
+    return codes, torch.empty(blocks, 1, dtype=torch.float32, device=numbers.device)
+
+
+def _takes(tensor: Tensor) -> bool:
+    """Whether C serves: a plain CPU tensor with numbers in it, side by side."""
+    if tensor.dtype not in TYPES or not tensor.numel() or not is_real(tensor) or not tensor.is_contiguous():
+        return False
+    return not is_traced() and hasattr(active_backend(), "rowwise")

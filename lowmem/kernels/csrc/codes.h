@@ -1,0 +1,71 @@
+/* Numbers as 8-bit codes in blocks of 64 with one scale each, and back; lowmem/kernels/codes.py has the definition. */
+
+enum { CODED = 64 };
+
+/* What codes lost: numbers other than zero before and after, and whether a scale is not finite. */
+struct lost {
+    int64_t before, after, broken;
+};
+
+INLINE void code_block(const struct rowwise *r, int64_t block, const int type, struct lost *lost)
+{
+    const int64_t at = block * CODED, left = r->step - at;
+    int8_t *codes = (int8_t *)r->out[0] + at;
+    float x[CODED] = {0};
+    V tops = v_zero(), broken = v_zero();
+    for (int64_t c = 0; c < CODED && c < left; c += LANES) {
+        const V v = load_some(r->a, type, at + c, left - c);
+        tops = v_larger((V)((I)v & 0x7fffffffu), tops);
+        broken = v_add(broken, v_mul(v, v_zero()));
+        v_store(x + c, v);
+    }
+    const float scale = largest_of(tops) / 127.0f + sum_of(broken); /* a NaN if one is not finite */
+    const float by = scale > 0x1p-126f ? scale : 0x1p-126f, shift = 0x1.8p23f; /* adding it rounds to even */
+    int before = 0, after = 0;
+    for (int c = 0; c < CODED; c++) {
+        codes[c] = (int8_t)bits_of(x[c] / by + shift);
+        before += x[c] != 0.0f;
+        after += codes[c] != 0;
+    }
+    ((float *)r->out[1])[block] = scale;
+    lost->before += before;
+    lost->after += after;
+    lost->broken |= scale != scale;
+}
+
+INLINE void decode_block(const struct rowwise *r, int64_t block, const int type)
+{
+    const int8_t *codes = (const int8_t *)r->a + block * CODED;
+    const V scale = v_set1(((const float *)r->b)[block]);
+    float x[CODED];
+    for (int c = 0; c < CODED; c++)
+        x[c] = (float)codes[c];
+    for (int64_t c = 0; c < CODED; c += LANES)
+        store_as(r->out[0], type, block * CODED + c, v_mul(v_load(x + c), scale));
+}
+
+/* Rows of the operations of this file and of entropy.h. */
+static void coded_rows(const struct rowwise *r, int64_t row, int64_t to)
+{
+    struct lost lost = {0, 0, 0};
+#define OF_EACH_TYPE(type, call)                                         \
+    switch (type) {                                                      \
+    case FLOAT32: for (; row < to; row++) call(FLOAT32); break;          \
+    case BFLOAT16: for (; row < to; row++) call(BFLOAT16); break;        \
+    default: for (; row < to; row++) call(FLOAT16);                      \
+    }
+#define ENTROPY_OF(type) entropy_row(r, row, type)
+#define CODE_OF(type) code_block(r, row, type, &lost)
+#define DECODE_OF(type) decode_block(r, row, type)
+    if (r->operation == ENTROPY)
+        OF_EACH_TYPE(r->type, ENTROPY_OF)
+    else if (r->operation == DECODE)
+        OF_EACH_TYPE(r->wide, DECODE_OF)
+    else {
+        OF_EACH_TYPE(r->type, CODE_OF)
+        int64_t *all = (int64_t *)(intptr_t)r->b; /* cpu.py gives it to be written to */
+        __atomic_fetch_add(all, lost.before, __ATOMIC_RELAXED);
+        __atomic_fetch_add(all + 1, lost.after, __ATOMIC_RELAXED);
+        __atomic_fetch_or(all + 2, lost.broken, __ATOMIC_RELAXED);
+    }
+}

@@ -1,0 +1,113 @@
+/* What a training step computes number by number: RMS norms and gated activations, forward and backward. In float32, rounded
+ * once; lowmem/kernels/rowwise.py has the definitions. */
+
+typedef uint32_t I __attribute__((vector_size(4 * LANES)));
+#define EACH_VECTOR_OF_ROW for (int64_t c = 0, n; (n = r->columns - c) > 0; c += LANES)
+
+/* The first n numbers, at most LANES, from element i of p on, padded with zeros; and back. */
+INLINE V load_some(const void *p, const int type, int64_t i, int64_t n)
+{
+    float some[LANES] = {0};
+    for (int64_t j = 0; n < LANES && j < n; j++)
+        some[j] = read_as_float(p, type, i + j);
+    return n < LANES ? v_load(some) : load_as(p, type, i);
+}
+INLINE void store_some(void *p, const int type, int64_t i, int64_t n, V v)
+{
+    float some[LANES];
+    if (n >= LANES)
+        store_as(p, type, i, v);
+    v_store(some, v);
+    for (int64_t j = 0; n < LANES && j < n; j++)
+        write_as(p, type, i + j, some[j]);
+}
+
+/* Within -88 and 88, where e^x is a normal number; a NaN stays one. */
+INLINE V v_within(V x)
+{
+    const V most = v_set1(88.0f), least = v_set1(-88.0f);
+    const I over = (I)(x > most), under = (I)(x < least);
+    return (V)(((I)most & over) | ((I)least & under) | ((I)x & ~(over | under)));
+}
+
+/* e^x = 2^n e^s, for s at most log(2) / 2: the polynomial of the Cephes library. */
+INLINE V v_exp(V x)
+{
+    static const float of[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f};
+    const V shift = v_set1(0x1.8p23f + 127), t = v_fma(x, v_set1(1.44269504f), shift), n = v_sub(t, shift); /* t's low bits: n + 127 */
+    const V s = v_fma(n, v_set1(2.12194440e-4f), v_fma(n, v_set1(-0.693359375f), x));
+    V sum = v_set1(of[0]);
+    for (int i = 1; i < 6; i++)
+        sum = v_fma(sum, s, v_set1(of[i]));
+    return v_mul(v_fma(sum, v_mul(s, s), v_add(s, v_set1(1.0f))), (V)((I)t << 23));
+}
+
+/* out = x / rms(x) * factor; gradient: out = d rms_norm / dx * grad. */
+INLINE void norm_row(const struct rowwise *r, int64_t at, const int type, const int gradient)
+{
+    V squares = v_zero(), dots = v_zero();
+    EACH_VECTOR_OF_ROW {
+        const V x = load_some(r->a, type, at + c, n);
+        squares = v_fma(x, x, squares);
+        if (gradient)
+            dots = v_fma(v_mul(load_some(r->grad, type, at + c, n), load_some(r->b, FLOAT32, c, n)), x, dots);
+    }
+    V both[LANES] = {squares, dots};
+    float sums[LANES];
+    v_store(sums, v_sums(both));
+    const float inverse = 1.0f / sqrtf(sums[0] / (float)r->columns + r->numbers[0]);
+    const V by = v_set1(inverse), back = v_set1(sums[1] * inverse / (float)r->columns * inverse * inverse);
+    EACH_VECTOR_OF_ROW {
+        const V x = load_some(r->a, type, at + c, n), factor = load_some(r->b, FLOAT32, c, n);
+        V out = v_mul(gradient ? v_mul(load_some(r->grad, type, at + c, n), factor) : x, by);
+        if (!gradient && r->numbers[1] != 0.0f) { /* rounds before it multiplies */
+            store_some(r->out[0], type, at + c, n, out);
+            out = load_some(r->out[0], type, at + c, n);
+        }
+        store_some(r->out[0], type, at + c, n, gradient ? v_sub(out, v_mul(back, x)) : v_mul(out, factor));
+    }
+}
+
+/* out = act(a) b, act(a) = a sigmoid(z), z = numbers[0] a + numbers[1] a^3; gradient: out[0], out[1]. b may be NULL, for one. */
+INLINE void gated_row(const struct rowwise *r, int64_t row, const int type, const int wide, const int gradient)
+{
+    const V linear = v_set1(r->numbers[0]), cubic = v_set1(r->numbers[1]), one = v_set1(1.0f);
+    const int64_t at = row * r->step, out = row * r->columns, to = row * r->out_step;
+    EACH_VECTOR_OF_ROW {
+        const V a = load_some(r->a, type, at + c, n), b = r->b ? load_some(r->b, type, at + c, n) : one, x = v_within(a), square = v_mul(x, x);
+        const V z = v_within(v_mul(x, v_fma(cubic, square, linear)));
+        const V s = v_div(one, v_add(one, v_exp(v_sub(v_zero(), z)))), act = v_mul(a, s);
+        if (gradient) {
+            const V slope = v_fma(v_mul(cubic, v_set1(3.0f)), square, linear), g = load_some(r->grad, wide, out + c, n);
+            store_some(r->out[0], wide, to + c, n, v_mul(v_mul(g, b), v_fma(v_mul(act, v_sub(one, s)), slope, s)));
+            if (r->out[1])
+                store_some(r->out[1], wide, to + c, n, v_mul(g, act));
+        } else {
+            store_some(r->out[0], wide, to + c, n, v_mul(act, b));
+        }
+    }
+}
+
+#include "entropy.h"
+#include "codes.h"
+
+static void rowwise_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    const struct rowwise *r = job->rowwise;
+    int64_t row, to;
+    (void)thread;
+    share(r->rows, 1, parts, part, &row, &to);
+    if (r->operation >= ENTROPY) {
+        coded_rows(r, row, to);
+        return;
+    }
+#define NORM_ROW(type) norm_row(r, row * r->columns, type, 0) : norm_row(r, row * r->columns, type, 1)
+#define GATED_ROW(type, wide) gated_row(r, row, type, wide, 0) : gated_row(r, row, type, wide, 1)
+    for (; row < to; row++)
+        if (r->operation <= NORM_GRAD)
+            r->type == FLOAT32 ? r->operation == NORM ? NORM_ROW(FLOAT32) : r->operation == NORM ? NORM_ROW(BFLOAT16);
+        else if (r->type == FLOAT32)
+            r->operation == GATED ? GATED_ROW(FLOAT32, FLOAT32);
+        else
+            r->wide == FLOAT32 ? r->operation == GATED ? GATED_ROW(BFLOAT16, FLOAT32) : r->operation == GATED ? GATED_ROW(BFLOAT16, BFLOAT16);
+}

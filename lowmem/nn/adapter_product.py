@@ -1,0 +1,191 @@
+"""The product of a frozen weight and its adapter in training: one node of autograd's graph, multiplied in bfloat16.
+
+    y = x W^T + bias + s (x A^T) B^T        dx = g W + s (g B) A
+    dA = s (g B)^T x                        dB = s g^T (x A^T)
+
+The thin product is computed first, and the product with W is added to it with one rounding: that is more exact than
+rounding both, and takes no pass of its own over the output. A and B keep their dtype, float32, and get gradients in
+it; products take copies of them in bfloat16 (Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section
+3.1, for master weights). Layers that read the same input share its copy in bfloat16, which autograd saves once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowmem import kernels
+from lowmem.kernels import ops
+from lowmem.kernels.frozen_operator import fields, stored
+from lowmem.kernels.memory import is_traced
+from lowmem.nn.adapter import Adapter, drops_nothing
+from lowmem.nn.fourbit import Linear4Bit
+from lowmem.nn.frozen_linear import autocast, is_observed, is_plain_call
+from lowmem.nn.half import HalfLinear
+from lowmem.nn.recomputed import Recompute, recompute_of
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = ["adapted_product", "converted"]
+
+LEAST_ROWS = 64
+"""Rows of an input from which on dequantizing a weight to bfloat16 costs less than the update as a product apart."""
+
+_PLAIN = (Tensor, nn.Parameter)
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def adapted_product(base: nn.Module, adapter: nn.Module | None, input: Tensor) -> Tensor | None:
+    """Return what a frozen linear layer and its adapter compute in training: (..., out).
+
+    Without gradients too, since a checkpoint computes its region so first, and again with them.
+
+    Args:
+        base: an nn.Linear, HalfLinear or Linear4Bit.
+        adapter: of its weight.
+        input: floating point (..., in).
+
+    Returns:
+        The output, in the dtype of the base's; or None where the two have to be called one after the other: fewer
+        than 64 rows, nothing to differentiate, products that are not in bfloat16, hooks, parametrizations, graphs,
+        transforms, subclasses of tensors, other devices, or processors that are slow at bfloat16.
+    """
+    if not is_plain_call() or is_traced():  # a graph, transform or forward derivative
+        return None
+    if type(adapter) is not Adapter or type(input) not in _PLAIN or not input.is_cpu or input.is_nested:
+        return None
+    if input.dim() < 2 or input.numel() < LEAST_ROWS * input.shape[-1] or input.dtype not in _DTYPES:
+        return None
+    own = adapter._parameters
+    a, b = own.get("lora_a"), own.get("lora_b")
+    if a is None or b is None or "forward" in adapter.__dict__ or is_observed(base):
+        return None
+    if not all(type(one) in _PLAIN and one.dtype in _DTYPES for one in (a, b)):
+        return None
+    if not (input.requires_grad or a.requires_grad or b.requires_grad):
+        return None
+    x = autocast(input)
+    found = _frozen_weight(base, x)
+    if found is None or not kernels.adds_products() or x.shape[-1] != a.shape[1]:
+        return None
+    weight, bias = found
+    factor = converted(input, torch.bfloat16)
+    dropout = cast(nn.Module, adapter._modules["dropout"])
+    dropped = None if drops_nothing(dropout) else dropout(factor)
+    again = None if dropped is not None else recompute_of(input)
+    out: Tensor = _AdaptedProduct.apply(factor, dropped, a, b, weight, bias, adapter.scaling, again)  # type: ignore[no-untyped-call]
+    return out.to(x.dtype)
+
+
+def _frozen_weight(base: nn.Module, x: Tensor) -> tuple[kernels.Weight, Tensor | None] | None:
+    """Return weight and bias of a layer that multiplies ``x`` in bfloat16 and trains neither; None for others."""
+    held = base._parameters
+    weight: kernels.Weight
+    if type(base) is Linear4Bit:
+        if (base.compute_dtype or x.dtype) is not torch.bfloat16 or "bias" not in held:
+            return None
+        weight, bias = base.quantized, held["bias"]
+    elif type(base) in (HalfLinear, nn.Linear):
+        names = ("weight_rounded", "bias_rounded") if type(base) is HalfLinear else ("weight", "bias")
+        name = names[1] if names[1] in held else "bias"
+        dense = held.get(names[0])
+        if type(dense) is not nn.Parameter or dense.requires_grad or name not in held:
+            return None
+        if not dense.dtype is x.dtype is torch.bfloat16:
+            return None
+        weight, bias = dense.detach(), held[name]
+    else:
+        return None
+    if bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad):
+        return None
+    return weight, None if bias is None else bias.detach()
+
+
+def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` in a dtype, the same tensor for each layer that asks while ``x`` does not change.
+
+    It is kept with ``x``, so it lives as long as that. Tensors that are leaves of the graph are converted each time:
+    users keep, copy and save them.
+    """
+    if x.dtype is dtype:
+        return x
+    if x.grad_fn is None:
+        return x.to(dtype)
+    known = getattr(x, "_lowmem_converted", None)
+    if known is None or known[0] != (x._version, dtype):
+        known = (x._version, dtype), x.to(dtype)
+        x._lowmem_converted = known  # type: ignore[attr-defined]
+    return cast(Tensor, known[1])
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """``x W^T + bias + s (d A^T) B^T`` for x (..., in) and d, x after dropout; None: x itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        weight: kernels.Weight,
+        bias: Tensor | None,
+        scaling: float,
+        again: Recompute | None,
+    ) -> Tensor:
+        ctx.weight, ctx.scaling, ctx.shape, ctx.drops = weight, scaling, x.shape, dropped is not None
+        ctx.again = again
+        # save_for_backward raises an error if the weight is changed in place before backward.
+        frozen = (weight.packed, weight.scales) if isinstance(weight, QuantizedTensor) else (weight,)
+        with torch.autocast("cpu", enabled=False):
+            rows, adapted = (_rows(one, a.shape[1]) for one in (x, x if dropped is None else dropped))  # (rows, in)
+            narrow = adapted @ a.to(x.dtype).t()  # (rows, rank)
+            wide = (b * scaling).to(x.dtype).t()  # (rank, out)
+            out = narrow @ wide if bias is None else torch.addmm(bias.to(x.dtype), narrow, wide)  # (rows, out)
+            kernels.add_product(out, rows, weight, False)
+        kept = None if again else x if dropped is None else dropped
+        ctx.save_for_backward(kept, narrow, a, b, *frozen)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast("cpu", enabled=False):
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of what ``_AdaptedProduct`` was given."""
+    adapted, narrow, a, b, frozen, *scales = ctx.saved_tensors
+    adapted = ctx.again(grad.dtype) if ctx.again else adapted
+    weight = frozen
+    if scales:
+        _, _, *described = fields(ctx.weight)
+        weight = stored(frozen, scales[0], *described, ctx.weight.shape[-1])
+    g, rows = _rows(grad, b.shape[0]), _rows(adapted, a.shape[1])
+    factor, twice = (b * ctx.scaling).to(g.dtype), torch.is_grad_enabled()
+    if twice:
+        narrow = rows @ a.to(rows.dtype).t()
+    wanted = ctx.needs_input_grad
+    thin = g @ factor  # (rows, rank): s g B
+    dx = dd = da = db = None
+    if ctx.drops:
+        dd = (thin @ a.to(g.dtype)).view(ctx.shape) if wanted[1] else None
+    if wanted[0]:
+        if twice:
+            dx = ops.product(g, weight, g.dtype, True)
+            dx = dx if ctx.drops else dx + thin @ a.to(g.dtype)
+        else:
+            dx = g.new_zeros(g.shape[0], a.shape[1]) if ctx.drops else thin @ a.to(g.dtype)
+            dx = kernels.add_product(dx, g, weight, True)
+        dx = dx.view(ctx.shape)
+    if wanted[2]:
+        da = (thin.t() @ rows).to(a.dtype)
+    if wanted[3]:
+        db = (g.t() @ narrow).to(b.dtype) * ctx.scaling
+    return dx, dd, da, db, None, None, None, None
+
+
+def _rows(x: Tensor, columns: int) -> Tensor:
+    rows = x.reshape(-1, columns)
+    return rows if rows.is_contiguous() else rows.contiguous()

@@ -1,0 +1,111 @@
+"""An input that backward computes again, in place of keeping it.
+
+The input of a layer that is the cheap function of tensors that backward keeps anyway, as ``act(a) * b`` is, needs not
+be kept: ``recomputed_input`` is the context in which the layer is called. What autograd saves of the tensor there,
+whatever saves it, becomes a note of how to compute it (Chen et al., arXiv 1604.06174, for one tensor).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+__all__ = ["can_recompute", "recompute_of", "recomputed_input"]
+
+_outer_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+Recompute = Callable[[torch.dtype | None], Tensor]
+"""Computes the input in a dtype, or in its own."""
+
+
+class _Inputs(threading.local):
+    """The inputs of layers that this thread calls."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Tensor, int, Recompute]] = []
+
+
+_inputs = _Inputs()
+
+
+def can_recompute() -> bool:
+    """Whether torch says which hooks are active; older versions do not, and inputs are kept."""
+    return _outer_hooks is not None
+
+
+def recompute_of(tensor: Tensor) -> Recompute | None:
+    """Return how to compute the input of a layer again, for functions that keep a copy of it in another dtype."""
+    for known, version, recompute in reversed(_inputs.found):
+        if known is tensor and tensor._version == version:
+            return recompute
+    return None
+
+
+class _Again(NamedTuple):
+    """A saved tensor that is computed again: the view of the input that it was."""
+
+    recompute: Recompute
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Kept(NamedTuple):
+    """A tensor that is saved as it is: torch does not check versions of what hooks return."""
+
+    tensor: Tensor
+    version: int
+
+
+class _Outer(NamedTuple):
+    """What the hooks outside made of a tensor, and how they make the tensor of that."""
+
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+
+@contextmanager
+def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
+    """Keep nothing of a contiguous tensor that is saved in this context; all other tensors are saved as outside.
+
+    Args:
+        tensor: the input of a layer that is called in the context.
+        recompute: returns its numbers, contiguous.
+    """
+    storage, version, dtype = tensor.untyped_storage()._cdata, tensor._version, tensor.dtype
+    outer = _outer_hooks(False)
+
+    def pack(saved: Tensor) -> Any:  # autograd keeps it: so it must not refer to the tensor
+        plain = type(saved) is Tensor and saved.layout is torch.strided and saved.dtype is dtype
+        if plain and saved.untyped_storage()._cdata == storage and saved._version == version:
+            return _Again(recompute, saved.shape, saved.stride(), int(saved.storage_offset()))
+        if outer is None:
+            return _Kept(saved, saved._version)
+        return _Outer(outer[0](saved), outer[1])
+
+    _inputs.found.append((tensor, version, recompute))
+    try:
+        with saved_tensors_hooks(pack, _unpack):
+            yield
+    finally:
+        _inputs.found.pop()
+
+
+def _unpack(packed: _Again | _Kept | _Outer) -> Tensor:
+    if isinstance(packed, _Outer):
+        return packed.unpack(packed.packed)
+    if isinstance(packed, _Again):
+        return packed.recompute(None).as_strided(packed.shape, packed.stride, packed.offset)
+    if packed.tensor._version != packed.version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+            f"tensor of shape {tuple(packed.tensor.shape)} is at version {packed.tensor._version}, saved at version "
+            f"{packed.version}"
+        )
+    return packed.tensor

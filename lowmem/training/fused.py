@@ -1,0 +1,344 @@
+"""RMS norms and gated MLPs that keep their inputs alone for backward: generated subclasses of the modules' classes.
+
+A norm keeps x, of which a module written in torch's functions keeps three or four copies; a gated MLP keeps what its
+gate and its up projection return, and computes ``act(gate) * up`` again, of which it would keep two copies and an
+activation (Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2). Their layers are called as modules, so adapters,
+hooks and stored weights stay what they are. ``lowmem.training.recognize`` finds the modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from lowmem.kernels import rowwise
+from lowmem.kernels.rowwise import ACTIVATIONS
+from lowmem.nn.frozen_linear import is_observed
+from lowmem.nn.recomputed import can_recompute, recomputed_input
+from lowmem.nn.stored_module import copied_module
+
+__all__ = [
+    "Act",
+    "FusedModule",
+    "GatedMLP",
+    "How",
+    "RMSNorm",
+    "activated",
+    "fuse",
+    "gated_product",
+    "rms_norm",
+    "unfuse",
+]
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """How a module computes an RMS norm: ``x / sqrt(mean(x^2) + eps) * (offset + weight)``.
+
+    Attributes:
+        weight: the name of its parameter.
+        eps: the name of the attribute with epsilon.
+        offset: 0, or 1.
+        rounds_first: whether the quotient is rounded to x's dtype before it is multiplied; the result then has the
+            wider dtype of x and the weight, else that of x.
+    """
+
+    weight: str
+    eps: str
+    offset: float
+    rounds_first: bool
+
+    def __str__(self) -> str:
+        return "RMS norm fused: keeps its input"
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """How a module computes ``down(act(gate(x)) * up(x))``.
+
+    Attributes:
+        gate: the name of that layer; of one that has gate and up in its output, one behind the other.
+        up: the name of that layer; None: ``gate`` has both.
+        down: the name of that layer.
+        activation: a key of ``ACTIVATIONS``.
+        gate_first: whether a layer with both has the gate first.
+    """
+
+    gate: str
+    up: str | None
+    down: str
+    activation: str
+    gate_first: bool = True
+
+    def __str__(self) -> str:
+        return (
+            f"gated MLP fused ({self.activation}): keeps the outputs of {self.gate}{f', {self.up}' * bool(self.up)}"
+        )
+
+
+@dataclass(frozen=True)
+class Act:
+    """How a module without parameters computes an activation, a key of ``ACTIVATIONS``."""
+
+    activation: str
+
+    def __str__(self) -> str:
+        return f"activation fused ({self.activation}): keeps its input"
+
+
+How: TypeAlias = "RMSNorm | GatedMLP | Act"
+"""What a module computes that can be fused."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_first: bool = False) -> Tensor:
+    """Return ``x / sqrt(mean(x^2) + eps) * (offset + weight)``; backward keeps x alone.
+
+    Args:
+        x: floating point (..., n).
+        weight: floating point (n,).
+        eps: added to the mean.
+        offset: added to the weight, in float32.
+        rounds_first: whether the quotient is rounded to x's dtype before it is multiplied; the result then has the
+            wider dtype of x and the weight.
+
+    Returns:
+        (..., n), in the dtype of x, or in the wider one.
+    """
+    out: Tensor = _Norm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.offset = eps, offset
+        dtype = torch.promote_types(x.dtype, weight.dtype) if rounds_first else x.dtype
+        if dtype is x.dtype:
+            return rowwise.norm(x, _factor(x, weight, offset), eps, rounds_first)
+        ones = torch.ones_like(weight, dtype=torch.float32)
+        return (rowwise.norm(x, ones, eps) * _factor(x, weight, offset)).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = rowwise.norm_grad(grad, x, _factor(x, weight, ctx.offset), ctx.eps)
+        if ctx.needs_input_grad[1]:
+            of_weight = rowwise.factor_grad(grad, x, ctx.eps).to(weight.dtype)
+        return of_x, of_weight, None, None, None
+
+
+def _factor(x: Tensor, weight: Tensor, offset: float) -> Tensor:
+    wide = weight.detach().to(torch.float64 if x.dtype is torch.float64 else torch.float32)
+    return wide + offset if offset else wide
+
+
+def gated_product(gate: Tensor, up: Tensor | None, activation: str, gate_first: bool = True) -> Tensor:
+    """Return ``act(gate) * up``; backward keeps the two, in bfloat16 where that holds the same numbers.
+
+    Args:
+        gate: floating point (..., n); (..., 2n) without ``up``: gate and up side by side.
+        up: (..., n), of the same dtype, or None.
+        activation: a key of ``ACTIVATIONS``.
+        gate_first: whether the gate is the first half.
+    """
+    out: Tensor = _Gated.apply(gate, up, activation, gate_first)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: str, gate_first: bool) -> Tensor:
+        ctx.activation, ctx.dtype, ctx.gate_first, ctx.kept = ACTIVATIONS[activation], gate.dtype, gate_first, None
+        kept = [one if one is None else _narrowed(one) for one in (gate, up)]
+        if up is not None and len({one.dtype for one in kept if one is not None}) > 1:
+            kept = [gate, up]
+        ctx.save_for_backward(*kept)
+        return rowwise.gated(*_halves(kept[0], kept[1], gate_first), ctx.activation, gate.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = _saved(ctx)
+        ctx.kept = None
+        into = [None if one is None else torch.empty_like(one, dtype=ctx.dtype) for one in (gate, up)]
+        halves = _halves(into[0], into[1], ctx.gate_first)
+        rowwise.gated_grad(grad, *_halves(gate, up, ctx.gate_first), ctx.activation, halves)
+        return into[0], into[1], None, None
+
+
+class _Activated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: str) -> Tensor:
+        ctx.activation, ctx.dtype = ACTIVATIONS[activation], x.dtype
+        kept = _narrowed(x)
+        ctx.save_for_backward(kept)
+        return rowwise.gated(kept, None, ctx.activation, x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        of_x = torch.empty_like(x, dtype=ctx.dtype)
+        rowwise.gated_grad(grad, x, None, ctx.activation, (of_x, None))
+        return of_x, None
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """Return an activation of x, a key of ``ACTIVATIONS``; backward keeps x alone."""
+    out: Tensor = _Activated.apply(x, activation)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _saved(ctx: Any) -> Any:
+    """Return what forward saved, unpacked once: torch's checkpoints let go of a tensor that was asked for."""
+    if ctx.kept is None:
+        ctx.kept = ctx.saved_tensors
+    return ctx.kept
+
+
+def _halves(gate: Any, up: Any, gate_first: bool) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return gate, up
+    first, second = gate.chunk(2, -1)
+    return (first, second) if gate_first else (second, first)
+
+
+_SAMPLED = 64
+
+
+def _narrowed(x: Tensor) -> Tensor:
+    """Return a float32 tensor in bfloat16 where it holds such numbers, as a product in bfloat16 returns them."""
+    if x.dtype is not torch.float32 or not x.numel():
+        return x
+    flat = x.detach().reshape(-1) if x.is_contiguous() else x.detach()[..., 0].reshape(-1)
+    sample = flat[:: max(1, len(flat) // _SAMPLED)]
+    if not torch.equal(sample.bfloat16().float(), sample):
+        return x
+    narrow = x.bfloat16()
+    if int(sample.count_nonzero()) * 2 >= len(sample):
+        return narrow  # that many numbers end in 16 zeros by chance once in 2^500
+    return narrow if torch.equal(narrow.float(), x) else x
+
+
+class FusedModule(nn.Module):
+    """Base of modules whose forward is fused.
+
+    Attributes:
+        plain_class: the module's class before.
+        fused_as: what it computes.
+    """
+
+    plain_class: type[nn.Module]
+    fused_as: How
+    prepared_for_training = True
+
+    @property
+    def training_note(self) -> str:
+        """What was done to the module, for reports."""
+        return str(self.fused_as)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle the plain module, and fuse it again."""
+        plain = copied_module(self, self.plain_class)
+        for name, value in self.__dict__.items():  # with its hooks
+            plain.__dict__[name] = value
+        plain.__dict__.pop("fused_as")
+        return fuse, (plain, self.fused_as)
+
+
+def fuse(module: nn.Module, how: How) -> nn.Module:
+    """Let a module that computes this keep its inputs alone; it stays an instance of its class."""
+    module.__dict__["fused_as"] = how
+    module.__class__ = cast(Any, _fused_class(cast(Any, type(module)), cast(Any, type(how))))
+    return module
+
+
+def unfuse(module: nn.Module) -> None:
+    """Undo ``fuse``.
+
+    Raises:
+        RuntimeError: the class of the module was changed since, as a parametrization or FSDP does.
+    """
+    if isinstance(module, FusedModule):
+        if type(module) is not _fused_class(cast(Any, module.plain_class), cast(Any, type(module.fused_as))):
+            raise RuntimeError(
+                f"{type(module).__name__} was made of the prepared module since, as a parametrization does: undo "
+                "that first"
+            )
+        module.__dict__.pop("fused_as")
+        module.__class__ = cast(Any, module.plain_class)
+
+
+@cache
+def _fused_class(kind: Any, how: Any) -> type[FusedModule]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if x is None or not self.training or not _is_eager(x):
+            return kind.forward(self, *args, **kwargs)
+        found = run(self, x, self.fused_as)
+        return kind.forward(self, *args, **kwargs) if found is None else found
+
+    run: Any = {RMSNorm: _run_norm, GatedMLP: _run_mlp, Act: _run_activation}[how]
+    names = {"plain_class": kind, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    made: type[FusedModule] = type(kind.__name__, (FusedModule, kind), names)
+    made.__qualname__ = kind.__qualname__
+    return made
+
+
+def _is_eager(x: Any) -> bool:
+    """Whether functions of autograd serve: a plain tensor with numbers, and no compiler, tracer or transform."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
+        return False
+    return x.is_floating_point() and x.dim() > 0 and x.numel() > 0 and x.layout is torch.strided and not x.is_nested
+
+
+def _run_norm(module: Any, x: Tensor, how: RMSNorm) -> Tensor | None:
+    weight = getattr(module, how.weight)
+    if type(weight) not in (Tensor, nn.Parameter) or x.shape[-1:] != weight.shape or x.device != weight.device:
+        return None
+    return rms_norm(x, weight, getattr(module, how.eps), how.offset, how.rounds_first)
+
+
+def _run_activation(module: Any, x: Tensor, how: Act) -> Tensor:
+    return activated(x, how.activation)
+
+
+def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
+    """Call the layers and fuse what is between them; None where that is observed, or its tensors are not plain."""
+    if any(is_observed(child) for child in activations(module, how)):
+        return None
+    gate = getattr(module, how.gate)(x)
+    up = None if how.up is None else getattr(module, how.up)(x)
+    down = getattr(module, how.down)
+    plain = all(type(one) is Tensor for one in (gate, up) if one is not None)
+    if not plain or (up is not None and (gate.dtype is not up.dtype or gate.shape != up.shape)):
+        return None
+    hidden = gated_product(gate, up, how.activation, how.gate_first)
+    node = hidden.grad_fn
+    if node is None or not can_recompute():
+        return cast(Tensor, down(hidden))
+
+    def recompute(dtype: torch.dtype | None) -> Tensor:
+        made: Any = node
+        gate, up = _saved(made)
+        return rowwise.gated(*_halves(gate, up, how.gate_first), made.activation, dtype or made.dtype)
+
+    with recomputed_input(hidden, recompute):
+        return cast(Tensor, down(hidden))
+
+
+def activations(module: nn.Module, how: GatedMLP) -> list[nn.Module]:
+    """Return the children of a gated MLP that are none of its layers: they are not called."""
+    return [child for name, child in module.named_children() if name not in (how.gate, how.up, how.down)]

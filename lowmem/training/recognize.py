@@ -1,0 +1,272 @@
+"""Finds RMS norms and gated MLPs by what modules compute: no list of classes.
+
+A module that looks like one is run once, in float32 and bfloat16, on random numbers: a norm with a random weight, an
+MLP with layers that return random numbers. It is taken if what it returns, or gives to its last layer, and the
+gradients, are those of the fused form, within a bound on their rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.kernels.rowwise import ACTIVATIONS
+from lowmem.nn.frozen_linear import is_observed
+from lowmem.nn.stored_module import copied_module
+from lowmem.training.fused import (
+    Act,
+    FusedModule,
+    GatedMLP,
+    How,
+    RMSNorm,
+    activated,
+    activations,
+    gated_product,
+    rms_norm,
+)
+
+__all__ = ["recognize"]
+
+_ROWS = 4
+_DTYPES = torch.float32, torch.bfloat16
+
+
+def recognize(module: nn.Module) -> How | str | None:
+    """Return what a module computes that can be fused; why not, if it looks like it; None for any other module."""
+    if isinstance(module, FusedModule):
+        return module.fused_as
+    norm, layers, activation = _norm_parts(module), _mlp_layers(module), _is_function(module)
+    if norm is None and layers is None and not activation:
+        return None
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        if activation:
+            found: How | str | None = _as_activation(module)
+        else:
+            found = _as_norm(module, norm) if norm is not None else _as_mlp(module, layers or [])
+    if isinstance(found, RMSNorm | GatedMLP | Act) and "forward" in vars(module):
+        return "it has a forward of its own, which another library has put into it"
+    return found
+
+
+def _norm_parts(module: nn.Module) -> tuple[str, str] | None:
+    """Return the names of the weight and of epsilon, of a module with one vector and nothing else."""
+    own = {name: one for name, one in module._parameters.items() if one is not None}
+    vectors, count = [name for name, one in own.items() if one.dim() == 1], len(own)
+    numbers = [name for name, value in vars(module).items() if "eps" in name and isinstance(value, float)]
+    if len(vectors) != 1 or count != 1 or len(numbers) != 1 or module._modules or module._buffers:
+        return None
+    return vectors[0], numbers[0]
+
+
+def _as_norm(module: nn.Module, parts: tuple[str, str]) -> RMSNorm | str:
+    weight, eps = parts
+    best: tuple[float, RMSNorm] | None = None
+    for offset in (0.0, 1.0):
+        for rounds_first in (False, True):
+            how = RMSNorm(weight, eps, offset, rounds_first)
+            off = [_norm_error(module, how, dtype) for dtype in _DTYPES]
+            if None not in off and (best is None or off[1] < best[0]):  # type: ignore[operator]
+                best = off[1], how  # type: ignore[assignment]
+    return "on random numbers it computes no RMS norm" if best is None else best[1]
+
+
+def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype) -> float | None:
+    """Return the sum of differences between a norm and its fused form; None if one is more than rounding."""
+    columns = getattr(module, how.weight).shape[0]
+    kind = type(module)
+    copied = copied_module(module, kind).train()
+    values = torch.randn(columns).to(dtype)
+    weight = nn.Parameter(values)
+    copied.__dict__["_parameters"] = {how.weight: weight}
+    x, grad = torch.randn(_ROWS, columns).to(dtype).requires_grad_(), torch.randn(_ROWS, columns).to(dtype)
+    try:
+        expected = kind.forward(copied, x)
+        wanted = torch.autograd.grad(expected, [x, weight], grad)
+    except Exception:  # noqa: BLE001 - whatever it is, it is no norm of these numbers
+        return None
+    if type(expected) is not Tensor or expected.dtype is not dtype or expected.shape != x.shape:
+        return None
+    got = rms_norm(x, weight, getattr(module, how.eps), how.offset, how.rounds_first)
+    found = torch.autograd.grad(got, [x, weight], grad)
+    # Sums over a row or the rows are rounded in float32, and up to four steps to the dtype.
+    unit = 4 * torch.finfo(dtype).eps + 4 * columns * torch.finfo(torch.float32).eps
+    exact, factor = x.detach().double(), (values.double() + how.offset).abs()
+    inverse = torch.rsqrt((exact * exact).mean(-1, keepdim=True) + getattr(module, how.eps))
+    scaled = grad.double().abs() * factor * inverse
+    of_x = scaled + exact.abs() * inverse**2 * (scaled * exact.abs()).mean(-1, keepdim=True)
+    of_weight = (grad.double() * exact * inverse).abs().sum(0)
+    sizes = exact.abs() * inverse * factor, of_x, of_weight
+    pairs = zip((got, *found), (expected, *wanted), sizes, strict=True)
+    off = [((one.double() - other.double()).abs(), size) for one, other, size in pairs]
+    if not all(bool((difference <= unit * size + 1e-30).all()) for difference, size in off):
+        return None
+    return float(off[0][0].detach().sum())
+
+
+def _is_function(module: nn.Module) -> bool:
+    """Whether a module has nothing of its own, and is none of torch's, whose activations keep their input alone."""
+    if module._parameters or module._buffers or module._modules or type(module).__module__.startswith("torch."):
+        return False
+    try:
+        taken = inspect.signature(type(module).forward).parameters
+    except (TypeError, ValueError):
+        return False
+    return len(taken) == 2 and all(one.kind is one.POSITIONAL_OR_KEYWORD for one in taken.values())
+
+
+def _as_activation(module: nn.Module) -> Act | None:
+    """Return which activation a module computes; None for other functions, which no report needs to name."""
+    names = list(ACTIVATIONS)
+    for dtype in _DTYPES:
+        x = (3 * torch.randn(_ROWS, 64)).to(dtype).requires_grad_()
+        grad = torch.randn(_ROWS, 64).to(dtype)
+        try:
+            expected = type(module).forward(copied_module(module, type(module)).train(), x)
+            (wanted,) = torch.autograd.grad(expected, x, grad)
+        except Exception:  # noqa: BLE001 - whatever it is, it is no activation
+            return None
+        if type(expected) is not Tensor or expected.dtype is not dtype or expected.shape != x.shape:
+            return None
+        size = (1 + x.detach().double().abs()) ** (1 if dtype is torch.float32 else 2)
+        matching = []
+        for name in names:
+            got = activated(x, name)
+            (found,) = torch.autograd.grad(got, x, grad)
+            # Up to eight roundings of numbers of which none is much larger than 1 + |x|.
+            bound = 8 * torch.finfo(dtype).eps * size
+            near = ((got.double() - expected.double()).abs() <= bound).all()
+            if near and ((found.double() - wanted.double()).abs() <= bound * grad.double().abs()).all():
+                matching.append(name)
+        names = matching
+    return Act(names[0]) if names else None
+
+
+def _mlp_layers(module: nn.Module) -> list[str] | None:
+    """Return the names of the layers of a module that has two or three, n -> m, and otherwise no parameters.
+
+    The first ones read the module's input, and the last one has its width: (n, m), (n, m), (m, n) or (n, 2m), (m, n).
+    """
+    layers = {name: child for name, child in module._modules.items() if child is not None and _shape(child)}
+    others = [child for name, child in module._modules.items() if child is not None and name not in layers]
+    if module._parameters or any(next(child.parameters(), None) is not None for child in others):
+        return None
+    shapes = sorted(_shape(child) for child in layers.values())
+    if len(layers) == 3 and any(shapes[i] == shapes[j] == shapes[k][::-1] for i, j, k in ((0, 1, 2), (1, 2, 0))):
+        return list(layers)
+    if len(layers) == 2:
+        (first, second) = (_shape(child) for child in layers.values())
+        if any(a == (b[1], 2 * b[0]) for a, b in ((first, second), (second, first))):
+            return list(layers)
+    return None
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """Return (in, out) of a linear layer, or of what another library has made of one; () for other modules."""
+    found = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return found if all(isinstance(one, int) for one in found) else ()  # type: ignore[return-value]
+
+
+def _as_mlp(module: nn.Module, layers: list[str]) -> GatedMLP | str | None:
+    matching: list[GatedMLP] | None = None
+    for dtype in _DTYPES:
+        ran = _probed(module, layers, dtype)
+        if ran is None or isinstance(ran, str):
+            return ran
+        first, down, hidden = ran
+        candidates = _candidates(first, down) if matching is None else matching
+        matching = [how for how in candidates if _gates(how, first, hidden, dtype)]
+        if not matching:
+            return f"what it gives to {down} is no act(gate) * up of a known activation: {', '.join(ACTIVATIONS)}"
+    if matching and any(is_observed(child) for child in activations(module, matching[0])):
+        return "its activation has hooks"
+    return matching[0] if matching else None
+
+
+class _Probe(nn.Module):
+    """Stands for a layer: keeps its input and returns random numbers."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = _shape(layer)
+        self.inputs: list[Tensor] = []
+        self.out = (2 * torch.randn(_ROWS, self.out_features)).to(dtype).requires_grad_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inputs.append(x)
+        return self.out
+
+
+def _probed(
+    module: nn.Module, layers: list[str], dtype: torch.dtype
+) -> tuple[dict[str, _Probe], str, Tensor] | str | None:
+    """Run a module with probes for its layers: those that read its input, the last one's name, and its input.
+
+    Returns a reason where layers read the input, and what follows is not as in a gated MLP; None where they do not.
+    """
+    reason = None
+    copied = copied_module(module, type(module)).train()
+    probes = {name: _Probe(module._modules[name], dtype) for name in layers}
+    copied._modules.update(probes)
+    for name, child in copied._modules.items():
+        if name not in probes and child is not None:
+            copied._modules[name] = copied_module(child, type(child)).train() if not child._modules else child
+    for size in dict.fromkeys(probe.in_features for probe in probes.values()):
+        x = torch.randn(_ROWS, size).to(dtype)
+        for probe in probes.values():
+            probe.inputs.clear()
+        try:
+            out = type(module).forward(copied, x)
+        except Exception:  # noqa: BLE001 - whatever it is, it is no MLP
+            continue
+        first = {name: one for name, one in probes.items() if len(one.inputs) == 1 and one.inputs[0] is x}
+        last = [name for name in probes if name not in first]
+        if len(last) == 1 and len(probes[last[0]].inputs) == 1:
+            if out is probes[last[0]].out:
+                return first, last[0], probes[last[0]].inputs[0]
+            reason = f"it does not return what {last[0]} returns, as with dropout"
+    return reason
+
+
+def _candidates(first: dict[str, _Probe], down: str) -> list[GatedMLP]:
+    names = list(first)
+    places: list[tuple[str, str | None, bool]] = [(names[0], None, True), (names[0], None, False)]
+    if len(names) == 2:
+        places = [(names[0], names[1], True), (names[1], names[0], True)]
+    return [
+        GatedMLP(gate, up, down, activation, gate_first)
+        for gate, up, gate_first in places
+        for activation in ACTIVATIONS
+    ]
+
+
+def _gates(how: GatedMLP, first: dict[str, _Probe], hidden: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the last layer's input, and the gradients, are ``act(gate) * up`` within rounding."""
+    gate, up = first[how.gate].out, None if how.up is None else first[how.up].out
+    sources = [one for one in (gate, up) if one is not None]
+    got = gated_product(gate, up, how.activation, how.gate_first)
+    if (
+        type(hidden) is not Tensor
+        or hidden.dtype is not dtype
+        or hidden.shape != got.shape
+        or not hidden.requires_grad
+    ):
+        return False
+    grad = torch.randn(got.shape).to(dtype)
+    wanted = torch.autograd.grad(hidden, sources, grad, retain_graph=True, allow_unused=True)
+    if any(one is None for one in wanted):
+        return False
+    found = torch.autograd.grad(got, sources, grad)
+    # Up to five roundings, of numbers of which none is larger than their product with 1 + |gate| and 1 + |up|.
+    unit = 5 * torch.finfo(dtype).eps
+    exact = [one.detach().double().abs() for one in sources]
+    a, b = exact if up is not None else exact[0].chunk(2, -1)
+    bound = (1 + a) * (1 + b)
+    bounds = [bound] + [(bound * grad.double().abs())] * 2
+    if up is None:
+        found, wanted = found[0].chunk(2, -1), wanted[0].chunk(2, -1)
+    pairs = zip((got, *found), (hidden, *wanted), bounds, strict=True)
+    return all(bool(((one.double() - other.double()).abs() <= unit * size).all()) for one, other, size in pairs)

@@ -1,0 +1,65 @@
+"""8-bit codes of blocks: the same bits from C at each ISA and from torch."""
+
+import pytest
+import torch
+
+from lowmem import kernels
+from lowmem.kernels.codes import BLOCK, code, code_in_torch, decode, decode_in_torch
+from tests.selection import covering
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def numbers(length, kind, dtype):
+    torch.manual_seed(length)
+    x = torch.randn(length) * torch.logspace(-3, 3, length)
+    if kind == "halves":  # between two codes, for scales of 1
+        x = (torch.randint(-127, 127, (length,)) + 0.5).clamp(-127, 127)
+        x[::BLOCK] = 127
+    elif kind == "tiny":
+        x = x * torch.finfo(torch.float32).tiny
+    elif kind == "zeros":
+        x[: length // 2] = 0
+    return x.to(dtype)
+
+
+@covering(
+    2,
+    isa=kernels.available(),
+    dtype=DTYPES,
+    length=[1, 63, 64, 65, 1000, 70_000],
+    kind=["normal", "halves", "tiny", "zeros"],
+)
+def test_codes_scales_and_counts_have_the_bits_of_the_definition(isa, dtype, length, kind):
+    x = numbers(length, kind, dtype)
+    wanted, scales, counts = code_in_torch(x)
+    with kernels.using(isa):
+        got, found, counted = code(x)
+        back = decode(got, found, dtype)
+    assert torch.equal(got, wanted)
+    assert torch.equal(found, scales)
+    assert counted == counts == (int(x.count_nonzero()), int(wanted.count_nonzero()))
+    assert torch.equal(back, decode_in_torch(wanted, scales, dtype))
+    assert back.dtype is dtype
+    assert not got.view(-1)[length:].any()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_block_that_is_not_finite_has_the_scale_nan_and_no_other_has(bad):
+    x = torch.randn(200)
+    x[70] = bad
+    for name in kernels.available():
+        with kernels.using(name):
+            codes, scales, _ = code(x)
+            back = decode(codes, scales, x.dtype)
+        assert scales.isnan().view(-1).tolist() == [False, True, False, False]
+        assert back[1].isnan().all()
+
+
+def test_what_c_does_not_take_is_computed_in_torch():
+    x = torch.randn(130, dtype=torch.float64)
+    codes, scales, _ = code(x)
+    assert (decode(codes, scales, torch.float64).view(-1)[:130] - x).abs().max() <= float(scales.max()) * 0.51
+    every_second = torch.randn(260)[::2]
+    assert torch.equal(code(every_second)[0], code(every_second.contiguous())[0])
+    assert code(torch.empty(0))[0].shape == (0, BLOCK)

@@ -1,0 +1,141 @@
+"""RMS norms and gated activations: the plain definitions against float64, and the compiled kernel against them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem import kernels
+from lowmem.kernels.rowwise import ACTIVATIONS, factor_grad, gated, gated_grad, norm, norm_grad
+from tests import strategies
+from tests.compiled import ISAS, at, on_threads
+from tests.rounding import gamma, unit
+
+everywhere = at(["portable", "neon", "avx2", "avx512"])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+EXP = 40  # roundings of a sigmoid and what is multiplied with it in float32; torch's own are no more
+
+
+def near(got, exact, magnitudes, roundings, dtype):
+    """Hold numbers to exact ones: so many roundings in float32, and one to the dtype."""
+    bound = (
+        gamma(roundings) + unit(dtype) * (dtype is not torch.float32) * 1.01
+    ) * magnitudes + 1e-28  # e^-88 saturates
+    excess = (got.double() - exact).abs() - bound
+    assert got.dtype is dtype
+    assert (excess <= 0).all(), f"beyond the bound by {float(excess.max()):.3g}"
+
+
+def numbers(shape, seed, dtype, scale=1.0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def check_norm(x, factor, grad, eps):
+    """The norm and its gradients: a mean of n squares is off by gamma(n + 1), its root by half of that."""
+    n, wide, f = x.shape[-1], x.double().requires_grad_(), factor.double().requires_grad_()
+    inverse = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+    exact = wide * inverse * f
+    near(norm(x, factor, eps), exact.detach(), exact.detach().abs(), n + 6, x.dtype)
+    of_x, of_factor = torch.autograd.grad(exact, [wide, f], grad.double())
+    scaled, inverse = (grad.double() * factor).abs(), inverse.detach()
+    dot = (scaled * x.double().abs()).mean(-1, keepdim=True)
+    sizes = scaled * inverse + x.double().abs() * dot * inverse**3
+    got = norm_grad(grad, x, factor, eps)
+    near(got, of_x, sizes, 3 * n + 16, x.dtype)
+    rows = x.numel() // n
+    terms = (grad.double() * x.double() * inverse).abs().reshape(-1, n).sum(0)
+    near(factor_grad(grad, x, eps), of_factor, terms, rows + n + 8, torch.float32)
+    early = norm(x, factor, eps, rounds_first=True)
+    rounded = ((x.double() * inverse).to(x.dtype).double() * factor).to(x.dtype)
+    assert ((early.double() - rounded.double()).abs() <= 2.1 * unit(x.dtype) * early.double().abs() * (n + 2)).all()
+    if x.dtype is torch.bfloat16:  # nearly always the same numbers
+        assert (early != rounded).sum() <= 1 + 0.02 * early.numel()
+
+
+def check_gated(a, b, grad, activation):
+    dtype, wide = grad.dtype, [one.double().requires_grad_() for one in (a, b)]
+    z = activation.linear * wide[0] + activation.cubic * wide[0] ** 3
+    exact = wide[0] * torch.sigmoid(z) * wide[1]
+    # An argument of the exponential that is off by gamma(4) of its parts moves it by as much as they are large.
+    parts = (activation.linear * wide[0]).abs() + (activation.cubic * wide[0] ** 3).abs()
+    grows = (1 + parts.clamp_max(200)).detach()
+    near(gated(a, b, activation, dtype), exact.detach(), exact.detach().abs() * grows, EXP, dtype)
+    of_a, of_b = torch.autograd.grad(exact, wide, grad.double())
+    sigmoid, act = torch.sigmoid(z).detach(), (wide[0] * torch.sigmoid(z)).detach()
+    slope = (
+        activation.linear * wide[0].abs() + 3 * activation.cubic * wide[0].abs() ** 3
+    ).detach() * sigmoid + sigmoid
+    into = torch.empty(a.shape, dtype=dtype), torch.empty(a.shape, dtype=dtype)
+    gated_grad(grad, a, b, activation, into)
+    near(into[0], of_a, (grad.double() * b.double()).abs() * slope * grows, 2 * EXP, dtype)
+    near(into[1], of_b, (grad.double() * act).abs() * grows, EXP, dtype)
+
+
+SIZES = st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 576, 1536]))
+
+
+@given(st.integers(1, 5), SIZES, DTYPES, st.sampled_from([1e-3, 1.0, 30.0]), strategies.seeds)
+def test_the_definitions_equal_float64(rows, columns, dtype, scale, seed):
+    with kernels.using("reference"):
+        _check(rows, columns, dtype, scale, seed)
+
+
+@everywhere
+@given(st.integers(1, 5), SIZES, DTYPES, st.sampled_from([1e-3, 1.0, 30.0]), strategies.seeds)
+def test_the_kernel_equals_float64(isa, rows, columns, dtype, scale, seed):
+    with kernels.using(isa), on_threads(1 + seed % 3):
+        _check(rows, columns, dtype, scale, seed)
+
+
+def _check(rows, columns, dtype, scale, seed):
+    a, b, grad = (numbers((2, rows, columns), seed + i, dtype, scale) for i in range(3))
+    factor = numbers(columns, seed + 3, torch.float32)
+    for x, g in ((a, grad), (a.transpose(0, 1), grad.transpose(0, 1).contiguous()), (a.mT, grad.mT)):
+        check_norm(x, factor[:1].expand(x.shape[-1]).contiguous() if x.shape[-1] != columns else factor, g, 1e-6)
+    both = torch.cat([a, b], -1)
+    for activation in ACTIVATIONS.values():
+        for pair in ((a, b), both.chunk(2, -1), (a.mT, b.mT)):
+            g = grad if pair[0].shape == grad.shape else grad.mT
+            check_gated(*pair, g, activation)
+        if dtype is torch.bfloat16:  # with gradients in float32
+            check_gated(a, b, grad.float(), activation)
+        one, alone, same = torch.ones_like(a), torch.empty_like(a), (torch.empty_like(a), torch.empty_like(a))
+        gated_grad(grad, a, None, activation, (alone, None))
+        gated_grad(grad, a, one, activation, same)
+        assert torch.equal(alone, same[0])
+        assert torch.equal(gated(a, None, activation), gated(a, one, activation))
+    halves = torch.full_like(both, torch.nan)
+    gated_grad(grad, a, b, activation, halves.chunk(2, -1))
+    whole = torch.empty_like(a), torch.empty_like(a)
+    gated_grad(grad, a, b, activation, whole)
+    assert torch.equal(halves, torch.cat(whole, -1))
+
+
+@pytest.mark.parametrize("name", ["reference", *ISAS])
+def test_extreme_numbers(name):
+    """Large arguments saturate, a NaN stays where it is, and no other number becomes one."""
+    x = torch.tensor([[0.0, -0.0, 90.0, -90.0, 1e18, -1e18, 1e-40, 3e38, -3e20, torch.nan] * 5])
+    with kernels.using(name):
+        for activation in ACTIVATIONS.values():
+            out, into = gated(x, torch.ones_like(x), activation), (torch.empty_like(x), torch.empty_like(x))
+            gated_grad(torch.ones_like(x), x, torch.ones_like(x), activation, into)
+            for one in (out, *into):
+                assert torch.equal(one.isnan(), x.isnan())
+            positive = x >= 80
+            assert torch.equal(out[positive], x[positive])
+            assert (into[0][positive] == 1).all()
+            assert (out[(x <= -80) & (x > -1e3)].abs() <= 1e-30).all()
+        zeros = norm(torch.zeros(2, 40), torch.ones(40), 1e-6)
+        assert torch.equal(zeros, torch.zeros(2, 40))
+        broken = torch.ones(2, 40)
+        broken[1, 3] = torch.nan
+        assert torch.equal(norm(broken, torch.ones(40), 1e-6).isnan().any(1), torch.tensor([False, True]))
+
+
+def test_other_dtypes_and_empty_batches():
+    for dtype in (torch.float64, torch.float16):
+        x, factor = numbers((3, 20), 0, dtype), torch.ones(20, dtype=torch.promote_types(dtype, torch.float32))
+        assert norm(x, factor, 1e-6).dtype is norm_grad(x, x, factor, 1e-6).dtype is dtype
+        assert gated(x, x, ACTIVATIONS["SiLU"]).dtype is dtype
+    assert norm(torch.empty(0, 20), torch.ones(20), 1e-6).shape == (0, 20)
+    assert gated(torch.empty(0, 20), torch.empty(0, 20), ACTIVATIONS["SiLU"]).shape == (0, 20)

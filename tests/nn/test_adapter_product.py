@@ -1,0 +1,258 @@
+"""In training a frozen layer and its adapter are one product in bfloat16, as exact as its roundings allow."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import lowmem
+from lowmem import FORMATS, FourBit, Half, LoRA, convert, kernels
+from tests.rounding import assert_sum, stored_weight
+from tests.selection import covering
+
+IN, OUT, RANK = 48, 40, 4
+BF16 = torch.bfloat16
+QUANTIZED = {name: FourBit(name, compute_dtype=BF16) for name in FORMATS} | {
+    "offsets": FourBit("int4", offsets=True, compute_dtype=BF16),
+    "odd blocks": FourBit("nf4", block_size=10, compute_dtype=BF16),
+}
+BASES = {**QUANTIZED, "half": Half(BF16), "dense": None}
+
+
+@pytest.fixture(autouse=True)
+def _any_processor(monkeypatch):
+    """Take the product on processors that are slow at it, too."""
+    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+
+
+def adapted(base="nf4", bias=True, seed=0, **options):
+    """Return a layer with an adapter that is not zero; a dense base is frozen and in bfloat16."""
+    torch.manual_seed(seed)
+    linear = nn.Linear(IN, OUT, bias)
+    technique = BASES[base]
+    if technique is None:
+        linear.to(BF16)
+    layer = convert(linear, *([technique] if technique else []), LoRA(RANK, alpha=6, **options))
+    nn.init.normal_(layer.lora_b, std=0.2)
+    return layer
+
+
+def inputs(*leading, dtype=torch.float32, seed=1):
+    return torch.randn(*leading, IN, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def nodes(out):
+    """Return the names of the nodes of a graph."""
+    seen, left = set(), [out.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [one for one, _ in node.next_functions]
+    return [type(node).__name__ for node in seen]
+
+
+def is_one_product(out):
+    return "_AdaptedProductBackward" in nodes(out)
+
+
+@covering(
+    2,
+    base=list(BASES),
+    bias=[False, True],
+    leading=[(64,), (3, 30)],
+    wide=["float32", "autocast", "bfloat16"],
+    kernel=["best", "reference"],
+)
+def test_output_and_gradients_are_as_exact_as_their_roundings_allow(base, bias, leading, wide, kernel):
+    """Count the roundings to bfloat16 of a term: of x, A, x A, s B, the thin product, and the sum; and likewise."""
+    if base in ("half", "dense") and wide == "float32":
+        wide = "autocast"
+    layer = adapted(base, bias)
+    x = inputs(*leading, dtype=BF16 if wide == "bfloat16" else torch.float32)
+    with kernels.using(kernels.available()[-1] if kernel == "best" else "reference"):
+        with torch.autocast("cpu", BF16, enabled=wide == "autocast"):
+            out = layer(x)
+        assert is_one_product(out)
+        assert out.dtype is (torch.float32 if wide == "float32" else BF16)
+        assert out.shape == (*leading, OUT)
+        grad = torch.randn(out.shape).to(out.dtype)
+        out.backward(grad)
+    w, a, b, s = stored_weight(layer.base), layer.lora_a.double(), layer.lora_b.double(), layer.scaling
+    offset = 0 if not bias else layer.base.bias.detach().double()
+    rows, g = x.detach().double().reshape(-1, IN), grad.double().reshape(-1, OUT)
+
+    def hold(got, exact_of, terms, roundings):
+        values = [one.detach() for one in (rows, g, w, a, b)]
+        exact, most = exact_of(*values), exact_of(*(one.abs() for one in values))
+        assert_sum(got.reshape(exact.shape), exact, most, terms + 6, rounded=[BF16] * roundings)
+
+    def offset_of(rows):
+        return abs(offset) if bias and (rows >= 0).all() else offset
+
+    hold(out, lambda x, g, w, a, b: x @ w.t() + offset_of(x) + s * (x @ a.t()) @ b.t(), IN + RANK, 6)
+    hold(x.grad, lambda x, g, w, a, b: g @ w + s * (g @ b) @ a, OUT + RANK, 6)
+    hold(layer.lora_a.grad, lambda x, g, w, a, b: s * (g @ b).t() @ x, len(rows) + OUT, 5)
+    hold(layer.lora_b.grad, lambda x, g, w, a, b: s * g.t() @ (x @ a.t()), len(rows) + IN, 5)
+    assert layer.lora_a.grad.dtype is layer.lora_b.grad.dtype is torch.float32
+
+
+def test_a_fresh_adapter_changes_nothing_in_evaluation_and_the_order_of_sums_in_training():
+    for base in ("nf4", "half"):
+        layer = adapted(base)
+        nn.init.zeros_(layer.lora_b)
+        x = inputs(200, dtype=BF16)
+        with torch.no_grad():
+            expected = layer.base(x)
+        assert is_one_product(out := layer(x))
+        assert ((out - expected).abs() <= 2**-7 * expected.abs() + 2**-9).all()
+        with torch.no_grad():
+            assert torch.equal(layer.eval()(x), expected)
+
+
+def test_what_it_does_not_serve_is_computed_as_before():
+    def hooked(layer):
+        layer.base.register_forward_hook(lambda *_: None)
+
+    def second(layer):
+        layer.add("second", lowmem.nn.adapter.Adapter(layer.base, LoRA(2)))
+
+    def frozen(layer):
+        layer.requires_grad_(False)
+
+    def trained_bias(layer):
+        layer.base.bias.requires_grad_()
+
+    for change in (hooked, second, frozen, trained_bias):
+        layer, x = adapted(), inputs(64)
+        change(layer)
+        assert not is_one_product(layer(x.detach() + 0 if change is frozen else x)), change
+    layer = adapted()
+    for x in (inputs(63), inputs(), inputs(64).double(), inputs(64).unsqueeze(0)[:, :0]):
+        assert not is_one_product(layer(x))
+    with torch.no_grad():
+        x = inputs(64)
+        assert not torch.equal(layer(x), layer.eval()(x))  # in evaluation the adapter multiplies in float32
+        assert not layer.train()(x).requires_grad
+    assert not is_one_product(convert(nn.Linear(IN, OUT), FourBit(), LoRA(RANK))(inputs(64)))  # in float32
+    with pytest.raises(RuntimeError, match="in_features=48"):
+        layer(torch.randn(80, IN + 1, requires_grad=True))
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(compiled(inputs(64)), layer(inputs(64)), rtol=2**-5, atol=0.05)
+
+
+def test_autocast_to_another_dtype_rounds_the_output_alone():
+    layer, x = adapted(), inputs(64)
+    with torch.autocast("cpu", torch.float16):
+        out = layer(x)
+        assert is_one_product(out)
+        out.float().sum().backward()
+    assert out.dtype is torch.float16
+    assert torch.equal(out, layer(x).half())
+
+
+def test_slow_processors_multiply_apart(monkeypatch):
+    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", property(lambda self: self.name == "avx512bf16"))
+    for name in kernels.available():
+        with kernels.using(name):
+            assert is_one_product(adapted()(inputs(64))) == (name in ("reference", "avx512bf16"))
+
+
+def test_layers_that_read_one_input_share_its_copy():
+    layers = [adapted(seed=seed) for seed in range(3)]
+    source = inputs(4, 20)
+    x = source * 2
+    kept = []
+    with saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        outs = [layer(x) for layer in layers]
+    copies = {one.untyped_storage().data_ptr() for one in kept if one.shape == x.shape and one.dtype is BF16}
+    assert len(copies) == 1
+    assert not any(one.dtype is torch.float32 and one.shape == x.shape for one in kept)
+    before = outs[0].detach()
+    gradients = torch.autograd.grad(sum(outs).sum(), source)[0]
+    alone = [torch.autograd.grad(layer(source * 2).sum(), source)[0].double() for layer in layers]
+    most = sum(one.abs() for one in alone)
+    assert ((gradients.double() - sum(alone)).abs() <= 2.1 * 2**-8 * most).all()  # the sum is rounded twice
+    with torch.no_grad():
+        x.mul_(2)  # another version: another copy
+    assert not torch.equal(layers[0](x).detach(), before)
+    copy = weakref.ref(x._lowmem_converted[1])
+    del x, outs
+    kept.clear()
+    gc.collect()
+    assert copy() is None
+
+
+def test_a_leaf_keeps_no_copy():
+    x = inputs(64)
+    adapted()(x).sum().backward()
+    assert not vars(x)
+
+
+def test_second_derivatives_are_those_of_the_plain_formula():
+    layer = adapted()
+    x = inputs(64)
+    wanted = [x, layer.lora_a, layer.lora_b]
+
+    def second(out):
+        first = torch.autograd.grad((out.float() ** 2).sum() / 100, wanted, create_graph=True)
+        return torch.autograd.grad(sum((one**2).sum() for one in first), wanted)
+
+    got = second(layer(x))
+    w, bias = stored_weight(layer.base), layer.base.bias.detach().double()
+    a, b = layer.lora_a.double(), layer.lora_b.double()
+    exact = second(x.double() @ w.t() + bias + layer.scaling * (x.double() @ a.t()) @ b.t())
+    for one, other in zip(got, exact, strict=True):
+        assert (one - other).norm() <= 0.05 * other.norm()
+
+
+def test_dropout_drops_the_input_of_the_thin_product():
+    layer = adapted(dropout=0.5)
+    x = inputs(64, dtype=BF16)
+    torch.manual_seed(3)
+    out = layer(x)
+    assert is_one_product(out)
+    grad = torch.randn(out.shape).to(BF16)
+    out.backward(grad)
+    torch.manual_seed(3)
+    mask = nn.functional.dropout(torch.ones(64, IN, dtype=BF16), 0.5).double()
+    w, a, b = stored_weight(layer.base), layer.lora_a.detach().double(), layer.lora_b.detach().double()
+    rows, g, s = x.detach().double(), grad.double(), layer.scaling
+    exact = rows @ w.t() + layer.base.bias.detach().double() + s * ((rows * mask) @ a.t()) @ b.t()
+    wanted = g @ w + s * ((g @ b) @ a) * mask
+    for got, one in ((out, exact), (x.grad, wanted), (layer.lora_a.grad, s * (g @ b).t() @ (rows * mask))):
+        assert (got.double() - one).norm() <= 0.01 * one.norm()
+
+
+def test_checkpointing_gives_the_same_bits_and_compression_the_same_gradient():
+    model = nn.Sequential(adapted(), nn.SiLU(), nn.Linear(OUT, IN).requires_grad_(False), adapted(seed=1))
+
+    def gradients(run):
+        model.zero_grad()
+        x = inputs(2, 200)
+        run(x).square().sum().backward()
+        return [x.grad, *(one.grad.clone() for one in model.parameters() if one.requires_grad)]
+
+    def compressed(x):
+        with lowmem.compressed_activations(model):
+            return model(x)
+
+    plain = gradients(model)
+    for reentrant in (False, True):
+        again = gradients(lambda x, mode=reentrant: checkpoint(model, x, use_reentrant=mode))
+        assert all(map(torch.equal, plain, again))
+    for one, other in zip(gradients(compressed), plain, strict=True):
+        assert (one - other).norm() <= 0.05 * other.norm()
+
+
+def test_a_weight_that_changes_before_backward_is_an_error():
+    layer = adapted()
+    out = layer(inputs(64))
+    layer.base.quantized.packed.data.zero_()  # unseen by autograd, as of any tensor
+    layer.base.quantized.packed.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

@@ -1,0 +1,313 @@
+"""Fused norms and MLPs compute what the modules compute, and keep less for backward."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lowmem import FourBit, LoRA, compressed_activations, convert
+from lowmem.training.fused import Act, FusedModule, GatedMLP, RMSNorm, fuse, gated_product, rms_norm, unfuse
+from tests.rounding import unit
+
+WIDTH, INNER = 64, 96
+
+
+class Norm(nn.Module):
+    """As in Llama."""
+
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+        self.variance_epsilon = 1e-5
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """As in Llama, or with one layer for gate and up, as in Phi-3."""
+
+    def __init__(self, joined=False):
+        super().__init__()
+        if joined:
+            self.gate_up = nn.Linear(WIDTH, 2 * INNER, bias=False)
+        else:
+            self.gate, self.up = (nn.Linear(WIDTH, INNER, bias=False) for _ in range(2))
+        self.down = nn.Linear(INNER, WIDTH, bias=False)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        if hasattr(self, "gate_up"):
+            gate, up = self.gate_up(x).chunk(2, -1)
+        else:
+            gate, up = self.gate(x), self.up(x)
+        return self.down(self.act(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, joined=False):
+        super().__init__()
+        self.norm, self.mlp = Norm(), MLP(joined)
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+NORM = RMSNorm("weight", "variance_epsilon", 0.0, rounds_first=True)
+SEPARATE, JOINED = GatedMLP("gate", "up", "down", "SiLU"), GatedMLP("gate_up", None, "down", "SiLU")
+
+
+def make(*techniques, joined=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = Block(joined).to(dtype)
+    if techniques:
+        convert(model, *techniques)
+        for name, p in model.named_parameters():
+            if name.endswith("lora_b"):
+                nn.init.normal_(p, std=0.1)
+    return model
+
+
+def fused(model):
+    fuse(model.norm, NORM)
+    fuse(model.mlp, JOINED if hasattr(model.mlp, "gate_up") else SEPARATE)
+    return model
+
+
+def batch(dtype=torch.float32, rows=40):
+    x = torch.randn(2, rows, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return x.requires_grad_()
+
+
+def gradients(model, x, call=None):
+    """Return the output, and the gradients of the input and of all parameters that train."""
+    out = (call or model)(x)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [out, *torch.autograd.grad(out.float().sin().sum(), [x, *trained])]
+
+
+def assert_near(found, expected, bound):
+    for got, one in zip(found, expected, strict=True):
+        assert got.dtype is one.dtype
+        assert (got.double() - one.double()).norm() <= bound * one.double().norm()
+
+
+def saved(function, model=None):
+    """Return the bytes of the distinct storages that autograd saves in a call, without those of parameters."""
+    kept, own = {}, {one.untyped_storage()._cdata for one in ([] if model is None else model.parameters())}
+
+    def pack(tensor):
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(one.nbytes() for one in kept.values())
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("techniques", [(), (LoRA(4),), (FourBit(), LoRA(4))], ids=["dense", "lora", "qlora"])
+def test_a_fused_block_computes_the_same(techniques, dtype, joined):
+    if techniques and dtype is torch.float64:
+        techniques = techniques[-1:]
+    model, x = make(*techniques, joined=joined, dtype=dtype), batch(dtype)
+    exact = gradients(copy.deepcopy(model).double() if dtype is not torch.float64 else model, batch().double())
+    plain = gradients(model, x)
+    found = gradients(fused(model), x)
+    # Few roundings of the dtype each, where the plain modules have more.
+    bound = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float64: 1e-12}[dtype]
+    assert_near(found, plain, bound)
+    if not techniques or dtype is torch.float32:
+        assert_near([one.double() for one in found], [one.double() for one in exact], max(bound, 64 * unit(dtype)))
+
+
+def test_what_backward_keeps():
+    """Of (80, 64) rows: the norm's input and output; and of (80, 96): the outputs of gate and up."""
+    model, x = make(LoRA(4)), batch()
+    before = saved(lambda: model(x), model)
+    after = saved(lambda: fused(model)(x), model)
+    rows, narrow = 80, 3 * 80 * 4 * 4  # A x of three adapters
+    own = 4 * rows * (WIDTH + 2 * INNER)
+    assert own <= after <= own + 4 * rows * WIDTH + narrow + 2 * 4 * WIDTH + 1000
+    assert after < 0.65 * before
+
+
+def test_products_in_bfloat16_are_kept_in_16_bits():
+    for dtype in (torch.float32, torch.bfloat16):
+        gate = torch.randn(3, 50).to(dtype).float().requires_grad_()
+        up = torch.randn(3, 50).to(dtype).float().requires_grad_()
+        assert saved(lambda gate=gate, up=up: gated_product(gate, up, "SiLU")) == 2 * 150 * dtype.itemsize
+        expected = functional.silu(gate) * up
+        got = gated_product(gate, up, "SiLU")
+        grads = [torch.autograd.grad(one, [gate, up], torch.ones_like(one)) for one in (got, expected)]
+        torch.testing.assert_close([got, *grads[0]], [expected, *grads[1]])
+    mostly = torch.zeros(64, 64)
+    mostly[0, 1:] = 1 / 3  # between the numbers that are looked at first
+    kept = gated_product(mostly.requires_grad_(), mostly.detach(), "SiLU").grad_fn.saved_tensors
+    assert torch.equal(kept[0], mostly)
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])
+def test_checkpoints_give_the_same_bits(joined):
+    """Also nested ones, with the same numbers of tensors saved in both passes."""
+    model, x = fused(make(FourBit(), LoRA(4), joined=joined)), batch()
+    expected = gradients(model, x)
+    found = gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=False))
+    for got, one in zip(found, expected, strict=True):
+        assert torch.equal(got, one)
+    checkpoint(model, x, use_reentrant=True).float().sin().sum().backward()
+    found = [p.grad for p in (x, *model.parameters()) if p.requires_grad]
+    assert_near(found, expected[1:], 1e-5)  # its first pass is without gradients, where layers add adapters otherwise
+    inner = lambda x: x + checkpoint(model.mlp, model.norm(x), use_reentrant=False)  # noqa: E731
+    for got, one in zip(
+        gradients(model, x, lambda x: checkpoint(inner, x, use_reentrant=False)), expected, strict=True
+    ):
+        assert torch.equal(got, one)
+    plain = saved(lambda: model(x), model)
+    assert saved(lambda: checkpoint(model, x, use_reentrant=False), model) < 0.5 * plain
+
+
+def test_with_compressed_activations():
+    model, x = fused(make(FourBit(), LoRA(4))), batch(rows=128)
+    expected = gradients(model, x)
+
+    def call(x):
+        with compressed_activations(model):
+            return model(x)
+
+    assert_near(gradients(model, x, call), expected, 0.02)
+    assert not torch.equal(gradients(model, x, call)[1], expected[1])
+
+
+def test_under_autocast_and_twice():
+    model, x = make(LoRA(4)), batch()
+    call = lambda one: torch.autocast("cpu", torch.bfloat16)(one)(x)  # noqa: E731
+    expected = gradients(model, x, lambda x: call(model))
+    fused(model)
+    assert_near(gradients(model, x, lambda x: call(model)), expected, 0.02)
+    out = model(x).sum()
+    first = torch.autograd.grad(out, x, retain_graph=True)[0]
+    down = model.mlp.down.lora_a
+    partly = torch.autograd.grad(out, down, retain_graph=True)[0]  # what lies before it is not reached
+    assert torch.equal(partly, torch.autograd.grad(out, down, retain_graph=True)[0])
+    assert torch.equal(torch.autograd.grad(out, x)[0], first)
+    again = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        again.sum().backward()
+
+
+def test_a_hidden_state_that_is_written_to_is_kept():
+    class Writes(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    model = make()
+    model.mlp.down.__class__ = Writes
+    plain = copy.deepcopy(model)
+    assert_near(gradients(fused(model), batch()), gradients(plain, batch()), 1e-5)
+
+
+def test_hooks_on_layers_are_called_and_on_the_activation_too():
+    model, x = fused(make()), batch()
+    seen = []
+    for name in ("gate", "up", "down"):
+        getattr(model.mlp, name).register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    expected = gradients(make(), x)
+    assert_near(gradients(model, x), expected, 1e-5)
+    assert len(seen) == 3
+    model.mlp.act.register_forward_hook(lambda module, args, out: 2 * out)
+    assert torch.allclose(model(x) - x, 2 * (expected[0] - x), atol=1e-5)
+
+
+def test_evaluation_transforms_and_compilers_get_the_plain_module():
+    model, x = make(), batch()
+    expected = model(x)
+    fused(model)
+    assert torch.equal(model.eval()(x), expected)
+    model.train()
+    with torch.no_grad():
+        assert_near([model(x)], [expected], 1e-6)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    mapped = torch.func.vmap(lambda one: torch.func.functional_call(model, {}, (one,)))(x.detach())
+    assert torch.allclose(mapped, expected, atol=1e-6)
+    assert model(x.detach()[:, :0]).shape == (2, 0, WIDTH)
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_and_states(how):
+    model, x = make(LoRA(4)), batch()
+    model.mlp.register_forward_hook(hook)
+    names, before = list(model.state_dict()), {one: type(one) for one in model.modules()}
+    plain = gradients(model, x)
+    fused(model)
+    assert list(model.state_dict()) == names
+    assert type(model.mlp).__name__ == "MLP"
+    assert isinstance(model.mlp, MLP)
+    copied = how(model)
+    assert isinstance(copied.mlp, FusedModule)
+    assert copied.mlp.fused_as == SEPARATE
+    assert all(a is not b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
+    for got, one in zip(gradients(copied, x), gradients(model, x), strict=True):
+        assert torch.equal(got, one)
+    for module in model.modules():
+        unfuse(module)
+    assert {one: type(one) for one in model.modules()} == before
+    assert "fused_as" not in vars(model.mlp)
+    for got, one in zip(gradients(model, x), plain, strict=True):
+        assert torch.equal(got, one)
+
+
+def hook(module, args, out):
+    return out * 1.5
+
+
+def test_a_norm_of_16_bits_and_of_mixed_dtypes():
+    model = make()
+    x = batch(torch.bfloat16)
+    expected = model.norm(x)
+    found = fuse(model.norm, NORM)(x)
+    assert found.dtype is expected.dtype is torch.float32
+    assert_near(
+        torch.autograd.grad(found.sum(), [x, model.norm.weight]),
+        torch.autograd.grad(expected.sum(), [x, model.norm.weight]),
+        0.01,
+    )
+    late = rms_norm(batch(torch.bfloat16), torch.ones(WIDTH), 1e-6, offset=1.0)
+    assert late.dtype is torch.bfloat16
+    torch.testing.assert_close(late.float().pow(2).mean(-1), torch.full((2, 40), 4.0), rtol=0.01, atol=0)
+
+
+def test_a_parametrized_module_is_not_released():
+    model = fused(make())
+    nn.utils.parametrize.register_parametrization(model.norm, "weight", nn.Identity())
+    with pytest.raises(RuntimeError, match="was made of the prepared module since"):
+        unfuse(model.norm)
+
+
+class NewGELU(nn.Module):
+    """As in GPT-2."""
+
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_an_activation_keeps_its_input(dtype):
+    plain, x = NewGELU(), batch(dtype)
+    expected, before = gradients(plain, x), saved(lambda: plain(x))
+    made = fuse(NewGELU(), Act("GELU (tanh)"))
+    bound = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float64: 1e-12}[dtype]
+    assert_near(gradients(made, x), expected, bound)
+    assert saved(lambda: made(x)) == x.nbytes < before / 3
+    strided = batch(dtype)[:, ::2].mT
+    assert_near(gradients(made, strided), gradients(plain, strided), bound)

@@ -1,0 +1,161 @@
+"""Norms and MLPs are recognized by what they compute, and what differs is refused with a reason."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lowmem import FourBit, LoRA, convert
+from lowmem.training.fused import Act, GatedMLP, RMSNorm
+from lowmem.training.recognize import recognize
+from tests.training.test_fused import MLP, Norm
+
+
+class Gemma(Norm):
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (wide * (1 + self.weight.float())).type_as(x)
+
+
+class Olmo(Norm):
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * wide).to(x.dtype)
+
+
+class Centred(Norm):
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class Sums(Norm):
+    """The epsilon counts for more."""
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 0.01)).to(x.dtype)
+
+
+class Fails(Norm):
+    def forward(self, x, cache):
+        raise NotImplementedError
+
+
+def norm(kind, **options):
+    torch.manual_seed(0)
+    return kind(64, **options)
+
+
+def test_norms():
+    assert recognize(norm(Norm)) == RMSNorm("weight", "variance_epsilon", 0.0, rounds_first=True)
+    assert recognize(norm(Gemma)) == RMSNorm("weight", "variance_epsilon", 1.0, rounds_first=False)
+    assert recognize(norm(Olmo)) == RMSNorm("weight", "variance_epsilon", 0.0, rounds_first=False)
+    of_torch = recognize(norm(nn.RMSNorm, eps=1e-6))
+    assert (of_torch.weight, of_torch.eps, of_torch.offset) == ("weight", "eps", 0.0)
+    for kind in (Centred, Sums, Fails):
+        assert recognize(norm(kind)) == "on random numbers it computes no RMS norm"
+    assert recognize(nn.LayerNorm(64, bias=False)) == "on random numbers it computes no RMS norm"
+    for other in (nn.LayerNorm(64), nn.Linear(4, 4), nn.RMSNorm(64), nn.RMSNorm((4, 4), eps=1e-5), nn.BatchNorm1d(4)):
+        assert recognize(other) is None
+    own = norm(Norm)
+    own.forward = own.forward
+    assert "forward of its own" in recognize(own)
+
+
+class Between(MLP):
+    """With another function between the layers."""
+
+    between = staticmethod(lambda gate, up: functional.silu(gate) * up)
+
+    def forward(self, x):
+        return self.down(self.between(self.gate(x), self.up(x)))
+
+
+def mlp(between, joined=False):
+    return type("Made", (Between,), {"between": staticmethod(between)})(joined)
+
+
+def test_gated_mlps():
+    assert recognize(MLP()) == GatedMLP("gate", "up", "down", "SiLU")
+    assert recognize(MLP(joined=True)) == GatedMLP("gate_up", None, "down", "SiLU")
+    assert recognize(mlp(lambda gate, up: gate * functional.silu(up))) == GatedMLP("up", "gate", "down", "SiLU")
+    tanh = recognize(mlp(lambda gate, up: functional.gelu(gate, approximate="tanh") * up))
+    assert tanh == GatedMLP("gate", "up", "down", "GELU (tanh)")
+    quick = recognize(mlp(lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up))
+    assert quick == GatedMLP("gate", "up", "down", "GELU (sigmoid)")
+    for techniques in ((LoRA(4),), (FourBit(), LoRA(4)), (FourBit(),)):
+        assert recognize(convert(MLP(), *techniques)) == GatedMLP("gate", "up", "down", "SiLU")
+    made = MLP().bfloat16()
+    state = torch.random.get_rng_state()
+    recognize(made)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (lambda gate, up: functional.relu(gate) * up, "is no act\\(gate\\) \\* up of a known activation: SiLU"),
+        (lambda gate, up: functional.gelu(gate) * up, "known activation"),
+        (lambda gate, up: functional.silu(gate) * up * 1.01, "known activation"),
+        (lambda gate, up: functional.silu(gate) + up, "known activation"),
+        (lambda gate, up: functional.silu(gate).detach() * up, "known activation"),
+        (lambda gate, up: functional.dropout(functional.silu(gate) * up, 0.5), "known activation"),
+    ],
+    ids=["relu", "gelu", "factor", "sum", "detached", "dropout"],
+)
+def test_other_mlps_are_refused(between, reason):
+    import re
+
+    assert re.search(reason, recognize(mlp(between)))
+
+
+def test_what_follows_the_layers_is_looked_at():
+    class Dropout(MLP):
+        def forward(self, x):
+            return functional.dropout(super().forward(x), 0.1, self.training)
+
+    assert recognize(Dropout()) == "it does not return what down returns, as with dropout"
+    hooked = MLP()
+    hooked.act.register_forward_hook(lambda *_: None)
+    assert recognize(hooked) == "its activation has hooks"
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x, mask):
+            return self.q(x) * self.k(x) * self.v(x)
+
+    assert recognize(Attention()) is None
+    assert recognize(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))) is None
+
+
+class Function(nn.Module):
+    of = staticmethod(lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3))))
+
+    def forward(self, x):
+        return self.of(x)
+
+
+def function(of):
+    return type("Made", (Function,), {"of": staticmethod(of)})()
+
+
+def test_activations_without_a_name():
+    assert recognize(Function()) == Act("GELU (tanh)")
+    assert recognize(function(lambda x: x * torch.sigmoid(1.702 * x))) == Act("GELU (sigmoid)")
+    assert recognize(function(lambda x: x / (1 + torch.exp(-x)))) == Act("SiLU")
+    for of in (
+        torch.relu,
+        torch.tanh,
+        functional.gelu,
+        lambda x: x,
+        lambda x: functional.silu(x).detach(),
+        torch.sum,
+    ):
+        assert recognize(function(of)) is None
+    for of_torch in (nn.SiLU(), nn.GELU("tanh"), nn.Identity(), nn.Dropout()):  # keep their input alone, or nothing
+        assert recognize(of_torch) is None
