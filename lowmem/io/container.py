@@ -36,10 +36,10 @@ __all__ = [
     "FileError",
     "TensorFile",
     "TensorSpec",
+    "bytes_of",
     "open_checkpoint",
     "read",
     "write",
-    "write_plain",
     "write_tensors",
 ]
 
@@ -111,7 +111,7 @@ def write(
                 raise ValueError(f"tensor {show(name)} {'came twice' if name in specs else 'is not in the specs'}")
             if (spec := _spec(name, tensor)) != placed.spec:
                 raise ValueError(f"tensor {show(name)} is {spec}, and the specs say {placed.spec}")
-            content = _bytes(tensor)
+            content = bytes_of(tensor)
             with write_errors(path):
                 file.seek(len(start) + placed.begin)
                 file.write(content)
@@ -123,21 +123,6 @@ def write(
             file.seek(DIGEST.start)
             file.write(digest)
     return digest.decode()
-
-
-def write_plain(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file for other programs: without a digest, and with their metadata. The write is atomic.
-
-    Raises:
-        ValueError: something cannot be stored.
-        OSError: the file cannot be written.
-    """
-    header = Header(dict(metadata), place({name: _spec(name, tensor) for name, tensor in tensors.items()}))
-    start = encode(header)
-    with atomic_file(path) as file, write_errors(path):
-        file.write(start)
-        for name in header.tensors:  # in the order of the file
-            file.write(_bytes(tensors[name]))
 
 
 def read(path: str | os.PathLike[str]) -> TensorFile:
@@ -255,7 +240,7 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
         raise ValueError(f"tensor {show(name)}: {reason}") from None
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """Return a tensor's values as bytes, without a copy if it is contiguous on the CPU."""
     tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     flat = tensor.as_strided((tensor.numel(),), (1,))  # not view, which fails on odd strides of empty tensors

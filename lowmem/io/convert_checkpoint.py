@@ -7,6 +7,7 @@ depend only on its tensors, and codes and scales only on the weights.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Row", "Source", "convert_checkpoint", "divide"]
+
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are converted
 
@@ -60,7 +63,7 @@ class Source:
         self._stack = ExitStack()
         self._files: dict[str, Checkpoint] = {}
         self.specs: dict[str, TensorSpec] = {}
-        self.paths = {path.resolve()}
+        self.paths: set[Path] = set()
         try:
             if not path.name.endswith(INDEX):
                 self._add(path, None)
@@ -68,6 +71,8 @@ class Source:
             names: dict[str, set[str]] = {}  # by file
             for name, file in read_index(path).items():
                 names.setdefault(file, set()).add(name)
+            _check_listed(path, names)
+            self.paths.add(path.resolve())  # once it has been read: a link to itself is a RuntimeError here
             for file in sorted(names):
                 self._add(path.with_name(file), names[file])
         except BaseException:
@@ -96,6 +101,19 @@ class Source:
         self.paths.add(path.resolve())
         self._files |= dict.fromkeys(file.specs, file)
         self.specs |= file.specs
+
+
+def _check_listed(path: Path, files: Iterable[str]) -> None:
+    """Raise if an index lists some of the shards that are named as parts of one model, and not all of them."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for file in files:
+        match = _SHARD.fullmatch(file)
+        if match is not None:
+            found.setdefault((match[1], match[3]), set()).add(match[2])
+    for (name, count), numbers in found.items():
+        if len(numbers) != int(count):
+            shards = f"{show(name)} of {int(count)} shards"
+            raise refusal(path, f"it lists {len(numbers)} files of {shards}; get it again")
 
 
 def convert_checkpoint(

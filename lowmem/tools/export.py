@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IN",
         help="a folder that lowmem quantize or save_pretrained wrote, or a .safetensors file of lowmem's",
     )
-    parser.add_argument("out", type=file_path, metavar="OUT", help="what to write, where nothing is yet: OUT.gguf")
+    parser.add_argument(
+        "out", type=file_path, metavar="OUT", help="what to write, where nothing is yet: OUT.gguf, or a folder"
+    )
     parser.add_argument("--format", choices=list(TARGETS), help="default: what the name of OUT ends with")
     parser.add_argument(
         "--requantize",

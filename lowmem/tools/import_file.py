@@ -14,6 +14,7 @@ from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
 from lowmem.nn.fourbit import FourBit
 from lowmem.tools.models import MIB
 from lowmem.tools.output import print_json, print_table, progress, shown
+from lowmem.tools.quantize_options import check_options
 
 __all__ = ["DTYPES", "add_arguments", "is_foreign", "run"]
 
@@ -53,10 +54,9 @@ def run(arguments: argparse.Namespace, technique: FourBit) -> int:
     with open_foreign(arguments.source) as file:
         kind, left_out = file.kind, file.left_out
         total = sum(tensor.nbytes for tensor in file.tensors.values())
-    if arguments.target.suffix == ".safetensors":
-        rows = _to_file(arguments, technique, total)
-    else:
-        rows = _to_folder(arguments)
+    to_file = arguments.target.suffix == ".safetensors"
+    check_options(arguments, f"another program's, to a {'file' if to_file else 'folder'}")
+    rows = _to_file(arguments, technique, total) if to_file else _to_folder(arguments)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
@@ -94,17 +94,8 @@ def _to_folder(arguments: argparse.Namespace) -> list[ImportedRow]:
     """Write a folder that ``from_pretrained`` loads.
 
     Raises:
-        ValueError: an option for files alone.
         ImportError: transformers is missing, or too old.
     """
-    for option, given in (("--requantize", arguments.requantize), ("--include", arguments.include)):
-        if given:
-            raise ValueError(
-                f"{option} is for files: {shown(str(arguments.target))} would be a folder, which keeps all codes; "
-                "name OUT.safetensors, or leave it out"
-            )
-    if arguments.dtype is not None:
-        raise ValueError("--dtype is for files: from_pretrained(OUT, dtype=) says it of a folder; leave it out")
     from lowmem.integrations.transformers.folder import import_folder
 
     return import_folder(arguments.source, arguments.target, shard_bytes=arguments.shard_size)

@@ -16,6 +16,7 @@ from lowmem.quant.scales import ENCODINGS
 from lowmem.tools import import_file
 from lowmem.tools.models import MIB, check_links, file_path, positive_int, size
 from lowmem.tools.output import print_json, print_table, progress, shown, uncut_column
+from lowmem.tools.quantize_options import check_options
 
 __all__ = ["add_arguments", "run"]
 
@@ -36,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=[*FORMATS, *IMPORTED],
-        default="nf4",
         help="default nf4; q4_0, iq4_nl and uint4 are GGUF's own, which lowmem export writes code for code",
     )
     parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
@@ -64,14 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     technique = FourBit(
-        arguments.format, block_size=arguments.block_size, scales=arguments.scales, search=arguments.search
+        arguments.format or "nf4", block_size=arguments.block_size, scales=arguments.scales, search=arguments.search
     )
     for path in (arguments.source, arguments.target):
         check_links(path)
     if import_file.is_foreign(arguments.source):
         return import_file.run(arguments, technique)
-    convert = _folder if (arguments.source / "config.json").is_file() else _checkpoint
-    rows = convert(arguments, technique)
+    is_folder = (arguments.source / "config.json").is_file()
+    check_options(arguments, "a dense folder" if is_folder else "a dense file")
+    rows = (_folder if is_folder else _checkpoint)(arguments, technique)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
@@ -112,13 +113,8 @@ def _folder(arguments: argparse.Namespace, technique: FourBit) -> list[Row]:
     """Convert a folder, which transformers loads.
 
     Raises:
-        ValueError: an option for files alone.
         ImportError: transformers is missing, or too old.
     """
-    if arguments.include:
-        raise ValueError(
-            f"--include {arguments.include[0]!r} names tensors of a file: leave modules of a folder out by --exclude"
-        )
     from lowmem.integrations.transformers.folder import quantize_folder
 
     return quantize_folder(

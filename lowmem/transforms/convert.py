@@ -179,6 +179,8 @@ def convert(
     replacements = rebuild_all(model, techniques, where, skip, parameters, Store().by)
     if at_most is not None:
         refuse_more_bits(model, replacements, at_most, without_values)
+    paths = module_paths(model)
+    refuse_layers("convert", {module: paths[module][0] for module, new in replacements.items() if bank_of(new)})
     told = [left_dense(model, replacements, where, skip)] if type(techniques[0]) is not LoRA else []
     adapts = any(isinstance(t, LoRA) for t in techniques)
     unnamed = unnamed_places(model, (m for m, new in replacements.items() if bank_of(new)), where) if adapts else {}
@@ -301,7 +303,7 @@ def _found(
             found[module] = path, names
     if first is LoRA:  # LoRA keeps the weight, and with it all ties
         found = {m: (path, []) for m, path in selected.items() if takes_adapter(m, where is not None)}
-        refuse_layers("convert", {module: path for module, (path, _) in found.items()})
+        refuse_layers("convert", {module: path for module, (path, _) in found.items()}, empty=True)
     else:
         if parameters is not None and not any(set(n) - set(parameters_to_store(m)) for m, (_, n) in found.items()):
             raise ValueError(

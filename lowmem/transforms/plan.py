@@ -221,6 +221,8 @@ def plan(
     """
     if training is not None and training not in OPTIMIZERS:
         raise ValueError(f"training={training!r} is unknown: choose from None, {', '.join(OPTIMIZERS)}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss={show(loss)} must be a function of the model's output, or None")
     if at_most is None:
         return plan_of(skeleton_of(make, techniques, where, skip), batch, training, loss)
     if techniques:

@@ -45,8 +45,13 @@ def refuse_model(name: str, model: nn.Module) -> None:
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")  # by name: importing the second one takes long
 
 
-def refuse_layers(name: str, layers: Mapping[nn.Module, str]) -> None:
-    """Raise for layers whose own parameters, or adapters, cannot be changed; ``layers`` has their paths.
+def refuse_layers(name: str, layers: Mapping[nn.Module, str], *, empty: bool = False) -> None:
+    """Raise for layers whose own parameters, or adapters, cannot be changed.
+
+    Args:
+        name: of the function that would do it.
+        layers: with their paths.
+        empty: whether parameters may be on the meta device, as those of a plan.
 
     Raises:
         RuntimeError: a layer is prepared for training.
@@ -63,7 +68,7 @@ def refuse_layers(name: str, layers: Mapping[nn.Module, str]) -> None:
                 )
             if isinstance(parameter, sharded):
                 raise ValueError(f"{place} is sharded (a DTensor): call {name} before fully_shard")
-            if parameter.is_meta:
+            if parameter.is_meta and not empty:
                 raise ValueError(f"{place} is on the meta device and has no values: load its values before {name}")
 
 

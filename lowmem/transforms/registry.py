@@ -431,6 +431,9 @@ def no_match_message(
     why = next(
         (f"; {layer_name(p)} is a {type(one).__name__}: {text}" for p, (one, text) in whys.items() if text), ""
     )
+    if chosen and not selected:
+        paths = [path for own in module_paths(model).values() for path in own]
+        why = f"; where= and skip= leave no module: where= gets paths as {', '.join(map(layer_name, paths[-3:]))}"
     return (
         f"nothing to convert: {technique.__name__} looks for {supported_types(technique)}, with a weight "
         f"of its own, not left out by where= or skip=; found {listed or 'no layers'}{why}"

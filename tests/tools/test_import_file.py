@@ -45,7 +45,7 @@ def test_a_folder_becomes_a_folder_that_from_pretrained_loads(tmp_path, capsys):
     (source / "tokenizer.json").write_text("{}")
     for option in (["--requantize"], ["--include", "*"], ["--dtype", "float32"]):
         assert main(["quantize", str(source), str(target), *option]) == 2
-        assert f"{option[0]} is for files" in capsys.readouterr().err
+        assert f"{option[0]} means nothing for" in capsys.readouterr().err
     assert main(["quantize", str(source), str(target), "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     kept = rows["model.layers.0.mlp.up_proj.weight"]

@@ -391,6 +391,7 @@ def needs_values():
         (BigNet, (), {"at_most": 0}, ValueError, "0 must be a size"),
         (BigNet, (), {"at_most": 1.5}, TypeError, "1.5 must be a number of bytes"),
         (BigNet, (), {"batch": 3}, TypeError, "batch=3 must be a tensor"),
+        (BigNet, (), {"loss": 3}, TypeError, "loss=3 must be a function of the model"),
         (BigNet, (), {"batch": {}}, TypeError, r"batch=\{\} must be a tensor"),
         (BigNet(), (), {}, ValueError, "model that was there before"),
         ("BigNet", (), {}, TypeError, "make=str must be a callable"),

@@ -168,7 +168,14 @@ def test_every_call_refuses_inference_mode_and_bad_choices(file):
         with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inside torch.inference_mode\(\).*leave it"):
             change(model, file)
         wrong = {
-            "where": [("a", TypeError, "where='a' must be callable"), (lambda *_: False, ValueError, "^no")],
+            "where": [
+                ("a", TypeError, "where='a' must be callable"),
+                (
+                    lambda *_: False,
+                    ValueError,
+                    "no module: where= gets paths as a, b, c|^no module of Net that where= and",
+                ),
+            ],
             "skip": [
                 ("zz*", ValueError, r"skip='zz\*' matches no module of Net"),
                 (3, TypeError, r"skip=\(3,\) must be glob patterns of paths"),

@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.io.atomic import atomic_folder, write_atomically
-from lowmem.io.container import write_plain
+from lowmem.io.container import TensorSpec
+from lowmem.io.export.plain_file import write_plain
 from lowmem.io.foreign.peft_config import ends_of
 from lowmem.io.foreign.peft_folder import CONFIG, WEIGHTS
 from lowmem.io.foreign.peft_layers import PREFIX, Layers, dense_parameters
@@ -52,7 +53,8 @@ def write_peft(folder: Path, model: nn.Module, layers: Mapping[str, Adapter]) ->
     tensors = writing.tensors()
     text = json.dumps(writing.config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     with atomic_folder(folder) as partial:
-        write_plain(partial / WEIGHTS, tensors, {"format": "pt"})
+        specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+        write_plain(partial / WEIGHTS, specs, tensors.items())
         write_atomically(partial / CONFIG, text.encode())
 
 

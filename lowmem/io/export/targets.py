@@ -13,6 +13,8 @@ from typing import Any
 
 from lowmem.errors import show
 from lowmem.io.atomic import check_free
+from lowmem.io.export.bitsandbytes import write_bitsandbytes
+from lowmem.io.export.compressed_tensors import write_compressed_tensors
 from lowmem.io.export.exported import Exported
 from lowmem.io.export.gguf import write_gguf
 
@@ -37,6 +39,8 @@ class Target:
 
 TARGETS: dict[str, Target] = {
     "gguf": Target(write_gguf, ".gguf", ("like", "dtype")),
+    "bitsandbytes": Target(write_bitsandbytes),
+    "compressed-tensors": Target(write_compressed_tensors),
 }
 """By the name that ``--format`` takes."""
 
@@ -73,7 +77,8 @@ def export(
     Args:
         source: a folder that ``lowmem quantize`` or ``save_pretrained`` wrote; or a file of lowmem's.
         out: where nothing is yet.
-        format: "gguf"; None: what the name of ``out`` ends with.
+        format: "gguf", or a folder in that of "bitsandbytes" or "compressed-tensors", which is made of a folder of
+            transformers and takes transformers; None: what the name of ``out`` ends with.
         requantize: whether to quantize again what the target cannot hold exactly; else it is refused.
         like: of "gguf": an existing GGUF file of the model, whose metadata and tokenizer are copied.
         dtype: of "gguf": ``torch.float32``, ``float16`` or ``bfloat16``: write every weight dense, in this dtype.
@@ -87,6 +92,7 @@ def export(
         FileError: the source, or ``like``, is damaged or of another kind.
         FileExistsError: something is at ``out``.
         OSError: a file cannot be read or written.
+        ImportError: a folder is to be written, and transformers is missing.
     """
     source, out = Path(source), Path(out)
     name = target_of(out, format)

@@ -33,10 +33,10 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTen
     """
     for layer, words, scales in packed_layers(source):
         if scales.shape[1] == 8 * words.shape[1]:  # GPTQ packs inputs
-            yield _layer(source, layer)
+            yield _layer(source, layer, config)
 
 
-def _layer(source: Source, layer: str) -> tuple[ForeignTensor, set[str]]:
+def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[ForeignTensor, set[str]]:
     names = {part: f"{layer}.{part}".lstrip(".") for part in ("qweight", "qzeros", "scales")}
     if names["qzeros"] not in source.specs:
         raise ValueError(f"the layer {show(layer)} of AWQ lacks {show(names['qzeros'])}; get it again")
@@ -53,6 +53,12 @@ def _layer(source: Source, layer: str) -> tuple[ForeignTensor, set[str]]:
     if not fits:
         shown = ", ".join(f"{part} {spec.dtype} {spec.shape}" for part, spec in specs.items())
         raise ValueError(f"the parts of the layer {show(layer)} of AWQ do not fit: {shown}; get it again")
+    group = config.get("group_size", inputs // groups)
+    if type(group) is int and group not in (-1, inputs // groups):
+        raise ValueError(
+            f"its config.json says group_size={group}, and {show(layer)} has {groups} groups of {inputs} inputs; get "
+            "both again from one source"
+        )
     stored = _Stored(source, names, inputs // groups, outputs)
     weight, shape = f"{layer}.weight".lstrip("."), (outputs, inputs)
     nbytes = sum(spec.nbytes for spec in specs.values())

@@ -47,10 +47,10 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTen
     for name in source.specs:
         layer, _, part = name.rpartition(".")
         if part == "weight_packed":
-            yield _layer(source, layer)
+            yield _layer(source, layer, config)
 
 
-def _layer(source: Source, layer: str) -> tuple[ForeignTensor, set[str]]:
+def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[ForeignTensor, set[str]]:
     parts = ("weight_packed", "weight_scale", *_OTHERS)
     names = {part: f"{layer}.{part}".lstrip(".") for part in parts}
     names = {part: name for part, name in names.items() if name in source.specs}
@@ -99,11 +99,31 @@ def _layer(source: Source, layer: str) -> tuple[ForeignTensor, set[str]]:
         zeros = specs["weight_zero_point"]
         if len(shape) != 2 or zeros.dtype != torch.int32 or zeros.shape != (-(-shape[0] // 8), groups):
             _misfit(layer, specs)
+    _check_scheme(config, layer, stored.group, columns, "weight_zero_point" in names)
     reason = integer_refusal(columns, stored.group, scale.dtype, stored.zeros())
     if reason is not None:
         return refused("compressed-tensors", shape, reason, stored.values)
     read = stored.read if order is None else stored.read_gathered
     return ForeignTensor.of_weight(weight, shape, "compressed-tensors", nbytes, read, order=order), claimed
+
+
+def _check_scheme(config: Mapping[str, Any], layer: str, group: int, columns: int, has_zeros: bool) -> None:
+    """Raise unless one of the schemes of a config can be that of a layer of integers.
+
+    Raises:
+        ValueError: none has its groups, or none does with so few parts: zero points are missing.
+    """
+    groups = config.get("config_groups")
+    found = [one for one in groups.values() if isinstance(one, dict)] if isinstance(groups, dict) else []
+    schemes = [one["weights"] for one in found if isinstance(one.get("weights"), dict)]
+    sizes = [weights.get("group_size") for weights in schemes]
+    if sizes and all(type(size) is int and size > 0 and min(size, columns) != group for size in sizes):
+        raise ValueError(
+            f"its config.json says group_size={sizes[0]}, and {show(layer)} has groups of {group}; get both "
+            "again from one source"
+        )
+    if schemes and not has_zeros and all(weights.get("symmetric") is False for weights in schemes):
+        raise ValueError(f"its config.json says that {show(layer)} has zero points, and it has none; get it again")
 
 
 def _misfit(layer: str, specs: Mapping[str, Any]) -> None:

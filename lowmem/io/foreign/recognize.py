@@ -5,6 +5,7 @@ To read another format, add its file beside this one, and a line to ``READERS`` 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,14 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowmem.errors import FileError, refusal, show
 from lowmem.io.atomic import open_regular, read_errors
 from lowmem.io.convert_checkpoint import Source
 from lowmem.io.foreign import awq, bitsandbytes, compressed_tensors, gpt_oss, gptq
+from lowmem.io.foreign.claims import check_claims
 from lowmem.io.foreign.gguf import MAGIC, read_gguf
 from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.safetensors import parse_json
-from lowmem.io.shards import INDEX
+from lowmem.io.shards import INDEX, read_index
 
 __all__ = ["CONFIG", "READERS", "ForeignFile", "open_foreign", "quantization_of", "read_config"]
 
@@ -97,6 +101,7 @@ def _model_in(folder: Path) -> Path:
     for endings in ((INDEX,), (".safetensors",)):
         found = [name for name in names if name.endswith(endings)]
         if len(found) == 1:
+            _check_alone(folder, found[0], names)
             return folder / found[0]
         if found:
             raise refusal(folder, f"it has {len(found)} files as {show(found[0])}; name the one to read")
@@ -106,13 +111,20 @@ def _model_in(folder: Path) -> Path:
     raise refusal(folder, "it holds no .safetensors file; name a model's folder or file")
 
 
+def _check_alone(folder: Path, found: str, names: list[str]) -> None:
+    """Raise if a folder has an index, and a file of the whole model beside it, which transformers would read."""
+    whole = found.removesuffix(INDEX)
+    if whole != found and whole in names and whole not in read_index(folder / found).values():
+        raise refusal(folder, f"it has {show(found)}, and {show(whole)}, too: remove the one that is not the model")
+
+
 def _safetensors(path: Path, config: Path) -> ForeignFile:
     with ExitStack() as stack:
         source = stack.enter_context(Source(path))
-        settings = quantization_of(config) if config.is_file() else {}
+        settings = quantization_of(config) if os.path.lexists(config) else {}
         tensors: dict[str, ForeignTensor] = {}
         claimed: set[str] = set()
-        kinds = []
+        kinds: dict[str, set[str]] = {}
         try:
             for kind, find in READERS.items():
                 for tensor, names in find(source, settings):
@@ -120,7 +132,8 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
                         raise ValueError(f"{show(min(claimed & names, default=tensor.name))} belongs to two weights")
                     claimed |= names
                     tensors[tensor.name] = tensor
-                    kinds += [] if kind in kinds else [kind]
+                    kinds.setdefault(kind, set()).add(tensor.kind)
+            check_claims(kinds, settings)
         except FileError:
             raise
         except ValueError as reason:
@@ -128,7 +141,8 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
         for name, spec in source.specs.items():
             if name in claimed:
                 continue
-            if name.rpartition(".")[2] in _LEFT:
+            half = spec.dtype == torch.uint8 and name.endswith("_scales")  # of MXFP4, without its codes
+            if half or name.rpartition(".")[2] in _LEFT:
                 raise refusal(path, f"its tensor {show(name)} belongs to a format that lowmem does not read")
             if name in tensors:
                 raise refusal(path, f"it has {show(name)} twice, in 4 bits and dense; get it again")

@@ -1,0 +1,82 @@
+"""Checks what a config.json says of the quantization against the tensors.
+
+A folder that contradicts itself is refused. What a config leaves out, or says of what lowmem does not know, is no
+contradiction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from lowmem.errors import show
+
+__all__ = ["METHODS", "check_claims"]
+
+METHODS = {
+    "bitsandbytes": "bitsandbytes",
+    "gpt-oss": "mxfp4",
+    "gptq": "gptq",
+    "awq": "awq",
+    "compressed-tensors": "compressed-tensors",
+}
+"""Format of the tensors -> the ``quant_method`` of its config."""
+
+
+def check_claims(kinds: Mapping[str, Collection[str]], config: Mapping[str, Any]) -> None:
+    """Raise unless a ``quantization_config`` can be that of tensors.
+
+    Args:
+        kinds: the formats of the tensors, each with the kinds of its weights.
+        config: what config.json says, or nothing.
+
+    Raises:
+        ValueError: it names another known format, or settings that its tensors do not have.
+    """
+    method = config.get("quant_method")
+    for kind, weights in kinds.items():
+        if method in METHODS.values() and method != METHODS[kind]:
+            raise _contradiction("quant_method", method, f"its tensors are those of {kind}")
+        for name, allowed in _ALLOWED[kind].items():
+            if name in config and not allowed(config[name]):
+                raise _contradiction(name, config[name], f"lowmem reads no such {kind}, or its tensors differ")
+        if kind == "compressed-tensors":
+            _check_compressed(config, weights)
+
+
+def _contradiction(name: str, value: object, why: str) -> ValueError:
+    return ValueError(f"its config.json says {name}={show(value)}, and {why}; get both again from one source")
+
+
+def _one_of(*values: object) -> Callable[[object], bool]:
+    return lambda value: any(value is known or (value == known and type(value) is type(known)) for known in values)
+
+
+_ALLOWED: dict[str, dict[str, Callable[[object], bool]]] = {
+    "bitsandbytes": {"load_in_4bit": _one_of(True), "load_in_8bit": _one_of(False, None)},
+    "gpt-oss": {},
+    "gptq": {"checkpoint_format": _one_of("gptq", "gptq_v2", None)},
+    "awq": {
+        "bits": _one_of(4),
+        "version": lambda value: isinstance(value, str) and value.lower() == "gemm",
+    },
+    "compressed-tensors": {
+        "format": _one_of("pack-quantized", "mxfp4-pack-quantized", "mixed-precision", None),
+    },
+}
+
+
+_PACKED = {"pack-quantized": "compressed-tensors", "mxfp4-pack-quantized": "MXFP4"}
+
+
+def _check_compressed(config: Mapping[str, Any], weights: Collection[str]) -> None:
+    """Raise unless the format and one of the groups of a config can be those of 4-bit weights."""
+    own, groups = config.get("format"), config.get("config_groups")
+    if own in _PACKED and any(weight != _PACKED[own] for weight in weights):
+        raise _contradiction("format", own, f"its tensors are in {min(set(weights) - {_PACKED[own]})}")
+    if not isinstance(groups, dict) or not groups:
+        return
+    found = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+    bits = [weights.get("num_bits", 4) for weights in found if isinstance(weights, dict)]
+    if bits and 4 not in bits:
+        raise _contradiction("num_bits", bits[0], "its tensors have 4")

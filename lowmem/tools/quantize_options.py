@@ -1,0 +1,85 @@
+"""Which options of ``lowmem quantize`` mean something for which input; any other is an error, and none is ignored."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from types import MappingProxyType
+
+__all__ = ["KINDS", "OPTIONS", "check_options"]
+
+OPTIONS = MappingProxyType(
+    {
+        "format": "--format",
+        "block_size": "--block-size",
+        "scales": "--scales",
+        "search": "--search",
+        "include": "--include",
+        "exclude": "--exclude",
+        "shard_size": "--shard-size",
+        "requantize": "--requantize",
+        "dtype": "--dtype",
+    }
+)
+"""Attribute of the parsed arguments -> the option. One that was not given is None, False or empty."""
+
+_TECHNIQUE = ("format", "block_size", "scales", "search")
+
+
+def _of_dense_file(option: str, given: frozenset[str]) -> str | None:
+    if option == "requantize":
+        return "nothing of a dense file is quantized yet: leave it out"
+    if option == "dtype":
+        return "tensors of a dense file that are not converted are copied as they are: leave it out"
+    return None
+
+
+def _of_dense_folder(option: str, given: frozenset[str]) -> str | None:
+    if option == "include":
+        return "it names tensors of a file: leave modules of a folder out by --exclude"
+    if option == "requantize":
+        return "nothing of a dense folder is quantized yet: leave it out"
+    if option == "dtype":
+        return "from_pretrained(OUT, dtype=) says it of a folder: leave it out"
+    return None
+
+
+def _of_kept_file(option: str, given: frozenset[str]) -> str | None:
+    if option == "exclude":
+        return "another program's codes and dense tensors are kept, but for those that --include names: leave it out"
+    if option in _TECHNIQUE and not given & {"include", "requantize"}:
+        return (
+            "another program's codes are kept as they are: say what to quantize, by --requantize or --include, or "
+            "leave it out"
+        )
+    return None
+
+
+def _of_kept_folder(option: str, given: frozenset[str]) -> str | None:
+    if option == "dtype":
+        return "from_pretrained(OUT, dtype=) says it of a folder: leave it out"
+    if option == "shard_size":
+        return None
+    return "a folder keeps all codes of another program: name OUT.safetensors, or leave it out"
+
+
+KINDS: MappingProxyType[str, Callable[[str, frozenset[str]], str | None]] = MappingProxyType(
+    {
+        "a dense file": _of_dense_file,
+        "a dense folder": _of_dense_folder,
+        "another program's, to a file": _of_kept_file,
+        "another program's, to a folder": _of_kept_folder,
+    }
+)
+"""Kind of input -> for an option and all that were given, why it means nothing and what to do; None: it is heeded."""
+
+
+def check_options(arguments: argparse.Namespace, kind: str) -> None:
+    """Raise a ValueError that names the first option which means nothing for a kind of input, a key of ``KINDS``."""
+    given = frozenset(name for name in OPTIONS if getattr(arguments, name) not in (None, False, []))
+    if arguments.search is not None:
+        given |= {"search"}  # --no-search is False
+    for name, option in OPTIONS.items():
+        why = KINDS[kind](name, given) if name in given else None
+        if why is not None:
+            raise ValueError(f"{option} means nothing for {arguments.source.name!r}: {why}")

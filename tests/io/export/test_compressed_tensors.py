@@ -1,0 +1,149 @@
+"""Ours -> compressed-tensors -> ours gives the same values, and the same codes and scales."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from lowmem import quantize
+from lowmem.io.export.compressed_tensors import PACKING, pack, pack_again
+from lowmem.io.export.packing import codes_of
+from lowmem.io.foreign.recognize import open_foreign
+from lowmem.quant.packing import pack as pack_codes
+from lowmem.quant.scales import ENCODINGS
+from lowmem.quant.search import CANDIDATES
+from lowmem.quant.tensor import QuantizedTensor
+from tests import strategies
+from tests.io.export.layers import as_read, same_bits, sizes
+
+SAMPLES = Path(__file__).parents[1] / "foreign" / "samples"
+
+
+def mxfp4(rows: int, columns: int, block: int, seed: int) -> QuantizedTensor:
+    """Return random codes, with scales that are 6 times powers of two, or 0."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    exponents = torch.randint(0, 253, (rows, -(-columns // block)), generator=generator)
+    scales = (6 * torch.exp2(exponents.double() - 127)).float()
+    scales *= torch.randint(0, 4, scales.shape, generator=generator) > 0
+    return QuantizedTensor(pack_codes(codes, block), scales, codes.shape, "fp4", block, "float32", "imported")
+
+
+@given(
+    sizes(8),
+    strategies.few_rows,
+    st.sampled_from(sorted(ENCODINGS)),
+    st.sampled_from([kind for kind in strategies.KINDS if kind != "subnormal"]),
+    strategies.seeds,
+)
+def test_integers_keep_codes_scales_and_values(tmp_path_factory, size, rows, scales, kind, seed):
+    columns, block = size
+    weight = strategies.make_weight(kind, (rows, columns), 0, seed)
+    stored = quantize(weight, "q4_0", block_size=block, scales=scales)
+    packed = pack(stored, torch.float32)
+    found = as_read(packed, tmp_path_factory.mktemp("packed") / "a.safetensors")
+    assert torch.equal(codes_of(found), codes_of(stored))
+    assert torch.equal(found.dequantize(), stored.dequantize())
+    if block == found.block_size:
+        assert torch.equal(found.packed, stored.packed)
+        assert torch.equal(found.encoding.decode(found.scales), stored.encoding.decode(stored.scales))
+
+
+@given(sizes(32), strategies.few_rows, strategies.seeds)
+def test_mxfp4_keeps_codes_scales_and_values_with_the_signs_of_zeros(tmp_path_factory, size, rows, seed):
+    columns, block = size
+    stored = mxfp4(rows, columns, block, seed)
+    found = as_read(pack(stored, torch.bfloat16), tmp_path_factory.mktemp("packed") / "a.safetensors")
+    assert (found.format, found.block_size) == ("fp4", 32)
+    assert same_bits(found.dequantize(), stored.dequantize())
+    kept = stored.scales.repeat_interleave(block, -1)[:, :columns] != 0
+    assert torch.equal(codes_of(found)[kept], codes_of(stored)[kept])
+
+
+@pytest.mark.parametrize("kind", ["int4", "mxfp4"])
+def test_what_compressed_tensors_wrote_is_written_with_the_same_bytes(kind):
+    written = load_file(SAMPLES / f"compressed-tensors-{kind}.safetensors")
+    with open_foreign(SAMPLES / f"compressed-tensors-{kind}.safetensors") as file:
+        weight = file.tensors["layer.weight"].read()
+    packed = pack(weight, torch.float32 if kind == "int4" else torch.bfloat16)
+    assert written.keys() == {f"layer.{name}" for name in packed.parts}
+    for name, part in packed.parts.items():
+        assert torch.equal(part, written[f"layer.{name}"]), name
+        assert part.dtype == written[f"layer.{name}"].dtype
+
+
+def test_what_it_cannot_hold_says_why():
+    weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
+    for stored, dtype, why in (
+        (quantize(weight, "nf4"), torch.float32, "levels are those of nf4"),
+        (quantize(weight, "q4_0", scales="float32_offsets"), torch.float32, "have offsets"),
+        (quantize(weight, "q4_0"), torch.bfloat16, "of its 12 scales are no numbers of bfloat16"),
+        (quantize(weight * 1e-7, "q4_0", scales="float32"), torch.float16, "are no numbers of float16"),
+        (quantize(weight * 1e-38, "q4_0", scales="float32"), torch.float32, "are no numbers of float32"),
+        (quantize(weight, "fp4"), torch.bfloat16, "of its 12 scales are not 6 times a power of two"),
+        (quantize(-weight, "fp4", block_size=16), torch.bfloat16, "have no blocks of 32"),
+        (mxfp4(4, 96, 32, 0), torch.float16, "the model computes in float16"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            pack(stored, dtype)
+
+
+@given(
+    strategies.few_rows,
+    st.integers(1, 70),
+    st.sampled_from(["nf4", "fp4", "q4_0"]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from(strategies.KINDS),
+    strategies.seeds,
+)
+def test_quantizing_again_takes_any_shape_and_says_what_the_values_become(
+    tmp_path_factory, rows, columns, name, dtype, kind, seed
+):
+    weight = strategies.make_weight(kind, (rows, columns), 0, seed)
+    stored = quantize(weight, name, block_size=32)
+    values = stored.dequantize()
+    packed, after = pack_again(values, dtype, stored)
+    shaped = QuantizedTensor.empty(stored.shape, name, 32, stored.scale_encoding, stored.method, device="meta")
+    empty, _ = pack_again(values.to("meta"), dtype, shaped)
+    assert {name: (part.shape, part.dtype) for name, part in packed.parts.items()} == {
+        name: (part.shape, part.dtype) for name, part in empty.parts.items()
+    }
+    assert (packed.kind, packed.scheme) == (empty.kind, empty.scheme)
+    found = after if isinstance(after, torch.Tensor) else after.dequantize()
+    if packed.parts["weight_packed"].dtype == torch.uint8 or (packed.scheme[1] % 2 == 0 and packed.scheme[1] >= 8):
+        read = as_read(packed, tmp_path_factory.mktemp("packed") / "a.safetensors")
+        assert torch.equal(read.dequantize(), found)
+    # A searched scale clips the largest weight, to 7/8 of min(CANDIDATES) at the worst (MXFP4: to 6/8), and rounding
+    # it to 16 bits moves it by 2 ** -8 of that. The smallest numbers of float16 are 2 ** -24 apart.
+    clipped = max(1 - 7 / 8 * min(CANDIDATES), 1 / 4)
+    assert (found - values).abs().max() <= values.abs().amax() * (clipped + 2**-8) + 8 * 2**-24
+
+
+def test_mxfp4_anew_is_no_worse_than_the_standard_takes_it():
+    """The standard floors the exponent, which clips a quarter of the blocks."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    stored = quantize(weight, "fp4")
+    values = stored.dequantize()
+    packed, after = pack_again(values, torch.bfloat16, stored)
+    assert packed.kind == "MXFP4"
+    lost = (after.dequantize() - values).square().view(64, -1, 32).sum(-1)
+    scale = torch.exp2(values.view(64, -1, 32).abs().amax(-1, keepdim=True).log2().floor() - 2)
+    grid = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    scaled = (values.view(64, -1, 32) / scale).abs()
+    nearest = (scaled[..., None] - grid).abs().amin(-1) * scale
+    assert (lost <= nearest.square().sum(-1) * (1 + 1e-6)).all()
+
+
+def test_the_config_names_each_scheme():
+    one = PACKING.config({"a": ("pack-quantized", 32)}, ["head"], torch.float32)
+    assert one["format"] == one["config_groups"]["group_0"]["format"] == "pack-quantized"
+    assert one["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert one["ignore"] == ["head"]
+    schemes = {"a": ("pack-quantized", 32), "b": ("mxfp4-pack-quantized", 32), "c": ("pack-quantized", 16)}
+    several = PACKING.config(schemes, [], torch.float32)
+    assert several["format"] == "mixed-precision"
+    targets = [group["targets"] for group in several["config_groups"].values()]
+    assert sorted(targets) == [["a"], ["b"], ["c"]]
