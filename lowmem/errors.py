@@ -69,11 +69,13 @@ def reason(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return the type and the first line of any exception, in at most 120 characters."""
+    """Return the type and the first line of any exception, and what it announces, in at most 120 characters."""
     text = _OUT_OF_MEMORY if isinstance(error, MemoryError) else _without_cpp(_text(error)).strip()
     if text == _OUT_OF_MEMORY:
         return text
-    first = text.splitlines()[0] if text else ""
+    first, *others = text.splitlines() or [""]
+    if first.endswith(":") and others:
+        first += f" {others[0].strip()}"
     return printable(f"{type(error).__name__}: {first}".removesuffix(": "), 120)
 
 

@@ -52,6 +52,7 @@ def test_a_line_is_one_printable_line_of_bounded_length(text):
         ),
         (TypeError("bad size\nException raised from f at /x.cpp:1"), "TypeError: bad size"),
         (RuntimeError("[enforce fail at x.cpp:3] . negative size"), "RuntimeError: . negative size"),
+        (ValueError("not valid:\n  size must be 1\n  more"), "ValueError: not valid: size must be 1"),
         (UnreadableError(), "UnreadableError: its text cannot be shown: KeyError"),
         (ExitsError(), "ExitsError: its text cannot be shown: SystemExit"),
     ],

@@ -25,6 +25,8 @@ from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, conv
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, gamma, stored_weight, unit
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")  # of bases under adapters
+
 TECHNIQUES = {
     "half": Half(),
     "bfloat16": Half(torch.bfloat16),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,12 +141,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     refuse_model("load_adapter", model)
     found, places = module_paths(model), places_of(model)
     path = Path(path)
-    content = _of_folder(path, model) if path.is_dir() else _of_file(path, model, places)
+    content = (_of_folder if path.is_dir() else _of_file)(path, model, places)
     try:
         name = content.name if name is None else name
         check_name(name)
-        here = [places[place][0] for place in content.techniques if place in places]
-        refuse_layers("load_adapter", {module: found[module][0] for module in here})
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
         first = {place: place_name(found[places[place][0]][0], places[place][1]) for place in content.techniques}
         own = {first[place]: place for place in content.techniques}  # a layer's first path: its path in the file
@@ -193,8 +191,9 @@ class _Content:
     trained: list[Tensor] = field(default_factory=list)
 
 
-def _of_folder(path: Path, model: nn.Module) -> _Content:
+def _of_folder(path: Path, model: nn.Module, places: Mapping[str, tuple[nn.Module, str]]) -> _Content:
     found = read_peft(path, model)
+    _refuse_layers(places, model, found.techniques)
     return _Content("default", found.techniques, found.tensors, found.base_values, found.trained)
 
 
@@ -205,11 +204,18 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
         if file.metadata.get("kind") != "adapter":
             raise ValueError("it holds no adapter alone; load it with load(path, factory)")
         name, base, records = _parsed(file.metadata)
+        _refuse_layers(places, model, records)
         _check_fits(model, places, records, file.tensors, base)
     except (ValueError, TypeError) as reason:
         raise refusal(path, str(reason), "load the adapter") from reason
     tensors = {place: {part: file.tensors[_key(place, part)] for part in ("lora_a", "lora_b")} for place in records}
     return _Content(name, records, tensors)
+
+
+def _refuse_layers(places: Mapping[str, tuple[nn.Module, str]], model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse a model whose layers at these places cannot get an adapter."""
+    found, here = module_paths(model), [places[name][0] for name in names if name in places]
+    refuse_layers("load_adapter", {module: found[module][0] for module in here})
 
 
 def _refuse_foreign(path: Path) -> None:

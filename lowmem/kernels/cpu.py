@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter, functional
 
 from lowmem.kernels import int8, reference
-from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector
+from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES, block_sums, spread
@@ -258,6 +258,7 @@ class Kernel:
                 return self._input_grad_by_torch(x, given, weight.shape, size, out)
         return reference.add_product(out, x, weight, transposed)
 
+    @unseen
     def _linear_by_torch(
         self, x: Tensor, given: Given, shape: torch.Size, bias: Tensor | None, onto: Tensor | None = None
     ) -> Tensor:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["TYPES", "is_float", "is_real", "is_traced", "is_vector"]
+__all__ = ["TYPES", "is_float", "is_real", "is_traced", "is_vector", "keeps_results", "unseen"]
 
 # enum type of csrc/kernel.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _KEYS = torch._C._TorchDispatchModeKey
 _RECORDERS = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
+_CHECKPOINTS = "_CachingTorchDispatchMode", "_CachedTorchDispatchMode"  # of torch.utils.checkpoint
 _is_compiling, _tracing, _modes = (  # called for every product: globals are faster than attribute lookups
     torch.compiler.is_compiling,
     torch._C._get_tracing_state,
@@ -46,3 +52,22 @@ def is_traced() -> bool:
     if _is_compiling() or _tracing() is not None:
         return True
     return _modes() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)
+
+
+def keeps_results() -> bool:
+    """Whether a selective checkpoint keeps what operators return, which must not be written to then."""
+    modes = (torch._C._get_dispatch_stack_at(at) for at in range(_modes()))
+    return any(type(mode).__name__ in _CHECKPOINTS for mode in modes)
+
+
+def unseen(function: _F) -> _F:
+    """Let selective checkpoints see a function's result alone, and not what it writes to on the way."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not _modes() or not keeps_results():
+            return function(*args, **kwargs)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return function(*args, **kwargs)
+
+    return cast(_F, run)

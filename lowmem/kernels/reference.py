@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import int8
+from lowmem.kernels.memory import unseen
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import by_block, pack
@@ -49,6 +50,7 @@ def backends() -> tuple[list[Backend], str]:
     return [cast(Backend, sys.modules[__name__])], "plain torch dequantizes rows in chunks"
 
 
+@unseen
 def linear(
     x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, low_rank: LowRank | None = None
 ) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced
 from lowmem.quant.backend import active_backend
 
-__all__ = ["ACTIVATIONS", "Activation", "factor_grad", "gated", "gated_grad", "norm", "norm_grad"]
+__all__ = ["ACTIVATIONS", "Activation", "factor_grad", "gated", "gated_grad", "gated_in_torch", "norm", "norm_grad"]
 
 
 class Activation(NamedTuple):
@@ -104,9 +104,14 @@ def gated(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtyp
         out = torch.empty(a.shape, dtype=dtype)
         _call("gated", (a, b, None), (out,), step, activation)
         return out
+    return gated_in_torch(a, b, activation, dtype)
+
+
+def gated_in_torch(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
+    """Compute ``gated``, by definition: differentiable, and of any class of tensors."""
     wide = _wide(a)
     out = wide * torch.sigmoid(_exponent(wide, activation)[0])
-    return (out if b is None else out.mul_(b)).to(dtype)
+    return (out if b is None else out * b).to(dtype)
 
 
 def gated_grad(

@@ -141,6 +141,8 @@ def _einsum(equation: str, *operands: Any) -> Any:
 
 
 def _einsum_of_base(equation: str, x: Tensor, base: Any) -> Tensor:
+    if torch.compiler.is_dynamo_compiling():  # which cannot follow the function below
+        return torch.einsum(equation, x, base)
     out = einsum(equation, x, base)  # inside of a function that Dynamo calls for a class, it asks no other
     return torch.einsum(equation, x, base) if out is NotImplemented else out
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import fields, stored
-from lowmem.kernels.memory import is_traced
+from lowmem.kernels.memory import is_traced, keeps_results
 from lowmem.nn.adapter import Adapter, drops_nothing
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast, is_observed, is_plain_call
@@ -49,9 +49,12 @@ def adapted_product(base: nn.Module, adapter: nn.Module | None, input: Tensor) -
     Returns:
         The output, in the dtype of the base's; or None where the two have to be called one after the other: fewer
         than 64 rows, nothing to differentiate, products that are not in bfloat16, hooks, parametrizations, graphs,
-        transforms, subclasses of tensors, other devices, or processors that are slow at bfloat16.
+        transforms, selective checkpoints, subclasses of tensors, other devices, or processors that are slow at
+        bfloat16.
     """
     if not is_plain_call() or is_traced():  # a graph, transform or forward derivative
+        return None
+    if keeps_results():  # and the thin product is written to
         return None
     if type(adapter) is not Adapter or type(input) not in _PLAIN or not input.is_cpu or input.is_nested:
         return None
@@ -106,11 +109,11 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``x`` in a dtype, the same tensor for each layer that asks while ``x`` does not change.
 
     It is kept with ``x``, so it lives as long as that. Tensors that are leaves of the graph are converted each time:
-    users keep, copy and save them.
+    users keep, copy and save them. So is what is asked for without gradients, which has no graph.
     """
     if x.dtype is dtype:
         return x
-    if x.grad_fn is None:
+    if x.grad_fn is None or not torch.is_grad_enabled():
         return x.to(dtype)
     known = getattr(x, "_lowmem_converted", None)
     if known is None or known[0] != (x._version, dtype):
@@ -157,7 +160,8 @@ class _AdaptedProduct(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of what ``_AdaptedProduct`` was given."""
     adapted, narrow, a, b, frozen, *scales = ctx.saved_tensors
-    adapted = ctx.again(grad.dtype) if ctx.again else adapted
+    if ctx.again:
+        adapted = _once(ctx.again(grad.dtype))
     weight = frozen
     if scales:
         _, _, *described = fields(ctx.weight)
@@ -184,6 +188,18 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if wanted[3]:
         db = (g.t() @ narrow).to(b.dtype) * ctx.scaling
     return dx, dd, da, db, None, None, None, None
+
+
+def _once(x: Tensor) -> Tensor:
+    """Return an input that was computed again; it has no graph for a second derivative, which is refused."""
+    if not torch.is_grad_enabled():
+        return x
+    refuse = torch._C._functions.DelayedError(
+        "the input of a prepared model's layer is computed again, and has no second derivative: call "
+        "lowmem.release_training(model) first",
+        1,
+    )
+    return refuse(x.detach().requires_grad_())
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = ["can_recompute", "recompute_of", "recomputed_input"]
 
-_outer_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_autograd: Any = torch._C._autograd
+_outer_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
 Recompute = Callable[[torch.dtype | None], Tensor]
 """Computes the input in a dtype, or in its own."""
@@ -35,8 +36,8 @@ _inputs = _Inputs()
 
 
 def can_recompute() -> bool:
-    """Whether torch says which hooks are active; older versions do not, and inputs are kept."""
-    return _outer_hooks is not None
+    """Whether torch says which hooks are active; older versions do not, and keep inputs, as where hooks are off."""
+    return _outer_hooks is not None and bool(_autograd._saved_tensors_hooks_is_enabled())
 
 
 def recompute_of(tensor: Tensor) -> Recompute | None:
@@ -79,7 +80,7 @@ def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
         recompute: returns its numbers, contiguous.
     """
     storage, version, dtype = tensor.untyped_storage()._cdata, tensor._version, tensor.dtype
-    outer = _outer_hooks(False)
+    outer: Any = cast(Any, _outer_hooks)(False)
 
     def pack(saved: Tensor) -> Any:  # autograd keeps it: so it must not refer to the tensor
         plain = type(saved) is Tensor and saved.layout is torch.strided and saved.dtype is dtype

@@ -86,8 +86,8 @@ class Kept(NamedTuple):
     weight: Weight
 
 
-_SHARED: WeakValueDictionary[int, StoredTensor] = WeakValueDictionary()
-"""Stored tensors by the id of their first part: modules that share a weight return the same one."""
+_SHARED: WeakValueDictionary[tuple[int, ...], StoredTensor] = WeakValueDictionary()
+"""Stored tensors by the ids of their parts: modules that share a weight return the same one."""
 
 
 def is_exported() -> bool:
@@ -97,7 +97,7 @@ def is_exported() -> bool:
 
 def _shared(sources: tuple[Tensor, ...], address: int, dtype: torch.dtype) -> StoredTensor | None:
     """Return what another module has kept for the same parts at the same address, in the same dtype."""
-    tensor = _SHARED.get(id(sources[0]))
+    tensor = _SHARED.get(tuple(map(id, sources)))
     if tensor is None:
         return None
     own = tensor.__dict__
@@ -169,7 +169,7 @@ class StoredModule(nn.Module):
             if tensor is None:
                 tensor = _made(one, sources)
                 tensor.__dict__.update(sources=sources, made_of=(address, dtype))
-                _SHARED[id(sources[0])] = tensor
+                _SHARED[tuple(map(id, sources))] = tensor
             own["_forms"][name] = one._replace(rows=tuple(tensor.parts[0].shape[:-1]))  # ``weight.data =`` adds some
             known = own["_kept"][name] = Kept(sources, address, dtype, tensor, tensor.stored)
         return known.tensor

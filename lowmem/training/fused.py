@@ -30,6 +30,7 @@ __all__ = [
     "How",
     "RMSNorm",
     "activated",
+    "check_fused",
     "fuse",
     "gated_product",
     "rms_norm",
@@ -47,12 +48,15 @@ class RMSNorm:
         offset: 0, or 1.
         rounds_first: whether the quotient is rounded to x's dtype before it is multiplied; the result then has the
             wider dtype of x and the weight, else that of x.
+        mixes: whether that holds for x and a weight of different dtypes, float32 and bfloat16; a module of which it
+            does not is fused where the two are of one dtype.
     """
 
     weight: str
     eps: str
     offset: float
     rounds_first: bool
+    mixes: bool = False
 
     def __str__(self) -> str:
         return "RMS norm fused: keeps its input"
@@ -213,21 +217,26 @@ def _halves(gate: Any, up: Any, gate_first: bool) -> tuple[Tensor, Tensor]:
     return (first, second) if gate_first else (second, first)
 
 
-_SAMPLED = 64
+_CHUNK = 2**18
+"""Numbers that are compared at a time, so that temporaries stay in a processor's cache."""
 
 
 def _narrowed(x: Tensor) -> Tensor:
-    """Return a float32 tensor in bfloat16 where it holds such numbers, as a product in bfloat16 returns them."""
+    """Return a float32 tensor in bfloat16 where it holds such numbers alone, as a product in bfloat16 returns them.
+
+    All numbers are compared: a few say nothing of the others, as in a column of ones. The first chunk with another
+    number ends it, so that products in float32 lose no time.
+    """
     if x.dtype is not torch.float32 or not x.numel():
         return x
-    flat = x.detach().reshape(-1) if x.is_contiguous() else x.detach()[..., 0].reshape(-1)
-    sample = flat[:: max(1, len(flat) // _SAMPLED)]
-    if not torch.equal(sample.bfloat16().float(), sample):
+    rows, few = x.detach().reshape(-1, x.shape[-1]), max(1, _CHUNK // x.shape[-1])
+    if not torch.equal(rows[:1].bfloat16().float(), rows[:1]):
         return x
-    narrow = x.bfloat16()
-    if int(sample.count_nonzero()) * 2 >= len(sample):
-        return narrow  # that many numbers end in 16 zeros by chance once in 2^500
-    return narrow if torch.equal(narrow.float(), x) else x
+    narrow = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    for part, into in zip(rows.split(few), narrow.view(-1, x.shape[-1]).split(few), strict=True):
+        if not torch.equal(into.copy_(part).float(), part):
+            return x
+    return narrow
 
 
 class FusedModule(nn.Module):
@@ -269,14 +278,21 @@ def unfuse(module: nn.Module) -> None:
     Raises:
         RuntimeError: the class of the module was changed since, as a parametrization or FSDP does.
     """
+    check_fused(module)
     if isinstance(module, FusedModule):
-        if type(module) is not _fused_class(cast(Any, module.plain_class), cast(Any, type(module.fused_as))):
-            raise RuntimeError(
-                f"{type(module).__name__} was made of the prepared module since, as a parametrization does: undo "
-                "that first"
-            )
         module.__dict__.pop("fused_as")
         module.__class__ = cast(Any, module.plain_class)
+
+
+def check_fused(module: nn.Module) -> None:
+    """Raise the RuntimeError of ``unfuse``, and change nothing."""
+    if not isinstance(module, FusedModule):
+        return
+    if type(module) is not _fused_class(cast(Any, module.plain_class), cast(Any, type(module.fused_as))):
+        raise RuntimeError(
+            f"{type(module).__name__} was made of the prepared module since, as a parametrization does: undo that "
+            "first"
+        )
 
 
 @cache
@@ -308,6 +324,9 @@ def _run_norm(module: Any, x: Tensor, how: RMSNorm) -> Tensor | None:
     weight = getattr(module, how.weight)
     if type(weight) not in (Tensor, nn.Parameter) or x.shape[-1:] != weight.shape or x.device != weight.device:
         return None
+    dtypes = {x.dtype, weight.dtype}
+    if len(dtypes) > 1 and not (how.mixes and dtypes == {torch.float32, torch.bfloat16}):
+        return None
     return rms_norm(x, weight, getattr(module, how.eps), how.offset, how.rounds_first)
 
 
@@ -316,7 +335,10 @@ def _run_activation(module: Any, x: Tensor, how: Act) -> Tensor:
 
 
 def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
-    """Call the layers and fuse what is between them; None where that is observed, or its tensors are not plain."""
+    """Call the layers and fuse what is between them; None where that is observed.
+
+    Where their outputs are no plain tensors of one dtype and shape, it is computed by torch: the layers were called.
+    """
     if any(is_observed(child) for child in activations(module, how)):
         return None
     gate = getattr(module, how.gate)(x)
@@ -324,7 +346,10 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
     down = getattr(module, how.down)
     plain = all(type(one) is Tensor for one in (gate, up) if one is not None)
     if not plain or (up is not None and (gate.dtype is not up.dtype or gate.shape != up.shape)):
-        return None
+        dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
+        wide = None if up is None else up.to(dtype)
+        halves = _halves(gate.to(dtype), wide, how.gate_first)
+        return cast(Tensor, down(rowwise.gated_in_torch(*halves, ACTIVATIONS[how.activation], dtype)))
     hidden = gated_product(gate, up, how.activation, how.gate_first)
     node = hidden.grad_fn
     if node is None or not can_recompute():

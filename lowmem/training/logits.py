@@ -23,7 +23,7 @@ from lowmem.nn.low_rank_sum import METADATA
 from lowmem.nn.read_only import writes_in_place
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
 
-__all__ = ["LazyLogits", "LazyOutput", "delay_logits", "undelay_logits"]
+__all__ = ["LazyLogits", "LazyOutput", "check_delayed", "delay_logits", "undelay_logits"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -213,15 +213,19 @@ def undelay_logits(layer: nn.Module) -> None:
     Raises:
         RuntimeError: the class of the layer was changed since, as a parametrization does.
     """
+    check_delayed(layer)
     if isinstance(layer, LazyOutput):
-        if type(layer) is not _delayed(cast(Any, layer.delayed_class)):
-            raise RuntimeError(
-                f"{type(layer).__name__} was made of the prepared layer since, as a parametrization does: "
-                "undo that first"
-            )
         for name in ("logits_chunk", "logits_dtype"):
             layer.__dict__.pop(name, None)
         layer.__class__ = cast(Any, layer.delayed_class)
+
+
+def check_delayed(layer: nn.Module) -> None:
+    """Raise the RuntimeError of ``undelay_logits``, and change nothing."""
+    if isinstance(layer, LazyOutput) and type(layer) is not _delayed(cast(Any, layer.delayed_class)):
+        raise RuntimeError(
+            f"{type(layer).__name__} was made of the prepared layer since, as a parametrization does: undo that first"
+        )
 
 
 @cache

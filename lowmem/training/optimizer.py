@@ -113,10 +113,16 @@ class AdamW8bit(torch.optim.Optimizer):
             parameter.copy_(flat)
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Load a state; its codes and scales keep their dtypes, which torch would cast to those of parameters."""
-        super().load_state_dict(state_dict)
+        """Load a state; its codes and scales keep their dtypes, which torch would cast to those of parameters.
+
+        Raises:
+            ValueError: it is of other parameters, or of another optimizer; this one is left as it was.
+        """
         given = [number for group in state_dict["param_groups"] for number in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(given, own, strict=False):  # torch refuses other numbers of them
+            _check_state(state_dict["state"].get(number), parameter, number)
+        super().load_state_dict(state_dict)
         for number, parameter in zip(given, own, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
@@ -135,6 +141,25 @@ def _zeros(parameter: Tensor) -> dict[str, Any]:
             state[f"{name}_codes"] = torch.zeros(blocks, BLOCK, dtype=torch.uint8, device=device)
             state[f"{name}_scales"] = torch.zeros(blocks, 1, device=device)
     return state
+
+
+def _check_state(state: Mapping[str, Any] | None, parameter: Tensor, number: int) -> None:
+    """Raise a ValueError for a state that is none of this parameter's."""
+    if not state:
+        return
+    shapes = {name: getattr(one, "shape", None) for name, one in state.items()}
+    wanted = {
+        name: getattr(one, "shape", None) for name, one in _zeros(torch.empty_like(parameter, device="meta")).items()
+    }
+    if shapes != wanted:
+        raise ValueError(
+            f"state of parameter {number}, of shape {tuple(parameter.shape)}: found {_listed(shapes)}, expected "
+            f"{_listed(wanted)}; load a state that AdamW8bit has saved for the same parameters, or start a new one"
+        )
+
+
+def _listed(shapes: Mapping[str, Any]) -> str:
+    return ", ".join(name if shape is None else f"{name} {tuple(shape)}" for name, shape in shapes.items())
 
 
 def _read(state: Mapping[str, Any], name: str, part: slice) -> Tensor:

@@ -13,8 +13,8 @@ from torch import nn
 from lowmem import kernels
 from lowmem.nn.lora import LoRALinear
 from lowmem.training.activations import compressed_activations
-from lowmem.training.fused import Act, FusedModule, GatedMLP, How, RMSNorm, activations, fuse, unfuse
-from lowmem.training.logits import LazyOutput, delay_logits, undelay_logits
+from lowmem.training.fused import Act, FusedModule, GatedMLP, How, RMSNorm, activations, check_fused, fuse, unfuse
+from lowmem.training.logits import LazyOutput, check_delayed, delay_logits, undelay_logits
 from lowmem.training.recognize import recognize
 from lowmem.transforms.placement import output_layers
 from lowmem.transforms.registry import ADAPTED, check_module, layer_name, module_paths
@@ -38,7 +38,8 @@ def prepare_training(
 
     ``training_report`` says what was done to which module. In evaluation, without gradients, compiled and exported,
     the model does what it did before. Second derivatives of the loss (``create_graph=True``) and writes to logits are
-    refused. Call ``release_training`` before the model is converted further, pickled or sharded.
+    refused, and writes in place to the input of a fused module are an error in backward, as with any function that
+    keeps its input. Call ``release_training`` before the model is converted further, pickled or sharded.
 
     Args:
         model: with parameters that train.
@@ -100,8 +101,13 @@ def release_training(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: the model is not a module.
+        RuntimeError: the class of a prepared module was changed since, as a parametrization does; the model is left
+            as it was.
     """
     check_module(model)
+    for module in model.modules():
+        check_delayed(module)
+        check_fused(module)
     for module in model.modules():
         if isinstance(module, _Compressing):
             module.__class__ = cast(Any, module.plain_class)

@@ -8,7 +8,8 @@ gradients, are those of the fused form, within a bound on their rounding.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ from lowmem.training.fused import (
 __all__ = ["recognize"]
 
 _ROWS = 4
+_SIZES = 1.0, 1e-4, 30.0, 1e3
+"""Of the numbers in each row: a module may limit large ones, or treat small ones otherwise, as by its epsilon."""
+
 _DTYPES = torch.float32, torch.bfloat16
 
 
@@ -42,7 +46,7 @@ def recognize(module: nn.Module) -> How | str | None:
     if norm is None and layers is None and not activation:
         return None
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # not those of other devices, which are not forked
         if activation:
             found: How | str | None = _as_activation(module)
         else:
@@ -64,42 +68,48 @@ def _norm_parts(module: nn.Module) -> tuple[str, str] | None:
 
 def _as_norm(module: nn.Module, parts: tuple[str, str]) -> RMSNorm | str:
     weight, eps = parts
-    best: tuple[float, RMSNorm] | None = None
+    best: tuple[bool, float, RMSNorm] | None = None
     for offset in (0.0, 1.0):
         for rounds_first in (False, True):
             how = RMSNorm(weight, eps, offset, rounds_first)
-            off = [_norm_error(module, how, dtype) for dtype in _DTYPES]
-            if None not in off and (best is None or off[1] < best[0]):  # type: ignore[operator]
-                best = off[1], how  # type: ignore[assignment]
-    return "on random numbers it computes no RMS norm" if best is None else best[1]
+            off = [_norm_error(module, how, dtype, dtype) for dtype in _DTYPES]
+            if None in off:
+                continue
+            mixes = None not in [_norm_error(module, how, *dtypes) for dtypes in (_DTYPES, _DTYPES[::-1])]
+            found = not mixes, cast(float, off[1]), replace(how, mixes=mixes)
+            if best is None or found[:2] < best[:2]:
+                best = found
+    return "on random numbers it computes no RMS norm" if best is None else best[2]
 
 
-def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype) -> float | None:
+def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: torch.dtype) -> float | None:
     """Return the sum of differences between a norm and its fused form; None if one is more than rounding."""
     columns = getattr(module, how.weight).shape[0]
     kind = type(module)
     copied = copied_module(module, kind).train()
-    values = torch.randn(columns).to(dtype)
+    values = torch.randn(columns).to(of_weight)
     weight = nn.Parameter(values)
     copied.__dict__["_parameters"] = {how.weight: weight}
-    x, grad = torch.randn(_ROWS, columns).to(dtype).requires_grad_(), torch.randn(_ROWS, columns).to(dtype)
+    x = (torch.randn(_ROWS, columns) * torch.tensor(_SIZES).unsqueeze(1)).to(dtype).requires_grad_()
+    got = rms_norm(x, weight, getattr(module, how.eps), how.offset, how.rounds_first)
+    grad = torch.randn(_ROWS, columns).to(got.dtype)
     try:
         expected = kind.forward(copied, x)
         wanted = torch.autograd.grad(expected, [x, weight], grad)
     except Exception:  # noqa: BLE001 - whatever it is, it is no norm of these numbers
         return None
-    if type(expected) is not Tensor or expected.dtype is not dtype or expected.shape != x.shape:
+    if type(expected) is not Tensor or expected.dtype is not got.dtype or expected.shape != x.shape:
         return None
-    got = rms_norm(x, weight, getattr(module, how.eps), how.offset, how.rounds_first)
     found = torch.autograd.grad(got, [x, weight], grad)
+    dtype = dtype if dtype is of_weight else torch.bfloat16  # the wider of the roundings
     # Sums over a row or the rows are rounded in float32, and up to four steps to the dtype.
     unit = 4 * torch.finfo(dtype).eps + 4 * columns * torch.finfo(torch.float32).eps
     exact, factor = x.detach().double(), (values.double() + how.offset).abs()
     inverse = torch.rsqrt((exact * exact).mean(-1, keepdim=True) + getattr(module, how.eps))
     scaled = grad.double().abs() * factor * inverse
     of_x = scaled + exact.abs() * inverse**2 * (scaled * exact.abs()).mean(-1, keepdim=True)
-    of_weight = (grad.double() * exact * inverse).abs().sum(0)
-    sizes = exact.abs() * inverse * factor, of_x, of_weight
+    of_factor = (grad.double() * exact * inverse).abs().sum(0)
+    sizes = exact.abs() * inverse * factor, of_x, of_factor
     pairs = zip((got, *found), (expected, *wanted), sizes, strict=True)
     off = [((one.double() - other.double()).abs(), size) for one, other, size in pairs]
     if not all(bool((difference <= unit * size + 1e-30).all()) for difference, size in off):
@@ -122,7 +132,9 @@ def _as_activation(module: nn.Module) -> Act | None:
     """Return which activation a module computes; None for other functions, which no report needs to name."""
     names = list(ACTIVATIONS)
     for dtype in _DTYPES:
-        x = (3 * torch.randn(_ROWS, 64)).to(dtype).requires_grad_()
+        x = 3 * torch.randn(_ROWS, 64) * torch.tensor(_SIZES).unsqueeze(1)
+        x[2:].abs_()  # an exponential of large ones may overflow, where the activation is zero
+        x = x.to(dtype).requires_grad_()
         grad = torch.randn(_ROWS, 64).to(dtype)
         try:
             expected = type(module).forward(copied_module(module, type(module)).train(), x)
@@ -193,7 +205,8 @@ class _Probe(nn.Module):
         super().__init__()
         self.in_features, self.out_features = _shape(layer)
         self.inputs: list[Tensor] = []
-        self.out = (2 * torch.randn(_ROWS, self.out_features)).to(dtype).requires_grad_()
+        sizes = torch.tensor(_SIZES).unsqueeze(1)
+        self.out = (2 * torch.randn(_ROWS, self.out_features) * sizes).to(dtype).requires_grad_()
 
     def forward(self, x: Tensor) -> Tensor:
         self.inputs.append(x)

@@ -11,7 +11,47 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from lowmem.nn.low_rank_sum import METADATA
+
 __all__ = ["StepInBackward", "step_in_backward"]
+
+
+class _Freed(Tensor):
+    """Stands for a gradient that was freed, without memory: who clips or reads it must not find a norm of zero."""
+
+    @staticmethod
+    def __new__(cls, parameter: Tensor) -> _Freed:
+        made: _Freed = torch.Tensor._make_wrapper_subclass(
+            cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
+        )
+        return made
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        if function in (Tensor.zero_, Tensor.detach_, Tensor.requires_grad_):  # of zero_grad(set_to_none=False)
+            return args[0]
+        raise RuntimeError(
+            f"{getattr(function, '__name__', function)} of a gradient that step_in_backward has used and freed: "
+            "clipping by the norm of all gradients needs them at once. Do not clip (max_grad_norm=0 in a Trainer's "
+            "arguments), or release() the optimizer"
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise RuntimeError(_SECOND)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"a gradient of shape {tuple(self.shape)} that was used and freed in backward"
+
+
+_SECOND = (
+    "a second gradient of a parameter that was updated in backward: gradients are not accumulated here. "
+    "Call optimizer.step() after each backward, which ends the step; to accumulate over batches, or to "
+    "use a parameter in several reentrant checkpoints, release() the optimizer"
+)
 
 
 class StepInBackward:
@@ -27,23 +67,20 @@ class StepInBackward:
         self._running = False
         parameters = [one for group in optimizer.param_groups for one in group["params"] if one.requires_grad]
         self._handles: list[Any] = [one.register_post_accumulate_grad_hook(self._step) for one in parameters]
-        self._handles.append(optimizer.register_step_post_hook(self._ended))
+        self._handles.append(optimizer.register_step_pre_hook(self._end))
 
     def release(self) -> torch.optim.Optimizer:
         """Let the optimizer step when it is told to, as before; return it."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._end()
         return self.optimizer
 
     def _step(self, parameter: Tensor) -> None:
         """Update one parameter, whose gradient backward has completed."""
         if parameter in self._done:
-            raise RuntimeError(
-                "a second gradient of a parameter that was updated in backward: gradients are not accumulated here. "
-                "Call optimizer.step() after each backward, which ends the step; to accumulate over batches, or to "
-                "use a parameter in several reentrant checkpoints, release() the optimizer"
-            )
+            raise RuntimeError(_SECOND)
         optimizer = self.optimizer
         groups = optimizer.param_groups
         own = next(group for group in groups if any(one is parameter for one in group["params"]))
@@ -53,23 +90,27 @@ class StepInBackward:
             optimizer.step()
         finally:
             optimizer.param_groups, self._running = groups, False
-        parameter.grad = None
+        parameter.grad = _Freed(parameter)
         self._done.add(parameter)
 
-    def _ended(self, *_: Any) -> None:
+    def _end(self, *_: Any) -> None:
+        """End a step of the loop: it finds no gradients of parameters that were updated."""
         if not self._running:
+            for parameter in self._done:
+                if isinstance(parameter.grad, _Freed):
+                    parameter.grad = None
             self._done.clear()
 
 
 def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
-    """Let an optimizer update each parameter inside backward, as soon as its gradient is complete, and free that.
+    """Let an optimizer update each parameter inside backward, as soon as its gradient is complete, and free that::
 
         handle = lowmem.step_in_backward(torch.optim.AdamW(lowmem.adapter_parameter_groups(model, lr=1e-4)))
         model(**batch).loss.backward()
         optimizer.step()  # as before: it ends the step, and finds no gradients
 
     The loop stays what it is, with its schedule of learning rates, which change the optimizer's groups. What needs
-    all gradients at once, as clipping by their norm, finds none.
+    all gradients at once, as clipping by their norm, is a RuntimeError: a Trainer needs ``max_grad_norm=0``.
 
     Args:
         optimizer: one that updates parameters one by one, as AdamW and SGD do.

@@ -238,7 +238,9 @@ def keep_shared_biases(model: nn.Module, replacements: Mapping[nn.Module, nn.Mod
     stored: dict[int, list[tuple[nn.Module, Any]]] = {}  # a bias -> the modules that store it, and what they become
     for module, made in replacements.items():
         new: Any = made.base if isinstance(made, LoRALinear) else made
-        if new is not module and isinstance(new, StoredModule) and "bias" in new.forms:
+        if new is module or isinstance(module, StoredModule):  # with an adapter now: its bias is as it was
+            continue
+        if isinstance(new, StoredModule) and "bias" in new.forms:
             stored.setdefault(id(module._parameters["bias"]), []).append((module, new))
     if not stored:
         return
@@ -310,7 +312,7 @@ def _found(
                 "parameters= chose no further parameter of two or more dimensions: check what it returns"
             )
         _drop_partial_ties(model, found)
-        _check_parameters(found)
+        _check_parameters(model, found)
     refuse_peft(model, found, freezes=any(isinstance(t, LoRA) for t in techniques))
     if not found:
         raise ValueError(no_match_message(first, model, select_modules(model, where, skip), where is not None))
@@ -360,9 +362,10 @@ def _drop_partial_ties(model: nn.Module, found: dict[nn.Module, tuple[str, list[
             del found[module]
 
 
-def _check_parameters(found: dict[nn.Module, tuple[str, list[str]]]) -> None:
-    """Raise for parameters that cannot be stored on their own: shards, and views of others."""
+def _check_parameters(model: nn.Module, found: dict[nn.Module, tuple[str, list[str]]]) -> None:
+    """Raise for parameters that cannot be stored on their own: shards, and views of others, stored or not."""
     seen: dict[int, list[tuple[str, Hashable, range]]] = {}
+    known: set[int] = set()
     for module, (path, names) in found.items():
         for name in names:
             parameter: Any = module._parameters[name]
@@ -373,18 +376,34 @@ def _check_parameters(found: dict[nn.Module, tuple[str, list[str]]]) -> None:
                 )
             if isinstance(parameter, sharded_types()):
                 raise ValueError(f"{place} is sharded (a DTensor): convert the model before fully_shard")
-            if parameter.is_meta:
-                continue
-            key, at = weight_key(parameter), parameter.storage_offset()
-            last = at + sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
-            others = seen.setdefault(parameter.untyped_storage()._cdata, [])
-            for other, same, range_ in others:
-                if same != key and at < range_.stop and range_.start <= last:
-                    raise ValueError(
-                        f"{place} and {other} are views of one tensor: give each a tensor of its own (.clone()), or "
-                        "leave one out with skip="
-                    )
-            others.append((place, key, range(at, last + 1)))
+            known.add(id(parameter))
+            if not parameter.is_meta:
+                _refuse_overlap(seen, place, weight_key(parameter), parameter)
+    for path, parameter in model.named_parameters():  # what stays dense
+        plain = type(parameter) is nn.Parameter and id(parameter) not in known and not parameter.is_meta
+        if plain and parameter.untyped_storage()._cdata in seen:  # a view would be cut off, and keep the memory
+            _refuse_overlap(seen, layer_name(path.removesuffix(".weight")), None, parameter)
+
+
+def _refuse_overlap(
+    seen: dict[int, list[tuple[str, Hashable, range]]], place: str, key: Hashable, parameter: Tensor
+) -> None:
+    """Add the bytes of a parameter to those ``seen`` of each storage; raise if another one, not of its key, has some.
+
+    Raises:
+        ValueError: both are named.
+    """
+    last = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+    at = parameter.storage_offset() * parameter.element_size()
+    own = range(at, at + (last + 1) * parameter.element_size() if parameter.numel() else at)
+    others = seen.setdefault(parameter.untyped_storage()._cdata, [])
+    for other, same, range_ in others:
+        if (key is None or same != key) and own.start < range_.stop and range_.start < own.stop:
+            raise ValueError(
+                f"{place} and {other} are views of one tensor: give each a tensor of its own (.clone()), or "
+                f"leave {'one' if key is not None else other} out with skip="
+            )
+    others.append((place, key, own))
 
 
 def left_dense(
@@ -401,13 +420,13 @@ def left_dense(
         new = replacements.get(module, module)
         new = base_of(new)
         stored = set(new.forms) if isinstance(new, StoredModule) else set()
-        for name, parameter in module._parameters.items():
+        for name, parameter in base_of(module)._parameters.items():  # of a LoRALinear, which is not entered
             if parameter is None or is_lazy(parameter) or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             size = parameter.numel() * parameter.element_size()
             total += size
-            if isinstance(module, StoredModule) or name in stored or parameter.dim() < 2:
+            if isinstance(base_of(module), StoredModule) or name in stored or parameter.dim() < 2:
                 continue
             if module in chosen:
                 reason = skip_reason(FourBit, module)

@@ -252,7 +252,11 @@ def plan(
             if proposed.total_bytes <= limit:
                 return proposed
         tight.append((found, stored))
-    least = min((planned(*one) for one in tight), key=lambda one: one.total_bytes)
+    tight.sort(key=lambda one: sum(one[1].values()))
+    least = planned(*tight[0])
+    for found, stored in tight[1:]:
+        if sum(stored.values()) < least.total_bytes:  # else it need not be run, which takes longest
+            least = min(least, planned(found, stored), key=lambda one: one.total_bytes)
     unit, size = _unit(least.total_bytes)
     remedy = "take a smaller batch, or a smaller model" if refused is None else refused
     raise ValueError(

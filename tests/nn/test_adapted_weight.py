@@ -34,6 +34,7 @@ def test_it_is_a_tensor_of_the_shape_dtype_and_device_of_its_base_and_refuses_wr
         lambda: setattr(weight, "data", dense),
         lambda: torch.add(dense, 1, out=weight),
         lambda: weight.mul_(2),
+        lambda: torch._foreach_mul_([dense, weight], 2.0),
     ):
         with torch.no_grad(), pytest.raises(RuntimeError, match="would write to a weight with adapters"):
             write()
@@ -71,6 +72,7 @@ READS = {
     "other views": lambda x, w: x @ w.view(8, 3, 16)[:, 1].T + x.sum() * w.reshape(-1)[:8] + w.flip(0)[0, 0],
     "joined": lambda x, w: F.linear(x, torch.cat([w, torch.exp(w)])),
     "detached": lambda x, w: F.linear(x, w.detach()) + F.linear(x, w.data) + F.linear(x, w),
+    "an einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w) + torch.einsum("oi,bi->bo", w, x),
     "by keyword": lambda x, w: torch.matmul(input=x, other=w.T) + F.linear(input=x, weight=w),
 }
 

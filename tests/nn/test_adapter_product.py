@@ -187,6 +187,29 @@ def test_layers_that_read_one_input_share_its_copy():
     assert copy() is None
 
 
+def test_a_call_without_gradients_leaves_no_copy_without_a_graph():
+    """The first pass of a reentrant checkpoint is one, of an input that another layer reads, too."""
+    first, second = adapted(), adapted(seed=1)
+
+    def gradient(run):
+        source = inputs(80)
+        x = source * 2
+        out = run(x)
+        return torch.autograd.grad((out + second(x)).square().sum(), source)[0]
+
+    def after_a_look(x):
+        with torch.no_grad():
+            first(x)
+        return first(x)
+
+    expected = gradient(first)
+    assert torch.equal(gradient(after_a_look), expected)
+    source = inputs(80)
+    x = source * 2
+    (checkpoint(first, x, use_reentrant=True) + second(x)).square().sum().backward()
+    assert (source.grad - expected).norm() <= 0.01 * expected.norm()
+
+
 def test_a_leaf_keeps_no_copy():
     x = inputs(64)
     adapted()(x).sum().backward()

@@ -281,6 +281,18 @@ def test_restore_keeps_adapters_and_ties(technique):
     assert not model[0].weight.requires_grad
 
 
+def test_a_tie_of_one_part_after_the_other_is_whole():
+    one, other = convert(nn.Linear(32, 16), FourBit()), convert(nn.Linear(32, 16, bias=False), FourBit())
+    weight = one.weight
+    for part in one.part_names:  # as tie_weights of transformers does it, which reads the weight in between
+        setattr(other, part, getattr(one, part))
+        assert other.weight.shape == (16, 32)
+    assert one.weight is weight
+    assert other.weight is weight
+    model = restore(nn.ModuleList([one, other]))
+    assert model[0].weight is model[1].weight
+
+
 def test_a_transposed_weight_is_not_shared():
     one, other = (convert(nn.Linear(16, 16), FourBit()) for _ in range(2))
     with pytest.raises(RuntimeError, match="a transposed stored weight cannot be shared: give weight.dequantize"):

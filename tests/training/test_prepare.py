@@ -235,10 +235,12 @@ def test_a_forward_of_another_library_is_refused():
 
 
 def test_a_parametrized_output_layer_is_not_released():
-    model = prepare_training(make())
+    model = prepare_training(make(), "lean")
     nn.utils.parametrize.register_parametrization(model.head, "weight", nn.Identity())
+    before = {one: type(one) for one in model.modules()}
     with pytest.raises(RuntimeError, match="was made of the prepared layer since"):
         release_training(model)
+    assert {one: type(one) for one in model.modules()} == before  # nothing is half released
 
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])

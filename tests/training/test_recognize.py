@@ -38,6 +38,34 @@ class Sums(Norm):
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 0.01)).to(x.dtype)
 
 
+class Beside(Norm):
+    """The epsilon counts for small inputs alone."""
+
+    def forward(self, x):
+        return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class Least(Norm):
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp_min(self.variance_epsilon))
+
+
+class Limited(Norm):
+    """Large inputs are cut off."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(-50, 50))
+
+
+class T5(Norm):
+    """The result has the dtype of the weight, if that has 16 bits."""
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (wide.to(self.weight.dtype) if self.weight.dtype is torch.bfloat16 else wide)
+
+
 class Fails(Norm):
     def forward(self, x, cache):
         raise NotImplementedError
@@ -49,12 +77,13 @@ def norm(kind, **options):
 
 
 def test_norms():
-    assert recognize(norm(Norm)) == RMSNorm("weight", "variance_epsilon", 0.0, rounds_first=True)
-    assert recognize(norm(Gemma)) == RMSNorm("weight", "variance_epsilon", 1.0, rounds_first=False)
-    assert recognize(norm(Olmo)) == RMSNorm("weight", "variance_epsilon", 0.0, rounds_first=False)
+    assert recognize(norm(Norm)) == RMSNorm("weight", "variance_epsilon", 0.0, rounds_first=True, mixes=True)
+    assert recognize(norm(Gemma)) == RMSNorm("weight", "variance_epsilon", 1.0, rounds_first=False, mixes=True)
+    assert recognize(norm(Olmo)) == RMSNorm("weight", "variance_epsilon", 0.0, rounds_first=False, mixes=True)
+    assert recognize(norm(T5)) == RMSNorm("weight", "variance_epsilon", 0.0, rounds_first=True)
     of_torch = recognize(norm(nn.RMSNorm, eps=1e-6))
     assert (of_torch.weight, of_torch.eps, of_torch.offset) == ("weight", "eps", 0.0)
-    for kind in (Centred, Sums, Fails):
+    for kind in (Centred, Sums, Fails, Beside, Least, Limited):
         assert recognize(norm(kind)) == "on random numbers it computes no RMS norm"
     assert recognize(nn.LayerNorm(64, bias=False)) == "on random numbers it computes no RMS norm"
     for other in (nn.LayerNorm(64), nn.Linear(4, 4), nn.RMSNorm(64), nn.RMSNorm((4, 4), eps=1e-5), nn.BatchNorm1d(4)):
@@ -100,10 +129,12 @@ def test_gated_mlps():
         (lambda gate, up: functional.gelu(gate) * up, "known activation"),
         (lambda gate, up: functional.silu(gate) * up * 1.01, "known activation"),
         (lambda gate, up: functional.silu(gate) + up, "known activation"),
+        (lambda gate, up: functional.silu(gate.clamp(max=10)) * up, "known activation"),
+        (lambda gate, up: functional.silu(gate) * up.clamp(-10, 10), "known activation"),
         (lambda gate, up: functional.silu(gate).detach() * up, "known activation"),
         (lambda gate, up: functional.dropout(functional.silu(gate) * up, 0.5), "known activation"),
     ],
-    ids=["relu", "gelu", "factor", "sum", "detached", "dropout"],
+    ids=["relu", "gelu", "factor", "sum", "limited gate", "limited up", "detached", "dropout"],
 )
 def test_other_mlps_are_refused(between, reason):
     import re
@@ -154,6 +185,7 @@ def test_activations_without_a_name():
         functional.gelu,
         lambda x: x,
         lambda x: functional.silu(x).detach(),
+        lambda x: functional.silu(x).clamp(max=20),
         torch.sum,
     ):
         assert recognize(function(of)) is None

@@ -97,3 +97,22 @@ def test_what_cannot_step_in_backward_is_named():
         step_in_backward(torch.optim.SGD(model.parameters()))
     with pytest.raises(ValueError, match="no parameter of the optimizer trains"):
         step_in_backward(torch.optim.SGD(copy.deepcopy(model).requires_grad_(False).parameters()))
+
+
+def test_clipping_by_the_norm_of_freed_gradients_is_an_error():
+    """A Trainer clips by default, and would find a norm of zero."""
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters())
+    handle = step_in_backward(optimizer)
+    for clip in (nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_):
+        model(torch.randn(4, 64)).sum().backward()
+        with pytest.raises(RuntimeError, match="max_grad_norm=0"):
+            clip(model.parameters(), 1.0)
+        assert "used and freed" in repr(model[0].weight.grad)
+        assert model[0].weight.grad.shape == (64, 64)
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+    assert all(p.grad is None for p in model.parameters())
+    model(torch.randn(4, 64)).sum().backward()
+    handle.release()
+    assert all(p.grad is None for p in model.parameters())

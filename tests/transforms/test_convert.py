@@ -20,6 +20,7 @@ from lowmem import (
     LoRALinear,
     QuantizedTensor,
     StoredTensor,
+    adapter_layers,
     add_adapter,
     calibrate,
     convert,
@@ -740,7 +741,22 @@ def test_a_weight_that_is_a_view_of_another_is_refused():
     with pytest.raises(ValueError, match=r"1 and 0 are views of one tensor: .*clone"):
         convert(model, FourBit())
     assert type(model[0]) is nn.Linear
-    convert(model, FourBit(), skip="1")
+    norm = nn.Sequential(nn.Linear(16, 8, bias=False), nn.LayerNorm(16))  # it stays dense, and all bytes with it
+    norm[1].weight = nn.Parameter(norm[0].weight.detach()[0])
+    with pytest.raises(ValueError, match=r"1 and 0 are views of one tensor: .*clone"):
+        convert(norm, FourBit())
+    assert type(norm[0]) is nn.Linear
+    flat = torch.randn(16 * 8 + 16)  # views that do not overlap are independent
+    norm[0].weight, norm[1].weight = nn.Parameter(flat[:128].view(8, 16)), nn.Parameter(flat[128:])
+    convert(norm, FourBit())
+
+
+def test_a_weight_in_the_memory_of_one_that_stays_dense_is_refused():
+    model = nn.ModuleDict({"a": nn.Linear(16, 8), "b": nn.Linear(16, 8)})
+    model["b"].weight = nn.Parameter(model["a"].weight.detach())  # tied in memory, by two parameters
+    with pytest.raises(ValueError, match="b and a are views of one tensor"):
+        convert(model, FourBit(), skip="b")
+    assert convert(model, FourBit())["a"].quantized is model["b"].quantized
 
 
 def test_inference_mode_is_refused():
@@ -858,6 +874,15 @@ def test_what_is_restored_in_a_dtype_runs_in_it(technique):
     restore(layer, dtype=torch.float64)
     assert {layer.base.weight.dtype, layer.base.bias.dtype} == {torch.float64}
     assert layer.lora_a.dtype == torch.float32
+
+
+def test_stored_layers_with_a_stored_bias_get_adapters_later():
+    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.Conv2d(8, 4, 3), nn.Linear(8, 8))
+    convert(model, Half(torch.bfloat16))
+    bias = model[0].bias
+    convert(model, LoRA(2), where=lambda path, _: path != "")
+    assert list(adapter_layers(model, "default")) == ["0", "1", "2"]
+    assert model[0].bias.dtype == bias.dtype
 
 
 def test_a_bias_that_a_restored_layer_shares_with_one_of_another_dtype_is_refused():

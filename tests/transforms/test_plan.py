@@ -11,6 +11,7 @@ from torch import nn
 import lowmem
 from lowmem import BigNet, FourBit, Half, LoRA, convert, measure, plan
 from lowmem.nn.stored_module import StoredModule
+from lowmem.transforms import plan as module
 from lowmem.transforms.bits import text_of
 from lowmem.transforms.plan import OPTIMIZERS, bytes_of
 from tests.models import INDICES, Small
@@ -360,6 +361,14 @@ def test_the_least_is_the_least_total_and_not_the_least_stored():
     total = plan(lambda: nn.Linear(64, 64), batch=x, training=None).total_bytes
     with pytest.raises(ValueError, match=rf"\({total:,} bytes\), with dense; take a smaller batch"):
         plan(lambda: nn.Linear(64, 64), batch=x, training=None, at_most=100)
+
+
+def test_models_that_cannot_be_the_least_are_not_run(monkeypatch):
+    runs = []
+    monkeypatch.setattr(module, "_run", lambda model, *rest, run=module._run: runs.append(model) or run(model, *rest))
+    with pytest.raises(ValueError, match="out of reach: the least that is possible is .*FourBit"):
+        plan(BigNet, batch=torch.ones(8, 1024), at_most="1KB")  # the dense model's weights alone are more
+    assert len(runs) == 1
 
 
 def needs_values():

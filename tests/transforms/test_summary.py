@@ -102,6 +102,7 @@ def test_what_was_left_has_a_reason(module, reason):
     assert reason in str(summary(model))
 
 
+@pytest.mark.filterwarnings("ignore:.* are weights that stay dense")  # that which has an adapter
 def test_the_reasons_are_those_of_the_techniques_that_were_applied():
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(8, 8))
     assert by_path(model)["1"].reason == "LayerNorm: vectors (biases, norms) stay dense"

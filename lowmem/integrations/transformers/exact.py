@@ -118,7 +118,7 @@ class Exact:
             elif tuple(parameter.mT.shape if form.transposed else parameter.shape) != tensor.shape:
                 raise ValueError(
                     f"{printable(tensor.name, 80)} is {tensor.shape} in {self._source}, and the model's is "
-                    f"{tuple(parameter.shape)}: its config.json is of another model"
+                    f"{tuple(parameter.shape)}: its config is of another model: {_CONFIG}"
                 )
             before, first = forms.setdefault(name, (form, tensor.name))
             if before != form:
@@ -167,13 +167,14 @@ class Exact:
         if tensor.shape[-1] != parameter.shape[-1]:
             raise ValueError(
                 f"{printable(tensor.name, 80)} is {tensor.shape}, and {name}, of which it becomes a part, "
-                f"{tuple(parameter.shape)}: config.json is of another model"
+                f"{tuple(parameter.shape)}: its config is of another model: {_CONFIG}"
             )
         if not any(one is converter for one in self._merging):
             self._merging.append(converter)
 
 
 _DENSE = "take the dense folder that it was made from, and quantize that: LowmemConfig(FourBit('nf4'))"
+_CONFIG = "get both from one source, or give config="
 _REMEDY = (
     "`lowmem quantize IN OUT.safetensors --requantize` quantizes again what cannot be kept, and prints the error "
     "that this adds"

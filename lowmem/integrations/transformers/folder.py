@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,25 +12,22 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem.errors import describe, refusal, show
+from lowmem.errors import FileError, describe, one_line, reason, refusal, show
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.loading import checked
-from lowmem.io.atomic import atomic_folder, check_free, write_errors
+from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row, Source
-from lowmem.io.foreign.recognize import open_foreign, read_config
+from lowmem.io.foreign.recognize import open_foreign, read_model_config
 from lowmem.io.import_checkpoint import ImportedRow
-from lowmem.io.shards import INDEX
+from lowmem.io.model_folder import copy_others, weights_in
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.stored_module import StoredModule
 
 __all__ = ["check", "import_folder", "load_folder", "load_gguf", "quantize_folder"]
 
-WEIGHTS = "model.safetensors"
-# What is not copied from a folder: weights in any format, and what save_pretrained writes itself.
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
-WRITTEN = ("config.json", "generation_config.json")
+WRITTEN = ("config.json", "generation_config.json")  # by save_pretrained
 
 
 def check(folder: Path) -> tuple[dict[str, Any], int]:
@@ -44,19 +40,8 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
     file = folder / "config.json"
     if not file.exists():
         raise refusal(folder, "it has no config.json: name a folder that save_pretrained of transformers wrote")
-    config = read_config(file)
-    if not isinstance(config, dict):
-        raise refusal(file, f"it is {show(config)}, and no config of a model; get it again")
-    asked = config.get("quantization_config")
-    if not isinstance(asked, (dict, type(None))):
-        raise refusal(file, f"quantization_config={show(asked)} must be an object; repair it")
-    weights = next((folder / name for name in (WEIGHTS + INDEX, WEIGHTS) if (folder / name).exists()), None)
-    if weights is None:
-        raise refusal(
-            folder,
-            f"it has no {WEIGHTS} and no {WEIGHTS}{INDEX}: lowmem reads safetensors only, and executed nothing",
-        )
-    with Source(weights) as source:
+    config = read_model_config(file)
+    with Source(weights_in(folder)) as source:
         _refuse_layers(file, config, len(source.specs))
         return config, sum(spec.nbytes for spec in source.specs.values())
 
@@ -94,14 +79,11 @@ def load_folder(folder: Path, config: LowmemConfig | None = None) -> nn.Module:
         raise refusal(
             folder, f"architectures names {show(name)}, which transformers {transformers.__version__} has not"
         )
-    try:
-        with _without_bars(), checked():
-            model: nn.Module
-            model, info = kind.from_pretrained(
-                folder, quantization_config=config, dtype="auto", local_files_only=True, output_loading_info=True
-            )
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as reason:
-        raise refusal(folder, describe(reason), "load") from reason
+    with _loading(folder), checked():
+        model: nn.Module
+        model, info = kind.from_pretrained(
+            folder, quantization_config=config, dtype="auto", local_files_only=True, output_loading_info=True
+        )
     _refuse_differing(folder, name, "lacks", info["missing_keys"])
     if config is not None:  # what is left out would be lost
         _refuse_differing(folder, name, "has, and the model has not,", info["unexpected_keys"])
@@ -118,18 +100,15 @@ def load_gguf(file: Path) -> nn.Module:
     """
     with open_foreign(file):
         pass  # transformers' own reader gives other errors for damaged files, if any
-    try:
-        with _without_bars():
-            model: nn.Module
-            model, info = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                quantization_config=LowmemConfig(EXACT),
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as reason:
-        raise refusal(file, describe(reason), "load") from reason
+    with _loading(file):
+        model: nn.Module
+        model, info = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=LowmemConfig(EXACT),
+            local_files_only=True,
+            output_loading_info=True,
+        )
     name = type(model).__name__
     _refuse_differing(file, name, "lacks", info["missing_keys"])
     _refuse_differing(file, name, "has, and the model has not,", info["unexpected_keys"])
@@ -237,14 +216,24 @@ def quantize_folder(
 def _write(model: Any, source: Path | None, target: Path, shard_bytes: int | None, tokenizer: Any = None) -> None:
     """Write a model's folder, with the other files of ``source``, and a tokenizer."""
     with atomic_folder(target) as partial:
-        with write_errors(target):
-            for file in () if source is None else sorted(source.iterdir()):
-                if file.is_file() and file.name not in WRITTEN and not file.name.endswith(NOT_COPIED):
-                    shutil.copyfile(file, partial / file.name)
+        if source is not None:
+            copy_others(source, partial, target, WRITTEN)
         with _without_bars():
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             model.save_pretrained(partial, **({} if shard_bytes is None else {"max_shard_size": shard_bytes}))
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turn an error of transformers, whose libraries have no common class of them, into one that names the folder."""
+    try:
+        with _without_bars():
+            yield
+    except (FileError, OSError, ImportError, MemoryError):  # these say it
+        raise
+    except Exception as error:
+        raise refusal(path, one_line(reason(error)), "load") from error
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,18 +21,15 @@ from lowmem.io.export.packing import Packed, Packing
 from lowmem.io.export.plain_file import write_plain
 from lowmem.io.export.source import StoredModel, StoredWeight, open_stored
 from lowmem.io.foreign.recognize import CONFIG
+from lowmem.io.model_folder import WEIGHTS, copy_others
 from lowmem.io.shards import INDEX, shard_name
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["NOT_COPIED", "SHARD_BYTES", "write_folder"]
+__all__ = ["SHARD_BYTES", "write_folder"]
 
-WEIGHTS = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 """The most bytes of tensors in a file, unless one weight has more."""
-
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
-"""Ends of the names of weights, in any format."""
 
 _CONV1D = "it is transposed (Conv1D), so that blocks run along outputs, and the format's along inputs"
 
@@ -96,7 +92,10 @@ def write_folder(
         plans = _plans(model, architecture, packing, requantize)
         schemes = {_layer(plan.name): plan.scheme for plan in plans.values() if plan.scheme is not None}
         if not schemes:
-            raise refusal(source, f"it has no linear layers in 4 bits that {packing.name} could hold", "export")
+            lacks = f"it has no linear layers in 4 bits that {packing.name} could hold"
+            raise refusal(
+                source, f"{lacks}; store the model's nn.Linear, if it has any, by lowmem quantize", "export"
+            )
         why = None if packing.keeps_weight else architecture.refusal(schemes)
         if why is not None:
             raise refusal(source, why, "export")
@@ -105,7 +104,7 @@ def write_folder(
         largest = max(sum(spec.nbytes for spec in plan.specs.values()) for plan in plans.values())
         shards = divide({name: plan.specs for name, plan in plans.items()}, max(shard_bytes, largest))
         with atomic_folder(out) as partial:
-            _copy(model.folder, partial, out)
+            copy_others(model.folder, partial, out, (CONFIG,))
             with write_errors(out):
                 (partial / CONFIG).write_bytes(_json(config))
             return sorted(_write(partial, plans, shards, progress), key=lambda row: row.name)
@@ -141,13 +140,6 @@ def _write(
 
 def _json(content: Any) -> bytes:
     return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def _copy(source: Path, folder: Path, out: Path) -> None:
-    with write_errors(out):
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.name != CONFIG and not file.name.endswith(NOT_COPIED):
-                shutil.copyfile(file, folder / file.name)
 
 
 def _check_same(model: StoredModel, architecture: Architecture) -> None:

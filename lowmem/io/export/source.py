@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import refusal, show
+from lowmem.io.atomic import open_regular, read_errors
 from lowmem.io.container import TensorSpec
 from lowmem.io.convert_checkpoint import Source
-from lowmem.io.foreign.recognize import CONFIG, read_config
+from lowmem.io.foreign.gguf import MAGIC
+from lowmem.io.foreign.recognize import CONFIG, read_model_config
 from lowmem.io.metadata import check_object, technique_of
-from lowmem.io.shards import INDEX, read_model
+from lowmem.io.model_folder import weights_in
+from lowmem.io.shards import read_model
 from lowmem.nn.fourbit import FourBit
+from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["StoredModel", "StoredWeight", "open_stored"]
 
-_WEIGHTS = "model.safetensors"
 _FLAGS = ("transposed", "gathered")
 
 
@@ -97,11 +100,14 @@ def open_stored(path: Path) -> Iterator[StoredModel]:
         with _folder(path) as model:
             yield model
         return
+    with open_regular(path) as start, read_errors(path):
+        if start.read(len(MAGIC)) == MAGIC:
+            raise refusal(path, "it is a GGUF file: make it lowmem's first, by lowmem quantize", "export")
     file = read_model(path)
     if file.metadata.get("adapters"):
         raise refusal(path, _adapted(file.metadata["adapters"]), "export")
     beside = path.parent if (path.parent / CONFIG).is_file() else None
-    config = None if beside is None else _config(beside / CONFIG)
+    config = None if beside is None else read_model_config(beside / CONFIG)
     specs = {name: TensorSpec.of(tensor) for name, tensor in file.tensors.items()}
     weights, tied = _weights(path, specs, file.metadata["layers"], file.tensors.__getitem__)
     yield StoredModel(path, beside, config, weights, tied)
@@ -113,31 +119,16 @@ def _folder(path: Path) -> Iterator[StoredModel]:
         raise refusal(
             path, f"it has no {CONFIG}: name a folder that lowmem quantize or save_pretrained wrote", "export"
         )
-    config = _config(path / CONFIG)
+    config = read_model_config(path / CONFIG)
     record = config.pop("quantization_config", None) or {}
     method = record.get("quant_method")
     if record and not str(method).startswith("lowmem"):
         raise refusal(path, f"{show(method)} quantized it: make it lowmem's first, by lowmem quantize", "export")
     if record.get("adapters"):
         raise refusal(path, _adapted(record["adapters"]), "export")
-    file = next((path / name for name in (_WEIGHTS + INDEX, _WEIGHTS) if (path / name).exists()), None)
-    if file is None:
-        raise refusal(
-            path, f"it has no {_WEIGHTS} and no {_WEIGHTS}{INDEX}; name a folder that lowmem wrote", "export"
-        )
-    with Source(file) as source:
+    with Source(weights_in(path, "export")) as source:
         weights, tied = _weights(path, source.specs, _records(path, record), source.read_tensor)
         yield StoredModel(path, path, config, weights, tied)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    config = read_config(path)
-    if not isinstance(config, dict):
-        raise refusal(path, f"it is {show(config)}, and no config of a model; get it again")
-    asked = config.get("quantization_config")
-    if not isinstance(asked, (dict, type(None))):
-        raise refusal(path, f"quantization_config={show(asked)} must be an object; repair it")
-    return config
 
 
 def _adapted(adapters: object) -> str:
@@ -184,7 +175,7 @@ def _weights(
             order = parts[0].removesuffix("packed") + "order"
             if specs.get(order) != TensorSpec(torch.int32, weight.shape[-1:]):
                 raise refusal(path, f"{show(name)} has no {show(order)} of its columns; get it again")
-            weights[name] = replace(weights[name], order=partial(read, order))
+            weights[name] = replace(weights[name], order=partial(_order, path, order, read))
             left.discard(order)
         if "transposed" in flags:
             shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
@@ -200,6 +191,16 @@ def _weights(
     if not weights:
         raise refusal(path, "it holds no weights; name a model that has some", "export")
     return {name: weights[name] for name in sorted(weights)}, tuple(sorted(tied))
+
+
+def _order(path: Path, name: str, read: Callable[[str], Tensor]) -> Tensor:
+    """Return the column of a weight for each one that is stored, each once: else some would have no values."""
+    order = read(name)
+    try:
+        check_order(order, show(name))
+    except ValueError as reason:
+        raise refusal(path, str(reason), "export") from None
+    return order
 
 
 def _parts(place: str, specs: Mapping[str, TensorSpec]) -> tuple[str, tuple[str, str] | None]:

@@ -134,7 +134,7 @@ class _Reading:
                 self._take(slot.keys[part], shape, at=f" at rank {technique.rank}")
         if len(techniques) < len(layers.slots):
             raise ValueError("it adapts a layer twice")
-        found = self._saved(layers) + self._biases(layers)
+        found = (saved := self._saved(layers)) + self._biases(layers)
         self._skip_bases(layers)
         if self._left:
             raise ValueError(self._left_over(next(iter(self._left))))
@@ -146,6 +146,7 @@ class _Reading:
             for slot in layers.slots
         }
         values = self._values(found)
+        self._refuse_ties(saved, {id(own): new for own, new in values})
         trained: list[Tensor] = [
             own for own, _ in values if isinstance(own, nn.Parameter) and own.is_floating_point()
         ]
@@ -250,6 +251,24 @@ class _Reading:
                     "untie them first"
                 )
         return [(own, new) for _, own, new in values.values()]
+
+    def _refuse_ties(self, saved: list[tuple[str, Tensor]], values: dict[int, Tensor]) -> None:
+        """Raise if what is stored whole is another layer's, too: PEFT trains a copy, and leaves that one."""
+        kept = {key.removeprefix(PREFIX).replace(".base_layer", "") for key, _ in saved}
+        elsewhere = {
+            id(own): name
+            for module, paths in self._paths.items()
+            for path in paths
+            for parameter, own in base_of(module)._parameters.items()
+            if own is not None and (name := f"{path}.{parameter}".lstrip(".")) not in kept
+        }
+        for key, own in saved:
+            if id(own) in elsewhere and not _same(own, values[id(own)].to(own.dtype)):
+                raise ValueError(
+                    f"it holds {printable(key.removeprefix(PREFIX), 80)} (modules_to_save), which is "
+                    f"{printable(elsewhere[id(own)], 80)}, too, in the model, of which PEFT keeps the old values: "
+                    "untie them first"
+                )
 
     def _skip_bases(self, layers: Layers) -> None:
         """Leave out copies of adapted weights, which PEFT writes of embeddings, if they are the model's."""

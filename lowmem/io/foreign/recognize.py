@@ -25,7 +25,7 @@ from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.safetensors import parse_json
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = ["CONFIG", "READERS", "ForeignFile", "open_foreign", "quantization_of", "read_config"]
+__all__ = ["CONFIG", "READERS", "ForeignFile", "open_foreign", "quantization_of", "read_config", "read_model_config"]
 
 Reader = Callable[[Source, Mapping[str, Any]], Iterator[tuple[ForeignTensor, set[str]]]]
 
@@ -190,6 +190,19 @@ def read_config(path: Path) -> Any:
         raise refusal(path, f"it is damaged: {reason}; get it again") from None
 
 
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Return a model's config.json, whose ``quantization_config``, if it has one, is an object.
+
+    Raises:
+        FileError, OSError: as ``read_config``, or it is no config of a model.
+    """
+    config = read_config(path)
+    if not isinstance(config, dict):
+        raise refusal(path, f"it is {show(config)}, and no config of a model; get it again")
+    _quantization_in(config, path)
+    return config
+
+
 def quantization_of(path: Path) -> dict[str, Any]:
     """Return the ``quantization_config`` of a model's config.json, or nothing.
 
@@ -197,7 +210,11 @@ def quantization_of(path: Path) -> dict[str, Any]:
         FileError, OSError: the file is damaged, or cannot be read.
     """
     content = read_config(path)
-    found = content.get("quantization_config") if isinstance(content, dict) else None
+    return _quantization_in(content, path) if isinstance(content, dict) else {}
+
+
+def _quantization_in(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    found = config.get("quantization_config")
     if found is not None and not isinstance(found, dict):
         raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")
     return found or {}

@@ -13,12 +13,7 @@ static void put_tiles(const struct job *job, int64_t r, int64_t rows, int64_t m,
     float turned[TILED_INPUTS * TILED_ROWS];
     of.m0 = job->m0 + m;
     of.m1 = smaller(of.m0 + TILED_INPUTS, job->m1);
-    for (int n = 0; n < TILED_ROWS; n += LANES) {
-        V v[LANES];
-        EACH_LANE v[i] = v_load(sums + (n + i) * LANES);
-        v_transpose(v);
-        EACH_LANE v_store(turned + i * TILED_ROWS + n, v[i]);
-    }
+    turn(sums, TILED_ROWS, turned);
     if (job->out_type != BFLOAT16 || rows < TILED_ROWS || job->g0 || job->g1 * GROUP < job->weight->columns) {
         put_rows(&of, r, rows, MANY_VECTORS, turned);
         return;

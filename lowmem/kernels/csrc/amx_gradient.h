@@ -35,15 +35,12 @@ static struct tiles as_it_lies(const struct job *job, int64_t m, int64_t r0, int
 {
     const int64_t stride = job->weight->rows, inputs = smaller(job->m1 - job->m0 - m, 2 * TILED_INPUTS), rows = r1 - r0;
     const uint16_t *x = (const uint16_t *)job->x + (job->m0 + m) * stride + r0;
-    if (rows % LINE == 0 && inputs % TILED_INPUTS == 0 && stride % 2 == 0) {
-        const struct tiles whole = {(const float *)x, TILED_INPUTS * stride / 2, LANES, 2 * stride};
-        return whole;
-    }
+    if (rows % LINE == 0 && inputs % TILED_INPUTS == 0 && stride % 2 == 0)
+        return (struct tiles){(const float *)x, TILED_INPUTS * stride / 2, LANES, 2 * stride};
     memset(padded, 0, (size_t)(round_up(inputs, TILED_INPUTS) * TILED_GRAD_ROWS) * sizeof *padded);
     for (int64_t i = 0; i < inputs; i++)
         memcpy(padded + i * TILED_GRAD_ROWS, x + i * stride, (size_t)rows * sizeof *padded);
-    const struct tiles copy = {(const float *)padded, TILED_INPUTS * TILED_GRAD_ROWS / 2, LANES, 2 * TILED_GRAD_ROWS};
-    return copy;
+    return (struct tiles){(const float *)padded, TILED_INPUTS * TILED_GRAD_ROWS / 2, LANES, 2 * TILED_GRAD_ROWS};
 }
 
 /* sums += grad @ W for group g and rows r0 to r1, for all batch rows of a piece. */

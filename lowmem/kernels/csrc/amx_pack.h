@@ -75,7 +75,6 @@ static void pack_tiles(struct job *job, int64_t part, int64_t parts, int64_t thr
 {
     const int64_t batch = job->m1 - job->m0, floats = (job->g1 - job->g0) * LINES * TILE_FLOATS;
     int64_t m, to;
-    (void)thread;
     share(batch, TILED_INPUTS, parts, part, &m, &to);
     for (; m < to; m += TILED_INPUTS) {
         const int64_t inputs = smaller(TILED_INPUTS, batch - m);

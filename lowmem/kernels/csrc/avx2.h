@@ -40,11 +40,7 @@ static inline V v_sums(V *v)
 }
 #define v_spread(a, index) _mm256_permutevar8x32_ps(a, _mm256_loadu_si256((const __m256i *)(index)))
 
-static inline T table_load(const float *levels)
-{
-    const T table = {_mm256_loadu_ps(levels), _mm256_loadu_ps(levels + 8)};
-    return table;
-}
+static inline T table_load(const float *levels) { return (T){_mm256_loadu_ps(levels), _mm256_loadu_ps(levels + 8)}; }
 static inline __attribute__((always_inline)) V v_lookup(T table, W words, const int k)
 {
     const W index = _mm256_srli_epi32(words, 4 * k); /* the permute reads three bits of an index */
@@ -70,13 +66,12 @@ typedef struct {
 } B;
 static inline B boundaries_load(const float *p)
 {
-    const B b = {
+    return (B){
         _mm256_set1_ps(p[7]),
         {_mm256_set1_ps(p[3]), _mm256_set1_ps(p[11])},
         _mm256_setr_ps(p[1], p[5], p[9], p[13], 0.0f, 0.0f, 0.0f, 0.0f),
         _mm256_setr_ps(p[0], p[2], p[4], p[6], p[8], p[10], p[12], p[14]),
     };
-    return b;
 }
 static inline W v_code(B b, V a)
 {

@@ -96,9 +96,8 @@ typedef struct {
 } B;
 static inline B boundaries_load(const float *p)
 {
-    const B b = {_mm512_set1_ps(p[7]), _mm512_maskz_loadu_ps(0x0fff, p + 3), _mm512_maskz_loadu_ps(0x3fff, p + 1),
-                 _mm512_maskz_loadu_ps(0x7fff, p)};
-    return b;
+    return (B){_mm512_set1_ps(p[7]), _mm512_maskz_loadu_ps(0x0fff, p + 3), _mm512_maskz_loadu_ps(0x3fff, p + 1),
+               _mm512_maskz_loadu_ps(0x7fff, p)};
 }
 static inline W v_code(B b, V a)
 {

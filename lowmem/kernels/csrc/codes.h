@@ -7,7 +7,7 @@ struct lost {
     int64_t before, after, broken;
 };
 
-INLINE void code_block(const struct rowwise *r, int64_t block, const int type, struct lost *lost)
+INLINE void code_block(const struct rowwise *r, int64_t block, struct lost *lost, const int type)
 {
     const int64_t at = block * CODED, left = r->step - at;
     int8_t *codes = (int8_t *)r->out[0] + at;
@@ -44,28 +44,9 @@ INLINE void decode_block(const struct rowwise *r, int64_t block, const int type)
         store_as(r->out[0], type, block * CODED + c, v_mul(v_load(x + c), scale));
 }
 
-/* Rows of the operations of this file and of entropy.h. */
-static void coded_rows(const struct rowwise *r, int64_t row, int64_t to)
+static void add_lost(const struct lost *lost, int64_t *all)
 {
-    struct lost lost = {0, 0, 0};
-#define OF_EACH_TYPE(type, call)                                         \
-    switch (type) {                                                      \
-    case FLOAT32: for (; row < to; row++) call(FLOAT32); break;          \
-    case BFLOAT16: for (; row < to; row++) call(BFLOAT16); break;        \
-    default: for (; row < to; row++) call(FLOAT16);                      \
-    }
-#define ENTROPY_OF(type) entropy_row(r, row, type)
-#define CODE_OF(type) code_block(r, row, type, &lost)
-#define DECODE_OF(type) decode_block(r, row, type)
-    if (r->operation == ENTROPY)
-        OF_EACH_TYPE(r->type, ENTROPY_OF)
-    else if (r->operation == DECODE)
-        OF_EACH_TYPE(r->wide, DECODE_OF)
-    else {
-        OF_EACH_TYPE(r->type, CODE_OF)
-        int64_t *all = (int64_t *)(intptr_t)r->b; /* cpu.py gives it to be written to */
-        __atomic_fetch_add(all, lost.before, __ATOMIC_RELAXED);
-        __atomic_fetch_add(all + 1, lost.after, __ATOMIC_RELAXED);
-        __atomic_fetch_or(all + 2, lost.broken, __ATOMIC_RELAXED);
-    }
+    __atomic_fetch_add(all, lost->before, __ATOMIC_RELAXED);
+    __atomic_fetch_add(all + 1, lost->after, __ATOMIC_RELAXED);
+    __atomic_fetch_or(all + 2, lost->broken, __ATOMIC_RELAXED);
 }

@@ -1,11 +1,7 @@
 /* The cross entropy of rows of logits, and its gradient in their place; lowmem/kernels/entropy.py has the definition. */
 
 /* The larger one of each pair; a NaN in `a` is skipped. */
-INLINE V v_larger(V a, V than)
-{
-    const I is = (I)(a > than);
-    return (V)(((I)a & is) | ((I)than & ~is));
-}
+INLINE V v_larger(V a, V than) { return v_where((I)(a > than), a, than); }
 
 INLINE float largest_of(V v)
 {

@@ -69,14 +69,14 @@ INLINE int64_t decode_tile(const struct weight *w, int64_t r0, int64_t r1, int64
         else {
             for (int64_t c = 0; c < GROUP; c += 32)
                 prefetch((const uint16_t *)w->packed + (r0 + i + GRAD_ROWS) * w->columns + g * GROUP + c);
-            widen_typed(w, r0 + i, g * GROUP, GROUP, tile + i * GROUP);
+            OF_SIXTEEN(w->encoding, widen, w, r0 + i, g * GROUP, GROUP, tile + i * GROUP);
         }
     return bf16 ? (r1 - r0 + 1) / 2 : r1 - r0;
 }
 
 /* sums (batch, GROUP) += grad @ rows, for group g of `count` rows: see accumulate. The batch rows of grad are `stride` apart. */
 INLINE void grad_group(const struct job *job, const float *grad, int64_t stride, const void *rows, int64_t step, int64_t count,
-                       float *sums, const int type, const int bf16)
+                       float *sums, const int bf16, const int type)
 {
     for (int n = 0; n < GROUP; n += TILE_VECTORS * LANES) {
         const void *of = (const char *)rows + n * (type == FLOAT32 ? 4 : 2);
@@ -107,7 +107,7 @@ static void grad_rows(const struct job *job, int64_t r0, int64_t r1, const int b
     for (int64_t m = job->m0; m < job->m1; m++, out += GRAD_ROWS) {
         const uint16_t *of = (const uint16_t *)job->x + m * job->weight->rows + r0;
         if (!bf16) {
-            widen_run_typed(of, rows, out, job->type);
+            OF_SIXTEEN(job->type, widen_run, of, rows, out);
             continue;
         }
         memcpy(out, of, (size_t)rows * sizeof *of);
@@ -143,11 +143,9 @@ INLINE void unpack(const struct job *job, int64_t g, const float *sums, const in
     }
     for (int64_t m = job->m0; m < job->m1; m++, sums += GROUP, out += w->columns * size)
         if (!w->order) {
-            int64_t i = 0, n = smaller(GROUP, w->columns - g * GROUP);
-            for (; i + LANES <= n; i += LANES)
-                store_as(out, type, g * GROUP + i, v_load(sums + i));
-            for (; i < n; i++)
-                write_as(out, type, g * GROUP + i, sums[i]);
+            const int64_t n = smaller(GROUP, w->columns - g * GROUP);
+            for (int64_t i = 0; i < n; i += LANES)
+                store_some(out, type, g * GROUP + i, n - i, v_load(sums + i));
         } else {
             for (int64_t i = 0; i < LANES * 4 && from + i < w->row_bytes; i++) {
                 const int64_t start = (from + i) / half * 2 * half, j = (from + i) % half;
@@ -189,20 +187,13 @@ INLINE void grad_part(const struct job *job, int64_t part, int64_t parts, int64_
                 float *of = sums + (g - t0) * batch;
                 const uint16_t *direct = (const uint16_t *)w->packed + r0 * w->columns + g * GROUP;
                 if (!job->kernel->few || (g + 1) * GROUP > w->columns)
-                    grad_group(job, grad, stride, tile, GROUP, decode_tile(w, r0, r1, t0, g, scales, tile, bf16), of, FLOAT32, bf16);
-                else if (w->encoding == BFLOAT16)
-                    grad_group(job, grad, stride, direct, w->columns, r1 - r0, of, BFLOAT16, 0);
+                    grad_group(job, grad, stride, tile, GROUP, decode_tile(w, r0, r1, t0, g, scales, tile, bf16), of, bf16, FLOAT32);
                 else
-                    grad_group(job, grad, stride, direct, w->columns, r1 - r0, of, FLOAT16, 0);
+                    OF_SIXTEEN(w->encoding, grad_group, job, grad, stride, direct, w->columns, r1 - r0, of, 0);
             }
         }
         for (int64_t g = t0; g < t1; g++)
-            if (job->out_type == FLOAT32)
-                unpack(job, g, sums + (g - t0) * batch, FLOAT32);
-            else if (job->out_type == BFLOAT16)
-                unpack(job, g, sums + (g - t0) * batch, BFLOAT16);
-            else
-                unpack(job, g, sums + (g - t0) * batch, FLOAT16);
+            OF_TYPE(job->out_type, unpack, job, g, sums + (g - t0) * batch);
     }
 }
 

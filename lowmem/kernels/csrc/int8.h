@@ -146,7 +146,6 @@ static void pack_int8(struct job *job, int64_t part, int64_t parts, int64_t thre
 {
     const int64_t words = job->weight->half / 4; /* words of a block */
     int64_t m, to;
-    (void)thread;
     share(round_up(job->m1 - job->m0, LANES), LANES, parts, part, &m, &to);
     for (m += job->m0, to += job->m0; m < to; m += LANES)
         for (int64_t g = job->g0; g < job->g1; g++) {
@@ -235,17 +234,6 @@ INLINE void dequantize_int8(const struct job *job, int64_t r, int64_t g, const f
     }
 }
 
-/* Transpose sums (rows, LANES) to (LANES, rows). */
-INLINE void turn(const float *sums, const int rows, float *out)
-{
-    for (int r = 0; r < rows; r += LANES) {
-        V v[LANES];
-        EACH_LANE v[i] = v_load(sums + (r + i) * LANES);
-        v_transpose(v);
-        EACH_LANE v_store(out + i * rows + r, v[i]);
-    }
-}
-
 /* x @ W.T by panels, for a part of the rows. */
 static void int8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
@@ -286,7 +274,6 @@ static void int8_body(struct job *job, int64_t part, int64_t parts, int64_t thre
 static void pack_few_int8(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const int64_t batch = job->m1 - job->m0;
-    (void)part, (void)parts, (void)thread; /* there is one part */
     for (int64_t g = job->g0; g < job->g1; g++)
         for (int64_t m = 0; m < batch; m++)
             if (!to_int8(job, job->m0 + m, g, job->packed + ((g - job->g0) * batch + m) * GROUP)) {
@@ -301,7 +288,6 @@ static void few_int8_body(struct job *job, int64_t part, int64_t parts, int64_t 
 {
     static rows_with *const rows[] = {NAMED_MORE(rows_int8)};
     int64_t r, to;
-    (void)thread;
     share(job->weight->rows, SHARE_ROWS, parts, part, &r, &to);
     if (!is_refused(job))
         rows[job->m1 - job->m0 - 1](job, r, to);

@@ -55,8 +55,6 @@ static int may_use_amx(void)
  * take an index into this list. */
 static PyObject *isas(PyObject *self, PyObject *unused)
 {
-    (void)self;
-    (void)unused;
     PyObject *found = PyList_New(0);
     int count = 1 + HAS_NEON; /* every 64-bit ARM processor has NEON */
 #if defined(__x86_64__)

@@ -3,6 +3,8 @@
 #ifndef LOWMEM_KERNEL_H
 #define LOWMEM_KERNEL_H
 
+#pragma GCC diagnostic ignored "-Wunused-parameter" /* bodies and methods have one signature each, whatever they need */
+
 /* Whether the compiler supports AMX, and the system is one on which the binding can request it (isas.h). */
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define HAS_AMX 1

@@ -45,14 +45,13 @@ static struct layout layout_of(const struct kernel *k, const struct weight *w, i
                            piece_of(batch, PACKED_BYTES, copies * bytes, of_input, others, k->whole) >= batch;
     const int64_t piece = piece_of(batch, PACKED_BYTES, (own_copies ? copies : 1) * bytes, of_input, others, k->whole);
     const int64_t packed = piece * bytes / 4;
-    const struct layout layout = {
+    return (struct layout){
         .threads = all,
         .piece = piece,
         .packed_step = own_copies ? packed : 0,
         .shared = own_copies ? copies * packed : packed,
         .own = k->own + k->own_of_input * piece,
     };
-    return layout;
 }
 
 #endif

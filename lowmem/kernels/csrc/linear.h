@@ -8,11 +8,8 @@ INLINE void place_input(const struct job *job, int64_t m, float *out, int64_t st
     const int64_t before = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, from = m * w->columns;
     if (!w->order) { /* 16-bit weights keep the order of the columns */
         const int64_t end = smaller(w->columns, before + floats);
-        int64_t c = before;
-        for (; c + LANES <= end; c += LANES, out += step * LANES)
-            v_store(out, load_as(job->x, type, from + c));
-        for (; c < end; c++, out++)
-            *out = read_as_float(job->x, type, from + c);
+        for (int64_t c = before; c < end; c += LANES, out += step * LANES)
+            v_store(out, load_some(job->x, type, from + c, end - c));
         return;
     }
     int64_t c, end;
@@ -22,16 +19,6 @@ INLINE void place_input(const struct job *job, int64_t m, float *out, int64_t st
         if (s >= 0 && s < floats)
             out[s / LANES * step * LANES + s % LANES] = read_as_float(job->x, type, from + c);
     }
-}
-
-static void place_input_typed(const struct job *job, int64_t m, float *out, int64_t step)
-{
-    if (job->type == FLOAT32)
-        place_input(job, m, out, step, FLOAT32);
-    else if (job->type == BFLOAT16)
-        place_input(job, m, out, step, BFLOAT16);
-    else
-        place_input(job, m, out, step, FLOAT16);
 }
 
 /* Loops over R rows and M batch rows. They must be unrolled, so that arrays indexed by AT become registers. */
@@ -190,10 +177,9 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
         EACH_ROW EACH_INPUT sums[AT] = v_add(sums[AT], acc[AT]);
     }
     if (whole < columns) { /* x is padded with zeros */
-        float rest[4][LANES];
-        EACH_ROW for (int64_t c = 0; c < LANES; c++)
-            rest[i][c] = whole + c < columns ? read_as_float(rows + i * stride, type, whole + c) : 0.0f;
-        EACH_INPUT EACH_ROW sums[AT] = v_fma(v_load(rest[i]), v_load(x + j * LANES), sums[AT]);
+        V rest[4];
+        EACH_ROW rest[i] = load_some(rows + i * stride, type, whole, columns - whole);
+        EACH_INPUT EACH_ROW sums[AT] = v_fma(rest[i], v_load(x + j * LANES), sums[AT]);
     }
     EACH_ROW EACH_INPUT out[j * LANES + i] = sums[AT];
 }
@@ -254,7 +240,7 @@ static void put_few(struct job *job)
     if (floats != job->weight->columns)
         memset(job->packed, 0, (size_t)(batch * floats) * sizeof(float));
     for (int64_t m = 0; m < batch; m++)
-        place_input_typed(job, job->m0 + m, job->packed + m * LANES, batch);
+        OF_TYPE(job->type, place_input, job, job->m0 + m, job->packed + m * LANES, batch);
 }
 
 /* The first part packs x; the others compute the narrow product of a low-rank update. */
@@ -289,21 +275,18 @@ INLINE void few_rows(struct job *job, int64_t part, int64_t parts, rows_with *co
 static void few_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     static rows_with *const rows[] = {NAMED_FEW(rows)};
-    (void)thread;
     few_rows(job, part, parts, rows);
 }
 
 static void few_sixteen_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     static rows_with *const bfloats[] = {NAMED_MORE(rows_bfloat)}, *const halves[] = {NAMED_MORE(rows_half)};
-    (void)thread;
     few_rows(job, part, parts, job->weight->encoding == BFLOAT16 ? bfloats : halves);
 }
 
 #if ISA_BFLOAT16
 static void pack_few_bf16(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    (void)part, (void)parts, (void)thread; /* there is one part */
     for (int64_t m = job->m0; m < job->m1; m++)
         pack_bf16(job, m);
 }
@@ -311,7 +294,6 @@ static void pack_few_bf16(struct job *job, int64_t part, int64_t parts, int64_t 
 static void few_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     static rows_with *const rows[] = {NAMED_MORE(rows_bf16)};
-    (void)thread;
     few_rows(job, part, parts, rows);
 }
 #endif

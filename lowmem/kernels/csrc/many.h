@@ -18,7 +18,6 @@ INLINE V spread_unit(const float *p, const int bf16)
     if (bf16)
         return (V)pair_of(p);
 #endif
-    (void)bf16;
     return v_set1(*p);
 }
 
@@ -29,7 +28,6 @@ INLINE V multiply_add(V a, V b, V sum, const int bf16)
     if (bf16)
         return (V)_mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #endif
-    (void)bf16;
     return v_fma(a, b, sum);
 }
 
@@ -79,6 +77,17 @@ INLINE void scales_across(const struct weight *w, int64_t r, int64_t first, int6
     }
 }
 
+/* Transpose sums (rows, LANES) to (LANES, rows). */
+INLINE void turn(const float *sums, const int rows, float *out)
+{
+    for (int r = 0; r < rows; r += LANES) {
+        V v[LANES];
+        EACH_LANE v[i] = v_load(sums + (r + i) * LANES);
+        v_transpose(v);
+        EACH_LANE v_store(out + i * rows + r, v[i]);
+    }
+}
+
 /* Look up unit k of each word: a level, or a pair of levels as bfloat16. */
 INLINE V unit_levels(T table, W words, const int k, const int bf16)
 {
@@ -86,7 +95,6 @@ INLINE V unit_levels(T table, W words, const int k, const int bf16)
     if (bf16)
         return (V)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * k), (W)table);
 #endif
-    (void)bf16;
     return v_lookup(table, words, k);
 }
 
@@ -98,7 +106,7 @@ INLINE const float *bias_of(const struct job *job, int64_t r, int64_t rows, floa
         return widened;
     if (job->bias_type == FLOAT32)
         return (const float *)job->bias + r;
-    widen_run_typed((const uint16_t *)job->bias + r, rows, widened, job->bias_type);
+    OF_SIXTEEN(job->bias_type, widen_run, (const uint16_t *)job->bias + r, rows, widened);
     return widened;
 }
 
@@ -110,13 +118,10 @@ INLINE void put_rows_as(const struct job *job, int64_t r, int64_t rows, const in
     float widened[MAX_VECTORS * LANES] = {0};
     const float *bias = bias_of(job, r, rows, widened);
     const float *before = job->g0 ? job->partial + job->m0 * job->weight->rows + r : bias;
-    const int64_t further = job->g0 ? job->weight->rows : 0, whole = rows / LANES * LANES, end = job->m1 * step + r;
-    for (int64_t at = job->m0 * step + r; at < end; at += step, before += further, sums += vectors * LANES) {
-        for (int64_t i = 0; i < whole; i += LANES)
-            store_as(out, type, at + i, v_add(v_load(sums + i), v_load(before + i)));
-        for (int64_t i = whole; i < rows; i++)
-            write_as(out, type, at + i, sums[i] + before[i]);
-    }
+    const int64_t further = job->g0 ? job->weight->rows : 0, end = job->m1 * step + r;
+    for (int64_t at = job->m0 * step + r; at < end; at += step, before += further, sums += vectors * LANES)
+        for (int64_t i = 0, n; (n = rows - i) > 0; i += LANES)
+            store_some(out, type, at + i, n, v_add(v_load(sums + i), load_some(before, FLOAT32, i, n)));
 }
 
 /* The same to the output, rounded to its type, or to the partial sums if columns are left. */
@@ -124,12 +129,8 @@ static void put_rows(const struct job *job, int64_t r, int64_t rows, const int v
 {
     if (job->g1 * GROUP < job->weight->columns)
         put_rows_as(job, r, rows, vectors, sums, job->partial, job->weight->rows, FLOAT32);
-    else if (job->out_type == FLOAT32)
-        put_rows_as(job, r, rows, vectors, sums, job->out, job->out_step, FLOAT32);
-    else if (job->out_type == BFLOAT16)
-        put_rows_as(job, r, rows, vectors, sums, job->out, job->out_step, BFLOAT16);
     else
-        put_rows_as(job, r, rows, vectors, sums, job->out, job->out_step, FLOAT16);
+        OF_TYPE(job->out_type, put_rows_as, job, r, rows, vectors, sums, job->out, job->out_step);
 }
 
 /* Packed x from column c on (counted from the first packed column), for the first batch row of a piece. */

@@ -27,10 +27,9 @@ static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, 
     const double factor = PyFloat_AsDouble(scaling);
     if (factor == -1.0 && PyErr_Occurred())
         return -1;
-    const struct update found = {
+    *u = (struct update){
         .x = x->data, .a = a.data, .b = b.data, .scaling = (float)factor, .rank = a.shape[0], .rows = rows, .columns = a.shape[1],
     };
-    *u = found;
     return x->type == FLOAT32 && a.type == FLOAT32 && b.type == FLOAT32 && a.dims == 2 && has_shape(x, x->shape[0], a.shape[1]) &&
            has_shape(&b, rows, a.shape[0]) && x->shape[0] && x->shape[0] <= UPDATED && rows && a.shape[1];
 }
@@ -110,7 +109,6 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, THREADS, A, B, SCALING, ARGUMENTS };
-    (void)self;
     return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR, args[BIAS], args[THREADS], args + A);
 }
 
@@ -119,7 +117,6 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 static PyObject *linear_int8(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, THREADS, ARGUMENTS };
-    (void)self;
     return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR_INT8, args[BIAS], args[THREADS], NULL);
 }
 
@@ -128,7 +125,6 @@ static PyObject *linear_int8(PyObject *self, PyObject *const *args, Py_ssize_t g
 static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { THREADS = X + 1, ARGUMENTS };
-    (void)self;
     return has_count(given, ARGUMENTS) ? NULL : product(args, INPUT_GRAD, Py_None, args[THREADS], NULL);
 }
 
@@ -141,7 +137,6 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     struct weight w = {.rows = 0};
     struct tensor out;
     HELD held = {.count = 0};
-    (void)self;
     if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + ROW, 2, first, 2) ||
         read_numbers(args + THREADS, 1, &threads, 1))
         return NULL;
@@ -178,7 +173,6 @@ static PyObject *plan_of(PyObject *self, PyObject *const *args, Py_ssize_t given
 {
     enum { ISA_AT, BLOCK, WEIGHT, ROWS, TYPE, OPERATION, ARGUMENTS };
     long long n[ARGUMENTS];
-    (void)self;
     if (read_numbers(args, given, n, ARGUMENTS))
         return NULL;
     const struct isa *isa = all_isas[n[ISA_AT]];
@@ -206,7 +200,6 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     struct scratch narrow;
     HELD held = {.count = 0};
     int is;
-    (void)self;
     if (has_count(given, ARGUMENTS) || read_numbers(args, 1, &index, 1) || read_numbers(args + THREADS, 1, &threads, 1))
         return NULL;
     if ((is = read_tensor(args[BASE], &base, &held)) == 1 && (is = read_tensor(args[INPUT], &x, &held)) == 1 && base.dims == 2)
@@ -256,7 +249,6 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     enum { ISA, X, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, BOUNDARIES, CANDIDATES, TRIED, IMPORTANCE, LARGEST, ZERO, SIGN, SCRATCH, THREADS,
            ARGUMENTS };
     long long n[ARGUMENTS];
-    (void)self;
     if (read_numbers(args, given, n, ARGUMENTS))
         return NULL;
     const struct weight w = weight_of(ADDRESS(n[PACKED]), ADDRESS(n[SCALES]), ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK],
@@ -294,7 +286,6 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
 static PyObject *rowwise(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     long long n[16];
-    (void)self;
     if (read_numbers(args, given, n, 16))
         return NULL;
     const struct rowwise r = {
@@ -311,7 +302,6 @@ static PyObject *rowwise(PyObject *self, PyObject *const *args, Py_ssize_t given
 /* share_threads(path) -> whether the OpenMP library at `path`, which must be loaded already, will run the threads */
 static PyObject *share_threads(PyObject *self, PyObject *path)
 {
-    (void)self;
     PyObject *bytes = PyUnicode_EncodeFSDefault(path);
     if (!bytes)
         return NULL;
@@ -331,8 +321,6 @@ static PyObject *share_threads(PyObject *self, PyObject *path)
 /* visited() -> columns of x that packing has visited so far */
 static PyObject *visited(PyObject *self, PyObject *unused)
 {
-    (void)self;
-    (void)unused;
     return PyLong_FromLongLong(__atomic_load_n(&visited_columns, __ATOMIC_RELAXED));
 }
 

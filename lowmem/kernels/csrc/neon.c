@@ -75,10 +75,9 @@ typedef struct {
 static inline B boundaries_load(const float *p)
 {
     const float bit1[4] = {p[1], p[5], p[9], p[13]}, bit0[8] = {p[0], p[2], p[4], p[6], p[8], p[10], p[12], p[14]};
-    const B b = {
+    return (B){
         v_set1(p[7]), {v_set1(p[3]), v_set1(p[11])}, vld1q_u8((const uint8_t *)bit1), vld1q_u8_x2((const uint8_t *)bit0),
     };
-    return b;
 }
 static inline W v_code(B b, V a)
 {

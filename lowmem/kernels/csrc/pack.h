@@ -29,7 +29,7 @@ INLINE void interleave(const char *x, char *out, const int half, const int bytes
 
 /* Pack batch row m in the order of the words: as float32, or unchanged where products are in bfloat16. `scratch` holds a part
  * as float32. */
-INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const int type, const int bf16)
+INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const int bf16, const int type)
 {
     const struct weight *w = job->weight;
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, bytes = bf16 ? 2 : 4;
@@ -83,24 +83,13 @@ INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const i
 #undef PLACE
 }
 
-/* Pack batch row m as float32. */
-static void pack_typed(const struct job *job, int64_t m, float *scratch)
-{
-    if (job->type == FLOAT32)
-        pack_input(job, m, scratch, FLOAT32, 0);
-    else if (job->type == BFLOAT16)
-        pack_input(job, m, scratch, BFLOAT16, 0);
-    else
-        pack_input(job, m, scratch, FLOAT16, 0);
-}
-
 /* Pack the batch rows of a piece. */
 static void pack_many(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     int64_t m, to;
     share(job->m1 - job->m0, 1, parts, part, &m, &to);
     for (m += job->m0, to += job->m0; m < to; m++)
-        pack_typed(job, m, job->own + thread * job->own_floats);
+        OF_TYPE(job->type, pack_input, job, m, job->own + thread * job->own_floats, 0);
 }
 
 #if ISA_BFLOAT16
@@ -109,6 +98,6 @@ static void pack_many_bf16(struct job *job, int64_t part, int64_t parts, int64_t
     int64_t m, to;
     share(job->m1 - job->m0, 1, parts, part, &m, &to);
     for (m += job->m0, to += job->m0; m < to; m++)
-        pack_input(job, m, job->own + thread * job->own_floats, BFLOAT16, 1);
+        pack_input(job, m, job->own + thread * job->own_floats, 1, BFLOAT16);
 }
 #endif

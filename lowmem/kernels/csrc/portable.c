@@ -10,11 +10,7 @@ typedef const float *T;
 #define v_fma(a, b, sum) ((a) * (b) + (sum))
 #define EACH for (int i = 0; i < LANES; i++)
 
-static inline V v_set1(float a)
-{
-    const V all = {a, a, a, a};
-    return all;
-}
+static inline V v_set1(float a) { return (V){a, a, a, a}; }
 static inline void v_transpose(V *v)
 {
     const V old[4] = {v[0], v[1], v[2], v[3]};
@@ -35,23 +31,14 @@ static inline W words_load(const uint8_t *p, int64_t left)
             words[i] |= (uint32_t)p[4 * i + b] << (8 * b);
     return words;
 }
-static inline W bytes_load(const uint8_t *p)
-{
-    const W words = {p[0], p[1], p[2], p[3]};
-    return words;
-}
+static inline W bytes_load(const uint8_t *p) { return (W){p[0], p[1], p[2], p[3]}; }
 static inline T table_load(const float *levels) { return levels; }
 static inline V v_lookup(T table, W words, int k)
 {
     const W index = words >> (4 * k) & 15;
-    const V values = {table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
-    return values;
+    return (V){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 }
-static inline V v_spread(V a, const int32_t *index)
-{
-    const V spread = {a[index[0]], a[index[1]], a[index[2]], a[index[3]]};
-    return spread;
-}
+static inline V v_spread(V a, const int32_t *index) { return (V){a[index[0]], a[index[1]], a[index[2]], a[index[3]]}; }
 
 typedef const float *B;
 static inline B boundaries_load(const float *p) { return p; }
@@ -67,14 +54,9 @@ static inline void codes_store(uint8_t *p, W codes) { EACH p[i] = (uint8_t)codes
 #define one_half half_to_float
 static inline V v_half(const uint16_t *p)
 {
-    const V wide = {half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
-    return wide;
+    return (V){half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
 }
-static inline V v_bfloat(const uint16_t *p)
-{
-    const W words = {p[0], p[1], p[2], p[3]};
-    return (V)(words << 16);
-}
+static inline V v_bfloat(const uint16_t *p) { return (V)((W){p[0], p[1], p[2], p[3]} << 16); }
 static inline void v_to_half(uint16_t *p, V a) { EACH p[i] = float_to_half(a[i]); }
 static inline void v_to_bfloat(uint16_t *p, V a) { EACH p[i] = float_to_bfloat(a[i]); }
 

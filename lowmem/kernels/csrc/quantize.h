@@ -3,15 +3,6 @@
 
 #define ERROR_SUMS 16 /* partial sums of a block's error, whatever LANES is */
 
-/* The first n values at p, padded with zeros. */
-INLINE V first(const float *p, int64_t n)
-{
-    float rest[LANES] = {0};
-    for (int64_t i = 0; i < n && i < LANES; i++)
-        rest[i] = p[i];
-    return v_load(rest);
-}
-
 /* The bits of the largest magnitude of n numbers. */
 INLINE uint32_t largest_bits(const float *x, int64_t n)
 {
@@ -64,28 +55,23 @@ INLINE void errors(const float *x, const float *importance, int64_t n, float sca
     for (int h = 0; h < ERROR_SUMS / LANES; h++)
         sums[0][h] = sums[1][h] = v_zero();
     int64_t i = 0;
-    for (; i + ERROR_SUMS <= n; i += ERROR_SUMS) {
+    for (; i + ERROR_SUMS <= n; i += ERROR_SUMS)
 #pragma GCC unroll 2
-        for (int h = 0; h < ERROR_SUMS / LANES; h++) {
-            const int64_t at = i + h * LANES;
-            squares(v_load(x + at), weighted ? v_load(importance + at) : v_zero(), factor, divisor, boundaries, levels,
-                           both, weighted, square);
+        for (int64_t h = 0, at = i; h < ERROR_SUMS / LANES; h++, at += LANES) {
+            squares(v_load(x + at), weighted ? v_load(importance + at) : v_zero(), factor, divisor, boundaries, levels, both,
+                    weighted, square);
             for (int s = 0; s <= both; s++)
                 sums[s][h] = v_add(sums[s][h], square[s]);
         }
-    }
 #pragma GCC unroll 2
-    for (int h = 0; h < ERROR_SUMS / LANES; h++) {
-        const int64_t at = i + h * LANES;
-        if (at >= n)
-            break;
-        squares(first(x + at, n - at), weighted ? first(importance + at, n - at) : v_zero(), factor,
-                       divisor, boundaries, levels, both, weighted, square);
+    for (int64_t h = 0, at = i; h < ERROR_SUMS / LANES && at < n; h++, at += LANES) {
+        squares(load_some(x, FLOAT32, at, n - at), weighted ? load_some(importance, FLOAT32, at, n - at) : v_zero(), factor,
+                divisor, boundaries, levels, both, weighted, square);
         for (int s = 0; s <= both; s++) {
             /* a number past the block's end has an error, too, in formats that have no zero */
             float values[LANES];
             v_store(values, square[s]);
-            sums[s][h] = v_add(sums[s][h], first(values, n - at));
+            sums[s][h] = v_add(sums[s][h], load_some(values, FLOAT32, 0, n - at));
         }
     }
     for (int s = 0; s <= both; s++) {
@@ -211,11 +197,8 @@ static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_
         for (int64_t b = 0; b < w->blocks; b++, x += size) {
             const int64_t n = smaller(size, w->columns - b * size), half = (n + 1) / 2;
             const V divisor = v_set1(scales[b]);
-            int64_t i = 0;
-            for (; i + LANES <= n; i += LANES)
-                codes_store(codes + i, v_code(boundaries, v_div(v_load(x + i), divisor)));
-            if (i < n)
-                codes_store(codes + i, v_code(boundaries, v_div(first(x + i, n - i), divisor)));
+            for (int64_t i = 0; i < n; i += LANES)
+                codes_store(codes + i, v_code(boundaries, v_div(load_some(x, FLOAT32, i, n - i), divisor)));
             if (n % 2)
                 codes[n] = (uint8_t)q->zero;
             /* A block of zero codes dequantizes to zeros, and quantizing these would give a scale of zero: store that. */

@@ -25,6 +25,7 @@
  * (order.h). */
 
 #define INLINE static inline __attribute__((always_inline))
+typedef uint32_t I __attribute__((vector_size(4 * LANES))); /* the bits of V */
 #define GROUP (LANES * 8) /* weights in a group of LANES words */
 #define EACH_VECTOR(most) _Pragma("GCC unroll 16") for (int n = 0; n < most; n++)
 
@@ -89,14 +90,57 @@ static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding
 /* LANES 16-bit floats of a type as float32. */
 INLINE V sixteen(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }
 
+/* LANES numbers of a type, from element i of p on, as float32. */
+INLINE V load_as(const void *p, const int type, int64_t i)
+{
+    return type == FLOAT32 ? v_load((const float *)p + i) : sixteen((const uint16_t *)p + i, type);
+}
+
+/* Store LANES float32 as a type, from element i of out on. */
+INLINE void store_as(void *out, const int type, int64_t i, V a)
+{
+    if (type == FLOAT32)
+        v_store((float *)out + i, a);
+    else if (type == BFLOAT16)
+        v_to_bfloat((uint16_t *)out + i, a);
+    else
+        v_to_half((uint16_t *)out + i, a);
+}
+
+/* The first n numbers, at most LANES, from element i of p on, padded with zeros; and back. What is not a whole vector, at the
+ * end of a row, has functions of its own, so that loops stay small. */
+static __attribute__((noinline)) V load_rest(const void *p, int type, int64_t i, int64_t n)
+{
+    float some[LANES] = {0};
+    for (int64_t j = 0; j < n; j++)
+        some[j] = read_as_float(p, type, i + j);
+    return v_load(some);
+}
+static __attribute__((noinline)) void store_rest(void *p, int type, int64_t i, int64_t n, V v)
+{
+    float some[LANES];
+    v_store(some, v);
+    for (int64_t j = 0; j < n; j++)
+        write_as(p, type, i + j, some[j]);
+}
+INLINE V load_some(const void *p, const int type, int64_t i, int64_t n)
+{
+    return n < LANES ? load_rest(p, type, i, n) : load_as(p, type, i);
+}
+INLINE void store_some(void *p, const int type, int64_t i, int64_t n, V v)
+{
+    n < LANES ? store_rest(p, type, i, n, v) : store_as(p, type, i, v);
+}
+
+/* Call a function with a type as its last argument, as a constant. */
+#define OF_SIXTEEN(type, f, ...) ((type) == BFLOAT16 ? f(__VA_ARGS__, BFLOAT16) : f(__VA_ARGS__, FLOAT16))
+#define OF_TYPE(type, f, ...) ((type) == FLOAT32 ? f(__VA_ARGS__, FLOAT32) : OF_SIXTEEN(type, f, __VA_ARGS__))
+
 /* n 16-bit floats of a type to float32. */
 INLINE void widen_run(const uint16_t *p, int64_t n, float *out, const int type)
 {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        v_store(out + i, sixteen(p + i, type));
-    for (; i < n; i++)
-        out[i] = read_as_float(p, type, i);
+    for (int64_t i = 0; i < n; i += LANES)
+        store_some(out, FLOAT32, i, n - i, load_some(p, type, i, n - i));
 }
 
 /* The float16 that a row's steps multiply (double quantization). */
@@ -107,22 +151,14 @@ INLINE float row_scale(const struct weight *w, int64_t row)
     return one_half(bits);
 }
 
-/* out[i] = the scale of block first + i of a row, for n blocks. */
+/* out[i] = the scale of block first + i of a row, for n blocks, in whole vectors. */
 INLINE void row_scales(const struct weight *w, int64_t row, int64_t first, int64_t n, float *out)
 {
-    const uint8_t *p = w->scales + row * scale_bytes(w);
-    if (w->encoding == SCALES_FLOAT32) {
-        memcpy(out, (const float *)p + first, (size_t)n * sizeof *out);
-    } else if (w->encoding == SCALES_FLOAT16) {
-        widen_run((const uint16_t *)p + first, n, out, FLOAT16);
-    } else {
-        const float scale = row_scale(w, row);
-        if (w->encoding == SCALES_SIGNED)
-            for (int64_t i = 0; i < n; i++)
-                out[i] = signed_steps(p[first + i]) * scale / 127.0f;
-        else
-            for (int64_t i = 0; i < n; i++)
-                out[i] = (float)p[first + i] * scale / 255.0f;
+    const int many = w->encoding >= SCALES_DOUBLE; /* double quantization */
+    const V unit = v_set1(many ? row_scale(w, row) : 1.0f);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const V stored = v_scales(w->scales + row * scale_bytes(w), first + i, n - i, w->encoding);
+        v_store(out + i, many ? v_div(v_mul(stored, unit), v_set1(row_steps(w))) : stored);
     }
 }
 
@@ -137,20 +173,6 @@ INLINE W words_of_group(const struct weight *w, int64_t row, int64_t group)
 INLINE V spread(const struct order *order, const float *scales, int64_t g0, int64_t group)
 {
     return v_spread(v_load(scales + order->first_block[group] - order->first_block[g0]), order->block + group * LANES);
-}
-
-/* LANES numbers of a type, from element i of p on, as float32. */
-INLINE V load_as(const void *p, const int type, int64_t i)
-{
-    return type == FLOAT32 ? v_load((const float *)p + i) : sixteen((const uint16_t *)p + i, type);
-}
-
-INLINE void widen_run_typed(const uint16_t *p, int64_t n, float *out, int type)
-{
-    if (type == BFLOAT16)
-        widen_run(p, n, out, BFLOAT16);
-    else
-        widen_run(p, n, out, FLOAT16);
 }
 
 /* Columns from `from` on of a row of 16-bit floats as float32, padded with zeros to `floats` numbers. */
@@ -174,25 +196,6 @@ INLINE void decode_group(const struct weight *w, int64_t row, int64_t g, int64_t
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++)
         v_store(out + k * LANES, v_mul(v_lookup(table, words, k), scale));
-}
-
-INLINE void widen_typed(const struct weight *w, int64_t row, int64_t from, int64_t floats, float *out)
-{
-    if (w->encoding == BFLOAT16)
-        widen(w, row, from, floats, out, BFLOAT16);
-    else
-        widen(w, row, from, floats, out, FLOAT16);
-}
-
-/* Store LANES float32 as a type, from element i of out on. */
-INLINE void store_as(void *out, const int type, int64_t i, V a)
-{
-    if (type == FLOAT32)
-        v_store((float *)out + i, a);
-    else if (type == BFLOAT16)
-        v_to_bfloat((uint16_t *)out + i, a);
-    else
-        v_to_half((uint16_t *)out + i, a);
 }
 
 /* out = levels[code] * scale for rows r to `to` of W and blocks g0 to g1, in the order of the columns. `scales` is scratch of
@@ -237,14 +240,8 @@ INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, float 
 /* Dequantize a part of the rows, for struct isa. */
 static void dequantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    (void)thread;
     float scales[TILE_SCALES];
     int64_t r, to;
     share(job->weight->rows, 1, parts, part, &r, &to);
-    if (job->out_type == FLOAT32)
-        dequantize_rows(job, r, to, scales, FLOAT32);
-    else if (job->out_type == BFLOAT16)
-        dequantize_rows(job, r, to, scales, BFLOAT16);
-    else
-        dequantize_rows(job, r, to, scales, FLOAT16);
+    OF_TYPE(job->out_type, dequantize_rows, job, r, to, scales);
 }

@@ -1,33 +1,16 @@
 /* What a training step computes number by number: RMS norms and gated activations, forward and backward. In float32, rounded
  * once; lowmem/kernels/rowwise.py has the definitions. */
 
-typedef uint32_t I __attribute__((vector_size(4 * LANES)));
 #define EACH_VECTOR_OF_ROW for (int64_t c = 0, n; (n = r->columns - c) > 0; c += LANES)
 
-/* The first n numbers, at most LANES, from element i of p on, padded with zeros; and back. */
-INLINE V load_some(const void *p, const int type, int64_t i, int64_t n)
-{
-    float some[LANES] = {0};
-    for (int64_t j = 0; n < LANES && j < n; j++)
-        some[j] = read_as_float(p, type, i + j);
-    return n < LANES ? v_load(some) : load_as(p, type, i);
-}
-INLINE void store_some(void *p, const int type, int64_t i, int64_t n, V v)
-{
-    float some[LANES];
-    if (n >= LANES)
-        store_as(p, type, i, v);
-    v_store(some, v);
-    for (int64_t j = 0; n < LANES && j < n; j++)
-        write_as(p, type, i + j, some[j]);
-}
+/* Lanes of a where `is` is all ones, of b where it is zero. */
+INLINE V v_where(I is, V a, V b) { return (V)(((I)a & is) | ((I)b & ~is)); }
 
 /* Within -88 and 88, where e^x is a normal number; a NaN stays one. */
 INLINE V v_within(V x)
 {
     const V most = v_set1(88.0f), least = v_set1(-88.0f);
-    const I over = (I)(x > most), under = (I)(x < least);
-    return (V)(((I)most & over) | ((I)least & under) | ((I)x & ~(over | under)));
+    return v_where((I)(x > most), most, v_where((I)(x < least), least, x));
 }
 
 /* e^x = 2^n e^s, for s at most log(2) / 2: the polynomial of the Cephes library. */
@@ -43,8 +26,9 @@ INLINE V v_exp(V x)
 }
 
 /* out = x / rms(x) * factor; gradient: out = d rms_norm / dx * grad. */
-INLINE void norm_row(const struct rowwise *r, int64_t at, const int type, const int gradient)
+INLINE void norm_row(const struct rowwise *r, int64_t row, const int gradient, const int type)
 {
+    const int64_t at = row * r->columns;
     V squares = v_zero(), dots = v_zero();
     EACH_VECTOR_OF_ROW {
         const V x = load_some(r->a, type, at + c, n);
@@ -69,12 +53,13 @@ INLINE void norm_row(const struct rowwise *r, int64_t at, const int type, const 
 }
 
 /* out = act(a) b, act(a) = a sigmoid(z), z = numbers[0] a + numbers[1] a^3; gradient: out[0], out[1]. b may be NULL, for one. */
-INLINE void gated_row(const struct rowwise *r, int64_t row, const int type, const int wide, const int gradient)
+INLINE void gated_row(const struct rowwise *r, int64_t row, const int gradient, const int type, const int wide)
 {
     const V linear = v_set1(r->numbers[0]), cubic = v_set1(r->numbers[1]), one = v_set1(1.0f);
     const int64_t at = row * r->step, out = row * r->columns, to = row * r->out_step;
     EACH_VECTOR_OF_ROW {
-        const V a = load_some(r->a, type, at + c, n), b = r->b ? load_some(r->b, type, at + c, n) : one, x = v_within(a), square = v_mul(x, x);
+        const V a = load_some(r->a, type, at + c, n), b = r->b ? load_some(r->b, type, at + c, n) : one;
+        const V x = v_within(a), square = v_mul(x, x);
         const V z = v_within(v_mul(x, v_fma(cubic, square, linear)));
         const V s = v_div(one, v_add(one, v_exp(v_sub(v_zero(), z)))), act = v_mul(a, s);
         if (gradient) {
@@ -91,23 +76,28 @@ INLINE void gated_row(const struct rowwise *r, int64_t row, const int type, cons
 #include "entropy.h"
 #include "codes.h"
 
+/* Call a function with FLOAT32 or BFLOAT16 as its last argument, as a constant. */
+#define OF_WIDE(type, f, ...) ((type) == FLOAT32 ? f(__VA_ARGS__, FLOAT32) : f(__VA_ARGS__, BFLOAT16))
+#define GATED_ROW(gradient)                                                    \
+    (r->type == FLOAT32 ? gated_row(r, row, gradient, FLOAT32, FLOAT32)        \
+                        : OF_WIDE(r->wide, gated_row, r, row, gradient, BFLOAT16))
+
 static void rowwise_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct rowwise *r = job->rowwise;
+    struct lost lost = {0, 0, 0};
     int64_t row, to;
-    (void)thread;
     share(r->rows, 1, parts, part, &row, &to);
-    if (r->operation >= ENTROPY) {
-        coded_rows(r, row, to);
-        return;
-    }
-#define NORM_ROW(type) norm_row(r, row * r->columns, type, 0) : norm_row(r, row * r->columns, type, 1)
-#define GATED_ROW(type, wide) gated_row(r, row, type, wide, 0) : gated_row(r, row, type, wide, 1)
     for (; row < to; row++)
-        if (r->operation <= NORM_GRAD)
-            r->type == FLOAT32 ? r->operation == NORM ? NORM_ROW(FLOAT32) : r->operation == NORM ? NORM_ROW(BFLOAT16);
-        else if (r->type == FLOAT32)
-            r->operation == GATED ? GATED_ROW(FLOAT32, FLOAT32);
-        else
-            r->wide == FLOAT32 ? r->operation == GATED ? GATED_ROW(BFLOAT16, FLOAT32) : r->operation == GATED ? GATED_ROW(BFLOAT16, BFLOAT16);
+        switch (r->operation) {
+        case NORM: OF_WIDE(r->type, norm_row, r, row, 0); break;
+        case NORM_GRAD: OF_WIDE(r->type, norm_row, r, row, 1); break;
+        case GATED: GATED_ROW(0); break;
+        case GATED_GRAD: GATED_ROW(1); break;
+        case ENTROPY: OF_TYPE(r->type, entropy_row, r, row); break;
+        case CODE: OF_TYPE(r->type, code_block, r, row, &lost); break;
+        case DECODE: OF_TYPE(r->wide, decode_block, r, row); break;
+        }
+    if (r->operation == CODE)
+        add_lost(&lost, (int64_t *)(intptr_t)r->b); /* cpu.py gives it to be written to */
 }

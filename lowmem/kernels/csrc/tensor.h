@@ -209,15 +209,13 @@ struct scratch {
 
 static void set_error(void *unused, const char *kind, const char *message)
 {
-    (void)unused;
     PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
 }
 
 /* Allocate `bytes` of scratch; `like` is a CPU tensor whose elements have `size` bytes. Returns 0, or -1 with a Python error. */
 static int take_scratch(PyObject *like, int64_t size, int64_t bytes, struct scratch *s)
 {
-    const struct scratch none = {0};
-    *s = none;
+    *s = (struct scratch){0};
     if (torch.table) {
         struct dl_tensor wanted = {.device = {DL_CPU, 0}, .dims = 1, .dtype = {DL_UINT, 8, 1}, .shape = &bytes};
         if (torch.table->allocate(&wanted, &s->managed, NULL, set_error)) {
@@ -252,7 +250,6 @@ static void free_scratch(struct scratch *s)
 static PyObject *use_torch(PyObject *self, PyObject *args)
 {
     PyObject *tensor, *parameter, *table, *to_capsule;
-    (void)self;
     if (!PyArg_ParseTuple(args, "OOOO", &tensor, &parameter, &table, &to_capsule))
         return NULL;
     torch.table = NULL;

@@ -95,12 +95,7 @@ INLINE void widen_across(const struct weight *w, int64_t r, int64_t c, const int
         p += r * stride;
         EACH_LANE v[i] = sixteen(p + i * stride, type);
     } else {
-        for (int i = 0; i < LANES; i++) {
-            float row[LANES] = {0};
-            for (int64_t k = 0; k < smaller(left, LANES); k++)
-                row[k] = read_as_float(p + smaller(r + i, last) * stride, type, k);
-            v[i] = v_load(row);
-        }
+        EACH_LANE v[i] = load_some(p + smaller(r + i, last) * stride, type, 0, left);
     }
     v_transpose(v);
     EACH_LANE v_store(tile + i * step, v[i]);
@@ -115,16 +110,12 @@ INLINE void begin_tile(const struct job *job, int64_t r, int64_t start, int64_t 
     /* The transposed words are stored in the end of the tile itself: each word is read before the numbers that overwrite it are
      * stored. */
     float *scales = own, *words = tile + (columns / (bf16 ? 2 : 1) - columns / 8) * MANY_ROWS;
-    const struct dequantizing nothing = {.w = w, .tile = tile};
-    *to = nothing;
+    *to = (struct dequantizing){.w = w, .tile = tile};
     if (!w->order) {
         for (int64_t c = 0; c < columns; c += LANES)
             EACH_ROWS {
                 float *at = tile + c * MANY_ROWS + v * LANES;
-                if (w->encoding == BFLOAT16)
-                    widen_across(w, r + v * LANES, start + c, MANY_ROWS, at, BFLOAT16);
-                else
-                    widen_across(w, r + v * LANES, start + c, MANY_ROWS, at, FLOAT16);
+                OF_SIXTEEN(w->encoding, widen_across, w, r + v * LANES, start + c, MANY_ROWS, at);
             }
         return;
     }

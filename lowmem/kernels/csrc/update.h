@@ -58,16 +58,8 @@ INLINE void small_product(int64_t batch, int64_t r, int64_t to, const float *mat
             }
         }
         for (int64_t m = 0; m < batch; m++) {
-            const int64_t at = m * rows + r;
-            int64_t i = 0;
-            for (; i + LANES <= n; i += LANES) {
-                const V sum = v_mul(v_load(sums + m * LANES + i), v_set1(scale));
-                v_store(out + at + i, base ? v_add(v_load(base + at + i), sum) : sum);
-            }
-            for (; i < n; i++) {
-                const float sum = sums[m * LANES + i] * scale;
-                out[at + i] = base ? base[at + i] + sum : sum;
-            }
+            const V sum = v_mul(v_load(sums + m * LANES), v_set1(scale));
+            store_some(out, FLOAT32, m * rows + r, n, base ? v_add(load_some(base, FLOAT32, m * rows + r, n), sum) : sum);
         }
     }
 }
@@ -75,7 +67,6 @@ INLINE void small_product(int64_t batch, int64_t r, int64_t to, const float *mat
 /* narrow = scaling * (x @ A.T), for a part of the rank. */
 static void narrow_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    (void)thread;
     const struct update *u = job->update;
     int64_t r, to;
     share(u->rank, 4, parts, part, &r, &to);
@@ -91,7 +82,6 @@ static void add_wide(const struct job *job, int64_t r, int64_t to)
 
 static void wide_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    (void)thread;
     int64_t r, to;
     share(job->update->rows, 4, parts, part, &r, &to);
     add_wide(job, r, to);

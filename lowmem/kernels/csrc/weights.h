@@ -24,7 +24,6 @@ static void free_order(PyObject *capsule) { free(PyCapsule_GetPointer(capsule, O
 static PyObject *order(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     long long n[3];
-    (void)self;
     if (read_numbers(args, given, n, 3))
         return NULL;
     struct order *made = make_order(all_isas[n[0]]->lanes, n[1], n[2]);
@@ -42,7 +41,7 @@ static void free_prepared(PyObject *capsule)
 static struct weight weight_of(const void *packed, const void *scales, const float *levels, int encoding, int64_t size,
                                int64_t rows, int64_t columns)
 {
-    const struct weight w = {
+    return (struct weight){
         .packed = packed,
         .scales = scales,
         .levels = levels,
@@ -56,7 +55,6 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
         .encoding = encoding,
         .kind = kind_of(size / 2, encoding),
     };
-    return w;
 }
 
 /* Rows `first` to first + rows of a weight. */
@@ -95,7 +93,6 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     struct tensor packed, scales;
     struct held held = {.count = 0};
     int is = 1;
-    (void)self;
     if (has_count(given, ARGUMENTS) || read_numbers(args + ISA, 1, &isa, 1) ||
         read_numbers(args + LEVELS, given - LEVELS, n + LEVELS, ARGUMENTS - LEVELS))
         return NULL;

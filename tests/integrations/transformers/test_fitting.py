@@ -44,9 +44,9 @@ def test_a_config_without_sizes_is_refused_in_little_memory(tmp_path):
         (foreign, LowmemConfig("exact")),
     ):
         edit(folder, **no_sizes)
-        with pytest.raises(ValueError, match="or missing: get|config.json is of another model"):
+        with pytest.raises(ValueError, match="or missing: get|config is of another model"):
             load(folder, quantization_config=config)
-        with pytest.raises(FileError, match="or missing: get|config.json is of another model"):
+        with pytest.raises(FileError, match="or missing: get|config is of another model"):
             load_folder(folder, config)
     with pytest.raises(FileError, match="sizes are another model's, or missing"):
         load_folder(tmp_path / "dense")

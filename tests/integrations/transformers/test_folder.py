@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
 import lowmem
 from lowmem import FileError, FourBit, Half
@@ -146,3 +147,37 @@ def test_a_stored_folder_is_not_stored_twice(source, tmp_path):
     quantize_folder(source, tmp_path / "out", Half())
     with pytest.raises(FileError, match="it is quantized by lowmem already"):
         quantize_folder(tmp_path / "out", tmp_path / "twice", FourBit())
+
+
+def test_a_config_of_wrong_values_is_an_error_of_the_folder(tmp_path):
+    folder = write(tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text())
+    for wrong, told in (
+        ({"hidden_size": "32"}, "Validation error for .* expected int, got str"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"dtype": "float99"}, "float99"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(FileError, match=f"^cannot load .*{told}"):
+            quantize_folder(folder, tmp_path / "out", FourBit("nf4"))
+        assert not (tmp_path / "out").exists()
+
+
+def test_ties_of_a_stored_folder_survive_restore(tmp_path):
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path / "in")
+    quantize_folder(tmp_path / "in", tmp_path / "out", FourBit("nf4"))
+    model = load_folder(tmp_path / "out")
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    assert ends[0].weight is ends[1].weight
+    lowmem.restore(model)
+    assert ends[0].weight is ends[1].weight
+
+
+def test_an_index_beside_a_whole_model_is_refused(source, tmp_path):
+    parts = [load_file(file) for file in sorted(source.glob("*.safetensors"))]
+    save_file({name: tensor for part in parts for name, tensor in part.items()}, source / "model.safetensors")
+    with pytest.raises(FileError, match="index.json, and model.safetensors, too: remove the one"):
+        quantize_folder(source, tmp_path / "out", FourBit("nf4"))

@@ -93,6 +93,8 @@ def test_what_lowmem_did_not_write_is_refused_with_the_remedy(tmp_path):
     def with_record(**changes):
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {**record, **changes}}))
 
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(60))
+    refused(tmp_path / "a.gguf", "it is a GGUF file: make it lowmem's first, by lowmem quantize")
     with_record(quant_method="gptq")
     refused(folder, "gptq.*lowmem quantize")
     with_record(adapters={"model.layers.0": [{}]})
@@ -118,3 +120,20 @@ def test_what_lowmem_did_not_write_is_refused_with_the_remedy(tmp_path):
     refused(folder, "config.json")
     save_file({"a": torch.ones(3)}, tmp_path / "theirs.safetensors")
     refused(tmp_path / "theirs.safetensors", "lowmem did not write")
+
+
+def test_an_order_that_leaves_columns_out_is_refused_when_it_is_read(tmp_path):
+    weight = lowmem.quantize(torch.randn(8, 64), "nf4")
+    record = {"technique": "FourBit", "format": "nf4", "block_size": 64, "scales": "double", "method": "absmax"}
+    for wrong in (0, 64, -1):
+        order = torch.arange(64).int()
+        order[5] = wrong
+        parts = {"a.packed": weight.packed, "a.scales": weight.scales, "a.order": order}
+        write_tensors(
+            tmp_path / "a.safetensors", parts, {"kind": "model", "layers": {"a": {**record, "gathered": True}}}
+        )
+        with (
+            open_stored(tmp_path / "a.safetensors") as model,
+            pytest.raises(FileError, match=r"a.order' does not name each of 64 columns once; get it again"),
+        ):
+            model.weights["a.weight"].plain()

@@ -284,6 +284,15 @@ def test_modules_that_are_one_here_must_have_equal_values(folder):
     assert model.tail.weight is model.head.weight
     save_file({**tensors, **{key: value + 1 for key, value in same.items()}}, folder / WEIGHTS)
     refused(folder, "differ in it, and are one tensor in the model: untie them first", tied())
+    change(folder, modules_to_save=["head"])
+    save_file(tensors, folder / WEIGHTS)
+    refused(folder, r"holds head.weight \(modules_to_save\), which is tail.weight, too, .*untie them first", tied())
+    model = tied()
+    model.head.load_state_dict({name: tensors[f"{PREFIX}head.{name}"] for name in ("weight", "bias")})
+    load_adapter(model, folder)  # the values of all are those that PEFT keeps
+    model = parts()
+    model.tail = model.head
+    refused(folder, r"holds head.weight \(modules_to_save\), which is tail.weight, too", model)
 
 
 def test_another_architecture_is_refused_by_name(folder):
