@@ -52,8 +52,14 @@ class _Embedding(StoredModule, nn.Embedding):
 
         Raises:
             IndexError, RuntimeError: indices out of range, or of another dtype, as in nn.Embedding.
+            RuntimeError: ``max_norm`` was set since, which rescales rows in place.
             TypeError: a nested tensor; a jagged one is taken where rows are stored in 16 bits.
         """
+        if self.max_norm is not None:
+            raise RuntimeError(
+                f"max_norm={self.max_norm!r} rescales rows in place, and stored ones are read-only: set it to None, "
+                "or lowmem.restore the layer"
+            )
         if input.layout is torch.strided:
             refuse_nested(input)
         chunks = list(row_chunks(input.numel(), self.embedding_dim, _BYTES)) if is_plain_call(input) else []

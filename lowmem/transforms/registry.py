@@ -426,7 +426,7 @@ def no_match_message(
     """
     found = Counter(type(module).__name__ for module in module_paths(model) if not list(module.children()))
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
-    known = {path: one for one, path in (selected or {}).items() if _entry_of(one) is not None}
+    known = {p: one for one, p in (selected or {}).items() if _entry_of(one) is not None or bank_of(one) is not None}
     whys = {path: (one, skip_reason(technique, one, chosen)) for path, one in known.items()}
     why = next(
         (f"; {layer_name(p)} is a {type(one).__name__}: {text}" for p, (one, text) in whys.items() if text), ""

@@ -89,6 +89,9 @@ def test_nothing_trains_and_options_of_training_are_accepted(technique):
     form = "nf4, block_size=64, scales=double" if isinstance(layer, Embedding4Bit) else "float16"
     options = "padding_idx=7, scale_grad_by_freq=True, sparse=True"
     assert f"8, 16, {options}, stored in {form}, dtype=torch.float32" in repr(layer)
+    layer.max_norm = 1.0
+    with pytest.raises(RuntimeError, match=r"max_norm=1.0 rescales rows in place, .*: set it to None, or lowmem"):
+        layer(torch.arange(8))
 
 
 @techniques

@@ -380,6 +380,13 @@ def test_another_technique_finds_nothing_in_a_converted_model():
         convert(model, FourBit())
 
 
+@pytest.mark.parametrize("technique", [Half(), FourBit()])
+def test_a_model_whose_layers_all_have_adapters_says_so(technique):
+    model = convert(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), LoRA(2))
+    with pytest.raises(ValueError, match=r"nothing to convert: .*; 0 is a LoRALinear: it has an adapter: convert"):
+        convert(model, technique)
+
+
 @pytest.mark.parametrize(
     ("model", "found"),
     [
