@@ -32,6 +32,6 @@ def test_the_program_and_the_commands(tmp_path, monkeypatch, capsys):
     history = [line["train_loss"] for line in space["trainer"].state.log_history if "train_loss" in line]
     assert history
     assert (tmp_path / "runs" / "checkpoint-10").is_dir()
-    (commands,) = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf8"), flags=re.DOTALL)
-    for command in commands.splitlines():
+    commands = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf8"), flags=re.DOTALL)
+    for command in "".join(commands).splitlines():
         assert main(command.split()[1:]) == 0
