@@ -70,10 +70,8 @@ def save_adapter(
         if len(names) > 1:
             raise ValueError(f"name=None must name one of several adapters: {printable(', '.join(names))}")
         name = names[0] if names else "default"
-    layers, found = adapter_layers(model, name), module_paths(model)
-    refuse_layers(
-        "save_adapter", {places_of(model)[place][0]: found[places_of(model)[place][0]][0] for place in layers}
-    )
+    layers = adapter_layers(model, name)
+    _refuse_layers("save_adapter", places_of(model), model, layers)
     FORMATS[format](Path(path), model, name, layers)
 
 
@@ -193,7 +191,7 @@ class _Content:
 
 def _of_folder(path: Path, model: nn.Module, places: Mapping[str, tuple[nn.Module, str]]) -> _Content:
     found = read_peft(path, model)
-    _refuse_layers(places, model, found.techniques)
+    _refuse_layers("load_adapter", places, model, found.techniques)
     return _Content("default", found.techniques, found.tensors, found.base_values, found.trained)
 
 
@@ -204,7 +202,7 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
         if file.metadata.get("kind") != "adapter":
             raise ValueError("it holds no adapter alone; load it with load(path, factory)")
         name, base, records = _parsed(file.metadata)
-        _refuse_layers(places, model, records)
+        _refuse_layers("load_adapter", places, model, records)
         _check_fits(model, places, records, file.tensors, base)
     except (ValueError, TypeError) as reason:
         raise refusal(path, str(reason), "load the adapter") from reason
@@ -212,10 +210,12 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
     return _Content(name, records, tensors)
 
 
-def _refuse_layers(places: Mapping[str, tuple[nn.Module, str]], model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse a model whose layers at these places cannot get an adapter."""
+def _refuse_layers(
+    function: str, places: Mapping[str, tuple[nn.Module, str]], model: nn.Module, names: Iterable[str]
+) -> None:
+    """Refuse a model with layers at some places that ``function`` cannot take; unknown places are left to others."""
     found, here = module_paths(model), [places[name][0] for name in names if name in places]
-    refuse_layers("load_adapter", {module: found[module][0] for module in here})
+    refuse_layers(function, {module: found[module][0] for module in here})
 
 
 def _refuse_foreign(path: Path) -> None:

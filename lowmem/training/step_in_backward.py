@@ -65,8 +65,9 @@ class StepInBackward:
         self.optimizer = optimizer
         self._done: set[Tensor] = set()
         self._running = False
-        parameters = [one for group in optimizer.param_groups for one in group["params"] if one.requires_grad]
-        self._handles: list[Any] = [one.register_post_accumulate_grad_hook(self._step) for one in parameters]
+        self._group_of = {one: n for n, group in enumerate(optimizer.param_groups) for one in group["params"]}
+        trained = [one for one in self._group_of if one.requires_grad]
+        self._handles: list[Any] = [one.register_post_accumulate_grad_hook(self._step) for one in trained]
         self._handles.append(optimizer.register_step_pre_hook(self._end))
 
     def release(self) -> torch.optim.Optimizer:
@@ -83,10 +84,9 @@ class StepInBackward:
             raise RuntimeError(_SECOND)
         optimizer = self.optimizer
         groups = optimizer.param_groups
-        own = next(group for group in groups if any(one is parameter for one in group["params"]))
         self._running = True
         try:
-            optimizer.param_groups = [{**own, "params": [parameter]}]
+            optimizer.param_groups = [{**groups[self._group_of[parameter]], "params": [parameter]}]
             optimizer.step()
         finally:
             optimizer.param_groups, self._running = groups, False
