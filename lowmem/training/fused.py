@@ -22,6 +22,7 @@ from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.nn.frozen_linear import is_observed
 from lowmem.nn.recomputed import can_recompute, recomputed_input
 from lowmem.nn.stored_module import copied_module
+from lowmem.training.prepared_module import PreparedModule
 
 __all__ = [
     "Act",
@@ -30,11 +31,9 @@ __all__ = [
     "How",
     "RMSNorm",
     "activated",
-    "check_fused",
     "fuse",
     "gated_product",
     "rms_norm",
-    "unfuse",
 ]
 
 
@@ -239,17 +238,15 @@ def _narrowed(x: Tensor) -> Tensor:
     return narrow
 
 
-class FusedModule(nn.Module):
+class FusedModule(PreparedModule):
     """Base of modules whose forward is fused.
 
     Attributes:
-        plain_class: the module's class before.
         fused_as: what it computes.
     """
 
-    plain_class: type[nn.Module]
+    settings = ("fused_as",)
     fused_as: How
-    prepared_for_training = True
 
     @property
     def training_note(self) -> str:
@@ -270,29 +267,6 @@ def fuse(module: nn.Module, how: How) -> nn.Module:
     module.__dict__["fused_as"] = how
     module.__class__ = cast(Any, _fused_class(cast(Any, type(module)), cast(Any, type(how))))
     return module
-
-
-def unfuse(module: nn.Module) -> None:
-    """Undo ``fuse``.
-
-    Raises:
-        RuntimeError: the class of the module was changed since, as a parametrization or FSDP does.
-    """
-    check_fused(module)
-    if isinstance(module, FusedModule):
-        module.__dict__.pop("fused_as")
-        module.__class__ = cast(Any, module.plain_class)
-
-
-def check_fused(module: nn.Module) -> None:
-    """Raise the RuntimeError of ``unfuse``, and change nothing."""
-    if not isinstance(module, FusedModule):
-        return
-    if type(module) is not _fused_class(cast(Any, module.plain_class), cast(Any, type(module.fused_as))):
-        raise RuntimeError(
-            f"{type(module).__name__} was made of the prepared module since, as a parametrization does: undo that "
-            "first"
-        )
 
 
 @cache

@@ -22,8 +22,9 @@ from lowmem.nn.frozen_linear import is_cast, is_jit_tracing
 from lowmem.nn.low_rank_sum import METADATA
 from lowmem.nn.read_only import writes_in_place
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
+from lowmem.training.prepared_module import PreparedModule
 
-__all__ = ["LazyLogits", "LazyOutput", "check_delayed", "delay_logits", "undelay_logits"]
+__all__ = ["LazyLogits", "LazyOutput", "delay_logits"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -159,13 +160,12 @@ class _Lazily(torch.autograd.Function):
         return None, None, *(next(found) if one else None for one in needed)
 
 
-class LazyOutput(nn.Module):
+class LazyOutput(PreparedModule):
     """Base of output layers whose logits are lazy while they train."""
 
-    delayed_class: type[nn.Module]
+    settings = ("logits_chunk", "logits_dtype")
     logits_chunk: int
     logits_dtype: torch.dtype | None
-    prepared_for_training = True
 
     @property
     def training_note(self) -> str:
@@ -207,31 +207,10 @@ def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None =
     layer.__class__ = _delayed(cast(Any, type(layer)))
 
 
-def undelay_logits(layer: nn.Module) -> None:
-    """Undo ``delay_logits``.
-
-    Raises:
-        RuntimeError: the class of the layer was changed since, as a parametrization does.
-    """
-    check_delayed(layer)
-    if isinstance(layer, LazyOutput):
-        for name in ("logits_chunk", "logits_dtype"):
-            layer.__dict__.pop(name, None)
-        layer.__class__ = cast(Any, layer.delayed_class)
-
-
-def check_delayed(layer: nn.Module) -> None:
-    """Raise the RuntimeError of ``undelay_logits``, and change nothing."""
-    if isinstance(layer, LazyOutput) and type(layer) is not _delayed(cast(Any, layer.delayed_class)):
-        raise RuntimeError(
-            f"{type(layer).__name__} was made of the prepared layer since, as a parametrization does: undo that first"
-        )
-
-
 @cache
 def _delayed(kind: type[Any]) -> type[LazyOutput]:
     made: type[LazyOutput] = type(
-        f"Lazy{kind.__name__}", (LazyOutput, kind), {"delayed_class": kind, "__module__": kind.__module__}
+        f"Lazy{kind.__name__}", (LazyOutput, kind), {"plain_class": kind, "__module__": kind.__module__}
     )
     return made
 

@@ -13,8 +13,9 @@ from torch import nn
 from lowmem import kernels
 from lowmem.nn.lora import LoRALinear
 from lowmem.training.activations import compressed_activations
-from lowmem.training.fused import Act, FusedModule, GatedMLP, How, RMSNorm, activations, check_fused, fuse, unfuse
-from lowmem.training.logits import LazyOutput, check_delayed, delay_logits, undelay_logits
+from lowmem.training.fused import Act, FusedModule, GatedMLP, How, RMSNorm, activations, fuse
+from lowmem.training.logits import LazyOutput, delay_logits
+from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
 from lowmem.training.recognize import recognize
 from lowmem.transforms.placement import output_layers
 from lowmem.transforms.registry import ADAPTED, check_module, layer_name, module_paths
@@ -106,13 +107,9 @@ def release_training(model: nn.Module) -> nn.Module:
     """
     check_module(model)
     for module in model.modules():
-        check_delayed(module)
-        check_fused(module)
+        check_prepared(module)
     for module in model.modules():
-        if isinstance(module, _Compressing):
-            module.__class__ = cast(Any, module.plain_class)
-        undelay_logits(module)
-        unfuse(module)
+        release_module(module)
     return model
 
 
@@ -127,10 +124,10 @@ def training_report(model: nn.Module) -> dict[str, str]:
     check_module(model)
     report = {}
     left = output_layers(model)
-    prepared = any(getattr(type(module), "prepared_for_training", False) for module in model.modules())
+    prepared = any(isinstance(module, PreparedModule) for module in model.modules())
     for module, paths in module_paths(model).items():
-        if getattr(type(module), "prepared_for_training", False):
-            report[paths[0]] = cast(Any, module).training_note
+        if isinstance(module, PreparedModule):
+            report[paths[0]] = module.training_note
         elif prepared and isinstance(why := recognize(module), str):
             report[paths[0]] = f"as before: {why}"
         elif module in left and (reason := _reason(module)) is not None:
@@ -144,11 +141,9 @@ def _logits_dtype(model: nn.Module) -> torch.dtype | None:
     return torch.bfloat16 if asked and kernels.adds_products() else None
 
 
-class _Compressing(nn.Module):
+class _Compressing(PreparedModule):
     """Base of models whose forward runs in ``compressed_activations``."""
 
-    plain_class: type[nn.Module]
-    prepared_for_training = True
     training_note = "what autograd saves is kept in 8 bits"
 
 
@@ -170,7 +165,7 @@ def _compressing(kind: type[Any]) -> type[_Compressing]:
 
 def _reason(layer: nn.Module) -> str | None:
     """Return why an output layer's logits cannot be lazy, or None."""
-    kind = getattr(layer, "delayed_class", type(layer))
+    kind = type(layer)
     if isinstance(layer, LoRALinear):
         return "the layer has an adapter"
     if kind not in ADAPTED:

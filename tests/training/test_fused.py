@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem import FourBit, LoRA, compressed_activations, convert, kernels
 from lowmem.nn.recomputed import can_recompute
-from lowmem.training.fused import Act, FusedModule, GatedMLP, RMSNorm, fuse, gated_product, rms_norm, unfuse
+from lowmem.training.fused import Act, FusedModule, GatedMLP, RMSNorm, fuse, gated_product, rms_norm
+from lowmem.training.prepared_module import release_module
 from tests.rounding import unit
 
 WIDTH, INNER = 64, 96
@@ -311,7 +312,7 @@ def test_copies_and_states(how):
     for got, one in zip(gradients(copied, x), gradients(model, x), strict=True):
         assert torch.equal(got, one)
     for module in model.modules():
-        unfuse(module)
+        release_module(module)
     assert {one: type(one) for one in model.modules()} == before
     assert "fused_as" not in vars(model.mlp)
     for got, one in zip(gradients(model, x), plain, strict=True):
@@ -345,7 +346,7 @@ def test_a_parametrized_module_is_not_released():
     model = fused(make())
     nn.utils.parametrize.register_parametrization(model.norm, "weight", nn.Identity())
     with pytest.raises(RuntimeError, match="was made of the prepared module since"):
-        unfuse(model.norm)
+        release_module(model.norm)
 
 
 class NewGELU(nn.Module):

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from lowmem import FourBit, Half, convert
-from lowmem.training.logits import LazyLogits, LazyOutput, delay_logits, undelay_logits
+from lowmem.training.logits import LazyLogits, LazyOutput, delay_logits
+from lowmem.training.prepared_module import release_module
 
 VOCABULARY = 40
 
@@ -170,14 +171,14 @@ def test_it_is_undone_and_copies_are_independent():
     before = type(model.head), set(model.head.__dict__)
     delay_logits(model.head, chunk=8)
     copied = copy.deepcopy(model)
-    undelay_logits(model.head)
+    release_module(model.head)
     assert (type(model.head), set(model.head.__dict__)) == before
     assert isinstance(copied.head, LazyOutput)
     assert not isinstance(model.head, LazyOutput)
     assert isinstance(copied.head, nn.Linear)
     assert copied.head.logits_chunk == 8
     assert copied(torch.zeros(1, 2, dtype=torch.long)).product.layer is copied.head
-    undelay_logits(model.head)  # again: nothing happens
+    release_module(model.head)  # again: nothing happens
 
 
 class Mean(torch.autograd.Function):

@@ -238,7 +238,7 @@ def test_a_parametrized_output_layer_is_not_released():
     model = prepare_training(make(), "lean")
     nn.utils.parametrize.register_parametrization(model.head, "weight", nn.Identity())
     before = {one: type(one) for one in model.modules()}
-    with pytest.raises(RuntimeError, match="was made of the prepared layer since"):
+    with pytest.raises(RuntimeError, match="was made of the prepared module since"):
         release_training(model)
     assert {one: type(one) for one in model.modules()} == before  # nothing is half released
 

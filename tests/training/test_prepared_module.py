@@ -1,0 +1,36 @@
+"""Modules get their class back, whatever was done to it in layers; or an error, and nothing changes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lowmem import LoRA, convert, prepare_training, release_training
+from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
+
+
+def test_all_classes_that_a_module_was_given_are_undone():
+    model = prepare_training(nn.Linear(8, 40), "lean", output="*")
+    assert isinstance(model, PreparedModule)
+    assert issubclass(type(model).plain_class, PreparedModule)  # lazy logits, and compressed activations over them
+    release_module(model)
+    assert type(model) is nn.Linear
+    assert not {"logits_chunk", "logits_dtype", "fused_as"} & set(vars(model))
+    release_module(model)
+    assert type(model) is nn.Linear
+
+
+def test_a_class_that_was_changed_since_is_an_error():
+    model = prepare_training(convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 40)), LoRA(2), skip="1"), output="1")
+    parametrize.register_parametrization(model[1], "weight", nn.Identity())
+    kinds = [type(one) for one in model.modules()]
+    for call in (check_prepared, release_module):
+        with pytest.raises(RuntimeError, match="was made of the prepared module since, as a parametrization does"):
+            call(model[1])
+    with pytest.raises(RuntimeError, match="undo that first"):
+        release_training(model)
+    assert [type(one) for one in model.modules()] == kinds
+    parametrize.remove_parametrizations(model[1], "weight")
+    release_training(model)
+    assert type(model[1]) is nn.Linear
+    assert model(torch.ones(1, 8)).shape == (1, 40)
