@@ -15,10 +15,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from lowmem.nn.adapter import Layout, Update
-from lowmem.nn.read_only import name_of, read_only, writes_in_place
+from lowmem.nn.read_only import METADATA, name_of, read_only, writes_in_place
 from lowmem.nn.stored import StoredTensor
 
-__all__ = ["FUNCTIONS", "METADATA", "REFUSAL", "LowRankSum", "implements", "is_adapted", "on_values"]
+__all__ = ["FUNCTIONS", "REFUSAL", "LowRankSum", "implements", "is_adapted", "on_values"]
 
 REFUSAL = (
     "a weight with adapters, which is computed: write to the layer's own parameter, or merge the adapters first, "
@@ -148,20 +148,6 @@ class LowRankSum:
 def is_adapted(value: Any) -> bool:
     """Whether a value is a weight with adapters."""
     return isinstance(value, LowRankSum)
-
-
-METADATA = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in (
-            "shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn", "grad", "ndim", "itemsize",
-            "nbytes", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested",
-        )
-    ),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex),
-    *(Tensor.element_size, Tensor.__len__, Tensor.get_device, Tensor.is_contiguous),
-}  # fmt: skip
-"""Functions that need no values of a tensor."""
 
 
 def _call_by_name(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:

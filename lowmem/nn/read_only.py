@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowmem.kernels.torch_versions import constant_in_graphs
 
-__all__ = ["VIEWS", "ReadOnlyView", "changes_itself_alone", "name_of", "read_only", "writes_in_place"]
+__all__ = ["METADATA", "VIEWS", "ReadOnlyView", "changes_itself_alone", "name_of", "read_only", "writes_in_place"]
 
 _WRITES = (
     "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
@@ -51,18 +51,24 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", "")).partition(".")[0]
 
 
-def _attributes() -> set[Any]:
-    names = (
-        "shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn", "grad", "ndim", "itemsize",
-        "nbytes", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested", "output_nr", "_version",
-        "_backward_hooks",
-    )  # fmt: skip
-    found = {getattr(Tensor, name).__get__ for name in names}
-    found |= {getattr(Tensor, name).__set__ for name in ("requires_grad", "grad", "_backward_hooks")}
-    return found | {getattr(Tensor, name) for name in ("size", "dim", "numel", "stride", "is_contiguous", "data_ptr")}
+METADATA = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            "shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn", "grad", "ndim", "itemsize",
+            "nbytes", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested",
+        )
+    ),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.element_size, Tensor.__len__, Tensor.get_device, Tensor.is_contiguous),
+}  # fmt: skip
+"""Functions that need no values of a tensor."""
 
-
-_ATTRIBUTES = _attributes()
+_ATTRIBUTES = METADATA | {
+    *(getattr(Tensor, name).__get__ for name in ("output_nr", "_version", "_backward_hooks")),
+    *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad", "_backward_hooks")),
+    Tensor.data_ptr,
+}
 
 
 def _views() -> set[Any]:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowmem.nn.frozen_linear import is_cast, is_jit_tracing
-from lowmem.nn.low_rank_sum import METADATA
-from lowmem.nn.read_only import writes_in_place
+from lowmem.nn.read_only import METADATA, writes_in_place
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
 from lowmem.training.prepared_module import PreparedModule
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from lowmem.nn.low_rank_sum import METADATA
+from lowmem.nn.read_only import METADATA
 
 __all__ = ["StepInBackward", "step_in_backward"]
 

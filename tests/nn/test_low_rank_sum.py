@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowmem.nn.low_rank_sum import METADATA
+from lowmem.nn.read_only import METADATA
 from tests.nn.adapted_cases import make, total
 from tests.nn.stored_cases import INDICES, Case, store
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem import FourBit, Half, LoRA, convert
-from lowmem.nn.low_rank_sum import METADATA
-from lowmem.nn.read_only import ReadOnlyView, name_of, writes_in_place
+from lowmem.nn.read_only import METADATA, ReadOnlyView, name_of, writes_in_place
 from tests.kernels.test_ops import compiles
 
 WRITES = {
