@@ -6,13 +6,15 @@ import argparse
 import sys
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 
 from lowmem.io.export.exported import Exported, total_error
 from lowmem.io.export.source import open_stored
 from lowmem.io.export.targets import TARGETS, export, target_of
+from lowmem.io.shards import INDEX
 from lowmem.tools.import_file import DTYPES
 from lowmem.tools.models import MIB, check_links, file_path
-from lowmem.tools.output import print_json, print_table, progress, shown
+from lowmem.tools.output import print_json, print_table, progress, shape_text, shown
 
 __all__ = ["add_arguments", "run"]
 
@@ -51,10 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (arguments.source, arguments.out):
         check_links(path)
     name = target_of(arguments.out, arguments.format)
-    with open_stored(arguments.source) as model:
-        total = sum(weight.nbytes for weight in model.weights.values())
     with progress() as bar:
-        task = bar.add_task("export", total=total)
+        task = bar.add_task("export", total=_size(arguments.source))
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always", UserWarning)
             rows = export(
@@ -77,6 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _size(source: Path) -> int:
+    """Return the bytes of the weights of a folder or index, or those of a file: opening it would verify it twice."""
+    if source.is_file() and not source.name.endswith(INDEX):
+        return source.stat().st_size
+    with open_stored(source) as model:
+        return sum(weight.nbytes for weight in model.weights.values())
+
+
 def _print_totals(name: str, rows: list[Exported]) -> None:
     changed = [row for row in rows if row.error is not None]
     before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
@@ -92,7 +100,7 @@ def _print_totals(name: str, rows: list[Exported]) -> None:
 def _cells(row: Exported) -> list[str]:
     return [
         row.name,
-        " x ".join(map(str, row.shape)) or "scalar",
+        shape_text(row.shape),
         row.kept,
         row.kind,
         f"{row.after_bytes / MIB:.2f}",

@@ -13,7 +13,7 @@ from lowmem.io.foreign.recognize import CONFIG, open_foreign, quantization_of
 from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
 from lowmem.nn.fourbit import FourBit
 from lowmem.tools.models import MIB
-from lowmem.tools.output import print_json, print_table, progress, shown
+from lowmem.tools.output import print_json, print_table, progress, shape_text, shown
 from lowmem.tools.quantize_options import check_options
 
 __all__ = ["DTYPES", "add_arguments", "is_foreign", "run"]
@@ -104,7 +104,7 @@ def _to_folder(arguments: argparse.Namespace) -> list[ImportedRow]:
 def _cells(row: ImportedRow) -> list[str]:
     return [
         row.name,
-        " x ".join(map(str, row.shape)) or "scalar",
+        shape_text(row.shape),
         row.kind,
         row.kept,
         f"{row.after_bytes / MIB:.2f}",

@@ -33,6 +33,7 @@ __all__ = [
     "print_summary",
     "print_table",
     "progress",
+    "shape_text",
     "shown",
     "stdout_for_json",
     "uncut_column",
@@ -206,6 +207,11 @@ def progress(
         disable=not console.is_terminal,
         redirect_stdout=redirect_stdout,
     )
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Return a shape as tables show it, such as "768 x 3072"."""
+    return " x ".join(map(str, shape)) or "scalar"
 
 
 def _print_upright(columns: Sequence[str], row: Sequence[str]) -> None:

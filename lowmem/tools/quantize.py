@@ -15,7 +15,7 @@ from lowmem.quant.formats import FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS
 from lowmem.tools import import_file
 from lowmem.tools.models import MIB, check_links, file_path, positive_int, size
-from lowmem.tools.output import print_json, print_table, progress, shown, uncut_column
+from lowmem.tools.output import print_json, print_table, progress, shape_text, shown, uncut_column
 from lowmem.tools.quantize_options import check_options
 
 __all__ = ["add_arguments", "run"]
@@ -125,7 +125,7 @@ def _folder(arguments: argparse.Namespace, technique: FourBit) -> list[Row]:
 def _cells(row: Row) -> list[str]:
     return [
         row.name,
-        " x ".join(map(str, row.shape)) or "scalar",
+        shape_text(row.shape),
         f"{row.before_bytes / MIB:.2f}",
         f"{row.after_bytes / MIB:.2f}",
         "copied" if row.error is None else f"{row.error:.4f}",

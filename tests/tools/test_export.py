@@ -2,6 +2,9 @@
 
 import json
 
+from torch import nn
+
+from lowmem import FourBit, convert, save
 from lowmem.__main__ import main
 from lowmem.io.foreign.recognize import open_foreign
 from tests.io.export.folders import fourbit, weights_of, write_folder
@@ -36,6 +39,13 @@ def test_json_is_the_rows_and_options_reach_the_writer(tmp_path, capsys):
     assert main(["export", str(source), str(again), "--dtype", "f32", "--like", str(out)]) == 0
     with open_foreign(again) as file:
         assert file.tensors["lm_head.weight"].kind == "F32"
+
+
+def test_a_file_of_lowmem_is_taken_as_a_folder_is(tmp_path, capsys):
+    source = tmp_path / "own.safetensors"
+    save(convert(nn.Linear(64, 64), FourBit("nf4")), source)
+    assert main(["export", str(source), str(tmp_path / "out.gguf")]) == 2
+    assert "it has no config.json beside it: export the model's folder" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
