@@ -14,6 +14,7 @@ from lowmem.io.export.targets import export
 from lowmem.kernels import backend
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.conv import Conv4Bit, HalfConv
+from lowmem.nn.eightbit import EightBit, Embedding8Bit, Linear8Bit
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit, Linear4Bit
 from lowmem.nn.half import Half, HalfLinear
@@ -55,7 +56,9 @@ __all__ = [
     "AdaptedWeight",
     "BigNet",
     "Conv4Bit",
+    "EightBit",
     "Embedding4Bit",
+    "Embedding8Bit",
     "Exported",
     "FileError",
     "Format",
@@ -66,6 +69,7 @@ __all__ = [
     "HalfLinear",
     "LayerSummary",
     "Linear4Bit",
+    "Linear8Bit",
     "LoRA",
     "LoRALinear",
     "MergeReport",

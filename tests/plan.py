@@ -19,6 +19,8 @@ WEIGHTS = {  # blocks of 16, 32, 64 and 128 are whole parts of a group of 128 co
     "4-bit, blocks of 16 to 128": quantize(torch.zeros(1, 64), "nf4", block_size=64),
     "4-bit, other multiples of 8": quantize(torch.zeros(1, 256), "nf4", block_size=256),
     "4-bit, other blocks": quantize(torch.zeros(1, 12), "nf4", block_size=12),
+    "8-bit, multiples of 16": quantize(torch.zeros(1, 64), "int8"),
+    "8-bit, other blocks": quantize(torch.zeros(1, 12), "int8", block_size=12),
     "bfloat16": torch.zeros(1, 1, dtype=torch.bfloat16),
     "float16": torch.zeros(1, 1, dtype=torch.float16),
 }

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 from lowmem import FourBit, Half, LoRA, LoRALinear, convert
 from lowmem.io.safetensors import DTYPES
-from lowmem.quant.formats import FORMATS
+from lowmem.quant.formats import EIGHT_BIT, FORMATS
 from lowmem.quant.scales import ENCODINGS
 from tests.selection import NIGHTLY
 
-formats = st.sampled_from(sorted(FORMATS))
+four_bit_formats = st.sampled_from(sorted(FORMATS))
+formats = st.sampled_from([*sorted(FORMATS), *EIGHT_BIT])
 encodings = st.sampled_from(sorted(ENCODINGS))
 block_sizes = st.one_of(st.sampled_from([8, 16, 64, 4096]), st.integers(4, 2048).map(lambda half: 2 * half))
 small_blocks = st.sampled_from([8, 10, 16, 32, 64])

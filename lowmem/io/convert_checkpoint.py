@@ -21,9 +21,11 @@ from torch import Tensor
 from lowmem.errors import printable, refusal, show
 from lowmem.io.atomic import check_writable
 from lowmem.io.container import Checkpoint, TensorSpec, open_checkpoint, write
-from lowmem.io.metadata import technique_record
+from lowmem.io.metadata import form_record
 from lowmem.io.shards import INDEX, index_of, read_index, shard_name, write_index
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
+from lowmem.nn.stored import FourBitForm
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -119,7 +121,7 @@ def _check_listed(path: Path, files: Iterable[str]) -> None:
 def convert_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    technique: FourBit,
+    technique: FourBit | EightBit,
     *,
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
@@ -185,10 +187,10 @@ def convert_checkpoint(
     return [rows[name] for name in sorted(rows)]
 
 
-def _record(technique: FourBit) -> dict[str, Any]:
+def _record(technique: FourBit | EightBit) -> dict[str, Any]:
     """Return the metadata of a technique, with the format's defaults filled in."""
     skeleton = technique.skeleton(torch.empty(1, 8, device="meta"))
-    return technique_record(FourBit(skeleton.format, skeleton.block_size, skeleton.scale_encoding), skeleton.method)
+    return form_record(FourBitForm.of(skeleton))
 
 
 def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
@@ -215,7 +217,7 @@ def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]
     return wanted
 
 
-def _outputs(name: str, spec: TensorSpec, technique: FourBit | None) -> dict[str, TensorSpec]:
+def _outputs(name: str, spec: TensorSpec, technique: FourBit | EightBit | None) -> dict[str, TensorSpec]:
     """Return the specs of the tensors that replace one of the source."""
     if technique is None:
         return {name: spec}
@@ -250,7 +252,7 @@ def _converted(
     opened: Source,
     names: list[str],
     wanted: set[str],
-    technique: FourBit,
+    technique: FourBit | EightBit,
     rows: dict[str, Row],
     progress: Callable[[str, int], None],
 ) -> Iterator[tuple[str, Tensor]]:

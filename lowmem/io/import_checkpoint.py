@@ -20,6 +20,7 @@ from lowmem.io.foreign.recognize import ForeignFile, open_foreign
 from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.metadata import form_record
 from lowmem.io.shards import INDEX, index_of, shard_name, write_index
+from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.quantize import relative_error
@@ -98,9 +99,9 @@ def import_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    requantize: FourBit | None = None,
+    requantize: FourBit | EightBit | None = None,
     include: Iterable[str] = (),
-    technique: FourBit | None = None,
+    technique: FourBit | EightBit | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
@@ -155,9 +156,9 @@ def import_checkpoint(
 def _plans(
     source: Path,
     file: ForeignFile,
-    requantize: FourBit | None,
+    requantize: FourBit | EightBit | None,
     include: list[str],
-    technique: FourBit | None,
+    technique: FourBit | EightBit | None,
     dtype: torch.dtype | None,
 ) -> dict[str, _Plan]:
     for pattern in include:
@@ -193,7 +194,7 @@ def _plans(
     return plans
 
 
-def _again(tensor: ForeignTensor, technique: FourBit, read: Callable[[], Any]) -> _Plan:
+def _again(tensor: ForeignTensor, technique: FourBit | EightBit, read: Callable[[], Any]) -> _Plan:
     skeleton = technique.skeleton(torch.empty(tensor.shape, device="meta"))
     return _Plan(tensor, FourBitForm.of(skeleton), read, True)
 
@@ -217,7 +218,7 @@ def _tensors(
             assert isinstance(stored, Tensor)
             assert isinstance(plan.kept, FourBitForm)
             weight, form = stored, plan.kept
-            technique = FourBit(form.format, form.block_size, form.scale_encoding, search=form.method == "search")
+            technique = blockwise(form.format, form.block_size, form.scale_encoding, search=form.method == "search")
             try:
                 stored = technique.store(weight)
             except (ValueError, TypeError) as reason:

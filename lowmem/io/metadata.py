@@ -11,11 +11,12 @@ from torch import nn
 
 from lowmem.errors import show
 from lowmem.nn.adapted_module import bank_of
+from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA
 from lowmem.nn.stored import FourBitForm
-from lowmem.quant.formats import FORMATS, IMPORTED
+from lowmem.quant.formats import EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS, OFFSETS
 from lowmem.quant.tensor import METHODS
 
@@ -42,13 +43,15 @@ _ADAPTER = ("rank", "alpha", "dropout")
 _COMPUTED = {**_STORED, "float32": torch.float32, "float64": torch.float64, "int8": torch.int8}
 
 
-def technique_record(technique: Half | FourBit, method: str = "absmax", flags: Iterable[str] = ()) -> dict[str, Any]:
+def technique_record(
+    technique: Half | EightBit | FourBit, method: str = "absmax", flags: Iterable[str] = ()
+) -> dict[str, Any]:
     """Return the metadata record of how a weight is stored; ``flags`` are those of its ``FourBitForm``."""
     if isinstance(technique, Half):
         return {"technique": "Half", "dtype": str(technique.dtype).removeprefix("torch.")}
     compute = None if technique.compute_dtype is None else str(technique.compute_dtype).removeprefix("torch.")
     return {
-        "technique": "FourBit",
+        "technique": type(technique).__name__,
         "format": technique.format,
         "block_size": technique.block_size,
         "scales": technique.scales,
@@ -60,12 +63,12 @@ def technique_record(technique: Half | FourBit, method: str = "absmax", flags: I
 
 def form_record(form: FourBitForm, compute_dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Return the metadata record of a weight that is stored in a form."""
-    technique = FourBit(form.format, form.block_size, form.scale_encoding, compute_dtype)
+    technique = blockwise(form.format, form.block_size, form.scale_encoding, compute_dtype)
     return technique_record(technique, form.method, form.flags)
 
 
-def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
-    """Parse a record of ``technique_record``: the technique, and the method of a 4-bit one (else None).
+def technique_of(record: object) -> tuple[Half | EightBit | FourBit, str | None]:
+    """Parse a record of ``technique_record``: the technique, and the method of a 4- or 8-bit one (else None).
 
     Raises:
         ValueError: an invalid record; the message is short, whatever the record holds.
@@ -74,12 +77,12 @@ def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
     if kind == "Half":
         fields = check_keys(record, ("technique", "dtype"))
         return Half(_STORED[_choice(fields, "dtype", _STORED)]), None
-    if kind != "FourBit":
+    if kind not in ("FourBit", "EightBit"):
         raise ValueError(f"technique={show(kind)} is unknown")
     required = ("technique", "format", "block_size", "scales", "method")
     fields = check_keys(record, required, ("compute_dtype", *FLAGS))
     for name, known in (
-        ("format", {**FORMATS, **IMPORTED}),
+        ("format", EIGHT_BIT if kind == "EightBit" else {**FORMATS, **IMPORTED}),
         ("scales", {**ENCODINGS, **OFFSETS}),
         ("method", METHODS),
     ):
@@ -89,7 +92,7 @@ def technique_of(record: object) -> tuple[Half | FourBit, str | None]:
         if fields.get(name, True) is not True:  # absent where it does not hold, so that bytes are unique
             raise ValueError(f"{name}={show(fields[name])} must be true, or absent")
     compute = _COMPUTED[_choice(fields, "compute_dtype", _COMPUTED)] if "compute_dtype" in fields else None
-    return FourBit(fields["format"], fields["block_size"], fields["scales"], compute), fields["method"]
+    return blockwise(fields["format"], fields["block_size"], fields["scales"], compute), fields["method"]
 
 
 def flags_of(record: Mapping[str, Any]) -> frozenset[str]:

@@ -15,6 +15,7 @@ from lowmem.errors import printable, show
 from lowmem.io.metadata import adapters_of, check_object, flags_of, record_errors, technique_of
 from lowmem.nn.adapted_module import bank_of, base_of, table_of
 from lowmem.nn.adapter import layout_of
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit, Linear4Bit
 from lowmem.nn.gathered_linear import gathered_copy
 from lowmem.nn.gathered_weight import check_order
@@ -72,7 +73,7 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Modul
             if parameter is not None and not is_lazy(parameter):
                 owners.setdefault(weight_key(parameter), []).append((owner, name))
     by_path = {path: module for module, paths in module_paths(model).items() for path in paths}
-    found: dict[tuple[nn.Module, str], tuple[str, Half | FourBit, str | None, frozenset[str]]] = {}
+    found: dict[tuple[nn.Module, str], tuple[str, Half | EightBit | FourBit, str | None, frozenset[str]]] = {}
     for path, record in records.items():
         module, name = _parameter_at(by_path, path)
         with record_errors(f"its record of {layer_name(path)}"):
@@ -88,8 +89,8 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Modul
         for tied in [] if parameter is None or is_lazy(parameter) else owners[weight_key(parameter)]:
             found.setdefault(tied, record)  # a file records only the first of the layers that share a weight
     unfit: list[str] = []
-    stored: dict[Any, tuple[str, tuple[Half | FourBit, frozenset[str]], Any]] = {}
-    layers: dict[nn.Module, tuple[Half | FourBit, dict[str, tuple[str, str | None]]]] = {}
+    stored: dict[Any, tuple[str, tuple[Half | EightBit | FourBit, frozenset[str]], Any]] = {}
+    layers: dict[nn.Module, tuple[Half | EightBit | FourBit, dict[str, tuple[str, str | None]]]] = {}
     for (module, name), (path, technique, method, _) in found.items():
         parameter = module._parameters.get(name)
         if parameter is None or is_lazy(parameter) or parameter.dim() < 2 or isinstance(module, StoredModule):
@@ -121,7 +122,7 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Modul
         ) -> Any:
             path, method = names.get(name) or names["weight"]
             how = techniques.get(name) or techniques["weight"]
-            how = replace(how, compute_dtype=None) if isinstance(how, FourBit) else how
+            how = replace(how, compute_dtype=None) if isinstance(how, FourBit | EightBit) else how
             skeleton = how.skeleton(tensor, name)
             skeleton = skeleton if method is None else replace(skeleton, method=method)
             as_told = how, flags.get(name, frozenset())

@@ -415,7 +415,7 @@ class Kernel:
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
         """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``."""
-        if into.has_offsets:
+        if into.has_offsets or get_format(into.format).bits == 8:
             return reference.quantize_rows(rows, into, chunk, importance)
         form, size, packed, stored = get_format(into.format), into.block_size, into.packed[chunk], into.scales[chunk]
         encoding = _ENCODINGS[into.encoding.name, into.encoding.signed]
@@ -512,7 +512,11 @@ class Kernel:
         Returns:
             For each its ISA and name, the least and the most rows that it takes, and why it refuses, or None.
         """
-        size, stored = (weight.block_size, 0) if isinstance(weight, QuantizedTensor) else (0, TYPES[weight.dtype])
+        size, stored = 0, 0
+        if isinstance(weight, QuantizedTensor):
+            size, stored = weight.block_size, get_format(weight.format).bits
+        else:
+            stored = TYPES[weight.dtype]
         given = TYPES[torch.float32 if dtype is torch.int8 else dtype]
         asked: list[Asked] = self.native.plan(self._isa, size, stored, rows, given, _OPERATIONS[operation])
         return asked
@@ -525,16 +529,18 @@ class Kernel:
         rows, columns = weight.shape
         if not columns or weight.has_offsets != (use in (_BASE, _BASE_IN_INT8)):
             return None
-        points, form = 0, get_format(weight.format).levels
+        form = get_format(weight.format)
+        points, levels = 0, form.levels
         if use in (_IN_INT8, _BASE_IN_INT8):
-            points, form = int8.rounded_levels(form)
-        levels = _floats(form)
+            if form.bits == 8:
+                return None
+            points, levels = int8.rounded_levels(levels)
         handle = self.native.prepare(
             self._order(self._isa, columns, weight.block_size),
             self._isa,
             packed,
             scales,
-            levels.buffer_info()[0],
+            _floats(levels).buffer_info()[0] if form.bits == 4 else 0,  # C knows those of 8 bits
             _ENCODINGS[weight.encoding.name.removesuffix("_offsets"), weight.encoding.signed],
             weight.block_size,
             rows,

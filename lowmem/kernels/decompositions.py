@@ -46,10 +46,12 @@ def dequantized(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return a 4-bit matrix (rows, columns) in ``dtype``."""
+    """Return a matrix (rows, columns) of codes in ``dtype``."""
     form = get_format(format)
-    codes = by_block(packed.float(), block_size // 2, _split)[:, :columns]  # (rows, columns)
-    values = _looked_up(form.levels, codes)
+    if form.bits == 8:  # a table of 256 numbers would be as many nodes of a graph
+        values = ((packed.float() - 128) / 127).clamp_min(-1)
+    else:
+        values = _looked_up(form.levels, by_block(packed.float(), block_size // 2, _split)[:, :columns])
     return (values * spread(_decoded(scales, scale_encoding, form.signed), block_size, columns)).to(dtype)
 
 

@@ -18,6 +18,7 @@ from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import outside_of_graphs
 from lowmem.quant.backend import Weight
 from lowmem.quant.formats import get_format
+from lowmem.quant.packing import code_bytes
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -142,7 +143,7 @@ class StoredParts(NamedTuple):
         if not _is_compiling() and _is_tracing():
             return
         rows, columns = self.shape
-        if self.packed.shape[1] != -(-columns // 2):
+        if self.packed.shape[1] != code_bytes(columns, get_format(self.text.split()[0]).bits):
             raise RuntimeError(
                 f"packed.shape={tuple(self.packed.shape)} does not hold a weight of shape {(rows, columns)} in "
                 f"{self.text.split()[0]}"

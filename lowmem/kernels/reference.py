@@ -192,7 +192,7 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
     if encoding.offsets:
         stored = encoding.with_offsets(stored, offsets)
     codes = nearest_codes(rows, encoding.decode(stored), form, size)
-    into.packed[chunk] = pack(codes, size)
+    into.packed[chunk] = pack(codes, size) if form.bits == 4 else codes[:, : rows.shape[1]]
     if form.levels[form.zero_code] == 0:
         # A block of zero codes dequantizes to zeros, for which requantizing stores a zero scale. Storing it here
         # already makes requantizing give the same bytes.

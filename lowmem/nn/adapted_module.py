@@ -19,10 +19,9 @@ from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.lora import Folded, LoRALinear
 from lowmem.nn.low_rank_sum import LowRankSum
-from lowmem.nn.stored import FourBitForm, HalfForm, StoredTensor
+from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import (
     LAYERS,
-    FourBitStorage,
     StoredModule,
     become,
     copied_module,
@@ -219,7 +218,7 @@ def _reduce(module: AdaptedModule, protocol: Any) -> Any:
     plain: Any = type(module)._plain_class
     how: Any = plain
     if issubclass(plain, StoredModule):
-        how = plain.dense_class, plain.stored_names, FourBitForm if issubclass(plain, FourBitStorage) else HalfForm
+        how = plain.dense_class, plain.stored_names, plain.form_class
     state: Any = getattr(module, "__getstate__", lambda: module.__dict__)()
     return _empty, (how, type(module)._adapted_names), dict(state)
 

@@ -21,6 +21,7 @@ from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import fields, stored
 from lowmem.kernels.memory import is_traced, keeps_results
 from lowmem.nn.adapter import Adapter, drops_nothing
+from lowmem.nn.eightbit import Linear8Bit
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast, is_observed, is_plain_call
 from lowmem.nn.half import HalfLinear
@@ -85,7 +86,7 @@ def _frozen_weight(base: nn.Module, x: Tensor) -> tuple[kernels.Weight, Tensor |
     """Return weight and bias of a layer that multiplies ``x`` in bfloat16 and trains neither; None for others."""
     held = base._parameters
     weight: kernels.Weight
-    if type(base) is Linear4Bit:
+    if type(base) is Linear4Bit or type(base) is Linear8Bit:
         if (base.compute_dtype or x.dtype) is not torch.bfloat16 or "bias" not in held:
             return None
         weight, bias = base.quantized, held["bias"]

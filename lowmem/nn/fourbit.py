@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowmem import kernels
+from lowmem.nn.blockwise import Blockwise, check_compute_dtype
 from lowmem.nn.frozen_linear import autocast, frozen_linear, is_plain_call
 from lowmem.nn.stored import FourBitForm
-from lowmem.nn.stored_module import LAYERS, FourBitStorage, freeze, kept_weight, stored_copy, stored_property
+from lowmem.nn.stored_module import LAYERS, FourBitStorage, kept_weight, stored_copy, stored_property
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size
-from lowmem.quant.quantize import method_of, quantize
 from lowmem.quant.scales import OFFSETS, get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -26,7 +26,7 @@ FourBitStore: TypeAlias = Callable[[Tensor, str], QuantizedTensor]
 
 
 @dataclass(frozen=True)
-class FourBit:
+class FourBit(Blockwise):
     """4-bit quantization: weights are stored as 4-bit codes with a scale per block, frozen; biases are unchanged.
 
     QLoRA, arXiv 2305.14314, section 2.
@@ -59,7 +59,8 @@ class FourBit:
         if not self.format:
             raise ValueError(f"format={self.format!r} names no format: name one, or several to choose from")
         for name in [self.format] if isinstance(self.format, str) else self.format:
-            get_format(name)
+            if get_format(name).bits != 4:
+                raise ValueError(f"format={name!r} has codes of 8 bits: EightBit() stores those")
         if self.block_size is not None:
             check_block_size(self.block_size)
         if self.offsets and self.scales not in OFFSETS:
@@ -68,45 +69,7 @@ class FourBit:
             object.__setattr__(self, "scales", f"{self.scales or 'float16'}_offsets")
         if self.scales is not None:
             object.__setattr__(self, "offsets", get_encoding(self.scales).offsets)
-        dtype = self.compute_dtype
-        if dtype not in (None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(
-                f"compute_dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more, or torch.int8, "
-                "or None"
-            )
-
-    def store(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
-        """Quantize a weight; codes and scales become frozen parameters.
-
-        Args:
-            weight: floating point (..., n), finite.
-            name: unused; ``FourBitStore`` has it for errors.
-
-        Raises:
-            TypeError, ValueError: a weight that ``quantize`` rejects.
-        """
-        return _freeze(
-            quantize(weight, self.format, block_size=self.block_size, scales=self.scales, search=self.search)
-        )
-
-    def skeleton(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
-        """Return what ``store`` would return, on the meta device.
-
-        Raises:
-            ValueError: several formats; choosing one needs the weight's values.
-        """
-        if not isinstance(self.format, str):
-            raise ValueError(f"format={self.format!r}: without values there is no choosing; name one format")
-        form = get_format(self.format)
-        size = form.block_size if self.block_size is None else self.block_size
-        method = method_of(form, self.search)
-        return _freeze(
-            QuantizedTensor.empty(weight.shape, form.name, size, self.scales or form.scales, method, device="meta")
-        )
-
-
-def _freeze(weight: QuantizedTensor) -> QuantizedTensor:
-    return replace(weight, packed=freeze(weight.packed), scales=freeze(weight.scales))
+        check_compute_dtype(self.compute_dtype)
 
 
 class Linear4Bit(FourBitStorage, nn.Linear):

@@ -17,6 +17,7 @@ from lowmem.kernels import ops
 from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Adapter, LoRA
 from lowmem.nn.adapter_product import adapted_product
+from lowmem.nn.eightbit import Linear8Bit
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call
 from lowmem.nn.gathered_linear import GatheredLinear4Bit, gathered_copy
@@ -210,7 +211,8 @@ class LoRALinear(nn.Module):
         layer: nn.Module
         if to is None and isinstance(base, Linear4Bit):
             quantized = requantize(base.quantized, adapted) if added else base.quantized
-            layer = made = Linear4Bit(quantized, base.bias, base.compute_dtype, base.weight.dtype)
+            kind = Linear8Bit if isinstance(base, Linear8Bit) else Linear4Bit
+            layer = made = kind(quantized, base.bias, base.compute_dtype, base.weight.dtype)
             layer = made if order is None else gathered_copy(made, order)
         elif to is None and isinstance(base, HalfLinear):
             rounded = round_to(adapted, own.dtype, "weight")
@@ -258,7 +260,7 @@ class LoRALinear(nn.Module):
 def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
     """Return the output of base and adapter from one fused product; None where they must be called as modules."""
     weight: kernels.Weight
-    if type(base) is Linear4Bit and base.compute_dtype in (None, torch.float32):
+    if (type(base) is Linear4Bit or type(base) is Linear8Bit) and base.compute_dtype in (None, torch.float32):
         weight = base.quantized
     elif type(base) is HalfLinear:
         found = base._parameters.get("weight_rounded")

@@ -1,4 +1,4 @@
-"""A weight that is stored in 4 or 16 bits, and answers like the dense tensor that it replaced.
+"""A weight that is stored in 4, 8 or 16 bits, and answers like the dense tensor that it replaced.
 
 ``StoredTensor`` is a tensor of the dense weight's shape, dtype and device whose values lie in other tensors: 4-bit
 codes and the bytes of their scales, or a 16-bit copy. Operations see these below autograd: products run on the
@@ -31,6 +31,7 @@ __all__ = [
     "FUNCTIONS",
     "OPERATORS",
     "REMEDY",
+    "EightBitForm",
     "Form",
     "FourBitForm",
     "HalfForm",
@@ -94,8 +95,9 @@ class FourBitForm:
 
     @classmethod
     def of(cls, weight: QuantizedTensor) -> FourBitForm:
-        """Return the form of a quantized tensor."""
-        return cls(weight.format, weight.block_size, weight.scale_encoding, weight.method)
+        """Return the form of a quantized tensor, in 4 or 8 bits."""
+        kind = EightBitForm if get_format(weight.format).bits == 8 else cls
+        return kind(weight.format, weight.block_size, weight.scale_encoding, weight.method)
 
     def join(self, parts: Sequence[Tensor], columns: int) -> QuantizedTensor:
         """Return the weight (*lead, columns) of its parts, not copied."""
@@ -113,6 +115,11 @@ class FourBitForm:
     def split(weight: QuantizedTensor) -> tuple[Tensor, ...]:
         """Return the codes and scales of a quantized tensor, not copied."""
         return weight.packed, weight.scales.detach().view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class EightBitForm(FourBitForm):
+    """How a weight is stored in 8 bits: as in 4 bits, with codes of a byte each. Layers are of other classes."""
 
 
 @dataclass(frozen=True)
@@ -346,7 +353,7 @@ def _rebuild(
 
 
 if hasattr(torch.serialization, "add_safe_globals"):  # torch.load(weights_only=True) takes a file that holds one
-    torch.serialization.add_safe_globals([_rebuild, FourBitForm, HalfForm])
+    torch.serialization.add_safe_globals([_rebuild, FourBitForm, EightBitForm, HalfForm])
 
 
 def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

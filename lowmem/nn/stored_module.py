@@ -28,7 +28,7 @@ from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.torch_versions import is_exporting, leave_to_eager, outside_of_graphs
 from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
-from lowmem.nn.stored import REMEDY, Form, FourBitForm, HalfForm, StoredTensor, is_recorded
+from lowmem.nn.stored import REMEDY, EightBitForm, Form, FourBitForm, HalfForm, StoredTensor, is_recorded
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
@@ -118,11 +118,13 @@ class StoredModule(nn.Module):
     Attributes:
         dense_class: the class before the parameters were stored.
         stored_names: the parameters for which the class has properties.
+        form_class: of the forms for which the class is made, see ``LAYERS``.
         weight_error: ``relative_error`` of the stored weights, where known.
     """
 
     dense_class: ClassVar[type[nn.Module]]
     stored_names: ClassVar[tuple[str, ...]] = ()
+    form_class: ClassVar[type[Form]] = HalfForm
     weight_error: float | None = None
     _forms: dict[str, Described]
     _kept: dict[str, Kept]
@@ -330,7 +332,12 @@ def kept_weight(module: StoredModule) -> QuantizedTensor | None:
 
 
 class FourBitStorage(StoredModule):
-    """Base of all modules with parameters in 4 bits. A state carries the formats, and codes of others are refused."""
+    """Base of all modules with parameters in 4 or 8 bits.
+
+    A state carries the formats, and codes of others are refused.
+    """
+
+    form_class: ClassVar[type[Form]] = FourBitForm
 
     @property
     def formats(self) -> str:
@@ -602,16 +609,22 @@ register_module_parameter_registration_hook(_refuse_in_dense)
 # Classes
 
 
+def kind_of(kinds: Container[type[Form]]) -> type[Form]:
+    """Return the form for which a module's class is made, of the forms of its parameters."""
+    return next((kind for kind in (FourBitForm, EightBitForm) if kind in kinds), HalfForm)
+
+
 def _stored_class(dense: Any, names: tuple[str, ...], form: Any) -> type[StoredModule]:
     """Return the class of modules of class ``dense`` whose parameters ``names`` are stored."""
     known = LAYERS.get((dense, form))
     if known is not None and "weight" in names and set(names) <= set(known.stored_names):
         return known
-    base = FourBitStorage if form is FourBitForm else StoredModule
+    base = FourBitStorage if issubclass(form, FourBitForm) else StoredModule
     body: dict[str, Any] = {name: stored_property(name) for name in names}
     body |= {
         "dense_class": dense,
         "stored_names": names,
+        "form_class": form,
         "__module__": dense.__module__,
         "__qualname__": dense.__qualname__,
         "__doc__": dense.__doc__,
@@ -678,7 +691,7 @@ def stored_copy(
     forms = {name: described(weight, name in transposed) for name, weight in weights.items()}
     kinds = {type(form) for form, _ in forms.values()}
     plain = getattr(type(module), "_plain_class", type(module))
-    made = stored_class(plain, tuple(weights), FourBitForm if FourBitForm in kinds else HalfForm)
+    made = stored_class(plain, tuple(weights), kind_of(kinds))
     _refuse_collisions(module, made, forms)
     copied = copied_module(module, _with_adapters_of(module, made))
     described_by: dict[str, Described] = {}
@@ -736,7 +749,7 @@ def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> 
     kinds = {type(one.form) for one in left.values()}
     made = module.dense_class
     if names:
-        made = stored_class(module.dense_class, names, FourBitForm if FourBitForm in kinds else HalfForm)
+        made = stored_class(module.dense_class, names, kind_of(kinds))
     copied = copied_module(module, _with_adapters_of(module, made))
     parameters: dict[str, Any] = {}
     for name, parameter in module._parameters.items():

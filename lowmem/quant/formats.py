@@ -1,6 +1,6 @@
-"""The 4-bit formats, as frozen data: no code branches on a format's name.
+"""The formats, as frozen data: no code branches on a format's name.
 
-A format is sixteen levels in [-1, 1]. A weight is ``levels[code] * scale``, with one scale per block.
+A format is sixteen levels in [-1, 1], or 256 of them. A weight is ``levels[code] * scale``, with a scale per block.
 To add a format, add one entry to ``FORMATS``: tests, benchmarks and commands pick it up from there. ``IMPORTED`` has
 the levels of other programs' files, whose codes lowmem keeps exactly: they store, multiply and are quantized into as
 the others, which lose less.
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 
-__all__ = ["FORMATS", "IMPORTED", "Format", "get_format"]
+__all__ = ["EIGHT_BIT", "FORMATS", "IMPORTED", "Format", "get_format"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """Sixteen sorted levels in [-1, 1], and the block size and scales that suit them best.
+    """Sorted levels in [-1, 1], 16 or 256, and the block size and scales that suit them best.
 
     Args:
-        name: the key in ``FORMATS`` or ``IMPORTED``.
-        levels: 16 numbers, ascending; a value may occur twice (the two zeros of a floating-point format).
+        name: the key in ``FORMATS``, ``IMPORTED`` or ``EIGHT_BIT``.
+        levels: 16 or 256 numbers, ascending; a value may occur twice (the two zeros of a floating-point format).
         block_size: default number of weights that share a scale.
         scales: default encoding of the scales, a key of ``lowmem.quant.scales.ENCODINGS``.
         source: where the levels come from.
@@ -40,14 +40,19 @@ class Format:
     search: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.levels) != 16 or list(self.levels) != sorted(self.levels):
-            raise ValueError(f"format {self.name!r}: levels={self.levels} must be 16 ascending numbers")
+        if len(self.levels) not in (16, 256) or list(self.levels) != sorted(self.levels):
+            raise ValueError(f"format {self.name!r}: levels={self.levels} must be 16 or 256 ascending numbers")
         if self.levels[0] < -1 or self.levels[-1] > 1:
             raise ValueError(f"format {self.name!r}: levels={self.levels} must lie in [-1, 1]")
 
     @property
+    def bits(self) -> int:
+        """Bits of a code: 4 or 8."""
+        return 4 if len(self.levels) == 16 else 8
+
+    @property
     def boundaries(self) -> tuple[float, ...]:
-        """The 15 thresholds: a value's nearest code is the number of thresholds below it.
+        """The 15 or 255 thresholds: a value's nearest code is the number of thresholds below it.
 
         Of two equal levels only the upper code is ever chosen, so +0 and -0 get the same code in ``fp4``.
         """
@@ -191,13 +196,28 @@ IMPORTED = MappingProxyType(
 """Formats of other programs' files: the levels as those programs define them, whatever suits quantizing best."""
 
 
+EIGHT_BIT = MappingProxyType(
+    {
+        "int8": Format(
+            name="int8",
+            levels=(-1.0, *((code - 128) / 127 for code in range(1, 256))),
+            block_size=64,
+            scales="double",
+            source="integers from -127 to 127, plus 128: absmax quantization, arXiv 2208.07339, section 2",
+        )
+    }
+)
+"""Formats whose codes have 8 bits: a byte each. Code 0 is never chosen; it means -127, as code 1 does."""
+_ALL = {**FORMATS, **IMPORTED, **EIGHT_BIT}
+
+
 def get_format(name: str) -> Format:
-    """Return ``FORMATS[name]`` or ``IMPORTED[name]``.
+    """Return the format of that name: of ``FORMATS``, ``IMPORTED`` or ``EIGHT_BIT``.
 
     Raises:
         ValueError: there is no such format; the choices are listed.
     """
     try:
-        return FORMATS[name] if name in FORMATS else IMPORTED[name]
+        return _ALL[name]
     except (KeyError, TypeError):
-        raise ValueError(f"format={name!r} is unknown: choose from {', '.join([*FORMATS, *IMPORTED])}") from None
+        raise ValueError(f"format={name!r} is unknown: choose from {', '.join(_ALL)}") from None

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_BLOCK_SIZE", "by_block", "check_block_size", "pack", "unpack"]
+__all__ = ["MAX_BLOCK_SIZE", "by_block", "check_block_size", "code_bytes", "pack", "unpack"]
 
 MAX_BLOCK_SIZE = 4096  # weights
 
@@ -27,6 +27,11 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size={block_size!r} must be an integer")
     if block_size % 2 or not 8 <= block_size <= MAX_BLOCK_SIZE:
         raise ValueError(f"block_size={block_size} must be an even number from 8 to {MAX_BLOCK_SIZE}")
+
+
+def code_bytes(columns: int, bits: int) -> int:
+    """Return the bytes of a row of codes of 4 or 8 bits; a row of 4-bit ones is padded to whole bytes."""
+    return -(-columns * bits // 8)
 
 
 def pack(codes: Tensor, block_size: int) -> Tensor:

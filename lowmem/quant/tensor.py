@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem.quant.backend import active_backend
 from lowmem.quant.formats import get_format
-from lowmem.quant.packing import check_block_size, unpack
+from lowmem.quant.packing import check_block_size, code_bytes, unpack
 from lowmem.quant.scales import ScaleEncoding, get_encoding
 from lowmem.quant.search import CANDIDATES, spread
 
@@ -45,14 +45,14 @@ METHODS = {"absmax": 1.0, "search": min(CANDIDATES), "calibrated": 0.0, "importe
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A 4-bit tensor: packed codes, the scales of its blocks, and how to decode them.
+    """A tensor in 4 or 8 bits: its codes, the scales of its blocks, and how to decode them.
 
     Args:
-        packed: uint8 (..., ceil(n / 2)), see ``lowmem.quant.packing``.
+        packed: the codes: uint8 (..., ceil(n / 2)) in 4 bits, see ``lowmem.quant.packing``; (..., n) in 8 bits.
         scales: (..., blocks), in the dtype of the scale encoding; ``double`` adds two bytes per row, and encodings
             with offsets one for each block.
         shape: (..., n), the shape of the tensor that was quantized.
-        format: a key of ``FORMATS`` or ``IMPORTED``.
+        format: a key of ``FORMATS``, ``IMPORTED`` or ``EIGHT_BIT``.
         block_size: B, weights per scale.
         scale_encoding: a key of ``ENCODINGS`` or ``OFFSETS``.
         method: how scales and codes were chosen, a key of ``METHODS``.
@@ -103,8 +103,8 @@ class QuantizedTensor:
         *leading, columns = self.shape
         encoding = self.encoding
         width = encoding.width(-(-columns // self.block_size))
-        packed, scales = torch.Size((*leading, -(-columns // 2))), torch.Size((*leading, width))
-        return packed, torch.uint8, scales, encoding.dtype
+        packed = code_bytes(columns, get_format(self.format).bits)
+        return torch.Size((*leading, packed)), torch.uint8, torch.Size((*leading, width)), encoding.dtype
 
     def check_layout(self) -> None:
         """Raise unless ``packed`` and ``scales`` have the shapes and dtypes of ``stored_layout``.
@@ -166,17 +166,16 @@ class QuantizedTensor:
 
         Args:
             rows: which rows.
-            levels: 16 numbers to use in place of the format's.
+            levels: as many numbers as the format has, to use in place of these.
 
         Raises:
             RuntimeError: stored tensors of another layout, see ``check_layout``.
         """
         self.check_layout()
         columns = self.shape[-1]
-        levels = get_format(self.format).levels if levels is None else levels
-        table = torch.tensor(levels, dtype=torch.float32, device=self.packed.device)
+        table = torch.tensor(levels or get_format(self.format).levels, dtype=torch.float32, device=self.packed.device)
         packed = self.packed.reshape(-1, self.packed.shape[-1])[rows]
-        codes = unpack(packed, self.block_size)[:, :columns]  # (rows, n), without the padding
+        codes = self.unpacked(packed)  # (rows, n)
         # Functorch transforms of older torch versions need 64-bit indices; elsewhere these would double the scratch.
         index = codes.long() if torch._C._are_functorch_transforms_active() else codes.int()
         values = table.index_select(0, index.flatten()).view(codes.shape)
@@ -186,6 +185,12 @@ class QuantizedTensor:
         if self.encoding.offsets:
             values.add_(spread(self.encoding.decode_offsets(stored), self.block_size, columns))
         return values
+
+    def unpacked(self, packed: Tensor) -> Tensor:
+        """Return the codes (..., n) in rows of ``packed``, of which 8-bit ones are a view."""
+        if get_format(self.format).bits == 8:
+            return packed
+        return unpack(packed, self.block_size)[..., : self.shape[-1]]  # without the padding
 
     @property
     def has_offsets(self) -> bool:

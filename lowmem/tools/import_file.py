@@ -11,6 +11,7 @@ import torch
 
 from lowmem.io.foreign.recognize import CONFIG, open_foreign, quantization_of
 from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.tools.models import MIB
 from lowmem.tools.output import print_json, print_table, progress, shape_text, shown
@@ -49,7 +50,7 @@ def is_foreign(path: Path) -> bool:
         return file.kind != "safetensors"
 
 
-def run(arguments: argparse.Namespace, technique: FourBit) -> int:
+def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
     """Import the file; ``technique`` is for what is quantized again, or was asked for by ``--include``."""
     with open_foreign(arguments.source) as file:
         kind, left_out = file.kind, file.left_out
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace, technique: FourBit) -> int:
     return 0
 
 
-def _to_file(arguments: argparse.Namespace, technique: FourBit, total: int) -> list[ImportedRow]:
+def _to_file(arguments: argparse.Namespace, technique: FourBit | EightBit, total: int) -> list[ImportedRow]:
     """Write a file of lowmem's, with the names of the source."""
     with progress() as bar:
         task = bar.add_task("import", total=total)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
 from lowmem.errors import describe, printable
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRA
@@ -283,6 +284,7 @@ def techniques(text: str) -> tuple[Technique, ...]:
 
 _ARGUMENTS: dict[type[Technique], tuple[Callable[[str], Any], ...]] = {
     Half: (lambda text: getattr(torch, text, text),),
+    EightBit: (positive_int, str),
     FourBit: (str, positive_int, str),
     LoRA: (positive_int,),
 }

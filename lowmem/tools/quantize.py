@@ -10,8 +10,9 @@ from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColu
 
 from lowmem.io.convert_checkpoint import Row, Source, convert_checkpoint
 from lowmem.io.shards import INDEX
+from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
-from lowmem.quant.formats import FORMATS, IMPORTED
+from lowmem.quant.formats import EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS
 from lowmem.tools import import_file
 from lowmem.tools.models import MIB, check_links, file_path, positive_int, size
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=[*FORMATS, *IMPORTED],
+        choices=[*FORMATS, *IMPORTED, *EIGHT_BIT],
         help="default nf4; q4_0, iq4_nl and uint4 are GGUF's own, which lowmem export writes code for code",
     )
     parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
@@ -63,9 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    technique = FourBit(
-        arguments.format or "nf4", block_size=arguments.block_size, scales=arguments.scales, search=arguments.search
-    )
+    technique = blockwise(arguments.format or "nf4", arguments.block_size, arguments.scales, search=arguments.search)
     for path in (arguments.source, arguments.target):
         check_links(path)
     if import_file.is_foreign(arguments.source):
@@ -84,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoint(arguments: argparse.Namespace, technique: FourBit) -> list[Row]:
+def _checkpoint(arguments: argparse.Namespace, technique: FourBit | EightBit) -> list[Row]:
     """Convert a file, or the files of an index."""
     with Source(arguments.source) as source:
         total = sum(spec.nbytes for spec in source.specs.values())
@@ -109,7 +108,7 @@ def _checkpoint(arguments: argparse.Namespace, technique: FourBit) -> list[Row]:
         )
 
 
-def _folder(arguments: argparse.Namespace, technique: FourBit) -> list[Row]:
+def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit) -> list[Row]:
     """Convert a folder, which transformers loads.
 
     Raises:

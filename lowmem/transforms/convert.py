@@ -26,10 +26,12 @@ from lowmem.nn.adapted_module import (
     put_in_place,
     share_tied_adapters,
 )
+from lowmem.nn.blockwise import Blockwise
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
-from lowmem.nn.stored import FourBitForm, HalfForm
+from lowmem.nn.stored import EightBitForm, Form, FourBitForm, HalfForm
 from lowmem.nn.stored_module import (
     HOOKS,
     LAYERS,
@@ -86,6 +88,7 @@ __all__ = [
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _TOLD_SHARE = 0.1  # of the bytes; convert warns if weights of more stay dense
+_FORMS: dict[type, type[Form]] = {Half: HalfForm, EightBit: EightBitForm, FourBit: FourBitForm}
 _LOCK = threading.RLock()  # held while modules are replaced, and while all of them are read
 
 
@@ -286,7 +289,7 @@ def _found(
         raise TypeError(f"parameters={show(parameters)} must be callable with a path and what is there, or None")
     if first is LoRA and parameters is not None:
         raise ValueError(
-            "parameters= names what Half or FourBit store besides; LoRA alone stores nothing: leave it out"
+            "parameters= names what FourBit, EightBit or Half store besides; LoRA alone stores nothing: leave it out"
         )
     found: dict[nn.Module, tuple[str, list[str]]] = {}
     selected = select_modules(model, where, skip)
@@ -468,10 +471,10 @@ class Store:
 
 def _check_arguments(techniques: tuple[Technique, ...]) -> None:
     if not techniques:
-        raise ValueError("no technique was given: pass Half(), FourBit() or LoRA()")
+        raise ValueError("no technique was given: pass Half(), EightBit(), FourBit() or LoRA()")
     for technique in techniques:
-        if type(technique) not in (Half, FourBit, LoRA):
-            raise TypeError(f"technique={technique!r} must be an instance of Half, FourBit or LoRA")
+        if type(technique) not in (Half, EightBit, FourBit, LoRA):
+            raise TypeError(f"technique={technique!r} must be an instance of Half, EightBit, FourBit or LoRA")
     for kind, count in Counter(type(t) for t in techniques).items():
         if count > 1:
             raise ValueError(f"{kind.__name__} was given {count} times: a layer takes a technique once")
@@ -545,7 +548,7 @@ def add_first_adapter(
 
 def store_parameters(
     module: nn.Module,
-    technique: Half | FourBit,
+    technique: Half | EightBit | FourBit,
     path: str,
     names: Iterable[str],
     store: Callable[[Tensor, str], Any],
@@ -570,7 +573,7 @@ def store_parameters(
         return stored
 
     wanted = list(names)
-    form = FourBitForm if isinstance(technique, FourBit) else HalfForm
+    form = _FORMS[type(technique)]
     known: Any = LAYERS.get((type(module), form))
     try:
         if known is not None and transposed:
@@ -588,7 +591,7 @@ def store_parameters(
                         raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be stored transposed")
                     weights[name] = named_store(parameter.mT, name)
                     continue
-                inside = isinstance(technique, FourBit) and parameter.dim() > lead + 1
+                inside = isinstance(technique, Blockwise) and parameter.dim() > lead + 1
                 weights[name] = named_store(parameter.flatten(lead) if inside else parameter, name)
             made = stored_copy(module, weights, transposed=transposed)
     except (TypeError, ValueError) as reason:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,12 @@ from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA
 from lowmem.nn.stored import FourBitForm
-from lowmem.nn.stored_module import FourBitStorage, StoredModule
+from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.scales import get_encoding
 from lowmem.transforms.bits import SMALLEST, Empty, text_of
 from lowmem.transforms.convert import Store, commit, convert, freeze_all_but_adapters, rebuild_all
 from lowmem.transforms.meta import make_on_meta
-from lowmem.transforms.registry import Technique
+from lowmem.transforms.registry import Technique, stored_by
 
 __all__ = [
     "OPTIMIZERS",
@@ -71,7 +71,7 @@ class Plan:
         techniques: in the order in which they are applied.
         training: the optimizer; None: inference only, and no figure of training.
         dense: parameters and buffers of the model before it is converted.
-        stored: those of the converted model, by technique: "dense", "Half", "FourBit", "adapters". Exact.
+        stored: those of the converted model, by technique: "dense", "Half", "FourBit", "EightBit", "adapters". Exact.
         inputs: the batch.
         forward: peak of an inference forward beyond model and inputs, output included.
         scratch: what the products with stored weights take beside that, at most; 0 without any.
@@ -349,8 +349,8 @@ def _stored(model: nn.Module) -> dict[str, int]:
         if isinstance(module, Adapter):
             kinds |= dict.fromkeys(module.parameters(), "adapters")
         elif isinstance(module, StoredModule):
-            kind = "FourBit" if isinstance(module, FourBitStorage) else "Half"
-            kinds |= dict.fromkeys((getattr(module, name) for name in module.part_names), kind)
+            by = cast(type, stored_by(module)).__name__
+            kinds |= dict.fromkeys((getattr(module, name) for name in module.part_names), by)
     found = {"dense": 0}
     for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]):
         kind = kinds.get(tensor, "dense")

@@ -16,11 +16,12 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lowmem.errors import printable, show
 from lowmem.nn.adapted_module import AdapterBank, adapted_parameters, bank_of
 from lowmem.nn.adapter import is_conv1d
+from lowmem.nn.eightbit import EightBit, Linear8Bit
 from lowmem.nn.fourbit import FourBit, Linear4Bit
 from lowmem.nn.gathered_linear import GatheredLinear4Bit
 from lowmem.nn.half import Half, HalfLinear
 from lowmem.nn.lora import LoRA, LoRALinear
-from lowmem.nn.stored import HalfForm, StoredTensor
+from lowmem.nn.stored import EightBitForm, HalfForm, StoredTensor
 from lowmem.nn.stored_module import FourBitStorage, StoredModule, copied_module
 
 __all__ = [
@@ -43,17 +44,18 @@ __all__ = [
     "refuse_peft",
     "select_modules",
     "skip_reason",
+    "stored_by",
     "supported_types",
 ]
 
-Technique: TypeAlias = Half | FourBit | LoRA
-Step: TypeAlias = Half | FourBit | LoRA | dict[str, LoRA]
+Technique: TypeAlias = Half | EightBit | FourBit | LoRA
+Step: TypeAlias = Half | EightBit | FourBit | LoRA | dict[str, LoRA]
 """A technique for one module: ``LoRA`` as the technique of each parameter that it adapts."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Modules of one kind, and which of their parameters ``Half`` and ``FourBit`` store and ``LoRA`` adapts.
+    """Modules of one kind, and which of their parameters are stored, or adapted by ``LoRA``.
 
     Args:
         kind: what errors call it.
@@ -184,7 +186,7 @@ ENTRIES = (
     ),
 )
 
-ADAPTED: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit, GatheredLinear4Bit)
+ADAPTED: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit, Linear8Bit, GatheredLinear4Bit)
 """The exact types of layers that become a LoRALinear; other modules with adapters stay instances of their class."""
 
 
@@ -231,13 +233,18 @@ def made_by(module: nn.Module) -> type[Technique] | None:
     """Return the technique that converted a module; None for a dense one."""
     if bank_of(module) is not None:
         return LoRA
+    return stored_by(module)
+
+
+def stored_by(module: nn.Module) -> type[Half | EightBit | FourBit] | None:
+    """Return the technique that stores a module's weights, whether it has adapters or not; None for a dense one."""
     if isinstance(module, FourBitStorage):
-        return FourBit
+        return EightBit if module.form_class is EightBitForm else FourBit
     return Half if isinstance(module, StoredModule) else None
 
 
 def parameters_to_store(module: nn.Module) -> list[str]:
-    """Return the names of the parameters that ``Half`` and ``FourBit`` store in a module that an entry fits."""
+    """Return the names of the parameters that a technique stores in a module that an entry fits."""
     entry = _entry_of(module)
     if entry is None:
         return []
@@ -352,7 +359,7 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
     """Return why a technique does not convert a module; None where it does.
 
     Args:
-        technique: Half, FourBit or LoRA.
+        technique: Half, EightBit, FourBit or LoRA.
         module: any module.
         chosen: whether the user has named it: then it may be a subclass that computes something else.
     """
@@ -381,7 +388,7 @@ def _no_parameter(module: nn.Module) -> str:
     if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
         return (
             "a hook of torch.nn.utils.weight_norm computes its weight: call remove_weight_norm first, or use "
-            "torch.nn.utils.parametrizations.weight_norm, which FourBit and Half store"
+            "torch.nn.utils.parametrizations.weight_norm, which FourBit, EightBit and Half store"
         )
     return "its weight is no parameter of its own"
 
@@ -419,7 +426,7 @@ def no_match_message(
     """Return the error text for a model without layers to convert: what was looked for, and what was found.
 
     Args:
-        technique: Half, FourBit or LoRA.
+        technique: Half, EightBit, FourBit or LoRA.
         model: any module.
         selected: the modules that were looked at; the first of a known kind is named, and why it is left.
         chosen: whether ``where=`` has selected them.

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable
 from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRA, LoRALinear
@@ -262,9 +263,9 @@ def _without_adapter(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _techniques(model: nn.Module) -> list[type[Technique]]:
-    """Return which of FourBit and Half have converted layers; else LoRA if there are adapters; else FourBit."""
+    """Return which techniques store layers; else LoRA if there are adapters; else FourBit."""
     made = {made_by(module) for module in model.modules()} - {None}
-    storing: list[type[Technique]] = [technique for technique in (FourBit, Half) if technique in made]
+    storing: list[type[Technique]] = [technique for technique in (FourBit, EightBit, Half) if technique in made]
     return storing or ([LoRA] if made else [FourBit])
 
 

@@ -16,6 +16,7 @@ from lowmem import FourBit, convert, load, save
 from lowmem.errors import FileError
 from lowmem.io.container import TensorSpec, read
 from lowmem.io.convert_checkpoint import Source, convert_checkpoint, divide
+from lowmem.nn.eightbit import blockwise
 from lowmem.quant.formats import FORMATS
 from tests import strategies
 from tests.models import INDICES, Small
@@ -40,7 +41,7 @@ def dense(path, dtype=torch.float32, seed=0):
 )
 def test_what_comes_out_equals_converting_in_memory(tmp_path_factory, format, block_size, scales, search, dtype):
     directory = tmp_path_factory.mktemp("stream")
-    technique = FourBit(format, block_size=block_size, scales=scales, search=search)
+    technique = blockwise(format, block_size, scales, search=search)
     model = convert(dense(directory / "in", dtype), technique)
     rows = convert_checkpoint(directory / "in", directory / "out", technique)
     save(model, directory / "memory")

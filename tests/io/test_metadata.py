@@ -17,6 +17,7 @@ from lowmem.io.metadata import (
     technique_of,
     technique_record,
 )
+from lowmem.nn.eightbit import blockwise
 from lowmem.nn.lora import Adapter, LoRALinear
 from tests import strategies
 
@@ -28,8 +29,8 @@ from tests import strategies
     st.sampled_from([None, torch.float16, torch.bfloat16, torch.float32, torch.float64]),
     st.sampled_from(["absmax", "search", "calibrated"]),
 )
-def test_a_4_bit_record_comes_back(format, block_size, scales, dtype, method):
-    technique = FourBit(format, block_size, scales, dtype)
+def test_a_record_of_codes_comes_back(format, block_size, scales, dtype, method):
+    technique = blockwise(format, block_size, scales, dtype)
     for flags in ((), *((flag,) for flag in FLAGS)):
         record = technique_record(technique, method, flags)
         assert technique_of(record) == (technique, method)

@@ -474,7 +474,11 @@ def run_everything(kernel):
                 kernel.dequantize(signed, slice(0, 5), torch.float32)
                 kernels.linear(at_the_edge(torch.randn(2, columns)), signed, torch.float32)
                 kernels.input_grad(at_the_edge(torch.randn(2, 5)), signed, torch.float32)
+                eight = quantize(weight, "int8", block_size=block, scales=scales)
+                eight = replace(eight, packed=at_the_edge(eight.packed), scales=at_the_edge(eight.scales))
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    kernel.dequantize(eight, slice(0, 5), dtype)
+                    kernels.linear(at_the_edge(torch.randn(3, columns).to(dtype)), eight, dtype)
                     kernel.dequantize(q, slice(0, 5), dtype)
                     for batch in (1, 5, 13):
                         x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 5).to(dtype)

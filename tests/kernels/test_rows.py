@@ -33,7 +33,7 @@ low_dtypes = st.sampled_from([torch.bfloat16, torch.float16])
 @compiled
 @given(
     strategies.weights(min_dims=1, max_dims=3, max_columns=500),
-    strategies.formats,
+    strategies.four_bit_formats,
     strategies.block_sizes,
     strategies.encodings,
     st.booleans(),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import Conv4Bit, FourBit, Half, HalfConv, convert, kernels, measure, quantize
+from lowmem.nn.eightbit import blockwise
 from tests import strategies
 from tests.kernels.test_ops import compiles
 from tests.rounding import assert_sum
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 kinds = pytest.mark.parametrize("technique", [Half(), FourBit(block_size=8)], ids=["half", "4-bit"])
 small_techniques = st.one_of(
     st.builds(Half, st.sampled_from([torch.float16, torch.bfloat16])),
-    st.builds(FourBit, strategies.formats, strategies.small_blocks, strategies.encodings),
+    st.builds(blockwise, strategies.formats, strategies.small_blocks, strategies.encodings),
 )
 
 
@@ -76,7 +77,7 @@ def test_outputs_and_gradients_are_those_of_the_restored_weight(drawn, technique
 @given(strategies.convolutions(), strategies.formats, strategies.small_blocks, strategies.encodings)
 def test_it_stores_what_quantize_gives_within_its_bound_and_keeps_the_bias(drawn, format, block, scales):
     dense, _ = drawn
-    layer = convert(copy.deepcopy(dense), FourBit(format, block, scales))
+    layer = convert(copy.deepcopy(dense), blockwise(format, block, scales))
     rows = dense.weight.detach().flatten(1)
     q = quantize(rows, format, block_size=block, scales=scales)
     assert torch.equal(layer.packed, q.packed)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import Embedding4Bit, FourBit, Half, HalfEmbedding, convert, kernels, measure
+from lowmem.nn.eightbit import blockwise
 from tests import strategies
 from tests.kernels.test_ops import compiles
 
@@ -33,7 +34,7 @@ def tables(draw, dtype=torch.float32):
 
 @given(
     tables(),
-    st.builds(FourBit, strategies.formats, strategies.small_blocks, strategies.encodings),
+    st.builds(blockwise, strategies.formats, strategies.small_blocks, strategies.encodings),
     strategies.leading_shapes,
     st.sampled_from([torch.int32, torch.int64]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),

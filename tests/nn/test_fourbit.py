@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import Conv4Bit, FourBit, convert, measure, quantize
+from lowmem.nn.eightbit import blockwise
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, assert_sum
 
 
 @st.composite
 def techniques(draw):
-    return FourBit(draw(strategies.formats), draw(strategies.small_blocks), draw(strategies.encodings))
+    return blockwise(draw(strategies.formats), draw(strategies.small_blocks), draw(strategies.encodings))
 
 
 @given(strategies.linears(), techniques(), strategies.leading_shapes, strategies.seeds)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.quant.formats import FORMATS
+from lowmem.quant.formats import FORMATS, get_format
 from lowmem.quant.search import CANDIDATES, block_errors, largest_weights, nearest_codes, searched_scales, spread
 from tests import strategies
 
@@ -29,7 +29,7 @@ def test_of_two_largest_weights_the_positive_one_counts():
 @given(strategies.weights(min_dims=2), strategies.formats, strategies.block_sizes, st.booleans())
 def test_the_search_takes_the_best_of_its_candidates(weight, format, size, weighted):
     rows = weight.reshape(-1, weight.shape[-1]).contiguous()
-    form = FORMATS[format]
+    form = get_format(format)
     importance = torch.arange(rows.shape[-1]) % 3 * 1.0 if weighted else None
     found = searched_scales(rows, form, size, LARGEST, importance)
     least = block_errors(rows, found, form, size, importance)
@@ -46,7 +46,7 @@ def test_the_search_takes_the_best_of_its_candidates(weight, format, size, weigh
 def test_block_errors_are_the_squared_differences(weight, format, size):
     rows = weight.reshape(-1, weight.shape[-1]).contiguous()
     rows = rows / rows.abs().max().clamp_min(1e-30)
-    form = FORMATS[format]
+    form = get_format(format)
     scales = largest_weights(rows, size, form.signed)
     levels = torch.tensor(form.levels)
     codes = nearest_codes(rows, scales, form, size)[:, : rows.shape[-1]].int()

@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import show
 from lowmem.io.metadata import check_keys, check_object
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 
@@ -53,7 +54,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        technique: Half | FourBit | Literal["exact"] | Mapping[str, Any] | None = None,
+        technique: Half | EightBit | FourBit | Literal["exact"] | Mapping[str, Any] | None = None,
         *,
         skip: str | Iterable[str] = (),
         layers: Iterable[Mapping[str, Any]] = (),
@@ -70,7 +71,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"quantization_config has {show(unknown[0])}, which this lowmem does not know: upgrade it"
             )
-        if technique is not None and technique != EXACT and not isinstance(technique, (Half, FourBit)):
+        if technique is not None and technique != EXACT and not isinstance(technique, (Half, EightBit, FourBit)):
             technique = _parsed(technique)
         self.quant_method = METHOD
         self.technique = technique
@@ -84,7 +85,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"skip={self.skip!r}: LowmemConfig('exact') keeps what the folder has, and skips nothing"
             )
         if technique is None and not self.layers and not self.adapters:
-            raise TypeError("technique=None: name Half() or FourBit(), as LowmemConfig(FourBit('nf4'))")
+            raise TypeError("technique=None: name Half(), EightBit() or FourBit(), as LowmemConfig(FourBit('nf4'))")
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON holds."""
@@ -112,18 +113,18 @@ def _record(technique: Any) -> Any:
     return {"technique": type(technique).__name__, **fields}
 
 
-def _parsed(record: object) -> Half | FourBit:
+def _parsed(record: object) -> Half | EightBit | FourBit:
     """Return the technique of its JSON.
 
     Raises:
         TypeError: it is something else than JSON of a technique.
         ValueError: its fields are no technique's.
     """
-    kinds: dict[str, Any] = {"Half": Half, "FourBit": FourBit}
+    kinds: dict[str, Any] = {"Half": Half, "EightBit": EightBit, "FourBit": FourBit}
     if not isinstance(record, Mapping):
         raise TypeError(
-            f"technique={show(record)} must be Half(), FourBit() or 'exact'; adapters come afterwards, with "
-            "lowmem.add_adapter"
+            f"technique={show(record)} must be Half(), EightBit(), FourBit() or 'exact'; adapters come afterwards, "
+            "with lowmem.add_adapter"
         )
     kind = kinds.get(str(check_object(dict(record)).get("technique")))
     if kind is None:

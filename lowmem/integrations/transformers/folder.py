@@ -20,6 +20,7 @@ from lowmem.io.convert_checkpoint import Row, Source
 from lowmem.io.foreign.recognize import open_foreign, read_model_config
 from lowmem.io.import_checkpoint import ImportedRow
 from lowmem.io.model_folder import copy_others, weights_in
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.stored_module import StoredModule
@@ -178,7 +179,7 @@ def _refuse_differing(folder: Path, name: str, what: str, tensors: Iterable[str]
 def quantize_folder(
     source: Path,
     target: Path,
-    technique: Half | FourBit,
+    technique: Half | EightBit | FourBit,
     *,
     skip: str | Iterable[str] = (),
     shard_bytes: int | None = None,

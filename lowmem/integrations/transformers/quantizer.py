@@ -21,6 +21,7 @@ from lowmem.integrations.transformers.storing import Storing
 from lowmem.io.container import open_checkpoint
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapted_module import bank_of
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.half import Half
@@ -161,7 +162,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files = list(checkpoint_files or [])
         config = self.quantization_config
         if not self.pre_quantized:
-            assert isinstance(config.technique, (Half, FourBit))
+            assert isinstance(config.technique, (Half, EightBit, FourBit))
             self._storing = storing = Storing(model, config.technique, config.skip)
             ties = {target: source for target, source in tied.items() if storing.stays_tied(target, source)}
             self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.stored import FourBitForm, HalfForm
@@ -45,7 +46,7 @@ class Storing:
         ValueError: as ``convert``: nothing to store, or a pattern that matches nothing.
     """
 
-    def __init__(self, model: nn.Module, technique: Half | FourBit, skip: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, technique: Half | EightBit | FourBit, skip: Iterable[str]) -> None:
         self._technique = technique
         shapes: Any = technique
         if isinstance(technique, FourBit) and not isinstance(technique.format, str):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.quant.packing import unpack
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Packed", "Packing", "codes_of", "scales_of", "uniform_block"]
@@ -62,7 +61,7 @@ def uniform_block(weight: QuantizedTensor) -> int:
 
 def codes_of(weight: QuantizedTensor) -> Tensor:
     """Return the codes of a weight: uint8 (..., n)."""
-    return unpack(weight.packed.detach(), weight.block_size)[..., : weight.shape[-1]]
+    return weight.unpacked(weight.packed.detach())
 
 
 def scales_of(weight: QuantizedTensor, size: int) -> Tensor:

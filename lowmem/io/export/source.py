@@ -21,9 +21,10 @@ from lowmem.io.foreign.recognize import CONFIG, read_model_config
 from lowmem.io.metadata import check_object, technique_of
 from lowmem.io.model_folder import weights_in
 from lowmem.io.shards import read_model
-from lowmem.nn.fourbit import FourBit
+from lowmem.nn.blockwise import Blockwise
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.gathered_weight import check_order
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.stored import EightBitForm, FourBitForm
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["StoredModel", "StoredWeight", "open_stored"]
@@ -162,9 +163,10 @@ def _weights(
             technique, method = technique_of({k: v for k, v in check_object(record).items() if k not in flags})
         except ValueError as reason:
             raise refusal(path, f"the record of {show(place)} is not lowmem's: {reason}; upgrade lowmem") from None
-        if not isinstance(technique, FourBit):
+        if not isinstance(technique, Blockwise):
             continue
-        form = FourBitForm(str(technique.format), technique.block_size or 0, str(technique.scales), str(method))
+        kind = EightBitForm if isinstance(technique, EightBit) else FourBitForm
+        form = kind(str(technique.format), technique.block_size or 0, str(technique.scales), str(method))
         name, parts = _parts(place, specs)
         if parts is None:
             tied.append(name)

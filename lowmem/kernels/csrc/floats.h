@@ -9,11 +9,12 @@
 static const struct kernel kernels[] = {
     {"few", LINEAR, WHOLE, ANY_TYPE, 1, FEW, IN_REGISTERS(4), .pack = pack_few, .multiply = few_body},
     {"few_sixteen", LINEAR, SIXTEEN, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_sixteen_body},
+    {"few_eight", LINEAR, BYTES, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_eight_body},
     {"fused", LINEAR, WHOLE, ANY_TYPE, FEW + 1, FUSED_BATCH, IN_TILES(4), .pack = pack_many, .multiply = fused_body},
     {"tiled", LINEAR, WHOLE | SIXTEEN, ANY_TYPE, FEW + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
     {"grad_few_sixteen", INPUT_GRAD, SIXTEEN, ANY_TYPE, 1, GRAD_SIXTEEN, OF_GRADIENT, .few = 1, .multiply = grad_body},
     {"grad_tiled", INPUT_GRAD, WHOLE | SIXTEEN, ANY_TYPE, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
-    RARE_BY_TORCH,
+    OTHERS_BY_TORCH,
     {NULL},
 };
 

@@ -108,18 +108,18 @@ struct order {
     int32_t tables[];
 };
 
-/* A weight (rows, columns): 4-bit, in the layout of lowmem/quant/packing.py and lowmem/quant/scales.py, or 16-bit floats. */
+/* A weight (rows, columns): codes in the layout of lowmem/quant/packing.py and lowmem/quant/scales.py, or 16-bit floats. */
 struct weight {
-    const uint8_t *packed; /* codes (rows, row_bytes), or 16-bit floats (rows, columns) */
+    const uint8_t *packed; /* codes or 16-bit floats: (rows, row_bytes) */
     /* (rows, scale_bytes(w)); NULL for 16-bit floats */
     const uint8_t *scales;
-    /* the 16 values of the format */
+    /* the 16 values of a 4-bit format, or NULL */
     const float *levels;
-    /* NULL for 16-bit floats, which are not reordered */
+    /* NULL for 8-bit codes and 16-bit floats, which are not reordered */
     const struct order *order;
     int64_t rows, columns, row_bytes, blocks;
     int64_t behind; /* elements of the stored scales behind those of a row's blocks: a float16's bytes, or offsets */
-    int64_t half; /* bytes of a block's codes, half its columns; 0 for 16-bit floats */
+    int64_t half; /* half the columns of a block, the bytes of its 4-bit codes; 0 for 16-bit floats */
     int64_t stride; /* columns, padded to a multiple of MAX_GROUP */
     int encoding; /* enum encoding; for 16-bit floats enum type */
     int kind; /* enum kind of plan.h */
@@ -299,9 +299,6 @@ static inline float scale_as_stored(const uint8_t *p, int64_t i, int encoding)
         return half_to_float(((const uint16_t *)p)[i]);
     return encoding == SCALES_SIGNED ? signed_steps(p[i]) : (float)p[i];
 }
-
-/* Bytes from a row of codes, or of 16-bit floats, to the next. */
-static inline int64_t row_stride(const struct weight *w) { return w->order ? w->row_bytes : 2 * w->columns; }
 
 /* Bytes of a row's scales and of what is behind them: for double quantization, steps and the float16 after them. */
 static inline int64_t scale_bytes(const struct weight *w)

@@ -6,7 +6,7 @@ INLINE void place_input(const struct job *job, int64_t m, float *out, int64_t st
 {
     const struct weight *w = job->weight;
     const int64_t before = job->g0 * GROUP, floats = (job->g1 - job->g0) * GROUP, from = m * w->columns;
-    if (!w->order) { /* 16-bit weights keep the order of the columns */
+    if (!w->order) { /* codes of 8 bits and 16-bit weights keep the order of the columns */
         const int64_t end = smaller(w->columns, before + floats);
         for (int64_t c = before; c < end; c += LANES, out += step * LANES)
             v_store(out, load_some(job->x, type, from + c, end - c));
@@ -184,6 +184,7 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
     EACH_ROW EACH_INPUT out[j * LANES + i] = sums[AT];
 }
 
+#include "eight.h"
 #if ISA_BFLOAT16
 #include "bfloat16.h"
 #endif
@@ -226,6 +227,7 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
 ROWS_WITH_FEW(rows, FEW_ROWS, few)
 ROWS_WITH_MORE(rows_bfloat, FEW_ROWS, few_sixteen, , BFLOAT16)
 ROWS_WITH_MORE(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
+ROWS_WITH_MORE(rows_eight, FEW_ROWS, few_eight)
 #if ISA_BFLOAT16
 ROWS_WITH_MORE(rows_bf16, BF16_ROWS, few_bf16)
 #endif
@@ -282,6 +284,24 @@ static void few_sixteen_body(struct job *job, int64_t part, int64_t parts, int64
 {
     static rows_with *const bfloats[] = {NAMED_MORE(rows_bfloat)}, *const halves[] = {NAMED_MORE(rows_half)};
     few_rows(job, part, parts, job->weight->encoding == BFLOAT16 ? bfloats : halves);
+}
+
+static void few_eight_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    static rows_with *const eights[] = {NAMED_MORE(rows_eight)};
+    few_rows(job, part, parts, eights);
+}
+
+/* Dequantize a part of the rows, for struct isa. */
+static void dequantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    float scales[TILE_SCALES];
+    int64_t r, to;
+    share(job->weight->rows, 1, parts, part, &r, &to);
+    if (job->weight->levels)
+        OF_TYPE(job->out_type, dequantize_rows, job, r, to, scales);
+    else
+        OF_TYPE(job->out_type, dequantize_eight, job, r, to, scales);
 }
 
 #if ISA_BFLOAT16

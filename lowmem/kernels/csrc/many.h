@@ -147,7 +147,7 @@ INLINE const uint8_t *codes_behind(const struct job *job, int64_t r, int64_t c, 
     const int64_t begin = job->g0 * GROUP, width = job->g1 * GROUP - begin, behind = c - begin + columns;
     r += behind / width * rows;
     c = begin + behind % width;
-    return job->weight->packed + r * row_stride(job->weight) + (job->weight->order ? c / 2 : c * 2);
+    return job->weight->packed + r * job->weight->row_bytes + (job->weight->order ? c / 2 : c * 2);
 }
 
 /* Transpose the scales of `vectors` times LANES rows for a chunk of columns that starts at `start`. Returns the first block. */

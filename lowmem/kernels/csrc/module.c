@@ -146,7 +146,7 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     if (is < 0)
         return NULL;
     const int64_t size = 2 * w.half, end = is == 1 && out.dims == 2 ? first[1] + out.shape[1] : 0;
-    if (!is || !w.order || out.type < 0 || out.dims != 2 || first[0] < 0 || first[0] + out.shape[0] > w.rows || first[1] < 0 ||
+    if (!is || !w.half || out.type < 0 || out.dims != 2 || first[0] < 0 || first[0] + out.shape[0] > w.rows || first[1] < 0 ||
         first[1] % size || end > w.columns || (end % size && end < w.columns))
         Py_RETURN_NONE;
     w = rows_of(&w, first[0], out.shape[0]);
@@ -166,7 +166,7 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     return args[OUT];
 }
 
-/* plan(isa, block size or 0, enum type of a 16-bit weight, batch rows, enum type of x, enum operation) -> [(ISA, kernel, its
+/* plan(isa, block size or 0, enum type of a 16-bit weight or EIGHT, batch rows, enum type of x, enum operation) -> [(ISA, kernel, its
  * least batch rows, its most, why it refuses or None), ...]: the kernels that were asked, the last of which accepts; empty if
  * none does */
 static PyObject *plan_of(PyObject *self, PyObject *const *args, Py_ssize_t given)

@@ -16,15 +16,17 @@ enum operation {
 enum kind {
     GROUPS = 1,     /* 4-bit, in blocks of 16, 32, 64 or 128 columns */
     WORDS = 2,      /* 4-bit, in other blocks of whole words */
-    ODD = 4,        /* 4-bit, in blocks that are not whole words, which no kernel takes */
+    ODD = 4,        /* codes in blocks that are not whole words, or not whole vectors of 8-bit ones; no kernel takes them */
     BFLOATS = 8,    /* bfloat16 */
     HALVES = 16,    /* float16 */
+    BYTES = 32,    /* 8-bit, in blocks of a multiple of MAX_LANES columns */
     WHOLE = GROUPS | WORDS,
     SIXTEEN = BFLOATS | HALVES
 };
 
 enum { ANY_TYPE = 1 << FLOAT32 | 1 << BFLOAT16 | 1 << FLOAT16 };
 #define ANY_ROWS INT64_MAX
+#define EIGHT 8 /* in place of the type of 16-bit floats: codes have 8 bits */
 
 struct kernel {
     const char *name; /* NULL ends a table */
@@ -49,10 +51,10 @@ struct kernel {
     {"grad_torch", INPUT_GRAD, GROUPS, 1 << BFLOAT16, TORCH_GRAD_ROWS, ANY_ROWS},      \
     {"grad_torch_sixteen", INPUT_GRAD, BFLOATS, 1 << BFLOAT16, TORCH_GRAD_SIXTEEN_ROWS, ANY_ROWS}
 
-/* The same for rare weights: no kernel is worth its lines. */
-#define RARE_BY_TORCH                                    \
-    {"torch_odd", LINEAR, ODD, ANY_TYPE, 1, ANY_ROWS},   \
-    {"grad_torch_odd", INPUT_GRAD, ODD, ANY_TYPE, 1, ANY_ROWS}
+/* The same for rare weights, and for 8-bit ones: no kernel is worth its lines. */
+#define OTHERS_BY_TORCH                                           \
+    {"torch_others", LINEAR, ODD | BYTES, ANY_TYPE, 1, ANY_ROWS}, \
+    {"grad_torch_others", INPUT_GRAD, ODD | BYTES, ANY_TYPE, 1, ANY_ROWS}
 
 struct isa {
     const char *name;
@@ -75,11 +77,13 @@ static inline const struct isa *base_of(const struct isa *isa)
     return isa;
 }
 
-/* The kind of a weight whose blocks have `half` bytes; for 16-bit floats half is 0 and `type` is theirs. */
+/* The kind of a weight whose blocks have 2 * half columns, by its type: EIGHT, or, where half is 0, that of its 16-bit floats. */
 static inline enum kind kind_of(int64_t half, int type)
 {
     if (!half)
         return type == BFLOAT16 ? BFLOATS : HALVES;
+    if (type == EIGHT)
+        return half % (MAX_LANES / 2) ? ODD : BYTES;
     return half % 4 ? ODD : MAX_GROUP / 2 % half || half % 8 ? WORDS : GROUPS;
 }
 

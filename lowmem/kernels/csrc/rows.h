@@ -236,12 +236,3 @@ INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, float 
         }
     }
 }
-
-/* Dequantize a part of the rows, for struct isa. */
-static void dequantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
-{
-    float scales[TILE_SCALES];
-    int64_t r, to;
-    share(job->weight->rows, 1, parts, part, &r, &to);
-    OF_TYPE(job->out_type, dequantize_rows, job, r, to, scales);
-}

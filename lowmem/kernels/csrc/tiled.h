@@ -53,7 +53,7 @@ INLINE void multiply(const float *tile, int n, const float *x, const int M, floa
 {
     const T table = table_load(next->w->levels ? next->w->levels : tile); /* 16-bit floats have no levels: any 16 floats */
     const int units = UNITS(bf16), before = next->vectors, due = until - before;
-    const int64_t stride = row_stride(next->w), step = next->w->order ? LANES * 4 : LANES * 16;
+    const int64_t stride = next->w->row_bytes, step = next->w->order ? LANES * 4 : LANES * 16;
     for (int word = 0, end; word < n;) { /* a longer chain would lose precision */
         V acc[MANY_SUMS];
         EACH_ROWS EACH_OF_MANY acc[v * M + j] = v_zero();

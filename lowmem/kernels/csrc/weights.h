@@ -1,4 +1,4 @@
-/* Weights from Python. A 4-bit weight has a C handle, made once. It is valid while its tensors keep their address, shape and
+/* Weights from Python. A weight of codes has a C handle, made once. It is valid while its tensors keep their address, shape and
  * dtype, which each call checks. */
 #ifndef LOWMEM_WEIGHTS_H
 #define LOWMEM_WEIGHTS_H
@@ -7,7 +7,7 @@
 #include "order.h"
 #include "tensor.h"
 
-/* The handle of a 4-bit weight, which Python holds as a capsule. It owns its levels and a reference to its order; the addresses
+/* The handle of a weight of codes, which Python holds as a capsule. It owns its levels and a reference to its order; the addresses
  * of codes and scales are only compared, never read. */
 struct prepared {
     struct weight weight;
@@ -37,7 +37,7 @@ static void free_prepared(PyObject *capsule)
     free(prepared);
 }
 
-/* The description of a weight in blocks of `size` columns, or of 16-bit floats (0). */
+/* The description of a weight in blocks of `size` columns, in 8 bits if it has no levels; or of 16-bit floats (size 0). */
 static struct weight weight_of(const void *packed, const void *scales, const float *levels, int encoding, int64_t size,
                                int64_t rows, int64_t columns)
 {
@@ -47,13 +47,13 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
         .levels = levels,
         .rows = rows,
         .columns = columns,
-        .row_bytes = (columns + 1) / 2,
+        .row_bytes = !size ? 2 * columns : levels ? (columns + 1) / 2 : columns,
         .blocks = size ? (columns + size - 1) / size : 0,
         .behind = size && encoding >= SCALES_DOUBLE ? 2 : 0,
         .half = size / 2,
         .stride = round_up(columns + columns % 2, MAX_GROUP),
         .encoding = encoding,
-        .kind = kind_of(size / 2, encoding),
+        .kind = kind_of(size / 2, size && !levels ? EIGHT : encoding),
     };
 }
 
@@ -61,8 +61,8 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
 static struct weight rows_of(const struct weight *w, int64_t first, int64_t rows)
 {
     struct weight some = *w;
-    some.packed += first * row_stride(w);
-    some.scales += w->order ? first * scale_bytes(w) : 0;
+    some.packed += first * w->row_bytes;
+    some.scales += w->half ? first * scale_bytes(w) : 0;
     some.rows = rows;
     return some;
 }
@@ -83,7 +83,7 @@ static int is_stored_as(const struct weight *w, const struct tensor *packed, con
            has_shape(scales, w->rows, w->blocks + w->behind);
 }
 
-/* prepare(order, isa, packed, scales, levels, encoding, block_size, rows, columns, int8 points or 0, offsets) -> capsule, or None
+/* prepare(order, isa, packed, scales, levels or 0, encoding, block_size, rows, columns, int8 points or 0, offsets) -> capsule, or None
  * if C cannot read the tensors. points: the steps of the largest level in 8-bit products. offsets: whether one for each block lies
  * behind a row's scales; C steps over them. */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
@@ -119,10 +119,11 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     }
     if (n[POINTS])
         use_int8(&w, n[POINTS]);
-    w.order = order;
     Py_INCREF(args[ORDER_OF]);
-    memcpy(prepared->levels, w.levels, sizeof prepared->levels);
-    w.levels = prepared->levels;
+    if (w.levels) {
+        w.order = order;
+        w.levels = memcpy(prepared->levels, w.levels, sizeof prepared->levels);
+    }
     prepared->weight = w;
     prepared->order = args[ORDER_OF];
     return capsule;
@@ -146,7 +147,7 @@ static int read_weight(const struct isa *isa, PyObject *prepared, PyObject *pack
         return -1;
     *w = known->weight;
     return read_memory(packed, &p, held) && read_memory(scales, &s, held) && p.data == w->packed && s.data == w->scales &&
-           is_stored_as(w, &p, &s) && w->order->lanes == isa->lanes;
+           is_stored_as(w, &p, &s) && (!w->order || w->order->lanes == isa->lanes);
 }
 
 #endif

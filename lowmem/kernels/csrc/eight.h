@@ -1,0 +1,85 @@
+/* Weights in 8 bits. A byte of a row is a code: an integer from -127 to 127, plus 128. A weight is the integer / 127 * scale.
+ * Codes keep the order of the columns. */
+
+typedef int32_t N __attribute__((vector_size(4 * LANES)));
+
+static const uint8_t no_codes[MAX_LANES] = {128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128};
+
+/* The integers of LANES codes. Code 0, which no quantizer writes, means what code 1 does. */
+INLINE V eight_load(const uint8_t *p)
+{
+    I codes = (I)bytes_load(p);
+    codes -= (I)(codes == 0); /* a comparison that is true is all ones, or -1 */
+    return __builtin_convertvector((N)(codes - 128), V);
+}
+
+/* The first n of them, then zeros. */
+INLINE V eight_some(const uint8_t *p, int64_t n)
+{
+    if (n >= LANES)
+        return eight_load(p);
+    uint8_t some[MAX_LANES];
+    memcpy(some, no_codes, sizeof some);
+    memcpy(some, p, (size_t)n);
+    return eight_load(some);
+}
+
+/* The scales of R rows for LANES blocks from `first` on. */
+INLINE void eight_scales(const struct weight *w, int64_t r, int64_t first, const int R, float (*out)[MAX_LANES])
+{
+    EACH_ROW row_scales(w, r + i, first, smaller(LANES, w->blocks - first), out[i]);
+}
+
+/* As `few`, for blocks of whole vectors. The products of a block, or of FEW_CHAIN vectors of it, are summed before they are
+ * multiplied with its scale. */
+INLINE void few_eight(const struct job *job, int64_t r, const int R, const int M, V *out)
+{
+    const struct weight *w = job->weight;
+    const int64_t end = smaller(w->columns, job->g1 * GROUP), size = 2 * w->half;
+    const uint8_t *rows = w->packed + r * w->row_bytes;
+    const float *x = job->packed;
+    float scales[4][MAX_LANES];
+    V acc[FEW_SUMS], sum[FEW_SUMS];
+    EACH_ROW EACH_INPUT acc[AT] = v_zero();
+    int64_t c = job->g0 * GROUP, block = c / size, first = block;
+    eight_scales(w, r, first, R, scales);
+    while (c < end) {
+        if (c == (block + 1) * size && ++block == first + LANES)
+            eight_scales(w, r, first = block, R, scales);
+        EACH_ROW EACH_INPUT sum[AT] = v_zero();
+        const int64_t stop = smaller(smaller((block + 1) * size, end), c + FEW_CHAIN * LANES);
+        for (; c < stop; c += LANES, x += M * LANES) {
+            V row[4];
+            EACH_ROW row[i] = eight_some(rows + i * w->row_bytes + c, end - c);
+            if (c % 64 == 0) /* once per cache line */
+                EACH_ROW prefetch(rows + (i + 8 * R) * w->row_bytes + c);
+            EACH_INPUT {
+                const V value = v_load(x + j * LANES);
+                EACH_ROW sum[AT] = v_fma(row[i], value, sum[AT]);
+            }
+        }
+        EACH_ROW {
+            const V scale = v_set1(scales[i][block - first]);
+            EACH_INPUT acc[AT] = v_fma(sum[AT], scale, acc[AT]);
+        }
+    }
+    EACH_ROW EACH_INPUT out[j * LANES + i] = v_mul(acc[AT], v_set1(1.0f / 127.0f));
+}
+
+/* As `dequantize_rows`. */
+INLINE void dequantize_eight(const struct job *job, int64_t r, int64_t to, float *scales, const int type)
+{
+    const struct weight *w = job->weight;
+    const int64_t size = 2 * w->half;
+    for (; r < to; r++)
+        for (int64_t b = job->g0; b < job->g1; b++) {
+            const int64_t at = (b - job->g0) % (TILE_COLUMNS / 8);
+            if (at == 0)
+                row_scales(w, r, b, smaller(job->g1 - b, TILE_COLUMNS / 8), scales);
+            const int64_t n = smaller(size, w->columns - b * size), out = r * job->out_step + (b - job->g0) * size;
+            const uint8_t *p = w->packed + r * w->row_bytes + b * size;
+            const V scale = v_set1(scales[at]);
+            for (int64_t j = 0; j < n; j += LANES)
+                store_some(job->out, type, out + j, n - j, v_mul(v_div(eight_some(p + j, n - j), v_set1(127.0f)), scale));
+        }
+}

@@ -1,0 +1,104 @@
+"""The 8-bit technique, and its layers, which compute as those in 4 bits do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowmem.nn.blockwise import Blockwise, check_compute_dtype
+from lowmem.nn.conv import Conv1d4Bit, Conv2d4Bit
+from lowmem.nn.embedding import Embedding4Bit
+from lowmem.nn.fourbit import FourBit, Linear4Bit
+from lowmem.nn.stored import EightBitForm
+from lowmem.nn.stored_module import LAYERS
+from lowmem.quant.formats import get_format
+from lowmem.quant.packing import check_block_size
+from lowmem.quant.scales import ENCODINGS, get_encoding
+
+__all__ = ["Conv1d8Bit", "Conv2d8Bit", "EightBit", "Embedding8Bit", "Linear8Bit", "blockwise"]
+
+
+@dataclass(frozen=True)
+class EightBit(Blockwise):
+    """8-bit quantization: weights are stored as integers from -127 to 127 with a scale per block, frozen.
+
+    Biases are unchanged. A weight is off by at most 1/254 of the largest magnitude of its block: absmax quantization as
+    in LLM.int8(), arXiv 2208.07339, section 2, in blocks as in arXiv 2110.02861.
+
+    Args:
+        block_size: weights per scale, even, 8 to 4096; None: 64.
+        scales: "float32", "float16" or "double" (8 bits per scale, and a float16 for each row); None: "double".
+        compute_dtype: as in ``FourBit``.
+
+    Raises:
+        ValueError: unknown scales, a bad block size, or a dtype that is not floating point.
+    """
+
+    block_size: int | None = None
+    scales: str | None = None
+    compute_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+        if self.scales is not None and get_encoding(self.scales).offsets:
+            raise ValueError(f"scales={self.scales!r} has offsets: choose from {', '.join(ENCODINGS)}")
+        check_compute_dtype(self.compute_dtype)
+
+    @property
+    def format(self) -> str:
+        """The key of the format, of which there is one."""
+        return "int8"
+
+
+def blockwise(
+    format: str,
+    block_size: int | None = None,
+    scales: str | None = None,
+    compute_dtype: torch.dtype | None = None,
+    search: bool | None = None,
+) -> FourBit | EightBit:
+    """Return the technique that stores weights in a format.
+
+    Raises:
+        ValueError: what ``FourBit`` or ``EightBit`` rejects, or an unknown format.
+    """
+    if get_format(format).bits == 8:
+        return EightBit(block_size, scales, compute_dtype)
+    return FourBit(format, block_size, scales, compute_dtype, search)
+
+
+class Linear8Bit(Linear4Bit):
+    """``y = x W^T + b`` with W stored in 8 bits and frozen. Arguments are those of ``Linear4Bit``."""
+
+    form_class = EightBitForm
+
+
+class Embedding8Bit(Embedding4Bit):
+    """An nn.Embedding whose table is stored in 8 bits and frozen. Arguments are those of ``Embedding4Bit``."""
+
+    form_class = EightBitForm
+
+
+class Conv1d8Bit(Conv1d4Bit):
+    """An nn.Conv1d in 8 bits."""
+
+    form_class = EightBitForm
+
+
+class Conv2d8Bit(Conv2d4Bit):
+    """An nn.Conv2d in 8 bits."""
+
+    form_class = EightBitForm
+
+
+LAYERS.update(
+    {
+        (nn.Linear, EightBitForm): Linear8Bit,
+        (nn.Embedding, EightBitForm): Embedding8Bit,
+        (nn.Conv1d, EightBitForm): Conv1d8Bit,
+        (nn.Conv2d, EightBitForm): Conv2d8Bit,
+    }
+)

@@ -1,0 +1,152 @@
+"""Weights in 8 bits: layers that answer as those in 4 bits do, in files and with adapters, within half a step."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem import EightBit, FourBit, LoRA, convert, load, merge, restore, save, summary
+from lowmem.nn.conv import Conv4Bit
+from lowmem.nn.eightbit import Conv1d8Bit, Conv2d8Bit, Embedding8Bit, Linear8Bit, blockwise
+from tests.rounding import assert_sum
+
+
+class Mixed(nn.Module):
+    """An embedding, both convolutions, a recurrent layer, a tied output layer, and a linear layer with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 24)
+        self.mix = nn.Conv1d(24, 24, 3, padding=1)
+        self.plane = nn.Conv2d(1, 2, 3, padding=1)
+        self.memory = nn.GRU(24, 24, batch_first=True)
+        self.up = nn.Linear(24, 70)
+        self.down = nn.Linear(70, 24, bias=False)
+        self.head = nn.Linear(24, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        x = self.mix(self.embed(indices).transpose(1, 2))
+        x = self.plane(x[:, None]).mean(1).transpose(1, 2)
+        return self.head(self.memory(x + self.down(self.up(x).relu()))[0])
+
+
+INDICES = torch.arange(12).view(2, 6)
+LAYERS = {"embed": Embedding8Bit, "mix": Conv1d8Bit, "plane": Conv2d8Bit, "up": Linear8Bit, "down": Linear8Bit}
+
+
+def made(*techniques: object, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return convert(Mixed(), *techniques)
+
+
+def test_every_layer_is_stored_in_8_bits_and_computes_with_what_it_stores():
+    model = made(EightBit())
+    assert {name: type(getattr(model, name)) for name in LAYERS} == LAYERS
+    assert type(model.memory).__name__ == "GRU" and isinstance(model.memory, nn.GRU)
+    assert model.head.weight is model.embed.weight
+    out, twin = model(INDICES), restore(copy.deepcopy(model)).double()
+    assert type(twin.up) is nn.Linear
+    torch.testing.assert_close(out.double(), twin(INDICES), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_is_off_by_half_a_step_of_its_block_and_what_the_scale_has_lost():
+    torch.manual_seed(1)
+    layer = nn.Linear(200, 30)
+    weight = layer.weight.detach().clone()
+    for scales in ("float32", "float16", "double"):
+        stored = convert(copy.deepcopy(layer), EightBit(64, scales)).weight.dequantize()
+        steps = nn.functional.pad(weight, (0, 56)).view(30, 4, 64).abs().amax(-1) / 127
+        lost = {"float32": 2.0**-20, "float16": 2.0**-10, "double": 2.0**-7}[scales]  # of the largest weight
+        bound = (steps * (0.5 + 127 * lost)).repeat_interleave(64, -1)[:, :200]
+        assert ((stored - weight).abs() <= bound).all()
+        assert (stored - weight).abs().max() > 0.3 * steps.max()  # not stored more finely than that
+
+
+def test_bits_are_eight_and_those_of_the_scales():
+    weight = EightBit().store(torch.randn(16, 256))
+    assert weight.nbytes == 16 * (256 + 4 + 2)  # codes, a byte for each block of 64, a float16 for each row
+    assert EightBit(32, "float32").store(torch.randn(16, 256)).nbytes == 16 * (256 + 8 * 4)
+    rows = {row.path: row for row in summary(made(EightBit()))}
+    assert "int8, block_size=64, scales=double" in str(summary(made(EightBit())))
+    assert rows["up"].bits_per_weight < 10
+
+
+def test_forward_and_gradient_are_the_products_with_the_stored_weight():
+    torch.manual_seed(2)
+    for columns, block, batch in ((70, 64, 1), (300, 16, 3), (129, 24, 2), (256, 128, 20)):
+        layer = convert(nn.Linear(columns, 33), EightBit(block))
+        weight = layer.quantized.restore(slice(None)).double()  # by plain torch
+        x = torch.randn(batch, columns, requires_grad=True)
+        out = layer(x)
+        out.backward(grad := torch.randn(batch, 33))
+        left = torch.cat([x.detach().double(), torch.ones(batch, 1)], 1)
+        right = torch.cat([weight, layer.bias.detach().double()[:, None]], 1)
+        # the scale of a block is multiplied with the sum of its products, and with 1/127: two roundings more
+        assert_sum(out, left @ right.t(), left.abs() @ right.abs().t(), columns + 3)
+        assert_sum(x.grad, grad.double() @ weight, grad.double().abs() @ weight.abs(), 33 + 3)
+
+
+def test_code_0_means_what_code_1_does():
+    """No quantizer writes it; a file may hold it."""
+    stored = EightBit(16).store(torch.randn(3, 40))
+    stored.packed.data[:, ::5] = 0
+    ones = copy.deepcopy(stored)
+    ones.packed.data[ones.packed == 0] = 1
+    for kernel in lowmem.kernels.available():
+        with lowmem.kernels.using(kernel):
+            assert torch.equal(stored.dequantize(), ones.dequantize())
+            x = torch.randn(2, 40)
+            assert torch.equal(*(lowmem.kernels.linear(x, one, torch.float32) for one in (stored, ones)))
+
+
+def test_files_states_and_pickles_keep_it_to_the_bit(tmp_path):
+    for techniques in ((EightBit(),), (EightBit(32, "float16"), LoRA(4))):
+        model = made(*techniques)
+        save(model, tmp_path / "model.safetensors")
+        loaded = load(tmp_path / "model.safetensors", Mixed)
+        other = made(*techniques, seed=1)
+        other.load_state_dict(model.state_dict())
+        for again in (loaded, other, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            kinds = [[type(one).__name__ for one in each.modules()] for each in (again, model)]
+            assert kinds[0] == kinds[1]
+            assert torch.equal(again(INDICES), model(INDICES))
+
+
+def test_codes_of_another_format_are_refused():
+    four, eight = made(FourBit("nf4", 64, "double")), made(EightBit())
+    for one, other in ((four, eight), (eight, four)):
+        with pytest.raises(RuntimeError, match=r"int8|nf4|shape"):
+            one.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="stored in int8"):
+        convert(eight, FourBit())
+
+
+def test_adapters_train_and_merge_into_8_bits():
+    model = made(EightBit(), LoRA(4))
+    model(INDICES).square().mean().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and "lora" in name)
+    before = model(INDICES).detach()
+    merged = merge(model)
+    assert type(merged.up) is Linear8Bit
+    assert torch.equal(merged(INDICES), before)  # lora_b is zero
+
+
+def test_the_technique_of_a_format_is_the_one_of_its_bits():
+    assert blockwise("int8", 32, "float16") == EightBit(32, "float16")
+    assert blockwise("nf4", 32, search=True) == FourBit("nf4", 32, search=True)
+    assert isinstance(convert(nn.Conv2d(3, 4, 3), EightBit()), Conv4Bit)
+    for wrong, message in (
+        (lambda: FourBit("int8"), "format='int8' has codes of 8 bits: EightBit"),
+        (lambda: FourBit(("nf4", "int8")), "format='int8' has codes of 8 bits"),
+        (lambda: EightBit(7), "block_size=7"),
+        (lambda: EightBit(scales="half"), "scales='half' is unknown"),
+        (lambda: EightBit(scales="float16_offsets"), "scales='float16_offsets' has offsets"),
+        (lambda: EightBit(compute_dtype=torch.int32), "compute_dtype=torch.int32"),
+        (lambda: blockwise("int9"), "format='int9' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
