@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lowmem.errors import refusal, show
 from lowmem.io.container import write_tensors
@@ -26,7 +27,8 @@ from lowmem.nn.stored_module import StoredModule, file_names, format_keys
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.convert import one_at_a_time
 from lowmem.transforms.placement import place_name
-from lowmem.transforms.registry import made_by, module_paths
+from lowmem.transforms.refusals import sharded_types
+from lowmem.transforms.registry import layer_name, made_by, module_paths
 
 __all__ = ["as_in_file", "how_stored", "load", "names_in_files", "save"]
 
@@ -46,13 +48,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: the model is not a module.
         RuntimeError: the stored tensors of a layer do not have its layout; nothing is written.
-        ValueError: a state that is no tensor, or a tensor without values.
+        ValueError: a state that is no tensor, or a tensor that is sharded, lazy, or without values.
         OSError: the file cannot be written; an existing file is unchanged.
     """
     model = unwrap(model)
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     layers = {module: paths[0] for module, paths in module_paths(model).items() if made_by(module) is not None}
+    _refuse_without_values(model)
     recorded = format_keys(model)  # skipped: ``metadata`` holds the formats
     names = names_in_files(model)
     for name, value in model.state_dict(keep_vars=True).items():
@@ -81,6 +84,20 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             adapters |= {place_name(place, name): record for name, record in adapters_record(layer).items()}
     metadata = {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}
     write_tensors(path, tensors, metadata)
+
+
+def _refuse_without_values(model: nn.Module) -> None:
+    """Raise a ValueError for a tensor of which this process has a part, or no shape yet."""
+    sharded = sharded_types()
+    for name, one in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(one):
+            path = name.rpartition(".")[0]
+            raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before save")
+        if isinstance(one, sharded):
+            raise ValueError(
+                f"{layer_name(name)} is sharded (a DTensor), and this process has a part of it: call save before "
+                "fully_shard, or save the shards with torch.distributed.checkpoint"
+            )
 
 
 def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:

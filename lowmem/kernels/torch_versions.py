@@ -8,7 +8,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["TORCH", "constant_in_graphs", "is_exporting", "leave_to_eager", "outside_of_graphs"]
+__all__ = [
+    "TORCH",
+    "ask_classes_in_graphs",
+    "constant_in_graphs",
+    "is_exporting",
+    "leave_to_eager",
+    "outside_of_graphs",
+]
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 """The version of torch, as (major, minor)."""
@@ -63,3 +70,24 @@ def constant_in_graphs(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_in_graphs
+def ask_classes_in_graphs() -> bool:
+    """Let Dynamo ask the class of a tensor where eager torch does, and it would not: of writes, and of ``abs``.
+
+    It has a list of the functions for which it asks, which lacks ``torch.relu_`` and its like. To be called in a
+    graph that is being recorded, where Dynamo has been imported.
+    """
+    import torch._dynamo.variables as variables
+
+    asked: set[Any] = getattr(variables.torch, "get_overridable_functions", set)()
+    asked.update(one for name in dir(torch) if _is_write(name) and callable(one := getattr(torch, name)))
+    kind: Any = variables.torch_function.TensorWithTFOverrideVariable
+    if hasattr(kind, "nb_absolute_impl"):
+        kind.nb_absolute_impl = lambda self, tx: self.call_method(tx, "__abs__", [], {})
+    return True
+
+
+def _is_write(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")

@@ -183,7 +183,8 @@ def on_values(function: Any, args: Any, kwargs: Any) -> Any:
     """
     target = args[0] if args else next(iter(kwargs.values()), None)
     several = target if isinstance(target, (list, tuple)) else [target]  # as torch._foreach_add_ has them
-    if (writes_in_place(function) and any(map(is_adapted, several))) or is_adapted(kwargs.get("out")):
+    writes = writes_in_place(function) or kwargs.get("inplace") is True
+    if (writes and any(map(is_adapted, several))) or is_adapted(kwargs.get("out")):
         raise RuntimeError(f"{name_of(function)} would write to {REFUSAL}")
     known: list[tuple[Any, Tensor]] = []
 

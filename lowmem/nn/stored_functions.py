@@ -141,7 +141,7 @@ def _set_data(weight: Any, value: Tensor) -> Any:
     made = value if isinstance(value, StoredTensor) else store_again(weight, value)
     if made.form != weight.form:
         raise RuntimeError(f"weight.data = ...: this weight is stored in {weight.form}, and the value in {made.form}")
-    if made.tail != weight.tail:
+    if made.tail != weight.tail and not (made.dim() == weight.dim() == 1):  # a bias for a larger vocabulary
         raise RuntimeError(
             f"weight.data = ...: this weight has rows of shape {weight.tail}, and the value of {made.tail}"
         )
@@ -149,6 +149,7 @@ def _set_data(weight: Any, value: Tensor) -> Any:
     for name, source, part in zip(weight.form.parts, sources, made.parts, strict=True):
         source.data = part.detach().view(part.shape if source.dim() == part.dim() else (*part.shape[:-1], *made.tail))
         weight.__dict__[name] = source if source.dim() == part.dim() else source.flatten(part.dim() - 1)
+    weight.tail = made.tail
     if "made_of" in weight.__dict__:
         weight.__dict__["made_of"] = sources[-1].data_ptr(), made.dtype
     with torch._C.DisableTorchFunctionSubclass():

@@ -172,7 +172,8 @@ class StoredModule(nn.Module):
                 tensor = _made(one, sources)
                 tensor.__dict__.update(sources=sources, made_of=(address, dtype))
                 _SHARED[tuple(map(id, sources))] = tensor
-            own["_forms"][name] = one._replace(rows=tuple(tensor.parts[0].shape[:-1]))  # ``weight.data =`` adds some
+            rows = tuple(tensor.parts[0].shape[:-1])
+            own["_forms"][name] = one._replace(rows=rows, tail=tensor.tail)  # ``weight.data =`` adds some
             known = own["_kept"][name] = Kept(sources, address, dtype, tensor, tensor.stored)
         return known.tensor
 

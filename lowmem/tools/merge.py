@@ -12,7 +12,7 @@ import torch
 from lowmem.errors import one_line
 from lowmem.io.adapters import load_adapter
 from lowmem.io.checkpoint import load, save
-from lowmem.tools.models import batch_of, check_links, file_path, model_factory, number, user_code
+from lowmem.tools.models import batch_of, check_links, file_path, model_factory, number, same_file, user_code
 from lowmem.tools.output import print_json, print_table, shown
 from lowmem.transforms.merge import MergeReport, merge
 from lowmem.transforms.registry import layer_name
@@ -57,6 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--model={arguments.model!r} must be module:factory, as my_models:make")
     for path in (arguments.base, arguments.adapter, arguments.out):
         check_links(path)
+    for name, source in (("BASE", arguments.base), ("ADAPTER", arguments.adapter)):
+        if same_file(source, arguments.out):
+            raise ValueError(f"OUT={str(arguments.out)!r} is {name}, which would be lost: name another file")
     inputs = None if arguments.inputs is None else batch_of(arguments.inputs)
     model = load_adapter(load(arguments.base, model_factory(arguments.model)), arguments.adapter)
     to: Any = "same format" if arguments.to is None else DTYPES[arguments.to]

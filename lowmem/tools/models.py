@@ -48,6 +48,7 @@ __all__ = [
     "positive_int",
     "recipe_of",
     "run_model",
+    "same_file",
     "seed",
     "shape",
     "size",
@@ -185,7 +186,7 @@ def run_model(name: str, run: Callable[[], Result]) -> Result:
 
 def plan_model(name: str, run: Callable[[], Plan]) -> Plan:
     """Return ``run()``, which plans the user's model; its own errors pass, any other becomes a ValueError."""
-    with user_code(f"model={name!r} cannot be planned"):
+    with user_code(f"model={name!r} cannot be planned", "; check the input's shape and dtype"):
         try:
             return run()
         except (ValueError, TypeError) as reason:
@@ -316,6 +317,11 @@ def check_links(path: Path) -> None:
     except OSError as reason:
         if reason.errno == errno.ELOOP:
             raise OSError(f"cannot open {str(path)!r}: {reason.strerror}; name a file") from reason
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths name one file that exists, also through a link."""
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _shown(text: str) -> str:

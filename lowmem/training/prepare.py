@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lowmem import kernels
 from lowmem.nn.lora import LoRALinear
@@ -56,7 +57,7 @@ def prepare_training(
         TypeError: the model is not a module.
         ValueError: an unknown ``memory``, a chunk below 1, a pattern that matches no linear layer, a model without
             parameters that train, with a forward that another library has replaced, or whose parameters are
-            inference tensors. The model is left as it was.
+            inference tensors or lazy. The model is left as it was.
     """
     check_module(model)
     if memory not in _MODES:
@@ -206,6 +207,12 @@ def _check_trains(model: nn.Module) -> None:
             f"{type(model).__name__} has no parameter that trains: convert(model, LoRA()) adds adapters, and "
             "requires_grad_(True) lets parameters train"
         )
+    for path, one in model.named_parameters():
+        if is_lazy(one):
+            raise ValueError(
+                f"{layer_name(path.rpartition('.')[0])} is lazy and has no shape yet: call the model once before "
+                "prepare_training"
+            )
     if any(one.is_inference() for one in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} was made inside torch.inference_mode(), whose tensors cannot train: make it "

@@ -36,6 +36,7 @@ from lowmem.transforms.placement import (
     place_name,
     takes_adapter,
     unnamed_places,
+    warning_of_ties,
     warning_of_unnamed,
 )
 from lowmem.transforms.refusals import refuse_layers, refuse_model
@@ -91,7 +92,8 @@ def add_adapter(
             or a model that is wrapped for several processes. The model is left as it was.
 
     Warns:
-        UserWarning: as ``convert``, of adapters that ``where`` gave to layers without naming them.
+        UserWarning: as ``convert``, of adapters that ``where`` gave to layers without naming them, and of linear
+            layers that share the weight of one that gets an adapter, and get none.
     """
     check_name(name)
     if not isinstance(technique, LoRA):
@@ -104,10 +106,9 @@ def add_adapter(
         raise ValueError(no_match_message(LoRA, model, selected, where is not None))
     placed = place_adapters(model, technique, layers, where)
     refuse_layers("add_adapter", {layer: selected[layer] for layer in placed})
-    unnamed = unnamed_places(model, placed, where)
+    unnamed, ties = unnamed_places(model, placed, where), warning_of_ties(model, placed)
     model = add_placed(model, name, placed, selected)
-    told = warning_of_unnamed(model, name, unnamed)
-    if told is not None:
+    for told in filter(None, (ties, warning_of_unnamed(model, name, unnamed))):
         warnings.warn(told, UserWarning, stacklevel=3)  # the caller of the function that one_at_a_time wraps
     return model
 

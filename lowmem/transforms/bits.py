@@ -87,13 +87,13 @@ def refuse_more_bits(
     else:
         told = f"and the least that is possible is {possible[least]:.3f}, with {text_of([least])}"
     sizes = _parameter_bytes(model, replacements)
-    dense = sorted(
-        ((sizes[id(one)], path) for path, one in model.named_parameters() if id(one) in sizes), reverse=True
-    )
-    largest = ", ".join(f"{printable(path, 80)} ({size / 2**20:.2f} MiB)" for size, path in dense[:3])
+    dense = {path: one for path, one in model.named_parameters() if id(one) in sizes}
+    names = sorted(dense, key=lambda path: -sizes[id(dense[path])])[:3]
+    largest = ", ".join(f"{printable(path, 80)} ({sizes[id(dense[path])] / 2**20:.2f} MiB)" for path in names)
+    more = any(not is_lazy(one) and one.dim() > 1 for one in dense.values())
     raise ValueError(
         f"at_most={at_most} bits a weight are out of reach: these techniques give {bits:.3f}, {told}. What stays "
-        f"dense: {largest or 'nothing'}; parameters= stores more of it"
+        f"dense: {largest or 'nothing'}; {'parameters= stores more of it' if more else 'allow more bits'}"
     )
 
 

@@ -23,7 +23,7 @@ from lowmem.transforms.gptq import Hessian, prepare_hessian, quantize_gptq
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import layer_name, parameters_to_store
 
-__all__ = ["calibrate", "evaluation_mode", "run_batch"]
+__all__ = ["calibrate", "check_batch", "evaluation_mode", "run_batch"]
 
 _DEFAULT = FourBit()
 
@@ -154,16 +154,23 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     Raises:
         TypeError: a batch of another type.
     """
+    check_batch(batch)
     if isinstance(batch, Tensor):
         return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    raise TypeError(
-        f"a batch is a {type(batch).__name__}; it must be a Tensor, a tuple or list of the model's arguments, or "
-        "a mapping of its keyword arguments"
-    )
+    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+
+
+def check_batch(batch: Any) -> None:
+    """Raise unless a batch is of a type that ``run_batch`` takes.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(batch, Tensor | Mapping | tuple | list):
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}; it must be a Tensor, a tuple or list of the model's arguments, or "
+            "a mapping of its keyword arguments"
+        )
 
 
 def _group_by_input(

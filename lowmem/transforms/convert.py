@@ -47,7 +47,13 @@ from lowmem.quant.rounding import round_to
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits
 from lowmem.transforms.libraries import import_integrations
-from lowmem.transforms.placement import takes_adapter, techniques_by_layer, unnamed_places, warning_of_unnamed
+from lowmem.transforms.placement import (
+    takes_adapter,
+    techniques_by_layer,
+    unnamed_places,
+    warning_of_ties,
+    warning_of_unnamed,
+)
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_prepared, sharded_types
 from lowmem.transforms.registry import (
     ADAPTED,
@@ -89,6 +95,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _TOLD_SHARE = 0.1  # of the bytes; convert warns if weights of more stay dense
 _FORMS: dict[type, type[Form]] = {Half: HalfForm, EightBit: EightBitForm, FourBit: FourBitForm}
+_LONG = 2**16  # numbers of a vector that is no bias or norm, whose bytes are few
 _LOCK = threading.RLock()  # held while modules are replaced, and while all of them are read
 
 
@@ -184,9 +191,12 @@ def convert(
         refuse_more_bits(model, replacements, at_most, without_values)
     paths = module_paths(model)
     refuse_layers("convert", {module: paths[module][0] for module, new in replacements.items() if bank_of(new)})
-    told = [left_dense(model, replacements, where, skip)] if type(techniques[0]) is not LoRA else []
+    first = type(techniques[0])
+    told = [] if first is LoRA else [left_dense(model, replacements, first, where, skip)]
     adapts = any(isinstance(t, LoRA) for t in techniques)
-    unnamed = unnamed_places(model, (m for m, new in replacements.items() if bank_of(new)), where) if adapts else {}
+    adapted = [layer for layer, new in replacements.items() if bank_of(new)]
+    unnamed = unnamed_places(model, adapted, where)
+    told.append(warning_of_ties(model, adapted))
     model = commit(model, replacements)
     if adapts:
         freeze_all_but_adapters(model)
@@ -412,6 +422,7 @@ def _refuse_overlap(
 def left_dense(
     model: nn.Module,
     replacements: Mapping[nn.Module, nn.Module],
+    technique: type[Technique],
     where: Callable[[str, nn.Module], bool] | None,
     skip: str | Iterable[str],
 ) -> str | None:
@@ -429,10 +440,14 @@ def left_dense(
             seen.add(id(parameter))
             size = parameter.numel() * parameter.element_size()
             total += size
-            if isinstance(base_of(module), StoredModule) or name in stored or parameter.dim() < 2:
+            if isinstance(base_of(module), StoredModule) or name in stored:
+                continue
+            if parameter.dim() < 2:
+                if module in chosen and parameter.numel() > _LONG:
+                    left[f"{type(module).__name__}.{name}: a vector: only matrices have rows to store"] += size
                 continue
             if module in chosen:
-                reason = skip_reason(FourBit, module)
+                reason = skip_reason(technique, module)
                 if reason is None and name in parameters_to_store(module):
                     reason = "it shares a weight with a module that stays dense"
                 left[f"{type(module).__name__}.{name}: {reason or 'no entry of the registry names it'}"] += size

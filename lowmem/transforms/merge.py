@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lowmem import measure
-from lowmem.errors import printable
+from lowmem.errors import describe, printable
 from lowmem.nn.adapted_module import (
     bank_of,
     base_of,
@@ -30,7 +30,7 @@ from lowmem.nn.lora import Folded, LoRALinear
 from lowmem.nn.stored import FourBitForm, StoredTensor
 from lowmem.nn.stored_module import StoredModule, copied_module
 from lowmem.quant.tensor import QuantizedTensor
-from lowmem.transforms.calibrate import evaluation_mode, run_batch
+from lowmem.transforms.calibrate import check_batch, evaluation_mode, run_batch
 from lowmem.transforms.convert import one_at_a_time, swap
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_layers, refuse_model
@@ -359,7 +359,7 @@ def _output_errors(
     handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in folded]
     try:
         with evaluation_mode(model):
-            exact = _floating(run_batch(model, inputs))
+            exact = _floating(_called(model, inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -373,6 +373,23 @@ def _output_errors(
         for others, computed_in in ((bases, dict.fromkeys(folded)), (copies, dtypes))
     ]
     return of_layers, None if None in of_model else tuple(of_model)  # type: ignore[return-value]
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    """Return a model's outputs.
+
+    Raises:
+        TypeError: the inputs are no batch.
+        ValueError: the model cannot be called with them.
+    """
+    check_batch(inputs)
+    try:
+        return run_batch(model, inputs)
+    except Exception as reason:  # whatever a model raises for inputs that it does not take
+        raise ValueError(
+            f"inputs= cannot be given to {type(model).__name__}: {describe(reason)}; pass one batch as the model "
+            "takes it, of the shapes, dtypes and device that it expects"
+        ) from reason
 
 
 def _reads(layer: nn.Module) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "takes_adapter",
     "techniques_by_layer",
     "unnamed_places",
+    "warning_of_ties",
     "warning_of_unnamed",
 ]
 
@@ -234,6 +235,30 @@ def warning_of_unnamed(model: nn.Module, name: str, places: Mapping[str, str]) -
         f"{told}{more}. skip= keeps the default and leaves more out; a where= that is true of such a layer, not of "
         "the module around it takes it without this warning"
     )
+
+
+def warning_of_ties(model: nn.Module, layers: Iterable[nn.Module]) -> str | None:
+    """Return what to warn of: layers that get an adapter beside others, without one, that share their weight.
+
+    An adapter acts in its own layer alone. Embeddings so shared are refused; of output layers, which LoRA leaves out,
+    ``where`` has named those that get one.
+
+    Args:
+        model: before the adapter is added.
+        layers: that get it.
+    """
+    adapted, paths = list(layers), module_paths(model)
+    left = output_layers(model)
+    linear = {layer: _weights(layer) for layer in paths if _computes_products(layer) and layer not in left}
+    for layer in adapted:
+        without = [one for one in linear if one not in adapted and linear[one] & linear.get(layer, set())]
+        if without and base_of(layer) not in without:
+            names = ", ".join(layer_name(paths[one][0]) for one in without)
+            return (
+                f"{layer_name(paths[layer][0])} shares its weight with {names}, which get no adapter: the one of "
+                f"{layer_name(paths[layer][0])} acts in that layer alone. Select all of them to adapt each"
+            )
+    return None
 
 
 def _computes_products(module: nn.Module) -> bool:

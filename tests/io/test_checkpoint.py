@@ -405,6 +405,26 @@ def test_loading_takes_the_4_bit_size_and_at_most_64_mib(tmp_path):
     assert size < int(shown.stdout) < size + 64 * 2**20 or int(shown.stdout) <= size
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_what_has_no_values_here_is_not_saved(tmp_path, monkeypatch):
+    class Shard(torch.Tensor):
+        pass
+
+    monkeypatch.setattr("lowmem.io.checkpoint.sharded_types", lambda: (Shard,))
+    model = convert(nn.Sequential(nn.Linear(8, 8)), FourBit())
+    model[0].weight_packed = nn.Parameter(model[0].weight_packed.detach().as_subclass(Shard), requires_grad=False)
+    for wrong, message in (
+        (
+            model,
+            r"^0.weight_packed is sharded \(a DTensor\), .* before fully_shard, or .*torch.distributed.checkpoint",
+        ),
+        (nn.Sequential(nn.LazyLinear(8)), "^0 is lazy and has no shape yet: call the model once before save"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save(wrong, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
 def test_stored_tensors_that_do_not_fit_their_layer_are_not_saved(tmp_path):
     model = convert(nn.Sequential(nn.Linear(32, 8)), FourBit())
     model[0].packed.data = model[0].packed.data[:-1].clone()

@@ -3,7 +3,7 @@
 import torch
 
 from lowmem.kernels import torch_versions
-from lowmem.kernels.torch_versions import TORCH, is_exporting, outside_of_graphs
+from lowmem.kernels.torch_versions import TORCH, ask_classes_in_graphs, is_exporting, outside_of_graphs
 
 
 class Exported(torch.nn.Module):
@@ -33,3 +33,23 @@ def test_the_compiler_stays_out_of_a_function_on_versions_that_need_it(monkeypat
     compiled = torch.compile(lambda x: (eager(x + 1) + 1, traced(x)), backend="eager")
     for got, expected in zip(compiled(x), ((x + 1).cos() + 1, x.sin()), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+class Doubled(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*(one * 2 for one in args))
+
+
+def test_a_graph_asks_the_class_of_a_tensor_where_eager_torch_does(request):
+    request.addfinalizer(torch.compiler.reset)
+
+    def run(function):
+        return function(Doubled(torch.ones(3)))
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    compiled(torch.exp)  # imports what is changed
+    assert ask_classes_in_graphs()
+    for function in (abs, torch.relu_, torch.exp):
+        torch.testing.assert_close(compiled(function), run(function))

@@ -135,6 +135,3 @@ def test_what_a_graph_cannot_do_with_it_names_the_remedy(request):
     for write in (lambda w: w.zero_(), nn.init.normal_, lambda w: torch.add(torch.ones(24, 16), 1, out=w)):
         with torch.no_grad(), pytest.raises(Exception, match=r"weight with adapters.*lowmem.merge\(model\)"):
             run(write)
-    base = model[0].base.weight.clone()
-    run(torch.relu_)  # for which Dynamo does not ask a tensor's class
-    assert torch.equal(model[0].base.weight, base)

@@ -43,6 +43,12 @@ WRITES = {
     "an index": lambda w: w[:, 0].index_fill_(0, torch.tensor([1]), 0),
     "its data": lambda w: setattr(w[:, 0], "data", torch.zeros(24)),
 }
+IN_GRAPHS = (
+    *(Tensor.zero_, nn.init.zeros_, torch.relu_, torch.sqrt_),
+    lambda w: torch._foreach_mul_([w], 2.0),
+    lambda w: F.relu(w, inplace=True),
+)
+"""Writes to a tensor, each of another kind for Dynamo."""
 FRESH = {
     "a product": lambda w: (w * 2).zero_(),
     "a copy": lambda w: w[:, 0].clone().zero_(),
@@ -126,11 +132,11 @@ def test_graphs_read_views_and_refuse_to_write_to_them(technique, request):
         torch.compiler.reset()
         return torch.compile(lambda: function(model[0].weight), fullgraph=True, backend="aot_eager")()
 
-    read = lambda w: x @ w[:, :8].T + w.view(-1)[:24] * w.flatten()[1:25]  # noqa: E731
+    read = lambda w: x @ w[:, :8].T + w.view(-1)[:24] * w.flatten()[1:25] + abs(w)[:, 0]  # noqa: E731
     torch.testing.assert_close(run(read), read(model[0].weight))
     if any(isinstance(one, LoRA) for one in technique):  # of stored ones Dynamo does not ask the class
-        for write in (lambda w: w.view(-1).zero_(), lambda w: nn.init.zeros_(w.flatten())):
-            with torch.no_grad(), pytest.raises(Exception, match=r"would write to a view.*lowmem.merge\(model\)"):
+        for write in (*IN_GRAPHS, *(lambda w, write=write: write(w.view(-1)) for write in IN_GRAPHS)):
+            with torch.no_grad(), pytest.raises(Exception, match=r"would write to a .*lowmem.merge\(model\)"):
                 run(write)
 
 

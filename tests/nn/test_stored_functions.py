@@ -1,10 +1,12 @@
 """Nothing writes to a stored weight by halves: a write is refused with its remedy, or stores anew."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from lowmem import FourBit, Half, convert
+from lowmem import FourBit, Half, convert, restore
 from lowmem.nn.stored_functions import store_again
 from tests.nn.stored_cases import store
 
@@ -93,6 +95,19 @@ def test_data_of_more_rows_changes_the_shape_for_all_that_share_the_weight():
     assert model[0].weight is model[1].weight
     assert model[1](torch.randn(3, 32)).shape == (3, 12)
     assert torch.equal(model[0](torch.arange(12)), model[1].weight.dequantize())
+
+
+def test_data_of_a_longer_bias_changes_its_length():
+    """As a decoder's, which a larger vocabulary pads."""
+    layer = convert(nn.Linear(8, 6), Half(torch.bfloat16))
+    before = layer.bias.dequantize()
+    layer.bias.data = nn.functional.pad(layer.bias.data, (0, 2))
+    layer.weight.data = torch.cat([layer.weight.dequantize(), torch.ones(2, 8)])
+    assert layer.bias.shape == layer.bias.dequantize().shape == (8,)
+    assert torch.equal(layer.bias.dequantize(), nn.functional.pad(before, (0, 2)))
+    x = torch.randn(3, 8)
+    for one in (layer, copy.deepcopy(layer), restore(copy.deepcopy(layer))):
+        torch.testing.assert_close(one(x), x @ layer.weight.dequantize().t() + layer.bias.dequantize())
 
 
 def test_data_that_cannot_be_stored_changes_nothing():

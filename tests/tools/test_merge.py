@@ -131,10 +131,18 @@ def test_a_fresh_adapter_gives_a_file_of_the_base_s_bytes(files, capsys):
     assert (files / "out.safetensors").read_bytes() == (files / "base.safetensors").read_bytes()
 
 
-def test_the_base_itself_can_be_replaced(files):
-    model, _ = expected()
-    assert main(["merge", "base.safetensors", "adapter.safetensors", "base.safetensors", *BASIC[4:]]) == 0
-    assert torch.equal(lowmem.load("base.safetensors", make)[2].packed, model[2].packed)
+def test_no_input_is_overwritten_by_any_name(files, capsys):
+    (files / "link.safetensors").symlink_to("base.safetensors")
+    (files / "other.safetensors").hardlink_to(files / "base.safetensors")
+    before = {path.name: path.read_bytes() for path in files.glob("*.safetensors")}
+    names = {"base.safetensors": "BASE", "./base.safetensors": "BASE", "link.safetensors": "BASE"}
+    names |= {"other.safetensors": "BASE", "adapter.safetensors": "ADAPTER"}
+    for out, role in names.items():
+        assert main([*BASIC[:3], out, *BASIC[4:]]) == 2
+        shown = capsys.readouterr()
+        assert shown.err.endswith(f"is {role}, which would be lost: name another file\n")
+        assert shown.err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in files.glob("*.safetensors")} == before
 
 
 @pytest.mark.parametrize(

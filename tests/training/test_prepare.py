@@ -218,6 +218,13 @@ def test_inference_tensors_are_refused():
             function(3)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_layers_are_refused():
+    model = nn.ModuleDict({"a": nn.LazyLinear(8), "b": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match="^a is lazy and has no shape yet: call the model once before prepare_train"):
+        prepare_training(model)
+
+
 def test_a_part_that_was_prepared_is_released_with_the_whole():
     inner = prepare_training(make(), "lean")
     whole = nn.Sequential(inner)

@@ -87,6 +87,8 @@ def test_the_least_is_that_of_what_where_skip_and_parameters_select():
     with pytest.raises(ValueError, match=r"give 32\.000, and the least that is possible is 4\.250, with FourBit\("):
         convert(model, LoRA(2), at_most=4.5)
     assert bits_of(model, FourBit(block_size=4096, scales="float16")) == 4.25
+    with pytest.raises(ValueError, match=r"dense: bias \(0\.00 MiB\); allow more bits$"):  # no technique stores it
+        convert(nn.Linear(64, 64), FourBit(), at_most=4.1)
 
 
 def test_the_text_of_techniques_makes_them_again():

@@ -697,6 +697,12 @@ def test_a_large_dense_share_is_told_once_with_its_reasons():
     ) as seen:
         convert(Table(), FourBit())
     assert len(seen) == 1
+    with pytest.warns(UserWarning, match="Table.positions: Half has no form of it"):
+        convert(Table(), Half())
+    long = nn.Sequential(nn.Linear(8, 8))
+    long.register_parameter("flat", nn.Parameter(torch.zeros(2**16 + 1)))
+    with pytest.warns(UserWarning, match="^100% of .*: 100% Sequential.flat: a vector: only matrices have rows"):
+        convert(long, FourBit())
     for quiet in (
         lambda: convert(Table(1), FourBit()),  # less than a tenth
         lambda: convert(Table(), FourBit(), where=lambda path, _: path == "head"),  # asked for

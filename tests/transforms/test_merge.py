@@ -355,7 +355,13 @@ def test_an_adapter_that_was_merged_reversibly_is_reported_against_its_own_base(
         *(({"at_most": v}, ValueError, f"at_most={v!r} must be a number") for v in (-1, True, "1", float("nan"))),
         ({"inputs": torch.ones(1, 8)}, ValueError, "inputs= measure errors for report=True or at_most="),
         ({"inputs": 3, "report": True}, TypeError, "a batch is a int; it must be a Tensor"),
-        ({"inputs": torch.ones(1, 7), "report": True}, RuntimeError, "7"),
+        (
+            {"inputs": torch.ones(1, 7), "report": True},
+            ValueError,
+            r"inputs= cannot be given to .*: RuntimeError: .*7",
+        ),
+        ({"inputs": torch.ones(1, 8).long(), "report": True}, ValueError, "inputs= cannot be given to .* dtypes and"),
+        ({"inputs": {"y": torch.ones(1, 8)}, "report": True}, ValueError, "inputs= cannot be given to .*TypeError"),
     ],
 )
 def test_bad_arguments_are_named_and_the_model_stays(options, kind, message):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, summary
+from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, merge, summary
 from lowmem.transforms.placement import output_layers, place_adapters, techniques_by_layer
 from tests.test_any_model import Experts
 
@@ -128,6 +128,34 @@ def test_an_embedding_tied_to_another_is_no_output_layer():
     model.twin = nn.Embedding(50, 16)
     model.twin.weight = model.tokens.weight
     assert output_layers(model) == {}
+
+
+@every_storage
+def test_an_adapter_on_one_of_two_linear_layers_with_one_weight_says_so(stored):
+    """It acts in its own layer, and there alone; two adapters act each in its own."""
+    told = "^q shares its weight with v, which get no adapter: the one of q acts in that layer alone. Select all"
+
+    def make():
+        model = Body()
+        model.q.weight = model.v.weight
+        model.v.bias.data.copy_(model.q.bias)
+        return convert(model, *STORED[stored]) if STORED[stored] else model
+
+    one = lambda path, _: path == "q"  # noqa: E731
+    for add in (lambda m: convert(m, LoRA(2), where=one), lambda m: add_adapter(m, "mine", LoRA(2), skip="v")):
+        model = make()
+        with pytest.warns(UserWarning, match=told) as caught:
+            add(model)
+        assert len(caught) == 1
+        assert adapted(model) == ["q"]
+    both = convert(make(), LoRA(2))  # warns of nothing
+    assert adapted(both) == ["q", "v"]
+    nn.init.normal_(both.v.lora_b)
+    x = torch.randn(3, 16)
+    assert not torch.equal(both.v(x), both.q(x))
+    assert torch.equal(both.v.base(x), both.q.base(x))
+    with pytest.raises(ValueError, match="v shares its weight with q, and their merged weights would differ"):
+        merge(both)
 
 
 @pytest.mark.parametrize("techniques", [(LoRA(2),), (FourBit(), LoRA(2))], ids=["lora", "qlora"])

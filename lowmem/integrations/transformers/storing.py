@@ -52,7 +52,7 @@ class Storing:
         if isinstance(technique, FourBit) and not isinstance(technique.format, str):
             shapes = replace(technique, format=technique.format[0])  # which one is chosen does not change the shapes
         made: dict[Any, Any] = rebuild_all(model, (technique,), None, skip, None, lambda _: shapes.skeleton)
-        self.warning = left_dense(model, made, None, skip)
+        self.warning = left_dense(model, made, type(technique), None, skip)
         self._skeletons: dict[nn.Module, StoredModule] = made
         self._paths: dict[nn.Module, str] = {}
         self._weights: dict[nn.Module, dict[str, Any]] = {module: {} for module in made}
