@@ -1,23 +1,27 @@
-"""Resident memory of ``from_pretrained`` of transformers, while it stores a model's weights in 4 or 16 bits.
+"""Resident memory of ``from_pretrained`` of transformers, while it stores a model's weights, or keeps 4-bit ones.
 
-    python -m benchmarks.folders    makes a model of 709 MiB in a temporary folder, and loads it in fresh processes
+    python -m benchmarks.folders    makes models of 709 MiB in a temporary folder, and loads them in fresh processes
 
-It fails where the high-water mark (``VmHWM``) passes the stored model, the largest tensor (with its copy, where
-``dtype=`` casts it), and ``CONSTANT``: no more than one dense tensor is ever there.
+"exact" loads one that another program's file or folder has in 4 bits, whose codes are kept. It fails where the
+high-water mark (``VmHWM``) passes the stored model, the largest tensor in float32 (with its copy, where ``dtype=``
+casts it), and ``CONSTANT``: no more than one dense tensor is ever there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+import lowmem
 from benchmarks.resident import ROOT, _record, environment, map_libraries, steady
 from lowmem import FourBit, Half, measure
 from lowmem.nn.stored_module import StoredModule
@@ -25,8 +29,11 @@ from lowmem.nn.stored_module import StoredModule
 CONSTANT = 8  # MiB: names and modules, the scratch of the quantizer, and a tensor that stays dense
 TECHNIQUES = {"nf4": FourBit("nf4"), "bof4s": FourBit("bof4s"), "bfloat16": Half(torch.bfloat16)}
 CASES = (("nf4", "float32"), ("nf4", "bfloat16"), ("bof4s", "float32"), ("bfloat16", "float32"))
+EXACT_DTYPES = ("float32", "bfloat16")
 SIZES = {"n_embd": 1024, "n_layer": 12, "vocab_size": 32768}
 SMALL = {"n_embd": 64, "n_layer": 1, "vocab_size": 128}
+EXACT = {"gguf": "q4_0", "bitsandbytes": "nf4", "compressed-tensors": "q4_0"}
+"""What "exact" loads, and lowmem's format of which it is made."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +61,64 @@ def make(folder: Path, sizes: dict[str, int]) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="200MB")
 
 
+def make_exact(folder: Path, sizes: dict[str, int]) -> None:
+    """Write a Llama with random weights and tied ends in each of ``EXACT``; GGUF has the embedding in 4 bits, too."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden = sizes["n_embd"]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=sizes["n_layer"],
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=sizes["vocab_size"],
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    for kind, format in EXACT.items():
+        torch.manual_seed(0)
+        stored = folder / f"{kind}-stored"
+        lowmem.convert(LlamaForCausalLM(config), FourBit(format, 32, "float16")).save_pretrained(stored)
+        (folder / kind).mkdir()
+        out = folder / kind / "model.gguf" if kind == "gguf" else folder / kind / "folder"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it has no tokenizer
+            lowmem.export(stored, out, format=kind)
+        shutil.rmtree(stored)
+
+
 def load(folder: Path, technique: str, dtype: str) -> Loaded:
-    """Load a folder in this process, which ``make`` and ``load`` of a small one have warmed."""
+    """Load a folder in this process, which ``make`` and ``load`` of a small one have warmed.
+
+    Args:
+        folder: of the model; of "exact" one of ``make_exact``.
+        technique: one of ``TECHNIQUES``, or "exact: " and one of ``EXACT``.
+        dtype: of the model.
+    """
     from transformers import AutoModelForCausalLM
 
     from lowmem.integrations.transformers import LowmemConfig
 
     figures: dict[str, float] = {}
-    config = LowmemConfig(TECHNIQUES[technique])
+    config = LowmemConfig(TECHNIQUES.get(technique, "exact"))
+    kind = technique.partition(": ")[2]
+    folder = folder if not kind else folder / kind / ("" if kind == "gguf" else "folder")
+    more = {"gguf_file": "model.gguf"} if kind == "gguf" else {}
     model = _record(
         figures,
         "load",
         lambda: AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=config, dtype=getattr(torch, dtype), local_files_only=True
+            folder, quantization_config=config, dtype=getattr(torch, dtype), local_files_only=True, **more
         ),
     )
-    largest = max(
+    stored = [
         module.stored_size(name)
         for module in model.modules()
         if isinstance(module, StoredModule)
         for name in module.forms
-    )
+    ]
+    largest = max(*stored, model.get_input_embeddings().weight.numel())
     size = 4 if dtype == "float32" else 4 + getattr(torch, dtype).itemsize  # the folder's, and that of a cast copy
     return Loaded(technique, dtype, figures["load_peak"], measure.actual_bytes(model) / 2**20, largest * size / 2**20)
 
@@ -104,13 +148,16 @@ def main(arguments: list[str] | None = None) -> int:
         folder, small = Path(name) / "model", Path(name) / "small"
         make(folder, SIZES)
         make(small, SMALL)
+        make_exact(folder, SIZES)
+        make_exact(small, SMALL)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         print(f"{size / 2**20:.0f} MiB of float32 weights")
-        for case in CASES:
+        exact = [(f"exact: {kind}", dtype) for kind in EXACT for dtype in EXACT_DTYPES]
+        for case in (*CASES, *exact):
             found = _in_process(folder, small, *case)
             failed |= found.beyond > CONSTANT
             print(
-                f"{found.technique:<9} loaded as {found.dtype:<9} peak {found.peak:7.1f} MiB = "
+                f"{found.technique:<26} loaded as {found.dtype:<9} peak {found.peak:7.1f} MiB = "
                 f"stored {found.stored:6.1f} "
                 f"+ largest tensor {found.largest:6.1f} + {found.beyond:5.1f} (at most {CONSTANT})"
             )

@@ -119,12 +119,12 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         after ``convert``, even if they were frozen later.
 
     Raises:
-        TypeError: ``factory`` is not callable, or returned no module.
+        TypeError: ``factory`` is not callable, is a module itself, or returned none.
         FileError: the file is damaged, of another kind or version, or holds another model than ``factory`` makes: the
             layers, names, shapes or dtypes that differ are named.
         OSError: the file cannot be read.
     """
-    if not callable(factory):
+    if not callable(factory) or isinstance(factory, nn.Module):  # a module is callable, with its inputs
         raise TypeError(f"factory={type(factory).__name__} must be a callable that makes the model")
     file = read_model(path)
     try:

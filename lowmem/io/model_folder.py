@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from lowmem.errors import refusal
-from lowmem.io.atomic import open_regular, write_errors
+from lowmem.errors import refusal, show
+from lowmem.io.atomic import open_regular, read_errors, write_errors
 from lowmem.io.shards import INDEX, read_index
 
 __all__ = ["WEIGHTS", "copy_others", "weights_in"]
 
 WEIGHTS = "model.safetensors"
 
-_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
+_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", INDEX)
 """Ends of the names of weights, in any format."""
+
+MAX_FILES = 10_000  # that are copied beside the weights
+MAX_BYTES = 2**32
+MAX_DEPTH = 16  # folders in each other
 
 
 def weights_in(folder: Path, action: str = "read") -> Path:
@@ -43,19 +47,56 @@ def weights_in(folder: Path, action: str = "read") -> Path:
 
 
 def copy_others(folder: Path, target: Path, out: Path, leave: Collection[str]) -> None:
-    """Copy the files of a folder that are no weights, as those of its tokenizer.
+    """Copy the files of a folder that are no weights, as those of its tokenizer, with those of folders in it.
+
+    Hidden folders are left, and those that hold weights: they are other models, such as checkpoints of a training.
+    Links are followed to files of the folder, and in the hub's cache to files of the same repository: a copy of what
+    a link names elsewhere might be published.
 
     Args:
-        folder: from where; what is in folders inside it stays.
+        folder: from where.
         target: an existing folder.
         out: what errors call the target.
-        leave: names of files that are not copied.
+        leave: names of files that are not copied; in inner folders they are.
 
     Raises:
+        FileError: a link to a file elsewhere; or more files, bytes or folders in each other than any model has.
         OSError: a file cannot be read or written.
     """
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name in leave or file.name.endswith(_FORMATS):
-            continue
-        with open_regular(file) as source, write_errors(out), open(target / file.name, "xb") as copy:
-            shutil.copyfileobj(source, copy)
+    root = folder.resolve()
+    owned = root.parents[1] if root.parent.name == "snapshots" else root  # models--a--b/{snapshots/12ab,blobs}
+    apart = {target.resolve(), out.resolve()}
+    files = nbytes = 0
+    for file, inside in _others(folder, Path(), apart, frozenset(leave)):
+        if not file.resolve().is_relative_to(owned):
+            why = f"{show(inside.as_posix())} is a link to a file outside of it: copy the file itself into it"
+            raise refusal(folder, why, "copy")
+        files, nbytes = files + 1, nbytes + file.stat().st_size
+        for count, most, what in ((files, MAX_FILES, "files"), (nbytes, MAX_BYTES, "bytes")):
+            if count > most:
+                why = f"it has more than {most} {what} that are no weights, with {show(inside.as_posix())}"
+                raise refusal(folder, f"{why}; move what is not the model's elsewhere", "copy")
+        with open_regular(file) as source, write_errors(out):
+            (target / inside).parent.mkdir(parents=True, exist_ok=True)
+            with open(target / inside, "xb") as copy:
+                shutil.copyfileobj(source, copy)
+
+
+def _others(
+    folder: Path, inside: Path, apart: Collection[Path], leave: Collection[str]
+) -> Iterator[tuple[Path, Path]]:
+    """Yield the files of a folder that are no weights, and their paths from the outermost one."""
+    if len(inside.parts) > MAX_DEPTH:
+        why = f"it has more than {MAX_DEPTH} folders deep in each other, at {show(inside.as_posix())}"
+        raise refusal(folder, f"{why}; move what is not the model's elsewhere", "copy")
+    with read_errors(folder):
+        found = sorted(folder.iterdir())
+    if inside.parts and any(file.name.endswith(_FORMATS) for file in found):
+        return
+    for file in found:
+        own = inside / file.name
+        if file.is_dir():
+            if not file.name.startswith(".") and not file.is_symlink() and file.resolve() not in apart:
+                yield from _others(file, own, apart, ())
+        elif file.is_file() and file.name not in leave and not file.name.endswith(_FORMATS):
+            yield file, own

@@ -99,7 +99,8 @@ def _to_folder(arguments: argparse.Namespace) -> list[ImportedRow]:
     """
     from lowmem.integrations.transformers.folder import import_folder
 
-    return import_folder(arguments.source, arguments.target, shard_bytes=arguments.shard_size)
+    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
+    return import_folder(arguments.source, arguments.target, shard_bytes=arguments.shard_size, dtype=dtype)
 
 
 def _cells(row: ImportedRow) -> list[str]:

@@ -56,9 +56,7 @@ def _of_kept_file(option: str, given: frozenset[str]) -> str | None:
 
 
 def _of_kept_folder(option: str, given: frozenset[str]) -> str | None:
-    if option == "dtype":
-        return "from_pretrained(OUT, dtype=) says it of a folder: leave it out"
-    if option == "shard_size":
+    if option in ("shard_size", "dtype"):
         return None
     return "a folder keeps all codes of another program: name OUT.safetensors, or leave it out"
 

@@ -86,3 +86,12 @@ def llama_cpp(path: Path) -> Iterator[LlamaCpp]:
         yield loaded
     finally:
         loaded.close()
+
+
+def quantize_model(source: Path, target: Path, kind: int) -> None:
+    """Write a file as llama.cpp's own quantizer does; ``kind`` is a number of ``llama_ftype``."""
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    settings = get_ffi().new("llama_model_quantize_params *", get_lib().llama_model_quantize_default_params())
+    settings.ftype, settings.nthread = kind, 1
+    assert get_lib().llama_model_quantize(str(source).encode(), str(target).encode(), settings) == 0

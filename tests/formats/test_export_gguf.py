@@ -12,6 +12,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: tox -
 pytest.importorskip("gguf", reason="gguf is not installed: tox -e formats")
 pytest.importorskip("llama_cpp_py_sync", reason="llama-cpp-py-sync is not installed: tox -e formats")
 
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -34,7 +35,7 @@ import lowmem.integrations.transformers
 from lowmem.__main__ import main
 from lowmem.io.export.gguf_tokenizer import PRE_TOKENIZERS
 from lowmem.io.export.source import open_stored
-from tests.formats.llama_cpp import llama_cpp
+from tests.formats.llama_cpp import llama_cpp, quantize_model
 from tests.formats.smollm2 import smollm2
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
@@ -240,6 +241,47 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(name, tmp_path):
     with llama_cpp(tmp_path / "out.gguf") as loaded:
         for text in texts("first" in name):
             assert loaded.tokens(text, special=False) == tokenizer(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("kind", [15, 30], ids=["Q4_K_M", "IQ4_XS"])
+def test_superblocks_that_llama_cpp_makes_come_back_as_they_were(kind, tmp_path):
+    """Its own quantizer's file, read and stored by lowmem, and exported: the same bytes, and the same logits."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 3}
+    LlamaForCausalLM(LlamaConfig(**{**SMALL, **sizes})).save_pretrained(tmp_path / "in")
+    lowmem.export(tmp_path / "in", tmp_path / "dense.gguf")
+    quantize_model(tmp_path / "dense.gguf", tmp_path / "theirs.gguf", kind)
+    assert main(["quantize", str(tmp_path / "theirs.gguf"), str(tmp_path / "stored")]) == 0
+    rows = lowmem.export(tmp_path / "stored", tmp_path / "ours.gguf")
+    assert all(row.error is None for row in rows)
+    import gguf
+
+    theirs, ours = (
+        {one.name: one for one in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors} for name in ("theirs", "ours")
+    )
+    same = [name for name, one in theirs.items() if one.tensor_type == ours[name].tensor_type]
+    assert {theirs[name].tensor_type.name for name in theirs.keys() - same} <= {"Q5_K", "Q6_K"}  # which become dense
+    assert sum(theirs[name].tensor_type.name in ("Q4_K", "IQ4_XS") for name in same) > 10
+    for name in same:
+        assert theirs[name].data.tobytes() == ours[name].data.tobytes(), name
+    with llama_cpp(tmp_path / "ours.gguf") as loaded:
+        assert loaded.logits([1, 2, 3]).isfinite().all()
+    assert main(["quantize", str(tmp_path / "theirs.gguf"), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("stored", "half"))
+    for name, value in whole.items():
+        assert torch.equal(half[name], value.bfloat16() if value.dtype == torch.float32 else value), name
+
+
+def test_what_transformers_cannot_make_a_config_of_says_what_to_do(tmp_path, capsys):
+    model = lowmem.convert(model_of("smollm3"), lowmem.FourBit("q4_0", block_size=32))
+    model.save_pretrained(tmp_path / "in")
+    lowmem.export(tmp_path / "in", tmp_path / "a.gguf")
+    assert main(["quantize", str(tmp_path / "a.gguf"), str(tmp_path / "out")]) == 2
+    assert "not supported yet.; lowmem quantize FILE OUT.safetensors needs no config" in capsys.readouterr().err
+    assert main(["quantize", str(tmp_path / "a.gguf"), str(tmp_path / "out.safetensors")]) == 0
+    again = lowmem.load(tmp_path / "out.safetensors", lambda: model_of("smollm3"))
+    with torch.no_grad():
+        assert torch.equal(again(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
 
 
 def test_smollm2_comes_back_as_it_was(tmp_path):

@@ -25,15 +25,62 @@ def test_the_weights_are_a_file_or_an_index_and_never_both(tmp_path):
 
 
 def test_what_is_no_weight_is_copied(tmp_path):
-    source, target = tmp_path / "in", tmp_path / "part"
-    (source / "inner").mkdir(parents=True)
-    target.mkdir()
-    for name in ("tokenizer.json", "größe.txt", "a.bin", "b.onnx", INDEX, "config.json", "inner/c.txt"):
+    source = tmp_path / "in"
+    templates, pooling, checkpoint = "additional_chat_templates", "1_Pooling", "checkpoint-5"
+    target = source / ".out-part"  # beside OUT, which may lie in the folder itself
+    kept = ["größe.txt", "tokenizer.json", f"{templates}/a/b.jinja", f"{pooling}/config.json"]
+    left = ["a.bin", "b.onnx", "b.onnx_data", INDEX, "config.json", ".git/HEAD", ".out-part/x.txt", "out/y.txt"]
+    left += [f"{checkpoint}/model.safetensors", f"{checkpoint}/tokenizer.json", f"{checkpoint}/inner/c.txt"]
+    for name in kept + left:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
     (source / "gone.txt").symlink_to("nowhere")
-    copy_others(source, target, tmp_path / "out", ("config.json",))
-    assert sorted(file.name for file in target.iterdir()) == ["größe.txt", "tokenizer.json"]
-    assert all(file.read_text() == file.name for file in target.iterdir())
+    (source / "again").symlink_to(source, target_is_directory=True)
+    (source / "linked.txt").symlink_to("größe.txt")
+    copy_others(source, target, source / "out", ("config.json",))
+    found = {file.relative_to(target).as_posix(): file for file in target.rglob("*") if file.is_file()}
+    assert sorted(found) == sorted([*kept, "linked.txt", "x.txt"])
+    assert all(found[name].read_text() == name for name in kept)
+    assert not found["linked.txt"].is_symlink()
+
+
+def test_links_lead_nowhere_else_but_into_the_cache_of_the_hub(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("key")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "12ab"
+    blobs = snapshot.parents[1] / "blobs"
+    for folder in (snapshot / "inner", blobs, tmp_path / "one", tmp_path / "two"):
+        folder.mkdir(parents=True)
+    (blobs / "34cd").write_text("text")
+    (snapshot / "inner" / "a.txt").symlink_to(blobs / "34cd")
+    copy_others(snapshot, tmp_path / "one", tmp_path / "out", ())
+    assert (tmp_path / "one" / "inner" / "a.txt").read_text() == "text"
+    for place in (snapshot / "b.txt", snapshot / "inner" / "b.txt"):
+        place.symlink_to(secret)
+        with pytest.raises(FileError, match=r"b\.txt.*outside.*copy the file itself"):
+            copy_others(snapshot, tmp_path / "two", tmp_path / "out", ())
+        place.unlink()
+    assert not [*(tmp_path / "two").rglob("b.txt")]
+
+
+def test_it_is_bounded(tmp_path, monkeypatch):
+    source = tmp_path / "in"
+    (source / "a" / "b" / "c").mkdir(parents=True)
+    (source / "a" / "x.txt").write_text("1234")
+    (source / "a" / "b" / "c" / "y.txt").write_text("1234")
+    for name, limit, says in (
+        ("MAX_FILES", 1, "more than 1 files"),
+        ("MAX_BYTES", 7, "more than 7 bytes"),
+        ("MAX_DEPTH", 2, "more than 2 folders deep"),
+    ):
+        (tmp_path / name).mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lowmem.io.model_folder.{name}", limit)
+            with pytest.raises(FileError, match=f"{says}.*move"):
+                copy_others(source, tmp_path / name, tmp_path / "out", ())
+    (tmp_path / "all").mkdir()
+    copy_others(source, tmp_path / "all", tmp_path / "out", ())
+    assert len([*(tmp_path / "all").rglob("*.txt")]) == 2
 
 
 def test_a_file_that_cannot_be_read_is_named_and_not_the_target(tmp_path, monkeypatch):

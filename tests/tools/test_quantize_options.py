@@ -29,7 +29,7 @@ HEEDED = {
     "a dense file": TECHNIQUE | {"include", "exclude", "shard_size"},
     "a dense folder": TECHNIQUE | {"exclude", "shard_size"},
     "another program's, to a file": {"include", "shard_size", "requantize", "dtype"},
-    "another program's, to a folder": {"shard_size"},
+    "another program's, to a folder": {"shard_size", "dtype"},
 }
 """By the kind of input, the options that mean something when they are given alone."""
 

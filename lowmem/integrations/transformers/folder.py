@@ -6,13 +6,15 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem.errors import FileError, describe, one_line, reason, refusal, show
+from lowmem.integrations.transformers.checking import LAYERS
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.loading import checked
 from lowmem.io.atomic import atomic_folder, check_free
@@ -27,7 +29,6 @@ from lowmem.nn.stored_module import StoredModule
 
 __all__ = ["check", "import_folder", "load_folder", "load_gguf", "quantize_folder"]
 
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 WRITTEN = ("config.json", "generation_config.json")  # by save_pretrained
 
 
@@ -54,17 +55,20 @@ def _refuse_layers(file: Path, config: Any, tensors: int) -> None:
         FileError: it has; or a number that is none.
     """
     for name, value in config.items() if isinstance(config, dict) else ():
-        if name in _LAYERS and isinstance(value, int) and value > tensors:
+        if name in LAYERS and isinstance(value, int) and value > tensors:
             raise refusal(file, f"{name}={show(value)}, and the folder has {tensors} tensors; get it again")
         _refuse_layers(file, value, tensors)
 
 
-def load_folder(folder: Path, config: LowmemConfig | None = None) -> nn.Module:
+def load_folder(
+    folder: Path, config: LowmemConfig | None = None, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> nn.Module:
     """Return the model of a folder, in the class that its config names, in evaluation mode. No code of it is run.
 
     Args:
         folder: as ``save_pretrained`` writes it; dense, or stored by lowmem.
         config: how to store it while it is loaded; None: as it is.
+        dtype: of what is dense, and of what the rest computes in; "auto": as the folder has it.
 
     Raises:
         FileError: as ``check``; or a class that transformers does not have, a model that it cannot load, or one that
@@ -83,7 +87,7 @@ def load_folder(folder: Path, config: LowmemConfig | None = None) -> nn.Module:
     with _loading(folder), checked():
         model: nn.Module
         model, info = kind.from_pretrained(
-            folder, quantization_config=config, dtype="auto", local_files_only=True, output_loading_info=True
+            folder, quantization_config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     _refuse_differing(folder, name, "lacks", info["missing_keys"])
     if config is not None:  # what is left out would be lost
@@ -91,8 +95,8 @@ def load_folder(folder: Path, config: LowmemConfig | None = None) -> nn.Module:
     return model
 
 
-def load_gguf(file: Path) -> nn.Module:
-    """Return the causal language model of a GGUF file, its 4-bit codes as they are, in float32 and evaluation mode.
+def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return the causal language model of a GGUF file, its 4-bit codes as they are, in ``dtype`` and evaluation mode.
 
     Raises:
         FileError: the file is damaged, has weights that cannot be kept exactly, or is of a model that transformers
@@ -101,12 +105,13 @@ def load_gguf(file: Path) -> nn.Module:
     """
     with open_foreign(file):
         pass  # transformers' own reader gives other errors for damaged files, if any
-    with _loading(file):
+    with _loading(file, "; lowmem quantize FILE OUT.safetensors needs no config of transformers"):
         model: nn.Module
         model, info = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             quantization_config=LowmemConfig(EXACT),
+            dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -116,7 +121,9 @@ def load_gguf(file: Path) -> nn.Module:
     return model
 
 
-def import_folder(source: Path, target: Path, *, shard_bytes: int | None = None) -> list[ImportedRow]:
+def import_folder(
+    source: Path, target: Path, *, shard_bytes: int | None = None, dtype: torch.dtype | None = None
+) -> list[ImportedRow]:
     """Write a folder that ``from_pretrained`` loads, with another program's 4-bit codes as they are.
 
     Args:
@@ -124,6 +131,7 @@ def import_folder(source: Path, target: Path, *, shard_bytes: int | None = None)
             metadata become config and tokenizer, where transformers can read one from it.
         target: where nothing is yet.
         shard_bytes: the most bytes of tensors per file; None: transformers' own limit.
+        dtype: to which what is dense is rounded; None: as the folder has it, or float32 of a GGUF file.
 
     Returns:
         A row for each parameter, sorted by name; tied ones have one.
@@ -139,10 +147,10 @@ def import_folder(source: Path, target: Path, *, shard_bytes: int | None = None)
         kind = file.kind
     if source.is_dir():
         check(source)
-        model = load_folder(source, LowmemConfig(EXACT))
+        model = load_folder(source, LowmemConfig(EXACT), dtype or "auto")
         _write(model, source, target, shard_bytes)
     else:
-        model = load_gguf(source)
+        model = load_gguf(source, dtype or torch.float32)
         _write(model, None, target, shard_bytes, _tokenizer_in(source))
     found = []
     for row in sorted(_rows(model), key=lambda row: row.name):
@@ -226,7 +234,7 @@ def _write(model: Any, source: Path | None, target: Path, shard_bytes: int | Non
 
 
 @contextmanager
-def _loading(path: Path) -> Iterator[None]:
+def _loading(path: Path, remedy: str = "") -> Iterator[None]:
     """Turn an error of transformers, whose libraries have no common class of them, into one that names the folder."""
     try:
         with _without_bars():
@@ -234,7 +242,7 @@ def _loading(path: Path) -> Iterator[None]:
     except (FileError, OSError, ImportError, MemoryError):  # these say it
         raise
     except Exception as error:
-        raise refusal(path, one_line(reason(error)), "load") from error
+        raise refusal(path, one_line(reason(error)) + remedy, "load") from error
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Lets ``from_pretrained`` take ``LowmemConfig("exact")``: for folders of other programs, and for GGUF files.
 
 transformers asks which quantizer a folder needs by the config.json alone, refuses one for a GGUF file, and reads
-tensors from the folder's files. Both functions are wrapped; for all other loads they do what they did.
+tensors from the folder's files. It forgets what config.json says where None is given for it. These functions are
+wrapped; for all other loads they do what they did.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, modeling_utils
+from transformers import AutoConfig, PreTrainedModel, modeling_utils
 
-from lowmem.errors import show
+from lowmem.errors import FileError, show
+from lowmem.integrations.transformers.checking import check_index, refuse_layers, refuse_unread, refuse_untold
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.fitting import refuse_unfitting, shapes_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
@@ -25,14 +28,17 @@ __all__ = ["checked", "install"]
 def install() -> None:
     """Wrap the functions of transformers."""
     choose, load = modeling_utils.get_hf_quantizer, PreTrainedModel._load_pretrained_model
+    read = AutoConfig.from_pretrained.__func__
 
     @wraps(choose)
     def get_hf_quantizer(
         config: Any, quantization_config: Any, device_map: Any, *args: Any, gguf_file: Any = None, **kwargs: Any
     ) -> Any:
+        method = _method_of(config)
+        if method == METHOD or isinstance(quantization_config, LowmemConfig):
+            refuse_layers(config.to_dict())
         if not isinstance(quantization_config, LowmemConfig):
             return choose(config, quantization_config, device_map, *args, gguf_file=gguf_file, **kwargs)
-        method = _method_of(config)
         if quantization_config.technique == EXACT and (method != METHOD or gguf_file is not None):
             return _exact(config, quantization_config, device_map)
         _refuse(method, gguf_file)
@@ -47,12 +53,22 @@ def install() -> None:
         if exact is not None:
             refuse_unfitting(model, dict.fromkeys(exact.state), exact.nbytes, load_config.weight_mapping or [])
             state_dict = exact.state
-        elif _CHECKED.get() or isinstance(quantizer, LowmemQuantizer):
-            files = checkpoint_files or [""]
-            if state_dict is None and all(file.endswith(".safetensors") for file in files):
-                refuse_unfitting(model, *shapes_of(files), load_config.weight_mapping or [])
+        elif (
+            state_dict is None and checkpoint_files and all(one.endswith(".safetensors") for one in checkpoint_files)
+        ):
+            _check(model, checkpoint_files, quantizer, load_config.weight_mapping or [])
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
+    @wraps(read)
+    def config_from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("quantization_config", METHOD) is None:
+            own = {name: value for name, value in kwargs.items() if name != "quantization_config"}
+            found = read(cls, *args, **own)
+            if _method_of(found[0] if isinstance(found, tuple) else found) == METHOD:
+                return found
+        return read(cls, *args, **kwargs)
+
+    AutoConfig.from_pretrained = classmethod(config_from_pretrained)
     modeling_utils.get_hf_quantizer = get_hf_quantizer
     PreTrainedModel._load_pretrained_model = staticmethod(load_pretrained_model)
 
@@ -79,6 +95,28 @@ def _method_of(config: Any) -> str | None:
         return None
     method = found.get("quant_method", "bitsandbytes") if isinstance(found, dict) else found.quant_method
     return str(getattr(method, "value", method))
+
+
+def _check(model: Any, files: list[str], quantizer: Any, conversions: list[Any]) -> None:
+    """Refuse files that are not those of the model, or not what their folder says.
+
+    Raises:
+        FileError, OSError, ValueError: as the functions of ``checking`` and ``fitting``.
+    """
+    is_ours = isinstance(quantizer, LowmemQuantizer)
+    try:
+        shapes, nbytes = shapes_of(files)
+    except FileError:
+        if not is_ours and not _CHECKED.get():
+            return  # transformers may read more than lowmem does
+        raise
+    if is_ours or _CHECKED.get():
+        check_index(files)
+        refuse_unfitting(model, shapes, nbytes, conversions)
+    if is_ours and quantizer.pre_quantized:
+        refuse_untold(shapes, quantizer.quantization_config)
+    elif not getattr(quantizer, "pre_quantized", False):
+        refuse_unread(Path(files[0]).parent, shapes)
 
 
 def _exact(config: Any, asked: LowmemConfig, device_map: Any) -> tuple[Any, Any, Any]:

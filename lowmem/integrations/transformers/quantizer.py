@@ -21,6 +21,7 @@ from lowmem.integrations.transformers.storing import Storing
 from lowmem.io.container import open_checkpoint
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapted_module import bank_of
+from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.gathered_weight import check_order
@@ -31,8 +32,10 @@ from lowmem.transforms.convert import freeze_all_but_adapters, restore
 
 __all__ = ["LowmemQuantizer"]
 
-# Asked by the functions with which transformers initializes what a folder lacks; stored weights are never that.
+# Asked by the functions with which transformers initializes what a folder lacks; stored weights are never that, and
+# those with adapters are computed.
 StoredTensor._is_hf_initialized = True  # type: ignore[attr-defined]
+AdaptedWeight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 class _Store(ConversionOps):  # type: ignore[misc]

@@ -1,11 +1,13 @@
 """Linear layers as compressed-tensors has them: integers ("pack-quantized") and MXFP4 ("mxfp4-pack-quantized").
 
 ``lowmem.io.foreign.compressed_tensors`` reads them, and says how they lie. A layer becomes integers where its levels
-are those of "q4_0", and MXFP4 where they are those of "fp4" and all scales are 6 times powers of two.
+are those of "q4_0", or of "uint4" with offsets that are zero points times scales, and MXFP4 where they are those of
+"fp4" and all scales are 6 times powers of two.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem.io.export.exported import Exported
-from lowmem.io.export.packing import Packed, Packing, codes_of, scales_of, uniform_block
+from lowmem.io.export.packing import Packed, Packing, codes_of, offsets_of, scales_of, uniform_block
 from lowmem.io.export.quantized_folder import write_folder
 from lowmem.io.foreign.tensor import E2M1_CODES, power_scales
 from lowmem.nn.fourbit import FourBit
@@ -29,6 +31,11 @@ _GROUPS = (32, 16, 8, 4, 2, 1)
 _MXFP4_BLOCK = 32
 _MXFP4_BIAS = 2  # of the exponent of a scale 6 * 2 ** (e - 127) over e
 _MANTISSA = 2**23
+_WITH_ZEROS = ", zero points"
+NO_ZEROS = (
+    "layers have zero points, as compressed-tensors itself packs them; transformers 5.24 makes parameters of another "
+    "shape for them with compressed-tensors 0.20, and refuses every such folder: it is for other programs, as vLLM"
+)
 
 
 def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
@@ -41,6 +48,8 @@ def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
     Raises:
         ValueError: it has other levels, offsets, or scales that the format, or ``dtype``, does not hold.
     """
+    if weight.format == "uint4" and weight.has_offsets:
+        return _asymmetric(weight, dtype)
     if weight.format not in ("q4_0", "fp4"):
         raise ValueError(f"its levels are those of {weight.format}, and the format has q4_0 (int4) and fp4 (MXFP4)")
     if weight.has_offsets:
@@ -121,27 +130,60 @@ def _nearest_mxfp4(values: Tensor) -> QuantizedTensor:
 
 def _integers(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
     group = uniform_block(weight)
-    wide = scales_of(weight, group)
-    scales = (wide / 8).to(dtype)
-    if not wide.is_meta and not torch.equal(scales.float() * 8, wide):
-        lost = int((scales.float() * 8 != wide).sum())
+    return _packed_integers(codes_of(weight), _held(scales_of(weight, group), 8, dtype), group)
+
+
+def _held(wide: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
+    """Return scales divided by a power of two in ``dtype``.
+
+    Raises:
+        ValueError: it does not hold them.
+    """
+    scales = (wide / divisor).to(dtype)
+    if not wide.is_meta and not torch.equal(scales.float() * divisor, wide):
+        lost = int((scales.float() * divisor != wide).sum())
         raise ValueError(
             f"{lost} of its {wide.numel()} scales are no numbers of {str(dtype).removeprefix('torch.')}, which the "
             "model computes in (save it in float32 first)"
         )
-    return _packed_integers(codes_of(weight), scales, group)
+    return scales
 
 
-def _packed_integers(codes: Tensor, scales: Tensor, group: int) -> Packed:
+def _asymmetric(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
+    """Pack levels of "uint4" whose offsets are ``-zero * scale``, for whole zeros from 0 to 15.
+
+    A scale times 15 has to be a number of float32: ``code * scale + offset`` then equals ``(code - zero) * scale``.
+    """
+    group = uniform_block(weight)
+    scales = _held(scales_of(weight, group), 16, dtype)
+    exact, offsets = scales.double(), offsets_of(weight, group).double()
+    zeros = torch.where(exact == 0, 8, -offsets / exact).round()
+    fits = (-zeros * exact == offsets) & (zeros >= 0) & (zeros <= 15) & ((15 * exact).float() == 15 * exact)
+    if not bool(fits.all()):
+        raise ValueError(
+            f"{int((~fits).sum())} of its {fits.numel()} offsets are no scale times a whole zero point from 0 to 15"
+        )
+    return _packed_integers(codes_of(weight), scales, group, zeros.to(torch.uint8))
+
+
+def _packed_integers(codes: Tensor, scales: Tensor, group: int, zeros: Tensor | None = None) -> Packed:
     rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -columns % 8)).view(rows, -1, 4, 2)
-    pairs = (padded[..., 0] | padded[..., 1] << 4).contiguous()  # (rows, words, 4 bytes), the first code lowest
     parts = {
-        "weight_packed": pairs.view(torch.int32).squeeze(-1),
+        "weight_packed": _words(codes),
         "weight_scale": scales.contiguous(),
         "weight_shape": torch.tensor([rows, columns]),
     }
-    return Packed(f"int4, group_size={group}", parts, ("pack-quantized", group))
+    if zeros is not None:
+        parts["weight_zero_point"] = _words(zeros.T).T.contiguous()  # (rows / 8, groups)
+    kind = f"int4, group_size={group}" + ("" if zeros is None else _WITH_ZEROS)
+    return Packed(kind, parts, ("pack-quantized", group, zeros is None))
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Return codes with eight in a word, the first of them lowest: uint8 (n, m) -> int32 (n, m / 8)."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).view(codes.shape[0], -1, 4, 2)
+    pairs = (padded[..., 0] | padded[..., 1] << 4).contiguous()  # (n, words, 4 bytes)
+    return pairs.view(torch.int32).squeeze(-1)
 
 
 def _has_mxfp4(weight: QuantizedTensor, dtype: torch.dtype) -> bool:
@@ -180,23 +222,23 @@ def _mxfp4(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
         "weight_packed": (pairs[..., 0] | pairs[..., 1] << 4).contiguous(),
         "weight_scale": exponents.to(torch.uint8),
     }
-    return Packed("MXFP4", parts, ("mxfp4-pack-quantized", _MXFP4_BLOCK))
+    return Packed("MXFP4", parts, ("mxfp4-pack-quantized", _MXFP4_BLOCK, True))
 
 
 def _config(schemes: Mapping[str, Any], dense: Collection[str], dtype: torch.dtype) -> dict[str, Any]:
     names: dict[Any, list[str]] = {}
     for path, scheme in schemes.items():
         names.setdefault(scheme, []).append(path)
-    formats = {format for format, _ in names}
+    formats = {format for format, _, _ in names}
     groups = {
         f"group_{number}": {
-            "targets": ["Linear"] if len(names) == 1 else names[format, size],
-            "weights": _weights(format, size),
+            "targets": ["Linear"] if len(names) == 1 else names[format, size, symmetric],
+            "weights": _weights(format, size, symmetric),
             "input_activations": None,
             "output_activations": None,
             "format": format,
         }
-        for number, (format, size) in enumerate(sorted(names))
+        for number, (format, size, symmetric) in enumerate(sorted(names))
     }
     return {
         "quant_method": "compressed-tensors",
@@ -209,12 +251,12 @@ def _config(schemes: Mapping[str, Any], dense: Collection[str], dtype: torch.dty
     }
 
 
-def _weights(format: str, size: int) -> dict[str, Any]:
+def _weights(format: str, size: int, symmetric: bool) -> dict[str, Any]:
     floats = format == "mxfp4-pack-quantized"
     return {
         "num_bits": 4,
         "type": "float" if floats else "int",
-        "symmetric": True,
+        "symmetric": symmetric,
         "strategy": "group",
         "group_size": size,
         "dynamic": False,
@@ -236,5 +278,11 @@ def write_compressed_tensors(source: Path, out: Path, *, requantize: bool = Fals
 
     Raises:
         FileError, ValueError, OSError, ImportError: as ``write_folder``.
+
+    Warns:
+        UserWarning: layers have zero points, with which transformers loads no folder.
     """
-    return write_folder(source, out, PACKING, requantize=requantize, **more)
+    rows = write_folder(source, out, PACKING, requantize=requantize, **more)
+    if any(row.kind.endswith(_WITH_ZEROS) for row in rows):
+        warnings.warn(NO_ZEROS, UserWarning, stacklevel=2)
+    return rows

@@ -30,6 +30,7 @@ from lowmem.io.export.gguf_blocks import (
 )
 from lowmem.io.export.gguf_fields import Existing, architecture_of, model_fields, read_existing, rope_factors
 from lowmem.io.export.gguf_file import Field, Placed, encode_field, write_file
+from lowmem.io.export.gguf_superblocks import TYPES, superblock_rows
 from lowmem.io.export.gguf_tokenizer import tokenizer_fields
 from lowmem.io.export.source import StoredModel, StoredWeight, open_stored
 from lowmem.io.foreign.gguf_blocks import BLOCKS
@@ -44,7 +45,7 @@ NO_TOKENIZER = (
 
 _REMEDY = "--requantize writes what is nearest and prints the error, --dtype f32 writes all of it dense"
 
-_FILE_TYPES = {0: 0, 1: 1, 30: 32, 2: 2, 3: 3, 20: 25, 39: 38}
+_FILE_TYPES = {0: 0, 1: 1, 30: 32, 2: 2, 3: 3, 20: 25, 39: 38, 12: 15, 23: 30}
 """``general.file_type`` by the type of most of its matrices."""
 
 
@@ -72,7 +73,8 @@ def write_gguf(
     """Write a model as a GGUF file.
 
     Weights whose levels, blocks and scales a type of GGUF has are written code for code: "q4_0", "iq4_nl" and "uint4"
-    in blocks of a multiple of 32 with float16 scales, and "fp4" whose scales are 6 times a power of two. Dense
+    in blocks of a multiple of 32 with float16 scales, "uint4" and "iq4_nl" with the scales of Q4_K and IQ4_XS, and
+    "fp4" whose scales are 6 times a power of two. Dense
     matrices stay in their dtype; vectors become float32. The rows of q and k are put into llama.cpp's order. The same
     source gives the same bytes.
 
@@ -203,6 +205,8 @@ def _kind(weight: StoredWeight, requantize: bool, dtype: torch.dtype | None) -> 
         assert isinstance(stored, QuantizedTensor)
         if in_blocks(stored) is not None:
             return KINDS[form.format].type, False
+        if superblock_rows(stored) is not None:
+            return TYPES[form.format], False
         reason = "its scales are no powers of two times 6" if form.format == "fp4" else "its scales exceed float16"
     if not requantize:
         raise ValueError(reason)
@@ -390,9 +394,10 @@ def _converted(before: QuantizedTensor | Tensor, plan: _Plan) -> tuple[Quantized
     if dtype is None:
         if not plan.again:
             assert isinstance(before, QuantizedTensor)
-            blocks = in_blocks(before)
-            assert blocks is not None
-            return None, rows_of(blocks)
+            blocks = None if kind in TYPES.values() else in_blocks(before)
+            rows = superblock_rows(before) if blocks is None else rows_of(blocks)
+            assert rows is not None
+            return None, rows
         format = next(name for name, one in KINDS.items() if one.type == kind)
         blocks = nearest(before, format)
         return blocks, rows_of(blocks)

@@ -21,6 +21,7 @@ from lowmem.quant.tensor import QuantizedTensor
 __all__ = [
     "DENSE",
     "KINDS",
+    "SIZE",
     "BlockKind",
     "dense_rows",
     "in_blocks",
@@ -28,6 +29,8 @@ __all__ = [
     "nearest",
     "nearest_format",
     "rows_of",
+    "scales_of",
+    "spread",
 ]
 
 SIZE = 32  # weights of a block, in every type here
@@ -73,8 +76,8 @@ def in_blocks(weight: QuantizedTensor) -> QuantizedTensor | None:
 
     Only for a weight of which ``inexact`` returns None. The values are the same bits, but for the signs of zeros.
     """
-    kind, blocks = KINDS[weight.format], _spread(weight)
-    scales, offsets = _scales(blocks)
+    kind, blocks = KINDS[weight.format], spread(weight)
+    scales, offsets = scales_of(blocks)
     if kind.divisor is None:
         bits = scales.view(torch.int32)
         field = bits >> 23  # 1.5 * 2 ** (field - 127), negative if the sign bit is set
@@ -95,7 +98,7 @@ def nearest_format(weight: QuantizedTensor) -> str:
         raise ValueError(f"rows of {columns} are no multiple of {SIZE}, the blocks of GGUF")
     kind = KINDS.get(weight.format)
     if inexact(FourBitForm.of(weight), columns) is None and kind is not None and kind.divisor is not None:
-        scales, offsets = _scales(weight)
+        scales, offsets = scales_of(weight)
         rounded = [scales / kind.divisor] + ([] if offsets is None else [offsets])
         if all(bool(part.half().isfinite().all()) for part in rounded):
             return weight.format
@@ -119,8 +122,8 @@ def nearest(weight: QuantizedTensor | Tensor, format: str) -> QuantizedTensor:
     divisor = KINDS[format].divisor
     assert divisor is not None
     if isinstance(weight, QuantizedTensor) and format == weight.format:
-        blocks = _spread(weight)
-        scales, offsets = _scales(blocks)
+        blocks = spread(weight)
+        scales, offsets = scales_of(blocks)
         rounded = [(scales / divisor).half().float() * divisor] + (
             [] if offsets is None else [offsets.half().float()]
         )
@@ -134,7 +137,7 @@ def rows_of(blocks: QuantizedTensor) -> Tensor:
     """Return the bytes of a weight that ``in_blocks`` or ``nearest`` returned: uint8 (rows, bytes)."""
     kind, matrix = KINDS[blocks.format], blocks.as_matrix()
     packed = matrix.packed.view(len(matrix.packed), -1, SIZE // 2)  # (rows, blocks, 16)
-    scales, offsets = _scales(matrix)
+    scales, offsets = scales_of(matrix)
     if kind.divisor is None:
         zero = scales == 0
         exponents = ((scales.view(torch.int32) >> 23) - 2).masked_fill(zero, 0).to(torch.uint8)
@@ -157,19 +160,19 @@ _NIBBLES = tuple(E2M1_CODES.index(code) for code in range(16))
 """The bits of an E2M1 number for each code of ``fp4``. ggml reads -0 as 0."""
 
 
-def _spread(weight: QuantizedTensor) -> QuantizedTensor:
+def spread(weight: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight in blocks of 32, with float32 scales: (..., columns / 32)."""
     columns = weight.shape[-1]
     packed = weight.packed
     if weight.block_size != SIZE:
         packed = pack(unpack(packed, weight.block_size)[..., :columns], SIZE)
     index = torch.arange(0, columns, SIZE) // weight.block_size
-    scales, offsets = _scales(weight)
+    scales, offsets = scales_of(weight)
     scales = scales[..., index] if offsets is None else torch.cat([scales[..., index], offsets[..., index]], dim=-1)
     encoding = "float32" if offsets is None else "float32_offsets"
     return replace(weight, packed=packed, scales=scales, block_size=SIZE, scale_encoding=encoding)
 
 
-def _scales(weight: QuantizedTensor) -> tuple[Tensor, Tensor | None]:
+def scales_of(weight: QuantizedTensor) -> tuple[Tensor, Tensor | None]:
     """Return float32 scales and offsets: (..., blocks)."""
     return weight.encoding.decode(weight.scales).contiguous(), weight.offsets() if weight.has_offsets else None

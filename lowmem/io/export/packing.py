@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Packed", "Packing", "codes_of", "scales_of", "uniform_block"]
+__all__ = ["Packed", "Packing", "codes_of", "offsets_of", "scales_of", "uniform_block"]
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,14 @@ def codes_of(weight: QuantizedTensor) -> Tensor:
 
 def scales_of(weight: QuantizedTensor, size: int) -> Tensor:
     """Return the scales of a weight in blocks of ``size``, which divides its own blocks: float32 (..., blocks)."""
-    starts = torch.arange(0, weight.shape[-1], size, device=weight.scales.device) // weight.block_size
-    return weight.encoding.decode(weight.scales.detach())[..., starts].contiguous()
+    return weight.encoding.decode(weight.scales.detach())[..., _blocks_of(weight, size)].contiguous()
+
+
+def offsets_of(weight: QuantizedTensor, size: int) -> Tensor:
+    """Return the offsets of a weight that has them, as ``scales_of`` does the scales."""
+    return weight.offsets().detach()[..., _blocks_of(weight, size)].contiguous()
+
+
+def _blocks_of(weight: QuantizedTensor, size: int) -> Tensor:
+    """Return the block of a weight in which each block of ``size`` lies."""
+    return torch.arange(0, weight.shape[-1], size, device=weight.scales.device) // weight.block_size

@@ -1,7 +1,8 @@
 """Linear layers of compressed-tensors: integers of 4 bits ("pack-quantized") and MXFP4 ("mxfp4-pack-quantized").
 
 Integers: ``<layer>.weight_packed`` int32 (out, in / 8), the first in the lowest bits, plus 8; ``.weight_scale``
-(out, groups); ``.weight_shape``. MXFP4: ``.weight_packed`` uint8 (out, in / 2), the first code low; ``.weight_scale``
+(out, groups); ``.weight_shape``; of asymmetric ones ``.weight_zero_point`` int32 (out / 8, groups), packed along the
+outputs. MXFP4: ``.weight_packed`` uint8 (out, in / 2), the first code low; ``.weight_scale``
 uint8 (out, in / 32), the exponents.
 """
 
@@ -97,7 +98,7 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
             order = stored.order
     if "weight_zero_point" in names:
         zeros = specs["weight_zero_point"]
-        if len(shape) != 2 or zeros.dtype != torch.int32 or zeros.shape != (-(-shape[0] // 8), groups):
+        if zeros.dtype != torch.int32 or zeros.shape != (*shape[:-2], -(-shape[-2] // 8), groups):
             _misfit(layer, specs)
     _check_scheme(config, layer, stored.group, columns, "weight_zero_point" in names)
     reason = integer_refusal(columns, stored.group, scale.dtype, stored.zeros())
@@ -178,11 +179,12 @@ class _Integers:
         return unpacked_outputs(words.flatten(0, -2), self.shape[-1]).view(self.shape)
 
     def zeros(self) -> Tensor | None:
-        """Return the zero points, which are packed along the outputs: uint8 (out, groups); or None."""
+        """Return the zero points, which are packed along the outputs: uint8 (..., out, groups); or None."""
         if "weight_zero_point" not in self.names:
             return None
-        words = self.source.read_tensor(self.names["weight_zero_point"])  # (out / 8, groups)
-        return unpacked_outputs(words.T, self.shape[0]).T
+        words = self.source.read_tensor(self.names["weight_zero_point"]).mT  # (..., groups, out / 8)
+        codes = unpacked_outputs(words.flatten(0, -2), self.shape[-2])
+        return codes.view(*words.shape[:-1], self.shape[-2]).mT
 
     def scales(self) -> Tensor:
         """Return the scales, (..., out, groups)."""

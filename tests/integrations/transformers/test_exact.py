@@ -163,6 +163,11 @@ def test_experts_that_differ_in_form_are_refused(tmp_path):
     save_file(state | {key: torch.full_like(state[key], -2004318072)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="is stored in uint4.* in q4_0, .*are one weight in MixtralForCausalLM"):
         load(folder, quantization_config=EXACT)
+    folder = write_foreign(tmp_path / "by activations", "gptq desc_act", "mixtral")  # each expert has its own order
+    with pytest.raises(
+        ValueError, match=r"experts.0.w1.weight becomes .*experts.gate_up_proj .*gathered do not surv"
+    ):
+        load(folder, quantization_config=EXACT)
 
 
 def test_the_class_may_be_named(tmp_path):

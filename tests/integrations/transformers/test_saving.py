@@ -1,14 +1,18 @@
 """``save_pretrained`` of a converted model writes what ``from_pretrained`` loads, to the bit."""
 
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 import lowmem
@@ -93,6 +97,31 @@ def test_adapters_are_saved_with_their_base(tmp_path):
     only = lowmem.convert(load(dense), LoRA(4))
     only.save_pretrained(tmp_path / "only adapters")
     assert_same(load(tmp_path / "only adapters"), only)
+
+
+def test_push_to_hub_sends_a_folder_that_loads_from_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """The hub is a folder here, in the layout in which huggingface_hub caches a repository."""
+    repository = tmp_path / "models--me--small"
+    snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
+
+    def upload(self, folder, repo_id, **_):
+        snapshot.mkdir(parents=True)
+        blobs.mkdir()
+        for number, file in enumerate(sorted(Path(folder).iterdir())):
+            shutil.copy(file, blobs / str(number))
+            (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+
+    made = lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id)  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", made)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: ModelCard("# small"))
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
+    model.push_to_hub("me/small", max_shard_size="20kB")
+    found = load("me/small", cache_dir=tmp_path, local_files_only=True)
+    assert_same(found, model)
+    assert (snapshot / "README.md").exists()
 
 
 def test_without_lowmem_the_folder_says_what_is_missing(tmp_path, monkeypatch, caplog):

@@ -1,5 +1,6 @@
 """Ours -> compressed-tensors -> ours gives the same values, and the same codes and scales."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from lowmem import quantize
 from lowmem.io.export.compressed_tensors import PACKING, pack, pack_again
-from lowmem.io.export.packing import codes_of
+from lowmem.io.export.packing import codes_of, uniform_block
 from lowmem.io.foreign.recognize import open_foreign
 from lowmem.quant.packing import pack as pack_codes
 from lowmem.quant.scales import ENCODINGS
@@ -63,12 +64,37 @@ def test_mxfp4_keeps_codes_scales_and_values_with_the_signs_of_zeros(tmp_path_fa
     assert torch.equal(codes_of(found)[kept], codes_of(stored)[kept])
 
 
-@pytest.mark.parametrize("kind", ["int4", "mxfp4"])
+@given(sizes(8), strategies.few_rows, st.sampled_from([torch.float16, torch.bfloat16]), strategies.seeds)
+def test_zero_points_keep_codes_scales_and_values(tmp_path_factory, size, rows, dtype, seed):
+    columns, block = size
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    count = -(-columns // block)
+    scales = (torch.randn(rows, count, generator=generator) + 2).to(dtype).float()
+    scales *= torch.randint(0, 4, scales.shape, generator=generator) > 0
+    zeros = torch.randint(0, 16, scales.shape, generator=generator).float()
+    parts = torch.cat([16 * scales, -zeros * scales], dim=-1)
+    stored = QuantizedTensor(
+        pack_codes(codes, block), parts, codes.shape, "uint4", block, "float32_offsets", "imported"
+    )
+    for own in (dtype, torch.float32):
+        packed = pack(stored, own)
+        assert packed.scheme == ("pack-quantized", uniform_block(stored), False)
+        path = tmp_path_factory.mktemp("packed") / "a.safetensors"
+        if own == torch.float32:  # in which the product with a zero point is exact for such scales
+            packed = replace(packed, parts={**packed.parts, "weight_scale": packed.parts["weight_scale"].to(dtype)})
+        found = as_read(packed, path)
+        assert torch.equal(codes_of(found), codes)
+        assert torch.equal(found.dequantize(), stored.dequantize())
+
+
+@pytest.mark.parametrize("kind", ["int4", "asymmetric", "mxfp4"])
 def test_what_compressed_tensors_wrote_is_written_with_the_same_bytes(kind):
     written = load_file(SAMPLES / f"compressed-tensors-{kind}.safetensors")
     with open_foreign(SAMPLES / f"compressed-tensors-{kind}.safetensors") as file:
         weight = file.tensors["layer.weight"].read()
-    packed = pack(weight, torch.float32 if kind == "int4" else torch.bfloat16)
+    dtype = {"int4": torch.float32, "asymmetric": torch.float16, "mxfp4": torch.bfloat16}[kind]
+    packed = pack(weight, dtype)
     assert written.keys() == {f"layer.{name}" for name in packed.parts}
     for name, part in packed.parts.items():
         assert torch.equal(part, written[f"layer.{name}"]), name
@@ -80,6 +106,7 @@ def test_what_it_cannot_hold_says_why():
     for stored, dtype, why in (
         (quantize(weight, "nf4"), torch.float32, "levels are those of nf4"),
         (quantize(weight, "q4_0", scales="float32_offsets"), torch.float32, "have offsets"),
+        (quantize(weight, "uint4", scales="float16_offsets"), torch.float16, "a whole zero point"),
         (quantize(weight, "q4_0"), torch.bfloat16, "of its 12 scales are no numbers of bfloat16"),
         (quantize(weight * 1e-7, "q4_0", scales="float32"), torch.float16, "are no numbers of float16"),
         (quantize(weight * 1e-38, "q4_0", scales="float32"), torch.float32, "are no numbers of float32"),
@@ -138,12 +165,18 @@ def test_mxfp4_anew_is_no_worse_than_the_standard_takes_it():
 
 
 def test_the_config_names_each_scheme():
-    one = PACKING.config({"a": ("pack-quantized", 32)}, ["head"], torch.float32)
+    one = PACKING.config({"a": ("pack-quantized", 32, True)}, ["head"], torch.float32)
     assert one["format"] == one["config_groups"]["group_0"]["format"] == "pack-quantized"
     assert one["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert one["ignore"] == ["head"]
-    schemes = {"a": ("pack-quantized", 32), "b": ("mxfp4-pack-quantized", 32), "c": ("pack-quantized", 16)}
+    schemes = {
+        "a": ("pack-quantized", 32, True),
+        "b": ("mxfp4-pack-quantized", 32, True),
+        "c": ("pack-quantized", 16, False),
+    }
     several = PACKING.config(schemes, [], torch.float32)
     assert several["format"] == "mixed-precision"
     targets = [group["targets"] for group in several["config_groups"].values()]
     assert sorted(targets) == [["a"], ["b"], ["c"]]
+    symmetric = {group["targets"][0]: group["weights"]["symmetric"] for group in several["config_groups"].values()}
+    assert symmetric == {"a": True, "b": True, "c": False}

@@ -59,6 +59,13 @@ def test_zero_points_are_offsets_and_exact_for_scales_of_16_bits(tmp_path):
             else:
                 assert tensor.read().format == "uint4"
                 assert torch.equal(tensor.read().dequantize(), expected)
+    stacked = {name: part[None].repeat(3, *[1] * part.dim()) for name, part in INT4.items()}  # experts
+    stacked |= {SHAPE: torch.tensor([3, 16, 64]), SCALE: stacked[SCALE].half()}
+    save_file({**stacked, "layer.weight_zero_point": packed[None].repeat(3, 1, 1)}, tmp_path / "a.safetensors")
+    expected = (codes.int() - zeros.repeat_interleave(32, 1)).float()
+    expected *= INT4[SCALE].half().float().repeat_interleave(32, 1)
+    with open_foreign(tmp_path / "a.safetensors") as file:
+        assert torch.equal(file.tensors["layer.weight"].read().dequantize(), expected.expand(3, -1, -1))
     save_file({**INT4, "layer.weight_zero_point": packed[:1].contiguous()}, tmp_path / "a.safetensors")
     with pytest.raises(FileError, match="do not fit"):
         open_foreign(tmp_path / "a.safetensors")

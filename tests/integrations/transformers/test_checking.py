@@ -1,0 +1,87 @@
+"""Folders whose index, weights and config.json disagree are refused, which transformers fills with random numbers."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+import lowmem
+from lowmem import FourBit, Half, LoRA
+from lowmem.errors import FileError
+from lowmem.integrations.transformers import LowmemConfig
+from tests.integrations.transformers.folders import assert_same, load, write
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Return a dense folder, and the same model stored, both in shards."""
+    dense = write(tmp_path / "dense", "llama", max_shard_size="60kB")
+    load(dense, quantization_config=LowmemConfig(FourBit("nf4"))).save_pretrained(
+        tmp_path / "small", max_shard_size="20kB"
+    )
+    return dense, tmp_path / "small"
+
+
+def test_an_index_that_differs_from_its_shards_is_refused(folders):
+    for folder, asked in zip(folders, ({"quantization_config": LowmemConfig(FourBit("nf4"))}, {}), strict=True):
+        good = json.loads((folder / INDEX).read_text())
+        names = good["weight_map"]
+        files = list(names.values())
+        shared = [name for name in sorted(names) if files.count(names[name]) > 1]  # alone, its file would be missing
+        first, others = shared[0], names.keys() - {shared[0]}
+        elsewhere = next(file for file in names.values() if file != names[first])
+        for changed, says in (
+            ({name: names[name] for name in others}, f"its index differ in tensor '{first}'"),
+            (names | {first: elsewhere}, f"its index differ in tensor '{first}'"),
+            (names | {"new.weight": elsewhere}, "its index differ in tensor 'new.weight'"),
+            (names | {first: f"../{folder.name}/{names[first]}"}, "which is no file beside it"),
+        ):
+            (folder / INDEX).write_text(json.dumps({**good, "weight_map": changed}))
+            with pytest.raises(FileError, match=says):
+                load(folder, **asked)
+        (folder / INDEX).write_text(json.dumps(good))
+        load(folder, **asked)
+
+
+def test_what_no_config_tells_how_it_is_stored_is_refused(folders, tmp_path):
+    dense, small = folders
+    config = json.loads((small / "config.json").read_text())
+    record = config["quantization_config"]
+    (layers,) = record["layers"]
+    fewer = [name for name in layers["names"] if "mlp" not in name]
+    for changed, says in (
+        (
+            {**record, "layers": [{**layers, "names": fewer}]},
+            "say how its tensor 'model.layers.0.mlp.down_proj.weight'",
+        ),
+        ({**record, "layers": []}, "say how its tensor 'lm_head.weight'"),
+        (None, "are stored by lowmem, and its config.json does not say how"),
+    ):
+        (small / "config.json").write_text(json.dumps({**config, "quantization_config": changed}))
+        with pytest.raises(ValueError, match=says):
+            load(small)
+    load(dense, quantization_config=LowmemConfig(Half())).save_pretrained(tmp_path / "half")
+    half = json.loads((tmp_path / "half" / "config.json").read_text())
+    half.pop("quantization_config")
+    (tmp_path / "half" / "config.json").write_text(json.dumps(half))
+    with pytest.raises(ValueError, match="are stored by lowmem"):
+        load(tmp_path / "half")
+
+
+def test_layers_without_end_are_refused_at_once(folders):
+    dense, small = folders
+    for folder, asked in ((dense, {"quantization_config": LowmemConfig(FourBit("nf4"))}), (small, {})):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2**63}))
+        with pytest.raises(ValueError, match="num_hidden_layers=9223372036854775808, more than 4096: get it again"):
+            load(folder, **asked)
+
+
+def test_adapted_weights_and_experts_are_told(tmp_path):
+    model = load(write(tmp_path / "dense", "mixtral"), quantization_config=LowmemConfig(FourBit("nf4")))
+    adapted = lowmem.add_adapter(model, "a", LoRA(2), where=lambda path, _: "experts" in path or "q_proj" in path)
+    adapted.save_pretrained(tmp_path / "a")
+    assert_same(load(tmp_path / "a"), adapted)
