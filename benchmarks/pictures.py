@@ -16,7 +16,7 @@ import torch
 
 import lowmem
 from lowmem.io.atomic import write_atomically
-from lowmem.report import charts, theme
+from lowmem.report import charts, step, theme
 from lowmem.report.footprint import footprint
 from lowmem.report.timings import read_run
 from lowmem.testing.memory import THREADS
@@ -41,7 +41,27 @@ def speed() -> charts.Drawing:
     return charts.draw(lambda narrow: charts.speed_chart(timings, narrow))
 
 
-PICTURES = {"memory": memory, "speed": speed}
+def training() -> charts.Drawing:
+    """Draw where the memory of a training step goes, of BigNet on 256 inputs."""
+    x = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, variant, optimizer, memory in STEPS:
+        model = lowmem.build(variant)
+        if memory:
+            lowmem.prepare_training(model, memory)
+        found[name] = lowmem.training_memory(model, x, optimizer=optimizer)
+    return charts.draw(lambda narrow: step.chart(found, narrow))
+
+
+STEPS = (  # the name of a bar, the variant, the optimizer, and what prepare_training is asked for
+    ("all weights, AdamW", "bignet", "adamw", ""),
+    ("all weights, AdamW8bit", "bignet", "adamw8bit", ""),
+    ("LoRA on float16, AdamW", "lora", "adamw", ""),
+    ("QLoRA, AdamW", "qlora_nf4", "adamw", ""),
+    ("QLoRA, AdamW8bit", "qlora_nf4", "adamw8bit", ""),
+    ("QLoRA, AdamW8bit, lean", "qlora_nf4", "adamw8bit", "lean"),
+)
+PICTURES = {"memory": memory, "speed": speed, "training": training}
 
 
 def data_of(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.training.activations import compressed_activations
 from lowmem.training.loss import linear_cross_entropy
+from lowmem.training.memory import TrainingMemory, training_memory
 from lowmem.training.optimizer import AdamW8bit
 from lowmem.training.prepare import prepare_training, release_training, training_report
 from lowmem.training.step_in_backward import step_in_backward
@@ -78,6 +79,7 @@ __all__ = [
     "QuantizedTensor",
     "StoredTensor",
     "Summary",
+    "TrainingMemory",
     "__version__",
     "activate",
     "active_adapters",
@@ -108,6 +110,7 @@ __all__ = [
     "save_adapter",
     "step_in_backward",
     "summary",
+    "training_memory",
     "training_report",
     "unmerge_adapter",
     "unpack",

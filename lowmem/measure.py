@@ -29,9 +29,12 @@ __all__ = [
     "counts",
     "difference",
     "forward_bytes",
+    "losses_of",
     "peak_bytes",
+    "storages_of",
     "tensors_in",
     "theoretical_bytes",
+    "unchanged",
     "weight_count",
 ]
 
@@ -116,7 +119,7 @@ def forward_bytes(model: nn.Module, *inputs: Any, **named: Any) -> int:
         with torch.no_grad():
             return model(*inputs, **named)
 
-    with _unchanged(model, training=False):
+    with unchanged(model, training=False):
         return peak_bytes(run, _device(model, inputs, named))
 
 
@@ -141,11 +144,11 @@ def backward_bytes(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor]
 
     def run() -> None:
         with torch.inference_mode(False), torch.enable_grad():
-            losses = _losses(model, model(*inputs, **named), loss)  # does not keep the output alive
+            losses = losses_of(model, model(*inputs, **named), loss)  # does not keep the output alive
             if losses:
                 torch.autograd.backward(losses)
 
-    with _unchanged(model, training=True):
+    with unchanged(model, training=True):
         return peak_bytes(run, _device(model, inputs, named))
 
 
@@ -163,8 +166,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
                 yield from tensors_in(leaf)
 
 
-def _losses(model: nn.Module, output: Any, loss: Callable[[Any], Tensor] | None) -> list[Tensor]:
-    """Return the scalars to differentiate; none if no tensor of the output requires a gradient."""
+def losses_of(model: nn.Module, output: Any, loss: Callable[[Any], Tensor] | None) -> list[Tensor]:
+    """Return the scalars to differentiate: of ``loss``, or the output's own, or the sums of its tensors.
+
+    Returns:
+        None where no tensor of the output requires a gradient.
+
+    Raises:
+        TypeError: the output holds no tensor, or ``loss`` returns no scalar with a gradient.
+    """
     if loss is not None and any(p.requires_grad for p in model.parameters()):
         scalar = loss(output)
         if not (isinstance(scalar, Tensor) and scalar.numel() == 1 and scalar.requires_grad):
@@ -186,6 +196,15 @@ def _device(model: nn.Module, inputs: Any, named: Any) -> torch.device | None:
     """Return the device of the model's first parameter, or else of the first input."""
     tensors = itertools.chain(model.parameters(), tensors_in([inputs, named]))
     return next((tensor.device for tensor in tensors), None)
+
+
+def storages_of(tensor: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the storages of a dense tensor, or of those that a wrapper subclass holds; none for anything else."""
+    if is_traceable_wrapper_subclass(tensor):  # it has no memory of its own, but those in it have
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages_of(getattr(tensor, name))
+    elif isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
+        yield tensor.untyped_storage()
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device | None = None) -> int:
@@ -235,7 +254,7 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
-        self._known: dict[int, int | None] = {}  # storage -> counted bytes; None: existed before
+        self._known: dict[int, int | None] = {}  # address of a storage -> counted bytes; None: existed before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
@@ -245,28 +264,31 @@ class PeakMemory(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             self._see(tensor, new=True)
-        self.peak = max(self.peak, self.current)
+        self._reach()
         return result
 
     def _see(self, tensor: Any, new: bool) -> None:
-        if is_traceable_wrapper_subclass(tensor):  # it has no memory of its own, but those in it have
-            for name in tensor.__tensor_flatten__()[0]:
-                self._see(getattr(tensor, name), new)
-            return
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._known:
-            self._known[key] = 0 if new else None
-            weakref.finalize(storage, self._forget, key).atexit = False
-        counted = self._known[key]
-        if new and counted is not None:  # also when an operation has resized a counted storage
-            self.current += storage.nbytes() - counted
-            self._known[key] = storage.nbytes()
+        for storage in storages_of(tensor):
+            key = storage._cdata
+            if key not in self._known:
+                self._known[key] = 0 if new else None
+                weakref.finalize(storage, self._forget, key).atexit = False
+            counted = self._known[key]
+            if new and counted is not None and counted != storage.nbytes():  # also when an operation has resized it
+                self._known[key] = storage.nbytes()
+                self._change(key, storage.nbytes() - counted)
 
     def _forget(self, key: int) -> None:
-        self.current -= self._known.pop(key) or 0
+        if counted := self._known.pop(key):
+            self._change(key, -counted)
+
+    def _change(self, key: int, size: int) -> None:
+        """Count bytes that the storage at an address has got, or lost."""
+        self.current += size
+
+    def _reach(self) -> None:
+        """Look, after an operation, whether this is the peak."""
+        self.peak = max(self.peak, self.current)
 
 
 def _tensors(model: nn.Module) -> set[Tensor]:
@@ -274,7 +296,7 @@ def _tensors(model: nn.Module) -> set[Tensor]:
 
 
 @contextmanager
-def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
+def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     """Set the model's mode and clear its gradients; restore mode, gradients, buffers and generator at the end."""
     modes = {module: module.training for module in model.modules()}
     gradients = {p: p.grad for p in model.parameters()}

@@ -21,20 +21,24 @@ from lowmem.report.timings import Timing, is_peers
 __all__ = [
     "FONT",
     "INK",
+    "PAGE",
     "ROW",
     "SHAPES",
     "Drawing",
     "by_name",
     "data",
     "draw",
+    "few_ticks",
     "legend",
     "memory_chart",
     "name_axis",
     "names_axis",
     "percent",
     "readable_bytes",
+    "room_for_text",
     "shapes",
     "speed_chart",
+    "texts",
     "unit_of",
     "unlabelled",
 ]
@@ -173,7 +177,7 @@ def memory_chart(footprints: Sequence[Footprint], narrow: bool) -> Any:
         {"name": f.name, "size": f.stored_bytes / size, "text": readable_bytes(f.stored_bytes)} for f in footprints
     ]
     width = 190 if narrow else 400
-    x = alt.X("size:Q", title=unit, scale=_room_for_text(totals, width), axis=_few_ticks(narrow))
+    x = alt.X("size:Q", title=unit, scale=room_for_text(totals, width), axis=few_ticks(narrow))
     bars = (
         alt.Chart(data(stored))
         .mark_bar(stroke=PAGE, strokeWidth=0.5)
@@ -188,7 +192,7 @@ def memory_chart(footprints: Sequence[Footprint], narrow: bool) -> Any:
             order="order:Q",
         )
     )
-    panels = [alt.layer(bars, _texts(totals, names)).properties(width=width, height=alt.Step(ROW), title="Stored")]
+    panels = [alt.layer(bars, texts(totals, names)).properties(width=width, height=alt.Step(ROW), title="Stored")]
     for title, colour, peaks in (
         ("Forward peak", "sky", [f.forward_bytes for f in footprints]),
         ("Training step peak", "purple", [f.step_bytes for f in footprints]),
@@ -204,24 +208,26 @@ def _peak_panel(title: str, colour: str, names: Sequence[str], peaks: Sequence[i
         for name, peak in zip(names, peaks, strict=True)
     ]
     width = 190 if narrow else 165
-    x = alt.X("size:Q", title=unit, scale=_room_for_text(rows, width), axis=_few_ticks(True))
+    x = alt.X("size:Q", title=unit, scale=room_for_text(rows, width), axis=few_ticks(True))
     bars = alt.Chart(data(rows)).mark_bar(color=colour).encode(y=names_axis(names, shown=narrow), x=x)
-    return alt.layer(bars, _texts(rows, names, shown=narrow)).properties(
+    return alt.layer(bars, texts(rows, names, shown=narrow)).properties(
         width=width, height=alt.Step(ROW), title=title
     )
 
 
-def _room_for_text(rows: Sequence[dict[str, Any]], width: int) -> Any:
+def room_for_text(rows: Sequence[dict[str, Any]], width: int) -> Any:
     """Return a scale that leaves 62 pixels right of the longest bar, for its label."""
     largest = max(row["size"] for row in rows) or 1.0
     return alt.Scale(domain=[0, largest * width / (width - 62)], nice=False)
 
 
-def _few_ticks(few: bool) -> Any:
+def few_ticks(few: bool) -> Any:
+    """Return the axis of a panel of bars."""
     return alt.Axis(tickCount=3 if few else 6, format=",~r")
 
 
-def _texts(rows: Sequence[dict[str, Any]], names: Sequence[str], *, shown: bool = True) -> Any:
+def texts(rows: Sequence[dict[str, Any]], names: Sequence[str], *, shown: bool = True) -> Any:
+    """Return the labels ``text`` of rows, right of their bars."""
     return (
         alt.Chart(data(rows))
         .mark_text(align="left", dx=5, color=INK, fontSize=11)

@@ -20,14 +20,11 @@ from lowmem.report.timings import Timing, is_peers
 from lowmem.testing.verdicts import Row, Verdict
 from lowmem.version import __version__
 
-__all__ = ["Report", "render"]
+__all__ = ["Report", "page", "render"]
 
 
 def render(report: Report) -> str:
     """Return the page as HTML; the same report gives the same bytes."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     sections = [
         _memory(report),
         *([_layers(report)] if report.groups else []),
@@ -36,10 +33,19 @@ def render(report: Report) -> str:
         _gates(report),
         _machine(report),
     ]
+    return page(report.title, report.lead, sections, _tiles(report))
+
+
+def page(title: str, lead: str, sections: Sequence[Section], tiles: Sequence[Tile] = ()) -> str:
+    """Return a page of sections as HTML, with headline numbers at its top."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     return environment.get_template("page.html").render(
-        report=report,
+        title=title,
+        lead=lead,
         sections=sections,
-        tiles=_tiles(report),
+        tiles=tiles,
         version=__version__,
         light=Markup(css(LIGHT)),
         dark=Markup(css(DARK)),

@@ -30,6 +30,8 @@ LIGHT = MappingProxyType(
         "olive": "#8a7400",
         "grey": "#6c7685",
         "brown": "#8c4a2f",
+        "navy": "#26337a",
+        "rose": "#d6336c",
     }
 )
 
@@ -51,6 +53,8 @@ DARK = MappingProxyType(
         "olive": "#e0cc52",
         "grey": "#8f9aaa",
         "brown": "#c98a6e",
+        "navy": "#aab6ff",
+        "rose": "#ff7f9f",
     }
 )
 

@@ -1,6 +1,7 @@
 """``lowmem stats``: parameters, stored bytes, peak memory of a forward and a backward; a user's model by layers.
 
-With ``--plan`` or ``--at-most``: the memory that techniques would take, without the weights.
+With ``--plan`` or ``--at-most``: the memory that techniques would take, without the weights. With ``--training``:
+where the memory of a training step goes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from lowmem.tools.models import (
     user_code,
 )
 from lowmem.tools.output import print_json, print_plan, print_summary, print_table, shown
+from lowmem.tools.step import add_step_arguments, check_step, print_steps
+from lowmem.training.memory import TRAINERS
 from lowmem.transforms.plan import OPTIMIZERS, Plan, plan
 from lowmem.transforms.summary import Summary, summary
 
@@ -97,10 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--training",
-        choices=["none", *OPTIMIZERS],
-        default="adamw",
-        help="what --plan and --at-most count beside inference (default adamw)",
+        choices=["none", *TRAINERS],
+        help="where the memory of a training step with this optimizer goes, to the byte; with --plan and --at-most, "
+        "what these count beside inference (default adamw there)",
     )
+    add_step_arguments(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON with integer bytes")
     output.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -108,9 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    planned = arguments.plan is not None or arguments.at_most is not None
+    check_step(arguments, planned)
     x = make_input(arguments)
-    if arguments.plan is not None or arguments.at_most is not None:
+    if planned:
         return _print_plans(arguments, x)
+    if arguments.training not in (None, "none"):
+        return print_steps(arguments, lambda name: x if folder_of(name) is None else _tokens(arguments, x))
     rows: list[Stats] = []
     layers: dict[str, Summary] = {}  # of the user's models
     for name in known_models(arguments.models):
@@ -158,7 +166,12 @@ def _tokens(arguments: argparse.Namespace, x: Tensor) -> Tensor:
 
 
 def _print_plans(arguments: argparse.Namespace, x: Tensor) -> int:
-    training = None if arguments.training == "none" else arguments.training
+    training = None if arguments.training == "none" else arguments.training or "adamw"
+    if training is not None and training not in OPTIMIZERS:
+        raise ValueError(
+            f"--training {training} is measured, not planned: leave out --plan and --at-most, or choose from none, "
+            f"{', '.join(OPTIMIZERS)}"
+        )
     plans: dict[str, Plan] = {}
     for name in arguments.models or ["bignet"]:
         factory, own = recipe_of(name)

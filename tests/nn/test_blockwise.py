@@ -14,9 +14,11 @@ def test_the_skeleton_has_the_layout_of_what_is_stored(weight, format, block_siz
     technique = blockwise(format, block_size, scales)
     stored, skeleton = technique.store(weight), technique.skeleton(weight)
     assert skeleton.stored_layout == stored.stored_layout
-    assert skeleton.packed.is_meta and skeleton.scales.is_meta
+    assert skeleton.packed.is_meta
+    assert skeleton.scales.is_meta
     assert skeleton.method == stored.method
-    assert not stored.packed.requires_grad and not stored.scales.requires_grad
+    assert not stored.packed.requires_grad
+    assert not stored.scales.requires_grad
 
 
 def test_a_compute_dtype_is_floating_point_or_int8():

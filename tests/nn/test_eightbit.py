@@ -46,7 +46,8 @@ def made(*techniques: object, seed: int = 0) -> nn.Module:
 def test_every_layer_is_stored_in_8_bits_and_computes_with_what_it_stores():
     model = made(EightBit())
     assert {name: type(getattr(model, name)) for name in LAYERS} == LAYERS
-    assert type(model.memory).__name__ == "GRU" and isinstance(model.memory, nn.GRU)
+    assert type(model.memory).__name__ == "GRU"
+    assert isinstance(model.memory, nn.GRU)
     assert model.head.weight is model.embed.weight
     out, twin = model(INDICES), restore(copy.deepcopy(model)).double()
     assert type(twin.up) is nn.Linear

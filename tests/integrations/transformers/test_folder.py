@@ -68,6 +68,11 @@ def test_the_command_writes_what_loads(source, tmp_path, capsys):
     assert row["forward_bytes"] > 0
     assert main(["stats", str(out), "--input-shape", "7", "--input-dtype", "int64"]) == 0
     assert "Linear4Bit" in capsys.readouterr().out
+    assert main(["stats", str(out), "--training", "adamw8bit", "--rank", "2", "--memory", "fast", "--json"]) == 0
+    (step,) = json.loads(capsys.readouterr().out)
+    assert step["weights"] == lowmem.measure.actual_bytes(expected)
+    assert step["adapters"] > 0
+    assert step["inputs"] == 8 * 128  # tokens, which are the labels of its own loss, too
 
 
 def refused(capsys, *argv):

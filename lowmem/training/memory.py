@@ -1,0 +1,315 @@
+"""Where the memory of a training step goes, at its peak: every byte of it has a name.
+
+Every storage that a step makes is followed as ``lowmem.measure`` does, and remembers which layer's forward made it.
+What it was for is known later: a gradient is one when backward ends, an activation when it outlives the forward of
+its layer. So changes are logged, and what lived at the peak is named afterwards. torch's own
+``torch.distributed._tools.mem_tracker`` names neither layers' kinds nor adapters, and is private.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lowmem import measure
+from lowmem.errors import show
+from lowmem.nn.lora import Adapter
+from lowmem.training.optimizer import AdamW8bit
+from lowmem.transforms.plan import OPTIMIZERS
+from lowmem.transforms.registry import check_module
+
+__all__ = ["TRAINERS", "TrainingMemory", "training_memory"]
+
+TRAINERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
+    {**OPTIMIZERS, "adamw8bit": AdamW8bit}
+)
+"""Optimizers by the names that ``training_memory`` takes."""
+
+_LOSS = "loss"  # the kind of activations that no module made
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """The bytes of a training step at its peak. ``print`` shows a table.
+
+    Attributes:
+        optimizer_name: as it was given, or its class's name.
+        moment: of the peak: "forward", "backward" or "update".
+        weights: parameters and buffers of the model, but for adapters.
+        adapters: parameters of adapters.
+        inputs: the batch.
+        gradients: of parameters.
+        optimizer: its state.
+        activations: by the class of the layer in whose forward they were made: what outlives that forward, to be used
+            by the next layer or in backward. "loss": what is made outside of any layer. Largest first.
+        scratch: temporaries, and gradients of activations.
+    """
+
+    optimizer_name: str
+    moment: str
+    weights: int
+    adapters: int
+    inputs: int
+    gradients: int
+    optimizer: int
+    activations: Mapping[str, int]
+    scratch: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it: model, inputs, and ``step_bytes``."""
+        return sum(self.parts.values())
+
+    @property
+    def step_bytes(self) -> int:
+        """The peak beyond model and inputs, as ``lowmem.measure.PeakMemory`` counts it."""
+        return self.total_bytes - self.weights - self.adapters - self.inputs
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes of each part, by its name in tables; each kind of activations is one."""
+        first = ("weights", "adapters", "inputs", "gradients", "optimizer")
+        found: dict[str, int] = {name: getattr(self, name) for name in first}
+        found |= {f"activations: {kind}": size for kind, size in self.activations.items()}
+        return found | {"scratch": self.scratch}
+
+    def __str__(self) -> str:
+        rows = [*self.parts.items(), (f"peak, in {self.moment}", self.total_bytes)]
+        table = [("Memory", "MiB"), *((name, f"{size / _MIB:.2f}") for name, size in rows)]
+        left, right = (max(len(row[column]) for row in table) for column in (0, 1))
+        return "\n".join(f"{name.ljust(left)}  {size.rjust(right)}" for name, size in table)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures as integers, with their sums: what JSON can hold."""
+        own = {one.name: getattr(self, one.name) for one in fields(self)} | {"activations": dict(self.activations)}
+        return own | {"step_bytes": self.step_bytes, "total_bytes": self.total_bytes}
+
+
+def training_memory(
+    model: nn.Module,
+    *inputs: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    optimizer: str | Callable[[list[Tensor]], torch.optim.Optimizer] = "adamw",
+    **named: Any,
+) -> TrainingMemory:
+    """Return where the memory of a training step goes, at its peak::
+
+        print(lowmem.training_memory(model, ids, labels=ids))
+
+    Two steps are run, since the optimizer's state is there from the second one on, and the peak of both counts. Their
+    learning rate and gradients are zero: the model, its mode, gradients and buffers and torch's generator are as they
+    were afterwards. Counted are storages, as in ``lowmem.measure``: the sum of all parts is the size of the model and
+    its inputs and the peak of ``PeakMemory``, to the byte. Not counted are workspaces inside an operation, and what
+    ``torch.tensor`` makes of Python numbers, as AdamW's count of steps.
+
+    Args:
+        model: with parameters that train; converted, and prepared by ``prepare_training``, as it will be trained.
+        *inputs: positional arguments: tensors, or structures that hold some.
+        loss: returns a scalar for the model's output; None: the output's ``loss``, or the sum of its tensors.
+        optimizer: "adamw", "adamw8bit" or "sgd" (without momentum), or a callable that makes one for a list of
+            parameters, such as ``functools.partial(torch.optim.SGD, momentum=0.9)``.
+        **named: keyword arguments.
+
+    Raises:
+        TypeError: the model is not a module, or returns no tensor; ``loss`` returns no scalar with a gradient; or
+            ``optimizer`` makes none.
+        ValueError: an unknown optimizer, one that steps more than once (LBFGS), or a model in which nothing trains.
+    """
+    check_module(model)
+    if isinstance(optimizer, str) and optimizer not in TRAINERS:
+        raise ValueError(f"optimizer={optimizer!r} is unknown: choose from {', '.join(TRAINERS)}, or give a callable")
+    if not isinstance(optimizer, str) and not callable(optimizer):
+        raise TypeError(f"optimizer={show(optimizer)} must be a name, or a callable that makes an optimizer")
+    trained: list[Tensor] = [one for one in model.parameters() if one.requires_grad]
+    if not trained:
+        raise _nothing_trains(model)
+    weights, adapters = _resident(model)
+    given = sum(one.nbytes for one in dict.fromkeys(measure.tensors_in([inputs, named])))
+    # Inside the caller's inference mode, the state of an optimizer could not be used again.
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs, named = tree_map_only(Tensor, Tensor.detach, (inputs, named))
+        memory = StepMemory()
+        with measure.unchanged(model, training=True):
+            made = _make(optimizer, trained)
+            with memory.modules():
+                for _ in range(2):
+                    _step(memory, model, made, loss, inputs, named)
+    return TrainingMemory(
+        optimizer_name=optimizer if isinstance(optimizer, str) else type(made).__name__,
+        moment=memory.peak_phase,
+        weights=weights,
+        adapters=adapters,
+        inputs=given,
+        **memory.parts(),
+    )
+
+
+def _make(optimizer: str | Callable[[list[Tensor]], torch.optim.Optimizer], trained: list[Tensor]) -> Any:
+    made = TRAINERS[optimizer](trained) if isinstance(optimizer, str) else optimizer(trained)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optimizer={show(optimizer)} makes a {type(made).__name__}, not a torch.optim.Optimizer")
+    if isinstance(made, torch.optim.LBFGS):
+        raise ValueError("LBFGS runs the model more than once in a step: take an optimizer that steps once")
+    for group in made.param_groups:
+        group["lr"] = 0.0
+    return made
+
+
+def _step(
+    memory: StepMemory,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Any], Tensor] | None,
+    inputs: tuple[Any, ...],
+    named: Mapping[str, Any],
+) -> None:
+    """Take a step that changes no parameter."""
+    trained = [one for one in model.parameters() if one.requires_grad]
+    with memory:
+        optimizer.zero_grad()
+        memory.phase = "forward"
+        with memory.frame(_LOSS):
+            losses = measure.losses_of(model, model(*inputs, **named), loss)  # does not keep the output alive
+        if not losses:
+            raise _nothing_trains(model)
+        memory.phase = "backward"
+        torch.autograd.backward(losses)
+        del losses
+    gradients = [one.grad for one in trained if one.grad is not None]
+    memory.name(gradients, "gradients")
+    with torch.no_grad():
+        for gradient in gradients:  # so that moments, decay and the largest update are zero, too
+            gradient.zero_()
+    del gradients
+    memory.phase = "update"
+    with memory:
+        optimizer.step()
+    memory.name(measure.tensors_in(list(optimizer.state.values())), "optimizer")
+
+
+def _nothing_trains(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} has no parameter that trains: convert(model, LoRA()) adds adapters, and "
+        "requires_grad_(True) lets parameters train"
+    )
+
+
+def _resident(model: nn.Module) -> tuple[int, int]:
+    """Return the bytes of the distinct storages of weights and buffers, and of adapters."""
+    adapters = _storages(p for m in model.modules() if isinstance(m, Adapter) for p in m.parameters())
+    others = _storages([*model.parameters(), *model.buffers()])
+    return sum(size for key, size in others.items() if key not in adapters), sum(adapters.values())
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    return {one._cdata: one.nbytes() for tensor in tensors for one in measure.storages_of(tensor)}
+
+
+@dataclass(eq=False)
+class _Block:
+    """A storage that a step has made.
+
+    Attributes:
+        made_in: the class of the layer in whose forward; "" outside of any.
+        kept: whether it was there when that forward returned.
+        name: "gradients" or "optimizer"; "" for others.
+    """
+
+    made_in: str
+    kept: bool = False
+    name: str = ""
+
+
+class StepMemory(measure.PeakMemory):
+    """Tracks what ``PeakMemory`` does, and what the storages at the peak were for. May be entered again.
+
+    Attributes:
+        phase: of the step, which the caller sets.
+        peak_phase: its value at the peak.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = self.peak_phase = "forward"
+        self._blocks: dict[int, _Block] = {}  # by the address of the storage, while it lives
+        self._log: list[tuple[_Block, int, int]] = []  # what changed, by how many bytes, and all bytes then
+        self._at_peak = 0  # length of the log
+        self._frames: list[tuple[str, list[tuple[int, _Block]]]] = []
+
+    def parts(self) -> dict[str, Any]:
+        """Return the bytes at the peak by the attributes of ``TrainingMemory``."""
+        sizes: dict[_Block, int] = {}
+        for block, size, _ in self._log[: self._at_peak]:
+            sizes[block] = sizes.get(block, 0) + size
+        found = dict.fromkeys(("gradients", "optimizer", "scratch"), 0)
+        activations: dict[str, int] = {}
+        for block, size in sizes.items():
+            if block.kept and not block.name:
+                activations[block.made_in] = activations.get(block.made_in, 0) + size
+            else:
+                found[block.name or "scratch"] += size
+        largest = sorted(activations.items(), key=lambda one: (-one[1], one[0]))
+        return found | {"activations": {kind: size for kind, size in largest if size}}
+
+    def name(self, tensors: Iterable[Tensor], name: str) -> None:
+        """Say what the storages of tensors are for."""
+        for key in _storages(tensors):
+            if key in self._blocks:
+                self._blocks[key].name = name
+
+    @contextmanager
+    def frame(self, kind: str) -> Iterator[None]:
+        """Take what is made inside, and not in an inner frame, for made by a layer of that kind."""
+        made: list[tuple[int, _Block]] = []
+        self._frames.append((kind, made))
+        try:
+            yield
+        finally:
+            self._frames.pop()
+            for key, block in made:
+                block.kept = self._blocks.get(key) is block
+
+    @contextmanager
+    def modules(self) -> Iterator[None]:
+        """Take each call of a module inside for a frame.
+
+        The call is replaced in ``nn.Module``, as torch.fx does it: for a hook, layers would take other paths.
+        """
+        call = nn.Module.__call__
+
+        def framed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with self.frame(type(module).__name__):
+                return call(module, *args, **kwargs)
+
+        nn.Module.__call__ = cast(Any, framed)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+
+    def _change(self, key: int, size: int) -> None:
+        super()._change(key, size)
+        block = self._blocks.get(key)
+        if block is None:
+            kind, made = self._frames[-1] if self._frames else ("", [])
+            block = self._blocks[key] = _Block(kind)
+            made.append((key, block))
+        self._log.append((block, size, self.current))
+
+    def _forget(self, key: int) -> None:
+        super()._forget(key)
+        self._blocks.pop(key, None)
+
+    def _reach(self) -> None:
+        at = len(self._log)
+        current = self._log[at - 1][2] if at else 0  # not self.current: garbage may have been collected since
+        if current > self.peak:
+            self.peak, self._at_peak, self.peak_phase = current, at, self.phase
