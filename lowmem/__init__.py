@@ -7,6 +7,12 @@ startup.guard_imports()  # before torch is imported
 
 from lowmem.bignet import BigNet
 from lowmem.errors import FileError
+from lowmem.finetuning.evaluation import perplexity
+from lowmem.finetuning.loop import Outcome, Step, finetune
+from lowmem.finetuning.rows import Rows
+from lowmem.finetuning.settings import FineTuning
+from lowmem.finetuning.state import States
+from lowmem.finetuning.text import Example, Texts, read_examples
 from lowmem.io.adapters import load_adapter, save_adapter
 from lowmem.io.checkpoint import load, save
 from lowmem.io.export.exported import Exported
@@ -60,8 +66,10 @@ __all__ = [
     "EightBit",
     "Embedding4Bit",
     "Embedding8Bit",
+    "Example",
     "Exported",
     "FileError",
+    "FineTuning",
     "Format",
     "FourBit",
     "Half",
@@ -75,10 +83,15 @@ __all__ = [
     "LoRALinear",
     "MergeReport",
     "MergedLayer",
+    "Outcome",
     "Plan",
     "QuantizedTensor",
+    "Rows",
+    "States",
+    "Step",
     "StoredTensor",
     "Summary",
+    "Texts",
     "TrainingMemory",
     "__version__",
     "activate",
@@ -95,15 +108,18 @@ __all__ = [
     "deactivate",
     "delete_adapter",
     "export",
+    "finetune",
     "linear_cross_entropy",
     "load",
     "load_adapter",
     "merge",
     "merge_adapter",
     "pack",
+    "perplexity",
     "plan",
     "prepare_training",
     "quantize",
+    "read_examples",
     "release_training",
     "restore",
     "save",

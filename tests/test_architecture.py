@@ -20,6 +20,7 @@ ORDER = [
     ("transforms",),
     ("io", "training", "variants"),
     ("integrations",),
+    ("finetuning",),
     ("testing",),
     ("report",),
     ("tools",),

@@ -9,7 +9,7 @@ COMMANDS = MappingProxyType(
     {
         "stats": "what models cost: parameters, bytes, peak memory of a forward and a backward",
         "compare": "how close the outputs of models come to those of a base",
-        "fit": "fine-tune a variant on a classification task",
+        "fit": "fine-tune a language model on text, or a variant on a classification task",
         "quantize": "convert a safetensors checkpoint or a Hugging Face folder to 4 bits, in bounded memory",
         "merge": "merge an adapter into the model that it was trained on, and say what that loses",
         "export": "write a model that lowmem stored as a GGUF file, codes as they are",

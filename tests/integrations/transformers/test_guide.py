@@ -1,5 +1,6 @@
-"""The guide's program runs as it is written."""
+"""The programs of the guides to Hugging Face and to fine-tuning run as they are written."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from lowmem.__main__ import main
 from tests.integrations.transformers.folders import write
 from tests.integrations.transformers.tokens import write_tokenizer
 
-PAGE = Path(__file__).parents[3] / "docs" / "guides" / "hugging-face.md"
+GUIDES = Path(__file__).parents[3] / "docs" / "guides"
+PAGE = GUIDES / "hugging-face.md"
 
 
 @pytest.mark.filterwarnings("default::FutureWarning", "default::DeprecationWarning", "default::UserWarning")
@@ -35,3 +37,19 @@ def test_the_program_and_the_commands(tmp_path, monkeypatch, capsys):
     commands = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf8"), flags=re.DOTALL)
     for command in "".join(commands).splitlines():
         assert main(command.split()[1:]) == 0
+
+
+def test_the_guide_to_fine_tuning(tmp_path, monkeypatch, capsys):
+    write_tokenizer(write(tmp_path / "llama"))
+    lines = [{"prompt": f"{n} and {n} is ", "completion": f"{2 * n}"} for n in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.chdir(tmp_path)
+    text = (GUIDES / "fine-tuning.md").read_text(encoding="utf8")
+    for command in "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).splitlines():
+        assert main(command.split()[1:]) == 0
+    assert "tuned is complete already" in capsys.readouterr().err
+    (program,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    space = {"__name__": "guide"}
+    exec(compile(program, "fine-tuning.md", "exec"), space)
+    assert space["outcome"].losses[-1] < space["outcome"].losses[0]
+    assert (tmp_path / "from-program" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,1 @@
+"""Fine-tuning of language models: text in, an adapter out."""

@@ -1,0 +1,55 @@
+"""How well a language model predicts a text that it is not trained on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowmem.finetuning.calling import logits_of
+from lowmem.finetuning.ranks import Alone, Ranks
+from lowmem.finetuning.rows import Rows
+from lowmem.finetuning.text import IGNORED
+
+__all__ = ["perplexity"]
+
+_CHUNK = 128
+"""Tokens whose log-probabilities exist at once."""
+
+
+def perplexity(model: nn.Module, rows: Rows, ranks: Ranks | None = None) -> float:
+    """Return ``exp`` of the mean negative log-likelihood of the tokens that count; infinite where that overflows.
+
+    A row at a time is computed. Processes that train together share the rows.
+
+    Args:
+        model: its modes are restored.
+        rows: held-out text.
+        ranks: the processes that train together; None: this one alone.
+    """
+    ranks = ranks or Alone()
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    total = 0.0
+    try:
+        model.eval()
+        with torch.no_grad():
+            for start in range(0, len(rows), ranks.world):
+                own = [index for index in (start + ranks.rank,) if index < len(rows)]
+                batch = rows.batch(own, device)
+                total += _negative_log_likelihood(logits_of(model(**batch.inputs)), batch.targets)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    mean = ranks.sum(total) / int(rows.counted.sum())
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
+    """Return the sum over the tokens that count, of logits (1, tokens, vocabulary)."""
+    total = 0.0
+    for part, own in zip(logits[0].split(_CHUNK), targets[0].split(_CHUNK), strict=True):
+        total += float(functional.cross_entropy(part.float(), own, ignore_index=IGNORED, reduction="sum"))
+    return total

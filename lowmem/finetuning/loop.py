@@ -1,0 +1,263 @@
+"""The steps of fine-tuning."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+
+from lowmem.finetuning.calling import logits_of
+from lowmem.finetuning.evaluation import perplexity
+from lowmem.finetuning.order import Order, part
+from lowmem.finetuning.ranks import Alone, Ranks
+from lowmem.finetuning.rows import Batch, Rows
+from lowmem.finetuning.schedule import Schedule
+from lowmem.finetuning.settings import FineTuning
+from lowmem.finetuning.state import (
+    Saved,
+    Store,
+    capture,
+    put_back,
+    random_states,
+    set_random_states,
+    trained,
+)
+from lowmem.finetuning.text import IGNORED
+
+__all__ = ["Outcome", "Step", "finetune"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is done.
+
+    Args:
+        number: from 1.
+        steps: how many there are.
+        loss: the mean over the tokens that count, before the update.
+        norm: of the gradient, before it was clipped.
+        lr: the learning rate.
+        tokens: how many the model saw in all processes.
+        seconds: of gradient and update, without evaluation and the state's saving.
+        perplexity: of the held-out text after the step; None: it was not evaluated.
+    """
+
+    number: int
+    steps: int
+    loss: float
+    norm: float
+    lr: float
+    tokens: int
+    seconds: float
+    perplexity: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What a run has come to.
+
+    Attributes:
+        losses: of each step, the mean over the tokens that count, before the update.
+        evaluations: pairs of a number of steps and the perplexity of the held-out text after them.
+        step: the steps after which the model is as it was left: the best ones with ``patience``, else all.
+        stopped: whether it was stopped early.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    step: int = 0
+    stopped: bool = False
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The evaluation with the least perplexity, the first of equal ones."""
+        return min(self.evaluations, key=lambda one: (one[1], one[0]))
+
+
+def finetune(
+    model: nn.Module,
+    rows: Rows,
+    settings: FineTuning,
+    *,
+    held_out: Rows | None = None,
+    states: Store | None = None,
+    ranks: Ranks | None = None,
+    watch: Callable[[Step], object] = lambda step: None,
+) -> Outcome:
+    """Train the parameters of a causal language model that require gradients, with AdamW, to predict the next token.
+
+    The same settings, rows and model give the same weights, to the bit, also if the run is ended at any moment and
+    goes on from its states.
+
+    Args:
+        model: with an adapter, or anything that trains; ``prepare_training`` before makes its steps small.
+        rows: to train on.
+        settings: steps, batches, rates.
+        held_out: rows to evaluate on, after ``eval_every`` steps and at the end.
+        states: where to save the state, and to go on from it if there is one.
+        ranks: the processes that train together; None: this one alone.
+        watch: is called after each step.
+
+    Returns:
+        Losses and evaluations, with those of the steps before it was resumed.
+
+    Raises:
+        ValueError: nothing trains; a loss, a gradient or a weight is no longer finite: the step is named, and the
+            states are those before.
+        FileError: the state is of another run.
+        OSError: a state cannot be written.
+    """
+    if not trained(model):
+        raise ValueError(f"{type(model).__name__} has no parameter that trains: lowmem.add_adapter adds an adapter")
+    if settings.patience is not None and held_out is None:
+        raise ValueError(f"patience={settings.patience} needs held_out text to evaluate on")
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return _Run(model, rows, settings, held_out, states, ranks or Alone(), watch).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Rows,
+        settings: FineTuning,
+        held_out: Rows | None,
+        states: Store | None,
+        ranks: Ranks,
+        watch: Callable[[Step], object],
+    ) -> None:
+        self._model, self._rows, self._settings, self._held_out = model, rows, settings, held_out
+        self._states, self._ranks, self._watch = states, ranks, watch
+        self._device = next(model.parameters()).device
+        per_step = settings.batch_size * settings.accumulate * ranks.world
+        self._order = Order(len(rows), per_step, settings.seed, settings.total_rows(len(rows), ranks.world))
+        parameters = list(trained(model).values())
+        self._optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        self._done = Outcome()
+        self._start = 0
+        self._best: dict[str, Tensor] = {}
+
+    def run(self) -> Outcome:
+        """Train until the end, from the beginning or from the newest state."""
+        self._start = self._resume()
+        scheduler = self._scheduler(self._start)
+        self._optimizer.zero_grad(set_to_none=True)  # of what was done with the model before
+        self._model.train()
+        for step in range(self._start, self._order.steps):
+            self._step(step, scheduler)
+            if self._done.stopped:
+                break
+        self._finish()
+        return self._done
+
+    def _resume(self) -> int:
+        saved = None if self._states is None else self._states.newest()
+        if saved is None:
+            return 0
+        put_back(saved, self._model, self._optimizer)
+        set_random_states(saved.group("random"), self._device)
+        self._best = {name: value.clone() for name, value in saved.group("best").items()}
+        self._done.losses = saved.tensors["losses"].tolist()
+        self._done.evaluations = [
+            (step, math.inf if value is None else value) for step, value in saved.record["evaluations"]
+        ]
+        return saved.step
+
+    def _scheduler(self, start: int) -> LambdaLR:
+        schedule = Schedule(self._order.steps, self._settings.warmup, self._settings.decay)
+        for group in self._optimizer.param_groups:
+            group["initial_lr"] = self._settings.lr
+        return LambdaLR(self._optimizer, schedule, last_epoch=start - 1)
+
+    def _step(self, step: int, scheduler: LambdaLR) -> None:
+        """Do one step. Nothing is changed before its loss and gradient are known to be finite."""
+        before, started = random_states(self._device), time.perf_counter()
+        indices = self._order.indices(step)
+        loss, tokens = self._gradient(indices)
+        norm = self._ranks.clip(trained(self._model).values(), self._settings.clip)
+        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                raise self._diverged(f"the {name} is {value} in step {step + 1}")
+        seconds = time.perf_counter() - started
+        if self._states is not None and step > self._start and step % self._settings.save_every == 0:
+            self._states.save(self._saved(step, before))  # this step has shown that the ones before are good
+        lr, started = float(self._optimizer.param_groups[0]["lr"]), time.perf_counter()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        seconds += time.perf_counter() - started
+        self._done.losses.append(loss)
+        found = self._evaluate(step + 1)
+        self._watch(Step(step + 1, self._order.steps, loss, norm, lr, tokens, seconds, found))
+
+    def _gradient(self, indices: list[int]) -> tuple[float, int]:
+        """Add the gradient of the mean loss of some rows; return that loss, and the tokens of these rows."""
+        settings, ranks = self._settings, self._ranks
+        total = max(1, int(self._rows.counted[indices].sum()))  # of all processes, whose rows every one knows
+        parts = part(indices, settings.batch_size, ranks.rank, ranks.world)
+        loss, tokens = 0.0, 0
+        for number, own in enumerate(parts, 1):
+            batch = self._rows.batch(own, self._device)
+            with ranks.accumulating(self._model, number == len(parts)):
+                mean = _loss(self._model, batch) / total
+                (mean * ranks.gradient_scale).backward()
+            loss += float(mean.detach())
+            tokens += batch.tokens
+        return ranks.sum(loss), int(ranks.sum(tokens))
+
+    def _evaluate(self, step: int) -> float | None:
+        """Evaluate if it is time; note whether that is the end."""
+        every, patience = self._settings.eval_every, self._settings.patience
+        due = step == self._order.steps or (every is not None and step % every == 0)
+        if self._held_out is None or not due:
+            return None
+        found = perplexity(self._model, self._held_out, self._ranks)
+        if math.isnan(found):
+            raise self._diverged(f"the perplexity of the held-out text is {found} after step {step}")
+        self._done.evaluations.append((step, found))
+        if patience is not None:
+            best = self._done.best[0]
+            if best == step:
+                self._best = {name: one.detach().clone() for name, one in trained(self._model).items()}
+            since = sum(number > best for number, _ in self._done.evaluations)
+            self._done.stopped = since >= patience and step < self._order.steps
+        return found
+
+    def _saved(self, step: int, random: dict[str, Tensor]) -> Saved:
+        tensors, record = capture(self._model, self._optimizer)
+        tensors |= {f"best.{name}": value for name, value in self._best.items()}
+        tensors |= {f"random.{name}": value for name, value in random.items()}
+        tensors["losses"] = torch.tensor(self._done.losses, dtype=torch.float64)
+        found = [[step, value if math.isfinite(value) else None] for step, value in self._done.evaluations]
+        return Saved(step, tensors, {**record, "evaluations": found})  # JSON has no infinity
+
+    def _finish(self) -> None:
+        self._done.step = len(self._done.losses)
+        if self._best:
+            self._done.step = self._done.best[0]
+            with torch.no_grad():
+                for name, parameter in trained(self._model).items():
+                    parameter.copy_(self._best[name])
+        for name, parameter in trained(self._model).items():
+            if not bool(parameter.isfinite().all()):  # which no loss has shown after the last step
+                raise self._diverged(f"{name!r} is no longer finite after step {self._done.step}")
+
+    def _diverged(self, what: str) -> ValueError:
+        self._optimizer.zero_grad(set_to_none=True)
+        kept = "" if self._states is None else f"; {self._states.kept()}"
+        return ValueError(f"{what}: lower lr={self._settings.lr:g}{kept}")
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the sum of the losses of the tokens that count."""
+    logits = logits_of(model(**batch.inputs))  # (rows, tokens, vocabulary)
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )

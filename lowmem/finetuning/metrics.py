@@ -1,0 +1,94 @@
+"""The figures of each step in a file, a line of JSON each; a run that goes on continues it where it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors, write_atomically, write_errors
+
+__all__ = ["Metrics", "check_metrics", "peak_memory"]
+
+
+class Metrics:
+    """Writes lines to a file.
+
+    Args:
+        path: of the file.
+        step: the run goes on after so many steps, and lines of later ones are dropped; None: it is new.
+
+    Raises:
+        FileExistsError: the run is new, and something is at ``path``.
+        OSError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, step: int | None = None) -> None:
+        self._path = path
+        kept = b"" if step is None or not path.exists() else _lines_until(path, step)
+        if step is None:
+            check_free(path)
+        write_atomically(path, kept)
+        with write_errors(path):
+            self._file: BufferedWriter = open(path, "ab")  # noqa: SIM115
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write a line, whole.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with write_errors(self._path):
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):  # which flushes again what could not be written
+            self._file.close()
+
+
+def check_metrics(path: Path, resume: bool) -> None:
+    """Raise, before anything is trained, if metrics cannot be written.
+
+    Raises:
+        FileExistsError: the run is new, and something is at ``path``.
+        OSError: no file can be written there.
+    """
+    if not resume:
+        check_free(path)
+    check_writable(path)
+
+
+def _lines_until(path: Path, step: int) -> bytes:
+    """Return the whole lines of a file up to a step."""
+    with open_regular(path) as file, read_errors(path):
+        lines = file.read().splitlines(keepends=True)
+    kept = b""
+    for line in lines:
+        try:
+            number = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):  # a kill has cut it
+            break
+        if number > step or not line.endswith(b"\n"):
+            break
+        kept += line
+    return kept
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that the process has taken: of its tensors on a GPU, else resident; None: not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,94 @@
+"""What decides how a model is fine-tuned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lowmem.errors import show
+from lowmem.finetuning.schedule import DECAYS
+
+__all__ = ["LARGEST_LR", "FineTuning"]
+
+LARGEST_LR = 0.09 * torch.finfo(torch.float32).max  # AdamW's first step is lr / (1 - 0.9); the rest is for rounding
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Settings of ``finetune``.
+
+    Args:
+        steps: how many updates; None: as many as ``epochs`` take.
+        epochs: how often each row is seen; None: once, unless ``steps`` are given.
+        batch_size: rows that are computed at a time, in each process.
+        accumulate: how many such batches make the gradient of a step, which is that of one batch of all their rows:
+            each token that counts has the same weight.
+        lr: the learning rate of AdamW.
+        warmup: steps over which it rises.
+        decay: of the learning rate after them: "cosine", "linear", or "none".
+        clip: the most that the norm of all gradients may be; None: any.
+        weight_decay: how much of a parameter a learning rate of 1 takes from it.
+        seed: of the order of rows, and of dropout.
+        eval_every: evaluate after so many steps, too, not at the end alone.
+        patience: stop after so many evaluations that are not better than the best, and keep the best adapter.
+        save_every: steps after which the state is saved.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 4
+    accumulate: int = 1
+    lr: float = 2e-4
+    warmup: int = 0
+    decay: str = "cosine"
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
+    seed: int = 0
+    eval_every: int | None = None
+    patience: int | None = None
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "batch_size", "accumulate", "eval_every", "patience", "save_every"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value >= 1):
+                raise ValueError(f"{name}={show(value)} must be a number of at least 1")
+        for name in ("warmup", "seed"):
+            value = getattr(self, name)
+            if not (type(value) is int and 0 <= value < 2**63):
+                raise ValueError(f"{name}={show(value)} must be a number from 0 to 2**63 - 1")
+        for name, least in (("lr", True), ("clip", True), ("weight_decay", False)):
+            value = getattr(self, name)
+            if name == "clip" and value is None:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (least and value == 0):
+                raise ValueError(f"{name}={show(value)} must be a number {'above' if least else 'of at least'} 0")
+        if self.lr > LARGEST_LR:
+            raise ValueError(
+                f"lr={self.lr:g} is above {LARGEST_LR:.1e}, where AdamW's first step overflows float32: lower it"
+            )
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs} say both when to end: leave one out")
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay={show(self.decay)} is none of {', '.join(DECAYS)}")
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError(f"patience={self.patience} counts evaluations: set eval_every, too")
+
+    def total_rows(self, rows: int, world: int = 1) -> int:
+        """Return how many rows all steps take together, of so many in a file.
+
+        Raises:
+            ValueError: the warm-up is as long as all steps.
+        """
+        per_step = self.batch_size * self.accumulate * world
+        total = self.steps * per_step if self.steps is not None else (self.epochs or 1) * rows
+        steps = -(-total // per_step)
+        if self.warmup >= steps:
+            raise ValueError(f"warmup={self.warmup} must be below the {steps} steps that there are")
+        return total

@@ -1,0 +1,216 @@
+"""The state of a training run: written so that a kill at any moment leaves a whole one, and read to go on from it.
+
+Two files take turns. Each is written beside its place and renamed, and has a digest: if the newer one is damaged,
+the older one is taken.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import FileError, quoted, refusal, show
+from lowmem.io.atomic import write_errors
+from lowmem.io.container import read, write_tensors
+
+__all__ = ["Saved", "States", "Store", "capture", "put_back", "random_states", "set_random_states"]
+
+KIND = "training"
+FILES = ("state-0.safetensors", "state-1.safetensors")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The state after some steps.
+
+    Args:
+        step: how many are done; the place in the data follows from it.
+        tensors: ``parameters.NAME``, ``optimizer.NAME.KEY``, ``best.NAME``, ``random.DEVICE``, and ``losses``.
+        record: what is no tensor, as JSON.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    record: Mapping[str, Any]
+
+    def group(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin with ``name`` and a dot, by the rest of their names."""
+        start = f"{name}."
+        return {key.removeprefix(start): value for key, value in self.tensors.items() if key.startswith(start)}
+
+
+class Store(Protocol):
+    """Where the states of a run are kept."""
+
+    def newest(self) -> Saved | None:
+        """Return the newest whole state; None: there is none."""
+
+    def save(self, saved: Saved) -> None:
+        """Write a state, and keep the one before until it is whole."""
+
+    def kept(self) -> str:
+        """Say which state is there, for an error that ends the run."""
+
+
+class States:
+    """The states of a run in a folder.
+
+    Args:
+        folder: is made by the first ``save``.
+        origin: what the run was started with, as JSON: a state of another run is refused.
+        may_differ: keys of ``origin`` that another value may have from now on.
+
+    Attributes:
+        changed: texts on what differs of those.
+        facts: JSON that goes with each state, and comes back with it.
+    """
+
+    def __init__(self, folder: Path, origin: Mapping[str, Any], may_differ: Collection[str] = ()) -> None:
+        self.folder, self._origin, self._may_differ = folder, dict(origin), may_differ
+        self.changed: list[str] = []
+        self.facts: dict[str, Any] = {}
+        self._last: tuple[int, str] | None = None  # the step of the newest state, and its file
+
+    def newest(self) -> Saved | None:
+        """Return the newest whole state; None: there is none.
+
+        Raises:
+            FileError: no state is whole, or the newest is one of another run: the first thing that differs is named.
+            OSError: a file cannot be read.
+        """
+        found: list[tuple[Saved, str]] = []
+        damaged: FileError | None = None
+        for name in FILES:
+            path = self.folder / name
+            if path.exists():
+                try:
+                    found.append((self._read(path), name))
+                except FileError as error:
+                    damaged = error
+        if not found:
+            if damaged is not None:
+                raise damaged
+            return None
+        saved, name = max(found, key=lambda one: one[0].step)
+        self._check(self.folder / name, saved.record["origin"])
+        self.facts = dict(saved.record.get("facts", {}))
+        self._last = saved.step, name
+        return saved
+
+    def save(self, saved: Saved) -> None:
+        """Write a state in place of the older one of two.
+
+        Raises:
+            OSError: it cannot be written; the one before is whole.
+        """
+        with write_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        name = FILES[0] if self._last is None or self._last[1] == FILES[1] else FILES[1]
+        record = {**saved.record, "kind": KIND, "step": saved.step, "origin": self._origin, "facts": self.facts}
+        write_tensors(self.folder / name, saved.tensors, record)
+        self._last = saved.step, name
+
+    def kept(self) -> str:
+        """Say which state is there."""
+        if self._last is None:
+            return "no state was saved before"
+        return f"the last good state, after step {self._last[0]}, is kept in {quoted(self.folder)}"
+
+    def remove(self) -> None:
+        """Remove the folder, when the run has ended."""
+        with write_errors(self.folder), suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)
+
+    def _read(self, path: Path) -> Saved:
+        file = read(path)
+        record = file.metadata
+        if record.get("kind") != KIND or not isinstance(record.get("step"), int) or "origin" not in record:
+            raise refusal(path, "it is no state of a training run; name the run's own folder")
+        return Saved(record["step"], file.tensors, record)
+
+    def _check(self, path: Path, origin: Mapping[str, Any]) -> None:
+        self.changed = []
+        for key in (*origin, *(key for key in self._origin if key not in origin)):
+            before, now = origin.get(key), self._origin.get(key)
+            if before == now:
+                continue
+            if key not in self._may_differ:
+                raise refusal(
+                    path,
+                    f"{key} was {show(before)} and is {show(now)}: go on with what the run was started with, or "
+                    "remove the state to begin anew",
+                    "go on from",
+                )
+            self.changed.append(f"{key} was {show(before)} until here, and is {show(now)}")
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's generators."""
+    found = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set the states of torch's generators."""
+    torch.set_rng_state(states["cpu"].clone())
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].clone(), device)
+
+
+def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a state holds of a model's parameters that train, and of its optimizer: tensors, and numbers."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name, parameter in trained(model).items():
+        tensors[f"parameters.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value
+            else:
+                numbers[f"{name}.{key}"] = value
+    return tensors, {"optimizer": numbers}
+
+
+def put_back(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give a model and its optimizer what ``capture`` has found.
+
+    Raises:
+        ValueError: the state is one of other parameters; nothing was changed.
+    """
+    own, parameters = trained(model), saved.group("parameters")
+    shapes, others = ({name: tuple(one.shape) for name, one in group.items()} for group in (own, parameters))
+    if shapes != others:
+        name = min(name for name in {*shapes, *others} if shapes.get(name) != others.get(name))
+        raise ValueError(
+            f"the state has {show(name)} of shape {show(others.get(name))}, and the model one of "
+            f"{show(shapes.get(name))}: go on with the model that the run was started with"
+        )
+    states: dict[str, dict[str, Any]] = {name: {} for name in own}
+    for full, value in saved.group("optimizer").items():
+        name, _, key = full.rpartition(".")
+        states[name][key] = value.clone()
+    for full, number in saved.record["optimizer"].items():
+        name, _, key = full.rpartition(".")
+        states[name][key] = number
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(parameters[name])
+            if states[name]:
+                optimizer.state[parameter] = {
+                    key: value.to(parameter.device) if isinstance(value, Tensor) and key != "step" else value
+                    for key, value in states[name].items()
+                }
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by their first names."""
+    return {name: one for name, one in model.named_parameters() if one.requires_grad}

@@ -1,0 +1,234 @@
+"""Text files for fine-tuning: what a model sees of them, and which tokens it is to predict.
+
+A ``.txt`` file is one text, read in windows. A line of a ``.jsonl`` file is a JSON object with ``text``, with
+``prompt`` and ``completion``, or with ``messages``, of which completions and the assistant's messages count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import refusal, show
+from lowmem.io.atomic import open_regular, read_errors
+
+__all__ = ["IGNORED", "Example", "Texts", "Tokenizer", "read_examples"]
+
+IGNORED = -100
+"""The target of a token after which nothing is to be predicted."""
+
+KINDS = (".txt", ".jsonl")
+
+
+class Tokenizer(Protocol):
+    """What makes tokens of text. ``lowmem.integrations.transformers.TextTokenizer`` makes one of a transformers one.
+
+    Attributes:
+        end: the token that ends a text, or None.
+    """
+
+    end: int | None
+
+    def encode(self, text: str, special: bool) -> Sequence[int]:
+        """Return the tokens of a text; with what the tokenizer puts before each text, if ``special``."""
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, bool]]:
+        """Return the pieces of a conversation's text in their order, and whether each is to be learnt.
+
+        Raises:
+            ValueError: the tokenizer has no template for conversations, or it refuses this one.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Tokens that a model sees together.
+
+    Args:
+        ids: int32 (tokens,).
+        targets: int32 (tokens,): at each token the one after it, or ``IGNORED`` if that does not count.
+    """
+
+    ids: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], counts: Sequence[bool]) -> Example:
+        """Make one of tokens, each with whether it is to be predicted."""
+        ids = torch.tensor(tokens, dtype=torch.int32)
+        targets = torch.full_like(ids, IGNORED)
+        targets[:-1] = torch.where(torch.tensor(counts[1:], dtype=torch.bool), ids[1:], IGNORED)
+        return cls(ids, targets)
+
+    @property
+    def counted(self) -> int:
+        """How many tokens are to be predicted."""
+        return int((self.targets != IGNORED).sum())
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The examples of a file.
+
+    Args:
+        examples: each at most as long as was asked for.
+        digest: SHA-256 of the file.
+        in_order: whether they follow each other in one text.
+        cut: how many were longer, and lost their end.
+        dropped: how many are left out, since nothing that counts was left of them.
+    """
+
+    examples: list[Example]
+    digest: str
+    in_order: bool
+    cut: int = 0
+    dropped: int = 0
+
+    def split(self, share: float, seed: int) -> tuple[Texts, Texts]:
+        """Return what to train on, and a share that is held out: of one text its end, of lines any.
+
+        Raises:
+            ValueError: one of them would have no example.
+        """
+        count = len(self.examples)
+        held = round(share * count)
+        if not 0 < held < count:
+            raise ValueError(
+                f"a share of {share:g} of {count} examples is {held}, and both parts need one: take another share, "
+                "more text, or a file of its own to evaluate on"
+            )
+        order = torch.arange(count)
+        if not self.in_order:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        parts = order[:-held].sort().values, order[-held:].sort().values
+        first, second = ([self.examples[number] for number in part.tolist()] for part in parts)
+        return Texts(first, self.digest, self.in_order), Texts(second, self.digest, self.in_order)
+
+
+def read_examples(path: str | os.PathLike[str], tokenizer: Tokenizer, length: int) -> Texts:
+    """Read the examples of a ``.txt`` or ``.jsonl`` file.
+
+    A ``.txt`` file is cut into windows of ``length`` tokens, and so is a ``text`` that is longer. Of a longer prompt
+    with its completion, and of longer messages, the beginning is kept.
+
+    Args:
+        path: of the file, in UTF-8.
+        tokenizer: that of the model.
+        length: the most tokens of an example, at least 2.
+
+    Raises:
+        FileError: the file is of another kind, empty, no UTF-8, or has nothing to predict; or a line is no such
+            object, whose number is named.
+        ValueError: ``length`` is below 2.
+        OSError: the file cannot be read.
+    """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+        raise ValueError(f"length={length!r} must be a number of tokens, at least 2")
+    path = Path(path)
+    if path.suffix not in KINDS:
+        raise refusal(path, f"its name must end in {' or '.join(KINDS)}")
+    with open_regular(path) as file, read_errors(path):
+        content = file.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as reason:
+        raise refusal(path, f"it is no UTF-8 text, from byte {reason.start}; name a text file") from None
+    if not text.strip():
+        raise refusal(path, "it is empty; name a file with text")
+    in_order = path.suffix == ".txt"
+    examples: list[Example] = []
+    cut = dropped = 0
+    for windows, lost in (
+        [(_windows(text, tokenizer, length), 0)] if in_order else _lines(path, text, tokenizer, length)
+    ):
+        kept = [window for window in windows if window.counted]
+        examples += kept
+        cut += lost > 0
+        dropped += not kept
+    if not examples:
+        why = "one token, which follows nothing" if not cut else f"no token that counts among its first {length}"
+        raise refusal(path, f"of all of its texts the model sees {why}; take longer texts, or a larger length")
+    return Texts(examples, hashlib.sha256(content).hexdigest(), in_order, cut, dropped)
+
+
+def _lines(path: Path, text: str, tokenizer: Tokenizer, length: int) -> Iterator[tuple[list[Example], int]]:
+    """Yield for each line its examples, and how many tokens were cut off."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield _of_line(line, tokenizer, length)
+            except (ValueError, TypeError) as reason:
+                raise refusal(path, f"line {number}: {reason}") from reason
+
+
+def _of_line(line: str, tokenizer: Tokenizer, length: int) -> tuple[list[Example], int]:
+    record = _record(line)
+    found = [keys for keys in (("text",), ("prompt", "completion"), ("messages",)) if set(keys) <= record.keys()]
+    if len(found) != 1:
+        what = f"keys {', '.join(map(show, record)) or 'of nothing'}" if not found else "more than one kind of text"
+        raise ValueError(f"it has {what}; give it text, or prompt and completion, or messages")
+    for key in found[0]:
+        if key != "messages" and not (isinstance(record[key], str) and record[key]):
+            raise ValueError(f"{key}={show(record[key])} must be a text that is not empty")
+    if found[0] == ("text",):
+        return _windows(record["text"], tokenizer, length), 0
+    tokens, counts = (
+        _conversation(record["messages"], tokenizer)
+        if found[0] == ("messages",)
+        else _completion(record["prompt"], record["completion"], tokenizer)
+    )
+    return [Example.of(tokens[:length], counts[:length])], max(0, len(tokens) - length)
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{show(line)} is no JSON object; a .jsonl file has one in each line") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{show(record)} is no JSON object; a .jsonl file has one in each line")
+    return record
+
+
+def _windows(text: str, tokenizer: Tokenizer, length: int) -> list[Example]:
+    """Return the windows of a text, all of whose tokens count."""
+    tokens = _with_end([*tokenizer.encode(text, True)], tokenizer)
+    parts = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+    return [Example.of(part, [True] * len(part)) for part in parts]
+
+
+def _completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    before = [*tokenizer.encode(prompt, True)]
+    if before and before[-1] == tokenizer.end:  # some tokenizers end each text with it
+        before.pop()
+    after = _with_end([*tokenizer.encode(completion, False)], tokenizer)
+    return before + after, [False] * len(before) + [True] * len(after)
+
+
+def _conversation(messages: Any, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    if not (isinstance(messages, list) and messages):
+        raise ValueError(f"messages={show(messages)} must be a list of messages")
+    for message in messages:
+        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
+            raise ValueError(f"{show(message)} is no message: it needs role and content, both texts")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError('it has no message whose role is "assistant", and so nothing to learn')
+    tokens: list[int] = []
+    counts: list[bool] = []
+    for piece, counted in tokenizer.chat(messages):
+        own = tokenizer.encode(piece, False)
+        tokens += own
+        counts += [counted] * len(own)
+    return tokens, counts
+
+
+def _with_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
+    return tokens if tokenizer.end is None or tokens[-1:] == [tokenizer.end] else [*tokens, tokenizer.end]

@@ -1,0 +1,270 @@
+"""What ``lowmem fit`` does with variants and factories: it trains them with a float32 linear head on their output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+
+import safetensors.torch
+import torch
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from lowmem import measure
+from lowmem.finetuning.settings import LARGEST_LR
+from lowmem.io.atomic import check_writable, write_atomically
+from lowmem.tools.data import Split, load_data
+from lowmem.tools.models import (
+    MIB,
+    check_links,
+    make_model,
+    plan_model,
+    recipe_of,
+    run_model,
+    user_code,
+)
+from lowmem.tools.output import print_json, print_plan, progress, shown, uncut_column
+from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, skeleton_of
+from lowmem.version import __version__
+
+__all__ = ["DEFAULTS", "Classifier", "Result", "fit", "plan_fit", "run"]
+
+DEFAULTS = {"data": "synthetic", "epochs": 10, "batch_size": 64, "lr": 1e-3}
+
+
+class Classifier(nn.Module):
+    """Any model with a float32 linear head on its flattened output."""
+
+    def __init__(self, body: nn.Module, features: int, classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (examples, classes)."""
+        logits: Tensor = self.head(self.body(x).flatten(1).float())
+        return logits
+
+
+@dataclass
+class Result:
+    """The result of a run.
+
+    ``losses`` has the mean loss of each epoch. ``train_accuracy`` is measured on the batches of the last epoch, each
+    before its step. ``peak_bytes`` is the peak of the first training step beyond model and input, optimizer included.
+    """
+
+    variant: str
+    epochs: int
+    losses: list[float]
+    train_accuracy: float
+    test_accuracy: float
+    peak_bytes: int
+    seconds_per_step: float
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command, for arguments whose defaults are set."""
+    if arguments.save is not None and not arguments.dry_run:
+        check_links(arguments.save)
+        check_writable(arguments.save)  # before the training, not after it
+    data = load_data(arguments.data, arguments.seed)
+    name = arguments.model
+    if ":" not in name:  # BigNet takes (examples, features)
+        data = Split(data.train_x.flatten(1), data.train_y, data.test_x.flatten(1), data.test_y, data.classes)
+    if arguments.dry_run:
+        found = plan_model(name, lambda: plan_fit(name, data, rank=arguments.rank, batch_size=arguments.batch_size))
+        if arguments.json:
+            print_json({"variant": name} | found.as_json())
+        else:
+            print_plan(name, found)
+        return 0
+    body = make_model(name, seed=arguments.seed, rank=arguments.rank)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(arguments.seed)
+        features = _features(name, body, data.train_x[:2])
+        model = Classifier(body, features, data.classes)
+    if arguments.save is not None:
+        _check_state(name, model)
+    with torch.random.fork_rng():
+        torch.manual_seed(arguments.seed)  # for dropout
+        result = fit(
+            model,
+            data,
+            variant=name,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            lr=arguments.lr,
+            seed=arguments.seed,
+            report=lambda line: print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True),
+        )
+    if arguments.save is not None:
+        options = ("model", "data", "epochs", "batch_size", "lr", "rank", "seed")
+        origin = {"version": __version__, **{option: getattr(arguments, option) for option in options}}
+        # A single entry: safetensors writes several in an order that differs from run to run.
+        with user_code(f"model={name!r} has a state that can no longer be listed; leave out --save"):
+            content = safetensors.torch.save(_tensors(model), {"lowmem": json.dumps(origin)})
+        write_atomically(arguments.save, content)
+        print(f"saved {shown(str(arguments.save))}", file=sys.stderr)
+    if arguments.json:
+        print_json(asdict(result))
+    else:
+        print(f"peak memory of a step: {result.peak_bytes / MIB:.2f} MiB beyond the model and its input")
+        print(f"time of a step: {result.seconds_per_step:.3f} s")
+    return 0
+
+
+def plan_fit(name: str, data: Split, *, rank: int | None, batch_size: int) -> Plan:
+    """Return the memory that ``fit`` takes for the model called ``name``, whose weights are not allocated.
+
+    Raises:
+        ValueError: a model that ``make_model`` or ``fit`` rejects, or one that cannot be planned.
+    """
+    factory, techniques = recipe_of(name, rank)
+    body = skeleton_of(factory, techniques)
+    x, y = data.train_x[:batch_size], data.train_y[:batch_size]
+    with on_fake_tensors(body.model):
+        inputs, _ = fake_inputs(x[:2])
+        features = _features(name, body.model, *inputs)
+    with torch.device("meta"):
+        model = Classifier(body.model, features, data.classes)
+    head = measure.theoretical_bytes(model.head)
+    whole = replace(
+        body, model=model, dense=body.dense + head, load=body.load + head, conversion=body.conversion + head
+    )
+    return plan_of(whole, x, "adamw", lambda logits: nn.functional.cross_entropy(logits, y))
+
+
+def _features(name: str, body: nn.Module, x: Tensor) -> int:
+    """Return the number of values in a model's output for one example."""
+    output = run_model(name, lambda: body.eval()(x))
+    if not isinstance(output, Tensor):
+        raise ValueError(f"model={name!r} returns a {type(output).__name__}; fit takes models that return a tensor")
+    if output.dim() < 2 or len(output) != len(x) or output.numel() == 0 or output.is_complex():
+        raise ValueError(
+            f"model={name!r} returns {output.dtype} of shape {tuple(output.shape)} for {len(x)} examples; "
+            "fit takes models that return real numbers (examples, features, ...)"
+        )
+    return output[0].numel()
+
+
+def _check_state(name: str, model: nn.Module) -> None:
+    """Raise a ValueError, before the training, if safetensors cannot store the state."""
+    with user_code(f"model={name!r} has a state that cannot be listed; leave out --save"):
+        state = model.state_dict()
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"model={name!r} has a state that is not all tensors; safetensors cannot --save it")
+    with user_code(f"model={name!r} has a state that safetensors cannot --save"):
+        safetensors.torch.save({key: tensor.new_empty(0).cpu() for key, tensor in state.items()})
+
+
+def fit(
+    model: Classifier,
+    data: Split,
+    *,
+    variant: str,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    report: Callable[[str], None],
+) -> Result:
+    """Train with AdamW and cross entropy; call ``report`` with a line for each epoch.
+
+    Raises:
+        ValueError: ``lr`` is too large for float32, the loss or a weight is no longer finite, or the model fails.
+    """
+    if lr > LARGEST_LR:
+        raise ValueError(
+            f"--lr={lr:g} is above {LARGEST_LR:.1e}, where AdamW's first step overflows float32: lower it"
+        )
+    failed = f"model={variant!r} cannot be trained on this data"
+    with user_code(failed):
+        finite = _finite(model)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    examples = len(data.train_x)
+    result = Result(variant, epochs, [], 0.0, 0.0, 0, 0.0)
+    seconds: list[float] = []
+
+    def step(x: Tensor, y: Tensor) -> tuple[float, int]:
+        optimizer.zero_grad(set_to_none=True)
+        logits = model(x)
+        loss = nn.functional.cross_entropy(logits, y)
+        loss.backward()
+        optimizer.step()
+        return loss.item(), int((logits.argmax(1) == y).sum())
+
+    with progress(
+        MofNCompleteColumn(table_column=uncut_column()),
+        TextColumn("steps", table_column=uncut_column()),
+        TimeRemainingColumn(table_column=uncut_column()),
+        redirect_stdout=sys.stdout.isatty(),  # files and pipes get plain lines
+    ) as bar:
+        task = bar.add_task(shown(variant), total=epochs * math.ceil(examples / batch_size))
+        for epoch in range(1, epochs + 1):
+            model.train()
+            outcomes: list[tuple[float, int]] = []
+            batches = torch.randperm(examples, generator=generator).split(batch_size)
+            for rows in batches:
+                x, y = data.train_x[rows], data.train_y[rows]
+                started = time.perf_counter()
+                memory = nullcontext() if seconds else measure.PeakMemory()
+                with user_code(failed), memory:
+                    outcomes.append(step(x, y))
+                if isinstance(memory, measure.PeakMemory):
+                    result.peak_bytes = memory.peak
+                seconds.append(time.perf_counter() - started)
+                if not math.isfinite(outcomes[-1][0]):
+                    raise ValueError(f"the loss is {outcomes[-1][0]} in epoch {epoch}: lower --lr={lr:g}")
+                bar.advance(task)
+            result.losses.append(
+                sum(loss * len(rows) for (loss, _), rows in zip(outcomes, batches, strict=True)) / examples
+            )
+            result.train_accuracy = sum(correct for _, correct in outcomes) / examples
+            if lost := finite - _finite(model):  # after the last step no loss shows it
+                raise ValueError(f"{min(lost)!r} is no longer finite in epoch {epoch}: lower --lr={lr:g}")
+            with user_code(failed):
+                result.test_accuracy = accuracy(model, data.test_x, data.test_y, batch_size)
+            report(
+                f"epoch {epoch}/{epochs}  loss {result.losses[-1]:.4f}  "
+                f"train accuracy {result.train_accuracy:.1%}  test accuracy {result.test_accuracy:.1%}"
+            )
+    timed = seconds[1:] or seconds  # the first step is slower, since its memory is tracked
+    result.seconds_per_step = sum(timed) / len(timed)
+    return result
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
+    """Return the fraction of examples whose class has the largest logit."""
+    model.eval()
+    with torch.no_grad():
+        batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        return sum(int((model(part).argmax(1) == label).sum()) for part, label in batches) / len(y)
+
+
+def _finite(model: nn.Module) -> set[str]:
+    """Return the names of the parameters and buffers whose values are all finite (a mask may hold infinities)."""
+    state = (*model.named_parameters(), *model.named_buffers())
+    return {
+        name
+        for name, value in state
+        if (value.is_floating_point() or value.is_complex()) and bool(value.isfinite().all())
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state as contiguous tensors without shared memory, which safetensors rejects."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        shared = tensor.untyped_storage()._cdata in seen
+        seen.add(tensor.untyped_storage()._cdata)
+        tensors[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
+    return tensors

@@ -1,0 +1,262 @@
+"""What ``lowmem fit`` does with folders: text in, an adapter out."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from lowmem.errors import refusal
+from lowmem.finetuning.calling import Calling, calling_of, logits_of
+from lowmem.finetuning.evaluation import perplexity
+from lowmem.finetuning.loop import Outcome, Step, finetune
+from lowmem.finetuning.metrics import Metrics, peak_memory
+from lowmem.finetuning.plot import plot_losses
+from lowmem.finetuning.rows import Rows
+from lowmem.finetuning.settings import FineTuning
+from lowmem.finetuning.state import States
+from lowmem.finetuning.text import Texts
+from lowmem.io.adapters import save_adapter
+from lowmem.io.atomic import atomic_folder, write_atomically
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.half import Half
+from lowmem.nn.lora import LoRA
+from lowmem.tools.language_job import RECORD, Job, Storing, check_outputs, finite, job_of
+from lowmem.tools.models import MIB, plan_model
+from lowmem.tools.output import print_json, print_plan, progress, shown, uncut_column
+from lowmem.training.prepare import prepare_training, release_training
+from lowmem.transforms.adapters import add_adapter
+from lowmem.transforms.plan import plan
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> int:
+    """Run the command for a folder."""
+    job = job_of(arguments, folder)
+    if arguments.dry_run:
+        return _dry_run(arguments, job)
+    if job.save is not None and arguments.resume and job.is_done():
+        print(f"{shown(str(job.save))} is complete already", file=sys.stderr)
+        if arguments.json:
+            print_json(json.loads((job.save / RECORD).read_text()))
+        return 0
+    check_outputs(arguments, job)
+    states = job.states()
+    saved = None if states is None else states.newest()
+    if saved is not None and not arguments.resume:
+        assert states is not None
+        raise FileExistsError(
+            f"{str(states.folder)!r} holds a run that did not end: go on with --resume, or remove it to begin anew"
+        )
+    for change in [] if states is None else states.changed:
+        print(f"lowmem fit: {change}", file=sys.stderr)
+    out = sys.stderr if arguments.json else sys.stdout
+    report = _Report(out, job.settings)
+    metrics = None
+    try:
+        facts = {} if states is None else states.facts
+        found = _Training(job, facts, lambda line: print(line, file=out, flush=True))
+        if arguments.metrics is not None:
+            metrics = Metrics(arguments.metrics, saved.step if saved else 0 if arguments.resume else None)
+        with report.shown(folder.name):
+            outcome = found.train(states, lambda step: report(step, metrics))
+    except KeyboardInterrupt:
+        if states is not None:
+            print(f"lowmem fit: {states.kept()}; --resume goes on with it", file=sys.stderr)
+        raise
+    finally:
+        if metrics is not None:
+            metrics.close()
+    document = job.document(outcome, found.perplexities)
+    if job.save is not None:
+        _save(job.save, found.model, document)
+        if states is not None:
+            states.remove()
+    if arguments.plot is not None:
+        before = {name: value for name, value in found.perplexities.items() if name != "adapted"}
+        plot_losses(arguments.plot, outcome.losses, outcome.evaluations, before)
+    _print_result(
+        arguments, document | {"losses": outcome.losses, "evaluations": outcome.evaluations} | report.figures()
+    )
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
+    """Print the memory that a run takes, as with ``--memory plain``."""
+    from lowmem.integrations.transformers.causal import factory_of
+
+    if not job.dense:
+        raise ValueError(
+            f"--dry-run plans dense folders, and model={str(job.folder)!r} is stored already: name the one that it "
+            "was made from"
+        )
+    techniques = (job.technique, LoRA(job.rank)) if isinstance(job.technique, Half | FourBit) else (LoRA(job.rank),)
+    shape = job.settings.batch_size, job.length
+    targets = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
+    make, batch = factory_of(job.folder), {"input_ids": targets.view(shape), "use_cache": False}
+
+    def loss(output: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits_of(output).flatten(0, 1).float(), targets.to(output.logits.device))
+
+    found = plan_model(str(job.folder), lambda: plan(make, *techniques, batch=batch, loss=loss))
+    if arguments.json:
+        print_json({"model": str(job.folder)} | found.as_json())
+        return 0
+    print_plan(str(job.folder), found)
+    if job.memory != "plain":
+        print(f"\nwithout prepare_training: --memory {job.memory} takes less")
+    return 0
+
+
+class _Training:
+    """A base with an adapter, its rows, and what it predicts before it trains.
+
+    Attributes:
+        perplexities: of the held-out text: "dense", "stored", and "adapted" at last.
+    """
+
+    def __init__(self, job: Job, facts: dict[str, Any], tell: Any) -> None:
+        self._job, self._tell = job, tell
+        self.perplexities: dict[str, float] = dict(facts.get("perplexity", {}))
+        self._calling: Calling | None = None
+        known = bool(self.perplexities)
+        if job.dense and job.technique is not None and job.held_out is not None and not (known or job.skip_dense):
+            self._evaluate("dense", self._load(None))
+            gc.collect()
+        self.model = self._load(job.technique)
+        if job.held_out is not None and not known:
+            self._evaluate("dense" if job.dense and job.technique is None else "stored", self.model)
+        facts["perplexity"] = dict(self.perplexities)
+        with torch.random.fork_rng():
+            torch.manual_seed(job.settings.seed)
+            self.model = add_adapter(self.model, "default", LoRA(job.rank))
+        self._rows = self._rows_of(job.texts)
+        if not self._rows.calling.isolates and len(job.texts.examples) > 1:
+            tell("examples are not packed: in this model, those in one row would see each other")
+
+    def train(self, states: States | None, watch: Any) -> Outcome:
+        """Train the adapter."""
+        job = self._job
+        if job.memory != "plain":
+            prepare_training(self.model, job.memory)
+        held_out = None if job.held_out is None else self._rows_of(job.held_out)
+        outcome = finetune(self.model, self._rows, job.settings, held_out=held_out, states=states, watch=watch)
+        release_training(self.model)
+        if outcome.evaluations:
+            self.perplexities["adapted"] = dict(outcome.evaluations)[outcome.step]
+        return outcome
+
+    def _load(self, technique: Storing) -> nn.Module:
+        from lowmem.integrations.transformers.config import LowmemConfig
+        from lowmem.integrations.transformers.folder import load_folder
+
+        model = load_folder(self._job.folder, None if technique is None else LowmemConfig(technique))
+        if self._calling is None:
+            try:
+                self._calling = calling_of(model, self._job.vocabulary)
+            except ValueError as reason:
+                raise refusal(self._job.folder, str(reason), "fine-tune") from reason
+        return model
+
+    def _rows_of(self, texts: Texts) -> Rows:
+        assert self._calling is not None
+        return Rows(texts.examples, self._job.length, self._calling)
+
+    def _evaluate(self, name: str, model: nn.Module) -> None:
+        assert self._job.held_out is not None
+        found = perplexity(model, self._rows_of(self._job.held_out))
+        if math.isnan(found):
+            raise refusal(self._job.folder, "its predictions are not finite; get its weights again", "fine-tune")
+        self.perplexities[name] = found
+        self._tell(f"perplexity of the held-out text, {name}: {found:.4f}")
+
+
+class _Report:
+    """Shows steps as they are done: a bar on a terminal, some lines, and a line of JSON for each."""
+
+    def __init__(self, out: Any, settings: FineTuning) -> None:
+        self._out, self._seconds, self._tokens, self._steps = out, 0.0, 0, 0
+        self._bar: Any = None
+
+    @contextmanager
+    def shown(self, name: str) -> Iterator[None]:
+        """Show a bar in the block."""
+        with progress(
+            MofNCompleteColumn(table_column=uncut_column()),
+            TextColumn("steps {task.fields[figures]}", table_column=uncut_column()),
+            TimeRemainingColumn(table_column=uncut_column()),
+            redirect_stdout=sys.stdout.isatty(),  # files and pipes get plain lines
+        ) as bar:
+            self._bar = bar
+            self._task = bar.add_task(shown(name), total=None, figures="")
+            yield
+
+    def __call__(self, step: Step, metrics: Metrics | None) -> None:
+        """Show a step."""
+        self._seconds, self._tokens, self._steps = (
+            self._seconds + step.seconds,
+            self._tokens + step.tokens,
+            self._steps + 1,
+        )
+        left = self._seconds / self._steps * (step.steps - step.number)
+        memory = peak_memory(torch.device("cpu"))
+        speed = self._tokens / max(self._seconds, 1e-9)
+        figures = f"{speed:.0f} tokens/s" + ("" if memory is None else f"  {memory / MIB:.0f} MiB")
+        self._bar.update(self._task, completed=step.number, total=step.steps, figures=f"{step.loss:.4f}  {figures}")
+        if metrics is not None:
+            line = {**asdict(step), "perplexity": None if step.perplexity is None else finite(step.perplexity)}
+            line = {"step": line.pop("number"), **line}
+            metrics.write(line | {"tokens_per_second": speed, "peak_bytes": memory, "seconds_left": left})
+        every = max(1, step.steps // 10)
+        if step.number % every == 0 or step.number == step.steps or step.perplexity is not None:
+            held_out = "" if step.perplexity is None else f"  held-out perplexity {step.perplexity:.4f}"
+            clock = f"{int(left) // 60}:{int(left) % 60:02} left"
+            told = f"step {step.number}/{step.steps}  loss {step.loss:.4f}{held_out}  {figures}  {clock}"
+            print(told, file=self._out, flush=True)
+
+    def figures(self) -> dict[str, Any]:
+        """Return what this process has measured, as JSON."""
+        return {
+            "tokens": self._tokens,
+            "tokens_per_second": self._tokens / max(self._seconds, 1e-9),
+            "seconds_per_step": self._seconds / max(self._steps, 1),
+            "peak_bytes": peak_memory(torch.device("cpu")),
+        }
+
+
+def _save(out: Path, model: nn.Module, document: dict[str, Any]) -> None:
+    """Write the adapter's folder, whole or not at all."""
+    with atomic_folder(out) as partial:
+        save_adapter(model, partial / "adapter", format="peft")
+        for file in sorted((partial / "adapter").iterdir()):
+            shutil.move(file, partial / file.name)
+        (partial / "adapter").rmdir()
+        write_atomically(partial / RECORD, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def _print_result(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+    if arguments.save is not None:
+        print(f"saved {shown(str(arguments.save))}", file=sys.stderr)
+    if arguments.json:
+        print_json(document | {"evaluations": [[step, finite(value)] for step, value in document["evaluations"]]})
+        return
+    for name, value in document["perplexity"].items():
+        print(f"perplexity of the held-out text, {name}: {math.inf if value is None else value:.4f}")
+    if document["peak_bytes"] is not None:
+        print(f"peak memory of the process: {document['peak_bytes'] / MIB:.2f} MiB")
+    print(
+        f"time of a step: {document['seconds_per_step']:.3f} s, {document['tokens_per_second']:.0f} tokens a second"
+    )

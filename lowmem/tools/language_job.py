@@ -1,0 +1,249 @@
+"""What a run of ``lowmem fit`` on a folder is to do: its arguments checked, and its texts read."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from lowmem.finetuning.loop import Outcome
+from lowmem.finetuning.metrics import check_metrics
+from lowmem.finetuning.plot import check_plot
+from lowmem.finetuning.settings import FineTuning
+from lowmem.finetuning.state import States
+from lowmem.finetuning.text import Texts, read_examples
+from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors
+from lowmem.io.model_folder import weights_in
+from lowmem.io.shards import INDEX, read_index
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.half import Half
+from lowmem.nn.lora import LoRA
+from lowmem.tools.models import check_links
+from lowmem.tools.output import shown
+from lowmem.version import __version__
+
+__all__ = ["OPTIONS", "RECORD", "Job", "Storing", "check_outputs", "finite", "job_of"]
+
+OPTIONS = (
+    *("format", "memory", "length", "steps", "accumulate", "warmup", "decay", "clip", "eval_data", "eval_share"),
+    *("eval_every", "patience", "skip_dense", "resume", "save_every", "metrics", "plot"),
+)
+"""Attributes of the parsed arguments that mean something for folders alone."""
+
+LENGTH = 512
+RANK = 16
+RECORD = "training.json"
+"""The file beside an adapter that says how it was trained."""
+
+Storing: TypeAlias = Half | FourBit | Literal["exact"] | None
+
+MAY_DIFFER = ("lr", "clip", "save_every")
+"""What a run that goes on may have anew: what helps after a loss that was not finite, and how often it saves."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is to do, with its texts read.
+
+    Args:
+        folder: of the base.
+        base: the digest of the base's files.
+        technique: how to store it; None: as it is.
+        dense: whether the folder is dense.
+        skip_dense: whether the perplexity of the dense model is not wanted.
+        vocabulary: how many tokens the base knows.
+    """
+
+    folder: Path
+    base: str
+    technique: Storing
+    dense: bool
+    skip_dense: bool
+    vocabulary: int
+    rank: int
+    memory: str
+    length: int
+    settings: FineTuning
+    data: Path
+    texts: Texts
+    held_out: Texts | None
+    save: Path | None
+
+    def origin(self) -> dict[str, Any]:
+        """Return what decides the result, as JSON."""
+        return {
+            "base": self.base,
+            "format": _name_of(self.technique),
+            "rank": self.rank,
+            "memory": self.memory,
+            "length": self.length,
+            "data": self.texts.digest,
+            "examples": len(self.texts.examples),
+            "held_out": None if self.held_out is None else self.held_out.digest,
+            **asdict(self.settings),
+        }
+
+    def states(self) -> States | None:
+        """Return where the states lie: beside the folder to write."""
+        if self.save is None:
+            return None
+        return States(self.save.with_name(f"{self.save.name}.training"), self.origin(), MAY_DIFFER)
+
+    def is_done(self) -> bool:
+        """Whether the folder to write is there, written by this very run, whose state is then removed."""
+        assert self.save is not None
+        try:
+            with open_regular(self.save / RECORD) as file:
+                record = json.load(file)
+            done = record["run"] | dict.fromkeys(MAY_DIFFER) == self.origin() | dict.fromkeys(MAY_DIFFER)
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        states = self.states()
+        if done and states is not None:
+            states.remove()
+        return bool(done)
+
+    def document(self, outcome: Outcome, perplexities: dict[str, float]) -> dict[str, Any]:
+        """Return how the adapter was trained, as JSON: the same for the same run, resumed or not."""
+        return {
+            "lowmem": __version__,
+            "base": str(self.folder),
+            "data": str(self.data),
+            "run": self.origin(),
+            "steps": len(outcome.losses),
+            "adapter_after": outcome.step,
+            "stopped_early": outcome.stopped,
+            "last_loss": outcome.losses[-1],
+            "perplexity": {name: finite(value) for name, value in perplexities.items()},
+        }
+
+
+def job_of(arguments: argparse.Namespace, folder: Path) -> Job:
+    """Check the arguments, and read the texts; no weights are read but for the digest of their files."""
+    settings = _settings(arguments)
+    if arguments.data is None:
+        raise ValueError(f"--data must name a FILE.txt or FILE.jsonl to train model={str(folder)!r} on")
+    if arguments.resume and arguments.save is None:
+        raise ValueError("--resume goes on from the state beside OUT: name it with --save")
+    share = arguments.eval_share
+    if share is not None and share >= 1:
+        raise ValueError(f"--eval-share={share:g} must be below 1")
+    evaluates = share is not None or arguments.eval_data is not None
+    for name in ("eval_every", "skip_dense"):
+        if getattr(arguments, name) not in (None, False) and not evaluates:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} means nothing without held-out text: add --eval-data or --eval-share")
+    technique, dense = _technique(folder, arguments.format)
+    rank = LoRA(arguments.rank or RANK).rank
+    from lowmem.integrations.transformers.causal import sizes_of
+    from lowmem.integrations.transformers.tokenizing import load_tokenizer
+
+    vocabulary, width, positions = sizes_of(folder)
+    if rank > width:
+        raise ValueError(
+            f"--rank={rank} is more than the {width} columns of the model's hidden states, beyond which an adapter "
+            "is no smaller than what it changes: lower it"
+        )
+    length = arguments.length or min(LENGTH, positions or LENGTH)
+    if positions is not None and length > positions:
+        raise ValueError(f"--length={length} is more than the {positions} positions that the model has: lower it")
+    tokenizer = load_tokenizer(folder, vocabulary)
+    texts = read_examples(arguments.data, tokenizer, length)
+    for what, count in (
+        ("cut to --length", texts.cut),
+        ("left out, since nothing that counts is left", texts.dropped),
+    ):
+        if count:
+            print(f"lowmem fit: {count} examples of {shown(str(arguments.data))} are {what}", file=sys.stderr)
+    held_out = None if arguments.eval_data is None else read_examples(arguments.eval_data, tokenizer, length)
+    if share is not None:
+        texts, held_out = texts.split(share, arguments.seed)
+    return Job(
+        folder,
+        _digest(folder),
+        technique,
+        dense,
+        arguments.skip_dense,
+        vocabulary,
+        rank,
+        arguments.memory or "fast",
+        length,
+        settings,
+        Path(arguments.data),
+        texts,
+        held_out,
+        arguments.save,
+    )
+
+
+def _settings(arguments: argparse.Namespace) -> FineTuning:
+    given: dict[str, Any] = {own.name: getattr(arguments, own.name, None) for own in fields(FineTuning)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.get("clip") == 0:
+        given["clip"] = None
+    return FineTuning(**given)
+
+
+def _technique(folder: Path, name: str | None) -> tuple[Storing, bool]:
+    """Return how to store a folder's model, None for as it is, and whether it is dense now.
+
+    Raises:
+        FileError: the folder has an adapter already, is one, or is no model's.
+        ValueError: it is stored already, and the format of another.
+    """
+    from lowmem.integrations.transformers.causal import stored_by
+
+    method = stored_by(folder)
+    if method is not None and name is not None:
+        raise ValueError(
+            f"--format={name} means nothing for model={str(folder)!r}, which is stored already: leave it out"
+        )
+    if method is not None:
+        return (None if method == "lowmem" else "exact"), False
+    if name == "dense":
+        return None, True
+    if name in ("bfloat16", "float16"):
+        return Half(getattr(torch, name)), True
+    return FourBit(name or "nf4"), True
+
+
+def _name_of(technique: Storing) -> str:
+    if isinstance(technique, Half):
+        return str(technique.dtype).removeprefix("torch.")
+    return str(technique.format) if isinstance(technique, FourBit) else technique or "as it is"
+
+
+def _digest(folder: Path) -> str:
+    """Return the SHA-256 of the files that a base is made of."""
+    weights = weights_in(folder)
+    names = sorted({*read_index(weights).values()}) if weights.name.endswith(INDEX) else [weights.name]
+    sha256 = hashlib.sha256()
+    for name in ("config.json", *names):
+        with open_regular(folder / name) as file, read_errors(folder / name):
+            while block := file.read(2**20):
+                sha256.update(block)
+    return sha256.hexdigest()
+
+
+def check_outputs(arguments: argparse.Namespace, job: Job) -> None:
+    """Raise, before anything is trained, if an output cannot be written."""
+    if job.save is not None:
+        check_links(job.save)
+        check_free(job.save)
+        check_writable(job.save)
+    if arguments.metrics is not None:
+        check_metrics(arguments.metrics, arguments.resume)
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
+
+
+def finite(value: float) -> float | None:
+    """Return a number as JSON has it, which knows no infinity."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,66 @@
+"""How a model is called is what it computes, not what its class is called."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem.finetuning.calling import Calling, calling_of, logits_of
+from tests.finetuning.language import VOCABULARY, Language, language
+
+
+class Plain(nn.Module):
+    """Each token is predicted from the one before it alone; it takes nothing but tokens."""
+
+    def __init__(self, change=lambda logits: logits):
+        super().__init__()
+        self.table, self.change = nn.Embedding(VOCABULARY, VOCABULARY), change
+
+    def forward(self, input_ids):
+        return self.change(self.table(input_ids))
+
+
+def test_models_are_tried():
+    torch.manual_seed(0)
+    assert calling_of(Language(), VOCABULARY) == Calling(True, True, False, True)
+    assert calling_of(Language(isolates=False), VOCABULARY) == Calling(True, True, False, False)
+    assert calling_of(Plain(), VOCABULARY) == Calling()
+    stored = language(technique=lowmem.FourBit("nf4"), dropout=0.5)
+    state, seed = stored.state_dict(), torch.get_rng_state()
+    stored.blocks[0].eval()
+    assert calling_of(stored, VOCABULARY).isolates
+    assert (stored.training, stored.blocks[0].training) == (True, False)
+    assert torch.equal(seed, torch.get_rng_state())
+    assert all(torch.equal(value, stored.state_dict()[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Language(causal=False), "predicts a token from those after it"),
+        (nn.Embedding(VOCABULARY, 8), "cannot be trained to predict the next token: TypeError"),
+        (Plain(lambda logits: logits[0]), "it returned shape \\(13, 64\\), and no logits"),
+        (Plain(lambda logits: "text"), "it returned a str, and no logits"),
+        (Plain(lambda logits: logits[:, :3]), "logits of shape \\(3, 64\\) for 13 tokens"),
+        (Plain(lambda logits: logits * torch.nan), "or such as are not finite"),
+    ],
+)
+def test_others_are_refused(model, why):
+    with pytest.raises(ValueError, match=why):
+        calling_of(model, VOCABULARY)
+
+
+def test_logits_are_found_in_what_models_return():
+    logits = torch.zeros(1, 2, 3)
+    for output in (logits, SimpleNamespace(logits=logits), {"logits": logits}):
+        assert logits_of(output) is logits
+
+
+def test_a_model_gets_what_it_takes():
+    ids, ones = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64)
+    assert Calling().inputs(ids, None, ones).keys() == {"input_ids"}
+    everything = Calling(True, True, True, True).inputs(ids, ones, ones)
+    assert everything.keys() == {"input_ids", "position_ids", "attention_mask", "use_cache"}
+    assert everything["use_cache"] is False

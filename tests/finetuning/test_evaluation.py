@@ -1,0 +1,50 @@
+"""Perplexity is torch's cross entropy of the tokens that count, also where processes share the rows."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lowmem import perplexity
+from lowmem.finetuning.ranks import Alone
+from lowmem.finetuning.text import IGNORED
+from tests.finetuning.language import language, rows, texts
+
+
+class Both(Alone):
+    """One of two processes, whose sums hold what the other has found."""
+
+    world = 2
+
+    def __init__(self, rank, others):
+        self.rank, self.others = rank, others
+
+    def sum(self, value):
+        self.others.append(value)
+        return sum(self.others)
+
+
+def test_it_is_the_mean_over_the_tokens_that_count(tmp_path):
+    model = language(dropout=0.5)
+    found = rows(model, texts(tmp_path))
+    model.eval()
+    total = 0.0
+    for batch in found.batches(1):
+        logits = model(**batch.inputs)[0].detach().double()
+        total += float(functional.cross_entropy(logits, batch.targets[0], ignore_index=IGNORED, reduction="sum"))
+    model.train()
+    expected = math.exp(total / int(found.counted.sum()))
+    assert perplexity(model, found) == pytest.approx(expected, rel=1e-6)
+    assert model.training
+    sums = []
+    perplexity(model, found, Both(0, sums))
+    assert perplexity(model, found, Both(1, sums)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_no_number_holds_is_infinite(tmp_path):
+    model = language()
+    found = rows(model, texts(tmp_path))
+    with torch.no_grad():
+        model.head.weight.mul_(1e6)
+    assert perplexity(model, found) == math.inf

@@ -1,0 +1,213 @@
+"""The steps: their gradients are those of the whole batch, they learn, and what is not finite stops them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+import lowmem
+from lowmem import FineTuning, finetune
+from lowmem.finetuning.calling import logits_of
+from lowmem.finetuning.evaluation import perplexity
+from lowmem.finetuning.order import Order
+from lowmem.finetuning.ranks import Alone
+from lowmem.finetuning.state import States, trained
+from tests.finetuning.language import Language, language, rows, texts
+
+SETTINGS = FineTuning(steps=12, batch_size=2, lr=1e-2, eval_every=4, save_every=2)
+
+
+def weights(model):
+    return {name: one.detach().clone() for name, one in trained(model).items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("memory", [None, "fast", "lean"])
+def test_it_learns_what_it_is_shown_and_the_base_stays(memory, tmp_path):
+    model = language(technique=lowmem.FourBit("nf4"))
+    found = rows(model, texts(tmp_path))
+    before = perplexity(model, found)
+    frozen = {name: one.clone() for name, one in model.named_parameters() if not one.requires_grad}
+    if memory is not None:
+        lowmem.prepare_training(model, memory)
+    seen = []
+    outcome = finetune(model, found, replace(SETTINGS, steps=40), held_out=found, watch=seen.append)
+    assert outcome.evaluations[-1] == (40, perplexity(model, found))
+    assert outcome.evaluations[-1][1] < before / 3
+    assert [step for step, _ in outcome.evaluations] == [*range(4, 41, 4)]
+    assert [step.loss for step in seen] == outcome.losses
+    assert [step.number for step in seen if step.perplexity is not None] == [*range(4, 41, 4)]
+    assert (outcome.step, outcome.stopped) == (40, False)
+    assert seen[0].lr == 1e-2 > seen[20].lr > seen[-1].lr > 0
+    assert seen[0].tokens == sum(found.batch([one]).tokens for one in Order(len(found), 2, 0, 80).indices(0))
+    assert all(torch.equal(one, dict(model.named_parameters())[name]) for name, one in frozen.items())
+
+
+class Noting(Alone):
+    """Notes the gradients of the steps, which it scales to nothing."""
+
+    def __init__(self):
+        self.found = []
+
+    def clip(self, parameters, most):
+        parameters = list(parameters)
+        self.found.append([one.grad.clone() for one in parameters])
+        return super().clip(parameters, 1e-30)
+
+
+def test_an_accumulated_gradient_is_that_of_the_whole_batch(tmp_path):
+    """Rows differ in what they count, and the last batch is shorter: the mean is over tokens, not over batches."""
+    lines = [f'{{"prompt": "{"a" * n}", "completion": "{"b" * (13 - n)}"}}' for n in range(1, 11)]
+    found = {}
+    for name, batch_size, accumulate in (("whole", 7, 1), ("parts", 2, 4), ("ones", 1, 7)):
+        model = language()
+        with torch.no_grad():
+            for adapter in lowmem.adapter_layers(model, "default").values():
+                adapter.lora_b.normal_()  # which starts at zero, where A has no gradient
+        ranks = Noting()
+        data = rows(model, texts(tmp_path, "\n".join(lines), 16, "lines.jsonl"), 16)
+        assert len(set(data.counted.tolist())) > 4
+        settings = FineTuning(steps=1, batch_size=batch_size, accumulate=accumulate)
+        settings = replace(settings, steps=None, epochs=1) if name == "whole" else settings
+        finetune(model, data, settings, ranks=ranks)
+        found[name] = ranks.found[0]
+    model = language()
+    with torch.no_grad():
+        for adapter in lowmem.adapter_layers(model, "default").values():
+            adapter.lora_b.normal_()
+    batch = data.batch(Order(10, 7, 0, 7).indices(0))
+    loss = functional.cross_entropy(logits_of(model(**batch.inputs)).flatten(0, 1), batch.targets.flatten())
+    loss.backward()
+    for gradients in (found["whole"], found["ones"]):
+        for one, parameter in zip(gradients, trained(model).values(), strict=True):
+            torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
+    eight = data.batch(Order(10, 8, 0, 8).indices(0))
+    model.zero_grad()
+    functional.cross_entropy(logits_of(model(**eight.inputs)).flatten(0, 1), eight.targets.flatten()).backward()
+    for one, parameter in zip(found["parts"], trained(model).values(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+class StopError(Exception):
+    pass
+
+
+def test_a_run_that_goes_on_is_the_run_that_did_not_stop(tmp_path):
+    """Dropout, warm-up, decay, the best adapter and the order of rows come back; the states differ in nothing."""
+    settings = replace(SETTINGS, warmup=3, patience=3, accumulate=2)
+
+    def run(folder, until=None):
+        model = language(technique=lowmem.FourBit("nf4"), dropout=0.3)
+        found = rows(model, texts(tmp_path))
+
+        def watch(step):
+            if step.number == until:
+                raise StopError
+
+        states = States(folder, {})
+        try:
+            return finetune(model, found, settings, held_out=found, states=states, watch=watch), weights(model)
+        except StopError:
+            return None
+
+    expected = run(tmp_path / "whole")
+    for until in (1, 4, 5, 11):
+        assert run(tmp_path / "parts", until) is None
+    outcome, found = run(tmp_path / "parts")
+    assert outcome == expected[0]
+    assert same(found, expected[1])
+    assert [one.read_bytes() for one in sorted((tmp_path / "parts").iterdir())] == [
+        one.read_bytes() for one in sorted((tmp_path / "whole").iterdir())
+    ]
+
+
+def test_the_seed_decides(tmp_path):
+    def run(seed):
+        model = language(dropout=0.3)
+        finetune(model, rows(model, texts(tmp_path)), replace(SETTINGS, seed=seed, steps=3))
+        return weights(model)
+
+    state = torch.get_rng_state()
+    assert same(run(1), run(1))
+    assert not same(run(1), run(2))
+    torch.set_rng_state(state)
+    before = torch.get_rng_state()
+    model = language()
+    after = torch.get_rng_state()
+    finetune(model, rows(model, texts(tmp_path)), replace(SETTINGS, steps=1))
+    assert torch.equal(torch.get_rng_state(), after)
+    assert not torch.equal(before, after)
+
+
+def test_patience_stops_and_keeps_the_best(tmp_path):
+    model = language()
+    found = rows(model, texts(tmp_path))
+    other = rows(model, texts(tmp_path, "zyxwv" * 30, name="other.txt"))
+    settings = replace(SETTINGS, steps=60, eval_every=2, patience=2, lr=3e-2)
+    outcome = finetune(model, found, settings, held_out=other)
+    step, least = outcome.best
+    assert outcome.stopped
+    assert outcome.step == step
+    assert [number for number, _ in outcome.evaluations] == [*range(2, step + 5, 2)]
+    assert perplexity(model, other) == least
+    with pytest.raises(ValueError, match="patience=2 needs held_out"):
+        finetune(model, found, settings)
+
+
+class Breaks(Language):
+    """Returns what is not finite from some call in training on."""
+
+    calls, after = 0, 10**9
+
+    def forward(self, *args, **named):
+        logits = super().forward(*args, **named)
+        self.calls += self.training
+        return logits * torch.nan if self.calls > self.after else logits
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
+    torch.manual_seed(0)
+    model = lowmem.add_adapter(Breaks(), "default", lowmem.LoRA(2))
+    found = rows(model, texts(tmp_path))
+    model.calls, model.after = 0, 7
+    states = States(tmp_path / "states", {})
+    settings = replace(SETTINGS, save_every=3, eval_every=None)
+    kept = []
+
+    def watch(step):
+        kept.append(weights(model))
+
+    with pytest.raises(
+        ValueError, match=r"the loss is nan in step 8: lower lr=0.01; the last good state, after step 6,"
+    ):
+        finetune(model, found, settings, states=states, watch=watch)
+    assert same(weights(model), kept[-1])  # the step changed nothing
+    assert same(States(states.folder, {}).newest().group("parameters"), kept[5])
+    model.after = 10**9
+    assert len(finetune(model, found, settings, states=states).losses) == 12
+
+
+def test_weights_that_a_step_makes_infinite_stop_it(tmp_path):
+    model = language()
+    decays = replace(SETTINGS, lr=1e36, weight_decay=1e4, steps=1)  # parameters times -1e40
+    with pytest.raises(ValueError, match=r"lora_a' is no longer finite after step 1: lower lr=1e\+36$"):
+        finetune(model, rows(model, texts(tmp_path)), decays)
+    model = language()
+    with pytest.raises(ValueError, match=r"is (nan|inf) in step \d+: lower lr=1e\+30; no state was saved before"):
+        finetune(
+            model,
+            rows(model, texts(tmp_path)),
+            replace(SETTINGS, lr=1e30, eval_every=None),
+            states=States(tmp_path / "s", {}),
+        )
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_model_without_what_trains_is_refused(tmp_path):
+    model = Language().requires_grad_(False)
+    with pytest.raises(ValueError, match="Language has no parameter that trains"):
+        finetune(model, rows(model, texts(tmp_path)), SETTINGS)

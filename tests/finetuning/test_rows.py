@@ -1,0 +1,79 @@
+"""Rows hold each example once, apart from the others: logits are those of each example alone."""
+
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem.finetuning.calling import Calling
+from lowmem.finetuning.rows import Rows, pack
+from lowmem.finetuning.text import IGNORED, Example
+from tests.finetuning.language import VOCABULARY, Language
+
+LENGTHS = [5, 17, 3, 9, 12, 20, 2]
+
+
+def examples(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [Example.of(tokens, [number % 3 > 0 for number in range(len(tokens))]) for tokens in made]
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=40), st.integers(0, 6))
+def test_rows_hold_all_and_are_few(lengths, more):
+    length = max(lengths) + more
+    rows = pack(lengths, length)
+    assert sorted(chain(*rows)) == list(range(len(lengths)))
+    assert all(sum(lengths[one] for one in row) <= length for row in rows)
+    least = -(-sum(lengths) // length)
+    assert sum(sum(lengths[one] for one in row) <= length // 2 for row in rows) <= 1  # of two such one would do
+    assert len(rows) <= 2 * least
+
+
+@pytest.mark.parametrize("calling", [Calling(True, True, False, True), Calling(True, True), Calling()])
+def test_packed_and_padded_rows_give_the_logits_of_each_example_alone(calling):
+    torch.manual_seed(0)
+    model, found = Language().eval(), examples()
+    rows = Rows(found, 20, calling)
+    assert len(rows) == (4 if calling.isolates else len(found))
+    assert int(rows.counted.sum()) == sum(one.counted for one in found)
+    seen = []
+    for batch in rows.batches(3):
+        logits = model(**batch.inputs)
+        for row in range(len(batch.targets)):
+            counts = batch.targets[row] != IGNORED
+            picked = logits[row][counts].log_softmax(-1).gather(1, batch.targets[row][counts][:, None])
+            seen += picked.flatten().tolist()
+    alone = []
+    for one in found:
+        counts = one.targets != IGNORED
+        logits = model(one.ids.long()[None])[0][counts]
+        alone += logits.log_softmax(-1).gather(1, one.targets[counts].long()[:, None]).flatten().tolist()
+    assert sorted(seen) == pytest.approx(sorted(alone), abs=1e-5)
+
+
+def test_a_batch_is_as_long_as_its_longest_row_and_counts_its_tokens():
+    rows = Rows(examples(), 20, Calling(True, True))
+    batch = rows.batch([2, 0])
+    assert batch.inputs["input_ids"].shape == batch.targets.shape == (2, 5)
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert "position_ids" not in batch.inputs
+    assert batch.tokens == 8
+    assert (rows.tokens, rows.counted.tolist()) == (sum(LENGTHS), [one.counted for one in examples()])
+
+
+def test_a_batch_of_no_rows_counts_nothing():
+    batch = Rows(examples(), 20, Calling(True, True, False, True)).batch([])
+    assert batch.inputs["input_ids"].shape == (1, 1)
+    assert batch.targets.tolist() == [[IGNORED]]
+    assert batch.tokens == 0
+
+
+def test_what_cannot_be_rows_is_refused():
+    with pytest.raises(ValueError, match=r"examples=\[\]"):
+        Rows([], 20, Calling())
+    with pytest.raises(ValueError, match="length=19 must be at least that of the longest example, 20 tokens"):
+        Rows(examples(), 19, Calling())
+    assert Rows.of(Language(), examples(), 20, VOCABULARY).calling.isolates

@@ -1,0 +1,145 @@
+"""A state is whole at any moment, and a run that goes on from it does what it would have done."""
+
+import errno
+import multiprocessing
+import os
+import random
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+
+import lowmem
+from lowmem import FileError
+from lowmem.finetuning import state
+from lowmem.finetuning.state import FILES, Saved, States, capture, put_back, trained
+from tests.finetuning import killed
+from tests.finetuning.language import language
+
+
+def saved(step, value=0.0):
+    return Saved(step, {"losses": torch.full((3,), value)}, {"evaluations": []})
+
+
+def test_two_files_take_turns_and_the_newer_whole_one_is_read(tmp_path):
+    states = States(tmp_path / "states", {"rank": 4})
+    assert states.newest() is None
+    assert states.kept() == "no state was saved before"
+    for step in (2, 4, 6):
+        states.facts["seen"] = step
+        states.save(saved(step, step))
+        assert (States(states.folder, {"rank": 4}).newest()).step == step
+    assert sorted(one.name for one in states.folder.iterdir()) == sorted(FILES)
+    assert states.kept() == f"the last good state, after step 6, is kept in '{states.folder}'"
+    newest = states.folder / FILES[0]
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    again = States(states.folder, {"rank": 4})
+    assert again.newest().step == 4
+    assert again.facts == {"seen": 4}
+    again.save(saved(5))
+    assert States(states.folder, {"rank": 4}).newest().step == 5  # in place of the damaged one
+    for name in FILES:
+        (states.folder / name).write_bytes(b"damaged")
+    with pytest.raises(FileError):
+        again.newest()
+    again.remove()
+    again.remove()
+    assert not states.folder.exists()
+
+
+def test_a_state_of_another_run_is_refused_by_what_differs(tmp_path):
+    States(tmp_path, {"base": "aa", "lr": 0.1}).save(saved(2))
+    for origin in ({"base": "bb", "lr": 0.1}, {"base": "aa"}, {"base": "aa", "lr": 0.1, "rank": 4}):
+        with pytest.raises(
+            FileError, match=r"cannot go on from .*(base was 'aa' and is 'bb'|lr was 0.1|rank was None)"
+        ):
+            States(tmp_path, origin).newest()
+    may = States(tmp_path, {"base": "aa", "lr": 0.2}, ("lr",))
+    for _ in range(2):
+        assert may.newest().step == 2
+        assert may.changed == ["lr was 0.1 until here, and is 0.2"]
+    lowmem.save(torch.nn.Linear(2, 2), tmp_path / FILES[1])
+    (tmp_path / FILES[0]).unlink()
+    with pytest.raises(FileError, match="it is no state of a training run"):
+        may.newest()
+
+
+def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
+    states = States(tmp_path, {})
+    states.save(saved(1))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(state, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        states.save(saved(2))
+    assert states.kept().startswith("the last good state, after step 1,")
+    assert States(tmp_path, {}).newest().step == 1
+    assert [one.name for one in tmp_path.iterdir()] == [FILES[0]]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, lowmem.AdamW8bit])
+def test_parameters_and_optimizer_come_back_to_the_bit(kind, tmp_path):
+    def made(seed):
+        model = language(seed, rank=64)  # B of 64 x 96: moments in 8 bits
+        return model, kind(trained(model).values(), lr=0.01)
+
+    def step(model, optimizer, seed):
+        torch.manual_seed(seed)
+        for parameter in trained(model).values():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+    model, optimizer = made(0)
+    step(model, optimizer, 1)
+    tensors, record = capture(model, optimizer)
+    States(tmp_path, {}).save(Saved(1, tensors, record))
+    other, its = made(5)
+    put_back(States(tmp_path, {}).newest(), other, its)
+    for one in ((model, optimizer), (other, its)):
+        step(*one, 2)
+    assert all(torch.equal(value, trained(other)[name]) for name, value in trained(model).items())
+    wrong, its = made(6)
+    before = {name: value.clone() for name, value in trained(wrong).items()}
+    tensors, record = capture(language(0, rank=2), torch.optim.AdamW([torch.zeros(1)]))
+    with pytest.raises(ValueError, match=r"lora_a' of shape \(2, 64\), and the model one of \(64, 64\)"):
+        put_back(Saved(1, tensors, record), wrong, its)
+    assert all(torch.equal(value, trained(wrong)[name]) for name, value in before.items())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
+    """At moments that nothing chooses: while it reads, computes, evaluates and writes."""
+    whole, often = tmp_path / "whole", tmp_path / "often"
+    whole.mkdir(), often.mkdir()
+    expected = killed.run(whole)
+    steps = len(expected.losses)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.finetuning.killed"])
+    moments, seen, kills, code = random.Random(0), set(), 0, None
+    while code != 0:
+        mine, its = processes.Pipe(duplex=False)
+        process = processes.Process(target=killed.report, args=(often, its))
+        process.start()
+        its.close()
+        until, lines = moments.randint(1, 3), []
+        with suppress(EOFError):
+            while len(lines) < until:
+                lines.append(mine.recv())
+            time.sleep(moments.random() * 0.02)
+            process.kill()
+        process.join()
+        mine.close()
+        code = process.exitcode
+        assert code in (0, -9)
+        assert len(list(often.glob("states/*.safetensors"))) <= 2
+        seen.update(lines)
+        kills += code != 0
+        assert kills < 100
+    assert kills > 3
+    assert seen == set(range(1, steps + 1))
+    assert (often / "out").read_bytes() == (whole / "out").read_bytes()
+    assert sorted(one.name for one in often.iterdir()) == ["out", "text.txt"]

@@ -1,0 +1,192 @@
+"""`lowmem fit` on folders: text in, an adapter out that lowmem and PEFT load; resumed, it is the same to the byte."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+import lowmem
+from lowmem.__main__ import main
+from lowmem.finetuning import loop
+from lowmem.integrations.transformers import LowmemConfig
+from tests.integrations.transformers.folders import load, write
+from tests.integrations.transformers.tokens import write_tokenizer
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+LINES = [{"text": f"item {n} costs {n * 7 % 10}"} for n in range(20)]
+LINES += [{"prompt": f"{n} and {n} is ", "completion": f"{2 * n}"} for n in range(20)]
+LINES += [
+    {"messages": [{"role": "user", "content": f"after {n}?"}, {"role": "assistant", "content": f"{n + 1}"}]}
+    for n in range(20)
+]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of a tiny llama with a tokenizer, and a file of examples."""
+    monkeypatch.chdir(tmp_path)
+    write_tokenizer(write(Path("llama")))
+    config = Path("llama", "tokenizer_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": CHAT}))
+    Path("data.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+    Path("text.txt").write_text(" ".join(line["text"] for line in LINES[:20]))
+    return tmp_path
+
+
+def fit(capsys, *options, data="data.jsonl"):
+    argv = ["fit", "llama", "--data", data, "--length", "48", "--rank", "4", "--lr", "0.01", *options, "--json"]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    return json.loads(captured.out), captured.err
+
+
+def refused(capsys, *argv):
+    assert main(["fit", *argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, which calls what transformers will remove
+@pytest.mark.parametrize("data", ["data.jsonl", "text.txt"])
+def test_an_adapter_that_lowmem_and_peft_load(data, place, capsys):
+    options = ["--epochs", "6", "--eval-share", "0.2", "--eval-every", "10", "--save", "out", "--metrics", "m.jsonl"]
+    found, told = fit(capsys, *options, data=data)
+    dense, stored, adapted = (found["perplexity"][name] for name in ("dense", "stored", "adapted"))
+    assert adapted < 0.8 * min(dense, stored)
+    assert found["losses"][-1] < found["losses"][0]
+    assert sorted(one.name for one in Path("out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    ]
+    record = json.loads(Path("out", "training.json").read_text())
+    assert (record["base"], record["run"]["format"], record["run"]["rank"]) == ("llama", "nf4", 4)
+    lines = [json.loads(line) for line in Path("m.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == found["losses"]
+    assert [(line["step"], line["perplexity"]) for line in lines if line["perplexity"]] == [
+        tuple(one) for one in found["evaluations"]
+    ]
+    assert f"step {found['steps']}/{found['steps']}" in told
+    assert "tokens/s" in told
+    base = load("llama", quantization_config=LowmemConfig(lowmem.FourBit("nf4")))
+    model = lowmem.load_adapter(base, "out")
+    ids = torch.arange(10, 30)[None]
+    peft = pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
+    theirs = peft.PeftModel.from_pretrained(
+        load("llama", quantization_config=LowmemConfig(lowmem.FourBit("nf4"))), "out"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+class Killed(BaseException):
+    """Ends a run where no handler of the command's sees it."""
+
+
+def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch):
+    """The command ends after any step; what is killed inside a write is tests/finetuning/test_state.py's."""
+    options = ["--epochs", "2", "--save-every", "2", "--eval-data", "text.txt", "--accumulate", "2", "--warmup", "2"]
+    whole, _ = fit(capsys, *options, "--save", "whole", "--metrics", "whole.jsonl")
+    for until in (1, 4, 5):
+        calls = []
+        step = loop._Run._step
+
+        def counted(self, number, scheduler, step=step, calls=calls, until=until):
+            step(self, number, scheduler)
+            calls.append(number)
+            if len(calls) == until:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._Run, "_step", counted)
+            with pytest.raises(Killed):
+                fit(capsys, *options, "--save", "parts", "--resume", "--metrics", "parts.jsonl")
+        assert not Path("parts").exists()
+    capsys.readouterr()
+    argv = ["llama", "--data", "data.jsonl", "--length", "48", "--rank", "4", "--lr", "0.01", *options]
+    assert "holds a run that did not end: go on with --resume" in refused(capsys, *argv, "--save", "parts")
+    parts, _ = fit(capsys, *options, "--save", "parts", "--resume", "--metrics", "parts.jsonl")
+    assert parts["losses"] == whole["losses"]
+    assert parts["perplexity"] == whole["perplexity"]
+    for name in ("adapter_config.json", "adapter_model.safetensors", "training.json"):
+        assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
+    numbers = [json.loads(line)["step"] for line in Path("parts.jsonl").read_text().splitlines()]
+    assert numbers == list(range(1, whole["steps"] + 1))
+    assert not Path("parts.training").exists()
+    again, told = fit(capsys, *options, "--save", "parts", "--resume")
+    assert "parts is complete already" in told
+    assert again["perplexity"] == whole["perplexity"]
+
+
+def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, capsys):
+    assert main(["quantize", "llama", "stored", "--format", "fp4"]) == 0
+    capsys.readouterr()
+    assert (
+        main(
+            ["fit", "stored", "--data", "text.txt", "--length", "48", "--steps", "2", "--eval-share", "0.2", "--json"]
+        )
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["perplexity"].keys() == {"stored", "adapted"}
+    assert found["run"]["format"] == "as it is"
+    for kind, memory in (("dense", "plain"), ("bfloat16", "lean")):
+        found, _ = fit(
+            capsys, "--format", kind, "--memory", memory, "--steps", "2", "--eval-share", "0.2", "--skip-dense"
+        )
+        assert found["perplexity"].keys() == ({"dense", "adapted"} if kind == "dense" else {"stored", "adapted"})
+    assert "--format=nf4 means nothing" in refused(capsys, "stored", "--data", "text.txt", "--format", "nf4")
+
+
+def test_early_stop_and_what_helps_after_a_loss_that_is_not_finite(place, capsys):
+    options = ["--steps", "40", "--eval-data", "text.txt", "--eval-every", "2", "--patience", "1"]
+    found, _ = fit(capsys, *options, "--lr", "0.3", "--save", "stopped")
+    assert found["stopped_early"]
+    assert found["adapter_after"] < found["steps"] < 40
+    argv = ["llama", "--data", "data.jsonl", "--length", "48", "--steps", "6", "--save", "out", "--save-every", "1"]
+    assert main(["fit", *argv, "--lr", "1e30", "--clip", "0"]) == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert "lower lr=1e+30" in shown
+    assert not Path("out").exists()
+    shown = main(["fit", *argv, "--lr", "0.001", "--resume", "--clip", "0"]), capsys.readouterr().err
+    assert shown[0] == 0
+
+
+def test_dry_run_plans(place, capsys):
+    assert main(["fit", "llama", "--data", "text.txt", "--length", "48", "--dry-run", "--save", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert "total for training" in shown
+    assert "--memory fast takes less" in shown
+    assert not Path("out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a file's size are Linux's here")
+def test_a_full_disk_leaves_no_adapter_and_a_whole_state(place, capsys):
+    import resource
+    import signal
+
+    argv = ["llama", "--data", "data.jsonl", "--length", "48", "--steps", "4", "--save", "out", "--save-every", "2"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (1000, 60_000):  # no state can be written; and none of what comes after
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            assert main(["fit", *argv, "--resume"]) == 2
+            lines = capsys.readouterr().err.splitlines()
+            assert "cannot write" in lines[-1]
+            assert not Path("out").exists()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert main(["fit", *argv, "--resume"]) == 0
+    assert Path("out", "adapter_model.safetensors").exists()
+    assert list(place.glob(".lowmem-*")) == []

@@ -1,0 +1,115 @@
+"""What `lowmem fit` refuses of folders before it reads their weights: one line each, and nothing is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
+
+import lowmem
+from lowmem.__main__ import main
+from lowmem.finetuning.state import Saved
+from lowmem.tools import language
+from tests.integrations.transformers.folders import load, write
+from tests.integrations.transformers.tokens import write_tokenizer
+from tests.tools.test_language import place, refused
+
+__all__ = ["place"]  # the fixture
+
+BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 258,
+}
+T5 = {"d_model": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1, "d_ff": 32, "vocab_size": 258}
+OTHERS = {
+    "masked": lambda: BertForMaskedLM(BertConfig(**BERT)),
+    "encoder": lambda: BertModel(BertConfig(**BERT)),
+    "translates": lambda: T5ForConditionalGeneration(T5Config(**T5)),
+}
+
+
+def listed():
+    return sorted(one.as_posix() for one in Path().rglob("*"))
+
+
+def test_options_and_texts_that_cannot_be(place, capsys):
+    Path("empty.txt").write_text(" \n")
+    Path("latin.txt").write_bytes("Zürich".encode("latin-1"))
+    Path("bad.jsonl").write_text('{"text": "a b"}\n{"txt": "a b"}\n')
+    Path("there").mkdir()
+    Path("m.jsonl").write_text("{}")
+    data = ["--data", "text.txt"]
+    cases = {
+        (): "--data must name a FILE.txt or FILE.jsonl",
+        ("--data", "missing.txt"): "cannot read 'missing.txt'",
+        ("--data", "digits"): "its name must end in .txt or .jsonl",
+        ("--data", "empty.txt"): "cannot read 'empty.txt': it is empty",
+        ("--data", "latin.txt"): "it is no UTF-8 text, from byte 1",
+        ("--data", "bad.jsonl"): "cannot read 'bad.jsonl': line 2: it has keys 'txt'",
+        (*data, "--lr", "1e38"): "lr=1e+38 is above",
+        (*data, "--steps", "2", "--epochs", "2"): "leave one out",
+        (*data, "--steps", "2", "--warmup", "2"): "warmup=2 must be below the 2 steps",
+        (*data, "--length", "65"): "--length=65 is more than the 64 positions",
+        (*data, "--length", "1"): "length=1 must be a number of tokens",
+        (*data, "--rank", "65"): "--rank=65 is more than the 64 columns",
+        (*data, "--eval-share", "1"): "--eval-share=1 must be below 1",
+        (*data, "--eval-share", "0.0001"): "both parts need one",
+        (*data, "--eval-every", "2"): "--eval-every means nothing without held-out text",
+        (*data, "--patience", "2"): "patience=2 counts evaluations",
+        (*data, "--resume"): "name it with --save",
+        (*data, "--save", "there"): "'there' exists",
+        (*data, "--save", "missing/out"): "cannot write 'missing/out'",
+        (*data, "--metrics", "m.jsonl"): "'m.jsonl' exists",
+        (*data, "--plot", "a.jpeg"): "must end in .png",
+    }
+    before = listed()
+    for options, why in cases.items():
+        assert why in refused(capsys, "llama", *options), options
+    assert listed() == before
+
+
+def test_folders_of_other_models(place, capsys):
+    for name, make in OTHERS.items():
+        torch.manual_seed(0)
+        make().save_pretrained(name)
+        write_tokenizer(Path(name))
+        told = refused(capsys, name, "--data", "text.txt", "--format", "dense", "--length", "16", "--save", "out")
+        assert "take a causal language model" in told or "cannot fine-tune" in told, told
+    model = lowmem.add_adapter(load("llama"), "default", lowmem.LoRA(2))
+    lowmem.save_adapter(model, "adapter", format="peft")
+    assert "it has an adapter (adapter_config.json)" in refused(capsys, "adapter", "--data", "text.txt")
+    model.save_pretrained("adapted")
+    assert "its model has an adapter already" in refused(capsys, "adapted", "--data", "text.txt")
+    shutil.copytree("llama", "other")
+    vocabulary = json.loads(Path("other", "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"] |= {f"new{n}": 258 + n for n in range(9)}
+    Path("other", "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert "tokens, and its model 258: they are not of one vocabulary" in refused(
+        capsys, "other", "--data", "text.txt"
+    )
+    assert not Path("out").exists()
+
+
+def test_a_state_of_another_base_or_of_other_options(place, capsys, monkeypatch):
+    argv = ["--data", "text.txt", "--length", "48", "--steps", "4", "--save", "out"]
+
+    def interrupted(*args, states, **named):
+        states.save(Saved(1, {}, {}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(language, "finetune", interrupted)
+    assert main(["fit", "llama", *argv]) == 2
+    assert "the last good state, after step 1, is kept in 'out.training'; --resume goes on" in capsys.readouterr().err
+    write_tokenizer(write(Path("another"), "llama"))
+    assert "base was" in refused(capsys, "another", *argv, "--resume")
+    assert "rank was 16 and is 3" in refused(capsys, "llama", *argv, "--rank", "3", "--resume")
+    assert "go on with --resume, or remove it" in refused(capsys, "llama", *argv)
+    assert not Path("out").exists()
