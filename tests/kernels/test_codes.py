@@ -1,11 +1,10 @@
 """8-bit codes of blocks: the same bits from C at each ISA and from torch."""
 
-import pytest
 import torch
 
 from lowmem import kernels
 from lowmem.kernels.codes import BLOCK, code, code_in_torch, decode, decode_in_torch
-from tests.selection import covering
+from tests.selection import in_one_case, rows_in_one_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -23,7 +22,7 @@ def numbers(length, kind, dtype):
     return x.to(dtype)
 
 
-@covering(
+@in_one_case(
     2,
     isa=kernels.available(),
     dtype=DTYPES,
@@ -44,7 +43,7 @@ def test_codes_scales_and_counts_have_the_bits_of_the_definition(isa, dtype, len
     assert not got.view(-1)[length:].any()
 
 
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@rows_in_one_case("bad", [torch.inf, -torch.inf, torch.nan])
 def test_a_block_that_is_not_finite_has_the_scale_nan_and_no_other_has(bad):
     x = torch.randn(200)
     x[70] = bad

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from lowmem import kernels
 from lowmem.kernels.entropy import entropies
-from tests.selection import covering
+from tests.selection import in_one_case
 
 
 def exact(logits, targets, smoothing):
@@ -16,7 +16,7 @@ def exact(logits, targets, smoothing):
     return losses.detach(), torch.autograd.grad(losses.sum(), wide)[0]
 
 
-@covering(
+@in_one_case(
     2,
     isa=kernels.available(),
     dtype=[torch.float32, torch.bfloat16, torch.float16],

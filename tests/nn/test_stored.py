@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lowmem import measure
 from lowmem.nn.stored import StoredTensor
 from tests.nn.stored_cases import store
+from tests.selection import rows_in_one_case
 
 FORMS = ["bof4s", "bfloat16"]
 forms = pytest.mark.parametrize("form", FORMS)
@@ -36,7 +37,7 @@ def test_it_has_the_shape_dtype_and_device_of_the_dense_weight(form):
 
 
 @forms
-@pytest.mark.parametrize(
+@rows_in_one_case(
     "view",
     [
         lambda w: w[1],
@@ -72,7 +73,7 @@ def test_views_of_rows_share_the_stored_bytes(form, view):
 
 
 @forms
-@pytest.mark.parametrize(
+@rows_in_one_case(
     "view", [lambda w: w[..., 4:9], lambda w: w.permute(2, 0, 1), lambda w: w[0, 1, 2], lambda w: w.float() + 1]
 )
 def test_whatever_is_no_whole_rows_is_dense(form, view):

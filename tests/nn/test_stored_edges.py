@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lowmem import FourBit, Half, convert, kernels
 from lowmem.kernels import ops
 from tests.nn.stored_cases import OFFSETS, store
+from tests.selection import rows_in_one_case
 
 forms = pytest.mark.parametrize("form", ["bof4s", "bfloat16"])
 
@@ -27,7 +28,7 @@ def test_copies_keep_what_is_transposed_and_that_it_is_a_parameter(form):
 
 
 @forms
-@pytest.mark.parametrize(
+@rows_in_one_case(
     "view",
     [
         lambda w: w[::2],
@@ -48,7 +49,7 @@ def test_views_of_every_dimension_that_counts_rows_have_the_same_values(form, vi
 
 
 @forms
-@pytest.mark.parametrize(
+@rows_in_one_case(
     "view", [lambda w: w[2], lambda w: w[1:7], lambda w: w.unbind()[3], lambda w: w.split(8)[1], lambda w: w[[3, 1]]]
 )
 def test_rows_of_a_transposed_weight_are_its_columns(form, view):
@@ -119,8 +120,8 @@ def test_a_state_with_one_part_of_another_shape_changes_nothing(technique):
     assert torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize("form", ["nf4", "bfloat16"])
-@pytest.mark.parametrize("transposed", [False, True])
+@rows_in_one_case("form", ["nf4", "bfloat16"])
+@rows_in_one_case("transposed", [False, True])
 def test_a_grouped_product_has_the_gradient_of_its_input(form, transposed):
     weight = store(torch.randn(3, 6, 8), form).double()
     x = torch.randn(5, 6 if transposed else 8, dtype=torch.float64, requires_grad=True)

@@ -9,6 +9,7 @@ from torch import nn
 from lowmem import FourBit, Half, convert, restore
 from lowmem.nn.stored_functions import store_again
 from tests.nn.stored_cases import store
+from tests.selection import rows_in_one_case
 
 forms = pytest.mark.parametrize("form", ["nf4", "bfloat16"])
 
@@ -38,7 +39,7 @@ WRITES = {
 
 
 @forms
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+@rows_in_one_case("write", WRITES.values())
 def test_writes_are_refused_with_the_remedy(write, form):
     weight = store(torch.randn(24, 40), form)
     before = [part.clone() for part in weight.parts]
@@ -68,10 +69,8 @@ def test_it_never_trains(form):
     assert not weight.requires_grad
 
 
-@pytest.mark.parametrize("technique", [FourBit("nf4"), FourBit("int4", search=True), Half(torch.float16)])
-@pytest.mark.parametrize(
-    "make", [lambda: nn.Linear(40, 24), lambda: nn.Conv2d(4, 6, 3), lambda: nn.Embedding(24, 40)]
-)
+@rows_in_one_case("technique", [FourBit("nf4"), FourBit("int4", search=True), Half(torch.float16)])
+@rows_in_one_case("make", [lambda: nn.Linear(40, 24), lambda: nn.Conv2d(4, 6, 3), lambda: nn.Embedding(24, 40)])
 def test_data_is_stored_in_the_form_of_the_weight(technique, make):
     layer, other = convert(make(), technique), make()
     weight, first = layer.weight, next(layer.parameters())
