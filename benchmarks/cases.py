@@ -3,6 +3,8 @@
 It imports neither pytest nor scipy: the gate's workers have only what the library needs.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -29,14 +31,25 @@ def dense_model() -> nn.Sequential:
 
 
 class Training:
-    """A variant of BigNet under a classifier, so that each has something to train, and its optimizer."""
+    """A variant of BigNet under a classifier, so that each has something to train, and its optimizer.
 
-    def __init__(self, variant: str) -> None:
+    Args:
+        variant: of BigNet.
+        memory: of ``prepare_training``, or None.
+        optimizer: its class.
+        batch: inputs of a step.
+    """
+
+    def __init__(
+        self, variant: str, memory: str | None = None, optimizer: Any = torch.optim.AdamW, batch: int = STEP_BATCH
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(STEP_BATCH, 1024, generator=generator)
-        self.labels = torch.randint(CLASSES, (STEP_BATCH,), generator=generator)
+        self.x = torch.randn(batch, 1024, generator=generator)
+        self.labels = torch.randint(CLASSES, (batch,), generator=generator)
         self.model = nn.Sequential(lowmem.build(variant), nn.Linear(1024, CLASSES))
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        if memory is not None:
+            lowmem.prepare_training(self.model, memory)
+        self.optimizer = optimizer([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def step(self) -> torch.Tensor:
         """Take one step and return its loss."""

@@ -116,7 +116,7 @@ def prepare(folder: Path) -> None:
 
 
 def load(workload: Workload, peer: bool, folder: Path) -> Any:
-    """Return the model: of bitsandbytes for the peer, else dense."""
+    """Return the model: in 4 bits, stored while it is read, by bitsandbytes for the peer; our BigNet is dense."""
     dtype = torch.bfloat16 if workload.half else torch.float32
     if workload.name.startswith("bignet"):
         torch.manual_seed(0)
@@ -132,6 +132,16 @@ def load(workload: Workload, peer: bool, folder: Path) -> Any:
     kinds = {"minilm": "AutoModelForSequenceClassification", "vit": "AutoModelForImageClassification"}
     kind = getattr(transformers, kinds.get(workload.name, "AutoModelForCausalLM"))
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if not peer and not workload.half:
+        from lowmem.integrations.transformers import LowmemConfig
+
+        with torch.device("meta"):
+            empty = kind.from_config(transformers.AutoConfig.from_pretrained(folder / workload.name))
+        others = [path for path, one in empty.named_modules() if path and not is_adapted(workload, path)]
+        leaves = [path for path in others if not list(empty.get_submodule(path).children())]
+        options["quantization_config"] = LowmemConfig(
+            lowmem.FourBit("nf4", compute_dtype=torch.bfloat16), skip=leaves
+        )
     if peer and not workload.half:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -143,21 +153,23 @@ def load(workload: Workload, peer: bool, folder: Path) -> Any:
     return kind.from_pretrained(folder / workload.name, **options)
 
 
+def is_adapted(workload: Workload, path: str) -> bool:
+    """Whether the module of a path gets adapters."""
+    return any(f".{path}".endswith(f".{name}") for name in workload.adapted.split())
+
+
 def adapt(model: Any, workload: Workload, way: str) -> Any:
     """Return the model with adapters, prepared for its steps."""
-    names = workload.adapted.split()
     if way == "peer":
         import peft
 
+        names = workload.adapted.split()
         model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
     else:
-        base = [] if workload.half else [lowmem.FourBit("nf4", compute_dtype=torch.bfloat16)]
-        lowmem.convert(
-            model,
-            *base,
-            lowmem.LoRA(RANK, alpha=RANK),
-            where=lambda path, module: any(f".{path}".endswith(f".{name}") for name in names),
-        )
+        dense = workload.name.startswith("bignet")
+        base = [lowmem.FourBit("nf4", compute_dtype=torch.bfloat16)] if dense else []
+        adapters = lowmem.LoRA(RANK, alpha=RANK)
+        lowmem.convert(model, *base, adapters, where=lambda path, module: is_adapted(workload, path))
         if way != "own":
             lowmem.prepare_training(model, way)
     if workload.checkpoint:

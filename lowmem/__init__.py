@@ -31,7 +31,9 @@ from lowmem.quant.packing import pack, unpack
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.training.activations import compressed_activations
+from lowmem.training.checkpoints import keep_products
 from lowmem.training.loss import linear_cross_entropy
+from lowmem.training.master_weights import master_weights
 from lowmem.training.memory import TrainingMemory, training_memory
 from lowmem.training.optimizer import AdamW8bit
 from lowmem.training.prepare import prepare_training, release_training, training_report
@@ -109,9 +111,11 @@ __all__ = [
     "delete_adapter",
     "export",
     "finetune",
+    "keep_products",
     "linear_cross_entropy",
     "load",
     "load_adapter",
+    "master_weights",
     "merge",
     "merge_adapter",
     "pack",

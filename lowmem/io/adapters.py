@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         if len(own) < len(content.techniques):
             raise ValueError("it adapts two layers that are one here: it is of another architecture")
         if present and {at: lora_of(adapter_record(part)) for at, part in present.items()} != {
-            at: content.techniques[place] for at, place in own.items()
+            at: replace(content.techniques[place], dtype=None) for at, place in own.items()
         }:
             raise ValueError(
                 f"the model has an adapter {show(name)} of other layers, ranks, alphas, dropouts or scalings; "
@@ -207,6 +207,8 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
     except (ValueError, TypeError) as reason:
         raise refusal(path, str(reason), "load the adapter") from reason
     tensors = {place: {part: file.tensors[_key(place, part)] for part in ("lora_a", "lora_b")} for place in records}
+    half = {place for place, parts in tensors.items() if {one.dtype for one in parts.values()} == {torch.bfloat16}}
+    records |= {place: replace(records[place], dtype=torch.bfloat16) for place in half}
     return _Content(name, records, tensors)
 
 

@@ -26,11 +26,12 @@ _CHUNK = 2**18
 """Numbers that torch compresses at a time, so that temporaries stay in a processor's cache."""
 
 
-def code(numbers: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def code(numbers: Tensor, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Return codes, scales, and how many numbers and codes are other than zero.
 
     Args:
         numbers: floating point (length,), contiguous.
+        into: codes and scales to write to; None: new ones.
 
     Returns:
         codes: int8 (blocks, 64), from -127 to 127; zeros behind the last number.
@@ -38,8 +39,8 @@ def code(numbers: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         counts: of the numbers and of the codes.
     """
     if not _takes(numbers):
-        return code_in_torch(numbers)
-    codes, scales = _empty(numbers)
+        return code_in_torch(numbers, into)
+    codes, scales = into or _empty(numbers)
     counts = torch.zeros(3, dtype=torch.int64)  # in 0, out 0; whether a scale is not finite
     given, outs, type = (numbers, counts, None), (codes, scales), TYPES[numbers.dtype]
     backend: Any = active_backend()
@@ -48,9 +49,11 @@ def code(numbers: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
     return codes, scales, (before, after)
 
 
-def code_in_torch(numbers: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def code_in_torch(
+    numbers: Tensor, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Compute ``code``, by definition."""
-    length, (codes, scales) = numbers.numel(), _empty(numbers)
+    length, (codes, scales) = numbers.numel(), into or _empty(numbers)
     before = int(numbers.count_nonzero())
     numbers = functional.pad(numbers, (0, codes.numel() - length))
     rows = max(1, min(_CHUNK // BLOCK, len(codes)))

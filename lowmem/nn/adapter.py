@@ -58,11 +58,13 @@ class LoRA:
             It needs W, so ``FourBit`` has to be applied by the same ``convert``. One step of LoftQ's alternation is
             taken: the base keeps the bytes that ``FourBit`` alone stores, is the same for every adapter, and stays
             tied. Merging a fresh adapter of this kind changes bytes.
+        dtype: of A and B: ``torch.bfloat16``, which halves what they and their gradients take; train them with
+            ``lowmem.master_weights(optimizer)``. None: float32, or float64 as the base.
 
     Raises:
         ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
             float32 can hold, a dropout outside [0, 1), a rank_stabilized that is not a bool, ranks or alphas
-            that are not pairs of a pattern and a value, or an unknown init.
+            that are not pairs of a pattern and a value, an unknown init, or another dtype.
     """
 
     rank: int = 16
@@ -72,6 +74,7 @@ class LoRA:
     ranks: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     alphas: Mapping[str, float | None] | tuple[tuple[str, float | None], ...] = ()
     init: str = "zero"
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name in ("ranks", "alphas"):  # a dict or a list would not be hashable
@@ -91,6 +94,8 @@ class LoRA:
             raise ValueError(f"rank_stabilized={self.rank_stabilized!r} must be True or False")
         if self.init not in ("zero", "loftq"):
             raise ValueError(f"init={self.init!r} must be 'zero' or 'loftq'")
+        if self.dtype not in (None, torch.bfloat16):
+            raise ValueError(f"dtype={self.dtype!r} must be torch.bfloat16, or None for float32")
 
     @property
     def scaling(self) -> float:
@@ -270,11 +275,12 @@ class Adapter(nn.Module):
         dtype = stored.dtype if stored.dtype in (torch.float32, torch.float64) else torch.float32
         shapes = self.layout.shapes(self.rank)
         a, b = (torch.zeros(shapes[part], dtype=dtype, device=stored.device) for part in ("lora_a", "lora_b"))
-        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
         if self.rows_are_read:
-            nn.init.normal_(self.lora_b)
+            nn.init.normal_(b)
         else:
             nn.init.kaiming_uniform_(a.flatten(0, -2), a=math.sqrt(5))  # as nn.Linear initializes its weight
+        a, b = (one.to(technique.dtype or dtype) for one in (a, b))
+        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
         if technique.init == "loftq":
             form = base.forms.get(name) if isinstance(base, StoredModule) else None
             if dense is None or not isinstance(form, FourBitForm):

@@ -11,6 +11,9 @@ it; products take copies of them in bfloat16 (Micikevicius et al., Mixed Precisi
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -25,10 +28,10 @@ from lowmem.nn.eightbit import Linear8Bit
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast, is_observed, is_plain_call
 from lowmem.nn.half import HalfLinear
-from lowmem.nn.recomputed import Recompute, recompute_of
+from lowmem.nn.recomputed import Recompute, recompute_of, saves_in_any_dtype
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["adapted_product", "converted"]
+__all__ = ["adapted_product", "converted", "narrow_results"]
 
 LEAST_ROWS = 64
 """Rows of an input from which on dequantizing a weight to bfloat16 costs less than the update as a product apart."""
@@ -78,8 +81,30 @@ def adapted_product(base: nn.Module, adapter: nn.Module | None, input: Tensor) -
     dropout = cast(nn.Module, adapter._modules["dropout"])
     dropped = None if drops_nothing(dropout) else dropout(factor)
     again = None if dropped is not None else recompute_of(input)
-    out: Tensor = _AdaptedProduct.apply(factor, dropped, a, b, weight, bias, adapter.scaling, again)  # type: ignore[no-untyped-call]
-    return out.to(x.dtype)
+    # What other functions save of the input, too, is then kept once.
+    kept = factor if dropped is None else dropped
+    kept = input if dropped is None and again is None and saves_in_any_dtype() else kept
+    out: Tensor = _AdaptedProduct.apply(factor, dropped, a, b, weight, bias, adapter.scaling, again, kept)  # type: ignore[no-untyped-call]
+    return out if _results.narrow else out.to(x.dtype)
+
+
+class _Results(threading.local):
+    """How this thread's products are returned."""
+
+    narrow = False
+
+
+_results = _Results()
+
+
+@contextmanager
+def narrow_results(narrow: bool = True) -> Iterator[None]:
+    """Let ``adapted_product`` return what it has multiplied in bfloat16 as it is, for a caller that rounds it so."""
+    before, _results.narrow = _results.narrow, narrow
+    try:
+        yield
+    finally:
+        _results.narrow = before
 
 
 def _frozen_weight(base: nn.Module, x: Tensor) -> tuple[kernels.Weight, Tensor | None] | None:
@@ -124,7 +149,10 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """``x W^T + bias + s (d A^T) B^T`` for x (..., in) and d, x after dropout; None: x itself."""
+    """``x W^T + bias + s (d A^T) B^T`` for x (..., in) and d, x after dropout; None: x itself.
+
+    ``kept`` is what backward keeps of d, in any dtype, unless it is computed ``again``.
+    """
 
     @staticmethod
     def forward(
@@ -137,6 +165,7 @@ class _AdaptedProduct(torch.autograd.Function):
         bias: Tensor | None,
         scaling: float,
         again: Recompute | None,
+        kept: Tensor,
     ) -> Tensor:
         ctx.weight, ctx.scaling, ctx.shape, ctx.drops = weight, scaling, x.shape, dropped is not None
         ctx.again = again
@@ -148,8 +177,7 @@ class _AdaptedProduct(torch.autograd.Function):
             wide = (b * scaling).to(x.dtype).t()  # (rank, out)
             out = narrow @ wide if bias is None else torch.addmm(bias.to(x.dtype), narrow, wide)  # (rows, out)
             kernels.add_product(out, rows, weight, False)
-        kept = None if again else x if dropped is None else dropped
-        ctx.save_for_backward(kept, narrow, a, b, *frozen)
+        ctx.save_for_backward(None if again else kept, narrow, a, b, *frozen)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -167,7 +195,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if scales:
         _, _, *described = fields(ctx.weight)
         weight = stored(frozen, scales[0], *described, ctx.weight.shape[-1])
-    g, rows = _rows(grad, b.shape[0]), _rows(adapted, a.shape[1])
+    g, rows = _rows(grad, b.shape[0]), _rows(adapted.to(grad.dtype), a.shape[1])
     factor, twice = (b * ctx.scaling).to(g.dtype), torch.is_grad_enabled()
     if twice:
         narrow = rows @ a.to(rows.dtype).t()
@@ -188,7 +216,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         da = (thin.t() @ rows).to(a.dtype)
     if wanted[3]:
         db = (g.t() @ narrow).to(b.dtype) * ctx.scaling
-    return dx, dd, da, db, None, None, None, None
+    return dx, dd, da, db, None, None, None, None, None
 
 
 def _once(x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 The input of a layer that is the cheap function of tensors that backward keeps anyway, as ``act(a) * b`` is, needs not
 be kept: ``recomputed_input`` is the context in which the layer is called. What autograd saves of the tensor there,
-whatever saves it, becomes a note of how to compute it (Chen et al., arXiv 1604.06174, for one tensor).
+whatever saves it, becomes a note of how to compute it (Chen et al., arXiv 1604.06174, for one tensor). A tensor that
+several layers read, as what a norm returns, carries such a note itself (``note_recompute``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["can_recompute", "recompute_of", "recomputed_input"]
+__all__ = [
+    "Again",
+    "can_recompute",
+    "compute_again",
+    "note_recompute",
+    "noted",
+    "recompute_of",
+    "recomputed_input",
+    "saves_in_any_dtype",
+]
 
 _autograd: Any = torch._C._autograd
 _outer_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
@@ -45,16 +55,67 @@ def recompute_of(tensor: Tensor) -> Recompute | None:
     for known, version, recompute in reversed(_inputs.found):
         if known is tensor and tensor._version == version:
             return recompute
-    return None
+    if _outer_hooks is None or not tensor.is_contiguous():
+        return None
+    found = noted(tensor, _pack_of(_outer_hooks(False)))
+    return None if found is None else found.recompute
 
 
-class _Again(NamedTuple):
-    """A saved tensor that is computed again: the view of the input that it was."""
+class Again(NamedTuple):
+    """A saved tensor that is computed again: the view of the whole that it was."""
 
     recompute: Recompute
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
+
+
+class _Note(NamedTuple):
+    """How to compute the numbers of a storage.
+
+    Attributes:
+        version: of the tensor that they were.
+        pack: the hook that was active, None without: in a checkpoint, only what was computed in it is computed again.
+        dtype: of the numbers.
+        recompute: returns them.
+    """
+
+    version: int
+    pack: Any
+    dtype: torch.dtype
+    recompute: Recompute
+
+
+def note_recompute(tensor: Tensor, recompute: Recompute) -> None:
+    """Note how to compute a tensor that owns its memory again; one that is not contiguous is kept."""
+    if can_recompute() and tensor.is_contiguous():
+        now = tensor._version, _pack_of(cast(Any, _outer_hooks)(False)), tensor.dtype
+        cast(Any, tensor.untyped_storage()).lowmem_note = _Note(*now, recompute)  # lives as long as the memory
+
+
+def noted(tensor: Tensor, pack: Any) -> Again | None:
+    """Return how to compute a view of a noted tensor again, if it was not written to since, under the same hook."""
+    note = getattr(tensor.untyped_storage(), "lowmem_note", None)
+    if note is None or (note.version, note.pack, note.dtype) != (tensor._version, pack, tensor.dtype):
+        return None
+    return Again(note.recompute, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+
+def compute_again(again: Again) -> Tensor:
+    """Return the saved tensor."""
+    return again.recompute(None).as_strided(again.shape, again.stride, again.offset)
+
+
+def _pack_of(hooks: Any) -> Any:
+    return None if hooks is None else hooks[0]
+
+
+def saves_in_any_dtype() -> bool:
+    """Whether what is saved takes the same bytes in any dtype, and once for each memory: it is best left as it is."""
+    if not can_recompute():
+        return False
+    pack = _pack_of(cast(Any, _outer_hooks)(False))
+    return bool(getattr(getattr(pack, "__self__", None), "saves_in_any_dtype", False))
 
 
 class _Kept(NamedTuple):
@@ -85,7 +146,7 @@ def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
     def pack(saved: Tensor) -> Any:  # autograd keeps it: so it must not refer to the tensor
         plain = type(saved) is Tensor and saved.layout is torch.strided and saved.dtype is dtype
         if plain and saved.untyped_storage()._cdata == storage and saved._version == version:
-            return _Again(recompute, saved.shape, saved.stride(), int(saved.storage_offset()))
+            return Again(recompute, saved.shape, saved.stride(), int(saved.storage_offset()))
         if outer is None:
             return _Kept(saved, saved._version)
         return _Outer(outer[0](saved), outer[1])
@@ -98,11 +159,11 @@ def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
         _inputs.found.pop()
 
 
-def _unpack(packed: _Again | _Kept | _Outer) -> Tensor:
+def _unpack(packed: Again | _Kept | _Outer) -> Tensor:
     if isinstance(packed, _Outer):
         return packed.unpack(packed.packed)
-    if isinstance(packed, _Again):
-        return packed.recompute(None).as_strided(packed.shape, packed.stride, packed.offset)
+    if isinstance(packed, Again):
+        return compute_again(packed)
     if packed.tensor._version != packed.version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: a "

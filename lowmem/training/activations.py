@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lowmem.kernels.codes import code, decode
+from lowmem.kernels.codes import BLOCK, code, decode
 from lowmem.nn.frozen_linear import is_cast
+from lowmem.nn.recomputed import Again, compute_again, noted
+from lowmem.training.room import Room, return_holes
 from lowmem.transforms.registry import check_module
 
 __all__ = ["Codes", "compress", "compressed_activations"]
@@ -58,12 +61,17 @@ class Codes(NamedTuple):
         return decode(self.codes, self.scales, self.dtype).view(-1)[: self.length]
 
 
-def compress(numbers: Tensor) -> Codes:
+def compress(numbers: Tensor, room: Room | None = None) -> Codes:
     """Return the 8-bit codes of a flat floating tensor: ``|x - codes * scale| <= scale / 2`` but for rounding.
 
     A block with NaN or an infinite number becomes NaN: what went wrong stays visible.
     """
-    coded, scales, (before, after) = code(numbers)
+    into = None
+    if room is not None and numbers.is_cpu:
+        blocks = -(-numbers.numel() // BLOCK)
+        codes, scales = room.take(blocks * (BLOCK + 4)).split((blocks * BLOCK, blocks * 4))
+        into = codes.view(-1, BLOCK), scales.view(torch.float32).unsqueeze(1)
+    coded, scales, (before, after) = code(numbers, into)
     lost = 1 - after / max(1, before) if bool(scales.isfinite().all()) else 1.0
     return Codes(coded, scales, numbers.dtype, numbers.numel(), lost)
 
@@ -81,10 +89,11 @@ class _Packed:
 
 @dataclass(eq=False)
 class _Held:
-    """The storage that was made again last: several views of one are asked for in a row."""
+    """The storage that was made again last, and its codes' memory: several views of one are asked for in a row."""
 
     codes: Codes | None = None
     values: Tensor | None = None
+    piece: int = 0
 
 
 class _Kept(NamedTuple):
@@ -106,31 +115,36 @@ class _Compressor:
     """The hooks of one context.
 
     Args:
-        exact: addresses of storages that are kept as they are: parameters and buffers.
+        exact: storages that are kept as they are, those of parameters and buffers, by their ``_cdata``.
 
     Attributes:
         keeps: which of the tensors that the running function saves stay as they are; None: no more than of any other.
     """
 
+    saves_in_any_dtype = True
+
     def __init__(self, exact: set[int]) -> None:
         self.exact = exact
         self.seen: dict[tuple[int, torch.dtype], _Seen] = {}
         self.held = _Held()
+        self.room = Room()
         self.keeps: Callable[[Tensor], bool] | None = None
 
-    def pack(self, tensor: Tensor) -> _Kept | _Packed:
+    def pack(self, tensor: Tensor) -> _Kept | _Packed | Again:
         """Return what autograd keeps in place of a tensor."""
         return self._packed(tensor) or _Kept(tensor, tensor._version)
 
-    def _packed(self, tensor: Tensor) -> _Packed | None:
+    def _packed(self, tensor: Tensor) -> _Packed | Again | None:
         if type(tensor) is not Tensor or not _is_large(tensor):
             return None
+        if (again := noted(tensor, self.pack)) is not None:
+            return again
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in self.exact:
+        if storage._cdata in self.exact:
             return None
         keep = self.keeps is not None and self.keeps(tensor)
         if storage.nbytes() > _VIEWED * tensor.nbytes:
-            codes = None if keep else _worth(compress(tensor.detach().reshape(-1)))
+            codes = None if keep else self._codes(tensor.detach().reshape(-1))
             shape = torch.empty(tensor.shape, device="meta")
             return None if codes is None else _Packed(codes, shape.shape, shape.stride(), 0, self.held)
         codes = self._of_storage(tensor, storage, keep)
@@ -149,12 +163,19 @@ class _Compressor:
         known = seen is not None and seen.storage() is storage and seen.version == tensor._version
         if seen is None or not known or (keep and seen.codes is not None):
             flat = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
-            seen = _Seen(weakref.ref(storage), tensor._version, None if keep else _worth(compress(flat)))
+            seen = _Seen(weakref.ref(storage), tensor._version, None if keep else self._codes(flat))
             self.seen = {at: one for at, one in self.seen.items() if one.storage() is not None} | {key: seen}
         return seen.codes
 
+    def _codes(self, numbers: Tensor) -> Codes | None:
+        codes = compress(numbers, self.room)
+        if codes.vanished <= _VANISHED:
+            return codes
+        self.room.give_back()
+        return None
+
     @staticmethod
-    def unpack(packed: _Kept | _Packed) -> Tensor:
+    def unpack(packed: _Kept | _Packed | Again) -> Tensor:
         """Return the tensor for backward.
 
         Raises:
@@ -168,14 +189,16 @@ class _Compressor:
                     f"saved at version {packed.version}"
                 )
             return packed.tensor
+        if isinstance(packed, Again):
+            return compute_again(packed)
         held = packed.held
         if held.codes is not packed.codes or held.values is None:
+            piece = packed.codes.codes.untyped_storage()
+            if piece._cdata != held.piece:  # another one was freed
+                held.piece = piece._cdata
+                return_holes(piece.nbytes())
             held.codes, held.values = packed.codes, packed.codes.values()
         return held.values.as_strided(packed.shape, packed.stride, packed.offset)
-
-
-def _worth(codes: Codes) -> Codes | None:
-    return None if codes.vanished > _VANISHED else codes
 
 
 def _is_large(tensor: Tensor) -> bool:
@@ -298,7 +321,19 @@ def compressed_activations(model: nn.Module) -> Iterator[None]:
     check_module(model)
     if torch.compiler.is_compiling():
         raise RuntimeError("compressed_activations inside a compiled function: enter it around the compiled call")
-    tensors = [*model.parameters(), *model.buffers()]
-    compressor = _Compressor({one.untyped_storage().data_ptr() for one in tensors if one.layout is torch.strided})
-    with saved_tensors_hooks(compressor.pack, compressor.unpack), _ByFunction(compressor):
-        yield
+    compressor = _Compressor(exact := _storages(model))
+    # FSDP2 makes a module's whole parameters before its forward, with storages of their own.
+    sharded = [one for one in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(one).__mro__)]
+    hooks = [one.register_forward_pre_hook(lambda module, _: exact.update(_storages(module))) for one in sharded]
+    try:
+        with saved_tensors_hooks(compressor.pack, compressor.unpack), _ByFunction(compressor):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _storages(module: nn.Module) -> set[int]:
+    """Return the storages of parameters and buffers, by their ``_cdata``; shards are in none that a forward reads."""
+    tensors = [one for one in (*module.parameters(), *module.buffers()) if one.layout is torch.strided]
+    return {one.untyped_storage()._cdata for one in tensors if not is_traceable_wrapper_subclass(one)}

@@ -8,6 +8,7 @@ hooks and stored weights stay what they are. ``lowmem.training.recognize`` finds
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias, cast
@@ -16,11 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from lowmem.kernels import rowwise
 from lowmem.kernels.rowwise import ACTIVATIONS
+from lowmem.nn.adapter_product import narrow_results
+from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import is_observed
-from lowmem.nn.recomputed import can_recompute, recomputed_input
+from lowmem.nn.lora import LoRALinear
+from lowmem.nn.recomputed import (
+    Recompute,
+    can_recompute,
+    note_recompute,
+    recomputed_input,
+    saves_in_any_dtype,
+)
 from lowmem.nn.stored_module import copied_module
 from lowmem.training.prepared_module import PreparedModule
 
@@ -71,6 +82,7 @@ class GatedMLP:
         down: the name of that layer.
         activation: a key of ``ACTIVATIONS``.
         gate_first: whether a layer with both has the gate first.
+        again: whether backward computes what gate and up return again, in a context that keeps it in 8 bits.
     """
 
     gate: str
@@ -78,10 +90,12 @@ class GatedMLP:
     down: str
     activation: str
     gate_first: bool = True
+    again: bool = False
 
     def __str__(self) -> str:
+        does = "computes again" if self.again else "keeps"
         return (
-            f"gated MLP fused ({self.activation}): keeps the outputs of {self.gate}{f', {self.up}' * bool(self.up)}"
+            f"gated MLP fused ({self.activation}): {does} the outputs of {self.gate}{f', {self.up}' * bool(self.up)}"
         )
 
 
@@ -114,29 +128,55 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_
         (..., n), in the dtype of x, or in the wider one.
     """
     out: Tensor = _Norm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-untyped-call]
+    if out.grad_fn is not None:
+        note_recompute(out, _norm_again(out.grad_fn))
     return out
+
+
+def _norm_again(node: Any) -> Recompute:
+    """Return what computes a norm's result again, once for all layers that read it, until the norm's own backward.
+
+    Those layers come behind the node in the graph, and hold it; a copy of the result without a graph must not.
+    """
+    held, dtype_of = weakref.ref(node), node.dtype
+
+    def recompute(dtype: torch.dtype | None) -> Tensor:
+        made: Any = held()
+        wanted = dtype or dtype_of
+        if made.again is None or made.again.dtype is not wanted:
+            made.again = _normed(*_saved(made), *made.how).to(wanted)
+        return cast(Tensor, made.again)
+
+    return recompute
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
+    dtype = torch.promote_types(x.dtype, weight.dtype) if rounds_first else x.dtype
+    if dtype is x.dtype:
+        return rowwise.norm(x, _factor(x, weight, offset), eps, rounds_first)
+    ones = torch.ones_like(weight, dtype=torch.float32)
+    return (rowwise.norm(x, ones, eps) * _factor(x, weight, offset)).to(dtype)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.offset = eps, offset
-        dtype = torch.promote_types(x.dtype, weight.dtype) if rounds_first else x.dtype
-        if dtype is x.dtype:
-            return rowwise.norm(x, _factor(x, weight, offset), eps, rounds_first)
-        ones = torch.ones_like(weight, dtype=torch.float32)
-        return (rowwise.norm(x, ones, eps) * _factor(x, weight, offset)).to(dtype)
+        ctx.how, ctx.kept, ctx.again = (eps, offset, rounds_first), None, None
+        out = _normed(x, weight, eps, offset, rounds_first)
+        ctx.dtype = out.dtype
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x, weight), (eps, offset, _) = _saved(ctx), ctx.how
+        ctx.kept = ctx.again = None
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_x = rowwise.norm_grad(grad, x, _factor(x, weight, ctx.offset), ctx.eps)
+            of_x = rowwise.norm_grad(grad, x, _factor(x, weight, offset), eps)
         if ctx.needs_input_grad[1]:
-            of_weight = rowwise.factor_grad(grad, x, ctx.eps).to(weight.dtype)
+            of_weight = rowwise.factor_grad(grad, x, eps).to(weight.dtype)
         return of_x, of_weight, None, None, None
 
 
@@ -145,7 +185,9 @@ def _factor(x: Tensor, weight: Tensor, offset: float) -> Tensor:
     return wide + offset if offset else wide
 
 
-def gated_product(gate: Tensor, up: Tensor | None, activation: str, gate_first: bool = True) -> Tensor:
+def gated_product(
+    gate: Tensor, up: Tensor | None, activation: str, gate_first: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return ``act(gate) * up``; backward keeps the two, in bfloat16 where that holds the same numbers.
 
     Args:
@@ -153,20 +195,24 @@ def gated_product(gate: Tensor, up: Tensor | None, activation: str, gate_first: 
         up: (..., n), of the same dtype, or None.
         activation: a key of ``ACTIVATIONS``.
         gate_first: whether the gate is the first half.
+        dtype: of the result; None: that of gate and up.
     """
-    out: Tensor = _Gated.apply(gate, up, activation, gate_first)  # type: ignore[no-untyped-call]
+    out: Tensor = _Gated.apply(gate, up, activation, gate_first, dtype or gate.dtype)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: str, gate_first: bool) -> Tensor:
-        ctx.activation, ctx.dtype, ctx.gate_first, ctx.kept = ACTIVATIONS[activation], gate.dtype, gate_first, None
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor | None, activation: str, gate_first: bool, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.activation, ctx.dtype, ctx.out, ctx.gate_first = ACTIVATIONS[activation], gate.dtype, dtype, gate_first
+        ctx.kept = None
         kept = [one if one is None else _narrowed(one) for one in (gate, up)]
         if up is not None and len({one.dtype for one in kept if one is not None}) > 1:
             kept = [gate, up]
         ctx.save_for_backward(*kept)
-        return rowwise.gated(*_halves(kept[0], kept[1], gate_first), ctx.activation, gate.dtype)
+        return rowwise.gated(*_halves(kept[0], kept[1], gate_first), ctx.activation, dtype)
 
     @staticmethod
     @once_differentiable
@@ -176,7 +222,7 @@ class _Gated(torch.autograd.Function):
         into = [None if one is None else torch.empty_like(one, dtype=ctx.dtype) for one in (gate, up)]
         halves = _halves(into[0], into[1], ctx.gate_first)
         rowwise.gated_grad(grad, *_halves(gate, up, ctx.gate_first), ctx.activation, halves)
-        return into[0], into[1], None, None
+        return into[0], into[1], None, None, None
 
 
 class _Activated(torch.autograd.Function):
@@ -315,27 +361,49 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
     """
     if any(is_observed(child) for child in activations(module, how)):
         return None
-    gate = getattr(module, how.gate)(x)
-    up = None if how.up is None else getattr(module, how.up)(x)
-    down = getattr(module, how.down)
-    plain = all(type(one) is Tensor for one in (gate, up) if one is not None)
-    if not plain or (up is not None and (gate.dtype is not up.dtype or gate.shape != up.shape)):
-        dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
-        wide = None if up is None else up.to(dtype)
-        halves = _halves(gate.to(dtype), wide, how.gate_first)
-        return cast(Tensor, down(rowwise.gated_in_torch(*halves, ACTIVATIONS[how.activation], dtype)))
-    hidden = gated_product(gate, up, how.activation, how.gate_first)
-    node = hidden.grad_fn
-    if node is None or not can_recompute():
-        return cast(Tensor, down(hidden))
+    down, layers = getattr(module, how.down), [getattr(module, name) for name in (how.gate, how.up) if name]
+    narrow = x.dtype is torch.float32 and all(_is_narrow(layer) for layer in (*layers, down))
+
+    def product(x: Tensor) -> Tensor:
+        with narrow_results(narrow):
+            gate, *rest = (layer(x) for layer in layers)
+        up = rest[0] if rest else None
+        plain = all(type(one) is Tensor for one in (gate, up) if one is not None)
+        if not plain or (up is not None and (gate.dtype is not up.dtype or gate.shape != up.shape)):
+            dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
+            wide = None if up is None else up.to(dtype)
+            halves = _halves(gate.to(dtype), wide, how.gate_first)
+            return rowwise.gated_in_torch(*halves, ACTIVATIONS[how.activation], dtype)
+        return gated_product(gate, up, how.activation, how.gate_first)
+
+    # Directly in the context of "lean": within a checkpoint all is computed again already.
+    again = how.again and torch.is_grad_enabled() and saves_in_any_dtype()
+    if again and not any(is_observed(one) for layer in layers for one in layer.modules()):
+        hidden = cast(Tensor, checkpoint(product, x, use_reentrant=False))
+    else:
+        hidden = product(x)
+    node: Any = hidden.grad_fn
+    own: Any = _Gated._backward_cls
+    if type(node) is not own or not can_recompute():
+        return _in_dtype_of(x, down(hidden), narrow)
 
     def recompute(dtype: torch.dtype | None) -> Tensor:
-        made: Any = node
-        gate, up = _saved(made)
-        return rowwise.gated(*_halves(gate, up, how.gate_first), made.activation, dtype or made.dtype)
+        gate, up = _saved(node)
+        return rowwise.gated(*_halves(gate, up, how.gate_first), node.activation, dtype or node.dtype)
 
     with recomputed_input(hidden, recompute):
-        return cast(Tensor, down(hidden))
+        return _in_dtype_of(x, down(hidden), narrow)
+
+
+def _is_narrow(layer: nn.Module) -> bool:
+    """Whether a layer's output has the numbers of bfloat16 alone, and its input is rounded to it."""
+    if type(layer) is not LoRALinear or is_observed(layer) or layer.merged is not None or len(layer.active) != 1:
+        return False
+    return type(layer.base) is Linear4Bit and layer.base.compute_dtype is torch.bfloat16
+
+
+def _in_dtype_of(x: Tensor, out: Tensor, narrow: bool) -> Tensor:
+    return out.to(x.dtype) if narrow else out
 
 
 def activations(module: nn.Module, how: GatedMLP) -> list[nn.Module]:

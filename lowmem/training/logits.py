@@ -208,9 +208,8 @@ def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None =
 
 @cache
 def _delayed(kind: type[Any]) -> type[LazyOutput]:
-    made: type[LazyOutput] = type(
-        f"Lazy{kind.__name__}", (LazyOutput, kind), {"plain_class": kind, "__module__": kind.__module__}
-    )
+    # Without the module's name: torch 2.4 compiles calls of classes that say they are torch's without looking inside.
+    made: type[LazyOutput] = type(f"Lazy{kind.__name__}", (LazyOutput, kind), {"plain_class": kind})
     return made
 
 

@@ -8,6 +8,7 @@ logits are dropped; backward only scales what forward has found (Hsu et al., Lig
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from lowmem import kernels
 from lowmem.kernels.entropy import entropies
 from lowmem.nn.frozen_linear import is_cast
+from lowmem.nn.recomputed import saves_in_any_dtype
 from lowmem.nn.stored import StoredTensor
+from lowmem.training.room import return_holes
 
 __all__ = ["linear_cross_entropy", "loss_dtype"]
 
@@ -53,8 +56,9 @@ def linear_cross_entropy(
         The loss, a scalar in float32, or float64 when computed in it. It is differentiable once.
 
     Raises:
-        TypeError: hidden or dtype is not floating point, or labels are not int64.
-        ValueError: shapes that do not fit, a label outside the vocabulary, or an option out of its range.
+        TypeError: hidden, weight, bias or dtype is not floating point, or labels are not int64.
+        ValueError: shapes or devices that do not fit, a sparse or nested tensor, a label outside the vocabulary, or
+            an option out of its range.
     """
     _check_options(chunk, label_smoothing, reduction, dtype)
     _check_shapes(hidden, weight, labels, bias)
@@ -92,6 +96,8 @@ class _Chunked(torch.autograd.Function):
         weight_grad = rows.new_zeros(weight.shape, dtype=sums) if wanted[1] else None
         bias_grad = rows.new_zeros(weight.shape[:1], dtype=sums) if wanted[2] else None
         loss = rows.new_zeros((), dtype=sums)
+        if saves_in_any_dtype():  # "lean": a step's peak is here
+            return_holes(min(chunk, len(counted)) * len(weight) * dtype.itemsize)
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, len(counted), chunk):
                 at, target = counted[start : start + chunk], targets[start : start + chunk]
@@ -125,6 +131,10 @@ class _Chunked(torch.autograd.Function):
         return *scaled, None, None, None, None, None
 
 
+_CONVERTED = 2**12
+"""Rows of a dense weight of another dtype that are converted at a time, for each chunk: as fast as a whole copy."""
+
+
 class _Factor:
     """The products with an output layer's weight, dense or stored, in one dtype."""
 
@@ -133,20 +143,42 @@ class _Factor:
         self.stored: kernels.Weight | None = None
         if isinstance(weight, StoredTensor) and not weight.form.gathered:
             self.stored = weight.stored
-        else:
-            self.dense = weight.detach().to(dtype)
+            return
+        dense = weight.detach()
+        self.in_parts = dense.dtype is not dtype and len(dense) > _CONVERTED
+        self.dense = dense if self.in_parts else dense.to(dtype)
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of the vocabulary, and the weight's rows of each in the dtype."""
+        for start in range(0, len(self.dense), _CONVERTED):
+            rows = slice(start, min(start + _CONVERTED, len(self.dense)))
+            yield rows, self.dense[rows].to(self.dtype)
 
     def logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ W.T + bias``: (rows, width) -> (rows, vocabulary)."""
         if self.stored is not None:
             return kernels.linear(x, self.stored, self.dtype, bias)
-        return torch.nn.functional.linear(x, self.dense, bias)
+        if not self.in_parts:
+            return torch.nn.functional.linear(x, self.dense, bias)
+        out = x.new_empty(len(x), len(self.dense))
+        for rows, part in self._parts():
+            if bias is None:
+                torch.mm(x, part.t(), out=out[:, rows])
+            else:
+                torch.addmm(bias[rows], x, part.t(), out=out[:, rows])
+        return out
 
     def times(self, gradient: Tensor) -> Tensor:
-        """Return ``gradient @ W``: (rows, vocabulary) -> (rows, width)."""
+        """Return ``gradient @ W``: (rows, vocabulary) -> (rows, width); sums over parts are in float32 or wider."""
         if self.stored is not None:
             return kernels.input_grad(gradient, self.stored, self.dtype)
-        return gradient @ self.dense
+        if not self.in_parts:
+            return gradient @ self.dense
+        wide = torch.promote_types(self.dtype, torch.float32)
+        out = gradient.new_zeros(len(gradient), self.dense.shape[1], dtype=wide)
+        for rows, part in self._parts():
+            out += gradient[:, rows] @ part
+        return out
 
 
 def loss_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -176,8 +208,18 @@ def _check_options(chunk: int, smoothing: float, reduction: str, dtype: torch.dt
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    if not hidden.is_floating_point():
-        raise TypeError(f"hidden.dtype={hidden.dtype} must be floating point")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            found = (
+                f"{name}.dtype={tensor.dtype}" if isinstance(tensor, Tensor) else f"{name}={type(tensor).__name__}"
+            )
+            raise TypeError(f"{found} must be a tensor of floating point")
+        if tensor is not None and (tensor.layout is not torch.strided or tensor.device != hidden.device):
+            raise ValueError(
+                f"{name}, {tensor.layout} on {tensor.device}, must be dense, and where hidden is, on {hidden.device}"
+            )
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels={type(labels).__name__} must be a tensor of torch.int64, the numbers of classes")
     if labels.dtype is not torch.int64:
         raise TypeError(f"labels.dtype={labels.dtype} must be torch.int64, the numbers of classes")
     if weight.dim() != 2:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -36,7 +38,8 @@ def prepare_training(
       logits themselves gets them. The chunks are multiplied in bfloat16 where 4-bit layers of the model have that
       ``compute_dtype``. RMS norms, gated MLPs and activations, recognized by what they compute, keep their inputs
       alone for backward, and compute the rest again.
-    - "lean": what autograd saves in forward is kept in 8 bits (``compressed_activations``), which costs time.
+    - "lean": what autograd saves in forward is kept in 8 bits (``compressed_activations``), and gate and up layers
+      of gated MLPs are called again in backward, as in a checkpoint. Both cost time.
 
     ``training_report`` says what was done to which module. In evaluation, without gradients, compiled and exported,
     the model does what it did before. Second derivatives of the loss (``create_graph=True``) and writes to logits are
@@ -76,14 +79,16 @@ def prepare_training(
     except ValueError:
         _apply(model, chunks, fused, was_lean)
         raise
-    return _apply(model, {one: chunk for one in layers if _reason(one) is None}, _fusable(model), memory == "lean")
+    lean = memory == "lean"
+    return _apply(model, {one: chunk for one in layers if _reason(one) is None}, _fusable(model, lean), lean)
 
 
-def _fusable(model: nn.Module) -> dict[nn.Module, How]:
+def _fusable(model: nn.Module, lean: bool) -> dict[nn.Module, How]:
     """Return the modules that can be fused, without the activations of gated MLPs, which are not called."""
     found = {one: how for one in model.modules() if isinstance(how := recognize(one), RMSNorm | GatedMLP | Act)}
     inner = {child for one, how in found.items() if isinstance(how, GatedMLP) for child in activations(one, how)}
-    return {one: how for one, how in found.items() if one not in inner}
+    mlps = {one: replace(how, again=lean) for one, how in found.items() if isinstance(how, GatedMLP)}
+    return {one: how for one, how in (found | mlps).items() if one not in inner}
 
 
 def _apply(
@@ -152,13 +157,18 @@ class _Compressing(PreparedModule):
 def _compressing(kind: type[Any]) -> type[_Compressing]:
     """Return a subclass with the class's name and the signature of its forward, which others read."""
 
-    @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, _Compressing):  # released, while accelerate keeps this function in the model
+            return type(self).forward(self, *args, **kwargs)
         if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
             return kind.forward(self, *args, **kwargs)
         with compressed_activations(self):
             return kind.forward(self, *args, **kwargs)
 
+    functools.update_wrapper(forward, kind.forward)
+    # In place of ``__wrapped__``, which accelerate follows until it has the forward that compresses nothing.
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__  # type: ignore[attr-defined]
     names = {"plain_class": kind, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
     made: type[_Compressing] = type(kind.__name__, (_Compressing, kind), names)
     return made

@@ -13,15 +13,16 @@ from torch import Tensor, distributed
 
 from lowmem.nn.read_only import METADATA
 
-__all__ = ["StepInBackward", "step_in_backward"]
+__all__ = ["Freed", "StepInBackward", "step_in_backward"]
 
 
-class _Freed(Tensor):
+class Freed(Tensor):
     """Stands for a gradient that was freed, without memory: who clips or reads it must not find a norm of zero."""
 
     @staticmethod
-    def __new__(cls, parameter: Tensor) -> _Freed:
-        made: _Freed = torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, parameter: Tensor) -> Freed:
+        """Make one with the shape, dtype and device of a parameter."""
+        made: Freed = torch.Tensor._make_wrapper_subclass(
             cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
         )
         return made
@@ -90,14 +91,14 @@ class StepInBackward:
             optimizer.step()
         finally:
             optimizer.param_groups, self._running = groups, False
-        parameter.grad = _Freed(parameter)
+        parameter.grad = Freed(parameter)
         self._done.add(parameter)
 
     def _end(self, *_: Any) -> None:
         """End a step of the loop: it finds no gradients of parameters that were updated."""
         if not self._running:
             for parameter in self._done:
-                if isinstance(parameter.grad, _Freed):
+                if isinstance(parameter.grad, Freed):
                     parameter.grad = None
             self._done.clear()
 
@@ -136,5 +137,8 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
     if any(one.grad is not None for one in parameters):
         raise ValueError("a parameter has a gradient already: call optimizer.step() and optimizer.zero_grad() before")
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError("gradients of several processes are averaged after backward: step when it is done")
+        raise RuntimeError(
+            f"world_size={distributed.get_world_size()} processes train together, and average their gradients after "
+            "backward: leave step_in_backward out, and call optimizer.step() when backward is done"
+        )
     return StepInBackward(optimizer)

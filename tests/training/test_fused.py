@@ -1,7 +1,10 @@
 """Fused norms and MLPs compute what the modules compute, and keep less for backward."""
 
 import copy
+import gc
 import pickle
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +16,7 @@ from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint
 
 from lowmem import FourBit, LoRA, compressed_activations, convert, kernels
+from lowmem.measure import PeakMemory
 from lowmem.nn.recomputed import can_recompute
 from lowmem.training.fused import Act, FusedModule, GatedMLP, RMSNorm, fuse, gated_product, rms_norm
 from lowmem.training.prepared_module import release_module
@@ -366,3 +370,69 @@ def test_an_activation_keeps_its_input(dtype):
     assert saved(lambda: made(x)) == x.nbytes < before / 3
     strided = batch(dtype)[:, ::2].mT
     assert_near(gradients(made, strided), gradients(plain, strided), bound)
+
+
+@pytest.mark.skipif(not can_recompute(), reason="torch before 2.5 does not say which hooks are active")
+@pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])
+def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
+    """Neither what the norm returns nor gate and up are kept; dropout drops the same numbers again."""
+    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    model = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4, dropout=0.3), joined=joined)
+    x = batch(rows=128)
+    fuse(model.norm, NORM)
+    how = JOINED if joined else SEPARATE
+    fuse(model.mlp, how)
+
+    def call(x, context=True):
+        torch.manual_seed(3)
+        with compressed_activations(model) if context else nullcontext():
+            return model(x)
+
+    def kept():
+        with PeakMemory() as memory:
+            out = call(x)
+        return memory.current - out.nbytes
+
+    expected, before = gradients(model, x, partial(call, context=False)), kept()
+    release_module(model.mlp)
+    fuse(model.mlp, replace(how, again=True))
+    assert "computes again the outputs of gate" in model.mlp.training_note
+    products, coded = 2 * 128 * 2 * INNER, 65 / 64
+    assert kept() <= before - products * coded
+    found = gradients(model, x, call)
+    assert torch.equal(found[0], expected[0])
+    assert_near(found[1:], expected[1:], 0.06)
+    within = lambda x: checkpoint(model, x, use_reentrant=False)  # noqa: E731
+    torch.manual_seed(3)
+    with compressed_activations(model):
+        found = gradients(model, x, within)  # whose input is kept in 8 bits, and nothing computed a third time
+    assert_near(found[1:], expected[1:], 0.06)
+
+
+@pytest.mark.skipif(not can_recompute(), reason="torch before 2.5 does not say which hooks are active")
+def test_what_a_norm_returns_is_not_kept_by_the_layers_that_read_it(monkeypatch):
+    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    model, x = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4)), batch()
+    layers = [model.mlp.gate, model.mlp.up]
+    model.mlp.down.requires_grad_(False)
+    read = lambda x: sum(layer(model.norm(x)) for layer in layers)  # noqa: E731
+    shared = lambda x: (lambda y: sum(layer(y) for layer in layers))(model.norm(x))  # noqa: E731
+    expected, plain = gradients(model, x, shared), saved(lambda: shared(x), model)
+    fuse(model.norm, NORM)
+    found = gradients(model, x, shared)
+    assert_near(found, expected, 1e-5)
+    assert saved(lambda: shared(x), model) <= plain - x.nbytes // 2
+    assert_near(gradients(model, x, read), expected, 0.01)  # siblings add their gradients in bfloat16
+    twice = checkpoint(shared, x, use_reentrant=False).float().sin().sum()
+    assert_near([torch.autograd.grad(twice, x)[0]], [expected[1]], 1e-5)
+    out = model.norm(x)
+    held, node = out.detach(), weakref.ref(out.grad_fn)
+    del out
+    gc.collect()
+    assert node() is None  # a copy without a graph keeps none alive
+    assert held.untyped_storage().lowmem_note is not None
+    out = model.norm(x)
+    with torch.no_grad():
+        out.add_(1)  # is seen: it is kept as it is now
+    grad = torch.autograd.grad(layers[0](out).sum(), layers[0].lora_a)[0]
+    assert_near([grad], [torch.autograd.grad(layers[0](out.detach()).sum(), layers[0].lora_a)[0]], 1e-5)

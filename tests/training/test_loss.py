@@ -193,6 +193,9 @@ def test_a_second_derivative_is_refused():
         ({"weight": torch.zeros(50, 23)}, "23.* 24"),
         ({"weight": torch.zeros(50)}, r"weight.shape=\(50,\)"),
         ({"hidden": torch.zeros(1, 13, 24, dtype=torch.long)}, "hidden.dtype=torch.int64"),
+        ({"weight": torch.zeros(50, 24, dtype=torch.complex64)}, "weight.dtype=torch.complex64"),
+        ({"weight": torch.zeros(50, 24).to_sparse()}, "weight, torch.sparse_coo on cpu, must be dense"),
+        ({"weight": torch.zeros(50, 24, device="meta")}, "weight, torch.strided on meta, must be"),
         ({"bias": torch.zeros(3)}, r"bias.shape=\(3,\)"),
         ({"chunk": 0}, "chunk=0"),
         ({"chunk": 2.5}, "chunk=2.5"),
@@ -237,3 +240,27 @@ def test_the_mean_does_not_round_its_divisor():
         total = torch.autograd.grad(sums, hidden)[0].double()
         mean = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), hidden)[0].double()
         assert ((mean - total / rows).abs() <= torch.finfo(dtype).eps / 2 * mean.abs() + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+def test_a_weight_of_another_dtype_is_converted_in_parts(trains):
+    """No copy of it exists: the peak is that of a weight in bfloat16, and a part."""
+    rows, width, vocabulary = 40, 64, 3 * 4096 + 5
+    weight = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(2)) / 8
+    hidden, offset = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary)
+    labels = torch.randint(0, vocabulary, (rows,))
+    labels[3] = vocabulary - 1
+    for bias in (None, offset):
+        given, found = weight.clone().requires_grad_(trains), []
+        with PeakMemory() as peak:
+            linear_cross_entropy(hidden, given, labels, bias=bias, chunk=8, dtype=torch.bfloat16).backward()
+        if not trains:
+            assert peak.peak < vocabulary * width * 2
+        found = [hidden.grad, given.grad]
+        exact = hidden.detach().double().requires_grad_(), weight.double().requires_grad_()
+        logits = exact[0] @ exact[1].t() + (0 if bias is None else bias.double())
+        functional.cross_entropy(logits, labels).backward()
+        for got, one in zip(found, exact, strict=True):
+            if got is not None:  # logits and their gradient are rounded to bfloat16, of numbers below 16
+                assert (got.double() - one.grad).norm() <= 0.03 * one.grad.norm()
+        hidden.grad = None

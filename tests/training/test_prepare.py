@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import types
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lowmem import (
     training_report,
 )
 from lowmem.measure import PeakMemory
+from lowmem.training import activations
 from lowmem.training.logits import LazyLogits
 from tests.training.test_fused import MLP, Block
 
@@ -141,7 +143,8 @@ def test_norms_and_gated_mlps_are_fused(memory):
     prepare_training(model, memory)
     report = training_report(model)
     assert report["layers.0.norm"] == report["layers.1.norm"] == "RMS norm fused: keeps its input"
-    assert report["layers.0.mlp"] == "gated MLP fused (SiLU): keeps the outputs of gate, up"
+    does = {"fast": "keeps", "lean": "computes again"}[memory]
+    assert report["layers.0.mlp"] == f"gated MLP fused (SiLU): {does} the outputs of gate, up"
     assert report["layers.1.mlp"].startswith("as before: it has a forward of its own")
     shown = {row.path: row.computed for row in summary(model)}
     assert all(report[path] in shown[path] for path in ("layers.0.norm", "layers.0.mlp", "head"))
@@ -208,6 +211,15 @@ def test_a_refused_call_leaves_what_was_prepared():
     assert training_report(model) == before != {}
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_change_nothing(mode):
+    model = Gated()
+    with mode():
+        found = training_report(prepare_training(model))
+    assert found == training_report(prepare_training(Gated()))
+    assert sum("fused" in line for line in found.values()) == 3
+
+
 def test_inference_tensors_are_refused():
     with torch.inference_mode():
         model = nn.Linear(4, 4)
@@ -239,6 +251,23 @@ def test_a_forward_of_another_library_is_refused():
     model.forward = model.forward
     with pytest.raises(ValueError, match="forward of its own.*prepare the model before"):
         prepare_training(model, "lean")
+
+
+def test_a_forward_that_a_library_holds_compresses_until_it_is_released(monkeypatch):
+    """As accelerate does: it puts a wrapped forward into the model, and unwraps it as long as it can."""
+    ran = []
+    kept = activations._Compressor.pack
+    monkeypatch.setattr(activations._Compressor, "pack", lambda self, one: ran.append(one) or kept(self, one))
+    model = prepare_training(make(), "lean")
+    held = model.forward.__func__
+    model.forward = types.MethodType(lambda self, *given: held(self, *given), model)
+    assert inspect.unwrap(held) is held
+    step(model)
+    assert ran
+    release_training(model)
+    ran.clear()
+    assert torch.equal(step(model)[0], step(make())[0])
+    assert not ran
 
 
 def test_a_parametrized_output_layer_is_not_released():

@@ -1,0 +1,189 @@
+"""Float32 master weights of parameters in bfloat16, which hold the upper half of their bits.
+
+    master = parameter + rest,  |rest| <= half a unit in the last place of the parameter
+
+A parameter is its master, rounded to the nearest; the optimizer's state keeps the other 16 bits. Both are a float32
+number, bit for bit, in four bytes, and the gradient takes two (Micikevicius et al., Mixed Precision Training, arXiv
+1710.03740, section 3.1, for masters; Kalamkar et al., Optimizing Deep Learning Recommender Systems' Training On CPU
+Cluster Architectures, arXiv 2005.04680, for halves that share no bit).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lowmem.training.step_in_backward import Freed
+from lowmem.transforms.refusals import sharded_types
+
+__all__ = ["REST", "MasterWeights", "join", "master_weights", "split"]
+
+REST = "master_rest"
+"""The name of the lower halves in an optimizer's state."""
+
+_HALF = 2**15
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest bfloat16 numbers (ties: away from zero), and the other bits as int16, in the same shape."""
+    bits = master.view(torch.int32)
+    upper = (bits + _HALF) >> 16
+    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
+
+
+def join(parameter: Tensor, rest: Tensor) -> Tensor:
+    """Return the float32 numbers of which ``split`` has made these."""
+    upper = parameter.detach().contiguous().view(torch.int16).to(torch.int32)
+    return (upper << 16).add_(rest).view(torch.float32)
+
+
+class MasterWeights:
+    """An optimizer that updates float32 masters of its bfloat16 parameters, until ``release``.
+
+    Attributes:
+        optimizer: with its own groups and states, of the parameters of the model.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._stepping: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
+        self._loading: dict[str, Any] = {}
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(self._widen),
+            optimizer.register_step_post_hook(self._narrow),
+            optimizer.register_state_dict_pre_hook(self._narrow),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    def release(self) -> torch.optim.Optimizer:
+        """Let the optimizer update the bfloat16 parameters themselves, as before; return it."""
+        self._narrow()
+        for handle in self._handles:
+            handle.remove()
+        for state in self.optimizer.state.values():
+            state.pop(REST, None)
+        return self.optimizer
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """Return a parameter's master: float32, a copy."""
+        rest = self.optimizer.state[parameter].get(REST) if parameter in self.optimizer.state else None
+        return parameter.detach().float() if rest is None else join(parameter, rest)
+
+    @torch.no_grad()
+    def _widen(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give the optimizer's groups masters with gradients, which take over the states, before a step."""
+        self._narrow()  # what a step has left that failed
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is not None:  # it makes the gradients of the parameters
+            with torch.enable_grad():
+                loss = closure()
+            args, kwargs = args[:1], {**kwargs, "closure": lambda: loss}
+        for group in optimizer.param_groups:
+            own = group["params"]
+            wide = [self._wide(one) if _has_master(one) and _has_gradient(one) else one for one in own]
+            self._stepping.append((group, own, wide))
+            group["params"] = wide
+        return args, kwargs
+
+    def _wide(self, parameter: Tensor) -> Tensor:
+        master = self.master(parameter)
+        master.grad = cast(Tensor, parameter.grad).float()
+        if parameter in self.optimizer.state:
+            state = self.optimizer.state.pop(parameter)
+            state.pop(REST, None)
+            if state:
+                self.optimizer.state[master] = state
+        return master
+
+    @torch.no_grad()
+    def _narrow(self, *_: Any) -> None:
+        """Write the masters back, and give the optimizer its parameters again."""
+        for group, own, wide in self._stepping:
+            group["params"] = own
+            for parameter, master in zip(own, wide, strict=True):
+                if master is not parameter:
+                    upper, rest = split(master)
+                    parameter.copy_(upper)
+                    self.optimizer.state[parameter] = {**self.optimizer.state.pop(master, {}), REST: rest}
+        self._stepping = []
+
+    def _before_load(self, _: Any, state_dict: dict[str, Any]) -> None:
+        self._narrow()
+        self._loading = state_dict
+
+    def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the tensors of a state as they are: torch casts those of bfloat16 parameters to bfloat16."""
+        given = [number for group in self._loading["param_groups"] for number in group["params"]]
+        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in zip(given, own, strict=True):
+            if _has_master(parameter):
+                for name, value in self._loading["state"].get(number, {}).items():
+                    if isinstance(value, Tensor):
+                        optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
+        self._loading = {}
+
+
+def _has_master(parameter: Tensor) -> bool:
+    return parameter.dtype is torch.bfloat16 and parameter.requires_grad
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    return parameter.grad is not None and not isinstance(parameter.grad, Freed)
+
+
+def master_weights(optimizer: torch.optim.Optimizer) -> MasterWeights:
+    """Let an optimizer update float32 masters of its bfloat16 parameters, of which these are the roundings::
+
+        lowmem.convert(model, lowmem.FourBit(), lowmem.LoRA(16, dtype=torch.bfloat16))
+        optimizer = torch.optim.AdamW(lowmem.adapter_parameter_groups(model, lr=1e-4))
+        lowmem.master_weights(optimizer)
+
+    In bfloat16 itself an update below 1/512 of a number changes nothing. Parameters, gradients and what processes
+    send each other take half of float32's bytes; the optimizer's state has 2 bytes for each number beside its own
+    float32 moments, 8 more while it steps. It is the training of float32 parameters that are rounded to bfloat16 when
+    they are read. Parameters of other dtypes are updated as before.
+
+    ``optimizer.state_dict()`` holds the rest of each master, and the model's state the rounded numbers: load both. A
+    parameter that is written to keeps its rest, which moves its master by at most a half unit in its last place.
+
+    Args:
+        optimizer: of ``torch.optim``, ``AdamW8bit``, or another that steps with gradients it is given. Call this
+            before ``load_state_dict``.
+
+    Returns:
+        A handle with ``release()``, and ``master(parameter)``, which returns the float32 numbers.
+
+    Raises:
+        TypeError: not an optimizer.
+        ValueError: no parameter that trains is bfloat16; one is sharded, whose masters FSDP2 keeps; the optimizer has
+            them already, has loaded a state with them before, or is LBFGS, which keeps parameters of its own.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS keeps parameters of its own: take an optimizer that steps with given gradients")
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    if not any(_has_master(one) for one in parameters):
+        found = sorted({str(one.dtype) for one in parameters if one.requires_grad})
+        raise ValueError(
+            f"no parameter that trains is torch.bfloat16, found {', '.join(found) or 'none that trains'}: make "
+            "adapters with LoRA(dtype=torch.bfloat16)"
+        )
+    if any(isinstance(one, sharded_types()) for one in parameters):
+        raise ValueError(
+            "parameters are sharded (DTensors): leave them in float32 and give fully_shard "
+            "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16), which keeps float32 shards"
+        )
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), MasterWeights) for hook in hooks):
+        raise ValueError(f"this {type(optimizer).__name__} has master weights already")
+    rests = [state[REST] for state in optimizer.state.values() if REST in state]
+    if any(rest.dtype is not torch.int16 for rest in rests):
+        raise ValueError(
+            "the optimizer has loaded a state with master weights, which torch has cast to bfloat16: call "
+            "master_weights before load_state_dict"
+        )
+    return MasterWeights(optimizer)

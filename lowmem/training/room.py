@@ -1,0 +1,56 @@
+"""Memory for what is kept from forward to backward, taken in large pieces.
+
+Tensors of a megabyte that live long, between temporary ones of the same size, leave an allocator holes that fit
+nothing. Pieces that grow with what is kept have few neighbours. With each large one, the C library is asked to return
+the holes that there are to the system (``malloc_trim`` of glibc): they would count as resident memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Room", "return_holes"]
+
+_ALIGNED = 64  # bytes, a line of a processor's cache
+_PART = 8  # of what was taken so far a new piece has one part
+_LARGE = 2**22  # bytes of a piece that is worth a walk over the heap
+
+
+class Room:
+    """Gives views of large tensors; a piece is freed with the last view of it."""
+
+    def __init__(self) -> None:
+        self._piece: Tensor | None = None
+        self._used = self._total = self._last = 0
+
+    def take(self, size: int) -> Tensor:
+        """Return int8 (size,), aligned for any dtype, on the CPU."""
+        if self._piece is None or self._used + size > len(self._piece):
+            length = max(size, self._total // _PART)
+            return_holes(length)
+            self._piece, self._used, self._total = torch.empty(length, dtype=torch.int8), 0, self._total + length
+        self._last = self._used
+        self._used += -(-size // _ALIGNED) * _ALIGNED
+        return self._piece[self._last : self._last + size]
+
+    def give_back(self) -> None:
+        """Let what was taken last be taken again."""
+        self._used = self._last
+
+
+def return_holes(length: int) -> None:
+    """Return the holes of the heap to the system, if memory of so many bytes is begun, or done with."""
+    if length >= _LARGE and (trim := _trim()) is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Any:
+    """Return the function of the C library, or None where it has none."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None

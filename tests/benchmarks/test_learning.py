@@ -1,0 +1,51 @@
+"""The benchmark of learning trains each way on the same batches, and judges by others."""
+
+import json
+
+import torch
+from torch import nn
+
+from benchmarks import learning
+from benchmarks.learning import HELD, WAYS, Task
+
+
+def make_task(seen):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 64, 128, generator=generator)
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
+
+    def judge(model, batch):
+        seen.append((model.training, int(batch[1])))
+        return nn.functional.mse_loss(model(batch[0]), batch[0].flip(1)), 0.5
+
+    return Task(make, "0 2", [(one, torch.tensor(number)) for number, one in enumerate(x)], judge, 1e-2)
+
+
+def test_ways_learn_the_same_from_the_same_batches():
+    found, orders = {}, {}
+    for way in WAYS:
+        seen = []
+        found[way] = learning.learn(make_task(seen), WAYS[way], 60)
+        trained = [number for training, number in seen if training]
+        assert {number for training, number in seen if not training} == set(range(HELD))
+        assert set(trained) == set(range(HELD, 40))  # 28 batches, more than twice
+        orders[way] = trained
+    start = learning.learn(make_task([]), WAYS["plain"], 1)
+    plain = found["plain"]
+    assert plain.loss < 0.8 * start.loss
+    for way, got in found.items():
+        assert (orders[way] == orders["plain"]) == (way != "another seed")
+        assert abs(got.loss - plain.loss) <= 0.02 * start.loss
+        assert got.right == 0.5
+
+
+def test_a_table_and_json(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(learning, "digits", lambda: make_task([]))
+    arguments = ["--only", "digits", "--steps", "2", "--ways", "plain", "lean", "--json", str(tmp_path / "out.json")]
+    assert learning.main(arguments) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["way"] for row in rows] == ["plain", "lean"]
+    assert "After 2 steps" in capsys.readouterr().out
