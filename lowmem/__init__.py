@@ -6,6 +6,9 @@ from lowmem.tools import startup
 startup.guard_imports()  # before torch is imported
 
 from lowmem.bignet import BigNet
+from lowmem.distributed.gather import gather
+from lowmem.distributed.need import bytes_per_rank
+from lowmem.distributed.shard import shard
 from lowmem.errors import FileError
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
@@ -104,6 +107,7 @@ __all__ = [
     "add_adapter",
     "backend",
     "build",
+    "bytes_per_rank",
     "calibrate",
     "compressed_activations",
     "convert",
@@ -111,6 +115,7 @@ __all__ = [
     "delete_adapter",
     "export",
     "finetune",
+    "gather",
     "keep_products",
     "linear_cross_entropy",
     "load",
@@ -128,6 +133,7 @@ __all__ = [
     "restore",
     "save",
     "save_adapter",
+    "shard",
     "step_in_backward",
     "summary",
     "training_memory",

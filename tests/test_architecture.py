@@ -21,6 +21,7 @@ ORDER = [
     ("io", "training", "variants"),
     ("integrations",),
     ("finetuning",),
+    ("distributed",),
     ("testing",),
     ("report",),
     ("tools",),

@@ -41,6 +41,7 @@ def perplexity(model: nn.Module, rows: Rows, ranks: Ranks | None = None) -> floa
                 batch = rows.batch(own, device)
                 total += _negative_log_likelihood(logits_of(model(**batch.inputs)), batch.targets)
     finally:
+        ranks.rest(model)
         for module, mode in modes.items():
             module.training = mode
     mean = ranks.sum(total) / int(rows.counted.sum())

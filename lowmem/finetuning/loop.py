@@ -136,6 +136,10 @@ class _Run:
         self._model, self._rows, self._settings, self._held_out = model, rows, settings, held_out
         self._states, self._ranks, self._watch = states, ranks, watch
         self._device = next(model.parameters()).device
+        if len(rows) < ranks.world:
+            raise ValueError(
+                f"{ranks.world} processes cannot share {len(rows)} rows of text: start fewer, or take more text"
+            )
         per_step = settings.batch_size * settings.accumulate * ranks.world
         self._order = Order(len(rows), per_step, settings.seed, settings.total_rows(len(rows), ranks.world))
         parameters = list(trained(model).values())
@@ -158,7 +162,7 @@ class _Run:
         return self._done
 
     def _resume(self) -> int:
-        saved = None if self._states is None else self._states.newest()
+        saved = None if self._states is None else self._states.newest(self._model)
         if saved is None:
             return 0
         put_back(saved, self._model, self._optimizer)

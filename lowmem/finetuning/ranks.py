@@ -31,6 +31,12 @@ class Ranks(Protocol):
     @property
     def gradient_scale(self) -> float: ...  # noqa: D102
 
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return a model that trains together with those of the other processes."""
+
+    def whole(self, model: nn.Module) -> nn.Module | None:
+        """Return the model, whole, of one that was wrapped; None: it is in rank 0."""
+
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Return the context of forward and backward of a batch, the ``last`` one of a step or not."""
 
@@ -40,6 +46,9 @@ class Ranks(Protocol):
     def sum(self, value: float) -> float:
         """Return the sum of a value over the processes."""
 
+    def rest(self, model: nn.Module) -> None:
+        """Let go of what a forward without backward has gathered."""
+
 
 class Alone:
     """One process that trains by itself."""
@@ -47,6 +56,14 @@ class Alone:
     rank = 0
     world = 1
     gradient_scale = 1.0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model."""
+        return model
+
+    def whole(self, model: nn.Module) -> nn.Module | None:
+        """Return the model."""
+        return model
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Return a context that does nothing."""
@@ -59,3 +76,6 @@ class Alone:
     def sum(self, value: float) -> float:
         """Return the value."""
         return value
+
+    def rest(self, model: nn.Module) -> None:
+        """Do nothing."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowmem.errors import FileError, quoted, refusal, show
 from lowmem.io.atomic import write_errors
 from lowmem.io.container import read, write_tensors
+from lowmem.io.wrappers import unwrap
 
 __all__ = ["Saved", "States", "Store", "capture", "put_back", "random_states", "set_random_states"]
 
@@ -49,8 +50,8 @@ class Saved:
 class Store(Protocol):
     """Where the states of a run are kept."""
 
-    def newest(self) -> Saved | None:
-        """Return the newest whole state; None: there is none."""
+    def newest(self, model: nn.Module | None = None) -> Saved | None:
+        """Return the newest whole state, as the model needs it; None: there is none."""
 
     def save(self, saved: Saved) -> None:
         """Write a state, and keep the one before until it is whole."""
@@ -78,8 +79,8 @@ class States:
         self.facts: dict[str, Any] = {}
         self._last: tuple[int, str] | None = None  # the step of the newest state, and its file
 
-    def newest(self) -> Saved | None:
-        """Return the newest whole state; None: there is none.
+    def newest(self, model: nn.Module | None = None) -> Saved | None:
+        """Return the newest whole state; None: there is none. Every model takes it.
 
         Raises:
             FileError: no state is whole, or the newest is one of another run: the first thing that differs is named.
@@ -212,5 +213,5 @@ def put_back(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that train, by their first names."""
-    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+    """Return the parameters that train, by their first names; a wrapper for several processes has none in these."""
+    return {name: one for name, one in unwrap(model).named_parameters() if one.requires_grad}

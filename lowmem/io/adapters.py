@@ -30,7 +30,7 @@ from lowmem.nn.stored_module import StoredModule, file_names, format_keys
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
 from lowmem.transforms.convert import one_at_a_time
 from lowmem.transforms.placement import place_name, places_of
-from lowmem.transforms.refusals import refuse_layers, refuse_model
+from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_sharded
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, refuse_peft
 
 __all__ = ["fingerprint", "load_adapter", "save_adapter"]
@@ -55,7 +55,7 @@ def save_adapter(
     Raises:
         TypeError: the model is not a module.
         ValueError: no such adapter, ``name=None`` with several, an unknown format, or one that has no form of the
-            adapter; the layer is named.
+            adapter; the layer is named. Or the model is sharded.
         FileExistsError: something is at ``path``, for ``format="peft"`` and "gguf".
         OSError: the file cannot be written; an existing file is unchanged.
 
@@ -65,6 +65,7 @@ def save_adapter(
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}")
     model = unwrap(model)
+    refuse_sharded("save_adapter", model)
     if name is None:
         names = adapter_names(model)
         if len(names) > 1:

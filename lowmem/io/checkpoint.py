@@ -27,7 +27,7 @@ from lowmem.nn.stored_module import StoredModule, file_names, format_keys
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.convert import one_at_a_time
 from lowmem.transforms.placement import place_name
-from lowmem.transforms.refusals import sharded_types
+from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths
 
 __all__ = ["as_in_file", "how_stored", "load", "names_in_files", "save"]
@@ -48,14 +48,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: the model is not a module.
         RuntimeError: the stored tensors of a layer do not have its layout; nothing is written.
-        ValueError: a state that is no tensor, or a tensor that is sharded, lazy, or without values.
+        ValueError: a state that is no tensor, a tensor that is lazy or without values, or a model that is sharded.
         OSError: the file cannot be written; an existing file is unchanged.
     """
     model = unwrap(model)
+    refuse_sharded("save", model)
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     layers = {module: paths[0] for module, paths in module_paths(model).items() if made_by(module) is not None}
-    _refuse_without_values(model)
+    _refuse_lazy(model)
     recorded = format_keys(model)  # skipped: ``metadata`` holds the formats
     names = names_in_files(model)
     for name, value in model.state_dict(keep_vars=True).items():
@@ -86,18 +87,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_tensors(path, tensors, metadata)
 
 
-def _refuse_without_values(model: nn.Module) -> None:
-    """Raise a ValueError for a tensor of which this process has a part, or no shape yet."""
-    sharded = sharded_types()
+def _refuse_lazy(model: nn.Module) -> None:
+    """Raise a ValueError for a tensor that has no shape yet."""
     for name, one in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(one):
             path = name.rpartition(".")[0]
             raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before save")
-        if isinstance(one, sharded):
-            raise ValueError(
-                f"{layer_name(name)} is sharded (a DTensor), and this process has a part of it: call save before "
-                "fully_shard, or save the shards with torch.distributed.checkpoint"
-            )
 
 
 def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:

@@ -23,6 +23,7 @@ from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import leave_to_eager, outside_of_graphs
 from lowmem.nn.read_only import VIEWS, read_only
+from lowmem.nn.sharded import sharded_types
 from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
@@ -38,6 +39,7 @@ __all__ = [
     "StoredTensor",
     "dequantized_call",
     "is_recorded",
+    "refuse_parts",
 ]
 
 REMEDY = "write to a copy, weight.dequantize(), or make the layer dense again first: lowmem.restore(model)"
@@ -212,6 +214,7 @@ class StoredTensor(Tensor):
         """Return what was made of the parts, as long as they are where they were; C handles are kept with it."""
         last = self.__dict__[self.__dict__["form"].parts[-1]]
         if torch.compiler.is_compiling() or (type(last) is not nn.Parameter and type(last) is not Tensor):
+            refuse_parts(last)
             return make()
         known: tuple[int, Weight] | None = self.__dict__.get(name)
         if known is None or known[0] != last.data_ptr():
@@ -230,6 +233,7 @@ class StoredTensor(Tensor):
     def recorded(self) -> StoredParts | Tensor:
         """The matrix as operators take it that are being recorded: with the bytes of its scales."""
         form, parts = self.form, self.parts
+        refuse_parts(parts[-1])
         if not isinstance(form, FourBitForm):
             return self.matrix  # type: ignore[return-value]
         ends = parts[0], parts[-1]
@@ -341,6 +345,15 @@ def _makes_view(operator: Any) -> bool:
 def is_recorded(*tensors: Tensor) -> bool:
     """Whether an operation on these must go through the dispatcher: it is being recorded, or they are no memory."""
     return is_traced() or any(type(tensor) is not Tensor and type(tensor) is not nn.Parameter for tensor in tensors)
+
+
+def refuse_parts(tensor: Tensor) -> None:
+    """Raise a RuntimeError for the weight of which this process has some rows, where values are asked for."""
+    if isinstance(tensor, sharded_types()):
+        raise RuntimeError(
+            "this process has a part of a stored weight (a DTensor), and its values are asked for: call the sharded "
+            "block or model as a module, which gathers it, or take lowmem.gather(model)"
+        )
 
 
 def _rebuild(

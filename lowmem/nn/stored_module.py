@@ -28,6 +28,7 @@ from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.torch_versions import is_exporting, leave_to_eager, outside_of_graphs
 from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
+from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored import REMEDY, EightBitForm, Form, FourBitForm, HalfForm, StoredTensor, is_recorded
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -222,7 +223,10 @@ class StoredModule(nn.Module):
         forms = self.__dict__.get("_forms", {})
         value = getattr(value, "unadapted", value) if name in forms else value
         if name not in forms:
-            super().__setattr__(name, value)
+            if isinstance(value, sharded_types()) and name in self._parameters:
+                self._parameters[name] = value  # type: ignore[assignment]  # as FSDP2 does in other modules
+            else:
+                super().__setattr__(name, value)
         elif isinstance(value, StoredTensor):
             _share(self, name, value)
         elif value is None or isinstance(value, nn.Parameter):
@@ -232,6 +236,23 @@ class StoredModule(nn.Module):
                 f"cannot assign {type(value).__name__} as parameter {name!r}, which is stored in {forms[name].form}: "
                 "give a torch.nn.Parameter, or None; leave the module out with skip= if functional_call sets it"
             )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as torch does.
+
+        Raises:
+            RuntimeError: a plan of tensor parallelism would cut the module's parameters.
+        """
+        if isinstance(param, sharded_types()):
+            raise RuntimeError(
+                f"{type(self).__name__}.{name} cannot be cut by a plan of tensor parallelism (ColwiseParallel, "
+                f"RowwiseParallel), which knows dense weights alone; this module stores {self._stored_text()}: leave "
+                "it out of the plan, or share weights among processes with lowmem.shard(model)"
+            )
+        super().register_parameter(name, param)
+
+    def _stored_text(self) -> str:
+        return ", ".join(f"{name} in {one.form}" for name, one in self._forms.items())
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__.get("_forms", {}):

@@ -94,6 +94,15 @@ def _add_language(group: argparse._ArgumentGroup) -> None:
         help="go on from the state in OUT.training, bit for bit; begin where there is none",
     )
     group.add_argument("--save-every", type=positive_int, metavar="N", help="steps between states (default 50)")
+    together = group.add_mutually_exclusive_group()
+    together.add_argument(
+        "--shard",
+        action="store_true",
+        help="the processes that torchrun has started have a part of the model each (FSDP2)",
+    )
+    together.add_argument(
+        "--replicate", action="store_true", help="each of them has the whole model (DistributedDataParallel)"
+    )
     group.add_argument("--metrics", type=file_path, metavar="FILE.jsonl", help="write a line of JSON for each step")
     group.add_argument("--plot", type=file_path, metavar="FILE.png", help="draw the losses (needs matplotlib)")
 

@@ -6,10 +6,11 @@ import argparse
 import gc
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ import torch
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from lowmem.distributed.processes import joined
 from lowmem.errors import refusal
 from lowmem.finetuning.calling import Calling, calling_of, logits_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
 from lowmem.finetuning.metrics import Metrics, peak_memory
 from lowmem.finetuning.plot import plot_losses
+from lowmem.finetuning.ranks import Alone, Ranks
 from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.state import States
@@ -45,9 +48,27 @@ __all__ = ["run"]
 
 def run(arguments: argparse.Namespace, folder: Path) -> int:
     """Run the command for a folder."""
-    job = job_of(arguments, folder)
+    how = "shard" if arguments.shard else "replicate" if arguments.replicate else None
     if arguments.dry_run:
-        return _dry_run(arguments, job)
+        if how is not None:
+            raise ValueError(f"--dry-run plans one process: leave --{how} out, and see docs/guides/many-machines.md")
+        return _dry_run(arguments, job_of(arguments, folder, None))
+    with joined(how) as ranks, _silent(ranks.rank > 0):
+        return _run(arguments, folder, ranks)
+
+
+@contextmanager
+def _silent(silent: bool) -> Iterator[None]:
+    """Print nothing in the block, so that one of several processes tells what all do."""
+    if not silent:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _run(arguments: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    job = job_of(arguments, folder, None if isinstance(ranks, Alone) else ranks.world)
     if job.save is not None and arguments.resume and job.is_done():
         print(f"{shown(str(job.save))} is complete already", file=sys.stderr)
         if arguments.json:
@@ -68,8 +89,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
     metrics = None
     try:
         facts = {} if states is None else states.facts
-        found = _Training(job, facts, lambda line: print(line, file=out, flush=True))
-        if arguments.metrics is not None:
+        found = _Training(job, ranks, facts, lambda line: print(line, file=out, flush=True))
+        if arguments.metrics is not None and ranks.rank == 0:
             metrics = Metrics(arguments.metrics, saved.step if saved else 0 if arguments.resume else None)
         with report.shown(folder.name):
             outcome = found.train(states, lambda step: report(step, metrics))
@@ -82,9 +103,12 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
             metrics.close()
     document = job.document(outcome, found.perplexities)
     if job.save is not None:
-        _save(job.save, found.model, document)
+        if found.model is not None:
+            _save(job.save, found.model, document)
         if states is not None:
             states.remove()
+    if ranks.rank > 0:
+        return 0
     if arguments.plot is not None:
         before = {name: value for name, value in found.perplexities.items() if name != "adapted"}
         plot_losses(arguments.plot, outcome.losses, outcome.evaluations, before)
@@ -125,36 +149,43 @@ class _Training:
     """A base with an adapter, its rows, and what it predicts before it trains.
 
     Attributes:
+        model: after the training None in all processes but the first.
         perplexities: of the held-out text: "dense", "stored", and "adapted" at last.
     """
 
-    def __init__(self, job: Job, facts: dict[str, Any], tell: Any) -> None:
-        self._job, self._tell = job, tell
+    def __init__(self, job: Job, ranks: Ranks, facts: dict[str, Any], tell: Any) -> None:
+        self._job, self._ranks, self._tell = job, ranks, tell
         self.perplexities: dict[str, float] = dict(facts.get("perplexity", {}))
         self._calling: Calling | None = None
         known = bool(self.perplexities)
         if job.dense and job.technique is not None and job.held_out is not None and not (known or job.skip_dense):
             self._evaluate("dense", self._load(None))
             gc.collect()
-        self.model = self._load(job.technique)
+        model = self._load(job.technique)
         if job.held_out is not None and not known:
-            self._evaluate("dense" if job.dense and job.technique is None else "stored", self.model)
+            self._evaluate("dense" if job.dense and job.technique is None else "stored", model)
         facts["perplexity"] = dict(self.perplexities)
         with torch.random.fork_rng():
             torch.manual_seed(job.settings.seed)
-            self.model = add_adapter(self.model, "default", LoRA(job.rank))
+            self.model: nn.Module | None = add_adapter(model, "default", LoRA(job.rank))
         self._rows = self._rows_of(job.texts)
         if not self._rows.calling.isolates and len(job.texts.examples) > 1:
             tell("examples are not packed: in this model, those in one row would see each other")
 
     def train(self, states: States | None, watch: Any) -> Outcome:
         """Train the adapter."""
-        job = self._job
+        job, ranks = self._job, self._ranks
+        assert self.model is not None
         if job.memory != "plain":
             prepare_training(self.model, job.memory)
         held_out = None if job.held_out is None else self._rows_of(job.held_out)
-        outcome = finetune(self.model, self._rows, job.settings, held_out=held_out, states=states, watch=watch)
-        release_training(self.model)
+        model = ranks.wrap(self.model)
+        outcome = finetune(
+            model, self._rows, job.settings, held_out=held_out, states=states, ranks=ranks, watch=watch
+        )
+        self.model = ranks.whole(model)
+        if self.model is not None:
+            release_training(self.model)
         if outcome.evaluations:
             self.perplexities["adapted"] = dict(outcome.evaluations)[outcome.step]
         return outcome
@@ -177,7 +208,7 @@ class _Training:
 
     def _evaluate(self, name: str, model: nn.Module) -> None:
         assert self._job.held_out is not None
-        found = perplexity(model, self._rows_of(self._job.held_out))
+        found = perplexity(model, self._rows_of(self._job.held_out), self._ranks)
         if math.isnan(found):
             raise refusal(self._job.folder, "its predictions are not finite; get its weights again", "fine-tune")
         self.perplexities[name] = found

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from lowmem.distributed.checkpoints import Checkpoints, has_checkpoints
 from lowmem.finetuning.loop import Outcome
 from lowmem.finetuning.metrics import check_metrics
 from lowmem.finetuning.plot import check_plot
@@ -33,7 +34,7 @@ __all__ = ["OPTIONS", "RECORD", "Job", "Storing", "check_outputs", "finite", "jo
 
 OPTIONS = (
     *("format", "memory", "length", "steps", "accumulate", "warmup", "decay", "clip", "eval_data", "eval_share"),
-    *("eval_every", "patience", "skip_dense", "resume", "save_every", "metrics", "plot"),
+    *("eval_every", "patience", "skip_dense", "resume", "save_every", "metrics", "plot", "shard", "replicate"),
 )
 """Attributes of the parsed arguments that mean something for folders alone."""
 
@@ -44,8 +45,9 @@ RECORD = "training.json"
 
 Storing: TypeAlias = Half | FourBit | Literal["exact"] | None
 
-MAY_DIFFER = ("lr", "clip", "save_every")
-"""What a run that goes on may have anew: what helps after a loss that was not finite, and how often it saves."""
+MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes")
+"""What a run that goes on may have anew: what helps after a loss that was not finite, how often it saves, and how the
+rows of a step are divided."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Job:
         dense: whether the folder is dense.
         skip_dense: whether the perplexity of the dense model is not wanted.
         vocabulary: how many tokens the base knows.
+        processes: how many train together; None: this one alone.
     """
 
     folder: Path
@@ -75,6 +78,7 @@ class Job:
     texts: Texts
     held_out: Texts | None
     save: Path | None
+    processes: int | None
 
     def origin(self) -> dict[str, Any]:
         """Return what decides the result, as JSON."""
@@ -88,13 +92,17 @@ class Job:
             "examples": len(self.texts.examples),
             "held_out": None if self.held_out is None else self.held_out.digest,
             **asdict(self.settings),
+            "processes": self.processes or 1,
+            "rows_of_a_step": self.settings.batch_size * self.settings.accumulate * (self.processes or 1),
         }
 
     def states(self) -> States | None:
         """Return where the states lie: beside the folder to write."""
         if self.save is None:
             return None
-        return States(self.save.with_name(f"{self.save.name}.training"), self.origin(), MAY_DIFFER)
+        folder = self.save.with_name(f"{self.save.name}.training")
+        kind = States if self.processes is None and not has_checkpoints(folder) else Checkpoints
+        return kind(folder, self.origin(), MAY_DIFFER)
 
     def is_done(self) -> bool:
         """Whether the folder to write is there, written by this very run, whose state is then removed."""
@@ -125,7 +133,7 @@ class Job:
         }
 
 
-def job_of(arguments: argparse.Namespace, folder: Path) -> Job:
+def job_of(arguments: argparse.Namespace, folder: Path, processes: int | None) -> Job:
     """Check the arguments, and read the texts; no weights are read but for the digest of their files."""
     settings = _settings(arguments)
     if arguments.data is None:
@@ -180,6 +188,7 @@ def job_of(arguments: argparse.Namespace, folder: Path) -> Job:
         texts,
         held_out,
         arguments.save,
+        processes,
     )
 
 

@@ -317,6 +317,14 @@ def _getitem(logits: LazyLogits, index: Any) -> Any:
     return LazyLogits(replace(product, hidden=product.hidden[index]), logits.dtype)
 
 
+@_delays(Tensor.register_hook)
+def _register_hook(logits: LazyLogits, hook: Any) -> Any:
+    """Let FSDP2's hook, which begins backward in a sharded model, wait for the gradient of the hidden states."""
+    engine = str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
+    hidden = logits.product.hidden
+    return hidden.register_hook(hook) if engine and hidden.requires_grad else NotImplemented
+
+
 @_delays(Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul)
 def _times(logits: LazyLogits, factor: Any) -> Any:
     if isinstance(factor, bool) or not isinstance(factor, int | float):

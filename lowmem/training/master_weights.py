@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lowmem.nn.sharded import sharded_types
 from lowmem.training.step_in_backward import Freed
-from lowmem.transforms.refusals import sharded_types
 
 __all__ = ["REST", "MasterWeights", "join", "master_weights", "split"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowmem.nn.sharded import sharded_types
 from lowmem.training.master_weights import REST
-from lowmem.transforms.refusals import sharded_types
 
 __all__ = ["AdamW8bit"]
 

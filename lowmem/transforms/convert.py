@@ -31,6 +31,7 @@ from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored import EightBitForm, Form, FourBitForm, HalfForm
 from lowmem.nn.stored_module import (
     HOOKS,
@@ -54,7 +55,7 @@ from lowmem.transforms.placement import (
     warning_of_ties,
     warning_of_unnamed,
 )
-from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_prepared, sharded_types
+from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_prepared
 from lowmem.transforms.registry import (
     ADAPTED,
     Step,

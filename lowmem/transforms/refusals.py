@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 from torch import is_inference_mode_enabled, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.nn.adapted_module import base_of
+from lowmem.nn.sharded import sharded_types
 from lowmem.transforms.registry import check_module, layer_name
 
-__all__ = ["refuse_layers", "refuse_model", "refuse_prepared", "sharded_types"]
+__all__ = ["refuse_layers", "refuse_model", "refuse_prepared", "refuse_sharded"]
 
 
 def refuse_model(name: str, model: nn.Module) -> None:
@@ -20,7 +20,8 @@ def refuse_model(name: str, model: nn.Module) -> None:
     Raises:
         TypeError: the model is not a module.
         RuntimeError: inference mode is active, or was when a parameter was made.
-        ValueError: a wrapper for several processes knows the model's parameters, which would change.
+        ValueError: a wrapper for several processes knows the model's parameters, which would change, or DeepSpeed's
+            ZeRO-3 has partitioned them.
     """
     check_module(model)
     if is_inference_mode_enabled():
@@ -28,6 +29,11 @@ def refuse_model(name: str, model: nn.Module) -> None:
             f"{name} inside torch.inference_mode() would make weights that autograd cannot use: leave it"
         )
     for path, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"{layer_name(path)} is partitioned by DeepSpeed's ZeRO-3, which {name} cannot take: do without it, "
+                "and share the weights with lowmem.shard(model)"
+            )
         if not is_lazy(parameter) and parameter.is_inference():
             raise RuntimeError(
                 f"{layer_name(path)} was made inside torch.inference_mode(), and autograd cannot use it: make the "
@@ -81,7 +87,12 @@ def refuse_prepared(name: str, module: nn.Module, path: str) -> None:
         )
 
 
-def sharded_types() -> tuple[type, ...]:
-    """Return the types of parameters of which this process has a part."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return () if module is None else (module.DTensor,)
+def refuse_sharded(name: str, model: nn.Module) -> None:
+    """Raise a ValueError for a model of which this process has a part, for a function that needs all of it."""
+    sharded = sharded_types()
+    for path, parameter in model.named_parameters():
+        if isinstance(parameter, sharded):
+            raise ValueError(
+                f"{layer_name(path)} is sharded (a DTensor), and {name} needs all of it: call "
+                f"lowmem.gather(model) in all processes, and {name} with what rank 0 gets"
+            )

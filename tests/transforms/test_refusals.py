@@ -6,7 +6,8 @@ from torch import nn
 
 import lowmem
 from lowmem import FourBit, Half, LoRA
-from lowmem.transforms.refusals import refuse_layers, refuse_model, sharded_types
+from lowmem.nn.sharded import sharded_types
+from lowmem.transforms.refusals import refuse_layers, refuse_model
 
 
 class Net(nn.Module):

@@ -1,0 +1,1 @@
+"""Models in many processes, by PyTorch's own engine."""

@@ -1,0 +1,152 @@
+"""The processes that torchrun starts: how they join, and how a training loop shares its work among them."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from lowmem.distributed.gather import gather
+from lowmem.distributed.shard import shard
+from lowmem.finetuning.ranks import Alone, Ranks
+from lowmem.io.wrappers import unwrap
+
+__all__ = ["TIMEOUT", "Replicated", "Sharded", "joined"]
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for the others in one exchange: a rank may save, or read weights, meanwhile."""
+
+
+class _Processes:
+    """All processes of the default group.
+
+    Attributes:
+        rank: the number of this one.
+        world: how many there are.
+        gradient_scale: ``world``: gradients are averaged.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
+        self.gradient_scale = float(self.world)
+
+    def sum(self, value: float) -> float:
+        """Return the sum of a value over the processes: the same number in each."""
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(value, dtype=torch.float64, device=device)
+        distributed.all_reduce(total)
+        return float(total)
+
+
+class Sharded(_Processes):
+    """Processes of which each has a part of the model (FSDP2)."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Share a model's weights."""
+        return shard(model)
+
+    def whole(self, model: nn.Module) -> nn.Module | None:
+        """Return a whole copy of the model in rank 0."""
+        return gather(model)
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
+        """Return a context that does nothing: gradients are added where they are kept, in parts."""
+        return nullcontext()
+
+    def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
+        """Return the norm of all gradients, which are scaled down to a norm of at most ``most``."""
+        norm: Any = nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def rest(self, model: nn.Module) -> None:
+        """Let go of whole weights after a forward without backward."""
+        if hasattr(model, "reshard"):  # not the whole model that is evaluated before
+            model.reshard()  # type: ignore[operator]
+
+
+class Replicated(_Processes):
+    """Processes of which each has the whole model (DistributedDataParallel)."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Let the gradients of a model be averaged."""
+        return nn.parallel.DistributedDataParallel(model)
+
+    def whole(self, model: nn.Module) -> nn.Module | None:
+        """Return the model inside, in rank 0."""
+        return unwrap(model) if self.rank == 0 else None
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
+        """Return a context in which gradients are exchanged for the last batch of a step alone."""
+        return nullcontext() if last else model.no_sync()  # type: ignore[operator]
+
+    def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
+        """Return the norm of all gradients, which are scaled down to a norm of at most ``most``."""
+        return Alone().clip(parameters, most)
+
+    def rest(self, model: nn.Module) -> None:
+        """Do nothing: the model stays whole."""
+
+
+@contextmanager
+def joined(how: str | None) -> Iterator[Ranks]:
+    """Join the processes that torchrun has started, and leave them at the end.
+
+    Args:
+        how: "shard", "replicate", or None: one process.
+
+    Raises:
+        ValueError: torchrun has not started this process; or it has started several, and ``how`` is None.
+        ConnectionError: another process was lost, or has not answered for ``TIMEOUT``.
+    """
+    world = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else None
+    if how is None:
+        if world not in (None, "1"):
+            raise ValueError(
+                f"torchrun has started {world} processes, which would all do the same: add --shard or --replicate"
+            )
+        yield Alone()
+        return
+    if world is None:
+        raise ValueError(
+            f"--{how} needs several processes: start it with torchrun --nproc-per-node 2 -m lowmem fit ... --{how}"
+        )
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        raise RuntimeError(f"--{how}: this torch has no backend for several processes (gloo)")
+    with _lost_processes():
+        _join()
+    try:
+        with _lost_processes(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes to logits
+            yield Sharded() if how == "shard" else Replicated()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _join() -> None:
+    """Join the others of this start: after a restart, torchrun's store may hold addresses of processes that ended."""
+    c10d: Any = distributed
+    store, rank, world = next(c10d.rendezvous("env://", timeout=TIMEOUT))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = c10d.PrefixStore(f"start-{start}", store)
+    distributed.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+@contextmanager
+def _lost_processes() -> Iterator[None]:
+    """Say what PyTorch's errors on lost processes mean."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):  # gloo's are plain RuntimeErrors
+            raise
+        raise ConnectionError(
+            f"rank {os.environ.get('RANK')} has lost another process, whose own error says why: start anew, and "
+            "--resume goes on from the last state"
+        ) from error

@@ -1,0 +1,213 @@
+"""Shares a model's weights among processes, by FSDP2: each has its rows of every weight, and a step gathers blocks.
+
+Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, arXiv 2304.11277. The second version,
+``torch.distributed.fsdp.fully_shard``, keeps parameters apart, so that packed codes stay uint8: no cast touches them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed, nn
+from torch.nn.parameter import is_lazy
+
+from lowmem.nn.sharded import sharded_types
+from lowmem.nn.stored_module import StoredModule
+from lowmem.transforms.refusals import refuse_model
+from lowmem.transforms.registry import layer_name
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+__all__ = ["blocks_of", "check_group", "refuse_engines", "shard"]
+
+
+def shard(
+    model: nn.Module, mesh: DeviceMesh | None = None, *, mp_policy: MixedPrecisionPolicy | None = None
+) -> nn.Module:
+    """Let each process keep its part of a model's weights, gradients and optimizer state, in FSDP2::
+
+        torch.distributed.init_process_group()  # torchrun has started this process
+        model = lowmem.convert(make(), lowmem.FourBit("nf4"), lowmem.LoRA())
+        lowmem.shard(model)
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+
+    PyTorch's ``fully_shard`` is called on each block, then on the model. Blocks are the layers of an
+    ``nn.ModuleList`` or ``nn.Sequential`` that has several of one type; one that shares a parameter with the rest of
+    the model stays with the rest. Codes, scales and 16-bit weights are cut by rows, bit for bit. Weights of
+    ``lowmem.load`` are mapped from the file, and only this process's rows are read. Convert a model before, prepare
+    it before or after, and make the optimizer after.
+
+    In each step every process has to call the model once for each of its batches, and gradients are averaged over
+    processes. Call blocks as modules (``block(x)``), so that FSDP2 notices. ``lowmem.gather`` returns all of it.
+
+    Args:
+        model: with values, on one device.
+        mesh: of one dimension, or of two, which replicate and shard; None: all processes, on the model's device.
+        mp_policy: FSDP2's mixed precision. It casts dense floating parameters, and adapters, when they are gathered.
+
+    Returns:
+        The model, changed in place.
+
+    Raises:
+        TypeError: the model is not a module, or the mesh is none.
+        RuntimeError: torch has no FSDP2, or no process group is initialized.
+        ValueError: a mesh of more dimensions, or without this process; a model that is sharded already, that
+            DistributedDataParallel, FSDP1 or DeepSpeed's ZeRO-3 has, whose parameters lack values, train as scalars
+            or train in several dtypes in one block, or 16-bit weights that ``mp_policy`` would cast. The model is
+            left as it was.
+    """
+    refuse_engines("shard", model)
+    refuse_model("shard", model)
+    check_group("shard")
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError as reason:
+        raise RuntimeError(
+            f"torch {torch.__version__} has no FSDP2 (fully_shard): install torch 2.6 or later"
+        ) from reason
+    mesh = _checked_mesh(mesh) if mesh is not None else _all_processes(model)
+    units = [*blocks_of(model), model]
+    _check_parameters(model, units, mp_policy)
+    scalars = {one for one in model.parameters() if one.dim() == 0}  # frozen ones, which FSDP2 does not take
+    options: dict[str, Any] = {"mesh": mesh} | ({"ignored_params": scalars} if scalars else {})
+    if mp_policy is not None:
+        options["mp_policy"] = mp_policy
+    for module in model.modules():
+        if isinstance(module, StoredModule):
+            for name in module.forms:
+                module.stored_tensor(name)  # which notices a cast of a module that shares the weight
+    for module in model.modules():
+        if isinstance(module, StoredModule):
+            module._kept.clear()  # it would keep the whole weight
+    for unit in units:
+        fully_shard(unit, **options)
+    return model
+
+
+def check_group(name: str) -> None:
+    """Raise a RuntimeError unless this process has joined others; ``name`` is the function that needs it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise RuntimeError(
+            f"{name}: this process knows of no others: start the program with torchrun, and call "
+            f"torch.distributed.init_process_group() before lowmem.{name}"
+        )
+
+
+def refuse_engines(name: str, model: nn.Module) -> None:
+    """Refuse a model that another engine has, by name.
+
+    Raises:
+        ValueError: DistributedDataParallel, FSDP1 or DeepSpeed has it, or it is sharded already.
+    """
+    sharded = sharded_types()
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _ENGINES:
+                raise ValueError(f"{layer_name(path)} is a {kind.__name__}{_ENGINES[kind.__name__]}: {name} is FSDP2")
+    for path, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+        if isinstance(parameter, sharded):
+            raise ValueError(
+                f"{layer_name(path)} is sharded already (a DTensor): call {name} once, with a whole model"
+            )
+
+
+_ENGINES = {
+    "FullyShardedDataParallel": " (FSDP1), which joins parameters into one of one dtype, and packed codes have their "
+    "own: make the model without it",
+    "DeepSpeedEngine": ", whose ZeRO-3 knows no packed codes: make the model without DeepSpeed",
+    "DistributedDataParallel": ", which keeps the whole model in each process: give the model inside (model.module)",
+}
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model, in the order of its modules: see ``shard``."""
+    found = [one for one in dict.fromkeys(_repeated(model)) if one is not model]
+    owners: Counter[int] = Counter()  # in how many blocks, or outside of all, a parameter is
+    inside = {module for one in found for module in one.modules()}
+    rest = {id(p) for module in model.modules() if module not in inside for p in module.parameters(recurse=False)}
+    for one in found:
+        owners.update({id(p) for p in one.parameters()})
+    return [one for one in found if all(owners[id(p)] == 1 and id(p) not in rest for p in one.parameters())]
+
+
+def _repeated(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost layers that are in one list with others of their type, and have parameters."""
+    layers: list[nn.Module] = [one for one in model.children() if next(one.parameters(), None) is not None]
+    types = Counter(type(one) for one in layers)
+    blocks = [one for one in layers if types[type(one)] > 1 and type(one).forward is not nn.Module.forward]
+    if not isinstance(model, nn.ModuleList | nn.Sequential):
+        blocks = []
+    composed = [one for one in blocks if next(one.children(), None) is not None]
+    blocks = composed or blocks  # norms between blocks are not worth a gathering of their own
+    for one in layers:
+        if one in blocks:
+            yield one
+        else:
+            yield from _repeated(one)
+
+
+def _checked_mesh(mesh: Any) -> DeviceMesh:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh={mesh!r} must be a DeviceMesh: torch.distributed.init_device_mesh('cuda', (processes,)), or None"
+        )
+    named = mesh.mesh_dim_names is not None
+    if mesh.ndim not in (1, 2) or (mesh.ndim == 2 and not named):
+        raise ValueError(
+            f"mesh of shape {tuple(mesh.shape)}{'' if named else ' without names'} must have one dimension, or two "
+            "named ones, which replicate and shard: take a part of it, as mesh['shard']"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"mesh={mesh} is without this process, rank {distributed.get_rank()}: do not call shard here"
+        )
+    return mesh
+
+
+def _all_processes(model: nn.Module) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    return init_device_mesh(device.type if device.type != "meta" else "cpu", (distributed.get_world_size(),))
+
+
+def _check_parameters(model: nn.Module, units: list[nn.Module], mp_policy: Any) -> None:
+    """Raise a ValueError for what FSDP2 would refuse later, or compute otherwise."""
+    paths = {module: path for path, module in model.named_modules()}
+    for path, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before shard")
+        if parameter.is_meta:
+            raise ValueError(f"{layer_name(path)} is on the meta device and has no values: load them before shard")
+        if parameter.dim() == 0 and parameter.requires_grad:
+            raise ValueError(
+                f"{layer_name(path)} is a scalar that trains, which FSDP2 cannot cut: make it a vector of one "
+                "number, or freeze it"
+            )
+    cast = getattr(mp_policy, "param_dtype", None)
+    for module in paths if cast is not None else ():
+        names = module.part_names if isinstance(module, StoredModule) else ()
+        for name in (one for one in names if one.endswith("_rounded")):
+            stored = getattr(module, name).dtype
+            if stored is not cast:
+                raise ValueError(
+                    f"{layer_name(paths[module])} is stored in {stored}, and param_dtype={cast} would cast it: store "
+                    "it in that dtype, or leave param_dtype out"
+                )
+    known: set[nn.Parameter] = set()
+    for unit in units:
+        own = [one for one in unit.parameters() if one.requires_grad and one not in known]
+        known.update(own)
+        if len({one.dtype for one in own}) > 1:
+            dtypes = ", ".join(sorted({str(one.dtype) for one in own}))
+            raise ValueError(
+                f"{layer_name(paths[unit])} trains parameters in {dtypes}, and FSDP2 joins the gradients of a block: "
+                "let them train in one dtype"
+            )
