@@ -1,4 +1,4 @@
-"""Numbers as 8-bit codes in blocks of 64 with one scale each: the definition in plain torch, and the calls of C.
+"""Numbers as 8-bit codes in blocks of 32 with one scale each: the definition in plain torch, and the calls of C.
 
     scale = max |x| / 127,    code = round(x / scale),    x ~ code scale
 
@@ -19,7 +19,7 @@ from lowmem.quant.backend import active_backend
 
 __all__ = ["BLOCK", "code", "code_in_torch", "decode", "decode_in_torch"]
 
-BLOCK = 64
+BLOCK = 32
 _CODE, _DECODE = 5, 6  # of struct rowwise in csrc/kernel.h
 
 _CHUNK = 2**18
@@ -34,7 +34,7 @@ def code(numbers: Tensor, into: tuple[Tensor, Tensor] | None = None) -> tuple[Te
         into: codes and scales to write to; None: new ones.
 
     Returns:
-        codes: int8 (blocks, 64), from -127 to 127; zeros behind the last number.
+        codes: int8 (blocks, 32), from -127 to 127; zeros behind the last number.
         scales: float32 (blocks, 1). NaN, with any codes, where a number is not finite.
         counts: of the numbers and of the codes.
     """
@@ -71,7 +71,7 @@ def code_in_torch(
 
 
 def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``codes * scales`` in a dtype: (blocks, 64)."""
+    """Return ``codes * scales`` in a dtype: (blocks, 32)."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if not _takes(out):
         return decode_in_torch(codes, scales, dtype)

@@ -1,7 +1,7 @@
 """What autograd saves for backward, kept as 8-bit codes in blocks.
 
 A training step's memory is mostly what the forward saves. ``compressed_activations`` replaces each large floating
-tensor by signed 8-bit codes with one scale for 64 numbers, and makes it again when backward asks (Chen et al., ActNN,
+tensor by signed 8-bit codes with one scale for 32 numbers, and makes it again when backward asks (Chen et al., ActNN,
 arXiv 2104.14129, and Dettmers et al., 8-bit Optimizers, arXiv 2110.02861, section 2, for blocks). Its hooks are
 ``torch.autograd.graph.saved_tensors_hooks``, so no model needs code of its own.
 """
@@ -40,10 +40,10 @@ _VIEWED = 4
 
 
 class Codes(NamedTuple):
-    """Numbers in 8 bits, ``x = codes * scale`` in blocks of 64 of the flat tensor.
+    """Numbers in 8 bits, ``x = codes * scale`` in blocks of 32 of the flat tensor.
 
     Attributes:
-        codes: int8 (blocks, 64), from -127 to 127.
+        codes: int8 (blocks, 32), from -127 to 127.
         scales: float32 (blocks, 1): the largest magnitude of a block over 127.
         dtype: of the numbers.
         length: how many numbers there are, without the padding of the last block.
@@ -302,7 +302,7 @@ def compressed_activations(model: nn.Module) -> Iterator[None]:
         loss.backward()
 
     Compressed are dense floating tensors of 16 bits or more with at least 4096 numbers and two dimensions. Each
-    number is off by at most 1/254 of the largest magnitude among its 64 neighbours in memory; gradients, which are
+    number is off by at most 1/254 of the largest magnitude among the 32 of its block in memory; gradients, which are
     sums over rows, by a few percent. Kept as they are: parameters and buffers, integers, complex and sparse tensors,
     statistics of rows, what softmax, cross_entropy, divisions, logarithms, roots and ``nn.MultiheadAttention`` save,
     masks of attention, and whatever has numbers that are not finite, or of which more than a seventh would become

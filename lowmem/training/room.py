@@ -32,7 +32,8 @@ class Room:
     def take(self, size: int) -> Tensor:
         """Return int8 (size,), aligned for any dtype, on the CPU."""
         if self._piece is None or self._used + size > len(self._piece):
-            length = max(size, self._total // _PART)
+            whole = -(-size // _ALIGNED) * _ALIGNED
+            length = max(1, self._total // _PART // whole) * whole  # tensors of one size leave no rest
             return_holes(length)
             self._piece, self._used, self._total = torch.empty(length, dtype=torch.int8), 0, self._total + length
         self._last = self._used

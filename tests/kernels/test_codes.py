@@ -26,7 +26,7 @@ def numbers(length, kind, dtype):
     2,
     isa=kernels.available(),
     dtype=DTYPES,
-    length=[1, 63, 64, 65, 1000, 70_000],
+    length=[1, BLOCK - 1, BLOCK, BLOCK + 1, 1000, 70_000],
     kind=["normal", "halves", "tiny", "zeros"],
 )
 def test_codes_scales_and_counts_have_the_bits_of_the_definition(isa, dtype, length, kind):
@@ -45,8 +45,8 @@ def test_codes_scales_and_counts_have_the_bits_of_the_definition(isa, dtype, len
 
 @rows_in_one_case("bad", [torch.inf, -torch.inf, torch.nan])
 def test_a_block_that_is_not_finite_has_the_scale_nan_and_no_other_has(bad):
-    x = torch.randn(200)
-    x[70] = bad
+    x = torch.randn(3 * BLOCK + 8)
+    x[BLOCK + 6] = bad
     for name in kernels.available():
         with kernels.using(name):
             codes, scales, _ = code(x)

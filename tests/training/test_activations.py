@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lowmem import FourBit, LoRA, compressed_activations, convert
+from lowmem.kernels.codes import BLOCK
 from lowmem.measure import PeakMemory
 from lowmem.training.activations import compress
 from tests.strategies import make_weight, seeds
@@ -54,21 +55,21 @@ def test_each_number_is_within_half_a_step(kind, count, dtype, seed):
     back = codes.values()
     assert back.dtype == dtype
     assert back.shape == numbers.shape
-    padded = functional.pad(numbers.double(), (0, -count % 64)).view(-1, 64)
+    padded = functional.pad(numbers.double(), (0, -count % BLOCK)).view(-1, BLOCK)
     # Half a step of 1/127 of a block's largest magnitude; the scale, quotient and product are rounded in float32,
     # which moves a number of magnitude m by at most 4 eps m, and the result is rounded to the dtype.
     largest = padded.abs().amax(1, keepdim=True)
     bound = largest / 254 + 4 * 2.0**-23 * largest + torch.finfo(dtype).eps * largest + 2.0**-126
-    assert ((back.double() - numbers.double()).abs() <= bound.expand(-1, 64).reshape(-1)[:count]).all()
+    assert ((back.double() - numbers.double()).abs() <= bound.expand(-1, BLOCK).reshape(-1)[:count]).all()
     assert (back[numbers == 0] == 0).all()
 
 
 def test_what_went_wrong_stays_visible():
     numbers = torch.randn(256)
-    numbers[3], numbers[70] = torch.nan, torch.inf
+    numbers[3], numbers[BLOCK + 6] = torch.nan, torch.inf
     back = compress(numbers).values()
-    assert back[:128].isnan().all()
-    assert back[128:].isfinite().all()
+    assert back[: 2 * BLOCK].isnan().all()
+    assert back[2 * BLOCK :].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_one_copy_serves_all_views_of_a_tensor():
         del out
         gc.collect()
         kept = memory.current - sum(one.untyped_storage().nbytes() for one in outs)
-    assert kept <= 512 * 256 * (1 + 4 / 64) + 64
+    assert kept <= 512 * 256 * (1 + 4 / BLOCK) + 64
     sum(one.sum() for one in outs).backward()
 
 
@@ -170,7 +171,7 @@ def test_the_gradient_of_a_layer_is_within_its_bound(dtype):
         out = layer(x.clone().requires_grad_() * 1)
     out.backward(g)
     exact = g.double().t() @ x.double()
-    step = x.double().view(-1, 64).abs().amax(1).view(96, 2).repeat_interleave(64, 1) / 127  # (96, 128)
+    step = x.double().view(-1, BLOCK).abs().amax(1).view(96, -1).repeat_interleave(BLOCK, 1) / 127  # (96, 128)
     rounding = 98 * torch.finfo(dtype).eps * (g.double().abs().t() @ x.double().abs())
     error = (layer.weight.grad.double() - exact).abs()
     assert (error <= g.double().abs().t() @ (step * 0.51) + rounding).all()
@@ -309,7 +310,7 @@ def test_writes_after_a_save_are_noticed():
 
 def test_what_was_compressed_before_is_kept_for_a_divisor():
     x = torch.full((64, 128), 1e-3)
-    x[0, 0] = 1e3  # its 63 neighbours vanish in 8 bits, too few for the tensor to be kept
+    x[0, 0] = 1e3  # its block's others vanish in 8 bits, too few for the tensor to be kept
     x.requires_grad_()
     with compressed_activations(nn.Module()):
         divisor = x * 1

@@ -1,6 +1,6 @@
-/* Numbers as 8-bit codes in blocks of 64 with one scale each, and back; lowmem/kernels/codes.py has the definition. */
+/* Numbers as 8-bit codes in blocks of 32 with one scale each, and back; lowmem/kernels/codes.py has the definition. */
 
-enum { CODED = 64 };
+enum { CODED = 32 };
 
 /* What codes lost: numbers other than zero before and after, and whether a scale is not finite. */
 struct lost {
