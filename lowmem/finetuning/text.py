@@ -193,6 +193,10 @@ def _record(line: str) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError):
         raise ValueError(f"{show(line)} is no JSON object; a .jsonl file has one in each line") from None
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"it has half of a surrogate pair, which is no text: {show(line)}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{show(record)} is no JSON object; a .jsonl file has one in each line")
     return record

@@ -87,15 +87,19 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, within: Path | None = None) -> Iterator[Path]:
     """Make a folder beside ``target``, where nothing is yet, for the block; it is then renamed. An error removes it.
+
+    Args:
+        target: the name it gets.
+        within: make it in this folder of the same file system instead, with which what a kill leaves is removed.
 
     Raises:
         FileExistsError: ``target`` exists, or was created meanwhile.
         OSError: the folder cannot be written.
     """
     check_free(target)
-    partial = target.with_name(PARTIAL.replace("*", secrets.token_hex(8)))
+    partial = (within or target.parent) / PARTIAL.replace("*", secrets.token_hex(8))
     try:
         with write_errors(target):
             partial.mkdir()

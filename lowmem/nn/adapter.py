@@ -285,8 +285,8 @@ class Adapter(nn.Module):
             form = base.forms.get(name) if isinstance(base, StoredModule) else None
             if dense is None or not isinstance(form, FourBitForm):
                 raise ValueError(
-                    "init='loftq' approximates what 4 bits lose of the dense weight, and needs both: apply it in the "
-                    "call that quantizes, convert(model, FourBit(), LoRA(init='loftq')), or use init='zero'"
+                    "init='loftq' approximates what 4 or 8 bits lose of the dense weight, and needs both: apply it "
+                    "in the call that quantizes, convert(model, FourBit(), LoRA(init='loftq')), or use init='zero'"
                 )
             assert isinstance(stored, StoredTensor)
             if dense.is_meta:  # a plan, which has no values

@@ -15,7 +15,7 @@ from lowmem.nn.stored import EightBitForm
 from lowmem.nn.stored_module import LAYERS
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size
-from lowmem.quant.scales import ENCODINGS, get_encoding
+from lowmem.quant.scales import ENCODINGS, OFFSETS
 
 __all__ = ["Conv1d8Bit", "Conv2d8Bit", "EightBit", "Embedding8Bit", "Linear8Bit", "blockwise"]
 
@@ -43,8 +43,9 @@ class EightBit(Blockwise):
     def __post_init__(self) -> None:
         if self.block_size is not None:
             check_block_size(self.block_size)
-        if self.scales is not None and get_encoding(self.scales).offsets:
-            raise ValueError(f"scales={self.scales!r} has offsets: choose from {', '.join(ENCODINGS)}")
+        if self.scales is not None and self.scales not in ENCODINGS:
+            why = "has offsets" if self.scales in OFFSETS else "is unknown"
+            raise ValueError(f"scales={self.scales!r} {why}: choose from {', '.join(ENCODINGS)}")
         check_compute_dtype(self.compute_dtype)
 
     @property

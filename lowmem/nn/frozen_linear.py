@@ -73,14 +73,14 @@ def exports_to_onnx(weight: kernels.Weight) -> TypeGuard[Tensor]:
     """Whether torch's TorchScript-based ONNX exporter is tracing this call; ``weight`` is then a 16-bit one.
 
     Raises:
-        RuntimeError: it is, and the weight is a 4-bit one, which that exporter cannot write.
+        RuntimeError: it is, and the weight is a 4- or 8-bit one, which that exporter cannot write.
     """
     if not torch.onnx.is_in_onnx_export():
         return False
     if not isinstance(weight, Tensor):
         raise RuntimeError(
-            "torch.onnx.export(..., dynamo=False) cannot write 4-bit layers: use dynamo=True, or make them dense "
-            "first, lowmem.restore(model)"
+            "torch.onnx.export(..., dynamo=False) cannot write layers in 4 or 8 bits: use dynamo=True, or make them "
+            "dense first, lowmem.restore(model)"
         )
     return True
 

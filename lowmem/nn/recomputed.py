@@ -55,7 +55,7 @@ def recompute_of(tensor: Tensor) -> Recompute | None:
     for known, version, recompute in reversed(_inputs.found):
         if known is tensor and tensor._version == version:
             return recompute
-    if _outer_hooks is None or not tensor.is_contiguous():
+    if _outer_hooks is None or tensor.grad_fn is None or not tensor.is_contiguous():
         return None
     found = noted(tensor, _pack_of(_outer_hooks(False)))
     return None if found is None else found.recompute
@@ -77,20 +77,25 @@ class _Note(NamedTuple):
         version: of the tensor that they were.
         pack: the hook that was active, None without: in a checkpoint, only what was computed in it is computed again.
         dtype: of the numbers.
-        recompute: returns them.
+        read: returns how to compute them, for one that will; None: no more.
     """
 
     version: int
     pack: Any
     dtype: torch.dtype
-    recompute: Recompute
+    read: Callable[[], Recompute | None]
 
 
-def note_recompute(tensor: Tensor, recompute: Recompute) -> None:
-    """Note how to compute a tensor that owns its memory again; one that is not contiguous is kept."""
+def note_recompute(tensor: Tensor, read: Callable[[], Recompute | None]) -> None:
+    """Note how to compute a tensor that owns its memory again; one that is not contiguous is kept.
+
+    Args:
+        tensor: the result of what ``read`` computes.
+        read: returns how to compute it, and is asked for each tensor that is not kept; None: it has to be.
+    """
     if can_recompute() and tensor.is_contiguous():
         now = tensor._version, _pack_of(cast(Any, _outer_hooks)(False)), tensor.dtype
-        cast(Any, tensor.untyped_storage()).lowmem_note = _Note(*now, recompute)  # lives as long as the memory
+        cast(Any, tensor.untyped_storage()).lowmem_note = _Note(*now, read)  # lives as long as the memory
 
 
 def noted(tensor: Tensor, pack: Any) -> Again | None:
@@ -98,7 +103,10 @@ def noted(tensor: Tensor, pack: Any) -> Again | None:
     note = getattr(tensor.untyped_storage(), "lowmem_note", None)
     if note is None or (note.version, note.pack, note.dtype) != (tensor._version, pack, tensor.dtype):
         return None
-    return Again(note.recompute, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+    recompute = note.read()
+    return (
+        None if recompute is None else Again(recompute, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+    )
 
 
 def compute_again(again: Again) -> Tensor:

@@ -459,9 +459,10 @@ class FourBitStorage(StoredModule):
             return
         coded = {prefix + name for name in self.part_names} | {prefix + name for name in file_names(self).values()}
         if not isinstance(found, str) and coded & state_dict.keys():
+            bits = 8 if issubclass(self.form_class, EightBitForm) else 4
             warnings.warn(
-                f"nothing in the state says how its 4-bit codes are stored: they are taken for {own}, and are noise "
-                "if they are not; load what this version's state_dict() gives, or a file with lowmem.load",
+                f"nothing in the state says how its {bits}-bit codes are stored: they are taken for {own}, and are "
+                "noise if they are not; load what this version's state_dict() gives, or a file with lowmem.load",
                 UserWarning,
                 stacklevel=2,
             )

@@ -48,7 +48,7 @@ FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif
 INK, QUIET, LINE, PAGE = "var(--ink)", "var(--quiet)", "var(--line)", "var(--page)"
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 
-_KIND_COLOURS = dict(zip(KINDS, ("grey", "blue", "green", "olive", "purple", "orange", "brown"), strict=True))
+_KIND_COLOURS = dict(zip(KINDS, ("grey", "blue", "green", "olive", "purple", "orange", "sky", "brown"), strict=True))
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 ROW = 26  # height of a row of bars, in pixels
 _CHARACTER = 6.8  # width of a character at font size 11 in a wide font, in pixels

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem import measure
 from lowmem.nn.lora import Adapter
+from lowmem.nn.stored import EightBitForm
 from lowmem.nn.stored_module import StoredModule
 
 __all__ = ["KINDS", "Footprint", "footprint", "step_bytes", "stored_by_kind"]
@@ -23,6 +24,7 @@ KINDS = (
     "scales",
     "biases, norms",
     "LoRA adapters",
+    "8-bit codes",
     "other",
 )
 """The kinds of stored bytes, in the order in which charts stack them."""
@@ -80,7 +82,13 @@ def _kind(module: nn.Module, tensor: Tensor) -> str:
     if isinstance(module, StoredModule):
         part = next((name for name in module.part_names if getattr(module, name) is tensor), "")
         if part.endswith(("_packed", "_scales")):
-            return "4-bit codes" if part.endswith("_packed") else "scales"
+            if part.endswith("_scales"):
+                return "scales"
+            return (
+                "8-bit codes"
+                if isinstance(module.forms[part.removesuffix("_packed")], EightBitForm)
+                else "4-bit codes"
+            )
     if tensor.dim() <= 1:
         return "biases, norms"
     return _BY_DTYPE.get(tensor.dtype, "other")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lowmem.finetuning.schedule import DECAYS
-from lowmem.quant.formats import FORMATS
+from lowmem.quant.formats import EIGHT_BIT, FORMATS
 from lowmem.tools import classifier, language
 from lowmem.tools.language_job import OPTIONS
 from lowmem.tools.models import file_path, folder_of, number, positive_float, positive_int, seed
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_language(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--format",
-        choices=[*FORMATS, "bfloat16", "float16", "dense"],
+        choices=[*FORMATS, *EIGHT_BIT, "bfloat16", "float16", "dense"],
         help="how to store the base while the adapter trains (default nf4; a stored folder stays as it is)",
     )
     group.add_argument(

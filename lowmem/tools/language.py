@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.state import States
 from lowmem.finetuning.text import Texts
 from lowmem.io.adapters import save_adapter
-from lowmem.io.atomic import atomic_folder, write_atomically
-from lowmem.nn.fourbit import FourBit
+from lowmem.io.atomic import atomic_folder, write_atomically, write_errors
+from lowmem.nn.blockwise import Blockwise
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRA
 from lowmem.tools.language_job import RECORD, Job, Storing, check_outputs, finite, job_of
@@ -102,16 +102,19 @@ def _run(arguments: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         if metrics is not None:
             metrics.close()
     document = job.document(outcome, found.perplexities)
+    if (
+        arguments.plot is not None and ranks.rank == 0
+    ):  # first, since a run whose folder is complete is not done again
+        before = {name: value for name, value in found.perplexities.items() if name != "adapted"}
+        plot_losses(arguments.plot, outcome.losses, outcome.evaluations, before)
     if job.save is not None:
         if found.model is not None:
-            _save(job.save, found.model, document)
+            assert states is not None
+            _save(job.save, states.folder, found.model, document)
         if states is not None:
             states.remove()
     if ranks.rank > 0:
         return 0
-    if arguments.plot is not None:
-        before = {name: value for name, value in found.perplexities.items() if name != "adapted"}
-        plot_losses(arguments.plot, outcome.losses, outcome.evaluations, before)
     _print_result(
         arguments, document | {"losses": outcome.losses, "evaluations": outcome.evaluations} | report.figures()
     )
@@ -127,7 +130,7 @@ def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
             f"--dry-run plans dense folders, and model={str(job.folder)!r} is stored already: name the one that it "
             "was made from"
         )
-    techniques = (job.technique, LoRA(job.rank)) if isinstance(job.technique, Half | FourBit) else (LoRA(job.rank),)
+    techniques = (job.technique, LoRA(job.rank)) if isinstance(job.technique, Half | Blockwise) else (LoRA(job.rank),)
     shape = job.settings.batch_size, job.length
     targets = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
     make, batch = factory_of(job.folder), {"input_ids": targets.view(shape), "use_cache": False}
@@ -268,14 +271,20 @@ class _Report:
         }
 
 
-def _save(out: Path, model: nn.Module, document: dict[str, Any]) -> None:
-    """Write the adapter's folder, whole or not at all."""
-    with atomic_folder(out) as partial:
-        save_adapter(model, partial / "adapter", format="peft")
-        for file in sorted((partial / "adapter").iterdir()):
-            shutil.move(file, partial / file.name)
-        (partial / "adapter").rmdir()
-        write_atomically(partial / RECORD, (json.dumps(document, indent=2) + "\n").encode())
+def _save(out: Path, states: Path, model: nn.Module, document: dict[str, Any]) -> None:
+    """Write the adapter's folder, whole or not at all: in the states', which takes what a kill leaves with it."""
+    with write_errors(states):
+        states.mkdir(exist_ok=True)
+    try:
+        with atomic_folder(out, states) as partial:
+            save_adapter(model, partial / "adapter", format="peft")
+            for file in sorted((partial / "adapter").iterdir()):
+                shutil.move(file, partial / file.name)
+            (partial / "adapter").rmdir()
+            write_atomically(partial / RECORD, (json.dumps(document, indent=2) + "\n").encode())
+    finally:
+        with suppress(OSError):  # it has states
+            states.rmdir()
 
 
 def _print_result(arguments: argparse.Namespace, document: dict[str, Any]) -> None:

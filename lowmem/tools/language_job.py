@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +24,8 @@ from lowmem.finetuning.text import Texts, read_examples
 from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors
 from lowmem.io.model_folder import weights_in
 from lowmem.io.shards import INDEX, read_index
+from lowmem.nn.blockwise import Blockwise
+from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRA
@@ -43,7 +46,7 @@ RANK = 16
 RECORD = "training.json"
 """The file beside an adapter that says how it was trained."""
 
-Storing: TypeAlias = Half | FourBit | Literal["exact"] | None
+Storing: TypeAlias = Half | EightBit | FourBit | Literal["exact"] | None
 
 MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes")
 """What a run that goes on may have anew: what helps after a loss that was not finite, how often it saves, and how the
@@ -220,13 +223,13 @@ def _technique(folder: Path, name: str | None) -> tuple[Storing, bool]:
         return None, True
     if name in ("bfloat16", "float16"):
         return Half(getattr(torch, name)), True
-    return FourBit(name or "nf4"), True
+    return blockwise(name or "nf4"), True
 
 
 def _name_of(technique: Storing) -> str:
     if isinstance(technique, Half):
         return str(technique.dtype).removeprefix("torch.")
-    return str(technique.format) if isinstance(technique, FourBit) else technique or "as it is"
+    return str(technique.format) if isinstance(technique, Blockwise) else technique or "as it is"
 
 
 def _digest(folder: Path) -> str:
@@ -247,10 +250,25 @@ def check_outputs(arguments: argparse.Namespace, job: Job) -> None:
         check_links(job.save)
         check_free(job.save)
         check_writable(job.save)
+    _check_apart(arguments, job)
     if arguments.metrics is not None:
         check_metrics(arguments.metrics, arguments.resume)
     if arguments.plot is not None:
         check_plot(arguments.plot)
+
+
+def _check_apart(arguments: argparse.Namespace, job: Job) -> None:
+    """Raise a ValueError if two outputs have one name, or one is in the other, where it would go with it."""
+    states = job.states()
+    places = {"--metrics": arguments.metrics, "--plot": arguments.plot, "--save": job.save}
+    places["the folder of states of --save"] = None if states is None else states.folder
+    found = [(option, Path(os.path.abspath(path))) for option, path in places.items() if path is not None]
+    for number, (option, path) in enumerate(found):
+        for other, place in found[number + 1 :]:
+            if path == place or place in path.parents:
+                raise ValueError(
+                    f"{option}={shown(str(path))} and {other}, {shown(str(place))}, are one place: rename one"
+                )
 
 
 def finite(value: float) -> float | None:

@@ -9,6 +9,7 @@ hooks and stored weights stay what they are. ``lowmem.training.recognize`` finds
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias, cast
@@ -133,21 +134,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_
     return out
 
 
-def _norm_again(node: Any) -> Recompute:
-    """Return what computes a norm's result again, once for all layers that read it, until the norm's own backward.
+def _norm_again(node: Any) -> Callable[[], Recompute | None]:
+    """Return what gives readers of a norm's result how to compute it, once for all of them, until its own backward.
 
-    Those layers come behind the node in the graph, and hold it; a copy of the result without a graph must not.
+    A reader holds the node; the result does not, of which a detached copy may outlive the graph. Then it is kept.
     """
-    held, dtype_of = weakref.ref(node), node.dtype
+    held = weakref.ref(node)
 
-    def recompute(dtype: torch.dtype | None) -> Tensor:
+    def read() -> Recompute | None:
         made: Any = held()
-        wanted = dtype or dtype_of
-        if made.again is None or made.again.dtype is not wanted:
-            made.again = _normed(*_saved(made), *made.how).to(wanted)
-        return cast(Tensor, made.again)
+        if made is None or made.done:
+            return None
 
-    return recompute
+        def recompute(dtype: torch.dtype | None) -> Tensor:
+            wanted = dtype or made.dtype
+            if made.again is None or made.again.dtype is not wanted:
+                made.again = _normed(*_saved(made), *made.how).to(wanted)
+            return cast(Tensor, made.again)
+
+        return recompute
+
+    return read
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
@@ -162,7 +169,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.how, ctx.kept, ctx.again = (eps, offset, rounds_first), None, None
+        ctx.how, ctx.kept, ctx.again, ctx.done = (eps, offset, rounds_first), None, None, False
         out = _normed(x, weight, eps, offset, rounds_first)
         ctx.dtype = out.dtype
         return out
@@ -171,7 +178,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (eps, offset, _) = _saved(ctx), ctx.how
-        ctx.kept = ctx.again = None
+        ctx.kept, ctx.again, ctx.done = None, None, True
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             of_x = rowwise.norm_grad(grad, x, _factor(x, weight, offset), eps)
@@ -289,10 +296,12 @@ class FusedModule(PreparedModule):
 
     Attributes:
         fused_as: what it computes.
+        fused_with: the functions with which it does.
     """
 
-    settings = ("fused_as",)
+    settings = ("fused_as", "fused_with")
     fused_as: How
+    fused_with: list[Any]
 
     @property
     def training_note(self) -> str:
@@ -304,15 +313,23 @@ class FusedModule(PreparedModule):
         plain = copied_module(self, self.plain_class)
         for name, value in self.__dict__.items():  # with its hooks
             plain.__dict__[name] = value
-        plain.__dict__.pop("fused_as")
+        for name in self.settings:
+            plain.__dict__.pop(name)
         return fuse, (plain, self.fused_as)
 
 
 def fuse(module: nn.Module, how: How) -> nn.Module:
     """Let a module that computes this keep its inputs alone; it stays an instance of its class."""
-    module.__dict__["fused_as"] = how
+    module.__dict__.update(fused_as=how, fused_with=_functions_of(module, how))
     module.__class__ = cast(Any, _fused_class(cast(Any, type(module)), cast(Any, type(how))))
     return module
+
+
+def _functions_of(module: nn.Module, how: How) -> list[Any]:
+    """Return what a gated MLP's activation is: classes of modules, and functions; another one is not fused."""
+    if not isinstance(how, GatedMLP):
+        return []
+    return [*map(type, activations(module, how)), *(one for one in module.__dict__.values() if callable(one))]
 
 
 @cache
@@ -361,10 +378,21 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
     """
     if any(is_observed(child) for child in activations(module, how)):
         return None
+    if module.fused_with != _functions_of(module, how):
+        return None
     down, layers = getattr(module, how.down), [getattr(module, name) for name in (how.gate, how.up) if name]
     narrow = x.dtype is torch.float32 and all(_is_narrow(layer) for layer in (*layers, down))
 
+    state: list[Any] = []
+
     def product(x: Tensor) -> Tensor:
+        now = [_state_of(layer) for layer in layers] if again else None
+        if state and state != [now]:
+            raise RuntimeError(
+                "layers of a gated MLP, which lean computes again in backward, have other parameters, adapters or "
+                'another mode than in forward: change them after backward, or prepare_training(model, "fast")'
+            )
+        state[:] = [now]
         with narrow_results(narrow):
             gate, *rest = (layer(x) for layer in layers)
         up = rest[0] if rest else None
@@ -378,10 +406,8 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
 
     # Directly in the context of "lean": within a checkpoint all is computed again already.
     again = how.again and torch.is_grad_enabled() and saves_in_any_dtype()
-    if again and not any(is_observed(one) for layer in layers for one in layer.modules()):
-        hidden = cast(Tensor, checkpoint(product, x, use_reentrant=False))
-    else:
-        hidden = product(x)
+    again = again and not any(is_observed(one) for layer in layers for one in layer.modules())
+    hidden = cast(Tensor, checkpoint(product, x, use_reentrant=False)) if again else product(x)
     node: Any = hidden.grad_fn
     own: Any = _Gated._backward_cls
     if type(node) is not own or not can_recompute():
@@ -393,6 +419,14 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
 
     with recomputed_input(hidden, recompute):
         return _in_dtype_of(x, down(hidden), narrow)
+
+
+def _state_of(layer: nn.Module) -> list[Any]:
+    """Return what a layer computes with: the identity of parameters, the mode, and the active adapters."""
+    return [
+        (one.training, [*map(id, one._parameters.values())], str(getattr(one, "active", "")))
+        for one in layer.modules()
+    ]
 
 
 def _is_narrow(layer: nn.Module) -> bool:

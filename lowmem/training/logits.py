@@ -38,7 +38,7 @@ class _Product:
         hidden: (..., width).
         dtype: in which the layer computes.
         autocast: whether autocast to that dtype was on.
-        versions: of the layer's weight and bias when the layer was called.
+        versions: of the layer's weight and bias when the layer was called, and of ``hidden``.
         chunk: rows of logits that exist at once.
         loss_dtype: in which the loss multiplies.
         scale: a factor.
@@ -55,24 +55,41 @@ class _Product:
     scale: float = 1.0
     offset: Tensor | None = None
 
+    def check(self) -> None:
+        """Raise a RuntimeError if what the logits are made of has been written to since the layer was called."""
+        now = _versions(self.layer, self.hidden)
+        if now != self.versions:
+            written = "input" if now[:-1] == self.versions[:-1] else "weight"
+            raise RuntimeError(
+                f"the output layer's {written} was written to since it was called, as by an optimizer's step, and "
+                "its logits were not computed before: read them first, or call lowmem.release_training(model)"
+            )
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> _Product:
+        """Return the product of other rows: ``move`` of these."""
+        self.check()
+        hidden = move(self.hidden)
+        return replace(self, hidden=hidden, versions=_versions(self.layer, hidden))
+
     def logits(self) -> Tensor:
         """Compute all logits, differentiable.
 
         Raises:
-            RuntimeError: the weight has been written to since the layer was called.
+            RuntimeError: as ``check``.
         """
-        if _versions(self.layer) != self.versions:
-            raise RuntimeError(
-                "the output layer's weight was written to since it was called, as by an optimizer's step, and its "
-                "logits were not computed before: read them first, or call lowmem.release_training(model)"
-            )
+        self.check()
         with torch.autocast(self.hidden.device.type, self.dtype, enabled=self.autocast):
             out: Tensor = self.layer.dense_forward(self.hidden)
         out = out if self.scale == 1 else out * self.scale
         return out if self.offset is None else out + self.offset
 
     def cross_entropy(self, labels: Tensor, **options: Any) -> Tensor:
-        """Return the loss, of the same rows, without all logits."""
+        """Return the loss, of the same rows, without all logits.
+
+        Raises:
+            RuntimeError: as ``check``.
+        """
+        self.check()
         hidden, bias = self.hidden, self.layer.bias
         if self.scale != 1:
             hidden, bias = hidden * self.scale, None if bias is None else bias * self.scale
@@ -153,7 +170,7 @@ class _Lazily(torch.autograd.Function):
         wanted = [one for one, needed in zip(trained, ctx.needs_input_grad[3:], strict=True) if needed]
         with torch.enable_grad():
             own = hidden.detach().requires_grad_()
-            logits = replace(ctx.product, hidden=own).logits().to(ctx.dtype)
+            logits = ctx.product.moved(lambda _: own).logits().to(ctx.dtype)
             found = iter(torch.autograd.grad(logits, [own, *wanted], gradient))
         needed = [True, *ctx.needs_input_grad[3:]]
         return None, None, *(next(found) if one else None for one in needed)
@@ -186,11 +203,14 @@ class LazyOutput(PreparedModule):
         dtype = torch.get_autocast_dtype(input.device.type) if casts else input.dtype
         chosen = self.logits_dtype if input.dtype is torch.float32 and not casts else None
         in_loss = chosen or loss_dtype(input, cast(Tensor, self.weight))
-        return LazyLogits(_Product(self, input, dtype, casts, _versions(self), self.logits_chunk, in_loss), dtype)
+        return LazyLogits(
+            _Product(self, input, dtype, casts, _versions(self, input), self.logits_chunk, in_loss), dtype
+        )
 
 
-def _versions(layer: Any) -> tuple[int, ...]:
-    return tuple(one._version for one in (layer.weight, layer.bias) if type(one) is nn.Parameter)
+def _versions(layer: Any, hidden: Tensor) -> tuple[int, ...]:
+    counted = [one for one in (layer.weight, layer.bias) if type(one) is nn.Parameter]
+    return *(one._version for one in counted), 0 if hidden.is_inference() else hidden._version
 
 
 def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None = None) -> None:
@@ -284,10 +304,7 @@ def _view(logits: LazyLogits, *shape: Any) -> Any:
         pass  # the vocabulary is what is left
     elif sizes[-1] != vocabulary:
         return NotImplemented
-    product = logits.product
-    return LazyLogits(
-        replace(product, hidden=product.hidden.reshape(*leading, product.hidden.shape[-1])), logits.dtype
-    )
+    return LazyLogits(logits.product.moved(lambda hidden: hidden.reshape(*leading, hidden.shape[-1])), logits.dtype)
 
 
 @_delays(Tensor.flatten)
@@ -295,8 +312,7 @@ def _flatten(logits: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
     last = end_dim % logits.dim()
     if last == logits.dim() - 1:
         return NotImplemented
-    product = logits.product
-    return LazyLogits(replace(product, hidden=product.hidden.flatten(start_dim, last)), logits.dtype)
+    return LazyLogits(logits.product.moved(lambda hidden: hidden.flatten(start_dim, last)), logits.dtype)
 
 
 @_delays(Tensor.__getitem__)
@@ -313,8 +329,7 @@ def _getitem(logits: LazyLogits, index: Any) -> Any:
     whole = isinstance(parts[-1], slice) and parts[-1] == slice(None)
     if (reaches and parts[-1] is not Ellipsis and not whole) or (parts[-1] is Ellipsis and taken >= logits.dim()):
         return NotImplemented
-    product = logits.product
-    return LazyLogits(replace(product, hidden=product.hidden[index]), logits.dtype)
+    return LazyLogits(logits.product.moved(lambda hidden: hidden[index]), logits.dtype)
 
 
 @_delays(Tensor.register_hook)

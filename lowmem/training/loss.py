@@ -8,6 +8,7 @@ logits are dropped; backward only scales what forward has found (Hsu et al., Lig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -71,7 +72,10 @@ def linear_cross_entropy(
     _check_labels(targets, weight.shape[0])
     given = rows, weight, bias, counted, targets, chunk, label_smoothing, dtype
     loss: Tensor = _Chunked.apply(*given)  # type: ignore[no-untyped-call]
-    return loss / len(counted) if reduction == "mean" else loss
+    if reduction == "sum":
+        return loss
+    # NaN for no label, as torch's; but a division by zero would make gradients NaN, too, which torch's are not.
+    return loss / len(counted) if len(counted) else loss + math.nan
 
 
 class _Chunked(torch.autograd.Function):

@@ -50,6 +50,9 @@ class MasterWeights:
         self.optimizer = optimizer
         self._stepping: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
         self._loading: dict[str, Any] = {}
+        for parameter in filter(_has_master, list(optimizer.state)):  # which Adagrad makes before its first step
+            state = optimizer.state[parameter]
+            state.update({name: one.float() for name, one in state.items() if _is_narrow(one)})
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(self._widen),
             optimizer.register_step_post_hook(self._narrow),
@@ -128,6 +131,10 @@ class MasterWeights:
 
 def _has_master(parameter: Tensor) -> bool:
     return parameter.dtype is torch.bfloat16 and parameter.requires_grad
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.bfloat16
 
 
 def _has_gradient(parameter: Tensor) -> bool:

@@ -29,6 +29,7 @@ from lowmem.nn.adapted_module import (
 from lowmem.nn.lora import Folded, LoRALinear
 from lowmem.nn.stored import FourBitForm, StoredTensor
 from lowmem.nn.stored_module import StoredModule, copied_module
+from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.calibrate import check_batch, evaluation_mode, run_batch
 from lowmem.transforms.convert import one_at_a_time, swap
@@ -303,17 +304,18 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def warn_of_requantizing(folded: Mapping[nn.Module, Folded], paths: Mapping[nn.Module, str]) -> None:
-    """Warn of the errors of weights that were quantized to 4 bits again, if there are any."""
-    errors = {
-        layer_name(place_name(paths[layer], name)): after
-        for layer, done in folded.items()
-        for name, (_, after) in done.errors.items()
-        if isinstance(done.layer, StoredModule) and isinstance(done.layer.forms.get(name), FourBitForm) and after
-    }
+    """Warn of the errors of weights that were quantized to 4 or 8 bits again, if there are any."""
+    errors, bits = dict[str, float](), set[int]()
+    for layer, done in folded.items():
+        for name, (_, after) in done.errors.items():
+            form = done.layer.forms.get(name) if isinstance(done.layer, StoredModule) else None
+            if isinstance(form, FourBitForm) and after:
+                errors[layer_name(place_name(paths[layer], name))] = after
+                bits.add(get_format(form.format).bits)
     if errors:
-        worst = max(errors, key=errors.__getitem__)
+        worst, stored = max(errors, key=errors.__getitem__), " and ".join(map(str, sorted(bits)))
         warnings.warn(
-            f"merge quantized {len(errors)} adapted weights to 4 bits again: that adds a relative error of "
+            f"merge quantized {len(errors)} adapted weights to {stored} bits again: that adds a relative error of "
             f"{sum(errors.values()) / len(errors):.3g} on average, at most {errors[worst]:.3g} ({worst})",
             stacklevel=4,  # the caller of the function that one_at_a_time wraps
         )

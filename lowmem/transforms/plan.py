@@ -30,6 +30,7 @@ from lowmem import measure
 from lowmem.errors import show
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
@@ -444,7 +445,7 @@ def _rows(layer: HalfEmbedding | Embedding4Bit, indices: Tensor) -> Tensor:
 def _proposals(training: str | None) -> list[tuple[Technique, ...]]:
     """Return what ``at_most`` tries, from what loses least to what takes least."""
     blocks = ((64, "float32"), (64, "float16"), (64, "double"), (128, "double"), (512, "double"))
-    bases: list[tuple[Technique, ...]] = [(), (Half(torch.bfloat16),)]
+    bases: list[tuple[Technique, ...]] = [(), (Half(torch.bfloat16),), (EightBit(),)]
     bases += [(FourBit("nf4", size, scales),) for size, scales in blocks]
     bases += [(one,) for one in SMALLEST if (one,) not in bases]
     return bases if training is None else [(), *((*base, LoRA()) for base in bases)]

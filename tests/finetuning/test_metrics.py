@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from lowmem.errors import FileError
 from lowmem.finetuning.metrics import Metrics, check_metrics, peak_memory
 
 
@@ -37,8 +38,15 @@ def test_a_file_that_is_there_is_refused_before(tmp_path):
     for refused in (lambda: Metrics(path), lambda: check_metrics(path, resume=False)):
         with pytest.raises(FileExistsError, match=r"metrics.jsonl' exists"):
             refused()
-    assert path.read_text() == "mine"
-    check_metrics(path, resume=True)
+    for mine in ("mine", '{"text": "a"}\n', '{"step": "a"}\n'):  # also by a run that goes on
+        path.write_text(mine)
+        for refused in (lambda: Metrics(path, 0), lambda: check_metrics(path, resume=True)):
+            with pytest.raises(FileError, match="it has no metrics of a run"):
+                refused()
+        assert path.read_text() == mine
+    for ours in ("", '{"st', '{"step": 1, "loss": 2.0}\n'):
+        path.write_text(ours)
+        check_metrics(path, resume=True)
     with pytest.raises(OSError, match="cannot write"):
         check_metrics(tmp_path / "missing" / "a", resume=True)
 

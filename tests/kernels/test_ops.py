@@ -329,5 +329,5 @@ def test_the_older_onnx_exporter_gets_a_graph_of_plain_operations_of_16_bit_laye
 )
 def test_the_older_onnx_exporter_is_told_that_4_bit_layers_have_no_operator(layer):
     x = torch.zeros(1, 2, dtype=torch.int64) if isinstance(layer, nn.Embedding) else torch.randn(2, 8, 8)
-    with pytest.raises(RuntimeError, match="cannot write 4-bit layers: use dynamo=True"):
+    with pytest.raises(RuntimeError, match="cannot write layers in 4 or 8 bits: use dynamo=True"):
         torch.jit.trace(convert(layer, FourBit()), x)

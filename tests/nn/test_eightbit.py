@@ -11,6 +11,7 @@ import lowmem
 from lowmem import EightBit, FourBit, LoRA, convert, load, merge, restore, save, summary
 from lowmem.nn.conv import Conv4Bit
 from lowmem.nn.eightbit import Conv1d8Bit, Conv2d8Bit, Embedding8Bit, Linear8Bit, blockwise
+from lowmem.report.footprint import stored_by_kind
 from tests.rounding import assert_sum
 
 
@@ -131,6 +132,9 @@ def test_adapters_train_and_merge_into_8_bits():
     model(INDICES).square().mean().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and "lora" in name)
     before = model(INDICES).detach()
+    with pytest.warns(UserWarning, match="adapted weights to 8 bits again"):
+        added = merge(made(EightBit(), LoRA(4, init="loftq")))
+    assert type(added.up) is Linear8Bit
     merged = merge(model)
     assert type(merged.up) is Linear8Bit
     assert torch.equal(merged(INDICES), before)  # lora_b is zero
@@ -144,10 +148,19 @@ def test_the_technique_of_a_format_is_the_one_of_its_bits():
         (lambda: FourBit("int8"), "format='int8' has codes of 8 bits: EightBit"),
         (lambda: FourBit(("nf4", "int8")), "format='int8' has codes of 8 bits"),
         (lambda: EightBit(7), "block_size=7"),
-        (lambda: EightBit(scales="half"), "scales='half' is unknown"),
+        (lambda: EightBit(scales="half"), "scales='half' is unknown: choose from float32, float16, double$"),
         (lambda: EightBit(scales="float16_offsets"), "scales='float16_offsets' has offsets"),
         (lambda: EightBit(compute_dtype=torch.int32), "compute_dtype=torch.int32"),
         (lambda: blockwise("int9"), "format='int9' is unknown"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
+
+
+def test_messages_and_reports_say_how_many_bits():
+    model = convert(nn.Sequential(nn.Linear(16, 8)), EightBit())
+    state = {name: part for name, part in model.state_dict().items() if not name.endswith("_extra_state")}
+    with pytest.warns(UserWarning, match="how its 8-bit codes are stored: they are taken for int8"):
+        model.load_state_dict(state)
+    assert stored_by_kind(model)["8-bit codes"] == 8 * 16
+    assert stored_by_kind(model)["4-bit codes"] == 0

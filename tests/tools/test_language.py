@@ -13,6 +13,7 @@ import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning import loop
 from lowmem.integrations.transformers import LowmemConfig
+from lowmem.tools import language
 from tests.integrations.transformers.folders import load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 
@@ -127,6 +128,19 @@ def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch):
     assert again["perplexity"] == whole["perplexity"]
 
 
+def test_a_kill_while_the_adapter_is_written_leaves_nothing_behind(place, capsys, monkeypatch):
+    """A process that is killed cleans nothing up: what it has written so far goes with the states."""
+    options = ["--steps", "2", "--save", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *args, **named: None)
+        patch.setattr(language, "write_atomically", lambda *args: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            fit(capsys, *options)
+    assert not Path("out").exists()
+    fit(capsys, *options, "--resume")
+    assert sorted(one.name for one in place.iterdir()) == ["data.jsonl", "llama", "out", "text.txt"]
+
+
 def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, capsys):
     assert main(["quantize", "llama", "stored", "--format", "fp4"]) == 0
     capsys.readouterr()
@@ -139,7 +153,7 @@ def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, ca
     found = json.loads(capsys.readouterr().out)
     assert found["perplexity"].keys() == {"stored", "adapted"}
     assert found["run"]["format"] == "as it is"
-    for kind, memory in (("dense", "plain"), ("bfloat16", "lean")):
+    for kind, memory in (("dense", "plain"), ("bfloat16", "lean"), ("int8", "fast")):
         found, _ = fit(
             capsys, "--format", kind, "--memory", memory, "--steps", "2", "--eval-share", "0.2", "--skip-dense"
         )

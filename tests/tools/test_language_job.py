@@ -44,6 +44,7 @@ def test_options_and_texts_that_cannot_be(place, capsys):
     Path("empty.txt").write_text(" \n")
     Path("latin.txt").write_bytes("Zürich".encode("latin-1"))
     Path("bad.jsonl").write_text('{"text": "a b"}\n{"txt": "a b"}\n')
+    Path("half.jsonl").write_text('{"text": "a b\\ud800"}\n')
     Path("there").mkdir()
     Path("m.jsonl").write_text("{}")
     data = ["--data", "text.txt"]
@@ -66,9 +67,17 @@ def test_options_and_texts_that_cannot_be(place, capsys):
         (*data, "--patience", "2"): "patience=2 counts evaluations",
         (*data, "--resume"): "name it with --save",
         (*data, "--save", "there"): "'there' exists",
+        (*data, "--save", "."): "'.' exists",
         (*data, "--save", "missing/out"): "cannot write 'missing/out'",
         (*data, "--metrics", "m.jsonl"): "'m.jsonl' exists",
         (*data, "--plot", "a.jpeg"): "must end in .png",
+        (*data, "--save", "out", "--metrics", "out"): "are one place: rename one",
+        (*data, "--save", "out", "--metrics", "./out.training/m.jsonl"): "are one place: rename one",
+        (*data, "--save", "a.png", "--plot", "a.png"): "are one place: rename one",
+        (*data, "--metrics", "a.png", "--plot", "a.png"): "are one place: rename one",
+        (*data, "--save", "out", "--resume", "--metrics", "data.jsonl"): "it has no metrics of a run",
+        ("--data", "half.jsonl"): "line 1: it has half of a surrogate pair",
+        (*data, "--steps", "2", "--batch-size", "99999999999"): "rows of text",
     }
     before = listed()
     for options, why in cases.items():

@@ -436,3 +436,58 @@ def test_what_a_norm_returns_is_not_kept_by_the_layers_that_read_it(monkeypatch)
         out.add_(1)  # is seen: it is kept as it is now
     grad = torch.autograd.grad(layers[0](out).sum(), layers[0].lora_a)[0]
     assert_near([grad], [torch.autograd.grad(layers[0](out.detach().clone()).sum(), layers[0].lora_a)[0]], 1e-5)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_detached_result_of_a_norm_may_outlive_its_graph(lean, monkeypatch):
+    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    model, x = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4)), batch()
+    layer, trained = model.mlp.gate, [model.mlp.gate.lora_a, model.mlp.gate.lora_b]
+    apart = {
+        "detached": lambda y: y.detach(),
+        "a leaf's view": lambda y: y.detach().requires_grad_().view(y.shape),
+        "without gradients": torch.no_grad()(lambda y: y.view(y.shape)),
+    }
+    for cut in apart.values():
+        call = lambda cut=cut: layer(cut(model.norm(x))).float().sin().sum()  # noqa: E731
+        expected = torch.autograd.grad(call(), trained)
+        fuse(model.norm, NORM)
+        with compressed_activations(model) if lean else nullcontext():
+            out = call()
+            gc.collect()
+        assert_near(torch.autograd.grad(out, trained), expected, 0.03 if lean else 1e-5)
+        with compressed_activations(model) if lean else nullcontext():
+            y = model.norm(x)
+            y.sum().backward()
+            out = layer(cut(y)).float().sin().sum()  # the norm has let go of its input
+        assert_near(torch.autograd.grad(out, trained), expected, 0.03 if lean else 1e-5)
+        release_module(model.norm)
+
+
+@pytest.mark.parametrize("act", ["module", "function"])
+def test_another_activation_than_was_fused_is_called(act):
+    model, x = make(), batch()
+    if act == "function":
+        del model.mlp.act
+        model.mlp.act = functional.silu
+    fused(model)
+    model.mlp.act = nn.ReLU() if act == "module" else functional.relu
+    found = gradients(model, x)
+    release_module(model.mlp)
+    assert_near(found, gradients(model, x), 1e-6)
+
+
+def test_lean_refuses_layers_that_are_not_those_of_forward():
+    model, x = make(LoRA(4)), batch(rows=200)
+    fuse(model.mlp, replace(SEPARATE, again=True))
+    changes = {
+        "mode": lambda: model.eval(),
+        "parameter": lambda: setattr(model.mlp.up, "bias", nn.Parameter(torch.ones(INNER))),
+    }
+    for change in changes.values():
+        model.train()
+        with compressed_activations(model):
+            out = model(x)
+        change()
+        with pytest.raises(RuntimeError, match="computes again in backward, have other parameters"):
+            out.sum().backward()

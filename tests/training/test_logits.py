@@ -224,10 +224,19 @@ def test_writes_and_stale_reads_are_refused():
             write()
     assert torch.equal(logits.view(size=(10, VOCABULARY)), (logits + 0).view(10, VOCABULARY))
     assert logits[:, :, 5, ...].shape == (2, 5)
-    with torch.no_grad():
-        model.head.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="written to since"):
-        logits.softmax(-1)
+    hidden = torch.ones(2, 16) * 1
+    read = {
+        "values": lambda logits: logits.softmax(-1),
+        "loss": lambda logits: functional.cross_entropy(logits, torch.ones(2, dtype=torch.int64)),
+        "rows": lambda logits: logits[:1],
+    }
+    for written, name in ((model.head.weight, "weight"), (hidden, "input")):
+        stale = model.head(hidden)
+        with torch.no_grad():
+            written.mul_(2)
+        for one in read.values():
+            with pytest.raises(RuntimeError, match=f"{name} was written to since"):
+                one(stale)
 
 
 def test_logits_of_autocast_are_read_outside_of_it():

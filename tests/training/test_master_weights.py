@@ -43,6 +43,7 @@ OPTIMIZERS = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.003, weight_decay=0.1),
     "adamw8bit": lambda groups: AdamW8bit(groups, lr=0.003, weight_decay=0.1),
+    "adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.003),  # makes its states before the first step
 }
 
 
@@ -97,7 +98,12 @@ def test_it_is_float32_training_of_rounded_parameters(kind, monkeypatch):
     assert weight.grad.dtype is torch.bfloat16
     kept = sum(one.nbytes for one in optimizer.state[weight].values() if torch.is_tensor(one) and one.dim())
     numbers = weight.numel()
-    moments = {"sgd": 4 * numbers, "adamw": 8 * numbers, "adamw8bit": 2 * numbers * 260 // 256}
+    moments = {
+        "sgd": 4 * numbers,
+        "adagrad": 4 * numbers,
+        "adamw": 8 * numbers,
+        "adamw8bit": 2 * numbers * 260 // 256,
+    }
     assert kept == 2 * numbers + moments[kind]
 
     file = io.BytesIO()

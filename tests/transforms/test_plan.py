@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem import BigNet, FourBit, Half, LoRA, convert, measure, plan
+from lowmem import BigNet, EightBit, FourBit, Half, LoRA, convert, measure, plan
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms import plan as module
 from lowmem.transforms.bits import text_of
@@ -332,9 +332,9 @@ def test_at_most_proposes_the_first_that_fits(training):
     assert seen[0] == ()
     kinds = list(dict.fromkeys(seen))
     if training is None:
-        assert kinds == [(), (Half,), (FourBit,)]
+        assert kinds == [(), (Half,), (EightBit,), (FourBit,)]
     else:
-        assert kinds == [(), (LoRA,), (Half, LoRA), (FourBit, LoRA)]
+        assert kinds == [(), (LoRA,), (Half, LoRA), (EightBit, LoRA), (FourBit, LoRA)]
     assert found.techniques[0] == FourBit("nf4", 4096, "float16")  # double has two bytes a row besides
 
 

@@ -25,6 +25,7 @@ from lowmem.nn.blockwise import Blockwise
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.stored import EightBitForm, FourBitForm
+from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["StoredModel", "StoredWeight", "open_stored"]
@@ -39,7 +40,7 @@ class StoredWeight:
     Args:
         name: as the dense model's state has it, such as ``model.layers.0.mlp.up_proj.weight``.
         shape: of the weight. Of one in 4 bits the last dimension is even: an odd one is not told from the next.
-        form: how it is stored: in 4 bits, or dense in a dtype.
+        form: how it is stored: in 4 or 8 bits, or dense in a dtype.
         nbytes: what it takes in the source.
         read: returns it, in newly allocated memory or as a view of the mapped file.
         transposed: whether the last two dimensions of what ``read`` returns are swapped.
@@ -231,7 +232,7 @@ def _fourbit(
     read: Callable[[str], Tensor],
 ) -> StoredWeight:
     packed, scales = (specs[part] for part in parts)
-    shape = (*packed.shape[:-1], 2 * packed.shape[-1]) if packed.shape else ()
+    shape = (*packed.shape[:-1], packed.shape[-1] * 8 // get_format(form.format).bits) if packed.shape else ()
     empty = QuantizedTensor.empty(
         torch.Size(shape or (1,)), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
     )

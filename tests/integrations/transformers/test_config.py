@@ -35,10 +35,10 @@ def test_json_holds_it():
 @pytest.mark.parametrize(
     ("arguments", "kind", "says"),
     [
-        ({}, TypeError, r"technique=None: name Half\(\) or FourBit\(\)"),
+        ({}, TypeError, r"technique=None: name Half\(\), EightBit\(\) or FourBit\(\)"),
         ({"technique": LoRA(4)}, TypeError, "adapters come afterwards, with lowmem.add_adapter"),
-        ({"technique": "nf4"}, TypeError, r"technique='nf4' must be Half\(\), FourBit\(\) or 'exact'"),
-        ({"technique": {"technique": "Third"}}, ValueError, "technique='Third' is none of Half, FourBit"),
+        ({"technique": "nf4"}, TypeError, r"technique='nf4' must be Half\(\), EightBit\(\), FourBit\(\) or 'exact'"),
+        ({"technique": {"technique": "Third"}}, ValueError, "technique='Third' is none of Half, EightBit, FourBit"),
         ({"technique": {"technique": "Half", "rank": 3}}, ValueError, "'rank' is unknown"),
         ({"technique": {"technique": "Half", "dtype": "float33"}}, ValueError, "dtype=float33 must be"),
         ({"technique": {"technique": "FourBit", "block_size": [1]}}, (TypeError, ValueError), "block_size"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lowmem
 from lowmem.io.metadata import technique_record
+from lowmem.nn.eightbit import blockwise
 from lowmem.quant.tensor import QuantizedTensor
 
 Weights = dict[str, "Tensor | QuantizedTensor"]
@@ -84,7 +85,7 @@ def write_folder(folder: Path, weights: Weights, config: Mapping[str, Any] = CON
         parts |= {f"{name}_packed": weight.packed, f"{name}_scales": weight.scales.view(torch.uint8)}
         module = name.removesuffix(".weight")
         parts[f"{module}._extra_state"] = torch.tensor(list(b"how it is stored"), dtype=torch.uint8)
-        form = lowmem.FourBit(weight.format, weight.block_size, weight.scale_encoding)
+        form = blockwise(weight.format, weight.block_size, weight.scale_encoding)
         layers.append({**technique_record(form, weight.method), "names": [module]})
     method = "lowmem: import lowmem.integrations.transformers"
     record = {"quantization_config": {"quant_method": method, "version": 1, "layers": layers}} if layers else {}
@@ -112,7 +113,7 @@ def write_file(path: Path, weights: Weights) -> Path:
         if isinstance(weight, QuantizedTensor):
             module = name.removesuffix("weight")
             parts |= {f"{module}packed": weight.packed, f"{module}scales": weight.scales}
-            form = lowmem.FourBit(weight.format, weight.block_size, weight.scale_encoding)
+            form = blockwise(weight.format, weight.block_size, weight.scale_encoding)
             layers[module.rstrip(".")] = technique_record(form, weight.method)
         else:
             parts[name] = weight
