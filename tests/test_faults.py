@@ -133,7 +133,7 @@ def test_a_fault_that_survives_ends_with_1_and_is_named(verdict, capsys):
     assert "caught" not in out
 
 
-@pytest.mark.parametrize("verdict", ["failed", "crashed", "timed out"])
+@rows_in_one_case("verdict", ["failed", "crashed", "timed out"])
 def test_tests_that_fail_without_a_fault_are_an_error_that_names_them(verdict):
     with pytest.raises(ValueError, match=f"^without a fault tests/test_main.py -k '' {verdict}: .*test_it$"):
         command._try_all(Pool(clean=verdict), [FAULT])
@@ -152,7 +152,7 @@ def test_a_fault_of_a_kernel_that_the_processor_lacks_is_skipped(capsys):
         command._try_all(Pool(), [lacking])
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
+@rows_in_one_case("text", ["0", "-1", "1.5", "many", ""])
 def test_a_number_of_jobs_is_a_whole_number_above_0(text):
     done = run(f"--jobs={text}")
     assert (done.returncode, done.stdout) == (2, "")

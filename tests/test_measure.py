@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lowmem import BigNet, FourBit, Half, LoRA, build, convert, measure
-from tests.selection import NIGHTLY
+from tests.selection import NIGHTLY, rows_in_one_case
 
 MIB = 2**20
 
@@ -35,7 +35,7 @@ def test_actual_bytes_count_a_whole_storage_once():
     assert measure.actual_bytes(model) == 400
 
 
-@pytest.mark.parametrize("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4)), (LoRA(4),)])
+@rows_in_one_case("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4)), (LoRA(4),)])
 def test_weight_count_is_that_of_the_float_model(techniques):
     model = nn.Sequential(nn.Linear(40, 30), nn.LayerNorm(30), nn.Linear(30, 7, bias=False))
     expected = 40 * 30 + 30 + 60 + 210
@@ -48,7 +48,7 @@ def test_a_shared_parameter_counts_once():
     assert measure.weight_count(model) == 16 + 8
 
 
-@pytest.mark.parametrize("techniques", [(Half(),), (FourBit(),), (FourBit(), LoRA(2))])
+@rows_in_one_case("techniques", [(Half(),), (FourBit(),), (FourBit(), LoRA(2))])
 def test_a_shared_weight_counts_once_however_it_is_stored(techniques):
     model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8), nn.Linear(4, 8))
     model[1].weight = model[2].weight = model[0].weight
@@ -198,14 +198,14 @@ def test_outputs_in_containers_are_found_and_none_is_an_error():
         measure.backward_bytes(Two(False), torch.randn(1, 4))
 
 
-@pytest.mark.parametrize("name", ["bignet", "half_precision", "low_precision", "lora", "qlora"])
+@rows_in_one_case("name", ["bignet", "half_precision", "low_precision", "lora", "qlora"])
 def test_figures_are_the_same_in_every_run(name):
     model, x = build(name), torch.randn(2, 1024)
     assert len({measure.forward_bytes(model, x) for _ in range(2)}) == 1
     assert len({measure.backward_bytes(model, x) for _ in range(2)}) == 1
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("name", "forward", "backward"),
     [
         ("bignet", 0.05, 72.4),
@@ -234,8 +234,8 @@ def profiled_peak(run) -> int:
     return peak
 
 
-@pytest.mark.parametrize("name", ["bignet", "half_precision", "low_precision", "qlora_nf4"])
-@pytest.mark.parametrize("batch", [1, 64])
+@rows_in_one_case("name", ["bignet", "half_precision", "low_precision", "qlora_nf4"])
+@rows_in_one_case("batch", [1, 64])
 def test_torch_s_profiler_sees_the_same_forward_peak(name, batch):
     """The profiler sees the allocator, workspaces included: never less, and little more."""
     model, x = build(name).eval(), torch.randn(batch, 1024)
@@ -249,7 +249,7 @@ def test_torch_s_profiler_sees_the_same_forward_peak(name, batch):
     assert tracked <= profiled_peak(run) <= tracked * 1.1 + 8192
 
 
-@pytest.mark.parametrize("name", ["bignet", "lora", "qlora_nf4"])
+@rows_in_one_case("name", ["bignet", "lora", "qlora_nf4"])
 def test_torch_s_profiler_sees_the_same_backward_peak(name):
     model, x = build(name), torch.randn(8, 1024)
 
@@ -363,7 +363,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@rows_in_one_case("form", FORMS.values())
 def test_inputs_and_outputs_may_be_nested_in_any_form(form):
     model, x = Nested(form), torch.randn(8, 100)
     batch = {"x": (x, "not a tensor")}
@@ -392,7 +392,7 @@ def test_a_loss_of_the_models_own_is_what_is_differentiated():
     assert wide.weight.grad is None
 
 
-@pytest.mark.parametrize("loss", [lambda out: 3.0, lambda out: out, lambda out: out.sum().detach()])
+@rows_in_one_case("loss", [lambda out: 3.0, lambda out: out, lambda out: out.sum().detach()])
 def test_a_loss_that_is_no_scalar_with_a_gradient_is_refused(loss):
     with pytest.raises(TypeError, match="loss= must return a tensor of one element that has a gradient"):
         measure.backward_bytes(nn.Linear(4, 4), torch.randn(2, 4), loss=loss)

@@ -8,10 +8,8 @@ from itertools import combinations, product
 from math import prod
 from pathlib import Path
 
-import pytest
-
 from tests.compiled import ISAS
-from tests.selection import covering, selection
+from tests.selection import covering, rows_in_one_case, selection
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +34,7 @@ def test_a_profile_is_the_same_wherever_it_runs(profile, ci):
     assert done.stdout.strip() == SHOWN[profile], done.stderr
 
 
-@pytest.mark.parametrize("sizes", [(3,), (2, 2), (10, 4), (4, 2, 2), (9, 4, 3), (2, 3, 2, 5)])
+@rows_in_one_case("sizes", [(3,), (2, 2), (10, 4), (4, 2, 2), (9, 4, 3), (2, 3, 2, 5)])
 def test_a_selection_holds_every_combination_and_takes_values_alike_often(sizes):
     axes = [[f"{axis}{value}" for value in range(size)] for axis, size in enumerate(sizes)]
     for strength in range(1, len(axes) + 1):

@@ -18,6 +18,7 @@ from benchmarks.results import read_run
 from lowmem import backend, build, measure
 from lowmem.__main__ import main
 from tests.compiled import on_threads
+from tests.selection import rows_in_one_case
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -117,7 +118,7 @@ def test_every_table_is_what_its_command_prints(command, table, capsys):
             assert numbers(one) == pytest.approx(numbers(other), rel=0.02, abs=1e-4)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("row", "variant"),
     [
         ("Half precision", "half_precision"),
@@ -180,7 +181,7 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@rows_in_one_case("name", TEXTS)
 def test_every_link_leads_to_a_page_and_heading_that_exist(name):
     text = without_code(TEXTS[name])
     targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)

@@ -12,6 +12,7 @@ import pytest
 
 import lowmem
 from lowmem.kernels import cpu
+from tests.selection import rows_in_one_case
 
 run_setup = pytest.importorskip("setuptools").distutils.core.run_setup
 ROOT = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def test_a_kernel_that_does_not_compile_fails_a_release_and_no_install(monkeypat
         assert [extension.optional for extension in read_setup(monkeypatch).ext_modules] == [optional]
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("platform", "remedy"),
     [("linux", "needs a C compiler"), ("darwin", "needs a C compiler"), ("win32", "lowmem has none on Windows")],
 )

@@ -24,6 +24,7 @@ from torch import nn
 from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, convert, merge
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, gamma, stored_weight, unit
+from tests.selection import rows_in_one_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")  # of bases under adapters
 
@@ -261,7 +262,7 @@ def test_the_sequences_merge_adapters_of_every_base():
     assert all(count[kind] >= 5 for kind in (nn.Linear, HalfLinear, Linear4Bit)), count
 
 
-@pytest.mark.parametrize("base", ["dense", *sorted(TECHNIQUES.keys() - {"lora"})])
+@rows_in_one_case("base", ["dense", *sorted(TECHNIQUES.keys() - {"lora"})])
 def test_a_merged_weight_is_the_sum_as_its_layer_stores_it(base):
     torch.manual_seed(0)
     linear = nn.Linear(FEATURES, 17)

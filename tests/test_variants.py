@@ -5,9 +5,10 @@ import torch
 
 from lowmem import VARIANTS, FourBit, LoRA, LoRALinear, build, convert, measure
 from lowmem.variants import techniques_of
+from tests.selection import rows_in_one_case
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@rows_in_one_case("name", VARIANTS)
 def test_a_variant_is_its_techniques_over_the_seeded_float_model(name):
     dense = build("bignet", seed=3)
     expected = convert(dense, *VARIANTS[name]) if VARIANTS[name] else dense
@@ -25,7 +26,7 @@ def test_the_caller_s_generator_is_left_alone_and_the_seed_decides():
     assert not torch.equal(one[0].layers[0].lora_a, other[0].layers[0].lora_a)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("name", "trainable", "frozen", "stored"),
     [
         ("bignet", 18_903_040, 0, 75_612_160),

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import gate, memory
 from benchmarks.results import Result, read_results, read_run, table
 from lowmem.testing.baseline import Key
+from tests.selection import rows_in_one_case
 
 pytest_plugins = ["pytester"]
 
@@ -760,7 +761,7 @@ def rows(stored, now, **missing):
     return [(row.name, row.figure, row.verdict) for row in memory.compare(stored, now, missing)]
 
 
-@pytest.mark.parametrize(("size", "verdict"), [(9, "shrank"), (10, "same"), (11, "grew")])
+@rows_in_one_case(("size", "verdict"), [(9, "shrank"), (10, "same"), (11, "grew")])
 def test_only_the_same_bytes_are_the_same(size, verdict):
     assert rows({"a": {"x_bytes": 10}}, {"a": {"x_bytes": size}}) == [("a", "x_bytes", verdict)]
     assert rows({"a": {"x_bytes": 0}}, {"a": {"x_bytes": 0}}) == [("a", "x_bytes", "same")]
@@ -818,14 +819,14 @@ def test_a_ratio_is_of_the_smallest_time_to_the_reference():
     assert result(0.0, 2.0).ratio == 0.0
 
 
-@pytest.mark.parametrize("value", [1.5, True, "1", None])
+@rows_in_one_case("value", [1.5, True, "1", None])
 def test_a_stored_figure_that_is_no_integer_is_refused_and_named(value):
     bench = {"fullname": "t.py::test_a", "extra_info": {"y_bytes": value}, "stats": {"min": 1.0}}
     with pytest.raises(ValueError, match=f"t.py::test_a: y_bytes={value!r} must be an integer"):
         read_results([bench])
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     "run",
     [
         [],
@@ -842,7 +843,7 @@ def test_what_is_no_stored_run_is_refused(run):
         read_run(run)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("argument", "covered"),
     [
         (".", True),

@@ -24,6 +24,7 @@ from benchmarks.latency.builds import Commit, Environment, GateError
 from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different
 from lowmem.testing.verdicts import Row, Verdict
 from tests.compiled import on_threads
+from tests.selection import rows_in_one_case
 
 pytest_plugins = ["pytester"]
 
@@ -869,7 +870,7 @@ def test_pytest_runs_no_gate_unless_it_is_asked_to(pytester, monkeypatch):
 # The proof
 
 
-@pytest.mark.parametrize("case", [case for case in proof.CASES if case.file], ids=lambda case: case.name)
+@rows_in_one_case("case", [case for case in proof.CASES if case.file])
 def test_each_fault_can_be_planted(case):
     text = (ROOT / case.file).read_text()
     assert text.count(case.found) == 1

@@ -11,6 +11,7 @@ from benchmarks import memory, resident
 from benchmarks.resident import FIGURES, Baseline, MeasurementError, compare, derive
 from lowmem import VARIANTS
 from lowmem.testing.baseline import Key
+from tests.selection import rows_in_one_case
 
 ROOT = Path(__file__).parents[2]
 KEY = Key("avx2", "2.13", 2)
@@ -166,7 +167,7 @@ def moved(**figures):
     return {variant: dict.fromkeys(FIGURES, 10.0) | figures for variant in VARIANTS}
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("value", "verdict"),
     [(9.4, "shrank"), (9.5, "same"), (10.0, "same"), (10.5, "same"), (10.6, "grew"), (11.0, "grew")],
 )

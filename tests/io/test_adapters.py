@@ -12,6 +12,7 @@ from lowmem.errors import FileError
 from lowmem.io.adapters import fingerprint
 from lowmem.io.container import read, write_tensors
 from tests.models import INDICES, TECHNIQUES, small
+from tests.selection import rows_in_one_case
 
 
 def base(name="qlora", seed=0):
@@ -225,7 +226,7 @@ class Holds(nn.Module):
 BYTES = torch.arange(6, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("name", "value"),
     [
         ("other", BYTES.view(2, 3)),
@@ -234,7 +235,6 @@ BYTES = torch.arange(6, dtype=torch.uint8)
         ("a", BYTES.view(2, 3).view(torch.int8)),
         ("a", BYTES.view(2, 3) + 1),
     ],
-    ids=["name", "shape", "dimensions", "dtype", "bytes"],
 )
 def test_the_fingerprint_of_a_base_is_of_each_tensor_s_name_shape_dtype_and_bytes(name, value):
     of = lambda *stored: fingerprint(nn.Sequential(Holds(*stored)), ["0"])  # noqa: E731

@@ -32,6 +32,7 @@ from lowmem.io.container import (
     write_tensors,
 )
 from lowmem.io.safetensors import DTYPES, MAX_HEADER
+from tests.selection import rows_in_one_case
 from tests.strategies import json_values, metadatas, names, tensors
 
 LIBRARY_DTYPES = set(safetensors.torch._TYPES.values())
@@ -319,9 +320,7 @@ def changed_header(old, new):
     return with_header(FILE, text + b" " * (-(8 + len(text)) % 64))
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
+@rows_in_one_case(("content", "reason"), [
         (changed_header(b"[0,8]", b"[0,9]"), "'step' has 9 bytes, and its shape takes 8; get it again from who"),
         (changed_header(b"[8,16]", b"[0,8]"), "there is an overlap"),
         (changed_header(b"[20,27]", b"[21,28]"), "there is a gap"),
@@ -340,8 +339,7 @@ def changed_header(old, new):
         (changed_header(b':64,', b":" + b"[" * 10**5 + b","), "its metadata is not lowmem's; get it again"),
         (changed_header(b'"lowmem":"', b'"a":"b","lowmem":"'), "not laid out as lowmem does it; write it again"),
         (changed_header(b'"step":', b'"' + b"x" * 10**6 + b'":1,"step":'), r"tensor 'xxx.*\.\.\..*xxx' is 1"),
-    ],
-)  # fmt: skip
+    ])  # fmt: skip
 def test_a_bad_file_with_a_valid_digest_says_what_is_bad(content, reason):
     refused(content, reason)
 
@@ -356,7 +354,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
 PLAIN = safetensors.torch.save({"a": torch.ones(3)}, {"format": "pt"})
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("content", "reason"),
     [
         (b"", "it is empty; get it again"),

@@ -21,6 +21,7 @@ from lowmem.io.safetensors import (
     place,
     read_header,
 )
+from tests.selection import rows_in_one_case
 from tests.strategies import names
 
 specs = st.builds(
@@ -109,7 +110,7 @@ def test_what_is_not_so_is_refused():
             parse(json.dumps(content).encode(), 24)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("text", "reason"),
     [
         (b'{"a": 1, "a": 1}', "a name twice"),

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 from lowmem import FourBit, Half, LoRA, convert, kernels, measure, quantize
 from lowmem.kernels.frozen_operator import fields, stored
 from tests.kernels.test_ops import compiles
+from tests.selection import rows_in_one_case
 
 # dynamo makes an instance of every function of one's own
 pytestmark = pytest.mark.filterwarnings(
@@ -203,8 +204,8 @@ def test_the_cache_keeps_no_tensor_alive():
     assert [reference() for reference in held] == [None, None]
 
 
-@pytest.mark.parametrize("technique", ["nf4", "half"])
-@pytest.mark.parametrize(
+@rows_in_one_case("technique", ["nf4", "half"])
+@rows_in_one_case(
     ("make", "shape"), [(lambda: nn.Linear(32, 48), (64, 32)), (lambda: nn.Conv1d(8, 48, 3), (4, 8, 20))]
 )
 def test_an_inference_on_fake_tensors_takes_a_layer_s_output_once_with_its_bias(technique, make, shape):

@@ -15,7 +15,7 @@ from lowmem.nn.conv import Conv4Bit
 from tests import strategies
 from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored, on_threads
 from tests.rounding import OF_4_BITS, assert_product
-from tests.selection import in_one_case
+from tests.selection import in_one_case, rows_in_one_case
 
 batches = st.sampled_from([*EDGES, 50, 62, 64, 96, 100])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -70,7 +70,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_spoils_its_columns_alone():
     assert got[:, 128:].isfinite().all()
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@rows_in_one_case("name", list(FORMATS))
 def test_levels_are_off_by_half_a_step_of_8_bits_at_most(name):
     levels = FORMATS[name].levels
     points, rounded = int8.rounded_levels(levels)

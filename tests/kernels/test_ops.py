@@ -15,6 +15,7 @@ from torch import nn
 from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, kernels, quantize
 from lowmem.kernels import cpu, ops
 from tests import strategies
+from tests.selection import rows_in_one_case
 
 
 def make_weight(kind: str):
@@ -274,7 +275,7 @@ def test_a_traced_linear_layer_takes_every_shape_and_keeps_the_input_s_dtype(tec
         assert ((got.double() - expected.double()).abs() <= 2 * unit * magnitudes).all()
 
 
-@pytest.mark.parametrize("technique", ["nf4", "half", "qlora"])
+@rows_in_one_case("technique", ["nf4", "half", "qlora"])
 def test_a_traced_model_has_the_gradient_of_its_input(technique):
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 3)), *TRACED[technique])

@@ -9,6 +9,7 @@ from lowmem import kernels, measure, quantize
 from tests import strategies
 from tests.compiled import dequantized, on_threads
 from tests.rounding import OF_4_BITS, assert_product
+from tests.selection import rows_in_one_case
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -55,8 +56,8 @@ def test_many_chunks_are_written_whole_and_match(columns):
     torch.testing.assert_close(kernels.input_grad(grad, weight, torch.float64), grad @ dense)
 
 
-@pytest.mark.parametrize("batch", [1, 512])
-@pytest.mark.parametrize("kind", ["half", "4-bit"])
+@rows_in_one_case("batch", [1, 512])
+@rows_in_one_case("kind", ["half", "4-bit"])
 def test_no_product_takes_more_than_a_mebibyte_of_scratch(kind, batch):
     dense = strategies.make_weight("normal", (2048, 1024), 0, 0)
     weight = dense.half() if kind == "half" else quantize(dense)

@@ -9,6 +9,7 @@ from lowmem.nn.low_rank_sum import LowRankSum
 from lowmem.nn.stored import StoredTensor
 from tests.nn.adapted_cases import FORMS, ON_VALUES, PRODUCTS, make, total
 from tests.nn.stored_cases import Case
+from tests.selection import rows_in_one_case
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_dropout_acts_on_the_inputs_of_products_only():
         dropout.train()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@rows_in_one_case("form", FORMS)
 def test_it_computes_in_lower_precision_and_under_autocast(form):
     torch.manual_seed(0)
     for name in ("linear", "x @ W", "addmm", "bmm", "experts", "conv1d", "conv2d, transposed"):

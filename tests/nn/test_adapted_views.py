@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.low_rank_sum import LowRankSum
 from tests.nn.adapted_cases import FORMS, RANK, SCALING, make, total
 from tests.nn.stored_cases import CASES, Case
+from tests.selection import rows_in_one_case
 
 VIEWS = {
     "rows": lambda w: w[3:9],
@@ -47,7 +47,7 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@rows_in_one_case("form", FORMS)
 def test_views_and_everything_else_are_those_of_the_sum(form):
     torch.manual_seed(0)
     case = Case(lambda x, w: x, (48, 32), (5, 32), 32)
@@ -77,7 +77,7 @@ def test_views_and_everything_else_are_those_of_the_sum(form):
         assert float((view(kernels) - view(kernels.values())).detach().abs().max()) <= 64 * 2.0**-23 * 10
 
 
-@pytest.mark.parametrize("form", FORMS)
+@rows_in_one_case("form", FORMS)
 def test_casts_to_it_einsums_of_both_its_sides_and_masks_are_those_of_the_sum(form):
     weight, dense, pairs, layout = make("linear", CASES["linear"], form)
     whole = total(dense, pairs, layout).float()

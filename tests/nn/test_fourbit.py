@@ -15,6 +15,7 @@ from lowmem import Conv4Bit, FourBit, convert, measure, quantize
 from lowmem.nn.eightbit import blockwise
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, assert_sum
+from tests.selection import rows_in_one_case
 
 
 @st.composite
@@ -63,8 +64,8 @@ def test_a_frozen_bias_stays_frozen():
     assert not convert(linear, FourBit()).bias.requires_grad
 
 
-@pytest.mark.parametrize("compute", [None, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@rows_in_one_case("compute", [None, torch.bfloat16, torch.float64])
+@rows_in_one_case("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_output_has_the_input_s_dtype_and_compute_dtype_decides_the_product(dtype, compute):
     layer = convert(torch.nn.Linear(64, 32), FourBit("int4", compute_dtype=compute))
     x = torch.randn(3, 64).to(dtype)
@@ -78,11 +79,11 @@ def test_output_has_the_input_s_dtype_and_compute_dtype_decides_the_product(dtyp
     assert_product(out, x, layer.quantized.dequantize(), layer.bias, sums, rounded, OF_4_BITS)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("compute", "rounds"),
     [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False), (torch.float64, False), (None, False)],
 )
-@pytest.mark.parametrize("layer", [torch.nn.Linear(64, 32), torch.nn.Conv1d(64, 32, 1)], ids=["linear", "conv"])
+@rows_in_one_case("layer", [torch.nn.Linear(64, 32), torch.nn.Conv1d(64, 32, 1)])
 def test_the_compute_dtype_rounds_the_input_before_the_product(layer, compute, rounds):
     """1 + 2^-12 is 1 in 16 bits, and not in float32; 1e6 is infinite in float16 alone."""
     layer = convert(copy.deepcopy(layer), FourBit("int4", compute_dtype=compute))
@@ -100,8 +101,8 @@ def test_autocast_gives_its_dtype_as_for_a_dense_layer():
     assert layer.bias.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("scales", ["float16", "float32", "double"])
+@rows_in_one_case("cast", [torch.float16, torch.bfloat16, torch.float64])
+@rows_in_one_case("scales", ["float16", "float32", "double"])
 def test_casting_the_model_never_changes_a_stored_bit(cast, scales):
     layer = convert(torch.nn.Linear(48, 8), FourBit("nf4", 16, scales))
     packed, stored = layer.packed.clone(), layer.scales.clone()
@@ -157,9 +158,9 @@ def through_a_plain_dict(state: dict) -> dict:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("way", [through_safetensors, through_a_plain_dict])
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("other", sorted(OTHERS))
+@rows_in_one_case("way", [through_safetensors, through_a_plain_dict])
+@rows_in_one_case("assign", [False, True])
+@rows_in_one_case("other", sorted(OTHERS))
 def test_a_plain_dict_of_tensors_says_the_format_and_another_one_is_refused(way, assign, other):
     model, same, wrong = make_net(NF4), make_net(NF4), make_net(OTHERS[other])
     x = torch.randint(9, (2, 6))
@@ -201,9 +202,7 @@ def test_a_state_of_before_loads_and_one_that_says_no_format_warns():
     assert torch.equal(other(x), model(x))
 
 
-@pytest.mark.parametrize(
-    "value", [torch.tensor(1.0), torch.zeros(3), "nf4", torch.tensor([255, 254], dtype=torch.uint8)]
-)
+@rows_in_one_case("value", [torch.tensor(1.0), torch.zeros(3), "nf4", torch.tensor([255, 254], dtype=torch.uint8)])
 def test_a_format_that_is_none_is_refused(value):
     model = make_net(NF4)
     with pytest.raises(RuntimeError, match="2 stores nf4.*; the state holds"):
@@ -241,7 +240,7 @@ def test_empty_layers_and_batches_work():
     assert none(torch.randn(3, 16)).shape == (3, 0)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("options", "message"),
     [
         ({"format": "int3"}, "format='int3' is unknown: choose from int4, nf4, fp4"),
@@ -278,8 +277,8 @@ def test_what_a_functional_call_puts_in_place_is_not_kept():
     assert layer.weight.packed is layer.weight_packed
 
 
-@pytest.mark.parametrize("name", ["packed", "scales"])
-@pytest.mark.parametrize("by_data", [False, True])
+@rows_in_one_case("name", ["packed", "scales"])
+@rows_in_one_case("by_data", [False, True])
 def test_what_takes_the_place_of_one_stored_tensor_is_read(name, by_data):
     layer = convert(torch.nn.Linear(16, 8), FourBit("int4"))
     x = torch.randn(2, 16)

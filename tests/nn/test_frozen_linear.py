@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lowmem import FourBit, Half, LoRA, LoRALinear, convert, quantize
 from lowmem.nn.frozen_linear import frozen_linear
 from tests import strategies
+from tests.selection import rows_in_one_case
 
 
 def make_weight(kind: str, rows: int = 6, columns: int = 10):
@@ -131,8 +132,8 @@ JAGGED_IS_WHOLE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("layout", sorted(NESTED))
-@pytest.mark.parametrize("techniques", [(FourBit(),), (Half(),), (LoRA(2),), (FourBit(), LoRA(2)), (Half(), LoRA(2))])
+@rows_in_one_case("layout", sorted(NESTED))
+@rows_in_one_case("techniques", [(FourBit(),), (Half(),), (LoRA(2),), (FourBit(), LoRA(2)), (Half(), LoRA(2))])
 def test_a_nested_input_is_named_with_its_remedy(layout, techniques):
     layer = convert(torch.nn.Linear(8, 4), *techniques)
     parts = [torch.randn(3, 8), torch.randn(5, 8)]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lowmem import BigNet, Half, HalfLinear, build, convert, kernels, measure
 from tests import strategies
 from tests.rounding import assert_product
+from tests.selection import rows_in_one_case
 
 half_dtypes = st.sampled_from([torch.float16, torch.bfloat16])
 
@@ -53,7 +54,7 @@ def test_bignet_stays_within_what_the_rounding_allows(seed):
     assert error.mean <= 0.0001
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("x", "weight", "compute"),
     [
         (torch.float32, torch.float16, torch.float32),
@@ -86,7 +87,7 @@ def test_autocast_gives_its_dtype_as_for_a_dense_layer():
         assert layer(torch.randn(2, 16, dtype=torch.float64)).dtype == torch.float64
 
 
-@pytest.mark.parametrize("cast", ["float", "double", "half", "bfloat16"])
+@rows_in_one_case("cast", ["float", "double", "half", "bfloat16"])
 def test_casting_the_model_never_changes_a_stored_bit(cast):
     layer = convert(torch.nn.Linear(16, 8), Half())
     before = copy.deepcopy(layer.state_dict())
@@ -114,13 +115,13 @@ def test_state_dict_round_trips_strictly():
         two.load_state_dict(torch.nn.Linear(16, 8).state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, "float16", None])
+@rows_in_one_case("dtype", [torch.float32, torch.int8, "float16", None])
 def test_another_dtype_is_refused(dtype):
     with pytest.raises(ValueError, match=r"must be torch.float16 or torch.bfloat16"):
         Half(dtype)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("value", "message"),
     [
         (float("nan"), "0.weight holds 1 values that are NaN"),
@@ -128,7 +129,7 @@ def test_another_dtype_is_refused(dtype):
         (1e5, "magnitude 100000, above 65504.*bfloat16"),
     ],
 )
-@pytest.mark.parametrize("name", ["weight", "bias"])
+@rows_in_one_case("name", ["weight", "bias"])
 def test_values_that_cannot_be_stored_are_named(name, value, message):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with torch.no_grad():

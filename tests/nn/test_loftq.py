@@ -11,14 +11,15 @@ import lowmem
 from lowmem import FORMATS, FourBit, Half, LoRA, add_adapter, convert, merge
 from lowmem.nn.loftq import truncated_svd
 from tests.rounding import gamma
+from tests.selection import rows_in_one_case
 
 
 def squares(matrix):
     return float(matrix.double().square().sum())
 
 
-@pytest.mark.parametrize("shape", [(40, 70), (70, 40), (9, 3), (1, 5), (5, 1)])
-@pytest.mark.parametrize("rank", [1, 4, 50])
+@rows_in_one_case("shape", [(40, 70), (70, 40), (9, 3), (1, 5), (5, 1)])
+@rows_in_one_case("rank", [1, 4, 50])
 def test_a_matrix_of_low_rank_is_found_whole(shape, rank):
     generator = torch.Generator().manual_seed(0)
     factors = [torch.randn(*size, generator=generator).double() for size in ((shape[0], 3), (3, shape[1]))]
@@ -42,8 +43,8 @@ def test_it_draws_from_no_global_generator_and_comes_out_the_same():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("stabilized", [False, True])
-@pytest.mark.parametrize("format", sorted(FORMATS))
+@rows_in_one_case("stabilized", [False, True])
+@rows_in_one_case("format", sorted(FORMATS))
 def test_base_and_adapter_of_rank_16_are_nearer_to_the_weight_than_the_base(format, stabilized):
     """The best approximation takes the squares of the 16 largest singular values off the squared error.
 
@@ -97,7 +98,7 @@ def test_a_weight_that_4_bits_hold_leaves_a_fresh_adapter_of_zeros():
     assert layer.lora_a.any(1).all()
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     "change",
     [
         lambda model: convert(model, LoRA(2, init="loftq")),
@@ -106,7 +107,6 @@ def test_a_weight_that_4_bits_hold_leaves_a_fresh_adapter_of_zeros():
         lambda model: add_adapter(model, "mine", LoRA(2, init="loftq")),
         lambda model: add_adapter(convert(model, FourBit()), "mine", LoRA(2, init="loftq")),
     ],
-    ids=["dense", "half", "4-bit before", "add", "add to 4-bit"],
 )
 def test_without_the_dense_weight_of_a_4_bit_base_it_is_refused(change):
     model = nn.Sequential(nn.Linear(16, 16))

@@ -15,6 +15,7 @@ import lowmem
 from lowmem import FourBit, Half, LoRA, convert, kernels
 from lowmem.nn.lora import Adapter
 from tests import strategies
+from tests.selection import rows_in_one_case
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 ranks = st.integers(1, 9)
@@ -245,8 +246,8 @@ def test_repr_names_rank_and_scaling():
     assert "rank=4, scaling=2" in repr(convert(torch.nn.Linear(4, 4), LoRA(4, alpha=8)))
 
 
-@pytest.mark.parametrize("alpha", [None, 6.0])
-@pytest.mark.parametrize("rank", [1, 4, 9])
+@rows_in_one_case("alpha", [None, 6.0])
+@rows_in_one_case("rank", [1, 4, 9])
 def test_rank_stabilized_adapters_scale_by_the_root_of_the_rank(rank, alpha):
     layer = strategies.make_adapted(nn.Linear(16, 8), "dense", technique=LoRA(rank, alpha, rank_stabilized=True))
     x = strategies.make_input((3,), 16, 0, torch.float64)
@@ -271,7 +272,7 @@ def test_patterns_are_hashable_and_json_holds_them():
     assert LoRA(**json.loads(json.dumps(asdict(technique)))) == technique
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("options", "message"),
     [
         *(({"rank": rank}, f"rank={rank!r} must be a positive integer") for rank in (0, -1, 2.0, True, "4", None)),
@@ -333,7 +334,7 @@ def test_an_adapter_of_an_empty_layer_gives_an_empty_or_plain_output(shape):
 BASES = {"dense": (), "half": (Half(torch.bfloat16),), "4-bit": (FourBit("nf4", 16),)}
 
 
-@pytest.mark.parametrize("base", BASES)
+@rows_in_one_case("base", BASES)
 def test_the_weight_of_an_adapted_layer_can_be_read_and_is_the_adapted_one(base):
     """Some models multiply with a layer's weight and never call the layer."""
     torch.manual_seed(0)

@@ -1,12 +1,12 @@
 """A function of torch gets an implementation for the sum, or its values, however its arguments are given."""
 
-import pytest
 import torch
 from torch.nn import functional as F
 
 from lowmem.nn.read_only import METADATA
 from tests.nn.adapted_cases import make, total
 from tests.nn.stored_cases import INDICES, Case, store
+from tests.selection import rows_in_one_case
 
 X, STACK, KERNEL = torch.randn(5, 48), torch.randn(3, 5, 48), torch.randn(2, 4, 6, 6)
 BY_NAME = {
@@ -41,7 +41,7 @@ BY_NAME = {
 }
 
 
-@pytest.mark.parametrize("form", ["dense", "nf4", "bfloat16"])
+@rows_in_one_case("form", ["dense", "nf4", "bfloat16"])
 def test_arguments_may_be_given_by_name(form):
     torch.manual_seed(0)
     for name, (function, shape) in BY_NAME.items():

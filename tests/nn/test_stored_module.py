@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 
 from lowmem import FourBit, Half, LoRA, StoredTensor, convert, restore
 from lowmem.nn.stored_module import StoredModule, restored_copy, stored_class
+from tests.selection import rows_in_one_case
 
 TECHNIQUES = {"4-bit": FourBit("nf4"), "half": Half(torch.bfloat16)}
 techniques = pytest.mark.parametrize("technique", TECHNIQUES.values(), ids=TECHNIQUES.keys())
@@ -337,7 +338,7 @@ class Named(nn.Linear):
         self.block_size = 7
 
 
-@pytest.mark.parametrize("name", ["block_size", "weight_packed", "store"])
+@rows_in_one_case("name", ["block_size", "weight_packed", "store"])
 def test_attributes_that_would_be_hidden_are_refused_by_name(name):
     layer = Named() if name == "block_size" else nn.Linear(16, 8)
     if name == "weight_packed":
@@ -410,7 +411,7 @@ def test_models_that_are_stacked_compute_as_one_after_the_other_or_say_that_they
         torch.testing.assert_close(torch.func.vmap(models[0])(x), models[0](x))
 
 
-@pytest.mark.parametrize("technique", [FourBit("nf4", search=True), FourBit("bof4s", 16), Half(torch.float16)])
+@rows_in_one_case("technique", [FourBit("nf4", search=True), FourBit("bof4s", 16), Half(torch.float16)])
 def test_rows_that_stay_keep_their_bits_when_others_are_set(technique):
     for make in (lambda: nn.Embedding(16, 40), lambda: nn.Conv1d(6, 16, 3)):
         layer = convert(make(), technique)

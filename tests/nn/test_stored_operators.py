@@ -13,6 +13,7 @@ from lowmem.nn.stored import StoredTensor
 from lowmem.quant.scales import ENCODINGS
 from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, store
 from tests.rounding import OF_4_BITS, assert_sum
+from tests.selection import rows_in_one_case
 
 FORMS = ["nf4", "bfloat16"]
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -69,8 +70,8 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("form", ["nf4", "float16"])
-@pytest.mark.parametrize("name", LARGE)
+@rows_in_one_case("form", ["nf4", "float16"])
+@rows_in_one_case("name", LARGE)
 def test_the_peak_of_a_step_holds_no_dense_weight(name, form):
     """A weight of 4 MiB or more in float32; the einsum's strided parts, of 16 bits, are copied: 2 MiB, and chunks."""
     function, shape, size, lead = LARGE[name]
@@ -96,8 +97,8 @@ def test_whatever_else_reads_values_gets_them_dequantized(case, form):
     torch.testing.assert_close(of_x, expected_of_x)
 
 
-@pytest.mark.parametrize("scales", ENCODINGS)
-@pytest.mark.parametrize("form", FORMATS)
+@rows_in_one_case("scales", ENCODINGS)
+@rows_in_one_case("form", FORMATS)
 def test_every_format_and_scale_encoding_is_read(form, scales):
     weight, x = store(torch.randn(24, 40), form, scales=scales), torch.randn(3, 40, dtype=torch.float64)
     exact = F.linear(x, weight.dequantize(torch.float64))
@@ -135,8 +136,8 @@ def test_a_bag_gathers_each_row_once(form, mode):
     assert measure.peak_bytes(lambda: F.embedding_bag(indices, weight, mode=mode)) < 64 * 1024
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("transform", ["jvp", "vmap", "hessian", "grad of grad"])
+@rows_in_one_case("form", FORMS)
+@rows_in_one_case("transform", ["jvp", "vmap", "hessian", "grad of grad"])
 def test_transforms_of_functions_see_a_matrix(form, transform):
     weight, x = store(torch.randn(6, 8), form).double(), torch.randn(8, dtype=torch.float64)
     dense = weight.dequantize()
@@ -164,7 +165,7 @@ def test_it_is_read_in_inference_mode_and_under_autocast():
         assert F.linear(x, weight).dtype == (x @ weight.T).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("padding", [None, 0, 3])
+@rows_in_one_case("padding", [None, 0, 3])
 def test_a_bag_leaves_its_padding_out_also_where_it_is_recorded(padding):
     module = convert(nn.EmbeddingBag(11, 8, mode="mean", padding_idx=padding), FourBit()).eval()
     dense = restore(copy.deepcopy(module))

@@ -11,6 +11,7 @@ import lowmem
 from lowmem import kernels
 from lowmem.kernels import reference
 from lowmem.quant.backend import active_backend, set_backend
+from tests.selection import rows_in_one_case
 
 METHODS = ("linear", "input_grad", "add_low_rank", "dequantize", "quantize_rows")
 
@@ -49,14 +50,14 @@ def test_all_that_touches_stored_weights_asks_the_one_that_serves(recording):
     assert set(recording.asked) == set(METHODS)
 
 
-@pytest.mark.parametrize("name", kernels.available())
+@rows_in_one_case("name", kernels.available())
 def test_each_backend_has_the_whole_protocol(name):
     with kernels.using(name):
         assert active_backend().name == name
         assert all(callable(getattr(active_backend(), method)) for method in METHODS)
 
 
-@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), replace])
+@rows_in_one_case("again", [copy.copy, copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), replace])
 def test_what_a_backend_keeps_stays_behind_when_a_tensor_is_copied(again):
     weight = lowmem.quantize(torch.randn(4, 32))
     weight.cache["a handle"] = lambda: "which neither copies nor pickles"

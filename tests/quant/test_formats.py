@@ -10,6 +10,7 @@ from lowmem.quant.formats import IMPORTED, Format, get_format
 from lowmem.quant.packing import check_block_size
 from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.search import nearest_codes, searched_scales
+from tests.selection import rows_in_one_case
 
 every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
@@ -58,7 +59,7 @@ def test_the_numbers_of_each_format():
     assert [6 * level for level in FORMATS["fp4"].levels[8:]] == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 
-@pytest.mark.parametrize(("name", "level"), [("nf4", 0.0), ("fp4", 0.0), ("bof4s", 0.0), ("int4", -1 / 15)])
+@rows_in_one_case(("name", "level"), [("nf4", 0.0), ("fp4", 0.0), ("bof4s", 0.0), ("int4", -1 / 15)])
 def test_zero_code_is_the_level_that_zero_gets(name, level):
     assert FORMATS[name].levels[FORMATS[name].zero_code] == level
 
@@ -75,15 +76,13 @@ def test_bof4s_is_what_normal_weights_ask_for():
     torch.testing.assert_close(means / means[15], torch.tensor(form.levels), rtol=0, atol=4e-3)
 
 
-@pytest.mark.parametrize(
-    "levels", [(0.0,) * 15, tuple(reversed(FORMATS["nf4"].levels)), (*FORMATS["nf4"].levels[:15], 1.5)]
-)
+@rows_in_one_case("levels", [(0.0,) * 15, tuple(reversed(FORMATS["nf4"].levels)), (*FORMATS["nf4"].levels[:15], 1.5)])
 def test_wrong_levels_are_refused(levels):
     with pytest.raises(ValueError, match="levels="):
         Format("bad", levels, 16, "float16", "test")
 
 
-@pytest.mark.parametrize("name", ["int8", "", None, ["nf4"]])
+@rows_in_one_case("name", ["int8", "", None, ["nf4"]])
 def test_an_unknown_format_lists_the_choices(name):
     with pytest.raises(ValueError, match="int4, nf4, fp4"):
         get_format(name)

@@ -11,6 +11,7 @@ from lowmem import Half, quantize
 from lowmem.quant.quantize import relative_error, requantize
 from tests import strategies
 from tests.compiled import assert_same_bytes
+from tests.selection import rows_in_one_case
 
 
 @given(strategies.weights(), strategies.formats, strategies.block_sizes, strategies.encodings)
@@ -43,7 +44,7 @@ def test_rows_that_are_what_was_stored_keep_their_bytes(weight, format, block_si
     assert torch.equal(again.scales[1:].view(torch.uint8), q.scales[1:].view(torch.uint8))
 
 
-@pytest.mark.parametrize("row", [0, 150, 299])
+@rows_in_one_case("row", [0, 150, 299])
 def test_a_weight_has_changed_wherever_it_has(row):
     """Rows are compared a chunk at a time: the first, one in the middle, and the last chunk of five."""
     q = replace(quantize(strategies.make_weight("normal", (300, 1000), 0, 0), search=True), method="calibrated")
@@ -64,7 +65,7 @@ def test_the_relative_error_is_that_of_all_weights(weight, format):
         assert relative_error(weight, stored) == pytest.approx(expected, rel=5.001e-4, abs=0)
 
 
-@pytest.mark.parametrize("exponent", [-120, -80, 0, 60, 120])
+@rows_in_one_case("exponent", [-120, -80, 0, 60, 120])
 def test_the_relative_error_has_no_magnitude(exponent):
     weight = strategies.make_weight("normal", (3, 4, 64), 0, 0)
     expected = relative_error(weight, quantize(weight, scales="float32"))
@@ -75,7 +76,7 @@ def test_the_relative_error_has_no_magnitude(exponent):
     assert quantize(scaled, ("fp4", "nf4"), scales="float32").format == best.format
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@rows_in_one_case("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_relative_error_leaves_the_weight_as_it_is(dtype):
     weight = torch.arange(1.0, 17.0).view(2, 8).to(dtype)
     before = weight.clone()

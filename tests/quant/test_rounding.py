@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem.quant.rounding import round_to
+from tests.selection import rows_in_one_case
 
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -21,8 +22,8 @@ def test_it_is_the_nearest_value_of_the_dtype_in_memory_of_its_own(dtype, values
     assert again.data_ptr() != rounded.data_ptr()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@rows_in_one_case("dtype", DTYPES)
+@rows_in_one_case("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused(dtype, value):
     with pytest.raises(ValueError, match="gate holds 1 values that are NaN or infinite; repair them first"):
         round_to(torch.tensor([[value, 1.0]]), dtype, "gate")

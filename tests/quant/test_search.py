@@ -1,6 +1,5 @@
 """The scale of a block: its largest weight, or the candidate that leaves the least error, found in one order."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 from lowmem.quant.formats import FORMATS, get_format
 from lowmem.quant.search import CANDIDATES, block_errors, largest_weights, nearest_codes, searched_scales, spread
 from tests import strategies
+from tests.selection import rows_in_one_case
 
 LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -58,7 +58,7 @@ def test_block_errors_are_the_squared_differences(weight, format, size):
         )
 
 
-@pytest.mark.parametrize("format", sorted(FORMATS))
+@rows_in_one_case("format", sorted(FORMATS))
 def test_where_nothing_is_better_the_largest_magnitude_stays(format):
     """Zeros, and weights whose squares are too small or too large for float32, leave no error to compare."""
     for value in (0.0, 1e-30, 3e38):
@@ -66,7 +66,7 @@ def test_where_nothing_is_better_the_largest_magnitude_stays(format):
         assert torch.equal(searched_scales(rows, FORMATS[format], 8, LARGEST), torch.full((2, 2), value))
 
 
-@pytest.mark.parametrize("format", sorted(FORMATS))
+@rows_in_one_case("format", sorted(FORMATS))
 def test_no_scale_is_above_the_largest_that_can_be_stored(format):
     """Of weights that 17/16 of the largest scale would hold exactly, which no encoding could then store."""
     largest = float(torch.finfo(torch.float16).max)

@@ -282,7 +282,7 @@ def test_of_several_formats_the_one_with_the_least_error_is_taken():
     assert quantize(first, ["nf4", "int4"], importance=torch.arange(16) // 8 * 1.0).format == "nf4"
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("importance", "error", "message"),
     [
         (torch.ones(7), ValueError, r"importance.shape=\(7,\) must be \(8,\)"),
@@ -329,7 +329,7 @@ def test_error_of_a_normal_matrix_is_what_the_format_is_known_for():
     assert float(error.pow(2).mean().sqrt()) == pytest.approx(0.0920, abs=2e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_read_in_float32(dtype):
     weight = strategies.make_weight("normal", (3, 50), 0, 1).to(dtype)
     q = quantize(weight)
@@ -344,7 +344,7 @@ def test_a_parameter_is_quantized_without_a_graph():
     assert not q.dequantize().requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype):
     weight = strategies.make_weight("normal", (20, 300), 0, 0)
     expected = quantize(weight)
@@ -428,9 +428,7 @@ def test_bad_options_are_named():
         quantize(torch.ones(8), block_size=7)
 
 
-@pytest.mark.parametrize(
-    "rows", [slice(0, 5), slice(3, 1300), slice(1299, 1300), slice(7, 7), slice(-4, None)], ids=str
-)
+@rows_in_one_case("rows", [slice(0, 5), slice(3, 1300), slice(1299, 1300), slice(7, 7), slice(-4, None)])
 def test_plain_torch_dequantizes_the_rows_that_are_asked_for(rows):
     """Of 1,300 rows, which are two chunks: those of a slice that begins in either."""
     q = quantize(strategies.make_weight("normal", (1300, 64), 0, 0), "int4")

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.pages import HOSTILE, report
+from tests.selection import rows_in_one_case
 
 pytest.importorskip("altair", reason="the charts need the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the charts need the extra: pip install '.[report]'")
@@ -54,7 +55,7 @@ def drawn(chart, name="small"):
     return draw(every_chart(report(name))[chart])
 
 
-@pytest.mark.parametrize("name", list(every_chart(report())))
+@rows_in_one_case("name", list(every_chart(report())))
 def test_a_chart_is_one_well_formed_picture_of_both_widths(name):
     drawing = drawn(name)
     for svg in (drawing.wide, drawing.narrow):
@@ -67,7 +68,7 @@ def test_a_chart_is_one_well_formed_picture_of_both_widths(name):
     json.dumps(drawing.spec)
 
 
-@pytest.mark.parametrize("name", list(every_chart(report())))
+@rows_in_one_case("name", list(every_chart(report())))
 def test_names_of_any_origin_are_text(name):
     drawing = drawn(name, HOSTILE)
     for svg in (drawing.wide, drawing.narrow):
@@ -99,7 +100,7 @@ def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_ax
     assert "lowmem's nf4" in drawn("peers").wide
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("count", "text"),
     [(0, "0 bytes"), (1023, "1,023 bytes"), (1024, "1.00 KiB"), (9_888_000, "9.43 MiB"), (2**31, "2.00 GiB")],
 )
@@ -107,8 +108,6 @@ def test_bytes_are_readable(count, text):
     assert readable_bytes(count) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0.0%"), (0.0367, "3.7%"), (0.17, "17%"), (8.1e-5, "0.0081%"), (1, "100%")]
-)
+@rows_in_one_case(("value", "text"), [(0, "0.0%"), (0.0367, "3.7%"), (0.17, "17%"), (8.1e-5, "0.0081%"), (1, "100%")])
 def test_shares_have_two_digits(value, text):
     assert percent(value) == text

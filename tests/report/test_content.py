@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.selection import rows_in_one_case
+
 pytest.importorskip("altair", reason="the charts need the extra: pip install '.[report]'")
 
 from lowmem.report.charts import Drawing
@@ -14,7 +16,7 @@ def test_a_chart_is_an_image_with_its_caption_as_name():
     assert 'a="2"' in figure.svg("narrow")
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("value", "text"), [(None, ""), (0, "0"), (1048576, "1,048,576"), (2.0, "2"), (0.00123456, "0.001235")]
 )
 def test_figures_of_gates(value, text):

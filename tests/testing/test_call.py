@@ -6,11 +6,12 @@ from torch import nn
 
 from lowmem.testing.call import ModelError, model_errors
 from lowmem.testing.memory import memory_figures
+from tests.selection import rows_in_one_case
 
 X = torch.ones(2, 64)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("model", "inputs", "said"),
     [
         (nn.Linear, (X,), "the model must be a torch.nn.Module, found the class Linear: call it"),

@@ -63,7 +63,7 @@ def test_what_cannot_be_decided_ends_when_the_time_or_the_pairs_are_up(seconds, 
     assert (found.verdict, found.ratio.pairs) == ("undecided", pairs)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("low", "high", "verdict"),
     [(1.5, 2.0, "faster"), (1.4999, 2.0, "undecided"), (1.0, 1.5, "undecided"), (1.0, 1.4999, "slower")],
 )

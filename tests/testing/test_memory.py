@@ -15,6 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from lowmem import FourBit, Half, LoRA, backend, convert, kernels, measure
 from lowmem.testing.call import ModelError
 from lowmem.testing.memory import THREADS, memory_figures, stored_figures
+from tests.selection import rows_in_one_case
 
 X = torch.ones(2, 64)
 KEPT = 2**20
@@ -48,7 +49,7 @@ def test_codes_scales_and_adapters_are_categories_of_their_own():
     }
 
 
-@pytest.mark.parametrize("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4))])
+@rows_in_one_case("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4))])
 def test_the_categories_add_up_to_the_actual_bytes(techniques):
     model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 64), nn.LayerNorm(64))
     model = convert(model, *techniques) if techniques else model
@@ -123,7 +124,7 @@ def test_what_is_registered_is_not_counted_again_as_an_attribute():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("graph", "indices"),
     [
         (
@@ -133,7 +134,6 @@ def test_what_is_registered_is_not_counted_again_as_an_attribute():
         (lambda ends, each, ones: torch.sparse_csr_tensor(ends, each, ones), 201),
         (lambda ends, each, ones: torch.sparse_csc_tensor(ends, each, ones), 201),
     ],
-    ids=["coo", "csr", "csc"],
 )
 def test_sparse_buffers_count_their_values_and_indices(graph, indices):
     model = nn.Module()

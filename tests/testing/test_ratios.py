@@ -123,19 +123,19 @@ def test_bad_times_are_refused(numerator, denominator, says):
         ratio_of_times(numerator, denominator)
 
 
-@pytest.mark.parametrize("bound", [0.0, -1.0, math.nan, math.inf])
+@rows_in_one_case("bound", [0.0, -1.0, math.nan, math.inf])
 def test_a_bad_bound_is_refused(bound):
     with pytest.raises(ValueError, match=f"bound={bound} must be a positive, finite ratio"):
         ratio_of_times([1.0, 2.0], [1.0, 2.0], bound=bound)
 
 
-@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0, math.nan])
+@rows_in_one_case("confidence", [0.0, 1.0, 95.0, math.nan])
 def test_a_bad_confidence_is_refused(confidence):
     with pytest.raises(ValueError, match=f"confidence={confidence} must lie between 0 and 1"):
         ratio_of_times([1.0, 2.0], [1.0, 2.0], confidence=confidence)
 
 
-@pytest.mark.parametrize("values", [[], [math.nan, 1.0], [math.inf]])
+@rows_in_one_case("values", [[], [math.nan, 1.0], [math.inf]])
 def test_a_shift_of_nothing_or_of_no_numbers_is_refused(values):
     with pytest.raises(ValueError, match="finite"):
         hodges_lehmann(values)

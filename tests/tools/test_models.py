@@ -186,7 +186,7 @@ def test_a_model_that_fails_in_any_way_is_one_line(user_module, name, command, c
     assert shown.count("\n") == 1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64"])
+@rows_in_one_case("dtype", ["float32", "float64", "float16", "bfloat16", "int64"])
 def test_input_has_the_shape_and_dtype_that_were_asked_for(dtype):
     parser = argparse.ArgumentParser()
     models.add_input_arguments(parser)

@@ -32,6 +32,7 @@ from lowmem.transforms.adapters import (
 )
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_sum, stored_weight
+from tests.selection import rows_in_one_case
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 
@@ -301,7 +302,7 @@ def test_the_first_step_of_sgd_moves_b_by_its_own_rate():
     assert torch.equal(layer.lora_b, b - 2.0 * layer.lora_b.grad)
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), True, "1", None])
+@rows_in_one_case("value", [0, -1.0, float("inf"), float("nan"), True, "1", None])
 def test_groups_need_positive_rates_and_an_adapter_that_trains(value):
     model = make_adapted("a")
     with pytest.raises(ValueError, match=f"ratio={value!r} must be a positive number"):
@@ -576,7 +577,7 @@ def test_the_only_adapter_s_values_are_attributes_of_its_layer():
         layer.lora_b  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["", "a.b", ".", "keys", "train", "training", "_modules"])
+@rows_in_one_case("name", ["", "a.b", ".", "keys", "train", "training", "_modules"])
 def test_a_name_that_cannot_be_one_is_refused_and_nothing_changes(name):
     model = make_model()
     modules, flags = list(model.modules()), [p.requires_grad for p in model.parameters()]
@@ -607,7 +608,7 @@ def test_wrong_arguments_of_adding_are_named_and_nothing_changes():
 WITH_A_NAME = [activate, deactivate, delete_adapter, merge_adapter, adapter_layers]
 
 
-@pytest.mark.parametrize("function", WITH_A_NAME)
+@rows_in_one_case("function", WITH_A_NAME)
 def test_an_unknown_name_lists_those_that_there_are(function):
     model = make_adapted("a", "b")
     for name in ("c", None):
@@ -616,7 +617,7 @@ def test_an_unknown_name_lists_those_that_there_are(function):
     assert active_adapters(model) == ["a", "b"]
 
 
-@pytest.mark.parametrize("function", [*WITH_A_NAME, lambda model, _: unmerge_adapter(model)])
+@rows_in_one_case("function", [*WITH_A_NAME, lambda model, _: unmerge_adapter(model)])
 def test_a_model_without_adapters_says_how_to_get_one(function):
     with pytest.raises(ValueError, match="Sequential has no adapter: add_adapter"):
         function(make_model(), "a")

@@ -11,6 +11,7 @@ from lowmem import FORMATS, BigNet, FourBit, Half, LoRA, convert, measure
 from lowmem.quant.packing import MAX_BLOCK_SIZE
 from lowmem.quant.scales import ENCODINGS, OFFSETS
 from lowmem.transforms.bits import SMALLEST, check_at_most, text_of
+from tests.selection import rows_in_one_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
 
@@ -41,7 +42,7 @@ def bits_of(model, *techniques):
     return 8 * measure.theoretical_bytes(model) / measure.weight_count(model)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@rows_in_one_case("name", MODELS)
 def test_the_error_names_the_least_that_any_technique_gives(name):
     model = MODELS[name]()
     before = model.state_dict(keep_vars=True)

@@ -13,6 +13,7 @@ from torch import nn
 from lowmem import Conv4Bit, Embedding4Bit, FourBit, Half, Linear4Bit, LoRA, calibrate, convert, quantize
 from lowmem.transforms import gptq
 from tests.rounding import assert_sum
+from tests.selection import rows_in_one_case
 
 
 class Net(nn.Module):
@@ -172,8 +173,8 @@ def test_modes_come_back_and_so_does_the_fused_path(net, samples):
     assert torch.backends.mha.get_fastpath_enabled() == fused
 
 
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("enabled", [False, True])
+@rows_in_one_case("fails", [False, True])
+@rows_in_one_case("enabled", [False, True])
 def test_the_fused_path_is_off_meanwhile_and_what_it_was_afterwards_also_after_an_error(enabled, fails):
     seen = []
 
@@ -230,7 +231,7 @@ def test_what_no_batch_reached_is_named_and_quantized_by_its_weight(net, samples
     assert torch.equal(net.unused.packed, expected.packed)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+@rows_in_one_case("value", [torch.nan, torch.inf, 0.0])
 def test_inputs_that_say_nothing_are_named(value):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     with pytest.warns(UserWarning, match="0: its inputs are all zero, or hold NaN"):

@@ -34,7 +34,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.convert import swap
 from lowmem.transforms.registry import ADAPTED, made_by
 from tests.rounding import OF_4_BITS, assert_sum, unit
-from tests.selection import covering
+from tests.selection import covering, rows_in_one_case
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated"),
@@ -113,7 +113,7 @@ def test_where_sees_every_path_and_chooses():
     assert {"", "shared", "list", "list.0", "dict", "inner.0.0", "special"} <= set(seen)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("skip", "left"),
     [
         ("list.*", {"list.0"}),
@@ -134,7 +134,7 @@ def test_layers_left_out_can_be_converted_later():
     assert type(model.shared) is nn.Linear  # it stands in dict too: skipped once, not chosen by its first path
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     "wrap",
     [
         weight_norm,
@@ -159,7 +159,7 @@ def test_a_pruned_bias_is_computed_as_before(technique):
     torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight.dequantize(), bias))
 
 
-@pytest.mark.parametrize("alias", ["shared", "again", "dict.shared"])
+@rows_in_one_case("alias", ["shared", "again", "dict.shared"])
 def test_where_leaves_a_shared_module_alone_when_it_refuses_any_of_its_paths(alias):
     model = convert(Odd(), FourBit(), where=lambda path, _: path != alias)
     assert type(model.shared) is nn.Linear
@@ -190,8 +190,8 @@ def test_the_mode_is_kept(training):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("techniques", [(Half(),), (FourBit(),), (FourBit(), LoRA(2))])
+@rows_in_one_case("training", [True, False])
+@rows_in_one_case("techniques", [(Half(),), (FourBit(),), (FourBit(), LoRA(2))])
 def test_a_transformer_keeps_working_where_torch_would_read_dense_weights(techniques, training):
     """In float64, where what two orders of addition differ by is 1e-15 of a sum: 1e-9 allows for any condition."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
@@ -248,7 +248,7 @@ def test_an_encoder_computes_with_what_is_stored(techniques, batch_first, norm_f
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor is True")
-@pytest.mark.parametrize("techniques", EVERY)
+@rows_in_one_case("techniques", EVERY)
 def test_an_encoder_s_layers_are_read_afresh_in_inference(techniques):
     """Neither a copy of a converted layer in a new encoder, nor a change of what is stored, meets a stale weight."""
     model = encoder(True, False).eval()
@@ -318,7 +318,7 @@ def tensors_of(layer):
     return tuple(getattr(base, name) for name in base.part_names if name.startswith("weight"))
 
 
-@pytest.mark.parametrize("techniques", EVERY)
+@rows_in_one_case("techniques", EVERY)
 def test_tied_weights_stay_tied(techniques):
     dense, untied = Tied(), Tied()
     untied.head.weight = nn.Parameter(untied.tokens.weight.detach().clone())
@@ -338,8 +338,8 @@ def test_tied_weights_stay_tied(techniques):
     assert tensors_of(twin.tokens)[0] is tensors_of(twin.head)[0]
 
 
-@pytest.mark.parametrize("techniques", EVERY)
-@pytest.mark.parametrize("skip", ["tokens", "head"])
+@rows_in_one_case("techniques", EVERY)
+@rows_in_one_case("skip", ["tokens", "head"])
 def test_tied_weights_are_left_alone_together(techniques, skip):
     model = convert(Tied(), *techniques, skip=skip)
     assert (type(model.tokens), type(model.head)) == (nn.Embedding, nn.Linear)
@@ -356,7 +356,7 @@ def test_an_adapter_over_a_tied_layer_leaves_the_tie():
     assert type(model.tokens) is nn.Embedding  # the adapter's base holds its weight
 
 
-@pytest.mark.parametrize("techniques", EVERY)
+@rows_in_one_case("techniques", EVERY)
 def test_a_weight_that_a_module_holds_itself_is_left_alone(techniques):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model.register_parameter("own", model[0].weight)
@@ -365,7 +365,7 @@ def test_a_weight_that_a_module_holds_itself_is_left_alone(techniques):
     assert type(model[1]) is not nn.Linear
 
 
-@pytest.mark.parametrize("technique", [Half(), FourBit(), LoRA()])
+@rows_in_one_case("technique", [Half(), FourBit(), LoRA()])
 def test_the_same_technique_twice_on_a_layer_is_refused(technique):
     model = convert(Odd(), technique)
     layers = list(model.modules())
@@ -387,7 +387,7 @@ def test_a_model_whose_layers_all_have_adapters_says_so(technique):
         convert(model, technique)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("model", "found"),
     [
         (nn.Sequential(nn.PReLU(1), nn.PReLU(1), nn.ReLU()), "found PReLU x2, ReLU x1"),
@@ -424,7 +424,7 @@ def test_wrong_arguments_are_named():
         convert(Odd(), Half(), skip="typo")
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("spoil", "error", "message"),
     [
         (
@@ -448,7 +448,7 @@ def test_wrong_arguments_are_named():
     ],
 )
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
-@pytest.mark.parametrize("technique", [FourBit(scales="float16"), FourBit()])
+@rows_in_one_case("technique", [FourBit(scales="float16"), FourBit()])
 def test_a_weight_that_cannot_be_stored_is_named_and_nothing_changes(spoil, error, message, technique):
     model = Odd()
     spoil(model.inner[0][0])
@@ -483,7 +483,7 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize(("technique", "source"), MADE)
+@rows_in_one_case(("technique", "source"), MADE)
 def test_every_entry_of_the_registry_builds_a_layer_that_replaces_its_source(technique, source):
     kind, before = SOURCES.get(source, (source, ()))
     make, make_input = INPUTS[kind]
@@ -539,9 +539,7 @@ def test_what_a_replacement_refuses_is_left_alone(technique):
     assert type(model[1]) is not nn.Linear
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: nn.Embedding(16, 8), lambda: nn.Conv1d(8, 8, 1), lambda: nn.Conv2d(8, 8, 1)]
-)
+@rows_in_one_case("make", [lambda: nn.Embedding(16, 8), lambda: nn.Conv1d(8, 8, 1), lambda: nn.Conv2d(8, 8, 1)])
 def test_recomputed_weights_of_any_layer_are_left_alone(make):
     model = nn.Sequential(parametrizations.weight_norm(make()), make())
     kind = type(model[0])
@@ -570,8 +568,8 @@ class OfPeft(PeftLinear):
     """A user's own kind of it."""
 
 
-@pytest.mark.parametrize("kind", [PeftLinear, OfPeft])
-@pytest.mark.parametrize("change", ["FourBit", "Half", "LoRA", "add_adapter", "calibrate"])
+@rows_in_one_case("kind", [PeftLinear, OfPeft])
+@rows_in_one_case("change", ["FourBit", "Half", "LoRA", "add_adapter", "calibrate"])
 def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, change):
     model = nn.Sequential(nn.Linear(8, 8), kind(nn.Linear(8, 8)))
     model[1].base_layer.requires_grad_(False)
@@ -609,8 +607,8 @@ class PeftModel(nn.Module):
 PeftModel.__module__ = "peft.peft_model"
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize(
+@rows_in_one_case("wrapped", [False, True])
+@rows_in_one_case(
     ("options", "found"),
     [
         ({}, "base_model.0.base_layer is inside"),
@@ -618,9 +616,8 @@ PeftModel.__module__ = "peft.peft_model"
         ({"where": lambda path, _: path.endswith("2")}, "base_model.2 is inside"),
         ({"where": lambda *_: False}, None),
     ],
-    ids=["all", "skip", "where", "nothing"],
 )
-@pytest.mark.parametrize("change", ["FourBit", "Half", "LoRA", "QLoRA", "add_adapter", "calibrate"])
+@rows_in_one_case("change", ["FourBit", "Half", "LoRA", "QLoRA", "add_adapter", "calibrate"])
 def test_a_model_that_peft_has_wrapped_is_refused_whatever_is_selected(change, options, found, wrapped):
     model = nn.ModuleDict({"module": PeftModel()}) if wrapped else PeftModel()  # as in DistributedDataParallel
     if not wrapped and "skip" in options:
@@ -670,7 +667,7 @@ def test_weights_that_are_parts_of_one_storage_are_two_weights():
         assert torch.equal(layer.weight, part.half())
 
 
-@pytest.mark.parametrize("techniques", EVERY)
+@rows_in_one_case("techniques", EVERY)
 def test_a_tie_with_a_layer_that_another_tie_leaves_is_left_alone(techniques):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model.register_parameter("own", model[0].weight)

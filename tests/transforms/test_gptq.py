@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lowmem import FORMATS, FourBit, quantize
 from lowmem.transforms.gptq import prepare_hessian, quantize_gptq
-from tests.selection import covering
+from tests.selection import covering, rows_in_one_case
 
 
 def correlated(rows, columns, seed=0):
@@ -67,7 +67,7 @@ def test_the_layout_is_that_of_the_search_and_a_repeat_gives_the_same_bytes(form
     assert torch.isfinite(one.dequantize()).all()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@rows_in_one_case("format", FORMATS)
 def test_independent_inputs_give_the_nearest_codes(format):
     weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
     found = quantize_gptq(weight, FourBit(format, block_size=8, search=True), prepare_hessian(torch.eye(33), 0.01))
@@ -110,7 +110,7 @@ def test_upper_is_the_root_of_the_inverse(columns, rows, seed):
     assert torch.allclose(upper.T @ upper @ damped, torch.eye(columns, dtype=torch.float64), atol=1e-3)
 
 
-@pytest.mark.parametrize("moments", [torch.zeros(3, 3), torch.full((3, 3), torch.inf), torch.full((3, 3), torch.nan)])
+@rows_in_one_case("moments", [torch.zeros(3, 3), torch.full((3, 3), torch.inf), torch.full((3, 3), torch.nan)])
 def test_zero_or_infinite_moments_have_no_hessian(moments):
     assert prepare_hessian(moments, 0.01) is None
 

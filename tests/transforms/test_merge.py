@@ -29,7 +29,7 @@ from lowmem import (
 from lowmem.quant.quantize import relative_error
 from tests import strategies
 from tests.rounding import assert_sum, stored_weight
-from tests.selection import covering
+from tests.selection import covering, rows_in_one_case
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 ranks = st.integers(1, 9)
@@ -124,7 +124,7 @@ def test_merging_to_a_dtype_makes_dense_layers_rounded_once(base, dtype):
     assert model[0](torch.ones(2, 24, dtype=dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_dense_layer_keeps_its_dtype_though_the_sum_is_wider(dtype):
     layer = strategies.make_adapted(torch.nn.Linear(8, 8, dtype=dtype), "dense")
     expected = (layer.base.weight + layer.adapters["default"].delta()).to(dtype)
@@ -346,7 +346,7 @@ def test_an_adapter_that_was_merged_reversibly_is_reported_against_its_own_base(
     assert merge(layer, inputs=x, report=True)[1] == expected
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("options", "kind", "message"),
     [
         ({"to": "bfloat16"}, ValueError, "to='bfloat16' must be 'same format', or a floating-point torch.dtype"),
@@ -383,7 +383,7 @@ def test_a_bias_that_the_dtype_cannot_hold_is_named():
     assert type(model[0]) is LoRALinear
 
 
-@pytest.mark.parametrize("base", ["dense", "bfloat16", "4-bit"])
+@rows_in_one_case("base", ["dense", "bfloat16", "4-bit"])
 def test_a_fresh_adapter_folds_to_nothing_whatever_the_model_was_cast_to(base):
     linear = torch.nn.Linear(8, 8)
     torch.nn.init.normal_(linear.weight, std=1e-9)
@@ -438,7 +438,7 @@ def test_merging_twice_is_refused(base):
     assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("base", "value", "message"),
     [
         ("half", 1e5, "1: the adapted weight holds the magnitude .*scale the adapter down"),

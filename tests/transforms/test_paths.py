@@ -1,8 +1,7 @@
 """Names of layers that differ by indices alone."""
 
-import pytest
-
 from lowmem.transforms.paths import group_name, indices, role_of
+from tests.selection import rows_in_one_case
 
 
 def test_layers_of_one_role_differ_by_indices_alone():
@@ -18,7 +17,7 @@ def test_one_name_stands_for_all_paths():
     assert group_name(["head"]) == "head"
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("found", "text"),
     [
         ([3], "3"),

@@ -9,6 +9,7 @@ from torch import nn
 import lowmem
 from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, merge, summary
 from lowmem.transforms.placement import output_layers, place_adapters, techniques_by_layer
+from tests.selection import rows_in_one_case
 from tests.test_any_model import Experts
 
 STORED = {"dense": (), "half": (Half(),), "4-bit": (FourBit(),)}
@@ -110,7 +111,7 @@ def test_the_summary_says_why_an_output_layer_has_no_adapter(stored):
         assert {row.path: row.reason for row in summary(convert(Causal(), *STORED[stored]))}["lm_head"] is None
 
 
-@pytest.mark.parametrize("returned", [None, AttributeError, NotImplementedError, torch.ones(1)], ids=str)
+@rows_in_one_case("returned", [None, AttributeError, NotImplementedError, torch.ones(1)])
 def test_a_model_without_an_output_layer_has_none_left_out(returned):
     assert output_layers(Without(returned)) == {}
     assert adapted(convert(Without(returned), LoRA(2))) == ["body.q", "body.v"]

@@ -15,6 +15,7 @@ from lowmem.transforms import plan as module
 from lowmem.transforms.bits import text_of
 from lowmem.transforms.plan import OPTIMIZERS, bytes_of
 from tests.models import INDICES, Small
+from tests.selection import rows_in_one_case
 
 MIB = 2**20
 
@@ -79,8 +80,8 @@ def state_bytes(optimizer):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@rows_in_one_case("name", MODELS)
+@rows_in_one_case("technique", TECHNIQUES)
 def test_every_figure_of_one_model_is_what_a_real_one_measures(name, technique):
     """Stored bytes, gradients and optimizer to the byte; peaks, too, but for the scratch of products."""
     make, batch = MODELS[name]
@@ -116,7 +117,7 @@ def layers():
     return nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("make", "rows", "technique", "training"),
     [
         (BigNet, 64, "dense", "adamw"),  # the optimizer's step takes most
@@ -151,8 +152,8 @@ def test_the_total_of_inference_is_the_peak_of_a_forward_within_ten_percent(tech
     assert found.total_bytes == found.inference_bytes
 
 
-@pytest.mark.parametrize("technique", ["half", "nf4", "bof4s", "lora", "qlora"])
-@pytest.mark.parametrize("name", ["BigNet", "large table"])
+@rows_in_one_case("technique", ["half", "nf4", "bof4s", "lora", "qlora"])
+@rows_in_one_case("name", ["BigNet", "large table"])
 def test_the_peak_of_convert_is_that_of_a_real_one_within_five_percent(name, technique):
     make = BigNet if name == "BigNet" else lambda: nn.Sequential(nn.Embedding(40_000, 256), nn.Linear(256, 256))
     batch = MODELS["BigNet"][1] if name == "BigNet" else torch.zeros(1, 2, dtype=torch.int64)
@@ -379,7 +380,7 @@ def needs_values():
     return Model(8, 8)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("make", "given", "options", "error", "text"),
     [
         (BigNet, (), {"training": "adam"}, ValueError, "training='adam' is unknown: choose from None, sgd, adamw"),
@@ -415,14 +416,12 @@ def test_bad_input_is_one_clear_error(make, given, options, error, text):
         plan(factory, *given, **{"batch": torch.ones(1, 1024), **options})
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [(7, 7), (2**60 + 1, 2**60 + 1), ("24GiB", 24 * 2**30), ("1.5KB", 1500)]
-)
+@rows_in_one_case(("size", "expected"), [(7, 7), (2**60 + 1, 2**60 + 1), ("24GiB", 24 * 2**30), ("1.5KB", 1500)])
 def test_sizes(size, expected):
     assert bytes_of(size) == expected
 
 
-@pytest.mark.parametrize("size", ["", "GB", "1XB", "-1GB", "0", "1e3", "9" * 30])
+@rows_in_one_case("size", ["", "GB", "1XB", "-1GB", "0", "1e3", "9" * 30])
 def test_what_is_no_size(size):
     with pytest.raises(ValueError, match="must be a size"):
         bytes_of(size)

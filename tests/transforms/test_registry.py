@@ -19,6 +19,7 @@ from lowmem.transforms.registry import (
     select_modules,
     skip_reason,
 )
+from tests.selection import rows_in_one_case
 
 
 class Subclass(nn.Linear):
@@ -73,8 +74,8 @@ class Experts(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:16% of the bytes of Experts are weights that stay dense")
-@pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16)], ids=["4-bit", "half"])
-@pytest.mark.parametrize("kind", KINDS)
+@rows_in_one_case("technique", [FourBit("nf4"), Half(torch.bfloat16)])
+@rows_in_one_case("kind", KINDS)
 def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(kind, technique):
     dense = KINDS[kind]()
     names = parameters_to_store(dense)
@@ -95,7 +96,7 @@ def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(k
     assert made.weight_count == sum(tensor.numel() for tensor in own.values())
 
 
-@pytest.mark.parametrize("made", LAYERS.values(), ids=lambda made: made.__name__)
+@rows_in_one_case("made", LAYERS.values())
 def test_a_layer_with_a_forward_of_its_own_is_of_the_class_that_it_replaces(made):
     assert issubclass(made, made.dense_class)
     assert all(isinstance(vars(made).get(name, getattr(made, name)), property) for name in made.stored_names)
@@ -115,7 +116,7 @@ def test_a_subclass_of_linear_is_taken_if_products_alone_read_its_weight():
     assert skip_reason(FourBit, Cosine(8, 4), chosen=True) is None
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("module", "reason"),
     [
         (nn.Linear(4, 4), None),
@@ -126,7 +127,6 @@ def test_a_subclass_of_linear_is_taken_if_products_alone_read_its_weight():
         (parametrizations.weight_norm(nn.Linear(4, 4)), "computed by a parametrization"),
         (nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
     ],
-    ids=lambda value: type(value).__name__,
 )
 def test_what_is_left_alone_has_a_reason(module, reason):
     found = skip_reason(FourBit, module)
@@ -134,7 +134,7 @@ def test_what_is_left_alone_has_a_reason(module, reason):
     assert reason is None or reason in found
 
 
-@pytest.mark.parametrize("made", [*LAYERS.values(), LoRALinear], ids=lambda made: made.__name__)
+@rows_in_one_case("made", [*LAYERS.values(), LoRALinear])
 def test_what_replaces_a_layer_is_called_as_it_is(made):
     """Models call layers by keyword, too."""
     kind = getattr(made, "dense_class", nn.Linear)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lowmem import FourBit, Half, LoRA, add_adapter, convert, measure, merge_adapter, summary
+from tests.selection import rows_in_one_case
 
 NOT_CHOSEN = "not chosen: where=, skip= or never converted"
 
@@ -37,10 +38,10 @@ def by_path(model):
     return {row.path: row for row in summary(model)}
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     "techniques", [(), (Half(),), (Half(torch.bfloat16),), (FourBit(),), (FourBit(), LoRA(2)), (LoRA(2),)]
 )
-@pytest.mark.parametrize(
+@rows_in_one_case(
     "make", [Tied, lambda: nn.TransformerEncoderLayer(16, 2, 32), lambda: nn.Sequential(nn.Linear(16, 8), nn.PReLU())]
 )
 def test_the_rows_add_up_to_what_the_model_stores_and_stands_for(make, techniques):
@@ -76,7 +77,7 @@ def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
     assert summary(model).weight_error == (first.weight_error + second.weight_error) / 2
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("module", "reason"),
     [
         (nn.LayerNorm(8), "LayerNorm: vectors (biases, norms) stay dense"),
@@ -90,7 +91,6 @@ def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
         (prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5), "its weight is no parameter of its own"),
         (nn.Linear(8, 8), NOT_CHOSEN),
     ],
-    ids=lambda value: type(value).__name__,
 )
 @pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
 def test_what_was_left_has_a_reason(module, reason):

@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowmem.io.foreign.patterns import Budget, Pattern
+from tests.selection import rows_in_one_case
 
 ATOMS = st.sampled_from(
     ["a", "b", ".", r"\.", "[ab]", "[^a]", "[a-c0-2]", r"\d", r"\W", r"[\w.]", "^", "$", "é", "{", "-"]
@@ -56,7 +57,7 @@ def test_the_budget_ends_what_would_take_long():
         any(pattern.matches(text) for text in texts)
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("pattern", "why"),
     [
         ("(", "not closed"),

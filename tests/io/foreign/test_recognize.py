@@ -19,6 +19,7 @@ from lowmem.nn.stored import FourBitForm
 from lowmem.quant.tensor import QuantizedTensor
 from tests import strategies
 from tests.io.foreign.written import mutated, mutations, read_all
+from tests.selection import rows_in_one_case
 
 SAMPLES = Path(__file__).parent / "samples"
 MADE = json.loads((SAMPLES / "samples.json").read_text())
@@ -41,7 +42,7 @@ def values_of(tensor: ForeignTensor) -> torch.Tensor:
     return values.transpose(-1, -2).contiguous() if tensor.transposed else values
 
 
-@pytest.mark.parametrize("name", MADE["sha256"])
+@rows_in_one_case("name", MADE["sha256"])
 def test_a_file_that_another_program_wrote_holds_what_that_program_says_to_the_bit(name):
     """tests/formats/makers.py wrote it with that program's own package, and noted its version and its values."""
     with open_foreign(SAMPLES / name) as file:
