@@ -31,12 +31,13 @@ bound = at([*ISAS[:1], *ISAS[-1:]])  # how C is called, which is one source: the
 STEPS = (1, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 EDGES = sorted({step + beside for step in STEPS for beside in (-1, 0, 1)} - {0})
 
-given_stored = (  # a matrix and how it is stored in 4 bits: weight, format, block size, scales
+given_stored = (  # a matrix and how it is stored: weight, format, block size, scales
     strategies.weights(2, 2, max_exponent=0, rows=strategies.tiled_rows, columns=strategies.long_columns),
     strategies.formats,
     strategies.short_blocks,
     strategies.encodings,
 )
+given_stored_in_4_bits = (given_stored[0], strategies.four_bit_formats, *given_stored[2:])
 
 
 @contextmanager

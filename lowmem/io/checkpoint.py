@@ -52,10 +52,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written; an existing file is unchanged.
     """
     model = unwrap(model)
-    refuse_sharded("save", model)
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     layers = {module: paths[0] for module, paths in module_paths(model).items() if made_by(module) is not None}
+    refuse_sharded("save", model)
     _refuse_lazy(model)
     recorded = format_keys(model)  # skipped: ``metadata`` holds the formats
     names = names_in_files(model)

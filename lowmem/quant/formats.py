@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from types import MappingProxyType
 
 __all__ = ["EIGHT_BIT", "FORMATS", "IMPORTED", "Format", "get_format"]
@@ -58,7 +59,8 @@ class Format:
         """
         boundaries: list[float] = []
         for low, high in pairwise(self.levels):
-            boundaries.append(boundaries[-1] if low == high and boundaries else (low + high) / 2)
+            below = boundaries[-1] if boundaries else -inf
+            boundaries.append(below if low == high else (low + high) / 2)
         return tuple(boundaries)
 
     @property
@@ -208,7 +210,6 @@ EIGHT_BIT = MappingProxyType(
     }
 )
 """Formats whose codes have 8 bits: a byte each. Code 0 is never chosen; it means -127, as code 1 does."""
-_ALL = {**FORMATS, **IMPORTED, **EIGHT_BIT}
 
 
 def get_format(name: str) -> Format:
@@ -217,7 +218,9 @@ def get_format(name: str) -> Format:
     Raises:
         ValueError: there is no such format; the choices are listed.
     """
+    known = (FORMATS, IMPORTED, EIGHT_BIT)
     try:
-        return _ALL[name]
-    except (KeyError, TypeError):
-        raise ValueError(f"format={name!r} is unknown: choose from {', '.join(_ALL)}") from None
+        return next(formats for formats in known if name in formats)[name]
+    except (StopIteration, TypeError):
+        names = [one for formats in known for one in formats]
+        raise ValueError(f"format={name!r} is unknown: choose from {', '.join(names)}") from None

@@ -7,7 +7,8 @@ from benchmarks import folders
 
 @pytest.mark.parametrize("beyond", [0, folders.CONSTANT, folders.CONSTANT + 0.5])
 def test_more_than_the_constant_fails(monkeypatch, capsys, beyond):
-    monkeypatch.setattr(folders, "make", lambda folder, sizes: None)
+    for maker in ("make", "make_exact"):
+        monkeypatch.setattr(folders, maker, lambda folder, sizes: None)
 
     def measured(folder, small, technique, dtype):
         return folders.Loaded(technique, dtype, 100.0 + beyond * (technique == "bof4s"), 60.0, 40.0)
@@ -15,5 +16,5 @@ def test_more_than_the_constant_fails(monkeypatch, capsys, beyond):
     monkeypatch.setattr(folders, "_in_process", measured)
     assert folders.main([]) == (beyond > folders.CONSTANT)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(folders.CASES)
+    assert len(lines) == 1 + len(folders.CASES) + len(folders.EXACT) * len(folders.EXACT_DTYPES)
     assert f"+ {beyond:5.1f} (at most 8)" in "".join(lines)

@@ -142,9 +142,8 @@ def check_refusals(rank, world):
     first = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
     refused(nn.Sequential(first), ValueError, r"0 is a FullyShardedDataParallel \(FSDP1\), which joins")
     refused(make(), TypeError, "mesh='cpu' must be a DeviceMesh", "cpu")
-    refused(
-        make(), ValueError, r"mesh of shape \(1, 1, 2\) without names must have", init_device_mesh("cpu", (1, 1, 2))
-    )
+    text = rf"mesh of shape \(1, 1, {world}\) without names must have"
+    refused(make(), ValueError, text, init_device_mesh("cpu", (1, 1, world)))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     refused(
         make("half"), ValueError, "is stored in torch.float16, and param_dtype=torch.bfloat16 would", mp_policy=half
@@ -155,7 +154,7 @@ def check_refusals(rank, world):
     scalar = Tied()
     scalar.scale.requires_grad_()
     refused(scalar, ValueError, "scale is a scalar that trains")
-    sharded = lowmem.shard(make(), init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")))
+    sharded = lowmem.shard(make(), init_device_mesh("cpu", (1, world), mesh_dim_names=("replicate", "shard")))
     refused(sharded, ValueError, r"is sharded already \(a DTensor\): call shard once")
     with pytest.raises(
         RuntimeError, match="has a part of a stored weight .*call the sharded block or model as a module"
@@ -203,6 +202,16 @@ def _replicated():
     from torch.distributed.tensor import Replicate
 
     return Replicate()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use")  # of FSDP1, with one process
+def test_a_group_of_one_process_is_refused_what_larger_ones_are(tmp_path):
+    """Here, where coverage counts it."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        check_refusals(0, 1)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_two_processes_train_as_one_does_with_half_of_the_weights(tmp_path):

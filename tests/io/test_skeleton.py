@@ -124,7 +124,7 @@ def test_adapters_come_back_in_the_dtype_that_they_have(tmp_path):
 
 def test_lazy_modules_are_refused_and_listed(tmp_path):
     lazy = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(8))
-    with pytest.raises(ValueError, match="no dense tensor with values"):
+    with pytest.raises(ValueError, match="^1 is lazy and has no shape yet"):
         save(lazy, tmp_path / "m")
     assert lowmem.summary(lazy).weights == 16 * 16 + 16
     save(pair(), tmp_path / "m")

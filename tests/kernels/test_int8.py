@@ -13,7 +13,7 @@ from lowmem import FORMATS, FourBit, LoRA, convert, kernels, load, measure, quan
 from lowmem.kernels import int8
 from lowmem.nn.conv import Conv4Bit
 from tests import strategies
-from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored, on_threads
+from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored_in_4_bits, on_threads
 from tests.rounding import OF_4_BITS, assert_product
 from tests.selection import in_one_case, rows_in_one_case
 
@@ -93,7 +93,7 @@ def test_levels_that_lie_on_a_grid_stay_as_they_are():
 
 @kernel
 @compiled_int8
-@given(*given_stored, batches, dtypes, st.booleans(), strategies.seeds)
+@given(*given_stored_in_4_bits, batches, dtypes, st.booleans(), strategies.seeds)
 def test_products_are_those_of_rounded_inputs(isa, weight, form, size, scales, batch, dtype, with_bias, seed):
     q = quantize(weight, form, block_size=size, scales=scales)
     generator = torch.Generator().manual_seed(seed)

@@ -82,7 +82,7 @@ def test_wrong_levels_are_refused(levels):
         Format("bad", levels, 16, "float16", "test")
 
 
-@rows_in_one_case("name", ["int8", "", None, ["nf4"]])
+@rows_in_one_case("name", ["int3", "", None, ["nf4"]])
 def test_an_unknown_format_lists_the_choices(name):
     with pytest.raises(ValueError, match="int4, nf4, fp4"):
         get_format(name)
@@ -117,3 +117,12 @@ def test_imported_formats_have_the_levels_of_their_programs_and_are_quantized_in
             assert stored.method == ("search" if IMPORTED[name].search else "absmax")
     with pytest.raises(ValueError, match="bof4s, q4_0, iq4_nl, uint4, bnb_fp4"):
         get_format("q4_1")
+
+
+def test_of_equal_levels_the_upper_code_alone_is_chosen():
+    """Also of the first two: 8-bit codes are 1 to 255, whatever the weights."""
+    weight = torch.tensor([[-3.0, 3.0, -2.9, 0.0, 1.0, -1.0, 0.5, 2.0], [-5.0, 0, 0, 0, 0, 0, 0, 5.0]])
+    for scales in ENCODINGS:
+        codes = quantize(weight, "int8", block_size=8, scales=scales).packed
+        assert int(codes.min()) == 1
+        assert int(codes.max()) == 255

@@ -12,7 +12,8 @@ from lowmem.tools.language_job import OPTIONS
 def test_options_of_folders_mean_nothing_for_classifiers(capsys, monkeypatch):
     monkeypatch.setattr(classifier, "run", lambda arguments: pytest.fail("it ran"))
     given = {"format": "nf4", "memory": "lean", "decay": "linear", "eval_data": "a.txt", "plot": "a.png"}
-    given |= dict.fromkeys(("skip_dense", "resume"), "") | {"metrics": "a.jsonl", "eval_share": "0.1"}
+    given |= dict.fromkeys(("skip_dense", "resume", "shard", "replicate"), "")
+    given |= {"metrics": "a.jsonl", "eval_share": "0.1"}
     for name in OPTIONS:
         option, value = f"--{name.replace('_', '-')}", given.get(name, "3")
         assert main(["fit", "lora", *([option, value] if value else [option])]) == 2

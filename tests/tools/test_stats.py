@@ -254,7 +254,7 @@ def test_the_plan_of_techniques_as_text():
 @rows_in_one_case(
     ("text", "said"),
     [
-        ("", "'' is no technique: choose from Half, FourBit, LoRA"),
+        ("", "'' is no technique: choose from Half, EightBit, FourBit, LoRA"),
         ("qlora", "'qlora' is no technique"),
         ("Half:float8", "dtype=float8 must be torch.float16 or torch.bfloat16"),
         ("Half:Tensor", "must be torch.float16 or torch.bfloat16"),
