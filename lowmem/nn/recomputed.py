@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = [
     "Again",
+    "Kept",
     "can_recompute",
     "compute_again",
     "note_recompute",
@@ -126,11 +127,25 @@ def saves_in_any_dtype() -> bool:
     return bool(getattr(getattr(pack, "__self__", None), "saves_in_any_dtype", False))
 
 
-class _Kept(NamedTuple):
-    """A tensor that is saved as it is: torch does not check versions of what hooks return."""
+class Kept(NamedTuple):
+    """A tensor that is saved as it is, at one version: torch does not check versions of what hooks return."""
 
     tensor: Tensor
     version: int
+
+    def unchanged(self) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            RuntimeError: it has been written to since.
+        """
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of shape {tuple(self.tensor.shape)} is at version {self.tensor._version}, and was saved "
+                f"at version {self.version}"
+            )
+        return self.tensor
 
 
 class _Outer(NamedTuple):
@@ -156,7 +171,7 @@ def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
         if plain and saved.untyped_storage()._cdata == storage and saved._version == version:
             return Again(recompute, saved.shape, saved.stride(), int(saved.storage_offset()))
         if outer is None:
-            return _Kept(saved, saved._version)
+            return Kept(saved, saved._version)
         return _Outer(outer[0](saved), outer[1])
 
     _inputs.found.append((tensor, version, recompute))
@@ -167,15 +182,9 @@ def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
         _inputs.found.pop()
 
 
-def _unpack(packed: Again | _Kept | _Outer) -> Tensor:
+def _unpack(packed: Again | Kept | _Outer) -> Tensor:
     if isinstance(packed, _Outer):
         return packed.unpack(packed.packed)
     if isinstance(packed, Again):
         return compute_again(packed)
-    if packed.tensor._version != packed.version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-            f"tensor of shape {tuple(packed.tensor.shape)} is at version {packed.tensor._version}, saved at version "
-            f"{packed.version}"
-        )
-    return packed.tensor
+    return packed.unchanged()

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowmem.kernels.codes import BLOCK, code, decode
 from lowmem.nn.frozen_linear import is_cast
-from lowmem.nn.recomputed import Again, compute_again, noted
+from lowmem.nn.recomputed import Again, Kept, compute_again, noted
 from lowmem.training.room import Room, return_holes
 from lowmem.transforms.registry import check_module
 
@@ -96,13 +96,6 @@ class _Held:
     piece: int = 0
 
 
-class _Kept(NamedTuple):
-    """A tensor that is saved as it is, at one version: torch does not check versions of what hooks return."""
-
-    tensor: Tensor
-    version: int
-
-
 class _Seen(NamedTuple):
     """What a storage is kept as at one version: its codes, or itself for None."""
 
@@ -130,9 +123,9 @@ class _Compressor:
         self.room = Room()
         self.keeps: Callable[[Tensor], bool] | None = None
 
-    def pack(self, tensor: Tensor) -> _Kept | _Packed | Again:
+    def pack(self, tensor: Tensor) -> Kept | _Packed | Again:
         """Return what autograd keeps in place of a tensor."""
-        return self._packed(tensor) or _Kept(tensor, tensor._version)
+        return self._packed(tensor) or Kept(tensor, tensor._version)
 
     def _packed(self, tensor: Tensor) -> _Packed | Again | None:
         if type(tensor) is not Tensor or not _is_large(tensor):
@@ -175,20 +168,14 @@ class _Compressor:
         return None
 
     @staticmethod
-    def unpack(packed: _Kept | _Packed | Again) -> Tensor:
+    def unpack(packed: Kept | _Packed | Again) -> Tensor:
         """Return the tensor for backward.
 
         Raises:
             RuntimeError: it was kept as it is, and has been written to since.
         """
-        if isinstance(packed, _Kept):
-            if packed.tensor._version != packed.version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"a tensor of shape {tuple(packed.tensor.shape)} is at version {packed.tensor._version}, and was "
-                    f"saved at version {packed.version}"
-                )
-            return packed.tensor
+        if isinstance(packed, Kept):
+            return packed.unchanged()
         if isinstance(packed, Again):
             return compute_again(packed)
         held = packed.held
