@@ -24,8 +24,9 @@ __all__ = ["Conv1d8Bit", "Conv2d8Bit", "EightBit", "Embedding8Bit", "Linear8Bit"
 class EightBit(Blockwise):
     """8-bit quantization: weights are stored as integers from -127 to 127 with a scale per block, frozen.
 
-    Biases are unchanged. A weight is off by at most 1/254 of the largest magnitude of its block: absmax quantization
-    as in LLM.int8(), arXiv 2208.07339, section 2, in blocks as in arXiv 2110.02861.
+    Biases are unchanged. A weight is off by at most 1/254 of the largest magnitude of its block, and what rounding
+    took from the stored scale (``QuantizedTensor.error_bound``): absmax quantization as in LLM.int8(), arXiv
+    2208.07339, section 2, in blocks as in arXiv 2110.02861.
 
     Args:
         block_size: weights per scale, even, 8 to 4096; None: 64.
