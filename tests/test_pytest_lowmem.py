@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -334,9 +335,7 @@ def test_a_latency_gate_passes_fails_and_says_what_it_saw(project, run):
     )
     assert "undecided (3 s allowed): the candidate is 1.50 times" in output
     assert "test_model.py::test_latency[1.6-1.8]: 1.70 times as fast" in output
-    assert (
-        "the candidate fails on the example input: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in output
-    )
+    assert re.search("the candidate fails on the example input: RuntimeError: .*mat1 and mat2 shapes cannot", output)
     assert "at_least=0 must be a positive, finite number" in output
 
 

@@ -52,6 +52,8 @@ _ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
 # chunks of one weight have about one size.
 _TORCH_CHUNK = 512
 
+_TILE = 32  # columns in bfloat16 of a tile of AMX
+
 _OPERATIONS = {"linear": 0, "linear_int8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
 
 Asked: TypeAlias = tuple[str, str, int, int, "str | None"]
@@ -268,6 +270,7 @@ class Kernel:
         """
         if x.dtype is torch.float16:  # the weight would be rounded to it
             return self._linear_by_torch(x.float(), given, shape, bias).to(x.dtype)
+        x = rows_apart(x)
         handle, packed, _ = given
         bias = bias if bias is None else bias.to(x.dtype)
         if handle is None:
@@ -297,6 +300,7 @@ class Kernel:
         """
         if grad.dtype is torch.float16:  # the weight would be rounded to it
             return self._input_grad_by_torch(grad.float(), given, shape, block_size).to(grad.dtype)
+        grad = rows_apart(grad)
         handle, packed, _ = given
         if handle is None:
             return grad @ packed if onto is None else onto.addmm_(grad, packed)
@@ -558,6 +562,18 @@ def _range(least: int, most: int) -> str:
     if most < 2**62:
         return f"{least} to {most} rows"
     return f"{least} rows and more" if least > 1 else "any number of rows"
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    """Return an input for torch's products, with zeros behind its rows where one of them begins with NaN or infinity.
+
+    On processors with AMX torch (oneDNN) reads bfloat16 rows in whole tiles. It multiplies what it reads of the next
+    row by zeros, which makes NaN of what is not finite, in a row that is.
+    """
+    missing = -x.shape[1] % _TILE
+    if x.dtype is not torch.bfloat16 or not missing or bool(x[1:, :_TILE].isfinite().all()):
+        return x
+    return functional.pad(x, (0, missing))[:, : x.shape[1]]
 
 
 def _few_at_a_time(x: Tensor, nbytes: int, function: Callable[[Tensor], Tensor | None]) -> Tensor | None:

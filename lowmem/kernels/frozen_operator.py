@@ -7,7 +7,7 @@ active backend serves. Such an operator takes tensors, numbers and text: the fie
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lowmem.kernels.memory import is_traced
-from lowmem.kernels.torch_versions import outside_of_graphs
+from lowmem.kernels.torch_versions import outside_of_graphs, register_vmap
 from lowmem.quant.backend import Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import code_bytes
@@ -40,6 +40,7 @@ class FrozenOperator:
         derivatives: maps (x, *rest) to the ``rest`` with which f maps a tangent of x to that of the output, and the
             ``rest`` with which f maps a gradient of the output to that of x; None: there is no gradient.
         differentiable: computes it where a gradient is needed; None: ``node``.
+        rows_alike: whether each row of x meets the same weight, so that the rows of several inputs are one input.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class FrozenOperator:
         record: Callable[..., Tensor],
         derivatives: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]] | None = None,
         differentiable: Callable[..., Tensor] | None = None,
+        rows_alike: bool = True,
     ) -> None:
         self.compute, self.fake, self.derivatives = compute, fake, derivatives
+        self.rows_alike = rows_alike
         self.record = outside_of_graphs(record)
         self.differentiable = differentiable or self.node
 
@@ -85,6 +88,7 @@ class FrozenOperator:
         _LIBRARY.impl(operator, lambda *given: self.compute(*arguments(*given)), "CompositeExplicitAutograd")
         if self.derivatives is not None:
             _LIBRARY.impl(operator, compute_or_differentiate, "Autograd")
+            register_vmap(operator, partial(_over_examples, operator, self.rows_alike), _LIBRARY)
         torch.library.register_fake(operator, lambda *given: self.fake(*arguments(*given)), lib=_LIBRARY)
         dispatch = operator._op
 
@@ -266,16 +270,29 @@ class _Node(torch.autograd.Function):
         return cast(Tensor, ctx.f.node(tangent, ctx.weight, *ctx.of_tangent))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], f: FrozenOperator, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        several = [dim is not None for dim, one in zip(in_dims[2:], rest, strict=True) if isinstance(one, Tensor)]
-        if in_dims[1] is None or any(several):  # weights or biases of several models
-            outs = []
-            for number in range(info.batch_size):
-                one = (
-                    value.select(dim, number) if isinstance(value, Tensor) and dim is not None else value
-                    for value, dim in zip((x, *rest), in_dims[1:], strict=True)
-                )
-                outs.append(f.node(*one))
-            return torch.stack(outs), 0
-        examples = x.movedim(in_dims[1], 0)  # (examples, batch, ...), flattened into one batch
-        return f.node(examples.flatten(0, 1), *rest).unflatten(0, examples.shape[:2]), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], f: FrozenOperator, *given: Any) -> tuple[Tensor, int]:
+        return _over_examples(f.node, f.rows_alike, info, in_dims[1:], *given)
+
+
+def _over_examples(
+    call: Callable[..., Tensor], rows_alike: bool, info: Any, in_dims: Sequence[Any], x: Tensor, *rest: Any
+) -> tuple[Tensor, int]:
+    """Return what vmap makes of ``call(x, *rest)``, and the dimension of the examples: one call, where that gives it.
+
+    Args:
+        rows_alike: of the operator that is called.
+        info: of vmap; ``batch_size`` is the number of examples.
+        in_dims: of each argument the dimension of the examples, or None.
+    """
+    several = [dim is not None for dim, one in zip(in_dims[1:], rest, strict=True) if isinstance(one, Tensor)]
+    if in_dims[0] is None or any(several) or not rows_alike:  # such as weights or biases of several models
+        outs = []
+        for number in range(info.batch_size):
+            one = (
+                value.select(dim, number) if isinstance(value, Tensor) and dim is not None else value
+                for value, dim in zip((x, *rest), in_dims, strict=True)
+            )
+            outs.append(call(*one))
+        return torch.stack(outs), 0
+    examples = x.movedim(in_dims[0], 0)  # (examples, batch, ...), flattened into one batch
+    return call(examples.flatten(0, 1), *rest).unflatten(0, examples.shape[:2]), 0

@@ -160,6 +160,7 @@ grouped_product = FrozenOperator(
     _fake_grouped,
     _record_grouped,
     lambda x, dtype, transposed, *rest: ((dtype, transposed, *rest), (dtype, not transposed, *rest)),
+    rows_alike=False,
 )
 """``grouped_product(x, W, dtype, transposed, count, offsets)`` multiplies rows ``offsets[e - 1]`` to ``offsets[e]``
 of x by matrix e of a stack W (count * out, in): by its transpose, as ``product`` does, or by itself if transposed."""

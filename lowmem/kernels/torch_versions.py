@@ -15,6 +15,7 @@ __all__ = [
     "is_exporting",
     "leave_to_eager",
     "outside_of_graphs",
+    "register_vmap",
 ]
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -70,6 +71,12 @@ def constant_in_graphs(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def register_vmap(operator: Any, rule: Callable[..., Any], library: torch.library.Library) -> None:
+    """Let vmap compute an operator by a rule; before 2.5, and without one, it loops over the examples and warns."""
+    if hasattr(torch.library, "register_vmap"):
+        torch.library.register_vmap(operator, rule, lib=library)
 
 
 @constant_in_graphs

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lowmem.kernels import rowwise
+from lowmem.kernels.memory import keeps_results
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.nn.adapter_product import narrow_results
 from lowmem.nn.fourbit import Linear4Bit
@@ -410,7 +411,8 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
     hidden = cast(Tensor, checkpoint(product, x, use_reentrant=False)) if again else product(x)
     node: Any = hidden.grad_fn
     own: Any = _Gated._backward_cls
-    if type(node) is not own or not can_recompute():
+    # A selective checkpoint computes all again, and takes hooks of saved tensors inside it for the user's.
+    if type(node) is not own or not can_recompute() or keeps_results():
         return _in_dtype_of(x, down(hidden), narrow)
 
     def recompute(dtype: torch.dtype | None) -> Tensor:

@@ -674,3 +674,18 @@ def test_a_weight_that_another_thread_keeps_moving_is_taken_by_c_all_the_same(is
         assert_exact(kernels.linear(x, q, torch.float32), x, dense)
         assert_exact(kernels.input_grad(x[:, :8].contiguous(), q, torch.float32), x[:, :8], dense.t())
         assert torch.equal(q.dequantize(), dense)
+
+
+def test_torch_finds_no_number_that_is_not_finite_behind_a_row_that_is():
+    """It reads bfloat16 rows in tiles of 32 columns on some processors, and 0 times infinity is NaN."""
+    x = torch.randn(5, 333).bfloat16()
+    assert cpu.rows_apart(x) is x
+    for bad in (torch.inf, torch.nan):
+        x[3, 18] = bad  # the last column that a tile of the row before may hold
+        apart = cpu.rows_apart(x)
+        torch.testing.assert_close(apart, x, rtol=0, atol=0, equal_nan=True)
+        behind = apart.as_strided((5, 352), (apart.stride(0), 1))[:, 333:]
+        assert apart.stride(0) >= 352
+        assert not behind.any()
+    whole = torch.full((5, 64), torch.inf).bfloat16()
+    assert cpu.rows_apart(whole) is whole

@@ -13,8 +13,10 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from lowmem import FourBit, Half, LoRA, convert, kernels, measure, quantize
+from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import fields, stored
 from tests.kernels.test_ops import compiles
+from tests.operators import assert_operator
 from tests.selection import rows_in_one_case
 
 # dynamo makes an instance of every function of one's own
@@ -97,10 +99,10 @@ def test_the_operator_that_graphs_hold_is_what_torch_expects_of_one(transposed):
     x = torch.randn(3, 6 if transposed else 40, requires_grad=True)
     added = () if transposed else (torch.randn(6), torch.randn(2, 40), torch.randn(6, 2), 1.0)
     operator = torch.ops.lowmem.product_4bit
-    torch.library.opcheck(operator.described, (x, packed, scales, text, *added))
+    assert_operator(operator.described, (x, packed, scales, text, *added))
     of_numbers = operator.default(x, *fields(weight), 40, torch.float32, transposed, *added)
     assert torch.equal(operator.described(x, packed, scales, text, *added), of_numbers)
-    torch.library.opcheck(operator.plain, (x, packed, scales, text, *added[:1]))
+    assert_operator(operator.plain, (x, packed, scales, text, *added[:1]))
     of_numbers = operator.default(x, *fields(weight), 40, torch.float32, transposed, *added[:1])
     assert torch.equal(operator.plain(x, packed, scales, text, *added[:1]), of_numbers)
 
@@ -191,6 +193,36 @@ def test_a_call_that_nothing_watches_bypasses_torch_s_dispatcher_and_all_others_
     assert dispatched
     with pytest.raises(RuntimeError, match="product_4bit"):
         call(other=1)
+
+
+def test_vmap_of_an_operator_is_one_call_where_all_examples_meet_the_same_weight(monkeypatch):
+    weight, x, bias = quantize(torch.randn(6, 40)), torch.randn(4, 3, 40).double(), torch.randn(4, 6).double()
+    packed, scales, *described = fields(weight)
+    text = f"{' '.join(map(str, described))} 40 torch.float64 False"
+    plain, called, compute = torch.ops.lowmem.product_4bit.plain, [], ops.product.compute
+    monkeypatch.setattr(ops.product, "compute", lambda *given: called.append(1) or compute(*given))
+    vmap = torch.func.vmap
+
+    def call(x, bias):
+        return plain(x, packed, scales, text, bias)
+
+    expected = torch.stack([call(*one) for one in zip(x, bias, strict=True)])
+    called.clear()
+    got = vmap(call, (1, None))(x.movedim(0, 1), bias[0])
+    torch.testing.assert_close(got, expected + (bias[0] - bias)[:, None])
+    assert len(called) == 1 or not hasattr(torch.library, "register_vmap")
+    torch.testing.assert_close(vmap(call)(x, bias), expected)
+    torch.testing.assert_close(vmap(vmap(call, (0, None)))(x[:, :, None], bias), expected[:, :, None])
+    x.requires_grad_()
+    (got,) = torch.autograd.grad(vmap(call)(x, bias).square().sum(), x)
+    (exact,) = torch.autograd.grad((x @ weight.dequantize().double().t() + bias[:, None]).square().sum(), x)
+    torch.testing.assert_close(got, exact)
+    groups = lambda x: grouped(x, fields(weight), torch.tensor([1, 3]))  # noqa: E731  # each row meets another matrix
+    torch.testing.assert_close(vmap(groups)(x), torch.stack([groups(one) for one in x]))
+
+
+def grouped(x, described, offsets):
+    return torch.ops.lowmem.grouped_product_4bit(x, *described, 40, torch.float64, False, 2, offsets)
 
 
 def test_the_cache_keeps_no_tensor_alive():

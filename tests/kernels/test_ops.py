@@ -15,6 +15,7 @@ from torch import nn
 from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, kernels, quantize
 from lowmem.kernels import cpu, ops
 from tests import strategies
+from tests.operators import assert_operator
 from tests.selection import rows_in_one_case
 
 
@@ -45,11 +46,11 @@ def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
     weight = make_weight(kind)
     x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
     if kind == "half":
-        torch.library.opcheck(torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed))
+        assert_operator(torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed))
     else:
         described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
         arguments = (x, weight.packed, weight.scales, *described, dtype, transposed)
-        torch.library.opcheck(torch.ops.lowmem.product_4bit.default, arguments)
+        assert_operator(torch.ops.lowmem.product_4bit.default, arguments)
 
 
 @every_order
@@ -59,7 +60,7 @@ def test_the_operator_of_8_bit_integers_gives_the_input_s_dtype(transposed):
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
         arguments = (x, weight.packed, weight.scales, *described, torch.int8, transposed)
-        torch.library.opcheck(torch.ops.lowmem.product_4bit.default, arguments)
+        assert_operator(torch.ops.lowmem.product_4bit.default, arguments)
         out = ops.product(x, weight, torch.int8, transposed)
         (got,) = torch.autograd.grad(out.sum(), x)
         (exact,) = torch.autograd.grad(ops.product(x, weight, dtype, transposed).sum(), x)
@@ -230,7 +231,7 @@ def everything(technique: str) -> nn.Module:
 def trace(model: nn.Module, *inputs: torch.Tensor, check: bool = True) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a size that was made a constant, among others
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.jit itself
+        warnings.filterwarnings("ignore", ".*torch.jit.*(deprecated|not supported)")  # itself
         return torch.jit.trace(model, inputs, check_trace=check)
 
 
@@ -303,7 +304,7 @@ def test_the_operator_of_rows_is_what_torch_expects_of_one():
     described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
     for dtype in (torch.float32, torch.bfloat16):
         arguments = (weight.packed, weight.scales, *described, dtype)
-        torch.library.opcheck(torch.ops.lowmem.dequantize_rows.default, arguments)
+        assert_operator(torch.ops.lowmem.dequantize_rows.default, arguments)
         assert torch.equal(ops.dequantize_rows(weight, dtype), weight.dequantize(dtype))
 
 

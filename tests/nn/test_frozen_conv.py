@@ -7,6 +7,7 @@ from lowmem import quantize
 from lowmem.nn.frozen_conv import Geometry, frozen_conv
 from tests import strategies
 from tests.kernels.test_ops import compiles
+from tests.operators import assert_operator
 
 # dynamo makes an instance of every function of one's own
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -75,7 +76,7 @@ def test_the_operator_is_what_torch_expects_of_one(kind, size):
     if kind == "4-bit":
         stored = (weight.packed, weight.scales, weight.format, weight.block_size, weight.scale_encoding)
     arguments = (x, *stored, [4, 6, 2, 3, 2, 1, 1], torch.float32, size)
-    torch.library.opcheck(torch.ops.lowmem.convolve.default, arguments)
+    assert_operator(torch.ops.lowmem.convolve.default, arguments)
 
 
 @compiles

@@ -1,6 +1,7 @@
 """Checkpoints of whole models: the same gradients to the bit, and selective ones compute no product again."""
 
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -29,6 +30,22 @@ def test_a_prepared_model_gets_the_same_gradients(memory):
         for name, grad in found.items():
             near = torch.equal(grad, expected[name])
             assert near or (memory == "lean" and (grad - expected[name]).norm() <= 0.06 * expected[name].norm()), name
+
+
+@pytest.mark.skipif(
+    "respect_saved_tensors_hooks" not in signature(checkpoint).parameters, reason="torch before 2.15 does not ask"
+)
+def test_what_a_selective_checkpoint_keeps_is_compressed_where_asked_for():
+    expected, peaks = gradients(make(None), halves()[0]), []
+    for respected in (False, True):
+        options = {"use_reentrant": False, "context_fn": keep_products, "respect_saved_tensors_hooks": respected}
+        model, memory = checkpointed(make("lean"), **options), PeakMemory()
+        with memory:
+            found = gradients(model, halves()[0])
+        peaks.append(memory.peak)
+        for name, grad in expected.items():
+            assert (found[name] - grad).norm() <= 0.06 * grad.norm(), name
+    assert peaks[1] < peaks[0]
 
 
 class Block(nn.Module):
