@@ -4,21 +4,36 @@
 not reach the weight. It is marked instead, and refuses writes with their remedy. Results that are no views, as
 ``weight * 2``, are plain tensors, and so are the results of computing with a marked one.
 
-Two kinds of writes are not seen: through the storage or DLPack; and those of a graph of torch.compile or torch.export
-to a view of a stored weight, where no class is asked. A weight with adapters refuses them in compiled graphs, too.
+Graphs of torch.compile refuse these writes, too. Dynamo asks no class of torch functions for a stored weight, whose
+operations it sees below autograd: there such a view is a ``RecordedView``, which is the other class again once the
+graph has run. Not seen are writes through the storage or DLPack, and those that torch.export or torch.jit.trace
+record, whose programs hold a stored weight's values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import constant_in_graphs
 
-__all__ = ["METADATA", "VIEWS", "ReadOnlyView", "changes_itself_alone", "name_of", "read_only", "writes_in_place"]
+__all__ = [
+    "METADATA",
+    "VIEWS",
+    "ReadOnlyView",
+    "RecordedView",
+    "changes_itself_alone",
+    "makes_view",
+    "name_of",
+    "read_only",
+    "recorded_view",
+    "writes_in_place",
+    "written_to",
+]
 
 _WRITES = (
     "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
@@ -187,3 +202,87 @@ def _refuse_writes(function: Callable[..., Any], args: Any, kwargs: Any) -> None
         for one in target if isinstance(target, (list, tuple)) else [target]:
             if isinstance(one, ReadOnlyView):
                 raise RuntimeError(f"{name_of(function)} would write to a view of {one.refusal}")
+
+
+def makes_view(operator: Any) -> bool:
+    """Whether an operator's results share the memory of an argument, which it does not write to."""
+    return any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.returns)
+
+
+def written_to(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield what an operator is given to write to."""
+    for number, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[number] if number < len(args) else kwargs.get(argument.name)
+        yield from given if isinstance(given, (list, tuple)) else [given]
+
+
+def recorded_view(result: Any, refusal: str) -> Any:
+    """Return what an operator that makes views returned while a graph is being recorded: its tensors are marked."""
+    if isinstance(result, (list, tuple)):
+        return type(result)(recorded_view(one, refusal) for one in result)
+    return RecordedView(result, refusal)
+
+
+class RecordedView(Tensor):
+    """A ``ReadOnlyView`` of a stored weight in a graph that is being recorded, where operators are asked.
+
+    Args:
+        dense: the values: a plain tensor, that is being recorded.
+        refusal: what a write raises.
+    """
+
+    dense: Tensor
+    refusal: str
+
+    @staticmethod
+    def __new__(cls, dense: Tensor, refusal: str) -> RecordedView:
+        """Make a tensor without values of its own."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            dense.shape,
+            strides=dense.stride(),
+            storage_offset=dense.storage_offset(),
+            dtype=dense.dtype,
+            device=dense.device,
+            requires_grad=False,
+        )
+
+    def __init__(self, dense: Tensor, refusal: str) -> None:
+        self.dense, self.refusal = dense, refusal
+
+    def __tensor_flatten__(self) -> tuple[list[str], str]:
+        return ["dense"], self.refusal
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], refusal: str, size: Any, stride: Any) -> Tensor:
+        dense = inner["dense"]
+        if type(dense) is Tensor and not is_traced():  # what a graph returns
+            return _marked(dense, refusal, None)  # type: ignore[no-any-return]
+        return RecordedView(dense, refusal)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"RecordedView(shape={tuple(self.shape)}, dtype={self.dtype}, of {self.refusal})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for one in written_to(operator, args, kwargs):
+            if isinstance(one, RecordedView):
+                raise RuntimeError(f"{operator} would write to a view of {one.refusal}")
+        views: list[RecordedView] = []
+
+        def plain(one: Any) -> Any:
+            if not isinstance(one, RecordedView):
+                return one
+            views.append(one)
+            return one.dense
+
+        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
+        result = operator(*args, **kwargs)
+        return recorded_view(result, views[0].refusal) if makes_view(operator) else result

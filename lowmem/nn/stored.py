@@ -22,7 +22,7 @@ from lowmem.kernels import Weight, ops
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import leave_to_eager, outside_of_graphs
-from lowmem.nn.read_only import VIEWS, read_only
+from lowmem.nn.read_only import VIEWS, makes_view, read_only, recorded_view, written_to
 from lowmem.nn.sharded import sharded_types
 from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
@@ -319,8 +319,7 @@ class StoredTensor(Tensor):
         if function not in VIEWS or isinstance(result, StoredTensor):
             return result
         weight = next(one for one in (*args, *(kwargs or {}).values()) if isinstance(one, StoredTensor))
-        refusal = f"a weight that is stored in {weight.form}, and was dequantized for it: {REMEDY}"
-        return read_only(result, refusal, function, args)
+        return read_only(result, _refusal_of_views(weight), function, args)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -338,8 +337,8 @@ class StoredTensor(Tensor):
 leave_to_eager(StoredTensor.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
 
 
-def _makes_view(operator: Any) -> bool:
-    return any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.returns)
+def _refusal_of_views(weight: StoredTensor) -> str:
+    return f"a weight that is stored in {weight.form}, and was dequantized for it: {REMEDY}"
 
 
 def is_recorded(*tensors: Tensor) -> bool:
@@ -375,17 +374,22 @@ def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any])
     Raises:
         RuntimeError: it would write to one; the remedy is named.
     """
-    _refuse_writes(operator, args, kwargs)
-    for one in (*args, *kwargs.values()):
-        for weight in one if isinstance(one, (list, tuple)) else [one]:
-            if isinstance(weight, StoredTensor):
-                weight.dequantized_by.add(operator.overloadpacket.__name__)
+    for one in written_to(operator, args, kwargs):
+        if isinstance(one, StoredTensor):
+            raise RuntimeError(f"{operator} would write to a weight that is stored in {one.form}: {REMEDY}")
+    given = [
+        one for value in (*args, *kwargs.values()) for one in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+    weights = [one for one in given if isinstance(one, StoredTensor)]
+    for weight in weights:
+        weight.dequantized_by.add(operator.overloadpacket.__name__)
     known: dict[int, Tensor] = {}
-    views = torch.is_inference_mode_enabled() and _makes_view(operator)
+    views = makes_view(operator)
     with torch.inference_mode(False) if views else nullcontext():  # as for the weight itself
-        return operator(
+        result = operator(
             *(_dequantized(one, known) for one in args), **{k: _dequantized(one, known) for k, one in kwargs.items()}
         )
+        return recorded_view(result, _refusal_of_views(weights[0])) if views and is_traced() else result
 
 
 def _dequantized(value: Any, known: dict[int, Tensor]) -> Any:
@@ -396,18 +400,3 @@ def _dequantized(value: Any, known: dict[int, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_dequantized(one, known) for one in value)
     return value
-
-
-def _refuse_writes(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Raise if an operator would write to a stored tensor.
-
-    Raises:
-        RuntimeError: it would; the remedy is named.
-    """
-    for number, argument in enumerate(operator._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = args[number] if number < len(args) else kwargs.get(argument.name)
-        for one in given if isinstance(given, (list, tuple)) else [given]:
-            if isinstance(one, StoredTensor):
-                raise RuntimeError(f"{operator} would write to a weight that is stored in {one.form}: {REMEDY}")

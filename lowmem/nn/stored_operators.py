@@ -18,7 +18,7 @@ from lowmem import kernels
 from lowmem.kernels import Weight, ops
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.nn.frozen_conv import Geometry, convolution, convolution_adjoint
-from lowmem.nn.stored import OPERATORS, StoredTensor, is_recorded
+from lowmem.nn.stored import OPERATORS, StoredTensor, dequantized_call, is_recorded
 
 __all__ = ["compute_dtype"]
 
@@ -397,9 +397,11 @@ def _view(weight: StoredTensor, size: Sequence[int], *_: Any) -> Any:
     if -1 in wanted:
         rest = math.prod(one for one in wanted if one != -1)
         wanted[wanted.index(-1)] = weight.numel() // rest if rest else 0
-    if weight.swapped:
-        return _alias(weight) if wanted == list(weight.shape) else NotImplemented
-    return _with_shape(weight, wanted)
+    if not weight.swapped:
+        return _with_shape(weight, wanted)
+    # Of a clone, which is as transposed as the weight, torch expects that it is contiguous.
+    same = wanted == list(weight.shape)
+    return _alias(weight) if same else dequantized_call(aten.reshape.default, (weight, wanted), {})
 
 
 def _with_shape(weight: StoredTensor, shape: Sequence[int]) -> Any:

@@ -96,7 +96,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _TOLD_SHARE = 0.1  # of the bytes; convert warns if weights of more stay dense
 _FORMS: dict[type, type[Form]] = {Half: HalfForm, EightBit: EightBitForm, FourBit: FourBitForm}
-_LONG = 2**16  # numbers of a vector that is no bias or norm, whose bytes are few
+_FEW = 2**16  # bytes: where no more stay dense, convert warns if matrices alone are more than that share
 _LOCK = threading.RLock()  # held while modules are replaced, and while all of them are read
 
 
@@ -169,10 +169,12 @@ def convert(
             a model that is wrapped for several processes. The model is left as it was.
 
     Warns:
-        UserWarning: weights of more than a tenth of the model's bytes stayed dense, and neither ``where`` nor
-            ``skip`` left them out; the largest reasons are named. Or a ``where`` that only leaves something out, as
-            ``path != "lm_head"`` does, gave adapters to layers that ``LoRA`` leaves out without it, beside others:
-            these layers are named, and their share of the adapter's numbers.
+        UserWarning: more than a tenth of the model's bytes stayed dense, and neither ``where`` nor ``skip`` left
+            them out; the three largest reasons are named with their remedies. Biases, norms and floating-point
+            buffers count; where all that is dense is 64 KiB or less, it warns if matrices alone are a tenth. Or a
+            ``where`` that only leaves something out, as ``path != "lm_head"`` does, gave adapters to layers that
+            ``LoRA`` leaves out without it, beside others: these layers are named, and their share of the adapter's
+            numbers.
     """
     _check_arguments(techniques)
     where = _asked_once(where) if callable(where) else where
@@ -341,6 +343,7 @@ def _more_parameters(module: nn.Module, path: str, parameters: Callable[[str, Te
         and not is_lazy(one)
         and one.is_floating_point()
         and one.dim() >= 2
+        and one.numel()
         and parameters(f"{path}.{name}".lstrip("."), one)
     ]
 
@@ -390,12 +393,15 @@ def _check_parameters(model: nn.Module, found: dict[nn.Module, tuple[str, list[s
                 )
             if isinstance(parameter, sharded_types()):
                 raise ValueError(f"{place} is sharded (a DTensor): convert the model before fully_shard")
+            if parameter.layout is not torch.strided:
+                raise ValueError(f"{place} has layout={parameter.layout}: make it dense (to_dense()), or use skip=")
             known.add(id(parameter))
             if not parameter.is_meta:
                 _refuse_overlap(seen, place, weight_key(parameter), parameter)
     for path, parameter in model.named_parameters():  # what stays dense
-        plain = type(parameter) is nn.Parameter and id(parameter) not in known and not parameter.is_meta
-        if plain and parameter.untyped_storage()._cdata in seen:  # a view would be cut off, and keep the memory
+        plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta
+        shares = plain and id(parameter) not in known and parameter.untyped_storage()._cdata in seen
+        if shares:  # a view would be cut off, and keep the memory
             _refuse_overlap(seen, layer_name(path.removesuffix(".weight")), None, parameter)
 
 
@@ -427,39 +433,51 @@ def left_dense(
     where: Callable[[str, nn.Module], bool] | None,
     skip: str | Iterable[str],
 ) -> str | None:
-    """Return what to warn of: weights of more than a tenth of the bytes stay dense, and nobody asked for that."""
+    """Return what to warn of: more than a tenth of the bytes stay dense, and nobody asked for that.
+
+    Counted are the bytes of the dense model, of parameters and floating-point buffers; those of modules that
+    ``where`` and ``skip`` leave out do not stay dense unasked. A few bytes are told of where matrices are a tenth.
+    """
     seen: set[int] = set()
-    total, left = 0, Counter[str]()
+    total, matrices, left = 0, 0, Counter[str]()
     chosen = select_modules(model, where, skip)
     for module in module_paths(model):
-        new = replacements.get(module, module)
-        new = base_of(new)
-        stored = set(new.forms) if isinstance(new, StoredModule) else set()
-        for name, parameter in base_of(module)._parameters.items():  # of a LoRALinear, which is not entered
-            if parameter is None or is_lazy(parameter) or id(parameter) in seen:
+        before, after = base_of(module), base_of(replacements.get(module, module))  # of a LoRALinear, not entered
+        stored = {*after.forms, *after.part_names} if isinstance(after, StoredModule) else set()
+        for name, tensor in (*before._parameters.items(), *before._buffers.items()):
+            if tensor is None or is_lazy(tensor) or id(tensor) in seen:
                 continue
-            seen.add(id(parameter))
-            size = parameter.numel() * parameter.element_size()
+            seen.add(id(tensor))
+            if name in before._buffers and not tensor.is_floating_point():  # masks, and numbers of steps
+                continue
+            size = tensor.numel() * tensor.element_size()
             total += size
-            if isinstance(base_of(module), StoredModule) or name in stored:
+            if name in stored or module not in chosen:
                 continue
-            if parameter.dim() < 2:
-                if module in chosen and parameter.numel() > _LONG:
-                    left[f"{type(module).__name__}.{name}: a vector: only matrices have rows to store"] += size
-                continue
-            if module in chosen:
-                reason = skip_reason(technique, module)
-                if reason is None and name in parameters_to_store(module):
-                    reason = "it shares a weight with a module that stays dense"
-                left[f"{type(module).__name__}.{name}: {reason or 'no entry of the registry names it'}"] += size
-    share = sum(left.values()) / total if total else 0.0
-    if share <= _TOLD_SHARE:
+            matrices += size if tensor.dim() > 1 and name in before._parameters else 0
+            left[f"{type(module).__name__}.{name}: {_why_dense(module, name, tensor, technique)}"] += size
+    dense = left.total()
+    if (dense if dense > _FEW else matrices) <= _TOLD_SHARE * total:
         return None
     told = "; ".join(f"{size / total:.0%} {reason}" for reason, size in left.most_common(3))
     return (
-        f"{share:.0%} of the bytes of {type(model).__name__} are weights that stay dense: {told}. parameters= names "
-        "what else to store, skip= what to leave; lowmem.summary(model) lists all"
+        f"{dense / total:.0%} of the bytes of {type(model).__name__} are weights that stay dense: {told}. skip= says "
+        "which are meant to; lowmem.summary(model) lists all"
     )
+
+
+def _why_dense(module: nn.Module, name: str, tensor: Tensor, technique: type[Technique]) -> str:
+    """Return why a parameter or buffer stays dense, and what to do about it."""
+    if name in module._buffers:
+        return "a buffer: only parameters are stored, but model.to(torch.bfloat16) casts it"
+    if tensor.dim() < 2:
+        return "a vector: only matrices have rows to store, but model.to(torch.bfloat16) casts it"
+    if isinstance(base_of(module), StoredModule):
+        return "its module stores others already: call lowmem.restore first, and convert with parameters="
+    reason = skip_reason(technique, module)
+    if reason is None and name in parameters_to_store(module):
+        return "it shares a weight with a module that stays dense: store both (parameters=), or untie them"
+    return reason or "no entry of the registry names it: parameters= does"
 
 
 def weight_key(weight: Tensor) -> Hashable:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -81,7 +82,9 @@ def _is(*kinds: type[nn.Module]) -> Callable[[nn.Module], bool]:
 
 
 def _refuse_max_norm(module: nn.Module) -> str | None:
-    return None if getattr(module, "max_norm", None) is None else "max_norm rescales its rows in place"
+    if getattr(module, "max_norm", None) is None:
+        return None
+    return "max_norm rescales its rows in place: rescale all rows once (torch.renorm), and set max_norm = None"
 
 
 def _refuse_largest(module: nn.Module) -> str | None:
@@ -102,7 +105,8 @@ def _is_experts(module: nn.Module) -> bool:
 
 def _expert_weights(module: nn.Module) -> list[str]:
     found = module._parameters.items()
-    return [name for name, one in found if one is not None and one.dim() >= 3 and "bias" not in name]
+    shaped = [(name, one) for name, one in found if one is not None and not is_lazy(one)]
+    return [name for name, one in shaped if one.dim() >= 3 and "bias" not in name]
 
 
 def expert_count(name: str, module: nn.Module) -> int | None:
@@ -138,6 +142,7 @@ def _named(prefix: str, module: nn.Module) -> list[str]:
 
 
 _AS_READ = "as its module reads it"
+_REMOVE = ": torch.nn.utils.parametrize.remove_parametrizations makes it a parameter"
 _RNN = (nn.RNNBase, nn.RNNCellBase)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -249,7 +254,12 @@ def parameters_to_store(module: nn.Module) -> list[str]:
     if entry is None:
         return []
     found = module._parameters
-    return [name for name in entry.parameters(module) if found.get(name) is not None]
+    there = [name for name in entry.parameters(module) if found.get(name) is not None]
+    return [name for name in there if not _is_empty(found[name])]
+
+
+def _is_empty(parameter: Any) -> bool:
+    return not is_lazy(parameter) and parameter.numel() == 0
 
 
 def how_computed(module: nn.Module) -> str:
@@ -364,18 +374,20 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
         chosen: whether the user has named it: then it may be a subclass that computes something else.
     """
     if is_parametrized(module):  # before the type: parametrizing a module changes its class to a subclass
-        return "its weight or bias is computed by a parametrization"
+        return f"its weight or bias is computed by a parametrization{_REMOVE}"
     if technique is LoRA:
         return _adapter_skip_reason(module, chosen)
     if bank_of(module) is not None:
         return "it has an adapter: convert the base first"
     if isinstance(module, ParametrizationList) and not _is_weight_norm(module):
-        return "a parametrization computes a weight from it"
+        return f"a parametrization computes a weight from it{_REMOVE}"
     if isinstance(module, StoredModule):
         return f"it is stored in {next(iter(module.forms.values()), 'another form')} already"
     entry = _entry_of(module)
     if entry is None:
         own = [one for one in module._parameters.values() if one is not None]
+        if any(map(is_lazy, own)):
+            return "it is lazy and has no shape yet: call the model once before convert"
         if own and all(one.dim() < 2 for one in own):
             return "vectors (biases, norms) stay dense"
         return f"{technique.__name__} has no form of it; parameters= names what to store"
@@ -385,12 +397,14 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
 
 
 def _no_parameter(module: nn.Module) -> str:
+    if any(_is_empty(one) for one in module._parameters.values() if one is not None):
+        return "its weight is empty: there is nothing to store"
     if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
         return (
             "a hook of torch.nn.utils.weight_norm computes its weight: call remove_weight_norm first, or use "
             "torch.nn.utils.parametrizations.weight_norm, which FourBit, EightBit and Half store"
         )
-    return "its weight is no parameter of its own"
+    return "its weight is no parameter of its own: make it one, as torch.nn.utils.prune.remove does"
 
 
 def _adapter_skip_reason(module: nn.Module, chosen: bool) -> str | None:

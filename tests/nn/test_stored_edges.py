@@ -50,6 +50,24 @@ def test_views_of_every_dimension_that_counts_rows_have_the_same_values(form, vi
 
 @forms
 @rows_in_one_case(
+    "view",
+    [
+        lambda w: w.mT.reshape(-1),
+        lambda w: w.mT.flatten(),
+        lambda w: w.mT.contiguous().view(5, -1),
+        lambda w: w.mT.clone(memory_format=torch.contiguous_format).view(w.shape[0], 2, -1),
+        lambda w: w.mT.reshape(-1, w.shape[-2]),
+        lambda w: w.mT.contiguous().view_as(w),
+    ],
+)
+def test_a_transposed_weight_takes_other_shapes(form, view):
+    for shape in ((24, 40), (3, 24, 40)):
+        weight = store(torch.randn(shape), form)
+        assert torch.equal(view(weight), view(weight.dequantize()))
+
+
+@forms
+@rows_in_one_case(
     "view", [lambda w: w[2], lambda w: w[1:7], lambda w: w.unbind()[3], lambda w: w.split(8)[1], lambda w: w[[3, 1]]]
 )
 def test_rows_of_a_transposed_weight_are_its_columns(form, view):

@@ -439,7 +439,11 @@ def test_wrong_arguments_are_named():
             TypeError,
             "torch.int32",
         ),
-        (lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(8, 0))), ValueError, "empty rows"),
+        (
+            lambda layer: setattr(layer, "weight", nn.Parameter(torch.eye(8).to_sparse(), False)),
+            ValueError,
+            r"inner.0.0 has layout=torch.sparse_coo: make it dense",
+        ),
         (
             lambda layer: setattr(layer, "weight", nn.UninitializedParameter()),
             ValueError,
@@ -689,9 +693,8 @@ class Table(nn.Module):
 
 def test_a_large_dense_share_is_told_once_with_its_reasons():
     told = "Table.positions: FourBit has no form of it; parameters= names what to store"
-    with pytest.warns(
-        UserWarning, match=rf"^6[56]% of the bytes of Table are weights that stay dense: .*{told}"
-    ) as seen:
+    share = "^67% of the bytes of Table are weights that stay dense: 65%"
+    with pytest.warns(UserWarning, match=f"{share} {told}; 2% Linear.bias: a vector") as seen:
         convert(Table(), FourBit())
     assert len(seen) == 1
     with pytest.warns(UserWarning, match="Table.positions: Half has no form of it"):
@@ -700,16 +703,68 @@ def test_a_large_dense_share_is_told_once_with_its_reasons():
     long.register_parameter("flat", nn.Parameter(torch.zeros(2**16 + 1)))
     with pytest.warns(UserWarning, match="^100% of .*: 100% Sequential.flat: a vector: only matrices have rows"):
         convert(long, FourBit())
+    norms = nn.Sequential(nn.Linear(64, 64), *[nn.LayerNorm(64) for _ in range(129)])  # 4225 and 16,512 numbers
+    with pytest.warns(UserWarning, match=r"^80% .*: 40% LayerNorm.weight: a vector.*to\(torch.bfloat16\) casts it"):
+        convert(norms, FourBit())
+    assert norms[1](norms[0](torch.ones(2, 64))).shape == (2, 64)
+    kept = nn.Sequential(nn.Linear(64, 64))  # 4160 numbers
+    kept.register_buffer("table", torch.zeros(256, 64), persistent=False)
+    kept.register_buffer("mask", torch.zeros(99999, dtype=torch.bool))
+    with pytest.warns(UserWarning, match="^80% .*: 80% Sequential.table: a buffer: .*; 0% Linear.bias: a vector"):
+        convert(kept, FourBit())
     for quiet in (
         lambda: convert(Table(1), FourBit()),  # less than a tenth
         lambda: convert(Table(), FourBit(), where=lambda path, _: path == "head"),  # asked for
         lambda: convert(Table(), FourBit(), parameters=lambda path, _: path == "positions"),
-        lambda: convert(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(64)), FourBit()),  # vectors
+        lambda: convert(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(64)), FourBit()),  # a few bytes of vectors
         lambda: convert(Table(), LoRA(2)),
     ):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             quiet()
+
+
+@rows_in_one_case(
+    ("layer", "remedy"),
+    [
+        (prune.l1_unstructured(nn.Linear(64, 64), "weight", 0.5), "torch.nn.utils.prune.remove"),
+        (parametrizations.spectral_norm(nn.Linear(32, 64)), "remove_parametrizations"),
+        (nn.Embedding(24, 64, max_norm=1.0), "max_norm = None"),
+        (nn.LayerNorm((64, 64)), "parameters="),
+        (Cosine(64, 64), "parameters="),
+    ],
+)
+def test_each_reason_that_is_told_has_its_remedy(layer, remedy):
+    with pytest.warns(UserWarning, match=f"are weights that stay dense.*{remedy}"):
+        convert(nn.Sequential(layer, nn.Linear(8, 8)), FourBit())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@rows_in_one_case("techniques", EVERY)
+def test_a_layer_with_an_empty_weight_stays_dense_and_the_rest_is_converted(techniques):
+    empty = nn.Linear(0, 4), nn.Linear(4, 0), nn.Conv1d(0, 4, 3), nn.Embedding(0, 4)
+    model = convert(nn.ModuleList([*empty, nn.Linear(4, 4)]), *techniques)
+    for layer, row in zip(model, summary(model)[:4], strict=False):
+        assert type(layer) in (nn.Linear, nn.Conv1d, nn.Embedding)
+        assert not row.converted
+        assert "its weight is empty" in row.reason or "LoRA leaves" in row.reason
+    assert type(model[4]) is not nn.Linear
+    assert torch.equal(model[0](torch.zeros(2, 0)), model[0].bias.expand(2, 4))
+    with pytest.raises(ValueError, match="nothing to convert.*0 is a Linear: its weight is empty"):
+        convert(nn.Sequential(nn.Linear(0, 4)), *techniques)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@rows_in_one_case("techniques", EVERY)
+def test_what_is_left_may_be_lazy_or_sparse(techniques):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    model.register_parameter("sparse", nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False))
+    convert(model, *techniques, skip="1")
+    rows = {row.path: row for row in summary(model)}
+    assert [path for path, row in rows.items() if row.converted] == ["0"]
+    if not isinstance(techniques[0], LoRA):
+        assert "it is lazy and has no shape yet" in rows["2"].reason
+    assert model(torch.randn(3, 4)).shape == (3, 4)
 
 
 @pytest.mark.parametrize("technique", [Half(torch.bfloat16), FourBit("nf4", 16)])

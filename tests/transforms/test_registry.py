@@ -178,7 +178,9 @@ def test_a_weight_that_is_no_parameter_of_its_own_is_left_alone():
     del layer.weight
     layer.weight = weight
     for technique in (Half, FourBit, LoRA):
-        assert skip_reason(technique, layer) == "its weight is no parameter of its own"
+        assert skip_reason(technique, layer) == (
+            "its weight is no parameter of its own: make it one, as torch.nn.utils.prune.remove does"
+        )
     with pytest.warns(FutureWarning):
         layer = nn.utils.weight_norm(nn.Linear(8, 4))
     for technique in (Half, FourBit, LoRA):
