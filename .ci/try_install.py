@@ -11,7 +11,12 @@ import sysconfig
 from pathlib import Path
 
 COMMAND = shutil.which("lowmem", path=sysconfig.get_path("scripts")) or "lowmem"  # Windows: with its suffix
-BYTES = {"bignet": 75_612_160, "half_precision": 37_826_560, "low_precision_nf4": 9_883_648}  # that they store
+BYTES = {  # that they store
+    "bignet": 75_612_160,
+    "half_precision": 37_826_560,
+    "eight_bit": 19_320_832,
+    "low_precision_nf4": 9_883_648,
+}
 
 
 def read(*arguments: str) -> dict:

@@ -27,7 +27,11 @@ from lowmem import FourBit, Half, measure
 from lowmem.nn.stored_module import StoredModule
 
 CONSTANT = 8  # MiB: names and modules, the scratch of the quantizer, and a tensor that stays dense
-TECHNIQUES = {"nf4": FourBit("nf4"), "bof4s": FourBit("bof4s"), "bfloat16": Half(torch.bfloat16)}
+TECHNIQUES = {
+    "nf4": FourBit("nf4", embeddings="4bit"),
+    "bof4s": FourBit("bof4s", embeddings="4bit"),
+    "bfloat16": Half(torch.bfloat16),
+}
 CASES = (("nf4", "float32"), ("nf4", "bfloat16"), ("bof4s", "float32"), ("bfloat16", "float32"))
 EXACT_DTYPES = ("float32", "bfloat16")
 SIZES = {"n_embd": 1024, "n_layer": 12, "vocab_size": 32768}
@@ -79,7 +83,9 @@ def make_exact(folder: Path, sizes: dict[str, int]) -> None:
     for kind, format in EXACT.items():
         torch.manual_seed(0)
         stored = folder / f"{kind}-stored"
-        lowmem.convert(LlamaForCausalLM(config), FourBit(format, 32, "float16")).save_pretrained(stored)
+        lowmem.convert(LlamaForCausalLM(config), FourBit(format, 32, "float16", embeddings="4bit")).save_pretrained(
+            stored
+        )
         (folder / kind).mkdir()
         out = folder / kind / "model.gguf" if kind == "gguf" else folder / kind / "folder"
         with warnings.catch_warnings():

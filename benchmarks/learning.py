@@ -185,7 +185,7 @@ def learn(task: Task, way: Way, steps: int) -> Outcome:
     torch.manual_seed(way.seed)
     lowmem.convert(
         model,
-        lowmem.FourBit("nf4", compute_dtype=torch.bfloat16),
+        lowmem.FourBit("nf4", compute_dtype=torch.bfloat16, embeddings="4bit"),
         lowmem.LoRA(RANK, dtype=way.dtype),
         where=lambda path, module: any(f".{path}".endswith(f".{name}") for name in names),
     )

@@ -33,7 +33,7 @@ MODELS = {
     "bignet": (lowmem.BigNet, (1024,)),
     "transformer": (lambda: nn.Sequential(*[Block() for _ in range(LAYERS)]), (TOKENS, WIDTH)),
 }
-TECHNIQUES = {"nf4": FourBit(), "half": Half(torch.bfloat16)}
+TECHNIQUES = {"nf4": FourBit("nf4"), "half": Half(torch.bfloat16)}
 
 
 @pytest.mark.filterwarnings("ignore")

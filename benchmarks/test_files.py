@@ -61,7 +61,7 @@ def test_load(benchmark, timed, files, copy):
 @pytest.mark.parametrize("search", [False, True], ids=["absmax", "search"])
 def test_convert_checkpoint(benchmark, timed, files, copy, search):
     directory, _ = files
-    run = lambda: convert_checkpoint(directory / "dense", directory / "out", lowmem.FourBit(search=search))  # noqa: E731
+    run = lambda: convert_checkpoint(directory / "dense", directory / "out", lowmem.FourBit("nf4", search=search))  # noqa: E731
     run()
     record(benchmark, directory / "out", run)
     rows = timed(run, reference=copy)

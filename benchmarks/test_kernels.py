@@ -33,7 +33,7 @@ def test_call(benchmark, timed, technique):
 
 
 @pytest.mark.parametrize("batch", [1, 4], ids="batch{}".format)
-@pytest.mark.parametrize("technique", [FourBit(), INT4, Half()], ids=["nf4", "int4", "half"])
+@pytest.mark.parametrize("technique", [FourBit("nf4"), INT4, Half()], ids=["nf4", "int4", "half"])
 def test_wide_layer(benchmark, timed, technique, batch):
     """A layer of few rows and many columns, as behind the pixels of an image: its input takes longest to pack."""
     benchmark.group = f"150528 columns, batch {batch}"

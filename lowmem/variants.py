@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowmem.bignet import BigNet
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRA
@@ -29,6 +30,8 @@ VARIANTS: MappingProxyType[str, tuple[Technique, ...]] = MappingProxyType(
         "qlora": (_INT4, LoRA(rank=32)),
         "low_precision_nf4": (FourBit("nf4"),),
         "qlora_nf4": (FourBit("nf4"), LoRA(rank=32)),
+        "eight_bit": (EightBit(),),
+        "qlora_8bit": (EightBit(), LoRA(rank=32)),
     }
 )
 

@@ -9,7 +9,7 @@ TECHNIQUES = {
     "dense": (),
     "half": (Half(),),
     "bfloat16": (Half(torch.bfloat16),),
-    "nf4": (FourBit(),),
+    "nf4": (FourBit("nf4"),),
     "searched": (FourBit("bof4s", block_size=16, compute_dtype=torch.bfloat16),),
     "chosen": (FourBit(("nf4", "int4"), block_size=16, scales="float32"),),
     "lora": (LoRA(2),),

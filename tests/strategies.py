@@ -26,7 +26,7 @@ long_columns = st.one_of(st.integers(1, 256), st.integers(257, 512), st.integers
 short_blocks = st.one_of(st.sampled_from([8, 10, 16, 24]), st.sampled_from([32, 64, 80, 128]), block_sizes)
 leading_shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 
-BASES = {"dense": (), "half": (Half(),), "bfloat16": (Half(torch.bfloat16),), "4-bit": (FourBit(block_size=16),)}
+BASES = {"dense": (), "half": (Half(),), "bfloat16": (Half(torch.bfloat16),), "4-bit": (FourBit("nf4", 16),)}
 KINDS = (
     "normal",
     "zeros",

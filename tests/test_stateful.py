@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
 TECHNIQUES = {
     "half": Half(),
     "bfloat16": Half(torch.bfloat16),
-    "nf4": FourBit(block_size=16),
+    "nf4": FourBit("nf4", 16),
     "int4": FourBit("int4", block_size=8, scales="float32"),
     "lora": LoRA(2),
 }

@@ -36,6 +36,8 @@ def test_the_caller_s_generator_is_left_alone_and_the_seed_decides():
         ("qlora", 1_179_648, 10_645_504, 16_629_760),
         ("low_precision_nf4", 28_672, 9_768_960, 9_883_648),
         ("qlora_nf4", 1_179_648, 9_797_632, 14_602_240),
+        ("eight_bit", 28_672, 19_206_144, 19_320_832),
+        ("qlora_8bit", 1_179_648, 19_234_816, 24_039_424),
     ],
 )
 def test_parameters_and_bytes_are_exact(name, trainable, frozen, stored):

@@ -90,7 +90,7 @@ def test_half_precision_loses_next_to_nothing(dense):
 
 
 def test_embeddings_convert_with_the_linear_layers(dense, capsys):
-    model = convert(load(), FourBit())
+    model = convert(load(), FourBit("nf4", embeddings="4bit"))
     assert type(model.embeddings.word_embeddings) is Embedding4Bit
     assert not any(type(module) in (nn.Linear, nn.Embedding) for module in model.modules())
     assert judge("nf4, embeddings too", model, dense, capsys) > 0.9
@@ -102,9 +102,10 @@ def test_embeddings_convert_with_the_linear_layers(dense, capsys):
         (FourBit("nf4"), 0.95),
         (FourBit("nf4", search=True), 0.95),
         (FourBit("bof4s"), 0.95),
+        (FourBit(), 0.975),
         (FourBit("bof4s", block_size=16), 0.98),
     ],
-    ids=["nf4", "nf4, searched", "bof4s", "bof4s in blocks of 16"],
+    ids=["nf4", "nf4, searched", "bof4s", "bof4s in blocks of 32", "bof4s in blocks of 16"],
 )
 def test_without_data(technique, least, dense, capsys, request):
     model = convert(load(), technique, where=linear)

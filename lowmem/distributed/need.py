@@ -16,13 +16,15 @@ def bytes_per_rank(
     *,
     activations: int = 0,
     bits: float = 4.5,
+    rest_bits: float | None = None,
 ) -> int:
     """Return the peak bytes of a step in each of the processes that share a model (``shard``) and train adapters.
 
-    With ``w = bits / 8``, N parameters, of which E are outside of the L blocks, and A numbers in adapters::
+    With ``w = bits / 8`` and ``v = rest_bits / 8``, N parameters, of which E are outside of the L blocks, and A
+    numbers in adapters::
 
-        (w N + 16 A) / R + activations                       weights; A, its gradient and AdamW's moments in float32
-        + w E + 3 (w (N - E) + 4 A) / L + 8 A / L, if R > 1  what is whole for a while
+        (w (N - E) + v E + 16 A) / R + activations           weights; A, its gradient and AdamW's moments in float32
+        + v E + 3 (w (N - E) + 4 A) / L + 8 A / L, if R > 1  what is whole for a while
 
     What is whole: the weights outside of blocks; of blocks the one that computes, the next one, and the buffer that
     it comes in; the gradients of a block's adapters, once as they are made and once as they are sent.
@@ -36,11 +38,14 @@ def bytes_per_rank(
         activations: bytes that a step takes beside weights, gradients and optimizer, for the batch of one process:
             ``lowmem.measure.backward_bytes`` less the gradients, or ``lowmem.plan``.
         bits: of a stored weight: 4.5 for nf4 in blocks of 64 with float32 scales, 16 for ``Half``.
+        rest_bits: of one outside of the blocks; None: 8.5 where ``bits`` is below 8, as ``FourBit`` keeps embeddings and
+            output layers in 8 bits, else ``bits``.
 
     Raises:
         ValueError: a number that cannot be.
     """
-    given = {"parameters": parameters, "blocks": blocks, "ranks": ranks, "bits": bits}
+    outside = rest_bits if rest_bits is not None else 8.5 if bits < 8 else bits
+    given = {"parameters": parameters, "blocks": blocks, "ranks": ranks, "bits": bits, "rest_bits": outside}
     for name, value in given.items():
         if not value > 0:
             raise ValueError(f"{name}={show(value)} must be above 0")
@@ -49,8 +54,8 @@ def bytes_per_rank(
             f"rest={show(rest)} must be part of parameters={show(parameters)}, and adapters={show(adapters)} and "
             f"activations={show(activations)} at least 0"
         )
-    weight = bits / 8
-    kept = (weight * parameters + 16 * adapters) / ranks
-    block = (weight * (parameters - rest) + 4 * adapters) / blocks
-    whole = weight * rest + 3 * block + 8 * adapters / blocks if ranks > 1 else 0.0
+    inside, outside = bits / 8 * (parameters - rest), outside / 8 * rest
+    kept = (inside + outside + 16 * adapters) / ranks
+    block = (inside + 4 * adapters) / blocks
+    whole = outside + 3 * block + 8 * adapters / blocks if ranks > 1 else 0.0
     return round(kept + whole + activations)

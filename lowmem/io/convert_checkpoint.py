@@ -1,7 +1,7 @@
 """Converts a checkpoint on disk to 4 bits, one tensor at a time.
 
-The result equals, byte for byte, the file that ``save`` writes for the same model converted in memory: a file's bytes
-depend only on its tensors, and codes and scales only on the weights.
+The result equals, byte for byte, the file that ``save`` writes for the same model converted in memory with
+``embeddings="4bit"``: a file's bytes depend only on its tensors, and codes and scales only on the weights.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def convert_checkpoint(
     Args:
         source: a safetensors file, or the ``.index.json`` of a sharded one.
         target: the file to write; an existing file is replaced when the new one is complete.
-        technique: with a single format.
+        technique: with a single format. A file does not say which tensors are embeddings: they become 4 bits, too, as
+            with ``embeddings="4bit"``.
         include, exclude: glob patterns of names; tensors that match ``include`` and not ``exclude`` are converted.
         shard_bytes: the most bytes of tensors per file; ``target-00001-of-00002.safetensors`` and so on are written,
             then ``target.safetensors.index.json``. None: one file.

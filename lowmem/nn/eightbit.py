@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size
 from lowmem.quant.scales import ENCODINGS, OFFSETS
 
-__all__ = ["Conv1d8Bit", "Conv2d8Bit", "EightBit", "Embedding8Bit", "Linear8Bit", "blockwise"]
+__all__ = ["Conv1d8Bit", "Conv2d8Bit", "EightBit", "Embedding8Bit", "Linear8Bit", "blockwise", "of_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,30 @@ class EightBit(Blockwise):
         return "int8"
 
 
+def of_embeddings(technique: FourBit) -> EightBit | FourBit:
+    """Return how a technique stores embeddings and the output layer."""
+    if technique.embeddings == "4bit":
+        return technique
+    dtype = technique.compute_dtype
+    return EightBit(compute_dtype=None if dtype is torch.int8 else dtype)  # there is no kernel for 8 times 8 bits
+
+
 def blockwise(
-    format: str,
+    format: str | None,
     block_size: int | None = None,
     scales: str | None = None,
     compute_dtype: torch.dtype | None = None,
     search: bool | None = None,
+    embeddings: str = "8bit",
 ) -> FourBit | EightBit:
-    """Return the technique that stores weights in a format.
+    """Return the technique that stores weights in a format; None: ``FourBit``'s default.
 
     Raises:
         ValueError: what ``FourBit`` or ``EightBit`` rejects, or an unknown format.
     """
-    if get_format(format).bits == 8:
+    if format is not None and get_format(format).bits == 8:
         return EightBit(block_size, scales, compute_dtype)
-    return FourBit(format, block_size, scales, compute_dtype, search)
+    return FourBit(cast(str, format), block_size, scales, compute_dtype, search, embeddings=embeddings)
 
 
 class Linear8Bit(Linear4Bit):

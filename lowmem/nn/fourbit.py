@@ -14,7 +14,7 @@ from lowmem.nn.blockwise import Blockwise, check_compute_dtype
 from lowmem.nn.frozen_linear import autocast, frozen_linear, is_plain_call
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import LAYERS, FourBitStorage, kept_weight, stored_copy, stored_property
-from lowmem.quant.formats import get_format
+from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, get_format
 from lowmem.quant.packing import check_block_size
 from lowmem.quant.scales import OFFSETS, get_encoding
 from lowmem.quant.tensor import QuantizedTensor
@@ -33,6 +33,7 @@ class FourBit(Blockwise):
 
     Args:
         format: a key of ``FORMATS``; or several, of which each weight gets the one with the least squared error.
+            None: "bof4s", in blocks of 32 unless ``block_size`` says otherwise.
         block_size: weights per scale, even, 8 to 4096; None: the format's default.
         scales: "float32", "float16" or "double", or one of the first two with "_offsets"; None: the format's default.
         compute_dtype: to multiply in; None: the dtype of the input. With torch.int8, linear layers round inputs, and
@@ -41,19 +42,27 @@ class FourBit(Blockwise):
         search: whether to search for the scales with the least squared error; None: the format's default.
         offsets: whether each block has an offset, too, the middle of its weights: scales become "float16_offsets" or
             "float32_offsets". A product then takes the sums of the input over blocks, in float32.
+        embeddings: "8bit": embeddings, the output layer of a language model, and what shares a weight with them are
+            stored by ``EightBit()``; "4bit": as everything else.
 
     Raises:
-        ValueError: an unknown format or scales, a bad block size, or a dtype that is not floating point.
+        ValueError: an unknown format or scales, a bad block size, another ``embeddings``, or a dtype that is not
+            floating point.
     """
 
-    format: str | tuple[str, ...] = "nf4"
+    format: str | tuple[str, ...] = None  # type: ignore[assignment]  # which __post_init__ replaces
     block_size: int | None = None
     scales: str | None = None
     compute_dtype: torch.dtype | None = None
     search: bool | None = None
     offsets: bool = False
+    embeddings: str = "8bit"
 
     def __post_init__(self) -> None:
+        if self.format is None:
+            object.__setattr__(self, "format", DEFAULT)
+            if self.block_size is None:
+                object.__setattr__(self, "block_size", DEFAULT_BLOCK_SIZE)
         if not isinstance(self.format, str):
             object.__setattr__(self, "format", tuple(self.format))  # a list would not be hashable
         if not self.format:
@@ -69,6 +78,8 @@ class FourBit(Blockwise):
             object.__setattr__(self, "scales", f"{self.scales or 'float16'}_offsets")
         if self.scales is not None:
             object.__setattr__(self, "offsets", get_encoding(self.scales).offsets)
+        if self.embeddings not in ("8bit", "4bit"):
+            raise ValueError(f"embeddings={self.embeddings!r} must be '8bit' or '4bit'")
         check_compute_dtype(self.compute_dtype)
 
 

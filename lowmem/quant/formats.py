@@ -198,6 +198,10 @@ IMPORTED = MappingProxyType(
 """Formats of other programs' files: the levels as those programs define them, whatever suits quantizing best."""
 
 
+DEFAULT, DEFAULT_BLOCK_SIZE = "bof4s", 32
+"""What 4 bits are where no format is named: of the choices that need no data and cost no speed, the one that loses
+least (``benchmarks.quality``). A format that is named has its own block size."""
+
 EIGHT_BIT = MappingProxyType(
     {
         "int8": Format(

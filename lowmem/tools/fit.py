@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lowmem.finetuning.schedule import DECAYS
-from lowmem.quant.formats import EIGHT_BIT, FORMATS
+from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 from lowmem.tools import classifier, language
 from lowmem.tools.language_job import OPTIONS
 from lowmem.tools.models import file_path, folder_of, number, positive_float, positive_int, seed
@@ -58,7 +58,8 @@ def _add_language(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--format",
         choices=[*FORMATS, *EIGHT_BIT, "bfloat16", "float16", "dense"],
-        help="how to store the base while the adapter trains (default nf4; a stored folder stays as it is)",
+        help=f"how to store the base while the adapter trains (default {DEFAULT} in blocks of "
+        f"{DEFAULT_BLOCK_SIZE}; a stored folder stays as it is)",
     )
     group.add_argument(
         "--memory",

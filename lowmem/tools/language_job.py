@@ -88,6 +88,7 @@ class Job:
         return {
             "base": self.base,
             "format": _name_of(self.technique),
+            "embeddings": getattr(self.technique, "embeddings", None),  # None, too, of runs before there was a choice
             "rank": self.rank,
             "memory": self.memory,
             "length": self.length,
@@ -223,7 +224,7 @@ def _technique(folder: Path, name: str | None) -> tuple[Storing, bool]:
         return None, True
     if name in ("bfloat16", "float16"):
         return Half(getattr(torch, name)), True
-    return blockwise(name or "nf4"), True
+    return blockwise(name), True
 
 
 def _name_of(technique: Storing) -> str:

@@ -12,7 +12,7 @@ from lowmem.io.convert_checkpoint import Row, Source, convert_checkpoint
 from lowmem.io.shards import INDEX
 from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
-from lowmem.quant.formats import EIGHT_BIT, FORMATS, IMPORTED
+from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS
 from lowmem.tools import import_file
 from lowmem.tools.models import MIB, check_links, file_path, positive_int, size
@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=[*FORMATS, *IMPORTED, *EIGHT_BIT],
-        help="default nf4; q4_0, iq4_nl and uint4 are GGUF's own, which lowmem export writes code for code",
+        help=f"default {DEFAULT} in blocks of {DEFAULT_BLOCK_SIZE}; q4_0, iq4_nl and uint4 are GGUF's own, which "
+        "lowmem export writes code for code",
     )
     parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
     parser.add_argument("--scales", choices=list(ENCODINGS), help="how scales are stored (default the format's)")
@@ -46,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--search",
         action=argparse.BooleanOptionalAction,
         help="search for the scales that lose least (default the format's)",
+    )
+    parser.add_argument(
+        "--embeddings",
+        choices=["8bit", "4bit"],
+        help="of a folder: how embeddings and the output layer are stored (default 8bit); a file does not say which "
+        "tensors these are, and all become 4 bits",
     )
     parser.add_argument(
         "--include", action="append", metavar="GLOB", help="convert only tensors so named; may be given again"
@@ -64,7 +71,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    technique = blockwise(arguments.format or "nf4", arguments.block_size, arguments.scales, search=arguments.search)
+    if arguments.embeddings and arguments.format in EIGHT_BIT:
+        raise ValueError(
+            f"--embeddings means nothing for --format {arguments.format}, which has 8 bits: leave it out"
+        )
+    technique = blockwise(
+        arguments.format,
+        arguments.block_size,
+        arguments.scales,
+        search=arguments.search,
+        embeddings=arguments.embeddings or "8bit",
+    )
     for path in (arguments.source, arguments.target):
         check_links(path)
     if import_file.is_foreign(arguments.source):

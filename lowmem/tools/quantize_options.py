@@ -14,6 +14,7 @@ OPTIONS = MappingProxyType(
         "block_size": "--block-size",
         "scales": "--scales",
         "search": "--search",
+        "embeddings": "--embeddings",
         "include": "--include",
         "exclude": "--exclude",
         "shard_size": "--shard-size",
@@ -27,6 +28,8 @@ _TECHNIQUE = ("format", "block_size", "scales", "search")
 
 
 def _of_dense_file(option: str, given: frozenset[str]) -> str | None:
+    if option == "embeddings":
+        return "a file does not say which tensors are embeddings, and all become 4 bits: leave it out"
     if option == "requantize":
         return "nothing of a dense file is quantized yet: leave it out"
     if option == "dtype":
@@ -47,6 +50,8 @@ def _of_dense_folder(option: str, given: frozenset[str]) -> str | None:
 def _of_kept_file(option: str, given: frozenset[str]) -> str | None:
     if option == "exclude":
         return "another program's codes and dense tensors are kept, but for those that --include names: leave it out"
+    if option == "embeddings":
+        return "another program's codes are kept: leave it out"
     if option in _TECHNIQUE and not given & {"include", "requantize"}:
         return (
             "another program's codes are kept as they are: say what to quantize, by --requantize or --include, or "

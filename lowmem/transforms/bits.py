@@ -27,7 +27,7 @@ Replacements: TypeAlias = Mapping[nn.Module, nn.Module]
 # The largest blocks have the fewest scales; which encoding of these is the smallest depends on the length of rows.
 # Formats differ in levels alone. Rows of one or two weights are smaller in 16 bits than with a scale of their own.
 SMALLEST: tuple[Half | FourBit, ...] = (
-    *(FourBit("nf4", MAX_BLOCK_SIZE, scales) for scales in ENCODINGS),
+    *(FourBit("nf4", MAX_BLOCK_SIZE, scales, embeddings="4bit") for scales in ENCODINGS),
     Half(torch.bfloat16),
 )
 

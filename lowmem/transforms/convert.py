@@ -135,7 +135,7 @@ def convert(
     instance of its own class, with its hooks; its ``weight`` is a read-only tensor, whose values are dequantized
     where something else than a product reads them. Norms stay dense, and biases but for those of nn.Linear,
     nn.Conv1d and nn.Conv2d in ``Half``. Modules that share a weight (tied embeddings) share the stored one, or
-    are skipped together.
+    are skipped together. Embeddings and output layers are kept in 8 bits by ``FourBit(embeddings="8bit")``.
 
     ``LoRA`` puts a LoRALinear in the place of linear layers, at all of their paths. Other modules stay the same
     objects, too, and their parameters become an ``AdaptedWeight``: subclasses of nn.Linear, transformers' Conv1D,

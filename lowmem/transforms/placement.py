@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.eightbit import of_embeddings
+from lowmem.nn.fourbit import FourBit
 from lowmem.nn.lora import LoRA
 from lowmem.transforms.registry import (
     Step,
@@ -20,6 +22,7 @@ from lowmem.transforms.registry import (
 )
 
 __all__ = [
+    "embeddings_and_outputs",
     "output_layers",
     "place_adapters",
     "place_name",
@@ -65,6 +68,27 @@ def output_layers(model: nn.Module) -> dict[nn.Module, str]:
             elif weight in tied and _computes_products(module):
                 why.setdefault(module, f"its weight is tied to the embedding `{layer_name(tied[weight])}`")
     return why
+
+
+def embeddings_and_outputs(model: nn.Module) -> dict[nn.Module, str]:
+    """Return what ``FourBit`` keeps in 8 bits, with the reason: embeddings, output layers, what shares a weight."""
+    found = module_paths(model)
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    why = {module: "it is an embedding" for module in found if isinstance(base_of(module), kinds)}
+    why |= {module: reason for module, reason in output_layers(model).items() if module not in why}
+    while True:
+        known = [module for module in found if module in why]
+        named = {weight: layer_name(found[module][0]) for module in known for weight in _weights(module)}
+        more = {
+            module: f"its weight is that of `{named[weight]}`"
+            for module in found
+            if module not in why
+            for weight in _weights(module)
+            if weight in named
+        }
+        if not more:
+            return why
+        why |= more
 
 
 def routers(model: nn.Module) -> dict[nn.Module, str]:
@@ -166,17 +190,23 @@ def techniques_by_layer(
 ) -> dict[nn.Module, tuple[Step, ...]]:
     """Return the techniques of each layer that ``convert`` takes, with LoRA as ``place_adapters`` places it.
 
+    Embeddings and output layers get what ``FourBit.embeddings`` says in place of a ``FourBit``.
+
     Raises:
         ValueError: as ``place_adapters``.
     """
     chosen: dict[nn.Module, tuple[Step, ...]] = dict.fromkeys(layers, techniques)
+    first, *rest = techniques
+    if isinstance(first, FourBit):
+        wider = (of_embeddings(first), *rest)
+        chosen |= {layer: wider for layer in embeddings_and_outputs(model) if layer in chosen}
     adaptable = [layer for layer in chosen if takes_adapter(layer, where is not None)]
     for index, lora in enumerate(techniques):
         if isinstance(lora, LoRA):
             placed = place_adapters(model, lora, adaptable, where)
             for layer in adaptable:
                 own = (placed[layer], *techniques[index + 1 :]) if layer in placed else ()
-                chosen[layer] = (*techniques[:index], *own)
+                chosen[layer] = (*chosen[layer][:index], *own)
     return chosen
 
 

@@ -444,9 +444,8 @@ def _rows(layer: HalfEmbedding | Embedding4Bit, indices: Tensor) -> Tensor:
 
 def _proposals(training: str | None) -> list[tuple[Technique, ...]]:
     """Return what ``at_most`` tries, from what loses least to what takes least."""
-    blocks = ((64, "float32"), (64, "float16"), (64, "double"), (128, "double"), (512, "double"))
     bases: list[tuple[Technique, ...]] = [(), (Half(torch.bfloat16),), (EightBit(),)]
-    bases += [(FourBit("nf4", size, scales),) for size, scales in blocks]
+    bases += [(FourBit(block_size=n, embeddings=e),) for n in (None, 64, 128, 512) for e in ("8bit", "4bit")]
     bases += [(one,) for one in SMALLEST if (one,) not in bases]
     return bases if training is None else [(), *((*base, LoRA()) for base in bases)]
 

@@ -17,7 +17,7 @@ from lowmem.nn.lora import LoRA, LoRALinear
 from lowmem.nn.stored_module import FourBitStorage, StoredModule
 from lowmem.transforms.convert import drop_partial_ties
 from lowmem.transforms.paths import group_name, role_of
-from lowmem.transforms.placement import output_layers, routers, takes_adapter
+from lowmem.transforms.placement import embeddings_and_outputs, output_layers, routers, takes_adapter
 from lowmem.transforms.registry import (
     Technique,
     how_computed,
@@ -27,6 +27,7 @@ from lowmem.transforms.registry import (
     parameter_owners,
     parameters_to_store,
     skip_reason,
+    stored_by,
 )
 
 __all__ = ["LayerSummary", "Summary", "summary"]
@@ -45,7 +46,8 @@ class LayerSummary:
         converted: whether it is one of this library's layers.
         stored: how its weight is stored, or the dtypes of its parameters.
         adapters: the name and rank of each adapter; once where several parameters have the same rank.
-        reason: why it was not converted, or why it has no adapter where other layers have; None otherwise.
+        reason: why it was not converted, why it is in 8 bits where other layers are in 4, or why it has no adapter
+            where other layers have; None otherwise.
         shared_with: the path of an earlier row that shares tensors with it; None where none does.
         weights: the number of its weights, without those of earlier rows.
         bytes: of its parameters and buffers, without those of earlier rows.
@@ -217,6 +219,7 @@ def _as_one(rows: list[LayerSummary]) -> LayerSummary:
 def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, str]:
     """Return why each dense module was not converted, as far as the model shows."""
     techniques = _techniques(model)
+    wider = _in_8_bits(model) if FourBit in techniques else {}
     left: dict[nn.Module, str] = {}
     taken: dict[nn.Module, str] = {}
     bare = _without_adapter(model)
@@ -231,6 +234,7 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
     if techniques == [LoRA]:  # LoRA keeps the weight, and with it all ties
         return left | taken | {module: why for module, why in bare.items() if module not in left}
     left |= {module: why for module, why in bare.items() if made_by(module) is not None}
+    left |= {module: "; ".join(filter(None, (why, left.get(module)))) for module, why in wider.items()}
     owners = parameter_owners(model)
     kept = dict(taken)
     drop_partial_ties(model, kept)
@@ -259,6 +263,15 @@ def _without_adapter(model: nn.Module) -> dict[nn.Module, str]:
         module: f"no adapter: {why}; where= would give it one"
         for module, why in left.items()
         if takes_adapter(module) and bank_of(module) is None
+    }
+
+
+def _in_8_bits(model: nn.Module) -> dict[nn.Module, str]:
+    """Return what is in 8 bits as ``FourBit`` leaves it, and why."""
+    return {
+        module: f"8 bits, since {why}: FourBit(embeddings='4bit') stores it in 4"
+        for module, why in embeddings_and_outputs(model).items()
+        if stored_by(base_of(module)) is EightBit
     }
 
 

@@ -41,7 +41,7 @@ def dense(path, dtype=torch.float32, seed=0):
 )
 def test_what_comes_out_equals_converting_in_memory(tmp_path_factory, format, block_size, scales, search, dtype):
     directory = tmp_path_factory.mktemp("stream")
-    technique = blockwise(format, block_size, scales, search=search)
+    technique = blockwise(format, block_size, scales, search=search, embeddings="4bit")
     model = convert(dense(directory / "in", dtype), technique)
     rows = convert_checkpoint(directory / "in", directory / "out", technique)
     save(model, directory / "memory")
@@ -55,7 +55,7 @@ def test_what_comes_out_equals_converting_in_memory(tmp_path_factory, format, bl
 
 def test_formats_own_defaults_are_spelled_out(tmp_path):
     for format in FORMATS:
-        model = convert(dense(tmp_path / "in"), FourBit(format))
+        model = convert(dense(tmp_path / "in"), FourBit(format, embeddings="4bit"))
         convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit(format))
         save(model, tmp_path / "memory")
         assert (tmp_path / "out").read_bytes() == (tmp_path / "memory").read_bytes()

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 TECHNIQUES = {
-    "nf4": (FourBit(block_size=16),),
+    "nf4": (FourBit("nf4", 16),),
     "int4": (FourBit("int4", 16, "float16"),),
     "half": (Half(),),
     "qlora": (FourBit(block_size=16), LoRA(4, alpha=3)),

@@ -187,7 +187,7 @@ def test_autocast_and_compile_together():
 
 
 TRACED = {
-    "nf4": (FourBit(block_size=16),),
+    "nf4": (FourBit("nf4", 16),),
     "bof4s": (FourBit("bof4s", 16, "float16"),),
     "in bfloat16": (FourBit(block_size=16, compute_dtype=torch.bfloat16),),
     "8-bit products": (FourBit(block_size=16, compute_dtype=torch.int8),),

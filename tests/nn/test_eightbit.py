@@ -92,6 +92,19 @@ def test_forward_and_gradient_are_the_products_with_the_stored_weight():
         assert_sum(x.grad, grad.double() @ weight, grad.double().abs() @ weight.abs(), 33 + 3)
 
 
+def test_products_in_8_bits_are_those_of_rounded_inputs_with_the_integers_that_are_stored():
+    """In plain torch: C has no product of 8 times 8 bits, and every backend says the same."""
+    torch.manual_seed(4)
+    layer = convert(nn.Linear(300, 33), EightBit(compute_dtype=torch.int8))
+    x = torch.randn(5, 300)
+    rounded = lowmem.kernels.int8.round_inputs(x, 64).double()
+    left = torch.cat([rounded, torch.ones(5, 1)], 1)
+    right = torch.cat([layer.quantized.restore(slice(None)).double(), layer.bias.detach().double()[:, None]], 1)
+    for kernel in lowmem.kernels.available():
+        with lowmem.kernels.using(kernel):
+            assert_sum(layer(x), left @ right.t(), left.abs() @ right.abs().t(), 300 + 5)
+
+
 def test_code_0_means_what_code_1_does():
     """No quantizer writes it; a file may hold it."""
     stored = EightBit(16).store(torch.randn(3, 40))

@@ -15,7 +15,7 @@ from lowmem.nn.eightbit import blockwise
 from tests import strategies
 from tests.kernels.test_ops import compiles
 
-techniques = pytest.mark.parametrize("technique", [Half(), FourBit()], ids=["half", "4-bit"])
+techniques = pytest.mark.parametrize("technique", [Half(), FourBit("nf4", embeddings="4bit")], ids=["half", "4-bit"])
 
 
 def restored(layer: nn.Module) -> torch.Tensor:
@@ -34,7 +34,9 @@ def tables(draw, dtype=torch.float32):
 
 @given(
     tables(),
-    st.builds(blockwise, strategies.formats, strategies.small_blocks, strategies.encodings),
+    st.builds(
+        blockwise, strategies.formats, strategies.small_blocks, strategies.encodings, embeddings=st.just("4bit")
+    ),
     strategies.leading_shapes,
     st.sampled_from([torch.int32, torch.int64]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
@@ -146,9 +148,11 @@ def test_a_skeleton_of_a_layer_takes_a_state(technique):
 
 
 def test_a_state_of_another_format_is_refused():
-    layer = convert(nn.Embedding(6, 32), FourBit("nf4", 16, "float16"))
+    layer = convert(nn.Embedding(6, 32), FourBit("nf4", 16, "float16", embeddings="4bit"))
     with pytest.raises(RuntimeError, match="stores nf4, block_size=16, scales=float16; the state holds int4"):
-        layer.load_state_dict(convert(nn.Embedding(6, 32), FourBit("int4", 16, "float16")).state_dict())
+        layer.load_state_dict(
+            convert(nn.Embedding(6, 32), FourBit("int4", 16, "float16", embeddings="4bit")).state_dict()
+        )
 
 
 @techniques

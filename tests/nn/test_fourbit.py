@@ -123,7 +123,7 @@ def test_it_moves_copies_and_pickles_like_a_layer():
         assert torch.equal(other(x), layer(x))
     assert layer.to("meta").packed.is_meta
     assert layer(torch.empty(2, 16, device="meta")).shape == (2, 8)
-    assert "stored in nf4, block_size=64, scales=double" in repr(layer)
+    assert "stored in bof4s, block_size=32, scales=double" in repr(layer)
 
 
 def test_state_dict_round_trips_strictly():
@@ -132,7 +132,9 @@ def test_state_dict_round_trips_strictly():
     two.load_state_dict(one.state_dict(), strict=True)
     x = torch.randn(2, 16)
     assert torch.equal(two(x), one(x))
-    with pytest.raises(RuntimeError, match="weight is dense in the state, and stored in nf4.*load it before convert"):
+    with pytest.raises(
+        RuntimeError, match="weight is dense in the state, and stored in bof4s.*load it before convert"
+    ):
         two.load_state_dict(torch.nn.Linear(16, 8).state_dict(), strict=True)
 
 
@@ -142,11 +144,13 @@ def make_net(*technique) -> torch.nn.Sequential:
     return convert(torch.nn.Sequential(*layers), *technique)
 
 
-NF4 = FourBit("nf4", 16, "float16")
+NF4 = FourBit("nf4", 16, "float16", embeddings="4bit")
 OTHERS = {
-    "format": FourBit("int4", 16, "float16"),
-    "block size": FourBit("nf4", 32, "float16"),  # scales of another shape, for the embedding and the linear layer
-    "encoding": FourBit("nf4", 16, "float32"),
+    "format": FourBit("int4", 16, "float16", embeddings="4bit"),
+    "block size": FourBit(
+        "nf4", 32, "float16", embeddings="4bit"
+    ),  # scales of another shape, for the embedding and the linear layer
+    "encoding": FourBit("nf4", 16, "float32", embeddings="4bit"),
 }
 
 
@@ -240,6 +244,20 @@ def test_empty_layers_and_batches_work():
     assert none(torch.randn(3, 16)).shape == (3, 0)
 
 
+def test_without_a_format_it_is_bof4s_in_blocks_of_32():
+    assert FourBit() == FourBit("bof4s", 32) == FourBit(block_size=32)
+    assert FourBit(block_size=64, scales="float16") == FourBit("bof4s", 64, "float16")
+    assert (FourBit("bof4s").block_size, FourBit("nf4").block_size) == (None, None)  # 64, as these formats have it
+    weight = FourBit().store(torch.randn(8, 2048))
+    assert (weight.format, weight.block_size, weight.scale_encoding, weight.method) == (
+        "bof4s",
+        32,
+        "double",
+        "search",
+    )
+    assert weight.bits_per_weight == 4 + 8 / 32 + 16 / 2048
+
+
 @rows_in_one_case(
     ("options", "message"),
     [
@@ -250,6 +268,7 @@ def test_empty_layers_and_batches_work():
         ({"scales": "e4m3"}, "scales='e4m3' is unknown: choose from float32, float16, double"),
         ({"compute_dtype": torch.int16}, "compute_dtype=torch.int16 must be"),
         ({"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16' must be"),
+        ({"embeddings": "8"}, "embeddings='8' must be '8bit' or '4bit'"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -265,7 +284,7 @@ def test_a_state_without_values_loads_as_its_version_says():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(torch.nn.Linear(32, 8), FourBit()).load_state_dict(empty, assign=True)
-    with pytest.raises(RuntimeError, match=r"stores int4.*the state holds nf4"):
+    with pytest.raises(RuntimeError, match=r"stores int4.*the state holds bof4s"):
         convert(torch.nn.Linear(32, 8), FourBit("int4")).load_state_dict(empty, assign=True)
 
 

@@ -114,11 +114,11 @@ def test_data_that_cannot_be_stored_changes_nothing():
     before = layer.weight.dequantize()
     with pytest.raises(ValueError, match="NaN"):
         layer.weight.data = torch.full((24, 40), float("nan"))
-    with pytest.raises(RuntimeError, match="this weight is stored in nf4.*and the value in fp4"):
+    with pytest.raises(RuntimeError, match="this weight is stored in bof4s.*and the value in fp4"):
         layer.weight.data = store(torch.randn(24, 40), "fp4")
     with pytest.raises(RuntimeError, match=r"rows of shape \(40,\), and the value of \(41,\)"):
         layer.weight.data = torch.randn(24, 41)
-    with pytest.raises(RuntimeError, match="would write to a weight that is stored in nf4"):
+    with pytest.raises(RuntimeError, match="would write to a weight that is stored in bof4s"):
         layer.weight.T.data = torch.randn(40, 24)
     assert torch.equal(layer.weight.dequantize(), before)
 

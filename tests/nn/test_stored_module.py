@@ -223,7 +223,7 @@ def test_the_class_is_generated_once():
     assert issubclass(one, nn.Bilinear)
     assert one.__name__ == "Bilinear"
     assert "Bilinear(in1_features=8, in2_features=8, out_features=2, bias=True, stored in nf4" in repr(
-        convert(nn.Bilinear(8, 8, 2), FourBit())
+        convert(nn.Bilinear(8, 8, 2), FourBit("nf4"))
     )
 
 
@@ -234,7 +234,7 @@ def test_a_state_of_the_class_itself_travels_beside_the_formats():
     assert calls >= 1
     other.load_state_dict(model.state_dict())
     assert other.calls == calls
-    with pytest.raises(RuntimeError, match="stores fp4.*the state holds nf4"):
+    with pytest.raises(RuntimeError, match="stores fp4.*the state holds bof4s"):
         convert(Own(), FourBit("fp4")).load_state_dict(model.state_dict())
 
 
@@ -313,7 +313,7 @@ def test_a_weight_of_another_form_changes_the_class():
 
 def test_a_dense_module_does_not_take_a_stored_weight():
     layer, other = nn.Linear(16, 8), convert(nn.Linear(16, 8), FourBit())
-    with pytest.raises(RuntimeError, match=r"Linear.weight cannot hold a weight that is stored in nf4.*convert both"):
+    with pytest.raises(RuntimeError, match=r"weight cannot hold a weight that is stored in bof4s.*convert both"):
         layer.weight = other.weight
     with pytest.raises(RuntimeError, match=r"Linear4Bit.weight_orig cannot hold a weight that is stored"):
         prune.l1_unstructured(other, "weight", 0.5)
@@ -327,7 +327,7 @@ def test_a_plain_tensor_is_no_weight():
         lambda: setattr(model[0], "weight", torch.zeros(8, 16)),
         lambda: torch.func.functional_call(model, {"0.weight": torch.zeros(8, 16)}, (torch.randn(2, 16),)),
     ):
-        with pytest.raises(TypeError, match="cannot assign Tensor as parameter 'weight', which is stored in nf4"):
+        with pytest.raises(TypeError, match="cannot assign Tensor as parameter 'weight', which is stored in bof4s"):
             change()
     assert [*model.state_dict()] == names
 

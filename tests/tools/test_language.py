@@ -71,7 +71,7 @@ def test_an_adapter_that_lowmem_and_peft_load(data, place, capsys):
         "training.json",
     ]
     record = json.loads(Path("out", "training.json").read_text())
-    assert (record["base"], record["run"]["format"], record["run"]["rank"]) == ("llama", "nf4", 4)
+    assert (record["base"], record["run"]["format"], record["run"]["rank"]) == ("llama", "bof4s", 4)
     lines = [json.loads(line) for line in Path("m.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == found["losses"]
     assert [(line["step"], line["perplexity"]) for line in lines if line["perplexity"]] == [
@@ -79,13 +79,11 @@ def test_an_adapter_that_lowmem_and_peft_load(data, place, capsys):
     ]
     assert f"step {found['steps']}/{found['steps']}" in told
     assert "tokens/s" in told
-    base = load("llama", quantization_config=LowmemConfig(lowmem.FourBit("nf4")))
+    base = load("llama", quantization_config=LowmemConfig(lowmem.FourBit()))
     model = lowmem.load_adapter(base, "out")
     ids = torch.arange(10, 30)[None]
     peft = pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
-    theirs = peft.PeftModel.from_pretrained(
-        load("llama", quantization_config=LowmemConfig(lowmem.FourBit("nf4"))), "out"
-    )
+    theirs = peft.PeftModel.from_pretrained(load("llama", quantization_config=LowmemConfig(lowmem.FourBit())), "out")
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 

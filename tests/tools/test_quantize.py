@@ -44,6 +44,16 @@ def test_it_prints_a_table_and_writes_what_loads(checkpoint, capsys):
     assert type(model[2]) is nn.Linear
 
 
+def test_without_a_format_it_stores_as_four_bit_does(checkpoint):
+    out = checkpoint.with_name("out.safetensors")
+    assert main(["quantize", str(checkpoint), str(out)]) == 0
+    expected = make()
+    expected.load_state_dict(safetensors.torch.load_file(checkpoint))
+    lowmem.save(lowmem.convert(expected, lowmem.FourBit()), checkpoint.with_name("memory"))
+    assert out.read_bytes() == checkpoint.with_name("memory").read_bytes()
+    assert lowmem.load(out, make)[0].block_size == 32
+
+
 def test_json_and_shards(checkpoint, capsys):
     out = checkpoint.with_name("out.safetensors")
     options = ["--json", "--search", "--include", "0.*", "--include", "2.*", "--shard-size", "2.5KB"]

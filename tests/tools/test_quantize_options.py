@@ -15,9 +15,10 @@ from tests.io.foreign.test_recognize import SAMPLES
 
 GIVEN = {
     "format": ["--format", "bof4s"],
-    "block_size": ["--block-size", "32"],
+    "block_size": ["--block-size", "16"],
     "scales": ["--scales", "float32"],
     "search": ["--search"],
+    "embeddings": ["--embeddings", "4bit"],
     "include": ["--include", "*"],
     "exclude": ["--exclude", "*up_proj*"],
     "shard_size": ["--shard-size", "1MB"],
@@ -27,7 +28,7 @@ GIVEN = {
 TECHNIQUE = {"format", "block_size", "scales", "search"}
 HEEDED = {
     "a dense file": TECHNIQUE | {"include", "exclude", "shard_size"},
-    "a dense folder": TECHNIQUE | {"exclude", "shard_size"},
+    "a dense folder": TECHNIQUE | {"embeddings", "exclude", "shard_size"},
     "another program's, to a file": {"include", "shard_size", "requantize", "dtype"},
     "another program's, to a folder": {"shard_size", "dtype"},
 }
@@ -107,6 +108,7 @@ def test_what_each_heeded_option_changes(tmp_path, inputs, capsys):
         out.unlink()
         for option in HEEDED[kind] - {"requantize"}:  # nothing in it needs that
             options = ["--include", "*.mlp.*"] if option == "include" and kind == "a dense file" else GIVEN[option]
+            options = ["--no-search"] if option == "search" else options  # the default format is searched for
             assert main(["quantize", str(source), str(out), *options]) == 0
             if option == "shard_size":
                 assert out.with_name(f"{out.name}.index.json").exists()

@@ -207,7 +207,10 @@ def test_techniques_that_fit_are_proposed(capsys):
     ("argv", "said"),
     [
         (["bignet", "--at-most", "4MiB"], "is out of reach: the least that is possible is "),
-        (["bignet", "--at-most", "4MiB", "--training", "none"], "FourBit(block_size=4096, scales='float16')"),
+        (
+            ["bignet", "--at-most", "4MiB", "--training", "none"],
+            "FourBit(format='nf4', block_size=4096, scales='float16'",
+        ),
         (["bignet", "--plan", "Half,LoRA", "--input-shape", "3"], "model='bignet' cannot be planned: RuntimeError"),
         (["qlora", "--plan", "Half"], "model='qlora' has techniques of its own"),
         (["torch.nn:Identity", "--plan", "FourBit"], "nothing to convert: FourBit looks for"),

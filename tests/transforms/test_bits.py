@@ -30,8 +30,14 @@ MODELS = {
     "attention and LSTM": lambda: nn.ModuleList([nn.MultiheadAttention(16, 2), nn.LSTM(8, 24), nn.Conv2d(3, 8, 3)]),
 }
 CHOICES = [
-    *(FourBit(name, size, scales) for name in FORMATS for size in (8, 64, MAX_BLOCK_SIZE) for scales in ENCODINGS),
-    *(FourBit("int4", MAX_BLOCK_SIZE, scales) for scales in OFFSETS),
+    *(
+        FourBit(name, size, scales, embeddings=embeddings)
+        for name in FORMATS
+        for size in (8, 64, MAX_BLOCK_SIZE)
+        for scales in ENCODINGS
+        for embeddings in ("8bit", "4bit")
+    ),
+    *(FourBit("int4", MAX_BLOCK_SIZE, scales, embeddings="4bit") for scales in OFFSETS),
     Half(),
     Half(torch.bfloat16),
 ]

@@ -1,13 +1,15 @@
 """Which layers get an adapter, and of which rank; the output layer of a language model gets none."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, merge, summary
+from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, measure, merge, summary
+from lowmem.nn.eightbit import Embedding8Bit, Linear8Bit, of_embeddings
 from lowmem.transforms.placement import output_layers, place_adapters, techniques_by_layer
 from tests.selection import rows_in_one_case
 from tests.test_any_model import Experts
@@ -100,15 +102,22 @@ def test_output_layers_get_no_adapter_unless_where_names_them(stored, kind, head
 def test_the_summary_says_why_an_output_layer_has_no_adapter(stored):
     reasons = {row.path: row.reason for row in summary(convert(Tied(), *STORED[stored], LoRA(2)))}
     why = "no adapter: its weight is tied to the embedding `body.tokens`; where= would give it one"
-    assert reasons["head"] == why
+    wider = {"head": "its weight is tied to the embedding `body.tokens`", "lm_head": "it is the model's output layer"}
+    wider = {
+        path: f"8 bits, since {text}: FourBit(embeddings='4bit') stores it in 4; " * (stored == "4-bit")
+        for path, text in wider.items()
+    }
+    assert reasons["head"] == wider["head"] + why
     assert reasons["body.q"] is None
     reasons = {row.path: row.reason for row in summary(convert(Causal(), *STORED[stored], LoRA(2)))}
-    assert reasons["lm_head"] == "no adapter: it is the model's output layer; where= would give it one"
-    assert reasons["draft"].startswith("no adapter: its weight is that of the output layer `lm_head`")
+    why = "no adapter: it is the model's output layer; where= would give it one"
+    assert reasons["lm_head"] == wider["lm_head"] + why
+    assert "no adapter: its weight is that of the output layer `lm_head`" in reasons["draft"]
     everywhere = summary(convert(Causal(), *STORED[stored], LoRA(2), where=lambda *_: True))
     assert all("no adapter" not in (row.reason or "") for row in everywhere)
     if stored != "dense":  # a model without adapters has nothing to say of them
-        assert {row.path: row.reason for row in summary(convert(Causal(), *STORED[stored]))}["lm_head"] is None
+        reasons = {row.path: row.reason for row in summary(convert(Causal(), *STORED[stored]))}
+        assert reasons["lm_head"] == (wider["lm_head"].removesuffix("; ") or None)
 
 
 @rows_in_one_case("returned", [None, AttributeError, NotImplementedError, torch.ones(1)])
@@ -196,12 +205,12 @@ def test_only_layers_that_an_adapter_can_follow_have_one_placed():
     model = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4))
     technique = LoRA(2, ranks={"1": 3})
     chosen = techniques_by_layer(model, (FourBit(), technique), model, None)
-    assert chosen == {model[0]: (FourBit(), technique), model[1]: (FourBit(), {"weight": LoRA(3)})}
+    assert chosen == {model[0]: (of_embeddings(FourBit()), technique), model[1]: (FourBit(), {"weight": LoRA(3)})}
 
 
 def test_copies_know_their_output_layers():
     model = copy.deepcopy(convert(Causal(), FourBit(), LoRA(2)))
-    assert {type(module).__name__ for module in output_layers(model)} == {"Linear4Bit"}
+    assert {type(module).__name__ for module in output_layers(model)} == {"Linear8Bit"}
 
 
 class Router(nn.Module):
@@ -321,6 +330,57 @@ class Translates(nn.Module):
 
     def forward(self, tokens):
         return self.encoder(tokens) + self.decoder(tokens.flip(1))
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in HEADS])
+def test_four_bit_keeps_embeddings_and_output_layers_in_8_bits(kind, tmp_path):
+    model, narrow = convert(kind(), FourBit("nf4")), convert(kind(), FourBit("nf4", embeddings="4bit"))
+    wider = [path for path, module in model.named_modules() if isinstance(module, Embedding8Bit | Linear8Bit)]
+    heads = next(heads for own, heads in HEADS if own is kind)
+    tokens = [path for path, module in model.named_modules() if path.endswith("tokens")]
+    assert sorted(wider) == sorted([*tokens, *heads])
+    assert {row.stored.split(",")[0] for row in summary(model) if row.path in wider} == {"int8"}
+    assert not any("8 bits" in (row.reason or "") for row in summary(narrow))
+    assert not any(isinstance(module, Embedding8Bit | Linear8Bit) for module in narrow.modules())
+    assert measure.theoretical_bytes(narrow) < measure.theoretical_bytes(model)
+    rows = {row.path: row.reason for row in summary(model)}
+    assert all(rows[path].startswith("8 bits, since it") for path in wider)
+    ties = [(a, b) for a, b in (("body.tokens", "head"), ("lm_head", "draft")) if {a, b} <= set(wider)]
+    for one, other in ties:
+        assert model.get_submodule(one).weight is model.get_submodule(other).weight
+    lowmem.save(model, tmp_path / "model.safetensors")
+    assert [*summary(lowmem.load(tmp_path / "model.safetensors", kind))] == [
+        replace(row, weight_error=None) for row in summary(model)
+    ]
+
+
+def test_what_shares_a_weight_with_an_embedding_is_stored_as_it_is():
+    class Shares(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.other = nn.Embedding(50, 16), nn.Conv1d(4, 4, 3)
+            self.more, self.last = nn.Bilinear(4, 4, 2), nn.Linear(16, 16)
+            self.table = nn.EmbeddingBag(50, 16)
+            self.table.weight = self.tokens.weight
+
+    model = convert(Shares(), FourBit("nf4"))
+    assert {row.path: row.stored.split(",")[0] for row in summary(model) if not row.path.endswith("bias")} == {
+        "tokens": "int8",
+        "table": "int8",
+        "other": "nf4",
+        "more": "nf4",
+        "last": "nf4",
+    }
+    assert model.table.weight is model.tokens.weight
+
+
+def test_an_8_bit_output_layer_takes_an_adapter_where_it_is_named():
+    model = convert(Causal(), FourBit("nf4", compute_dtype=torch.int8), LoRA(2), where=lambda *_: True)
+    assert {type(model.lm_head.base), type(model.draft.base)} == {Linear8Bit}
+    assert model.lm_head.base.compute_dtype is None  # products of 8 times 8 bits have no kernel
+    assert model.body.q.base.compute_dtype is torch.int8
+    lowmem.merge(model)
+    assert type(model.lm_head) is Linear8Bit
 
 
 EMBEDDINGS = ["shared", "encoder.embed", "decoder.embed"]

@@ -23,7 +23,7 @@ TECHNIQUES = {
     "dense": (),
     "half": (Half(),),
     "bfloat16": (Half(torch.bfloat16),),
-    "nf4": (FourBit(),),
+    "nf4": (FourBit("nf4"),),
     "int4": (FourBit("int4", 16, "float16"),),
     "bof4s": (FourBit("bof4s", 128, "float32"),),
     "offsets": (FourBit("int4", 32, offsets=True),),
@@ -94,7 +94,7 @@ def test_every_figure_of_one_model_is_what_a_real_one_measures(name, technique):
     assert found.stored.get("adapters", 0) == adapters
     layers = [m for m in model.modules() if isinstance(m, StoredModule)]
     frozen = {getattr(m, part) for m in layers for part in m.part_names}
-    assert sum(found.stored.get(kind, 0) for kind in ("Half", "FourBit")) == sum(t.nbytes for t in frozen)
+    assert sum(found.stored.get(kind, 0) for kind in ("Half", "FourBit", "EightBit")) == sum(t.nbytes for t in frozen)
 
     assert found.scratch == (8 * MIB if technique == "offsets" else MIB if layers else 0)
     forward, backward = measure.forward_bytes(model, batch), measure.backward_bytes(model, batch)
@@ -204,9 +204,10 @@ def make():
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-plan(BigNet, FourBit(), LoRA(16), batch=torch.empty(1, 1024))  # imports torch's optimizers, and what these import
+four = FourBit("nf4", embeddings="4bit")
+plan(BigNet, four, LoRA(16), batch=torch.empty(1, 1024))  # imports torch's optimizers, and what these import
 before = peak()
-found = plan(make, FourBit(), LoRA(16), batch=torch.empty(1, 16, dtype=torch.int64, device="meta"))
+found = plan(make, four, LoRA(16), batch=torch.empty(1, 16, dtype=torch.int64, device="meta"))
 print(found.dense, found.stored["FourBit"], peak() - before)
 """
 
@@ -302,13 +303,13 @@ def test_where_and_skip_leave_layers_as_convert_does():
 def test_the_figures_as_text_and_as_json():
     found = plan(BigNet, FourBit(block_size=128), LoRA(), batch=torch.ones(1, 1024), training="sgd")
     lines = str(found).splitlines()
-    assert lines[0] == "FourBit(block_size=128), LoRA()"
+    assert lines[0] == "FourBit(format='bof4s', block_size=128), LoRA()"
     assert lines[1].split() == ["Memory", "MiB"]
     assert lines[2].split() == ["dense", "model", "72.11"]
     assert lines[-1].startswith("total for training ")
     assert "total for training" not in str(plan(BigNet, batch=torch.ones(1, 1024), training=None))
     document = json.loads(json.dumps(found.as_json()))
-    assert document["techniques"] == ["FourBit(block_size=128)", "LoRA()"]
+    assert document["techniques"] == ["FourBit(format='bof4s', block_size=128)", "LoRA()"]
     assert document["training_bytes"] == found.training_bytes
     assert document["stored"] == found.stored
     large = plan(lambda: nn.Linear(2**15, 2**14), batch=torch.ones(1, 2**15), training=None)
@@ -336,7 +337,8 @@ def test_at_most_proposes_the_first_that_fits(training):
         assert kinds == [(), (Half,), (EightBit,), (FourBit,)]
     else:
         assert kinds == [(), (LoRA,), (Half, LoRA), (EightBit, LoRA), (FourBit, LoRA)]
-    assert found.techniques[0] == FourBit("nf4", 4096, "float16")  # double has two bytes a row besides
+    least = FourBit("nf4", 4096, "float16", embeddings="4bit")  # double has two bytes a row besides
+    assert found.techniques[0] == least
 
 
 def test_at_most_takes_a_size_as_text():

@@ -1,4 +1,7 @@
-"""Prints what share of each architecture's numbers `convert` stores in 4 bits: ``python -m tests.zoo [NAME ...]``."""
+"""Prints what share of each architecture's numbers `convert` stores, embeddings in 8 bits and the rest in 4.
+
+``python -m tests.zoo [NAME ...]``
+"""
 
 import logging
 import sys

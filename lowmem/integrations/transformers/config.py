@@ -105,6 +105,8 @@ def _record(technique: Any) -> Any:
     if technique == EXACT:
         return technique
     fields = {name: value for name, value in vars(technique).items() if value is not None}
+    if fields.get("embeddings") == "4bit":
+        del fields["embeddings"]  # as configs have it that were written before there were others
     for name, value in fields.items():
         if isinstance(value, torch.dtype):
             fields[name] = str(value).removeprefix("torch.")
@@ -131,6 +133,8 @@ def _parsed(record: object) -> Half | EightBit | FourBit:
         raise ValueError(f"technique={show(record.get('technique'))} is none of {', '.join(kinds)}")
     fields = check_keys(dict(record), ("technique",), kind.__dataclass_fields__)
     values = {name: value for name, value in fields.items() if name != "technique"}
+    if fields["technique"] == "FourBit":
+        values = {"format": "nf4", "embeddings": "4bit", **values}  # what absent ones meant before there were others
     for name in ("dtype", "compute_dtype"):
         if name in values:
             values[name] = getattr(torch, str(values[name]), values[name])

@@ -17,6 +17,7 @@ from lowmem.nn.stored import FourBitForm, HalfForm
 from lowmem.nn.stored_module import StoredModule, become, freeze, stored_copy
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.convert import left_dense, rebuild_all, store_parameters
+from lowmem.transforms.placement import techniques_by_layer
 from lowmem.transforms.registry import layer_name
 
 __all__ = ["Storing"]
@@ -47,13 +48,14 @@ class Storing:
     """
 
     def __init__(self, model: nn.Module, technique: Half | EightBit | FourBit, skip: Iterable[str]) -> None:
-        self._technique = technique
-        shapes: Any = technique
-        if isinstance(technique, FourBit) and not isinstance(technique.format, str):
-            shapes = replace(technique, format=technique.format[0])  # which one is chosen does not change the shapes
-        made: dict[Any, Any] = rebuild_all(model, (technique,), None, skip, None, lambda _: shapes.skeleton)
+        made: dict[Any, Any] = rebuild_all(
+            model, (technique,), None, skip, None, lambda own: _shapes_of(own).skeleton
+        )
         self.warning = left_dense(model, made, type(technique), None, skip)
         self._skeletons: dict[nn.Module, StoredModule] = made
+        self._techniques: dict[nn.Module, Any] = {
+            module: own for module, (own,) in techniques_by_layer(model, (technique,), made, None).items()
+        }
         self._paths: dict[nn.Module, str] = {}
         self._weights: dict[nn.Module, dict[str, Any]] = {module: {} for module in made}
         self._errors: dict[nn.Module, list[tuple[float, float]]] = {module: [] for module in made}
@@ -144,8 +146,8 @@ class Storing:
     def _stored(self, module: nn.Module, name: str, value: Tensor) -> Any:
         """Return a parameter as it is stored."""
         if isinstance(self._skeletons[module].forms[name], HalfForm):
-            return self._technique.store(value, name)
-        return self._technique.store(value.reshape(self._skeletons[module].stored_weight(name).shape), name)
+            return self._techniques[module].store(value, name)
+        return self._techniques[module].store(value.reshape(self._skeletons[module].stored_weight(name).shape), name)
 
     def _put(self, module: nn.Module, name: str, stored: Any, value: Tensor) -> None:
         """Note how a parameter is stored; its module is converted when all of its parameters are."""
@@ -161,16 +163,24 @@ class Storing:
             self._errors[module].append((relative_error(value, stored) ** 2 * size, size))
         if len(weights) < len(skeleton.forms):
             return
-        if isinstance(self._technique, Half):  # as many as the skeleton stores: a bias that is shared stays dense
+        technique = self._techniques[module]
+        if isinstance(technique, Half):  # as many as the skeleton stores: a bias that is shared stays dense
             made = stored_copy(module, {own: weights[own] for own in skeleton.forms})
         else:
-            made = store_parameters(module, self._technique, self._paths[module], names, _given(weights))
+            made = store_parameters(module, technique, self._paths[module], names, _given(weights))
         total = sum(size for _, size in self._errors[module])
         made.weight_error = (sum(error for error, _ in self._errors[module]) / total) ** 0.5 if total else 0.0
         become(module, made)
         for part in made.part_names:
             made._parameters[part]._is_hf_initialized = True  # type: ignore[union-attr]
         weights.clear()
+
+
+def _shapes_of(technique: Any) -> Any:
+    """Return a technique of the same shapes that needs no values: which format is chosen does not change them."""
+    if isinstance(technique, FourBit) and not isinstance(technique.format, str):
+        return replace(technique, format=technique.format[0])
+    return technique
 
 
 def _computed(model: Any) -> Callable[[str], bool]:

@@ -20,8 +20,10 @@ from lowmem.io.atomic import check_writable, open_regular, read_errors
 from lowmem.io.export.exported import Exported
 from lowmem.io.export.gguf_blocks import (
     DENSE,
+    EIGHT_BIT,
     KINDS,
     dense_rows,
+    eight_bit_rows,
     in_blocks,
     inexact,
     nearest,
@@ -35,6 +37,7 @@ from lowmem.io.export.gguf_tokenizer import tokenizer_fields
 from lowmem.io.export.source import StoredModel, StoredWeight, open_stored
 from lowmem.io.foreign.gguf_blocks import BLOCKS
 from lowmem.io.foreign.gguf_names import Names, names_of
+from lowmem.nn.stored import EightBitForm
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["NO_TOKENIZER", "write_gguf"]
@@ -45,7 +48,7 @@ NO_TOKENIZER = (
 
 _REMEDY = "--requantize writes what is nearest and prints the error, --dtype f32 writes all of it dense"
 
-_FILE_TYPES = {0: 0, 1: 1, 30: 32, 2: 2, 3: 3, 20: 25, 39: 38, 12: 15, 23: 30}
+_FILE_TYPES = {0: 0, 1: 1, 30: 32, 2: 2, 3: 3, 20: 25, 39: 38, 12: 15, 23: 30, 8: 7}
 """``general.file_type`` by the type of most of its matrices."""
 
 
@@ -81,7 +84,8 @@ def write_gguf(
     Args:
         source: a folder or file that lowmem wrote, or a dense folder.
         out: where nothing is yet.
-        requantize: whether to write what is not exact as the nearest that is: with rounded scales, or as IQ4_NL.
+        requantize: whether to write what is not exact as the nearest that is: with rounded scales, as IQ4_NL, or
+            as Q8_0 what is stored in 8 bits.
         like: an existing file of the same model, whose fields are copied; None: they come from the folder.
         dtype: of matrices: write all of them dense in it.
         progress: called with the name of each finished weight and its bytes in the source.
@@ -212,6 +216,8 @@ def _kind(weight: StoredWeight, requantize: bool, dtype: torch.dtype | None) -> 
         raise ValueError(reason)
     if weight.shape[-1] % 32:
         return DENSE[torch.float16], True
+    if isinstance(form, EightBitForm):
+        return EIGHT_BIT, True
     stored = weight.plain()
     format = nearest_format(stored) if isinstance(stored, QuantizedTensor) else "iq4_nl"
     return KINDS[format].type, True
@@ -398,6 +404,9 @@ def _converted(before: QuantizedTensor | Tensor, plan: _Plan) -> tuple[Quantized
             rows = superblock_rows(before) if blocks is None else rows_of(blocks)
             assert rows is not None
             return None, rows
+        if kind == EIGHT_BIT:
+            assert isinstance(before, QuantizedTensor)
+            return eight_bit_rows(before)
         format = next(name for name, one in KINDS.items() if one.type == kind)
         blocks = nearest(before, format)
         return blocks, rows_of(blocks)

@@ -20,10 +20,12 @@ from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
     "DENSE",
+    "EIGHT_BIT",
     "KINDS",
     "SIZE",
     "BlockKind",
     "dense_rows",
+    "eight_bit_rows",
     "in_blocks",
     "inexact",
     "nearest",
@@ -56,6 +58,10 @@ KINDS = MappingProxyType(
 
 DENSE = MappingProxyType({torch.float32: 0, torch.float16: 1, torch.bfloat16: 30})
 """The types of dense tensors."""
+
+
+EIGHT_BIT = 8
+"""The type of weights in 8 bits, Q8_0: ``d * code`` with d in float16, which takes rounding from lowmem's scales."""
 
 
 def inexact(form: FourBitForm, columns: int) -> str | None:
@@ -149,6 +155,26 @@ def rows_of(blocks: QuantizedTensor) -> Tensor:
             heads.append(torch.zeros_like(scales) if offsets is None else offsets)
         parts = [*(as_bytes(head.half()[..., None]) for head in heads), packed]
     return torch.cat(parts, dim=-1).flatten(1)
+
+
+def eight_bit_rows(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """Return the values of Q8_0 that are nearest to a weight's, and their bytes.
+
+    Returns:
+        float32 (..., n) and uint8 (rows, bytes).
+
+    Raises:
+        ValueError: values that no float16 scale reaches.
+    """
+    values = weight.as_matrix().dequantize()
+    parts = values.view(len(values), -1, SIZE)  # (rows, blocks, 32)
+    scales = (parts.abs().amax(-1, keepdim=True) / 127).half()
+    if not bool(scales.isfinite().all()):
+        raise ValueError("it has values beyond the scales of Q8_0; write it with --dtype f32")
+    steps = scales.float()
+    codes = (parts / steps.masked_fill(steps == 0, 1)).round().clamp(-127, 127)
+    raw = torch.cat([as_bytes(scales), as_bytes(codes.to(torch.int8))], dim=-1)
+    return (codes * steps).view(weight.shape), raw.flatten(1)
 
 
 def dense_rows(weight: Tensor) -> Tensor:

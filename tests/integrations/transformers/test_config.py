@@ -9,7 +9,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from lowmem import FourBit, Half, LoRA
+from lowmem import EightBit, FourBit, Half, LoRA
 from lowmem.integrations.transformers import METHOD, LowmemConfig
 
 TECHNIQUES = [
@@ -17,7 +17,18 @@ TECHNIQUES = [
     Half(torch.bfloat16),
     FourBit("bof4s", 32, "double", torch.bfloat16, True),
     FourBit(("nf4", "int4"), compute_dtype=torch.int8, search=False),
+    FourBit("nf4", embeddings="4bit"),
+    FourBit(),
+    EightBit(32),
 ]
+
+
+def test_a_config_of_a_version_without_8_bit_embeddings_means_what_it_meant():
+    """It had no field for them, and left out the format where it was the default."""
+    for record in ({"technique": "FourBit", "format": "nf4", "offsets": False}, {"technique": "FourBit"}):
+        assert LowmemConfig(record).technique == FourBit("nf4", embeddings="4bit")
+    assert "embeddings" not in LowmemConfig(FourBit("nf4", embeddings="4bit")).to_dict()["technique"]
+    assert LowmemConfig(FourBit("nf4")).to_dict()["technique"]["embeddings"] == "8bit"
 
 
 def test_json_holds_it():

@@ -113,6 +113,7 @@ def test_what_is_not_exact_is_refused_by_name_or_quantized_again_with_its_error(
         ("up_proj", fourbit("fp4")),
         ("gate_proj", fourbit("q4_0", scales="float32")),
         ("down_proj", lambda values: lowmem.quantize(values, "q4_0")),
+        ("o_proj", fourbit("int8")),
     ):
         name = next(one for one in weights if place in one)
         weights[name] = make(weights[name].dequantize())
@@ -120,17 +121,20 @@ def test_what_is_not_exact_is_refused_by_name_or_quantized_again_with_its_error(
     with pytest.raises(FileError, match=r"gate_proj.*float16.*up_proj.*times 6") as error:
         lowmem.export(source, tmp_path / "out.gguf")
     assert "--requantize" in str(error.value)
-    assert "and 2 other kinds" in str(error.value)
+    assert "and 3 other kinds" in str(error.value)
     assert not (tmp_path / "out.gguf").exists()
     rows = {row.name.split(".")[-2]: row for row in lowmem.export(source, tmp_path / "out.gguf", requantize=True)}
     changed = {name: row.kind for name, row in rows.items() if row.error is not None}
-    assert changed == {"q_proj": "IQ4_NL", "v_proj": "IQ4_NL", "up_proj": "IQ4_NL", "gate_proj": "Q4_0"}
+    again = dict.fromkeys(("q_proj", "v_proj", "up_proj"), "IQ4_NL")
+    assert changed == {**again, "gate_proj": "Q4_0", "o_proj": "Q8_0"}
     with open_foreign(tmp_path / "out.gguf") as file:
         for row in rows.values():
             if row.error is not None:
-                before, after = weights[row.name].dequantize(), file.tensors[row.name].read().dequantize()
+                before, after = weights[row.name].dequantize(), file.tensors[row.name].read()
+                after = after if isinstance(after, torch.Tensor) else after.dequantize()
                 assert row.error == pytest.approx(float((before - after).norm() / before.norm()), rel=1e-4)
     assert rows["gate_proj"].error < 2**-11
+    assert rows["o_proj"].error < 1 / 127  # half a step of 1/127 of a block's largest weight
 
 
 def test_rows_that_are_no_multiple_of_32_are_dense_where_asked(tmp_path):

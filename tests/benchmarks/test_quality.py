@@ -1,0 +1,75 @@
+"""What the table of the front page says: the choices, their bits, and how it is computed what a model loses."""
+
+import copy
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from benchmarks import quality
+from lowmem import FourBit, convert
+from lowmem.quant.tensor import QuantizedTensor
+
+ROOT = Path(__file__).parents[2]
+# of each block of SmolLM2: queries, keys, values, output; gate, up, down
+LINEAR = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+
+
+class Language(nn.Module):
+    """Answers as a causal model of transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(11, 32), nn.Linear(32, 11)
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.tokens(input_ids)))
+
+
+def table() -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf8")
+    return text.partition("<!-- python -m benchmarks.quality -->\n")[2].partition("<!-- end -->")[0].splitlines()
+
+
+def test_the_table_has_the_choices_and_their_bits():
+    lines = table()
+    assert lines[:2] == quality.table([])
+    assert len(lines[2:]) == len(quality.CHOICES) == 5
+    for line, (name, (technique, when)) in zip(lines[2:], quality.CHOICES.items(), strict=True):
+        code, bits, *figures, said = (cell.strip() for cell in line.strip("|").split("|"))
+        stored = [technique.skeleton(torch.empty(shape, device="meta")) for shape in LINEAR]
+        assert bits == f"{sum(8 * one.nbytes for one in stored) / sum(one.shape.numel() for one in stored):.2f}"
+        assert (code, said) == (f"`{name}`", when)
+        assert all(math.isfinite(float(figure)) for figure in figures)
+        assert eval(name, vars(quality)) == technique
+
+
+def test_the_paragraphs_that_judge_are_spread_over_the_manual():
+    found = quality.judging()
+    assert len(found) == quality.JUDGES
+    assert len(set(found)) > 0.95 * quality.JUDGES  # the manual says some things twice
+    assert min(map(len, found)) >= 200
+    assert quality.paragraphs().index(found[-1]) > 0.8 * len(quality.paragraphs())
+
+
+def test_losses_are_the_divergence_and_the_perplexity_of_the_next_token():
+    dense = Language()
+    other = convert(copy.deepcopy(dense), FourBit("int4"))
+    rows = torch.randint(11, (3, 100), generator=torch.Generator().manual_seed(0))
+    found = quality.losses(dense, {"other": other, "same": dense}, rows)
+    p, q = (model(rows[:, :-1]).logits.detach().double().log_softmax(-1) for model in (dense, other))
+    divergence = nn.functional.kl_div(q, p, log_target=True, reduction="sum") / 297
+    surprise = [nn.functional.nll_loss(one.flatten(0, 1), rows[:, 1:].flatten()) for one in (p, q)]
+    torch.testing.assert_close(found["other"].divergence, float(divergence), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found["other"].perplexity, math.exp(surprise[1] - surprise[0]), rtol=1e-5, atol=0)
+    assert (found["same"].divergence, found["same"].perplexity) == (0, 1)
+
+
+def test_bits_are_of_the_linear_layers_alone():
+    model = convert(Language(), FourBit("nf4"), where=quality.is_linear)
+    assert type(model.tokens) is nn.Embedding
+    weight: QuantizedTensor = model.head.quantized
+    assert quality.bits(model) == 8 * weight.nbytes / (32 * 11)

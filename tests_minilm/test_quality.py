@@ -1,0 +1,47 @@
+"""The table of the front page is what trained models lose, and the default loses as little as was promised.
+
+The bounds are those that were measured, with a margin: another processor adds up in another order, and flips a code.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quality
+from lowmem import convert
+
+CHOICES = {name: technique for name, (technique, _) in quality.CHOICES.items()}
+LEAST = {'FourBit("nf4")': 0.967, 'FourBit("bof4s")': 0.971, "FourBit()": 0.975, 'FourBit("bof4s", 16)': 0.98}
+MOST = {'FourBit("nf4")': 1.28, "FourBit()": 1.2, 'FourBit("bof4s", 16)': 1.17, "EightBit()": 1.01}
+
+
+@pytest.fixture(scope="module")
+def table():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
+    lines = text.partition("<!-- python -m benchmarks.quality -->\n")[2].partition("<!-- end -->")[0].splitlines()
+    return {line.split("|")[1].strip(" `"): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]}
+
+
+def test_the_encoder_loses_what_the_table_says(table, capsys):
+    found = quality.cosines(CHOICES)
+    for name, cosine in found.items():
+        with capsys.disabled():
+            print(f"\n| {name} | {cosine:.4f} |", end="", flush=True)
+        assert cosine == pytest.approx(float(table[name][1]), abs=0.002)
+        assert cosine >= LEAST.get(name, 0.999)
+    assert found["FourBit()"] > max(found['FourBit("nf4")'], found['FourBit("bof4s")'])
+
+
+def test_the_language_model_loses_what_the_table_says(table, capsys):
+    pytest.importorskip("gguf", reason="gguf is not installed: tox -e minilm")
+    dense, tokenizer = quality.language_model()
+    converted = {name: convert(copy.deepcopy(dense), one, where=quality.is_linear) for name, one in CHOICES.items()}
+    found = quality.losses(dense, converted, quality.rows_of_tokens(tokenizer))
+    for name, lost in found.items():
+        with capsys.disabled():
+            print(f"\n| {name} | {lost.divergence:.4f} | {lost.perplexity:.3f} |", end="", flush=True)
+        assert lost.divergence == pytest.approx(float(table[name][2]), rel=0.03, abs=0.001)
+        assert lost.perplexity == pytest.approx(float(table[name][3]), abs=0.02)
+        assert lost.perplexity <= MOST.get(name, 1.35)
+    assert found["FourBit()"].divergence < min(found[f'FourBit("{name}")'].divergence for name in ("nf4", "bof4s"))
