@@ -113,14 +113,27 @@ def test_without_data(technique, least, dense, capsys, request):
     assert judge(request.node.callspec.id, model, dense, capsys) >= least
 
 
+@pytest.mark.filterwarnings("ignore:fewer rows than columns:UserWarning")  # the pooler gets a row for each paragraph
 @pytest.mark.parametrize(
-    ("technique", "least"),
-    [(FourBit("bof4s", block_size=16), 0.988), (FourBit("nf4"), 0.97)],
-    ids=["bof4s in blocks of 16, calibrated", "nf4, calibrated"],
+    ("technique", "count", "options", "least"),
+    [
+        (FourBit("bof4s", block_size=16), 64, {}, 0.992),
+        (FourBit("nf4"), 64, {}, 0.985),
+        (FourBit("bof4s", block_size=32), 64, {}, 0.992),
+        (FourBit("bof4s", block_size=32), 256, {}, 0.994),
+        (FourBit("bof4s", block_size=32), 64, {"diagonal": True}, 0.981),
+    ],
+    ids=[
+        "bof4s in blocks of 16, calibrated",
+        "nf4, calibrated",
+        "bof4s in blocks of 32, calibrated",
+        "bof4s in blocks of 32, calibrated on 256",
+        "bof4s in blocks of 32, weighed by columns",
+    ],
 )
-def test_calibrated(technique, least, dense, capsys, request):
-    calibrating = batches(OTHERS[:: len(OTHERS) // 64][:64])
-    model = calibrate(load(), calibrating, technique, where=linear)
+def test_calibrated(technique, count, options, least, dense, capsys, request):
+    calibrating = batches(OTHERS[:: len(OTHERS) // count][:count])
+    model = calibrate(load(), calibrating, technique, where=linear, **options)
     assert bits(model) <= BITS
     assert judge(request.node.callspec.id, model, dense, capsys) >= least
 
@@ -142,6 +155,7 @@ def test_adapters_train():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.filterwarnings("ignore:fewer rows than columns:UserWarning")
 def test_a_torchvision_classifier_converts_and_calibrates():
     torch.manual_seed(0)
     model = resnet18().eval()

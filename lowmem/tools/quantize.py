@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import asdict
 
-from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lowmem.io.convert_checkpoint import Row, Source, convert_checkpoint
 from lowmem.io.shards import INDEX
@@ -65,6 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy tensors so named, or of a folder's modules at such paths; may be given again",
     )
     parser.add_argument("--shard-size", type=size, metavar="SIZE", help="split the output, such as 2GB or 500MiB")
+    parser.add_argument(
+        "--calibrate",
+        type=file_path,
+        metavar="self|FILE",
+        help="of a folder: choose codes by what its layers get of a text (UTF-8), or of 4096 tokens that the model, "
+        "a causal one, generates itself with seed 0 at a temperature of 1",
+    )
+    parser.add_argument(
+        "--diagonal",
+        action="store_true",
+        help="with --calibrate: search for scales by the mean square of each column of the inputs, in one run",
+    )
+    parser.add_argument(
+        "--resume",
+        type=file_path,
+        metavar="DIR",
+        help="with --calibrate: keep there what is done, and go on with it after the command was ended",
+    )
     import_file.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
 
@@ -88,7 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         return import_file.run(arguments, technique)
     is_folder = (arguments.source / "config.json").is_file()
     check_options(arguments, "a dense folder" if is_folder else "a dense file")
-    rows = (_folder if is_folder else _checkpoint)(arguments, technique)
+    how = _checkpoint if not is_folder else _folder if arguments.calibrate is None else _calibrated_folder
+    rows = how(arguments, technique)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
@@ -136,6 +155,42 @@ def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit) -> lis
     return quantize_folder(
         arguments.source, arguments.target, technique, skip=arguments.exclude, shard_bytes=arguments.shard_size
     )
+
+
+def _calibrated_folder(arguments: argparse.Namespace, technique: FourBit | EightBit) -> list[Row]:
+    """Calibrate the model of a folder, which transformers loads.
+
+    Raises:
+        ImportError: transformers is missing, or too old.
+        ValueError: codes of 8 bits, which are not calibrated.
+    """
+    if not isinstance(technique, FourBit):
+        raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: leave one of them out")
+    text = None if str(arguments.calibrate) == "self" else arguments.calibrate
+    if text is not None and not text.is_file():
+        raise ValueError(f"--calibrate={shown(str(text))!r} is no file: name a text, or self")
+
+    from lowmem.integrations.transformers.calibrating import calibrate_folder
+
+    with progress(
+        MofNCompleteColumn(table_column=uncut_column()), TimeRemainingColumn(table_column=uncut_column())
+    ) as bar:
+        task = bar.add_task("calibrate", total=None)
+
+        def advance(done: int, total: int, left: float) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return calibrate_folder(
+            arguments.source,
+            arguments.target,
+            technique,
+            text,
+            skip=arguments.exclude,
+            shard_bytes=arguments.shard_size,
+            diagonal=arguments.diagonal,
+            resume=arguments.resume,
+            progress=advance,
+        )
 
 
 def _cells(row: Row) -> list[str]:

@@ -20,16 +20,23 @@ OPTIONS = MappingProxyType(
         "shard_size": "--shard-size",
         "requantize": "--requantize",
         "dtype": "--dtype",
+        "calibrate": "--calibrate",
+        "diagonal": "--diagonal",
+        "resume": "--resume",
     }
 )
 """Attribute of the parsed arguments -> the option. One that was not given is None, False or empty."""
 
 _TECHNIQUE = ("format", "block_size", "scales", "search")
+_CALIBRATION = ("calibrate", "diagonal", "resume")
+_NO_MODEL = "only the model of a dense folder can be run to calibrate it: leave it out"
 
 
 def _of_dense_file(option: str, given: frozenset[str]) -> str | None:
     if option == "embeddings":
         return "a file does not say which tensors are embeddings, and all become 4 bits: leave it out"
+    if option in _CALIBRATION:
+        return _NO_MODEL
     if option == "requantize":
         return "nothing of a dense file is quantized yet: leave it out"
     if option == "dtype":
@@ -44,10 +51,14 @@ def _of_dense_folder(option: str, given: frozenset[str]) -> str | None:
         return "nothing of a dense folder is quantized yet: leave it out"
     if option == "dtype":
         return "from_pretrained(OUT, dtype=) says it of a folder: leave it out"
+    if option in _CALIBRATION and "calibrate" not in given:
+        return "it says how --calibrate goes: give that, too, or leave it out"
     return None
 
 
 def _of_kept_file(option: str, given: frozenset[str]) -> str | None:
+    if option in _CALIBRATION:
+        return _NO_MODEL
     if option == "exclude":
         return "another program's codes and dense tensors are kept, but for those that --include names: leave it out"
     if option == "embeddings":
@@ -63,6 +74,8 @@ def _of_kept_file(option: str, given: frozenset[str]) -> str | None:
 def _of_kept_folder(option: str, given: frozenset[str]) -> str | None:
     if option in ("shard_size", "dtype"):
         return None
+    if option in _CALIBRATION:
+        return _NO_MODEL
     return "a folder keeps all codes of another program: name OUT.safetensors, or leave it out"
 
 

@@ -1,112 +1,141 @@
-"""Converts a model to 4 bits, with linear layers quantized by GPTQ on sample inputs.
-
-The model runs over the samples once for each layer, up to that layer.
-"""
+"""Converts a model to 4 bits, with linear layers quantized by what they get of sample inputs, block by block."""
 
 from __future__ import annotations
 
 import math
+import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.nn.fourbit import FourBit
+from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
+from lowmem.transforms.blocks import Unit, find_blocks, units_of
 from lowmem.transforms.convert import Store, commit, layers_to_convert, rebuild, weight_key
-from lowmem.transforms.gptq import Hessian, prepare_hessian, quantize_gptq
+from lowmem.transforms.finished_units import FinishedUnits, digest_of
+from lowmem.transforms.generated import generated_batches
+from lowmem.transforms.gptq import prepare_hessian, quantize_gptq
+from lowmem.transforms.moments import Inputs, Moments, Regroup, counted_rows
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import layer_name, parameters_to_store
+from lowmem.transforms.replay import Overrides, Replay, Stale, evaluation_mode
 
-__all__ = ["calibrate", "check_batch", "evaluation_mode", "run_batch"]
+__all__ = ["calibrate"]
 
 _DEFAULT = FourBit()
+_NO_INPUT = "no batch reached it"
 
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Literal["self"],
     technique: FourBit = _DEFAULT,
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
     damping: float = 0.01,
+    blocks: str | Iterable[str] | None = None,
+    diagonal: bool = False,
+    offload: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int, float], object] | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    temperature: float = 1.0,
 ) -> nn.Module:
     """Convert a model to 4 bits as ``convert`` does, with linear layers calibrated on sample inputs.
 
-    GPTQ, arXiv 2210.17323: minimizes ``|X W^T - X W_q^T|^2`` for the inputs X of each layer, instead of the error of
-    each weight. Layers are quantized in the order of their calls, each on inputs that the quantized layers before it
-    compute. The model runs over all batches once for each layer, up to that layer; layers with the same input share
-    a run. Peak memory is the Hessian of one layer's inputs, float32 (in, in), and a few copies of it.
+    GPTQ, arXiv 2210.17323, then coordinate descent and scales that are fitted again: minimizes
+    ``|X W^T - X W_q^T|^2`` for the inputs X of each layer, instead of the error of each weight. Where a layer has a
+    bias of its own, the bias takes over the mean of the error, and the covariance of the inputs counts alone.
 
-    The model runs in evaluation mode without gradients. Every row of an input counts, padding included. Embeddings,
-    convolutions and linear layers with a shared weight are quantized by their weights alone, and so are, with a
-    warning, layers that no batch reaches. Scales are searched for, unless ``search=False``.
+    The model is done block by block, in the order of its calls. A block's layers are quantized on the inputs that
+    the quantized blocks before it compute, and the block is run once more for the next one: two runs of each block
+    in all, and one of the model over the first batch. Peak memory is what the blocks before return for all batches
+    (the hidden states; those of other lists of blocks, too, as an encoder's), and the second moments of one block's
+    inputs: float32 (in, in) for each input, with a few copies of the largest. Blocks are the children of the
+    outermost nn.ModuleList or nn.Sequential that hold linear layers, if they are of one type. Layers outside of
+    blocks, and all of a model without blocks or with blocks that are called several times, are done input by input:
+    a run of what lies before them for each.
+
+    The model runs in evaluation mode without gradients. In batches with an ``attention_mask`` (batch, tokens) the
+    rows of tokens count where it is not 0, elsewhere all do. Embeddings, convolutions and linear layers with a shared
+    weight are quantized by their weights alone, and so are, with a warning, layers that no batch reaches. Scales are
+    searched for, unless ``search=False``.
 
     Args:
         model: any module; the root itself can be the layer.
         batches: typical inputs of the model, a few thousand rows in all, the same at each iteration (a list, a
             DataLoader). Each is a Tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+            "self": 4096 tokens, 32 texts of 128, which a causal language model generates itself (LLM-QAT, arXiv
+            2305.17888), fewer where it takes fewer positions.
         technique: how to store; of several formats each layer gets the one with the least weighted error.
         where: called with (path, module); a layer is taken only where it returns True, for all its paths.
         skip: glob patterns of paths to leave as they are.
         damping: above 0, added to the Hessian's diagonal, as a fraction of its mean; more trusts the inputs less.
+            Of fewer rows than columns it is as many times larger.
+        blocks: glob patterns of the blocks' paths, as "encoder.layer.*"; () for none; None: as above.
+        diagonal: take the mean square of each column alone, from one run of the model as it is: the squared error
+            of each weight counts by it in the search of scales. Faster, in the memory of a row for each layer, and
+            not as good.
+        offload: a folder to hold hidden states, instead of memory; empty again afterwards.
+        resume: a folder to hold the layers of each block that is done. A call with the same arguments after the
+            process was ended takes them from there, and returns the same, byte for byte.
+        progress: called after each block with how many are done, how many there are, and the seconds left.
+        tokenizer: of the model, as transformers has it; for "self", which draws its tokens.
+        seed: of what "self" draws.
+        temperature: of what "self" draws; 1: as the model predicts.
 
     Returns:
         The model, changed in place; or the new layer, when the root itself was the layer. Calibrated layers have
-        ``quantized.method == "calibrated"``.
+        ``quantized.method == "calibrated"``, with ``diagonal`` "search".
 
     Raises:
-        TypeError: batches that can be iterated only once, a batch of another type, or a technique but FourBit.
-        ValueError: no batches, a bad damping, or what ``convert`` rejects.
+        TypeError: batches that can be iterated only once, a batch of another type, a technique but FourBit, or
+            "self" without a tokenizer.
+        ValueError: no batches, a batch of padding alone, inputs of a layer that are NaN or infinite (it is named), a
+            bad damping, ``blocks`` that match nothing or cannot be run one by one, "self" with a model that does not
+            generate or a tokenizer of another vocabulary, or what ``convert`` rejects.
+        FileError: a file in ``resume`` is damaged, or of another model, other batches or settings.
+        OSError: ``offload`` or ``resume`` cannot be written.
 
         After any error, also one of the model's own, the model is unchanged.
 
     Warns:
-        UserWarning: layers that no batch reached, or whose inputs were all zero or not finite.
+        UserWarning: layers that no batch reached, whose inputs were all zero, or had fewer rows than columns.
     """
     _check_arguments(batches, technique, damping)
     technique = replace(technique, search=technique.search is not False)
     candidates = layers_to_convert(model, (technique,), where, skip)
     refuse_layers("calibrate", candidates)
-    layers: list[Any] = list(candidates)
-    held = Counter(weight_key(layer._parameters[name]) for layer in layers for name in parameters_to_store(layer))
-    linear = [layer for layer in layers if type(layer) is nn.Linear and held[weight_key(layer.weight)] == 1]
-    store, replacements = Store(), dict[nn.Module, nn.Module]()
-    uncalibrated: dict[nn.Module, str] = {}  # and why
-
-    with evaluation_mode(model) as override_forward:
-
-        def replace_layer(layer: nn.Module, store_by: Callable[[Any], Callable[[Tensor, str], Any]]) -> None:
-            replacements[layer] = rebuild(layer, (technique,), candidates[layer], {}, store_by)
-            override_forward(layer, replacements[layer])
-
-        for layer in layers:
-            if layer not in linear:
-                replace_layer(layer, store.by)
-        groups, calls = _group_by_input(model, batches, linear)
-        for group in groups:
-            hessian = prepare_hessian(_mean_gram(model, batches, group[0], calls[group[0]]), damping)
-            for layer in group:
-                if hessian is None:
-                    uncalibrated[layer] = "its inputs are all zero, or hold NaN or infinite values"
-                    replace_layer(layer, store.by)
-                else:
-                    replace_layer(layer, _gptq_store(hessian))
-            del hessian  # before the next one is computed
-        for layer in linear:
-            if layer not in replacements:
-                uncalibrated[layer] = "no batch reached it"
-                replace_layer(layer, store.by)
-    if uncalibrated:
-        named = "; ".join(f"{layer_name(candidates[layer])}: {why}" for layer, why in uncalibrated.items())
-        warnings.warn(f"layers were quantized by their weights alone ({named})", UserWarning, stacklevel=2)
-    return commit(model, replacements)
+    if isinstance(batches, str):
+        batches = generated_batches(model, tokenizer, seed, temperature)
+    with evaluation_mode(model) as overrides:
+        run = _Run(model, batches, technique, candidates, damping, overrides, progress)
+        lists = [] if diagonal else find_blocks(model, run.linear, blocks)
+        run.replace_others()
+        if diagonal:
+            run.weigh_columns()
+        else:
+            if resume is not None:
+                settings = f"{technique} {damping} {blocks} {sorted(candidates.values())}"
+                run.finished = FinishedUnits(Path(resume), digest_of(model, batches, settings))
+            units = units_of(model, batches, run.linear, lists, run.centred, asked=blocks is not None)
+            run.calibrate(units, lists, None if offload is None else Path(offload))
+        run.replace_unreached()
+    for text in run.warnings():
+        warnings.warn(text, UserWarning, stacklevel=2)
+    return commit(model, run.replacements)
 
 
 def _check_arguments(batches: object, technique: object, damping: object) -> None:
@@ -114,6 +143,8 @@ def _check_arguments(batches: object, technique: object, damping: object) -> Non
         raise TypeError(f"technique={technique!r} must be a FourBit; convert applies the others")
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
         raise ValueError(f"damping={damping!r} must be a number above 0; 0.01 suits most models")
+    if isinstance(batches, str) and batches == "self":
+        return
     if isinstance(batches, Iterator):
         raise TypeError(
             f"batches is a {type(batches).__name__}, which can be read only once; pass a list of it: list(batches)"
@@ -122,130 +153,271 @@ def _check_arguments(batches: object, technique: object, damping: object) -> Non
         raise TypeError(f"batches is a {type(batches).__name__}; pass a list of batches, if only of one: [batch]")
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[Callable[[nn.Module, nn.Module], None]]:
-    """Put the model in evaluation mode, yield a function that overrides a layer's forward; undo both."""
-    modes = {module: module.training for module in model.modules()}
-    forwards: dict[nn.Module, Any] = {}
-    fused = torch.backends.mha.get_fastpath_enabled()
+@dataclass
+class _Run:
+    """What a calibration has made so far, while the model is as it was.
 
-    def override_forward(layer: nn.Module, other: nn.Module) -> None:
-        forwards[layer] = vars(layer).get("forward")
-        vars(layer)["forward"] = other.forward
-
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # which bypasses the linear layers of encoder layers
-        with torch.no_grad():
-            yield override_forward
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for layer, forward in forwards.items():
-            del vars(layer)["forward"]
-            if forward is not None:
-                vars(layer)["forward"] = forward
-        for module, training in modes.items():
-            module.training = training
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch, as ``calibrate`` takes them, and return its output.
-
-    Raises:
-        TypeError: a batch of another type.
+    Attributes:
+        linear: the layers to calibrate.
+        centred: those of them with a bias of their own, which can make up for the mean of the error.
+        replacements: what layers become.
+        uncalibrated: layers that were quantized by their weights alone, and why.
+        few: layers with fewer rows than columns, with both numbers.
+        finished: files of units that are done; None: nothing is written.
     """
-    check_batch(batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
 
+    model: nn.Module
+    batches: Iterable[Any]
+    technique: FourBit
+    candidates: dict[nn.Module, str]
+    damping: float
+    overrides: Overrides
+    progress: Callable[[int, int, float], object] | None
+    linear: list[nn.Module] = field(init=False)
+    centred: set[nn.Module] = field(init=False)
+    replacements: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    uncalibrated: dict[nn.Module, str] = field(default_factory=dict)
+    few: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)
+    finished: FinishedUnits | None = None
+    store: Store = field(default_factory=Store)
 
-def check_batch(batch: Any) -> None:
-    """Raise unless a batch is of a type that ``run_batch`` takes.
+    def __post_init__(self) -> None:
+        layers: list[Any] = list(self.candidates)
+        held = Counter(weight_key(layer._parameters[name]) for layer in layers for name in parameters_to_store(layer))
+        self.linear = [layer for layer in layers if type(layer) is nn.Linear and held[weight_key(layer.weight)] == 1]
+        biases = Counter(id(module._parameters.get("bias")) for module in self.model.modules())
+        self.centred = {one for one in self.linear if one.bias is not None and biases[id(one.bias)] == 1}
 
-    Raises:
-        TypeError: it is not.
-    """
-    if not isinstance(batch, Tensor | Mapping | tuple | list):
-        raise TypeError(
-            f"a batch is a {type(batch).__name__}; it must be a Tensor, a tuple or list of the model's arguments, or "
-            "a mapping of its keyword arguments"
+    def path(self, layer: nn.Module) -> str:
+        """Return what messages call a layer."""
+        return layer_name(self.candidates[layer])
+
+    def replace(self, layer: nn.Module, store_by: Callable[[Any], Callable[[Tensor, str], Any]]) -> Any:
+        """Make what a layer becomes, and let it compute in the layer's place."""
+        made: Any = rebuild(layer, (self.technique,), self.candidates[layer], {}, store_by)
+        self.replacements[layer] = made
+        self.overrides.set(layer, made.forward)
+        return made
+
+    def replace_others(self) -> None:
+        """Quantize by their weights alone what is not calibrated."""
+        for layer in self.candidates:
+            if layer not in self.linear:
+                self.replace(layer, self.store.by)
+
+    def replace_unreached(self) -> None:
+        """Quantize by their weights alone the layers that no batch has reached."""
+        for layer in self.linear:
+            if layer not in self.replacements:
+                self.uncalibrated[layer] = _NO_INPUT
+                self.replace(layer, self.store.by)
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what to warn of."""
+        if self.uncalibrated:
+            named = "; ".join(f"{self.path(layer)}: {why}" for layer, why in self.uncalibrated.items())
+            yield f"layers were quantized by their weights alone ({named})"
+        if self.few:
+            layer, (rows, columns) = max(self.few.items(), key=lambda one: one[1][1] / one[1][0])
+            yield (
+                f"fewer rows than columns reached {len(self.few)} layers, least of all {self.path(layer)} "
+                f"({rows} rows, {columns} columns), which are damped the more: pass more samples"
+            )
+
+    def calibrate(self, units: list[Unit], lists: list[list[nn.Module]], offload: Path | None) -> None:
+        """Quantize the layers of all units, in their order."""
+        for keep_all in (False, True):
+            with Replay(self.model, self.overrides, lists, offload, keep_all) as replay:
+                try:
+                    self._calibrate(units, replay)
+                except Stale:  # what is done is kept, and runs again
+                    continue
+                return
+
+    def _calibrate(self, units: list[Unit], replay: Replay) -> None:
+        start, done = time.monotonic(), 0
+        for number, unit in enumerate(units):
+            if not any(layer in self.replacements for layer in unit.layers) and not self._load(number, unit):
+                self._quantize(unit, replay)
+                self._save(number, unit)
+                done += 1
+            if unit.block is not None and number + 1 < len(units):
+                replay.finish(unit.block, self.batches)
+            if self.progress is not None:
+                left = (time.monotonic() - start) / max(1, done) * (len(units) - number - 1)
+                self.progress(number + 1, len(units), left)
+
+    def _quantize(self, unit: Unit, replay: Replay) -> None:
+        """Take the moments of a unit's inputs, and quantize its layers by them."""
+        moments, groups = self._moments(unit, replay)
+        for group in groups:
+            own = moments.pop(group[0])
+            second = self._checked(group[0], own.second(), replay.has_dropped)
+            columns = second.shape[-1]
+            hessian = prepare_hessian(second, self.damping * max(1.0, columns / max(1, own.rows)))
+            del second
+            if hessian is None:
+                self.uncalibrated |= dict.fromkeys(group, "its inputs are all zero")
+                continue
+            parts = _Parts(group, partial(quantize_gptq, hessian=hessian))
+            for layer in group:
+                self.replace(layer, parts.by(layer))
+                self._correct_bias(layer, own)
+            if own.rows < columns:
+                self.few |= dict.fromkeys(group, (own.rows, columns))
+            del hessian, parts  # before the next one is computed
+        for layer in unit.layers:
+            if layer not in self.replacements:
+                self.uncalibrated.setdefault(layer, _NO_INPUT)
+                self.replace(layer, self.store.by)
+
+    def _moments(self, unit: Unit, replay: Replay) -> tuple[dict[nn.Module, Moments], list[list[nn.Module]]]:
+        """Return the moments of a unit's inputs by the first layer that gets them, and the layers that do."""
+        alone: set[nn.Module] = set()
+        layers = unit.layers if unit.block is not None else unit.layers[:1]
+        while True:
+            inputs = Inputs(layers, self.centred, alone, stop_after=unit.calls if unit.block is None else None)
+            ending = nullcontext() if unit.block is None else replay.ending_at(unit.block)
+            try:
+                with inputs.taken(), ending:
+                    for number, batch in enumerate(self.batches):
+                        inputs.start_batch(counted_rows(batch, number))
+                        replay.run(number, batch)
+                groups = inputs.groups()
+            except Regroup:
+                continue
+            return inputs.moments, groups if unit.block is not None or not groups else [unit.layers]
+
+    def _checked(self, layer: nn.Module, second: Tensor, may_be_stale: bool) -> Tensor:
+        """Return moments that are finite.
+
+        Raises:
+            Stale: they are not, and the model may have read what was not kept.
+            ValueError: they are not.
+        """
+        if second.isfinite().all():
+            return second
+        if may_be_stale:
+            raise Stale
+        raise ValueError(
+            f"{self.path(layer)}: its inputs hold NaN or infinite values, or too large ones to square: look for a "
+            "broken batch or weight before it, or leave the layer out with skip="
         )
 
+    def _correct_bias(self, layer: Any, own: Moments) -> None:
+        """Let the bias of a layer take over the mean of the error: ``(W - W_q) E[x]``."""
+        if layer not in self.centred:
+            return
+        made: Any = self.replacements[layer]
+        mean = (layer.weight.float() - made.quantized.dequantize()) @ own.mean
+        bias = (layer.bias.float() + mean).to(layer.bias.dtype)
+        made._parameters["bias"] = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
 
-def _group_by_input(
-    model: nn.Module, batches: Iterable[Any], layers: Iterable[nn.Module]
-) -> tuple[list[list[nn.Module]], Counter[nn.Module]]:
-    """Return groups of layers that get the same inputs, in call order, and each layer's most calls in one run.
-
-    Raises:
-        TypeError: a batch of a wrong kind.
-        ValueError: no batches.
-    """
-    total, most, now = (Counter[nn.Module]() for _ in range(3))
-    first: dict[nn.Module, set[nn.Module]] = {}  # for each layer, the first layers that got its inputs
-    last: tuple[Tensor, int, nn.Module] | None = None  # the last input, its version, and the first layer that got it
-
-    def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        nonlocal last
-        x = args[0] if args else kwargs["input"]
-        version = -1 if x.is_inference() else x._version
-        if last is None or version < 0 or last[0] is not x or last[1] != version:
-            last = x, version, layer
-        first.setdefault(layer, set()).add(last[2])
-        now[layer] += 1
-
-    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
-    try:
+    def weigh_columns(self) -> None:
+        """Quantize all layers with scales searched for by the mean square of each column of their inputs."""
+        inputs = Inputs(self.linear, self.centred, set(self.linear), diagonal=True)
         runs = 0
-        for batch in batches:
-            run_batch(model, batch)
-            total += now
-            most |= now  # element-wise maximum
-            now.clear()
-            last, runs = None, runs + 1
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not runs:
-        raise ValueError("batches is empty: pass one batch at least, or use convert, which needs none")
-    groups: dict[nn.Module, list[nn.Module]] = {}
-    for layer, leaders in first.items():
-        leader = next(iter(leaders))
-        together = len(leaders) == 1 and leader in groups and total[leader] == total[layer]
-        groups.setdefault(leader if together else layer, []).append(layer)
-    return list(groups.values()), most
+        with inputs.taken(), Replay(self.model, self.overrides, [], None, keep_all=True) as replay:
+            for number, batch in enumerate(self.batches):
+                inputs.start_batch(counted_rows(batch, number))
+                replay.run(number, batch)
+                runs += 1
+        if not runs:
+            raise ValueError("batches is empty: pass one batch at least, or use convert, which needs none")
+        for layer, own in inputs.moments.items():
+            importance = self._checked(layer, own.second(), may_be_stale=False)
+            mean = float(importance.mean())
+            if mean <= 0:
+                self.uncalibrated[layer] = "its inputs are all zero"
+                self.replace(layer, self.store.by)
+                continue
+            weights = importance.add(self.damping * mean)
+            self.replace(layer, _Parts([layer], partial(_weighted, importance=weights)).by(layer))
+            self._correct_bias(layer, own)
+
+    def _save(self, number: int, unit: Unit) -> None:
+        """Write the file of a unit."""
+        if self.finished is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        records: list[dict[str, Any]] = []
+        for place, layer in enumerate(unit.layers):
+            made: Any = self.replacements[layer]
+            if layer in self.uncalibrated:
+                records.append({"why": self.uncalibrated[layer]})
+                continue
+            weight: QuantizedTensor = made.quantized
+            tensors |= {f"{place}.packed": weight.packed, f"{place}.scales": weight.scales}
+            if layer in self.centred:
+                tensors[f"{place}.bias"] = made.bias
+            how = [weight.format, weight.block_size, weight.scale_encoding, weight.method]
+            records.append({"how": how, "few": self.few.get(layer)})
+        self.finished.save(number, tensors, records)
+
+    def _load(self, number: int, unit: Unit) -> bool:
+        """Take the layers of a unit from its file; return whether there is one."""
+        found = None if self.finished is None else self.finished.load(number)
+        if found is None:
+            return False
+        tensors, records = found
+        for place, (layer, record) in enumerate(zip(unit.layers, records, strict=True)):
+            one: Any = layer
+            if "why" in record:
+                self.uncalibrated[layer] = record["why"]
+                self.replace(layer, self.store.by)
+                continue
+            packed, scales = (tensors[f"{place}.{part}"].to(one.weight.device) for part in ("packed", "scales"))
+            weight = QuantizedTensor(packed, scales, one.weight.shape, *record["how"])
+            made = self.replace(layer, _given(weight))
+            if layer in self.centred:
+                bias = tensors[f"{place}.bias"].to(one.bias.device)
+                made._parameters["bias"] = nn.Parameter(bias, requires_grad=one.bias.requires_grad)
+            if record["few"] is not None:
+                self.few[layer] = tuple(record["few"])
+        return True
 
 
-class _Stop(BaseException):
-    """Ends a run of the model after the layer has got its last input; no Exception, which a model might catch."""
+def _given(weight: QuantizedTensor) -> Callable[[Any], Callable[[Tensor, str], QuantizedTensor]]:
+    """Return a replacement for ``Store.by`` that stores a weight as it was stored before."""
+    return lambda technique: lambda *_: weight
 
 
-def _mean_gram(model: nn.Module, batches: Iterable[Any], layer: Any, calls: int) -> Tensor:
-    """Return the mean of ``x^T x`` over the rows x of a layer's inputs: float32 (in, in)."""
-    columns = layer.weight.shape[-1]
-    sums = torch.zeros(columns, columns, device=layer.weight.device)
-    rows = left = 0
+class _Parts:
+    """Weights that are quantized in one go, since they have one Hessian and rows do not depend on each other."""
 
-    def add(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        nonlocal rows, left
-        x = (args[0] if args else kwargs["input"]).reshape(-1, columns).float()
-        sums.addmm_(x.T, x)
-        rows, left = rows + len(x), left - 1
-        if not left:
-            raise _Stop
+    def __init__(self, layers: list[Any], quantized: Callable[[Tensor, FourBit], QuantizedTensor]) -> None:
+        self._layers, self._quantized = layers, quantized
+        self._made: dict[nn.Module, QuantizedTensor] | None = None
 
-    handle = layer.register_forward_pre_hook(add, with_kwargs=True)
-    try:
-        for batch in batches:
-            left = calls
-            with suppress(_Stop):
-                run_batch(model, batch)
-    finally:
-        handle.remove()
-    return sums.div_(max(1, rows))
+    def by(self, layer: nn.Module) -> Callable[[Any], Callable[[Tensor, str], QuantizedTensor]]:
+        """Return a replacement for ``Store.by`` that stores the weight of a layer."""
+        return lambda technique: lambda weight, name: self._stored(layer, technique, weight)
+
+    def _stored(self, layer: nn.Module, technique: Any, weight: Tensor) -> QuantizedTensor:
+        if not isinstance(technique, FourBit):
+            stored: QuantizedTensor = technique.store(weight)
+            return stored
+        alike = isinstance(technique.format, str) and len({one.weight.dtype for one in self._layers}) == 1
+        if not alike or len(self._layers) == 1 or not all(one.weight.isfinite().all() for one in self._layers):
+            return self._quantized(weight, technique)
+        if self._made is None:
+            whole = self._quantized(torch.cat([one.weight.detach() for one in self._layers]), technique)
+            parts = [whole.packed, whole.scales]
+            sizes = [len(one.weight) for one in self._layers]
+            split = zip(self._layers, *(part.split(sizes) for part in parts), strict=True)
+            self._made = {
+                one: replace(whole, packed=packed.clone(), scales=scales.clone(), shape=one.weight.shape)
+                for one, packed, scales in split
+            }
+        return self._made[layer]
 
 
-def _gptq_store(hessian: Hessian) -> Callable[[FourBit], Callable[[Tensor, str], QuantizedTensor]]:
-    """Return a replacement for ``Store.by`` that quantizes by GPTQ."""
-    return lambda technique: lambda weight, name: quantize_gptq(weight, technique, hessian)
+def _weighted(weight: Tensor, technique: FourBit, importance: Tensor) -> QuantizedTensor:
+    return quantize(
+        weight,
+        technique.format,
+        block_size=technique.block_size,
+        scales=technique.scales,
+        search=technique.search,
+        importance=importance,
+    )

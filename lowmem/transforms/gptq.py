@@ -1,8 +1,11 @@
-"""GPTQ: chooses 4-bit codes that minimize the error of a layer's output, not that of each weight.
+"""Chooses 4-bit codes and scales that minimize the error of a layer's output, not that of each weight.
 
-Frantar et al., arXiv 2210.17323, section 3: columns are rounded one by one, and the error of each is compensated by
-the columns not yet rounded, according to the inverse Hessian of the layer's inputs. Scales are chosen before, by the
-weighted search; columns with the largest Hessian diagonal go first ("act-order").
+GPTQ, Frantar et al., arXiv 2210.17323, section 3: columns are rounded one by one, and the error of each is
+compensated by the columns not yet rounded, according to the inverse Hessian of the layer's inputs. Scales are chosen
+before, by the weighted search; columns with the largest Hessian diagonal go first ("act-order"). Coordinate descent
+then moves single codes where that lowers the error, as QuantEase (arXiv 2309.01885) does; each block's scale is
+fitted again to the codes that were found, and the codes once more to the scales. A row keeps of all this what loses
+least.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from lowmem.nn.fourbit import FourBit
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
 from lowmem.quant.quantize import quantize
+from lowmem.quant.scales import ScaleEncoding
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Hessian", "prepare_hessian", "quantize_gptq"]
 
-_COLUMNS = 128  # the paper's lazy batches: columns rounded before one product corrects all later ones
+_COLUMNS = 64  # the paper's lazy batches: columns rounded before one product corrects all others
+_ROUNDS = 1  # how often scales and then codes are fitted again: a second time lowers the error by 1 to 2%
 
 
 class Hessian(NamedTuple):
@@ -31,18 +36,20 @@ class Hessian(NamedTuple):
         importance: float32 (in,), above 0: the diagonal of H, the weight of each column's squared error.
         order: int64 (in,): the columns by descending diagonal.
         upper: float32 (in, in), upper triangular: U of ``H^-1 = U^T U``, with H's rows and columns in ``order``.
+        matrix: float32 (in, in): H itself, damped, in the same order.
     """
 
     importance: Tensor
     order: Tensor
     upper: Tensor
+    matrix: Tensor
 
 
 def prepare_hessian(gram: Tensor, damping: float) -> Hessian | None:
     """Order, damp, invert and factor the Hessian of a layer's inputs; None where it is zero or not finite.
 
     Args:
-        gram: float32 (in, in), the mean of ``x^T x`` over the rows x of the inputs.
+        gram: float32 (in, in), the mean of ``x^T x`` over the rows x of the inputs, or their covariance.
         damping: above 0, added to the diagonal, as a fraction of its mean.
 
     Raises:
@@ -59,9 +66,11 @@ def prepare_hessian(gram: Tensor, damping: float) -> Hessian | None:
     root, broken = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if int(broken):
         raise ValueError(f"damping={damping!r} is too small for inputs as alike as these; 0.01 suits most models")
+    matrix = damped.float()
     one = torch.eye(len(order), dtype=root.dtype, device=root.device)
     upper = torch.linalg.solve_triangular(root.flip(0, 1), one, upper=True).float()
-    return Hessian(diagonal.clamp_min(mean * 1e-3), order, upper)  # clamped: every column's error counts a little
+    importance = diagonal.clamp_min(mean * 1e-3)  # every column's error counts a little
+    return Hessian(importance, order, upper, matrix)
 
 
 def quantize_gptq(weight: Tensor, technique: FourBit, hessian: Hessian) -> QuantizedTensor:
@@ -69,7 +78,8 @@ def quantize_gptq(weight: Tensor, technique: FourBit, hessian: Hessian) -> Quant
 
     Args:
         weight: floating point (out, in), finite.
-        technique: how to store it; of several formats the one with the least weighted error is taken.
+        technique: how to store it; of several formats the one with the least weighted error is taken. Without its
+            search, scales stay the largest magnitudes, and codes alone are chosen.
         hessian: of the layer's inputs.
 
     Returns:
@@ -86,27 +96,155 @@ def quantize_gptq(weight: Tensor, technique: FourBit, hessian: Hessian) -> Quant
         search=technique.search,
         importance=hessian.importance,
     )
-    form, size, upper = get_format(found.format), found.block_size, hessian.upper
-    levels, boundaries = (
-        torch.tensor(values, dtype=torch.float32, device=weight.device) for values in (form.levels, form.boundaries)
+    fit = _Fit(weight, found, hessian)
+    fit.round_columns()
+    fit.improve_codes()
+    best = fit.state()
+    for _ in range(_ROUNDS if found.method == "search" else 0):
+        fit.improve_scales()
+        fit.improve_codes()
+        best = best.better_of(fit.state())
+    codes = torch.empty_like(best.codes)
+    codes[hessian.order] = best.codes
+    form, columns = get_format(found.format), weight.shape[1]
+    rows = nn.functional.pad(codes.T, (0, columns % 2), value=form.zero_code)
+    return replace(
+        found,
+        packed=pack(rows.contiguous(), found.block_size),
+        scales=best.stored.contiguous(),
+        method="calibrated",
     )
-    scales = found.encoding.decode(found.scales).T.contiguous()  # (blocks, out)
-    divisors = scales.masked_fill(scales == 0, torch.inf)  # w / inf = 0: the zero code
-    offsets = found.offsets().T.contiguous() if found.has_offsets else None
-    rest = weight.detach().T[hessian.order].float()  # (in, out), so that each column is contiguous
-    codes = torch.empty(rest.shape, dtype=torch.uint8, device=weight.device)
-    blocks, pivots = (hessian.order // size).tolist(), upper.diagonal().tolist()
-    for start in range(0, len(blocks), _COLUMNS):
-        stop = min(start + _COLUMNS, len(blocks))
-        errors = torch.empty_like(rest[start:stop])
-        for i in range(start, stop):
-            shifted = rest[i] if offsets is None else rest[i] - offsets[blocks[i]]
-            code = torch.bucketize(shifted / divisors[blocks[i]], boundaries)
-            errors[i - start] = error = (shifted - levels[code] * scales[blocks[i]]) / pivots[i]
-            rest[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
-            codes[i] = code
-        rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    unordered = torch.empty_like(codes)
-    unordered[hessian.order] = codes
-    rows = nn.functional.pad(unordered.T, (0, len(blocks) % 2), value=form.zero_code)
-    return replace(found, packed=pack(rows.contiguous(), size), method="calibrated")
+
+
+class _State(NamedTuple):
+    """Codes uint8 (in, out), stored scales (out, ...), and the error of each row of the weight: float32 (out,)."""
+
+    codes: Tensor
+    stored: Tensor
+    lost: Tensor
+
+    def better_of(self, other: _State) -> _State:
+        """Return of each row what loses less."""
+        better = other.lost < self.lost
+        return _State(
+            torch.where(better, other.codes, self.codes),
+            torch.where(better[:, None], other.stored, self.stored),
+            torch.where(better, other.lost, self.lost),
+        )
+
+
+class _Fit:
+    """Codes and scales of one weight while they are chosen.
+
+    Matrices are (in, out), with columns of the weight in the Hessian's order, so that each column is contiguous.
+    """
+
+    def __init__(self, weight: Tensor, found: QuantizedTensor, hessian: Hessian) -> None:
+        form, device = get_format(found.format), weight.device
+        self.size, self.encoding, self.hessian = found.block_size, found.encoding, hessian
+        self.levels, self.boundaries = (
+            torch.tensor(values, dtype=torch.float32, device=device) for values in (form.levels, form.boundaries)
+        )
+        self.signed = form.signed
+        self.weight = weight.detach().T[hessian.order].float()  # (in, out)
+        self.blocks: list[int] = (hessian.order // self.size).tolist()
+        self.offsets = found.offsets().T.contiguous() if found.has_offsets else None  # (blocks, out)
+        self.codes = torch.empty(self.weight.shape, dtype=torch.uint8, device=device)
+        self.approximate = torch.empty_like(self.weight)
+        self._store(found.scales.detach())
+
+    def _store(self, stored: Tensor) -> None:
+        self.stored = stored
+        self.scales = self.encoding.decode(stored).T.contiguous()  # (blocks, out)
+        self.divisors = self.scales.masked_fill(self.scales == 0, torch.inf)  # w / inf = 0: the zero code
+
+    def _round(self, i: int, column: Tensor) -> Tensor:
+        """Set the codes of a column to those nearest to values (out,); return what they stand for."""
+        block = self.blocks[i]
+        shifted = column if self.offsets is None else column - self.offsets[block]
+        code = torch.bucketize(shifted / self.divisors[block], self.boundaries, out_int32=True)
+        self.codes[i] = code
+        value = self.levels.index_select(0, code).mul_(self.scales[block])
+        self.approximate[i] = value if self.offsets is None else value.add_(self.offsets[block])
+        return self.approximate[i]
+
+    def round_columns(self) -> None:
+        """Round the columns one by one; those to come make up for the error of each."""
+        rest, upper = self.weight.clone(), self.hessian.upper
+        pivots, columns = upper.diagonal().tolist(), len(self.blocks)
+        for start in range(0, columns, _COLUMNS):
+            stop = min(start + _COLUMNS, columns)
+            errors = torch.empty_like(rest[start:stop])
+            lower = upper[start:stop, start:stop].T.contiguous()
+            for i in range(start, stop):
+                column = torch.addmv(rest[i], errors[: i - start].T, lower[i - start, : i - start], alpha=-1)
+                torch.sub(column, self._round(i, column), out=errors[i - start]).div_(pivots[i])
+            rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        self._compare()
+
+    def _compare(self) -> None:
+        """Compute the gradient of the error anew, which otherwise follows each change."""
+        self.gradient = self.hessian.matrix @ (self.weight - self.approximate)
+
+    def improve_codes(self) -> None:
+        """Move each code to the best one for all others as they are, column by column."""
+        matrix, columns = self.hessian.matrix, len(self.blocks)
+        pivots = matrix.diagonal().tolist()
+        for start in range(0, columns, _COLUMNS):
+            stop = min(start + _COLUMNS, columns)
+            moved = torch.empty_like(self.weight[start:stop])
+            for i in range(start, stop):
+                slope = torch.addmv(self.gradient[i], moved[: i - start].T, matrix[i, start:i], alpha=-1)
+                before = self.approximate[i].clone()
+                after = self._round(i, torch.add(before, slope, alpha=1 / pivots[i]))
+                torch.sub(after, before, out=moved[i - start])
+            self.gradient.addmm_(matrix[:, start:stop], moved, alpha=-1)
+
+    def improve_scales(self) -> None:
+        """Fit each block's scale to its codes, block by block, and store the nearest that can be stored."""
+        matrix, order = self.hessian.matrix, self.hessian.order
+        scales = self.scales.clone()
+        for block in range(len(scales)):
+            own = (order // self.size == block).nonzero().flatten()  # the block's columns
+            levels = self.levels[self.codes[own].int()]  # (columns, out)
+            curve = (levels * (matrix[own][:, own] @ levels)).sum(0)
+            step = (levels * self.gradient[own]).sum(0) / curve
+            fitted = scales[block] + step
+            usable = fitted.isfinite() & (fitted.abs() <= self.encoding.largest) & (curve > 0)
+            if not self.signed:
+                usable &= fitted > 0
+            step = torch.where(usable, step, 0.0)
+            scales[block] += step
+            self.gradient.addmm_(matrix[:, own], levels * step, alpha=-1)
+        self._store(_nearest_stored(self.stored, scales.T.contiguous(), self.encoding))
+        for i, block in enumerate(self.blocks):
+            value = self.levels.index_select(0, self.codes[i].int()).mul_(self.scales[block])
+            self.approximate[i] = value if self.offsets is None else value.add_(self.offsets[block])
+        self._compare()
+
+    def state(self) -> _State:
+        """Return what was found."""
+        lost = ((self.weight - self.approximate) * self.gradient).sum(0)
+        return _State(self.codes.clone(), self.stored, lost)
+
+
+def _nearest_stored(before: Tensor, scales: Tensor, encoding: ScaleEncoding) -> Tensor:
+    """Store scales (rows, blocks) as the nearest that can be stored, where ``encode`` takes the next towards zero.
+
+    Args:
+        before: scales as stored, of which offsets are kept.
+        scales: float32.
+        encoding: how to store them.
+    """
+    offsets = encoding.decode_offsets(before) if encoding.offsets else None
+
+    def encode(values: Tensor) -> Tensor:
+        stored = encoding.encode(values)
+        return stored if offsets is None else encoding.with_offsets(stored, offsets)
+
+    low = encode(scales)
+    below, step = encoding.decode(low), encoding.shortfall(low)
+    # A row's largest scale stays: others are stored as parts of it.
+    raised = (scales.abs() - below.abs()) * 2 > step
+    raised &= below.abs() + step <= below.abs().amax(-1, keepdim=True)
+    return encode(torch.where(raised, below + scales.sign() * step * 1.01, below))

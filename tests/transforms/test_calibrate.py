@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowmem import Conv4Bit, Embedding4Bit, FourBit, Half, Linear4Bit, LoRA, calibrate, convert, quantize
+from lowmem.measure import peak_bytes
 from lowmem.transforms import gptq
 from tests.rounding import assert_sum
 from tests.selection import rows_in_one_case
@@ -74,7 +75,7 @@ def test_a_repeat_gives_the_same_bytes(net, samples):
 
 def test_each_layer_sees_what_the_layers_before_it_give_in_4_bits():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8))
+    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8, bias=False))
     x = torch.randn(60, 24)
     dense = copy.deepcopy(model)
     calibrate(model, [x])
@@ -93,8 +94,10 @@ def test_a_layer_that_is_called_twice_counts_both(net, samples, monkeypatch):
     calibrate(net, samples, where=lambda path, _: path == "twice")
     rows = torch.cat(inputs[:6])  # of the run that finds the order: nothing was quantized yet
     assert len(seen) == 1
-    exact, magnitudes = rows.double().T @ rows.double(), rows.double().abs().T @ rows.double().abs()
-    assert_sum(seen[0], exact / len(rows), magnitudes / len(rows), len(rows) + 2)  # the mean divides, or scales twice
+    off, shift = (rows.double() - rows[: len(inputs[0])].double().mean(0)), rows.double().mean(0)
+    exact = (rows.double() - shift).T @ (rows.double() - shift)
+    # Sums are of rows less the mean of the first ones: five roundings of each, and of what is taken off at the end.
+    assert_sum(seen[0], exact / len(rows), 4 * off.abs().T @ off.abs() / len(rows), 2 * len(rows) + 5)
 
 
 def test_layers_that_get_the_same_input_share_a_run(net, samples):
@@ -108,7 +111,7 @@ def test_an_input_changed_in_place_is_another():
     class InPlace(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(16, 4), nn.Linear(16, 4)
+            self.a, self.b = (nn.Linear(16, 4, bias=False) for _ in range(2))
 
         def forward(self, x):
             x = x.clone()
@@ -137,7 +140,7 @@ def test_one_layers_second_moments_are_alive_at_a_time(net, samples, monkeypatch
 
     monkeypatch.setitem(calibrate.__globals__, "prepare_hessian", watch)
     calibrate(net, samples, **SKIP)
-    assert len(alive) == 3 * 4
+    assert len(alive) == 3 * 5
 
 
 @pytest.mark.parametrize(
@@ -191,9 +194,9 @@ def test_the_fused_path_is_off_meanwhile_and_what_it_was_afterwards_also_after_a
     try:
         if fails:
             with pytest.raises(LookupError, match="the model's own"):
-                calibrate(model, [torch.randn(4, 16)], FourBit(block_size=8))
+                calibrate(model, [torch.randn(16, 16)], FourBit(block_size=8))
         else:
-            calibrate(model, [torch.randn(4, 16)], FourBit(block_size=8))
+            calibrate(model, [torch.randn(16, 16)], FourBit(block_size=8))
         assert torch.backends.mha.get_fastpath_enabled() == enabled
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
@@ -219,7 +222,7 @@ def test_layers_that_were_compiled_are_calibrated_the_same(net, samples, monkeyp
 def test_the_layers_of_a_fused_encoder_are_reached():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
-    calibrate(model, [torch.randn(3, 7, 16)])
+    calibrate(model, [torch.randn(5, 7, 16)])
     assert model.layers[1].linear2.quantized.method == "calibrated"
 
 
@@ -231,22 +234,29 @@ def test_what_no_batch_reached_is_named_and_quantized_by_its_weight(net, samples
     assert torch.equal(net.unused.packed, expected.packed)
 
 
-@rows_in_one_case("value", [torch.nan, torch.inf, 0.0])
-def test_inputs_that_say_nothing_are_named(value):
+def test_inputs_that_are_all_zero_are_named():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    with pytest.warns(UserWarning, match="0: its inputs are all zero, or hold NaN"):
-        calibrate(model, [torch.full((4, 8), value)])
+    with pytest.warns(UserWarning, match=r"\(0: its inputs are all zero; 1: its inputs are all zero\)"):
+        calibrate(model, [torch.zeros(9, 8)])
     assert model[0].quantized.method == "search"
 
 
+@rows_in_one_case("diagonal", [False, True])
+@rows_in_one_case("value", [torch.nan, torch.inf, 1e30])
+def test_inputs_that_are_no_numbers_are_an_error_and_the_model_stays(net, samples, value, diagonal):
+    broken = [*samples, samples[0].clone()]
+    broken[3][1, 2, 7] = value
+    assert_stays(net, ValueError, "^q: its inputs hold NaN or inf", lambda: calibrate(net, broken, diagonal=diagonal))
+
+
 def test_the_root_itself_can_be_the_layer():
-    assert calibrate(nn.Linear(16, 4), [torch.randn(9, 16)]).quantized.method == "calibrated"
+    assert calibrate(nn.Linear(16, 4), [torch.randn(19, 16)]).quantized.method == "calibrated"
 
 
 def test_without_the_search_scales_are_the_largest_magnitudes():
     layer = nn.Linear(16, 4)
     expected = quantize(layer.weight, "nf4")
-    assert torch.equal(calibrate(layer, [torch.randn(9, 16)], FourBit(search=False)).scales, expected.scales)
+    assert torch.equal(calibrate(layer, [torch.randn(19, 16)], FourBit(search=False)).scales, expected.scales)
 
 
 @NO_BATCH
@@ -369,5 +379,299 @@ def test_layers_that_are_called_by_keyword_are_calibrated():
         def forward(self, x):
             return self.layer(input=x)
 
-    model = calibrate(Keyword(), [torch.randn(9, 16)], FourBit())
+    model = calibrate(Keyword(), [torch.randn(19, 16)], FourBit())
     assert model.layer.quantized.method == "calibrated"
+
+
+class Layer(nn.Module):
+    """A block of a decoder: attention over what is before, and an MLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.q, self.k, self.v = nn.LayerNorm(width), *(nn.Linear(width, width) for _ in range(3))
+        self.out, self.up = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.calls = 0
+
+    def forward(self, x, mask=None):
+        self.calls += 1
+        y = self.norm(x)
+        y = nn.functional.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y), attn_mask=mask)
+        x = x + self.out(y)
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Decoder(nn.Module):
+    """Tokens to logits; what is between its blocks is its own."""
+
+    def __init__(self, depth=3, width=16, tokens=40):
+        super().__init__()
+        self.embed, self.project = nn.Embedding(tokens, width), nn.Linear(width, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(depth))
+        self.head = nn.Linear(width, tokens, bias=False)
+
+    def forward(self, input_ids, attention_mask=None):
+        length = input_ids.shape[-1]
+        mask = torch.ones(length, length, dtype=torch.bool).tril()[None]
+        mask = mask if attention_mask is None else mask & (attention_mask != 0)[:, None]
+        mask = mask | torch.eye(length, dtype=torch.bool)
+        return self.head(self.through(self.project(self.embed(input_ids)), mask))
+
+    def through(self, x, mask):
+        for layer in self.layers:
+            x = layer(x, mask=mask) * 1.01
+        return x
+
+
+class Skipping(Decoder):
+    """Its later blocks, and its head, read what earlier ones returned."""
+
+    def through(self, x, mask):
+        outputs = [x]
+        for number, layer in enumerate(self.layers):
+            outputs.append(layer(outputs[-1] + (outputs[1] if number > 1 else 0), mask=mask))
+        return sum(outputs)
+
+
+class Crossing(Decoder):
+    """Two lists of blocks, of which the second reads the end of the first at each block."""
+
+    def __init__(self, depth=3):
+        super().__init__(depth)
+        self.others = nn.Sequential(*(Layer(16) for _ in range(depth)))
+
+    def through(self, x, mask):
+        end, x = super().through(x, mask), x
+        for layer in self.others:
+            x = layer(x + end, mask=mask)
+        return x
+
+
+@pytest.fixture
+def texts():
+    generator = torch.Generator().manual_seed(2)
+    return [{"input_ids": torch.randint(0, 40, (3, 20), generator=generator)} for _ in range(4)]
+
+
+def made(kind, *args, **options):
+    torch.manual_seed(0)
+    return kind(*args, **options)
+
+
+def assert_same_bytes(one, two):
+    one, two = one.state_dict(), two.state_dict()
+    assert one.keys() == two.keys()
+    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+
+
+@pytest.mark.parametrize("depth", [2, 4, 8])
+def test_each_block_runs_twice_for_a_batch_whatever_the_depth(depth, texts):
+    model = made(Decoder, depth)
+    calibrate(model, texts)
+    # Once more for the first batch, which tells the order of calls.
+    assert [layer.calls for layer in model.layers] == [1 + 2 * len(texts)] * depth
+
+
+@pytest.mark.parametrize("kind", [Decoder, Skipping, Crossing])
+def test_each_block_is_quantized_by_what_it_gets_in_the_quantized_model(kind, texts):
+    """Moments come from a run of the block's dense layers on inputs of the blocks before, which are quantized."""
+    model, seen = made(kind), {}
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
+    handles = [
+        block.q.register_forward_pre_hook(
+            lambda _, args, path=path: seen.setdefault(path, []).append(args[0].clone())
+        )
+        for path, block in blocks.items()
+    ]
+    calibrate(model, texts)
+    calibrated = {path: inputs[-len(texts) :] for path, inputs in seen.items()}
+    seen.clear()
+    with torch.no_grad():
+        for batch in texts:
+            model.eval()(**batch)
+    for handle in handles:
+        handle.remove()
+    assert set(calibrated) == set(blocks)
+    for path, inputs in seen.items():
+        assert all(torch.equal(*both) for both in zip(inputs, calibrated[path], strict=True)), path
+    for layer in (module for module in model.modules() if isinstance(module, Linear4Bit)):
+        assert layer.quantized.method == "calibrated"
+
+
+def test_a_model_that_reads_earlier_outputs_takes_one_more_run_and_no_more(texts):
+    model = made(Skipping, 6)
+    calibrate(model, texts)
+    calls = [layer.calls for layer in model.layers]
+    assert max(calls) <= 1 + 3 * len(texts) + 1
+
+
+def test_hidden_states_on_disk_give_the_same_bytes_and_leave_no_file(texts, tmp_path):
+    expected = calibrate(made(Crossing), texts)
+    assert_same_bytes(calibrate(made(Crossing), texts, offload=tmp_path / "hidden"), expected)
+    assert list((tmp_path / "hidden").iterdir()) == []
+
+
+def test_peak_memory_is_the_hidden_states_and_one_blocks_moments(tmp_path):
+    """What a deeper model needs more is what its further layers store; on disk, hidden states need nothing."""
+    tokens = [torch.randint(0, 40, (4, 256), generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    hidden = 8 * 4 * 256 * 16 * 4  # bytes of what a block returns for all batches
+
+    def peak(depth, **options):
+        model = made(Decoder, depth)
+        found = peak_bytes(lambda: calibrate(model, tokens, FourBit("nf4"), **options))
+        return found, sum(part.nbytes for part in model.layers.parameters())
+
+    (short, stored), (deep, more), (on_disk, _) = peak(3), peak(9), peak(3, offload=tmp_path)
+    assert deep - short <= 2 * (more - stored) < hidden / 4
+    assert on_disk <= short - hidden * 7 / 8  # the batch that runs is in memory
+
+
+@pytest.mark.parametrize("units", [1, 3, 5])
+def test_what_goes_on_after_an_end_is_the_same_byte_for_byte(units, texts, tmp_path):
+    expected = calibrate(made(Decoder, 4), texts)
+    model = made(Decoder, 4)
+
+    def end(done, total, left):
+        assert total == 6
+        assert left >= 0
+        if done == units:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, texts, resume=tmp_path, progress=end)
+    assert len(list(tmp_path.iterdir())) == units
+    assert_same_bytes(model, made(Decoder, 4))
+    quantized = []
+    again = calibrate(model, texts, resume=tmp_path, progress=lambda *seen: quantized.append(seen))
+    assert_same_bytes(again, expected)
+    assert [done for done, _, _ in quantized] == [1, 2, 3, 4, 5, 6]
+    finished = [layer.calls for layer in made(Decoder, 4).layers]
+    assert finished == [0] * 4
+    done = made(Decoder, 4)
+    assert_same_bytes(calibrate(done, texts, resume=tmp_path), expected)
+    assert [layer.calls for layer in done.layers] == [1 + len(texts)] * 4  # no moments are taken again
+    with pytest.raises(ValueError, match="another model, other batches or settings"):
+        calibrate(made(Decoder, 4), texts, resume=tmp_path, damping=0.02)
+
+
+@NO_BATCH
+def test_layers_that_were_not_calibrated_come_back_with_their_reasons(tmp_path, net, samples):
+    with pytest.warns(UserWarning, match=r"unused: no batch reached it"):
+        expected = calibrate(copy.deepcopy(net), samples, FourBit(("nf4", "int4")), resume=tmp_path)
+    with pytest.warns(UserWarning, match=r"unused: no batch reached it"):
+        assert_same_bytes(calibrate(net, samples, FourBit(("nf4", "int4")), resume=tmp_path), expected)
+
+
+def test_padding_does_not_count(texts):
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[0, 15:], mask[2, 4:] = 0, 0
+    results = []
+    for padding in (1, 7):
+        batches = [{"input_ids": torch.where(mask == 0, padding, batch["input_ids"])} for batch in texts]
+        results.append(
+            [calibrate(made(Decoder), [b | more for b in batches]) for more in ({}, {"attention_mask": mask})]
+        )
+    (all_1, counted_1), (all_7, counted_7) = results
+    assert_same_bytes(counted_1, counted_7)
+    assert not torch.equal(all_1.layers[0].up.packed, all_7.layers[0].up.packed)
+    stay = made(Decoder)
+    with pytest.raises(ValueError, match="batch 2 of batches is padding alone"):
+        calibrate(stay, [texts[0], texts[1] | {"attention_mask": mask * 0}])
+    assert_same_bytes(stay, made(Decoder))
+
+
+def test_a_bias_takes_over_the_mean_of_the_error_and_a_shared_one_stays():
+    torch.manual_seed(0)
+    x = torch.randn(90, 32) * torch.linspace(0.1, 1, 32) + 3
+    model = nn.Sequential(nn.Linear(32, 8), nn.Linear(32, 8))
+    model[1].bias = model[0].bias
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.pair = nn.Linear(32, 8), nn.ModuleDict({"a": model[0], "b": model[1]})
+
+        def forward(self, x):
+            return self.own(x) + self.pair["a"](x) + self.pair["b"](x)
+
+    for diagonal in (False, True):
+        both = copy.deepcopy(Both())
+        dense, shared = both.own(x).detach(), both.pair["a"].bias.detach().clone()
+        calibrate(both, [x[:50], x[50:]], FourBit("int4", block_size=32), diagonal=diagonal)
+        off = (both.own(x).detach() - dense).double()
+        assert off.abs().mean() > 1e-3
+        assert off.mean(0).abs().max() < 1e-5
+        assert both.pair["a"].bias is both.pair["b"].bias
+        assert torch.equal(both.pair["a"].bias, shared)
+        assert both.own.bias.requires_grad
+
+
+def test_what_is_read_of_each_column_weighs_the_search_alone(net, samples):
+    weights = {path: getattr(net, path).weight.detach().clone() for path in ("q", "v", "last")}
+    runs, inputs = [], []
+    net.register_forward_pre_hook(lambda *_: runs.append(1))
+    net.q.register_forward_pre_hook(lambda _, args: inputs.append(args[0].reshape(-1, 48)))
+    calibrate(net, samples, FourBit("nf4", block_size=16), diagonal=True, **SKIP)
+    assert len(runs) == len(samples)
+    assert net.q.quantized.method == "search"
+    assert (net.q.quantized.error_bound() >= (weights["q"] - net.q.quantized.dequantize()).abs()).all()
+    rows = torch.cat(inputs).double()
+    importance = (rows - rows.mean(0)).square().mean(0)
+
+    def weighted(found):
+        return float(((weights["q"] - found.dequantize()).double().square() * importance).sum())
+
+    assert weighted(net.q.quantized) < weighted(quantize(weights["q"], "nf4", block_size=16, search=True))
+
+
+def test_fewer_rows_than_columns_are_told_and_damped(net):
+    x = torch.randn(1, 9, 48, generator=torch.Generator().manual_seed(0))
+    few = r"fewer rows than columns reached 5 layers, least of all q \(9 rows, 48 columns\), which are damped"
+    expected = copy.deepcopy(net)
+    with pytest.warns(UserWarning, match=few):
+        calibrate(net, [x], **SKIP)
+    centred = x[0] - x[0].mean(0)
+    hessian = gptq.prepare_hessian(centred.T @ centred / 9, 0.01 * 48 / 9)
+    wanted = gptq.quantize_gptq(expected.q.weight, FourBit(search=True), hessian)
+    assert (wanted.dequantize() - net.q.quantized.dequantize()).norm() < 0.02 * wanted.dequantize().norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"blocks": "nowhere"}, ValueError, "blocks='nowhere' matches no module"),
+        ({"blocks": 3}, TypeError, "must be glob patterns"),
+        ({"blocks": "twice"}, ValueError, "twice is called 2 times in one run"),
+    ],
+)
+def test_blocks_that_are_none_are_refused_and_the_model_stays(net, samples, options, error, message):
+    assert_stays(net, error, message, lambda: calibrate(net, samples, **options, **SKIP))
+
+
+@rows_in_one_case("error", [KeyboardInterrupt, RuntimeError])
+@rows_in_one_case("call", [1, 2, 6, 9, 14])
+def test_an_error_in_any_block_leaves_the_model_as_it_was(texts, error, call):
+    model, calls = made(Decoder), []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == call:
+            raise error("now")
+
+    handles = [layer.register_forward_pre_hook(fail) for layer in model.layers]
+    with pytest.raises(error, match="now"):
+        calibrate(model, texts)
+    for handle in handles:
+        handle.remove()
+    assert_same_bytes(model, made(Decoder))
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_layer_by_layer_is_as_without_blocks(texts):
+    model, other = made(Decoder), made(Decoder)
+    other.layers = nn.ModuleDict({str(number): layer for number, layer in enumerate(other.layers)})
+    other.through = types.MethodType(
+        lambda self, x, mask: Decoder.through(types.SimpleNamespace(layers=self.layers.values()), x, mask), other
+    )
+    assert_same_bytes(calibrate(model, texts, blocks=()), calibrate(other, texts))

@@ -583,7 +583,7 @@ def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, change):
         "Half": lambda **skip: convert(model, Half(), **skip),
         "LoRA": lambda **skip: convert(model, LoRA(2), **skip),
         "add_adapter": lambda **skip: add_adapter(model, "mine", LoRA(2), **skip),
-        "calibrate": lambda **skip: calibrate(model, [torch.randn(4, 8)], **skip),
+        "calibrate": lambda **skip: calibrate(model, [torch.randn(9, 8)], **skip),
     }
     message = r"1.base_layer is inside 1, a \w+ of PEFT.*before get_peft_model, or call merge_and_unload"
     with pytest.raises(ValueError, match=message):

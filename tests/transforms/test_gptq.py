@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import FORMATS, FourBit, quantize
-from lowmem.transforms.gptq import prepare_hessian, quantize_gptq
+from lowmem.quant.scales import get_encoding
+from lowmem.transforms.gptq import _nearest_stored, prepare_hessian, quantize_gptq
 from tests.selection import covering, rows_in_one_case
 
 
@@ -62,18 +63,68 @@ def test_the_layout_is_that_of_the_search_and_a_repeat_gives_the_same_bytes(form
     one, two = (quantize_gptq(weight, technique, hessian) for _ in range(2))
     assert torch.equal(one.packed, two.packed)
     expected = quantize(weight, format, block_size=size, scales=scales, search=True, importance=hessian.importance)
-    assert torch.equal(one.scales, expected.scales)
-    assert (one.packed.shape, one.packed.dtype) == (expected.packed.shape, expected.packed.dtype)
+    assert torch.equal(one.scales, two.scales)
+    assert one.stored_layout == expected.stored_layout
+    one.check_layout()
     assert torch.isfinite(one.dequantize()).all()
+    kept = quantize_gptq(weight, FourBit(format, size, scales, search=False), hessian)
+    assert torch.equal(kept.scales, quantize(weight, format, block_size=size, scales=scales, search=False).scales)
 
 
 @rows_in_one_case("format", FORMATS)
 def test_independent_inputs_give_the_nearest_codes(format):
     weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
-    found = quantize_gptq(weight, FourBit(format, block_size=8, search=True), prepare_hessian(torch.eye(33), 0.01))
-    expected = quantize(weight, format, block_size=8, search=True)
+    independent = prepare_hessian(torch.eye(33), 0.01)
+    found = quantize_gptq(weight, FourBit(format, block_size=8, search=False), independent)
+    expected = quantize(weight, format, block_size=8, search=False)
     assert torch.equal(found.packed, expected.packed)
     assert torch.equal(found.scales, expected.scales)
+    found = quantize_gptq(weight, FourBit(format, block_size=8, search=True), independent)
+    expected = quantize(weight, format, block_size=8, search=True)
+    assert (weight - found.dequantize()).norm() < (weight - expected.dequantize()).norm()
+
+
+def hessian_error(weight, quantized, hessian):
+    """Return what each row's output loses, by the damped Hessian, in float64: (out,)."""
+    back = hessian.order.argsort()
+    error, matrix = (weight - quantized.dequantize()).double(), hessian.matrix[back][:, back].double()
+    return ((error @ matrix) * error).sum(-1)
+
+
+@rows_in_one_case("scales", ["float32", "float16", "double", "float16_offsets"])
+@rows_in_one_case("format", FORMATS)
+def test_what_follows_gptq_lowers_the_error_of_every_row(format, scales, monkeypatch):
+    x = correlated(300, 96)
+    weight, hessian = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), hessian_of(x)
+    technique = FourBit(format, block_size=16, scales=scales, search=True)
+    best = hessian_error(weight, quantize_gptq(weight, technique, hessian), hessian)
+    with monkeypatch.context() as patch:
+        patch.setattr("lowmem.transforms.gptq._ROUNDS", 0)
+        without_scales = hessian_error(weight, quantize_gptq(weight, technique, hessian), hessian)
+        patch.setattr("lowmem.transforms.gptq._Fit.improve_codes", lambda self: None)
+        gptq_alone = hessian_error(weight, quantize_gptq(weight, technique, hessian), hessian)
+    slack = 1e-5 * gptq_alone  # errors are compared in float32
+    assert (without_scales <= gptq_alone + slack).all()
+    assert (best <= without_scales + slack).all()
+    assert without_scales.sum() < 0.99 * gptq_alone.sum()
+    assert best.sum() < 0.97 * without_scales.sum()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@given(st.integers(0, 1000), st.sampled_from(["float32", "float16", "double"]))
+def test_scales_are_stored_as_the_nearest_there_is(signed, seed, name):
+    encoding = get_encoding(name, signed)
+    scales = torch.rand(4, 7, generator=torch.Generator().manual_seed(seed)) + 1e-3
+    scales *= torch.where(torch.arange(7) % 2 == 1, -1, 1) if signed else 1
+    stored = _nearest_stored(encoding.encode(scales), scales, encoding)
+    below, chosen = encoding.decode(encoding.encode(scales)), encoding.decode(stored)
+    assert torch.equal(chosen.abs().amax(-1), below.abs().amax(-1))
+    step = encoding.shortfall(encoding.encode(scales))
+    # A row's largest scale stays, and what is next to it; those below the first step are raised to it.
+    inner = (below.abs() + step <= below.abs().amax(-1, keepdim=True)) & (below.abs() <= scales.abs())
+    off = (scales - chosen).abs()
+    assert (off[inner] <= 0.5001 * step[inner] + 1e-7).all()
+    assert (off <= (scales - below).abs() + 1e-7).all()
 
 
 def test_columns_that_are_always_zero_get_their_nearest_codes():

@@ -54,8 +54,8 @@ class Sizes(NamedTuple):
     positions: int | None
 
 
-def sizes_of(folder: Path) -> Sizes:
-    """Return the sizes of a folder's model.
+def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
+    """Return the sizes of a folder's model, for a task that errors name.
 
     Raises:
         FileError: its config.json does not say them, or is of no model that transformers has.
@@ -64,7 +64,7 @@ def sizes_of(folder: Path) -> Sizes:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
         vocabulary, width = config.vocab_size, config.hidden_size
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as reason:
-        raise refusal(folder, f"its config.json is of no language model: {describe(reason)}", "fine-tune") from reason
+        raise refusal(folder, f"its config.json is of no language model: {describe(reason)}", task) from reason
     positions = getattr(config, "max_position_embeddings", None)
     return Sizes(vocabulary, width, positions if isinstance(positions, int) and positions > 0 else None)
 

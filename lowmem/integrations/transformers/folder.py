@@ -27,7 +27,16 @@ from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.stored_module import StoredModule
 
-__all__ = ["check", "import_folder", "load_folder", "load_gguf", "quantize_folder"]
+__all__ = [
+    "check",
+    "check_dense",
+    "import_folder",
+    "load_folder",
+    "load_gguf",
+    "quantize_folder",
+    "rows_of",
+    "write_model",
+]
 
 WRITTEN = ("config.json", "generation_config.json")  # by save_pretrained
 
@@ -148,12 +157,12 @@ def import_folder(
     if source.is_dir():
         check(source)
         model = load_folder(source, LowmemConfig(EXACT), dtype or "auto")
-        _write(model, source, target, shard_bytes)
+        write_model(model, source, target, shard_bytes)
     else:
         model = load_gguf(source, dtype or torch.float32)
-        _write(model, None, target, shard_bytes, _tokenizer_in(source))
+        write_model(model, None, target, shard_bytes, _tokenizer_in(source))
     found = []
-    for row in sorted(_rows(model), key=lambda row: row.name):
+    for row in sorted(rows_of(model), key=lambda row: row.name):
         path, _, name = row.name.rpartition(".")
         module: Any = model.get_submodule(path)
         kept = module.forms[name] if row.converted else module._parameters[name].dtype
@@ -212,17 +221,28 @@ def quantize_folder(
         OSError: a file cannot be read or written.
     """
     check_free(target)
-    config, _ = check(source)
+    check_dense(source)
+    model = load_folder(source, LowmemConfig(technique, skip=skip))
+    write_model(model, source, target, shard_bytes)
+    return sorted(rows_of(model), key=lambda row: row.name)
+
+
+def check_dense(folder: Path) -> None:
+    """Raise as ``check``, and for a folder whose weights are quantized.
+
+    Raises:
+        FileError: they are; or as ``check``.
+    """
+    config, _ = check(folder)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
         by = "lowmem" if method == METHOD else show(method)
-        raise refusal(source, f"it is quantized by {by} already; take the folder that it was made from", "convert")
-    model = load_folder(source, LowmemConfig(technique, skip=skip))
-    _write(model, source, target, shard_bytes)
-    return sorted(_rows(model), key=lambda row: row.name)
+        raise refusal(folder, f"it is quantized by {by} already; take the folder that it was made from", "convert")
 
 
-def _write(model: Any, source: Path | None, target: Path, shard_bytes: int | None, tokenizer: Any = None) -> None:
+def write_model(
+    model: Any, source: Path | None, target: Path, shard_bytes: int | None, tokenizer: Any = None
+) -> None:
     """Write a model's folder, with the other files of ``source``, and a tokenizer."""
     with atomic_folder(target) as partial:
         if source is not None:
@@ -258,7 +278,7 @@ def _without_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _rows(model: nn.Module) -> Iterator[Row]:
+def rows_of(model: nn.Module) -> Iterator[Row]:
     """Yield a row for each distinct parameter of a model, stored or dense."""
     seen: set[int] = set()
     for path, module in model.named_modules():

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from lowmem.errors import describe, refusal, show
 
-__all__ = ["TextTokenizer", "load_tokenizer"]
+__all__ = ["TextTokenizer", "load_tokenizer", "read_tokenizer"]
 
 _LEAST_SHARE = 0.5
 """Of the tokens that a model knows, those that its tokenizer makes: models pad their vocabularies by some percent."""
@@ -82,6 +82,11 @@ class TextTokenizer:
 
 
 def load_tokenizer(folder: Path, vocabulary: int) -> TextTokenizer:
+    """Return the tokenizer of a folder for fine-tuning: see ``read_tokenizer``."""
+    return TextTokenizer(read_tokenizer(folder, vocabulary))
+
+
+def read_tokenizer(folder: Path, vocabulary: int) -> Any:
     """Return the tokenizer of a folder.
 
     Args:
@@ -102,4 +107,4 @@ def load_tokenizer(folder: Path, vocabulary: int) -> TextTokenizer:
             f"its tokenizer has {show(size)} tokens, and its model {show(vocabulary)}: they are not of one "
             "vocabulary; get the files of the tokenizer again",
         )
-    return TextTokenizer(tokenizer)
+    return tokenizer

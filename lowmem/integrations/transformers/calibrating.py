@@ -1,0 +1,122 @@
+"""Calibrates the model of a folder: on a text, or on what it generates itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import refusal
+from lowmem.integrations.transformers.causal import sizes_of
+from lowmem.integrations.transformers.folder import check_dense, load_folder, rows_of, write_model
+from lowmem.integrations.transformers.tokenizing import read_tokenizer
+from lowmem.io.atomic import check_free
+from lowmem.io.convert_checkpoint import Row
+from lowmem.nn.fourbit import FourBit
+from lowmem.transforms.calibrate import calibrate
+
+__all__ = ["SELF", "batches_of", "calibrate_folder"]
+
+SELF = "self"
+"""In place of a text: the model generates it."""
+
+WINDOW = 256  # tokens of a text, if the model takes as many
+WINDOWS = 32  # that are read, evenly spread over a text: 8192 tokens
+_PARAGRAPHS = 64  # that are read, for models that see the whole of a text at once
+_BATCH = 8  # windows or paragraphs
+
+
+def calibrate_folder(
+    source: Path,
+    target: Path,
+    technique: FourBit,
+    text: Path | None,
+    *,
+    skip: str | Iterable[str] = (),
+    shard_bytes: int | None = None,
+    diagonal: bool = False,
+    resume: Path | None = None,
+    progress: Callable[[int, int, float], object] | None = None,
+) -> list[Row]:
+    """Write a folder with the weights of another one calibrated, and its other files as they are; both load alike.
+
+    The dense model is in memory, in the dtype of the folder.
+
+    Args:
+        source: a dense folder, with the model's tokenizer.
+        target: where nothing is yet.
+        technique: how to store the weights.
+        text: a file of text in UTF-8; None: the model, a causal language model, generates it, with seed 0 at a
+            temperature of 1.
+        skip: glob patterns of paths of modules to leave dense.
+        shard_bytes: the most bytes of tensors per file; None: transformers' own limit.
+        diagonal, resume, progress: as ``lowmem.calibrate``.
+
+    Returns:
+        A row for each parameter, sorted by name; tied ones have one.
+
+    Raises:
+        FileError: as ``load_folder``; the folder is quantized already, its tokenizer is missing or of another
+            vocabulary, or the text has too few tokens.
+        FileExistsError: something is at ``target``.
+        OSError: a file cannot be read or written.
+        ValueError: as ``lowmem.calibrate``.
+    """
+    check_free(target)
+    check_dense(source)
+    tokenizer = read_tokenizer(source, sizes_of(source, "calibrate").vocabulary)
+    written = None if text is None else _read(text)
+    model: Any = load_folder(source)
+    batches: Any = SELF if written is None else batches_of(model, tokenizer, written)
+    if text is not None and not batches:
+        raise refusal(text, "it has too few tokens to calibrate a model: take a text of a few thousand", "calibrate")
+    calibrate(
+        model,
+        batches,
+        technique,
+        skip=skip,
+        diagonal=diagonal,
+        resume=resume,
+        progress=progress,
+        tokenizer=tokenizer,
+    )
+    write_model(model, source, target, shard_bytes)
+    return sorted(rows_of(model), key=lambda row: row.name)
+
+
+def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | list[Mapping[str, Tensor]]:
+    """Return parts of a text, evenly spread, as batches of a model's inputs.
+
+    Args:
+        model: a language model of transformers: one that generates gets windows of the text; another one, an
+            encoder, paragraphs with what the tokenizer puts around them, padded and masked.
+        tokenizer: of the model.
+        text: any.
+    """
+    own: Any = model
+    length = min(WINDOW, getattr(own.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    if own.can_generate():
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+        windows = [window for window in tokens.split(length) if len(window) == length]
+        return list(torch.stack(_spread(windows, WINDOWS)).split(_BATCH)) if windows else []
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
+    chosen = sorted(_spread([part for part in paragraphs if part], _PARAGRAPHS), key=len)  # so that little is padded
+    parts = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
+    options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+    return [tokenizer(part, **options) for part in parts]
+
+
+def _spread(parts: list[Any], count: int) -> list[Any]:
+    """Return at most ``count`` of the parts, evenly spread."""
+    return [parts[number * len(parts) // count] for number in range(count)] if len(parts) > count else parts
+
+
+def _read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as reason:
+        raise refusal(text, f"it is no text in UTF-8 (byte {reason.start}); save it as such", "calibrate") from None

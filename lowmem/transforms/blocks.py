@@ -1,0 +1,242 @@
+"""Finds the blocks of a model, and the order in which it calls them and the linear layers outside of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowmem.errors import show
+from lowmem.transforms.registry import layer_name
+from lowmem.transforms.replay import run_batch
+
+__all__ = ["Unit", "find_blocks", "units_of"]
+
+
+@dataclass
+class Unit:
+    """Layers that are quantized together: those of a block, or some outside of blocks that get one input.
+
+    Args:
+        layers: linear layers.
+        block: that holds them; None: they lie outside of blocks.
+        calls: of the first layer, in one run of the model; 0: unknown.
+    """
+
+    layers: list[nn.Module] = field(default_factory=list)
+    block: nn.Module | None = None
+    calls: int = 0
+
+
+def find_blocks(
+    model: nn.Module, layers: Collection[nn.Module], blocks: str | Iterable[str] | None
+) -> list[list[nn.Module]]:
+    """Return the blocks of a model, by the module that holds them.
+
+    They are the children that hold layers of the outermost nn.ModuleList or nn.Sequential in which these, two at
+    least, are of one type.
+
+    Args:
+        model: any module.
+        layers: those to calibrate.
+        blocks: glob patterns of the blocks' paths in place of that; none: there are no blocks.
+
+    Raises:
+        TypeError: a pattern is no string.
+        ValueError: a pattern matches no module that holds layers.
+    """
+    holds = {module for module in model.modules() if any(inside in layers for inside in module.modules())}
+    if blocks is None:
+        return list(_lists_in(model, holds))
+    patterns = (blocks,) if isinstance(blocks, str) or not isinstance(blocks, Iterable) else tuple(blocks)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"blocks={show(blocks)} must be glob patterns of paths, or None")
+    found: dict[str, list[nn.Module]] = {}
+    outer: list[str] = []
+    for pattern in patterns:
+        if not any(module in holds and fnmatchcase(path, pattern) for path, module in model.named_modules()):
+            raise ValueError(
+                f"blocks={pattern!r} matches no module of {type(model).__name__} that holds layers to calibrate; "
+                "check the pattern"
+            )
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{one}.") for one in outer)
+        if path and module in holds and not inside and any(fnmatchcase(path, pattern) for pattern in patterns):
+            outer.append(path)
+            found.setdefault(path.rpartition(".")[0], []).append(module)
+    return list(found.values())
+
+
+def _lists_in(module: nn.Module, holds: Collection[nn.Module]) -> Iterator[list[nn.Module]]:
+    children = [child for child in module.children() if child in holds]
+    alike = len(children) > 1 and len({type(child) for child in children}) == 1
+    if alike and isinstance(module, nn.ModuleList | nn.Sequential):
+        yield children
+        return
+    for child in children:
+        yield from _lists_in(child, holds)
+
+
+def units_of(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: list[nn.Module],
+    lists: list[list[nn.Module]],
+    centred: Collection[nn.Module],
+    *,
+    asked: bool,
+) -> list[Unit]:
+    """Return the layers to quantize together, in the order in which the model calls them.
+
+    Without blocks all batches are run, once; with them, the first one.
+
+    Args:
+        model: in evaluation mode.
+        batches: its inputs.
+        layers: those to calibrate.
+        lists: the blocks.
+        centred: layers whose inputs are taken less their mean: they share moments with none of the others.
+        asked: whether the user has named the blocks: then those that cannot be done one by one are an error.
+
+    Returns:
+        Units of layers that were called. With blocks, those that lie outside of them and the first batch does not
+        reach follow, each alone.
+
+    Raises:
+        ValueError: no batches; or blocks that are called several times, or have layers that are called outside.
+    """
+    if lists:
+        try:
+            first = next(iter(batches))
+        except StopIteration:
+            raise ValueError(_EMPTY) from None
+        units, reason = _units_by_blocks(model, first, layers, lists, centred)
+        if reason is None:
+            return units
+        if asked:
+            raise ValueError(f"{reason}: name other blocks, or blocks=() to calibrate layer by layer")
+    groups, calls, _ = _group_by_input(model, batches, layers)
+    return [unit for group in groups for unit in _outside(group, centred, calls)]
+
+
+def _outside(group: list[nn.Module], centred: Collection[nn.Module], calls: Counter[nn.Module]) -> list[Unit]:
+    """Return units of layers that get one input."""
+    parts = [[layer for layer in group if (layer in centred) == wanted] for wanted in (True, False)]
+    return [Unit(part, None, calls[part[0]]) for part in parts if part]
+
+
+_EMPTY = "batches is empty: pass one batch at least, or use convert, which needs none"
+
+
+def _units_by_blocks(
+    model: nn.Module,
+    batch: Any,
+    layers: list[nn.Module],
+    lists: list[list[nn.Module]],
+    centred: Collection[nn.Module],
+) -> tuple[list[Unit], str | None]:
+    """Return the units of a model with blocks; or why it has none."""
+    paths = {module: path for path, module in model.named_modules()}
+    owner: dict[nn.Module, nn.Module] = {}
+    for block in (block for blocks in lists for block in blocks):
+        for layer in (inside for inside in block.modules() if inside in layers):
+            if owner.setdefault(layer, block) is not block:
+                return [], f"{layer_name(paths[layer])} is in several blocks"
+    called: Counter[nn.Module] = Counter()
+    now: list[nn.Module] = []
+    order: dict[nn.Module, None] = {}
+    outside: list[nn.Module] = []
+
+    def enter(block: nn.Module, _: Any) -> None:
+        called[block] += 1
+        now.append(block)
+        order.setdefault(block)
+
+    def leave(block: nn.Module, *_: Any) -> None:
+        now.pop()
+
+    def see(layer: nn.Module, *_: Any) -> None:
+        if owner[layer] not in now:
+            outside.append(layer)
+
+    with ExitStack() as stack:
+        for block in dict.fromkeys(owner.values()):
+            stack.callback(block.register_forward_pre_hook(enter).remove)
+            stack.callback(block.register_forward_hook(leave).remove)
+        for layer in owner:
+            stack.callback(layer.register_forward_pre_hook(see).remove)
+        free = [layer for layer in layers if layer not in owner]
+        groups, calls, seen = _group_by_input(model, [batch], free, order)
+    if outside:
+        return [], f"{layer_name(paths[outside[0]])} is called outside of its block, too"
+    often = next((block for block, count in called.items() if count > 1), None)
+    if often is not None:
+        return [], f"{layer_name(paths[often])} is called {called[often]} times in one run"
+    of_leader = {group[0]: group for group in groups}
+    units = []
+    for module in order:
+        if module in called:
+            units.append(Unit([layer for layer, block in owner.items() if block is module], module))
+        elif module in of_leader:
+            units += _outside(of_leader[module], centred, calls)
+    return [*units, *(Unit([layer]) for layer in free if layer not in seen)], None
+
+
+def _group_by_input(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Iterable[nn.Module],
+    order: dict[nn.Module, None] | None = None,
+) -> tuple[list[list[nn.Module]], Counter[nn.Module], set[nn.Module]]:
+    """Return groups of layers that get the same inputs, in call order; their most calls in one run; and all called.
+
+    Args:
+        model: in evaluation mode.
+        batches: its inputs.
+        layers: to group.
+        order: gets each layer when it is first called.
+
+    Raises:
+        TypeError: a batch of a wrong kind.
+        ValueError: no batches.
+    """
+    total, most, now = (Counter[nn.Module]() for _ in range(3))
+    first: dict[nn.Module, set[nn.Module]] = {}  # for each layer, the first layers that got its inputs
+    last: tuple[Tensor, int, nn.Module] | None = None  # the last input, its version, and the first layer that got it
+
+    def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        nonlocal last
+        x = args[0] if args else kwargs["input"]
+        version = -1 if x.is_inference() else x._version
+        if last is None or version < 0 or last[0] is not x or last[1] != version:
+            last = x, version, layer
+        first.setdefault(layer, set()).add(last[2])
+        now[layer] += 1
+        if order is not None:
+            order.setdefault(layer)
+
+    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
+    try:
+        runs = 0
+        for batch in batches:
+            run_batch(model, batch)
+            total += now
+            most |= now  # element-wise maximum
+            now.clear()
+            last, runs = None, runs + 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not runs:
+        raise ValueError(_EMPTY)
+    groups: dict[nn.Module, list[nn.Module]] = {}
+    for layer, leaders in first.items():
+        leader = next(iter(leaders))
+        together = len(leaders) == 1 and leader in groups and total[leader] == total[layer]
+        groups.setdefault(leader if together else layer, []).append(layer)
+    return list(groups.values()), most, set(first)

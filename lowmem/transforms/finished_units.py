@@ -1,0 +1,103 @@
+"""Files of what a calibration has finished, so that it can go on after it was ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lowmem.errors import describe, refusal
+from lowmem.version import __version__
+
+__all__ = ["FinishedUnits", "digest_of"]
+
+
+def digest_of(model: nn.Module, batches: Iterable[Any], settings: str) -> str:
+    """Return what names a calibration: a digest of the model's numbers, its inputs and how it is done."""
+    found = hashlib.blake2b(f"{__version__} {settings}".encode(), digest_size=16)
+    for name, tensor in _numbers(model):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(_bytes(tensor))
+    for batch in batches:
+        leaves, structure = pytree.tree_flatten(dict(batch) if hasattr(batch, "keys") else batch)
+        found.update(repr(structure).encode())
+        for leaf in leaves:
+            found.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+    return found.hexdigest()
+
+
+def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+class FinishedUnits:
+    """A folder with a file for each unit that is finished; a file is whole, or it is not there.
+
+    Args:
+        folder: made where it is not there yet.
+        digest: of the calibration; files of another one are refused.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._digest = folder, digest
+
+    def save(self, number: int, tensors: dict[str, Tensor], record: Any) -> None:
+        """Write the file of a unit, with a record that JSON can hold."""
+        from safetensors.torch import save
+
+        path = self._path(number)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        metadata = {"digest": self._digest, "record": json.dumps(record)}
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load(self, number: int) -> tuple[dict[str, Tensor], Any] | None:
+        """Return the tensors and the record of a unit; None: it is not finished.
+
+        Raises:
+            FileError: the file is damaged, or of another calibration.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(number)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+        except SafetensorError as reason:
+            raise refusal(
+                path, f"it is damaged ({describe(reason)}): remove it, and the unit is done again"
+            ) from None
+        if metadata.get("digest") != self._digest:
+            raise refusal(
+                path, "it is of another model, other batches or settings: name another folder for resume=", "resume"
+            )
+        return tensors, json.loads(metadata["record"])
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"unit-{number:05}.safetensors"

@@ -1,0 +1,189 @@
+"""Sums of the inputs of linear layers: their second moments, or covariance, and mean."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.transforms.replay import Stop
+
+__all__ = ["Inputs", "Moments", "Regroup", "counted_rows"]
+
+
+class Moments:
+    """Mean and second moments of rows that come in parts, in float32.
+
+    Args:
+        columns: of a row.
+        centred: whether the mean is taken off, as where a layer's bias makes up for it. Rows are then summed less the
+            mean of the first ones, since the difference of large sums would have few correct bits.
+        diagonal: whether each column is taken alone: in the memory of a row.
+        device: of the rows.
+
+    Attributes:
+        rows: how many there were.
+    """
+
+    def __init__(self, columns: int, *, centred: bool, diagonal: bool, device: torch.device) -> None:
+        self.rows = 0
+        self._centred, self._diagonal = centred, diagonal
+        self._shift = torch.zeros(columns, device=device)
+        self._sum = torch.zeros(columns, device=device)
+        self._squares = torch.zeros((columns,) if diagonal else (columns, columns), device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add rows (n, columns) of any floating dtype."""
+        if not len(x):
+            return
+        x = x.float()
+        if self._centred:
+            if not self.rows:
+                self._shift = x.mean(0)
+            x = x - self._shift
+        self.rows += len(x)
+        self._sum += x.sum(0)
+        if self._diagonal:
+            self._squares += x.square().sum(0)
+        else:
+            self._squares.addmm_(x.T, x)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the rows: float32 (columns,)."""
+        return self._shift + self._sum / max(1, self.rows)
+
+    def second(self) -> Tensor:
+        """Return the mean of ``x^T x`` over the rows, or their covariance: float32 (in, in), of diagonals (in,)."""
+        mean = self._squares / max(1, self.rows)
+        if not self._centred:
+            return mean
+        off = self._sum / max(1, self.rows)
+        return (mean - off.square()).clamp_min_(0) if self._diagonal else mean.addr_(off, off, alpha=-1)
+
+
+def counted_rows(batch: Any, number: int) -> Tensor | None:
+    """Return which tokens of a batch count, bool (batch, tokens), by its ``attention_mask``; None: all.
+
+    Raises:
+        ValueError: none does.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    counted = mask != 0
+    if not counted.any():
+        raise ValueError(
+            f"batch {number + 1} of batches is padding alone: its attention_mask of {tuple(mask.shape)} is 0 "
+            "throughout; leave it out"
+        )
+    return counted
+
+
+class Regroup(BaseException):
+    """Layers that had one input at first have different ones: their moments are to be taken anew."""
+
+
+class Inputs:
+    """The moments of the inputs of some layers, taken while the model runs; layers with one input share theirs.
+
+    Args:
+        layers: linear layers.
+        centred: those of which the mean is taken off.
+        alone: layers that share moments with no other.
+        diagonal: whether columns are taken alone.
+        stop_after: end a run when the first layer was called so often; None: never.
+
+    Attributes:
+        moments: by the first layer that got the input.
+        batch_mask: which tokens of the running batch count.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        centred: set[nn.Module],
+        alone: set[nn.Module],
+        *,
+        diagonal: bool = False,
+        stop_after: int | None = None,
+    ) -> None:
+        self._layers, self._centred, self._alone, self._diagonal = list(layers), centred, alone, diagonal
+        self._stop_after = stop_after
+        self._leader: dict[nn.Module, nn.Module] = {}
+        self._calls: Counter[nn.Module] = Counter()
+        self._left = 0
+        self._last: tuple[Tensor, int, nn.Module] | None = None
+        self.moments: dict[nn.Module, Moments] = {}
+        self.batch_mask: Tensor | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take the inputs of all calls in the block."""
+        handles = [layer.register_forward_pre_hook(self._take, with_kwargs=True) for layer in self._layers]
+        try:
+            yield
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+
+    def start_batch(self, mask: Tensor | None) -> None:
+        """Begin a batch, of which the tokens in ``mask`` count."""
+        self.batch_mask, self._last = mask, None
+        self._left = self._stop_after or 0
+
+    def groups(self) -> list[list[nn.Module]]:
+        """Return the layers that were called, by their input.
+
+        Raises:
+            Regroup: layers of a group were not called equally often.
+        """
+        found: dict[nn.Module, list[nn.Module]] = {}
+        for layer, leader in self._leader.items():
+            if self._calls[layer] != self._calls[leader]:
+                self._alone.add(layer)
+                raise Regroup
+            found.setdefault(leader, []).append(layer)
+        return list(found.values())
+
+    def _take(self, layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = args[0] if args else kwargs["input"]
+        version = -1 if x.is_inference() else x._version
+        leader = layer
+        if self._last is not None and layer not in self._alone:
+            last, its_version, first = self._last
+            same = last is x and its_version == version >= 0
+            if same and (layer in self._centred) == (first in self._centred):
+                leader = first
+        if self._leader.setdefault(layer, leader) is not leader:
+            self._alone.add(layer)
+            raise Regroup
+        self._calls[layer] += 1
+        if leader is layer:
+            if layer not in self._alone:
+                self._last = x, version, layer
+            columns = int(x.shape[-1])
+            if layer not in self.moments:
+                options = {"centred": layer in self._centred, "diagonal": self._diagonal}
+                self.moments[layer] = Moments(columns, device=x.device, **options)
+            self.moments[layer].add(_counted(x, columns, self.batch_mask))
+        if self._stop_after and layer is self._layers[0]:
+            self._left -= 1
+            if not self._left:
+                raise Stop
+
+
+def _counted(x: Tensor, columns: int, mask: Tensor | None) -> Tensor:
+    """Return the rows of an input (..., columns) that count: those of all tokens where it is no tensor of tokens."""
+    if mask is not None:
+        mask = mask.to(x.device)
+        if x.shape[:-1] == mask.shape:
+            return x[mask]
+        if x.shape[:-1] == (mask.numel(),):
+            return x[mask.flatten()]
+    return x.reshape(-1, columns)

@@ -1,0 +1,64 @@
+"""A unit's file is whole or not there, and belongs to one calibration."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem.errors import FileError
+from lowmem.transforms.finished_units import FinishedUnits, digest_of
+
+TENSORS = {"0.packed": torch.arange(6, dtype=torch.uint8).view(2, 3), "0.bias": torch.ones(2, dtype=torch.bfloat16)}
+
+
+def test_a_unit_comes_back_with_its_record(tmp_path):
+    units = FinishedUnits(tmp_path / "a" / "b", "digest")
+    assert units.load(3) is None
+    units.save(3, TENSORS, [{"why": None}])
+    tensors, record = FinishedUnits(tmp_path / "a" / "b", "digest").load(3)
+    assert record == [{"why": None}]
+    assert all(torch.equal(tensors[name], one) and tensors[name].dtype == one.dtype for name, one in TENSORS.items())
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["unit-00003.safetensors"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    units = FinishedUnits(tmp_path, "digest")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        units.save(0, TENSORS, [])
+    assert list(tmp_path.iterdir()) == []
+    assert units.load(0) is None
+
+
+def test_files_of_another_calibration_or_damaged_ones_are_refused(tmp_path):
+    FinishedUnits(tmp_path, "one").save(0, TENSORS, [])
+    with pytest.raises(FileError, match=r"cannot resume .*unit-00000.* another model, other batches or settings"):
+        FinishedUnits(tmp_path, "other").load(0)
+    path = tmp_path / "unit-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FileError, match=r"unit-00000.*it is damaged .*: remove it"):
+        FinishedUnits(tmp_path, "one").load(0)
+
+
+def test_the_digest_tells_models_batches_and_settings_apart():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    x = torch.randn(3, 4)
+    found = {digest_of(model, [x], "a"), digest_of(model, [x], "a")}
+    assert len(found) == 1
+    found |= {
+        digest_of(model, [x], "b"),
+        digest_of(model, [x, x], "a"),
+        digest_of(model, [x.double()], "a"),
+        digest_of(model, [(x, 1)], "a"),
+        digest_of(model, [(x, 2)], "a"),
+        digest_of(model, [{"input": x}], "a"),
+        digest_of(model, [{"other": x}], "a"),
+    }
+    model[1].running_mean[0] = 1
+    found.add(digest_of(model, [x], "a"))
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1
+    found.add(digest_of(model, [x], "a"))
+    assert len(found) == 10

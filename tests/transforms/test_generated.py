@@ -1,0 +1,150 @@
+"""A causal language model's own text calibrates it; what generates none is refused, and stays as it was."""
+
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem import FourBit, calibrate
+from lowmem.transforms.generated import SEQUENCES, TOKENS, generated_batches
+from tests.transforms.test_calibrate import Decoder, assert_same_bytes, made
+
+
+class Tokenizer:
+    """As many tokens as it says; it begins a text with one."""
+
+    bos_token_id = 3
+
+    def __init__(self, size=40, begins=False):
+        self.size, self.begins = size, begins
+
+    def __len__(self):
+        return self.size
+
+    def __call__(self, text):
+        return {"input_ids": [3] if self.begins else []}
+
+
+class Chain(nn.Module):
+    """After a token comes the next one, or the one after that."""
+
+    def __init__(self, size=40):
+        super().__init__()
+        self.next = nn.Linear(size, size, bias=False)
+        one = torch.eye(size)
+        with torch.no_grad():
+            self.next.weight.copy_(20 * (one.roll(1, 0) + one.roll(2, 0)))
+
+    def forward(self, tokens):
+        return self.next(nn.functional.one_hot(tokens, 40).float())
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_text_is_drawn_from_what_the_model_predicts(begins):
+    batches = generated_batches(Chain(), Tokenizer(begins=begins), 0, 1.0)
+    text = torch.cat(batches)
+    assert text.shape == (SEQUENCES, TOKENS)
+    assert (text[:, 0] == 3).all() == begins
+    start = int(begins)
+    steps = (text[:, start + 1 :] - text[:, start:-1]) % 40
+    assert set(steps.flatten().tolist()) == {1, 2}
+    assert 0.4 < float((steps == 1).float().mean()) < 0.6
+    assert len(set(text[:, start].tolist())) > 10
+
+
+def test_a_seed_gives_the_same_text_and_leaves_the_draws_of_others_alone():
+    model, state = Chain(), torch.get_rng_state()
+    one, two = (torch.cat(generated_batches(model, Tokenizer(), 5, 1.0)) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, torch.cat(generated_batches(model, Tokenizer(), 6, 1.0)))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_temperature_divides_what_is_predicted():
+    hot = torch.cat(generated_batches(Chain(), Tokenizer(), 0, 1e6))
+    steps = (hot[:, 1:] - hot[:, :-1]) % 40
+    assert len(set(steps.flatten().tolist())) == 40
+
+
+def test_tokens_that_the_tokenizer_does_not_have_are_not_drawn():
+    assert torch.cat(generated_batches(Chain(), Tokenizer(30), 0, 1e6)).max() < 30
+
+
+def test_a_model_is_calibrated_by_its_own_text():
+    tokenizer, model = Tokenizer(), made(Decoder)
+    text = generated_batches(model, tokenizer, 1, 0.5)
+    expected = calibrate(made(Decoder), text, FourBit("nf4"))
+    model.train()
+    calibrate(model, "self", FourBit("nf4"), tokenizer=tokenizer, seed=1, temperature=0.5)
+    assert model.training
+    assert_same_bytes(model, expected)
+
+
+class Cached(Decoder):
+    """As those of transformers: it gets the last token, and what it has computed of those before."""
+
+    def generate(self):
+        raise NotImplementedError
+
+    def forward(self, input_ids, past_key_values=None, use_cache=False):
+        past = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], dim=1)
+        self.lengths = [*getattr(self, "lengths", []), input_ids.shape[1]]
+        out = super().forward(past)[:, -input_ids.shape[1] :]
+        return types.SimpleNamespace(logits=out, past_key_values=past if use_cache else None)
+
+
+def test_a_model_that_keeps_what_it_has_computed_gets_a_token_at_a_time():
+    model = made(Cached)
+    kept = generated_batches(model, Tokenizer(), 0, 1.0)
+    assert model.lengths[2:] == [1] * (TOKENS - 1)
+    assert all(
+        torch.equal(*both) for both in zip(kept, generated_batches(made(Decoder), Tokenizer(), 0, 1.0), strict=True)
+    )
+
+
+class Looks(Decoder):
+    """Sees the tokens to come."""
+
+    def through(self, x, mask):
+        return super().through(x + x.mean(1, keepdim=True), mask=None)
+
+
+class Broken(Decoder):
+    def through(self, x, mask):
+        return super().through(x, mask) * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        (Decoder, {}, TypeError, "tokenizer=None must be the model's"),
+        (Decoder, {"tokenizer": 3}, TypeError, "tokenizer=3 must be the model's"),
+        (Decoder, {"tokenizer": Tokenizer(41)}, ValueError, "has 41 tokens, and Decoder predicts 40"),
+        (Decoder, {"tokenizer": Tokenizer(19)}, ValueError, "has 19 tokens, and Decoder predicts 40"),
+        (Decoder, {"tokenizer": Tokenizer(), "seed": 1.5}, TypeError, "seed=1.5 must be an integer"),
+        (Decoder, {"tokenizer": Tokenizer(), "temperature": 0}, ValueError, "temperature=0 must be above 0"),
+        (Decoder, {"tokenizer": Tokenizer(), "temperature": "1"}, TypeError, "temperature='1' must be a number"),
+        (Looks, {"tokenizer": Tokenizer()}, ValueError, "Looks generates no text .* depends on the tokens to come"),
+        (Broken, {"tokenizer": Tokenizer()}, ValueError, "Broken generates no text .* is NaN"),
+    ],
+)
+def test_what_generates_no_text_is_refused_and_stays(kind, options, error, message):
+    model = made(kind).train()
+    with pytest.raises(error, match=message):
+        calibrate(model, "self", **options)
+    assert model.training
+    assert_same_bytes(model, made(kind))
+
+
+def test_a_model_without_logits_or_that_says_so_is_refused():
+    class Encoder(Decoder):
+        def forward(self, tokens):
+            return super().forward(tokens).mean(1)
+
+    with pytest.raises(ValueError, match="Encoder generates no text .* returns no logits"):
+        calibrate(made(Encoder), "self", tokenizer=Tokenizer())
+    model = made(Decoder)
+    model.can_generate = lambda: False
+    with pytest.raises(ValueError, match=r"Decoder generates no text \(its class has no generate"):
+        calibrate(model, "self", tokenizer=Tokenizer())

@@ -1,0 +1,105 @@
+"""Moments of rows that come in parts are those of all rows, in float64; layers with one input share them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lowmem.transforms.moments import Inputs, Moments, Regroup, counted_rows
+from tests.rounding import gamma
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(lambda parts: sum(parts) > 1),
+    st.integers(1, 12),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 3.0, 300.0]),
+    st.integers(0, 1000),
+)
+def test_moments_are_those_of_float64(parts, columns, centred, diagonal, mean, seed):
+    rows = torch.randn(sum(parts), columns, generator=torch.Generator().manual_seed(seed)) + mean
+    moments = Moments(columns, centred=centred, diagonal=diagonal, device=rows.device)
+    for part in rows.split(parts):
+        moments.add(part)
+    assert moments.rows == len(rows)
+    exact = rows.double()
+    assert (moments.mean - exact.mean(0)).abs().max() <= gamma(len(rows) + 3) * exact.abs().mean(0).max()
+    off = exact - exact.mean(0) if centred else exact
+    second = off.T @ off / len(rows)
+    # Of centred rows: what is added up lies within the range of the rows, and its difference is rounded like them.
+    size = exact.amax(0) - exact.amin(0) if centred else exact.abs().amax(0)
+    size = size + 2**-23 * exact.abs().amax(0)
+    bound = (
+        4 * gamma(len(rows) + 8) * torch.outer(size, size) + 2**-22 * torch.outer(size, exact.abs().amax(0)) * centred
+    )
+    found = moments.second()
+    if diagonal:
+        second, bound = second.diagonal(), bound.diagonal()
+    assert found.shape == second.shape
+    assert ((found - second).abs() <= bound).all()
+    assert (found.diagonal() if not diagonal else found).ge(0).all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "counted"),
+    [
+        (torch.ones(2, 3), None),
+        ((torch.ones(2, 3),), None),
+        ({"attention_mask": None}, None),
+        ({"attention_mask": torch.ones(2, 1, 3, 3)}, None),  # of attention alone: which rows count is not in it
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, [[True, True, False]]),
+        ({"attention_mask": torch.tensor([[False, True]])}, [[False, True]]),
+    ],
+)
+def test_the_attention_mask_says_which_rows_count(batch, counted):
+    found = counted_rows(batch, 0)
+    assert found is None if counted is None else found.tolist() == counted
+
+
+def test_a_batch_of_padding_alone_is_refused():
+    with pytest.raises(ValueError, match=r"batch 3 of batches is padding alone: its attention_mask of \(2, 5\) is 0"):
+        counted_rows({"attention_mask": torch.zeros(2, 5)}, 2)
+
+
+def taken(model, layers, run, mask=None, **options):
+    options = {"centred": set(), "alone": set()} | options
+    inputs = Inputs(layers, options.pop("centred"), options.pop("alone"), **options)
+    with inputs.taken():
+        inputs.start_batch(mask)
+        run()
+    return inputs
+
+
+def test_layers_with_one_input_share_moments_unless_one_is_centred():
+    a, b, c = (nn.Linear(4, 4) for _ in range(3))
+    x = torch.randn(9, 4)
+    inputs = taken(None, [a, b, c], lambda: (a(x), b(x), c(x)), centred={a, b})
+    assert inputs.groups() == [[a, b], [c]]
+    assert set(inputs.moments) == {a, c}
+    assert not a._forward_pre_hooks
+
+
+def test_layers_that_part_are_taken_alone():
+    a, b = (nn.Linear(4, 4) for _ in range(2))
+    x, y = torch.randn(9, 4), torch.randn(9, 4)
+    alone = set()
+    with pytest.raises(Regroup):
+        taken(None, [a, b], lambda: (a(x), b(x), a(x), b(y)), alone=alone)
+    assert alone == {b}
+    inputs = taken(None, [a, b], lambda: (a(x), b(x), a(x), b(y)), alone=alone)
+    assert [inputs.moments[layer].rows for layer in (a, b)] == [18, 18]
+    with pytest.raises(Regroup):  # called once more than the first one
+        taken(None, [a, b], lambda: (a(x), b(x), b(x))).groups()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_rows_that_do_not_count_are_left_out_wherever_tokens_are_rows(flat):
+    layer = nn.Linear(4, 4)
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
+    inputs = taken(None, [layer], lambda: layer(x.flatten(0, 1) if flat else x), mask)
+    assert inputs.moments[layer].rows == 3
+    assert torch.allclose(inputs.moments[layer].mean, x[mask].mean(0))
+    pooled = taken(None, [layer], lambda: layer(x[:, 0]), mask)
+    assert pooled.moments[layer].rows == 2
