@@ -22,6 +22,7 @@ from lowmem.io.export.exported import Exported
 from lowmem.io.export.targets import export
 from lowmem.kernels import backend
 from lowmem.nn.adapted_weight import AdaptedWeight
+from lowmem.nn.budget import Budget
 from lowmem.nn.conv import Conv4Bit, HalfConv
 from lowmem.nn.eightbit import EightBit, Embedding8Bit, Linear8Bit
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
@@ -67,6 +68,7 @@ __all__ = [
     "AdamW8bit",
     "AdaptedWeight",
     "BigNet",
+    "Budget",
     "Conv4Bit",
     "EightBit",
     "Embedding4Bit",

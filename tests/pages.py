@@ -4,6 +4,7 @@ from lowmem.report.content import Report
 from lowmem.report.distortion import Distortion
 from lowmem.report.footprint import KINDS, Footprint
 from lowmem.report.groups import Group
+from lowmem.report.quality import SERIES, Quality
 from lowmem.report.timings import Timing
 from lowmem.testing.verdicts import Row, Verdict
 
@@ -57,6 +58,11 @@ def report(name="small", **changes):
             for form in ("nf4", "int4")
             for scales, bits in (("float32", 32), ("double", 8))
             for block in (16, 64)
+        ],
+        "qualities": [
+            Quality(series, f"{series}, {name}", 4 + at / 2 + step / 8, 0.1 / (1 + at + step), 0.99)
+            for at, series in enumerate(SERIES)
+            for step in range(3)
         ],
         "verdicts": [
             Verdict(

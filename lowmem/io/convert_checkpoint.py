@@ -23,11 +23,13 @@ from lowmem.io.atomic import check_writable
 from lowmem.io.container import Checkpoint, TensorSpec, open_checkpoint, write
 from lowmem.io.metadata import form_record
 from lowmem.io.shards import INDEX, index_of, read_index, shard_name, write_index
+from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
+from lowmem.transforms.budget import Chosen, Unit, choose, losses_of, unit_of
 
 __all__ = ["Row", "Source", "convert_checkpoint", "divide"]
 
@@ -47,6 +49,10 @@ class Row:
     after_bytes: int
     error: float | None
     """``rms(stored - weight) / rms(weight)`` of a converted tensor."""
+    stored: str = ""
+    """How a converted tensor is stored."""
+    chosen_because: str = ""
+    """What its bits save of the loss of all tensors, if a ``Budget`` chose them."""
 
 
 class Source:
@@ -121,7 +127,7 @@ def _check_listed(path: Path, files: Iterable[str]) -> None:
 def convert_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    technique: FourBit | EightBit,
+    technique: FourBit | EightBit | Budget,
     *,
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
@@ -137,11 +143,11 @@ def convert_checkpoint(
         source: a safetensors file, or the ``.index.json`` of a sharded one.
         target: the file to write; an existing file is replaced when the new one is complete.
         technique: with a single format. A file does not say which tensors are embeddings: they become 4 bits, too, as
-            with ``embeddings="4bit"``.
+            with ``embeddings="4bit"``. For a ``Budget``, without inputs, tensors are read twice.
         include, exclude: glob patterns of names; tensors that match ``include`` and not ``exclude`` are converted.
         shard_bytes: the most bytes of tensors per file; ``target-00001-of-00002.safetensors`` and so on are written,
             then ``target.safetensors.index.json``. None: one file.
-        progress: called with the name of each finished tensor and its bytes in the source.
+        progress: called with the name of each tensor that was read and its bytes in the source.
 
     Returns:
         A row for each tensor of the source, sorted by name.
@@ -158,8 +164,10 @@ def convert_checkpoint(
     check_writable(target)
     with Source(source) as opened:
         wanted = _wanted(opened.specs, list(include), list(exclude))
+        chosen = _chosen(opened, wanted, technique, progress)
         plan = {
-            name: _outputs(name, opened.specs[name], technique if name in wanted else None) for name in opened.specs
+            name: _outputs(name, spec, chosen[name].technique if name in wanted else None)
+            for name, spec in opened.specs.items()
         }
         taken: dict[str, str] = {}
         for name, outs in plan.items():
@@ -174,18 +182,48 @@ def convert_checkpoint(
         for path in (*outputs, index_of(target)):
             if path.resolve() in opened.paths:
                 raise ValueError(f"{str(path)!r} belongs to the source, which would be lost; choose another target")
-        record = _record(technique)
         rows: dict[str, Row] = {}
         written: dict[str, tuple[str, dict[str, int]]] = {}
         for path, names in zip(outputs, shards, strict=True):
             specs = {out: spec for name in names for out, spec in plan[name].items()}
-            layers = {name.removesuffix("weight").rstrip("."): record for name in names if name in wanted}
-            tensors = _converted(opened, names, wanted, technique, rows, progress)
+            layers = {_layer(name): _record(chosen[name].technique) for name in names if name in wanted}
+            tensors = _converted(opened, names, chosen, rows, progress)
             digest = write(path, specs, {"kind": "model", "layers": layers}, tensors)
             written[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
         if shard_bytes is not None:
             write_index(index_of(target), written)
     return [rows[name] for name in sorted(rows)]
+
+
+def _layer(name: str) -> str:
+    """Return the path of the layer whose weight has a name."""
+    return name.removesuffix("weight").rstrip(".")
+
+
+def _chosen(
+    opened: Source, wanted: set[str], technique: FourBit | EightBit | Budget, progress: Callable[[str, int], None]
+) -> dict[str, Chosen]:
+    """Return how each tensor is stored.
+
+    Raises:
+        ValueError: a budget with inputs, or out of reach; or a weight that cannot be stored.
+    """
+    if not isinstance(technique, Budget):
+        return dict.fromkeys(wanted, Chosen(technique, ""))
+    if technique.inputs is not None:
+        raise ValueError("Budget(inputs=) runs a model, and a checkpoint is none: leave inputs= out")
+    units: dict[str, Unit] = {}
+    for name in sorted(wanted):
+        tensor = _rows(opened.read_tensor(name))
+        try:
+            unit = unit_of({_layer(name): tensor}, lambda _, weight: losses_of(weight))
+        except (ValueError, TypeError) as reason:
+            raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
+        assert unit is not None
+        units[name] = unit
+        progress(name, tensor.nbytes)
+        del tensor
+    return dict(zip(units, choose(list(units.values()), technique), strict=True))
 
 
 def _record(technique: FourBit | EightBit) -> dict[str, Any]:
@@ -252,20 +290,21 @@ def divide(plan: dict[str, dict[str, TensorSpec]], shard_bytes: int | None) -> l
 def _converted(
     opened: Source,
     names: list[str],
-    wanted: set[str],
-    technique: FourBit | EightBit,
+    chosen: dict[str, Chosen],
     rows: dict[str, Row],
     progress: Callable[[str, int], None],
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         tensor: Any = opened.read_tensor(name)
         shape, before = tuple(tensor.shape), tensor.nbytes
-        if name in wanted:
+        if name in chosen:
             try:
-                stored = technique.store(_rows(tensor))
+                stored = chosen[name].technique.store(_rows(tensor))
             except (ValueError, TypeError) as reason:
                 raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
-            rows[name] = Row(name, shape, True, before, stored.nbytes, relative_error(_rows(tensor), stored))
+            error = relative_error(_rows(tensor), stored)
+            how = str(FourBitForm.of(stored))
+            rows[name] = Row(name, shape, True, before, stored.nbytes, error, how, chosen[name].why)
             del tensor
             yield from _parts(name, stored)
         else:

@@ -121,12 +121,14 @@ class StoredModule(nn.Module):
         stored_names: the parameters for which the class has properties.
         form_class: of the forms for which the class is made, see ``LAYERS``.
         weight_error: ``relative_error`` of the stored weights, where known.
+        chosen_because: why a ``Budget`` stores it so; "" for another technique, and in a model that was loaded.
     """
 
     dense_class: ClassVar[type[nn.Module]]
     stored_names: ClassVar[tuple[str, ...]] = ()
     form_class: ClassVar[type[Form]] = HalfForm
     weight_error: float | None = None
+    chosen_because: str = ""
     _forms: dict[str, Described]
     _kept: dict[str, Kept]
 
@@ -785,7 +787,7 @@ def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> 
             value = values[owner]
             parameters[owner] = value if value is None or isinstance(value, nn.Parameter) else freeze(value)
     copied.__dict__["_parameters"] = parameters
-    for name in ("_forms", "_kept", "weight_error"):
+    for name in ("_forms", "_kept", "weight_error", "chosen_because"):
         copied.__dict__.pop(name, None)
     if names:
         copied.__dict__.update(_forms=left, _kept={})

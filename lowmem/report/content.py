@@ -11,6 +11,7 @@ from lowmem.report.charts import Drawing
 from lowmem.report.distortion import Distortion
 from lowmem.report.footprint import Footprint
 from lowmem.report.groups import Group
+from lowmem.report.quality import Quality
 from lowmem.report.timings import Timing
 from lowmem.testing.verdicts import Verdict
 
@@ -33,6 +34,7 @@ class Report:
         verdicts: of the gates.
         machine: properties of the machine of the measurements.
         timing_machine: the same of the timings, if they are from another run.
+        qualities: of the output with each choice of bits; empty where they were not measured.
     """
 
     title: str
@@ -46,6 +48,7 @@ class Report:
     verdicts: Sequence[Verdict]
     machine: Mapping[str, str]
     timing_machine: Mapping[str, str]
+    qualities: Sequence[Quality] = ()
 
 
 @dataclass(frozen=True)

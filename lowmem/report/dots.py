@@ -25,10 +25,11 @@ from lowmem.report.charts import (
 )
 from lowmem.report.distortion import Distortion, least_error
 from lowmem.report.groups import Group
+from lowmem.report.quality import SERIES, Quality
 from lowmem.report.theme import series
 from lowmem.testing.verdicts import Row
 
-__all__ = ["MOST_GROUPS", "distortion_chart", "group_chart", "loss_chart", "ratio_chart"]
+__all__ = ["MOST_GROUPS", "distortion_chart", "group_chart", "loss_chart", "quality_chart", "ratio_chart"]
 
 MOST_GROUPS = 24
 """The number of groups of layers that are drawn, the largest first; the table has all of them."""
@@ -78,6 +79,31 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
             alt.layer(*layers).properties(width=240, height=230 if narrow else 300, title=f"{scales} scales")
         )
     return alt.vconcat(*panels) if narrow else alt.hconcat(*panels)
+
+
+def quality_chart(found: Sequence[Quality], narrow: bool) -> Any:
+    """Draw the error of a model's output against bits per weight, for each way to choose them."""
+    drawn = [one for one in found if 0 < one.error < math.inf]
+    names = [name for name in SERIES if any(one.series == name for one in drawn)]
+    rows = [{"bits": one.bits, "error": one.error, "name": one.series} for one in drawn]
+    errors, bits = [one.error for one in drawn], [one.bits for one in drawn]
+    x = alt.X(
+        "bits:Q",
+        title="bits per weight",
+        scale=alt.Scale(domain=[min(4.0, *bits), max(bits) + 0.2], nice=False),
+        axis=alt.Axis(tickMinStep=0.5, format="~g"),
+    )
+    y = alt.Y(
+        "error:Q",
+        title="relative error of the output",
+        scale=alt.Scale(type="log", domain=[min(errors) / 1.2, max(errors) * 1.2], nice=False),
+        axis=alt.Axis(tickCount=6, format="~%"),
+    )
+    base = alt.Chart(data(rows)).encode(x=x, y=y, color=by_name(names, narrow))
+    return alt.layer(
+        base.mark_line(strokeWidth=1.6),
+        base.mark_point(filled=True, size=60, opacity=1).encode(shape=shapes(names, narrow)),
+    ).properties(width=250 if narrow else 700, height=230 if narrow else 300)
 
 
 def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:

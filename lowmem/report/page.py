@@ -216,6 +216,25 @@ def _error(report: Report) -> Section:
                 title="Of the output",
             )
         )
+    if report.qualities:
+        drawable = any(0 < one.error < math.inf for one in report.qualities)
+        figures.append(
+            Figure(
+                draw(lambda narrow: dots.quality_chart(report.qualities, narrow)) if drawable else None,
+                "The error of the output, as above, against the bits that a weight takes: nf4 and bof4s in blocks of "
+                "128 weights (left) to 16 (right), 8 bits for all layers, and budgets, which choose for each layer "
+                "among bof4s in blocks of 64, 32 and 16 and 8 bits by the relative errors of the weights.",
+                Table(
+                    "Quality against bits",
+                    ["Choice", "bits per weight", "relative error", "cosine"],
+                    [
+                        [one.name, f"{one.bits:.3f}", f"{one.error:.4g}", f"{one.cosine:.6f}"]
+                        for one in report.qualities
+                    ],
+                ),
+                title="Against bits",
+            )
+        )
     rows = [
         [
             f"{p.format}, {p.scales}",

@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.progress import TimeRemainingColumn
 from torch import Tensor
 
 from lowmem import measure
@@ -27,9 +30,12 @@ from lowmem.tools.models import (
     number,
     run_model,
 )
-from lowmem.tools.output import print_json, print_table, shown
+from lowmem.tools.output import print_json, print_table, progress, shown, uncut_column
 
 __all__ = ["add_arguments", "run"]
+
+LISTED = 20
+"""Layers that a table lists; JSON has all of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         type=file_path,
         metavar="FILE",
-        help="of folders of language models: perplexity, divergence from the first, and speed on this text; "
-        "--tolerance is then the most divergence",
+        help="of folders: how models differ from the first on this text, and their speed; of language models the "
+        "perplexity, divergence and agreement, of encoders the cosine of embeddings; --tolerance is then the most "
+        "divergence, or the most that the cosine is below 1",
+    )
+    parser.add_argument(
+        "--layers",
+        action="store_true",
+        help="with --text: run the first model once more for each layer of another, in its place, and list what "
+        "loses most",
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
@@ -64,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.text is not None:
         return _compare_text(arguments)
+    if arguments.layers:
+        raise ValueError("--layers replaces layers while a text is read: name it with --text")
     base, *others = known_models(arguments.models)
     if not others:
         raise ValueError(f"models={base!r} is a base alone: name at least one other model to compare with it")
@@ -114,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _compare_text(arguments: argparse.Namespace) -> int:
-    """Compare language models in folders on a text.
+    """Compare language models, or encoders, in folders on a text.
 
     Raises:
         ValueError: a model that is no folder, fewer than two, or a text that is too short.
@@ -130,32 +145,74 @@ def _compare_text(arguments: argparse.Namespace) -> int:
     text = _text(arguments.text)
     from lowmem.integrations.transformers.language import compare_text
 
-    scores = compare_text([folder for _, folder in folders if folder is not None], text)
+    with progress(TimeRemainingColumn(table_column=uncut_column())) as bar:
+        task = bar.add_task("layers", visible=arguments.layers)
+        scores: list[Any] = compare_text(
+            [folder for _, folder in folders if folder is not None],
+            text,
+            layers=arguments.layers,
+            progress=lambda done, runs: bar.update(task, completed=done, total=runs),
+        )
     if arguments.json:
-        print_json(
-            [{name: _finite(v) if isinstance(v, float) else v for name, v in asdict(one).items()} for one in scores]
-        )
+        print_json([_json_of(one) for one in scores])
     else:
-        print_table(
-            ["Model", "Perplexity", "KL to the first", "Tokens a second"],
-            [
-                [one.model, f"{one.perplexity:.4f}", f"{one.divergence:.5f}", f"{one.tokens_per_second:.1f}"]
-                for one in scores
-            ],
-            markdown=arguments.markdown,
-        )
+        _print_scores(scores, arguments.markdown)
     most = math.inf if arguments.tolerance is None else arguments.tolerance
     failed = 0
     for one in scores[1:]:
-        if math.isfinite(one.divergence) and one.divergence <= most:
+        embeds = hasattr(one, "cosine")
+        lost = 1 - one.cosine if embeds else one.divergence
+        if math.isfinite(lost) and lost <= most:
             continue
-        why = f"above --tolerance {most:g}" if math.isfinite(one.divergence) else "which is not finite"
-        told = (
-            f"lowmem compare: {one.model} diverges from {scores[0].model} by {one.divergence:.4g} nats a token, {why}"
-        )
-        print(one_line(told), file=sys.stderr)
+        how = f"by 1 - cosine = {lost:.4g}" if embeds else f"by {lost:.4g} nats a token"
+        why = f"above --tolerance {most:g}" if math.isfinite(lost) else "which is not finite"
+        print(one_line(f"lowmem compare: {one.model} diverges from {scores[0].model} {how}, {why}"), file=sys.stderr)
         failed = 1
     return failed
+
+
+def _print_scores(scores: Sequence[Any], markdown: bool) -> None:
+    """Print the table of the models, and of the layers that lose most, if they were asked for."""
+    if hasattr(scores[0], "cosine"):
+        columns = ["Model", "Cosine to the first", "Lowest", "Tokens a second"]
+        rows = [
+            [one.model, _with_interval(one.cosine, one.cosine_interval, 5), f"{one.lowest:.4f}"] for one in scores
+        ]
+    else:
+        columns = ["Model", "Perplexity", "Over the first's", "KL to the first", "Same top token", "Tokens a second"]
+        rows = [
+            [
+                one.model,
+                f"{one.perplexity:.4f}",
+                _with_interval(one.ratio, one.ratio_interval, 4),
+                _with_interval(one.divergence, one.divergence_interval, 5),
+                _with_interval(one.agreement, one.agreement_interval, 4),
+            ]
+            for one in scores
+        ]
+    rows = [[*row, f"{one.tokens_per_second:.1f}"] for row, one in zip(rows, scores, strict=True)]
+    print_table(columns, rows, markdown=markdown)
+    for one in scores:
+        if one.layers:
+            title = f"Layer of {one.model} alone"
+            loses = "1 - cosine" if hasattr(one, "cosine") else "KL"
+            cells = [[layer.path, f"{layer.loss:.3g}"] for layer in one.layers[:LISTED]]
+            print_table([title, loses], cells, markdown=markdown)
+
+
+def _with_interval(value: float, ends: tuple[float, float] | None, digits: int) -> str:
+    """Return a number, and its 95% interval where there is one."""
+    text = f"{value:.{digits}f}"
+    return text if ends is None else f"{text} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
+def _json_of(value: Any) -> Any:
+    """Return a score as JSON has it, which knows no number that is not finite."""
+    if isinstance(value, float):
+        return _finite(value)
+    if isinstance(value, tuple):
+        return [_json_of(one) for one in value]
+    return {name: _json_of(one) for name, one in vars(value).items()} if is_dataclass(value) else value
 
 
 def _text(path: Path) -> str:

@@ -55,7 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_language(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    stored = group.add_mutually_exclusive_group()
+    stored.add_argument(
+        "--bits",
+        type=positive_float,
+        metavar="B",
+        help="store the base in so many bits a weight, such as 4.4, by what each layer loses",
+    )
+    stored.add_argument(
         "--format",
         choices=[*FORMATS, *EIGHT_BIT, "bfloat16", "float16", "dense"],
         help=f"how to store the base while the adapter trains (default {DEFAULT} in blocks of "

@@ -34,6 +34,7 @@ from lowmem.finetuning.text import Texts
 from lowmem.io.adapters import save_adapter
 from lowmem.io.atomic import atomic_folder, write_atomically, write_errors
 from lowmem.nn.blockwise import Blockwise
+from lowmem.nn.budget import Budget
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRA
 from lowmem.tools.language_job import RECORD, Job, Storing, check_outputs, finite, job_of
@@ -130,7 +131,8 @@ def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
             f"--dry-run plans dense folders, and model={str(job.folder)!r} is stored already: name the one that it "
             "was made from"
         )
-    techniques = (job.technique, LoRA(job.rank)) if isinstance(job.technique, Half | Blockwise) else (LoRA(job.rank),)
+    stores = isinstance(job.technique, Half | Blockwise | Budget)
+    techniques: Any = (job.technique, LoRA(job.rank)) if stores else (LoRA(job.rank),)
     shape = job.settings.batch_size, job.length
     targets = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
     make, batch = factory_of(job.folder), {"input_ids": targets.view(shape), "use_cache": False}

@@ -25,6 +25,7 @@ from lowmem.io.atomic import check_free, check_writable, open_regular, read_erro
 from lowmem.io.model_folder import weights_in
 from lowmem.io.shards import INDEX, read_index
 from lowmem.nn.blockwise import Blockwise
+from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
@@ -36,7 +37,19 @@ from lowmem.version import __version__
 __all__ = ["OPTIONS", "RECORD", "Job", "Storing", "check_outputs", "finite", "job_of"]
 
 OPTIONS = (
-    *("format", "memory", "length", "steps", "accumulate", "warmup", "decay", "clip", "eval_data", "eval_share"),
+    *(
+        "format",
+        "bits",
+        "memory",
+        "length",
+        "steps",
+        "accumulate",
+        "warmup",
+        "decay",
+        "clip",
+        "eval_data",
+        "eval_share",
+    ),
     *("eval_every", "patience", "skip_dense", "resume", "save_every", "metrics", "plot", "shard", "replicate"),
 )
 """Attributes of the parsed arguments that mean something for folders alone."""
@@ -46,7 +59,7 @@ RANK = 16
 RECORD = "training.json"
 """The file beside an adapter that says how it was trained."""
 
-Storing: TypeAlias = Half | EightBit | FourBit | Literal["exact"] | None
+Storing: TypeAlias = Half | EightBit | FourBit | Budget | Literal["exact"] | None
 
 MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes")
 """What a run that goes on may have anew: what helps after a loss that was not finite, how often it saves, and how the
@@ -152,7 +165,7 @@ def job_of(arguments: argparse.Namespace, folder: Path, processes: int | None) -
         if getattr(arguments, name) not in (None, False) and not evaluates:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} means nothing without held-out text: add --eval-data or --eval-share")
-    technique, dense = _technique(folder, arguments.format)
+    technique, dense = _technique(folder, arguments.format, arguments.bits)
     rank = LoRA(arguments.rank or RANK).rank
     from lowmem.integrations.transformers.causal import sizes_of
     from lowmem.integrations.transformers.tokenizing import load_tokenizer
@@ -204,7 +217,7 @@ def _settings(arguments: argparse.Namespace) -> FineTuning:
     return FineTuning(**given)
 
 
-def _technique(folder: Path, name: str | None) -> tuple[Storing, bool]:
+def _technique(folder: Path, name: str | None, bits: float | None = None) -> tuple[Storing, bool]:
     """Return how to store a folder's model, None for as it is, and whether it is dense now.
 
     Raises:
@@ -214,22 +227,23 @@ def _technique(folder: Path, name: str | None) -> tuple[Storing, bool]:
     from lowmem.integrations.transformers.causal import stored_by
 
     method = stored_by(folder)
-    if method is not None and name is not None:
-        raise ValueError(
-            f"--format={name} means nothing for model={str(folder)!r}, which is stored already: leave it out"
-        )
+    if method is not None and (name is not None or bits is not None):
+        option = f"--format={name}" if bits is None else f"--bits={bits:g}"
+        raise ValueError(f"{option} means nothing for model={str(folder)!r}, which is stored already: leave it out")
     if method is not None:
         return (None if method == "lowmem" else "exact"), False
     if name == "dense":
         return None, True
     if name in ("bfloat16", "float16"):
         return Half(getattr(torch, name)), True
-    return blockwise(name), True
+    return (blockwise(name) if bits is None else Budget(bits)), True
 
 
 def _name_of(technique: Storing) -> str:
     if isinstance(technique, Half):
         return str(technique.dtype).removeprefix("torch.")
+    if isinstance(technique, Budget):
+        return f"{technique.bits:g} bits"
     return str(technique.format) if isinstance(technique, Blockwise) else technique or "as it is"
 
 

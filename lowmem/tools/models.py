@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
 from lowmem.errors import describe, printable
+from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
@@ -287,6 +288,7 @@ _ARGUMENTS: dict[type[Technique], tuple[Callable[[str], Any], ...]] = {
     Half: (lambda text: getattr(torch, text, text),),
     EightBit: (positive_int, str),
     FourBit: (str, positive_int, str),
+    Budget: (positive_float,),
     LoRA: (positive_int,),
 }
 

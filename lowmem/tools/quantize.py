@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import asdict
 
@@ -10,12 +11,13 @@ from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColum
 
 from lowmem.io.convert_checkpoint import Row, Source, convert_checkpoint
 from lowmem.io.shards import INDEX
+from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS
 from lowmem.tools import import_file
-from lowmem.tools.models import MIB, check_links, file_path, positive_int, size
+from lowmem.tools.models import MIB, check_links, file_path, positive_float, positive_int, size
 from lowmem.tools.output import print_json, print_table, progress, shape_text, shown, uncut_column
 from lowmem.tools.quantize_options import check_options
 
@@ -40,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[*FORMATS, *IMPORTED, *EIGHT_BIT],
         help=f"default {DEFAULT} in blocks of {DEFAULT_BLOCK_SIZE}; q4_0, iq4_nl and uint4 are GGUF's own, which "
         "lowmem export writes code for code",
+    )
+    parser.add_argument(
+        "--bits",
+        type=positive_float,
+        metavar="B",
+        help="so many bits a weight in all, such as 4.4: each tensor gets 4 bits in blocks of 64, 32 or 16, or 8 "
+        "bits, by what it loses; the source is read twice",
     )
     parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
     parser.add_argument("--scales", choices=list(ENCODINGS), help="how scales are stored (default the format's)")
@@ -93,36 +102,52 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"--embeddings means nothing for --format {arguments.format}, which has 8 bits: leave it out"
         )
-    technique = blockwise(
+    for path in (arguments.source, arguments.target):
+        check_links(path)
+    if import_file.is_foreign(arguments.source):
+        return import_file.run(arguments, _blockwise(arguments))
+    is_folder = (arguments.source / "config.json").is_file()
+    check_options(arguments, "a dense folder" if is_folder else "a dense file")
+    technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
+    how = _checkpoint if not is_folder else _folder if arguments.calibrate is None else _calibrated_folder
+    rows = how(arguments, technique)
+    if arguments.json:
+        print_json([asdict(row) for row in rows])
+        return 0
+    columns = ["Tensor", "Shape", "Before MiB", "After MiB", "Error"]
+    if arguments.bits is None:
+        print_table(columns, [_cells(row) for row in rows])
+    else:
+        cells = [[*_cells(row), row.stored, row.chosen_because] for row in rows]
+        print_table([*columns, "Stored", "Chosen because"], cells)
+    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
+    count = sum(row.converted for row in rows)
+    print(f"converted {count} of {len(rows)} tensors: {before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
+    if arguments.bits is not None:
+        stored = [row for row in rows if row.converted]
+        bits = 8 * sum(row.after_bytes for row in stored) / sum(math.prod(row.shape) for row in stored)
+        print(f"{bits:.4f} bits a weight that is converted, of --bits {arguments.bits:g}")
+    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
+    return 0
+
+
+def _blockwise(arguments: argparse.Namespace) -> FourBit | EightBit:
+    """Return the technique that the options name."""
+    return blockwise(
         arguments.format,
         arguments.block_size,
         arguments.scales,
         search=arguments.search,
         embeddings=arguments.embeddings or "8bit",
     )
-    for path in (arguments.source, arguments.target):
-        check_links(path)
-    if import_file.is_foreign(arguments.source):
-        return import_file.run(arguments, technique)
-    is_folder = (arguments.source / "config.json").is_file()
-    check_options(arguments, "a dense folder" if is_folder else "a dense file")
-    how = _checkpoint if not is_folder else _folder if arguments.calibrate is None else _calibrated_folder
-    rows = how(arguments, technique)
-    if arguments.json:
-        print_json([asdict(row) for row in rows])
-        return 0
-    print_table(["Tensor", "Shape", "Before MiB", "After MiB", "Error"], [_cells(row) for row in rows])
-    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
-    count = sum(row.converted for row in rows)
-    print(f"converted {count} of {len(rows)} tensors: {before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
-    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
-    return 0
 
 
-def _checkpoint(arguments: argparse.Namespace, technique: FourBit | EightBit) -> list[Row]:
+def _checkpoint(arguments: argparse.Namespace, technique: FourBit | EightBit | Budget) -> list[Row]:
     """Convert a file, or the files of an index."""
     with Source(arguments.source) as source:
         total = sum(spec.nbytes for spec in source.specs.values())
+    if isinstance(technique, Budget):
+        total *= 2  # at most: what is copied is read once
     with progress(
         DownloadColumn(binary_units=True, table_column=uncut_column()),
         TimeRemainingColumn(table_column=uncut_column()),
@@ -144,7 +169,7 @@ def _checkpoint(arguments: argparse.Namespace, technique: FourBit | EightBit) ->
         )
 
 
-def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit) -> list[Row]:
+def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budget) -> list[Row]:
     """Convert a folder, which transformers loads.
 
     Raises:

@@ -10,6 +10,7 @@ __all__ = ["KINDS", "OPTIONS", "check_options"]
 
 OPTIONS = MappingProxyType(
     {
+        "bits": "--bits",
         "format": "--format",
         "block_size": "--block-size",
         "scales": "--scales",
@@ -32,6 +33,12 @@ _CALIBRATION = ("calibrate", "diagonal", "resume")
 _NO_MODEL = "only the model of a dense folder can be run to calibrate it: leave it out"
 
 
+def _of_budget(option: str, given: frozenset[str]) -> str | None:
+    if option in (*_TECHNIQUE, "embeddings") and "bits" in given:
+        return "--bits chooses it for each tensor: leave one of both out"
+    return None
+
+
 def _of_dense_file(option: str, given: frozenset[str]) -> str | None:
     if option == "embeddings":
         return "a file does not say which tensors are embeddings, and all become 4 bits: leave it out"
@@ -41,7 +48,7 @@ def _of_dense_file(option: str, given: frozenset[str]) -> str | None:
         return "nothing of a dense file is quantized yet: leave it out"
     if option == "dtype":
         return "tensors of a dense file that are not converted are copied as they are: leave it out"
-    return None
+    return _of_budget(option, given)
 
 
 def _of_dense_folder(option: str, given: frozenset[str]) -> str | None:
@@ -53,12 +60,16 @@ def _of_dense_folder(option: str, given: frozenset[str]) -> str | None:
         return "from_pretrained(OUT, dtype=) says it of a folder: leave it out"
     if option in _CALIBRATION and "calibrate" not in given:
         return "it says how --calibrate goes: give that, too, or leave it out"
-    return None
+    if option == "bits" and "calibrate" in given:
+        return "--calibrate chooses the codes of one format: leave one of both out"
+    return _of_budget(option, given)
 
 
 def _of_kept_file(option: str, given: frozenset[str]) -> str | None:
     if option in _CALIBRATION:
         return _NO_MODEL
+    if option == "bits":
+        return "another program's codes are kept as they are: leave it out, or take the dense model"
     if option == "exclude":
         return "another program's codes and dense tensors are kept, but for those that --include names: leave it out"
     if option == "embeddings":

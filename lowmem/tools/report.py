@@ -35,6 +35,7 @@ from lowmem.variants import VARIANTS
 if TYPE_CHECKING:
     from lowmem.report.footprint import Footprint
     from lowmem.report.groups import Group
+    from lowmem.report.quality import Quality
     from lowmem.report.timings import Timing
     from lowmem.testing.verdicts import Verdict
 
@@ -53,6 +54,7 @@ class Measured:
     losses: dict[str, float]
     timings: Sequence[Timing]
     groups: Sequence[Group]
+    qualities: Sequence[Quality] = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +180,7 @@ def measure_variants(
         x: (batch, ...), the input.
         seed: of the weights.
         timed: inputs for timing forwards.
-        grouped: whether to measure each group of layers.
+        grouped: whether to measure each group of layers, and each choice of bits.
 
     Raises:
         ValueError: the model cannot be built, converted, or run on the inputs.
@@ -206,7 +208,19 @@ def measure_variants(
             bar.advance(task)
         groups = group_layers(dense, stored) if grouped else []
         footprints[names[BIGNET]] = run_model(name, lambda: footprint(names[BIGNET], dense, x))  # last: it trains
-    return Measured([footprints[label] for label in names.values()], losses, timings, groups)
+    measured = [footprints[label] for label in names.values()]
+    return Measured(measured, losses, timings, groups, _qualities(name, x, seed) if grouped else [])
+
+
+def _qualities(name: str, x: Tensor, seed: int) -> list[Quality]:
+    """Measure the output with each choice of bits."""
+    from lowmem.report.quality import qualities
+
+    with progress() as bar:
+        task = bar.add_task("quality against bits", total=None)
+        return qualities(
+            lambda: make_model(name, seed=seed), lambda model: _outputs(name, model, x), lambda: bar.advance(task)
+        )
 
 
 def write(
@@ -236,6 +250,7 @@ def write(
         verdicts=verdicts,
         machine=machine(),
         timing_machine=timing_machine,
+        qualities=measured.qualities,
     )
     write_atomically(target, render(report).encode())
 

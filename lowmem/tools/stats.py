@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=techniques,
         metavar="TECHNIQUES",
         help="the memory that these take, without the weights: FourBit[:format[:block_size[:scales]]], "
-        "EightBit[:block_size[:scales]], Half[:dtype], LoRA[:rank], joined by commas",
+        "EightBit[:block_size[:scales]], Budget:bits, Half[:dtype], LoRA[:rank], joined by commas",
     )
     kind.add_argument(
         "--at-most", type=size, metavar="SIZE", help="propose techniques whose total is at most this, such as 24GiB"

@@ -115,6 +115,6 @@ def text_of(techniques: tuple[Technique, ...] | list[Technique]) -> str:
     parts = []
     for technique in techniques:
         values = {field.name: getattr(technique, field.name) for field in fields(technique)}
-        given = [f"{f.name}={values[f.name]!r}" for f in fields(technique) if values[f.name] != f.default]
+        given = [f"{f.name}={values[f.name]!r}" for f in fields(technique) if f.repr and values[f.name] != f.default]
         parts.append(f"{type(technique).__name__}({', '.join(given)})")
     return ", ".join(parts) or "dense"

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.errors import show
+from lowmem.transforms.batches import run_batch
 from lowmem.transforms.registry import layer_name
-from lowmem.transforms.replay import run_batch
 
 __all__ = ["Unit", "find_blocks", "units_of"]
 

@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -27,6 +27,7 @@ from lowmem.nn.adapted_module import (
     share_tied_adapters,
 )
 from lowmem.nn.blockwise import Blockwise
+from lowmem.nn.budget import CHOICES, Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
@@ -46,9 +47,11 @@ from lowmem.nn.stored_module import (
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.rounding import round_to
 from lowmem.quant.tensor import QuantizedTensor
-from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits
+from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits, text_of
+from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
 from lowmem.transforms.libraries import import_integrations
 from lowmem.transforms.placement import (
+    place_name,
     takes_adapter,
     techniques_by_layer,
     unnamed_places,
@@ -72,6 +75,7 @@ from lowmem.transforms.registry import (
     skip_reason,
     supported_types,
 )
+from lowmem.transforms.sensitivity import importance_of
 
 __all__ = [
     "Store",
@@ -148,7 +152,7 @@ def convert(
 
     Args:
         model: any module; the root itself can be the layer.
-        techniques: ``Half``, ``FourBit``, ``LoRA``.
+        techniques: ``Half``, ``EightBit``, ``FourBit`` or ``Budget``, and ``LoRA``.
         where: called with (path, module); a module is taken only where it returns True, for all its paths.
         skip: glob patterns of paths to leave as they are.
         parameters: called with (path, parameter) for floating-point parameters of two and more dimensions that no
@@ -165,8 +169,9 @@ def convert(
             Or the model is prepared for training.
         ValueError: no technique, techniques that do not compose, nothing to convert, a pattern of ``skip`` or of
             ``LoRA`` or a ``parameters`` that matches nothing, a layer that has the technique already or is inside a
-            PEFT layer, a weight that cannot be stored or adapted (its path is named), more than ``at_most`` bits, or
-            a model that is wrapped for several processes. The model is left as it was.
+            PEFT layer, a weight that cannot be stored or adapted (its path is named), more than ``at_most`` bits, a
+            ``Budget`` that is out of reach (what is possible is named), or a model that is wrapped for several
+            processes. The model is left as it was.
 
     Warns:
         UserWarning: more than a tenth of the model's bytes stayed dense, and neither ``where`` nor ``skip`` left
@@ -186,7 +191,8 @@ def convert(
     if at_most is not None:
         check_at_most(at_most)
         storing = tuple(t for t in techniques if not isinstance(t, LoRA))
-        if all(isinstance(t, Half) or isinstance(t.format, str) for t in storing):  # else sizes depend on values
+        if all(isinstance(getattr(t, "format", ""), str) for t in storing) and not isinstance(techniques[0], Budget):
+            # else sizes depend on values
             sized = without_values(*storing) if storing else {}
             refuse_more_bits(model, sized, at_most, without_values)  # before the weights are quantized
     replacements = rebuild_all(model, techniques, where, skip, parameters, Store().by)
@@ -228,25 +234,113 @@ def rebuild_all(
     skip: str | Iterable[str],
     parameters: Callable[[str, Tensor], bool] | None,
     store_by: Callable[[Any], Callable[[Tensor, str], Any]],
+    losses: Callable[[str, Tensor], Sequence[float] | None] | None = None,
 ) -> dict[nn.Module, nn.Module]:
     """Return what each module becomes that ``convert`` takes; the model does not change.
+
+    Args:
+        model: any module.
+        techniques: as ``convert`` takes them.
+        where, skip, parameters: as in ``convert``.
+        store_by: returns, for a technique, the function that stores a weight: ``Store.by``.
+        losses: returns what each choice of a ``Budget`` loses of a weight, by its name; None of one that is not
+            known. None: they are measured.
 
     Raises:
         TypeError, ValueError: as ``convert``.
     """
     found = _found(model, techniques, where, skip, parameters)
     chosen = techniques_by_layer(model, techniques, found, where)
+    first, got = techniques[0], dict[nn.Module, Chosen]()
+    if isinstance(first, Budget):
+        got = _divided(model, first, found, losses)
+        chosen = {module: (got[module].technique, *steps[1:]) for module, steps in chosen.items()}
     unused: dict[type[Technique], str | None] = {}
     replacements = {
         module: rebuild(module, chosen[module], path, unused, store_by, names)
         for module, (path, names) in found.items()
         if chosen[module]
     }
+    for module, one in got.items():
+        cast(StoredModule, base_of(replacements[module])).chosen_because = one.why
     for why in unused.values():
         if why is not None:
             raise ValueError(why)
     keep_shared_biases(model, replacements)
     return replacements
+
+
+def _divided(
+    model: nn.Module,
+    budget: Budget,
+    found: Mapping[nn.Module, tuple[str, list[str]]],
+    losses: Callable[[str, Tensor], Sequence[float] | None] | None,
+) -> dict[nn.Module, Chosen]:
+    """Return what each module gets of a budget; weights of unknown losses, which stay dense, have no part in it.
+
+    Raises:
+        TypeError, ValueError: a weight that cannot be stored, inputs that the model does not take, or a budget out
+            of reach.
+    """
+    stored: dict[nn.Module, dict[Hashable, tuple[str, nn.Parameter, Tensor]]] = {}
+    for module, (path, names) in found.items():
+        own = stored[module] = {}
+        for name, tensor in _as_stored(module, path, names).items():
+            parameter = cast(nn.Parameter, module._parameters[name])
+            own[weight_key(parameter)] = place_name(path, name), parameter, tensor
+    groups = together(stored)
+    weights: list[dict[Hashable, tuple[str, nn.Parameter, Tensor]]] = []
+    for group in groups:
+        weights.append({})
+        for module in group:
+            for key, one in stored[module].items():
+                weights[-1].setdefault(key, one)  # a shared weight has the name of the first
+    important: Mapping[str, Importance] = {}
+    if budget.inputs is not None and losses is None:
+        sized = {name: (one, tensor.shape[-1]) for own in weights for name, one, tensor in own.values()}
+        important = importance_of(model, budget.inputs, sized)
+        unseen = [layer_name(name) for name in sized if name not in important]
+        if unseen:
+            weights_text = f"{len(unseen)} weight{'s' * (len(unseen) > 1)} ({', '.join(unseen[:3])})"
+            warnings.warn(
+                f"no batch of inputs= reached {weights_text}: these get the least bits", UserWarning, stacklevel=4
+            )
+
+    def measured(name: str, tensor: Tensor) -> Sequence[float] | None:
+        if losses is not None:
+            return losses(name, tensor)
+        if budget.inputs is not None and name not in important:
+            return (0.0,) * len(CHOICES)
+        try:
+            return losses_of(tensor, important.get(name))
+        except (TypeError, ValueError) as reason:
+            raise type(reason)(f"{layer_name(name)}: {reason}") from reason
+
+    units = [unit_of({name: tensor for name, _, tensor in own.values()}, measured) for own in weights]
+    known = [unit for unit in units if unit is not None]
+    chosen = dict(zip(known, choose(known, budget), strict=True))
+    unknown = Chosen(budget.choices[0], "")
+    return {
+        module: unknown if unit is None else chosen[unit]
+        for group, unit in zip(groups, units, strict=True)
+        for module in group
+    }
+
+
+def _as_stored(module: nn.Module, path: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return parameters of a module in the shapes in which a block-wise technique stores them.
+
+    Raises:
+        TypeError, ValueError: as ``store_parameters``.
+    """
+    found: dict[str, Tensor] = {}
+
+    def note(tensor: Tensor, name: str) -> Any:
+        found[name] = tensor
+        return CHOICES[0].skeleton(tensor, name)
+
+    store_parameters(module, CHOICES[0], path, names, note)
+    return found
 
 
 def keep_shared_biases(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -505,13 +599,16 @@ class Store:
 
 def _check_arguments(techniques: tuple[Technique, ...]) -> None:
     if not techniques:
-        raise ValueError("no technique was given: pass Half(), EightBit(), FourBit() or LoRA()")
+        raise ValueError("no technique was given: pass Half(), EightBit(), FourBit(), Budget() or LoRA()")
     for technique in techniques:
-        if type(technique) not in (Half, EightBit, FourBit, LoRA):
-            raise TypeError(f"technique={technique!r} must be an instance of Half, EightBit, FourBit or LoRA")
+        if type(technique) not in (Half, EightBit, FourBit, Budget, LoRA):
+            raise TypeError(f"technique={technique!r} must be an instance of Half, EightBit, FourBit, Budget or LoRA")
     for kind, count in Counter(type(t) for t in techniques).items():
         if count > 1:
             raise ValueError(f"{kind.__name__} was given {count} times: a layer takes a technique once")
+    kinds = [type(technique) for technique in techniques]
+    if Budget in kinds and kinds not in ([Budget], [Budget, LoRA]):
+        raise ValueError(f"Budget stores the weights: name it alone, or before LoRA, not {text_of(techniques)}")
 
 
 def rebuild(
@@ -550,6 +647,7 @@ def rebuild(
         if isinstance(technique, dict):
             layer = add_first_adapter(layer, technique, path, {} if layer is module else module._parameters)
         elif not isinstance(technique, LoRA):
+            assert not isinstance(technique, Budget)  # each layer has got its own
             stored = parameters_to_store(module) if names is None else names
             layer = store_parameters(module, technique, path, stored, store_by(technique))
     built: nn.Module = layer.train(module.training)

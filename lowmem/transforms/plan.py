@@ -30,6 +30,7 @@ from lowmem import measure
 from lowmem.errors import show
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit
@@ -205,7 +206,8 @@ def plan(
     Args:
         make: makes the dense model. It is called with the meta device as torch's default; if it needs values of its
             own tensors, once more with its parameters alone there.
-        techniques: as ``convert`` takes them; none: the dense model.
+        techniques: as ``convert`` takes them; none: the dense model. What a ``Budget`` chooses depends on values: it
+            is divided as among normal weights, so that stored bytes are those of ``convert`` to a step of one layer.
         batch: inputs of the model, of which only shapes and dtypes matter (they may be on the meta device): a tensor,
             a tuple of positional arguments, or a mapping of named ones.
         training: "adamw", "sgd" (without momentum), or None for inference.
@@ -281,7 +283,9 @@ def skeleton_of(
         raise TypeError(f"make={type(make).__name__} must be a callable that makes the model")
     if techniques:
         # The patterns of a LoRA are those of the model's paths, which the trial's one layer does not have.
+        # Nor can its one short row be stored in every budget of bits.
         tried = [replace(t, ranks=(), alphas=()) if isinstance(t, LoRA) else t for t in techniques]
+        tried = [t.choices[0] if isinstance(t, Budget) else t for t in tried]
         with torch.random.fork_rng(devices=[]):
             convert(nn.Linear(8, 8), *tried)  # raises where the techniques alone are wrong
     try:

@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lowmem.errors import printable, show
 from lowmem.nn.adapted_module import AdapterBank, adapted_parameters, bank_of
 from lowmem.nn.adapter import is_conv1d
+from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit, Linear8Bit
 from lowmem.nn.fourbit import FourBit, Linear4Bit
 from lowmem.nn.gathered_linear import GatheredLinear4Bit
@@ -49,8 +50,8 @@ __all__ = [
     "supported_types",
 ]
 
-Technique: TypeAlias = Half | EightBit | FourBit | LoRA
-Step: TypeAlias = Half | EightBit | FourBit | LoRA | dict[str, LoRA]
+Technique: TypeAlias = Half | EightBit | FourBit | Budget | LoRA
+Step: TypeAlias = Half | EightBit | FourBit | Budget | LoRA | dict[str, LoRA]
 """A technique for one module: ``LoRA`` as the technique of each parameter that it adapts."""
 
 
@@ -369,7 +370,7 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
     """Return why a technique does not convert a module; None where it does.
 
     Args:
-        technique: Half, EightBit, FourBit or LoRA.
+        technique: Half, EightBit, FourBit, Budget or LoRA.
         module: any module.
         chosen: whether the user has named it: then it may be a subclass that computes something else.
     """

@@ -8,7 +8,7 @@ instead, which shows where a model reads one after all: then all outputs are kep
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Overrides", "Replay", "Stale", "Stop", "check_batch", "evaluation_mode", "run_batch"]
+from lowmem.transforms.batches import run_batch
+
+__all__ = ["Overrides", "Replay", "Stale", "Stop", "evaluation_mode"]
 
 
 class Stop(BaseException):
@@ -72,31 +74,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[Overrides]:
         overrides.undo()
         for module, training in modes.items():
             module.training = training
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch, as ``calibrate`` takes them, and return its output.
-
-    Raises:
-        TypeError: a batch of another type.
-    """
-    check_batch(batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
-
-
-def check_batch(batch: Any) -> None:
-    """Raise unless a batch is of a type that ``run_batch`` takes.
-
-    Raises:
-        TypeError: it is not.
-    """
-    if not isinstance(batch, Tensor | Mapping | tuple | list):
-        raise TypeError(
-            f"a batch is a {type(batch).__name__}; it must be a Tensor, a tuple or list of the model's arguments, or "
-            "a mapping of its keyword arguments"
-        )
 
 
 class Replay:

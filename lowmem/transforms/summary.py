@@ -56,6 +56,7 @@ class LayerSummary:
         computed: how calls compute with what is stored: "as stored", in products and gathers of its codes; or how it
             is dequantized, and by which operators, which is known of a module's own code after a call; "" if dense.
             And what ``prepare_training`` did to it.
+        chosen_because: what its bits save of the loss of all layers, if a ``Budget`` chose them; else "".
     """
 
     path: str
@@ -71,6 +72,7 @@ class LayerSummary:
     bits_per_weight: float
     weight_error: float | None
     computed: str = ""
+    chosen_because: str = ""
 
 
 class Summary(tuple[LayerSummary, ...]):
@@ -126,14 +128,22 @@ class Summary(tuple[LayerSummary, ...]):
 
     @property
     def columns(self) -> list[str]:
-        """The titles of the columns of ``cells``."""
-        return ["Layer", "Type", "Stored", "Weights", "MiB", "Bits/weight", "Error", "Computed", "Left because"]
+        """The titles of the columns of ``cells``; the last one is there where a ``Budget`` chose."""
+        titles = ["Layer", "Type", "Stored", "Weights", "MiB", "Bits/weight", "Error", "Computed", "Left because"]
+        return [*titles, "Chosen because"] if self._chosen else titles
+
+    @property
+    def _chosen(self) -> bool:
+        return any(row.chosen_because for row in self)
 
     @property
     def cells(self) -> list[list[str]]:
         """The texts of each row, and the totals last; control characters in names are escaped."""
-        rows = ([layer_name(r.path), r.type, _stored_text(r), *_numbers(r), r.computed, r.reason or ""] for r in self)
+        rows = [[layer_name(r.path), r.type, _stored_text(r), *_numbers(r), r.computed, r.reason or ""] for r in self]
         total = ["total", "", "", *_numbers(self), "", ""]
+        if self._chosen:
+            rows = [[*cells, row.chosen_because] for cells, row in zip(rows, self, strict=True)]
+            total.append("")
         return [[printable(cell, 2000) for cell in row] for row in (*rows, total)]
 
     @property
@@ -201,6 +211,7 @@ def summary(model: nn.Module) -> Summary:
                 bytes=_bytes(new),
                 bits_per_weight=_bits(_bytes(tensors), sum(weights.values())),
                 weight_error=getattr(base, "weight_error", None) if converted else None,
+                chosen_because=getattr(base, "chosen_because", "") if converted else "",
                 computed="; ".join(filter(None, (how_computed(base), getattr(module, "training_note", "")))),
             )
         )
@@ -213,7 +224,15 @@ def _as_one(rows: list[LayerSummary]) -> LayerSummary:
     if len(rows) == 1:
         return first
     name = group_name([row.path for row in rows])
-    return replace(first, path=name, weights=found.weights, bytes=found.bytes, weight_error=found.weight_error)
+    whys = dict.fromkeys(row.chosen_because for row in rows)
+    return replace(
+        first,
+        path=name,
+        weights=found.weights,
+        bytes=found.bytes,
+        weight_error=found.weight_error,
+        chosen_because=first.chosen_because if len(whys) == 1 else f"{len(rows)} layers, each for its own gain",
+    )
 
 
 def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, str]:

@@ -1,5 +1,6 @@
 """A checkpoint converted on disk is the model converted in memory, byte for byte, whatever interrupts it."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem import FourBit, convert, load, save
+from lowmem import Budget, FourBit, convert, load, save
 from lowmem.errors import FileError
 from lowmem.io.container import TensorSpec, read
 from lowmem.io.convert_checkpoint import Source, convert_checkpoint, divide
@@ -51,6 +52,29 @@ def test_what_comes_out_equals_converting_in_memory(tmp_path_factory, format, bl
     errors = {row.name: row.error for row in rows if row.converted}
     assert errors["conv.weight"] == model.conv.weight_error
     assert sum(row.after_bytes for row in rows) == sum(t.nbytes for t in read(directory / "out").tensors.values())
+
+
+def test_a_budget_gives_each_tensor_what_convert_gives_it(tmp_path):
+    for bits, dtype in ((6.0, torch.float32), (7.5, torch.bfloat16)):
+        model = convert(dense(tmp_path / "in", dtype), Budget(bits))
+        seen = []
+        rows = convert_checkpoint(
+            tmp_path / "in", tmp_path / "out", Budget(bits), progress=lambda name, _, seen=seen: seen.append(name)
+        )
+        save(model, tmp_path / "memory")
+        assert (tmp_path / "out").read_bytes() == (tmp_path / "memory").read_bytes()
+        converted = [row for row in rows if row.converted]
+        taken = 8 * sum(row.after_bytes for row in converted) / sum(math.prod(row.shape) for row in converted)
+        assert taken <= bits
+        assert len({row.stored for row in converted}) > 1
+        assert all(row.chosen_because for row in converted)
+        assert len(seen) == len(rows) + len(converted)
+    (tmp_path / "out").unlink()
+    with pytest.raises(ValueError, match="Budget.bits=3. is out of reach"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", Budget(3))
+    with pytest.raises(ValueError, match="a checkpoint is none: leave inputs= out"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", Budget(6, inputs=[INDICES]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_formats_own_defaults_are_spelled_out(tmp_path):

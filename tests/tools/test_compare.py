@@ -153,6 +153,12 @@ class Score:
     perplexity: float
     divergence: float
     tokens_per_second: float
+    ratio: float = 1.0
+    agreement: float = 1.0
+    divergence_interval: tuple[float, float] | None = None
+    ratio_interval: tuple[float, float] | None = None
+    agreement_interval: tuple[float, float] | None = None
+    layers: tuple = ()
 
 
 @pytest.fixture
@@ -162,7 +168,7 @@ def folders(tmp_path, monkeypatch):
     names = [str(tmp_path / name) for name in ("base", "near", "far")]
     differences = 0.0, 0.02, math.inf
     found = [Score(name, 9, 20.0 + at, differences[at], 5.0) for at, name in enumerate(names)]
-    language.compare_text = lambda paths, text: [found[names.index(str(path))] for path in paths]
+    language.compare_text = lambda paths, text, **_: [found[names.index(str(path))] for path in paths]
     for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.language"):
         monkeypatch.setitem(sys.modules, module, language)
     for name in names:
@@ -176,6 +182,8 @@ def test_folders_are_compared_on_a_text(folders, capsys):
     text, base, near, far = folders
     assert main(["compare", base, near, "--text", text, "--markdown", "--tolerance", "0.05"]) == 0
     assert "| 21.0000" in capsys.readouterr().out.replace("|  ", "| ")
+    assert main(["compare", "--layers"]) == 2
+    assert "--layers replaces layers while a text is read" in capsys.readouterr().err
     assert main(["compare", base, near, far, "--text", text, "--json", "--tolerance", "0.01"]) == 1
     shown = capsys.readouterr()
     assert [row["divergence"] for row in json.loads(shown.out)] == [0.0, 0.02, None]

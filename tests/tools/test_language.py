@@ -152,12 +152,17 @@ def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, ca
     found = json.loads(capsys.readouterr().out)
     assert found["perplexity"].keys() == {"stored", "adapted"}
     assert found["run"]["format"] == "as it is"
-    for kind, memory in (("dense", "plain"), ("bfloat16", "lean"), ("int8", "fast")):
+    for kind, memory in (("dense", "plain"), ("bfloat16", "lean"), ("int8", "fast"), ("4.9", "fast")):
+        option = "--bits" if kind == "4.9" else "--format"
         found, _ = fit(
-            capsys, "--format", kind, "--memory", memory, "--steps", "2", "--eval-share", "0.2", "--skip-dense"
+            capsys, option, kind, "--memory", memory, "--steps", "2", "--eval-share", "0.2", "--skip-dense"
         )
         assert found["perplexity"].keys() == ({"dense", "adapted"} if kind == "dense" else {"stored", "adapted"})
+    assert found["run"]["format"] == "4.9 bits"
+    assert main(["fit", "llama", "--data", "text.txt", "--bits", "4.9", "--dry-run"]) == 0
+    assert "Budget(bits=4.9), LoRA" in capsys.readouterr().out
     assert "--format=nf4 means nothing" in refused(capsys, "stored", "--data", "text.txt", "--format", "nf4")
+    assert "--bits=4.9 means nothing" in refused(capsys, "stored", "--data", "text.txt", "--bits", "4.9")
 
 
 def test_early_stop_and_what_helps_after_a_loss_that_is_not_finite(place, capsys):

@@ -54,6 +54,21 @@ def test_without_a_format_it_stores_as_four_bit_does(checkpoint):
     assert lowmem.load(out, make)[0].block_size == 32
 
 
+def test_bits_are_divided_and_the_table_says_what_for(checkpoint, capsys):
+    out = checkpoint.with_name("out.safetensors")
+    assert main(["quantize", str(checkpoint), str(out), "--bits", "4.9"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Chosen" in shown
+    assert "4.8194 bits" in shown
+    assert "bits a weight that is converted, of --bits 4.9" in shown
+    expected = lowmem.convert(lowmem.load(out, make), lowmem.LoRA(2))  # what was written loads, and takes adapters
+    assert {expected[0].base.forms["weight"].format, expected[2].base.forms["weight"].format} == {"bof4s", "int8"}
+    assert main(["quantize", str(checkpoint), str(out), "--bits", "4.1"]) == 2
+    assert "Budget(bits=4.1) is out of reach: these weights take 4.3" in capsys.readouterr().err
+    assert main(["quantize", str(checkpoint), str(out), "--bits", "4.9", "--format", "nf4"]) == 2
+    assert "--format means nothing for 'in.safetensors': --bits chooses it" in capsys.readouterr().err
+
+
 def test_json_and_shards(checkpoint, capsys):
     out = checkpoint.with_name("out.safetensors")
     options = ["--json", "--search", "--include", "0.*", "--include", "2.*", "--shard-size", "2.5KB"]

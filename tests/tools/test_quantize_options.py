@@ -14,6 +14,7 @@ from tests.io.export.folders import CONFIG, shapes
 from tests.io.foreign.test_recognize import SAMPLES
 
 GIVEN = {
+    "bits": ["--bits", "6"],
     "format": ["--format", "bof4s"],
     "block_size": ["--block-size", "16"],
     "scales": ["--scales", "float32"],
@@ -30,8 +31,8 @@ GIVEN = {
 }
 TECHNIQUE = {"format", "block_size", "scales", "search"}
 HEEDED = {
-    "a dense file": TECHNIQUE | {"include", "exclude", "shard_size"},
-    "a dense folder": TECHNIQUE | {"embeddings", "exclude", "shard_size", "calibrate"},
+    "a dense file": TECHNIQUE | {"bits", "include", "exclude", "shard_size"},
+    "a dense folder": TECHNIQUE | {"bits", "embeddings", "exclude", "shard_size", "calibrate"},
     "another program's, to a file": {"include", "shard_size", "requantize", "dtype"},
     "another program's, to a folder": {"shard_size", "dtype"},
 }

@@ -95,6 +95,8 @@ def test_the_page_of_a_users_model(capsys):
         "0,1.down",
         "low_precision_nf4",
         "Measured for this page",
+        "Against bits",
+        "bof4s, blocks of 16",
         "batch 2",
     ):
         assert text in html, text

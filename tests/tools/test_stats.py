@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lowmem import BigNet, FourBit, Half, LoRA, convert, measure
+from lowmem import BigNet, Budget, FourBit, Half, LoRA, convert, measure
 from lowmem.__main__ import main
 from lowmem.tools.models import techniques
 from lowmem.tools.stats import Stats
@@ -252,12 +252,13 @@ def test_the_plan_of_techniques_as_text():
     assert techniques("FourBit") == (FourBit(),)
     assert techniques("FourBit:fp4:32:double,LoRA") == (FourBit("fp4", 32, "double"), LoRA())
     assert techniques("Half:bfloat16") == (Half(torch.bfloat16),)
+    assert techniques("Budget:4.4,LoRA") == (Budget(4.4), LoRA())
 
 
 @rows_in_one_case(
     ("text", "said"),
     [
-        ("", "'' is no technique: choose from Half, EightBit, FourBit, LoRA"),
+        ("", "'' is no technique: choose from Half, EightBit, FourBit, Budget, LoRA"),
         ("qlora", "'qlora' is no technique"),
         ("Half:float8", "dtype=float8 must be torch.float16 or torch.bfloat16"),
         ("Half:Tensor", "must be torch.float16 or torch.bfloat16"),

@@ -415,7 +415,7 @@ def test_wrong_arguments_are_named():
         convert(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="technique='nf4' must be an instance"):
         convert(nn.Linear(2, 2), "nf4")
-    with pytest.raises(TypeError, match="must be an instance of Half, EightBit, FourBit or LoRA"):
+    with pytest.raises(TypeError, match="must be an instance of Half, EightBit, FourBit, Budget or LoRA"):
         convert(nn.Linear(2, 2), Half)
     with pytest.raises(ValueError, match="LoRA was given 2 times"):
         convert(nn.Linear(2, 2), LoRA(1), LoRA(2))

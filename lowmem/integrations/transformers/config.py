@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import show
 from lowmem.io.metadata import check_keys, check_object
+from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
@@ -27,6 +28,7 @@ NOTICE = (
     "The weights of this folder are stored by lowmem. To load it: pip install 'lowmem[transformers]', and import "
     "lowmem.integrations.transformers before from_pretrained. Without, transformers replaces them by random ones."
 )
+_KINDS = (Half, EightBit, FourBit, Budget)
 VERSION = 1  # of what to_dict returns; a newer one is refused
 
 
@@ -38,7 +40,8 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
     What the folder has no values for, such as a new head, stays dense.
 
     Args:
-        technique: ``Half`` or ``FourBit``; or its JSON. Adapters come afterwards: ``lowmem.add_adapter``. "exact":
+        technique: ``Half``, ``EightBit``, ``FourBit``, or ``Budget`` without inputs, for which all weights are read
+            twice; or its JSON. Adapters come afterwards: ``lowmem.add_adapter``. "exact":
             keep the 4-bit weights of another program (bitsandbytes, GPTQ, AWQ, compressed-tensors, MXFP4 of gpt-oss;
             GGUF with ``gguf_file=``) with their codes as they are: equal, bit for bit, to what that program computes
             in float32. What cannot be kept exactly is refused.
@@ -54,7 +57,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        technique: Half | EightBit | FourBit | Literal["exact"] | Mapping[str, Any] | None = None,
+        technique: Half | EightBit | FourBit | Budget | Literal["exact"] | Mapping[str, Any] | None = None,
         *,
         skip: str | Iterable[str] = (),
         layers: Iterable[Mapping[str, Any]] = (),
@@ -71,8 +74,13 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"quantization_config has {show(unknown[0])}, which this lowmem does not know: upgrade it"
             )
-        if technique is not None and technique != EXACT and not isinstance(technique, (Half, EightBit, FourBit)):
+        if technique is not None and technique != EXACT and not isinstance(technique, _KINDS):
             technique = _parsed(technique)
+        if isinstance(technique, Budget) and technique.inputs is not None:
+            raise ValueError(
+                "Budget(inputs=) runs the dense model, which is not there while it is loaded: load it first, and "
+                "lowmem.convert(model, Budget(...)), then save_pretrained; or leave inputs= out"
+            )
         self.quant_method = METHOD
         self.technique = technique
         self.skip = [skip] if isinstance(skip, str) else list(skip)
@@ -85,7 +93,9 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"skip={self.skip!r}: LowmemConfig('exact') keeps what the folder has, and skips nothing"
             )
         if technique is None and not self.layers and not self.adapters:
-            raise TypeError("technique=None: name Half(), EightBit() or FourBit(), as LowmemConfig(FourBit('nf4'))")
+            raise TypeError(
+                "technique=None: name Half(), EightBit(), FourBit() or Budget(), as LowmemConfig(FourBit('nf4'))"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON holds."""
@@ -115,18 +125,18 @@ def _record(technique: Any) -> Any:
     return {"technique": type(technique).__name__, **fields}
 
 
-def _parsed(record: object) -> Half | EightBit | FourBit:
+def _parsed(record: object) -> Half | EightBit | FourBit | Budget:
     """Return the technique of its JSON.
 
     Raises:
         TypeError: it is something else than JSON of a technique.
         ValueError: its fields are no technique's.
     """
-    kinds: dict[str, Any] = {"Half": Half, "EightBit": EightBit, "FourBit": FourBit}
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
     if not isinstance(record, Mapping):
         raise TypeError(
-            f"technique={show(record)} must be Half(), EightBit(), FourBit() or 'exact'; adapters come afterwards, "
-            "with lowmem.add_adapter"
+            f"technique={show(record)} must be Half(), EightBit(), FourBit(), Budget() or 'exact'; adapters come "
+            "afterwards, with lowmem.add_adapter"
         )
     kind = kinds.get(str(check_object(dict(record)).get("technique")))
     if kind is None:

@@ -22,6 +22,7 @@ from lowmem.io.convert_checkpoint import Row, Source
 from lowmem.io.foreign.recognize import open_foreign, read_model_config
 from lowmem.io.import_checkpoint import ImportedRow
 from lowmem.io.model_folder import copy_others, weights_in
+from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
@@ -196,7 +197,7 @@ def _refuse_differing(folder: Path, name: str, what: str, tensors: Iterable[str]
 def quantize_folder(
     source: Path,
     target: Path,
-    technique: Half | EightBit | FourBit,
+    technique: Half | EightBit | FourBit | Budget,
     *,
     skip: str | Iterable[str] = (),
     shard_bytes: int | None = None,
@@ -292,7 +293,8 @@ def rows_of(model: nn.Module) -> Iterator[Row]:
             seen.add(id(tensor))
             shape, after = tuple(tensor.shape), sum(part.nbytes for part in parts if part is not None)
             before = tensor.numel() * tensor.dtype.itemsize
-            yield Row(f"{path}.{name}".lstrip("."), shape, True, before, after, module.weight_error)
+            full = f"{path}.{name}".lstrip(".")
+            yield Row(full, shape, True, before, after, module.weight_error, str(stored[name]), module.chosen_because)
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import deepcopy
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,10 @@ def install() -> None:
             state_dict is None and checkpoint_files and all(one.endswith(".safetensors") for one in checkpoint_files)
         ):
             _check(model, checkpoint_files, quantizer, load_config.weight_mapping or [])
+        if isinstance(quantizer, LowmemQuantizer) and quantizer.measures:
+            once = replace(load_config, weight_mapping=deepcopy(load_config.weight_mapping))  # which notes its use
+            load(model, state_dict, checkpoint_files, once, *args, **kwargs)
+            quantizer.divide(model)
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     @wraps(read)

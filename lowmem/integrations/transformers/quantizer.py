@@ -17,11 +17,12 @@ from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import Exact
 from lowmem.integrations.transformers.mapped import drop_pages
 from lowmem.integrations.transformers.saving import config_of
-from lowmem.integrations.transformers.storing import Storing
+from lowmem.integrations.transformers.storing import Measuring, Storing
 from lowmem.io.container import open_checkpoint
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapted_module import bank_of
 from lowmem.nn.adapted_weight import AdaptedWeight
+from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.gathered_weight import check_order
@@ -120,6 +121,23 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     @property
+    def measures(self) -> bool:
+        """Whether the weights are to be read twice: once to measure what a budget loses of them."""
+        return isinstance(self._storing, Measuring)
+
+    def divide(self, model: Any) -> None:
+        """Divide a budget among the layers, once all weights were measured: the next time they are stored.
+
+        Raises:
+            TypeError, ValueError: a weight that cannot be stored, or a budget that is out of reach.
+        """
+        assert isinstance(self._storing, Measuring)
+        self._storing.finish()
+        config = self.quantization_config
+        assert isinstance(config.technique, Budget)
+        self._storing = Storing(model, config.technique, config.skip, self._storing.losses)
+
+    @property
     def is_exact(self) -> bool:
         """Whether codes of another program's files are kept."""
         return self.quantization_config.technique == EXACT
@@ -165,8 +183,12 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files = list(checkpoint_files or [])
         config = self.quantization_config
         if not self.pre_quantized:
-            assert isinstance(config.technique, (Half, EightBit, FourBit))
-            self._storing = storing = Storing(model, config.technique, config.skip)
+            assert isinstance(config.technique, (Half, EightBit, FourBit, Budget))
+            if isinstance(config.technique, Budget):  # what it gives each layer is known once all weights were read
+                storing: Storing = Measuring(model, config.technique, config.skip)
+            else:
+                storing = Storing(model, config.technique, config.skip)
+            self._storing = storing
             ties = {target: source for target, source in tied.items() if storing.stays_tied(target, source)}
             self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
             return model

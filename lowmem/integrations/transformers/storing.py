@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.nn.eightbit import EightBit
+from lowmem.nn.budget import Budget
+from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 from lowmem.nn.stored import FourBitForm, HalfForm
 from lowmem.nn.stored_module import StoredModule, become, freeze, stored_copy
 from lowmem.quant.quantize import relative_error
+from lowmem.transforms.budget import losses_of
 from lowmem.transforms.convert import left_dense, rebuild_all, store_parameters
-from lowmem.transforms.placement import techniques_by_layer
+from lowmem.transforms.placement import place_name, techniques_by_layer
 from lowmem.transforms.registry import layer_name
 
-__all__ = ["Storing"]
+__all__ = ["Measuring", "Storing"]
 
 
 @dataclass
@@ -37,8 +39,9 @@ class Storing:
 
     Args:
         model: dense, on the meta device, with its ties.
-        technique: ``Half`` or ``FourBit``.
+        technique: ``Half``, ``EightBit``, ``FourBit`` or ``Budget``.
         skip: glob patterns of paths to leave dense.
+        losses: of a budget: what each choice loses of a weight, by its name, as ``Measuring`` has found.
 
     Attributes:
         warning: what ``convert`` would warn of, or None.
@@ -47,10 +50,15 @@ class Storing:
         ValueError: as ``convert``: nothing to store, or a pattern that matches nothing.
     """
 
-    def __init__(self, model: nn.Module, technique: Half | EightBit | FourBit, skip: Iterable[str]) -> None:
-        made: dict[Any, Any] = rebuild_all(
-            model, (technique,), None, skip, None, lambda own: _shapes_of(own).skeleton
-        )
+    def __init__(
+        self,
+        model: nn.Module,
+        technique: Half | EightBit | FourBit | Budget,
+        skip: Iterable[str],
+        losses: Mapping[str, tuple[float, ...]] | None = None,
+    ) -> None:
+        known = None if losses is None else lambda name, _: losses.get(name)
+        made: dict[Any, Any] = rebuild_all(model, (technique,), None, skip, None, _shapes_of, known)
         self.warning = left_dense(model, made, type(technique), None, skip)
         self._skeletons: dict[nn.Module, StoredModule] = made
         self._techniques: dict[nn.Module, Any] = {
@@ -145,9 +153,18 @@ class Storing:
 
     def _stored(self, module: nn.Module, name: str, value: Tensor) -> Any:
         """Return a parameter as it is stored."""
+        technique = self._technique_of(module)
         if isinstance(self._skeletons[module].forms[name], HalfForm):
-            return self._techniques[module].store(value, name)
-        return self._techniques[module].store(value.reshape(self._skeletons[module].stored_weight(name).shape), name)
+            return technique.store(value, name)
+        return technique.store(value.reshape(self._skeletons[module].stored_weight(name).shape), name)
+
+    def _technique_of(self, module: nn.Module) -> Half | EightBit | FourBit:
+        """Return how a module is stored: of a budget, what its skeleton has got."""
+        technique = self._techniques[module]
+        if not isinstance(technique, Budget):
+            return technique
+        form: Any = next(iter(self._skeletons[module].forms.values()))
+        return blockwise(form.format, form.block_size, form.scale_encoding, technique.compute_dtype)
 
     def _put(self, module: nn.Module, name: str, stored: Any, value: Tensor) -> None:
         """Note how a parameter is stored; its module is converted when all of its parameters are."""
@@ -163,24 +180,65 @@ class Storing:
             self._errors[module].append((relative_error(value, stored) ** 2 * size, size))
         if len(weights) < len(skeleton.forms):
             return
-        technique = self._techniques[module]
+        technique = self._technique_of(module)
         if isinstance(technique, Half):  # as many as the skeleton stores: a bias that is shared stays dense
             made = stored_copy(module, {own: weights[own] for own in skeleton.forms})
         else:
             made = store_parameters(module, technique, self._paths[module], names, _given(weights))
         total = sum(size for _, size in self._errors[module])
         made.weight_error = (sum(error for error, _ in self._errors[module]) / total) ** 0.5 if total else 0.0
+        made.chosen_because = skeleton.chosen_because
         become(module, made)
         for part in made.part_names:
             made._parameters[part]._is_hf_initialized = True  # type: ignore[union-attr]
         weights.clear()
 
 
-def _shapes_of(technique: Any) -> Any:
-    """Return a technique of the same shapes that needs no values: which format is chosen does not change them."""
+class Measuring(Storing):
+    """Measures what each choice of a budget loses of the weights that are read, and keeps none of them.
+
+    Attributes:
+        losses: of each weight, by its name.
+    """
+
+    def __init__(self, model: nn.Module, budget: Budget, skip: Iterable[str]) -> None:
+        super().__init__(model, budget.choices[0], skip)
+        self.losses: dict[str, tuple[float, ...]] = {}
+
+    def wants(self, name: str) -> bool:
+        """Whether a tensor is one of the model's: none becomes a part of it."""
+        return name in self._shared
+
+    def take(self, name: str, value: Tensor, missing: set[str] | None) -> bool:
+        """Measure a parameter that was read, if it is to be stored."""
+        shared = self._shared[name]
+        if shared.places and self._error is None:
+            module, own = self._places.get(name, shared.places[0])
+            if value.shape == self._shape(module, own):
+                try:
+                    lost = losses_of(value.reshape(self._skeletons[module].stored_weight(own).shape))
+                except (TypeError, ValueError) as reason:
+                    at = layer_name(self._paths[module])
+                    self._error = type(reason)(f"{at}: {reason}; or leave it out with skip=")
+                else:
+                    self.losses |= {place_name(self._paths[one], part): lost for one, part in shared.places}
+        return True
+
+    def finish(self) -> None:
+        """Raise what went wrong with a weight.
+
+        Raises:
+            TypeError, ValueError: one cannot be stored; its path is named.
+        """
+        if self._error is not None:
+            raise self._error
+
+
+def _shapes_of(technique: Any) -> Callable[[Tensor, str], Any]:
+    """Return what stores a weight without values; which of several formats is chosen does not change its shapes."""
     if isinstance(technique, FourBit) and not isinstance(technique.format, str):
-        return replace(technique, format=technique.format[0])
-    return technique
+        technique = replace(technique, format=technique.format[0])
+    return technique.skeleton  # type: ignore[no-any-return]
 
 
 def _computed(model: Any) -> Callable[[str], bool]:

@@ -8,11 +8,13 @@ import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
+from transformers import AutoTokenizer, BertConfig, BertModel
+
 from lowmem import FourBit
 from lowmem.__main__ import main
 from lowmem.integrations.transformers.folder import quantize_folder
 from lowmem.integrations.transformers.language import compare_text
-from tests.integrations.transformers.folders import load, write
+from tests.integrations.transformers.folders import SIZES, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 
 TEXT = "Weights are levels times scales, and each error is bounded. " * 3
@@ -57,6 +59,62 @@ def _shown(byte):
     return chr(byte) if byte in printed else chr(256 + [b for b in range(256) if b not in printed].index(byte))
 
 
+def test_one_layer_in_the_others_place_loses_what_the_model_with_it_alone_does(folders):
+    base, other = compare_text([*folders], TEXT, layers=True)
+    assert base.layers == ()
+    assert len(other.layers) == 2 * 7 + 2  # the head is tied to the embedding, and replaced on its own
+    assert [one.loss for one in other.layers] == sorted((one.loss for one in other.layers), reverse=True)
+    worst = other.layers[0]
+    dense, stored = (load(folder) for folder in folders)
+    changed = load(folders[0])
+    parent, _, name = worst.path.rpartition(".")
+    setattr(changed.get_submodule(parent), name, stored.get_submodule(worst.path))
+    tokens = torch.tensor([2 + sorted(map(chr, _alphabet())).index(_shown(byte)) for byte in TEXT.encode()])
+    divergence = count = 0
+    with torch.no_grad():
+        for window in tokens.split(64):
+            first, second = (one(window[None]).logits[0, :-1].double().log_softmax(-1) for one in (dense, changed))
+            divergence += float((first.exp() * (first - second)).sum())
+            count += len(window) - 1
+    assert worst.loss == pytest.approx(divergence / count, abs=5e-6)
+    assert (other.ratio, base.ratio) == (pytest.approx(other.perplexity / base.perplexity), 1)
+    assert other.divergence_interval[0] <= other.divergence <= other.divergence_interval[1]
+    assert other.ratio_interval[0] <= other.ratio <= other.ratio_interval[1]
+    assert 0 <= other.agreement_interval[0] <= other.agreement <= other.agreement_interval[1] <= 1
+    assert (base.agreement, base.agreement_interval) == (1, None)
+
+
+def test_encoders_are_compared_by_the_mean_of_their_hidden_states_without_padding(tmp_path, capsys):
+    torch.manual_seed(1)
+    BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    quantize_folder(tmp_path / "in", tmp_path / "out", FourBit("nf4"))
+    text = tmp_path / "text.txt"
+    text.write_text("One paragraph.\n\nA second one, which\nis longer.\n\n\n" + "long " * 40)
+    base, other = compare_text([tmp_path / "in", tmp_path / "out"], text.read_text(), layers=True)
+    assert (base.paragraphs, base.cosine, base.cosine_interval) == (3, pytest.approx(1), None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "in")
+    cosines = []
+    for paragraph in ("One paragraph.", "A second one, which is longer.", "long " * 39 + "long"):
+        given = tokenizer(paragraph, truncation=True, max_length=64, return_tensors="pt")
+        with torch.no_grad():
+            means = [
+                BertModel.from_pretrained(tmp_path / name).eval()(**given).last_hidden_state[0].double().mean(0)
+                for name in ("in", "out")
+            ]
+        cosines.append(float(torch.nn.functional.cosine_similarity(*means, dim=0)))
+    assert other.cosine == pytest.approx(sum(cosines) / 3, abs=1e-6)
+    assert other.lowest == pytest.approx(min(cosines), abs=1e-6)
+    assert other.cosine_interval[0] <= other.cosine <= other.cosine_interval[1]
+    assert other.layers[0].loss > other.layers[-1].loss >= 0
+    argv = ["compare", str(tmp_path / "in"), str(tmp_path / "out"), "--text", str(text), "--layers"]
+    assert main([*argv, "--tolerance", "1e-9"]) == 1
+    shown = capsys.readouterr()
+    assert "Cosine" in shown.out
+    assert other.layers[0].path in shown.out
+    assert "by 1 - cosine =" in shown.err
+
+
 def test_the_command_prints_and_judges(folders, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
@@ -90,3 +148,4 @@ def test_what_cannot_be_compared_is_one_line(folders, tmp_path, capsys):
     config = json.loads((folders[1] / "config.json").read_text())
     (folders[1] / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
     assert "a LlamaModel predicts no tokens" in refused(*folders)
+    assert "its embeddings" not in refused(folders[1], folders[0])

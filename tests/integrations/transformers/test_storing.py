@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 import lowmem
-from lowmem import FourBit, Half, summary
+from lowmem import Budget, FourBit, Half, summary
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.nn.stored_module import StoredModule
 from tests.integrations.transformers.folders import CONFIGS, SIZES, assert_same, load, write
@@ -25,6 +25,8 @@ def test_it_equals_convert(tmp_path, kind):
         (FourBit(("int4", "bof4s"), 32), {"skip": ["*lm_head", "*.[a-z]_proj", "*attn*"]}, torch.float32),
         (FourBit("nf4", compute_dtype=torch.bfloat16), {}, torch.bfloat16),
         (Half(torch.bfloat16), {}, torch.float32),
+        (Budget(4.9), {}, torch.float32),
+        (Budget(6.5, compute_dtype=torch.bfloat16), {"skip": ["*attn*"]}, torch.bfloat16),
     ]
     for technique, more, dtype in ways:
         if kind != "llama" and "skip" in more:
@@ -75,6 +77,31 @@ def test_what_the_folder_lacks_stays_dense(tmp_path):
     names = {name for record in model.config.quantization_config.layers for name in record["names"]}
     assert "model.embed_tokens" in names
     assert "score" not in names
+
+
+def test_a_budget_is_divided_among_what_the_folder_has(tmp_path):
+    """A new head takes no part in it; a NaN, and a budget out of reach, are named, and no model comes out."""
+    folder = write(tmp_path)
+    config = LowmemConfig(Budget(4.9))
+    read = load(folder, as_class=AutoModelForSequenceClassification, quantization_config=config, num_labels=3)
+    assert type(read.score) is nn.Linear
+    expected = lowmem.convert(
+        load(folder, as_class=AutoModelForSequenceClassification, num_labels=3), Budget(4.9), skip="score"
+    )
+    stored = {path: str(one.forms) for path, one in read.named_modules() if isinstance(one, StoredModule)}
+    assert stored == {path: str(one.forms) for path, one in expected.named_modules() if isinstance(one, StoredModule)}
+    assert len(set(stored.values())) > 1
+    read.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved", as_class=AutoModelForSequenceClassification)
+    assert_same(again, read)
+    assert again.config.quantization_config.technique == Budget(4.9)
+    with pytest.raises(ValueError, match=r"Budget\(bits=4.1\) is out of reach: these weights take 4\.\d+ bits"):
+        load(folder, quantization_config=LowmemConfig(Budget(4.1)))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"^model.layers.1.mlp.up_proj: weight holds .*; or leave it out with skip="):
+        load(folder, quantization_config=LowmemConfig(Budget(4.9)))
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):

@@ -1,0 +1,56 @@
+"""Each choice of bits is measured as it is: bits of all that is stored, and what the output of the model loses."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem import BigNet, EightBit, FourBit, convert
+from lowmem.report.quality import BLOCKS, SERIES, Quality, qualities, stored_bits
+
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 64)).eval()
+
+
+def run(model):
+    with torch.no_grad():
+        return [model(torch.ones(2, 256)), torch.tensor([1 + 1j])]
+
+
+def test_every_choice_is_measured_and_smaller_blocks_and_more_bits_take_more():
+    told = []
+    found = qualities(make, run, lambda: told.append(1))
+    by_series = {series: [one for one in found if one.series == series] for series in SERIES}
+    assert [len(one) for one in by_series.values()] == [len(BLOCKS), len(BLOCKS), 1, 5]
+    assert len(told) == len(found)
+    for own in by_series.values():
+        assert all(one.bits <= other.bits for one, other in itertools.pairwise(own))
+    (eight,) = by_series["8 bits"]
+    model = convert(make(), EightBit())
+    expected, output = (torch.cat([one.flatten() for one in (run(m)[0], torch.ones(2))]) for m in (make(), model))
+    assert eight.error == pytest.approx(float((output - expected).norm() / expected.norm()), rel=1e-4)
+    assert eight.cosine == pytest.approx(float(nn.functional.cosine_similarity(output, expected, dim=0)))
+    budgets = by_series["a budget"]
+    assert all(one.bits <= float(one.name[7:-1]) + 1e-3 for one in budgets)
+    assert budgets[-1].error < by_series["bof4s"][-1].error
+
+
+def test_bits_are_those_of_codes_and_scales_and_ties_count_once():
+    model = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+    model[1].weight = model[0].weight
+    assert stored_bits(convert(model, FourBit("bof4s", 16, "float16"))) == 5
+    assert stored_bits(nn.Linear(2, 2)) == 0
+    assert 8 < stored_bits(convert(BigNet(), EightBit())) < 8.2
+
+
+def test_the_chart_and_its_table_show_all_that_can_be_drawn():
+    pytest.importorskip("altair", reason="the charts need the extra: pip install '.[report]'")
+    from lowmem.report.dots import quality_chart
+
+    found = [Quality(series, series, 4.0 + at, 0.1 / (1 + at), 0.9) for at, series in enumerate(SERIES)]
+    spec = quality_chart([*found, Quality("nf4", "no error", 5.0, 0.0, 1.0)], False).to_dict()
+    points = spec["layer"][1]["data"]["values"] if "data" in spec["layer"][1] else spec["data"]["values"]
+    assert [(row["name"], row["bits"]) for row in points] == [(one.series, one.bits) for one in found]
