@@ -7,6 +7,7 @@ from lowmem.report.groups import Group
 from lowmem.report.quality import SERIES, Quality
 from lowmem.report.timings import Timing
 from lowmem.testing.verdicts import Row, Verdict
+from lowmem.training.memory import TrainingMemory
 
 HOSTILE = "<script>alert('1')</script>\"&\\"
 
@@ -14,6 +15,11 @@ HOSTILE = "<script>alert('1')</script>\"&\\"
 def footprint(name, size, adapters=0):
     kinds = dict.fromkeys(KINDS, 0) | {"float32 weights": size, "biases, norms": 4096, "LoRA adapters": adapters}
     return Footprint(name, kinds, 20_480, 3 * size)
+
+
+def step(gradients):
+    kinds = {"Linear": 2**19, "LayerNorm": 2**16}
+    return TrainingMemory("adamw", "update", 2**20, 2**18, 4096, gradients, 2 * gradients, kinds, 1_003)
 
 
 def report(name="small", **changes):
@@ -24,6 +30,7 @@ def report(name="small", **changes):
         "title": f"model {name}",
         "lead": f"What {name} costs.",
         "footprints": footprints,
+        "steps": {name: step(2**22), "lora": step(2**18)},
         "losses": {name: 0.037, "lora": 8e-5},
         "timings": [
             *(Timing("float32", name, batch, 8 / batch**0.4, 7 / batch**0.4, 9 / batch**0.4) for batch in (1, 8, 64)),

@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,18 @@ class Checkpoints(States):
         folder: is made by the first ``save``; one with a state of one process is read, too.
         origin: what the run was started with, as JSON: a state of another run is refused.
         may_differ: keys of ``origin`` that another value may have from now on.
+        timeout: how long a process waits for the others; None: as PyTorch does.
     """
 
-    def __init__(self, folder: Path, origin: Mapping[str, Any], may_differ: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        origin: Mapping[str, Any],
+        may_differ: Collection[str] = (),
+        timeout: timedelta | None = None,
+    ) -> None:
         super().__init__(folder, origin, may_differ)
-        self._group: Any = distributed.new_group(backend="gloo") if _several() else None
+        self._group: Any = distributed.new_group(backend="gloo", timeout=timeout) if _several() else None
         self._saving: Any = None
 
     def newest(self, model: nn.Module | None = None) -> Saved | None:
@@ -110,6 +118,11 @@ class Checkpoints(States):
             with write_errors(self.folder):
                 saving.result()
             self._end()
+
+    def kept(self) -> str:
+        """Say which state is there, when the one that is being written is whole."""
+        self.wait()
+        return super().kept()
 
     def remove(self) -> None:
         """Remove the folder, when the run has ended."""

@@ -38,8 +38,8 @@ def bytes_per_rank(
         activations: bytes that a step takes beside weights, gradients and optimizer, for the batch of one process:
             ``lowmem.measure.backward_bytes`` less the gradients, or ``lowmem.plan``.
         bits: of a stored weight: 4.5 for nf4 in blocks of 64 with float32 scales, 16 for ``Half``.
-        rest_bits: of one outside of the blocks; None: 8.5 where ``bits`` is below 8, as ``FourBit`` keeps embeddings and
-            output layers in 8 bits, else ``bits``.
+        rest_bits: of one outside of the blocks; None: 8.5 where ``bits`` is below 8, as ``FourBit`` keeps embeddings
+            and output layers in 8 bits, else ``bits``.
 
     Raises:
         ValueError: a number that cannot be.

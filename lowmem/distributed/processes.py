@@ -23,6 +23,8 @@ __all__ = ["TIMEOUT", "Replicated", "Sharded", "joined"]
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others in one exchange: a rank may save, or read weights, meanwhile."""
 
+_CPU = torch.device("cpu")
+
 
 class _Processes:
     """All processes of the default group.
@@ -95,15 +97,18 @@ class Replicated(_Processes):
 
 
 @contextmanager
-def joined(how: str | None) -> Iterator[Ranks]:
+def joined(how: str | None, device: torch.device = _CPU, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """Join the processes that torchrun has started, and leave them at the end.
 
     Args:
         how: "shard", "replicate", or None: one process.
+        device: on which this process trains; the backend is nccl for a GPU, and gloo for the CPU.
+        timeout: how long a process waits for the others in one exchange.
 
     Raises:
         ValueError: torchrun has not started this process; or it has started several, and ``how`` is None.
-        ConnectionError: another process was lost, or has not answered for ``TIMEOUT``.
+        RuntimeError: torch lacks a backend.
+        ConnectionError: another process was lost, or has not answered for ``timeout``.
     """
     world = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else None
     if how is None:
@@ -117,36 +122,49 @@ def joined(how: str | None) -> Iterator[Ranks]:
         raise ValueError(
             f"--{how} needs several processes: start it with torchrun --nproc-per-node 2 -m lowmem fit ... --{how}"
         )
-    if not (distributed.is_available() and distributed.is_gloo_available()):
-        raise RuntimeError(f"--{how}: this torch has no backend for several processes (gloo)")
-    with _lost_processes():
-        _join()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    here = distributed.is_available() and distributed.is_gloo_available()  # states go by gloo on GPUs, too
+    if not here or (backend == "nccl" and not distributed.is_nccl_available()):
+        raise RuntimeError(
+            f"--{how}: this torch has no backend for several processes ({backend if here else 'gloo'})"
+        )
+    with _lost_processes(timeout):
+        _join(backend, timeout)
     try:
-        with _lost_processes(), warnings.catch_warnings():
+        with _lost_processes(timeout), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes to logits
             yield Sharded() if how == "shard" else Replicated()
     finally:
         distributed.destroy_process_group()
 
 
-def _join() -> None:
+def _join(backend: str, timeout: timedelta) -> None:
     """Join the others of this start: after a restart, torchrun's store may hold addresses of processes that ended."""
     c10d: Any = distributed
     store, rank, world = next(c10d.rendezvous("env://", timeout=TIMEOUT))
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     own = c10d.PrefixStore(f"start-{start}", store)
-    distributed.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=TIMEOUT)
+    own.set(f"here-{rank}", "")
+    own.wait([f"here-{one}" for one in range(world)], TIMEOUT)  # however short the time-out: imports take a while
+    distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 
 @contextmanager
-def _lost_processes() -> Iterator[None]:
+def _lost_processes(timeout: timedelta) -> Iterator[None]:
     """Say what PyTorch's errors on lost processes mean."""
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):  # gloo's are plain RuntimeErrors
+        text = str(error)
+        # gloo's errors are plain RuntimeErrors, and of a checkpoint one that holds those of all processes.
+        if not (isinstance(error, distributed.DistError) or "gloo" in text):
             raise
+        waited = "timed out" in text.lower() or "timeout" in text.lower()
+        what = (
+            f"has waited {timeout.total_seconds():g} s for another process, which hangs, or needs a longer --timeout"
+            if waited
+            else "has lost another process, whose own error says why"
+        )
         raise ConnectionError(
-            f"rank {os.environ.get('RANK')} has lost another process, whose own error says why: start anew, and "
-            "--resume goes on from the last state"
+            f"rank {os.environ.get('RANK')} {what}: start anew, and --resume goes on from the last state"
         ) from error

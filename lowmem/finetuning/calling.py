@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from lowmem.errors import describe
 
-__all__ = ["Calling", "calling_of", "logits_of"]
+__all__ = ["Calling", "balance_of", "calling_of", "logits_of"]
 
 _LENGTHS = (7, 6)
 """Tokens of the two texts that are tried; the sum is odd, and no model's block is as short."""
+
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+"""What models of transformers, and their configs, call the factor of ``aux_loss``."""
 
 _LEAK = 1e-3
 """What may be left of the influence of one text on the next: rounding in kernels that divide rows otherwise."""
@@ -70,6 +73,38 @@ def logits_of(output: Any) -> Tensor:
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
         raise TypeError(f"it returned {found}, and no logits (rows, tokens, vocabulary)")
     return logits
+
+
+def balance_of(model: nn.Module, output: Any) -> Tensor | None:
+    """Return what a mixture of experts adds to the mean loss of a batch, so that its router uses all experts.
+
+    Models of transformers return it as ``aux_loss`` if their config has ``output_router_logits``, and add it where
+    they compute a loss themselves, times a coefficient of the config.
+
+    Args:
+        model: that has returned the output.
+        output: of a forward.
+
+    Returns:
+        A scalar; None: it adds nothing.
+
+    Raises:
+        ValueError: the model does not say by which factor.
+    """
+    balance = output.get("aux_loss") if isinstance(output, Mapping) else getattr(output, "aux_loss", None)
+    if not isinstance(balance, Tensor):
+        return None
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for owner in (model, text):
+        for name in _COEFFICIENTS:
+            factor = getattr(owner, name, None)
+            if isinstance(factor, int | float):
+                return balance * factor if factor else None
+    raise ValueError(
+        f"a {type(model).__name__} returns aux_loss, and has none of {', '.join(_COEFFICIENTS)}: set "
+        "output_router_logits of its config to false"
+    )
 
 
 def calling_of(model: nn.Module, vocabulary: int) -> Calling:

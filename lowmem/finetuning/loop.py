@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
-from lowmem.finetuning.calling import logits_of
+from lowmem.finetuning.calling import balance_of, logits_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.order import Order, part
 from lowmem.finetuning.ranks import Alone, Ranks
@@ -23,12 +23,14 @@ from lowmem.finetuning.state import (
     Saved,
     Store,
     capture,
+    forked_random,
     put_back,
     random_states,
     set_random_states,
     trained,
 )
 from lowmem.finetuning.text import IGNORED
+from lowmem.io.wrappers import unwrap
 
 __all__ = ["Outcome", "Step", "finetune"]
 
@@ -109,7 +111,7 @@ def finetune(
 
     Raises:
         ValueError: nothing trains; a loss, a gradient or a weight is no longer finite: the step is named, and the
-            states are those before.
+            last good state is kept.
         FileError: the state is of another run.
         OSError: a state cannot be written.
     """
@@ -117,7 +119,7 @@ def finetune(
         raise ValueError(f"{type(model).__name__} has no parameter that trains: lowmem.add_adapter adds an adapter")
     if settings.patience is not None and held_out is None:
         raise ValueError(f"patience={settings.patience} needs held_out text to evaluate on")
-    with torch.random.fork_rng():
+    with forked_random(next(model.parameters()).device):
         torch.manual_seed(settings.seed)
         return _Run(model, rows, settings, held_out, states, ranks or Alone(), watch).run()
 
@@ -188,9 +190,10 @@ class _Run:
         norm = self._ranks.clip(trained(self._model).values(), self._settings.clip)
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
             if not math.isfinite(value):
-                raise self._diverged(f"the {name} is {value} in step {step + 1}")
+                what = f"the {name} is {value} in step {step + 1}"
+                raise self._diverged(what, self._keep(step, before, good=name != "loss"))
         seconds = time.perf_counter() - started
-        if self._states is not None and step > self._start and step % self._settings.save_every == 0:
+        if self._states is not None and step > self._start and self._is_due(step):
             self._states.save(self._saved(step, before))  # this step has shown that the ones before are good
         lr, started = float(self._optimizer.param_groups[0]["lr"]), time.perf_counter()
         self._optimizer.step()
@@ -200,6 +203,41 @@ class _Run:
         self._done.losses.append(loss)
         found = self._evaluate(step + 1)
         self._watch(Step(step + 1, self._order.steps, loss, norm, lr, tokens, seconds, found))
+
+    def _is_due(self, step: int) -> bool:
+        """Whether the state after so many steps is to be saved: before ``save_every``, after powers of two."""
+        every = self._settings.save_every
+        return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+    def _keep(self, step: int, random: dict[str, Tensor], good: bool) -> OSError | None:
+        """Save the state before a step that failed, if the one before has a finite loss with it, too.
+
+        Args:
+            step: how many are done.
+            random: the state of torch's generators before the step.
+            good: whether the loss is known to be finite.
+
+        Returns:
+            The error of writing it.
+        """
+        if self._states is None or step == self._start:
+            return None
+        if not (good or math.isfinite(self._loss_again(step - 1))):
+            return None
+        try:
+            self._states.save(self._saved(step, random))
+        except OSError as error:  # what it says is told with the loss
+            return error
+        return None
+
+    def _loss_again(self, step: int) -> float:
+        """Return the loss of a step's rows with the weights of now."""
+        settings, ranks, loss = self._settings, self._ranks, 0.0
+        with torch.no_grad():
+            for own in part(self._order.indices(step), settings.batch_size, ranks.rank, ranks.world):
+                loss += float(_loss(self._model, self._rows.batch(own, self._device)))
+        ranks.rest(self._model)
+        return ranks.sum(loss)
 
     def _gradient(self, indices: list[int]) -> tuple[float, int]:
         """Add the gradient of the mean loss of some rows; return that loss, and the tokens of these rows."""
@@ -253,15 +291,21 @@ class _Run:
             if not bool(parameter.isfinite().all()):  # which no loss has shown after the last step
                 raise self._diverged(f"{name!r} is no longer finite after step {self._done.step}")
 
-    def _diverged(self, what: str) -> ValueError:
+    def _diverged(self, what: str, unwritten: OSError | None = None) -> ValueError:
         self._optimizer.zero_grad(set_to_none=True)
         kept = "" if self._states is None else f"; {self._states.kept()}"
+        kept += "" if unwritten is None else f"; a later one: {unwritten}"
         return ValueError(f"{what}: lower lr={self._settings.lr:g}{kept}")
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the sum of the losses of the tokens that count."""
-    logits = logits_of(model(**batch.inputs))  # (rows, tokens, vocabulary)
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    output = model(**batch.inputs)
+    loss = functional.cross_entropy(
+        logits_of(output).flatten(0, 1).float(),  # (rows * tokens, vocabulary)
+        batch.targets.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
     )
+    balance = balance_of(unwrap(model), output)
+    return loss if balance is None else loss + balance * batch.targets.ne(IGNORED).sum()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,17 @@ from lowmem.io.atomic import write_errors
 from lowmem.io.container import read, write_tensors
 from lowmem.io.wrappers import unwrap
 
-__all__ = ["Saved", "States", "Store", "capture", "put_back", "random_states", "set_random_states"]
+__all__ = [
+    "Saved",
+    "States",
+    "Store",
+    "capture",
+    "forked_random",
+    "put_back",
+    "random_states",
+    "set_random_states",
+    "trained",
+]
 
 KIND = "training"
 FILES = ("state-0.safetensors", "state-1.safetensors")
@@ -150,6 +160,11 @@ class States:
                     "go on from",
                 )
             self.changed.append(f"{key} was {show(before)} until here, and is {show(now)}")
+
+
+def forked_random(device: torch.device) -> AbstractContextManager[None]:
+    """Return the context after which the states of torch's generators, those of a model there, are as before it."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from lowmem.report.groups import Group
 from lowmem.report.quality import Quality
 from lowmem.report.timings import Timing
 from lowmem.testing.verdicts import Verdict
+from lowmem.training.memory import TrainingMemory
 
 __all__ = ["Figure", "Report", "Section", "Table", "Tile", "figure_text"]
 
@@ -26,6 +27,7 @@ class Report:
         title: the name of the model.
         lead: a sentence below it.
         footprints: of the dense model first, then of every variant.
+        steps: of those that train, by name, where the memory of a step goes.
         losses: by variant, the error of its output relative to the dense model's.
         timings: of variants and other libraries; empty where nothing was timed.
         timed: a sentence on the source of the timings, or why there are none.
@@ -40,6 +42,7 @@ class Report:
     title: str
     lead: str
     footprints: Sequence[Footprint]
+    steps: Mapping[str, TrainingMemory]
     losses: Mapping[str, float]
     timings: Sequence[Timing]
     timed: str

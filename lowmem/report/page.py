@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lowmem.report import charts, dots
+from lowmem.report import charts, dots, step
 from lowmem.report.charts import draw, readable_bytes
 from lowmem.report.content import Figure, Report, Section, Table, Tile, figure_text
 from lowmem.report.distortion import least_error
@@ -105,7 +106,8 @@ def _memory(report: Report) -> Section:
         "model and input at their peak. Each panel has a scale of its own.",
         Table("Memory in bytes", ["Variant", *kinds, "stored", "forward peak", "step peak"], rows),
     )
-    return Section("memory", "Memory", figures=[figure])
+    steps = [replace(step.figure(report.steps), title="Of a training step with AdamW")] if report.steps else []
+    return Section("memory", "Memory", figures=[figure, *steps])
 
 
 def _layers(report: Report) -> Section:

@@ -1,4 +1,4 @@
-"""The picture of where the memory of a training step goes: stacked bars, one for each model."""
+"""Where the memory of a training step goes: stacked bars, one for each model, and the table of their figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import altair as alt
-import vl_convert
 
 from lowmem.report.charts import (
     PAGE,
@@ -20,12 +19,10 @@ from lowmem.report.charts import (
     texts,
     unit_of,
 )
-from lowmem.report.content import Figure, Section, Table
-from lowmem.report.page import page
-from lowmem.report.theme import DARK, LIGHT, coloured, css
+from lowmem.report.content import Figure, Table
 from lowmem.training.memory import TrainingMemory
 
-__all__ = ["PARTS", "chart", "figure", "picture"]
+__all__ = ["PARTS", "chart", "figure"]
 
 _LAYERS = ("orange", "purple", "sky")
 _OTHERS = "activations: other layers"
@@ -103,27 +100,3 @@ def figure(found: Mapping[str, TrainingMemory]) -> Figure:
         "forward made them; scratch are temporaries, and gradients of activations.",
         Table("Memory of a step in bytes", ["Model", *parts, "peak", "in"], rows, text=(0, len(parts) + 2)),
     )
-
-
-def picture(title: str, found: Mapping[str, TrainingMemory], ending: str) -> bytes:
-    """Return the chart as a file.
-
-    Args:
-        title: of a page.
-        found: what was measured, by the names of the models.
-        ending: ".svg", in the colours of the viewer's theme; ".png", light; or ".html", a page with exact figures.
-    """
-    if ending in (".html", ".htm"):
-        section = Section("step", "Memory of a step", figures=[figure(found)])
-        return page(title, "Where its memory goes.", [section]).encode()
-    svg = draw(lambda narrow: chart(found, narrow)).wide
-    if ending == ".png":
-        background = f'<rect width="100%" height="100%" fill="{LIGHT["page"]}"/>'
-        return bytes(vl_convert.svg_to_png(_inside(coloured(svg, LIGHT), background), scale=2))
-    themes = f":root{{{css(LIGHT)}}}@media(prefers-color-scheme:dark){{:root{{{css(DARK)}}}}}"
-    return _inside(svg, f'<style>{themes}</style><rect width="100%" height="100%" fill="var(--page)"/>').encode()
-
-
-def _inside(svg: str, first: str) -> str:
-    start = svg.index(">") + 1
-    return svg[:start] + first + svg[start:]

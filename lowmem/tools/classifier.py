@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from lowmem import measure
 from lowmem.finetuning.settings import LARGEST_LR
+from lowmem.finetuning.state import forked_random
 from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.tools.data import Split, load_data
+from lowmem.tools.device import device_of
 from lowmem.tools.models import (
     MIB,
     check_links,
@@ -71,6 +73,7 @@ class Result:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command, for arguments whose defaults are set."""
+    device = device_of(arguments.device)
     if arguments.save is not None and not arguments.dry_run:
         check_links(arguments.save)
         check_writable(arguments.save)  # before the training, not after it
@@ -85,14 +88,17 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print_plan(name, found)
         return 0
+    data = data.to(device)
     body = make_model(name, seed=arguments.seed, rank=arguments.rank)
-    with torch.no_grad(), torch.random.fork_rng():
+    with user_code(f"model={name!r} cannot be moved to {device}"):
+        body = body.to(device)
+    with torch.no_grad(), forked_random(device):
         torch.manual_seed(arguments.seed)
         features = _features(name, body, data.train_x[:2])
-        model = Classifier(body, features, data.classes)
+        model = Classifier(body, features, data.classes).to(device)
     if arguments.save is not None:
         _check_state(name, model)
-    with torch.random.fork_rng():
+    with forked_random(device):
         torch.manual_seed(arguments.seed)  # for dropout
         result = fit(
             model,
@@ -105,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
             report=lambda line: print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True),
         )
     if arguments.save is not None:
-        options = ("model", "data", "epochs", "batch_size", "lr", "rank", "seed")
+        options = ("model", "data", "epochs", "batch_size", "lr", "rank", "seed", "device")
         origin = {"version": __version__, **{option: getattr(arguments, option) for option in options}}
         # A single entry: safetensors writes several in an order that differs from run to run.
         with user_code(f"model={name!r} has a state that can no longer be listed; leave out --save"):

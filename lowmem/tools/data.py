@@ -31,6 +31,12 @@ class Split:
     test_y: Tensor
     classes: int
 
+    def to(self, device: torch.device) -> Split:
+        """Return the same on a device."""
+        moved = (one.to(device) for one in (self.train_x, self.train_y, self.test_x, self.test_y))
+        train_x, train_y, test_x, test_y = moved
+        return Split(train_x, train_y, test_x, test_y, self.classes)
+
 
 def load_data(name: str, seed: int) -> Split:
     """Load data, and split it randomly into 80% for training and 20% for the test.

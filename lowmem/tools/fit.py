@@ -7,8 +7,10 @@ import argparse
 from lowmem.finetuning.schedule import DECAYS
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 from lowmem.tools import classifier, language
+from lowmem.tools.device import DEVICES
 from lowmem.tools.language_job import OPTIONS
 from lowmem.tools.models import file_path, folder_of, number, positive_float, positive_int, seed
+from lowmem.variants import VARIANTS
 
 __all__ = ["add_arguments", "run"]
 
@@ -49,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a folder: the folder to write, with the adapter in PEFT's format, which lowmem.load_adapter and "
         "PEFT load, and training.json, which names the base and says how it was trained; of others: the trained "
         "model, as one safetensors file",
+    )
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="cpu",
+        help="where to train: cuda is the first GPU, or of processes that torchrun has started each one's own "
+        "(default cpu)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
     _add_language(parser.add_argument_group("of folders alone"))
@@ -111,15 +120,28 @@ def _add_language(group: argparse._ArgumentGroup) -> None:
     together.add_argument(
         "--replicate", action="store_true", help="each of them has the whole model (DistributedDataParallel)"
     )
+    group.add_argument(
+        "--timeout",
+        type=positive_float,
+        metavar="SECONDS",
+        help="how long one of them waits for the others, longer than it takes to load and save (default 600)",
+    )
     group.add_argument("--metrics", type=file_path, metavar="FILE.jsonl", help="write a line of JSON for each step")
     group.add_argument("--plot", type=file_path, metavar="FILE.png", help="draw the losses (needs matplotlib)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    if arguments.dry_run and arguments.device != "cpu":
+        raise ValueError(f"--dry-run counts a step on the CPU: leave --device={arguments.device} out")
     folder = folder_of(arguments.model)
     if folder is not None:
         return language.run(arguments, folder)
+    if ":" not in arguments.model and arguments.model not in VARIANTS:
+        raise ValueError(
+            f"model={arguments.model!r} is no folder that is here, nor a variant ({', '.join(VARIANTS)}): name a "
+            "folder of a language model, or module:factory"
+        )
     for name in OPTIONS:
         if getattr(arguments, name) not in (None, False):
             option = f"--{name.replace('_', '-')}"

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,16 @@ import torch
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from lowmem.distributed.processes import joined
-from lowmem.errors import refusal
-from lowmem.finetuning.calling import Calling, calling_of, logits_of
+from lowmem.distributed.processes import TIMEOUT, joined
+from lowmem.errors import FileError, refusal
+from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
 from lowmem.finetuning.metrics import Metrics, peak_memory
 from lowmem.finetuning.plot import plot_losses
 from lowmem.finetuning.ranks import Alone, Ranks
 from lowmem.finetuning.rows import Rows
-from lowmem.finetuning.settings import FineTuning
-from lowmem.finetuning.state import States
+from lowmem.finetuning.state import States, forked_random
 from lowmem.finetuning.text import Texts
 from lowmem.io.adapters import save_adapter
 from lowmem.io.atomic import atomic_folder, write_atomically, write_errors
@@ -37,12 +37,13 @@ from lowmem.nn.blockwise import Blockwise
 from lowmem.nn.budget import Budget
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRA
+from lowmem.tools.device import device_of
 from lowmem.tools.language_job import RECORD, Job, Storing, check_outputs, finite, job_of
+from lowmem.tools.language_plan import FEW, plan_steps
 from lowmem.tools.models import MIB, plan_model
 from lowmem.tools.output import print_json, print_plan, progress, shown, uncut_column
 from lowmem.training.prepare import prepare_training, release_training
 from lowmem.transforms.adapters import add_adapter
-from lowmem.transforms.plan import plan
 
 __all__ = ["run"]
 
@@ -50,12 +51,17 @@ __all__ = ["run"]
 def run(arguments: argparse.Namespace, folder: Path) -> int:
     """Run the command for a folder."""
     how = "shard" if arguments.shard else "replicate" if arguments.replicate else None
+    if arguments.timeout is not None and how is None:
+        raise ValueError("--timeout is how long processes wait for each other: add --shard or --replicate")
+    timeout = TIMEOUT if arguments.timeout is None else timedelta(seconds=arguments.timeout)
+    device = device_of(arguments.device)
     if arguments.dry_run:
         if how is not None:
             raise ValueError(f"--dry-run plans one process: leave --{how} out, and see docs/guides/many-machines.md")
-        return _dry_run(arguments, job_of(arguments, folder, None))
-    with joined(how) as ranks, _silent(ranks.rank > 0):
-        return _run(arguments, folder, ranks)
+        return _dry_run(arguments, job_of(arguments, folder, None, device, timeout))
+    with joined(how, device, timeout) as ranks, _silent(ranks.rank > 0):
+        processes = None if isinstance(ranks, Alone) else ranks.world
+        return _run(arguments, job_of(arguments, folder, processes, device, timeout), ranks)
 
 
 @contextmanager
@@ -68,8 +74,7 @@ def _silent(silent: bool) -> Iterator[None]:
         yield
 
 
-def _run(arguments: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
-    job = job_of(arguments, folder, None if isinstance(ranks, Alone) else ranks.world)
+def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
     if job.save is not None and arguments.resume and job.is_done():
         print(f"{shown(str(job.save))} is complete already", file=sys.stderr)
         if arguments.json:
@@ -86,14 +91,14 @@ def _run(arguments: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     for change in [] if states is None else states.changed:
         print(f"lowmem fit: {change}", file=sys.stderr)
     out = sys.stderr if arguments.json else sys.stdout
-    report = _Report(out, job.settings)
+    report = _Report(out, job.device)
     metrics = None
     try:
         facts = {} if states is None else states.facts
         found = _Training(job, ranks, facts, lambda line: print(line, file=out, flush=True))
         if arguments.metrics is not None and ranks.rank == 0:
             metrics = Metrics(arguments.metrics, saved.step if saved else 0 if arguments.resume else None)
-        with report.shown(folder.name):
+        with report.shown(job.folder.name):
             outcome = found.train(states, lambda step: report(step, metrics))
     except KeyboardInterrupt:
         if states is not None:
@@ -123,30 +128,23 @@ def _run(arguments: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 
 def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
-    """Print the memory that a run takes, as with ``--memory plain``."""
-    from lowmem.integrations.transformers.causal import factory_of
-
+    """Print the memory that a run takes."""
     if not job.dense:
         raise ValueError(
             f"--dry-run plans dense folders, and model={str(job.folder)!r} is stored already: name the one that it "
             "was made from"
         )
-    stores = isinstance(job.technique, Half | Blockwise | Budget)
-    techniques: Any = (job.technique, LoRA(job.rank)) if stores else (LoRA(job.rank),)
-    shape = job.settings.batch_size, job.length
-    targets = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
-    make, batch = factory_of(job.folder), {"input_ids": targets.view(shape), "use_cache": False}
-
-    def loss(output: Any) -> torch.Tensor:
-        return nn.functional.cross_entropy(logits_of(output).flatten(0, 1).float(), targets.to(output.logits.device))
-
-    found = plan_model(str(job.folder), lambda: plan(make, *techniques, batch=batch, loss=loss))
+    storing = job.technique if isinstance(job.technique, Half | Blockwise | Budget) else None
+    given = job.folder, storing, job.rank, job.memory, job.settings.batch_size, job.length
+    found = plan_model(str(job.folder), lambda: plan_steps(*given))
     if arguments.json:
-        print_json({"model": str(job.folder)} | found.as_json())
+        print_json({"model": str(job.folder), "memory": job.memory} | found.as_json())
         return 0
     print_plan(str(job.folder), found)
-    if job.memory != "plain":
-        print(f"\nwithout prepare_training: --memory {job.memory} takes less")
+    print(
+        f"\nforward and backward, with --memory {job.memory}, of {job.settings.batch_size} rows of {job.length} "
+        f"tokens: measured on its first {max(FEW)} layers"
+    )
     return 0
 
 
@@ -170,7 +168,7 @@ class _Training:
         if job.held_out is not None and not known:
             self._evaluate("dense" if job.dense and job.technique is None else "stored", model)
         facts["perplexity"] = dict(self.perplexities)
-        with torch.random.fork_rng():
+        with forked_random(job.device):
             torch.manual_seed(job.settings.seed)
             self.model: nn.Module | None = add_adapter(model, "default", LoRA(job.rank))
         self._rows = self._rows_of(job.texts)
@@ -196,10 +194,18 @@ class _Training:
         return outcome
 
     def _load(self, technique: Storing) -> nn.Module:
+        from lowmem.integrations.transformers.causal import check_shapes, held_back
         from lowmem.integrations.transformers.config import LowmemConfig
         from lowmem.integrations.transformers.folder import load_folder
 
-        model = load_folder(self._job.folder, None if technique is None else LowmemConfig(technique))
+        try:
+            with held_back():
+                model = load_folder(self._job.folder, None if technique is None else LowmemConfig(technique))
+        except FileError as error:
+            if "ignore_mismatched_sizes" in str(error):  # transformers has logged which, and names none in its error
+                check_shapes(self._job.folder)
+            raise
+        model = model.to(self._job.device)
         if self._calling is None:
             try:
                 self._calling = calling_of(model, self._job.vocabulary)
@@ -223,8 +229,8 @@ class _Training:
 class _Report:
     """Shows steps as they are done: a bar on a terminal, some lines, and a line of JSON for each."""
 
-    def __init__(self, out: Any, settings: FineTuning) -> None:
-        self._out, self._seconds, self._tokens, self._steps = out, 0.0, 0, 0
+    def __init__(self, out: Any, device: torch.device) -> None:
+        self._out, self._device, self._seconds, self._tokens, self._steps = out, device, 0.0, 0, 0
         self._bar: Any = None
 
     @contextmanager
@@ -248,7 +254,7 @@ class _Report:
             self._steps + 1,
         )
         left = self._seconds / self._steps * (step.steps - step.number)
-        memory = peak_memory(torch.device("cpu"))
+        memory = peak_memory(self._device)
         speed = self._tokens / max(self._seconds, 1e-9)
         figures = f"{speed:.0f} tokens/s" + ("" if memory is None else f"  {memory / MIB:.0f} MiB")
         self._bar.update(self._task, completed=step.number, total=step.steps, figures=f"{step.loss:.4f}  {figures}")
@@ -269,7 +275,7 @@ class _Report:
             "tokens": self._tokens,
             "tokens_per_second": self._tokens / max(self._seconds, 1e-9),
             "seconds_per_step": self._seconds / max(self._steps, 1),
-            "peak_bytes": peak_memory(torch.device("cpu")),
+            "peak_bytes": peak_memory(self._device),
         }
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -51,6 +52,7 @@ OPTIONS = (
         "eval_share",
     ),
     *("eval_every", "patience", "skip_dense", "resume", "save_every", "metrics", "plot", "shard", "replicate"),
+    "timeout",
 )
 """Attributes of the parsed arguments that mean something for folders alone."""
 
@@ -61,9 +63,9 @@ RECORD = "training.json"
 
 Storing: TypeAlias = Half | EightBit | FourBit | Budget | Literal["exact"] | None
 
-MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes")
-"""What a run that goes on may have anew: what helps after a loss that was not finite, how often it saves, and how the
-rows of a step are divided."""
+MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device")
+"""What a run that goes on may have anew: what helps after a loss that was not finite, how often it saves, how the
+rows of a step are divided, and where they are computed."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Job:
         skip_dense: whether the perplexity of the dense model is not wanted.
         vocabulary: how many tokens the base knows.
         processes: how many train together; None: this one alone.
+        device: where this one trains.
+        timeout: how long it waits for the others.
     """
 
     folder: Path
@@ -95,6 +99,8 @@ class Job:
     held_out: Texts | None
     save: Path | None
     processes: int | None
+    device: torch.device
+    timeout: timedelta
 
     def origin(self) -> dict[str, Any]:
         """Return what decides the result, as JSON."""
@@ -110,6 +116,7 @@ class Job:
             "held_out": None if self.held_out is None else self.held_out.digest,
             **asdict(self.settings),
             "processes": self.processes or 1,
+            "device": self.device.type,
             "rows_of_a_step": self.settings.batch_size * self.settings.accumulate * (self.processes or 1),
         }
 
@@ -118,8 +125,9 @@ class Job:
         if self.save is None:
             return None
         folder = self.save.with_name(f"{self.save.name}.training")
-        kind = States if self.processes is None and not has_checkpoints(folder) else Checkpoints
-        return kind(folder, self.origin(), MAY_DIFFER)
+        if self.processes is None and not has_checkpoints(folder):
+            return States(folder, self.origin(), MAY_DIFFER)
+        return Checkpoints(folder, self.origin(), MAY_DIFFER, self.timeout)
 
     def is_done(self) -> bool:
         """Whether the folder to write is there, written by this very run, whose state is then removed."""
@@ -150,7 +158,9 @@ class Job:
         }
 
 
-def job_of(arguments: argparse.Namespace, folder: Path, processes: int | None) -> Job:
+def job_of(
+    arguments: argparse.Namespace, folder: Path, processes: int | None, device: torch.device, timeout: timedelta
+) -> Job:
     """Check the arguments, and read the texts; no weights are read but for the digest of their files."""
     settings = _settings(arguments)
     if arguments.data is None:
@@ -167,10 +177,12 @@ def job_of(arguments: argparse.Namespace, folder: Path, processes: int | None) -
             raise ValueError(f"{option} means nothing without held-out text: add --eval-data or --eval-share")
     technique, dense = _technique(folder, arguments.format, arguments.bits)
     rank = LoRA(arguments.rank or RANK).rank
-    from lowmem.integrations.transformers.causal import sizes_of
+    from lowmem.integrations.transformers.causal import held_back, sizes_of
     from lowmem.integrations.transformers.tokenizing import load_tokenizer
 
-    vocabulary, width, positions = sizes_of(folder)
+    with held_back(shown=False):  # what it says comes again when the model is loaded
+        vocabulary, width, positions, _ = sizes_of(folder)
+        tokenizer = load_tokenizer(folder, vocabulary)
     if rank > width:
         raise ValueError(
             f"--rank={rank} is more than the {width} columns of the model's hidden states, beyond which an adapter "
@@ -179,7 +191,6 @@ def job_of(arguments: argparse.Namespace, folder: Path, processes: int | None) -
     length = arguments.length or min(LENGTH, positions or LENGTH)
     if positions is not None and length > positions:
         raise ValueError(f"--length={length} is more than the {positions} positions that the model has: lower it")
-    tokenizer = load_tokenizer(folder, vocabulary)
     texts = read_examples(arguments.data, tokenizer, length)
     for what, count in (
         ("cut to --length", texts.cut),
@@ -206,6 +217,8 @@ def job_of(arguments: argparse.Namespace, folder: Path, processes: int | None) -
         held_out,
         arguments.save,
         processes,
+        device,
+        timeout,
     )
 
 

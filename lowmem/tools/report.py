@@ -30,6 +30,7 @@ from lowmem.tools.models import (
     shape,
 )
 from lowmem.tools.output import progress, shown, uncut_column
+from lowmem.training.memory import TrainingMemory, training_memory
 from lowmem.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Measured:
     """The measurements of every variant of a model."""
 
     footprints: Sequence[Footprint]
+    steps: dict[str, TrainingMemory]
     losses: dict[str, float]
     timings: Sequence[Timing]
     groups: Sequence[Group]
@@ -173,7 +175,7 @@ def read_verdicts(paths: Iterable[Path]) -> list[Verdict]:
 def measure_variants(
     name: str, x: Tensor, *, seed: int = 0, timed: Sequence[Tensor] = (), grouped: bool = False
 ) -> Measured:
-    """Measure every variant of a model: bytes, peaks, the error of its output, and speed.
+    """Measure every variant of a model: bytes, peaks, where those of a step go, the error of its output, and speed.
 
     Args:
         name: ``bignet`` or ``module:factory``.
@@ -193,7 +195,13 @@ def measure_variants(
     names = {variant: DENSE if own and variant == BIGNET else variant for variant in VARIANTS}
     dense = make_model(name, seed=seed)
     expected = _outputs(name, dense, x)
-    footprints, losses, stored, timings = {}, {}, {}, []
+    footprints, steps, losses, stored, timings = {}, {}, {}, {}, []
+
+    def weigh(label: str, model: nn.Module) -> None:
+        if any(one.requires_grad for one in model.parameters()):
+            steps[label] = run_model(name, lambda: training_memory(model, x))
+        footprints[label] = run_model(name, lambda: footprint(label, model, x))  # last: it trains
+
     with progress(MofNCompleteColumn(table_column=uncut_column())) as bar:
         task = bar.add_task("variants", total=len(VARIANTS))
         for variant, label in names.items():
@@ -204,12 +212,14 @@ def measure_variants(
                     stored[label] = Stored.of(model)
                 for batch in timed:
                     timings.append(run_model(name, lambda m=model, b=batch, n=label: time_in_turns(n, dense, m, b)))  # type: ignore[misc]
-                footprints[label] = run_model(name, lambda m=model, n=label: footprint(n, m, x))  # type: ignore[misc]
+                weigh(label, model)
             bar.advance(task)
         groups = group_layers(dense, stored) if grouped else []
-        footprints[names[BIGNET]] = run_model(name, lambda: footprint(names[BIGNET], dense, x))  # last: it trains
-    measured = [footprints[label] for label in names.values()]
-    return Measured(measured, losses, timings, groups, _qualities(name, x, seed) if grouped else [])
+        weigh(names[BIGNET], dense)  # last: it trains
+    labels = names.values()
+    trained = {label: steps[label] for label in labels if label in steps}
+    measured = [footprints[label] for label in labels]
+    return Measured(measured, trained, losses, timings, groups, _qualities(name, x, seed) if grouped else [])
 
 
 def _qualities(name: str, x: Tensor, seed: int) -> list[Quality]:
@@ -242,6 +252,7 @@ def write(
         title=title,
         lead=lead,
         footprints=measured.footprints,
+        steps=measured.steps,
         losses=measured.losses,
         timings=timings,
         timed=timed,

@@ -129,8 +129,8 @@ def _takes_labels(model: nn.Module, x: Tensor) -> bool:
 
 
 def _draw(arguments: argparse.Namespace, found: Mapping[str, TrainingMemory]) -> None:
-    from lowmem.report import step
+    from lowmem.report.picture import picture
 
     title = f"A training step with {arguments.training}" + f", {arguments.memory}" * (arguments.memory is not None)
     names = {shown(name): one for name, one in found.items()}
-    write_atomically(arguments.plot, step.picture(title, names, arguments.plot.suffix.lower()))
+    write_atomically(arguments.plot, picture(title, names, arguments.plot.suffix.lower()))

@@ -1,9 +1,10 @@
 """Memory for what is kept from forward to backward, taken in large pieces.
 
 Tensors of a megabyte that live long, between temporary ones of the same size, leave an allocator holes that fit
-nothing. Pieces that grow with what is kept have few neighbours. Before a large one makes the process larger than it had
-to be so far, the C library is asked to return the holes that there are to the system (``malloc_trim`` of glibc): they
-would count as resident memory. Below that mark they stay: a page that was returned costs a page fault when it is used again.
+nothing. Pieces that grow with what is kept have few neighbours. Before a large one makes the process larger than it
+had to be so far, the C library is asked to return the holes that there are to the system (``malloc_trim`` of glibc):
+they would count as resident memory. Below that mark they stay: a page that was returned costs a page fault when it is
+used again.
 """
 
 from __future__ import annotations

@@ -18,16 +18,19 @@ needs_ranks = [
 ]
 
 
-def run_ranks(function, world, folder, *arguments):
-    """Call ``function(rank, world, *arguments)`` in processes, and return what each has returned.
-
-    A server is forked for each, which has imported torch and lowmem once.
-    """
+def starter():
+    """Return what starts processes: a server is forked for each, which has imported torch and lowmem once."""
     context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
     if sys.platform != "win32":
         context.set_forkserver_preload(
             ["lowmem", "tests.distributed.ranks", "torch.distributed.fsdp", "torch._dynamo"]
         )
+    return context
+
+
+def run_ranks(function, world, folder, *arguments):
+    """Call ``function(rank, world, *arguments)`` in processes, and return what each has returned."""
+    context = starter()
     found, results = context.Queue(), {}
     store = os.path.join(folder, f"store{world}{function.__name__}")
     given = [(found, function, rank, world, store, arguments) for rank in range(world)]

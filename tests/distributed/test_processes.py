@@ -1,15 +1,20 @@
 """How processes join, and what they say when others are lost; ``test_checkpoints`` has how they share a run."""
 
 import os
+import signal
 import socket
+import sys
+from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
+from lowmem.distributed import processes
 from lowmem.distributed.processes import Replicated, Sharded, joined
 from lowmem.finetuning.ranks import Alone
-from tests.distributed.ranks import needs_ranks
+from tests.distributed.ranks import needs_ranks, starter
 
 pytestmark = needs_ranks
 
@@ -51,11 +56,65 @@ def join_and_fail(how, kind, error):
         raise error
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_gpus_talk_by_nccl(monkeypatch):
+    """No test here has a GPU: this one sees what would be asked for."""
+    asked = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(processes, "_join", lambda *given: asked.append(given))
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match=r"--shard: this torch has no backend .* \(nccl\)"), joined("shard", gpu):
+        pass
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    for call in ("get_rank", "get_world_size"):
+        monkeypatch.setattr(dist, call, lambda: 0)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with joined("shard", gpu, timedelta(seconds=3)):
+        pass
+    assert asked == [("nccl", timedelta(seconds=3))]
+
+
+def wait_for_one_that_stops(rank, port, found):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        with joined("replicate", timeout=timedelta(seconds=1)) as ranks:
+            assert ranks.sum(1.0) == 2.0
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            ranks.sum(1.0)
+    except ConnectionError as error:
+        found.put(str(error))
+    os._exit(0)  # gloo's threads wait for the other
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
+def test_a_process_that_stops_ends_the_others_within_the_time_out():
+    context = starter()
+    found, port = context.SimpleQueue(), free_port()
+    started = [context.Process(target=wait_for_one_that_stops, args=(rank, port, found)) for rank in (0, 1)]
+    for one in started:
+        one.start()
+    try:
+        started[0].join(120)
+        assert started[0].exitcode == 0
+        told = found.get()
+    finally:
+        for one in started:
+            one.kill()
+            one.join()
+    assert told.startswith("rank 0 has waited 1 s for another process, which hangs, or needs a longer --timeout: ")
+
+
 def test_a_lost_process_is_told_apart_from_other_errors(monkeypatch):
     for number, (how, kind) in enumerate((("shard", Sharded), ("replicate", Replicated))):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         named = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in (named | {"TORCHELASTIC_RESTART_COUNT": number}).items():
             monkeypatch.setenv(name, str(value))

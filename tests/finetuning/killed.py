@@ -1,25 +1,33 @@
-"""A run that a test kills: it goes on from its states, and tells its steps."""
+"""Ends what a test runs as a kill does: in the middle, and nothing is done after it."""
 
-from pathlib import Path
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
-import lowmem
-from tests.finetuning.language import language, rows, texts
-
-SETTINGS = lowmem.FineTuning(
-    epochs=3, batch_size=2, accumulate=2, lr=1e-2, warmup=3, save_every=1, eval_every=5, patience=50
-)
-
-
-def run(folder: Path, watch=lambda step: None) -> lowmem.Outcome:
-    model = language(technique=lowmem.FourBit("nf4"), dropout=0.2)
-    found = rows(model, texts(folder))
-    states = lowmem.States(folder / "states", {"base": "tiny"})
-    outcome = lowmem.finetune(model, found, SETTINGS, held_out=found, states=states, watch=watch)
-    lowmem.save_adapter(model, folder / "out")
-    states.remove()
-    return outcome
+ACTIONS = ("open", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "scandir", "listdir")
+"""Functions of ``os`` through which files are opened, made whole, renamed and removed."""
 
 
-def report(folder: Path, pipe) -> None:
-    """Run in a process of its own."""
-    run(folder, lambda step: pipe.send(step.number))
+class Killed(BaseException):
+    """No handler of errors sees it, and what handlers do to files on its way raises it again."""
+
+
+@contextmanager
+def killed_at(number: int) -> Iterator[list[str]]:
+    """Let the n-th action on files in the block, and all after it, not happen; yield the actions that did not."""
+    left, missed = number - 1, []
+
+    def dying(name, action):
+        def run(*args, **named):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                missed.append(name)
+                raise Killed(name)
+            return action(*args, **named)
+
+        return run
+
+    with mock.patch.multiple(os, **{name: dying(name, getattr(os, name)) for name in ACTIONS}):
+        yield missed

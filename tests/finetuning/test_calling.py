@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem.finetuning.calling import Calling, calling_of, logits_of
+from lowmem.finetuning.calling import Calling, balance_of, calling_of, logits_of
 from tests.finetuning.language import VOCABULARY, Language, language
 
 
@@ -64,3 +64,21 @@ def test_a_model_gets_what_it_takes():
     everything = Calling(True, True, True, True).inputs(ids, ones, ones)
     assert everything.keys() == {"input_ids", "position_ids", "attention_mask", "use_cache"}
     assert everything["use_cache"] is False
+
+
+def test_what_a_mixture_adds_is_scaled_as_the_model_says():
+    model, balance = nn.Linear(1, 1), torch.tensor(2.0)
+    for output in (torch.zeros(1), {"logits": 1}, SimpleNamespace(aux_loss=None), {"aux_loss": (1, 2)}):
+        assert balance_of(model, output) is None
+    for output in ({"aux_loss": balance}, SimpleNamespace(aux_loss=balance)):
+        with pytest.raises(ValueError, match="a Linear returns aux_loss, and has none of router_aux_loss_coef, aux_"):
+            balance_of(model, output)
+        model.config = SimpleNamespace(router_aux_loss_coef=0.25)
+        assert balance_of(model, output) == 0.5
+        model.config.get_text_config = lambda: SimpleNamespace(router_aux_loss_coef=0.125)
+        assert balance_of(model, output) == 0.25
+        model.aux_loss_coef = 2
+        assert balance_of(model, output) == 4
+        model.aux_loss_coef = 0
+        assert balance_of(model, output) is None
+        del model.config, model.aux_loss_coef

@@ -1,5 +1,7 @@
 """The steps: their gradients are those of the whole batch, they learn, and what is not finite stops them."""
 
+import errno
+import os
 from dataclasses import replace
 
 import pytest
@@ -159,36 +161,97 @@ def test_patience_stops_and_keeps_the_best(tmp_path):
 
 
 class Breaks(Language):
-    """Returns what is not finite from some call in training on."""
+    """Returns what is not finite in some calls in training."""
 
-    calls, after = 0, 10**9
+    calls, broken = 0, ()
 
     def forward(self, *args, **named):
         logits = super().forward(*args, **named)
         self.calls += self.training
-        return logits * torch.nan if self.calls > self.after else logits
+        return logits * torch.nan if self.calls in self.broken else logits
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
+class Noted(States):
+    """Notes after which steps a state was saved."""
+
+    def __init__(self, folder):
+        super().__init__(folder, {})
+        self.seen = []
+
+    def save(self, saved):
+        super().save(saved)
+        self.seen.append(saved.step)
+
+
+def breaking(folder, broken, **settings):
+    """Run until a call of the model is broken; return the error, the states, and the weights after each step."""
     torch.manual_seed(0)
     model = lowmem.add_adapter(Breaks(), "default", lowmem.LoRA(2))
-    found = rows(model, texts(tmp_path))
-    model.calls, model.after = 0, 7
-    states = States(tmp_path / "states", {})
-    settings = replace(SETTINGS, save_every=3, eval_every=None)
-    kept = []
+    found, states, seen = rows(model, texts(folder)), Noted(folder / "states"), []
+    model.calls, model.broken = 0, broken
+    settings = replace(SETTINGS, eval_every=None, **settings)
+    with pytest.raises(ValueError, match="in step") as error:
+        finetune(model, found, settings, states=states, watch=lambda step: seen.append(weights(model)))
+    assert not seen or same(weights(model), seen[-1])  # the step that failed changed nothing
+    model.broken = ()
+    again = States(states.folder, {})
+    if states.seen:
+        assert same(again.newest().group("parameters"), seen[states.seen[-1] - 1])
+        assert len(finetune(model, found, settings, states=again).losses) == settings.steps
+    return str(error.value), states.seen
 
-    def watch(step):
-        kept.append(weights(model))
 
-    with pytest.raises(
-        ValueError, match=r"the loss is nan in step 8: lower lr=0.01; the last good state, after step 6,"
-    ):
-        finetune(model, found, settings, states=states, watch=watch)
-    assert same(weights(model), kept[-1])  # the step changed nothing
-    assert same(States(states.folder, {}).newest().group("parameters"), kept[5])
-    model.after = 10**9
-    assert len(finetune(model, found, settings, states=states).losses) == 12
+def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_state(tmp_path):
+    """Which is that before the step, if the rows of the one before have a finite loss with it, or an older one."""
+    for name in ("once", "stays", "early", "first"):
+        (tmp_path / name).mkdir()
+    told, saved = breaking(tmp_path / "once", {8}, save_every=50)
+    assert "the loss is nan in step 8: lower lr=0.01; the last good state, after step 7, is kept" in told
+    assert saved == [1, 2, 4, 7]  # without save_every's, more and more rarely
+    told, saved = breaking(tmp_path / "stays", range(8, 99), save_every=3)
+    assert "the loss is nan in step 8: lower lr=0.01; the last good state, after step 6, is kept" in told
+    assert saved == [1, 2, 3, 6]
+    told, saved = breaking(tmp_path / "early", range(3, 99), save_every=50)
+    assert "in step 3: lower lr=0.01; the last good state, after step 1, is kept" in told
+    assert saved == [1]
+    told, saved = breaking(tmp_path / "first", range(1, 99), save_every=50)
+    assert told.endswith("the loss is nan in step 1: lower lr=0.01; no state was saved before")
+    assert saved == []
+
+
+class NoNorm(Alone):
+    """The gradient of one step is infinite."""
+
+    calls = 0
+
+    def clip(self, parameters, most):
+        self.calls += 1
+        return float("inf") if self.calls == 4 else super().clip(parameters, most)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_state_before_it(tmp_path, monkeypatch):
+    """Its loss was finite."""
+    model = language()
+    found, states = rows(model, texts(tmp_path)), Noted(tmp_path / "states")
+    settings = replace(SETTINGS, save_every=50, eval_every=None)
+    with pytest.raises(ValueError, match="the norm of the gradient is inf in step 4: .* after step 3, is kept"):
+        finetune(model, found, settings, states=states, ranks=NoNorm())
+    assert states.seen == [1, 2, 3]
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full_states = Noted(tmp_path / "full")
+    with monkeypatch.context() as patch:
+        model = language()
+
+        def watch(step):
+            if step.number == 3:
+                patch.setattr(full_states, "save", full)
+
+        with pytest.raises(ValueError, match=r"step 4: .* after step 2, is kept in .*; a later one: .*No space left"):
+            finetune(model, found, settings, states=full_states, ranks=NoNorm(), watch=watch)
+    assert States(full_states.folder, {}).newest().step == 2
 
 
 def test_weights_that_a_step_makes_infinite_stop_it(tmp_path):

@@ -43,7 +43,8 @@ def html():
 def undrawn(monkeypatch):
     """Leave an empty picture in the place of each chart, which takes long to draw."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
-    monkeypatch.setattr("lowmem.report.page.draw", lambda chart: Drawing(empty, empty, {}))
+    for module in ("page", "step"):
+        monkeypatch.setattr(f"lowmem.report.{module}.draw", lambda chart: Drawing(empty, empty, {}))
 
 
 def test_the_same_report_gives_the_same_bytes(html):
@@ -80,7 +81,7 @@ def test_a_screen_reader_finds_its_way(html):
     pictures = outline.all("svg")
     assert len(pictures) == 2 * 8  # for a desk and for a phone
     assert all(picture["role"] == "img" and len(picture["aria-label"]) > 40 for picture in pictures)
-    assert len(outline.all("figcaption")) == len(outline.all("figure")) >= 7
+    assert len(outline.all("figcaption")) == len(outline.all("figure")) >= 8
     assert all(cell["scope"] in ("row", "col") for cell in outline.all("th"))
     assert len(outline.all("caption")) == len(outline.all("table"))
     assert all(region["tabindex"] == "0" for region in outline.all("div") if region.get("role") == "region")
@@ -97,6 +98,7 @@ def test_every_figure_stands_in_a_table(html):
         "6.000",
         "245,760",
         "0.990000",
+        "1,003",
         "1.200",
         "AMD EPYC",
     ):
@@ -133,8 +135,9 @@ def test_text_of_any_origin_is_escaped():
 
 
 def test_what_is_missing_is_said(undrawn):
-    html = render(report(timings=[], timed="No benchmark of inference.", verdicts=[], groups=[]))
+    html = render(report(timings=[], timed="No benchmark of inference.", verdicts=[], groups=[], steps={}))
     text = Outline(html).text
+    assert "Of a training step" not in text
     assert "No gate's verdict was given" in text
     assert "No benchmark of inference." in text
     assert 'id="layers"' not in html

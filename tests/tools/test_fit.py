@@ -22,6 +22,19 @@ def test_options_of_folders_mean_nothing_for_classifiers(capsys, monkeypatch):
         assert told.count("\n") == 1
 
 
+def test_a_folder_that_is_missing_is_named_before_any_option(capsys):
+    for options in (["--length", "48"], ["--shard", "--save", "out"], []):
+        assert main(["fit", "nope", *options]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("lowmem fit: model='nope' is no folder that is here, nor a variant (bignet, half_")
+        assert told.count("\n") == 1
+
+
+def test_a_dry_run_counts_the_cpu_s(capsys):
+    assert main(["fit", "lora", "--dry-run", "--device", "cuda"]) == 2
+    assert "--dry-run counts a step on the CPU: leave --device=cuda out" in capsys.readouterr().err
+
+
 def test_defaults_are_the_classifier_s(monkeypatch):
     seen = []
     monkeypatch.setattr(classifier, "run", lambda arguments: seen.append(arguments) or 0)

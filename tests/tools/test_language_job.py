@@ -1,6 +1,7 @@
 """What `lowmem fit` refuses of folders before it reads their weights: one line each, and nothing is written."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,40 @@ def test_folders_of_other_models(place, capsys):
         capsys, "other", "--data", "text.txt"
     )
     assert not Path("out").exists()
+
+
+def test_a_config_that_is_damaged_is_one_line_without_transformers_own(place, capsys, monkeypatch):
+    logger, seen = logging.getLogger("transformers"), []
+    handler = logging.Handler()
+    handler.emit = seen.append
+    monkeypatch.setattr(logger, "handlers", [handler])
+    whole = json.loads(Path("llama", "config.json").read_text())
+    for changes, why in (
+        (
+            {"vocab_size": 300},
+            "'model.embed_tokens.weight' has the shape (258, 64), and by its config.json (300, 64)",
+        ),
+        (
+            {"hidden_size": 32},
+            "'model.embed_tokens.weight' has the shape (258, 64), and by its config.json (258, 32)",
+        ),
+        ({"hidden_size": "64"}, "its config.json is of no language model: StrictDataclass"),
+        ({"num_attention_heads": 5}, "its config.json is of no language model: StrictDataclass"),
+        ({"model_type": "nosuch"}, "its config.json is of no language model: ValueError"),
+        ({"rope_parameters": {"rope_type": "nosuch"}}, "cannot load 'llama': KeyError: 'nosuch'"),
+        ({"num_hidden_layers": 3}, "it lacks 9 tensors of a LlamaForCausalLM as config.json describes it"),
+    ):
+        Path("llama", "config.json").write_text(json.dumps(whole | changes))
+        assert why in refused(capsys, "llama", "--data", "text.txt", "--length", "16", "--save", "out"), changes
+    for text in ("", "{", "[]", "null"):
+        Path("llama", "config.json").write_text(text)
+        assert "llama/config.json': it is" in refused(capsys, "llama", "--data", "text.txt", "--save", "out")
+    assert seen == []
+    assert not Path("out").exists()
+    changes = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": -3}}  # works, with a word
+    Path("llama", "config.json").write_text(json.dumps(whole | changes))
+    assert main(["fit", "llama", "--data", "text.txt", "--length", "16", "--steps", "1"]) == 0
+    assert "factor field must be" in seen[0].getMessage()
 
 
 def test_a_state_of_another_base_or_of_other_options(place, capsys, monkeypatch):

@@ -60,7 +60,8 @@ nothing = lambda: nn.ReLU()
 def quick(monkeypatch, tmp_path):
     """Leave out what takes long and has tests of its own: drawing, and the errors of normal weights."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
-    monkeypatch.setattr("lowmem.report.page.draw", lambda chart: Drawing(empty, empty, {}))
+    for module in ("page", "step"):
+        monkeypatch.setattr(f"lowmem.report.{module}.draw", lambda chart: Drawing(empty, empty, {}))
     monkeypatch.setattr("lowmem.report.distortion.distortions", lambda: made_up().distortions)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -71,7 +72,7 @@ def quick(monkeypatch, tmp_path):
 def unmeasured(monkeypatch):
     """Leave out measuring BigNet."""
     found = made_up()
-    measured = command.Measured(found.footprints, dict(found.losses), [], [])
+    measured = command.Measured(found.footprints, dict(found.steps), dict(found.losses), [], [])
     monkeypatch.setattr(command, "measure_variants", lambda *_, **__: measured)
 
 
@@ -94,6 +95,7 @@ def test_the_page_of_a_users_model(capsys):
         "0,1.up",
         "0,1.down",
         "low_precision_nf4",
+        "Of a training step with AdamW",
         "Measured for this page",
         "Against bits",
         "bof4s, blocks of 16",
@@ -108,6 +110,11 @@ def test_what_is_measured_of_a_users_model():
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     measured = command.measure_variants("report_models:make", x, timed=[x], grouped=True)
     assert [f.name for f in measured.footprints][:3] == ["dense", "half_precision", "low_precision"]
+    names = [f.name for f in measured.footprints]
+    assert list(measured.steps) == [name for name in names if name != "half_precision"]  # in 4 bits biases train
+    assert measured.steps["dense"].weights == measured.footprints[0].stored_bytes
+    lora = next(f for f in measured.footprints if f.name == "lora")
+    assert measured.steps["lora"].adapters == lora.kinds["LoRA adapters"]
     assert list(measured.losses) == [f.name for f in measured.footprints[1:]]
     assert measured.losses["lora"] == measured.losses["half_precision"] < measured.losses["low_precision"] < 0.3
     assert [t.name for t in measured.timings] == list(measured.losses)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.folder import check
+from lowmem.io.convert_checkpoint import Source
+from lowmem.io.model_folder import weights_in
 
-__all__ = ["Sizes", "factory_of", "sizes_of", "stored_by"]
+__all__ = ["Sizes", "check_shapes", "factory_of", "held_back", "sizes_of", "stored_by"]
 
 ADAPTER = "adapter_config.json"
 """What PEFT calls the config of an adapter, which transformers would load with the model beside it."""
@@ -40,6 +46,39 @@ def stored_by(folder: Path) -> str | None:
     return "lowmem"
 
 
+@contextmanager
+def held_back(shown: bool = True) -> Iterator[None]:
+    """Show what transformers logs in the block after it, or not at all if it ends with an error.
+
+    Args:
+        shown: whether it is shown after a block that ends without one.
+    """
+    logger = logging.getLogger("transformers")
+    handlers, held = logger.handlers, MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
+    logger.handlers = [held]
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
+    for record in held.buffer if shown else ():
+        logger.handle(record)
+
+
+def check_shapes(folder: Path) -> None:
+    """Raise a FileError that names a tensor, if a dense folder has it in another shape than its config.json says."""
+    with torch.device("meta"):
+        needed = {name: tuple(one.shape) for name, one in factory_of(folder)().state_dict().items()}
+    with Source(weights_in(folder)) as source:
+        for name, spec in sorted(source.specs.items()):
+            if needed.get(name, spec.shape) != spec.shape:
+                raise refusal(
+                    folder,
+                    f"its tensor {show(name)} has the shape {spec.shape}, and by its config.json {needed[name]}: get "
+                    "both again",
+                    "load",
+                )
+
+
 class Sizes(NamedTuple):
     """Sizes of a language model.
 
@@ -47,11 +86,13 @@ class Sizes(NamedTuple):
         vocabulary: how many tokens it knows.
         width: of its hidden states.
         positions: how many it has; None: any number.
+        layers: how many it has.
     """
 
     vocabulary: int
     width: int
     positions: int | None
+    layers: int
 
 
 def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
@@ -62,14 +103,26 @@ def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
-        vocabulary, width = config.vocab_size, config.hidden_size
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as reason:
+        vocabulary, width, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
+    except Exception as reason:  # of the libraries that check a config, which have no common class
         raise refusal(folder, f"its config.json is of no language model: {describe(reason)}", task) from reason
     positions = getattr(config, "max_position_embeddings", None)
-    return Sizes(vocabulary, width, positions if isinstance(positions, int) and positions > 0 else None)
+    return Sizes(vocabulary, width, positions if isinstance(positions, int) and positions > 0 else None, layers)
 
 
-def factory_of(folder: Path) -> Callable[[], nn.Module]:
-    """Return what makes the dense model of a folder with new values, in float32."""
+def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Module]:
+    """Return what makes the dense model of a folder with new values, in the dtype that its config has, or float32.
+
+    Args:
+        folder: whose config.json is read.
+        layers: how many of its layers the model has; None: all.
+    """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return lambda: AutoModelForCausalLM.from_config(config, dtype="float32")
+    text = config.get_text_config()
+    if layers is not None:
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == text.num_hidden_layers:  # layer_types, and the like
+                setattr(text, name, value[:layers])
+        text.num_hidden_layers = layers
+    dtype = text.dtype or torch.float32
+    return lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,0 +1,70 @@
+"""A dry run of a folder tells what its steps take, whatever `--memory` is."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import lowmem
+from lowmem.__main__ import main
+from lowmem.finetuning.rows import Rows
+from lowmem.finetuning.text import Example
+from lowmem.integrations.transformers import LowmemConfig
+from lowmem.measure import PeakMemory
+from lowmem.tools.language_plan import FEW
+from tests.integrations.transformers.folders import SIZES, load
+from tests.integrations.transformers.tokens import write_tokenizer
+
+LAYERS = max(FEW) + 2
+LENGTH, ROWS = 48, 3
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A llama of more layers than are measured."""
+    torch.manual_seed(0)
+    place = tmp_path / "llama"
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": LAYERS})
+    AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    write_tokenizer(place)
+    (place.parent / "text.txt").write_text("some words " * 99)
+    return place
+
+
+def planned(folder, capsys, *options):
+    argv = ["fit", str(folder), "--data", str(folder.parent / "text.txt"), "--length", str(LENGTH), "--dry-run"]
+    assert main([*argv, "--batch-size", str(ROWS), "--rank", "4", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_it_is_within_two_percent_of_the_run(folder, capsys):
+    peaks = []
+    for memory in ("plain", "fast", "lean"):
+        found = json.loads(planned(folder, capsys, "--memory", memory, "--json"))
+        base = load(folder, quantization_config=LowmemConfig(lowmem.FourBit("nf4")))
+        model = lowmem.add_adapter(base, "default", lowmem.LoRA(4))
+        assert found["stored_bytes"] == lowmem.measure.theoretical_bytes(model)
+        if memory != "plain":
+            lowmem.prepare_training(model, memory)
+        examples = [Example.of([3 + n % 99 for n in range(LENGTH)], [True] * LENGTH) for _ in range(ROWS)]
+        rows, peak = Rows.of(model, examples, LENGTH, 258), PeakMemory()
+        with peak:
+            lowmem.finetune(model, rows, lowmem.FineTuning(steps=2, batch_size=ROWS))
+        expected = found["stored_bytes"] + peak.peak
+        assert found["training_bytes"] - found["scratch"] == pytest.approx(expected, rel=0.02), memory
+        peaks.append(peak.peak)
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_it_says_what_it_counts_and_writes_nothing(folder, capsys):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    before = sorted(folder.parent.rglob("*"))
+    told = planned(folder, capsys, "--save", str(folder.parent / "out"))
+    assert "total for training" in told
+    assert f"with --memory fast, of 3 rows of {LENGTH} tokens: measured on its first 3 layers" in told
+    assert sorted(folder.parent.rglob("*")) == before
