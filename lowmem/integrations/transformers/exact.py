@@ -20,6 +20,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from lowmem.errors import printable, refusal, show
 from lowmem.integrations.transformers.fitting import Names
+from lowmem.integrations.transformers.gguf_config import check_config
 from lowmem.io.foreign.recognize import ForeignFile, open_foreign
 from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.metadata import form_record
@@ -52,7 +53,8 @@ class Exact:
         state: what there is to load: an object for each tensor, of which ``[...]`` reads it.
 
     Raises:
-        FileError: files that lowmem does not read, without 4-bit weights, or with some that cannot be kept exactly.
+        FileError: files that lowmem does not read, without 4-bit weights, or with some that cannot be kept exactly;
+            a GGUF file of which the model's config says otherwise what it computes.
         ValueError: a weight of another shape than the model's.
     """
 
@@ -90,6 +92,8 @@ class Exact:
         return own + [_with_suffix(one, part) for one in self._merging for part in ("_packed", "_scales")]
 
     def _place(self, file: ForeignFile, model: Any) -> None:
+        if file.kind == "GGUF":
+            check_config(self._source, model.config)
         names = Names(model, get_model_conversion_mapping(model))
         forms: dict[str, tuple[FourBitForm, str]] = {}
         refused: list[str] = []
@@ -137,7 +141,7 @@ class Exact:
             raise refusal(
                 self._source, f"it cannot be kept exactly: {'; '.join(refused[:3])}{more}; {_REMEDY}", "load"
             )
-        if not coded or not self.layers:
+        if not self.layers and (coded or file.kind != "GGUF"):  # which is read as it is, dense ones, too
             raise refusal(
                 self._source,
                 "it has no 4-bit weights of the model, of which codes could be kept: load it without "

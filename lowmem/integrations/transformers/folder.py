@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.errors import FileError, describe, one_line, reason, refusal, show
 from lowmem.integrations.transformers.checking import LAYERS
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
+from lowmem.integrations.transformers.gguf_config import config_of
+from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
 from lowmem.integrations.transformers.loading import checked
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row, Source
@@ -110,16 +112,18 @@ def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
 
     Raises:
         FileError: the file is damaged, has weights that cannot be kept exactly, or is of a model that transformers
-            cannot make of its metadata.
+            does not compute.
         ImportError: accelerate or gguf, which transformers needs for such files, are missing.
     """
     with open_foreign(file):
         pass  # transformers' own reader gives other errors for damaged files, if any
+    config = config_of(file)
     with _loading(file, "; lowmem quantize FILE OUT.safetensors needs no config of transformers"):
         model: nn.Module
         model, info = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
+            config=None if config is None else AutoConfig.for_model(**config),
             quantization_config=LowmemConfig(EXACT),
             dtype=dtype,
             local_files_only=True,
@@ -176,7 +180,7 @@ def import_folder(
 def _tokenizer_in(file: Path) -> Any:
     """Return the tokenizer of a GGUF file; None: it has none that transformers can read."""
     try:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        return tokenizer_of(file)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, NotImplementedError) as reason:
         warnings.warn(
             f"{show(file.name)} has no tokenizer that transformers can read ({describe(reason)}): put the model's "

@@ -137,12 +137,17 @@ def _refuse(method: str | None, gguf_file: Any) -> None:
     """Raise where weights that another program quantized would be quantized again.
 
     Raises:
-        ValueError: they would; how to keep them is said.
+        ValueError: they would, or might, of a GGUF file; how to keep them is said.
     """
     if method in (None, METHOD) and gguf_file is None:
         return
-    what = f"the GGUF file {show(gguf_file)}" if gguf_file is not None else f"a folder that {show(method)} quantized"
+    if gguf_file is not None:
+        raise ValueError(
+            f"the GGUF file {show(gguf_file)} may have weights that would be quantized a second time: "
+            "LowmemConfig('exact') keeps their codes, and lowmem.convert stores what is dense of the loaded model"
+        )
     raise ValueError(
-        f"{what} has weights that would be quantized a second time: LowmemConfig('exact') keeps their codes; `lowmem "
-        "quantize IN OUT.safetensors --requantize` quantizes again what cannot be kept, and prints the error"
+        f"a folder that {show(method)} quantized has weights that would be quantized a second time: "
+        "LowmemConfig('exact') keeps their codes; `lowmem quantize IN OUT.safetensors --requantize` quantizes again "
+        "what cannot be kept, and prints the error"
     )

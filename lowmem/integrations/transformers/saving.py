@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowmem.integrations.transformers.config import EXACT, LowmemConfig
+from lowmem.io.atomic import atomic_folder, write_errors
 from lowmem.io.checkpoint import how_stored
 from lowmem.io.metadata import adapters_record
 from lowmem.nn.adapted_module import bank_of, base_of
@@ -57,9 +60,15 @@ def install() -> None:
     original, dtype = PreTrainedModel.save_pretrained, PreTrainedModel.dtype
 
     @wraps(original)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _described(self):
-            return original(self, *args, **kwargs)
+    def save_pretrained(
+        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()  # which share the folder
+        with _described(self) as ours:
+            if not ours or several or not is_main_process or args[1:] or kwargs.get("push_to_hub"):
+                return original(self, save_directory, is_main_process, *args, **kwargs)
+            with _whole(Path(save_directory)) as folder:
+                return original(self, folder, is_main_process, *args, **kwargs)
 
     @wraps(PreTrainedModel.num_parameters)
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -67,6 +76,22 @@ def install() -> None:
 
     PreTrainedModel.save_pretrained, PreTrainedModel.num_parameters = save_pretrained, num_parameters
     PreTrainedModel.dtype = property(lambda self: _presented(self) or dtype.fget(self), doc=dtype.__doc__)
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """Yield where to write a folder: beside ``target``, and renamed after the block; one that exists is written to.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if os.path.lexists(target):
+        yield target
+        return
+    with write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(target) as partial:
+        yield partial
 
 
 def _presented(model: nn.Module) -> torch.dtype | None:
@@ -102,8 +127,10 @@ def _count(model: nn.Module, only_trainable: bool, exclude_embeddings: bool) -> 
 
 
 @contextmanager
-def _described(model: Any) -> Iterator[None]:
+def _described(model: Any) -> Iterator[bool]:
     """Describe a converted model in its config for the block, and let its names be written as they are.
+
+    Yields whether lowmem has converted it.
 
     transformers would give weights back the names that they had in the folder they come from, of which stored ones
     have none.
@@ -112,7 +139,7 @@ def _described(model: Any) -> Iterator[None]:
     before = getattr(config, "quantization_config", None)
     ours = isinstance(before, LowmemConfig)
     if found is None and not ours:
-        yield
+        yield False
         return
     replaced: dict[str, Any] = {"hf_quantizer": None, "_weight_conversions": []}
     own = {name: model.__dict__.get(name, _ABSENT) for name in replaced}
@@ -122,7 +149,7 @@ def _described(model: Any) -> Iterator[None]:
     else:
         config.quantization_config = found
     try:
-        yield
+        yield True
     finally:
         for name, value in own.items():
             if value is _ABSENT:

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
@@ -97,6 +97,33 @@ def test_adapters_are_saved_with_their_base(tmp_path):
     only = lowmem.convert(load(dense), LoRA(4))
     only.save_pretrained(tmp_path / "only adapters")
     assert_same(load(tmp_path / "only adapters"), only)
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
+    target = tmp_path / "new" / "small"
+    written = []
+
+    def interrupted(tensors, path, **named):
+        assert not target.exists()
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        save_file(tensors, path, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_save_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(target, max_shard_size="20kB")
+    assert written
+    assert list(target.parent.iterdir()) == []
+    model.save_pretrained(target, max_shard_size="20kB")
+    assert_same(load(target), model)
+    model.save_pretrained(target)  # into one that exists, as transformers does it
+    assert_same(load(target), model)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        model.save_pretrained(tmp_path / "file" / "small")
 
 
 def test_push_to_hub_sends_a_folder_that_loads_from_the_cache_of_the_hub(tmp_path, monkeypatch):

@@ -1,0 +1,141 @@
+"""The config of a GGUF file's model: the one that the file was written of, and others are refused by what differs."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, SmolLM3Config
+
+from lowmem import FileError
+from lowmem.integrations.transformers.gguf_config import check_config, config_of
+from lowmem.io.export.gguf_fields import architecture_of, model_fields, rope_factors
+from lowmem.io.export.gguf_file import Placed, encode_field, write_file
+from tests.integrations.transformers.folders import SIZES
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama3": LlamaConfig(**SIZES, head_dim=64, rope_parameters={**LLAMA3, "original_max_position_embeddings": 8192}),
+    "linear": LlamaConfig(
+        **SIZES, attention_bias=True, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    ),
+    "mistral": MistralConfig(**SIZES, head_dim=32, sliding_window=32),
+    "qwen2": Qwen2Config(**SIZES, rope_parameters=YARN),
+    "qwen3": Qwen3Config(**SIZES, head_dim=32),
+    "smollm3": SmolLM3Config(**SIZES, pad_token_id=None, eos_token_id=3),
+}
+
+
+def write(path, config, change=None, tensors=None):
+    """Write what a file of a config's model says of it; ``change`` replaces fields, or removes them where None."""
+    told = config.to_dict()
+    arch = architecture_of(told)
+    told_in_phi3 = {} if arch != "phi3" else {"phi3.block_count": 1}
+    fields = {"general.architecture": arch, **(told_in_phi3 or model_fields(told))}
+    ids = (("bos_token_id", "bos"), ("eos_token_id", "eos"))
+    fields |= {f"tokenizer.ggml.{key}_token_id": told[name] for name, key in ids if told[name] is not None}
+    fields = {key: value for key, value in (fields | (change or {})).items() if value is not None}
+    shapes = {"token_embd.weight": (told["vocab_size"], 2)}
+    shapes |= {} if told["tie_word_embeddings"] else {"output.weight": (told["vocab_size"], 2)}
+    shapes |= {"blk.0.attn_q.bias": (2,)} if told.get("attention_bias") or arch == "qwen2" else {}
+    shapes |= {"blk.0.ffn_down.bias": (2,)} if told.get("mlp_bias") else {}
+    contents = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    factors = rope_factors(told)
+    contents |= {} if factors is None else {"rope_freqs.weight": factors}
+    contents |= tensors or {}
+    placed = [Placed(name, tuple(one.shape), 0) for name, one in contents.items()]
+    values = [(name, one.flatten().view(torch.uint8)) for name, one in contents.items()]
+    write_file(path, {key: encode_field(key, value) for key, value in fields.items()}, placed, values)
+    return path
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_that_of_the_model(name, tmp_path):
+    config = CONFIGS[name]
+    file = write(tmp_path / "a.gguf", config)
+    found = AutoConfig.for_model(**config_of(file))
+    for one in (config, found):
+        check_config(file, one)
+    told, wanted = found.to_dict(), config.to_dict()
+    fields, expected = model_fields(told), model_fields(wanted)
+    assert fields.keys() == expected.keys()
+    for key, value in expected.items():
+        assert fields[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), key
+    factors = rope_factors(told), rope_factors(wanted)
+    assert (factors[0] is factors[1] is None) or torch.equal(*factors)
+    for key in ("tie_word_embeddings", "vocab_size", "bos_token_id", "eos_token_id"):
+        assert told[key] == wanted[key], key
+    for key in ("attention_bias", "mlp_bias"):
+        assert told.get(key, False) == wanted.get(key, False), key
+
+
+def test_a_config_that_says_otherwise_is_refused_by_what_differs(tmp_path):
+    file = write(tmp_path / "a.gguf", CONFIGS["linear"])
+    for change, says in {
+        "rms_norm_eps": (1e-3, "layer_norm_rms_epsilon=9.99.*e-07 in it, and config says 0.001"),
+        "num_key_value_heads": (4, "head_count_kv=2 in it, and config says 4"),
+        "head_dim": (32, "attention.key_length=16 in it, and config says 32"),
+        "attention_bias": (False, "attention_bias is True in it, and config says False"),
+        "mlp_bias": (True, "mlp_bias is False in it, and config says True"),
+        "rope_parameters": ({"rope_type": "default", "rope_theta": 1e4}, "scaling.factor=2.0 in it, and .* None"),
+        "hidden_act": ("gelu", "llama.cpp computes silu in a llama"),
+    }.items():
+        other = LlamaConfig(**CONFIGS["linear"].to_dict() | {change: says[0]})
+        with pytest.raises(FileError, match=f"cannot load .*a.gguf': .*{says[1]}.*lowmem quantize FILE FOLDER"):
+            check_config(file, other)
+    with pytest.raises(FileError, match="it is a llama, and config of a 'qwen2'"):
+        check_config(file, CONFIGS["qwen2"])
+    told = {name: one.to_dict() for name, one in CONFIGS.items()}
+    rope = {name: {**one["rope_parameters"], "rope_theta": 5e5} for name, one in told.items()}
+    plain = LlamaConfig(**told["llama3"] | {"rope_parameters": rope["llama"]})
+    with pytest.raises(FileError, match="it has no rope_freqs.weight, and config scales"):
+        check_config(write(tmp_path / "b.gguf", plain), CONFIGS["llama3"])
+    with pytest.raises(FileError, match=r"rope_freqs.weight scales its rotary embedding otherwise"):
+        check_config(write(tmp_path / "c.gguf", CONFIGS["llama3"]), plain)
+
+
+def test_an_architecture_that_only_transformers_describes(tmp_path):
+    config = Phi3Config(**SIZES, pad_token_id=None)
+    file = write(tmp_path / "a.gguf", config)
+    assert config_of(file) is None
+    check_config(file, config)
+    file = write(tmp_path / "b.gguf", config, tensors={"rope_factors_long.weight": torch.ones(8)})
+    with pytest.raises(FileError, match="rope_factors_long.weight scales its rotary embedding, and config does not"):
+        check_config(file, config)
+
+
+def test_what_no_config_can_say_is_refused_and_what_may_lack_has_its_default(tmp_path):
+    config = CONFIGS["llama3"]
+    ones = {"rope_freqs.weight": torch.ones(32)}
+    cases = {
+        "embedding_length": ({"llama.embedding_length": None}, {}, "llama.embedding_length=None must be a positive"),
+        "heads": ({"llama.attention.head_count": [4, 4]}, {}, r"head_count=\[4, 4\] must be a positive integer"),
+        "eps": ({"llama.attention.layer_norm_rms_epsilon": 0.0}, {}, "rms_epsilon=0.0 must be a positive number"),
+        "partial": ({"llama.rope.dimension_count": 32}, {}, "dimension_count=32 is not the 64 of attention.key_len"),
+        "token": ({"tokenizer.ggml.eos_token_id": "a"}, {}, "eos_token_id='a' must be a token's number"),
+        "longrope": ({"llama.rope.scaling.type": "longrope"}, ones, "type='longrope' is none of linear, yarn"),
+        "yarn": (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.attn_factor": 2.0},
+            ones,
+            "attn_factor=2.0 is nothing that a config",
+        ),
+        "factors": ({}, {"rope_freqs.weight": torch.full((32,), 3.0)}, "rope_freqs.weight has no factors of a Llama"),
+        "length": ({}, {"rope_freqs.weight": torch.full((9,), 3.0)}, "rope_freqs.weight has no factors of a Llama"),
+        "matrix": ({}, {"rope_freqs.weight": torch.ones(32, 1)}, "rope_freqs.weight is no vector of float32"),
+        "vector": ({}, {"token_embd.weight": torch.ones(4)}, "it has no matrix 'token_embd.weight'"),
+    }
+    for name, (change, tensors, says) in cases.items():
+        with pytest.raises(FileError, match=says):
+            config_of(write(tmp_path / f"{name}.gguf", config, change, tensors))
+    for scaling in ({"rope.scaling.type": "none"}, {"rope.freq_base": None}, {"attention.head_count_kv": None}):
+        change = {f"llama.{key}": value for key, value in scaling.items()}
+        file = write(tmp_path / f"{next(iter(scaling))}.gguf", config, change, ones)
+        found = config_of(file)
+        assert found["rope_parameters"]["rope_type"] == "default"
+        check_config(file, AutoConfig.for_model(**found))
+    change = {"qwen2.rope.scaling.original_context_length": None, "qwen2.context_length": 16}
+    file = write(tmp_path / "yarn of the context.gguf", CONFIGS["qwen2"], change)
+    assert config_of(file)["rope_parameters"]["original_max_position_embeddings"] == 16
+    check_config(file, AutoConfig.for_model(**config_of(file)))
