@@ -21,7 +21,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/quant/test_packing.py", "tests/io/test_container.py", "tests/tools/test_stats.py")
-NEEDED = ("tests/conftest.py", "tests/strategies.py", "docs/format.md", "tox.ini", "benchmarks/cases.py", "README.md")
+NEEDED = (
+    "conftest.py",
+    "examples/digits.py",
+    "tests/conftest.py",
+    "tests/strategies.py",
+    "docs/format.md",
+    "tox.ini",
+    "benchmarks/cases.py",
+    "README.md",
+)
 
 
 def main() -> int:

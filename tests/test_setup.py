@@ -61,6 +61,20 @@ def test_a_kernel_that_does_not_compile_fails_a_release_and_no_install(monkeypat
         assert [extension.optional for extension in read_setup(monkeypatch).ext_modules] == [optional]
 
 
+def test_the_source_distribution_holds_what_its_tests_need(monkeypatch):
+    command = read_setup(monkeypatch).get_command_obj("sdist")
+    command.ensure_finalized()
+    command.filelist = pytest.importorskip("setuptools.command.egg_info").FileList()
+    command.read_template()
+    held = {Path(name) for name in command.filelist.files}
+    needed = {Path("conftest.py"), Path("tox.ini"), Path("CONTRIBUTING.md")}
+    for folder in ("tests", "benchmarks", "docs", "examples", ".ci", ".github"):
+        files = {file for kind in ("py", "toml", "md", "yml", "json") for file in Path(folder).rglob(f"*.{kind}")}
+        assert files, folder
+        needed |= files
+    assert needed - held == set()
+
+
 @rows_in_one_case(
     ("platform", "remedy"),
     [("linux", "needs a C compiler"), ("darwin", "needs a C compiler"), ("win32", "lowmem has none on Windows")],

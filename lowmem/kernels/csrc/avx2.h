@@ -49,16 +49,6 @@ static inline __attribute__((always_inline)) V v_lookup(T table, W words, const 
                             _mm256_permutevar8x32_ps(table.high, index), bit3);
 }
 static inline W bytes_load(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
-#define OWN_STEPS
-static inline V v_steps(const uint8_t *p, int encoding)
-{
-    const W steps = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
-    if (encoding == SCALES_DOUBLE)
-        return _mm256_cvtepi32_ps(steps);
-    /* 1, or -1 where a byte has the sign bit */
-    const W sign = _mm256_sub_epi32(_mm256_set1_epi32(1), _mm256_srli_epi32(_mm256_and_si256(steps, _mm256_set1_epi32(128)), 6));
-    return _mm256_cvtepi32_ps(_mm256_sign_epi32(_mm256_and_si256(steps, _mm256_set1_epi32(127)), sign));
-}
 
 /* v_code is a binary search: the bits of a code that are found select the boundary for the next bit. */
 typedef struct {
@@ -97,14 +87,6 @@ static inline void codes_store(uint8_t *p, W codes)
 static inline void v_to_half(uint16_t *p, V a)
 {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-static inline void v_to_bfloat(uint16_t *p, V a)
-{
-    const W bits = _mm256_castps_si256(a), even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const W rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), even), 16);
-    const W is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-    const W words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
-    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
 #define FUSED_BATCH 4

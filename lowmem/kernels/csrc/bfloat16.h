@@ -1,20 +1,16 @@
 /* x @ W.T for a small batch in bfloat16 (linear.h): vdpbf16ps adds two products per lane to a float32 sum. */
 
 /* Two vectors rounded to bfloat16 and interleaved: even[0], odd[0], even[1], ... */
-INLINE W pairs(V even, V odd)
+INLINE V pairs(V even, V odd)
 {
     const W halves = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
                                       4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(halves, (W)_mm512_cvtne2ps_pbh(odd, even));
+    return (V)_mm512_permutexvar_epi16(halves, (W)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-/* Broadcast a pair. With the integer instruction: the floating-point one slows vdpbf16ps down by a quarter on Zen 4. */
-INLINE __m512bh pair_of(const float *p)
-{
-    int32_t pair;
-    memcpy(&pair, p, 4);
-    return (__m512bh)_mm512_set1_epi32(pair);
-}
+/* Broadcast a pair; the sum of both products of each lane's pairs. */
+#define spread_pair(p) ((V)word_of(p))
+#define multiply_pairs(a, b, sum) ((V)_mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b)))
 
 /* Split 64 columns, those of a group's low or of its high nibbles: columns of even bytes to out, of odd bytes to out + step. */
 INLINE void put_nibbles(W front, W back, uint16_t *out, int64_t step)
@@ -72,12 +68,16 @@ static void pack_bf16(const struct job *job, int64_t m)
     }
 }
 
-/* The levels as bfloat16. */
-INLINE W table_bf16(const float *levels)
+/* The levels as bfloat16, and the levels of nibbles k and k + 4 of each word. */
+INLINE T table_bf16(const float *levels)
 {
     const V table = v_load(levels);
-    return (W)_mm512_cvtne2ps_pbh(table, table); /* repeated, since the permute reads five bits of an index */
+    return (T)_mm512_cvtne2ps_pbh(table, table); /* repeated, since the permute reads five bits of an index */
 }
+#define pair_levels(table, words, k) ((V)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * (k)), (W)(table)))
+
+/* Swap bytes 1 and 2 of each word: nibble k of its two 16-bit halves is then a pair of adjacent columns. */
+#define adjacent(words) _mm512_shuffle_epi8(words, _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200))
 
 /* Rows that are multiplied at a time with M batch rows; two batch rows (EACH_OF_TWO) are multiplied at a time. */
 #define BF16_ROWS(M) ((M) <= 2 ? 4 : 2)
@@ -88,13 +88,13 @@ INLINE void few_bf16(const struct job *job, int64_t r, const int R, const int M,
 {
     const struct weight *w = job->weight;
     const float *x = job->packed;
-    const W table = table_bf16(w->levels);
+    const T table = table_bf16(w->levels);
     struct reading at;
     V acc[FEW_SUMS];
     begin_reading(&at, w, r, job->g0, R);
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     for (int64_t g = job->g0; g < job->g1; g++, x += M * (GROUP / 2)) {
-        W level[4 * 4];
+        V level[4 * 4];
         read_group(&at, w, r, g, R);
 #pragma GCC unroll 4
         for (int two = 0; 2 * two < M; two++) {
@@ -103,10 +103,10 @@ INLINE void few_bf16(const struct job *job, int64_t r, const int R, const int M,
 #pragma GCC unroll 4
             for (int k = 0; k < 4; k++) {
                 if (!two)
-                    EACH_ROW level[i * 4 + k] = _mm512_permutexvar_epi16(_mm512_srli_epi16(at.words[i], 4 * k), table);
+                    EACH_ROW level[i * 4 + k] = pair_levels(table, at.words[i], k);
                 EACH_OF_TWO {
-                    const __m512bh value = (__m512bh)_mm512_loadu_si512(x + (k * M + j) * LANES);
-                    EACH_ROW sum[AT] = _mm512_dpbf16_ps(sum[AT], (__m512bh)level[i * 4 + k], value);
+                    const V value = v_load(x + (k * M + j) * LANES);
+                    EACH_ROW sum[AT] = multiply_pairs(level[i * 4 + k], value, sum[AT]);
                 }
             }
             EACH_ROW EACH_OF_TWO acc[AT] = v_fma(sum[AT], at.scale[i], acc[AT]);

@@ -1,10 +1,6 @@
 /* Weights in 8 bits. A byte of a row is a code: an integer from -127 to 127, plus 128. A weight is the integer / 127 * scale.
  * Codes keep the order of the columns. */
 
-typedef int32_t N __attribute__((vector_size(4 * LANES)));
-
-static const uint8_t no_codes[MAX_LANES] = {128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128};
-
 /* The integers of LANES codes. Code 0, which no quantizer writes, means what code 1 does. */
 INLINE V eight_load(const uint8_t *p)
 {
@@ -18,8 +14,8 @@ INLINE V eight_some(const uint8_t *p, int64_t n)
 {
     if (n >= LANES)
         return eight_load(p);
-    uint8_t some[MAX_LANES];
-    memcpy(some, no_codes, sizeof some);
+    uint8_t some[LANES];
+    memset(some, 128, sizeof some);
     memcpy(some, p, (size_t)n);
     return eight_load(some);
 }

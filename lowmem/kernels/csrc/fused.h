@@ -16,11 +16,7 @@ INLINE void fused(const struct weight *w, const float *words, const float *scale
 {
     const int64_t size = w->half / 4;
     const int units = UNITS(bf16);
-#if ISA_BFLOAT16
-    const T table = bf16 ? (T)table_bf16(w->levels) : table_load(w->levels);
-#else
-    const T table = table_load(w->levels);
-#endif
+    const T table = bf16 ? table_bf16(w->levels) : table_load(w->levels);
     V acc[FUSED_INPUTS];
     EACH_OF_MANY acc[j] = v_zero();
     for (int64_t word = 0, next = size - ahead; word < LANES;) { /* the next block begins at word `next` */
@@ -31,17 +27,13 @@ INLINE void fused(const struct weight *w, const float *words, const float *scale
             W codes = words_of_v(v_load(words + word * LANES));
             if (fetch)
                 prefetch(fetch + word * w->row_bytes);
-#if ISA_BFLOAT16
-            /* Swap bytes 1 and 2 of each word: nibble k of its two 16-bit halves is then a pair of adjacent columns. */
             if (bf16)
-                codes = _mm512_shuffle_epi8(codes, _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200));
-#endif
+                codes = adjacent(codes);
 #pragma GCC unroll 8
             for (int k = 0; k < units; k++) {
-                const V level = unit_levels(table, codes, k, bf16);
+                const V level = bf16 ? pair_levels(table, codes, k) : v_lookup(table, codes, k);
                 const int64_t at = k % 2 * (units / 2) + k / 2;
-                EACH_OF_MANY sum[j] =
-                    multiply_add(level, spread_unit(x + j * PART_FLOATS + at, bf16), sum[j], bf16);
+                EACH_OF_MANY sum[j] = multiply_add(level, spread_unit(x + j * PART_FLOATS + at, bf16), sum[j], bf16);
             }
         }
         const V scale = v_load(scales);

@@ -34,13 +34,12 @@ INLINE void accumulate(const float *grad, int64_t grad_stride, const int M, cons
     }
 }
 
-#if ISA_BFLOAT16
 /* out = group g of rows `row` and, if `both`, row + 1, dequantized and interleaved: GROUP pairs. Without `both` the second is
  * zeros. */
 INLINE void decode_pair(const struct weight *w, int64_t row, int both, int64_t g, int64_t t0, T table,
                                const float *scales, float *out)
 {
-    const W one = words_of_group(w, row, g), two = both ? words_of_group(w, row + 1, g) : _mm512_setzero_si512();
+    const W one = words_of_group(w, row, g), two = both ? words_of_group(w, row + 1, g) : (W){0};
     prefetch(w->packed + (row + GRAD_ROWS) * w->row_bytes + g * LANES * 4);
     prefetch(w->packed + (row + 1 + GRAD_ROWS) * w->row_bytes + g * LANES * 4);
     const V first = spread(w->order, scales, t0, g);
@@ -48,10 +47,9 @@ INLINE void decode_pair(const struct weight *w, int64_t row, int both, int64_t g
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++) {
         const V even = v_mul(v_lookup(table, one, k), first), odd = v_mul(v_lookup(table, two, k), second);
-        _mm512_storeu_si512(out + k * LANES, pairs(even, odd));
+        v_store(out + k * LANES, pairs(even, odd));
     }
 }
-#endif
 
 /* tile = group g of rows r0 to r1, dequantized; returns its rows, or pairs of rows. `scales` (rows, TILE_SCALES) are those from
  * group t0 on. */
@@ -59,10 +57,8 @@ INLINE int64_t decode_tile(const struct weight *w, int64_t r0, int64_t r1, int64
                        const int bf16)
 {
     const T table = table_load(w->order ? w->levels : tile); /* 16-bit floats have no levels: any 16 floats */
-#if ISA_BFLOAT16
     for (int64_t r = r0; bf16 && r < r1; r += 2)
         decode_pair(w, r, r + 1 < r1, g, t0, table, scales + (r - r0) * TILE_SCALES, tile + (r - r0) / 2 * GROUP);
-#endif
     for (int64_t i = 0; !bf16 && i < r1 - r0; i++)
         if (w->order)
             decode_group(w, r0 + i, g, t0, table, scales + i * TILE_SCALES, tile + i * GROUP);
@@ -198,6 +194,4 @@ INLINE void grad_part(const struct job *job, int64_t part, int64_t parts, int64_
 }
 
 static void grad_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { grad_part(job, part, parts, thread, 0); }
-#if ISA_BFLOAT16
 static void grad_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { grad_part(job, part, parts, thread, 1); }
-#endif

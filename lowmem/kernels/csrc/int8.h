@@ -113,14 +113,6 @@ INLINE float *int8_at(const struct job *job, int64_t m, int64_t g)
     return job->packed + ((g - job->g0) * round_up(job->m1 - job->m0, LANES) + m - job->m0) * INT8_GROUP;
 }
 
-/* Broadcast four bytes. */
-INLINE W four_of(const uint8_t *p)
-{
-    int four;
-    memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
-}
-
 /* Pack group g of batch row m. Returns 0 if 8-bit integers cannot represent it (see to_bytes). */
 INLINE int to_int8(const struct job *job, int64_t m, int64_t g, float *group)
 {
@@ -197,7 +189,7 @@ INLINE void multiply_int8(const float *x, const uint8_t *tile, const float *scal
                 W of[INT8_PANELS];
                 EACH_PANEL of[j] = _mm512_loadu_si512(x + high * LANES * LANES + j * INT8_PANEL);
                 EACH_OF_ROWS {
-                    const W bytes = four_of(tile + i * GROUP + high * GROUP / 2);
+                    const W bytes = word_of(tile + i * GROUP + high * GROUP / 2);
                     EACH_PANEL sum[OF] = add_bytes(sum[OF], bytes, of[j]);
                 }
             }
@@ -287,8 +279,6 @@ ROWS_WITH_MORE(rows_int8, FEW_ROWS, few_int8)
 static void few_int8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     static rows_with *const rows[] = {NAMED_MORE(rows_int8)};
-    int64_t r, to;
-    share(job->weight->rows, SHARE_ROWS, parts, part, &r, &to);
     if (!is_refused(job))
-        rows[job->m1 - job->m0 - 1](job, r, to);
+        few_rows(job, part, parts, rows);
 }

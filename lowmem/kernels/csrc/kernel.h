@@ -5,14 +5,16 @@
 
 #pragma GCC diagnostic ignored "-Wunused-parameter" /* bodies and methods have one signature each, whatever they need */
 
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "codes are read as little-endian words: plain torch serves where the processor has others"
+#endif
 /* Whether the compiler supports AMX, and the system is one on which the binding can request it (isas.h). */
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define HAS_AMX 1
 #else
 #define HAS_AMX 0
 #endif
-/* NEON is used on little-endian 64-bit ARM, where words are loaded by bytes. */
-#if defined(__aarch64__) && defined(__ARM_NEON) && defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#if defined(__aarch64__) && defined(__ARM_NEON)
 #define HAS_NEON 1
 #else
 #define HAS_NEON 0
@@ -111,12 +113,9 @@ struct order {
 /* A weight (rows, columns): codes in the layout of lowmem/quant/packing.py and lowmem/quant/scales.py, or 16-bit floats. */
 struct weight {
     const uint8_t *packed; /* codes or 16-bit floats: (rows, row_bytes) */
-    /* (rows, scale_bytes(w)); NULL for 16-bit floats */
-    const uint8_t *scales;
-    /* the 16 values of a 4-bit format, or NULL */
-    const float *levels;
-    /* NULL for 8-bit codes and 16-bit floats, which are not reordered */
-    const struct order *order;
+    const uint8_t *scales; /* (rows, scale_bytes(w)); NULL for 16-bit floats */
+    const float *levels;   /* the 16 values of a 4-bit format, or NULL */
+    const struct order *order; /* NULL for 8-bit codes and 16-bit floats, which are not reordered */
     int64_t rows, columns, row_bytes, blocks;
     int64_t behind; /* elements of the stored scales behind those of a row's blocks: a float16's bytes, or offsets */
     int64_t half; /* half the columns of a block, the bytes of its 4-bit codes; 0 for 16-bit floats */
@@ -145,8 +144,7 @@ struct quantizing {
     const float *boundaries; /* 15, between adjacent levels */
     /* Scales to try, as factors of the block's weight of largest magnitude. With none of them, that magnitude is the scale. */
     const float *candidates;
-    /* (columns,): weights of the squared errors, or NULL: all weigh the same */
-    const float *importance;
+    const float *importance; /* (columns,): weights of the squared errors, or NULL: all weigh the same */
     int64_t tried;           /* number of candidates */
     float largest;           /* largest magnitude of a scale */
     int zero;                /* code of the zero weight; it also pads odd rows */
@@ -204,16 +202,6 @@ static inline int is_refused(const struct job *job) { return __atomic_load_n(job
 
 /* Computes part `part` of `parts` of a job's work, on thread `thread`. Which thread runs a part changes no bit of the result. */
 typedef void (*body)(struct job *, int64_t part, int64_t parts, int64_t thread);
-
-/* Run `first`, then `then` (or NULL), in parts: first_parts and then_parts are parts per thread, and 0 means one part in all.
- * A thread that finishes a part takes the next one; no part of `then` begins before all of `first` are done. Where threads
- * pack their own copies of x (packed_step), each of them runs part 0 of `first` for itself, and first_parts are counted beyond
- * that one. */
-void parallel(struct job *, body first, int64_t first_parts, body then, int64_t then_parts);
-
-/* Call run for each piece of the batch and, within it, each run of at most `wide` groups of columns; stop when the job is
- * refused. */
-void in_pieces(struct job *, int64_t groups, int64_t wide, void (*run)(struct job *));
 
 /* Columns that packing has visited, over all calls: a test checks that their number grows linearly with the columns of x. */
 extern int64_t visited_columns;
@@ -281,24 +269,7 @@ static inline float half_to_float(uint16_t h)
     return sign ? -value : value;
 }
 
-/* The steps that a byte of SCALES_SIGNED counts: a sign bit and 7 bits. Without a branch, since signs cannot be predicted. */
-static inline float signed_steps(uint8_t byte)
-{
-    const int sign = -(byte >> 7);
-    return (float)(((byte & 127) ^ sign) - sign);
-}
-
 static inline float bfloat_to_float(uint16_t b) { return float_of((uint32_t)b << 16); }
-
-/* Scale i of a row whose scales start at p; for double quantization, the steps that it counts. */
-static inline float scale_as_stored(const uint8_t *p, int64_t i, int encoding)
-{
-    if (encoding == SCALES_FLOAT32)
-        return ((const float *)p)[i];
-    if (encoding == SCALES_FLOAT16)
-        return half_to_float(((const uint16_t *)p)[i]);
-    return encoding == SCALES_SIGNED ? signed_steps(p[i]) : (float)p[i];
-}
 
 /* Bytes of a row's scales and of what is behind them: for double quantization, steps and the float16 after them. */
 static inline int64_t scale_bytes(const struct weight *w)

@@ -187,6 +187,13 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
 #include "eight.h"
 #if ISA_BFLOAT16
 #include "bfloat16.h"
+#else /* stand in for what bfloat16.h defines, in code that no kernel of this ISA runs */
+#define table_bf16 table_load
+#define pair_levels v_lookup
+#define spread_pair(p) v_set1(*(p))
+#define multiply_pairs v_fma
+#define pairs(even, odd) ((void)(odd), (even))
+#define adjacent(words) (words)
 #endif
 #include "pack.h"
 #include "update.h"

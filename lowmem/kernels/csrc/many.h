@@ -12,24 +12,10 @@ _Static_assert(MANY_VECTORS <= MAX_VECTORS && MANY_INPUTS <= 16, "scratch and pa
 #define EACH_ROWS for (int v = 0; v < MANY_VECTORS; v++)
 
 /* Broadcast a unit of x: a number, or a pair of bfloat16 numbers. */
-INLINE V spread_unit(const float *p, const int bf16)
-{
-#if ISA_BFLOAT16
-    if (bf16)
-        return (V)pair_of(p);
-#endif
-    return v_set1(*p);
-}
+INLINE V spread_unit(const float *p, const int bf16) { return bf16 ? spread_pair(p) : v_set1(*p); }
 
 /* sum + a * b; in bfloat16 the sum of both products of a pair. */
-INLINE V multiply_add(V a, V b, V sum, const int bf16)
-{
-#if ISA_BFLOAT16
-    if (bf16)
-        return (V)_mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-#endif
-    return v_fma(a, b, sum);
-}
+INLINE V multiply_add(V a, V b, V sum, const int bf16) { return bf16 ? multiply_pairs(a, b, sum) : v_fma(a, b, sum); }
 
 /* Transpose the words of a group of LANES rows: out[i * step + lane] = word i of row r + lane. Rows past the last repeat it. */
 INLINE void words_across(const struct weight *w, int64_t r, int64_t group, const int step, float *out)
@@ -86,16 +72,6 @@ INLINE void turn(const float *sums, const int rows, float *out)
         v_transpose(v);
         EACH_LANE v_store(out + i * rows + r, v[i]);
     }
-}
-
-/* Look up unit k of each word: a level, or a pair of levels as bfloat16. */
-INLINE V unit_levels(T table, W words, const int k, const int bf16)
-{
-#if ISA_BFLOAT16
-    if (bf16)
-        return (V)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * k), (W)table);
-#endif
-    return v_lookup(table, words, k);
 }
 
 /* The bias of `rows` rows from r on, as float32: in place, or copied to `widened`, which the caller has set to zero. It is
@@ -177,26 +153,17 @@ INLINE void fused_part(const struct job *job, int64_t part, int64_t parts, int64
     }
 }
 
-/* The same from tiles; `fewer`: in shorter chains of sums. */
-INLINE void tiled_part(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16, const int fewer)
+/* The same from tiles. */
+INLINE void tiled_part(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16)
 {
     int64_t r, to;
     share(job->weight->rows, MANY_ROWS, parts, part, &r, &to);
     if (r < to)
-        tiled_rows(job, r, to, job->own + thread * job->own_floats, bf16, fewer);
+        tiled_rows(job, r, to, job->own + thread * job->own_floats, bf16);
 }
 
 /* The functions of the kernels fused and tiled, and of those in bfloat16. */
 static void fused_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { fused_part(job, part, parts, thread, 0); }
-static void tiled_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
-{
-    if (job->batch <= FEWER)
-        tiled_part(job, part, parts, thread, 0, 1);
-    else
-        tiled_part(job, part, parts, thread, 0, 0);
-}
-
-#if ISA_BFLOAT16
 static void fused_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { fused_part(job, part, parts, thread, 1); }
-static void tiled_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { tiled_part(job, part, parts, thread, 1, 0); }
-#endif
+static void tiled_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { tiled_part(job, part, parts, thread, 0); }
+static void tiled_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { tiled_part(job, part, parts, thread, 1); }

@@ -51,20 +51,6 @@ static inline W bytes_load(const uint8_t *p)
 #define v_half(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
 #define v_bfloat(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
 static inline void v_to_half(uint16_t *p, V a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
-static inline void v_to_bfloat(uint16_t *p, V a)
-{
-    const W bits = vreinterpretq_u32_f32(a), rounded = bits + vdupq_n_u32(0x7fff) + (bits >> 16 & vdupq_n_u32(1));
-    vst1_u16(p, vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), rounded, vdupq_n_u32(0x7fc00000)), 16));
-}
-#define OWN_STEPS
-static inline V v_steps(const uint8_t *p, int encoding)
-{
-    const W steps = bytes_load(p);
-    if (encoding == SCALES_DOUBLE)
-        return vcvtq_f32_u32(steps);
-    const int32x4_t magnitude = vreinterpretq_s32_u32(steps & vdupq_n_u32(127));
-    return vcvtq_f32_s32(vbslq_s32(vtstq_u32(steps, vdupq_n_u32(128)), vnegq_s32(magnitude), magnitude));
-}
 
 /* v_code is a binary search: the bits of a code that are found select the boundary for the next bit. */
 typedef struct {

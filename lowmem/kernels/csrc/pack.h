@@ -84,20 +84,16 @@ INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const i
 }
 
 /* Pack the batch rows of a piece. */
-static void pack_many(struct job *job, int64_t part, int64_t parts, int64_t thread)
+INLINE void pack_rows(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16)
 {
+    float *scratch = job->own + thread * job->own_floats;
     int64_t m, to;
     share(job->m1 - job->m0, 1, parts, part, &m, &to);
     for (m += job->m0, to += job->m0; m < to; m++)
-        OF_TYPE(job->type, pack_input, job, m, job->own + thread * job->own_floats, 0);
+        if (bf16)
+            pack_input(job, m, scratch, 1, BFLOAT16);
+        else
+            OF_TYPE(job->type, pack_input, job, m, scratch, 0);
 }
-
-#if ISA_BFLOAT16
-static void pack_many_bf16(struct job *job, int64_t part, int64_t parts, int64_t thread)
-{
-    int64_t m, to;
-    share(job->m1 - job->m0, 1, parts, part, &m, &to);
-    for (m += job->m0, to += job->m0; m < to; m++)
-        pack_input(job, m, job->own + thread * job->own_floats, 1, BFLOAT16);
-}
-#endif
+static void pack_many(struct job *job, int64_t part, int64_t parts, int64_t thread) { pack_rows(job, part, parts, thread, 0); }
+static void pack_many_bf16(struct job *job, int64_t part, int64_t parts, int64_t thread) { pack_rows(job, part, parts, thread, 1); }

@@ -22,15 +22,6 @@ static inline V v_sums(V *v)
     v_transpose(v);
     return (v[0] + v[1]) + (v[2] + v[3]);
 }
-#define OWN_WORDS /* byte by byte, since the byte order of the processor may differ */
-static inline W words_load(const uint8_t *p, int64_t left)
-{
-    W words = {0};
-    EACH for (int b = 0; b < 4; b++)
-        if (4 * i + b < left)
-            words[i] |= (uint32_t)p[4 * i + b] << (8 * b);
-    return words;
-}
 static inline W bytes_load(const uint8_t *p) { return (W){p[0], p[1], p[2], p[3]}; }
 static inline T table_load(const float *levels) { return levels; }
 static inline V v_lookup(T table, W words, int k)
@@ -58,7 +49,6 @@ static inline V v_half(const uint16_t *p)
 }
 static inline V v_bfloat(const uint16_t *p) { return (V)((W){p[0], p[1], p[2], p[3]} << 16); }
 static inline void v_to_half(uint16_t *p, V a) { EACH p[i] = float_to_half(a[i]); }
-static inline void v_to_bfloat(uint16_t *p, V a) { EACH p[i] = float_to_bfloat(a[i]); }
 
 #define FUSED_BATCH 8
 #define FUSED_INPUTS 4

@@ -32,16 +32,11 @@ INLINE void squares(V x, V importance, V scale, V divisor, B boundaries, T level
                            V *out)
 {
     const V relative = v_div(x, divisor);
-    const V error = v_sub(x, v_mul(v_lookup(levels, v_code(boundaries, relative), 0), scale));
-    out[0] = v_mul(error, error);
-    if (weighted)
-        out[0] = v_mul(out[0], importance);
-    if (both) {
-        const W code = v_code(boundaries, v_sub(v_zero(), relative));
-        const V opposite = v_add(x, v_mul(v_lookup(levels, code, 0), scale));
-        out[1] = v_mul(opposite, opposite);
-        if (weighted)
-            out[1] = v_mul(out[1], importance);
+#pragma GCC unroll 2
+    for (int s = 0; s <= both; s++) {
+        const V near = v_mul(v_lookup(levels, v_code(boundaries, s ? v_sub(v_zero(), relative) : relative), 0), scale);
+        const V error = s ? v_add(x, near) : v_sub(x, near);
+        out[s] = weighted ? v_mul(v_mul(error, error), importance) : v_mul(error, error);
     }
 }
 
@@ -54,26 +49,18 @@ INLINE void errors(const float *x, const float *importance, int64_t n, float sca
     V sums[2][ERROR_SUMS / LANES], square[2];
     for (int h = 0; h < ERROR_SUMS / LANES; h++)
         sums[0][h] = sums[1][h] = v_zero();
-    int64_t i = 0;
-    for (; i + ERROR_SUMS <= n; i += ERROR_SUMS)
+    for (int64_t i = 0; i < n; i += ERROR_SUMS)
 #pragma GCC unroll 2
-        for (int64_t h = 0, at = i; h < ERROR_SUMS / LANES; h++, at += LANES) {
-            squares(v_load(x + at), weighted ? v_load(importance + at) : v_zero(), factor, divisor, boundaries, levels, both,
-                    weighted, square);
-            for (int s = 0; s <= both; s++)
-                sums[s][h] = v_add(sums[s][h], square[s]);
+        for (int64_t h = 0, at = i; h < ERROR_SUMS / LANES && at < n; h++, at += LANES) {
+            squares(load_some(x, FLOAT32, at, n - at), weighted ? load_some(importance, FLOAT32, at, n - at) : v_zero(), factor,
+                    divisor, boundaries, levels, both, weighted, square);
+            for (int s = 0; s <= both; s++) {
+                /* a number past the block's end has an error, too, in formats that have no zero */
+                float values[LANES];
+                v_store(values, square[s]);
+                sums[s][h] = v_add(sums[s][h], load_some(values, FLOAT32, 0, n - at));
+            }
         }
-#pragma GCC unroll 2
-    for (int64_t h = 0, at = i; h < ERROR_SUMS / LANES && at < n; h++, at += LANES) {
-        squares(load_some(x, FLOAT32, at, n - at), weighted ? load_some(importance, FLOAT32, at, n - at) : v_zero(), factor,
-                divisor, boundaries, levels, both, weighted, square);
-        for (int s = 0; s <= both; s++) {
-            /* a number past the block's end has an error, too, in formats that have no zero */
-            float values[LANES];
-            v_store(values, square[s]);
-            sums[s][h] = v_add(sums[s][h], load_some(values, FLOAT32, 0, n - at));
-        }
-    }
     for (int s = 0; s <= both; s++) {
         float parts[ERROR_SUMS];
         for (int h = 0; h < ERROR_SUMS / LANES; h++)
@@ -131,8 +118,9 @@ INLINE void encode_double(float *scales, int64_t n, const int has_sign, uint8_t 
         int steps = raised >= most ? (int)most : raised < 1.0f ? 1 : (int)raised;
         if (scales[b] == 0.0f || row_scale == 0.0f)
             steps = 0;
-        out[b] = (uint8_t)(steps + (has_sign && scales[b] < 0.0f && raised >= 1.0f && steps ? 128 : 0));
-        scales[b] = (has_sign ? signed_steps(out[b]) : (float)steps) * row_scale / most;
+        const int negative = has_sign && scales[b] < 0.0f && raised >= 1.0f;
+        out[b] = (uint8_t)(steps + (negative && steps ? 128 : 0));
+        scales[b] = (float)(negative ? -steps : steps) * row_scale / most;
     }
 }
 

@@ -5,9 +5,7 @@
  *   v_fma(a, b, c)           a * b + c
  *   v_transpose(v)           transposes LANES vectors in place
  *   v_sums(v)                lane i: the sum of v[i]; v may be overwritten
- *   v_scales(p, from, n, encoding)   up to n stored scales of a row at p (see scale_as_stored), then zeros. An ISA defines it
- *                            (OWN_SCALES), or v_steps(p, encoding) for LANES bytes of steps (OWN_STEPS), or nothing
- *   words_load(p, left)      LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero
+ *   words_load(p, left)      LANES 32-bit words from p, of which `left` bytes may be read; the rest is zero. Optional (OWN_WORDS)
  *   bytes_load(p)            LANES bytes, each widened to a word
  *   block_load(p)            LANES / 2 bytes, each widened to a word; then the same bytes shifted right by a nibble. Optional
  *                            (OWN_BLOCKS)
@@ -17,7 +15,7 @@
  *   codes_store(p, words)    LANES words, each below 256, stored as bytes
  *   v_keep(a)                keeps a in a register: the compiler would load or compute it again for each use
  *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32; one_half(bits)  a float16 as float32
- *   v_to_half(p, a), v_to_bfloat(p, a)   LANES float32, rounded and stored
+ *   v_to_half(p, a)          LANES float32, rounded to float16 and stored
  *
  * A 32-bit word of a row holds eight codes. The low nibble of a byte is a weight of the block's first half, the high nibble the
  * weight half a block later. The codes of a row are not sorted; instead x is permuted once a call into the order in which
@@ -26,6 +24,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 typedef uint32_t I __attribute__((vector_size(4 * LANES))); /* the bits of V */
+typedef int32_t N __attribute__((vector_size(4 * LANES)));
+typedef uint16_t H __attribute__((vector_size(2 * LANES)));
 #define GROUP (LANES * 8) /* weights in a group of LANES words */
 #define EACH_VECTOR(most) _Pragma("GCC unroll 16") for (int n = 0; n < most; n++)
 
@@ -71,21 +71,39 @@ static inline W words_load(const uint8_t *p, int64_t left)
     return words;
 }
 #endif
-#ifndef OWN_SCALES
-static inline V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
+
+/* Lanes of a where `is` is all ones, of b where it is zero. */
+INLINE V v_where(I is, V a, V b) { return (V)(((I)a & is) | ((I)b & ~is)); }
+
+/* LANES float32, rounded to bfloat16 as float_to_bfloat does, and stored. In integer arithmetic: vcvtneps2bf16 flushes subnormal
+ * numbers to zero. */
+INLINE void v_to_bfloat(uint16_t *p, V a)
 {
-#ifdef OWN_STEPS
-    if (n >= LANES)
-        return encoding == SCALES_FLOAT32   ? v_load((const float *)p + from)
-               : encoding == SCALES_FLOAT16 ? v_half((const uint16_t *)p + from)
-                                            : v_steps(p + from, encoding);
-#endif
-    float scales[LANES] = {0};
-    for (int64_t i = 0; i < smaller(n, LANES); i++)
-        scales[i] = scale_as_stored(p, from + i, encoding);
-    return v_load(scales);
+    const I bits = (I)a, rounded = (I)v_where((I)(a == a), (V)(bits + 0x7fff + (bits >> 16 & 1)), v_set1(NAN));
+    const H words = __builtin_convertvector(rounded >> 16, H);
+    memcpy(p, &words, sizeof words);
 }
-#endif
+
+/* The steps that LANES bytes count: those of SCALES_SIGNED are a sign bit and 7 bits. */
+INLINE V v_steps(const uint8_t *p, int encoding)
+{
+    const I steps = (I)bytes_load(p), signs = -(steps >> 7);
+    return __builtin_convertvector((N)(encoding == SCALES_SIGNED ? ((steps & 127) ^ signs) - signs : steps), V);
+}
+
+/* Up to n scales of a row whose scales start at p, from scale `from` on, then zeros; for double quantization, the steps that they
+ * count. */
+INLINE V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
+{
+    const int size = encoding == SCALES_FLOAT32 ? 4 : encoding == SCALES_FLOAT16 ? 2 : 1;
+    float rest[LANES];
+    p += from * size;
+    if (n < LANES) {
+        v_store(rest, v_of_words(words_load(p, n * size)));
+        p = (const uint8_t *)rest;
+    }
+    return size == 4 ? v_load((const float *)p) : size == 2 ? v_half((const uint16_t *)p) : v_steps(p, encoding);
+}
 
 /* LANES 16-bit floats of a type as float32. */
 INLINE V sixteen(const uint16_t *p, const int type) { return type == BFLOAT16 ? v_bfloat(p) : v_half(p); }

@@ -3,9 +3,6 @@
 
 #define EACH_VECTOR_OF_ROW for (int64_t c = 0, n; (n = r->columns - c) > 0; c += LANES)
 
-/* Lanes of a where `is` is all ones, of b where it is zero. */
-INLINE V v_where(I is, V a, V b) { return (V)(((I)a & is) | ((I)b & ~is)); }
-
 /* Within -88 and 88, where e^x is a normal number; a NaN stays one. */
 INLINE V v_within(V x)
 {

@@ -61,7 +61,11 @@ static void region_body(void *data)
     }
 }
 
-void parallel(struct job *job, body first, int64_t first_parts, body then, int64_t then_parts)
+/* Run `first`, then `then` (or NULL), in parts: first_parts and then_parts are parts per thread, and 0 means one part in all.
+ * A thread that finishes a part takes the next one; no part of `then` begins before all of `first` are done. Where threads
+ * pack their own copies of x (packed_step), each of them runs part 0 of `first` for itself, and first_parts are counted beyond
+ * that one. */
+static void parallel(struct job *job, body first, int64_t first_parts, body then, int64_t then_parts)
 {
     const int many = job->threads > 1 && run_parallel;
     const int64_t begun = job->packed_step > 0, firsts = many && first_parts ? first_parts * job->threads + begun : 1;
@@ -73,7 +77,9 @@ void parallel(struct job *job, body first, int64_t first_parts, body then, int64
         region_body(&region);
 }
 
-void in_pieces(struct job *job, int64_t groups, int64_t wide, void (*run)(struct job *))
+/* Call run for each piece of the batch and, within it, each run of at most `wide` groups of columns; stop when the job is
+ * refused. */
+static void in_pieces(struct job *job, int64_t groups, int64_t wide, void (*run)(struct job *))
 {
     for (job->m0 = 0; job->m0 < job->batch && !is_refused(job); job->m0 = job->m1) {
         job->m1 = smaller(job->m0 + job->piece, job->batch);

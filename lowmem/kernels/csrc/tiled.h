@@ -20,9 +20,9 @@ struct dequantizing {
 /* Dequantize the next vector of words: its units are MANY_ROWS floats apart. */
 INLINE void dequantize_next(struct dequantizing *to, T table, const int bf16)
 {
-    const int word = to->vectors / MANY_VECTORS, v = to->vectors % MANY_VECTORS;
+    const int word = to->vectors / MANY_VECTORS, v = to->vectors % MANY_VECTORS, units = UNITS(bf16);
     const W codes = words_of_v(v_load(to->words + to->vectors * LANES));
-    float *tile = to->tile + word * UNITS(bf16) * MANY_ROWS + v * LANES;
+    float *tile = to->tile + word * units * MANY_ROWS + v * LANES;
     if (!to->left)
         to->scales += MANY_ROWS, to->left = to->w->half / 4 * MANY_VECTORS;
     const V scale = v_load(to->scales + v * LANES);
@@ -31,33 +31,25 @@ INLINE void dequantize_next(struct dequantizing *to, T table, const int bf16)
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++)
         value[k % 2 * 4 + k / 2] = v_mul(v_lookup(table, codes, k), scale);
-#if ISA_BFLOAT16
-    if (bf16) {
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; k++)
-            v_store(tile + k * MANY_ROWS, (V)pairs(value[2 * k], value[2 * k + 1]));
-        return;
-    }
-#endif
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; k++)
-        v_store(tile + k * MANY_ROWS, value[k]);
+    for (int k = 0; k < units; k++)
+        v_store(tile + k * MANY_ROWS, bf16 ? pairs(value[2 * k], value[2 * k + 1]) : value[k]);
 }
 
 /* sums (M, MANY_ROWS) += n words of a tile times M batch rows. Meanwhile the next tile is dequantized up to vector `until`: the
  * ports that look up and store are idle while those of products are busy. `fetch` is what to prefetch, or NULL; it is spread
- * over the words, since many prefetches at once would wait for each other. In float32 a chain of sums has 64 products, or 16
- * (`fewer`). */
+ * over the words, since many prefetches at once would wait for each other. A chain of sums has `chain` words: a longer one would
+ * lose precision. */
 INLINE void multiply(const float *tile, int n, const float *x, const int M, float *sums, struct dequantizing *next,
-                            int until, const uint8_t *fetch, const int bf16, const int fewer)
+                            int until, const uint8_t *fetch, int chain, const int bf16)
 {
     const T table = table_load(next->w->levels ? next->w->levels : tile); /* 16-bit floats have no levels: any 16 floats */
     const int units = UNITS(bf16), before = next->vectors, due = until - before;
     const int64_t stride = next->w->row_bytes, step = next->w->order ? LANES * 4 : LANES * 16;
-    for (int word = 0, end; word < n;) { /* a longer chain would lose precision */
+    for (int word = 0; word < n;) {
         V acc[MANY_SUMS];
         EACH_ROWS EACH_OF_MANY acc[v * M + j] = v_zero();
-        for (end = fewer ? (int)smaller(word + FEWER_CHAIN, n) : bf16 || word ? n : (n + 1) / 2; word < end; word++, tile += units * MANY_ROWS, x += units) {
+        for (const int end = (int)smaller(word + chain, n); word < end; word++, tile += units * MANY_ROWS, x += units) {
             if ((next->vectors - before) * n < due * (word + 1))
                 dequantize_next(next, table, bf16);
             for (int64_t i = 0; fetch && i < step; i += 64)
@@ -134,7 +126,7 @@ INLINE void begin_tile(const struct job *job, int64_t r, int64_t start, int64_t 
 }
 
 /* Multiply rows r to `to` with all batch rows of a piece, and write the results. */
-INLINE void tiled_rows(const struct job *job, int64_t r, int64_t to, float *own, const int bf16, const int fewer)
+INLINE void tiled_rows(const struct job *job, int64_t r, int64_t to, float *own, const int bf16)
 {
     const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, end = job->g1 * GROUP;
     float *tile = own + TILES_AT, *other = tile + MANY_ROWS * PART_FLOATS, *sums = own + SUMS_AT;
@@ -157,9 +149,10 @@ INLINE void tiled_rows(const struct job *job, int64_t r, int64_t to, float *own,
             begin_tile(job, r, c, columns, own, other, &first, &next, bf16);
         const uint8_t *fetch = codes_behind(job, r, c, FETCH_PARTS * PART(bf16), MANY_ROWS);
         const float *x = packed_at(job, this_c - begin, bf16);
-#define CALL(M)                                                                             \
-    multiply(tile, (int)n / 8, x + m * PART_FLOATS, M, sums + m * MANY_ROWS, &next, \
-                    (int)(next.count * (m + M) / batch), m ? NULL : fetch, bf16, fewer)
+        const int words = (int)n / 8, chain = bf16 ? words : job->batch <= FEWER ? FEWER_CHAIN : (words + 1) / 2;
+#define CALL(M)                                                                    \
+    multiply(tile, words, x + m * PART_FLOATS, M, sums + m * MANY_ROWS, &next,     \
+             (int)(next.count * (m + M) / batch), m ? NULL : fetch, chain, bf16)
         IN_PASSES(batch, MANY_INPUTS, CALL)
 #undef CALL
         float *done = tile;

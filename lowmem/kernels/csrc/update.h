@@ -39,6 +39,7 @@ DOTS_WITH(1)
 DOTS_WITH(2)
 DOTS_WITH(3)
 DOTS_WITH(4)
+static void (*const dots_with[])(const float *, int64_t, int64_t, const float *, float *) = {dots_1, dots_2, dots_3, dots_4};
 
 /* out = base + scale * (x @ matrix.T) for rows r to `to` of a matrix (rows, columns); base may be NULL. */
 INLINE void small_product(int64_t batch, int64_t r, int64_t to, const float *matrix, int64_t rows, int64_t columns,
@@ -47,16 +48,8 @@ INLINE void small_product(int64_t batch, int64_t r, int64_t to, const float *mat
     for (int64_t n; r < to; r += n) {
         float sums[UPDATED * LANES];
         n = smaller(LANES, to - r);
-        for (int64_t m = 0; m < batch; m += FEW) {
-            const float *row = matrix + r * columns, *of = x + m * columns;
-            float *into = sums + m * LANES;
-            switch (smaller(FEW, batch - m)) {
-            case 1: dots_1(row, n, columns, of, into); break;
-            case 2: dots_2(row, n, columns, of, into); break;
-            case 3: dots_3(row, n, columns, of, into); break;
-            default: dots_4(row, n, columns, of, into); break;
-            }
-        }
+        for (int64_t m = 0; m < batch; m += FEW)
+            dots_with[smaller(FEW, batch - m) - 1](matrix + r * columns, n, columns, x + m * columns, sums + m * LANES);
         for (int64_t m = 0; m < batch; m++) {
             const V sum = v_mul(v_load(sums + m * LANES), v_set1(scale));
             store_some(out, FLOAT32, m * rows + r, n, base ? v_add(load_some(base, FLOAT32, m * rows + r, n), sum) : sum);
