@@ -63,7 +63,7 @@ class FrozenOperator:
 
     def node(self, *arguments: Any) -> Tensor:
         """Compute it as one node of autograd's graph, which saves the stored weight only."""
-        out: Tensor = _Node.apply(self, *arguments)  # type: ignore[no-untyped-call]
+        out: Tensor = _Node.apply(self, *arguments)  # type: ignore[no-untyped-call, unused-ignore]
         return out
 
     def declare(self, schema: str, arguments: Callable[..., tuple[Any, ...]]) -> None:
@@ -78,7 +78,7 @@ class FrozenOperator:
         operator = getattr(getattr(torch.ops.lowmem, name), overload or "default")
 
         def compute_or_differentiate(*given: Any) -> Tensor:
-            if _needs_gradient(given):
+            if _needs_gradient(given) or forward_ad._current_level >= 0:
                 return self.differentiable(*arguments(*given))
             if is_traced() or _is_transformed():
                 with torch._C._AutoDispatchBelowAutograd():

@@ -166,7 +166,8 @@ def parameter_of(module: nn.Module, name: str) -> Any:
     own = module.__dict__
     if isinstance(module, StoredModule) and name in own["_forms"]:
         return module.stored_tensor(name)
-    found = own["_parameters"].get(name)
+    parameters = own["_parameters"]  # of a scripted module no dictionary, with fewer methods
+    found = parameters[name] if name in parameters else None  # noqa: SIM401
     return own.get(name) if found is None else found  # a plain tensor, as a hook puts there
 
 

@@ -84,7 +84,7 @@ def adapted_product(base: nn.Module, adapter: nn.Module | None, input: Tensor) -
     # What other functions save of the input, too, is then kept once.
     kept = factor if dropped is None else dropped
     kept = input if dropped is None and again is None and saves_in_any_dtype() else kept
-    out: Tensor = _AdaptedProduct.apply(factor, dropped, a, b, weight, bias, adapter.scaling, again, kept)  # type: ignore[no-untyped-call]
+    out: Tensor = _AdaptedProduct.apply(factor, dropped, a, b, weight, bias, adapter.scaling, again, kept)  # type: ignore[no-untyped-call, unused-ignore]
     return out if _results.narrow else out.to(x.dtype)
 
 

@@ -109,8 +109,10 @@ def run(arguments: argparse.Namespace) -> int:
     is_folder = (arguments.source / "config.json").is_file()
     check_options(arguments, "a dense folder" if is_folder else "a dense file")
     technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
-    how = _checkpoint if not is_folder else _folder if arguments.calibrate is None else _calibrated_folder
-    rows = how(arguments, technique)
+    if arguments.calibrate is not None:
+        rows = _calibrated_folder(arguments, _blockwise(arguments))
+    else:
+        rows = (_folder if is_folder else _checkpoint)(arguments, technique)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0

@@ -129,7 +129,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_
     Returns:
         (..., n), in the dtype of x, or in the wider one.
     """
-    out: Tensor = _Norm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-untyped-call]
+    out: Tensor = _Norm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-untyped-call, unused-ignore]
     if out.grad_fn is not None:
         note_recompute(out, _norm_again(out.grad_fn))
     return out
@@ -205,7 +205,7 @@ def gated_product(
         gate_first: whether the gate is the first half.
         dtype: of the result; None: that of gate and up.
     """
-    out: Tensor = _Gated.apply(gate, up, activation, gate_first, dtype or gate.dtype)  # type: ignore[no-untyped-call]
+    out: Tensor = _Gated.apply(gate, up, activation, gate_first, dtype or gate.dtype)  # type: ignore[no-untyped-call, unused-ignore]
     return out
 
 
@@ -252,7 +252,7 @@ class _Activated(torch.autograd.Function):
 
 def activated(x: Tensor, activation: str) -> Tensor:
     """Return an activation of x, a key of ``ACTIVATIONS``; backward keeps x alone."""
-    out: Tensor = _Activated.apply(x, activation)  # type: ignore[no-untyped-call]
+    out: Tensor = _Activated.apply(x, activation)  # type: ignore[no-untyped-call, unused-ignore]
     return out
 
 
@@ -408,7 +408,7 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
     # Directly in the context of "lean": within a checkpoint all is computed again already.
     again = how.again and torch.is_grad_enabled() and saves_in_any_dtype()
     again = again and not any(is_observed(one) for layer in layers for one in layer.modules())
-    hidden = cast(Tensor, checkpoint(product, x, use_reentrant=False)) if again else product(x)
+    hidden: Tensor = checkpoint(product, x, use_reentrant=False) if again else product(x)
     node: Any = hidden.grad_fn
     own: Any = _Gated._backward_cls
     # A selective checkpoint computes all again, and takes hooks of saved tensors inside it for the user's.

@@ -114,7 +114,7 @@ class LazyLogits(Tensor):
         """Make a tensor without values of its own, as which ``dtype`` the logits present themselves."""
         layer = product.layer
         trained = [one if type(one) is nn.Parameter else None for one in (layer.weight, layer.bias)]
-        out: LazyLogits = _Lazily.apply(product, dtype, product.hidden, *trained)  # type: ignore[no-untyped-call]
+        out: LazyLogits = _Lazily.apply(product, dtype, product.hidden, *trained)  # type: ignore[no-untyped-call, unused-ignore]
         return out
 
     @staticmethod

@@ -71,7 +71,7 @@ def linear_cross_entropy(
     targets = targets[counted]
     _check_labels(targets, weight.shape[0])
     given = rows, weight, bias, counted, targets, chunk, label_smoothing, dtype
-    loss: Tensor = _Chunked.apply(*given)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Chunked.apply(*given)  # type: ignore[no-untyped-call, unused-ignore]
     if reduction == "sum":
         return loss
     # NaN for no label, as torch's; but a division by zero would make gradients NaN, too, which torch's are not.

@@ -132,7 +132,7 @@ def allocate(units: Sequence[Unit], bits: float) -> list[int]:
     """
     weights = max(1, sum(unit.weights for unit in units))
     least, dense = sum(min(unit.bytes) for unit in units), sum(unit.dense for unit in units)
-    if not least <= bits * weights / 8 <= dense:
+    if units and not least <= bits * weights / 8 <= dense:
         most = sum(max(unit.bytes) for unit in units)
         lowest = math.ceil(8e3 * least / weights) / 1e3  # so that what is named is possible
         raise ValueError(

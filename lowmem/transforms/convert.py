@@ -434,6 +434,7 @@ def _more_parameters(module: nn.Module, path: str, parameters: Callable[[str, Te
         name
         for name, one in module._parameters.items()
         if one is not None
+        and not isinstance(module, torch.jit.ScriptModule)
         and not is_lazy(one)
         and one.is_floating_point()
         and one.dim() >= 2
@@ -637,10 +638,11 @@ def rebuild(
         adapts = isinstance(technique, dict)
         kind: Any = LoRA if adapts else type(technique)
         if (kind is LoRA and not adapts) or (not adapts and layer is not module):
+            why = skip_reason(LoRA, layer) if kind is LoRA else None
             unused.setdefault(
                 kind,
                 f"{layer_name(path)}: {kind.__name__} cannot follow the techniques before it, which made "
-                f"a {type(layer).__name__}; it takes {supported_types(kind)}",
+                f"a {type(layer).__name__}; it takes {supported_types(kind)}{f'. {why}' if why else ''}",
             )
             continue
         unused[kind] = None

@@ -275,7 +275,7 @@ def _refuse_untying(model: nn.Module, folded: Mapping[nn.Module, Folded], to: to
     seen: dict[int, tuple[str, Any]] = {}
     for layer, paths in module_paths(model).items():
         base = base_of(layer)
-        for name in (*base._parameters, *(base.forms if isinstance(base, StoredModule) else ())):
+        for name in (*base._parameters.keys(), *(base.forms if isinstance(base, StoredModule) else ())):
             own = parameter_of(base, name)
             if own is None:
                 continue

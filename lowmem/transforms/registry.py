@@ -380,6 +380,8 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
         return _adapter_skip_reason(module, chosen)
     if bank_of(module) is not None:
         return "it has an adapter: convert the base first"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit.script or trace compiled it for dense weights: convert the module it was made of"
     if isinstance(module, ParametrizationList) and not _is_weight_norm(module):
         return f"a parametrization computes a weight from it{_REMOVE}"
     if isinstance(module, StoredModule):

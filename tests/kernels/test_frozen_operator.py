@@ -170,8 +170,9 @@ def test_a_call_that_nothing_watches_bypasses_torch_s_dispatcher_and_all_others_
     traced = torch.jit.trace(lambda one: call(one), (x,), check_trace=False)
     assert "product_4bit" in str(traced.graph)
     with forward_ad.dual_level():
-        call(forward_ad.make_dual(x, x))
+        tangent = forward_ad.unpack_dual(call(forward_ad.make_dual(x, x))).tangent
         assert dispatched
+        assert torch.equal(tangent, kernels.linear(x, weight, torch.float32))
     assert call(x.clone().requires_grad_()).requires_grad
     assert call(bias=nn.Parameter(bias)).requires_grad
     with BaseTorchDispatchMode():

@@ -20,8 +20,8 @@ def values(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", [*PRODUCTS, *ON_VALUES])
+@rows_in_one_case("form", FORMS)
 def test_outputs_and_gradients_are_those_of_the_sum_and_products_never_make_it(name, form, values):
     torch.manual_seed(0)
     case = {**PRODUCTS, **ON_VALUES}[name]

@@ -14,7 +14,7 @@ from lowmem.nn.stored_module import StoredModule, restored_copy, stored_class
 from tests.selection import rows_in_one_case
 
 TECHNIQUES = {"4-bit": FourBit("nf4"), "half": Half(torch.bfloat16)}
-techniques = pytest.mark.parametrize("technique", TECHNIQUES.values(), ids=TECHNIQUES.keys())
+techniques = rows_in_one_case("technique", TECHNIQUES.values())
 
 
 class Attention(nn.Module):

@@ -17,7 +17,7 @@ from tests.selection import rows_in_one_case
 
 FORMS = ["nf4", "bfloat16"]
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-forms = pytest.mark.parametrize("form", FORMS)
+forms = rows_in_one_case("form", FORMS)
 
 
 def run(function, x, weight):
@@ -40,8 +40,8 @@ def assert_nothing_dense(kept, x, weight):
             assert known or tensor.numel() < weight.numel() // 2, (tensor.shape, tensor.dtype)
 
 
-@forms
 @cases
+@forms
 def test_outputs_and_gradients_are_those_of_the_dequantized_weight_and_none_is_kept(case, form):
     torch.manual_seed(0)
     weight, x = store(torch.randn(case.weight), form, case.lead), case.make_input()

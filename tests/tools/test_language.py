@@ -179,14 +179,6 @@ def test_early_stop_and_what_helps_after_a_loss_that_is_not_finite(place, capsys
     assert shown[0] == 0
 
 
-def test_dry_run_plans(place, capsys):
-    assert main(["fit", "llama", "--data", "text.txt", "--length", "48", "--dry-run", "--save", "out"]) == 0
-    shown = capsys.readouterr().out
-    assert "total for training" in shown
-    assert "--memory fast takes less" in shown
-    assert not Path("out").exists()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a file's size are Linux's here")
 def test_a_full_disk_leaves_no_adapter_and_a_whole_state(place, capsys):
     import resource

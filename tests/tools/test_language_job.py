@@ -108,7 +108,8 @@ def test_folders_of_other_models(place, capsys):
     assert not Path("out").exists()
 
 
-def test_a_config_that_is_damaged_is_one_line_without_transformers_own(place, capsys, monkeypatch):
+def test_a_config_that_is_damaged_is_one_line_without_transformers_own(place, capsys, caplog, monkeypatch):
+    caplog.set_level(logging.WARNING, logger="transformers")
     logger, seen = logging.getLogger("transformers"), []
     handler = logging.Handler()
     handler.emit = seen.append

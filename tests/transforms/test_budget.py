@@ -82,6 +82,7 @@ def test_an_allocation_fits_and_more_bits_never_lose_more(found, one, other):
 
 @given(units)
 def test_with_room_for_all_each_unit_loses_least(found):
+    assert allocate([], 4.4) == []
     chosen = allocate(found, 80)
     assert all(unit.losses[at] == min(unit.losses) for unit, at in zip(found, chosen, strict=True))
 

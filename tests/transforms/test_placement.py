@@ -195,6 +195,15 @@ def test_a_technique_after_lora_is_still_refused():
             convert(Tied(), *order)
 
 
+def test_where_lora_takes_nothing_after_another_technique_the_reason_is_told():
+    for layer, why in (
+        (nn.Conv1d(4, 4, 3), "LoRA leaves convolutions out: where= takes them"),
+        (nn.LSTM(4, 4), "LoRA has no form of it: recurrent kernels"),
+    ):
+        with pytest.raises(ValueError, match=f"LoRA cannot follow the techniques before it.*{why}"):
+            convert(nn.Sequential(layer), FourBit(), LoRA(2))
+
+
 def test_each_layer_has_the_technique_of_its_patterns():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     placed = place_adapters(model, LoRA(2, ranks={"1": 3}), model, None)

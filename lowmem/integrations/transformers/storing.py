@@ -160,7 +160,7 @@ class Storing:
 
     def _technique_of(self, module: nn.Module) -> Half | EightBit | FourBit:
         """Return how a module is stored: of a budget, what its skeleton has got."""
-        technique = self._techniques[module]
+        technique: Half | EightBit | FourBit | Budget = self._techniques[module]
         if not isinstance(technique, Budget):
             return technique
         form: Any = next(iter(self._skeletons[module].forms.values()))

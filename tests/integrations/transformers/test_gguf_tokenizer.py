@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
 from lowmem.io.export.gguf_file import Placed, encode_field, write_file
 
-PIECES = ["<unk>", "\u2581", "a", "\u2581a", "b"]
-BYTES = ["Ġ", "a", "1", "2", "12", "Ġ1", "ab", "b", "ĠĠ"]
+PIECES = ["<unk>", "\u2581", "a", "\u2581a", "b", "<e>"]
+BYTES = ["Ġ", "a", "1", "2", "12", "Ġ1", "ab", "b", "ĠĠ", "<e>"]
 MERGES = {"llama": [("\u2581", "a")], "gpt2": [("1", "2"), ("Ġ", "1"), ("Ġ", "Ġ")]}
 
 
@@ -22,13 +22,13 @@ def tokens_of(tmp_path, monkeypatch, fields, text):
     tokens = PIECES if kind == "llama" else BYTES
     vocab = {token: number for number, token in enumerate(tokens)}
     made = Tokenizer(models.BPE(vocab, MERGES.get(kind, []), unk_token="<unk>" if kind == "llama" else None))
-    given = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="b")
+    given = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<e>")
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **named: given)
     path = tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf"
     encoded = {f"tokenizer.ggml.{key}": encode_field(f"tokenizer.ggml.{key}", value) for key, value in fields.items()}
     write_file(path, encoded, [Placed("a", (1,), 0)], [("a", torch.zeros(4, dtype=torch.uint8))])
     found = tokenizer_of(path)
-    assert found.eos_token == "b"
+    assert found.eos_token == "<e>"
     return [tokens[number] for number in found(text)["input_ids"]], found
 
 

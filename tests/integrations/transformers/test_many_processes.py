@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lowmem
 from lowmem.__main__ import main
 from lowmem.tools import language
 from tests.distributed.ranks import needs_ranks
@@ -69,10 +70,10 @@ def assert_is_that_of_one(place, name):
 
 
 def test_a_killed_process_ends_the_others_and_torchrun_goes_on(place):
+    """What the other process says of it is tests/distributed/test_processes.py's: torchrun may end it before."""
     arguments = ["--batch-size", "2", "--shard", "--save", "shard", "--metrics", "shard.jsonl", "--resume"]
     code, out, errors = torchrun(place, 2, *arguments, restarts=1, program=(str(KILLED),))
     assert code == 0, errors
-    assert "lowmem fit: rank 0 has lost another process, whose own error says why" in errors
     assert out.count("step 3/6") == 2  # the state after two steps was whole
     assert out.count("step 1/6") == 1
     assert out.count("perplexity of the held-out text, adapted") == 1  # one process tells
@@ -126,6 +127,6 @@ def test_more_processes_than_rows_and_a_classifier_are_refused(place, monkeypatc
         world = 99
 
     with pytest.raises(ValueError, match="99 processes cannot share 1 rows of text: start fewer, or take more text"):
-        language.finetune(torch.nn.Linear(2, 2), [0], language.FineTuning(), ranks=Three())
+        lowmem.finetune(torch.nn.Linear(2, 2), [0], lowmem.FineTuning(), ranks=Three())
     assert main(["fit", "lora", "--shard"]) == 2
     assert "--shard means nothing for model='lora', which is no folder of a language model" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_a_config_that_is_wrong_is_refused(small):
         file.write_text(json.dumps(changed))
         return pytest.raises(ValueError, match=r"\w")
 
-    with edited(lambda c: c["layers"][0].update(names=["nowhere"])) as refused:
+    with edited(lambda c: c.update(layers=[{**c["layers"][0], "names": ["nowhere"]}])) as refused:
         load(small)
     assert "names no module that LlamaForCausalLM has" in str(refused.value)
     with edited(lambda c: c["layers"][0].pop("names")) as refused:

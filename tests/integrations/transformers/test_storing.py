@@ -13,7 +13,7 @@ import lowmem
 from lowmem import Budget, FourBit, Half, summary
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.nn.stored_module import StoredModule
-from tests.integrations.transformers.folders import CONFIGS, SIZES, assert_same, load, write
+from tests.integrations.transformers.folders import CONFIGS, IDS, SIZES, assert_same, load, write
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -95,6 +95,9 @@ def test_a_budget_is_divided_among_what_the_folder_has(tmp_path):
     again = load(tmp_path / "saved", as_class=AutoModelForSequenceClassification)
     assert_same(again, read)
     assert again.config.quantization_config.technique == Budget(4.9)
+    with pytest.raises(ValueError, match="load it first, and lowmem.convert"):
+        LowmemConfig(Budget(4.9, inputs=[IDS]))
+    assert LowmemConfig(LowmemConfig(Budget(4.9)).to_dict()["technique"]).technique == Budget(4.9)
     with pytest.raises(ValueError, match=r"Budget\(bits=4.1\) is out of reach: these weights take 4\.\d+ bits"):
         load(folder, quantization_config=LowmemConfig(Budget(4.1)))
     weights = load_file(folder / "model.safetensors")
