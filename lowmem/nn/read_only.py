@@ -139,10 +139,10 @@ def read_only(result: Any, refusal: str, function: Any, args: Any, source: Tenso
 def _marked(one: Any, refusal: str, source: Tensor | None) -> Any:
     if type(one) is not Tensor or (source is not None and not torch._C._is_alias_of(one, source)):  # type: ignore[attr-defined]
         return one
+    if not torch.compiler.is_compiling() and not one.requires_grad:
+        one = one.detach()  # else autograd knows it as a view of the weight, and Dynamo would begin with that
     made: Any = one.as_subclass(ReadOnlyView)
-    made.refusal = refusal
-    if torch.compiler.is_compiling():
-        made.recorded = one
+    made.refusal, made.recorded = refusal, one
     return made
 
 
@@ -151,7 +151,7 @@ class ReadOnlyView(Tensor):
 
     Attributes:
         refusal: what a write raises.
-        recorded: the plain tensor, in a graph that is being recorded.
+        recorded: the plain tensor, of which Dynamo records operations; gone when the view itself has been changed.
     """
 
     refusal: str
@@ -169,7 +169,10 @@ class ReadOnlyView(Tensor):
         kwargs = kwargs or {}
         if changes_itself_alone(function):
             with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            if not torch.compiler.is_compiling() and writes_in_place(function):  # its shape, or whether it trains
+                args[0].__dict__.pop("recorded", None)
+            return result
         _refuse_writes(function, args, kwargs)
         views: list[tuple[str, Tensor]] = []
 

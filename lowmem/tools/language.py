@@ -47,12 +47,17 @@ from lowmem.transforms.adapters import add_adapter
 
 __all__ = ["run"]
 
+_LONGEST = 10**8
+"""Seconds, three years: PyTorch's times overflow with much more."""
+
 
 def run(arguments: argparse.Namespace, folder: Path) -> int:
     """Run the command for a folder."""
     how = "shard" if arguments.shard else "replicate" if arguments.replicate else None
     if arguments.timeout is not None and how is None:
         raise ValueError("--timeout is how long processes wait for each other: add --shard or --replicate")
+    if arguments.timeout is not None and not 0.001 <= arguments.timeout <= _LONGEST:
+        raise ValueError(f"--timeout={arguments.timeout:g} must be from 0.001 to {_LONGEST} seconds")
     timeout = TIMEOUT if arguments.timeout is None else timedelta(seconds=arguments.timeout)
     device = device_of(arguments.device)
     if arguments.dry_run:
@@ -143,7 +148,7 @@ def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
     print_plan(str(job.folder), found)
     print(
         f"\nforward and backward, with --memory {job.memory}, of {job.settings.batch_size} rows of {job.length} "
-        f"tokens: measured on its first {max(FEW)} layers"
+        f"tokens: measured on at most {max(FEW)} of its layers"
     )
     return 0
 

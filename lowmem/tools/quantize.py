@@ -98,10 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    if arguments.embeddings and arguments.format in EIGHT_BIT:
-        raise ValueError(
-            f"--embeddings means nothing for --format {arguments.format}, which has 8 bits: leave it out"
-        )
+    for option in ("embeddings", "search") if arguments.format in EIGHT_BIT else ():
+        if getattr(arguments, option) is not None:
+            raise ValueError(
+                f"--{option} means nothing for --format {arguments.format}, which has 8 bits: leave it out"
+            )
     for path in (arguments.source, arguments.target):
         check_links(path)
     if import_file.is_foreign(arguments.source):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowmem.errors import show
 from lowmem.nn.fourbit import FourBit
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
@@ -26,14 +27,17 @@ from lowmem.transforms.finished_units import FinishedUnits, digest_of
 from lowmem.transforms.generated import generated_batches
 from lowmem.transforms.gptq import prepare_hessian, quantize_gptq
 from lowmem.transforms.moments import Inputs, Moments, Regroup, counted_rows
+from lowmem.transforms.placement import techniques_by_layer
 from lowmem.transforms.refusals import refuse_layers
-from lowmem.transforms.registry import layer_name, parameters_to_store
+from lowmem.transforms.registry import Step, layer_name, parameters_to_store
 from lowmem.transforms.replay import Overrides, Replay, Stale, evaluation_mode
 
 __all__ = ["calibrate"]
 
 _DEFAULT = FourBit()
 _NO_INPUT = "no batch reached it"
+_BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which nobody expects to be calibrated
+_NAMED = 3  # layers that a warning names of those with one reason
 
 
 def calibrate(
@@ -69,9 +73,10 @@ def calibrate(
     a run of what lies before them for each.
 
     The model runs in evaluation mode without gradients. In batches with an ``attention_mask`` (batch, tokens) the
-    rows of tokens count where it is not 0, elsewhere all do. Embeddings, convolutions and linear layers with a shared
-    weight are quantized by their weights alone, and so are, with a warning, layers that no batch reaches. Scales are
-    searched for, unless ``search=False``.
+    rows of tokens count where it is not 0, elsewhere all do. Embeddings, output layers in 8 bits, convolutions and
+    linear layers with a shared weight are quantized by their weights alone, and so are, with a warning, layers that
+    no batch reaches, and those of other types: subclasses of nn.Linear, transformers' Conv1D, attention of torch,
+    recurrent layers, experts. Scales are searched for, unless ``search=False``.
 
     Args:
         model: any module; the root itself can be the layer.
@@ -87,8 +92,9 @@ def calibrate(
         blocks: glob patterns of the blocks' paths, as "encoder.layer.*"; () for none; None: as above.
         diagonal: take the mean square of each column alone, from one run of the model as it is: the squared error
             of each weight counts by it in the search of scales. Faster, in the memory of a row for each layer, and
-            not as good.
-        offload: a folder to hold hidden states, instead of memory; empty again afterwards.
+            not as good. It takes no ``blocks``, ``offload`` or ``resume``, and calls ``progress`` once.
+        offload: a folder to hold hidden states, instead of memory; empty again afterwards. A process that is killed
+            leaves a folder ``hidden-states-...`` in it, which nothing reads: remove it.
         resume: a folder to hold the layers of each block that is done. A call with the same arguments after the
             process was ended takes them from there, and returns the same, byte for byte.
         progress: called after each block with how many are done, how many there are, and the seconds left.
@@ -104,7 +110,8 @@ def calibrate(
         TypeError: batches that can be iterated only once, a batch of another type, a technique but FourBit, or
             "self" without a tokenizer.
         ValueError: no batches, a batch of padding alone, inputs of a layer that are NaN or infinite (it is named), a
-            bad damping, ``blocks`` that match nothing or cannot be run one by one, "self" with a model that does not
+            bad damping, ``blocks`` that match nothing or cannot be run one by one, ``blocks``, ``offload`` or
+            ``resume`` with ``diagonal``, "self" with a model that does not
             generate or a tokenizer of another vocabulary, or what ``convert`` rejects.
         FileError: a file in ``resume`` is damaged, or of another model, other batches or settings.
         OSError: ``offload`` or ``resume`` cannot be written.
@@ -112,16 +119,20 @@ def calibrate(
         After any error, also one of the model's own, the model is unchanged.
 
     Warns:
-        UserWarning: layers that no batch reached, whose inputs were all zero, or had fewer rows than columns.
+        UserWarning: layers of other types, that no batch reached, whose inputs were all zero or all alike, or had
+            fewer rows than columns.
     """
     _check_arguments(batches, technique, damping)
+    if diagonal:
+        _refuse_more({"blocks": blocks, "offload": offload, "resume": resume})
     technique = replace(technique, search=technique.search is not False)
     candidates = layers_to_convert(model, (technique,), where, skip)
     refuse_layers("calibrate", candidates)
+    steps = techniques_by_layer(model, (technique,), candidates, where)
     if isinstance(batches, str):
         batches = generated_batches(model, tokenizer, seed, temperature)
     with evaluation_mode(model) as overrides:
-        run = _Run(model, batches, technique, candidates, damping, overrides, progress)
+        run = _Run(model, batches, candidates, damping, overrides, progress, steps)
         lists = [] if diagonal else find_blocks(model, run.linear, blocks)
         run.replace_others()
         if diagonal:
@@ -153,12 +164,27 @@ def _check_arguments(batches: object, technique: object, damping: object) -> Non
         raise TypeError(f"batches is a {type(batches).__name__}; pass a list of batches, if only of one: [batch]")
 
 
+def _refuse_more(given: Mapping[str, object]) -> None:
+    """Refuse what says how blocks are done, where there are none.
+
+    Raises:
+        ValueError: an argument is not None; it is named.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={show(value)} means nothing with diagonal=True, which runs the model once and keeps nothing "
+                "of it: leave one of both out"
+            )
+
+
 @dataclass
 class _Run:
     """What a calibration has made so far, while the model is as it was.
 
     Attributes:
-        linear: the layers to calibrate.
+        steps: how each layer is stored: embeddings and output layers in 8 bits, if the technique says so.
+        linear: the layers to calibrate, which are stored in 4 bits.
         centred: those of them with a bias of their own, which can make up for the mean of the error.
         replacements: what layers become.
         uncalibrated: layers that were quantized by their weights alone, and why.
@@ -168,11 +194,11 @@ class _Run:
 
     model: nn.Module
     batches: Iterable[Any]
-    technique: FourBit
     candidates: dict[nn.Module, str]
     damping: float
     overrides: Overrides
     progress: Callable[[int, int, float], object] | None
+    steps: Mapping[nn.Module, tuple[Step, ...]]
     linear: list[nn.Module] = field(init=False)
     centred: set[nn.Module] = field(init=False)
     replacements: dict[nn.Module, nn.Module] = field(default_factory=dict)
@@ -184,7 +210,13 @@ class _Run:
     def __post_init__(self) -> None:
         layers: list[Any] = list(self.candidates)
         held = Counter(weight_key(layer._parameters[name]) for layer in layers for name in parameters_to_store(layer))
-        self.linear = [layer for layer in layers if type(layer) is nn.Linear and held[weight_key(layer.weight)] == 1]
+        self.linear = [
+            layer
+            for layer in layers
+            if type(layer) is nn.Linear
+            and held[weight_key(layer.weight)] == 1
+            and isinstance(self.steps[layer][0], FourBit)
+        ]
         biases = Counter(id(module._parameters.get("bias")) for module in self.model.modules())
         self.centred = {one for one in self.linear if one.bias is not None and biases[id(one.bias)] == 1}
 
@@ -194,7 +226,7 @@ class _Run:
 
     def replace(self, layer: nn.Module, store_by: Callable[[Any], Callable[[Tensor, str], Any]]) -> Any:
         """Make what a layer becomes, and let it compute in the layer's place."""
-        made: Any = rebuild(layer, (self.technique,), self.candidates[layer], {}, store_by)
+        made: Any = rebuild(layer, self.steps[layer], self.candidates[layer], {}, store_by)
         self.replacements[layer] = made
         self.overrides.set(layer, made.forward)
         return made
@@ -202,8 +234,12 @@ class _Run:
     def replace_others(self) -> None:
         """Quantize by their weights alone what is not calibrated."""
         for layer in self.candidates:
-            if layer not in self.linear:
-                self.replace(layer, self.store.by)
+            if layer in self.linear:
+                continue
+            self.replace(layer, self.store.by)
+            told = type(layer) is nn.Linear or isinstance(layer, _BY_WEIGHTS)
+            if not told and isinstance(self.steps[layer][0], FourBit):
+                self.uncalibrated[layer] = f"of type {type(layer).__name__}, not nn.Linear itself"
 
     def replace_unreached(self) -> None:
         """Quantize by their weights alone the layers that no batch has reached."""
@@ -214,9 +250,15 @@ class _Run:
 
     def warnings(self) -> Iterator[str]:
         """Yield what to warn of."""
-        if self.uncalibrated:
-            named = "; ".join(f"{self.path(layer)}: {why}" for layer, why in self.uncalibrated.items())
-            yield f"layers were quantized by their weights alone ({named})"
+        alike: dict[str, list[str]] = {}
+        for layer, why in self.uncalibrated.items():
+            alike.setdefault(why, []).append(self.path(layer))
+        if alike:
+            texts = []
+            for why, paths in alike.items():
+                more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+                texts.append(f"{', '.join(paths[:_NAMED])}{more}: {why}")
+            yield f"layers were quantized by their weights alone ({'; '.join(texts)})"
         if self.few:
             layer, (rows, columns) = max(self.few.items(), key=lambda one: one[1][1] / one[1][0])
             yield (
@@ -248,16 +290,23 @@ class _Run:
                 self.progress(number + 1, len(units), left)
 
     def _quantize(self, unit: Unit, replay: Replay) -> None:
-        """Take the moments of a unit's inputs, and quantize its layers by them."""
+        """Take the moments of a unit's inputs, and quantize its layers by them.
+
+        Raises:
+            Stale: the model may have read what was not kept; no layer was quantized.
+            ValueError: inputs that are not finite.
+        """
         moments, groups = self._moments(unit, replay)
+        if replay.has_dropped and not all(own.is_finite() for own in moments.values()):
+            raise Stale  # before a layer is replaced: all of the unit are done again
         for group in groups:
             own = moments.pop(group[0])
-            second = self._checked(group[0], own.second(), replay.has_dropped)
+            second = self._checked(group[0], own.second())
             columns = second.shape[-1]
             hessian = prepare_hessian(second, self.damping * max(1.0, columns / max(1, own.rows)))
             del second
             if hessian is None:
-                self.uncalibrated |= dict.fromkeys(group, "its inputs are all zero")
+                self._replace_constant(group, own)
                 continue
             parts = _Parts(group, partial(quantize_gptq, hessian=hessian))
             for layer in group:
@@ -288,21 +337,26 @@ class _Run:
                 continue
             return inputs.moments, groups if unit.block is not None or not groups else [unit.layers]
 
-    def _checked(self, layer: nn.Module, second: Tensor, may_be_stale: bool) -> Tensor:
+    def _checked(self, layer: nn.Module, second: Tensor) -> Tensor:
         """Return moments that are finite.
 
         Raises:
-            Stale: they are not, and the model may have read what was not kept.
             ValueError: they are not.
         """
         if second.isfinite().all():
             return second
-        if may_be_stale:
-            raise Stale
         raise ValueError(
             f"{self.path(layer)}: its inputs hold NaN or infinite values, or too large ones to square: look for a "
             "broken batch or weight before it, or leave the layer out with skip="
         )
+
+    def _replace_constant(self, group: list[nn.Module], own: Moments) -> None:
+        """Quantize by their weights alone layers whose inputs tell nothing of the weights; biases make up for it."""
+        for layer in group:
+            constant = layer in self.centred and bool(own.mean.any())
+            self.uncalibrated[layer] = "its inputs are all alike" if constant else "its inputs are all zero"
+            self.replace(layer, self.store.by)
+            self._correct_bias(layer, own)
 
     def _correct_bias(self, layer: Any, own: Moments) -> None:
         """Let the bias of a layer take over the mean of the error: ``(W - W_q) E[x]``."""
@@ -325,15 +379,16 @@ class _Run:
         if not runs:
             raise ValueError("batches is empty: pass one batch at least, or use convert, which needs none")
         for layer, own in inputs.moments.items():
-            importance = self._checked(layer, own.second(), may_be_stale=False)
+            importance = self._checked(layer, own.second())
             mean = float(importance.mean())
             if mean <= 0:
-                self.uncalibrated[layer] = "its inputs are all zero"
-                self.replace(layer, self.store.by)
+                self._replace_constant([layer], own)
                 continue
             weights = importance.add(self.damping * mean)
             self.replace(layer, _Parts([layer], partial(_weighted, importance=weights)).by(layer))
             self._correct_bias(layer, own)
+        if self.progress is not None:
+            self.progress(1, 1, 0.0)
 
     def _save(self, number: int, unit: Unit) -> None:
         """Write the file of a unit."""
@@ -343,13 +398,13 @@ class _Run:
         records: list[dict[str, Any]] = []
         for place, layer in enumerate(unit.layers):
             made: Any = self.replacements[layer]
+            if layer in self.centred:
+                tensors[f"{place}.bias"] = made.bias
             if layer in self.uncalibrated:
                 records.append({"why": self.uncalibrated[layer]})
                 continue
             weight: QuantizedTensor = made.quantized
             tensors |= {f"{place}.packed": weight.packed, f"{place}.scales": weight.scales}
-            if layer in self.centred:
-                tensors[f"{place}.bias"] = made.bias
             how = [weight.format, weight.block_size, weight.scale_encoding, weight.method]
             records.append({"how": how, "few": self.few.get(layer)})
         self.finished.save(number, tensors, records)
@@ -364,15 +419,15 @@ class _Run:
             one: Any = layer
             if "why" in record:
                 self.uncalibrated[layer] = record["why"]
-                self.replace(layer, self.store.by)
-                continue
-            packed, scales = (tensors[f"{place}.{part}"].to(one.weight.device) for part in ("packed", "scales"))
-            weight = QuantizedTensor(packed, scales, one.weight.shape, *record["how"])
-            made = self.replace(layer, _given(weight))
+                made = self.replace(layer, self.store.by)
+            else:
+                packed, scales = (tensors[f"{place}.{part}"].to(one.weight.device) for part in ("packed", "scales"))
+                weight = QuantizedTensor(packed, scales, one.weight.shape, *record["how"])
+                made = self.replace(layer, _given(weight))
             if layer in self.centred:
                 bias = tensors[f"{place}.bias"].to(one.bias.device)
                 made._parameters["bias"] = nn.Parameter(bias, requires_grad=one.bias.requires_grad)
-            if record["few"] is not None:
+            if record.get("few") is not None:
                 self.few[layer] = tuple(record["few"])
         return True
 

@@ -57,6 +57,10 @@ class Moments:
         """The mean of the rows: float32 (columns,)."""
         return self._shift + self._sum / max(1, self.rows)
 
+    def is_finite(self) -> bool:
+        """Whether the sums hold neither NaN nor infinities."""
+        return bool(self._squares.isfinite().all())
+
     def second(self) -> Tensor:
         """Return the mean of ``x^T x`` over the rows, or their covariance: float32 (in, in), of diagonals (in,)."""
         mean = self._squares / max(1, self.rows)

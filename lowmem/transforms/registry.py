@@ -376,12 +376,12 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
     """
     if is_parametrized(module):  # before the type: parametrizing a module changes its class to a subclass
         return f"its weight or bias is computed by a parametrization{_REMOVE}"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit.script or trace compiled it for dense weights: convert the module it was made of"
     if technique is LoRA:
         return _adapter_skip_reason(module, chosen)
     if bank_of(module) is not None:
         return "it has an adapter: convert the base first"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "torch.jit.script or trace compiled it for dense weights: convert the module it was made of"
     if isinstance(module, ParametrizationList) and not _is_weight_norm(module):
         return f"a parametrization computes a weight from it{_REMOVE}"
     if isinstance(module, StoredModule):
@@ -450,7 +450,11 @@ def no_match_message(
     """
     found = Counter(type(module).__name__ for module in module_paths(model) if not list(module.children()))
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
-    known = {p: one for one, p in (selected or {}).items() if _entry_of(one) is not None or bank_of(one) is not None}
+    known = {
+        path: one
+        for one, path in (selected or {}).items()
+        if _entry_of(one) is not None or bank_of(one) is not None or isinstance(one, torch.jit.ScriptModule)
+    }
     whys = {path: (one, skip_reason(technique, one, chosen)) for path, one in known.items()}
     why = next(
         (f"; {layer_name(p)} is a {type(one).__name__}: {text}" for p, (one, text) in whys.items() if text), ""

@@ -286,11 +286,15 @@ def _without_adapter(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _in_8_bits(model: nn.Module) -> dict[nn.Module, str]:
-    """Return what is in 8 bits as ``FourBit`` leaves it, and why."""
+    """Return what is in 8 bits as ``FourBit`` leaves it, and why; none where a ``Budget`` or ``EightBit`` chose."""
+    wider = embeddings_and_outputs(model)
+    found = [base_of(module) for module in module_paths(model) if stored_by(base_of(module)) is EightBit]
+    if any(getattr(base, "chosen_because", "") for base in found) or not set(found) <= set(map(base_of, wider)):
+        return {}
     return {
         module: f"8 bits, since {why}: FourBit(embeddings='4bit') stores it in 4"
-        for module, why in embeddings_and_outputs(model).items()
-        if stored_by(base_of(module)) is EightBit
+        for module, why in wider.items()
+        if base_of(module) in found
     }
 
 

@@ -174,6 +174,33 @@ def test_a_graph_returns_views_that_refuse_writes(backend, request):
     assert type(fresh) is Tensor
 
 
+@compiles
+@techniques
+@torch.no_grad()
+def test_a_graph_takes_views_of_another_one_and_of_eager_code(technique, request):
+    request.addfinalizer(torch.compiler.reset)
+    torch.compiler.reset()
+    weight = weight_of(technique)
+
+    def read(x, view, change=None):
+        own = weight.flatten()[:24]
+        torch._dynamo.graph_break()
+        if change is not None:
+            change(own)
+        return x @ own, view[3:] * 2, view[3:]
+
+    run, x, view = torch.compile(read, backend="aot_eager"), torch.randn(24), weight.view(-1)
+    for got, expected in zip(run(x, view), read(x, view), strict=True):
+        torch.testing.assert_close(got, expected)
+    for write in (lambda: run(x, view, lambda own: own.zero_()), lambda: run(x, view)[2].zero_()):
+        with pytest.raises(RuntimeError, match="would write to a view of a weight"):
+            write()
+    turned = weight.view(-1).unsqueeze_(0)  # no operation, but another shape
+    assert torch.equal(turned * 2, weight.view(1, -1) * 2)
+    with pytest.raises(Exception, match="recorded"):  # and not values of the shape before
+        torch.compile(lambda view: view * 2, backend="aot_eager")(turned)
+
+
 def test_writes_are_told_by_their_names():
     writes = (
         *(Tensor.zero_, Tensor.mul_, Tensor.__imul__, Tensor.__setitem__, Tensor.data.__set__),

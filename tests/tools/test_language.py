@@ -163,6 +163,9 @@ def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, ca
     assert "Budget(bits=4.9), LoRA" in capsys.readouterr().out
     assert "--format=nf4 means nothing" in refused(capsys, "stored", "--data", "text.txt", "--format", "nf4")
     assert "--bits=4.9 means nothing" in refused(capsys, "stored", "--data", "text.txt", "--bits", "4.9")
+    for seconds in ("1e300", "1e14", "1e-7"):  # which a timedelta, PyTorch or a clock cannot count
+        said = refused(capsys, "llama", "--data", "text.txt", "--replicate", "--timeout", seconds)
+        assert f"--timeout={float(seconds):g} must be from 0.001 to 100000000 seconds" in said
 
 
 def test_early_stop_and_what_helps_after_a_loss_that_is_not_finite(place, capsys):

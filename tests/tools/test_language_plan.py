@@ -45,7 +45,7 @@ def test_it_is_within_two_percent_of_the_run(folder, capsys):
     peaks = []
     for memory in ("plain", "fast", "lean"):
         found = json.loads(planned(folder, capsys, "--memory", memory, "--json"))
-        base = load(folder, quantization_config=LowmemConfig(lowmem.FourBit("nf4")))
+        base = load(folder, quantization_config=LowmemConfig(lowmem.FourBit()))
         model = lowmem.add_adapter(base, "default", lowmem.LoRA(4))
         assert found["stored_bytes"] == lowmem.measure.theoretical_bytes(model)
         if memory != "plain":
@@ -66,5 +66,5 @@ def test_it_says_what_it_counts_and_writes_nothing(folder, capsys):
     before = sorted(folder.parent.rglob("*"))
     told = planned(folder, capsys, "--save", str(folder.parent / "out"))
     assert "total for training" in told
-    assert f"with --memory fast, of 3 rows of {LENGTH} tokens: measured on its first 3 layers" in told
+    assert f"with --memory fast, of 3 rows of {LENGTH} tokens: measured on at most 3 of its layers" in told
     assert sorted(folder.parent.rglob("*")) == before

@@ -56,11 +56,11 @@ def test_without_a_format_it_stores_as_four_bit_does(checkpoint):
 
 def test_bits_are_divided_and_the_table_says_what_for(checkpoint, capsys):
     out = checkpoint.with_name("out.safetensors")
-    assert main(["quantize", str(checkpoint), str(out), "--bits", "4.9"]) == 0
+    assert main(["quantize", str(checkpoint), str(out), "--bits", "5.2"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Chosen" in shown
-    assert "4.8194 bits" in shown
-    assert "bits a weight that is converted, of --bits 4.9" in shown
+    assert "5.1528 bits" in shown
+    assert "bits a weight that is converted, of --bits 5.2" in shown
     expected = lowmem.convert(lowmem.load(out, make), lowmem.LoRA(2))  # what was written loads, and takes adapters
     assert {expected[0].base.forms["weight"].format, expected[2].base.forms["weight"].format} == {"bof4s", "int8"}
     assert main(["quantize", str(checkpoint), str(out), "--bits", "4.1"]) == 2

@@ -103,6 +103,31 @@ def test_options_of_a_technique_say_how_what_is_asked_for_is_quantized(tmp_path,
     assert run(tmp_path, inputs, "a dense file", ["--no-search"], capsys)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("a dense folder", ("bits", "embeddings"), "--embeddings"),
+        ("a dense folder", ("bits", "format"), "--format"),
+        ("a dense folder", ("bits", "calibrate"), "--bits"),
+        ("a dense folder", ("calibrate", "diagonal", "resume"), "--resume"),
+        ("a dense file", ("bits", "block_size"), "--block-size"),
+    ],
+)
+def test_options_that_exclude_each_other(tmp_path, inputs, capsys, kind, options, named):
+    code, said, written = run(tmp_path, inputs, kind, [text for one in options for text in GIVEN[one]], capsys)
+    assert (code, written, said.count("\n")) == (2, [], 1)
+    assert f"{named} means nothing for" in said
+    assert "leave one of both out" in said
+
+
+@pytest.mark.parametrize("option", ["search", "embeddings"])
+def test_8_bits_have_neither_a_search_nor_other_embeddings(tmp_path, inputs, capsys, option):
+    for kind in ("a dense file", "a dense folder"):
+        code, said, written = run(tmp_path, inputs, kind, ["--format", "int8", *GIVEN[option]], capsys)
+        assert (code, written, said.count("\n")) == (2, [], 1)
+        assert f"{GIVEN[option][0]} means nothing for" in said
+
+
 def test_what_each_heeded_option_changes(tmp_path, inputs, capsys):
     """None of them is taken and forgotten: each gives other bytes, or other files."""
     for kind in ("a dense file", "another program's, to a file"):

@@ -152,6 +152,20 @@ def test_a_model_takes_at_most_its_budget_and_says_what_each_layer_got(inputs, t
     assert planned.stored_bytes <= 4.6 / 8 * measure.weight_count(Tied()) + planned.stored["dense"]
 
 
+def test_embeddings_that_a_budget_puts_in_8_bits_have_no_reason_of_four_bits(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+
+    model = convert(make(), Budget(7.2))
+    lowmem.save(model, tmp_path / "budget")
+    for one in (model, lowmem.load(tmp_path / "budget", make)):
+        assert [stored_by(layer) for layer in one].count(EightBit) == 2
+        assert stored_by(one[0]) is EightBit
+        assert [row.reason for row in summary(one)] == [None] * 3
+    assert "8 bits, since it is an embedding" in summary(convert(make(), FourBit()))[0].reason
+
+
 def test_layers_that_samples_find_to_matter_get_more_bits():
     """The second layer's output is what comes out; the first one's is multiplied by a thousandth."""
     torch.manual_seed(0)

@@ -10,7 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem import Conv4Bit, Embedding4Bit, FourBit, Half, Linear4Bit, LoRA, calibrate, convert, quantize
+from lowmem import (
+    Conv4Bit,
+    Embedding4Bit,
+    Embedding8Bit,
+    FourBit,
+    Half,
+    Linear4Bit,
+    Linear8Bit,
+    LoRA,
+    calibrate,
+    convert,
+    quantize,
+    summary,
+)
 from lowmem.measure import peak_bytes
 from lowmem.transforms import gptq
 from tests.rounding import assert_sum
@@ -219,6 +232,7 @@ def test_layers_that_were_compiled_are_calibrated_the_same(net, samples, monkeyp
         assert one.method == other.method == "calibrated"
 
 
+@NO_BATCH
 def test_the_layers_of_a_fused_encoder_are_reached():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
@@ -229,16 +243,37 @@ def test_the_layers_of_a_fused_encoder_are_reached():
 def test_what_no_batch_reached_is_named_and_quantized_by_its_weight(net, samples):
     expected = quantize(net.unused.weight, "nf4", search=True)
     with pytest.warns(UserWarning, match=r"\(unused: no batch reached it\)"):
-        calibrate(net, samples)
+        calibrate(net, samples, FourBit("nf4"))
     assert net.unused.quantized.method == "search"
     assert torch.equal(net.unused.packed, expected.packed)
 
 
 def test_inputs_that_are_all_zero_are_named():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    with pytest.warns(UserWarning, match=r"\(0: its inputs are all zero; 1: its inputs are all zero\)"):
+    with pytest.warns(UserWarning, match=r"\(0: its inputs are all zero; 1: its inputs are all alike\)"):
         calibrate(model, [torch.zeros(9, 8)])
     assert model[0].quantized.method == "search"
+
+
+@rows_in_one_case("diagonal", [False, True])
+@rows_in_one_case("rows", [1, 9])
+def test_biases_make_up_for_the_whole_error_of_inputs_that_are_all_alike(tmp_path, diagonal, rows):
+    torch.manual_seed(0)
+    x = torch.randn(1, 16).expand(rows, 16)
+    dense = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    expected = dense(x).detach()
+    for more in ({"diagonal": True},) if diagonal else ({"resume": tmp_path / str(rows)},) * 2:
+        with pytest.warns(UserWarning, match=r"\(0, 1: its inputs are all alike\)"):
+            model = calibrate(copy.deepcopy(dense), [x], **more)
+        # Each layer is off by its roundings to float32: of products of 16 numbers, of the mean, and of the bias.
+        sizes = x.abs() @ dense[0].weight.abs().T @ dense[1].weight.abs().T
+        assert ((model(x) - expected).abs() <= 1e-5 * (1 + sizes)).all()
+
+
+@pytest.mark.parametrize("given", [{"blocks": "layers.*"}, {"offload": "hidden"}, {"resume": "done"}])
+def test_what_says_how_blocks_are_done_is_refused_where_columns_are_weighed(net, samples, given):
+    message = f"{next(iter(given))}=.* means nothing with diagonal=True"
+    assert_stays(net, ValueError, message, lambda: calibrate(net, samples, diagonal=True, **given))
 
 
 @rows_in_one_case("diagonal", [False, True])
@@ -256,26 +291,72 @@ def test_the_root_itself_can_be_the_layer():
 def test_without_the_search_scales_are_the_largest_magnitudes():
     layer = nn.Linear(16, 4)
     expected = quantize(layer.weight, "nf4")
-    assert torch.equal(calibrate(layer, [torch.randn(19, 16)], FourBit(search=False)).scales, expected.scales)
+    calibrated = calibrate(layer, [torch.randn(19, 16)], FourBit("nf4", search=False))
+    assert torch.equal(calibrated.scales, expected.scales)
+
+
+class Language(nn.Module):
+    """A language model with an output layer of its own, or one tied to its embeddings."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.tokens, self.conv = nn.Embedding(30, 16), nn.Conv1d(16, 16, 1)
+        self.mid, self.head = nn.Linear(16, 16), nn.Linear(16, 30, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, i):
+        return self.head(self.mid(self.conv(self.tokens(i).mT).mT))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_output_layers_are_stored_as_convert_stores_them(tied, diagonal):
+    """In 8 bits by default, which are not calibrated: no batch is needed for them."""
+    model = Language(tied)
+    converted = convert(copy.deepcopy(model), FourBit(search=True))
+    calibrate(model, [torch.randint(0, 30, (2, 12))], diagonal=diagonal)
+    assert [type(model.tokens), type(model.head)] == [Embedding8Bit, Linear8Bit]
+    for path in ("tokens", "head", "conv"):
+        one, two = model.get_submodule(path), converted.get_submodule(path)
+        assert torch.equal(one.packed, two.packed)
+        assert torch.equal(one.scales, two.scales)
+    assert (model.head.packed is model.tokens.packed) is tied
+    assert model.mid.quantized.method == ("search" if diagonal else "calibrated")
+    rows = [{row.path: row for row in summary(one)} for one in (model, converted)]
+    assert [rows[0][path] for path in ("tokens", "head", "conv")] == [
+        rows[1][path] for path in ("tokens", "head", "conv")
+    ]
 
 
 @NO_BATCH
-def test_other_layers_and_tied_ones_are_quantized_by_their_weights():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens, self.conv = nn.Embedding(30, 16), nn.Conv1d(16, 16, 1)
-            self.mid, self.head = nn.Linear(16, 16), nn.Linear(16, 30, bias=False)
-            self.head.weight = self.tokens.weight
-
-        def forward(self, i):
-            return self.head(self.mid(self.conv(self.tokens(i).mT).mT))
-
-    model = calibrate(Tied(), [torch.randint(0, 30, (2, 12))])
+def test_in_4_bits_tied_layers_are_quantized_by_their_weights_and_an_output_layer_is_calibrated():
+    batches, technique = [torch.randint(0, 30, (2, 12))], FourBit(embeddings="4bit")
+    model = calibrate(Language(tied=True), batches, technique)
     assert type(model.tokens) is Embedding4Bit
     assert isinstance(model.conv, Conv4Bit)
     assert model.head.packed is model.tokens.packed
     assert [model.head.quantized.method, model.mid.quantized.method] == ["search", "calibrated"]
+    assert calibrate(Language(tied=False), batches, technique).head.quantized.method == "calibrated"
+
+
+def test_layers_of_other_types_are_named_by_type_a_few_of_each():
+    """Such a layer may compute with its weight what it likes: its inputs say nothing of its errors."""
+
+    class Own(nn.Linear):
+        pass
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Own(16, 16) for _ in range(5)), nn.Linear(16, 16))
+    expected = convert(copy.deepcopy(model), FourBit(search=True))
+    message = r"alone \(0, 1, 2 and 2 more: of type Own, not nn.Linear itself\)"
+    with pytest.warns(UserWarning, match=message):
+        calibrate(model, [torch.randn(40, 16)])
+    assert torch.equal(model[0].weight_packed, expected[0].weight_packed)
+    assert model[5].quantized.method == "calibrated"
 
 
 def test_hooks_move_and_adapters_can_follow(net, samples):
@@ -505,6 +586,36 @@ def test_a_model_that_reads_earlier_outputs_takes_one_more_run_and_no_more(texts
     assert max(calls) <= 1 + 3 * len(texts) + 1
 
 
+class Reading(Decoder):
+    """Its later blocks read an earlier one's output in some layers, and what comes before them in others."""
+
+    class Block(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.own, self.other, self.out = (nn.Linear(width, width) for _ in range(3))
+
+        def forward(self, x, memory):
+            return x + self.out(torch.tanh(self.own(x)) * self.other(memory))
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(self.Block(16) for _ in range(4))
+
+    def through(self, x, mask):
+        outputs = [x]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1], outputs[1] if len(outputs) > 1 else x))
+        return outputs[-1]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_block_of_which_some_layers_read_earlier_outputs_is_calibrated_as_a_whole(resumed, texts, tmp_path):
+    more = {"resume": tmp_path} if resumed else {}
+    model = calibrate(made(Reading), texts, **more)
+    methods = {layer.quantized.method for layer in model.modules() if isinstance(layer, Linear4Bit)}
+    assert methods == {"calibrated"}
+
+
 def test_hidden_states_on_disk_give_the_same_bytes_and_leave_no_file(texts, tmp_path):
     expected = calibrate(made(Crossing), texts)
     assert_same_bytes(calibrate(made(Crossing), texts, offload=tmp_path / "hidden"), expected)
@@ -611,7 +722,10 @@ def test_what_is_read_of_each_column_weighs_the_search_alone(net, samples):
     runs, inputs = [], []
     net.register_forward_pre_hook(lambda *_: runs.append(1))
     net.q.register_forward_pre_hook(lambda _, args: inputs.append(args[0].reshape(-1, 48)))
-    calibrate(net, samples, FourBit("nf4", block_size=16), diagonal=True, **SKIP)
+    seen = []
+    told = {"progress": lambda *one: seen.append(one)}
+    calibrate(net, samples, FourBit("nf4", block_size=16), diagonal=True, **SKIP, **told)
+    assert seen == [(1, 1, 0.0)]
     assert len(runs) == len(samples)
     assert net.q.quantized.method == "search"
     assert (net.q.quantized.error_bound() >= (weights["q"] - net.q.quantized.dequantize()).abs()).all()

@@ -538,3 +538,6 @@ def test_a_scripted_submodule_stays_as_it_is():
     x = torch.randn(2, 8)
     expected = model(x)
     torch.testing.assert_close(merge(model)(x), expected)
+    for technique in (FourBit(), LoRA(2)):
+        with pytest.raises(ValueError, match="model itself is a RecursiveScriptModule: torch.jit.script or trace"):
+            convert(torch.jit.script(torch.nn.Linear(8, 8)), technique)

@@ -74,7 +74,7 @@ class Experts(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:16% of the bytes of Experts are weights that stay dense")
-@rows_in_one_case("technique", [FourBit("nf4"), Half(torch.bfloat16)])
+@rows_in_one_case("technique", [FourBit("nf4", embeddings="4bit"), Half(torch.bfloat16)])
 @rows_in_one_case("kind", KINDS)
 def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(kind, technique):
     dense = KINDS[kind]()

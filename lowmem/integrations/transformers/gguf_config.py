@@ -138,9 +138,10 @@ def _rope(
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _number(metadata, f"{prefix}freq_base", 10000.0)}
     kind = metadata.get(f"{prefix}scaling.type", "none")
     if factors is not None and bool((factors != 1).any()):
-        made = {**rope, "rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
-        wanted = rope_factors({**config, "rope_parameters": made})
-        if kind != "none" or wanted is None or wanted.shape != factors.shape or not _close(wanted, factors):
+        largest = float(factors.max())
+        made = {**rope, "rope_type": "llama3", "factor": largest, **_LLAMA3}
+        wanted = rope_factors({**config, "rope_parameters": made}) if 1 < largest < math.inf else None
+        if kind != "none" or wanted is None or not _close(wanted, factors):
             raise ValueError(f"{_FACTORS} has no factors of a Llama 3")
         return made
     if kind == "none":
@@ -219,7 +220,7 @@ def _factors(file: Path, opened: BufferedReader, header: GGUFHeader) -> Tensor |
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a - b).abs() <= _CLOSE * b.abs()).all())
+    return a.shape == b.shape and torch.allclose(a, b, rtol=_CLOSE, atol=0)  # infinity is close to itself alone
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -150,7 +150,7 @@ def compare_text(
                 progress(done, runs)
             del before
         scores = scores or [own.score(own, ())]
-        if folder != base:
+        if others:
             scores.append(its.score(own, places))
         del other, places
     return scores
@@ -244,7 +244,7 @@ class _Predictions:
             model=str(self._folder),
             tokens=int(total),
             perplexity=_exp(float(losses.sum()) / total),
-            divergence=max(0.0, float(divergences.sum()) / total),  # rounding may take that of equal ones below 0
+            divergence=_not_below_0(float(divergences.sum()) / total),
             tokens_per_second=self._seen / max(self._seconds, 1e-9),
             ratio=_exp(float((losses - before).sum()) / total),
             agreement=float(agreed.sum()) / total,
@@ -323,16 +323,22 @@ class _Embeddings:
 
 def _divergence(base: Tensor, logs: Tensor) -> float:
     """Return the sum over tokens of the divergence of log-probabilities from those of the first model."""
-    return float((base[:-1].exp() * (base[:-1] - logs[:-1])).double().sum())
+    shares = base[:-1].exp()
+    return float((shares * (base[:-1] - logs[:-1])).masked_fill_(shares == 0, 0).double().sum())  # 0 log 0 is 0
+
+
+def _not_below_0(loss: float) -> float:
+    """Return a loss, 0 where rounding has taken it below; NaN stays, which ``max`` would make 0."""
+    return 0.0 if loss < 0 else loss
 
 
 def _exp(mean: float) -> float:
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean >= 700 else math.exp(mean)
 
 
 def _ordered(places: Iterable[str], losses: Sequence[float]) -> tuple[Layer, ...]:
-    found = [Layer(layer_name(path), max(0.0, loss)) for path, loss in zip(places, losses, strict=False)]
-    return tuple(sorted(found, key=lambda one: -one.loss))
+    found = [Layer(layer_name(path), _not_below_0(loss)) for path, loss in zip(places, losses, strict=False)]
+    return tuple(sorted(found, key=lambda one: (not math.isnan(one.loss), -one.loss)))
 
 
 def _predicts(model: Any, tokens: Tensor) -> bool:

@@ -46,9 +46,9 @@ def test_json_holds_it():
 @pytest.mark.parametrize(
     ("arguments", "kind", "says"),
     [
-        ({}, TypeError, r"technique=None: name Half\(\), EightBit\(\) or FourBit\(\)"),
+        ({}, TypeError, r"technique=None: name Half\(\), EightBit\(\), FourBit\(\) or Budget\(\)"),
         ({"technique": LoRA(4)}, TypeError, "adapters come afterwards, with lowmem.add_adapter"),
-        ({"technique": "nf4"}, TypeError, r"technique='nf4' must be Half\(\), EightBit\(\), FourBit\(\) or 'exact'"),
+        ({"technique": "nf4"}, TypeError, r"technique='nf4' must be Half\(\), .*, Budget\(\) or 'exact'"),
         ({"technique": {"technique": "Third"}}, ValueError, "technique='Third' is none of Half, EightBit, FourBit"),
         ({"technique": {"technique": "Half", "rank": 3}}, ValueError, "'rank' is unknown"),
         ({"technique": {"technique": "Half", "dtype": "float33"}}, ValueError, "dtype=float33 must be"),

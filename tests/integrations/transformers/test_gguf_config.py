@@ -1,5 +1,7 @@
 """The config of a GGUF file's model: the one that the file was written of, and others are refused by what differs."""
 
+import math
+
 import pytest
 import torch
 
@@ -94,6 +96,9 @@ def test_a_config_that_says_otherwise_is_refused_by_what_differs(tmp_path):
         check_config(write(tmp_path / "b.gguf", plain), CONFIGS["llama3"])
     with pytest.raises(FileError, match=r"rope_freqs.weight scales its rotary embedding otherwise"):
         check_config(write(tmp_path / "c.gguf", CONFIGS["llama3"]), plain)
+    infinite = {"rope_freqs.weight": torch.full((32,), math.inf)}
+    with pytest.raises(FileError, match=r"rope_freqs.weight scales its rotary embedding otherwise"):
+        check_config(write(tmp_path / "d.gguf", CONFIGS["llama3"], tensors=infinite), CONFIGS["llama3"])
 
 
 def test_an_architecture_that_only_transformers_describes(tmp_path):
@@ -123,6 +128,10 @@ def test_what_no_config_can_say_is_refused_and_what_may_lack_has_its_default(tmp
         ),
         "factors": ({}, {"rope_freqs.weight": torch.full((32,), 3.0)}, "rope_freqs.weight has no factors of a Llama"),
         "length": ({}, {"rope_freqs.weight": torch.full((9,), 3.0)}, "rope_freqs.weight has no factors of a Llama"),
+        **{
+            str(bad): ({}, {"rope_freqs.weight": torch.full((32,), bad)}, "rope_freqs.weight has no factors of a L")
+            for bad in (0.0, -1.0, math.inf, math.nan)
+        },
         "matrix": ({}, {"rope_freqs.weight": torch.ones(32, 1)}, "rope_freqs.weight is no vector of float32"),
         "vector": ({}, {"token_embd.weight": torch.ones(4)}, "it has no matrix 'token_embd.weight'"),
     }

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from lowmem import FourBit
 from lowmem.__main__ import main
+from lowmem.integrations.transformers import language
 from lowmem.integrations.transformers.folder import quantize_folder
 from lowmem.integrations.transformers.language import compare_text
 from tests.integrations.transformers.folders import SIZES, load, write
@@ -127,6 +128,30 @@ def test_the_command_prints_and_judges(folders, tmp_path, capsys):
     base, other = json.loads(captured.out)
     assert base["divergence"] == 0 < other["divergence"]
     assert "nats a token, above --tolerance 0" in captured.err
+
+
+def test_a_model_beside_itself_has_a_row_of_its_own(folders):
+    first, same, other = compare_text([folders[0], folders[0], folders[1]], TEXT)
+    assert (same.model, same.divergence, same.ratio, same.agreement) == (first.model, 0, 1, 1)
+    assert other.divergence > 0
+
+
+def test_predictions_that_are_no_numbers_are_no_likeness(folders, tmp_path, capsys):
+    """Nor is a token that both models exclude a difference: 0 log 0 is 0."""
+    broken = load(folders[0])
+    broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
+    write_tokenizer(tmp_path / "nan")
+    broken.save_pretrained(tmp_path / "nan")
+    (text := tmp_path / "text.txt").write_text(TEXT)
+    argv = ["compare", str(folders[0]), str(tmp_path / "nan"), "--text", str(text)]
+    assert main(argv) == 1
+    assert "by nan nats a token, which is not finite" in capsys.readouterr().err
+    _, other = compare_text([folders[1], tmp_path / "nan"], TEXT, layers=True)
+    assert math.isnan(other.divergence)
+    assert [one.path for one in other.layers if math.isnan(one.loss)] == ["model.layers.1.mlp.down_proj"]
+    assert math.isnan(other.layers[0].loss)
+    without = torch.tensor([[0.5, -math.inf, 1], [2, -math.inf, 0]]).log_softmax(-1)
+    assert language._divergence(without, without) == 0
 
 
 def test_what_cannot_be_compared_is_one_line(folders, tmp_path, capsys):
