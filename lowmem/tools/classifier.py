@@ -90,12 +90,14 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     data = data.to(device)
     body = make_model(name, seed=arguments.seed, rank=arguments.rank)
-    with user_code(f"model={name!r} cannot be moved to {device}"):
-        body = body.to(device)
+    if device.type != "cpu":  # where models are made
+        with user_code(f"model={name!r} cannot be moved to {device}"):
+            body = body.to(device)
     with torch.no_grad(), forked_random(device):
         torch.manual_seed(arguments.seed)
         features = _features(name, body, data.train_x[:2])
-        model = Classifier(body, features, data.classes).to(device)
+        model = Classifier(body, features, data.classes)
+        model.head.to(device)
     if arguments.save is not None:
         _check_state(name, model)
     with forked_random(device):

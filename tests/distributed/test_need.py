@@ -16,7 +16,7 @@ SIZES = {"vocabulary": 512, "width": 384, "depth": 5}
 
 def large():
     torch.manual_seed(0)
-    return lowmem.convert(Language(**SIZES), lowmem.FourBit("nf4"), lowmem.LoRA(8))
+    return lowmem.convert(Language(**SIZES), lowmem.FourBit("nf4", embeddings="4bit"), lowmem.LoRA(8))
 
 
 def tokens():
@@ -67,7 +67,8 @@ def expected_bytes(ranks):
     rest = parameters - sum(one.numel() for one in dense.layers.parameters())
     with on_threads(1):  # as processes have here; each thread has scratch of its own
         activations = lowmem.measure.backward_bytes(model, tokens(), loss=loss) - 4 * adapters
-    return lowmem.bytes_per_rank(parameters, adapters, len(dense.layers), rest, ranks, activations=activations)
+    sizes = parameters, adapters, len(dense.layers), rest, ranks
+    return lowmem.bytes_per_rank(*sizes, activations=activations, rest_bits=4.5)
 
 
 def test_the_formula_is_what_one_process_takes():

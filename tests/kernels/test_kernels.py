@@ -346,7 +346,7 @@ def with_stored(layer, wrong, how):
 @few_kernels
 @in_one_case(how=["data", "call", "assign"])
 def test_layers_with_stored_tensors_of_another_layout_name_what_is_found_and_needed(kernel, how):
-    technique = FourBit("nf4", 8, "float16")
+    technique = FourBit("nf4", 8, "float16", embeddings="4bit")
     cases = (
         (nn.Linear(40, 6), torch.randn(3, 40)),
         (nn.Linear(40, 6), torch.randn(3, 40, requires_grad=True)),

@@ -188,7 +188,7 @@ class Model(nn.Module):
         return self.head(torch.relu(self.linear(hidden)))
 
 
-OFFSET = FourBit("int4", block_size=8, offsets=True)
+OFFSET = FourBit("int4", block_size=8, offsets=True, embeddings="4bit")
 
 
 def test_layers_of_all_kinds_compute_with_offsets_and_files_hold_them(tmp_path):

@@ -239,9 +239,10 @@ def test_empty_layers_and_batches_work():
     assert layer(torch.empty(0, 16)).shape == (0, 8)
     assert layer(torch.empty(2, 0, 16)).shape == (2, 0, 8)
     with pytest.warns(UserWarning, match="zero-element"):  # from nn.Linear itself
-        linear = torch.nn.Linear(16, 0)
-    none = convert(linear, FourBit())
-    assert none(torch.randn(3, 16)).shape == (3, 0)
+        linear = torch.nn.Linear(8, 0)  # which has nothing to store
+    model = convert(torch.nn.Sequential(torch.nn.Linear(16, 8), linear), FourBit())
+    assert model[1] is linear
+    assert model(torch.randn(3, 16)).shape == (3, 0)
 
 
 def test_without_a_format_it_is_bof4s_in_blocks_of_32():

@@ -324,11 +324,13 @@ def test_layers_whose_parameters_something_replaced_still_work():
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
-def test_an_adapter_of_an_empty_layer_gives_an_empty_or_plain_output(shape):
+def test_an_empty_layer_gets_no_adapter_and_computes_beside_one_that_has(shape):
     with pytest.warns(UserWarning, match="zero-element"):
-        layer = convert(torch.nn.Linear(*shape), LoRA(1)).eval()
+        layers = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(*shape)])
+    model = convert(layers, LoRA(1)).eval()
+    assert [type(layer) for layer in model] == [lowmem.LoRALinear, torch.nn.Linear]
     with torch.no_grad():
-        assert layer(torch.randn(2, shape[0])).shape == (2, shape[1])
+        assert model[1](torch.randn(2, shape[0])).shape == (2, shape[1])
 
 
 BASES = {"dense": (), "half": (Half(torch.bfloat16),), "4-bit": (FourBit("nf4", 16),)}

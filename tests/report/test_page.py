@@ -79,9 +79,9 @@ def test_a_screen_reader_finds_its_way(html):
     assert {"memory", "layers", "latency", "error", "gates", "machine", "main"} <= targets
     assert len(ids) == len(set(ids))
     pictures = outline.all("svg")
-    assert len(pictures) == 2 * 8  # for a desk and for a phone
+    assert len(pictures) == 2 * 9  # for a desk and for a phone
     assert all(picture["role"] == "img" and len(picture["aria-label"]) > 40 for picture in pictures)
-    assert len(outline.all("figcaption")) == len(outline.all("figure")) >= 8
+    assert len(outline.all("figcaption")) == len(outline.all("figure")) >= 9
     assert all(cell["scope"] in ("row", "col") for cell in outline.all("th"))
     assert len(outline.all("caption")) == len(outline.all("table"))
     assert all(region["tabindex"] == "0" for region in outline.all("div") if region.get("role") == "region")
@@ -147,8 +147,8 @@ def test_an_output_that_is_not_finite_or_equal_is_a_figure_without_a_chart(undra
     html = render(report(losses={"small": math.nan, "lora": math.inf}))
     assert ">nan<" in html
     assert ">inf<" in html
-    assert len(Outline(html).all("svg")) == 2 * 7
-    assert len(Outline(render(report(losses={"small": 0.0, "lora": 0.0}))).all("svg")) == 2 * 7
+    assert len(Outline(html).all("svg")) == 2 * 8
+    assert len(Outline(render(report(losses={"small": 0.0, "lora": 0.0}))).all("svg")) == 2 * 8
 
 
 def test_a_gate_without_rows_is_shown(undrawn):

@@ -20,7 +20,7 @@ def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):
     assert f"saved {target}" in shown.err
     assert main(["quantize", str(source), str(target), "--json", "--include", "lm_head.*", "--dtype", "float32"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["lm_head.weight"]["kept"].startswith("nf4")
+    assert rows["lm_head.weight"]["kept"].startswith("bof4s, block_size=32")
     assert rows["model.norm.weight"]["kept"] == "float32"
 
 
