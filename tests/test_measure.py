@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from lowmem import BigNet, FourBit, Half, LoRA, build, convert, measure
+from tests.profiled import profiled_peak
 from tests.selection import NIGHTLY, rows_in_one_case
 
 MIB = 2**20
@@ -219,19 +219,6 @@ def test_bignet_variants_stay_within_their_memory_at_batch_1(name, forward, back
     model, x = build(name), torch.randn(1, 1024)
     assert measure.forward_bytes(model, x) <= forward * MIB
     assert measure.backward_bytes(model, x) <= backward * MIB
-
-
-def profiled_peak(run) -> int:
-    """Replay the allocator's events as torch's own profiler recorded them: the peak of their running sum."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        kept = run()
-    del kept
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    current = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak
 
 
 @rows_in_one_case("name", ["bignet", "half_precision", "low_precision", "qlora_nf4"])

@@ -109,10 +109,10 @@ def run(arguments: argparse.Namespace) -> int:
         return import_file.run(arguments, _blockwise(arguments))
     is_folder = (arguments.source / "config.json").is_file()
     check_options(arguments, "a dense folder" if is_folder else "a dense file")
-    technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
     if arguments.calibrate is not None:
         rows = _calibrated_folder(arguments, _blockwise(arguments))
     else:
+        technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
         rows = (_folder if is_folder else _checkpoint)(arguments, technique)
     if arguments.json:
         print_json([asdict(row) for row in rows])

@@ -15,6 +15,7 @@ from lowmem import measure
 from lowmem.transforms.batches import run_batch
 from lowmem.transforms.budget import Importance
 from lowmem.transforms.registry import layer_name
+from lowmem.transforms.replay import evaluation_mode
 
 __all__ = ["importance_of"]
 
@@ -118,22 +119,15 @@ def _gradients_of(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator
     """Let only some weights have gradients in the block, in evaluation mode; everything is put back afterwards."""
     parameters = list(model.parameters())
     before = [(one, one.requires_grad, one.grad) for one in parameters]
-    modes = {module: module.training for module in model.modules()}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        for one in parameters:
-            one.requires_grad_(False)
-            one.grad = None
-        for one in weights:
-            one.requires_grad_(True)
-        with torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
+        try:
+            for one in parameters:
+                one.requires_grad_(False)
+                one.grad = None
+            for one in weights:
+                one.requires_grad_(True)
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for one, trains, gradient in before:
-            one.requires_grad_(trains)
-            one.grad = gradient
-        for module, training in modes.items():
-            module.training = training
+        finally:
+            for one, trains, gradient in before:
+                one.requires_grad_(trains)
+                one.grad = gradient

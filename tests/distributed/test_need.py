@@ -5,11 +5,11 @@ import gc
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import lowmem
 from tests.compiled import on_threads
 from tests.distributed.ranks import Language
+from tests.profiled import profiled_peak
 
 SIZES = {"vocabulary": 512, "width": 384, "depth": 5}
 
@@ -45,18 +45,7 @@ def measured_bytes(model):
     moments = [value for state in optimizer.state.values() for value in state.values()]
     kept = [getattr(one, "_local_tensor", one) for one in (*model.parameters(), *moments)]
     start = sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in kept}.values())
-    return start + sorted(allocated_bytes(step) for _ in range(5))[2]
-
-
-def allocated_bytes(step):
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
-    now = top = 0
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        now += event.nbytes()
-        top = max(top, now)
-    return top
+    return start + sorted(profiled_peak(step) for _ in range(5))[2]
 
 
 def expected_bytes(ranks):
