@@ -28,8 +28,8 @@ SHARES = (0.02, 0.05, 0.1, 0.25, 0.5)
 
 UNIFORM: Mapping[str, tuple[FourBit | EightBit, ...]] = MappingProxyType(
     {
-        "nf4": tuple(FourBit("nf4", size, "double") for size in BLOCKS),
-        "bof4s": tuple(FourBit("bof4s", size, "double") for size in BLOCKS),
+        "nf4": tuple(FourBit("nf4", size, "double", embeddings="4bit") for size in BLOCKS),
+        "bof4s": tuple(FourBit("bof4s", size, "double", embeddings="4bit") for size in BLOCKS),
         "8 bits": (CHOICES[-1],),
     }
 )

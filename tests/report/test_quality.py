@@ -38,6 +38,20 @@ def test_every_choice_is_measured_and_smaller_blocks_and_more_bits_take_more():
     assert budgets[-1].error < by_series["bof4s"][-1].error
 
 
+def test_a_uniform_choice_is_that_of_embeddings_too():
+    """And the budgets lie between the fewest bits of one and 8."""
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(512, 256), nn.Linear(256, 64))
+
+    found = {one.name: one for one in qualities(model, lambda made: [made(torch.arange(4)).detach()])}
+    bits = [found[f"bof4s, blocks of {size}"].bits for size in BLOCKS]
+    assert bits == sorted(bits)
+    assert 4 < bits[0] < bits[-1] < 4.6
+    assert min(float(name[7:-1]) for name in found if name.startswith("Budget")) < 4.3
+
+
 def test_bits_are_those_of_codes_and_scales_and_ties_count_once():
     model = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
     model[1].weight = model[0].weight
