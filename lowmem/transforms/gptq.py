@@ -164,6 +164,11 @@ class _Fit:
         shifted = column if self.offsets is None else column - self.offsets[block]
         code = torch.bucketize(shifted / self.divisors[block], self.boundaries, out_int32=True)
         self.codes[i] = code
+        return self._restore(i, code)
+
+    def _restore(self, i: int, code: Tensor) -> Tensor:
+        """Set what the codes of a column, int32 (out,), stand for, and return it."""
+        block = self.blocks[i]
         value = self.levels.index_select(0, code).mul_(self.scales[block])
         self.approximate[i] = value if self.offsets is None else value.add_(self.offsets[block])
         return self.approximate[i]
@@ -217,9 +222,8 @@ class _Fit:
             scales[block] += step
             self.gradient.addmm_(matrix[:, own], levels * step, alpha=-1)
         self._store(_nearest_stored(self.stored, scales.T.contiguous(), self.encoding))
-        for i, block in enumerate(self.blocks):
-            value = self.levels.index_select(0, self.codes[i].int()).mul_(self.scales[block])
-            self.approximate[i] = value if self.offsets is None else value.add_(self.offsets[block])
+        for i, codes in enumerate(self.codes):
+            self._restore(i, codes.int())
         self._compare()
 
     def state(self) -> _State:
