@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from lowmem.errors import show
 from lowmem.transforms.replay import evaluation_mode
 
-__all__ = ["generated_batches"]
+__all__ = ["LEAST_SHARE", "generated_batches"]
 
 SEQUENCES = 32
 TOKENS = 128
 """Of a sequence, if the model takes as many: 4096 tokens in all."""
 
-_LEAST_SHARE = 0.5
+LEAST_SHARE = 0.5
 """Of the tokens that a model knows, those that its tokenizer makes: models pad their vocabularies by some percent."""
 
 
@@ -81,7 +81,7 @@ def _check(model: nn.Module, tokenizer: Any) -> None:
     probe = torch.tensor([[0, 1]], device=_device(model))
     one, two = (_logits(model, model(tokens)) for tokens in (probe[:, :1], probe))
     size, vocabulary = len(tokenizer), two.shape[-1]
-    if not _LEAST_SHARE * vocabulary <= size <= vocabulary:
+    if not LEAST_SHARE * vocabulary <= size <= vocabulary:
         raise ValueError(
             f"the tokenizer has {size} tokens, and {type(model).__name__} predicts {vocabulary}: they are not of one "
             "vocabulary; pass the model's own tokenizer"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from lowmem.errors import refusal
 from lowmem.integrations.transformers.causal import sizes_of
 from lowmem.integrations.transformers.folder import check_dense, load_folder, rows_of, write_model
-from lowmem.integrations.transformers.tokenizing import read_tokenizer
+from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, read_tokenizer
 from lowmem.io.atomic import check_free
 from lowmem.io.convert_checkpoint import Row
 from lowmem.nn.fourbit import FourBit
@@ -88,7 +87,7 @@ def calibrate_folder(
     return sorted(rows_of(model), key=lambda row: row.name)
 
 
-def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | list[Mapping[str, Tensor]]:
+def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | list[dict[str, Tensor]]:
     """Return parts of a text, evenly spread, as batches of a model's inputs.
 
     Args:
@@ -103,11 +102,7 @@ def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | li
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
         windows = [window for window in tokens.split(length) if len(window) == length]
         return list(torch.stack(_spread(windows, WINDOWS)).split(_BATCH)) if windows else []
-    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
-    chosen = sorted(_spread([part for part in paragraphs if part], _PARAGRAPHS), key=len)  # so that little is padded
-    parts = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
-    options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
-    return [tokenizer(part, **options) for part in parts]
+    return padded_batches(tokenizer, _spread(paragraphs_of(text), _PARAGRAPHS), length, _BATCH)
 
 
 def _spread(parts: list[Any], count: int) -> list[Any]:

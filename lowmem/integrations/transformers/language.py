@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,11 @@ from transformers import AutoTokenizer
 from lowmem.errors import describe, refusal
 from lowmem.integrations.transformers.folder import load_folder
 from lowmem.integrations.transformers.intervals import interval
+from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of
 from lowmem.nn.adapted_module import base_of
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.registry import layer_name, module_paths
+from lowmem.transforms.replay import Overrides
 
 __all__ = ["Layer", "Likeness", "Score", "compare_text"]
 
@@ -171,14 +172,12 @@ def _places(first: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn
 @contextmanager
 def _replaced(here: nn.Module, there: nn.Module) -> Iterator[None]:
     """Let a module compute what another one does in the block."""
-    before = vars(here).get("forward")
-    vars(here)["forward"] = there.forward
+    overrides = Overrides()
+    before = overrides.set(here, there.forward)
     try:
         yield
     finally:
-        del vars(here)["forward"]
-        if before is not None:
-            vars(here)["forward"] = before
+        overrides.give_back(here, before)
 
 
 class _Predictions:
@@ -271,14 +270,10 @@ class _Embeddings:
         Raises:
             ValueError: there is no paragraph.
         """
-        paragraphs = [" ".join(one.split()) for one in re.split(r"\n\s*\n", text) if one.strip()]
+        paragraphs = paragraphs_of(text)
         if not paragraphs:
             raise ValueError("the text has no paragraph: take a longer one")
-        paragraphs.sort(key=len)  # so that little is padding
-        padded = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        return [dict(tokenizer(paragraphs[at : at + AT_ONCE], **padded)) for at in range(0, len(paragraphs), AT_ONCE)]
+        return padded_batches(tokenizer, paragraphs, length, AT_ONCE)
 
     def run(self, model: Any, batch: dict[str, Tensor], shape: Any = None) -> Tensor:
         """Return the embeddings of paragraphs, of length 1: (paragraphs, width)."""

@@ -1,19 +1,19 @@
-"""Tokenizers of transformers for fine-tuning: what counts of a conversation, by the tokenizer's own template."""
+"""Tokenizers of transformers: what counts of a conversation, by their own templates, and batches of paragraphs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from lowmem.errors import describe, refusal, show
+from lowmem.transforms.generated import LEAST_SHARE
 
-__all__ = ["TextTokenizer", "load_tokenizer", "read_tokenizer"]
-
-_LEAST_SHARE = 0.5
-"""Of the tokens that a model knows, those that its tokenizer makes: models pad their vocabularies by some percent."""
+__all__ = ["TextTokenizer", "load_tokenizer", "padded_batches", "paragraphs_of", "read_tokenizer"]
 
 
 class TextTokenizer:
@@ -101,10 +101,31 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Any:
         size = len(tokenizer)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as reason:
         raise refusal(folder, f"it has no tokenizer that transformers can load: {describe(reason)}") from reason
-    if not _LEAST_SHARE * vocabulary <= size <= vocabulary:
+    if not LEAST_SHARE * vocabulary <= size <= vocabulary:
         raise refusal(
             folder,
             f"its tokenizer has {show(size)} tokens, and its model {show(vocabulary)}: they are not of one "
             "vocabulary; get the files of the tokenizer again",
         )
     return tokenizer
+
+
+def paragraphs_of(text: str) -> list[str]:
+    """Return the paragraphs of a text, which an empty line ends, with single spaces between words."""
+    return [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def padded_batches(tokenizer: Any, paragraphs: Sequence[str], length: int, count: int) -> list[dict[str, Tensor]]:
+    """Return batches of at most ``count`` paragraphs, the shortest first so that little is padded, with their masks.
+
+    Args:
+        tokenizer: as ``AutoTokenizer.from_pretrained`` returns it; one without a token to pad with gets one.
+        paragraphs: any texts.
+        length: the most tokens of each; it is cut there.
+        count: of a batch.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    ordered = sorted(paragraphs, key=len)
+    options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+    return [dict(tokenizer(ordered[at : at + count], **options)) for at in range(0, len(ordered), count)]
