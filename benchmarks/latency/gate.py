@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 FIRST_ROUNDS = 6  # all workloads; a multiple of 3, so that each side begins as often
 AGAIN_ROUNDS = 15  # those that look different: fewer could not pass Holm's correction over all workloads
+FEWEST_AGAIN = 6  # from then on, one whose estimate is within the threshold is settled: it has not become slower
 LONG_EVERY = 2  # of the first rounds, workloads of long calls, which vary less, take part in each so many
 AGAIN_TURNS = 3
 
@@ -124,8 +125,16 @@ def compare(start: Start, options: Options, progress: Callable[[str], None]) -> 
     second: dict[str, Times] = {}
     if suspects:
         progress(f"again in fresh processes: {', '.join(sorted(suspects))}")
-        fresh = range(FIRST_ROUNDS, FIRST_ROUNDS + AGAIN_ROUNDS)
-        second, newly = rounds.measure(start, fresh, only=suspects.__contains__, turns=AGAIN_TURNS, progress=told)
+        second, newly = rounds.measure(
+            start,
+            range(FIRST_ROUNDS, FIRST_ROUNDS + AGAIN_ROUNDS),
+            only=suspects.__contains__,
+            turns=AGAIN_TURNS,
+            settled=lambda times: (
+                len(times.head) >= FEWEST_AGAIN and not looks_different(times, options.threshold)
+            ),
+            progress=told,
+        )
         broken |= newly
     rows = judge({name: times for name, times in first.items() if name not in broken}, second, options.threshold)
     if not rows and all(said.startswith("base") for said in broken.values()):

@@ -142,6 +142,7 @@ def measure(
     only: Callable[[str], bool],
     turns: int = 1,
     long_every: int = 1,
+    settled: Callable[[Times], bool] = lambda _: False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Times], dict[str, str]]:
     """Run rounds.
@@ -150,8 +151,9 @@ def measure(
         start: starts the processes of a round.
         numbers: of the rounds.
         only: whether a workload is measured.
-        turns: how often base, head and base go there and back in a round.
+        turns: how often base, head and base go there and back in a round; workloads of long calls go once.
         long_every: workloads of long calls take part in each so many rounds.
+        settled: whether the times so far suffice: the workload takes part in no further round.
         progress: is told what begins.
 
     Returns:
@@ -164,6 +166,8 @@ def measure(
     broken: dict[str, str] = {}
     long: set[str] = set()
     for number in numbers:
+        if found and all(settled(times) for times in found.values()):
+            break
         progress(f"round {number}")
         with ExitStack() as stack:
             sides = []
@@ -175,6 +179,8 @@ def measure(
             for name in filter(only, clocks):
                 if name in broken or (name in long and number % long_every):
                     continue
+                if name in found and settled(found[name]):
+                    continue
                 for side in sides:
                     side.send(set_up=name)
                 ready = [side.answer() for side in sides]
@@ -182,10 +188,10 @@ def measure(
                     broken[name] = said
                     found.pop(name, None)
                     continue
-                seconds = _in_turns(name, sides, ready[0]["seconds"], turns, number)
-                times = found.setdefault(name, Times(clocks[name]))
                 if ready[0]["seconds"] > LONG:
                     long.add(name)
+                seconds = _in_turns(name, sides, ready[0]["seconds"], 1 if name in long else turns, number)
+                times = found.setdefault(name, Times(clocks[name]))
                 for own, value in zip((times.base, times.head, times.again), seconds, strict=True):
                     own.append(value)
     return found, broken

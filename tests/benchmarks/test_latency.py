@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,6 +251,24 @@ def test_a_slow_start_of_the_day_is_no_slowdown():
     assert compared(start)["a"].verdict == "same"
 
 
+def test_the_second_look_ends_for_each_as_soon_as_it_is_within_the_threshold():
+    """Both looked slower at first. One of them still does in every round, the other one in none."""
+    log = []
+
+    def start(number):
+        slow = {"a": 0.002 if number < gate.FIRST_ROUNDS else 0.001, "b": 0.002}
+        return start_with(slow, log=log)(number)
+
+    found = compared(start)
+    assert (found["a"].verdict, found["b"].verdict) == ("same", "slower")
+    assert f"in {gate.FEWEST_AGAIN} fresh rounds: within the threshold" in found["a"].says
+    assert f"in {gate.AGAIN_ROUNDS} fresh rounds" in found["b"].says
+    with_a_alone = replace(OPTIONS, workloads="a")
+    log.clear()
+    assert compared(start, with_a_alone)["a"].verdict == "same"
+    assert len(log) == gate.FIRST_ROUNDS + gate.FEWEST_AGAIN  # no process is started for nothing
+
+
 def test_what_base_lacks_is_new_and_what_head_lacks_fails():
     found = compared(start_with({"a": 0.001, "b": 0.001}, base_errors=["a"]))
     assert (found["a"].verdict, found["b"].verdict) == ("new", "same")
@@ -295,6 +314,10 @@ def test_short_calls_fill_a_turn_and_long_ones_take_part_in_each_second_round():
     assert (len(found["short"].head), len(found["long"].head)) == (6, 3)
     calls = {request["time"]: request["calls"] for request in log[0][1][0].requests if "time" in request}
     assert calls == {"short": 200, "long": 1}
+    log.clear()
+    rounds.measure(start_with(head, head, log=log), range(1), only=lambda name: True, turns=3)
+    times = Counter(request["time"] for request in log[0][1][0].requests if "time" in request)
+    assert times == {"short": 6, "long": 2}  # there and back
 
 
 def test_all_workers_are_closed_when_one_fails():
