@@ -115,10 +115,24 @@ def nearest_codes(rows: Tensor, scales: Tensor, form: Format, size: int) -> Tens
     """Return the nearest code of each weight divided by its scale: uint8 (rows, n), n padded to an even number."""
     divisors = spread(scales.masked_fill(scales == 0, torch.inf), size, rows.shape[-1])  # w / inf = 0: the zero code
     boundaries = torch.tensor(form.boundaries, dtype=torch.float32, device=rows.device)
-    codes: Tensor = torch.bucketize(rows / divisors, boundaries, out_int32=True).to(torch.uint8)
+    codes = _thresholds_below(rows / divisors, boundaries).to(torch.uint8)
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=form.zero_code)
     return codes
+
+
+def _thresholds_below(values: Tensor, boundaries: Tensor) -> Tensor:
+    """Return, int32, how many thresholds lie below each value: 0 to 15, or 1 to 255.
+
+    The 255 thresholds of 8 bits are -inf and then evenly spaced: a value's place among them is computed, to half of
+    their distance and far better, and compared with one threshold. To search for it takes four times as long.
+    """
+    if len(boundaries) < 255:
+        return torch.bucketize(values, boundaries, out_int32=True)
+    low, high = float(boundaries[1]), float(boundaries[-1])
+    places = (values - low).mul_((len(boundaries) - 2) / (high - low)).add_(1.5)
+    places = places.clamp_(1, len(boundaries) - 1).int()
+    return places + (boundaries[places] < values)
 
 
 def block_errors(rows: Tensor, scales: Tensor, form: Format, size: int, importance: Tensor | None) -> Tensor:

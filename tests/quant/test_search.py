@@ -1,10 +1,12 @@
 """The scale of a block: its largest weight, or the candidate that leaves the least error, found in one order."""
 
+from bisect import bisect_left
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.quant.formats import FORMATS, get_format
+from lowmem.quant.formats import EIGHT_BIT, FORMATS, get_format
 from lowmem.quant.search import CANDIDATES, block_errors, largest_weights, nearest_codes, searched_scales, spread
 from tests import strategies
 from tests.selection import rows_in_one_case
@@ -56,6 +58,19 @@ def test_block_errors_are_the_squared_differences(weight, format, size):
         torch.testing.assert_close(
             column.double(), error[:, block * size : (block + 1) * size].sum(-1), rtol=1e-4, atol=1e-30
         )
+
+
+@rows_in_one_case("format", sorted({**FORMATS, **EIGHT_BIT}))
+def test_a_code_is_the_number_of_thresholds_below_the_value(format):
+    """Of the thresholds in float32: at each, beside it, and beyond them all."""
+    form = get_format(format)
+    boundaries = torch.tensor(form.boundaries)
+    thresholds = boundaries[boundaries.isfinite()]
+    beside = [torch.nextafter(thresholds, torch.tensor(side)) for side in (-torch.inf, torch.inf)]
+    values = torch.cat([thresholds, *beside, torch.tensor([-LARGEST, -1.0, -0.0, 0.0, 1.0, LARGEST])])[None]
+    codes = nearest_codes(values, torch.ones(1, 1), form, values.shape[1])[0, : values.shape[1]]
+    below = torch.tensor([bisect_left(boundaries.tolist(), value) for value in values[0].tolist()])
+    assert torch.equal(codes.long(), below)
 
 
 @rows_in_one_case("format", sorted(FORMATS))
