@@ -38,15 +38,21 @@ class Training:
         memory: of ``prepare_training``, or None.
         optimizer: its class.
         batch: inputs of a step.
+        body: the variant, where it has been built already.
     """
 
     def __init__(
-        self, variant: str, memory: str | None = None, optimizer: Any = torch.optim.AdamW, batch: int = STEP_BATCH
+        self,
+        variant: str,
+        memory: str | None = None,
+        optimizer: Any = torch.optim.AdamW,
+        batch: int = STEP_BATCH,
+        body: nn.Module | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(batch, 1024, generator=generator)
         self.labels = torch.randint(CLASSES, (batch,), generator=generator)
-        self.model = nn.Sequential(lowmem.build(variant), nn.Linear(1024, CLASSES))
+        self.model = nn.Sequential(body or lowmem.build(variant), nn.Linear(1024, CLASSES))
         if memory is not None:
             lowmem.prepare_training(self.model, memory)
         self.optimizer = optimizer([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)

@@ -130,9 +130,7 @@ def compare(start: Start, options: Options, progress: Callable[[str], None]) -> 
             range(FIRST_ROUNDS, FIRST_ROUNDS + AGAIN_ROUNDS),
             only=suspects.__contains__,
             turns=AGAIN_TURNS,
-            settled=lambda times: (
-                len(times.head) >= FEWEST_AGAIN and not looks_different(times, options.threshold)
-            ),
+            settled=lambda times: len(times.head) >= FEWEST_AGAIN and not looks_different(times, options.threshold),
             progress=told,
         )
         broken |= newly

@@ -69,7 +69,7 @@ def small_layer(techniques: tuple[object, ...]) -> Call:
 
 def training_step(variant: str) -> Call:
     """Return a training step, after one that made the optimizer's state."""
-    training = Training(variant)
+    training = Training(variant, body=copy.deepcopy(_model(variant)))  # to build it again takes longer
     training.step()
     return training.step
 
