@@ -109,10 +109,10 @@ def run(arguments: argparse.Namespace) -> int:
         return import_file.run(arguments, _blockwise(arguments))
     is_folder = (arguments.source / "config.json").is_file()
     check_options(arguments, "a dense folder" if is_folder else "a dense file")
+    technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
     if arguments.calibrate is not None:
-        rows = _calibrated_folder(arguments, _blockwise(arguments))
+        rows = _calibrated_folder(arguments, technique)
     else:
-        technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
         rows = (_folder if is_folder else _checkpoint)(arguments, technique)
     if arguments.json:
         print_json([asdict(row) for row in rows])
@@ -185,14 +185,14 @@ def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budge
     )
 
 
-def _calibrated_folder(arguments: argparse.Namespace, technique: FourBit | EightBit) -> list[Row]:
+def _calibrated_folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budget) -> list[Row]:
     """Calibrate the model of a folder, which transformers loads.
 
     Raises:
         ImportError: transformers is missing, or too old.
         ValueError: codes of 8 bits, which are not calibrated.
     """
-    if not isinstance(technique, FourBit):
+    if isinstance(technique, EightBit):
         raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: leave one of them out")
     text = None if str(arguments.calibrate) == "self" else arguments.calibrate
     if text is not None and not text.is_file():

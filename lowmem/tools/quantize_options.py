@@ -62,8 +62,6 @@ def _of_dense_folder(option: str, given: frozenset[str]) -> str | None:
         return "it says how --calibrate goes: give that, too, or leave it out"
     if option == "resume" and "diagonal" in given:
         return "--diagonal takes one run, of which nothing is kept: leave one of both out"
-    if option == "bits" and "calibrate" in given:
-        return "--calibrate chooses the codes of one format: leave one of both out"
     return _of_budget(option, given)
 
 

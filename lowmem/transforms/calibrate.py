@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import show
+from lowmem.nn.adapted_module import base_of
+from lowmem.nn.budget import Budget
 from lowmem.nn.fourbit import FourBit
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.blocks import Unit, find_blocks, units_of
-from lowmem.transforms.convert import Store, commit, layers_to_convert, rebuild, weight_key
+from lowmem.transforms.budget import Chosen
+from lowmem.transforms.convert import Store, commit, divided, layers_to_convert, rebuild, weight_key
 from lowmem.transforms.finished_units import FinishedUnits, digest_of
 from lowmem.transforms.generated import generated_batches
 from lowmem.transforms.gptq import prepare_hessian, quantize_gptq
@@ -43,7 +46,7 @@ _NAMED = 3  # layers that a warning names of those with one reason
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any] | Literal["self"],
-    technique: FourBit = _DEFAULT,
+    technique: FourBit | Budget = _DEFAULT,
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
@@ -84,7 +87,9 @@ def calibrate(
             DataLoader). Each is a Tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
             "self": 4096 tokens, 32 texts of 128, which a causal language model generates itself (LLM-QAT, arXiv
             2305.17888), fewer where it takes fewer positions.
-        technique: how to store; of several formats each layer gets the one with the least weighted error.
+        technique: how to store; of several formats each layer gets the one with the least weighted error. A
+            ``Budget`` is divided first, as ``convert`` does, by its ``inputs``, or else by these batches: the dense
+            model runs forward and backward on each once. Layers that get 8 bits keep the nearest codes.
         where: called with (path, module); a layer is taken only where it returns True, for all its paths.
         skip: glob patterns of paths to leave as they are.
         damping: above 0, added to the Hessian's diagonal, as a fraction of its mean; more trusts the inputs less.
@@ -107,8 +112,8 @@ def calibrate(
         ``quantized.method == "calibrated"``, with ``diagonal`` "search".
 
     Raises:
-        TypeError: batches that can be iterated only once, a batch of another type, a technique but FourBit, or
-            "self" without a tokenizer.
+        TypeError: batches that can be iterated only once, a batch of another type, a technique but FourBit and
+            Budget, or "self" without a tokenizer.
         ValueError: no batches, a batch of padding alone, inputs of a layer that are NaN or infinite (it is named), a
             bad damping, ``blocks`` that match nothing or cannot be run one by one, ``blocks``, ``offload`` or
             ``resume`` with ``diagonal``, "self" with a model that does not
@@ -125,12 +130,11 @@ def calibrate(
     _check_arguments(batches, technique, damping)
     if diagonal:
         _refuse_more({"blocks": blocks, "offload": offload, "resume": resume})
-    technique = replace(technique, search=technique.search is not False)
     candidates = layers_to_convert(model, (technique,), where, skip)
     refuse_layers("calibrate", candidates)
-    steps = techniques_by_layer(model, (technique,), candidates, where)
     if isinstance(batches, str):
         batches = generated_batches(model, tokenizer, seed, temperature)
+    steps, chosen = _steps(model, technique, candidates, where, batches)
     with evaluation_mode(model) as overrides:
         run = _Run(model, batches, candidates, damping, overrides, progress, steps)
         lists = [] if diagonal else find_blocks(model, run.linear, blocks)
@@ -139,19 +143,24 @@ def calibrate(
             run.weigh_columns()
         else:
             if resume is not None:
-                settings = f"{technique} {damping} {blocks} {sorted(candidates.values())}"
+                settings = (
+                    f"{damping} {blocks} {sorted((candidates[layer], str(own)) for layer, own in steps.items())}"
+                )
                 run.finished = FinishedUnits(Path(resume), digest_of(model, batches, settings))
             units = units_of(model, batches, run.linear, lists, run.centred, asked=blocks is not None)
             run.calibrate(units, lists, None if offload is None else Path(offload))
         run.replace_unreached()
+    for layer, one in chosen.items():
+        made: Any = base_of(run.replacements[layer])
+        made.chosen_because = one.why
     for text in run.warnings():
         warnings.warn(text, UserWarning, stacklevel=2)
     return commit(model, run.replacements)
 
 
 def _check_arguments(batches: object, technique: object, damping: object) -> None:
-    if type(technique) is not FourBit:
-        raise TypeError(f"technique={technique!r} must be a FourBit; convert applies the others")
+    if type(technique) not in (FourBit, Budget):
+        raise TypeError(f"technique={technique!r} must be a FourBit or a Budget; convert applies the others")
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
         raise ValueError(f"damping={damping!r} must be a number above 0; 0.01 suits most models")
     if isinstance(batches, str) and batches == "self":
@@ -162,6 +171,31 @@ def _check_arguments(batches: object, technique: object, damping: object) -> Non
         )
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(f"batches is a {type(batches).__name__}; pass a list of batches, if only of one: [batch]")
+
+
+def _steps(
+    model: nn.Module,
+    technique: FourBit | Budget,
+    candidates: Mapping[nn.Module, str],
+    where: Callable[[str, nn.Module], bool] | None,
+    batches: Iterable[Any],
+) -> tuple[dict[nn.Module, tuple[Step, ...]], dict[nn.Module, Chosen]]:
+    """Return how each layer is stored, with a search of scales, and what it got of a budget."""
+    chosen: dict[nn.Module, Chosen] = {}
+    if isinstance(technique, Budget):
+        found = {layer: (path, parameters_to_store(layer)) for layer, path in candidates.items()}
+        chosen = divided(
+            model, technique if technique.inputs is not None else replace(technique, inputs=batches), found
+        )
+        steps: dict[nn.Module, tuple[Step, ...]] = {layer: (one.technique,) for layer, one in chosen.items()}
+    else:
+        steps = techniques_by_layer(model, (technique,), candidates, where)
+    return {layer: tuple(_searching(step) for step in own) for layer, own in steps.items()}, chosen
+
+
+def _searching(step: Step) -> Step:
+    """Return a step that searches for the scales of 4 bits, unless it says that it does not."""
+    return replace(step, search=step.search is not False) if isinstance(step, FourBit) else step
 
 
 def _refuse_more(given: Mapping[str, object]) -> None:
@@ -308,17 +342,26 @@ class _Run:
             if hessian is None:
                 self._replace_constant(group, own)
                 continue
-            parts = _Parts(group, partial(quantize_gptq, hessian=hessian))
-            for layer in group:
-                self.replace(layer, parts.by(layer))
-                self._correct_bias(layer, own)
+            for alike in self._alike(group):
+                parts = _Parts(alike, partial(quantize_gptq, hessian=hessian))
+                for layer in alike:
+                    self.replace(layer, parts.by(layer))
+                    self._correct_bias(layer, own)
+                del parts
             if own.rows < columns:
                 self.few |= dict.fromkeys(group, (own.rows, columns))
-            del hessian, parts  # before the next one is computed
+            del hessian  # before the next one is computed
         for layer in unit.layers:
             if layer not in self.replacements:
                 self.uncalibrated.setdefault(layer, _NO_INPUT)
                 self.replace(layer, self.store.by)
+
+    def _alike(self, group: list[nn.Module]) -> Iterable[list[nn.Module]]:
+        """Return the layers of a group by how they are stored, which differs where a budget is divided."""
+        alike: dict[tuple[Step, ...], list[nn.Module]] = {}
+        for layer in group:
+            alike.setdefault(self.steps[layer], []).append(layer)
+        return alike.values()
 
     def _moments(self, unit: Unit, replay: Replay) -> tuple[dict[nn.Module, Moments], list[list[nn.Module]]]:
         """Return the moments of a unit's inputs by the first layer that gets them, and the layers that do."""

@@ -81,6 +81,7 @@ __all__ = [
     "Store",
     "commit",
     "convert",
+    "divided",
     "drop_partial_ties",
     "freeze_all_but_adapters",
     "keep_shared_biases",
@@ -253,7 +254,7 @@ def rebuild_all(
     chosen = techniques_by_layer(model, techniques, found, where)
     first, got = techniques[0], dict[nn.Module, Chosen]()
     if isinstance(first, Budget):
-        got = _divided(model, first, found, losses)
+        got = divided(model, first, found, losses)
         chosen = {module: (got[module].technique, *steps[1:]) for module, steps in chosen.items()}
     unused: dict[type[Technique], str | None] = {}
     replacements = {
@@ -270,13 +271,19 @@ def rebuild_all(
     return replacements
 
 
-def _divided(
+def divided(
     model: nn.Module,
     budget: Budget,
     found: Mapping[nn.Module, tuple[str, list[str]]],
-    losses: Callable[[str, Tensor], Sequence[float] | None] | None,
+    losses: Callable[[str, Tensor], Sequence[float] | None] | None = None,
 ) -> dict[nn.Module, Chosen]:
     """Return what each module gets of a budget; weights of unknown losses, which stay dense, have no part in it.
+
+    Args:
+        model: any module.
+        budget: to divide.
+        found: modules, with their paths and the names of the parameters to store.
+        losses: as in ``rebuild_all``.
 
     Raises:
         TypeError, ValueError: a weight that cannot be stored, inputs that the model does not take, or a budget out

@@ -108,7 +108,6 @@ def test_options_of_a_technique_say_how_what_is_asked_for_is_quantized(tmp_path,
     [
         ("a dense folder", ("bits", "embeddings"), "--embeddings"),
         ("a dense folder", ("bits", "format"), "--format"),
-        ("a dense folder", ("bits", "calibrate"), "--bits"),
         ("a dense folder", ("calibrate", "diagonal", "resume"), "--resume"),
         ("a dense file", ("bits", "block_size"), "--block-size"),
     ],

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowmem import (
+    Budget,
     Conv4Bit,
     Embedding4Bit,
     Embedding8Bit,
@@ -25,6 +26,7 @@ from lowmem import (
     summary,
 )
 from lowmem.measure import peak_bytes
+from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms import gptq
 from tests.rounding import assert_sum
 from tests.selection import rows_in_one_case
@@ -389,8 +391,10 @@ def test_batches_that_are_none_are_refused_and_the_model_stays(net, batches, err
 @pytest.mark.parametrize(
     ("technique", "options", "error", "message"),
     [
-        (Half(), {}, TypeError, "technique=.* must be a FourBit"),
-        (FourBit, {}, TypeError, "technique=.* must be a FourBit"),
+        (Half(), {}, TypeError, "technique=.* must be a FourBit or a Budget"),
+        (FourBit, {}, TypeError, "technique=.* must be a FourBit or a Budget"),
+        (Budget(4), SKIP, ValueError, r"Budget\(bits=4\) is out of reach"),
+        (Budget(4.5, inputs=[]), SKIP, ValueError, "inputs is empty"),
         (FourBit(), {"damping": 0}, ValueError, "damping=0 must be a number above 0"),
         (FourBit(), {"damping": float("nan")}, ValueError, "damping=nan must be"),
         (FourBit(), {"damping": True}, ValueError, "damping=True must be"),
@@ -663,6 +667,42 @@ def test_what_goes_on_after_an_end_is_the_same_byte_for_byte(units, texts, tmp_p
     assert [layer.calls for layer in done.layers] == [1 + len(texts)] * 4  # no moments are taken again
     with pytest.raises(ValueError, match="another model, other batches or settings"):
         calibrate(made(Decoder, 4), texts, resume=tmp_path, damping=0.02)
+
+
+def stored_as(model):
+    """How each layer is stored, and why."""
+    layers = {path: one for path, one in model.named_modules() if isinstance(one, StoredModule)}
+    return {
+        path: (one.quantized.format, one.quantized.block_size, one.chosen_because) for path, one in layers.items()
+    }
+
+
+@rows_in_one_case("diagonal", [False, True])
+def test_a_budget_is_divided_as_convert_divides_it_and_4_bits_are_calibrated(net, samples, diagonal):
+    other = [batch.flip(-1) ** 3 for batch in samples]
+    found, x = {}, samples[0]
+    with torch.no_grad():
+        expected = net.eval()(x)
+    for name, inputs in {"own": None, "other": other}.items():
+        calibrated = calibrate(copy.deepcopy(net), samples, Budget(5.5, inputs=inputs), diagonal=diagonal, **SKIP)
+        converted = convert(copy.deepcopy(net), Budget(5.5, inputs=inputs or samples), **SKIP)
+        assert stored_as(calibrated) == stored_as(converted)
+        found[name] = stored_as(calibrated)
+        methods = {(layer.quantized.format, layer.quantized.method) for layer in (calibrated.q, calibrated.twice)}
+        assert methods <= {("bof4s", "search" if diagonal else "calibrated"), ("int8", "absmax")}
+        with torch.no_grad():
+            errors = [float((model.eval()(x) - expected).norm()) for model in (calibrated, converted)]
+        assert errors[0] < errors[1]
+    assert len({found["own"][path][:2] for path in "qkv"}) > 1  # layers of one input, stored in different ways
+    assert found["own"] != found["other"]
+
+
+def test_a_budget_goes_on_after_an_end_and_not_with_another_division(texts, tmp_path):
+    expected = calibrate(made(Decoder, 3), texts, Budget(7))
+    calibrate(made(Decoder, 3), texts, Budget(7), resume=tmp_path)
+    assert_same_bytes(calibrate(made(Decoder, 3), texts, Budget(7), resume=tmp_path), expected)
+    with pytest.raises(ValueError, match="another model, other batches or settings"):
+        calibrate(made(Decoder, 3), texts, Budget(6), resume=tmp_path)
 
 
 @NO_BATCH

@@ -15,6 +15,7 @@ from lowmem.integrations.transformers.folder import check_dense, load_folder, ro
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, read_tokenizer
 from lowmem.io.atomic import check_free
 from lowmem.io.convert_checkpoint import Row
+from lowmem.nn.budget import Budget
 from lowmem.nn.fourbit import FourBit
 from lowmem.transforms.calibrate import calibrate
 
@@ -32,7 +33,7 @@ _BATCH = 8  # windows or paragraphs
 def calibrate_folder(
     source: Path,
     target: Path,
-    technique: FourBit,
+    technique: FourBit | Budget,
     text: Path | None,
     *,
     skip: str | Iterable[str] = (),
@@ -48,7 +49,7 @@ def calibrate_folder(
     Args:
         source: a dense folder, with the model's tokenizer.
         target: where nothing is yet.
-        technique: how to store the weights.
+        technique: how to store the weights; a ``Budget`` is divided by what its layers get, too.
         text: a file of text in UTF-8; None: the model, a causal language model, generates it, with seed 0 at a
             temperature of 1.
         skip: glob patterns of paths of modules to leave dense.

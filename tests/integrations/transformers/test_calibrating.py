@@ -10,7 +10,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, T5Config, T5EncoderModel
 
 import lowmem
-from lowmem import FourBit, calibrate
+from lowmem import Budget, FourBit, calibrate
 from lowmem.__main__ import main
 from lowmem.integrations.transformers.calibrating import batches_of
 from lowmem.transforms.generated import generated_batches
@@ -90,6 +90,18 @@ def test_the_command_calibrates_without_data_and_by_columns_alone(source, tmp_pa
     assert weighed.up_proj.quantized.method == "search"
     assert type(weighed.down_proj) is torch.nn.Linear
     capsys.readouterr()
+
+
+def test_the_command_divides_bits_by_the_text_and_calibrates(source, text, tmp_path, capsys):
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--calibrate", str(text), "--bits", "6"]) == 0
+    out = capsys.readouterr().out
+    assert "of --bits 6" in out
+    assert "of the loss for" in out
+    model = load(source, dtype="auto").eval()
+    batches = batches_of(model, AutoTokenizer.from_pretrained(source), TEXT)
+    assert_same(load(tmp_path / "out"), calibrate(model, batches, Budget(6)))
+    formats = {layer.quantized.format for layer in inside(model)}
+    assert formats == {"bof4s", "int8"}
 
 
 def test_an_encoder_reads_paragraphs_that_are_padded_and_masked(tmp_path, text, capsys):
