@@ -76,6 +76,11 @@ def linear(path, module):
     return type(module) is nn.Linear
 
 
+def reached(path, module):
+    """Whether the embeddings depend on a linear layer: not on the pooler's, which no gradient would reach."""
+    return linear(path, module) and not path.startswith("pooler")
+
+
 def bits(model):
     """Return the stored bits for each weight of the converted linear layers."""
     stored = [m.quantized for m in model.modules() if type(m) in (Linear4Bit, Linear8Bit)]
@@ -154,11 +159,17 @@ def test_calibrated(technique, count, options, least, dense, capsys, request):
 def test_a_budget_by_samples_beats_blocks_of_one_size(budget, least, dense, capsys):
     """bof4s keeps .9780 in blocks of 32 (4.281 bits), .9822 in blocks of 16 (4.531): between them, .9797 at 4.378."""
     calibrating = batches(OTHERS[:: len(OTHERS) // 64][:64], 4)
-    technique = Budget(budget, calibrating)
-    # The embeddings do not depend on the pooler's layer, which no gradient would reach.
-    model = convert(load(), technique, where=lambda path, one: linear(path, one) and not path.startswith("pooler"))
+    model = convert(load(), Budget(budget, calibrating), where=reached)
     assert bits(model) <= budget
     assert judge(f"a budget of {budget} bits by samples", model, dense, capsys) >= least
+
+
+@pytest.mark.parametrize(("count", "least"), [(64, 0.9935), (256, 0.995)])
+def test_a_calibrated_budget_keeps_more(count, least, dense, capsys):
+    calibrating = batches(OTHERS[:: len(OTHERS) // count][:count], 8)
+    model = calibrate(load(), calibrating, Budget(4.378), where=reached)
+    assert bits(model) <= 4.378
+    assert judge(f"a budget of 4.378 bits, calibrated on {count}", model, dense, capsys) >= least
 
 
 def test_adapters_train():

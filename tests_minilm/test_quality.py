@@ -5,11 +5,12 @@ The bounds are those that were measured, with a margin: another processor adds u
 
 import copy
 from pathlib import Path
+from time import process_time
 
 import pytest
 
 from benchmarks import quality
-from lowmem import convert
+from lowmem import FourBit, calibrate, convert
 
 CHOICES = {name: technique for name, (technique, _) in quality.CHOICES.items()}
 LEAST = {'FourBit("nf4")': 0.967, 'FourBit("bof4s")': 0.971, "FourBit()": 0.975, 'FourBit("bof4s", 16)': 0.98}
@@ -45,3 +46,23 @@ def test_the_language_model_loses_what_the_table_says(table, capsys):
         assert lost.perplexity == pytest.approx(float(table[name][3]), abs=0.02)
         assert lost.perplexity <= MOST.get(name, 1.35)
     assert found["FourBit()"].divergence < min(found[f'FourBit("{name}")'].divergence for name in ("nf4", "bof4s"))
+
+
+@pytest.mark.parametrize(("data", "most"), [("self", 1.07), ("text", 1.04)])
+def test_a_calibrated_language_model_loses_less(data, most, capsys):
+    """On its own text, of 4096 tokens; and on paragraphs of the manual that do not judge, of 8192 tokens."""
+    pytest.importorskip("gguf", reason="gguf is not installed: tox -e minilm")
+    from lowmem.integrations.transformers.calibrating import batches_of
+
+    dense, tokenizer = quality.language_model()
+    judging = set(quality.judging())
+    text = "\n\n".join(paragraph for paragraph in quality.paragraphs() if paragraph not in judging)
+    batches = "self" if data == "self" else batches_of(dense, tokenizer, text)
+    began = process_time()
+    model = calibrate(copy.deepcopy(dense), batches, FourBit(), where=quality.is_linear, tokenizer=tokenizer)
+    seconds = process_time() - began
+    lost = quality.losses(dense, {data: model}, quality.rows_of_tokens(tokenizer))[data]
+    with capsys.disabled():
+        told = f"| calibrated on {data} | {lost.divergence:.4f} | {lost.perplexity:.3f} | {seconds:.0f} s of CPU |"
+        print(f"\n{told}", end="", flush=True)
+    assert lost.perplexity <= most
