@@ -306,7 +306,7 @@ def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
         try:
             model.train(training)
             for module in buffers:  # copies, since a forward may write to its buffers or replace them
-                module._buffers.update({k: copies.get(b, b) for k, b in module._buffers.items() if b is not None})
+                _set_buffers(module, {k: b if b is None else copies.get(b, b) for k, b in buffers[module].items()})
             for parameter in gradients:
                 parameter.grad = None
             yield
@@ -316,5 +316,13 @@ def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
             for module, own in buffers.items():
-                module._buffers.clear()
-                module._buffers.update(own)
+                _set_buffers(module, own)
+
+
+def _set_buffers(module: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
+    """Make these the buffers of a module; a scripted one has no dictionary of them, but takes one after the other."""
+    own = module._buffers
+    for name in {*own.keys()} - buffers.keys():
+        del own[name]
+    for name, buffer in buffers.items():
+        own[name] = buffer

@@ -161,6 +161,23 @@ def test_buffers_that_a_forward_replaces_or_that_are_views_are_given_back():
     assert x.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_a_scripted_submodule_is_measured_as_its_source_and_gets_its_buffers_back():
+    def make():
+        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6))
+
+    plain, model, x = make(), nn.Sequential(nn.Linear(4, 4), torch.jit.script(make())), torch.randn(8, 4)
+    model.register_buffer("none", None)
+    plain = nn.Sequential(nn.Linear(4, 4), plain)
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    for function in (measure.theoretical_bytes, measure.actual_bytes, measure.counts, measure.weight_count):
+        assert function(model) == function(plain)
+    for function in (measure.forward_bytes, measure.backward_bytes):
+        assert function(model, x) == function(plain, x)
+    after = model.state_dict(keep_vars=True)
+    assert all(after[name] is one and torch.equal(one, values) for name, (one, values) in before.items())
+
+
 def test_a_complex_output_has_a_gradient_too():
     class Spectrum(nn.Linear):
         def forward(self, x):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -160,6 +160,24 @@ class Kernel:
                 return out
         out = self._linear_of_others(x, weight, dtype, bias)
         return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
+
+    def linear_again(
+        self,
+        x: Tensor,
+        cache: dict[str, Any],
+        packed: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        low_rank: LowRank | None,
+    ) -> Tensor | None:
+        """Return what ``linear`` would, by the handle in a weight's cache; None: there is none, or C refuses."""
+        kept: Prepared | None = cache.get(_AS_FLOATS)
+        if kept is None or kept.kernel is not self:
+            return None
+        a, b, scaling = _NO_LOW_RANK if low_rank is None else low_rank
+        threads = torch.get_num_threads()
+        out = self._linear(self._isa, kept.handle, packed, scales, x, bias, threads, a, b, scaling)
+        return None if out is False else out
 
     def _linear_of_others(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         """Convert arguments to a form that C takes, or fall back to plain torch."""

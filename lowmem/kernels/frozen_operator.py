@@ -22,7 +22,16 @@ from lowmem.quant.packing import code_bytes
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["FrozenOperator", "StoredParts", "fields", "parsed", "stands_for_plain_call", "stored", "stored_as"]
+__all__ = [
+    "FrozenOperator",
+    "StoredParts",
+    "fields",
+    "kept_as",
+    "parsed",
+    "stands_for_plain_call",
+    "stored",
+    "stored_as",
+]
 
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
@@ -66,12 +75,18 @@ class FrozenOperator:
         out: Tensor = _Node.apply(self, *arguments)  # type: ignore[no-untyped-call, unused-ignore]
         return out
 
-    def declare(self, schema: str, arguments: Callable[..., tuple[Any, ...]]) -> None:
+    def declare(
+        self,
+        schema: str,
+        arguments: Callable[..., tuple[Any, ...]],
+        at_once: Callable[..., Tensor | None] = lambda *_: None,
+    ) -> None:
         """Declare ``torch.ops.lowmem.<name>``.
 
         Args:
             schema: its name, arguments and result.
             arguments: maps its arguments to those of ``compute``.
+            at_once: computes a call that nothing watches from its arguments, where that is faster; None: it cannot.
         """
         _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
         name, _, overload = schema.partition("(")[0].partition(".")
@@ -95,7 +110,8 @@ class FrozenOperator:
         def compute_or_dispatch(*given: Any, **named: Any) -> Tensor:
             if named or not _is_plain_call(given):
                 return cast(Tensor, dispatch(*given, **named))
-            return self.compute(*arguments(*given))
+            out = at_once(*given)
+            return self.compute(*arguments(*given)) if out is None else out
 
         operator._op = compute_or_dispatch  # what calling the overload runs; a torch that runs another dispatches
 
@@ -218,6 +234,12 @@ def stored_as(packed: Tensor, scales: Tensor, text: str) -> tuple[QuantizedTenso
     return weight, dtype, transposed
 
 
+def kept_as(packed: Tensor, scales: Tensor, text: str) -> tuple[dict[str, Any], Tensor, torch.dtype, bool]:
+    """Return what was cached for a weight, its scales in their dtype, and what the text says beside, as above."""
+    state, as_dtype, dtype, transposed = _state_as(packed.data_ptr(), packed.shape, text)
+    return state["cache"], scales if scales.dtype is as_dtype else scales.view(as_dtype), dtype, transposed
+
+
 @lru_cache(maxsize=4096)
 def _state_as(address: int, packed: torch.Size, text: str) -> tuple[dict[str, Any], torch.dtype, torch.dtype, bool]:
     """Return ``_state_of``, the dtype of the scales, and the rest of a text: one look-up at each call."""
@@ -255,6 +277,12 @@ class _Node(torch.autograd.Function):
         ctx.of_tangent, ctx.of_gradient = ctx.f.derivatives(x, *rest)
         # save_for_backward raises an error if the weight is changed in place before backward.
         quantized = isinstance(ctx.weight, QuantizedTensor)
+        if not quantized and type(ctx.weight) is nn.Parameter and ctx.weight.requires_grad:  # 4-bit codes cannot
+            raise RuntimeError(
+                f"a weight that is stored in {ctx.weight.dtype} requires a gradient, and would get none: it is "
+                "frozen. Call requires_grad_(False) on it (its name ends in _rounded) and train an adapter "
+                "(lowmem.LoRA), or make the layer dense again: lowmem.restore(model)"
+            )
         ctx.save_for_backward(*((ctx.weight.packed, ctx.weight.scales) if quantized else (ctx.weight,)))
 
     @staticmethod

@@ -12,9 +12,9 @@ from torch import Tensor
 from lowmem import kernels
 from lowmem.kernels import decompositions, reference
 from lowmem.kernels.decompositions import decomposes
-from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, parsed, stored, stored_as
+from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, kept_as, parsed, stored, stored_as
 from lowmem.kernels.int8 import float_dtype
-from lowmem.quant.backend import Weight
+from lowmem.quant.backend import Weight, active_backend
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["dequantize_rows", "grouped_product", "product"]
@@ -68,6 +68,16 @@ def _arguments(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any
     return x, weight, dtype, transposed, *added
 
 
+def _at_once(
+    x: Tensor, packed: Tensor, scales: Tensor, text: str, bias: Tensor | None = None, *low_rank: Any
+) -> Tensor | None:
+    """Compute ``x @ W.T`` and what is added with what the backend has kept of W; None: as any other call."""
+    cache, scales, dtype, transposed = kept_as(packed, scales, text)
+    if transposed or x.dtype is not dtype:
+        return None
+    return active_backend().linear_again(x, cache, packed, scales, bias, low_rank or None)
+
+
 _FIELDS = "Tensor packed, Tensor scales, str format, int block_size, str scale_encoding, int columns"
 _ADDED = "Tensor? bias=None, Tensor? a=None, Tensor? b=None, float? scaling=None"
 _REST = f"ScalarType dtype, bool transposed, {_ADDED}"
@@ -79,8 +89,8 @@ product.declare(
 # Graphs hold these: a number takes the dispatcher 0.3 microseconds and a dtype 0.8, of 10 for a call, and an argument
 # that is None 0.3.
 _TEXT = "Tensor x, Tensor packed, Tensor scales, str described"
-product.declare(f"product_4bit.described({_TEXT}, {_ADDED}) -> Tensor", _arguments)
-product.declare(f"product_4bit.plain({_TEXT}, Tensor? bias=None) -> Tensor", _arguments)
+product.declare(f"product_4bit.described({_TEXT}, {_ADDED}) -> Tensor", _arguments, _at_once)
+product.declare(f"product_4bit.plain({_TEXT}, Tensor? bias=None) -> Tensor", _arguments, _at_once)
 
 
 @decomposes("product_16bit")

@@ -12,6 +12,7 @@ __all__ = [
     "TORCH",
     "ask_classes_in_graphs",
     "constant_in_graphs",
+    "exports_without_dynamo",
     "is_exporting",
     "leave_to_eager",
     "outside_of_graphs",
@@ -27,6 +28,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def is_exporting() -> bool:
     """Whether torch.export records a graph; False where torch cannot tell, before 2.7."""
     return torch.compiler.is_exporting() if TORCH >= (2, 7) else False
+
+
+def exports_without_dynamo() -> bool:
+    """Whether torch.export records a graph by running the model, as it does unless strict=True; False before 2.9."""
+    return TORCH >= (2, 9) and torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def outside_of_graphs(function: _F) -> _F:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.lora import Folded, LoRALinear
+from lowmem.nn.lora import Folded, LoRALinear, refuse_script
 from lowmem.nn.low_rank_sum import LowRankSum
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import (
@@ -159,6 +159,9 @@ class AdaptedModule(nn.Module):
     def _over(cls, plain: type[nn.Module]) -> type[nn.Module]:
         """Return the class with the same adapters over another class, whose parameters are stored otherwise."""
         return adapted_class(plain, cls._adapted_names)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
 
 def parameter_of(module: nn.Module, name: str) -> Any:

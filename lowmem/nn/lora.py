@@ -7,7 +7,7 @@ QLoRA (arXiv 2305.14314) is LoRA over a 4-bit base, and needs no class of its ow
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.quantize import relative_error, requantize
 from lowmem.quant.rounding import round_to
 
-__all__ = ["Adapter", "Folded", "LoRA", "LoRALinear"]
+__all__ = ["Adapter", "Folded", "LoRA", "LoRALinear", "refuse_script"]
 
 
 def _of_single_adapter(name: str) -> Any:
@@ -248,6 +248,9 @@ class LoRALinear(nn.Module):
             )
         setattr(self.base, name, value)  # as tie_weights() of transformers does
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
     def _load_from_state_dict(self, *args: Any) -> None:
         self.merged_base = None  # rebuilt by the post hook
         super()._load_from_state_dict(*args)
@@ -291,6 +294,19 @@ def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor)
     if plain:
         return kernels.linear(x, weight, torch.float32, bases[key], (a, b, adapter.scaling))
     return ops.product(x, weight, torch.float32, False, bases[key], a, b, adapter.scaling)
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """Refuse torch.jit.script, which calls ``__prepare_scriptable__`` of a module before it reads the module's code.
+
+    Raises:
+        RuntimeError: always; the remedy is named.
+    """
+    raise RuntimeError(
+        f"torch.jit.script cannot compile a {type(module).__name__} with adapters: take torch.jit.trace, "
+        "torch.compile or torch.export, or merge the adapters to a dtype before: "
+        "model = lowmem.merge(model, torch.float32)"
+    )
 
 
 def _drop_merged_base(layer: LoRALinear, state: dict[str, Any], prefix: str, _: object) -> None:

@@ -6,8 +6,8 @@ not reach the weight. It is marked instead, and refuses writes with their remedy
 
 Graphs of torch.compile refuse these writes, too. Dynamo asks no class of torch functions for a stored weight, whose
 operations it sees below autograd: there such a view is a ``RecordedView``, which is the other class again once the
-graph has run. Not seen are writes through the storage or DLPack, and those that torch.export or torch.jit.trace
-record, whose programs hold a stored weight's values.
+graph has run. torch.export records a stored weight's values, of which it asks the class of an ``ExportedView``. Not
+seen are writes through the storage or DLPack, and those that torch.export(strict=True) or torch.jit.trace record.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.memory import is_traced
-from lowmem.kernels.torch_versions import constant_in_graphs
+from lowmem.kernels.torch_versions import constant_in_graphs, exports_without_dynamo
 
 __all__ = [
     "METADATA",
     "VIEWS",
+    "ExportedView",
     "ReadOnlyView",
     "RecordedView",
     "changes_itself_alone",
+    "exported_view",
     "makes_view",
     "name_of",
     "read_only",
@@ -137,6 +139,8 @@ def read_only(result: Any, refusal: str, function: Any, args: Any, source: Tenso
 
 
 def _marked(one: Any, refusal: str, source: Tensor | None) -> Any:
+    if exports_without_dynamo():
+        return exported_view(one, refusal) if isinstance(one, Tensor) else one
     if type(one) is not Tensor or (source is not None and not torch._C._is_alias_of(one, source)):  # type: ignore[attr-defined]
         return one
     if not torch.compiler.is_compiling() and not one.requires_grad:
@@ -192,6 +196,42 @@ class ReadOnlyView(Tensor):
         return read_only(result, views[0][0], function, args, views[0][1]) if views else result
 
 
+class ExportedView(ReadOnlyView):
+    """A view of a weight in a program that torch.export records, or the weight: functions see what is recorded.
+
+    Args:
+        recorded: the values: a fake tensor.
+        refusal: what a write raises.
+    """
+
+    @staticmethod
+    def __new__(cls, recorded: Tensor, refusal: str) -> ExportedView:
+        """Make a tensor without values of its own."""
+        return _without_values(cls, recorded)  # type: ignore[no-any-return]
+
+    def __init__(self, recorded: Tensor, refusal: str) -> None:
+        self.recorded, self.refusal = recorded, refusal
+
+    def plain(self) -> Tensor:
+        """Return the values as the tensor that is recorded."""
+        return self.recorded
+
+    @classmethod
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = torch.utils._pytree.tree_map_only(ExportedView, ExportedView.plain, (args, kwargs or {}))
+        return operator(*args, **kwargs)
+
+
+def exported_view(recorded: Tensor, refusal: str) -> Tensor:
+    """Return a view that is ``recorded`` where a program that is being exported returns it."""
+    from torch.fx.experimental import proxy_tensor  # which torch.export has imported
+
+    made, mode = ExportedView(recorded, refusal), proxy_tensor.get_proxy_mode()
+    if mode is not None and proxy_tensor.has_proxy_slot(recorded, mode.tracer):  # ``.data`` of a tensor has none
+        proxy_tensor.set_proxy_slot(made, mode.tracer, proxy_tensor.get_proxy_slot(recorded, mode.tracer))
+    return made
+
+
 def _refuse_writes(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """Raise if a function would write to a read-only view.
 
@@ -221,6 +261,19 @@ def written_to(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         yield from given if isinstance(given, (list, tuple)) else [given]
 
 
+def _without_values(kind: Any, like: Tensor) -> Any:
+    """Return a tensor of a class with the shape, strides, dtype and device of another, and no memory."""
+    return torch.Tensor._make_wrapper_subclass(
+        kind,
+        like.shape,
+        strides=like.stride(),
+        storage_offset=like.storage_offset(),
+        dtype=like.dtype,
+        device=like.device,
+        requires_grad=False,
+    )
+
+
 def recorded_view(result: Any, refusal: str) -> Any:
     """Return what an operator that makes views returned while a graph is being recorded: its tensors are marked."""
     if isinstance(result, (list, tuple)):
@@ -242,15 +295,7 @@ class RecordedView(Tensor):
     @staticmethod
     def __new__(cls, dense: Tensor, refusal: str) -> RecordedView:
         """Make a tensor without values of its own."""
-        return torch.Tensor._make_wrapper_subclass(
-            cls,
-            dense.shape,
-            strides=dense.stride(),
-            storage_offset=dense.storage_offset(),
-            dtype=dense.dtype,
-            device=dense.device,
-            requires_grad=False,
-        )
+        return _without_values(cls, dense)  # type: ignore[no-any-return]
 
     def __init__(self, dense: Tensor, refusal: str) -> None:
         self.dense, self.refusal = dense, refusal

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lowmem.kernels import Weight, ops
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.memory import is_traced
-from lowmem.kernels.torch_versions import leave_to_eager, outside_of_graphs
-from lowmem.nn.read_only import VIEWS, makes_view, read_only, recorded_view, written_to
+from lowmem.kernels.torch_versions import exports_without_dynamo, leave_to_eager, outside_of_graphs
+from lowmem.nn.read_only import VIEWS, exported_view, makes_view, read_only, recorded_view, written_to
 from lowmem.nn.sharded import sharded_types
 from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
@@ -281,6 +281,11 @@ class StoredTensor(Tensor):
             values = stored.dequantize(dtype) if isinstance(stored, QuantizedTensor) else stored.detach().to(dtype)
         values = values.view(*parts[0].shape[:-1], *self.tail)
         return values.transpose(-1, -2) if self.swapped else values
+
+    def read_only_values(self) -> Tensor:
+        """Return the values for a program that is being exported, which refuses writes to them, or traced."""
+        values = self.dequantize()
+        return exported_view(values, _refusal_of_views(self)) if exports_without_dynamo() else values
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return list(self.form.parts), (self.form, self.tail, self.dtype, self.swapped)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -40,6 +40,7 @@ __all__ = [
     "as_part",
     "become",
     "copied_module",
+    "dense_bytes",
     "file_names",
     "format_keys",
     "freeze",
@@ -51,6 +52,8 @@ __all__ = [
     "stored_copy",
     "stored_property",
 ]
+
+_M = TypeVar("_M", bound="StoredModule")
 
 LAYERS: dict[tuple[type[nn.Module], type[Form]], type[StoredModule]] = {}
 """(class of a layer, form) -> the class of such a layer that has a faster forward than the generated one."""
@@ -157,7 +160,7 @@ class StoredModule(nn.Module):
         if is_recorded(*sources) or not all(isinstance(source, nn.Parameter) for source in sources):
             _refuse_batched(sources)
             made = _made(one, sources)
-            return made.dequantize() if is_exported() else made  # type: ignore[return-value]
+            return made.read_only_values() if is_exported() else made  # type: ignore[return-value]
         presented = sources[0].__dict__.get("presented_dtype", dtype)
         if presented is not dtype:  # a module that shares the weight was cast
             dtype = presented
@@ -255,6 +258,31 @@ class StoredModule(nn.Module):
 
     def _stored_text(self) -> str:
         return ", ".join(f"{name} in {one.form}" for name, one in self._forms.items())
+
+    def requires_grad_(self: _M, requires_grad: bool = True) -> _M:
+        """Freeze all parameters.
+
+        Raises:
+            RuntimeError: they shall train, which what is stored cannot; the remedy is named.
+        """
+        if requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__} stores {self._stored_text()}, which is frozen: train an adapter "
+                "(lowmem.LoRA), call requires_grad_() on other parameters alone, or make the module dense again "
+                "first: lowmem.restore(model)"
+            )
+        return super().requires_grad_(False)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse torch.jit.script, which calls this before it reads a module's code.
+
+        Raises:
+            RuntimeError: always; the remedy is named.
+        """
+        raise RuntimeError(
+            f"torch.jit.script cannot compile a {type(self).__name__} that stores {self._stored_text()}: take "
+            "torch.jit.trace, torch.compile or torch.export, or make the model dense before, lowmem.restore(model)"
+        )
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__.get("_forms", {}):
@@ -506,6 +534,15 @@ def file_names(module: StoredModule) -> dict[str, str]:
     return names
 
 
+def dense_bytes(module: StoredModule) -> dict[str, int]:
+    """Return the bytes of the dense weights that a module's parts stand for: all of a weight for its first part."""
+    sizes: dict[str, int] = {}
+    for name, (form, _, _, dtype, _) in module._forms.items():
+        sizes |= {f"{name}_{part}": 0 for part in form.parts}
+        sizes[f"{name}_{form.parts[0]}"] = module.stored_size(name) * dtype.itemsize
+    return sizes
+
+
 def _rename_old(module: StoredModule, state_dict: dict[str, Any], prefix: str) -> list[str]:
     """Rename the parts of an older state; return what is wrong with them."""
     errors = []
@@ -748,9 +785,7 @@ def _refuse_collisions(module: nn.Module, made: type[nn.Module], forms: Mapping[
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     parts = {f"{name}_{part}" for name, (form, _) in forms.items() for part in form.parts}
     base = FourBitStorage if issubclass(made, FourBitStorage) else StoredModule
-    added = {name for name in dir(base) if not hasattr(nn.Module, name) and not hasattr(object, name)} - {
-        "__weakref__"
-    }
+    added = {name for name in dir(base) if not hasattr(nn.Module, name) and not name.startswith("__")}
     hidden = (own & (added | parts)) | {name for name in added if hasattr(type(module), name)}
     if hidden:
         raise ValueError(

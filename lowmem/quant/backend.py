@@ -6,7 +6,7 @@ which must not import ``lowmem.kernels``, quantizes and dequantizes through the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -51,6 +51,21 @@ class Backend(Protocol):
         """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out), in ``dtype``.
 
         With torch.int8, 8-bit integers are multiplied (``lowmem.kernels.int8``), and the result has the dtype of x.
+        """
+        ...
+
+    def linear_again(
+        self,
+        x: Tensor,
+        cache: dict[str, Any],
+        packed: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        low_rank: LowRank | None,
+    ) -> Tensor | None:
+        """Return what ``linear`` would in the dtype of x, by what it has put into a weight's cache; None: it cannot.
+
+        For calls that nothing records, on plain tensors: it does not ask.
         """
         ...
 

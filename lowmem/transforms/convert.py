@@ -39,6 +39,7 @@ from lowmem.nn.stored_module import (
     LAYERS,
     StoredModule,
     become,
+    dense_bytes,
     freeze,
     leading_dims,
     restored_copy,
@@ -498,10 +499,9 @@ def _check_parameters(model: nn.Module, found: dict[nn.Module, tuple[str, list[s
             if parameter.layout is not torch.strided:
                 raise ValueError(f"{place} has layout={parameter.layout}: make it dense (to_dense()), or use skip=")
             known.add(id(parameter))
-            if not parameter.is_meta:
-                _refuse_overlap(seen, place, weight_key(parameter), parameter)
+            _refuse_overlap(seen, place, weight_key(parameter), parameter)
     for path, parameter in model.named_parameters():  # what stays dense
-        plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta
+        plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided
         shares = plain and id(parameter) not in known and parameter.untyped_storage()._cdata in seen
         if shares:  # a view would be cut off, and keep the memory
             _refuse_overlap(seen, layer_name(path.removesuffix(".weight")), None, parameter)
@@ -537,8 +537,9 @@ def left_dense(
 ) -> str | None:
     """Return what to warn of: more than a tenth of the bytes stay dense, and nobody asked for that.
 
-    Counted are the bytes of the dense model, of parameters and floating-point buffers; those of modules that
-    ``where`` and ``skip`` leave out do not stay dense unasked. A few bytes are told of where matrices are a tenth.
+    Counted are the bytes of the dense model, of parameters and floating-point buffers, also of what was stored
+    before; those of modules that ``where`` and ``skip`` leave out do not stay dense unasked. A few bytes are told of
+    where matrices are a tenth.
     """
     seen: set[int] = set()
     total, matrices, left = 0, 0, Counter[str]()
@@ -546,13 +547,14 @@ def left_dense(
     for module in module_paths(model):
         before, after = base_of(module), base_of(replacements.get(module, module))  # of a LoRALinear, not entered
         stored = {*after.forms, *after.part_names} if isinstance(after, StoredModule) else set()
+        sizes = dense_bytes(before) if isinstance(before, StoredModule) else {}
         for name, tensor in (*before._parameters.items(), *before._buffers.items()):
             if tensor is None or is_lazy(tensor) or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             if name in before._buffers and not tensor.is_floating_point():  # masks, and numbers of steps
                 continue
-            size = tensor.numel() * tensor.element_size()
+            size = sizes.get(name, tensor.numel() * tensor.element_size())
             total += size
             if name in stored or module not in chosen:
                 continue

@@ -111,10 +111,10 @@ def test_the_operator_that_graphs_hold_is_what_torch_expects_of_one(transposed):
 def test_weights_that_take_the_same_memory_in_turn_are_told_apart(kernel):
     """The cache of an address outlives its weight: another one there, in another format too, gets its own results."""
     x = torch.randn(2, 64)
-    memory = [torch.empty(8, 32, dtype=torch.uint8), torch.empty(8, 3, dtype=torch.uint8)]
+    memory = [torch.empty(64, 32, dtype=torch.uint8), torch.empty(64, 3, dtype=torch.uint8)]
     with kernels.using(kernel):
         for form in ("nf4", "fp4", "nf4"):
-            weight = quantize(torch.randn(8, 64), form, block_size=64, scales="double")
+            weight = quantize(torch.randn(64, 64), form, block_size=64, scales="double")
             for place, tensor in zip(memory, fields(weight)[:2], strict=True):
                 place.copy_(tensor)
             again = stored(*memory, *fields(weight)[2:], 64)
@@ -123,6 +123,22 @@ def test_weights_that_take_the_same_memory_in_turn_are_told_apart(kernel):
             assert torch.equal(kernels.linear(x, again, dtype), kernels.linear(x, weight, dtype))
             moved = stored(memory[0], memory[1].clone(), *fields(weight)[2:], 64)
             assert torch.equal(kernels.linear(x, moved, dtype), kernels.linear(x, weight, dtype))
+            plain, text = torch.ops.lowmem.product_4bit.plain, f"{form} 64 double 64 {dtype} False"
+            for scales in (memory[1], memory[1].clone(), memory[1]):  # the handle that is kept is one of them's
+                for _ in range(2):
+                    assert torch.equal(plain(x, memory[0], scales, text), kernels.linear(x, weight, dtype))
+            grad, transposed = torch.randn(2, 64), text.replace("False", "True")
+            assert torch.equal(plain(grad, *memory, transposed), kernels.input_grad(grad, weight, dtype))
+
+
+def test_an_operator_takes_no_handle_that_another_kernel_has_made():
+    weight, x = quantize(torch.randn(48, 64), "nf4"), torch.randn(2, 64)
+    packed, scales, *described = fields(weight)
+    text = f"{' '.join(map(str, described))} 64 torch.float32 False"
+    for name in 2 * kernels.available():
+        with kernels.using(name):
+            expected = kernels.linear(x, weight, torch.float32)
+            assert torch.equal(torch.ops.lowmem.product_4bit.plain(x, packed, scales, text), expected)
 
 
 class Own(torch.Tensor):

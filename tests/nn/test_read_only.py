@@ -201,6 +201,36 @@ def test_a_graph_takes_views_of_another_one_and_of_eager_code(technique, request
         torch.compile(lambda view: view * 2, backend="aot_eager")(turned)
 
 
+class Runs(nn.Module):
+    """Calls a function with the weight of a layer."""
+
+    def __init__(self, technique, function):
+        super().__init__()
+        self.layer, self.function = convert(nn.Sequential(nn.Linear(16, 24)), *technique)[0], function
+
+    def forward(self, x):
+        return self.function(self.layer.weight, x)
+
+
+@compiles
+@techniques
+def test_an_exported_program_reads_views_and_refuses_to_write_to_them(technique):
+    x, export = torch.randn(3, 8), torch.export.export
+    reads = (
+        lambda w, x: x @ w[:, :8].T + w.view(-1)[:24] * w.flatten()[1:25] + abs(w)[:, 0],
+        lambda w, x: (w[:, 0], [w.view(-1).view(16, 24)], F.linear(x, w[:, :8]), w.shape[0]),
+        lambda w, x: torch.cat([w.chunk(2, 1)[0], w.detach().t()[:8].T], 1).mul_(x.sum()),
+    )
+    with torch.no_grad():
+        for read in reads:
+            model = Runs(technique, read)
+            torch.testing.assert_close(export(model, (x,)).module()(x), model(x))
+        known = WRITES.values() if technique is TECHNIQUES["nf4"] else ()
+        for write in (*IN_GRAPHS, *(lambda w, one=one: one(w.view(-1)) for one in IN_GRAPHS[:2]), *known):
+            with pytest.raises(RuntimeError, match=r"would write to a .*lowmem.(restore|merge)\(model\)"):
+                export(Runs(technique, lambda w, x, write=write: (write(w), x)[1]), (x,))
+
+
 def test_writes_are_told_by_their_names():
     writes = (
         *(Tensor.zero_, Tensor.mul_, Tensor.__imul__, Tensor.__setitem__, Tensor.data.__set__),

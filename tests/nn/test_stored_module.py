@@ -441,3 +441,38 @@ def test_a_layer_that_torch_compile_leaves_to_eager_computes_the_same(technique,
         expected, _ = model(x)
         got, _ = torch.compile(model, backend="aot_eager")(x)
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16), LoRA(2)])
+def test_torch_s_script_is_told_what_does_the_same(technique):
+    for layer in (nn.Linear(8, 8), nn.Conv1d(8, 8, 1), nn.Embedding(8, 8), nn.MultiheadAttention(8, 2)):
+        model = convert(nn.Sequential(layer), technique, where=lambda *_: True)
+        with pytest.raises(
+            RuntimeError, match=r"torch.jit.script cannot compile .*: .*lowmem.(restore|merge)\(model"
+        ):
+            torch.jit.script(model)
+
+
+@pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16)])
+def test_a_module_that_stores_its_weight_does_not_train_it(technique):
+    layer = convert(nn.Linear(8, 8), technique)
+    before = [one.requires_grad for one in layer.parameters()]
+    with pytest.raises(
+        RuntimeError, match=r"Linear\S* stores weight in .*frozen: train an adapter .*restore\(model\)"
+    ):
+        layer.requires_grad_()
+    assert [one.requires_grad for one in layer.parameters()] == before
+    assert layer.requires_grad_(False) is layer
+    assert not any(one.requires_grad for one in layer.parameters())
+
+
+def test_a_weight_in_16_bits_that_is_asked_to_train_says_that_it_cannot():
+    """``requires_grad_`` of a whole model asks no layer; codes, which are integers, refuse it at once."""
+    model = convert(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)), Half()).requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"in torch.float16 requires a gradient.*frozen.*lowmem.restore\(model\)"):
+        model(torch.randn(2, 8))
+    with torch.no_grad():
+        model(torch.randn(2, 8))
+    with pytest.raises(RuntimeError, match="floating point"):
+        convert(nn.Sequential(nn.Linear(8, 8)), FourBit()).requires_grad_(True)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowmem import FORMATS, FourBit, convert, measure, restore
+from lowmem import FORMATS, FourBit, Half, convert, measure, restore
 from lowmem.nn.stored import StoredTensor
 from lowmem.quant.scales import ENCODINGS
+from tests.kernels.test_ops import compiles
 from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, store
 from tests.rounding import OF_4_BITS, assert_sum
 from tests.selection import rows_in_one_case
@@ -55,6 +56,41 @@ def test_outputs_and_gradients_are_those_of_the_dequantized_weight_and_none_is_k
     assert_sum(got, exact, sizes, case.terms + OF_4_BITS)
     if of_x is not None:
         assert_sum(of_x, exact_of_x, sizes_of_x, dense.numel() + OF_4_BITS)
+
+
+OF_EACH_KIND = (
+    *("linear", "x @ W", "addmm", "bmm", "einsum over columns", "embedding", "embedding bag", "conv1d"),
+    *("conv2d, groups", "conv3d", "conv2d, transposed"),
+)
+
+
+@compiles
+@forms
+def test_a_graph_keeps_nothing_dense_for_backward(form, request):
+    request.addfinalizer(torch.compiler.reset)
+    for name in OF_EACH_KIND:
+        torch.compiler.reset()
+        case = CASES[name]
+        weight, x = store(torch.randn(case.weight), form, case.lead), case.make_input()
+        out, of_x, kept = run(torch.compile(case.function, fullgraph=True, backend="aot_eager"), x, weight)
+        assert_nothing_dense(kept, x, weight)
+        expected, expected_of_x, _ = run(case.function, x, weight)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(of_x, expected_of_x, rtol=1e-4, atol=1e-4)
+
+
+@rows_in_one_case("technique", [FourBit("nf4", 16), Half(torch.bfloat16)])
+@rows_in_one_case("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_a_recurrent_layer_keeps_nothing_dense_for_backward(kind, technique):
+    layer, kept = convert(kind(16, 64), technique), []
+    x = torch.randn(*((2, 16) if issubclass(kind, nn.RNNCellBase) else (5, 2, 16)), requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        out = layer(x)
+    weights = [getattr(layer, name) for name in layer.forms]
+    shapes = {shape for one in weights for shape in (one.shape, one.T.shape)}
+    assert not any(type(one) is torch.Tensor and one.is_floating_point() and one.shape in shapes for one in kept)
+    (out if isinstance(out, torch.Tensor) else out[0]).sum().backward()
+    assert x.grad.any()
 
 
 LARGE = {

@@ -724,6 +724,27 @@ def test_a_large_dense_share_is_told_once_with_its_reasons():
             quiet()
 
 
+@pytest.mark.parametrize("technique", [FourBit("nf4"), Half()])
+def test_what_was_stored_before_counts_as_in_the_dense_model(technique):
+    def make(rows):
+        return nn.ModuleList([nn.Linear(256, 256, bias=False), nn.Linear(64, 64, bias=False), Table(rows)])
+
+    with warnings.catch_warnings():  # 7% of the dense model's bytes stay dense, and 28% or 12% of those that are left
+        warnings.simplefilter("error")
+        convert(convert(make(320), technique, skip=["1", "2*"]), technique, skip="0")
+    told = []
+    for parts in ([], [["1", "2*"]], [["0", "2*"]]):
+        model = make(1024)
+        for skip in parts:
+            convert(model, technique, skip=skip)
+        with pytest.warns(UserWarning, match="are weights that stay dense") as seen:
+            convert(
+                model, technique, skip=[path for path in ("0", "1") if isinstance(model[int(path)], StoredModule)]
+            )
+        told.append(str(seen[0].message))
+    assert told == told[:1] * 3
+
+
 @rows_in_one_case(
     ("layer", "remedy"),
     [

@@ -382,6 +382,13 @@ def needs_values():
     return Model(8, 8)
 
 
+def views():
+    model, tensor = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(12, 8)
+    for layer, start in zip(model, (0, 4), strict=True):
+        layer.weight = nn.Parameter(tensor[start : start + 8])
+    return model
+
+
 @rows_in_one_case(
     ("make", "given", "options", "error", "text"),
     [
@@ -410,12 +417,26 @@ def needs_values():
         (lambda: 3, (), {}, TypeError, "factory returned a int"),
         (lambda: nn.LazyLinear(3), (), {}, ValueError, "LazyLinear has lazy parameters"),
         (needs_values, (), {"batch": torch.ones(1, 8)}, ValueError, "Model cannot be planned: its forward needs"),
+        (views, (FourBit(),), {"batch": torch.ones(1, 8)}, ValueError, "1 and 0 are views of one tensor"),
     ],
 )
 def test_bad_input_is_one_clear_error(make, given, options, error, text):
     factory = (lambda: make) if isinstance(make, nn.Module) else make
     with pytest.raises(error, match=text):
         plan(factory, *given, **{"batch": torch.ones(1, 1024), **options})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_a_scripted_submodule_is_planned_as_its_source():
+    def make(script=lambda module: module):
+        inner = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8))
+        return nn.Sequential(nn.Linear(16, 16), script(inner))
+
+    x = torch.zeros(4, 16)
+    for techniques in ((), (LoRA(2),)):
+        planned = plan(lambda: make(torch.jit.script), *techniques, batch=x, skip=["1", "1.*"] if techniques else ())
+        expected = plan(make, *techniques, batch=x, skip=["1", "1.*"] if techniques else ())
+        assert planned.as_json() == expected.as_json()
 
 
 @rows_in_one_case(("size", "expected"), [(7, 7), (2**60 + 1, 2**60 + 1), ("24GiB", 24 * 2**30), ("1.5KB", 1500)])
