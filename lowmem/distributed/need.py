@@ -15,6 +15,7 @@ def bytes_per_rank(
     ranks: int,
     *,
     activations: int = 0,
+    in_blocks: int | None = None,
     bits: float = 4.5,
     rest_bits: float | None = None,
 ) -> int:
@@ -23,11 +24,13 @@ def bytes_per_rank(
     With ``w = bits / 8`` and ``v = rest_bits / 8``, N parameters, of which E are outside of the L blocks, and A
     numbers in adapters::
 
-        (w (N - E) + v E + 16 A) / R + activations           weights; A, its gradient and AdamW's moments in float32
-        + v E + 3 (w (N - E) + 4 A) / L + 8 A / L, if R > 1  what is whole for a while
+        (w (N - E) + v E + 16 A) / R              weights; A, its gradient and AdamW's moments in float32
+        + activations                             if R = 1; otherwise what is whole for a while, with activations:
+        + v E + max(activations + B, in_blocks + 3 B + 8 A / L)       B = (w (N - E) + 4 A) / L, a block
 
-    What is whole: the weights outside of blocks; of blocks the one that computes, the next one, and the buffer that
-    it comes in; the gradients of a block's adapters, once as they are made and once as they are sent.
+    What is whole: the weights outside of blocks, and of blocks the last one while the output layer computes; later
+    the one that computes, the next one, and the buffer that it comes in, with the gradients of a block's adapters,
+    once as they are made and once as they are sent.
 
     Args:
         parameters: of the dense model.
@@ -37,25 +40,34 @@ def bytes_per_rank(
         ranks: how many processes; 1: one that does not share.
         activations: bytes that a step takes beside weights, gradients and optimizer, for the batch of one process:
             ``lowmem.measure.backward_bytes`` less the gradients, or ``lowmem.plan``.
+        in_blocks: the same of the model without its output layer and loss: without logits, and the layer's weight,
+            which is dequantized for more than 8 rows where it is in 8 bits. None: ``activations``, and the result is
+            the most that it can be.
         bits: of a stored weight: 4.5 for nf4 in blocks of 64 with float32 scales, 16 for ``Half``.
-        rest_bits: of one outside of the blocks; None: 8.5 where ``bits`` is below 8, as ``FourBit`` keeps embeddings
-            and output layers in 8 bits, else ``bits``.
+        rest_bits: of one outside of the blocks; None: 8.125 where ``bits`` is below 8, since ``FourBit`` keeps
+            embeddings and output layers in 8 bits, else ``bits``.
 
     Raises:
         ValueError: a number that cannot be.
     """
-    outside = rest_bits if rest_bits is not None else 8.5 if bits < 8 else bits
+    outside = rest_bits if rest_bits is not None else 8.125 if bits < 8 else bits
     given = {"parameters": parameters, "blocks": blocks, "ranks": ranks, "bits": bits, "rest_bits": outside}
     for name, value in given.items():
         if not value > 0:
             raise ValueError(f"{name}={show(value)} must be above 0")
-    if not 0 <= rest <= parameters or adapters < 0 or activations < 0:
+    if not 0 <= rest <= parameters or adapters < 0:
         raise ValueError(
-            f"rest={show(rest)} must be part of parameters={show(parameters)}, and adapters={show(adapters)} and "
-            f"activations={show(activations)} at least 0"
+            f"rest={show(rest)} must be part of parameters={show(parameters)}, and adapters={show(adapters)} at "
+            "least 0"
+        )
+    computing = activations if in_blocks is None else in_blocks
+    if not 0 <= computing <= activations:
+        raise ValueError(
+            f"activations={show(activations)} must be at least 0, and in_blocks={show(in_blocks)} a part of them"
         )
     inside, outside = bits / 8 * (parameters - rest), outside / 8 * rest
     kept = (inside + outside + 16 * adapters) / ranks
     block = (inside + 4 * adapters) / blocks
-    whole = outside + 3 * block + 8 * adapters / blocks if ranks > 1 else 0.0
-    return round(kept + whole + activations)
+    if ranks == 1:
+        return round(kept + activations)
+    return round(kept + outside + max(activations + block, computing + 3 * block + 8 * adapters / blocks))

@@ -20,7 +20,9 @@ _CHUNK = 128
 
 
 def perplexity(model: nn.Module, rows: Rows, ranks: Ranks | None = None) -> float:
-    """Return ``exp`` of the mean negative log-likelihood of the tokens that count; infinite where that overflows.
+    """Return ``exp`` of the mean negative log-likelihood of the tokens that count.
+
+    It is infinite where that overflows, and NaN where a prediction is.
 
     A row at a time is computed. Processes that train together share the rows.
 
@@ -45,7 +47,7 @@ def perplexity(model: nn.Module, rows: Rows, ranks: Ranks | None = None) -> floa
         for module, mode in modes.items():
             module.training = mode
     mean = ranks.sum(total) / int(rows.counted.sum())
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean >= 700 else math.exp(mean)
 
 
 def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:

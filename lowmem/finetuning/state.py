@@ -6,6 +6,7 @@ the older one is taken.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -26,6 +27,7 @@ __all__ = [
     "States",
     "Store",
     "capture",
+    "changes",
     "forked_random",
     "put_back",
     "random_states",
@@ -147,19 +149,44 @@ class States:
         return Saved(record["step"], file.tensors, record)
 
     def _check(self, path: Path, origin: Mapping[str, Any]) -> None:
-        self.changed = []
-        for key in (*origin, *(key for key in self._origin if key not in origin)):
-            before, now = origin.get(key), self._origin.get(key)
-            if before == now:
-                continue
-            if key not in self._may_differ:
-                raise refusal(
-                    path,
-                    f"{key} was {show(before)} and is {show(now)}: go on with what the run was started with, or "
-                    "remove the state to begin anew",
-                    "go on from",
-                )
-            self.changed.append(f"{key} was {show(before)} until here, and is {show(now)}")
+        self.changed = changes(path, origin, self._origin, self._may_differ)
+
+
+def changes(
+    path: Path, origin: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
+) -> list[str]:
+    """Return texts on what a run was started with otherwise than it is now.
+
+    Args:
+        path: of what the run has written, for the error.
+        origin: what it was started with. If it has a ``base``, that is what the adapter belongs to.
+        now: the same, as it is now.
+        may_differ: keys that may.
+
+    Raises:
+        FileError: something else differs; the first is named.
+    """
+    found = []
+    for key in (*origin, *(key for key in now if key not in origin)):
+        if origin.get(key) == now.get(key):
+            continue
+        was, to = (_short(values.get(key)) for values in (origin, now))
+        if key not in may_differ:
+            other = "its adapter is of another base: " if key == "base" else ""
+            raise refusal(
+                path,
+                f"{other}{key} was {was} and is {to}: go on with what the run was started with, or choose "
+                "another name to begin anew",
+                "go on from",
+            )
+        found.append(f"{key} was {was} until here, and is {to}")
+    return found
+
+
+def _short(value: Any) -> str:
+    """Return a value for errors; of a digest the digits that tell it from others."""
+    is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    return f"{value[:12]}..." if is_digest else show(value)
 
 
 def forked_random(device: torch.device) -> AbstractContextManager[None]:

@@ -86,6 +86,7 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
             print_json(json.loads((job.save / RECORD).read_text()))
         return 0
     check_outputs(arguments, job)
+    ranks.sum(0.0)  # all have looked before the first one writes
     states = job.states()
     saved = None if states is None else states.newest()
     if saved is not None and not arguments.resume:
@@ -141,7 +142,10 @@ def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
         )
     storing = job.technique if isinstance(job.technique, Half | Blockwise | Budget) else None
     given = job.folder, storing, job.rank, job.memory, job.settings.batch_size, job.length
-    found = plan_model(str(job.folder), lambda: plan_steps(*given))
+    from lowmem.integrations.transformers.causal import held_back
+
+    with held_back():
+        found = plan_model(str(job.folder), lambda: plan_steps(*given))
     if arguments.json:
         print_json({"model": str(job.folder), "memory": job.memory} | found.as_json())
         return 0

@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from lowmem.distributed.checkpoints import Checkpoints, has_checkpoints
+from lowmem.errors import FileError, quoted
 from lowmem.finetuning.loop import Outcome
 from lowmem.finetuning.metrics import check_metrics
 from lowmem.finetuning.plot import check_plot
 from lowmem.finetuning.settings import FineTuning
-from lowmem.finetuning.state import States
+from lowmem.finetuning.state import States, changes
 from lowmem.finetuning.text import Texts, read_examples
 from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors
 from lowmem.io.model_folder import weights_in
@@ -130,18 +131,22 @@ class Job:
         return Checkpoints(folder, self.origin(), MAY_DIFFER, self.timeout)
 
     def is_done(self) -> bool:
-        """Whether the folder to write is there, written by this very run, whose state is then removed."""
+        """Whether the folder to write is there, written by this very run, whose state is then removed.
+
+        Raises:
+            FileError: another run has written it; the first thing that differs is named.
+        """
         assert self.save is not None
         try:
             with open_regular(self.save / RECORD) as file:
-                record = json.load(file)
-            done = record["run"] | dict.fromkeys(MAY_DIFFER) == self.origin() | dict.fromkeys(MAY_DIFFER)
+                run = dict(json.load(file)["run"])
         except (OSError, ValueError, TypeError, KeyError):
             return False
+        changes(self.save, run, self.origin(), MAY_DIFFER)
         states = self.states()
-        if done and states is not None:
+        if states is not None:
             states.remove()
-        return bool(done)
+        return True
 
     def document(self, outcome: Outcome, perplexities: dict[str, float]) -> dict[str, Any]:
         """Return how the adapter was trained, as JSON: the same for the same run, resumed or not."""
@@ -177,12 +182,17 @@ def job_of(
             raise ValueError(f"{option} means nothing without held-out text: add --eval-data or --eval-share")
     technique, dense = _technique(folder, arguments.format, arguments.bits)
     rank = LoRA(arguments.rank or RANK).rank
-    from lowmem.integrations.transformers.causal import held_back, sizes_of
+    from lowmem.integrations.transformers.causal import check_shapes, held_back, sizes_of
     from lowmem.integrations.transformers.tokenizing import load_tokenizer
 
     with held_back(shown=False):  # what it says comes again when the model is loaded
         vocabulary, width, positions, _ = sizes_of(folder)
-        tokenizer = load_tokenizer(folder, vocabulary)
+        try:
+            tokenizer = load_tokenizer(folder, vocabulary)
+        except FileError:
+            if dense:
+                check_shapes(folder)  # where config.json and weights differ, the tokenizer may be right
+            raise
     if rank > width:
         raise ValueError(
             f"--rank={rank} is more than the {width} columns of the model's hidden states, beyond which an adapter "
@@ -286,10 +296,12 @@ def check_outputs(arguments: argparse.Namespace, job: Job) -> None:
 
 
 def _check_apart(arguments: argparse.Namespace, job: Job) -> None:
-    """Raise a ValueError if two outputs have one name, or one is in the other, where it would go with it."""
+    """Raise an error if two outputs have one name, one is in the other and would go with it, or states have none."""
     states = job.states()
     places = {"--metrics": arguments.metrics, "--plot": arguments.plot, "--save": job.save}
     places["the folder of states of --save"] = None if states is None else states.folder
+    if states is not None and os.path.lexists(states.folder) and not states.folder.is_dir():
+        raise FileExistsError(f"{quoted(states.folder)} exists, where states go; remove it or choose another name")
     found = [(option, Path(os.path.abspath(path))) for option, path in places.items() if path is not None]
     for number, (option, path) in enumerate(found):
         for other, place in found[number + 1 :]:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from lowmem.distributed.processes import Replicated, Sharded
 from lowmem.errors import FileError
 from lowmem.finetuning.loop import finetune
 from lowmem.finetuning.settings import FineTuning
-from lowmem.finetuning.state import States
+from lowmem.finetuning.state import Saved, States
 from tests.distributed.ranks import needs_ranks, run_ranks
 from tests.finetuning.language import TEXT, language, rows, texts
 
@@ -159,9 +161,38 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path):
     with pytest.raises(FileError, match="lr was 1 and is 2"):
         other.newest()
     Checkpoints(tmp_path / "s", {"lr": 2}, ("lr",)).newest()
-    (tmp_path / "s" / "step-2" / ".metadata").write_bytes(b"")
-    with pytest.raises(FileError, match=r"step-2': it is damaged .* remove it to go on from the one before"):
-        states.newest()
+    (data,) = (tmp_path / "s" / "step-2").glob("*.distcp")
+    for file in (data, tmp_path / "s" / "step-2" / ".metadata"):
+        file.write_bytes(file.read_bytes()[:-99] if file == data else b"")
+        with pytest.raises(FileError, match=r"step-2': it is damaged .* remove it to go on from the one before"):
+            states.newest()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a file's size are Linux's here")
+def test_a_full_disk_is_an_error_that_names_the_state_and_leaves_the_one_before(tmp_path):
+    """PyTorch raises what no handler of errors sees, with those of all processes in it."""
+    import resource
+
+    def saved(step):
+        return Saved(step, {"losses": torch.zeros(2**16)}, {"evaluations": []})
+
+    states, none = (Checkpoints(tmp_path / name, {}) for name in ("s", "none"))
+    states.save(saved(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (100_000, 10):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            for own in (states, none):
+                with pytest.raises(OSError, match=r"cannot write '.*step-2': "):
+                    own.save(saved(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert states.kept().startswith("the last good state, after step 1,")
+    assert Checkpoints(tmp_path / "s", {}).newest().step == 1
+    assert [one.as_posix() for one in tmp_path.glob("*/step-*")] == [(tmp_path / "s" / "step-1").as_posix()]
+    assert not (tmp_path / "none").exists()
 
 
 def finetune_until(states, folder):

@@ -12,11 +12,17 @@ from tests.distributed.ranks import Language
 from tests.profiled import profiled_peak
 
 SIZES = {"vocabulary": 512, "width": 384, "depth": 5}
+MODELS = {
+    "4 bits": (SIZES, "4bit"),
+    "embeddings in 8 bits": (SIZES, "8bit"),
+    "most of it in the output layer": ({"vocabulary": 4096, "width": 96, "depth": 3}, "8bit"),
+}
 
 
-def large():
+def large(name):
+    sizes, embeddings = MODELS[name]
     torch.manual_seed(0)
-    return lowmem.convert(Language(**SIZES), lowmem.FourBit("nf4", embeddings="4bit"), lowmem.LoRA(8))
+    return lowmem.convert(Language(**sizes), lowmem.FourBit("nf4", embeddings=embeddings), lowmem.LoRA(8))
 
 
 def tokens():
@@ -48,28 +54,38 @@ def measured_bytes(model):
     return start + sorted(profiled_peak(step) for _ in range(5))[2]
 
 
-def expected_bytes(ranks):
-    model = large()
+def expected_bytes(name, ranks):
+    model, dense = large(name), Language(**MODELS[name][0])
     adapters = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    dense = Language(**SIZES)
     parameters = sum(one.numel() for one in dense.parameters())
     rest = parameters - sum(one.numel() for one in dense.layers.parameters())
     with on_threads(1):  # as processes have here; each thread has scratch of its own
         activations = lowmem.measure.backward_bytes(model, tokens(), loss=loss) - 4 * adapters
+        model.head = nn.Identity()
+        in_blocks = lowmem.measure.backward_bytes(model, tokens()) - 4 * adapters
     sizes = parameters, adapters, len(dense.layers), rest, ranks
-    return lowmem.bytes_per_rank(*sizes, activations=activations, rest_bits=4.5)
+    bits = 4.5 if MODELS[name][1] == "4bit" else None
+    return lowmem.bytes_per_rank(*sizes, activations=activations, in_blocks=in_blocks, rest_bits=bits)
+
+
+def needed(ranks):
+    """Return what the formula says of each model, to be compared with what a process has taken."""
+    return {name: pytest.approx(expected_bytes(name, ranks), rel=0.05) for name in MODELS}
 
 
 def test_the_formula_is_what_one_process_takes():
     with on_threads(1):
-        used = measured_bytes(large())
-    assert used == pytest.approx(expected_bytes(1), rel=0.05)
+        assert {name: measured_bytes(large(name)) for name in MODELS} == needed(1)
 
 
 def test_sizes_that_cannot_be_are_refused():
     assert lowmem.bytes_per_rank(800, 10, 2, 200, 1, bits=8) == 800 + 160
-    assert lowmem.bytes_per_rank(800, 10, 2, 200, 2, bits=8, activations=7) == 400 + 80 + 200 + 3 * 320 + 40 + 7
-    for wrong in ({"ranks": 0}, {"blocks": 0}, {"bits": -1}, {"rest": 801}, {"adapters": -1}, {"activations": -1}):
+    shared = 400 + 80 + 200
+    assert lowmem.bytes_per_rank(800, 10, 2, 200, 2, bits=8, activations=7) == shared + 3 * 320 + 40 + 7
+    assert lowmem.bytes_per_rank(800, 10, 2, 200, 2, bits=8, activations=9, in_blocks=5) == shared + 3 * 320 + 40 + 5
+    assert lowmem.bytes_per_rank(800, 10, 2, 200, 2, bits=8, activations=999, in_blocks=5) == shared + 999 + 320
+    wrongs = [{"ranks": 0}, {"blocks": 0}, {"bits": -1}, {"rest": 801}, {"adapters": -1}, {"activations": -1}]
+    for wrong in (*wrongs, {"in_blocks": 1}, {"in_blocks": -1}):
         sizes = {"parameters": 800, "adapters": 10, "blocks": 2, "rest": 200, "ranks": 2}
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))} "):
             lowmem.bytes_per_rank(**(sizes | wrong))

@@ -11,7 +11,7 @@ from torch import nn
 import lowmem
 from lowmem.distributed.shard import blocks_of
 from tests.distributed.ranks import Language, examples, needs_ranks, run_ranks, train
-from tests.distributed.test_need import expected_bytes, large, measured_bytes
+from tests.distributed.test_need import MODELS, large, measured_bytes, needed
 
 pytestmark = needs_ranks
 
@@ -92,7 +92,11 @@ def check_two(rank, world, folder):
     check_files(folder)
     check_refusals(rank, world)
     check_plans()
-    return curves, measured_bytes(lowmem.shard(large()))
+    return curves, shared_bytes()
+
+
+def shared_bytes():
+    return {name: measured_bytes(lowmem.shard(large(name))) for name in MODELS}
 
 
 RUNS = [("qlora", None, ""), ("double, int4", "fast", "before"), ("half", "lean", "after"), ("dense", None, "")]
@@ -218,7 +222,7 @@ def test_two_processes_train_as_one_does_with_half_of_the_weights(tmp_path):
     found = run_ranks(check_two, 2, tmp_path, str(tmp_path))
     (curves, used), (others, _) = found
     assert curves == others
-    assert used == pytest.approx(expected_bytes(2), rel=0.05)
+    assert used == needed(2)
     for (how, memory), losses in curves.items():
         assert losses == pytest.approx(curve(how, memory), abs=1e-5, rel=0), (how, memory)
         assert losses[-1] < losses[0] - 0.1
@@ -238,13 +242,14 @@ def make_base():
 
 def check_four(rank, world):
     model = lowmem.shard(make())
-    return train(model, optimizer_of(model), 3, rank, world), measured_bytes(lowmem.shard(large()))
+    return train(model, optimizer_of(model), 3, rank, world), shared_bytes()
 
 
 def test_four_processes_of_which_one_has_no_example_of_a_batch(tmp_path):
     found = run_ranks(check_four, 4, tmp_path)
     assert all(losses == pytest.approx(curve("qlora", None), abs=1e-5, rel=0) for losses, _ in found)
-    assert [used for _, used in found] == pytest.approx([expected_bytes(4)] * 4, rel=0.05)
+    expected = needed(4)
+    assert [used for _, used in found] == [expected] * 4
 
 
 def test_a_process_alone_is_told_how_to_start():

@@ -48,3 +48,6 @@ def test_what_no_number_holds_is_infinite(tmp_path):
     with torch.no_grad():
         model.head.weight.mul_(1e6)
     assert perplexity(model, found) == math.inf
+    with torch.no_grad():
+        model.head.weight[3, 5] = torch.nan
+    assert math.isnan(perplexity(model, found))  # not infinite, which a run would go on with

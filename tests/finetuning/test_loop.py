@@ -254,6 +254,26 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_before_it(tmp_path, monk
     assert States(full_states.folder, {}).newest().step == 2
 
 
+class Blind(Language):
+    """Predicts nothing where it is evaluated, from when that is asked for."""
+
+    blind = False
+
+    def forward(self, *args, **named):
+        logits = super().forward(*args, **named)
+        return logits * torch.nan if self.blind and not self.training else logits
+
+
+def test_a_perplexity_that_is_not_a_number_stops_and_names_the_step(tmp_path):
+    torch.manual_seed(0)
+    model = lowmem.add_adapter(Blind(), "default", lowmem.LoRA(2))
+    found, states = rows(model, texts(tmp_path)), States(tmp_path / "states", {})
+    model.blind = True
+    told = "the perplexity of the held-out text is nan after step 4: lower lr=0.01; the last good state, after step 2"
+    with pytest.raises(ValueError, match=told):
+        finetune(model, found, SETTINGS, held_out=found, states=states)
+
+
 def test_weights_that_a_step_makes_infinite_stop_it(tmp_path):
     model = language()
     decays = replace(SETTINGS, lr=1e36, weight_decay=1e4, steps=1)  # parameters times -1e40

@@ -3,6 +3,7 @@
 import errno
 import os
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import lowmem
 from lowmem import FileError
 from lowmem.finetuning import state
-from lowmem.finetuning.state import FILES, Saved, States, capture, put_back, trained
+from lowmem.finetuning.state import FILES, Saved, States, capture, changes, put_back, trained
 from tests.finetuning.killed import Killed, killed_at
 from tests.finetuning.language import language, rows, texts
 
@@ -49,13 +50,15 @@ def test_a_state_of_another_run_is_refused_by_what_differs(tmp_path):
     States(tmp_path, {"base": "aa", "lr": 0.1}).save(saved(2))
     for origin in ({"base": "bb", "lr": 0.1}, {"base": "aa"}, {"base": "aa", "lr": 0.1, "rank": 4}):
         with pytest.raises(
-            FileError, match=r"cannot go on from .*(base was 'aa' and is 'bb'|lr was 0.1|rank was None)"
+            FileError, match=r"its adapter is of another base: base was 'aa' and is 'bb'|: lr was 0.1|: rank was None"
         ):
             States(tmp_path, origin).newest()
     may = States(tmp_path, {"base": "aa", "lr": 0.2}, ("lr",))
     for _ in range(2):
         assert may.newest().step == 2
         assert may.changed == ["lr was 0.1 until here, and is 0.2"]
+    with pytest.raises(FileError, match=r"cannot go on from 'out': data was 0123456789ab\.\.\. and is None: go on"):
+        changes(Path("out"), {"data": "0123456789abcdef" * 4}, {})
     lowmem.save(torch.nn.Linear(2, 2), tmp_path / FILES[1])
     (tmp_path / FILES[0]).unlink()
     with pytest.raises(FileError, match="it is no state of a training run"):

@@ -48,6 +48,7 @@ def test_options_and_texts_that_cannot_be(place, capsys):
     Path("half.jsonl").write_text('{"text": "a b\\ud800"}\n')
     Path("there").mkdir()
     Path("m.jsonl").write_text("{}")
+    Path("taken.training").write_text("mine")
     data = ["--data", "text.txt"]
     cases = {
         (): "--data must name a FILE.txt or FILE.jsonl",
@@ -70,6 +71,7 @@ def test_options_and_texts_that_cannot_be(place, capsys):
         (*data, "--save", "there"): "'there' exists",
         (*data, "--save", "."): "'.' exists",
         (*data, "--save", "missing/out"): "cannot write 'missing/out'",
+        (*data, "--save", "taken"): "'taken.training' exists, where states go; remove it or choose another name",
         (*data, "--metrics", "m.jsonl"): "'m.jsonl' exists",
         (*data, "--plot", "a.jpeg"): "must end in .png",
         (*data, "--save", "out", "--metrics", "out"): "are one place: rename one",
@@ -127,11 +129,22 @@ def test_a_config_that_is_damaged_is_one_line_without_transformers_own(place, ca
         ({"hidden_size": "64"}, "its config.json is of no language model: StrictDataclass"),
         ({"num_attention_heads": 5}, "its config.json is of no language model: StrictDataclass"),
         ({"model_type": "nosuch"}, "its config.json is of no language model: ValueError"),
-        ({"rope_parameters": {"rope_type": "nosuch"}}, "cannot load 'llama': KeyError: 'nosuch'"),
+        (
+            {"rope_parameters": {"rope_type": "nosuch"}},
+            "cannot load 'llama': config.json has rope_parameters.rope_type='nosuch', which transformers",
+        ),
+        ({"hidden_act": "nosuch"}, "cannot load 'llama': config.json has hidden_act='nosuch', which transformers"),
         ({"num_hidden_layers": 3}, "it lacks 9 tensors of a LlamaForCausalLM as config.json describes it"),
     ):
         Path("llama", "config.json").write_text(json.dumps(whole | changes))
         assert why in refused(capsys, "llama", "--data", "text.txt", "--length", "16", "--save", "out"), changes
+    for options in ([], ["--dry-run"]):
+        Path("llama", "config.json").write_text(json.dumps(whole | {"rope_parameters": {"rope_type": "nosuch"}}))
+        assert "rope_type='nosuch', which" in refused(capsys, "llama", "--data", "text.txt", *options)
+        bare = {name: whole[name] for name in ("architectures", "model_type", "tie_word_embeddings")}
+        Path("llama", "config.json").write_text(json.dumps(bare))  # whose sizes are then the ones of Llama 7B
+        told = refused(capsys, "llama", "--data", "text.txt", *options)
+        assert "has the shape (258, 64), and by its config.json (32000, 4096): get both again" in told
     for text in ("", "{", "[]", "null"):
         Path("llama", "config.json").write_text(text)
         assert "llama/config.json': it is" in refused(capsys, "llama", "--data", "text.txt", "--save", "out")
@@ -150,11 +163,20 @@ def test_a_state_of_another_base_or_of_other_options(place, capsys, monkeypatch)
         states.save(Saved(1, {}, {}))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(language, "finetune", interrupted)
-    assert main(["fit", "llama", *argv]) == 2
-    assert "the last good state, after step 1, is kept in 'out.training'; --resume goes on" in capsys.readouterr().err
     write_tokenizer(write(Path("another"), "llama"))
-    assert "base was" in refused(capsys, "another", *argv, "--resume")
-    assert "rank was 16 and is 3" in refused(capsys, "llama", *argv, "--rank", "3", "--resume")
-    assert "go on with --resume, or remove it" in refused(capsys, "llama", *argv)
-    assert not Path("out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(language, "finetune", interrupted)
+        assert main(["fit", "llama", *argv]) == 2
+    told = capsys.readouterr().err
+    assert "the last good state, after step 1, is kept in 'out.training'; --resume goes on" in told
+    for done in (False, True):  # by a state, and by the adapter
+        where = "cannot go on from 'out" + ("': " if done else ".training/state-0.safetensors': ")
+        told = refused(capsys, "another", *argv, "--resume")
+        assert f"{where}its adapter is of another base: base was " in told
+        assert f"{where}rank was 16 and is 3" in refused(capsys, "llama", *argv, "--rank", "3", "--resume")
+        assert ("'out' exists" if done else "go on with --resume, or remove it") in refused(capsys, "llama", *argv)
+        assert Path("out").exists() is done
+        if not done:
+            shutil.rmtree("out.training")
+            assert main(["fit", "llama", *argv]) == 0
+    assert not Path("out.training").exists()

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
-from lowmem.integrations.transformers.folder import check
+from lowmem.integrations.transformers.folder import check, load_errors
 from lowmem.io.convert_checkpoint import Source
 from lowmem.io.model_folder import weights_in
 
@@ -125,4 +125,10 @@ def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Modul
                 setattr(text, name, value[:layers])
         text.num_hidden_layers = layers
     dtype = text.dtype or torch.float32
-    return lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    def make() -> nn.Module:
+        with load_errors(folder):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model
+
+    return make

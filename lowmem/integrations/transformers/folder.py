@@ -34,6 +34,7 @@ __all__ = [
     "check",
     "check_dense",
     "import_folder",
+    "load_errors",
     "load_folder",
     "load_gguf",
     "quantize_folder",
@@ -96,7 +97,7 @@ def load_folder(
         raise refusal(
             folder, f"architectures names {show(name)}, which transformers {transformers.__version__} has not"
         )
-    with _loading(folder), checked():
+    with load_errors(folder), checked():
         model: nn.Module
         model, info = kind.from_pretrained(
             folder, quantization_config=config, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -118,7 +119,7 @@ def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     with open_foreign(file):
         pass  # transformers' own reader gives other errors for damaged files, if any
     config = config_of(file)
-    with _loading(file, "; lowmem quantize FILE OUT.safetensors needs no config of transformers"):
+    with load_errors(file, "; lowmem quantize FILE OUT.safetensors needs no config of transformers"):
         model: nn.Module
         model, info = AutoModelForCausalLM.from_pretrained(
             file.parent,
@@ -259,7 +260,7 @@ def write_model(
 
 
 @contextmanager
-def _loading(path: Path, remedy: str = "") -> Iterator[None]:
+def load_errors(path: Path, remedy: str = "") -> Iterator[None]:
     """Turn an error of transformers, whose libraries have no common class of them, into one that names the folder."""
     try:
         with _without_bars():
@@ -267,7 +268,25 @@ def _loading(path: Path, remedy: str = "") -> Iterator[None]:
     except (FileError, OSError, ImportError, MemoryError):  # these say it
         raise
     except Exception as error:
-        raise refusal(path, one_line(reason(error)) + remedy, "load") from error
+        unknown = _unknown_value(path, error)
+        raise refusal(path, unknown or one_line(reason(error)) + remedy, "load") from error
+
+
+def _unknown_value(path: Path, error: Exception) -> str | None:
+    """Say which value of config.json is in none of transformers' tables; None: the error is another."""
+    file = path / "config.json"
+    if not (isinstance(error, KeyError) and error.args and isinstance(error.args[0], str) and file.exists()):
+        return None
+    found = next((name for name, value in _values(read_model_config(file)) if value == error.args[0]), None)
+    version = transformers.__version__
+    return found and f"config.json has {found}={show(error.args[0])}, which transformers {version} does not know"
+
+
+def _values(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a config, and of those in it, with their names."""
+    for name, value in config.items() if isinstance(config, dict) else ():
+        yield f"{path}{name}", value
+        yield from _values(value, f"{path}{name}.")
 
 
 @contextmanager

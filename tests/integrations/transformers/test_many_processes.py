@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,12 +81,19 @@ def test_a_killed_process_ends_the_others_and_torchrun_goes_on(place):
     assert_is_that_of_one(place, "shard")
 
 
-def test_a_run_of_replicas_ends_in_one_process(place, monkeypatch, capsys):
+def test_a_run_of_replicas_ends_in_four_parts_and_in_one_process(place, monkeypatch, capsys):
     arguments = ["--batch-size", "1", "--accumulate", "2", "--save", "copies", "--metrics", "copies.jsonl"]
     arguments += ["--resume"]
     code, _, errors = torchrun(place, 2, *arguments, "--replicate", program=(str(KILLED),))
     assert code == 1, errors
     assert [one.name for one in (place / "copies.training").glob("step-*/.metadata")] != []
+    shutil.copytree(place / "copies.training", place / "four.training")
+    shutil.copy(place / "copies.jsonl", place / "four.jsonl")
+    four = ["--batch-size", "1", "--shard", "--save", "four", "--metrics", "four.jsonl", "--resume"]
+    code, out, errors = torchrun(place, 4, *four)
+    assert code == 0, errors
+    assert "step 1/6" not in out
+    assert_is_that_of_one(place, "four")
     monkeypatch.chdir(place)
     arguments[1:4] = ["4"]
     assert main(["fit", "base", *OPTIONS, "--batch-size", "3", *arguments[2:]]) == 2
