@@ -31,6 +31,8 @@ __all__ = [
     "map_file",
     "open_regular",
     "read_errors",
+    "scratch_folder",
+    "sync",
     "write_atomically",
     "write_errors",
 ]
@@ -83,7 +85,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
             if fcntl is None:  # Windows cannot rename open files; elsewhere the lock is held until after the rename
                 file.close()
             _rename(partial, path, overwrite)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -99,17 +101,28 @@ def atomic_folder(target: Path, within: Path | None = None) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     check_free(target)
-    partial = (within or target.parent) / PARTIAL.replace("*", secrets.token_hex(8))
-    try:
-        with write_errors(target):
-            partial.mkdir()
+    with scratch_folder(within or target.parent) as partial:
         yield partial
         with write_errors(target):
             for path in (*partial.iterdir(), partial):
-                _sync(path)
+                sync(path)
             check_free(target)
             os.rename(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
+
+
+@contextmanager
+def scratch_folder(within: Path) -> Iterator[Path]:
+    """Make a folder in ``within``, with the name of what is being written, for the block; then it is removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    partial = within / PARTIAL.replace("*", secrets.token_hex(8))
+    try:
+        with write_errors(within):
+            partial.mkdir()
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -256,7 +269,8 @@ def _rename(partial: Path, path: Path, overwrite: bool) -> None:
         os.rename(partial, path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that a rename after it cannot outlive what it names."""
     with suppress(OSError):  # where unsupported, a crash may lose the rename, but both files are whole
         descriptor = os.open(path, os.O_RDONLY)
         try:

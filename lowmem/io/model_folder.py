@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from lowmem.errors import refusal, show
-from lowmem.io.atomic import open_regular, read_errors, write_errors
+from lowmem.io.atomic import open_regular, read_errors, sync, write_errors
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = ["WEIGHTS", "copy_others", "weights_in"]
+__all__ = ["WEIGHTS", "copy_others", "replace_files", "weights_in"]
 
 WEIGHTS = "model.safetensors"
 
 _FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", INDEX)
 """Ends of the names of weights, in any format."""
+
+_FILE = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
+_INDEX = re.compile(r"([^.]+)\.safetensors\.index(\..+)?\.json")  # of a variant: model.safetensors.index.fp16.json
 
 MAX_FILES = 10_000  # that are copied beside the weights
 MAX_BYTES = 2**32
@@ -44,6 +48,38 @@ def weights_in(folder: Path, action: str = "read") -> Path:
         why = f"it has {index.name}, and {whole.name}, too: remove the one that is not the model"
         raise refusal(folder, why, action)
     return index
+
+
+def replace_files(written: Path, target: Path) -> None:
+    """Move the files of a complete folder into one that exists, whose other weights of the same name are removed.
+
+    An interruption leaves the old weights, the new ones, or an error of whoever reads the folder: a new index comes
+    when its shards are there, and an old one goes before they do.
+
+    Args:
+        written: as ``save_pretrained`` writes it.
+        target: on the same file system.
+
+    Raises:
+        OSError: a file cannot be moved or removed.
+    """
+    names = sorted(os.listdir(written), key=lambda name: (_INDEX.fullmatch(name) is not None, name))
+    models = {_model_of(name) for name in names} - {None}
+    for path in (*(written / name for name in names), written):
+        sync(path)
+    with write_errors(target):
+        for name in os.listdir(target):
+            if _model_of(name) in models and (name not in names or _INDEX.fullmatch(name)):
+                os.unlink(target / name)
+        for name in names:
+            os.replace(written / name, target / name)
+    sync(target)
+
+
+def _model_of(name: str) -> str | None:
+    """Return what a file of weights or an index is called, without number and ending; None: another file."""
+    file, index = _FILE.fullmatch(name), _INDEX.fullmatch(name)
+    return file[1] if file else f"{index[1]}{index[2] or ''}" if index else None
 
 
 def copy_others(folder: Path, target: Path, out: Path, leave: Collection[str]) -> None:

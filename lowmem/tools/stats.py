@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +54,10 @@ class Stats:
     bits_per_weight: float
 
 
-def stats_of(name: str, model: nn.Module, x: Tensor) -> Stats:
-    """Measure a model on the input ``x``; ``name`` is for errors."""
-    forward = run_model(name, lambda: measure.forward_bytes(model, x))
-    backward = run_model(name, lambda: measure.backward_bytes(model, x))
+def stats_of(name: str, model: nn.Module, x: Tensor, **named: Any) -> Stats:
+    """Measure a model on the input ``x``, and maybe others by name; ``name`` is for errors."""
+    forward = run_model(name, lambda: measure.forward_bytes(model, x, **named))
+    backward = run_model(name, lambda: measure.backward_bytes(model, x, **named))
     with user_code(f"model={name!r} cannot be measured"):
         counts = measure.counts(model)
         stored = measure.theoretical_bytes(model)
@@ -81,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="MODEL",
         help="VARIANT, module:factory, module:factory@VARIANT, or a folder of Hugging Face transformers, which gets "
-        "128 tokens unless an input is described (default: every variant of BigNet)",
+        "128 tokens, or as many as it has positions, unless an input is described (default: every variant of BigNet)",
     )
     add_input_arguments(parser)
     kind = parser.add_mutually_exclusive_group()
@@ -118,13 +119,16 @@ def run(arguments: argparse.Namespace) -> int:
     if planned:
         return _print_plans(arguments, x)
     if arguments.training not in (None, "none"):
-        return print_steps(arguments, lambda name: x if folder_of(name) is None else _tokens(arguments, x))
+        return print_steps(
+            arguments, lambda name, model: x if folder_of(name) is None else _tokens(arguments, x, model)
+        )
     rows: list[Stats] = []
     layers: dict[str, Summary] = {}  # of the user's models
     for name in known_models(arguments.models):
         model = make_model(name, seed=arguments.seed)
         folder = folder_of(name) is not None
-        rows.append(stats_of(name, model, _tokens(arguments, x) if folder else x))
+        given = _tokens(arguments, x, model) if folder else x
+        rows.append(stats_of(name, model, given, **(_decoded(model, given) if folder else {})))
         if ":" in name or folder:
             with user_code(f"model={name!r} cannot be listed by layers"):
                 layers[name] = summary(model)
@@ -159,10 +163,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens(arguments: argparse.Namespace, x: Tensor) -> Tensor:
-    """Return an input for a language model, unless the arguments describe another than BigNet's."""
-    described = (arguments.input_shape, arguments.input_dtype) != ((1024,), "float32")
-    return x if described else torch.zeros(arguments.batch, TOKENS, dtype=torch.int64)
+def _tokens(arguments: argparse.Namespace, x: Tensor, model: Any) -> Tensor:
+    """Return an input for a folder's language model, unless the arguments describe another than BigNet's.
+
+    It has ``TOKENS`` tokens, or as many as the model has positions.
+    """
+    if (arguments.input_shape, arguments.input_dtype) != ((1024,), "float32"):
+        return x
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(TOKENS, positions) if isinstance(positions, int) and positions > 0 else TOKENS
+    return torch.zeros(arguments.batch, length, dtype=torch.int64)
+
+
+def _decoded(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """Return what the decoder of a model gets beside the tokens of its encoder: the same ones."""
+    both = model.config.is_encoder_decoder and not tokens.is_floating_point()
+    return {"decoder_input_ids": tokens} if both else {}
 
 
 def _print_plans(arguments: argparse.Namespace, x: Tensor) -> int:

@@ -83,17 +83,17 @@ def _check_plot(path: Path) -> None:
     check_writable(path)
 
 
-def print_steps(arguments: argparse.Namespace, input_of: Callable[[str], Tensor]) -> int:
+def print_steps(arguments: argparse.Namespace, input_of: Callable[[str, nn.Module], Tensor]) -> int:
     """Measure a training step of each model, and print and draw where its memory goes.
 
     Args:
         arguments: of the command.
-        input_of: returns the input of a model, by its name.
+        input_of: returns the input of a model, by its name and itself.
 
     Raises:
         ValueError: a model cannot be built, prepared or run, or nothing in it trains.
     """
-    found = {name: _measured(arguments, name, input_of(name)) for name in known_models(arguments.models)}
+    found = {name: _measured(arguments, name, input_of) for name in known_models(arguments.models)}
     if arguments.plot is not None:
         _draw(arguments, found)
     if arguments.json:
@@ -108,9 +108,12 @@ def print_steps(arguments: argparse.Namespace, input_of: Callable[[str], Tensor]
     return 0
 
 
-def _measured(arguments: argparse.Namespace, name: str, x: Tensor) -> TrainingMemory:
+def _measured(
+    arguments: argparse.Namespace, name: str, input_of: Callable[[str, nn.Module], Tensor]
+) -> TrainingMemory:
     own = folder_of(name) is None and any(isinstance(one, LoRA) for one in recipe_of(name)[1])  # adapters
     model = make_model(name, seed=arguments.seed, rank=arguments.rank if own else None)
+    x = input_of(name, model)
     with user_code(f"model={name!r} cannot be trained"):
         if arguments.rank is not None and not own and not adapter_names(model):
             model = convert(model, LoRA(arguments.rank))

@@ -1,4 +1,4 @@
-"""The programs of the guide to other programs' files run as they are written, on SmolLM2."""
+"""The programs of guides run as they are written, on SmolLM2, or with its tokenizer."""
 
 import re
 import shutil
@@ -8,7 +8,11 @@ import pytest
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e formats")
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from lowmem.__main__ import main
+from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
 from tests.formats.smollm2 import smollm2
 from tests.integrations.transformers.foreign import write_foreign
 
@@ -37,3 +41,20 @@ def test_the_programs_and_the_command(tmp_path, monkeypatch, capsys):
     (inline,) = re.findall(r"`from_pretrained\(([^`]*)\)`\nloads the same", text)
     model = eval(f"AutoModelForCausalLM.from_pretrained({inline})", space)
     assert (model(**space["prompt"]).logits == space["model"](**space["prompt"]).logits).all()
+
+
+def test_fine_tuning_with_a_tokenizer_that_a_package_ships(tmp_path, monkeypatch, capsys):
+    """The program of the guide to Hugging Face, which runs with a tokenizer of bytes in its own test."""
+    tokenizer = tokenizer_of(smollm2())
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "texts.txt").write_text("\n".join(f"Today is day {n}, and it rains." for n in range(8)))
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.with_name("hugging-face.md")
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf8"), flags=re.DOTALL)
+    space = {"__name__": "guide"}
+    exec(compile(program, str(page), "exec"), space)
+    assert "The weather" in capsys.readouterr().out.splitlines()[-1]
+    assert len(space["prompt"]["input_ids"][0]) < len("The weather")

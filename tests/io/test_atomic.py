@@ -21,6 +21,7 @@ from lowmem.io.atomic import (
     check_writable,
     map_file,
     open_regular,
+    scratch_folder,
     write_atomically,
     write_errors,
 )
@@ -401,3 +402,18 @@ def test_a_folder_appears_when_it_is_complete_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match=r"missing.*choose"), atomic_folder(tmp_path / "missing" / "folder"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "late"]
+
+
+def test_a_scratch_folder_is_gone_after_the_block(tmp_path):
+    for error in (None, KeyboardInterrupt):
+        try:
+            with scratch_folder(tmp_path) as partial:
+                assert fnmatchcase(partial.name, PARTIAL)
+                (partial / "a").write_text("a")
+                if error is not None:
+                    raise error
+        except KeyboardInterrupt:
+            pass
+        assert [*tmp_path.iterdir()] == []
+    with pytest.raises(OSError, match=r"missing.*choose"), scratch_folder(tmp_path / "missing"):
+        pass

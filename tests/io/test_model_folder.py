@@ -1,11 +1,17 @@
 """Where a folder's weights lie, and which of its files are copied."""
 
 import json
+import os
+import shutil
+from itertools import product
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lowmem.errors import FileError
-from lowmem.io.model_folder import copy_others, weights_in
+from lowmem.io.convert_checkpoint import Source
+from lowmem.io.model_folder import copy_others, replace_files, weights_in
 
 INDEX = "model.safetensors.index.json"
 
@@ -88,3 +94,66 @@ def test_a_file_that_cannot_be_read_is_named_and_not_the_target(tmp_path, monkey
     monkeypatch.setattr("os.open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(OSError, match=r"cannot read .*vocab.txt.*name a file that can be read"):
         copy_others(tmp_path, tmp_path / "part", tmp_path / "out", ())
+
+
+def write_model(folder, files, value):
+    """Write a model of four tensors, in so many files; with a file beside that is no weight."""
+    folder.mkdir()
+    names = [f"model-{number:05d}-of-{files:05d}.safetensors" for number in range(1, files + 1)]
+    names = ["model.safetensors"] if files == 1 else names
+    places = {f"{tensor}": names[tensor % files] for tensor in range(4)}
+    for name in names:
+        own = {tensor: torch.full((2,), value) for tensor, place in places.items() if place == name}
+        save_file(own, folder / name)
+    if files > 1:
+        (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text(str(value))
+
+
+def values_in(folder):
+    with Source(weights_in(folder)) as source:
+        return {float(source.read_tensor(name)[0]) for name in source.specs}
+
+
+def test_old_weights_give_way_to_new_ones_and_an_interruption_mixes_none(tmp_path, monkeypatch):
+    steps = 0
+    for old, new in product((1, 2, 4), repeat=2):
+        for limit in range(12):
+            target, written = tmp_path / "target", tmp_path / "written"
+            write_model(target, old, 1.0)
+            (target / "notes.txt").write_text("kept")
+            (target / "other-00001-of-00002.safetensors").write_text("kept")
+            write_model(written, new, 2.0)
+            left = limit
+
+            def counted(function):
+                def run(*args, **kwargs):
+                    nonlocal left
+                    if not left:
+                        raise KeyboardInterrupt
+                    left -= 1
+                    function(*args, **kwargs)
+
+                return run
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", counted(os.replace))
+                patch.setattr(os, "unlink", counted(os.unlink))
+                try:
+                    replace_files(written, target)
+                except KeyboardInterrupt:
+                    steps += 1
+                else:
+                    assert values_in(target) == {2.0}
+                    assert [*written.iterdir()] == []
+            try:
+                assert len(values_in(target)) == 1
+            except (FileError, OSError):
+                assert left == 0
+            names = {file.name for file in target.iterdir()}
+            assert names >= {"notes.txt", "other-00001-of-00002.safetensors", "config.json"}
+            if left:
+                assert len(names) == 4 + (new > 1) + new - 1
+            shutil.rmtree(target)
+            shutil.rmtree(written)
+    assert steps > 30

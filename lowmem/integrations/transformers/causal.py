@@ -21,9 +21,6 @@ from lowmem.io.model_folder import weights_in
 
 __all__ = ["Sizes", "check_shapes", "factory_of", "held_back", "sizes_of", "stored_by"]
 
-ADAPTER = "adapter_config.json"
-"""What PEFT calls the config of an adapter, which transformers would load with the model beside it."""
-
 
 def stored_by(folder: Path) -> str | None:
     """Return what has stored the weights of a folder: "lowmem", or another program; None: they are dense.
@@ -31,11 +28,7 @@ def stored_by(folder: Path) -> str | None:
     Raises:
         FileError: the folder has an adapter already, is an adapter's, or is no model's.
     """
-    if (folder / ADAPTER).exists():
-        raise refusal(
-            folder, f"it has an adapter ({ADAPTER}): merge it into its base, or name the base alone", "fine-tune"
-        )
-    stored = check(folder)[0].get("quantization_config")
+    stored = check(folder, "fine-tune")[0].get("quantization_config")
     if not isinstance(stored, dict):
         return None
     if stored.get("quant_method") != METHOD:

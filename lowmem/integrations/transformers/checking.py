@@ -6,22 +6,24 @@ does not find it fills with random numbers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import FileError, show
+from lowmem.errors import FileError, refusal, show
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.io.convert_checkpoint import Source
 from lowmem.io.foreign.recognize import quantization_of
 from lowmem.io.model_folder import WEIGHTS
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = ["LAYERS", "check_index", "refuse_layers", "refuse_unread", "refuse_untold"]
+__all__ = ["LAYERS", "check_index", "refuse_layers", "refuse_pickles", "refuse_unread", "refuse_untold"]
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 """What configs call the number of their layers."""
 MAX_LAYERS = 4096  # 20 seconds
+_COUNTS = re.compile(r"(?:.*_)?(?:layers?|depths?|blocks)(?:_.*)?")
 
 
 def check_index(files: Sequence[str]) -> None:
@@ -47,9 +49,24 @@ def refuse_layers(config: Any) -> None:
         ValueError: it does, or a config in it.
     """
     for name, value in config.items() if isinstance(config, dict) else ():
-        if name in LAYERS and isinstance(value, int) and value > MAX_LAYERS:
-            raise ValueError(f"config.json says {name}={show(value)}, more than {MAX_LAYERS}: get it again")
+        counts = value if isinstance(value, list) else [value]
+        if _COUNTS.fullmatch(str(name)) and any(isinstance(one, int) and one > MAX_LAYERS for one in counts):
+            raise ValueError(
+                f"config.json says {show(name)[1:-1]}={show(value)}, more than {MAX_LAYERS}: get it again"
+            )
         refuse_layers(value)
+
+
+def refuse_pickles(files: Sequence[str]) -> None:
+    """Raise if a model's files are others than safetensors: transformers would read them by pickle.
+
+    Raises:
+        FileError: one is; it is named.
+    """
+    for file in files:
+        if not file.endswith(".safetensors"):
+            why = "lowmem reads safetensors only, and executed nothing; load the model without quantization_config=, "
+            raise refusal(file, f"{why}and save it by save_pretrained, which writes them", "load")
 
 
 def refuse_untold(names: Collection[str], config: LowmemConfig) -> None:
@@ -92,9 +109,10 @@ def refuse_unread(folder: Path, names: Collection[str]) -> None:
             f"{what}, and config= is of a dense model: leave out config= and quantization_config=, which the folder "
             "itself has"
         )
-    if method is None and any(_stored(names)):
+    if any(_stored(names)):
+        says = "does not say how" if method is None else f"says quant_method={show(method)}"
         raise ValueError(
-            f"{what}, and its config.json does not say how: get it again, or save the model again by save_pretrained"
+            f"{what}, and its config.json {says}: get it again, or save the model again by save_pretrained"
         )
 
 

@@ -52,7 +52,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Raises:
         TypeError: a technique of another type, or patterns that are no strings.
-        ValueError: fields that this version of lowmem does not know.
+        ValueError: fields that this version of lowmem does not know, or records that are none.
     """
 
     def __init__(
@@ -86,6 +86,13 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.skip = [skip] if isinstance(skip, str) else list(skip)
         if not all(isinstance(pattern, str) for pattern in self.skip):
             raise TypeError(f"skip={skip!r} must be glob patterns of paths")
+        if isinstance(layers, Mapping | str) or not isinstance(layers, Iterable):
+            raise ValueError(f"layers={show(layers)} must be a list of objects")
+        layers = list(layers)
+        if not all(isinstance(record, Mapping) for record in layers):
+            raise ValueError(f"layers={show(layers)} must be a list of objects")
+        if not isinstance(adapters or {}, Mapping):
+            raise ValueError(f"adapters={show(adapters)} must be an object")
         self.layers = [dict(record) for record in layers]
         self.adapters = dict(adapters or {})
         if technique == EXACT and self.skip:

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lowmem.errors import printable, show
-from lowmem.io.container import open_checkpoint
+from lowmem.io.container import TensorSpec, open_checkpoint
 
-__all__ = ["Names", "refuse_unfitting", "shapes_of"]
+__all__ = ["Names", "refuse_retyped", "refuse_unfitting", "specs_of"]
 
 _SLACK = 2**24  # bytes of new tensors that any folder may lack
 
@@ -45,19 +46,41 @@ class Names:
         return found, None if pattern is None else self._by_pattern[pattern]
 
 
-def shapes_of(files: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Return the shapes of the tensors of safetensors files, and their bytes.
+def specs_of(files: Sequence[str]) -> dict[str, TensorSpec]:
+    """Return the dtypes and shapes of the tensors of safetensors files.
 
     Raises:
         FileError: a file is damaged.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    total = 0
+    specs: dict[str, TensorSpec] = {}
     for file in files:
         with open_checkpoint(file) as checkpoint:
-            shapes |= {name: spec.shape for name, spec in checkpoint.specs.items()}
-            total += sum(spec.nbytes for spec in checkpoint.specs.values())
-    return shapes, total
+            specs |= checkpoint.specs
+    return specs
+
+
+def refuse_retyped(
+    model: Any, specs: Mapping[str, TensorSpec], parts: Mapping[str, torch.dtype], conversions: Sequence[Any]
+) -> None:
+    """Raise if a part of a stored weight has another dtype in a folder: its bits would mean something else.
+
+    Args:
+        model: on the meta device.
+        specs: of the folder's tensors.
+        parts: the dtypes of the parts, by their names in the model.
+        conversions: as in ``Names``.
+
+    Raises:
+        ValueError: one has; it is named.
+    """
+    names = Names(model, conversions)
+    for name, spec in specs.items():
+        wanted = parts.get(names.of(name)[0], spec.dtype)
+        if wanted != spec.dtype:
+            raise ValueError(
+                f"{printable(name, 80)} is {spec.dtype} in the folder, and its config.json says {wanted}: get it "
+                "again from one source"
+            )
 
 
 def refuse_unfitting(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -44,19 +46,40 @@ __all__ = [
 
 WRITTEN = ("config.json", "generation_config.json")  # by save_pretrained
 
+_ADAPTER = "adapter_config.json"  # of PEFT: transformers would load the adapter with the model beside it
+_PART = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # of a checkpoint of many processes
+_OTHER = "transformers_weights"  # of a config: the file of the weights
 
-def check(folder: Path) -> tuple[dict[str, Any], int]:
+
+def check(folder: Path, action: str = "read") -> tuple[dict[str, Any], int]:
     """Return the config of a folder, and the bytes of its tensors; headers and index of its files are checked.
 
+    Args:
+        folder: of a model.
+        action: what errors say cannot be done with one that transformers reads otherwise: it has an adapter, or other
+            weights.
+
     Raises:
-        FileError: it has no config.json or no safetensors files, or they and their index differ.
+        FileError: it has no config.json or no safetensors files, or they and their index differ; or it has other
+            weights, which transformers would read instead or as well.
         OSError: a file cannot be read.
     """
     file = folder / "config.json"
+    if (folder / _ADAPTER).exists():
+        raise refusal(
+            folder, f"it has an adapter ({_ADAPTER}): merge it into its base, or name the base alone", action
+        )
     if not file.exists():
         raise refusal(folder, "it has no config.json: name a folder that save_pretrained of transformers wrote")
     config = read_model_config(file)
-    with Source(weights_in(folder)) as source:
+    weights = weights_in(folder)
+    others = [name for name in sorted(os.listdir(folder)) if _PART.fullmatch(name)]
+    if config.get(_OTHER) not in (None, weights.name):
+        others.append(config[_OTHER])
+    if others:
+        why = f"it has {weights.name}, and transformers would read {show(others[0])}: remove what is not the model"
+        raise refusal(folder, why, action)
+    with Source(weights) as source:
         _refuse_layers(file, config, len(source.specs))
         return config, sum(spec.nbytes for spec in source.specs.values())
 

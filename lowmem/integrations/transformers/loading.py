@@ -2,7 +2,7 @@
 
 transformers asks which quantizer a folder needs by the config.json alone, refuses one for a GGUF file, and reads
 tensors from the folder's files. It forgets what config.json says where None is given for it. These functions are
-wrapped; for all other loads they do what they did.
+wrapped; for all other loads they do what they did, but that no config may have layers without end.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, modeling_utils
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, modeling_utils
 
 from lowmem.errors import FileError, show
-from lowmem.integrations.transformers.checking import check_index, refuse_layers, refuse_unread, refuse_untold
+from lowmem.integrations.transformers.checking import (
+    check_index,
+    refuse_layers,
+    refuse_pickles,
+    refuse_unread,
+    refuse_untold,
+)
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
-from lowmem.integrations.transformers.fitting import refuse_unfitting, shapes_of
+from lowmem.integrations.transformers.fitting import refuse_retyped, refuse_unfitting, specs_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 
 __all__ = ["checked", "install"]
@@ -30,7 +36,7 @@ __all__ = ["checked", "install"]
 def install() -> None:
     """Wrap the functions of transformers."""
     choose, load = modeling_utils.get_hf_quantizer, PreTrainedModel._load_pretrained_model
-    read = AutoConfig.from_pretrained.__func__
+    read, build = AutoConfig.from_pretrained.__func__, PreTrainedConfig.from_dict.__func__
 
     @wraps(choose)
     def get_hf_quantizer(
@@ -55,9 +61,7 @@ def install() -> None:
         if exact is not None:
             refuse_unfitting(model, dict.fromkeys(exact.state), exact.nbytes, load_config.weight_mapping or [])
             state_dict = exact.state
-        elif (
-            state_dict is None and checkpoint_files and all(one.endswith(".safetensors") for one in checkpoint_files)
-        ):
+        elif state_dict is None and checkpoint_files:
             _check(model, checkpoint_files, quantizer, load_config.weight_mapping or [])
         if isinstance(quantizer, LowmemQuantizer) and quantizer.measures:
             once = replace(load_config, weight_mapping=deepcopy(load_config.weight_mapping))  # which notes its use
@@ -74,7 +78,13 @@ def install() -> None:
                 return found
         return read(cls, *args, **kwargs)
 
+    @wraps(build)
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        refuse_layers(config_dict)  # of which many a config makes a list
+        return build(cls, config_dict, **kwargs)
+
     AutoConfig.from_pretrained = classmethod(config_from_pretrained)
+    PreTrainedConfig.from_dict = classmethod(from_dict)  # type: ignore[arg-type]
     modeling_utils.get_hf_quantizer = get_hf_quantizer
     PreTrainedModel._load_pretrained_model = staticmethod(load_pretrained_model)
 
@@ -110,19 +120,23 @@ def _check(model: Any, files: list[str], quantizer: Any, conversions: list[Any])
         FileError, OSError, ValueError: as the functions of ``checking`` and ``fitting``.
     """
     is_ours = isinstance(quantizer, LowmemQuantizer)
+    if is_ours or _CHECKED.get():
+        refuse_pickles(files)
     try:
-        shapes, nbytes = shapes_of(files)
+        specs = specs_of(files)
     except FileError:
         if not is_ours and not _CHECKED.get():
             return  # transformers may read more than lowmem does
         raise
     if is_ours or _CHECKED.get():
         check_index(files)
+        shapes, nbytes = {name: one.shape for name, one in specs.items()}, sum(one.nbytes for one in specs.values())
         refuse_unfitting(model, shapes, nbytes, conversions)
     if is_ours and quantizer.pre_quantized:
-        refuse_untold(shapes, quantizer.quantization_config)
+        refuse_untold(specs, quantizer.quantization_config)
+        refuse_retyped(model, specs, quantizer.parts, conversions)
     elif not getattr(quantizer, "pre_quantized", False):
-        refuse_unread(Path(files[0]).parent, shapes)
+        refuse_unread(Path(files[0]).parent, specs)
 
 
 def _exact(config: Any, asked: LowmemConfig, device_map: Any) -> tuple[Any, Any, Any]:

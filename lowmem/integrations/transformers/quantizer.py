@@ -73,7 +73,12 @@ _WIDEST = 4  # bytes of the widest scale
 
 @register_quantizer(METHOD)
 class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Stores weights while they are read, or takes them as ``save_pretrained`` has written them."""
+    """Stores weights while they are read, or takes them as ``save_pretrained`` has written them.
+
+    Attributes:
+        exact: what is kept of another program's files, while they are loaded.
+        parts: of a saved model, while it is loaded: the dtypes of what its stored weights consist of, by name.
+    """
 
     quantization_config: LowmemConfig
 
@@ -82,7 +87,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         self._storing: Storing | None = None
         self.exact: Exact | None = None
         self._files: list[str] = []
-        self._parts: set[str] = set()
+        self.parts: dict[str, torch.dtype] = {}
         self._ties: dict[str, str] | None = None
 
     def is_serializable(self) -> bool:
@@ -155,7 +160,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Return the dtype to cast a saved tensor to: none for parts of stored weights."""
-        if any(name in self._parts for name in converter.target_patterns):
+        if any(name in self.parts for name in converter.target_patterns):
             return None
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
@@ -189,6 +194,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             else:
                 storing = Storing(model, config.technique, config.skip)
             self._storing = storing
+            _keep_dtypes(model, storing)
             ties = {target: source for target, source in tied.items() if storing.stays_tied(target, source)}
             self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
             return model
@@ -202,11 +208,12 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         for target, source in tied.items():
             ties |= _ties_of_parts(model, target, source)
         self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
-        self._parts = set(_parts(model))
+        self.parts = _parts(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._storing is not None:
+            del model._get_dtype_plan  # the instance's
             self._storing.finish()
             drop_pages(self._files)
             if self._storing.warning is not None:
@@ -216,7 +223,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.exact is not None:
             self.exact.close()
             self.exact = None
-        self._storing, self._parts = None, set()
+        self._storing, self.parts = None, {}
         if self._ties is not None:
             model.all_tied_weights_keys, self._ties = self._ties, None
         for module in model.modules():
@@ -231,6 +238,20 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return restore(model, dtype=dtype)
+
+
+def _keep_dtypes(model: Any, storing: Storing) -> None:
+    """Let weights be read in the dtype in which a model makes them, which may be float32 whatever is asked for.
+
+    transformers casts what is stored while it is read to the model's dtype, and all else to that of the parameter.
+    """
+    plan = model._get_dtype_plan
+
+    def with_own(dtype: torch.dtype) -> dict[str, torch.dtype]:
+        made = {name: one.dtype for name, one in model.named_parameters() if storing.wants(name)}
+        return {**{name: own for name, own in made.items() if own != dtype}, **plan(dtype)}
+
+    model._get_dtype_plan = with_own
 
 
 def _tie(model: Any) -> dict[str, str]:
@@ -254,14 +275,14 @@ def _ties_of_parts(model: Any, target: str, source: str) -> dict[str, str]:
     return dict(zip(*parts, strict=True)) if stored[0] == stored[1] else {}
 
 
-def _parts(model: nn.Module) -> list[str]:
-    """Return the names of all parameters that hold a part of a stored one."""
-    return [
-        f"{path}.{name}".lstrip(".")
+def _parts(model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the names of all parameters that hold a part of a stored one, and their dtypes."""
+    return {
+        f"{path}.{name}".lstrip("."): getattr(module, name).dtype
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, StoredModule)
         for name in module.part_names
-    ]
+    }
 
 
 def _records(model: Any, config: LowmemConfig, files: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowmem.integrations.transformers.config import EXACT, LowmemConfig
-from lowmem.io.atomic import atomic_folder, write_errors
+from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
+from lowmem.io.atomic import atomic_folder, scratch_folder, write_errors
 from lowmem.io.checkpoint import how_stored
 from lowmem.io.metadata import adapters_record
+from lowmem.io.model_folder import replace_files
 from lowmem.nn.adapted_module import bank_of, base_of
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.placement import place_name
@@ -58,17 +60,19 @@ def config_of(model: nn.Module) -> LowmemConfig | None:
 def install() -> None:
     """Let ``save_pretrained``, ``dtype`` and ``num_parameters`` of transformers' models know what lowmem stores."""
     original, dtype = PreTrainedModel.save_pretrained, PreTrainedModel.dtype
+    signature = inspect.signature(original)
 
     @wraps(original)
-    def save_pretrained(
-        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> Any:
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()  # which share the folder
-        with _described(self) as ours:
-            if not ours or several or not is_main_process or args[1:] or kwargs.get("push_to_hub"):
-                return original(self, save_directory, is_main_process, *args, **kwargs)
-            with _whole(Path(save_directory)) as folder:
-                return original(self, folder, is_main_process, *args, **kwargs)
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        given = call.arguments
+        # these need the folder itself: its name and files are sent, or several processes write a part each
+        shared = given.get("push_to_hub") or given.get("distributed_checkpoint")
+        with _described(given["self"]) as ours:
+            if not ours or shared or not given.get("is_main_process", True):
+                return original(*args, **kwargs)
+            with _whole(Path(given["save_directory"])) as given["save_directory"]:
+                return original(*call.args, **call.kwargs)
 
     @wraps(PreTrainedModel.num_parameters)
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -80,18 +84,21 @@ def install() -> None:
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """Yield where to write a folder: beside ``target``, and renamed after the block; one that exists is written to.
+    """Yield where to write a folder: beside ``target``, renamed after the block; or in it, and moved file by file.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    if os.path.lexists(target):
-        yield target
-        return
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()  # of which each may make it
     with write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(target) as partial:
+        (target if several else target.parent).mkdir(parents=True, exist_ok=True)
+    if not os.path.lexists(target):
+        with atomic_folder(target) as partial:
+            yield partial
+        return
+    with scratch_folder(target) as partial:
         yield partial
+        replace_files(partial, target)
 
 
 def _presented(model: nn.Module) -> torch.dtype | None:
@@ -136,8 +143,8 @@ def _described(model: Any) -> Iterator[bool]:
     have none.
     """
     config, found = model.config, config_of(model)
-    before = getattr(config, "quantization_config", None)
-    ours = isinstance(before, LowmemConfig)
+    before = getattr(config, "quantization_config", None)  # a dict in a config that was read without its model
+    ours = isinstance(before, LowmemConfig) or (isinstance(before, dict) and before.get("quant_method") == METHOD)
     if found is None and not ours:
         yield False
         return
@@ -145,7 +152,7 @@ def _described(model: Any) -> Iterator[bool]:
     own = {name: model.__dict__.get(name, _ABSENT) for name in replaced}
     model.__dict__.update(replaced)
     if found is None:
-        del config.quantization_config  # ``restore`` has made the model dense again
+        del config.quantization_config  # dense, by ``restore`` or as a new model of this config
     else:
         config.quantization_config = found
     try:

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from transformers import AutoModel, Qwen2ForCausalLM, SwinModel, T5ForConditionalGeneration
 
 import lowmem
 from lowmem import FourBit, Half, LoRA
@@ -50,15 +53,20 @@ def test_what_no_config_tells_how_it_is_stored_is_refused(folders, tmp_path):
     dense, small = folders
     config = json.loads((small / "config.json").read_text())
     record = config["quantization_config"]
-    (layers,) = record["layers"]
+    ends, layers = record["layers"]  # those in 8 bits, and the rest
+    assert ends["names"] == ["model.embed_tokens", "lm_head"]
     fewer = [name for name in layers["names"] if "mlp" not in name]
     for changed, says in (
         (
-            {**record, "layers": [{**layers, "names": fewer}]},
+            {**record, "layers": [ends, {**layers, "names": fewer}]},
             "say how its tensor 'model.layers.0.mlp.down_proj.weight'",
         ),
         ({**record, "layers": []}, "say how its tensor 'lm_head.weight'"),
         (None, "are stored by lowmem, and its config.json does not say how"),
+        (
+            {**record, "quant_method": "lowmen"},
+            "are stored by lowmem, and its config.json says quant_method='lowmen'",
+        ),
     ):
         (small / "config.json").write_text(json.dumps({**config, "quantization_config": changed}))
         with pytest.raises(ValueError, match=says):
@@ -80,8 +88,37 @@ def test_layers_without_end_are_refused_at_once(folders):
             load(folder, **asked)
 
 
+def test_counts_of_any_name_are_refused_before_a_config_makes_lists_of_them(tmp_path):
+    """A Qwen's config lists the kind of each layer: it would take all memory, in hours."""
+    for kind, name, value in (
+        (Qwen2ForCausalLM, "num_hidden_layers", 2**63),
+        (T5ForConditionalGeneration, "num_decoder_layers", 2**40),
+        (SwinModel, "depths", [1, 2**40]),
+    ):
+        for called in (kind, AutoModel):
+            (tmp_path / "config.json").write_text(
+                json.dumps({"model_type": kind.config_class.model_type, name: value})
+            )
+            with pytest.raises(ValueError, match=f"config.json says {name}=.*, more than 4096: get it again"):
+                called.from_pretrained(tmp_path, quantization_config=LowmemConfig(FourBit("nf4")))
+    assert Qwen2ForCausalLM.config_class.from_dict({"max_window_layers": 4096}).max_window_layers == 4096
+
+
 def test_adapted_weights_and_experts_are_told(tmp_path):
     model = load(write(tmp_path / "dense", "mixtral"), quantization_config=LowmemConfig(FourBit("nf4")))
     adapted = lowmem.add_adapter(model, "a", LoRA(2), where=lambda path, _: "experts" in path or "q_proj" in path)
     adapted.save_pretrained(tmp_path / "a")
     assert_same(load(tmp_path / "a"), adapted)
+
+
+def test_pickles_are_refused(tmp_path):
+    """transformers reads them where a folder has no safetensors."""
+    model = load(write(tmp_path, "llama"))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for asked in (LowmemConfig(Half()), LowmemConfig(FourBit("nf4"))):
+        with pytest.raises(
+            FileError, match=r"pytorch_model.bin': lowmem reads safetensors only, and executed nothing"
+        ):
+            load(tmp_path, quantization_config=asked)
+    assert_same(load(tmp_path), model)

@@ -55,6 +55,9 @@ def test_json_holds_it():
         ({"technique": {"technique": "FourBit", "block_size": [1]}}, (TypeError, ValueError), "block_size"),
         ({"technique": Half(), "skip": [3]}, TypeError, r"skip=\[3\] must be glob patterns"),
         ({"technique": Half(), "version": 2}, ValueError, "version=2, and this lowmem reads 1: upgrade lowmem"),
+        ({"layers": 2**63}, ValueError, "layers=9223372036854775808 must be a list of objects"),
+        ({"layers": [None]}, ValueError, r"layers=\[None\] must be a list of objects"),
+        ({"technique": Half(), "adapters": [1]}, ValueError, r"adapters=\[1\] must be an object"),
         ({"technique": Half(), "rotations": 1}, ValueError, "has 'rotations', which this lowmem does not know"),
     ],
 )

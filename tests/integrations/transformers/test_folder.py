@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import lowmem
 from lowmem import FileError, FourBit, Half
@@ -72,7 +72,9 @@ def test_the_command_writes_what_loads(source, tmp_path, capsys):
     (step,) = json.loads(capsys.readouterr().out)
     assert step["weights"] == lowmem.measure.actual_bytes(expected)
     assert step["adapters"] > 0
-    assert step["inputs"] == 8 * 128  # tokens, which are the labels of its own loss, too
+    assert (
+        step["inputs"] == 8 * 64
+    )  # as many tokens as the model has positions, which are the labels of its own loss, too
 
 
 def refused(capsys, *argv):
@@ -186,3 +188,39 @@ def test_an_index_beside_a_whole_model_is_refused(source, tmp_path):
     save_file({name: tensor for part in parts for name, tensor in part.items()}, source / "model.safetensors")
     with pytest.raises(FileError, match="index.json, and model.safetensors, too: remove the one"):
         quantize_folder(source, tmp_path / "out", FourBit("nf4"))
+
+
+def test_other_weights_that_transformers_would_read_are_refused(source, tmp_path):
+    """Another file that config.json names, a pickle too; parts that processes wrote; an adapter beside the model."""
+    out, config = tmp_path / "out", json.loads((source / "config.json").read_text())
+    (source / "adapter_model.bin").write_bytes(b"never read")
+    for name in ("adapter_model.bin", "other.safetensors"):
+        (source / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+        with pytest.raises(FileError, match=f"transformers would read '{name}': remove what is not the model"):
+            quantize_folder(source, out, FourBit("nf4"))
+    named = {**config, "transformers_weights": "model.safetensors.index.json"}
+    (source / "config.json").write_text(json.dumps(named))
+    assert_same(load_folder(source), load(source))
+    save_file({"a": torch.zeros(1)}, source / "shard-00000-model-00001-of-00001.safetensors")
+    with pytest.raises(FileError, match="transformers would read 'shard-00000-model-00001-of-00001.safetensors'"):
+        load_folder(source)
+    (source / "shard-00000-model-00001-of-00001.safetensors").unlink()
+    (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(FileError, match="it has an adapter .adapter_config.json.: merge it into its base, or name"):
+        quantize_folder(source, out, FourBit("nf4"))
+    assert not out.exists()
+
+
+def test_stats_of_few_positions_and_of_an_encoder_with_a_decoder(tmp_path, capsys):
+    """A model gets no more tokens than it has positions, and a decoder gets some, too."""
+    sizes = {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)).save_pretrained(tmp_path / "t5")
+    for folder in (write(tmp_path / "gpt2", "gpt2"), tmp_path / "t5"):
+        quantize_folder(folder, tmp_path / f"{folder.name}-4", FourBit("nf4"))
+        assert main(["stats", str(folder), f"{folder}-4", "--json"]) == 0
+        dense, stored = json.loads(capsys.readouterr().out)
+        assert stored["actual_bytes"] < dense["actual_bytes"]
+        assert stored["forward_bytes"] > 0
+    assert main(["stats", f"{tmp_path / 'gpt2'}-4", "--training", "adamw", "--rank", "2", "--json"]) == 0
+    (step,) = json.loads(capsys.readouterr().out)
+    assert step["inputs"] == 8 * 64

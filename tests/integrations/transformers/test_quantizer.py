@@ -51,6 +51,20 @@ def test_a_part_of_another_shape_is_refused(small):
         load(small)
 
 
+def test_a_part_of_another_dtype_is_refused(small, tmp_path):
+    """A byte may be a number of another kind, as may be 16 bits; shapes do not tell."""
+    scales = load(small).state_dict()[f"{NAME}.weight_scales"]
+    change(small, **{f"{NAME}.weight_scales": scales.view(torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match=rf"{NAME}.weight_scales is torch.float8_e4m3fn .* says torch.uint8: get it"):
+        load(small)
+    half = load(tmp_path / "dense", quantization_config=LowmemConfig(Half(torch.bfloat16)))
+    half.save_pretrained(tmp_path / "half")
+    rounded = half.state_dict()[f"{NAME}.weight_rounded"]
+    change(tmp_path / "half", **{f"{NAME}.weight_rounded": rounded.view(torch.float16)})
+    with pytest.raises(ValueError, match=rf"{NAME}.weight_rounded is torch.float16 .* says torch.bfloat16: get it"):
+        load(tmp_path / "half")
+
+
 def test_codes_of_another_format_are_refused(small):
     text = b"int4, block_size=64, scales=double"
     change(small, **{f"{NAME}._extra_state": torch.tensor(list(text), dtype=torch.uint8)})

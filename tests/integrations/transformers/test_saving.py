@@ -12,12 +12,13 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 import lowmem
 from lowmem import FourBit, Half, LoRA
 from lowmem.integrations.transformers import METHOD, LowmemConfig
+from lowmem.integrations.transformers.folder import check
 from lowmem.io.metadata import technique_record
 from tests.integrations.transformers.folders import CONFIGS, IDS, assert_same, load, write
 
@@ -105,7 +106,6 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     written = []
 
     def interrupted(tensors, path, **named):
-        assert not target.exists()
         if written:
             raise KeyboardInterrupt
         written.append(path)
@@ -119,11 +119,44 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(target.parent.iterdir()) == []
     model.save_pretrained(target, max_shard_size="20kB")
     assert_same(load(target), model)
-    model.save_pretrained(target)  # into one that exists, as transformers does it
-    assert_same(load(target), model)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    written.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_save_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lowmem.restore(load(target)).save_pretrained(target, max_shard_size="20kB")
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         model.save_pretrained(tmp_path / "file" / "small")
+
+
+def test_a_folder_that_exists_has_the_model_that_was_saved_last(tmp_path):
+    """transformers leaves a whole file beside the shards of a later save, and reads it: the old weights."""
+    model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "README.md").write_text("a card")
+    sizes = ("5GB", "20kB", "40kB", "5GB", "5GB")
+    for number, options in enumerate({"max_shard_size": size} for size in sizes):
+        torch.nn.init.constant_(model.model.norm.weight, number)
+        model.save_pretrained(small, **options)
+        assert_same(load(small), model)
+        check(small)  # an index and its shards, or a whole file, and never both
+        model.save_pretrained(small, variant="v1.5", **options)
+        assert_same(load(small, variant="v1.5"), model)
+    left = {"README.md", "config.json", "generation_config.json", "model.safetensors", "model.v1.5.safetensors"}
+    assert {file.name for file in small.iterdir()} == left
+
+
+def test_a_new_model_of_a_stored_one_s_config_is_dense(tmp_path):
+    """Its config, as read from the folder, says how weights are stored that it does not have."""
+    model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
+    model.save_pretrained(tmp_path / "small")
+    new = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "small"))
+    new.save_pretrained(tmp_path / "new")
+    assert "quantization_config" not in json.loads((tmp_path / "new" / "config.json").read_text())
+    assert_same(load(tmp_path / "new"), new)
 
 
 def test_push_to_hub_sends_a_folder_that_loads_from_the_cache_of_the_hub(tmp_path, monkeypatch):

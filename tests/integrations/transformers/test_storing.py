@@ -1,5 +1,7 @@
 """What is stored while a folder is read equals what ``convert`` stores of the loaded model."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,7 +9,13 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 import lowmem
 from lowmem import Budget, FourBit, Half, summary
@@ -39,6 +47,17 @@ def test_it_equals_convert(tmp_path, kind):
         assert {name: p.requires_grad for name, p in read.named_parameters()} == {
             name: p.requires_grad for name, p in expected.named_parameters()
         }
+
+
+def test_weights_that_a_model_makes_in_float32_are_read_so(tmp_path):
+    """XLNet's attention does, in a bfloat16 model, too."""
+    config = XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=32)
+    XLNetLMHeadModel(config).save_pretrained(tmp_path)
+    asked = {"as_class": XLNetLMHeadModel, "dtype": torch.bfloat16}
+    for technique in (Half(torch.float16), FourBit("nf4")):
+        read = load(tmp_path, quantization_config=LowmemConfig(technique), **asked)
+        assert_same(read, lowmem.convert(load(tmp_path, **asked), technique))
+        assert_same(copy.deepcopy(read), read)
 
 
 def test_both_ends_of_a_tie_in_the_folder(tmp_path):

@@ -88,8 +88,8 @@ def test_it_trains_and_goes_on_from_a_checkpoint(folder, tmp_path, adapt):
     last = tmp_path / "run" / "checkpoint-4"
     if adapt is with_lowmem:
         assert_same(load(last), model)
-        (record,) = json.loads((last / "config.json").read_text())["quantization_config"]["layers"]
-        assert "lm_head" in record["names"]
+        ends, _ = json.loads((last / "config.json").read_text())["quantization_config"]["layers"]
+        assert ends["names"] == ["model.embed_tokens", "lm_head"]
         plain = trainer(adapt(folder), tmp_path / "plain", load_best_model_at_end=True)
         plain.train()
     else:
@@ -114,6 +114,25 @@ def test_adapters_of_peft_compute_and_load(folder, tmp_path):
     own = stored(folder)  # transformers' own way to the same
     own.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(own(IDS).logits, model(IDS).logits)
+
+
+def test_a_module_that_peft_trains_whole_is_left_dense(folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
+
+    def adapted():
+        torch.manual_seed(0)
+        model = load(folder, quantization_config=LowmemConfig(FourBit("nf4"), skip="*down_proj"))
+        return peft.get_peft_model(model, config)
+
+    model, before = adapted(), adapted().state_dict()
+    trainer(model, tmp_path / "run").train()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert len([name for name in changed if "down_proj.modules_to_save" in name]) == 2
+    assert all("lora_" in name or "modules_to_save" in name for name in changed)
+    last = tmp_path / "run" / "checkpoint-4"
+    again = load(folder, quantization_config=LowmemConfig(FourBit("nf4"), skip="*down_proj"))
+    assert_same(peft.PeftModel.from_pretrained(again, last), model)
 
 
 def test_a_pipeline_generates(folder, tmp_path):
