@@ -50,7 +50,7 @@ def save_adapter(
             that ``PeftModel.from_pretrained`` loads, and ``load_adapter``, too; parameters of the base that train
             beside the adapter are saved with it, as ``modules_to_save`` and biases. "gguf": a file for llama.cpp, of
             linear layers and the input embedding of the llama family in transformers; scalings that it has no form of
-            are folded into B.
+            are folded into B, and parameters of the base that train are refused.
 
     Raises:
         TypeError: the model is not a module.

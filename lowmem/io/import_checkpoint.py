@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem.errors import printable, refusal, show
+from lowmem.errors import refusal
 from lowmem.io.atomic import check_writable
 from lowmem.io.container import TensorSpec, write
 from lowmem.io.convert_checkpoint import divide
 from lowmem.io.foreign.recognize import ForeignFile, open_foreign
+from lowmem.io.foreign.requantizing import Requantizing, why_refused
 from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.metadata import form_record
 from lowmem.io.shards import INDEX, index_of, shard_name, write_index
-from lowmem.nn.eightbit import EightBit, blockwise
+from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.stored import FourBitForm
-from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["ImportedRow", "import_checkpoint"]
@@ -42,8 +41,8 @@ class ImportedRow:
     before_bytes: int
     after_bytes: int
     error: float | None
-    """``rms(stored - weight) / rms(weight)`` of what was quantized again; None: no value changed, unless ``dtype``
-    rounded it."""
+    """``rms(stored - weight) / rms(weight)`` of what was quantized, the largest of several that became one weight;
+    None: no value changed, unless ``dtype`` rounded it."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,6 @@ class _Plan:
     tensor: ForeignTensor
     kept: FourBitForm | torch.dtype
     read: Callable[[], Tensor | QuantizedTensor]
-    again: bool
-    """Whether it is quantized again."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -131,8 +128,9 @@ def import_checkpoint(
     if target.name.endswith(INDEX):
         raise ValueError(f"target={str(target)!r} is what an index is called; name a .safetensors file")
     check_writable(target)
+    requantizing = Requantizing(requantize, list(include), technique)
     with open_foreign(source) as file:
-        plans = _plans(source, file, requantize, list(include), technique, dtype)
+        plans = _plans(source, file, requantizing, dtype)
         shards = divide({name: plan.specs() for name, plan in plans.items()}, shard_bytes)
         outputs = [target]
         if shard_bytes is not None:
@@ -146,7 +144,8 @@ def import_checkpoint(
             own = [plans[name] for name in names]
             specs = {out: spec for plan in own for out, spec in plan.specs().items()}
             layers = {plan.path: plan.record for plan in own if plan.record is not None}
-            digest = write(path, specs, {"kind": "model", "layers": layers}, _tensors(own, rows, progress))
+            content = _tensors(own, requantizing.errors, rows, progress)
+            digest = write(path, specs, {"kind": "model", "layers": layers}, content)
             written[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
         if shard_bytes is not None:
             write_index(index_of(target), written)
@@ -154,49 +153,24 @@ def import_checkpoint(
 
 
 def _plans(
-    source: Path,
-    file: ForeignFile,
-    requantize: FourBit | EightBit | None,
-    include: list[str],
-    technique: FourBit | EightBit | None,
-    dtype: torch.dtype | None,
+    source: Path, file: ForeignFile, requantizing: Requantizing, dtype: torch.dtype | None
 ) -> dict[str, _Plan]:
-    for pattern in include:
-        if not any(fnmatchcase(name, pattern) for name in file.tensors):
-            first = show(min(file.tensors))
-            raise ValueError(f"pattern {pattern!r} matches no tensor; check it, the first is {first}")
+    requantizing.check(file.tensors)
     plans: dict[str, _Plan] = {}
-    refused: list[str] = []
-    for name, tensor in file.tensors.items():
-        reason = tensor.refusal
-        if reason is not None:
-            values = tensor.values
-            if requantize is None or values is None:
-                known = "" if values is None else " (--requantize)"
-                refused.append(f"{printable(name, 80)}, {tensor.kind}: {reason}{known}")
-            else:
-                plans[name] = _again(tensor, requantize, values)
+    refused: list[ForeignTensor] = []
+    for name, found in file.tensors.items():
+        tensor = requantizing.of(found)
+        if tensor.refusal is not None:
+            refused.append(tensor)
             continue
         kept = tensor.kept()
-        if isinstance(kept, torch.dtype) and kept.is_floating_point:
-            asked = len(tensor.shape) > 1 and any(fnmatchcase(name, pattern) for pattern in include)
-            if asked and technique is not None:
-                plans[name] = _again(tensor, technique, tensor.read)
-                continue
-            if dtype is not None:
-                plans[name] = _Plan(tensor, dtype, _rounded(tensor, dtype), False)
-                continue
-        plans[name] = _Plan(tensor, kept, tensor.read, False)
+        if isinstance(kept, torch.dtype) and kept.is_floating_point and dtype is not None:
+            plans[name] = _Plan(tensor, dtype, _rounded(tensor, dtype))
+        else:
+            plans[name] = _Plan(tensor, kept, tensor.read)
     if refused:
-        more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
-        how = "; what says --requantize is quantized again by it, and the error that it adds printed"
-        raise refusal(source, f"it cannot be kept exactly: {'; '.join(refused[:3])}{more}{how}", "import")
+        raise refusal(source, why_refused(refused), "import")
     return plans
-
-
-def _again(tensor: ForeignTensor, technique: FourBit | EightBit, read: Callable[[], Any]) -> _Plan:
-    skeleton = technique.skeleton(torch.empty(tensor.shape, device="meta"))
-    return _Plan(tensor, FourBitForm.of(skeleton), read, True)
 
 
 def _rounded(tensor: ForeignTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -209,22 +183,14 @@ def _rounded(tensor: ForeignTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 def _tensors(
-    plans: list[_Plan], rows: dict[str, ImportedRow], progress: Callable[[str, int], None]
+    plans: list[_Plan],
+    errors: Mapping[str, float],
+    rows: dict[str, ImportedRow],
+    progress: Callable[[str, int], None],
 ) -> Iterator[tuple[str, Tensor]]:
     for plan in plans:
         name = plan.tensor.name
-        stored, error = plan.read(), None
-        if plan.again:
-            assert isinstance(stored, Tensor)
-            assert isinstance(plan.kept, FourBitForm)
-            weight, form = stored, plan.kept
-            technique = blockwise(form.format, form.block_size, form.scale_encoding, search=form.method == "search")
-            try:
-                stored = technique.store(weight)
-            except (ValueError, TypeError) as reason:
-                raise ValueError(f"{printable(name)}: {reason}") from reason
-            error = relative_error(weight, stored)
-            del weight
+        stored = plan.read()
         after = stored.nbytes
         for part, out in plan.parts().items():
             if part == "order":
@@ -237,5 +203,5 @@ def _tensors(
         del stored
         kept = str(plan.kept).removeprefix("torch.")
         before = plan.tensor.nbytes
-        rows[name] = ImportedRow(name, plan.shape, plan.tensor.kind, kept, before, after, error)
+        rows[name] = ImportedRow(name, plan.shape, plan.tensor.kind, kept, before, after, errors.get(name))
         progress(name, before)

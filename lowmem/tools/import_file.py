@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,8 +45,8 @@ def is_foreign(path: Path) -> bool:
     """
     if path.is_dir() and (path / CONFIG).is_file():
         method = quantization_of(path / CONFIG).get("quant_method")
-        if method is None or str(method).startswith("lowmem"):
-            return False  # a folder of transformers
+        if str(method).startswith("lowmem") or not any(path.glob("*.safetensors*")):
+            return False
     with open_foreign(path) as file:
         return file.kind != "safetensors"
 
@@ -55,9 +56,16 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
     with open_foreign(arguments.source) as file:
         kind, left_out = file.kind, file.left_out
         total = sum(tensor.nbytes for tensor in file.tensors.values())
+    check_options(arguments, "another program's")
+    asked = {
+        "requantize": technique if arguments.requantize else None,
+        "include": arguments.include or [],
+        "technique": technique,
+        "dtype": None if arguments.dtype is None else DTYPES[arguments.dtype],
+        "shard_bytes": arguments.shard_size,
+    }
     to_file = arguments.target.suffix == ".safetensors"
-    check_options(arguments, f"another program's, to a {'file' if to_file else 'folder'}")
-    rows = _to_file(arguments, technique, total) if to_file else _to_folder(arguments)
+    rows = _to_file(arguments, asked, total) if to_file else _to_folder(arguments, asked)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
@@ -69,29 +77,38 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
     if changed:
         worst = max(changed, key=lambda row: row.error or 0.0)
         print(f"quantized {len(changed)}, with an error of up to {worst.error:.4f} (rms, {shown(worst.name)})")
+    _note_growth(rows, arguments.dtype is not None)
     if left_out:
         print(f"left out {len(left_out)} that the model computes: {shown(', '.join(left_out[:3]))}", file=sys.stderr)
     print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
     return 0
 
 
-def _to_file(arguments: argparse.Namespace, technique: FourBit | EightBit, total: int) -> list[ImportedRow]:
+def _note_growth(rows: list[ImportedRow], is_rounded: bool) -> None:
+    """Say which weights take more than in the file, since lowmem has no form of their kind, and what would help."""
+    grown = [row for row in rows if row.kept in DTYPES and row.after_bytes > row.before_bytes and len(row.shape) > 1]
+    if not grown:
+        return
+    kinds = ", ".join(dict.fromkeys(row.kind for row in grown))
+    before, after = (sum(getattr(row, part) for row in grown) / MIB for part in ("before_bytes", "after_bytes"))
+    how = "" if is_rounded else "--dtype bfloat16 rounds them, "
+    how += f"--include {shown(grown[0].name)} --format int8 stores this one in 8 bits"
+    which = f"{len(grown)} of them, in {kinds}"
+    print(f"note: {which}, are dense now and take {after:.2f} MiB, not {before:.2f}: {how}", file=sys.stderr)
+
+
+def _to_file(arguments: argparse.Namespace, asked: dict[str, Any], total: int) -> list[ImportedRow]:
     """Write a file of lowmem's, with the names of the source."""
     with progress() as bar:
         task = bar.add_task("import", total=total)
-        return import_checkpoint(
-            arguments.source,
-            arguments.target,
-            requantize=technique if arguments.requantize else None,
-            include=arguments.include or [],
-            technique=technique,
-            dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
-            shard_bytes=arguments.shard_size,
-            progress=lambda name, nbytes: bar.update(task, advance=nbytes),
-        )
+
+        def advance(name: str, nbytes: int) -> None:
+            bar.update(task, advance=nbytes)
+
+        return import_checkpoint(arguments.source, arguments.target, **asked, progress=advance)
 
 
-def _to_folder(arguments: argparse.Namespace) -> list[ImportedRow]:
+def _to_folder(arguments: argparse.Namespace, asked: dict[str, Any]) -> list[ImportedRow]:
     """Write a folder that ``from_pretrained`` loads.
 
     Raises:
@@ -99,8 +116,7 @@ def _to_folder(arguments: argparse.Namespace) -> list[ImportedRow]:
     """
     from lowmem.integrations.transformers.folder import import_folder
 
-    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
-    return import_folder(arguments.source, arguments.target, shard_bytes=arguments.shard_size, dtype=dtype)
+    return import_folder(arguments.source, arguments.target, **asked)
 
 
 def _cells(row: ImportedRow) -> list[str]:

@@ -64,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tensors these are, and all become 4 bits",
     )
     parser.add_argument(
-        "--include", action="append", metavar="GLOB", help="convert only tensors so named; may be given again"
+        "--include",
+        action="append",
+        metavar="GLOB",
+        help="convert only tensors so named, of another program's the dense ones; may be given again",
     )
     parser.add_argument(
         "--exclude",

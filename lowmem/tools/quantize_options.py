@@ -65,7 +65,7 @@ def _of_dense_folder(option: str, given: frozenset[str]) -> str | None:
     return _of_budget(option, given)
 
 
-def _of_kept_file(option: str, given: frozenset[str]) -> str | None:
+def _of_kept(option: str, given: frozenset[str]) -> str | None:
     if option in _CALIBRATION:
         return _NO_MODEL
     if option == "bits":
@@ -82,20 +82,11 @@ def _of_kept_file(option: str, given: frozenset[str]) -> str | None:
     return None
 
 
-def _of_kept_folder(option: str, given: frozenset[str]) -> str | None:
-    if option in ("shard_size", "dtype"):
-        return None
-    if option in _CALIBRATION:
-        return _NO_MODEL
-    return "a folder keeps all codes of another program: name OUT.safetensors, or leave it out"
-
-
 KINDS: MappingProxyType[str, Callable[[str, frozenset[str]], str | None]] = MappingProxyType(
     {
         "a dense file": _of_dense_file,
         "a dense folder": _of_dense_folder,
-        "another program's, to a file": _of_kept_file,
-        "another program's, to a folder": _of_kept_folder,
+        "another program's": _of_kept,
     }
 )
 """Kind of input -> for an option and all that were given, why it means nothing and what to do; None: it is heeded."""

@@ -53,10 +53,10 @@ def raw_blocks(kind: str, rows: int, columns: int, random: np.random.Generator) 
     if kind == "MXFP4":
         raw[..., 0] = random.integers(0, 253, shape)
     else:
-        at = 208 if kind == "Q6_K" else 0
+        at = {"Q6_K": 208, "Q2_K": 80, "Q3_K": 108}.get(kind, 0)
         raw[..., at : at + 2] = halves(shape, random)
-        if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
-            raw[..., 2:4] = halves(shape, random)
+        if kind in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"):
+            raw[..., at + 2 : at + 4] = halves(shape, random)
     return np.ascontiguousarray(raw.reshape(rows, -1))
 
 

@@ -133,7 +133,7 @@ def test_logits_of_a_4_bit_export_differ_by_the_rounding_of_activations_alone(fo
     model's are. Q4_1 multiplies its offsets by sums of activations that ggml rounds to float16: none are equal.
     """
     model = model_of("llama", *([powers_of_two] if format == "fp4" else []))
-    model = lowmem.convert(model, lowmem.FourBit(format, block_size=32))
+    model = lowmem.convert(model, lowmem.FourBit(format, block_size=32, embeddings="4bit"))
     model.save_pretrained(tmp_path / "in")
     rows = lowmem.export(tmp_path / "in", tmp_path / "out.gguf")
     assert all(row.error is None for row in rows)
@@ -157,7 +157,7 @@ def test_logits_of_a_4_bit_export_differ_by_the_rounding_of_activations_alone(fo
 def test_the_package_gguf_reads_the_same_fields_and_values(tmp_path):
     import gguf
 
-    model = lowmem.convert(model_of("qwen2"), lowmem.FourBit("iq4_nl"))
+    model = lowmem.convert(model_of("qwen2"), lowmem.FourBit("iq4_nl", embeddings="4bit"))
     model.save_pretrained(tmp_path / "in")
     lowmem.export(tmp_path / "in", tmp_path / "out.gguf")
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
@@ -249,7 +249,8 @@ def texts(prefix):
 def test_llama_cpp_cuts_texts_as_the_tokenizer_does(name, tmp_path):
     tokenizer = TOKENIZERS[name]()
     config = {**SMALL, "num_hidden_layers": 1, "vocab_size": len(tokenizer) + 5}
-    model = lowmem.convert(LlamaForCausalLM(LlamaConfig(**config)), lowmem.FourBit("q4_0"))
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model = lowmem.convert(model, lowmem.FourBit("q4_0", embeddings="4bit"))
     model.save_pretrained(tmp_path / "in")
     tokenizer.save_pretrained(tmp_path / "in")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "in")
@@ -293,6 +294,14 @@ def test_superblocks_that_llama_cpp_makes_come_back_as_they_were(kind, tmp_path)
     whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("stored", "half"))
     for name, value in whole.items():
         assert torch.equal(half[name], value.bfloat16() if value.dtype == torch.float32 else value), name
+    options = ["--include", "*", "--format", "int8"]  # of what is dense
+    assert main(["quantize", str(tmp_path / "theirs.gguf"), str(tmp_path / "eight"), *options]) == 0
+    eight = load_file(tmp_path / "eight" / "model.safetensors")
+    matrices = {name: value for name, value in whole.items() if value.dtype == torch.float32 and value.dim() == 2}
+    assert matrices
+    for name, value in matrices.items():
+        assert torch.equal(eight.pop(f"{name}_packed"), lowmem.EightBit().store(value).packed), name
+    assert all(torch.equal(eight[name], value) for name, value in whole.items() if name not in matrices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -313,7 +322,7 @@ def test_a_file_without_4_bit_weights_becomes_a_dense_folder_which_is_stored_whe
         for name, value in wanted.items():
             assert torch.equal(state[name], value.float()), name
     assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "small")]) == 0
-    stored = lowmem.convert(LlamaForCausalLM.from_pretrained(tmp_path / "dense"), lowmem.FourBit("nf4")).state_dict()
+    stored = lowmem.convert(LlamaForCausalLM.from_pretrained(tmp_path / "dense"), lowmem.FourBit()).state_dict()
     small = LlamaForCausalLM.from_pretrained(tmp_path / "small").state_dict()
     assert all(torch.equal(small[name], value) for name, value in stored.items())
 
@@ -321,7 +330,7 @@ def test_a_file_without_4_bit_weights_becomes_a_dense_folder_which_is_stored_whe
 @pytest.mark.parametrize("name", MODELS)
 def test_a_folder_made_of_the_file_computes_the_same(name, tmp_path, capsys):
     """transformers' own config of the file lacks what scales rotary embeddings, heads of a length, and biases."""
-    model = lowmem.convert(model_of(name), lowmem.FourBit("q4_0", block_size=32))
+    model = lowmem.convert(model_of(name), lowmem.FourBit("q4_0", block_size=32, embeddings="4bit"))
     model.save_pretrained(tmp_path / "in")
     lowmem.export(tmp_path / "in", tmp_path / "a.gguf")
     exact = {"gguf_file": "a.gguf", "quantization_config": LowmemConfig("exact")}

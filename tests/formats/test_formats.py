@@ -3,6 +3,7 @@
 The default run reads small files that ``python -m tests.formats`` made with the same packages.
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,9 +14,10 @@ pytest.importorskip("transformers", reason="transformers is not installed: tox -
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
+from lowmem.io.foreign.gguf_blocks import BLOCKS
 from lowmem.io.foreign.gguf_names import FAMILIES, names_of
 from lowmem.io.foreign.recognize import open_foreign
-from tests.formats.makers import MAKERS, bitsandbytes, compressed_tensors, gguf
+from tests.formats.makers import MAKERS, bitsandbytes, compressed_tensors, gguf, gguf_values, raw_blocks
 from tests.io.foreign.test_recognize import values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
@@ -38,6 +40,15 @@ def test_what_a_package_writes_is_read_to_the_bit(tmp_path, name):
 def test_every_scale_and_code_of_a_gguf_block_is_exact(tmp_path):
     """A tensor of a megabyte has scales of every size, and each part of a block takes every value."""
     check(tmp_path / "a.gguf", gguf(tmp_path / "a.gguf", seed=100, rows=64, columns=4096))
+
+
+def test_every_dense_type_of_gguf_is_exact():
+    """Also those that the samples have not: what the package dequantizes, bit for bit."""
+    for block in BLOCKS.values():
+        if block.dense is not None:
+            raw = raw_blocks(block.name, 16, 1024, np.random.default_rng(1))
+            found = block.dense(torch.from_numpy(raw).view(16, -1, block.nbytes)).flatten(1).float()
+            assert torch.equal(found.view(torch.int32), gguf_values(block.name, raw).view(torch.int32)), block.name
 
 
 def test_bitsandbytes_blocks_over_the_ends_of_rows(tmp_path):

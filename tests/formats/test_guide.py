@@ -1,6 +1,7 @@
 """The programs of guides run as they are written, on SmolLM2, or with its tokenizer."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,11 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lowmem
 from lowmem.__main__ import main
 from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
 from tests.formats.smollm2 import smollm2
+from tests.integrations.transformers.folders import load
 from tests.integrations.transformers.foreign import write_foreign
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
@@ -41,6 +44,15 @@ def test_the_programs_and_the_command(tmp_path, monkeypatch, capsys):
     (inline,) = re.findall(r"`from_pretrained\(([^`]*)\)`\nloads the same", text)
     model = eval(f"AutoModelForCausalLM.from_pretrained({inline})", space)
     assert (model(**space["prompt"]).logits == space["model"](**space["prompt"]).logits).all()
+    options = re.findall(r"`(--[^`]*--format int8|--block-size[^`]*)`", text)
+    assert main([*command.split()[1:3], "small", *shlex.split(" ".join(options))]) == 0
+    assert "quantized 1, with an error of up to 0.0000" in capsys.readouterr().out
+    small, values = load("small").model.embed_tokens, model.model.embed_tokens.weight.detach()
+    assert small.forms["weight"].format == "int8"
+    # k / 127 is rounded once, and its product with 127 * d once, of which d * k takes no rounding.
+    assert ((small.weight.dequantize() - values).abs() <= 2**-23 * values.abs()).all()
+    lowmem.convert(model, lowmem.EightBit())
+    assert model.lm_head.forms["weight"].format == "int8"
 
 
 def test_fine_tuning_with_a_tokenizer_that_a_package_ships(tmp_path, monkeypatch, capsys):

@@ -62,7 +62,8 @@ def test_the_base_and_the_adapter_in_llama_cpp_and_in_peft(tmp_path, monkeypatch
 def test_the_file_is_read_again_as_it_was_written(tmp_path):
     write_tokenizer(write(tmp_path / "llama"))
     stored, again = tmp_path / "stored", tmp_path / "again.safetensors"
-    assert main(["quantize", str(tmp_path / "llama"), str(stored), "--format", "iq4_nl"]) == 0
+    options = ["--format", "iq4_nl", "--embeddings", "4bit"]
+    assert main(["quantize", str(tmp_path / "llama"), str(stored), *options]) == 0
     assert main(["export", str(stored), str(tmp_path / "a.gguf")]) == 0
     assert main(["quantize", str(tmp_path / "a.gguf"), str(again)]) == 0
     with open_stored(stored) as first, open_stored(again) as second:

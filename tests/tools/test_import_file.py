@@ -18,6 +18,9 @@ def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):
     assert "GGUF: kept 13 of 13 tensors" in shown.out
     assert "Q4_K" in shown.out
     assert f"saved {target}" in shown.err
+    note = next(line for line in shown.err.splitlines() if line.startswith("note: "))
+    assert "note: 5 of them, in Q5_1, Q5_0, Q8_0, Q6_K, Q5_K, are dense now and take" in note
+    assert "--dtype bfloat16 rounds them, --include model.embed_tokens.weight --format int8" in note
     assert main(["quantize", str(source), str(target), "--json", "--include", "lm_head.*", "--dtype", "float32"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["lm_head.weight"]["kept"].startswith("bof4s, block_size=32")
@@ -43,9 +46,8 @@ def test_a_folder_becomes_a_folder_that_from_pretrained_loads(tmp_path, capsys):
 
     source, target = write_foreign(tmp_path, "gptq desc_act"), tmp_path / "small"
     (source / "tokenizer.json").write_text("{}")
-    for option in (["--requantize"], ["--include", "*"], ["--dtype", "float32"]):
-        assert main(["quantize", str(source), str(target), *option]) == 2
-        assert f"{option[0]} means nothing for" in capsys.readouterr().err
+    assert main(["quantize", str(source), str(target), "--format", "int8"]) == 2
+    assert "--format means nothing for" in capsys.readouterr().err
     assert main(["quantize", str(source), str(target), "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     kept = rows["model.layers.0.mlp.up_proj.weight"]
@@ -54,5 +56,19 @@ def test_a_folder_becomes_a_folder_that_from_pretrained_loads(tmp_path, capsys):
     assert rows["lm_head.weight"]["kept"] == "float32"
     assert_same(load(target), load(source, quantization_config=LowmemConfig("exact")))
     assert (target / "tokenizer.json").read_text() == "{}"
+    config = json.loads((source / "config.json").read_text())  # as AutoGPTQ wrote them, before it was in config.json
+    (source / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["quantize", str(source), str(tmp_path / "older")]) == 0
+    assert_same(load(tmp_path / "older"), load(target))
+    options = ["--include", "lm_head.*", "--format", "int8", "--requantize", "--dtype", "bfloat16"]
+    assert main(["quantize", str(source), str(tmp_path / "smaller"), *options]) == 0
+    assert "quantized 1, with an error of up to 0.0" in capsys.readouterr().out
+    smaller = load(tmp_path / "smaller")
+    assert smaller.lm_head.forms["weight"].format == "int8"
+    assert smaller.model.embed_tokens.weight.dtype == torch.bfloat16
     assert main(["quantize", str(source), str(target)]) == 2
     assert "small" in capsys.readouterr().err
+    assert main(["quantize", str(source / "model.safetensors"), str(tmp_path / "other")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a file has no config.json: name its folder as IN, or OUT.safetensors" in line

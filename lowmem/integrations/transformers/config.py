@@ -10,6 +10,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import show
+from lowmem.io.foreign.requantizing import Requantizing
 from lowmem.io.metadata import check_keys, check_object
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
@@ -50,10 +51,15 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
         adapters: of a saved model: the records of its adapters, by path.
         version: of these fields.
 
+    Attributes:
+        requantizing: with "exact", what `lowmem quantize` was asked to quantize of the other program's weights.
+
     Raises:
         TypeError: a technique of another type, or patterns that are no strings.
         ValueError: fields that this version of lowmem does not know, or records that are none.
     """
+
+    requantizing: Requantizing | None = None
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from lowmem.errors import printable, refusal, show
 from lowmem.integrations.transformers.fitting import Names
 from lowmem.integrations.transformers.gguf_config import check_config
 from lowmem.io.foreign.recognize import ForeignFile, open_foreign
+from lowmem.io.foreign.requantizing import Requantizing, why_refused
 from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.metadata import form_record
 from lowmem.nn.adapter import is_conv1d
@@ -47,6 +48,7 @@ class Exact:
     Args:
         files: the model's files, as transformers found them.
         model: dense, on the meta device, with its ties.
+        requantizing: what of them is quantized; None: nothing.
 
     Attributes:
         layers: records of how weights are stored, by the model's paths, as the metadata of lowmem's files has them.
@@ -58,8 +60,9 @@ class Exact:
         ValueError: a weight of another shape than the model's.
     """
 
-    def __init__(self, files: list[str], model: Any) -> None:
+    def __init__(self, files: list[str], model: Any, requantizing: Requantizing | None = None) -> None:
         self._source = _path(files)
+        self._requantizing = requantizing or Requantizing()
         with _plainly():
             self._file = open_foreign(self._source)
         self.layers: dict[str, dict[str, Any]] = {}
@@ -96,17 +99,20 @@ class Exact:
             check_config(self._source, model.config)
         names = Names(model, get_model_conversion_mapping(model))
         forms: dict[str, tuple[FourBitForm, str]] = {}
-        refused: list[str] = []
+        refused: list[ForeignTensor] = []
         coded = False
-        for tensor in file.tensors.values():
+        for found in file.tensors.values():
+            tensor = self._requantizing.of(found)
             name, converter = names.of(tensor.name)
             if tensor.refusal is not None:
                 coded = True
                 if name in names.parameters:
-                    refused.append(f"{printable(tensor.name, 80)}, {tensor.kind}: {tensor.refusal}")
+                    refused.append(tensor)
                 continue
             kept = tensor.kept()
             if not isinstance(kept, FourBitForm):
+                if converter is None and name in names.parameters:
+                    self._check_shape(tensor, tuple(names.parameters[name].shape))
                 self.state[tensor.name] = _Lazy(kept, tensor.read)
                 continue
             coded = True
@@ -116,14 +122,14 @@ class Exact:
                 )  # transformers reports it, and does not read it
                 continue
             parameter, module = names.parameters[name], model.get_submodule(name.rpartition(".")[0])
-            form = replace(kept, transposed=tensor.transposed or is_conv1d(module))
+            # Other programs pack a Conv1D as a linear layer, and leave a dense one as it is.
+            swapped = is_conv1d(module) and (found.refusal is not None or isinstance(found.kept(), FourBitForm))
+            form = replace(kept, transposed=tensor.transposed or swapped)
+            self._requantizing.names[tensor.name] = name
             if converter is not None:
                 self._merge(tensor, name, converter, form, parameter)
-            elif tuple(parameter.mT.shape if form.transposed else parameter.shape) != tensor.shape:
-                raise ValueError(
-                    f"{printable(tensor.name, 80)} is {tensor.shape} in {self._source}, and the model's is "
-                    f"{tuple(parameter.shape)}: its config is of another model: {_CONFIG}"
-                )
+            else:
+                self._check_shape(tensor, tuple(parameter.shape), form.transposed)
             before, first = forms.setdefault(name, (form, tensor.name))
             if before != form:
                 raise ValueError(
@@ -137,16 +143,21 @@ class Exact:
             prefix = name if converter is None else tensor.name
             self.state |= {f"{prefix}_{part}": of_parts.lazy(part) for part in form.parts}
         if refused:
-            more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
-            raise refusal(
-                self._source, f"it cannot be kept exactly: {'; '.join(refused[:3])}{more}; {_REMEDY}", "load"
-            )
+            raise refusal(self._source, why_refused(refused), "load")
         if not self.layers and (coded or file.kind != "GGUF"):  # which is read as it is, dense ones, too
             raise refusal(
                 self._source,
                 "it has no 4-bit weights of the model, of which codes could be kept: load it without "
                 "quantization_config, or quantize it: LowmemConfig(FourBit('nf4'))",
                 "load",
+            )
+
+    def _check_shape(self, tensor: ForeignTensor, shape: tuple[int, ...], transposed: bool = False) -> None:
+        """Raise a ValueError unless a weight of the file, or its transpose, has the shape of the model's."""
+        if tensor.shape != ((*shape[:-2], shape[-1], shape[-2]) if transposed else shape):
+            raise ValueError(
+                f"{printable(tensor.name, 80)} is {tensor.shape} in {self._source}, and the model's is {shape}: its "
+                f"config is of another model: {_CONFIG}"
             )
 
     def _merge(
@@ -179,10 +190,6 @@ class Exact:
 
 _DENSE = "take the dense folder that it was made from, and quantize that: LowmemConfig(FourBit('nf4'))"
 _CONFIG = "get both from one source, or give config="
-_REMEDY = (
-    "`lowmem quantize IN OUT.safetensors --requantize` quantizes again what cannot be kept, and prints the error "
-    "that this adds"
-)
 
 
 def _path(files: list[str]) -> Path:

@@ -24,6 +24,7 @@ from lowmem.integrations.transformers.loading import checked
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row, Source
 from lowmem.io.foreign.recognize import open_foreign, read_model_config
+from lowmem.io.foreign.requantizing import Requantizing
 from lowmem.io.import_checkpoint import ImportedRow
 from lowmem.io.model_folder import copy_others, weights_in
 from lowmem.nn.budget import Budget
@@ -131,8 +132,13 @@ def load_folder(
     return model
 
 
-def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_gguf(file: Path, dtype: torch.dtype = torch.float32, requantizing: Requantizing | None = None) -> nn.Module:
     """Return the causal language model of a GGUF file, its 4-bit codes as they are, in ``dtype`` and evaluation mode.
+
+    Args:
+        file: GGUF.
+        dtype: of what is dense, and of what the rest computes in.
+        requantizing: what of its weights is quantized; None: nothing.
 
     Raises:
         FileError: the file is damaged, has weights that cannot be kept exactly, or is of a model that transformers
@@ -148,7 +154,7 @@ def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
             file.parent,
             gguf_file=file.name,
             config=None if config is None else AutoConfig.for_model(**config),
-            quantization_config=LowmemConfig(EXACT),
+            quantization_config=_exact(requantizing),
             dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
@@ -159,8 +165,21 @@ def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
+def _exact(requantizing: Requantizing | None) -> LowmemConfig:
+    config = LowmemConfig(EXACT)
+    config.requantizing = requantizing
+    return config
+
+
 def import_folder(
-    source: Path, target: Path, *, shard_bytes: int | None = None, dtype: torch.dtype | None = None
+    source: Path,
+    target: Path,
+    *,
+    requantize: FourBit | EightBit | None = None,
+    include: Iterable[str] = (),
+    technique: FourBit | EightBit | None = None,
+    shard_bytes: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[ImportedRow]:
     """Write a folder that ``from_pretrained`` loads, with another program's 4-bit codes as they are.
 
@@ -168,6 +187,7 @@ def import_folder(
         source: a folder whose weights another program quantized, whose other files are copied; or a GGUF file, whose
             metadata become config and tokenizer, where transformers can read one from it.
         target: where nothing is yet.
+        requantize, include, technique: what is quantized, and how, as in ``import_checkpoint``; names are the file's.
         shard_bytes: the most bytes of tensors per file; None: transformers' own limit.
         dtype: to which what is dense is rounded; None: as the folder has it, or float32 of a GGUF file.
 
@@ -175,20 +195,26 @@ def import_folder(
         A row for each parameter, sorted by name; tied ones have one.
 
     Raises:
-        FileError: as ``load_folder`` and ``load_gguf``; or a weight cannot be kept exactly.
+        ValueError: a pattern that matches no tensor.
+        FileError: as ``load_folder`` and ``load_gguf``; or a weight cannot be kept exactly, without ``requantize``.
         FileExistsError: something is at ``target``.
         OSError: a file cannot be read or written.
     """
     check_free(target)
+    asked = Requantizing(requantize, list(include), technique)
     with open_foreign(source) as file:
+        asked.check(file.tensors)
         sources = {name: (tensor.kind, tensor.nbytes) for name, tensor in file.tensors.items()}
         kind = file.kind
+    if not source.is_dir() and kind != "GGUF":
+        why = "a file has no config.json: name its folder as IN, or OUT.safetensors"
+        raise refusal(source, why, "make a folder of")
     if source.is_dir():
         check(source)
-        model = load_folder(source, LowmemConfig(EXACT), dtype or "auto")
+        model = load_folder(source, _exact(asked), dtype or "auto")
         write_model(model, source, target, shard_bytes)
     else:
-        model = load_gguf(source, dtype or torch.float32)
+        model = load_gguf(source, dtype or torch.float32, asked)
         write_model(model, None, target, shard_bytes, _tokenizer_in(source))
     found = []
     for row in sorted(rows_of(model), key=lambda row: row.name):
@@ -197,7 +223,8 @@ def import_folder(
         kept = module.forms[name] if row.converted else module._parameters[name].dtype
         before = sources.get(row.name, (kind, row.after_bytes))  # transformers merges experts
         text = str(kept).removeprefix("torch.")
-        found.append(ImportedRow(row.name, row.shape, before[0], text, before[1], row.after_bytes, None))
+        error = asked.error(row.name)
+        found.append(ImportedRow(row.name, row.shape, before[0], text, before[1], row.after_bytes, error))
     return found
 
 

@@ -162,6 +162,6 @@ def _refuse(method: str | None, gguf_file: Any) -> None:
         )
     raise ValueError(
         f"a folder that {show(method)} quantized has weights that would be quantized a second time: "
-        "LowmemConfig('exact') keeps their codes; `lowmem quantize IN OUT.safetensors --requantize` quantizes again "
-        "what cannot be kept, and prints the error"
+        "LowmemConfig('exact') keeps their codes; `lowmem quantize IN OUT --requantize` quantizes again what "
+        "cannot be kept, and prints the error"
     )

@@ -199,7 +199,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
             return model
         if self.is_exact:
-            self.exact = Exact(self._files, model)
+            self.exact = Exact(self._files, model, self.quantization_config.requantizing)
             convert_skeleton(model, {"layers": self.exact.layers}, {})
             self.exact.add_formats(model)
         else:

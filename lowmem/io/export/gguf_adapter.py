@@ -21,7 +21,7 @@ from lowmem.io.foreign.gguf_names import Names, names_of
 from lowmem.nn.adapted_module import base_of
 from lowmem.nn.adapter import Adapter
 from lowmem.transforms.placement import output_layers, places_of
-from lowmem.transforms.registry import layer_name
+from lowmem.transforms.registry import layer_name, module_paths
 
 __all__ = ["write_gguf_adapter"]
 
@@ -38,11 +38,13 @@ def write_gguf_adapter(path: Path, model: nn.Module, name: str, layers: Mapping[
         layers: the adapters by place.
 
     Raises:
-        ValueError: an architecture or layer that GGUF has no form of, or a B that exceeds float32.
+        ValueError: an architecture or layer that GGUF has no form of, a B that exceeds float32, or parameters of the
+            base that train beside the adapter.
         FileExistsError: something is at ``path``.
         OSError: the file cannot be written.
     """
     names, alpha = _names(model), _alpha(layers)
+    _refuse_trained(model)
     places, outputs, is_tied = places_of(model), output_layers(model), _has_tied_ends(model)
     tensors: dict[str, Tensor] = {}
     for place, adapter in layers.items():
@@ -90,6 +92,17 @@ def _names(model: nn.Module) -> Names:
     heads = {"head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads}
     numbers = {f"{architecture}.attention.{key}": number for key, number in heads.items()}
     return names_of({"general.architecture": architecture, **numbers})
+
+
+def _refuse_trained(model: nn.Module) -> None:
+    """Raise if parameters of the base train beside the adapter: the file would leave out what they have learned."""
+    for module, paths in module_paths(model).items():
+        for name, parameter in base_of(module)._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                raise ValueError(
+                    f"{layer_name(paths[0])}: its {name} trains beside the adapter, and a GGUF file has the adapter "
+                    f"alone: freeze it, {name}.requires_grad_(False), or merge the adapter and export the whole model"
+                )
 
 
 def _has_tied_ends(model: Any) -> bool:

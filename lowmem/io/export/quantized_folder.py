@@ -24,6 +24,7 @@ from lowmem.io.foreign.recognize import CONFIG
 from lowmem.io.model_folder import WEIGHTS, copy_others
 from lowmem.io.shards import INDEX, shard_name
 from lowmem.nn.stored import FourBitForm
+from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["SHARD_BYTES", "write_folder"]
@@ -156,17 +157,18 @@ def _check_same(model: StoredModel, architecture: Architecture) -> None:
         shape, own = architecture.shapes.get(name, one.shape), one.shape
         if isinstance(one.form, FourBitForm):
             own, shape = (_swapped(size) if one.transposed else size for size in (own, shape))
-            own, shape = (*own[:-1], own[-1] // 2), _packed_shape(own, shape)
+            bits = get_format(one.form.format).bits
+            own, shape = (*own[:-1], own[-1] * bits // 8), _packed_shape(own, shape, bits)
         if own != shape:
             raise refusal(
                 model.path, f"{show(name)} has not the shape {show(shape)} of the model of config.json", "export"
             )
 
 
-def _packed_shape(found: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _packed_shape(found: tuple[int, ...], shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
     """Return the shape of the packed codes of a weight, whose last dimensions may be one row."""
     lead = len(found) - 1
-    return (*shape[:lead], -(-torch.Size(shape[lead:]).numel() // 2))
+    return (*shape[:lead], -(-torch.Size(shape[lead:]).numel() * bits // 8))
 
 
 def _layer(name: str) -> str:

@@ -70,7 +70,8 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
     if packed.dtype == torch.uint8:
         shape = (*packed.shape[:-1], 2 * packed.shape[-1])
         if scale.dtype != torch.uint8:
-            return refused("NVFP4", shape, "its scales are 8-bit floats in blocks of 16 times a scale of the tensor")
+            why = "its scales are 8-bit floats times a scale of the tensor: take the dense model, or one in MXFP4"
+            return refused("NVFP4", shape, why)
         if scale.shape != (*shape[:-1], -(-shape[-1] // 32)):
             _misfit(layer, specs)
         return ForeignTensor.of_weight(weight, shape, "MXFP4", nbytes, _mxfp4(source, names, shape)), claimed
@@ -80,7 +81,8 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
     columns, groups = shape[-1], scale.shape[-1]
     if packed.shape != (*shape[:-1], -(-columns // 8)):
         bits = round(32 * packed.shape[-1] / columns)
-        return refused("compressed-tensors", shape, f"it has about {bits} bits a weight, and lowmem 4")
+        why = f"it has about {bits} bits a weight, and 4 are read: take the dense model, or one in 4 bits"
+        return refused("compressed-tensors", shape, why)
     if scale.shape[:-1] != shape[:-1] or columns % groups:
         _misfit(layer, specs)
     stored = _Integers(source, names, shape, columns // groups)

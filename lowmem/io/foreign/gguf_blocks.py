@@ -100,14 +100,39 @@ def _q5(raw: Tensor, at: int) -> Tensor:
     return (_split(raw[..., at + 4 :], 32).flatten(-2) | bits.flatten(-2) << 4).float()
 
 
+def _pairs(raw: Tensor) -> Tensor:
+    """Return the four pairs of bits of each byte: first the lowest ones of 32 bytes: (..., 64) -> (..., 256)."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    pairs: Tensor = (raw.unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(-3)
+    return pairs
+
+
+def _sixteens(scales: Tensor, codes: Tensor) -> Tensor:
+    """Multiply 16 codes with each scale: (rows, blocks, 16) and (rows, blocks, 256) -> (rows, blocks, 256)."""
+    weights: Tensor = (scales[..., None] * codes.float().unflatten(-1, (16, 16))).flatten(-2)
+    return weights
+
+
+def _q2_k(raw: Tensor) -> Tensor:
+    """Q2_K: 16 bytes of a 4-bit scale and minimum, the codes in bytes 16 to 79, and two float16."""
+    scales, minima = _half(raw, 80) * (raw[..., :16] & 15).float(), _half(raw, 82) * (raw[..., :16] >> 4).float()
+    return _sixteens(scales, _pairs(raw[..., 16:80])) - minima.repeat_interleave(16, -1)
+
+
+def _q3_k(raw: Tensor) -> Tensor:
+    """Q3_K: the third bit of each code in bytes 0 to 31, two bits in 32 to 95, 16 scales of 6 bits, and a float16."""
+    low = torch.cat([raw[..., 96:104] & 15, raw[..., 96:104] >> 4], dim=-1)
+    high = (raw[..., None, 104:108] >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None] & 3).flatten(-2)
+    third = (raw[..., None, :32] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1).flatten(-2)  # (..., 256)
+    codes = (_pairs(raw[..., 32:96]) | third << 2).float() - 4
+    return _sixteens(_half(raw, 108) * ((low | high << 4).float() - 32), codes)
+
+
 def _q6_k(raw: Tensor) -> Tensor:
     """Q6_K: 4 low bits in bytes 0 to 127, 2 high bits in 128 to 191, 16 signed scales, and a float16."""
-    low = _split(raw[..., :128], 128).unflatten(-1, (-1, 32)).flatten(-3, -2)  # (rows, blocks, 8, 32)
-    high = raw[..., 128:192].unflatten(-1, (2, 1, 32)) >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None] & 3
-    codes = (low | high.flatten(-3, -2) << 4).flatten(-2).float() - 32  # (rows, blocks, 256)
-    scales = _half(raw, 208) * _view(raw[..., 192:208], torch.int8).float()  # (rows, blocks, 16)
-    weights: Tensor = (scales[..., None] * codes.unflatten(-1, (16, 16))).flatten(-2)
-    return weights
+    low = _split(raw[..., :128], 128).flatten(-2)  # (rows, blocks, 256)
+    codes = (low | _pairs(raw[..., 128:192]) << 4).float() - 32
+    return _sixteens(_half(raw, 208) * _view(raw[..., 192:208], torch.int8).float(), codes)
 
 
 def _floats(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -142,6 +167,8 @@ BLOCKS = MappingProxyType(
             lambda raw: 16 * _k_scales(raw)[0],
             lambda raw: -_k_scales(raw)[1],
         ),
+        10: BlockType("Q2_K", 256, 84, dense=_q2_k),
+        11: BlockType("Q3_K", 256, 110, dense=_q3_k),
         13: BlockType("Q5_K", 256, 176, dense=_q5_k),
         39: BlockType(
             "MXFP4",
@@ -159,8 +186,6 @@ BLOCKS = MappingProxyType(
             number: BlockType(name, size, nbytes, refusal=_NO_LEVELS)
             for number, name, size, nbytes in (
                 (9, "Q8_1", 32, 40),
-                (10, "Q2_K", 256, 84),
-                (11, "Q3_K", 256, 110),
                 (15, "Q8_K", 256, 292),
                 (16, "IQ2_XXS", 256, 66),
                 (17, "IQ2_XS", 256, 74),
@@ -176,5 +201,5 @@ BLOCKS = MappingProxyType(
         },
     }
 )
-"""By the number of the type in a file. ``dense`` ones in float32 are exact: no product has more than 24 bits; Q5_1
-and Q5_K add, and round once, as ggml does."""
+"""By the number of the type in a file. ``dense`` ones in float32 are exact: no product has more than 24 bits; Q5_1,
+Q2_K and Q5_K add, and round once, as ggml does."""

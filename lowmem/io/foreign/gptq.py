@@ -67,7 +67,7 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
     claimed = {names[part] for part in specs}
     bits = config.get("bits", 32 * words / inputs if inputs else 0)
     if bits != 4:
-        why = f"it has {show(bits)} bits a weight, and lowmem 4"
+        why = f"it has {show(bits)} bits a weight, and 4 are read: take the dense model, or one in 4 bits"
         return ForeignTensor.refused(weight, (outputs, inputs), "GPTQ", nbytes, why), claimed
     fits = (
         inputs == 8 * words
@@ -83,7 +83,10 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
         raise ValueError(f"the parts of the layer {show(layer)} of GPTQ do not fit: {shown}; get it again")
     group = _group(source, names, inputs, groups, config)
     if group < 1 or -(-inputs // group) != groups:
-        raise ValueError(f"the layer {show(layer)} of GPTQ has {groups} groups of {group} of {inputs} inputs")
+        raise ValueError(
+            f"the layer {show(layer)} of GPTQ has {groups} groups of {group} of {inputs} inputs; get it again, with "
+            "its config.json"
+        )
     stored = _Stored(source, names, min(group, inputs), inputs, outputs, config)
     reason = stored.refusal()
     if reason is not None:

@@ -38,10 +38,11 @@ READERS: dict[str, Reader] = {
 }
 """What finds the weights of a format among the tensors of a safetensors checkpoint."""
 
-_LEFT = ("qweight", "qzeros", "absmax", "quant_map", "weight_packed", "weight_scale", "weight_zero_point")
+_LEFT = ("qweight", "qzeros", "absmax", "quant_map", "SCB", "weight_packed", "weight_scale", "weight_zero_point")
 """Last parts of the names of tensors that mean nothing without the others of their format."""
 
 CONFIG = "config.json"
+_OWN = "quantize_config.json"
 MAX_CONFIG = 2**24  # bytes
 
 
@@ -121,7 +122,7 @@ def _check_alone(folder: Path, found: str, names: list[str]) -> None:
 def _safetensors(path: Path, config: Path) -> ForeignFile:
     with ExitStack() as stack:
         source = stack.enter_context(Source(path))
-        settings = quantization_of(config) if os.path.lexists(config) else {}
+        settings = _settings(config)
         tensors: dict[str, ForeignTensor] = {}
         claimed: set[str] = set()
         kinds: dict[str, set[str]] = {}
@@ -143,13 +144,26 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
                 continue
             half = spec.dtype == torch.uint8 and name.endswith("_scales")  # of MXFP4, without its codes
             if half or name.rpartition(".")[2] in _LEFT:
-                raise refusal(path, f"its tensor {show(name)} belongs to a format that lowmem does not read")
+                why = f"its tensor {show(name)} belongs to a format that lowmem does not read"
+                raise refusal(path, f"{why}: take the folder that it was made from")
             if name in tensors:
                 raise refusal(path, f"it has {show(name)} twice, in 4 bits and dense; get it again")
             kind = str(spec.dtype).removeprefix("torch.")
             read = partial(source.read_tensor, name)
             tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, partial(_same, spec.dtype), read)
         return ForeignFile(path, stack.pop_all(), ", ".join(kinds) or "safetensors", tensors, source.paths)
+
+
+def _settings(config: Path) -> dict[str, Any]:
+    """Return a folder's ``quantization_config``; or what AutoGPTQ wrote in its own file before there was one."""
+    found = quantization_of(config) if os.path.lexists(config) else {}
+    own = config.with_name(_OWN)
+    if found or not os.path.lexists(own):
+        return found
+    content = read_config(own)
+    if not isinstance(content, dict):
+        raise refusal(own, f"it is {show(content)}, and must be an object; get it again")
+    return content
 
 
 def _guarded(path: Path, tensor: ForeignTensor) -> ForeignTensor:

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GPT2LMHeadModel, GptOssConfig
 
 import lowmem
+from lowmem import EightBit, FourBit
 from lowmem.integrations.transformers import LowmemConfig
+from lowmem.integrations.transformers.folder import import_folder
 from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.io.shards import read_model
 from tests.integrations.transformers import folders
@@ -148,12 +150,66 @@ def test_what_cannot_be_exact_is_refused_with_how_to_go_on(tmp_path):
     save_file(state | mixed, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"up_proj.weight is \(80, 64\) in .* and the model's is \(96, 64\)"):
         load(folder, quantization_config=EXACT)
+    save_file(state | {"lm_head.weight": torch.ones(9, 64)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head.weight is \(9, 64\) in .* and the model's is \(258, 64\)"):
+        load(folder, quantization_config=EXACT)
     dense = folders.write(tmp_path / "b", "llama")
     with pytest.raises(ValueError, match=r"no 4-bit weights.*LowmemConfig\(FourBit"):
         load(dense, quantization_config=EXACT)
     (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
     with pytest.raises((ValueError, OSError)):
         load(dense, quantization_config=EXACT)
+
+
+def test_what_is_asked_for_is_quantized_while_the_rest_is_kept(tmp_path):
+    """Codes are those of ``convert``, also of a dense Conv1D, which lies otherwise than one in 4 bits, and ties."""
+    folder, out = write_foreign(tmp_path, "gptq", "gpt2"), tmp_path / "out"
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    name = "transformer.h.1.attn.c_proj"  # as many rows as columns
+    state = load_file(folder / "model.safetensors")
+    state = {key: value for key, value in state.items() if not key.startswith(f"{name}.") or key.endswith("bias")}
+    save_file(state | {f"{name}.weight": dense[f"{name}.weight"]}, folder / "model.safetensors", {"format": "pt"})
+    rows = {
+        row.name: row
+        for row in import_folder(folder, out, include=["*.c_proj.weight", "*wte*"], technique=FourBit("nf4"))
+    }
+    model, kept = load(out), load(folder, quantization_config=EXACT)
+    chosen = (name, "transformer.wte")
+    expected = lowmem.convert(
+        load(tmp_path / "dense"),
+        FourBit("nf4", embeddings="4bit"),
+        where=lambda path, _: path in (*chosen, "lm_head"),
+    )
+    wanted = values(kept) | {f"{path}.weight": values(expected)[f"{path}.weight"] for path in (*chosen, "lm_head")}
+    found = values(model)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert {key for key, row in rows.items() if row.error is not None} == {f"{path}.weight" for path in chosen}
+    for path in chosen:
+        assert rows[f"{path}.weight"].error == expected.get_submodule(path).weight_error
+    with pytest.raises(ValueError, match="pattern 'x' matches no tensor"):
+        import_folder(folder, tmp_path / "other", include=["x"], technique=EightBit())
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_refused_is_quantized_again_when_asked(tmp_path):
+    """Zero points times float32 scales; experts become one stack, of which the largest error is told."""
+    folder, out = write_foreign(tmp_path, "awq", "mixtral"), tmp_path / "out"
+    state = load_file(folder / "model.safetensors")
+    wide = {name: value.float() if name.endswith(".scales") else value for name, value in state.items()}
+    save_file(wide, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(lowmem.FileError, match="more bits than float32; and .* more; .*IN OUT --requantize"):
+        import_folder(folder, out)
+    assert not out.exists()
+    rows = import_folder(folder, out, requantize=FourBit("nf4"))
+    again = {row.name for row in rows if row.error is not None}
+    model, dense = load(out), load(tmp_path / "dense")
+    expected = lowmem.convert(dense, FourBit("nf4"), where=lambda path, _: ".layers." in path and "gate" not in path)
+    assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.experts.gate_up_proj"} <= again
+    found, wanted = values(model), values(expected)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(0.05 < row.error < 0.15 for row in rows if row.name in again)
 
 
 def test_experts_that_differ_in_form_are_refused(tmp_path):

@@ -130,6 +130,14 @@ def test_what_gguf_has_no_form_of_is_refused_by_name(tmp_path, model, ends, mess
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_trains_beside_the_adapter_is_not_left_out_in_silence(tmp_path):
+    model = adapted(Llama(), "q_proj")
+    model.lm_head.weight.requires_grad_()
+    with pytest.raises(ValueError, match="^lm_head: its weight trains beside the adapter, .*freeze it"):
+        save_adapter(model, tmp_path / "a.gguf", format="gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_scaling_beyond_float32_is_refused_and_files_are_kept(tmp_path):
     technique = LoRA(2, 1e-10, alphas={"*lm_head": 3e38})
     model = adapted(Llama(), "q_proj", "k_proj", "lm_head", technique=technique)

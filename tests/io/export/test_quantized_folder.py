@@ -76,6 +76,16 @@ def digests(folder):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
+def test_a_table_in_8_bits_with_rows_of_an_odd_length_is_written_dense(tmp_path, made):
+    table = quantize(random(20, 33), "int8")
+    shapes = {**SHAPES, "table.weight": (20, 33)}
+    made(replace(ARCHITECTURE, shapes=shapes, dtypes={**ARCHITECTURE.dtypes, "table.weight": DTYPE}))
+    source = write_stored(tmp_path / "in", {**WEIGHTS, "table.weight": table}, dtype="bfloat16")
+    write_bitsandbytes(source, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")["table.weight"]
+    assert torch.equal(written, table.dequantize(DTYPE))
+
+
 def test_layers_are_packed_the_rest_is_dense_and_other_files_are_copied(tmp_path, made):
     source = write_stored(tmp_path / "in", WEIGHTS, dtype="bfloat16")
     (source / "tokenizer.json").write_text("{}")

@@ -103,3 +103,10 @@ def test_sizes_that_a_file_claims_allocate_nothing(tmp_path):
     save_file(one_block, path)
     with open_foreign(path) as file:
         assert float(file.tensors["layer.weight"].read().dequantize().abs().max()) == 1
+
+
+def test_its_8_bits_are_refused_with_how_to_go_on(tmp_path):
+    parts = {"layer.weight": torch.zeros(4, 8, dtype=torch.int8), "layer.SCB": torch.ones(4)}
+    save_file(parts, tmp_path / "a.safetensors")
+    with pytest.raises(FileError, match=r"'layer.SCB' belongs to a format .*: take the folder that it was made from"):
+        open_foreign(tmp_path / "a.safetensors")

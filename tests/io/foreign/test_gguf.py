@@ -136,12 +136,12 @@ def test_what_contradicts_itself_is_refused_with_the_reason(tmp_path):
 
 
 def test_types_that_are_no_levels_are_refused_by_name_one_by_one(tmp_path):
-    tensors = [("output.weight", (1, 256), 10, 0), ("token_embd.weight", (1, 256), 77, 160), (*NORM[:3], 192)]
+    tensors = [("output.weight", (1, 256), 16, 0), ("token_embd.weight", (1, 256), 77, 160), (*NORM[:3], 192)]
     (tmp_path / "a.gguf").write_bytes(gguf(QWEN, tensors, bytes(256)))
     with open_foreign(tmp_path / "a.gguf") as file:
         reasons = {tensor.kind: tensor.refusal for tensor in file.tensors.values()}
         assert reasons["F32"] is None
-        assert "not 16 levels" in reasons["Q2_K"]
+        assert "not 16 levels" in reasons["IQ2_XXS"]
         assert "does not know this type" in reasons["type 77"]
         with pytest.raises(FileError, match="type 77 cannot be kept exactly"):
             file.tensors["model.embed_tokens.weight"].read()

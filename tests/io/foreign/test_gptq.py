@@ -133,6 +133,20 @@ def test_what_a_config_claims_is_checked(tmp_path):
             open_foreign(tmp_path)
 
 
+def test_a_folder_of_before_configs_had_it_says_the_version_in_a_file_of_its_own(tmp_path):
+    zeros = torch.randint(0, 7, (1, 8))
+    for version, more in ((1, {}), (2, {"checkpoint_format": "gptq_v2"})):
+        parts, weight = layer(0, 32, 8, 32, zeros, version)
+        save(tmp_path, parts)
+        own = tmp_path / "quantize_config.json"
+        own.write_text(json.dumps({"bits": 4, "group_size": 32, "desc_act": False, **more}))
+        with open_foreign(tmp_path) as file:
+            assert torch.equal(values_of(file.tensors["model.layers.0.q.weight"]), weight)
+    own.write_text("[]")
+    with pytest.raises(FileError, match="quantize_config.json.*must be an object"):
+        open_foreign(tmp_path)
+
+
 def test_zero_points_of_an_unknown_version_are_refused(tmp_path):
     """A file that was taken out of its folder: nothing says whether its zero points are one too small."""
     parts, _ = layer(0, 32, 8, 32, torch.randint(0, 7, (1, 8)), 2)
