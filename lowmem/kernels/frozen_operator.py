@@ -28,6 +28,7 @@ __all__ = [
     "fields",
     "kept_as",
     "parsed",
+    "refuse_training",
     "stands_for_plain_call",
     "stored",
     "stored_as",
@@ -172,6 +173,20 @@ def fields(weight: QuantizedTensor | StoredParts) -> tuple[Any, ...]:
     return weight.packed, weight.scales, weight.format, weight.block_size, weight.scale_encoding
 
 
+def refuse_training(weight: Tensor) -> None:
+    """Refuse a stored 16-bit weight that requires a gradient; codes of 4 and 8 bits, which are integers, cannot.
+
+    Raises:
+        RuntimeError: it does; the remedy is named.
+    """
+    if weight.requires_grad:
+        raise RuntimeError(
+            f"a weight that is stored in {weight.dtype} requires a gradient, and would get none: it is frozen. Call "
+            "requires_grad_(False) on it (its name ends in _rounded) and train an adapter (lowmem.LoRA), or make the "
+            "layer dense again: lowmem.restore(model)"
+        )
+
+
 class StoredParts(NamedTuple):
     """A 4-bit matrix with the bytes of its scales, which stands for it where a graph is made.
 
@@ -277,12 +292,8 @@ class _Node(torch.autograd.Function):
         ctx.of_tangent, ctx.of_gradient = ctx.f.derivatives(x, *rest)
         # save_for_backward raises an error if the weight is changed in place before backward.
         quantized = isinstance(ctx.weight, QuantizedTensor)
-        if not quantized and type(ctx.weight) is nn.Parameter and ctx.weight.requires_grad:  # 4-bit codes cannot
-            raise RuntimeError(
-                f"a weight that is stored in {ctx.weight.dtype} requires a gradient, and would get none: it is "
-                "frozen. Call requires_grad_(False) on it (its name ends in _rounded) and train an adapter "
-                "(lowmem.LoRA), or make the layer dense again: lowmem.restore(model)"
-            )
+        if not quantized:
+            refuse_training(ctx.weight)
         ctx.save_for_backward(*((ctx.weight.packed, ctx.weight.scales) if quantized else (ctx.weight,)))
 
     @staticmethod

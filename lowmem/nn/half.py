@@ -12,6 +12,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from lowmem.kernels.frozen_operator import refuse_training
 from lowmem.nn.frozen_linear import autocast, frozen_linear
 from lowmem.nn.stored import HalfForm, StoredTensor
 from lowmem.nn.stored_module import LAYERS, StoredModule, freeze, stored_copy, stored_property
@@ -98,6 +99,8 @@ class HalfLinear(StoredModule, nn.Linear):
         bias = own["bias_rounded"] if "bias_rounded" in own else self.bias  # noqa: SIM401 - get would evaluate it
         bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
         if x.dtype is weight.dtype and not (x.is_cpu and x.dtype is torch.float16):  # slow in torch on CPUs
+            if torch.is_grad_enabled():
+                refuse_training(weight)
             bias = bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)  # a dense one that is shared
             return nn.functional.linear(x, weight.detach(), None if bias is None else bias.detach())
         wide = x.dtype if x.dtype is torch.float32 else torch.promote_types(x.dtype, weight.dtype)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels import Weight, ops
-from lowmem.kernels.frozen_operator import StoredParts
+from lowmem.kernels.frozen_operator import StoredParts, refuse_training
 from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import exports_without_dynamo, leave_to_eager, outside_of_graphs
 from lowmem.nn.read_only import VIEWS, exported_view, makes_view, read_only, recorded_view, written_to
@@ -39,6 +39,8 @@ __all__ = [
     "StoredTensor",
     "dequantized_call",
     "is_recorded",
+    "recorded_values",
+    "refuse_gradient",
     "refuse_parts",
 ]
 
@@ -282,11 +284,6 @@ class StoredTensor(Tensor):
         values = values.view(*parts[0].shape[:-1], *self.tail)
         return values.transpose(-1, -2) if self.swapped else values
 
-    def read_only_values(self) -> Tensor:
-        """Return the values for a program that is being exported, which refuses writes to them, or traced."""
-        values = self.dequantize()
-        return exported_view(values, _refusal_of_views(self)) if exports_without_dynamo() else values
-
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return list(self.form.parts), (self.form, self.tail, self.dtype, self.swapped)
 
@@ -346,6 +343,15 @@ def _refusal_of_views(weight: StoredTensor) -> str:
     return f"a weight that is stored in {weight.form}, and was dequantized for it: {REMEDY}"
 
 
+def recorded_values(weight: StoredTensor) -> Tensor:
+    """Return a weight's values for a program that is being exported, which refuses writes to them, or traced.
+
+    Not a method: Dynamo, which records the branches of ``torch.cond``, could not enter it.
+    """
+    values = weight.dequantize()
+    return exported_view(values, _refusal_of_views(weight)) if exports_without_dynamo() else values
+
+
 def is_recorded(*tensors: Tensor) -> bool:
     """Whether an operation on these must go through the dispatcher: it is being recorded, or they are no memory."""
     return is_traced() or any(type(tensor) is not Tensor and type(tensor) is not nn.Parameter for tensor in tensors)
@@ -358,6 +364,12 @@ def refuse_parts(tensor: Tensor) -> None:
             "this process has a part of a stored weight (a DTensor), and its values are asked for: call the sharded "
             "block or model as a module, which gathers it, or take lowmem.gather(model)"
         )
+
+
+def refuse_gradient(weight: StoredTensor) -> None:
+    """Raise a RuntimeError, as ``refuse_training``, for a weight whose gradient an operator would have to give."""
+    if torch.is_grad_enabled():
+        refuse_training(weight.parts[0])
 
 
 def _rebuild(
@@ -377,7 +389,7 @@ def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any])
     """Call an operator with the values of stored tensors, and note it.
 
     Raises:
-        RuntimeError: it would write to one; the remedy is named.
+        RuntimeError: it would write to one, or one requires a gradient; the remedy is named.
     """
     for one in written_to(operator, args, kwargs):
         if isinstance(one, StoredTensor):
@@ -387,6 +399,7 @@ def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any])
     ]
     weights = [one for one in given if isinstance(one, StoredTensor)]
     for weight in weights:
+        refuse_gradient(weight)
         weight.dequantized_by.add(operator.overloadpacket.__name__)
     known: dict[int, Tensor] = {}
     views = makes_view(operator)

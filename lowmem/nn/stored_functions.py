@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lowmem.kernels import ops
 from lowmem.nn.frozen_linear import autocast, frozen_linear
-from lowmem.nn.stored import FUNCTIONS, REMEDY, Form, FourBitForm, StoredTensor, is_recorded
+from lowmem.nn.stored import FUNCTIONS, REMEDY, Form, FourBitForm, StoredTensor, is_recorded, refuse_gradient
 from lowmem.nn.stored_operators import compute_dtype
 from lowmem.quant.quantize import quantize
 from lowmem.quant.rounding import round_to
@@ -83,6 +83,7 @@ def _getitem(weight: Any, index: Any) -> Any:
         index = int(index)
     if type(index) is not int:
         return NotImplemented
+    refuse_gradient(weight)
     at = [part.data_ptr() for part in parts]
     kept: tuple[list[int], dict[int, StoredTensor]] | None = weight.__dict__.get("_matrices")
     if kept is None or kept[0] != at:

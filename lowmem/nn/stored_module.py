@@ -29,7 +29,16 @@ from lowmem.kernels.torch_versions import is_exporting, leave_to_eager, outside_
 from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
 from lowmem.nn.sharded import sharded_types
-from lowmem.nn.stored import REMEDY, EightBitForm, Form, FourBitForm, HalfForm, StoredTensor, is_recorded
+from lowmem.nn.stored import (
+    REMEDY,
+    EightBitForm,
+    Form,
+    FourBitForm,
+    HalfForm,
+    StoredTensor,
+    is_recorded,
+    recorded_values,
+)
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
@@ -160,7 +169,7 @@ class StoredModule(nn.Module):
         if is_recorded(*sources) or not all(isinstance(source, nn.Parameter) for source in sources):
             _refuse_batched(sources)
             made = _made(one, sources)
-            return made.read_only_values() if is_exported() else made  # type: ignore[return-value]
+            return recorded_values(made) if is_exported() else made  # type: ignore[return-value]
         presented = sources[0].__dict__.get("presented_dtype", dtype)
         if presented is not dtype:  # a module that shares the weight was cast
             dtype = presented

@@ -18,7 +18,7 @@ from lowmem import kernels
 from lowmem.kernels import Weight, ops
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.nn.frozen_conv import Geometry, convolution, convolution_adjoint
-from lowmem.nn.stored import OPERATORS, StoredTensor, dequantized_call, is_recorded
+from lowmem.nn.stored import OPERATORS, StoredTensor, dequantized_call, is_recorded, refuse_gradient
 
 __all__ = ["compute_dtype"]
 
@@ -49,6 +49,7 @@ def compute_dtype(x: Tensor, weight: Weight | StoredParts) -> torch.dtype:
 
 def _product(x: Tensor, weight: StoredTensor, transposed: bool) -> Tensor:
     """Return ``x @ W.T``, or ``x @ W`` when transposed, for the rows W of a stored matrix: in the dtype of x."""
+    refuse_gradient(weight)
     if is_recorded(x, *weight.parts):
         recorded = weight.recorded
         return ops.product.record(x, recorded, compute_dtype(x, recorded), transposed).to(x.dtype)
@@ -150,6 +151,7 @@ def _grouped_mm(x: Any, weight: Any, offs: Any = None, bias: Any = None, out_dty
 
 def _grouped(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool) -> Tensor:
     """Multiply rows ``offsets[e - 1]`` to ``offsets[e]`` of x by matrix e of a stack, for each e."""
+    refuse_gradient(weight)
     recorded = is_recorded(x, offsets, *weight.parts)
     matrix, count = weight.recorded if recorded else weight.matrix, weight.parts[0].shape[0]
     arguments = (x, matrix, compute_dtype(x, matrix), transposed, count, offsets)
@@ -163,6 +165,7 @@ def _grouped(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool)
 def _embedding(weight: Any, indices: Any, *_: Any, **__: Any) -> Any:
     if not _is_matrix(weight) or weight.swapped:
         return NotImplemented
+    refuse_gradient(weight)
     return weight.like([functional.embedding(indices, part) for part in weight.parts]).dequantize()
 
 
@@ -224,6 +227,7 @@ def _convolution(
 ) -> Any:
     if not (_is_kernel(weight) and _is_input(x)):
         return NotImplemented
+    refuse_gradient(weight)
     geometry = _geometry(weight, stride, padding, dilation, groups)
     stored = weight.recorded if is_recorded(x, *weight.parts) else weight.stored
     dtype = compute_dtype(x, stored)

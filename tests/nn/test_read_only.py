@@ -231,6 +231,33 @@ def test_an_exported_program_reads_views_and_refuses_to_write_to_them(technique)
                 export(Runs(technique, lambda w, x, write=write: (write(w), x)[1]), (x,))
 
 
+class Chooses(nn.Module):
+    """Reads the weight of a layer in branches of a graph."""
+
+    def __init__(self, technique):
+        super().__init__()
+        self.layer = convert(nn.Sequential(nn.Linear(16, 24)), *technique)[0]
+
+    def forward(self, x):
+        first, second = (
+            (lambda x: F.linear(x, self.layer.weight)),
+            (lambda x: x @ self.layer.weight.view(24, 16).T * 2),
+        )
+        return torch.cond(x.sum() > 0, first, second, (x,))
+
+
+@compiles
+@techniques
+def test_an_exported_program_reads_weights_in_branches(technique, request):
+    request.addfinalizer(torch.compiler.reset)
+    model, x = Chooses(technique), torch.rand(3, 16)
+    with torch.no_grad():
+        dense = model.layer.weight.dequantize().view(24, 16)
+        program = torch.export.export(model, (x,)).module()
+        for given, expected in ((x, x @ dense.T), (-x, -x @ dense.T * 2)):
+            torch.testing.assert_close(program(given), expected)
+
+
 def test_writes_are_told_by_their_names():
     writes = (
         *(Tensor.zero_, Tensor.mul_, Tensor.__imul__, Tensor.__setitem__, Tensor.data.__set__),

@@ -476,3 +476,30 @@ def test_a_weight_in_16_bits_that_is_asked_to_train_says_that_it_cannot():
         model(torch.randn(2, 8))
     with pytest.raises(RuntimeError, match="floating point"):
         convert(nn.Sequential(nn.Linear(8, 8)), FourBit()).requires_grad_(True)
+
+
+class Stack(nn.Module):
+    """Multiplies by a stack of matrices, or by one of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x):
+        return torch.bmm(x.expand(2, 2, 8), self.weight)[0] @ self.weight[1]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(8, 8), nn.Conv1d(8, 8, 1), nn.ConvTranspose1d(8, 8, 1), nn.GRU(8, 8), nn.GRUCell(8, 8), Stack()],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_weight_in_16_bits_that_is_asked_to_train_says_so_in_each_layer(layer):
+    chosen = {"parameters": lambda *_: True} if type(layer) is Stack else {}
+    layer = convert(nn.ModuleList([copy.deepcopy(layer)]), Half(torch.bfloat16), **chosen).requires_grad_(True)[0]
+    x = torch.randn(2, 8) if isinstance(layer, (nn.Linear, nn.GRUCell, Stack)) else torch.randn(1, 8, 8)
+    for given in (x, x.bfloat16()) if isinstance(layer, nn.Linear) else (x,):
+        with torch.no_grad():
+            layer(given)
+        with pytest.raises(RuntimeError, match=r"in torch.bfloat16 requires a gradient.*lowmem.restore\(model\)"):
+            layer(given)
