@@ -15,7 +15,7 @@ from lowmem.errors import show
 from lowmem.transforms.batches import run_batch
 from lowmem.transforms.registry import layer_name
 
-__all__ = ["Unit", "find_blocks", "units_of"]
+__all__ = ["NO_BATCHES", "Unit", "find_blocks", "units_of"]
 
 
 @dataclass
@@ -114,7 +114,7 @@ def units_of(
         try:
             first = next(iter(batches))
         except StopIteration:
-            raise ValueError(_EMPTY) from None
+            raise ValueError(NO_BATCHES) from None
         units, reason = _units_by_blocks(model, first, layers, lists, centred)
         if reason is None:
             return units
@@ -130,7 +130,7 @@ def _outside(group: list[nn.Module], centred: Collection[nn.Module], calls: Coun
     return [Unit(part, None, calls[part[0]]) for part in parts if part]
 
 
-_EMPTY = "batches is empty: pass one batch at least, or use convert, which needs none"
+NO_BATCHES = "batches is empty: pass one batch at least, or use convert, which needs none"
 
 
 def _units_by_blocks(
@@ -233,7 +233,7 @@ def _group_by_input(
         for handle in handles:
             handle.remove()
     if not runs:
-        raise ValueError(_EMPTY)
+        raise ValueError(NO_BATCHES)
     groups: dict[nn.Module, list[nn.Module]] = {}
     for layer, leaders in first.items():
         leader = next(iter(leaders))

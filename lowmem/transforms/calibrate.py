@@ -23,7 +23,7 @@ from lowmem.nn.budget import Budget
 from lowmem.nn.fourbit import FourBit
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
-from lowmem.transforms.blocks import Unit, find_blocks, units_of
+from lowmem.transforms.blocks import NO_BATCHES, Unit, find_blocks, units_of
 from lowmem.transforms.budget import Chosen
 from lowmem.transforms.convert import Store, commit, divided, layers_to_convert, rebuild, weight_key
 from lowmem.transforms.finished_units import FinishedUnits, digest_of
@@ -184,9 +184,11 @@ def _steps(
     chosen: dict[nn.Module, Chosen] = {}
     if isinstance(technique, Budget):
         found = {layer: (path, parameters_to_store(layer)) for layer, path in candidates.items()}
-        chosen = divided(
-            model, technique if technique.inputs is not None else replace(technique, inputs=batches), found
-        )
+        if technique.inputs is None:
+            if not any(True for _ in batches):
+                raise ValueError(NO_BATCHES)
+            technique = replace(technique, inputs=batches)
+        chosen = divided(model, technique, found)
         steps: dict[nn.Module, tuple[Step, ...]] = {layer: (one.technique,) for layer, one in chosen.items()}
     else:
         steps = techniques_by_layer(model, (technique,), candidates, where)
@@ -420,7 +422,7 @@ class _Run:
                 replay.run(number, batch)
                 runs += 1
         if not runs:
-            raise ValueError("batches is empty: pass one batch at least, or use convert, which needs none")
+            raise ValueError(NO_BATCHES)
         for layer, own in inputs.moments.items():
             importance = self._checked(layer, own.second())
             mean = float(importance.mean())

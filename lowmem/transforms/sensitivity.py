@@ -65,8 +65,8 @@ def importance_of(
                 projected, squared = _projection(output, batch, generator)
                 if projected is None:
                     raise ValueError(
-                        f"the output of {type(model).__name__} does not depend on its weights by gradients: leave "
-                        "inputs= out, and the budget is divided without samples"
+                        f"the output of {type(model).__name__} does not depend on its weights by gradients: "
+                        "convert(model, Budget(bits)) divides a budget without samples"
                     )
                 projected.backward()
                 size, runs = size + squared, runs + 1
@@ -81,7 +81,7 @@ def importance_of(
         total = float(rows[name].sum())
         if not math.isfinite(total) or not math.isfinite(size):
             raise ValueError(
-                f"{layer_name(name)}: the gradients of inputs= hold NaN or infinite values: leave out the batches "
+                f"{layer_name(name)}: the gradients of the samples hold NaN or infinite values: leave out the batches "
                 "whose outputs do"
             )
         if total and size:

@@ -386,6 +386,7 @@ def test_hooks_move_and_adapters_can_follow(net, samples):
 )
 def test_batches_that_are_none_are_refused_and_the_model_stays(net, batches, error, message):
     assert_stays(net, error, message, lambda: calibrate(net, batches, **SKIP))
+    assert_stays(net, error, message, lambda: calibrate(net, batches, Budget(5.5), **SKIP))
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,9 @@ def test_a_weight_that_has_no_part_in_the_output_is_left_out_and_errors_say_why(
     assert importance_of(model, [torch.ones(1, 4)], weights_of(model)).keys() == {"used.weight"}
     with pytest.raises(ValueError, match="inputs is empty: pass one batch at least"):
         importance_of(model, [], weights_of(model))
-    with pytest.raises(ValueError, match="used.weight: the gradients of inputs= hold NaN"):
+    with pytest.raises(ValueError, match="used.weight: the gradients of the samples hold NaN"):
         importance_of(model, [torch.full((1, 4), math.nan)], weights_of(model))
     model.forward = lambda x: model["used"](x).argmax(-1)
-    with pytest.raises(ValueError, match="does not depend on its weights by gradients: leave inputs= out"):
+    with pytest.raises(ValueError, match="does not depend on its weights by gradients: convert"):
         importance_of(model, [torch.ones(1, 4)], weights_of(model))
     assert all(one.requires_grad and one.grad is None for one in model.parameters())
