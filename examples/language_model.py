@@ -61,10 +61,7 @@ def main(steps=30, held_out=16):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(
-            f"step {step}/{steps}: loss {loss.item():.3f}, {time.process_time() - start:.0f} s of CPU time",
-            flush=True,
-        )
+        print(f"step {step}/{steps}: loss {loss.item():.3f}, {time.process_time() - start:.0f} s of CPU", flush=True)
     after = perplexity()
     print(f"perplexity of held-out text: {before:.2f} before, {after:.2f} after")
 

@@ -41,7 +41,12 @@ def weights_in(folder: Path, action: str = "read") -> Path:
     whole, index = folder / WEIGHTS, folder / f"{WEIGHTS}{INDEX}"
     if not os.path.lexists(index):
         if not os.path.lexists(whole):
-            why = f"it has no {whole.name} and no {index.name}: lowmem reads safetensors only, and executed nothing"
+            why = f"it has no {whole.name} and no {index.name}"
+            others = sorted(folder.glob("*.safetensors"))
+            if len(others) == 1:
+                why += f"; name its file {show(others[0].name)}, or rename it to the first"
+                raise refusal(folder, why, action)
+            why += ": lowmem reads safetensors only, and executed nothing"
             raise refusal(folder, f"{why}; name a folder of such a model", action)
         return whole
     if os.path.lexists(whole) and whole.name not in read_index(index).values():

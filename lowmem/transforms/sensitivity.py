@@ -81,8 +81,8 @@ def importance_of(
         total = float(rows[name].sum())
         if not math.isfinite(total) or not math.isfinite(size):
             raise ValueError(
-                f"{layer_name(name)}: the gradients of the samples hold NaN or infinite values: leave out the batches "
-                "whose outputs do"
+                f"{layer_name(name)}: the gradients of the samples hold NaN or infinite values: leave out the "
+                "batches whose outputs do"
             )
         if total and size:
             found[name] = Importance(rows[name] / size, sums[name] / total)

@@ -68,5 +68,5 @@ def test_fine_tuning_with_a_tokenizer_that_a_package_ships(tmp_path, monkeypatch
     (program,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf8"), flags=re.DOTALL)
     space = {"__name__": "guide"}
     exec(compile(program, str(page), "exec"), space)
-    assert "The weather" in capsys.readouterr().out.splitlines()[-1]
+    assert "The weather" in capsys.readouterr().out  # and what a random model says, of any lines
     assert len(space["prompt"]["input_ids"][0]) < len("The weather")

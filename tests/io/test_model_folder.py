@@ -19,6 +19,9 @@ INDEX = "model.safetensors.index.json"
 def test_the_weights_are_a_file_or_an_index_and_never_both(tmp_path):
     with pytest.raises(FileError, match=f"no model.safetensors and no {INDEX}.*executed nothing; name a folder"):
         weights_in(tmp_path)
+    (tmp_path / "gptq_model-4bit.safetensors").write_bytes(b"")
+    with pytest.raises(FileError, match=f"no {INDEX}; name its file 'gptq_model-4bit.safetensors', or rename it"):
+        weights_in(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert weights_in(tmp_path) == tmp_path / "model.safetensors"
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))

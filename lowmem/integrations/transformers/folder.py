@@ -118,9 +118,10 @@ def load_folder(
     name = names[0]
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
-        raise refusal(
-            folder, f"architectures names {show(name)}, which transformers {transformers.__version__} has not"
-        )
+        why = f"architectures names {show(name)}, which transformers {transformers.__version__} has not"
+        if "auto_map" in found:
+            why += "; it is code of the folder: from_pretrained runs it, with trust_remote_code=True"
+        raise refusal(folder, why)
     with load_errors(folder), checked():
         model: nn.Module
         model, info = kind.from_pretrained(
@@ -128,7 +129,7 @@ def load_folder(
         )
     _refuse_differing(folder, name, "lacks", info["missing_keys"])
     if config is not None:  # what is left out would be lost
-        _refuse_differing(folder, name, "has, and the model has not,", info["unexpected_keys"])
+        _refuse_differing(folder, name, "has, and the model has not,", info["unexpected_keys"], _LEAVE_OUT)
     return model
 
 
@@ -242,11 +243,17 @@ def _tokenizer_in(file: Path) -> Any:
         return None
 
 
-def _refuse_differing(folder: Path, name: str, what: str, tensors: Iterable[str]) -> None:
+_LEAVE_OUT = (
+    ": let architectures name a class that has them, or leave them out by from_pretrained(IN, "
+    "quantization_config=LowmemConfig(...)).save_pretrained(OUT)"
+)
+
+
+def _refuse_differing(folder: Path, name: str, what: str, tensors: Iterable[str], remedy: str = "") -> None:
     found = sorted(tensors)
     if found:
         as_told = f"a {name} as config.json describes it, as {show(found[0])}"
-        raise refusal(folder, f"it {what} {len(found)} tensors of {as_told}", "load")
+        raise refusal(folder, f"it {what} {len(found)} tensors of {as_told}{remedy}", "load")
 
 
 def quantize_folder(

@@ -7,7 +7,7 @@ wrapped; for all other loads they do what they did, but that no config may have 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -29,6 +29,7 @@ from lowmem.integrations.transformers.checking import (
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.fitting import refuse_retyped, refuse_unfitting, specs_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
+from lowmem.io.foreign.recognize import CODED
 
 __all__ = ["checked", "install"]
 
@@ -128,15 +129,19 @@ def _check(model: Any, files: list[str], quantizer: Any, conversions: list[Any])
         if not is_ours and not _CHECKED.get():
             return  # transformers may read more than lowmem does
         raise
+    is_stored = getattr(quantizer, "pre_quantized", False)
     if is_ours or _CHECKED.get():
         check_index(files)
+    if not is_stored:
+        refuse_unread(Path(files[0]).parent, specs)
+    if is_ours and not is_stored and _are_coded(specs):
+        raise ValueError(_again("another program"))
+    if is_ours or _CHECKED.get():
         shapes, nbytes = {name: one.shape for name, one in specs.items()}, sum(one.nbytes for one in specs.values())
         refuse_unfitting(model, shapes, nbytes, conversions)
-    if is_ours and quantizer.pre_quantized:
+    if is_ours and is_stored:
         refuse_untold(specs, quantizer.quantization_config)
         refuse_retyped(model, specs, quantizer.parts, conversions)
-    elif not getattr(quantizer, "pre_quantized", False):
-        refuse_unread(Path(files[0]).parent, specs)
 
 
 def _exact(config: Any, asked: LowmemConfig, device_map: Any) -> tuple[Any, Any, Any]:
@@ -160,8 +165,17 @@ def _refuse(method: str | None, gguf_file: Any) -> None:
             f"the GGUF file {show(gguf_file)} may have weights that would be quantized a second time: "
             "LowmemConfig('exact') keeps their codes, and lowmem.convert stores what is dense of the loaded model"
         )
-    raise ValueError(
-        f"a folder that {show(method)} quantized has weights that would be quantized a second time: "
+    raise ValueError(_again(show(method)))
+
+
+def _are_coded(names: Iterable[str]) -> bool:
+    """Whether tensors are parts of another program's weights, of which config.json may say nothing."""
+    return any(name.rpartition(".")[2] in CODED for name in names)
+
+
+def _again(program: str) -> str:
+    return (
+        f"a folder that {program} quantized has weights that would be quantized a second time: "
         "LowmemConfig('exact') keeps their codes; `lowmem quantize IN OUT --requantize` quantizes again what "
         "cannot be kept, and prints the error"
     )

@@ -22,10 +22,20 @@ from lowmem.io.foreign import awq, bitsandbytes, compressed_tensors, gpt_oss, gp
 from lowmem.io.foreign.claims import check_claims
 from lowmem.io.foreign.gguf import MAGIC, read_gguf
 from lowmem.io.foreign.tensor import ForeignTensor
+from lowmem.io.model_folder import WEIGHTS
 from lowmem.io.safetensors import parse_json
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = ["CONFIG", "READERS", "ForeignFile", "open_foreign", "quantization_of", "read_config", "read_model_config"]
+__all__ = [
+    "CODED",
+    "CONFIG",
+    "READERS",
+    "ForeignFile",
+    "open_foreign",
+    "quantization_of",
+    "read_config",
+    "read_model_config",
+]
 
 Reader = Callable[[Source, Mapping[str, Any]], Iterator[tuple[ForeignTensor, set[str]]]]
 
@@ -38,7 +48,7 @@ READERS: dict[str, Reader] = {
 }
 """What finds the weights of a format among the tensors of a safetensors checkpoint."""
 
-_LEFT = ("qweight", "qzeros", "absmax", "quant_map", "SCB", "weight_packed", "weight_scale", "weight_zero_point")
+CODED = ("qweight", "qzeros", "absmax", "quant_map", "SCB", "weight_packed", "weight_scale", "weight_zero_point")
 """Last parts of the names of tensors that mean nothing without the others of their format."""
 
 CONFIG = "config.json"
@@ -96,9 +106,13 @@ def _gguf(path: Path) -> ForeignFile:
 
 
 def _model_in(folder: Path) -> Path:
-    """Return the index or the only safetensors file of a folder."""
+    """Return the index or the only safetensors file of a folder; of a model's, those that transformers reads."""
     with read_errors(folder):
         names = sorted(entry.name for entry in folder.iterdir())
+    for own in (f"{WEIGHTS}{INDEX}", WEIGHTS) if CONFIG in names else ():
+        if own in names:  # whatever lies beside it, such as consolidated.safetensors, or variants of other dtypes
+            _check_alone(folder, own, names)
+            return folder / own
     for endings in ((INDEX,), (".safetensors",)):
         found = [name for name in names if name.endswith(endings)]
         if len(found) == 1:
@@ -143,7 +157,7 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
             if name in claimed:
                 continue
             half = spec.dtype == torch.uint8 and name.endswith("_scales")  # of MXFP4, without its codes
-            if half or name.rpartition(".")[2] in _LEFT:
+            if half or name.rpartition(".")[2] in CODED:
                 why = f"its tensor {show(name)} belongs to a format that lowmem does not read"
                 raise refusal(path, f"{why}: take the folder that it was made from")
             if name in tensors:

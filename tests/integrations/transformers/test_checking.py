@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
-from transformers import AutoModel, Qwen2ForCausalLM, SwinModel, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModel, Qwen2ForCausalLM, SwinModel, T5ForConditionalGeneration
 
 import lowmem
 from lowmem import FourBit, Half, LoRA
@@ -102,6 +102,18 @@ def test_counts_of_any_name_are_refused_before_a_config_makes_lists_of_them(tmp_
             with pytest.raises(ValueError, match=f"config.json says {name}=.*, more than 4096: get it again"):
                 called.from_pretrained(tmp_path, quantization_config=LowmemConfig(FourBit("nf4")))
     assert Qwen2ForCausalLM.config_class.from_dict({"max_window_layers": 4096}).max_window_layers == 4096
+
+
+def test_sizes_named_after_layers_are_no_counts_of_them():
+    """A Gemma 3n has 262,144 of them, and any program that has imported lowmem reads its config."""
+    sizes = {"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 8192}
+    for name in ("gemma3n", "gemma4"):
+        config = AutoConfig.for_model(name).to_dict()
+        config["text_config"] |= sizes
+        text = type(AutoConfig.for_model(name)).from_dict(config).text_config
+        assert {size: getattr(text, size) for size in sizes} == sizes
+    others = {"layer_rope_theta": 10_000, "ffn_dim_per_layer": [8192, 16_384], "layer_list_out_channels": [5000]}
+    assert Qwen2ForCausalLM.config_class.from_dict(others).layer_rope_theta == 10_000
 
 
 def test_adapted_weights_and_experts_are_told(tmp_path):

@@ -161,6 +161,17 @@ def test_what_cannot_be_exact_is_refused_with_how_to_go_on(tmp_path):
         load(dense, quantization_config=EXACT)
 
 
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
+def test_codes_of_which_config_json_says_nothing_are_not_left_for_random_numbers(tmp_path, method):
+    """Of these weights a model would find none in the folder, and quantize new ones."""
+    folder = write_foreign(tmp_path, method)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"would be quantized a second time: LowmemConfig\('exact'\) keeps"):
+        load(folder, quantization_config=LowmemConfig(FourBit("nf4")))
+
+
 def test_what_is_asked_for_is_quantized_while_the_rest_is_kept(tmp_path):
     """Codes are those of ``convert``, also of a dense Conv1D, which lies otherwise than one in 4 bits, and ties."""
     folder, out = write_foreign(tmp_path, "gptq", "gpt2"), tmp_path / "out"

@@ -105,10 +105,15 @@ def test_bad_folders_are_one_line(source, tmp_path, capsys):
         (config | {"architectures": ["os"]}, "architectures names 'os', which transformers"),
         (config | {"quantization_config": {"quant_method": "gptq"}}, "it is quantized by 'gptq' already"),
         ([1], "no config of a model"),
+        (
+            config | {"architectures": ["My"], "auto_map": {"AutoModel": "my.My"}},
+            "it is code of the folder: from_pretrained runs it, with trust_remote_code=True",
+        ),
         (config | {"architectures": 5}, "architectures=5 must be a list"),
         (config | {"quantization_config": "x"}, "quantization_config='x' must be an object"),
         (config | {"num_hidden_layers": 9}, "it lacks "),
         (config | {"num_hidden_layers": 1}, "it has, and the model has not, "),
+        (config | {"num_hidden_layers": 1}, "LowmemConfig(...)).save_pretrained(OUT)"),
     ]:
         (source / "config.json").write_text(json.dumps(changed))
         assert says in refused(capsys, "quantize", source, out)

@@ -78,6 +78,25 @@ def test_a_folder_is_its_only_model_and_its_config_says_how_it_was_quantized(tmp
         open_foreign(tmp_path)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_of_a_models_folder_the_files_are_read_that_transformers_reads(tmp_path, shards):
+    """Hubs have other forms of a model beside it: the authors' own, and variants such as float16."""
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)] if shards > 1 else ["model.safetensors"]
+    for number, name in enumerate(names):
+        save_file({f"{number}.weight": torch.ones(2, 2)}, tmp_path / name)
+    if shards > 1:
+        places = {f"{number}.weight": name for number, name in enumerate(names)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (tmp_path / "consolidated.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "consolidated.safetensors"}})
+    )
+    for other in ("consolidated.safetensors", "model.fp16.safetensors"):
+        save_file({"x": torch.ones(1)}, tmp_path / other)
+    (tmp_path / "config.json").write_text("{}")
+    with open_foreign(tmp_path) as file:
+        assert [*file.tensors] == [f"{number}.weight" for number in range(shards)]
+
+
 def test_parts_of_a_format_without_the_others_are_never_taken_for_dense_tensors(tmp_path):
     for part in ("qweight", "qzeros", "weight_scale", "weight_zero_point"):
         save_file({f"layer.{part}": torch.ones(2, 2)}, tmp_path / "model.safetensors")
