@@ -35,7 +35,7 @@ from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.testing.verdicts import FAILING
 
 RESULTS = ROOT / "benchmarks" / "latency" / "proof.json"
-BUSY = "while True: pass"
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"  # ends with a proof that is killed
 BEGIN, END = "<!-- gate-proof -->\n", "<!-- end -->\n"
 
 
@@ -126,6 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="what was found (proof.json)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".tox" / "gate-cache", metavar="DIR")
     parser.add_argument("--workloads", default="*", metavar="PATTERN", help="time these alone, for a quick look")
+    parser.add_argument(
+        "--already-busy",
+        action="store_true",
+        help="other work keeps a core busy: no process is started, and cases that need quiet are left out",
+    )
     parser.add_argument("--table", action="store_true", help="run nothing: print what was found")
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="put the table into this page: docs/benchmarking.md"
@@ -141,10 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given.table:
             check_writable(given.results)  # before a run of minutes
         for case in () if given.table else chosen:
+            if given.already_busy and not (case.busy or case.alarm):
+                continue  # these need a machine that does nothing else
             runs = case.runs if given.runs is None else min(given.runs, case.runs)
             while sum(run["case"] == case.name for run in found) < runs:
                 with planted(case) as clone:
-                    found.append(run_case(case, clone, given.cache.resolve(), given.workloads))
+                    found.append(run_case(case, clone, given.cache.resolve(), given.workloads, given.already_busy))
                 write_results(given.results, found)
                 print(f"{case.name}: {outcome(found[-1])}", file=sys.stderr, flush=True)
         if given.page:
@@ -185,8 +192,10 @@ def planted(case: Case) -> Iterator[Path]:
         yield clone
 
 
-def run_case(case: Case, clone: Path, cache: Path, workloads: str) -> dict[str, Any]:
+def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy: bool) -> dict[str, Any]:
     """Run the case's gates once, and return which rows of which raised an alarm.
+
+    ``already_busy``: other work keeps a core busy, whatever the case.
 
     Raises:
         GateError: a gate ended without a verdict.
@@ -215,7 +224,7 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str) -> dict[str, 
     }
     began = time.monotonic()
     for gate in case.gates:
-        with busy_core(case.busy):
+        with busy_core(case.busy and not already_busy):
             done = subprocess.run(
                 commands[gate], cwd=clone, env=variables, capture_output=True, text=True, check=False
             )
@@ -234,6 +243,7 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str) -> dict[str, 
         "seconds": round(time.monotonic() - began),
         "machine": machine(),
         "workloads": workloads,
+        "beside": "other work" if already_busy else "a loop" if case.busy else "nothing",
         "commit": git(ROOT, "rev-parse", "HEAD"),
     }
 
@@ -244,7 +254,7 @@ def busy_core(busy: bool) -> Iterator[None]:
     if not busy:
         yield
         return
-    with subprocess.Popen([sys.executable, "-c", BUSY]) as process:
+    with subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) as process:
         try:
             yield
         finally:

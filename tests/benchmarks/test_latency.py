@@ -934,11 +934,34 @@ def test_the_proof_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(proof, "planted", Planted)
     monkeypatch.setattr(proof, "run_case", lambda case, *_: ran.append(case) or run_of(case))
     arguments = ["--results", str(results), "--case", "base against base"]
+    assert proof.main([*arguments, "--already-busy"]) == 1  # runs without other work are missing
+    assert len(ran) == 10
+    assert all(case.busy for case in ran)
     assert proof.main(arguments) == 0
     assert len(ran) == 2 + 10
     assert proof.main(arguments) == 0
     assert len(ran) == 12
     assert "base against base" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes of Windows keep the number of a parent that has ended")
+def test_what_keeps_a_core_busy_ends_with_a_proof_that_is_killed():
+    killed = (
+        "import os, subprocess, sys\n"
+        f"busy = subprocess.Popen([sys.executable, '-c', {proof.BUSY!r}, str(os.getpid())], stdout=2)\n"
+        "print(busy.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", killed], stdout=subprocess.PIPE, text=True, check=False)
+    number, waited = int(done.stdout), time.monotonic() + 60
+    while time.monotonic() < waited:
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(number, 9)
+    raise AssertionError(f"process {number} goes on")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": [1]}', '{"runs": [{"case": "a"}]}'])
