@@ -48,6 +48,10 @@ def test_the_language_model_loses_what_the_table_says(table, capsys):
     assert found["FourBit()"].divergence < min(found[f'FourBit("{name}")'].divergence for name in ("nf4", "bof4s"))
 
 
+MARGIN = 0.01
+"""Of a perplexity: two runs that differed by the order of additions alone gave 1.034 and 1.040."""
+
+
 @pytest.mark.parametrize(("data", "most"), [("self", 1.07), ("text", 1.04)])
 def test_a_calibrated_language_model_loses_less(data, most, capsys):
     """On its own text, of 4096 tokens; and on paragraphs of the manual that do not judge, of 8192 tokens."""
@@ -65,4 +69,5 @@ def test_a_calibrated_language_model_loses_less(data, most, capsys):
     with capsys.disabled():
         told = f"| calibrated on {data} | {lost.divergence:.4f} | {lost.perplexity:.3f} | {seconds:.0f} s of CPU |"
         print(f"\n{told}", end="", flush=True)
-    assert lost.perplexity <= most
+    assert lost.perplexity <= most + MARGIN
+    assert lost.divergence <= (0.077 if data == "self" else 0.047)

@@ -18,6 +18,10 @@ SEQUENCES = 32
 TOKENS = 128
 """Of a sequence, if the model takes as many: 4096 tokens in all."""
 
+_NOT_FINITE = "what it predicts of a text is NaN or infinite"
+
+_COLDEST = torch.finfo(torch.float32).tiny  # the temperature below which 0 / temperature could be NaN in float32
+
 LEAST_SHARE = 0.5
 """Of the tokens that a model knows, those that its tokenizer makes: models pad their vocabularies by some percent."""
 
@@ -53,7 +57,7 @@ def generated_batches(model: nn.Module, tokenizer: Any, seed: int, temperature: 
     generator = torch.Generator().manual_seed(seed)
     with evaluation_mode(model):
         _check(model, tokenizer)
-        first = torch.randint(len(tokenizer), (SEQUENCES, 1), generator=generator)
+        first = torch.randint(len(tokenizer), (SEQUENCES, 1), generator=generator, device="cpu")
         start = [torch.full_like(first, token) for token in _prefix(tokenizer)]
         tokens = torch.cat([*start, first], dim=1).to(_device(model))  # (sequences, 1 or 2)
         past, cache = None, _cache_argument(model)
@@ -63,8 +67,13 @@ def generated_batches(model: nn.Module, tokenizer: Any, seed: int, temperature: 
             else:
                 out = model(tokens if past is None else tokens[:, -1:], use_cache=True, **{cache: past})
                 past = getattr(out, cache, None)  # None: it has kept nothing, and gets all tokens again
-            logits = _logits(model, out)[:, -1, : len(tokenizer)].float().cpu() / temperature
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (sequences, 1)
+            logits = _logits(model, out)[:, -1, : len(tokenizer)].float().cpu()
+            logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, _COLDEST)  # the largest stays 0
+            shares = logits.softmax(-1).double().cumsum(-1)  # multinomial draws a number for each token: slow
+            if not shares[:, -1].isfinite().all():
+                raise ValueError(_cannot(model, _NOT_FINITE))
+            points = torch.rand(first.shape, generator=generator, dtype=shares.dtype, device="cpu") * shares[:, -1:]
+            drawn = torch.searchsorted(shares, points, right=True)  # (sequences, 1)
             tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
     return list(tokens.split(SEQUENCES // 4))
 
@@ -87,7 +96,7 @@ def _check(model: nn.Module, tokenizer: Any) -> None:
             "vocabulary; pass the model's own tokenizer"
         )
     if not two.isfinite().all():
-        raise ValueError(_cannot(model, "what it predicts of a text is NaN or infinite"))
+        raise ValueError(_cannot(model, _NOT_FINITE))
     if (one[:, 0] - two[:, 0]).abs().max() > 1e-2 * two.abs().max():
         raise ValueError(_cannot(model, "what it predicts depends on the tokens to come"))
 

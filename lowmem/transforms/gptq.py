@@ -10,12 +10,14 @@ least.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lowmem.kernels.columns import PANEL, round_columns
 from lowmem.nn.fourbit import FourBit
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
@@ -25,7 +27,6 @@ from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Hessian", "prepare_hessian", "quantize_gptq"]
 
-_COLUMNS = 64  # the paper's lazy batches: columns rounded before one product corrects all others
 _ROUNDS = 1  # how often scales and then codes are fitted again: a second time lowers the error by 1 to 2%
 
 
@@ -140,51 +141,48 @@ class _Fit:
     """
 
     def __init__(self, weight: Tensor, found: QuantizedTensor, hessian: Hessian) -> None:
-        form, device = get_format(found.format), weight.device
+        self.form = get_format(found.format)
         self.size, self.encoding, self.hessian = found.block_size, found.encoding, hessian
-        self.levels, self.boundaries = (
-            torch.tensor(values, dtype=torch.float32, device=device) for values in (form.levels, form.boundaries)
-        )
-        self.signed = form.signed
+        self.levels = torch.tensor(self.form.levels, dtype=torch.float32, device=weight.device)
         self.weight = weight.detach().T[hessian.order].float()  # (in, out)
-        self.blocks: list[int] = (hessian.order // self.size).tolist()
+        self.blocks = hessian.order // self.size
         self.offsets = found.offsets().T.contiguous() if found.has_offsets else None  # (blocks, out)
-        self.codes = torch.empty(self.weight.shape, dtype=torch.uint8, device=device)
+        self.codes = torch.empty(self.weight.shape, dtype=torch.uint8, device=weight.device)
         self.approximate = torch.empty_like(self.weight)
         self._store(found.scales.detach())
 
     def _store(self, stored: Tensor) -> None:
         self.stored = stored
         self.scales = self.encoding.decode(stored).T.contiguous()  # (blocks, out)
-        self.divisors = self.scales.masked_fill(self.scales == 0, torch.inf)  # w / inf = 0: the zero code
 
-    def _round(self, i: int, column: Tensor) -> Tensor:
-        """Set the codes of a column to those nearest to values (out,); return what they stand for."""
-        block = self.blocks[i]
-        shifted = column if self.offsets is None else column - self.offsets[block]
-        code = torch.bucketize(shifted / self.divisors[block], self.boundaries, out_int32=True)
-        self.codes[i] = code
-        return self._restore(i, code)
+    def _panels(self) -> Iterator[slice]:
+        """Yield columns that are rounded before one product corrects all others: the paper's lazy batches."""
+        columns = len(self.weight)
+        for start in range(0, columns, PANEL):
+            yield slice(start, min(start + PANEL, columns))
 
-    def _restore(self, i: int, code: Tensor) -> Tensor:
-        """Set what the codes of a column, int32 (out,), stand for, and return it."""
-        block = self.blocks[i]
-        value = self.levels.index_select(0, code).mul_(self.scales[block])
-        self.approximate[i] = value if self.offsets is None else value.add_(self.offsets[block])
-        return self.approximate[i]
+    def _round(self, panel: slice, values: Tensor, pivots: Tensor, matrix: Tensor, descends: bool) -> Tensor:
+        """Set the codes of columns and what they stand for; return the changes, which are written over the values."""
+        blocks, approximate = self.blocks[panel], self.approximate[panel]
+        offsets = None if self.offsets is None else self.offsets[blocks]
+        if offsets is not None:
+            approximate -= offsets
+            if not descends:
+                values -= offsets
+        round_columns(
+            self.form, values, self.scales[blocks], pivots, matrix, approximate, self.codes[panel], descends
+        )
+        if offsets is not None:
+            approximate += offsets
+        return values
 
     def round_columns(self) -> None:
         """Round the columns one by one; those to come make up for the error of each."""
         rest, upper = self.weight.clone(), self.hessian.upper
-        pivots, columns = upper.diagonal().tolist(), len(self.blocks)
-        for start in range(0, columns, _COLUMNS):
-            stop = min(start + _COLUMNS, columns)
-            errors = torch.empty_like(rest[start:stop])
-            lower = upper[start:stop, start:stop].T.contiguous()
-            for i in range(start, stop):
-                column = torch.addmv(rest[i], errors[: i - start].T, lower[i - start, : i - start], alpha=-1)
-                torch.sub(column, self._round(i, column), out=errors[i - start]).div_(pivots[i])
-            rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        pivots = upper.diagonal()
+        for panel in self._panels():
+            errors = self._round(panel, rest[panel], pivots[panel], upper[panel, panel].T, descends=False)
+            rest[panel.stop :].addmm_(upper[panel, panel.stop :].T, errors, alpha=-1)
         self._compare()
 
     def _compare(self) -> None:
@@ -193,37 +191,35 @@ class _Fit:
 
     def improve_codes(self) -> None:
         """Move each code to the best one for all others as they are, column by column."""
-        matrix, columns = self.hessian.matrix, len(self.blocks)
-        pivots = matrix.diagonal().tolist()
-        for start in range(0, columns, _COLUMNS):
-            stop = min(start + _COLUMNS, columns)
-            moved = torch.empty_like(self.weight[start:stop])
-            for i in range(start, stop):
-                slope = torch.addmv(self.gradient[i], moved[: i - start].T, matrix[i, start:i], alpha=-1)
-                before = self.approximate[i].clone()
-                after = self._round(i, torch.add(before, slope, alpha=1 / pivots[i]))
-                torch.sub(after, before, out=moved[i - start])
-            self.gradient.addmm_(matrix[:, start:stop], moved, alpha=-1)
+        matrix = self.hessian.matrix
+        pivots = matrix.diagonal()
+        for panel in self._panels():
+            slopes = self.gradient[panel].clone()
+            moved = self._round(panel, slopes, pivots[panel], matrix[panel, panel], descends=True)
+            self.gradient.addmm_(matrix[:, panel], moved, alpha=-1)
 
     def improve_scales(self) -> None:
         """Fit each block's scale to its codes, block by block, and store the nearest that can be stored."""
-        matrix, order = self.hessian.matrix, self.hessian.order
+        matrix = self.hessian.matrix
         scales = self.scales.clone()
         for block in range(len(scales)):
-            own = (order // self.size == block).nonzero().flatten()  # the block's columns
+            own = (self.blocks == block).nonzero().flatten()  # the block's columns
             levels = self.levels[self.codes[own].int()]  # (columns, out)
             curve = (levels * (matrix[own][:, own] @ levels)).sum(0)
             step = (levels * self.gradient[own]).sum(0) / curve
             fitted = scales[block] + step
             usable = fitted.isfinite() & (fitted.abs() <= self.encoding.largest) & (curve > 0)
-            if not self.signed:
+            if not self.form.signed:
                 usable &= fitted > 0
             step = torch.where(usable, step, 0.0)
             scales[block] += step
             self.gradient.addmm_(matrix[:, own], levels * step, alpha=-1)
         self._store(_nearest_stored(self.stored, scales.T.contiguous(), self.encoding))
-        for i, codes in enumerate(self.codes):
-            self._restore(i, codes.int())
+        for panel in self._panels():
+            blocks = self.blocks[panel]
+            self.approximate[panel] = self.levels[self.codes[panel].int()].mul_(self.scales[blocks])
+            if self.offsets is not None:
+                self.approximate[panel] += self.offsets[blocks]
         self._compare()
 
     def state(self) -> _State:

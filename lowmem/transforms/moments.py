@@ -14,6 +14,8 @@ from lowmem.transforms.replay import Stop
 
 __all__ = ["Inputs", "Moments", "Regroup", "counted_rows"]
 
+_PANEL = 256  # columns that are multiplied at a time with themselves and those behind them
+
 
 class Moments:
     """Mean and second moments of rows that come in parts, in float32.
@@ -50,7 +52,8 @@ class Moments:
         if self._diagonal:
             self._squares += x.square().sum(0)
         else:
-            self._squares.addmm_(x.T, x)
+            for panel in range(0, x.shape[1], _PANEL):  # what lies above these is mirrored in the end
+                self._squares[panel:, panel : panel + _PANEL].addmm_(x[:, panel:].T, x[:, panel : panel + _PANEL])
 
     @property
     def mean(self) -> Tensor:
@@ -64,6 +67,9 @@ class Moments:
     def second(self) -> Tensor:
         """Return the mean of ``x^T x`` over the rows, or their covariance: float32 (in, in), of diagonals (in,)."""
         mean = self._squares / max(1, self.rows)
+        if not self._diagonal:
+            for start, stop in ((panel, panel + _PANEL) for panel in range(0, len(mean), _PANEL)):
+                mean[start:stop, stop:] = mean[stop:, start:stop].T
         if not self._centred:
             return mean
         off = self._sum / max(1, self.rows)

@@ -59,12 +59,17 @@ def test_a_seed_gives_the_same_text_and_leaves_the_draws_of_others_alone():
     assert torch.equal(one, two)
     assert not torch.equal(one, torch.cat(generated_batches(model, Tokenizer(), 6, 1.0)))
     assert torch.equal(state, torch.get_rng_state())
+    with torch.device("meta"):  # on which new tensors are by default
+        assert torch.equal(one, torch.cat(generated_batches(model, Tokenizer(), 5, 1.0)))
 
 
 def test_a_temperature_divides_what_is_predicted():
     hot = torch.cat(generated_batches(Chain(), Tokenizer(), 0, 1e6))
     steps = (hot[:, 1:] - hot[:, :-1]) % 40
     assert len(set(steps.flatten().tolist())) == 40
+    cold = torch.cat(generated_batches(Chain(), Tokenizer(), 0, 5e-324))  # both of the next tokens are as likely
+    steps = (cold[:, 1:] - cold[:, :-1]) % 40
+    assert set(steps.flatten().tolist()) == {1, 2}
 
 
 def test_tokens_that_the_tokenizer_does_not_have_are_not_drawn():
@@ -115,6 +120,11 @@ class Broken(Decoder):
         return super().through(x, mask) * torch.nan
 
 
+class BreaksLater(Decoder):
+    def through(self, x, mask):
+        return super().through(x, mask) * (torch.nan if x.shape[1] > 5 else 1)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "error", "message"),
     [
@@ -127,6 +137,7 @@ class Broken(Decoder):
         (Decoder, {"tokenizer": Tokenizer(), "temperature": "1"}, TypeError, "temperature='1' must be a number"),
         (Looks, {"tokenizer": Tokenizer()}, ValueError, "Looks generates no text .* depends on the tokens to come"),
         (Broken, {"tokenizer": Tokenizer()}, ValueError, "Broken generates no text .* is NaN"),
+        (BreaksLater, {"tokenizer": Tokenizer()}, ValueError, "BreaksLater generates no text .* is NaN"),
     ],
 )
 def test_what_generates_no_text_is_refused_and_stays(kind, options, error, message):

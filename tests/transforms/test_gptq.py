@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import FORMATS, FourBit, quantize
+from lowmem import FORMATS, FourBit, kernels, quantize
 from lowmem.quant.scales import get_encoding
 from lowmem.transforms.gptq import _nearest_stored, prepare_hessian, quantize_gptq
 from tests.selection import covering, rows_in_one_case
@@ -137,6 +137,38 @@ def test_columns_that_are_always_zero_get_their_nearest_codes():
     assert (error <= scales * FORMATS["nf4"].half_gap + (weight.abs().amax() - scales).clamp_min(0)).all()
 
 
+@rows_in_one_case("backend", [*kernels.available()])
+def test_the_default_dtype_and_device_change_nothing(backend):
+    weight, hessian = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)), hessian_of(correlated(90, 40))
+    before = torch.get_default_dtype()
+    with kernels.using(backend):
+        expected = quantize_gptq(weight, FourBit(), hessian)
+        found = []
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            try:
+                found.append(quantize_gptq(weight, FourBit(), hessian))
+            finally:
+                torch.set_default_dtype(before)
+        with torch.device("meta"):
+            found.append(quantize_gptq(weight, FourBit(), hessian))
+    for one in found:
+        assert torch.equal(one.packed, expected.packed)
+        assert torch.equal(one.scales, expected.scales)
+
+
+@rows_in_one_case("backend", [*kernels.available()])
+def test_how_large_inputs_are_changes_nothing(backend):
+    x = correlated(90, 40)
+    weight = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    with kernels.using(backend):
+        expected = quantize_gptq(weight, FourBit(), hessian_of(x))
+        # Powers of two; the moments of the smallest are 2^-130 and less, which have an inverse beyond float32.
+        for size in (2.0**40, 2.0**-40, 2.0**-66):
+            found = quantize_gptq(weight, FourBit(), hessian_of(x * size))
+            assert lost(weight, found, x) == pytest.approx(lost(weight, expected, x), rel=0.02)
+
+
 def test_zero_weights_stay_zero():
     found = quantize_gptq(torch.zeros(4, 32), FourBit(), hessian_of(correlated(50, 32)))
     assert not found.dequantize().any()
@@ -188,6 +220,6 @@ def test_columns_make_up_for_each_other_across_the_panels_that_are_rounded_toget
     x = correlated(400, columns)
     weight, hessian = torch.randn(64, columns, generator=torch.Generator().manual_seed(1)), hessian_of(x)
     in_panels = quantize_gptq(weight, FourBit(search=True), hessian)
-    monkeypatch.setattr("lowmem.transforms.gptq._COLUMNS", columns)
+    monkeypatch.setattr("lowmem.transforms.gptq.PANEL", columns)
     at_once = quantize_gptq(weight, FourBit(search=True), hessian)
     assert lost(weight, in_panels, x) == pytest.approx(lost(weight, at_once, x), rel=0.01)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -18,6 +18,10 @@ from tests.rounding import gamma
     st.sampled_from([0.0, 3.0, 300.0]),
     st.integers(0, 1000),
 )
+@example([3, 2], 4, True, False, 3.0, 0)  # the mean of all is not that of the first part
+@example([3, 2], 256, False, False, 0.0, 0)  # columns are multiplied 256 at a time
+@example([3, 2], 257, True, False, 3.0, 0)
+@example([3, 2], 600, False, False, 0.0, 0)
 def test_moments_are_those_of_float64(parts, columns, centred, diagonal, mean, seed):
     rows = torch.randn(sum(parts), columns, generator=torch.Generator().manual_seed(seed)) + mean
     moments = Moments(columns, centred=centred, diagonal=diagonal, device=rows.device)

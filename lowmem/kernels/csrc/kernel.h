@@ -156,7 +156,7 @@ struct quantizing {
 
 /* A call of rowwise (rowwise.h), on rows of numbers. `type` is that of a and b, `wide` of grad and the outputs; a norm has one. */
 struct rowwise {
-    enum { NORM, NORM_GRAD, GATED, GATED_GRAD, ENTROPY, CODE, DECODE } operation;
+    enum { NORM, NORM_GRAD, GATED, GATED_GRAD, ENTROPY, CODE, DECODE, ROUNDING } operation;
     int type, wide;
     int64_t rows, columns, step, out_step; /* steps: elements from a row to the next of a and b, and of what `out` points to */
     /* Of a norm epsilon and whether it rounds before it multiplies; of an activation its z; of a cross entropy its smoothing and

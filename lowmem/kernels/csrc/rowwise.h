@@ -72,6 +72,7 @@ INLINE void gated_row(const struct rowwise *r, int64_t row, const int gradient, 
 
 #include "entropy.h"
 #include "codes.h"
+#include "columns.h"
 
 /* Call a function with FLOAT32 or BFLOAT16 as its last argument, as a constant. */
 #define OF_WIDE(type, f, ...) ((type) == FLOAT32 ? f(__VA_ARGS__, FLOAT32) : f(__VA_ARGS__, BFLOAT16))
@@ -84,6 +85,11 @@ static void rowwise_body(struct job *job, int64_t part, int64_t parts, int64_t t
     const struct rowwise *r = job->rowwise;
     struct lost lost = {0, 0, 0};
     int64_t row, to;
+    if (r->operation == ROUNDING) {
+        for (share(r->columns, LANES, parts, part, &row, &to); row < to; row += LANES)
+            r->numbers[0] != 0.0f ? round_columns(r, row, 1) : round_columns(r, row, 0);
+        return;
+    }
     share(r->rows, 1, parts, part, &row, &to);
     for (; row < to; row++)
         switch (r->operation) {
@@ -94,6 +100,7 @@ static void rowwise_body(struct job *job, int64_t part, int64_t parts, int64_t t
         case ENTROPY: OF_TYPE(r->type, entropy_row, r, row); break;
         case CODE: OF_TYPE(r->type, code_block, r, row, &lost); break;
         case DECODE: OF_TYPE(r->wide, decode_block, r, row); break;
+        case ROUNDING: break; /* above: its rows are no rows of r */
         }
     if (r->operation == CODE)
         add_lost(&lost, (int64_t *)(intptr_t)r->b); /* cpu.py gives it to be written to */

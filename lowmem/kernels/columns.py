@@ -1,0 +1,77 @@
+"""Columns of a weight, each rounded to codes for what the ones before it left: the definition, and the call of C.
+
+With the changes d of the columns before, a number of column i is rounded from
+
+    GPTQ     w = value_i - sum_j M_ij d_j                                    d_i = (w - near) / pivot_i
+    descent  w = before_i + (value_i - sum_j M_ij d_j) / pivot_i             d_i = near - before_i
+
+where near is the level next to w / scale, times the scale. Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1;
+Behdin et al., QuantEase, arXiv 2309.01885, section 3. C (``csrc/columns.h``) serves 16 levels on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.kernels.memory import is_float, is_real, is_traced
+from lowmem.quant.backend import active_backend
+from lowmem.quant.formats import Format
+
+__all__ = ["PANEL", "round_columns"]
+
+PANEL = 64
+"""Columns of a call, at most: ``MOST_COLUMNS`` of csrc/columns.h."""
+
+_COLUMNS, _LEVELS = 7, 16  # of struct rowwise in csrc/kernel.h, and of columns.h
+
+
+def round_columns(
+    form: Format,
+    values: Tensor,
+    scales: Tensor,
+    pivots: Tensor,
+    matrix: Tensor,
+    approximate: Tensor,
+    codes: Tensor,
+    descends: bool,
+) -> None:
+    """Round columns one after the other; a row of each tensor but ``matrix`` is a column of the weight.
+
+    Args:
+        form: of the codes.
+        values: float32 (columns, out), contiguous; becomes the changes d.
+        scales: float32 (columns, out): of each number's block. A scale of 0 has the zero code.
+        pivots: float32 (columns,), not 0.
+        matrix: float32 (columns, columns): M, of which what is left of the diagonal is read.
+        approximate: float32 (columns, out): what the codes stand for; before, too, in a descent.
+        codes: uint8 (columns, out), which are written.
+        descends: whether it is a step of coordinate descent.
+    """
+    if _takes(form, values, scales, approximate, codes):
+        numbers = torch.tensor((*form.levels, *form.boundaries, 0.0), dtype=torch.float32, device=values.device)
+        given = (values, torch.cat([numbers, pivots, matrix.flatten()]), scales)
+        backend: Any = active_backend()
+        out = values.shape[1]
+        backend.rowwise(_COLUMNS, 0, 0, given, (approximate, codes), (float(descends), 0.0), out, out)
+        return
+    levels, boundaries = (
+        torch.tensor(numbers, dtype=torch.float32, device=values.device) for numbers in (form.levels, form.boundaries)
+    )
+    for i, pivot in enumerate(pivots):
+        left = torch.addmv(values[i], values[:i].T, matrix[i, :i], alpha=-1)
+        wanted = approximate[i] + left / pivot if descends else left
+        codes[i] = torch.bucketize(wanted / scales[i].masked_fill(scales[i] == 0, torch.inf), boundaries)
+        near = levels[codes[i].int()] * scales[i]
+        values[i] = near - approximate[i] if descends else (left - near) / pivot
+        approximate[i] = near
+
+
+def _takes(form: Format, values: Tensor, scales: Tensor, approximate: Tensor, codes: Tensor) -> bool:
+    """Whether C serves."""
+    if len(form.levels) != _LEVELS or len(values) > PANEL or is_traced() or not hasattr(active_backend(), "rowwise"):
+        return False
+    fits = is_real(codes) and codes.is_contiguous() and values.numel() > 0
+    return fits and is_float(values) and is_float(scales) and is_float(approximate)
