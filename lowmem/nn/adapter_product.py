@@ -28,7 +28,7 @@ from lowmem.nn.eightbit import Linear8Bit
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast, is_observed, is_plain_call
 from lowmem.nn.half import HalfLinear
-from lowmem.nn.recomputed import Recompute, recompute_of, saves_in_any_dtype
+from lowmem.nn.recomputed import Recompute, differentiable_once, recompute_of, saves_in_any_dtype
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["adapted_product", "converted", "narrow_results"]
@@ -190,7 +190,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of what ``_AdaptedProduct`` was given."""
     adapted, narrow, a, b, frozen, *scales = ctx.saved_tensors
     if ctx.again:
-        adapted = _once(ctx.again(grad.dtype))
+        adapted = differentiable_once(ctx.again(grad.dtype))
     weight = frozen
     if scales:
         _, _, *described = fields(ctx.weight)
@@ -217,18 +217,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if wanted[3]:
         db = (g.t() @ narrow).to(b.dtype) * ctx.scaling
     return dx, dd, da, db, None, None, None, None, None
-
-
-def _once(x: Tensor) -> Tensor:
-    """Return an input that was computed again; it has no graph for a second derivative, which is refused."""
-    if not torch.is_grad_enabled():
-        return x
-    refuse = torch._C._functions.DelayedError(
-        "the input of a prepared model's layer is computed again, and has no second derivative: call "
-        "lowmem.release_training(model) first",
-        1,
-    )
-    return refuse(x.detach().requires_grad_())
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:

@@ -11,17 +11,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 __all__ = [
     "Again",
     "Kept",
     "can_recompute",
     "compute_again",
+    "differentiable_once",
+    "in_checkpoint",
     "note_recompute",
     "noted",
     "recompute_of",
@@ -59,7 +63,7 @@ def recompute_of(tensor: Tensor) -> Recompute | None:
     if _outer_hooks is None or tensor.grad_fn is None or not tensor.is_contiguous():
         return None
     found = noted(tensor, _pack_of(_outer_hooks(False)))
-    return None if found is None else found.recompute
+    return None if found is None else partial(compute_again, found)
 
 
 class Again(NamedTuple):
@@ -110,9 +114,27 @@ def noted(tensor: Tensor, pack: Any) -> Again | None:
     )
 
 
-def compute_again(again: Again) -> Tensor:
-    """Return the saved tensor."""
-    return again.recompute(None).as_strided(again.shape, again.stride, again.offset)
+def compute_again(again: Again, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the saved tensor, in a dtype or in its own."""
+    return again.recompute(dtype).as_strided(again.shape, again.stride, again.offset)
+
+
+def differentiable_once(x: Tensor) -> Tensor:
+    """Return what a backward has computed without a graph, of which a second derivative is refused."""
+    if not torch.is_grad_enabled():
+        return x
+    refuse = torch._C._functions.DelayedError(
+        "what a prepared model computes again has no second derivative: call lowmem.release_training(model) first", 1
+    )
+    return refuse(x.detach().requires_grad_())
+
+
+def in_checkpoint() -> bool:
+    """Whether a checkpoint of torch may run, which saves the same dtypes each time that it computes its region."""
+    if not can_recompute():
+        return True
+    pack = _pack_of(cast(Any, _outer_hooks)(False))
+    return getattr(pack, "__module__", None) == checkpoint.__module__
 
 
 def _pack_of(hooks: Any) -> Any:

@@ -1,4 +1,4 @@
-"""RMS norms and gated MLPs that keep their inputs alone for backward: generated subclasses of the modules' classes.
+"""Norms, gated MLPs and activations that keep their inputs alone: generated subclasses of the modules' classes.
 
 A norm keeps x, of which a module written in torch's functions keeps three or four copies; a gated MLP keeps what its
 gate and its up projection return, and computes ``act(gate) * up`` again, of which it would keep two copies and an
@@ -11,13 +11,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial, wraps
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lowmem.kernels import rowwise
@@ -30,6 +30,8 @@ from lowmem.nn.lora import LoRALinear
 from lowmem.nn.recomputed import (
     Recompute,
     can_recompute,
+    differentiable_once,
+    in_checkpoint,
     note_recompute,
     recomputed_input,
     saves_in_any_dtype,
@@ -38,16 +40,32 @@ from lowmem.nn.stored_module import copied_module
 from lowmem.training.prepared_module import PreparedModule
 
 __all__ = [
+    "FUNCTIONS",
     "Act",
     "FusedModule",
     "GatedMLP",
     "How",
+    "LayerNorm",
     "RMSNorm",
     "activated",
     "fuse",
     "gated_product",
     "rms_norm",
 ]
+
+
+_OF_TORCH: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "SiLU": (functional.silu, torch.ops.aten.silu_backward),
+    "GELU (tanh)": (
+        partial(functional.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+    "GELU": (functional.gelu, torch.ops.aten.gelu_backward),  # by the error function: torch alone computes it
+}
+"""Activations that torch computes in one function, and its gradient in another."""
+
+FUNCTIONS = tuple(ACTIVATIONS | _OF_TORCH)
+"""The activations of modules that compute nothing else."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class Act:
-    """How a module without parameters computes an activation, a key of ``ACTIVATIONS``."""
+    """How a module without parameters computes an activation, one of ``FUNCTIONS``."""
 
     activation: str
 
@@ -111,7 +129,15 @@ class Act:
         return f"activation fused ({self.activation}): keeps its input"
 
 
-How: TypeAlias = "RMSNorm | GatedMLP | Act"
+@dataclass(frozen=True)
+class LayerNorm:
+    """A ``nn.LayerNorm``, which keeps its input alone already: readers compute what it returns again."""
+
+    def __str__(self) -> str:
+        return "layer norm fused: adapted layers compute again what it returns"
+
+
+How: TypeAlias = "RMSNorm | GatedMLP | Act | LayerNorm"
 """What a module computes that can be fused."""
 
 
@@ -130,17 +156,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_
         (..., n), in the dtype of x, or in the wider one.
     """
     out: Tensor = _Norm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-untyped-call, unused-ignore]
-    if out.grad_fn is not None:
-        note_recompute(out, _norm_again(out.grad_fn))
-    return out
+    return _noted(out)
 
 
-def _norm_again(node: Any) -> Callable[[], Recompute | None]:
-    """Return what gives readers of a norm's result how to compute it, once for all of them, until its own backward.
+def _noted(out: Tensor) -> Tensor:
+    """Let readers of a function's result compute it again, once for all of them.
 
     A reader holds the node; the result does not, of which a detached copy may outlive the graph. Then it is kept.
     """
-    held = weakref.ref(node)
+    if out.grad_fn is None:
+        return out
+    held = weakref.ref(cast(Any, out.grad_fn))
 
     def read() -> Recompute | None:
         made: Any = held()
@@ -148,14 +174,57 @@ def _norm_again(node: Any) -> Callable[[], Recompute | None]:
             return None
 
         def recompute(dtype: torch.dtype | None) -> Tensor:
+            made.waiting.discard(recompute)
             wanted = dtype or made.dtype
+            if made.left is not None:
+                return cast(Tensor, made.left.to(wanted))
             if made.again is None or made.again.dtype is not wanted:
-                made.again = _normed(*_saved(made), *made.how).to(wanted)
+                made.again = made.compute(*_saved(made), wanted)
             return cast(Tensor, made.again)
 
+        made.waiting.add(recompute)
         return recompute
 
-    return read
+    note_recompute(out, read)
+    return out
+
+
+def _begin(ctx: Any, dtype: torch.dtype, compute: Callable[..., Tensor]) -> None:
+    """Prepare what readers ask for.
+
+    Args:
+        ctx: of a function of autograd, with the attributes
+            ``kept``: what it saved, once that is unpacked;
+            ``again``: its result, computed again, from the first reader's backward until its own;
+            ``waiting``: the readers that have not asked yet;
+            ``left``: its result for readers whose backward comes after its own, as that of a detached result may;
+            ``done``: whether its backward was called: what reads the result after that keeps it.
+        dtype: of the result.
+        compute: gives the result again for what was saved, and a dtype.
+    """
+    ctx.dtype, ctx.compute, ctx.waiting = dtype, compute, weakref.WeakSet()
+    ctx.kept, ctx.again, ctx.left, ctx.done = None, None, None, False
+
+
+def _end(ctx: Any) -> Any:
+    """Return what was saved, for the function's own backward; it keeps no more than late readers need."""
+    saved = _saved(ctx)
+    if ctx.waiting and ctx.left is None:
+        ctx.left = ctx.compute(*saved, ctx.dtype)
+    ctx.kept, ctx.again, ctx.done = None, None, True
+    return saved
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a backward that computes without a graph, and of whose gradients a second derivative is refused."""
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, grad)
+        return tuple(one if one is None else differentiable_once(one) for one in found)
+
+    return run
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
@@ -170,22 +239,45 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.how, ctx.kept, ctx.again, ctx.done = (eps, offset, rounds_first), None, None, False
-        out = _normed(x, weight, eps, offset, rounds_first)
-        ctx.dtype = out.dtype
+        ctx.how = eps, offset, rounds_first
+        out = _normed(x, weight, *ctx.how)
+        _begin(ctx, out.dtype, lambda x, weight, dtype: _normed(x, weight, eps, offset, rounds_first).to(dtype))
         return out
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (eps, offset, _) = _saved(ctx), ctx.how
-        ctx.kept, ctx.again, ctx.done = None, None, True
+        (x, weight), (eps, offset, _) = _end(ctx), ctx.how
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             of_x = rowwise.norm_grad(grad, x, _factor(x, weight, offset), eps)
         if ctx.needs_input_grad[1]:
             of_weight = rowwise.factor_grad(grad, x, eps).to(weight.dtype)
         return of_x, of_weight, None, None, None
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float
+    ) -> Tensor:
+        out, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, inverse, weight, bias)
+        ctx.shape = shape
+
+        def compute(x: Tensor, mean: Tensor, inverse: Tensor, weight: Any, bias: Any, dtype: torch.dtype) -> Tensor:
+            return torch.native_layer_norm(x, shape, weight, bias, eps)[0].to(dtype)
+
+        _begin(ctx, out.dtype, compute)
+        return out
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, inverse, weight, bias = _end(ctx)
+        asked = list(ctx.needs_input_grad[:3])
+        found = torch.ops.aten.native_layer_norm_backward(grad, x, ctx.shape, mean, inverse, weight, bias, asked)
+        return *found, None, None
 
 
 def _factor(x: Tensor, weight: Tensor, offset: float) -> Tensor:
@@ -223,7 +315,7 @@ class _Gated(torch.autograd.Function):
         return rowwise.gated(*_halves(kept[0], kept[1], gate_first), ctx.activation, dtype)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = _saved(ctx)
         ctx.kept = None
@@ -236,24 +328,59 @@ class _Gated(torch.autograd.Function):
 class _Activated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, activation: str) -> Tensor:
-        ctx.activation, ctx.dtype = ACTIVATIONS[activation], x.dtype
-        kept = _narrowed(x)
+        ctx.activation, own = activation, x.dtype
+        _begin(ctx, own, lambda kept, dtype: _act(kept, activation, own, dtype))
+        # The input of a checkpoint's region may be another one when it is computed again, as in "lean".
+        kept = x if in_checkpoint() else _narrowed(x)
         ctx.save_for_backward(kept)
-        return rowwise.gated(kept, None, ctx.activation, x.dtype)
+        return _act(x if _by_torch(activation, x) else kept, activation, own, own)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
+        (x,) = _end(ctx)
+        if _by_torch(ctx.activation, x, grad):
+            of_torch = _OF_TORCH[ctx.activation][1]
+            return _in_parts(lambda x, grad: of_torch(grad, x.to(ctx.dtype)), ctx.dtype, ctx.dtype, x, grad), None
         of_x = torch.empty_like(x, dtype=ctx.dtype)
-        rowwise.gated_grad(grad, x, None, ctx.activation, (of_x, None))
+        rowwise.gated_grad(grad, x, None, ACTIVATIONS[ctx.activation], (of_x, None))
         return of_x, None
 
 
-def activated(x: Tensor, activation: str) -> Tensor:
-    """Return an activation of x, a key of ``ACTIVATIONS``; backward keeps x alone."""
-    out: Tensor = _Activated.apply(x, activation)  # type: ignore[no-untyped-call, unused-ignore]
+def _act(x: Tensor, activation: str, own: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Return an activation of x, whose numbers have the dtype ``own``, in ``dtype``."""
+    if _by_torch(activation, x):
+        return _in_parts(lambda x: _OF_TORCH[activation][0](x.to(own)), own, dtype, x)
+    return rowwise.gated(x, None, ACTIVATIONS[activation], dtype)
+
+
+def _by_torch(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:
+    """Whether torch's own function computes an activation: ours do on the CPU, of one gradient at a time."""
+    if activation not in ACTIVATIONS:
+        return True
+    ours = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and (grad is None or not _is_batch(grad))
+    return activation in _OF_TORCH and not ours
+
+
+def _is_batch(grad: Tensor) -> bool:
+    """Whether a gradient stands for several, as those of ``is_grads_batched``."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _in_parts(function: Callable[..., Tensor], own: torch.dtype, dtype: torch.dtype, *of: Tensor) -> Tensor:
+    """Return what an elementwise function gives in ``own``, as ``dtype``, without whole copies in other dtypes."""
+    if of[0].dtype is own is dtype or any(map(_is_batch, of)):
+        return function(*of).to(dtype)
+    out = torch.empty_like(of[0], dtype=dtype)
+    for into, *parts in zip(*(one.reshape(-1).split(_CHUNK) for one in (out, *of)), strict=True):
+        into.copy_(function(*parts))
     return out
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """Return an activation of x, one of ``FUNCTIONS``; backward keeps x alone, readers compute the result again."""
+    out: Tensor = _Activated.apply(x, activation)  # type: ignore[no-untyped-call, unused-ignore]
+    return _noted(out)
 
 
 def _saved(ctx: Any) -> Any:
@@ -342,7 +469,9 @@ def _fused_class(kind: Any, how: Any) -> type[FusedModule]:
         found = run(self, x, self.fused_as)
         return kind.forward(self, *args, **kwargs) if found is None else found
 
-    run: Any = {RMSNorm: _run_norm, GatedMLP: _run_mlp, Act: _run_activation}[how]
+    run: Any = {
+        RMSNorm: _run_norm, GatedMLP: _run_mlp, Act: _run_activation, LayerNorm: _run_layer_norm,
+    }[how]  # fmt: skip
     names = {"plain_class": kind, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
     made: type[FusedModule] = type(kind.__name__, (FusedModule, kind), names)
     made.__qualname__ = kind.__qualname__
@@ -368,8 +497,18 @@ def _run_norm(module: Any, x: Tensor, how: RMSNorm) -> Tensor | None:
     return rms_norm(x, weight, getattr(module, how.eps), how.offset, how.rounds_first)
 
 
-def _run_activation(module: Any, x: Tensor, how: Act) -> Tensor:
-    return activated(x, how.activation)
+def _run_layer_norm(module: Any, x: Tensor, how: LayerNorm) -> Tensor | None:
+    own = module.weight, module.bias
+    plain = all(one is None or (type(one) in (Tensor, nn.Parameter) and one.dtype is x.dtype) for one in own)
+    if not plain or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    out: Tensor = _Layer.apply(x, *own, module.normalized_shape, module.eps)  # type: ignore[no-untyped-call, unused-ignore]
+    return _noted(out)
+
+
+def _run_activation(module: Any, x: Tensor, how: Act) -> Tensor | None:
+    """Fuse what is contiguous: the result has the input's layout, as of channels that come last."""
+    return activated(x, how.activation) if x.is_contiguous() and not x.is_meta else None
 
 
 def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from lowmem import kernels
 from lowmem.nn.lora import LoRALinear
 from lowmem.training.activations import compressed_activations
-from lowmem.training.fused import Act, FusedModule, GatedMLP, How, RMSNorm, activations, fuse
+from lowmem.training.fused import FusedModule, GatedMLP, How, activations, fuse
 from lowmem.training.logits import LazyOutput, delay_logits
 from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
 from lowmem.training.recognize import recognize
@@ -37,7 +37,7 @@ def prepare_training(
       them (``linear_cross_entropy``), in the code of the model, of a Trainer, or in your own. Whoever needs the
       logits themselves gets them. The chunks are multiplied in bfloat16 where 4-bit layers of the model have that
       ``compute_dtype``. RMS norms, gated MLPs and activations, recognized by what they compute, keep their inputs
-      alone for backward, and compute the rest again.
+      alone for backward, and compute the rest again. Adapted layers compute what these and layer norms return again.
     - "lean": what autograd saves in forward is kept in 8 bits (``compressed_activations``), and gate and up layers
       of gated MLPs are called again in backward, as in a checkpoint. Both cost time.
 
@@ -85,7 +85,7 @@ def prepare_training(
 
 def _fusable(model: nn.Module, lean: bool) -> dict[nn.Module, How]:
     """Return the modules that can be fused, without the activations of gated MLPs, which are not called."""
-    found = {one: how for one in model.modules() if isinstance(how := recognize(one), RMSNorm | GatedMLP | Act)}
+    found = {one: how for one in model.modules() if (how := recognize(one)) is not None and not isinstance(how, str)}
     inner = {child for one, how in found.items() if isinstance(how, GatedMLP) for child in activations(one, how)}
     mlps = {one: replace(how, again=lean) for one, how in found.items() if isinstance(how, GatedMLP)}
     return {one: how for one, how in (found | mlps).items() if one not in inner}

@@ -1,4 +1,4 @@
-"""Finds RMS norms and gated MLPs by what modules compute: no list of classes.
+"""Finds RMS norms, gated MLPs and activations by what modules compute: no list of classes but torch's own.
 
 A module that looks like one is run once, in float32 and bfloat16, on random numbers: a norm with a random weight, an
 MLP with layers that return random numbers. It is taken if what it returns, or gives to its last layer, and the
@@ -18,10 +18,12 @@ from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.nn.frozen_linear import is_observed
 from lowmem.nn.stored_module import copied_module
 from lowmem.training.fused import (
+    FUNCTIONS,
     Act,
     FusedModule,
     GatedMLP,
     How,
+    LayerNorm,
     RMSNorm,
     activated,
     activations,
@@ -42,6 +44,8 @@ def recognize(module: nn.Module) -> How | str | None:
     """Return what a module computes that can be fused; why not, if it looks like it; None for any other module."""
     if isinstance(module, FusedModule):
         return module.fused_as
+    if type(module) is nn.LayerNorm:
+        return LayerNorm() if "forward" not in vars(module) else None
     norm, layers, activation = _norm_parts(module), _mlp_layers(module), _is_function(module)
     if norm is None and layers is None and not activation:
         return None
@@ -118,8 +122,10 @@ def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: 
 
 
 def _is_function(module: nn.Module) -> bool:
-    """Whether a module has nothing of its own, and is none of torch's, whose activations keep their input alone."""
-    if module._parameters or module._buffers or module._modules or type(module).__module__.startswith("torch."):
+    """Whether a module has nothing of its own, and is none of torch's other than an activation."""
+    if module._parameters or module._buffers or module._modules:
+        return False
+    if type(module).__module__.startswith("torch.") and type(module) not in (nn.GELU, nn.SiLU):
         return False
     try:
         taken = inspect.signature(type(module).forward).parameters
@@ -130,7 +136,7 @@ def _is_function(module: nn.Module) -> bool:
 
 def _as_activation(module: nn.Module) -> Act | None:
     """Return which activation a module computes; None for other functions, which no report needs to name."""
-    names = list(ACTIVATIONS)
+    names = list(FUNCTIONS)
     for dtype in _DTYPES:
         x = 3 * torch.randn(_ROWS, 64) * torch.tensor(_SIZES).unsqueeze(1)
         x[2:].abs_()  # an exponential of large ones may overflow, where the activation is zero

@@ -217,7 +217,7 @@ def test_modes_change_nothing(mode):
     with mode():
         found = training_report(prepare_training(model))
     assert found == training_report(prepare_training(Gated()))
-    assert sum("fused" in line for line in found.values()) == 3
+    assert sum("fused" in line for line in found.values()) == 4
 
 
 def test_inference_tensors_are_refused():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from lowmem import FourBit, LoRA, convert
-from lowmem.training.fused import Act, GatedMLP, RMSNorm
+from lowmem.training.fused import Act, GatedMLP, LayerNorm, RMSNorm
 from lowmem.training.recognize import recognize
 from tests.training.test_fused import MLP, Norm
 
@@ -85,8 +85,8 @@ def test_norms():
     assert (of_torch.weight, of_torch.eps, of_torch.offset) == ("weight", "eps", 0.0)
     for kind in (Centred, Sums, Fails, Beside, Least, Limited):
         assert recognize(norm(kind)) == "on random numbers it computes no RMS norm"
-    assert recognize(nn.LayerNorm(64, bias=False)) == "on random numbers it computes no RMS norm"
-    for other in (nn.LayerNorm(64), nn.Linear(4, 4), nn.RMSNorm(64), nn.RMSNorm((4, 4), eps=1e-5), nn.BatchNorm1d(4)):
+    assert recognize(type("Own", (nn.LayerNorm,), {})(64, bias=False)) == "on random numbers it computes no RMS norm"
+    for other in (nn.Linear(4, 4), nn.RMSNorm(64), nn.RMSNorm((4, 4), eps=1e-5), nn.BatchNorm1d(4)):
         assert recognize(other) is None
     own = norm(Norm)
     own.forward = own.forward
@@ -175,19 +175,33 @@ def function(of):
     return type("Made", (Function,), {"of": staticmethod(of)})()
 
 
+def test_layer_norms_of_torch_alone():
+    class Own(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    assert recognize(nn.LayerNorm(8)) == recognize(nn.LayerNorm(8, elementwise_affine=False)) == LayerNorm()
+    assert not isinstance(recognize(Own(8)), LayerNorm)
+    patched = nn.LayerNorm(8)
+    patched.forward = lambda x: x
+    assert recognize(patched) is None
+
+
 def test_activations_without_a_name():
     assert recognize(Function()) == Act("GELU (tanh)")
     assert recognize(function(lambda x: x * torch.sigmoid(1.702 * x))) == Act("GELU (sigmoid)")
     assert recognize(function(lambda x: x / (1 + torch.exp(-x)))) == Act("SiLU")
+    assert recognize(function(functional.gelu)) == recognize(nn.GELU()) == Act("GELU")
+    assert recognize(nn.GELU("tanh")) == Act("GELU (tanh)")
+    assert recognize(nn.SiLU()) == Act("SiLU")
     for of in (
         torch.relu,
         torch.tanh,
-        functional.gelu,
         lambda x: x,
         lambda x: functional.silu(x).detach(),
         lambda x: functional.silu(x).clamp(max=20),
         torch.sum,
     ):
         assert recognize(function(of)) is None
-    for of_torch in (nn.SiLU(), nn.GELU("tanh"), nn.Identity(), nn.Dropout()):  # keep their input alone, or nothing
+    for of_torch in (nn.SiLU(inplace=True), nn.ReLU(), nn.Identity(), nn.Dropout()):
         assert recognize(of_torch) is None
