@@ -159,6 +159,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_
     return _noted(out)
 
 
+class _Reader:
+    """A reader that has not asked yet. The function by which it asks cannot stand for it: it would hold itself."""
+
+
 def _noted(out: Tensor) -> Tensor:
     """Let readers of a function's result compute it again, once for all of them.
 
@@ -173,8 +177,10 @@ def _noted(out: Tensor) -> Tensor:
         if made is None or made.done:
             return None
 
+        reader = _Reader()
+
         def recompute(dtype: torch.dtype | None) -> Tensor:
-            made.waiting.discard(recompute)
+            made.waiting.discard(reader)
             wanted = dtype or made.dtype
             if made.left is not None:
                 return cast(Tensor, made.left.to(wanted))
@@ -182,7 +188,7 @@ def _noted(out: Tensor) -> Tensor:
                 made.again = made.compute(*_saved(made), wanted)
             return cast(Tensor, made.again)
 
-        made.waiting.add(recompute)
+        made.waiting.add(reader)
         return recompute
 
     note_recompute(out, read)

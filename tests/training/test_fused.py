@@ -614,3 +614,24 @@ def test_lean_refuses_layers_that_are_not_those_of_forward():
         change()
         with pytest.raises(RuntimeError, match="computes again in backward, have other parameters"):
             out.sum().backward()
+
+
+@pytest.mark.skipif(not can_recompute(), reason="torch before 2.5 does not say which hooks are active")
+@pytest.mark.parametrize("read", [False, True])
+def test_a_graph_goes_with_its_last_reference(read, monkeypatch):
+    """Not with the next collection of garbage, until which what a step keeps would stay."""
+    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    layer = convert(nn.Sequential(nn.Linear(WIDTH, INNER)), FourBit(compute_dtype=torch.bfloat16), LoRA(4))
+    norm, x = fuse(nn.LayerNorm(WIDTH), LayerNorm()), batch(rows=128)
+    gc.collect()
+    gc.disable()
+    try:
+        out = norm(x)
+        node = weakref.ref(out.grad_fn)
+        out = layer(out)
+        if read:
+            out.sum().backward()
+        del out
+        assert node() is None
+    finally:
+        gc.enable()
