@@ -25,7 +25,7 @@ __all__ = ["PANEL", "round_columns"]
 PANEL = 64
 """Columns of a call, at most: ``MOST_COLUMNS`` of csrc/columns.h."""
 
-_COLUMNS, _LEVELS = 7, 16  # of struct rowwise in csrc/kernel.h, and of columns.h
+_ROUNDING, _LEVELS = 7, 16  # of struct rowwise in csrc/kernel.h, and of columns.h
 
 
 def round_columns(
@@ -55,7 +55,7 @@ def round_columns(
         given = (values, torch.cat([numbers, pivots, matrix.flatten()]), scales)
         backend: Any = active_backend()
         out = values.shape[1]
-        backend.rowwise(_COLUMNS, 0, 0, given, (approximate, codes), (float(descends), 0.0), out, out)
+        backend.rowwise(_ROUNDING, 0, 0, given, (approximate, codes), (float(descends), 0.0), out, out)
         return
     levels, boundaries = (
         torch.tensor(numbers, dtype=torch.float32, device=values.device) for numbers in (form.levels, form.boundaries)

@@ -262,7 +262,7 @@ class _Norm(torch.autograd.Function):
         return of_x, of_weight, None, None, None
 
 
-class _Layer(torch.autograd.Function):
+class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float
@@ -508,7 +508,7 @@ def _run_layer_norm(module: Any, x: Tensor, how: LayerNorm) -> Tensor | None:
     plain = all(one is None or (type(one) in (Tensor, nn.Parameter) and one.dtype is x.dtype) for one in own)
     if not plain or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    out: Tensor = _Layer.apply(x, *own, module.normalized_shape, module.eps)  # type: ignore[no-untyped-call, unused-ignore]
+    out: Tensor = _LayerNorm.apply(x, *own, module.normalized_shape, module.eps)  # type: ignore[no-untyped-call, unused-ignore]
     return _noted(out)
 
 
