@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from dataclasses import asdict
 
 from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -113,10 +114,14 @@ def run(arguments: argparse.Namespace) -> int:
     is_folder = (arguments.source / "config.json").is_file()
     check_options(arguments, "a dense folder" if is_folder else "a dense file")
     technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
-    if arguments.calibrate is not None:
-        rows = _calibrated_folder(arguments, technique)
-    else:
-        rows = (_folder if is_folder else _checkpoint)(arguments, technique)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        if arguments.calibrate is not None:
+            rows = _calibrated_folder(arguments, technique)
+        else:
+            rows = (_folder if is_folder else _checkpoint)(arguments, technique)
+    for note in notes:
+        print(f"note: {shown(str(note.message))}", file=sys.stderr)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0

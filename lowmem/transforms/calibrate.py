@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from lowmem.transforms.placement import techniques_by_layer
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import Step, layer_name, parameters_to_store
 from lowmem.transforms.replay import Overrides, Replay, Stale, evaluation_mode
+from lowmem.transforms.replay_check import Entries, way_to_replay
 
 __all__ = ["calibrate"]
 
@@ -125,7 +127,7 @@ def calibrate(
 
     Warns:
         UserWarning: layers of other types, that no batch reached, whose inputs were all zero or all alike, or had
-            fewer rows than columns.
+            fewer rows than columns; blocks that read more than what those before them return.
     """
     _check_arguments(batches, technique, damping)
     if diagonal:
@@ -147,8 +149,9 @@ def calibrate(
                     f"{damping} {blocks} {sorted((candidates[layer], str(own)) for layer, own in steps.items())}"
                 )
                 run.finished = FinishedUnits(Path(resume), digest_of(model, batches, settings))
-            units = units_of(model, batches, run.linear, lists, run.centred, asked=blocks is not None)
-            run.calibrate(units, lists, None if offload is None else Path(offload))
+            folder = None if offload is None else Path(offload)
+            units = run.find_units(lists, folder, asked=blocks is not None)
+            run.calibrate(units, lists, folder)
         run.replace_unreached()
     for layer, one in chosen.items():
         made: Any = base_of(run.replacements[layer])
@@ -226,6 +229,7 @@ class _Run:
         uncalibrated: layers that were quantized by their weights alone, and why.
         few: layers with fewer rows than columns, with both numbers.
         finished: files of units that are done; None: nothing is written.
+        keep_all: whether the outputs of all blocks that are done are kept; None: of none, and ``why_not``.
     """
 
     model: nn.Module
@@ -241,6 +245,8 @@ class _Run:
     uncalibrated: dict[nn.Module, str] = field(default_factory=dict)
     few: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)
     finished: FinishedUnits | None = None
+    keep_all: bool | None = False
+    why_not: str = ""
     store: Store = field(default_factory=Store)
 
     def __post_init__(self) -> None:
@@ -295,6 +301,11 @@ class _Run:
                 more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
                 texts.append(f"{', '.join(paths[:_NAMED])}{more}: {why}")
             yield f"layers were quantized by their weights alone ({'; '.join(texts)})"
+        if self.why_not:
+            yield (
+                f"blocks read more than what those before them return ({self.why_not}): all before a block were run "
+                "anew for it, which takes time by the square of the depth"
+            )
         if self.few:
             layer, (rows, columns) = max(self.few.items(), key=lambda one: one[1][1] / one[1][0])
             yield (
@@ -302,9 +313,22 @@ class _Run:
                 f"({rows} rows, {columns} columns), which are damped the more: pass more samples"
             )
 
+    def find_units(self, lists: list[list[nn.Module]], offload: Path | None, *, asked: bool) -> list[Unit]:
+        """Return the units, as ``units_of``, and find out by the first batch what has to be kept of those done."""
+        inside = {layer for blocks in lists for block in blocks for layer in block.modules()}
+        entries = Entries([*chain(*lists), *(layer for layer in self.linear if layer not in inside)])
+        with entries.noted() if lists else nullcontext():
+            units = units_of(self.model, self.batches, self.linear, lists, self.centred, asked=asked)
+        if any(unit.block is not None for unit in units):
+            first = next(iter(self.batches))
+            self.keep_all, self.why_not = way_to_replay(
+                self.model, first, self.overrides, lists, units, entries, offload
+            )
+        return units
+
     def calibrate(self, units: list[Unit], lists: list[list[nn.Module]], offload: Path | None) -> None:
         """Quantize the layers of all units, in their order."""
-        for keep_all in (False, True):
+        for keep_all in (True,) if self.keep_all else (False, True):
             with Replay(self.model, self.overrides, lists, offload, keep_all) as replay:
                 try:
                     self._calibrate(units, replay)
@@ -319,7 +343,7 @@ class _Run:
                 self._quantize(unit, replay)
                 self._save(number, unit)
                 done += 1
-            if unit.block is not None and number + 1 < len(units):
+            if unit.block is not None and self.keep_all is not None and number + 1 < len(units):
                 replay.finish(unit.block, self.batches)
             if self.progress is not None:
                 left = (time.monotonic() - start) / max(1, done) * (len(units) - number - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,15 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def _content_of(number: int, tensors: Mapping[str, Tensor], record: str) -> str:
+    """Return a digest of what the file of a unit holds."""
+    found = hashlib.blake2b(f"{number} {record}".encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(_bytes(tensor))
+    return found.hexdigest()
+
+
 class FinishedUnits:
     """A folder with a file for each unit that is finished; a file is whole, or it is not there.
 
@@ -54,6 +63,8 @@ class FinishedUnits:
     """
 
     def __init__(self, folder: Path, digest: str) -> None:
+        if folder.is_file():
+            raise NotADirectoryError(f"resume={str(folder)!r} is a file: name a folder")
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._digest = folder, digest
 
@@ -64,6 +75,7 @@ class FinishedUnits:
         path = self._path(number)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         metadata = {"digest": self._digest, "record": json.dumps(record)}
+        metadata["content"] = _content_of(number, tensors, metadata["record"])
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
         try:
             with partial.open("wb") as file:
@@ -97,7 +109,10 @@ class FinishedUnits:
             raise refusal(
                 path, "it is of another model, other batches or settings: name another folder for resume=", "resume"
             )
-        return tensors, json.loads(metadata["record"])
+        record = metadata.get("record", "")
+        if metadata.get("content") != _content_of(number, tensors, record):
+            raise refusal(path, "it is damaged (its digest differs): remove it, and the unit is done again")
+        return tensors, json.loads(record)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"unit-{number:05}.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import show
+from lowmem.errors import describe, show
 from lowmem.transforms.replay import evaluation_mode
 
 __all__ = ["LEAST_SHARE", "generated_batches"]
@@ -45,10 +45,12 @@ def generated_batches(model: nn.Module, tokenizer: Any, seed: int, temperature: 
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed={show(seed)} must be an integer")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be below 2^63, and at least -2^63")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise TypeError(f"temperature={show(temperature)} must be a number")
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature!r} must be above 0; 1 draws what the model predicts")
+        raise ValueError(f"temperature={temperature!r} must be finite and above 0; 1 draws what the model predicts")
     if not hasattr(tokenizer, "__len__"):
         raise TypeError(
             f"tokenizer={show(tokenizer)} must be the model's, as AutoTokenizer.from_pretrained returns it: "
@@ -62,10 +64,13 @@ def generated_batches(model: nn.Module, tokenizer: Any, seed: int, temperature: 
         tokens = torch.cat([*start, first], dim=1).to(_device(model))  # (sequences, 1 or 2)
         past, cache = None, _cache_argument(model)
         while tokens.shape[1] < min(TOKENS, _positions(model)):
-            if cache is None:
-                out: Any = model(tokens)
-            else:
-                out = model(tokens if past is None else tokens[:, -1:], use_cache=True, **{cache: past})
+            more = {} if cache is None else {"use_cache": True, cache: past}
+            try:
+                out: Any = model(tokens if past is None else tokens[:, -1:], **more)
+            except Exception as error:
+                told = f"{type(model).__name__} fails at a text of {tokens.shape[1]} tokens ({describe(error)})"
+                raise ValueError(f"{told}: pass batches of its inputs, as long as it takes them") from error
+            if cache is not None:
                 past = getattr(out, cache, None)  # None: it has kept nothing, and gets all tokens again
             logits = _logits(model, out)[:, -1, : len(tokenizer)].float().cpu()
             logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, _COLDEST)  # the largest stays 0
@@ -88,7 +93,11 @@ def _check(model: nn.Module, tokenizer: Any) -> None:
     if callable(can) and not can():
         raise ValueError(_cannot(model, "its class has no generate()"))
     probe = torch.tensor([[0, 1]], device=_device(model))
-    one, two = (_logits(model, model(tokens)) for tokens in (probe[:, :1], probe))
+    try:
+        outputs = [model(tokens) for tokens in (probe[:, :1], probe)]
+    except Exception as error:
+        raise ValueError(_cannot(model, f"called with tokens, it fails: {describe(error)}")) from error
+    one, two = (_logits(model, out) for out in outputs)
     size, vocabulary = len(tokenizer), two.shape[-1]
     if not LEAST_SHARE * vocabulary <= size <= vocabulary:
         raise ValueError(

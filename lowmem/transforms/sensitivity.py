@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from lowmem import measure
 from lowmem.transforms.batches import run_batch
 from lowmem.transforms.budget import Importance
 from lowmem.transforms.registry import layer_name
-from lowmem.transforms.replay import evaluation_mode
+from lowmem.transforms.replay import Stop, evaluation_mode
 
 __all__ = ["importance_of"]
 
@@ -80,6 +80,12 @@ def importance_of(
     for name in weights:
         total = float(rows[name].sum())
         if not math.isfinite(total) or not math.isfinite(size):
+            broken = _first_that_gets_none(model, batches, [one for one, _ in weights.values()])
+            if broken is not None:
+                raise ValueError(
+                    f"{layer_name(broken)}: its inputs hold NaN or infinite values: look for a broken batch or "
+                    "weight before it"
+                )
             raise ValueError(
                 f"{layer_name(name)}: the gradients of the samples hold NaN or infinite values: leave out the "
                 "batches whose outputs do"
@@ -87,6 +93,31 @@ def importance_of(
         if total and size:
             found[name] = Importance(rows[name] / size, sums[name] / total)
     return found
+
+
+def _first_that_gets_none(model: nn.Module, batches: Iterable[Any], weights: Iterable[nn.Parameter]) -> str | None:
+    """Return the path of the first module with one of the weights whose inputs are no finite numbers."""
+    ids, broken = set(map(id, weights)), list[str]()
+
+    def see(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        first = next(measure.tensors_in((args, kwargs)), None)  # masks behind it may well be infinite
+        if first is not None and not first.isfinite().all():
+            broken.append(path)
+            raise Stop
+
+    hooks = [
+        module.register_forward_pre_hook(partial(see, path), with_kwargs=True)
+        for path, module in model.named_modules()
+        if any(id(one) in ids for one in module._parameters.values())
+    ]
+    try:
+        with evaluation_mode(model), suppress(Stop):
+            for batch in batches:
+                run_batch(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return broken[0] if broken else None
 
 
 def _projection(output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor | None, float]:

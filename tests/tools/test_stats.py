@@ -275,3 +275,13 @@ def test_bad_text_of_techniques_is_one_line(text, said, capsys):
     shown = capsys.readouterr().err
     assert said in shown
     assert shown.count("\n") == 1
+
+
+def test_a_plan_of_a_folder_says_which_command_makes_it(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["stats", str(tmp_path), "--plan", "Budget:4.4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "is a folder, and --plan takes what makes a model: lowmem fit FOLDER --data TEXT --dry-run plans folders"
+        in line
+    )

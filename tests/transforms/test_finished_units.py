@@ -41,6 +41,26 @@ def test_files_of_another_calibration_or_damaged_ones_are_refused(tmp_path):
         FinishedUnits(tmp_path, "one").load(0)
 
 
+def test_a_byte_that_changed_and_a_file_of_another_unit_are_damage(tmp_path):
+    units = FinishedUnits(tmp_path, "one")
+    units.save(0, TENSORS, [])
+    path = tmp_path / "unit-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    path.rename(tmp_path / "unit-00001.safetensors")
+    with pytest.raises(FileError, match=r"unit-00001.*it is damaged .*: remove it"):
+        units.load(1)
+    for place in (-1, -7):  # of either tensor
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[len(data) + place + 1 :])
+        with pytest.raises(FileError, match=r"unit-00000.*it is damaged \(its digest differs\): remove it"):
+            units.load(0)
+
+
+def test_a_file_in_the_folders_place_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file' is a file: name a folder"):
+        FinishedUnits(tmp_path / "file", "one")
+
+
 def test_the_digest_tells_models_batches_and_settings_apart():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))

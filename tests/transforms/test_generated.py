@@ -125,6 +125,13 @@ class BreaksLater(Decoder):
         return super().through(x, mask) * (torch.nan if x.shape[1] > 5 else 1)
 
 
+class Short(Decoder):
+    def through(self, x, mask):
+        if x.shape[1] > 5:
+            raise IndexError("too long")
+        return super().through(x, mask)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "error", "message"),
     [
@@ -133,8 +140,26 @@ class BreaksLater(Decoder):
         (Decoder, {"tokenizer": Tokenizer(41)}, ValueError, "has 41 tokens, and Decoder predicts 40"),
         (Decoder, {"tokenizer": Tokenizer(19)}, ValueError, "has 19 tokens, and Decoder predicts 40"),
         (Decoder, {"tokenizer": Tokenizer(), "seed": 1.5}, TypeError, "seed=1.5 must be an integer"),
-        (Decoder, {"tokenizer": Tokenizer(), "temperature": 0}, ValueError, "temperature=0 must be above 0"),
+        (
+            Decoder,
+            {"tokenizer": Tokenizer(), "temperature": 0},
+            ValueError,
+            "temperature=0 must be finite and above 0",
+        ),
         (Decoder, {"tokenizer": Tokenizer(), "temperature": "1"}, TypeError, "temperature='1' must be a number"),
+        (
+            Decoder,
+            {"tokenizer": Tokenizer(), "temperature": float("inf")},
+            ValueError,
+            "temperature=inf must be finite",
+        ),
+        (Decoder, {"tokenizer": Tokenizer(), "seed": 2**70}, ValueError, "seed=1180591620717411303424 must be below"),
+        (
+            Short,
+            {"tokenizer": Tokenizer()},
+            ValueError,
+            "Short fails at a text of 6 tokens .IndexError: too long.: pass",
+        ),
         (Looks, {"tokenizer": Tokenizer()}, ValueError, "Looks generates no text .* depends on the tokens to come"),
         (Broken, {"tokenizer": Tokenizer()}, ValueError, "Broken generates no text .* is NaN"),
         (BreaksLater, {"tokenizer": Tokenizer()}, ValueError, "BreaksLater generates no text .* is NaN"),
@@ -155,6 +180,8 @@ def test_a_model_without_logits_or_that_says_so_is_refused():
 
     with pytest.raises(ValueError, match="Encoder generates no text .* returns no logits"):
         calibrate(made(Encoder), "self", tokenizer=Tokenizer())
+    with pytest.raises(ValueError, match=r"Linear generates no text \(called with tokens, it fails: RuntimeError"):
+        calibrate(nn.Linear(4, 4), "self", tokenizer=Tokenizer())
     model = made(Decoder)
     model.can_generate = lambda: False
     with pytest.raises(ValueError, match=r"Decoder generates no text \(its class has no generate"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem import Budget, calibrate
 from lowmem.transforms.sensitivity import importance_of
 
 
@@ -63,9 +64,26 @@ def test_a_weight_that_has_no_part_in_the_output_is_left_out_and_errors_say_why(
     assert importance_of(model, [torch.ones(1, 4)], weights_of(model)).keys() == {"used.weight"}
     with pytest.raises(ValueError, match="inputs is empty: pass one batch at least"):
         importance_of(model, [], weights_of(model))
-    with pytest.raises(ValueError, match="used.weight: the gradients of the samples hold NaN"):
+    with pytest.raises(ValueError, match="used: its inputs hold NaN or infinite values"):
         importance_of(model, [torch.full((1, 4), math.nan)], weights_of(model))
+    model["used"].weight.data.fill_(10)
+    with pytest.raises(ValueError, match="used.weight: the gradients of the samples hold NaN"):
+        importance_of(model, [torch.full((1, 4), 3e38)], weights_of(model))  # its output is infinite
     model.forward = lambda x: model["used"](x).argmax(-1)
     with pytest.raises(ValueError, match="does not depend on its weights by gradients: convert"):
         importance_of(model, [torch.ones(1, 4)], weights_of(model))
     assert all(one.requires_grad and one.grad is None for one in model.parameters())
+
+
+def test_the_layer_that_gets_what_is_no_number_is_named():
+    """Not the first of the model, of which the gradients are none either."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight.data[2] = math.inf
+    batches = [torch.zeros(3, 4), torch.ones(3, 4)]
+    with pytest.raises(ValueError, match=r"^2: its inputs hold NaN or infinite values: look for a broken batch or w"):
+        importance_of(model, batches, weights_of(model))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ValueError, match=r"^2: its inputs hold NaN"):
+        calibrate(model, batches, Budget(9, batches))
+    assert all(type(module) in (nn.Linear, nn.LayerNorm) for module in model)

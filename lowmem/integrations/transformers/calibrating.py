@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import refusal
-from lowmem.integrations.transformers.causal import sizes_of
+from lowmem.integrations.transformers.causal import refuse_pairs, sizes_of
 from lowmem.integrations.transformers.folder import check_dense, load_folder, rows_of, write_model
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, read_tokenizer
 from lowmem.io.atomic import check_free
@@ -60,8 +60,8 @@ def calibrate_folder(
         A row for each parameter, sorted by name; tied ones have one.
 
     Raises:
-        FileError: as ``load_folder``; the folder is quantized already, its tokenizer is missing or of another
-            vocabulary, or the text has too few tokens.
+        FileError: as ``load_folder``; the folder is quantized already, of an encoder and a decoder, its tokenizer is
+            missing or of another vocabulary, or the text has too few tokens.
         FileExistsError: something is at ``target``.
         OSError: a file cannot be read or written.
         ValueError: as ``lowmem.calibrate``.
@@ -71,6 +71,7 @@ def calibrate_folder(
     tokenizer = read_tokenizer(source, sizes_of(source, "calibrate").vocabulary)
     written = None if text is None else _read(text)
     model: Any = load_folder(source)
+    refuse_pairs(source, model, "calibrate")
     batches: Any = SELF if written is None else batches_of(model, tokenizer, written)
     if text is not None and not batches:
         raise refusal(text, "it has too few tokens to calibrate a model: take a text of a few thousand", "calibrate")

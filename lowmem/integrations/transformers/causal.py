@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from lowmem.integrations.transformers.folder import check, load_errors
 from lowmem.io.convert_checkpoint import Source
 from lowmem.io.model_folder import weights_in
 
-__all__ = ["Sizes", "check_shapes", "factory_of", "held_back", "sizes_of", "stored_by"]
+__all__ = ["Sizes", "check_shapes", "factory_of", "held_back", "refuse_pairs", "sizes_of", "stored_by"]
 
 
 def stored_by(folder: Path) -> str | None:
@@ -101,6 +101,17 @@ def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
         raise refusal(folder, f"its config.json is of no language model: {describe(reason)}", task) from reason
     positions = getattr(config, "max_position_embeddings", None)
     return Sizes(vocabulary, width, positions if isinstance(positions, int) and positions > 0 else None, layers)
+
+
+def refuse_pairs(folder: Path, model: nn.Module, task: str) -> None:
+    """Raise a FileError if a model is an encoder and a decoder, which a text alone does not feed."""
+    own: Any = model
+    if getattr(own.config, "is_encoder_decoder", False):
+        why = (
+            f"a {type(model).__name__} is an encoder and a decoder, and a text feeds one alone: name a causal "
+            "language model or an encoder"
+        )
+        raise refusal(folder, why, task)
 
 
 def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Module]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from lowmem.errors import describe, refusal
+from lowmem.integrations.transformers.causal import refuse_pairs
 from lowmem.integrations.transformers.folder import load_folder
 from lowmem.integrations.transformers.intervals import interval
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of
@@ -129,6 +130,7 @@ def compare_text(
     base, *others = folders
     tokenizer = _tokenizer(base)
     first: Any = load_folder(base)
+    refuse_pairs(base, first, "compare")
     length = min(WINDOW, getattr(first.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
     tokens = _tokens(base, tokenizer, text)
     kind: Any = _Predictions if _predicts(first, tokens[:length]) else _Embeddings
@@ -136,6 +138,7 @@ def compare_text(
     scores: list[Any] = []
     for folder in others or [base]:
         other: Any = first if folder == base else load_folder(folder)
+        refuse_pairs(folder, other, "compare")
         places = _places(first, other) if layers else {}
         runs, done = len(parts) * len(places), 0
         own: Any = kind(base, len(places))

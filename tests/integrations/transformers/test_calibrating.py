@@ -7,7 +7,14 @@ import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, T5Config, T5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 import lowmem
 from lowmem import Budget, FourBit, calibrate
@@ -18,6 +25,7 @@ from tests.integrations.transformers.folders import CONFIGS, assert_same, load, 
 from tests.integrations.transformers.tokens import write_tokenizer
 
 TEXT = "\n\n".join(f"Paragraph {number}: " + "what is said of it, and more. " * 9 for number in range(90))
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_heads": 2, "vocab_size": 258}
 pytestmark = pytest.mark.filterwarnings("ignore:fewer rows than columns:UserWarning")  # so small are models and texts
 
 
@@ -122,6 +130,18 @@ def test_an_encoder_reads_paragraphs_that_are_padded_and_masked(tmp_path, text, 
     assert not (tmp_path / "own").exists()
 
 
+def test_a_warning_is_a_line_of_the_command(tmp_path, text, capsys):
+    write_tokenizer(write(tmp_path / "in", "gpt2"))
+    assert (
+        main(["quantize", str(tmp_path / "in"), str(tmp_path / "out"), "--calibrate", str(text), "--diagonal"]) == 0
+    )
+    err = capsys.readouterr().err
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert "layers were quantized by their weights alone (transformer.h.0.attn.c_attn" in notes[0]
+    assert "UserWarning" not in err
+
+
 def refused(capsys, *argv):
     assert main([*map(str, argv)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -138,6 +158,11 @@ def test_what_cannot_be_calibrated_is_an_error_and_nothing_is_written(source, te
     assert "bytes.txt': it is no text in UTF-8 (byte 0)" in told("--calibrate", tmp_path / "bytes.txt")
     assert "is no file: name a text, or self" in told("--calibrate", tmp_path / "gone.txt")
     assert "--calibrate chooses codes of 4 bits" in told("--calibrate", text, "--format", "int8")
+    T5ForConditionalGeneration(T5Config(**T5, num_layers=1)).save_pretrained(tmp_path / "t5")
+    write_tokenizer(tmp_path / "t5")
+    for asked in (text, "self"):
+        line = refused(capsys, "quantize", tmp_path / "t5", tmp_path / "out", "--calibrate", asked)
+        assert "a T5ForConditionalGeneration is an encoder and a decoder, and a text feeds one alone" in line
     (source / "tokenizer.json").unlink()
     assert "no tokenizer that transformers can load" in told("--calibrate", "self")
     assert not (tmp_path / "out").exists()
@@ -146,15 +171,14 @@ def test_what_cannot_be_calibrated_is_an_error_and_nothing_is_written(source, te
 def test_blocks_of_an_encoder_that_hand_on_more_than_hidden_states():
     """T5's first block computes the bias of positions for all others, and the model hands it on."""
     torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 3, "num_heads": 2, "vocab_size": 258}
-    model = T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")).eval()
+    model = T5EncoderModel(T5Config(**T5, num_layers=3, feed_forward_proj="gated-gelu")).eval()
     batches = [torch.randint(0, 258, (4, 30), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     seen, calls = [], []
     last = model.encoder.block[2].layer[0].SelfAttention.q
     last.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     model.encoder.block[1].layer[0].SelfAttention.q.register_forward_pre_hook(lambda *_: calls.append(1))
     calibrate(model, batches, FourBit("nf4"))
-    assert len(calls) == 1 + 2 * len(batches)
+    assert len(calls) == 2 + 2 * len(batches)
     calibrated = seen[-3:]
     seen.clear()
     with torch.no_grad():

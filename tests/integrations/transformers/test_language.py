@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from lowmem import FourBit
 from lowmem.__main__ import main
@@ -170,6 +170,11 @@ def test_what_cannot_be_compared_is_one_line(folders, tmp_path, capsys):
     assert "model='bignet' is no folder" in refused("bignet", folders[0])
     assert "at least one other folder" in refused(folders[0])
     assert "it has no tokenizer" in refused(write(tmp_path / "bare"), folders[0])
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 258}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    write_tokenizer(tmp_path / "t5")
+    for names in ((tmp_path / "t5", folders[0]), (folders[0], tmp_path / "t5")):
+        assert "a T5ForConditionalGeneration is an encoder and a decoder" in refused(*names)
     config = json.loads((folders[1] / "config.json").read_text())
     (folders[1] / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
     assert "a LlamaModel predicts no tokens" in refused(*folders)
