@@ -211,6 +211,27 @@ def test_it_stores_all_matrices_and_computes_what_these_give(name, technique):
     assert 0 < relative < (0.6 if isinstance(technique, FourBit) else 0.03)
 
 
+@models
+def test_weights_are_multiplied_in_the_compute_dtype_whoever_reads_them(name, tmp_path):
+    """1 + 2^-12 is 1 in bfloat16; what copies, pickles, states and files make of the model keeps it."""
+    technique = FourBit("nf4", compute_dtype=torch.bfloat16, embeddings="4bit")
+    model, x = convert(make(name), technique), make_input(name)
+    plain = convert(make(name), FourBit("nf4", embeddings="4bit"))
+    with torch.no_grad():
+        expected = model(x)
+        assert not torch.equal(plain(x), expected)
+        lowmem.save(model, tmp_path / "model.safetensors")
+        twins = [copy.deepcopy(model), lowmem.load(tmp_path / "model.safetensors", lambda: make(name))]
+        if name != "generator":  # torch pickles no parametrizations
+            twins.append(pickle.loads(pickle.dumps(model)))
+        for twin in twins:
+            assert torch.equal(twin(x), expected)
+        integers = convert(make(name), FourBit("nf4", compute_dtype=torch.int8, embeddings="4bit"))
+        for module in integers.modules():  # which linear layers alone can
+            forms = getattr(module, "forms", {})
+            assert all(form.compute_dtype is None for form in forms.values())
+
+
 @techniques
 @models
 def test_copies_files_and_casts_keep_it(name, technique, tmp_path):

@@ -23,7 +23,7 @@ from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import bank_of, base_of
 from lowmem.nn.half import Half
 from lowmem.nn.stored import FourBitForm
-from lowmem.nn.stored_module import StoredModule, file_names, format_keys
+from lowmem.nn.stored_module import StoredModule, file_names, format_keys, multiplied_in
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.convert import one_at_a_time
 from lowmem.transforms.placement import place_name
@@ -145,8 +145,7 @@ def how_stored(module: StoredModule) -> dict[str, dict[str, Any]]:
         if isinstance(weight, QuantizedTensor):
             assert isinstance(form, FourBitForm)
             weight.check_layout()
-            compute = getattr(module, "compute_dtype", None)
-            records[name] = form_record(form, compute)
+            records[name] = form_record(form, multiplied_in(module, name))
         elif name != "bias":
             records[name] = technique_record(Half(weight.dtype))
     return records

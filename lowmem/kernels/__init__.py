@@ -102,7 +102,9 @@ def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = N
         TypeError: something that stores no weight of 4 or 16 bits, or torch.int8 with a weight of 16.
         ValueError: ``rows`` below 1, or another dtype.
     """
-    dtype = dtype or getattr(weight, "compute_dtype", None) or torch.float32
+    form = getattr(getattr(weight, "weight", weight), "form", None)  # of a stored tensor, or a module's
+    own = getattr(weight, "compute_dtype", getattr(form, "compute_dtype", None))  # a layer's may have been set
+    dtype = dtype or own or torch.float32
     stored: object = weight
     if isinstance(weight, nn.Module):
         found = getattr(weight, "stored_weight", None)

@@ -55,6 +55,7 @@ _TORCH_CHUNK = 512
 _TILE = 32  # columns in bfloat16 of a tile of AMX
 
 _OPERATIONS = {"linear": 0, "linear_int8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
+_NUMBERS = 7  # of struct rowwise in csrc/kernel.h
 
 Asked: TypeAlias = tuple[str, str, int, int, "str | None"]
 """A kernel that the plan asks: ISA, name, least and most rows of an input, and why it refuses, or None."""
@@ -413,7 +414,7 @@ class Kernel:
         type: int,
         given: tuple[Tensor | None, ...],
         outs: tuple[Tensor | None, ...],
-        numbers: tuple[float, float],
+        numbers: tuple[float, ...],
         step: int,
         out_step: int,
     ) -> None:
@@ -422,7 +423,7 @@ class Kernel:
         columns = first.shape[-1]
         addresses = [0 if one is None else one.data_ptr() for one in (*given, *outs, None)][:5]
         sizes = first.numel() // columns, columns, step, out_step
-        bits = map(_bits, numbers)
+        bits = [*map(_bits, numbers), *[0] * (_NUMBERS - len(numbers))]
         self._rowwise(self._isa, operation, given_type, type, *sizes, *bits, torch.get_num_threads(), *addresses)
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:

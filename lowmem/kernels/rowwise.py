@@ -1,14 +1,15 @@
 """RMS norms and gated activations, forward and backward: the definitions in plain torch, and the calls of C.
 
     norm(x)      x / sqrt(mean(x^2) + eps) * factor                  of rows
-    gated(a, b)  act(a) b,  act(a) = a sigmoid(linear a + cubic a^3)
+    gated(a, b)  act(a) b,  act(a) = a sigmoid(z(a)),  z odd
 
 Everything is computed in float32 (float64 where an argument is) and rounded once. C (``csrc/rowwise.h``) serves
 float32 and bfloat16 on the CPU; plain torch everything else.
 
 Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467; Shazeer, GLU Variants Improve Transformer,
 arXiv 2002.05202; Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415, whose tanh is a sigmoid here,
-(1 + tanh(z / 2)) / 2 = sigmoid(z).
+(1 + tanh(z / 2)) / 2 = sigmoid(z). By the error function it is x Phi(x), Phi the normal distribution, for which C
+takes the sigmoid of a polynomial.
 """
 
 from __future__ import annotations
@@ -26,16 +27,25 @@ __all__ = ["ACTIVATIONS", "Activation", "factor_grad", "gated", "gated_grad", "g
 
 
 class Activation(NamedTuple):
-    """act(x) = x sigmoid(linear x + cubic x^3)."""
+    """act(x) = x sigmoid(z(x)).
 
-    linear: float
-    cubic: float
+    Attributes:
+        terms: z(x) = terms[0] x + terms[1] x^3 + terms[2] x^5 ..., at most seven.
+        of_erf: whether that stands for the normal distribution, which plain torch computes.
+    """
+
+    terms: tuple[float, ...]
+    of_erf: bool = False
 
 
 ACTIVATIONS = {
-    "SiLU": Activation(1.0, 0.0),
-    "GELU (tanh)": Activation(math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi)),
-    "GELU (sigmoid)": Activation(1.702, 0.0),
+    "SiLU": Activation((1.0,)),
+    "GELU (tanh)": Activation((math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))),
+    "GELU (sigmoid)": Activation((1.702,)),
+    # log(Phi(x) / Phi(-x)), fitted for the least error of act(x) / (1 + |x|), 1.5e-8; its slope is off by 3.1e-7.
+    "GELU": Activation(
+        (1.59577054, 0.0726641097, -6.33138327e-5, -1.1130911e-4, 8.04703879e-6, -2.73385375e-7, 3.75137872e-9), True
+    ),
 }
 
 _OPERATIONS = {"norm": 0, "norm_grad": 1, "gated": 2, "gated_grad": 3}  # of struct rowwise in csrc/kernel.h
@@ -102,7 +112,7 @@ def gated(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtyp
         and _step_of(b, step) == step
     ):
         out = torch.empty(a.shape, dtype=dtype)
-        _call("gated", (a, b, None), (out,), step, activation)
+        _call("gated", (a, b, None), (out,), step, activation.terms)
         return out
     return gated_in_torch(a, b, activation, dtype)
 
@@ -110,7 +120,7 @@ def gated(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtyp
 def gated_in_torch(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
     """Compute ``gated``, by definition: differentiable, and of any class of tensors."""
     wide = _wide(a)
-    out = wide * torch.sigmoid(_exponent(wide, activation)[0])
+    out = wide * _factor(wide, activation)[0]
     return (out if b is None else out * b).to(dtype)
 
 
@@ -130,13 +140,12 @@ def gated_grad(
     even = step is not None and _step_of(b, step) == step
     even = even and out_step is not None and _step_of(of_b, out_step) == out_step
     if even and _takes(a, a if b is None else b) and is_real(grad) and _widens(a.dtype, grad.dtype):
-        _call("gated_grad", (a, b, grad), into, step, activation, out_step)
+        _call("gated_grad", (a, b, grad), into, step, activation.terms, out_step)
         return
     wide = _wide(a)
-    exponent, its_slope = _exponent(wide, activation)
-    sigmoid = torch.sigmoid(exponent)
-    act = wide * sigmoid
-    slope = sigmoid + act * (1 - sigmoid) * its_slope
+    factor, its_slope = _factor(wide, activation)
+    act = wide * factor
+    slope = factor + wide.clamp(-88, 88) * its_slope
     of_a.copy_(grad * slope if b is None else grad * slope * b)
     if of_b is not None:
         of_b.copy_(grad * act)
@@ -147,11 +156,16 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     return wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
 
 
-def _exponent(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Return ``linear x + cubic x^3`` and its derivative; beyond 88, where the sigmoid is 0 or 1, those of 88."""
+def _factor(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Return ``act(x) / x`` and its derivative; beyond 88, where it is 0 or 1, those of 88."""
     x = x.clamp(-88, 88)
-    square = x * x
-    return x * (activation.cubic * square + activation.linear), 3 * activation.cubic * square + activation.linear
+    if activation.of_erf:
+        return torch.erfc(-math.sqrt(0.5) * x) / 2, torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    z = slope = torch.zeros_like(x)
+    for power, term in reversed([*enumerate(activation.terms)]):  # Horner
+        z, slope = z * x * x + term, slope * x * x + (2 * power + 1) * term
+    sigmoid = torch.sigmoid(z * x)
+    return sigmoid, sigmoid * (1 - sigmoid) * slope
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowmem.nn.adapter import add_low_rank
+from lowmem.nn.adapter_product import read_product
 from lowmem.nn.grouped import grouped_matmul
 from lowmem.nn.low_rank_sum import FUNCTIONS, implements, is_adapted
 from lowmem.nn.stored_functions import einsum, open_attention
@@ -26,10 +27,26 @@ __all__: list[str] = []
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not is_adapted(weight) or is_adapted(input) or weight.is_kernel or len(weight.base.shape) != 2:
         return NotImplemented
+    if (fused := _fused(weight, "linear", input, bias)) is not None:
+        return fused
     out = weight.of_rows(input, functional.linear, bias.values() if is_adapted(bias) else bias)
     for one in weight.updates:
         out = add_low_rank(out, one.dropped(input), one.right, one.left, one.scaling)
     return out
+
+
+def _fused(weight: Any, kind: str, input: Any, bias: Any) -> Tensor | None:
+    """Return the product of an input with a whole weight of that layout and its adapter in training, as one node."""
+    if weight.known is not None or weight.holds.kind != kind or len(weight.updates) != 1 or is_adapted(input):
+        return None
+    (update,) = weight.updates
+    if update.adapter is None or len(weight.base.shape) != 2 or is_adapted(bias):
+        return None
+    return read_product(input, weight.base, update, bias, kind == "transposed")
+
+
+_MATMULS = torch.matmul, Tensor.matmul
+_OF_MATRICES = torch.mm, Tensor.mm  # of two dimensions alone
 
 
 def _register_products() -> None:
@@ -55,6 +72,10 @@ def _named_product(function: Any, names: Sequence[str], first: Any, *rest: Any, 
 
 
 def _added_product(function: Any, input: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if function in (torch.addmm, Tensor.addmm) and is_adapted(b) and beta == alpha == 1 and len(a.shape) == 2:
+        fused = _fused(b, "transposed", a, input)
+        if fused is not None:
+            return fused
     return _product(lambda a, b: function(input, a, b, beta=beta, alpha=alpha), a, b, alpha)
 
 
@@ -68,6 +89,10 @@ def _product(function: Callable[[Any, Any], Tensor], a: Any, b: Any, alpha: floa
             narrow = torch.matmul(one.right, one.dropped(b)) * (one.scaling * alpha)
             out = out + torch.matmul(one.left, narrow).to(out.dtype)
         return out
+    if alpha == 1 and (function in _MATMULS or (function in _OF_MATRICES and len(a.shape) == 2)):
+        fused = _fused(b, "transposed", a, None)
+        if fused is not None:
+            return fused
     out = b.of_rows(a, function)
     for one in b.updates:
         if len(b.base.shape) == 2:

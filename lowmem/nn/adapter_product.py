@@ -23,18 +23,23 @@ from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import fields, stored
 from lowmem.kernels.memory import is_traced, keeps_results
-from lowmem.nn.adapter import Adapter, drops_nothing
+from lowmem.nn.adapter import Adapter, Update, drops_nothing
 from lowmem.nn.eightbit import Linear8Bit
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast, is_observed, is_plain_call
 from lowmem.nn.half import HalfLinear
 from lowmem.nn.recomputed import Recompute, differentiable_once, recompute_of, saves_in_any_dtype
+from lowmem.nn.stored import HalfForm, StoredTensor
+from lowmem.nn.stored_operators import compute_dtype
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["adapted_product", "converted", "narrow_results"]
+__all__ = ["adapted_product", "converted", "is_narrow", "narrow_results", "read_product"]
 
 LEAST_ROWS = 64
 """Rows of an input from which on dequantizing a weight to bfloat16 costs less than the update as a product apart."""
+
+_KEEP_RESULTS = ("ReluBackward0", "SigmoidBackward0", "TanhBackward0")
+"""Nodes of functions that keep what they return for their own backward."""
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -56,6 +61,54 @@ def adapted_product(base: nn.Module, adapter: nn.Module | None, input: Tensor) -
         transforms, selective checkpoints, subclasses of tensors, other devices, or processors that are slow at
         bfloat16.
     """
+    matrices = _trained(adapter, input)
+    if matrices is None or is_observed(base):
+        return None
+    x = autocast(input)
+    return _product(input, x, adapter, matrices, _frozen_weight(base, x), False)
+
+
+def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transposed: bool) -> Tensor | None:
+    """Return what a module computes in training that reads a frozen weight with an adapter: (..., out).
+
+    Args:
+        input: floating point (..., in).
+        weight: without the adapter: (out, in); (in, out) if transposed.
+        update: of the adapter.
+        bias: (out,), or None.
+        transposed: whether the product is ``input @ weight``, and not ``input @ weight.T``.
+
+    Returns:
+        As ``adapted_product``.
+    """
+    adapter = update.adapter
+    if adapter is None or not (adapter.training or torch.is_grad_enabled()):
+        return None
+    matrices = _trained(adapter, input)
+    if matrices is None:
+        return None
+    x = autocast(input)
+    found: kernels.Weight
+    if type(weight) is StoredTensor:
+        form = weight.form
+        wanted = form.dtype if isinstance(form, HalfForm) else torch.bfloat16
+        if compute_dtype(x, weight) is not torch.bfloat16 or wanted is not torch.bfloat16 or weight.swapped:
+            return None
+        found = weight.stored
+    elif type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype is x.dtype is torch.bfloat16:
+        found = weight.detach()
+    else:
+        return None
+    bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
+    if len(found.shape) != 2 or (bias is not None and (type(bias) not in _PLAIN or bias.requires_grad)):
+        return None
+    if bias is not None and tuple(bias.shape) != (weight.shape[1 if transposed else 0],):
+        return None
+    return _product(input, x, adapter, matrices, (found, bias), transposed)
+
+
+def _trained(adapter: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return A and B of an adapter, of which one node of the graph can compute the product with an input; or None."""
     if not is_plain_call() or is_traced():  # a graph, transform or forward derivative
         return None
     if keeps_results():  # and the thin product is written to
@@ -66,26 +119,53 @@ def adapted_product(base: nn.Module, adapter: nn.Module | None, input: Tensor) -
         return None
     own = adapter._parameters
     a, b = own.get("lora_a"), own.get("lora_b")
-    if a is None or b is None or "forward" in adapter.__dict__ or is_observed(base):
+    if a is None or b is None or "forward" in adapter.__dict__:
         return None
-    if not all(type(one) in _PLAIN and one.dtype in _DTYPES for one in (a, b)):
+    if not all(type(one) in _PLAIN and one.dtype in _DTYPES and one.dim() == 2 for one in (a, b)):
         return None
     if not (input.requires_grad or a.requires_grad or b.requires_grad):
         return None
-    x = autocast(input)
-    found = _frozen_weight(base, x)
-    if found is None or not kernels.adds_products() or x.shape[-1] != a.shape[1]:
+    return a, b
+
+
+def _product(
+    input: Tensor,
+    x: Tensor,
+    adapter: Any,
+    matrices: tuple[Tensor, Tensor],
+    frozen: tuple[kernels.Weight, Tensor | None] | None,
+    transposed: bool,
+) -> Tensor | None:
+    """Return the product of an input, and of that in the dtype of autocast, x, with a frozen weight and A and B."""
+    a, b = matrices
+    if frozen is None or not kernels.adds_products() or x.shape[-1] != a.shape[1]:
         return None
-    weight, bias = found
-    factor = converted(input, torch.bfloat16)
+    weight, bias = frozen
+    shared = type(input.grad_fn).__name__ in _KEEP_RESULTS  # a copy that the input holds would live as long
+    factor = input.to(torch.bfloat16) if shared else converted(input, torch.bfloat16)
     dropout = cast(nn.Module, adapter._modules["dropout"])
     dropped = None if drops_nothing(dropout) else dropout(factor)
     again = None if dropped is not None else recompute_of(input)
     # What other functions save of the input, too, is then kept once.
     kept = factor if dropped is None else dropped
-    kept = input if dropped is None and again is None and saves_in_any_dtype() else kept
-    out: Tensor = _AdaptedProduct.apply(factor, dropped, a, b, weight, bias, adapter.scaling, again, kept)  # type: ignore[no-untyped-call, unused-ignore]
-    return out if _results.narrow else out.to(x.dtype)
+    kept = input if dropped is None and again is None and (shared or saves_in_any_dtype()) else kept
+    out: Tensor = _AdaptedProduct.apply(factor, dropped, a, b, weight, transposed, bias, adapter.scaling, again, kept)  # type: ignore[no-untyped-call, unused-ignore]
+    return out if _results.narrow else _widened(out, x.dtype)
+
+
+def _widened(narrow: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a product in a dtype, and note with its memory that it has numbers of bfloat16 alone."""
+    wide = narrow.to(dtype)
+    if wide is not narrow and not wide.is_inference():
+        cast(Any, wide.untyped_storage()).lowmem_narrow = wide._version, dtype
+    return wide
+
+
+def is_narrow(x: Tensor) -> bool:
+    """Whether a tensor is known to have numbers of bfloat16 alone: a product, or a view of it, not written to."""
+    if x.is_inference():
+        return False
+    return getattr(x.untyped_storage(), "lowmem_narrow", None) == (x._version, x.dtype)
 
 
 class _Results(threading.local):
@@ -151,7 +231,8 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
 class _AdaptedProduct(torch.autograd.Function):
     """``x W^T + bias + s (d A^T) B^T`` for x (..., in) and d, x after dropout; None: x itself.
 
-    ``kept`` is what backward keeps of d, in any dtype, unless it is computed ``again``.
+    ``weight`` is W, or W^T if ``transposed``. ``kept`` is what backward keeps of d, in any dtype, unless it is
+    computed ``again``.
     """
 
     @staticmethod
@@ -162,13 +243,14 @@ class _AdaptedProduct(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         weight: kernels.Weight,
+        transposed: bool,
         bias: Tensor | None,
         scaling: float,
         again: Recompute | None,
         kept: Tensor,
     ) -> Tensor:
         ctx.weight, ctx.scaling, ctx.shape, ctx.drops = weight, scaling, x.shape, dropped is not None
-        ctx.again = again
+        ctx.again, ctx.transposed = again, transposed
         # save_for_backward raises an error if the weight is changed in place before backward.
         frozen = (weight.packed, weight.scales) if isinstance(weight, QuantizedTensor) else (weight,)
         with torch.autocast("cpu", enabled=False):
@@ -176,7 +258,7 @@ class _AdaptedProduct(torch.autograd.Function):
             narrow = adapted @ a.to(x.dtype).t()  # (rows, rank)
             wide = (b * scaling).to(x.dtype).t()  # (rank, out)
             out = narrow @ wide if bias is None else torch.addmm(bias.to(x.dtype), narrow, wide)  # (rows, out)
-            kernels.add_product(out, rows, weight, False)
+            kernels.add_product(out, rows, weight, transposed)
         ctx.save_for_backward(None if again else kept, narrow, a, b, *frozen)
         return out.view(*x.shape[:-1], -1)
 
@@ -205,18 +287,27 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.drops:
         dd = (thin @ a.to(g.dtype)).view(ctx.shape) if wanted[1] else None
     if wanted[0]:
-        if twice:
-            dx = ops.product(g, weight, g.dtype, True)
+        if _is_batch(grad):
+            dense = weight.dequantize(g.dtype) if isinstance(weight, QuantizedTensor) else weight.to(g.dtype)
+            dx = g @ (dense.t() if ctx.transposed else dense)
+            dx = dx if ctx.drops else dx + thin @ a.to(g.dtype)
+        elif twice:
+            dx = ops.product(g, weight, g.dtype, not ctx.transposed)
             dx = dx if ctx.drops else dx + thin @ a.to(g.dtype)
         else:
             dx = g.new_zeros(g.shape[0], a.shape[1]) if ctx.drops else thin @ a.to(g.dtype)
-            dx = kernels.add_product(dx, g, weight, True)
+            dx = kernels.add_product(dx, g, weight, not ctx.transposed)
         dx = dx.view(ctx.shape)
     if wanted[2]:
         da = (thin.t() @ rows).to(a.dtype)
     if wanted[3]:
         db = (g.t() @ narrow).to(b.dtype) * ctx.scaling
-    return dx, dd, da, db, None, None, None, None, None
+    return dx, dd, da, db, None, None, None, None, None, None
+
+
+def _is_batch(grad: Tensor) -> bool:
+    """Whether a gradient stands for several, as those of ``is_grads_batched``: it has no memory to add to."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:

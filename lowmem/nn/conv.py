@@ -100,7 +100,10 @@ class Conv4Bit(FourBitStorage, _Conv):
         weight = (store or technique.store)(layer.weight.flatten(1), "weight")
         compute = technique.compute_dtype if technique.compute_dtype is not torch.int8 else None  # int8: linear only
         return cast(
-            Conv4Bit, stored_copy(layer, {"weight": weight}, compute_dtype=compute, geometry=geometry_of(layer))
+            Conv4Bit,
+            stored_copy(
+                layer, {"weight": weight}, computed_in=compute, compute_dtype=compute, geometry=geometry_of(layer)
+            ),
         )
 
     def forward(self, input: Tensor) -> Tensor:

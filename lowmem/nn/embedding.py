@@ -134,7 +134,7 @@ class Embedding4Bit(FourBitStorage, _Embedding):
             TypeError, ValueError: weights that ``quantize`` rejects.
         """
         weight = (store or technique.store)(layer.weight, "weight")
-        return cast(Embedding4Bit, stored_copy(layer, {"weight": weight}))
+        return cast(Embedding4Bit, stored_copy(layer, {"weight": weight}, computed_in=technique.compute_dtype))
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows (..., embedding_dim) of indices (...), dequantized to ``dtype``."""

@@ -36,10 +36,10 @@ class FourBit(Blockwise):
             None: "bof4s", in blocks of 32 unless ``block_size`` says otherwise.
         block_size: weights per scale, even, 8 to 4096; None: the format's default.
         scales: "float32", "float16" or "double", or one of the first two with "_offsets"; None: the format's default.
-        compute_dtype: in which linear layers and convolutions multiply; None: the dtype of the input, as weights
-            that other modules read (``Conv1D``, experts, attention of torch) always are. With torch.int8,
-            linear layers round inputs, and levels that need it, to 8 bits (``lowmem.kernels.int8``) and multiply
-            integers; gradients and other layers use the dtype of the input.
+        compute_dtype: in which weights are multiplied, by layers and by modules that read them (``Conv1D``, experts,
+            attention of torch); None: the dtype of the input. With torch.int8, linear layers round inputs, and levels
+            that need it, to 8 bits (``lowmem.kernels.int8``) and multiply integers; gradients and other modules use
+            the dtype of the input.
         search: whether to search for the scales with the least squared error; None: the format's default.
         offsets: whether each block has an offset, too, the middle of its weights: scales become "float16_offsets" or
             "float32_offsets". A product then takes the sums of the input over blocks, in float32.
@@ -121,7 +121,8 @@ class Linear4Bit(FourBitStorage, nn.Linear):
             TypeError, ValueError: weights that ``quantize`` rejects.
         """
         weight = (store or technique.store)(layer.weight, "weight")
-        return cast(Linear4Bit, stored_copy(layer, {"weight": weight}, compute_dtype=technique.compute_dtype))
+        dtype = technique.compute_dtype
+        return cast(Linear4Bit, stored_copy(layer, {"weight": weight}, computed_in=dtype, compute_dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""

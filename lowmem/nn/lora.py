@@ -23,7 +23,7 @@ from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call
 from lowmem.nn.gathered_linear import GatheredLinear4Bit, gathered_copy
 from lowmem.nn.half import HalfLinear
 from lowmem.nn.stored import StoredTensor
-from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored_module import StoredModule, kept_weight
 from lowmem.quant.quantize import relative_error, requantize
 from lowmem.quant.rounding import round_to
 
@@ -262,15 +262,10 @@ class LoRALinear(nn.Module):
 
 def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
     """Return the output of base and adapter from one fused product; None where they must be called as modules."""
-    weight: kernels.Weight
-    if (type(base) is Linear4Bit or type(base) is Linear8Bit) and base.compute_dtype in (None, torch.float32):
-        weight = base.quantized
-    elif type(base) is HalfLinear:
-        found = base._parameters.get("weight_rounded")
-        if found is None:  # a parametrization has moved it out
+    if type(base) is Linear4Bit or type(base) is Linear8Bit:
+        if base.compute_dtype is not None and base.compute_dtype is not torch.float32:
             return None
-        weight = found
-    else:
+    elif type(base) is not HalfLinear:
         return None
     if type(adapter) is not Adapter:
         return None
@@ -291,6 +286,13 @@ def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor)
         or is_observed(base)
     ):
         return None
+    if type(base) is HalfLinear:
+        weight: Any = bases.get("weight_rounded")
+        if weight is None:  # a parametrization has moved it out
+            return None
+    else:
+        linear = cast(Linear4Bit, base)
+        weight = (kept_weight(linear) if plain else None) or linear.quantized  # the first is faster
     if plain:
         return kernels.linear(x, weight, torch.float32, bases[key], (a, b, adapter.scaling))
     return ops.product(x, weight, torch.float32, False, bases[key], a, b, adapter.scaling)

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -64,6 +64,7 @@ class FourBitForm:
         transposed: whether the parts hold the parameter's transpose (its last two dimensions).
         gathered: whether the parts hold the columns in another order, which one more part, ``order``, has: int32
             (columns,), the column of the parameter for each of the parts. ``lowmem.nn.gathered_weight`` computes.
+        compute_dtype: floating point, in which products with the weight are computed; None: the dtype of the input.
     """
 
     format: str
@@ -72,6 +73,7 @@ class FourBitForm:
     method: str
     transposed: bool = False
     gathered: bool = False
+    compute_dtype: torch.dtype | None = None
 
     parts: ClassVar[tuple[str, ...]] = ("packed", "scales")  # one that is gathered has its own
 
@@ -87,6 +89,10 @@ class FourBitForm:
     def flags(self) -> tuple[str, ...]:
         """``transposed`` and ``gathered``, those that hold."""
         return tuple(name for name in ("transposed", "gathered") if getattr(self, name))
+
+    def has_parts_of(self, other: object) -> bool:
+        """Whether parts in the other form stand for the same values in this one."""
+        return isinstance(other, FourBitForm) and replace(other, compute_dtype=self.compute_dtype) == self
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -135,6 +141,11 @@ class HalfForm:
     parts: ClassVar[tuple[str, ...]] = ("rounded",)
     transposed: ClassVar[bool] = False
     gathered: ClassVar[bool] = False
+    compute_dtype: ClassVar[None] = None  # that of the input, or the wider one
+
+    def has_parts_of(self, other: object) -> bool:
+        """Whether parts in the other form stand for the same values in this one."""
+        return other == self
 
     def __str__(self) -> str:
         return str(self.dtype).removeprefix("torch.")

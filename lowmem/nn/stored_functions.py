@@ -47,7 +47,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     x = autocast(input)
     bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
-    return frozen_linear(x, stored, compute_dtype(x, stored), bias)
+    return frozen_linear(x, stored, compute_dtype(x, weight), bias)
 
 
 def open_attention(**replaced: Any) -> Any:
@@ -140,7 +140,7 @@ def _set_data(weight: Any, value: Tensor) -> Any:
     if weight.swapped:
         raise RuntimeError(f"weight.T.data = ... would write to a weight that is stored in {weight.form}: {REMEDY}")
     made = value if isinstance(value, StoredTensor) else store_again(weight, value)
-    if made.form != weight.form:
+    if not weight.form.has_parts_of(made.form):
         raise RuntimeError(f"weight.data = ...: this weight is stored in {weight.form}, and the value in {made.form}")
     if made.tail != weight.tail and not (made.dim() == weight.dim() == 1):  # a bias for a larger vocabulary
         raise RuntimeError(
@@ -193,7 +193,7 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Any = None) -> 
     outs = []
     for number in range(weight.shape[0]):
         matrix = cast(StoredTensor, weight[number]).stored
-        outs.append((ops.product(rows, matrix, compute_dtype(rows, matrix), True).to(others.dtype) * others).sum(1))
+        outs.append((ops.product(rows, matrix, compute_dtype(rows, weight), True).to(others.dtype) * others).sum(1))
     out = torch.stack(outs, 1).view(*input1.shape[:-1], len(outs))
     bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
     return out if bias is None else out + bias
@@ -266,7 +266,7 @@ def _contract(
                 rows = rows[index]
         matrix = part.like([one.contiguous() for one in part.parts]).matrix
         flat = rows.reshape(-1, int(torch.Size(columns).numel()))
-        results.append(ops.product(flat, matrix, compute_dtype(flat, matrix), transposed).to(x.dtype))
+        results.append(ops.product(flat, matrix, compute_dtype(flat, weight), transposed).to(x.dtype))
     shape = [sizes[one] for one in (*free, *made)]
     if transposed:
         result = torch.stack(results).view(*(sizes[one] for one in looped), *shape)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -56,6 +56,7 @@ __all__ = [
     "is_exported",
     "kept_weight",
     "leading_dims",
+    "multiplied_in",
     "restored_copy",
     "stored_class",
     "stored_copy",
@@ -151,9 +152,10 @@ class StoredModule(nn.Module):
     def store(self, name: str, weight: Weight, tail: tuple[int, ...], dtype: torch.dtype) -> None:
         """Set a parameter to a stored weight: (*lead, columns), with rows of shape ``tail``, that had ``dtype``.
 
-        One that is stored transposed here stays so.
+        One that is stored transposed here stays so, and is multiplied in the same dtype.
         """
-        form, parts = described(weight, name in self._forms and self._forms[name].form.transposed)
+        old = self._forms[name].form if name in self._forms else None
+        form, parts = described(weight) if old is None else described(weight, old.transposed, old.compute_dtype)
         rows = tuple(weight.shape[: weight.dim() - len(tail)] if isinstance(weight, Tensor) else weight.shape[:-1])
         self._forms[name] = Described.of(form, rows, tuple(tail), dtype)
         self._parameters.update(parts_of(name, form, parts))
@@ -187,6 +189,8 @@ class StoredModule(nn.Module):
                 tensor = _made(one, sources)
                 tensor.__dict__.update(sources=sources, made_of=(address, dtype))
                 _SHARED[tuple(map(id, sources))] = tensor
+            elif tensor.form.compute_dtype is not form.compute_dtype:  # the other module multiplies in its own
+                tensor = _multiplied_in(tensor, form.compute_dtype)
             rows = tuple(tensor.parts[0].shape[:-1])
             own["_forms"][name] = one._replace(rows=rows, tail=tensor.tail)  # ``weight.data =`` adds some
             known = own["_kept"][name] = Kept(sources, address, dtype, tensor, tensor.stored)
@@ -376,6 +380,14 @@ class StoredModule(nn.Module):
         forms = {str(one.form): name for name, one in self._forms.items()}
         how = next(iter(forms)) if len(forms) == 1 else "; ".join(f"{name}: {form}" for form, name in forms.items())
         return ", ".join(text for text in (super().extra_repr(), f"stored in {how}") if text)
+
+
+def multiplied_in(module: StoredModule, name: str = "weight") -> torch.dtype | None:
+    """Return the ``compute_dtype`` of a stored parameter: of a layer that has one, which may be set, the layer's."""
+    form = module._forms[name].form
+    if name == "weight" and isinstance(module, tuple(LAYERS.values())):
+        return getattr(module, "compute_dtype", form.compute_dtype)
+    return form.compute_dtype
 
 
 def kept_weight(module: StoredModule) -> QuantizedTensor | None:
@@ -578,14 +590,16 @@ def as_part(tensor: Tensor, name: str) -> Tensor:
     return tensor.view(torch.uint8) if name.endswith("_scales") and tensor.dtype != torch.uint8 else tensor
 
 
-def described(weight: Weight, transposed: bool = False) -> tuple[Form, tuple[nn.Parameter, ...]]:
+def described(
+    weight: Weight, transposed: bool = False, compute_dtype: torch.dtype | None = None
+) -> tuple[Form, tuple[nn.Parameter, ...]]:
     """Return the form of a weight, and its parts as frozen parameters: the same ones for the same weight."""
     if not isinstance(weight, QuantizedTensor):
         return HalfForm(weight.dtype), (freeze(weight),)
     parts = weight.cache.get("parts")
     if parts is None:
         parts = weight.cache["parts"] = tuple(map(freeze, FourBitForm.split(weight)))
-    return replace(FourBitForm.of(weight), transposed=transposed), parts
+    return replace(FourBitForm.of(weight), transposed=transposed, compute_dtype=compute_dtype), parts
 
 
 def parts_of(name: str, form: Form, parts: tuple[nn.Parameter, ...]) -> dict[str, nn.Parameter]:
@@ -620,6 +634,15 @@ def _made(one: Described, sources: tuple[Tensor, ...]) -> StoredTensor:
     tensor = kind(one.form, parts, one.tail, one.dtype, swapped=one.form.transposed)
     tensor._is_param = True  # isinstance(weight, nn.Parameter) holds
     return tensor
+
+
+def _multiplied_in(tensor: StoredTensor, dtype: torch.dtype | None) -> StoredTensor:
+    """Return a stored tensor of the same parts whose products are computed in another dtype."""
+    form = replace(cast(FourBitForm, tensor.form), compute_dtype=dtype)
+    made = type(tensor)(form, tensor.parts, tensor.tail, tensor.dtype, swapped=tensor.swapped)
+    made.__dict__.update({name: tensor.__dict__[name] for name in ("sources", "made_of")})
+    made._is_param = True
+    return made
 
 
 def _refuse_batched(sources: tuple[Tensor, ...]) -> None:
@@ -749,7 +772,12 @@ HOOKS = (
 
 
 def stored_copy(
-    module: nn.Module, weights: Mapping[str, Weight], *, transposed: Container[str] = (), **attributes: Any
+    module: nn.Module,
+    weights: Mapping[str, Weight],
+    *,
+    transposed: Container[str] = (),
+    computed_in: torch.dtype | None = None,
+    **attributes: Any,
 ) -> StoredModule:
     """Return a copy of a module in which parameters are stored; it has no hooks, and shares everything else.
 
@@ -757,9 +785,11 @@ def stored_copy(
         module: dense.
         weights: for each parameter to store: (*lead, columns), with the leading dimensions of the parameter.
         transposed: those whose 4-bit weights are of the parameter's transpose (last two dimensions).
+        computed_in: the dtype of products of whoever reads the weights; None, or torch.int8: that of their input.
         **attributes: of the copy.
     """
-    forms = {name: described(weight, name in transposed) for name, weight in weights.items()}
+    dtype = None if computed_in is torch.int8 else computed_in
+    forms = {name: described(weight, name in transposed, dtype) for name, weight in weights.items()}
     kinds = {type(form) for form, _ in forms.values()}
     plain = getattr(type(module), "_plain_class", type(module))
     made = stored_class(plain, tuple(weights), kind_of(kinds))

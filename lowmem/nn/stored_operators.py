@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowmem import kernels
-from lowmem.kernels import Weight, ops
-from lowmem.kernels.frozen_operator import StoredParts
+from lowmem.kernels import ops
 from lowmem.nn.frozen_conv import Geometry, convolution, convolution_adjoint
-from lowmem.nn.stored import OPERATORS, StoredTensor, dequantized_call, is_recorded, refuse_gradient
+from lowmem.nn.stored import OPERATORS, HalfForm, StoredTensor, dequantized_call, is_recorded, refuse_gradient
 
 __all__ = ["compute_dtype"]
 
@@ -40,11 +39,12 @@ def _implements(*names: str) -> Callable[[_F], _F]:
     return register
 
 
-def compute_dtype(x: Tensor, weight: Weight | StoredParts) -> torch.dtype:
-    """Return the dtype to multiply in: that of x, or the wider one of x and a 16-bit weight."""
-    if not isinstance(weight, Tensor) or x.dtype is torch.float32:
-        return x.dtype
-    return torch.promote_types(x.dtype, weight.dtype)
+def compute_dtype(x: Tensor, weight: StoredTensor) -> torch.dtype:
+    """Return the dtype to multiply in: what the weight's form says, that of x, or the wider one of x and 16 bits."""
+    form = weight.form
+    if not isinstance(form, HalfForm):
+        return form.compute_dtype or x.dtype
+    return x.dtype if x.dtype is torch.float32 else torch.promote_types(x.dtype, form.dtype)
 
 
 def _product(x: Tensor, weight: StoredTensor, transposed: bool) -> Tensor:
@@ -52,9 +52,9 @@ def _product(x: Tensor, weight: StoredTensor, transposed: bool) -> Tensor:
     refuse_gradient(weight)
     if is_recorded(x, *weight.parts):
         recorded = weight.recorded
-        return ops.product.record(x, recorded, compute_dtype(x, recorded), transposed).to(x.dtype)
+        return ops.product.record(x, recorded, compute_dtype(x, weight), transposed).to(x.dtype)
     stored = weight.stored
-    dtype = compute_dtype(x, stored)
+    dtype = compute_dtype(x, weight)
     return (kernels.input_grad if transposed else kernels.linear)(x, stored, dtype).to(x.dtype)
 
 
@@ -154,7 +154,7 @@ def _grouped(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool)
     refuse_gradient(weight)
     recorded = is_recorded(x, offsets, *weight.parts)
     matrix, count = weight.recorded if recorded else weight.matrix, weight.parts[0].shape[0]
-    arguments = (x, matrix, compute_dtype(x, matrix), transposed, count, offsets)
+    arguments = (x, matrix, compute_dtype(x, weight), transposed, count, offsets)
     return (ops.grouped_product.record if recorded else ops.grouped_product.compute)(*arguments).to(x.dtype)
 
 
@@ -230,7 +230,7 @@ def _convolution(
     refuse_gradient(weight)
     geometry = _geometry(weight, stride, padding, dilation, groups)
     stored = weight.recorded if is_recorded(x, *weight.parts) else weight.stored
-    dtype = compute_dtype(x, stored)
+    dtype = compute_dtype(x, weight)
     if transposed:
         size = geometry.transposed_size(x.shape[2:], output_padding)
         out = convolution_adjoint(x, stored, geometry, dtype, size)
@@ -254,7 +254,7 @@ def _convolution_backward(
         return NotImplemented
     geometry = _geometry(weight, stride, padding, dilation, groups)
     stored = weight.recorded if is_recorded(grad, *weight.parts) else weight.stored
-    dtype = compute_dtype(grad, stored)
+    dtype = compute_dtype(grad, weight)
     of_input = of_bias = None
     if mask[0] and transposed:
         of_input = convolution(grad, stored, geometry, dtype)
@@ -272,7 +272,13 @@ def _is_kernel(weight: Any) -> bool:
 # Copies, and views that keep whole rows
 
 
-@_implements("detach", "alias", "lift_fresh")
+@_implements("detach")
+def _detach(weight: StoredTensor) -> StoredTensor:
+    """Return a view of which nobody can ask a gradient; what needs none stays the same parameters."""
+    return weight.like([part.detach() if part.requires_grad else part for part in weight.parts])
+
+
+@_implements("alias", "lift_fresh")
 def _alias(weight: StoredTensor) -> StoredTensor:
     return weight.like(weight.parts)
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lowmem.kernels import rowwise
 from lowmem.kernels.memory import keeps_results
 from lowmem.kernels.rowwise import ACTIVATIONS
-from lowmem.nn.adapter_product import narrow_results
+from lowmem.nn.adapter_product import is_narrow, narrow_results
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import is_observed
 from lowmem.nn.lora import LoRALinear
@@ -410,14 +410,18 @@ _CHUNK = 2**18
 def _narrowed(x: Tensor) -> Tensor:
     """Return a float32 tensor in bfloat16 where it holds such numbers alone, as a product in bfloat16 returns them.
 
-    All numbers are compared: a few say nothing of the others, as in a column of ones. The first chunk with another
-    number ends it, so that products in float32 lose no time.
+    All numbers are compared, unless the product says so: a few say nothing of the others, as in a column of ones. The
+    first chunk with another number ends it, so that products in float32 lose no time. The first row always is: what
+    is written through ``.data`` a product does not see.
     """
     if x.dtype is not torch.float32 or not x.numel():
         return x
-    rows, few = x.detach().reshape(-1, x.shape[-1]), max(1, _CHUNK // x.shape[-1])
-    if not torch.equal(rows[:1].bfloat16().float(), rows[:1]):
+    first = x.detach()[(0,) * (x.dim() - 1)]
+    if not torch.equal(first.bfloat16().float(), first):
         return x
+    if is_narrow(x):
+        return x.detach().bfloat16()
+    rows, few = x.detach().reshape(-1, x.shape[-1]), max(1, _CHUNK // x.shape[-1])
     narrow = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     for part, into in zip(rows.split(few), narrow.view(-1, x.shape[-1]).split(few), strict=True):
         if not torch.equal(into.copy_(part).float(), part):

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lowmem import kernels
 from lowmem.nn.lora import LoRALinear
+from lowmem.nn.stored_module import StoredModule, multiplied_in
 from lowmem.training.activations import compressed_activations
 from lowmem.training.fused import FusedModule, GatedMLP, How, activations, fuse
 from lowmem.training.logits import LazyOutput, delay_logits
@@ -143,7 +144,8 @@ def training_report(model: nn.Module) -> dict[str, str]:
 
 def _logits_dtype(model: nn.Module) -> torch.dtype | None:
     """Return bfloat16 where the model's 4-bit layers compute in it, and the processor is fast at it; else None."""
-    asked = any(getattr(one, "compute_dtype", None) is torch.bfloat16 for one in model.modules())
+    stored = [(one, name) for one in model.modules() if isinstance(one, StoredModule) for name in one.forms]
+    asked = any(multiplied_in(module, name) is torch.bfloat16 for module, name in stored)
     return torch.bfloat16 if asked and kernels.adds_products() else None
 
 

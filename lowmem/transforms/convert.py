@@ -736,7 +736,8 @@ def store_parameters(
                     continue
                 inside = isinstance(technique, Blockwise) and parameter.dim() > lead + 1
                 weights[name] = named_store(parameter.flatten(lead) if inside else parameter, name)
-            made = stored_copy(module, weights, transposed=transposed)
+            dtype = technique.compute_dtype if isinstance(technique, Blockwise) else None
+            made = stored_copy(module, weights, transposed=transposed, computed_in=dtype)
     except (TypeError, ValueError) as reason:
         raise type(reason)(f"{layer_name(place[0])}: {reason}") from reason
     if errors:

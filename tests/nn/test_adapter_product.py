@@ -1,7 +1,9 @@
 """In training a frozen layer and its adapter are one product in bfloat16, as exact as its roundings allow."""
 
+import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import lowmem
-from lowmem import FORMATS, FourBit, Half, LoRA, convert, kernels
+from lowmem import FORMATS, FourBit, Half, LoRA, convert, kernels, restore
+from lowmem.nn.adapter_product import is_narrow
 from tests.rounding import assert_sum, stored_weight
-from tests.selection import covering
+from tests.selection import covering, rows_in_one_case
 
 IN, OUT, RANK = 48, 40, 4
 BF16 = torch.bfloat16
@@ -60,6 +63,28 @@ def is_one_product(out):
     return "_AdaptedProductBackward" in nodes(out)
 
 
+def hold_step(x, out, grad, w, lora_a, lora_b, s, offset):
+    """Hold an output and the gradients to those in float64, of a weight (out, in) in float64."""
+    a, b = lora_a.double(), lora_b.double()
+    rows, g = x.detach().double().reshape(-1, IN), grad.double().reshape(-1, OUT)
+
+    def hold(got, exact_of, terms, roundings):
+        values = [one.detach() for one in (rows, g, w, a, b)]
+        exact, most = exact_of(*values), exact_of(*(one.abs() for one in values))
+        assert_sum(got.reshape(exact.shape), exact, most, terms + 6, rounded=[BF16] * roundings)
+
+    def offset_of(rows):
+        if offset is None:
+            return 0
+        return abs(offset) if (rows >= 0).all() else offset
+
+    hold(out, lambda x, g, w, a, b: x @ w.t() + offset_of(x) + s * (x @ a.t()) @ b.t(), IN + RANK, 6)
+    hold(x.grad, lambda x, g, w, a, b: g @ w + s * (g @ b) @ a, OUT + RANK, 6)
+    hold(lora_a.grad, lambda x, g, w, a, b: s * (g @ b).t() @ x, len(rows) + OUT, 5)
+    hold(lora_b.grad, lambda x, g, w, a, b: s * g.t() @ (x @ a.t()), len(rows) + IN, 5)
+    assert lora_a.grad.dtype is lora_b.grad.dtype is torch.float32
+
+
 @covering(
     2,
     base=list(BASES),
@@ -82,23 +107,8 @@ def test_output_and_gradients_are_as_exact_as_their_roundings_allow(base, bias, 
         assert out.shape == (*leading, OUT)
         grad = torch.randn(out.shape).to(out.dtype)
         out.backward(grad)
-    w, a, b, s = stored_weight(layer.base), layer.lora_a.double(), layer.lora_b.double(), layer.scaling
-    offset = 0 if not bias else layer.base.bias.detach().double()
-    rows, g = x.detach().double().reshape(-1, IN), grad.double().reshape(-1, OUT)
-
-    def hold(got, exact_of, terms, roundings):
-        values = [one.detach() for one in (rows, g, w, a, b)]
-        exact, most = exact_of(*values), exact_of(*(one.abs() for one in values))
-        assert_sum(got.reshape(exact.shape), exact, most, terms + 6, rounded=[BF16] * roundings)
-
-    def offset_of(rows):
-        return abs(offset) if bias and (rows >= 0).all() else offset
-
-    hold(out, lambda x, g, w, a, b: x @ w.t() + offset_of(x) + s * (x @ a.t()) @ b.t(), IN + RANK, 6)
-    hold(x.grad, lambda x, g, w, a, b: g @ w + s * (g @ b) @ a, OUT + RANK, 6)
-    hold(layer.lora_a.grad, lambda x, g, w, a, b: s * (g @ b).t() @ x, len(rows) + OUT, 5)
-    hold(layer.lora_b.grad, lambda x, g, w, a, b: s * g.t() @ (x @ a.t()), len(rows) + IN, 5)
-    assert layer.lora_a.grad.dtype is layer.lora_b.grad.dtype is torch.float32
+    bias = layer.base.bias.detach().double() if bias else None
+    hold_step(x, out, grad, stored_weight(layer.base), layer.lora_a, layer.lora_b, layer.scaling, bias)
 
 
 def test_a_fresh_adapter_changes_nothing_in_evaluation_and_the_order_of_sums_in_training():
@@ -112,6 +122,124 @@ def test_a_fresh_adapter_changes_nothing_in_evaluation_and_the_order_of_sums_in_
         assert ((out - expected).abs() <= 2**-7 * expected.abs() + 2**-9).all()
         with torch.no_grad():
             assert torch.equal(layer.eval()(x), expected)
+
+
+class Read(nn.Linear):
+    """Is called, and reads its weight: (out, in)."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Transposed(type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})):
+    """Reads a weight (in, out), as GPT-2's layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(IN, OUT)), nn.Parameter(torch.randn(OUT))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], OUT)
+
+
+def read(base, transposed):
+    """Return a module that reads a weight with an adapter that is not zero."""
+    torch.manual_seed(0)
+    module, technique = Transposed() if transposed else Read(IN, OUT), BASES[base]
+    module.to(BF16 if technique is None else torch.float32)
+    techniques = [] if technique is None else [technique]
+    model = convert(nn.Sequential(module), *techniques, LoRA(RANK, alpha=6), where=lambda *_: True)
+    (part,) = lowmem.adapter_layers(model, "default").values()
+    nn.init.normal_(part.lora_b, std=0.2)
+    model[0].bias.requires_grad_(False)
+    return model, part
+
+
+@covering(
+    2,
+    base=list(BASES),
+    transposed=[False, True],
+    leading=[(64,), (3, 30)],
+    wide=["float32", "autocast", "bfloat16"],
+    kernel=["best", "reference"],
+)
+def test_a_weight_that_is_read_is_multiplied_with_its_adapter_as_exactly(base, transposed, leading, wide, kernel):
+    """The roundings are those of a layer."""
+    if base in ("half", "dense"):
+        wide = "bfloat16"
+    model, part = read(base, transposed)
+    x = inputs(*leading, dtype=BF16 if wide == "bfloat16" else torch.float32)
+    with kernels.using(kernels.available()[-1] if kernel == "best" else "reference"):
+        with torch.autocast("cpu", BF16, enabled=wide == "autocast"):
+            out = model(x)
+        assert is_one_product(out)
+        assert out.dtype is (torch.float32 if wide == "float32" else BF16)
+        assert out.shape == (*leading, OUT)
+        grad = torch.randn(out.shape).to(out.dtype)
+        out.backward(grad)
+    dense = lowmem.delete_adapter(copy.deepcopy(model), "default")
+    dense = (dense if base == "dense" else restore(dense))[0]
+    w, bias = dense.weight.detach().double(), dense.bias.detach().double()
+    hold_step(x, out, grad, w.t() if transposed else w, part.lora_a, part.lora_b, part.scaling, bias)
+
+
+def test_the_table_of_an_embedding_is_no_linear_layer_s_weight():
+    """A as the table has it counts its rows, which are the outputs of the layer that reads it."""
+    torch.manual_seed(0)
+    technique = FourBit("nf4", embeddings="4bit")
+    table = convert(nn.Sequential(nn.Embedding(IN, IN)), technique, LoRA(RANK), where=lambda *_: True)
+    (part,) = lowmem.adapter_layers(table, "default").values()
+    nn.init.normal_(part.lora_a)
+    x = inputs(64, dtype=BF16)
+    out, x = nn.functional.linear(x, table[0].weight), x.detach().double()
+    weight = table[0].weight.values().detach().double()
+    assert (out.double() - x @ weight.t()).norm() <= 0.02 * (x @ weight.t()).norm()
+
+
+def test_of_a_weight_that_is_read_what_it_does_not_serve_is_computed_as_before():
+    def second(model):
+        lowmem.add_adapter(model, "second", LoRA(2), where=lambda *_: True)
+
+    def trained_bias(model):
+        model[0].bias.requires_grad_()
+
+    def frozen(model):
+        model.requires_grad_(False)
+
+    for change in (second, trained_bias, frozen):
+        for transposed in (False, True):
+            model, _ = read("nf4", transposed)
+            assert is_one_product(model(inputs(64)))
+            assert not is_one_product(model(inputs(63)))
+            change(model)
+            out = model(inputs(64))
+            assert is_one_product(out) == (change is frozen)  # of which the input gets a gradient
+    plain = convert(nn.Sequential(Transposed()), FourBit("nf4"), LoRA(RANK), where=lambda *_: True)
+    assert not is_one_product(plain(inputs(64)))
+    assert is_one_product(plain(inputs(64, dtype=BF16)))
+
+
+@rows_in_one_case("transposed", [False, True])
+def test_in_evaluation_the_adapter_of_a_weight_that_is_read_multiplies_in_float32(transposed):
+    """However many rows there are."""
+    model, _ = read("nf4", transposed)
+    x = inputs(64)
+    with torch.no_grad():
+        assert is_narrow(model(x))
+        out = model.eval()(x)
+    assert not is_narrow(out)
+    assert not torch.equal(out, out.bfloat16().float())
+    assert is_one_product(model(x))
+
+
+def test_functions_of_matrices_refuse_inputs_of_three_dimensions():
+    model, _ = read("nf4", True)
+    x, bias = inputs(2, 64), model[0].bias
+    assert is_one_product(torch.matmul(x, model[0].weight))
+    assert is_one_product(torch.mm(x[0], model[0].weight))
+    for function in (torch.mm, torch.Tensor.mm, partial(torch.addmm, bias), partial(torch.Tensor.addmm, bias)):
+        with pytest.raises(RuntimeError):
+            function(x, model[0].weight)
 
 
 def test_what_it_does_not_serve_is_computed_as_before():
@@ -210,6 +338,44 @@ def test_a_call_without_gradients_leaves_no_copy_without_a_graph():
     assert (source.grad - expected).norm() <= 0.01 * expected.norm()
 
 
+def test_a_result_in_float32_says_that_its_numbers_are_those_of_bfloat16():
+    layer = adapted()
+    out = layer(inputs(4, 64))
+    assert out.dtype is torch.float32
+    assert torch.equal(out.bfloat16().float(), out)
+    assert is_narrow(out)
+    assert is_narrow(out[1:].view(-1))
+    assert not is_narrow(out + 0)
+    assert not is_narrow(out.detach().clone())
+    with torch.no_grad():
+        out.view(-1)[3] += 2**-20
+    assert not is_narrow(out)
+    assert not is_narrow(layer(inputs(8)))  # too few rows for this product
+    assert not is_narrow(layer(inputs(64, dtype=BF16)))
+    with torch.inference_mode():
+        assert not is_narrow(layer(torch.randn(64, IN)))
+
+
+@pytest.mark.parametrize("function", [torch.relu, torch.sigmoid, torch.tanh, torch.sin])
+def test_what_a_function_keeps_of_its_result_is_not_kept_twice(function):
+    """ReLU, sigmoid and tanh keep the result, in float32: backward rounds that again, to the same bits."""
+    layer, kept = adapted(), []
+
+    def keep(tensor):
+        kept.append((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)))
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = layer(function(inputs(64)))
+    copies = [one for one in kept if one[1:] == (BF16, (64, IN))]
+    results = {at for at, dtype, shape in kept if (dtype, shape) == (torch.float32, (64, IN))}
+    assert (len(copies), len(results)) == ((1, 1) if function is torch.sin else (0, 1))
+    grad = torch.randn(64, OUT, generator=torch.Generator().manual_seed(2))
+    got = torch.autograd.grad(out, [layer.lora_a, layer.lora_b], grad)
+    plain = torch.autograd.grad(layer(function(inputs(64)) + 0), [layer.lora_a, layer.lora_b], grad)
+    assert all(map(torch.equal, got, plain))
+
+
 def test_a_leaf_keeps_no_copy():
     x = inputs(64)
     adapted()(x).sum().backward()
@@ -231,6 +397,21 @@ def test_second_derivatives_are_those_of_the_plain_formula():
     exact = second(x.double() @ w.t() + bias + layer.scaling * (x.double() @ a.t()) @ b.t())
     for one, other in zip(got, exact, strict=True):
         assert (one - other).norm() <= 0.05 * other.norm()
+
+
+@pytest.mark.parametrize("kind", ["linear", "read"])
+def test_batches_of_gradients_are_those_of_each(kind):
+    module, x = adapted() if kind == "linear" else read("nf4", True)[0], inputs(64)
+    wanted = [x, *(one for one in module.parameters() if one.requires_grad)]
+    out, grads = module(x), torch.randn(3, 64, OUT)
+    assert is_one_product(out)
+    found = torch.autograd.grad(out, wanted, grads, retain_graph=True, is_grads_batched=True)
+    mapped = torch.func.vmap(lambda grad: torch.autograd.grad(out, wanted, grad, retain_graph=True))(grads)
+    for number, grad in enumerate(grads):
+        each = torch.autograd.grad(out, wanted, grad, retain_graph=True)
+        for batch in (found, mapped):
+            for one, exact in zip(batch, each, strict=True):
+                assert (one[number] - exact).norm() <= 2**-6 * exact.norm()
 
 
 def test_dropout_drops_the_input_of_the_thin_product():

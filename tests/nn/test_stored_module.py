@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lowmem import FourBit, Half, LoRA, StoredTensor, convert, restore
+from lowmem import EightBit, FourBit, Half, LoRA, StoredTensor, convert, restore
 from lowmem.nn.stored_module import StoredModule, restored_copy, stored_class
 from tests.selection import rows_in_one_case
 
+BF16 = torch.bfloat16
 TECHNIQUES = {"4-bit": FourBit("nf4"), "half": Half(torch.bfloat16)}
 techniques = rows_in_one_case("technique", TECHNIQUES.values())
 
@@ -294,6 +295,33 @@ def test_a_tie_of_one_part_after_the_other_is_whole():
     assert model[0].weight is model[1].weight
 
 
+def test_modules_that_share_parts_multiply_in_their_own_dtypes():
+    stored = FourBit().store(torch.randn(32, 8))
+    first, second = (convert(nn.Sequential(nn.LSTM(8, 8)), FourBit(compute_dtype=one))[0] for one in (None, BF16))
+    for module in (first, second):
+        module.store("weight_ih_l0", stored, (8,), torch.float32)
+    assert first.weight_ih_l0_packed is second.weight_ih_l0_packed
+    for module, dtype in ((first, None), (second, BF16), (first, None)):
+        assert module.weight_ih_l0.form.compute_dtype is dtype
+    first.weight_ih_l0.data = torch.randn(40, 8)
+    assert second.weight_ih_l0.shape == (40, 8)
+    assert second.weight_ih_l0.form.compute_dtype is BF16
+
+
+@rows_in_one_case("technique", [FourBit(compute_dtype=torch.bfloat16), EightBit(compute_dtype=torch.bfloat16)])
+def test_a_table_that_is_read_is_multiplied_in_the_dtype_of_products_whoever_reads_it_first(technique):
+    x = torch.randn(3, 16)
+    for first in ("table", "head"):
+        model = nn.ModuleDict({"table": nn.Embedding(24, 16), "head": nn.Linear(16, 24, bias=False)})
+        model["head"].weight = model["table"].weight
+        convert(model, technique)
+        getattr(model[first], "weight")  # noqa: B009 - reads it
+        out = nn.functional.linear(x, model["table"].weight)
+        assert model["head"].weight is model["table"].weight
+        assert torch.equal(out, out.bfloat16().float())
+        assert torch.equal(out, model["head"](x))
+
+
 def test_a_transposed_weight_is_not_shared():
     one, other = (convert(nn.Linear(16, 16), FourBit()) for _ in range(2))
     with pytest.raises(RuntimeError, match="a transposed stored weight cannot be shared: give weight.dequantize"):
@@ -474,8 +502,23 @@ def test_a_weight_in_16_bits_that_is_asked_to_train_says_that_it_cannot():
         model(torch.randn(2, 8))
     with torch.no_grad():
         model(torch.randn(2, 8))
+    for data in (model[0].bias.data, model[0].bias.detach()):  # of which nobody asks a gradient
+        assert torch.equal(nn.functional.pad(data, (0, 1))[:-1], model[0].bias.dequantize())
     with pytest.raises(RuntimeError, match="floating point"):
         convert(nn.Sequential(nn.Linear(8, 8)), FourBit()).requires_grad_(True)
+
+
+def test_a_weight_that_is_stored_again_is_multiplied_in_the_same_dtype():
+    model = convert(nn.Sequential(nn.LSTM(8, 8)), FourBit(compute_dtype=torch.bfloat16))
+    before = model[0].forms["weight_hh_l0"]
+    model[0].weight_hh_l0.data = torch.randn(32, 8)
+    assert model[0].weight_hh_l0.form == before
+    model[0].store("weight_hh_l0", FourBit().store(torch.randn(32, 8)), (8,), torch.float32)
+    assert model[0].weight_hh_l0.form.compute_dtype is torch.bfloat16
+    other = convert(nn.Sequential(nn.LSTM(8, 8)), FourBit())
+    model[0].weight_hh_l0.data = other[0].weight_hh_l0  # of the same form, but for the dtype
+    assert torch.equal(model[0].weight_hh_l0.dequantize(), other[0].weight_hh_l0.dequantize())
+    assert model[0].weight_hh_l0.form.compute_dtype is torch.bfloat16
 
 
 class Stack(nn.Module):

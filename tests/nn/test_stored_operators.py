@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,28 @@ OF_EACH_KIND = (
     *("linear", "x @ W", "addmm", "bmm", "einsum over columns", "embedding", "embedding bag", "conv1d"),
     *("conv2d, groups", "conv3d", "conv2d, transposed"),
 )
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if isinstance(case.x, tuple)])
+@rows_in_one_case("compute", [torch.bfloat16, None, torch.float64])
+def test_a_product_and_its_gradient_are_computed_in_the_dtype_that_the_form_says(name, compute):
+    """1 + 2^-12 is 1 in bfloat16, and not in float32."""
+    case = CASES[name]
+    stored = store(torch.randn(case.weight), "nf4", case.lead)
+    weight = StoredTensor(replace(stored.form, compute_dtype=compute), stored.parts, stored.tail, stored.dtype)
+    assert weight.like(weight.parts).form == weight.form
+    x, more = torch.ones(case.x), 1 + 2**-12
+    (out, of_x), (other, of_other) = (differentiated(case.function, weight, x * size, size) for size in (1, more))
+    assert out.dtype == of_x.dtype == torch.float32
+    assert torch.equal(out, other) == torch.equal(of_x, of_other) == (compute is torch.bfloat16)
+
+
+def differentiated(function, weight, x, grad):
+    """Return an output, and the gradient of the input where that of the output is ``grad`` everywhere."""
+    x = x.requires_grad_()
+    out = function(x, weight)
+    out.backward(torch.full_like(out, grad))
+    return out, x.grad
 
 
 @compiles

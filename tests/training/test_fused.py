@@ -198,6 +198,15 @@ def test_checkpoints_give_the_same_bits(joined):
     assert saved(lambda: checkpoint(model, x, use_reentrant=False), model) < 0.5 * plain
 
 
+def test_what_is_written_to_a_product_through_data_is_not_taken_for_bfloat16(monkeypatch):
+    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    layer = convert(nn.Linear(WIDTH, INNER), FourBit(compute_dtype=torch.bfloat16), LoRA(4)).train()
+    act = fuse(nn.GELU(), Act("GELU"))
+    out = layer(torch.randn(80, WIDTH))
+    out.data.add_(2**-10)
+    torch.testing.assert_close(act(out), functional.gelu(out), rtol=1e-6, atol=1e-6)
+
+
 def test_with_compressed_activations():
     model, x = fused(make(FourBit(), LoRA(4))), batch(rows=128)
     expected = gradients(model, x)

@@ -112,6 +112,8 @@ def test_gated_mlps():
     assert recognize(mlp(lambda gate, up: gate * functional.silu(up))) == GatedMLP("up", "gate", "down", "SiLU")
     tanh = recognize(mlp(lambda gate, up: functional.gelu(gate, approximate="tanh") * up))
     assert tanh == GatedMLP("gate", "up", "down", "GELU (tanh)")
+    exact = recognize(mlp(lambda gate, up: functional.gelu(gate) * up))
+    assert exact == GatedMLP("gate", "up", "down", "GELU")
     quick = recognize(mlp(lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up))
     assert quick == GatedMLP("gate", "up", "down", "GELU (sigmoid)")
     for techniques in ((LoRA(4),), (FourBit(), LoRA(4)), (FourBit(),)):
@@ -126,7 +128,7 @@ def test_gated_mlps():
     ("between", "reason"),
     [
         (lambda gate, up: functional.relu(gate) * up, "is no act\\(gate\\) \\* up of a known activation: SiLU"),
-        (lambda gate, up: functional.gelu(gate) * up, "known activation"),
+        (lambda gate, up: functional.mish(gate) * up, "known activation"),
         (lambda gate, up: functional.silu(gate) * up * 1.01, "known activation"),
         (lambda gate, up: functional.silu(gate) + up, "known activation"),
         (lambda gate, up: functional.silu(gate.clamp(max=10)) * up, "known activation"),
@@ -134,7 +136,7 @@ def test_gated_mlps():
         (lambda gate, up: functional.silu(gate).detach() * up, "known activation"),
         (lambda gate, up: functional.dropout(functional.silu(gate) * up, 0.5), "known activation"),
     ],
-    ids=["relu", "gelu", "factor", "sum", "limited gate", "limited up", "detached", "dropout"],
+    ids=["relu", "mish", "factor", "sum", "limited gate", "limited up", "detached", "dropout"],
 )
 def test_other_mlps_are_refused(between, reason):
     import re

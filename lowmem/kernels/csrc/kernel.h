@@ -159,9 +159,9 @@ struct rowwise {
     enum { NORM, NORM_GRAD, GATED, GATED_GRAD, ENTROPY, CODE, DECODE, ROUNDING } operation;
     int type, wide;
     int64_t rows, columns, step, out_step; /* steps: elements from a row to the next of a and b, and of what `out` points to */
-    /* Of a norm epsilon and whether it rounds before it multiplies; of an activation its z; of a cross entropy its smoothing and
-     * whether its gradient is asked for. */
-    float numbers[2];
+    /* Of a norm epsilon and whether it rounds before it multiplies; of an activation the terms of its z; of a cross entropy its
+     * smoothing and whether its gradient is asked for. */
+    float numbers[7];
     const void *a, *b, *grad;
     void *out[2];
 };

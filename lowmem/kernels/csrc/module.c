@@ -281,18 +281,20 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     return PyBool_FromLong(!q.failed);
 }
 
-/* rowwise(isa, operation, type, type of grad and outputs, rows, columns, step, out step, bits of two floats, threads, a, b,
+/* rowwise(isa, operation, type, type of grad and outputs, rows, columns, step, out step, bits of seven floats, threads, a, b,
  * grad or 0, out, second out or 0) fills the outputs. Tensors are addresses. */
 static PyObject *rowwise(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    long long n[16];
-    if (read_numbers(args, given, n, 16))
+    long long n[21];
+    if (read_numbers(args, given, n, 21))
         return NULL;
-    const struct rowwise r = {
-        (int)n[1], (int)n[2], (int)n[3], n[4], n[5], n[6], n[7], {float_of((uint32_t)n[8]), float_of((uint32_t)n[9])},
-        ADDRESS(n[11]), ADDRESS(n[12]), ADDRESS(n[13]), {ADDRESS(n[14]), ADDRESS(n[15])},
+    struct rowwise r = {
+        (int)n[1], (int)n[2], (int)n[3], n[4], n[5], n[6], n[7], {0},
+        ADDRESS(n[16]), ADDRESS(n[17]), ADDRESS(n[18]), {ADDRESS(n[19]), ADDRESS(n[20])},
     };
-    struct job job = {.rowwise = &r, .threads = threads_for(n[10], (double)r.rows * r.columns)};
+    for (int i = 0; i < 7; i++)
+        r.numbers[i] = float_of((uint32_t)n[8 + i]);
+    struct job job = {.rowwise = &r, .threads = threads_for(n[15], (double)r.rows * r.columns)};
     Py_BEGIN_ALLOW_THREADS
     parallel(&job, base_of(all_isas[n[0]])->rowwise, PARTS, NULL, 0);
     Py_END_ALLOW_THREADS

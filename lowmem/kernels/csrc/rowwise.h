@@ -49,19 +49,29 @@ INLINE void norm_row(const struct rowwise *r, int64_t row, const int gradient, c
     }
 }
 
-/* out = act(a) b, act(a) = a sigmoid(z), z = numbers[0] a + numbers[1] a^3; gradient: out[0], out[1]. b may be NULL, for one. */
+/* out = act(a) b, act(a) = a sigmoid(z), z = numbers[0] a + numbers[1] a^3 ...; gradient: out[0], out[1]. b may be NULL, for
+ * one. */
 INLINE void gated_row(const struct rowwise *r, int64_t row, const int gradient, const int type, const int wide)
 {
-    const V linear = v_set1(r->numbers[0]), cubic = v_set1(r->numbers[1]), one = v_set1(1.0f);
+    const V one = v_set1(1.0f);
+    int last = 6;
+    while (last && r->numbers[last] == 0.0f)
+        last--;
     const int64_t at = row * r->step, out = row * r->columns, to = row * r->out_step;
     EACH_VECTOR_OF_ROW {
         const V a = load_some(r->a, type, at + c, n), b = r->b ? load_some(r->b, type, at + c, n) : one;
         const V x = v_within(a), square = v_mul(x, x);
-        const V z = v_within(v_mul(x, v_fma(cubic, square, linear)));
+        V sum = v_set1(r->numbers[last]), slope = v_set1(r->numbers[last] * (float)(2 * last + 1)); /* Horner, and of dz / da */
+        for (int i = last; i--;) {
+            sum = v_fma(sum, square, v_set1(r->numbers[i]));
+            if (gradient)
+                slope = v_fma(slope, square, v_set1(r->numbers[i] * (float)(2 * i + 1)));
+        }
+        const V z = v_within(v_mul(x, sum));
         const V s = v_div(one, v_add(one, v_exp(v_sub(v_zero(), z)))), act = v_mul(a, s);
         if (gradient) {
-            const V slope = v_fma(v_mul(cubic, v_set1(3.0f)), square, linear), g = load_some(r->grad, wide, out + c, n);
-            store_some(r->out[0], wide, to + c, n, v_mul(v_mul(g, b), v_fma(v_mul(act, v_sub(one, s)), slope, s)));
+            const V g = load_some(r->grad, wide, out + c, n);
+            store_some(r->out[0], wide, to + c, n, v_mul(v_mul(g, b), v_fma(v_mul(v_mul(x, s), v_sub(one, s)), slope, s)));
             if (r->out[1])
                 store_some(r->out[1], wide, to + c, n, v_mul(g, act));
         } else {
