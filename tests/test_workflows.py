@@ -35,6 +35,18 @@ def test_the_workflows_name_environments_of_tox():
     assert (named | by_variable) - environments() == set()
 
 
+def test_benchmarks_that_gate_a_merge_are_compared_with_the_baseline():
+    """Without ``--benchmark-compare`` figures are shown, and none fails."""
+    texts = [
+        (ROOT / ".ci" / "run").read_text(),
+        *WORKFLOWS.values(),
+        *(TOX[name].get("commands", "") for name in TOX),
+    ]
+    lines = [line for text in texts for line in text.splitlines() if "pytest benchmarks" in line]
+    assert len(lines) >= 2
+    assert [line for line in lines if "--benchmark-compare" not in line and "--against" not in line] == []
+
+
 def test_the_required_check_needs_every_job():
     jobs = re.findall(r"^  (\w+):$", WORKFLOWS["ci"].partition("\njobs:\n")[2], flags=re.MULTILINE)
     needs = re.search(r"needs: \[([\w, ]+)\]", WORKFLOWS["ci"])
