@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["TYPES", "is_float", "is_real", "is_traced", "is_vector", "keeps_results", "unseen"]
+__all__ = ["TYPES", "is_batch", "is_float", "is_real", "is_traced", "is_vector", "keeps_results", "unseen"]
 
 # enum type of csrc/kernel.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -45,6 +45,11 @@ def is_float(tensor: Tensor) -> bool:
 def is_vector(tensor: Tensor, size: int) -> bool:
     """Whether C may read a tensor as ``size`` contiguous numbers of one of ``TYPES``."""
     return tensor.shape == (size,) and tensor.dtype in TYPES and tensor.is_contiguous() and is_real(tensor)
+
+
+def is_batch(grad: Tensor) -> bool:
+    """Whether a gradient stands for several, as those of ``is_grads_batched``: it has no memory to add to."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def is_traced() -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import fields, stored
-from lowmem.kernels.memory import is_traced, keeps_results
+from lowmem.kernels.memory import is_batch, is_traced, keeps_results
 from lowmem.nn.adapter import Adapter, Update, drops_nothing
 from lowmem.nn.eightbit import Linear8Bit
 from lowmem.nn.fourbit import Linear4Bit
@@ -287,7 +287,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.drops:
         dd = (thin @ a.to(g.dtype)).view(ctx.shape) if wanted[1] else None
     if wanted[0]:
-        if _is_batch(grad):
+        if is_batch(grad):
             dense = weight.dequantize(g.dtype) if isinstance(weight, QuantizedTensor) else weight.to(g.dtype)
             dx = g @ (dense.t() if ctx.transposed else dense)
             dx = dx if ctx.drops else dx + thin @ a.to(g.dtype)
@@ -303,11 +303,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if wanted[3]:
         db = (g.t() @ narrow).to(b.dtype) * ctx.scaling
     return dx, dd, da, db, None, None, None, None, None, None
-
-
-def _is_batch(grad: Tensor) -> bool:
-    """Whether a gradient stands for several, as those of ``is_grads_batched``: it has no memory to add to."""
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lowmem.kernels import rowwise
-from lowmem.kernels.memory import keeps_results
+from lowmem.kernels.memory import is_batch, keeps_results
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.nn.adapter_product import is_narrow, narrow_results
 from lowmem.nn.fourbit import Linear4Bit
@@ -364,18 +364,13 @@ def _by_torch(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:
     """Whether torch's own function computes an activation: ours do on the CPU, of one gradient at a time."""
     if activation not in ACTIVATIONS:
         return True
-    ours = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and (grad is None or not _is_batch(grad))
+    ours = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and (grad is None or not is_batch(grad))
     return activation in _OF_TORCH and not ours
-
-
-def _is_batch(grad: Tensor) -> bool:
-    """Whether a gradient stands for several, as those of ``is_grads_batched``."""
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _in_parts(function: Callable[..., Tensor], own: torch.dtype, dtype: torch.dtype, *of: Tensor) -> Tensor:
     """Return what an elementwise function gives in ``own``, as ``dtype``, without whole copies in other dtypes."""
-    if of[0].dtype is own is dtype or any(map(_is_batch, of)):
+    if of[0].dtype is own is dtype or any(map(is_batch, of)):
         return function(*of).to(dtype)
     out = torch.empty_like(of[0], dtype=dtype)
     for into, *parts in zip(*(one.reshape(-1).split(_CHUNK) for one in (out, *of)), strict=True):
