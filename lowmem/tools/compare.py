@@ -132,10 +132,12 @@ def _compare_text(arguments: argparse.Namespace) -> int:
     """Compare language models, or encoders, in folders on a text.
 
     Raises:
-        ValueError: a model that is no folder, fewer than two, or a text that is too short.
+        ValueError: a model that is no folder, fewer than two, a text that is too short, or options of made inputs.
         FileError: the text is no UTF-8, or a folder cannot be compared.
         ImportError: transformers is missing, or too old.
     """
+    if (arguments.batch, arguments.input_shape, arguments.input_dtype) != (1, (1024,), "float32"):
+        raise ValueError("--batch, --input-shape and --input-dtype describe made inputs: with --text leave them out")
     folders = [(name, folder_of(name)) for name in arguments.models]
     for name, folder in folders:
         if folder is None:

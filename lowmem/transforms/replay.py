@@ -110,6 +110,8 @@ class Replay:
 
     def __enter__(self) -> Replay:
         if self._offload is not None:
+            if self._offload.is_file():
+                raise NotADirectoryError(f"offload={str(self._offload)!r} is a file: name a folder")
             self._offload.mkdir(parents=True, exist_ok=True)
             made = tempfile.TemporaryDirectory(prefix="hidden-states-", dir=self._offload)
             self._folder = Path(self._stack.enter_context(made))

@@ -200,6 +200,8 @@ def test_what_cannot_be_compared_on_a_text_is_said(folders, tmp_path, capsys):
         "is no folder: --text compares folders": [base, "bignet", "--text", text],
         "at least one other folder": [base, "--text", text],
         "it is no UTF-8 text, from byte 1": [base, near, "--text", str(binary)],
+        "--batch, --input-shape and": [base, near, "--text", text, "--batch", "4"],
+        "with --text leave them out": [base, near, "--text", text, "--input-dtype", "int64"],
     }
     for message, arguments in cases.items():
         assert main(["compare", *arguments]) == 2

@@ -723,6 +723,13 @@ def test_hidden_states_on_disk_give_the_same_bytes_and_leave_no_file(texts, tmp_
     expected = calibrate(made(Crossing), texts)
     assert_same_bytes(calibrate(made(Crossing), texts, offload=tmp_path / "hidden"), expected)
     assert list((tmp_path / "hidden").iterdir()) == []
+    (tmp_path / "file").write_text("kept")
+    model = made(Crossing)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NotADirectoryError, match="offload=.*file' is a file: name a folder"):
+        calibrate(model, texts, offload=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_peak_memory_is_the_hidden_states_and_one_blocks_moments(tmp_path):
