@@ -32,7 +32,9 @@ def _fake(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *_: o
 
 def _record(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
     if not isinstance(weight, (QuantizedTensor, StoredParts)):  # a tuple: torch 2.9's compiler takes no union
-        return cast(Tensor, torch.ops.lowmem.product_16bit(x, weight, *rest))
+        operator = torch.ops.lowmem.product_16bit
+        alone = len(rest) < 4 or rest[3] is None  # without A
+        return cast(Tensor, operator.plain(x, weight, *rest[:3]) if alone else operator.default(x, weight, *rest))
     weight.check_layout()  # here: the operator gets no row count to check against
     if isinstance(weight, StoredParts):
         packed, scales, text = weight
@@ -82,6 +84,10 @@ _FIELDS = "Tensor packed, Tensor scales, str format, int block_size, str scale_e
 _ADDED = "Tensor? bias=None, Tensor? a=None, Tensor? b=None, float? scaling=None"
 _REST = f"ScalarType dtype, bool transposed, {_ADDED}"
 product.declare(f"product_16bit(Tensor x, Tensor weight, {_REST}) -> Tensor", lambda *given: given)
+product.declare(  # Inductor names arguments that have defaults, of which ``compute_or_dispatch`` makes a dispatch
+    "product_16bit.plain(Tensor x, Tensor weight, ScalarType dtype, bool transposed, Tensor? bias=None) -> Tensor",
+    lambda *given: given,
+)
 product.declare(
     f"product_4bit(Tensor x, {_FIELDS}, {_REST}) -> Tensor",
     lambda x, *given: (x, stored(*given[:6]), *given[6:]),
@@ -94,6 +100,7 @@ product.declare(f"product_4bit.plain({_TEXT}, Tensor? bias=None) -> Tensor", _ar
 
 
 @decomposes("product_16bit")
+@decomposes("product_16bit.plain")
 def _written_16bit(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bool, *added: Any) -> Tensor:
     return decompositions.product(x, weight.to(dtype), transposed, *(added or (None,)))
 

@@ -46,7 +46,8 @@ def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
     weight = make_weight(kind)
     x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
     if kind == "half":
-        assert_operator(torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed))
+        for operator in (torch.ops.lowmem.product_16bit.default, torch.ops.lowmem.product_16bit.plain):
+            assert_operator(operator, (x, weight, dtype, transposed))
     else:
         described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
         arguments = (x, weight.packed, weight.scales, *described, dtype, transposed)
