@@ -74,7 +74,7 @@ def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transpos
     Args:
         input: floating point (..., in).
         weight: without the adapter: (out, in); (in, out) if transposed.
-        update: of the adapter.
+        update: of an adapter, whole.
         bias: (out,), or None.
         transposed: whether the product is ``input @ weight``, and not ``input @ weight.T``.
 
@@ -82,7 +82,7 @@ def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transpos
         As ``adapted_product``.
     """
     adapter = update.adapter
-    if adapter is None or not (adapter.training or torch.is_grad_enabled()):
+    if not (adapter.training or torch.is_grad_enabled()):
         return None
     matrices = _trained(adapter, input)
     if matrices is None:

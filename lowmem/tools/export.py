@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from lowmem.io.export.targets import TARGETS, export, target_of
 from lowmem.io.shards import INDEX
 from lowmem.tools.import_file import DTYPES
 from lowmem.tools.models import MIB, check_links, file_path
-from lowmem.tools.output import print_json, print_table, progress, shape_text, shown
+from lowmem.tools.output import print_json, print_table, progress, shape_text, shown, warnings_as_notes
 
 __all__ = ["add_arguments", "run"]
 
@@ -53,21 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (arguments.source, arguments.out):
         check_links(path)
     name = target_of(arguments.out, arguments.format)
-    with progress() as bar:
+    with warnings_as_notes(), progress() as bar:
         task = bar.add_task("export", total=_size(arguments.source))
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter("always", UserWarning)
-            rows = export(
-                arguments.source,
-                arguments.out,
-                format=name,
-                requantize=arguments.requantize,
-                like=arguments.like,
-                dtype=None if arguments.dtype is None else DTYPES[SHORT[arguments.dtype]],
-                progress=lambda name, nbytes: bar.update(task, advance=nbytes),
-            )
-    for note in notes:
-        print(f"note: {shown(str(note.message))}", file=sys.stderr)
+        rows = export(
+            arguments.source,
+            arguments.out,
+            format=name,
+            requantize=arguments.requantize,
+            like=arguments.like,
+            dtype=None if arguments.dtype is None else DTYPES[SHORT[arguments.dtype]],
+            progress=lambda name, nbytes: bar.update(task, advance=nbytes),
+        )
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0

@@ -7,6 +7,7 @@ import os
 import re
 import select
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import TextIOWrapper
@@ -37,6 +38,7 @@ __all__ = [
     "shown",
     "stdout_for_json",
     "uncut_column",
+    "warnings_as_notes",
 ]
 
 LEAST = 12  # least width of a wrapped column of text, in characters
@@ -56,6 +58,16 @@ class Terminal(Console):
 def shown(text: str) -> str:
     """Return a name from a user or file with control characters escaped, cut to 2000 characters."""
     return printable(text, 2000)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print the block's warnings to stderr behind it, a line each, unless it ends in an error."""
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for note in notes:
+        print(f"note: {shown(str(note.message))}", file=sys.stderr)
 
 
 @contextmanager

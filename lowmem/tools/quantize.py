@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import warnings
 from dataclasses import asdict
 
 from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -19,7 +18,7 @@ from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 from lowmem.quant.scales import ENCODINGS
 from lowmem.tools import import_file
 from lowmem.tools.models import MIB, check_links, file_path, positive_float, positive_int, size
-from lowmem.tools.output import print_json, print_table, progress, shape_text, shown, uncut_column
+from lowmem.tools.output import print_json, print_table, progress, shape_text, shown, uncut_column, warnings_as_notes
 from lowmem.tools.quantize_options import check_options
 
 __all__ = ["add_arguments", "run"]
@@ -114,14 +113,11 @@ def run(arguments: argparse.Namespace) -> int:
     is_folder = (arguments.source / "config.json").is_file()
     check_options(arguments, "a dense folder" if is_folder else "a dense file")
     technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
+    with warnings_as_notes():
         if arguments.calibrate is not None:
             rows = _calibrated_folder(arguments, technique)
         else:
             rows = (_folder if is_folder else _checkpoint)(arguments, technique)
-    for note in notes:
-        print(f"note: {shown(str(note.message))}", file=sys.stderr)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0

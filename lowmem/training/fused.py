@@ -40,7 +40,6 @@ from lowmem.nn.stored_module import copied_module
 from lowmem.training.prepared_module import PreparedModule
 
 __all__ = [
-    "FUNCTIONS",
     "Act",
     "FusedModule",
     "GatedMLP",
@@ -60,12 +59,9 @@ _OF_TORCH: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         partial(functional.gelu, approximate="tanh"),
         partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     ),
-    "GELU": (functional.gelu, torch.ops.aten.gelu_backward),  # by the error function: torch alone computes it
+    "GELU": (functional.gelu, torch.ops.aten.gelu_backward),
 }
 """Activations that torch computes in one function, and its gradient in another."""
-
-FUNCTIONS = tuple(ACTIVATIONS | _OF_TORCH)
-"""The activations of modules that compute nothing else."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class Act:
-    """How a module without parameters computes an activation, one of ``FUNCTIONS``."""
+    """How a module without parameters computes an activation, a key of ``ACTIVATIONS``."""
 
     activation: str
 
@@ -362,8 +358,6 @@ def _act(x: Tensor, activation: str, own: torch.dtype, dtype: torch.dtype) -> Te
 
 def _by_torch(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:
     """Whether torch's own function computes an activation: ours do on the CPU, of one gradient at a time."""
-    if activation not in ACTIVATIONS:
-        return True
     ours = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and (grad is None or not is_batch(grad))
     return activation in _OF_TORCH and not ours
 
@@ -379,7 +373,7 @@ def _in_parts(function: Callable[..., Tensor], own: torch.dtype, dtype: torch.dt
 
 
 def activated(x: Tensor, activation: str) -> Tensor:
-    """Return an activation of x, one of ``FUNCTIONS``; backward keeps x alone, readers compute the result again."""
+    """Return one of ``ACTIVATIONS`` of x; backward keeps x alone, readers compute the result again."""
     out: Tensor = _Activated.apply(x, activation)  # type: ignore[no-untyped-call, unused-ignore]
     return _noted(out)
 

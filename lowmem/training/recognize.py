@@ -18,7 +18,6 @@ from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.nn.frozen_linear import is_observed
 from lowmem.nn.stored_module import copied_module
 from lowmem.training.fused import (
-    FUNCTIONS,
     Act,
     FusedModule,
     GatedMLP,
@@ -136,7 +135,7 @@ def _is_function(module: nn.Module) -> bool:
 
 def _as_activation(module: nn.Module) -> Act | None:
     """Return which activation a module computes; None for other functions, which no report needs to name."""
-    names = list(FUNCTIONS)
+    names = list(ACTIVATIONS)
     for dtype in _DTYPES:
         x = 3 * torch.randn(_ROWS, 64) * torch.tensor(_SIZES).unsqueeze(1)
         x[2:].abs_()  # an exponential of large ones may overflow, where the activation is zero

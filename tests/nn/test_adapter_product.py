@@ -63,6 +63,20 @@ def is_one_product(out):
     return "_AdaptedProductBackward" in nodes(out)
 
 
+def taken_step(call, leading, wide, kernel):
+    """Return the input of a product, which has its gradient, the output, and the gradient that it got."""
+    x = inputs(*leading, dtype=BF16 if wide == "bfloat16" else torch.float32)
+    with kernels.using(kernels.available()[-1] if kernel == "best" else "reference"):
+        with torch.autocast("cpu", BF16, enabled=wide == "autocast"):
+            out = call(x)
+        assert is_one_product(out)
+        assert out.dtype is (torch.float32 if wide == "float32" else BF16)
+        assert out.shape == (*leading, OUT)
+        grad = torch.randn(out.shape).to(out.dtype)
+        out.backward(grad)
+    return x, out, grad
+
+
 def hold_step(x, out, grad, w, lora_a, lora_b, s, offset):
     """Hold an output and the gradients to those in float64, of a weight (out, in) in float64."""
     a, b = lora_a.double(), lora_b.double()
@@ -98,15 +112,7 @@ def test_output_and_gradients_are_as_exact_as_their_roundings_allow(base, bias, 
     if base in ("half", "dense") and wide == "float32":
         wide = "autocast"
     layer = adapted(base, bias)
-    x = inputs(*leading, dtype=BF16 if wide == "bfloat16" else torch.float32)
-    with kernels.using(kernels.available()[-1] if kernel == "best" else "reference"):
-        with torch.autocast("cpu", BF16, enabled=wide == "autocast"):
-            out = layer(x)
-        assert is_one_product(out)
-        assert out.dtype is (torch.float32 if wide == "float32" else BF16)
-        assert out.shape == (*leading, OUT)
-        grad = torch.randn(out.shape).to(out.dtype)
-        out.backward(grad)
+    x, out, grad = taken_step(layer, leading, wide, kernel)
     bias = layer.base.bias.detach().double() if bias else None
     hold_step(x, out, grad, stored_weight(layer.base), layer.lora_a, layer.lora_b, layer.scaling, bias)
 
@@ -168,15 +174,7 @@ def test_a_weight_that_is_read_is_multiplied_with_its_adapter_as_exactly(base, t
     if base in ("half", "dense"):
         wide = "bfloat16"
     model, part = read(base, transposed)
-    x = inputs(*leading, dtype=BF16 if wide == "bfloat16" else torch.float32)
-    with kernels.using(kernels.available()[-1] if kernel == "best" else "reference"):
-        with torch.autocast("cpu", BF16, enabled=wide == "autocast"):
-            out = model(x)
-        assert is_one_product(out)
-        assert out.dtype is (torch.float32 if wide == "float32" else BF16)
-        assert out.shape == (*leading, OUT)
-        grad = torch.randn(out.shape).to(out.dtype)
-        out.backward(grad)
+    x, out, grad = taken_step(model, leading, wide, kernel)
     dense = lowmem.delete_adapter(copy.deepcopy(model), "default")
     dense = (dense if base == "dense" else restore(dense))[0]
     w, bias = dense.weight.detach().double(), dense.bias.detach().double()

@@ -17,10 +17,10 @@ from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint
 
 from lowmem import FourBit, LoRA, compressed_activations, convert, kernels
+from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.measure import PeakMemory
 from lowmem.nn.recomputed import can_recompute
 from lowmem.training.fused import (
-    FUNCTIONS,
     Act,
     FusedModule,
     GatedMLP,
@@ -444,7 +444,7 @@ def test_a_layer_norm_computes_the_same(options, dtype):
 
 @pytest.mark.skipif(not can_recompute(), reason="torch before 2.5 does not say which hooks are active")
 @pytest.mark.parametrize("lean", [False, True])
-@pytest.mark.parametrize("name", [*FUNCTIONS, "layer norm"])
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "layer norm"])
 def test_what_is_returned_is_not_kept_by_the_layer_that_reads_it(name, lean, monkeypatch):
     monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
     torch.manual_seed(0)
@@ -485,7 +485,7 @@ def test_a_part_of_a_result_is_read(lean, monkeypatch):
     assert_near(found, expected, 0.05 if lean else 1e-5)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_lean_computes_a_checkpoint_of_an_activation_again(name):
     """The region's input comes back from 8 bits, with other numbers than those of bfloat16."""
     act, x = fuse(nn.SiLU(), Act(name)), batch(torch.bfloat16, rows=128).detach().float().requires_grad_()
