@@ -915,6 +915,48 @@ def test_the_proof_holds_when_all_runs_are_there_and_right():
     assert not proof.holds(fault, [run_of(fault, "latency")] * 4 + [run_of(fault)])
 
 
+GATE = """
+import json, sys, time
+from pathlib import Path
+
+own, other, out = sys.argv[1:]
+Path(own).touch()
+ends = time.monotonic() + 30
+while not Path(other).exists():
+    if time.monotonic() > ends:
+        sys.exit(3)  # the other gate waits for the end of this one
+row = {"name": own, "figure": "bytes", "verdict": "grew", "says": "one byte more"}
+Path(out).write_text(json.dumps({"gate": own, "passed": own == "memory", "rows": [row, row | {"verdict": "same"}]}))
+sys.exit(own == "resident")
+"""
+
+
+def test_gates_of_memory_run_beside_each_other_and_their_alarms_are_kept(tmp_path, monkeypatch):
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    case = proof.Case("two gates", gates=proof.OF_MEMORY)
+    run = subprocess.run
+
+    def fake(command, **options):
+        own = "memory" if "pytest" in command else "resident"
+        out = command[-1].removeprefix("--memory-json=")
+        other = {"memory": "resident", "resident": "memory"}[own]
+        return run([sys.executable, "-c", GATE, own, other, out], **options)
+
+    monkeypatch.setattr(proof.subprocess, "run", fake)
+    monkeypatch.setattr(proof, "git", lambda *_: "0123abc")
+    found = proof.run_case(case, clone, tmp_path, "*", False)
+    assert found["alarms"] == {"resident": ["resident bytes: one byte more"]}
+    assert (found["case"], found["beside"], found["commit"]) == ("two gates", "nothing", "0123abc")
+
+
+def test_a_gate_without_a_verdict_ends_the_proof(tmp_path, monkeypatch):
+    ended = subprocess.CompletedProcess([], 2, "", "first line\nno baseline\n")
+    monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(proof.GateError, match="^two gates: the memory gate ended with 2: no baseline$"):
+        proof.run_case(proof.Case("two gates", gates=("memory",)), tmp_path, tmp_path, "*", False)
+
+
 def test_the_proof_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     results = tmp_path / "proof.json"
     calm = proof.CASES[0]
