@@ -78,12 +78,6 @@ def pytest_benchmark_generate_machine_info():
     }
 
 
-def pytest_benchmark_update_json(output_json):
-    """Leave the single rounds out: thousands of lines that no comparison reads."""
-    for bench in output_json["benchmarks"]:
-        bench["stats"].pop("data", None)
-
-
 def pytest_configure(config):
     """Declare the marker of benchmarks that run where they are asked for."""
     config.addinivalue_line("markers", "every_shape: a shape of many; runs where -m selects it.")

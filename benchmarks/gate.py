@@ -98,8 +98,8 @@ class Gate:
         self.key = memory.current_key()
         self.path = memory.baseline_path(self.config.rootpath, self.key)
         self.shown = self.path.relative_to(self.config.rootpath).as_posix()
-        if self.verdict_path and self.verdict_path.resolve() == self.path.resolve():
-            stop(f"--memory-json={self.shown} is the baseline: name another file")
+        if self.verdict_path and self.verdict_path.resolve().parent == self.path.resolve().parent:
+            stop(f"--memory-json={self.verdict_path} lies among the baselines: name a file elsewhere")
         if self.storing:
             self._refuse_a_part()
         try:
@@ -226,7 +226,10 @@ class Gate:
         if name in self.recorder.deselected or self.config.getoption("lf", False):  # --lf skips files silently
             return False
         file = name.partition("::")[0]
-        if file not in self.recorder.files and (self.config.rootpath / file).exists():  # left out, as by --ignore
+        ignoring = self.config.getoption("ignore") or self.config.getoption(
+            "ignore_glob"
+        )  # of the command line alone
+        if ignoring and file not in self.recorder.files and (self.config.rootpath / file).exists():
             return False
         directories = self.config.invocation_params.dir, self.config.rootpath
         return any(covers(argument, name, *directories) for argument in self.config.args)

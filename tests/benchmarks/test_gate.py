@@ -222,8 +222,17 @@ def test_a_benchmark_that_was_renamed_fails_with_both_names(compare, edit):
     assert f"FAILED {FIRST} is new" in output
 
 
-def test_a_file_that_went_missing_fails(project, compare):
+@pytest.mark.parametrize("ignored", [[], ["--ignore=benchmarks/test_other.py"]], ids=["nothing", "another"])
+def test_a_file_that_went_missing_fails(project, compare, ignored):
     (project.path / "benchmarks/test_first.py").unlink()
+    code, output = compare("benchmarks", *ignored)
+    assert code == 1
+    assert f"FAILED {FIRST} is missing" in output
+    assert "test_second[dense] is missing" not in output
+
+
+def test_a_file_that_a_conftest_leaves_out_is_missing(project, compare):
+    (project.path / "benchmarks/conftest.py").write_text("collect_ignore = ['test_first.py']\n")
     code, output = compare()
     assert code == 1
     assert f"FAILED {FIRST} is missing" in output
@@ -440,11 +449,14 @@ def test_a_file_that_skips_itself_is_not_left_out_of_what_is_stored(project):
     assert (project.path / STORED).read_bytes() == before
 
 
-def test_a_verdict_does_not_take_the_baseline_s_place(project):
-    before = (project.path / STORED).read_bytes()
-    said = usage_error(project, "benchmarks", "--benchmark-compare", f"--memory-json={STORED}")
-    assert said == f"--memory-json={STORED} is the baseline: name another file"
-    assert (project.path / STORED).read_bytes() == before
+@pytest.mark.parametrize(
+    "name", [STORED, "benchmarks/memory/other-torch2.99.json"], ids=["its own", "of another kernel"]
+)
+def test_a_verdict_does_not_take_the_place_of_a_baseline(project, name):
+    (project.path / name).write_text(before := (project.path / STORED).read_text())
+    said = usage_error(project, "benchmarks", "--benchmark-compare", f"--memory-json={name}")
+    assert said == f"--memory-json={name} lies among the baselines: name a file elsewhere"
+    assert (project.path / name).read_text() == before
 
 
 def test_storing_and_comparing_at_once_is_refused(project):
@@ -511,9 +523,11 @@ OPTIONS = {  # of pytest-benchmark, and what shows that it does what its manual 
 
 @pytest.fixture
 def timed(pytester):
-    """A project with a benchmark that pytest-benchmark calibrates, and a test that is none."""
+    """A project with a benchmark that pytest-benchmark calibrates, a test that is none, and the benchmarks' hooks."""
     pytester.makeconftest(CONFTEST)
-    (pytester.mkdir("benchmarks") / "test_timed.py").write_text(TIMED)
+    directory = pytester.mkdir("benchmarks")
+    (directory / "test_timed.py").write_text(TIMED)
+    shutil.copy(ROOT / "benchmarks" / "conftest.py", directory)
     shutil.copy(ROOT / "pyproject.toml", pytester.path)
 
     def run(*options):
@@ -533,6 +547,21 @@ def test_every_option_of_pytest_benchmark_does_what_its_manual_says(timed, optio
         assert file.stat().st_size > 0
     else:
         result.stdout.fnmatch_lines([shown])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ("--benchmark-json=run.json", True),
+        ("--benchmark-save=run", False),
+        ("--benchmark-save=run --benchmark-save-data", True),
+    ],
+)
+def test_every_single_time_is_kept_where_the_manual_says_so(timed, options, kept):
+    assert timed(*options.split()).ret == 0
+    (file,) = timed.path.rglob("*run.json")
+    stats = [bench["stats"] for bench in json.loads(file.read_text())["benchmarks"]]
+    assert ["data" in one for one in stats] == [kept, kept]
 
 
 @pytest.mark.parametrize("which", ["--benchmark-compare", "--benchmark-compare=0001"])
