@@ -38,7 +38,7 @@ from torch import nn
 import lowmem
 from benchmarks import memory
 from lowmem import kernels
-from lowmem.errors import describe, one_line, reason
+from lowmem.errors import describe, one_line, reason, show
 from lowmem.io.atomic import check_writable
 from lowmem.testing.baseline import Key, parse_document, write_figures
 from lowmem.testing.memory import THREADS
@@ -382,15 +382,17 @@ def read_baseline(path: Path, key: Key) -> Baseline:
             raise ValueError(f"it is damaged ({variant}: the figures {', '.join(FIGURES)} were expected)")
         for name, value in values.items():
             _check_number(f"{variant}: {name}", value)
-    _check_number("tolerance_mib", tolerance)
+    for name in ("runs", "spread_mib", "tolerance_mib"):
+        _check_number(name, document[name])
     if not 0 < tolerance <= LIMIT:
         raise ValueError(f"it is damaged (tolerance_mib={tolerance} must be above 0 and at most {LIMIT})")
     return Baseline(figures, document["runs"], document["spread_mib"], tolerance)
 
 
 def _check_number(name: str, value: object) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-        raise ValueError(f"it is damaged ({name}={value!r} must be a number of MiB)")
+    """Raise a ValueError unless a value is a number that a float holds: an integer of 400 digits is none."""
+    if type(value) not in (int, float) or not abs(value) < 2**63:  # type: ignore[arg-type]
+        raise ValueError(f"it is damaged ({name}={show(value)} must be a number)")
 
 
 def write_baseline(path: Path, key: Key, baseline: Baseline) -> None:
@@ -464,8 +466,8 @@ def _gate(options: argparse.Namespace) -> int:
     key = memory.current_key()
     path = baseline_path(key)
     shown = path.relative_to(ROOT).as_posix()
-    if options.json and options.json.resolve() == path.resolve():
-        raise ValueError(f"--json={shown} is the baseline: name another file")
+    if options.json and options.json.resolve().parent == path.resolve().parent:
+        raise ValueError(f"--json={options.json} lies among the baselines: name a file elsewhere")
     if why := unsupported():
         rows = [Row("resident", "", verdict="skipped", says=f"skipped: {why}")]
         print(rows[0].says)

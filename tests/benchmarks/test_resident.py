@@ -208,6 +208,18 @@ def test_runs_that_would_let_a_megabyte_pass_give_no_baseline():
     assert resident.LIMIT < 1
 
 
+def test_the_page_says_what_the_stored_baselines_hold():
+    page = (ROOT / "docs" / "memory-gate.md").read_text(encoding="utf8")
+    stored = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "memory").glob("resident-*.json")]
+    for name, said in (
+        ("spread_mib", "the run that was furthest off was {:.2f} to {:.2f} MiB off"),
+        ("tolerance_mib", "the tolerances are {:.2f} to {:.2f} MiB"),
+    ):
+        values = [document[name] for document in stored]
+        assert said.format(min(values), max(values)) in page.replace("\n", " ")
+    assert {document["runs"] for document in stored} == {resident.STORE_RUNS}
+
+
 def test_the_median_counts_and_not_the_run_that_was_disturbed():
     assert resident.medians({"a": runs(1.0, 9.0, 1.2)})["a"]["load_peak"] == 1.2
 
@@ -228,9 +240,13 @@ def test_a_baseline_is_read_as_it_was_written(tmp_path):
         ({"figures": None}, "figures=.* must be an object"),
         ({"figures": {"lora": 1}}, "it is damaged .lora: the figures"),
         ({"figures": {"lora": {"load_peak": 1.0}}}, "it is damaged .lora: the figures"),
-        ({"figures": {"lora": dict.fromkeys(FIGURES, "1")}}, "lora: load_peak='1' must be a number of MiB"),
-        ({"figures": {"lora": dict.fromkeys(FIGURES, float("nan"))}}, "load_peak=nan must be a number of MiB"),
-        ({"tolerance_mib": None}, "tolerance_mib=None must be a number of MiB"),
+        ({"figures": {"lora": dict.fromkeys(FIGURES, "1")}}, "lora: load_peak='1' must be a number"),
+        ({"figures": {"lora": dict.fromkeys(FIGURES, float("nan"))}}, "load_peak=nan must be a number"),
+        ({"tolerance_mib": None}, "tolerance_mib=None must be a number"),
+        ({"tolerance_mib": 10**400}, "tolerance_mib=1000.* must be a number"),
+        ({"figures": {"lora": dict.fromkeys(FIGURES, 10**400)}}, "load_peak=1000.* must be a number"),
+        ({"runs": "5"}, "runs='5' must be a number"),
+        ({"spread_mib": float("inf")}, "spread_mib=inf must be a number"),
         ({"tolerance_mib": 0.0}, "tolerance_mib=0.0 must be above 0"),
         ({"tolerance_mib": 1.0}, "tolerance_mib=1.0 must be above 0 and at most 0.7"),
     ],
@@ -339,11 +355,11 @@ def test_a_damaged_baseline_is_one_line(gate, text):
     assert gate.path.read_text() == text
 
 
-def test_a_system_without_a_high_water_mark_skips_and_says_so(gate, monkeypatch):
+def test_a_system_without_a_high_water_mark_skips_and_says_so(gate, monkeypatch, tmp_path):
     monkeypatch.setattr(resident, "unsupported", lambda: "no such file")
-    code, out, _ = gate("--json", str(gate.path.with_name("out.json")))
+    code, out, _ = gate("--json", str(tmp_path / "out.json"))
     assert (code, out) == (0, "skipped: no such file\n")
-    (row,) = json.loads(gate.path.with_name("out.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["verdict"] == "skipped"
     assert "no such file" in one_error(*gate("--store"))
 
@@ -376,6 +392,14 @@ def test_the_verdict_is_written_as_json(gate):
     assert {row["verdict"] for row in document["rows"] if row["figure"] != "step_peak"} == {"same"}
     assert gate("--json", str(path), measured=[moved()])[0] == 0
     assert json.loads(path.read_text())["passed"] is True
+
+
+@pytest.mark.parametrize("name", [f"resident-{KEY.name}.json", "resident-avx512-torch2.13.json"])
+def test_a_verdict_does_not_take_the_place_of_a_baseline(gate, name):
+    path = gate.path.with_name(name)
+    path.write_text(before := gate.path.read_text())
+    assert "lies among the baselines" in one_error(*gate("--json", str(path)))
+    assert path.read_text() == before
 
 
 def test_a_verdict_that_cannot_be_written_is_one_line(gate, tmp_path):
