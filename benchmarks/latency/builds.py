@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -126,29 +127,17 @@ def build_wheel(root: Path, commit: Commit, cache: Path, scratch: Path) -> Path:
     with (tree / "setup.cfg").open("a") as config:
         config.write(f"\n[build]\nbuild_base = {objects.as_posix()}\n")
     log = cache / f"build-{commit.sha[:12]}.log"
-    made = scratch / "made"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-v",
-        "-w",
-        str(made),
-        str(tree),
-    ]
-    with log.open("wb") as out:
-        failed = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
-    wheels = sorted(made.glob("*.whl"))
-    if failed or not wheels:
-        raise GateError(f"{commit} does not build: see {log}")
-    target.mkdir(parents=True, exist_ok=True)
-    wheel = target / wheels[0].name
-    wheels[0].replace(wheel)
-    for left in (tree, made):
-        shutil.rmtree(left)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", str(tree)]
+    # In the cache: the wheel is renamed into its place, which does not work from another file system.
+    with tempfile.TemporaryDirectory(prefix="made-", dir=cache) as made, log.open("wb") as out:
+        done = subprocess.run([*command, "-w", made], stdout=out, stderr=subprocess.STDOUT, check=False)
+        wheels = sorted(Path(made).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise GateError(f"{commit} does not build: see {log}")
+        target.mkdir(parents=True, exist_ok=True)
+        wheel = target / wheels[0].name
+        wheels[0].replace(wheel)
+    shutil.rmtree(tree)
     return wheel
 
 

@@ -51,8 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
     reference = config.getoption("--against")
     if reference is None or config.getoption("collectonly") or hasattr(config, "workerinput"):
         return
-    from benchmarks.latency import builds, gate
-
+    try:
+        from benchmarks.latency import builds, gate
+    except ModuleNotFoundError as error:  # of the extra
+        pytest.exit(f"--against needs {str(error.name).partition('.')[0]}: pip install '.[gate]'", returncode=2)
     try:
         builds.resolve(gate.ROOT, reference)  # before the tests run for minutes
     except builds.GateError as error:

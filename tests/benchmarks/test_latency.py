@@ -718,6 +718,27 @@ def test_a_base_that_does_not_build_is_an_error_and_nothing_is_cached(repository
     assert not list((tmp_path / "cache").rglob("*.whl"))
 
 
+def test_a_wheel_is_built_in_the_cache_which_may_lie_on_another_file_system_than_scratch(
+    repository, tmp_path, monkeypatch
+):
+    asked = []
+
+    def run(command, **how):
+        if "wheel" not in command:
+            return subprocess.run(command, **how)
+        asked.append(Path(command[command.index("-w") + 1]))
+        asked[0].mkdir(exist_ok=True)
+        (asked[0] / "lowmem-0-py3-none-any.whl").write_text("built")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(builds, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    _, head, _ = builds.resolve(repository, "old")
+    wheel = builds.build_wheel(repository, head, tmp_path / "cache", tmp_path / "scratch")
+    assert wheel.read_text() == "built"
+    assert asked[0].is_relative_to(tmp_path / "cache")
+    assert not asked[0].exists()
+
+
 def test_a_wheel_is_taken_from_the_cache_until_something_in_it_changes(repository, tmp_path):
     _, head, _ = builds.resolve(repository, "old")
     cached = tmp_path / "wheels" / builds._key(repository, head, builds.PACKAGED) / "lowmem-0-py3-none-any.whl"
@@ -879,6 +900,17 @@ def test_pytest_refuses_a_reference_that_does_not_exist_before_it_runs(pytester,
     assert done.ret == 2
     (line,) = done.stderr.lines
     assert "--against: " in line
+    assert not (pytester.path / "ran").exists()
+
+
+def test_pytest_names_the_extra_that_the_gate_needs_before_it_runs(pytester, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makeconftest(f"import sys\nsys.modules['statsmodels'] = None\n{CONFTEST}")
+    pytester.makepyfile("def test_it():\n    open('ran', 'w')")
+    done = pytester.runpytest_subprocess("--against", "HEAD")
+    assert done.ret == 2
+    (line,) = done.stderr.lines
+    assert line == "Exit: --against needs statsmodels: pip install '.[gate]'"
     assert not (pytester.path / "ran").exists()
 
 
