@@ -157,7 +157,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif is_dataclass(value) and not isinstance(value, type):  # first: Hugging Face's are mappings, too
-        yield from tensors_in([getattr(value, own.name) for own in fields(value)])
+        yield from tensors_in([getattr(value, own.name, None) for own in fields(value)])  # one may not be set
     elif isinstance(value, Mapping):
         yield from tensors_in(list(value.values()))
     else:

@@ -4,7 +4,7 @@ import math
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -345,6 +345,7 @@ class Output:
 
     logits: torch.Tensor
     loss: torch.Tensor | None = None
+    cache: object = field(init=False)  # which nothing sets
 
 
 class Nested(nn.Module):

@@ -12,11 +12,14 @@ from __future__ import annotations
 import gc
 import random
 import sys
-from collections import deque
+from argparse import Namespace
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
+from functools import partial
 from os import environ
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -36,6 +39,7 @@ __all__ = ["THREADS", "memory_figures", "stored_figures"]
 THREADS = 2  # fixed, since the kernel's scratch grows with them
 
 _CONTAINERS = (list, tuple, set, frozenset, deque)
+_NAMESPACES = (Namespace, SimpleNamespace, UserDict, UserList)  # of the standard library, but with users' attributes
 
 
 def memory_figures(
@@ -73,8 +77,9 @@ def memory_figures(
 def stored_figures(model: nn.Module) -> Figures:
     """Count the bytes of a model's distinct storages by category.
 
-    Categories are 4-bit codes, their scales, adapters, other parameters by dtype, buffers, and attributes: tensors,
-    arrays, bytes and unregistered modules in plain attributes of modules, or in containers and dataclasses there.
+    Categories are codes of 4 and 8 bits, their scales, adapters, other parameters by dtype, buffers, and attributes:
+    tensors, arrays, bytes and unregistered modules in plain attributes of modules, or in containers, namespaces and
+    dataclasses there.
     Categories without bytes are left out; ``stored_bytes`` and ``trainable_bytes`` are always present.
     """
     counted: set[int] = set()
@@ -153,13 +158,15 @@ def _attributes(model: nn.Module) -> Iterator[Any]:
             waiting.extend(value)
         elif is_dataclass(value) and not isinstance(value, type):
             waiting.extend(getattr(value, own.name, None) for own in fields(value))
+        elif isinstance(value, partial):
+            waiting.extend((value.func, value.args, value.keywords, vars(value)))
         elif not isinstance(value, type) and hasattr(value, "__dict__") and not _is_of_python(type(value)):
             waiting.append(vars(value))
 
 
 def _is_of_python(kind: type) -> bool:
     """Whether a class is of the standard library, whose objects (loggers, say) refer to unrelated ones."""
-    return kind.__module__.partition(".")[0] in sys.stdlib_module_names
+    return kind.__module__.partition(".")[0] in sys.stdlib_module_names and not issubclass(kind, _NAMESPACES)
 
 
 @contextmanager

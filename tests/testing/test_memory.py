@@ -2,8 +2,11 @@
 
 import gc
 import random
-from collections import OrderedDict, deque
+from argparse import Namespace
+from collections import OrderedDict, UserDict, UserList, deque
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -93,6 +96,11 @@ def test_a_megabyte_in_a_plain_attribute_is_counted():
         lambda: torch.zeros(KEPT // 4)[:1],
         lambda: deque([bytes(KEPT)]),
         lambda: Plain(torch.zeros(KEPT // 4)),
+        lambda: SimpleNamespace(keys=torch.zeros(KEPT // 4)),
+        lambda: Namespace(keys=[bytes(KEPT)]),
+        lambda: UserDict(keys=torch.zeros(KEPT // 4)),
+        lambda: UserList([torch.zeros(KEPT // 4)]),
+        lambda: partial(torch.add, torch.zeros(KEPT // 8), other=torch.zeros(KEPT // 8)),
     ):
         model, before = nn.Sequential(nn.Linear(64, 4)), dict(plain)
         model[0].kept = keep()
