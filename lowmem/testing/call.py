@@ -56,7 +56,9 @@ def model_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:  # a model may call sys.exit
-        raise ModelError(one_line(f"{name} fails on the example input: {describe(error)}{_place(error)}")) from error
+        # contextlib passes a StopIteration on where it is the cause of a RuntimeError
+        cause = None if isinstance(error, StopIteration) else error
+        raise ModelError(one_line(f"{name} fails on the example input: {describe(error)}{_place(error)}")) from cause
 
 
 def _place(error: BaseException) -> str:

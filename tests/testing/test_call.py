@@ -62,3 +62,9 @@ def test_a_model_that_ends_the_program_fails():
 def test_an_interruption_is_not_the_models_failure():
     with pytest.raises(KeyboardInterrupt), model_errors("it"):
         raise KeyboardInterrupt
+
+
+def test_an_iterator_that_ends_in_a_model_is_its_failure():
+    """As ``next(self.parameters())`` in a model that has none: contextlib takes it for the end of a generator."""
+    with pytest.raises(ModelError, match="it fails on the example input: StopIteration"), model_errors("it"):
+        next(iter(()))
