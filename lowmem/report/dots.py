@@ -127,18 +127,18 @@ def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:
 def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) -> Any:
     """Draw the bytes of each group of layers, dense and in each variant, and the errors of its weights."""
     drawn = sorted(groups, key=lambda group: -group.dense_bytes)[:MOST_GROUPS]
-    labels = {group.name: _short(group.name, 20 if narrow else 44) for group in drawn}
-    names = [group.name for group in drawn]
+    labels = {_marked(group.name): _short(group.name, 20 if narrow else 44) for group in drawn}
+    names = list(labels)
     largest = max(max(group.dense_bytes, *group.bytes.values()) for group in drawn)
     size, unit = unit_of(largest)
     cost = [
-        {"name": group.name, "variant": variant, "value": count / size}
+        {"name": _marked(group.name), "variant": variant, "value": count / size}
         for group in drawn
         for variant, count in {"dense": group.dense_bytes, **group.bytes}.items()
         if count and variant in ("dense", *variants)
     ]
     loss = [
-        {"name": group.name, "variant": variant, "value": error}
+        {"name": _marked(group.name), "variant": variant, "value": error}
         for group in drawn
         for variant, error in group.errors.items()
         if error and variant in variants
@@ -183,10 +183,15 @@ def _decades(rows: Sequence[dict[str, Any]], title: str, format: str) -> Any:
     return alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format=format))
 
 
+def _marked(name: str) -> str:
+    """Return a name for Vega, which trips over names that each object of JavaScript has, as ``constructor``."""
+    return f"~{name}"
+
+
 def _looked_up(labels: Mapping[str, str]) -> str:
-    """Return a Vega expression that looks up labels; the prefix keeps names from matching properties of objects."""
-    marked = {f"~{name}": label for name, label in labels.items()}
-    return f"{json.dumps(marked)}['~' + datum.label]"
+    """Return a Vega expression that looks up the labels of marked names; in it, labels are marked, too."""
+    marked = {name: _marked(label) for name, label in labels.items()}
+    return f"slice({json.dumps(marked)}[datum.label], 1)"
 
 
 def _short(name: str, limit: int) -> str:
@@ -197,11 +202,11 @@ def _short(name: str, limit: int) -> str:
 def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
     """Draw the ratios head / base of a gate with their intervals, coloured by verdict."""
     drawn = [row for row in rows if row.ratio is not None]
-    names = list(dict.fromkeys(row.name for row in drawn))
-    labels = {name: _short(name, 24 if narrow else 60) for name in names}
+    labels = {_marked(row.name): _short(row.name, 24 if narrow else 60) for row in drawn}
+    names = list(labels)
     drawn_rows: list[dict[str, Any]] = [
         {
-            "name": row.name,
+            "name": _marked(row.name),
             "ratio": row.ratio,
             "low": row.low or row.ratio,
             "high": row.high or row.ratio,

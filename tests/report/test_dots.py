@@ -10,7 +10,8 @@ pytest.importorskip("altair", reason="the charts need the extra: pip install '.[
 pytest.importorskip("vl_convert", reason="the charts need the extra: pip install '.[report]'")
 
 from lowmem.report.charts import draw
-from lowmem.report.dots import MOST_GROUPS, _short, group_chart
+from lowmem.report.dots import MOST_GROUPS, _short, group_chart, ratio_chart
+from lowmem.testing.verdicts import Row
 
 
 def drawn(name):
@@ -34,8 +35,17 @@ def test_of_many_groups_the_largest_are_drawn():
     some = report().groups[0]
     groups = [replace(some, name=f"g{n}", dense_bytes=1000 + n) for n in range(MOST_GROUPS + 2)]
     axis = group_chart(groups, ["small", "lora"], False).to_dict()["hconcat"][0]["encoding"]["y"]
-    assert axis["sort"] == [f"g{n}" for n in reversed(range(2, MOST_GROUPS + 2))]
+    assert axis["sort"] == [f"~g{n}" for n in reversed(range(2, MOST_GROUPS + 2))]
 
 
 def test_names_that_every_object_has_are_shown():
     assert ">layers.0-29.__proto__<" in drawn("__proto__").wide
+
+
+@pytest.mark.parametrize("name", ["constructor", "toString", "__proto__"])
+def test_layers_and_workloads_may_have_the_names_of_what_every_object_has(name):
+    found = report()
+    groups = [replace(group, name=name) for group in found.groups[:1]]
+    assert f">{name}<" in draw(lambda narrow: group_chart(groups, ["small"], narrow)).wide
+    rows = [Row(name, "ratio", 1.0, 1.1, 1.1, 1.0, 1.2, "slower")]
+    assert f">{name}<" in draw(lambda narrow: ratio_chart(rows, narrow)).wide
