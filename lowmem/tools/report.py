@@ -179,7 +179,7 @@ def measure_variants(
 
     Args:
         name: ``bignet`` or ``module:factory``.
-        x: (batch, ...), the input.
+        x: (batch, ...), the input; a model that writes to it gets a copy.
         seed: of the weights.
         timed: inputs for timing forwards.
         grouped: whether to measure each group of layers, and each choice of bits.
@@ -199,18 +199,20 @@ def measure_variants(
 
     def weigh(label: str, model: nn.Module) -> None:
         if any(one.requires_grad for one in model.parameters()):
-            steps[label] = run_model(name, lambda: training_memory(model, x))
-        footprints[label] = run_model(name, lambda: footprint(label, model, x))  # last: it trains
+            steps[label] = run_model(name, lambda: training_memory(model, x.clone()))
+        footprints[label] = run_model(name, lambda: footprint(label, model, x.clone()))  # last: it trains
 
     with progress(MofNCompleteColumn(table_column=uncut_column())) as bar:
         task = bar.add_task("variants", total=len(VARIANTS))
         for variant, label in names.items():
             if variant != BIGNET:
                 model = make_model(f"{name}@{variant}" if own else variant, seed=seed)
+                if model is dense:
+                    raise ValueError(f"model={name!r}: it returned the same model twice; it must make one at a call")
                 losses[label] = _relative_error(expected, _outputs(name, model, x))
                 if grouped:
                     stored[label] = Stored.of(model)
-                for batch in timed:
+                for batch in (given.clone() for given in timed):
                     timings.append(run_model(name, lambda m=model, b=batch, n=label: time_in_turns(n, dense, m, b)))  # type: ignore[misc]
                 weigh(label, model)
             bar.advance(task)
@@ -312,7 +314,7 @@ def _outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
 
     def run() -> list[Tensor]:
         with torch.no_grad():
-            return [leaf for leaf in tree_leaves(model.eval()(x)) if isinstance(leaf, Tensor)]
+            return [leaf for leaf in tree_leaves(model.eval()(x.clone())) if isinstance(leaf, Tensor)]
 
     if not (outputs := run_model(name, run)):
         raise ValueError(f"model={name!r} returns no tensor: there is nothing to compare")

@@ -42,6 +42,19 @@ class Pair(nn.Sequential):
 
 make = lambda: Pair(Block(), Block())
 
+class Shift(nn.Module):
+    def forward(self, x):
+        return x.add_(1.0)
+
+class Shifted(nn.Module):
+    def forward(self, x):
+        return x + 1.0
+
+writes = lambda: nn.Sequential(Shift(), nn.Linear(32, 32))
+reads = lambda: nn.Sequential(Shifted(), nn.Linear(32, 32))
+ONE = nn.Linear(32, 32)
+always_one = lambda: ONE
+
 class Broken(nn.Linear):
     def forward(self, x):
         raise LookupError("<no>")
@@ -124,6 +137,15 @@ def test_what_is_measured_of_a_users_model():
         assert sum(group.bytes[footprint.name] for group in measured.groups) == footprint.stored_bytes
 
 
+def test_a_model_that_writes_to_its_input_is_compared_on_the_one_that_was_given():
+    import torch
+
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    found = [command.measure_variants(f"report_models:{name}", x, grouped=True) for name in ("reads", "writes")]
+    assert found[0].losses == found[1].losses
+    assert found[0].qualities == found[1].qualities
+
+
 def test_an_error_is_relative_to_the_norm_of_all_outputs():
     import torch
 
@@ -157,6 +179,7 @@ def test_verdicts_are_shown(unmeasured):
         (["report_models:broken", "out.html", "--input-shape", "32"], "LookupError: <no>"),
         (["report_models:silent", "out.html", "--input-shape", "32"], "returns no tensor"),
         (["report_models:nothing", "out.html", "--input-shape", "32"], "nothing to convert"),
+        (["report_models:always_one", "out.html", "--input-shape", "32"], "returned the same model twice"),
         (["report_models:none", "out.html"], "has no 'none'"),
         (["report_models:make", "out.html"], "check the input's shape"),
         (["report_models:make@lora", "out.html"], "must be module:factory"),
