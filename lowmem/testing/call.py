@@ -55,10 +55,14 @@ def model_errors(name: str) -> Iterator[None]:
     """
     try:
         yield
+    except StopIteration as error:  # contextlib passes it on where it is the cause of a RuntimeError
+        raise _failure(name, error) from None
     except (Exception, SystemExit) as error:  # a model may call sys.exit
-        # contextlib passes a StopIteration on where it is the cause of a RuntimeError
-        cause = None if isinstance(error, StopIteration) else error
-        raise ModelError(one_line(f"{name} fails on the example input: {describe(error)}{_place(error)}")) from cause
+        raise _failure(name, error) from error
+
+
+def _failure(name: str, error: BaseException) -> ModelError:
+    return ModelError(one_line(f"{name} fails on the example input: {describe(error)}{_place(error)}"))
 
 
 def _place(error: BaseException) -> str:
