@@ -233,7 +233,7 @@ def _finite(value: float) -> float | None:
 def _output(name: str, x: Tensor, seed: int) -> Tensor:
     model = make_model(name, seed=seed)
     with torch.no_grad():
-        output = run_model(name, lambda: model.eval()(x))
+        output = run_model(name, lambda: model.eval()(x.clone()))
     if not isinstance(output, Tensor):
         raise ValueError(
             f"model={name!r} returns a {type(output).__name__}; compare takes models that return a tensor"

@@ -206,3 +206,17 @@ def test_what_cannot_be_compared_on_a_text_is_said(folders, tmp_path, capsys):
     for message, arguments in cases.items():
         assert main(["compare", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_model_that_writes_to_its_input_is_compared_on_the_one_that_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "compare_writes.py").write_text(
+        "from torch import nn\n"
+        "class Shift(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x.add_(1.0))\n"
+        "make = lambda: Shift(32, 32)\n"
+    )
+    model = "compare_writes:make"
+    assert main(["compare", model, model, model, "--input-shape", "32", "--tolerance", "0"]) == 0
