@@ -19,6 +19,7 @@ __all__ = ["CONFIDENCE", "Speedup", "measure_speedup"]
 
 CONFIDENCE = 0.99  # of the interval; high, since each of several looks at it may err
 BURST = 0.005  # least seconds of a turn: longer than the timer's resolution and most interruptions
+CALIBRATING = 3  # turns of each number of calls, until a burst is long enough
 FEWEST_ROUNDS = 8  # however slow the calls are: fewer pairs lie on one side by chance too often
 FIRST_ROUNDS = 16  # before the first look, if the time allows
 MOST_ROUNDS = 128  # in all; bootstrapping more pairs would take longer than measuring them
@@ -138,6 +139,7 @@ def _turn(run: Callable[[], object], timer: Callable[[], float], name: str) -> C
             return seconds_per_call(burst, timer=timer)
 
     calls = 1
-    while (taken := turn()) < BURST and calls < 10_000_000:
+    # What disturbs a turn adds to it: of several, the quickest says how long the calls take.
+    while (taken := min(turn() for _ in range(CALIBRATING))) < BURST and calls < 10_000_000:
         calls = calls * 10 if taken < BURST / 10 else math.ceil(calls * BURST / taken * 1.1)
     return lambda: turn() / calls

@@ -75,6 +75,22 @@ def test_the_interval_has_to_lie_on_one_side(low, high, verdict):
     )
 
 
+@pytest.mark.parametrize("disturbed", [0, 1], ids=["candidate", "reference"])
+def test_a_disturbed_call_does_not_settle_how_many_make_a_turn(disturbed):
+    """A turn of few calls is mostly the reading of the clock, and what disturbs falls into it less often."""
+    clock, sides = Clock(), []
+
+    def timer():
+        clock.now += 1e-6  # it takes some time to read a clock
+        return clock.now
+
+    for number in range(2):
+        first = iter([1e-6, 1.0 if number == disturbed else 1e-6])  # the second call is the first that is timed
+        sides.append(lambda first=first: clock.call(next(first, 1e-6))())
+    found = measure_speedup(*sides, at_least=0.5, timer=timer)
+    assert found.ratio.value == pytest.approx(1, rel=0.01)
+
+
 class Seen(nn.Module):
     def __init__(self, clock):
         super().__init__()
