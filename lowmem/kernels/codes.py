@@ -57,7 +57,7 @@ def code_in_torch(
     before = int(numbers.count_nonzero())
     numbers = functional.pad(numbers, (0, codes.numel() - length))
     rows = max(1, min(_CHUNK // BLOCK, len(codes)))
-    scratch = torch.empty(rows, BLOCK, device=numbers.device)
+    scratch = torch.empty(rows, BLOCK, dtype=torch.float32, device=numbers.device)
     after = 0
     for source, part, scale in zip(
         numbers.view(-1, BLOCK).split(rows), codes.split(rows), scales.split(rows), strict=True
@@ -84,7 +84,7 @@ def decode_in_torch(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     """Compute ``decode``, by definition."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     rows = max(1, min(_CHUNK // BLOCK, len(out)))
-    scratch = torch.empty(rows, BLOCK, device=out.device)
+    scratch = torch.empty(rows, BLOCK, dtype=torch.float32, device=out.device)
     for part, scale, into in zip(codes.split(rows), scales.split(rows), out.split(rows), strict=True):
         exact = into if dtype is torch.float32 else scratch[: len(into)]
         torch.mul(part, scale, out=exact)

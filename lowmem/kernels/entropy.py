@@ -37,7 +37,7 @@ def entropies(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool)
     fits = logits.dtype in TYPES and logits.is_contiguous() and is_real(logits) and is_real(targets)
     if not fits or not logits.numel() or is_traced() or not hasattr(backend, "rowwise"):
         return entropies_in_torch(logits, targets, smoothing, gradient)
-    losses, type = torch.empty(len(logits)), TYPES[logits.dtype]
+    losses, type = logits.new_empty(len(logits), dtype=torch.float32), TYPES[logits.dtype]
     given, outs, numbers = (logits, targets.contiguous(), None), (logits, losses), (smoothing, float(gradient))
     backend.rowwise(_OPERATION, type, type, given, outs, numbers, 0, 0)
     return losses

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from lowmem import kernels
 from lowmem.kernels.entropy import entropies
-from tests.selection import in_one_case
+from tests.selection import in_one_case, rows_in_one_case
 
 
 def exact(logits, targets, smoothing):
@@ -81,3 +81,16 @@ def test_what_c_does_not_take_is_computed_in_torch():
         losses = entropies(got, few, 0.2, True)
         torch.testing.assert_close(losses.double(), wanted)
         torch.testing.assert_close(got.double(), gradient)
+
+
+@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    """C writes a float32 number for each row, whatever torch makes by default."""
+    logits, targets = torch.randn(3000, 7), torch.arange(3000) % 7
+    expected = entropies(logits.clone(), targets, 0.1, True)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(entropies(logits, targets, 0.1, True), expected)
+    finally:
+        torch.set_default_dtype(before)
