@@ -48,7 +48,7 @@ def recognize(module: nn.Module) -> How | str | None:
     norm, layers, activation = _norm_parts(module), _mlp_layers(module), _is_function(module)
     if norm is None and layers is None and not activation:
         return None
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         torch.default_generator.manual_seed(0)  # not those of other devices, which are not forked
         if activation:
             found: How | str | None = _as_activation(module)

@@ -207,3 +207,17 @@ def test_activations_without_a_name():
         assert recognize(function(of)) is None
     for of_torch in (nn.SiLU(inplace=True), nn.ReLU(), nn.Identity(), nn.Dropout()):
         assert recognize(of_torch) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_default_device_and_dtype_change_nothing(device):
+    """Random numbers are the CPU's, whose generator alone is forked."""
+    made, before = [norm(Norm), MLP(), nn.GELU()], torch.get_default_dtype()
+    expected = [recognize(one) for one in made]
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                assert [recognize(one) for one in made] == expected
+        finally:
+            torch.set_default_dtype(before)
