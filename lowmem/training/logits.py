@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowmem.nn.frozen_linear import is_cast, is_jit_tracing
+from lowmem.nn.frozen_linear import is_cast, is_plain_call
 from lowmem.nn.read_only import METADATA, writes_in_place
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
 from lowmem.training.prepared_module import PreparedModule
@@ -38,7 +38,7 @@ class _Product:
         hidden: (..., width).
         dtype: in which the layer computes.
         autocast: whether autocast to that dtype was on.
-        versions: of the layer's weight and bias when the layer was called, and of ``hidden``.
+        versions: of the layer's weight and bias when the layer was called, with their identity, and of ``hidden``.
         chunk: rows of logits that exist at once.
         loss_dtype: in which the loss multiplies.
         scale: a factor.
@@ -49,7 +49,7 @@ class _Product:
     hidden: Tensor
     dtype: torch.dtype
     autocast: bool
-    versions: tuple[int, ...]
+    versions: tuple[Any, ...]
     chunk: int
     loss_dtype: torch.dtype
     scale: float = 1.0
@@ -61,8 +61,9 @@ class _Product:
         if now != self.versions:
             written = "input" if now[:-1] == self.versions[:-1] else "weight"
             raise RuntimeError(
-                f"the output layer's {written} was written to since it was called, as by an optimizer's step, and "
-                "its logits were not computed before: read them first, or call lowmem.release_training(model)"
+                f"the output layer's {written} was written to since it was called, as by an optimizer's step, "
+                "or replaced, and its logits were not computed before: read them first, or call "
+                "lowmem.release_training(model)"
             )
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> _Product:
@@ -179,7 +180,7 @@ class _Lazily(torch.autograd.Function):
 class LazyOutput(PreparedModule):
     """Base of output layers whose logits are lazy while they train."""
 
-    settings = ("logits_chunk", "logits_dtype")
+    prepared_attributes = ("logits_chunk", "logits_dtype")
     logits_chunk: int
     logits_dtype: torch.dtype | None
 
@@ -196,8 +197,7 @@ class LazyOutput(PreparedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return logits (..., vocabulary): lazy ones where a gradient will be asked for."""
-        graph = torch.compiler.is_compiling() or is_jit_tracing()
-        if graph or not (self.training and torch.is_grad_enabled() and input.is_floating_point()):
+        if not (self.training and torch.is_grad_enabled() and _can_wait(self, input)):
             return self.dense_forward(input)
         casts = is_cast(input)
         dtype = torch.get_autocast_dtype(input.device.type) if casts else input.dtype
@@ -208,9 +208,19 @@ class LazyOutput(PreparedModule):
         )
 
 
-def _versions(layer: Any, hidden: Tensor) -> tuple[int, ...]:
+def _can_wait(layer: nn.Module, input: Tensor) -> bool:
+    """Whether logits may be computed later: of a plain tensor with numbers, and no compiler, tracer or transform.
+
+    The weight of a layer that FSDP2 shards by itself is gone after the call.
+    """
+    if not is_plain_call() or type(input) not in (Tensor, nn.Parameter) or input.is_nested or input.is_meta:
+        return False
+    return input.is_floating_point() and not any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__)
+
+
+def _versions(layer: Any, hidden: Tensor) -> tuple[Any, ...]:
     counted = [one for one in (layer.weight, layer.bias) if type(one) is nn.Parameter]
-    return *(one._version for one in counted), 0 if hidden.is_inference() else hidden._version
+    return *((id(one), one._version) for one in counted), 0 if hidden.is_inference() else hidden._version
 
 
 def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None = None) -> None:
@@ -355,12 +365,13 @@ def _plus(logits: LazyLogits, other: Any) -> Any:
     if (
         type(other) not in (Tensor, nn.Parameter)
         or other.requires_grad
+        or not other.is_floating_point()
         or other.numel() != logits.shape[-1]
         or other.shape[-1:] != logits.shape[-1:]
         or other.dim() > logits.dim()
     ):
         return NotImplemented
-    product, own = logits.product, other.reshape(-1)
+    product, own = logits.product, other.detach().reshape(-1).clone()  # it may be written to
     offset = own if product.offset is None else product.offset + own
     return LazyLogits(replace(product, offset=offset), torch.promote_types(logits.dtype, other.dtype))
 

@@ -248,3 +248,79 @@ def test_logits_of_autocast_are_read_outside_of_it():
         delay_logits(model.head)
         logits = model.head(model.mix(model.embedding(ids)))
     assert torch.equal(logits + 0, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64], ids=str)
+def test_numbers_of_any_dtype_are_added(dtype):
+    model = Language()
+    ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
+    added = (torch.arange(VOCABULARY) % 3).to(dtype)
+    wanted = functional.cross_entropy((model(ids) + added).flatten(0, 1), labels.flatten())
+    delay_logits(model.head)
+    found = functional.cross_entropy((model(ids) + added).flatten(0, 1), labels.flatten())
+    assert found.dtype is wanted.dtype
+    assert close(found, wanted)
+
+
+def test_what_was_added_may_be_written_to():
+    model = Language()
+    delay_logits(model.head)
+    ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
+    added = torch.linspace(0, 5, VOCABULARY)
+    logits = model(ids) + added
+    wanted = functional.cross_entropy(logits.flatten(0, 1) + 0, labels.flatten())
+    added.zero_()
+    assert close(functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), wanted)
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.clone], ids=["parameters", "tensors"])
+def test_logits_of_other_parameters_are_not_made_of_the_layer_s_own(kind):
+    """As those of a functional call, or of a layer whose weight was replaced since."""
+    model = Language()
+    delay_logits(model.head)
+    ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
+    other = {name: kind(one.detach() * 2) for name, one in model.named_parameters()}
+
+    def loss(ids):
+        return functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten())
+
+    inside = torch.func.functional_call(Loss(model, loss), {f"model.{name}": one for name, one in other.items()}, ids)
+    release_module(model.head)
+    logits = torch.func.functional_call(model, other, ids)
+    assert close(inside, functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    delay_logits(model.head)
+    stale = torch.func.functional_call(model, other, ids)
+    with pytest.raises(RuntimeError, match="weight was written to since it was called, .* or replaced"):
+        functional.cross_entropy(stale.flatten(0, 1), labels.flatten())
+
+
+class Loss(nn.Module):
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, ids):
+        return self.loss(ids)
+
+
+def test_transforms_and_tensors_without_values_get_the_logits():
+    torch.manual_seed(0)
+    model = Language()
+    ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
+    parameters = {name: one.detach() for name, one in model.named_parameters()}
+
+    def loss(parameters, ids, labels):
+        logits = torch.func.functional_call(model, parameters, ids)
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    calls = {
+        "grad": lambda: torch.func.grad(loss)(parameters, ids, labels)["mix.weight"],
+        "rows": lambda: torch.func.vmap(lambda *row: loss(parameters, *(one[None] for one in row)))(ids, labels),
+        "forward": lambda: torch.func.jvp(lambda one: loss(one, ids, labels), (parameters,), (parameters,))[1],
+    }
+    expected = {name: call() for name, call in calls.items()}
+    delay_logits(model.head)
+    for name, call in calls.items():
+        assert close(call(), expected[name]), name
+    meta = model.to("meta")(ids.to("meta"))
+    assert functional.cross_entropy(meta.flatten(0, 1), labels.flatten().to("meta")).is_meta

@@ -126,6 +126,20 @@ def check_gradients(rank, wrap):
             assert not unequal, (memory, kind, after, unequal)
 
 
+def check_head_of_its_own(rank):
+    """FSDP2 takes the weight of an output layer that it shards by itself away after the call."""
+    from torch.distributed.fsdp import fully_shard
+
+    for memory in ("fast", "lean"):
+        expected = mean_gradients(make(memory))
+        model = make(memory)
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone(), requires_grad=False)
+        for part in (*model.layers, model.head, model):
+            fully_shard(part)
+        found = own_gradients(model, rank)
+        assert all((found[n] - one).norm() <= 0.06 * one.norm() for n, one in expected.items() if ".mlp." in n)
+
+
 def check_whole_batch(rank, wrap):
     """Against float64 and all rows at once: sums of at most 512 numbers, in a dozen layers, forward and backward."""
     exact = gradients(make().double(), halves().transpose(0, 1).flatten(1, 2))
@@ -203,6 +217,7 @@ def check(rank, folder):
         for wrap in (DistributedDataParallel, shard):
             check_gradients(rank, wrap)
             check_whole_batch(rank, wrap)
+        check_head_of_its_own(rank)
         check_refusals()
         check_moments(rank, folder)
     finally:
