@@ -20,10 +20,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced
+from lowmem.kernels.memory import TYPES, is_batch, is_float, is_real, is_traced
 from lowmem.quant.backend import active_backend
 
-__all__ = ["ACTIVATIONS", "Activation", "factor_grad", "gated", "gated_grad", "gated_in_torch", "norm", "norm_grad"]
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "factor_grad",
+    "gated",
+    "gated_grad",
+    "gated_grads",
+    "gated_in_torch",
+    "norm",
+    "norm_grad",
+]
 
 
 class Activation(NamedTuple):
@@ -90,7 +100,7 @@ def factor_grad(grad: Tensor, x: Tensor, eps: float, rows: int = 256) -> Tensor:
     columns = x.shape[-1]
     total = _wide(x).new_zeros(columns)
     for g, part in zip(grad.reshape(-1, columns).split(rows), x.reshape(-1, columns).split(rows), strict=True):
-        total += (_normalized(part, eps) * g).sum(0)
+        total = total + (_normalized(part, eps) * g).sum(0)  # which may stand for several
     return total
 
 
@@ -142,13 +152,23 @@ def gated_grad(
     if even and _takes(a, a if b is None else b) and is_real(grad) and _widens(a.dtype, grad.dtype):
         _call("gated_grad", (a, b, grad), into, step, activation.terms, out_step)
         return
-    wide = _wide(a)
-    factor, its_slope = _factor(wide, activation)
-    act = wide * factor
-    slope = factor + wide.clamp(-88, 88) * its_slope
+    act, slope = _act_and_slope(_wide(a), activation)
     of_a.copy_(grad * slope if b is None else grad * slope * b)
     if of_b is not None:
         of_b.copy_(grad * act)
+
+
+def gated_grads(grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation) -> tuple[Tensor, Tensor | None]:
+    """Return what ``gated_grad`` writes, in float32 or wider, for a gradient that stands for several."""
+    act, slope = _act_and_slope(_wide(a), activation)
+    return (grad * slope, None) if b is None else (grad * slope * b, grad * act)
+
+
+def _act_and_slope(wide: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Return an activation and its derivative."""
+    factor, its_slope = _factor(wide, activation)
+    slope = factor + wide.clamp(-88, 88) * its_slope
+    return wide * factor, slope
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
@@ -177,7 +197,7 @@ def _takes(*tensors: Tensor) -> bool:
     dtype, shape = tensors[0].dtype, tensors[0].shape
     if dtype not in (torch.float32, torch.bfloat16) or not hasattr(active_backend(), "rowwise"):
         return False
-    if not tensors[0].numel() or is_traced():
+    if not tensors[0].numel() or is_traced() or any(map(is_batch, tensors)):
         return False
     return all(is_real(one) and one.dtype is dtype and one.shape == shape for one in tensors)
 

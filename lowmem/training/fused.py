@@ -321,6 +321,12 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = _saved(ctx)
         ctx.kept = None
+        if is_batch(grad):
+            found = rowwise.gated_grads(grad, *_halves(gate, up, ctx.gate_first), ctx.activation)
+            of_gate, of_up = (cast(Tensor, one).to(ctx.dtype) for one in found)
+            if up is not None:
+                return of_gate, of_up, None, None, None
+            return torch.cat((of_gate, of_up) if ctx.gate_first else (of_up, of_gate), -1), None, None, None, None
         into = [None if one is None else torch.empty_like(one, dtype=ctx.dtype) for one in (gate, up)]
         halves = _halves(into[0], into[1], ctx.gate_first)
         rowwise.gated_grad(grad, *_halves(gate, up, ctx.gate_first), ctx.activation, halves)
@@ -344,6 +350,8 @@ class _Activated(torch.autograd.Function):
         if _by_torch(ctx.activation, x, grad):
             of_torch = _OF_TORCH[ctx.activation][1]
             return _in_parts(lambda x, grad: of_torch(grad, x.to(ctx.dtype)), ctx.dtype, ctx.dtype, x, grad), None
+        if is_batch(grad):
+            return rowwise.gated_grads(grad, x, None, ACTIVATIONS[ctx.activation])[0].to(ctx.dtype), None
         of_x = torch.empty_like(x, dtype=ctx.dtype)
         rowwise.gated_grad(grad, x, None, ACTIVATIONS[ctx.activation], (of_x, None))
         return of_x, None
@@ -426,7 +434,7 @@ class FusedModule(PreparedModule):
         fused_with: the functions with which it does.
     """
 
-    settings = ("fused_as", "fused_with")
+    prepared_attributes = ("fused_as", "fused_with")
     fused_as: How
     fused_with: list[Any]
 
@@ -437,10 +445,12 @@ class FusedModule(PreparedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle the plain module, and fuse it again."""
+        if issubclass(self.plain_class, PreparedModule):  # the class of "lean", over the fused one
+            return super().__reduce_ex__(protocol)
         plain = copied_module(self, self.plain_class)
         for name, value in self.__dict__.items():  # with its hooks
             plain.__dict__[name] = value
-        for name in self.settings:
+        for name in self.prepared_attributes:
             plain.__dict__.pop(name)
         return fuse, (plain, self.fused_as)
 
@@ -483,7 +493,8 @@ def _is_eager(x: Any) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
         return False
-    return x.is_floating_point() and x.dim() > 0 and x.numel() > 0 and x.layout is torch.strided and not x.is_nested
+    numbers = x.is_floating_point() and x.dim() > 0 and x.numel() > 0 and x.layout is torch.strided
+    return numbers and not x.is_nested and not x.is_meta
 
 
 def _run_norm(module: Any, x: Tensor, how: RMSNorm) -> Tensor | None:
@@ -507,7 +518,7 @@ def _run_layer_norm(module: Any, x: Tensor, how: LayerNorm) -> Tensor | None:
 
 def _run_activation(module: Any, x: Tensor, how: Act) -> Tensor | None:
     """Fuse what is contiguous: the result has the input's layout, as of channels that come last."""
-    return activated(x, how.activation) if x.is_contiguous() and not x.is_meta else None
+    return activated(x, how.activation) if x.is_contiguous() else None
 
 
 def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:

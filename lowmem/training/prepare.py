@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowmem import kernels
+from lowmem.nn.frozen_linear import is_plain_call
 from lowmem.nn.lora import LoRALinear
 from lowmem.nn.stored_module import StoredModule, multiplied_in
 from lowmem.training.activations import compressed_activations
-from lowmem.training.fused import FusedModule, GatedMLP, How, activations, fuse
-from lowmem.training.logits import LazyOutput, delay_logits
+from lowmem.training.fused import GatedMLP, How, activations, fuse
+from lowmem.training.logits import delay_logits
 from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
 from lowmem.training.recognize import recognize
 from lowmem.transforms.placement import output_layers
@@ -71,17 +72,30 @@ def prepare_training(
     _check_trains(model)
     _check_forward(model)
     patterns = [output] if isinstance(output, str) else list(output)
-    chunks: dict[nn.Module, int] = {one: one.logits_chunk for one in model.modules() if isinstance(one, LazyOutput)}
-    was_lean = isinstance(model, _Compressing)
-    fused: dict[nn.Module, How] = {one: one.fused_as for one in model.modules() if isinstance(one, FusedModule)}
+    before = {one: (type(one), _given(one)) for one in model.modules() if isinstance(one, PreparedModule)}
     release_training(model)
     try:
         layers = _named_layers(model, patterns) if patterns else output_layers(model)
-    except ValueError:
-        _apply(model, chunks, fused, was_lean)
+        lazy = [one for one in layers if _reason(one) is None]
+        dtype, lean = _logits_dtype(model), memory == "lean"
+        for module, how in _fusable(model, lean).items():
+            fuse(module, how)
+        for layer in lazy:
+            delay_logits(layer, chunk, dtype)
+        if lean:
+            model.__class__ = cast(Any, _compressing(cast(Any, type(model))))
+    except BaseException:
+        release_training(model)
+        for one, (kind, given) in before.items():
+            one.__dict__.update(given)
+            one.__class__ = cast(Any, kind)
         raise
-    lean = memory == "lean"
-    return _apply(model, {one: chunk for one in layers if _reason(one) is None}, _fusable(model, lean), lean)
+    return model
+
+
+def _given(module: PreparedModule) -> dict[str, Any]:
+    """Return the attributes that a module has got with its class."""
+    return {name: module.__dict__[name] for name in module.prepared_attributes if name in module.__dict__}
 
 
 def _fusable(model: nn.Module, lean: bool) -> dict[nn.Module, How]:
@@ -90,18 +104,6 @@ def _fusable(model: nn.Module, lean: bool) -> dict[nn.Module, How]:
     inner = {child for one, how in found.items() if isinstance(how, GatedMLP) for child in activations(one, how)}
     mlps = {one: replace(how, again=lean) for one, how in found.items() if isinstance(how, GatedMLP)}
     return {one: how for one, how in (found | mlps).items() if one not in inner}
-
-
-def _apply(
-    model: nn.Module, chunks: Mapping[nn.Module, int], fused: Mapping[nn.Module, How], lean: bool
-) -> nn.Module:
-    for module, how in fused.items():
-        fuse(module, how)
-    for layer, chunk in chunks.items():
-        delay_logits(layer, chunk, _logits_dtype(model))
-    if lean:
-        model.__class__ = cast(Any, _compressing(cast(Any, type(model))))
-    return model
 
 
 def release_training(model: nn.Module) -> nn.Module:
@@ -162,7 +164,7 @@ def _compressing(kind: type[Any]) -> type[_Compressing]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, _Compressing):  # released, while accelerate keeps this function in the model
             return type(self).forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled() and is_plain_call()):
             return kind.forward(self, *args, **kwargs)
         with compressed_activations(self):
             return kind.forward(self, *args, **kwargs)
@@ -183,6 +185,8 @@ def _reason(layer: nn.Module) -> str | None:
         return "the layer has an adapter"
     if kind not in ADAPTED:
         return f"{kind.__name__} is no plain linear layer"
+    if "forward" in vars(layer):
+        return "the layer has a forward of its own, which another library has put into it"
     if getattr(layer, "compute_dtype", None) is not None:
         return "the layer has a compute_dtype of its own"
     return None

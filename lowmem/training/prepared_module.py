@@ -14,12 +14,12 @@ class PreparedModule(nn.Module):
 
     Attributes:
         plain_class: the module's class before.
-        settings: names of attributes that the module has got with its class.
+        prepared_attributes: names of those that the module has got with its class.
         training_note: what was done to the module, for reports.
     """
 
     plain_class: type[nn.Module]
-    settings: ClassVar[tuple[str, ...]] = ()
+    prepared_attributes: ClassVar[tuple[str, ...]] = ()
     training_note: Any
     prepared_for_training = True
 
@@ -45,6 +45,6 @@ def release_module(module: nn.Module) -> None:
     """
     check_prepared(module)
     while isinstance(module, PreparedModule):
-        for name in module.settings:
+        for name in module.prepared_attributes:
             module.__dict__.pop(name, None)
         module.__class__ = cast(Any, module.plain_class)

@@ -644,3 +644,25 @@ def test_a_graph_goes_with_its_last_reference(read, monkeypatch):
         assert node() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("part", ["norm", "separate", "joined", "GELU (sigmoid)"])
+def test_gradients_in_batches_are_those_of_each(part):
+    """As those of a Jacobian that is vectorized; of weights, too."""
+    model = fused(make(joined=part == "joined"))
+    module = {"norm": model.norm, "GELU (sigmoid)": fuse(nn.SiLU(), Act("GELU (sigmoid)"))}.get(part, model.mlp)
+    x = batch(rows=300)
+    wanted, out = [x, *module.parameters()], module(x)
+    grads = torch.randn(3, *out.shape)
+    found = torch.autograd.grad(out, wanted, grads, retain_graph=True, is_grads_batched=True)
+    for number, grad in enumerate(grads):
+        each = torch.autograd.grad(out, wanted, grad, retain_graph=True)
+        assert_near([one[number] for one in found], each, 1e-5)
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])
+def test_of_tensors_without_values_shapes_are_computed(joined):
+    model = fused(make(joined=joined)).to("meta")
+    out = model(batch().to("meta"))
+    assert out.is_meta
+    assert out.shape == (2, 40, WIDTH)

@@ -24,7 +24,7 @@ from lowmem import (
 from lowmem.measure import PeakMemory
 from lowmem.training import activations
 from lowmem.training.logits import LazyLogits
-from tests.training.test_fused import MLP, Block
+from tests.training.test_fused import MLP, Block, Norm
 
 VOCABULARY, WIDTH = 512, 32
 
@@ -323,3 +323,82 @@ def test_logits_are_multiplied_in_bfloat16_where_4_bit_layers_are(monkeypatch):
         release_training(model)
         assert "logits_dtype" not in vars(model.head)
     assert found[None] != found[torch.bfloat16]
+
+
+class Odd(Language):
+    """Has attributes of the names that prepared modules had, and may fail to say what its output layer is."""
+
+    def __init__(self):
+        super().__init__()
+        self.settings, self.fails = object(), False
+
+    def get_output_embeddings(self):
+        if self.fails:
+            raise TypeError("no head")
+        return self.head
+
+
+def test_an_error_of_the_model_s_own_leaves_what_was_prepared():
+    model = prepare_training(Odd(), "lean", chunk=7)
+    before = training_report(model)
+    model.fails = True
+    with pytest.raises(TypeError, match="no head"):
+        prepare_training(model)
+    model.fails = False
+    assert training_report(model) == before != {}
+
+
+def test_a_refused_call_leaves_parts_that_were_prepared():
+    whole = nn.ModuleDict({"part": prepare_training(make(), "lean", chunk=7), "other": nn.Linear(8, 8)})
+    before = training_report(whole)
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        prepare_training(whole, output="nothing")
+    assert training_report(whole) == before != {}
+    assert step(whole["part"])
+
+
+def test_attributes_of_a_model_have_any_name():
+    model, own = Odd(), {}
+    own["settings"] = model.settings
+    prepare_training(model, "lean")
+    assert step(model)
+    release_training(model)
+    assert model.settings is own["settings"]
+
+    class Named(Norm):
+        settings = 3
+
+        def forward(self, x):
+            assert self.settings == 3
+            return super().forward(x)
+
+    model = prepare_training(nn.Sequential(Named(8), nn.Linear(8, 8)))
+    assert "fused" in training_report(model)["0"]
+    assert model[0].settings == 3
+
+
+def test_a_copy_of_a_fused_module_in_lean_is_in_lean():
+    model = prepare_training(MLP(), "lean")
+    copied = copy.deepcopy(model)
+    assert training_report(copied) == training_report(model) == {"": "what autograd saves is kept in 8 bits"}
+    assert type(release_training(copied)) is type(release_training(model)) is MLP
+
+
+def test_transforms_of_functions_get_the_plain_model_in_lean():
+    model, (ids, labels) = make(), batch()
+    parameters = {name: one.detach() for name, one in model.named_parameters()}
+    gradient = torch.func.grad(lambda one: torch.func.functional_call(model, one, (ids, labels)))
+    expected = gradient(parameters)
+    prepare_training(model, "lean")
+    for name, one in gradient(parameters).items():
+        assert torch.equal(one, expected[name])
+
+
+def test_an_output_layer_whose_forward_was_replaced_is_left():
+    model = make()
+    model.head.forward = functools.partial(nn.Linear.forward, model.head)
+    with pytest.raises(ValueError, match="head: the layer has a forward of its own"):
+        prepare_training(model, output="head")
+    prepare_training(model, "lean")
+    assert "logits as before: the layer has a forward of its own" in training_report(model)["head"]
+    assert type(model(batch()[0])) is torch.Tensor
