@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowmem import kernels
+from lowmem.nn.adapted_module import base_of
 from lowmem.nn.frozen_linear import is_plain_call
 from lowmem.nn.lora import LoRALinear
 from lowmem.nn.stored_module import StoredModule, multiplied_in
@@ -75,7 +76,7 @@ def prepare_training(
     before = {one: (type(one), _given(one)) for one in model.modules() if isinstance(one, PreparedModule)}
     release_training(model)
     try:
-        layers = _named_layers(model, patterns) if patterns else output_layers(model)
+        layers = _named_layers(model, patterns) if patterns else _outputs(model)
         lazy = [one for one in layers if _reason(one) is None]
         dtype, lean = _logits_dtype(model), memory == "lean"
         for module, how in _fusable(model, lean).items():
@@ -132,7 +133,7 @@ def training_report(model: nn.Module) -> dict[str, str]:
     """
     check_module(model)
     report = {}
-    left = output_layers(model)
+    left = _outputs(model)
     prepared = any(isinstance(module, PreparedModule) for module in model.modules())
     for module, paths in module_paths(model).items():
         if isinstance(module, PreparedModule):
@@ -178,10 +179,27 @@ def _compressing(kind: type[Any]) -> type[_Compressing]:
     return made
 
 
+def _outputs(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that compute logits: not an embedding that shares their weight, nor a layer's parts."""
+    found = output_layers(model)
+    inside = {part for one in found if _has_adapter(one) for part in one.modules() if part is not one}
+    tables = nn.Embedding, nn.EmbeddingBag
+    return [
+        one
+        for one in found
+        if one not in inside and not isinstance(base_of(one), tables) and (_has_adapter(one) or one._parameters)
+    ]
+
+
+def _has_adapter(layer: nn.Module) -> bool:
+    """Whether a layer has an adapter, of lowmem or of PEFT."""
+    return isinstance(layer, LoRALinear) or isinstance(getattr(layer, "base_layer", None), nn.Module)
+
+
 def _reason(layer: nn.Module) -> str | None:
     """Return why an output layer's logits cannot be lazy, or None."""
     kind = type(layer)
-    if isinstance(layer, LoRALinear):
+    if _has_adapter(layer):
         return "the layer has an adapter"
     if kind not in ADAPTED:
         return f"{kind.__name__} is no plain linear layer"

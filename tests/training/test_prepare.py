@@ -402,3 +402,30 @@ def test_an_output_layer_whose_forward_was_replaced_is_left():
     prepare_training(model, "lean")
     assert "logits as before: the layer has a forward of its own" in training_report(model)["head"]
     assert type(model(batch()[0])) is torch.Tensor
+
+
+class Tuned(nn.Module):
+    """As PEFT wraps a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.lora_dropout = layer, nn.ModuleDict({"default": nn.Identity()})
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(WIDTH, 4, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(4, VOCABULARY, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](self.lora_dropout["default"](x)))
+
+
+def test_the_report_names_output_layers_alone():
+    """Not an embedding that shares their weight, nor the parts of one that another library has wrapped."""
+    model = prepare_training(Odd())
+    assert training_report(model) == {"head": "logits in chunks of 256 rows, by the cross entropy that takes them"}
+    model = Odd()
+    model.head = Tuned(model.head)
+    expected = step(model)
+    prepare_training(model, "lean")
+    report = training_report(model)
+    assert report == {"": report[""], "head": "logits as before: the layer has an adapter"}
+    assert type(model(batch()[0])) is torch.Tensor
+    assert torch.equal(step(model)[0], expected[0])

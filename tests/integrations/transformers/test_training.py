@@ -193,3 +193,27 @@ def test_accelerate_launches_two_processes(folder, tmp_path):
     changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, fresh[name])}
     assert changed
     assert all(".adapters.tuned.lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"gradient_accumulation_steps": 3}, {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2}],
+    ids=["plain", "accumulation", "smoothing"],
+)
+def test_a_prepared_model_learns_the_same(folder, tmp_path, monkeypatch, memory, more):
+    """Rows have other numbers of labels, by which a Trainer divides the losses that it adds up."""
+    monkeypatch.setattr("lowmem.training.activations._LEAST", 64)  # tensors of this tiny model are small
+    rows = [one | {"labels": one["labels"].masked_fill(torch.arange(16) < n, -100)} for n, one in enumerate(DATA)]
+    curves = []
+    for prepared in (False, True):
+        torch.manual_seed(0)
+        model = with_lowmem(folder)
+        if prepared:
+            lowmem.prepare_training(model, memory)
+        run = trainer(model, tmp_path / "run", save_strategy="no", **more)
+        run.train_dataset = rows
+        run.train()
+        curves.append(torch.tensor(logged(run, "loss") + logged(run, "eval_loss")))
+    assert curves[0][0] > curves[0][3]
+    torch.testing.assert_close(*curves, rtol=1e-4 if memory == "fast" else 0.02, atol=0)
