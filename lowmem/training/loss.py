@@ -213,12 +213,14 @@ def _check_options(chunk: int, smoothing: float, reduction: str, dtype: torch.dt
 
 def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+        if tensor is None and name == "bias":
+            continue
+        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
             found = (
                 f"{name}.dtype={tensor.dtype}" if isinstance(tensor, Tensor) else f"{name}={type(tensor).__name__}"
             )
             raise TypeError(f"{found} must be a tensor of floating point")
-        if tensor is not None and (tensor.layout is not torch.strided or tensor.device != hidden.device):
+        if tensor.layout is not torch.strided or tensor.device != hidden.device:
             raise ValueError(
                 f"{name}, {tensor.layout} on {tensor.device}, must be dense, and where hidden is, on {hidden.device}"
             )
@@ -226,6 +228,8 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
         raise TypeError(f"labels={type(labels).__name__} must be a tensor of torch.int64, the numbers of classes")
     if labels.dtype is not torch.int64:
         raise TypeError(f"labels.dtype={labels.dtype} must be torch.int64, the numbers of classes")
+    if labels.device != hidden.device:
+        raise ValueError(f"labels, on {labels.device}, must be where hidden is, on {hidden.device}")
     if weight.dim() != 2:
         raise ValueError(f"weight.shape={tuple(weight.shape)} must be (vocabulary, width)")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:

@@ -47,7 +47,7 @@ def prepare_training(
     ``training_report`` says what was done to which module. In evaluation, without gradients, compiled and exported,
     the model does what it did before. Second derivatives of the loss (``create_graph=True``) and writes to logits are
     refused, and writes in place to the input of a fused module are an error in backward, as with any function that
-    keeps its input. Call ``release_training`` before the model is converted further, pickled or sharded.
+    keeps its input. Call ``release_training`` before the model is converted further or pickled.
 
     Args:
         model: with parameters that train.
