@@ -60,7 +60,7 @@ def prepare_training(
         The model, changed in place. Preparing it again replaces what was prepared.
 
     Raises:
-        TypeError: the model is not a module.
+        TypeError: the model is not a module, or ``output`` no patterns.
         ValueError: an unknown ``memory``, a chunk below 1, a pattern that matches no linear layer, a model without
             parameters that train, with a forward that another library has replaced, or whose parameters are
             inference tensors or lazy. The model is left as it was.
@@ -70,9 +70,11 @@ def prepare_training(
         raise ValueError(f'memory={memory!r} must be "fast" or "lean"')
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be a number of rows, at least 1")
+    patterns = list(output) if isinstance(output, Iterable) and not isinstance(output, str) else [output]
+    if not all(isinstance(one, str) for one in patterns):
+        raise TypeError(f"output={output!r} must be glob patterns of paths, such as output='head'")
     _check_trains(model)
     _check_forward(model)
-    patterns = [output] if isinstance(output, str) else list(output)
     before = {one: (type(one), _given(one)) for one in model.modules() if isinstance(one, PreparedModule)}
     release_training(model)
     try:

@@ -190,6 +190,8 @@ def test_evaluation_and_copies():
         (make, {"memory": "small"}, "memory='small'"),
         (make, {"chunk": 0}, "chunk=0"),
         (make, {"output": "head?"}, "pattern 'head\\?' matches no linear layer"),
+        (make, {"output": 3}, "output=3 must be glob patterns"),
+        (make, {"output": ["head", 3]}, "output=\\['head', 3\\] must be glob patterns"),
         (make, {"output": "embedding"}, "embedding: Embedding is no plain linear layer"),
         (lambda: make().requires_grad_(False), {}, "no parameter that trains"),
         (lambda: {}, {}, "found dict"),
