@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from torch import nn
 
@@ -49,3 +50,13 @@ def test_a_table_and_json(monkeypatch, tmp_path, capsys):
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["way"] for row in rows] == ["plain", "lean"]
     assert "After 2 steps" in capsys.readouterr().out
+
+
+def test_digits_are_judged_by_others():
+    pytest.importorskip("sklearn", reason="digits are scikit-learn's")
+    task = learning.digits()
+    sizes = [len(labels) for _, labels in task.batches]
+    assert (sum(sizes[:HELD]), sum(sizes)) == (359, 1797)
+    loss, right = task.judge(task.model(), task.batches[HELD])
+    assert loss.isfinite()
+    assert 0 <= right <= 1
