@@ -152,6 +152,18 @@ def test_the_speed_table_is_that_of_the_stored_run():
     assert written == lines
 
 
+def test_the_table_of_a_step_s_memory_is_the_stored_one():
+    (path,) = (ROOT / "benchmarks" / "memory").glob("avx2-torch*.json")
+    figures = json.loads(path.read_text())["figures"]
+    rows = {"plain-adamw": "AdamW", "lean-adamw": '"lean", AdamW'}
+    rows |= {"plain-adamw8bit": "`AdamW8bit`", "lean-adamw8bit": '"lean", `AdamW8bit`'}
+    parts = "weights", "adapters", "gradients", "optimizer", "activations", "scratch"
+    for case, name in rows.items():
+        stored = figures[f"benchmarks/test_training.py::test_training_memory[{case}]"]
+        cells = " | ".join(f"{stored[f'{part}_bytes'] / 2**20:.2f}" for part in parts)
+        assert f"| {name} | {cells} |" in TEXTS["docs/guides/training-steps.md"]
+
+
 def test_every_public_name_stands_in_one_page_of_the_api():
     pages = "".join(text for name, text in TEXTS.items() if name.startswith("docs/api/"))
     documented = re.findall(
