@@ -226,9 +226,8 @@ class Gate:
         if name in self.recorder.deselected or self.config.getoption("lf", False):  # --lf skips files silently
             return False
         file = name.partition("::")[0]
-        ignoring = self.config.getoption("ignore") or self.config.getoption(
-            "ignore_glob"
-        )  # of the command line alone
+        # Of the command line alone: what a conftest.py leaves out is missing.
+        ignoring = self.config.getoption("ignore") or self.config.getoption("ignore_glob")
         if ignoring and file not in self.recorder.files and (self.config.rootpath / file).exists():
             return False
         directories = self.config.invocation_params.dir, self.config.rootpath

@@ -78,6 +78,22 @@ def test_it_learns_as_adamw_does():
     assert loss < 0.1
 
 
+def test_a_gradient_whose_square_is_infinite_stays_in_its_block():
+    def trained(spike):
+        parameter = nn.Parameter(torch.ones(40 * BLOCK))
+        optimizer = AdamW8bit([parameter], lr=1e-2)
+        for step in range(4):
+            parameter.grad = torch.linspace(-1, 1, len(parameter))
+            parameter.grad[3] = spike if step == 0 else 0.5
+            optimizer.step()
+        return parameter.detach()
+
+    usual, found = trained(0.5), trained(1e30)
+    assert found.isfinite().all()  # as with torch's AdamW
+    assert torch.equal(found[BLOCK:], usual[BLOCK:])
+    assert trained(torch.inf)[3].isnan()  # what went wrong stays visible
+
+
 def test_small_parameters_are_updated_exactly():
     parameter = nn.Parameter(torch.randn(30, 40).t())  # strided
     other = nn.Parameter(parameter.detach().clone())
