@@ -26,8 +26,6 @@ _LARGEST = 448.0
 _LEAST = 2.0**-9
 """Its smallest level above zero, below which no root of a second moment is stored: an update divides by it."""
 
-_FINITE = torch.finfo(torch.float32).max
-
 _SMALL = 4096
 """Numbers below which a parameter's moments are kept in float32: their codes would save little."""
 
@@ -122,7 +120,7 @@ class AdamW8bit(torch.optim.Optimizer):
             torch.sqrt(s.mul_(s).mul_(second).addcmul_(g, g, value=1 - second), out=s)
             change = m / (s / root).add_(group["eps"])
             values[part].mul_(decay).sub_(change.mul_(size).to(values.dtype))
-            s.clamp_(max=_FINITE)  # an infinite scale would make NaN of its whole block
+            s.clamp_(max=torch.finfo(torch.float32).max)  # an infinite scale would make NaN of its whole block
             for name, moment in zip(_MOMENTS, (m, s), strict=True):
                 _write(state, name, part, row, moment)
         if flat is not own:
