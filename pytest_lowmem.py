@@ -99,6 +99,8 @@ class MemoryGate:
             if not isinstance(name, str) or name in self._names:
                 hint = "give each memory gate of a test its own name=" if self._names else "it must be a string"
                 raise ValueError(f"name={name!r}: {hint}")
+            if not name.isprintable():
+                raise ValueError(f"name={name!r}: it must be one printable line, as tables show it")
             self._names.add(name)
             key, figures = memory_figures(model, *inputs, loss=loss, **named)
             failure = self._session.memory().judge(entry_name(self._test, name), self._test, key, figures)

@@ -200,11 +200,13 @@ def test_a_gate_of_no_own_name_is_refused(project, run):
     project.makepyfile(
         test_model=TESTS + "    memory_gate(my_model(), example_input)\n"
         "def test_no_name(memory_gate):\n    memory_gate(my_model(), example_input, name=3)\n"
+        "def test_two_lines(memory_gate):\n    memory_gate(my_model(), example_input, name='a\\nb')\n"
     )
     code, output = run("--lowmem-baseline=store")
     assert code == 2
     assert "name='': give each memory gate of a test its own name=" in output
     assert "name=3: it must be a string" in output
+    assert r"name='a\nb': it must be one printable line, as tables show it" in output
 
 
 @covering(

@@ -12,10 +12,15 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from benchmarks.latency import gate, show
-from benchmarks.latency.builds import GateError
 from lowmem import errors
 from lowmem.io import atomic
+
+try:
+    from benchmarks.latency import gate, show
+    from benchmarks.latency.builds import GateError
+except ModuleNotFoundError as missing:  # of the extra
+    sys.stderr.write(f"latency gate: it needs {str(missing.name).partition('.')[0]}: pip install '.[gate]'\n")
+    raise SystemExit(2) from None
 
 GATES = ("latency", "instructions")
 

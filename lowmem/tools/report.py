@@ -6,8 +6,8 @@ import argparse
 import copy
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem.errors import printable
 from lowmem.io.atomic import check_writable, write_atomically
+from lowmem.measure import unchanged
 from lowmem.tools.info import facts
 from lowmem.tools.models import (
     add_input_arguments,
@@ -49,7 +50,7 @@ ENDINGS = (".html", ".htm")
 
 @dataclass(frozen=True)
 class Measured:
-    """The measurements of every variant of a model."""
+    """The measurements of every variant of a model, and why some could not be made of it: by name, the reason."""
 
     footprints: Sequence[Footprint]
     steps: dict[str, TrainingMemory]
@@ -57,6 +58,7 @@ class Measured:
     timings: Sequence[Timing]
     groups: Sequence[Group]
     qualities: Sequence[Quality] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.target,
         measured,
         title=printable(arguments.model) if own else "BigNet in every variant",
-        lead=_lead(arguments, own),
+        lead=_lead(arguments, measured, own),
         timings=measured.timings if timings is None else timings,
         timed=timed,
         timing_machine=timing_machine,
@@ -185,7 +187,7 @@ def measure_variants(
         grouped: whether to measure each group of layers, and each choice of bits.
 
     Raises:
-        ValueError: the model cannot be built, converted, or run on the inputs.
+        ValueError: the model cannot be built, converted by any variant, or run on the inputs.
     """
     from lowmem.report.footprint import footprint
     from lowmem.report.groups import Stored, group_layers
@@ -196,9 +198,10 @@ def measure_variants(
     dense = make_model(name, seed=seed)
     expected = _outputs(name, dense, x)
     footprints, steps, losses, stored, timings = {}, {}, {}, {}, []
+    left_out: dict[str, str] = {}
 
     def weigh(label: str, model: nn.Module) -> None:
-        if any(one.requires_grad for one in model.parameters()):
+        if _trains(name, model, x):
             steps[label] = run_model(name, lambda: training_memory(model, x.clone()))
         footprints[label] = run_model(name, lambda: footprint(label, model, x.clone()))  # last: it trains
 
@@ -206,7 +209,14 @@ def measure_variants(
         task = bar.add_task("variants", total=len(VARIANTS))
         for variant, label in names.items():
             if variant != BIGNET:
-                model = make_model(f"{name}@{variant}" if own else variant, seed=seed)
+                try:
+                    model = make_model(f"{name}@{variant}" if own else variant, seed=seed)
+                except ValueError as reason:  # LoRA takes no LSTM, say: the other variants are shown
+                    left_out[label] = str(reason)
+                    if len(left_out) == len(VARIANTS) - 1:
+                        raise ValueError(next(iter(left_out.values()))) from reason
+                    bar.advance(task)
+                    continue
                 if model is dense:
                     raise ValueError(f"model={name!r}: it returned the same model twice; it must make one at a call")
                 losses[label] = _relative_error(expected, _outputs(name, model, x))
@@ -218,10 +228,11 @@ def measure_variants(
             bar.advance(task)
         groups = group_layers(dense, stored) if grouped else []
         weigh(names[BIGNET], dense)  # last: it trains
-    labels = names.values()
+    labels = [label for label in names.values() if label not in left_out]
     trained = {label: steps[label] for label in labels if label in steps}
     measured = [footprints[label] for label in labels]
-    return Measured(measured, trained, losses, timings, groups, _qualities(name, x, seed) if grouped else [])
+    quality = _qualities(name, x, seed) if grouped else []
+    return Measured(measured, trained, losses, timings, groups, quality, left_out)
 
 
 def _qualities(name: str, x: Tensor, seed: int) -> list[Quality]:
@@ -300,13 +311,26 @@ def _input_of(arguments: argparse.Namespace, batch: int) -> Tensor:
     return make_input(sized)
 
 
-def _lead(arguments: argparse.Namespace, own: bool) -> str:
+def _lead(arguments: argparse.Namespace, measured: Measured, own: bool) -> str:
     size = " x ".join(map(str, (arguments.batch, *arguments.input_shape)))
     model = "Your model" if own else "The reference model, 18 linear layers of 1024 x 1024,"
-    return (
-        f"{model} as it is and in {len(VARIANTS) - 1} variants: what each costs, how fast it is, and what it loses. "
-        f"Memory and errors are of one {arguments.input_dtype} input of {size}; seed {arguments.seed}."
+    lead = (
+        f"{model} as it is and in {len(measured.footprints) - 1} variants: what each costs, how fast it is, and what "
+        f"it loses. Memory and errors are of one {arguments.input_dtype} input of {size}; seed {arguments.seed}."
     )
+    for reason in dict.fromkeys(measured.left_out.values()):
+        names = [name for name, why in measured.left_out.items() if why == reason]
+        lead += f" Left out: {', '.join(names)} ({printable(reason, 500)})."
+    return lead
+
+
+def _trains(name: str, model: nn.Module, x: Tensor) -> bool:
+    """Whether a parameter trains and the output has a gradient, which that of classes or ids has not."""
+    if not any(one.requires_grad for one in model.parameters()):
+        return False
+    with unchanged(model, training=True), torch.enable_grad():
+        outputs = run_model(name, lambda: tree_leaves(model(x.clone())))
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in outputs)
 
 
 def _outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -121,7 +121,8 @@ def training_memory(
     Raises:
         TypeError: the model is not a module, or returns no tensor; ``loss`` returns no scalar with a gradient; or
             ``optimizer`` makes none.
-        ValueError: an unknown optimizer, one that steps more than once (LBFGS), or a model in which nothing trains.
+        ValueError: an unknown optimizer, one that steps more than once (LBFGS), a model in which nothing trains, or
+            whose output has no gradient.
     """
     check_module(model)
     if isinstance(optimizer, str) and optimizer not in TRAINERS:
@@ -130,7 +131,10 @@ def training_memory(
         raise TypeError(f"optimizer={show(optimizer)} must be a name, or a callable that makes an optimizer")
     trained: list[Tensor] = [one for one in model.parameters() if one.requires_grad]
     if not trained:
-        raise _nothing_trains(model)
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that trains: convert(model, LoRA()) adds adapters, and "
+            "requires_grad_(True) lets parameters train"
+        )
     weights, adapters = _resident(model)
     given = sum(one.nbytes for one in dict.fromkeys(measure.tensors_in([inputs, named])))
     # Inside the caller's inference mode, the state of an optimizer could not be used again.
@@ -179,7 +183,10 @@ def _step(
         with memory.frame(_LOSS):
             losses = measure.losses_of(model, model(*inputs, **named), loss)  # does not keep the output alive
         if not losses:
-            raise _nothing_trains(model)
+            raise ValueError(
+                f"{type(model).__name__} returns no tensor with a gradient, as its classes and ids have none: return "
+                "what they are computed of, such as logits, too, or their loss"
+            )
         memory.phase = "backward"
         torch.autograd.backward(losses)
         del losses
@@ -193,13 +200,6 @@ def _step(
     with memory:
         optimizer.step()
     memory.name(measure.tensors_in(list(optimizer.state.values())), "optimizer")
-
-
-def _nothing_trains(model: nn.Module) -> ValueError:
-    return ValueError(
-        f"{type(model).__name__} has no parameter that trains: convert(model, LoRA()) adds adapters, and "
-        "requires_grad_(True) lets parameters train"
-    )
 
 
 def _resident(model: nn.Module) -> tuple[int, int]:

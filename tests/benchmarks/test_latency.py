@@ -1,5 +1,6 @@
 """The latency gate: verdicts from times, rounds with processes in a fake's place, what it shows, and bad input."""
 
+import importlib
 import io
 import json
 import math
@@ -901,6 +902,17 @@ def test_pytest_refuses_a_reference_that_does_not_exist_before_it_runs(pytester,
     (line,) = done.stderr.lines
     assert "--against: " in line
     assert not (pytester.path / "ran").exists()
+
+
+def test_the_command_names_the_extra_that_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "statsmodels.stats.multitest", None)
+    for name in ("__main__", "gate", "verdict", "rounds"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.latency.{name}", raising=False)
+    monkeypatch.delattr("benchmarks.latency.gate", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("benchmarks.latency.__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "latency gate: it needs statsmodels: pip install '.[gate]'\n"
 
 
 def test_pytest_names_the_extra_that_the_gate_needs_before_it_runs(pytester, monkeypatch):

@@ -63,6 +63,17 @@ class Silent(nn.Linear):
     def forward(self, x):
         return None
 
+class Recurrent(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+class Chooses(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).argmax(-1)
+
+recurrent = lambda: Recurrent(32, 32)
+chooses = lambda: nn.Sequential(nn.Linear(32, 32), Chooses(32, 32))
+embedding = lambda: nn.Embedding(128, 64)
 broken = lambda: Broken(32, 32)
 silent = lambda: nn.Sequential(nn.Linear(32, 32), Silent(32, 32))
 nothing = lambda: nn.ReLU()
@@ -144,6 +155,36 @@ def test_a_model_that_writes_to_its_input_is_compared_on_the_one_that_was_given(
     found = [command.measure_variants(f"report_models:{name}", x, grouped=True) for name in ("reads", "writes")]
     assert found[0].losses == found[1].losses
     assert found[0].qualities == found[1].qualities
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        (
+            "recurrent",
+            ["--input-shape", "5,32"],
+            ["Left out: lora, qlora, qlora_nf4, qlora_8bit (", "LoRA has no form of it: recurrent kernels"],
+        ),
+        (
+            "embedding",
+            ["--input-shape", "5", "--input-dtype", "int64"],
+            ["Left out: lora (", "Left out: qlora, qlora_nf4, qlora_8bit (", "LoRA leaves embeddings out"],
+        ),
+    ],
+)
+def test_variants_that_a_model_has_not_are_left_out_with_the_reason(name, shape, said):
+    assert run(f"report_models:{name}", "out.html", *shape, "--batches", "1") == 0
+    html = Path("out.html").read_text()
+    for text in ("as it is and in 4 variants", *said, "low_precision_nf4"):
+        assert text in html, text
+    assert "qlora_nf4" not in html.partition("</p>")[2]
+
+
+def test_a_model_whose_output_has_no_gradient_has_no_training_step():
+    assert run("report_models:chooses", "out.html", "--input-shape", "32", "--batches", "1") == 0
+    html = Path("out.html").read_text()
+    assert "Of a training step" not in html
+    assert "low_precision_nf4" in html
 
 
 def test_an_error_is_relative_to_the_norm_of_all_outputs():

@@ -230,7 +230,7 @@ def test_outputs_without_a_gradient_train_nothing():
         def forward(self, x):
             return super().forward(x).detach()
 
-    with pytest.raises(ValueError, match="Detached has no parameter that trains"):
+    with pytest.raises(ValueError, match="Detached returns no tensor with a gradient"):
         training_memory(Detached(4, 4), torch.zeros(2, 4))
 
 
