@@ -78,8 +78,8 @@ def stored_figures(model: nn.Module) -> Figures:
     """Count the bytes of a model's distinct storages by category.
 
     Categories are codes of 4 and 8 bits, their scales, adapters, other parameters by dtype, buffers, and attributes:
-    tensors, arrays, bytes and unregistered modules in plain attributes of modules, or in containers, namespaces and
-    dataclasses there.
+    tensors, arrays, bytes and unregistered modules in plain attributes of modules, or in containers, namespaces,
+    dataclasses and the packed weights of torch.ao there, of which the unpacked bytes count.
     Categories without bytes are left out; ``stored_bytes`` and ``trainable_bytes`` are always present.
     """
     counted: set[int] = set()
@@ -141,6 +141,7 @@ def _attributes(model: nn.Module) -> Iterator[Any]:
     """Yield the tensors, arrays and bytes in plain attributes of a model's modules."""
     registered = set(model.modules())
     seen: set[int] = set()
+    unpacked: list[Any] = []  # kept, so that none gets the address of another one
     waiting: list[Any] = [vars(module) for module in registered]
     while waiting:
         value = waiting.pop()
@@ -158,6 +159,9 @@ def _attributes(model: nn.Module) -> Iterator[Any]:
             waiting.extend(value)
         elif is_dataclass(value) and not isinstance(value, type):
             waiting.extend(getattr(value, own.name, None) for own in fields(value))
+        elif isinstance(value, torch.ScriptObject) and value._has_method("__getstate__"):  # packed by torch.ao, say
+            unpacked.append(value.__getstate__())
+            waiting.append(unpacked[-1])
         elif isinstance(value, partial):
             waiting.extend((value.func, value.args, value.keywords, vars(value)))
         elif not isinstance(value, type) and hasattr(value, "__dict__") and not _is_of_python(type(value)):

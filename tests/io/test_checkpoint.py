@@ -18,6 +18,7 @@ from lowmem.errors import FileError
 from lowmem.io.container import read, write_tensors
 from lowmem.nn.lora import Adapter
 from tests.models import INDICES, TECHNIQUES, Small, small
+from tests.selection import rows_in_one_case
 
 every_technique = pytest.mark.parametrize("name", TECHNIQUES)
 
@@ -203,7 +204,7 @@ def lora(metadata):
     return metadata["adapters"]["layers.0"]
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("change", "message"),
     [
         (
@@ -235,13 +236,14 @@ def lora(metadata):
         (lambda m: m.update(more=1), "metadata has 'more', which is unknown; upgrade lowmem"),
     ],
 )
-def test_a_record_that_says_something_else_is_refused_at_once(change, message, tmp_path, monkeypatch):
+def test_a_record_that_says_something_else_is_refused_at_once(change, message, tmp_path):
     save(small("qlora"), tmp_path / "m")
     rewritten(tmp_path / "m", change)
     made = []
-    monkeypatch.setattr(Adapter, "__init__", lambda *_: made.append(1))
-    with pytest.raises(FileError, match=message) as caught:
-        load(tmp_path / "m", Small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Adapter, "__init__", lambda *_: made.append(1))
+        with pytest.raises(FileError, match=message) as caught:
+            load(tmp_path / "m", Small)
     assert not made  # before anything is allocated
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400

@@ -14,6 +14,7 @@ from lowmem import FourBit, Half, LoRA, LoRALinear, convert, restore
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.low_rank_sum import LowRankSum
+from tests.selection import covering, rows_in_one_case
 from tests.test_any_model import Experts, Transposed
 
 
@@ -169,8 +170,8 @@ def test_it_is_the_dense_module_of_the_sum_and_trains_without_making_it(name, ba
     assert not any(isinstance(getattr(module, "weight", None), AdaptedWeight) for module in model.modules())
 
 
-@pytest.mark.parametrize("base", BASES)
 @models
+@rows_in_one_case("base", BASES)
 def test_copies_pickles_states_and_files_keep_it(name, base, tmp_path):
     model, x = make(name, base)
     expected = model(x)
@@ -205,8 +206,8 @@ def without_fast_path():
 
 
 @pytest.mark.usefixtures("without_fast_path")
-@pytest.mark.parametrize("base", BASES)
 @models
+@rows_in_one_case("base", BASES)
 @torch.no_grad()
 def test_adapters_come_merge_and_go_and_leave_every_bit(name, base):
     torch.manual_seed(0)
@@ -251,8 +252,8 @@ def test_adapters_come_merge_and_go_and_leave_every_bit(name, base):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("to", ["same format", torch.bfloat16, torch.float64])
 @models
+@rows_in_one_case("to", ["same format", torch.bfloat16, torch.float64])
 def test_a_merge_reports_each_weight_and_its_outputs(name, to):
     model, x = make(name, "bfloat16")
     places = [*lowmem.adapter_layers(model, "default")]
@@ -270,8 +271,8 @@ def test_a_merge_reports_each_weight_and_its_outputs(name, to):
     assert not any(isinstance(module, LoRALinear | AdaptedModule) for module in merged.modules())
 
 
-@pytest.mark.parametrize("base", BASES)
-@models
+@covering(1, name=MODELS, base=BASES)
+@pytest.mark.no_cover
 def test_it_compiles_whole_and_exports(name, base, request):
     request.addfinalizer(torch.compiler.reset)
     torch.compiler.reset()

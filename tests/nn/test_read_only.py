@@ -130,6 +130,7 @@ def test_a_view_of_an_adapted_weight_takes_gradients_to_the_adapter():
 
 @compiles
 @techniques
+@pytest.mark.no_cover
 def test_graphs_read_views_and_refuse_to_write_to_them(technique, request):
     request.addfinalizer(torch.compiler.reset)
     model, x = convert(nn.Sequential(nn.Linear(16, 24)), *technique), torch.randn(3, 8)

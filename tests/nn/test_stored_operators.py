@@ -18,7 +18,6 @@ from tests.rounding import OF_4_BITS, assert_sum
 from tests.selection import rows_in_one_case
 
 FORMS = ["nf4", "bfloat16"]
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 forms = rows_in_one_case("form", FORMS)
 
 
@@ -42,8 +41,8 @@ def assert_nothing_dense(kept, x, weight):
             assert known or tensor.numel() < weight.numel() // 2, (tensor.shape, tensor.dtype)
 
 
-@cases
 @forms
+@rows_in_one_case("case", CASES.values())
 def test_outputs_and_gradients_are_those_of_the_dequantized_weight_and_none_is_kept(case, form):
     torch.manual_seed(0)
     weight, x = store(torch.randn(case.weight), form, case.lead), case.make_input()
@@ -65,8 +64,8 @@ OF_EACH_KIND = (
 )
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if isinstance(case.x, tuple)])
 @rows_in_one_case("compute", [torch.bfloat16, None, torch.float64])
+@rows_in_one_case("name", [name for name, case in CASES.items() if isinstance(case.x, tuple)])
 def test_a_product_and_its_gradient_are_computed_in_the_dtype_that_the_form_says(name, compute):
     """1 + 2^-12 is 1 in bfloat16, and not in float32."""
     case = CASES[name]

@@ -81,12 +81,12 @@ def test_a_disturbed_call_does_not_settle_how_many_make_a_turn(disturbed):
     clock, sides = Clock(), []
 
     def timer():
-        clock.now += 1e-6  # it takes some time to read a clock
+        clock.now += 1e-4  # it takes some time to read a clock
         return clock.now
 
     for number in range(2):
-        first = iter([1e-6, 1.0 if number == disturbed else 1e-6])  # the second call is the first that is timed
-        sides.append(lambda first=first: clock.call(next(first, 1e-6))())
+        first = iter([1e-4, 1.0 if number == disturbed else 1e-4])  # the second call is the first that is timed
+        sides.append(lambda first=first: clock.call(next(first, 1e-4))())
     found = measure_speedup(*sides, at_least=0.5, timer=timer)
     assert found.ratio.value == pytest.approx(1, rel=0.01)
 

@@ -110,6 +110,20 @@ def test_a_megabyte_in_a_plain_attribute_is_counted():
         assert after == before
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.ao.quantization, "quantize_dynamic") or torch.backends.quantized.engine == "none",
+    reason="this torch packs no weights",
+)
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_that_torch_packs_are_counted():
+    model = nn.Sequential(nn.Linear(64, 1024), nn.Linear(1024, 64))
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    figures = figures_of(model)
+    # A byte a weight, and float32 biases.
+    assert figures["attributes_bytes"] == figures["stored_bytes"] == 2 * 64 * 1024 + 4 * (1024 + 64)
+
+
 def test_a_megabyte_that_the_forward_keeps_is_counted():
     class Keeps(nn.Linear):
         def forward(self, x):

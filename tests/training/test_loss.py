@@ -9,7 +9,7 @@ import lowmem
 from lowmem import FourBit, Half, StoredTensor, convert, linear_cross_entropy
 from lowmem.measure import PeakMemory
 from lowmem.training.loss import loss_dtype
-from tests.selection import covering
+from tests.selection import covering, rows_in_one_case
 
 WIDTH, VOCABULARY = 24, 50
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -183,7 +183,7 @@ def test_a_second_derivative_is_refused():
         torch.autograd.functional.hessian(lambda x: linear_cross_entropy(x, weight, labels), hidden.detach())
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("change", "message"),
     [
         ({"labels": torch.full((1, 13), 50)}, "labels hold 50, .* vocabulary of 50"),
@@ -205,7 +205,6 @@ def test_a_second_derivative_is_refused():
         ({"label_smoothing": 1.5}, "label_smoothing=1.5"),
         ({"dtype": torch.int8}, "dtype=torch.int8"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_wrong_arguments_are_named(change, message):
     hidden, weight, _, labels = inputs(torch.float32)
