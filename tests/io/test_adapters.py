@@ -125,7 +125,7 @@ def test_other_files_are_refused(tmp_path):
         load_adapter([], tmp_path / "m")
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("change", "message"),
     [
         ({"name": None}, "its metadata is not lowmem's: name=None must be a string; upgrade lowmem, or get the file"),
