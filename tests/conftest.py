@@ -1,5 +1,6 @@
 """Fixtures that keep every test independent of the others, and tests of the compiled kernel honest."""
 
+import gc
 import os
 import random
 import zlib
@@ -47,6 +48,13 @@ def process_state() -> dict[str, object]:
         "directory": os.getcwd(),
         "environment": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_collect():
+    """Leave what modules and caches hold by now out of the collections of garbage, which gates and tests run in full."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
