@@ -1,4 +1,4 @@
-"""Makes PyTorch models small: half precision, 4-bit block-wise quantization, LoRA and QLoRA."""
+"""Makes PyTorch models small: half precision, 8-bit and 4-bit block-wise quantization, LoRA and QLoRA."""
 # ruff: noqa: E402
 
 from lowmem.tools import startup
