@@ -52,7 +52,7 @@ def process_state() -> dict[str, object]:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_objects_to_collect():
-    """Leave what modules and caches hold by now out of the collections of garbage, which gates and tests run in full."""
+    """Leave what modules and caches hold by now out of garbage collection, which gates and some tests run in full."""
     gc.collect()
     gc.freeze()
 
