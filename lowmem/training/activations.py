@@ -1,9 +1,9 @@
-"""What autograd saves for backward, kept as 8-bit codes in blocks.
+"""Activation compression: tensors that autograd saves for backward are kept as 8-bit codes in blocks.
 
-A training step's memory is mostly what the forward saves. ``compressed_activations`` replaces each large floating
-tensor by signed 8-bit codes with one scale for 32 numbers, and makes it again when backward asks (Chen et al., ActNN,
-arXiv 2104.14129, and Dettmers et al., 8-bit Optimizers, arXiv 2110.02861, section 2, for blocks). Its hooks are
-``torch.autograd.graph.saved_tensors_hooks``, so no model needs code of its own.
+Most of a training step's memory is what the forward saves. ``compressed_activations`` replaces each large floating
+point tensor by signed 8-bit codes with one scale for every 32 numbers, and decodes it when backward unpacks it (Chen
+et al., ActNN, arXiv 2104.14129, and Dettmers et al., 8-bit Optimizers, arXiv 2110.02861, section 2, for blocks). It
+uses ``torch.autograd.graph.saved_tensors_hooks``, so models need no changes.
 """
 
 from __future__ import annotations
@@ -30,24 +30,26 @@ from lowmem.transforms.registry import check_module
 __all__ = ["Codes", "compress", "compressed_activations"]
 
 _LEAST = 2**12
-"""Numbers of a tensor below which it is kept as it is: its codes would save less than they cost."""
+"""Tensors with fewer elements are not compressed: it would save less than it costs."""
 
 _VANISHED = 1 / 7
-"""A tensor of which a larger part would vanish is kept as it is: probabilities, decays, masks of attention."""
+"""A tensor is not compressed if a larger share of its nonzero elements would become zero, as in probabilities, decays
+and attention masks."""
 
 _VIEWED = 4
-"""A tensor is kept with its whole storage, once for all views, if that has at most this many times its numbers."""
+"""If a view's storage is at most this many times as large as the view, the whole storage is compressed, once for all
+of its views; otherwise only a copy of the view is."""
 
 
 class Codes(NamedTuple):
-    """Numbers in 8 bits, ``x = codes * scale`` in blocks of 32 of the flat tensor.
+    """A tensor in 8 bits: ``x = codes * scale`` in blocks of 32 elements of the flattened tensor.
 
     Attributes:
         codes: int8 (blocks, 32), from -127 to 127.
-        scales: float32 (blocks, 1): the largest magnitude of a block over 127.
-        dtype: of the numbers.
-        length: how many numbers there are, without the padding of the last block.
-        vanished: which part of the numbers other than zero has the code of zero, at most; 1, if one is not finite.
+        scales: float32 (blocks, 1): the block's largest magnitude, divided by 127.
+        dtype: of the original tensor.
+        length: number of elements, without the padding of the last block.
+        vanished: share of the nonzero elements whose code is zero; 1 if any element is not finite.
     """
 
     codes: Tensor
@@ -57,14 +59,18 @@ class Codes(NamedTuple):
     vanished: float
 
     def values(self) -> Tensor:
-        """Return the numbers: (length,)."""
+        """Decode: (length,), in the original dtype."""
         return decode(self.codes, self.scales, self.dtype).view(-1)[: self.length]
 
 
 def compress(numbers: Tensor, room: Room | None = None) -> Codes:
-    """Return the 8-bit codes of a flat floating tensor: ``|x - codes * scale| <= scale / 2`` but for rounding.
+    """Return the 8-bit codes of a flat floating point tensor: ``|x - codes * scale| <= scale / 2``, up to rounding.
 
-    A block with NaN or an infinite number becomes NaN: what went wrong stays visible.
+    A block that contains NaN or infinity decodes to NaN, so that the failure stays visible.
+
+    Args:
+        numbers: floating point (length,).
+        room: allocates codes and scales of CPU tensors; None: torch does.
     """
     into = None
     if room is not None and numbers.is_cpu:
@@ -78,7 +84,7 @@ def compress(numbers: Tensor, room: Room | None = None) -> Codes:
 
 @dataclass(eq=False)
 class _Packed:
-    """A saved tensor: codes of a storage, and the view of it."""
+    """A saved tensor: the codes of a storage, and the view's shape, strides and offset in it."""
 
     codes: Codes
     shape: torch.Size
@@ -89,7 +95,10 @@ class _Packed:
 
 @dataclass(eq=False)
 class _Held:
-    """The storage that was made again last, and its codes' memory: several views of one are asked for in a row."""
+    """The storage that was decoded last, since backward often unpacks several views of one storage in a row.
+
+    ``piece`` identifies the storage that holds its codes.
+    """
 
     codes: Codes | None = None
     values: Tensor | None = None
@@ -97,7 +106,7 @@ class _Held:
 
 
 class _Seen(NamedTuple):
-    """What a storage is kept as at one version: its codes, or itself for None."""
+    """How a storage is kept at one version: as codes, or, if they are None, uncompressed."""
 
     storage: weakref.ref[Any]
     version: int
@@ -105,13 +114,14 @@ class _Seen(NamedTuple):
 
 
 class _Compressor:
-    """The hooks of one context.
+    """The saved-tensor hooks of one ``compressed_activations`` context.
 
     Args:
-        exact: storages that are kept as they are, those of parameters and buffers, by their ``_cdata``.
+        exact: storages that are never compressed (those of parameters and buffers), by their ``_cdata``.
 
     Attributes:
-        keeps: which of the tensors that the running function saves stay as they are; None: no more than of any other.
+        keeps: whether a tensor that the running torch function saves must stay uncompressed; None: the function needs
+            no exception.
     """
 
     saves_in_any_dtype = True
@@ -124,7 +134,7 @@ class _Compressor:
         self.keeps: Callable[[Tensor], bool] | None = None
 
     def pack(self, tensor: Tensor) -> Kept | _Packed | Again:
-        """Return what autograd keeps in place of a tensor."""
+        """Return what autograd keeps instead of a tensor."""
         return self._packed(tensor) or Kept(tensor, tensor._version)
 
     def _packed(self, tensor: Tensor) -> _Packed | Again | None:
@@ -146,10 +156,11 @@ class _Compressor:
         return _Packed(codes, tensor.shape, tensor.stride(), int(tensor.storage_offset()), self.held)
 
     def _of_storage(self, tensor: Tensor, storage: Any, keep: bool) -> Codes | None:
-        """Return the codes of a whole storage, the same ones for each view of it while it does not change.
+        """Return the codes of a whole storage, shared by all of its views while it does not change; None: keep it.
 
-        An address is used again after its memory is freed, and a storage can be written to: so the codes are those
-        of the storage object and version that they were made from. What one function keeps as it is, later ones do.
+        The allocator reuses addresses, and storages can be written to, so a cached entry is valid only for the
+        storage object and version that it was made from. If one function needs the storage uncompressed, it stays so
+        for later functions.
         """
         key = storage._cdata, tensor.dtype
         seen = self.seen.get(key)
@@ -172,7 +183,7 @@ class _Compressor:
         """Return the tensor for backward.
 
         Raises:
-            RuntimeError: it was kept as it is, and has been written to since.
+            RuntimeError: it was kept uncompressed, and has been modified in place since.
         """
         if isinstance(packed, Kept):
             return packed.unchanged()
@@ -181,7 +192,7 @@ class _Compressor:
         held = packed.held
         if held.codes is not packed.codes or held.values is None:
             piece = packed.codes.codes.untyped_storage()
-            if piece._cdata != held.piece:  # another one was freed
+            if piece._cdata != held.piece:  # the piece before was probably freed, which left a hole
                 held.piece = piece._cdata
                 return_holes(piece.nbytes())
             held.codes, held.values = packed.codes, packed.codes.values()
@@ -189,7 +200,7 @@ class _Compressor:
 
 
 def _is_large(tensor: Tensor) -> bool:
-    """Whether a tensor is worth compressing, and bears it: statistics of rows, of shape (..., 1), do not."""
+    """Whether a tensor is large enough to compress, and not sensitive: per-row statistics (..., 1) stay exact."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
         return False
     if not tensor.is_floating_point() or tensor.element_size() == 1:
@@ -204,7 +215,7 @@ _EXACT = (
         functional.softmin,
         functional.cross_entropy,
         functional.nll_loss,
-        functional.multi_head_attention_forward,  # its softmax cannot be told apart
+        functional.multi_head_attention_forward,  # the hooks cannot tell its softmax from its other tensors
         Tensor.softmax,
         Tensor.log_softmax,
         Tensor.logsumexp,
@@ -234,13 +245,13 @@ _EXACT = (
     }
     | {Tensor.__truediv__, Tensor.__rtruediv__, Tensor.norm, torch.norm, torch.linalg.vector_norm}
 )
-"""Functions whose saves are divided by in backward, or are probabilities: 8 bits would lose the small ones."""
+"""Functions that save divisors or probabilities for backward: 8 bits would lose the small ones."""
 
 _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__, torch.float_power, Tensor.float_power}
 
 
 class _ByFunction(TorchFunctionMode):
-    """Tells the hooks what a function saves that 8 bits would harm."""
+    """Tells the hooks which tensors the running torch function needs uncompressed."""
 
     def __init__(self, compressor: _Compressor) -> None:
         super().__init__()
@@ -259,57 +270,56 @@ class _ByFunction(TorchFunctionMode):
 
 
 def _keeps(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[Tensor], bool] | None:
-    """Return which tensors that a function saves stay as they are; None: no more than of any function."""
+    """Return whether a tensor that ``function`` saves must stay uncompressed; None: no exception for it."""
     if function in _EXACT or (function in _POWERS and not _is_whole(args[1] if len(args) > 1 else None)):
         return lambda saved: True
-    if function is functional.group_norm:  # statistics of groups, (batch, groups)
+    if function is functional.group_norm:  # statistics per group: (batch, groups)
         return lambda saved: saved.dim() == 2
     if function is functional.scaled_dot_product_attention:
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
         scores = None if mask is None else tuple(mask.shape[-2:])
-        # Sums of exponentials are (batch, heads, rows), masks and probabilities (batch, heads, rows, rows).
+        # Keeps the log-sum-exp (batch, heads, queries), masks and probabilities (batch, heads, queries, keys).
         return lambda saved: saved.dim() < 4 or tuple(saved.shape[-2:]) == scores
     if function is functional.linear and len(args) > 1 and is_cast(args[0]):
-        shape = tuple(args[1].shape)  # of the weight, which autocast has cast
+        shape = tuple(args[1].shape)  # the weight's: autocast saves a cast copy of it, which is not in ``exact``
         return lambda saved: tuple(saved.shape) in (shape, shape[::-1])
     return None
 
 
 def _is_whole(exponent: Any) -> bool:
-    """Whether the gradient of a power multiplies by powers of the number, and does not divide."""
+    """Whether the gradient of ``x ** exponent`` needs no division by x: a whole exponent of at least 1."""
     return isinstance(exponent, int | float) and exponent >= 1 and exponent == int(exponent)
 
 
 @contextmanager
 def compressed_activations(model: nn.Module) -> Iterator[None]:
-    """Keep in 8 bits what autograd saves in this context: a quarter of float32's bytes, and half of bfloat16's::
+    """Keep tensors that autograd saves in this context in 8 bits: about a quarter of float32, half of bfloat16::
 
         with lowmem.compressed_activations(model):
             loss = model(**batch).loss
         loss.backward()
 
-    Compressed are dense floating tensors of 16 bits or more with at least 4096 numbers and two dimensions. Each
-    number is off by at most 1/254 of the largest magnitude among the 32 of its block in memory; gradients, which are
-    sums over rows, by a few percent. Kept as they are: parameters and buffers, integers, complex and sparse tensors,
-    statistics of rows, what softmax, cross_entropy, divisions, logarithms, roots and ``nn.MultiheadAttention`` save,
-    masks of attention, and whatever has numbers that are not finite, or of which more than a seventh would become
-    zero. Views are restored as views, and tensors
-    that share memory are compressed once. Of a region of ``torch.utils.checkpoint`` that is the region's inputs, from
-    which it is computed again.
+    Dense floating point tensors of 16 bits or more, with at least 4096 elements and two dimensions, are compressed.
+    Each element is off by at most 1/254 of the largest magnitude in its block of 32 elements; gradients, which are
+    sums over rows, are off by a few percent. Not compressed are parameters and buffers, integer, complex and sparse
+    tensors, per-row statistics, what softmax, cross_entropy, divisions, logarithms, roots and
+    ``nn.MultiheadAttention`` save, attention masks, and tensors with elements that are not finite or of which more
+    than a seventh would become zero. Views stay views, and tensors that share memory are compressed once. Of a
+    ``torch.utils.checkpoint`` region, the saved inputs are compressed; the rest is recomputed from them.
 
     Args:
-        model: whose parameters and buffers are kept as they are.
+        model: its parameters and buffers are not compressed.
 
     Raises:
         TypeError: not a module.
-        RuntimeError: inside torch.compile, whose graphs decide themselves what they save; call the compiled model in
-            the context instead.
+        RuntimeError: inside a function that torch.compile traces, since the compiler decides what its graphs save;
+            enter the context around the compiled call. In backward: an uncompressed tensor was modified in place.
     """
     check_module(model)
     if torch.compiler.is_compiling():
         raise RuntimeError("compressed_activations inside a compiled function: enter it around the compiled call")
     compressor = _Compressor(exact := _storages(model))
-    # FSDP2 makes a module's whole parameters before its forward, with storages of their own.
+    # FSDP2 gathers a module's parameters before its forward, into new storages.
     sharded = [one for one in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(one).__mro__)]
     hooks = [one.register_forward_pre_hook(lambda module, _: exact.update(_storages(module))) for one in sharded]
     try:
@@ -321,6 +331,6 @@ def compressed_activations(model: nn.Module) -> Iterator[None]:
 
 
 def _storages(module: nn.Module) -> set[int]:
-    """Return the storages of parameters and buffers, by their ``_cdata``; shards are in none that a forward reads."""
+    """Return the storages of parameters and buffers, by ``_cdata``; no forward reads DTensor shards directly."""
     tensors = [one for one in (*module.parameters(), *module.buffers()) if one.layout is torch.strided]
     return {one.untyped_storage()._cdata for one in tensors if not is_traceable_wrapper_subclass(one)}

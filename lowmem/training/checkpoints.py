@@ -1,7 +1,7 @@
-"""Checkpoints that keep what products return, and compute the rest again: it costs little time.
+"""Selective activation checkpointing: keeps the results of matrix products and recomputes the rest, which is cheap.
 
-Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, arXiv 2205.05198, section 5; the
-work is done by torch's ``create_selective_checkpoint_contexts``.
+Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, arXiv 2205.05198, section 5. It is
+a policy for torch's ``create_selective_checkpoint_contexts``.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from torch.utils import checkpoint
 __all__ = ["keep_products"]
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
-"""Operators of ``aten`` that multiply matrices; those of attention begin with ``_scaled_dot_product``."""
+"""``aten`` operators that multiply matrices; names of attention operators begin with ``_scaled_dot_product``."""
 
 
 def keep_products() -> Any:
-    """Return the contexts of a checkpoint that keeps what products, convolutions and attention return::
+    """Return the contexts of a checkpoint that keeps the results of matrix products, convolutions and attention::
 
         checkpoint(block, x, use_reentrant=False, context_fn=lowmem.keep_products)
         model.gradient_checkpointing_enable(  # of Hugging Face transformers
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": lowmem.keep_products}
         )
 
-    Norms, activations, dropout and elementwise functions are computed again in backward. A layer and its adapter are
-    two products there, each with its own rounding.
+    Norms, activations, dropout and elementwise functions are recomputed in backward. In such a checkpoint a layer and
+    its adapter are two separate products, each of which rounds its result.
 
     Raises:
-        RuntimeError: torch before 2.5, whose checkpoints have no policies.
+        RuntimeError: torch is older than 2.5, whose checkpoints take no policy.
     """
     if not hasattr(checkpoint, "CheckpointPolicy"):
         raise RuntimeError("torch before 2.5 has no policies of checkpoints: leave context_fn out")

@@ -1,9 +1,10 @@
-"""Norms, gated MLPs and activations that keep their inputs alone: generated subclasses of the modules' classes.
+"""Fused norms, gated MLPs and activations, which save only their inputs for backward.
 
-A norm keeps x, of which a module written in torch's functions keeps three or four copies; a gated MLP keeps what its
-gate and its up projection return, and computes ``act(gate) * up`` again, of which it would keep two copies and an
-activation (Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2). Their layers are called as modules, so adapters,
-hooks and stored weights stay what they are. ``lowmem.training.recognize`` finds the modules.
+A fused norm saves x, where a module written in torch functions saves three or four tensors of that size. A fused
+gated MLP saves the outputs of its gate and up projections and recomputes ``act(gate) * up``, where the unfused one
+also saves the activation and the product (Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2). A module is fused
+by giving it a generated subclass of its class. The layers inside are still called as modules, so adapters, hooks and
+stored weights work as before. ``lowmem.training.recognize`` finds the modules.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ _OF_TORCH: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     ),
     "GELU": (functional.gelu, torch.ops.aten.gelu_backward),
 }
-"""Activations that torch computes in one function, and its gradient in another."""
+"""For each activation that torch has a function for: that function, and the one that computes its gradient."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class RMSNorm:
     """How a module computes an RMS norm: ``x / sqrt(mean(x^2) + eps) * (offset + weight)``.
 
     Attributes:
-        weight: the name of its parameter.
-        eps: the name of the attribute with epsilon.
-        offset: 0, or 1.
-        rounds_first: whether the quotient is rounded to x's dtype before it is multiplied; the result then has the
+        weight: name of the module's parameter.
+        eps: name of the attribute that holds epsilon.
+        offset: 0 or 1.
+        rounds_first: whether the quotient is rounded to x's dtype before the multiplication; the result then has the
             wider dtype of x and the weight, else that of x.
-        mixes: whether that holds for x and a weight of different dtypes, float32 and bfloat16; a module of which it
-            does not is fused where the two are of one dtype.
+        mixes: whether the module computes this also where one of x and the weight is float32 and the other bfloat16;
+            if not, it is fused only for calls where both have the same dtype.
     """
 
     weight: str
@@ -93,12 +94,12 @@ class GatedMLP:
     """How a module computes ``down(act(gate(x)) * up(x))``.
 
     Attributes:
-        gate: the name of that layer; of one that has gate and up in its output, one behind the other.
-        up: the name of that layer; None: ``gate`` has both.
-        down: the name of that layer.
+        gate: name of the gate layer, or of one layer whose output is gate and up, concatenated.
+        up: name of the up layer; None: ``gate`` computes both.
+        down: name of the down layer.
         activation: a key of ``ACTIVATIONS``.
-        gate_first: whether a layer with both has the gate first.
-        again: whether backward computes what gate and up return again, in a context that keeps it in 8 bits.
+        gate_first: whether the concatenated output starts with the gate.
+        again: whether backward calls the gate and up layers again instead of saving their outputs ("lean").
     """
 
     gate: str
@@ -127,25 +128,25 @@ class Act:
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """A ``nn.LayerNorm``, which keeps its input alone already: readers compute what it returns again."""
+    """An ``nn.LayerNorm``, which saves only its input anyway; the layers that read its output can recompute it."""
 
     def __str__(self) -> str:
         return "layer norm fused: adapted layers compute again what it returns"
 
 
 How: TypeAlias = "RMSNorm | GatedMLP | Act | LayerNorm"
-"""What a module computes that can be fused."""
+"""How a fusable module computes its output."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_first: bool = False) -> Tensor:
-    """Return ``x / sqrt(mean(x^2) + eps) * (offset + weight)``; backward keeps x alone.
+    """Return ``x / sqrt(mean(x^2) + eps) * (offset + weight)``; only x and the weight are saved for backward.
 
     Args:
         x: floating point (..., n).
         weight: floating point (n,).
         eps: added to the mean.
-        offset: added to the weight, in float32.
-        rounds_first: whether the quotient is rounded to x's dtype before it is multiplied; the result then has the
+        offset: added to the weight, in float32 (float64 for a float64 x).
+        rounds_first: whether the quotient is rounded to x's dtype before the multiplication; the result then has the
             wider dtype of x and the weight.
 
     Returns:
@@ -156,13 +157,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_
 
 
 class _Reader:
-    """A reader that has not asked yet. The function by which it asks cannot stand for it: it would hold itself."""
+    """Identifies a reader of a result whose backward has not run yet; ``recompute`` itself would be a cycle."""
 
 
 def _noted(out: Tensor) -> Tensor:
-    """Let readers of a function's result compute it again, once for all of them.
+    """Let the layers that read a function's result recompute it in backward, once for all of them.
 
-    A reader holds the node; the result does not, of which a detached copy may outlive the graph. Then it is kept.
+    The note on the result's storage holds the autograd node weakly, since a detached copy of the result may outlive
+    the graph; only readers hold the node. Without the node, a reader saves the result itself.
     """
     if out.grad_fn is None:
         return out
@@ -192,24 +194,25 @@ def _noted(out: Tensor) -> Tensor:
 
 
 def _begin(ctx: Any, dtype: torch.dtype, compute: Callable[..., Tensor]) -> None:
-    """Prepare what readers ask for.
+    """Initialize the state that readers of an autograd function's result use to recompute it.
 
     Args:
-        ctx: of a function of autograd, with the attributes
-            ``kept``: what it saved, once that is unpacked;
-            ``again``: its result, computed again, from the first reader's backward until its own;
-            ``waiting``: the readers that have not asked yet;
-            ``left``: its result for readers whose backward comes after its own, as that of a detached result may;
-            ``done``: whether its backward was called: what reads the result after that keeps it.
+        ctx: of the autograd function. Gets these attributes:
+            ``kept``: its saved tensors, once they are unpacked;
+            ``again``: the recomputed result, from the first reader's backward until this function's own;
+            ``waiting``: the readers whose backward has not run yet;
+            ``left``: the result for readers whose backward runs after this function's own, as readers of a detached
+            copy may;
+            ``done``: whether this function's backward has run; later readers save the result themselves.
         dtype: of the result.
-        compute: gives the result again for what was saved, and a dtype.
+        compute: returns the result from the saved tensors and a dtype.
     """
     ctx.dtype, ctx.compute, ctx.waiting = dtype, compute, weakref.WeakSet()
     ctx.kept, ctx.again, ctx.left, ctx.done = None, None, None, False
 
 
 def _end(ctx: Any) -> Any:
-    """Return what was saved, for the function's own backward; it keeps no more than late readers need."""
+    """Return the saved tensors for the function's own backward, and release all that late readers do not need."""
     saved = _saved(ctx)
     if ctx.waiting and ctx.left is None:
         ctx.left = ctx.compute(*saved, ctx.dtype)
@@ -218,7 +221,7 @@ def _end(ctx: Any) -> Any:
 
 
 def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a backward that computes without a graph, and of whose gradients a second derivative is refused."""
+    """Wrap a backward: it runs without grad, and differentiating its gradients again is an error."""
 
     @wraps(backward)
     def run(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -290,10 +293,10 @@ def _factor(x: Tensor, weight: Tensor, offset: float) -> Tensor:
 def gated_product(
     gate: Tensor, up: Tensor | None, activation: str, gate_first: bool = True, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return ``act(gate) * up``; backward keeps the two, in bfloat16 where that holds the same numbers.
+    """Return ``act(gate) * up``; gate and up are saved for backward, in bfloat16 where that is lossless.
 
     Args:
-        gate: floating point (..., n); (..., 2n) without ``up``: gate and up side by side.
+        gate: floating point (..., n); without ``up``, (..., 2n): gate and up, concatenated.
         up: (..., n), of the same dtype, or None.
         activation: a key of ``ACTIVATIONS``.
         gate_first: whether the gate is the first half.
@@ -338,7 +341,7 @@ class _Activated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, activation: str) -> Tensor:
         ctx.activation, own = activation, x.dtype
         _begin(ctx, own, lambda kept, dtype: _act(kept, activation, own, dtype))
-        # The input of a checkpoint's region may be another one when it is computed again, as in "lean".
+        # A checkpoint that recomputes its region may get another input then, of which _narrowed may decide otherwise.
         kept = x if in_checkpoint() else _narrowed(x)
         ctx.save_for_backward(kept)
         return _act(x if _by_torch(activation, x) else kept, activation, own, own)
@@ -358,20 +361,20 @@ class _Activated(torch.autograd.Function):
 
 
 def _act(x: Tensor, activation: str, own: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """Return an activation of x, whose numbers have the dtype ``own``, in ``dtype``."""
+    """Return an activation of x in ``dtype``; ``own`` is x's dtype before it was narrowed."""
     if _by_torch(activation, x):
         return _in_parts(lambda x: _OF_TORCH[activation][0](x.to(own)), own, dtype, x)
     return rowwise.gated(x, None, ACTIVATIONS[activation], dtype)
 
 
 def _by_torch(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:
-    """Whether torch's own function computes an activation: ours do on the CPU, of one gradient at a time."""
+    """Whether to call torch's function for an activation; C serves float32 and bfloat16 on the CPU, but no vmap."""
     ours = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and (grad is None or not is_batch(grad))
     return activation in _OF_TORCH and not ours
 
 
 def _in_parts(function: Callable[..., Tensor], own: torch.dtype, dtype: torch.dtype, *of: Tensor) -> Tensor:
-    """Return what an elementwise function gives in ``own``, as ``dtype``, without whole copies in other dtypes."""
+    """Apply an elementwise function that returns ``own``, and convert to ``dtype``, chunk by chunk to save memory."""
     if of[0].dtype is own is dtype or any(map(is_batch, of)):
         return function(*of).to(dtype)
     out = torch.empty_like(of[0], dtype=dtype)
@@ -381,13 +384,13 @@ def _in_parts(function: Callable[..., Tensor], own: torch.dtype, dtype: torch.dt
 
 
 def activated(x: Tensor, activation: str) -> Tensor:
-    """Return one of ``ACTIVATIONS`` of x; backward keeps x alone, readers compute the result again."""
+    """Return one of ``ACTIVATIONS`` of x; only x is saved for backward, and readers can recompute the result."""
     out: Tensor = _Activated.apply(x, activation)  # type: ignore[no-untyped-call, unused-ignore]
     return _noted(out)
 
 
 def _saved(ctx: Any) -> Any:
-    """Return what forward saved, unpacked once: torch's checkpoints let go of a tensor that was asked for."""
+    """Return the saved tensors, unpacked only once: a checkpoint frees a tensor when it is first unpacked."""
     if ctx.kept is None:
         ctx.kept = ctx.saved_tensors
     return ctx.kept
@@ -401,15 +404,15 @@ def _halves(gate: Any, up: Any, gate_first: bool) -> tuple[Tensor, Tensor]:
 
 
 _CHUNK = 2**18
-"""Numbers that are compared at a time, so that temporaries stay in a processor's cache."""
+"""Elements that are processed at a time, so that temporaries stay in the processor's cache."""
 
 
 def _narrowed(x: Tensor) -> Tensor:
-    """Return a float32 tensor in bfloat16 where it holds such numbers alone, as a product in bfloat16 returns them.
+    """Return a float32 tensor as bfloat16 if that is lossless, as for the result of a product in bfloat16; else x.
 
-    All numbers are compared, unless the product says so: a few say nothing of the others, as in a column of ones. The
-    first chunk with another number ends it, so that products in float32 lose no time. The first row always is: what
-    is written through ``.data`` a product does not see.
+    All elements are compared, unless the product marked its result (``is_narrow``): a sample would miss single
+    columns. The comparison stops at the first chunk that differs, so float32 products lose little time. The first row
+    is compared even in marked results, since writes through ``.data`` do not clear the mark.
     """
     if x.dtype is not torch.float32 or not x.numel():
         return x
@@ -430,8 +433,9 @@ class FusedModule(PreparedModule):
     """Base of modules whose forward is fused.
 
     Attributes:
-        fused_as: what it computes.
-        fused_with: the functions with which it does.
+        fused_as: how the module computes its output.
+        fused_with: of a gated MLP, its activation classes and functions when it was fused; if they have changed, the
+            module's own forward runs. Otherwise empty.
     """
 
     prepared_attributes = ("fused_as", "fused_with")
@@ -444,8 +448,8 @@ class FusedModule(PreparedModule):
         return str(self.fused_as)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle the plain module, and fuse it again."""
-        if issubclass(self.plain_class, PreparedModule):  # the class of "lean", over the fused one
+        """Copy or pickle the plain module, and fuse the copy."""
+        if issubclass(self.plain_class, PreparedModule):  # the class of "lean" is a subclass of the fused one
             return super().__reduce_ex__(protocol)
         plain = copied_module(self, self.plain_class)
         for name, value in self.__dict__.items():  # with its hooks
@@ -456,14 +460,14 @@ class FusedModule(PreparedModule):
 
 
 def fuse(module: nn.Module, how: How) -> nn.Module:
-    """Let a module that computes this keep its inputs alone; it stays an instance of its class."""
+    """Fuse a module that computes ``how``, in place; it stays an instance of its class. Returns the module."""
     module.__dict__.update(fused_as=how, fused_with=_functions_of(module, how))
     module.__class__ = cast(Any, _fused_class(cast(Any, type(module)), cast(Any, type(how))))
     return module
 
 
 def _functions_of(module: nn.Module, how: How) -> list[Any]:
-    """Return what a gated MLP's activation is: classes of modules, and functions; another one is not fused."""
+    """Return a gated MLP's activation classes and callable attributes; the fused forward checks them on each call."""
     if not isinstance(how, GatedMLP):
         return []
     return [*map(type, activations(module, how)), *(one for one in module.__dict__.values() if callable(one))]
@@ -488,7 +492,7 @@ def _fused_class(kind: Any, how: Any) -> type[FusedModule]:
 
 
 def _is_eager(x: Any) -> bool:
-    """Whether functions of autograd serve: a plain tensor with numbers, and no compiler, tracer or transform."""
+    """Whether x is a plain, nonempty floating point tensor, and no compiler, tracer or functorch transform runs."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
@@ -517,14 +521,15 @@ def _run_layer_norm(module: Any, x: Tensor, how: LayerNorm) -> Tensor | None:
 
 
 def _run_activation(module: Any, x: Tensor, how: Act) -> Tensor | None:
-    """Fuse what is contiguous: the result has the input's layout, as of channels that come last."""
+    """Fuse contiguous inputs only: torch's result has the input's layout, such as channels last."""
     return activated(x, how.activation) if x.is_contiguous() else None
 
 
 def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
-    """Call the layers and fuse what is between them; None where that is observed.
+    """Call the layers and fuse what is between them; return None, before any call, if hooks observe the activation.
 
-    Where their outputs are no plain tensors of one dtype and shape, it is computed by torch: the layers were called.
+    If the outputs of the layers are not plain tensors of one dtype and shape, torch computes the product instead; the
+    module's own forward would call the layers a second time.
     """
     if any(is_observed(child) for child in activations(module, how)):
         return None
@@ -554,13 +559,13 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
             return rowwise.gated_in_torch(*halves, ACTIVATIONS[how.activation], dtype)
         return gated_product(gate, up, how.activation, how.gate_first)
 
-    # Directly in the context of "lean": within a checkpoint all is computed again already.
+    # Only directly under the hooks of "lean": a checkpoint recomputes the layers anyway.
     again = how.again and torch.is_grad_enabled() and saves_in_any_dtype()
     again = again and not any(is_observed(one) for layer in layers for one in layer.modules())
     hidden: Tensor = checkpoint(product, x, use_reentrant=False) if again else product(x)
     node: Any = hidden.grad_fn
     own: Any = _Gated._backward_cls
-    # A selective checkpoint computes all again, and takes hooks of saved tensors inside it for the user's.
+    # A selective checkpoint recomputes this anyway, and would take our saved-tensor hooks for the user's.
     if type(node) is not own or not can_recompute() or keeps_results():
         return _in_dtype_of(x, down(hidden), narrow)
 
@@ -573,7 +578,7 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
 
 
 def _state_of(layer: nn.Module) -> list[Any]:
-    """Return what a layer computes with: the identity of parameters, the mode, and the active adapters."""
+    """Return the state that a layer's output depends on: parameters by identity, mode, and active adapters."""
     return [
         (one.training, [*map(id, one._parameters.values())], str(getattr(one, "active", "")))
         for one in layer.modules()
@@ -581,7 +586,7 @@ def _state_of(layer: nn.Module) -> list[Any]:
 
 
 def _is_narrow(layer: nn.Module) -> bool:
-    """Whether a layer's output has the numbers of bfloat16 alone, and its input is rounded to it."""
+    """Whether a layer rounds its input to bfloat16 and its output is exact in bfloat16."""
     if type(layer) is not LoRALinear or is_observed(layer) or layer.merged is not None or len(layer.active) != 1:
         return False
     return type(layer.base) is Linear4Bit and layer.base.compute_dtype is torch.bfloat16
@@ -592,5 +597,5 @@ def _in_dtype_of(x: Tensor, out: Tensor, narrow: bool) -> Tensor:
 
 
 def activations(module: nn.Module, how: GatedMLP) -> list[nn.Module]:
-    """Return the children of a gated MLP that are none of its layers: they are not called."""
+    """Return the children of a gated MLP other than its linear layers, which the fused forward does not call."""
     return [child for name, child in module.named_children() if name not in (how.gate, how.up, how.down)]

@@ -1,9 +1,9 @@
-"""Logits that are not computed until somebody needs them: their cross entropy never does.
+"""Lazy logits: they are computed only when a function reads their values, which the cross entropy does not need.
 
-A language model's output layer returns ``LazyLogits`` in training. What a loss does with logits before
-``torch.nn.functional.cross_entropy`` takes them (``float()``, views, a shift by one place, a factor) is done with the
-hidden states, and the loss is ``linear_cross_entropy``. Every other function gets the logits themselves. So a model
-needs no code of its own for this, and its loss, labels and reduction stay what they are.
+In training, a language model's output layer returns ``LazyLogits``. Operations between the layer and
+``torch.nn.functional.cross_entropy`` (``float()``, views, a shift by one position, a factor) are applied to the
+hidden states instead, and ``cross_entropy`` itself becomes ``linear_cross_entropy``. Every other function gets the
+computed logits. So the model's code, its loss, labels and reduction need no change.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ class _Product:
     """Logits ``scale * layer(hidden) + offset``.
 
     Attributes:
-        layer: with ``weight`` (vocabulary, width) and ``bias``.
-        hidden: (..., width).
-        dtype: in which the layer computes.
-        autocast: whether autocast to that dtype was on.
-        versions: of the layer's weight and bias when the layer was called, with their identity, and of ``hidden``.
+        layer: the output layer, with ``weight`` (vocabulary, width) and ``bias``.
+        hidden: floating point (..., width).
+        dtype: the layer computes in it.
+        autocast: whether autocast to that dtype was enabled.
+        versions: identity and version of the layer's weight and bias when it was called, and the version of
+            ``hidden``.
         chunk: rows of logits that exist at once.
-        loss_dtype: in which the loss multiplies.
+        loss_dtype: the loss multiplies in it.
         scale: a factor.
         offset: (vocabulary,), frozen, or None.
     """
@@ -56,7 +57,7 @@ class _Product:
     offset: Tensor | None = None
 
     def check(self) -> None:
-        """Raise a RuntimeError if what the logits are made of has been written to since the layer was called."""
+        """Raise a RuntimeError if hidden, weight or bias was modified or replaced since the layer was called."""
         now = _versions(self.layer, self.hidden)
         if now != self.versions:
             written = "input" if now[:-1] == self.versions[:-1] else "weight"
@@ -67,7 +68,11 @@ class _Product:
             )
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> _Product:
-        """Return the product of other rows: ``move`` of these."""
+        """Return the product with ``move(hidden)`` as hidden states.
+
+        Raises:
+            RuntimeError: as ``check``.
+        """
         self.check()
         hidden = move(self.hidden)
         return replace(self, hidden=hidden, versions=_versions(self.layer, hidden))
@@ -85,7 +90,7 @@ class _Product:
         return out if self.offset is None else out + self.offset
 
     def cross_entropy(self, labels: Tensor, **options: Any) -> Tensor:
-        """Return the loss, of the same rows, without all logits.
+        """Return ``linear_cross_entropy`` of these rows, which never holds all logits.
 
         Raises:
             RuntimeError: as ``check``.
@@ -102,7 +107,7 @@ class _Product:
 
 
 class LazyLogits(Tensor):
-    """Logits of an output layer, (..., vocabulary), that are computed by the first function that needs their values.
+    """Logits of an output layer, (..., vocabulary), without values; each function that needs values computes them.
 
     Attributes:
         product: the layer and its input.
@@ -112,7 +117,7 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def __new__(cls, product: _Product, dtype: torch.dtype) -> LazyLogits:
-        """Make a tensor without values of its own, as which ``dtype`` the logits present themselves."""
+        """Make a tensor without values, whose ``dtype`` is the given one."""
         layer = product.layer
         trained = [one if type(one) is nn.Parameter else None for one in (layer.weight, layer.bias)]
         out: LazyLogits = _Lazily.apply(product, dtype, product.hidden, *trained)  # type: ignore[no-untyped-call, unused-ignore]
@@ -120,7 +125,7 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def without_graph(product: _Product, dtype: torch.dtype) -> LazyLogits:
-        """Make the tensor alone; autograd does not know what it was made of."""
+        """Make the tensor without connecting it to autograd's graph."""
         shape = (*product.hidden.shape[:-1], product.layer.weight.shape[0])
         out: LazyLogits = torch.Tensor._make_wrapper_subclass(
             LazyLogits, shape, dtype=dtype, device=product.hidden.device, requires_grad=False
@@ -129,7 +134,11 @@ class LazyLogits(Tensor):
         return out
 
     def values(self) -> Tensor:
-        """Compute the logits, differentiable."""
+        """Compute the logits, differentiable.
+
+        Raises:
+            RuntimeError: hidden, weight or bias was modified or replaced since the layer was called.
+        """
         return self.product.logits().to(self.dtype)
 
     @classmethod
@@ -158,7 +167,7 @@ class LazyLogits(Tensor):
 
 
 class _Lazily(torch.autograd.Function):
-    """Makes lazy logits a node of autograd's graph, for functions that Python does not see."""
+    """Makes lazy logits a node of autograd's graph, for functions that bypass ``__torch_function__``."""
 
     @staticmethod
     def forward(ctx: Any, product: _Product, dtype: torch.dtype, *sources: Tensor | None) -> Tensor:
@@ -178,7 +187,7 @@ class _Lazily(torch.autograd.Function):
 
 
 class LazyOutput(PreparedModule):
-    """Base of output layers whose logits are lazy while they train."""
+    """Base of output layers that return lazy logits in training."""
 
     prepared_attributes = ("logits_chunk", "logits_dtype")
     logits_chunk: int
@@ -191,12 +200,12 @@ class LazyOutput(PreparedModule):
         return f"logits in chunks of {self.logits_chunk} rows{in_dtype}, by the cross entropy that takes them"
 
     def dense_forward(self, input: Tensor) -> Tensor:
-        """Return the logits, computed: (..., width) -> (..., vocabulary)."""
+        """Return computed logits: (..., width) -> (..., vocabulary)."""
         out: Tensor = super().forward(input)
         return out
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return logits (..., vocabulary): lazy ones where a gradient will be asked for."""
+        """Return logits (..., vocabulary): lazy ones in training with gradients enabled."""
         if not (self.training and torch.is_grad_enabled() and _can_wait(self, input)):
             return self.dense_forward(input)
         casts = is_cast(input)
@@ -209,9 +218,9 @@ class LazyOutput(PreparedModule):
 
 
 def _can_wait(layer: nn.Module, input: Tensor) -> bool:
-    """Whether logits may be computed later: of a plain tensor with numbers, and no compiler, tracer or transform.
+    """Whether logits may be computed later: a plain floating point input, and no compiler, tracer or transform.
 
-    The weight of a layer that FSDP2 shards by itself is gone after the call.
+    Not of a layer that is an FSDP2 unit of its own: FSDP2 frees its gathered weight after the call.
     """
     if not is_plain_call() or type(input) not in (Tensor, nn.Parameter) or input.is_nested or input.is_meta:
         return False
@@ -229,7 +238,7 @@ def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None =
     Args:
         layer: computes ``x @ weight.T + bias``: nn.Linear, or that layer stored in 16 or 4 bits.
         chunk: rows of logits that exist at once in the loss.
-        dtype: in which the loss multiplies where the hidden states are float32 and autocast is off; None: that of
+        dtype: the loss multiplies in it if the hidden states are float32 and autocast is off; None: the default of
             ``linear_cross_entropy``.
     """
     layer.__dict__.update(logits_chunk=chunk, logits_dtype=dtype)
@@ -238,17 +247,17 @@ def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None =
 
 @cache
 def _delayed(kind: type[Any]) -> type[LazyOutput]:
-    # Without the module's name: torch 2.4 compiles calls of classes that say they are torch's without looking inside.
+    # No __module__ of torch.nn: torch 2.4 does not trace into the forward of classes whose __module__ is torch's.
     made: type[LazyOutput] = type(f"Lazy{kind.__name__}", (LazyOutput, kind), {"plain_class": kind})
     return made
 
 
 _TAKE_NAMES = {functional.cross_entropy, Tensor.to, Tensor.contiguous, Tensor.flatten}
-"""Functions whose arguments have the same names here."""
+"""Functions whose delayed versions have the same parameter names, and so can be called with keyword arguments."""
 
 
 def _refuse_writes(function: Any, args: Any, kwargs: Any) -> None:
-    """Raise a RuntimeError for what would change logits that do not exist, or their gradient."""
+    """Raise a RuntimeError if ``function`` would change lazy logits, or register a hook on their gradient."""
     name = getattr(function, "__name__", "")
     writes = writes_in_place(function) or name in ("register_hook", "retain_grad")
     target = args[0] if args else None
@@ -327,7 +336,7 @@ def _flatten(logits: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
 
 @_delays(Tensor.__getitem__)
 def _getitem(logits: LazyLogits, index: Any) -> Any:
-    """Index leading dimensions: those of the hidden states."""
+    """Index leading dimensions only, which logits and hidden states share."""
     parts = index if isinstance(index, tuple) else (index,)
     taken = 0
     for part in parts:
@@ -344,7 +353,7 @@ def _getitem(logits: LazyLogits, index: Any) -> Any:
 
 @_delays(Tensor.register_hook)
 def _register_hook(logits: LazyLogits, hook: Any) -> Any:
-    """Let FSDP2's hook, which begins backward in a sharded model, wait for the gradient of the hidden states."""
+    """Register FSDP2's hook, which starts its backward in a sharded model, on the hidden states instead."""
     engine = str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
     hidden = logits.product.hidden
     return hidden.register_hook(hook) if engine and hidden.requires_grad else NotImplemented
@@ -361,7 +370,7 @@ def _times(logits: LazyLogits, factor: Any) -> Any:
 
 @_delays(Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)
 def _plus(logits: LazyLogits, other: Any) -> Any:
-    """Add frozen numbers for each token of the vocabulary, such as the final bias of BART."""
+    """Add a frozen vector (vocabulary,), such as BART's ``final_logits_bias``."""
     if (
         type(other) not in (Tensor, nn.Parameter)
         or other.requires_grad

@@ -1,9 +1,9 @@
-"""The cross entropy of an output layer over a vocabulary, in chunks of rows: all logits never exist at once.
+"""The cross entropy of an output layer, in chunks of rows: the logits of all rows never exist at once.
 
-Logits of (rows, vocabulary) and their gradient are the largest tensors of a language model's training step. Rows are
-independent, so a chunk's loss and the gradients that follow from it are computed in one pass in forward, and its
-logits are dropped; backward only scales what forward has found (Hsu et al., Liger Kernel, arXiv 2410.10989, section
-3.3, FusedLinearCrossEntropy; here with stored weights and without ignored rows).
+The logits (rows, vocabulary) and their gradient are the largest tensors of a language model's training step. Rows are
+independent, so forward computes the loss and the gradients of one chunk in one pass, and then frees its logits;
+backward only scales these gradients (Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.3,
+FusedLinearCrossEntropy; here also for stored weights, and rows with an ignored label are not computed).
 """
 
 from __future__ import annotations
@@ -39,22 +39,25 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return ``cross_entropy(hidden @ weight.T + bias, labels)``, with a peak of ``chunk`` rows of logits.
 
-    The gradients of hidden, weight and bias are computed in forward and kept, each of the size of its tensor.
+    Forward computes the gradients of hidden, weight and bias, as far as they require one, and keeps them for
+    backward; each is as large as its tensor.
 
     Args:
         hidden: floating point (..., width).
-        weight: (vocabulary, width): dense, or stored in 4, or 16 bits (frozen).
+        weight: (vocabulary, width): dense, or a stored weight of a converted layer (frozen).
         labels: int64 (...), from 0 to vocabulary - 1, or ``ignore_index``: rows that are not computed.
         bias: (vocabulary,), or None.
         ignore_index: the label of rows without a loss.
         chunk: rows whose logits exist at once, at least 1.
         label_smoothing: how much of each target is spread over the vocabulary, in [0, 1].
         reduction: "mean" over the labels that count (NaN if none does), or "sum".
-        dtype: to multiply in, with sums, softmax and loss in float32 or wider; None: autocast's if enabled,
-            bfloat16 if hidden or weight is of it, else the wider one of hidden and a dense or 16-bit weight.
+        dtype: of the products; sums, softmax and loss are in float32 or wider. None: autocast's dtype if it is
+            enabled; hidden's if the weight is stored as codes; else bfloat16 if one of hidden and weight is bfloat16
+            and the other bfloat16 or float32; else ``torch.promote_types`` of the two.
 
     Returns:
-        The loss, a scalar in float32, or float64 when computed in it. It is differentiable once.
+        The loss, a scalar in float32, or float64 if ``dtype`` is. It is differentiable once: a backward with
+        ``create_graph=True`` is a RuntimeError.
 
     Raises:
         TypeError: hidden, weight, bias or dtype is not floating point, or labels are not int64.
@@ -74,12 +77,12 @@ def linear_cross_entropy(
     loss: Tensor = _Chunked.apply(*given)  # type: ignore[no-untyped-call, unused-ignore]
     if reduction == "sum":
         return loss
-    # NaN for no label, as torch's; but a division by zero would make gradients NaN, too, which torch's are not.
+    # As torch, return NaN if no label counts. A division by zero would make the gradients NaN, too; torch's are zero.
     return loss / len(counted) if len(counted) else loss + math.nan
 
 
 class _Chunked(torch.autograd.Function):
-    """The sum of the losses; gradients are computed in forward, for a gradient of 1."""
+    """The sum of the rows' losses. Forward computes the gradients, for an incoming gradient of 1."""
 
     @staticmethod
     def forward(
@@ -100,7 +103,7 @@ class _Chunked(torch.autograd.Function):
         weight_grad = rows.new_zeros(weight.shape, dtype=sums) if wanted[1] else None
         bias_grad = rows.new_zeros(weight.shape[:1], dtype=sums) if wanted[2] else None
         loss = rows.new_zeros((), dtype=sums)
-        if saves_in_any_dtype():  # "lean": a step's peak is here
+        if saves_in_any_dtype():  # in "lean" mode the step's memory peaks here
             return_holes(min(chunk, len(counted)) * len(weight) * dtype.itemsize)
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, len(counted), chunk):
@@ -124,23 +127,23 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # its graph would say that the second derivative is zero
+        if torch.is_grad_enabled():  # a graph of the scaling alone would give a second derivative of zero
             raise RuntimeError(
                 "linear_cross_entropy is differentiable once: for create_graph=True take "
                 "torch.nn.functional.cross_entropy of the logits, after lowmem.release_training(model)"
             )
-        # A scalar changes no dtype, and is not rounded to theirs: of 1 / rows that would scale all by a few tenths of
-        # a percent in bfloat16, and lose it in float16.
+        # ``gradient`` is a 0-dimensional tensor: it neither changes the gradients' dtype nor is rounded to it first.
+        # Rounding 1 / rows to bfloat16 would be off by up to 0.4%, and in float16 it could underflow.
         scaled = [None if one is None else one * gradient for one in ctx.saved_tensors]
         return *scaled, None, None, None, None, None
 
 
 _CONVERTED = 2**12
-"""Rows of a dense weight of another dtype that are converted at a time, for each chunk: as fast as a whole copy."""
+"""Rows of a dense weight that are converted to the product's dtype at a time; as fast as to convert all at once."""
 
 
 class _Factor:
-    """The products with an output layer's weight, dense or stored, in one dtype."""
+    """Multiplies with an output layer's weight, dense or stored, in one dtype."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -153,7 +156,7 @@ class _Factor:
         self.dense = dense if self.in_parts else dense.to(dtype)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield slices of the vocabulary, and the weight's rows of each in the dtype."""
+        """Yield slices of the vocabulary, each with its rows of the weight, converted to the dtype."""
         for start in range(0, len(self.dense), _CONVERTED):
             rows = slice(start, min(start + _CONVERTED, len(self.dense)))
             yield rows, self.dense[rows].to(self.dtype)
@@ -173,7 +176,7 @@ class _Factor:
         return out
 
     def times(self, gradient: Tensor) -> Tensor:
-        """Return ``gradient @ W``: (rows, vocabulary) -> (rows, width); sums over parts are in float32 or wider."""
+        """Return ``gradient @ W``: (rows, vocabulary) -> (rows, width); parts are summed in float32 or wider."""
         if self.stored is not None:
             return kernels.input_grad(gradient, self.stored, self.dtype)
         if not self.in_parts:

@@ -1,11 +1,11 @@
-"""Float32 master weights of parameters in bfloat16, which hold the upper half of their bits.
+"""Float32 master weights for bfloat16 parameters, stored as the parameter and the 16 bits that it lacks.
 
-    master = parameter + rest,  |rest| <= half a unit in the last place of the parameter
+    bits(master) = (bits(parameter) << 16) + rest,  -2^15 <= rest < 2^15
 
-A parameter is its master, rounded to the nearest; the optimizer's state keeps the other 16 bits. Both are a float32
-number, bit for bit, in four bytes, and the gradient takes two (Micikevicius et al., Mixed Precision Training, arXiv
-1710.03740, section 3.1, for masters; Kalamkar et al., Optimizing Deep Learning Recommender Systems' Training On CPU
-Cluster Architectures, arXiv 2005.04680, for halves that share no bit).
+A bfloat16 parameter is its master, rounded to nearest; the optimizer's state keeps ``rest`` as int16. Together they
+are the float32 number, bit for bit, in four bytes, and the gradient takes two more (Micikevicius et al., Mixed
+Precision Training, arXiv 1710.03740, section 3.1, for master weights; Kalamkar et al., Optimizing Deep Learning
+Recommender Systems' Training On CPU Cluster Architectures, arXiv 2005.04680, for storing the two halves separately).
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from lowmem.training.step_in_backward import Freed
 __all__ = ["REST", "MasterWeights", "join", "master_weights", "split"]
 
 REST = "master_rest"
-"""The name of the lower halves in an optimizer's state."""
+"""The key of ``rest`` in an optimizer's state."""
 
-_HALF = 2**15
+_HALF = 2**15  # of bfloat16's unit in the last place, in float32's bits
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest bfloat16 numbers (ties: away from zero), and the other bits as int16, in the same shape."""
+    """Return the nearest bfloat16 numbers (ties away from zero), and ``rest`` as int16, both in the same shape."""
     bits = master.view(torch.int32)
     upper = (bits + _HALF) >> 16
     return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
 
 
 def join(parameter: Tensor, rest: Tensor) -> Tensor:
-    """Return the float32 numbers of which ``split`` has made these."""
+    """Return the float32 numbers that ``split`` was given."""
     upper = parameter.detach().contiguous().view(torch.int16).to(torch.int32)
     return (upper << 16).add_(rest).view(torch.float32)
 
 
 class MasterWeights:
-    """An optimizer that updates float32 masters of its bfloat16 parameters, until ``release``.
+    """Lets an optimizer update float32 masters of its bfloat16 parameters, until ``release``.
 
     Attributes:
-        optimizer: with its own groups and states, of the parameters of the model.
+        optimizer: the optimizer; between steps, its groups and states are those of the model's parameters.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self._stepping: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
         self._loading: dict[str, Any] = {}
-        for parameter in filter(_has_master, list(optimizer.state)):  # which Adagrad makes before its first step
+        for parameter in filter(_has_master, list(optimizer.state)):  # Adagrad makes its state before the first step
             state = optimizer.state[parameter]
             state.update({name: one.float() for name, one in state.items() if _is_narrow(one)})
         self._handles: list[Any] = [
@@ -71,16 +71,16 @@ class MasterWeights:
         return self.optimizer
 
     def master(self, parameter: Tensor) -> Tensor:
-        """Return a parameter's master: float32, a copy."""
+        """Return a copy of a parameter's master, in float32."""
         rest = self.optimizer.state[parameter].get(REST) if parameter in self.optimizer.state else None
         return parameter.detach().float() if rest is None else join(parameter, rest)
 
     @torch.no_grad()
     def _widen(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Give the optimizer's groups masters with gradients, which take over the states, before a step."""
-        self._narrow()  # what a step has left that failed
+        """Before a step, replace the parameters in the optimizer's groups by masters with gradients and states."""
+        self._narrow()  # in case the last step raised an error halfway
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is not None:  # it makes the gradients of the parameters
+        if closure is not None:  # it computes the parameters' gradients, so it must run before they are copied
             with torch.enable_grad():
                 loss = closure()
             args, kwargs = args[:1], {**kwargs, "closure": lambda: loss}
@@ -103,7 +103,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def _narrow(self, *_: Any) -> None:
-        """Write the masters back, and give the optimizer its parameters again."""
+        """After a step, write the masters back and restore the parameters in the optimizer's groups and states."""
         for group, own, wide in self._stepping:
             group["params"] = own
             for parameter, master in zip(own, wide, strict=True):
@@ -118,7 +118,7 @@ class MasterWeights:
         self._loading = state_dict
 
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the tensors of a state as they are: torch casts those of bfloat16 parameters to bfloat16."""
+        """Replace the loaded tensors by uncast copies: torch casts the states of bfloat16 parameters to bfloat16."""
         given = [number for group in self._loading["param_groups"] for number in group["params"]]
         own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for number, parameter in zip(given, own, strict=True):
@@ -142,31 +142,33 @@ def _has_gradient(parameter: Tensor) -> bool:
 
 
 def master_weights(optimizer: torch.optim.Optimizer) -> MasterWeights:
-    """Let an optimizer update float32 masters of its bfloat16 parameters, of which these are the roundings::
+    """Let an optimizer keep and update float32 master weights of its bfloat16 parameters::
 
         lowmem.convert(model, lowmem.FourBit(), lowmem.LoRA(16, dtype=torch.bfloat16))
         optimizer = torch.optim.AdamW(lowmem.adapter_parameter_groups(model, lr=1e-4))
         lowmem.master_weights(optimizer)
 
-    In bfloat16 itself an update below 1/512 of a number changes nothing. Parameters, gradients and what processes
-    send each other take half of float32's bytes; the optimizer's state has 2 bytes for each number beside its own
-    float32 moments, 8 more while it steps. It is the training of float32 parameters that are rounded to bfloat16 when
-    they are read. Parameters of other dtypes are updated as before.
+    Without a master, an update smaller than 1/512 of a bfloat16 number is rounded away. Training is as with float32
+    parameters that are rounded to bfloat16 whenever the model reads them. Parameters, gradients and the communication
+    between processes take half of float32's bytes. The optimizer's state takes 2 bytes per number beside its float32
+    moments, and 8 more during ``step()``. Parameters of other dtypes are updated as before.
 
-    ``optimizer.state_dict()`` holds the rest of each master, and the model's state the rounded numbers: load both. A
-    parameter that is written to keeps its rest, which moves its master by at most a half unit in its last place.
+    ``optimizer.state_dict()`` holds the lower bits of each master, and the model's ``state_dict()`` the bfloat16
+    numbers: load both. If a parameter is overwritten, its lower bits stay; they move the new master by at most half a
+    unit in the last place.
 
     Args:
         optimizer: of ``torch.optim``, ``AdamW8bit``, or another that steps with gradients it is given. Call this
             before ``load_state_dict``.
 
     Returns:
-        A handle with ``release()``, and ``master(parameter)``, which returns the float32 numbers.
+        A handle with ``release()``, which undoes this, and ``master(parameter)``, which returns the float32 numbers.
 
     Raises:
         TypeError: not an optimizer.
-        ValueError: no parameter that trains is bfloat16; one is sharded, whose masters FSDP2 keeps; the optimizer has
-            them already, has loaded a state with them before, or is LBFGS, which keeps parameters of its own.
+        ValueError: no parameter that trains is bfloat16; a parameter is sharded (FSDP2 can keep float32 shards
+            itself); the optimizer has master weights already, has loaded a state with master weights before, or is
+            LBFGS, which keeps parameters of its own.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}")

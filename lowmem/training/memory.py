@@ -1,9 +1,9 @@
-"""Where the memory of a training step goes, at its peak: every byte of it has a name.
+"""Breaks the peak memory of a training step down into weights, gradients, activations and so on, to the byte.
 
-Every storage that a step makes is followed as ``lowmem.measure`` does, and remembers which layer's forward made it.
-What it was for is known later: a gradient is one when backward ends, an activation when it outlives the forward of
-its layer. So changes are logged, and what lived at the peak is named afterwards. torch's own
-``torch.distributed._tools.mem_tracker`` names neither layers' kinds nor adapters, and is private.
+Every storage that a step allocates is tracked, as ``lowmem.measure`` does, together with the layer whose forward
+allocated it. Its purpose is known only later: a gradient when backward ends, an activation when it outlives the
+forward of its layer. So allocations are logged, and those that were alive at the peak are classified afterwards.
+torch's ``torch.distributed._tools.mem_tracker`` distinguishes neither layer classes nor adapters, and is private.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = ["TRAINERS", "TrainingMemory", "training_memory"]
 TRAINERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
     {**OPTIMIZERS, "adamw8bit": AdamW8bit}
 )
-"""Optimizers by the names that ``training_memory`` takes."""
+"""The optimizers that ``training_memory`` knows by name."""
 
-_LOSS = "loss"  # the kind of activations that no module made
+_LOSS = "loss"  # stands for the layer's class where activations are made outside of any module
 _MIB = 2**20
 
 
@@ -41,16 +41,16 @@ class TrainingMemory:
     """The bytes of a training step at its peak. ``print`` shows a table.
 
     Attributes:
-        optimizer_name: as it was given, or its class's name.
-        moment: of the peak: "forward", "backward" or "update".
-        weights: parameters and buffers of the model, but for adapters.
-        adapters: parameters of adapters.
-        inputs: the batch.
-        gradients: of parameters.
-        optimizer: its state.
-        activations: by the class of the layer in whose forward they were made: what outlives that forward, to be used
-            by the next layer or in backward. "loss": what is made outside of any layer. Largest first.
-        scratch: temporaries, and gradients of activations.
+        optimizer_name: the given name, or the name of the optimizer's class.
+        moment: phase of the peak: "forward", "backward" or "update".
+        weights: bytes of parameters and buffers of the model, without adapters.
+        adapters: bytes of the parameters of adapters.
+        inputs: bytes of the batch.
+        gradients: bytes of the parameters' gradients.
+        optimizer: bytes of the optimizer's state.
+        activations: bytes by the class of the layer in whose forward they were made, largest first: storages that
+            outlive that forward, for the next layer or for backward. "loss": those made outside of any layer.
+        scratch: bytes of temporaries and of gradients of activations.
     """
 
     optimizer_name: str
@@ -65,7 +65,7 @@ class TrainingMemory:
 
     @property
     def total_bytes(self) -> int:
-        """All of it: model, inputs, and ``step_bytes``."""
+        """The sum of all parts: model, inputs and ``step_bytes``."""
         return sum(self.parts.values())
 
     @property
@@ -75,7 +75,7 @@ class TrainingMemory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The bytes of each part, by its name in tables; each kind of activations is one."""
+        """The bytes of each part, by its name in the table; activations have one part for each layer class."""
         first = ("weights", "adapters", "inputs", "gradients", "optimizer")
         found: dict[str, int] = {name: getattr(self, name) for name in first}
         found |= {f"activations: {kind}": size for kind, size in self.activations.items()}
@@ -88,7 +88,7 @@ class TrainingMemory:
         return "\n".join(f"{name.ljust(left)}  {size.rjust(right)}" for name, size in table)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the figures as integers, with their sums: what JSON can hold."""
+        """Return all fields, ``step_bytes`` and ``total_bytes``, as integers and strings that JSON can hold."""
         own = {one.name: getattr(self, one.name) for one in fields(self)} | {"activations": dict(self.activations)}
         return own | {"step_bytes": self.step_bytes, "total_bytes": self.total_bytes}
 
@@ -100,23 +100,23 @@ def training_memory(
     optimizer: str | Callable[[list[Tensor]], torch.optim.Optimizer] = "adamw",
     **named: Any,
 ) -> TrainingMemory:
-    """Return where the memory of a training step goes, at its peak::
+    """Return what the memory of a training step consists of, at its peak::
 
         print(lowmem.training_memory(model, ids, labels=ids))
 
-    Two steps are run, since the optimizer's state is there from the second one on, and the peak of both counts. Their
-    learning rate and gradients are zero: the model, its mode, gradients and buffers and torch's generator are as they
-    were afterwards. Counted are storages, as in ``lowmem.measure``: the sum of all parts is the size of the model and
-    its inputs and the peak of ``PeakMemory``, to the byte. Not counted are workspaces inside an operation, and what
-    ``torch.tensor`` makes of Python numbers, as AdamW's count of steps.
+    Two steps are run, since the optimizer's state exists only from the end of the first one on; the higher peak
+    counts. Learning rate and gradients are zero in the update, and the model, its mode, gradients and buffers, and
+    torch's random state are restored. Storages are counted, as in ``lowmem.measure``: the parts add up to the size of
+    the model, its inputs and the peak of ``PeakMemory``, to the byte. Not counted are workspaces inside an operation,
+    and tensors that ``torch.tensor`` makes from Python numbers, such as AdamW's step count.
 
     Args:
-        model: with parameters that train; converted, and prepared by ``prepare_training``, as it will be trained.
-        *inputs: positional arguments: tensors, or structures that hold some.
+        model: has parameters that train; convert and prepare it (``prepare_training``) before, as for training.
+        *inputs: positional arguments of the model: tensors, or structures that contain them.
         loss: returns a scalar for the model's output; None: the output's ``loss``, or the sum of its tensors.
         optimizer: "adamw", "adamw8bit" or "sgd" (without momentum), or a callable that makes one for a list of
             parameters, such as ``functools.partial(torch.optim.SGD, momentum=0.9)``.
-        **named: keyword arguments.
+        **named: keyword arguments of the model.
 
     Raises:
         TypeError: the model is not a module, or returns no tensor; ``loss`` returns no scalar with a gradient; or
@@ -137,7 +137,7 @@ def training_memory(
         )
     weights, adapters = _resident(model)
     given = sum(one.nbytes for one in dict.fromkeys(measure.tensors_in([inputs, named])))
-    # Inside the caller's inference mode, the state of an optimizer could not be used again.
+    # In a caller's inference mode, the optimizer's state would be inference tensors, which the second step rejects.
     with torch.inference_mode(False), torch.enable_grad():
         inputs, named = tree_map_only(Tensor, Tensor.detach, (inputs, named))
         memory = StepMemory()
@@ -181,7 +181,7 @@ def _step(
         optimizer.zero_grad()
         memory.phase = "forward"
         with memory.frame(_LOSS):
-            losses = measure.losses_of(model, model(*inputs, **named), loss)  # does not keep the output alive
+            losses = measure.losses_of(model, model(*inputs, **named), loss)  # no local name keeps the output alive
         if not losses:
             raise ValueError(
                 f"{type(model).__name__} returns no tensor with a gradient, as its classes and ids have none: return "
@@ -193,7 +193,7 @@ def _step(
     gradients = [one.grad for one in trained if one.grad is not None]
     memory.name(gradients, "gradients")
     with torch.no_grad():
-        for gradient in gradients:  # so that moments, decay and the largest update are zero, too
+        for gradient in gradients:  # so that the moments, and thus the update, are zero, too
             gradient.zero_()
     del gradients
     memory.phase = "update"
@@ -203,7 +203,7 @@ def _step(
 
 
 def _resident(model: nn.Module) -> tuple[int, int]:
-    """Return the bytes of the distinct storages of weights and buffers, and of adapters."""
+    """Return the bytes of the distinct storages of weights and buffers, and those of adapters."""
     adapters = _storages(p for m in model.modules() if isinstance(m, Adapter) for p in m.parameters())
     others = _storages([*model.parameters(), *model.buffers()])
     return sum(size for key, size in others.items() if key not in adapters), sum(adapters.values())
@@ -215,11 +215,11 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 @dataclass(eq=False)
 class _Block:
-    """A storage that a step has made.
+    """A storage that a step has allocated.
 
     Attributes:
-        made_in: the class of the layer in whose forward; "" outside of any.
-        kept: whether it was there when that forward returned.
+        made_in: the class of the layer in whose forward it was made, or "loss"; "" outside of any frame.
+        kept: whether it was still alive when that forward returned.
         name: "gradients" or "optimizer"; "" for others.
     """
 
@@ -229,19 +229,19 @@ class _Block:
 
 
 class StepMemory(measure.PeakMemory):
-    """Tracks what ``PeakMemory`` does, and what the storages at the peak were for. May be entered again.
+    """A ``PeakMemory`` that also knows what the storages at the peak were for. May be entered several times.
 
     Attributes:
-        phase: of the step, which the caller sets.
-        peak_phase: its value at the peak.
+        phase: the step's phase, set by the caller.
+        peak_phase: the value of ``phase`` at the peak.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = self.peak_phase = "forward"
         self._blocks: dict[int, _Block] = {}  # by the address of the storage, while it lives
-        self._log: list[tuple[_Block, int, int]] = []  # what changed, by how many bytes, and all bytes then
-        self._at_peak = 0  # length of the log
+        self._log: list[tuple[_Block, int, int]] = []  # (changed block, its change in bytes, all bytes after it)
+        self._at_peak = 0  # length of the log at the peak
         self._frames: list[tuple[str, list[tuple[int, _Block]]]] = []
 
     def parts(self) -> dict[str, Any]:
@@ -260,14 +260,14 @@ class StepMemory(measure.PeakMemory):
         return found | {"activations": {kind: size for kind, size in largest if size}}
 
     def name(self, tensors: Iterable[Tensor], name: str) -> None:
-        """Say what the storages of tensors are for."""
+        """Set what the storages of these tensors are for: a ``_Block.name``."""
         for key in _storages(tensors):
             if key in self._blocks:
                 self._blocks[key].name = name
 
     @contextmanager
     def frame(self, kind: str) -> Iterator[None]:
-        """Take what is made inside, and not in an inner frame, for made by a layer of that kind."""
+        """Attribute storages that are made inside, but not in an inner frame, to a layer of class ``kind``."""
         made: list[tuple[int, _Block]] = []
         self._frames.append((kind, made))
         try:
@@ -279,9 +279,9 @@ class StepMemory(measure.PeakMemory):
 
     @contextmanager
     def modules(self) -> Iterator[None]:
-        """Take each call of a module inside for a frame.
+        """Open a frame for each call of a module inside.
 
-        The call is replaced in ``nn.Module``, as torch.fx does it: for a hook, layers would take other paths.
+        ``nn.Module.__call__`` is replaced, as torch.fx does; with a hook, layers would leave their fast paths.
         """
         call = nn.Module.__call__
 

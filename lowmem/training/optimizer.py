@@ -1,8 +1,8 @@
-"""AdamW whose two moments are kept in 8 bits: 2.03 bytes for each number that trains, in place of 8.
+"""AdamW with both moments in 8 bits: an optimizer state of 2.03 bytes per trained parameter instead of 8.
 
-Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861: blocks have a scale of their own, and
-levels are dense near zero. Here the levels are those of an 8-bit float (e4m3: four bits of exponent), into which
-torch casts in one pass, and of the second moment its root is kept, whose range is half as wide.
+Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861: each block has its own scale, and the
+levels are dense near zero. Here the levels are those of the 8-bit float e4m3, to which torch casts in one pass, and
+the square root of the second moment is stored, whose exponents span half the range.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from lowmem.training.master_weights import REST
 __all__ = ["AdamW8bit"]
 
 BLOCK = 256
+"""Elements of a moment that share a scale."""
+
 _LARGEST = 448.0
 """The largest level of e4m3."""
 
 _LEAST = 2.0**-9
-"""Its smallest level above zero, below which no root of a second moment is stored: an update divides by it."""
+"""The smallest positive level of e4m3: the least level stored for the root of a second moment, by which updates
+divide."""
 
 _SMALL = 4096
-"""Numbers below which a parameter's moments are kept in float32: their codes would save little."""
+"""Parameters with fewer elements keep float32 moments: codes would save little."""
 
 _CHUNK = 2**18
-"""Numbers that are updated at a time, so that temporaries stay small."""
+"""Elements that are updated at a time, so that temporaries stay small."""
 
 _SHORT = 16
-"""Numbers of a sharded parameter's row, which has scales of its own, below which moments are kept in float32."""
+"""Sharded parameters with shorter rows keep float32 moments: each row has scales of its own."""
 
 _MOMENTS = "exp_avg", "exp_avg_root"
 
@@ -41,20 +44,20 @@ _MOMENTS = "exp_avg", "exp_avg_root"
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with block-wise 8-bit moments.
 
-    A stored first moment is off by at most 1/16 of itself, or by 2^-10 / 448 of the largest among its 256 neighbours,
-    if that is more; the root of a second moment by the same, and by as much again where it is less than that.
-    Parameters below 4096 numbers keep float32 moments.
+    A stored first moment is off by at most 1/16 of itself, or 2^-10 / 448 of the largest magnitude in its block of
+    256, if that is more. The root of a second moment has the same bound, twice as much where it is rounded up to the
+    smallest positive level. Parameters with fewer than 4096 elements keep float32 moments.
 
-    Each process updates its own shards of parameters that ``fully_shard`` has split along their first dimension.
-    Their moments are shards, too: a block ends with its row, so that 2.5 bytes are kept for each number in rows of
-    16. torch's distributed checkpoints save them, and load them in another number of processes.
+    Parameters may be sharded along their first dimension by ``fully_shard``: each process updates its own shards, and
+    the moments are shards, too. Blocks then end at the end of each row, so rows of 16 elements take 2.5 bytes per
+    element. torch's distributed checkpoints save the state, and can load it with another number of processes.
 
     Args:
-        params: parameters or groups, as ``torch.optim.AdamW`` takes them.
+        params: parameters or groups, as for ``torch.optim.AdamW``.
         lr: the learning rate.
-        betas: of the two moments, in [0, 1).
+        betas: decay rates of the two moments, in [0, 1).
         eps: added to the root of the second moment.
-        weight_decay: how much of a parameter a learning rate of 1 takes from it.
+        weight_decay: decoupled weight decay: each step multiplies parameters by ``1 - lr * weight_decay``.
 
     Raises:
         ValueError: an option out of its range.
@@ -80,7 +83,8 @@ class AdamW8bit(torch.optim.Optimizer):
         """Update all parameters that have a gradient; return the loss of ``closure``, if it is given.
 
         Raises:
-            RuntimeError: a gradient that is sparse or complex.
+            RuntimeError: a gradient is sparse or complex, or a parameter is sharded along another dimension than the
+                first.
         """
         loss = None
         if closure is not None:
@@ -127,14 +131,14 @@ class AdamW8bit(torch.optim.Optimizer):
             own.copy_(flat)
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Load a state; its codes and scales keep their dtypes, which torch would cast to those of parameters.
+        """Load a state; codes and scales keep their dtypes, which torch would cast to those of the parameters.
 
         Raises:
-            ValueError: it is of other parameters, or of another optimizer; this one is left as it was.
+            ValueError: the state is of other parameters or of another optimizer; nothing was changed.
         """
         given = [number for group in state_dict["param_groups"] for number in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(given, own, strict=False):  # torch refuses other numbers of them
+        for number, parameter in zip(given, own, strict=False):  # torch rejects a different number of parameters
             _check_state(state_dict["state"].get(number), parameter, number)
         super().load_state_dict(state_dict)
         for number, parameter in zip(given, own, strict=True):
@@ -144,19 +148,19 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, in the same memory."""
+    """Return this process's shard of a tensor, in the same memory; other tensors as they are."""
     return cast(Any, tensor).to_local() if isinstance(tensor, sharded_types()) else tensor
 
 
 def _row(parameter: Tensor) -> int:
-    """Return the length of a sharded parameter's rows, which blocks do not leave; 0 for a parameter in one piece."""
+    """Return the elements per row of a sharded parameter, where blocks end with rows; 0 if it is not sharded."""
     if not isinstance(parameter, sharded_types()):
         return 0
     return parameter.numel() // max(1, len(parameter)) or 1
 
 
 def _zeros(parameter: Tensor, device: torch.device | str | None = None) -> dict[str, Any]:
-    """Return the state before the first step."""
+    """Return a parameter's state before the first step."""
     count, row = parameter.numel(), _row(parameter)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name in _MOMENTS:
@@ -173,10 +177,10 @@ def _zeros(parameter: Tensor, device: torch.device | str | None = None) -> dict[
 
 
 def _zero(shape: tuple[int, ...], dtype: torch.dtype, parameter: Tensor, device: torch.device | str | None) -> Tensor:
-    """Return zeros, split among processes as a parameter is.
+    """Return zeros, sharded as the parameter is unless ``device`` is given.
 
     Raises:
-        RuntimeError: it is split along another dimension than the first.
+        RuntimeError: the parameter is sharded along another dimension than the first.
     """
     if not _row(parameter) or device is not None:
         return torch.zeros(shape, dtype=dtype, device=device or parameter.device)
@@ -193,7 +197,7 @@ def _zero(shape: tuple[int, ...], dtype: torch.dtype, parameter: Tensor, device:
 
 
 def _check_state(state: Mapping[str, Any] | None, parameter: Tensor, number: int) -> None:
-    """Raise a ValueError for a state that is none of this parameter's."""
+    """Raise a ValueError if a loaded state does not have the names and shapes that this parameter's state has."""
     if not state:
         return
     shapes = {name: getattr(one, "shape", None) for name, one in state.items() if name != REST}
@@ -210,7 +214,7 @@ def _listed(shapes: Mapping[str, Any]) -> str:
 
 
 def _read(state: Mapping[str, Any], name: str, part: slice, row: int) -> Tensor:
-    """Return a chunk of a moment in float32, which may be the stored one."""
+    """Return a chunk of a moment in float32; a view of the state where that is float32."""
     if name in state:
         return _local(state[name]).view(-1)[part]
     blocks = _blocks(part, row)
@@ -236,18 +240,18 @@ def _write(state: Mapping[str, Any], name: str, part: slice, row: int, moment: T
 
 
 def _blocks(part: slice, row: int) -> slice:
-    """Return which rows of the codes hold a part of the numbers."""
+    """Return the rows of the codes that hold these elements."""
     length = row or BLOCK
     return slice(part.start // length, -(-part.stop // length))
 
 
 def quantize_moment(moment: Tensor, positive: bool = False, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Return the codes, uint8 (blocks, block), the bits of an e4m3 float, and the scales, float32 (blocks, 1).
+    """Return the codes, uint8 (blocks, block): bits of e4m3 floats, and the scales, float32 (blocks, 1).
 
     Args:
         moment: float32 (n,).
-        positive: whether the smallest level stands for zero, too.
-        block: numbers that share a scale.
+        positive: whether the smallest code is that of the smallest positive level, not zero.
+        block: elements that share a scale.
     """
     padded = functional.pad(moment, (0, -len(moment) % block)).view(-1, block)
     scales = padded.abs().amax(1, keepdim=True).div_(_LARGEST)

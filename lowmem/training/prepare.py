@@ -1,4 +1,4 @@
-"""One call that makes the training steps of a model small, and one that undoes it."""
+"""``prepare_training`` reduces the memory of a model's training steps, and ``release_training`` undoes it."""
 
 from __future__ import annotations
 
@@ -34,36 +34,38 @@ _MODES = "fast", "lean"
 def prepare_training(
     model: nn.Module, memory: str = "fast", *, output: str | Iterable[str] = (), chunk: int = 256
 ) -> nn.Module:
-    """Let training steps of a model take less memory, and use it as before.
+    """Make the training steps of a model take less memory; the model is used as before.
 
-    - "fast" and "lean": the output layers' logits are computed in chunks of rows, by the cross entropy that takes
-      them (``linear_cross_entropy``), in the code of the model, of a Trainer, or in your own. Whoever needs the
-      logits themselves gets them. The chunks are multiplied in bfloat16 where 4-bit layers of the model have that
-      ``compute_dtype``. RMS norms, gated MLPs and activations, recognized by what they compute, keep their inputs
-      alone for backward, and compute the rest again. Adapted layers compute what these and layer norms return again.
-    - "lean": what autograd saves in forward is kept in 8 bits (``compressed_activations``), and gate and up layers
-      of gated MLPs are called again in backward, as in a checkpoint. Both cost time.
+    - "fast" and "lean": ``torch.nn.functional.cross_entropy`` of the output layers' logits computes these in chunks
+      of rows (``linear_cross_entropy``), whether the model, a Trainer or your own loop calls it; any other function
+      gets whole logits. The chunks are multiplied in bfloat16 if that is the ``compute_dtype`` of the model's stored
+      layers and the processor has instructions for it. RMS norms, gated MLPs and activations, recognized by what they
+      compute, save only their inputs for backward and recompute the rest. Adapted layers recompute the outputs of
+      these and of layer norms instead of saving them.
+    - "lean": also, tensors that autograd saves in forward are kept in 8 bits (``compressed_activations``), and gate
+      and up layers of gated MLPs are called again in backward, as in a checkpoint. Both cost time.
 
-    ``training_report`` says what was done to which module. In evaluation, without gradients, compiled and exported,
-    the model does what it did before. Second derivatives of the loss (``create_graph=True``) and writes to logits are
-    refused, and writes in place to the input of a fused module are an error in backward, as with any function that
-    keeps its input. Call ``release_training`` before the model is converted further or pickled.
+    ``training_report`` says what was done to each module. In evaluation, without gradients, compiled or exported, the
+    model behaves as before. Second derivatives of the loss (``create_graph=True``) and writes to logits are errors,
+    and so are, in backward, in-place writes to the input of a fused module, as with any function that saves its
+    input. Call ``release_training`` before the model is converted further or pickled.
 
     Args:
-        model: with parameters that train.
+        model: has parameters that train.
         memory: "fast" or "lean".
         output: glob patterns of the paths of output layers; empty: what ``get_output_embeddings()`` of the model
             returns, and linear layers whose weight is tied to an embedding.
         chunk: rows whose logits exist at once.
 
     Returns:
-        The model, changed in place. Preparing it again replaces what was prepared.
+        The model, changed in place. Calling this again replaces the earlier preparation.
 
     Raises:
-        TypeError: the model is not a module, or ``output`` no patterns.
+        TypeError: the model is not a module, or ``output`` is not a pattern or an iterable of patterns.
         ValueError: an unknown ``memory``, a chunk below 1, a pattern that matches no linear layer, a model without
             parameters that train, with a forward that another library has replaced, or whose parameters are
             inference tensors or lazy. The model is left as it was.
+        RuntimeError: the class of a prepared module was changed since (see ``release_training``).
     """
     check_module(model)
     if memory not in _MODES:
@@ -97,12 +99,12 @@ def prepare_training(
 
 
 def _given(module: PreparedModule) -> dict[str, Any]:
-    """Return the attributes that a module has got with its class."""
+    """Return the attributes that preparing has set in a module."""
     return {name: module.__dict__[name] for name in module.prepared_attributes if name in module.__dict__}
 
 
 def _fusable(model: nn.Module, lean: bool) -> dict[nn.Module, How]:
-    """Return the modules that can be fused, without the activations of gated MLPs, which are not called."""
+    """Return the modules that can be fused, without the activations of gated MLPs, whose fused forward skips them."""
     found = {one: how for one in model.modules() if (how := recognize(one)) is not None and not isinstance(how, str)}
     inner = {child for one, how in found.items() if isinstance(how, GatedMLP) for child in activations(one, how)}
     mlps = {one: replace(how, again=lean) for one, how in found.items() if isinstance(how, GatedMLP)}
@@ -114,8 +116,8 @@ def release_training(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: the model is not a module.
-        RuntimeError: the class of a prepared module was changed since, as a parametrization does; the model is left
-            as it was.
+        RuntimeError: the class of a prepared module was changed since, as by a parametrization; the model is left as
+            it was.
     """
     check_module(model)
     for module in model.modules():
@@ -126,9 +128,9 @@ def release_training(model: nn.Module) -> nn.Module:
 
 
 def training_report(model: nn.Module) -> dict[str, str]:
-    """Return by path what ``prepare_training`` did, and why it left modules as they are; "" is the model.
+    """Return what ``prepare_training`` did to each module, by path ("" is the model), and why it left others alone.
 
-    Those are output layers, and modules that look like RMS norms or gated MLPs.
+    Of modules that were left as they are, output layers and those that look like RMS norms or gated MLPs are listed.
 
     Raises:
         TypeError: the model is not a module.
@@ -148,7 +150,7 @@ def training_report(model: nn.Module) -> dict[str, str]:
 
 
 def _logits_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return bfloat16 where the model's 4-bit layers compute in it, and the processor is fast at it; else None."""
+    """Return bfloat16 if a stored layer computes in it and the processor has instructions for it; else None."""
     stored = [(one, name) for one in model.modules() if isinstance(one, StoredModule) for name in one.forms]
     asked = any(multiplied_in(module, name) is torch.bfloat16 for module, name in stored)
     return torch.bfloat16 if asked and kernels.adds_products() else None
@@ -162,10 +164,10 @@ class _Compressing(PreparedModule):
 
 @functools.cache
 def _compressing(kind: type[Any]) -> type[_Compressing]:
-    """Return a subclass with the class's name and the signature of its forward, which others read."""
+    """Return a subclass with the same name, whose forward has the same signature, which Trainers inspect."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, _Compressing):  # released, while accelerate keeps this function in the model
+        if not isinstance(self, _Compressing):  # released since, but accelerate kept this function in the instance
             return type(self).forward(self, *args, **kwargs)
         if not (self.training and torch.is_grad_enabled() and is_plain_call()):
             return kind.forward(self, *args, **kwargs)
@@ -173,7 +175,7 @@ def _compressing(kind: type[Any]) -> type[_Compressing]:
             return kind.forward(self, *args, **kwargs)
 
     functools.update_wrapper(forward, kind.forward)
-    # In place of ``__wrapped__``, which accelerate follows until it has the forward that compresses nothing.
+    # A signature instead of ``__wrapped__``: accelerate unwraps that, and would call the forward without compression.
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     del forward.__wrapped__  # type: ignore[attr-defined]
     names = {"plain_class": kind, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
@@ -182,7 +184,7 @@ def _compressing(kind: type[Any]) -> type[_Compressing]:
 
 
 def _outputs(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that compute logits: not an embedding that shares their weight, nor a layer's parts."""
+    """Return the layers that compute logits, without embeddings that share their weight and without children."""
     found = output_layers(model)
     inside = {part for one in found if _has_adapter(one) for part in one.modules() if part is not one}
     tables = nn.Embedding, nn.EmbeddingBag
@@ -194,7 +196,7 @@ def _outputs(model: nn.Module) -> list[nn.Module]:
 
 
 def _has_adapter(layer: nn.Module) -> bool:
-    """Whether a layer has an adapter, of lowmem or of PEFT."""
+    """Whether a layer has an adapter, from lowmem or PEFT."""
     return isinstance(layer, LoRALinear) or isinstance(getattr(layer, "base_layer", None), nn.Module)
 
 

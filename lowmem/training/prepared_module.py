@@ -1,4 +1,4 @@
-"""Modules that ``prepare_training`` has given a class of their own: a generated subclass of the one before."""
+"""Modules whose class ``prepare_training`` has replaced by a generated subclass."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["PreparedModule", "check_prepared", "release_module"]
 
 
 class PreparedModule(nn.Module):
-    """Base of the generated classes, each of which has a ``plain_class`` of its own.
+    """Base of the generated classes; each sets its own ``plain_class``.
 
     Attributes:
         plain_class: the module's class before.
-        prepared_attributes: names of those that the module has got with its class.
+        prepared_attributes: names of the instance attributes that belong to the generated class.
         training_note: what was done to the module, for reports.
     """
 
@@ -25,10 +25,10 @@ class PreparedModule(nn.Module):
 
 
 def check_prepared(module: nn.Module) -> None:
-    """Raise unless ``release_module`` can give a module its class back.
+    """Raise unless ``release_module`` can restore a module's class.
 
     Raises:
-        RuntimeError: the class of a prepared module was changed since, as a parametrization or FSDP does.
+        RuntimeError: the class of a prepared module was changed since, as by a parametrization or FSDP.
     """
     if isinstance(module, PreparedModule) and "plain_class" not in vars(type(module)):
         raise RuntimeError(
@@ -38,7 +38,7 @@ def check_prepared(module: nn.Module) -> None:
 
 
 def release_module(module: nn.Module) -> None:
-    """Give a module the class that it had before it was prepared; one that is not prepared stays as it is.
+    """Restore the class that a module had before it was prepared; one that is not prepared stays as it is.
 
     Raises:
         RuntimeError: as ``check_prepared``.

@@ -1,8 +1,8 @@
-"""Finds RMS norms, gated MLPs and activations by what modules compute: no list of classes but torch's own.
+"""Recognizes RMS norms, gated MLPs and activations by what they compute, not by the names of their classes.
 
-A module that looks like one is run once, in float32 and bfloat16, on random numbers: a norm with a random weight, an
-MLP with layers that return random numbers. It is taken if what it returns, or gives to its last layer, and the
-gradients, are those of the fused form, within a bound on their rounding.
+A module with the right parameters and children is run on random numbers, in float32 and in bfloat16: a norm with a
+random weight, an MLP with probes for layers that return random numbers. It is recognized if its output (of an MLP,
+the input of its last layer) and the gradients equal those of the fused form, within a bound on rounding errors.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = ["recognize"]
 
 _ROWS = 4
 _SIZES = 1.0, 1e-4, 30.0, 1e3
-"""Of the numbers in each row: a module may limit large ones, or treat small ones otherwise, as by its epsilon."""
+"""Factor of each row of random numbers: modules may clamp large ones, or treat small ones specially (epsilon)."""
 
 _DTYPES = torch.float32, torch.bfloat16
 
 
 def recognize(module: nn.Module) -> How | str | None:
-    """Return what a module computes that can be fused; why not, if it looks like it; None for any other module."""
+    """Return how a module can be fused; if it only looks as if it could, the reason; None for any other module."""
     if isinstance(module, FusedModule):
         return module.fused_as
     if type(module) is nn.LayerNorm:
@@ -49,7 +49,7 @@ def recognize(module: nn.Module) -> How | str | None:
     if norm is None and layers is None and not activation:
         return None
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-        torch.default_generator.manual_seed(0)  # not those of other devices, which are not forked
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed other devices, too
         if activation:
             found: How | str | None = _as_activation(module)
         else:
@@ -60,7 +60,7 @@ def recognize(module: nn.Module) -> How | str | None:
 
 
 def _norm_parts(module: nn.Module) -> tuple[str, str] | None:
-    """Return the names of the weight and of epsilon, of a module with one vector and nothing else."""
+    """Return the names of weight and epsilon if a module has one vector parameter, one epsilon and nothing else."""
     own = {name: one for name, one in module._parameters.items() if one is not None}
     vectors, count = [name for name, one in own.items() if one.dim() == 1], len(own)
     numbers = [name for name, value in vars(module).items() if "eps" in name and isinstance(value, float)]
@@ -86,7 +86,7 @@ def _as_norm(module: nn.Module, parts: tuple[str, str]) -> RMSNorm | str:
 
 
 def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: torch.dtype) -> float | None:
-    """Return the sum of differences between a norm and its fused form; None if one is more than rounding."""
+    """Return the sum of the output's differences to the fused form; None if one exceeds the bound on rounding."""
     columns = getattr(module, how.weight).shape[0]
     kind = type(module)
     copied = copied_module(module, kind).train()
@@ -99,13 +99,13 @@ def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: 
     try:
         expected = kind.forward(copied, x)
         wanted = torch.autograd.grad(expected, [x, weight], grad)
-    except Exception:  # noqa: BLE001 - whatever it is, it is no norm of these numbers
+    except Exception:  # noqa: BLE001 - a module that fails on this input is no norm
         return None
     if type(expected) is not Tensor or expected.dtype is not got.dtype or expected.shape != x.shape:
         return None
     found = torch.autograd.grad(got, [x, weight], grad)
     dtype = dtype if dtype is of_weight else torch.bfloat16  # the wider of the roundings
-    # Sums over a row or the rows are rounded in float32, and up to four steps to the dtype.
+    # Sums over columns or rows are rounded in float32, and up to four intermediate results to the dtype.
     unit = 4 * torch.finfo(dtype).eps + 4 * columns * torch.finfo(torch.float32).eps
     exact, factor = x.detach().double(), (values.double() + how.offset).abs()
     inverse = torch.rsqrt((exact * exact).mean(-1, keepdim=True) + getattr(module, how.eps))
@@ -121,7 +121,7 @@ def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: 
 
 
 def _is_function(module: nn.Module) -> bool:
-    """Whether a module has nothing of its own, and is none of torch's other than an activation."""
+    """Whether a module has no parameters, buffers or children and takes one input; of torch's own, GELU and SiLU."""
     if module._parameters or module._buffers or module._modules:
         return False
     if type(module).__module__.startswith("torch.") and type(module) not in (nn.GELU, nn.SiLU):
@@ -134,17 +134,17 @@ def _is_function(module: nn.Module) -> bool:
 
 
 def _as_activation(module: nn.Module) -> Act | None:
-    """Return which activation a module computes; None for other functions, which no report needs to name."""
+    """Return which activation a module computes; None, without a reason for the report, for other functions."""
     names = list(ACTIVATIONS)
     for dtype in _DTYPES:
         x = 3 * torch.randn(_ROWS, 64) * torch.tensor(_SIZES).unsqueeze(1)
-        x[2:].abs_()  # an exponential of large ones may overflow, where the activation is zero
+        x[2:].abs_()  # exp of a large negative number's magnitude may overflow in the module, where act(x) is zero
         x = x.to(dtype).requires_grad_()
         grad = torch.randn(_ROWS, 64).to(dtype)
         try:
             expected = type(module).forward(copied_module(module, type(module)).train(), x)
             (wanted,) = torch.autograd.grad(expected, x, grad)
-        except Exception:  # noqa: BLE001 - whatever it is, it is no activation
+        except Exception:  # noqa: BLE001 - a module that fails on this input is no activation
             return None
         if type(expected) is not Tensor or expected.dtype is not dtype or expected.shape != x.shape:
             return None
@@ -153,7 +153,7 @@ def _as_activation(module: nn.Module) -> Act | None:
         for name in names:
             got = activated(x, name)
             (found,) = torch.autograd.grad(got, x, grad)
-            # Up to eight roundings of numbers of which none is much larger than 1 + |x|.
+            # Up to eight roundings, of numbers not much larger than 1 + |x|.
             bound = 8 * torch.finfo(dtype).eps * size
             near = ((got.double() - expected.double()).abs() <= bound).all()
             if near and ((found.double() - wanted.double()).abs() <= bound * grad.double().abs()).all():
@@ -163,9 +163,9 @@ def _as_activation(module: nn.Module) -> Act | None:
 
 
 def _mlp_layers(module: nn.Module) -> list[str] | None:
-    """Return the names of the layers of a module that has two or three, n -> m, and otherwise no parameters.
+    """Return the names of a module's linear layers if their shapes fit a gated MLP and it has no other parameters.
 
-    The first ones read the module's input, and the last one has its width: (n, m), (n, m), (m, n) or (n, 2m), (m, n).
+    The shapes, (in, out) in any order, are (n, m), (n, m), (m, n) or (n, 2m), (m, n); else None.
     """
     layers = {name: child for name, child in module._modules.items() if child is not None and _shape(child)}
     others = [child for name, child in module._modules.items() if child is not None and name not in layers]
@@ -182,7 +182,7 @@ def _mlp_layers(module: nn.Module) -> list[str] | None:
 
 
 def _shape(layer: Any) -> tuple[int, int]:
-    """Return (in, out) of a linear layer, or of what another library has made of one; () for other modules."""
+    """Return (in_features, out_features) of a linear layer, also one of another library; () for other modules."""
     found = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     return found if all(isinstance(one, int) for one in found) else ()  # type: ignore[return-value]
 
@@ -204,7 +204,7 @@ def _as_mlp(module: nn.Module, layers: list[str]) -> GatedMLP | str | None:
 
 
 class _Probe(nn.Module):
-    """Stands for a layer: keeps its input and returns random numbers."""
+    """Replaces a layer: records its input and returns random numbers."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -221,9 +221,12 @@ class _Probe(nn.Module):
 def _probed(
     module: nn.Module, layers: list[str], dtype: torch.dtype
 ) -> tuple[dict[str, _Probe], str, Tensor] | str | None:
-    """Run a module with probes for its layers: those that read its input, the last one's name, and its input.
+    """Run a module with probes in place of its layers.
 
-    Returns a reason where layers read the input, and what follows is not as in a gated MLP; None where they do not.
+    Returns:
+        The probes that read the module's input, by name; the name of the last layer; and that layer's input. A
+        reason, if the module does not return the last layer's output; None if its layers are connected in another
+        way.
     """
     reason = None
     copied = copied_module(module, type(module)).train()
@@ -238,7 +241,7 @@ def _probed(
             probe.inputs.clear()
         try:
             out = type(module).forward(copied, x)
-        except Exception:  # noqa: BLE001 - whatever it is, it is no MLP
+        except Exception:  # noqa: BLE001 - a module that fails on this input is no MLP
             continue
         first = {name: one for name, one in probes.items() if len(one.inputs) == 1 and one.inputs[0] is x}
         last = [name for name in probes if name not in first]
@@ -262,7 +265,7 @@ def _candidates(first: dict[str, _Probe], down: str) -> list[GatedMLP]:
 
 
 def _gates(how: GatedMLP, first: dict[str, _Probe], hidden: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the last layer's input, and the gradients, are ``act(gate) * up`` within rounding."""
+    """Whether the last layer's input and its gradients are those of ``act(gate) * up``, within rounding."""
     gate, up = first[how.gate].out, None if how.up is None else first[how.up].out
     sources = [one for one in (gate, up) if one is not None]
     got = gated_product(gate, up, how.activation, how.gate_first)
@@ -278,7 +281,7 @@ def _gates(how: GatedMLP, first: dict[str, _Probe], hidden: Tensor, dtype: torch
     if any(one is None for one in wanted):
         return False
     found = torch.autograd.grad(got, sources, grad)
-    # Up to five roundings, of numbers of which none is larger than their product with 1 + |gate| and 1 + |up|.
+    # Up to five roundings, of numbers not larger than (1 + |gate|) * (1 + |up|).
     unit = 5 * torch.finfo(dtype).eps
     exact = [one.detach().double().abs() for one in sources]
     a, b = exact if up is not None else exact[0].chunk(2, -1)

@@ -1,10 +1,10 @@
-"""Memory for what is kept from forward to backward, taken in large pieces.
+"""An arena for tensors that live from forward to backward, and a way to return unused heap memory to the system.
 
-Tensors of a megabyte that live long, between temporary ones of the same size, leave an allocator holes that fit
-nothing. Pieces that grow with what is kept have few neighbours. Before a large one makes the process larger than it
-had to be so far, the C library is asked to return the holes that there are to the system (``malloc_trim`` of glibc):
-they would count as resident memory. Below that mark they stay: a page that was returned costs a page fault when it is
-used again.
+Long-lived tensors of about a megabyte, allocated between temporaries of the same size, fragment the heap. The arena
+therefore allocates few large pieces, which grow with what it already holds. Before a large allocation would raise the
+process's resident memory above its highest value so far, ``malloc_trim`` of glibc returns free heap pages to the
+system, since they would count as resident. Below that value they stay, because reusing a returned page costs a page
+fault.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from torch import Tensor
 
 __all__ = ["Room", "return_holes"]
 
-_ALIGNED = 64  # bytes, a line of a processor's cache
-_PART = 8  # of what was taken so far a new piece has one part
-_LARGE = 2**22  # bytes of a piece that is worth a walk over the heap
+_ALIGNED = 64  # bytes: a cache line
+_PART = 8  # a new piece has 1/8 of the bytes of all pieces so far
+_LARGE = 2**22  # bytes: smaller allocations are not worth the time of malloc_trim
 
 
 class Room:
-    """Gives views of large tensors; a piece is freed with the last view of it."""
+    """The arena: hands out views of large tensors (pieces). A piece is freed with the last view of it."""
 
     def __init__(self) -> None:
         self._piece: Tensor | None = None
         self._used = self._total = self._last = 0
 
     def take(self, size: int) -> Tensor:
-        """Return int8 (size,), aligned for any dtype, on the CPU."""
+        """Return uninitialized int8 (size,) on the CPU, aligned for any dtype."""
         if self._piece is None or self._used + size > len(self._piece):
             whole = -(-size // _ALIGNED) * _ALIGNED
-            length = max(1, self._total // _PART // whole) * whole  # tensors of one size leave no rest
+            length = max(1, self._total // _PART // whole) * whole  # a multiple: tensors of one size waste nothing
             return_holes(length)
             self._piece, self._used, self._total = torch.empty(length, dtype=torch.int8), 0, self._total + length
         self._last = self._used
@@ -45,24 +45,24 @@ class Room:
         return self._piece[self._last : self._last + size]
 
     def give_back(self) -> None:
-        """Let what was taken last be taken again."""
+        """Free what the last ``take`` returned, which must not be used any more."""
         self._used = self._last
 
 
 class Heap:
-    """Decides when the holes of the heap are returned.
+    """Decides when free heap pages are returned to the system.
 
     Args:
-        trim: returns them; None: of the C library, if it has one.
-        resident: gives the bytes of the process that are resident; None: of Linux.
+        trim: returns them; None: ``malloc_trim`` of the C library, if it has one.
+        resident: returns the process's resident bytes; None: reads them from /proc.
     """
 
     def __init__(self, trim: Callable[[int], Any] | None = None, resident: Callable[[], int] | None = None) -> None:
         self._trim, self._resident = trim, resident or _resident
-        self._highest = 0  # bytes that were resident without holes, with what was begun then
+        self._highest = 0  # highest resident bytes so far after trimming, plus the allocation that followed
 
     def return_holes(self, length: int) -> None:
-        """Return the holes to the system, if memory of so many bytes, large and begun now, would raise the mark."""
+        """Trim the heap if an allocation of ``length`` bytes is large and would raise the highest resident memory."""
         trim = self._trim or _trim()
         if length < _LARGE or trim is None or self._resident() + length <= self._highest:
             return
@@ -72,7 +72,7 @@ class Heap:
 
 @cache
 def _trim() -> Any:
-    """Return the function of the C library, or None where it has none."""
+    """Return ``malloc_trim`` of the C library; None where it has none."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
 
 

@@ -1,7 +1,7 @@
-"""An optimizer that steps inside backward: a gradient is freed as soon as its parameter is updated.
+"""Optimizer steps inside backward: each gradient is freed as soon as its parameter is updated.
 
-Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources, arXiv 2306.09782, for any
-optimizer that treats parameters one by one.
+Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources, arXiv 2306.09782; here for any
+optimizer that updates parameters independently of each other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Freed", "StepInBackward", "step_in_backward"]
 
 
 class Freed(Tensor):
-    """Stands for a gradient that was freed, without memory: who clips or reads it must not find a norm of zero."""
+    """Placeholder, without memory, for a freed gradient: reading it is an error, not a norm of zero."""
 
     @staticmethod
     def __new__(cls, parameter: Tensor) -> Freed:
@@ -32,7 +32,7 @@ class Freed(Tensor):
         if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
-        if function in (Tensor.zero_, Tensor.detach_, Tensor.requires_grad_):  # of zero_grad(set_to_none=False)
+        if function in (Tensor.zero_, Tensor.detach_, Tensor.requires_grad_):  # zero_grad(set_to_none=False)
             return args[0]
         raise RuntimeError(
             f"{getattr(function, '__name__', function)} of a gradient that step_in_backward has used and freed: "
@@ -56,10 +56,10 @@ _SECOND = (
 
 
 class StepInBackward:
-    """An optimizer that steps inside backward, until ``release``.
+    """Lets an optimizer step inside backward, until ``release``.
 
     Attributes:
-        optimizer: with its own groups and states.
+        optimizer: the optimizer, with its own groups and states.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -72,7 +72,7 @@ class StepInBackward:
         self._handles.append(optimizer.register_step_pre_hook(self._end))
 
     def release(self) -> torch.optim.Optimizer:
-        """Let the optimizer step when it is told to, as before; return it."""
+        """Let the optimizer update parameters in ``step()`` again; return it."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -80,7 +80,7 @@ class StepInBackward:
         return self.optimizer
 
     def _step(self, parameter: Tensor) -> None:
-        """Update one parameter, whose gradient backward has completed."""
+        """Update one parameter, whose gradient is complete, and free the gradient."""
         if parameter in self._done:
             raise RuntimeError(_SECOND)
         optimizer = self.optimizer
@@ -95,7 +95,7 @@ class StepInBackward:
         self._done.add(parameter)
 
     def _end(self, *_: Any) -> None:
-        """End a step of the loop: it finds no gradients of parameters that were updated."""
+        """Before the loop's ``optimizer.step()``, remove the placeholders, so that it updates nothing twice."""
         if not self._running:
             for parameter in self._done:
                 if isinstance(parameter.grad, Freed):
@@ -104,26 +104,27 @@ class StepInBackward:
 
 
 def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
-    """Let an optimizer update each parameter inside backward, as soon as its gradient is complete, and free that::
+    """Let an optimizer update each parameter inside backward, and free its gradient, as soon as that is complete::
 
         handle = lowmem.step_in_backward(torch.optim.AdamW(lowmem.adapter_parameter_groups(model, lr=1e-4)))
         model(**batch).loss.backward()
-        optimizer.step()  # as before: it ends the step, and finds no gradients
+        optimizer.step()  # still needed: it marks the end of the step, and has nothing left to update
 
-    The loop stays what it is, with its schedule of learning rates, which change the optimizer's groups. What needs
-    all gradients at once, as clipping by their norm, is a RuntimeError: a Trainer needs ``max_grad_norm=0``.
+    The training loop and its learning rate schedule stay unchanged. What needs all gradients at once, such as
+    clipping by their norm, is a RuntimeError: a Trainer needs ``max_grad_norm=0``.
 
     Args:
-        optimizer: one that updates parameters one by one, as AdamW and SGD do.
+        optimizer: one that updates parameters independently of each other, as AdamW and SGD do.
 
     Returns:
-        A handle with ``release()``.
+        A handle with ``release()``, which undoes this.
 
     Raises:
         TypeError: not an optimizer.
-        ValueError: no parameter of it trains, one has a gradient already, or it is LBFGS, which needs all at once.
-        RuntimeError: several processes train together: their gradients are averaged after backward. Or, inside
-            backward, a parameter gets a second gradient before ``optimizer.step()``.
+        ValueError: no parameter of it trains, one has a gradient already, or it is LBFGS, which needs all gradients
+            at once.
+        RuntimeError: several processes train together, which average their gradients after backward. Later, inside
+            backward: a parameter gets a second gradient before ``optimizer.step()``.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
