@@ -1,7 +1,7 @@
-"""How a language model is called in training, found out by its signature and by what it computes.
+"""How a language model is called in training: found out from its signature, and by trying it on random tokens.
 
-Whether examples in one row see each other, and whether a token sees those after it, is tried on random tokens. Names
-of classes say neither.
+The trial shows whether the model is causal, and whether examples that are packed into one row can attend to each
+other. Neither follows from the names of classes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from lowmem.errors import describe
 __all__ = ["Calling", "balance_of", "calling_of", "logits_of"]
 
 _LENGTHS = (7, 6)
-"""Tokens of the two texts that are tried; the sum is odd, and no model's block is as short."""
+"""Tokens of the two texts that are tried: so few that both lie in one block of blockwise attention, and in all odd."""
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-"""What models of transformers, and their configs, call the factor of ``aux_loss``."""
+"""Names that transformers' models and configs have for the factor of ``aux_loss``."""
 
 _LEAK = 1e-3
-"""What may be left of the influence of one text on the next: rounding in kernels that divide rows otherwise."""
+"""Influence of a later or other text that still counts as rounding, relative to the influence within one text:
+kernels may split rows differently."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Calling:
     """How a model is called.
 
     Args:
-        positions: it takes ``position_ids``.
-        mask: it takes ``attention_mask``.
-        cache: it takes ``use_cache``, which training has no use for.
-        isolates: of texts in one row, whose positions begin at 0 each, none sees another.
+        positions: whether it takes ``position_ids``.
+        mask: whether it takes ``attention_mask``.
+        cache: whether it takes ``use_cache``, which training sets to False.
+        isolates: whether texts packed into one row, each with positions from 0, do not attend to each other.
     """
 
     positions: bool = False
@@ -45,12 +46,12 @@ class Calling:
     isolates: bool = False
 
     def inputs(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> dict[str, Any]:
-        """Return the arguments of a model.
+        """Return the keyword arguments of a call.
 
         Args:
             ids: int64 (rows, tokens).
             positions: int64 (rows, tokens), for rows of several texts; else None.
-            mask: int64 (rows, tokens), 1 for tokens and 0 for padding after them; None: there is none.
+            mask: int64 (rows, tokens), 1 for tokens and 0 for the padding after them; None: no padding.
         """
         found: dict[str, Any] = {"input_ids": ids}
         if positions is not None:
@@ -76,20 +77,20 @@ def logits_of(output: Any) -> Tensor:
 
 
 def balance_of(model: nn.Module, output: Any) -> Tensor | None:
-    """Return what a mixture of experts adds to the mean loss of a batch, so that its router uses all experts.
+    """Return the load-balancing loss that a mixture of experts adds to the mean loss of a batch.
 
-    Models of transformers return it as ``aux_loss`` if their config has ``output_router_logits``, and add it where
-    they compute a loss themselves, times a coefficient of the config.
+    Models of transformers return it, unscaled, as ``aux_loss`` if ``output_router_logits`` of their config is set.
+    Their own loss adds it times a coefficient of the config, as is done here.
 
     Args:
-        model: that has returned the output.
+        model: the model that returned ``output``.
         output: of a forward.
 
     Returns:
-        A scalar; None: it adds nothing.
+        A scalar, scaled; None if the model adds nothing.
 
     Raises:
-        ValueError: the model does not say by which factor.
+        ValueError: neither the model nor its config has the coefficient.
     """
     balance = output.get("aux_loss") if isinstance(output, Mapping) else getattr(output, "aux_loss", None)
     if not isinstance(balance, Tensor):
@@ -112,12 +113,12 @@ def calling_of(model: nn.Module, vocabulary: int) -> Calling:
 
     Args:
         model: is called as ``model(input_ids=...)`` with int64 (rows, tokens), and with ``position_ids``,
-            ``attention_mask`` and ``use_cache`` if its forward names them. It returns logits (rows, tokens,
-            vocabulary), or something that has ``logits``.
-        vocabulary: how many tokens it knows.
+            ``attention_mask`` and ``use_cache`` if its forward has parameters of these names. It returns logits
+            (rows, tokens, vocabulary), or an object or mapping that has ``logits``.
+        vocabulary: number of tokens that it knows.
 
     Raises:
-        ValueError: it cannot be called so, its logits are not finite, or a token sees those after it.
+        ValueError: it cannot be called like this, its logits are not finite, or it is not causal.
     """
     names = inspect.signature(model.forward).parameters
     found = Calling("position_ids" in names, "attention_mask" in names, "use_cache" in names)
@@ -171,5 +172,5 @@ def _isolates(model: nn.Module, calling: Calling, vocabulary: int) -> bool:
 
 
 def _small(left: Tensor, whole: Tensor) -> bool:
-    """Whether what is left of an influence is nothing but rounding."""
+    """Whether the change ``left`` is only rounding, compared with the change ``whole``."""
     return float(left.norm()) <= _LEAK * float(whole.norm())

@@ -1,4 +1,4 @@
-"""How well a language model predicts a text that it is not trained on."""
+"""The perplexity of a language model on held-out text."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ _CHUNK = 128
 
 
 def perplexity(model: nn.Module, rows: Rows, ranks: Ranks | None = None) -> float:
-    """Return ``exp`` of the mean negative log-likelihood of the tokens that count.
+    """Return ``exp`` of the mean negative log-likelihood of the tokens that count: inf if it overflows.
 
-    It is infinite where that overflows, and NaN where a prediction is.
-
-    A row at a time is computed. Processes that train together share the rows.
+    It is NaN if a loss is. One row is computed at a time; processes that train together share the rows.
 
     Args:
-        model: its modes are restored.
+        model: is evaluated in eval mode; the modes of its modules are restored.
         rows: held-out text.
         ranks: the processes that train together; None: this one alone.
     """

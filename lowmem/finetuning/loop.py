@@ -1,4 +1,4 @@
-"""The steps of fine-tuning."""
+"""The training loop of fine-tuning."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ __all__ = ["Outcome", "Step", "finetune"]
 
 @dataclass(frozen=True)
 class Step:
-    """A step that is done.
+    """Figures of a completed step.
 
     Args:
-        number: from 1.
-        steps: how many there are.
-        loss: the mean over the tokens that count, before the update.
-        norm: of the gradient, before it was clipped.
-        lr: the learning rate.
-        tokens: how many the model saw in all processes.
-        seconds: of gradient and update, without evaluation and the state's saving.
-        perplexity: of the held-out text after the step; None: it was not evaluated.
+        number: of the step, from 1.
+        steps: number of steps of the run.
+        loss: mean loss of the tokens that count, before the update, in nats.
+        norm: norm of the gradient before clipping.
+        lr: learning rate.
+        tokens: tokens that the models of all processes got, without padding.
+        seconds: time of gradient and update, without evaluating and saving the state.
+        perplexity: of the held-out text after the step; None: not evaluated.
     """
 
     number: int
@@ -62,13 +62,14 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What a run has come to.
+    """The result of a run.
 
     Attributes:
-        losses: of each step, the mean over the tokens that count, before the update.
-        evaluations: pairs of a number of steps and the perplexity of the held-out text after them.
-        step: the steps after which the model is as it was left: the best ones with ``patience``, else all.
-        stopped: whether it was stopped early.
+        losses: mean loss of the tokens that count before the update, for each step.
+        evaluations: pairs of a number of completed steps and the perplexity of the held-out text after them.
+        step: number of steps after which the final model was taken: those of the best evaluation with ``patience``,
+            else all.
+        stopped: whether the run was stopped early.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -78,7 +79,7 @@ class Outcome:
 
     @property
     def best(self) -> tuple[int, float]:
-        """The evaluation with the least perplexity, the first of equal ones."""
+        """The evaluation with the lowest perplexity, the first of equal ones."""
         return min(self.evaluations, key=lambda one: (one[1], one[0]))
 
 
@@ -94,26 +95,27 @@ def finetune(
 ) -> Outcome:
     """Train the parameters of a causal language model that require gradients, with AdamW, to predict the next token.
 
-    The same settings, rows and model give the same weights, to the bit, also if the run is ended at any moment and
-    goes on from its states.
+    The same settings, rows and model give the same weights, to the bit, also if the run is killed at any moment and
+    resumed from its states.
 
     Args:
-        model: with an adapter, or anything that trains; ``prepare_training`` before makes its steps small.
+        model: has an adapter, or other parameters that train; call ``prepare_training`` before to save memory.
         rows: to train on.
         settings: steps, batches, rates.
-        held_out: rows to evaluate on, after ``eval_every`` steps and at the end.
-        states: where to save the state, and to go on from it if there is one.
+        held_out: rows to evaluate on, every ``eval_every`` steps and at the end.
+        states: where states are saved; if there is one, the run resumes from it.
         ranks: the processes that train together; None: this one alone.
         watch: is called after each step.
 
     Returns:
-        Losses and evaluations, with those of the steps before it was resumed.
+        Losses and evaluations, including those from before the run was resumed.
 
     Raises:
-        ValueError: nothing trains; a loss, a gradient or a weight is no longer finite: the step is named, and the
-            last good state is kept.
-        FileError: the state is of another run.
-        OSError: a state cannot be written.
+        ValueError: nothing trains; ``patience`` without ``held_out``; fewer rows than processes; or a loss, a
+            gradient, a perplexity or a weight is no longer finite: the step is named, and the last good state is
+            kept.
+        FileError: the state is damaged, or of another run.
+        OSError: a state cannot be read or written.
     """
     if not trained(model):
         raise ValueError(f"{type(model).__name__} has no parameter that trains: lowmem.add_adapter adds an adapter")
@@ -151,10 +153,10 @@ class _Run:
         self._best: dict[str, Tensor] = {}
 
     def run(self) -> Outcome:
-        """Train until the end, from the beginning or from the newest state."""
+        """Train from the first step, or from the newest state, to the end."""
         self._start = self._resume()
         scheduler = self._scheduler(self._start)
-        self._optimizer.zero_grad(set_to_none=True)  # of what was done with the model before
+        self._optimizer.zero_grad(set_to_none=True)  # drop gradients that the model had before the run
         self._model.train()
         for step in range(self._start, self._order.steps):
             self._step(step, scheduler)
@@ -183,7 +185,7 @@ class _Run:
         return LambdaLR(self._optimizer, schedule, last_epoch=start - 1)
 
     def _step(self, step: int, scheduler: LambdaLR) -> None:
-        """Do one step. Nothing is changed before its loss and gradient are known to be finite."""
+        """Do one step. No parameter changes unless its loss and gradient are finite."""
         before, started = random_states(self._device), time.perf_counter()
         indices = self._order.indices(step)
         loss, tokens = self._gradient(indices)
@@ -194,7 +196,7 @@ class _Run:
                 raise self._diverged(what, self._keep(step, before, good=name != "loss"))
         seconds = time.perf_counter() - started
         if self._states is not None and step > self._start and self._is_due(step):
-            self._states.save(self._saved(step, before))  # this step has shown that the ones before are good
+            self._states.save(self._saved(step, before))  # the finite loss shows that the state before it is good
         lr, started = float(self._optimizer.param_groups[0]["lr"]), time.perf_counter()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -205,20 +207,22 @@ class _Run:
         self._watch(Step(step + 1, self._order.steps, loss, norm, lr, tokens, seconds, found))
 
     def _is_due(self, step: int) -> bool:
-        """Whether the state after so many steps is to be saved: before ``save_every``, after powers of two."""
+        """Whether to save the state after ``step`` steps: multiples of ``save_every``; below it, powers of two."""
         every = self._settings.save_every
         return step % every == 0 or (step < every and step & (step - 1) == 0)
 
     def _keep(self, step: int, random: dict[str, Tensor], good: bool) -> OSError | None:
-        """Save the state before a step that failed, if the one before has a finite loss with it, too.
+        """Save the state before a failed step, unless its weights are bad.
+
+        They are good if the failed step's loss is finite, or else if the loss of the rows of the step before is.
 
         Args:
-            step: how many are done.
-            random: the state of torch's generators before the step.
-            good: whether the loss is known to be finite.
+            step: number of completed steps.
+            random: the states of torch's generators before the failed step.
+            good: whether the failed step's loss is finite.
 
         Returns:
-            The error of writing it.
+            The error, if writing the state failed.
         """
         if self._states is None or step == self._start:
             return None
@@ -226,12 +230,12 @@ class _Run:
             return None
         try:
             self._states.save(self._saved(step, random))
-        except OSError as error:  # what it says is told with the loss
+        except OSError as error:  # reported together with the loss
             return error
         return None
 
     def _loss_again(self, step: int) -> float:
-        """Return the loss of a step's rows with the weights of now."""
+        """Return the summed loss of a step's rows with the current weights."""
         settings, ranks, loss = self._settings, self._ranks, 0.0
         with torch.no_grad():
             for own in part(self._order.indices(step), settings.batch_size, ranks.rank, ranks.world):
@@ -240,9 +244,9 @@ class _Run:
         return ranks.sum(loss)
 
     def _gradient(self, indices: list[int]) -> tuple[float, int]:
-        """Add the gradient of the mean loss of some rows; return that loss, and the tokens of these rows."""
+        """Accumulate the gradient of the mean loss of some rows; return that loss, and the tokens of these rows."""
         settings, ranks = self._settings, self._ranks
-        total = max(1, int(self._rows.counted[indices].sum()))  # of all processes, whose rows every one knows
+        total = max(1, int(self._rows.counted[indices].sum()))  # in all processes: each knows the rows of all
         parts = part(indices, settings.batch_size, ranks.rank, ranks.world)
         loss, tokens = 0.0, 0
         for number, own in enumerate(parts, 1):
@@ -255,7 +259,7 @@ class _Run:
         return ranks.sum(loss), int(ranks.sum(tokens))
 
     def _evaluate(self, step: int) -> float | None:
-        """Evaluate if it is time; note whether that is the end."""
+        """Evaluate if it is due, and set ``stopped`` if patience has run out; return the perplexity."""
         every, patience = self._settings.eval_every, self._settings.patience
         due = step == self._order.steps or (every is not None and step % every == 0)
         if self._held_out is None or not due:
@@ -288,7 +292,7 @@ class _Run:
                 for name, parameter in trained(self._model).items():
                     parameter.copy_(self._best[name])
         for name, parameter in trained(self._model).items():
-            if not bool(parameter.isfinite().all()):  # which no loss has shown after the last step
+            if not bool(parameter.isfinite().all()):  # no loss was computed after the last update
                 raise self._diverged(f"{name!r} is no longer finite after step {self._done.step}")
 
     def _diverged(self, what: str, unwritten: OSError | None = None) -> ValueError:

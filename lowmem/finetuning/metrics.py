@@ -1,4 +1,4 @@
-"""The figures of each step in a file, a line of JSON each; a run that goes on continues it where it was."""
+"""A file with one line of JSON for each step; a resumed run continues it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lowmem.io.atomic import check_free, check_writable, open_regular, read_erro
 __all__ = ["Metrics", "check_metrics", "peak_memory"]
 
 _LINE = re.compile(rb'\{"step": \d.*\n?|' + b"|".join(re.escape(b'{"step": '[:end]) for end in range(1, 10)))
-"""The first line of a file, which a full disk or a kill may have cut anywhere."""
+"""Matches the first line of a metrics file, which a full disk or a kill may have truncated anywhere."""
 
 
 class Metrics:
-    """Writes lines to a file.
+    """Writes metrics to a file.
 
     Args:
         path: of the file.
-        step: the run goes on after so many steps, and lines of later ones are dropped; None: it is new.
+        step: number of steps after which the run resumes; lines of later steps are dropped. None: a new run.
 
     Raises:
-        FileExistsError: the run is new, and something is at ``path``.
-        FileError: the run goes on, and the file is none of metrics.
+        FileExistsError: the run is new, and ``path`` exists.
+        FileError: the run resumes, and the file is not a metrics file.
         OSError: the file cannot be read or written.
     """
 
@@ -45,7 +45,7 @@ class Metrics:
             self._file: BufferedWriter = open(path, "ab")  # noqa: SIM115
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a line, whole.
+        """Write one line, and flush it.
 
         Raises:
             OSError: it cannot be written.
@@ -56,7 +56,7 @@ class Metrics:
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # which flushes again what could not be written
+        with suppress(OSError):  # close flushes again what could not be written
             self._file.close()
 
 
@@ -64,8 +64,8 @@ def check_metrics(path: Path, resume: bool) -> None:
     """Raise, before anything is trained, if metrics cannot be written.
 
     Raises:
-        FileExistsError: the run is new, and something is at ``path``.
-        FileError: the run goes on, and the file at ``path`` is none of metrics.
+        FileExistsError: the run is new, and ``path`` exists.
+        FileError: the run resumes, and the file at ``path`` is not a metrics file.
         OSError: no file can be written there.
     """
     if not resume:
@@ -76,10 +76,11 @@ def check_metrics(path: Path, resume: bool) -> None:
 
 
 def _lines_until(path: Path, step: int) -> bytes:
-    """Return the whole lines of a file up to a step.
+    """Return the complete lines of a metrics file up to a step.
 
     Raises:
-        FileError: its first line is none that ``Metrics`` writes, or the start of one: it is another's file.
+        FileError: the first line is neither one that ``Metrics`` writes nor the start of one.
+        OSError: the file cannot be read.
     """
     with open_regular(path) as file, read_errors(path):
         lines = file.read().splitlines(keepends=True)
@@ -89,7 +90,7 @@ def _lines_until(path: Path, step: int) -> bytes:
     for line in lines:
         try:
             number = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):  # a kill has cut it
+        except (ValueError, TypeError, KeyError):  # truncated by a kill
             break
         if type(number) is not int or number > step or not line.endswith(b"\n"):
             break
@@ -98,7 +99,7 @@ def _lines_until(path: Path, step: int) -> bytes:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that the process has taken: of its tensors on a GPU, else resident; None: not known."""
+    """Return the process's peak memory in bytes: of tensors on the GPU, else resident memory; None on Windows."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

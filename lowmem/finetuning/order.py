@@ -1,4 +1,4 @@
-"""Which rows a step trains on: a function of the step's number alone, so that a run goes on where it was."""
+"""Which rows a step trains on: a function of seed and step number alone, so that a run can be resumed anywhere."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 
 __all__ = ["Order", "part"]
 
-_MIX = 0x9E3779B97F4A7C15  # odd: each epoch of each seed has a seed of its own
+_MIX = 0x9E3779B97F4A7C15  # odd, so that the epochs of one seed have different seeds
 
 
 @dataclass(frozen=True)
 class Order:
-    """Rows in a random order that is another one in each epoch; batches run over the ends of epochs.
+    """Rows, shuffled anew in each epoch; a step may span the end of an epoch.
 
     Args:
-        rows: how many there are.
-        per_step: how many a step takes; the last step takes what is left.
-        seed: of the orders.
-        total: how many rows all steps take.
+        rows: number of rows in the data.
+        per_step: rows of a step; the last step may have fewer.
+        seed: of the shuffles.
+        total: rows of all steps together.
     """
 
     rows: int
@@ -30,11 +30,11 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """How many steps there are."""
+        """The number of steps."""
         return -(-self.total // self.per_step)
 
     def indices(self, step: int) -> list[int]:
-        """Return the rows of a step, which counts from 0."""
+        """Return the rows of a step; the first step is 0."""
         start = step * self.per_step
         stop = min(start + self.per_step, self.total)
         found: list[int] = []
@@ -52,15 +52,15 @@ def _shuffled(rows: int, seed: int) -> list[int]:
 
 
 def part(indices: list[int], batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """Return the batches of one of several processes, which together are all rows of a step.
+    """Return one process's batches of a step; those of all processes together are the step's rows.
 
-    Every process gets as many batches as the others. The last ones may be shorter, or empty.
+    Every process gets the same number of batches. The last ones may be shorter, or empty.
 
     Args:
         indices: the rows of the step.
         batch_size: rows that a process computes at a time.
         rank: of the process.
-        world: how many processes there are.
+        world: number of processes.
     """
     together = batch_size * world
     return [indices[start : start + together][rank::world] for start in range(0, len(indices), together)]

@@ -1,4 +1,4 @@
-"""A picture of a run: the loss of each step, and of the held-out text."""
+"""A plot of a run: the loss of each step, and that of the held-out text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ KINDS = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Raise, before anything is trained, if a picture cannot be drawn or written.
+    """Raise, before anything is trained, if a plot cannot be drawn or written.
 
     Raises:
-        ValueError: no picture is of this kind.
+        ValueError: the suffix is not one of ``KINDS``.
         ImportError: matplotlib is missing.
         OSError: the file cannot be written.
     """
@@ -40,9 +40,9 @@ def plot_losses(
 
     Args:
         path: of a ``.png``, ``.svg`` or ``.pdf`` file.
-        losses: of each step.
-        evaluations: pairs of a number of steps and the perplexity of the held-out text after them.
-        before: perplexities of the held-out text before the first step, by name.
+        losses: of each step, in nats per token.
+        evaluations: pairs of a number of completed steps and the perplexity of the held-out text after them.
+        before: perplexities of the held-out text before the first step, by name; at most three are drawn.
 
     Raises:
         ValueError, ImportError, OSError: as ``check_plot``.
@@ -79,7 +79,7 @@ _UNDATED: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None},
     ".pdf": {"CreationDate": None},
 }
-"""What leaves versions and dates out of a file."""
+"""Metadata that leaves dates and versions out of the file, by suffix."""
 
 
 def _figure() -> Any:

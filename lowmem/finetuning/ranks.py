@@ -1,4 +1,4 @@
-"""What a training loop needs of the processes that train together."""
+"""What the training loop needs from a group of processes that train together."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Alone", "Ranks"]
 
 
 class Ranks(Protocol):
-    """One of the processes that train together.
+    """This process as one of those that train together.
 
     Attributes:
-        rank: its number.
-        world: how many there are.
-        gradient_scale: what a process multiplies its part of the mean loss with: ``world`` where the gradients of the
-            processes are averaged.
+        rank: of this process.
+        world: number of processes.
+        gradient_scale: factor of a process's part of the mean loss before backward: ``world`` if gradients are
+            averaged over the processes, so that the average is the gradient of the mean loss.
     """
 
     @property
@@ -32,22 +32,22 @@ class Ranks(Protocol):
     def gradient_scale(self) -> float: ...  # noqa: D102
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return a model that trains together with those of the other processes."""
+        """Wrap a model so that it trains together with those of the other processes."""
 
     def whole(self, model: nn.Module) -> nn.Module | None:
-        """Return the model, whole, of one that was wrapped; None: it is in rank 0."""
+        """Return the unwrapped model with whole parameters in rank 0; None in other ranks."""
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Return the context of forward and backward of a batch, the ``last`` one of a step or not."""
+        """Return the context of a batch's forward and backward; ``last``: whether it is the step's last batch."""
 
     def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
-        """Return the norm of all gradients, which are scaled down to a norm of at most ``most``."""
+        """Scale the gradients down to a common norm of at most ``most`` (None: any); return the norm before."""
 
     def sum(self, value: float) -> float:
         """Return the sum of a value over the processes."""
 
     def rest(self, model: nn.Module) -> None:
-        """Let go of what a forward without backward has gathered."""
+        """Free parameters that a forward without backward has gathered."""
 
 
 class Alone:
@@ -70,7 +70,7 @@ class Alone:
         return nullcontext()
 
     def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
-        """Return the norm of all gradients, which are scaled down to a norm of at most ``most``."""
+        """Scale the gradients down to a common norm of at most ``most`` (None: any); return the norm before."""
         return float(nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most))
 
     def sum(self, value: float) -> float:

@@ -1,4 +1,4 @@
-"""Rows of tokens that a model computes together: short examples share a row where the model keeps them apart."""
+"""Rows of tokens: short examples are packed into one row if the model does not let them attend to each other."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Batch", "Rows", "pack"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows.
+    """The model's input for some rows.
 
     Args:
-        inputs: the arguments of the model.
-        targets: int64 (rows, tokens): at each token the one after it, or ``IGNORED``.
-        tokens: how many there are, without padding.
+        inputs: keyword arguments of the model.
+        targets: int64 (rows, tokens): for each token the next one, or ``IGNORED``.
+        tokens: number of tokens, without padding.
     """
 
     inputs: dict[str, Any]
@@ -34,20 +34,20 @@ class Batch:
 class Rows:
     """Examples in rows of at most ``length`` tokens.
 
-    Where the model isolates them, several share a row: each begins at position 0, and none sees another. Otherwise
-    each has a row of its own, which is padded at its end, where nothing before sees it.
+    If the model isolates them (``Calling.isolates``), several examples are packed into one row, each with positions
+    from 0. Otherwise each example has its own row, padded at the end, which a causal model does not see.
 
     Args:
         examples: of at most ``length`` tokens each.
-        length: of the longest row.
+        length: the most tokens of a row.
         calling: how the model is called.
 
     Attributes:
-        counted: int64 (rows,): how many tokens of each row are to be predicted.
-        tokens: how many all rows have.
+        counted: int64 (rows,): number of tokens to be predicted in each row.
+        tokens: number of tokens in all rows.
 
     Raises:
-        ValueError: there are no examples, or a longer one.
+        ValueError: there are no examples, or one is longer than ``length``.
     """
 
     def __init__(self, examples: Sequence[Example], length: int, calling: Calling) -> None:
@@ -65,10 +65,10 @@ class Rows:
 
     @classmethod
     def of(cls, model: nn.Module, examples: Sequence[Example], length: int, vocabulary: int) -> Rows:
-        """Make rows for a model of so many tokens.
+        """Make rows for a model with a vocabulary of that size.
 
         Raises:
-            ValueError: as ``calling_of``, or as above.
+            ValueError: as ``calling_of``, or as for the class.
         """
         return cls(examples, length, calling_of(model, vocabulary))
 
@@ -76,10 +76,10 @@ class Rows:
         return len(self._rows)
 
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-        """Return some rows, as long as the longest of them.
+        """Return some rows, padded to the longest of them.
 
-        Without indices it is a row of one token, of which nothing counts: a process whose part of a step is empty
-        takes part in forward and backward nevertheless, with gradients of zero.
+        Without indices, return a row of one token without a target: a process whose part of a step is empty must
+        still take part in forward and backward, with gradients of zero.
         """
         rows = [self._rows[index] for index in indices]
         width = max([1, *(sum(len(self._examples[one].ids) for one in row) for row in rows)])
@@ -94,7 +94,7 @@ class Rows:
                 positions[row, start:stop] = torch.arange(stop - start)
                 start = stop
             mask[row, :start] = 1
-            positions[row, start:] = torch.arange(width - start)  # padding is a text of its own
+            positions[row, start:] = torch.arange(width - start)  # the padding is a separate text
         several = any(len(parts) > 1 for parts in rows)
         padded = not several and not bool(mask.all())
         inputs = self.calling.inputs(
@@ -109,13 +109,13 @@ class Rows:
 
 
 def pack(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Return rows of numbers of examples, each in the row that it fills best, the longest first.
+    """Return for each row the indices of its examples: best-fit decreasing.
 
-    Best-fit decreasing takes at most 11/9 of the least number of rows, and one (Johnson, Near-optimal bin packing
+    The number of rows is at most 11/9 of the optimum plus a small constant (Johnson, Near-optimal bin packing
     algorithms, 1973).
     """
     rows: list[list[int]] = []
-    left: dict[int, list[list[int]]] = {}  # rows by the tokens that they have room for
+    left: dict[int, list[list[int]]] = {}  # rows by their free tokens
     sizes: list[int] = []  # the keys, sorted
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
         size = lengths[number]

@@ -1,4 +1,4 @@
-"""The learning rate over the steps: warm-up, and decay. For ``torch.optim.lr_scheduler.LambdaLR``."""
+"""Learning rate schedules with warm-up and decay, for ``torch.optim.lr_scheduler.LambdaLR``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
-"""What is left of the learning rate, by the share of the steps after the warm-up that is done."""
+"""Factor of the learning rate as a function of the completed share of the steps after the warm-up."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The factor of the learning rate at a step, which counts from 0.
+    """The factor of the learning rate at a step; the first step is 0.
 
-    It rises in equal parts to 1, which it has after ``warmup`` steps, and decays towards 0 after the last step.
+    It rises linearly, is 1 at step ``warmup``, and decays so that it would be 0 at step ``steps`` (but for "none").
 
     Args:
-        steps: how many there are.
-        warmup: how many of them have a factor below 1 at the beginning.
+        steps: number of steps.
+        warmup: number of steps at the beginning whose factor is below 1.
         decay: a key of ``DECAYS``.
     """
 

@@ -1,4 +1,4 @@
-"""What decides how a model is fine-tuned."""
+"""The hyperparameters of fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from lowmem.finetuning.schedule import DECAYS
 
 __all__ = ["LARGEST_LR", "FineTuning"]
 
-LARGEST_LR = 0.09 * torch.finfo(torch.float32).max  # AdamW's first step is lr / (1 - 0.9); the rest is for rounding
+# AdamW computes lr / (1 - 0.9) in its first step; 0.09 instead of 0.1 leaves a margin for rounding.
+LARGEST_LR = 0.09 * torch.finfo(torch.float32).max
 
 MOST_ANEW = 1024
-"""Rows that a step may have where there are fewer, which then come again in it."""
+"""A step may have this many rows even if the data has fewer, which are then repeated within the step."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,21 @@ class FineTuning:
     """Settings of ``finetune``.
 
     Args:
-        steps: how many updates; None: as many as ``epochs`` take.
-        epochs: how often each row is seen; None: once, unless ``steps`` are given.
-        batch_size: rows that are computed at a time, in each process.
-        accumulate: how many such batches make the gradient of a step, which is that of one batch of all their rows:
-            each token that counts has the same weight.
-        lr: the learning rate of AdamW.
-        warmup: steps over which it rises.
-        decay: of the learning rate after them: "cosine", "linear", or "none".
-        clip: the most that the norm of all gradients may be; None: any.
-        weight_decay: how much of a parameter a learning rate of 1 takes from it.
+        steps: number of updates; None: as many as ``epochs`` need.
+        epochs: passes over the rows; None: one, unless ``steps`` is given.
+        batch_size: rows that each process computes at a time.
+        accumulate: batches per step and process. The gradient is that of one batch of all their rows, in which each
+            token that counts has the same weight.
+        lr: peak learning rate of AdamW.
+        warmup: steps over which the learning rate rises.
+        decay: of the learning rate after the warm-up: "cosine", "linear", or "none".
+        clip: gradients are scaled down to at most this norm; None: no clipping.
+        weight_decay: AdamW's decoupled weight decay.
         seed: of the order of rows, and of dropout.
-        eval_every: evaluate after so many steps, too, not at the end alone.
-        patience: stop after so many evaluations that are not better than the best, and keep the best adapter.
-        save_every: steps after which the state is saved.
+        eval_every: steps between evaluations; None: evaluate only at the end.
+        patience: stop after this many evaluations that are not better than the best one, and keep the best weights;
+            None: never.
+        save_every: steps between saved states.
 
     Raises:
         ValueError: a value out of its range.
@@ -84,10 +86,11 @@ class FineTuning:
             raise ValueError(f"patience={self.patience} counts evaluations: set eval_every, too")
 
     def total_rows(self, rows: int, world: int = 1) -> int:
-        """Return how many rows all steps take together, of so many in a file.
+        """Return the rows of all steps together, for a data set of ``rows`` rows.
 
         Raises:
-            ValueError: the warm-up is as long as all steps, or a step has far more rows than there are.
+            ValueError: the warm-up is as long as all steps, or ``steps`` is given and a step has more rows than the
+                data and than ``MOST_ANEW``.
         """
         per_step = self.batch_size * self.accumulate * world
         if self.steps is not None and per_step > max(rows, MOST_ANEW):

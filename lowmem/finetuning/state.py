@@ -1,7 +1,7 @@
-"""The state of a training run: written so that a kill at any moment leaves a whole one, and read to go on from it.
+"""The saved state of a training run, from which a run that was killed at any moment can resume.
 
-Two files take turns. Each is written beside its place and renamed, and has a digest: if the newer one is damaged,
-the older one is taken.
+Two files are written alternately. Each is written to a temporary file and renamed, and has a digest: if the newer one
+is damaged, the older one is read.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Saved:
     """The state after some steps.
 
     Args:
-        step: how many are done; the place in the data follows from it.
+        step: number of completed steps; the position in the data follows from it.
         tensors: ``parameters.NAME``, ``optimizer.NAME.KEY``, ``best.NAME``, ``random.DEVICE``, and ``losses``.
-        record: what is no tensor, as JSON.
+        record: everything else, as values that JSON can hold.
     """
 
     step: int
@@ -54,7 +54,7 @@ class Saved:
     record: Mapping[str, Any]
 
     def group(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors whose names begin with ``name`` and a dot, by the rest of their names."""
+        """Return the tensors whose names begin with ``name.``, by the rest of their names."""
         start = f"{name}."
         return {key.removeprefix(start): value for key, value in self.tensors.items() if key.startswith(start)}
 
@@ -63,26 +63,26 @@ class Store(Protocol):
     """Where the states of a run are kept."""
 
     def newest(self, model: nn.Module | None = None) -> Saved | None:
-        """Return the newest whole state, as the model needs it; None: there is none."""
+        """Return the newest undamaged state, with parameters as ``model`` has them (shards, say); None: no state."""
 
     def save(self, saved: Saved) -> None:
-        """Write a state, and keep the one before until it is whole."""
+        """Write a state; until it is complete, the one before is kept."""
 
     def kept(self) -> str:
-        """Say which state is there, for an error that ends the run."""
+        """Return a text that says which state exists, for the error that ends a run."""
 
 
 class States:
     """The states of a run in a folder.
 
     Args:
-        folder: is made by the first ``save``.
-        origin: what the run was started with, as JSON: a state of another run is refused.
-        may_differ: keys of ``origin`` that another value may have from now on.
+        folder: is created by the first ``save``.
+        origin: what the run was started with, as JSON: a state of another run is an error.
+        may_differ: keys of ``origin`` whose values may differ from those in the state.
 
     Attributes:
-        changed: texts on what differs of those.
-        facts: JSON that goes with each state, and comes back with it.
+        changed: texts on the values that differ, set by ``newest``.
+        facts: values for JSON that are saved with each state, and set again by ``newest``.
     """
 
     def __init__(self, folder: Path, origin: Mapping[str, Any], may_differ: Collection[str] = ()) -> None:
@@ -92,10 +92,10 @@ class States:
         self._last: tuple[int, str] | None = None  # the step of the newest state, and its file
 
     def newest(self, model: nn.Module | None = None) -> Saved | None:
-        """Return the newest whole state; None: there is none. Every model takes it.
+        """Return the newest undamaged state; None: no state. ``model`` is not used: the parameters are whole.
 
         Raises:
-            FileError: no state is whole, or the newest is one of another run: the first thing that differs is named.
+            FileError: all states are damaged, or the newest is of another run: the first difference is named.
             OSError: a file cannot be read.
         """
         found: list[tuple[Saved, str]] = []
@@ -118,10 +118,10 @@ class States:
         return saved
 
     def save(self, saved: Saved) -> None:
-        """Write a state in place of the older one of two.
+        """Write a state in place of the older of the two.
 
         Raises:
-            OSError: it cannot be written; the one before is whole.
+            OSError: it cannot be written; the newer of the two is kept.
         """
         with write_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
@@ -131,13 +131,17 @@ class States:
         self._last = saved.step, name
 
     def kept(self) -> str:
-        """Say which state is there."""
+        """Return a text that says which state exists."""
         if self._last is None:
             return "no state was saved before"
         return f"the last good state, after step {self._last[0]}, is kept in {quoted(self.folder)}"
 
     def remove(self) -> None:
-        """Remove the folder, when the run has ended."""
+        """Remove the folder after the end of the run.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
         with write_errors(self.folder), suppress(FileNotFoundError):
             shutil.rmtree(self.folder)
 
@@ -155,16 +159,16 @@ class States:
 def changes(
     path: Path, origin: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
 ) -> list[str]:
-    """Return texts on what a run was started with otherwise than it is now.
+    """Return a text for each value that differs between the start of a run and now.
 
     Args:
-        path: of what the run has written, for the error.
-        origin: what it was started with. If it has a ``base``, that is what the adapter belongs to.
-        now: the same, as it is now.
-        may_differ: keys that may.
+        path: file of the run, for the error.
+        origin: what the run was started with; ``base`` identifies the base model of the adapter.
+        now: the current values of the same keys.
+        may_differ: keys whose values may differ.
 
     Raises:
-        FileError: something else differs; the first is named.
+        FileError: another value differs; the first one is named.
     """
     found = []
     for key in (*origin, *(key for key in now if key not in origin)):
@@ -184,18 +188,18 @@ def changes(
 
 
 def _short(value: Any) -> str:
-    """Return a value for errors; of a digest the digits that tell it from others."""
+    """Return a value as text for errors; a digest is abbreviated."""
     is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
     return f"{value[:12]}..." if is_digest else show(value)
 
 
 def forked_random(device: torch.device) -> AbstractContextManager[None]:
-    """Return the context after which the states of torch's generators, those of a model there, are as before it."""
+    """Return a context that restores torch's random state on the CPU and, if it is a GPU, on ``device``."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of torch's generators."""
+    """Return the states of torch's generators on the CPU and, if it is a GPU, on ``device``."""
     found = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
@@ -203,14 +207,14 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set the states of torch's generators."""
+    """Set the states of torch's generators to those of ``random_states``."""
     torch.set_rng_state(states["cpu"].clone())
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"].clone(), device)
 
 
 def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what a state holds of a model's parameters that train, and of its optimizer: tensors, and numbers."""
+    """Return tensors and record of a ``Saved``, of trained parameters and optimizer; the tensors are not copied."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, parameter in trained(model).items():
@@ -224,10 +228,10 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[st
 
 
 def put_back(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give a model and its optimizer what ``capture`` has found.
+    """Load what ``capture`` returned into a model and its optimizer.
 
     Raises:
-        ValueError: the state is one of other parameters; nothing was changed.
+        ValueError: the state is of other parameters; nothing was changed.
     """
     own, parameters = trained(model), saved.group("parameters")
     shapes, others = ({name: tuple(one.shape) for name, one in group.items()} for group in (own, parameters))
@@ -255,5 +259,5 @@ def put_back(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that train, by their first names; a wrapper for several processes has none in these."""
+    """Return the parameters that train, by name, without the prefix that a DDP or FSDP wrapper adds."""
     return {name: one for name, one in unwrap(model).named_parameters() if one.requires_grad}

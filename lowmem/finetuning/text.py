@@ -1,7 +1,8 @@
-"""Text files for fine-tuning: what a model sees of them, and which tokens it is to predict.
+"""Reads text files for fine-tuning into token sequences, and marks the tokens that the model learns to predict.
 
-A ``.txt`` file is one text, read in windows. A line of a ``.jsonl`` file is a JSON object with ``text``, with
-``prompt`` and ``completion``, or with ``messages``, of which completions and the assistant's messages count.
+A ``.txt`` file is one text, cut into windows. Each line of a ``.jsonl`` file is a JSON object with ``text``, with
+``prompt`` and ``completion``, or with ``messages``. Of the latter two, only the tokens of completions and of the
+assistant's messages count.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from lowmem.io.atomic import open_regular, read_errors
 __all__ = ["IGNORED", "Example", "Texts", "Tokenizer", "read_examples"]
 
 IGNORED = -100
-"""The target of a token after which nothing is to be predicted."""
+"""Target of a token whose successor is not to be predicted: ``ignore_index`` of torch's cross entropy."""
 
 KINDS = (".txt", ".jsonl")
 
 
 class Tokenizer(Protocol):
-    """What makes tokens of text. ``lowmem.integrations.transformers.TextTokenizer`` makes one of a transformers one.
+    """A tokenizer. ``lowmem.integrations.transformers.TextTokenizer`` adapts one of transformers.
 
     Attributes:
-        end: the token that ends a text, or None.
+        end: the end-of-text token, or None.
     """
 
     end: int | None
 
     def encode(self, text: str, special: bool) -> Sequence[int]:
-        """Return the tokens of a text; with what the tokenizer puts before each text, if ``special``."""
+        """Return the tokens of a text; if ``special``, with the special tokens that start each text."""
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, bool]]:
-        """Return the pieces of a conversation's text in their order, and whether each is to be learnt.
+        """Return the pieces of a formatted conversation in order, each with whether its tokens count.
 
         Raises:
-            ValueError: the tokenizer has no template for conversations, or it refuses this one.
+            ValueError: the tokenizer has no chat template, or the template rejects this conversation.
         """
 
 
@@ -54,7 +55,7 @@ class Example:
 
     Args:
         ids: int32 (tokens,).
-        targets: int32 (tokens,): at each token the one after it, or ``IGNORED`` if that does not count.
+        targets: int32 (tokens,): for each token the next one, or ``IGNORED`` if that does not count.
     """
 
     ids: Tensor
@@ -62,7 +63,7 @@ class Example:
 
     @classmethod
     def of(cls, tokens: Sequence[int], counts: Sequence[bool]) -> Example:
-        """Make one of tokens, each with whether it is to be predicted."""
+        """Make an example from tokens; ``counts`` says of each whether it is to be predicted."""
         ids = torch.tensor(tokens, dtype=torch.int32)
         targets = torch.full_like(ids, IGNORED)
         targets[:-1] = torch.where(torch.tensor(counts[1:], dtype=torch.bool), ids[1:], IGNORED)
@@ -70,7 +71,7 @@ class Example:
 
     @property
     def counted(self) -> int:
-        """How many tokens are to be predicted."""
+        """The number of tokens to be predicted."""
         return int((self.targets != IGNORED).sum())
 
 
@@ -79,11 +80,11 @@ class Texts:
     """The examples of a file.
 
     Args:
-        examples: each at most as long as was asked for.
-        digest: SHA-256 of the file.
-        in_order: whether they follow each other in one text.
-        cut: how many were longer, and lost their end.
-        dropped: how many are left out, since nothing that counts was left of them.
+        examples: none longer than the ``length`` of ``read_examples``.
+        digest: SHA-256 of the file, in hex.
+        in_order: whether the examples are consecutive parts of one text.
+        cut: number of examples that were longer and were truncated.
+        dropped: number of texts that were left out, because no token of them counts.
     """
 
     examples: list[Example]
@@ -93,10 +94,10 @@ class Texts:
     dropped: int = 0
 
     def split(self, share: float, seed: int) -> tuple[Texts, Texts]:
-        """Return what to train on, and a share that is held out: of one text its end, of lines any.
+        """Return the texts to train on, and a held-out share: the end of a single text, or random lines.
 
         Raises:
-            ValueError: one of them would have no example.
+            ValueError: one of the two would have no example.
         """
         count = len(self.examples)
         held = round(share * count)
@@ -116,17 +117,17 @@ class Texts:
 def read_examples(path: str | os.PathLike[str], tokenizer: Tokenizer, length: int) -> Texts:
     """Read the examples of a ``.txt`` or ``.jsonl`` file.
 
-    A ``.txt`` file is cut into windows of ``length`` tokens, and so is a ``text`` that is longer. Of a longer prompt
-    with its completion, and of longer messages, the beginning is kept.
+    A ``.txt`` file and each ``text`` of a ``.jsonl`` file are cut into windows of ``length`` tokens. A prompt with
+    its completion, and messages, are truncated to ``length`` tokens.
 
     Args:
         path: of the file, in UTF-8.
-        tokenizer: that of the model.
+        tokenizer: the model's.
         length: the most tokens of an example, at least 2.
 
     Raises:
-        FileError: the file is of another kind, empty, no UTF-8, or has nothing to predict; or a line is no such
-            object, whose number is named.
+        FileError: the file has another suffix, is empty, is not UTF-8, or has no token to predict; or a line is not
+            such an object: its number is named.
         ValueError: ``length`` is below 2.
         OSError: the file cannot be read.
     """
@@ -160,7 +161,7 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Tokenizer, length: in
 
 
 def _lines(path: Path, text: str, tokenizer: Tokenizer, length: int) -> Iterator[tuple[list[Example], int]]:
-    """Yield for each line its examples, and how many tokens were cut off."""
+    """Yield for each line its examples, and the number of tokens that were cut off."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -211,7 +212,7 @@ def _windows(text: str, tokenizer: Tokenizer, length: int) -> list[Example]:
 
 def _completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     before = [*tokenizer.encode(prompt, True)]
-    if before and before[-1] == tokenizer.end:  # some tokenizers end each text with it
+    if before and before[-1] == tokenizer.end:  # some tokenizers append it to each text
         before.pop()
     after = _with_end([*tokenizer.encode(completion, False)], tokenizer)
     return before + after, [False] * len(before) + [True] * len(after)

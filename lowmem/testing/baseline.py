@@ -44,7 +44,7 @@ class Key:
     Attributes:
         backend: the active kernel backend, or the device type if it is not the CPU.
         torch: its version, as major.minor.
-        threads: of torch; each has its own scratch.
+        threads: number of torch's threads; each allocates its own scratch.
     """
 
     backend: str
@@ -109,7 +109,7 @@ def compare(name: str, stored: Figures, now: Figures) -> list[Change]:
 
 
 def difference_table(changes: Iterable[Change]) -> list[str]:
-    """Return the lines of a table of changes: figure, before, after, difference, in bytes."""
+    """Return the lines of a table of changes, in bytes: figure, before, after, difference."""
     return layout([("bytes", "before", "after", "difference"), *(change.cells for change in changes)], left=(0,))
 
 
@@ -155,7 +155,7 @@ def parse_document(content: str | bytes, key: Key, more: Collection[str] = ()) -
         more: names of further members, besides the key's and ``figures``.
 
     Raises:
-        ValueError: it is damaged, or has another key; the message is one line without the file's name.
+        ValueError: the content is damaged, or has another key; the message is one line without the file's name.
     """
     try:
         document = json.loads(content, object_pairs_hook=_without_duplicates)
@@ -189,7 +189,7 @@ def check_figures(name: str, figures: Any) -> None:
 
 
 def write_figures(path: Path, key: Key, figures: Mapping[str, Mapping[str, float]], **more: Any) -> None:
-    """Write the baseline of a key atomically, and make its directory. Figures are sorted by name, for small diffs.
+    """Write a baseline atomically, and create its directory. Figures are sorted by name, for small diffs.
 
     Args:
         path: of the file.

@@ -1,4 +1,4 @@
-"""Calls a user's model: its own failures become a ModelError, apart from the verdict of a gate."""
+"""Turns failures of a user's model into ModelErrors, which differ from a failing gate."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ModelError(RuntimeError):
 
 
 def check_model(model: object, *inputs: Any) -> nn.Module:
-    """Return ``model`` if it is a module with values.
+    """Return ``model`` if it can be measured.
 
     Raises:
-        ModelError: it is no module, or it or an input is on the meta device.
+        ModelError: it is not a module, or a parameter, buffer or input is on the meta device.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(one_line(f"the model must be a torch.nn.Module, found {_kind(model)}"))
@@ -55,7 +55,7 @@ def model_errors(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except StopIteration as error:  # contextlib passes it on where it is the cause of a RuntimeError
+    except StopIteration as error:  # no ``from error``: contextlib re-raises it if it is the cause of a RuntimeError
         raise _failure(name, error) from None
     except (Exception, SystemExit) as error:  # a model may call sys.exit
         raise _failure(name, error) from error

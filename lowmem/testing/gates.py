@@ -20,7 +20,7 @@ class Judged:
     """The verdict of one gate.
 
     Attributes:
-        name: of the gate: the node id of its test, and the ``name=`` of the gate, if any.
+        name: of the gate: the node id of its test, followed by the gate's ``name=``, if any.
         file: path of the baseline, for messages.
         figures: as measured.
         verdict: "same", "changed", "unknown", "stored" or "updated".
@@ -63,7 +63,7 @@ class MemoryGates:
             Why the gate fails, or None.
 
         Raises:
-            FileError: the baseline is damaged, or of another version.
+            FileError: the baseline is damaged, or has another key.
             OSError: the baseline cannot be read.
         """
         path = key.path(self.directory)
@@ -107,7 +107,7 @@ class MemoryGates:
         return "\n".join([*lines, f"    {_command('store', test)}"])
 
     def note_stale(self, collected: Collection[str], files: Collection[str], passed: Collection[str]) -> None:
-        """Find the stored gates that no test has any more.
+        """Add to ``stale`` the stored gates that no test has any more.
 
         Args:
             collected: node ids of the tests of this session.
@@ -123,10 +123,11 @@ class MemoryGates:
                     self.stale.add((key, name))
 
     def write(self) -> list[str]:
-        """Store pending figures, remove stale ones in mode "update", and return the written files.
+        """Write pending figures, without stale ones in mode "update", and return the written files.
 
         Raises:
-            FileError, OSError: a file cannot be read or written; it is unchanged.
+            FileError: a file is damaged; it is unchanged.
+            OSError: a file cannot be read or written; it is unchanged.
         """
         self.stale = {(key, name) for key, name in self.stale if name not in self.rows}
         removed = self.stale if self.mode == "update" else set()
@@ -154,7 +155,7 @@ class MemoryGates:
         self.stale |= {(Key(*key), name) for key, name in dumped["stale"]}
 
     def table(self) -> list[str]:
-        """Return the lines of a table of the verdicts, with the total, forward and step bytes."""
+        """Return the lines of a table of the verdicts, with stored, forward and step bytes."""
         heading = ("verdict", "stored", "forward", "step", "gate")
         rows = [
             (row.verdict, *(f"{row.figures[f'{figure}_bytes']:,}" for figure in heading[1:4]), row.name)

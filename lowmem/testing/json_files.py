@@ -12,7 +12,7 @@ from lowmem.io.safetensors import parse_json
 __all__ = ["MOST_BYTES", "read_json"]
 
 MOST_BYTES = 2**28
-"""Largest file that is read, in bytes; a benchmark run with all single times has about 10 MiB."""
+"""Largest file that is read, in bytes; a benchmark run with every single time has about 10 MiB."""
 
 
 def read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Measures how many times as fast as a reference a model is, in turns, until the interval decides."""
+"""Measures the speedup of a model over a reference, in turns, until its confidence interval decides."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lowmem.testing.ratios import Ratio, ratio_of_times, seconds_per_call, take_
 
 __all__ = ["CONFIDENCE", "Speedup", "measure_speedup"]
 
-CONFIDENCE = 0.99  # of the interval; high, since each of several looks at it may err
+CONFIDENCE = 0.99  # of the interval; high, since it is checked several times, and each check may err
 BURST = 0.005  # least seconds of a turn: longer than the timer's resolution and most interruptions
-CALIBRATING = 3  # turns of each number of calls, until a burst is long enough
-FEWEST_ROUNDS = 8  # however slow the calls are: fewer pairs lie on one side by chance too often
-FIRST_ROUNDS = 16  # before the first look, if the time allows
-MOST_ROUNDS = 128  # in all; bootstrapping more pairs would take longer than measuring them
+CALIBRATING = 3  # turns per number of calls, while the calls of a burst are calibrated
+FEWEST_ROUNDS = 8  # however slow the calls are: fewer pairs too often lie on one side by chance
+FIRST_ROUNDS = 16  # rounds before the first check, if the time allows
+MOST_ROUNDS = 128  # in all; to bootstrap more pairs would take longer than to measure them
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """The verdict on a candidate.
+    """How many times as fast as the reference a candidate is.
 
     Attributes:
-        ratio: the reference's seconds divided by the candidate's: above 1 the candidate is faster.
+        ratio: the reference's seconds divided by the candidate's: above 1, the candidate is faster.
         at_least: the required ratio.
     """
 
@@ -63,7 +63,8 @@ def measure_speedup(
 ) -> Speedup:
     """Measure ``reference's seconds / candidate's seconds`` in turns (ABBA).
 
-    Pairs of times are added until the interval of the ratio lies above or below ``at_least``, or the time is up.
+    Pairs of times are added until the interval of the ratio lies above or below ``at_least``, there are 128 pairs, or
+    more would exceed the time limit.
     Modules are called in eval mode without gradients; other callables as they are.
 
     Args:
@@ -76,8 +77,8 @@ def measure_speedup(
         **named: keyword arguments of both.
 
     Raises:
-        ModelError: one of the two fails on the inputs.
-        ValueError: ``at_least`` or ``seconds`` is no positive, finite number.
+        ModelError: one of the two fails on the inputs, or is a module on the meta device.
+        ValueError: ``at_least`` or ``seconds`` is not a positive, finite number.
     """
     for name, value in (("at_least", at_least), ("seconds", seconds)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -139,7 +140,7 @@ def _turn(run: Callable[[], object], timer: Callable[[], float], name: str) -> C
             return seconds_per_call(burst, timer=timer)
 
     calls = 1
-    # What disturbs a turn adds to it: of several, the quickest says how long the calls take.
+    # Disturbances only add time, so the shortest of several turns is the best estimate.
     while (taken := min(turn() for _ in range(CALIBRATING))) < BURST and calls < 10_000_000:
         calls = calls * 10 if taken < BURST / 10 else math.ceil(calls * BURST / taken * 1.1)
     return lambda: turn() / calls

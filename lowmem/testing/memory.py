@@ -39,13 +39,13 @@ __all__ = ["THREADS", "memory_figures", "stored_figures"]
 THREADS = 2  # fixed, since the kernel's scratch grows with them
 
 _CONTAINERS = (list, tuple, set, frozenset, deque)
-_NAMESPACES = (Namespace, SimpleNamespace, UserDict, UserList)  # of the standard library, but with users' attributes
+_NAMESPACES = (Namespace, SimpleNamespace, UserDict, UserList)  # standard library classes that hold users' values
 
 
 def memory_figures(
     model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **named: Any
 ) -> tuple[Key, Figures]:
-    """Measure a model on example inputs. The model does not change, except by its own forward.
+    """Measure a model on example inputs. The model is unchanged, except for what its own forward changes.
 
     Args:
         model: any module, on any device.
@@ -58,7 +58,7 @@ def memory_figures(
         (the size of the gradients), ``forward_bytes`` and ``step_bytes``.
 
     Raises:
-        ModelError: it is no module, has no values, or fails on the inputs.
+        ModelError: it is not a module, is on the meta device, or fails on the inputs.
     """
     check_model(model, inputs, named)
     with _fixed_conditions() as kernel:
@@ -77,9 +77,9 @@ def memory_figures(
 def stored_figures(model: nn.Module) -> Figures:
     """Count the bytes of a model's distinct storages by category.
 
-    Categories are codes of 4 and 8 bits, their scales, adapters, other parameters by dtype, buffers, and attributes:
-    tensors, arrays, bytes and unregistered modules in plain attributes of modules, or in containers, namespaces,
-    dataclasses and the packed weights of torch.ao there, of which the unpacked bytes count.
+    Categories are codes of 4 and 8 bits, their scales, adapters, other parameters by dtype, buffers, and attributes.
+    The latter are tensors, arrays, bytes and unregistered modules in plain attributes of modules, or in containers,
+    namespaces and dataclasses there; of the packed weights of torch.ao, the unpacked bytes count.
     Categories without bytes are left out; ``stored_bytes`` and ``trainable_bytes`` are always present.
     """
     counted: set[int] = set()
@@ -141,7 +141,7 @@ def _attributes(model: nn.Module) -> Iterator[Any]:
     """Yield the tensors, arrays and bytes in plain attributes of a model's modules."""
     registered = set(model.modules())
     seen: set[int] = set()
-    unpacked: list[Any] = []  # kept, so that none gets the address of another one
+    unpacked: list[Any] = []  # kept alive, so that no two get the same address
     waiting: list[Any] = [vars(module) for module in registered]
     while waiting:
         value = waiting.pop()
@@ -177,8 +177,8 @@ def _is_of_python(kind: type) -> bool:
 def _fixed_conditions() -> Iterator[str]:
     """Fix all that figures depend on besides the model; yield the name of the active backend.
 
-    That is the portable kernel, which allocates the same on every processor, unless the environment names another.
-    The garbage collector is disabled, since it would free reference cycles at arbitrary times.
+    The backend is the portable kernel, which allocates the same on every processor, unless an environment variable
+    names another. The garbage collector is disabled, since it would free reference cycles at arbitrary times.
     """
     threads, states = torch.get_num_threads(), (random.getstate(), np.random.get_state())
     collects = gc.isenabled()

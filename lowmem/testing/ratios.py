@@ -19,8 +19,8 @@ from scipy import stats
 
 __all__ = ["Ratio", "hodges_lehmann", "ratio_of_times", "seconds_per_call", "take_turns"]
 
-RESAMPLES = 2000  # of the bootstrap: another seed moves the ends of a 95% interval by some hundredths of its width
-BATCH_VALUES = 4_000_000  # most Walsh averages held at once: 32 MB
+RESAMPLES = 2000  # of the bootstrap: another seed moves the ends of a 95% interval by a few hundredths of its width
+BATCH_VALUES = 4_000_000  # most Walsh averages that exist at once: 32 MB
 EXACT_PAIRS = 50  # the p-value is exact up to this many pairs
 
 
@@ -74,8 +74,8 @@ def ratio_of_times(
     """Estimate ``numerator / denominator`` from pairs of times.
 
     The estimate is ``exp(hodges_lehmann(log(numerator / denominator)))``, the interval is a percentile bootstrap over
-    the pairs, and the p-value is that of Wilcoxon's signed-rank test. All assume independent pairs. Pairs from one
-    process are not quite independent, since its memory layout never changes.
+    the pairs, and the p-value is that of Wilcoxon's signed-rank test. All assume independent pairs, which those from
+    one process are only nearly, since its memory layout never changes.
 
     Args:
         numerator: n seconds, each measured next to its partner in ``denominator``.

@@ -36,9 +36,9 @@ class Row:
     Attributes:
         name: of the workload: a benchmark's node id, say, or a variant.
         figure: its name, such as ``stored_bytes``; empty if the workload has only one.
-        base: the figure in the base; None where it has none.
-        head: the figure in the head; None where it has none.
-        ratio: head / base; None where they are compared otherwise.
+        base: the figure in the base; None if the base does not have it.
+        head: the figure in the head; None if the head does not have it.
+        ratio: head / base; None if they are compared in another way.
         low: the lower end of the interval of ``ratio``.
         high: its upper end.
         verdict: one of ``VERDICTS``.
@@ -107,10 +107,10 @@ def write_verdict(path: Path, verdict: Verdict) -> None:
 
 
 def read_verdict(path: Path) -> Verdict:
-    """Read the verdict of a gate. Unknown names are ignored, since a newer gate may write more.
+    """Read the verdict of a gate. Unknown members are ignored, since a newer gate may write more.
 
     Raises:
-        FileError: the file is damaged, or no verdict.
+        FileError: the file is damaged, too large, or not a verdict.
         OSError: the file cannot be read.
     """
     content = read_json(path)
