@@ -19,7 +19,7 @@ from lowmem.errors import describe
 __all__ = ["Calling", "balance_of", "calling_of", "logits_of"]
 
 _LENGTHS = (7, 6)
-"""Tokens of the two texts that are tried: few, so that both lie in one block of blockwise attention, and odd in all."""
+"""Tokens of the two texts that are tried: few, so that both lie in one block of blockwise attention; odd in all."""
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 """Names that transformers' models and configs have for the factor of ``aux_loss``."""

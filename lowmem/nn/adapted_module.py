@@ -1,9 +1,9 @@
 """Modules with adapters on parameters: generated subclasses of the modules' own classes.
 
-``module.weight`` of a module with an active adapter is an ``AdaptedWeight``. The module stays an instance of its
-class and the same object, with its attributes, methods, hooks and children, so that it works for whoever calls it,
-and for whoever only reads it: attention, experts, GPT-2's ``Conv1D``, embeddings, convolutions. The adapters are the
-child ``adapters``. ``LoRALinear`` does the same for plain linear layers, faster.
+While an adapter is active, ``module.weight`` is an ``AdaptedWeight``. The module stays the same object and an
+instance of its class, with its attributes, methods, hooks and children. So this works for modules that are called,
+and for those whose parameters other code reads: attention, experts, GPT-2's ``Conv1D``, embeddings, convolutions. The
+adapters are in the child ``adapters``. ``LoRALinear`` is a faster equivalent for plain linear layers.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ __all__ = [
 
 
 class AdapterBank(nn.Module):
-    """The adapters of a module: by name, and of each by the parameter that it changes.
+    """The adapters of a module, by name and then by the parameter that they change.
 
     Attributes:
-        active: the names of the adapters that are applied; the others cost nothing.
-        merged: the name of the adapter that is merged into ``merged_base``, or None.
-        merged_base: a module with copies of the parameters that this adapter changes, merged. It is no child, so that
-            the state does not have it.
+        active: names of the adapters that are applied; the others cost no time.
+        merged: name of the adapter that is merged into ``merged_base``, or None.
+        merged_base: a module with merged copies of the parameters that this adapter changes. It is not a child, so
+            the state_dict does not contain it.
     """
 
     active: tuple[str, ...]
@@ -80,12 +80,12 @@ class AdapterBank(nn.Module):
         return tuple(name for name in self._modules if name in self.active or name == self.merged)
 
     def parts(self, name: str) -> dict[str, Adapter]:
-        """Return the adapters of a name, by the parameter that each changes; none for an unknown name."""
+        """Return the adapters of a name, by the parameter that each changes; {} for an unknown name."""
         found = self._modules.get(name)
         return {} if found is None else cast("dict[str, Adapter]", dict(found._modules))
 
     def add_parts(self, name: str, parts: Mapping[str, Adapter]) -> None:
-        """Add adapters under a name, which may have others of other parameters already, and activate it."""
+        """Add adapters to a name, which may already have some of other parameters, and activate it."""
         if name not in self._modules:
             self._modules[name] = nn.Module()
         for parameter, adapter in parts.items():
@@ -94,7 +94,7 @@ class AdapterBank(nn.Module):
             self.active += (name,)
 
     def replace_part(self, name: str, parameter: str, adapter: Adapter) -> None:
-        """Put an adapter in the place of another."""
+        """Replace the adapter of a parameter."""
         self._modules[name]._modules[parameter] = adapter  # type: ignore[union-attr]
 
     def remove(self, name: str) -> None:
@@ -103,7 +103,7 @@ class AdapterBank(nn.Module):
         del self._modules[name]
 
     def merge(self, name: str, folded: nn.Module) -> None:
-        """Use the parameters of ``folded`` that the adapter ``name`` changes in place of the module's own."""
+        """Use the parameters that the adapter ``name`` changes from ``folded``, instead of the module's own."""
         changed = self.parts(name)
         kept = copied_module(folded, type(folded))
         own = kept.__dict__
@@ -119,7 +119,7 @@ class AdapterBank(nn.Module):
         self.merged = self.__dict__["merged_base"] = None
 
     def weight(self, module: nn.Module, name: str) -> Any:
-        """Return a parameter of a module with the active adapters; as it is where there are none."""
+        """Return a parameter of a module with its active adapters; without any, the parameter itself."""
         own = self.__dict__
         merged = own["merged_base"]
         done = own["merged"] if merged is not None else None
@@ -147,8 +147,8 @@ class AdaptedModule(nn.Module):
     """Base of all modules with adapters on parameters.
 
     Attributes:
-        _plain_class: the class without adapters.
-        _adapted_names: the parameters that can have some.
+        _plain_class: the module's class without adapters.
+        _adapted_names: names of the parameters that can have adapters.
     """
 
     _plain_class: ClassVar[type[nn.Module]]
@@ -157,7 +157,7 @@ class AdaptedModule(nn.Module):
 
     @classmethod
     def _over(cls, plain: type[nn.Module]) -> type[nn.Module]:
-        """Return the class with the same adapters over another class, whose parameters are stored otherwise."""
+        """Return the class with the same adapters over ``plain``, another class, whose parameters differ in form."""
         return adapted_class(plain, cls._adapted_names)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -169,9 +169,9 @@ def parameter_of(module: nn.Module, name: str) -> Any:
     own = module.__dict__
     if isinstance(module, StoredModule) and name in own["_forms"]:
         return module.stored_tensor(name)
-    parameters = own["_parameters"]  # of a scripted module no dictionary, with fewer methods
+    parameters = own["_parameters"]  # in a scripted module not a dict, and without get()
     found = parameters[name] if name in parameters else None  # noqa: SIM401
-    return own.get(name) if found is None else found  # a plain tensor, as a hook puts there
+    return own.get(name) if found is None else found  # a plain tensor that a hook has set
 
 
 def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
@@ -185,7 +185,7 @@ def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
         "__doc__": plain.__doc__,
         "__reduce_ex__": _reduce,
     }
-    if plain in LAYERS.values():  # its forward reads the stored bytes, and that of the dense class the weight
+    if plain in LAYERS.values():  # its forward reads the parts; the dense class's forward reads the weight property
         convolves = issubclass(plain, nn.modules.conv._ConvNd)
         body["forward"] = _adapted_convolution(plain) if convolves else plain.dense_class.forward
     return type(plain.__name__, (AdaptedModule, plain), body)
@@ -206,7 +206,7 @@ def _adapted_property(name: str) -> property:
 
 
 def _adapted_convolution(plain: Any) -> Callable[[Any, Tensor], Tensor]:
-    """Return a forward that convolves with the stored kernel as without adapters, to the last bit, and adds these."""
+    """Return a forward that convolves with the stored kernel, as without adapters, and adds the adapters' output."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
         if self.adapters.merged_base is not None:
@@ -237,7 +237,7 @@ def adapted_copy(module: nn.Module, names: Iterable[str], name: str, parts: Mapp
 
     Args:
         module: without adapters.
-        names: the parameters that can have some.
+        names: of the parameters that can have adapters.
         name: of the adapters.
         parts: the adapters, by the parameter that each changes.
 
@@ -271,14 +271,14 @@ def without_adapters(module: AdaptedModule) -> nn.Module:
 
 
 def table_of(module: nn.Module) -> int | None:
-    """Return the id of an embedding's table, or of what stores it; None for other modules."""
+    """Return the id of an embedding's table, or of the first of its parts; None for other modules."""
     if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return None
     return next((id(one) for name, one in module._parameters.items() if name.startswith("weight")), None)
 
 
 def share_table(module: nn.Module, other: nn.Module) -> None:
-    """Give an embedding, a copy of its own, the table of another."""
+    """Make an embedding, in place, use the table of another embedding."""
     tables = {name: one for name, one in other._parameters.items() if name.startswith("weight")}
     module.__dict__["_parameters"] = {**module._parameters, **tables}
     if isinstance(module, StoredModule):
@@ -286,9 +286,9 @@ def share_table(module: nn.Module, other: nn.Module) -> None:
 
 
 def share_tied_adapters(modules: Iterable[nn.Module]) -> None:
-    """Let embeddings that share a table share its adapters of one name and technique, too.
+    """Let embeddings that share a table also share its adapters, if these have the same name and technique.
 
-    Which of them is called is not known: T5 never calls the one from which the others take the table.
+    It is not known which of the embeddings is called: T5 calls the encoder's and the decoder's, but not ``shared``.
     """
     known: dict[Any, Adapter] = {}
     for module in modules:
@@ -303,7 +303,10 @@ def share_tied_adapters(modules: Iterable[nn.Module]) -> None:
 
 
 def put_in_place(module: nn.Module, other: nn.Module) -> None:
-    """Make a module what ``other`` is, a copy with or without adapters; hooks, mode and other children stay."""
+    """Give a module, in place, the class and attributes of ``other``, a copy of it with or without adapters.
+
+    Its hooks, mode and other children stay.
+    """
     adapted = isinstance(module, AdaptedModule)
     become(module, other)
     children = module.__dict__["_modules"]
@@ -314,38 +317,38 @@ def put_in_place(module: nn.Module, other: nn.Module) -> None:
 
 
 def _remerge(module: AdaptedModule, _: object) -> None:
-    """Merge again what was merged, of the values that were loaded."""
+    """After a state_dict was loaded, merge the merged adapter again, from the new values."""
     bank = module.adapters
     if bank.merged is not None:
         name = bank.merged
-        bank.unmerge()  # and stays so if the loaded values cannot be merged
+        bank.unmerge()  # stays unmerged if the loaded values cannot be merged
         bank.merge(name, fold_module(module, [name]).layer)
 
 
-# What both kinds of adapted layers have
+# Functions for both LoRALinear and AdaptedModule
 
 
 def bank_of(layer: nn.Module) -> Any:
-    """Return what holds the adapters of a layer: a LoRALinear itself, an AdapterBank, or None."""
+    """Return the object that holds a layer's adapters: the LoRALinear itself, an AdapterBank, or None."""
     if isinstance(layer, LoRALinear):
         return layer
     return layer.adapters if isinstance(layer, AdaptedModule) else None
 
 
 def base_of(layer: nn.Module) -> nn.Module:
-    """Return the base of a LoRALinear; any other module is its own."""
+    """Return the base of a LoRALinear, and any other module itself."""
     return layer.base if isinstance(layer, LoRALinear) else layer
 
 
 def fold_layer(layer: nn.Module, names: Iterable[str], to: torch.dtype | None = None) -> Folded:
     """Return a copy of a layer's base with adapters merged into its weights. The layer does not change.
 
-    An adapter that changes nothing is left out, so that it changes no byte.
+    Parameters whose adapters change nothing keep their bytes.
 
     Args:
         layer: with adapters.
-        names: of the adapters.
-        to: the dtype of dense parameters to make; None: store each as the base does.
+        names: of the adapters to merge.
+        to: dtype of a dense copy; None: parameters are stored in the same form as in the base.
 
     Raises:
         ValueError: an adapted weight is not finite, or exceeds the range of the dtype or scales.
@@ -357,7 +360,11 @@ def fold_layer(layer: nn.Module, names: Iterable[str], to: torch.dtype | None = 
 
 
 def fold_module(module: AdaptedModule, names: Iterable[str], to: torch.dtype | None = None) -> Folded:
-    """Return a copy of a module without adapters and with these merged into its parameters."""
+    """Return a copy of a module without adapters, with those of ``names`` merged into its parameters.
+
+    Raises:
+        ValueError: as ``fold_layer``.
+    """
     names = list(names)
     base = without_adapters(module)
     dense: dict[str, Tensor] = {}
@@ -385,7 +392,7 @@ def fold_module(module: AdaptedModule, names: Iterable[str], to: torch.dtype | N
 
 
 def _with_parameters(base: nn.Module, made: Mapping[str, Any]) -> nn.Module:
-    """Put parameters that are stored as they were into a copy of a module."""
+    """Set parameters of ``base``, a copy of a module, to merged ones of the same form; return it."""
     own = base.__dict__
     own["_parameters"] = dict(own["_parameters"])
     if isinstance(base, StoredModule):
@@ -403,7 +410,7 @@ def _with_parameters(base: nn.Module, made: Mapping[str, Any]) -> nn.Module:
 
 
 def _in_dtype(base: nn.Module, dense: Mapping[str, Tensor], to: torch.dtype) -> nn.Module:
-    """Return a copy of a module whose parameters are all dense and of a dtype."""
+    """Return a copy of a module in which all parameters are dense and have the dtype ``to``."""
     values: dict[str, Tensor | None] = {}
     if isinstance(base, StoredModule):
         for name in base.forms:

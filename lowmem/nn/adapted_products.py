@@ -1,6 +1,6 @@
-"""Products, gathers and convolutions with a weight that has adapters: those of W, and of two thin matrices.
+"""Products, gathers and convolutions with a weight that has adapters, without making ``W + s B A``.
 
-They compute with W as before and add the low-rank product of their input, without making the sum.
+Each computes with W as before, and adds the product of its input with the adapters' two thin matrices.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _fused(weight: Any, kind: str, input: Any, bias: Any) -> Tensor | None:
-    """Return the product of an input with a whole weight of that layout and its adapter in training, as one node."""
+    """Return the product with a weight and its only adapter as one autograd node (``read_product``), or None."""
     if weight.known is not None or weight.holds.kind != kind or len(weight.updates) != 1 or is_adapted(input):
         return None
     (update,) = weight.updates
@@ -46,7 +46,7 @@ def _fused(weight: Any, kind: str, input: Any, bias: Any) -> Tensor | None:
 
 
 _MATMULS = torch.matmul, Tensor.matmul
-_OF_MATRICES = torch.mm, Tensor.mm  # of two dimensions alone
+_OF_MATRICES = torch.mm, Tensor.mm  # take 2-dimensional tensors only
 
 
 def _register_products() -> None:
@@ -63,7 +63,10 @@ def _register_products() -> None:
 
 
 def _named_product(function: Any, names: Sequence[str], first: Any, *rest: Any, **named: Any) -> Any:
-    """Return a product, of which all matrices but a first one may be given by name, or an added one."""
+    """Compute a function of ``_register_products``, whose arguments ``names`` may be given by keyword.
+
+    With one name it is a product, first @ given; with two, ``first`` is added to the product of the two.
+    """
     given = [*rest, *[named[name] for name in names[len(rest) :]]]
     options = {name: value for name, value in named.items() if name not in names}
     if len(names) == 1:
@@ -80,7 +83,7 @@ def _added_product(function: Any, input: Any, a: Any, b: Any, *, beta: float = 1
 
 
 def _product(function: Callable[[Any, Any], Tensor], a: Any, b: Any, alpha: float = 1) -> Any:
-    """Return ``function(a, b)``, the product of an input with a weight, with alpha times the low-rank one."""
+    """Return ``function(a, b)``, one of which is an adapted weight, plus alpha times the low-rank product."""
     if is_adapted(a) == is_adapted(b) or (b if is_adapted(b) else a).is_kernel:
         return NotImplemented
     if not is_adapted(b):
@@ -116,7 +119,7 @@ def _grouped_mm(mat_a: Any, mat_b: Any, *, offs: Any = None, bias: Any = None, o
 
 
 def _grouped_mm_of_transformers(input: Any, weight: Any, offs: Any) -> Any:
-    """Compute what transformers does where there is no grouped_mm; of a stored weight it would make a dense one."""
+    """Implement transformers' fallback for torch versions without grouped_mm, without dequantizing the weight."""
     if not is_adapted(weight) or len(weight.base.shape) != 3:
         return NotImplemented
     out = torch.ops.transformers.grouped_mm_fallback(input, weight.base, offs)
@@ -141,7 +144,7 @@ FUNCTIONS["transformers.grouped_mm_fallback"] = _grouped_mm_of_transformers
 
 @implements(torch.einsum)
 def _einsum(equation: str, *operands: Any) -> Any:
-    """Contract an input with a weight: with one of its thin matrices, and then with the other."""
+    """Contract an input with W, and with one thin matrix after the other."""
     operands = tuple(operands[0]) if len(operands) == 1 else operands
     text, arrow, out = equation.replace(" ", "").partition("->")
     letters = text.split(",")
@@ -151,7 +154,7 @@ def _einsum(equation: str, *operands: Any) -> Any:
     weight, x, of_weight, of_x = operands[at], operands[1 - at], letters[at], letters[1 - at]
     if weight.is_kernel or "." in of_weight or len(set(of_weight)) < len(weight.base.shape):
         return NotImplemented
-    if set(of_weight) <= set(of_x):  # nothing to factor: the step between the thin matrices would be the larger
+    if set(of_weight) <= set(of_x):  # the intermediate result of two contractions would be larger than the input
         return NotImplemented
     result = weight.of_rows(x, partial(_einsum_of_base, f"{of_x},{of_weight}->{out}"))
     rank = next(one for one in string.ascii_letters if one not in equation)
@@ -166,9 +169,9 @@ def _einsum(equation: str, *operands: Any) -> Any:
 
 
 def _einsum_of_base(equation: str, x: Tensor, base: Any) -> Tensor:
-    if torch.compiler.is_dynamo_compiling():  # which cannot follow the function below
+    if torch.compiler.is_dynamo_compiling():  # Dynamo cannot trace ``einsum`` of stored_functions
         return torch.einsum(equation, x, base)
-    out = einsum(equation, x, base)  # inside of a function that Dynamo calls for a class, it asks no other
+    out = einsum(equation, x, base)  # called directly: inside __torch_function__ another class may not be asked
     return torch.einsum(equation, x, base) if out is NotImplemented else out
 
 
@@ -220,7 +223,7 @@ def _embedding_bag(
 
 
 def _convolve(dims: int) -> None:
-    """Register the convolutions of so many dimensions: A convolves to ``rank`` channels, B mixes them."""
+    """Register the convolutions with ``dims`` dimensions: A convolves to ``rank`` channels, and B is a 1x1 kernel."""
     conv: Any = getattr(functional, f"conv{dims}d")
     transposed: Any = getattr(functional, f"conv_transpose{dims}d")
     ones = (1,) * dims
@@ -274,7 +277,7 @@ for _dims in (1, 2, 3):
     _convolve(_dims)
 
 
-# Attention. Dynamo does not ask the classes of arguments inside of a function that it calls for a class.
+# Attention. Inside a ``__torch_function__``, Dynamo does not call that of other arguments: so these call _linear.
 
 
 def _apply(x: Tensor, weight: Any, bias: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Views and casts of a weight with adapters that are such weights again: those that keep matrices whole."""
+"""Views and casts of an adapted weight that are adapted weights again: they keep whole matrices, rows or columns."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def _chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
 
 
 def _register_casts() -> None:
-    """Register functions that change the base alone: adapters have a dtype of their own."""
+    """Register casts, which apply to the base only: adapters have a dtype of their own."""
 
     def register(name: str) -> None:
         def cast(weight: Any, *args: Any, **kwargs: Any) -> Any:
             args = tuple(one.base if is_adapted(one) else one for one in args)
             kwargs = {key: one.base if is_adapted(one) else one for key, one in kwargs.items()}
-            if not is_adapted(weight):  # cast to the dtype of one
+            if not is_adapted(weight):  # x.type_as(adapted weight)
                 return getattr(weight, name)(*args, **kwargs)
             base = getattr(weight.base, name)(*args, **kwargs)
             if not base.is_floating_point():

@@ -1,7 +1,9 @@
-"""A weight with adapters, ``W + sum s B A``, for whoever computes with it: by two thin products, without making it.
+"""A tensor subclass for a weight with adapters, ``W + sum s B A``, with which torch functions compute as two
+products.
 
-Products, gathers and convolutions compute with W as before and add the low-rank product of their input. Views that
-keep matrices whole are such weights again. Everything else gets the values, dense and differentiable in A and B.
+Products, gathers and convolutions compute with W as before and add the low-rank product of their input, so the sum is
+never made. Views of whole matrices are adapted weights again. Every other function gets the sum as a dense tensor,
+differentiable in A and B.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ def adapted_weight(base: Any, updates: Sequence[Update], layout: Layout, known: 
     """Return a weight with adapters.
 
     Args:
-        base: the weight without: a Tensor or StoredTensor.
+        base: the weight without adapters: a Tensor or StoredTensor.
         updates: of the adapters, in the order in which they are added.
-        layout: how the weight holds matrices.
-        known: the product with the base, where it is known.
+        layout: how the parameter holds the matrices that adapters change.
+        known: the result of the next product with the base, if it is known already.
     """
     make: Any = _traced if torch.compiler.is_dynamo_compiling() else AdaptedWeight
     return make(base, tuple(updates), layout, known)
@@ -41,7 +43,7 @@ class AdaptedWeight(LowRankSum, Tensor):
 
     @staticmethod
     def __new__(cls, base: Any, updates: Any, layout: Any, known: Any = None) -> AdaptedWeight:
-        """Make a tensor without values of its own."""
+        """Make a tensor without memory."""
         return torch.Tensor._make_wrapper_subclass(
             cls, base.shape, dtype=base.dtype, device=base.device, requires_grad=False
         )
@@ -53,12 +55,12 @@ class AdaptedWeight(LowRankSum, Tensor):
     def remade(
         self, base: Any, updates: Sequence[Update], layout: Layout | None = None, known: Tensor | None = None
     ) -> Any:
-        """Return a weight of another base and other updates; layout: None for this one's."""
+        """Return a weight with another base and other updates; layout None: this weight's."""
         return AdaptedWeight(base, tuple(updates), self.holds if layout is None else layout, known)
 
     @classmethod
     def read(cls, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what needs no values."""
+        """Call a function that needs no values, such as ``size``."""
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
@@ -68,7 +70,7 @@ class AdaptedWeight(LowRankSum, Tensor):
 
     @property
     def unadapted(self) -> Any:
-        """The weight without adapters: who shares an adapted weight with another module shares this."""
+        """The weight without adapters: it is set when an adapted weight is assigned to another module."""
         return self.base
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
@@ -84,15 +86,19 @@ class AdaptedWeight(LowRankSum, Tensor):
 class _Traced(LowRankSum, nn.Parameter):
     """A weight with adapters in a graph that Dynamo records.
 
-    Dynamo can make a tensor of another class as a copy of a tensor: here of one without values, so that a function
-    for which Dynamo does not ask the class gives an error, and no result of other values.
+    Dynamo can construct a tensor subclass only from another tensor. That is a meta tensor here, so that a function
+    for which Dynamo skips ``__torch_function__`` fails instead of computing with wrong values.
     """
 
-    __new__ = Tensor.__new__  # type: ignore[assignment]  # the only one that Dynamo knows
+    __new__ = Tensor.__new__  # type: ignore[assignment]  # the only one that Dynamo can trace
 
     @property
     def base(self) -> Any:
-        """Say why a tensor of this class that was not made here has none."""
+        """Raise the error for an element of an iteration, which Dynamo makes without setting ``base``.
+
+        Raises:
+            RuntimeError: always.
+        """
         raise RuntimeError(
             "torch.compile iterates over a weight with adapters without asking it: write weight.unbind() instead"
         )
@@ -100,17 +106,17 @@ class _Traced(LowRankSum, nn.Parameter):
     def remade(
         self, base: Any, updates: Sequence[Update], layout: Layout | None = None, known: Tensor | None = None
     ) -> Any:
-        """Return a weight of another base and other updates; layout: None for this one's."""
+        """Return a weight with another base and other updates; layout None: this weight's."""
         return _traced(base, tuple(updates), self.holds if layout is None else layout, known)
 
     @classmethod
     def read(cls, function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what needs no values: of the base, which has the same shape, dtype and device."""
+        """Call a function that needs no values with the base, which has the same shape, dtype and device."""
         return function(weight.base, *args, **kwargs)
 
 
 def _register_methods() -> None:
-    """Give graphs the methods of tensors that Python defines, as ``split``: Dynamo asks no class for them."""
+    """Override the tensor methods that are written in Python, such as ``split``: Dynamo inlines them otherwise."""
 
     def register(name: str, function: Any) -> None:
         implemented = function in FUNCTIONS
@@ -118,7 +124,7 @@ def _register_methods() -> None:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             if implemented:
                 return self.__torch_function__(function, (), (self, *args), kwargs)
-            result = getattr(self.values(), name)(*args, **kwargs)  # not the function, which may call super()
+            result = getattr(self.values(), name)(*args, **kwargs)  # by name: the function itself may call super()
             return read_only(result, REFUSAL, function, (self, *args))
 
         setattr(_Traced, name, method)
@@ -134,12 +140,12 @@ _register_methods()
 def _traced(base: Any, updates: tuple[Update, ...], layout: Layout, known: Tensor | None) -> _Traced:
     ask_classes_in_graphs()
     made: Any = _Traced(torch.empty(base.shape, dtype=base.dtype, device="meta"))
-    made.base, made.updates, made.holds, made.known = base, updates, layout, known  # after __init__: Dynamo has none
+    made.base, made.updates, made.holds, made.known = base, updates, layout, known  # Dynamo cannot trace an __init__
     return made  # type: ignore[no-any-return]
 
 
 def _share_base(module: nn.Module, name: str, parameter: Any) -> Any:
-    """Register the base of an adapted weight as a parameter in its place: adapters stay with their modules."""
+    """When an adapted weight is registered as a parameter, register its base: adapters stay with their modules."""
     return parameter.base if isinstance(parameter, AdaptedWeight) else None
 
 

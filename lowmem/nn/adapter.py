@@ -1,4 +1,4 @@
-"""The LoRA technique, and the pair of thin matrices that adapts one parameter of a layer.
+"""The LoRA technique, and ``Adapter``: the pair of thin matrices that adapts one parameter of a layer.
 
 Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1.
 """
@@ -35,31 +35,32 @@ class LoRA:
 
         y = W x + b + s B A x,  s = alpha / rank, or alpha / sqrt(rank) if rank-stabilized
 
-    A pattern is a glob of a layer's paths, or of these with the name of a parameter; the first one that matches wins,
-    and one that matches no adapted layer is an error: ``LoRA(8, ranks={"*.q_proj": 32, "*.experts.down_proj": 16})``.
-    Experts have a pair of matrices for each. ``convert`` says which layers get adapters.
+    Ranks and alphas can differ by layer: ``LoRA(8, ranks={"*.q_proj": 32, "*.experts.down_proj": 16})``. A pattern is
+    a glob that is matched against a layer's paths, and against these with the name of a parameter; the first match
+    wins, and a pattern that matches no adapted layer is an error. Each expert of a stack has its own A and B. Which
+    layers get adapters is an option of ``convert``.
 
     Args:
         rank: of ``B A``, at least 1.
-        alpha: the numerator of the scaling s; None: the rank, of each layer its own.
-        dropout: probability of dropout on the input of the low-rank product, in [0, 1); rows of embeddings, and
-            weights that are read as values, have none.
+        alpha: the numerator of the scaling s; None: each layer's rank.
+        dropout: probability of dropout on the input of the low-rank product, in [0, 1). There is none for embeddings,
+            or where a weight's values are read.
         rank_stabilized: whether to scale by ``alpha / sqrt(rank)``, which keeps the size of gradients at high ranks
             (rsLoRA, arXiv 2312.03732).
         ranks: other ranks by pattern, a mapping or pairs; stored as a tuple of pairs.
         alphas: other alphas by pattern, likewise.
-        init: "zero": B starts at zero, so that a fresh adapter changes nothing, bit for bit (in training, where
-            layers compute in bfloat16, but for the order of sums). "loftq": ``s B A``
-            starts as the best approximation of this rank of the base's quantization error, so that base and adapter
-            are nearer to the dense weight W than the base alone (LoftQ, arXiv 2310.08659, algorithm 1):
+        init: "zero": B starts at zero (of an embedding, A), so a new adapter does not change the output, bit for bit
+            (except for the order of sums, where layers compute in bfloat16 in training). "loftq": ``s B A`` starts as
+            the best approximation, of this rank, of the base's quantization error, so that base and adapter are
+            nearer to the dense weight W than the base alone (LoftQ, arXiv 2310.08659, algorithm 1):
 
                 s B A = SVD_rank(W - dequantize(quantize(W)))
 
-            It needs W, so ``FourBit`` has to be applied by the same ``convert``. One step of LoftQ's alternation is
-            taken: the base keeps the bytes that ``FourBit`` alone stores, is the same for every adapter, and stays
-            tied. Merging a fresh adapter of this kind changes bytes.
-        dtype: of A and B: ``torch.bfloat16``, which halves what they and their gradients take; train them with
-            ``lowmem.master_weights(optimizer)``. None: float32, or float64 as the base.
+            It needs W, so the same ``convert`` must quantize the weight. Only one step of LoftQ's alternation is
+            taken: the base has the same bytes as without adapters, is the same for every adapter, and stays tied.
+            Merging a new adapter of this kind changes bytes.
+        dtype: of A and B: ``torch.bfloat16`` halves their memory and that of their gradients; train them with
+            ``lowmem.master_weights(optimizer)``. None: float64 if the base is float64, else float32.
 
     Raises:
         ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
@@ -104,7 +105,7 @@ class LoRA:
         return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def at(self, paths: Sequence[str]) -> LoRA:
-        """Return the technique of a layer at ``paths``: its rank and alpha, without patterns."""
+        """Return the technique for a layer with these paths: with its rank and alpha, and without patterns."""
 
         def found(patterns: Any, default: Any) -> Any:
             return next((value for p, value in patterns if any(fnmatchcase(path, p) for path in paths)), default)
@@ -114,7 +115,11 @@ class LoRA:
 
 
 def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
-    """Return patterns and values as a tuple of pairs."""
+    """Return patterns and values as a tuple of pairs.
+
+    Raises:
+        ValueError: they are not pairs of a text and a value.
+    """
     try:
         pairs = tuple((pattern, value) for pattern, value in (given.items() if isinstance(given, Mapping) else given))
     except (TypeError, ValueError):
@@ -136,9 +141,10 @@ class Layout(NamedTuple):
 
     Args:
         shape: of the parameter.
-        kind: "linear": (*stack, out, in). "transposed": (*stack, in, out), as an embedding has it with its vocabulary
-            as inputs. "kernel": (out, in / groups, *kernel), a matrix of in / groups * kernel columns. "transposed
-            kernel": (in, out / groups, *kernel), one of in * kernel columns and out / groups rows.
+        kind: "linear": (*stack, out, in). "transposed": (*stack, in, out), as in an embedding, where in is the
+            vocabulary. "kernel": (out, in / groups, *kernel), a matrix with in / groups * prod(kernel) columns.
+            "transposed kernel": (in, out / groups, *kernel), a matrix with in * prod(kernel) columns and out / groups
+            rows.
     """
 
     shape: tuple[int, ...]
@@ -170,7 +176,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(module: nn.Module, name: str = "weight") -> Layout:
-    """Return how a parameter of a module holds what an adapter changes."""
+    """Return the layout of a parameter of a module."""
     shape = tuple(getattr(module, name).shape)
     if isinstance(module, _ConvNd):
         return Layout(shape, "transposed kernel" if isinstance(module, _ConvTransposeNd) else "kernel")
@@ -180,14 +186,14 @@ def layout_of(module: nn.Module, name: str = "weight") -> Layout:
 
 
 class Update(NamedTuple):
-    """The change ``scaling left right`` of matrices (*stack, rows, columns).
+    """The low-rank change ``scaling * left @ right`` of matrices (*stack, rows, columns).
 
     Args:
         left: (*stack, rows, rank).
         right: (*stack, rank, columns).
-        scaling: of the product.
-        dropout: for the inputs of products.
-        adapter: whose matrices these are, whole; None for views.
+        scaling: factor of the product.
+        dropout: applied to the inputs of products.
+        adapter: the adapter whose whole matrices these are; None if they are views.
     """
 
     left: Tensor
@@ -197,7 +203,7 @@ class Update(NamedTuple):
     adapter: Any = None
 
     def view(self, left: Tensor, right: Tensor) -> Update:
-        """Return the change of other matrices, of which these are views."""
+        """Return the change with other matrices, which are views of these."""
         return self._replace(left=left, right=right, adapter=None)
 
     def of_matrix(self, number: int) -> Update:
@@ -217,7 +223,7 @@ class Update(NamedTuple):
 
 
 def drops_nothing(dropout: nn.Module | None) -> bool:
-    """Whether a dropout returns its input as it is."""
+    """Whether a dropout module returns its input unchanged."""
     return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
 
 
@@ -227,7 +233,8 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -
         refuse_nested(x)
     wide = out if out.dim() == 2 else out.reshape(-1, b.shape[0])  # (batch, out)
     rows = x if x.dim() == 2 else x.reshape(-1, a.shape[1])  # (batch, in)
-    if autocast_enabled("cpu" if x.is_cpu else x.device.type):  # it would cast the sum with ``out`` to 16 bits
+    # Under autocast the fused addition would cast its operands, ``out`` included, to 16 bits.
+    if autocast_enabled("cpu" if x.is_cpu else x.device.type):
         narrow = nn.functional.linear(rows, a) * scaling  # (batch, rank)
         wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
     else:
@@ -237,20 +244,21 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -
 
 
 _MATRICES: WeakKeyDictionary[Adapter, tuple[Any, list[tuple[Tensor, Tensor]]]] = WeakKeyDictionary()
-"""The matrices of an adapter's stacks, and of which values: beside the modules, whose copies do not have them."""
+"""Cache of ``Adapter.matrices``: a key of the current values, and the unbound matrices. It is not in the modules, so
+that copies of these do not have it."""
 
 
 class Adapter(nn.Module):
     """The low-rank change of one parameter, ``s B A``: A (*stack, rank, in) and B (*stack, out, rank).
 
-    One of the two starts random, the other at zero, so that a new adapter does not change the output, bit for bit;
-    one with ``init="loftq"`` does. B starts at zero; of an embedding A does, as in PEFT, so that only rows change
-    that a batch has read. A stack of matrices, as experts have it, has a pair for each.
+    A starts random and B at zero, so a new adapter does not change the output, bit for bit, unless ``init="loftq"``.
+    For an embedding A starts at zero, as in PEFT, so that only the rows that batches have read change. A stack of
+    matrices, as of experts, has one pair for each matrix.
 
     Args:
-        base: the module to adapt; shape, dtype and device of its parameter are read.
-        technique: rank, alpha, dropout, scaling and init; patterns are for ``LoRA.at`` to resolve.
-        dense: what a 4-bit parameter was quantized from, for ``init="loftq"``.
+        base: the module to adapt; only shape, dtype and device of its parameter are read.
+        technique: rank, alpha, dropout, scaling and init; its patterns are ignored (``LoRA.at`` resolves them).
+        dense: the values that a 4- or 8-bit parameter was quantized from, for ``init="loftq"``.
         name: of the parameter.
 
     Attributes:
@@ -258,10 +266,10 @@ class Adapter(nn.Module):
         rows_are_read: whether the parameter is the table of an embedding.
 
     Raises:
-        ValueError: ``init="loftq"`` without a 4-bit parameter or its dense values.
+        ValueError: ``init="loftq"`` without a 4- or 8-bit parameter or its dense values.
     """
 
-    weight_count = 0  # an adapter adds no weights to those that its base stores
+    weight_count = 0  # the summary counts only the weights of the base
 
     def __init__(self, base: nn.Module, technique: LoRA, dense: Tensor | None = None, name: str = "weight") -> None:
         super().__init__()
@@ -289,17 +297,17 @@ class Adapter(nn.Module):
                     "in the call that quantizes, convert(model, FourBit(), LoRA(init='loftq')), or use init='zero'"
                 )
             assert isinstance(stored, StoredTensor)
-            if dense.is_meta:  # a plan, which has no values
+            if dense.is_meta:  # planned on the meta device, without values
                 return
             self._approximate(self.layout.matrix(dense.detach().to(dtype) - stored.dequantize(dtype)))
 
     @torch.no_grad()
     def _approximate(self, error: Tensor) -> None:
-        """Set A and B so that ``s B A`` is near to an error (*stack, out, in)."""
+        """Set A and B so that ``s B A`` approximates ``error`` (*stack, out, in)."""
         a, b = self.lora_a.view(-1, *self.lora_a.shape[-2:]), self.lora_b.view(-1, *self.lora_b.shape[-2:])
         for number, matrix in enumerate(error.reshape(-1, *error.shape[-2:])):
             u, sizes, vt = truncated_svd(matrix, self.rank)
-            count = int((sizes > 0).sum())  # the rest keeps its values, of which one is zero: it can train from there
+            count = int((sizes > 0).sum())  # beyond the error's rank, A stays random and B zero, and both can train
             root = (sizes[:count] / self.scaling).sqrt()
             b[number, :, :count] = u[:, :count] * root
             a[number, :count] = root[:, None] * vt[:count]
@@ -321,16 +329,16 @@ class Adapter(nn.Module):
         return add_low_rank(out, x, a, b, self.scaling)
 
     def update(self) -> Update:
-        """Return the change of the matrices that the parameter holds, transposed where it is."""
+        """Return the change in the parameter's orientation: of a "transposed" layout, ``A^T B^T``."""
         if self.layout.kind == "transposed":
             return Update(self.lora_a.mT, self.lora_b.mT, self.scaling, self.dropout, self)
         return Update(self.lora_b, self.lora_a, self.scaling, self.dropout, self)
 
     def matrices(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the factors of the change of one matrix of a stack, in the order of ``update``.
+        """Return ``left`` and ``right`` of ``update`` for one matrix of a stack.
 
-        The gradient of ``a[number]`` is as large as the whole stack, and experts are read one by one. So the stack is
-        taken apart once, which autograd undoes once, as long as it has the same values.
+        Experts are read one by one, and the gradient of ``a[number]`` is as large as the whole stack. So the stack is
+        unbound once and cached while its values stay the same; backward then makes the stack's gradient only once.
         """
         a, b = self.lora_a, self.lora_b
         if torch.compiler.is_compiling() or not all(
@@ -350,12 +358,12 @@ class Adapter(nn.Module):
         return (pair[0].mT, pair[1].mT) if self.layout.kind == "transposed" else (pair[1], pair[0])
 
     def changes_nothing(self) -> bool:
-        """Whether ``B A`` is zero since one of the two is."""
+        """Whether A or B is all zero, so that ``B A`` is zero."""
         return not (bool(self.lora_a.any()) and bool(self.lora_b.any()))
 
     def delta(self) -> Tensor:
         """Return ``s B A``, the change of the parameter, in its shape and in float32 or wider."""
-        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # the adapter may have been cast to 16 bits
+        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # the adapter may be in 16 bits
         return self.layout.weight((self.lora_b.detach().to(dtype) * self.scaling) @ self.lora_a.detach().to(dtype))
 
     def extra_repr(self) -> str:

@@ -1,12 +1,13 @@
-"""The product of a frozen weight and its adapter in training: one node of autograd's graph, multiplied in bfloat16.
+"""The product with a frozen weight and its adapter in training: one autograd node, computed in bfloat16.
 
     y = x W^T + bias + s (x A^T) B^T        dx = g W + s (g B) A
     dA = s (g B)^T x                        dB = s g^T (x A^T)
 
-The thin product is computed first, and the product with W is added to it with one rounding: that is more exact than
-rounding both, and takes no pass of its own over the output. A and B keep their dtype, float32, and get gradients in
-it; products take copies of them in bfloat16 (Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section
-3.1, for master weights). Layers that read the same input share its copy in bfloat16, which autograd saves once.
+The thin product is computed first, and the product with W is accumulated onto it with a single rounding. That is more
+exact than rounding both products, and saves a pass over the output. A and B keep their dtype (float32 or bfloat16),
+and get gradients in it; products take bfloat16 copies (Micikevicius et al., Mixed Precision Training, arXiv
+1710.03740, section 3.1, for master weights). Layers that read the same input share its bfloat16 copy, which autograd
+saves once.
 """
 
 from __future__ import annotations
@@ -36,30 +37,30 @@ from lowmem.quant.tensor import QuantizedTensor
 __all__ = ["adapted_product", "converted", "is_narrow", "narrow_results", "read_product"]
 
 LEAST_ROWS = 64
-"""Rows of an input from which on dequantizing a weight to bfloat16 costs less than the update as a product apart."""
+"""Fewest rows for which dequantizing the weight to bfloat16 costs less than a separate low-rank product."""
 
 _KEEP_RESULTS = ("ReluBackward0", "SigmoidBackward0", "TanhBackward0")
-"""Nodes of functions that keep what they return for their own backward."""
+"""Autograd nodes of functions that save their own result."""
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def adapted_product(base: nn.Module, adapter: nn.Module | None, input: Tensor) -> Tensor | None:
-    """Return what a frozen linear layer and its adapter compute in training: (..., out).
+    """Return the output of a frozen linear layer with an adapter in training: (..., out).
 
-    Without gradients too, since a checkpoint computes its region so first, and again with them.
+    It also serves calls without gradients, since a checkpoint first runs its region so and must get the same numbers.
 
     Args:
-        base: an nn.Linear, HalfLinear or Linear4Bit.
+        base: an nn.Linear, HalfLinear, Linear4Bit or Linear8Bit.
         adapter: of its weight.
-        input: floating point (..., in).
+        input: float32 or bfloat16 (..., in).
 
     Returns:
-        The output, in the dtype of the base's; or None where the two have to be called one after the other: fewer
-        than 64 rows, nothing to differentiate, products that are not in bfloat16, hooks, parametrizations, graphs,
-        transforms, selective checkpoints, subclasses of tensors, other devices, or processors that are slow at
-        bfloat16.
+        The output in the dtype of the base's output (bfloat16 within ``narrow_results``); or None if base and adapter
+        must be called one after the other: fewer than 64 rows, nothing requires a gradient, products that are not in
+        bfloat16, hooks, parametrizations, graphs, transforms, selective checkpoints, tensor subclasses, other
+        devices, or processors without fast bfloat16.
     """
     matrices = _trained(adapter, input)
     if matrices is None or is_observed(base):
@@ -69,14 +70,14 @@ def adapted_product(base: nn.Module, adapter: nn.Module | None, input: Tensor) -
 
 
 def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transposed: bool) -> Tensor | None:
-    """Return what a module computes in training that reads a frozen weight with an adapter: (..., out).
+    """Return the product of an input with a frozen weight that has an adapter, for a module in training: (..., out).
 
     Args:
-        input: floating point (..., in).
+        input: float32 or bfloat16 (..., in).
         weight: without the adapter: (out, in); (in, out) if transposed.
-        update: of an adapter, whole.
+        update: of the weight; its ``adapter`` is not None.
         bias: (out,), or None.
-        transposed: whether the product is ``input @ weight``, and not ``input @ weight.T``.
+        transposed: whether the product is ``input @ weight``, instead of ``input @ weight.T``.
 
     Returns:
         As ``adapted_product``.
@@ -108,10 +109,10 @@ def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transpos
 
 
 def _trained(adapter: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return A and B of an adapter, of which one node of the graph can compute the product with an input; or None."""
+    """Return an adapter's A and B if one autograd node can compute its product with the base's; else None."""
     if not is_plain_call() or is_traced():  # a graph, transform or forward derivative
         return None
-    if keeps_results():  # and the thin product is written to
+    if keeps_results():  # the checkpoint would keep the thin product, which is then overwritten
         return None
     if type(adapter) is not Adapter or type(input) not in _PLAIN or not input.is_cpu or input.is_nested:
         return None
@@ -136,17 +137,20 @@ def _product(
     frozen: tuple[kernels.Weight, Tensor | None] | None,
     transposed: bool,
 ) -> Tensor | None:
-    """Return the product of an input, and of that in the dtype of autocast, x, with a frozen weight and A and B."""
+    """Return the product with a frozen weight, A and B; ``x`` is ``input`` in autocast's dtype.
+
+    None if ``frozen`` is None, the processor is slow at bfloat16, or the shapes do not fit.
+    """
     a, b = matrices
     if frozen is None or not kernels.adds_products() or x.shape[-1] != a.shape[1]:
         return None
     weight, bias = frozen
-    shared = type(input.grad_fn).__name__ in _KEEP_RESULTS  # a copy that the input holds would live as long
+    shared = type(input.grad_fn).__name__ in _KEEP_RESULTS  # the input lives until backward; a cached copy would, too
     factor = input.to(torch.bfloat16) if shared else converted(input, torch.bfloat16)
     dropout = cast(nn.Module, adapter._modules["dropout"])
     dropped = None if drops_nothing(dropout) else dropout(factor)
     again = None if dropped is not None else recompute_of(input)
-    # What other functions save of the input, too, is then kept once.
+    # In these cases save the input itself, which other functions save, too: it is then kept only once.
     kept = factor if dropped is None else dropped
     kept = input if dropped is None and again is None and (shared or saves_in_any_dtype()) else kept
     out: Tensor = _AdaptedProduct.apply(factor, dropped, a, b, weight, transposed, bias, adapter.scaling, again, kept)  # type: ignore[no-untyped-call, unused-ignore]
@@ -154,7 +158,7 @@ def _product(
 
 
 def _widened(narrow: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a product in a dtype, and note with its memory that it has numbers of bfloat16 alone."""
+    """Convert a bfloat16 product, and mark the result's storage as exact in bfloat16 (``is_narrow``)."""
     wide = narrow.to(dtype)
     if wide is not narrow and not wide.is_inference():
         cast(Any, wide.untyped_storage()).lowmem_narrow = wide._version, dtype
@@ -162,14 +166,14 @@ def _widened(narrow: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_narrow(x: Tensor) -> bool:
-    """Whether a tensor is known to have numbers of bfloat16 alone: a product, or a view of it, not written to."""
+    """Whether a tensor is marked as exact in bfloat16: a widened product, or a view of one, without writes since."""
     if x.is_inference():
         return False
     return getattr(x.untyped_storage(), "lowmem_narrow", None) == (x._version, x.dtype)
 
 
 class _Results(threading.local):
-    """How this thread's products are returned."""
+    """Whether products of this thread are returned in bfloat16, without widening."""
 
     narrow = False
 
@@ -179,7 +183,7 @@ _results = _Results()
 
 @contextmanager
 def narrow_results(narrow: bool = True) -> Iterator[None]:
-    """Let ``adapted_product`` return what it has multiplied in bfloat16 as it is, for a caller that rounds it so."""
+    """Let products of ``adapted_product`` stay in bfloat16, for a caller that would round them to it."""
     before, _results.narrow = _results.narrow, narrow
     try:
         yield
@@ -188,7 +192,7 @@ def narrow_results(narrow: bool = True) -> Iterator[None]:
 
 
 def _frozen_weight(base: nn.Module, x: Tensor) -> tuple[kernels.Weight, Tensor | None] | None:
-    """Return weight and bias of a layer that multiplies ``x`` in bfloat16 and trains neither; None for others."""
+    """Return weight and bias of a layer if it multiplies ``x`` in bfloat16 and neither trains; else None."""
     held = base._parameters
     weight: kernels.Weight
     if type(base) is Linear4Bit or type(base) is Linear8Bit:
@@ -212,10 +216,10 @@ def _frozen_weight(base: nn.Module, x: Tensor) -> tuple[kernels.Weight, Tensor |
 
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``x`` in a dtype, the same tensor for each layer that asks while ``x`` does not change.
+    """Return ``x`` in a dtype; layers that read the same ``x`` get the same tensor while ``x`` is not changed.
 
-    It is kept with ``x``, so it lives as long as that. Tensors that are leaves of the graph are converted each time:
-    users keep, copy and save them. So is what is asked for without gradients, which has no graph.
+    The copy is cached as an attribute of ``x`` and lives as long. Without grad, and for leaves of the graph, which
+    users may keep, copy and save, ``x`` is converted each time.
     """
     if x.dtype is dtype:
         return x
@@ -229,10 +233,10 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """``x W^T + bias + s (d A^T) B^T`` for x (..., in) and d, x after dropout; None: x itself.
+    """``x W^T + bias + s (d A^T) B^T`` for x (..., in), where d (``dropped``) is x after dropout; None: x itself.
 
-    ``weight`` is W, or W^T if ``transposed``. ``kept`` is what backward keeps of d, in any dtype, unless it is
-    computed ``again``.
+    ``weight`` is W, or W^T if ``transposed``. ``kept`` is d in any dtype, to be saved for backward; it is not saved
+    if ``again`` is given, which recomputes d.
     """
 
     @staticmethod
@@ -269,7 +273,7 @@ class _AdaptedProduct(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of what ``_AdaptedProduct`` was given."""
+    """Return the gradients of the arguments of ``_AdaptedProduct.forward``."""
     adapted, narrow, a, b, frozen, *scales = ctx.saved_tensors
     if ctx.again:
         adapted = differentiable_once(ctx.again(grad.dtype))

@@ -1,4 +1,4 @@
-"""What the techniques have in common that store weights as codes with a scale for each block."""
+"""Common base of the techniques that store weights as codes with a scale for each block."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Blockwise:
 
     Attributes:
         block_size: weights per scale; None: the format's default.
-        scales: how they are stored; None: the format's default.
-        compute_dtype: to multiply in; None: the dtype of the input.
+        scales: their encoding, a key of ``ENCODINGS``; None: the format's default.
+        compute_dtype: dtype of products; None: the dtype of the input.
     """
 
     block_size: int | None
@@ -30,12 +30,12 @@ class Blockwise:
 
     @property
     def format(self) -> str | tuple[str, ...]:
-        """The key of a format; or several, of which each weight gets the one with the least squared error."""
+        """The key of a format; or several, of which each weight gets the one with the smallest squared error."""
         raise NotImplementedError
 
     @property
     def search(self) -> bool | None:
-        """Whether to search for the scales with the least squared error; None: the format's default."""
+        """Whether to search for the scales with the smallest squared error; None: the format's default."""
         return None
 
     def store(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
@@ -43,7 +43,7 @@ class Blockwise:
 
         Args:
             weight: floating point (..., n), finite.
-            name: unused; a store that replaces this one has it for errors.
+            name: unused here; replacements for this method name it in errors.
 
         Raises:
             TypeError, ValueError: a weight that ``quantize`` rejects.
@@ -56,7 +56,7 @@ class Blockwise:
         """Return what ``store`` would return, on the meta device.
 
         Raises:
-            ValueError: several formats; choosing one needs the weight's values.
+            ValueError: ``format`` names several; to choose one takes the weight's values.
         """
         if not isinstance(self.format, str):
             raise ValueError(f"format={self.format!r}: without values there is no choosing; name one format")
@@ -69,10 +69,10 @@ class Blockwise:
 
 
 def check_compute_dtype(dtype: torch.dtype | None) -> None:
-    """Raise unless layers can multiply in ``dtype``.
+    """Check a ``compute_dtype``.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: it is not a floating point dtype of at least 16 bits, torch.int8 or None.
     """
     if dtype not in (None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(

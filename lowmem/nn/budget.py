@@ -1,4 +1,4 @@
-"""The technique that chooses for each weight how many bits it gets."""
+"""The technique that chooses the number of bits of each weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHOICES: tuple[FourBit | EightBit, ...] = (
     FourBit("bof4s", 16, "double", embeddings="4bit"),
     EightBit(64, "double"),
 )
-"""What ``Budget`` chooses among, from what takes least to what loses least."""
+"""The techniques that ``Budget`` chooses from, in order of increasing bytes and decreasing error."""
 
 NORMAL_ERRORS = (0.0815, 0.0745, 0.0658, 0.00602)
 """The relative root mean square error of each of ``CHOICES`` for normal weights in long rows."""
@@ -31,29 +31,31 @@ NORMAL_ERRORS = (0.0815, 0.0745, 0.0658, 0.00602)
 
 @dataclass(frozen=True)
 class Budget:
-    """So many bits a weight in all: each layer gets 4 bits in blocks of 64, 32 or 16, or 8 bits.
+    """A budget of bits per weight: each layer gets 4 bits in blocks of 64, 32 or 16, or 8 bits in blocks of 64.
 
-    The loss of a model is taken to be the sum of what each weight adds when it alone is stored. The layers get bits
-    where these lower the sum most for each byte, until no further step fits: a greedy choice on the convex hull of
-    each layer's choices (Shoham and Gersho, Efficient bit allocation for an arbitrary set of quantizers, 1988).
+    The loss of the model is modelled as the sum of the losses from storing each weight alone. Bits are given, step by
+    step, to the layer where they lower this sum most per byte, until no further step fits the budget: a greedy choice
+    on the convex hull of each layer's choices (Shoham and Gersho, Efficient bit allocation for an arbitrary set of
+    quantizers, 1988).
 
-    With ``inputs`` the loss of a weight is the expected squared change of the model's output, relative to the output:
-    ``sum of g^2 (w - stored)^2``, where g is the gradient of a random projection of the output (Hutchinson), whose
-    squares are kept as a product of their sums over rows and over columns; errors of weights are taken to be
-    independent. Without, it is the squared relative error ``|W - stored|^2 / |W|^2`` times the numbers of W: the
-    relative error of the layer's output, for inputs whose columns are alike and independent, where a layer has as
-    much influence as it has numbers. Then layers of bits alike differ by how far their weights are from normal ones.
+    With ``inputs``, the loss of a weight is the expected squared change of the model's output, relative to the
+    output: ``sum of g^2 (w - stored)^2``, where g is the gradient of a random projection of the output (Hutchinson's
+    estimator). The squares of g are kept in factored form, as their sums over rows and over columns, and the errors
+    of weights are assumed to be independent. Without ``inputs``, the loss is the squared relative error
+    ``|W - stored|^2 / |W|^2`` times the number of elements of W. That is the relative error of the layer's output if
+    the columns of its input are independent and equally large, and if a layer's influence is its number of elements.
 
     Args:
-        bits: of codes and scales, over all weights that are stored, each counted once; ``convert(at_most=)`` counts
-            bytes alike, and what stays dense as well. What is chosen is never above it.
-        inputs: typical batches, as ``calibrate`` takes them: each a Tensor, a tuple or list of positional arguments,
-            or a mapping of keyword arguments. The model runs forward and backward on each, once.
+        bits: of codes and scales per weight, on average over all stored weights, each of which counts once;
+            ``convert(at_most=)`` limits bytes in the same way, including those of dense parameters. The choice never
+            exceeds the budget.
+        inputs: typical batches, as for ``calibrate``: each a Tensor, a tuple or list of positional arguments, or a
+            mapping of keyword arguments. The model runs forward and backward once on each.
         compute_dtype: as in ``FourBit``.
 
     Raises:
         TypeError: inputs of another type.
-        ValueError: bits that are no number above 0, or a dtype that is not floating point.
+        ValueError: bits that are not a finite number above 0, or a ``compute_dtype`` that ``FourBit`` rejects.
     """
 
     bits: float
@@ -72,5 +74,5 @@ class Budget:
 
     @property
     def choices(self) -> tuple[FourBit | EightBit, ...]:
-        """Return ``CHOICES``, with products in ``compute_dtype``."""
+        """``CHOICES``, with products in ``compute_dtype``."""
         return tuple(replace(one, compute_dtype=self.compute_dtype) for one in CHOICES)

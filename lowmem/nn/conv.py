@@ -29,7 +29,7 @@ def geometry_of(layer: nn.Conv1d | nn.Conv2d) -> Geometry:
     elif layer.padding == "same":
         spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         padding = tuple(span // 2 for span in spans)
-        # An odd span cannot be split in halves: torch puts the extra zero at the end.
+        # An odd span cannot be halved: torch puts the extra zero at the end.
         around = tuple(size for span in reversed(spans) for size in (0, span % 2))
     elif not isinstance(layer.padding, str):
         padding = _each(layer.padding, kernel)
@@ -43,7 +43,7 @@ def _each(sizes: int | Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Conv(StoredModule):
-    """Base of both convolutions. Its subclasses are classes of nn.Conv1d and nn.Conv2d.
+    """Base of the stored convolutions.
 
     Attributes:
         geometry: channels, kernel, stride, padding, dilation and groups.
@@ -55,12 +55,12 @@ class _Conv(StoredModule):
 class HalfConv(_Conv):
     """An nn.Conv1d or nn.Conv2d whose weight and bias are stored in 16 bits and frozen.
 
-    It computes in ``torch.promote_types(x.dtype, D)`` for the stored dtype D: in float32 for a float32 input.
+    It computes in ``torch.promote_types(x.dtype, D)``, where D is the stored dtype: in float32 for a float32 input.
     """
 
     @classmethod
     def from_layer(cls, layer: nn.Conv1d | nn.Conv2d, technique: Half, store: HalfStore | None = None) -> HalfConv:
-        """Build it from a dense layer, whose tensors are stored by ``store``, or ``technique.store`` for None.
+        """Build it from a dense layer, whose tensors ``store`` rounds; None: ``technique.store``.
 
         Raises:
             TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
@@ -83,7 +83,7 @@ class Conv4Bit(FourBitStorage, _Conv):
     """An nn.Conv1d or nn.Conv2d whose weight is stored in 4 bits and frozen; the bias is unchanged.
 
     Attributes:
-        compute_dtype: to compute in, floating point; None: the dtype of the input.
+        compute_dtype: floating point dtype to compute in; None: the dtype of the input.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -92,13 +92,14 @@ class Conv4Bit(FourBitStorage, _Conv):
     def from_layer(
         cls, layer: nn.Conv1d | nn.Conv2d, technique: FourBit, store: FourBitStore | None = None
     ) -> Conv4Bit:
-        """Build it from a dense layer, whose weight is stored by ``store``, or ``technique.store`` for None.
+        """Build it from a dense layer, whose weight ``store`` quantizes; None: ``technique.store``.
 
         Raises:
             TypeError, ValueError: weights that ``quantize`` rejects.
         """
         weight = (store or technique.store)(layer.weight.flatten(1), "weight")
-        compute = technique.compute_dtype if technique.compute_dtype is not torch.int8 else None  # int8: linear only
+        # Only linear layers can multiply in int8.
+        compute = technique.compute_dtype if technique.compute_dtype is not torch.int8 else None
         return cast(
             Conv4Bit,
             stored_copy(

@@ -1,4 +1,4 @@
-"""The 8-bit technique, and its layers, which compute as those in 4 bits do."""
+"""The 8-bit technique and its layers, which are subclasses of the 4-bit ones."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ __all__ = ["Conv1d8Bit", "Conv2d8Bit", "EightBit", "Embedding8Bit", "Linear8Bit"
 class EightBit(Blockwise):
     """8-bit quantization: weights are stored as integers from -127 to 127 with a scale per block, frozen.
 
-    Biases are unchanged. A weight is off by at most 1/254 of the largest magnitude of its block, and what rounding
-    took from the stored scale (``QuantizedTensor.error_bound``): absmax quantization as in LLM.int8(), arXiv
+    Biases are unchanged. A weight is off by at most 1/254 of the largest magnitude in its block, plus the effect of
+    rounding the scale (``QuantizedTensor.error_bound``). It is absmax quantization as in LLM.int8(), arXiv
     2208.07339, section 2, in blocks as in arXiv 2110.02861.
 
     Args:
@@ -35,7 +35,7 @@ class EightBit(Blockwise):
         compute_dtype: as in ``FourBit``.
 
     Raises:
-        ValueError: unknown scales, a bad block size, or a dtype that is not floating point.
+        ValueError: unknown scales, a bad block size, or a ``compute_dtype`` that ``FourBit`` rejects.
     """
 
     block_size: int | None = None
@@ -52,16 +52,16 @@ class EightBit(Blockwise):
 
     @property
     def format(self) -> str:
-        """The key of the format, of which there is one."""
+        """The key of the only format."""
         return "int8"
 
 
 def of_embeddings(technique: FourBit) -> EightBit | FourBit:
-    """Return how a technique stores embeddings and the output layer."""
+    """Return the technique with which ``technique`` stores embeddings and the output layer."""
     if technique.embeddings == "4bit":
         return technique
     dtype = technique.compute_dtype
-    return EightBit(compute_dtype=None if dtype is torch.int8 else dtype)  # there is no kernel for 8 times 8 bits
+    return EightBit(compute_dtype=None if dtype is torch.int8 else dtype)  # no kernel multiplies 8-bit codes in int8
 
 
 def blockwise(

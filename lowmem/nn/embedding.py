@@ -1,4 +1,4 @@
-"""Embeddings with tables in 16 or 4 bits: rows are gathered as stored, and only these are dequantized."""
+"""Embeddings with tables in 16 or 4 bits: stored rows are gathered, and only these are dequantized."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 __all__ = ["Embedding4Bit", "HalfEmbedding"]
 
-_BYTES = 24  # scratch per weight of a chunk: dequantizing it, its gathered bytes, and its value before the copy
+_BYTES = 24  # scratch per element of a chunk: for dequantizing, the gathered bytes, and the value before the copy
 
 
 class _Embedding(StoredModule, nn.Embedding):
-    """Base of both embeddings; they implement ``rows``."""
+    """Base of the stored embeddings, which implement ``rows``."""
 
     dense_class = nn.Embedding
     stored_names = ("weight",)
@@ -53,7 +53,7 @@ class _Embedding(StoredModule, nn.Embedding):
         Raises:
             IndexError, RuntimeError: indices out of range, or of another dtype, as in nn.Embedding.
             RuntimeError: ``max_norm`` was set since, which rescales rows in place.
-            TypeError: a nested tensor; a jagged one is taken where rows are stored in 16 bits.
+            TypeError: a nested tensor (but 16-bit tables accept the jagged layout).
         """
         if self.max_norm is not None:
             raise RuntimeError(
@@ -79,7 +79,7 @@ class _Embedding(StoredModule, nn.Embedding):
 class HalfEmbedding(_Embedding):
     """An nn.Embedding whose table is stored in 16 bits and frozen.
 
-    It returns rows in ``dtype``, which casts of the model change (``model.half()``, ``model.to(dtype)``).
+    It returns rows in ``dtype``; casts of the model (``model.half()``, ``model.to(dtype)``) change it.
 
     Args:
         weight: float16 or bfloat16 (num_embeddings, embedding_dim).
@@ -94,7 +94,7 @@ class HalfEmbedding(_Embedding):
 
     @classmethod
     def from_layer(cls, layer: nn.Embedding, technique: Half, store: HalfStore | None = None) -> HalfEmbedding:
-        """Build it from a dense layer, whose table is stored by ``store``, or ``technique.store`` for None.
+        """Build it from a dense layer, whose table ``store`` rounds; None: ``technique.store``.
 
         Raises:
             TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
@@ -111,7 +111,7 @@ class HalfEmbedding(_Embedding):
 class Embedding4Bit(FourBitStorage, _Embedding):
     """An nn.Embedding whose table is stored in 4 bits and frozen.
 
-    It returns rows in ``dtype``, which casts of the model change (``model.half()``, ``model.to(dtype)``).
+    It returns rows in ``dtype``; casts of the model (``model.half()``, ``model.to(dtype)``) change it.
 
     Args:
         weight: quantized (num_embeddings, embedding_dim).
@@ -128,7 +128,7 @@ class Embedding4Bit(FourBitStorage, _Embedding):
 
     @classmethod
     def from_layer(cls, layer: nn.Embedding, technique: FourBit, store: FourBitStore | None = None) -> Embedding4Bit:
-        """Build it from a dense layer, whose table is stored by ``store``, or ``technique.store`` for None.
+        """Build it from a dense layer, whose table ``store`` quantizes; None: ``technique.store``.
 
         Raises:
             TypeError, ValueError: weights that ``quantize`` rejects.
@@ -143,7 +143,7 @@ class Embedding4Bit(FourBitStorage, _Embedding):
         if torch.compiler.is_compiling() and not recorded:
             return embedding(indices, self.stored_tensor("weight"))
         table = self.quantized
-        table.check_layout()  # here: the gathered rows do not show whether the table has all of its rows
+        table.check_layout()  # before the gather, which would not notice that rows of the table are missing
         packed, scales = (
             embedding(indices, table.packed),
             embedding(indices, table.scales),

@@ -1,4 +1,4 @@
-"""The 4-bit technique, and the linear layer."""
+"""The 4-bit technique and its linear layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lowmem.quant.tensor import QuantizedTensor
 __all__ = ["FourBit", "FourBitStore", "Linear4Bit"]
 
 FourBitStore: TypeAlias = Callable[[Tensor, str], QuantizedTensor]
-"""Quantizes a weight, given with its name for errors: ``FourBit.store``, or a replacement for it."""
+"""Quantizes a weight; the second argument names it in errors. ``FourBit.store``, or a replacement for it."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,23 @@ class FourBit(Blockwise):
     QLoRA, arXiv 2305.14314, section 2.
 
     Args:
-        format: a key of ``FORMATS``; or several, of which each weight gets the one with the least squared error.
-            None: "bof4s", in blocks of 32 unless ``block_size`` says otherwise.
+        format: a key of ``FORMATS``; or several, of which each weight gets the one with the smallest squared error.
+            None: "bof4s", in blocks of 32 unless ``block_size`` is given.
         block_size: weights per scale, even, 8 to 4096; None: the format's default.
         scales: "float32", "float16" or "double", or one of the first two with "_offsets"; None: the format's default.
-        compute_dtype: in which weights are multiplied, by layers and by modules that read them (``Conv1D``, experts,
-            attention of torch); None: the dtype of the input. With torch.int8, linear layers round inputs, and levels
-            that need it, to 8 bits (``lowmem.kernels.int8``) and multiply integers; gradients and other modules use
-            the dtype of the input.
-        search: whether to search for the scales with the least squared error; None: the format's default.
+        compute_dtype: dtype of products, in stored layers and in modules that read stored weights (``Conv1D``,
+            experts, torch's attention); None: the dtype of the input. With torch.int8, linear layers round inputs,
+            to 8 bits, and levels to multiples of one step (``lowmem.kernels.int8``), and multiply integers; gradients
+            and other modules use the dtype of the input.
+        search: whether to search for the scales with the smallest squared error; None: the format's default.
         offsets: whether each block has an offset, too, the middle of its weights: scales become "float16_offsets" or
-            "float32_offsets". A product then takes the sums of the input over blocks, in float32.
-        embeddings: "8bit": embeddings, the output layer of a language model, and what shares a weight with them are
-            stored by ``EightBit()``; "4bit": as everything else.
+            "float32_offsets". Products then also need the sums of the input over blocks, in float32.
+        embeddings: "8bit": embeddings, the output layer of a language model, and layers that share a weight with them
+            are stored by ``EightBit()``; "4bit": like all other layers.
 
     Raises:
-        ValueError: an unknown format or scales, a bad block size, another ``embeddings``, or a dtype that is not
-            floating point.
+        ValueError: an unknown format or scales, a bad block size, another ``embeddings``, or a ``compute_dtype`` that
+            is neither floating point with at least 16 bits nor torch.int8.
     """
 
     format: str | tuple[str, ...] = None  # type: ignore[assignment]  # which __post_init__ replaces
@@ -90,8 +90,8 @@ class Linear4Bit(FourBitStorage, nn.Linear):
     Args:
         weight: quantized (out_features, in_features).
         bias: floating point (out_features,), or None.
-        compute_dtype: to multiply in; None: the dtype of the input; torch.int8: 8-bit integers.
-        dtype: as which the weight presents itself; None: that of the bias, or float32.
+        compute_dtype: dtype of the product; None: the dtype of the input; torch.int8: 8-bit integers.
+        dtype: of the ``weight`` attribute; None: that of the bias, or float32.
     """
 
     dense_class = nn.Linear
@@ -115,7 +115,7 @@ class Linear4Bit(FourBitStorage, nn.Linear):
 
     @classmethod
     def from_layer(cls, layer: nn.Linear, technique: FourBit, store: FourBitStore | None = None) -> Linear4Bit:
-        """Build it from a dense layer, whose weight is stored by ``store``, or ``technique.store`` for None.
+        """Build it from a dense layer, whose weight ``store`` quantizes; None: ``technique.store``.
 
         Raises:
             TypeError, ValueError: weights that ``quantize`` rejects.
@@ -127,7 +127,7 @@ class Linear4Bit(FourBitStorage, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
         x = autocast(input)
-        found = self._parameters  # faster than attributes; a parametrization may have moved some out
+        found = self._parameters  # faster than attributes; a parametrization may have moved a parameter out
         bias = found["bias"] if "bias" in found else self.bias  # noqa: SIM401 - get would evaluate self.bias each time
         dtype = self.compute_dtype or x.dtype
         if is_plain_call(x, bias) and x.dim() == 2 and not x.is_nested:  # inline, for speed

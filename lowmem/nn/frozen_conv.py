@@ -1,8 +1,8 @@
-"""The convolution with a frozen weight: only the input gets a gradient, and autograd saves only the stored weight.
+"""Convolution with a frozen weight: only the input gets a gradient, and autograd saves only the stored weight.
 
-The weight is a matrix (out_channels, in_channels / groups * kernel). Forward and backward dequantize it in chunks of
-output channels of at most 1 MiB; a weight that fits takes a single convolution. The output of a chunk's convolution,
-before the copy to the result, takes at most 1 MiB too, or one example.
+The weight is a matrix (out_channels, in_channels / groups * prod(kernel)). Forward and backward dequantize it in
+chunks of output channels of at most 1 MiB; a weight that fits into one chunk needs a single convolution. Otherwise
+the output of each convolution, before it is copied to the result, also takes at most 1 MiB, or one example.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Geometry:
     mode: str = "constant"
 
     def __str__(self) -> str:
-        """Describe it as nn.Conv2d does."""
+        """Return the description that nn.Conv2d would give."""
         padding = f"{self.around} {self.mode}" if self.around else self.padding
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel}, stride={self.stride}, "
@@ -78,9 +78,9 @@ class Geometry:
         return [(n - 1) * s - 2 * p + d * (k - 1) + more + 1 for n, k, s, p, d, more in every]
 
     def chunks(self, itemsize: int) -> list[tuple[slice, slice, int]]:
-        """Return chunks: output channels to dequantize together, input channels that they read, number of groups.
+        """Return, for each chunk, its output channels, the input channels that they read, and its number of groups.
 
-        A chunk is several whole groups, or a part of one.
+        A chunk consists of whole groups, or is a part of one group.
         """
         rows, channels = self.out_channels // self.groups, self.in_channels // self.groups  # per group
         columns = channels * prod(self.kernel)
@@ -186,7 +186,7 @@ def _convolve(
 def _adjoint(grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int]) -> Tensor:
     """Return (batch, in_channels, *size) in grad's dtype, for grad (batch, out_channels, *out size).
 
-    Sums over chunks are kept in float32 at least, as those inside one half-precision convolution are.
+    Chunks are summed in float32 or wider, as a half-precision convolution sums internally.
     """
     adjoint = _ADJOINTS[len(geometry.kernel)]
     chunks = _chunks(weight, geometry, dtype)
@@ -225,7 +225,7 @@ def _dequantized(weight: Weight, rows: slice, geometry: Geometry, dtype: torch.d
 
 
 def _compute(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:
-    """Return the convolution, or its adjoint with outputs of ``size`` if not None. Each is the other's derivative."""
+    """Return the convolution; if ``size`` is given, its adjoint of that size. Each is the other's derivative."""
     return _convolve(x, weight, geometry, dtype) if size is None else _adjoint(x, weight, geometry, dtype, size)
 
 
@@ -240,7 +240,7 @@ def _record(
 ) -> Tensor:
     given: tuple[Any, ...] = (weight, None, "", 0, "")
     if isinstance(weight, (QuantizedTensor, StoredParts)):
-        weight.check_layout()  # here: the operator gets no row count to check against
+        weight.check_layout()  # here, since the operator is not told the number of rows
         given = fields(weight)
     sizes = [geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel]
     sizes += [number for of_dims in geometry.arguments for number in of_dims]
@@ -261,7 +261,7 @@ def _arguments(x: Tensor, weight: Tensor, scales: Tensor | None, *rest: Any) -> 
 
 
 def _geometry(sizes: Sequence[int]) -> Geometry:
-    """Return the geometry whose numbers ``_record`` gave to the operator."""
+    """Return the geometry from the numbers that ``_record`` passes to the operator."""
     dims = (len(sizes) - 3) // 4
     kernel, stride, padding, dilation = (tuple(sizes[start : start + dims]) for start in range(3, len(sizes), dims))
     return Geometry(sizes[0], sizes[1], sizes[2], kernel, stride, padding, dilation)

@@ -1,4 +1,4 @@
-"""The product with a frozen weight: only the input gets a gradient, and autograd saves only the stored weight."""
+"""Product with a frozen weight: only the input gets a gradient, and autograd saves only the stored weight."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
 
 
 def _traced_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-    """Compute ``frozen_linear`` without branches on sizes, of which torch.jit.trace would record one side only."""
+    """Compute ``frozen_linear`` without branches on sizes: torch.jit.trace records only one side of a branch."""
     if exports_to_onnx(weight):
         return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(
             x.dtype
@@ -70,10 +70,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def exports_to_onnx(weight: kernels.Weight) -> TypeGuard[Tensor]:
-    """Whether torch's TorchScript-based ONNX exporter is tracing this call; ``weight`` is then a 16-bit one.
+    """Whether torch's TorchScript-based ONNX exporter is tracing this call; ``weight`` is then a 16-bit tensor.
 
     Raises:
-        RuntimeError: it is, and the weight is a 4- or 8-bit one, which that exporter cannot write.
+        RuntimeError: it is, but the weight is stored in 4 or 8 bits, which that exporter cannot write.
     """
     if not torch.onnx.is_in_onnx_export():
         return False
@@ -152,12 +152,12 @@ def is_observed(module: nn.Module) -> bool:
 
 def autocast(x: Tensor) -> Tensor:
     """Return ``x`` in the dtype to which autocast, if enabled, casts the input of a linear layer."""
-    if not _autocast_anywhere() or not is_cast(x):  # the second question takes 0.1 microseconds more
+    if not _autocast_anywhere() or not is_cast(x):  # the first check is 0.1 microseconds faster
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def is_cast(x: Tensor) -> bool:
-    """Whether autocast casts ``x`` where it is the input of a linear layer."""
+    """Whether autocast would cast ``x`` as the input of a linear layer."""
     device = "cpu" if x.is_cpu else x.device.type
-    return device != "meta" and autocast_enabled(device) and x.dtype != torch.float64  # meta has no autocast
+    return device != "meta" and autocast_enabled(device) and x.dtype != torch.float64  # there is no autocast for meta

@@ -1,4 +1,4 @@
-"""The linear layer of a 4-bit weight whose columns are gathered (``lowmem.nn.gathered_weight``)."""
+"""A linear layer whose 4-bit weight is stored with its columns in another order (``lowmem.nn.gathered_weight``)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["GatheredLinear4Bit", "gathered_copy"]
 class GatheredLinear4Bit(Linear4Bit):
     """``y = x[..., order] W[:, order]^T + b`` with ``W[:, order]`` stored in 4 bits and frozen.
 
-    ``quantized`` holds the columns in that order; ``weight`` presents them in their own.
+    ``quantized`` has the columns in the stored order, ``weight`` in that of the dense layer.
     """
 
     weight_order: Tensor
@@ -28,7 +28,11 @@ class GatheredLinear4Bit(Linear4Bit):
 
 
 def gathered_copy(layer: Linear4Bit, order: Tensor) -> GatheredLinear4Bit:
-    """Return a copy of a layer, whose weight has its columns in an order: int32 (in_features,); it has no hooks.
+    """Return a copy of a layer whose stored columns are declared to be in another order. The copy has no hooks.
+
+    Args:
+        layer: stores ``W[:, order]``.
+        order: int32 (in_features,).
 
     Raises:
         ValueError: the order has another dtype or length.

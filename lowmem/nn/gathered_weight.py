@@ -1,9 +1,8 @@
-"""A stored matrix whose columns lie in another order: that of GPTQ's groups, which follow activations (desc_act).
+"""A stored matrix whose columns are stored in another order, as in GPTQ files with activation order (desc_act).
 
-Blocks take columns as they lie. Where the columns of a group lie apart, the parts hold them side by side, and
-``order`` says which column of the matrix each of them is: ``W[:, order]`` is what the parts hold. A product gathers
-the columns of its input once, ``x[..., order] @ W[:, order].T``; whatever else reads values gets them dequantized,
-in the order of the matrix.
+Blocks are consecutive stored columns, but GPTQ's groups may consist of columns that are not consecutive. So the parts
+hold ``W[:, order]``, in which each group is. A product gathers the columns of its input once,
+``x[..., order] @ W[:, order].T``; any other operator gets dequantized values in the order of W.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from lowmem.nn.stored import FUNCTIONS, OPERATORS, StoredTensor, dequantized_cal
 
 __all__ = ["GatheredTensor", "check_order"]
 
-_ALIKE = {"detach", "alias", "lift_fresh", "clone", "_to_copy"}  # operators whose results have the same columns
+_ALIKE = {"detach", "alias", "lift_fresh", "clone", "_to_copy"}  # operators that keep the order of columns
 _READING = {Tensor.__getitem__, functional.multi_head_attention_forward, functional.bilinear, torch.einsum}
 
 
 def check_order(order: Tensor, name: str) -> None:
-    """Raise unless an order that was read names each column once; one without values passes.
+    """Check that an order that was read from a file or state is a permutation; one on the meta device passes.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it is not.
     """
     if not order.is_meta and not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
         raise ValueError(f"{name} does not name each of {len(order)} columns once; get it again")
@@ -49,7 +48,7 @@ class GatheredTensor(StoredTensor):
         kwargs = kwargs or {}
         if function is functional.linear:
             result = _linear(*args, **kwargs)
-        else:  # functions that write refuse, as for any stored weight
+        else:  # functions that write raise errors, as for any stored weight
             own = None if function in _READING else FUNCTIONS.get(function)
             result = NotImplemented if own is None else own(*args, **kwargs)
         if result is not NotImplemented:

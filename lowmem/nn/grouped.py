@@ -1,7 +1,7 @@
-"""The product of groups of rows, each with a matrix of its own, of which both are differentiable.
+"""Grouped matrix product: each group of rows is multiplied by its own matrix. Differentiable in rows and matrices.
 
-``torch.nn.functional.grouped_mm`` needs strides of whole 16 bytes, which a thin matrix seldom has, and its backward
-rejects gradients that are expanded.
+``torch.nn.functional.grouped_mm`` does not serve here: it needs strides that are multiples of 16 bytes, which thin
+matrices seldom have, and its backward rejects expanded gradients.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _LIBRARY.define("grouped_outer(Tensor x, Tensor grad, Tensor offsets) -> Tensor"
 
 
 def grouped_matmul(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-    """Return (rows, columns) in which rows ``offsets[e - 1]`` to ``offsets[e]`` are those of x times matrix e.
+    """Return (rows, columns): rows ``offsets[e - 1]`` to ``offsets[e] - 1`` of x, multiplied by matrix e.
 
-    Rows after the last offset are zero.
+    Rows after the last group are zero.
 
     Args:
         x: (rows, n).
         matrices: (count, n, columns), in the dtype of x.
-        offsets: int (count,), where each group ends.
+        offsets: int (count,), the end of each group.
     """
     out: Tensor = torch.ops.lowmem.grouped_matmul(x, matrices, offsets)
     return out

@@ -1,6 +1,7 @@
-"""Half precision: weights are stored in 16 bits and rounded only once, when they are converted.
+"""Half precision: weights are stored in 16 bits, and rounded only once, when they are converted.
 
-A product is computed in the wider of the input's and the weight's dtypes, on a chunk of rows at a time.
+A product is computed in the wider of the input's and the weight's dtypes, for one chunk of the weight's rows at a
+time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lowmem.quant.rounding import round_to
 __all__ = ["Half", "HalfLinear", "HalfStore", "half_weights"]
 
 HalfStore: TypeAlias = Callable[[Tensor, str], nn.Parameter]
-"""Rounds a tensor, given with its name for errors: ``Half.store``, or a replacement for it."""
+"""Rounds a tensor; the second argument names it in errors. ``Half.store``, or a replacement for it."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Half:
     """Half precision: weights and biases are stored in float16 or bfloat16 and frozen.
 
     Args:
-        dtype: ``torch.float16`` has 11 significant bits and ends at 65504; ``torch.bfloat16`` has 8 significant
-            bits and the range of float32.
+        dtype: ``torch.float16`` (11 significant bits, largest number 65504) or ``torch.bfloat16`` (8 significant
+            bits, the range of float32).
 
     Raises:
         ValueError: another dtype.
@@ -58,12 +59,12 @@ class Half:
 class HalfLinear(StoredModule, nn.Linear):
     """``y = x W^T + b`` with W and b stored in 16 bits and frozen.
 
-    The product is computed in ``torch.promote_types(x.dtype, D)`` for the stored dtype D: in float32 for float32.
+    The product is computed in ``torch.promote_types(x.dtype, D)``, where D is the stored dtype.
 
     Args:
         weight: float16 or bfloat16 (out_features, in_features).
         bias: (out_features,) in the dtype of the weight, or None.
-        dtype: as which weight and bias present themselves.
+        dtype: of the ``weight`` and ``bias`` attributes.
     """
 
     dense_class = nn.Linear
@@ -82,7 +83,7 @@ class HalfLinear(StoredModule, nn.Linear):
 
     @classmethod
     def from_layer(cls, layer: nn.Linear, technique: Half, store: HalfStore | None = None) -> HalfLinear:
-        """Build it from a dense layer, whose tensors are stored by ``store``, or ``technique.store`` for None.
+        """Build it from a dense layer, whose tensors ``store`` rounds; None: ``technique.store``.
 
         Raises:
             TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
@@ -93,15 +94,15 @@ class HalfLinear(StoredModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
         x = autocast(input)
-        own = self._parameters  # faster than attributes; a parametrization may have moved some out
+        own = self._parameters  # faster than attributes; a parametrization may have moved a parameter out
         weight = own.get("weight_rounded")
         weight = cast(nn.Parameter, self.weight_rounded) if weight is None else weight
         bias = own["bias_rounded"] if "bias_rounded" in own else self.bias  # noqa: SIM401 - get would evaluate it
         bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
-        if x.dtype is weight.dtype and not (x.is_cpu and x.dtype is torch.float16):  # slow in torch on CPUs
+        if x.dtype is weight.dtype and not (x.is_cpu and x.dtype is torch.float16):  # torch's is slow on CPUs
             if torch.is_grad_enabled():
                 refuse_training(weight)
-            bias = bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)  # a dense one that is shared
+            bias = bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)  # it may be dense, and shared
             return nn.functional.linear(x, weight.detach(), None if bias is None else bias.detach())
         wide = x.dtype if x.dtype is torch.float32 else torch.promote_types(x.dtype, weight.dtype)
         return frozen_linear(x, weight, wide, bias)

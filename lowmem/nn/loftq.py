@@ -1,4 +1,4 @@
-"""The best low-rank approximation of a quantization error, from which LoftQ initializes an adapter."""
+"""Truncated SVD of a quantization error, with which LoftQ initializes an adapter."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from torch import Tensor
 
 __all__ = ["truncated_svd"]
 
-_OVERSAMPLING = 16  # more columns of the basis than the rank
-_STEPS = 8  # of subspace iteration; the error of 4 bits, whose singular values lie close together, needs several
+_OVERSAMPLING = 16  # columns of the basis beyond the rank
+_STEPS = 8  # of subspace iteration; the singular values of a 4-bit error lie close together, so it needs several
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``U, S, V^T`` of about the ``rank`` largest singular values: ``U diag(S) V^T`` is near to the matrix.
+    """Return approximate ``U, S, V^T`` for the ``rank`` largest singular values: ``U diag(S) V^T`` ~ matrix.
 
-    Randomized subspace iteration, Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4. It takes
-    ``16 rows columns (rank + 16)`` products, where an exact SVD takes minutes for a large layer. The random start is
-    always the same, and the global random state does not change.
+    Randomized subspace iteration, Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4. It takes about
+    ``17 * rows * columns * (rank + 16)`` multiplications, where an exact SVD of a large layer takes minutes. The
+    random start is always the same, and the global random state does not change.
 
     Args:
         matrix: float32 or float64 (rows, columns).
         rank: at least 1.
 
     Returns:
-        (rows, k), (k,), descending, and (k, columns), where k is the least of rank, rows and columns.
+        (rows, k), (k,) in descending order, and (k, columns), where k = min(rank, rows, columns).
     """
     rows, columns = matrix.shape
     size = min(rank + _OVERSAMPLING, rows, columns)

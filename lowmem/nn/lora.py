@@ -1,6 +1,6 @@
-"""The linear layer with adapters: two small matrices train beside a frozen layer.
+"""A linear layer with adapters: two thin matrices train beside a frozen layer.
 
-QLoRA (arXiv 2305.14314) is LoRA over a 4-bit base, and needs no class of its own. Other modules get adapters by
+QLoRA (arXiv 2305.14314) is this layer with a 4-bit base. Other modules get adapters from
 ``lowmem.nn.adapted_module``.
 """
 
@@ -36,16 +36,16 @@ def _of_single_adapter(name: str) -> Any:
             raise AttributeError(name)
         return getattr(next(iter(layer.adapters.values())), name)
 
-    return property(get, doc=f"The adapter's ``{name}``, while there is one adapter only.")
+    return property(get, doc=f"The adapter's ``{name}``, if there is exactly one adapter.")
 
 
 class Folded(NamedTuple):
-    """A module with adapters merged into its weights, and the errors of these.
+    """A module with adapters merged into its weights, and the errors of these weights.
 
     Attributes:
-        layer: the copy of the base.
-        errors: for each adapted parameter ``rms(weight - adapted) / rms(adapted)`` of the base's weight, without the
-            adapters, and of the weight that the copy stores.
+        layer: the copy of the base, with the adapters merged.
+        errors: for each adapted parameter, ``rms(weight - adapted) / rms(adapted)``, first for the base's weight
+            (without adapters), then for the weight that the copy stores. ``adapted`` is their exact sum.
     """
 
     layer: nn.Module
@@ -63,20 +63,23 @@ class Folded(NamedTuple):
 
 
 class LoRALinear(nn.Module):
-    """``y = base(x) + sum s B A x`` over the active adapters, in the order in which they were added.
+    """``y = base(x) + sum s B A x`` over the active adapters, in the order of ``active``.
 
     Args:
-        base: an nn.Linear, HalfLinear or Linear4Bit.
-        technique: rank, alpha, dropout and scaling s of a first adapter, which is active.
+        base: an nn.Linear, HalfLinear, Linear4Bit or Linear8Bit.
+        technique: rank, alpha, dropout and init of a first adapter, which is active.
         name: of that adapter.
-        dense: the weight that a 4-bit base was quantized from, for ``init="loftq"``.
+        dense: the weight that a 4- or 8-bit base was quantized from, for ``init="loftq"``.
 
     Attributes:
         adapters: every ``Adapter`` by its name.
-        active: the names of the adapters that are applied; the others cost nothing.
-        merged: the name of the adapter that is merged into ``merged_base``, or None.
+        active: names of the adapters that are applied; the others cost no time.
+        merged: name of the adapter that is merged into ``merged_base``, or None.
         merged_base: a copy of the base with one adapter merged into its weight, called in place of the base. It is
-            left out of the state_dict, and rebuilt when one is loaded.
+            not in the state_dict, and is rebuilt when one is loaded.
+
+    Raises:
+        ValueError: ``init="loftq"`` without a 4- or 8-bit base or its dense weight.
     """
 
     merged_base: nn.Module | None
@@ -107,11 +110,7 @@ class LoRALinear(nn.Module):
     def from_layer(
         cls, layer: nn.Linear | HalfLinear | Linear4Bit, technique: LoRA, dense: Tensor | None = None
     ) -> LoRALinear:
-        """Build it over a layer, which becomes its base; ``dense`` is the weight that the layer was made from.
-
-        Raises:
-            ValueError: ``init="loftq"`` without a 4-bit base or its dense weight.
-        """
+        """Build it over a layer, which becomes its base; arguments and errors are those of the class."""
         return cls(layer, technique, dense=dense)
 
     def add(self, name: str, adapter: Adapter) -> None:
@@ -125,11 +124,11 @@ class LoRALinear(nn.Module):
         return tuple(self.adapters)
 
     def parts(self, name: str) -> dict[str, Adapter]:
-        """Return the adapter of a name, by the parameter that it changes; none for an unknown name."""
+        """Return ``{"weight": adapter}`` for the adapter of a name; {} for an unknown name."""
         return {"weight": cast(Adapter, self.adapters[name])} if name in self.adapters else {}
 
     def add_parts(self, name: str, parts: Mapping[str, Adapter]) -> None:
-        """Add an adapter, given by the parameter that it changes, and activate it."""
+        """Add the adapter ``parts["weight"]`` and activate it."""
         self.add(name, parts["weight"])
 
     def remove(self, name: str) -> None:
@@ -143,7 +142,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The weight with the active adapters: an ``AdaptedWeight``, or that of the base where none is active."""
+        """The weight with the active adapters: an ``AdaptedWeight``; the base's own weight if none is active."""
         active = [name for name in self.active if name != self.merged]
         base: Any = self.merged_base or self.base
         if not active:
@@ -163,7 +162,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the base's dtype, for input (..., in_features)."""
-        active = self.active  # this and the merged base are read once: another thread may change them
+        active = self.active  # read this and the merged base only once: another thread may change them
         parts: dict[str, Any] = self._modules
         base = parts["merged_base"]
         merged = None if base is None else base.folds
@@ -178,7 +177,7 @@ class LoRALinear(nn.Module):
                 return fused
         out: Tensor = base(input)
         for name in active:
-            adapter = adapters.get(name)  # another thread may have deleted it
+            adapter = adapters.get(name)  # None if another thread has deleted it
             if name != merged and adapter is not None:
                 out = adapter.forward(out, input)  # not __call__, for speed
         return out
@@ -191,11 +190,11 @@ class LoRALinear(nn.Module):
     def folded(self, names: Iterable[str], to: torch.dtype | None = None) -> Folded:
         """Return a copy of the base with adapters merged into its weight. This layer and its base do not change.
 
-        An adapter whose B is all zero is left out, so that it changes no byte.
+        Adapters whose A or B is all zero are left out; if all are, the weight keeps its bytes.
 
         Args:
-            names: of the adapters.
-            to: the dtype of an nn.Linear to make; None: store the weight as the base does.
+            names: of the adapters to merge.
+            to: dtype of a dense nn.Linear; None: the weight is stored in the same form as in the base.
 
         Raises:
             ValueError: the adapted weight is not finite, or exceeds the range of the dtype or scales.
@@ -261,7 +260,7 @@ class LoRALinear(nn.Module):
 
 
 def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Return the output of base and adapter from one fused product; None where they must be called as modules."""
+    """Return the output of base and adapter from one fused kernel; None if they must be called separately."""
     if type(base) is Linear4Bit or type(base) is Linear8Bit:
         if base.compute_dtype is not None and base.compute_dtype is not torch.float32:
             return None
@@ -292,14 +291,14 @@ def _fused_forward(base: nn.Module | None, adapter: nn.Module | None, x: Tensor)
             return None
     else:
         linear = cast(Linear4Bit, base)
-        weight = (kept_weight(linear) if plain else None) or linear.quantized  # the first is faster
+        weight = (kept_weight(linear) if plain else None) or linear.quantized  # kept_weight is faster
     if plain:
         return kernels.linear(x, weight, torch.float32, bases[key], (a, b, adapter.scaling))
     return ops.product(x, weight, torch.float32, False, bases[key], a, b, adapter.scaling)
 
 
 def refuse_script(module: nn.Module) -> NoReturn:
-    """Refuse torch.jit.script, which calls ``__prepare_scriptable__`` of a module before it reads the module's code.
+    """Refuse torch.jit.script, which calls ``__prepare_scriptable__`` before it compiles a module's code.
 
     Raises:
         RuntimeError: always; the remedy is named.

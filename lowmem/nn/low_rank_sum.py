@@ -1,7 +1,8 @@
-"""A weight with adapters as the sum ``W + sum s B A``: what each function of torch does with one.
+"""The base class of adapted weights, ``W + sum s B A``, and the table of torch functions that are implemented for
+them.
 
-``lowmem.nn.adapted_products`` and ``lowmem.nn.adapted_views`` register the functions that need no values of it.
-Everything else gets the values, dense and differentiable in A and B.
+``lowmem.nn.adapted_products`` and ``lowmem.nn.adapted_views`` fill the table with functions that do not need the sum.
+All others get it as a dense tensor, differentiable in A and B.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ REFUSAL = (
     "a weight with adapters, which is computed: write to the layer's own parameter, or merge the adapters first, "
     "lowmem.merge(model)"
 )
-"""What a write to one raises."""
+"""End of the error message for writes to an adapted weight."""
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
-"""Function of torch -> its implementation, called with its arguments, which may return NotImplemented."""
+"""Torch function -> its implementation, called with the same arguments; NotImplemented: use the dense sum."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_FIRST = ("input", "tensor")  # names of a function's first argument, which a caller may give
+_FIRST = ("input", "tensor")  # names of first arguments, which callers may pass by keyword
 _ELLIPSIS = type(...)
 _PYTHON = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 
@@ -47,13 +48,14 @@ def implements(*functions: Any) -> Callable[[_F], _F]:
 
 
 class LowRankSum:
-    """``base + sum s left right``, and what can be done with it.
+    """``base + sum s left right``.
 
     Attributes:
-        base: without adapters.
-        updates: their changes, of matrices (*stack, rows, columns); for a kernel B and A.
-        holds: its layout as a whole; of kind "linear" in views, too.
-        known: the product with the base, where it is known: then it is for one product with the whole weight.
+        base: the weight without adapters.
+        updates: the adapters' changes, of matrices (*stack, rows, columns); of a kernel, ``left`` is B and ``right``
+            A.
+        holds: the parameter's layout; views have a layout of kind "linear".
+        known: the result of the next product with the base, if it is known already; None for all other weights.
     """
 
     base: Any
@@ -76,25 +78,25 @@ class LowRankSum:
         return total
 
     def added_to(self, known: Tensor) -> Any:
-        """Return this weight for one product, of which that with the base is known."""
+        """Return this weight for a single product, whose result for the base alone is ``known``."""
         return self.remade(self.base, self.updates, known=known)
 
     def of_rows(self, x: Tensor, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """Return ``function(x, base, *arguments)``."""
+        """Return ``function(x, base, *arguments)``, or ``known`` if that is set."""
         return function(x, self.base, *arguments) if self.known is None else self.known
 
     def like(self, base: Any, updates: Sequence[Update]) -> Any:
-        """Return a weight of other matrices, which come of this one's."""
+        """Return an adapted weight over views of this one's base and updates."""
         return self.remade(base, updates, Layout(tuple(base.shape), "linear"))
 
     def remade(
         self, base: Any, updates: Sequence[Update], layout: Layout | None = None, known: Tensor | None = None
     ) -> Any:
-        """Return a weight of another base and other updates; layout: None for this one's."""
+        """Return a weight with another base and other updates; layout None: this weight's."""
         raise NotImplementedError
 
     def indexed(self, index: tuple[Any, ...]) -> Any:
-        """Return what an index keeps of matrices; NotImplemented where it is not matrices again."""
+        """Return ``weight[index]`` as an adapted weight; NotImplemented if its elements do not form matrices."""
         dims = len(self.updates[0].left.shape)
         if _ELLIPSIS in map(type, index):
             at = [type(one) for one in index].index(_ELLIPSIS)
@@ -129,7 +131,7 @@ class LowRankSum:
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         own = FUNCTIONS.get(function)
-        if own is None and not isinstance(function, _PYTHON):  # an operator that a library has registered
+        if own is None and not isinstance(function, _PYTHON):  # a custom operator, registered in FUNCTIONS by name
             own = FUNCTIONS.get(str(function).removesuffix(".default"))
         if own is not None and "out" not in kwargs:
             result = own(*args, **kwargs) if args else _call_by_name(own, kwargs)
@@ -141,7 +143,7 @@ class LowRankSum:
 
     @classmethod
     def read(cls, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what needs no values."""
+        """Call a function that needs no values, such as ``size``."""
         raise NotImplementedError
 
 
@@ -151,14 +153,14 @@ def is_adapted(value: Any) -> bool:
 
 
 def _call_by_name(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    """Call an implementation with a first argument that the caller has named as torch does."""
+    """Call an implementation whose first argument the caller has passed by keyword."""
     first = [name for name in _FIRST if name in kwargs]
     rest = {name: value for name, value in kwargs.items() if name not in first}
     return function(*[kwargs[name] for name in first], **rest)
 
 
 def _whole_number(index: Any) -> int | None:
-    """Return the index of one matrix of a stack; in a graph, where a tensor has no value, of an int alone."""
+    """Return the index of one matrix of a stack as an int; None if it is none, or a tensor that is being traced."""
     if isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int64, torch.int32):
         return None if torch.compiler.is_compiling() else int(index)
     return index if type(index) is int else None
@@ -169,20 +171,20 @@ def _is_list(index: Any) -> bool:
 
 
 def _keeps_matrices(index: Any) -> bool:
-    """Whether an index of a stack's dimension gives whole matrices."""
+    """Whether an index of one of the stack's dimensions selects whole matrices."""
     if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) and index.dim() > 1:
-        return False  # a mask takes the place of several dimensions
+        return False  # a mask over several dimensions
     return isinstance(index, (slice, int, Tensor, list))
 
 
 def on_values(function: Any, args: Any, kwargs: Any) -> Any:
-    """Call a function with the values of adapted weights; refuse to write to these.
+    """Call a function with the dense sums of adapted weights; views of them are read-only.
 
     Raises:
-        RuntimeError: it would write.
+        RuntimeError: the function would write to an adapted weight.
     """
     target = args[0] if args else next(iter(kwargs.values()), None)
-    several = target if isinstance(target, (list, tuple)) else [target]  # as torch._foreach_add_ has them
+    several = target if isinstance(target, (list, tuple)) else [target]  # torch._foreach_add_ takes a list
     writes = writes_in_place(function) or kwargs.get("inplace") is True
     if (writes and any(map(is_adapted, several))) or is_adapted(kwargs.get("out")):
         raise RuntimeError(f"{name_of(function)} would write to {REFUSAL}")

@@ -1,13 +1,14 @@
-"""Views of weights that have no dense memory: read-only tensors, so that what is written to one is never lost.
+"""Read-only views of stored and adapted weights, which have no dense memory, so that no write is silently lost.
 
-``weight.view(-1)`` of a stored weight has to dequantize it: the result has memory of its own, and a write to it would
-not reach the weight. It is marked instead, and refuses writes with their remedy. Results that are no views, as
-``weight * 2``, are plain tensors, and so are the results of computing with a marked one.
+``weight.view(-1)`` of a stored weight dequantizes it into new memory, so a write to the result would not change the
+weight. The result is therefore a ``ReadOnlyView``, for which a write is an error that names the remedy. Results that
+are not views, such as ``weight * 2``, are plain tensors, and so are those of computing with a read-only view.
 
-Graphs of torch.compile refuse these writes, too. Dynamo asks no class of torch functions for a stored weight, whose
-operations it sees below autograd: there such a view is a ``RecordedView``, which is the other class again once the
-graph has run. torch.export records a stored weight's values, of which it asks the class of an ``ExportedView``. Not
-seen are writes through the storage or DLPack, and those that torch.export(strict=True) or torch.jit.trace record.
+In graphs of torch.compile these writes are errors, too. Dynamo does not call ``__torch_function__`` of stored
+weights, but records their operators below autograd: there the view is a ``RecordedView``, which becomes a
+``ReadOnlyView`` when the graph returns it. torch.export records the values of a stored weight, and its views are
+``ExportedView``. Not detected are writes through the storage or DLPack, and those that torch.export(strict=True) or
+torch.jit.trace record.
 """
 
 from __future__ import annotations
@@ -46,25 +47,25 @@ _OF_ITSELF = frozenset((
     "requires_grad_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "detach_", "rename_",
     "share_memory_", "retain_grad", "backward", "register_hook", "register_post_accumulate_grad_hook",
 ))  # fmt: skip
-"""Methods that concern the tensor itself, and no value of it: they need no copy, and change no weight."""
+"""Methods that change attributes of the tensor object, but no values: they are called on the view itself."""
 
 
 @constant_in_graphs
 def writes_in_place(function: Any) -> bool:
-    """Whether a function of torch changes its first argument, by its name."""
+    """Whether a torch function changes its first argument in place, judged by its name."""
     name = name_of(function)
     return (name.endswith("_") and not name.endswith("__")) or name in _WRITES
 
 
 @constant_in_graphs
 def changes_itself_alone(function: Any) -> bool:
-    """Whether a function concerns its first argument as a tensor, and not its values."""
+    """Whether a function reads or changes attributes of its first argument, but not its values."""
     return name_of(function) in _OF_ITSELF or function in _ATTRIBUTES
 
 
 @constant_in_graphs
 def name_of(function: Any) -> str:
-    """Return the name of a function or operator of torch, without an overload's."""
+    """Return the name of a torch function or operator, without that of its overload."""
     return str(getattr(function, "__name__", "")).partition(".")[0]
 
 
@@ -79,7 +80,7 @@ METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex),
     *(Tensor.element_size, Tensor.__len__, Tensor.get_device, Tensor.is_contiguous),
 }  # fmt: skip
-"""Functions that need no values of a tensor."""
+"""Functions that do not read a tensor's values."""
 
 _ATTRIBUTES = METADATA | {
     *(getattr(Tensor, name).__get__ for name in ("output_nr", "_version", "_backward_hooks")),
@@ -102,7 +103,7 @@ def _views() -> set[Any]:
 
 
 VIEWS = frozenset(_views())
-"""Functions whose results are views of a dense, contiguous tensor; an index is one if it has no list or tensor."""
+"""Functions that return views of dense, contiguous tensors. ``__getitem__`` does if no index is a list or tensor."""
 
 
 def _is_view(function: Any, args: Any) -> bool:
@@ -118,14 +119,14 @@ def _makes_views(function: Any) -> bool:
 
 
 def read_only(result: Any, refusal: str, function: Any, args: Any, source: Tensor | None = None) -> Any:
-    """Return the result of a function, of which views are marked.
+    """Return the result of a function; tensors in it that are views become read-only.
 
     Args:
-        result: a tensor, or several.
-        refusal: what a write to one raises: the weight, and the remedy.
-        function: that was called.
+        result: of the function: a tensor, a list or tuple, or anything else.
+        refusal: end of the error message for writes: describes the weight, and the remedy.
+        function: the function that was called.
         args: its arguments.
-        source: the values that it was called with, where these are known: whatever shares their memory is a view.
+        source: the dense values that it was called with, if known: tensors that share their memory are views.
     """
     if source is None or torch.compiler.is_compiling():
         if not _is_view(function, args):
@@ -144,26 +145,27 @@ def _marked(one: Any, refusal: str, source: Tensor | None) -> Any:
     if type(one) is not Tensor or (source is not None and not torch._C._is_alias_of(one, source)):  # type: ignore[attr-defined]
         return one
     if not torch.compiler.is_compiling() and not one.requires_grad:
-        one = one.detach()  # else autograd knows it as a view of the weight, and Dynamo would begin with that
+        one = one.detach()  # else it is a view of the weight for autograd, and Dynamo would trace from its base
     made: Any = one.as_subclass(ReadOnlyView)
     made.refusal, made.recorded = refusal, one
     return made
 
 
 class ReadOnlyView(Tensor):
-    """A view of a weight that has no dense memory: the values, which refuse writes. Its views are such tensors again.
+    """A view of a weight without dense memory: a copy of the values, for which writes are errors. Its views are
+    read-only, too.
 
     Attributes:
-        refusal: what a write raises.
-        recorded: the plain tensor, of which Dynamo records operations; gone when the view itself has been changed.
+        refusal: end of the error message for writes.
+        recorded: the values as a plain tensor, for Dynamo; deleted when attributes of the view change.
     """
 
     refusal: str
     recorded: Tensor
 
     def plain(self) -> Tensor:
-        """Return the values as a plain tensor, not copied."""
-        if torch.compiler.is_compiling():  # Dynamo cannot make it
+        """Return the values as a plain tensor, without a copy."""
+        if torch.compiler.is_compiling():  # Dynamo cannot trace as_subclass
             return self.recorded
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor)
@@ -174,7 +176,7 @@ class ReadOnlyView(Tensor):
         if changes_itself_alone(function):
             with torch._C.DisableTorchFunctionSubclass():
                 result = function(*args, **kwargs)
-            if not torch.compiler.is_compiling() and writes_in_place(function):  # its shape, or whether it trains
+            if not torch.compiler.is_compiling() and writes_in_place(function):  # the shape or requires_grad changed
                 args[0].__dict__.pop("recorded", None)
             return result
         _refuse_writes(function, args, kwargs)
@@ -189,7 +191,7 @@ class ReadOnlyView(Tensor):
         args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
         result = function(*args, **kwargs)
         if not isinstance(result, (Tensor, list, tuple)):
-            flags: Any = getattr(result, "flags", None)  # of an array of numpy, which shares the memory
+            flags: Any = getattr(result, "flags", None)  # of a NumPy array, which shares the memory
             if hasattr(flags, "writeable"):
                 flags.writeable = False
             return result
@@ -197,23 +199,23 @@ class ReadOnlyView(Tensor):
 
 
 class ExportedView(ReadOnlyView):
-    """A view of a weight in a program that torch.export records, or the weight: functions see what is recorded.
+    """A weight, or a view of one, in a program that torch.export records. Functions get ``recorded`` in its place.
 
     Args:
         recorded: the values: a fake tensor.
-        refusal: what a write raises.
+        refusal: end of the error message for writes.
     """
 
     @staticmethod
     def __new__(cls, recorded: Tensor, refusal: str) -> ExportedView:
-        """Make a tensor without values of its own."""
+        """Make a tensor without memory."""
         return _without_values(cls, recorded)  # type: ignore[no-any-return]
 
     def __init__(self, recorded: Tensor, refusal: str) -> None:
         self.recorded, self.refusal = recorded, refusal
 
     def plain(self) -> Tensor:
-        """Return the values as the tensor that is recorded."""
+        """Return the values: the fake tensor that is recorded."""
         return self.recorded
 
     @classmethod
@@ -223,20 +225,20 @@ class ExportedView(ReadOnlyView):
 
 
 def exported_view(recorded: Tensor, refusal: str) -> Tensor:
-    """Return a view that is ``recorded`` where a program that is being exported returns it."""
-    from torch.fx.experimental import proxy_tensor  # which torch.export has imported
+    """Return an ``ExportedView`` that the exported program may return: it stands for the same graph node."""
+    from torch.fx.experimental import proxy_tensor  # torch.export has imported it already
 
     made, mode = ExportedView(recorded, refusal), proxy_tensor.get_proxy_mode()
-    if mode is not None and proxy_tensor.has_proxy_slot(recorded, mode.tracer):  # ``.data`` of a tensor has none
+    if mode is not None and proxy_tensor.has_proxy_slot(recorded, mode.tracer):  # tensor.data has no slot
         proxy_tensor.set_proxy_slot(made, mode.tracer, proxy_tensor.get_proxy_slot(recorded, mode.tracer))
     return made
 
 
 def _refuse_writes(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Raise if a function would write to a read-only view.
+    """Refuse calls that write to a read-only view.
 
     Raises:
-        RuntimeError: it would; the remedy is named.
+        RuntimeError: the function would write to one; the remedy is named.
     """
     targets = [kwargs.get("out")]
     if writes_in_place(function) or kwargs.get("inplace") is True:
@@ -248,12 +250,12 @@ def _refuse_writes(function: Callable[..., Any], args: Any, kwargs: Any) -> None
 
 
 def makes_view(operator: Any) -> bool:
-    """Whether an operator's results share the memory of an argument, which it does not write to."""
+    """Whether an operator returns a view of an argument, without writing to it."""
     return any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.returns)
 
 
 def written_to(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield what an operator is given to write to."""
+    """Yield the arguments that an operator writes to."""
     for number, argument in enumerate(operator._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
@@ -262,7 +264,7 @@ def written_to(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def _without_values(kind: Any, like: Tensor) -> Any:
-    """Return a tensor of a class with the shape, strides, dtype and device of another, and no memory."""
+    """Return a tensor of class ``kind`` without memory, with the shape, strides, dtype and device of ``like``."""
     return torch.Tensor._make_wrapper_subclass(
         kind,
         like.shape,
@@ -275,18 +277,18 @@ def _without_values(kind: Any, like: Tensor) -> Any:
 
 
 def recorded_view(result: Any, refusal: str) -> Any:
-    """Return what an operator that makes views returned while a graph is being recorded: its tensors are marked."""
+    """Wrap the results of an operator that returns views, while a graph is recorded, in ``RecordedView``."""
     if isinstance(result, (list, tuple)):
         return type(result)(recorded_view(one, refusal) for one in result)
     return RecordedView(result, refusal)
 
 
 class RecordedView(Tensor):
-    """A ``ReadOnlyView`` of a stored weight in a graph that is being recorded, where operators are asked.
+    """A read-only view of a stored weight in a graph that is being recorded: it checks operators, not functions.
 
     Args:
-        dense: the values: a plain tensor, that is being recorded.
-        refusal: what a write raises.
+        dense: the values: a plain tensor, which is recorded.
+        refusal: end of the error message for writes.
     """
 
     dense: Tensor
@@ -294,7 +296,7 @@ class RecordedView(Tensor):
 
     @staticmethod
     def __new__(cls, dense: Tensor, refusal: str) -> RecordedView:
-        """Make a tensor without values of its own."""
+        """Make a tensor without memory."""
         return _without_values(cls, dense)  # type: ignore[no-any-return]
 
     def __init__(self, dense: Tensor, refusal: str) -> None:
@@ -306,7 +308,7 @@ class RecordedView(Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], refusal: str, size: Any, stride: Any) -> Tensor:
         dense = inner["dense"]
-        if type(dense) is Tensor and not is_traced():  # what a graph returns
+        if type(dense) is Tensor and not is_traced():  # a result of the compiled graph
             return _marked(dense, refusal, None)  # type: ignore[no-any-return]
         return RecordedView(dense, refusal)
 

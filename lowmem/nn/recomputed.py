@@ -1,9 +1,9 @@
-"""An input that backward computes again, in place of keeping it.
+"""Inputs of layers that are recomputed in backward instead of saved.
 
-The input of a layer that is the cheap function of tensors that backward keeps anyway, as ``act(a) * b`` is, needs not
-be kept: ``recomputed_input`` is the context in which the layer is called. What autograd saves of the tensor there,
-whatever saves it, becomes a note of how to compute it (Chen et al., arXiv 1604.06174, for one tensor). A tensor that
-several layers read, as what a norm returns, carries such a note itself (``note_recompute``).
+If a layer's input is a cheap function of tensors that are saved anyway, such as ``act(a) * b``, it need not be saved.
+The layer is called in the context ``recomputed_input``: if anything saves the input there, a recipe for recomputing
+it is saved instead (Chen et al., arXiv 1604.06174, applied to one tensor). If several layers read the tensor, such as
+the output of a norm, its storage carries the recipe (``note_recompute``).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _autograd: Any = torch._C._autograd
 _outer_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
 Recompute = Callable[[torch.dtype | None], Tensor]
-"""Computes the input in a dtype, or in its own."""
+"""Recomputes a tensor in the given dtype; None: in its own."""
 
 
 class _Inputs(threading.local):
-    """The inputs of layers that this thread calls."""
+    """The inputs of the ``recomputed_input`` contexts that this thread is in."""
 
     def __init__(self) -> None:
         self.found: list[tuple[Tensor, int, Recompute]] = []
@@ -51,12 +51,12 @@ _inputs = _Inputs()
 
 
 def can_recompute() -> bool:
-    """Whether torch says which hooks are active; older versions do not, and keep inputs, as where hooks are off."""
+    """Whether inputs can be recomputed: torch must tell which saved-tensor hooks are active, and allow new ones."""
     return _outer_hooks is not None and bool(_autograd._saved_tensors_hooks_is_enabled())
 
 
 def recompute_of(tensor: Tensor) -> Recompute | None:
-    """Return how to compute the input of a layer again, for functions that keep a copy of it in another dtype."""
+    """Return how to recompute a layer's input, for functions that would save a cast copy of it; or None."""
     for known, version, recompute in reversed(_inputs.found):
         if known is tensor and tensor._version == version:
             return recompute
@@ -67,7 +67,7 @@ def recompute_of(tensor: Tensor) -> Recompute | None:
 
 
 class Again(NamedTuple):
-    """A saved tensor that is computed again: the view of the whole that it was."""
+    """A saved tensor that is recomputed: how, and its shape, strides and offset as a view of the whole tensor."""
 
     recompute: Recompute
     shape: torch.Size
@@ -76,13 +76,14 @@ class Again(NamedTuple):
 
 
 class _Note(NamedTuple):
-    """How to compute the numbers of a storage.
+    """How to recompute the contents of a storage.
 
     Attributes:
-        version: of the tensor that they were.
-        pack: the hook that was active, None without: in a checkpoint, only what was computed in it is computed again.
-        dtype: of the numbers.
-        read: returns how to compute them, for one that will; None: no more.
+        version: of the tensor when it was noted.
+        pack: the saved-tensor hook that was active then, or None: inside a checkpoint, only tensors that were made in
+            it can be recomputed.
+        dtype: of the tensor.
+        read: called by each reader; returns how to recompute the tensor, or None if it has to be saved.
     """
 
     version: int
@@ -92,19 +93,19 @@ class _Note(NamedTuple):
 
 
 def note_recompute(tensor: Tensor, read: Callable[[], Recompute | None]) -> None:
-    """Note how to compute a tensor that owns its memory again; one that is not contiguous is kept.
+    """Note on a tensor's storage how to recompute it; a tensor that is not contiguous gets no note.
 
     Args:
-        tensor: the result of what ``read`` computes.
-        read: returns how to compute it, and is asked for each tensor that is not kept; None: it has to be.
+        tensor: owns its memory.
+        read: called for each tensor that would be saved; returns how to recompute it, or None if it has to be saved.
     """
     if can_recompute() and tensor.is_contiguous():
         now = tensor._version, _pack_of(cast(Any, _outer_hooks)(False)), tensor.dtype
-        cast(Any, tensor.untyped_storage()).lowmem_note = _Note(*now, read)  # lives as long as the memory
+        cast(Any, tensor.untyped_storage()).lowmem_note = _Note(*now, read)  # lives as long as the storage
 
 
 def noted(tensor: Tensor, pack: Any) -> Again | None:
-    """Return how to compute a view of a noted tensor again, if it was not written to since, under the same hook."""
+    """Return how to recompute a view of a noted tensor; None if it was changed since, or under another hook."""
     note = getattr(tensor.untyped_storage(), "lowmem_note", None)
     if note is None or (note.version, note.pack, note.dtype) != (tensor._version, pack, tensor.dtype):
         return None
@@ -120,7 +121,7 @@ def compute_again(again: Again, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def differentiable_once(x: Tensor) -> Tensor:
-    """Return what a backward has computed without a graph, of which a second derivative is refused."""
+    """Return a result that a backward computed without a graph, such that differentiating it is an error."""
     if not torch.is_grad_enabled():
         return x
     refuse = torch._C._functions.DelayedError(
@@ -130,7 +131,7 @@ def differentiable_once(x: Tensor) -> Tensor:
 
 
 def in_checkpoint() -> bool:
-    """Whether a checkpoint of torch may run, which saves the same dtypes each time that it computes its region."""
+    """Whether a torch checkpoint may be running, which must save the same dtypes when it recomputes its region."""
     if not can_recompute():
         return True
     pack = _pack_of(cast(Any, _outer_hooks)(False))
@@ -142,7 +143,7 @@ def _pack_of(hooks: Any) -> Any:
 
 
 def saves_in_any_dtype() -> bool:
-    """Whether what is saved takes the same bytes in any dtype, and once for each memory: it is best left as it is."""
+    """Whether the active hook takes the same bytes for any dtype, and packs a storage once: casts save nothing."""
     if not can_recompute():
         return False
     pack = _pack_of(cast(Any, _outer_hooks)(False))
@@ -150,7 +151,7 @@ def saves_in_any_dtype() -> bool:
 
 
 class Kept(NamedTuple):
-    """A tensor that is saved as it is, at one version: torch does not check versions of what hooks return."""
+    """A tensor that a hook saves unchanged, with its version: torch does not check versions of what hooks return."""
 
     tensor: Tensor
     version: int
@@ -159,7 +160,7 @@ class Kept(NamedTuple):
         """Return the tensor.
 
         Raises:
-            RuntimeError: it has been written to since.
+            RuntimeError: it has been modified in place since.
         """
         if self.tensor._version != self.version:
             raise RuntimeError(
@@ -171,7 +172,7 @@ class Kept(NamedTuple):
 
 
 class _Outer(NamedTuple):
-    """What the hooks outside made of a tensor, and how they make the tensor of that."""
+    """A tensor as packed by the hooks of the outer context, and their unpack function."""
 
     packed: Any
     unpack: Callable[[Any], Tensor]
@@ -179,16 +180,16 @@ class _Outer(NamedTuple):
 
 @contextmanager
 def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
-    """Keep nothing of a contiguous tensor that is saved in this context; all other tensors are saved as outside.
+    """Do not save a contiguous tensor in this context, but recompute it; all other tensors are saved as outside.
 
     Args:
         tensor: the input of a layer that is called in the context.
-        recompute: returns its numbers, contiguous.
+        recompute: returns its values as a contiguous tensor.
     """
     storage, version, dtype = tensor.untyped_storage()._cdata, tensor._version, tensor.dtype
     outer: Any = cast(Any, _outer_hooks)(False)
 
-    def pack(saved: Tensor) -> Any:  # autograd keeps it: so it must not refer to the tensor
+    def pack(saved: Tensor) -> Any:  # autograd keeps this function, so it must not refer to the tensor
         plain = type(saved) is Tensor and saved.layout is torch.strided and saved.dtype is dtype
         if plain and saved.untyped_storage()._cdata == storage and saved._version == version:
             return Again(recompute, saved.shape, saved.stride(), int(saved.storage_offset()))

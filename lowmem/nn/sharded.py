@@ -1,4 +1,4 @@
-"""Parameters of which this process has a part: DTensors, as FSDP2 and tensor parallelism make them."""
+"""Sharded parameters: DTensors, as FSDP2 and tensor parallelism make them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ __all__ = ["sharded_types"]
 
 
 def sharded_types() -> tuple[type, ...]:
-    """Return the types of parameters of which this process has a part, without importing them."""
+    """Return the classes of sharded parameters; () if torch.distributed.tensor was not imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return () if module is None else (module.DTensor,)

@@ -1,9 +1,10 @@
-"""A weight that is stored in 4, 8 or 16 bits, and answers like the dense tensor that it replaced.
+"""A weight that is stored in 4, 8 or 16 bits, and behaves like the dense tensor that it replaced.
 
-``StoredTensor`` is a tensor of the dense weight's shape, dtype and device whose values lie in other tensors: 4-bit
-codes and the bytes of their scales, or a 16-bit copy. Operations see these below autograd: products run on the
-stored weight, and the graph saves only that. Views of whole rows stay stored; whatever else reads values gets them
-dequantized. ``lowmem.nn.stored_operators`` lists the operators that need not dequantize.
+``StoredTensor`` is a wrapper subclass with the dense weight's shape, dtype and device. Its values lie in other
+tensors, its parts: codes of 4 or 8 bits and the bytes of their scales, or a 16-bit copy. Operators are intercepted
+below
+autograd: products run on the stored weight, and the graph saves only that. Views of whole rows stay stored; any other
+operator gets dequantized values. ``lowmem.nn.stored_operators`` lists the operators that need not dequantize.
 """
 
 from __future__ import annotations
@@ -47,24 +48,29 @@ __all__ = [
 REMEDY = "write to a copy, weight.dequantize(), or make the layer dense again first: lowmem.restore(model)"
 
 OPERATORS: dict[Any, Callable[..., Any]] = {}
-"""Operator overload -> its implementation for stored tensors, which may return NotImplemented to dequantize."""
+"""Operator overload -> its implementation for stored tensors. It returns NotImplemented to have them dequantized."""
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
-"""Python function of torch -> its implementation for stored tensors, which may return NotImplemented."""
+"""Python function of torch -> its implementation for stored tensors. It returns NotImplemented to leave the call to
+the operators."""
 
 
 @dataclass(frozen=True)
 class FourBitForm:
-    """How a weight is stored in 4 bits. ``QuantizedTensor`` has the same attributes.
+    """How a weight is stored in 4 bits. The first four arguments are attributes of ``QuantizedTensor``.
 
-    The parts are ``packed``, uint8 (*lead, bytes), and ``scales``, the bytes of the scales: uint8, so that no cast of
-    a model touches them.
+    The parts are ``packed``, uint8 (*lead, bytes), and ``scales``, the bytes of the scales as uint8, so that casts of
+    a model do not change them.
 
     Args:
-        transposed: whether the parts hold the parameter's transpose (its last two dimensions).
-        gathered: whether the parts hold the columns in another order, which one more part, ``order``, has: int32
-            (columns,), the column of the parameter for each of the parts. ``lowmem.nn.gathered_weight`` computes.
-        compute_dtype: floating point, in which products with the weight are computed; None: the dtype of the input.
+        format: a key of ``FORMATS`` or ``IMPORTED``.
+        block_size: weights per scale.
+        scale_encoding: a key of ``ENCODINGS``.
+        method: how the scales were found.
+        transposed: whether the parts hold the parameter with its last two dimensions transposed.
+        gathered: whether the parts hold the columns in another order. A third part, ``order``, int32 (columns,), then
+            says which column of the parameter each stored column is (``lowmem.nn.gathered_weight``).
+        compute_dtype: floating point dtype of products with the weight; None: the dtype of the input.
     """
 
     format: str
@@ -75,7 +81,7 @@ class FourBitForm:
     gathered: bool = False
     compute_dtype: torch.dtype | None = None
 
-    parts: ClassVar[tuple[str, ...]] = ("packed", "scales")  # one that is gathered has its own
+    parts: ClassVar[tuple[str, ...]] = ("packed", "scales")  # a gathered form sets an attribute of its own
 
     def __post_init__(self) -> None:
         if self.gathered:
@@ -87,20 +93,20 @@ class FourBitForm:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """``transposed`` and ``gathered``, those that hold."""
+        """Those of the names ``transposed`` and ``gathered`` whose attribute is true."""
         return tuple(name for name in ("transposed", "gathered") if getattr(self, name))
 
     def has_parts_of(self, other: object) -> bool:
-        """Whether parts in the other form stand for the same values in this one."""
+        """Whether parts of the other form mean the same values in this form."""
         return isinstance(other, FourBitForm) and replace(other, compute_dtype=self.compute_dtype) == self
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """The dtype of the scales whose bytes are stored."""
+        """The dtype of the scales, whose bytes are stored."""
         return get_encoding(self.scale_encoding, get_format(self.format).signed).dtype
 
     def text(self, columns: int) -> str:
-        """Return what ``StoredParts`` says of a matrix of so many columns in this form."""
+        """Return the form of a matrix with ``columns`` columns as the text that ``StoredParts`` takes."""
         return f"{self.format} {self.block_size} {self.scale_encoding} {columns}"
 
     @classmethod
@@ -110,7 +116,7 @@ class FourBitForm:
         return kind(weight.format, weight.block_size, weight.scale_encoding, weight.method)
 
     def join(self, parts: Sequence[Tensor], columns: int) -> QuantizedTensor:
-        """Return the weight (*lead, columns) of its parts, not copied."""
+        """Return the weight (*lead, columns) over its parts, without a copy."""
         packed, *_, scales = parts
         shape = torch.Size((*packed.shape[:-1], columns))
         shaped = QuantizedTensor(
@@ -119,32 +125,32 @@ class FourBitForm:
         dtype, size = shaped.encoding.dtype, scales.shape[-1] if scales.dim() else 0
         if scales.dtype is torch.uint8 is not dtype and scales.stride(-1) == 1 and size % dtype.itemsize == 0:
             object.__setattr__(shaped, "scales", scales.view(dtype))
-        return shaped  # whose check_layout names what does not fit
+        return shaped  # if scales could not be viewed in their dtype, check_layout says so
 
     @staticmethod
     def split(weight: QuantizedTensor) -> tuple[Tensor, ...]:
-        """Return the codes and scales of a quantized tensor, not copied."""
+        """Return the codes and the bytes of the scales of a quantized tensor, without a copy."""
         return weight.packed, weight.scales.detach().view(torch.uint8)
 
 
 @dataclass(frozen=True)
 class EightBitForm(FourBitForm):
-    """How a weight is stored in 8 bits: as in 4 bits, with codes of a byte each. Layers are of other classes."""
+    """How a weight is stored in 8 bits: as in 4 bits, but each code takes a byte. ``LAYERS`` has classes for it."""
 
 
 @dataclass(frozen=True)
 class HalfForm:
-    """How a weight is stored in 16 bits. The only part is ``rounded``, float16 or bfloat16 in the weight's shape."""
+    """How a weight is stored in 16 bits: the only part is ``rounded``, float16 or bfloat16 in the weight's shape."""
 
     dtype: torch.dtype
 
     parts: ClassVar[tuple[str, ...]] = ("rounded",)
     transposed: ClassVar[bool] = False
     gathered: ClassVar[bool] = False
-    compute_dtype: ClassVar[None] = None  # that of the input, or the wider one
+    compute_dtype: ClassVar[None] = None  # products take the wider dtype of input and weight
 
     def has_parts_of(self, other: object) -> bool:
-        """Whether parts in the other form stand for the same values in this one."""
+        """Whether parts of the other form mean the same values in this form."""
         return other == self
 
     def __str__(self) -> str:
@@ -162,11 +168,11 @@ class StoredTensor(Tensor):
     """A read-only weight of shape ``(*lead, *tail)``; its parts, ``(*lead, n)``, hold prod(tail) values in each row.
 
     Args:
-        form: how it is stored.
+        form: how the values are stored.
         parts: the stored tensors, in the order of ``form.parts``.
         tail: the dimensions of a row.
-        dtype: as which it presents itself, and to which ``dequantize`` rounds.
-        swapped: whether the last two dimensions are seen transposed.
+        dtype: the tensor's dtype, to which ``dequantize`` rounds.
+        swapped: whether the tensor's last two dimensions are those of the parts, transposed.
     """
 
     form: Form
@@ -185,7 +191,7 @@ class StoredTensor(Tensor):
         if swapped:
             shape[-2:], strides[-2:] = reversed(shape[-2:]), reversed(strides[-2:])
         options: Any = {"strides": tuple(strides), "dtype": dtype, "device": parts[0].device, "requires_grad": False}
-        if torch.is_inference_mode_enabled():  # where a view of a weight that was read before is no inference tensor
+        if torch.is_inference_mode_enabled():  # not an inference tensor: the weight is kept, and used outside, too
             with torch.inference_mode(False):
                 return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), **options)
         return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), **options)
@@ -220,11 +226,11 @@ class StoredTensor(Tensor):
 
     @property
     def stored(self) -> Weight:
-        """The weight as products take it, (*lead, columns), not copied: a QuantizedTensor, or a 16-bit tensor."""
+        """The weight (*lead, columns) for products, without a copy: a QuantizedTensor or a 16-bit tensor."""
         return self._kept("_stored", lambda: self.form.join(self.parts, self.columns))
 
     def _kept(self, name: str, make: Callable[[], Weight]) -> Weight:
-        """Return what was made of the parts, as long as they are where they were; C handles are kept with it."""
+        """Cache what ``make`` returns, with its C handle, while the last part's memory keeps its address."""
         last = self.__dict__[self.__dict__["form"].parts[-1]]
         if torch.compiler.is_compiling() or (type(last) is not nn.Parameter and type(last) is not Tensor):
             refuse_parts(last)
@@ -244,7 +250,7 @@ class StoredTensor(Tensor):
 
     @property
     def recorded(self) -> StoredParts | Tensor:
-        """The matrix as operators take it that are being recorded: with the bytes of its scales."""
+        """The matrix as an argument of operators that are being recorded, with the bytes of its scales."""
         form, parts = self.form, self.parts
         refuse_parts(parts[-1])
         if not isinstance(form, FourBitForm):
@@ -260,7 +266,7 @@ class StoredTensor(Tensor):
         dtype: torch.dtype | None = None,
         swapped: bool | None = None,
     ) -> StoredTensor:
-        """Return a tensor of other parts that are stored in the same way."""
+        """Return a tensor of the same form over other parts; None keeps the value of this tensor."""
         made = type(self)(
             self.form,
             parts,
@@ -268,12 +274,12 @@ class StoredTensor(Tensor):
             self.dtype if dtype is None else dtype,
             self.swapped if swapped is None else swapped,
         )
-        made.__dict__["dequantized_by"] = self.dequantized_by  # one set for a weight and its views
+        made.__dict__["dequantized_by"] = self.dequantized_by  # a weight and its views share one set
         return made
 
     @property
     def dequantized_by(self) -> set[str]:
-        """The operators that have read values of this weight, or of a view of it: ``mul``, ``cat``."""
+        """Names of the operators, such as ``mul``, for which this weight or a view of it was dequantized."""
         found: set[str] = self.__dict__.setdefault("dequantized_by", set())
         return found
 
@@ -355,16 +361,16 @@ def _refusal_of_views(weight: StoredTensor) -> str:
 
 
 def recorded_values(weight: StoredTensor) -> Tensor:
-    """Return a weight's values for a program that is being exported, which refuses writes to them, or traced.
+    """Return a weight's values for a program that is being exported or traced; in an exported one, writes are errors.
 
-    Not a method: Dynamo, which records the branches of ``torch.cond``, could not enter it.
+    Not a method: Dynamo, which records the branches of ``torch.cond``, could not trace into it.
     """
     values = weight.dequantize()
     return exported_view(values, _refusal_of_views(weight)) if exports_without_dynamo() else values
 
 
 def is_recorded(*tensors: Tensor) -> bool:
-    """Whether an operation on these must go through the dispatcher: it is being recorded, or they are no memory."""
+    """Whether operations on these tensors must go through the dispatcher: they are recorded, or of a subclass."""
     return is_traced() or any(type(tensor) is not Tensor and type(tensor) is not nn.Parameter for tensor in tensors)
 
 
@@ -378,7 +384,7 @@ def refuse_parts(tensor: Tensor) -> None:
 
 
 def refuse_gradient(weight: StoredTensor) -> None:
-    """Raise a RuntimeError, as ``refuse_training``, for a weight whose gradient an operator would have to give."""
+    """Raise the RuntimeError of ``refuse_training`` if an operator would have to compute the weight's gradient."""
     if torch.is_grad_enabled():
         refuse_training(weight.parts[0])
 
@@ -392,15 +398,15 @@ def _rebuild(
     return made
 
 
-if hasattr(torch.serialization, "add_safe_globals"):  # torch.load(weights_only=True) takes a file that holds one
+if hasattr(torch.serialization, "add_safe_globals"):  # so that torch.load(weights_only=True) can read one
     torch.serialization.add_safe_globals([_rebuild, FourBitForm, EightBitForm, HalfForm])
 
 
 def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Call an operator with the values of stored tensors, and note it.
+    """Call an operator with dequantized values of stored tensors, and add its name to their ``dequantized_by``.
 
     Raises:
-        RuntimeError: it would write to one, or one requires a gradient; the remedy is named.
+        RuntimeError: it would write to a stored tensor, or need the gradient of one; the remedy is named.
     """
     for one in written_to(operator, args, kwargs):
         if isinstance(one, StoredTensor):
@@ -414,7 +420,7 @@ def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any])
         weight.dequantized_by.add(operator.overloadpacket.__name__)
     known: dict[int, Tensor] = {}
     views = makes_view(operator)
-    with torch.inference_mode(False) if views else nullcontext():  # as for the weight itself
+    with torch.inference_mode(False) if views else nullcontext():  # views are no inference tensors, as the weight
         result = operator(
             *(_dequantized(one, known) for one in args), **{k: _dequantized(one, known) for k, one in kwargs.items()}
         )

@@ -1,6 +1,6 @@
-"""Functions of torch that see stored weights above autograd: linear products, matrices of stacks, writes, einsum.
+"""Torch functions that are intercepted for stored weights above autograd: linear, indexing of stacks, writes, einsum.
 
-Everything else is left to the operators below autograd (``lowmem.nn.stored_operators``).
+All others are left to the operators below autograd (``lowmem.nn.stored_operators``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _replaces(*functions: Any) -> Callable[[_F], _F]:
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if type(weight) is not StoredTensor or isinstance(input, StoredTensor):
         return NotImplemented
-    own = weight.__dict__  # an attribute of a tensor subclass takes a microsecond
+    own = weight.__dict__  # reading an attribute of a tensor subclass takes a microsecond
     if own["swapped"] or len(own["tail"]) != 1:
         return NotImplemented
     stored = weight.stored
@@ -51,12 +51,13 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def open_attention(**replaced: Any) -> Any:
-    """Return torch's own attention, whose products see the weights as functions do.
+    """Return a copy of torch's ``multi_head_attention_forward`` that can be called inside ``__torch_function__``.
 
-    The function asks first whether an argument is of another class, and would be called again: this one does not ask.
+    The original first checks whether an argument is of a tensor subclass, and then calls ``__torch_function__``
+    again. The copy skips this check, so that the functions that it calls are intercepted, not the function itself.
 
     Args:
-        **replaced: functions of ``torch.nn.functional`` that it calls, by their names.
+        **replaced: functions to call in place of those of ``torch.nn.functional``, by their names.
     """
     function = functional.multi_head_attention_forward
     known = {**vars(functional), "has_torch_function": lambda _: False, **replaced}
@@ -73,7 +74,7 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
 
 @_replaces(Tensor.__getitem__)
 def _getitem(weight: Any, index: Any) -> Any:
-    """Return a matrix of a stack, kept with the kernel's handle of it; other indices are views or copies."""
+    """Return a matrix of a stack; it is cached, with its C handle. Other indices are left to the operators."""
     if not isinstance(weight, StoredTensor):
         return NotImplemented
     parts = weight.parts
@@ -134,7 +135,12 @@ def _requires_grad(weight: Any, requires_grad: bool = True) -> Any:
 
 @_replaces(Tensor.data.__set__)  # type: ignore[attr-defined]
 def _set_data(weight: Any, value: Tensor) -> Any:
-    """Store new values in place of a weight's: dense ones are quantized or rounded in its own form."""
+    """Replace a weight's values; dense values are first quantized or rounded to its form.
+
+    Raises:
+        RuntimeError: the weight is a transposed view, or the value has another form or rows of another shape.
+        TypeError, ValueError: values that ``store_again`` rejects.
+    """
     if not isinstance(weight, StoredTensor):
         return NotImplemented
     if weight.swapped:
@@ -146,7 +152,7 @@ def _set_data(weight: Any, value: Tensor) -> Any:
         raise RuntimeError(
             f"weight.data = ...: this weight has rows of shape {weight.tail}, and the value of {made.tail}"
         )
-    sources = weight.__dict__.get("sources", weight.parts)  # a module's parameters; a convolution's has its own shape
+    sources = weight.__dict__.get("sources", weight.parts)  # a module's parameters; a kernel has more dimensions
     for name, source, part in zip(weight.form.parts, sources, made.parts, strict=True):
         source.data = part.detach().view(part.shape if source.dim() == part.dim() else (*part.shape[:-1], *made.tail))
         weight.__dict__[name] = source if source.dim() == part.dim() else source.flatten(part.dim() - 1)
@@ -159,7 +165,11 @@ def _set_data(weight: Any, value: Tensor) -> Any:
 
 
 def store_again(weight: StoredTensor, values: Tensor) -> StoredTensor:
-    """Return dense values, stored in the form of a weight of as many dimensions; rows of its values keep their bits.
+    """Store dense values in the form of a weight; rows that equal the weight's own rows keep their bytes.
+
+    Args:
+        weight: has as many trailing dimensions per row as ``values``.
+        values: floating point (*lead, *tail).
 
     Raises:
         TypeError, ValueError: values that ``quantize`` or ``round_to`` rejects.
@@ -174,7 +184,8 @@ def store_again(weight: StoredTensor, values: Tensor) -> StoredTensor:
         parts = form.split(stored)
     else:
         parts = (round_to(rows, form.dtype, "weight"),)
-    if weight.lead == 1 and weight.columns == rows.shape[-1]:  # a larger vocabulary: a search may find other scales
+    # Old rows of a resized vocabulary keep their bytes: quantizing them again may find other scales.
+    if weight.lead == 1 and weight.columns == rows.shape[-1]:
         count = min(len(rows), weight.shape[0])
         own = weight.like([part[:count] for part in weight.parts]).dequantize(rows.dtype).view(count, -1)
         same = (own == rows[:count]).all(1)
@@ -201,9 +212,10 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Any = None) -> 
 
 @_replaces(torch.einsum)
 def einsum(equation: str, *operands: Any) -> Any:
-    """Contract an input with a stored weight: the letters of its rows, or those that count rows, or both.
+    """Contract an input with a stored weight, over the weight's columns or over its leading dimensions.
 
-    Letters that count rows and cannot be contracted in one product are looped over.
+    Other forms of einsum return NotImplemented. Leading dimensions that do not fit one matrix product (such as
+    experts) are looped over.
     """
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])

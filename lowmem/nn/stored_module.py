@@ -1,9 +1,9 @@
 """Modules whose parameters are stored: generated subclasses of the modules' own classes.
 
-A parameter ``weight`` that is stored in 4 bits is two frozen parameters, ``weight_packed`` and ``weight_scales`` (the
-bytes of the scales); in 16 bits it is ``weight_rounded``. ``module.weight`` is a property, which returns a
-``StoredTensor`` over them. The module stays an instance of its class, with its attributes, methods and hooks, so
-that whoever reads it finds what they expect.
+A parameter ``weight`` that is stored in 4 or 8 bits becomes two frozen parameters, ``weight_packed`` and
+``weight_scales`` (the bytes of the scales); in 16 bits it becomes ``weight_rounded``. ``module.weight`` is a property
+that returns a ``StoredTensor`` over them. The module stays an instance of its class, with its attributes, methods and
+hooks, so code that inspects it still works.
 """
 
 from __future__ import annotations
@@ -66,16 +66,20 @@ __all__ = [
 _M = TypeVar("_M", bound="StoredModule")
 
 LAYERS: dict[tuple[type[nn.Module], type[Form]], type[StoredModule]] = {}
-"""(class of a layer, form) -> the class of such a layer that has a faster forward than the generated one."""
+"""(class of a dense layer, form) -> a class with a faster forward than the class that would be generated."""
 
 is_compiling, is_jit_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # called often: globals are faster
 
 
 class Described(NamedTuple):
-    """How one parameter is stored, its leading dimensions, those of a row, and the dtype that it presents.
+    """How one parameter is stored.
 
-    Of a transposed one these are the dimensions as its parts have them. ``text`` says of a 4-bit one, in one value,
-    what a graph needs.
+    Attributes:
+        form: of the parts.
+        rows: leading dimensions, as in the parts: of a transposed parameter those of its transpose.
+        tail: dimensions of a row, likewise.
+        dtype: of the ``StoredTensor``.
+        text: the form as text for ``StoredParts`` in graphs; "" for 16 bits.
     """
 
     form: Form
@@ -91,7 +95,7 @@ class Described(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A stored tensor, and what it was made of: it is valid while these are the module's, at that address."""
+    """A cached stored tensor; valid while the module has these parameters (``sources``) at this address and dtype."""
 
     sources: tuple[Tensor, ...]
     address: int
@@ -101,16 +105,16 @@ class Kept(NamedTuple):
 
 
 _SHARED: WeakValueDictionary[tuple[int, ...], StoredTensor] = WeakValueDictionary()
-"""Stored tensors by the ids of their parts: modules that share a weight return the same one."""
+"""Stored tensors by the ids of their parts, so that modules that share a weight return the same tensor."""
 
 
 def is_exported() -> bool:
-    """Whether torch.export or torch.jit.trace records a graph, which cannot hold a tensor of another class."""
+    """Whether torch.export or torch.jit.trace records a graph, which cannot contain tensor subclasses."""
     return is_exporting() if is_compiling() else is_jit_tracing()
 
 
 def _shared(sources: tuple[Tensor, ...], address: int, dtype: torch.dtype) -> StoredTensor | None:
-    """Return what another module has kept for the same parts at the same address, in the same dtype."""
+    """Return the stored tensor that another module has cached for the same parts, address and dtype; or None."""
     tensor = _SHARED.get(tuple(map(id, sources)))
     if tensor is None:
         return None
@@ -130,11 +134,11 @@ class StoredModule(nn.Module):
     """Base of all modules with stored parameters.
 
     Attributes:
-        dense_class: the class before the parameters were stored.
-        stored_names: the parameters for which the class has properties.
-        form_class: of the forms for which the class is made, see ``LAYERS``.
-        weight_error: ``relative_error`` of the stored weights, where known.
-        chosen_because: why a ``Budget`` stores it so; "" for another technique, and in a model that was loaded.
+        dense_class: the module's class before its parameters were stored.
+        stored_names: names of the parameters for which the class has properties.
+        form_class: class of the forms that the class is made for, as in ``LAYERS``.
+        weight_error: ``relative_error`` of the stored weights; None if not known.
+        chosen_because: why a ``Budget`` chose this form; "" for other techniques and in a loaded model.
     """
 
     dense_class: ClassVar[type[nn.Module]]
@@ -150,9 +154,15 @@ class StoredModule(nn.Module):
         self.__dict__.update(_forms={}, _kept={})
 
     def store(self, name: str, weight: Weight, tail: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Set a parameter to a stored weight: (*lead, columns), with rows of shape ``tail``, that had ``dtype``.
+        """Set a parameter to a stored weight.
 
-        One that is stored transposed here stays so, and is multiplied in the same dtype.
+        If the parameter is stored already, ``transposed`` and ``compute_dtype`` of its form stay.
+
+        Args:
+            name: of the parameter.
+            weight: (*lead, columns).
+            tail: the shape of a row.
+            dtype: of the ``StoredTensor``.
         """
         old = self._forms[name].form if name in self._forms else None
         form, parts = described(weight) if old is None else described(weight, old.transposed, old.compute_dtype)
@@ -163,7 +173,7 @@ class StoredModule(nn.Module):
 
     @outside_of_graphs
     def stored_tensor(self, name: str) -> StoredTensor:
-        """Return the stored tensor of a parameter: the same one as long as its parts are the same."""
+        """Return the stored tensor of a parameter; cached while the parts stay the same."""
         own = self.__dict__
         form, _, _, dtype, _ = one = own["_forms"][name]
         found = own["_parameters"]
@@ -173,7 +183,7 @@ class StoredModule(nn.Module):
             made = _made(one, sources)
             return recorded_values(made) if is_exported() else made  # type: ignore[return-value]
         presented = sources[0].__dict__.get("presented_dtype", dtype)
-        if presented is not dtype:  # a module that shares the weight was cast
+        if presented is not dtype:  # another module that shares the weight was cast
             dtype = presented
             one = own["_forms"][name] = one._replace(dtype=dtype)
         known: Kept | None = own["_kept"].get(name)
@@ -189,43 +199,43 @@ class StoredModule(nn.Module):
                 tensor = _made(one, sources)
                 tensor.__dict__.update(sources=sources, made_of=(address, dtype))
                 _SHARED[tuple(map(id, sources))] = tensor
-            elif tensor.form.compute_dtype is not form.compute_dtype:  # the other module multiplies in its own
+            elif tensor.form.compute_dtype is not form.compute_dtype:  # each module has its own compute_dtype
                 tensor = _multiplied_in(tensor, form.compute_dtype)
             rows = tuple(tensor.parts[0].shape[:-1])
-            own["_forms"][name] = one._replace(rows=rows, tail=tensor.tail)  # ``weight.data =`` adds some
+            own["_forms"][name] = one._replace(rows=rows, tail=tensor.tail)  # ``weight.data =`` may add rows
             known = own["_kept"][name] = Kept(sources, address, dtype, tensor, tensor.stored)
         return known.tensor
 
     def stored_weight(self, name: str = "weight") -> Weight:
-        """Return a stored parameter as products take it: (*lead, columns), of the module's own parameters."""
+        """Return a stored parameter for products: (*lead, columns), over the module's own parameters."""
         return self.stored_tensor(name).stored
 
     @property
     def forms(self) -> Mapping[str, Form]:
-        """How each stored parameter is stored, by its name."""
+        """The form of each stored parameter, by its name."""
         return {name: one.form for name, one in self._forms.items()}
 
     @property
     def dequantized_by(self) -> set[str]:
-        """The operators that have dequantized a stored parameter in calls so far, as far as the module knows."""
+        """Names of the operators for which a stored parameter (not a vector) was dequantized so far."""
         weights = [one.tensor for one in self._kept.values() if one.tensor.dim() > 1]
         return {name for weight in weights for name in weight.dequantized_by}
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """The names of the parameters that hold the parts of all stored ones."""
+        """The names of the parameters that hold the parts of the stored parameters."""
         return tuple(f"{name}_{part}" for name, one in self._forms.items() for part in one.form.parts)
 
     @property
     def weight_count(self) -> int:
-        """The number of weights that the module itself holds, stored and dense."""
+        """The number of weights of the module without its children, stored and dense."""
         parts = set(self.part_names)
         dense = sum(p.numel() for name, p in self._parameters.items() if p is not None and name not in parts)
         return dense + sum(self.stored_size(name) for name in self._forms)
 
     @property
     def element_counts(self) -> dict[str, int]:
-        """The number of scales in each parameter that holds their bytes."""
+        """The number of scales in each parameter that holds the bytes of scales."""
         return {
             f"{name}_scales": getattr(self, f"{name}_scales").numel() // one.form.scale_dtype.itemsize
             for name, one in self._forms.items()
@@ -249,7 +259,7 @@ class StoredModule(nn.Module):
             _share(self, name, value)
         elif value is None or isinstance(value, nn.Parameter):
             become(self, restored_copy(self, {name: value}))
-        else:  # as torch says of a dense parameter
+        else:  # the error that torch raises for a dense parameter
             raise TypeError(
                 f"cannot assign {type(value).__name__} as parameter {name!r}, which is stored in {forms[name].form}: "
                 "give a torch.nn.Parameter, or None; leave the module out with skip= if functional_call sets it"
@@ -259,7 +269,7 @@ class StoredModule(nn.Module):
         """Register a parameter, as torch does.
 
         Raises:
-            RuntimeError: a plan of tensor parallelism would cut the module's parameters.
+            RuntimeError: a tensor parallel plan would shard the module's parameters.
         """
         if isinstance(param, sharded_types()):
             raise RuntimeError(
@@ -276,7 +286,7 @@ class StoredModule(nn.Module):
         """Freeze all parameters.
 
         Raises:
-            RuntimeError: they shall train, which what is stored cannot; the remedy is named.
+            RuntimeError: ``requires_grad`` is true, but stored parameters cannot train; the remedy is named.
         """
         if requires_grad:
             raise RuntimeError(
@@ -304,7 +314,7 @@ class StoredModule(nn.Module):
         super().__delattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move parts between devices without changing their bits; a cast changes what the weights present."""
+        """Move parts between devices without changing their bits; a cast changes only the stored tensors' dtype."""
         for name, one in self._forms.items():
             first = getattr(self, f"{name}_{one.form.parts[0]}")
             before = first.__dict__.get("presented_dtype", one.dtype)
@@ -329,7 +339,7 @@ class StoredModule(nn.Module):
         own: Any = getattr(super(), "__getstate__", lambda: self.__dict__)()
         state = dict(own if isinstance(own, dict) else self.__dict__)
         for name in self._kept:
-            self.stored_tensor(name)  # which notices that ``weight.data =`` has changed the number of rows
+            self.stored_tensor(name)  # updates _forms if ``weight.data =`` has changed the number of rows
         for name, one in self._forms.items():
             first = self._parameters.get(f"{name}_{one.form.parts[0]}")
             dtype = one.dtype if first is None else first.__dict__.get("presented_dtype", one.dtype)
@@ -340,13 +350,13 @@ class StoredModule(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(_forms=state["_forms"], _kept={})  # before a class looks at its parameters
+        self.__dict__.update(_forms=state["_forms"], _kept={})  # __setstate__ of the dense class may read parameters
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Reject parts of another dtype, and dense weights; take the names that older versions gave to parts."""
+        """Reject dense weights and parts of another dtype or shape; accept the part names of older versions."""
         errors = rest[-1]  # error_msgs, which torch raises as one error
         before = len(errors)
         errors += _rename_old(self, state_dict, prefix)
@@ -356,7 +366,7 @@ class StoredModule(nn.Module):
                     f"{prefix}{name} is dense in the state, and stored in {form} here: load it before convert"
                 )
             given_parts = [part for part in form.parts if f"{prefix}{name}_{part}" in state_dict]
-            if given_parts and len(given_parts) < len(form.parts):  # codes alone would be read with other scales
+            if given_parts and len(given_parts) < len(form.parts):  # new codes would be read with the old scales
                 errors.append(f"{prefix}{name}: the state holds {', '.join(given_parts)} of {', '.join(form.parts)}")
             for part in form.parts:
                 own, given = getattr(self, f"{name}_{part}"), state_dict.get(f"{prefix}{name}_{part}")
@@ -364,7 +374,7 @@ class StoredModule(nn.Module):
                     continue
                 if given.dtype != own.dtype:
                     errors.append(f"{prefix}{name}_{part} stores {own.dtype}; the state holds {given.dtype}")
-                elif given.shape != own.shape:  # torch would load the other parts
+                elif given.shape != own.shape:  # torch checks this too late: it would have loaded the other parts
                     shapes = f"{tuple(own.shape)}; the state holds {tuple(given.shape)}"
                     errors.append(f"{prefix}{name}_{part} has shape {shapes}")
                 elif part == "order":
@@ -376,14 +386,14 @@ class StoredModule(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:
-        """Describe the module as its own class does, and how its parameters are stored."""
+        """Return the dense class's description, and how the parameters are stored."""
         forms = {str(one.form): name for name, one in self._forms.items()}
         how = next(iter(forms)) if len(forms) == 1 else "; ".join(f"{name}: {form}" for form, name in forms.items())
         return ", ".join(text for text in (super().extra_repr(), f"stored in {how}") if text)
 
 
 def multiplied_in(module: StoredModule, name: str = "weight") -> torch.dtype | None:
-    """Return the ``compute_dtype`` of a stored parameter: of a layer that has one, which may be set, the layer's."""
+    """Return the ``compute_dtype`` of a stored parameter; of the weight of a ``LAYERS`` layer, the layer's own."""
     form = module._forms[name].form
     if name == "weight" and isinstance(module, tuple(LAYERS.values())):
         return getattr(module, "compute_dtype", form.compute_dtype)
@@ -391,9 +401,9 @@ def multiplied_in(module: StoredModule, name: str = "weight") -> torch.dtype | N
 
 
 def kept_weight(module: StoredModule) -> QuantizedTensor | None:
-    """Return what a module has kept of its 4-bit weight; None: it must be made again.
+    """Return a module's cached 4- or 8-bit weight; None if there is none, or it is stale.
 
-    It is read at each call, and not under torch.compile or torch.jit.trace, which would record its tensors.
+    Layers read it at each call, but not under torch.compile or torch.jit.trace, which would record its tensors.
     """
     known = module._kept.get("weight")
     if known is None:
@@ -407,14 +417,14 @@ def kept_weight(module: StoredModule) -> QuantizedTensor | None:
 class FourBitStorage(StoredModule):
     """Base of all modules with parameters in 4 or 8 bits.
 
-    A state carries the formats, and codes of others are refused.
+    The state_dict names the formats, and loading codes of another format is an error.
     """
 
     form_class: ClassVar[type[Form]] = FourBitForm
 
     @property
     def formats(self) -> str:
-        """How the 4-bit parameters are stored, as text: of the weight alone, or by name."""
+        """The forms of the 4- and 8-bit parameters as text: that of ``weight`` alone, or all with their names."""
         texts = {name: str(one.form) for name, one in self._forms.items() if isinstance(one.form, FourBitForm)}
         return (
             texts["weight"]
@@ -424,7 +434,7 @@ class FourBitStorage(StoredModule):
 
     @property
     def _version(self) -> Any:  # type: ignore[override]
-        """What torch writes into a state's metadata: the formats, unless the class has versions of its own."""
+        """The version that torch writes into a state_dict's metadata: the formats, unless the class has its own."""
         own = self.dense_class._version
         return self.formats if own == nn.Module._version else own
 
@@ -440,7 +450,7 @@ class FourBitStorage(StoredModule):
         return self._parts()  # type: ignore[return-value]
 
     def _parts(self) -> StoredParts:
-        """Return what stands for ``quantized`` in a graph that torch.compile or torch.jit.trace makes."""
+        """Return ``quantized`` in the form that torch.compile and torch.jit.trace can record."""
         found = self._parameters
         packed, scales = _named(self, found, "weight_packed"), _named(self, found, "weight_scales")
         return StoredParts(packed, scales, self._forms["weight"].text)
@@ -478,15 +488,15 @@ class FourBitStorage(StoredModule):
         return form
 
     def get_extra_state(self) -> Any:
-        """Return the formats as text in a uint8 tensor, which safetensors can hold, beside the class's own state."""
+        """Return the formats as text in a uint8 tensor, which safetensors can hold, and the class's own state."""
         text = torch.tensor(list(self.formats.encode()), dtype=torch.uint8, device="cpu")
         return {"formats": text, "own": super().get_extra_state()} if _has_extra_state(self) else text
 
     def set_extra_state(self, state: Any) -> None:
-        """Set the class's own state: formats never change.
+        """Check the formats, and set the class's own state.
 
         Raises:
-            ValueError: the state is of other formats.
+            ValueError: the state has other formats.
         """
         found = _formats_of(state.get("formats") if isinstance(state, dict) else state, self.formats)
         if found != self.formats:
@@ -497,7 +507,7 @@ class FourBitStorage(StoredModule):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Reject codes of another format; warn if the state names no format, as those of older versions do not."""
+        """Reject codes of another format; warn if the state names no format, as in states of older versions."""
         key, own = prefix + _EXTRA_STATE_KEY_SUFFIX, self.formats
         missing, errors = rest[-3], rest[-1]
         found = local_metadata.get("version")  # older versions had the format there
@@ -527,7 +537,7 @@ def _has_extra_state(module: StoredModule) -> bool:
 
 
 def _formats_of(state: Any, unread: object) -> object:
-    """Return the formats in an extra state; ``unread`` where it has no values (meta or fake tensors)."""
+    """Return the formats in an extra state; ``unread`` if it is a meta or fake tensor, without values."""
     if isinstance(state, Tensor) and (state.is_meta or isinstance(state, FakeTensor)):
         return unread
     if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1:
@@ -536,7 +546,7 @@ def _formats_of(state: Any, unread: object) -> object:
 
 
 def format_keys(model: nn.Module) -> set[str]:
-    """Return the state_dict keys that hold formats of 4-bit modules; files keep formats in their metadata."""
+    """Return the state_dict keys that hold only formats; files keep formats in their metadata instead."""
     layers = model.named_modules(remove_duplicate=False)
     return {
         f"{path}.{_EXTRA_STATE_KEY_SUFFIX}".lstrip(".")
@@ -546,7 +556,7 @@ def format_keys(model: nn.Module) -> set[str]:
 
 
 def file_names(module: StoredModule) -> dict[str, str]:
-    """Return the names of a module's parts in files (``docs/format.md``), and in states of older versions."""
+    """Return the names that a module's parts have in files (``docs/format.md``) and in states of older versions."""
     names = {}
     for name, (form, *_) in module._forms.items():
         for part in form.parts:
@@ -556,7 +566,7 @@ def file_names(module: StoredModule) -> dict[str, str]:
 
 
 def dense_bytes(module: StoredModule) -> dict[str, int]:
-    """Return the bytes of the dense weights that a module's parts stand for: all of a weight for its first part."""
+    """Return, by part, the bytes of the dense weight that it replaces: all for a parameter's first part, else 0."""
     sizes: dict[str, int] = {}
     for name, (form, _, _, dtype, _) in module._forms.items():
         sizes |= {f"{name}_{part}": 0 for part in form.parts}
@@ -565,7 +575,7 @@ def dense_bytes(module: StoredModule) -> dict[str, int]:
 
 
 def _rename_old(module: StoredModule, state_dict: dict[str, Any], prefix: str) -> list[str]:
-    """Rename the parts of an older state; return what is wrong with them."""
+    """Rename the parts in a state of an older version; return error messages for those that do not fit."""
     errors = []
     for name, old in file_names(module).items():
         given, own = state_dict.get(prefix + old), getattr(module, name)
@@ -586,14 +596,14 @@ def _has(module: nn.Module, name: str) -> bool:
 
 
 def as_part(tensor: Tensor, name: str) -> Tensor:
-    """Return a tensor of an older state or file as the part ``name``: scales become their bytes."""
+    """Return a tensor of an older state or file as the part ``name``: scales are viewed as their bytes."""
     return tensor.view(torch.uint8) if name.endswith("_scales") and tensor.dtype != torch.uint8 else tensor
 
 
 def described(
     weight: Weight, transposed: bool = False, compute_dtype: torch.dtype | None = None
 ) -> tuple[Form, tuple[nn.Parameter, ...]]:
-    """Return the form of a weight, and its parts as frozen parameters: the same ones for the same weight."""
+    """Return the form of a weight, and its parts as frozen parameters, cached with the weight."""
     if not isinstance(weight, QuantizedTensor):
         return HalfForm(weight.dtype), (freeze(weight),)
     parts = weight.cache.get("parts")
@@ -610,15 +620,15 @@ def parts_of(name: str, form: Form, parts: tuple[nn.Parameter, ...]) -> dict[str
 def _named(module: nn.Module, parameters: Mapping[str, Any], name: str) -> Tensor:
     found = parameters.get(name)
     if found is None:
-        found = getattr(module, name)  # something else holds it: a parametrization, or torch.func
+        found = getattr(module, name)  # moved out of _parameters, by a parametrization or torch.func
     return found  # type: ignore[no-any-return]
 
 
 def _made(one: Described, sources: tuple[Tensor, ...]) -> StoredTensor:
-    """Return a stored tensor of a module's parameters.
+    """Return a stored tensor over a module's parameters.
 
     Raises:
-        RuntimeError: they do not have the layout that its shape needs.
+        RuntimeError: their shapes do not fit the parameter's shape.
     """
     parts, rows = sources, one.rows
     if isinstance(one.form, HalfForm):
@@ -646,10 +656,10 @@ def _multiplied_in(tensor: StoredTensor, dtype: torch.dtype | None) -> StoredTen
 
 
 def _refuse_batched(sources: tuple[Tensor, ...]) -> None:
-    """Refuse weights of several models, stacked for torch.func.vmap.
+    """Refuse weights that are stacked for torch.func.vmap.
 
     Raises:
-        RuntimeError: they are; the remedy is named.
+        RuntimeError: one is; the remedy is named.
     """
     if not is_compiling() and any(torch._C._functorch.is_batchedtensor(source) for source in sources):
         raise RuntimeError(
@@ -659,7 +669,11 @@ def _refuse_batched(sources: tuple[Tensor, ...]) -> None:
 
 
 def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:
-    """Make a parameter of a module one of another module: its parts are shared."""
+    """Set a parameter to a stored tensor of another module; both modules then share its parts.
+
+    Raises:
+        RuntimeError: the tensor is a transposed view.
+    """
     if tensor.swapped != tensor.form.transposed:
         raise RuntimeError(
             f"{name} = weight.T: a transposed stored weight cannot be shared: give weight.dequantize()"
@@ -676,7 +690,7 @@ def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:
 
 
 def _change_class(module: StoredModule, name: str, tensor: StoredTensor) -> None:
-    """Make a module one of the class for another form of a parameter."""
+    """Change a module's class to the one for the form of ``tensor``, which becomes the parameter ``name``."""
     shapes = {one: module.stored_tensor(one) for one in module.forms}
     empty = {one: freeze(torch.empty(own.shape, dtype=own.dtype, device="meta")) for one, own in shapes.items()}
     dense = restored_copy(module, empty)
@@ -685,10 +699,10 @@ def _change_class(module: StoredModule, name: str, tensor: StoredTensor) -> None
 
 
 def _refuse_in_dense(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Refuse a stored tensor as a parameter of a module that cannot store it.
+    """Refuse to register a stored tensor as a parameter of a dense module.
 
     Raises:
-        RuntimeError: it is one; the remedy is named.
+        RuntimeError: ``parameter`` is a stored tensor; the remedy is named.
     """
     if isinstance(parameter, StoredTensor):
         raise RuntimeError(
@@ -704,7 +718,7 @@ register_module_parameter_registration_hook(_refuse_in_dense)
 
 
 def kind_of(kinds: Container[type[Form]]) -> type[Form]:
-    """Return the form for which a module's class is made, of the forms of its parameters."""
+    """Return the ``form_class`` of a module whose parameters have these forms: 4 bits before 8 before 16."""
     return next((kind for kind in (FourBitForm, EightBitForm) if kind in kinds), HalfForm)
 
 
@@ -739,7 +753,7 @@ def stored_property(name: str) -> property:
         if name in module.__dict__["_forms"]:
             return module.stored_tensor(name)
         found = module._parameters.get(name)
-        return module.__dict__.get(name) if found is None else found  # a plain tensor, as a hook puts there
+        return module.__dict__.get(name) if found is None else found  # a plain tensor that a hook has set
 
     def put(module: StoredModule, value: Any) -> None:
         module.__dict__[name] = value
@@ -751,7 +765,7 @@ def _flat_weights(module: Any) -> list[Any]:
     return [getattr(module, name) for name in module.__dict__["_flat_weights_names"]]
 
 
-leave_to_eager(_flat_weights)  # as torch.compile does with recurrent layers
+leave_to_eager(_flat_weights)  # torch.compile runs recurrent layers eagerly, too
 
 
 def _empty(dense: type[nn.Module], names: tuple[str, ...], form: type[Form]) -> StoredModule:
@@ -759,7 +773,7 @@ def _empty(dense: type[nn.Module], names: tuple[str, ...], form: type[Form]) -> 
     return made.__new__(made)
 
 
-# Hooks stay with a module when parameters of it are stored or made dense again.
+# Attributes with the hooks of a module, which stay when its parameters are stored or made dense again.
 HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -784,9 +798,12 @@ def stored_copy(
     Args:
         module: dense.
         weights: for each parameter to store: (*lead, columns), with the leading dimensions of the parameter.
-        transposed: those whose 4-bit weights are of the parameter's transpose (last two dimensions).
-        computed_in: the dtype of products of whoever reads the weights; None, or torch.int8: that of their input.
-        **attributes: of the copy.
+        transposed: names of the parameters that are stored with their last two dimensions transposed.
+        computed_in: dtype of products with the stored tensors; None or torch.int8: the dtype of the input.
+        **attributes: further attributes of the copy.
+
+    Raises:
+        ValueError: the module has attributes that a stored module has, too.
     """
     dtype = None if computed_in is torch.int8 else computed_in
     forms = {name: described(weight, name in transposed, dtype) for name, weight in weights.items()}
@@ -816,10 +833,10 @@ def stored_copy(
 
 
 def _refuse_collisions(module: nn.Module, made: type[nn.Module], forms: Mapping[str, Any]) -> None:
-    """Refuse a module with attributes that the class with stored parameters, or their parts, would hide.
+    """Refuse a module with attributes that the stored module's class, or its parts, would hide.
 
     Raises:
-        ValueError: it has some; they are named.
+        ValueError: there are such attributes; they are named.
     """
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     parts = {f"{name}_{part}" for name, (form, _) in forms.items() for part in form.parts}
@@ -834,7 +851,7 @@ def _refuse_collisions(module: nn.Module, made: type[nn.Module], forms: Mapping[
 
 
 def leading_dims(module: nn.Module, parameter: Tensor) -> int:
-    """Return how many leading dimensions of a module's parameter count rows: the first one of a convolution's."""
+    """Return the number of leading dimensions of a parameter: 1 for convolutions, and else all but the last."""
     dims = parameter.dim()
     if isinstance(module, (nn.modules.conv._ConvNd, ParametrizationList)) and dims > 1:
         return 1
@@ -842,7 +859,7 @@ def leading_dims(module: nn.Module, parameter: Tensor) -> int:
 
 
 def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> nn.Module:
-    """Return a copy of a module in which parameters are dense, with these values; of its own class, where all are."""
+    """Return a copy of a module in which the parameters in ``values`` are dense; of the dense class if all are."""
     left = {name: one for name, one in module._forms.items() if name not in values}
     names = tuple(name for name in module.stored_names if name in left)
     kinds = {type(one.form) for one in left.values()}
@@ -871,13 +888,13 @@ def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> 
 
 
 def _with_adapters_of(module: nn.Module, made: type[nn.Module]) -> type[nn.Module]:
-    """Return the class ``made``, or the one with adapters over it, where the module has adapters."""
+    """Return the class ``made``; if the module has adapters, its subclass with adapters."""
     over: Callable[[type[nn.Module]], type[nn.Module]] | None = getattr(type(module), "_over", None)
     return made if over is None else over(made)
 
 
 def copied_module(module: nn.Module, made: type[nn.Module]) -> nn.Module:
-    """Return an object of a class with a module's attributes, without its hooks."""
+    """Return a shallow copy of a module as an object of class ``made``, without its hooks."""
     copied = made.__new__(made)
     copied.__dict__.update(module.__dict__)
     for name in {slot for kind in type(module).__mro__ for slot in getattr(kind, "__slots__", ())}:
@@ -890,10 +907,13 @@ def copied_module(module: nn.Module, made: type[nn.Module]) -> nn.Module:
 
 
 def become(module: nn.Module, other: nn.Module) -> None:
-    """Make a module what ``other``, a copy of ``stored_copy`` or ``restored_copy``, is; its hooks and mode stay."""
+    """Give a module, in place, the class and attributes of ``other``, a copy of it that has other parameters.
+
+    Its hooks, mode, children and buffers stay.
+    """
     own = module.__dict__
     final = {**other.__dict__, **{name: own[name] for name in (*HOOKS, "training", "_modules", "_buffers")}}
-    # In between, what either class reads is there, for a call by another thread; one that is reading may still fail.
+    # In between, the attributes of both classes exist, for calls by other threads; those under way may still fail.
     both = {**own, **final, "_parameters": {**own["_parameters"], **final["_parameters"]}}
     object.__setattr__(module, "__dict__", both)
     module.__class__ = other.__class__

@@ -1,7 +1,7 @@
 """The operators that take stored weights without dequantizing them whole: products, gathers, convolutions and views.
 
-They run below autograd, which saves a stored weight as it is; the gradients of an operator are operators of this
-table, too. Weights are frozen: no operator returns a gradient of one.
+They run below autograd, which saves the stored weight itself; their gradients are computed by operators of this
+table, too. Weights are frozen: no operator returns the gradient of one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _implements(*names: str) -> Callable[[_F], _F]:
-    """Register an implementation for operators ``name.overload`` of aten, those that this torch has."""
+    """Register an implementation for aten operators ``name.overload``, as far as this version of torch has them."""
 
     def register(function: _F) -> _F:
         for name in names:
@@ -40,7 +40,11 @@ def _implements(*names: str) -> Callable[[_F], _F]:
 
 
 def compute_dtype(x: Tensor, weight: StoredTensor) -> torch.dtype:
-    """Return the dtype to multiply in: what the weight's form says, that of x, or the wider one of x and 16 bits."""
+    """Return the dtype of a product: of codes, the form's ``compute_dtype`` or x's dtype; of 16 bits, the wider
+    dtype.
+
+    The wider one is float32 for a float32 x, else ``torch.promote_types`` of x and the weight.
+    """
     form = weight.form
     if not isinstance(form, HalfForm):
         return form.compute_dtype or x.dtype
@@ -48,7 +52,7 @@ def compute_dtype(x: Tensor, weight: StoredTensor) -> torch.dtype:
 
 
 def _product(x: Tensor, weight: StoredTensor, transposed: bool) -> Tensor:
-    """Return ``x @ W.T``, or ``x @ W`` when transposed, for the rows W of a stored matrix: in the dtype of x."""
+    """Return ``x @ W.T``, or ``x @ W`` if ``transposed``, in x's dtype; W is the matrix as its parts hold it."""
     refuse_gradient(weight)
     if is_recorded(x, *weight.parts):
         recorded = weight.recorded
@@ -91,7 +95,7 @@ def _addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> A
 
 
 def _added(bias: Any, product: Tensor, beta: float, alpha: float) -> Tensor:
-    """Return ``beta bias + alpha product``; like torch's operators, nothing of the bias for beta = 0."""
+    """Return ``beta bias + alpha product``; as in torch's operators, beta = 0 ignores the bias, even if it is NaN."""
     product = product if alpha == 1 else product * alpha
     if beta == 0:
         return product
@@ -125,7 +129,7 @@ def _bmm(a: Any, b: Any) -> Any:
     else:
         return NotImplemented
     count, rows = x.shape[:2]
-    if count > 1 and all(part.stride(0) == 0 for part in weight.parts):  # one matrix, expanded
+    if count > 1 and all(part.stride(0) == 0 for part in weight.parts):  # a single matrix that was expanded
         matrix = weight.like([part[0] for part in weight.parts])
         out = _product(x.reshape(count * rows, x.shape[2]), matrix, transposed).view(count, rows, -1)
         return out if weight is b else out.transpose(1, 2)
@@ -184,7 +188,7 @@ def _embedding_bag(
     if not _is_matrix(weight) or weight.swapped:
         return NotImplemented
     padding = padding_idx
-    if is_recorded(indices, *weight.parts):  # the number of distinct rows is not known
+    if is_recorded(indices, *weight.parts):  # torch.unique would have a data-dependent shape
         rows = _embedding(weight, indices)
         numbers = torch.arange(indices.shape[0], device=indices.device)
         if padding >= 0:  # one more row in front stands for the padding
@@ -204,7 +208,7 @@ def _embedding_bag(
 
 
 def _geometry(weight: StoredTensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
-    """Return the geometry of a convolution; of the one whose adjoint it is, for a transposed one."""
+    """Return the geometry of a convolution; for a transposed one, that of the convolution whose adjoint it is."""
     out_channels, channels, *kernel = weight.shape
     dims = len(kernel)
     strides, paddings, dilations = (
@@ -274,7 +278,7 @@ def _is_kernel(weight: Any) -> bool:
 
 @_implements("detach")
 def _detach(weight: StoredTensor) -> StoredTensor:
-    """Return a view of which nobody can ask a gradient; what needs none stays the same parameters."""
+    """Return a view without gradient; parts that require none stay the same parameters."""
     return weight.like([part.detach() if part.requires_grad else part for part in weight.parts])
 
 
@@ -290,7 +294,7 @@ def _clone(weight: StoredTensor, *, memory_format: Any = None) -> StoredTensor:
 
 @_implements("_to_copy")
 def _to_copy(weight: StoredTensor, *, dtype: torch.dtype | None = None, device: Any = None, **named: Any) -> Any:
-    """Move the parts to a device; another dtype is only one as which the weight presents itself."""
+    """Move the parts to a device; a cast changes only the dtype of the stored tensor, and not the parts."""
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
     parts: Sequence[Tensor] = weight.parts
@@ -330,13 +334,13 @@ def _permute(weight: StoredTensor, dims: Sequence[int]) -> Any:
 
 
 def _leading(weight: StoredTensor, dim: int) -> int | None:
-    """Return a dimension that counts rows, made positive; None for one inside rows, or one that is transposed."""
+    """Return a leading dimension as a number from 0; None if it is inside rows, or one of two transposed ones."""
     dim = dim % weight.dim()
     return dim if dim < weight.lead and not (weight.swapped and dim >= weight.dim() - 2) else None
 
 
 def _of_rows(weight: StoredTensor, dim: int, function: Any, *before: Any) -> Any:
-    """Apply a view of one dimension to all parts, where that dimension counts rows."""
+    """Apply a function to all parts if ``dim`` is a leading dimension; else NotImplemented."""
     leading = _leading(weight, dim)
     return NotImplemented if leading is None else weight.like([function(part, *before) for part in weight.parts])
 
@@ -409,13 +413,13 @@ def _view(weight: StoredTensor, size: Sequence[int], *_: Any) -> Any:
         wanted[wanted.index(-1)] = weight.numel() // rest if rest else 0
     if not weight.swapped:
         return _with_shape(weight, wanted)
-    # Of a clone, which is as transposed as the weight, torch expects that it is contiguous.
+    # torch views clones as if they were contiguous, but the clone of a transposed weight is transposed: dequantize.
     same = wanted == list(weight.shape)
     return _alias(weight) if same else dequantized_call(aten.reshape.default, (weight, wanted), {})
 
 
 def _with_shape(weight: StoredTensor, shape: Sequence[int]) -> Any:
-    """Return a view of another shape, if its leading dimensions count the same rows or its last ones are a row's."""
+    """Return a view of another shape if either the leading dimensions or those of a row are unchanged."""
     shape, parts, lead = list(shape), weight.parts, list(weight.parts[0].shape[:-1])
     if shape[: len(lead)] == lead and len(shape) > len(lead) and math.prod(shape[len(lead) :]) == weight.columns:
         return weight.like(parts, tail=shape[len(lead) :])
@@ -453,7 +457,7 @@ def _as_strided(weight: StoredTensor, size: Sequence[int], stride: Sequence[int]
 
 @_implements("copy_")
 def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
-    """Copy a stored tensor into one of the same form and shape; whatever else would write is refused."""
+    """Copy a stored tensor into one of the same form and shape; any other write to a stored tensor is an error."""
     if not isinstance(target, StoredTensor):
         return NotImplemented
     described = (target.form, target.tail, target.swapped, target.shape)
@@ -465,7 +469,7 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
 
 
 def _makes_like(name: str) -> None:
-    """Register an operator that makes a dense tensor from the shape, dtype and device alone."""
+    """Register an operator whose result depends only on the weight's shape, dtype and device; it is dense."""
     of = getattr(aten, name).default
 
     def dense_like(weight: StoredTensor, *rest: Any, **named: Any) -> Any:

@@ -1,6 +1,6 @@
-"""A weight norm whose direction is stored: ``w = g v / ||v||``, dequantized in chunks of rows of at most 1 MiB.
+"""Weight normalization with a stored direction v: ``w = g v / ||v||``. v is dequantized in chunks of at most 1 MiB.
 
-The result is dense, since g trains: one dense weight lives while a layer is called, and no second one.
+The result is dense, since g trains: while a layer is called, there is one dense weight, but not a second one.
 """
 
 from __future__ import annotations
