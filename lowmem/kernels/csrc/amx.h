@@ -1,6 +1,6 @@
-/* x @ W.T by AMX, in bfloat16. The lines of tiles are rows of W, dequantized in their own layout, so that only x (once a call)
- * and the results are transposed. In grad @ W (amx_gradient.h) the lines are rows of grad, used in place, and pairs of rows of
- * W are interleaved as they are dequantized. */
+/* x @ W.T by AMX, in bfloat16. The lines of tiles are rows of W, dequantized in the order of their codes, so that
+ * only x (once per call) and the results are transposed. In grad @ W (amx_gradient.h) the lines are rows of grad,
+ * used in place, and pairs of rows of W are interleaved as they are dequantized. */
 
 #include "tiles.h"
 #include "amx_pack.h"

@@ -8,7 +8,7 @@ static void put_gradient(const struct job *job, int64_t g, const float *sums)
 {
     const struct weight *w = job->weight;
     const int64_t half = w->half, size = 2;
-    /* For each of eight bytes: the columns of low nibbles, then those of high ones. */
+    /* A tile has two columns for each of eight bytes: put those of the low nibbles first. */
     const W order = _mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
     for (int64_t m = 0; m < job->m1 - job->m0; m++) {
         char *out = (char *)job->out + (job->m0 + m) * w->columns * size;
@@ -29,8 +29,8 @@ static void put_gradient(const struct job *job, int64_t g, const float *sums)
     }
 }
 
-/* Tiles of grad for up to 32 batch rows from m on and rows r0 to r1: in place, or, where these are not whole tiles, copied to
- * `padded` with zeros. */
+/* The tiles of grad for up to 32 batch rows from m on and rows r0 to r1: in place, or, if they are not whole tiles,
+ * copied to `padded` and padded with zeros. */
 static struct tiles as_it_lies(const struct job *job, int64_t m, int64_t r0, int64_t r1, uint16_t *padded)
 {
     const int64_t stride = job->weight->rows, inputs = smaller(job->m1 - job->m0 - m, 2 * TILED_INPUTS), rows = r1 - r0;

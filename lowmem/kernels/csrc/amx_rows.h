@@ -1,7 +1,7 @@
-/* Dequantizes rows of W for amx.h, 32 columns a line, in the layout of the row.
+/* Dequantizes rows of W for amx.h into lines of 32 columns, in the order of the codes.
  *
- * Levels times the scale of a block are 16 bfloat16 numbers, and weights are looked up in them. The permute finds one of 32
- * numbers, so that a line can have two blocks: a bit next to the code selects one of two tables. */
+ * The 16 levels times a block's scale form a table of bfloat16 numbers, in which codes are looked up. The permute
+ * selects one of 32 numbers, so a line can have columns of two blocks: the bit above the code selects a table. */
 
 /* out (TILED_ROWS, LANES) = the scales of TILED_ROWS rows from block `first` on. Rows past the last repeat it. */
 static void put_scales(const struct job *job, int64_t r, int64_t first, float *out)
@@ -33,8 +33,8 @@ INLINE W two_tables(V levels, const float *one, const float *two)
     return (W)_mm512_cvtne2ps_pbh(v_mul(levels, v_set1(*two)), v_mul(levels, v_set1(*one)));
 }
 
-/* out = the nibbles of 16-bit words that `nibble` masks, looked up in two tables; `second` has the bit that selects the second
- * one. */
+/* out = the low nibble of each 16-bit word (`nibble` is its mask), looked up in one of two tables; a set bit in
+ * `second` selects the second one. */
 INLINE void look_up(W words, W nibble, W second, W tables, float *out)
 {
     const W index = _mm512_ternarylogic_epi32(words, nibble, second, 0xea); /* a & b | c */

@@ -8,7 +8,7 @@ INLINE V pairs(V even, V odd)
     return (V)_mm512_permutexvar_epi16(halves, (W)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-/* Broadcast a pair; the sum of both products of each lane's pairs. */
+/* spread_pair broadcasts a pair; multiply_pairs adds both products of each lane's pairs to a sum. */
 #define spread_pair(p) ((V)word_of(p))
 #define multiply_pairs(a, b, sum) ((V)_mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b)))
 
@@ -22,8 +22,8 @@ INLINE void put_nibbles(W front, W back, uint16_t *out, int64_t step)
     _mm512_storeu_si512(out + step, _mm512_permutex2var_epi16(front, odd, back));
 }
 
-/* Pack batch row m in the order in which 16-bit words bring codes up: per group, nibble 0 to 3 of every 16-bit word, where word
- * 2 * i + h is half h of 32-bit word i; per nibble, 32 columns of each batch row. */
+/* Pack batch row m in the order in which codes are decoded from 16-bit words: per group, nibbles 0 to 3 of every
+ * 16-bit word, where word 2 * i + h is half h of 32-bit word i; per nibble, 32 columns of each batch row. */
 static void pack_bf16(const struct job *job, int64_t m)
 {
     const struct weight *w = job->weight;
@@ -83,7 +83,7 @@ INLINE T table_bf16(const float *levels)
 #define BF16_ROWS(M) ((M) <= 2 ? 4 : 2)
 #define EACH_OF_TWO EACH_INPUT if (j / 2 == two)
 
-/* As few, for bfloat16: a permute looks up 32 levels, which stay in registers for all batch rows. */
+/* As `few`, in bfloat16: one permute looks up 32 levels, which stay in registers for all batch rows. */
 INLINE void few_bf16(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
     const struct weight *w = job->weight;

@@ -1,8 +1,8 @@
-/* Numbers as 8-bit codes in blocks of 32 with one scale each, and back; lowmem/kernels/codes.py has the definition. */
+/* Floats to 8-bit codes in blocks of 32 with one scale each, and back; lowmem/kernels/codes.py has the definition. */
 
 enum { CODED = 32 };
 
-/* What codes lost: numbers other than zero before and after, and whether a scale is not finite. */
+/* Number of nonzero elements before coding and of nonzero codes, and whether a scale is not finite. */
 struct lost {
     int64_t before, after, broken;
 };
@@ -19,7 +19,7 @@ INLINE void code_block(const struct rowwise *r, int64_t block, struct lost *lost
         broken = v_add(broken, v_mul(v, v_zero()));
         v_store(x + c, v);
     }
-    const float scale = largest_of(tops) / 127.0f + sum_of(broken); /* a NaN if one is not finite */
+    const float scale = largest_of(tops) / 127.0f + sum_of(broken); /* NaN if an element is not finite */
     const float by = scale > 0x1p-126f ? scale : 0x1p-126f, shift = 0x1.8p23f; /* adding it rounds to even */
     int before = 0, after = 0;
     for (int c = 0; c < CODED; c++) {

@@ -1,8 +1,10 @@
-/* Columns of a weight, each rounded for what those before it have left; lowmem/kernels/columns.py has the definition. */
+/* Columns of a weight, rounded one after the other; each is first corrected for the errors of those before it.
+ * lowmem/kernels/columns.py has the definition. */
 
 enum { MOST_COLUMNS = 64 }; /* most columns of a call */
 
-/* Up to LANES rows of the weight from `at` on. A matrix has a column of the weight in each row. */
+/* Round all columns for up to LANES rows of the weight, from row `at` on. Arrays are transposed: row i has column i
+ * of the weight. a: values, replaced by changes; b: levels, boundaries, pivots and the matrix; grad: scales. */
 INLINE void round_columns(const struct rowwise *r, int64_t at, const int descends)
 {
     const float *levels = r->b, *pivots = levels + 32, *matrix = pivots + r->rows;
@@ -21,7 +23,7 @@ INLINE void round_columns(const struct rowwise *r, int64_t at, const int descend
         const W code = v_code(boundaries, v_div(descends ? v_add(before, v_div(left, pivot)) : left, divisor));
         const V near = v_mul(v_lookup(table, code, 0), scale);
         changes[i] = descends ? v_sub(near, before) : v_div(v_sub(left, near), pivot);
-        store_some((void *)(intptr_t)r->a, FLOAT32, at, n, changes[i]); /* cpu.py gives it to be written to */
+        store_some((void *)(intptr_t)r->a, FLOAT32, at, n, changes[i]); /* a is written, too */
         store_some(r->out[0], FLOAT32, at, n, near);
         codes_store(codes, code);
         memcpy((uint8_t *)r->out[1] + at, codes, (size_t)smaller(n, LANES));

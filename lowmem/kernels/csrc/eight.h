@@ -1,15 +1,15 @@
-/* Weights in 8 bits. A byte of a row is a code: an integer from -127 to 127, plus 128. A weight is the integer / 127 * scale.
- * Codes keep the order of the columns. */
+/* Weights in 8 bits. Each byte of a row is a code: an integer from -127 to 127, plus 128. A weight is the integer /
+ * 127 * scale. Codes are in the order of the columns. */
 
-/* The integers of LANES codes. Code 0, which no quantizer writes, means what code 1 does. */
+/* The integers of LANES codes. Code 0, which no quantizer writes, is read as code 1. */
 INLINE V eight_load(const uint8_t *p)
 {
     I codes = (I)bytes_load(p);
-    codes -= (I)(codes == 0); /* a comparison that is true is all ones, or -1 */
+    codes -= (I)(codes == 0); /* a true comparison is all ones, that is -1 */
     return __builtin_convertvector((N)(codes - 128), V);
 }
 
-/* The first n of them, then zeros. */
+/* The integers of the first n codes, then zeros. */
 INLINE V eight_some(const uint8_t *p, int64_t n)
 {
     if (n >= LANES)

@@ -22,7 +22,7 @@ INLINE float sum_of(V v)
     return sum;
 }
 
-/* e^x of x <= 0; what is below the least normal number is zero, so that no product meets a subnormal one. */
+/* e^x for x <= 0; zero below -87, so that no product has a subnormal factor. */
 INLINE V v_exp_below(V x)
 {
     return (V)((I)v_exp(v_within(x)) & ~(I)(x < v_set1(-87.0f)));
@@ -55,7 +55,7 @@ INLINE void entropy_row(const struct rowwise *r, int64_t row, const int type)
     }
     const float log_sum = logf(sum), inverse = 1.0f / sum, own = read_as_float(r->a, type, at + target) - top;
     float loss = (1.0f - smoothing) * (log_sum - own);
-    if (smoothing != 0.0f) /* a logit may be minus infinity */
+    if (smoothing != 0.0f) /* else 0 * shift would be NaN if a logit is minus infinity */
         loss += smoothing * log_sum - spread * shift;
     ((float *)r->out[1])[row] = loss;
     if (r->numbers[1] == 0.0f)

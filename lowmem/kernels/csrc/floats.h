@@ -1,5 +1,5 @@
-/* An ISA whose products are all in float32: the table of its kernels, and its struct isa. The file that includes this has
- * included the ISA's vector operations and defined ISA_NAME. */
+/* The table of kernels and the struct isa of an ISA whose products are all in float32. The file that includes this
+ * has included the ISA's vector operations and defined ISA_NAME. */
 #include "body.h"
 #include "rowwise.h"
 

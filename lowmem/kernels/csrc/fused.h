@@ -1,11 +1,11 @@
 /* Batches of medium size (many.h): codes are decoded in registers and multiplied there with up to FUSED_INPUTS batch rows. */
 
-#define FETCH_GROUPS 3 /* how many groups of columns ahead codes are prefetched */
-/* Most words whose products are added in one chain: in a longer chain, roundings that go the same way lose too much. */
+#define FETCH_GROUPS 3 /* codes are prefetched this many groups of columns ahead */
+/* Most words whose products are added in one chain; in longer chains too much rounding error accumulates. */
 #define FUSED_CHAIN 8
-/* Most batch rows that are summed in shorter chains, since torch sums them in short chains, too (MKL does). */
+/* Most batch rows that are summed in chains of FEWER_CHAIN words, here and in tiled.h: torch (MKL) sums small batches
+ * in short chains, too. */
 #define FEWER 12
-/* Words in such a chain, here and in tiled.h. */
 #define FEWER_CHAIN 2
 
 /* sums (M, LANES) += a group of words of LANES rows times M batch rows. The products of a block, or of `chain` words if these
@@ -51,7 +51,7 @@ INLINE void fused_rows(const struct job *job, int64_t r, float *own, float *sums
 {
     const struct weight *w = job->weight;
     const int64_t begin = job->g0 * GROUP;
-    float *scales = own, *words = own + TILES_AT; /* tiled.h has tiles there */
+    float *scales = own, *words = own + TILES_AT; /* in the place of the tiles of tiled.h */
     const int64_t chain = bf16 ? LANES : job->batch <= FEWER ? FEWER_CHAIN : FUSED_CHAIN;
     int64_t first = 0;
     for (int64_t c = begin; c < job->g1 * GROUP; c += GROUP) {

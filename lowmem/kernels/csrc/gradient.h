@@ -3,9 +3,9 @@
  * small batch (`few`) is multiplied with 16-bit weights that are widened in registers. */
 
 #define GRAD_INPUTS 6 /* batch rows that are multiplied at a time */
-#define GRAD_FEWER 16 /* most batch rows that are summed in chains of half of GRAD_ROWS in float32: torch's chains are short, too */
-/* Rows of 16-bit weights ahead of those that are multiplied, which are prefetched. Rows are often a power of two apart, so that
- * they share few sets of L1, which hold few of them: most of the way ahead they are prefetched to L2 alone. */
+#define GRAD_FEWER 16 /* most batch rows summed in chains of GRAD_ROWS / 2 in float32: torch's are short, too */
+/* 16-bit weights are prefetched to L1 GRAD_SOON rows ahead, and to L2 GRAD_FAR. Rows are often a power of two bytes
+ * apart and then map to few sets of L1, which cannot hold many of them. */
 #define GRAD_SOON 8
 #define GRAD_FAR 64
 
@@ -56,7 +56,7 @@ INLINE void decode_pair(const struct weight *w, int64_t row, int both, int64_t g
 INLINE int64_t decode_tile(const struct weight *w, int64_t r0, int64_t r1, int64_t t0, int64_t g, const float *scales, float *tile,
                        const int bf16)
 {
-    const T table = table_load(w->order ? w->levels : tile); /* 16-bit floats have no levels: any 16 floats */
+    const T table = table_load(w->order ? w->levels : tile); /* 16-bit floats have no levels: the table is not used */
     for (int64_t r = r0; bf16 && r < r1; r += 2)
         decode_pair(w, r, r + 1 < r1, g, t0, table, scales + (r - r0) * TILE_SCALES, tile + (r - r0) / 2 * GROUP);
     for (int64_t i = 0; !bf16 && i < r1 - r0; i++)

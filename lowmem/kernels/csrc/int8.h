@@ -1,34 +1,34 @@
-/* Products in 8-bit integers: vpdpbusd adds four products of an unsigned and a signed byte per lane to a 32-bit sum, exactly.
- * GROUP columns of a row of x are rounded to signed bytes with one scale, its unit; levels are multiples of a step that fit
- * unsigned bytes (struct weight, use_int8 of weights.h). lowmem/kernels/int8.py defines the rounding.
+/* Products in 8-bit integers: vpdpbusd adds four products of an unsigned and a signed byte per lane to a 32-bit sum,
+ * exactly. GROUP columns of a row of x are rounded to signed bytes with one scale, its unit; levels are multiples of
+ * a step that fit unsigned bytes (struct weight, use_int8 of weights.h). lowmem/kernels/int8.py defines the rounding.
  *
  *   sum of level[c] * x = step * unit * (sum of steps[c] * v - 128 * sum of v),        x ~ unit * v
  *
- * A small batch is multiplied in registers, as in linear.h. A group of a batch row: the bytes of its low nibbles and of its
- * high ones (64 and 64); -128 * sum of v, per lane; step * unit.
+ * A small batch is multiplied in registers, as in linear.h. A packed group of a batch row consists of 64 bytes for
+ * the columns of low nibbles and 64 for those of high nibbles; -128 * sum of v, per lane; and step * unit.
  *
- * In a larger batch the rows of x lie across the lanes, LANES of them a panel: four columns of a row of W are multiplied with
- * all of them at once, and the sum of a block begins with what its zero point subtracts. A group of a panel: four columns of
- * each batch row, those of the low nibbles of a word's bytes for each of LANES words, then those of the high ones; what the
- * zero points of each block subtract; the units. */
+ * In a larger batch, LANES rows of x form a panel and lie across the lanes: four columns of a row of W are multiplied
+ * with all of them at once, and the sum of a block starts with the term of the zero point. A packed group of a panel
+ * consists of four columns of each batch row, first those of the low nibbles of each of LANES words, then those of
+ * the high nibbles; the terms of the zero point for each block; and the units. */
 
-/* Offsets in floats of the 32-bit sums and of the units in a group: of a batch row, and of a panel. */
+/* Offsets in floats of the 32-bit sums and of the units in a packed group: of a batch row, and of a panel. */
 #define FEW_INT8_SUMS (2 * LANES)
 #define FEW_INT8_UNIT (FEW_INT8_SUMS + LANES)
 #define INT8_SUMS (2 * LANES * LANES)
 #define INT8_UNITS (INT8_SUMS + LANES * LANES)
 #define INT8_GROUP (GROUP / 2) /* floats of a group of a batch row in a panel */
 #define INT8_PANEL (INT8_GROUP * LANES) /* floats of a group of a panel */
-#define INT8_PANELS 3 /* panels that are multiplied with four rows at a time (two with four rows, one with eight) */
-#define INT8_MOST 12  /* most sums: they stay in registers */
+#define INT8_PANELS 3 /* most panels that are multiplied at a time: two or three with four rows, one with eight */
+#define INT8_MOST 12  /* most sums at a time: they stay in registers */
 #define INT8_RANGE 127.0f      /* largest integer that a number of x is rounded to */
 #define INT8_LARGEST 0x1p100f /* largest number of x, and scale: a scale times the sum of a group must be finite */
 #define INT8_LEAST 0x1p-60f   /* least magnitude of the largest number of a group, unless the group is all zeros */
 _Static_assert(LANES == PANEL && MOST * INT8_ROWS <= SUMS_AT, "what is turned has room before the sums");
 _Static_assert(INT8_UNITS + LANES <= INT8_GROUP * LANES, "a panel has room for its groups");
 
-/* sum + bytes * numbers, in assembly for long loops: around the intrinsic GCC copies each sum there, which costs half of the
- * time. */
+/* sum + bytes * numbers. In assembly, since in long loops GCC copies each sum around the intrinsic, which takes half
+ * of the time. */
 INLINE W add_bytes(W sum, W bytes, W numbers)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(numbers));
@@ -52,8 +52,8 @@ INLINE void few_int8(const struct job *job, int64_t r, const int R, const int M,
             lows[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(at.words[i], nibble));
             highs[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(at.words[i], 4), nibble));
         }
-        /* The rows take turns: chains of dependent products one after the other would fill the queues of operations that wait
-         * for operands. */
+        /* Products of different rows alternate: chains of dependent products, one after the other, would fill the
+         * queues of operations that wait for operands. */
         EACH_INPUT {
             const float *of = x + j * GROUP;
             const W low = _mm512_loadu_si512(of), high = _mm512_loadu_si512(of + LANES);
@@ -68,7 +68,7 @@ INLINE void few_int8(const struct job *job, int64_t r, const int R, const int M,
     EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
 }
 
-/* For the four-column quads of a group, numbered in the order of the columns, where to_bytes has them. */
+/* Positions in to_bytes of quads (four columns each), given their numbers in the order of a group's columns. */
 INLINE W four_at(W four)
 {
     const W three = _mm512_set1_epi32(3);
@@ -133,7 +133,7 @@ INLINE int to_int8(const struct job *job, int64_t m, int64_t g, float *group)
     return to_bytes(w, x, (int)w->half / 4, group);
 }
 
-/* Pack panels of batch rows, or refuse the job. */
+/* Pack panels of batch rows; refuse the job if 8-bit integers cannot represent them. */
 static void pack_int8(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const int64_t words = job->weight->half / 4; /* words of a block */
@@ -262,7 +262,7 @@ static void int8_body(struct job *job, int64_t part, int64_t parts, int64_t thre
     }
 }
 
-/* Pack a small batch, group by group all batch rows side by side, or refuse the job. */
+/* Pack a small batch, (groups, batch rows, GROUP floats); refuse the job if 8-bit integers cannot represent it. */
 static void pack_few_int8(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const int64_t batch = job->m1 - job->m0;

@@ -44,13 +44,13 @@
 #define MAX_LANES 16              /* float32 lanes of the widest ISA */
 #define MAX_GROUP (MAX_LANES * 8) /* codes in a group of MAX_LANES words */
 #define FEW 4                     /* most batch rows for which columns lie across the lanes (linear.h) */
-#define FEW_MORE 8                /* the same in bfloat16, in 8-bit integers and with 16-bit weights */
+#define FEW_MORE 8                /* the same in bfloat16, in 8-bit integers and with 8- and 16-bit weights */
 #define SHARE_ROWS 8              /* granularity in rows of a thread's share there */
 #define UPDATE_ROWS 16            /* rows after which a low-rank update is added there */
 #define UPDATED 128               /* most batch rows whose low-rank update C adds; beyond, torch's own products are as fast */
 #define PARTS 4                   /* parts per thread of long work: a delayed thread leaves its remaining parts to the others */
 #define CHUNK 256                 /* fewest columns whose scales are read at a time */
-/* Floats for a row's scales of a chunk (blocks have 8 columns or more); MAX_LANES of them because whole vectors are read. */
+/* Floats for a row's scales of a chunk (blocks have 8 columns or more), and MAX_LANES to read whole vectors. */
 #define CHUNK_SCALES (CHUNK / 8 + MAX_LANES)
 #define PART(bf16) ((bf16) ? 256 : 128) /* columns of a tile of dequantized rows, in bfloat16 or float32; it stays in L1 */
 #define PART_FLOATS 128           /* the size of a row of such a tile in floats, for both types */
@@ -154,13 +154,16 @@ struct quantizing {
     int failed; /* set by any thread, never cleared */
 };
 
-/* A call of rowwise (rowwise.h), on rows of numbers. `type` is that of a and b, `wide` of grad and the outputs; a norm has one. */
+/* A call of rowwise (rowwise.h). Which field means what depends on the operation; this is for norms and activations:
+ * `type` is that of a and b, `wide` that of grad and the outputs. A norm uses `type` for all but its factor b, which
+ * is float32. The other operations (entropy.h, codes.h, columns.h) put float32, int8 or int64 into some fields, and
+ * codes.h the number of elements into `step`. */
 struct rowwise {
     enum { NORM, NORM_GRAD, GATED, GATED_GRAD, ENTROPY, CODE, DECODE, ROUNDING } operation;
     int type, wide;
-    int64_t rows, columns, step, out_step; /* steps: elements from a row to the next of a and b, and of what `out` points to */
-    /* Of a norm epsilon and whether it rounds before it multiplies; of an activation the terms of its z; of a cross entropy its
-     * smoothing and whether its gradient is asked for. */
+    int64_t rows, columns, step, out_step; /* steps: elements between rows of a and b, and of outputs */
+    /* Norm: epsilon, and whether to round before multiplying. Activation: the terms of its z. Cross entropy: its
+     * smoothing, and whether to compute the gradient. Rounding of columns: whether it is a step of a descent. */
     float numbers[7];
     const void *a, *b, *grad;
     void *out[2];
@@ -271,7 +274,7 @@ static inline float half_to_float(uint16_t h)
 
 static inline float bfloat_to_float(uint16_t b) { return float_of((uint32_t)b << 16); }
 
-/* Bytes of a row's scales and of what is behind them: for double quantization, steps and the float16 after them. */
+/* Bytes of a row's scales and of what follows them: offsets, or, in double quantization, the row's float16. */
 static inline int64_t scale_bytes(const struct weight *w)
 {
     return (w->blocks + w->behind) * (w->encoding >= SCALES_DOUBLE ? 1 : w->encoding == SCALES_FLOAT16 ? 2 : 4);

@@ -26,7 +26,7 @@ INLINE void place_input(const struct job *job, int64_t m, float *out, int64_t st
 #define EACH_INPUT _Pragma("GCC unroll 8") for (int j = 0; j < M; j++)
 #define AT (i * M + j)
 #define FEW_SUMS 16 /* most rows times batch rows: sums in registers */
-/* Most products that are added one after the other: in a longer chain, roundings that go the same way would add up to more. */
+/* Most products that are added in one chain; in longer chains too much rounding error accumulates. */
 #define FEW_CHAIN 32
 /* A function for one number of batch rows, not inlined, so that its loop has all registers for itself. */
 #define OWN_FUNCTION static __attribute__((noinline)) void
@@ -90,7 +90,7 @@ INLINE void few_words(const uint8_t *p, int64_t row_bytes, int64_t left, const i
     EACH_ROW words[i] = words_load(p + i * row_bytes, LANES * 4);
 }
 
-/* What is read of R rows, a group at a time: `scale` is that of each word. */
+/* The state of reading R rows by groups: `words` are the group's codes, `scale` has the scale of each word. */
 struct reading {
     const uint8_t *p, *soon;
     const int32_t *block;
@@ -121,8 +121,8 @@ INLINE void read_group(struct reading *at, const struct weight *w, int64_t r, in
     at->block += LANES;
 }
 
-/* out[j * LANES + i] = row r + i times batch row j, still spread over the lanes. Codes are decoded in registers. A block's
- * products are summed before they are multiplied with its scale. */
+/* out[j * LANES + i] = row r + i times batch row j, as partial sums in the lanes. Codes are decoded in registers. A
+ * block's products are summed before they are multiplied with its scale. */
 INLINE void few(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
     const struct weight *w = job->weight;
@@ -151,7 +151,7 @@ INLINE void few(const struct job *job, int64_t r, const int R, const int M, V *o
     EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
 }
 
-/* The same with 16-bit weights. */
+/* The same for 16-bit weights. */
 INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int M, V *out, const int type)
 {
     const struct weight *w = job->weight;
@@ -187,7 +187,7 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
 #include "eight.h"
 #if ISA_BFLOAT16
 #include "bfloat16.h"
-#else /* stand in for what bfloat16.h defines, in code that no kernel of this ISA runs */
+#else /* substitutes for the names of bfloat16.h, in code that no kernel of this ISA runs */
 #define table_bf16 table_load
 #define pair_levels v_lookup
 #define spread_pair(p) v_set1(*(p))

@@ -1,7 +1,7 @@
-/* The Python module. Products are given tensors, whose memory is checked here; quantize is given addresses and sizes that
- * lowmem/kernels/cpu.py has checked. One binary serves every Python from 3.10 on (the limited API) and every PyTorch (none of
- * its headers). Threads are those of the OpenMP library that torch has loaded: a second pool would compete with it for the
- * cores. */
+/* The Python module. Products, dequantize and update take tensors, whose memory is checked here; quantize and rowwise
+ * take addresses and sizes, which Python has checked. One binary works with every Python from 3.10 on (it uses the
+ * limited API) and every PyTorch (it uses none of its headers). Threads are those of the OpenMP library that torch
+ * has loaded, since a second pool would compete with it for the cores. */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
@@ -16,7 +16,7 @@
 
 #include "product.h"
 
-/* Read a low-rank update of a product with x: returns as read_tensor, and 0 if shapes or types do not fit. */
+/* Read a low-rank update of a product with x. Returns as read_tensor, and 0 if shapes or types do not fit. */
 static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, const struct tensor *x, int64_t rows,
                        struct update *u, struct held *held)
 {
@@ -166,9 +166,9 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     return args[OUT];
 }
 
-/* plan(isa, block size or 0, enum type of a 16-bit weight or EIGHT, batch rows, enum type of x, enum operation) -> [(ISA, kernel, its
- * least batch rows, its most, why it refuses or None), ...]: the kernels that were asked, the last of which accepts; empty if
- * none does */
+/* plan(isa, block size or 0, enum type of a 16-bit weight or EIGHT, batch rows, enum type of x, enum operation) ->
+ * [(ISA, kernel, its least batch rows, its most, why it refuses or None), ...]: the kernels in the order in which
+ * they were tried, the last of which accepts; empty if none does */
 static PyObject *plan_of(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ISA_AT, BLOCK, WEIGHT, ROWS, TYPE, OPERATION, ARGUMENTS };
@@ -281,8 +281,8 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     return PyBool_FromLong(!q.failed);
 }
 
-/* rowwise(isa, operation, type, type of grad and outputs, rows, columns, step, out step, bits of seven floats, threads, a, b,
- * grad or 0, out, second out or 0) fills the outputs. Tensors are addresses. */
+/* rowwise(isa, operation, type, wide, rows, columns, step, out step, bits of seven floats, threads, a, b, grad or 0,
+ * out, second out or 0) fills the outputs, and some operations a or b: see struct rowwise. Tensors are addresses. */
 static PyObject *rowwise(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     long long n[21];
@@ -301,7 +301,7 @@ static PyObject *rowwise(PyObject *self, PyObject *const *args, Py_ssize_t given
     Py_RETURN_NONE;
 }
 
-/* share_threads(path) -> whether the OpenMP library at `path`, which must be loaded already, will run the threads */
+/* share_threads(path) -> whether threads are now those of the OpenMP library at `path`, if it is loaded already */
 static PyObject *share_threads(PyObject *self, PyObject *path)
 {
     PyObject *bytes = PyUnicode_EncodeFSDefault(path);

@@ -1,7 +1,7 @@
-/* Makes struct order of kernel.h: the order in which the columns of a row come up when its words are decoded. A group is
- * `lanes` words of 32 bits; vector k of a group holds nibble k of each of them. The low nibble of a byte is a column of the
- * block's first half, the high nibble the column half a block later. A row's last block may be short: its halves are shorter,
- * too. */
+/* Makes struct order of kernel.h: the order in which the columns of a row are decoded from its words. A group is
+ * `lanes` words of 32 bits; vector k of a group holds nibble k of each of them. The low nibble of a byte is a column
+ * of the block's first half, the high nibble the column half a block later. A row's last block may be short: its
+ * halves are shorter, too. */
 #ifndef LOWMEM_ORDER_H
 #define LOWMEM_ORDER_H
 

@@ -16,7 +16,7 @@ enum operation {
 enum kind {
     GROUPS = 1,     /* 4-bit, in blocks of 16, 32, 64 or 128 columns */
     WORDS = 2,      /* 4-bit, in other blocks of whole words */
-    ODD = 4,        /* codes in blocks that are not whole words, or not whole vectors of 8-bit ones; no kernel takes them */
+    ODD = 4,        /* codes in other blocks: not whole words of 4-bit codes, or vectors of 8-bit ones */
     BFLOATS = 8,    /* bfloat16 */
     HALVES = 16,    /* float16 */
     BYTES = 32,    /* 8-bit, in blocks of a multiple of MAX_LANES columns */
@@ -51,7 +51,7 @@ struct kernel {
     {"grad_torch", INPUT_GRAD, GROUPS, 1 << BFLOAT16, TORCH_GRAD_ROWS, ANY_ROWS},      \
     {"grad_torch_sixteen", INPUT_GRAD, BFLOATS, 1 << BFLOAT16, TORCH_GRAD_SIXTEEN_ROWS, ANY_ROWS}
 
-/* The same for rare weights, and for 8-bit ones: no kernel is worth its lines. */
+/* The same for rare weights, and for 8-bit ones beyond few_eight's batch rows: no kernel is worth its lines. */
 #define OTHERS_BY_TORCH                                           \
     {"torch_others", LINEAR, ODD | BYTES, ANY_TYPE, 1, ANY_ROWS}, \
     {"grad_torch_others", INPUT_GRAD, ODD | BYTES, ANY_TYPE, 1, ANY_ROWS}
@@ -61,7 +61,7 @@ struct isa {
     int lanes;
     const struct isa *extends; /* or NULL */
     const struct kernel *kernels;
-    /* NULL where the ISA extends another: base_of has them. */
+    /* Functions other than products; NULL if the ISA extends another, since those of base_of are used. */
     body dequantize, narrow, widen; /* dequantize rows; narrow and widen: the two products of a low-rank update (update.h) */
     int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
     body rowwise;
@@ -77,7 +77,7 @@ static inline const struct isa *base_of(const struct isa *isa)
     return isa;
 }
 
-/* The kind of a weight whose blocks have 2 * half columns, by its type: EIGHT, or, where half is 0, that of its 16-bit floats. */
+/* The kind of a weight in blocks of 2 * half columns; `type`: EIGHT for 8-bit codes, for half 0 that of the floats. */
 static inline enum kind kind_of(int64_t half, int type)
 {
     if (!half)
@@ -99,7 +99,7 @@ static inline const char *refusal(const struct kernel *k, enum kind weight, int6
     return rows < k->least || rows > k->most ? "rows" : NULL;
 }
 
-/* The kernel k, or at the end of the table of *isa the first of the ISA that it extends, which is stored there; NULL: none. */
+/* Kernel k, or, at the end of the table of *isa, the first kernel of the ISA that it extends; NULL: there is none. */
 static inline const struct kernel *next_kernel(const struct isa **isa, const struct kernel *k)
 {
     while (!k->name) {

@@ -5,8 +5,8 @@
 #include "layout.h"
 #include "weights.h"
 
-/* Run the kernel for the piece of the batch and the groups of columns that the job names. Small batches are packed by one
- * thread, while others compute the narrow product of a low-rank update. */
+/* Run the kernel for the current piece of the batch and groups of columns (m0 to m1, g0 to g1). Small batches are
+ * packed by one thread, while others compute the narrow product of a low-rank update. */
 static void run_piece(struct job *job)
 {
     const struct kernel *k = job->kernel;
@@ -29,7 +29,7 @@ static int run_kernel(const struct isa *isa, const struct kernel *k, struct job 
     const struct weight *w = job->weight;
     const struct layout layout = layout_of(k, w, job->batch, threads, beside);
     const int64_t floats = layout.shared + layout.threads * layout.own, narrow = update ? job->batch * update->rank : 0;
-    /* larger batches compute it when all rows are done, in the place of what was packed */
+    /* larger batches compute the narrow product at the end, and reuse the memory of packed x for it */
     const int64_t narrow_at = k->few ? floats : 0;
     const int64_t group = isa->lanes * 8, groups = w->stride / group;
     struct scratch scratch;
@@ -59,13 +59,13 @@ static int run_kernel(const struct isa *isa, const struct kernel *k, struct job 
     return !refused;
 }
 
-/* The same where x is packed in parts of its columns and the output has 16 bits. Partial sums are kept in float32, for some
- * batch rows and rows of the weight at a time, so that each result is rounded once. */
+/* The same if x has to be packed in parts of its columns and the output has 16 bits. Partial sums are kept in
+ * float32, for some batch rows and rows of the weight at a time, so that each result is rounded only once. */
 static int run_in_parts(const struct isa *isa, const struct kernel *k, const struct job *job, long long threads, PyObject *like)
 {
     const struct weight *w = job->weight;
     const int64_t pieces = (job->batch + SUMMED - 1) / SUMMED, step = (job->batch + pieces - 1) / pieces;
-    /* beside the scratch of the threads, and a packed input */
+    /* what the scratch of the threads and the packed input leave */
     const int64_t left = SCRATCH_BYTES - LEAST_BYTES - 4 * SUMS_AT * threads;
     const int64_t most = smaller(job->batch <= FEW_MORE ? SUMS_BYTES_OF_FEW : SUMS_BYTES, left > LEAST_SUMS ? left : LEAST_SUMS);
     const int64_t fit = most / 4 / step / SUMMED_ROWS * SUMMED_ROWS, parts = (w->rows + fit - 1) / fit;

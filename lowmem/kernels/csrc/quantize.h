@@ -1,5 +1,5 @@
 /* Quantizes rows of float32: chooses the scale of each block and finds the codes. The result is bit for bit that of
- * lowmem/quant/tensor.py and lowmem/quant/search.py; these round a product and a sum apart, so no v_fma is used here. */
+ * lowmem/quant/tensor.py and lowmem/quant/search.py. These round products before adding them, hence no v_fma. */
 
 #define ERROR_SUMS 16 /* partial sums of a block's error, whatever LANES is */
 
@@ -55,7 +55,7 @@ INLINE void errors(const float *x, const float *importance, int64_t n, float sca
             squares(load_some(x, FLOAT32, at, n - at), weighted ? load_some(importance, FLOAT32, at, n - at) : v_zero(), factor,
                     divisor, boundaries, levels, both, weighted, square);
             for (int s = 0; s <= both; s++) {
-                /* a number past the block's end has an error, too, in formats that have no zero */
+                /* drop the errors of the zeros past the block's end, which are not zero in formats without a zero */
                 float values[LANES];
                 v_store(values, square[s]);
                 sums[s][h] = v_add(sums[s][h], load_some(values, FLOAT32, 0, n - at));
@@ -72,8 +72,8 @@ INLINE void errors(const float *x, const float *importance, int64_t n, float sca
     }
 }
 
-/* The candidate scale with the least error, or the first of several; a NaN is never less. `top` is the block's weight of
- * largest magnitude. */
+/* The candidate scale with the least error, the first of equal ones; NaN never counts as less. `top` is the block's
+ * weight of largest magnitude. */
 INLINE float best(const struct quantizing *q, const float *x, const float *importance, int64_t n, float top,
                          const int both, const int weighted)
 {
@@ -101,9 +101,9 @@ static float searched(const struct quantizing *q, const float *x, int64_t column
     return importance ? best(q, x, importance, n, top, 0, 1) : best(q, x, NULL, n, top, 0, 0);
 }
 
-/* Double quantization of n scales: a byte of steps per scale, then the float16 row scale in two bytes; scales[b] becomes the
- * stored scale. A scale below one step is stored as one positive step: none of its block's codes is at an end of the format,
- * where the sign would be recovered from. */
+/* Double quantization of n scales: a byte of steps per scale, then the float16 row scale in two bytes; scales[b]
+ * becomes the stored scale. A scale below one step is stored as one positive step: then no code of its block is at an
+ * end of the format, so its sign could not be recovered anyway. */
 INLINE void encode_double(float *scales, int64_t n, const int has_sign, uint8_t *out)
 {
     const float most = has_sign ? 127.0f : 255.0f, raise = has_sign ? (float)(127 * (1 + 0x1p-20)) : (float)(255 * (1 + 0x1p-20));

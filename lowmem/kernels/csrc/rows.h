@@ -1,5 +1,5 @@
-/* Rows of a weight as float32 vectors: reading scales, decoding groups of codes, and dequantizing rows. Written over a few
- * vector operations that each ISA defines:
+/* Rows of a weight as float32 vectors: reading scales, decoding groups of codes, and dequantizing rows. Written over
+ * a few vector operations that each ISA defines:
  *
  *   LANES; V, a vector of LANES float32, and W, of as many 32-bit words: types of GNU C, which have operators; v_set1(a)
  *   v_fma(a, b, c)           a * b + c
@@ -13,14 +13,14 @@
  *   v_spread(a, index)       a[index[i]], where 0 <= index[i] < LANES
  *   B, boundaries_load(p), v_code(boundaries, a)   for each value, how many of 15 boundaries are less: its code
  *   codes_store(p, words)    LANES words, each below 256, stored as bytes
- *   v_keep(a)                keeps a in a register: the compiler would load or compute it again for each use
+ *   v_keep(a)                keeps a in a register; otherwise the compiler may load or compute it again for each use
  *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32; one_half(bits)  a float16 as float32
  *   v_to_half(p, a)          LANES float32, rounded to float16 and stored
  *
- * A 32-bit word of a row holds eight codes. The low nibble of a byte is a weight of the block's first half, the high nibble the
- * weight half a block later. The codes of a row are not sorted; instead x is permuted once a call into the order in which
- * shifts bring codes up: within a group of LANES words, nibble 0 of every word, then nibble 1 of every word, and so on
- * (order.h). */
+ * A 32-bit word of a row holds eight codes. The low nibble of a byte is a weight of the block's first half, the high
+ * nibble the weight half a block later. The codes of a row are not reordered. Instead, once per call, x is permuted
+ * into the order in which shifts decode the codes: within a group of LANES words, nibble 0 of every word, then nibble
+ * 1 of every word, and so on (order.h). */
 
 #define INLINE static inline __attribute__((always_inline))
 typedef uint32_t I __attribute__((vector_size(4 * LANES))); /* the bits of V */
@@ -84,15 +84,15 @@ INLINE void v_to_bfloat(uint16_t *p, V a)
     memcpy(p, &words, sizeof words);
 }
 
-/* The steps that LANES bytes count: those of SCALES_SIGNED are a sign bit and 7 bits. */
+/* LANES bytes of steps (double quantization) as float32; those of SCALES_SIGNED have a sign bit and 7 bits. */
 INLINE V v_steps(const uint8_t *p, int encoding)
 {
     const I steps = (I)bytes_load(p), signs = -(steps >> 7);
     return __builtin_convertvector((N)(encoding == SCALES_SIGNED ? ((steps & 127) ^ signs) - signs : steps), V);
 }
 
-/* Up to n scales of a row whose scales start at p, from scale `from` on, then zeros; for double quantization, the steps that they
- * count. */
+/* LANES scales of a row whose scales start at p, from scale `from` on, with zeros after the first n. For double
+ * quantization they are steps. */
 INLINE V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
 {
     const int size = encoding == SCALES_FLOAT32 ? 4 : encoding == SCALES_FLOAT16 ? 2 : 1;
@@ -125,8 +125,8 @@ INLINE void store_as(void *out, const int type, int64_t i, V a)
         v_to_half((uint16_t *)out + i, a);
 }
 
-/* The first n numbers, at most LANES, from element i of p on, padded with zeros; and back. What is not a whole vector, at the
- * end of a row, has functions of its own, so that loops stay small. */
+/* Load or store the first n numbers of a vector, from element i of p on; loads pad with zeros. Partial vectors, at
+ * the end of a row, have functions that are not inlined, so that loops stay small. */
 static __attribute__((noinline)) V load_rest(const void *p, int type, int64_t i, int64_t n)
 {
     float some[LANES] = {0};
@@ -150,7 +150,7 @@ INLINE void store_some(void *p, const int type, int64_t i, int64_t n, V v)
     n < LANES ? store_rest(p, type, i, n, v) : store_as(p, type, i, v);
 }
 
-/* Call a function with a type as its last argument, as a constant. */
+/* Call a function with the type as a constant last argument. */
 #define OF_SIXTEEN(type, f, ...) ((type) == BFLOAT16 ? f(__VA_ARGS__, BFLOAT16) : f(__VA_ARGS__, FLOAT16))
 #define OF_TYPE(type, f, ...) ((type) == FLOAT32 ? f(__VA_ARGS__, FLOAT32) : OF_SIXTEEN(type, f, __VA_ARGS__))
 
@@ -161,7 +161,7 @@ INLINE void widen_run(const uint16_t *p, int64_t n, float *out, const int type)
         store_some(out, FLOAT32, i, n - i, load_some(p, type, i, n - i));
 }
 
-/* The float16 that a row's steps multiply (double quantization). */
+/* A row's float16, with which its steps are multiplied (double quantization). */
 INLINE float row_scale(const struct weight *w, int64_t row)
 {
     uint16_t bits;

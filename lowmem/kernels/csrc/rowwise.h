@@ -1,16 +1,17 @@
-/* What a training step computes number by number: RMS norms and gated activations, forward and backward. In float32, rounded
- * once; lowmem/kernels/rowwise.py has the definitions. */
+/* Row-wise operations: RMS norms and gated activations, forward and backward, here; cross entropy (entropy.h), 8-bit
+ * codes (codes.h) and the rounding of a weight's columns (columns.h). Norms and activations are computed in float32
+ * and rounded once; lowmem/kernels/rowwise.py has their definitions. */
 
 #define EACH_VECTOR_OF_ROW for (int64_t c = 0, n; (n = r->columns - c) > 0; c += LANES)
 
-/* Within -88 and 88, where e^x is a normal number; a NaN stays one. */
+/* Clamp to -88 and 88, between which e^x does not overflow; a NaN stays a NaN. */
 INLINE V v_within(V x)
 {
     const V most = v_set1(88.0f), least = v_set1(-88.0f);
     return v_where((I)(x > most), most, v_where((I)(x < least), least, x));
 }
 
-/* e^x = 2^n e^s, for s at most log(2) / 2: the polynomial of the Cephes library. */
+/* e^x = 2^n e^s with |s| <= log(2) / 2, by the polynomial of the Cephes library. x must be within -88 and 88. */
 INLINE V v_exp(V x)
 {
     static const float of[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f};
@@ -49,8 +50,8 @@ INLINE void norm_row(const struct rowwise *r, int64_t row, const int gradient, c
     }
 }
 
-/* out = act(a) b, act(a) = a sigmoid(z), z = numbers[0] a + numbers[1] a^3 ...; gradient: out[0], out[1]. b may be NULL, for
- * one. */
+/* out = act(a) b, where act(a) = a sigmoid(z) and z = numbers[0] a + numbers[1] a^3 + ...; b is 1 if it is NULL. With
+ * `gradient`: out[0] and out[1] = the gradients of a and b. */
 INLINE void gated_row(const struct rowwise *r, int64_t row, const int gradient, const int type, const int wide)
 {
     const V one = v_set1(1.0f);
@@ -61,7 +62,7 @@ INLINE void gated_row(const struct rowwise *r, int64_t row, const int gradient, 
     EACH_VECTOR_OF_ROW {
         const V a = load_some(r->a, type, at + c, n), b = r->b ? load_some(r->b, type, at + c, n) : one;
         const V x = v_within(a), square = v_mul(x, x);
-        V sum = v_set1(r->numbers[last]), slope = v_set1(r->numbers[last] * (float)(2 * last + 1)); /* Horner, and of dz / da */
+        V sum = v_set1(r->numbers[last]), slope = v_set1(r->numbers[last] * (float)(2 * last + 1)); /* z / a, dz / da */
         for (int i = last; i--;) {
             sum = v_fma(sum, square, v_set1(r->numbers[i]));
             if (gradient)
@@ -110,8 +111,8 @@ static void rowwise_body(struct job *job, int64_t part, int64_t parts, int64_t t
         case ENTROPY: OF_TYPE(r->type, entropy_row, r, row); break;
         case CODE: OF_TYPE(r->type, code_block, r, row, &lost); break;
         case DECODE: OF_TYPE(r->wide, decode_block, r, row); break;
-        case ROUNDING: break; /* above: its rows are no rows of r */
+        case ROUNDING: break; /* done above, since parts are divided by columns of r */
         }
     if (r->operation == CODE)
-        add_lost(&lost, (int64_t *)(intptr_t)r->b); /* cpu.py gives it to be written to */
+        add_lost(&lost, (int64_t *)(intptr_t)r->b); /* b is the array of counts here, which is written */
 }

@@ -68,8 +68,8 @@ struct dl_table {
 
 enum { DL_CPU = 1, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
 
-/* What use_torch was given: the types of plain tensors, torch's table of functions or NULL, and its function that makes a
- * capsule; and the names of methods. */
+/* The arguments of use_torch: the types of plain tensors, torch's table of C functions or NULL, and its function that
+ * makes a DLPack capsule; and the names of tensor methods. */
 static struct {
     PyTypeObject *tensor, *parameter;
     const struct dl_table *table;
@@ -103,7 +103,7 @@ static PyObject *no_memory(void)
     return NULL;
 }
 
-/* The truth value of object.method(): 1 or 0, or -1 with a Python error. */
+/* The truth value of object.method(): 1, 0, or -1 with a Python error. */
 static int ask(PyObject *object, PyObject *method)
 {
     PyObject *answer = PyObject_CallMethodObjArgs(object, method, NULL);
@@ -169,7 +169,8 @@ static int read_memory(PyObject *object, struct tensor *t, struct held *held)
     return is;
 }
 
-/* The same for any tensor, whose memory may not be its value. Returns -1 with a Python error if it has no memory. */
+/* As read_memory, but also returns 0 for a tensor whose memory is not its value (negated lazily, or a zero tensor),
+ * and -1 with a Python error for one without memory. */
 static int read_tensor(PyObject *object, struct tensor *t, struct held *held)
 {
     if (!read_memory(object, t, held))

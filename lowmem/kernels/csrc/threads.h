@@ -1,5 +1,5 @@
-/* Threads: those of the OpenMP library that torch has loaded, which share_threads of module.c finds. A call is one parallel
- * region; within it, a thread that finishes a part takes the next one. */
+/* Runs jobs on the threads of the OpenMP library that torch has loaded (share_threads of module.c). A call is one
+ * parallel region; within it, a thread that finishes a part takes the next one. */
 #ifndef LOWMEM_THREADS_H
 #define LOWMEM_THREADS_H
 
@@ -11,7 +11,7 @@
 
 #include "kernel.h"
 
-#define GRAIN 65536 /* multiplications for which another thread is used */
+#define GRAIN 65536 /* multiplications per additional thread */
 
 int64_t visited_columns;
 
@@ -90,7 +90,7 @@ static void in_pieces(struct job *job, int64_t groups, int64_t wide, void (*run)
     }
 }
 
-/* Threads for `work` multiplications, at most `most`. */
+/* The number of threads for `work` multiplications, at most `most`. */
 static int64_t threads_for(long long most, double work)
 {
     const double worth = 1.0 + work / GRAIN;

@@ -3,7 +3,7 @@
  *
  * A tile holds a part of the columns of MANY_ROWS rows, unit by unit: (units, MANY_ROWS). */
 
-#define FETCH_PARTS 2 /* how many parts ahead of dequantizing codes are prefetched */
+#define FETCH_PARTS 2 /* codes are prefetched this many parts before they are dequantized */
 #define MANY_SUMS (MANY_VECTORS * MANY_INPUTS) /* sums in registers */
 
 /* Words of MANY_ROWS rows that are being dequantized into a tile, a vector of words at a time. The MANY_VECTORS vectors of a
@@ -43,7 +43,7 @@ INLINE void dequantize_next(struct dequantizing *to, T table, const int bf16)
 INLINE void multiply(const float *tile, int n, const float *x, const int M, float *sums, struct dequantizing *next,
                             int until, const uint8_t *fetch, int chain, const int bf16)
 {
-    const T table = table_load(next->w->levels ? next->w->levels : tile); /* 16-bit floats have no levels: any 16 floats */
+    const T table = table_load(next->w->levels ? next->w->levels : tile); /* not used for 16-bit floats */
     const int units = UNITS(bf16), before = next->vectors, due = until - before;
     const int64_t stride = next->w->row_bytes, step = next->w->order ? LANES * 4 : LANES * 16;
     for (int word = 0; word < n;) {
@@ -99,8 +99,7 @@ INLINE void begin_tile(const struct job *job, int64_t r, int64_t start, int64_t 
                               int64_t *first, struct dequantizing *to, const int bf16)
 {
     const struct weight *w = job->weight;
-    /* The transposed words are stored in the end of the tile itself: each word is read before the numbers that overwrite it are
-     * stored. */
+    /* The transposed words are stored at the end of the tile itself: each is read before it is overwritten. */
     float *scales = own, *words = tile + (columns / (bf16 ? 2 : 1) - columns / 8) * MANY_ROWS;
     *to = (struct dequantizing){.w = w, .tile = tile};
     if (!w->order) {
@@ -133,7 +132,7 @@ INLINE void tiled_rows(const struct job *job, int64_t r, int64_t to, float *own,
     int64_t first = 0, columns = smaller(PART(bf16), end - begin);
     struct dequantizing next;
     begin_tile(job, r, begin, columns, own, tile, &first, &next, bf16);
-    const T table = table_load(job->weight->levels ? job->weight->levels : tile); /* 16-bit floats have no levels: any 16 floats */
+    const T table = table_load(job->weight->levels ? job->weight->levels : tile); /* not used for 16-bit floats */
     while (next.vectors < next.count)
         dequantize_next(&next, table, bf16);
     for (int64_t c = begin; r < to;) {

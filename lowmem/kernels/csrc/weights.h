@@ -1,5 +1,5 @@
-/* Weights from Python. A weight of codes has a C handle, made once. It is valid while its tensors keep their address, shape and
- * dtype, which each call checks. */
+/* Weights from Python. A weight of codes has a C handle, which is made once and valid while its tensors keep their
+ * address, shape and dtype; each call checks that. */
 #ifndef LOWMEM_WEIGHTS_H
 #define LOWMEM_WEIGHTS_H
 
@@ -57,7 +57,7 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
     };
 }
 
-/* Rows `first` to first + rows of a weight. */
+/* `rows` rows of a weight, from row `first` on. */
 static struct weight rows_of(const struct weight *w, int64_t first, int64_t rows)
 {
     struct weight some = *w;
@@ -83,9 +83,9 @@ static int is_stored_as(const struct weight *w, const struct tensor *packed, con
            has_shape(scales, w->rows, w->blocks + w->behind);
 }
 
-/* prepare(order, isa, packed, scales, levels or 0, encoding, block_size, rows, columns, int8 points or 0, offsets) -> capsule, or None
- * if C cannot read the tensors. points: the steps of the largest level in 8-bit products. offsets: whether one for each block lies
- * behind a row's scales; C steps over them. */
+/* prepare(order, isa, packed, scales, levels or 0 for 8-bit codes, encoding, block_size, rows, columns, int8 points
+ * or 0, offsets) -> capsule, or None if C cannot read the tensors. points: the largest level in steps, for products
+ * in 8-bit integers. offsets: whether a row's scales are followed by an offset for each block; C skips them. */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ORDER_OF, ISA, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, OFFSETS, ARGUMENTS };
@@ -129,8 +129,9 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     return capsule;
 }
 
-/* Read a weight: a 4-bit one by its handle, or a matrix of 16-bit floats. Returns 1 if `w` describes it and its storages are
- * held, 0 if C cannot read it or the handle is not valid any more, and -1 with a Python error. */
+/* Read a weight: codes of 4 or 8 bits by their handle, or, if `prepared` is None, a matrix of 16-bit floats. Returns
+ * 1 if `w` describes it and its storages are held, 0 if C cannot read it or the handle is no longer valid, -1 with a
+ * Python error. */
 static int read_weight(const struct isa *isa, PyObject *prepared, PyObject *packed, PyObject *scales, struct weight *w,
                        struct held *held)
 {
