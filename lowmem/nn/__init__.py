@@ -1,1 +1,1 @@
-"""Layers with frozen weights in 16 or 4 bits, and LoRA layers."""
+"""Layers with frozen weights in 16, 8 or 4 bits, and LoRA layers."""

@@ -1,4 +1,4 @@
-"""1-d and 2-d convolutions with weights in 16 or 4 bits."""
+"""1-d and 2-d convolutions with weights in 16 or 4 bits; ``lowmem.nn.eightbit`` has those in 8 bits."""
 
 from __future__ import annotations
 

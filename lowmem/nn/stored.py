@@ -183,7 +183,7 @@ class StoredTensor(Tensor):
     def __new__(
         cls, form: Form, parts: Sequence[Tensor], tail: Sequence[int], dtype: torch.dtype, swapped: bool = False
     ) -> StoredTensor:
-        """Make a tensor without values of its own."""
+        """Make a tensor without memory; its values are those of the parts."""
         shape = [*parts[0].shape[:-1], *tail]
         strides, step = [0] * len(shape), 1
         for number in reversed(range(len(shape))):

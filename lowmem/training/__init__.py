@@ -1,1 +1,1 @@
-"""What makes a training step small and fast: the loss over a vocabulary, and what is saved for backward."""
+"""Training with less memory: a chunked loss, fewer and compressed activations, small optimizer states."""
