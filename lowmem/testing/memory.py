@@ -159,9 +159,11 @@ def _attributes(model: nn.Module) -> Iterator[Any]:
             waiting.extend(value)
         elif is_dataclass(value) and not isinstance(value, type):
             waiting.extend(getattr(value, own.name, None) for own in fields(value))
-        elif isinstance(value, torch.ScriptObject) and value._has_method("__getstate__"):  # packed by torch.ao, say
-            unpacked.append(value.__getstate__())
-            waiting.append(unpacked[-1])
+        elif isinstance(value, torch.ScriptObject):
+            packed = cast(Any, value)  # by torch.ao, say
+            if packed._has_method("__getstate__"):
+                unpacked.append(packed.__getstate__())
+                waiting.append(unpacked[-1])
         elif isinstance(value, partial):
             waiting.extend((value.func, value.args, value.keywords, vars(value)))
         elif not isinstance(value, type) and hasattr(value, "__dict__") and not _is_of_python(type(value)):

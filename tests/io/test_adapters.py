@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, LoRA, convert, load_adapter, save_adapter
+from lowmem import FourBit, Linear4Bit, LoRA, convert, load_adapter, save_adapter
 from lowmem.errors import FileError
 from lowmem.io.adapters import fingerprint
 from lowmem.io.container import read, write_tensors
@@ -251,10 +251,11 @@ def test_the_fingerprint_is_of_the_layers_paths_and_of_those_named_alone():
 
 def test_how_scales_were_found_makes_no_other_base():
     """It does not change what the bytes mean."""
-    model, other = (convert(nn.Sequential(nn.Linear(16, 8)), FourBit()) for _ in range(2))
-    other.load_state_dict(model.state_dict())
-    assert fingerprint(model, ["0"]) == fingerprint(other, ["0"])
-    other[0]._quantized = replace(other[0].quantized, method="search")
+    model = convert(nn.Sequential(nn.Linear(16, 8)), FourBit())
+    stored = model[0].quantized
+    found = replace(stored, packed=stored.packed.clone(), method="calibrated")
+    other = nn.Sequential(Linear4Bit(found, model[0].bias))
+    assert other[0].quantized.method == "calibrated" != stored.method
     assert fingerprint(model, ["0"]) == fingerprint(other, ["0"])
     other[0].packed[0, 0] ^= 1
     assert fingerprint(model, ["0"]) != fingerprint(other, ["0"])
