@@ -37,6 +37,7 @@ class Report:
         machine: properties of the machine of the measurements.
         timing_machine: the same of the timings, if they are from another run.
         qualities: of the output with each choice of bits; empty where they were not measured.
+        left_out: why some variants could not be made of the model, a sentence for each reason.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Report:
     machine: Mapping[str, str]
     timing_machine: Mapping[str, str]
     qualities: Sequence[Quality] = ()
+    left_out: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def _memory(report: Report) -> Section:
         Table("Memory in bytes", ["Variant", *kinds, "stored", "forward peak", "step peak"], rows),
     )
     steps = [replace(step.figure(report.steps), title="Of a training step with AdamW")] if report.steps else []
-    return Section("memory", "Memory", figures=[figure, *steps])
+    return Section("memory", "Memory", texts=report.left_out, figures=[figure, *steps])
 
 
 def _layers(report: Report) -> Section:

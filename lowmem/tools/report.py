@@ -275,6 +275,7 @@ def write(
         machine=machine(),
         timing_machine=timing_machine,
         qualities=measured.qualities,
+        left_out=_left_out(measured.left_out),
     )
     write_atomically(target, render(report).encode())
 
@@ -314,14 +315,18 @@ def _input_of(arguments: argparse.Namespace, batch: int) -> Tensor:
 def _lead(arguments: argparse.Namespace, measured: Measured, own: bool) -> str:
     size = " x ".join(map(str, (arguments.batch, *arguments.input_shape)))
     model = "Your model" if own else "The reference model, 18 linear layers of 1024 x 1024,"
-    lead = (
+    return (
         f"{model} as it is and in {len(measured.footprints) - 1} variants: what each costs, how fast it is, and what "
         f"it loses. Memory and errors are of one {arguments.input_dtype} input of {size}; seed {arguments.seed}."
     )
-    for reason in dict.fromkeys(measured.left_out.values()):
-        names = [name for name, why in measured.left_out.items() if why == reason]
-        lead += f" Left out: {', '.join(names)} ({printable(reason, 500)})."
-    return lead
+
+
+def _left_out(reasons: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each reason why variants could not be made, with their names."""
+    return [
+        f"Without {', '.join(name for name, why in reasons.items() if why == reason)}: {printable(reason, 500)}."
+        for reason in dict.fromkeys(reasons.values())
+    ]
 
 
 def _trains(name: str, model: nn.Module, x: Tensor) -> bool:
