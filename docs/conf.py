@@ -45,6 +45,12 @@ def show_both_themes(app, docname, source):
     source[0] = PICTURE.sub(BOTH, source[0])
 
 
+def lead_to_the_index(app, docname, source):
+    """Turn links from guides to the README, which the index includes, into links to the index."""
+    source[0] = source[0].replace("](../../README.md", "](../index.md")
+
+
 def setup(app):
     """Register what the pages need."""
     app.connect("source-read", show_both_themes)
+    app.connect("source-read", lead_to_the_index)

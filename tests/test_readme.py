@@ -185,6 +185,18 @@ def test_the_site_shows_every_picture_in_both_themes(monkeypatch):
     assert pictures == 3  # speed, training, and the one of the index
 
 
+def test_links_to_the_front_page_lead_to_the_index_on_the_site(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    site = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    links = 0
+    for text in (text for name, text in TEXTS.items() if name.startswith("docs/")):
+        source = [text]
+        site["lead_to_the_index"](None, "page", source)
+        links += source[0].count("](../index.md#")
+        assert "README.md#" not in source[0]
+    assert links == 2
+
+
 def without_code(text):
     return re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
 
