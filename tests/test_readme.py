@@ -172,28 +172,35 @@ def test_every_public_name_stands_in_one_page_of_the_api():
     assert sorted(documented) == sorted(lowmem.__all__)
 
 
-def test_the_site_shows_every_picture_in_both_themes(monkeypatch):
+@pytest.fixture
+def on_the_site(monkeypatch):
+    """Return what gives the text of each page of docs/, and what the site's hook of a name makes of it."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     site = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+
+    def pages(hook):
+        for text in (text for name, text in TEXTS.items() if name.startswith("docs/")):
+            source = [text]
+            site[hook](None, "page", source)
+            yield text, source[0]
+
+    return pages
+
+
+def test_the_site_shows_every_picture_in_both_themes(on_the_site):
     pictures = 0
-    for text in (text for name, text in TEXTS.items() if name.startswith("docs/")):
-        source = [text]
-        site["show_both_themes"](None, "page", source)
-        assert "\n<picture>" not in source[0]
-        assert source[0].count("```{image}") == 2 * text.count("\n<picture>")
+    for text, shown in on_the_site("show_both_themes"):
+        assert "\n<picture>" not in shown
+        assert shown.count("```{image}") == 2 * text.count("\n<picture>")
         pictures += text.count("\n<picture>")
     assert pictures == 3  # speed, training, and the one of the index
 
 
-def test_links_to_the_front_page_lead_to_the_index_on_the_site(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    site = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+def test_links_to_the_front_page_lead_to_the_index_on_the_site(on_the_site):
     links = 0
-    for text in (text for name, text in TEXTS.items() if name.startswith("docs/")):
-        source = [text]
-        site["lead_to_the_index"](None, "page", source)
-        links += source[0].count("](../index.md#")
-        assert "README.md#" not in source[0]
+    for _, shown in on_the_site("lead_to_the_index"):
+        links += shown.count("](../index.md#")
+        assert "README.md#" not in shown
     assert links == 2
 
 

@@ -172,7 +172,7 @@ def test_a_model_that_writes_to_its_input_is_compared_on_the_one_that_was_given(
         ),
     ],
 )
-def test_variants_that_a_model_has_not_are_left_out_with_the_reason(name, shape, said):
+def test_variants_that_cannot_be_made_are_left_out_with_the_reason(name, shape, said):
     assert run(f"report_models:{name}", "out.html", *shape, "--batches", "1") == 0
     html = Path("out.html").read_text()
     for text in ("as it is and in 4 variants", *said, "low_precision_nf4"):
