@@ -37,8 +37,9 @@ SLOWER = 5
 
 # What mutants are drawn from: all modules of these folders that compute, convert, decide or write, and these.
 FOLDERS = (
-    *(f"lowmem/{folder}" for folder in ("quant", "kernels", "nn", "transforms", "training", "io", "testing")),
     "lowmem",
+    *(f"lowmem/{folder}" for folder in ("quant", "kernels", "nn", "transforms", "training", "finetuning")),
+    *(f"lowmem/{folder}" for folder in ("io", "io/foreign", "io/export", "testing", "report")),
     "benchmarks/latency",
 )
 ALONE = ("pytest_lowmem.py", *(f"benchmarks/{name}.py" for name in ("gate", "memory", "resident", "results")))
