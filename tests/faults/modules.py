@@ -7,7 +7,14 @@ from pathlib import Path
 FOLDERS = (
     *("lowmem", "lowmem/quant", "lowmem/kernels", "lowmem/nn", "lowmem/transforms"),
     *("lowmem/io", "lowmem/io/foreign", "lowmem/io/export"),
-    *("lowmem/testing", "lowmem/training", "lowmem/finetuning", "lowmem/distributed", "lowmem/report", "lowmem/tools"),
+    *(
+        "lowmem/testing",
+        "lowmem/training",
+        "lowmem/finetuning",
+        "lowmem/distributed",
+        "lowmem/report",
+        "lowmem/tools",
+    ),
     *("benchmarks", "benchmarks/latency"),
 )
 ALONE = ("pytest_lowmem.py",)
