@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from lowmem.testing.baseline import Figures
@@ -168,14 +170,17 @@ class Session:
         self._collected: set[str] = set()
         self._passed: set[str] = set()
 
+    @property
+    def directory(self) -> Path:
+        """The directory of the baselines."""
+        return self.config.rootpath / cast(str, self.config.getini("lowmem_baselines"))
+
     def memory(self) -> MemoryGates:
         """Return the memory gates; they are created on the first call."""
         if self._memory is None:
             from lowmem.testing.gates import MemoryGates
 
-            root = self.config.rootpath
-            directory = root / self.config.getini("lowmem_baselines")
-            self._memory = MemoryGates(root, directory, self.config.getoption("lowmem_baseline"))
+            self._memory = MemoryGates(self.config.rootpath, self.directory, self.config.getoption("lowmem_baseline"))
         return self._memory
 
     @contextmanager
@@ -248,6 +253,10 @@ class Session:
                 write(line, yellow=True)
             if memory.pending and not self.written:
                 write("nothing is stored: the session was interrupted, or a gate could not judge", red=True)
+        if memory is None and self.config.getoption("lowmem_baseline") == "update":
+            for path in sorted(self.directory.glob("*-torch*.json")):
+                shown = f"{self.config.getini('lowmem_baselines')}/{path.name}"
+                write(f"no gate was measured: {shown} stays; remove it where no test uses memory_gate", yellow=True)
         for file in self.written:
             write(f"stored in {file}: commit it, and say in the message why figures moved", green=True)
         if self.latency:

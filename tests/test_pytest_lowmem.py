@@ -290,6 +290,18 @@ def test_a_stored_gate_that_is_gone_is_told_and_dropped_on_update(project, run):
     assert baseline(project)["figures"].keys() == {"test_model.py::test_renamed"}
 
 
+def test_the_figures_that_the_last_gate_leaves_are_named(project, run):
+    run("--lowmem-baseline=store")
+    (stored,) = (project.path / "memory_baselines").iterdir()
+    said = f"no gate was measured: memory_baselines/{stored.name} stays; remove it where no test uses memory_gate"
+    project.makepyfile(test_model="def test_nothing():\n    pass\n")
+    assert said in run("--lowmem-baseline=update")[1]
+    assert said not in run()[1]
+    assert stored.exists()
+    stored.unlink()
+    assert "no gate was measured" not in run("--lowmem-baseline=update")[1]
+
+
 def test_help_explains_options_and_fixtures(run):
     code, output = run("--help")
     assert code == 0
