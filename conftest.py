@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from benchmarks.gate import pytest_addoption, pytest_configure  # noqa: F401 - hooks
@@ -21,5 +21,9 @@ settings.register_profile(
     database=DirectoryBasedExampleDatabase(Path(__file__).parent / ".hypothesis" / "examples"),
     print_blob=True,
     **_COMMON,
+)
+# Of faults and mutants (tests.faults), as fixed examples: shrinking one that fails takes minutes.
+settings.register_profile(
+    "faults", max_examples=60, derandomize=True, phases=(Phase.explicit, Phase.generate), **_COMMON
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

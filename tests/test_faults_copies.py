@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.faults.copies import SOURCE, _outcome
+from tests.faults.copies import QUIET, SOURCE, _outcome
 from tests.selection import rows_in_one_case
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are tried in forks, which this system has not")
@@ -84,11 +84,17 @@ def test_it():
 def test_a_pool_that_ends_ends_the_tests_that_its_workers_run(tmp_path):
     source = tmp_path / "source"
     (source / "tests" / "faults").mkdir(parents=True)
-    for name in ("tests/__init__.py", "tests/faults/__init__.py", "tests/faults/profile.py"):
+    for name in ("tests/__init__.py", "tests/faults/__init__.py"):
         shutil.copy(SOURCE / name, source / name)
     (source / "test_sleeps.py").write_text(SLEEPS.format(made=str(tmp_path / "made")))
     (tmp_path / "copy").mkdir()
-    done = subprocess.run([sys.executable, "-c", POOL, str(tmp_path)], cwd=SOURCE, timeout=120)
+    done = subprocess.run([sys.executable, "-c", POOL, str(tmp_path)], cwd=SOURCE, timeout=300)
     assert done.returncode == 0
     with pytest.raises(ProcessLookupError):  # its worker has waited for it
         os.kill(int((tmp_path / "sleeps").read_text()), 0)
+
+
+def test_what_the_tests_start_finds_the_profile_of_these_runs():
+    environment = {**os.environ, **QUIET}
+    done = subprocess.run([sys.executable, "-c", "import conftest"], cwd=SOURCE, env=environment, check=False)
+    assert done.returncode == 0

@@ -39,7 +39,7 @@ def run_ranks(function, world, folder, *arguments):
         process.start()
     try:
         for _ in processes:
-            rank, result, error = found.get(timeout=120)
+            rank, result, error = found.get(timeout=300)
             if error:
                 raise AssertionError(f"rank {rank} of {world}:\n{error}")
             results[rank] = result

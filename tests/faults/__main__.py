@@ -87,10 +87,11 @@ def _try_all(pool: multiprocessing.pool.Pool, faults: Sequence[Fault]) -> int:
         raise ValueError("no fault can be tried on this processor: choose others with --only")
     parts = list(dict.fromkeys(part for fault in tried for part in Trial.of(fault).parts))
     print(f"{len(tried)} faults; first their {len(parts)} sets of tests without a fault", flush=True)
-    clean = dict(zip(parts, pool.imap(_run_clean, parts), strict=True))
-    for part, outcome in clean.items():
+    clean = {}
+    for part, outcome in zip(parts, pool.imap(_run_clean, parts), strict=True):
         if outcome.verdict not in ("passed", "unusable"):  # of several files, -k may leave nothing of one
             raise ValueError(f"without a fault {part.tests[0]} -k {part.select!r} {outcome.verdict}: {outcome.first}")
+        clean[part] = outcome
     given = []
     for fault in tried:
         own = [clean[part] for part in Trial.of(fault).parts]

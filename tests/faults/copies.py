@@ -57,7 +57,6 @@ OPTIONS = (
     "--tb=short",
     "--assert=plain",
     "-pno:cacheprovider",
-    "-ptests.faults.profile",
 )
 
 

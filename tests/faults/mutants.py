@@ -198,10 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], listed: dict[Survivor, str]) -> int:
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     print(f"{len(mutants)} mutants; first the {len(tests)} files of tests without one", flush=True)
-    clean = dict(zip(tests, pool.imap(_run_clean, tests), strict=True))
-    for test, outcome in clean.items():
+    clean = {}
+    for test, outcome in zip(tests, pool.imap(_run_clean, tests), strict=True):
         if outcome.verdict != "passed":
             raise ValueError(f"without a mutant {test} {outcome.verdict}: {outcome.first}")
+        clean[test] = outcome
     survived: list[Mutant] = []
     given = [(m, max(LEAST_SECONDS, SLOWER * sum(clean[test].seconds for test in m.tests))) for m in mutants]
     for mutant, outcome in pool.imap(_run_mutant, given):

@@ -430,7 +430,7 @@ def test_ctrl_c_in_the_middle_leaves_the_file_of_before(tmp_path):
         try:
             assert process.stdout.readline().startswith("epoch 1/1000")
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=300)
         finally:
             process.kill()
     assert process.returncode == 2
