@@ -677,9 +677,15 @@ def test_two_threads_that_add_adapters_leave_both_in_every_layer(adapted):
 
 
 def test_an_adapter_that_another_thread_deletes_meanwhile_is_gone_from_every_layer():
-    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoRA(2))
-    adapt_in_turns(model, "one", lambda: delete_adapter(model, "default"))
+    model, groups = convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoRA(2)), []
+
+    def list_and_delete() -> None:
+        groups.extend(lowmem.adapter_parameter_groups(model, lr=1))
+        delete_adapter(model, "default")
+
+    adapt_in_turns(model, "one", list_and_delete)
     assert [[*layer.adapters] for layer in model] == [["one"], ["one"]]
+    assert [len(group["params"]) for group in groups] == [4, 4]  # of both adapters in both layers
 
 
 def test_an_adapter_that_another_thread_loads_meanwhile_is_in_every_layer(tmp_path):

@@ -14,7 +14,7 @@ import lowmem
 from lowmem import Budget, EightBit, FourBit, Half, LoRA, convert, measure, summary
 from lowmem.nn.budget import CHOICES
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.budget import Importance, Unit, allocate, losses_of, size_of, together
+from lowmem.transforms.budget import Importance, Unit, allocate, choose, losses_of, size_of, together
 from lowmem.transforms.registry import stored_by
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
@@ -104,6 +104,14 @@ def test_where_a_step_ends_exactly_no_other_allocation_of_as_many_bytes_loses_le
             if sum(unit.bytes[at] for unit, at in zip(found, tried, strict=True)) <= spent
         )
         assert lost == pytest.approx(best)
+    unit = Unit("a", 2**20, (528 * 2**10, 544 * 2**10, 576 * 2**10, 1040 * 2**10), (8.0, 6.0, 4.0, 0.0), 2**22)
+    told = {
+        4.2: "blocks of 32 would save 25.00% of the loss for 16.0 KiB",
+        4.3: "saves 25.00% of the loss for 16.0 KiB; blocks of 16 would save 25.00% of the loss for 32.0 KiB",
+        4.6: "saves 50.00% of the loss for 48.0 KiB; 8 bits would save 50.00% of the loss for 464.0 KiB",
+        8.2: "saves 100.00% of the loss for 512.0 KiB",
+    }
+    assert {bits: choose([unit], Budget(bits))[0].why for bits in told} == told
 
 
 def test_losses_are_those_of_what_is_stored():

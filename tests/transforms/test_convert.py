@@ -662,13 +662,15 @@ def test_a_layer_that_left_the_model_is_not_replaced():
 
 
 def test_weights_that_are_parts_of_one_storage_are_two_weights():
-    both = torch.randn(8, 16)
-    layers = [torch.nn.Linear(16, 4, bias=False) for _ in range(2)]
-    for layer, part in zip(layers, both.split(4), strict=True):
-        layer.weight = torch.nn.Parameter(part)
-    model = convert(torch.nn.Sequential(*layers), Half())
-    for layer, part in zip(model, both.split(4), strict=True):
-        assert torch.equal(layer.weight, part.half())
+    for starts in (0, 4), (4, 0), (0, 8), (8, 0):  # side by side or apart, in either order
+        whole = torch.randn(12, 16)
+        parts = [whole[start : start + 4] for start in starts]
+        layers = [torch.nn.Linear(16, 4, bias=False) for _ in parts]
+        for layer, part in zip(layers, parts, strict=True):
+            layer.weight = torch.nn.Parameter(part)
+        model = convert(torch.nn.Sequential(*layers), Half())
+        for layer, part in zip(model, parts, strict=True):
+            assert torch.equal(layer.weight, part.half())
 
 
 @rows_in_one_case("techniques", EVERY)

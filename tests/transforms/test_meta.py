@@ -17,6 +17,14 @@ def test_parameters_are_on_meta_and_buffers_as_they_were():
     ]
     assert model.head.weight is model.embedding.weight
     assert torch.equal(model.offset, torch.arange(24.0))
+    there = nn.Parameter(torch.empty(4, 4, device="meta"))  # another object may hold it, too
+
+    def with_it():
+        layer = nn.Linear(4, 4)
+        layer.weight = there
+        return layer
+
+    assert make_on_meta(with_it).weight is there
 
 
 def test_the_generator_stays_as_it_was():

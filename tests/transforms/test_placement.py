@@ -147,11 +147,11 @@ def test_an_adapter_on_one_of_two_linear_layers_with_one_weight_says_so(stored):
 
     def make():
         model = Body()
-        model.q.weight = model.v.weight
+        model.q.weight, model.also = model.v.weight, model.q  # messages name the first of its paths
         model.v.bias.data.copy_(model.q.bias)
         return convert(model, *STORED[stored]) if STORED[stored] else model
 
-    one = lambda path, _: path == "q"  # noqa: E731
+    one = lambda path, _: path in ("q", "also")  # noqa: E731
     for add in (lambda m: convert(m, LoRA(2), where=one), lambda m: add_adapter(m, "mine", LoRA(2), skip="v")):
         model = make()
         with pytest.warns(UserWarning, match=told) as caught:

@@ -28,7 +28,7 @@ class Model(nn.Module):
         self.between, self.head = between, nn.Linear(8, 2)
 
     def forward(self, x):
-        state, outputs = {"kept": torch.zeros(4, 8), "cache": Cache()}, []
+        state, outputs = {"kept": torch.zeros(4, 8), "empty": torch.zeros(0, 8), "cache": Cache()}, []
         for block in self.blocks:
             x = self.between(block(x, state), outputs)
             outputs.append(x)
