@@ -362,7 +362,7 @@ class _Run:
         for group in groups:
             own = moments.pop(group[0])
             second = self._checked(group[0], own.second())
-            columns = second.shape[-1]
+            columns = len(second)
             hessian = prepare_hessian(second, self.damping * max(1.0, columns / max(1, own.rows)))
             del second
             if hessian is None:

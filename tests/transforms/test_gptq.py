@@ -97,7 +97,8 @@ def test_what_follows_gptq_lowers_the_error_of_every_row(format, scales, monkeyp
     x = correlated(300, 96)
     weight, hessian = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), hessian_of(x)
     technique = FourBit(format, block_size=16, scales=scales, search=True)
-    best = hessian_error(weight, quantize_gptq(weight, technique, hessian), hessian)
+    found = quantize_gptq(weight, technique, hessian)
+    best = hessian_error(weight, found, hessian)
     with monkeypatch.context() as patch:
         patch.setattr("lowmem.transforms.gptq._ROUNDS", 0)
         without_scales = hessian_error(weight, quantize_gptq(weight, technique, hessian), hessian)
@@ -108,6 +109,8 @@ def test_what_follows_gptq_lowers_the_error_of_every_row(format, scales, monkeyp
     assert (best <= without_scales + slack).all()
     assert without_scales.sum() < 0.99 * gptq_alone.sum()
     assert best.sum() < 0.97 * without_scales.sum()
+    if FORMATS[format].signed and not found.has_offsets:  # negative scales are fitted as positive ones are
+        assert (quantize_gptq(-weight, technique, hessian).dequantize() == -found.dequantize()).all()
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -117,19 +117,27 @@ def test_a_subclass_of_linear_is_taken_if_products_alone_read_its_weight():
 
 
 @rows_in_one_case(
-    ("module", "reason"),
+    ("technique", "module", "reason"),
     [
-        (nn.Linear(4, 4), None),
-        (nn.Embedding(4, 4), None),
-        (Subclass(4, 4), None),
-        (nn.LayerNorm(4), "vectors (biases, norms) stay dense"),
-        (nn.LayerNorm((4, 4)), "FourBit has no form of it; parameters= names what to store"),
-        (parametrizations.weight_norm(nn.Linear(4, 4)), "computed by a parametrization"),
-        (nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
+        (FourBit, nn.Linear(4, 4), None),
+        (FourBit, nn.Embedding(4, 4), None),
+        (FourBit, Subclass(4, 4), None),
+        (FourBit, nn.LayerNorm(4), "vectors (biases, norms) stay dense"),
+        (FourBit, nn.LayerNorm((4, 4)), "FourBit has no form of it; parameters= names what to store"),
+        (FourBit, parametrizations.weight_norm(nn.Linear(4, 4)), "computed by a parametrization"),
+        (FourBit, nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
+        (FourBit, nn.EmbeddingBag(4, 4, mode="max"), None),
+        (LoRA, nn.Embedding(4, 4), None),
+        (LoRA, nn.EmbeddingBag(4, 4, mode="sum"), None),
+        (LoRA, nn.EmbeddingBag(4, 4, mode="max"), "LoRA has no form of it: the largest of several rows is not linear"),
+        (LoRA, nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
+        (LoRA, nn.Conv1d(4, 4, 3), None),
+        (LoRA, nn.Bilinear(4, 4, 4), "LoRA has no form of it: both of its inputs"),
+        (LoRA, nn.GRU(4, 4), "LoRA has no form of it: recurrent kernels take whole weights"),
     ],
 )
-def test_what_is_left_alone_has_a_reason(module, reason):
-    found = skip_reason(FourBit, module)
+def test_what_is_left_alone_has_a_reason(technique, module, reason):
+    found = skip_reason(technique, module, chosen=technique is LoRA)
     assert (found is None) == (reason is None)
     assert reason is None or reason in found
 
