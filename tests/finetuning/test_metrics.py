@@ -1,6 +1,7 @@
 """A line for each step, once: what a kill has cut, and steps that are done again, are dropped."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,8 +52,12 @@ def test_a_file_that_is_there_is_refused_before(tmp_path):
         check_metrics(tmp_path / "missing" / "a", resume=True)
 
 
-def test_memory_is_that_of_the_process():
+def test_memory_is_that_of_the_process(monkeypatch):
     before = peak_memory(torch.device("cpu"))
     if before is not None:
         kept = torch.ones(2**26, dtype=torch.uint8)
         assert peak_memory(torch.device("cpu")) >= max(before, kept.nbytes)
+        monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=3072))
+        for system, unit in (("linux", 1024), ("darwin", 1)):  # KiB, and on macOS bytes
+            monkeypatch.setattr("sys.platform", system)
+            assert peak_memory(torch.device("cpu")) == 3072 * unit

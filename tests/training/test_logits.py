@@ -113,6 +113,9 @@ def test_whoever_reads_them_gets_the_logits():
         "new axis": lambda x: x[None],
         "added": lambda x: x + torch.ones(5, VOCABULARY),
         "offset": lambda x: x + torch.ones(VOCABULARY),
+        "offset of more dimensions": lambda x: x + torch.linspace(0, 1, VOCABULARY).view(1, 1, 1, -1),
+        "a number for each row": lambda x: x[:1, :1] + torch.linspace(0, 1, VOCABULARY).view(-1, 1),
+        "a number for each of as many": lambda x: x + torch.linspace(0, 1, 5).view(-1, 1),
         "softmax": lambda x: torch.softmax(x, -1),
         "concatenated": lambda x: torch.cat([x, x]),
         "capped": lambda x: torch.tanh(x / 30) * 30,
@@ -123,7 +126,9 @@ def test_whoever_reads_them_gets_the_logits():
         "numpy": lambda x: torch.from_numpy(x.detach().numpy()),
     }
     for name, read in reads.items():
-        assert close(read(logits) + 0, read(wanted)), name
+        found, expected = read(logits) + 0, read(wanted)
+        assert found.shape == expected.shape, name
+        assert close(found, expected), name
     assert (logits + 0).requires_grad
     logits.sum().backward()
 
@@ -177,6 +182,9 @@ def test_it_is_undone_and_copies_are_independent():
     assert not isinstance(model.head, LazyOutput)
     assert isinstance(copied.head, nn.Linear)
     assert copied.head.logits_chunk == 8
+    assert copied.head.training_note == "logits in chunks of 8 rows, by the cross entropy that takes them"
+    delay_logits(other := nn.Linear(2, 3), dtype=torch.bfloat16)
+    assert other.training_note.startswith("logits in chunks of 256 rows in torch.bfloat16, by")
     assert copied(torch.zeros(1, 2, dtype=torch.long)).product.layer is copied.head
     release_module(model.head)  # again: nothing happens
 

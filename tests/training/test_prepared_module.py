@@ -13,6 +13,8 @@ def test_all_classes_that_a_module_was_given_are_undone():
     model = prepare_training(nn.Linear(8, 40), "lean", output="*")
     assert isinstance(model, PreparedModule)
     assert issubclass(type(model).plain_class, PreparedModule)  # lazy logits, and compressed activations over them
+    with pytest.raises(RuntimeError, match="the model itself is prepared for training: call lowmem.release_training"):
+        convert(model, LoRA(2))
     release_module(model)
     assert type(model) is nn.Linear
     assert not {"logits_chunk", "logits_dtype", "fused_as"} & set(vars(model))
