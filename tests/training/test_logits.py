@@ -130,6 +130,8 @@ def test_whoever_reads_them_gets_the_logits():
         assert found.shape == expected.shape, name
         assert close(found, expected), name
     assert (logits + 0).requires_grad
+    trained = torch.zeros(VOCABULARY, requires_grad=True)
+    assert torch.autograd.grad((logits + trained).sum(), trained)[0].tolist() == [10] * VOCABULARY  # one for each row
     logits.sum().backward()
 
 
