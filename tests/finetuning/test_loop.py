@@ -290,7 +290,15 @@ def test_weights_that_a_step_makes_infinite_stop_it(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_model_without_what_trains_is_refused(tmp_path):
+def test_a_model_without_what_trains_and_fewer_rows_than_processes_are_refused(tmp_path):
     model = Language().requires_grad_(False)
     with pytest.raises(ValueError, match="Language has no parameter that trains"):
         finetune(model, rows(model, texts(tmp_path)), SETTINGS)
+    model, ranks = language(), Alone()
+    found = rows(model, texts(tmp_path))
+    ranks.world = len(found)  # a row for each is enough
+    assert finetune(model, found, replace(SETTINGS, steps=1), ranks=ranks).step == 1
+    ranks.world += 1
+    why = f"^{len(found) + 1} processes cannot share {len(found)} rows of text: start fewer, or take more text$"
+    with pytest.raises(ValueError, match=why):
+        finetune(model, found, SETTINGS, ranks=ranks)
