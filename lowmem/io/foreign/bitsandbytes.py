@@ -167,10 +167,7 @@ class _Stored:
         columns = shape[-1]
         starts = torch.arange(math.prod(shape[:-1]))[:, None] * columns + torch.arange(0, columns, size)
         scales = self.scales()[starts // own].view(*shape[:-1], -1)
-        codes = self.codes().view(shape)
-        if columns % 2:
-            codes = torch.nn.functional.pad(codes, (0, 1))
-        return quantized(pack(codes, size), scales, shape, _FORMATS[self.kind], size)
+        return quantized(pack(self.codes().view(shape), size), scales, shape, _FORMATS[self.kind], size)
 
     def values(self) -> Tensor:
         """Return the weight in float32."""
