@@ -34,6 +34,7 @@ def test_what_is_not_exact_is_refused(tmp_path):
     for message, changed in {
         "8 bits": {**INT4, PACKED: INT4[PACKED].repeat(1, 2)},
         "do not have 32 columns": {**INT4, "layer.weight_g_idx": uneven},
+        "do not have 32 columns each": {**INT4, "layer.weight_g_idx": uneven.flip(0)},
         "8-bit floats": {**MXFP4, SCALE: MXFP4[SCALE].float().to(torch.float8_e4m3fn)},
         "no blocks": {**INT4, SCALE: torch.ones(16, 16)},
     }.items():

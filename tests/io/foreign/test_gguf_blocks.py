@@ -3,6 +3,7 @@
 import torch
 
 from lowmem.io.foreign.gguf_blocks import BLOCKS
+from lowmem.quant.tensor import QuantizedTensor
 
 
 def test_each_type_is_read_or_says_why_not_and_has_the_bytes_that_its_parts_take():
@@ -30,8 +31,8 @@ def numbers(*values):
     return list(torch.tensor(values).half().view(torch.uint8))
 
 
-def test_superblocks_of_two_and_three_bits_by_hand():
-    """As the loops of ggml's dequantize_row_q2_K and dequantize_row_q3_K have it."""
+def test_types_of_two_to_six_bits_by_hand():
+    """As the loops of ggml's dequantize_row_q2_K and its siblings have it."""
     generator = torch.Generator().manual_seed(0)
     q2 = [*torch.randint(0, 256, (80,), generator=generator), *numbers(0.37, -0.021)]
     q3 = [*torch.randint(0, 256, (108,), generator=generator), *numbers(-0.37)]
@@ -45,8 +46,59 @@ def test_superblocks_of_two_and_three_bits_by_hand():
             first.append(d * int(q2[n] & 15) * code - dmin * int(q2[n] >> 4))
             third = int(q3[at % 32] >> 4 * half + shift & 1)
             second.append(-d * (int(scale) - 32) * (int(q3[32 + at] >> 2 * shift & 3) + 4 * third - 4))
-    for kind, raw, expected in ((10, q2, first), (11, q3, second)):
+    q4, q5, q6, xs = (
+        [int(one) for one in torch.randint(0, 256, (n,), generator=generator)] for n in (140, 172, 208, 134)
+    )
+    small = [int(one) for one in torch.randint(0, 256, (20,), generator=generator)]
+    fourth, fifth, sixth, nonlinear = [], [], [0.0] * 256, []
+    for n in range(8):  # 32 weights each
+        scale, least = q4[n] & 63, q4[n + 4] & 63
+        if n >= 4:
+            scale, least = q4[n + 4] & 15 | (q4[n - 4] >> 6) << 4, q4[n + 4] >> 4 | (q4[n] >> 6) << 4
+        q5[:12] = q4[:12]
+        ls = xs[2 + n // 2] >> 4 * (n % 2) & 15 | ((xs[0] | xs[1] << 8) >> 2 * n & 3) << 4
+        for at in range(32):
+            nibble = 4 * (n % 2)
+            fourth.append(d * scale * (q4[12 + 32 * (n // 2) + at] >> nibble & 15) - dmin * least)
+            high = (q5[12 + at] >> n & 1) << 4
+            fifth.append(d * scale * (q5[44 + 32 * (n // 2) + at] >> nibble & 15 | high) - dmin * least)
+            nonlinear.append(d * (ls - 32) * IQ4_NL[xs[6 + 16 * n + at % 16] >> 4 * (at // 16) & 15])
+            half, quarter = n // 4, n % 4  # of 128 weights
+            code = q6[64 * half + at + 32 * (quarter % 2)] >> 4 * (quarter // 2) & 15
+            code |= (q6[128 + 32 * half + at] >> 2 * quarter & 3) << 4
+            signed = q6[192 + 8 * half + 2 * quarter + at // 16]
+            sixth[32 * n + at] = d * (signed - 256 * (signed > 127)) * (code - 32)
+    fives = [
+        small[4 + at % 16] >> 4 * (at // 16) & 15 | (int.from_bytes(bytes(small[:4]), "little") >> at & 1) << 4
+        for at in range(32)
+    ]
+    both, one = numbers(0.37, -0.021), numbers(0.37)
+    for kind, raw, expected in (
+        (10, q2, first),
+        (11, q3, second),
+        (12, [*both, *q4], fourth),
+        (13, [*both, *q5], fifth),
+        (14, [*q6, *one], sixth),
+        (23, [*one, *xs], nonlinear),
+        (6, [*one, *small], [d * (code - 16) for code in fives]),
+        (7, [*both, *small], [d * code + dmin for code in fives]),
+    ):
+        block = BLOCKS[kind]
         raw = torch.tensor([int(byte) for byte in raw], dtype=torch.uint8)[None, None]
-        assert raw.shape[-1] == BLOCKS[kind].nbytes
-        found = BLOCKS[kind].dense(raw)[0, 0]
-        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+        assert raw.shape[-1] == block.nbytes
+        found = block.dense(raw)[0, 0] if block.format is None else in_levels(block, raw)
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
+
+
+def in_levels(block, raw):
+    """Return the weights of one block of 4-bit codes."""
+    offsets = [] if block.offsets is None else [block.offsets(raw)]
+    encoding = "float32_offsets" if offsets else "float32"
+    scales = torch.cat([block.scales(raw), *offsets], dim=-1).flatten(1)
+    shape = torch.Size((1, block.size))
+    return QuantizedTensor(
+        block.packed(raw).flatten(1), scales, shape, block.format, 32, encoding, "imported"
+    ).dequantize()[0]

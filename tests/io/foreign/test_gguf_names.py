@@ -43,3 +43,16 @@ def test_names_that_are_none_of_the_family_are_refused():
     for name in ("blk.0.attn_q_norm.weight", "blk.x.attn_q.weight", "blk.0.attn_q", "attn_q.weight", "a" * 999):
         with pytest.raises(ValueError, match="no known place"):
             names.model_name(name)
+    for changes, message in (
+        ({"general.architecture": "bert"}, "general.architecture='bert' has names .* it knows llama, smollm3, qwen2"),
+        ({"general.architecture": None}, "general.architecture=None has names that lowmem does not know"),
+        ({"general.architecture": ["qwen2"]}, r"general.architecture=\['qwen2'\] has names that lowmem does not"),
+        ({"general.type": "adapter"}, "general.type='adapter' is no model"),
+        ({"split.count": 2}, "it is one of 2 parts"),
+        ({"general.architecture": "llama"}, "llama.attention.head_count=None must be a number"),
+        ({"general.architecture": "llama", "llama.attention.head_count": 0}, "head_count=0 must be a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            names_of({"general.architecture": "qwen2", **changes})
+    for told in ({"general.type": "model"}, {"split.count": 0}, {"split.count": 1}):
+        assert names_of({"general.architecture": "qwen2", **told}).architecture == "qwen2"

@@ -66,6 +66,8 @@ def test_weights_are_exact_in_both_versions_and_any_order(
         (tensor,) = file.tensors.values()
         assert tensor.name == "model.layers.0.q.weight"
         stored = tensor.read()
+        in_order = bool((parts["g_idx"].diff() >= 0).all())
+        assert (tensor.order is None, tensor.kept().gathered) == (in_order, not in_order)
         assert stored.format == ("q4_0" if symmetric or bool((zeros == 8).all()) else "uint4")
         assert torch.equal(values_of(tensor), weight)
 

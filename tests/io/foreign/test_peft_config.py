@@ -62,6 +62,11 @@ def test_what_is_saved_and_adapted_by_name():
     ]  # fmt: skip
     assert found.technique("fc") == LoRA(8, 8, 0.1, rank_stabilized=True)
     assert list(ends_of("a.b.c")) == ["a.b.c", "b.c", "c"]
+    for digits, taken in ((9, True), (10, False), (9999, False)):  # the number of a layer has at most nine digits
+        number = "1" * digits
+        for pattern in ([], ["layers"]):
+            found = matcher(target_modules=["fc"], layers_to_transform=[int(number[:10])], layers_pattern=pattern)
+            assert found.takes(f"model.layers.{number}.fc") is taken
 
 
 def test_keys_without_effect_are_left_and_others_refused_by_name():

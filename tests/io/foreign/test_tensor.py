@@ -69,3 +69,6 @@ def test_nibbles_of_bytes():
     packed = torch.arange(256, dtype=torch.uint8)
     codes = tuple(range(15, -1, -1))
     assert torch.equal(nibbles(remapped(packed, codes)), 15 - nibbles(packed))
+    for shape in ((2,), (1, 2), (2, 1)):  # the low one first
+        found = nibbles(torch.tensor([0x21, 0xF3], dtype=torch.uint8).view(shape))
+        assert torch.equal(found, torch.tensor([1, 2, 3, 15]).view(*shape[:-1], -1))
