@@ -247,6 +247,17 @@ def test_the_fingerprint_is_of_the_layers_paths_and_of_those_named_alone():
     assert fingerprint(nn.Sequential(other, one), ["1"]) != first
     assert fingerprint(nn.Sequential(one, one), ["0"]) == first
     assert fingerprint(nn.Sequential(one, other), ["0", "1"]) != first
+    for layer, counts in (
+        (nn.Linear(16, 8), True),
+        (convert(nn.Linear(16, 8), FourBit()), True),
+        (nn.Conv1d(16, 8, 3), False),  # of which the weight alone is adapted
+        (convert(nn.Conv1d(16, 8, 3), FourBit()), False),
+    ):
+        model = nn.Sequential(layer)
+        first = fingerprint(model, ["0"])
+        with torch.no_grad():
+            layer.bias += 1
+        assert (fingerprint(model, ["0"]) != first) is counts
 
 
 def test_how_scales_were_found_makes_no_other_base():

@@ -116,6 +116,10 @@ def test_what_it_cannot_hold_says_why():
     ):
         with pytest.raises(ValueError, match=why):
             pack(stored, dtype)
+    stored = QuantizedTensor.empty(torch.Size((1, 160)), "q4_0", 32, "float32", "imported", device="cpu")
+    stored.scales[:] = 8 * torch.tensor([1.0, 1 + 2**-9, 1 + 3 * 2**-9, 2.0, 0.5])  # exact, rounded down, and up
+    with pytest.raises(ValueError, match="^2 of its 5 scales are no numbers of bfloat16"):
+        pack(stored, torch.bfloat16)
 
 
 @given(
@@ -149,7 +153,7 @@ def test_quantizing_again_takes_any_shape_and_says_what_the_values_become(
     assert (found - values).abs().max() <= values.abs().amax() * (clipped + 2**-8) + 8 * 2**-24
 
 
-def test_mxfp4_anew_is_no_worse_than_the_standard_takes_it():
+def test_mxfp4_anew_is_no_worse_than_the_standard_takes_it_and_integers_are_as_near_as_q4_0():
     """The standard floors the exponent, which clips a quarter of the blocks."""
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
     stored = quantize(weight, "fp4")
@@ -162,6 +166,11 @@ def test_mxfp4_anew_is_no_worse_than_the_standard_takes_it():
     scaled = (values.view(64, -1, 32) / scale).abs()
     nearest = (scaled[..., None] - grid).abs().amin(-1) * scale
     assert (lost <= nearest.square().sum(-1) * (1 + 1e-6)).all()
+    stored = quantize(weight, "nf4")
+    values = stored.dequantize()
+    _, after = pack_again(values, torch.float32, stored)
+    own = quantize(values, "q4_0", block_size=32, scales="float32").dequantize()
+    torch.testing.assert_close((after - values).norm(dim=-1), (own - values).norm(dim=-1))
 
 
 def test_the_config_names_each_scheme():

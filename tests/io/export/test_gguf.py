@@ -122,6 +122,7 @@ def test_what_is_not_exact_is_refused_by_name_or_quantized_again_with_its_error(
         lowmem.export(source, tmp_path / "out.gguf")
     assert "--requantize" in str(error.value)
     assert "and 3 other kinds" in str(error.value)
+    assert " more " not in str(error.value)  # each has a reason of its own
     assert not (tmp_path / "out.gguf").exists()
     rows = {row.name.split(".")[-2]: row for row in lowmem.export(source, tmp_path / "out.gguf", requantize=True)}
     changed = {name: row.kind for name, row in rows.items() if row.error is not None}
@@ -135,6 +136,9 @@ def test_what_is_not_exact_is_refused_by_name_or_quantized_again_with_its_error(
                 assert row.error == pytest.approx(float((before - after).norm() / before.norm()), rel=1e-4)
     assert rows["gate_proj"].error < 2**-11
     assert rows["o_proj"].error < 1 / 127  # half a step of 1/127 of a block's largest weight
+    source = write_folder(tmp_path / "alike", weights_of(fourbit("nf4")))
+    with pytest.raises(FileError, match=r"lm_head\.weight and 8 more in nf4, .*, GGUF has no type with the levels"):
+        lowmem.export(source, tmp_path / "out2.gguf")
 
 
 def test_rows_that_are_no_multiple_of_32_are_dense_where_asked(tmp_path):

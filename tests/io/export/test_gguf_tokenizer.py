@@ -104,8 +104,19 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 def test_what_llama_cpp_does_not_have_is_refused_with_the_remedy(tmp_path):
     two = {"type": "TemplateProcessing", "single": [*TEMPLATE["single"][:1] * 2, *TEMPLATE["single"][1:]]}
-    changed = bytes_bpe()
-    changed["model"] = {**changed["model"], "merges": [["a b", "c"]]}
+
+    def merging(*merges):
+        return bytes_bpe(model={**bytes_bpe()["model"], "merges": merges})
+
+    def split(**changes):
+        step = {"type": "Split", "pattern": {"Regex": whole}, "behavior": "Isolated", "invert": False, **changes}
+        steps = [step, {**BYTE_LEVEL, "use_regex": False}]
+        tokenizer = bytes_bpe(pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+        tokenizer["model"]["ignore_merges"] = True
+        return tokenizer
+
+    whole = next(cut for cut, *_, ignores in PRE_TOKENIZERS if ignores)
+    assert fields_of(tmp_path, split())
     for tokenizer, words in (
         (bytes_bpe(pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}), "add_prefix_space"),
         (bytes_bpe(pre_tokenizer={"type": "Whitespace"}), "maps no bytes"),
@@ -115,7 +126,16 @@ def test_what_llama_cpp_does_not_have_is_refused_with_the_remedy(tmp_path):
         (bytes_bpe(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "Unigram"),
         (bytes_bpe(post_processor=two), "adds"),
         (bytes_bpe(post_processor={"type": "BertProcessing"}), "BertProcessing"),
-        (changed, "spaces"),
+        (bytes_bpe(normalizer={"type": "NFC"}), "NFC"),  # of qwen2 alone
+        (split(behavior="Removed"), "does not know what llama.cpp calls its pre_tokenizer .*Removed"),
+        (split(invert=True), "does not know what llama.cpp calls its pre_tokenizer .*invert"),
+        (split(type="Digits", individual_digits=False), "does not know what llama.cpp calls its pre_tokenizer .*indivi"),
+        (merging(["a b", "c"]), "spaces"),
+        (merging(["a", "b", "ab"]), "its merges are no pairs of texts"),
+        (merging(["a", "b"], ["ab"]), "its merges are no pairs of texts"),
+        (merging(["a", 3]), "its merges are no pairs of texts"),
+        (merging([3, "a"]), "its merges are no pairs of texts"),
+        (merging("ab"), "its merges are no pairs of texts"),
         (bytes_bpe(added_tokens=[{"id": 50, "content": "x"}]), "token 50"),
         (bytes_bpe(added_tokens=[{"id": 7, "content": "a"}]), "one text"),
         (bytes_bpe(added_tokens=[{"id": "7", "content": "a"}]), "lowmem knows"),
