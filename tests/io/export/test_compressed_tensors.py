@@ -137,6 +137,7 @@ def test_quantizing_again_takes_any_shape_and_says_what_the_values_become(
     stored = quantize(weight, name, block_size=32)
     values = stored.dequantize()
     packed, after = pack_again(values, dtype, stored)
+    assert (packed.kind == "MXFP4") == (name == "fp4" and dtype == torch.bfloat16 and columns % 32 == 0)
     shaped = QuantizedTensor.empty(stored.shape, name, 32, stored.scale_encoding, stored.method, device="meta")
     empty, _ = pack_again(values.to("meta"), dtype, shaped)
     assert {name: (part.shape, part.dtype) for name, part in packed.parts.items()} == {
@@ -155,17 +156,19 @@ def test_quantizing_again_takes_any_shape_and_says_what_the_values_become(
 
 def test_mxfp4_anew_is_no_worse_than_the_standard_takes_it_and_integers_are_as_near_as_q4_0():
     """The standard floors the exponent, which clips a quarter of the blocks."""
-    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(60, 128, generator=torch.Generator().manual_seed(1))
     stored = quantize(weight, "fp4")
     values = stored.dequantize()
     packed, after = pack_again(values, torch.bfloat16, stored)
     assert packed.kind == "MXFP4"
-    lost = (after.dequantize() - values).square().view(64, -1, 32).sum(-1)
-    scale = torch.exp2(values.view(64, -1, 32).abs().amax(-1, keepdim=True).log2().floor() - 2)
+    lost = (after.dequantize() - values).square().view(60, -1, 32).sum(-1)
+    scale = torch.exp2(values.view(60, -1, 32).abs().amax(-1, keepdim=True).log2().floor() - 2)
     grid = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    scaled = (values.view(64, -1, 32) / scale).abs()
+    scaled = (values.view(60, -1, 32) / scale).abs()
     nearest = (scaled[..., None] - grid).abs().amin(-1) * scale
     assert (lost <= nearest.square().sum(-1) * (1 + 1e-6)).all()
+    narrow = quantize(weight[:32, :48], "fp4", block_size=16)
+    assert pack_again(narrow.dequantize(), torch.bfloat16, narrow)[0].kind == "int4, group_size=16"
     stored = quantize(weight, "nf4")
     values = stored.dequantize()
     _, after = pack_again(values, torch.float32, stored)

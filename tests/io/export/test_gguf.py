@@ -165,7 +165,7 @@ def test_the_tokenizer_comes_from_the_folder_or_an_existing_file_or_there_is_non
         lowmem.export(source, tmp_path / "none.gguf")
     header = header_of(tmp_path / "none.gguf")
     assert header.metadata["tokenizer.ggml.model"] == "no_vocab"
-    assert header.metadata["general.file_type"] == 2
+    assert header.metadata["general.file_type"] == header.metadata["general.quantization_version"] == 2
     (source / "tokenizer.json").write_text(json.dumps(bytes_bpe()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -129,7 +129,10 @@ def test_what_llama_cpp_does_not_have_is_refused_with_the_remedy(tmp_path):
         (bytes_bpe(normalizer={"type": "NFC"}), "NFC"),  # of qwen2 alone
         (split(behavior="Removed"), "does not know what llama.cpp calls its pre_tokenizer .*Removed"),
         (split(invert=True), "does not know what llama.cpp calls its pre_tokenizer .*invert"),
-        (split(type="Digits", individual_digits=False), "does not know what llama.cpp calls its pre_tokenizer .*indivi"),
+        (
+            split(type="Digits", individual_digits=False),
+            "does not know what llama.cpp calls its pre_tokenizer .*indivi",
+        ),
         (merging(["a b", "c"]), "spaces"),
         (merging(["a", "b", "ab"]), "its merges are no pairs of texts"),
         (merging(["a", "b"], ["ab"]), "its merges are no pairs of texts"),

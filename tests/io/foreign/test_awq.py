@@ -51,12 +51,7 @@ def test_what_is_not_exact_is_refused_and_its_values_are_known(tmp_path):
             assert reason in file.tensors["q.weight"].refusal
             assert torch.equal(file.tensors["q.weight"].values(), weight)
     config = tmp_path / "config.json"
-    for told in (
-        "-1",
-        "4",
-        '"8"',
-        "null",
-    ):  # one group of all inputs, in AutoAWQ's words; what is no number says nothing
+    for told in ("-1", "4", '"8"', "null"):  # -1 names no size, and what is no number says nothing
         config.write_text('{"quantization_config": {"group_size": ' + told + "}}")
         with open_foreign(path) as file:
             assert torch.equal(file.tensors["q.weight"].values(), weight)

@@ -87,7 +87,7 @@ def test_types_of_two_to_six_bits_by_hand():
         raw = torch.tensor([int(byte) for byte in raw], dtype=torch.uint8)[None, None]
         assert raw.shape[-1] == block.nbytes
         found = block.dense(raw)[0, 0] if block.format is None else in_levels(block, raw)
-        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl

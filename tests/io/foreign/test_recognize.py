@@ -72,6 +72,16 @@ def test_a_folder_is_its_only_model_and_its_config_says_how_it_was_quantized(tmp
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(FileError, match="config"):
             open_foreign(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    own = tmp_path / "quantize_config.json"  # AutoGPTQ's, of before there was another
+    own.write_text('{"bits": 4}')
+    with open_foreign(tmp_path) as file:
+        assert file.kind == "safetensors"
+    for content in ("[4]", '"gptq"', "null"):
+        own.write_text(content)
+        with pytest.raises(FileError, match="quantize_config.json': it is .*, and must be an object; get it again"):
+            open_foreign(tmp_path)
+    own.unlink()
     (tmp_path / "config.json").unlink()
     save_file(dense, tmp_path / "other.safetensors")
     with pytest.raises(FileError, match="2 files"):
