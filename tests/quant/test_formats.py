@@ -57,6 +57,12 @@ def test_the_numbers_of_each_format():
     assert FORMATS["nf4"].levels[7] == 0
     assert FORMATS["nf4"].levels[13] == 0.5626170039176941
     assert [6 * level for level in FORMATS["fp4"].levels[8:]] == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    defaults = {"int4": (16, "float16"), "nf4": (64, "double"), "fp4": (32, "float16"), "bof4s": (64, "double")}
+    defaults |= {"q4_0": (32, "float16"), "iq4_nl": (32, "float16"), "uint4": (32, "float16_offsets")}
+    defaults |= {"bnb_fp4": (64, "float32"), "int8": (64, "double")}
+    for name, (block_size, scales) in defaults.items():
+        assert (get_format(name).block_size, get_format(name).scales) == (block_size, scales)
+        assert get_format(name).signed == get_format(name).search == (name in ("bof4s", "q4_0", "iq4_nl"))
 
 
 @rows_in_one_case(("name", "level"), [("nf4", 0.0), ("fp4", 0.0), ("bof4s", 0.0), ("int4", -1 / 15)])
@@ -107,8 +113,11 @@ def test_of_two_equal_levels_one_code_is_chosen():
 def test_imported_formats_have_the_levels_of_their_programs_and_are_quantized_into_within_their_bound():
     """Their levels are what they are: q4_0 and iq4_nl have none at 1, the largest that a scale can be divided by."""
     assert IMPORTED["q4_0"].levels == tuple((code - 8) / 8 for code in range(16))
-    assert [128 * level for level in IMPORTED["iq4_nl"].levels[:2]] == [-127, -104]
-    assert [12 * level for level in IMPORTED["bnb_fp4"].levels[7:10]] == [0, 0, 0.0625]
+    iq4_nl = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    assert [128 * level for level in IMPORTED["iq4_nl"].levels] == iq4_nl
+    assert IMPORTED["uint4"].levels == tuple(code / 16 for code in range(16))
+    bnb_fp4 = [0, 0.0625, 2, 3, 4, 6, 8, 12]
+    assert IMPORTED["bnb_fp4"].levels == tuple(m / 12 for m in (*(-m for m in reversed(bnb_fp4)), *bnb_fp4))
     assert not {*IMPORTED} & {*FORMATS}
     for name in IMPORTED:
         for weight in (torch.randn(9, 100), torch.zeros(2, 64), torch.full((2, 33), -3.0), torch.ones(3, 5)):

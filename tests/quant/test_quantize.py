@@ -94,7 +94,7 @@ def test_the_relative_error_of_what_is_stored_in_16_bits():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@rows_in_one_case("layout", [torch.strided, torch.jagged])
 def test_a_nested_tensor_is_named_with_its_remedy(layout):
     nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
     for refusing in (quantize, Half().store):

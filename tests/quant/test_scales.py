@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.quant.scales import ENCODINGS, get_encoding
+from lowmem.quant.scales import ENCODINGS, OFFSETS, get_encoding
 from tests import strategies
 from tests.selection import rows_in_one_case
 
@@ -53,6 +53,20 @@ def test_float16_scales_round_towards_zero(values):
     assert (scales <= absmax).all()
     again = ENCODINGS["float16"].encode(scales)
     assert torch.equal(ENCODINGS["float16"].decode(again), scales)
+
+
+@given(magnitudes)
+def test_offsets_are_rounded_down_whatever_their_sign(values):
+    """To the largest number that can be stored and is not above: else a weight would be below its block's offset."""
+    offsets = torch.tensor([values + [-value for value in values]])
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).float()
+    halves = halves[halves.isfinite()].unique()
+    below = OFFSETS["float16_offsets"].round_offsets(offsets)
+    assert torch.equal(below, halves[torch.searchsorted(halves, offsets, right=True) - 1])
+    stored = OFFSETS["float16_offsets"].with_offsets(torch.ones_like(below).half(), below)
+    assert torch.equal(OFFSETS["float16_offsets"].decode_offsets(stored), below)
+    assert torch.equal(OFFSETS["float16_offsets"].decode(stored), torch.ones_like(below))
+    assert torch.equal(OFFSETS["float32_offsets"].round_offsets(offsets), offsets)
 
 
 @given(magnitudes)
