@@ -1,7 +1,7 @@
 """Quantization: its error is bounded, the bound is tight, and the bytes depend on the values alone."""
 
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -411,7 +411,7 @@ def test_a_wrong_weight_is_named(weight, error, message):
         quantize(weight)
 
 
-@pytest.mark.parametrize(("scales", "limit"), [("float16", "65504"), ("double", "65504")])
+@rows_in_one_case(("scales", "limit"), [("float16", "65504"), ("double", "65504")])
 def test_a_magnitude_that_the_scales_cannot_hold_names_the_remedy(scales, limit):
     with pytest.raises(ValueError, match=f"above {limit}.*use scales='float32'"):
         quantize(torch.tensor([2e7, 1.0]), scales=scales)
@@ -426,6 +426,17 @@ def test_bad_options_are_named():
         quantize(torch.ones(8), scales="float8")
     with pytest.raises(ValueError, match="block_size=7 must be"):
         quantize(torch.ones(8), block_size=7)
+
+
+@rows_in_one_case(
+    ("name", "value"), [("packed", torch.zeros(1, 4)), ("scales", torch.ones(1, 1)), ("block_size", 16)]
+)
+def test_no_field_can_be_assigned(name, value):
+    """The cached handle is of the fields as they were: a copy with others comes from ``dataclasses.replace``."""
+    q = quantize(torch.ones(1, 8), block_size=8)
+    with pytest.raises(FrozenInstanceError, match=f"cannot assign to field '{name}'"):
+        setattr(q, name, value)
+    assert replace(q, **{name: value}).cache is not q.cache
 
 
 @rows_in_one_case("rows", [slice(0, 5), slice(3, 1300), slice(1299, 1300), slice(7, 7), slice(-4, None)])
