@@ -62,6 +62,10 @@ def test_what_c_does_not_take_is_computed_in_torch():
     every_second = torch.randn(260)[::2]
     assert torch.equal(code(every_second)[0], code(every_second.contiguous())[0])
     assert code(torch.empty(0))[0].shape == (0, BLOCK)
+    x = torch.randn(130)
+    negated = torch._neg_view(x)  # whose memory holds the numbers with the other sign
+    for got, wanted in zip(code(negated), code(-x), strict=True):
+        assert torch.equal(got, wanted) if isinstance(got, torch.Tensor) else got == wanted
 
 
 @rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 def test_a_weight_is_decoded_to_the_same_bits():
     """Scales of every magnitude, of both signs, zero and with short last blocks; given as they are and as bytes."""
-    for format, encoding, columns in itertools.product(FORMATS, ENCODINGS, (1, 24, 40)):
+    for format, encoding, columns in itertools.product([*FORMATS, "int8"], ENCODINGS, (1, 24, 40)):
         dense = strategies.make_weight("normal", (6, columns), 0, 0)
         exponents = torch.tensor([-20, -7, 0, 3, 14, 0])[:, None]
         dense = dense.clamp(-1.9, 1.9) * 2.0**exponents
