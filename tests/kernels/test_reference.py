@@ -46,7 +46,7 @@ def test_half_precision_sums_over_chunks_of_rows_are_rounded_once():
     assert torch.equal(got, weight.double().sum(0, keepdim=True).bfloat16())
 
 
-@pytest.mark.parametrize("columns", [64, 1000])
+@rows_in_one_case("columns", [64, 1000])
 def test_many_chunks_are_written_whole_and_match(columns):
     weight = quantize(strategies.make_weight("normal", (1500, columns), 0, 0), block_size=16)
     x = torch.randn(3, columns, dtype=torch.float64)
@@ -54,6 +54,20 @@ def test_many_chunks_are_written_whole_and_match(columns):
     torch.testing.assert_close(kernels.linear(x, weight, torch.float64), x @ dense.t())
     grad = torch.randn(3, 1500, dtype=torch.float64)
     torch.testing.assert_close(kernels.input_grad(grad, weight, torch.float64), grad @ dense)
+
+
+@rows_in_one_case("low", [-6e4, 0.0])
+def test_weights_with_offsets_use_all_levels_of_their_range_which_scales_must_hold(low):
+    """Beside the magnitudes of the weights, that of the range above a block's offset: 16/15 of it is the scale."""
+    weight = torch.linspace(low, 6e4, 16)[None]
+    q = quantize(weight, "uint4", block_size=16, scales="float32_offsets")
+    torch.testing.assert_close(q.dequantize(), weight, rtol=0, atol=0.1)
+    if low == 0:
+        torch.testing.assert_close(quantize(weight, "uint4", block_size=16).dequantize(), weight, rtol=0, atol=40)
+        return
+    says = "the magnitude 128000, above 65504, the most that scales='float16_offsets' can hold"
+    with pytest.raises(ValueError, match=says):
+        quantize(weight, "uint4", block_size=16)
 
 
 @rows_in_one_case("batch", [1, 512])
