@@ -535,11 +535,10 @@ class Kernel:
         Returns:
             For each its ISA and name, the least and the most rows that it takes, and why it refuses, or None.
         """
-        size, stored = 0, 0
         if isinstance(weight, QuantizedTensor):
             size, stored = weight.block_size, get_format(weight.format).bits
         else:
-            stored = TYPES[weight.dtype]
+            size, stored = 0, TYPES[weight.dtype]
         given = TYPES[torch.float32 if dtype is torch.int8 else dtype]
         asked: list[Asked] = self.native.plan(self._isa, size, stored, rows, given, _OPERATIONS[operation])
         return asked

@@ -30,7 +30,7 @@ from tests.compiled import (
     stored,
 )
 from tests.kernels.test_kernels import run_python
-from tests.selection import in_one_case
+from tests.selection import in_one_case, rows_in_one_case
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -121,6 +121,38 @@ def test_a_bias_that_changed_under_the_same_address_is_read_anew(isa):
         q.packed.resize_(4, 32)
         with pytest.raises((AssertionError, RuntimeError)):
             kernels.linear(x, q, torch.float32)
+
+
+@bound
+@in_one_case(
+    kind=["half", "bfloat16", "nf4", "int8"],
+    given=[torch.float32, torch.bfloat16, torch.float16],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+)
+def test_products_are_computed_in_the_dtype_that_is_asked_for_whatever_the_input_s(isa, kind, given, dtype):
+    w, _ = stored(kind, strategies.make_weight("normal", (12, 64), 0, 0))
+    x, grad = torch.randn(20, 64).to(given), torch.randn(20, 12).to(given)
+    with kernels.using(isa):
+        for product, rows in ((kernels.linear, x), (kernels.input_grad, grad)):
+            got = product(rows, w, dtype)
+            assert got.dtype is dtype
+            assert torch.equal(got, product(rows.to(dtype), w, dtype))
+
+
+@needs_kernel
+@rows_in_one_case("kind", ["half", "bfloat16", "nf4", "int8"])
+@rows_in_one_case("dtype", [torch.float32, torch.bfloat16])
+@rows_in_one_case("transposed", [False, True])
+def test_a_product_is_added_in_place(kind, dtype, transposed):
+    """Of ones and zeros, whose sums every dtype holds exactly."""
+    w, dense = stored(kind, torch.randint(2, (12, 64)) * 2.0 - 1)
+    x = torch.randint(2, (20, 12 if transposed else 64)).to(dtype)
+    expected = 1 + x.float() @ (dense if transposed else dense.t())
+    for isa in bound.args[1]:
+        out = torch.ones_like(expected, dtype=dtype)
+        with kernels.using(isa):
+            assert kernels.add_product(out, x, w, transposed) is out
+        assert torch.equal(out.float(), expected)
 
 
 # To make them takes longest.

@@ -9,7 +9,7 @@ from lowmem import FourBit, Half, convert, kernels, quantize
 from lowmem.kernels.cpu import Kernel, load
 from tests import plan, strategies
 from tests.compiled import ISAS, compiled_bfloat16, needs_kernel
-from tests.selection import in_one_case
+from tests.selection import in_one_case, rows_in_one_case
 
 WEIGHTS = st.sampled_from(sorted(plan.WEIGHTS))
 DTYPES = st.sampled_from(sorted(plan.DTYPES))
@@ -91,6 +91,28 @@ def test_explain_names_the_kernel(isa, rows, dtype, name, capsys):
     assert text.startswith(f"linear: {name} of {isa}, which takes ")
     assert "\ninput_grad: " in text
     assert capsys.readouterr().out == text + "\n"
+
+
+@needs_kernel
+@rows_in_one_case(("least", "takes"), [(1, "any number of rows"), (2, "2 rows and more"), (25, "25 rows and more")])
+def test_explain_says_what_each_kernel_takes_that_was_asked_before(least, takes, monkeypatch):
+    """But of those that compute another operation: nobody expects them to serve."""
+    asked = [
+        ("fast", "codes", 1, 4, "weight"),
+        ("fast", "few", 2, 16, "rows"),
+        ("fast", "grad", 1, 2**63 - 1, "operation"),
+        ("slow", "halves", 1, 8, "dtype"),
+        ("slow", "tiled", least, 2**63 - 1, None),
+    ]
+    monkeypatch.setattr(Kernel, "plan", lambda *_: asked)
+    says = [
+        f"tiled of slow, which takes {takes}",
+        "  not codes of fast, which takes other weights",
+        "  not few of fast, which takes 2 to 16 rows",
+        "  not halves of slow, which takes other dtypes",
+    ]
+    text = kernel_of(ISAS[0]).explain(torch.zeros(2, 2).half(), 30, torch.float32)
+    assert text == "\n".join(["linear: " + says[0], *says[1:], "input_grad: " + says[0], *says[1:]])
 
 
 @in_one_case(
