@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import product
 
@@ -87,7 +88,7 @@ def test_grouped_products_are_one_for_each_group_of_rows_however_they_are_called
         described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
         arguments = (x, weight.packed, weight.scales, *described, *rest)
         assert_operator(torch.ops.lowmem.grouped_product_4bit.default, arguments)
-    graph = torch.jit.trace(of_x, x.detach(), check_trace=False)
+    graph = trace(of_x, x.detach(), check=False)
     assert f"lowmem::grouped_product_{'16bit' if kind == 'half' else '4bit'}" in str(graph.graph)
     torch.testing.assert_close(graph(x.detach()), expected.detach())
     several = torch.stack([x, 2 * x])
@@ -254,7 +255,7 @@ def everything(technique: str) -> nn.Module:
     return model
 
 
-def trace(model: nn.Module, *inputs: torch.Tensor, check: bool = True) -> torch.jit.ScriptModule:
+def trace(model: nn.Module | Callable, *inputs: torch.Tensor, check: bool = True) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a size that was made a constant, among others
         warnings.filterwarnings("ignore", ".*torch.jit.*(deprecated|not supported)")  # itself
