@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         for way in given.ways:
             got = learn(task, replace(WAYS[way], seed=WAYS[way].seed + given.seed), given.steps)
             right = "" if got.right is None else f"{got.right:.1%}"
-            print(f"{name}, {way}: {got}", file=sys.stderr, flush=True)
+            print(f"{name}, {way}: {got}", file=sys.stderr)
             table.add_row(name, way, f"{got.training:.4f}", f"{got.loss:.4f}", right)
             rows.append({"task": name, "way": way, **asdict(got)})
     Console(width=120).print(table)

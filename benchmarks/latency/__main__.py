@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
 
     def progress(what: str) -> None:
-        print(f"[{time.monotonic() - began:4.0f} s] {what}", file=sys.stderr, flush=True)
+        print(f"[{time.monotonic() - began:4.0f} s] {what}", file=sys.stderr)
 
     try:
         if output is not None:

@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with planted(case) as clone:
                     found.append(run_case(case, clone, given.cache.resolve(), given.workloads, given.already_busy))
                 write_results(given.results, found)
-                print(f"{case.name}: {outcome(found[-1])}", file=sys.stderr, flush=True)
+                print(f"{case.name}: {outcome(found[-1])}", file=sys.stderr)
         if given.page:
             update_page(given.page, found)
     except (GateError, OSError) as error:

@@ -315,6 +315,10 @@ def test_short_calls_fill_a_turn_and_long_ones_take_part_in_each_second_round():
     assert (len(found["short"].head), len(found["long"].head)) == (6, 3)
     calls = {request["time"]: request["calls"] for request in log[0][1][0].requests if "time" in request}
     assert calls == {"short": 200, "long": 1}
+    sides = [Fake({"w": seconds}) for seconds in (0.001, 0.002, 0.004)]
+    rounds.measure(lambda number: sides, range(1), only=lambda name: True)
+    asked = [{request["calls"] for request in side.requests if "time" in request} for side in sides]
+    assert asked == [{20}] * 3  # as many as fill a turn of base, on all sides
     log.clear()
     rounds.measure(start_with(head, head, log=log), range(1), only=lambda name: True, turns=3)
     times = Counter(request["time"] for request in log[0][1][0].requests if "time" in request)
@@ -581,9 +585,9 @@ ROWS = [
 VERDICT = Verdict.of_rows("latency", "bbb (main)", "aaa (HEAD)", {"cores": 2}, ROWS, ["a note"])
 
 
-def printed(verdict, everything=False):
+def printed(verdict, **how):
     console = Console(file=io.StringIO(), width=120)
-    show.print_verdict(verdict, console, everything)
+    show.print_verdict(verdict, console, **how)
     return console.file.getvalue()
 
 
@@ -987,11 +991,23 @@ def test_gates_of_memory_run_beside_each_other_and_their_alarms_are_kept(tmp_pat
         other = {"memory": "resident", "resident": "memory"}[own]
         return run([sys.executable, "-c", GATE, own, other, out], **options)
 
+    started = []
+
+    class Told(subprocess.Popen):
+        def __init__(self, command, **options):
+            super().__init__(command, **options)
+            started.extend([self] if proof.BUSY in command else [])
+
     monkeypatch.setattr(proof.subprocess, "run", fake)
+    monkeypatch.setattr(proof.subprocess, "Popen", Told)
     monkeypatch.setattr(proof, "git", lambda *_: "0123abc")
     found = proof.run_case(case, clone, tmp_path, "*", False)
     assert found["alarms"] == {"resident": ["resident bytes: one byte more"]}
     assert (found["case"], found["beside"], found["commit"]) == ("two gates", "nothing", "0123abc")
+    assert proof.run_case(replace(case, busy=True), clone, tmp_path, "*", True)["beside"] == "other work"
+    assert not started
+    assert proof.run_case(replace(case, busy=True), clone, tmp_path, "*", False)["beside"] == "a loop"
+    assert [process.returncode is None for process in started] == [False]  # one, which has ended
 
 
 def test_a_gate_without_a_verdict_ends_the_proof(tmp_path, monkeypatch):

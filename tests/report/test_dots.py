@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 
 from tests.pages import report
+from tests.selection import rows_in_one_case
 
 pytest.importorskip("altair", reason="the charts need the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the charts need the extra: pip install '.[report]'")
 
 from lowmem.report.charts import draw
-from lowmem.report.dots import MOST_GROUPS, _short, group_chart, ratio_chart
+from lowmem.report.dots import MOST_GROUPS, _short, distortion_chart, group_chart, loss_chart, ratio_chart
 from lowmem.testing.verdicts import Row
 
 
@@ -38,11 +39,21 @@ def test_of_many_groups_the_largest_are_drawn():
     assert axis["sort"] == [f"~g{n}" for n in reversed(range(2, MOST_GROUPS + 2))]
 
 
+def test_panels_that_a_phone_stacks_are_lower_than_those_side_by_side():
+    phone, desk = (distortion_chart(report().distortions, narrow).to_dict() for narrow in (True, False))
+    assert max(panel["height"] for panel in phone["vconcat"]) < min(panel["height"] for panel in desk["hconcat"])
+
+
+def test_errors_from_a_billionth_to_ten_have_a_tick_at_each_power_of_ten():
+    x = loss_chart({"least": 1e-9, "most": 10.0}, False).to_dict()["layer"][0]["encoding"]["x"]
+    assert x["axis"]["values"] == pytest.approx([10.0**power for power in range(-9, 2)])
+
+
 def test_names_that_every_object_has_are_shown():
     assert ">layers.0-29.__proto__<" in drawn("__proto__").wide
 
 
-@pytest.mark.parametrize("name", ["constructor", "toString", "__proto__"])
+@rows_in_one_case("name", ["constructor", "toString", "__proto__"])
 def test_layers_and_workloads_may_have_the_names_of_what_every_object_has(name):
     found = report()
     groups = [replace(group, name=name) for group in found.groups[:1]]

@@ -35,6 +35,9 @@ def test_every_choice_is_measured_and_smaller_blocks_and_more_bits_take_more():
     assert eight.cosine == pytest.approx(float(nn.functional.cosine_similarity(output, expected, dim=0)))
     budgets = by_series["a budget"]
     assert all(one.bits <= float(one.name[7:-1]) + 1e-3 for one in budgets)
+    fewest = next(one.bits for one in by_series["bof4s"] if one.name == "bof4s, blocks of 64")
+    between = [fewest + share * (eight.bits - fewest) for share in (0.02, 0.05, 0.1, 0.25, 0.5)]
+    assert [one.name for one in budgets] == [f"Budget({bits:.3f})" for bits in between]
     assert budgets[-1].error < by_series["bof4s"][-1].error
 
 

@@ -50,6 +50,9 @@ def test_codes_scales_and_adapters_are_categories_of_their_own():
         "stored_bytes": adapters + 64 * 32 // 2 + 4 * 32 + 2 * 32,
         "trainable_bytes": adapters,
     }
+    plain = nn.Module()
+    plain.weight_packed, plain.weight_scales = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    assert stored_figures(plain) == {"float32_bytes": 20, "stored_bytes": 20, "trainable_bytes": 20}
 
 
 @rows_in_one_case("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4))])
