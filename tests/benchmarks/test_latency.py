@@ -1,5 +1,6 @@
 """The latency gate: verdicts from times, rounds with processes in a fake's place, what it shows, and bad input."""
 
+import errno
 import importlib
 import io
 import json
@@ -398,6 +399,62 @@ def test_a_compiled_kernel_is_not_compared_with_plain_torch():
         gate.check_kernels(replace(with_kernel, has_kernel=False), replace(without, has_kernel=True))
     gate.check_kernels(without, without)
     gate.check_kernels(with_kernel, with_kernel)
+
+
+def test_a_gate_builds_both_sides_and_gives_its_verdicts_where_scratch_cannot_be_removed(monkeypatch, tmp_path):
+    """The verdicts of both gates have the sides, their notes, and the kernel of head; latency is the first."""
+    kernels = {"base": "avx2", "head": "avx512"}
+    scratches, done = [], []
+
+    def build_wheel(root, commit, cache, scratch):
+        done.append(f"wheel of {commit}")
+        (scratch / "held open").touch()
+        scratches.append(scratch)
+        return tmp_path / commit.sha
+
+    def install(wheel, commit, directory):
+        assert (wheel.name, directory.parent) == (commit.sha, scratches[0])
+        return Environment(commit, tmp_path / directory.name, has_kernel=False)
+
+    def unlink(path, *arguments, of=os.unlink, **how):
+        if Path(os.fsdecode(path)).name == "held open":  # as Windows refuses a library that a process has loaded
+            raise OSError(errno.EBUSY, "held open", path)
+        of(path, *arguments, **how)
+
+    def count(base, head, harness, counts):
+        assert (base.commit, head.commit, harness.name) == (BASE, HEAD, "harness")
+        done.append("counted")
+        return [Row("i", "instructions", 1, 1, 1.0)], ["counted twice"]
+
+    def timed(start, options, progress):
+        done.append("timed")
+        return [Row("w", "cpu seconds", 1.0, 2.0, 2.0, 1.9, 2.1, "slower")]
+
+    monkeypatch.setattr(builds, "resolve", lambda root, reference: (BASE, HEAD, True))
+    monkeypatch.setattr(builds, "build_wheel", build_wheel)
+    monkeypatch.setattr(builds, "install", install)
+    monkeypatch.setattr(builds, "backend", lambda environment: kernels[environment.python.name])
+    monkeypatch.setattr(instructions, "compare", count)
+    monkeypatch.setattr(gate, "compare", timed)
+    monkeypatch.setattr(gate.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "unlink", unlink)
+    latency, counts = gate.run(replace(OPTIONS, cache=tmp_path), lambda what: None, ROOT)
+    assert done == [f"wheel of {BASE}", f"wheel of {HEAD}", "counted", "timed"]
+    assert [(found.gate, found.passed) for found in (latency, counts)] == [("latency", False), ("instructions", True)]
+    assert {(found.base, found.head, found.machine["kernel"]) for found in (latency, counts)} == {
+        (str(BASE), str(HEAD), "avx512")
+    }
+    assert latency.notes == [
+        "The working tree differs from HEAD: what is not committed is not measured.",
+        "Neither side has a compiled kernel: plain torch was timed.",
+        "Base runs the kernel avx2 here, and head avx512.",
+    ]
+    assert counts.notes == [*latency.notes, "counted twice"]
+    monkeypatch.setattr(builds, "resolve", lambda root, reference: (HEAD, HEAD, False))
+    with_kernel = Environment(HEAD, tmp_path / "head", has_kernel=True)
+    monkeypatch.setattr(builds, "install", lambda wheel, commit, directory: with_kernel)
+    (latency,) = gate.run(replace(OPTIONS, cache=tmp_path, gates=("latency",)), lambda what: None, ROOT)
+    assert latency.notes == ["Base and head are the same commit: nothing changed between them."]
 
 
 # The worker and its workloads
@@ -814,7 +871,7 @@ def test_a_reference_that_does_not_exist_is_one_line_and_exit_code_2(capsys):
     assert "is no commit of this repository" in line or "is no git repository" in line  # as an unpacked sdist
 
 
-@pytest.mark.parametrize("threshold", ["0", "-5", "nan", "inf", "five", "", "1001", "5%%"])
+@rows_in_one_case("threshold", ["0", "-5", "nan", "inf", "five", "", "1001", "5%%"])
 def test_a_threshold_that_is_no_percentage_is_refused(threshold, capsys):
     with pytest.raises(SystemExit) as ended:
         main([f"--threshold={threshold}", "--base", "HEAD"])

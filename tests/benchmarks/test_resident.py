@@ -364,13 +364,18 @@ def test_a_system_without_a_high_water_mark_skips_and_says_so(gate, monkeypatch,
     assert "no such file" in one_error(*gate("--store"))
 
 
-def test_a_system_that_cannot_map_libraries_is_unsupported(monkeypatch):
+def test_a_system_that_cannot_map_libraries_or_has_many_processors_is_unsupported(monkeypatch):
     monkeypatch.setattr(resident.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(resident, "reset_high_water", lambda: None)
     monkeypatch.setattr(resident.platform, "release", lambda: "5.13.0-generic")
     assert "needs 5.14" in resident.unsupported()
     monkeypatch.setattr(resident.platform, "release", lambda: "5.14.0-1.el9")
     assert resident.unsupported() is None
+    for processors in (None, 16):
+        monkeypatch.setattr(resident.os, "cpu_count", lambda processors=processors: processors)
+        assert resident.unsupported() is None
+    monkeypatch.setattr(resident.os, "cpu_count", lambda: 17)
+    assert resident.unsupported() == "Linux counts pages too coarsely with 17 processors"
 
 
 def test_a_system_whose_mark_cannot_be_reset_is_unsupported(monkeypatch):
