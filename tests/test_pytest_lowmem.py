@@ -288,6 +288,17 @@ def test_a_stored_gate_that_is_gone_is_told_and_dropped_on_update(project, run):
     assert "which no test measures" not in output
     assert run("--lowmem-baseline=update")[0] == 0
     assert baseline(project)["figures"].keys() == {"test_model.py::test_renamed"}
+    two = TESTS + "    memory_gate(my_model(9), example_input, name='wide')\n"
+    project.makepyfile(test_model=two)
+    run("--lowmem-baseline=update")
+    names = {f"test_model.py::{NAME}", wide := f"test_model.py::{NAME} | wide"}
+    assert baseline(project)["figures"].keys() == names
+    project.makepyfile(
+        test_model=two.replace("    memory_gate(my_model(9)", "    assert False\n    memory_gate(my_model(9)")
+    )
+    assert "which no test measures" not in run()[1]  # a test that stops before its second gate may have it still
+    project.makepyfile(test_model=TESTS)
+    assert f"holds {wide}, which no test measures" in run()[1]
 
 
 def test_the_figures_that_the_last_gate_leaves_are_named(project, run):
