@@ -263,8 +263,10 @@ class Baseline:
 
 def unsupported() -> str | None:
     """Say why nothing can be measured on this system, or return None."""
-    if (os.cpu_count() or 1) > 16:  # Linux holds back max(32, 2 * processors) pages on each: COUNTER_LAG is for 32
-        return f"Linux counts pages too coarsely with {os.cpu_count()} processors"
+    processors = os.cpu_count()
+    # Linux holds back max(32, 2 * processors) pages on each, and COUNTER_LAG is for 32.
+    if processors is not None and processors > 16:
+        return f"Linux counts pages too coarsely with {processors} processors"
     try:
         reset_high_water()
         _status("VmHWM")
