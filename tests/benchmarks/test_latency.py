@@ -1100,7 +1100,9 @@ def test_the_proof_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(ran) == 2 + 10
     assert proof.main(arguments) == 0
     assert len(ran) == 12
-    assert "base against base" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "base against base" in out
+    assert err.splitlines() == [f"{case.name}: {proof.outcome(run_of(case))}" for case in ran]  # as each run ends
 
 
 @pytest.mark.skipif(os.name != "posix", reason="processes of Windows keep the number of a parent that has ended")
