@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lowmem import measure
 from lowmem.nn.stored import StoredTensor
 from tests.nn.stored_cases import store
+from tests.rounding import OF_4_BITS, assert_sum
 from tests.selection import rows_in_one_case
 
 FORMS = ["bof4s", "bfloat16"]
@@ -155,16 +156,24 @@ def test_a_file_that_holds_one_loads_without_trusting_it(form):
 def test_products_with_an_expanded_weight_and_by_keyword_read_no_dense_one(form):
     weight, x = store(torch.randn(24, 40), form), torch.randn(3, 4, 40, requires_grad=True)
     dense = weight.dequantize()
+
+    def output_and_gradient(product, x, w, grad):
+        out = product(x, w)
+        return out, *torch.autograd.grad(out, x, grad.view(out.shape))
+
     for product in (
-        lambda w: x @ w.expand(3, 24, 40).mT,
-        lambda w: torch.bmm(x, w[None].expand(3, -1, -1).transpose(1, 2)),
-        lambda w: w.expand(3, 24, 40) @ x.mT,
-        lambda w: F.linear(x, weight=w),
-        lambda w: F.linear(input=x, weight=w.expand(24, 40), bias=None),
+        lambda x, w: x @ w.expand(3, 24, 40).mT,
+        lambda x, w: torch.bmm(x, w[None].expand(3, -1, -1).transpose(1, 2)),
+        lambda x, w: w.expand(3, 24, 40) @ x.mT,
+        lambda x, w: F.linear(x, weight=w),
+        lambda x, w: F.linear(input=x, weight=w.expand(24, 40), bias=None),
     ):
-        got, expected = product(weight), product(dense)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), x)[0] for y in (got, expected)))
+        grad = torch.randn(3, 4, 24)
+        found = output_and_gradient(product, x, weight, grad)
+        exact = output_and_gradient(product, x.double(), dense.double(), grad.double())
+        most = output_and_gradient(product, x.double().abs(), dense.double().abs(), grad.double().abs())
+        for one, terms in enumerate((40, 24)):
+            assert_sum(found[one], exact[one], most[one], terms + OF_4_BITS)
     assert not weight.dequantized_by
 
 
