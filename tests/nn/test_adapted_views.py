@@ -12,6 +12,7 @@ from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.low_rank_sum import LowRankSum
 from tests.nn.adapted_cases import FORMS, RANK, SCALING, make, total
 from tests.nn.stored_cases import CASES, Case
+from tests.rounding import OF_4_BITS, assert_sum
 from tests.selection import rows_in_one_case
 
 VIEWS = {
@@ -80,13 +81,15 @@ def test_views_and_everything_else_are_those_of_the_sum(form):
 @rows_in_one_case("form", FORMS)
 def test_casts_to_it_einsums_of_both_its_sides_and_masks_are_those_of_the_sum(form):
     weight, dense, pairs, layout = make("linear", CASES["linear"], form)
-    whole = total(dense, pairs, layout).float()
+    whole, most = (total(of(dense), [(of(a), of(b)) for a, b in pairs], layout) for of in (torch.clone, torch.abs))
     x = torch.randn(5, 48, 32)
     for cast in (x.double().to(weight), x.double().type_as(weight)):
         assert (type(cast), cast.dtype) == (torch.Tensor, torch.float32)
     assert torch.equal(weight.to(weight).values(), weight.values())
-    torch.testing.assert_close(torch.einsum("boi,oi->b", x, weight), torch.einsum("boi,oi->b", x, whole))
-    torch.testing.assert_close(torch.einsum("boi,oi->boi", x, weight), x * whole)
+    terms = RANK + 2 + OF_4_BITS  # of a weight: the sum over the rank, its scaling, the base
+    for sums, added in (("boi,oi->b", 48 * 32), ("boi,oi->boi", 1)):
+        exact, sizes = torch.einsum(sums, x.double(), whole), torch.einsum(sums, x.double().abs(), most)
+        assert_sum(torch.einsum(sums, x, weight), exact, sizes, added + terms)
     stack = adapted_weight(
         torch.randn(2, 3, 4, 5),
         [Update(torch.randn(2, 3, 4, RANK), torch.randn(2, 3, RANK, 5), SCALING, nn.Identity())],
