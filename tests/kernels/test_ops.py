@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning",
 )
 
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 compiles = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
     reason="torch 2.4's compiler does not take such a function whole; the versions between were not tried",
@@ -144,7 +145,7 @@ def test_a_compiled_graph_is_served_by_the_kernel(kind, monkeypatch):
 
 
 @compiles
-@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@needs_compiler
 def test_inductor_gives_what_the_model_gives_for_any_batch(request):
     """In float64, where what two orders of addition differ by is 1e-15 of a sum: 1e-9 allows for any condition."""
     request.addfinalizer(torch.compiler.reset)
@@ -262,11 +263,17 @@ def trace(model: nn.Module | Callable, *inputs: torch.Tensor, check: bool = True
         return torch.jit.trace(model, inputs, check_trace=check)
 
 
-def assert_gives_the_same(traced_model, model, *inputs: torch.Tensor) -> None:
+def assert_gives_the_same(traced_model, model, *inputs: torch.Tensor, in_8_bits: bool = False) -> None:
+    """Hold a traced model's outputs to the model's.
+
+    ``in_8_bits``: layers round inputs to steps, of which the largest number is 127. Last bits decide where a number
+    at half a step goes. A step of any one, in any layer, moves an output by at most 1.8 steps of the largest output.
+    """
     with torch.no_grad():
         got, expected = traced_model(*inputs), model(*inputs)
     for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other)  # the adapter's update may be added in another order
+        allowed = {"rtol": 0, "atol": 2 * float(other.abs().max()) / 127} if in_8_bits else {}
+        torch.testing.assert_close(one, other, **allowed)  # the adapter's update may be added in another order
 
 
 @in_float32
@@ -281,8 +288,8 @@ def test_a_traced_model_gives_the_same_for_other_sizes_and_when_it_is_saved(tech
     loaded = torch.jit.load(file)
     for shape in ((3, 9), (1, 9), (5, 14)):
         x = indices(*shape)
-        assert_gives_the_same(traced_model, model, x)
-        assert_gives_the_same(loaded, model, x)
+        for one in (traced_model, loaded):
+            assert_gives_the_same(one, model, x, in_8_bits=technique == "8-bit products")
 
 
 @traced
