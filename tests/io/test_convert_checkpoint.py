@@ -244,7 +244,11 @@ print(peak() - before)
 def converted_in_a_process(source, target):
     """Convert a checkpoint, and return the peak of resident memory over the interpreter with torch imported."""
     shown = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(source), str(target)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, str(source), str(target)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # each thread has a stack and an arena
     )
     return int(shown.stdout)
 
@@ -268,8 +272,9 @@ on_linux = pytest.mark.skipif(
 
 @on_linux
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
+    """It takes one and a half; whoever holds all three takes no less than the file."""
     write_large(tmp_path / "in", 3)
-    assert converted_in_a_process(tmp_path / "in", tmp_path / "out") < 300 * 2**20
+    assert converted_in_a_process(tmp_path / "in", tmp_path / "out") < os.path.getsize(tmp_path / "in")
 
 
 @on_linux
