@@ -51,10 +51,12 @@ def assert_int8(got, x, weight, bias=None):
 def test_an_input_is_off_by_half_a_unit_of_its_columns_at_most(batch, columns, size, exponent, seed):
     x = strategies.make_weight("mixed", (batch, columns), 0, seed) * 2.0**exponent
     got, width = int8.round_inputs(x, size), 128 if 128 % size == 0 else size
+    # Of up to 127 units, that are rounded 4 times: the unit's inverse, the product with it, the unit, the result.
+    allowed = 0.5 + 127 * 4 * 2.0**-24
     assert got.dtype == torch.float32
     for part, rounded in zip(x.split(width, 1), got.split(width, 1), strict=True):
         unit = part.abs().amax(1, keepdim=True).clamp_min(2.0**-100) / 127
-        assert ((rounded - part).abs() <= unit * 0.50001).all()
+        assert ((rounded.double() - part).abs() <= unit.double() * allowed).all()
         steps = rounded / unit
         assert ((steps - steps.round()).abs() <= 1e-4).all()
         assert (steps.abs() <= 127.0001).all()

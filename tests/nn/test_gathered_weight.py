@@ -8,6 +8,7 @@ import lowmem
 from lowmem.nn.gathered_linear import gathered_copy
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
 from lowmem.quant.quantize import quantize
+from tests.rounding import OF_4_BITS, gamma
 
 ORDER = torch.randperm(32, generator=torch.Generator().manual_seed(5)).to(torch.int32)
 
@@ -24,6 +25,8 @@ def layer(bias: bool = True) -> tuple[lowmem.Linear4Bit, torch.Tensor]:
 def test_whoever_reads_it_finds_the_columns_in_their_own_order():
     made, dense = layer()
     weight, x = made.weight, torch.randn(2, 3, 32)
+    # Sums of 32 products, each added in an order of its own.
+    allowed = 2 * gamma(32 + OF_4_BITS) * float(x.abs().sum(-1).max() * dense.abs().max())
     assert type(weight) is GatheredTensor
     for read in (
         lambda w: w.dequantize() if isinstance(w, GatheredTensor) else w,
@@ -40,7 +43,7 @@ def test_whoever_reads_it_finds_the_columns_in_their_own_order():
     ):
         found = read(weight)
         found = found.dequantize() if isinstance(found, GatheredTensor) else found
-        torch.testing.assert_close(found, read(dense), rtol=0, atol=2e-6)
+        torch.testing.assert_close(found, read(dense), rtol=0, atol=allowed)
 
 
 def test_a_product_keeps_nothing_dequantized_and_has_the_gradient_of_the_dense_one():
