@@ -69,13 +69,13 @@ def test_an_allocation_fits_and_more_bits_never_lose_more(found, one, other):
     least = sum(min(unit.bytes) for unit in found)
     lost = []
     for bits in sorted((one, other)):
-        if not least <= bits * 10 * len(found) / 8 <= 100 * len(found):
+        if not least <= bits * (10 * len(found)) / 8 <= 100 * len(found):
             with pytest.raises(ValueError, match=r"is out of reach: these weights take \d"):
                 allocate(found, bits)
             continue
         chosen = allocate(found, bits)
         assert chosen == allocate(found, bits)
-        assert sum(unit.bytes[at] for unit, at in zip(found, chosen, strict=True)) <= bits * 10 * len(found) / 8
+        assert sum(unit.bytes[at] for unit, at in zip(found, chosen, strict=True)) <= bits * (10 * len(found)) / 8
         lost.append(math.fsum(unit.losses[at] for unit, at in zip(found, chosen, strict=True)))
     assert lost == sorted(lost, reverse=True) or math.isclose(*lost)
 
