@@ -1,5 +1,7 @@
 """Models that the files' tests save and load: with ties, sharing, convolutions, and buffers of both kinds."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -57,3 +59,11 @@ def small(name: str, seed: int = 0) -> nn.Module:
             if "lora_b" in key:
                 parameter.normal_()
     return model.eval()
+
+
+def out_of_file(model: nn.Module) -> nn.Module:
+    """Return a copy in memory of torch's own, where weights are aligned as those of a model that was not loaded.
+
+    A BLAS gives equal bits for equal alignment. In a file, tensors follow each other without gaps.
+    """
+    return copy.deepcopy(model)

@@ -14,6 +14,7 @@ from lowmem import FourBit, Half, LoRA, LoRALinear, convert, restore
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.low_rank_sum import LowRankSum
+from tests.models import out_of_file
 from tests.selection import covering, rows_in_one_case
 from tests.test_any_model import Experts, Transposed
 
@@ -184,8 +185,9 @@ def test_copies_pickles_states_and_files_keep_it(name, base, tmp_path):
     torch.manual_seed(0)
     plain = MODELS[name][0]().eval()
     plain = convert(plain, *BASES[base]) if BASES[base] else plain
-    twins = [other, loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    for twin in (*twins, lowmem.load_adapter(plain, tmp_path / "adapter")):
+    lowmem.load_adapter(plain, tmp_path / "adapter")
+    twins = [other, *map(out_of_file, (loaded, plain)), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in twins:
         assert torch.equal(twin(x), expected)
         assert {n: p.requires_grad for n, p in twin.named_parameters()} == {
             n: p.requires_grad for n, p in model.named_parameters()
