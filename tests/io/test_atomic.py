@@ -342,24 +342,34 @@ def test_a_system_without_locks_writes_and_removes_nothing(tmp_path, monkeypatch
     assert set(tmp_path.iterdir()) == {path, left}
 
 
-def next_descriptor():
-    descriptor = os.open(os.devnull, os.O_RDONLY)
-    os.close(descriptor)
-    return descriptor
-
-
-def test_only_a_regular_file_is_opened(tmp_path):
-    before = next_descriptor()
+def test_only_a_regular_file_is_opened(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot read '.*missing': No such file or directory; name a file that can"):
         open_regular(tmp_path / "missing")
     refused = [tmp_path, os.devnull]
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
         refused.append(tmp_path / "pipe")
-    for path in refused:
-        with pytest.raises(OSError, match="it is a directory, a device or a pipe; name a regular file"):
-            open_regular(path)
-    assert next_descriptor() == before
+    open_file, close, opened, left = os.open, os.close, [], set()
+
+    def opens(path, *flags):
+        descriptor = open_file(path, *flags)
+        if path in refused:  # and not what other threads open
+            opened.append(path)
+            left.add(descriptor)
+        return descriptor
+
+    def closes(descriptor):
+        left.discard(descriptor)
+        close(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", opens)
+        patch.setattr(os, "close", closes)
+        for path in refused:
+            with pytest.raises(OSError, match="it is a directory, a device or a pipe; name a regular file"):
+                open_regular(path)
+    assert opened == refused
+    assert not left
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
     with open_regular(tmp_path / "link") as file:
