@@ -211,6 +211,7 @@ def test_scratch_of_a_few_inputs_is_less_than_256_kib_a_thread(isa, shape, kind,
                 assert backward <= 2**18 * threads + batch * columns * dtype.itemsize
 
 
+@needs_kernel
 def test_memory_that_cannot_be_written_is_left_to_plain_torch():
     weight = strategies.make_weight("normal", (4, 16), 0, 0)
     expected = quantize(weight, scales="float16", block_size=16)
@@ -515,11 +516,13 @@ for tensor, other, run in cases:
 """
 
 
+@needs_kernel
 def test_threads_may_assign_data_while_others_multiply():
     """Plain torch reads a weight in several operations: what it does then is its own."""
     assert run_python(THREADS, LOWMEM_KERNEL="", **OVERWRITTEN).split() == ["True"] * 14
 
 
+@needs_kernel
 def test_a_weight_is_known_to_two_kernels_at_once():
     """Each takes what the other has put there for its own, in the middle of its calls."""
     native, _ = cpu.load()
@@ -563,6 +566,7 @@ def test_packing_a_wide_input_looks_at_each_column_about_once(isa, blocks, dtype
             assert_close_in(dtype, got, x.float(), dense)
 
 
+@needs_kernel
 @pytest.mark.parametrize("kind", ["4-bit", "half", "4-bit, LoRA", "half, LoRA", "4-bit, int8"])
 def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
     """One call of a layer is one call of C, with the layer's own parameters, trained or frozen: no view, no copy."""
