@@ -88,8 +88,9 @@ def test_a_provider_of_another_backend_is_one_line(monkeypatch):
     assert kernels.available() == [*before, "accelerator"]
     selected, why = kernels._select(None)
     assert selected is Backend
-    assert why == "on its own device, the best that there is here; no driver is installed"
-    with pytest.raises(ValueError, match="choose from reference.*accelerator; no driver is installed"):
+    assert why.startswith("on its own device, the best that there is here; ")
+    assert why.endswith("; no driver is installed")  # after why there is no compiled kernel, where that is so
+    with pytest.raises(ValueError, match="choose from reference.*accelerator; (.*; )?no driver is installed"):
         kernels._select("another")
 
 
