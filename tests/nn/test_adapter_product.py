@@ -389,9 +389,11 @@ def test_second_derivatives_are_those_of_the_plain_formula():
     x = inputs(64)
     wanted = [x, layer.lora_a, layer.lora_b]
 
+    def first(out, **options):
+        return torch.autograd.grad((out.float() ** 2).sum() / 100, wanted, **options)
+
     def second(out):
-        first = torch.autograd.grad((out.float() ** 2).sum() / 100, wanted, create_graph=True)
-        return torch.autograd.grad(sum((one**2).sum() for one in first), wanted)
+        return torch.autograd.grad(sum((one**2).sum() for one in first(out, create_graph=True)), wanted)
 
     got = second(layer(x))
     w, bias = stored_weight(layer.base), layer.base.bias.detach().double()
@@ -399,21 +401,31 @@ def test_second_derivatives_are_those_of_the_plain_formula():
     exact = second(x.double() @ w.t() + bias + layer.scaling * (x.double() @ a.t()) @ b.t())
     for one, other in zip(got, exact, strict=True):
         assert (one - other).norm() <= 0.05 * other.norm()
+    for dropout in (0.0, 0.5):
+        layer = adapted(dropout=dropout)
+        wanted = [x, layer.lora_a, layer.lora_b]
+        out = layer(x)
+        assert is_one_product(out)
+        for one, other in zip(first(out, create_graph=True), first(out), strict=True):
+            assert (one - other).norm() <= 0.02 * other.norm()
 
 
 @pytest.mark.parametrize("kind", ["linear", "read"])
 def test_batches_of_gradients_are_those_of_each(kind):
-    module, x = adapted() if kind == "linear" else read("nf4", True)[0], inputs(64)
-    wanted = [x, *(one for one in module.parameters() if one.requires_grad)]
-    out, grads = module(x), torch.randn(3, 64, OUT)
-    assert is_one_product(out)
-    found = torch.autograd.grad(out, wanted, grads, retain_graph=True, is_grads_batched=True)
-    mapped = torch.func.vmap(lambda grad: torch.autograd.grad(out, wanted, grad, retain_graph=True))(grads)
-    for number, grad in enumerate(grads):
-        each = torch.autograd.grad(out, wanted, grad, retain_graph=True)
-        for batch in (found, mapped):
-            for one, exact in zip(batch, each, strict=True):
-                assert (one[number] - exact).norm() <= 2**-6 * exact.norm()
+    x = inputs(64)
+    for module in (adapted(), adapted(dropout=0.5)) if kind == "linear" else (read("nf4", True)[0],):
+        wanted = [x, *(one for one in module.parameters() if one.requires_grad)]
+        out, grads = module(x), torch.randn(3, 64, OUT)
+        assert is_one_product(out)
+        found = torch.autograd.grad(out, wanted, grads, retain_graph=True, is_grads_batched=True)
+        mapped = torch.func.vmap(
+            lambda grad, out=out, wanted=wanted: torch.autograd.grad(out, wanted, grad, retain_graph=True)
+        )(grads)
+        for number, grad in enumerate(grads):
+            each = torch.autograd.grad(out, wanted, grad, retain_graph=True)
+            for batch in (found, mapped):
+                for one, exact in zip(batch, each, strict=True):
+                    assert (one[number] - exact).norm() <= 2**-6 * exact.norm()
 
 
 def test_dropout_drops_the_input_of_the_thin_product():
