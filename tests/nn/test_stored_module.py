@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lowmem import EightBit, FourBit, Half, LoRA, StoredTensor, convert, restore
-from lowmem.nn.stored_module import StoredModule, restored_copy, stored_class
+from lowmem.nn.stored_module import StoredModule, file_names, restored_copy, stored_class
 from tests.selection import rows_in_one_case
 
 BF16 = torch.bfloat16
@@ -110,6 +111,17 @@ def test_copies_and_pickles_compute_the_same_and_share_nothing(module, technique
         assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
+def old_state(model):
+    """Return a state as older versions gave it: by the names in files, with scales that are no bytes."""
+    state = dict(model.state_dict())
+    for path, one in model.named_modules():
+        prefix = f"{path}.".lstrip(".")
+        for name, old in file_names(one).items() if isinstance(one, StoredModule) else ():
+            value = state.pop(prefix + name)
+            state[prefix + old] = value.view(one.stored_weight("weight").scales.dtype) if old == "scales" else value
+    return state
+
+
 @modules
 @techniques
 def test_a_state_holds_plain_tensors_and_loads_strictly(module, technique):
@@ -117,7 +129,7 @@ def test_a_state_holds_plain_tensors_and_loads_strictly(module, technique):
     other = convert(MODULES[module][0]().eval(), technique)
     assert all(type(value) in (torch.Tensor, dict) for value in model.state_dict().values())
     assert not any(isinstance(p, StoredTensor) for p in model.parameters())
-    for state in (model.state_dict(), dict(model.state_dict())):
+    for state in (model.state_dict(), dict(model.state_dict()), old_state(model)):
         for assign in (False, True):
             twin = copy.deepcopy(other)
             twin.load_state_dict(copy.deepcopy(state), strict=True, assign=assign)
@@ -388,7 +400,7 @@ def test_a_copy_knows_of_more_rows(technique):
         assert torch.equal(twin.weight.dequantize(), layer.weight.dequantize())
 
 
-def test_codes_without_their_scales_are_not_loaded():
+def test_codes_without_their_scales_or_of_other_rows_are_not_taken():
     layer, other = (convert(nn.Linear(16, 8), FourBit()) for _ in range(2))
     before = layer.weight.dequantize()
     state = other.state_dict()
@@ -396,6 +408,15 @@ def test_codes_without_their_scales_are_not_loaded():
     with pytest.raises(RuntimeError, match="weight: the state holds packed of packed, scales"):
         layer.load_state_dict(state, strict=False)
     assert torch.equal(layer.weight.dequantize(), before)
+    for technique, told in (
+        (FourBit("nf4", 8), "do not hold a weight of shape (2, 8, 16) in nf4"),
+        (Half(BF16), "rounded.shape=(3, 8, 16) does not hold a weight of (2, 8, 16)"),
+    ):
+        layer, other = (convert(nn.Bilinear(8, 16, rows, bias=False), technique) for rows in (2, 3))
+        inputs = torch.randn(4, 8), torch.randn(4, 16)
+        assert torch.func.functional_call(layer, dict(layer.named_parameters()), inputs).shape == (4, 2)
+        with pytest.raises(RuntimeError, match=re.escape(told)):
+            torch.func.functional_call(layer, dict(other.named_parameters()), inputs)
 
 
 @pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16)])
