@@ -69,6 +69,7 @@ def test_a_weight_is_off_by_half_a_step_of_its_block_and_what_the_scale_has_lost
 
 
 def test_bits_are_eight_and_those_of_the_scales():
+    assert len({EightBit(), EightBit(), EightBit(32)}) == 2  # a technique is a value, which a set holds
     weight = EightBit().store(torch.randn(16, 256))
     assert weight.nbytes == 16 * (256 + 4 + 2)  # codes, a byte for each block of 64, a float16 for each row
     assert EightBit(32, "float32").store(torch.randn(16, 256)).nbytes == 16 * (256 + 8 * 4)

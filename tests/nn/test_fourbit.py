@@ -247,6 +247,7 @@ def test_empty_layers_and_batches_work():
 
 def test_without_a_format_it_is_bof4s_in_blocks_of_32():
     assert FourBit() == FourBit("bof4s", 32) == FourBit(block_size=32)
+    assert len({FourBit(), FourBit("bof4s", 32), FourBit("nf4")}) == 2  # a technique is a value, which a set holds
     assert FourBit(block_size=64, scales="float16") == FourBit("bof4s", 64, "float16")
     assert (FourBit("bof4s").block_size, FourBit("nf4").block_size) == (None, None)  # 64, as these formats have it
     weight = FourBit().store(torch.randn(8, 2048))

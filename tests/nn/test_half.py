@@ -146,6 +146,7 @@ def test_bfloat16_holds_what_float16_cannot():
 
 
 def test_bignet_halves():
+    assert len({Half(), Half(torch.float16), Half(torch.bfloat16)}) == 2  # a technique is a value, which a set holds
     model = convert(BigNet(), Half())
     assert measure.theoretical_bytes(model) == 37_826_560
 
