@@ -97,7 +97,7 @@ class LowRankSum:
 
     def indexed(self, index: tuple[Any, ...]) -> Any:
         """Return ``weight[index]`` as an adapted weight; NotImplemented if its elements do not form matrices."""
-        dims = len(self.updates[0].left.shape)
+        dims = len(self.base.shape)
         if _ELLIPSIS in map(type, index):
             at = [type(one) for one in index].index(_ELLIPSIS)
             index = (*index[:at], *[slice(None)] * (dims - len(index) + 1), *index[at + 1 :])

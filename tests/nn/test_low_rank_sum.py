@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from lowmem.nn.low_rank_sum import is_adapted
 from lowmem.nn.read_only import METADATA
 from tests.nn.adapted_cases import make, total
 from tests.nn.stored_cases import INDICES, Case, store
@@ -41,8 +42,28 @@ BY_NAME = {
 }
 
 
+ROWS, THREE = torch.arange(48) % 3 > 0, torch.tensor([True, False, True])
+OF_MATRICES = {
+    (48, 32): (
+        *(slice(3, 9), [3, 1], torch.tensor([3, 1]), ROWS, (..., slice(4, 9)), (slice(3, 9), slice(4, 9))),
+        *([3, 1], slice(4, 9)),
+    ),
+    (3, 48, 32): (
+        *(1, -1, torch.tensor(1), slice(1, None), [2, 0], torch.tensor([2, 0]), THREE, (1, slice(3, 9)), (1, ...)),
+        *((slice(None), slice(3, 9)), (..., slice(4, 9)), ([2, 0], slice(None), slice(4, 9)), (THREE, slice(3, 9))),
+    ),
+}
+"""Indices that select matrices of a weight, by its shape."""
+OF_VALUES = {
+    (48, 32): (3, (slice(None), 3), (slice(3, 9), [1, 2]), None, (3, slice(4, 9)), ROWS[:, None].expand(48, 32)),
+    (3, 48, 32): ((slice(None), [3, 1]), (1, 3), ([2, 0], [1, 2]), THREE[:, None].expand(3, 48), (..., 3)),
+    (8, 4, 3, 3): (slice(2), (..., slice(2))),
+}
+"""Indices that do not."""
+
+
 @rows_in_one_case("form", ["dense", "nf4", "bfloat16"])
-def test_arguments_may_be_given_by_name(form):
+def test_arguments_may_be_given_by_name_and_indices_that_select_matrices_keep_the_sum(form):
     torch.manual_seed(0)
     for name, (function, shape) in BY_NAME.items():
         case = Case(function, shape, (1,), 0, 1 if len(shape) == 4 else None)
@@ -56,6 +77,16 @@ def test_arguments_may_be_given_by_name(form):
                 dense = stored.dequantize()
                 exact = function(dense)
                 torch.testing.assert_close(function(stored), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+    for group in (OF_MATRICES, OF_VALUES):
+        for shape, indices in group.items():
+            case = Case(F.linear, shape, (1,), 0, 1 if len(shape) == 4 else None)
+            weight, dense, pairs, layout = make("conv" if len(shape) == 4 else "linear", case, form)
+            exact = total(dense, pairs, layout).float().detach()
+            for index in indices:
+                found = weight[index]
+                assert is_adapted(found) == (group is OF_MATRICES), (shape, index)
+                values = found.values() if is_adapted(found) else found
+                torch.testing.assert_close(values, exact[index], rtol=1e-4, atol=1e-4)
 
 
 def test_what_needs_no_values_makes_none():
