@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import lowmem
@@ -154,28 +155,37 @@ def test_a_file_that_holds_one_loads_without_trusting_it(form):
 
 
 @forms
-def test_products_with_an_expanded_weight_and_by_keyword_read_no_dense_one(form):
-    weight, x = store(torch.randn(24, 40), form), torch.randn(3, 4, 40, requires_grad=True)
-    dense = weight.dequantize()
+def test_products_with_an_expanded_weight_by_keyword_and_in_a_trace_read_no_dense_one(form):
+    """A trace is held on another input, of which a constant knows nothing."""
+    weight, stack = store(torch.randn(24, 40), form), store(torch.randn(3, 24, 40), form)
+    x, other = torch.randn(3, 4, 40, requires_grad=True), torch.randn(3, 4, 40)
 
     def output_and_gradient(product, x, w, grad):
         out = product(x, w)
         return out, *torch.autograd.grad(out, x, grad.view(out.shape))
 
-    for product in (
-        lambda x, w: x @ w.expand(3, 24, 40).mT,
-        lambda x, w: torch.bmm(x, w[None].expand(3, -1, -1).transpose(1, 2)),
-        lambda x, w: w.expand(3, 24, 40) @ x.mT,
-        lambda x, w: F.linear(x, weight=w),
-        lambda x, w: F.linear(input=x, weight=w.expand(24, 40), bias=None),
+    for stored, product in (
+        (weight, lambda x, w: x @ w.expand(3, 24, 40).mT),
+        (weight, lambda x, w: torch.bmm(x, w[None].expand(3, -1, -1).transpose(1, 2))),
+        (weight, lambda x, w: w.expand(3, 24, 40) @ x.mT),
+        (weight, lambda x, w: F.linear(x, weight=w)),
+        (weight, lambda x, w: F.linear(input=x, weight=w.expand(24, 40), bias=None)),
+        (stack, lambda x, w: torch.bmm(x, w.mT)),
     ):
-        grad = torch.randn(3, 4, 24)
-        found = output_and_gradient(product, x, weight, grad)
+        grad, dense = torch.randn(3, 4, 24), stored.dequantize()
+        found = output_and_gradient(product, x, stored, grad)
         exact = output_and_gradient(product, x.double(), dense.double(), grad.double())
         most = output_and_gradient(product, x.double().abs(), dense.double().abs(), grad.double().abs())
         for one, terms in enumerate((40, 24)):
             assert_sum(found[one], exact[one], most[one], terms + OF_4_BITS)
-    assert not weight.dequantized_by
+        traced = make_fx(lambda x: (product(x, stored), stored.dequantize() * x.sum()))(x.detach())  # noqa: B023 - called here
+        if form != "bfloat16":  # one operator of the codes, which a graph's reader need not follow
+            assert "lowmem.dequantize_rows" in traced.code
+        of_other, scaled = traced(other)
+        exact, most = product(other.double(), dense.double()), product(other.double().abs(), dense.double().abs())
+        assert_sum(of_other, exact, most, 40 + OF_4_BITS)
+        torch.testing.assert_close(scaled, dense * other.sum())
+    assert not weight.dequantized_by | stack.dequantized_by
 
 
 @forms
