@@ -393,9 +393,9 @@ class StoredModule(nn.Module):
 
 
 def multiplied_in(module: StoredModule, name: str = "weight") -> torch.dtype | None:
-    """Return the ``compute_dtype`` of a stored parameter; of the weight of a ``LAYERS`` layer, the layer's own."""
+    """Return the ``compute_dtype`` of a stored parameter; of a ``LAYERS`` layer, the layer's own."""
     form = module._forms[name].form
-    if name == "weight" and isinstance(module, tuple(LAYERS.values())):
+    if isinstance(module, tuple(LAYERS.values())):  # its bias is stored in 16 bits alone, which have none
         return getattr(module, "compute_dtype", form.compute_dtype)
     return form.compute_dtype
 

@@ -396,7 +396,7 @@ def _index(weight: StoredTensor, indices: Sequence[Tensor | None]) -> Any:
 
 
 @_implements("expand")
-def _expand(weight: StoredTensor, size: Sequence[int], *, implicit: bool = False) -> Any:
+def _expand(weight: StoredTensor, size: Sequence[int], **_: Any) -> Any:
     added, inside = len(size) - weight.dim(), 2 if weight.swapped else len(weight.tail)
     wanted = [weight.shape[number - added] if one == -1 else one for number, one in enumerate(size)]
     if wanted[len(wanted) - inside :] != list(weight.shape[weight.dim() - inside :]):

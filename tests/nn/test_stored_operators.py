@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from lowmem import FORMATS, FourBit, Half, convert, measure, restore
@@ -162,8 +163,16 @@ def test_every_format_and_scale_encoding_is_read(form, scales):
     exact = F.linear(x, weight.dequantize(torch.float64))
     for got in (F.linear(x, weight), x @ weight.T, (weight @ x.T).T):
         torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    for bias in (torch.rand(24, dtype=torch.float64), store(torch.rand(24), "bfloat16").double()):
+        exact_sum = exact + (bias.dequantize() if isinstance(bias, StoredTensor) else bias)
+        torch.testing.assert_close(torch.addmm(bias, x, weight.T), exact_sum, rtol=1e-12, atol=1e-12)
+    assert not bias.dequantized_by
     indices = torch.tensor([3, 1])
-    assert torch.equal(F.embedding(indices, weight), weight.dequantize()[indices])
+    dense = weight.dequantize()
+    assert torch.equal(F.embedding(indices, weight), dense[indices])
+    for rows, is_stored in ((indices, True), (torch.arange(24) % 3 == 0, True), (dense > 0, False)):
+        assert isinstance(weight[rows], StoredTensor) == is_stored
+        assert torch.equal(weight[rows], dense[rows])
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.aten, "_grouped_mm"), reason="this torch has no grouped_mm")
@@ -216,9 +225,14 @@ def test_transforms_of_functions_see_a_matrix(form, transform):
 
 
 def test_it_is_read_in_inference_mode_and_under_autocast():
-    weight, x = store(torch.randn(24, 40), "nf4"), torch.randn(3, 40)
+    weight, x, bias = store(torch.randn(24, 40), "nf4"), torch.randn(3, 40), torch.randn(24)
     with torch.inference_mode():
-        torch.testing.assert_close(F.linear(x, weight), F.linear(x, weight.dequantize()), rtol=1e-5, atol=1e-5)
+        for given in (x, x.expand(2, 3, 40), x[0]):
+            for linear in (F.linear, torch.ops.aten.linear):
+                for more in ((), (bias,)):
+                    got, expected = (linear(given, w, *more) for w in (weight, weight.dequantize()))
+                    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not weight.dequantized_by
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(x, weight).dtype == (x @ weight.T).dtype == torch.bfloat16
 
@@ -234,6 +248,8 @@ def test_a_bag_leaves_its_padding_out_also_where_it_is_recorded(padding):
             torch.testing.assert_close(module(x), dense(x))
             if mode != "max":
                 torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), dense(x))
+                traced = make_fx(lambda x: module(x))(x)
+                torch.testing.assert_close(traced(x.flip(1)), dense(x.flip(1)))
 
 
 @pytest.mark.parametrize("form", ["nf4", "bfloat16"])
