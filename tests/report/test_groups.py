@@ -51,9 +51,9 @@ def test_bytes_add_up_to_those_of_the_models():
 def test_buffers_outside_of_layers_are_a_group_of_their_own():
     dense = model()
     dense.register_module("positions", nn.Module())
-    dense.positions.register_buffer("table", torch.ones(3, 5))
+    dense.positions.register_buffer("table", torch.ones(300, 500))  # larger than the layers
     groups = group_layers(dense, {"same": dense})
-    assert groups[-1] == Group("buffers", "", (), 0, 0, 60, {"same": 60}, {"same": None})
+    assert groups[-1] == Group("buffers", "", (), 0, 0, 600_000, {"same": 600_000}, {"same": None})
 
 
 def test_the_error_of_a_group_is_that_of_its_weights_taken_as_one():
