@@ -83,6 +83,21 @@ def no_worker_of_xdist(monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """Let what prints, here and in processes that a test starts, see neither the user's terminal nor a CI's.
+
+    With FORCE_COLOR rich takes every pipe for a terminal, and where CI is set pytest says its failures in full.
+    """
+    for name in (
+        *("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+        *("LINES", "CI", "BUILD_NUMBER"),
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")  # where it is dumb, rich draws no bar
+
+
 @pytest.fixture
 def poisoned():
     """Fill every fresh tensor with NaN, so that an element that is not written shows."""
