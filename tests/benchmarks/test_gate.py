@@ -47,6 +47,9 @@ def project(pytester, monkeypatch):
     """A small project of two benchmark files, under this one's configuration, with a baseline stored."""
     # It has no run for pytest-benchmark to compare with, which warns of that.
     monkeypatch.setenv("PYTEST_ADDOPTS", "-W ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
+    # A file that is rewritten at once, with as many characters, would not be compiled again.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     pytester.makeconftest(CONFTEST)
     directory = pytester.mkdir("benchmarks")
     for name in ("first", "second"):
