@@ -1,8 +1,11 @@
 """Real processes on loopback: each joins a gloo group, and runs one function."""
 
+import contextlib
 import multiprocessing
 import os
+import queue
 import sys
+import time
 import traceback
 
 import pytest
@@ -39,7 +42,7 @@ def run_ranks(function, world, folder, *arguments):
         process.start()
     try:
         for _ in processes:
-            rank, result, error = found.get(timeout=300)
+            rank, result, error = _next_answer(found, processes, results)
             if error:
                 raise AssertionError(f"rank {rank} of {world}:\n{error}")
             results[rank] = result
@@ -48,6 +51,23 @@ def run_ranks(function, world, folder, *arguments):
             process.join(0 if len(results) < world else 30)
             process.terminate()
     return [results[rank] for rank in range(world)]
+
+
+def _next_answer(found, processes, results):
+    """Return what the next process puts; raise where one has ended without an answer, or after half an hour."""
+    until, ended = time.monotonic() + 1800, []
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return found.get(timeout=1)
+        if ended:  # before the last look: what it had put would have come
+            raise AssertionError("\n".join(ended))
+        if time.monotonic() > until:
+            raise AssertionError(f"of {len(processes)} processes, {len(results)} have answered in half an hour")
+        ended = [
+            f"rank {rank} of {len(processes)} has ended without an answer: exit code {process.exitcode}"
+            for rank, process in enumerate(processes)
+            if process.exitcode is not None and rank not in results
+        ]
 
 
 def _rank(found, function, rank, world, store, arguments):
