@@ -80,36 +80,41 @@ def test_gpus_talk_by_nccl(monkeypatch):
     assert asked == [("nccl", timedelta(seconds=3))]
 
 
-def wait_for_one_that_stops(rank, port, found):
+def wait_for_one_that_stops(rank, port, found, started, stops):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started.wait(600)  # the time-out counts from where both join
     try:
-        with joined("replicate", timeout=timedelta(seconds=1)) as ranks:
+        with joined("replicate", timeout=timedelta(seconds=5)) as ranks:
             assert ranks.sum(1.0) == 2.0
             if rank == 1:
+                stops.set()
                 os.kill(os.getpid(), signal.SIGSTOP)
             ranks.sum(1.0)
     except ConnectionError as error:
-        found.put(str(error))
+        if rank == 0:
+            found.put(str(error))
     os._exit(0)  # gloo's threads wait for the other
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
 def test_a_process_that_stops_ends_the_others_within_the_time_out():
     context = starter()
-    found, port = context.SimpleQueue(), free_port()
-    started = [context.Process(target=wait_for_one_that_stops, args=(rank, port, found)) for rank in (0, 1)]
+    found, port, stops = context.SimpleQueue(), free_port(), context.Event()
+    given = port, found, context.Barrier(2), stops
+    started = [context.Process(target=wait_for_one_that_stops, args=(rank, *given)) for rank in (0, 1)]
     for one in started:
         one.start()
     try:
-        started[0].join(120)
+        started[0].join(1200)
         assert started[0].exitcode == 0
+        assert stops.is_set()
         told = found.get()
     finally:
         for one in started:
             one.kill()
             one.join()
-    assert told.startswith("rank 0 has waited 1 s for another process, which hangs, or needs a longer --timeout: ")
+    assert told.startswith("rank 0 has waited 5 s for another process, which hangs, or needs a longer --timeout: ")
 
 
 def test_a_lost_process_is_told_apart_from_other_errors(monkeypatch):
