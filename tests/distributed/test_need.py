@@ -40,8 +40,8 @@ def loss(logits):
 def measured_bytes(model, expected):
     """Return the peak bytes of a step: weights, moments, and all that torch's allocator gives meanwhile.
 
-    The least of eight counts, since what was received is sometimes freed a little later; of up to a hundred, where all
-    eight are above what is expected.
+    The least of eight counts, since what was received is sometimes freed a little later; of up to a hundred, where
+    all eight are above what is expected.
     """
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
