@@ -26,10 +26,11 @@ def test_digits(capsys):
     found = run.main(*([] if NIGHTLY else [2]))
     assert list(found) == ["upright", "turned", "full", "qlora"]
     printed = capsys.readouterr().out
-    full, qlora = (f"{float(peak):.0f} MiB" for peak in re.findall(r"peak, in \w+ +([\d.]+)", printed))
+    peaks = [float(peak) for peak in re.findall(r"peak, in \w+ +([\d.]+)", printed)]
     header = " ".join(run.__doc__.split())
-    assert f"{full} at its peak with all weights" in header
-    assert f"{qlora} by QLoRA" in header
+    told = re.search(r"(\d+) MiB at its peak with all weights.*?(\d+) MiB by QLoRA", header)
+    # Another kernel's or torch's scratch may move a peak by some hundred KiB.
+    assert peaks == pytest.approx([int(one) for one in told.groups()], abs=1)
     assert f"qlora: {found['qlora']:.1%} of held-out digits" in printed
     if NIGHTLY:
         assert found["turned"] < 0.3 < 0.9 < found["full"]
