@@ -89,10 +89,8 @@ def no_terminal(monkeypatch):
 
     With FORCE_COLOR rich takes every pipe for a terminal, and where CI is set pytest says its failures in full.
     """
-    for name in (
-        *("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
-        *("LINES", "CI", "BUILD_NUMBER"),
-    ):
+    colors = "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"
+    for name in (*colors, "LINES", "CI", "BUILD_NUMBER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")  # where it is dumb, rich draws no bar

@@ -1,6 +1,11 @@
-"""The peak of what torch's allocator gives, as its profiler saw it."""
+"""Peaks of memory: what torch's allocator gives, as its profiler saw it, and what a process has."""
+
+import os
 
 from torch.profiler import ProfilerActivity, profile
+
+# For a process whose memory is measured: each thread has a stack and an arena, and torch has one for each core.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def profiled_peak(run) -> int:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDERS = (
-    *("lowmem", "lowmem/quant", "lowmem/kernels", "lowmem/nn", "lowmem/transforms"),
-    *("lowmem/io", "lowmem/io/foreign", "lowmem/io/export"),
+    "lowmem",
+    *(f"lowmem/{folder}" for folder in ("quant", "kernels", "nn", "transforms", "training", "finetuning")),
     *(
-        "lowmem/testing",
-        "lowmem/training",
-        "lowmem/finetuning",
-        "lowmem/distributed",
-        "lowmem/report",
-        "lowmem/tools",
+        f"lowmem/{folder}"
+        for folder in ("io", "io/foreign", "io/export", "distributed", "testing", "report", "tools")
     ),
     *("benchmarks", "benchmarks/latency"),
 )

@@ -18,6 +18,7 @@ from lowmem.errors import FileError
 from lowmem.io.container import read, write_tensors
 from lowmem.nn.lora import Adapter
 from tests.models import INDICES, TECHNIQUES, Small, out_of_file, small
+from tests.profiled import ONE_THREAD
 from tests.selection import rows_in_one_case
 
 every_technique = pytest.mark.parametrize("name", TECHNIQUES)
@@ -380,9 +381,6 @@ def test_methods_of_quantizing_come_back(tmp_path):
 def test_the_docstring_warns_of_changing_a_file_that_is_in_use():
     assert "SIGBUS" in load.__doc__
 
-
-# A process has stacks and arenas for each thread, of which there is one for each core.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 PEAK = """
 import sys, torch

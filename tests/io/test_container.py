@@ -32,6 +32,7 @@ from lowmem.io.container import (
     write_tensors,
 )
 from lowmem.io.safetensors import DTYPES, MAX_HEADER
+from tests.profiled import ONE_THREAD
 from tests.selection import rows_in_one_case
 from tests.strategies import json_values, metadatas, names, tensors
 
@@ -590,8 +591,7 @@ assert (file.tensors["31"][::4096] == 31).all()
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_stays_small_whatever_a_file_says_and_however_large_it_is(tmp_path):
     script = [sys.executable, "-c", MEMORY, tmp_path / "file"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # each has a stack and an arena, as many as there are cores
-    shown = subprocess.run(script, capture_output=True, text=True, check=True, env=one_thread).stdout
+    shown = subprocess.run(script, capture_output=True, text=True, check=True, env=ONE_THREAD).stdout
     lying, writing, reading, verifying = map(float, shown.split())
     assert lying < 16
     assert max(writing, reading, verifying) < 64

@@ -21,6 +21,7 @@ from lowmem.nn.eightbit import blockwise
 from lowmem.quant.formats import FORMATS
 from tests import strategies
 from tests.models import INDICES, Small
+from tests.profiled import ONE_THREAD
 
 
 def dense(path, dtype=torch.float32, seed=0):
@@ -248,7 +249,7 @@ def converted_in_a_process(source, target):
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # each thread has a stack and an arena
+        env=ONE_THREAD,
     )
     return int(shown.stdout)
 

@@ -148,7 +148,7 @@ def test_a_product_is_added_in_place(kind, dtype, transposed):
     w, dense = stored(kind, torch.randint(2, (12, 64)) * 2.0 - 1)
     x = torch.randint(2, (20, 12 if transposed else 64)).to(dtype)
     expected = 1 + x.float() @ (dense if transposed else dense.t())
-    for isa in bound.args[1]:
+    for isa in ISAS:
         out = torch.ones_like(expected, dtype=dtype)
         with kernels.using(isa):
             assert kernels.add_product(out, x, w, transposed) is out

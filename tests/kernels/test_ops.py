@@ -77,7 +77,10 @@ def test_grouped_products_are_one_for_each_group_of_rows_however_they_are_called
     """Eager, by their operators, in a graph, and for several examples, of which each row meets its own matrix."""
     weight, offsets = make_weight(kind), torch.tensor([2, 2, 3])  # of three matrices (2, 40)
     dense = weight.dequantize(torch.float64) if kind == "4-bit" else weight.double()
-    of_x = lambda x: ops.grouped_product(x, weight, torch.float64, transposed, 3, offsets)  # noqa: E731
+
+    def of_x(x):
+        return ops.grouped_product(x, weight, torch.float64, transposed, 3, offsets)
+
     x = torch.randn(4, 2 if transposed else 40, dtype=torch.float64, requires_grad=True)
     one, _, other = (part if transposed else part.t() for part in dense.split(2))
     expected = torch.cat([x[:2] @ one, x[2:3] @ other, torch.zeros(1, one.shape[1])])  # the last row is of no group

@@ -151,7 +151,9 @@ def test_an_adapter_on_one_of_two_linear_layers_with_one_weight_says_so(stored):
         model.v.bias.data.copy_(model.q.bias)
         return convert(model, *STORED[stored]) if STORED[stored] else model
 
-    one = lambda path, _: path in ("q", "also")  # noqa: E731
+    def one(path, _):
+        return path in ("q", "also")
+
     for add in (lambda m: convert(m, LoRA(2), where=one), lambda m: add_adapter(m, "mine", LoRA(2), skip="v")):
         model = make()
         with pytest.warns(UserWarning, match=told) as caught:

@@ -46,8 +46,7 @@ def put_stand_in(monkeypatch, becomes_other):
     config = SimpleNamespace(dtype=torch.float16)
     top.AutoConfig = SimpleNamespace(from_pretrained=lambda folder, **_: config)
     utils.Conv1D, base.MODULES_TO_PATCH_FOR_QUANTIZATION = Conv1D, dict.fromkeys(becomes_other)
-    kept = lambda model, skip, keep: ["head", *keep]  # noqa: E731
-    base.HfQuantizer = SimpleNamespace(get_modules_to_not_convert=kept)
+    base.HfQuantizer = SimpleNamespace(get_modules_to_not_convert=lambda model, skip, keep: ["head", *keep])
     more.should_convert_module = lambda path, patterns: path not in patterns
     for name, module in found.items():
         monkeypatch.setitem(sys.modules, name, module)
