@@ -1,5 +1,8 @@
 """Every call that changes a model refuses the same faults: one clear error each, and the model stays as it was."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -213,8 +216,14 @@ def test_merging_what_is_peft_s_says_so():
             merge(Net())
 
 
-def test_the_checks_alone():
+def test_the_checks_alone(monkeypatch):
     assert all(kind.__name__ == "DTensor" for kind in sharded_types())
+    with monkeypatch.context() as patch:  # torch 2.4 has it elsewhere, and no module may be imported yet
+        patch.setitem(sys.modules, "torch.distributed.tensor", types.ModuleType("torch.distributed.tensor"))
+        patch.setitem(sys.modules, "torch.distributed._tensor", types.SimpleNamespace(DTensor=Shard))
+        assert sharded_types() == (Shard,)
+        patch.delitem(sys.modules, "torch.distributed._tensor")
+        assert sharded_types() == ()
     refuse_model("f", Net())
     refuse_layers("f", {Net(): ""})
     with pytest.raises(ValueError, match="weight is on the meta device and has no values: load its values before f"):
