@@ -96,7 +96,7 @@ class Pool:
     """A pool whose workers run nothing: what each run gives is known before.
 
     Args:
-        clean: how tests end without a fault, where they do not pass.
+        clean: how the tests of FAULT end without a fault, where they do not pass.
         planted: how they end with a fault, where they do not fail.
     """
 
@@ -109,7 +109,8 @@ class Pool:
 
     def imap(self, function, given):
         if function is command._run_clean:
-            return [Outcome(self.clean, 1.0, "tests/test_main.py::test_it", "") for _ in given]
+            verdicts = (self.clean if one.tests == FAULT.tests else "passed" for one in given)
+            return [Outcome(verdict, 1.0, "tests/test_main.py::test_it", "\n".join("abc")) for verdict in verdicts]
         assert function is command._run_planted
         return [(fault, Outcome(self.planted.get(fault.id, "failed"), 1.0, "", "")) for fault, _ in given]
 
@@ -134,9 +135,16 @@ def test_a_fault_that_survives_ends_with_1_and_is_named(verdict, capsys):
 
 
 @rows_in_one_case("verdict", ["failed", "crashed", "timed out"])
-def test_tests_that_fail_without_a_fault_are_an_error_that_names_them(verdict):
-    with pytest.raises(ValueError, match=f"^without a fault tests/test_main.py -k '' {verdict}: .*test_it$"):
-        command._try_all(Pool(clean=verdict), [FAULT])
+def test_tests_that_fail_without_a_fault_are_shown_and_their_faults_not_tried(verdict, capsys):
+    other = replace(FAULT, id="b", tests=("tests/test_other.py",))
+    error = r"^without a change 1 sets of tests fail, and 1 were not tried: first tests/test_main.py -k ''$"
+    for faults, killed in (([FAULT], []), ([FAULT, other], [["killed", "b"]])):
+        with pytest.raises(ValueError, match=error):
+            command._try_all(Pool(clean=verdict), faults)
+        out = capsys.readouterr().out
+        where = "tests/test_main.py::test_it"
+        assert f"\nFAILED    without a change: tests/test_main.py -k '' {verdict}: {where}\na\nb\nc\n" in out
+        assert [line.split()[:2] for line in out.splitlines() if line.startswith("killed")] == killed
 
 
 def test_a_selection_that_leaves_no_test_is_an_error_that_names_the_fault():

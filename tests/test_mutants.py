@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -89,7 +90,7 @@ class Pool:
     """A pool whose workers run nothing: what each run gives is known before.
 
     Args:
-        clean: how tests end without a mutant.
+        clean: how the first tests end without a mutant; the others pass.
         lives: the numbers of mutants that no test kills.
     """
 
@@ -98,7 +99,8 @@ class Pool:
 
     def imap(self, function, given):
         if function is mutants._run_clean:
-            return [Outcome(self.clean, 1.0, f"{test}::test_it", "") for test in given]
+            verdicts = [self.clean, *["passed"] * (len(given) - 1)]
+            return [Outcome(one, 1.0, f"{test}::test_it", "") for test, one in zip(given, verdicts, strict=True)]
         assert function is mutants._run_mutant
         verdicts = ["passed" if number in self.lives else "failed" for number in range(len(given))]
         return [(mutant, Outcome(verdict, 1.0, "", "")) for (mutant, _), verdict in zip(given, verdicts, strict=True)]
@@ -127,11 +129,15 @@ def test_more_survivors_than_one_in_twenty_end_with_1_though_all_are_listed(twen
     assert "FAILED   90.0% of the mutants were killed, and 95% must be" in capsys.readouterr().out
 
 
-def test_tests_that_fail_without_a_mutant_are_an_error_that_names_them(twenty):
-    with pytest.raises(
-        ValueError, match=r"^without a mutant tests/test_area.py failed: tests/test_area.py::test_it$"
-    ):
-        mutants._try_all(Pool(clean="failed"), twenty, {})
+def test_tests_that_fail_without_a_mutant_are_named_and_their_mutants_not_tried(twenty, capsys):
+    other = [replace(mutant, tests=("tests/test_other.py",)) for mutant in twenty[:3]]
+    error = "^without a change 1 sets of tests fail, and 20 were not tried: first tests/test_area.py$"
+    for more, tried in (([], 0), (other, 3)):
+        with pytest.raises(ValueError, match=error):
+            mutants._try_all(Pool(clean="failed"), twenty + more, {})
+        out = capsys.readouterr().out
+        assert "FAILED    without a change: tests/test_area.py failed: tests/test_area.py::test_it\n" in out
+        assert out.count("\nkilled ") == tried
 
 
 def test_a_module_that_is_not_drawn_from_is_one_line_and_exit_2():

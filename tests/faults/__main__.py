@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.faults.command import natural, refuse
+from tests.faults.command import natural, pass_alone, refuse, refuse_broken
 from tests.faults.copies import LIVES, QUIET, SOURCE, Copy, Outcome, exit_on_sigterm, import_once
 from tests.faults.library import BuildError, compile_all, kernels
 from tests.faults.planted import Fault, errors_of, read_faults
@@ -31,6 +31,9 @@ class Trial:
     tests: tuple[str, ...]
     select: str
     kernel: str
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.tests)} -k {self.select!r}"
 
     @classmethod
     def of(cls, fault: Fault) -> Trial:
@@ -87,13 +90,13 @@ def _try_all(pool: multiprocessing.pool.Pool, faults: Sequence[Fault]) -> int:
         raise ValueError("no fault can be tried on this processor: choose others with --only")
     parts = list(dict.fromkeys(part for fault in tried for part in Trial.of(fault).parts))
     print(f"{len(tried)} faults; first their {len(parts)} sets of tests without a fault", flush=True)
-    clean = {}
-    for part, outcome in zip(parts, pool.imap(_run_clean, parts), strict=True):
-        if outcome.verdict not in ("passed", "unusable"):  # of several files, -k may leave nothing of one
-            raise ValueError(f"without a fault {part.tests[0]} -k {part.select!r} {outcome.verdict}: {outcome.first}")
-        clean[part] = outcome
+    # Of several files, -k may leave nothing of one: unusable.
+    clean, broken = pass_alone(zip(parts, pool.imap(_run_clean, parts), strict=True), LIVES)
+    untried = [fault for fault in tried if not set(broken).isdisjoint(Trial.of(fault).parts)]
     given = []
     for fault in tried:
+        if fault in untried:
+            continue
         own = [clean[part] for part in Trial.of(fault).parts]
         if all(outcome.verdict == "unusable" for outcome in own):
             raise ValueError(f"{fault.id}: select={fault.select!r} leaves no test of {', '.join(fault.tests)}")
@@ -104,7 +107,8 @@ def _try_all(pool: multiprocessing.pool.Pool, faults: Sequence[Fault]) -> int:
         _say("killed" if killed else "SURVIVED", fault.id, outcome.seconds, outcome.first if killed else fault.breaks)
         if not killed:
             survived.append(fault)
-    _close(faults, skipped, survived)
+    _close(faults, skipped + untried, survived)
+    refuse_broken(broken, len(untried))
     return 1 if survived else 0
 
 

@@ -1,9 +1,16 @@
-"""What the two commands share: a number in their arguments, and how they end on bad input."""
+"""What the two commands share: a number in their arguments, tests without a change, and how they end on bad input."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Container, Iterable, Sequence
+from typing import TypeVar
+
+from tests.faults.copies import Outcome
+
+Tests = TypeVar("Tests")
+LINES = 30  # of the output of tests that fail
 
 
 def natural(text: str) -> int:
@@ -17,3 +24,34 @@ def refuse(command: str, reason: str) -> int:
     """Say in one line why a command cannot run, and return its exit code."""
     print(f"{command}: {' '.join(reason.split())[:280]}", file=sys.stderr)
     return 2
+
+
+def pass_alone(
+    runs: Iterable[tuple[Tests, Outcome]], fine: Container[str]
+) -> tuple[dict[Tests, Outcome], list[Tests]]:
+    """Return how tests end without a change; and those that fail, which no kill could be told from: each is said.
+
+    Args:
+        runs: tests, and how they ended.
+        fine: the verdicts that are no failure.
+    """
+    ended, broken = {}, []
+    for tests, outcome in runs:
+        ended[tests] = outcome
+        if outcome.verdict not in fine:
+            broken.append(tests)
+            print(f"FAILED    without a change: {tests} {outcome.verdict}: {outcome.first}")
+            print(*outcome.output.splitlines()[-LINES:], sep="\n", flush=True)
+    return ended, broken
+
+
+def refuse_broken(broken: Sequence[object], left: int) -> None:
+    """Raise a ValueError where tests fail without a change.
+
+    Args:
+        broken: those tests.
+        left: how many changes were not tried, since they need them.
+    """
+    if broken:
+        count = f"{len(broken)} sets of tests fail, and {left} were not tried"
+        raise ValueError(f"without a change {count}: first {broken[0]}")

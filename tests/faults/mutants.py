@@ -25,7 +25,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
-from tests.faults.command import natural, refuse
+from tests.faults.command import natural, pass_alone, refuse, refuse_broken
 from tests.faults.copies import LIVES, SOURCE, Copy, Outcome, exit_on_sigterm, import_once
 from tests.faults.library import LIBRARY, BuildError, compile_all
 from tests.faults.modules import modules as all_modules
@@ -198,13 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], listed: dict[Survivor, str]) -> int:
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     print(f"{len(mutants)} mutants; first the {len(tests)} files of tests without one", flush=True)
-    clean = {}
-    for test, outcome in zip(tests, pool.imap(_run_clean, tests), strict=True):
-        if outcome.verdict != "passed":
-            raise ValueError(f"without a mutant {test} {outcome.verdict}: {outcome.first}")
-        clean[test] = outcome
+    clean, broken = pass_alone(zip(tests, pool.imap(_run_clean, tests), strict=True), ("passed",))
+    tried = [mutant for mutant in mutants if set(broken).isdisjoint(mutant.tests)]
     survived: list[Mutant] = []
-    given = [(m, max(LEAST_SECONDS, SLOWER * sum(clean[test].seconds for test in m.tests))) for m in mutants]
+    given = [(m, max(LEAST_SECONDS, SLOWER * sum(clean[test].seconds for test in m.tests))) for m in tried]
     for mutant, outcome in pool.imap(_run_mutant, given):
         if outcome.verdict in LIVES:
             survived.append(mutant)
@@ -212,7 +209,9 @@ def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], listed:
             "killed" if outcome.verdict not in LIVES else "survived" if mutant.survivor in listed else "SURVIVED"
         )
         _say(f"{verdict:9} {outcome.seconds:6.1f} s ", mutant, f"  {outcome.first}" if verdict == "killed" else "")
-    return _close(mutants, survived, listed)
+    code = _close(tried, survived, listed)
+    refuse_broken(broken, len(mutants) - len(tried))
+    return code
 
 
 def _close(mutants: Sequence[Mutant], survived: Sequence[Mutant], listed: dict[Survivor, str]) -> int:
@@ -220,7 +219,7 @@ def _close(mutants: Sequence[Mutant], survived: Sequence[Mutant], listed: dict[S
     print(f"\n{'module':34}{'mutants':>8}{'killed':>8}")
     for file in sorted(tried):
         print(f"{file:34}{tried[file]:8}{tried[file] - lived[file]:8}")
-    share = 1 - len(survived) / len(mutants)
+    share = 1 - len(survived) / max(len(mutants), 1)
     print(f"{'in all':34}{len(mutants):8}{len(mutants) - len(survived):8}  {share:.1%}")
     new = [mutant for mutant in survived if mutant.survivor not in listed]
     for mutant in new:
