@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 compiles = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
-    reason="torch 2.4's compiler does not take such a function whole; the versions between were not tried",
+    reason="torch 2.4's compiler takes no stored weight into a graph; the versions between were not tried",
 )
 kinds = pytest.mark.parametrize("kind", ["half", "4-bit"])
 models = pytest.mark.parametrize("kind", ["half", "4-bit", "8-bit products"])
