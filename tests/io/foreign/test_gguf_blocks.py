@@ -5,11 +5,30 @@ import torch
 from lowmem.io.foreign.gguf_blocks import BLOCKS
 from lowmem.quant.tensor import QuantizedTensor
 
+# Of types that are not read: the weights of a block, and the bytes of its parts in ggml-common.h, in their order.
+REFUSED = {
+    "Q8_1": (32, (4, 4, 32)),  # as the package gguf counts them: no file holds any
+    "Q8_K": (256, (4, 256, 32)),
+    "IQ2_XXS": (256, (2, 64)),
+    "IQ2_XS": (256, (2, 64, 8)),
+    "IQ3_XXS": (256, (2, 96)),
+    "IQ1_S": (256, (2, 32, 16)),
+    "IQ3_S": (256, (2, 64, 8, 32, 4)),
+    "IQ2_S": (256, (2, 64, 8, 8)),
+    "IQ1_M": (256, (32, 16, 8)),
+    "TQ1_0": (256, (48, 4, 2)),
+    "TQ2_0": (256, (64, 2)),
+    "NVFP4": (64, (4, 32)),
+}
+
 
 def test_each_type_is_read_or_says_why_not_and_has_the_bytes_that_its_parts_take():
+    refused = {block.name: (block.size, block.nbytes) for block in BLOCKS.values() if block.refusal is not None}
+    assert refused == {name: (size, sum(parts)) for name, (size, parts) in REFUSED.items()}
     for block in BLOCKS.values():
         raw = torch.randint(0, 200, (2, 3, block.nbytes), dtype=torch.uint8)
         if block.refusal is not None:
+            assert block.refusal.startswith("its weights are not 16 levels times a scale; take the model's Q4_K_M")
             assert block.packed is None
             assert block.dense is None
         elif block.format is None:
@@ -19,12 +38,29 @@ def test_each_type_is_read_or_says_why_not_and_has_the_bytes_that_its_parts_take
             assert block.scales(raw).shape == (2, 3, block.size // 32)
 
 
-def test_q4_0_of_one_block_by_hand():
-    """ggml: the weight j is d * ((qs[j] & 15) - 8), and j + 16 is d * ((qs[j] >> 4) - 8)."""
-    raw = torch.cat([torch.tensor([-0.5]).half().view(torch.uint8), torch.arange(16, dtype=torch.uint8) * 17])
-    block = BLOCKS[2]
-    assert block.scales(raw[None, None]).tolist() == [[[-4.0]]]
-    assert torch.equal(block.packed(raw[None, None])[0, 0], raw[2:])
+def test_types_of_one_scale_by_hand():
+    """ggml: the weight j has the code qs[j] & 15, and j + 16 has qs[j] >> 4. Numbers in 16 bits have no codes."""
+    d, m = -0.5, 0.75
+    half = [int(byte) for byte in torch.tensor([d, m]).half().view(torch.uint8)]
+    codes = [(7 * j + 3) % 16 for j in range(32)]  # each twice
+    packed = [low | high << 4 for low, high in zip(codes[:16], codes[16:], strict=True)]
+    signed = [*range(-128, 0, 9), *range(1, 128, 8), 127]
+    e2m1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    for kind, raw, expected in (
+        (0, torch.tensor([-1 / 3]).view(torch.uint8).tolist(), torch.tensor([-1 / 3]).tolist()),
+        (1, half[:2], [d]),
+        (30, [0x40, 0xC0], [-3.0]),  # bfloat16
+        (2, [*half[:2], *packed], [d * (code - 8) for code in codes]),
+        (3, [*half, *packed], [d * code + m for code in codes]),
+        (20, [*half[:2], *packed], [d * IQ4_NL[code] for code in codes]),
+        (39, [129, *packed], [4 * e2m1[code % 8] * (1 if code <= 8 else -1) for code in codes]),  # 2 ** (129 - 127)
+        (8, [*half[:2], *(one % 256 for one in signed[:32])], [d * one for one in signed[:32]]),
+    ):
+        block, found = BLOCKS[kind], weights(kind, raw)
+        assert len(raw) == block.nbytes, block.name
+        assert found.tolist() == expected, block.name
+        assert torch.equal(found.signbit(), torch.tensor(expected).signbit()), block.name
+    assert BLOCKS[2].packed(torch.tensor([*half[:2], *packed], dtype=torch.uint8)).tolist() == packed
 
 
 def numbers(*values):
@@ -83,18 +119,18 @@ def test_types_of_two_to_six_bits_by_hand():
         (6, [*one, *small], [d * (code - 16) for code in fives]),
         (7, [*both, *small], [d * code + dmin for code in fives]),
     ):
-        block = BLOCKS[kind]
-        raw = torch.tensor([int(byte) for byte in raw], dtype=torch.uint8)[None, None]
-        assert raw.shape[-1] == block.nbytes
-        found = block.dense(raw)[0, 0] if block.format is None else in_levels(block, raw)
-        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+        assert len(raw) == BLOCKS[kind].nbytes
+        torch.testing.assert_close(weights(kind, raw), torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
 
 
-def in_levels(block, raw):
-    """Return the weights of one block of 4-bit codes."""
+def weights(kind, values):
+    """Return the weights of one block, of bytes that lie at an odd address, as those of a file may."""
+    block, raw = BLOCKS[kind], torch.tensor([0, *map(int, values)], dtype=torch.uint8)[1:][None, None]
+    if block.format is None:
+        return block.dense(raw)[0, 0].float()
     offsets = [] if block.offsets is None else [block.offsets(raw)]
     encoding = "float32_offsets" if offsets else "float32"
     scales = torch.cat([block.scales(raw), *offsets], dim=-1).flatten(1)
