@@ -7,24 +7,24 @@ from lowmem.quant.tensor import QuantizedTensor
 
 # Of types that are not read: the weights of a block, and the bytes of its parts in ggml-common.h, in their order.
 REFUSED = {
-    "Q8_1": (32, (4, 4, 32)),  # as the package gguf counts them: no file holds any
-    "Q8_K": (256, (4, 256, 32)),
-    "IQ2_XXS": (256, (2, 64)),
-    "IQ2_XS": (256, (2, 64, 8)),
-    "IQ3_XXS": (256, (2, 96)),
-    "IQ1_S": (256, (2, 32, 16)),
-    "IQ3_S": (256, (2, 64, 8, 32, 4)),
-    "IQ2_S": (256, (2, 64, 8, 8)),
-    "IQ1_M": (256, (32, 16, 8)),
-    "TQ1_0": (256, (48, 4, 2)),
-    "TQ2_0": (256, (64, 2)),
-    "NVFP4": (64, (4, 32)),
+    9: ("Q8_1", 32, (4, 4, 32)),  # as the package gguf counts them: no file holds it
+    15: ("Q8_K", 256, (4, 256, 32)),
+    16: ("IQ2_XXS", 256, (2, 64)),
+    17: ("IQ2_XS", 256, (2, 64, 8)),
+    18: ("IQ3_XXS", 256, (2, 96)),
+    19: ("IQ1_S", 256, (2, 32, 16)),
+    21: ("IQ3_S", 256, (2, 64, 8, 32, 4)),
+    22: ("IQ2_S", 256, (2, 64, 8, 8)),
+    29: ("IQ1_M", 256, (32, 16, 8)),
+    34: ("TQ1_0", 256, (48, 4, 2)),
+    35: ("TQ2_0", 256, (64, 2)),
+    40: ("NVFP4", 64, (4, 32)),
 }
 
 
 def test_each_type_is_read_or_says_why_not_and_has_the_bytes_that_its_parts_take():
-    refused = {block.name: (block.size, block.nbytes) for block in BLOCKS.values() if block.refusal is not None}
-    assert refused == {name: (size, sum(parts)) for name, (size, parts) in REFUSED.items()}
+    refused = {number: (one.name, one.size, one.nbytes) for number, one in BLOCKS.items() if one.refusal is not None}
+    assert refused == {number: (name, size, sum(parts)) for number, (name, size, parts) in REFUSED.items()}
     for block in BLOCKS.values():
         raw = torch.randint(0, 200, (2, 3, block.nbytes), dtype=torch.uint8)
         if block.refusal is not None:
@@ -42,7 +42,7 @@ def test_types_of_one_scale_by_hand():
     """ggml: the weight j has the code qs[j] & 15, and j + 16 has qs[j] >> 4. Numbers in 16 bits have no codes."""
     d, m = -0.5, 0.75
     half = [int(byte) for byte in torch.tensor([d, m]).half().view(torch.uint8)]
-    codes = [(7 * j + 3) % 16 for j in range(32)]  # each twice
+    codes = [(7 * j + j // 16) % 16 for j in range(32)]  # each twice
     packed = [low | high << 4 for low, high in zip(codes[:16], codes[16:], strict=True)]
     signed = [*range(-128, 0, 9), *range(1, 128, 8), 127]
     e2m1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6]
