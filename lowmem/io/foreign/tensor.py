@@ -15,7 +15,7 @@ from torch import Tensor
 from lowmem.errors import show
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.backend import Weight
-from lowmem.quant.packing import check_block_size, pack
+from lowmem.quant.packing import pack
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -159,7 +159,6 @@ def fitting_blocks(group: int, columns: int) -> int:
     for parts in range(1, group // 8 + 1):
         size, rest = divmod(group, parts)
         if not rest and size % 2 == 0 and size <= 4096:
-            check_block_size(size)
             return size
         if parts > 4096:
             break
@@ -248,7 +247,7 @@ def integer_weight(codes: Tensor, scales: Tensor, group: int, zeros: Tensor | No
     size = fitting_blocks(group, columns)
 
     def of_blocks(values: Tensor) -> Tensor:
-        return values[..., torch.arange(0, columns, size) // min(group, columns)].contiguous()
+        return values[..., torch.arange(0, columns, size) // group].contiguous()
 
     scales = scales.float()
     if columns % 2:
