@@ -113,6 +113,10 @@ def test_what_it_cannot_hold_says_why():
         (quantize(weight, "fp4"), torch.bfloat16, "of its 12 scales are not 6 times a power of two"),
         (quantize(-weight, "fp4", block_size=16), torch.bfloat16, "have no blocks of 32"),
         (mxfp4(4, 96, 32, 0), torch.float16, "the model computes in float16"),
+        (of_scales("fp4", 6 * 2.0**-127, 6 * 2.0**-128, 0), torch.bfloat16, "^1 of its 3 scales are not 6 times"),
+        (of_scales("uint4", *[16 * (1 + 2**-23)] * 2, -15 * (1 + 2**-23), 0), torch.float32, "^2 of its 2 offsets"),
+        (of_scales("uint4", *[16] * 4, 0, -15, -16, 1), torch.float32, "^2 of its 4 offsets are no scale times"),
+        (of_scales("uint4", 0, 0, 0, 1), torch.float32, "^1 of its 2 offsets are no scale times a whole zero point"),
     ):
         with pytest.raises(ValueError, match=why):
             pack(stored, dtype)
@@ -120,6 +124,20 @@ def test_what_it_cannot_hold_says_why():
     stored.scales[:] = 8 * torch.tensor([1.0, 1 + 2**-9, 1 + 3 * 2**-9, 2.0, 0.5])  # exact, rounded down, and up
     with pytest.raises(ValueError, match="^2 of its 5 scales are no numbers of bfloat16"):
         pack(stored, torch.bfloat16)
+    # Blocks of zeros have an exponent, and a zero point, of 1 and of no shift.
+    assert pack(of_scales("fp4", 6, 0), torch.bfloat16).parts["weight_scale"].tolist() == [[127, 127]]
+    shifts = pack(of_scales("uint4", 16, 0, -3, 0), torch.float32).parts["weight_zero_point"]
+    assert shifts.bitwise_and(15).tolist() == [[3, 8]]
+
+
+def of_scales(name: str, *parts: float) -> QuantizedTensor:
+    """Return a row in blocks of 32; the second half of the parts of "uint4" are offsets."""
+    columns, encoding = (16, "float32_offsets") if name == "uint4" else (32, "float32")
+    shape = torch.Size((1, columns * len(parts)))
+    stored = QuantizedTensor.empty(shape, name, 32, encoding, "imported", device="cpu")
+    stored.packed.zero_()
+    stored.scales[:] = torch.tensor(parts)
+    return stored
 
 
 @given(
@@ -154,19 +172,30 @@ def test_quantizing_again_takes_any_shape_and_says_what_the_values_become(
     assert (found - values).abs().max() <= values.abs().amax() * (clipped + 2**-8) + 8 * 2**-24
 
 
-def test_mxfp4_anew_is_no_worse_than_the_standard_takes_it_and_integers_are_as_near_as_q4_0():
-    """The standard floors the exponent, which clips a quarter of the blocks."""
+def test_mxfp4_anew_takes_the_better_of_two_exponents_and_integers_are_as_near_as_q4_0():
+    """The standard floors the exponent, which clips a quarter of the blocks; the next one may be nearer."""
     weight = torch.randn(60, 128, generator=torch.Generator().manual_seed(1))
-    stored = quantize(weight, "fp4")
+    wide = weight * 2.0 ** torch.arange(-30, 30)[:, None]
+    wide[0, :64] = torch.tensor([2.0**127, 1.5 * 2.0**127] * 32)  # the largest exponents of float32
+    wide[1, :32] = 1.25 * 2.0**-126  # the least of the format: twice as much is no nearer
+    wide[2, :32] = 0
+    stored = quantize(wide, "fp4", scales="float32")
     values = stored.dequantize()
     packed, after = pack_again(values, torch.bfloat16, stored)
     assert packed.kind == "MXFP4"
-    lost = (after.dequantize() - values).square().view(60, -1, 32).sum(-1)
-    scale = torch.exp2(values.view(60, -1, 32).abs().amax(-1, keepdim=True).log2().floor() - 2)
-    grid = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    scaled = (values.view(60, -1, 32) / scale).abs()
-    nearest = (scaled[..., None] - grid).abs().amin(-1) * scale
-    assert (lost <= nearest.square().sum(-1) * (1 + 1e-6)).all()
+    blocks = values.double().view(60, -1, 32)
+    lost = (after.dequantize().double().view(60, -1, 32) - blocks).square().sum(-1)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    floor = (torch.frexp(largest).exponent - 3).clamp(-127, 124).double()
+    grid, sums = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64), []
+    for exponent in (floor, floor + 1):
+        scaled = (blocks / torch.exp2(exponent)).abs()
+        nearest = (scaled[..., None] - grid).abs().amin(-1) * torch.exp2(exponent)
+        sums.append(nearest.square().sum(-1))
+    torch.testing.assert_close(lost, torch.minimum(*sums), rtol=1e-6, atol=0)
+    took = packed.parts["weight_scale"].double() - 127 - floor[..., 0]
+    assert torch.equal(took[lost > 0], (sums[1] < sums[0]).double()[lost > 0])
+    assert 0 < took.mean() < 1
     narrow = quantize(weight[:32, :48], "fp4", block_size=16)
     assert pack_again(narrow.dequantize(), torch.bfloat16, narrow)[0].kind == "int4, group_size=16"
     stored = quantize(weight, "nf4")
@@ -174,13 +203,36 @@ def test_mxfp4_anew_is_no_worse_than_the_standard_takes_it_and_integers_are_as_n
     _, after = pack_again(values, torch.float32, stored)
     own = quantize(values, "q4_0", block_size=32, scales="float32").dequantize()
     torch.testing.assert_close((after - values).norm(dim=-1), (own - values).norm(dim=-1))
+    zeros = quantize(torch.zeros(1, 64), "nf4")
+    packed, after = pack_again(zeros.dequantize(), torch.float32, zeros)
+    assert packed.parts["weight_packed"].view(torch.uint8).eq(0x88).all()
+    assert not after.any()
+
+
+INT4 = {
+    "num_bits": 4,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": 32,
+    "dynamic": False,
+}
 
 
 def test_the_config_names_each_scheme():
     one = PACKING.config({"a": ("pack-quantized", 32, True)}, ["head"], torch.float32)
-    assert one["format"] == one["config_groups"]["group_0"]["format"] == "pack-quantized"
-    assert one["config_groups"]["group_0"]["targets"] == ["Linear"]
-    assert one["ignore"] == ["head"]
+    assert not PACKING.conv1d
+    assert not PACKING.keeps_weight
+    settled = {"input_activations": None, "output_activations": None}
+    assert one == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4, **settled, "format": "pack-quantized"}},
+        "ignore": ["head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
     schemes = {
         "a": ("pack-quantized", 32, True),
         "b": ("mxfp4-pack-quantized", 32, True),
@@ -188,6 +240,11 @@ def test_the_config_names_each_scheme():
     }
     several = PACKING.config(schemes, [], torch.float32)
     assert several["format"] == "mixed-precision"
+    assert [group["weights"] for group in several["config_groups"].values()] == [
+        {**INT4, "type": "float", "scale_dtype": "torch.uint8"},
+        {**INT4, "symmetric": False, "group_size": 16},
+        INT4,
+    ]
     targets = [group["targets"] for group in several["config_groups"].values()]
     assert sorted(targets) == [["a"], ["b"], ["c"]]
     symmetric = {group["targets"][0]: group["weights"]["symmetric"] for group in several["config_groups"].values()}
