@@ -637,7 +637,7 @@ def _made(one: Described, sources: tuple[Tensor, ...]) -> StoredTensor:
                 f"rounded.shape={tuple(sources[0].shape)} does not hold a weight of {(*rows, *one.tail)}"
             )
         parts = tuple(part.flatten(len(rows)) if len(one.tail) > 1 else part for part in sources)
-    elif tuple(parts[0].shape[:-1]) != rows and not is_recorded(*sources):
+    elif any(tuple(part.shape[:-1]) != rows for part in (parts[0], parts[-1])) and not is_recorded(*sources):
         weight = one.form.join(parts, torch.Size(one.tail).numel())
         replace(weight, shape=torch.Size((*rows, weight.shape[-1]))).check_layout()
     kind = GatheredTensor if one.form.gathered else StoredTensor

@@ -212,10 +212,14 @@ def test_a_dense_weight_makes_the_class_what_it_was(technique):
 
 
 def test_a_part_of_the_stored_parameters_can_be_dense_again():
-    model = convert(nn.LSTM(16, 24), FourBit())
+    model = convert(nn.LSTM(16, 24), FourBit("nf4", 16, "float32"))
     left = restored_copy(model, {"weight_ih_l0": nn.Parameter(model.weight_ih_l0.dequantize())})
     assert isinstance(left, nn.LSTM)
     assert [*left.forms] == ["weight_hh_l0"]
+    assert left.part_names == ("weight_hh_l0_packed", "weight_hh_l0_scales")
+    assert left.weight_count == model.weight_count == sum(one.numel() for one in nn.LSTM(16, 24).parameters())
+    assert left.element_counts == {"weight_hh_l0_scales": 96 * 2}  # blocks of 16: 16 and 8 columns
+    assert model.element_counts == {"weight_ih_l0_scales": 96, **left.element_counts}
     x = torch.randn(3, 2, 16)
     torch.testing.assert_close(left(x)[0], model(x)[0])
 
@@ -417,6 +421,9 @@ def test_codes_without_their_scales_or_of_other_rows_are_not_taken():
         assert torch.func.functional_call(layer, dict(layer.named_parameters()), inputs).shape == (4, 2)
         with pytest.raises(RuntimeError, match=re.escape(told)):
             torch.func.functional_call(layer, dict(other.named_parameters()), inputs)
+        for name, part in other.named_parameters() if isinstance(technique, FourBit) else ():
+            with pytest.raises(RuntimeError, match=re.escape(told)):  # one of two parts
+                torch.func.functional_call(layer, {**dict(layer.named_parameters()), name: part}, inputs)
 
 
 @pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16)])
