@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowmem import FourBit, Half, convert, restore
+from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_functions import store_again
 from tests.nn.stored_cases import store
 from tests.selection import rows_in_one_case
@@ -125,9 +126,19 @@ def test_data_that_cannot_be_stored_changes_nothing():
 
 @forms
 def test_storing_again_what_is_stored_changes_no_bit(form):
+    """Of a stack, too, whose matrices are the same tensors until it is stored anew."""
     weight = store(torch.randn(24, 40), form)
     again = store_again(weight, weight.dequantize())
     assert torch.equal(again.dequantize(), weight.dequantize())
+    stack = store(torch.randn(3, 24, 40), form)
+    for values in (stack.dequantize(), torch.randn(3, 24, 40)):
+        stack.data = values
+        matrices = [stack[number] for number in range(3)]
+        assert stack[1] is matrices[1] is stack[torch.tensor(1)] is stack[torch.tensor(1, dtype=torch.int32)]
+        assert [type(one) for one in matrices] == [StoredTensor] * 3
+        expected = store_again(stack, values).dequantize()
+        assert torch.equal(torch.stack([one.dequantize() for one in matrices]), expected)
+        assert torch.equal(stack[-1].dequantize(), expected[2])
 
 
 @forms

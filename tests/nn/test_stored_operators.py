@@ -225,6 +225,7 @@ def test_transforms_of_functions_see_a_matrix(form, transform):
 
 
 def test_it_is_read_in_inference_mode_and_under_autocast():
+    """So is a view of the strides that a weight has; any other is of its values."""
     weight, x, bias = store(torch.randn(24, 40), "nf4"), torch.randn(3, 40), torch.randn(24)
     with torch.inference_mode():
         for given in (x, x.expand(2, 3, 40), x[0]):
@@ -233,6 +234,15 @@ def test_it_is_read_in_inference_mode_and_under_autocast():
                     got, expected = (linear(given, w, *more) for w in (weight, weight.dequantize()))
                     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert not weight.dequantized_by
+    for own in (weight, weight.T):
+        same = own.as_strided(own.shape, own.stride())
+        assert (type(same), same.shape, same.stride()) == (StoredTensor, own.shape, own.stride())
+        assert torch.equal(same.dequantize(), own.dequantize())
+    assert torch.equal(weight.as_strided((24, 40), (40, 1), 0).dequantize(), weight.dequantize())
+    assert not weight.dequantized_by
+    dense = weight.dequantize()
+    for view in (((24, 39), (40, 1)), ((24, 40), (39, 1)), ((23, 40), (40, 1), 40), ((40, 24), (1, 40))):
+        assert torch.equal(torch.as_strided(weight, *view), torch.as_strided(dense, *view))
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(x, weight).dtype == (x @ weight.T).dtype == torch.bfloat16
 
