@@ -138,6 +138,22 @@ def test_every_layer_that_has_no_such_form_is_named(tmp_path):
     write_tensors(tmp_path / "m", file.tensors, file.metadata)
     with pytest.raises(FileError, match=r"0 is stored by FourBit.*; 1 is stored by FourBit"):
         load(tmp_path / "m", lambda: nn.Sequential(nn.LayerNorm(16), nn.ReLU()))
+    names = [f"{number}.weight" for number in range(6)]
+    for count, named in ((1, names[0]), (3, ", ".join(names[:3])), (4, f"{', '.join(names[:3])} and 1 more")):
+        for saved, made, lacks in ((0, count, "it lacks"), (count, 0, "the model lacks")):
+            save(nn.Sequential(*(nn.PReLU() for _ in range(saved))), tmp_path / "n")
+            with pytest.raises(FileError, match=f"it holds another model than the factory makes: {lacks} {named}$"):
+                load(tmp_path / "n", lambda made=made: nn.Sequential(*(nn.PReLU() for _ in range(made))))
+    save(nn.ModuleDict({"0": nn.PReLU()}), tmp_path / "n")
+    with pytest.raises(FileError, match="makes: it lacks 1.weight, and the model lacks 0.weight$"):
+        load(tmp_path / "n", lambda: nn.ModuleDict({"1": nn.PReLU()}))
+    save(nn.Sequential(nn.PReLU(init=0.5), nn.PReLU()), tmp_path / "n")
+    with pytest.raises(FileError, match="0.weight and 1.weight differ in it, and are one tensor in the model$"):
+        load(tmp_path / "n", lambda: nn.Sequential(*[nn.PReLU()] * 2))
+    save(nn.PReLU(3), tmp_path / "n")
+    for factory in (lambda: nn.PReLU(4), lambda: nn.PReLU(3).double()):
+        with pytest.raises(FileError, match=r"weight is torch.float32 \(3,\) in it, and torch.float(32 \(4|64 \(3)"):
+            load(tmp_path / "n", factory)
 
 
 def encoder():
