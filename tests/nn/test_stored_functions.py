@@ -138,6 +138,7 @@ def test_storing_again_what_is_stored_changes_no_bit(form):
         assert [type(one) for one in matrices] == [StoredTensor] * 3
         expected = store_again(stack, values).dequantize()
         assert torch.equal(torch.stack([one.dequantize() for one in matrices]), expected)
+        assert torch.equal(stack[torch.tensor([1])].dequantize(), expected[1:2])
         assert torch.equal(stack[-1].dequantize(), expected[2])
 
 

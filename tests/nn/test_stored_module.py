@@ -219,6 +219,9 @@ def test_a_part_of_the_stored_parameters_can_be_dense_again():
     assert left.part_names == ("weight_hh_l0_packed", "weight_hh_l0_scales")
     assert left.weight_count == model.weight_count == sum(one.numel() for one in nn.LSTM(16, 24).parameters())
     assert left.element_counts == {"weight_hh_l0_scales": 96 * 2}  # blocks of 16: 16 and 8 columns
+    assert left.dequantized_by == set()
+    left.weight_hh_l0.mul(1)
+    assert left.dequantized_by == {"mul"}
     assert model.element_counts == {"weight_ih_l0_scales": 96, **left.element_counts}
     x = torch.randn(3, 2, 16)
     torch.testing.assert_close(left(x)[0], model(x)[0])

@@ -243,6 +243,8 @@ def test_it_is_read_in_inference_mode_and_under_autocast():
     dense = weight.dequantize()
     for view in (((24, 39), (40, 1)), ((24, 40), (39, 1)), ((23, 40), (40, 1), 40), ((40, 24), (1, 40))):
         assert torch.equal(torch.as_strided(weight, *view), torch.as_strided(dense, *view))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        weight.as_strided((24, 40), (40, 1), 1)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(x, weight).dtype == (x @ weight.T).dtype == torch.bfloat16
 
