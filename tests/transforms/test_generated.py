@@ -61,6 +61,12 @@ def test_a_seed_gives_the_same_text_and_leaves_the_draws_of_others_alone():
     assert torch.equal(state, torch.get_rng_state())
     with torch.device("meta"):  # on which new tensors are by default
         assert torch.equal(one, torch.cat(generated_batches(model, Tokenizer(), 5, 1.0)))
+    for seed in (-(2**63) - 1, 2**63):
+        with pytest.raises(ValueError, match=f"^seed={seed} must be below 2.63, and at least -2.63$"):
+            generated_batches(model, Tokenizer(), seed, 1.0)
+    for seed in (-(2**63), 2**63 - 1):  # the seed is taken: what is wrong is the tokenizer
+        with pytest.raises(TypeError, match="^tokenizer=None must be the model's"):
+            generated_batches(model, None, seed, 1.0)
 
 
 def test_a_temperature_divides_what_is_predicted():

@@ -158,7 +158,7 @@ def test_a_layer_with_tensors_of_its_own_is_taken():
     assert skip_reason(LoRA, nn.LayerNorm(4)) == "LoRA has no form of it"
 
 
-def test_module_paths_and_parameter_owners_know_every_path():
+def test_module_paths_and_parameter_owners_know_every_path_and_none_inside_an_adapted_layer():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})
     model["c"].weight = shared.weight
@@ -167,6 +167,12 @@ def test_module_paths_and_parameter_owners_know_every_path():
     assert list(select_modules(model, None, "b*").values()) == ["", "c"]
     with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
         module_paths([shared])
+    # What is inside an adapted layer has none, as the root or elsewhere; what is named alike, and comes behind, has.
+    layer, other = (convert(one, LoRA(2), where=lambda *_: True) for one in (nn.Linear(4, 4), nn.Embedding(4, 4)))
+    assert module_paths(layer) == {layer: [""]}
+    assert module_paths(other) == {other: [""]}
+    model = nn.ModuleDict({"a": layer, "ab": nn.Sequential(nn.Linear(4, 4)), "c": other, "cd": nn.ReLU()})
+    assert [*module_paths(model).values()] == [[""], ["a"], ["ab"], ["ab.0"], ["c"], ["cd"]]
 
 
 @pytest.mark.parametrize("technique", [Half, FourBit])
