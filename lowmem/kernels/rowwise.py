@@ -203,7 +203,8 @@ def _takes(*tensors: Tensor) -> bool:
 
 
 def _widens(narrow: torch.dtype, dtype: torch.dtype) -> bool:
-    return dtype is narrow or (narrow is torch.bfloat16 and dtype is torch.float32)
+    """Whether C writes one dtype where it reads another, which is float32 or bfloat16."""
+    return dtype in (narrow, torch.float32)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -218,7 +219,7 @@ def _step(x: Tensor) -> int | None:
     if x.is_contiguous():
         return x.shape[-1]
     shape, strides = x.shape[:-1], x.stride()[:-1]
-    if x.stride(-1) != 1 or not shape:
+    if x.stride(-1) != 1:  # as of any vector that is not contiguous
         return None
     even = all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(len(shape) - 1))
     return strides[-1] if even else None
