@@ -202,7 +202,6 @@ _NO_ADAPTER = ("Bilinear", "LSTM, GRU and RNN", "XLNet's attention", "weight nor
 def computes_linear(module: nn.Module) -> bool:
     """Whether a subclass of nn.Linear reads its weight in products alone: found by a call on the meta device."""
     probe = _Probe.of(module)
-    read = getattr(module, "in_features", 0)
     kind = module.dense_class if isinstance(module, StoredModule) else type(module)
     copied = copied_module(module, kind)
     copied.__dict__["_parameters"] = {
@@ -210,6 +209,7 @@ def computes_linear(module: nn.Module) -> bool:
     } | {"weight": probe}
     copied.__dict__["_buffers"] = {name: None if b is None else b.to("meta") for name, b in module._buffers.items()}
     try:
+        read: Any = module.in_features
         with torch.no_grad():
             kind.forward(copied, torch.empty(2, read, device="meta", dtype=probe.dtype))
     except Exception:  # noqa: BLE001 - whatever a class of the user's raises on the meta device: it is not known to be linear
@@ -220,7 +220,7 @@ def computes_linear(module: nn.Module) -> bool:
 class _Probe(StoredTensor):
     """A stored weight on the meta device that notes whether something dequantizes it."""
 
-    dequantized: ClassVar[bool] = False
+    dequantized: ClassVar[bool]
 
     @classmethod
     def of(cls, module: nn.Module) -> _Probe:

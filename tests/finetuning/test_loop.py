@@ -2,6 +2,7 @@
 
 import errno
 import os
+import types
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,10 @@ import lowmem
 from lowmem import FineTuning, finetune
 from lowmem.finetuning.calling import logits_of
 from lowmem.finetuning.evaluation import perplexity
-from lowmem.finetuning.order import Order
+from lowmem.finetuning.order import Order, part
 from lowmem.finetuning.ranks import Alone
 from lowmem.finetuning.state import States, trained
+from lowmem.finetuning.text import IGNORED
 from tests.finetuning.language import Language, language, rows, texts
 
 SETTINGS = FineTuning(steps=12, batch_size=2, lr=1e-2, eval_every=4, save_every=2)
@@ -47,6 +49,16 @@ def test_it_learns_what_it_is_shown_and_the_base_stays(memory, tmp_path):
     assert seen[0].lr == 1e-2 > seen[20].lr > seen[-1].lr > 0
     assert seen[0].tokens == sum(found.batch([one]).tokens for one in Order(len(found), 2, 0, 80).indices(0))
     assert all(torch.equal(one, dict(model.named_parameters())[name]) for name, one in frozen.items())
+
+
+class Balanced(Language):
+    """As models of transformers return what balances the load of their experts."""
+
+    router_aux_loss_coef = 0.25
+
+    def forward(self, *args, **named):
+        logits = super().forward(*args, **named)
+        return {"logits": logits, "aux_loss": logits.square().mean()}
 
 
 class Noting(Alone):
@@ -92,6 +104,22 @@ def test_an_accumulated_gradient_is_that_of_the_whole_batch(tmp_path):
     functional.cross_entropy(logits_of(model(**eight.inputs)).flatten(0, 1), eight.targets.flatten()).backward()
     for one, parameter in zip(found["parts"], trained(model).values(), strict=True):
         torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
+    # What a mixture of experts adds to the mean loss of a batch counts as its tokens do.
+    torch.manual_seed(0)
+    model, ranks = lowmem.add_adapter(Balanced(), "default", lowmem.LoRA(4)), Noting()
+    parts = [data.batch(one) for one in part(Order(10, 8, 0, 8).indices(0), 2, 0, 1)]
+    counts = [int(one.targets.ne(IGNORED).sum()) for one in parts]
+    assert len(set(counts)) > 1
+    mean = 0
+    for one, count in zip(parts, counts, strict=True):
+        out = model(**one.inputs)
+        loss = functional.cross_entropy(out["logits"].flatten(0, 1), one.targets.flatten())
+        mean = mean + (loss + 0.25 * out["aux_loss"]) * (count / sum(counts))
+    mean.backward()
+    expected = [one.grad.clone() for one in trained(model).values()]
+    outcome = finetune(model, data, FineTuning(steps=1, batch_size=2, accumulate=4), ranks=ranks)
+    assert outcome.losses == [pytest.approx(mean.item(), rel=1e-5)]
+    torch.testing.assert_close(ranks.found[0], expected, rtol=1e-4, atol=1e-6)
 
 
 class StopError(Exception):
@@ -145,12 +173,32 @@ def test_the_seed_decides(tmp_path):
     assert not torch.equal(before, after)
 
 
-def test_patience_stops_and_keeps_the_best(tmp_path):
-    model = language()
+def test_patience_stops_and_keeps_the_best(tmp_path, monkeypatch):
+    """A step's time is that of its gradient and its update, here a second each: a clock goes on when it is read."""
+    model, clock, seen = language(), [0], []
+
+    def read():
+        clock[0] += 1
+        return clock[0]
+
+    def evaluate_slowly(*_):
+        clock[0] += 0 if model.training else 100
+
+    class Slow(States):
+        def save(self, saved):
+            clock[0] += 100
+            super().save(saved)
+
     found = rows(model, texts(tmp_path))
     other = rows(model, texts(tmp_path, "zyxwv" * 30, name="other.txt"))
     settings = replace(SETTINGS, steps=60, eval_every=2, patience=2, lr=3e-2)
-    outcome = finetune(model, found, settings, held_out=other)
+    states, hook = Slow(tmp_path / "states", {}), model.register_forward_pre_hook(evaluate_slowly)
+    with monkeypatch.context() as patch:
+        patch.setitem(finetune.__globals__, "time", types.SimpleNamespace(perf_counter=read))
+        outcome = finetune(model, found, settings, held_out=other, states=states, watch=seen.append)
+    hook.remove()
+    assert clock[0] > 100 * len(outcome.evaluations)
+    assert {one.seconds for one in seen} == {2}
     step, least = outcome.best
     assert outcome.stopped
     assert outcome.step == step
@@ -163,11 +211,12 @@ def test_patience_stops_and_keeps_the_best(tmp_path):
 class Breaks(Language):
     """Returns what is not finite in some calls in training."""
 
-    calls, broken = 0, ()
+    calls, broken, tokens_of_calls = 0, (), []
 
     def forward(self, *args, **named):
         logits = super().forward(*args, **named)
         self.calls += self.training
+        self.tokens_of_calls.append(named["input_ids"])
         return logits * torch.nan if self.calls in self.broken else logits
 
 
@@ -188,11 +237,14 @@ def breaking(folder, broken, **settings):
     torch.manual_seed(0)
     model = lowmem.add_adapter(Breaks(), "default", lowmem.LoRA(2))
     found, states, seen = rows(model, texts(folder)), Noted(folder / "states"), []
-    model.calls, model.broken = 0, broken
+    model.calls, model.broken, model.tokens_of_calls = 0, broken, []
     settings = replace(SETTINGS, eval_every=None, **settings)
     with pytest.raises(ValueError, match="in step") as error:
         finetune(model, found, settings, states=states, watch=lambda step: seen.append(weights(model)))
-    assert not seen or same(weights(model), seen[-1])  # the step that failed changed nothing
+    if seen:
+        assert same(weights(model), seen[-1])  # the step that failed changed nothing
+        *_, before, _, again = model.tokens_of_calls
+        assert torch.equal(again, before)
     model.broken = ()
     again = States(states.folder, {})
     if states.seen:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowmem import FourBit, calibrate
-from lowmem.transforms.generated import SEQUENCES, TOKENS, generated_batches
+from lowmem.transforms.generated import TOKENS, generated_batches
 from tests.transforms.test_calibrate import Decoder, assert_same_bytes, made
 
 
@@ -24,6 +24,15 @@ class Tokenizer:
 
     def __call__(self, text):
         return {"input_ids": [3] if self.begins else []}
+
+
+class Vocabulary:
+    """A tokenizer that cannot be called, and so puts nothing before a text."""
+
+    bos_token_id = 3
+
+    def __len__(self):
+        return 40
 
 
 class Chain(nn.Module):
@@ -44,7 +53,7 @@ class Chain(nn.Module):
 def test_text_is_drawn_from_what_the_model_predicts(begins):
     batches = generated_batches(Chain(), Tokenizer(begins=begins), 0, 1.0)
     text = torch.cat(batches)
-    assert text.shape == (SEQUENCES, TOKENS)
+    assert [one.shape for one in batches] == [(8, 128)] * 4
     assert (text[:, 0] == 3).all() == begins
     start = int(begins)
     steps = (text[:, start + 1 :] - text[:, start:-1]) % 40
@@ -61,6 +70,7 @@ def test_a_seed_gives_the_same_text_and_leaves_the_draws_of_others_alone():
     assert torch.equal(state, torch.get_rng_state())
     with torch.device("meta"):  # on which new tensors are by default
         assert torch.equal(one, torch.cat(generated_batches(model, Tokenizer(), 5, 1.0)))
+    assert torch.equal(one, torch.cat(generated_batches(model, Vocabulary(), 5, 1.0)))
     for seed in (-(2**63) - 1, 2**63):
         with pytest.raises(ValueError, match=f"^seed={seed} must be below 2.63, and at least -2.63$"):
             generated_batches(model, Tokenizer(), seed, 1.0)
@@ -78,8 +88,19 @@ def test_a_temperature_divides_what_is_predicted():
     assert set(steps.flatten().tolist()) == {1, 2}
 
 
-def test_tokens_that_the_tokenizer_does_not_have_are_not_drawn():
+def test_tokens_that_the_tokenizer_does_not_have_are_not_drawn(monkeypatch):
     assert torch.cat(generated_batches(Chain(), Tokenizer(30), 0, 1e6)).max() < 30
+    # The largest number draws the last token, though shares in float32 may add up to less.
+    monkeypatch.setattr(torch, "rand", lambda shape, **how: torch.full(shape, 1 - 2**-53, dtype=how["dtype"]))
+    model = made(Decoder)
+    model.config = types.SimpleNamespace(max_position_embeddings=4)
+    text = torch.cat(generated_batches(model, Tokenizer(), 0, 1.0))
+    assert text.shape == (32, 4)
+    assert (text[:, 1:] == 39).all()
+    # The smallest draws the first that is not impossible.
+    monkeypatch.setattr(torch, "rand", lambda shape, **how: torch.zeros(shape, dtype=how["dtype"]))
+    text = torch.cat(generated_batches(Chain(), Tokenizer(), 0, 1e-3))
+    assert set(((text[:, 1:] - text[:, :-1]) % 40).flatten().tolist()) == {1, 2}
 
 
 def test_a_model_is_calibrated_by_its_own_text():

@@ -12,6 +12,7 @@ from lowmem.nn.stored_module import LAYERS
 from lowmem.transforms.registry import (
     ENTRIES,
     computes_linear,
+    how_computed,
     made_by,
     module_paths,
     parameter_owners,
@@ -62,6 +63,18 @@ class Cosine(nn.Linear):
         return x @ (self.weight / self.weight.norm(dim=1, keepdim=True)).T
 
 
+class Scaled(nn.Linear):
+    """A subclass with buffers, one of which is None."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("factor", torch.tensor(2.0))
+        self.register_buffer("shift", None)
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
@@ -82,7 +95,9 @@ def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(k
     assert names
     assert all(dense._parameters[name].dim() >= 2 and "bias" not in name for name in names)
     own = {name: parameter.detach().clone() for name, parameter in dense.named_parameters(recurse=False)}
+    assert how_computed(dense) == ""
     made = convert(dense, technique)
+    assert how_computed(made) == ("dequantized, a layer at a time" if kind == "LSTM" else "as stored")
     assert made is dense
     assert isinstance(made, type(KINDS[kind]()))
     assert made_by(made) is type(technique)
@@ -110,10 +125,15 @@ def test_the_first_entry_that_fits_serves():
 def test_a_subclass_of_linear_is_taken_if_products_alone_read_its_weight():
     assert computes_linear(Transposed(8, 4))
     assert computes_linear(Subclass(8, 4))
+    assert computes_linear(Scaled(8, 4))
     assert not computes_linear(Cosine(8, 4))
     assert skip_reason(FourBit, Transposed(8, 4)) is None
     assert "computes something else" in skip_reason(FourBit, Cosine(8, 4))
     assert skip_reason(FourBit, Cosine(8, 4), chosen=True) is None
+    cosine = convert(Cosine(8, 4), FourBit(), where=lambda *_: True)
+    assert how_computed(cosine) == "as its module reads it"
+    cosine(torch.randn(2, 8))
+    assert how_computed(cosine).startswith("dequantized by ")
 
 
 @rows_in_one_case(
