@@ -85,7 +85,15 @@ def test_what_is_remembered_of_a_weight_follows_it(isa):
     other = quantize(strategies.make_weight("normal", (12, 64), 0, 1))
     x = torch.randn(2, 64)
     with kernels.using(isa):
+        kernel, low_rank = backend.active_backend(), (torch.randn(2, 64), torch.randn(12, 2), 0.5)
+        assert kernel.linear_again(x, q.cache, q.packed, q.scales, None, None) is None  # nothing is kept yet
         assert_exact(kernels.linear(x, q, torch.float32), x, q.dequantize())
+        for added in ((None, None), (torch.randn(12), None), (torch.randn(12), low_rank)):
+            got = kernel.linear_again(x, q.cache, q.packed, q.scales, *added)
+            assert torch.equal(got, kernels.linear(x, q, torch.float32, *added))
+        assert kernel.linear_again(x, q.cache, q.packed.clone(), q.scales, None, None) is None
+        another = cpu.Kernel(kernel.native, kernel.name)
+        assert another.linear_again(x, q.cache, q.packed, q.scales, None, None) is None  # it is not its own
         twins = copy.deepcopy(q), pickle.loads(pickle.dumps(q))
         q.packed.copy_(other.packed)
         q.scales.copy_(other.scales)
@@ -125,7 +133,7 @@ def test_a_bias_that_changed_under_the_same_address_is_read_anew(isa):
 
 @bound
 @in_one_case(
-    kind=["half", "bfloat16", "nf4", "int8"],
+    kind=["half", "bfloat16", "nf4", "int8", "uint4"],  # the last has offsets
     given=[torch.float32, torch.bfloat16, torch.float16],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
 )

@@ -47,8 +47,17 @@ def test_half_precision_sums_over_chunks_of_rows_are_rounded_once():
 
 
 @rows_in_one_case("columns", [64, 1000])
-def test_many_chunks_are_written_whole_and_match(columns):
-    weight = quantize(strategies.make_weight("normal", (1500, columns), 0, 0), block_size=16)
+def test_many_chunks_are_written_whole_and_match_and_a_block_of_zeros_has_no_scale(columns):
+    dense = strategies.make_weight("normal", (1500, columns), 0, 0)
+    weight = quantize(dense, block_size=16)
+    dense[1400, :17] = torch.tensor([-1e-2] * 16 + [1e4])  # in steps of 1e4 / 255 the first block is all but zero
+    for form, step, level in (("nf4", 0, 0), ("fp4", 0, 0), ("bof4s", 0, 0), ("int4", 1, -1 / 15), ("int8", 0, 0)):
+        with kernels.using("reference"):
+            stored = quantize(dense, form, block_size=16, scales="double")
+            again = quantize(stored.dequantize(), form, block_size=16, scales="double")
+        assert stored.scales[1400, 0] == step
+        torch.testing.assert_close(stored.dequantize()[1400, :16], torch.full((16,), level * 1e4 / 255))
+        assert again.scales[1400, 0] == step
     x = torch.randn(3, columns, dtype=torch.float64)
     dense = weight.dequantize(torch.float64)
     torch.testing.assert_close(kernels.linear(x, weight, torch.float64), x @ dense.t())

@@ -504,6 +504,27 @@ def test_merging_fresh_adapters_leaves_a_tie(base, tmp_path):
     assert model.h.weight is model.e.weight
     save(model, tmp_path / "model.safetensors")
     assert torch.equal(out_of_file(load(tmp_path / "model.safetensors", Tied))(x), model(x))
+    # One table of two embeddings is merged into one, and another with the same values, or no active adapter, is not.
+    for to in ("same format", torch.float16):
+        model = torch.nn.ModuleList(torch.nn.Embedding(16, 8) for _ in range(5))
+        model[1].weight = model[0].weight
+        model[2].load_state_dict(model[0].state_dict())
+        convert(model, *strategies.BASES[base], LoRA(2), where=lambda *_: True)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.ones_(parameter)
+        for layer in model[3:]:
+            deactivate(layer)
+        expected = [layer(x) for layer in model[3:]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merge(model, to)
+        for layer, before in zip(model[3:], expected, strict=True):
+            torch.testing.assert_close(layer(x).float(), before, rtol=1e-2, atol=1e-2)
+        for kept in ("weight", *(name for name, _ in model[0].named_parameters())):
+            assert getattr(model[0], kept) is getattr(model[1], kept)
+        assert model[2].weight is not model[0].weight
+        assert torch.equal(model[2](x), model[0](x))
 
 
 class Attends(torch.nn.Module):
