@@ -94,6 +94,9 @@ def test_what_is_remembered_of_a_weight_follows_it(isa):
         assert kernel.linear_again(x, q.cache, q.packed.clone(), q.scales, None, None) is None
         another = cpu.Kernel(kernel.native, kernel.name)
         assert another.linear_again(x, q.cache, q.packed, q.scales, None, None) is None  # it is not its own
+        another.dequantize(q, slice(None), torch.float32)  # which keeps a handle
+        another._linear = lambda *_: False  # torch is to multiply
+        assert another.linear_again(x, q.cache, q.packed, q.scales, None, None) is None
         twins = copy.deepcopy(q), pickle.loads(pickle.dumps(q))
         q.packed.copy_(other.packed)
         q.scales.copy_(other.scales)
@@ -138,11 +141,14 @@ def test_a_bias_that_changed_under_the_same_address_is_read_anew(isa):
     dtype=[torch.float32, torch.bfloat16, torch.float16],
 )
 def test_products_are_computed_in_the_dtype_that_is_asked_for_whatever_the_input_s(isa, kind, given, dtype):
-    w, _ = stored(kind, strategies.make_weight("normal", (12, 64), 0, 0))
+    w, dense = stored(kind, strategies.make_weight("normal", (12, 64), 0, 0))
     x, grad = torch.randn(20, 64).to(given), torch.randn(20, 12).to(given)
     with kernels.using(isa):
-        for product, rows in ((kernels.linear, x), (kernels.input_grad, grad)):
+        factors = (kernels.linear, x, dense.double().t()), (kernels.input_grad, grad, dense.double())
+        for product, rows, factor in factors:
             got = product(rows, w, dtype)
+            off = (got.double() - rows.double() @ factor).abs()
+            assert (off <= 0.03 * rows.double().abs() @ factor.abs()).all()  # of three roundings to bfloat16
             assert got.dtype is dtype
             assert torch.equal(got, product(rows.to(dtype), w, dtype))
 
