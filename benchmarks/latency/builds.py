@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
+from lowmem.errors import show
 from lowmem.kernels.cpu import compiler
 
 PACKAGED = (
@@ -96,8 +97,9 @@ def resolve(root: Path, reference: str) -> tuple[Commit, Commit, bool]:
     try:
         asked = git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}")
     except GateError as error:
-        shown = repr(reference if len(reference) <= 80 else f"{reference[:80]}...")
-        raise GateError(f"--base {shown} is no commit of this repository: fetch it, or name another") from error
+        raise GateError(
+            f"--base {show(reference)} is no commit of this repository: fetch it, or name another"
+        ) from error
     try:
         base = git(root, "merge-base", asked, head)
     except GateError as error:

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections import Counter
@@ -25,6 +26,7 @@ from benchmarks.latency import builds, counted, gate, instructions, proof, round
 from benchmarks.latency.__main__ import main, one_line, parse
 from benchmarks.latency.builds import Commit, Environment, GateError
 from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different
+from lowmem import errors
 from lowmem.testing.verdicts import Row, Verdict
 from tests.compiled import on_threads
 from tests.selection import rows_in_one_case
@@ -747,12 +749,14 @@ def test_the_base_is_the_merge_base_with_the_reference(repository):
 
 @pytest.mark.parametrize("reference", ["nowhere", "", "--all", "old:setup.py", "x" * 500, "a b\nc"])
 def test_a_reference_that_is_no_commit_is_refused(repository, reference):
-    with pytest.raises(GateError, match="is no commit of this repository"):
+    with pytest.raises(GateError) as refused:
         builds.resolve(repository, reference)
+    named = errors.show(reference)
+    assert str(refused.value) == f"--base {named} is no commit of this repository: fetch it, or name another"
 
 
 def test_a_directory_that_is_no_repository_is_refused(tmp_path):
-    with pytest.raises(GateError, match="is no git repository"):
+    with pytest.raises(GateError, match="is no git repository with a commit: git rev-parse: .*git"):
         builds.resolve(tmp_path, "main")
 
 
@@ -773,37 +777,56 @@ def test_a_commit_is_exported_as_it_was_committed(repository, tmp_path):
     (repository / "setup.py").write_text("not committed")
     builds.export(repository, builds.resolve(repository, "old")[0], tmp_path / "tree")
     assert (tmp_path / "tree" / "setup.py").read_text() == "one"
+    (repository / "link").symlink_to("/outside")
+    in_git(repository, "add", "-A")
+    in_git(repository, "commit", "-qm", "link")
+    if hasattr(tarfile, "data_filter"):
+        with pytest.raises(GateError, match=r"\(HEAD\) cannot be exported: .*link"):
+            builds.export(repository, builds.resolve(repository, "old")[1], tmp_path / "of the link")
 
 
 def test_a_base_that_does_not_build_is_an_error_and_nothing_is_cached(repository, tmp_path):
     base, _, _ = builds.resolve(repository, "old")
-    with pytest.raises(GateError, match=r"\(merge base of HEAD and old\) does not build: see .*build-.*\.log"):
+    with pytest.raises(GateError) as refused:
         builds.build_wheel(repository, base, tmp_path / "cache", tmp_path / "scratch")
+    log = tmp_path / "cache" / f"build-{base.sha[:12]}.log"
+    assert str(refused.value) == f"{base.sha[:12]} (merge base of HEAD and old) does not build: see {log}"
+    assert log.stat().st_size
     assert not list((tmp_path / "cache").rglob("*.whl"))
 
 
 def test_a_wheel_is_built_in_the_cache_which_may_lie_on_another_file_system_than_scratch(
     repository, tmp_path, monkeypatch
 ):
-    asked = []
+    asked, outcomes = [], [(1, "half"), (0, None), (0, "built"), (0, "again")]
+    cache = tmp_path / "of" / "all" / "cache"
 
     def run(command, **how):
         if "wheel" not in command:
             return subprocess.run(command, **how)
         asked.append(Path(command[command.index("-w") + 1]))
-        asked[0].mkdir(exist_ok=True)
-        (asked[0] / "lowmem-0-py3-none-any.whl").write_text("built")
-        return subprocess.CompletedProcess(command, 0)
+        code, content = outcomes[len(asked) - 1]
+        if content:
+            (asked[-1] / "lowmem-0-py3-none-any.whl").write_text(content)
+        return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(builds, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
     _, head, _ = builds.resolve(repository, "old")
-    wheel = builds.build_wheel(repository, head, tmp_path / "cache", tmp_path / "scratch")
-    assert wheel.read_text() == "built"
-    assert asked[0].is_relative_to(tmp_path / "cache")
-    assert not asked[0].exists()
+    for number, (code, content) in enumerate(outcomes):
+        scratch = tmp_path / f"scratch {number}"
+        if code or content is None:
+            with pytest.raises(GateError, match="does not build"):
+                builds.build_wheel(repository, head, cache, scratch)
+        else:
+            wheel = builds.build_wheel(repository, head, cache, scratch)
+            assert wheel.read_text() == content
+            assert not any(scratch.iterdir())
+            wheel.unlink()  # its folder stays
+        assert asked[number].is_relative_to(cache)
+        assert not asked[number].exists()
 
 
-def test_a_wheel_is_taken_from_the_cache_until_something_in_it_changes(repository, tmp_path):
+def test_a_wheel_is_taken_from_the_cache_until_something_in_it_changes(repository, tmp_path, monkeypatch):
     _, head, _ = builds.resolve(repository, "old")
     cached = tmp_path / "wheels" / builds._key(repository, head, builds.PACKAGED) / "lowmem-0-py3-none-any.whl"
     cached.parent.mkdir(parents=True)
@@ -817,7 +840,13 @@ def test_a_wheel_is_taken_from_the_cache_until_something_in_it_changes(repositor
     (repository / "setup.py").write_text("three")
     in_git(repository, "commit", "-qam", "three")
     _, head, _ = builds.resolve(repository, "old")
-    assert builds._key(repository, head, builds.PACKAGED) != cached.parent.name
+    keys = {cached.parent.name, builds._key(repository, head, builds.PACKAGED)}
+    for command in (["/no/such/compiler"], [sys.executable, "-I"]):
+        monkeypatch.setattr(builds, "compiler", lambda command=command: command)
+        keys.add(builds._key(repository, head, builds.PACKAGED))
+    monkeypatch.setenv("CFLAGS", "-O1 and others")
+    keys.add(builds._key(repository, head, builds.PACKAGED))
+    assert len(keys) == 5
 
 
 def test_only_the_compiled_kernel_is_kept_of_an_earlier_build_and_is_newer_than_its_sources(tmp_path):
@@ -850,9 +879,22 @@ def test_in_a_hook_git_takes_the_repository_that_is_asked_for(repository, tmp_pa
     assert builds.git(repository, "tag") == "old"
 
 
-def test_dependencies_are_found_where_they_are_imported_from():
+def test_what_an_environment_needs_is_found_or_named(tmp_path, monkeypatch):
     for place in builds.dependencies():
         assert Path(place).is_dir()
+    (tmp_path / "without_a_file").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("no_such_package", "without_a_file"):
+        monkeypatch.setattr(builds, "VISIBLE", ("torch", name))
+        with pytest.raises(GateError, match=f"^{name} is not installed beside .*: both sides need it$"):
+            builds.dependencies()
+    for code, said in (
+        ("print('one'); raise SystemExit('two\\nthree')", "three"),
+        ("print('four\\nfive'); raise SystemExit(7)", "five"),
+        ("raise SystemExit(7)", "exit code 7"),
+    ):
+        with pytest.raises(GateError, match=f"^no wheel: {said}$"):
+            builds._run([sys.executable, "-I", "-S", "-c", code], "no wheel")
 
 
 # The command
