@@ -46,6 +46,12 @@ def test_shapes_are_those_of_the_parameter_whatever_stores_it():
             torch.testing.assert_close(layout.weight(layout.matrix(adapter.delta()).contiguous()), adapter.delta())
             if "kernel" not in how:
                 torch.testing.assert_close(adapter.update().values(), adapter.delta())
+            for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                wide = torch.promote_types(dtype, torch.float32)
+                for technique, wanted in ((LoRA(2), wide), (LoRA(2, dtype=torch.bfloat16), torch.bfloat16)):
+                    other = Adapter(module.to(dtype), technique, name=name)
+                    assert other.lora_a.dtype is other.lora_b.dtype is wanted, kind
+                    assert other.delta().dtype is torch.promote_types(wanted, torch.float32), kind
 
 
 def test_a_stack_starts_as_its_matrices_would():

@@ -257,10 +257,33 @@ def test_what_it_does_not_serve_is_computed_as_before():
     def trained_bias(layer):
         layer.base.bias.requires_grad_()
 
+    def trained_weight(layer):
+        layer.base.weight.requires_grad_()
+
+    def moved_bias(layer):
+        bias = layer.base.bias.detach()
+        del layer.base.bias
+        layer.base.bias = bias
+
     for change in (hooked, second, frozen, trained_bias):
         layer, x = adapted(), inputs(64)
         change(layer)
         assert not is_one_product(layer(x.detach() + 0 if change is frozen else x)), change
+    for change in (trained_bias, trained_weight, moved_bias):
+        layer, x = adapted("dense"), inputs(64, dtype=BF16)
+        assert is_one_product(layer(x))
+        change(layer)
+        out = layer(x)
+        assert not is_one_product(out), change
+        out.float().sum().backward()
+        assert all((one.grad is None) != one.requires_grad for one in layer.parameters()), change
+    layer = adapted("dense")
+    x, plain = inputs(64, dtype=BF16), {"base.weight": layer.base.weight.detach()}
+    assert not is_one_product(torch.func.functional_call(layer, plain, x))
+    layer.float()
+    for x in (inputs(64), inputs(64, dtype=BF16)):
+        with torch.autocast("cpu", BF16, enabled=x.dtype is BF16):
+            assert not is_one_product(layer(x))
     layer = adapted()
     for x in (inputs(63), inputs(), inputs(64).double(), inputs(64).unsqueeze(0)[:, :0]):
         assert not is_one_product(layer(x))
