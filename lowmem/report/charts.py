@@ -19,11 +19,14 @@ from lowmem.report.theme import series
 from lowmem.report.timings import Timing, is_peers
 
 __all__ = [
+    "ALONE",
+    "BESIDE_NAMES",
     "FONT",
     "INK",
     "PAGE",
     "ROW",
     "SHAPES",
+    "WIDE",
     "Drawing",
     "by_name",
     "data",
@@ -34,6 +37,7 @@ __all__ = [
     "name_axis",
     "names_axis",
     "percent",
+    "powers",
     "readable_bytes",
     "room_for_text",
     "shapes",
@@ -50,7 +54,9 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 
 _KIND_COLOURS = dict(zip(KINDS, ("grey", "blue", "green", "olive", "purple", "orange", "sky", "brown"), strict=True))
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
-ROW = 26  # height of a row of bars, in pixels
+ROW = 26  # height of a row, in pixels
+WIDE = 560  # width of a chart's only panel on a desk, in pixels
+ALONE, BESIDE_NAMES = 250, 190  # of a panel on a phone, without and with names beside it
 _CHARACTER = 6.8  # width of a character at font size 11 in a wide font, in pixels
 
 
@@ -176,7 +182,7 @@ def memory_chart(footprints: Sequence[Footprint], narrow: bool) -> Any:
     totals = [
         {"name": f.name, "size": f.stored_bytes / size, "text": readable_bytes(f.stored_bytes)} for f in footprints
     ]
-    width = 190 if narrow else 400
+    width = BESIDE_NAMES if narrow else 400
     x = alt.X("size:Q", title=unit, scale=room_for_text(totals, width), axis=few_ticks(narrow))
     bars = (
         alt.Chart(data(stored))
@@ -207,7 +213,7 @@ def _peak_panel(title: str, colour: str, names: Sequence[str], peaks: Sequence[i
         {"name": name, "size": peak / size, "text": readable_bytes(peak)}
         for name, peak in zip(names, peaks, strict=True)
     ]
-    width = 190 if narrow else 165
+    width = BESIDE_NAMES if narrow else 165
     x = alt.X("size:Q", title=unit, scale=room_for_text(rows, width), axis=few_ticks(True))
     bars = alt.Chart(data(rows)).mark_bar(color=colour).encode(y=names_axis(names, shown=narrow), x=x)
     return alt.layer(bars, texts(rows, names, shown=narrow)).properties(
@@ -230,7 +236,7 @@ def texts(rows: Sequence[dict[str, Any]], names: Sequence[str], *, shown: bool =
     """Return the labels ``text`` of rows, right of their bars."""
     return (
         alt.Chart(data(rows))
-        .mark_text(align="left", dx=5, color=INK, fontSize=11)
+        .mark_text(align="left", dx=5, color=INK)
         .encode(y=names_axis(names, shown=shown), x="size:Q", text="text:N")
     )
 
@@ -242,7 +248,7 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
     ends = [end for t in timings for end in (t.speed, t.low or t.speed, t.high or t.speed)]
     lowest, highest = min(*ends, 0.9) / 1.08, max(*ends, 1.1) * 1.08
     panels = list(dict.fromkeys(timing.panel for timing in timings))
-    width = 250 if narrow else min(420, 800 // len(panels) - 18)
+    width = ALONE if narrow else min(420, 800 // len(panels) - 18)
     charts: list[Any] = []
     for panel in panels:
         rows = [asdict(timing) for timing in timings if timing.panel == panel]
@@ -257,7 +263,7 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
                 "speed:Q",
                 title=None if charts and not narrow else "times as fast",
                 scale=alt.Scale(type="log", base=2, domain=[lowest, highest], nice=False),
-                axis=alt.Axis(values=_powers_of_two(lowest, highest), format="~g"),
+                axis=alt.Axis(values=powers(2, lowest, highest), format="~g"),
             ),
             color=by_name(names, narrow),
         )
@@ -265,7 +271,7 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
         dense = alt.Chart(data([{"batch": batches[0], "speed": 1.0, "text": reference}]))
         layers = [
             dense.mark_rule(color=INK, strokeDash=[5, 3], strokeWidth=1.2).encode(y="speed:Q"),
-            dense.mark_text(align="left", baseline="top", dy=4, color=INK, fontSize=11).encode(
+            dense.mark_text(align="left", baseline="top", dy=4, color=INK).encode(
                 x=alt.value(4), y="speed:Q", text="text:N"
             ),
             base.mark_line(strokeWidth=1.8),
@@ -281,8 +287,10 @@ def _around(batches: Sequence[int]) -> list[float]:
     return [batches[0] / 1.15, batches[-1] * 1.15]
 
 
-def _powers_of_two(low: float, high: float) -> list[float]:
-    return [value for power in range(-10, 11) if low <= (value := 2.0**power) <= high]
+def powers(base: int, low: float, high: float) -> list[float]:
+    """Return the powers of 2 or 10 from ``low`` to ``high``."""
+    log = {2: math.log2, 10: math.log10}[base]
+    return [float(base) ** power for power in range(math.ceil(log(low)), math.floor(log(high)) + 1)]
 
 
 def by_name(names: Sequence[str], narrow: bool) -> Any:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
 from lowmem.report.charts import (
+    ALONE,
+    BESIDE_NAMES,
     INK,
     ROW,
     SHAPES,
+    WIDE,
     by_name,
     data,
     legend,
     name_axis,
     names_axis,
     percent,
+    powers,
     shapes,
     unit_of,
     unlabelled,
@@ -42,20 +46,11 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
     lowest = least_error(last) * 0.95
     steps = [first + (last - first) * step / 40 for step in range(41)]
     theory_rows = [{"bits": bits, "error": least_error(bits), "lowest": lowest} for bits in steps]
-    x = alt.X(
-        "bits:Q",
-        title="bits per weight",
-        scale=alt.Scale(domain=[first, last + 0.06], nice=False),
-        axis=alt.Axis(values=[4, 4.5, 5, 5.5, 6], format="~g"),
-    )
+    x = _bits(first, last)
     panels: list[Any] = []
     for scales in dict.fromkeys(point.scales for point in points):
-        y = alt.Y(
-            "error:Q",
-            title="relative error of the weights" if narrow or not panels else None,
-            scale=alt.Scale(type="log", domain=[lowest, max(point.error for point in points) * 1.1], nice=False),
-            axis=alt.Axis(values=[0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15], format="~%"),
-        )
+        title = "relative error of the weights" if narrow or not panels else None
+        y = _errors(title, lowest, max(point.error for point in points) * 1.1)
         rows = [
             {"bits": point.bits_per_weight, "error": point.error, "name": point.format, "block": point.block_size}
             for point in points
@@ -69,14 +64,14 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
         layers = [
             theory.mark_area(color="var(--grey)", opacity=0.16).encode(y2="lowest:Q"),
             theory.mark_line(color=INK, strokeDash=[5, 3], strokeWidth=1.4),
-            label.mark_text(
-                align="left", baseline="bottom", dx=7, dy=-22, color=INK, fontSize=11, lineHeight=14
-            ).encode(x="bits:Q", y="error:Q", text="text:N"),
+            label.mark_text(align="left", baseline="bottom", dx=7, dy=-22, color=INK, lineHeight=14).encode(
+                x="bits:Q", y="error:Q", text="text:N"
+            ),
             base.mark_line(strokeWidth=1.6),
             base.mark_point(filled=True, size=50, opacity=1).encode(shape=shapes(formats, narrow)),
         ]
         panels.append(
-            alt.layer(*layers).properties(width=240, height=230 if narrow else 300, title=f"{scales} scales")
+            alt.layer(*layers).properties(width=ALONE, height=230 if narrow else 300, title=f"{scales} scales")
         )
     return alt.vconcat(*panels) if narrow else alt.hconcat(*panels)
 
@@ -87,23 +82,25 @@ def quality_chart(found: Sequence[Quality], narrow: bool) -> Any:
     names = [name for name in SERIES if any(one.series == name for one in drawn)]
     rows = [{"bits": one.bits, "error": one.error, "name": one.series} for one in drawn]
     errors, bits = [one.error for one in drawn], [one.bits for one in drawn]
-    x = alt.X(
-        "bits:Q",
-        title="bits per weight",
-        scale=alt.Scale(domain=[min(4.0, *bits), max(bits) + 0.2], nice=False),
-        axis=alt.Axis(tickMinStep=0.5, format="~g"),
-    )
-    y = alt.Y(
-        "error:Q",
-        title="relative error of the output",
-        scale=alt.Scale(type="log", domain=[min(errors) / 1.2, max(errors) * 1.2], nice=False),
-        axis=alt.Axis(tickCount=6, format="~%"),
-    )
+    x = _bits(min(4.0, *bits), max(bits))
+    y = _errors("relative error of the output", min(errors) / 1.2, max(errors) * 1.2)
     base = alt.Chart(data(rows)).encode(x=x, y=y, color=by_name(names, narrow))
     return alt.layer(
         base.mark_line(strokeWidth=1.6),
         base.mark_point(filled=True, size=60, opacity=1).encode(shape=shapes(names, narrow)),
-    ).properties(width=250 if narrow else 700, height=230 if narrow else 300)
+    ).properties(width=ALONE if narrow else WIDE, height=230 if narrow else 300)
+
+
+def _bits(first: float, last: float) -> Any:
+    """Return the axis of the bits that a weight takes, with room for the last point."""
+    scale = alt.Scale(domain=[first, last + 0.1], nice=False)
+    return alt.X("bits:Q", title="bits per weight", scale=scale, axis=alt.Axis(tickMinStep=0.5, format="~g"))
+
+
+def _errors(title: str | None, lowest: float, highest: float) -> Any:
+    """Return the logarithmic axis of relative errors."""
+    scale = alt.Scale(type="log", domain=[lowest, highest], nice=False)
+    return alt.Y("error:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6, format="~%"))
 
 
 def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:
@@ -111,23 +108,24 @@ def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:
     drawn = {name: error for name, error in errors.items() if 0 < error < math.inf}
     rows = [{"name": name, "error": error, "text": percent(error)} for name, error in drawn.items()]
     names = list(errors)
+    lowest, highest = min(drawn.values()) / 1.5, max(drawn.values()) * 7  # a tick at least, and room for the text
     x = alt.X(
         "error:Q",
         title="relative error of the output",
-        scale=alt.Scale(type="log", domain=[min(drawn.values()) / 1.5, max(drawn.values()) * 6]),
-        axis=alt.Axis(values=[10.0**power for power in range(-9, 2)], format="~%"),
+        scale=alt.Scale(type="log", domain=[lowest, highest], nice=False),
+        axis=alt.Axis(values=powers(10, lowest, highest), format="~%"),
     )
     base = alt.Chart(data(rows)).encode(y=names_axis(names), x=x)
     return alt.layer(
         base.mark_point(filled=True, size=80, opacity=1, color="var(--blue)"),
-        base.mark_text(align="left", dx=9, color=INK, fontSize=11).encode(text="text:N"),
-    ).properties(width=190 if narrow else 680, height=alt.Step(ROW))
+        base.mark_text(align="left", dx=9, color=INK).encode(text="text:N"),
+    ).properties(width=BESIDE_NAMES if narrow else WIDE, height=alt.Step(ROW))
 
 
 def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) -> Any:
     """Draw the bytes of each group of layers, dense and in each variant, and the errors of its weights."""
     drawn = sorted(groups, key=lambda group: -group.dense_bytes)[:MOST_GROUPS]
-    labels = {_marked(group.name): _short(group.name, 20 if narrow else 44) for group in drawn}
+    labels = _labels((group.name for group in drawn), narrow)
     names = list(labels)
     largest = max(max(group.dense_bytes, *group.bytes.values()) for group in drawn)
     size, unit = unit_of(largest)
@@ -147,7 +145,7 @@ def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) 
     axis = name_axis(labels.values(), grid=True, labels=expression)
     domain = ["dense", *variants]
     colours = ["var(--grey)", *series(len(variants))]
-    width = 160 if narrow else 330
+    width = BESIDE_NAMES if narrow else 290
 
     def panel(rows: list[dict[str, Any]], title: str, x: Any, shown: bool) -> Any:
         y = alt.Y("name:N", sort=names, scale=alt.Scale(domain=names), axis=axis if shown else unlabelled(grid=True))
@@ -164,7 +162,7 @@ def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) 
                     legend=legend(narrow),
                 ),
             )
-            .properties(width=width, height=alt.Step(22), title=title)
+            .properties(width=width, height=alt.Step(ROW), title=title)
         )
 
     panels = [panel(cost, "Costs", _decades(cost, f"{unit}, logarithmic", "~g"), True)]
@@ -194,6 +192,11 @@ def _looked_up(labels: Mapping[str, str]) -> str:
     return f"slice({json.dumps(marked)}[datum.label], 1)"
 
 
+def _labels(names: Iterable[str], narrow: bool) -> dict[str, str]:
+    """Return the labels of marked names, which a column of the page has room for beside a panel."""
+    return {_marked(name): _short(name, 17 if narrow else 44) for name in names}
+
+
 def _short(name: str, limit: int) -> str:
     """Return the end of a name that is too long, which identifies a layer better than the beginning."""
     return name if len(name) <= limit else f"…{name[1 - limit :]}"
@@ -202,7 +205,7 @@ def _short(name: str, limit: int) -> str:
 def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
     """Draw the ratios head / base of a gate with their intervals, coloured by verdict."""
     drawn = [row for row in rows if row.ratio is not None]
-    labels = {_marked(row.name): _short(row.name, 24 if narrow else 60) for row in drawn}
+    labels = _labels((row.name for row in drawn), narrow)
     names = list(labels)
     drawn_rows: list[dict[str, Any]] = [
         {
@@ -244,4 +247,4 @@ def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
                 legend=alt.Legend(columns=3, title=None),
             ),
         ),
-    ).properties(width=180 if narrow else 560, height=alt.Step(20))
+    ).properties(width=BESIDE_NAMES if narrow else WIDE, height=alt.Step(ROW))

@@ -8,8 +8,10 @@ from typing import Any
 import altair as alt
 
 from lowmem.report.charts import (
+    BESIDE_NAMES,
     PAGE,
     ROW,
+    WIDE,
     data,
     draw,
     few_ticks,
@@ -44,7 +46,7 @@ def chart(found: Mapping[str, TrainingMemory], narrow: bool) -> Any:
         ]
         text = readable_bytes(one.total_bytes)
         totals.append({"name": name, "size": one.total_bytes / size, "text": text})
-    width = 190 if narrow else 560
+    width = BESIDE_NAMES if narrow else WIDE
     bars = (
         alt.Chart(data(rows))
         .mark_bar(stroke=PAGE, strokeWidth=0.5)

@@ -25,7 +25,7 @@ from lowmem.report.theme import DARK, LIGHT
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 WIDTHS = {"phone": 360, "desk": 1280}
 THEMES = {"light": LIGHT, "dark": DARK}
-CHARTS = 8
+CHARTS = 9
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,32 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from xml.etree import ElementTree
 
 import pytest
 
 from tests.pages import HOSTILE, report
+from tests.report.specs import DESK, PHONE, assert_readable
 from tests.selection import rows_in_one_case
 
 pytest.importorskip("altair", reason="the charts need the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the charts need the extra: pip install '.[report]'")
 
-from lowmem.report import charts, dots
+from lowmem.report import charts, dots, step
 from lowmem.report.charts import draw, percent, readable_bytes
 from lowmem.report.footprint import KINDS
 from lowmem.report.theme import LIGHT
+from lowmem.variants import VARIANTS
 
-PHONE = 360 - 2 * 16  # pixels of the page's column on a phone
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_font_of_every_machine():
+    """Measure text in the font that vl-convert brings, whatever is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "FONT", "Liberation Sans")
+        yield
 
 
 def every_chart(found):
@@ -32,6 +41,8 @@ def every_chart(found):
         "distortion": lambda narrow: dots.distortion_chart(found.distortions, narrow),
         "groups": lambda narrow: dots.group_chart(found.groups, list(found.losses), narrow),
         "ratios": lambda narrow: dots.ratio_chart(found.verdicts[0].rows, narrow),
+        "quality": lambda narrow: dots.quality_chart(found.qualities, narrow),
+        "step": lambda narrow: step.chart(found.steps, narrow),
     }
 
 
@@ -63,8 +74,9 @@ def test_a_chart_is_one_well_formed_picture_of_both_widths(name):
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert set(re.findall(r"var\(--(\w+)\)", svg)) <= set(LIGHT)
         assert "#" not in re.sub(r"url\(#|&#", "", " ".join(re.findall(r'(?:fill|stroke)="([^"]*)"', svg)))
-    assert int(ElementTree.fromstring(drawing.narrow).get("width")) <= PHONE + 12  # which the page then scales
-    assert int(ElementTree.fromstring(drawing.wide).get("width")) <= 960
+    for narrow, svg, column in ((True, drawing.narrow, PHONE), (False, drawing.wide, DESK)):
+        assert int(ElementTree.fromstring(svg).get("width")) <= column
+        assert_readable(every_chart(report(max(VARIANTS, key=len)))[name](narrow), narrow)
     json.dumps(drawing.spec)
 
 
@@ -86,6 +98,16 @@ def test_memory_has_every_byte_of_every_variant():
         assert texts == {
             readable_bytes(size) for size in (footprint.stored_bytes, footprint.forward_bytes, footprint.step_bytes)
         }
+    for narrow in (False, True):
+        spec = every_chart(report())["memory"](narrow).to_dict()
+        for number, panel in enumerate(spec["vconcat" if narrow else "hconcat"]):
+            axes = [layer["encoding"]["y"]["axis"] for layer in panel["layer"]]
+            assert {axis.get("labels", True) for axis in axes} == {narrow or number == 0}  # else the first has them
+            assert {axis["grid"] for axis in axes} == {False}  # bars need no lines across them
+            domain = panel["layer"][0]["encoding"]["x"]["scale"]["domain"]
+            largest = max(row["size"] for row in panel["layer"][1]["data"]["values"])
+            assert domain == [0, pytest.approx(largest * panel["width"] / (panel["width"] - 62))]  # room for a label
+    assert charts.room_for_text([{"size": 0.0}], 124).domain == [0, 2.0]
 
 
 def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_axes():
@@ -97,17 +119,82 @@ def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_ax
         assert [row["speed"] for row in inline(dense)] or 1.0 in [row.get("speed") for row in values(spec)]
         scales = [layer["encoding"][axis]["scale"]["type"] for layer in panel["layer"][-2:] for axis in "xy"]
         assert set(scales) == {"log"}
+        x, y = (panel["layer"][-1]["encoding"][axis] for axis in "xy")
+        assert x["axis"]["values"] == [1, 8, 64]  # the batches
+        assert y["axis"]["values"] == [1, 2, 4, 8]
+        assert x["scale"]["domain"][0] < 1 < 64 < x["scale"]["domain"][1]
+        assert y["scale"]["domain"][0] < 0.9 < 9 < y["scale"]["domain"][1]
+    first, second = spec["hconcat"]
+    assert [layer["mark"]["type"] for layer in first["layer"]] == ["rule", "text", "rule", "line", "point"]
+    assert [layer["mark"]["type"] for layer in second["layer"]] == ["rule", "text", "line", "point"]  # no intervals
+    titles = [panel["layer"][-1]["encoding"]["y"].get("title") for panel in (first, second)]
+    assert titles == ["times as fast", None]
+    phone = every_chart(report())["speed"](True).to_dict()["vconcat"]
+    assert {panel["layer"][-1]["encoding"]["y"]["title"] for panel in phone} == {"times as fast"}
     assert "lowmem's nf4" in drawn("peers").wide
+    assert "lowmem's nf4" not in drawn("speed").wide
+    names = [f"series {number}" for number in range(9)]  # one more than there are colours and shapes
+    many = charts.speed_chart([replace(report().timings[0], name=name) for name in names], True)
+    points = many.to_dict()["vconcat"][0]["layer"][-1]["encoding"]
+    for channel, known in (("color", LIGHT), ("shape", charts.SHAPES)):
+        scale = points[channel]["scale"]
+        assert scale["domain"] == names
+        assert len(set(scale["range"])) == 8
+        assert scale["range"][8] == scale["range"][0]
+        assert {one.removeprefix("var(--").removesuffix(")") for one in scale["range"]} <= set(known)
+    slow = [replace(timing, speed=0.9, low=0.7, high=0.95) for timing in report().timings[:3]]
+    for given in (slow, [replace(timing, low=None, high=None) for timing in slow]):
+        chart = charts.speed_chart(given, False)
+        assert_readable(chart, False)
+        y = chart.to_dict()["hconcat"][0]["layer"][-1]["encoding"]["y"]
+        assert y["axis"]["values"] == [1]
+        assert y["scale"]["domain"][0] < (0.7 if given is slow else 0.9)
+        assert y["scale"]["domain"][1] > 1.1
+
+
+@rows_in_one_case(
+    ("base", "low", "high", "found"),
+    [
+        (2, 0.25, 4, [0.25, 0.5, 1, 2, 4]),
+        (2, 0.26, 3.99, [0.5, 1, 2]),
+        (2, 2**12, 2**13, [4096, 8192]),
+        (10, 1e-3, 10, [1e-3, 0.01, 0.1, 1, 10]),
+        (10, 0.011, 0.099, []),
+    ],
+)
+def test_ticks_are_powers_within_an_axis(base, low, high, found):
+    assert charts.powers(base, low, high) == pytest.approx(found)
 
 
 @rows_in_one_case(
     ("count", "text"),
-    [(0, "0 bytes"), (1023, "1,023 bytes"), (1024, "1.00 KiB"), (9_888_000, "9.43 MiB"), (2**31, "2.00 GiB")],
+    [
+        (0, "0 bytes"),
+        (1023, "1,023 bytes"),
+        (1024, "1.00 KiB"),
+        (2**20, "1.00 MiB"),
+        (9_888_000, "9.43 MiB"),
+        (2**30, "1.00 GiB"),
+        (2**31, "2.00 GiB"),
+        (-2048, "-2.00 KiB"),
+    ],
 )
 def test_bytes_are_readable(count, text):
     assert readable_bytes(count) == text
 
 
-@rows_in_one_case(("value", "text"), [(0, "0.0%"), (0.0367, "3.7%"), (0.17, "17%"), (8.1e-5, "0.0081%"), (1, "100%")])
+@rows_in_one_case(
+    ("value", "text"),
+    [
+        (0, "0.0%"),
+        (0.0367, "3.7%"),
+        (0.17, "17%"),
+        (8.1e-5, "0.0081%"),
+        (1.24e-7, "0.000012%"),
+        (1.4e-9, "0.000000%"),
+        (1, "100%"),
+        (12.34, "1234%"),
+    ],
+)
 def test_shares_have_two_digits(value, text):
     assert percent(value) == text

@@ -1,8 +1,10 @@
 """A config.json of another model, or without sizes, is refused before what it describes is allocated."""
 
 import json
-import resource
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,9 @@ from lowmem.integrations.transformers.folder import load_folder, quantize_folder
 from lowmem.integrations.transformers.saving import config_of
 from tests.integrations.transformers.folders import SIZES, load, write
 from tests.integrations.transformers.foreign import write_foreign
+from tests.profiled import ONE_THREAD
+
+ROOT = Path(__file__).parents[3]
 
 
 def edit(folder, **changes):
@@ -27,34 +32,52 @@ def edit(folder, **changes):
     file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
 
 
-def resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+PEAK = """
+import sys
+from pathlib import Path
+from tests.integrations.transformers.test_fitting import assert_refused
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+before = peak()
+assert_refused(Path(sys.argv[1]))
+print(peak() - before)
+"""
 
 
+def assert_refused(folder):
+    """Assert that nothing loads the configs of a folder, which say no sizes."""
+    configs = {"dense": LowmemConfig(FourBit()), "small": None, "other/foreign": LowmemConfig("exact")}
+    for name, config in configs.items():
+        with pytest.raises(ValueError, match="or missing: get|config is of another model"):
+            # transformers takes None for "not quantized", whatever config.json says.
+            load(folder / name, **({} if config is None else {"quantization_config": config}))
+        with pytest.raises(FileError, match="or missing: get|config is of another model"):
+            load_folder(folder / name, config)
+    with pytest.raises(FileError, match="sizes are another model's, or missing"):
+        load_folder(folder / "dense")
+    with pytest.raises(FileError, match="sizes are another model's, or missing"):
+        quantize_folder(folder / "dense", folder / "out", FourBit())
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the high-water mark of a process by itself")
 def test_a_config_without_sizes_is_refused_in_little_memory(tmp_path):
     """The defaults of a Llama take 27 GB."""
     no_sizes = dict.fromkeys([*SIZES, "head_dim"])
     write(tmp_path / "dense", "llama")
     load(tmp_path / "dense", quantization_config=LowmemConfig(FourBit())).save_pretrained(tmp_path / "small")
-    foreign = write_foreign(tmp_path / "other", "gptq")
-    before = resident()
-    for folder, config in (
-        (tmp_path / "dense", LowmemConfig(FourBit())),
-        (tmp_path / "small", None),
-        (foreign, LowmemConfig("exact")),
-    ):
-        edit(folder, **no_sizes)
-        with pytest.raises(ValueError, match="or missing: get|config is of another model"):
-            # transformers takes None for "not quantized", whatever config.json says.
-            load(folder, **({} if config is None else {"quantization_config": config}))
-        with pytest.raises(FileError, match="or missing: get|config is of another model"):
-            load_folder(folder, config)
-    with pytest.raises(FileError, match="sizes are another model's, or missing"):
-        load_folder(tmp_path / "dense")
-    with pytest.raises(FileError, match="sizes are another model's, or missing"):
-        quantize_folder(tmp_path / "dense", tmp_path / "out", FourBit())
-    assert not (tmp_path / "out").exists()
-    assert resident() - before < 2**28
+    write_foreign(tmp_path / "other", "gptq")
+    for name in ("dense", "small", "other/foreign"):
+        edit(tmp_path / name, **no_sizes)
+    shown = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ONE_THREAD,
+        cwd=ROOT,
+    )
+    assert int(shown.stdout) < 2**28
 
 
 def test_layers_without_end_and_sizes_without_bounds_are_refused_at_once(tmp_path):
