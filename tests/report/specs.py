@@ -15,7 +15,9 @@ def assert_readable(chart, narrow):
     taken = sum(widths) + SPACING * (len(widths) - 1) if side_by_side else max(widths)
     assert taken + PADDING <= (PHONE if narrow else DESK)
     for panel in drawn:
-        assert all(layer["mark"].get("opacity", 1) > 0 for layer in panel.get("layer", [panel]))
+        for mark in (layer["mark"] for layer in panel.get("layer", [panel])):
+            assert mark.get("opacity", 1) > 0
+            assert mark["type"] != "point" or mark["filled"]  # else its colour hardly shows
         for axis in "xy":
             _hold(axis, list(_encodings(panel, axis)))
 
@@ -48,6 +50,7 @@ def _hold(axis, encodings):
     scales = [given["scale"] for given, _ in encodings if "scale" in given]
     low, high = scales[0]["domain"]
     assert low < high
+    assert low > 0 or scales[0].get("type") != "log"
     assert all(scale["domain"] == [low, high] and scale["nice"] is False for scale in scales)  # else Vega widens it
     for given, values in encodings:
         assert all(low <= value <= high for value in values), (axis, given["field"])

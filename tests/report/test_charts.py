@@ -61,6 +61,10 @@ def inline(spec):
             yield from inline(value)
 
 
+def spec_of(chart, narrow=False):
+    return every_chart(report())[chart](narrow).to_dict()
+
+
 @cache
 def drawn(chart, name="small"):
     return draw(every_chart(report(name))[chart])
@@ -90,7 +94,7 @@ def test_names_of_any_origin_are_text(name):
 
 def test_memory_has_every_byte_of_every_variant():
     found = report().footprints
-    rows = values(drawn("memory").spec)
+    rows = values(spec_of("memory"))
     for footprint in found:
         stacked = sum(row["size"] for row in rows if row.get("name") == footprint.name and row.get("kind") in KINDS)
         assert stacked * 2**20 == pytest.approx(footprint.stored_bytes)
@@ -99,11 +103,13 @@ def test_memory_has_every_byte_of_every_variant():
             readable_bytes(size) for size in (footprint.stored_bytes, footprint.forward_bytes, footprint.step_bytes)
         }
     for narrow in (False, True):
-        spec = every_chart(report())["memory"](narrow).to_dict()
+        spec = spec_of("memory", narrow)
         for number, panel in enumerate(spec["vconcat" if narrow else "hconcat"]):
             axes = [layer["encoding"]["y"]["axis"] for layer in panel["layer"]]
             assert {axis.get("labels", True) for axis in axes} == {narrow or number == 0}  # else the first has them
             assert {axis["grid"] for axis in axes} == {False}  # bars need no lines across them
+            rows_of = panel["layer"][0]["encoding"]["y"]["scale"]
+            assert all(0 < rows_of[padding] < 0.5 for padding in ("paddingInner", "paddingOuter"))
             domain = panel["layer"][0]["encoding"]["x"]["scale"]["domain"]
             largest = max(row["size"] for row in panel["layer"][1]["data"]["values"])
             assert domain == [0, pytest.approx(largest * panel["width"] / (panel["width"] - 62))]  # room for a label
@@ -111,7 +117,7 @@ def test_memory_has_every_byte_of_every_variant():
 
 
 def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_axes():
-    spec = drawn("speed").spec
+    spec = spec_of("speed")
     assert [panel["title"] for panel in spec["hconcat"]] == ["float32", "bfloat16"]
     for panel in spec["hconcat"]:
         dense, *_ = panel["layer"]
@@ -129,10 +135,12 @@ def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_ax
     assert [layer["mark"]["type"] for layer in second["layer"]] == ["rule", "text", "line", "point"]  # no intervals
     titles = [panel["layer"][-1]["encoding"]["y"].get("title") for panel in (first, second)]
     assert titles == ["times as fast", None]
-    phone = every_chart(report())["speed"](True).to_dict()["vconcat"]
+    phone = spec_of("speed", narrow=True)["vconcat"]
     assert {panel["layer"][-1]["encoding"]["y"]["title"] for panel in phone} == {"times as fast"}
-    assert "lowmem's nf4" in drawn("peers").wide
-    assert "lowmem's nf4" not in drawn("speed").wide
+    for chart, reference in (("peers", "lowmem's nf4"), ("speed", "dense")):
+        rule, text = spec_of(chart)["hconcat"][0]["layer"][:2]
+        assert rule["data"] == text["data"]
+        assert text["data"]["values"] == [{"batch": 1, "speed": 1.0, "text": reference}]
     names = [f"series {number}" for number in range(9)]  # one more than there are colours and shapes
     many = charts.speed_chart([replace(report().timings[0], name=name) for name in names], True)
     points = many.to_dict()["vconcat"][0]["layer"][-1]["encoding"]
