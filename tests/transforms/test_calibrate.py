@@ -710,14 +710,29 @@ class Reading(Decoder):
     def through(self, x, mask):
         outputs = [x]
         for layer in self.layers:
-            outputs.append(layer(outputs[-1], outputs[1] if len(outputs) > 1 else x))
+            outputs.append(layer(outputs[-1], outputs[1] if len(outputs) > 1 and self.reads(x) else outputs[-1]))
         return outputs[-1]
 
+    def reads(self, x):
+        return True
 
+
+class ReadingOfLongTexts(Reading):
+    """A first batch of a short text does not tell that its blocks read earlier outputs."""
+
+    def reads(self, x):
+        return x.shape[1] > SHORT
+
+
+SHORT = 3
+
+
+@rows_in_one_case("kind", [Reading, ReadingOfLongTexts])
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_block_of_which_some_layers_read_earlier_outputs_is_calibrated_as_a_whole(resumed, texts, tmp_path):
-    more = {"resume": tmp_path} if resumed else {}
-    model = calibrate(made(Reading), texts, **more)
+def test_a_block_of_which_some_layers_read_earlier_outputs_is_calibrated_as_a_whole(kind, resumed, texts, tmp_path):
+    more = {"resume": tmp_path / kind.__name__} if resumed else {}
+    short = {name: value[:, :SHORT] for name, value in texts[0].items()}
+    model = calibrate(made(kind), [short, *texts], **more)
     methods = {layer.quantized.method for layer in model.modules() if isinstance(layer, Linear4Bit)}
     assert methods == {"calibrated"}
 
