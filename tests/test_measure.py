@@ -101,7 +101,9 @@ def test_peak_memory_follows_a_resize():
         grows = torch.empty(0)
         torch.add(torch.ones(8), 1, out=grows)
         assert memory.current == 32
-    assert memory.peak == 64
+        grows.resize_(32)
+        assert memory.current == 128
+    assert memory.peak == 128
 
 
 def test_forward_bytes_by_hand():
