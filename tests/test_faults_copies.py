@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.faults.copies import QUIET, SOURCE, _outcome
+from tests.faults.copies import QUIET, SOURCE, Copy, _outcome
 from tests.selection import rows_in_one_case
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are tried in forks, which this system has not")
@@ -92,6 +92,28 @@ def test_a_pool_that_ends_ends_the_tests_that_its_workers_run(tmp_path):
     assert done.returncode == 0
     with pytest.raises(ProcessLookupError):  # its worker has waited for it
         os.kill(int((tmp_path / "sleeps").read_text()), 0)
+
+
+def test_compiled_code_is_that_of_the_file_before_while_and_after_it_is_changed(tmp_path):
+    """Python takes compiled code for that of a file of the same size and second."""
+    source, root = tmp_path / "source", tmp_path / "copy"
+    source.mkdir()
+    root.mkdir()
+    (source / "a.py").write_text("VALUE = 1\n")
+    copy = Copy(root, source, None)
+    file = copy.root / "a.py"
+
+    def value():
+        os.utime(file, (0, 0))
+        code = (
+            "import sys; sys.dont_write_bytecode = False; sys.path.insert(0, sys.argv[1]); import a; print(a.VALUE)"
+        )
+        return subprocess.check_output([sys.executable, "-c", code, str(copy.root)], text=True).strip()
+
+    assert value() == "1"
+    with copy.changed("a.py", "VALUE = 2\n"):
+        assert value() == "2"
+    assert value() == "1"
 
 
 def test_what_the_tests_start_finds_the_profile_of_these_runs():

@@ -112,16 +112,14 @@ class Copy:
         """
         path = self.root / file
         original = path.read_bytes()
-        path.write_text(text, encoding="utf8")
+        _write(path, text.encode())
         try:
-            for stale in path.parent.glob(f"__pycache__/{path.stem}.*"):
-                stale.unlink()  # one of the same size and second would be taken for that of the changed file
             with self._kept_library():
                 if self._objects is not None and path.parent == self.root / library.CSRC:
                     library.rebuild(self.root, self._objects, path.name, kernel, self.root.parent / "changed")
                 yield
         finally:
-            path.write_bytes(original)
+            _write(path, original)
 
     @contextmanager
     def _kept_library(self) -> Iterator[None]:
@@ -138,7 +136,10 @@ class Copy:
         self, tests: Sequence[str], select: str = "", environment: Mapping[str, str] = QUIET, seconds: float = 600
     ) -> Outcome:
         """Run tests in a fork of this process, which has imported torch, and stop at the first that fails."""
-        arguments = [*OPTIONS, *(["-k", select] if select else []), *tests]
+        temporary = (
+            f"--basetemp={self.root.parent / 'tests'}"  # runs beside this one clear the folders that all share
+        )
+        arguments = [*OPTIONS, temporary, *(["-k", select] if select else []), *tests]
         log = self.root.parent / "log"
         start = time.monotonic()
         kept = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until _wait can end the fork
@@ -170,6 +171,13 @@ class Copy:
         finally:
             sys.stdout.flush()
             os._exit(code)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file, and remove its compiled code: Python takes it for that of a file of the same size and second."""
+    path.write_bytes(content)
+    for stale in path.parent.glob(f"__pycache__/{path.stem}.*"):
+        stale.unlink()
 
 
 def _wait(process: int, deadline: float, mask: Iterable[int]) -> int | None:
