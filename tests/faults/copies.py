@@ -137,7 +137,7 @@ class Copy:
     ) -> Outcome:
         """Run tests in a fork of this process, which has imported torch, and stop at the first that fails."""
         temporary = (
-            f"--basetemp={self.root.parent / 'tests'}"  # runs beside this one clear the folders that all share
+            f"--basetemp={self.root.parent / 'tests'}"  # runs beside it clear the folders that all share
         )
         arguments = [*OPTIONS, temporary, *(["-k", select] if select else []), *tests]
         log = self.root.parent / "log"
