@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lowmem import FourBit, Half, convert, measure, restore
+from lowmem.quant import tensor
 from tests.selection import rows_in_one_case
 
 LAYERS = {
@@ -18,11 +19,14 @@ LAYERS = {
 
 @rows_in_one_case("technique", [FourBit("nf4", 16), Half(torch.bfloat16)])
 @rows_in_one_case("dim", [0, -1, 1, None])
-def test_values_and_gradients_are_those_of_the_dense_parametrization(technique, dim):
+def test_values_and_gradients_are_those_of_the_dense_parametrization(technique, dim, monkeypatch):
+    monkeypatch.setattr(tensor, "SCRATCH_BYTES", 2**16)  # many chunks of each weight
     for make, size in LAYERS.values():
         dims = make().weight.dim()
         layer = convert(weight_norm(make(), dim=None if dim is None else dim % dims), technique)
-        layer.parametrizations.weight.original0.requires_grad_(True)
+        magnitude = layer.parametrizations.weight.original0
+        magnitude.data.mul_(torch.rand_like(magnitude) + 0.5)  # that of no direction is its norm
+        magnitude.requires_grad_(True)
         dense = restore(copy.deepcopy(layer)).double()
         dense.parametrizations.weight.original0.requires_grad_(True)
         x = torch.randn(size)
