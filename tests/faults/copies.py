@@ -136,9 +136,7 @@ class Copy:
         self, tests: Sequence[str], select: str = "", environment: Mapping[str, str] = QUIET, seconds: float = 600
     ) -> Outcome:
         """Run tests in a fork of this process, which has imported torch, and stop at the first that fails."""
-        temporary = (
-            f"--basetemp={self.root.parent / 'tests'}"  # runs beside it clear the folders that all share
-        )
+        temporary = f"--basetemp={self.root.parent / 'tests'}"  # runs beside it clear the folders that all share
         arguments = [*OPTIONS, temporary, *(["-k", select] if select else []), *tests]
         log = self.root.parent / "log"
         start = time.monotonic()
