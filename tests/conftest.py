@@ -9,6 +9,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies
 
 from lowmem import backend
 from lowmem.kernels import reference
@@ -50,8 +51,14 @@ def process_state() -> dict[str, object]:
     }
 
 
+@pytest.fixture(scope="session")
+def first_example():
+    """Let hypothesis make its own generator: later it would warn, where frozen objects do not tell who holds it."""
+    hypothesis.find(strategies.none(), lambda _: True, settings=hypothesis.settings(database=None))
+
+
 @pytest.fixture(scope="module", autouse=True)
-def few_objects_to_collect():
+def few_objects_to_collect(first_example):
     """Leave what modules and caches hold by now out of garbage collection, which gates and some tests run in full."""
     gc.collect()
     gc.freeze()
