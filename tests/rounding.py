@@ -5,6 +5,9 @@ product of n factors, taken in any order with or without fused operations in a p
 gamma_n * sum |terms| of the exact one, with gamma_n = n u / (1 - n u). One more rounding adds u times what it rounds.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from lowmem import Linear4Bit
@@ -12,6 +15,17 @@ from lowmem import Linear4Bit
 # Roundings of a term beside those of a sum: of a dequantized weight, which is a level times a scale; of the scaling
 # of a block's sum, where a kernel multiplies levels first; and of the addition of that to the sums of other blocks.
 OF_4_BITS = 3
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let tensors of Python's numbers, and those without a dtype, have this one inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def unit(dtype: torch.dtype) -> float:

@@ -34,9 +34,10 @@ class Moments:
     def __init__(self, columns: int, *, centred: bool, diagonal: bool, device: torch.device) -> None:
         self.rows = 0
         self._centred, self._diagonal = centred, diagonal
-        self._shift = torch.zeros(columns, device=device)
-        self._sum = torch.zeros(columns, device=device)
-        self._squares = torch.zeros((columns,) if diagonal else (columns, columns), device=device)
+        self._shift = torch.zeros(columns, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(columns, dtype=torch.float32, device=device)
+        shape = (columns,) if diagonal else (columns, columns)
+        self._squares = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor) -> None:
         """Add rows (n, columns) of any floating dtype."""

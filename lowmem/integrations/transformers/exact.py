@@ -201,17 +201,12 @@ def _path(files: list[str]) -> Path:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """Read one tensor at a time, to the CPU, whatever the default dtype and device are.
+    """Read one tensor at a time, to the CPU, whatever the default device is.
 
-    transformers builds models on the meta device in their own dtype, and asks for tensors from several threads.
+    transformers builds models on the meta device, and asks for tensors from several threads.
     """
     with _READING, torch.device("cpu"):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+        yield
 
 
 _READING = threading.RLock()

@@ -80,7 +80,7 @@ def _packed(weight: QuantizedTensor, size: int, shape: Sequence[int], dtype: tor
         {
             "weight": pairs[:, :1] << 4 | pairs[:, 1:],  # the first code high
             "weight.absmax": scales_of(weight, size).flatten(),
-            "weight.quant_map": torch.tensor(get_format(weight.format).levels)[order],
+            "weight.quant_map": torch.tensor(get_format(weight.format).levels, dtype=torch.float32)[order],
             f"weight.quant_state.bitsandbytes__{kind}": torch.tensor(
                 list(json.dumps(state).encode()), dtype=torch.uint8
             ),

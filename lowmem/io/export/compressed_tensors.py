@@ -112,7 +112,7 @@ def _nearest_mxfp4(values: Tensor) -> QuantizedTensor:
         return QuantizedTensor.empty(shape, "fp4", _MXFP4_BLOCK, "float32", "imported", device="meta")
     largest = blocks.abs().amax(-1, keepdim=True)
     lower = (torch.frexp(largest).exponent - 1 - 2 + 127).clamp(0, 251)  # its largest weight, 6, or more
-    levels, bounds = torch.tensor(form.levels), torch.tensor(form.boundaries)
+    levels, bounds = (torch.tensor(one, dtype=torch.float32) for one in (form.levels, form.boundaries))
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for exponents in (lower, lower + 1):
         scales = power_scales(exponents)

@@ -140,7 +140,7 @@ class _Stored:
         Raises:
             ValueError: the levels are not those of the format.
         """
-        levels = torch.tensor(get_format(_FORMATS[self.kind]).levels)
+        levels = torch.tensor(get_format(_FORMATS[self.kind]).levels, dtype=torch.float32)
         given = self.tensor(".quant_map", torch.float32, 16)
         order = given.argsort(stable=True)
         if not torch.equal(given[order], levels):
@@ -171,6 +171,6 @@ class _Stored:
 
     def values(self) -> Tensor:
         """Return the weight in float32."""
-        levels = torch.tensor(get_format(_FORMATS[self.kind]).levels)[self.codes().int()]
+        levels = torch.tensor(get_format(_FORMATS[self.kind]).levels, dtype=torch.float32)[self.codes().int()]
         scales = self.scales()[torch.arange(self.count) // self.state["blocksize"]]
         return (levels * scales).view(self.state["shape"])
