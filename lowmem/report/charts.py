@@ -236,7 +236,7 @@ def texts(rows: Sequence[dict[str, Any]], names: Sequence[str], *, shown: bool =
     """Return the labels ``text`` of rows, right of their bars."""
     return (
         alt.Chart(data(rows))
-        .mark_text(align="left", dx=5, color=INK)
+        .mark_text(align="left", dx=5, color=INK, fontSize=11)
         .encode(y=names_axis(names, shown=shown), x="size:Q", text="text:N")
     )
 
@@ -271,7 +271,7 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
         dense = alt.Chart(data([{"batch": batches[0], "speed": 1.0, "text": reference}]))
         layers = [
             dense.mark_rule(color=INK, strokeDash=[5, 3], strokeWidth=1.2).encode(y="speed:Q"),
-            dense.mark_text(align="left", baseline="top", dy=4, color=INK).encode(
+            dense.mark_text(align="left", baseline="top", dy=4, color=INK, fontSize=11).encode(
                 x=alt.value(4), y="speed:Q", text="text:N"
             ),
             base.mark_line(strokeWidth=1.8),
