@@ -609,6 +609,7 @@ def test_another_activation_than_was_fused_is_called(act):
     assert_near(found, gradients(model, x), 1e-6)
 
 
+@pytest.mark.skipif(not can_recompute(), reason="torch before 2.5 does not say which hooks are active")
 def test_lean_refuses_layers_that_are_not_those_of_forward():
     model, x = make(LoRA(4)), batch(rows=200)
     fuse(model.mlp, replace(SEPARATE, again=True))
