@@ -4,6 +4,7 @@ import torch
 
 from lowmem import kernels
 from lowmem.kernels.codes import BLOCK, code, code_in_torch, decode, decode_in_torch
+from tests.rounding import default_dtype
 from tests.selection import in_one_case, rows_in_one_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -71,17 +72,13 @@ def test_what_c_does_not_take_is_computed_in_torch():
 @rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype):
     """Scratch is float32, whatever torch makes by default."""
-    before = torch.get_default_dtype()
     for x in (numbers(1000, "normal", torch.float64), numbers(1000, "normal", torch.bfloat16)):
         wanted, scales, counts = code_in_torch(x)
         values = decode_in_torch(wanted, scales, x.dtype)
-        torch.set_default_dtype(dtype)
-        try:
+        with default_dtype(dtype):
             for found in (code_in_torch(x), code(x)):
                 assert torch.equal(found[0], wanted)
                 assert torch.equal(found[1], scales)
                 assert found[2] == counts
             assert torch.equal(decode_in_torch(wanted, scales, x.dtype), values)
             assert torch.equal(decode(wanted, scales, x.dtype), values)
-        finally:
-            torch.set_default_dtype(before)

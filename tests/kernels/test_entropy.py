@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from lowmem import kernels
 from lowmem.kernels.entropy import entropies
+from tests.rounding import default_dtype
 from tests.selection import in_one_case, rows_in_one_case
 
 
@@ -96,9 +97,5 @@ def test_the_default_dtype_changes_nothing(dtype):
     """C writes a float32 number for each row, whatever torch makes by default."""
     logits, targets = torch.randn(3000, 7), torch.arange(3000) % 7
     expected = entropies(logits.clone(), targets, 0.1, True)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         assert torch.equal(entropies(logits, targets, 0.1, True), expected)
-    finally:
-        torch.set_default_dtype(before)

@@ -16,6 +16,7 @@ from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.tensor import SCRATCH_BYTES, row_chunks
 from tests import strategies
 from tests.compiled import assert_same_bytes, on_threads
+from tests.rounding import default_dtype
 from tests.selection import in_one_case, rows_in_one_case
 
 every_format = rows_in_one_case("format", sorted(FORMATS))
@@ -348,16 +349,12 @@ def test_a_parameter_is_quantized_without_a_graph():
 def test_the_default_dtype_changes_nothing(dtype):
     weight = strategies.make_weight("normal", (20, 300), 0, 0)
     expected = quantize(weight)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         q = quantize(weight)
         assert q.restore(slice(None)).dtype == torch.float32
         assert torch.equal(q.packed, expected.packed)
         assert torch.equal(q.dequantize(torch.float32), expected.dequantize(torch.float32))
         assert_within_bound(weight, q)
-    finally:
-        torch.set_default_dtype(before)
 
 
 @in_one_case(1, sizes=[(10, 4096), (64, 4096), (10, 64), (65, 64), (1000, 8), (4096, 64)], scales=sorted(ENCODINGS))

@@ -8,6 +8,7 @@ from torch.nn import functional
 from lowmem import FourBit, LoRA, convert
 from lowmem.training.fused import Act, GatedMLP, LayerNorm, RMSNorm
 from lowmem.training.recognize import recognize
+from tests.rounding import default_dtype
 from tests.training.test_fused import MLP, Norm
 
 
@@ -212,12 +213,8 @@ def test_activations_without_a_name():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_default_device_and_dtype_change_nothing(device):
     """Random numbers are the CPU's, whose generator alone is forked."""
-    made, before = [norm(Norm), MLP(), nn.GELU()], torch.get_default_dtype()
+    made = [norm(Norm), MLP(), nn.GELU()]
     expected = [recognize(one) for one in made]
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                assert [recognize(one) for one in made] == expected
-        finally:
-            torch.set_default_dtype(before)
+        with default_dtype(dtype), torch.device(device):
+            assert [recognize(one) for one in made] == expected

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lowmem import FORMATS, FourBit, kernels, quantize
 from lowmem.quant.scales import get_encoding
 from lowmem.transforms.gptq import _nearest_stored, prepare_hessian, quantize_gptq
+from tests.rounding import default_dtype
 from tests.selection import covering, rows_in_one_case
 
 
@@ -143,16 +144,12 @@ def test_columns_that_are_always_zero_get_their_nearest_codes():
 @rows_in_one_case("backend", [*kernels.available()])
 def test_the_default_dtype_and_device_change_nothing(backend):
     weight, hessian = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)), hessian_of(correlated(90, 40))
-    before = torch.get_default_dtype()
     with kernels.using(backend):
         expected = quantize_gptq(weight, FourBit(), hessian)
         found = []
         for dtype in (torch.float64, torch.bfloat16):
-            torch.set_default_dtype(dtype)
-            try:
+            with default_dtype(dtype):
                 found.append(quantize_gptq(weight, FourBit(), hessian))
-            finally:
-                torch.set_default_dtype(before)
         with torch.device("meta"):
             found.append(quantize_gptq(weight, FourBit(), hessian))
     for one in found:
