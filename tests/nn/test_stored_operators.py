@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from lowmem import FORMATS, FourBit, Half, convert, measure, restore
+from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.stored import StoredTensor
 from lowmem.quant.scales import ENCODINGS
 from tests.kernels.test_ops import compiles
@@ -259,7 +260,8 @@ def test_a_bag_leaves_its_padding_out_also_where_it_is_recorded(padding):
             x = torch.tensor(indices)
             torch.testing.assert_close(module(x), dense(x))
             if mode != "max":
-                torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), dense(x))
+                if TORCH >= (2, 9):  # earlier compilers do not take a stored weight into a graph
+                    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), dense(x))
                 traced = make_fx(lambda x: module(x))(x)
                 torch.testing.assert_close(traced(x.flip(1)), dense(x.flip(1)))
 
