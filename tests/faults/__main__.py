@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.faults.command import natural, pass_alone, refuse, refuse_broken
+from tests.faults.command import clean_outcomes, natural, refuse, refuse_broken
 from tests.faults.copies import LIVES, QUIET, SOURCE, Copy, Outcome, exit_on_sigterm, import_once
 from tests.faults.library import BuildError, compile_all, kernels
 from tests.faults.planted import Fault, errors_of, read_faults
@@ -91,12 +91,10 @@ def _try_all(pool: multiprocessing.pool.Pool, faults: Sequence[Fault]) -> int:
     parts = list(dict.fromkeys(part for fault in tried for part in Trial.of(fault).parts))
     print(f"{len(tried)} faults; first their {len(parts)} sets of tests without a fault", flush=True)
     # Of several files, -k may leave nothing of one: unusable.
-    clean, broken = pass_alone(zip(parts, pool.imap(_run_clean, parts), strict=True), LIVES)
+    clean, broken = clean_outcomes(zip(parts, pool.imap(_run_clean, parts), strict=True), LIVES)
     untried = [fault for fault in tried if not set(broken).isdisjoint(Trial.of(fault).parts)]
     given = []
-    for fault in tried:
-        if fault in untried:
-            continue
+    for fault in (one for one in tried if one not in untried):
         own = [clean[part] for part in Trial.of(fault).parts]
         if all(outcome.verdict == "unusable" for outcome in own):
             raise ValueError(f"{fault.id}: select={fault.select!r} leaves no test of {', '.join(fault.tests)}")

@@ -26,10 +26,10 @@ def refuse(command: str, reason: str) -> int:
     return 2
 
 
-def pass_alone(
+def clean_outcomes(
     runs: Iterable[tuple[Tests, Outcome]], fine: Container[str]
 ) -> tuple[dict[Tests, Outcome], list[Tests]]:
-    """Return how tests end without a change; and those that fail, which no kill could be told from: each is said.
+    """Return how tests end without a change, and those that fail, which could not tell a change: print each of these.
 
     Args:
         runs: tests, and how they ended.

@@ -25,7 +25,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
-from tests.faults.command import natural, pass_alone, refuse, refuse_broken
+from tests.faults.command import clean_outcomes, natural, refuse, refuse_broken
 from tests.faults.copies import LIVES, SOURCE, Copy, Outcome, exit_on_sigterm, import_once
 from tests.faults.library import LIBRARY, BuildError, compile_all
 from tests.faults.modules import modules as all_modules
@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], listed: dict[Survivor, str]) -> int:
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     print(f"{len(mutants)} mutants; first the {len(tests)} files of tests without one", flush=True)
-    clean, broken = pass_alone(zip(tests, pool.imap(_run_clean, tests), strict=True), ("passed",))
+    clean, broken = clean_outcomes(zip(tests, pool.imap(_run_clean, tests), strict=True), ("passed",))
     tried = [mutant for mutant in mutants if set(broken).isdisjoint(mutant.tests)]
     survived: list[Mutant] = []
     given = [(m, max(LEAST_SECONDS, SLOWER * sum(clean[test].seconds for test in m.tests))) for m in tried]
