@@ -638,6 +638,7 @@ def _made(one: Described, sources: tuple[Tensor, ...]) -> StoredTensor:
             )
         parts = tuple(part.flatten(len(rows)) if len(one.tail) > 1 else part for part in sources)
     elif any(tuple(part.shape[:-1]) != rows for part in (parts[0], parts[-1])) and not is_recorded(*sources):
+        # Of codes or of scales: what lies between them, the order of a gathered weight, has no rows.
         weight = one.form.join(parts, torch.Size(one.tail).numel())
         replace(weight, shape=torch.Size((*rows, weight.shape[-1]))).check_layout()
     kind = GatheredTensor if one.form.gathered else StoredTensor
