@@ -9,7 +9,7 @@ import select
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import TextIOWrapper
 from typing import TextIO
 
@@ -86,7 +86,7 @@ def stdout_for_json(wanted: bool, program: bool) -> Iterator[None]:
     results = sys.stdout
     if program:
         results.flush()
-        results = open(os.dup(sys.stdout.fileno()), "w")  # noqa: SIM115  to the end of the process
+        results = open(os.dup(sys.stdout.fileno()), "w")  # noqa: SIM115  closed below
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     _results = results
     try:
@@ -95,6 +95,9 @@ def stdout_for_json(wanted: bool, program: bool) -> Iterator[None]:
         results.flush()
     finally:
         _results = None
+        if program:
+            with suppress(OSError):  # a full disk: closing writes again what flush could not, an error already
+                results.close()
 
 
 def is_pipe_closed() -> bool:
