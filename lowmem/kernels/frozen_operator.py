@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,8 +187,10 @@ def refuse_training(weight: Tensor) -> None:
         )
 
 
-class StoredParts(NamedTuple):
+class StoredParts:
     """A 4-bit matrix with the bytes of its scales, which stands for it where a graph is made.
+
+    Not a named tuple, of which torch 2.9's compiler takes no property.
 
     Args:
         packed, scales: uint8 (rows, bytes).
@@ -196,9 +198,8 @@ class StoredParts(NamedTuple):
             layer, at each call, and so reads one.
     """
 
-    packed: Tensor
-    scales: Tensor
-    text: str
+    def __init__(self, packed: Tensor, scales: Tensor, text: str) -> None:
+        self.packed, self.scales, self.text = packed, scales, text
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def _record(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
         return cast(Tensor, operator.plain(x, weight, *rest[:3]) if alone else operator.default(x, weight, *rest))
     weight.check_layout()  # here: the operator gets no row count to check against
     if isinstance(weight, StoredParts):
-        packed, scales, text = weight
+        packed, scales, text = weight.packed, weight.scales, weight.text
     else:
         packed, scales, *described = fields(weight)
         text = f"{' '.join(map(str, described))} {weight.shape[1]}"

@@ -165,11 +165,10 @@ def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Ten
 def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
     """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
     weight.check_layout()  # here, since an empty slice never gets to ``restore``
-    start, stop, _ = rows.indices(weight.shape[0])
-    columns = weight.shape[-1]
-    out = torch.empty(max(0, stop - start), columns, dtype=dtype, device=weight.packed.device)
-    for chunk in row_chunks(out.shape[0], columns):
-        out[chunk] = weight.restore(slice(start + chunk.start, start + chunk.stop))
+    chosen, columns = range(weight.shape[0])[rows], weight.shape[-1]
+    out = torch.empty(len(chosen), columns, dtype=dtype, device=weight.packed.device)
+    for chunk in row_chunks(len(chosen), columns):
+        out[chunk] = weight.restore(slice(chosen.start + chunk.start, chosen.start + chunk.stop))
     return out
 
 

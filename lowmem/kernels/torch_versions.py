@@ -27,7 +27,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def is_exporting() -> bool:
     """Whether torch.export records a graph; False where torch cannot tell, before 2.7."""
-    return torch.compiler.is_exporting() if TORCH >= (2, 7) else False
+    if TORCH >= (2, 13):
+        return torch.compiler.is_exporting()
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))  # Dynamo of 2.9 says True of any graph
 
 
 def exports_without_dynamo() -> bool:

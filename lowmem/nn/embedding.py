@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from lowmem.kernels import ops
+from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.nn.fourbit import FourBit, FourBitStore
 from lowmem.nn.frozen_linear import (
     exports_to_onnx,
@@ -151,7 +152,7 @@ class Embedding4Bit(FourBitStorage, _Embedding):
         if recorded:
             exports_to_onnx(table)
             packed, scales = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (packed, scales))
-            gathered_parts = table._replace(packed=packed, scales=scales)  # type: ignore[attr-defined]
+            gathered_parts = StoredParts(packed, scales, table.text)  # type: ignore[attr-defined]
             values = ops.dequantize_rows(gathered_parts, self.dtype)
             return values.view(*indices.shape, self.embedding_dim)
         shape = torch.Size((*indices.shape, self.embedding_dim))

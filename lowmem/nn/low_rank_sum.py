@@ -98,8 +98,9 @@ class LowRankSum:
     def indexed(self, index: tuple[Any, ...]) -> Any:
         """Return ``weight[index]`` as an adapted weight; NotImplemented if its elements do not form matrices."""
         dims = len(self.base.shape)
-        if _ELLIPSIS in map(type, index):
-            at = [type(one) for one in index].index(_ELLIPSIS)
+        kinds = [type(one) for one in index]
+        if _ELLIPSIS in kinds:
+            at = kinds.index(_ELLIPSIS)
             index = (*index[:at], *[slice(None)] * (dims - len(index) + 1), *index[at + 1 :])
         full = (*index, *[slice(None)] * (dims - len(index)))
         stack, (row, column) = full[:-2], full[-2:]

@@ -83,9 +83,9 @@ METADATA = {
 """Functions that do not read a tensor's values."""
 
 _ATTRIBUTES = METADATA | {
-    *(getattr(Tensor, name).__get__ for name in ("output_nr", "_version", "_backward_hooks")),
+    *(getattr(Tensor, name).__get__ for name in ("output_nr", "_version", "_backward_hooks", "_base")),
     *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad", "_backward_hooks")),
-    Tensor.data_ptr,
+    *(Tensor.data_ptr, Tensor._is_view),
 }
 
 

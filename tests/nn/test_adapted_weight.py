@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import lowmem
 from lowmem import FourBit, Half, LoRA, convert
+from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.adapted_weight import AdaptedWeight
 from tests.kernels.test_ops import compiles
 from tests.nn.adapted_cases import make, total
@@ -59,11 +60,16 @@ def test_its_data_is_such_a_weight_again_and_refuses_writes():
         weight.data = torch.zeros(48, 32)
 
 
+def length(weight):
+    """Return ``len(weight)``, which torch's compiler cannot take of a subclass before 2.13."""
+    return len(weight) if TORCH >= (2, 13) else weight.shape[0]
+
+
 READS = {
     "arithmetic": lambda x, w: x @ (2 * w - 1).T + (w + 1).sum() + x @ (-w).T,
     "a cast": lambda x, w: F.linear(x, w.to(x.dtype)) + F.linear(x, w.double().float()),
     "a question": lambda x, w: F.linear(x, w) if isinstance(w, torch.Tensor) and not w.requires_grad else x,
-    "its sizes": lambda x, w: F.linear(x, w) * w.shape[0] + w.size(1) + w.dim() + len(w) + w.numel(),
+    "its sizes": lambda x, w: F.linear(x, w) * w.shape[0] + w.size(1) + w.dim() + length(w) + w.numel(),
     "rows": lambda x, w: F.linear(x, w[2:9]).sum() + x @ w[0] + sum(F.linear(x, part).sum() for part in w.chunk(3)),
     "parts": lambda x, w: x[:, :4] @ w.split([4, 12], 1)[0].T + w.unflatten(0, (4, 6)).sum() + w.split(8)[1][0, 0],
     "columns": lambda x, w: x[:, 2:7] @ w[:, 2:7].T,
@@ -131,8 +137,10 @@ def test_what_a_graph_cannot_do_with_it_names_the_remedy(request):
     def run(function):
         return torch.compile(lambda: function(model[0].weight), fullgraph=True, backend="aot_eager")()
 
-    with pytest.raises(Exception, match=r"write weight.unbind\(\) instead"):
-        run(lambda w: sum(row * 2 for row in w))
+    earlier = TORCH < (2, 13)  # its compiler ends some of these with words of its own
+    with pytest.raises(Exception, match="meta" if earlier else r"write weight.unbind\(\) instead"):
+        run(lambda w: torch.ones(16) + sum(row * 2 for row in w))
+    refusal = r"weight with adapters.*lowmem.merge\(model\)" + "|hasattr.*_Traced" * earlier
     for write in (lambda w: w.zero_(), nn.init.normal_, lambda w: torch.add(torch.ones(24, 16), 1, out=w)):
-        with torch.no_grad(), pytest.raises(Exception, match=r"weight with adapters.*lowmem.merge\(model\)"):
+        with torch.no_grad(), pytest.raises(Exception, match=f"(?s){refusal}"):
             run(write)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem import FourBit, Half, LoRA, convert
+from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.read_only import METADATA, ReadOnlyView, name_of, writes_in_place
 from tests.kernels.test_ops import compiles, needs_compiler
 
@@ -108,6 +109,7 @@ def test_a_view_reads_as_the_plain_tensor_does(technique):
     assert (view.shape, view.dtype, view.device, view.stride()) == (plain.shape, plain.dtype, plain.device, (1,))
     assert torch.equal(view, plain)
     assert isinstance(view[3:9], ReadOnlyView)
+    assert view.detach()._base._base is None  # torch 2.9's compiler follows the views to their base
     assert torch.equal(view.detach()[3:9].clone(), plain[3:9])
     assert type(view + 1) is type(F.linear(torch.ones(2, 16), view.view(24, 16))) is Tensor
     array = view.detach().numpy()
@@ -142,6 +144,8 @@ def test_graphs_read_views_and_refuse_to_write_to_them(technique, request):
     read = lambda w: x @ w[:, :8].T + w.view(-1)[:24] * w.flatten()[1:25] + abs(w)[:, 0]  # noqa: E731
     torch.testing.assert_close(run(read), read(model[0].weight))
     refusal = r"would write to a .*lowmem.(restore|merge)\(model\)"
+    if TORCH < (2, 13):  # its compiler ends an initializer of a weight with adapters with words of its own
+        refusal += "|(?s:hasattr.*_Traced)"
     in_views = (lambda w, write=write: write(w.view(-1)) for write in IN_GRAPHS)
     for write in (*IN_GRAPHS, *in_views, *(WRITES[name] for name in KNOWN_TO_DYNAMO)):
         with torch.no_grad(), pytest.raises(Exception, match=refusal):
