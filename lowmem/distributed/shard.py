@@ -14,6 +14,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parameter import is_lazy
 
+from lowmem.kernels.torch_versions import TORCH, shards_integers
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.refusals import refuse_model
@@ -58,8 +59,8 @@ def shard(
         RuntimeError: torch has no FSDP2, or no process group is initialized.
         ValueError: a mesh of more dimensions, or without this process; a model that is sharded already, that
             DistributedDataParallel, FSDP1 or DeepSpeed's ZeRO-3 has, whose parameters lack values, train as scalars
-            or train in several dtypes in one block, or 16-bit weights that ``mp_policy`` would cast. The model is
-            left as it was.
+            or train in several dtypes in one block, or 16-bit weights, or before torch 2.12 codes, that
+            ``mp_policy`` would cast. The model is left as it was.
     """
     refuse_engines("shard", model)
     refuse_model("shard", model)
@@ -84,8 +85,9 @@ def shard(
     for module in model.modules():
         if isinstance(module, StoredModule):
             module._kept.clear()  # it would keep the whole weight
-    for unit in units:
-        fully_shard(unit, **options)
+    with shards_integers():
+        for unit in units:
+            fully_shard(unit, **options)
     return model
 
 
@@ -192,6 +194,12 @@ def _check_parameters(model: nn.Module, units: list[nn.Module], mp_policy: Any) 
                 "number, or freeze it"
             )
     cast = getattr(mp_policy, "param_dtype", None)
+    for path, parameter in model.named_parameters() if cast is not None and TORCH < (2, 12) else ():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"{layer_name(path)} is {parameter.dtype}, and torch {torch.__version__} would cast it to "
+                f"param_dtype={cast}: install torch 2.12 or later, or leave param_dtype out"
+            )
     for module in paths if cast is not None else ():
         names = module.part_names if isinstance(module, StoredModule) else ()
         for name in (one for one in names if one.endswith("_rounded")):

@@ -1,6 +1,7 @@
 """Two and four processes compute what one does, with their parts of the weights."""
 
 import gc
+import importlib
 import weakref
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 
 import lowmem
 from lowmem.distributed.shard import blocks_of
+from lowmem.kernels import torch_versions
+from lowmem.kernels.torch_versions import TORCH
 from tests.distributed.ranks import Language, examples, needs_ranks, run_ranks, train
 from tests.distributed.test_need import ROOM, large, measured_bytes, needed
 
@@ -66,7 +69,7 @@ def check_bytes(how):
     before = {name: one.clone() for name, one in state_of(model).items()}
     bytes_before = held_bytes(model)
     storages = [weakref.ref(one.untyped_storage()) for one in model.parameters()]
-    policy = None if how == "half" else MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    policy = None if how == "half" or TORCH < (2, 12) else MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     assert lowmem.shard(model, mp_policy=policy) is model
     gc.collect()
     assert [one for one in storages if one() is not None] == []  # nothing keeps the whole weights
@@ -181,19 +184,37 @@ def check_refusals(rank, world):
     torch.testing.assert_close(tied.layers[1].weight.grad.full_tensor(), gradient)
 
 
+def check_earlier_versions(monkeypatch):
+    """Before torch 2.12 FSDP2 lets all parameters train first, and casts integers."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    for module in (torch_versions, importlib.import_module("lowmem.distributed.shard")):
+        monkeypatch.setattr(module, "TORCH", (2, 11))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    refused(make(), ValueError, r"_packed is torch.uint8, and torch .* install torch 2.12 or later", mp_policy=half)
+    sharded, ids = lowmem.shard(make()), examples()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(sharded(ids), make()(ids))
+    trained = {name: one.requires_grad for name, one in make().named_parameters()}
+    assert {name: one.requires_grad for name, one in sharded.named_parameters()} == trained
+
+
 def check_plans():
     """Dense layers of a model go by plans of tensor parallelism; stored ones are refused, and stay as they are."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh, x = init_device_mesh("cpu", (2,)), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    refusal = r"cannot be cut by a plan of tensor parallelism .*lowmem.shard"
+    if TORCH < (2, 12):  # which refuses the codes before they are asked
+        refusal += "|only Tensors of floating point dtype can require gradients"
     for technique in (lowmem.FourBit("nf4", 16), lowmem.Half(torch.bfloat16)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 32))
         lowmem.convert(model, technique)
         expected = model(x)
         for style in (ColwiseParallel, RowwiseParallel):
-            with pytest.raises(RuntimeError, match=r"cannot be cut by a plan of tensor parallelism .*lowmem.shard"):
+            with pytest.raises(RuntimeError, match=refusal):
                 parallelize_module(model, mesh, {"1": style()})
         assert torch.equal(model(x), expected)
         model[1] = nn.Linear(16, 32)
@@ -209,11 +230,12 @@ def _replicated():
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use")  # of FSDP1, with one process
-def test_a_group_of_one_process_is_refused_what_larger_ones_are(tmp_path):
+def test_a_group_of_one_process_is_refused_what_larger_ones_are(tmp_path, monkeypatch):
     """Here, where coverage counts it."""
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         check_refusals(0, 1)
+        check_earlier_versions(monkeypatch)
     finally:
         dist.destroy_process_group()
 

@@ -6,12 +6,11 @@ import torch.distributed as dist
 from torch import nn
 
 from lowmem import FourBit, Half, LoRA, convert
+from lowmem.kernels.torch_versions import TORCH, shards_integers
 
 pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"),
-    pytest.mark.skipif(
-        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="torch.distributed.fsdp has no fully_shard"
-    ),
+    pytest.mark.skipif(TORCH < (2, 6), reason="torch.distributed.fsdp has no fully_shard"),
 ]
 
 WORLD = 2
@@ -75,9 +74,10 @@ def assert_trains_as_expected(model, rank, full=lambda tensor: tensor, prefix=""
 def shard(model):
     from torch.distributed.fsdp import fully_shard
 
-    for block in model.blocks:
-        fully_shard(block)
-    return fully_shard(model)
+    with shards_integers():
+        for block in model.blocks:
+            fully_shard(block)
+        return fully_shard(model)
 
 
 def check(rank, folder):

@@ -23,13 +23,12 @@ from lowmem import (
     step_in_backward,
     training_report,
 )
+from lowmem.kernels.torch_versions import TORCH, shards_integers
 from tests.training.test_fused import WIDTH, Block
 
 pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"),
-    pytest.mark.skipif(
-        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="torch.distributed.fsdp has no fully_shard"
-    ),
+    pytest.mark.skipif(TORCH < (2, 6), reason="torch.distributed.fsdp has no fully_shard"),
 ]
 
 WORLD, VOCABULARY = 2, 512
@@ -104,9 +103,10 @@ def own_gradients(model, rank):
 def shard(model):
     from torch.distributed.fsdp import fully_shard
 
-    for block in model.layers:
-        fully_shard(block)
-    return fully_shard(model)
+    with shards_integers():
+        for block in model.layers:
+            fully_shard(block)
+        return fully_shard(model)
 
 
 def check_gradients(rank, wrap):
@@ -134,8 +134,9 @@ def check_head_of_its_own(rank):
         expected = mean_gradients(make(memory))
         model = make(memory)
         model.head.weight = nn.Parameter(model.head.weight.detach().clone(), requires_grad=False)
-        for part in (*model.layers, model.head, model):
-            fully_shard(part)
+        with shards_integers():
+            for part in (*model.layers, model.head, model):
+                fully_shard(part)
         found = own_gradients(model, rank)
         assert all((found[n] - one).norm() <= 0.06 * one.norm() for n, one in expected.items() if ".mlp." in n)
 
