@@ -18,12 +18,14 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lowmem.kernels import rowwise
 from lowmem.kernels.memory import is_batch, keeps_results
 from lowmem.kernels.rowwise import ACTIVATIONS
+from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.adapter_product import is_narrow, narrow_results
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import is_observed
@@ -157,7 +159,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_
 
 
 class _Reader:
-    """Identifies a reader of a result whose backward has not run yet; ``recompute`` itself would be a cycle."""
+    """Identifies a reader of a result whose backward has not run yet; ``recompute`` itself would be a cycle.
+
+    Attributes:
+        edge: what owns the graph that made the result, in versions of torch where its node in Python does not.
+    """
+
+    edge: GradientEdge | None = None
 
 
 def _noted(out: Tensor) -> Tensor:
@@ -168,7 +176,7 @@ def _noted(out: Tensor) -> Tensor:
     """
     if out.grad_fn is None:
         return out
-    held = weakref.ref(cast(Any, out.grad_fn))
+    held, result = weakref.ref(cast(Any, out.grad_fn)), weakref.ref(out)
 
     def read() -> Recompute | None:
         made: Any = held()
@@ -176,6 +184,11 @@ def _noted(out: Tensor) -> Tensor:
             return None
 
         reader = _Reader()
+        if TORCH < (2, 13):  # where the graph alone owns a node in Python, whose saved tensors are freed with it
+            known = result()
+            if known is None:
+                return None
+            reader.edge = get_gradient_edge(known)
 
         def recompute(dtype: torch.dtype | None) -> Tensor:
             made.waiting.discard(reader)
