@@ -32,9 +32,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def is_exporting() -> bool:
     """Whether torch.export records a graph; False where torch cannot tell, before 2.7."""
-    if TORCH >= (2, 13):
+    if TORCH >= (2, 12):
         return torch.compiler.is_exporting()
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))  # Dynamo of 2.9 says True of any graph
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))  # earlier Dynamo says True of any graph
 
 
 def exports_without_dynamo() -> bool:

@@ -12,10 +12,12 @@ class Exported(torch.nn.Module):
         return x + 1 if is_exporting() else x - 1
 
 
-def test_an_export_is_told_from_eager_where_torch_can_tell():
+def test_an_export_is_told_from_other_calls_where_torch_can_tell(request):
+    request.addfinalizer(torch.compiler.reset)
     assert torch.__version__.startswith(f"{TORCH[0]}.{TORCH[1]}.")
     x = torch.zeros(3)
     assert torch.equal(Exported()(x), x - 1)
+    assert torch.equal(torch.compile(Exported(), fullgraph=True, backend="eager")(x), x - 1)
     exported = torch.export.export(Exported(), (x,)).module()(x)
     assert torch.equal(exported, x + 1 if TORCH >= (2, 7) else x - 1)
 
