@@ -189,6 +189,16 @@ def make_input(name):
     return MODELS[name][1]()
 
 
+def torch_computes(name, x):
+    """Whether torch has what the dense model needs: oneDNN's LSTM in bfloat16 is for newer processors alone."""
+    try:
+        make(name)(x)
+    except RuntimeError:
+        assert name == "LSTM"
+        return False
+    return True
+
+
 def wide(x):
     return x.double() if x.is_floating_point() else x
 
@@ -250,7 +260,8 @@ def test_copies_files_and_casts_keep_it(name, kind, tmp_path):
             n: (p.shape, p.dtype) for n, p in model.named_parameters()
         }
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert model(x).isfinite().all()
+        if torch_computes(name, x):
+            assert model(x).isfinite().all()
     half = copy.deepcopy(model).bfloat16()
     out = half(x.bfloat16() if x.is_floating_point() else x)
     assert out.dtype == torch.bfloat16
