@@ -87,6 +87,7 @@ _ATTRIBUTES = METADATA | {
     *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad", "_backward_hooks")),
     *(Tensor.data_ptr, Tensor._is_view),
 }
+_BASE: Any = getattr(Tensor, "_base").__get__  # noqa: B009  mypy takes it for a tensor
 
 
 def _views() -> set[Any]:
@@ -144,10 +145,17 @@ def _marked(one: Any, refusal: str, source: Tensor | None) -> Any:
         return exported_view(one, refusal) if isinstance(one, Tensor) else one
     if type(one) is not Tensor or (source is not None and not torch._C._is_alias_of(one, source)):  # type: ignore[attr-defined]
         return one
-    if not torch.compiler.is_compiling() and not one.requires_grad:
-        one = one.detach()  # else it is a view of the weight for autograd, and Dynamo would trace from its base
+    if not torch.compiler.is_compiling() and not one.requires_grad:  # else Dynamo would trace from the view's base
+        return _leaf(one, refusal)
     made: Any = one.as_subclass(ReadOnlyView)
     made.refusal, made.recorded = refusal, one
+    return made
+
+
+def _leaf(one: Tensor, refusal: str) -> ReadOnlyView:
+    """Return a read-only tensor with the memory of ``one`` that is no view for autograd: it has no base."""
+    made = Tensor._make_subclass(ReadOnlyView, one)
+    made.refusal, made.recorded = refusal, one.detach()
     return made
 
 
@@ -178,7 +186,7 @@ class ReadOnlyView(Tensor):
                 result = function(*args, **kwargs)
             if not torch.compiler.is_compiling() and writes_in_place(function):  # the shape or requires_grad changed
                 args[0].__dict__.pop("recorded", None)
-            return result
+            return _leaf(result, args[0].refusal) if function == _BASE and result is not None else result
         _refuse_writes(function, args, kwargs)
         views: list[tuple[str, Tensor]] = []
 
