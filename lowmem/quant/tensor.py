@@ -154,8 +154,10 @@ class QuantizedTensor:
 
         Raises:
             RuntimeError: stored tensors of another layout, see ``check_layout``.
-            ValueError: a dtype that is not floating point.
+            ValueError: rows that do not follow each other, or a dtype that is not floating point.
         """
+        if rows.step not in (None, 1):
+            raise ValueError(f"rows={rows} must follow each other: leave the step out, and index the result")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
         matrix = self if len(self.shape) == 2 else self.as_matrix()

@@ -376,9 +376,12 @@ def test_a_row_with_an_outlier_is_stable_too():
     assert torch.equal(again.scales, q.scales)
 
 
-def test_dequantizing_to_integers_is_refused():
+def test_dequantizing_to_integers_or_every_other_row_is_refused():
+    q = quantize(torch.ones(4, 8))
     with pytest.raises(ValueError, match=r"dtype=torch.int8 must be a floating-point dtype"):
-        quantize(torch.ones(8)).dequantize(torch.int8)
+        q.dequantize(torch.int8)
+    with pytest.raises(ValueError, match=r"rows=slice\(None, None, -1\) must follow each other"):
+        q.dequantize_rows(slice(None, None, -1), torch.float32)
 
 
 @given(st.integers(0, 5000), st.integers(1, 2**20))
