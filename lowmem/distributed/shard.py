@@ -188,14 +188,14 @@ def _check_parameters(model: nn.Module, units: list[nn.Module], mp_policy: Any) 
             raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before shard")
         if parameter.is_meta:
             raise ValueError(f"{layer_name(path)} is on the meta device and has no values: load them before shard")
-        if parameter.dim() == 0 and parameter.requires_grad:
+        if parameter.dim() == 0 and (parameter.requires_grad or TORCH < (2, 7)):
+            kind, remedy = ("scalar that trains", "freeze it") if TORCH >= (2, 7) else ("scalar", "install torch 2.7")
             raise ValueError(
-                f"{layer_name(path)} is a scalar that trains, which FSDP2 cannot cut: make it a vector of one "
-                "number, or freeze it"
+                f"{layer_name(path)} is a {kind}, which FSDP2 cannot cut: make it a vector of one number, or {remedy}"
             )
     cast = getattr(mp_policy, "param_dtype", None)
     for path, parameter in model.named_parameters() if cast is not None and TORCH < (2, 12) else ():
-        if not parameter.is_floating_point():
+        if parameter.dim() and not parameter.is_floating_point():
             raise ValueError(
                 f"{layer_name(path)} is {parameter.dtype}, and torch {torch.__version__} would cast it to "
                 f"param_dtype={cast}: install torch 2.12 or later, or leave param_dtype out"

@@ -103,11 +103,11 @@ def shards_integers() -> Iterator[None]:
         return nn.Parameter(data, requires_grad and (data.is_floating_point() or data.is_complex()))
 
     module: Any = import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
-    before, module.nn = module.nn, SimpleNamespace(**{**vars(nn), "Parameter": parameter})
+    module.nn = SimpleNamespace(**{**vars(nn), "Parameter": parameter})
     try:
         yield
     finally:
-        module.nn = before
+        module.nn = nn
 
 
 @constant_in_graphs

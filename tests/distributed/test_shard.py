@@ -185,16 +185,23 @@ def check_refusals(rank, world):
 
 
 def check_earlier_versions(monkeypatch):
-    """Before torch 2.12 FSDP2 lets all parameters train first, and casts integers."""
+    """Before torch 2.12 FSDP2 lets all parameters train first, and casts integers; in 2.6 it takes no scalars."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    for module in (torch_versions, importlib.import_module("lowmem.distributed.shard")):
+    modules = torch_versions, importlib.import_module("lowmem.distributed.shard")
+    monkeypatch.setattr(modules[1], "TORCH", (2, 6))
+    refused(Tied(), ValueError, "scale is a scalar, which FSDP2 cannot cut: .* or install torch 2.7")
+    for module in modules:
         monkeypatch.setattr(module, "TORCH", (2, 11))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     refused(make(), ValueError, r"_packed is torch.uint8, and torch .* install torch 2.12 or later", mp_policy=half)
     sharded, ids = lowmem.shard(make()), examples()[0]
     with torch.no_grad():
         torch.testing.assert_close(sharded(ids), make()(ids))
+    counted = nn.Linear(8, 8)
+    counted.steps = nn.Parameter(torch.tensor(3), requires_grad=False)  # a scalar, which FSDP2 does not cast
+    assert lowmem.shard(counted, mp_policy=half)(torch.ones(1, 8)).isfinite().all()
+    assert counted.steps.item() == 3
     trained = {name: one.requires_grad for name, one in make().named_parameters()}
     assert {name: one.requires_grad for name, one in sharded.named_parameters()} == trained
 
