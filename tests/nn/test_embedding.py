@@ -160,7 +160,7 @@ def test_torch_func_maps_over_indices(technique):
     if isinstance(technique, FourBit):
         technique = replace(
             technique, scales="float16"
-        )  # torch 2.4 maps no view in another dtype, which double needs
+        )  # torch 2.9 maps no view in another dtype, which double needs
     layer = convert(nn.Embedding(6, 40), technique)
     indices = torch.arange(6).view(2, 3)
     assert torch.equal(torch.func.vmap(layer)(indices), layer(indices))
