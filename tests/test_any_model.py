@@ -189,14 +189,9 @@ def make_input(name):
     return MODELS[name][1]()
 
 
-def torch_computes(name, x):
-    """Whether torch has what the dense model needs: oneDNN's LSTM in bfloat16 is for newer processors alone."""
-    try:
-        make(name)(x)
-    except RuntimeError:
-        assert name == "LSTM"
-        return False
-    return True
+def has_bfloat16_lstm():
+    """Whether torch has an LSTM in bfloat16: oneDNN's needs AVX-512, and without it a dense one is an error, too."""
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def wide(x):
@@ -259,9 +254,10 @@ def test_copies_files_and_casts_keep_it(name, kind, tmp_path):
         assert {n: (p.shape, p.dtype) for n, p in twin.named_parameters()} == {
             n: (p.shape, p.dtype) for n, p in model.named_parameters()
         }
+    if name == "LSTM" and not has_bfloat16_lstm():
+        pytest.skip("torch's LSTM in bfloat16 needs a processor with AVX-512")
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        if torch_computes(name, x):
-            assert model(x).isfinite().all()
+        assert model(x).isfinite().all()
     half = copy.deepcopy(model).bfloat16()
     out = half(x.bfloat16() if x.is_floating_point() else x)
     assert out.dtype == torch.bfloat16
