@@ -189,8 +189,8 @@ def make_input(name):
     return MODELS[name][1]()
 
 
-def has_bfloat16_lstm():
-    """Whether torch has an LSTM in bfloat16: oneDNN's needs AVX-512, and without it a dense one is an error, too."""
+def autocasts_lstm():
+    """Whether torch computes a dense LSTM under autocast to bfloat16: oneDNN's code for it needs AVX-512."""
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -254,15 +254,17 @@ def test_copies_files_and_casts_keep_it(name, kind, tmp_path):
         assert {n: (p.shape, p.dtype) for n, p in twin.named_parameters()} == {
             n: (p.shape, p.dtype) for n, p in model.named_parameters()
         }
-    if name == "LSTM" and not has_bfloat16_lstm():
-        pytest.skip("torch's LSTM in bfloat16 needs a processor with AVX-512")
+    lacks_lstm = name == "LSTM" and not autocasts_lstm()
+    if not lacks_lstm or TORCH >= (2, 9):  # torch 2.4 lacks an LSTM cast to it, too
+        half = copy.deepcopy(model).bfloat16()
+        out = half(x.bfloat16() if x.is_floating_point() else x)
+        assert out.dtype == torch.bfloat16
+        # Of a mixture another expert may be chosen.
+        assert lowmem.measure.difference(expected, out.float()).relative < (0.5 if name.startswith("mix") else 0.1)
+    if lacks_lstm:
+        pytest.skip("torch's LSTM under autocast to bfloat16 needs a processor with AVX-512")
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert model(x).isfinite().all()
-    half = copy.deepcopy(model).bfloat16()
-    out = half(x.bfloat16() if x.is_floating_point() else x)
-    assert out.dtype == torch.bfloat16
-    # Of a mixture another expert may be chosen.
-    assert lowmem.measure.difference(expected, out.float()).relative < (0.5 if name.startswith("mix") else 0.1)
 
 
 @stored_models

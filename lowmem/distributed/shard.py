@@ -59,8 +59,8 @@ def shard(
         RuntimeError: torch has no FSDP2, or no process group is initialized.
         ValueError: a mesh of more dimensions, or without this process; a model that is sharded already, that
             DistributedDataParallel, FSDP1 or DeepSpeed's ZeRO-3 has, whose parameters lack values, train as scalars
-            or train in several dtypes in one block, or 16-bit weights, or before torch 2.12 codes, that
-            ``mp_policy`` would cast. The model is left as it was.
+            (in torch 2.6 are scalars) or train in several dtypes in one block, or 16-bit weights, or before torch
+            2.12 codes, that ``mp_policy`` would cast. The model is left as it was.
     """
     refuse_engines("shard", model)
     refuse_model("shard", model)
