@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowmem import QuantizedTensor, kernels, quantize
-from lowmem.kernels import reference
+from lowmem.kernels import cpu, reference
 from lowmem.quant.backend import active_backend
 from tests import strategies
 from tests.rounding import gamma, unit
@@ -43,13 +43,16 @@ given_stored_in_4_bits = (given_stored[0], strategies.four_bit_formats, *given_s
 
 @contextmanager
 def on_threads(count: int):
-    """Let torch use so many threads."""
-    before = torch.get_num_threads()
+    """Let torch and the kernel use so many threads, on however few CPUs and beside whatever else runs."""
+    before, native = torch.get_num_threads(), cpu.load()[0]
     torch.set_num_threads(count)
+    limit = native.limit_threads(count, False) if native else None
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        if native:
+            native.limit_threads(limit, False)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies
 
 from lowmem import backend
-from lowmem.kernels import reference
+from lowmem.kernels import cpu, reference
 
 THREADS = 2
 
@@ -49,6 +49,13 @@ def process_state() -> dict[str, object]:
         "directory": os.getcwd(),
         "environment": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_thread_computes():
+    """Let the kernel use all of a test's threads, on one CPU and beside other processes, too."""
+    if native := cpu.load()[0]:
+        native.limit_threads(THREADS, False)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from torch.nn import Parameter, functional
 
 from lowmem.kernels import int8, reference
 from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector, unseen
+from lowmem.kernels.threads import usable_cpus
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES, block_sums, spread
@@ -82,6 +83,7 @@ def load() -> tuple[ModuleType | None, str]:
     package = Path(torch.__file__).parent
     bundled = [*(package / "lib").glob("lib*omp*"), *(package.parent / "torch.libs").glob("lib*omp*")]
     libraries = [*sorted(map(str, bundled)), "libgomp.so.1", "libomp.so", "libiomp5.so"]
+    _native.limit_threads(usable_cpus(), True)
     if any(_native.share_threads(path) for path in libraries):
         return _native, "compiled C on torch's threads"
     return _native, "compiled C on one thread, since torch's OpenMP library was not found"

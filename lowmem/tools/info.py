@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lowmem.kernels import backend
+from lowmem.kernels.threads import usable_cpus
 from lowmem.tools.output import print_json, shown
 from lowmem.version import __version__
 
@@ -32,6 +33,7 @@ def facts() -> dict[str, str | int | bool | list[str] | None]:
         "machine": platform.machine(),
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
+        "usable_cpus": usable_cpus(),
         "threads": torch.get_num_threads(),
         **{name: _version(name) for name in ("torch", "numpy", "safetensors", "rich")},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -13,6 +13,7 @@ import torch
 
 import lowmem
 from lowmem.__main__ import main
+from lowmem.kernels.threads import usable_cpus
 from lowmem.tools import info
 from tests.compiled import on_threads
 
@@ -41,6 +42,7 @@ def test_json_tells_versions_processor_and_kernel(told):
         "machine": platform.machine(),
         "cpu": found["cpu"],
         "cpus": os.cpu_count(),
+        "usable_cpus": usable_cpus(),
         "threads": torch.get_num_threads(),
         **{name: version(name) for name in ("torch", "numpy", "safetensors", "rich")},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -320,6 +320,34 @@ static PyObject *share_threads(PyObject *self, PyObject *path)
     Py_RETURN_TRUE;
 }
 
+/* limit_threads(most, fewer) -> the most threads of a call before: from now on it uses at most `most`, and fewer beside other
+ * processes if `fewer` is not 0 */
+static PyObject *limit_threads(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    long long n[2];
+    if (read_numbers(args, given, n, 2))
+        return NULL;
+    const int64_t before = cpus;
+    cpus = n[0];
+    crowd.ignored = !n[1];
+    return PyLong_FromLongLong(before);
+}
+
+/* learned(threads, took, alone, end, time) -> the threads of a region that begins at `time`, after one of `threads` threads that
+ * took `took` nanoseconds until `end`; threads = 0 forgets what was learned. For tests */
+static PyObject *learned(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    enum { OF, TOOK, ALONE, END, TIME, ARGUMENTS };
+    long long n[ARGUMENTS];
+    if (read_numbers(args, given, n, ARGUMENTS))
+        return NULL;
+    if (n[OF])
+        learn(n[OF], n[TOOK], n[ALONE], n[END]);
+    else
+        crowd.until = crowd.pause = crowd.balance = 0;
+    return PyLong_FromLongLong(threads_at(n[TIME], n[OF]));
+}
+
 /* visited() -> columns of x that packing has visited so far */
 static PyObject *visited(PyObject *self, PyObject *unused)
 {
@@ -332,6 +360,8 @@ static PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, NULL},
     {"visited", visited, METH_NOARGS, NULL},
     {"share_threads", share_threads, METH_O, NULL},
+    FAST(limit_threads),
+    FAST(learned),
     {"use_torch", use_torch, METH_VARARGS, NULL},
     FAST(order),
     FAST(prepare),

@@ -1,5 +1,10 @@
 /* Runs jobs on the threads of the OpenMP library that torch has loaded (share_threads of module.c). A call is one
- * parallel region; within it, a thread that finishes a part takes the next one. */
+ * parallel region; within it, a thread that finishes a part takes the next one.
+ *
+ * A region ends when its last thread has ended. Beside other processes that compute, a thread waits milliseconds for a core, for
+ * work of microseconds. So each region's time is compared with what its parts would take one after another. When recent
+ * regions took longer than that, the next ones get half of the threads, in the end the caller alone, for a while: twice as long
+ * as the last time if all threads fail again soon. Trying them costs little then, and a machine that became quiet is noticed. */
 #ifndef LOWMEM_THREADS_H
 #define LOWMEM_THREADS_H
 
@@ -8,6 +13,7 @@
 #else
 #include <sched.h>
 #endif
+#include <time.h>
 
 #include "kernel.h"
 
@@ -18,12 +24,30 @@ int64_t visited_columns;
 static void (*run_parallel)(void (*)(void *), void *, unsigned, unsigned);
 static int (*thread_number)(void);
 
+static int64_t cpus = 1; /* most threads of a region: the CPUs that the process may use (limit_threads of module.c) */
+
+/* In nanoseconds */
+#define CREDIT 200000      /* most gain that is held against a loss, so that a rare interruption changes nothing */
+#define MOST_LOSS 10000000 /* most loss of a region: a process that was stopped learns nothing from it */
+#define MOST_PAUSE 250000000 /* longest time for which fewer threads are used */
+
+/* What was learned about other processes. Callers in several threads read and write it; an update that is lost only delays. */
+static struct {
+    int64_t threads, until; /* most threads of the regions that begin before the time `until` */
+    int64_t pause;          /* for how long fewer threads were used last */
+    int64_t balance;        /* loss of recent regions; a gain is negative */
+    int ignored;            /* all threads are used all the same, for tests */
+} crowd;
+
+enum { PACKING, FIRST, THEN, PHASES };
+
 struct region {
     struct job *job;
     int many; /* whether the region runs on several threads */
     body first, then;
     int64_t firsts, parts; /* number of parts of `first`, and of `first` and `then` */
     int64_t next, done;    /* next part to take; finished parts of `first` */
+    int64_t least[PHASES]; /* nanoseconds of the shortest part; 0: none */
 };
 
 #if defined(__x86_64__)
@@ -33,11 +57,33 @@ struct region {
 #endif
 #define PATIENCE 4096 /* pauses after which a waiting thread yields its core */
 
+#define get(variable) __atomic_load_n(&(variable), __ATOMIC_RELAXED)
+#define set(variable, value) __atomic_store_n(&(variable), value, __ATOMIC_RELAXED)
+
+/* Nanoseconds of a clock that never goes back. */
+static int64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Note how long a part took that began at `*time`, which becomes the time now. */
+static void note(struct region *region, int phase, int64_t *time)
+{
+    if (!region->many)
+        return;
+    const int64_t began = *time, took = (*time = now()) - began, least = get(region->least[phase]);
+    if (!least || took < least)
+        set(region->least[phase], took + !took);
+}
+
 /* What each thread of the region runs. */
 static void region_body(void *data)
 {
     struct region *region = data;
     const int64_t thread = region->many ? thread_number() : 0, firsts = region->firsts;
+    int64_t time = region->many ? now() : 0;
     struct job copy, *job = region->job;
     /* The thread packs a copy for itself: it neither waits for other threads nor reads what they packed from their caches. */
     if (job->packed_step) {
@@ -45,20 +91,47 @@ static void region_body(void *data)
         job = &copy;
         job->packed += thread * job->packed_step;
         region->first(job, 0, firsts, thread);
+        note(region, PACKING, &time);
     }
     for (int64_t part; (part = __atomic_fetch_add(&region->next, 1, __ATOMIC_RELAXED)) < region->parts;) {
         if (part < firsts) {
             region->first(job, part, firsts, thread);
             __atomic_fetch_add(&region->done, 1, __ATOMIC_RELEASE);
+            note(region, FIRST, &time);
             continue;
         }
-        for (int64_t waited = 0; __atomic_load_n(&region->done, __ATOMIC_ACQUIRE) < firsts; waited++)
-            if (waited < PATIENCE)
-                pause();
-            else
-                sched_yield();
+        if (__atomic_load_n(&region->done, __ATOMIC_ACQUIRE) < firsts) {
+            for (int64_t waited = 0; __atomic_load_n(&region->done, __ATOMIC_ACQUIRE) < firsts; waited++)
+                if (waited < PATIENCE)
+                    pause();
+                else
+                    sched_yield();
+            time = now();
+        }
         region->then(job, part - firsts, region->parts - firsts, thread);
+        note(region, THEN, &time);
     }
+}
+
+/* The number of threads for a region of at most `most` that begins at `time`. */
+static int64_t threads_at(int64_t time, int64_t most)
+{
+    return time < get(crowd.until) && !crowd.ignored ? smaller(most, get(crowd.threads)) : most;
+}
+
+/* Learn from a region that took `took` nanoseconds until `end`, and whose parts take `alone` one after another. A quarter more is
+ * no loss: beside other processes, one thread would not always have a core, either. */
+static void learn(int64_t threads, int64_t took, int64_t alone, int64_t end)
+{
+    const int64_t balance = get(crowd.balance) + smaller(took - alone - alone / 4, MOST_LOSS);
+    set(crowd.balance, balance > 0 ? 0 : balance < -CREDIT ? -CREDIT : balance);
+    if (balance <= 0)
+        return;
+    const int64_t last = get(crowd.pause), again = end - get(crowd.until) < last;
+    const int64_t pause = smaller(again && last > balance ? 2 * last : 2 * balance, MOST_PAUSE);
+    set(crowd.pause, pause);
+    set(crowd.threads, threads / 2);
+    set(crowd.until, end + pause);
 }
 
 /* Run `first`, then `then` (or NULL), in parts: first_parts and then_parts are parts per thread, and 0 means one part in all.
@@ -67,14 +140,19 @@ static void region_body(void *data)
  * that one. */
 static void parallel(struct job *job, body first, int64_t first_parts, body then, int64_t then_parts)
 {
-    const int many = job->threads > 1 && run_parallel;
-    const int64_t begun = job->packed_step > 0, firsts = many && first_parts ? first_parts * job->threads + begun : 1;
-    const int64_t thens = !then ? 0 : many ? then_parts * job->threads : 1;
-    struct region region = {job, many, first, then, firsts, firsts + thens, begun, begun};
-    if (many)
-        run_parallel(region_body, &region, (unsigned)job->threads, 0);
-    else
+    const int64_t most = run_parallel ? smaller(job->threads, cpus) : 1, began = most > 1 ? now() : 0;
+    const int64_t threads = most > 1 ? threads_at(began, most) : 1;
+    const int many = threads > 1;
+    const int64_t begun = job->packed_step > 0, firsts = many && first_parts ? first_parts * threads + begun : 1;
+    const int64_t thens = !then ? 0 : many ? then_parts * threads : 1;
+    struct region region = {job, many, first, then, firsts, firsts + thens, begun, begun, {0}};
+    if (!many) {
         region_body(&region);
+        return;
+    }
+    run_parallel(region_body, &region, (unsigned)threads, 0);
+    const int64_t end = now(), *least = region.least;
+    learn(threads, end - began, least[PACKING] + (firsts - begun) * least[FIRST] + thens * least[THEN], end);
 }
 
 /* Call run for each piece of the batch and, within it, each run of at most `wide` groups of columns; stop when the job is

@@ -1,0 +1,48 @@
+"""How many CPUs this process may use: those of its affinity, within the quota of its control group."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["usable_cpus"]
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """Return the number of CPUs that this process may use, at least 1.
+
+    Affinity is what ``taskset`` and ``sched_setaffinity`` leave. A quota is ``cpu.max`` of a control group, which
+    containers set by ``--cpus``; 1.5 CPUs count as 2. Neither is known outside Linux: all CPUs count there.
+
+    Args:
+        root: of the file system, for tests.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([affinity, *(math.ceil(quota) for quota in _quotas(root))]))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Yield the quotas, in CPUs, of this process's control groups and of all groups above them.
+
+    Source: Linux's Documentation/admin-guide/cgroup-v2.rst ("cpu.max"), and scheduler/sched-bwc.rst for version 1.
+    """
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for controllers, path in (line.split(":", 2)[1:] for line in groups if line.count(":") >= 2):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounted = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        group = Path(path)
+        for above in (group, *group.parents):
+            folder = mounted / above.relative_to("/")
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            try:
+                quota, period, *_ = " ".join((folder / name).read_text() for name in names).split()
+            except OSError:  # a container sees only its own groups, and the root has no quota
+                continue
+            if quota not in ("max", "-1"):
+                yield int(quota) / int(period)

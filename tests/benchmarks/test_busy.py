@@ -1,0 +1,51 @@
+"""The benchmark beside busy processes: what it takes the mean of, and what it leaves behind."""
+
+import subprocess
+
+import pytest
+
+from benchmarks import busy
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Collect the processes that are started: they sleep, and nothing waits for them to compute."""
+    found = []
+
+    class Process(subprocess.Popen):
+        def __init__(self, arguments):
+            super().__init__([*arguments[:2], "import time; time.sleep(600)"])
+            found.append(self)
+
+    monkeypatch.setattr(busy.subprocess, "Popen", Process)
+    monkeypatch.setattr(busy, "SETTLED", 0)
+    return found
+
+
+def test_means_are_of_all_calls_and_neighbours_end(started, monkeypatch):
+    times = {"dense": iter([9, 1, 3, 3, 5]), "nf4": iter([9, 2, 8, 2, 10])}  # a warm-up, then quiet and busy in turns
+    monkeypatch.setattr(busy, "measure", lambda call, seconds: (2, call()) if seconds else None)
+    calls = {name: lambda own=own: next(own) for name, own in times.items()}
+    assert busy.means(calls, 3, 1.0, 2) == {"dense": (1.0, 2.0), "nf4": (1.0, 4.5)}
+    assert len(started) == 6
+    assert all(process.returncode is not None for process in started)
+
+
+def test_calls_are_counted_until_the_time_is_over():
+    calls, seconds = busy.measure(lambda: None, 0.001)
+    assert calls >= 1
+    assert seconds >= 0.001
+
+
+def test_the_table_tells_the_slowdown(started, monkeypatch, capsys):
+    monkeypatch.setattr(busy, "WORKLOADS", {"sums": {"dense": lambda: lambda: sum(range(99))}})
+    monkeypatch.setattr(busy, "means", lambda calls, *given: dict.fromkeys(calls, (0.001, 0.0025)))
+    assert busy.main(["--seconds", "0.001"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "| sums | dense | 1.00 | 2.50 | 2.5 |"
+
+
+def test_wrong_arguments_are_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        busy.main(["--only", "everything"])
+    assert error.value.code == 2
+    assert "BigNet, batch 1" in capsys.readouterr().err
