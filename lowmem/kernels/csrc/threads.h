@@ -47,7 +47,7 @@ struct region {
     body first, then;
     int64_t firsts, parts; /* number of parts of `first`, and of `first` and `then` */
     int64_t next, done;    /* next part to take; finished parts of `first` */
-    int64_t least[PHASES]; /* nanoseconds of the shortest part; 0: none */
+    int64_t sum[PHASES], longest[PHASES]; /* nanoseconds of all parts, and of the longest */
 };
 
 #if defined(__x86_64__)
@@ -73,9 +73,19 @@ static void note(struct region *region, int phase, int64_t *time)
 {
     if (!region->many)
         return;
-    const int64_t began = *time, took = (*time = now()) - began, least = get(region->least[phase]);
-    if (!least || took < least)
-        set(region->least[phase], took + !took);
+    const int64_t began = *time, took = (*time = now()) - began;
+    __atomic_fetch_add(&region->sum[phase], took, __ATOMIC_RELAXED);
+    if (took > get(region->longest[phase]))
+        set(region->longest[phase], took);
+}
+
+/* Nanoseconds that `parts` parts of a phase take one after another, of which `measured` were measured. The longest is left out: if
+ * its thread lost the core meanwhile, it says nothing about the work. */
+static int64_t one_after_another(const struct region *region, int phase, int64_t parts, int64_t measured)
+{
+    if (measured < 2)
+        return region->sum[phase];
+    return (region->sum[phase] - region->longest[phase]) * parts / (measured - 1);
 }
 
 /* What each thread of the region runs. */
@@ -145,14 +155,16 @@ static void parallel(struct job *job, body first, int64_t first_parts, body then
     const int many = threads > 1;
     const int64_t begun = job->packed_step > 0, firsts = many && first_parts ? first_parts * threads + begun : 1;
     const int64_t thens = !then ? 0 : many ? then_parts * threads : 1;
-    struct region region = {job, many, first, then, firsts, firsts + thens, begun, begun, {0}};
+    struct region region = {job, many, first, then, firsts, firsts + thens, begun, begun, {0}, {0}};
     if (!many) {
         region_body(&region);
         return;
     }
     run_parallel(region_body, &region, (unsigned)threads, 0);
-    const int64_t end = now(), *least = region.least;
-    learn(threads, end - began, least[PACKING] + (firsts - begun) * least[FIRST] + thens * least[THEN], end);
+    const int64_t end = now(), alone = one_after_another(&region, PACKING, 1, begun * threads) +
+                                        one_after_another(&region, FIRST, firsts - begun, firsts - begun) +
+                                        one_after_another(&region, THEN, thens, thens);
+    learn(threads, end - began, alone, end);
 }
 
 /* Call run for each piece of the batch and, within it, each run of at most `wide` groups of columns; stop when the job is
