@@ -156,7 +156,7 @@ def owned(path: Path) -> Iterator[None]:
         yield
         return
     place = _target(path)
-    name = place.with_name(PARTIAL.replace("*", f"{_name_hash(place)}{0:016}"))
+    name = place.parent / PARTIAL.replace("*", f"{_name_hash(place)}{0:016}")
     descriptor = _own(name, path)
     try:
         os.ftruncate(descriptor, 0)
