@@ -188,6 +188,16 @@ def test_a_state_of_another_run_is_refused_and_a_damaged_one_skipped(tmp_path):
 
 
 @pytest.mark.usefixtures("alone")
+def test_each_process_gets_its_own_random_states_and_one_that_is_new_those_of_the_first(tmp_path, monkeypatch):
+    found = {"random.cpu": torch.zeros(1), "random.cpu@1": torch.ones(1)}
+    States(tmp_path, {}).save(Saved(1, found, {}))
+    states = Checkpoints(tmp_path, {})
+    for rank, value in ((0, 0), (1, 1), (2, 0)):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        assert states.newest().group("random")["cpu"] == value
+
+
+@pytest.mark.usefixtures("alone")
 def test_what_changes_while_a_state_is_written_is_not_in_it(tmp_path, monkeypatch):
     go, write = threading.Event(), state.write_tensors
     monkeypatch.setattr(state, "write_tensors", lambda *given: go.wait(60) and write(*given))
