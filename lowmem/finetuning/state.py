@@ -81,7 +81,7 @@ class States:
         may_differ: keys of ``origin`` whose values may differ from those in the state.
 
     Attributes:
-        changed: texts on the values that differ, set by ``newest``.
+        changed: texts on values that differ and on damaged states that were skipped, set by ``newest``.
         facts: values for JSON that are saved with each state, and set again by ``newest``.
     """
 
@@ -95,24 +95,33 @@ class States:
         """Return the newest undamaged state; None: no state. ``model`` is not used: the parameters are whole.
 
         Raises:
-            FileError: all states are damaged, or the newest is of another run: the first difference is named.
+            FileError: all states are damaged, the newest is of another run: the first difference is named; or the
+                states are pickles.
             OSError: a file cannot be read.
         """
+        if any(self.folder.glob("step-*/.metadata")):
+            raise refusal(
+                self.folder,
+                "its states are pickles (step-*/.metadata), which an older lowmem wrote in several processes: "
+                "nothing was read or executed; remove it to begin anew",
+                "go on from",
+            )
         found: list[tuple[Saved, str]] = []
-        damaged: FileError | None = None
+        damaged: list[FileError] = []
         for name in FILES:
             path = self.folder / name
             if path.exists():
                 try:
                     found.append((self._read(path), name))
                 except FileError as error:
-                    damaged = error
+                    damaged.append(error)
         if not found:
-            if damaged is not None:
-                raise damaged
+            if damaged:
+                raise damaged[-1]
             return None
         saved, name = max(found, key=lambda one: one[0].step)
-        self._check(self.folder / name, saved.record["origin"])
+        self.changed = changes(self.folder / name, saved.record["origin"], self._origin, self._may_differ)
+        self.changed += [f"{error}; going on from the state after step {saved.step}" for error in damaged]
         self.facts = dict(saved.record.get("facts", {}))
         self._last = saved.step, name
         return saved
@@ -148,12 +157,10 @@ class States:
     def _read(self, path: Path) -> Saved:
         file = read(path)
         record = file.metadata
-        if record.get("kind") != KIND or not isinstance(record.get("step"), int) or "origin" not in record:
+        whole = isinstance(record.get("step"), int) and isinstance(record.get("origin"), dict)
+        if record.get("kind") != KIND or not whole:
             raise refusal(path, "it is no state of a training run; name the run's own folder")
         return Saved(record["step"], file.tensors, record)
-
-    def _check(self, path: Path, origin: Mapping[str, Any]) -> None:
-        self.changed = changes(path, origin, self._origin, self._may_differ)
 
 
 def changes(

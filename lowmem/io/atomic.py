@@ -10,12 +10,14 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
+from typing import Any
 
-from lowmem.errors import quoted, refusal
+from lowmem.errors import printable, quoted, refusal
 
 try:
     import fcntl
@@ -30,6 +32,7 @@ __all__ = [
     "check_writable",
     "map_file",
     "open_regular",
+    "owned",
     "read_errors",
     "scratch_folder",
     "sync",
@@ -38,7 +41,7 @@ __all__ = [
 ]
 
 PARTIAL = ".lowmem-*.partial"
-"""Glob pattern of the names of files that are being written."""
+"""Glob pattern of the names of files and folders that are being written."""
 
 
 def check_writable(path: Path) -> None:
@@ -72,7 +75,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
         OSError: the file cannot be written.
     """
     path = _target(path) if overwrite else path
-    _remove_leftovers(path)
+    _remove_leftovers(path.parent, _name_hash(path), stat.S_ISREG, os.unlink)
     mode = _mode(path) if overwrite else None
     with _partial_file(path, 0o666 if mode is None else 0o600) as (file, partial):  # private until it is complete
         yield file
@@ -94,7 +97,7 @@ def atomic_folder(target: Path, within: Path | None = None) -> Iterator[Path]:
 
     Args:
         target: the name it gets.
-        within: make it in this folder of the same file system instead, with which what a kill leaves is removed.
+        within: make it in this folder of the same file system instead.
 
     Raises:
         FileExistsError: ``target`` exists, or was created meanwhile.
@@ -115,16 +118,54 @@ def atomic_folder(target: Path, within: Path | None = None) -> Iterator[Path]:
 def scratch_folder(within: Path) -> Iterator[Path]:
     """Make a folder in ``within``, with the name of what is being written, for the block; then it is removed.
 
+    Folders in ``within`` that killed processes have left are removed, where folders can be locked.
+
     Raises:
         OSError: it cannot be made.
     """
-    partial = within / PARTIAL.replace("*", secrets.token_hex(8))
+    _remove_leftovers(within, "[0-9a-f]{16}-", stat.S_ISDIR, shutil.rmtree)
+    for name_hash in (_name_hash(within), _name_hash(within), ""):  # as in _partial_file
+        partial = within / PARTIAL.replace("*", name_hash + secrets.token_hex(8))
+        lock = None
+        try:
+            with write_errors(within):
+                partial.mkdir()
+            lock = _lock_folder(partial) if name_hash else None
+            if lock is not None or not name_hash:
+                yield partial
+                return
+        finally:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+            finally:
+                if lock is not None:
+                    os.close(lock)
+
+
+@contextmanager
+def owned(path: Path) -> Iterator[None]:
+    """Own ``path`` for the block, by a locked file beside it that names this process; nobody else can meanwhile.
+
+    A killed process owns nothing. Where files cannot be locked, a name has any number of owners.
+
+    Raises:
+        BlockingIOError: another process owns it; the error names that process.
+        OSError: the directory cannot be written.
+    """
+    if fcntl is None:
+        yield
+        return
+    place = _target(path)
+    name = place.parent / PARTIAL.replace("*", f"{_name_hash(place)}{0:016}")
+    descriptor = _own(name, path)
     try:
-        with write_errors(within):
-            partial.mkdir()
-        yield partial
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} of {os.uname().nodename}".encode())
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # the file system has no locks, and another owner has removed it
+            name.unlink()
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes, *, overwrite: bool = True) -> None:
@@ -189,10 +230,10 @@ def map_file(path: Path, file: BufferedReader, size: int) -> mmap.mmap:
         raise refusal(path, "it was cut while it was read; get it again") from None
 
 
-# A partial file is locked while it is written, and its name holds a hash of the target's name. One without a lock was
-# left by a killed process, and is removed. Where files cannot be locked the name has no hash, so that the file is
-# never removed as a leftover. Locks are visible to all containers of one machine and to all clients of an NFS server,
-# unless it is mounted with local locks.
+# A partial file or folder is locked while it is written, and its name holds a hash of a name: of the target, or of
+# the folder that a folder is made in. One without a lock was left by a killed process, and is removed. What cannot
+# be locked (folders on NFS) has a name without a hash, so that it is never removed as a leftover. Locks are visible
+# to all containers of one machine and to all clients of an NFS server, unless it is mounted with local locks.
 
 
 def _name_hash(path: Path) -> str:
@@ -210,7 +251,7 @@ def _partial_file(path: Path, mode: int) -> Iterator[tuple[BufferedRandom, Path]
                 # not tempfile, which ignores the umask
                 file = open(partial, "x+b", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
             try:
-                if not name_hash or _lock(file):
+                if not name_hash or _lock(file.fileno()):
                     yield file, partial
                     return
             finally:
@@ -221,30 +262,76 @@ def _partial_file(path: Path, mode: int) -> Iterator[tuple[BufferedRandom, Path]
                 partial.unlink()
 
 
-def _lock(file: BufferedRandom) -> bool:
+def _lock(descriptor: int) -> bool:
     """Lock a file until it is closed or the process ends; return whether that worked and the file still exists."""
     if fcntl is None:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # the file system has no locks
         return False
-    return os.fstat(file.fileno()).st_nlink > 0
+    return os.fstat(descriptor).st_nlink > 0
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove partial files of ``path`` that killed processes have left, as far as possible."""
+def _lock_folder(path: Path) -> int | None:
+    """Open and lock a new folder; None: it cannot be locked, or another process has removed it as a leftover."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    if _lock(descriptor) and path.is_dir():
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _own(name: Path, path: Path) -> int:
+    """Open and lock the file ``name``, which says who owns ``path``."""
+    while True:
+        with write_errors(path):
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 200).decode(errors="replace")
+            os.close(descriptor)
+            if owner:
+                raise BlockingIOError(
+                    f"{quoted(path)} is being written by {printable(owner)}; wait for its end or choose another name"
+                ) from None
+            time.sleep(0.01)  # it is about to say who it is
+            continue
+        except OSError:  # the file system has no locks
+            return descriptor
+        if os.fstat(descriptor).st_nlink > 0:
+            return descriptor
+        os.close(descriptor)  # its last owner has removed it before it was locked
+
+
+def _remove_leftovers(
+    folder: Path, name_hash: str, is_kind: Callable[[int], bool], remove: Callable[[Path], Any]
+) -> None:
+    """Remove what killed processes have left in a folder, as far as possible.
+
+    Args:
+        folder: to look in.
+        name_hash: regular expression of the hashes in the names.
+        is_kind: whether a mode is that of a file, or of a folder.
+        remove: removes one.
+    """
     if fcntl is None:
         return
-    pattern = re.compile(re.escape(PARTIAL).replace(r"\*", f"{_name_hash(path)}[0-9a-f]{{16}}"))
+    pattern = re.compile(re.escape(PARTIAL).replace(r"\*", f"{name_hash}[0-9a-f]{{16}}"))
     with suppress(OSError):  # the directory cannot be listed
-        for name in filter(pattern.fullmatch, os.listdir(path.parent)):
-            with suppress(OSError):  # it is locked, of another user, no file, or has been removed
-                descriptor = os.open(path.with_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        for name in filter(pattern.fullmatch, os.listdir(folder)):
+            with suppress(OSError):  # it is locked, of another user, of another kind, or has been removed
+                descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                        os.unlink(path.with_name(name))
+                    if is_kind(os.fstat(descriptor).st_mode):
+                        remove(folder / name)
                 finally:
                     os.close(descriptor)
 

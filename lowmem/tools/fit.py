@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 
 from lowmem.finetuning.schedule import DECAYS
+from lowmem.io.atomic import owned
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 from lowmem.tools import classifier, language
 from lowmem.tools.device import DEVICES
@@ -152,4 +154,6 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in classifier.DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    return classifier.run(arguments)
+    save = None if arguments.dry_run else arguments.save
+    with nullcontext() if save is None else owned(save):
+        return classifier.run(arguments)

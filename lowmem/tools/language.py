@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from lowmem.distributed.processes import TIMEOUT, joined
-from lowmem.errors import FileError, refusal
+from lowmem.errors import FileError, quoted, refusal
 from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
@@ -32,13 +32,13 @@ from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.state import States, forked_random
 from lowmem.finetuning.text import Texts
 from lowmem.io.adapters import save_adapter
-from lowmem.io.atomic import atomic_folder, write_atomically, write_errors
+from lowmem.io.atomic import atomic_folder, owned, write_atomically, write_errors
 from lowmem.nn.blockwise import Blockwise
 from lowmem.nn.budget import Budget
 from lowmem.nn.half import Half
 from lowmem.nn.lora import LoRA
 from lowmem.tools.device import device_of
-from lowmem.tools.language_job import RECORD, Job, Storing, check_outputs, finite, job_of
+from lowmem.tools.language_job import RECORD, Job, Storing, check_outputs, finite, job_of, states_folder
 from lowmem.tools.language_plan import FEW, plan_steps
 from lowmem.tools.models import MIB, plan_model
 from lowmem.tools.output import print_json, print_plan, progress, shown, uncut_column
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
         if how is not None:
             raise ValueError(f"--dry-run plans one process: leave --{how} out, and see docs/guides/many-machines.md")
         return _dry_run(arguments, job_of(arguments, folder, None, device, timeout))
-    with joined(how, device, timeout) as ranks, _silent(ranks.rank > 0):
+    with joined(how, device, timeout) as ranks, _silent(ranks.rank > 0), _owned(arguments.save, ranks):
         processes = None if isinstance(ranks, Alone) else ranks.world
         return _run(arguments, job_of(arguments, folder, processes, device, timeout), ranks)
 
@@ -76,6 +76,26 @@ def _silent(silent: bool) -> Iterator[None]:
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+@contextmanager
+def _owned(out: Path | None, ranks: Ranks) -> Iterator[None]:
+    """Own the folder to write and that of the states for the block; the first process does so for all of a run.
+
+    Raises:
+        OSError: another run owns one of them, or the place cannot be written.
+    """
+    with ExitStack() as owner:
+        refused: OSError | None = None
+        if out is not None and ranks.rank == 0:
+            try:
+                owner.enter_context(owned(out))
+                owner.enter_context(owned(states_folder(out)))
+            except OSError as error:  # raised when the others know
+                refused = error
+        if ranks.sum(float(refused is not None)):
+            raise refused or OSError(f"{quoted(str(out))} cannot be written: rank 0 says why")
         yield
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from lowmem.distributed.checkpoints import Checkpoints, has_checkpoints
+from lowmem.distributed.checkpoints import Checkpoints
 from lowmem.errors import FileError, quoted
 from lowmem.finetuning.loop import Outcome
 from lowmem.finetuning.metrics import check_metrics
@@ -36,7 +36,7 @@ from lowmem.tools.models import check_links
 from lowmem.tools.output import shown
 from lowmem.version import __version__
 
-__all__ = ["OPTIONS", "RECORD", "Job", "Storing", "check_outputs", "finite", "job_of"]
+__all__ = ["OPTIONS", "RECORD", "Job", "Storing", "check_outputs", "finite", "job_of", "states_folder"]
 
 OPTIONS = (
     *(
@@ -122,13 +122,11 @@ class Job:
         }
 
     def states(self) -> States | None:
-        """Return where the states lie: beside the folder to write."""
+        """Return where the states lie; all processes of a run call it."""
         if self.save is None:
             return None
-        folder = self.save.with_name(f"{self.save.name}.training")
-        if self.processes is None and not has_checkpoints(folder):
-            return States(folder, self.origin(), MAY_DIFFER)
-        return Checkpoints(folder, self.origin(), MAY_DIFFER, self.timeout)
+        given = states_folder(self.save), self.origin(), MAY_DIFFER
+        return States(*given) if self.processes is None else Checkpoints(*given, self.timeout)
 
     def is_done(self) -> bool:
         """Whether the folder to write is there, written by this very run, whose state is then removed.
@@ -161,6 +159,11 @@ class Job:
             "last_loss": outcome.losses[-1],
             "perplexity": {name: finite(value) for name, value in perplexities.items()},
         }
+
+
+def states_folder(out: Path) -> Path:
+    """Return the folder of the states of a run that writes ``out``."""
+    return Path(f"{out}.training")
 
 
 def job_of(
@@ -297,11 +300,11 @@ def check_outputs(arguments: argparse.Namespace, job: Job) -> None:
 
 def _check_apart(arguments: argparse.Namespace, job: Job) -> None:
     """Raise an error if two outputs have one name, one is in the other and would go with it, or states have none."""
-    states = job.states()
+    states = None if job.save is None else states_folder(job.save)
     places = {"--metrics": arguments.metrics, "--plot": arguments.plot, "--save": job.save}
-    places["the folder of states of --save"] = None if states is None else states.folder
-    if states is not None and os.path.lexists(states.folder) and not states.folder.is_dir():
-        raise FileExistsError(f"{quoted(states.folder)} exists, where states go; remove it or choose another name")
+    places["the folder of states of --save"] = states
+    if states is not None and os.path.lexists(states) and not states.is_dir():
+        raise FileExistsError(f"{quoted(states)} exists, where states go; remove it or choose another name")
     found = [(option, Path(os.path.abspath(path))) for option, path in places.items() if path is not None]
     for number, (option, path) in enumerate(found):
         for other, place in found[number + 1 :]:

@@ -1,21 +1,22 @@
-"""A run of two processes goes on in four, in two and in one, from PyTorch's distributed checkpoints."""
+"""A run of two processes goes on in four, in two and in one, from states that are those of one process."""
 
-import json
 import shutil
 import signal
 import sys
+import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import lowmem
-from lowmem.distributed.checkpoints import Checkpoints, has_checkpoints
+from lowmem.distributed.checkpoints import Checkpoints
 from lowmem.distributed.processes import Replicated, Sharded
 from lowmem.errors import FileError
+from lowmem.finetuning import state
 from lowmem.finetuning.loop import finetune
 from lowmem.finetuning.settings import FineTuning
-from lowmem.finetuning.state import Saved, States
+from lowmem.finetuning.state import FILES, Saved, States
 from tests.distributed.ranks import needs_ranks, run_ranks
 from tests.finetuning.language import TEXT, language, rows, texts
 
@@ -91,6 +92,9 @@ def plain(found):
 
 
 def check_two(rank, world, folder):
+    states = Checkpoints(folder / "random", {})
+    states.save(Saved(1, {"random.cpu": torch.Generator().manual_seed(rank).get_state()}, {}))
+    states.wait()
     return {
         "shard": plain(run(folder, Sharded())),
         "prepared": plain(run(folder, Sharded(), memory="fast")),
@@ -101,6 +105,8 @@ def check_two(rank, world, folder):
 
 
 def check_four(rank, world, folder):
+    own = Checkpoints(folder / "random", {}).newest().group("random")["cpu"]
+    assert torch.equal(own, torch.Generator().manual_seed(rank if rank < 2 else 0).get_state())
     found = {"shard": plain(run(folder, Sharded(), Checkpoints(folder / "s4", {"a": 1})))}
     found["replicate"] = plain(run(folder, Replicated(), Checkpoints(folder / "r4", {"a": 1})))
     found["of one"] = plain(run(folder, Sharded(), Checkpoints(folder / "one4", {"a": 1})))
@@ -132,11 +138,9 @@ def test_runs_of_one_two_and_four_processes_are_one_run(tmp_path):
     assert two[0]["stopped"][0] is None
 
     for name in ("s", "r"):
-        found = [json.loads((one / "record.json").read_text())["step"] for one in (tmp_path / name).glob("step-*")]
-        assert sorted(found) == [SAVED - 2, SAVED]
+        assert sorted(one.name for one in (tmp_path / name).iterdir()) == sorted(FILES)
+        assert States(tmp_path / name, {"a": 1}).newest().step == SAVED
         shutil.copytree(tmp_path / name, tmp_path / f"{name}4")
-        shutil.rmtree(tmp_path / name / f"step-{SAVED - 2}")
-        (tmp_path / name / f"step-{SAVED + 2}").mkdir()  # of a process that was killed while it saved
     shutil.copytree(tmp_path / "one", tmp_path / "one4")
     for rank in run_ranks(check_four, 4, tmp_path, tmp_path):
         for found in rank.values():
@@ -144,60 +148,91 @@ def test_runs_of_one_two_and_four_processes_are_one_run(tmp_path):
             assert len(found[1]) < len(seen)  # it went on, and did not begin anew
 
     for name in ("s", "r"):
-        assert has_checkpoints(tmp_path / name)
-        states = Checkpoints(tmp_path / name, {"a": 1})
-        same(plain(run(tmp_path, states=states)))
-        assert "step" in states.kept()
-        states.remove()
-        assert not (tmp_path / name).exists()
+        same(plain(run(tmp_path, states=States(tmp_path / name, {"a": 1}))))
 
 
-def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path):
+@pytest.fixture
+def alone(tmp_path):
+    """This process as a group of one."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def saved(step, value=0.0, size=3):
+    return Saved(step, {"losses": torch.full((size,), value)}, {"evaluations": []})
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_state_of_another_run_is_refused_and_a_damaged_one_skipped(tmp_path):
     states = Checkpoints(tmp_path / "s", {"lr": 1})
     assert states.newest() is None
-    with pytest.raises(Stopped):
-        finetune_until(states, tmp_path)
-    other = Checkpoints(tmp_path / "s", {"lr": 2})
+    for step in (1, 2, 3):
+        states.save(saved(step))
+    states.wait()
+    assert sorted(one.name for one in states.folder.iterdir()) == sorted(FILES)
     with pytest.raises(FileError, match="lr was 1 and is 2"):
-        other.newest()
-    Checkpoints(tmp_path / "s", {"lr": 2}, ("lr",)).newest()
-    (data,) = (tmp_path / "s" / "step-2").glob("*.distcp")
-    for file in (data, tmp_path / "s" / "step-2" / ".metadata"):
-        file.write_bytes(file.read_bytes()[:-99] if file == data else b"")
-        with pytest.raises(FileError, match=r"step-2': it is damaged .* remove it to go on from the one before"):
-            states.newest()
+        Checkpoints(tmp_path / "s", {"lr": 2}).newest()
+    newest = states.folder / FILES[0]
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    may = Checkpoints(tmp_path / "s", {"lr": 2}, ("lr",))
+    assert may.newest().step == 2
+    changed, skipped = may.changed
+    assert changed == "lr was 1 until here, and is 2"
+    assert "it is damaged" in skipped
+    (states.folder / FILES[1]).write_bytes(b"")
+    with pytest.raises(FileError, match="it is empty"):
+        may.newest()
+    states.remove()
+    assert not states.folder.exists()
+
+
+@pytest.mark.usefixtures("alone")
+def test_each_process_gets_its_own_random_states_and_one_that_is_new_those_of_the_first(tmp_path, monkeypatch):
+    found = {"random.cpu": torch.zeros(1), "random.cpu@1": torch.ones(1)}
+    States(tmp_path, {}).save(Saved(1, found, {}))
+    states = Checkpoints(tmp_path, {})
+    for rank, value in ((0, 0), (1, 1), (2, 0)):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        assert states.newest().group("random")["cpu"] == value
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_changes_while_a_state_is_written_is_not_in_it(tmp_path, monkeypatch):
+    go, write = threading.Event(), state.write_tensors
+    monkeypatch.setattr(state, "write_tensors", lambda *given: go.wait(60) and write(*given))
+    states, one = Checkpoints(tmp_path / "s", {}), saved(1, 1.0)
+    states.save(one)
+    one.tensors["losses"].zero_()
+    assert States(tmp_path / "s", {}).newest() is None
+    go.set()
+    assert states.kept() == f"the last good state, after step 1, is kept in '{tmp_path / 's'}'"
+    assert torch.equal(states.newest().tensors["losses"], torch.ones(3))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a file's size are Linux's here")
+@pytest.mark.usefixtures("alone")
 def test_a_full_disk_is_an_error_that_names_the_state_and_leaves_the_one_before(tmp_path):
-    """PyTorch raises what no handler of errors sees, with those of all processes in it."""
     import resource
 
-    def saved(step):
-        return Saved(step, {"losses": torch.zeros(2**16)}, {"evaluations": []})
-
-    states, none = (Checkpoints(tmp_path / name, {}) for name in ("s", "none"))
-    states.save(saved(1))
+    states = Checkpoints(tmp_path / "s", {})
+    states.save(saved(1, size=2**16))
+    states.wait()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        for limit in (100_000, 10):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-            for own in (states, none):
-                with pytest.raises(OSError, match=r"cannot write '.*step-2': "):
-                    own.save(saved(2))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        states.save(saved(2, size=2**16))
+        with pytest.raises(OSError, match=r"cannot write '.*/state-1\.safetensors': "):
+            states.save(saved(3))
+        states.save(saved(4, size=2**16))
+        kept = states.kept()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert states.kept().startswith("the last good state, after step 1,")
+    assert kept.startswith("the last good state, after step 1, is kept in ")
+    assert "; a later one: cannot write '" in kept
     assert Checkpoints(tmp_path / "s", {}).newest().step == 1
-    assert [one.as_posix() for one in tmp_path.glob("*/step-*")] == [(tmp_path / "s" / "step-1").as_posix()]
-    assert not (tmp_path / "none").exists()
-
-
-def finetune_until(states, folder):
-    model = language(technique=STORED)
-    finetune(model, rows(model, texts(folder)), settings(), states=states, watch=stop_after(3))
 
 
 def test_it_joins_nobody_without_processes():

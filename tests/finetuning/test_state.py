@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def test_two_files_take_turns_and_the_newer_whole_one_is_read(tmp_path):
     again = States(states.folder, {"rank": 4})
     assert again.newest().step == 4
     assert again.facts == {"seen": 4}
+    (skipped,) = again.changed
+    assert skipped.startswith(f"cannot read '{newest}': it is damaged: its content does not match its digest;")
+    assert skipped.endswith("; going on from the state after step 4")
     again.save(saved(5))
     assert States(states.folder, {"rank": 4}).newest().step == 5  # in place of the damaged one
     for name in FILES:
@@ -63,6 +67,54 @@ def test_a_state_of_another_run_is_refused_by_what_differs(tmp_path):
     (tmp_path / FILES[0]).unlink()
     with pytest.raises(FileError, match="it is no state of a training run"):
         may.newest()
+
+
+def test_a_bit_that_flips_anywhere_is_seen(tmp_path):
+    states = States(tmp_path, {})
+    for step in (1, 2):
+        states.save(saved(step))
+    newest = tmp_path / FILES[1]
+    content = newest.read_bytes()
+    for place in range(0, 8 * len(content), 61):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        newest.write_bytes(flipped)
+        assert states.newest().step == 1
+        assert len(states.changed) == 1
+
+
+class Crafted:
+    """Makes a file when its pickle is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def craft_states(folder, ran):
+    """Write what an older lowmem read in several processes and in one, as pickles that run a program."""
+    (folder / "step-2").mkdir(parents=True)
+    (folder / "step-2" / "record.json").write_text("{}")
+    for name in ("step-2/.metadata", "step-2/__0_0.distcp", *FILES):
+        (folder / name).write_bytes(pickle.dumps(Crafted(ran)))
+
+
+def test_a_pickle_is_not_read(tmp_path):
+    ran = tmp_path / "ran"
+    craft_states(tmp_path / "states", ran)
+    states = States(tmp_path / "states", {})
+    with pytest.raises(
+        FileError, match=r"its states are pickles .*: nothing was read or executed; remove it to begin"
+    ):
+        states.newest()
+    (states.folder / "step-2" / ".metadata").unlink()
+    with pytest.raises(FileError, match="it is a pickle or an old torch.save file: lowmem reads safetensors only"):
+        states.newest()
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Crafted(ran)))
+    assert ran.exists()
 
 
 def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from lowmem.io.atomic import (
     check_writable,
     map_file,
     open_regular,
+    owned,
     scratch_folder,
     write_atomically,
     write_errors,
@@ -175,22 +177,28 @@ from pathlib import Path
 package = types.ModuleType("lowmem")  # without what its __init__ imports, which takes a while
 package.__path__ = [sys.argv[1]]
 sys.modules["lowmem"] = package
-from lowmem.io.atomic import atomic_file
+from lowmem.io.atomic import atomic_file, atomic_folder, owned, scratch_folder
 
 with atomic_file(Path(sys.argv[2])) as file:
     file.write(b"half")
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 """
+KILLED_FOLDER = KILLED.replace("atomic_file(Path(sys.argv[2])) as file", "FOLDER as partial").replace(
+    """file.write(b"half")
+    file.flush()""",
+    """(partial / "within").mkdir()
+    (partial / "within" / "file").write_bytes(b"half")""",
+)
 
 
-def kill_a_save(path):
-    """Return the partial file that a killed process leaves of ``path``."""
+def kill_a_save(path, script=KILLED):
+    """Return the partial file or folder that a killed process leaves of ``path``."""
     before = set(path.parent.iterdir())
-    killed = subprocess.run([sys.executable, "-c", KILLED, PACKAGE, path], check=False)
+    killed = subprocess.run([sys.executable, "-c", script, PACKAGE, path], check=False)
     assert killed.returncode == -signal.SIGKILL
     (partial,) = set(path.parent.iterdir()) - before - {path}
-    assert partial.read_bytes() == b"half"
+    assert (partial / "within" / "file" if partial.is_dir() else partial).read_bytes() == b"half"
     return partial
 
 
@@ -261,7 +269,7 @@ def test_a_file_that_another_process_took_for_a_leftover_before_it_was_locked_is
     def late(file, operation):
         if operation & fcntl.LOCK_EX and len(seen) < times:
             seen.append(set(tmp_path.iterdir()))
-            atomic._remove_leftovers(path)
+            atomic._remove_leftovers(tmp_path, atomic._name_hash(path), stat.S_ISREG, os.unlink)
             assert list(tmp_path.iterdir()) == []
         flock(file, operation)
 
@@ -427,3 +435,144 @@ def test_a_scratch_folder_is_gone_after_the_block(tmp_path):
         assert [*tmp_path.iterdir()] == []
     with pytest.raises(OSError, match=r"missing.*choose"), scratch_folder(tmp_path / "missing"):
         pass
+
+
+FOLDERS = {
+    "atomic": "atomic_folder(Path(sys.argv[2]))",
+    "scratch": "scratch_folder(Path(sys.argv[2]).parent)",
+    "within": "atomic_folder(Path(sys.argv[2], 'out'), Path(sys.argv[2]).parent)",
+}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="nothing is removed where folders cannot be locked")
+@pytest.mark.parametrize("call", FOLDERS.values(), ids=FOLDERS)
+def test_a_folder_that_a_killed_process_left_is_removed_by_the_next_into_the_same_parent(tmp_path, call):
+    left = kill_a_save(tmp_path / "folder", KILLED_FOLDER.replace("FOLDER", call))
+    own = [
+        tmp_path / name for name in (".lowmem-mine.partial", ".lowmem-0123456789abcdef.partial", f"{left.name}.bak")
+    ]
+    for mine in own:
+        mine.mkdir()
+    file = kill_a_save(tmp_path / "file")
+    (tmp_path / f"{left.name[:-24]}{0:016}.partial").symlink_to(own[0])
+    kept = set(tmp_path.iterdir()) - {left}
+    with scratch_folder(tmp_path) as outer, atomic_folder(tmp_path / "new"):
+        assert outer.is_dir()  # another that is being written stays
+        assert not left.exists()
+    assert set(tmp_path.iterdir()) == kept | {tmp_path / "new"}
+    assert file.exists()
+
+
+def test_a_folder_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def interrupted(partial, target):
+        with scratch_folder(tmp_path):
+            pass
+        rename(partial, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with atomic_folder(tmp_path / "folder") as partial:
+        (partial / "a").write_text("a")
+    assert (tmp_path / "folder" / "a").read_text() == "a"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_folder_that_another_process_took_for_a_leftover_is_made_again(tmp_path, monkeypatch, times):
+    fcntl = pytest.importorskip("fcntl")
+    flock, seen = fcntl.flock, []
+
+    def late(file, operation):
+        if operation & fcntl.LOCK_EX and len(seen) < times:
+            seen.append(None)
+            with scratch_folder(tmp_path):
+                pass
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with atomic_folder(tmp_path / "folder") as partial:
+        (partial / "a").write_text("a")
+    assert [one.name for one in tmp_path.iterdir()] == ["folder"]
+
+
+def test_where_folders_cannot_be_locked_none_is_removed(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(*_):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    for name, value in ((fcntl, "flock"), fail), ((atomic, "fcntl"), None):
+        with monkeypatch.context() as patch:
+            patch.setattr(*name, value)
+            with scratch_folder(tmp_path) as unlocked:
+                patch.undo()
+                with scratch_folder(tmp_path):
+                    assert unlocked.is_dir()
+        assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no locks of files")
+def test_a_name_has_one_owner_who_is_named_and_a_dead_one_does_not_count(tmp_path):
+    path, other = tmp_path / "out", tmp_path / "other"
+    (tmp_path / "link").symlink_to(path)
+    script = KILLED.split("\nwith")[0] + (
+        "\nwith owned(Path(sys.argv[2])):\n    print(flush=True)\n    sys.stdin.read()\n    os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", script, PACKAGE, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        (lock,) = set(tmp_path.iterdir()) - {tmp_path / "link"}
+        before = lock.read_bytes()
+        for name in ("out", "link"):
+            with (
+                pytest.raises(
+                    BlockingIOError, match=rf"/{name}' is being written by process {process.pid} of .*; wait for"
+                ),
+                owned(tmp_path / name),
+            ):
+                raise AssertionError
+        assert lock.read_bytes() == before
+        with owned(other):
+            write_atomically(path, b"")  # removes no lock
+        process.stdin.close()
+    assert lock.exists()
+    with owned(path), pytest.raises(BlockingIOError, match=f"by process {os.getpid()} of "), owned(path):
+        raise AssertionError
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "out"]
+
+
+@pytest.mark.parametrize("how", ["none", "unsupported", "missing"])
+def test_where_nothing_can_be_locked_or_written_an_owner_is(tmp_path, monkeypatch, how):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    if how == "missing":
+        with (
+            pytest.raises(OSError, match=r"cannot write '.*/out': No such file or directory; "),
+            owned(tmp_path / "missing" / "out"),
+        ):
+            raise AssertionError
+        return
+    monkeypatch.setattr(*((atomic, "fcntl", None) if how == "none" else (fcntl, "flock", fail)))
+    with owned(tmp_path / "out"), owned(tmp_path / "out"):
+        pass
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_an_owner_whose_file_was_removed_before_it_was_locked_makes_it_again(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    flock, seen = fcntl.flock, []
+
+    def late(file, operation):
+        if not seen:
+            (path,) = tmp_path.iterdir()
+            path.unlink()
+        seen.append(None)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with owned(tmp_path / "out"), pytest.raises(BlockingIOError), owned(tmp_path / "out"):
+        raise AssertionError
+    assert [*tmp_path.iterdir()] == []

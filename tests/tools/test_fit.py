@@ -1,10 +1,12 @@
 """`lowmem fit` gives folders to one file and classifiers to another; options of the other are refused."""
 
 import argparse
+import os
 
 import pytest
 
 from lowmem.__main__ import main
+from lowmem.io.atomic import owned
 from lowmem.tools import classifier, fit
 from lowmem.tools.language_job import OPTIONS
 
@@ -41,6 +43,21 @@ def test_defaults_are_the_classifier_s(monkeypatch):
     assert main(["fit", "lora", "--epochs", "3"]) == 0
     (arguments,) = seen
     assert {name: getattr(arguments, name) for name in classifier.DEFAULTS} == classifier.DEFAULTS | {"epochs": 3}
+
+
+def test_a_second_classifier_on_one_file_ends_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(classifier, "run", lambda arguments: 0)
+    path = tmp_path / "out.safetensors"
+    with owned(path):
+        assert main(["fit", "lora", "--save", str(path), "--dry-run"]) == 0
+        monkeypatch.setattr(classifier, "run", lambda arguments: pytest.fail("it ran"))
+        assert main(["fit", "lora", "--save", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert f"out.safetensors' is being written by process {os.getpid()} of " in told
+    assert told.count("\n") == 1
+    monkeypatch.setattr(classifier, "run", lambda arguments: len([*tmp_path.iterdir()]))
+    assert main(["fit", "lora", "--save", str(path)]) == 1  # the file that names the owner
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_numbers_that_cannot_be_are_refused_by_the_parser(capsys):

@@ -1,6 +1,7 @@
 """`lowmem fit` on folders: text in, an adapter out that lowmem and PEFT load; resumed, it is the same to the byte."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning import loop
+from lowmem.finetuning.ranks import Alone
 from lowmem.integrations.transformers import LowmemConfig
+from lowmem.io.atomic import owned
 from lowmem.tools import language
 from tests.integrations.transformers.folders import load, write
 from tests.integrations.transformers.tokens import write_tokenizer
@@ -139,6 +142,52 @@ def test_a_kill_while_the_adapter_is_written_leaves_nothing_behind(place, capsys
     assert not Path("out").exists()
     fit(capsys, *options, "--resume")
     assert sorted(one.name for one in place.iterdir()) == ["data.jsonl", "llama", "out", "text.txt"]
+
+
+def test_a_second_run_on_one_folder_ends_at_once(place, capsys, monkeypatch):
+    argv = ["llama", "--data", "data.jsonl", "--save", "out", "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(language, "job_of", lambda *args: pytest.fail("it has begun"))
+        for held in ("out", "out.training"):
+            with owned(place / held):
+                before = {one: one.read_bytes() for one in place.iterdir() if one.is_file()}
+                told = refused(capsys, *argv)
+                assert told.startswith(f"lowmem fit: '{held}' is being written by process {os.getpid()} of ")
+                assert {one: one.read_bytes() for one in place.iterdir() if one.is_file()} == before
+    seen = []
+    monkeypatch.setattr(
+        language, "job_of", lambda *args: seen.append([one.name for one in place.glob(".lowmem-*")]) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        main(["fit", *argv])
+    assert len(seen[0]) == 2
+    assert sorted(one.name for one in place.iterdir()) == ["data.jsonl", "llama", "text.txt"]
+
+
+def test_the_processes_of_one_run_are_one_owner(place):
+    """The first one owns the folder, and the others learn whether it does."""
+
+    class Ranks(Alone):
+        def __init__(self, rank, others=0.0):
+            self.rank, self.others, self.told = rank, others, None
+
+        def sum(self, value):
+            self.told = value
+            return value + self.others
+
+    first, second = Ranks(0), Ranks(1)
+    with language._owned(Path("out"), first), language._owned(Path("out"), second):
+        again = Ranks(0)
+        with pytest.raises(BlockingIOError, match=f"by process {os.getpid()} "), language._owned(Path("out"), again):
+            raise AssertionError
+        with (
+            pytest.raises(OSError, match="'out' cannot be written: rank 0 says why"),
+            language._owned(Path("out"), Ranks(1, others=again.told)),
+        ):
+            raise AssertionError
+    assert (first.told, second.told, again.told) == (0.0, 0.0, 1.0)
+    with language._owned(None, first):
+        assert not [*place.glob(".lowmem-*")]
 
 
 def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, capsys):

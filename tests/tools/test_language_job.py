@@ -16,6 +16,7 @@ import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning.state import Saved
 from lowmem.tools import language
+from tests.finetuning.test_state import craft_states
 from tests.integrations.transformers.folders import load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 from tests.tools.test_language import place, refused
@@ -154,6 +155,32 @@ def test_a_config_that_is_damaged_is_one_line_without_transformers_own(place, ca
     Path("llama", "config.json").write_text(json.dumps(whole | changes))
     assert main(["fit", "llama", "--data", "text.txt", "--length", "16", "--steps", "1"]) == 0
     assert "factor field must be" in seen[0].getMessage()
+
+
+def test_a_state_is_no_pickle_and_a_damaged_one_is_skipped_with_a_line(place, capsys, monkeypatch):
+    argv = ["--data", "text.txt", "--length", "48", "--steps", "4", "--save", "out"]
+    ran = place / "ran"
+    craft_states(Path("out.training"), ran)
+    for options in ([], ["--resume"]):
+        assert "its states are pickles (step-*/.metadata)" in refused(capsys, "llama", *argv, *options)
+    shutil.rmtree(Path("out.training", "step-2"))
+    assert "it is a pickle or an old torch.save file" in refused(capsys, "llama", *argv, "--resume")
+    assert not ran.exists()
+    shutil.rmtree("out.training")
+
+    def interrupted(*args, states, **named):
+        for step in (1, 2):
+            states.save(Saved(step, {}, {}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(language, "finetune", interrupted)
+    assert main(["fit", "llama", *argv]) == 2
+    Path("out.training", "state-1.safetensors").write_bytes(b"damaged")
+    capsys.readouterr()
+    assert main(["fit", "llama", *argv, "--resume"]) == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("lowmem fit: cannot read 'out.training/state-1.safetensors': it is no safetensors file")
+    assert first.endswith("; going on from the state after step 1")
 
 
 def test_a_state_of_another_base_or_of_other_options(place, capsys, monkeypatch):

@@ -86,7 +86,7 @@ def test_a_run_of_replicas_ends_in_four_parts_and_in_one_process(place, monkeypa
     arguments += ["--resume"]
     code, _, errors = torchrun(place, 2, *arguments, "--replicate", program=(str(KILLED),))
     assert code == 1, errors
-    assert [one.name for one in (place / "copies.training").glob("step-*/.metadata")] != []
+    assert [*(place / "copies.training").glob("state-*.safetensors")] != []
     shutil.copytree(place / "copies.training", place / "four.training")
     shutil.copy(place / "copies.jsonl", place / "four.jsonl")
     four = ["--batch-size", "1", "--shard", "--save", "four", "--metrics", "four.jsonl", "--resume"]
