@@ -21,10 +21,10 @@ version.check()  # before anything of transformers is imported that older versio
 
 from lowmem.integrations.transformers import loading, saving
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.integrations.transformers.quantizer import LowmemQuantizer
+from lowmem.integrations.transformers.quantizer import LowmemQuantizer, adopt
 from lowmem.integrations.transformers.tokenizing import TextTokenizer
 
 saving.install()
 loading.install()
 
-__all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer", "TextTokenizer"]
+__all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer", "TextTokenizer", "adopt"]
