@@ -18,6 +18,7 @@ from lowmem.errors import show
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import Exact
 from lowmem.integrations.transformers.mapped import drop_pages
+from lowmem.integrations.transformers.peft_models import refuse_passed_over
 from lowmem.integrations.transformers.saving import config_of
 from lowmem.integrations.transformers.storing import Measuring, Storing
 from lowmem.io.container import open_checkpoint
@@ -32,6 +33,7 @@ from lowmem.nn.half import Half
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.convert import freeze_all_but_adapters, restore
+from lowmem.transforms.registry import is_of_peft
 
 __all__ = ["LowmemQuantizer", "adopt"]
 
@@ -118,17 +120,22 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether ``Trainer`` may train the model without PEFT, which it asks before it trains any model.
 
         Raises:
-            ValueError: the model has no adapter, and training would change what is dense alone, such as norms.
+            ValueError: the model has no adapter, and training would change what is dense alone, such as norms; or an
+                adapter of PEFT leaves out parameters that it names.
         """
         model = self._model()
-        if model is None or self.quantization_config.train_dense or _is_adapted(model):
+        if model is None:
+            return True
+        refuse_passed_over(model, getattr(model, "peft_config", {}))
+        adapted = any(bank_of(module) is not None or is_of_peft(module) for module in model.modules())
+        if adapted or self.quantization_config.train_dense:
             return True
         trained = [name for name, one in model.named_parameters() if one.requires_grad]
         if trained and any(isinstance(module, StoredModule) for module in model.modules()):
             raise ValueError(
-                f"the model is stored and has no adapter: training would change {len(trained)} dense parameters alone, "
-                f"as {trained[0]}. lowmem.add_adapter(model, 'tuned', lowmem.LoRA()) or PEFT's get_peft_model adds "
-                "one; where that is what you want, LowmemConfig(..., train_dense=True), or "
+                f"the model is stored and has no adapter: training would change {len(trained)} dense parameters "
+                f"alone, as {trained[0]}. lowmem.add_adapter(model, 'tuned', lowmem.LoRA()) or PEFT's get_peft_model "
+                "adds one; where that is what you want, LowmemConfig(..., train_dense=True), or "
                 "model.hf_quantizer.quantization_config.train_dense = True"
             )
         return True
@@ -283,8 +290,8 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 def adopt(model: nn.Module) -> None:
     """Give the models of transformers that ``convert`` stored a quantizer, as ``from_pretrained`` does.
 
-    ``dequantize`` and ``Trainer`` ask for it. Models that transformers is loading, and those of other quantizers, keep
-    their own.
+    ``dequantize`` and ``Trainer`` ask for it. Models that transformers is loading, and those that have a quantizer,
+    keep it.
     """
     found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     inner = {part for module in found for part in module.modules() if part is not module}
@@ -295,11 +302,6 @@ def adopt(model: nn.Module) -> None:
         if config is not None and config.layers:
             module.hf_quantizer = LowmemQuantizer(config)
             module.hf_quantizer.attach(module)
-
-
-def _is_adapted(model: Any) -> bool:
-    """Whether a model has adapters, of lowmem or of PEFT."""
-    return bool(getattr(model, "peft_config", None)) or any(bank_of(module) is not None for module in model.modules())
 
 
 def _keep_dtypes(model: Any, storing: Storing) -> None:
