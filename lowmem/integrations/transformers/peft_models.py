@@ -1,7 +1,7 @@
 """Refuses what PEFT cannot do with stored modules, or leaves out of them in silence.
 
-PEFT finds parameters by ``named_parameters``, where a stored one has the names of its codes and scales. torch reports each
-module that PEFT puts into another one, so that the model is checked before ``get_peft_model`` returns.
+PEFT finds parameters by ``named_parameters``, where a stored one has the names of its codes and scales. torch reports
+each module that PEFT puts into another one, so that the model is checked before ``get_peft_model`` returns.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def refuse_passed_over(model: nn.Module, configs: Mapping[str, Any]) -> None:
             full = f"{path}.{name}".replace(".base_layer", "")
             if any(f".{full}".endswith(f".{target}") for target in targets):
                 raise ValueError(
-                    f"target_parameters={targets} of PEFT names {full}, which is stored: PEFT adapts dense parameters "
-                    "alone, and leaves it out. Load the model again, and lowmem.add_adapter(model, name, LoRA(), "
-                    f"where=...) adapts it as it is; or leave it dense, skip='*{path.rpartition('.')[2]}'"
+                    f"target_parameters={targets} of PEFT names {full}, which is stored: PEFT adapts dense "
+                    "parameters alone, and leaves it out. Load the model again, and lowmem.add_adapter(model, name, "
+                    f"LoRA(), where=...) adapts it as it is; or leave it dense, skip='*{path.rpartition('.')[2]}'"
                 )
 
 
@@ -67,8 +67,8 @@ def _refuse_whole(wrapper: nn.Module, module: nn.Module) -> None:
         if isinstance(inside, StoredModule):
             raise ValueError(
                 f"{type(wrapper).__name__} of PEFT trains a {type(inside).__name__} whole, which stores "
-                f"{', '.join(inside.forms)} and is frozen: load or convert the model again and leave the module dense, "
-                "as skip='*lm_head' does, or train an adapter of it"
+                f"{', '.join(inside.forms)} and is frozen: load or convert the model again and leave the module "
+                "dense, as skip='*lm_head' does, or train an adapter of it"
             )
 
 
@@ -77,6 +77,6 @@ def _refuse_embedding(model: PreTrainedModel) -> None:
     path = next(path for path, module in model.named_modules() if module is embedding)
     if isinstance(embedding, StoredModule) and path != _FOUND_BY_NAME:
         raise ValueError(
-            f"PEFT looks for a dense embedding to learn prompts, and {path} is stored: load or convert the model again "
-            f"and leave it dense, skip='*{path.rpartition('.')[2]}'"
+            f"PEFT looks for a dense embedding to learn prompts, and {path} is stored: load or convert the model "
+            f"again and leave it dense, skip='*{path.rpartition('.')[2]}'"
         )

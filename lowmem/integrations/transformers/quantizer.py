@@ -293,7 +293,7 @@ def adopt(model: nn.Module) -> None:
     ``dequantize`` and ``Trainer`` ask for it. Models that transformers is loading, and those that have a quantizer,
     keep it.
     """
-    found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    found: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     inner = {part for module in found for part in module.modules() if part is not module}
     for module in found:
         if module in inner or getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None):

@@ -1,10 +1,13 @@
-"""What PEFT cannot do with stored modules is refused before get_peft_model returns, and works where they are dense."""
+"""What PEFT cannot do with stored modules is refused before get_peft_model returns; with dense ones it works."""
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-peft = pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
+pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
+
+import peft
+from transformers import BertConfig, BertModel
 
 import lowmem
 from lowmem import FourBit, Half, LoRA
@@ -105,13 +108,8 @@ def test_prompts_are_learned_beside_a_dense_embedding_alone(tmp_path, kind):
     assert_trains(peft.get_peft_model(stored(folder, skip="*embed_tokens"), config), 1)
 
 
-def test_prompts_are_learned_beside_a_stored_embedding_that_peft_finds_by_its_name(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    bert = transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=258, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
-        )
-    )
-    model = lowmem.convert(bert, FourBit("nf4"))
+def test_prompts_are_learned_beside_a_stored_embedding_that_peft_finds_by_its_name():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    model = lowmem.convert(BertModel(BertConfig(vocab_size=258, **sizes)), FourBit("nf4"))
     config = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=4)
     peft.get_peft_model(model, config)(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state.sum()
