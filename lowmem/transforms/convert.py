@@ -46,7 +46,6 @@ from lowmem.nn.stored_module import (
     stored_copy,
 )
 from lowmem.quant.quantize import relative_error
-from lowmem.quant.rounding import round_to
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits, text_of
 from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
@@ -760,7 +759,7 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
         RuntimeError: another thread has removed or converted one of the modules. The model is left as it is.
     """
     _check_all_there(model, replacements, module_paths(model))
-    import_integrations(model)
+    integrations = import_integrations(model)
     share_tied_adapters(replacements.values())
     adapted: dict[nn.Module, nn.Module] = {}
     for old, new in replacements.items():
@@ -772,7 +771,10 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
         if isinstance(new, LoRALinear):
             new.base = cast(nn.Linear, old)
             adapted[old] = new
-    return swap(model, adapted)
+    model = swap(model, adapted)
+    for integration in integrations:
+        integration.adopt(model)
+    return model
 
 
 def _classes_before(made: nn.Module) -> list[type[nn.Module]]:
@@ -799,8 +801,9 @@ def restore(
         model: any module; the root itself can be the layer.
         where: called with (path, module); a module is taken only where it returns True, for all its paths.
         skip: glob patterns of paths to leave as they are.
-        dtype: of all parameters of these modules, biases included; None: as which the stored ones present
-            themselves, which casts of the model follow.
+        dtype: of what is restored, and of all other floating-point parameters and saved buffers of the modules that
+            ``where`` and ``skip`` select, such as norms; not of adapters. None: restored weights have the dtype as
+            which they present themselves, which casts of the model follow, and the rest stays as it is.
 
     Returns:
         The model, changed in place.
@@ -810,8 +813,8 @@ def restore(
         RuntimeError: inference mode is active, or was when a parameter was made. Or the model is prepared for
             training.
         ValueError: nothing is stored in the modules that are selected, a module that is left shares what they store
-            (or, with ``dtype``, a bias), ``dtype`` cannot hold a bias, ``skip`` matches nothing, a module is sharded
-            or has no values, or the model is wrapped for several processes. The model is left as it was.
+            (or, with ``dtype``, any parameter), ``dtype`` cannot hold a value, ``skip`` matches nothing, a module is
+            sharded or has no values, or the model is wrapped for several processes. The model is left as it was.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype={dtype!r} must be a floating-point dtype")
@@ -819,7 +822,8 @@ def restore(
     for path, one in model.named_modules():
         refuse_prepared("restore", one, path)
     found: dict[StoredModule, str] = {}
-    for module, path in select_modules(model, where, skip).items():
+    selected = select_modules(model, where, skip)
+    for module, path in selected.items():
         stored = base_of(module)
         if isinstance(stored, StoredModule):
             found[stored] = path
@@ -827,7 +831,7 @@ def restore(
         raise ValueError(f"no module of {type(model).__name__} that where= and skip= leave has stored parameters")
     refuse_layers("restore", cast(dict[nn.Module, str], found))
     _refuse_partial_ties(model, found)
-    cast_to = {} if dtype is None else _cast_parameters(model, found, dtype)
+    cast_to = {} if dtype is None else _cast_dense(model, selected, dtype)
     dense: dict[int, nn.Parameter] = {}
     copies: dict[nn.Module, nn.Module] = {}
     for module in found:
@@ -840,10 +844,10 @@ def restore(
         copies[module] = restored_copy(module, values)
     for old, copied in copies.items():
         become(old, copied)
-    for module, parameters in cast_to.items():
-        module._parameters.update(parameters)
-    for module in found:
-        if cast_to and isinstance(module, nn.RNNBase):
+    for module, tensors in cast_to.items():
+        for name, tensor in tensors.items():
+            (module._parameters if name in module._parameters else module._buffers)[name] = tensor
+        if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
     return model
 
@@ -867,28 +871,27 @@ def _refuse_partial_ties(model: nn.Module, found: Mapping[StoredModule, str]) ->
             )
 
 
-def _cast_parameters(
-    model: nn.Module, found: Mapping[StoredModule, str], dtype: torch.dtype
-) -> dict[nn.Module, dict[str, nn.Parameter]]:
-    """Return the dense parameters that modules compute with, in another dtype; shared ones stay shared.
+def _cast_dense(
+    model: nn.Module, selected: Mapping[nn.Module, str], dtype: torch.dtype
+) -> dict[nn.Module, dict[str, Any]]:
+    """Return the dense parameters and saved buffers of modules in another dtype; shared ones stay shared.
 
     Raises:
         ValueError: a module that keeps its dtype shares one, or the dtype cannot hold it; both are named.
     """
-    taken: dict[nn.Module, str] = {module: path for module, path in found.items()}  # noqa: C416
-    for stored, path in found.items():
-        if isinstance(stored, nn.MultiheadAttention):  # which reads these parameters itself
-            taken.setdefault(stored.out_proj, f"{path}.out_proj".lstrip("."))
+    taken = {base_of(layer): path for layer, path in selected.items()}
+    for module, path in list(taken.items()):
+        if isinstance(module, nn.MultiheadAttention):  # which reads these parameters itself
+            taken.setdefault(module.out_proj, f"{path}.out_proj".lstrip("."))
     others: dict[int, str] = {}
     for layer, paths in module_paths(model).items():
         if base_of(layer) not in taken:
-            others.update((id(one), paths[0]) for one in base_of(layer)._parameters.values())
-    made: dict[int, nn.Parameter] = {}
-    cast_to: dict[nn.Module, dict[str, nn.Parameter]] = {}
+            others.update((id(one), paths[0]) for one in _own_tensors(base_of(layer)).values())
+    made: dict[int, Tensor] = {}
+    cast_to: dict[nn.Module, dict[str, Any]] = {}
     for module, path in taken.items():
-        parts = module.part_names if isinstance(module, StoredModule) else ()
-        for name, one in module._parameters.items():
-            if one is None or name in parts or not one.is_floating_point() or one.dtype == dtype:
+        for name, one in _own_tensors(module).items():
+            if not one.is_floating_point() or one.dtype == dtype:
                 continue
             if id(one) in others:
                 raise ValueError(
@@ -896,13 +899,27 @@ def _cast_parameters(
                     f"{one.dtype}: call restore(model) without dtype=, then model.to({dtype})"
                 )
             if id(one) not in made:
-                try:
-                    rounded = round_to(one, dtype, name)
-                except ValueError as reason:
-                    raise ValueError(f"{layer_name(path)}: {reason}") from reason
-                made[id(one)] = nn.Parameter(rounded, requires_grad=one.requires_grad)
+                rounded = one.detach().to(dtype)
+                beyond = torch.empty(0) if one.is_meta else one.detach()[rounded.isinf() & ~one.isinf()]
+                if beyond.numel():
+                    raise ValueError(
+                        f"{layer_name(path)}: {name} holds the magnitude {float(beyond.abs().max()):.6g}, above "
+                        f"{torch.finfo(dtype).max:.6g}, the most that {dtype} can hold; take dtype=torch.bfloat16"
+                    )
+                is_parameter = isinstance(one, nn.Parameter)
+                made[id(one)] = nn.Parameter(rounded, requires_grad=one.requires_grad) if is_parameter else rounded
             cast_to.setdefault(module, {})[name] = made[id(one)]
     return cast_to
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own dense parameters and saved buffers, by name."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}  # compiled for the dtypes that it has
+    parts = module.part_names if isinstance(module, StoredModule) else ()
+    own = {**module._parameters, **module._buffers}
+    left_out = {*parts, *module._non_persistent_buffers_set}
+    return {name: one for name, one in own.items() if not (one is None or name in left_out or is_lazy(one))}
 
 
 def _check_all_there(model: nn.Module, replacements: Iterable[nn.Module], found: Container[nn.Module]) -> None:

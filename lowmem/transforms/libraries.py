@@ -1,7 +1,7 @@
 """Libraries that save models in a way of their own: their integration is imported when such a model is converted.
 
 A converted model that ``save_pretrained`` of transformers wrote without it could not be loaded again: nothing would
-say how its weights are stored.
+say how its weights are stored. Each integration has a function ``adopt``, which is called with the converted model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from importlib import import_module
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
 from torch import nn
 
@@ -19,16 +19,17 @@ INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transforme
 """Library whose classes a model may have -> the module that makes it save converted models."""
 
 
-def import_integrations(model: nn.Module) -> None:
-    """Import the integrations of the libraries that have made a model or parts of it.
+def import_integrations(model: nn.Module) -> list[ModuleType]:
+    """Import the integrations of the libraries that have made a model or parts of it; return them.
 
     Warns:
         UserWarning: the library is too old for its integration, so that it cannot save what is converted.
     """
     libraries = {kind.__module__.partition(".")[0] for module in model.modules() for kind in type(module).__mro__}
+    found = []
     for library in libraries & INTEGRATIONS.keys() & sys.modules.keys():
         try:
-            import_module(INTEGRATIONS[library])
+            found.append(import_module(INTEGRATIONS[library]))
         except ImportError as reason:
             warnings.warn(
                 f"{type(model).__name__}.save_pretrained would write what nothing can load: {reason}. lowmem.save "
@@ -36,3 +37,4 @@ def import_integrations(model: nn.Module) -> None:
                 UserWarning,
                 stacklevel=4,
             )
+    return found

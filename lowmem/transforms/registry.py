@@ -36,6 +36,7 @@ __all__ = [
     "computes_linear",
     "expert_count",
     "how_computed",
+    "is_of_peft",
     "layer_name",
     "made_by",
     "module_paths",
@@ -328,6 +329,11 @@ def select_modules(
     }
 
 
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a module's class is one of PEFT, or derives from one."""
+    return any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
+
+
 def refuse_peft(
     model: nn.Module, layers: Collection[nn.Module], *, freezes: bool = False, merges: bool = False
 ) -> None:
@@ -343,7 +349,7 @@ def refuse_peft(
         ValueError: there are such layers; the first is named.
     """
     for path, module in model.named_modules():
-        if any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__):
+        if is_of_peft(module):
             inside = next((inner for inner, layer in module.named_modules(prefix=path) if layer in layers), None)
             if inside is not None or freezes or not layers:
                 where = f"the model holds {layer_name(path)}," if path else "the model is"

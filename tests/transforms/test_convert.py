@@ -964,6 +964,26 @@ def test_what_is_restored_in_a_dtype_runs_in_it(technique):
     assert layer.lora_a.dtype == torch.float32
 
 
+def test_what_was_never_stored_is_restored_in_the_dtype_too():
+    """Norms, scalars and saved buffers are cast; what is not saved, such as tables of positions, keeps its dtype."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.BatchNorm1d(8), nn.LSTM(8, 8))
+    model[1].register_parameter("scale", nn.Parameter(torch.tensor(2.0)))
+    model[1].register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    model[1].register_buffer("table", torch.ones(2), persistent=False)
+    model[2].weight = model[1].weight  # shared
+    restore(convert(model, FourBit(), skip="3"), dtype=torch.bfloat16)
+    state = {name: value.dtype for name, value in model.state_dict().items() if value.is_floating_point()}
+    assert set(state.values()) == {torch.bfloat16}
+    assert model[1].mask.tolist() == [0.0, -torch.inf]
+    assert model[1].table.dtype == torch.float32
+    assert model[1].weight is model[2].weight
+    assert model[1].weight.requires_grad
+    assert model(torch.randn(4, 8).bfloat16())[0].dtype == torch.bfloat16
+    halves = convert(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), FourBit())
+    restore(halves, skip="1", dtype=torch.bfloat16)
+    assert halves[1].weight.dtype == torch.float32
+
+
 def test_stored_layers_with_a_stored_bias_get_adapters_later():
     model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.Conv2d(8, 4, 3), nn.Linear(8, 8))
     convert(model, Half(torch.bfloat16))
@@ -977,7 +997,7 @@ def test_a_bias_that_a_restored_layer_shares_with_one_of_another_dtype_is_refuse
     model = convert(SharedBias(), FourBit())
     before = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=r"a: its bias is shared with norm, .*float32.*model.to\(torch.bfloat16\)"):
-        restore(model, dtype=torch.bfloat16)
+        restore(model, skip="norm", dtype=torch.bfloat16)
     assert [type(module) for module in model.modules()] == before
     restore(model)
     assert model.a.bias is model.norm.bias

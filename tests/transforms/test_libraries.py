@@ -7,6 +7,7 @@ import pytest
 from torch import nn
 
 import lowmem
+from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms import libraries
 
 
@@ -21,10 +22,14 @@ def model(monkeypatch):
     return nn.Sequential(kind(8, 8), nn.Linear(8, 8))
 
 
-def test_it_is_imported(model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "some_integration", ModuleType("some_integration"))
+def test_it_is_imported_and_given_the_converted_model(model, monkeypatch):
+    adopted, integration = [], ModuleType("some_integration")
+    integration.adopt = lambda made: adopted.append((made, type(made[0])))
+    monkeypatch.setitem(sys.modules, "some_integration", integration)
     lowmem.convert(model, lowmem.FourBit(block_size=8))
+    assert [(made is model, issubclass(kind, StoredModule)) for made, kind in adopted] == [(True, True)]
     lowmem.convert(nn.Linear(8, 8), lowmem.FourBit(block_size=8))
+    assert len(adopted) == 1
 
 
 def test_what_cannot_be_imported_is_said_and_the_model_converted(model, monkeypatch):
@@ -33,4 +38,4 @@ def test_what_cannot_be_imported_is_said_and_the_model_converted(model, monkeypa
         UserWarning, match="Sequential.save_pretrained would write what nothing can load: .*lowmem.save"
     ):
         lowmem.convert(model, lowmem.FourBit(block_size=8))
-    assert isinstance(model[0], lowmem.nn.stored_module.StoredModule)
+    assert isinstance(model[0], StoredModule)

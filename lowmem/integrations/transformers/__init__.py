@@ -19,12 +19,13 @@ from lowmem.integrations.transformers import version
 
 version.check()  # before anything of transformers is imported that older versions do not have
 
-from lowmem.integrations.transformers import loading, saving
+from lowmem.integrations.transformers import loading, peft_models, saving
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.integrations.transformers.quantizer import LowmemQuantizer
+from lowmem.integrations.transformers.quantizer import LowmemQuantizer, adopt
 from lowmem.integrations.transformers.tokenizing import TextTokenizer
 
 saving.install()
 loading.install()
+peft_models.install()
 
-__all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer", "TextTokenizer"]
+__all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer", "TextTokenizer", "adopt"]

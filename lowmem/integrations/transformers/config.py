@@ -12,12 +12,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowmem.errors import show
 from lowmem.io.foreign.requantizing import Requantizing
 from lowmem.io.metadata import check_keys, check_object
+from lowmem.nn.adapter import LoRA
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 
-__all__ = ["EXACT", "METHOD", "LowmemConfig"]
+__all__ = ["EXACT", "METHOD", "LowmemConfig", "refuse_technique"]
 
 EXACT: Final = "exact"
 """In place of a technique: codes of another program's folder are kept."""
@@ -47,6 +48,8 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             GGUF with ``gguf_file=``) with their codes as they are: equal, bit for bit, to what that program computes
             in float32. What cannot be kept exactly is refused.
         skip: glob patterns of modules' paths to leave dense.
+        train_dense: whether ``Trainer`` may train the model without an adapter, which changes what is dense alone,
+            such as norms and a new head; otherwise it refuses.
         layers: of a saved model: records of how weights are stored, each with the ``names`` of its weights.
         adapters: of a saved model: the records of its adapters, by path.
         version: of these fields.
@@ -56,7 +59,8 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Raises:
         TypeError: a technique of another type, or patterns that are no strings.
-        ValueError: fields that this version of lowmem does not know, or records that are none.
+        ValueError: fields that this version of lowmem does not know, such as those of a technique, or records that
+            are none.
     """
 
     requantizing: Requantizing | None = None
@@ -66,6 +70,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
         technique: Half | EightBit | FourBit | Budget | Literal["exact"] | Mapping[str, Any] | None = None,
         *,
         skip: str | Iterable[str] = (),
+        train_dense: bool = False,
         layers: Iterable[Mapping[str, Any]] = (),
         adapters: Mapping[str, Any] | None = None,
         version: int = VERSION,
@@ -77,9 +82,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         unknown = sorted(others.keys() - {"quant_method", "notice"})
         if unknown:
-            raise ValueError(
-                f"quantization_config has {show(unknown[0])}, which this lowmem does not know: upgrade it"
-            )
+            raise ValueError(_unknown(unknown[0], others))
         if technique is not None and technique != EXACT and not isinstance(technique, _KINDS):
             technique = _parsed(technique)
         if isinstance(technique, Budget) and technique.inputs is not None:
@@ -99,6 +102,9 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"layers={show(layers)} must be a list of objects")
         if not isinstance(adapters or {}, Mapping):
             raise ValueError(f"adapters={show(adapters)} must be an object")
+        if not isinstance(train_dense, bool):
+            raise TypeError(f"train_dense={show(train_dense)} must be True or False")
+        self.train_dense = train_dense
         self.layers = [dict(record) for record in layers]
         self.adapters = dict(adapters or {})
         if technique == EXACT and self.skip:
@@ -118,9 +124,40 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "notice": NOTICE,
             **({} if self.technique is None else {"technique": _record(self.technique)}),
             **({"skip": self.skip} if self.skip else {}),
+            **({"train_dense": True} if self.train_dense else {}),
             **({"layers": self.layers} if self.layers else {}),
             **({"adapters": self.adapters} if self.adapters else {}),
         }
+
+
+def refuse_technique(given: object) -> None:
+    """Raise where a technique is given as ``quantization_config``; what to write is said.
+
+    Raises:
+        TypeError: it is.
+    """
+    if given == EXACT or isinstance(given, (*_KINDS, LoRA, tuple)):
+        first = given[0] if isinstance(given, tuple) and given else given
+        written = repr(EXACT) if first == EXACT else f"lowmem.{type(first).__name__}(...)"
+        if isinstance(first, LoRA):
+            raise TypeError(
+                "quantization_config=LoRA(...) stores nothing: load the model, then lowmem.add_adapter(model, name, "
+                "LoRA(...))"
+            )
+        raise TypeError(
+            f"quantization_config={show(given)} must be a config: write quantization_config=LowmemConfig({written}), "
+            "with LowmemConfig of lowmem.integrations.transformers"
+        )
+
+
+def _unknown(name: str, given: Mapping[str, Any]) -> str:
+    """Return the error of an argument that ``LowmemConfig`` does not have; a folder's says its ``quant_method``."""
+    if "quant_method" in given:
+        return f"quantization_config has {show(name)}, which this lowmem does not know: upgrade it"
+    kinds = [kind.__name__ for kind in (FourBit, EightBit, Half, Budget) if name in kind.__dataclass_fields__]
+    written = f"{kinds[0]}({name}={given[name]!r})" if kinds else "FourBit()"
+    what = f"belongs to {' and '.join(kinds)}" if kinds else "is no argument of LowmemConfig"
+    return f"{name}={show(given[name])} {what}: write LowmemConfig(lowmem.{written})"
 
 
 def _record(technique: Any) -> Any:

@@ -26,7 +26,7 @@ from lowmem.integrations.transformers.checking import (
     refuse_unread,
     refuse_untold,
 )
-from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
+from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig, refuse_technique
 from lowmem.integrations.transformers.fitting import refuse_retyped, refuse_unfitting, specs_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.io.foreign.recognize import CODED
@@ -43,6 +43,7 @@ def install() -> None:
     def get_hf_quantizer(
         config: Any, quantization_config: Any, device_map: Any, *args: Any, gguf_file: Any = None, **kwargs: Any
     ) -> Any:
+        refuse_technique(quantization_config)
         method = _method_of(config)
         if method == METHOD or isinstance(quantization_config, LowmemConfig):
             refuse_layers(config.to_dict())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -16,6 +18,7 @@ from lowmem.errors import show
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import Exact
 from lowmem.integrations.transformers.mapped import drop_pages
+from lowmem.integrations.transformers.peft_models import refuse_passed_over
 from lowmem.integrations.transformers.saving import config_of
 from lowmem.integrations.transformers.storing import Measuring, Storing
 from lowmem.io.container import open_checkpoint
@@ -30,8 +33,9 @@ from lowmem.nn.half import Half
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.convert import freeze_all_but_adapters, restore
+from lowmem.transforms.registry import is_of_peft
 
-__all__ = ["LowmemQuantizer"]
+__all__ = ["LowmemQuantizer", "adopt"]
 
 # Asked by the functions with which transformers initializes what a folder lacks; stored weights are never that, and
 # those with adapters are computed.
@@ -89,6 +93,18 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files: list[str] = []
         self.parts: dict[str, torch.dtype] = {}
         self._ties: dict[str, str] | None = None
+        self._model: Any = lambda: None  # weak: a model that is deleted is freed at once
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.attach(state["_model"])
+
+    def attach(self, model: Any) -> None:
+        """Become the quantizer of a model, which ``is_qat_trainable`` asks about."""
+        self._model = (lambda: None) if model is None else weakref.ref(model)
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` can write the model."""
@@ -97,6 +113,31 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         """Whether adapters can be trained on the model."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether ``Trainer`` may train the model without PEFT, which it asks before it trains any model.
+
+        Raises:
+            ValueError: the model has no adapter, and training would change what is dense alone, such as norms; or an
+                adapter of PEFT leaves out parameters that it names.
+        """
+        model = self._model()
+        if model is None:
+            return True
+        refuse_passed_over(model, getattr(model, "peft_config", {}))
+        adapted = any(bank_of(module) is not None or is_of_peft(module) for module in model.modules())
+        if adapted or self.quantization_config.train_dense:
+            return True
+        trained = [name for name, one in model.named_parameters() if one.requires_grad]
+        if trained and any(isinstance(module, StoredModule) for module in model.modules()):
+            raise ValueError(
+                f"the model is stored and has no adapter: training would change {len(trained)} dense parameters "
+                f"alone, as {trained[0]}. lowmem.add_adapter(model, 'tuned', lowmem.LoRA()) or PEFT's get_peft_model "
+                "adds one; where that is what you want, LowmemConfig(..., train_dense=True), or "
+                "model.hf_quantizer.quantization_config.train_dense = True"
+            )
         return True
 
     @property
@@ -234,10 +275,33 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             freeze_all_but_adapters(model)
         model.config.quantization_config = self.quantization_config = config_of(model) or self.quantization_config
         model.is_quantized = False  # it trains, casts and moves as any model does
+        self.attach(model)
         return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Make a model dense, all of it in one dtype: that of the model, or another, which may be its name."""
+        named = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        return super().dequantize(model, model.dtype if named is None else named)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return restore(model, dtype=dtype)
+
+
+def adopt(model: nn.Module) -> None:
+    """Give the models of transformers that ``convert`` stored a quantizer, as ``from_pretrained`` does.
+
+    ``dequantize`` and ``Trainer`` ask for it. Models that transformers is loading, and those that have a quantizer,
+    keep it.
+    """
+    found: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    inner = {part for module in found for part in module.modules() if part is not module}
+    for module in found:
+        if module in inner or getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None):
+            continue
+        config = config_of(module)
+        if config is not None and config.layers:
+            module.hf_quantizer = LowmemQuantizer(config)
+            module.hf_quantizer.attach(module)
 
 
 def _keep_dtypes(model: Any, storing: Storing) -> None:

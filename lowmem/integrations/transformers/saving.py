@@ -47,11 +47,12 @@ def config_of(model: nn.Module) -> LowmemConfig | None:
             adapters |= {place_name(paths[0], name): record for name, record in adapters_record(module).items()}
     if not layers and not adapters:
         return None
-    old = getattr(getattr(model, "config", None), "quantization_config", None)
-    asked = old if isinstance(old, LowmemConfig) else None
+    old = [getattr(getattr(model, name, None), "quantization_config", None) for name in ("config", "hf_quantizer")]
+    asked = next((one for one in old if isinstance(one, LowmemConfig)), None)
     return LowmemConfig(
         None if asked is None or asked.technique == EXACT else asked.technique,
         skip=() if asked is None else asked.skip,
+        train_dense=asked is not None and asked.train_dense,
         layers=layers.values(),
         adapters=adapters,
     )
@@ -145,18 +146,22 @@ def _described(model: Any) -> Iterator[bool]:
     config, found = model.config, config_of(model)
     before = getattr(config, "quantization_config", None)  # a dict in a config that was read without its model
     ours = isinstance(before, LowmemConfig) or (isinstance(before, dict) and before.get("quant_method") == METHOD)
-    if found is None and not ours:
+    quantizer = getattr(model, "hf_quantizer", None)
+    adopted = quantizer is not None and isinstance(quantizer.quantization_config, LowmemConfig)
+    if found is None and not ours and not adopted:
         yield False
         return
-    replaced: dict[str, Any] = {"hf_quantizer": None, "_weight_conversions": []}
+    replaced: dict[str, Any] = {"hf_quantizer": None}
+    if found is not None or ours:
+        replaced["_weight_conversions"] = []
     own = {name: model.__dict__.get(name, _ABSENT) for name in replaced}
     model.__dict__.update(replaced)
-    if found is None:
-        del config.quantization_config  # dense, by ``restore`` or as a new model of this config
-    else:
+    if found is not None:
         config.quantization_config = found
+    elif ours:
+        del config.quantization_config  # dense, by ``restore`` or as a new model of this config
     try:
-        yield True
+        yield found is not None or ours
     finally:
         for name, value in own.items():
             if value is _ABSENT:

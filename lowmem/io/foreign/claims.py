@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lowmem.errors import show
+from lowmem.io.foreign.compressed_tensors import INT8
 
 __all__ = ["METHODS", "check_claims"]
 
@@ -61,22 +62,27 @@ _ALLOWED: dict[str, dict[str, Callable[[object], bool]]] = {
         "version": lambda value: isinstance(value, str) and value.lower() == "gemm",
     },
     "compressed-tensors": {
-        "format": _one_of("pack-quantized", "mxfp4-pack-quantized", "mixed-precision", None),
+        "format": _one_of("pack-quantized", "int-quantized", "mxfp4-pack-quantized", "mixed-precision", None),
     },
 }
 
 
-_PACKED = {"pack-quantized": "compressed-tensors", "mxfp4-pack-quantized": "MXFP4"}
+_PACKED = {
+    "pack-quantized": ("compressed-tensors", INT8),
+    "int-quantized": (INT8,),
+    "mxfp4-pack-quantized": ("MXFP4",),
+}
 
 
 def _check_compressed(config: Mapping[str, Any], weights: Collection[str]) -> None:
-    """Raise unless the format and one of the groups of a config can be those of 4-bit weights."""
+    """Raise unless the format and one of the groups of a config can be those of the weights."""
     own, groups = config.get("format"), config.get("config_groups")
-    if own in _PACKED and any(weight != _PACKED[own] for weight in weights):
-        raise _contradiction("format", own, f"its tensors are in {min(set(weights) - {_PACKED[own]})}")
+    if own in _PACKED and (others := set(weights).difference(_PACKED[own])):
+        raise _contradiction("format", own, f"its tensors are in {min(others)}")
     if not isinstance(groups, dict) or not groups:
         return
     found = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
     bits = [weights.get("num_bits", 4) for weights in found if isinstance(weights, dict)]
-    if bits and 4 not in bits:
-        raise _contradiction("num_bits", bits[0], "its tensors have 4")
+    for own_bits in sorted({8 if weight == INT8 else 4 for weight in weights}):
+        if bits and own_bits not in bits:
+            raise _contradiction("num_bits", bits[0], f"its tensors have {own_bits}")

@@ -4,6 +4,9 @@ Integers: ``<layer>.weight_packed`` int32 (out, in / 8), the first in the lowest
 (out, groups); ``.weight_shape``; of asymmetric ones ``.weight_zero_point`` int32 (out / 8, groups), packed along the
 outputs. MXFP4: ``.weight_packed`` uint8 (out, in / 2), the first code low; ``.weight_scale``
 uint8 (out, in / 32), the exponents.
+
+Integers of 8 bits are refused with their values, since no format here has a level for -128, too: packed likewise,
+four in a word, plus 128; or as they are ("int-quantized"), ``.weight`` int8 (out, in).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from lowmem.io.foreign.gptq import unpacked_outputs
 from lowmem.io.foreign.tensor import (
     E2M1_CODES,
     ForeignTensor,
+    as_bytes,
     gathering,
     integer_refusal,
     integer_values,
@@ -32,10 +36,12 @@ from lowmem.io.foreign.tensor import (
 from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["find"]
+__all__ = ["INT8", "find"]
 
 Found = tuple[ForeignTensor, set[str]]
 
+INT8 = "compressed-tensors int8"
+_EIGHT_BITS = "it has 8 bits a weight, and 4 are kept: take the dense model, or one in 4 bits"
 _OTHERS = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")
 
 
@@ -49,6 +55,8 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTen
         layer, _, part = name.rpartition(".")
         if part == "weight_packed":
             yield _layer(source, layer, config)
+        elif part == "weight" and source.specs[name].dtype == torch.int8 and f"{name}_scale" in source.specs:
+            yield _plain_integers(source, layer)
 
 
 def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[ForeignTensor, set[str]]:
@@ -79,13 +87,18 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
         _misfit(layer, specs)
     shape = _shape(source, names, specs, layer)
     columns, groups = shape[-1], scale.shape[-1]
-    if packed.shape != (*shape[:-1], -(-columns // 8)):
+    bits = 8 if packed.shape == (*shape[:-1], -(-columns // 4)) and columns > 4 else 4
+    if packed.shape != (*shape[:-1], -(-columns * bits // 32)):
         bits = round(32 * packed.shape[-1] / columns)
         why = f"it has about {bits} bits a weight, and 4 are read: take the dense model, or one in 4 bits"
         return refused("compressed-tensors", shape, why)
     if scale.shape[:-1] != shape[:-1] or columns % groups:
         _misfit(layer, specs)
-    stored = _Integers(source, names, shape, columns // groups)
+    stored = _Integers(source, names, shape, columns // groups, bits)
+    if "weight_zero_point" in names:
+        zeros = specs["weight_zero_point"]
+        if zeros.dtype != torch.int32 or zeros.shape != (*shape[:-2], -(-shape[-2] * bits // 32), groups):
+            _misfit(layer, specs)
     order = None
     if "weight_g_idx" in names:
         groups_of = source.read_tensor(names["weight_g_idx"]).long()
@@ -98,16 +111,36 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
             except ValueError as uneven:
                 return refused("compressed-tensors", shape, str(uneven))
             order = stored.order
-    if "weight_zero_point" in names:
-        zeros = specs["weight_zero_point"]
-        if zeros.dtype != torch.int32 or zeros.shape != (*shape[:-2], -(-shape[-2] // 8), groups):
-            _misfit(layer, specs)
+    if bits == 8:
+        return refused(INT8, shape, _EIGHT_BITS, stored.values)
     _check_scheme(config, layer, stored.group, columns, "weight_zero_point" in names)
     reason = integer_refusal(columns, stored.group, scale.dtype, stored.zeros())
     if reason is not None:
         return refused("compressed-tensors", shape, reason, stored.values)
     read = stored.read if order is None else stored.read_gathered
     return ForeignTensor.of_weight(weight, shape, "compressed-tensors", nbytes, read, order=order), claimed
+
+
+def _plain_integers(source: Source, layer: str) -> Found:
+    """Return a layer of "int-quantized": its codes are its weight, with a scale for the tensor, a row or a group."""
+    names = {part: f"{layer}.{part}".lstrip(".") for part in ("weight", "weight_scale", *_OTHERS)}
+    names = {part: name for part, name in names.items() if name in source.specs}
+    specs = {part: source.specs[name] for part, name in names.items()}
+    shape, scale, zero = specs["weight"].shape, specs["weight_scale"], specs.get("weight_zero_point")
+    fits = len(shape) >= 2 and 0 not in (*shape, *scale.shape) and scale.dtype.is_floating_point
+    of_rows = scale.shape[:-1] == shape[:-1] and shape[-1] % max(1, *scale.shape[-1:]) == 0
+    fits = fits and (of_rows or scale.shape in ((1,), (1, 1)))
+    if not fits or (zero is not None and (zero.shape != scale.shape or zero.dtype != torch.int8)):
+        _misfit(layer, specs)
+
+    def values() -> Tensor:
+        scales = source.read_tensor(names["weight_scale"])
+        zeros = torch.zeros(scales.shape) if zero is None else source.read_tensor(names["weight_zero_point"])
+        of_column = torch.arange(shape[-1]) // (shape[-1] // scales.shape[-1])
+        return integer_values(source.read_tensor(names["weight"]), scales, of_column, zeros)
+
+    nbytes, known = sum(spec.nbytes for spec in specs.values()), None if "weight_g_idx" in names else values
+    return ForeignTensor.refused(names["weight"], shape, INT8, nbytes, _EIGHT_BITS, known), set(names.values())
 
 
 def _check_scheme(config: Mapping[str, Any], layer: str, group: int, columns: int, has_zeros: bool) -> None:
@@ -162,6 +195,11 @@ class _Integers:
     names: Mapping[str, str]
     shape: tuple[int, ...]
     group: int
+    bits: int = 4
+
+    def _unpacked(self, words: Tensor, count: int) -> Tensor:
+        """Return the first ``count`` numbers of each row of words: int32 (n, words) -> uint8 (n, count)."""
+        return unpacked_outputs(words, count) if self.bits == 4 else as_bytes(words)[:, :count]
 
     def groups(self) -> Tensor:
         """Return the group of each column."""
@@ -178,15 +216,15 @@ class _Integers:
     def codes(self) -> Tensor:
         """Return the codes: uint8 (..., out, in)."""
         words = self.source.read_tensor(self.names["weight_packed"])
-        return unpacked_outputs(words.flatten(0, -2), self.shape[-1]).view(self.shape)
+        return self._unpacked(words.flatten(0, -2), self.shape[-1]).reshape(self.shape)
 
     def zeros(self) -> Tensor | None:
         """Return the zero points, which are packed along the outputs: uint8 (..., out, groups); or None."""
         if "weight_zero_point" not in self.names:
             return None
         words = self.source.read_tensor(self.names["weight_zero_point"]).mT  # (..., groups, out / 8)
-        codes = unpacked_outputs(words.flatten(0, -2), self.shape[-2])
-        return codes.view(*words.shape[:-1], self.shape[-2]).mT
+        codes = self._unpacked(words.flatten(0, -2), self.shape[-2])
+        return codes.reshape(*words.shape[:-1], self.shape[-2]).mT
 
     def scales(self) -> Tensor:
         """Return the scales, (..., out, groups)."""
@@ -202,4 +240,7 @@ class _Integers:
 
     def values(self) -> Tensor:
         """Return the weight in float32."""
-        return integer_values(self.codes(), self.scales(), self.groups(), self.zeros())
+        scales, zeros = self.scales(), self.zeros()
+        if zeros is None:
+            zeros = torch.full(scales.shape, 2 ** (self.bits - 1))
+        return integer_values(self.codes(), scales, self.groups(), zeros)

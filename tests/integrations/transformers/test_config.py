@@ -11,6 +11,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from lowmem import EightBit, FourBit, Half, LoRA
 from lowmem.integrations.transformers import METHOD, LowmemConfig
+from tests.integrations.transformers.folders import load, write
 
 TECHNIQUES = [
     Half(),
@@ -33,10 +34,10 @@ def test_a_config_of_a_version_without_8_bit_embeddings_means_what_it_meant():
 
 def test_json_holds_it():
     for technique in TECHNIQUES:
-        config = LowmemConfig(technique, skip=["lm_head", "*.o_proj"])
+        config = LowmemConfig(technique, skip=["lm_head", "*.o_proj"], train_dense=True)
         again = AutoQuantizationConfig.from_dict(json.loads(config.to_json_string()))
         assert type(again) is LowmemConfig
-        assert (again.technique, again.skip) == (technique, ["lm_head", "*.o_proj"])
+        assert (again.technique, again.skip, again.train_dense) == (technique, ["lm_head", "*.o_proj"], True)
         assert again.to_dict() == config.to_dict()
     saved = LowmemConfig(layers=[{"technique": "Half", "dtype": "float16", "names": ["a"]}], adapters={"a": []})
     assert LowmemConfig.from_dict(saved.to_dict()).to_dict() == saved.to_dict()
@@ -59,8 +60,40 @@ def test_json_holds_it():
         ({"layers": [None]}, ValueError, r"layers=\[None\] must be a list of objects"),
         ({"technique": Half(), "adapters": [1]}, ValueError, r"adapters=\[1\] must be an object"),
         ({"technique": Half(), "rotations": 1}, ValueError, "has 'rotations', which this lowmem does not know"),
+        ({"technique": Half(), "train_dense": 1}, TypeError, "train_dense=1 must be True or False"),
     ],
 )
 def test_it_refuses_what_it_does_not_know(arguments, kind, says):
     with pytest.raises(kind, match=says):
         LowmemConfig.from_dict({"quant_method": METHOD, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            {"format": "nf4"},
+            r"^format='nf4' belongs to FourBit: write LowmemConfig\(lowmem.FourBit\(format='nf4'\)\)$",
+        ),
+        ({"block_size": 8}, r"belongs to FourBit and EightBit: write LowmemConfig\(lowmem.FourBit\(block_size=8\)\)"),
+        ({"load_in_4bit": True}, r"load_in_4bit=True is no argument .*: write LowmemConfig\(lowmem.FourBit\(\)\)"),
+    ],
+)
+def test_a_field_of_a_technique_says_where_it_belongs(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        LowmemConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (FourBit(), r"quantization_config=LowmemConfig\(lowmem.FourBit\(...\)\)"),
+        ((Half(), LoRA(2)), r"quantization_config=LowmemConfig\(lowmem.Half\(...\)\)"),
+        ("exact", r"quantization_config=LowmemConfig\('exact'\)"),
+        (LoRA(2), "stores nothing: load the model, then lowmem.add_adapter"),
+    ],
+)
+def test_a_technique_in_place_of_a_config_says_what_to_write(given, says, tmp_path):
+    folder = write(tmp_path)
+    with pytest.raises(TypeError, match=says):
+        load(folder, quantization_config=given)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -145,6 +147,56 @@ def test_it_does_what_a_dense_model_does(small, tmp_path):
     assert torch.equal(dense.lm_head.weight, model.lm_head.weight.dequantize())
     dense.save_pretrained(tmp_path / "again")
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("made", "dtype"),
+    [("saved", None), ("loaded", "bfloat16"), ("converted", None), ("copied", torch.bfloat16), ("saved", "float64")],
+)
+def test_dequantize_gives_a_dense_model_that_runs_in_the_dtype(small, tmp_path, made, dtype):
+    if made == "converted":
+        model = lowmem.convert(load(tmp_path / "dense"), FourBit("nf4"))
+    else:
+        model = load(small)
+        if made == "saved":  # which leaves the name of a dtype in the config
+            model.save_pretrained(tmp_path / "again")
+    if made == "copied":
+        model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    dense = model.dequantize() if dtype is None else model.dequantize(dtype)
+    wanted = {None: torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}.get(dtype, dtype)
+    assert {one.dtype for one in dense.parameters()} == {wanted}
+    assert type(dense.lm_head) is torch.nn.Linear
+    assert dense(IDS).logits.dtype == wanted
+    assert not hasattr(dense, "hf_quantizer")
+    dense.save_pretrained(tmp_path / "out")
+    assert_same(load(tmp_path / "out", dtype="auto"), dense)
+
+
+def test_dequantize_names_what_is_no_dtype(small):
+    model = load(small)
+    with pytest.raises(TypeError, match="dtype='bfloat17' must be a floating-point dtype"):
+        model.dequantize("bfloat17")
+    assert model.hf_quantizer is not None
+    model.bfloat16()
+    assert {one.dtype for one in model.dequantize().parameters()} == {torch.bfloat16}  # the model's, as it is now
+
+
+def test_quantizers_of_others_and_models_inside_of_models_keep_theirs(small, tmp_path):
+    model = load(tmp_path / "dense")
+    wrapped = torch.nn.Sequential(model)
+    lowmem.convert(wrapped, FourBit("nf4"))
+    first = model.hf_quantizer
+    assert not hasattr(model.model, "hf_quantizer")
+    lowmem.restore(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "again", state_dict=state)  # which transformers ignores with a quantizer
+    assert_same(load(tmp_path / "again"), model)
+    lowmem.convert(model, FourBit("nf4"))
+    assert model.hf_quantizer is first
+    assert load(small).hf_quantizer.pre_quantized
+    kept = weakref.ref(model)
+    del model, wrapped
+    assert kept() is None  # without a garbage collection
 
 
 @pytest.mark.filterwarnings("default::FutureWarning", "default::DeprecationWarning", "default::UserWarning")

@@ -1,5 +1,6 @@
 """Trainer, PEFT and accelerate on models that lowmem has stored, with tied ends."""
 
+import copy
 import json
 import os
 import subprocess
@@ -133,6 +134,31 @@ def test_a_module_that_peft_trains_whole_is_left_dense(folder, tmp_path):
     last = tmp_path / "run" / "checkpoint-4"
     again = load(folder, quantization_config=LowmemConfig(FourBit("nf4"), skip="*down_proj"))
     assert_same(peft.PeftModel.from_pretrained(again, last), model)
+
+
+@pytest.mark.parametrize("made", ["loaded", "converted"])
+def test_a_stored_model_without_an_adapter_is_not_trained_unless_it_is_asked_for(folder, tmp_path, made):
+    model = stored(folder) if made == "loaded" else lowmem.convert(load(folder), FourBit("nf4"))
+    with pytest.raises(
+        ValueError,
+        match=r"5 dense parameters alone, as model.layers.0.input_.*add_adapter.*get_peft_model.*train_dense=T",
+    ):
+        trainer(model, tmp_path / "run")
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    assert trainer(frozen, tmp_path / "run").evaluate()["eval_loss"] > 0  # nothing would change
+    with pytest.raises(ValueError, match="has no adapter"):
+        trainer(frozen.train().apply(lambda m: m.weight.requires_grad_() if "Norm" in type(m).__name__ else m), "run")
+    model.hf_quantizer.quantization_config.train_dense = True
+    before = model.model.norm.weight.detach().clone()
+    trainer(model, tmp_path / "run", max_steps=1, save_steps=1, eval_strategy="no").train()
+    assert not torch.equal(model.model.norm.weight, before)
+    trainer(load(tmp_path / "run" / "checkpoint-1"), tmp_path / "run")  # which the folder remembers
+    trainer(lowmem.restore(stored(folder)), tmp_path / "run")
+
+
+def test_a_config_asks_for_training_without_an_adapter(folder, tmp_path):
+    config = LowmemConfig(FourBit("nf4"), train_dense=True)
+    trainer(load(folder, quantization_config=config), tmp_path / "run")
 
 
 def test_a_pipeline_generates(folder, tmp_path):

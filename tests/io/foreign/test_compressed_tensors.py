@@ -1,5 +1,6 @@
 """compressed-tensors: other bits, groups and zero points are refused, and parts that do not fit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,54 @@ def test_zero_points_are_offsets_and_exact_for_scales_of_16_bits(tmp_path):
     save_file({**INT4, "layer.weight_zero_point": packed[:1].contiguous()}, tmp_path / "a.safetensors")
     with pytest.raises(FileError, match="do not fit"):
         open_foreign(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized"])
+def test_8_bits_are_refused_by_name_and_have_values(tmp_path, groups, zeros, form):
+    codes = torch.randint(-128, 128, (16, 64), dtype=torch.int8)
+    scales, points = torch.rand(16, groups), torch.randint(-128, 128, (16, groups), dtype=torch.int8)
+    expected = codes.int() - (points.int() if zeros else 0 * points.int()).repeat_interleave(64 // groups, 1)
+    expected = expected.float() * scales.repeat_interleave(64 // groups, 1)
+
+    def four(numbers):  # in a word
+        return (numbers.int() + 128).to(torch.uint8).clone(memory_format=torch.contiguous_format).view(torch.int32)
+
+    parts = {SCALE: scales, **({"layer.weight_zero_point": points} if zeros else {})}
+    if form == "int-quantized":
+        parts["layer.weight"] = codes
+    else:
+        parts |= {PACKED: four(codes), SHAPE: torch.tensor([16, 64])}
+        if zeros:
+            parts["layer.weight_zero_point"] = four(points.T).T.contiguous()
+    save_file(parts, tmp_path / "model.safetensors")
+    for bits in (8, 4):
+        settings = {"quant_method": "compressed-tensors", "format": form}
+        settings |= {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+        if bits == 4:
+            with pytest.raises(FileError, match="says num_bits=4, and its tensors have 8"):
+                open_foreign(tmp_path)
+            continue
+        with open_foreign(tmp_path) as file:
+            assert list(file.tensors) == ["layer.weight"]
+            tensor = file.tensors["layer.weight"]
+            assert (tensor.kind, tensor.shape) == ("compressed-tensors int8", (16, 64))
+            assert "it has 8 bits a weight, and 4 are kept" in tensor.refusal
+            assert torch.equal(tensor.values(), expected)
+
+
+def test_a_scale_for_the_whole_tensor_of_8_bits(tmp_path):
+    weight = torch.randint(-128, 128, (4, 8), dtype=torch.int8)
+    for shape in ((1,), (1, 1)):
+        save_file({"layer.weight": weight, SCALE: torch.full(shape, 0.5)}, tmp_path / "a.safetensors")
+        with open_foreign(tmp_path / "a.safetensors") as file:
+            assert torch.equal(file.tensors["layer.weight"].values(), weight / 2)
+    for scale in (torch.ones(3, 1), torch.ones(4, 3), torch.ones(4, 1).int(), torch.ones(()), torch.ones(4, 0)):
+        save_file({"layer.weight": weight, SCALE: scale}, tmp_path / "a.safetensors")
+        with pytest.raises(FileError, match="do not fit"):
+            open_foreign(tmp_path / "a.safetensors")
 
 
 def test_parts_that_do_not_fit_are_refused(tmp_path):

@@ -1,0 +1,82 @@
+"""Refuses what PEFT cannot do with stored modules, or leaves out of them in silence.
+
+PEFT finds parameters by ``named_parameters``, where a stored one has the names of its codes and scales. torch reports
+each module that PEFT puts into another one, so that the model is checked before ``get_peft_model`` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PreTrainedModel
+
+from lowmem.nn.stored_module import StoredModule
+from lowmem.transforms.registry import is_of_peft
+
+__all__ = ["install", "refuse_passed_over"]
+
+_FOUND_BY_NAME = "embeddings.word_embeddings"  # an embedding that prompt learning finds there may be stored
+
+
+def install() -> None:
+    """Check what PEFT does with stored modules from now on."""
+    register_module_module_registration_hook(_check)
+
+
+def refuse_passed_over(model: nn.Module, configs: Mapping[str, Any]) -> None:
+    """Raise if ``target_parameters`` of a config of PEFT names a stored parameter, which PEFT leaves out.
+
+    Raises:
+        ValueError: it does; the parameter is named.
+    """
+    targets = sorted(
+        {name for config in configs.values() for name in getattr(config, "target_parameters", None) or ()}
+    )
+    for path, module in model.named_modules() if targets else ():
+        for name in module.forms if isinstance(module, StoredModule) else ():
+            full = f"{path}.{name}".replace(".base_layer", "")
+            if any(f".{full}".endswith(f".{target}") for target in targets):
+                raise ValueError(
+                    f"target_parameters={targets} of PEFT names {full}, which is stored: PEFT adapts dense "
+                    "parameters alone, and leaves it out. Load the model again, and lowmem.add_adapter(model, name, "
+                    f"LoRA(), where=...) adapts it as it is; or leave it dense, skip='*{path.rpartition('.')[2]}'"
+                )
+
+
+def _check(parent: nn.Module, name: str, child: Any) -> None:
+    """Check a module that becomes a part of one of PEFT's.
+
+    Raises:
+        ValueError: PEFT cannot do what it was asked for.
+    """
+    if name not in ("base_model", "original_module") or not is_of_peft(parent):
+        return
+    if name == "original_module":  # of modules_to_save and trainable_token_indices
+        _refuse_whole(parent, child)
+    elif isinstance(child, PreTrainedModel):  # of prompt learning; other methods have a module of PEFT between
+        _refuse_embedding(child)
+    else:
+        refuse_passed_over(child.model, child.peft_config)
+
+
+def _refuse_whole(wrapper: nn.Module, module: nn.Module) -> None:
+    for inside in module.modules():
+        if isinstance(inside, StoredModule):
+            raise ValueError(
+                f"{type(wrapper).__name__} of PEFT trains a {type(inside).__name__} whole, which stores "
+                f"{', '.join(inside.forms)} and is frozen: load or convert the model again and leave the module "
+                "dense, as skip='*lm_head' does, or train an adapter of it"
+            )
+
+
+def _refuse_embedding(model: PreTrainedModel) -> None:
+    embedding = model.get_input_embeddings()
+    path = next(path for path, module in model.named_modules() if module is embedding)
+    if isinstance(embedding, StoredModule) and path != _FOUND_BY_NAME:
+        raise ValueError(
+            f"PEFT looks for a dense embedding to learn prompts, and {path} is stored: load or convert the model "
+            f"again and leave it dense, skip='*{path.rpartition('.')[2]}'"
+        )
