@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lowmem.errors import refusal, show
-from lowmem.io.atomic import open_regular, write_atomically
+from lowmem.io.atomic import open_regular, read_errors, write_atomically
 
 __all__ = [
     "Change",
@@ -32,6 +32,9 @@ __all__ = [
     "read_figures",
     "write_figures",
 ]
+
+MOST_BYTES = 2**24
+"""Largest baseline that is read, in bytes; a gate takes about 200."""
 
 Figures = dict[str, int]
 """The bytes of each figure of one measurement; the names end in ``_bytes``."""
@@ -129,12 +132,14 @@ def read_figures(path: Path, key: Key) -> dict[str, Figures]:
     """Read the figures of each measurement from the file of a key.
 
     Raises:
-        FileError: the file is damaged, or has another key.
+        FileError: the file is damaged, too large, or has another key.
         OSError: the file does not exist or cannot be read.
     """
-    with open_regular(path) as file:
-        content = file.read()
+    with open_regular(path) as file, read_errors(path):
+        content = file.read(MOST_BYTES + 1)
     try:
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it takes more than {MOST_BYTES} bytes, which no baseline does")
         figures: dict[str, Figures] = parse_document(content, key)["figures"]
         for name, own in figures.items():
             check_figures(name, own)

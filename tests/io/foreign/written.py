@@ -81,8 +81,8 @@ def mutated(content: bytes, changes: Sequence[tuple[int, bytes]]) -> bytes:
 
 
 def read_all(path: Path) -> str | None:
-    """Read a file and all of its weights, of which none is larger than the file allows; return its error, if any."""
-    size = path.stat().st_size
+    """Read a file or folder and all of its weights, none larger than its files allow; return its error, if any."""
+    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     try:
         with open_foreign(path) as file:
             for tensor in file.tensors.values():
