@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import math
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from random import Random
+from typing import Any, NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,13 +27,42 @@ try:
 except ImportError:  # Windows
     resource = None
 
-CASES = 2000 if NIGHTLY else 15
+CASES = 2000 if NIGHTLY else 4
+LARGE = (2**28, 2**62) if NIGHTLY else (2**28,)
 MEMORY = 2**28  # bytes that a case may add to the process: files have a few KiB
 SECONDS = 20  # of processor time that a case may take: one takes milliseconds
 
-EXTREMES = (0, -1, 1, 3, 2**20, 2**28, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 10**400)
-VALUES = (*EXTREMES, *(None, True, False, 0.5, -1.5, 1e308, "", "x", "a\x1b\u2028b", [], {}, [[1, 2]], [0.5], {"a": 1}))
+EXTREMES = (
+    0,
+    -1,
+    1,
+    3,
+    2**20,
+    2**28,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**53,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    10**400,
+)
+VALUES = (
+    *EXTREMES,
+    *(None, True, False, 0.5, -1.5, 1e308, "", "x", "a\x1b\u2028b", [], {}, [[1, 2]], [0.5], {"a": 1}),
+)
+FILLERS = (b"\xff", b"\0", b"\x7f")
 DTYPES = {"U8": 1, "BOOL": 1, "I32": 4, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "F64": 8, "C64": 8, "F8_E4M3": 1}
+
+
+class Reader(NamedTuple):
+    """What writes whole files into a folder, what reads them, and what it raises beside FileError and OSError."""
+
+    write: Callable[[Path], object]
+    read: Callable[[Path], object]
+    errors: tuple[type[Exception], ...] = ()
 
 
 def fuzzed(test: Callable) -> Callable:
@@ -37,12 +70,42 @@ def fuzzed(test: Callable) -> Callable:
     return settings(max_examples=CASES)(given(seed=st.integers(0, 2**32 - 1))(test))
 
 
-def check(folder: Path, read: Callable[[Path], object], errors: tuple = ()) -> bool:
-    """Read a folder; return whether it was refused, by an error that names it in a line."""
+def run(reader: Reader, name: str, root: Path, seed: int) -> None:
+    """Read a folder that a reader can read, changed by a seed; one that is neither read nor refused stays there."""
+    whole, folder = root / f"fuzzed {name}", root / f"fuzzed {name} {seed}"
+    if not whole.exists():
+        (root / f"new {name}").mkdir()
+        reader.write(root / f"new {name}")
+        assert not is_refused(reader, root / f"new {name}")
+        (root / f"new {name}").rename(whole)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole, folder)
+    change(folder, Random(seed))
+    is_refused(reader, folder)
+    shutil.rmtree(folder)
+
+
+def run_large(reader: Reader, root: Path) -> None:
+    """Read what a reader can read with each number of a header replaced by large ones, in the memory of a case."""
+    root.mkdir()
+    reader.write(root)
+    for file in sorted(file for file in root.rglob("*") if file.is_file()):
+        content = file.read_bytes()
+        for large in LARGE:
+            for made in with_a_large_number(content, large):
+                file.unlink()  # tensors of the last one may still be mapped
+                file.write_bytes(made)
+                is_refused(reader, root)
+        file.unlink()
+        file.write_bytes(content)
+
+
+def is_refused(reader: Reader, folder: Path) -> bool:
+    """Read a folder; return whether it was refused, in a line."""
     try:
         with bounded():
-            read(folder)
-    except (FileError, OSError, *errors) as error:
+            reader.read(folder)
+    except (FileError, OSError, *reader.errors) as error:
         said = str(error)
         assert said.isprintable(), said
         assert len(said) < 1000, said
@@ -93,6 +156,41 @@ def change(folder: Path, random: Random) -> None:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):  # an earlier change broke the format
             content = changed_bytes(content, random)
         file.write_bytes(content)
+
+
+def with_a_large_number(content: bytes, large: int) -> Iterator[bytes]:
+    """Yield a file with one of its header's numbers replaced by a large one, for each of them."""
+    if content[:4] == gguf.MAGIC:
+        places = _gguf_header(content).places
+        for name, place in places.items():
+            at = place.start + 8 + len(name.encode())
+            size = {4: 4, 5: 4, 10: 8, 11: 8}.get(content[at])
+            if size:
+                number = min(large, 2 ** (8 * size - 1) - 1).to_bytes(size, "little")
+                yield content[: at + 4] + number + content[at + 4 + size :]
+    elif content[:1] == b"{" and b"\n{" not in content:
+        for made in _with_large(json.loads(content), large):
+            yield json.dumps(made).encode()
+    elif content[8:9] == b"{":
+        header, data = _parsed(content)
+        metadata = header.get("__metadata__", {})
+        for made in _with_large(header, large):
+            yield _written(made, data)
+        for made in _with_large(json.loads(metadata["lowmem"]), large) if "lowmem" in metadata else ():
+            raw = json.dumps(made, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            yield _written({**header, "__metadata__": {**metadata, "lowmem": raw}}, data)
+
+
+def _with_large(value: Any, large: int) -> Iterator[Any]:
+    """Yield a JSON value with one number in it replaced; those of places of tensors are left."""
+    if type(value) in (int, float):
+        yield large
+    elif isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            for made in _with_large(value[key], large) if key != "data_offsets" else ():
+                changed_one = copy(value)
+                changed_one[key] = made
+                yield changed_one
 
 
 def changed_bytes(content: bytes, random: Random) -> bytes:
@@ -158,7 +256,8 @@ def _parsed(content: bytes) -> tuple[dict, bytes]:
 def _written(header: dict, data: bytes) -> bytes:
     """Return a safetensors file; one of lowmem's gets the digest that it needs."""
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    content = bytearray(len(raw + b" " * (-(8 + len(raw)) % 64)).to_bytes(8, "little") + raw + b" " * (-(8 + len(raw)) % 64) + data)
+    raw += b" " * (-(8 + len(raw)) % 64)
+    content = bytearray(len(raw).to_bytes(8, "little") + raw + data)
     if content[8:].startswith(MAGIC):
         content[DIGEST] = b"0" * 64
         content[DIGEST] = hashlib.sha256(content).hexdigest().encode()
@@ -186,15 +285,16 @@ def changed_tensors(content: bytes, random: Random) -> bytes:
     """Rename, remove, copy, reshape or retype a tensor of a safetensors file, or write other values."""
     header, data = _parsed(content)
     metadata = header.pop("__metadata__", None)
-    tensors = {
-        name: [one["dtype"], one["shape"], data[slice(*one["data_offsets"])]] for name, one in header.items()
-    }
+    tensors = {name: [one["dtype"], one["shape"], data[slice(*one["data_offsets"])]] for name, one in header.items()}
     name = random.choice(sorted(tensors))
     dtype, shape, raw = tensors[name]
     last = name.rpartition(".")[2]
-    match random.randrange(7):
+    match random.randrange(8):
         case 0:
             del tensors[name]
+        case 7:  # the parts of a weight, all of them
+            begin = random.choice(("", ".", "a..", "x."))
+            tensors = {begin + key.rpartition(".")[2]: value for key, value in tensors.items()}
         case 1:
             tensors[random.choice(("", last, f".{last}", f"a..{last}", f"{name}.", f"x.{last}"))] = tensors.pop(name)
         case 2:
@@ -204,15 +304,15 @@ def changed_tensors(content: bytes, random: Random) -> bytes:
             tensors[name], tensors[other] = tensors[other], tensors[name]
         case 4:
             count = len(raw) // DTYPES.get(dtype, 1)
-            tensors[name][1] = random.choice(([count], [1, *shape], [*shape, 1], shape[::-1], shape + [1] * 70, [count, 1]))
+            shapes = ([count], [count, 1], [1, *shape], [*shape, 1], shape[::-1], [*shape, *[1] * 70])
+            tensors[name][1] = random.choice(shapes)
         case 5:
             to = random.choice(sorted(DTYPES))
-            size = random.randrange(0, 1 + len(raw) // DTYPES[to]) if random.random() < 0.3 else len(raw) // DTYPES[to]
-            tensors[name] = [to, [size] if len(shape) < 2 else [*shape[:-1], size // max(1, _count(shape[:-1]))], b""]
-            tensors[name][2] = raw[: _count(tensors[name][1]) * DTYPES[to]]
+            size = len(raw) // DTYPES[to] if random.random() < 0.7 else random.randrange(1 + len(raw) // DTYPES[to])
+            sizes = [size] if len(shape) < 2 else [*shape[:-1], size // max(1, math.prod(shape[:-1]))]
+            tensors[name] = [to, sizes, raw[: math.prod(sizes) * DTYPES[to]]]
         case _:
-            filler = random.choice((random.randbytes(len(raw)), b"\xff" * len(raw), bytes(len(raw)), b"\x7f" * len(raw)))
-            tensors[name][2] = filler
+            tensors[name][2] = random.choice((random.randbytes(len(raw)), *(one * len(raw) for one in FILLERS)))
     placed, end, parts = {} if metadata is None else {"__metadata__": metadata}, 0, []
     for key in sorted(tensors, key=lambda key: (-DTYPES.get(tensors[key][0], 1), key)):  # as lowmem lays them out
         kind, sizes, own = tensors[key]
@@ -222,11 +322,9 @@ def changed_tensors(content: bytes, random: Random) -> bytes:
     return _written(placed, b"".join(parts))
 
 
-def _count(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+FIELDS = [typed(value) for value in (*(one % 2**63 for one in EXTREMES), 0.5, "", "x", [], [1, 2], ["a"], True, -1)]
+FIELDS += [b"\4\0\0\0" + (one % 2**32).to_bytes(4, "little") for one in EXTREMES]
+"""Types and values of a key of GGUF."""
 
 
 def changed_gguf(content: bytes, random: Random) -> bytes:
@@ -248,9 +346,7 @@ def changed_gguf(content: bytes, random: Random) -> bytes:
             infos[at : at + 8] = (random.choice(EXTREMES) % 2**64).to_bytes(8, "little")
         case _:
             name = random.choice(list(header.places))
-            value = random.choice((*(one % 2**63 for one in EXTREMES[:-1]), 0.5, "", "x", [], [1, 2], ["a"], True, -1))
-            value = value.to_bytes(4, "little") if random.random() < 0.3 and type(value) is int and 0 <= value < 2**32 else value
-            keys[number] = text(name) + (b"\4\0\0\0" + value if isinstance(value, bytes) else typed(value))
+            keys[number] = text(name) + random.choice(FIELDS)
     made = content[:16] + len(keys).to_bytes(8, "little") + b"".join(keys) + bytes(infos)
     return made + bytes(-len(made) % 32) + content[start:]
 

@@ -125,7 +125,13 @@ def failing(monkeypatch, error):
 
 
 def test_an_error_of_no_reader_is_one_line_that_asks_to_report_it_and_exit_code_3(monkeypatch, capsys):
-    for error in (KeyError("a\x1bb"), AttributeError("x" * 500), TypeError("t"), RuntimeError("r"), ZeroDivisionError()):
+    for error in (
+        KeyError("a\x1bb"),
+        AttributeError("x" * 500),
+        TypeError("t"),
+        RuntimeError("r"),
+        ZeroDivisionError(),
+    ):
         failing(monkeypatch, error)
         assert run("stats") == 3
         shown = capsys.readouterr().err

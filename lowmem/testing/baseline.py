@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from lowmem.errors import refusal, show
-from lowmem.io.atomic import open_regular, read_errors, write_atomically
+from lowmem.io.atomic import write_atomically
+from lowmem.io.safetensors import read_at_most
 
 __all__ = [
     "Change",
@@ -135,11 +136,8 @@ def read_figures(path: Path, key: Key) -> dict[str, Figures]:
         FileError: the file is damaged, too large, or has another key.
         OSError: the file does not exist or cannot be read.
     """
-    with open_regular(path) as file, read_errors(path):
-        content = file.read(MOST_BYTES + 1)
+    content = read_at_most(path, MOST_BYTES, "baseline")
     try:
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"it takes more than {MOST_BYTES} bytes, which no baseline does")
         figures: dict[str, Figures] = parse_document(content, key)["figures"]
         for name, own in figures.items():
             check_figures(name, own)
