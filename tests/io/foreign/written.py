@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 
 from lowmem.errors import FileError
 from lowmem.io.foreign.recognize import open_foreign
@@ -60,15 +59,6 @@ def words(codes: torch.Tensor) -> torch.Tensor:
     eight = codes.long().unflatten(-1, (-1, 8))
     packed = sum(eight[..., place] << 4 * place for place in range(8))
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
-
-
-mutations = st.lists(
-    st.tuples(
-        st.integers(0, 2**16), st.sampled_from([n.to_bytes(8, "little") for n in HUGE]) | st.binary(max_size=9)
-    ),
-    min_size=1,
-    max_size=4,
-)
 
 
 def mutated(content: bytes, changes: Sequence[tuple[int, bytes]]) -> bytes:
