@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
+from traceback import format_exc
 from typing import TYPE_CHECKING, NoReturn
 
-from lowmem.errors import describe, one_line, reason
+from lowmem.errors import describe, error_line, is_fault, one_line
 from lowmem.tools import COMMANDS
 from lowmem.tools.output import stdout_for_json
 from lowmem.tools.startup import end_closed_pipe, write_error
@@ -37,14 +38,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 a check failed, 2 usage or bad input.
+    """Run one command and return its exit code: 0 done, 1 a check failed, 2 usage or bad input, 3 a fault of lowmem.
 
     Without ``argv`` this process is the command's own: its arguments are ``sys.argv[1:]``, and SIGPIPE ends it when
     the reader of its output has closed the pipe.
     """
     program = argv is None
     given = sys.argv[1:] if argv is None else argv
-    command = given[0] if given and given[0] in COMMANDS else ""
+    command = f"lowmem {given[0]}" if given and given[0] in COMMANDS else "lowmem"
     try:
         with _terminated_as_interrupted(program):
             if program:
@@ -53,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(given, program)
     except BrokenPipeError:
         return end_closed_pipe(program)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        return _fail(command, reason(error), program)
+    except Exception as error:  # noqa: BLE001  of any kind: faults get a code of their own
+        trace = format_exc() if "--debug" in given else ""
+        return write_error(trace + error_line(command, error), program, 3 if is_fault(error) else 2)
     except KeyboardInterrupt:
-        return _fail(command, "interrupted; what was not finished is not there: run it again", program)
+        return write_error(f"{command}: interrupted; what was not finished is not there: run it again", program)
 
 
 @contextmanager
@@ -98,6 +100,7 @@ def _run(argv: Sequence[str], program: bool) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        command.add_argument("--debug", action="store_true", help="print the traceback of an error before its line")
         if name in argv[:1]:
             import_module(f"lowmem.tools.{name}").add_arguments(command)
     if not argv:
@@ -116,10 +119,6 @@ def _run(argv: Sequence[str], program: bool) -> int:
     except SystemExit as stop:  # from the user's model, since no command raises it
         raise ValueError(f"the model ended the program ({describe(stop)}); remove its sys.exit") from stop
     return code
-
-
-def _fail(command: str, why: str, program: bool) -> int:
-    return write_error(one_line(f"lowmem {command}: {why}".replace("lowmem :", "lowmem:", 1)), program)
 
 
 if __name__ == "__main__":

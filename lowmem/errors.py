@@ -6,11 +6,24 @@ import os
 import re
 import reprlib
 
-__all__ = ["LIMIT", "FileError", "describe", "one_line", "printable", "quoted", "reason", "refusal", "show"]
+__all__ = [
+    "LIMIT",
+    "FileError",
+    "describe",
+    "error_line",
+    "is_fault",
+    "one_line",
+    "printable",
+    "quoted",
+    "reason",
+    "refusal",
+    "show",
+]
 
 LIMIT = 298  # characters of an error line, without its line end
 
 _OUT_OF_MEMORY = "out of memory"
+_REPORT = "; this is a fault of lowmem: please report it with what --debug prints"
 _ALLOCATOR = re.compile(r"(\[enforce fail at [^]]*\].*?)?DefaultCPUAllocator: .*|std::bad_alloc", re.DOTALL)
 _CPP = re.compile(r"\[enforce fail at [^]]*\]\s*|\s*\(?(Exception raised from |C\+\+ CapturedTraceback).*", re.DOTALL)
 
@@ -62,10 +75,22 @@ def one_line(text: str, taken: int = 0) -> str:
 
 def reason(error: BaseException) -> str:
     """Return the message of a command for the exception that ended it."""
-    if isinstance(error, MemoryError | RuntimeError) and _OUT_OF_MEMORY in (said := describe(error)).lower():
-        return f"{said}; free memory, or take a smaller model, batch, shape or file"
+    if _is_memory(error):
+        return f"{describe(error)}; free memory, or take a smaller model, batch, shape or file"
     expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
     return _without_cpp(_text(error)) if expected else describe(error)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an exception is of no kind that lowmem raises for bad input, and memory has not run out."""
+    return not isinstance(error, ValueError | OSError | ImportError | MemoryError) and not _is_memory(error)
+
+
+def error_line(command: str, error: BaseException) -> str:
+    """Return the line of a command for the exception that ended it; a fault's asks to report it."""
+    if is_fault(error):
+        return one_line(f"{command}: {describe(error)}", len(_REPORT)) + _REPORT
+    return one_line(f"{command}: {reason(error)}")
 
 
 def describe(error: BaseException) -> str:
@@ -77,6 +102,10 @@ def describe(error: BaseException) -> str:
     if first.endswith(":") and others:
         first += f" {others[0].strip()}"
     return printable(f"{type(error).__name__}: {first}".removesuffix(": "), 120)
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | RuntimeError) and _OUT_OF_MEMORY in describe(error).lower()
 
 
 def _text(error: BaseException) -> str:

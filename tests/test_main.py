@@ -39,7 +39,9 @@ def test_version_and_help(capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     assert run(command, "--help") == 0
-    assert f"usage: lowmem {command}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"usage: lowmem {command}" in shown
+    assert "--debug" in shown
 
 
 BAD_USAGE = [
@@ -111,6 +113,44 @@ def test_ctrl_c_is_one_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr("lowmem.tools.stats.run", interrupted)
     assert run("stats") == 2
     assert capsys.readouterr().err == "lowmem stats: interrupted; what was not finished is not there: run it again\n"
+
+
+def failing(monkeypatch, error):
+    """Let ``lowmem stats`` raise an error, deep in the library."""
+
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr("lowmem.tools.stats.run", fail)
+
+
+def test_an_error_of_no_reader_is_one_line_that_asks_to_report_it_and_exit_code_3(monkeypatch, capsys):
+    for error in (
+        KeyError("a\x1bb"),
+        AttributeError("x" * 500),
+        TypeError("t"),
+        RuntimeError("r"),
+        ZeroDivisionError(),
+    ):
+        failing(monkeypatch, error)
+        assert run("stats") == 3
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"lowmem stats: {type(error).__name__}")
+        assert shown.endswith("; this is a fault of lowmem: please report it with what --debug prints\n")
+        assert shown[:-1].isprintable()
+        assert len(shown) < 300
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyError("a"), 3), (ValueError("bad"), 2), (OSError(2, "gone"), 2)])
+def test_debug_prints_the_traceback_before_the_line(error, code, monkeypatch, capsys):
+    failing(monkeypatch, error)
+    assert run("stats", "--debug") == code
+    *trace, line = capsys.readouterr().err.splitlines()
+    assert trace[0] == "Traceback (most recent call last):"
+    assert any("in fail" in one for one in trace)
+    assert line.startswith("lowmem stats: ")
+    assert run("stats") == code
+    assert capsys.readouterr().err.splitlines() == [line]
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, RecursionError, NotImplementedError])

@@ -106,8 +106,8 @@ def joined(how: str | None, device: torch.device = _CPU, timeout: timedelta = TI
         timeout: how long a process waits for the others in one exchange.
 
     Raises:
-        ValueError: torchrun has not started this process; or it has started several, and ``how`` is None.
-        RuntimeError: torch lacks a backend.
+        ValueError: torchrun has not started this process; it has started several, and ``how`` is None; or torch lacks
+            a backend.
         ConnectionError: another process was lost, or has not answered for ``timeout``.
     """
     world = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else None
@@ -125,7 +125,7 @@ def joined(how: str | None, device: torch.device = _CPU, timeout: timedelta = TI
     backend = "nccl" if device.type == "cuda" else "gloo"
     here = distributed.is_available() and distributed.is_gloo_available()  # states go by gloo on GPUs, too
     if not here or (backend == "nccl" and not distributed.is_nccl_available()):
-        raise RuntimeError(
+        raise ValueError(
             f"--{how}: this torch has no backend for several processes ({backend if here else 'gloo'})"
         )
     with _lost_processes(timeout):

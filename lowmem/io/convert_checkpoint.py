@@ -103,6 +103,9 @@ class Source:
             raise refusal(path, "lowmem wrote it already; convert the checkpoint that it was made from")
         if not file.specs:
             raise refusal(path, "it holds no tensors; name a checkpoint that has some")
+        for name in file.specs:
+            if "" in name.split("."):  # ".weight" would be taken for "weight"
+                raise refusal(path, f"its tensor {show(name)} has a name that no model's has; get it again")
         if names is not None and names != set(file.specs):
             wrong = min(names ^ set(file.specs))
             raise refusal(path, f"it and its index differ in tensor {show(wrong)}; get them again from one source")

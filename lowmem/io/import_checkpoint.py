@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import refusal
+from lowmem.errors import FileError, refusal
 from lowmem.io.atomic import check_writable
 from lowmem.io.container import TensorSpec, write
 from lowmem.io.convert_checkpoint import divide
@@ -144,7 +144,7 @@ def import_checkpoint(
             own = [plans[name] for name in names]
             specs = {out: spec for plan in own for out, spec in plan.specs().items()}
             layers = {plan.path: plan.record for plan in own if plan.record is not None}
-            content = _tensors(own, requantizing.errors, rows, progress)
+            content = _tensors(source, own, requantizing.errors, rows, progress)
             digest = write(path, specs, {"kind": "model", "layers": layers}, content)
             written[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
         if shard_bytes is not None:
@@ -183,6 +183,7 @@ def _rounded(tensor: ForeignTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 def _tensors(
+    source: Path,
     plans: list[_Plan],
     errors: Mapping[str, float],
     rows: dict[str, ImportedRow],
@@ -190,7 +191,12 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     for plan in plans:
         name = plan.tensor.name
-        stored = plan.read()
+        try:
+            stored = plan.read()
+        except FileError:
+            raise
+        except ValueError as reason:  # it cannot be quantized: it names the tensor
+            raise refusal(source, str(reason), "import") from None
         after = stored.nbytes
         for part, out in plan.parts().items():
             if part == "order":

@@ -12,7 +12,7 @@ from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors, sync, write_errors
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = ["WEIGHTS", "copy_others", "replace_files", "weights_in"]
+__all__ = ["WEIGHTS", "check_regular", "copy_others", "replace_files", "weights_in"]
 
 WEIGHTS = "model.safetensors"
 
@@ -22,9 +22,25 @@ _FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".ms
 _FILE = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
 _INDEX = re.compile(r"([^.]+)\.safetensors\.index(\..+)?\.json")  # of a variant: model.safetensors.index.fp16.json
 
+_READ = (".json", ".txt", ".jinja", ".model")
+"""Ends of the names of what transformers reads beside the weights: configs, and a tokenizer's files."""
+
 MAX_FILES = 10_000  # that are copied beside the weights
 MAX_BYTES = 2**32
 MAX_DEPTH = 16  # folders in each other
+
+
+def check_regular(folder: Path) -> None:
+    """Raise an OSError that names a file of a config or tokenizer that is none: reading a pipe would never end.
+
+    Raises:
+        OSError: one is a folder, a device, a pipe or a link to nothing, or cannot be read.
+    """
+    with read_errors(folder):
+        names = sorted(os.listdir(folder))
+    for name in names:
+        if name.endswith(_READ):
+            open_regular(folder / name).close()
 
 
 def weights_in(folder: Path, action: str = "read") -> Path:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import FileError, printable, refusal, show
+from lowmem.io.atomic import open_regular, read_errors
 
 __all__ = [
     "DTYPES",
@@ -35,6 +36,7 @@ __all__ = [
     "parse",
     "parse_json",
     "place",
+    "read_at_most",
     "read_header",
     "refusal",
     "show",
@@ -186,6 +188,25 @@ def read_header(path: Path, file: BufferedReader) -> bytes:
     if possible:
         raise refusal(path, f"it is damaged: its header takes {length} bytes, and it ends after {size}; get it again")
     raise refusal(path, "it is no safetensors file, or is damaged; name a safetensors file, or get it again")
+
+
+def read_at_most(path: Path, limit: int, kind: str) -> bytes:
+    """Read a whole file, for which no more memory is allocated than it takes.
+
+    Args:
+        path: of the file.
+        limit: the most bytes that it may take.
+        kind: of files, for the error.
+
+    Raises:
+        FileError: it takes more.
+        OSError: it is no regular file, or cannot be read.
+    """
+    with open_regular(path) as file, read_errors(path):
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise refusal(path, f"it takes more than {limit} bytes, which no {kind} does; name another file")
+        return file.read(size)
 
 
 def parse(text: bytes, data_size: int) -> Header:

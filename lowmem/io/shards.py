@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from lowmem.errors import refusal, show
-from lowmem.io.atomic import open_regular, read_errors, write_atomically
+from lowmem.io.atomic import write_atomically
 from lowmem.io.container import FORMAT_VERSION, TensorFile, read
-from lowmem.io.safetensors import parse_json
+from lowmem.io.safetensors import parse_json, read_at_most
 
 __all__ = ["INDEX", "index_of", "parse_index", "read_index", "read_model", "shard_name", "write_index"]
 
@@ -121,11 +121,7 @@ def _checked(path: Path, file: TensorFile) -> TensorFile:
 
 
 def _read(path: Path) -> bytes:
-    with open_regular(path) as file, read_errors(path):
-        text = file.read(MAX_INDEX + 1)
-    if len(text) > MAX_INDEX:
-        raise refusal(path, f"it takes more than {MAX_INDEX} bytes, which no index does; name the index")
-    return text
+    return read_at_most(path, MAX_INDEX, "index")
 
 
 def _encode(shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> bytes:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem import measure
+from lowmem.errors import printable
 from lowmem.transforms.paths import group_name, role_of
 from lowmem.transforms.summary import LayerSummary, summary
 
@@ -97,7 +98,7 @@ def _group(rows: list[LayerSummary], shape: tuple[int, ...], dense: nn.Module, s
     sizes = {row.path: _norm(dense.get_submodule(row.path)) for row in rows}
     return Group(
         name=group_name([row.path for row in rows]),
-        type=rows[0].type,
+        type=printable(rows[0].type),
         shape=shape,
         layers=len(rows),
         weights=sum(row.weights for row in rows),

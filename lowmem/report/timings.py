@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import refusal, show
+from lowmem.errors import printable, refusal, show
 from lowmem.testing.json_files import read_json
 from lowmem.testing.ratios import ratio_of_times, seconds_per_call, take_turns
 
@@ -73,7 +73,8 @@ def read_run(path: Path) -> tuple[list[Timing], dict[str, str]]:
             and isinstance(run.get("machine_info"), dict)
         ):
             raise ValueError("it is no run of pytest-benchmark")
-        return from_benchmarks(run["benchmarks"]), {key: str(value) for key, value in run["machine_info"].items()}
+        machine = {printable(key): printable(str(value)) for key, value in run["machine_info"].items()}
+        return from_benchmarks(run["benchmarks"]), machine
     except ValueError as reason:
         raise refusal(path, f"{reason}; store one with pytest benchmarks --benchmark-json=FILE") from None
 

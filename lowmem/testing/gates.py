@@ -48,7 +48,7 @@ class MemoryGates:
     rows: dict[str, Judged] = field(default_factory=dict)  # by name; a rerun of a test replaces its rows
     pending: dict[Key, dict[str, Figures]] = field(default_factory=dict)  # figures to store, by key
     stale: set[tuple[Key, str]] = field(default_factory=set)  # (key, name) of stored gates without a test
-    _stored: dict[Key, dict[str, Figures] | None] = field(default_factory=dict)  # None: no file
+    _stored: dict[Key, dict[str, Figures] | Exception | None] = field(default_factory=dict)  # None: no file
 
     def judge(self, name: str, test: str, key: Key, figures: Figures) -> str | None:
         """Compare the figures of a gate with the stored ones, or mark them to be stored.
@@ -67,9 +67,7 @@ class MemoryGates:
             OSError: the baseline cannot be read.
         """
         path = key.path(self.directory)
-        if key not in self._stored:
-            self._stored[key] = read_figures(path, key) if path.exists() else None
-        known = self._stored[key]
+        known = self._read(key)
         stored = (known or {}).get(name)
         changes = [] if stored is None else compare(name, stored, figures)
         verdict = "unknown" if stored is None else "changed" if changes else "same"
@@ -94,6 +92,19 @@ class MemoryGates:
             return "\n".join([*lines, f"    {_command('update', test)}"])
         return None
 
+    def _read(self, key: Key) -> dict[str, Figures] | None:
+        """Return the stored figures of a key, or None without a file, which is read for the first gate alone."""
+        if key not in self._stored:
+            path = key.path(self.directory)
+            try:
+                self._stored[key] = read_figures(path, key) if path.exists() else None
+            except (ValueError, OSError) as error:
+                self._stored[key] = error
+        known = self._stored[key]
+        if isinstance(known, Exception):
+            raise known
+        return known
+
     def _unknown(self, name: str, test: str, key: Key, has_file: bool, figures: Figures) -> str:
         path = self._shown(key.path(self.directory))
         where = f"backend {key.backend} and torch {key.torch}"
@@ -115,7 +126,7 @@ class MemoryGates:
             passed: node ids of the tests that ran to their end, and so called all of their gates.
         """
         for key, stored in self._stored.items():
-            for name in (stored or {}).keys() - self.rows.keys():
+            for name in (stored.keys() if isinstance(stored, dict) else set()) - self.rows.keys():
                 file = name.partition("::")[0]
                 test = next((test for test in collected if belongs_to(name, test)), None)
                 gone = file in files or not (self.root / file).exists()

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import refusal
-from lowmem.io.atomic import open_regular, read_errors
-from lowmem.io.safetensors import parse_json
+from lowmem.io.safetensors import parse_json, read_at_most
 
 __all__ = ["MOST_BYTES", "read_json"]
 
@@ -22,10 +21,7 @@ def read_json(path: Path) -> Any:
         FileError: the file is damaged, or too large.
         OSError: the file cannot be read.
     """
-    with open_regular(path) as file, read_errors(path):
-        text = file.read(MOST_BYTES + 1)
-    if len(text) > MOST_BYTES:
-        raise refusal(path, f"it is larger than {MOST_BYTES >> 20} MiB, which no run and no verdict is")
+    text = read_at_most(path, MOST_BYTES, "run and no verdict")
     try:
         return parse_json(text)
     except ValueError as reason:

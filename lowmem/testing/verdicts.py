@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import refusal, show
+from lowmem.errors import printable, refusal, show
 from lowmem.io.atomic import write_atomically
 from lowmem.testing.json_files import read_json
 
@@ -27,6 +27,8 @@ FAILING: Mapping[str, frozenset[str]] = {
 """Which verdicts fail each gate."""
 
 _UNMOVED = ("same", "skipped")
+
+MOST_TEXT = 2000  # characters of a name or note; the middle of a longer one is left out
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def write_verdict(path: Path, verdict: Verdict) -> None:
 
 
 def read_verdict(path: Path) -> Verdict:
-    """Read the verdict of a gate. Unknown members are ignored, since a newer gate may write more.
+    r"""Read the verdict of a gate. Unknown members are ignored, since a newer gate may write more.
+
+    Control and other invisible characters of names and notes are escaped, as ``\x1b``.
 
     Raises:
         FileError: the file is damaged, too large, or not a verdict.
@@ -134,11 +138,11 @@ def _verdict(content: Any) -> Verdict:
     return Verdict(
         content["gate"],
         content["passed"],
-        content["base"],
-        content["head"],
-        {key: str(value) for key, value in content["machine"].items()},
+        _text(content["base"]),
+        _text(content["head"]),
+        {_text(key): _text(value) for key, value in content["machine"].items()},
         tuple(_row(number, row) for number, row in enumerate(content["rows"])),
-        tuple(str(note) for note in content.get("notes", ())),
+        tuple(map(_text, content.get("notes", ()))),
     )
 
 
@@ -155,7 +159,13 @@ def _row(number: int, row: Any) -> Row:
         _check(row, "verdict", lambda value: value in VERDICTS)
     except ValueError as reason:
         raise ValueError(f"row {number}: {reason}") from None
-    return Row(**{key: row[key] for key in Row.__dataclass_fields__})
+    texts = {key: _text(row[key]) for key in ("name", "figure", "says")}
+    return Row(**{key: row[key] for key in Row.__dataclass_fields__} | texts)
+
+
+def _text(value: object) -> str:
+    """Return a text without control characters, at which what draws names fails."""
+    return printable(str(value), MOST_TEXT)
 
 
 def _check(content: dict[str, Any], key: str, accepted: Any) -> None:

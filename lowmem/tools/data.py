@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lowmem.bignet import CHANNELS
-from lowmem.errors import describe
+from lowmem.errors import describe, printable
 from lowmem.io.atomic import open_regular
 
 __all__ = ["Split", "load_data"]
 
 TEST_SHARE = 0.2
+_DEFLATE = 1032  # times at most, as which many bytes deflate packs
 NPY = b"\x93NUMPY"  # first bytes of an .npy file
 
 
@@ -108,9 +110,26 @@ def _arrays(file: BufferedReader) -> tuple[np.ndarray, np.ndarray]:
     arrays = np.load(file, allow_pickle=False)
     missing = {"x", "y"} - set(arrays.files)
     if missing:
-        found = ", ".join(arrays.files) or "nothing"
+        found = printable(", ".join(arrays.files)) or "nothing"
         raise ValueError(f"it holds {found}; arrays x and y are needed")
+    for name in ("x.npy", "y.npy"):
+        if name in arrays.zip.namelist():
+            _check_size(arrays.zip, name)
     return arrays["x"], arrays["y"]
+
+
+def _check_size(file: ZipFile, name: str) -> None:
+    """Raise a ValueError if numpy would allocate more for an array than the file can hold of it."""
+    member = file.getinfo(name)
+    if member.file_size > _DEFLATE * (member.compress_size + 1):
+        raise ValueError(f"{name} claims {member.file_size} bytes, packed in {member.compress_size}; save it again")
+    with file.open(member) as content:
+        version = np.lib.format.read_magic(content)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(content)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not dtype.hasobject and nbytes != member.file_size - content.tell():
+            raise ValueError(f"{name} claims {nbytes} bytes for shape={shape}, dtype={dtype}; save it again")
 
 
 def _check_arrays(x: np.ndarray, y: np.ndarray) -> None:

@@ -39,10 +39,12 @@ def plan_steps(folder: Path, storing: Technique | None, rank: int, memory: str, 
         length: tokens of each.
 
     Raises:
+        FileError: the folder has a tensor in another shape than its config.json says.
         ValueError: the model cannot be planned or run.
     """
-    from lowmem.integrations.transformers.causal import factory_of, sizes_of
+    from lowmem.integrations.transformers.causal import check_shapes, factory_of, sizes_of
 
+    check_shapes(folder)
     techniques = (*([] if storing is None else [storing]), LoRA(rank))
     targets = torch.zeros(rows * length, dtype=torch.int64)
     batch: dict[str, Any] = {"input_ids": targets.view(rows, length), "use_cache": False}

@@ -77,7 +77,7 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
     variant, factory = _parts(name)
     try:
         return build(variant, factory, seed=seed, rank=rank)
-    except (ValueError, TypeError, KeyboardInterrupt):
+    except (ValueError, KeyboardInterrupt):
         raise
     except BaseException as reason:  # a failed allocation, or any error in methods that a user's module overrides
         if isinstance(reason, BrokenPipeError) and is_pipe_closed():
@@ -194,7 +194,7 @@ def plan_model(name: str, run: Callable[[], Plan]) -> Plan:
     with user_code(f"model={name!r} cannot be planned", "; check the input's shape and dtype"):
         try:
             return run()
-        except (ValueError, TypeError) as reason:
+        except ValueError as reason:
             error = reason
     raise error
 

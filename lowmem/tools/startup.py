@@ -17,7 +17,7 @@ __all__ = ["CLOSED_PIPE", "discard_output", "end_closed_pipe", "guard_imports", 
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what shells report for a process that SIGPIPE ended
 
-# Exceptions of broken installations during imports; any other is a bug, and keeps its traceback.
+# Exceptions of broken installations during imports; any other is a fault of lowmem.
 _BROKEN = (
     *(ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError),
     *(AttributeError, LookupError, SyntaxError),
@@ -34,29 +34,33 @@ def is_command() -> bool:
 
 
 def guard_imports() -> None:
-    """Make the command end with exit code 2 and one line if an import fails or is interrupted."""
+    """Make the command end with one line if an import fails or is interrupted: with exit code 2, or 3 for a fault."""
     if not is_command():
         return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored SIGINT stays ignored
         signal.signal(signal.SIGINT, _stop)
     # Imported after SIGINT is handled, since it takes a while; not in the hook, since a package whose import has
     # failed can no longer be imported from.
-    from lowmem.errors import one_line, reason
+    from traceback import format_exception
+
+    from lowmem.errors import error_line, one_line, reason
 
     def tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if isinstance(error, _BROKEN):
-            raise SystemExit(write_error(one_line(f"lowmem: {reason(error)}"), program=True))
-        sys.__excepthook__(kind, error, traceback)
+        broken = isinstance(error, _BROKEN)
+        line = one_line(f"lowmem: {reason(error)}") if broken else error_line("lowmem", error)
+        trace = "".join(format_exception(error)) if "--debug" in sys.argv else ""
+        raise SystemExit(write_error(trace + line, program=True, code=2 if broken else 3))
 
     sys.excepthook = tell
 
 
-def write_error(line: str, program: bool) -> int:
-    """Write an error line to stderr, and return the exit code 2.
+def write_error(line: str, program: bool, code: int = 2) -> int:
+    """Write an error line to stderr, and return the exit code.
 
     Args:
         line: without its line end.
         program: whether the process is the command's own, and about to end.
+        code: that is returned, unless nobody reads the line.
     """
     try:
         if sys.stderr is not None:  # None if it was closed at the start
@@ -67,7 +71,7 @@ def write_error(line: str, program: bool) -> int:
         pass
     if program:
         discard_output()
-    return 2
+    return code
 
 
 def end_closed_pipe(program: bool) -> int:

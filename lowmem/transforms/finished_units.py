@@ -97,6 +97,8 @@ class FinishedUnits:
         path = self._path(number)
         if not path.exists():
             return None
+        if not path.is_file():  # a pipe, which would never end
+            raise refusal(path, "it is no regular file: remove it, and the unit is done again")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

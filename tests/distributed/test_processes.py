@@ -69,7 +69,7 @@ def test_gpus_talk_by_nccl(monkeypatch):
     monkeypatch.setattr(processes, "_join", lambda *given: asked.append(given))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     gpu = torch.device("cuda", 0)
-    with pytest.raises(RuntimeError, match=r"--shard: this torch has no backend .* \(nccl\)"), joined("shard", gpu):
+    with pytest.raises(ValueError, match=r"--shard: this torch has no backend .* \(nccl\)"), joined("shard", gpu):
         pass
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     for call in ("get_rank", "get_world_size"):

@@ -17,6 +17,7 @@ from lowmem import Budget, FourBit, convert, load, save
 from lowmem.errors import FileError
 from lowmem.io.container import TensorSpec, read
 from lowmem.io.convert_checkpoint import Source, convert_checkpoint, divide
+from lowmem.io.foreign.recognize import open_foreign
 from lowmem.nn.eightbit import blockwise
 from lowmem.quant.formats import FORMATS
 from tests import strategies
@@ -147,6 +148,16 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path):
         ):
             convert_checkpoint(tmp_path / source, tmp_path / "out", FourBit())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".qweight", ".weight_packed", "a..weight", "a."])
+def test_a_name_with_an_empty_part_is_no_tensor_s(name, tmp_path):
+    """A reader that joins a path and a part would take ``.weight`` for ``weight``."""
+    scales = {"scales": torch.ones(1, 8).half(), "qzeros": torch.zeros(1, 1).int(), "weight_scale": torch.ones(8, 1)}
+    safetensors.torch.save_file({name: torch.zeros(8, 1).int(), **scales}, tmp_path / "in")
+    for reader in (lambda path: convert_checkpoint(path, tmp_path / "out", FourBit()), open_foreign):
+        with pytest.raises(FileError, match=f"its tensor '{name}' has a name that no model's has; get it again"):
+            reader(tmp_path / "in")
 
 
 def test_names_of_tensors_are_shown_as_they_can_be(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lowmem.errors import FileError
 from lowmem.io.convert_checkpoint import Source
-from lowmem.io.model_folder import copy_others, replace_files, weights_in
+from lowmem.io.model_folder import check_regular, copy_others, replace_files, weights_in
 
 INDEX = "model.safetensors.index.json"
 
@@ -31,6 +31,22 @@ def test_the_weights_are_a_file_or_an_index_and_never_both(tmp_path):
     assert weights_in(tmp_path) == tmp_path / INDEX
     (tmp_path / "model.safetensors").unlink()
     assert weights_in(tmp_path) == tmp_path / INDEX
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_file_of_a_config_or_tokenizer_that_is_none_is_named(tmp_path):
+    check_regular(tmp_path)
+    for name, make in {
+        "tokenizer.json": os.mkfifo,
+        "generation_config.json": os.mkdir,
+        "vocab.txt": lambda path: path.symlink_to("/dev/zero"),
+        "chat_template.jinja": lambda path: path.symlink_to(path),
+        "merges.txt": lambda path: path.symlink_to(path.with_name("nothing")),
+    }.items():
+        (tmp_path / name[:3]).mkdir()
+        make(tmp_path / name[:3] / name)
+        with pytest.raises(OSError, match=f"^cannot read '.*{name}': "):
+            check_regular(tmp_path / name[:3])
 
 
 def test_what_is_no_weight_is_copied(tmp_path):

@@ -39,6 +39,13 @@ def test_layers_of_one_role_are_one_group():
     assert groups[0].weights == 4 * (64 * 32 + 64)
 
 
+def test_names_are_cleaned_for_what_draws_them():
+    dense = nn.Sequential()
+    dense.add_module("a\x00\u2028", type("B\x1b", (nn.Linear,), {})(4, 4))
+    (group,) = group_layers(dense, {})
+    assert (group.name, group.type) == (r"a\x00\u2028", r"B\x1b")
+
+
 def test_bytes_add_up_to_those_of_the_models():
     dense, half = model(), lowmem.convert(model(), lowmem.Half())
     small = lowmem.convert(model(), lowmem.FourBit("nf4", block_size=32))

@@ -63,6 +63,11 @@ def test_the_stored_run_is_read():
     assert all(isinstance(value, str) for value in machine.values())
 
 
+def test_texts_of_the_machine_are_cleaned_for_what_draws_them(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"benchmarks": [], "machine_info": {"a\0": ["\u2028\x1b"]}}))
+    assert read_run(tmp_path / "run.json")[1] == {r"a\x00": r"['\u2028\x1b']"}
+
+
 @rows_in_one_case(
     ("content", "why"),
     [

@@ -135,6 +135,13 @@ def test_a_file_that_does_not_hold_this_key_is_refused(file, changes, said):
         read_figures(file, KEY)
 
 
+def test_a_file_that_is_too_large_is_refused_before_it_is_parsed(file):
+    with file.open("ab") as grown:
+        grown.truncate(2**40)  # a sparse file, which is read in part
+    with pytest.raises(FileError, match="it takes more than 16777216 bytes"):
+        read_figures(file, KEY)
+
+
 def test_a_name_that_stands_twice_is_refused(file):
     file.write_text(file.read_text().replace('"forward_bytes"', '"stored_bytes"'))
     with pytest.raises(FileError, match="it holds 'stored_bytes' twice"):

@@ -183,6 +183,17 @@ def test_a_damaged_baseline_is_not_overwritten(gates, mode):
     assert path.read_text() == "{"
 
 
+def test_a_baseline_is_read_for_the_first_gate_alone_even_if_it_is_damaged(gates):
+    session = gates()
+    path = KEY.path(session.directory)
+    path.write_text("{")
+    for _ in range(2):
+        with pytest.raises(FileError, match="restore it from version control"):
+            session.judge(TEST, TEST, KEY, FIGURES)
+        path.unlink(missing_ok=True)
+    session.note_stale({TEST}, {"test_a.py"}, {TEST})
+
+
 def test_a_baseline_that_is_damaged_meanwhile_is_not_overwritten(gates):
     session = gates("update")
     session.judge(TEST, TEST, KEY, moved(step=1))

@@ -27,7 +27,7 @@ def test_what_is_damaged_is_refused_with_the_remedy(tmp_path, content):
 
 def test_what_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(json_files, "MOST_BYTES", 2**20)
-    with pytest.raises(FileError, match="it is larger than 1 MiB"):
+    with pytest.raises(FileError, match="it takes more than 1048576 bytes, which no run and no verdict does"):
         read(tmp_path / "a.json", b"[" + b" " * 2**20 + b"]")
 
 

@@ -66,6 +66,17 @@ def test_a_verdict_is_read(tmp_path):
     assert [row.name for row in verdict.moved] == ["forward[qlora-batch1]"]
 
 
+def test_texts_are_cleaned_for_what_draws_them(tmp_path):
+    """The renderer of charts ends the process at a control character."""
+    bad, clean = "a\x00\x1b[2J\u2028\u2029\u202e", r"a\x00\x1b[2J\u2028\u2029\u202e"
+    content = changed("rows", 0, "name", to=bad) | {"base": bad, "head": bad, "machine": {bad: bad}, "notes": [bad]}
+    content["rows"][0] |= {"figure": bad, "says": bad}
+    found = read(tmp_path, content)
+    row = found.rows[0]
+    texts = (row.name, row.figure, row.says, found.base, found.head, *found.notes, *found.machine.popitem())
+    assert set(texts) == {clean}
+
+
 def test_what_a_newer_gate_adds_is_passed_over(tmp_path):
     assert read(tmp_path, VERDICT | {"duration": 3}) == read(tmp_path, VERDICT)
 

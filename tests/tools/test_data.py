@@ -2,7 +2,7 @@
 
 import os
 import sys
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import torch
 
 from lowmem.__main__ import main
 from lowmem.tools.data import load_data
+from tests.fuzzing import bounded
 from tests.selection import rows_in_one_case
 
 
@@ -46,6 +47,18 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'lowmem\[digits\]'"):
         load_data("digits", 0)
+
+
+def test_arrays_that_claim_more_than_the_file_holds_are_refused_before_they_are_made(tmp_path):
+    path = tmp_path / "data.npz"
+    header = b"\x93NUMPY\x01\x00\x76\x00{'descr': '|u1', 'fortran_order': False, 'shape': (%d, 4), }"
+    for shape, size in ((2**40, 8), (2, 2**30)):
+        with ZipFile(path, "w", ZIP_DEFLATED) as file:
+            file.writestr("x.npy", (header % shape).ljust(127) + b"\n" + bytes(8))
+            file.writestr("y.npy", (header % 2).ljust(127) + b"\n" + bytes(8))
+            file.getinfo("x.npy").file_size += size - 8  # in the directory of the archive alone
+        with bounded(), pytest.raises(ValueError, match=r"data\.npz': x\.npy claims \d+ bytes.*; save it again"):
+            load_data(str(path), 0)
 
 
 def test_a_file_keeps_its_pairs_and_shapes(tmp_path):

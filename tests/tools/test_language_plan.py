@@ -16,6 +16,7 @@ from lowmem.finetuning.text import Example
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.measure import PeakMemory
 from lowmem.tools.language_plan import FEW
+from tests.fuzzing import bounded
 from tests.integrations.transformers.folders import SIZES, load
 from tests.integrations.transformers.tokens import write_tokenizer
 
@@ -58,6 +59,19 @@ def test_it_is_within_two_percent_of_the_run(folder, capsys):
         assert found["training_bytes"] - found["scratch"] == pytest.approx(expected, rel=0.02), memory
         peaks.append(peak.peak)
     assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_config_of_another_size_than_the_tensors_is_refused_before_its_model_is_made(folder, capsys):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    argv = ["fit", str(folder), "--data", str(folder.parent / "text.txt"), "--length", str(LENGTH), "--dry-run"]
+    for changes in ({"hidden_size": 2**20}, {"intermediate_size": 2**24}, {"vocab_size": 2**30}):
+        path.write_text(json.dumps(config | changes))
+        with bounded():
+            assert main(argv) == 2
+        told = capsys.readouterr()
+        assert told.err.count("\n") == 1, told.err
+        assert "by its config.json" in told.err
 
 
 def test_it_says_what_it_counts_and_writes_nothing(folder, capsys):

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
+from lowmem.integrations.transformers.fitting import refuse_unfitting, shapes_and_bytes
 from lowmem.integrations.transformers.folder import check, load_errors
 from lowmem.io.convert_checkpoint import Source
 from lowmem.io.model_folder import weights_in
@@ -58,9 +60,13 @@ def held_back(shown: bool = True) -> Iterator[None]:
 
 
 def check_shapes(folder: Path) -> None:
-    """Raise a FileError that names a tensor, if a dense folder has it in another shape than its config.json says."""
+    """Raise a FileError that names a tensor, unless a dense folder has the tensors that its config.json says.
+
+    The model is made on the meta device: a config may describe one of any size.
+    """
     with torch.device("meta"):
-        needed = {name: tuple(one.shape) for name, one in factory_of(folder)().state_dict().items()}
+        model = factory_of(folder)()
+    needed = {name: tuple(one.shape) for name, one in model.state_dict().items()}
     with Source(weights_in(folder)) as source:
         for name, spec in sorted(source.specs.items()):
             if needed.get(name, spec.shape) != spec.shape:
@@ -70,6 +76,11 @@ def check_shapes(folder: Path) -> None:
                     "both again",
                     "load",
                 )
+        shapes, nbytes = shapes_and_bytes(source.specs)
+    try:
+        refuse_unfitting(model, shapes, nbytes, get_model_conversion_mapping(model))
+    except ValueError as reason:
+        raise refusal(folder, str(reason), "load") from None
 
 
 class Sizes(NamedTuple):

@@ -23,7 +23,7 @@ __all__ = ["LAYERS", "check_index", "refuse_layers", "refuse_pickles", "refuse_u
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 """What configs call the number of their layers."""
 MAX_LAYERS = 4096  # 20 seconds
-_COUNTS = re.compile(r"(?:n|num)_layer|(?:.*_)?(?:layers|depths?|blocks)(?:_per_.*)?")
+_COUNTS = re.compile(r"(?:n|num)_layer|(?:.*_)?(?:layers|depths?|blocks|experts)(?:_per_.*)?")
 """Names of counts; not of sizes that are named after layers, as Gemma 3n's vocab_size_per_layer_input."""
 
 
@@ -44,7 +44,7 @@ def check_index(files: Sequence[str]) -> None:
 
 
 def refuse_layers(config: Any) -> None:
-    """Raise if a config asks for more layers than any model has, which would be made one by one without values.
+    """Raise if a config asks for more layers or experts than any model has, which are made one by one without values.
 
     Raises:
         ValueError: it does, or a config in it.

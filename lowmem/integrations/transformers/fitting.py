@@ -17,9 +17,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from lowmem.errors import printable, show
 from lowmem.io.container import TensorSpec, open_checkpoint
 
-__all__ = ["Names", "refuse_retyped", "refuse_unfitting", "specs_of"]
+__all__ = ["Names", "refuse_retyped", "refuse_unfitting", "shapes_and_bytes", "specs_of"]
 
-_SLACK = 2**24  # bytes of new tensors that any folder may lack
+_SLACK = 2**24  # bytes of new parameters that any folder may lack
+_COMPUTED = 2**28  # bytes of buffers that any model may compute: masks and positions of its longest input
 
 
 class Names:
@@ -59,6 +60,11 @@ def specs_of(files: Sequence[str]) -> dict[str, TensorSpec]:
     return specs
 
 
+def shapes_and_bytes(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Return the shapes of a folder's tensors, and the bytes of all of them: what ``refuse_unfitting`` takes."""
+    return {name: spec.shape for name, spec in specs.items()}, sum(spec.nbytes for spec in specs.values())
+
+
 def refuse_retyped(
     model: Any, specs: Mapping[str, TensorSpec], parts: Mapping[str, torch.dtype], conversions: Sequence[Any]
 ) -> None:
@@ -86,7 +92,7 @@ def refuse_retyped(
 def refuse_unfitting(
     model: Any, shapes: Mapping[str, tuple[int, ...] | None], nbytes: int, conversions: Sequence[Any]
 ) -> None:
-    """Raise if a model would get more new parameters than a folder has.
+    """Raise if a model would get more new parameters, or buffers, than a folder has.
 
     Args:
         model: on the meta device.
@@ -116,4 +122,11 @@ def refuse_unfitting(
         raise ValueError(
             f"config.json describes a {type(model).__name__} of which {new} bytes are not in the folder, whose "
             f"tensors take {nbytes}: {first}; its sizes are another model's, or missing: get config.json again"
+        )
+    buffers = {name: one.numel() * one.itemsize for name, one in model.named_buffers() if one.is_meta}
+    if sum(buffers.values()) > nbytes + _COMPUTED:
+        largest = max(buffers, key=buffers.__getitem__)
+        raise ValueError(
+            f"config.json describes a {type(model).__name__} that computes {sum(buffers.values())} bytes of buffers, "
+            f"as {printable(largest, 80)}, for {nbytes} bytes of tensors: get config.json again"
         )

@@ -21,12 +21,13 @@ from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.gguf_config import config_of
 from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
 from lowmem.integrations.transformers.loading import checked
+from lowmem.integrations.transformers.saving import save_errors
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row, Source
 from lowmem.io.foreign.recognize import open_foreign, read_model_config
 from lowmem.io.foreign.requantizing import Requantizing
 from lowmem.io.import_checkpoint import ImportedRow
-from lowmem.io.model_folder import copy_others, weights_in
+from lowmem.io.model_folder import check_regular, copy_others, weights_in
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
@@ -65,6 +66,7 @@ def check(folder: Path, action: str = "read") -> tuple[dict[str, Any], int]:
             weights, which transformers would read instead or as well.
         OSError: a file cannot be read.
     """
+    check_regular(folder)
     file = folder / "config.json"
     if (folder / _ADAPTER).exists():
         raise refusal(
@@ -233,7 +235,9 @@ def _tokenizer_in(file: Path) -> Any:
     """Return the tokenizer of a GGUF file; None: it has none that transformers can read."""
     try:
         return tokenizer_of(file)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, NotImplementedError) as reason:
+    except MemoryError:
+        raise
+    except Exception as reason:  # noqa: BLE001  the libraries of tokenizers have no common class of errors
         warnings.warn(
             f"{show(file.name)} has no tokenizer that transformers can read ({describe(reason)}): put the model's "
             "own tokenizer files into the folder",
@@ -307,7 +311,7 @@ def write_model(
     model: Any, source: Path | None, target: Path, shard_bytes: int | None, tokenizer: Any = None
 ) -> None:
     """Write a model's folder, with the other files of ``source``, and a tokenizer."""
-    with atomic_folder(target) as partial:
+    with save_errors(target), atomic_folder(target) as partial:
         if source is not None:
             copy_others(source, partial, target, WRITTEN)
         with _without_bars():

@@ -30,7 +30,7 @@ def tokenizer_of(file: Path) -> Any:
     """Return the tokenizer of a file.
 
     Raises:
-        RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError: transformers can read none from it.
+        Exception: transformers, or a library of it, can read none from it.
 
     Warns:
         UserWarning: the file names an expression that is not known: texts are cut as transformers does it.

@@ -12,13 +12,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from lowmem.errors import describe, refusal
+from lowmem.errors import refusal
 from lowmem.integrations.transformers.causal import refuse_pairs
 from lowmem.integrations.transformers.folder import load_folder
 from lowmem.integrations.transformers.intervals import interval
-from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of
+from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, tokenizer_errors, tokenizer_in
 from lowmem.nn.adapted_module import base_of
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.registry import layer_name, module_paths
@@ -128,7 +127,7 @@ def compare_text(
         ValueError: a text of less than two tokens; no paragraph.
     """
     base, *others = folders
-    tokenizer = _tokenizer(base)
+    tokenizer = tokenizer_in(base)
     first: Any = load_folder(base)
     refuse_pairs(base, first, "compare")
     length = min(WINDOW, getattr(first.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
@@ -348,19 +347,6 @@ def _predicts(model: Any, tokens: Tensor) -> bool:
     return getattr(output, "logits", None) is not None or getattr(output, "last_hidden_state", None) is None
 
 
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as reason:
-        raise _no_tokenizer(folder, reason) from reason
-
-
 def _tokens(folder: Path, tokenizer: Any, text: str) -> Tensor:
-    try:
+    with tokenizer_errors(folder):
         return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    except (ValueError, TypeError, KeyError) as reason:
-        raise _no_tokenizer(folder, reason) from reason
-
-
-def _no_tokenizer(folder: Path, reason: Exception) -> Exception:
-    return refusal(folder, f"it has no tokenizer that transformers can load: {describe(reason)}")

@@ -27,7 +27,7 @@ from lowmem.integrations.transformers.checking import (
     refuse_untold,
 )
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig, refuse_technique
-from lowmem.integrations.transformers.fitting import refuse_retyped, refuse_unfitting, specs_of
+from lowmem.integrations.transformers.fitting import refuse_retyped, refuse_unfitting, shapes_and_bytes, specs_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.io.foreign.recognize import CODED
 
@@ -138,8 +138,7 @@ def _check(model: Any, files: list[str], quantizer: Any, conversions: list[Any])
     if is_ours and not is_stored and _are_coded(specs):
         raise ValueError(_again("another program"))
     if is_ours or _CHECKED.get():
-        shapes, nbytes = {name: one.shape for name, one in specs.items()}, sum(one.nbytes for one in specs.values())
-        refuse_unfitting(model, shapes, nbytes, conversions)
+        refuse_unfitting(model, *shapes_and_bytes(specs), conversions)
     if is_ours and is_stored:
         refuse_untold(specs, quantizer.quantization_config)
         refuse_retyped(model, specs, quantizer.parts, conversions)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,18 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lowmem.errors import describe, refusal, show
+from lowmem.io.model_folder import check_regular
 from lowmem.transforms.generated import LEAST_SHARE
 
-__all__ = ["TextTokenizer", "load_tokenizer", "padded_batches", "paragraphs_of", "read_tokenizer"]
+__all__ = [
+    "TextTokenizer",
+    "load_tokenizer",
+    "padded_batches",
+    "paragraphs_of",
+    "read_tokenizer",
+    "tokenizer_errors",
+    "tokenizer_in",
+]
 
 
 class TextTokenizer:
@@ -96,11 +106,8 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Any:
     Raises:
         FileError: it has no tokenizer that transformers can load, or one of another vocabulary.
     """
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        size = len(tokenizer)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as reason:
-        raise refusal(folder, f"it has no tokenizer that transformers can load: {describe(reason)}") from reason
+    tokenizer = tokenizer_in(folder)
+    size = len(tokenizer)
     if not LEAST_SHARE * vocabulary <= size <= vocabulary:
         raise refusal(
             folder,
@@ -108,6 +115,31 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Any:
             "vocabulary; get the files of the tokenizer again",
         )
     return tokenizer
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """Return the tokenizer of a folder, of any vocabulary.
+
+    Raises:
+        FileError: it has none that transformers can load.
+        OSError: a file of it is no regular file, or cannot be read.
+    """
+    check_regular(folder)
+    with tokenizer_errors(folder):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        len(tokenizer)
+    return tokenizer
+
+
+@contextmanager
+def tokenizer_errors(folder: Path) -> Iterator[None]:
+    """Turn an error of a tokenizer into one that names the folder: the library tokenizers raises plain Exceptions."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as reason:
+        raise refusal(folder, f"it has no tokenizer that transformers can load: {describe(reason)}") from reason
 
 
 def paragraphs_of(text: str) -> list[str]:

@@ -36,6 +36,8 @@ _DESCRIBED = (
     "smollm3",
 )  # whose config is all there is to know; others take an existing file
 
+MAX_HEAD = 2**16  # columns
+
 _NOT_COPIED = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
 _NOT_COPIED_PARTS = ("split.", "quantize.")  # of files in parts, and how the other one was quantized
 
@@ -171,6 +173,8 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     if rope.get("rope_type", rope.get("type")) != "llama3":
         return None
     head = _count(config, "head_dim", _count(config, "hidden_size") // _count(config, "num_attention_heads"))
+    if head > MAX_HEAD:  # before a number for each pair of them is made
+        raise ValueError(f"head_dim={head} is longer than any head: {MAX_HEAD} is the most; repair config.json")
     base, factor = _number(rope, "rope_theta", 10000.0), _number(rope, "factor")
     low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
     context = _count(rope, "original_max_position_embeddings")
@@ -216,7 +220,9 @@ class Existing:
             found = self.header.metadata.get(key)
             if key.removeprefix(f"{arch}.") in _FREE or found is None:
                 continue
-            same = math.isclose(found, value, rel_tol=1e-6) if isinstance(value, float) else found == value
+            same = found == value
+            if isinstance(value, float):
+                same = isinstance(found, int | float) and math.isclose(found, value, rel_tol=1e-6)
             if not same:
                 why = f"{key}={show(found)} in it, and config.json says {show(value)}"
                 raise refusal(self.path, f"{why}; name a file of the same model", "copy from")

@@ -16,9 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 from lowmem.errors import refusal, show
-from lowmem.io.atomic import open_regular, read_errors
 from lowmem.io.export.gguf_file import Field
-from lowmem.io.safetensors import parse_json
+from lowmem.io.safetensors import parse_json, read_at_most
 
 __all__ = ["PRE_TOKENIZERS", "tokenizer_fields"]
 
@@ -93,10 +92,8 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int) -> dict
 def _text(path: Path) -> str | None:
     if not path.is_file():
         return None
-    with open_regular(path) as file, read_errors(path):
-        content = file.read(MAX_BYTES)
     try:
-        return content.decode()
+        return read_at_most(path, MAX_BYTES, "tokenizer").decode()
     except UnicodeDecodeError:
         raise refusal(path, "it is no UTF-8; get it again") from None
 

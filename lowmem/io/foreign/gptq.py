@@ -9,6 +9,7 @@ With ``desc_act`` the inputs of a group lie apart: they are read side by side, i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
         raise ValueError(f"the layer {show(layer)} of GPTQ lacks {show(names['qzeros'])}; get it again")
     specs = {part: source.specs[name] for part, name in names.items() if name in source.specs}
     (words, outputs), (groups, _) = specs["qweight"].shape, specs["scales"].shape
-    inputs = specs["g_idx"].shape[0] if "g_idx" in specs and len(specs["g_idx"].shape) == 1 else 8 * words
+    inputs = math.prod(specs["g_idx"].shape) if "g_idx" in specs else 8 * words
     weight = f"{layer}.weight".lstrip(".")
     nbytes = sum(spec.nbytes for spec in specs.values())
     claimed = {names[part] for part in specs}
@@ -76,6 +77,7 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
         and all(specs[part].dtype == torch.int32 for part in ("qweight", "qzeros"))
         and specs["scales"].dtype.is_floating_point
         and specs["qzeros"].shape == (groups, -(-outputs // 8))
+        and ("g_idx" not in specs or specs["g_idx"].shape == (inputs,))
         and ("g_idx" not in specs or specs["g_idx"].dtype in (torch.int32, torch.int64))
     )
     if not fits:

@@ -23,7 +23,7 @@ from lowmem.io.foreign.claims import check_claims
 from lowmem.io.foreign.gguf import MAGIC, read_gguf
 from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.model_folder import WEIGHTS
-from lowmem.io.safetensors import parse_json
+from lowmem.io.safetensors import parse_json, read_at_most
 from lowmem.io.shards import INDEX, read_index
 
 __all__ = [
@@ -208,10 +208,7 @@ def read_config(path: Path) -> Any:
     Raises:
         FileError, OSError: the file is too large or damaged, or cannot be read.
     """
-    with open_regular(path) as file, read_errors(path):
-        text = file.read(MAX_CONFIG + 1)
-    if len(text) > MAX_CONFIG:
-        raise refusal(path, f"it takes more than {MAX_CONFIG} bytes, which no config does")
+    text = read_at_most(path, MAX_CONFIG, "config")
     try:
         return parse_json(text)
     except ValueError as reason:

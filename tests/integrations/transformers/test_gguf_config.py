@@ -30,6 +30,9 @@ CONFIGS = {
 }
 
 
+ROTATED = "llama.rope.dimension_count"
+
+
 def write(path, config, change=None, tensors=None):
     """Write what a file of a config's model says of it; ``change`` replaces fields, or removes them where None."""
     told = config.to_dict()
@@ -127,6 +130,11 @@ def test_what_no_config_can_say_is_refused_and_what_may_lack_has_its_default(tmp
             "attn_factor=2.0 is nothing that a config",
         ),
         "factors": ({}, {"rope_freqs.weight": torch.full((32,), 3.0)}, "rope_freqs.weight has no factors of a Llama"),
+        "head": (
+            dict.fromkeys(("llama.attention.key_length", "llama.attention.value_length", ROTATED), 2**28),
+            {},
+            "head_dim=268435456 is longer than any head",
+        ),
         "length": ({}, {"rope_freqs.weight": torch.full((9,), 3.0)}, "rope_freqs.weight has no factors of a Llama"),
         **{
             str(bad): ({}, {"rope_freqs.weight": torch.full((32,), bad)}, "rope_freqs.weight has no factors of a L")

@@ -2,11 +2,17 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
@@ -17,6 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 
 import lowmem
 from lowmem import FourBit, Half, LoRA
+from lowmem.__main__ import main
 from lowmem.integrations.transformers import METHOD, LowmemConfig
 from lowmem.integrations.transformers.folder import check
 from lowmem.io.metadata import technique_record
@@ -129,6 +136,36 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         model.save_pretrained(tmp_path / "file" / "small")
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Let no file grow beyond a size in the block, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(resource is None, reason="Windows has no limits of processes")
+def test_a_full_disk_is_an_error_of_one_line_and_leaves_what_was_there(tmp_path, capfd):
+    dense = write(tmp_path / "dense")
+    model = lowmem.convert(load(dense), Half())
+    model.save_pretrained(tmp_path / "old")
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for name in ("old", "new"):
+        says = rf"^cannot write '.*/{name}': .*arge.*; make room on its disk"
+        with pytest.raises(OSError, match=says) as raised, files_of_at_most(20_000):
+            model.save_pretrained(tmp_path / name)
+        assert "\n" not in str(raised.value)
+    capfd.readouterr()
+    with files_of_at_most(20_000):
+        assert main(["quantize", str(dense), str(tmp_path / "new")]) == 2
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told.startswith(f"lowmem quantize: cannot write '{tmp_path / 'new'}': ")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == files
 
 
 def test_a_folder_that_exists_has_the_model_that_was_saved_last(tmp_path):

@@ -1,5 +1,7 @@
 """What counts of a conversation, by templates of several kinds; and tokenizers of another vocabulary."""
 
+import os
+
 import pytest
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
@@ -8,7 +10,7 @@ from transformers import AutoTokenizer
 
 from lowmem import FileError
 from lowmem.integrations.transformers import TextTokenizer
-from lowmem.integrations.transformers.tokenizing import load_tokenizer
+from lowmem.integrations.transformers.tokenizing import load_tokenizer, read_tokenizer
 from tests.integrations.transformers.tokens import VOCABULARY, write_tokenizer
 
 CHAT = (
@@ -78,3 +80,18 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileError, match="it has no tokenizer that transformers can load"):
         load_tokenizer(tmp_path / "empty", VOCABULARY)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_in_place_of_a_tokenizer_is_named(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(OSError, match=r"^cannot read '.*tokenizer\.json': it is a directory, a device or a pipe"):
+        read_tokenizer(tmp_path, VOCABULARY)
+
+
+def test_what_the_library_of_tokenizers_refuses_is_an_error_of_the_folder(tmp_path):
+    write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"</s>": 1', '"</s>": 0.5'))
+    with pytest.raises(FileError, match="it has no tokenizer that transformers can load: Exception: invalid type"):
+        read_tokenizer(tmp_path, VOCABULARY)

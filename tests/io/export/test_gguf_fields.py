@@ -87,6 +87,8 @@ def test_llama3_divides_low_frequencies_and_leaves_high_ones():
     between = found[(waves >= 8) & (waves <= 32)]
     assert len(between)
     assert ((between >= 1) & (between <= 8)).all()
+    with pytest.raises(ValueError, match="head_dim=268435456 is longer than any head"):
+        rope_factors({**CONFIG, "rope_parameters": LLAMA3, "head_dim": 2**28})
     for changes in ({"low_freq_factor": 4.0}, {"factor": None}, {"original_max_position_embeddings": 0}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             rope_factors({**CONFIG, "rope_parameters": {**LLAMA3, **changes}})
@@ -111,6 +113,10 @@ def test_fields_of_an_existing_file_are_copied_but_for_how_it_is_stored(tmp_path
     for changes in ({"num_hidden_layers": 2}, {"rms_norm_eps": 1e-5}, {"model_type": "qwen2"}):
         with pytest.raises(FileError, match="same model"):
             found.check({**CONFIG, **changes})
+    for value in ([1e-6], "1e-6", True):  # where a number belongs
+        found = existing_of(tmp_path / "d.gguf", {**like, "llama.attention.layer_norm_rms_epsilon": value})
+        with pytest.raises(FileError, match="rms_epsilon=.* in it, and config.json says 1e-06; name a file of the"):
+            found.check(CONFIG)
     assert existing_of(tmp_path / "b.gguf", {**like, "tokenizer.ggml.tokens": "abc"}).vocabulary is None
     with pytest.raises(FileError, match="adapter"):
         existing_of(tmp_path / "c.gguf", {**like, "general.type": "adapter"})

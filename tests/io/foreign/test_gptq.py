@@ -108,10 +108,12 @@ def test_layers_of_other_bits_and_parts_that_do_not_fit_are_refused(tmp_path):
     for name, value in {
         "qzeros": torch.zeros(3, 1, dtype=torch.int32),
         "g_idx": torch.full((32,), 7, dtype=torch.int32),
+        "g_idx ": torch.zeros(32, 1, dtype=torch.int32),
+        "g_idx  ": torch.zeros(1, 32, dtype=torch.int32),
         "scales": torch.zeros(2, 8, dtype=torch.int32),
         "qweight": torch.zeros(3, 8, dtype=torch.int32),
     }.items():
-        save(tmp_path, {**parts, name: value})
+        save(tmp_path, {**parts, name.strip(): value})
         if name == "qweight":
             with open_foreign(tmp_path) as file:
                 assert "3.0 bits" in file.tensors["model.layers.0.q.weight"].refusal

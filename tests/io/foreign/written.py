@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 
 from lowmem.errors import FileError
 from lowmem.io.foreign.recognize import open_foreign
@@ -62,15 +61,6 @@ def words(codes: torch.Tensor) -> torch.Tensor:
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
 
 
-mutations = st.lists(
-    st.tuples(
-        st.integers(0, 2**16), st.sampled_from([n.to_bytes(8, "little") for n in HUGE]) | st.binary(max_size=9)
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
 def mutated(content: bytes, changes: Sequence[tuple[int, bytes]]) -> bytes:
     """Overwrite bytes at offsets, counted around the file."""
     found = bytearray(content)
@@ -81,8 +71,8 @@ def mutated(content: bytes, changes: Sequence[tuple[int, bytes]]) -> bytes:
 
 
 def read_all(path: Path) -> str | None:
-    """Read a file and all of its weights, of which none is larger than the file allows; return its error, if any."""
-    size = path.stat().st_size
+    """Read a file or folder and all of its weights, none larger than its files allow; return its error, if any."""
+    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     try:
         with open_foreign(path) as file:
             for tensor in file.tensors.values():
