@@ -15,7 +15,6 @@ from transformers.quantizers.base import HfQuantizer
 from lowmem.errors import show
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import Exact
-from lowmem.integrations.transformers.mapped import drop_pages
 from lowmem.integrations.transformers.saving import config_of
 from lowmem.integrations.transformers.storing import Measuring, Storing
 from lowmem.io.container import open_checkpoint
@@ -29,6 +28,7 @@ from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.half import Half
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
+from lowmem.resident import drop_pages, trim_heap
 from lowmem.transforms.convert import freeze_all_but_adapters, restore
 
 __all__ = ["LowmemQuantizer"]
@@ -234,6 +234,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             freeze_all_but_adapters(model)
         model.config.quantization_config = self.quantization_config = config_of(model) or self.quantization_config
         model.is_quantized = False  # it trains, casts and moves as any model does
+        trim_heap(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
