@@ -23,7 +23,7 @@ __all__ = ["drop_pages", "return_holes", "returns_free_pages", "trim_heap"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _LARGE = 2**22  # bytes: smaller allocations are not worth the time of malloc_trim
-_SMALL = 2**20  # bytes of parameters: a model with fewer does not pay for malloc_trim
+_SMALL = 2**20  # bytes of parameters: for fewer, neither the heap nor the pages of files are looked at
 _DONTNEED = 4  # MADV_DONTNEED of Linux
 _MAPS, _PAGES = "/proc/self/maps", "/proc/self/pagemap"
 
@@ -42,7 +42,7 @@ def returns_free_pages(function: Callable[_P, _R]) -> Callable[_P, _R]:
         result = function(*args, **kwargs)
         models += [result] if isinstance(result, nn.Module) else []
         after = {id(parameter) for model in models for parameter in model.parameters()}
-        _drop_tensors(parameter for parameter in before if id(parameter) not in after)
+        _drop_parameters(parameter for parameter in before if id(parameter) not in after)
         before.clear()
         trim_heap(*models)
         return result
@@ -95,18 +95,16 @@ def drop_pages(files: Iterable[str | os.PathLike[str]]) -> None:
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
 
 
-def _drop_tensors(tensors: Iterable[Tensor]) -> None:
-    """Drop the pages of tensors that are views of a mapped file, as long as none of the pages was written to."""
+def _drop_parameters(parameters: Iterable[Tensor]) -> None:
+    """Drop the pages of parameters that are views of a mapped file, as long as none of the pages was written to."""
+    plain = [one for one in parameters if type(one) is nn.Parameter and one.is_cpu and one.is_contiguous()]
     libc = _libc()
-    if libc is None:
+    if libc is None or sum(one.nbytes for one in plain) < _SMALL:
         return
     page = os.sysconf("SC_PAGE_SIZE")
     with open(_PAGES, "rb", buffering=0) as pages:
-        for tensor in tensors:
-            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
-            if not plain or not tensor.data_ptr():
-                continue
-            first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
+        for one in plain:
+            first, end = -(-one.data_ptr() // page), (one.data_ptr() + one.nbytes) // page
             flags = np.frombuffer(os.pread(pages.fileno(), max(0, end - first) * 8, first * 8), dtype=np.uint64)
             if not (((flags >> 62) != 0) & ((flags >> 61) & 1 == 0)).any():  # in memory or swapped, and no file's
                 libc.madvise(ctypes.c_void_p(first * page), ctypes.c_size_t(len(flags) * page), _DONTNEED)
