@@ -11,6 +11,9 @@ with the real shapes, in plain torch; lowmem's own code with a small model. What
 shapes is therefore in the figures, be it in Python or in C. Noise is removed where it arises: libraries are
 mapped whole, one arena, freed pages returned at once, no huge pages, fixed hashes and threads, one processor, no
 garbage collection within a measurement.
+
+One case has no baseline: a process that loads a dense model and converts it keeps what one keeps that loads the
+converted model, within 10 MiB. It runs with the C library's own settings.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ COUNTER_LAG = 0.125
 LIMIT = 0.7  # MiB of tolerance: a megabyte may be shown as 1 - COUNTER_LAG, and must fail
 BATCHES = {"forward": 1, "step": 16}  # activations of one input are small: a megabyte taken beside them shows
 CLASSES = 10
+WAYS_LIMIT = 10  # MiB by which processes with the same model, converted or loaded, may differ
 FIGURES = [f"{phase}_{what}" for phase in ("load", "forward", "step") for what in ("peak", "kept")]
 
 Figures = Mapping[str, Mapping[str, float]]  # MiB, by variant, then by name of the figure
@@ -66,6 +70,13 @@ class Small(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.norm(x + self.first(x).relu()))
+
+
+class Layers(nn.Sequential):
+    """Weights of 3 MiB, for which glibc takes the heap once it has freed a larger one."""
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.Linear(*((512, 1536), (1536, 512))[number % 2]) for number in range(48)))
 
 
 # The process that measures
@@ -224,17 +235,52 @@ def environment() -> dict[str, str]:
     }
 
 
-def _measure_variant(variant: str, folder: Path) -> int:
-    """Measure in this process, and print the figures as JSON; or say in one line why that failed."""
+def _measure_here(name: str, folder: Path) -> int:
+    """Measure a variant or way in this process, and print figures as JSON; or say in one line why that failed."""
     try:
         steady()
-        warm(folder, lambda factory: lowmem.build(variant, factory))
-        figures = measure(folder / variant, lowmem.BigNet)
+        warm(folder, _converted if name in WAYS else lambda factory: lowmem.build(name, factory))
+        figures = measure_way(name, folder) if name in WAYS else measure(folder / name, lowmem.BigNet)
     except Exception as error:  # noqa: BLE001  whatever a model raises
         print(describe(error), file=sys.stderr)
         return 2
     print(json.dumps(figures))
     return 0
+
+
+def _converted(factory: Callable[[], nn.Module]) -> nn.Module:
+    return lowmem.convert(factory(), lowmem.FourBit("nf4"))
+
+
+def _read_dense(folder: Path) -> nn.Module:
+    model = Layers()
+    model.load_state_dict(torch.load(folder / "dense.pt", weights_only=True))
+    return model
+
+
+LOADED = "loaded"
+WAYS: Mapping[str, Callable[[Path], nn.Module]] = {
+    LOADED: lambda folder: lowmem.load(folder / "stored", Layers),
+    "read, converted": lambda folder: _converted(lambda: _read_dense(folder)),
+    "mapped, converted": lambda folder: _converted(lambda: lowmem.load(folder / "dense", Layers)),
+}
+"""Ways to the same converted model, of which ``write_layers`` wrote the files."""
+
+
+def write_layers(folder: Path) -> None:
+    """Write the files of which ``WAYS`` read."""
+    model = Layers()
+    torch.save(model.state_dict(), folder / "dense.pt")
+    lowmem.save(model, folder / "dense")
+    lowmem.save(_converted(lambda: model), folder / "stored")
+
+
+def measure_way(way: str, folder: Path) -> dict[str, float]:
+    """Return the MiB that this process, which ``warm`` has prepared, has resident with a model."""
+    model = WAYS[way](folder)
+    _touch(model)
+    gc.collect()
+    return {"kept": _mib(_status("VmRSS"))}
 
 
 # The process that compares
@@ -295,17 +341,40 @@ def measure_variants(variants: Iterable[str], runs: int, folder: Path) -> dict[s
     return measured
 
 
-def _in_process(variant: str, folder: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.resident", "--measure", variant, str(folder)]
-    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+def _in_process(name: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.resident", "--measure", name, str(folder)]
+    own = {key: value for key, value in environment().items() if name not in WAYS or not key.startswith("MALLOC_")}
+    run = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
     try:
         figures = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
     except (IndexError, ValueError):
         figures = {}
-    if sorted(figures) != sorted(FIGURES):
+    if sorted(figures) != (["kept"] if name in WAYS else sorted(FIGURES)):
         said = run.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise MeasurementError(f"{variant}: its process ended with exit code {run.returncode}: {said[0]}")
+        raise MeasurementError(f"{name}: its process ended with exit code {run.returncode}: {said[0]}")
     return figures
+
+
+def measure_ways(folder: Path) -> dict[str, float]:
+    """Return the resident MiB of a fresh process for each of ``WAYS``, with the C library's own settings.
+
+    Raises:
+        MeasurementError: a process failed.
+    """
+    write_layers(folder)
+    return {way: _in_process(way, folder)["kept"] for way in WAYS}
+
+
+def compare_ways(kept: Mapping[str, float]) -> list[Row]:
+    """Compare a process that has converted a model with one that has loaded it."""
+    rows, base = [], kept[LOADED]
+    for way, size in kept.items():
+        if way != LOADED:
+            verdict = "same" if abs(size - base) <= WAYS_LIMIT else "grew" if size > base else "shrank"
+            moved = f"{size - base:+.2f} from {base:.2f} {LOADED} (tolerance {WAYS_LIMIT})"
+            says = f"{way}: {size:.2f} MiB are resident, {moved}"
+            rows.append(Row(way, "kept", base, size, verdict=verdict, says=says))
+    return rows
 
 
 def medians(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
@@ -433,7 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
-        return _measure_variant(options.measure[0], Path(options.measure[1]))
+        return _measure_here(options.measure[0], Path(options.measure[1]))
     try:
         return _store(options) if options.store else _gate(options)
     except (MeasurementError, OSError, ValueError) as error:
@@ -492,16 +561,18 @@ def _gate(options: argparse.Namespace) -> int:
         for variant, runs in measure_variants(sorted(again), RUNS, Path(folder)).items():
             measured[variant] += runs
         rows = compare(baseline, medians(measured), asked)
+        ways = [] if options.variant else compare_ways(measure_ways(Path(folder)))
     failed = [row for row in rows if row.verdict in FAILING["resident"]]
     for line in table(medians(measured)):
         print(line)
-    for row in failed:
-        print(f"FAILED {row.says}")
+    for row in (*failed, *ways):
+        print(f"FAILED {row.says}" if row.verdict in FAILING["resident"] else row.says)
     if failed:
         print(f"To store the new figures: {store_command()}\nand say in the commit's message why they moved.")
     else:
         print(f"{len(rows)} figures are those of {shown}, within {baseline.tolerance:.2f} MiB")
-    return _finish(options, key, shown, rows, passed=not failed)
+    passed = not any(row.verdict in FAILING["resident"] for row in (*rows, *ways))
+    return _finish(options, key, shown, [*rows, *ways], passed=passed)
 
 
 def _finish(options: argparse.Namespace, key: Key, shown: str, rows: list[Row], *, passed: bool) -> int:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Folders, and modules that stand at the top. Each imports from its own and from those before it.
 ORDER = [
-    ("errors", "version", "bignet", "measure"),
+    ("errors", "version", "bignet", "measure", "resident"),
     ("quant",),
     ("kernels",),
     ("nn",),

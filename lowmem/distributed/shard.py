@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from lowmem.kernels.torch_versions import TORCH, shards_integers
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_module import StoredModule
+from lowmem.resident import trim_heap
 from lowmem.transforms.refusals import refuse_model
 from lowmem.transforms.registry import layer_name
 
@@ -88,6 +89,7 @@ def shard(
     with shards_integers():
         for unit in units:
             fully_shard(unit, **options)
+    trim_heap(model)
     return model
 
 

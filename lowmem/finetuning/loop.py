@@ -31,6 +31,7 @@ from lowmem.finetuning.state import (
 )
 from lowmem.finetuning.text import IGNORED
 from lowmem.io.wrappers import unwrap
+from lowmem.resident import trim_heap
 
 __all__ = ["Outcome", "Step", "finetune"]
 
@@ -123,7 +124,9 @@ def finetune(
         raise ValueError(f"patience={settings.patience} needs held_out text to evaluate on")
     with forked_random(next(model.parameters()).device):
         torch.manual_seed(settings.seed)
-        return _Run(model, rows, settings, held_out, states, ranks or Alone(), watch).run()
+        outcome = _Run(model, rows, settings, held_out, states, ranks or Alone(), watch).run()
+    trim_heap(model)
+    return outcome
 
 
 class _Run:

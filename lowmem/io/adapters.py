@@ -27,6 +27,7 @@ from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import AdaptedModule, bank_of, base_of, parameter_of, without_adapters
 from lowmem.nn.lora import Adapter, LoRA
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys
+from lowmem.resident import returns_free_pages
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
 from lowmem.transforms.convert import one_at_a_time
 from lowmem.transforms.placement import place_name, places_of
@@ -96,6 +97,7 @@ FORMATS: dict[str, Callable[[Path, nn.Module, str, Mapping[str, Adapter]], None]
 """What writes an adapter, by the name of the format."""
 
 
+@returns_free_pages
 @one_at_a_time
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
     """Load an adapter: of lowmem, onto the base that it was trained on, or a folder of PEFT.
@@ -134,7 +136,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
             warnings.warn(
                 f"{type(model).__name__} was made before this adapter was loaded, and does not synchronize its "
                 "gradients: load the adapter, then wrap the model",
-                stacklevel=3,  # the caller of the function that one_at_a_time wraps
+                stacklevel=4,  # the caller of the function that both decorators wrap
             )
         return model
     refuse_model("load_adapter", model)

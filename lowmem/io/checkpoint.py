@@ -25,6 +25,7 @@ from lowmem.nn.half import Half
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys, multiplied_in
 from lowmem.quant.tensor import QuantizedTensor
+from lowmem.resident import trim_heap
 from lowmem.transforms.convert import one_at_a_time
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
@@ -130,6 +131,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
             str(reason) if isinstance(reason, ValueError) else f"its record of the layers is not lowmem's ({reason})"
         )
         raise refusal(path, text, "load") from reason
+    trim_heap(model)
     return model
 
 

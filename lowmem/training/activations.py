@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lowmem.kernels.codes import BLOCK, code, decode
 from lowmem.nn.frozen_linear import is_cast
 from lowmem.nn.recomputed import Again, Kept, compute_again, noted
-from lowmem.training.room import Room, return_holes
+from lowmem.resident import return_holes
+from lowmem.training.room import Room
 from lowmem.transforms.registry import check_module
 
 __all__ = ["Codes", "compress", "compressed_activations"]

@@ -20,7 +20,7 @@ from lowmem.kernels.entropy import entropies
 from lowmem.nn.frozen_linear import is_cast
 from lowmem.nn.recomputed import saves_in_any_dtype
 from lowmem.nn.stored import StoredTensor
-from lowmem.training.room import return_holes
+from lowmem.resident import return_holes
 
 __all__ = ["linear_cross_entropy", "loss_dtype"]
 

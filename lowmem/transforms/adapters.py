@@ -24,6 +24,7 @@ from lowmem.nn.adapted_module import (
     without_adapters,
 )
 from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.resident import returns_free_pages
 from lowmem.transforms.convert import (
     add_first_adapter,
     freeze_all_but_adapters,
@@ -252,6 +253,7 @@ def deactivate(model: nn.Module, *names: str) -> None:
         bank.active = tuple(name for name in bank.active if names and name not in names)
 
 
+@returns_free_pages
 @one_at_a_time
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     """Delete an adapter. A LoRALinear without further adapters is replaced by its base, which gets its hooks.
@@ -276,6 +278,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
+@returns_free_pages
 @one_at_a_time
 def merge_adapter(model: nn.Module, name: str) -> None:
     """Merge an adapter into copies of the bases, ``W + s B A``, which are called in place of them.
@@ -305,6 +308,7 @@ def merge_adapter(model: nn.Module, name: str) -> None:
         bank_of(layer).merge(name, copy.layer)
 
 
+@returns_free_pages
 @one_at_a_time
 def unmerge_adapter(model: nn.Module) -> None:
     """Undo ``merge_adapter`` exactly: the original bases are called again, and the copies are freed.

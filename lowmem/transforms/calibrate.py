@@ -24,6 +24,7 @@ from lowmem.nn.budget import Budget
 from lowmem.nn.fourbit import FourBit
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
+from lowmem.resident import returns_free_pages
 from lowmem.transforms.blocks import NO_BATCHES, Unit, find_blocks, units_of
 from lowmem.transforms.budget import Chosen
 from lowmem.transforms.convert import Store, commit, divided, layers_to_convert, rebuild, weight_key
@@ -45,6 +46,7 @@ _BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which 
 _NAMED = 3  # layers that a warning names of those with one reason
 
 
+@returns_free_pages
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any] | Literal["self"],
@@ -157,7 +159,7 @@ def calibrate(
         made: Any = base_of(run.replacements[layer])
         made.chosen_because = one.why
     for text in run.warnings():
-        warnings.warn(text, UserWarning, stacklevel=2)
+        warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the wrapped function
     return commit(model, run.replacements)
 
 

@@ -47,6 +47,7 @@ from lowmem.nn.stored_module import (
 )
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
+from lowmem.resident import returns_free_pages
 from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits, text_of
 from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
 from lowmem.transforms.libraries import import_integrations
@@ -125,6 +126,7 @@ def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return alone
 
 
+@returns_free_pages
 def convert(
     model: nn.Module,
     *techniques: Technique,
@@ -212,7 +214,7 @@ def convert(
         freeze_all_but_adapters(model)
         told.append(warning_of_unnamed(model, "default", unnamed))
     for text in filter(None, told):
-        warnings.warn(text, UserWarning, stacklevel=2)
+        warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the wrapped function
     return model
 
 
@@ -310,7 +312,7 @@ def divided(
         if unseen:
             weights_text = f"{len(unseen)} weight{'s' * (len(unseen) > 1)} ({', '.join(unseen[:3])})"
             warnings.warn(
-                f"no batch of inputs= reached {weights_text}: these get the least bits", UserWarning, stacklevel=4
+                f"no batch of inputs= reached {weights_text}: these get the least bits", UserWarning, stacklevel=5
             )
 
     def measured(name: str, tensor: Tensor) -> Sequence[float] | None:
@@ -784,6 +786,7 @@ def _classes_before(made: nn.Module) -> list[type[nn.Module]]:
     return [*before, plain] if isinstance(made, AdaptedModule) else before
 
 
+@returns_free_pages
 @one_at_a_time
 def restore(
     model: nn.Module,

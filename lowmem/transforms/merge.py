@@ -31,6 +31,7 @@ from lowmem.nn.stored import FourBitForm, StoredTensor
 from lowmem.nn.stored_module import StoredModule, copied_module
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
+from lowmem.resident import returns_free_pages
 from lowmem.transforms.batches import check_batch, run_batch
 from lowmem.transforms.convert import one_at_a_time, swap
 from lowmem.transforms.placement import place_name
@@ -139,6 +140,7 @@ def merge(
 ) -> tuple[nn.Module, MergeReport]: ...
 
 
+@returns_free_pages
 @one_at_a_time
 def merge(
     model: nn.Module,
@@ -318,7 +320,7 @@ def warn_of_requantizing(folded: Mapping[nn.Module, Folded], paths: Mapping[nn.M
         warnings.warn(
             f"merge quantized {len(errors)} adapted weights to {stored} bits again: that adds a relative error of "
             f"{sum(errors.values()) / len(errors):.3g} on average, at most {errors[worst]:.3g} ({worst})",
-            stacklevel=4,  # the caller of the function that one_at_a_time wraps
+            stacklevel=5,  # the caller of the function that both decorators wrap
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memory, resident
-from benchmarks.resident import FIGURES, Baseline, MeasurementError, compare, derive
+from benchmarks.resident import FIGURES, LOADED, WAYS, Baseline, MeasurementError, compare, derive
 from lowmem import VARIANTS
 from lowmem.testing.baseline import Key
 from tests.selection import rows_in_one_case
@@ -266,6 +266,7 @@ def gate(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(memory, "current_key", lambda: KEY)
     monkeypatch.setattr(resident, "ROOT", tmp_path)
     monkeypatch.setattr(resident, "unsupported", lambda: None)
+    monkeypatch.setattr(resident, "measure_ways", lambda folder: dict.fromkeys(WAYS, 100.0))
     monkeypatch.delenv("LOWMEM_KERNEL", raising=False)
     resident.write_baseline(path, KEY, BASELINE)
 
@@ -301,6 +302,44 @@ def test_the_same_figures_pass(gate):
     assert f"{len(FIGURES) * len(VARIANTS)} figures are those of benchmarks/memory/resident-{KEY.name}.json" in out
     assert "FAILED" not in out
     assert all(any(line.startswith(f"{variant} ") for line in out.splitlines()) for variant in VARIANTS)
+
+
+def test_what_a_converted_model_keeps_may_differ_by_ten_megabytes_from_the_same_one_loaded(
+    gate, monkeypatch, tmp_path
+):
+    def measured(size):
+        monkeypatch.setattr(resident, "measure_ways", lambda folder: dict.fromkeys(WAYS, size) | {LOADED: 100.0})
+        return gate("--json", str(tmp_path / "out.json"), measured=[moved()])
+
+    assert measured(110.0)[0] == 0
+    code, out, err = measured(111.0)
+    assert (code, err) == (1, "")
+    line = "mapped, converted: 111.00 MiB are resident, +11.00 from 100.00 loaded (tolerance 10)"
+    assert f"FAILED {line}\n" in out
+    assert "To store" not in out  # it has no baseline
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert (document["passed"], document["rows"][-1]["verdict"], document["rows"][-1]["says"]) == (
+        False,
+        "grew",
+        line,
+    )
+    assert measured(89.0)[0] == 1
+    assert gate("--variant", "lora", measured=[moved()])[0] == 0
+
+
+def test_converted_models_are_measured_with_the_settings_of_the_c_library(monkeypatch, tmp_path):
+    found = []
+
+    def run(command, *, env, **_):
+        found.append((command[-2], any(name.startswith("MALLOC_") for name in env)))
+        return subprocess.CompletedProcess(command, 0, stdout='{"kept": 12.5}\n', stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(resident, "Layers", lambda: resident.Small())
+    assert resident.measure_ways(tmp_path) == dict.fromkeys(WAYS, 12.5)
+    assert found == [(way, False) for way in WAYS]
+    sizes = [sum(one.nbytes for one in build(tmp_path).parameters()) for build in WAYS.values()]
+    assert len(set(sizes)) == 1
 
 
 @pytest.mark.parametrize("value", [9.0, 11.0])

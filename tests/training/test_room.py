@@ -5,7 +5,7 @@ import weakref
 
 import torch
 
-from lowmem.training.room import Heap, Room
+from lowmem.training.room import Room
 
 
 def test_views_do_not_overlap_and_pieces_grow_with_what_is_kept():
@@ -38,32 +38,3 @@ def test_what_is_given_back_is_taken_again_and_pieces_are_freed():
     del view
     gc.collect()
     assert piece() is None
-
-
-def test_holes_are_returned_only_before_the_process_grows_beyond_what_it_had_to_be():
-    # A heap of 100 MiB in use, with holes that grow: what is resident counts both.
-    used, holes, trimmed, mib = 100, 0, [], 2**20
-
-    def trim(_):
-        nonlocal holes
-        trimmed.append(holes)
-        holes = 0
-
-    heap = Heap(trim, lambda: (used + holes) * mib)
-    heap.return_holes(3 * mib)  # too little to walk over the heap
-    assert trimmed == []
-    heap.return_holes(10 * mib)  # 110 are needed: the mark
-    holes = 5
-    heap.return_holes(5 * mib)  # 110 with the holes
-    assert trimmed == [0]
-    holes = 20
-    heap.return_holes(5 * mib)  # 125 with the holes, 105 without
-    assert trimmed == [0, 20]
-    used, holes = 60, 40
-    heap.return_holes(10 * mib)  # the mark stayed at 110
-    assert trimmed == [0, 20]
-    used = 120
-    heap.return_holes(10 * mib)
-    used, holes = 110, 15
-    heap.return_holes(5 * mib)  # 130 is the new mark
-    assert trimmed == [0, 20, 40]

@@ -17,7 +17,6 @@ from transformers.quantizers.base import HfQuantizer
 from lowmem.errors import show
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import Exact
-from lowmem.integrations.transformers.mapped import drop_pages
 from lowmem.integrations.transformers.peft_models import refuse_passed_over
 from lowmem.integrations.transformers.saving import config_of
 from lowmem.integrations.transformers.storing import Measuring, Storing
@@ -32,6 +31,7 @@ from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.half import Half
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
+from lowmem.resident import drop_pages, trim_heap
 from lowmem.transforms.convert import freeze_all_but_adapters, restore
 from lowmem.transforms.registry import is_of_peft
 
@@ -276,6 +276,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = self.quantization_config = config_of(model) or self.quantization_config
         model.is_quantized = False  # it trains, casts and moves as any model does
         self.attach(model)
+        trim_heap(model)
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

@@ -306,5 +306,5 @@ def _warn_of_other_base(model: nn.Module, config: PeftConfig) -> None:
         warnings.warn(
             f"the adapter says that it was trained on {show(config.base)}, and the model comes from {show(own)}: "
             "nothing but shapes can be checked",
-            stacklevel=6,  # the caller of the function that one_at_a_time wraps
+            stacklevel=7,  # the caller of the function that both decorators wrap
         )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lowmem
-from lowmem import FourBit, Half
+from lowmem import FourBit, Half, resident
 from lowmem.integrations.transformers import LowmemConfig
 from tests.integrations.transformers.folders import IDS, assert_same, load, write
 
@@ -25,6 +25,15 @@ def small(tmp_path):
     model = load(write(tmp_path / "dense"), quantization_config=LowmemConfig(FourBit("nf4")))
     model.save_pretrained(tmp_path / "small")
     return tmp_path / "small"
+
+
+def test_free_pages_are_returned_after_loading(small, tmp_path, monkeypatch):
+    trims = []
+    monkeypatch.setattr(resident, "_malloc_trim", lambda: trims.append)
+    monkeypatch.setattr(resident, "_SMALL", 1)
+    load(tmp_path / "dense", quantization_config=LowmemConfig(FourBit("nf4")))
+    load(small)
+    assert trims == [0, 0]
 
 
 def change(folder, **weights):

@@ -1,0 +1,138 @@
+"""Keeps what a process holds resident close to what it uses. Nothing happens where the system has no such call.
+
+glibc keeps freed tensors of up to 32 MiB for later allocations, unless they lie at the end of the heap. Their pages
+count as resident until ``malloc_trim`` returns them, and reusing a returned page costs a page fault. Pages of a
+mapped file that were read count, too, as long as any tensor is a view of the mapping.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["drop_pages", "return_holes", "returns_free_pages", "trim_heap"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_LARGE = 2**22  # bytes: smaller allocations are not worth the time of malloc_trim
+_SMALL = 2**20  # bytes of parameters: for fewer, neither the heap nor the pages of files are looked at
+_DONTNEED = 4  # MADV_DONTNEED of Linux
+_MAPS, _PAGES = "/proc/self/maps", "/proc/self/pagemap"
+
+
+def returns_free_pages(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate functions that replace parameters: pages that nothing needs any more are returned after the call.
+
+    By then the function's variables, which may hold the old parameters, are gone. The old parameters must live until
+    the function ends anyway, since the decorator holds them.
+    """
+
+    @wraps(function)
+    def trimmed(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        models = [one for one in (*args, *kwargs.values()) if isinstance(one, nn.Module)]
+        before = [parameter for model in models for parameter in model.parameters()]
+        result = function(*args, **kwargs)
+        models += [result] if isinstance(result, nn.Module) else []
+        after = {id(parameter) for model in models for parameter in model.parameters()}
+        _drop_parameters(parameter for parameter in before if id(parameter) not in after)
+        before.clear()
+        trim_heap(*models)
+        return result
+
+    return trimmed
+
+
+def trim_heap(*models: nn.Module) -> None:
+    """Return free pages of the heap, unless the models are small."""
+    parameters = {one for model in models for one in model.parameters() if not is_lazy(one)}
+    size = sum(one.numel() * one.element_size() for one in parameters)
+    trim = _malloc_trim()
+    if trim is not None and size >= _SMALL:
+        trim(0)
+
+
+class Heap:
+    """Decides whether free heap pages are returned before an allocation: not where they are reused soon.
+
+    Args:
+        trim: returns them; None: ``malloc_trim`` of the C library, if it has one.
+        resident: returns the process's resident bytes; None: reads them from /proc.
+    """
+
+    def __init__(self, trim: Callable[[int], Any] | None = None, resident: Callable[[], int] | None = None) -> None:
+        self._trim, self._resident = trim, resident or _resident
+        self._highest = 0  # highest resident bytes so far after trimming, plus the allocation that followed
+
+    def return_holes(self, length: int) -> None:
+        """Trim the heap if an allocation of ``length`` bytes is large and would raise the highest resident memory."""
+        trim = self._trim or _malloc_trim()
+        if length < _LARGE or trim is None or self._resident() + length <= self._highest:
+            return
+        trim(0)
+        self._highest = max(self._highest, self._resident() + length)
+
+
+def drop_pages(files: Iterable[str | os.PathLike[str]]) -> None:
+    """Drop the pages of mapped files, to which nothing may have been written; they are read again when needed."""
+    libc = _libc()
+    if libc is None:
+        return
+    known = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, files)}
+    with open(_MAPS, "rb") as maps:
+        for line in maps:
+            addresses, _, _, device, inode, *_ = line.split(maxsplit=5)
+            if inode == b"0" or (_device(device), int(inode)) not in known:
+                continue
+            begin, end = (int(part, 16) for part in addresses.split(b"-"))
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
+
+
+def _drop_parameters(parameters: Iterable[Tensor]) -> None:
+    """Drop the pages of parameters that are views of a mapped file, as long as none of the pages was written to."""
+    plain = [one for one in parameters if type(one) is nn.Parameter and one.is_cpu and one.is_contiguous()]
+    libc = _libc()
+    if libc is None or sum(one.nbytes for one in plain) < _SMALL:
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    with open(_PAGES, "rb", buffering=0) as pages:
+        for one in plain:
+            first, end = -(-one.data_ptr() // page), (one.data_ptr() + one.nbytes) // page
+            flags = np.frombuffer(os.pread(pages.fileno(), max(0, end - first) * 8, first * 8), dtype=np.uint64)
+            if not (((flags >> 62) != 0) & ((flags >> 61) & 1 == 0)).any():  # in memory or swapped, and no file's
+                libc.madvise(ctypes.c_void_p(first * page), ctypes.c_size_t(len(flags) * page), _DONTNEED)
+
+
+def _device(text: bytes) -> int:
+    major, minor = (int(part, 16) for part in text.split(b":"))
+    return os.makedev(major, minor)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@cache
+def _libc() -> Any:
+    """Return the C library where it can drop pages: on Linux."""
+    if not sys.platform.startswith("linux") or not all(os.access(path, os.R_OK) for path in (_MAPS, _PAGES)):
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc if hasattr(libc, "madvise") else None
+
+
+@cache
+def _malloc_trim() -> Any:
+    """Return ``malloc_trim`` of the C library; None where it has none."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+
+
+return_holes = Heap().return_holes
