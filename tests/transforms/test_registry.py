@@ -124,7 +124,7 @@ def test_the_first_entry_that_fits_serves():
 
 SHAPES = {"Conv1d": (8, 5), "Conv2d": (4, 5, 5), "Conv3d": (4, 5, 5, 5), "ConvTranspose1d": (8, 5)}
 SHAPES |= {"ConvTranspose2d": (8, 3, 3), "ConvTranspose3d": (8, 3, 3, 3)}
-COLUMNS = {"Bilinear": 6, "GRU": 16, "MultiheadAttention": 16, "Experts": 8}
+COLUMNS = {"Bilinear": 6, "GRU": 16, "LSTM": 16, "RNNCell": 16, "MultiheadAttention": 16, "Experts": 8}
 LINEAR = ("Linear", "Subclass", "Transposed")
 
 
