@@ -154,6 +154,8 @@ def _product(
     kept = factor if dropped is None else dropped
     kept = input if dropped is None and again is None and (shared or saves_in_any_dtype()) else kept
     out: Tensor = _AdaptedProduct.apply(factor, dropped, a, b, weight, transposed, bias, adapter.scaling, again, kept)  # type: ignore[no-untyped-call, unused-ignore]
+    # Viewed here: autograd refuses writes to a view that a function of its own has made.
+    out = out if input.dim() == 2 else out.view(*input.shape[:-1], -1)
     return out if _results.narrow else _widened(out, x.dtype)
 
 
@@ -233,7 +235,7 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """``x W^T + bias + s (d A^T) B^T`` for x (..., in), where d (``dropped``) is x after dropout; None: x itself.
+    """``x W^T + bias + s (d A^T) B^T``: (..., in) -> (rows, out); d is ``dropped``, x after dropout, or x itself.
 
     ``weight`` is W, or W^T if ``transposed``. ``kept`` is d in any dtype, to be saved for backward; it is not saved
     if ``again`` is given, which recomputes d.
@@ -264,7 +266,7 @@ class _AdaptedProduct(torch.autograd.Function):
             out = narrow @ wide if bias is None else torch.addmm(bias.to(x.dtype), narrow, wide)  # (rows, out)
             kernels.add_product(out, rows, weight, transposed)
         ctx.save_for_backward(None if again else kept, narrow, a, b, *frozen)
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -51,6 +51,11 @@ class _Conv(StoredModule):
 
     geometry: Geometry
 
+    @classmethod
+    def attributes_of(cls, module: nn.Module) -> dict[str, Any]:
+        """Return the geometry of a dense layer."""
+        return {"geometry": geometry_of(cast(nn.Conv1d, module))}
+
 
 class HalfConv(_Conv):
     """An nn.Conv1d or nn.Conv2d whose weight and bias are stored in 16 bits and frozen.
@@ -66,9 +71,7 @@ class HalfConv(_Conv):
             TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
                 dtype.
         """
-        return cast(
-            HalfConv, stored_copy(layer, half_weights(layer, store or technique.store), geometry=geometry_of(layer))
-        )
+        return cast(HalfConv, stored_copy(layer, half_weights(layer, store or technique.store)))
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ([batch,] in_channels, *size) -> ([batch,] out_channels, *out size), in the input's dtype."""
@@ -100,12 +103,7 @@ class Conv4Bit(FourBitStorage, _Conv):
         weight = (store or technique.store)(layer.weight.flatten(1), "weight")
         # Only linear layers can multiply in int8.
         compute = technique.compute_dtype if technique.compute_dtype is not torch.int8 else None
-        return cast(
-            Conv4Bit,
-            stored_copy(
-                layer, {"weight": weight}, computed_in=compute, compute_dtype=compute, geometry=geometry_of(layer)
-            ),
-        )
+        return cast(Conv4Bit, stored_copy(layer, {"weight": weight}, computed_in=compute, compute_dtype=compute))
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ([batch,] in_channels, *size) -> ([batch,] out_channels, *out size), in the input's dtype."""

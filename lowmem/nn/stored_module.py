@@ -171,6 +171,11 @@ class StoredModule(nn.Module):
         self._parameters.update(parts_of(name, form, parts))
         self._kept.pop(name, None)
 
+    @classmethod
+    def attributes_of(cls, module: nn.Module) -> dict[str, Any]:
+        """Return the attributes that an object of this class has beside those of the dense module it is made of."""
+        return {}
+
     @outside_of_graphs
     def stored_tensor(self, name: str) -> StoredTensor:
         """Return the stored tensor of a parameter; cached while the parts stay the same."""
@@ -827,7 +832,9 @@ def stored_copy(
         if isinstance(form, HalfForm) and parts[0].shape != parameter.shape:
             parts = (freeze(parts[0].view(parameter.shape)),)
         parameters |= parts_of(name, form, parts)
-    copied.__dict__.update(_parameters=parameters, _forms=described_by, _kept={}, **attributes)
+    copied.__dict__.update(
+        _parameters=parameters, _forms=described_by, _kept={}, **made.attributes_of(module), **attributes
+    )
     if isinstance(module, nn.RNNBase):
         copied.__dict__.pop("_flat_weights", None)
     return copied  # type: ignore[return-value]

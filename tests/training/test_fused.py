@@ -33,6 +33,7 @@ from lowmem.training.fused import (
 from lowmem.training.prepared_module import release_module
 from lowmem.training.recognize import recognize
 from tests.rounding import unit
+from tests.selection import rows_in_one_case
 
 WIDTH, INNER = 64, 96
 
@@ -131,6 +132,22 @@ def saved(function, model=None):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
     return sum(one.nbytes() for one in kept.values())
+
+
+@rows_in_one_case("kernel", ["best", "reference"])
+@rows_in_one_case("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_fused_module_returns_can_be_written_to(dtype, kernel):
+    block = fused(make(dtype=dtype))
+    layer_norm, act = nn.LayerNorm(WIDTH).to(dtype), nn.SiLU()
+    fuse(layer_norm, LayerNorm())
+    fuse(act, Act("SiLU"))
+    x = batch(dtype)
+    with kernels.using(kernels.available()[-1] if kernel == "best" else kernel):
+        for module in (block.norm, block.mlp, layer_norm, act):
+            trained, found = [x, *module.parameters()], []
+            for add in (torch.add, torch.Tensor.add_):
+                found.append(torch.autograd.grad(add(module(x), 1).float().sin().sum(), trained))
+            assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])

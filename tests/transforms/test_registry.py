@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lowmem import FourBit, Half, LoRA, LoRALinear, StoredTensor, convert
+from lowmem import FourBit, Half, LoRA, LoRALinear, StoredTensor, convert, kernels
 from lowmem.nn.stored_module import LAYERS
 from lowmem.transforms.registry import (
     ENTRIES,
@@ -20,7 +20,7 @@ from lowmem.transforms.registry import (
     select_modules,
     skip_reason,
 )
-from tests.selection import rows_in_one_case
+from tests.selection import in_one_case, rows_in_one_case
 
 
 class Subclass(nn.Linear):
@@ -120,6 +120,57 @@ def test_a_layer_with_a_forward_of_its_own_is_of_the_class_that_it_replaces(made
 def test_the_first_entry_that_fits_serves():
     for kind, make in KINDS.items():
         assert sum(entry.fits(make()) for entry in ENTRIES) == 1, kind
+
+
+SHAPES = {"Conv1d": (8, 5), "Conv2d": (4, 5, 5), "Conv3d": (4, 5, 5, 5), "ConvTranspose1d": (8, 5)}
+SHAPES |= {"ConvTranspose2d": (8, 3, 3), "ConvTranspose3d": (8, 3, 3, 3)}
+COLUMNS = {"Bilinear": 6, "GRU": 16, "LSTM": 16, "RNNCell": 16, "MultiheadAttention": 16, "Experts": 8}
+LINEAR = ("Linear", "Subclass", "Transposed")
+
+
+def called(kind, module, rows, dtype):
+    """Return an input of a module of a kind of ``KINDS``, and what a call returns first."""
+    if kind.startswith("Embedding"):
+        x = torch.randint(0, 6, (2, 3))
+    else:
+        leading = rows if kind in LINEAR else (2,)
+        x = torch.randn(*leading, *SHAPES.get(kind, (COLUMNS.get(kind, 40),)), dtype=dtype, requires_grad=True)
+    if kind == "Bilinear":
+        return x, module(x, x.repeat_interleave(4, -1)[..., :20])
+    out = module(x, x, x) if "Attention" in kind else module(x)
+    return x, out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.filterwarnings("ignore:.* of the bytes of Sequential are weights that stay dense")
+@in_one_case(
+    rows=[(1,), (64,), (3, 100)],
+    dtype=[torch.bfloat16, torch.float32],
+    training=[True, False],
+    technique=[FourBit("nf4", compute_dtype=torch.bfloat16), None, Half(torch.bfloat16)],
+    kernel=["best", "reference"],
+)
+def test_what_a_layer_returns_can_be_written_to(rows, dtype, training, technique, kernel, monkeypatch):
+    """Autograd refuses writes to a view that a function of its own has made: no layer returns one, on any processor.
+
+    What an LSTM or an RNNCell returns torch saves for its backward, and so refuses writes to it, dense or stored.
+    """
+    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    left_out = ("LSTM", "RNNCell", "Attention of other keys") if rows == (1,) and training else KINDS.keys() - LINEAR
+    for kind in [one for one in KINDS if one not in left_out]:
+        module = KINDS[kind]().to(dtype)
+        adapts = skip_reason(LoRA, module, chosen=True) is None
+        techniques = [one for one in (technique, LoRA(2) if adapts else None) if one]
+        model = convert(nn.Sequential(module), *techniques, where=lambda *_: True) if techniques else [module]
+        module = model[0].train(training)
+        trained, found = [one for one in module.parameters() if one.requires_grad], []
+        with kernels.using(kernels.available()[-1] if kernel == "best" else kernel):
+            for multiply in (torch.mul, torch.Tensor.mul_):
+                torch.manual_seed(0)
+                x, out = called(kind, module, rows, dtype)
+                factor = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
+                wanted = [one for one in (x, *trained) if one.requires_grad]
+                found.append(torch.autograd.grad(multiply(out, factor).sum(), wanted) if wanted else ())
+        assert all(map(torch.equal, *found)), kind
 
 
 def test_a_subclass_of_linear_is_taken_if_products_alone_read_its_weight():

@@ -9,19 +9,26 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     XLNetConfig,
     XLNetLMHeadModel,
 )
+from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
+from transformers.pytorch_utils import Conv1D
 
 import lowmem
-from lowmem import Budget, FourBit, Half, summary
+from lowmem import Budget, EightBit, FourBit, Half, LoRA, summary
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.nn.stored_module import StoredModule
+from lowmem.transforms.registry import ENTRIES, parameters_to_store
 from tests.integrations.transformers.folders import CONFIGS, IDS, SIZES, assert_same, load, write
+from tests.transforms.test_registry import KINDS, called
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -47,6 +54,69 @@ def test_it_equals_convert(tmp_path, kind):
         assert {name: p.requires_grad for name, p in read.named_parameters()} == {
             name: p.requires_grad for name, p in expected.named_parameters()
         }
+
+
+class KindsConfig(PreTrainedConfig):
+    model_type = "kinds"
+
+
+class Kinds(PreTrainedModel):
+    """A module of every kind of ``ENTRIES``."""
+
+    config_class = KindsConfig
+    base_model_prefix = "kinds"
+    _init_weights = lambda self, module: None  # noqa: E731
+
+    def __init__(self, config):
+        super().__init__(config)
+        own = {kind: make() for kind, make in KINDS.items() if kind not in ("LSTM", "Attention of other keys")}
+        own |= {"LSTM": nn.LSTM(16, 24), "weight norm": parametrizations.weight_norm(nn.Conv1d(8, 8, 3))}
+        own |= {"Conv1D": Conv1D(6, 40), "padded": nn.Conv2d(4, 6, 3, stride=2, padding="valid", groups=2)}
+        own |= {"reflects": nn.Conv1d(8, 6, 3, padding="same", padding_mode="reflect", bias=False)}
+        own |= {"XLNet": XLNetRelativeAttention(XLNetConfig(d_model=16, n_head=2))}
+        self.parts = nn.ModuleDict(own)
+        self.post_init()
+
+    def forward(self):
+        """Return what each module returns."""
+        torch.manual_seed(0)
+        read = {"XLNet": lambda one: torch.einsum("ih,hnd->ind", torch.randn(3, 16), one.q)}
+        read |= {kind: lambda one: one(torch.randn(2, 8, 5)) for kind in ("weight norm", "reflects")}
+        read |= {"padded": lambda one: one(torch.randn(2, 4, 5, 5)), "Conv1D": lambda one: one(torch.randn(2, 40))}
+        return {
+            kind: read[kind](one) if kind in read else called(kind, one, (2,), torch.float32)[1]
+            for kind, one in self.parts.items()
+        }
+
+
+STORING = [Half(), Half(torch.bfloat16), EightBit(compute_dtype=torch.bfloat16), Budget(6.0)]
+STORING += [FourBit("nf4", compute_dtype=torch.bfloat16, embeddings="4bit"), FourBit("nf4", 32)]
+
+
+@pytest.mark.filterwarnings("ignore:.* of the bytes of Kinds are weights that stay dense")
+def test_every_kind_of_layer_is_the_same_read_converted_and_read_again(tmp_path):
+    torch.manual_seed(0)
+    dense = Kinds(KindsConfig())
+    for parameter in dense.parameters():
+        nn.init.normal_(parameter)
+    dense.save_pretrained(tmp_path / "dense")
+    model = Kinds.from_pretrained(tmp_path / "dense")
+    assert {entry.kind for entry in ENTRIES} == {
+        next(entry.kind for entry in ENTRIES if entry.fits(one)) for one in model.modules() if parameters_to_store(one)
+    }
+    for number, technique in enumerate(STORING):
+        converted = lowmem.convert(Kinds.from_pretrained(tmp_path / "dense"), technique).eval()
+        read = Kinds.from_pretrained(tmp_path / "dense", quantization_config=LowmemConfig(technique))
+        if technique is STORING[-1]:
+            for one in (converted, read):
+                torch.manual_seed(1)
+                lowmem.convert(one, LoRA(2)).eval()
+        read.save_pretrained(tmp_path / str(number))
+        expected = converted()
+        for other in (read, Kinds.from_pretrained(tmp_path / str(number))):
+            assert_same(other, converted)
+            found = other()
+            assert all(torch.equal(one, found[kind]) for kind, one in expected.items()), technique
 
 
 def test_weights_that_a_model_makes_in_float32_are_read_so(tmp_path):
