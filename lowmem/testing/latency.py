@@ -21,7 +21,7 @@ from lowmem.testing.ratios import Ratio, ratio_of_times, seconds_per_call, take_
 __all__ = ["CONFIDENCE", "Speedup", "measure_speedup"]
 
 CONFIDENCE = 0.99  # of the interval; high, since it is checked several times, and each check may err
-BURST = 0.001  # least seconds of a burst: far above the timer's resolution, and shorter than the turn of another process
+BURST = 0.001  # least seconds of a burst: above the timer's resolution, below what another process gets at once
 BURSTS = 3  # of a turn, of which the median counts; one where calls take longer than ``LONG``
 CALIBRATING = 3  # bursts per number of calls, while the calls of a burst are calibrated
 FEWEST_ROUNDS = 8  # however slow the calls are: fewer pairs too often lie on one side by chance

@@ -25,7 +25,7 @@ from benchmarks.cases import BATCHES
 from benchmarks.latency import builds, counted, gate, instructions, proof, rounds, show, worker, workloads
 from benchmarks.latency.__main__ import main, one_line, parse
 from benchmarks.latency.builds import Commit, Environment, GateError
-from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different
+from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different, needs_second_look
 from lowmem import errors
 from lowmem.testing.verdicts import Row, Verdict
 from tests.compiled import on_threads
@@ -171,14 +171,47 @@ def test_identical_times_are_the_same_exactly():
     assert (row.ratio, row.low, row.high, row.verdict) == (1.0, 1.0, 1.0, "same")
 
 
+def disturbed(found, number):
+    """Return times of which so many rounds, the first ones, were disturbed, and say that head is twice as slow."""
+    head = [2 * second for second in found.head[:number]] + found.head[number:]
+    flags = [False] * number + [True] * (len(head) - number)
+    return replace(found, clock="wall", head=head, undisturbed=flags)
+
+
+@rows_in_one_case(
+    ("slowdown", "rounds_disturbed", "verdict", "says"),
+    [
+        (1.0, 9, "same", "in 6 fresh rounds: within the threshold"),
+        (1.0, 10, "undecided", "other work disturbed 10 of 15 fresh rounds: measure on a quieter machine"),
+        (1.3, 10, "undecided", "other work disturbed 10 of 15 fresh rounds"),
+        (1.3, 0, "slower", "in 15 fresh rounds"),
+        (1.3, 9, "undecided", "and other work disturbed 9 of 15 fresh rounds: the rounds do not agree"),
+    ],
+)
+def test_disturbed_rounds_do_not_count_and_what_they_leave_unproven_is_undecided(
+    slowdown, rounds_disturbed, verdict, says
+):
+    row = verdicts(times(slowdown, rounds=6), disturbed(times(slowdown, noise=0.001), rounds_disturbed))
+    assert row.verdict == verdict
+    assert says in row.says
+    if rounds_disturbed < 14:
+        assert row.ratio == pytest.approx(slowdown, rel=0.05)
+
+
+def test_too_many_disturbed_rounds_need_a_second_look():
+    assert not needs_second_look(disturbed(times(rounds=6), 3), 0.05)
+    assert needs_second_look(disturbed(times(rounds=6), 4), 0.05)
+
+
 # Rounds
 
 
 class Fake:
     """A worker without a process: a call of a workload takes as long as ``seconds`` says."""
 
-    def __init__(self, seconds, errors=(), clocks=None):
+    def __init__(self, seconds, errors=(), clocks=None, disturbed=()):
         self.seconds, self.errors, self.requests, self.closed = seconds, set(errors), [], False
+        self.disturbed = iter(disturbed)  # of the turns, while there are any
         self.clocks = clocks or dict.fromkeys(seconds, "cpu")
 
     def hello(self):
@@ -190,7 +223,9 @@ class Fake:
     def answer(self):
         request = self.requests[-1]
         name = request.get("set_up") or request["time"]
-        return {"error": "AttributeError: new"} if name in self.errors else {"seconds": self.seconds[name]}
+        if name in self.errors:
+            return {"error": "AttributeError: new"}
+        return {"seconds": self.seconds[name], "disturbed": "time" in request and next(self.disturbed, False)}
 
     def close(self):
         self.closed = True
@@ -213,6 +248,39 @@ OPTIONS = gate.Options("main", 0.05, Path("unused"))
 
 def compared(start, options=OPTIONS):
     return {row.name: row for row in gate.compare(start, options, lambda what: None)}
+
+
+@rows_in_one_case(
+    ("clock", "seconds", "turns", "calls", "undisturbed"),
+    [
+        ("wall", 0.001, [True, True, False], [20, 2, 2, 20], True),  # repeated with fewer calls until it is not
+        ("wall", 0.001, [True] * 99, [20, *[2] * 12] * 2, False),
+        ("wall", 0.5, [True, False], [1, 1], False),
+        ("cpu", 0.001, [True, True], [20, 20], True),  # another load adds little to seconds of the processor
+    ],
+)
+def test_a_disturbed_turn_by_the_clock_on_the_wall_is_repeated(
+    clock, seconds, turns, calls, undisturbed, monkeypatch
+):
+    monkeypatch.setattr(rounds.time, "sleep", lambda seconds: None)
+    sides = [Fake({"w": seconds}, clocks={"w": clock}, disturbed=own) for own in ((), turns, ())]
+    found, _ = rounds.measure(lambda number: sides, range(1), only=lambda name: True)
+    assert [request["calls"] for request in sides[1].requests if "time" in request] == calls
+    assert found["w"].undisturbed == [undisturbed]
+
+
+def test_a_workload_that_other_work_always_disturbs_is_undecided_after_a_few_more_rounds(monkeypatch):
+    monkeypatch.setattr(rounds.time, "sleep", lambda seconds: None)
+    log = []
+
+    def start(number):
+        log.append(number)
+        clocks = {"a, waiting": "wall", "b": "cpu"}
+        return [Fake({"a, waiting": 0.001, "b": 0.001}, clocks=clocks, disturbed=[True] * 999) for _ in range(3)]
+
+    found = compared(start)
+    assert {name: row.verdict for name, row in found.items()} == {"a, waiting": "undecided", "b": "same"}
+    assert len(log) == gate.FIRST_ROUNDS + gate.FEWEST_AGAIN
 
 
 def test_a_workload_that_head_lost_is_missing():

@@ -151,6 +151,16 @@ def test_an_output_that_is_not_finite_or_equal_is_a_figure_without_a_chart(undra
     assert len(Outline(render(report(losses={"small": 0.0, "lora": 0.0}))).all("svg")) == 2 * 8
 
 
+def test_an_undecided_gate_is_shown_as_such(undrawn):
+    row = Row("load, waiting", "", 1.0, 1.0, 1.0, 0.9, 1.1, "undecided", "other work disturbed 9 of 9 fresh rounds")
+    memory = report().verdicts[1]
+    html = render(report(verdicts=[memory, Verdict.of_rows("latency", "main", "HEAD", {}, [row])]))
+    text = re.sub(r"\s+", " ", Outline(html).text)
+    assert "Latency gate undecided" in text
+    assert "<dt>Gates</dt><dd>undecided</dd><dd>undecided: latency</dd>" in html
+    assert "other work disturbed 9 of 9 fresh rounds" in text
+
+
 def test_a_gate_without_rows_is_shown(undrawn):
     found = report()
     html = render(replace(found, verdicts=[replace(found.verdicts[0], rows=())]))
