@@ -358,7 +358,6 @@ def test_a_latency_gate_passes_fails_and_says_what_it_saw(project, run):
         "the candidate is 1.30 times as fast as the reference (99% interval 1.20 to 1.40, 16 pairs of times), and"
         in output
     )
-    assert "undecided (3 s allowed): the candidate is 1.50 times" in output
     assert "test_model.py::test_latency[1.6-1.8]: 1.70 times as fast" in output
     assert re.search("the candidate fails on the example input: RuntimeError: .*mat1 and mat2 shapes cannot", output)
     assert "at_least=0 must be a positive, finite number" in output

@@ -7,8 +7,7 @@ A workload is slower when, measured in fresh processes after it first looked so,
 - Wilcoxon's signed-rank test says so, after Holm's correction over all workloads (Holm 1979).
 
 Times by the clock on the wall count only in rounds in which no thread waited for a core
-(``lowmem.testing.disturbance``). Where too few such rounds are left, or they do not prove what they show, the workload
-is undecided.
+(``lowmem.testing.disturbance``). Where too few rounds are left, or they prove nothing, the workload is undecided.
 
 The unit of all statistics is a round, which starts processes of its own: layout, allocator and hash seed stay the
 same as long as a process lives, so that calls of one process are no independent witnesses.

@@ -14,6 +14,7 @@ pytest.importorskip("vl_convert", reason="the page needs the extra: pip install 
 
 from lowmem.report.charts import Drawing
 from lowmem.report.page import render
+from lowmem.testing.verdicts import Row, Verdict
 
 
 class Outline(HTMLParser):

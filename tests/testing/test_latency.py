@@ -67,7 +67,7 @@ def test_a_reference_that_is_faster_gives_a_ratio_below_one():
 
 def test_noise_is_measured_for_longer_before_a_verdict():
     clock = Clock()
-    found = measure_speedup(clock.call(1e-2, 0.4), clock.call(1.2e-2, 0.4, seed=1), timer=clock)
+    found = measure_speedup(clock.call(2e-2, 0.4), clock.call(2.4e-2, 0.4, seed=1), timer=clock)
     assert FIRST_ROUNDS < found.ratio.pairs <= MOST_ROUNDS
     assert found.verdict == "faster"
 
@@ -98,7 +98,7 @@ class Load:
         return run
 
 
-def beside(slowdowns, at_least, others=1.0, seconds=20, candidate=1e-3):
+def beside(slowdowns, at_least, others=1.0, seconds=3, candidate=1e-3):
     """Compare with a reference of 2 ms that other work does not slow."""
     clock = Clock(others)
     load = Load(clock, slowdowns)
@@ -123,7 +123,7 @@ def test_beside_other_work_only_undisturbed_and_clear_times_decide(slowdowns, at
     if verdict == "undecided":
         assert "other work took 1.0 of 2 cores, and" in str(found)
     else:
-        assert FEWEST_ROUNDS <= found.ratio.pairs
+        assert found.ratio.pairs >= FEWEST_ROUNDS
         assert found.ratio.value == pytest.approx(2)
         assert not found.disturbance
 
