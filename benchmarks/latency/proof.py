@@ -262,7 +262,7 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
         "seconds": round(time.monotonic() - began),
         "machine": machine(),
         "workloads": workloads,
-        "beside": "other work" if already_busy else "a loop" if case.busy == 1 else f"{case.busy or 'no'} loops",
+        "beside": "other work" if already_busy else ("nothing", "a loop", "two loops")[case.busy],
         "commit": git(ROOT, "rev-parse", "HEAD"),
     }
 

@@ -98,7 +98,7 @@ class Load:
         return run
 
 
-def beside(slowdowns, at_least, others=1.0, seconds=3, candidate=1e-3):
+def beside(slowdowns, at_least, others=1.0, seconds=10, candidate=1e-3):
     """Compare with a reference of 2 ms that other work does not slow."""
     clock = Clock(others)
     load = Load(clock, slowdowns)
