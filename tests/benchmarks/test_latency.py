@@ -22,12 +22,14 @@ from rich.console import Console
 
 import lowmem
 from benchmarks.cases import BATCHES
-from benchmarks.latency import builds, counted, gate, instructions, proof, rounds, show, worker, workloads
+from benchmarks.latency import builds, counted, gate, guide, instructions, proof, rounds, show, worker, workloads
 from benchmarks.latency.__main__ import main, one_line, parse
 from benchmarks.latency.builds import Commit, Environment, GateError
 from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different, needs_second_look
 from lowmem import errors
-from lowmem.testing.verdicts import Row, Verdict
+from lowmem.testing.latency import Speedup
+from lowmem.testing.ratios import Ratio
+from lowmem.testing.verdicts import Row, Verdict, read_verdict
 from tests.compiled import on_threads
 from tests.selection import rows_in_one_case
 
@@ -201,6 +203,22 @@ def test_disturbed_rounds_do_not_count_and_what_they_leave_unproven_is_undecided
 def test_too_many_disturbed_rounds_need_a_second_look():
     assert not needs_second_look(disturbed(times(rounds=6), 3), 0.05)
     assert needs_second_look(disturbed(times(rounds=6), 4), 0.05)
+
+
+@rows_in_one_case(
+    ("low", "high", "code", "verdict"),
+    [(1.6, 1.8, 0, "same"), (1.2, 1.4, 1, "slower"), (1.4, 1.6, 2, "undecided")],
+)
+def test_a_run_of_the_guide_s_gate_ends_with_its_verdict(low, high, code, verdict, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        guide, "measure", lambda slower: asked.append(slower) or Speedup(Ratio(1.5, low, high, 0.5, 16), 1.5)
+    )
+    out = tmp_path / "guide.json"
+    assert guide.main([str(out), "--slower"]) == code
+    found = read_verdict(out)
+    assert (found.rows[0].verdict, found.passed, asked) == (verdict, code == 0, [True])
+    assert found.rows[0].says.startswith("the candidate is 1.50 times as fast")
 
 
 # Rounds
