@@ -29,7 +29,7 @@ from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different, nee
 from lowmem import errors
 from lowmem.testing.latency import Speedup
 from lowmem.testing.ratios import Ratio
-from lowmem.testing.verdicts import Row, Verdict, read_verdict
+from lowmem.testing.verdicts import Row, Verdict, read_verdict, write_verdict
 from tests.compiled import on_threads
 from tests.selection import rows_in_one_case
 
@@ -1027,15 +1027,26 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_built(tm
     assert "cannot be written" in said(capsys)
 
 
-@pytest.mark.parametrize(("rows", "code"), [(ROWS, 1), (ROWS[1:], 0)])
-def test_the_exit_code_says_whether_it_passed(rows, code, monkeypatch, capsys, tmp_path):
+UNDECIDED = Row("w5, waiting", "wall seconds", 1.0, 1.2, 1.2, 1.0, 1.3, "undecided", "other work disturbed 9 of 15")
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "says"),
+    [
+        (ROWS, 1, "FAILED: 1 slower"),
+        ([*ROWS, UNDECIDED], 1, "FAILED: 1 slower, 1 undecided"),
+        (ROWS[1:], 0, "passed: 1 faster"),
+        ([*ROWS[1:], UNDECIDED], 2, "UNDECIDED: 1 undecided, 1 faster"),
+    ],
+)
+def test_the_exit_code_says_whether_it_passed(rows, code, says, monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     verdict = Verdict.of_rows("latency", "bbb (main)", "aaa (HEAD)", {"cores": 2}, rows)
     other = Verdict.of_rows("instructions", "bbb (main)", "aaa (HEAD)", {"cores": 2}, ROWS[1:2])
     monkeypatch.setattr(gate, "run", lambda options, progress: [verdict, other])
     assert main(["--base", "HEAD", "--output", str(tmp_path)]) == code
     out = capsys.readouterr().out
-    assert f"latency: {'FAILED' if code else 'passed'}" in out
+    assert f"latency: {says}" in out
     assert "instructions: passed" in out
     assert json.loads((tmp_path / "latency.json").read_text())["passed"] is not bool(code)
 
@@ -1148,6 +1159,14 @@ def test_the_proof_holds_when_all_runs_are_there_and_right():
     assert not proof.holds(calm, [run_of(calm)] * 9 + [run_of(calm, "latency")])
     assert proof.holds(fault, [run_of(fault, "latency")] * 5)
     assert not proof.holds(fault, [run_of(fault, "latency")] * 4 + [run_of(fault)])
+    undecided = run_of(calm) | {"undecided": {"latency": ["a row"]}}
+    assert not proof.holds(calm, [run_of(calm)] * 9 + [undecided])
+    some = replace(calm, decided=3)
+    assert proof.holds(some, [run_of(calm)] * 3 + [undecided] * 7)
+    assert not proof.holds(some, [run_of(calm)] * 2 + [undecided] * 8)
+    assert not proof.holds(some, [run_of(calm)] * 3 + [undecided] * 7 + [run_of(calm, "latency")])
+    assert "| 10 | 0 | 0 of 10 | 7 |" in proof.table([run_of(calm)] * 3 + [undecided] * 7)
+    assert proof.outcome(undecided) == "a row, 60 s"
 
 
 GATE = """
@@ -1191,10 +1210,25 @@ def test_gates_of_memory_run_beside_each_other_and_their_alarms_are_kept(tmp_pat
     found = proof.run_case(case, clone, tmp_path, "*", False)
     assert found["alarms"] == {"resident": ["resident bytes: one byte more"]}
     assert (found["case"], found["beside"], found["commit"]) == ("two gates", "nothing", "0123abc")
-    assert proof.run_case(replace(case, busy=True), clone, tmp_path, "*", True)["beside"] == "other work"
+    assert proof.run_case(replace(case, busy=1), clone, tmp_path, "*", True)["beside"] == "other work"
     assert not started
-    assert proof.run_case(replace(case, busy=True), clone, tmp_path, "*", False)["beside"] == "a loop"
+    assert proof.run_case(replace(case, busy=1), clone, tmp_path, "*", False)["beside"] == "a loop"
     assert [process.returncode is None for process in started] == [False]  # one, which has ended
+
+
+def test_an_undecided_gate_is_neither_an_alarm_nor_an_error_of_the_proof(tmp_path, monkeypatch):
+    clone = tmp_path / "clone"
+    clone.mkdir()
+
+    def undecided(command, **options):
+        write_verdict(Path(command[3]), Verdict.of_rows("latency", "b", "h", {}, [UNDECIDED]))
+        return subprocess.CompletedProcess(command, 2, "", "")
+
+    monkeypatch.setattr(proof.subprocess, "run", undecided)
+    monkeypatch.setattr(proof, "git", lambda *_: "0123abc")
+    found = proof.run_case(proof.Case("the guide's", gates=("guide",)), clone, tmp_path, "*", False)
+    assert found["alarms"] == {}
+    assert found["undecided"] == {"latency": ["w5, waiting wall seconds: other work disturbed 9 of 15"]}
 
 
 def test_a_gate_without_a_verdict_ends_the_proof(tmp_path, monkeypatch):
