@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["LatencyGate", "MemoryGate", "latency_gate", "memory_gate"]
 
 MODES = ("compare", "store", "update")
+UNDECIDED = ("skip", "fail")
 GATES = {"latency_gate", "memory_gate"}
+REMEDY = "measure on a quieter machine, or ask for less"
 CANNOT_JUDGE = 2  # exit code if a gate fails without a verdict: bad baseline, model or option
 
 
@@ -46,10 +48,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "One JSON file for each kernel backend and minor version of torch: keep them in version control.",
         default="memory_baselines",
     )
+    parser.addini(
+        "lowmem_undecided",
+        "What an undecided latency_gate does to its test. skip: skip it, with the reason (default). fail: fail it, "
+        "with exit code 2.",
+        default="skip",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the plugin that collects the verdicts of this session."""
+    if (undecided := config.getini("lowmem_undecided")) not in UNDECIDED:
+        raise pytest.UsageError(f"lowmem_undecided={undecided!r}: choose {' or '.join(UNDECIDED)}")
     config.pluginmanager.register(Session(config), "lowmem-session")
 
 
@@ -126,14 +136,16 @@ class LatencyGate:
         seconds: float = 60.0,
         **named: Any,
     ) -> Speedup:
-        """Fail the test unless a candidate is at least ``at_least`` times as fast as a reference, at 99% confidence.
+        """Fail the test if a candidate is less than ``at_least`` times as fast as a reference, at 99% confidence.
+
+        Where that is undecided, the test is skipped, or fails where the ini option ``lowmem_undecided`` is ``fail``.
 
         Args:
             candidate: a module, which is called in eval mode without gradients, or another callable.
             reference: a module or callable to compare with, in turns.
             *inputs: positional arguments of both.
             at_least: how many times as fast the candidate must be; below 1 it may be slower.
-            seconds: after which an undecided gate fails.
+            seconds: after which the gate is undecided.
             **named: keyword arguments of both.
 
         Returns:
@@ -150,11 +162,10 @@ class LatencyGate:
         if found.verdict == "slower":
             pytest.fail(f"the candidate is {found}", pytrace=False)
         if found.verdict == "undecided":
-            pytest.fail(
-                f"undecided ({seconds:g} s allowed): the candidate is {found}; "
-                "measure on a quieter machine, or ask for less",
-                pytrace=False,
-            )
+            reason = f"undecided ({seconds:g} s allowed): the candidate is {found}; {REMEDY}"
+            if self._session.fails_undecided:
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
         return found
 
 
@@ -174,6 +185,11 @@ class Session:
     def directory(self) -> Path:
         """The directory of the baselines."""
         return self.config.rootpath / cast(str, self.config.getini("lowmem_baselines"))
+
+    @property
+    def fails_undecided(self) -> bool:
+        """Whether an undecided latency gate fails its test instead of skipping it."""
+        return bool(self.config.getini("lowmem_undecided") == "fail")
 
     def memory(self) -> MemoryGates:
         """Return the memory gates; they are created on the first call."""
@@ -238,7 +254,8 @@ class Session:
                 self.written = self._memory.write()
             except (OSError, ValueError) as error:
                 self.errors.append(str(error))
-        if self.errors:
+        undecided = any(verdict == "undecided" for *_, verdict in self.latency)
+        if self.errors or (undecided and self.fails_undecided):
             session.exitstatus = CANNOT_JUDGE
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -262,7 +279,7 @@ class Session:
         if self.latency:
             terminalreporter.section("latency gates")
             for test, text, verdict in self.latency:
-                write(f"{test}: {text}: {verdict}", red=verdict != "faster")
+                write(f"{test}: {text}: {verdict}", red=verdict == "slower", yellow=verdict == "undecided")
         if self.errors:
             terminalreporter.section(f"gates that could not judge: exit code {CANNOT_JUDGE}")
             for line in dict.fromkeys(self.errors):

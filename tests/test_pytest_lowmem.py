@@ -353,15 +353,36 @@ def test_a_latency_gate_passes_fails_and_says_what_it_saw(project, run):
     project.makepyfile(test_model=LATENCY)
     code, output = run()
     assert code == 2
-    assert "4 failed, 1 passed" in output
+    assert "3 failed, 1 passed, 1 skipped" in output
     assert (
         "the candidate is 1.30 times as fast as the reference (99% interval 1.20 to 1.40, 16 pairs of times), and"
         in output
     )
-    assert "undecided (3 s allowed): the candidate is 1.50 times" in output
     assert "test_model.py::test_latency[1.6-1.8]: 1.70 times as fast" in output
     assert re.search("the candidate fails on the example input: RuntimeError: .*mat1 and mat2 shapes cannot", output)
     assert "at_least=0 must be a positive, finite number" in output
+
+
+@pytest.mark.parametrize(
+    ("configured", "code", "counted"),
+    [((), 0, "1 passed, 1 skipped"), (("-o", "lowmem_undecided=fail"), 2, "1 failed, 1 passed")],
+)
+def test_an_undecided_latency_gate_skips_its_test_or_fails_it_where_the_project_says_so(
+    project, run, configured, code, counted
+):
+    project.makepyfile(test_model=LATENCY)
+    found, output = run("-rs", "-k", "1.6-1.8 or 1.4-1.6", *configured)
+    assert found == code
+    assert counted in output
+    assert "undecided (3 s allowed): the candidate is 1.50 times as fast" in output
+    assert "measure on a quieter machine, or ask for less" in output
+    assert "test_model.py::test_latency[1.4-1.6]: 1.50 times as fast" in output
+
+
+def test_another_value_of_the_option_for_undecided_gates_is_refused(run):
+    code, output = run("-o", "lowmem_undecided=maybe")
+    assert code == 4
+    assert "lowmem_undecided='maybe': choose skip or fail" in output
 
 
 def test_without_scipy_the_memory_gate_works_and_the_latency_gate_says_what_to_install(project, run, monkeypatch):

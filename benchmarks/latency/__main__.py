@@ -1,4 +1,4 @@
-"""``python -m benchmarks.latency --base REF``: exit code 0 passed, 1 something is slower, 2 bad input."""
+"""``python -m benchmarks.latency --base REF``: 0 passed, 1 something is slower, 2 undecided or bad input."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GateError as error:
         sys.stderr.write(one_line(str(error)))
         return 2
-    return 0 if all(verdict.passed for verdict in verdicts) else 1
+    outcomes = {verdict.outcome for verdict in verdicts}
+    return 1 if "failed" in outcomes else 2 if "undecided" in outcomes else 0
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[gate.Options, Path | None, bool]:

@@ -17,14 +17,13 @@ from typing import Any
 from benchmarks.latency import builds, instructions, rounds
 from benchmarks.latency.builds import Environment, GateError
 from benchmarks.latency.rounds import Start
-from benchmarks.latency.verdict import Times, judge, looks_different
+from benchmarks.latency.verdict import FEWEST_AGAIN, Times, judge, looks_different, needs_second_look
 from lowmem.testing.verdicts import Row, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 FIRST_ROUNDS = 6  # all workloads; a multiple of 3, so that each side begins as often
 AGAIN_ROUNDS = 15  # those that look different: fewer could not pass Holm's correction over all workloads
-FEWEST_AGAIN = 6  # from then on, one whose estimate is within the threshold is settled: it has not become slower
 LONG_EVERY = 2  # of the first rounds, workloads of long calls, which vary less, take part in each so many
 AGAIN_TURNS = 3
 
@@ -103,7 +102,7 @@ def check_kernels(base: Environment, head: Environment) -> None:
 
 
 def compare(start: Start, options: Options, progress: Callable[[str], None]) -> list[Row]:
-    """Time all workloads, those that look different again in fresh processes, and judge.
+    """Time all workloads, those that look different or were disturbed again in fresh processes, and judge.
 
     Raises:
         GateError: no workload has a name that is asked for, or a worker fails.
@@ -121,7 +120,7 @@ def compare(start: Start, options: Options, progress: Callable[[str], None]) -> 
     )
     if not first and not broken:
         raise GateError(f"no workload is called {options.workloads!r}: see benchmarks/latency/workloads.py")
-    suspects = {name for name, times in first.items() if looks_different(times, options.threshold)}
+    suspects = {name for name, times in first.items() if needs_second_look(times, options.threshold)}
     second: dict[str, Times] = {}
     if suspects:
         progress(f"again in fresh processes: {', '.join(sorted(suspects))}")
@@ -130,7 +129,7 @@ def compare(start: Start, options: Options, progress: Callable[[str], None]) -> 
             range(FIRST_ROUNDS, FIRST_ROUNDS + AGAIN_ROUNDS),
             only=suspects.__contains__,
             turns=AGAIN_TURNS,
-            settled=lambda times: len(times.head) >= FEWEST_AGAIN and not looks_different(times, options.threshold),
+            settled=lambda times: settled(times, options.threshold),
             progress=told,
         )
         broken |= newly
@@ -138,6 +137,14 @@ def compare(start: Start, options: Options, progress: Callable[[str], None]) -> 
     if not rows and all(said.startswith("base") for said in broken.values()):
         raise GateError(f"base can run no workload: {next(iter(broken.values()))}")
     return rows + [_broken_row(name, said) for name, said in broken.items()]
+
+
+def settled(times: Times, threshold: float) -> bool:
+    """Whether a workload needs no further round: it is within the threshold, or other work disturbs every round."""
+    clean = times.clean()
+    if len(times.head) >= FEWEST_AGAIN and not clean.head:
+        return True
+    return len(clean.head) >= FEWEST_AGAIN and not looks_different(clean, threshold)
 
 
 def _broken_row(name: str, said: str) -> Row:

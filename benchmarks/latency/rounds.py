@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 from benchmarks.latency.builds import Environment, GateError
 from benchmarks.latency.verdict import Times
+from lowmem.testing.disturbance import PAUSES, disturbs, seconds_waited
 from lowmem.testing.ratios import take_turns
 
 TURN = 0.02  # seconds that a turn takes, or one call
@@ -35,7 +37,10 @@ class Side(Protocol):
         """Let it begin with a request."""
 
     def answer(self) -> dict[str, Any]:
-        """Return ``{"seconds": ...}`` or ``{"error": ...}``, the answer to what was sent."""
+        """Return ``{"seconds": ...}`` or ``{"error": ...}``, the answer to what was sent.
+
+        ``"disturbed"`` says whether other work kept threads of the process from a core meanwhile.
+        """
 
     def close(self) -> None:
         """End it."""
@@ -74,12 +79,17 @@ class Worker:
         """Let the process begin with a request."""
         assert self._process.stdin is not None
         self._request = " ".join(map(str, request.values()))
+        self._sent = time.perf_counter(), seconds_waited(self._process.pid)
         with suppress(BrokenPipeError):  # the process has ended: answer() says why
             print(json.dumps(request), file=self._process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any]:
         """Return the answer to what was sent."""
-        return self._read(self._request)
+        answer = self._read(self._request)
+        sent, before = self._sent
+        seconds, after = time.perf_counter() - sent, seconds_waited(self._process.pid)
+        waited = None if before is None or after is None else after - before
+        return answer | {"disturbed": disturbs(waited, seconds)}
 
     def close(self) -> None:
         """End the process and wait for it."""
@@ -190,8 +200,12 @@ def measure(
                     continue
                 if ready[0]["seconds"] > LONG:
                     long.add(name)
-                seconds = _in_turns(name, sides, ready[0]["seconds"], 1 if name in long else turns, number)
                 times = found.setdefault(name, Times(clocks[name]))
+                again = () if name in long or times.clock == "cpu" else PAUSES
+                seconds, disturbed = _in_turns(
+                    name, sides, ready[0]["seconds"], 1 if name in long else turns, number, again
+                )
+                times.undisturbed.append(times.clock == "cpu" or not disturbed)
                 for own, value in zip((times.base, times.head, times.again), seconds, strict=True):
                     own.append(value)
     return found, broken
@@ -206,16 +220,29 @@ def _complaint(name: str, answers: list[dict[str, Any]]) -> str | None:
     return f"base: {base or again}" if base or again else None
 
 
-def _in_turns(name: str, sides: Sequence[Side], seconds: float, turns: int, number: int) -> list[float]:
-    """Return seconds per call of base, head and base; who begins changes from round to round."""
+def _in_turns(
+    name: str, sides: Sequence[Side], seconds: float, turns: int, number: int, again: Sequence[float]
+) -> tuple[list[float], bool]:
+    """Return seconds per call of base, head and base, and whether a turn was disturbed.
+
+    Who begins changes from round to round. A turn that other work disturbs is repeated after each of the pauses
+    ``again``, with fewer calls: a process that has slept, and works briefly, is often not interrupted.
+    """
+    spoiled: list[str] = []
     calls = max(1, min(MOST_CALLS, round(TURN / max(seconds, 1e-9))))
 
     def turn(side: Side) -> Callable[[], float]:
         def run() -> float:
-            side.send(time=name, calls=calls)
-            answer = side.answer()
-            if "error" in answer:
-                raise GateError(f"the workload {name!r} ran once and then failed: {answer['error']}")
+            for pause, many in ((0.0, calls), *((pause, min(calls, 2)) for pause in again)):
+                time.sleep(pause)
+                side.send(time=name, calls=many)
+                answer = side.answer()
+                if "error" in answer:
+                    raise GateError(f"the workload {name!r} ran once and then failed: {answer['error']}")
+                if not answer.get("disturbed"):
+                    break
+            else:
+                spoiled.append(name)
             return answer["seconds"]
 
         return run
@@ -224,4 +251,4 @@ def _in_turns(name: str, sides: Sequence[Side], seconds: float, turns: int, numb
     order = [*range(first, len(sides)), *range(first)]
     taken = take_turns([turn(sides[at]) for at in order], turns)
     by_side = dict(zip(order, taken, strict=True))
-    return [sum(by_side[at]) / turns for at in range(len(sides))]
+    return [sum(by_side[at]) / turns for at in range(len(sides))], bool(spoiled)

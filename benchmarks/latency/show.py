@@ -13,8 +13,10 @@ from rich.text import Text
 from benchmarks.latency.builds import GateError
 from lowmem.testing.verdicts import FAILING, Row, Verdict, write_verdict
 
-ORDER = ("slower", "missing", "grew", "faster", "shrank", "new", "skipped", "same")
+ORDER = ("slower", "missing", "grew", "undecided", "faster", "shrank", "new", "skipped", "same")
 COLORS = {"slower": "bold red", "missing": "bold red", "grew": "bold red", "faster": "green", "shrank": "green"}
+COLORS |= {"undecided": "yellow"}
+OUTCOMES = {"passed": "bold green", "undecided": "bold yellow", "failed": "bold red"}
 FAILS = FAILING["latency"] | FAILING["instructions"]
 HEADINGS = ("Workload", "Head / base", "Interval", "Verdict", "")
 
@@ -30,7 +32,7 @@ def headline(verdict: Verdict) -> str:
     said = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing was compared"
     if verdict.rows and all(row.verdict == "skipped" for row in verdict.rows):
         return f"{verdict.gate}: SKIPPED: {verdict.rows[0].says}"
-    return f"{verdict.gate}: {'passed' if verdict.passed else 'FAILED'}: {said}"
+    return f"{verdict.gate}: {verdict.outcome if verdict.passed else verdict.outcome.upper()}: {said}"
 
 
 def print_verdict(verdict: Verdict, console: Console, everything: bool = False) -> None:
@@ -46,7 +48,7 @@ def print_verdict(verdict: Verdict, console: Console, everything: bool = False) 
         console.print(table)
     for note in [*verdict.notes, *_summary_of_same(verdict)]:
         console.print(Text(note), soft_wrap=True)
-    console.print(Text(headline(verdict), style="bold green" if verdict.passed else "bold red"), soft_wrap=True)
+    console.print(Text(headline(verdict), style=OUTCOMES[verdict.outcome]), soft_wrap=True)
 
 
 def markdown(verdict: Verdict) -> str:

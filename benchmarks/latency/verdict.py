@@ -6,6 +6,9 @@ A workload is slower when, measured in fresh processes after it first looked so,
 - it is beyond the noise floor: how far base lies from base, measured by the same rounds in the same job;
 - Wilcoxon's signed-rank test says so, after Holm's correction over all workloads (Holm 1979).
 
+Times by the clock on the wall count only in rounds in which no thread waited for a core
+(``lowmem.testing.disturbance``). Where too few rounds are left, or they prove nothing, the workload is undecided.
+
 The unit of all statistics is a round, which starts processes of its own: layout, allocator and hash seed stay the
 same as long as a process lives, so that calls of one process are no independent witnesses.
 """
@@ -14,23 +17,41 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import compress
 
 from statsmodels.stats.multitest import multipletests
 
 from lowmem.testing.ratios import Ratio, hodges_lehmann, ratio_of_times
 from lowmem.testing.verdicts import Row
 
+FEWEST_FIRST = 0.5  # share of the first rounds that have to be undisturbed
+FEWEST_AGAIN = 6  # rounds after which a workload whose estimate is within the threshold is the same
 ALPHA = 0.01  # of a false alarm anywhere in one run, before threshold and floor make it rarer
 
 
 @dataclass
 class Times:
-    """Seconds per call of one workload, one entry a round: base, head, and base again in another process."""
+    """Seconds per call of one workload, one entry a round: base, head, and base again in another process.
+
+    ``undisturbed`` says of each round whether no other work disturbed it.
+    """
 
     clock: str
     base: list[float] = field(default_factory=list)
     head: list[float] = field(default_factory=list)
     again: list[float] = field(default_factory=list)
+    undisturbed: list[bool] = field(default_factory=list)
+
+    def clean(self) -> Times:
+        """Return the times of the undisturbed rounds."""
+        if all(self.undisturbed):
+            return self
+        base, head, again = (list(compress(own, self.undisturbed)) for own in (self.base, self.head, self.again))
+        return Times(self.clock, base, head, again)
+
+    def disturbed(self) -> int:
+        """Return the number of disturbed rounds."""
+        return self.undisturbed.count(False)
 
     def ratio(self) -> Ratio:
         """Estimate head against base, which ran twice as often."""
@@ -55,8 +76,14 @@ class Times:
         return max(noise.high, 1 / noise.low)
 
 
+def needs_second_look(times: Times, threshold: float) -> bool:
+    """Whether a workload has to be measured again: it looks different, or other work disturbed too many rounds."""
+    clean = times.clean()
+    return len(clean.head) < FEWEST_FIRST * len(times.head) or looks_different(clean, threshold)
+
+
 def looks_different(times: Times, threshold: float) -> bool:
-    """Whether a workload has to be measured again: head lies beyond the threshold on either side."""
+    """Whether head lies beyond the threshold on either side."""
     return abs(math.log(times.estimate())) > math.log1p(threshold)
 
 
@@ -65,13 +92,14 @@ def judge(first: dict[str, Times], second: dict[str, Times], threshold: float) -
 
     Args:
         first: what all workloads took.
-        second: what those took that looked different, in fresh processes.
+        second: what those took that needed a second look, in fresh processes.
         threshold: 0.05 lets a workload be 5% slower.
     """
     p_values = dict.fromkeys(first, 1.0)
     for name, times in second.items():
-        ratio = times.ratio()
-        p_values[name] = ratio.p_value if ratio.value > 1 else times.inverse().p_value
+        if len((clean := times.clean()).head) >= FEWEST_AGAIN:
+            ratio = clean.ratio()
+            p_values[name] = ratio.p_value if ratio.value > 1 else clean.inverse().p_value
     corrected = multipletests(list(p_values.values()), method="holm")[1] if p_values else []
     adjusted = dict(zip(p_values, map(float, corrected), strict=True))
     return [_row(name, times, second.get(name), threshold, adjusted[name]) for name, times in first.items()]
@@ -79,6 +107,8 @@ def judge(first: dict[str, Times], second: dict[str, Times], threshold: float) -
 
 def _row(name: str, first: Times, second: Times | None, threshold: float, p_value: float) -> Row:
     times = second or first
+    if len(times.clean().head) >= 2:
+        times = times.clean()
     ratio = times.ratio()
     verdict, says = ("same", "") if second is None else _of_second_look(first.estimate(), second, threshold, p_value)
     base, head = _center(times.of_base()), _center(times.head)
@@ -86,16 +116,22 @@ def _row(name: str, first: Times, second: Times | None, threshold: float, p_valu
 
 
 def _of_second_look(looked: float, second: Times, threshold: float, p_value: float) -> tuple[str, str]:
-    """Return the verdict on what looked different, and what it rests on."""
+    """Return the verdict on what was measured again, and what it rests on."""
+    disturbed, second = second.disturbed(), second.clean()
+    beside = f"other work disturbed {disturbed} of {disturbed + len(second.head)} fresh rounds"
+    if len(second.head) < FEWEST_AGAIN:
+        return "undecided", f"{beside}: measure on a quieter machine"
     found, floor = second.estimate(), second.floor()
     change = max(found, 1 / found)
     again = f"{_percent(looked)} at first, {_percent(found)} in {len(second.head)} fresh rounds"
     if change <= 1 + threshold:
         return "same", f"{again}: within the threshold"
+    unproven = "undecided" if disturbed else "same"
+    again = f"{again}, and {beside}" if disturbed else again
     if change <= floor:
-        return "same", f"{again}: no more than base differs from base ({_percent(floor)})"
+        return unproven, f"{again}: no more than base differs from base ({_percent(floor)})"
     if p_value >= ALPHA:
-        return "same", f"{again}: the rounds do not agree (corrected p = {p_value:.2g})"
+        return unproven, f"{again}: the rounds do not agree (corrected p = {p_value:.2g})"
     word = "slower" if found > 1 else "faster"
     return word, f"{again}; base against base {_percent(floor)}, corrected p = {p_value:.1g}"
 

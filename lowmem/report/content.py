@@ -74,7 +74,7 @@ class Figure:
     caption: str
     table: Table
     title: str = ""
-    passed: bool | None = None
+    outcome: str = ""
     texts: Sequence[str] = ()
     shown: Table | None = None
 

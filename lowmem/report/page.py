@@ -18,7 +18,7 @@ from lowmem.report.distortion import least_error
 from lowmem.report.footprint import KINDS
 from lowmem.report.theme import DARK, LIGHT, css
 from lowmem.report.timings import Timing, is_peers
-from lowmem.testing.verdicts import Row, Verdict
+from lowmem.testing.verdicts import OUTCOMES, Row, Verdict
 from lowmem.version import __version__
 
 __all__ = ["Report", "page", "render"]
@@ -79,12 +79,13 @@ def _tiles(report: Report) -> list[Tile]:
                 f"{closest} loses least, {farthest} most",
             )
         )
-    failed = [verdict.gate for verdict in report.verdicts if not verdict.passed]
     if not report.verdicts:
         tiles.append(Tile("Gates", "no verdict", "none was given to this report"))
     else:
-        says = f"failed: {', '.join(failed)}" if failed else ", ".join(v.gate for v in report.verdicts)
-        tiles.append(Tile("Gates", "failed" if failed else "passed", says))
+        gates = {word: [v.gate for v in report.verdicts if v.outcome == word] for word in OUTCOMES}
+        worst = next(word for word in OUTCOMES if gates[word])
+        says = ", ".join(gates[worst])
+        tiles.append(Tile("Gates", worst, says if worst == "passed" else f"{worst}: {says}"))
     return tiles
 
 
@@ -288,7 +289,7 @@ def _gate(verdict: Verdict) -> Figure:
             f"All figures of the {verdict.gate} gate", columns, [_gate_cells(row) for row in verdict.rows], text=text
         ),
         title=f"{verdict.gate.capitalize()} gate",
-        passed=verdict.passed,
+        outcome=verdict.outcome,
         texts=[said],
         shown=Table("What moved", columns, [_gate_cells(row) for row in moved], text=text) if moved else None,
     )

@@ -5,24 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from lowmem.testing.call import check_model, model_errors
+from lowmem.testing.disturbance import LONG, Watch
 from lowmem.testing.ratios import Ratio, ratio_of_times, seconds_per_call, take_turns
 
 __all__ = ["CONFIDENCE", "Speedup", "measure_speedup"]
 
 CONFIDENCE = 0.99  # of the interval; high, since it is checked several times, and each check may err
-BURST = 0.005  # least seconds of a turn: longer than the timer's resolution and most interruptions
-CALIBRATING = 3  # turns per number of calls, while the calls of a burst are calibrated
+BURST = 0.001  # least seconds of a burst: above the timer's resolution, below what another process gets at once
+BURSTS = 3  # of a turn, of which the median counts; one where calls take longer than ``LONG``
+CALIBRATING = 3  # bursts per number of calls, while the calls of a burst are calibrated
 FEWEST_ROUNDS = 8  # however slow the calls are: fewer pairs too often lie on one side by chance
 FIRST_ROUNDS = 16  # rounds before the first check, if the time allows
 MOST_ROUNDS = 128  # in all; to bootstrap more pairs would take longer than to measure them
+FASTEST = 0.1  # quantile of the times that other work disturbed least
+MARGIN = 1.1  # beside other work: its use of caches and memory changed ratios by up to this, though no thread waited
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,18 @@ class Speedup:
     Attributes:
         ratio: the reference's seconds divided by the candidate's: above 1, the candidate is faster.
         at_least: the required ratio.
+        disturbance: why the times do not decide, where other work disturbed the measurement; else empty.
     """
 
     ratio: Ratio
     at_least: float
+    disturbance: str = ""
 
     @property
     def verdict(self) -> str:
         """ "faster" or "slower" where the interval lies on one side of ``at_least``, else "undecided"."""
+        if self.disturbance:
+            return "undecided"
         if self.ratio.low >= self.at_least:
             return "faster"
         return "slower" if self.ratio.high < self.at_least else "undecided"
@@ -49,6 +59,7 @@ class Speedup:
         return (
             f"{ratio.value:.2f} times as fast as the reference ({CONFIDENCE:.0%} interval {ratio.low:.2f} to "
             f"{ratio.high:.2f}, {ratio.pairs} pairs of times), and {self.at_least:g} times are asked for"
+            f"{f'; {self.disturbance}' if self.disturbance else ''}"
         )
 
 
@@ -59,12 +70,14 @@ def measure_speedup(
     at_least: float = 1.0,
     seconds: float = 60.0,
     timer: Callable[[], float] = perf_counter,
+    watch: Watch | None = None,
     **named: Any,
 ) -> Speedup:
     """Measure ``reference's seconds / candidate's seconds`` in turns (ABBA).
 
     Pairs of times are added until the interval of the ratio lies above or below ``at_least``, there are 128 pairs, or
-    more would exceed the time limit.
+    more would exceed the time limit. Where other work takes part of the machine, only pairs during which no thread
+    waited for a core decide.
     Modules are called in eval mode without gradients; other callables as they are.
 
     Args:
@@ -74,6 +87,7 @@ def measure_speedup(
         at_least: how many times as fast the candidate must be; below 1 it may be slower.
         seconds: the time limit; at least eight pairs of times are taken, even if they take longer.
         timer: returns seconds.
+        watch: notices other work; None: by what the operating system counts.
         **named: keyword arguments of both.
 
     Raises:
@@ -84,22 +98,42 @@ def measure_speedup(
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} must be a positive, finite number")
     start = timer()
+    watch = watch or Watch()
     with _ready(candidate, inputs, named) as run, _ready(reference, inputs, named) as against:
-        sides = [_turn(run, timer, "the candidate"), _turn(against, timer, "the reference")]
-        mine: list[float] = []
-        theirs: list[float] = []
+        sides = [_turn(run, timer, watch, "the candidate"), _turn(against, timer, watch, "the reference")]
+        pairs: list[tuple[float, float]] = []
         before = timer()
         take_turns(sides, 1)
         affordable = int(seconds / max(timer() - before, BURST))
         rounds = max(FEWEST_ROUNDS, min(affordable, FIRST_ROUNDS))
         while True:
-            for own, times in zip((mine, theirs), take_turns(sides, rounds), strict=True):
-                own += times
-            found = Speedup(ratio_of_times(theirs, mine, bound=at_least, confidence=CONFIDENCE), at_least)
+            for _ in range(rounds):
+                mine, theirs = watch.round(lambda: take_turns(sides, 1))
+                pairs.append((mine[0], theirs[0]))
+            found, used = _judge(pairs, at_least, watch)
             spent = timer() - start
-            rounds = len(mine)  # doubles the number of pairs
-            if found.verdict != "undecided" or 2 * rounds > MOST_ROUNDS or 2 * spent > seconds:
+            rounds = len(pairs)  # doubles the number of pairs
+            if found.verdict != "undecided" or 2 * used > MOST_ROUNDS or 2 * spent > seconds:
                 return found
+
+
+def _judge(pairs: list[tuple[float, float]], at_least: float, watch: Watch) -> tuple[Speedup, int]:
+    """Return the speedup, and how many of the pairs it rests on: beside other work, on the undisturbed ones."""
+
+    def speedup(pairs: list[tuple[float, float]], disturbance: str = "") -> Speedup:
+        mine, theirs = zip(*pairs, strict=True)
+        return Speedup(ratio_of_times(theirs, mine, bound=at_least, confidence=CONFIDENCE), at_least, disturbance)
+
+    if not watch.disturbed():
+        return speedup(pairs), len(pairs)
+    clean = list(compress(pairs, watch.undisturbed))
+    if len(clean) < FEWEST_ROUNDS:
+        return speedup(pairs, watch.says()), len(clean)
+    found = speedup(clean)
+    fastest, theirs = np.quantile(clean, FASTEST, axis=0)
+    slower = max(found.ratio.high, theirs / fastest) < at_least / MARGIN
+    faster = min(found.ratio.low, theirs / fastest) >= at_least * MARGIN
+    return (found if slower or faster else replace(found, disturbance=watch.says())), len(clean)
 
 
 @contextmanager
@@ -123,24 +157,25 @@ def _ready(call: Callable[..., object], inputs: Any, named: Any) -> Iterator[Cal
             module.training = mode
 
 
-def _turn(run: Callable[[], object], timer: Callable[[], float], name: str) -> Callable[[], float]:
+def _turn(run: Callable[[], object], timer: Callable[[], float], watch: Watch, name: str) -> Callable[[], float]:
     """Warm up a call, and return a function that times it: seconds per call, in bursts of ``BURST`` or more."""
     with model_errors(name):
         run()
 
-    def burst() -> None:
+    def calls_of_burst() -> None:
         for _ in range(calls):
             run()
         if torch.cuda.is_initialized():  # CUDA kernels may still run after the call
             for device in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(device)
 
-    def turn() -> float:
+    def burst() -> float:
         with model_errors(name):
-            return seconds_per_call(burst, timer=timer)
+            return seconds_per_call(calls_of_burst, timer=timer)
 
     calls = 1
-    # Disturbances only add time, so the shortest of several turns is the best estimate.
-    while (taken := min(turn() for _ in range(CALIBRATING))) < BURST and calls < 10_000_000:
+    # Disturbances only add time, so the shortest of several bursts is the best estimate.
+    while (taken := min(burst() for _ in range(CALIBRATING))) < BURST and calls < 10_000_000:
         calls = calls * 10 if taken < BURST / 10 else math.ceil(calls * BURST / taken * 1.1)
-    return lambda: turn() / calls
+    bursts = 1 if taken > LONG else BURSTS
+    return lambda: watch.turn(burst, bursts) / calls

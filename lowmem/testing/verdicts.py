@@ -12,19 +12,21 @@ from lowmem.errors import printable, refusal, show
 from lowmem.io.atomic import write_atomically
 from lowmem.testing.json_files import read_json
 
-__all__ = ["FAILING", "VERDICTS", "Row", "Verdict", "read_verdict", "write_verdict"]
+__all__ = ["FAILING", "OUTCOMES", "VERDICTS", "Row", "Verdict", "read_verdict", "write_verdict"]
 
-VERDICTS = ("same", "slower", "faster", "grew", "shrank", "new", "missing", "skipped")
+VERDICTS = ("same", "slower", "faster", "grew", "shrank", "new", "missing", "skipped", "undecided")
+
+OUTCOMES = ("failed", "undecided", "passed")  # of gates, the worst first
 
 FAILING: Mapping[str, frozenset[str]] = {
     # Exact figures: any difference from the baseline.
-    "memory": frozenset(VERDICTS) - {"same"},
-    "resident": frozenset(VERDICTS) - {"same", "skipped"},
+    "memory": frozenset(VERDICTS) - {"same", "undecided"},
+    "resident": frozenset(VERDICTS) - {"same", "skipped", "undecided"},
     # Comparisons with a base: figures that got worse, or are missing.
     "latency": frozenset({"slower", "missing"}),
     "instructions": frozenset({"grew", "missing"}),
 }
-"""Which verdicts fail each gate."""
+"""Which verdicts fail each gate. Undecided figures fail none, and let none pass."""
 
 _UNMOVED = ("same", "skipped")
 
@@ -64,7 +66,7 @@ class Verdict:
 
     Attributes:
         gate: a key of ``FAILING``.
-        passed: whether the gate passed; it may fail for other reasons than its rows.
+        passed: whether the gate passed; it may fail for other reasons than its rows, and does not pass undecided.
         base: name of the base: a commit, or the file of a baseline.
         head: name of the head.
         machine: properties of the machine that figures may depend on.
@@ -90,12 +92,21 @@ class Verdict:
         rows: Sequence[Row],
         notes: Sequence[str] = (),
     ) -> Verdict:
-        """Return a verdict that passes unless the verdict of a row fails the gate."""
-        return cls(gate, not any(row.verdict in FAILING[gate] for row in rows), base, head, machine, rows, notes)
+        """Return a verdict that passes unless the verdict of a row fails the gate, or is undecided."""
+        passed = not any(row.verdict in FAILING[gate] | {"undecided"} for row in rows)
+        return cls(gate, passed, base, head, machine, rows, notes)
+
+    @property
+    def outcome(self) -> str:
+        """ "passed", "failed", or "undecided": nothing failed, but other work kept a figure from being judged."""
+        if self.passed:
+            return "passed"
+        words = {row.verdict for row in self.rows}
+        return "undecided" if "undecided" in words and not words & FAILING[self.gate] else "failed"
 
     @property
     def moved(self) -> list[Row]:
-        """The rows whose figures differ between base and head."""
+        """The rows whose figures differ between base and head, or may."""
         return [row for row in self.rows if row.verdict not in _UNMOVED]
 
 

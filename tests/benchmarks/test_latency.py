@@ -22,12 +22,14 @@ from rich.console import Console
 
 import lowmem
 from benchmarks.cases import BATCHES
-from benchmarks.latency import builds, counted, gate, instructions, proof, rounds, show, worker, workloads
+from benchmarks.latency import builds, counted, gate, guide, instructions, proof, rounds, show, worker, workloads
 from benchmarks.latency.__main__ import main, one_line, parse
 from benchmarks.latency.builds import Commit, Environment, GateError
-from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different
+from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different, needs_second_look
 from lowmem import errors
-from lowmem.testing.verdicts import Row, Verdict
+from lowmem.testing.latency import Speedup
+from lowmem.testing.ratios import Ratio
+from lowmem.testing.verdicts import Row, Verdict, read_verdict, write_verdict
 from tests.compiled import on_threads
 from tests.selection import rows_in_one_case
 
@@ -171,14 +173,63 @@ def test_identical_times_are_the_same_exactly():
     assert (row.ratio, row.low, row.high, row.verdict) == (1.0, 1.0, 1.0, "same")
 
 
+def disturbed(found, number):
+    """Return times of which so many rounds, the first ones, were disturbed, and say that head is twice as slow."""
+    head = [2 * second for second in found.head[:number]] + found.head[number:]
+    flags = [False] * number + [True] * (len(head) - number)
+    return replace(found, clock="wall", head=head, undisturbed=flags)
+
+
+@rows_in_one_case(
+    ("slowdown", "rounds_disturbed", "verdict", "says"),
+    [
+        (1.0, 9, "same", "in 6 fresh rounds: within the threshold"),
+        (1.0, 10, "undecided", "other work disturbed 10 of 15 fresh rounds: measure on a quieter machine"),
+        (1.3, 10, "undecided", "other work disturbed 10 of 15 fresh rounds"),
+        (1.3, 0, "slower", "in 15 fresh rounds"),
+        (1.3, 9, "undecided", "and other work disturbed 9 of 15 fresh rounds: the rounds do not agree"),
+    ],
+)
+def test_disturbed_rounds_do_not_count_and_what_they_leave_unproven_is_undecided(
+    slowdown, rounds_disturbed, verdict, says
+):
+    row = verdicts(times(slowdown, rounds=6), disturbed(times(slowdown, noise=0.001), rounds_disturbed))
+    assert row.verdict == verdict
+    assert says in row.says
+    if rounds_disturbed < 14:
+        assert row.ratio == pytest.approx(slowdown, rel=0.05)
+
+
+def test_too_many_disturbed_rounds_need_a_second_look():
+    assert not needs_second_look(disturbed(times(rounds=6), 3), 0.05)
+    assert needs_second_look(disturbed(times(rounds=6), 4), 0.05)
+
+
+@rows_in_one_case(
+    ("low", "high", "code", "verdict"),
+    [(1.6, 1.8, 0, "same"), (1.2, 1.4, 1, "slower"), (1.4, 1.6, 2, "undecided")],
+)
+def test_a_run_of_the_guide_s_gate_ends_with_its_verdict(low, high, code, verdict, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        guide, "measure", lambda slower: asked.append(slower) or Speedup(Ratio(1.5, low, high, 0.5, 16), 1.5)
+    )
+    out = tmp_path / "guide.json"
+    assert guide.main([str(out), "--slower"]) == code
+    found = read_verdict(out)
+    assert (found.rows[0].verdict, found.passed, asked) == (verdict, code == 0, [True])
+    assert found.rows[0].says.startswith("the candidate is 1.50 times as fast")
+
+
 # Rounds
 
 
 class Fake:
     """A worker without a process: a call of a workload takes as long as ``seconds`` says."""
 
-    def __init__(self, seconds, errors=(), clocks=None):
+    def __init__(self, seconds, errors=(), clocks=None, disturbed=()):
         self.seconds, self.errors, self.requests, self.closed = seconds, set(errors), [], False
+        self.disturbed = iter(disturbed)  # of the turns, while there are any
         self.clocks = clocks or dict.fromkeys(seconds, "cpu")
 
     def hello(self):
@@ -190,7 +241,9 @@ class Fake:
     def answer(self):
         request = self.requests[-1]
         name = request.get("set_up") or request["time"]
-        return {"error": "AttributeError: new"} if name in self.errors else {"seconds": self.seconds[name]}
+        if name in self.errors:
+            return {"error": "AttributeError: new"}
+        return {"seconds": self.seconds[name], "disturbed": "time" in request and next(self.disturbed, False)}
 
     def close(self):
         self.closed = True
@@ -213,6 +266,39 @@ OPTIONS = gate.Options("main", 0.05, Path("unused"))
 
 def compared(start, options=OPTIONS):
     return {row.name: row for row in gate.compare(start, options, lambda what: None)}
+
+
+@rows_in_one_case(
+    ("clock", "seconds", "turns", "calls", "undisturbed"),
+    [
+        ("wall", 0.001, [True, True, False], [20, 2, 2, 20], True),  # repeated with fewer calls until it is not
+        ("wall", 0.001, [True] * 99, [20, *[2] * 12] * 2, False),
+        ("wall", 0.5, [True, False], [1, 1], False),
+        ("cpu", 0.001, [True, True], [20, 20], True),  # another load adds little to seconds of the processor
+    ],
+)
+def test_a_disturbed_turn_by_the_clock_on_the_wall_is_repeated(
+    clock, seconds, turns, calls, undisturbed, monkeypatch
+):
+    monkeypatch.setattr(rounds.time, "sleep", lambda seconds: None)
+    sides = [Fake({"w": seconds}, clocks={"w": clock}, disturbed=own) for own in ((), turns, ())]
+    found, _ = rounds.measure(lambda number: sides, range(1), only=lambda name: True)
+    assert [request["calls"] for request in sides[1].requests if "time" in request] == calls
+    assert found["w"].undisturbed == [undisturbed]
+
+
+def test_a_workload_that_other_work_always_disturbs_is_undecided_after_a_few_more_rounds(monkeypatch):
+    monkeypatch.setattr(rounds.time, "sleep", lambda seconds: None)
+    log = []
+
+    def start(number):
+        log.append(number)
+        clocks = {"a, waiting": "wall", "b": "cpu"}
+        return [Fake({"a, waiting": 0.001, "b": 0.001}, clocks=clocks, disturbed=[True] * 999) for _ in range(3)]
+
+    found = compared(start)
+    assert {name: row.verdict for name, row in found.items()} == {"a, waiting": "undecided", "b": "same"}
+    assert len(log) == gate.FIRST_ROUNDS + gate.FEWEST_AGAIN
 
 
 def test_a_workload_that_head_lost_is_missing():
@@ -941,15 +1027,26 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_built(tm
     assert "cannot be written" in said(capsys)
 
 
-@pytest.mark.parametrize(("rows", "code"), [(ROWS, 1), (ROWS[1:], 0)])
-def test_the_exit_code_says_whether_it_passed(rows, code, monkeypatch, capsys, tmp_path):
+UNDECIDED = Row("w5, waiting", "wall seconds", 1.0, 1.2, 1.2, 1.0, 1.3, "undecided", "other work disturbed 9 of 15")
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "says"),
+    [
+        (ROWS, 1, "FAILED: 1 slower"),
+        ([*ROWS, UNDECIDED], 1, "FAILED: 1 slower, 1 undecided"),
+        (ROWS[1:], 0, "passed: 1 faster"),
+        ([*ROWS[1:], UNDECIDED], 2, "UNDECIDED: 1 undecided, 1 faster"),
+    ],
+)
+def test_the_exit_code_says_whether_it_passed(rows, code, says, monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     verdict = Verdict.of_rows("latency", "bbb (main)", "aaa (HEAD)", {"cores": 2}, rows)
     other = Verdict.of_rows("instructions", "bbb (main)", "aaa (HEAD)", {"cores": 2}, ROWS[1:2])
     monkeypatch.setattr(gate, "run", lambda options, progress: [verdict, other])
     assert main(["--base", "HEAD", "--output", str(tmp_path)]) == code
     out = capsys.readouterr().out
-    assert f"latency: {'FAILED' if code else 'passed'}" in out
+    assert f"latency: {says}" in out
     assert "instructions: passed" in out
     assert json.loads((tmp_path / "latency.json").read_text())["passed"] is not bool(code)
 
@@ -1062,6 +1159,14 @@ def test_the_proof_holds_when_all_runs_are_there_and_right():
     assert not proof.holds(calm, [run_of(calm)] * 9 + [run_of(calm, "latency")])
     assert proof.holds(fault, [run_of(fault, "latency")] * 5)
     assert not proof.holds(fault, [run_of(fault, "latency")] * 4 + [run_of(fault)])
+    undecided = run_of(calm) | {"undecided": {"latency": ["a row"]}}
+    assert not proof.holds(calm, [run_of(calm)] * 9 + [undecided])
+    some = replace(calm, decided=3)
+    assert proof.holds(some, [run_of(calm)] * 3 + [undecided] * 7)
+    assert not proof.holds(some, [run_of(calm)] * 2 + [undecided] * 8)
+    assert not proof.holds(some, [run_of(calm)] * 3 + [undecided] * 7 + [run_of(calm, "latency")])
+    assert "| 10 | 0 | 0 of 10 | 7 |" in proof.table([run_of(calm)] * 3 + [undecided] * 7)
+    assert proof.outcome(undecided) == "a row, 60 s"
 
 
 GATE = """
@@ -1105,10 +1210,25 @@ def test_gates_of_memory_run_beside_each_other_and_their_alarms_are_kept(tmp_pat
     found = proof.run_case(case, clone, tmp_path, "*", False)
     assert found["alarms"] == {"resident": ["resident bytes: one byte more"]}
     assert (found["case"], found["beside"], found["commit"]) == ("two gates", "nothing", "0123abc")
-    assert proof.run_case(replace(case, busy=True), clone, tmp_path, "*", True)["beside"] == "other work"
+    assert proof.run_case(replace(case, busy=1), clone, tmp_path, "*", True)["beside"] == "other work"
     assert not started
-    assert proof.run_case(replace(case, busy=True), clone, tmp_path, "*", False)["beside"] == "a loop"
+    assert proof.run_case(replace(case, busy=1), clone, tmp_path, "*", False)["beside"] == "a loop"
     assert [process.returncode is None for process in started] == [False]  # one, which has ended
+
+
+def test_an_undecided_gate_is_neither_an_alarm_nor_an_error_of_the_proof(tmp_path, monkeypatch):
+    clone = tmp_path / "clone"
+    clone.mkdir()
+
+    def undecided(command, **options):
+        write_verdict(Path(command[3]), Verdict.of_rows("latency", "b", "h", {}, [UNDECIDED]))
+        return subprocess.CompletedProcess(command, 2, "", "")
+
+    monkeypatch.setattr(proof.subprocess, "run", undecided)
+    monkeypatch.setattr(proof, "git", lambda *_: "0123abc")
+    found = proof.run_case(proof.Case("the guide's", gates=("guide",)), clone, tmp_path, "*", False)
+    assert found["alarms"] == {}
+    assert found["undecided"] == {"latency": ["w5, waiting wall seconds: other work disturbed 9 of 15"]}
 
 
 def test_a_gate_without_a_verdict_ends_the_proof(tmp_path, monkeypatch):

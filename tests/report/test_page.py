@@ -14,6 +14,7 @@ pytest.importorskip("vl_convert", reason="the page needs the extra: pip install 
 
 from lowmem.report.charts import Drawing
 from lowmem.report.page import render
+from lowmem.testing.verdicts import Row, Verdict
 
 
 class Outline(HTMLParser):
@@ -149,6 +150,16 @@ def test_an_output_that_is_not_finite_or_equal_is_a_figure_without_a_chart(undra
     assert ">inf<" in html
     assert len(Outline(html).all("svg")) == 2 * 8
     assert len(Outline(render(report(losses={"small": 0.0, "lora": 0.0}))).all("svg")) == 2 * 8
+
+
+def test_an_undecided_gate_is_shown_as_such(undrawn):
+    row = Row("load, waiting", "", 1.0, 1.0, 1.0, 0.9, 1.1, "undecided", "other work disturbed 9 of 9 fresh rounds")
+    memory = report().verdicts[1]
+    html = render(report(verdicts=[memory, Verdict.of_rows("latency", "main", "HEAD", {}, [row])]))
+    text = re.sub(r"\s+", " ", Outline(html).text)
+    assert "Latency gate undecided" in text
+    assert "<dt>Gates</dt><dd>undecided</dd><dd>undecided: latency</dd>" in html
+    assert "other work disturbed 9 of 9 fresh rounds" in text
 
 
 def test_a_gate_without_rows_is_shown(undrawn):

@@ -7,17 +7,19 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem.testing import latency
 from lowmem.testing.call import ModelError
-from lowmem.testing.latency import FIRST_ROUNDS, MOST_ROUNDS, Speedup, measure_speedup
+from lowmem.testing.disturbance import Watch
+from lowmem.testing.latency import FEWEST_ROUNDS, FIRST_ROUNDS, MOST_ROUNDS, Speedup, measure_speedup
 from lowmem.testing.ratios import Ratio
 from tests.selection import rows_in_one_case
 
 
 class Clock:
-    """Seconds that pass in calls alone."""
+    """Seconds that pass in calls alone, on two cores of which other work takes ``others``."""
 
-    def __init__(self):
-        self.now = 0.0
+    def __init__(self, others=0.0):
+        self.now, self.others, self.waited = 0.0, others, 0.0
 
     def __call__(self):
         return self.now
@@ -29,6 +31,21 @@ class Clock:
             self.now += seconds * math.exp(noise * draw.standard_normal())
 
         return run
+
+    def watch(self):
+        return Watch(
+            waited=lambda: self.waited,
+            cores=lambda: ((1 + self.others) * self.now, 0.0, 2),
+            own=lambda: self.now,
+            timer=self,
+            sleep=lambda seconds: None,
+        )
+
+
+@pytest.fixture(autouse=True)
+def a_quiet_machine(monkeypatch):
+    """Let no test depend on what else the machine does."""
+    monkeypatch.setattr(latency, "Watch", lambda: Clock().watch())
 
 
 @rows_in_one_case(("at_least", "verdict"), [(1.0, "faster"), (1.9, "faster"), (2.1, "slower"), (3.0, "slower")])
@@ -50,7 +67,7 @@ def test_a_reference_that_is_faster_gives_a_ratio_below_one():
 
 def test_noise_is_measured_for_longer_before_a_verdict():
     clock = Clock()
-    found = measure_speedup(clock.call(1e-2, 0.4), clock.call(1.2e-2, 0.4, seed=1), timer=clock)
+    found = measure_speedup(clock.call(2e-2, 0.4), clock.call(2.4e-2, 0.4, seed=1), timer=clock)
     assert FIRST_ROUNDS < found.ratio.pairs <= MOST_ROUNDS
     assert found.verdict == "faster"
 
@@ -61,6 +78,66 @@ def test_what_cannot_be_decided_ends_when_the_time_or_the_pairs_are_up(seconds, 
     candidate, reference = clock.call(0.2, 0.3), clock.call(0.4, 0.3, seed=1)
     found = measure_speedup(candidate, reference, at_least=2.0, seconds=seconds, timer=clock)
     assert (found.verdict, found.ratio.pairs) == ("undecided", pairs)
+
+
+class Load:
+    """Other work that interrupts calls: each takes longer by its share, in regimes of some calls."""
+
+    def __init__(self, clock, slowdowns):
+        self.clock, self.slowdowns = clock, slowdowns
+        self.calls = 0
+
+    def call(self, seconds, longer):
+        def run():
+            slowdown, waits = self.slowdowns[self.calls // 8 % len(self.slowdowns)]
+            self.calls += 1
+            taken = seconds * (slowdown if longer else 1)
+            self.clock.now += taken
+            self.clock.waited += taken * waits
+
+        return run
+
+
+def beside(slowdowns, at_least, others=1.0, seconds=10, candidate=1e-3):
+    """Compare with a reference of 2 ms that other work does not slow."""
+    clock = Clock(others)
+    load = Load(clock, slowdowns)
+    sides = load.call(candidate, True), load.call(2e-3, False)
+    return measure_speedup(*sides, at_least=at_least, seconds=seconds, timer=clock, watch=clock.watch())
+
+
+@rows_in_one_case(
+    ("slowdowns", "at_least", "verdict"),
+    [
+        ([(4, 0.7)], 1.5, "undecided"),  # never undisturbed: the ratio would be 0.5, with a narrow interval
+        ([(4, 0.7), (4, 0.7), (1, 0)], 1.5, "faster"),  # a third of the time is quiet
+        ([(4, 0.7), (4, 0.7), (1, 0)], 2.5, "slower"),
+        ([(1, 0)], 1.9, "undecided"),  # no thread waits, but the ratio is too close to what is asked for
+        ([(1, 0)], 2.1, "undecided"),
+        ([(1.6, 0)] * 2 + [(1, 0)], 1.5, "undecided"),  # slower by most times, and faster by the fastest ones
+    ],
+)
+def test_beside_other_work_only_undisturbed_and_clear_times_decide(slowdowns, at_least, verdict):
+    found = beside(slowdowns, at_least)
+    assert found.verdict == verdict
+    if verdict == "undecided":
+        assert "other work took 1.0 of 2 cores, and" in str(found)
+    else:
+        assert found.ratio.pairs >= FEWEST_ROUNDS
+        assert found.ratio.value == pytest.approx(2)
+        assert not found.disturbance
+
+
+def test_a_candidate_that_other_work_hides_never_passes():
+    """It is 30% slower than its reference, which other work slows down even more."""
+    for waits in (0.0, 0.5):
+        assert beside([(1, waits), (2, 0.9)], 0.95, candidate=2.6e-3).verdict != "faster"
+
+
+def test_threads_of_one_s_own_that_wait_for_each_other_are_no_other_work():
+    """More threads than cores: each call waits, and nothing else takes a core."""
+    found = beside([(1, 0.5)], 1.5, others=0.0)
+    assert (found.verdict, found.ratio.pairs) == ("faster", FIRST_ROUNDS)
 
 
 @rows_in_one_case(

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lowmem.errors import FileError
-from lowmem.testing.verdicts import Row, read_verdict
+from lowmem.testing.verdicts import FAILING, Row, Verdict, read_verdict, write_verdict
 from tests.selection import rows_in_one_case
 
 VERDICT = {
@@ -75,6 +75,22 @@ def test_texts_are_cleaned_for_what_draws_them(tmp_path):
     row = found.rows[0]
     texts = (row.name, row.figure, row.says, found.base, found.head, *found.notes, *found.machine.popitem())
     assert set(texts) == {clean}
+
+
+@rows_in_one_case(
+    ("verdicts", "outcome"),
+    [
+        (["same", "faster", "skipped"], "passed"),
+        (["same", "undecided"], "undecided"),
+        (["undecided", "slower"], "failed"),
+    ],
+)
+def test_what_is_undecided_neither_passes_nor_fails(tmp_path, verdicts, outcome):
+    rows = [Row(str(number), "", verdict=verdict) for number, verdict in enumerate(verdicts)]
+    write_verdict(tmp_path / "verdict.json", Verdict.of_rows("latency", "b", "h", {}, rows))
+    found = read_verdict(tmp_path / "verdict.json")
+    assert (found.outcome, found.passed) == (outcome, outcome == "passed")
+    assert not any("undecided" in failing for failing in FAILING.values())
 
 
 def test_what_a_newer_gate_adds_is_passed_over(tmp_path):

@@ -102,7 +102,9 @@ def test_every_kind_of_layer_is_the_same_read_converted_and_read_again(tmp_path)
     dense.save_pretrained(tmp_path / "dense")
     model = Kinds.from_pretrained(tmp_path / "dense")
     assert {entry.kind for entry in ENTRIES} == {
-        next(entry.kind for entry in ENTRIES if entry.fits(one)) for one in model.modules() if parameters_to_store(one)
+        next(entry.kind for entry in ENTRIES if entry.fits(one))
+        for one in model.modules()
+        if parameters_to_store(one)
     }
     for number, technique in enumerate(STORING):
         converted = lowmem.convert(Kinds.from_pretrained(tmp_path / "dense"), technique).eval()

@@ -1,0 +1,152 @@
+"""Notices other work on the machine while something is timed, by what the operating system counts.
+
+Another process slows a call that takes two cores more than one that takes one, again and again: the times agree on a
+ratio that is wrong, and their spread does not show it. The threads that it keeps from a core wait, and Linux counts
+for how long. Elsewhere the involuntary switches of the process are counted (macOS), or nothing (Windows).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+__all__ = ["Watch", "disturbs", "seconds_of_cores", "seconds_waited"]
+
+WAITED = 0.02  # of the seconds of a burst: the work of an idle system keeps threads from a core for less
+SWITCH = 0.001  # seconds that an involuntary switch counts for
+OTHERS = 0.05  # of the time of all cores: an idle system takes less
+SLACK = 0.03  # seconds by which the counters of cores may be wrong: they move in steps of 0.01
+LONG = 0.01  # seconds: a burst that is longer is interrupted beside other work, however often it is repeated
+PAUSES = (0.0, 0.002, 0.001, 0.005) * 3  # seconds before each repetition: a thread that has slept gets a core sooner
+
+T = TypeVar("T")
+
+
+def seconds_waited(pid: int | str = "self") -> float | None:
+    """Return for how long the threads of a process have waited for a core, or None where nothing counts it.
+
+    Args:
+        pid: number of the process, or ``self``, for which involuntary switches are counted where waits are not.
+    """
+    ran = waited = 0
+    tasks = f"/proc/{pid}/task"
+    for task in os.listdir(tasks) if os.path.isdir(tasks) else ():
+        try:
+            with open(f"{tasks}/{task}/schedstat", "rb") as file:
+                seconds = file.read().split()
+        except (FileNotFoundError, ProcessLookupError):  # the thread has ended, or the kernel does not count
+            continue
+        ran, waited = ran + int(seconds[0]), waited + int(seconds[1])
+    if ran:  # a kernel that does not count has no such file, or says 0
+        return waited / 1e9
+    if pid != "self" or sys.platform == "win32":
+        return None
+    import resource
+
+    return SWITCH * resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def seconds_of_cores() -> tuple[float, float, int] | None:
+    """Return for how long the cores that this process may use have worked, how much of that a hypervisor took, and
+    their number; None where nothing counts it."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    rows = [line.split() for line in stat.read_text().splitlines() if line.partition(" ")[0] in own]
+    # user, nice, system, idle, waiting for disks, interrupts (2), stolen
+    busy = sum(int(row[column]) for row in rows for column in (1, 2, 3, 6, 7, 8))
+    tick = os.sysconf("SC_CLK_TCK")
+    return busy / tick, sum(int(row[8]) for row in rows) / tick, len(rows)
+
+
+def disturbs(waited: float | None, seconds: float) -> bool:
+    """Whether threads have waited so long during a burst of so many seconds that its time is not to be used."""
+    return waited is not None and waited > WAITED * seconds
+
+
+class Watch:
+    """Watches the rounds of one measurement in this process.
+
+    Args:
+        waited: returns the seconds that threads of this process have waited for a core, or None.
+        cores: returns the seconds that cores have worked, those stolen, and the number of cores, or None.
+        own: returns the seconds of cores that this process has used.
+        timer: returns seconds.
+        sleep: sleeps for seconds.
+
+    Attributes:
+        undisturbed: of each round, whether each turn had an undisturbed burst.
+    """
+
+    def __init__(
+        self,
+        waited: Callable[[], float | None] = seconds_waited,
+        cores: Callable[[], tuple[float, float, int] | None] = seconds_of_cores,
+        own: Callable[[], float] = time.process_time,
+        timer: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self._waited, self._cores, self._own, self._timer, self._sleep = waited, cores, own, timer, sleep
+        self._began = timer(), own(), cores()
+        self._spoiled = 0  # turns without an undisturbed burst
+        self.undisturbed: list[bool] = []
+
+    def turn(self, burst: Callable[[], float], bursts: int) -> float:
+        """Return the median seconds of the undisturbed ones of some bursts; where there is none, of a few more."""
+        taken: list[float] = []
+        clean: list[float] = []
+        pauses = iter(PAUSES)
+        while len(taken) < bursts or not clean:
+            before = self._waited()
+            taken.append(burst())
+            after = self._waited()
+            if before is None or after is None or not disturbs(after - before, taken[-1]):
+                clean.append(taken[-1])
+                continue
+            pause = None if taken[-1] > LONG * bursts else next(pauses, None)
+            if pause is None:
+                break
+            if pause:
+                self._sleep(pause)
+        self._spoiled += not clean
+        return median(clean or taken)
+
+    def round(self, take: Callable[[], T]) -> T:
+        """Return what a round returns, and note whether it was undisturbed."""
+        spoiled, start, before = self._spoiled, self._timer(), self._cores()
+        taken = take()
+        after, seconds = self._cores(), self._timer() - start
+        stolen = after[1] - before[1] if before and after else 0.0  # a hypervisor's work makes no thread wait
+        self.undisturbed.append(self._spoiled == spoiled and stolen <= OTHERS * seconds * (after[2] if after else 1))
+        return taken
+
+    def others(self) -> tuple[float, float, int] | None:
+        """Return how many cores other work took so far, the hypervisor's part, and how many there are; or None."""
+        (start, own, before), after = self._began, self._cores()
+        seconds = self._timer() - start
+        if before is None or after is None or not seconds:
+            return None
+        took = after[0] - before[0] - (self._own() - own) - SLACK
+        return max(0.0, took / seconds), (after[1] - before[1]) / seconds, after[2]
+
+    def disturbed(self) -> bool:
+        """Whether other work took part of the cores, or, where nothing counts that, disturbed half of the rounds."""
+        if others := self.others():
+            return others[0] > OTHERS * others[2]
+        return 2 * sum(self.undisturbed) < len(self.undisturbed)
+
+    def says(self) -> str:
+        """Describe what disturbed."""
+        rounds = f"{self.undisturbed.count(False)} of {len(self.undisturbed)} rounds were interrupted"
+        if not (others := self.others()):
+            return f"other work disturbed the measurement: {rounds}"
+        return (
+            f"other work took {others[0]:.1f} of {others[2]} cores"
+            f"{f' ({others[1]:.1f} the hypervisor)' if others[1] > OTHERS * others[2] else ''}, and {rounds}"
+        )
