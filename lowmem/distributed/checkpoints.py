@@ -102,7 +102,7 @@ class Checkpoints(States):
 
     def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return, in the first process, copies of whole values on the CPU, and the random states of all processes."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, value in tensors.items():
             if name.startswith("random."):
                 states = [torch.empty_like(value) for _ in range(distributed.get_world_size())]
