@@ -172,13 +172,19 @@ class _Run:
         saved = None if self._states is None else self._states.newest(self._model)
         if saved is None:
             return 0
-        put_back(saved, self._model, self._optimizer)
-        set_random_states(saved.group("random"), self._device)
-        self._best = {name: value.clone() for name, value in saved.group("best").items()}
-        self._done.losses = saved.tensors["losses"].tolist()
-        self._done.evaluations = [
-            (step, math.inf if value is None else value) for step, value in saved.record["evaluations"]
-        ]
+        try:
+            put_back(saved, self._model, self._optimizer)
+            set_random_states(saved.group("random"), self._device)
+            self._best = {name: value.clone() for name, value in saved.group("best").items()}
+            self._done.losses = saved.tensors["losses"].tolist()
+            self._done.evaluations = [
+                (step, math.inf if value is None else value) for step, value in saved.record["evaluations"]
+            ]
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # its digest is right: it was made so
+            raise ValueError(
+                f"the state after step {saved.step} is no state of this run ({type(error).__name__}: {error}): "
+                "remove its folder to begin anew"
+            ) from error
         return saved.step
 
     def _scheduler(self, start: int) -> LambdaLR:

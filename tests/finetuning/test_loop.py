@@ -15,7 +15,7 @@ from lowmem.finetuning.calling import logits_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.order import Order, part
 from lowmem.finetuning.ranks import Alone
-from lowmem.finetuning.state import States, trained
+from lowmem.finetuning.state import Saved, States, trained
 from lowmem.finetuning.text import IGNORED
 from tests.finetuning.language import Language, language, rows, texts
 
@@ -251,6 +251,29 @@ def breaking(folder, broken, **settings):
         assert same(again.newest().group("parameters"), seen[states.seen[-1] - 1])
         assert len(finetune(model, found, settings, states=again).losses) == settings.steps
     return str(error.value), states.seen
+
+
+@pytest.mark.parametrize(
+    ("tensors", "record"),
+    [
+        ({"random.cpu": torch.zeros(3, dtype=torch.uint8)}, {}),
+        ({"losses": None}, {}),
+        ({"optimizer.nobody.step": torch.zeros(())}, {}),
+        ({}, {"optimizer": {"nobody.step": 1}}),
+        ({}, {"optimizer": [1]}),
+        ({}, {"evaluations": None}),
+        ({}, {"evaluations": [3]}),
+    ],
+    ids=["random", "losses", "optimizer tensor", "optimizer number", "optimizer list", "evaluations", "evaluation"],
+)
+def test_a_crafted_state_with_a_right_digest_is_refused(tmp_path, tensors, record):
+    model, found, states = language(), rows(language(), texts(tmp_path)), States(tmp_path / "states", {})
+    finetune(model, found, replace(SETTINGS, steps=3), states=states)
+    good = states.newest()
+    changed = {name: one for name, one in {**good.tensors, **tensors}.items() if one is not None}
+    States(tmp_path / "crafted", {}).save(Saved(good.step, changed, {**good.record, **record}))
+    with pytest.raises(ValueError, match=f"the state after step {good.step} is no state of this run"):
+        finetune(language(), found, replace(SETTINGS, steps=3), states=States(tmp_path / "crafted", {}))
 
 
 def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_state(tmp_path):
