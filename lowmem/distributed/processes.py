@@ -125,9 +125,7 @@ def joined(how: str | None, device: torch.device = _CPU, timeout: timedelta = TI
     backend = "nccl" if device.type == "cuda" else "gloo"
     here = distributed.is_available() and distributed.is_gloo_available()  # states go by gloo on GPUs, too
     if not here or (backend == "nccl" and not distributed.is_nccl_available()):
-        raise ValueError(
-            f"--{how}: this torch has no backend for several processes ({backend if here else 'gloo'})"
-        )
+        raise ValueError(f"--{how}: this torch has no backend for several processes ({backend if here else 'gloo'})")
     with _lost_processes(timeout):
         _join(backend, timeout)
     try:
