@@ -85,11 +85,11 @@ def run(reader: Reader, name: str, root: Path, seed: int) -> None:
     shutil.rmtree(folder)
 
 
-def run_large(reader: Reader, root: Path) -> None:
-    """Read what a reader can read with each number of a header replaced by large ones, in the memory of a case."""
+def run_large(reader: Reader, root: Path, pattern: str = "*") -> None:
+    """Read what a reader can read with each number of its files' headers replaced, in the memory of a case."""
     root.mkdir()
     reader.write(root)
-    for file in sorted(file for file in root.rglob("*") if file.is_file()):
+    for file in sorted(file for file in root.rglob(pattern) if file.is_file()):
         content = file.read_bytes()
         for large in LARGE:
             for made in with_a_large_number(content, large):

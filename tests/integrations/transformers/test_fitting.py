@@ -11,13 +11,14 @@ import pytest
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTJConfig
 
 from lowmem import FourBit
 from lowmem.errors import FileError
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.integrations.transformers.folder import load_folder, quantize_folder
 from lowmem.integrations.transformers.saving import config_of
+from tests.fuzzing import bounded
 from tests.integrations.transformers.folders import SIZES, load, write
 from tests.integrations.transformers.foreign import write_foreign
 from tests.profiled import ONE_THREAD
@@ -94,6 +95,19 @@ def test_layers_without_end_and_sizes_without_bounds_are_refused_at_once(tmp_pat
         with pytest.raises(FileError, match="cannot (read|load)"):
             quantize_folder(folder, tmp_path / "out", FourBit())
     assert time.process_time() - start < 60
+
+
+def test_buffers_and_experts_without_end_are_refused_before_they_are_made(tmp_path):
+    """A GPT-J computes a table of its positions, which are in no tensor."""
+    config = GPTJConfig(vocab_size=258, n_embd=64, n_layer=1, n_head=4, n_positions=64, rotary_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for changes, says in (
+        ({"n_positions": 2**28}, "computes 8589934592 bytes of buffers, as .*embed_positions"),
+        ({"n_positions": 64, "num_experts": 2**20}, "num_experts=1048576, more than 4096"),
+    ):
+        edit(tmp_path, **changes)
+        with bounded(), pytest.raises(FileError, match=says):
+            load_folder(tmp_path)
 
 
 def test_a_new_head_is_no_other_model(tmp_path):

@@ -58,7 +58,7 @@ def test_a_changed_folder_is_read_or_refused(name, tmp_path_factory, seed):
     fuzzing.run(READERS[name], name, tmp_path_factory.getbasetemp(), seed)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", [name for name in READERS if name != "tokenizer"])
 @pytest.mark.filterwarnings("ignore")
 def test_no_number_of_a_config_is_allocated_before_it_is_checked(name, tmp_path):
-    fuzzing.run_large(READERS[name], tmp_path / "files")
+    fuzzing.run_large(READERS[name], tmp_path / "files", "*.gguf" if "gguf" in name else "*config.json")
