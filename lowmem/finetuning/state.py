@@ -157,8 +157,8 @@ class States:
     def _read(self, path: Path) -> Saved:
         file = read(path)
         record = file.metadata
-        whole = isinstance(record.get("step"), int) and isinstance(record.get("origin"), dict)
-        if record.get("kind") != KIND or not whole:
+        whole = type(record.get("step")) is int and isinstance(record.get("origin"), dict)
+        if record.get("kind") != KIND or not whole or not isinstance(record.get("facts", {}), dict):
             raise refusal(path, "it is no state of a training run; name the run's own folder")
         return Saved(record["step"], file.tensors, record)
 

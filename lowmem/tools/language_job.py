@@ -138,7 +138,7 @@ class Job:
         try:
             with open_regular(self.save / RECORD) as file:
                 run = dict(json.load(file)["run"])
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return False
         changes(self.save, run, self.origin(), MAY_DIFFER)
         states = self.states()

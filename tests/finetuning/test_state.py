@@ -12,7 +12,8 @@ import torch
 import lowmem
 from lowmem import FileError
 from lowmem.finetuning import state
-from lowmem.finetuning.state import FILES, Saved, States, capture, changes, put_back, trained
+from lowmem.finetuning.state import FILES, KIND, Saved, States, capture, changes, put_back, trained
+from lowmem.io.container import write_tensors
 from tests.finetuning.killed import Killed, killed_at
 from tests.finetuning.language import language, rows, texts
 
@@ -67,6 +68,11 @@ def test_a_state_of_another_run_is_refused_by_what_differs(tmp_path):
     (tmp_path / FILES[0]).unlink()
     with pytest.raises(FileError, match="it is no state of a training run"):
         may.newest()
+    for crafted in ({"step": True}, {"step": "2"}, {"origin": []}, {"facts": [3]}):
+        record = {"kind": KIND, "step": 2, "origin": {}, "facts": {}} | crafted
+        write_tensors(tmp_path / FILES[1], {"x": torch.zeros(1)}, record)
+        with pytest.raises(FileError, match="it is no state of a training run"):
+            may.newest()
 
 
 def test_a_bit_that_flips_anywhere_is_seen(tmp_path):
