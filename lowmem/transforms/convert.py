@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -52,6 +53,7 @@ from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits, text_
 from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
 from lowmem.transforms.libraries import import_integrations
 from lowmem.transforms.placement import (
+    kept_in_float32,
     place_name,
     takes_adapter,
     techniques_by_layer,
@@ -329,11 +331,16 @@ def divided(
     known = [unit for unit in units if unit is not None]
     chosen = dict(zip(known, choose(known, budget), strict=True))
     unknown = Chosen(budget.choices[0], "")
-    return {
+    of_modules = {
         module: unknown if unit is None else chosen[unit]
         for group, unit in zip(groups, units, strict=True)
         for module in group
     }
+    for module, _ in kept_in_float32(model, budget.compute_dtype):
+        if module in of_modules:
+            got = of_modules[module]
+            of_modules[module] = replace(got, technique=replace(got.technique, compute_dtype=None))
+    return of_modules
 
 
 def _as_stored(module: nn.Module, path: str, names: Iterable[str]) -> dict[str, Tensor]:
@@ -598,9 +605,10 @@ class Store:
 
     def by(self, technique: Any) -> Callable[[Tensor, str], Any]:
         """Return ``technique.store`` with a cache."""
+        how = replace(technique, compute_dtype=None) if isinstance(technique, FourBit | EightBit) else technique
 
         def store(tensor: Tensor, name: str) -> Any:
-            key = technique, weight_key(tensor)
+            key = how, weight_key(tensor)
             if key not in self._known:
                 self._known[key] = tensor, technique.store(tensor, name)  # keeps tensor alive: key has its address
             return self._known[key][1]

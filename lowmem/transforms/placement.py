@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import nn
 
 from lowmem.nn.adapted_module import bank_of, base_of
@@ -23,6 +27,8 @@ from lowmem.transforms.registry import (
 
 __all__ = [
     "embeddings_and_outputs",
+    "float32_patterns",
+    "kept_in_float32",
     "output_layers",
     "place_adapters",
     "place_name",
@@ -89,6 +95,26 @@ def embeddings_and_outputs(model: nn.Module) -> dict[nn.Module, str]:
         if not more:
             return why
         why |= more
+
+
+def float32_patterns(model: nn.Module, dtype: torch.dtype | None) -> list[str]:
+    """Return the patterns of what a model of transformers keeps in float32 where it is loaded in ``dtype``.
+
+    A model names them for float16, as T5 names ``wo``, or for bfloat16, too.
+    """
+    names = ["_keep_in_fp32_modules_strict"] if dtype in (torch.float16, torch.bfloat16) else []
+    names += ["_keep_in_fp32_modules"] if dtype is torch.float16 else []
+    return [pattern for name in names for pattern in getattr(model, name, None) or ()]
+
+
+def kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> list[tuple[nn.Module, str]]:
+    """Return the modules and names of the parameters that match ``float32_patterns`` of the model or a part of it."""
+    found = []
+    for root in model.modules():
+        patterns = "|".join(one.replace("*", ".*") for one in float32_patterns(root, dtype))
+        for path, module in root.named_modules() if patterns else ():
+            found += [(module, name) for name in module._parameters if re.search(patterns, f"{path}.{name}")]
+    return found
 
 
 def routers(model: nn.Module) -> dict[nn.Module, str]:
@@ -190,7 +216,8 @@ def techniques_by_layer(
 ) -> dict[nn.Module, tuple[Step, ...]]:
     """Return the techniques of each layer that ``convert`` takes, with LoRA as ``place_adapters`` places it.
 
-    Embeddings and output layers get what ``FourBit.embeddings`` says in place of a ``FourBit``.
+    Embeddings and output layers get what ``FourBit.embeddings`` says in place of a ``FourBit``, and modules whose
+    weights transformers keeps in float32 no narrower ``compute_dtype``.
 
     Raises:
         ValueError: as ``place_adapters``.
@@ -200,13 +227,17 @@ def techniques_by_layer(
     if isinstance(first, FourBit):
         wider = (of_embeddings(first), *rest)
         chosen |= {layer: wider for layer in embeddings_and_outputs(model) if layer in chosen}
+    for layer, _ in kept_in_float32(model, getattr(first, "compute_dtype", None)):
+        if layer in chosen:
+            own: Any = chosen[layer][0]
+            chosen[layer] = (replace(own, compute_dtype=None), *rest)
     adaptable = [layer for layer in chosen if takes_adapter(layer, where is not None)]
     for index, lora in enumerate(techniques):
         if isinstance(lora, LoRA):
             placed = place_adapters(model, lora, adaptable, where)
             for layer in adaptable:
-                own = (placed[layer], *techniques[index + 1 :]) if layer in placed else ()
-                chosen[layer] = (*chosen[layer][:index], *own)
+                after = (placed[layer], *techniques[index + 1 :]) if layer in placed else ()
+                chosen[layer] = (*chosen[layer][:index], *after)
     return chosen
 
 

@@ -8,7 +8,20 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, measure, merge, summary
+from lowmem import (
+    Budget,
+    EightBit,
+    FourBit,
+    Half,
+    LoRA,
+    LoRALinear,
+    adapter_layers,
+    add_adapter,
+    convert,
+    measure,
+    merge,
+    summary,
+)
 from lowmem.nn.eightbit import Embedding8Bit, Linear8Bit, of_embeddings
 from lowmem.transforms.placement import output_layers, place_adapters, techniques_by_layer
 from tests.selection import rows_in_one_case
@@ -383,6 +396,25 @@ def test_what_shares_a_weight_with_an_embedding_is_stored_as_it_is():
         "last": "nf4",
     }
     assert model.table.weight is model.tokens.weight
+
+
+class Kept(Causal):
+    """As models of transformers, it names what float16 may not round, and what bfloat16 may not."""
+
+    _keep_in_fp32_modules, _keep_in_fp32_modules_strict = {"body.q", "none"}, ["l*_head"]
+
+
+@rows_in_one_case(
+    ("dtype", "kept"),
+    [(torch.float16, {"body.q", "lm_head"}), (torch.bfloat16, {"lm_head"}), (torch.int8, set()), (None, set())],
+)
+@rows_in_one_case("technique", [FourBit("nf4", embeddings="4bit"), Budget(6.0), EightBit()])
+def test_what_a_model_keeps_in_float32_is_not_computed_in_16_bits(dtype, kept, technique):
+    """A layer that shares the weight is computed as asked, and still shares it."""
+    model = convert(nn.Sequential(Kept()), replace(technique, compute_dtype=dtype))[0]
+    for path in ("body.q", "body.v", "lm_head", "draft"):
+        assert model.get_submodule(path).compute_dtype is (None if path in kept else dtype), path
+    assert model.draft.weight_packed is model.lm_head.weight_packed
 
 
 def test_an_8_bit_output_layer_takes_an_adapter_where_it_is_named():

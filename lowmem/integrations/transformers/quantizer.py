@@ -33,6 +33,7 @@ from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import drop_pages, trim_heap
 from lowmem.transforms.convert import freeze_all_but_adapters, restore
+from lowmem.transforms.placement import kept_in_float32
 from lowmem.transforms.registry import is_of_peft
 
 __all__ = ["LowmemQuantizer", "adopt"]
@@ -204,6 +205,14 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         if any(name in self.parts for name in converter.target_patterns):
             return None
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
+
+    def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        """Prepare a model on the meta device; what transformers keeps in float32 is so here, as in a dense model."""
+        for module, name in kept_in_float32(model, dtype):
+            parameter = module._parameters[name]
+            if parameter is not None:
+                parameter.data = parameter.data.float()
+        super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is to be stored while it is read."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowmem.errors import describe, refusal, show
+from lowmem.transforms.placement import float32_patterns
 
 __all__ = ["Architecture", "architecture_of"]
 
@@ -78,9 +79,8 @@ def architecture_of(folder: Path, config: Mapping[str, Any]) -> Architecture:
         for path, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
-    kept = list(model._keep_in_fp32_modules or ())
-    dense = HfQuantizer.get_modules_to_not_convert(model, None, kept)
-    wide = [*(kept if dtype == torch.float16 else ()), *(model._keep_in_fp32_modules_strict or ())]
+    dense = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
+    wide = float32_patterns(model, dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return Architecture(
         dtype,

@@ -16,6 +16,8 @@ from transformers import (
     BertForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -130,6 +132,42 @@ def test_weights_that_a_model_makes_in_float32_are_read_so(tmp_path):
         read = load(tmp_path, quantization_config=LowmemConfig(technique), **asked)
         assert_same(read, lowmem.convert(load(tmp_path, **asked), technique))
         assert_same(copy.deepcopy(read), read)
+
+
+class Strict(T5EncoderModel):
+    _keep_in_fp32_modules, _keep_in_fp32_modules_strict = None, ["wo"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(T5EncoderModel, torch.float16), (Strict, torch.float16), (Strict, torch.bfloat16)]
+)
+def test_weights_that_transformers_keeps_in_float32_are_computed_in_it(tmp_path, kind, dtype):
+    """T5's ``wo`` is one, which returns more than float16 holds; ``compute_dtype`` does not change that."""
+    torch.manual_seed(0)
+    dense = kind(T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2))
+    nn.init.normal_(dense.encoder.block[0].layer[1].DenseReluDense.wo.weight, std=1e4)
+    dense.save_pretrained(tmp_path / "dense")
+    asked = {"as_class": kind, "dtype": dtype}
+    others = [FourBit("nf4", compute_dtype=dtype), Budget(5.0, compute_dtype=dtype), Half()]
+    for technique in (FourBit("nf4"), *(others if kind is T5EncoderModel else ())):
+        converted = lowmem.convert(load(tmp_path / "dense", **asked), technique)
+        read = load(tmp_path / "dense", quantization_config=LowmemConfig(technique), **asked)
+        expected = None
+        for model in (converted, read):
+            saved = tmp_path / str(len([*tmp_path.iterdir()]))
+            model.save_pretrained(saved)
+            for one in (model, load(saved, as_class=kind)):
+                wo = one.encoder.block[0].layer[1].DenseReluDense.wo
+                returned = []
+                wo.register_forward_hook(lambda layer, args, out, found=returned: found.append(out))
+                last = one(input_ids=IDS).last_hidden_state
+                assert isinstance(wo, StoredModule)
+                assert one.dtype is dtype
+                assert wo.weight.dtype is returned[0].dtype is torch.float32
+                assert returned[0].isfinite().all()
+                assert returned[0].abs().max() > torch.finfo(torch.float16).max
+                expected = last if expected is None else expected
+                assert torch.equal(last, expected)
 
 
 def test_both_ends_of_a_tie_in_the_folder(tmp_path):
