@@ -768,7 +768,7 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
         RuntimeError: another thread has removed or converted one of the modules. The model is left as it is.
     """
     _check_all_there(model, replacements, module_paths(model))
-    import_integrations(model)
+    integrations = import_integrations(model)
     share_tied_adapters(replacements.values())
     adapted: dict[nn.Module, nn.Module] = {}
     for old, new in replacements.items():
@@ -780,7 +780,10 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
         if isinstance(new, LoRALinear):
             new.base = cast(nn.Linear, old)
             adapted[old] = new
-    return swap(model, adapted)
+    model = swap(model, adapted)
+    for integration in integrations:
+        integration.after_conversion(model)
+    return model
 
 
 def _classes_before(made: nn.Module) -> list[type[nn.Module]]:

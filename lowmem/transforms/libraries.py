@@ -10,25 +10,28 @@ import sys
 import warnings
 from importlib import import_module
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
 __all__ = ["INTEGRATIONS", "import_integrations"]
 
 INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transformers"})
-"""Library whose classes a model may have -> the module that makes it save converted models."""
+"""Library whose classes a model may have -> the module that makes it save converted models, and whose
+``after_conversion(model)`` each of them is given to."""
 
 
-def import_integrations(model: nn.Module) -> None:
-    """Import the integrations of the libraries that have made a model or parts of it.
+def import_integrations(model: nn.Module) -> list[Any]:
+    """Import and return the integrations of the libraries that have made a model or parts of it.
 
     Warns:
         UserWarning: the library is too old for its integration, so that it cannot save what is converted.
     """
     libraries = {kind.__module__.partition(".")[0] for module in model.modules() for kind in type(module).__mro__}
+    found = []
     for library in libraries & INTEGRATIONS.keys() & sys.modules.keys():
         try:
-            import_module(INTEGRATIONS[library])
+            found.append(import_module(INTEGRATIONS[library]))
         except ImportError as reason:
             warnings.warn(
                 f"{type(model).__name__}.save_pretrained would write what nothing can load: {reason}. lowmem.save "
@@ -36,3 +39,4 @@ def import_integrations(model: nn.Module) -> None:
                 UserWarning,
                 stacklevel=4,
             )
+    return found

@@ -22,8 +22,11 @@ def model(monkeypatch):
 
 
 def test_it_is_imported(model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "some_integration", ModuleType("some_integration"))
+    integration, given = ModuleType("some_integration"), []
+    integration.after_conversion = given.append
+    monkeypatch.setitem(sys.modules, "some_integration", integration)
     lowmem.convert(model, lowmem.FourBit(block_size=8))
+    assert given == [model]
     lowmem.convert(nn.Linear(8, 8), lowmem.FourBit(block_size=8))
 
 

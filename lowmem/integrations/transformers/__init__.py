@@ -21,10 +21,11 @@ version.check()  # before anything of transformers is imported that older versio
 
 from lowmem.integrations.transformers import loading, saving
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
+from lowmem.integrations.transformers.ordering import put_dense_first as after_conversion
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.integrations.transformers.tokenizing import TextTokenizer
 
 saving.install()
 loading.install()
 
-__all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer", "TextTokenizer"]
+__all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer", "TextTokenizer", "after_conversion"]

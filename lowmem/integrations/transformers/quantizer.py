@@ -16,6 +16,7 @@ from lowmem.errors import show
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import Exact
 from lowmem.integrations.transformers.mapped import drop_pages
+from lowmem.integrations.transformers.ordering import put_dense_first
 from lowmem.integrations.transformers.saving import config_of
 from lowmem.integrations.transformers.storing import Measuring, Storing
 from lowmem.io.container import open_checkpoint
@@ -239,6 +240,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, StoredModule):
                 for name in module.part_names:
                     module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+        put_dense_first(model)
         if any(bank_of(module) is not None for module in model.modules()):
             freeze_all_but_adapters(model)
         model.config.quantization_config = self.quantization_config = config_of(model) or self.quantization_config
