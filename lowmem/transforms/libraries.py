@@ -16,11 +16,12 @@ from torch import nn
 __all__ = ["INTEGRATIONS", "import_integrations"]
 
 INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transformers"})
-"""Library whose classes a model may have -> the module that makes it save converted models."""
+"""Library whose classes a model may have -> the module that makes it save converted models, and whose
+``adopt(model)`` each of them is given to."""
 
 
 def import_integrations(model: nn.Module) -> list[ModuleType]:
-    """Import the integrations of the libraries that have made a model or parts of it; return them.
+    """Import and return the integrations of the libraries that have made a model or parts of it.
 
     Warns:
         UserWarning: the library is too old for its integration, so that it cannot save what is converted.

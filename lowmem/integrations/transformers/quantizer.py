@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from lowmem.errors import show
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import Exact
+from lowmem.integrations.transformers.ordering import put_dense_first
 from lowmem.integrations.transformers.peft_models import refuse_passed_over
 from lowmem.integrations.transformers.saving import config_of
 from lowmem.integrations.transformers.storing import Measuring, Storing
@@ -280,6 +281,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, StoredModule):
                 for name in module.part_names:
                     module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+        put_dense_first(model)
         if any(bank_of(module) is not None for module in model.modules()):
             freeze_all_but_adapters(model)
         model.config.quantization_config = self.quantization_config = config_of(model) or self.quantization_config
@@ -301,8 +303,9 @@ def adopt(model: nn.Module) -> None:
     """Give the models of transformers that ``convert`` stored a quantizer, as ``from_pretrained`` does.
 
     ``dequantize`` and ``Trainer`` ask for it. Models that transformers is loading, and those that have a quantizer,
-    keep it.
+    keep it. A dense parameter is put first, as there.
     """
+    put_dense_first(model)
     found: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     inner = {part for module in found for part in module.modules() if part is not module}
     for module in found:

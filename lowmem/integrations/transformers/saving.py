@@ -28,7 +28,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import module_paths
 
-__all__ = ["config_of", "install", "save_errors"]
+__all__ = ["config_of", "install", "presented_dtype", "save_errors"]
 
 _ABSENT = object()
 
@@ -84,7 +84,7 @@ def install() -> None:
         return _count(self, only_trainable, exclude_embeddings)
 
     PreTrainedModel.save_pretrained, PreTrainedModel.num_parameters = save_pretrained, num_parameters
-    PreTrainedModel.dtype = property(lambda self: _presented(self) or dtype.fget(self), doc=dtype.__doc__)
+    PreTrainedModel.dtype = property(lambda self: presented_dtype(self) or dtype.fget(self), doc=dtype.__doc__)
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def _whole(target: Path) -> Iterator[Path]:
         replace_files(partial, target)
 
 
-def _presented(model: nn.Module) -> torch.dtype | None:
+def presented_dtype(model: nn.Module) -> torch.dtype | None:
     """Return the dtype as which a model's first floating-point parameter presents itself, stored or dense."""
     for module in model.modules():
         if isinstance(module, StoredModule):
