@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import compress
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -100,40 +100,49 @@ def measure_speedup(
     start = timer()
     watch = watch or Watch()
     with _ready(candidate, inputs, named) as run, _ready(reference, inputs, named) as against:
-        sides = [_turn(run, timer, watch, "the candidate"), _turn(against, timer, watch, "the reference")]
-        pairs: list[tuple[float, float]] = []
+        turns: tuple[list[float], list[float]] = ([], [])  # of the candidate, and of the reference
+        sides = [
+            _turn(run, timer, watch, turns[0], "the candidate"),
+            _turn(against, timer, watch, turns[1], "the reference"),
+        ]
         before = timer()
         take_turns(sides, 1)
         affordable = int(seconds / max(timer() - before, BURST))
         rounds = max(FEWEST_ROUNDS, min(affordable, FIRST_ROUNDS))
         while True:
             for _ in range(rounds):
-                mine, theirs = watch.round(lambda: take_turns(sides, 1))
-                pairs.append((mine[0], theirs[0]))
-            found, used = _judge(pairs, at_least, watch)
+                watch.round(lambda: take_turns(sides, 1))
+            rounds = len(watch.undisturbed)  # doubles the number of pairs
+            found, used = _judge(np.array(turns)[:, -2 * rounds :].reshape(2, rounds, 2), at_least, watch)
             spent = timer() - start
-            rounds = len(pairs)  # doubles the number of pairs
             if found.verdict != "undecided" or 2 * used > MOST_ROUNDS or 2 * spent > seconds:
                 return found
 
 
-def _judge(pairs: list[tuple[float, float]], at_least: float, watch: Watch) -> tuple[Speedup, int]:
-    """Return the speedup, and how many of the pairs it rests on: beside other work, on the undisturbed ones."""
+def _judge(turns: npt.NDArray[np.float64], at_least: float, watch: Watch) -> tuple[Speedup, int]:
+    """Return the speedup, and how many pairs of times it rests on: beside other work, the undisturbed ones.
 
-    def speedup(pairs: list[tuple[float, float]], disturbance: str = "") -> Speedup:
-        mine, theirs = zip(*pairs, strict=True)
+    Args:
+        turns: (2, rounds, 2) seconds of candidate and reference, each twice a round.
+        at_least: the required ratio.
+        watch: knows which rounds were disturbed.
+    """
+
+    def speedup(turns: npt.NDArray[np.float64], disturbance: str = "") -> Speedup:
+        mine, theirs = turns.mean(axis=2)  # (rounds,) each
         return Speedup(ratio_of_times(theirs, mine, bound=at_least, confidence=CONFIDENCE), at_least, disturbance)
 
+    rounds = turns.shape[1]
     if not watch.disturbed():
-        return speedup(pairs), len(pairs)
-    clean = list(compress(pairs, watch.undisturbed))
-    if len(clean) < FEWEST_ROUNDS:
-        return speedup(pairs, watch.says()), len(clean)
+        return speedup(turns), rounds
+    clean = turns[:, watch.undisturbed]  # (2, clean rounds, 2)
+    if clean.shape[1] < FEWEST_ROUNDS:
+        return speedup(turns, watch.says()), clean.shape[1]
     found = speedup(clean)
-    fastest, theirs = np.quantile(clean, FASTEST, axis=0)
-    slower = max(found.ratio.high, theirs / fastest) < at_least / MARGIN
-    faster = min(found.ratio.low, theirs / fastest) >= at_least * MARGIN
-    return (found if slower or faster else replace(found, disturbance=watch.says())), len(clean)
+    mine, theirs = np.quantile(clean, FASTEST, axis=(1, 2))
+    slower = max(found.ratio.high, theirs / mine) < at_least / MARGIN
+    faster = min(found.ratio.low, theirs / mine) >= at_least * MARGIN
+    return (found if slower or faster else replace(found, disturbance=watch.says())), found.ratio.pairs
 
 
 @contextmanager
@@ -157,8 +166,13 @@ def _ready(call: Callable[..., object], inputs: Any, named: Any) -> Iterator[Cal
             module.training = mode
 
 
-def _turn(run: Callable[[], object], timer: Callable[[], float], watch: Watch, name: str) -> Callable[[], float]:
-    """Warm up a call, and return a function that times it: seconds per call, in bursts of ``BURST`` or more."""
+def _turn(
+    run: Callable[[], object], timer: Callable[[], float], watch: Watch, turns: list[float], name: str
+) -> Callable[[], float]:
+    """Warm up a call, and return a function that times it: seconds per call, in bursts of ``BURST`` or more.
+
+    The function adds the seconds to ``turns``, too.
+    """
     with model_errors(name):
         run()
 
@@ -178,4 +192,9 @@ def _turn(run: Callable[[], object], timer: Callable[[], float], watch: Watch, n
     while (taken := min(burst() for _ in range(CALIBRATING))) < BURST and calls < 10_000_000:
         calls = calls * 10 if taken < BURST / 10 else math.ceil(calls * BURST / taken * 1.1)
     bursts = 1 if taken > LONG else BURSTS
-    return lambda: watch.turn(burst, bursts) / calls
+
+    def turn() -> float:
+        turns.append(watch.turn(burst, bursts) / calls)
+        return turns[-1]
+
+    return turn

@@ -89,7 +89,7 @@ class Load:
 
     def call(self, seconds, longer):
         def run():
-            slowdown, waits = self.slowdowns[self.calls // 8 % len(self.slowdowns)]
+            slowdown, waits = self.slowdowns[self.calls // 24 % len(self.slowdowns)]
             self.calls += 1
             taken = seconds * (slowdown if longer else 1)
             self.clock.now += taken
@@ -114,7 +114,7 @@ def beside(slowdowns, at_least, others=1.0, seconds=10, candidate=1e-3):
         ([(4, 0.7), (4, 0.7), (1, 0)], 2.5, "slower"),
         ([(1, 0)], 1.9, "undecided"),  # no thread waits, but the ratio is too close to what is asked for
         ([(1, 0)], 2.1, "undecided"),
-        ([(1.6, 0)] * 2 + [(1, 0)], 1.5, "undecided"),  # slower by most times, and faster by the fastest ones
+        ([(3, 0)] * 4 + [(1, 0)], 1.5, "undecided"),  # slower by most times, and faster by the fastest ones
     ],
 )
 def test_beside_other_work_only_undisturbed_and_clear_times_decide(slowdowns, at_least, verdict):
