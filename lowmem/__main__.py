@@ -13,6 +13,7 @@ from importlib import import_module
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, NoReturn
 
+from lowmem.distributed.processes import is_told_by_first, started_rank
 from lowmem.errors import describe, one_line, reason
 from lowmem.tools import COMMANDS
 from lowmem.tools.output import stdout_for_json
@@ -30,7 +31,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         see = f" (see {self.prog} --help)"
-        self.exit(2, one_line(f"{self.prog}: {message}", len(see)) + see + "\n")
+        line = one_line(f"{self.prog}: {message}", len(see)) + see
+        self.exit(2, None if is_told_by_first(line) else line + "\n")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         print(message, end="", file=file or sys.stderr)
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         return _fail(command, reason(error), program)
     except KeyboardInterrupt:
+        if started_rank() > 0:  # torchrun interrupts the others when one has failed
+            return 2
         return _fail(command, "interrupted; what was not finished is not there: run it again", program)
 
 
@@ -119,7 +123,8 @@ def _run(argv: Sequence[str], program: bool) -> int:
 
 
 def _fail(command: str, why: str, program: bool) -> int:
-    return write_error(one_line(f"lowmem {command}: {why}".replace("lowmem :", "lowmem:", 1)), program)
+    line = one_line(f"lowmem {command}: {why}".replace("lowmem :", "lowmem:", 1))
+    return 2 if is_told_by_first(line) else write_error(line, program)
 
 
 if __name__ == "__main__":
