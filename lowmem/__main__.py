@@ -14,6 +14,7 @@ from io import TextIOWrapper
 from traceback import format_exc
 from typing import TYPE_CHECKING, NoReturn
 
+from lowmem.distributed.processes import is_told_by_first, started_rank
 from lowmem.errors import describe, error_line, is_fault, one_line
 from lowmem.tools import COMMANDS
 from lowmem.tools.output import stdout_for_json
@@ -31,7 +32,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         see = f" (see {self.prog} --help)"
-        self.exit(2, one_line(f"{self.prog}: {message}", len(see)) + see + "\n")
+        line = one_line(f"{self.prog}: {message}", len(see)) + see
+        self.exit(2, None if is_told_by_first(line) else line + "\n")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         print(message, end="", file=file or sys.stderr)
@@ -55,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return end_closed_pipe(program)
     except Exception as error:  # noqa: BLE001  of any kind: faults get a code of their own
+        line, code = error_line(command, error), 3 if is_fault(error) else 2
         trace = format_exc() if "--debug" in given else ""
-        return write_error(trace + error_line(command, error), program, 3 if is_fault(error) else 2)
+        return code if is_told_by_first(line) else write_error(trace + line, program, code)
     except KeyboardInterrupt:
+        if started_rank() > 0:  # torchrun interrupts the others when one has failed
+            return 2
         return write_error(f"{command}: interrupted; what was not finished is not there: run it again", program)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,12 +19,13 @@ from lowmem.distributed.shard import shard
 from lowmem.finetuning.ranks import Alone, Ranks
 from lowmem.io.wrappers import unwrap
 
-__all__ = ["TIMEOUT", "Replicated", "Sharded", "joined"]
+__all__ = ["TIMEOUT", "Replicated", "Sharded", "is_told_by_first", "joined", "started_rank"]
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others in one exchange: a rank may save, or read weights, meanwhile."""
 
 _CPU = torch.device("cpu")
+_ANSWER = timedelta(seconds=5)  # how long an error of one process waits for that of rank 0
 
 
 class _Processes:
@@ -134,6 +136,29 @@ def joined(how: str | None, device: torch.device = _CPU, timeout: timedelta = TI
             yield Sharded() if how == "shard" else Replicated()
     finally:
         distributed.destroy_process_group()
+
+
+def started_rank() -> int:
+    """Return the number of this process among those that torchrun has started; 0 if it has not started it."""
+    return int(os.environ["RANK"]) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+
+
+def is_told_by_first(line: str) -> bool:
+    """Whether rank 0 ends with the same error, so that this process need not tell it; rank 0 lets the others know."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["WORLD_SIZE"] == "1":
+        return False
+    key, c10d = f"error-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", cast(Any, distributed)
+    try:
+        store, rank, _ = next(c10d.rendezvous("env://", timeout=_ANSWER))
+        if rank == 0:
+            store.set(key, line)
+            return False
+        until = time.monotonic() + _ANSWER.total_seconds()
+        while not store.check([key]) and time.monotonic() < until:
+            time.sleep(0.02)
+        return bool(store.check([key]) and store.get(key) == line.encode())
+    except RuntimeError:  # torchrun has ended: this process tells its own
+        return False
 
 
 def _join(backend: str, timeout: timedelta) -> None:

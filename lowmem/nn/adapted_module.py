@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
+from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.lora import Folded, LoRALinear, refuse_script
@@ -186,6 +187,7 @@ def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
         "__reduce_ex__": _reduce,
     }
     if plain in LAYERS.values():  # its forward reads the parts; the dense class's forward reads the weight property
+        body["__module__"] = plain.dense_class.__module__  # for torch.fx, it is a leaf as torch's own layers are
         convolves = issubclass(plain, nn.modules.conv._ConvNd)
         body["forward"] = _adapted_convolution(plain) if convolves else plain.dense_class.forward
     return type(plain.__name__, (AdaptedModule, plain), body)
@@ -198,6 +200,8 @@ def _adapted_property(name: str) -> property:
     def get(module: nn.Module) -> Any:
         bank = module.__dict__["_modules"].get("adapters")
         return parameter_of(module, name) if bank is None else bank.weight(module, name)
+
+    leave_to_eager(get)  # a graph of its own, after a graph break, could not return the weight
 
     def put(module: nn.Module, value: Any) -> None:
         module.__dict__[name] = value

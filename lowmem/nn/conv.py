@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lowmem.nn.fourbit import FourBit, FourBitStore
 from lowmem.nn.frozen_conv import Geometry, frozen_conv
-from lowmem.nn.frozen_linear import autocast
+from lowmem.nn.frozen_linear import autocast, recorded_call
 from lowmem.nn.half import Half, HalfStore, half_weights
 from lowmem.nn.stored import FourBitForm, HalfForm, StoredTensor
 from lowmem.nn.stored_module import LAYERS, FourBitStorage, StoredModule, stored_copy, stored_property
@@ -75,6 +76,8 @@ class HalfConv(_Conv):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ([batch,] in_channels, *size) -> ([batch,] out_channels, *out size), in the input's dtype."""
+        if isinstance(input, Proxy):
+            return recorded_call(self, input)
         x, own = autocast(input), self._parameters
         weight: Tensor = self.weight_rounded  # type: ignore[assignment]
         bias: Any = own["bias_rounded"] if "bias_rounded" in own else self.bias  # noqa: SIM401 - get would evaluate it
@@ -107,6 +110,8 @@ class Conv4Bit(FourBitStorage, _Conv):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ([batch,] in_channels, *size) -> ([batch,] out_channels, *out size), in the input's dtype."""
+        if isinstance(input, Proxy):
+            return recorded_call(self, input)
         x = autocast(input)
         bias = cast("Tensor | None", self.bias)
         return frozen_conv(x, self.quantized, self.geometry, self.compute_dtype or x.dtype, bias)

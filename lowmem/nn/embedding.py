@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.functional import embedding
 
 from lowmem.kernels import ops
@@ -15,6 +16,7 @@ from lowmem.nn.fourbit import FourBit, FourBitStore
 from lowmem.nn.frozen_linear import (
     exports_to_onnx,
     is_plain_call,
+    recorded_call,
     refuse_nested,
 )
 from lowmem.nn.half import Half, HalfStore
@@ -56,6 +58,8 @@ class _Embedding(StoredModule, nn.Embedding):
             RuntimeError: ``max_norm`` was set since, which rescales rows in place.
             TypeError: a nested tensor (but 16-bit tables accept the jagged layout).
         """
+        if isinstance(input, Proxy):
+            return recorded_call(self, input)
         if self.max_norm is not None:
             raise RuntimeError(
                 f"max_norm={self.max_norm!r} rescales rows in place, and stored ones are read-only: set it to None, "

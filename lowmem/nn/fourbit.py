@@ -8,10 +8,11 @@ from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lowmem import kernels
 from lowmem.nn.blockwise import Blockwise, check_compute_dtype
-from lowmem.nn.frozen_linear import autocast, frozen_linear, is_plain_call
+from lowmem.nn.frozen_linear import autocast, frozen_linear, is_plain_call, recorded_call
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import LAYERS, FourBitStorage, kept_weight, stored_copy, stored_property
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, get_format
@@ -126,6 +127,8 @@ class Linear4Bit(FourBitStorage, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
+        if isinstance(input, Proxy):
+            return recorded_call(self, input)
         x = autocast(input)
         found = self._parameters  # faster than attributes; a parametrization may have moved a parameter out
         bias = found["bias"] if "bias" in found else self.bias  # noqa: SIM401 - get would evaluate self.bias each time

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 from torch.nn.modules import module as torch_module
 
 from lowmem import kernels
@@ -21,6 +22,7 @@ __all__ = [
     "is_jit_tracing",
     "is_observed",
     "is_plain_call",
+    "recorded_call",
     "refuse_nested",
 ]
 
@@ -92,6 +94,21 @@ def refuse_nested(x: Tensor, name: str = "input") -> None:
             f"{name} is a nested tensor (layout={x.layout}): pad it with torch.nested.to_padded_tensor({name}, 0.0), "
             f"or take each of {name}.unbind()"
         )
+
+
+def recorded_call(module: nn.Module, input: Proxy) -> Any:
+    """Record a call of a module in a graph of torch.fx, in which torch's own layers are leaves, too.
+
+    Raises:
+        RuntimeError: the module is itself what is traced.
+    """
+    tracer: Any = input.tracer
+    if tracer.root is module:
+        raise RuntimeError(
+            f"torch.fx.symbolic_trace cannot look into a {type(module).__name__}, whose weight is no plain tensor: "
+            "trace a module that holds it, or make it dense before, lowmem.restore(model) or lowmem.merge(model)"
+        )
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
 
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import cast
 
 from torch import Tensor
+from torch.fx import Proxy
 
 from lowmem.nn.fourbit import Linear4Bit
+from lowmem.nn.frozen_linear import recorded_call
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import copied_module, freeze
 
@@ -24,6 +26,8 @@ class GatheredLinear4Bit(Linear4Bit):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
+        if isinstance(input, Proxy):
+            return recorded_call(self, input)
         return super().forward(input.index_select(-1, self.weight_order))
 
 

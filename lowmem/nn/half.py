@@ -12,9 +12,10 @@ from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lowmem.kernels.frozen_operator import refuse_training
-from lowmem.nn.frozen_linear import autocast, frozen_linear
+from lowmem.nn.frozen_linear import autocast, frozen_linear, recorded_call
 from lowmem.nn.stored import HalfForm, StoredTensor
 from lowmem.nn.stored_module import LAYERS, StoredModule, freeze, stored_copy, stored_property
 from lowmem.quant.rounding import round_to
@@ -93,6 +94,8 @@ class HalfLinear(StoredModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
+        if isinstance(input, Proxy):
+            return recorded_call(self, input)
         x = autocast(input)
         own = self._parameters  # faster than attributes; a parametrization may have moved a parameter out
         weight = own.get("weight_rounded")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lowmem import kernels
 from lowmem.kernels import ops
@@ -19,7 +20,7 @@ from lowmem.nn.adapter import Adapter, LoRA
 from lowmem.nn.adapter_product import adapted_product
 from lowmem.nn.eightbit import Linear8Bit
 from lowmem.nn.fourbit import Linear4Bit
-from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call
+from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call, recorded_call
 from lowmem.nn.gathered_linear import GatheredLinear4Bit, gathered_copy
 from lowmem.nn.half import HalfLinear
 from lowmem.nn.stored import StoredTensor
@@ -162,6 +163,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the base's dtype, for input (..., in_features)."""
+        if isinstance(input, Proxy):
+            return recorded_call(self, input)
         active = self.active  # read this and the merged base only once: another thread may change them
         parts: dict[str, Any] = self._modules
         base = parts["merged_base"]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lowmem.__main__ import main
 from lowmem.distributed import processes
 from lowmem.distributed.processes import Replicated, Sharded, joined
 from lowmem.finetuning.ranks import Alone
@@ -21,8 +22,27 @@ pytestmark = needs_ranks
 
 @pytest.fixture(autouse=True)
 def no_torchrun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def rank(monkeypatch):
+    """Return a function that makes this process one of two that torchrun has started."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def rank(number, restart=0):
+        for name, value in {
+            "RANK": number,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCHELASTIC_RESTART_COUNT": restart,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+
+    return rank
 
 
 def test_flags_need_torchrun_and_torchrun_needs_flags(monkeypatch):
@@ -41,6 +61,47 @@ def test_flags_need_torchrun_and_torchrun_needs_flags(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined(None) as ranks:
         assert isinstance(ranks, Alone)
+
+
+def test_an_error_of_all_processes_is_told_by_the_first(rank, monkeypatch, capsys):
+    def line_of(*arguments):
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(processes, "_ANSWER", timedelta(seconds=0.2))
+    missing = ["fit", "missing", "--data", "text.txt"]
+    assert processes.started_rank() == 0
+    rank(0)
+    told = line_of(*missing)
+    assert "'missing' is no folder" in told
+    rank(1)
+    assert processes.started_rank() == 1
+    assert line_of(*missing) == ""
+    assert "'other' is no folder" in line_of("fit", "other")  # an error of this one alone
+    rank(1, restart=1)
+    assert line_of(*missing) == told  # rank 0 has none since all were started anew
+    rank(0, restart=2)
+    told = line_of("fit", "lora", "--rank", "x")
+    assert "--rank: 'x' must be a positive integer" in told
+    rank(1, restart=2)
+    assert line_of("fit", "lora", "--rank", "x") == ""
+
+
+def test_processes_that_torchrun_interrupts_after_an_error_of_another_are_silent(rank, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowmem.__main__._run", interrupt)
+    rank(1)
+    assert main(["fit"]) == 2
+    assert capsys.readouterr().err == ""
+    rank(0)
+    assert main(["fit"]) == 2
+    assert capsys.readouterr().err.startswith("lowmem fit: interrupted")
 
 
 def join_and_fail(how, kind, error):

@@ -171,3 +171,31 @@ def test_a_nested_input_of_other_layers_is_named_with_its_remedy(kind):
         else:
             with pytest.raises(TypeError, match="input is a nested tensor.*to_padded_tensor"):
                 embedding(indices)
+
+
+LAYERS = {
+    "linear": (lambda: torch.nn.Linear(16, 16), torch.randn(2, 16)),
+    "convolution": (lambda: torch.nn.Conv1d(16, 16, 3), torch.randn(2, 16, 9)),
+    "embedding": (lambda: torch.nn.Embedding(16, 16), torch.arange(3)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("stored", [(), (FourBit(),), (Half(),)], ids=["dense", "4-bit", "half"])
+def test_torch_fx_takes_converted_layers_as_leaves(layer, stored):
+    make, x = LAYERS[layer]
+    for techniques in filter(None, (stored, (*stored, LoRA(2)))):
+        model = convert(torch.nn.Sequential(make()), *techniques, where=lambda *_: True)
+        for name, parameter in model.named_parameters():
+            if "lora_b" in name:
+                torch.nn.init.normal_(parameter)
+        traced = torch.fx.symbolic_trace(model)
+        assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+        assert torch.equal(traced(x), model(x))
+
+
+def test_torch_fx_cannot_look_into_a_converted_layer():
+    for techniques in ((FourBit(),), (LoRA(2),)):
+        layer = convert(torch.nn.Linear(8, 8), *techniques)
+        with pytest.raises(RuntimeError, match=f"look into a {type(layer).__name__}.*: trace a module that holds it"):
+            torch.fx.symbolic_trace(layer)
