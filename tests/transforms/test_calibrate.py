@@ -105,7 +105,9 @@ def test_each_layer_sees_what_the_layers_before_it_give_in_4_bits():
 def test_a_layer_that_is_called_twice_counts_both(net, samples, monkeypatch):
     seen = []
     told = gptq.prepare_hessian
-    monkeypatch.setitem(calibrate.__globals__, "prepare_hessian", lambda m, d: seen.append(m.clone()) or told(m, d))
+    monkeypatch.setitem(
+        calibrate.__wrapped__.__globals__, "prepare_hessian", lambda m, d: seen.append(m.clone()) or told(m, d)
+    )
     inputs = []
     net.twice.register_forward_pre_hook(lambda _, args: inputs.append(args[0].reshape(-1, 32)))
     calibrate(net, samples, where=lambda path, _: path == "twice")
@@ -155,7 +157,7 @@ def test_one_layers_second_moments_are_alive_at_a_time(net, samples, monkeypatch
         alive.extend(weakref.ref(tensor) for tensor in (moments, *said))
         return said
 
-    monkeypatch.setitem(calibrate.__globals__, "prepare_hessian", watch)
+    monkeypatch.setitem(calibrate.__wrapped__.__globals__, "prepare_hessian", watch)
     calibrate(net, samples, **SKIP)
     assert len(alive) == 3 * 5
 
@@ -771,7 +773,9 @@ def test_what_goes_on_after_an_end_is_the_same_byte_for_byte(units, texts, tmp_p
     expected = calibrate(made(Decoder, 4), texts)
     model = made(Decoder, 4)
     clock = count()
-    monkeypatch.setitem(calibrate.__globals__, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setitem(
+        calibrate.__wrapped__.__globals__, "time", types.SimpleNamespace(monotonic=lambda: next(clock))
+    )
 
     def end(done, total, left):
         assert total == 6
