@@ -158,8 +158,7 @@ def test_a_second_run_on_one_folder_ends_at_once(place, capsys, monkeypatch):
     monkeypatch.setattr(
         language, "job_of", lambda *args: seen.append([one.name for one in place.glob(".lowmem-*")]) or 1 / 0
     )
-    with pytest.raises(ZeroDivisionError):
-        main(["fit", *argv])
+    assert main(["fit", *argv]) == 3
     assert len(seen[0]) == 2
     assert sorted(one.name for one in place.iterdir()) == ["data.jsonl", "llama", "text.txt"]
 
