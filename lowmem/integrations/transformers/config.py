@@ -136,13 +136,15 @@ def refuse_technique(given: object) -> None:
     Raises:
         TypeError: it is.
     """
-    if given == EXACT or isinstance(given, (*_KINDS, LoRA, tuple)):
+    if isinstance(given, (str, type, *_KINDS, LoRA, tuple)):
         first = given[0] if isinstance(given, tuple) and given else given
-        written = repr(EXACT) if first == EXACT else f"lowmem.{type(first).__name__}(...)"
-        if isinstance(first, LoRA):
+        kind = first if isinstance(first, type) else type(first)
+        written = f"lowmem.{kind.__name__}(...)" if kind in _KINDS else "lowmem.FourBit()"
+        written = repr(EXACT) if first == EXACT else written
+        if kind is LoRA or (isinstance(given, tuple) and any(isinstance(one, LoRA) for one in given)):
             raise TypeError(
-                "quantization_config=LoRA(...) stores nothing: load the model, then lowmem.add_adapter(model, name, "
-                "LoRA(...))"
+                f"quantization_config={show(given)} has a LoRA, which stores nothing: load the model with a "
+                "LowmemConfig, then lowmem.add_adapter(model, name, LoRA(...))"
             )
         raise TypeError(
             f"quantization_config={show(given)} must be a config: write quantization_config=LowmemConfig({written}), "

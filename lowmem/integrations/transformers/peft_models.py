@@ -52,14 +52,29 @@ def _check(parent: nn.Module, name: str, child: Any) -> None:
     Raises:
         ValueError: PEFT cannot do what it was asked for.
     """
-    if name not in ("base_model", "original_module") or not is_of_peft(parent):
+    if name not in ("base_model", "original_module") or child is None or not is_of_peft(parent):
         return
     if name == "original_module":  # of modules_to_save and trainable_token_indices
         _refuse_whole(parent, child)
     elif isinstance(child, PreTrainedModel):  # of prompt learning; other methods have a module of PEFT between
         _refuse_embedding(child)
-    else:
+    elif hasattr(child, "peft_config"):
         refuse_passed_over(child.model, child.peft_config)
+        if any(isinstance(module, StoredModule) for module in child.model.modules()):
+            child.model.register_forward_pre_hook(_LaterAdapters(child.peft_config))
+
+
+class _LaterAdapters:
+    """Checks adapters that PEFT adds to its model later, at the next forward: torch does not report them."""
+
+    def __init__(self, configs: Mapping[str, Any]) -> None:
+        self._configs, self._checked = configs, len(configs)
+
+    def __call__(self, model: nn.Module, arguments: Any) -> None:
+        """Raise if one of them names a stored parameter."""
+        if len(self._configs) != self._checked:
+            refuse_passed_over(model, self._configs)
+            self._checked = len(self._configs)
 
 
 def _refuse_whole(wrapper: nn.Module, module: nn.Module) -> None:
@@ -68,7 +83,7 @@ def _refuse_whole(wrapper: nn.Module, module: nn.Module) -> None:
             raise ValueError(
                 f"{type(wrapper).__name__} of PEFT trains a {type(inside).__name__} whole, which stores "
                 f"{', '.join(inside.forms)} and is frozen: load or convert the model again and leave the module "
-                "dense, as skip='*lm_head' does, or train an adapter of it"
+                "dense by skip=, as skip='*lm_head' leaves a head, or train an adapter of it"
             )
 
 

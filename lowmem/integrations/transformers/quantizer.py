@@ -291,12 +291,23 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        """Make a model dense, all of it in one dtype: that of the model, or another, which may be its name."""
-        named = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        """Make a model dense in one dtype: that of the model, or another, which may be its name.
+
+        What transformers keeps in float32 beside that dtype is float32, as where a dense model is loaded.
+
+        Raises:
+            TypeError: ``dtype`` names no floating-point dtype of torch.
+        """
+        named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
+            raise TypeError(f"dtype={dtype!r} must be a floating-point dtype of torch or its name, as 'bfloat16' is")
         return super().dequantize(model, model.dtype if named is None else named)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        return restore(model, dtype=dtype)
+        wide = {module for module, _ in kept_in_float32(model, dtype)}
+        if any(isinstance(module, StoredModule) for module in wide):
+            restore(model, where=lambda path, module: module in wide, dtype=torch.float32)
+        return restore(model, where=lambda path, module: module not in wide, dtype=dtype)
 
 
 def adopt(model: nn.Module) -> None:

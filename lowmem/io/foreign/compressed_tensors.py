@@ -68,13 +68,16 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
     specs = {part: source.specs[name] for part, name in names.items()}
     packed, scale = specs["weight_packed"], specs["weight_scale"]
     weight, nbytes = f"{layer}.weight".lstrip("."), sum(spec.nbytes for spec in specs.values())
-    if len(packed.shape) < 2 or len(scale.shape) != len(packed.shape) or 0 in (*packed.shape, *scale.shape):
-        _misfit(layer, specs)
     claimed = set(names.values())
 
     def refused(kind: str, shape: tuple[int, ...], why: str, values: Any = None) -> Found:
         return ForeignTensor.refused(weight, shape, kind, nbytes, why, values), claimed
 
+    if packed.dtype == torch.int32 and len(packed.shape) == 2 and scale.shape == (1,):
+        why = "it has one scale for the tensor, and scales of rows or groups are read: take the dense model"
+        return refused("compressed-tensors", _shape(source, names, specs, layer), why)
+    if len(packed.shape) < 2 or len(scale.shape) != len(packed.shape) or 0 in (*packed.shape, *scale.shape):
+        _misfit(layer, specs)
     if packed.dtype == torch.uint8:
         shape = (*packed.shape[:-1], 2 * packed.shape[-1])
         if scale.dtype != torch.uint8:

@@ -88,9 +88,12 @@ def test_a_field_of_a_technique_says_where_it_belongs(arguments, says):
     ("given", "says"),
     [
         (FourBit(), r"quantization_config=LowmemConfig\(lowmem.FourBit\(...\)\)"),
-        ((Half(), LoRA(2)), r"quantization_config=LowmemConfig\(lowmem.Half\(...\)\)"),
+        ((Half(),), r"quantization_config=LowmemConfig\(lowmem.Half\(...\)\)"),
         ("exact", r"quantization_config=LowmemConfig\('exact'\)"),
-        (LoRA(2), "stores nothing: load the model, then lowmem.add_adapter"),
+        (LoRA(2), "has a LoRA, which stores nothing: load the model with a LowmemConfig, then lowmem.add_adapter"),
+        ((Half(), LoRA(2)), "has a LoRA, which stores nothing"),
+        ("nf4", r"quantization_config=LowmemConfig\(lowmem.FourBit\(\)\)"),
+        (FourBit, r"quantization_config=LowmemConfig\(lowmem.FourBit\(...\)\)"),
     ],
 )
 def test_a_technique_in_place_of_a_config_says_what_to_write(given, says, tmp_path):

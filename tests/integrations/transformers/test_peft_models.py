@@ -7,7 +7,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
 
 import peft
-from transformers import BertConfig, BertModel
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertModel
 
 import lowmem
 from lowmem import FourBit, Half, LoRA
@@ -57,6 +57,28 @@ def test_stored_experts_are_not_passed_over(tmp_path, made):
     injected = peft.inject_adapter_in_model(experts_config(), stored(folder))  # no module of PEFT holds the model
     with pytest.raises(ValueError, match="names model.layers.0.mlp.experts.gate_up_proj, which is stored"):
         trainer(injected, tmp_path / "run")
+
+
+def test_stored_experts_are_not_passed_over_by_a_later_adapter(tmp_path):
+    """PEFT adds it without a word, and without an adapter of the experts; the next forward says so."""
+    model = peft.get_peft_model(
+        stored(write(tmp_path / "dense", "mixtral")), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    model(IDS)
+    model.add_adapter("later", experts_config())
+    with pytest.raises(ValueError, match="names model.layers.0.mlp.experts.gate_up_proj, which is stored"):
+        model(IDS)
+
+
+def test_dense_models_with_tied_embeddings_are_left_to_peft():
+    """PEFT registers None as the original of an embedding that is tied."""
+    config = BartConfig(
+        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    tokens = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2], task_type="SEQ_2_SEQ_LM")
+    model = peft.get_peft_model(BartForConditionalGeneration(config), tokens)
+    assert model(input_ids=torch.tensor([[1, 2]]), decoder_input_ids=torch.tensor([[1]])).logits.isfinite().all()
 
 
 def test_both_remedies_train_the_experts_and_read_each_other_s_folders(tmp_path):

@@ -168,6 +168,12 @@ def test_weights_that_transformers_keeps_in_float32_are_computed_in_it(tmp_path,
                 assert returned[0].abs().max() > torch.finfo(torch.float16).max
                 expected = last if expected is None else expected
                 assert torch.equal(last, expected)
+        again = read.dequantize()
+        wo = again.encoder.block[0].layer[1].DenseReluDense.wo
+        assert wo.weight.dtype is torch.float32
+        assert wo.weight.isfinite().all()
+        assert {one.dtype for one in again.parameters()} == {dtype, torch.float32}
+        assert again(input_ids=IDS).last_hidden_state.isfinite().all()
 
 
 def test_both_ends_of_a_tie_in_the_folder(tmp_path):

@@ -115,6 +115,10 @@ def test_a_scale_for_the_whole_tensor_of_8_bits(tmp_path):
         save_file({"layer.weight": weight, SCALE: torch.full(shape, 0.5)}, tmp_path / "a.safetensors")
         with open_foreign(tmp_path / "a.safetensors") as file:
             assert torch.equal(file.tensors["layer.weight"].values(), weight / 2)
+    packed = {PACKED: torch.zeros(4, 2, dtype=torch.int32), SHAPE: torch.tensor([4, 8]), SCALE: torch.ones(1)}
+    save_file(packed, tmp_path / "b.safetensors")
+    with open_foreign(tmp_path / "b.safetensors") as file:
+        assert "it has one scale for the tensor" in file.tensors["layer.weight"].refusal
     for scale in (torch.ones(3, 1), torch.ones(4, 3), torch.ones(4, 1).int(), torch.ones(()), torch.ones(4, 0)):
         save_file({"layer.weight": weight, SCALE: scale}, tmp_path / "a.safetensors")
         with pytest.raises(FileError, match="do not fit"):
