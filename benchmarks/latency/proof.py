@@ -296,8 +296,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def write_results(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Write the results, whole or not at all."""
-    write_atomically(path, (json.dumps({"runs": runs}, indent=1) + "\n").encode())
+    """Write the results, whole or not at all: a run is a line."""
+    lines = ",\n".join(json.dumps(run) for run in runs)
+    write_atomically(path, f'{{"runs": [\n{lines}\n]}}\n'.encode())
 
 
 def outcome(run: dict[str, Any]) -> str:
