@@ -1307,7 +1307,7 @@ def test_the_page_shows_what_the_proof_found(tmp_path):
     copy = tmp_path / "page.md"
     copy.write_text(page.read_text())
     proof.update_page(copy, [run_of(proof.CASES[2], "latency", "instructions")] * 5)
-    assert "| 10% in a kernel | 5 | 5 | 5 of 5 | instructions in 5, latency in 5 | 60 to 60 |" in copy.read_text()
+    assert "| 10% in a kernel | 5 | 5 | 5 of 5 | 0 | instructions in 5, latency in 5 | 60 to 60 |" in copy.read_text()
 
 
 def test_a_page_without_a_place_for_the_table_is_refused(tmp_path, capsys):
