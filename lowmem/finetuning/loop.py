@@ -180,6 +180,8 @@ class _Run:
             self._done.evaluations = [
                 (step, math.inf if value is None else value) for step, value in saved.record["evaluations"]
             ]
+            if len(self._done.losses) != saved.step:
+                raise TypeError(f"step={saved.step} beside {len(self._done.losses)} losses")
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # its digest is right: it was made so
             raise ValueError(
                 f"the state after step {saved.step} is no state of this run ({type(error).__name__}: {error}): "

@@ -159,8 +159,9 @@ def owned(path: Path) -> Iterator[None]:
     name = place.parent / PARTIAL.replace("*", f"{_name_hash(place)}{0:016}")
     descriptor = _own(name, path)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} of {os.uname().nodename}".encode())
+        with write_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} of {os.uname().nodename}".encode())
         yield
     finally:
         with suppress(OSError):  # the file system has no locks, and another owner has removed it

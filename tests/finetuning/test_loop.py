@@ -263,8 +263,9 @@ def breaking(folder, broken, **settings):
         ({}, {"optimizer": [1]}),
         ({}, {"evaluations": None}),
         ({}, {"evaluations": [3]}),
+        ({"losses": torch.zeros(7, dtype=torch.float64)}, {}),
     ],
-    ids=["random", "losses", "optimizer tensor", "optimizer number", "optimizer list", "evaluations", "evaluation"],
+    ids=["random", "losses", "optimizer tensor", "number", "optimizer list", "evaluations", "evaluation", "step"],
 )
 def test_a_crafted_state_with_a_right_digest_is_refused(tmp_path, tensors, record):
     model, found, states = language(), rows(language(), texts(tmp_path)), States(tmp_path / "states", {})

@@ -512,6 +512,16 @@ def test_where_folders_cannot_be_locked_none_is_removed(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no locks of files")
+def test_a_full_disk_is_named_where_a_name_is_owned(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=r"cannot write .*out.*No space left on device"), owned(tmp_path / "out"):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_has_one_owner_who_is_named_and_a_dead_one_does_not_count(tmp_path):
     path, other = tmp_path / "out", tmp_path / "other"
     (tmp_path / "link").symlink_to(path)
