@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ from lowmem import BigNet
 from lowmem.kernels.threads import usable_cpus
 
 Call = Callable[[], object]
-NEIGHBOUR = "while True: pass"
-SETTLED = 0.3  # seconds until the neighbours compute, and until the machine is quiet again
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"  # ends with a parent that is killed
+SETTLED = 0.3  # seconds of calls that are not measured: the neighbours have begun by then, or ended
 ROUNDS = 4
 
 
@@ -86,16 +87,13 @@ WORKLOADS: dict[str, dict[str, Callable[[], Call]]] = {
 
 
 @contextmanager
-def neighbours(count: int) -> Iterator[None]:
-    """Run processes that compute until the context ends."""
-    started = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) for _ in range(count)]
-    try:
-        sleep(SETTLED)
+def busy_cores(number: int) -> Iterator[None]:
+    """Keep ``number`` cores busy, each by a process, for the block."""
+    with ExitStack() as stack:
+        for _ in range(number):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]))
+            stack.callback(process.kill)
         yield
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 def measure(call: Call, seconds: float) -> tuple[int, float]:
@@ -114,12 +112,13 @@ def means(calls: dict[str, Call], count: int, seconds: float, rounds: int) -> di
         measure(call, seconds / 2)
     for _ in range(rounds):
         for busy in (False, True):
-            with neighbours(count * busy):
+            with busy_cores(count * busy):
                 for name, call in calls.items():
                     measure(call, SETTLED)
                     for i, value in enumerate(measure(call, seconds)):
                         sums[name, busy][i] += value
-    return {name: tuple(sums[name, busy][1] / sums[name, busy][0] for busy in (False, True)) for name in calls}  # type: ignore[misc]
+    mean = {key: seconds / calls_made for key, (calls_made, seconds) in sums.items()}
+    return {name: (mean[name, False], mean[name, True]) for name in calls}
 
 
 def table(found: dict[str, dict[str, tuple[float, float]]]) -> str:

@@ -264,11 +264,11 @@ WAYS: Mapping[str, Callable[[Path], nn.Module]] = {
     "read, converted": lambda folder: _converted(lambda: _read_dense(folder)),
     "mapped, converted": lambda folder: _converted(lambda: lowmem.load(folder / "dense", Layers)),
 }
-"""Ways to the same converted model, of which ``write_layers`` wrote the files."""
+"""Ways to get the same converted model from the files that ``write_layers`` writes."""
 
 
 def write_layers(folder: Path) -> None:
-    """Write the files of which ``WAYS`` read."""
+    """Write the files that ``WAYS`` read."""
     model = Layers()
     torch.save(model.state_dict(), folder / "dense.pt")
     lowmem.save(model, folder / "dense")

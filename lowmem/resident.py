@@ -63,8 +63,8 @@ class Heap:
     """Decides whether free heap pages are returned before an allocation: not where they are reused soon.
 
     Args:
-        trim: returns them; None: ``malloc_trim`` of the C library, if it has one.
-        resident: returns the process's resident bytes; None: reads them from /proc.
+        trim: returns free pages; None: ``malloc_trim`` of the C library, if it has one.
+        resident: returns the process's resident bytes; None: the bytes that /proc tells.
     """
 
     def __init__(self, trim: Callable[[int], Any] | None = None, resident: Callable[[], int] | None = None) -> None:

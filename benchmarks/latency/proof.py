@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from benchmarks.busy import busy_cores
 from benchmarks.latency.builds import GateError, git
 from benchmarks.latency.gate import ROOT, machine
 from lowmem.errors import one_line
@@ -36,7 +37,6 @@ from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.testing.verdicts import FAILING
 
 RESULTS = ROOT / "benchmarks" / "latency" / "proof.json"
-BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"  # ends with a proof that is killed
 BEGIN, END = "<!-- gate-proof -->\n", "<!-- end -->\n"
 
 
@@ -54,7 +54,7 @@ class Case:
         gates: which are run: ``latency`` (with instructions), ``memory``, ``resident``, or the gate of
             the guide, ``guide``, also with a ``slower`` candidate.
         busy: how many other processes keep a core busy each.
-        decided: how many runs have to end without "undecided"; None: all.
+        decided: the least number of runs that must not be undecided; None: all runs.
     """
 
     name: str
@@ -265,16 +265,6 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
         "beside": "other work" if already_busy else ("nothing", "a loop", "two loops")[case.busy],
         "commit": git(ROOT, "rev-parse", "HEAD"),
     }
-
-
-@contextmanager
-def busy_cores(number: int) -> Iterator[None]:
-    """Keep so many cores busy, each by a process."""
-    with ExitStack() as stack:
-        for _ in range(number):
-            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]))
-            stack.callback(process.kill)
-        yield
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -42,10 +42,11 @@ class Checkpoints(States):
         self._writing: Future[None] | None = None
 
     def newest(self, model: nn.Module | None = None) -> Saved | None:
-        """Return the newest undamaged state; None: no state.
+        """Return the newest undamaged state, or None if there is no state.
 
         Args:
-            model: of its sharded parameters, this process gets its part; None: all values are whole.
+            model: this process gets its own part of the values of the model's sharded parameters; None: all values
+                are returned whole.
 
         Raises:
             FileError: all states are damaged, or the newest is of another run: the first difference is named.

@@ -173,16 +173,16 @@ class _Run:
         if saved is None:
             return 0
         try:
-            put_back(saved, self._model, self._optimizer)
-            set_random_states(saved.group("random"), self._device)
-            self._best = {name: value.clone() for name, value in saved.group("best").items()}
             self._done.losses = saved.tensors["losses"].tolist()
             self._done.evaluations = [
                 (step, math.inf if value is None else value) for step, value in saved.record["evaluations"]
             ]
             if len(self._done.losses) != saved.step:
                 raise TypeError(f"step={saved.step} beside {len(self._done.losses)} losses")
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # its digest is right: it was made so
+            self._best = {name: value.clone() for name, value in saved.group("best").items()}
+            put_back(saved, self._model, self._optimizer)
+            set_random_states(saved.group("random"), self._device)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # crafted: its digest is right
             raise ValueError(
                 f"the state after step {saved.step} is no state of this run ({type(error).__name__}: {error}): "
                 "remove its folder to begin anew"

@@ -275,7 +275,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _lock_folder(path: Path) -> int | None:
-    """Open and lock a new folder; None: it cannot be locked, or another process has removed it as a leftover."""
+    """Open and lock a new folder; return None if it cannot be locked, or if another process has removed it."""
     if fcntl is None:
         return None
     try:

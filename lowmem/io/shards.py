@@ -47,7 +47,7 @@ def read_index(path: Path) -> dict[str, str]:
         FileError: it is no index, or names a file outside its own directory.
         OSError: the index cannot be read.
     """
-    return parse_index(path, _read(path))
+    return parse_index(path, read_at_most(path, MAX_INDEX, "index"))
 
 
 def read_model(path: str | os.PathLike[str]) -> TensorFile:
@@ -60,7 +60,7 @@ def read_model(path: str | os.PathLike[str]) -> TensorFile:
     path = Path(path)
     if not path.name.endswith(INDEX):
         return _checked(path, read(path))
-    text = _read(path)
+    text = read_at_most(path, MAX_INDEX, "index")
     files = sorted(set(parse_index(path, text).values()))
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
@@ -118,10 +118,6 @@ def _checked(path: Path, file: TensorFile) -> TensorFile:
         if name not in ("kind", "layers", "adapters"):
             raise refusal(path, f"its metadata has {show(name)}, which is unknown; upgrade lowmem")
     return file
-
-
-def _read(path: Path) -> bytes:
-    return read_at_most(path, MAX_INDEX, "index")
 
 
 def _encode(shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> bytes:

@@ -66,7 +66,7 @@ def seconds_of_cores() -> tuple[float, float, int] | None:
 
 
 def disturbs(waited: float | None, seconds: float) -> bool:
-    """Whether threads have waited so long during a burst of so many seconds that its time is not to be used."""
+    """Whether a burst's time is useless, since its threads waited for a core for more than ``WAITED`` of it."""
     return waited is not None and waited > WAITED * seconds
 
 

@@ -22,7 +22,7 @@ __all__ = ["CONFIDENCE", "Speedup", "measure_speedup"]
 
 CONFIDENCE = 0.99  # of the interval; high, since it is checked several times, and each check may err
 BURST = 0.001  # least seconds of a burst: above the timer's resolution, below what another process gets at once
-BURSTS = 3  # of a turn, of which the median counts; one where calls take longer than ``LONG``
+BURSTS = 3  # bursts of a turn, whose median counts; calls longer than ``LONG`` have one burst
 CALIBRATING = 3  # bursts per number of calls, while the calls of a burst are calibrated
 FEWEST_ROUNDS = 8  # however slow the calls are: fewer pairs too often lie on one side by chance
 FIRST_ROUNDS = 16  # rounds before the first check, if the time allows
@@ -87,7 +87,7 @@ def measure_speedup(
         at_least: how many times as fast the candidate must be; below 1 it may be slower.
         seconds: the time limit; at least eight pairs of times are taken, even if they take longer.
         timer: returns seconds.
-        watch: notices other work; None: by what the operating system counts.
+        watch: notices other work; None: a ``Watch`` that reads the operating system's counters.
         **named: keyword arguments of both.
 
     Raises:

@@ -21,6 +21,7 @@ import pytest
 from rich.console import Console
 
 import lowmem
+from benchmarks import busy
 from benchmarks.cases import BATCHES
 from benchmarks.latency import builds, counted, gate, guide, instructions, proof, rounds, show, worker, workloads
 from benchmarks.latency.__main__ import main, one_line, parse
@@ -174,7 +175,7 @@ def test_identical_times_are_the_same_exactly():
 
 
 def disturbed(found, number):
-    """Return times of which so many rounds, the first ones, were disturbed, and say that head is twice as slow."""
+    """Return times whose first ``number`` rounds were disturbed, and took head twice as long."""
     head = [2 * second for second in found.head[:number]] + found.head[number:]
     flags = [False] * number + [True] * (len(head) - number)
     return replace(found, clock="wall", head=head, undisturbed=flags)
@@ -1202,7 +1203,7 @@ def test_gates_of_memory_run_beside_each_other_and_their_alarms_are_kept(tmp_pat
     class Told(subprocess.Popen):
         def __init__(self, command, **options):
             super().__init__(command, **options)
-            started.extend([self] if proof.BUSY in command else [])
+            started.extend([self] if busy.BUSY in command else [])
 
     monkeypatch.setattr(proof.subprocess, "run", fake)
     monkeypatch.setattr(proof.subprocess, "Popen", Told)
@@ -1273,7 +1274,7 @@ def test_the_proof_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 def test_what_keeps_a_core_busy_ends_with_a_proof_that_is_killed():
     killed = (
         "import os, subprocess, sys\n"
-        f"busy = subprocess.Popen([sys.executable, '-c', {proof.BUSY!r}, str(os.getpid())], stdout=2)\n"
+        f"busy = subprocess.Popen([sys.executable, '-c', {busy.BUSY!r}, str(os.getpid())], stdout=2)\n"
         "print(busy.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )

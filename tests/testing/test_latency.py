@@ -17,7 +17,7 @@ from tests.selection import rows_in_one_case
 
 
 class Clock:
-    """Seconds that pass in calls alone, on two cores of which other work takes ``others``."""
+    """A clock that moves during calls only, on two cores; other work takes ``others`` of them."""
 
     def __init__(self, others=0.0):
         self.now, self.others, self.waited = 0.0, others, 0.0

@@ -91,7 +91,7 @@ def install() -> None:
 def save_errors(target: Path) -> Iterator[None]:
     """Turn an error of writing a folder, such as a full disk, into an OSError of one line that names the folder.
 
-    safetensors has a class of errors of its own. A partial folder is named by whoever made it.
+    safetensors raises a class of its own. Errors about a partial folder pass: its maker names it.
     """
     try:
         yield

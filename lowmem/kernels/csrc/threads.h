@@ -79,8 +79,8 @@ static void note(struct region *region, int phase, int64_t *time)
         set(region->longest[phase], took);
 }
 
-/* Nanoseconds that `parts` parts of a phase take one after another, of which `measured` were measured. The longest is left out: if
- * its thread lost the core meanwhile, it says nothing about the work. */
+/* Estimate the nanoseconds that `parts` parts of a phase take one after another, from the times of `measured` parts. The longest
+ * is left out: its thread may have lost the core meanwhile. */
 static int64_t one_after_another(const struct region *region, int phase, int64_t parts, int64_t measured)
 {
     if (measured < 2)
@@ -151,7 +151,7 @@ static void learn(int64_t threads, int64_t took, int64_t alone, int64_t end)
 static void parallel(struct job *job, body first, int64_t first_parts, body then, int64_t then_parts)
 {
     const int64_t most = run_parallel ? smaller(job->threads, cpus) : 1, began = most > 1 ? now() : 0;
-    const int64_t threads = most > 1 ? threads_at(began, most) : 1;
+    const int64_t threads = threads_at(began, most);
     const int many = threads > 1;
     const int64_t begun = job->packed_step > 0, firsts = many && first_parts ? first_parts * threads + begun : 1;
     const int64_t thens = !then ? 0 : many ? then_parts * threads : 1;
