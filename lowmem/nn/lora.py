@@ -17,7 +17,7 @@ from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Adapter, LoRA
-from lowmem.nn.adapter_product import adapted_product
+from lowmem.nn.adapter_autograd import adapted_product
 from lowmem.nn.eightbit import Linear8Bit
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import autocast_enabled, is_observed, is_plain_call, recorded_call

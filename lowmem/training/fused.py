@@ -26,7 +26,7 @@ from lowmem.kernels import rowwise
 from lowmem.kernels.memory import is_batch, keeps_results
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.kernels.torch_versions import TORCH
-from lowmem.nn.adapter_product import is_narrow, narrow_results
+from lowmem.nn.adapter_autograd import is_narrow, narrow_results
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import is_observed
 from lowmem.nn.lora import LoRALinear

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowmem
 from lowmem import FORMATS, FourBit, Half, LoRA, convert, kernels, restore
-from lowmem.nn.adapter_product import is_narrow
+from lowmem.nn.adapter_autograd import is_narrow
 from tests.rounding import OF_4_BITS, assert_product, assert_sum, stored_weight
 from tests.selection import covering, rows_in_one_case
 
