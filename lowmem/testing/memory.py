@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowmem import kernels, measure
-from lowmem.nn.lora import Adapter
+from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored_module import StoredModule
 from lowmem.testing.baseline import Figures, Key
 from lowmem.testing.call import check_model, model_errors

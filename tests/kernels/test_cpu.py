@@ -587,7 +587,6 @@ def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
     int8 = kind.endswith("int8")
     technique = FourBit(compute_dtype=torch.int8 if int8 else None) if kind.startswith("4-bit") else Half()
     layer = convert(torch.nn.Linear(256, 24), technique, *([LoRA(4)] if "LoRA" in kind else []))
-    base = layer.base if "LoRA" in kind else layer
     calls = []
     kernel = cpu.Kernel(cpu.load()[0], kernels.available()[-1])
     if int8 and kernels.available()[-1] not in ("avx512vnni", "avx512bf16", "avx512amx"):
@@ -602,10 +601,10 @@ def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
     ((given, made),) = calls
     assert out is made
     if technique == Half():
-        own = [base.weight_rounded, base.bias_rounded]
+        own = [layer.weight_rounded, layer.bias_rounded]
     else:
-        own = [base.weight_packed, base.bias]
-        assert any(one is base.quantized.scales for one in given)  # a view of the bytes, made once
+        own = [layer.weight_packed, layer.bias]
+        assert any(one is layer.quantized.scales for one in given)  # a view of the bytes, made once
     own += [x] + ([layer.lora_a, layer.lora_b] if "LoRA" in kind else [])
     assert all(type(parameter) is torch.nn.Parameter for parameter in own)
     assert all(any(parameter is one for one in given) for parameter in own)

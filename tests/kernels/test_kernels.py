@@ -376,16 +376,16 @@ def test_adapters_over_stored_tensors_of_another_layout_and_loading_them_are_err
             continue
         model = nn.Sequential(convert(nn.Linear(40, 6), FourBit("nf4", 8, "float16"), LoRA(2)))
         state, (layer,) = model.state_dict(), model
-        packed, scales = wrong(layer.base.packed.detach(), layer.base.scales.detach())
+        packed, scales = wrong(layer.packed.detach(), layer.scales.detach())
         scales = bytes_of(scales)
-        state = {**state, "0.base.weight_packed": packed, "0.base.weight_scales": scales}
+        state = {**state, "0.weight_packed": packed, "0.weight_scales": scales}
         with kernels.using(kernel):
             model(torch.randn(3, 40))
             with pytest.raises(RuntimeError, match=LAYER_LAYOUT):
                 torch.func.functional_call(model, state, (torch.randn(3, 40),))
-            with pytest.raises(RuntimeError, match="0.base.weight_(packed|scales)"):
+            with pytest.raises(RuntimeError, match="0.weight_(packed|scales)"):
                 model.load_state_dict(state, assign=True)
-            layer.base.weight_packed.data, layer.base.weight_scales.data = packed, scales
+            layer.weight_packed.data, layer.weight_scales.data = packed, scales
             for x in (torch.randn(3, 40), torch.randn(3, 40, requires_grad=True), torch.randn(2, 3, 40)):
                 with pytest.raises(RuntimeError, match=LAYER_LAYOUT):
                     model(x)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, kernels, quantize
+from lowmem import FourBit, Half, LoRA, convert, kernels, quantize
 from lowmem.kernels import cpu, ops
 from tests import strategies
 from tests.operators import assert_operator
+from tests.rounding import stored_weight
 from tests.selection import rows_in_one_case
 
 
@@ -194,7 +195,7 @@ def may_be_refused(message: str):
 @pytest.mark.parametrize("transform", ["forward mode", "gradient"])
 def test_compiled_transforms_of_torch_func_are_right_or_refused(kind, transform):
     """Forward mode in a function of one's own is not compiled: it falls back to eager, and never gives zeros."""
-    layer = build(kind)[0].base
+    layer = build(kind)[0]
     x = torch.randn(3, 16)
     forward_mode = lambda x: torch.func.jvp(layer, (x,), (x,))[1]  # noqa: E731
     function = forward_mode if transform == "forward mode" else torch.func.grad(lambda x: layer(x).square().sum())
@@ -306,9 +307,8 @@ def test_a_traced_linear_layer_takes_every_shape_and_keeps_the_input_s_dtype(tec
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
         # A traced product is rounded before the bias is added: one rounding more of product, bias and sum.
         # What both take from their factors is the same.
-        base = getattr(layer, "base", layer)
-        weight = base.quantized.dequantize() if isinstance(base, Linear4Bit) else base.weight
-        magnitudes = x.double().abs() @ weight.double().abs().t() + base.bias.double().abs()
+        weight, bias = stored_weight(layer), layer.bias.double()
+        magnitudes = x.double().abs() @ weight.abs().t() + bias.abs()
         unit = torch.finfo(torch.bfloat16 if technique == "in bfloat16" else dtype).eps
         assert ((got.double() - expected.double()).abs() <= 2 * unit * magnitudes).all()
 

@@ -62,7 +62,7 @@ def test_bits_are_divided_and_the_table_says_what_for(checkpoint, capsys):
     assert "5.1528 bits" in shown
     assert "bits a weight that is converted, of --bits 5.2" in shown
     expected = lowmem.convert(lowmem.load(out, make), lowmem.LoRA(2))  # what was written loads, and takes adapters
-    assert {expected[0].base.forms["weight"].format, expected[2].base.forms["weight"].format} == {"bof4s", "int8"}
+    assert {expected[0].forms["weight"].format, expected[2].forms["weight"].format} == {"bof4s", "int8"}
     assert main(["quantize", str(checkpoint), str(out), "--bits", "4.1"]) == 2
     assert "Budget(bits=4.1) is out of reach: these weights take 4.3" in capsys.readouterr().err
     assert main(["quantize", str(checkpoint), str(out), "--bits", "4.9", "--format", "nf4"]) == 2
