@@ -35,7 +35,7 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     y = W x + b + sum s B A x    over the active adapters, in the order of ``active``
     """
     if isinstance(input, Proxy):
-        return recorded_call(layer, input)  # type: ignore[no-any-return]
+        return recorded_call(layer, input)
     bank = layer._modules["adapters"]
     active, merged = bank.active, bank.merged_copy  # read only once: another thread may change them
     base, kind, done = layer, layer._plain_class, None
@@ -68,7 +68,7 @@ def _dense_linear(layer: nn.Module, input: Tensor) -> Tensor:
     return nn.functional.linear(input, weight, own["bias"] if "bias" in own else layer.bias)  # type: ignore[arg-type]  # noqa: SIM401
 
 
-def _fused_forward(base: nn.Module, kind: Any, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
+def _fused_forward(base: Any, kind: Any, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
     """Return the output of a layer and its adapter from one fused kernel; None if they must be computed separately.
 
     Args:

@@ -823,7 +823,7 @@ def restore(
             found[module] = path
     if not found:
         raise ValueError(f"no module of {type(model).__name__} that where= and skip= leave has stored parameters")
-    refuse_layers("restore", cast(dict[nn.Module, str], found))
+    refuse_layers("restore", found)
     _refuse_partial_ties(model, found)
     cast_to = {} if dtype is None else _cast_dense(model, selected, dtype)
     dense: dict[int, nn.Parameter] = {}
@@ -916,7 +916,7 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @one_at_a_time
-def replace_modules(model: nn.Module, copies: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, copies: Mapping[Any, nn.Module]) -> None:
     """Turn modules of a model, in place, into copies of them with or without adapters or stored parameters."""
     for module, copied in copies.items():
         put_in_place(module, copied)

@@ -255,7 +255,7 @@ def fold(
     return folded
 
 
-def _refuse_untying(model: nn.Module, folded: Mapping[nn.Module, Folded], to: torch.dtype | None) -> None:
+def _refuse_untying(model: nn.Module, folded: Mapping[Any, Folded], to: torch.dtype | None) -> None:
     """Refuse to merge into one of several modules that share a weight, or differently into them.
 
     ``merge_adapter`` need not: the bases, which the state holds, stay tied.
@@ -270,7 +270,7 @@ def _refuse_untying(model: nn.Module, folded: Mapping[nn.Module, Folded], to: to
             if own is None:
                 continue
             place = place_name(paths[0], name)
-            now = _merged_parameter(folded.get(layer), name, own, to)  # type: ignore[call-overload]
+            now = _merged_parameter(folded.get(layer), name, own, to)
             other, differs = seen.setdefault(id(own), (place, now))
             if now is not differs and not _equal(now, differs):
                 raise ValueError(
@@ -294,7 +294,7 @@ def _equal(one: Any, other: Any) -> bool:
     return wide[0].dtype == wide[1].dtype and torch.equal(*wide)
 
 
-def warn_of_requantizing(folded: Mapping[nn.Module, Folded], paths: Mapping[nn.Module, str]) -> None:
+def warn_of_requantizing(folded: Mapping[AdaptedModule, Folded], paths: Mapping[AdaptedModule, str]) -> None:
     """Warn of the errors of weights that were quantized to 4 or 8 bits again, if there are any."""
     errors, bits = dict[str, float](), set[int]()
     for layer, done in folded.items():
@@ -330,7 +330,7 @@ def _output_errors(
     copies = {layer: done.layer for layer, done in folded.items()}
     copies |= {layer: _widened(layer, one) for layer, one in copies.items() if to and _reads(layer)}
     bases = {layer: without_adapters(layer) for layer in folded}
-    dtypes = {layer: None if _reads(layer) else to for layer in folded}
+    dtypes: dict[AdaptedModule, torch.dtype | None] = {layer: None if _reads(layer) else to for layer in folded}
     sums: dict[nn.Module, Tensor] = {}  # squares: of the base's error, of the copy's, and of the exact output
 
     def see(layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -356,11 +356,9 @@ def _output_errors(
     of_layers = {
         layer: (_relative(base, size), _relative(copy, size)) for layer, (base, copy, size) in totals.items()
     }
-    of_model = [
-        _difference(_outputs_with(others, model, inputs, computed_in), exact)
-        for others, computed_in in ((bases, dict.fromkeys(folded)), (copies, dtypes))
-    ]
-    return of_layers, None if None in of_model else tuple(of_model)  # type: ignore[return-value]
+    before = _difference(_outputs_with(bases, model, inputs, {}), exact)
+    after = _difference(_outputs_with(copies, model, inputs, dtypes), exact)
+    return of_layers, None if before is None or after is None else (before, after)
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:
@@ -423,15 +421,15 @@ def _computing_with(layer: Any, other: nn.Module, dtype: torch.dtype | None) -> 
 
 
 def _outputs_with(
-    others: Mapping[nn.Module, nn.Module],
+    others: Mapping[AdaptedModule, nn.Module],
     model: nn.Module,
     inputs: Any,
-    dtypes: Mapping[nn.Module, torch.dtype | None],
+    dtypes: Mapping[AdaptedModule, torch.dtype | None],
 ) -> list[Tensor]:
     """Return the outputs of a model whose adapted layers compute with other modules meanwhile."""
     with ExitStack() as stack, evaluation_mode(model):
         for layer, other in others.items():
-            stack.enter_context(_computing_with(layer, other, dtypes[layer]))
+            stack.enter_context(_computing_with(layer, other, dtypes.get(layer)))
         return _floating(run_batch(model, inputs))
 
 

@@ -80,7 +80,7 @@ def embeddings_and_outputs(model: nn.Module) -> dict[nn.Module, str]:
     """Return what ``FourBit`` keeps in 8 bits, with the reason: embeddings, output layers, what shares a weight."""
     found = module_paths(model)
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    why = {module: "it is an embedding" for module in found if isinstance(module, kinds)}
+    why: dict[nn.Module, str] = {module: "it is an embedding" for module in found if isinstance(module, kinds)}
     why |= {module: reason for module, reason in output_layers(model).items() if module not in why}
     while True:
         known = [module for module in found if module in why]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import is_inference_mode_enabled, nn
 from torch.nn.parameter import is_lazy
@@ -51,7 +52,7 @@ def refuse_model(name: str, model: nn.Module) -> None:
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")  # by name: importing the second one takes long
 
 
-def refuse_layers(name: str, layers: Mapping[nn.Module, str], *, empty: bool = False) -> None:
+def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) -> None:
     """Raise for layers whose own parameters, or adapters, cannot be changed.
 
     Args:

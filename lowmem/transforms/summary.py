@@ -297,7 +297,7 @@ def _in_8_bits(model: nn.Module) -> dict[nn.Module, str]:
 
 def _techniques(model: nn.Module) -> list[type[Technique]]:
     """Return which techniques store layers; else LoRA if there are adapters; else FourBit."""
-    made = {made_by(module) for module in model.modules()} - {None}
+    made = {one for module in model.modules() for one in (made_by(module), stored_by(module))} - {None}
     storing: list[type[Technique]] = [technique for technique in (FourBit, EightBit, Half) if technique in made]
     return storing or ([LoRA] if made else [FourBit])
 

@@ -130,7 +130,7 @@ def test_other_files_are_refused(tmp_path):
     ("change", "message"),
     [
         ({"name": None}, "its metadata is not lowmem's: name=None must be a string; upgrade lowmem, or get the file"),
-        ({"name": "keys"}, "name='keys' must not be empty"),
+        ({"name": "parts"}, "name='parts' must not be empty"),
         ({"name": "\x1b[2J." * 10**5}, r"name='\\x1b\[2J"),
         ({"base": 3}, "base=3 must be a string"),
         ({"base": "0" * 64}, "trained on another base"),
@@ -201,7 +201,7 @@ def test_a_merged_adapter_takes_no_values(tmp_path):
 
 def test_a_name_that_cannot_be_one_is_refused(tmp_path):
     save_adapter(small("qlora"), tmp_path / "a")
-    for name in ("keys", "a.b", "", 7):
+    for name in ("parts", "a.b", "", 7):
         refused(base(), tmp_path / "a", "name=", name=name)
 
 

@@ -218,7 +218,10 @@ def lora(metadata):
         (lambda m: lora(m)[0].update(active=1), "active=1 must be true or false"),
         (lambda m: lora(m)[0].update(more=1), "'more' is unknown; upgrade lowmem"),
         (lambda m: lora(m).append(lora(m)[0]), "adapter 'default' is there twice"),
-        (lambda m: lora(m).append({**lora(m)[0], "name": "\x1b[2J"}), r"lacks layers.0.adapters.\\x1b\[2J.lora_a$"),
+        (
+            lambda m: lora(m).append({**lora(m)[0], "name": "\x1b[2J"}),
+            r"lacks layers.0.adapters.\\x1b\[2J.weight.lora_a$",
+        ),
         (lambda m: lora(m)[0].update(name="keys"), "lacks layers.0.adapters.keys.weight.lora_a$"),
         (lambda m: m["adapters"].update({"again": []}), "adapters of again is not lowmem's: they are "),
         (lambda m: m["adapters"].update({"again": [{**lora(m)[0], "alpha": 1}]}), "adapts again and layers.0 diff"),

@@ -123,7 +123,7 @@ class Bare(nn.Module):
 def trains(*names):
     def change(model):
         for name in names:
-            model.get_parameter(name).requires_grad_()
+            dict(model.named_parameters())[name].requires_grad_()
 
     return change
 
