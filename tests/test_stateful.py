@@ -235,7 +235,7 @@ class Lifecycle(RuleBasedStateMachine):
     def what_trains_is_what_the_techniques_say(self):
         for module in self.model.modules():
             if isinstance(module, HalfLinear):
-                assert not any(p.requires_grad for p in module.parameters())
+                assert not any(p.requires_grad for p in module.parameters(recurse=False))
             if isinstance(module, Linear4Bit):
                 assert not module.packed.requires_grad
                 assert not module.scales.requires_grad
