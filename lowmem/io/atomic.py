@@ -160,7 +160,8 @@ def _naming(target: Path, partial: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as reason:
         said = not isinstance(reason, OSError) or isinstance(reason, WriteError) or reason.strerror
         named = reason.path if isinstance(reason, WriteError) else getattr(reason, "filename", None)
-        if not said or not (named is None or Path(os.fsdecode(named)).is_relative_to(partial)):
+        is_path = isinstance(named, str | bytes)  # and no descriptor
+        if not said or (is_path and partial.name not in Path(os.fsdecode(named)).parts):
             raise
         raise unwritable(target, reason) from reason
 

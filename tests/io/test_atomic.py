@@ -453,8 +453,11 @@ def file_of_safetensors(folder):
         (folder_in_it, "No such file or directory; choose a directory that can be written"),
     ],
 )
-def test_an_error_of_writing_in_a_folder_names_what_it_was_to_become(tmp_path, write, says):
+def test_an_error_of_writing_in_a_folder_names_what_it_was_to_become(tmp_path, monkeypatch, write, says):
     target = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WriteError, match=f"^cannot write 'out': {says}$"), atomic_folder(Path("out")) as partial:
+        write(partial)
     for made in (atomic_folder(target), atomic_folder(target, tmp_path), scratch_folder(tmp_path, target)):
         with pytest.raises(WriteError, match=f"^cannot write '{target}': {says}$"), made as partial:
             write(partial)
