@@ -16,7 +16,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.errors import FileError, describe, one_line, reason, refusal, show
-from lowmem.integrations.transformers.checking import LAYERS
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.gguf_config import config_of
 from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
@@ -27,7 +26,7 @@ from lowmem.io.convert_checkpoint import Row, Source
 from lowmem.io.foreign.recognize import open_foreign, read_model_config
 from lowmem.io.foreign.requantizing import Requantizing
 from lowmem.io.import_checkpoint import ImportedRow
-from lowmem.io.model_folder import check_regular, copy_others, weights_in
+from lowmem.io.model_folder import check_layers, check_regular, copy_others, weights_in
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
@@ -83,20 +82,8 @@ def check(folder: Path, action: str = "read") -> tuple[dict[str, Any], int]:
         why = f"it has {weights.name}, and transformers would read {show(others[0])}: remove what is not the model"
         raise refusal(folder, why, action)
     with Source(weights) as source:
-        _refuse_layers(file, config, len(source.specs))
+        check_layers(file, config, len(source.specs))
         return config, sum(spec.nbytes for spec in source.specs.values())
-
-
-def _refuse_layers(file: Path, config: Any, tensors: int) -> None:
-    """Raise if a config, or one in it, has more layers than a folder has tensors, before they are made.
-
-    Raises:
-        FileError: it has; or a number that is none.
-    """
-    for name, value in config.items() if isinstance(config, dict) else ():
-        if name in LAYERS and isinstance(value, int) and value > tensors:
-            raise refusal(file, f"{name}={show(value)}, and the folder has {tensors} tensors; get it again")
-        _refuse_layers(file, value, tensors)
 
 
 def load_folder(
