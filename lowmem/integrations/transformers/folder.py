@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowmem.errors import FileError, describe, one_line, reason, refusal, show
+from lowmem.errors import FileError, describe, refusal, show, unbuilt
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.gguf_config import config_of
 from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
@@ -116,10 +116,25 @@ def load_folder(
         model, info = kind.from_pretrained(
             folder, quantization_config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
+    _refuse_factors(folder / "config.json", found, model)
     _refuse_differing(folder, name, "lacks", info["missing_keys"])
     if config is not None:  # what is left out would be lost
         _refuse_differing(folder, name, "has, and the model has not,", info["unexpected_keys"], _LEAVE_OUT)
     return model
+
+
+def _refuse_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise if a config has more or fewer factors of a longrope embedding than the model has frequencies.
+
+    Raises:
+        FileError: it has; transformers takes them, and fails at the first text that needs them.
+    """
+    lengths = {len(one) for name, one in model.named_buffers() if name.endswith("inv_freq") and one.ndim == 1}
+    for name, value in _values(config):
+        wrong = isinstance(value, list) and len(value) not in lengths
+        if lengths and wrong and name.endswith(("short_factor", "long_factor")):
+            why = f"{name}={show(value)} has {len(value)} factors, and the model {max(lengths)} frequencies"
+            raise refusal(file, f"{why}; get it again", "load")
 
 
 def load_gguf(file: Path, dtype: torch.dtype = torch.float32, requantizing: Requantizing | None = None) -> nn.Module:
@@ -309,15 +324,17 @@ def write_model(
 
 @contextmanager
 def load_errors(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turn an error of transformers, whose libraries have no common class of them, into one that names the folder."""
+    """Turn an error of transformers, whose libraries have no common class of them, into one that names the file."""
     try:
         with _without_bars():
             yield
     except (FileError, OSError, ImportError, MemoryError):  # these say it
         raise
     except Exception as error:
-        unknown = _unknown_value(path, error)
-        raise refusal(path, unknown or one_line(reason(error)) + remedy, "load") from error
+        why = _unknown_value(path, error)
+        if why is None:
+            why, path = unbuilt(error), path / "config.json" if path.is_dir() else path
+        raise refusal(path, why + remedy, "load") from error
 
 
 def _unknown_value(path: Path, error: Exception) -> str | None:
