@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
 from lowmem.kernels import int8, reference
+from lowmem.kernels.cpu_rows import CpuRows
 from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.kernels.threads import usable_cpus
 from lowmem.quant.backend import Backend, LowRank, Weight
@@ -56,7 +57,6 @@ _TORCH_CHUNK = 512
 _TILE = 32  # columns in bfloat16 of a tile of AMX
 
 _OPERATIONS = {"linear": 0, "linear_int8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
-_NUMBERS = 7  # of struct rowwise in csrc/kernel.h
 
 Asked: TypeAlias = tuple[str, str, int, int, "str | None"]
 """A kernel that the plan asks: ISA, name, least and most rows of an input, and why it refuses, or None."""
@@ -122,7 +122,7 @@ class Prepared:
     handle: object
 
 
-class Kernel:
+class Kernel(CpuRows):
     """The backend in C for one ISA.
 
     Args:
@@ -139,7 +139,6 @@ class Kernel:
         self._input_grad: Callable[..., Tensor | Literal[False] | None] = native.input_grad
         self._native_dequantize: Callable[..., Tensor | None] = native.dequantize
         self._update: Callable[..., Tensor | None] = native.update
-        self._rowwise: Callable[..., None] = native.rowwise
         self._order = lru_cache(maxsize=64)(native.order)  # the column order, shared by layers of one shape
 
     def linear(
@@ -163,24 +162,6 @@ class Kernel:
                 return out
         out = self._linear_of_others(x, weight, dtype, bias)
         return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
-
-    def linear_again(
-        self,
-        x: Tensor,
-        cache: dict[str, Any],
-        packed: Tensor,
-        scales: Tensor,
-        bias: Tensor | None,
-        low_rank: LowRank | None,
-    ) -> Tensor | None:
-        """Return what ``linear`` would, by the handle in a weight's cache; None: there is none, or C refuses."""
-        kept: Prepared | None = cache.get(_AS_FLOATS)
-        if kept is None or kept.kernel is not self:
-            return None
-        a, b, scaling = _NO_LOW_RANK if low_rank is None else low_rank
-        threads = torch.get_num_threads()
-        out = self._linear(self._isa, kept.handle, packed, scales, x, bias, threads, a, b, scaling)
-        return None if out is False else out
 
     def _linear_of_others(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         """Convert arguments to a form that C takes, or fall back to plain torch."""
@@ -263,7 +244,7 @@ class Kernel:
         return _few_at_a_time(grad, 4 * (rows + 3 * columns), of_few)
 
     @property
-    def adds_products(self) -> bool:
+    def fast_bfloat16(self) -> bool:
         """Whether the processor multiplies bfloat16, so that torch is fast at it."""
         return self.name in ("avx512bf16", "avx512amx")
 
@@ -408,25 +389,6 @@ class Kernel:
             if out is not None:
                 return out
         return reference.add_low_rank(base, x, a, b, scaling)
-
-    def rowwise(
-        self,
-        operation: int,
-        given_type: int,
-        type: int,
-        given: tuple[Tensor | None, ...],
-        outs: tuple[Tensor | None, ...],
-        numbers: tuple[float, ...],
-        step: int,
-        out_step: int,
-    ) -> None:
-        """Fill ``outs``; ``lowmem.kernels.rowwise`` has checked the tensors."""
-        first = cast(Tensor, outs[0])
-        columns = first.shape[-1]
-        addresses = [0 if one is None else one.data_ptr() for one in (*given, *outs, None)][:5]
-        sizes = first.numel() // columns, columns, step, out_step
-        bits = [*map(_bits, numbers), *[0] * (_NUMBERS - len(numbers))]
-        self._rowwise(self._isa, operation, given_type, type, *sizes, *bits, torch.get_num_threads(), *addresses)
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""

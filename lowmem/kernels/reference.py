@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import int8
+from lowmem.kernels.codes import code_in_torch as encode_8bit
+from lowmem.kernels.codes import decode_in_torch as decode_8bit
+from lowmem.kernels.columns import round_in_torch as round_columns
+from lowmem.kernels.entropy import entropies_in_torch as entropies
 from lowmem.kernels.memory import unseen
+from lowmem.kernels.rowwise import gated_grad_in_torch as gated_grad
+from lowmem.kernels.rowwise import gated_in_torch as gated
+from lowmem.kernels.rowwise import norm_grad_in_torch as norm_grad
+from lowmem.kernels.rowwise import norm_in_torch as norm
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import by_block, pack
@@ -31,19 +39,27 @@ from lowmem.quant.tensor import QuantizedTensor, row_chunks
 __all__ = [
     "add_low_rank",
     "add_product",
-    "adds_products",
     "backends",
+    "decode_8bit",
     "dequantize",
+    "encode_8bit",
+    "entropies",
     "explain",
+    "fast_bfloat16",
+    "gated",
+    "gated_grad",
     "input_grad",
     "linear",
-    "linear_again",
     "name",
+    "norm",
+    "norm_grad",
     "quantize_rows",
+    "round_columns",
+    "serves_rows",
 ]
 
 name = "reference"
-adds_products = True
+fast_bfloat16 = True
 
 
 def backends() -> tuple[list[Backend], str]:
@@ -139,10 +155,6 @@ def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
     return base + ((narrow * scaling) @ b.t()).to(base.dtype)
 
 
-def linear_again(*_: object) -> None:
-    """Return None: nothing is kept of a weight."""
-
-
 def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
     """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place: sums in float32 or wider, rounded once.
 
@@ -213,6 +225,11 @@ def _range_message(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str
         f"weight holds the magnitude {largest:.6g}, above {encoding.largest:.6g}, the most that "
         f"scales={encoding.name!r} can hold; use scales='float32'"
     )
+
+
+def serves_rows(x: Tensor) -> bool:
+    """Return False: torch's own functions are faster."""
+    return False
 
 
 def explain(weight: Weight, rows: int, dtype: torch.dtype) -> str:

@@ -267,7 +267,7 @@ def _geometry(sizes: Sequence[int]) -> Geometry:
     return Geometry(sizes[0], sizes[1], sizes[2], kernel, stride, padding, dilation)
 
 
-_OPERATOR = FrozenOperator(_compute, _fake, _record, _derivatives)
+_OPERATOR = FrozenOperator(lambda _, *given: _compute(*given), _fake, _record, _derivatives)
 _OPERATOR.declare(
     "convolve(Tensor x, Tensor stored, Tensor? scales, str format, int block_size, str scale_encoding, int[] sizes, "
     "ScalarType dtype, SymInt[]? size) -> Tensor",

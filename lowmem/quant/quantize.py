@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_of
 from lowmem.quant.formats import Format, get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
@@ -79,7 +79,7 @@ def quantize(
     scratch = BYTES_PER_WEIGHT if method == "absmax" else 2 * BYTES_PER_WEIGHT
     for chunk in row_chunks(rows.shape[0], columns, scratch):
         part = rows[chunk].float().contiguous()
-        active_backend().quantize_rows(part, matrix, chunk, importance)
+        backend_of(part).quantize_rows(part, matrix, chunk, importance)
     return quantized
 
 
@@ -107,7 +107,7 @@ def requantize(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
     )
     before, after = quantized.as_matrix(), again.as_matrix()
     rows = weight.detach().reshape(after.shape)
-    unchanged, dequantize = True, active_backend().dequantize
+    unchanged, dequantize = True, backend_of(rows).dequantize
     for chunk in row_chunks(*after.shape):
         same = (dequantize(before, chunk, torch.float32) == rows[chunk]).all(-1, keepdim=True)  # (rows, 1)
         for stored, into in ((before.packed, after.packed), (before.scales, after.scales)):
@@ -150,7 +150,7 @@ def _squared_error(weight: Tensor, stored: Tensor | QuantizedTensor, importance:
     matrix = stored.as_matrix() if isinstance(stored, QuantizedTensor) else stored.detach().reshape(rows.shape)
     for chunk in row_chunks(*rows.shape):
         if isinstance(matrix, QuantizedTensor):
-            values = active_backend().dequantize(matrix, chunk, torch.float32)
+            values = backend_of(rows).dequantize(matrix, chunk, torch.float32)
         else:
             values = matrix[chunk].double()
         # In double: squares of float32 numbers may overflow or underflow float32.

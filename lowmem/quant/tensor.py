@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size, code_bytes, unpack
 from lowmem.quant.scales import ScaleEncoding, get_encoding
@@ -161,7 +161,7 @@ class QuantizedTensor:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
         matrix = self if len(self.shape) == 2 else self.as_matrix()
-        return active_backend().dequantize(matrix, rows, dtype)
+        return backend_of(self.packed).dequantize(matrix, rows, dtype)
 
     def restore(self, rows: slice, levels: tuple[float, ...] | None = None) -> Tensor:
         """Dequantize ``rows`` of the tensor seen as (rows, n), to float32, in plain torch: the definition.

@@ -85,18 +85,7 @@ def test_what_is_remembered_of_a_weight_follows_it(isa):
     other = quantize(strategies.make_weight("normal", (12, 64), 0, 1))
     x = torch.randn(2, 64)
     with kernels.using(isa):
-        kernel, low_rank = backend.active_backend(), (torch.randn(2, 64), torch.randn(12, 2), 0.5)
-        assert kernel.linear_again(x, q.cache, q.packed, q.scales, None, None) is None  # nothing is kept yet
         assert_exact(kernels.linear(x, q, torch.float32), x, q.dequantize())
-        for added in ((None, None), (torch.randn(12), None), (torch.randn(12), low_rank)):
-            got = kernel.linear_again(x, q.cache, q.packed, q.scales, *added)
-            assert torch.equal(got, kernels.linear(x, q, torch.float32, *added))
-        assert kernel.linear_again(x, q.cache, q.packed.clone(), q.scales, None, None) is None
-        another = cpu.Kernel(kernel.native, kernel.name)
-        assert another.linear_again(x, q.cache, q.packed, q.scales, None, None) is None  # it is not its own
-        another.dequantize(q, slice(None), torch.float32)  # which keeps a handle
-        another._linear = lambda *_: False  # torch is to multiply
-        assert another.linear_again(x, q.cache, q.packed, q.scales, None, None) is None
         twins = copy.deepcopy(q), pickle.loads(pickle.dumps(q))
         q.packed.copy_(other.packed)
         q.scales.copy_(other.scales)
@@ -198,7 +187,7 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
         with on_threads(threads), kernels.using(isa):
             forward = measure.peak_bytes(lambda x=x, dtype=dtype: kernels.linear(x, w, dtype))
             backward = measure.peak_bytes(lambda grad=grad, dtype=dtype: kernels.input_grad(grad, w, dtype))
-            plan = backend.active_backend().plan
+            plan = backend.backend_for().plan
             takes = [plan(w, batch, dtype, product)[-1][1] for product in ("linear", "input_grad")]
         chunk = 768 * dtype.itemsize  # of each column, or each row in the gradient
         assert forward <= (chunk * columns if takes[0] == "torch" else 2**20) + batch * rows * dtype.itemsize

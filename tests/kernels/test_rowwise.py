@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lowmem import kernels
 from lowmem.kernels.rowwise import ACTIVATIONS, factor_grad, gated, gated_grad, gated_in_torch, norm, norm_grad
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_for
 from tests import strategies
 from tests.compiled import ISAS, at, on_threads
 from tests.rounding import gamma, unit
@@ -173,9 +173,10 @@ def test_other_dtypes_and_empty_batches_and_which_arguments_c_takes():
 
 def check_what_c_takes(dtype, patch):
     """Plain tensors of one dtype and shape in rows that fill memory, or are evenly spaced; torch does the rest."""
-    kernel, called = active_backend(), []
-    run = kernel.rowwise
-    patch.setattr(kernel, "rowwise", lambda operation, *given: called.append(operation) or run(operation, *given))
+    kernel, called = backend_for(), []
+    run = kernel._rowwise
+    watched = lambda operation, *given: called.append(operation) or run(operation, *given)  # noqa: E731
+    patch.setattr(kernel, "_rowwise", watched)
 
     def operations(check, *given):
         called.clear()

@@ -1,0 +1,177 @@
+"""Row-wise functions in C: norms, activations, cross entropies, 8-bit codes and the rounding of columns.
+
+What C does not take (other dtypes and layouts, wrapped and traced tensors) goes to the definition in plain torch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.kernels.codes import code_in_torch, decode_in_torch
+from lowmem.kernels.columns import PANEL, round_in_torch
+from lowmem.kernels.entropy import entropies_in_torch
+from lowmem.kernels.memory import TYPES, is_batch, is_float, is_real, is_traced
+from lowmem.kernels.rowwise import gated_grad_in_torch, gated_in_torch, norm_grad_in_torch, norm_in_torch
+from lowmem.quant.backend import Activation
+from lowmem.quant.formats import Format
+
+__all__ = ["CpuRows"]
+
+_LEVELS = 16  # of csrc/columns.h
+_NORM, _NORM_GRAD, _GATED, _GATED_GRAD, _ENTROPY, _CODE, _DECODE, _ROUNDING = range(8)
+
+
+class CpuRows:
+    """The row-wise part of the backend in C for one ISA, which ``lowmem.kernels.cpu.Kernel`` completes."""
+
+    native: ModuleType
+    _isa: int
+
+    def serves_rows(self, x: Tensor) -> bool:
+        """Whether C computes norms and activations of such tensors: float32 and bfloat16."""
+        return x.dtype in (torch.float32, torch.bfloat16)
+
+    def norm(self, x: Tensor, factor: Tensor, eps: float, rounds_first: bool) -> Tensor:
+        """Return ``x / sqrt(mean(x^2) + eps) * factor`` of rows."""
+        if not (self._takes(x) and is_float(factor) and _is_dense(x)):
+            return norm_in_torch(x, factor, eps, rounds_first)
+        out = torch.empty_like(x)
+        self._rowwise(_NORM, (x, factor, None), (out,), x.shape[-1], (eps, float(rounds_first)))
+        return out
+
+    def norm_grad(self, grad: Tensor, x: Tensor, factor: Tensor, eps: float) -> Tensor:
+        """Return the gradient of x for ``norm``."""
+        if not (self._takes(x, grad) and is_float(factor) and _is_dense(x)):
+            return norm_grad_in_torch(grad, x, factor, eps)
+        out = torch.empty_like(x)
+        grad = grad if grad.stride() == out.stride() else torch.empty_like(x).copy_(grad)
+        self._rowwise(_NORM_GRAD, (x, factor, grad), (out,), x.shape[-1], (eps, 0.0))
+        return out
+
+    def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
+        """Return ``act(a) b`` in ``dtype``, contiguous."""
+        step = _step(a, b)
+        if step is None or not _widens(a.dtype, dtype) or not self._takes(a, b):
+            return gated_in_torch(a, b, activation, dtype)
+        out = torch.empty(a.shape, dtype=dtype)
+        self._rowwise(_GATED, (a, b, None), (out,), step, activation.terms)
+        return out
+
+    def gated_grad(
+        self, grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation, into: tuple[Tensor, Tensor | None]
+    ) -> None:
+        """Write the gradients of a and b for ``gated``."""
+        step, out_step = _step(a, b), _step(*into)
+        fits = step is not None and out_step is not None and is_real(grad) and _widens(a.dtype, grad.dtype)
+        if not fits or not self._takes(a, b):
+            return gated_grad_in_torch(grad, a, b, activation, into)
+        self._rowwise(_GATED_GRAD, (a, b, grad), into, step, activation.terms, out_step)
+        return None
+
+    def entropies(self, logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
+        """Return the cross entropies of rows; ``logits`` become their gradient."""
+        if not (_is_memory(logits) and is_real(targets)):
+            return entropies_in_torch(logits, targets, smoothing, gradient)
+        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        given, numbers = (logits, targets.contiguous(), None), (smoothing, float(gradient))
+        self._rowwise(_ENTROPY, given, (logits, losses), 0, numbers)
+        return losses
+
+    def encode_8bit(
+        self, numbers: Tensor, into: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Return 8-bit codes, scales, and how many numbers and codes are not zero."""
+        if not _is_memory(numbers):
+            return code_in_torch(numbers, into)
+        counts = torch.zeros(3, dtype=torch.int64)  # in 0, out 0; whether a scale is not finite
+        self._rowwise(_CODE, (numbers, counts, None), into, len(numbers), (0.0, 0.0))
+        before, after, _ = counts.tolist()
+        return *into, (before, after)
+
+    def decode_8bit(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``codes * scales`` in ``dtype``."""
+        out = torch.empty(codes.shape, dtype=dtype)
+        if not _is_memory(out):
+            return decode_in_torch(codes, scales, dtype)
+        self._rowwise(_DECODE, (codes, scales, None), (out,), 0, (0.0, 0.0), type=TYPES[dtype])
+        return out
+
+    def round_columns(
+        self,
+        form: Format,
+        values: Tensor,
+        scales: Tensor,
+        pivots: Tensor,
+        matrix: Tensor,
+        approximate: Tensor,
+        codes: Tensor,
+        descends: bool,
+    ) -> None:
+        """Round columns of a weight one after the other."""
+        fits = len(form.levels) == _LEVELS and len(values) <= PANEL and not is_traced() and values.numel() > 0
+        fits = fits and is_real(codes) and codes.is_contiguous() and all(map(is_float, (values, scales, approximate)))
+        if not fits:
+            return round_in_torch(form, values, scales, pivots, matrix, approximate, codes, descends)
+        numbers = torch.tensor((*form.levels, *form.boundaries, 0.0), dtype=torch.float32)
+        given = (values, torch.cat([numbers, pivots, matrix.flatten()]), scales)
+        self._rowwise(_ROUNDING, given, (approximate, codes), values.shape[1], (float(descends), 0.0))
+        return None
+
+    def _takes(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Whether all are plain CPU tensors of one shape and dtype, float32 or bfloat16, with numbers in them."""
+        if not self.serves_rows(x) or not x.numel() or is_traced():
+            return False
+        tensors = [x, *(one for one in others if one is not None)]
+        if any(map(is_batch, tensors)):
+            return False
+        return all(is_real(one) and one.dtype is x.dtype and one.shape == x.shape for one in tensors)
+
+    def _rowwise(
+        self, operation: int, given: Any, outs: Any, step: Any, numbers: Any, out_step: int = 0, type: int = -1
+    ) -> None:
+        first = outs[0]
+        columns = first.shape[-1]
+        addresses = [0 if one is None else one.data_ptr() for one in (*given, *outs, None)][:5]
+        sizes = first.numel() // columns, columns, step, out_step or columns
+        bits = [int.from_bytes(array("f", [value]).tobytes(), "little") for value in (*numbers, *[0.0] * 7)][:7]
+        types = (type, type) if type >= 0 else (TYPES[given[0].dtype], TYPES.get(first.dtype, 0))
+        threads = torch.get_num_threads()
+        self.native.rowwise(self._isa, operation, *types, *sizes, *bits, threads, *addresses)
+
+
+def _is_memory(x: Tensor) -> bool:
+    """Whether C may read x as numbers of one of ``TYPES``, side by side."""
+    return x.dtype in TYPES and x.numel() > 0 and is_real(x) and x.is_contiguous() and not is_traced()
+
+
+def _widens(narrow: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether C writes one dtype where it reads another, which is float32 or bfloat16."""
+    return dtype in (narrow, torch.float32)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether rows of numbers side by side fill the memory of x, in any order of the rows."""
+    if x.is_contiguous():
+        return True
+    return x.stride(-1) == 1 and torch.empty_like(x, device="meta").stride() == x.stride()
+
+
+def _step(x: Tensor, other: Tensor | None) -> int | None:
+    """Return the elements from a row to the next, of both if there is another; None where rows are not even."""
+    step = _step_of(x)
+    return step if other is None or _step_of(other) == step else None
+
+
+def _step_of(x: Tensor) -> int | None:
+    if x.is_contiguous():
+        return x.shape[-1]
+    shape, strides = x.shape[:-1], x.stride()[:-1]
+    if x.stride(-1) != 1:  # as of any vector that is not contiguous
+        return None
+    even = all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(len(shape) - 1))
+    return strides[-1] if even else None
