@@ -58,7 +58,7 @@ class CpuRows:
         step = _step(a, b)
         if step is None or not _widens(a.dtype, dtype) or not self._takes(a, b):
             return gated_in_torch(a, b, activation, dtype)
-        out = torch.empty(a.shape, dtype=dtype)
+        out = torch.empty(a.shape, dtype=dtype, device=a.device)
         self._rowwise(_GATED, (a, b, None), (out,), step, activation.terms)
         return out
 
@@ -82,20 +82,20 @@ class CpuRows:
         self._rowwise(_ENTROPY, given, (logits, losses), 0, numbers)
         return losses
 
-    def encode_8bit(
-        self, numbers: Tensor, into: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def encode_8bit(self, numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Return 8-bit codes, scales, and how many numbers and codes are not zero."""
         if not _is_memory(numbers):
             return code_in_torch(numbers, into)
-        counts = torch.zeros(3, dtype=torch.int64)  # in 0, out 0; whether a scale is not finite
+        counts = torch.zeros(
+            3, dtype=torch.int64, device=numbers.device
+        )  # in 0, out 0; whether a scale is not finite
         self._rowwise(_CODE, (numbers, counts, None), into, len(numbers), (0.0, 0.0))
         before, after, _ = counts.tolist()
         return *into, (before, after)
 
     def decode_8bit(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``codes * scales`` in ``dtype``."""
-        out = torch.empty(codes.shape, dtype=dtype)
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         if not _is_memory(out):
             return decode_in_torch(codes, scales, dtype)
         self._rowwise(_DECODE, (codes, scales, None), (out,), 0, (0.0, 0.0), type=TYPES[dtype])
@@ -117,7 +117,7 @@ class CpuRows:
         fits = fits and is_real(codes) and codes.is_contiguous() and all(map(is_float, (values, scales, approximate)))
         if not fits:
             return round_in_torch(form, values, scales, pivots, matrix, approximate, codes, descends)
-        numbers = torch.tensor((*form.levels, *form.boundaries, 0.0), dtype=torch.float32)
+        numbers = torch.tensor((*form.levels, *form.boundaries, 0.0), dtype=torch.float32, device=values.device)
         given = (values, torch.cat([numbers, pivots, matrix.flatten()]), scales)
         self._rowwise(_ROUNDING, given, (approximate, codes), values.shape[1], (float(descends), 0.0))
         return None

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lowmem.kernels.memory import is_traced
-from lowmem.kernels.torch_versions import outside_of_graphs, register_vmap
-from lowmem.quant.backend import ANY, Backend, Weight, backend_for, backend_of
+from lowmem.kernels.torch_versions import outside_of_graphs
+from lowmem.quant.backend import ANY, Weight, backend_for, backend_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import code_bytes
 from lowmem.quant.scales import get_encoding
@@ -108,17 +108,19 @@ class FrozenOperator:
                 lib=_LIBRARY,
             )
 
-        def differentiate_or_dispatch(*given: Any) -> Tensor:
+        def compute_or_differentiate(*given: Any) -> Tensor:
             if _needs_gradient(given) or forward_ad._current_level >= 0:
                 return self.differentiable(*arguments(*given))
-            with torch._C._AutoDispatchBelowAutograd():
-                return cast(Tensor, operator(*given))
+            if is_traced() or _is_transformed():
+                with torch._C._AutoDispatchBelowAutograd():
+                    return cast(Tensor, operator(*given))
+            return self.compute(backend_of(given[0]), *arguments(*given))  # a second dispatch costs as much again
 
         _declared.append(register)
         for device_type in _served:
             register(device_type)
         if self.derivatives is not None:
-            _LIBRARY.impl(operator, differentiate_or_dispatch, "Autograd")
+            _LIBRARY.impl(operator, compute_or_differentiate, "Autograd")
             torch.library.register_vmap(operator, partial(_over_examples, operator, self.rows_alike), lib=_LIBRARY)
         torch.library.register_fake(operator, lambda *given: self.fake(*arguments(*given)), lib=_LIBRARY)
 

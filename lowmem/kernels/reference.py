@@ -1,5 +1,7 @@
 """The backend in plain torch, on any device: dequantizes a chunk of rows, multiplies, frees it, and goes on.
 
+Products, their gradients and gathers never wait for the device: they read no value of a tensor.
+
 It is readable rather than fast. Every other backend is tested against it.
 """
 
@@ -103,7 +105,7 @@ def linear(
     else:
         factor = x.to(dtype)
     out = factor.new_empty(x.shape[0], out_features)
-    for rows in row_chunks(out_features, in_features):
+    for rows in row_chunks(out_features, in_features, device=x.device):
         part = _dequantized(weight, rows, dtype, levels)  # (rows, in)
         if levels is None or not isinstance(weight, QuantizedTensor) or not weight.has_offsets:
             torch.mm(factor, part.t(), out=out[:, rows])  # (batch, rows)
@@ -130,7 +132,7 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     sums = torch.zeros(
         grad.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device
     )
-    for rows in row_chunks(out_features, in_features):
+    for rows in row_chunks(out_features, in_features, device=grad.device):
         part = _dequantized(weight, rows, dtype)  # (rows, in)
         if sums.dtype == dtype:
             sums.addmm_(grad[:, rows], part)
@@ -166,10 +168,10 @@ def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Ten
     if transposed:
         wide = torch.promote_types(out.dtype, torch.float32)
         sums = out.to(wide)
-        for rows in row_chunks(*weight.shape):
+        for rows in row_chunks(*weight.shape, device=x.device):
             sums.addmm_(x[:, rows].to(wide), _dequantized(weight, rows, x.dtype).to(wide))
         return out.copy_(sums)
-    for rows in row_chunks(*weight.shape):
+    for rows in row_chunks(*weight.shape, device=x.device):
         out[:, rows].addmm_(x, _dequantized(weight, rows, x.dtype).t())  # (batch, rows)
     return out
 
@@ -179,7 +181,7 @@ def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tens
     weight.check_layout()  # here, since an empty slice never gets to ``restore``
     chosen, columns = range(weight.shape[0])[rows], weight.shape[-1]
     out = torch.empty(len(chosen), columns, dtype=dtype, device=weight.packed.device)
-    for chunk in row_chunks(len(chosen), columns):
+    for chunk in row_chunks(len(chosen), columns, device=out.device):
         out[chunk] = weight.restore(slice(chosen.start + chunk.start, chosen.start + chunk.stop))
     return out
 

@@ -160,7 +160,9 @@ def _grouped(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool)
     recorded = is_recorded(x, offsets, *weight.parts)
     matrix, count = weight.recorded if recorded else weight.matrix, weight.parts[0].shape[0]
     arguments = (x, matrix, compute_dtype(x, weight), transposed, count, offsets)
-    out = ops.grouped_product.record(*arguments) if recorded else ops.grouped_product.compute(backend_of(x), *arguments)
+    out = (
+        ops.grouped_product.record(*arguments) if recorded else ops.grouped_product.compute(backend_of(x), *arguments)
+    )
     return out.to(x.dtype)
 
 

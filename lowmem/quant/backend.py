@@ -40,8 +40,8 @@ class Backend(Protocol):
     """What a device computes: products with stored weights, rows of 4-bit ones, and row-wise functions of training.
 
     No method may hold a whole dequantized weight. ``lowmem.kernels.reference`` defines the results and documents the
-    arguments: of ``dequantize``, ``quantize_rows``, ``encode_8bit`` and ``decode_8bit`` bit for bit, of all others within
-    rounding.
+    arguments: of ``dequantize``, ``quantize_rows``, ``encode_8bit`` and ``decode_8bit`` bit for bit, of all others
+    within rounding.
     """
 
     @property
@@ -118,9 +118,7 @@ class Backend(Protocol):
         """Return the cross entropies of rows; ``logits`` become their gradient (``lowmem.kernels.entropy``)."""
         ...
 
-    def encode_8bit(
-        self, numbers: Tensor, into: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def encode_8bit(self, numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Return 8-bit codes, scales, and how many numbers and codes are not zero (``lowmem.kernels.codes``)."""
         ...
 
@@ -146,17 +144,23 @@ class Backend(Protocol):
 ANY = "any"
 """In place of a device type: every one that has no backend of its own."""
 
-_backends: dict[str, Backend] = {}
+
+class _Backends(dict[str, Backend]):
+    def __missing__(self, device_type: str) -> Backend:
+        return self[ANY]
+
+
+_backends = _Backends()
 
 
 def backend_of(tensor: Tensor) -> Backend:
     """Return the backend of a tensor's device."""
-    return _backends.get(tensor.device.type) or _backends[ANY]
+    return _backends["cpu" if tensor.is_cpu else tensor.device.type]  # ``device.type`` takes 0.2 microseconds
 
 
 def backend_for(device_type: str = "cpu") -> Backend:
     """Return the backend of a device type, as ``torch.device.type`` names it, or ``ANY``."""
-    return _backends.get(device_type) or _backends[ANY]
+    return _backends[device_type]
 
 
 def set_backend(device_type: str, backend: Backend) -> None:

@@ -40,7 +40,7 @@ class Recording:
 @pytest.fixture
 def recording(monkeypatch):
     """A backend for the CPU, and for the device type ``meta``, for which torch's dispatcher has our fake kernels."""
-    monkeypatch.setattr(backend, "_backends", dict(backend._backends))
+    monkeypatch.setattr(backend, "_backends", type(backend._backends)(backend._backends))
     monkeypatch.setattr(frozen_operator, "_served", [*frozen_operator._served, "meta"])
     made = Recording()
     for device_type in ("cpu", "meta"):
@@ -84,7 +84,6 @@ def test_torch_s_dispatcher_calls_the_kernel_that_is_registered_for_a_device():
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has(name, "CPU")
     assert has(name, "CompositeExplicitAutograd")
-    assert not has(name, "PrivateUse1")
     kernels.register("privateuseone", reference)
     try:
         for operator in ("product_4bit", "product_16bit", "grouped_product_4bit", "dequantize_rows", "convolve"):
