@@ -25,7 +25,7 @@ from torch.nn import Parameter, functional
 
 from lowmem.kernels import int8, reference
 from lowmem.kernels.cpu_rows import CpuRows
-from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector, unseen
+from lowmem.kernels.memory import TYPES, floats, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.kernels.threads import usable_cpus
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
@@ -411,8 +411,8 @@ class Kernel(CpuRows):
             fits = fits and is_float(importance) and importance.shape == rows.shape[1:]
         if not fits or is_traced() or not rows.numel():
             return reference.quantize_rows(rows, into, chunk, importance)
-        levels, boundaries = _floats(form.levels), _floats(form.boundaries)
-        candidates = _floats(CANDIDATES if into.method == "search" else ())
+        levels, boundaries = floats(form.levels), floats(form.boundaries)
+        candidates = floats(CANDIDATES if into.method == "search" else ())
         threads, (count, columns) = torch.get_num_threads(), rows.shape
         scratch = rows.new_empty(threads * (-(-columns // size) + size + 64))
         held = self.native.quantize(
@@ -526,7 +526,7 @@ class Kernel(CpuRows):
             self._isa,
             packed,
             scales,
-            _floats(levels).buffer_info()[0] if form.bits == 4 else 0,  # C knows those of 8 bits
+            floats(levels).buffer_info()[0] if form.bits == 4 else 0,  # C knows those of 8 bits
             _ENCODINGS[weight.encoding.name.removesuffix("_offsets"), weight.encoding.signed],
             weight.block_size,
             rows,
@@ -594,11 +594,6 @@ def _chunks(count: int, step: int = 1) -> list[slice]:
     size = -(-count // max(1, round(count / _TORCH_CHUNK)))
     size = min(count, -(-size // step) * step)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-@lru_cache(maxsize=64)
-def _floats(values: tuple[float, ...]) -> array[float]:
-    return array("f", values)  # not a tensor: an active dispatch mode could intercept it
 
 
 def _bits(value: float) -> int:

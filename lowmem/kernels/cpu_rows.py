@@ -5,9 +5,7 @@ What C does not take (other dtypes and layouts, wrapped and traced tensors) goes
 
 from __future__ import annotations
 
-from array import array
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from torch import Tensor
 from lowmem.kernels.codes import code_in_torch, decode_in_torch
 from lowmem.kernels.columns import PANEL, round_in_torch
 from lowmem.kernels.entropy import entropies_in_torch
-from lowmem.kernels.memory import TYPES, is_batch, is_float, is_real, is_traced
+from lowmem.kernels.memory import TYPES, floats, is_batch, is_float, is_real, is_traced
 from lowmem.kernels.rowwise import gated_grad_in_torch, gated_in_torch, norm_grad_in_torch, norm_in_torch
 from lowmem.quant.backend import Activation
 from lowmem.quant.formats import Format
@@ -23,7 +21,7 @@ from lowmem.quant.formats import Format
 __all__ = ["CpuRows"]
 
 _LEVELS = 16  # of csrc/columns.h
-_NORM, _NORM_GRAD, _GATED, _GATED_GRAD, _ENTROPY, _CODE, _DECODE, _ROUNDING = range(8)
+_TERMS = 7  # of struct gated in csrc/row_calls.h
 
 
 class CpuRows:
@@ -40,17 +38,20 @@ class CpuRows:
         """Return ``x / sqrt(mean(x^2) + eps) * factor`` of rows."""
         if not (self._takes(x) and is_float(factor) and _is_dense(x)):
             return norm_in_torch(x, factor, eps, rounds_first)
-        out = torch.empty_like(x)
-        self._rowwise(_NORM, (x, factor, None), (out,), x.shape[-1], (eps, float(rounds_first)))
-        return out
+        return self._norm(x, factor, eps, rounds_first, None)
 
     def norm_grad(self, grad: Tensor, x: Tensor, factor: Tensor, eps: float) -> Tensor:
         """Return the gradient of x for ``norm``."""
         if not (self._takes(x, grad) and is_float(factor) and _is_dense(x)):
             return norm_grad_in_torch(grad, x, factor, eps)
-        out = torch.empty_like(x)
-        grad = grad if grad.stride() == out.stride() else torch.empty_like(x).copy_(grad)
-        self._rowwise(_NORM_GRAD, (x, factor, grad), (out,), x.shape[-1], (eps, 0.0))
+        grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
+        return self._norm(x, factor, eps, False, grad)
+
+    def _norm(self, x: Tensor, factor: Tensor, eps: float, rounds_first: bool, grad: Tensor | None) -> Tensor:
+        out, columns = torch.empty_like(x), x.shape[-1]
+        of_x = TYPES[x.dtype], x.numel() // columns, columns
+        addresses = x.data_ptr(), factor.data_ptr(), _address(grad), out.data_ptr()
+        self.native.norm(self._isa, torch.get_num_threads(), *of_x, eps, rounds_first, *addresses)
         return out
 
     def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
@@ -59,7 +60,7 @@ class CpuRows:
         if step is None or not _widens(a.dtype, dtype) or not self._takes(a, b):
             return gated_in_torch(a, b, activation, dtype)
         out = torch.empty(a.shape, dtype=dtype, device=a.device)
-        self._rowwise(_GATED, (a, b, None), (out,), step, activation.terms)
+        self._gated(a, b, None, activation, step, (out, None), a.shape[-1])
         return out
 
     def gated_grad(
@@ -70,26 +71,43 @@ class CpuRows:
         fits = step is not None and out_step is not None and is_real(grad) and _widens(a.dtype, grad.dtype)
         if not fits or not self._takes(a, b):
             return gated_grad_in_torch(grad, a, b, activation, into)
-        self._rowwise(_GATED_GRAD, (a, b, grad), into, step, activation.terms, out_step)
+        self._gated(a, b, grad, activation, step, into, out_step)
         return None
+
+    def _gated(
+        self,
+        a: Tensor,
+        b: Tensor | None,
+        grad: Tensor | None,
+        activation: Activation,
+        step: int,
+        into: tuple[Tensor, Tensor | None],
+        out_step: int,
+    ) -> None:
+        columns, terms = a.shape[-1], (*activation.terms, *[0.0] * _TERMS)[:_TERMS]
+        types, sizes = (TYPES[a.dtype], TYPES[into[0].dtype]), (a.numel() // columns, columns, step, out_step)
+        addresses = map(_address, (a, b, grad, *into))
+        self.native.gated(self._isa, torch.get_num_threads(), *types, *sizes, terms, *addresses)
 
     def entropies(self, logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
         """Return the cross entropies of rows; ``logits`` become their gradient."""
         if not (_is_memory(logits) and is_real(targets)):
             return entropies_in_torch(logits, targets, smoothing, gradient)
         losses = logits.new_empty(len(logits), dtype=torch.float32)
-        given, numbers = (logits, targets.contiguous(), None), (smoothing, float(gradient))
-        self._rowwise(_ENTROPY, given, (logits, losses), 0, numbers)
+        targets = targets.contiguous()
+        addresses = logits.data_ptr(), targets.data_ptr(), losses.data_ptr()
+        of_logits = TYPES[logits.dtype], gradient, *logits.shape
+        self.native.entropy(self._isa, torch.get_num_threads(), *of_logits, smoothing, *addresses)
         return losses
 
     def encode_8bit(self, numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Return 8-bit codes, scales, and how many numbers and codes are not zero."""
         if not _is_memory(numbers):
             return code_in_torch(numbers, into)
-        counts = torch.zeros(
-            3, dtype=torch.int64, device=numbers.device
-        )  # in 0, out 0; whether a scale is not finite
-        self._rowwise(_CODE, (numbers, counts, None), into, len(numbers), (0.0, 0.0))
+        counts = torch.zeros(3, dtype=torch.int64, device=numbers.device)  # of scales that are not finite, too
+        of_numbers = TYPES[numbers.dtype], len(into[0]), len(numbers)
+        addresses = (one.data_ptr() for one in (numbers, *into, counts))
+        self.native.encode8(self._isa, torch.get_num_threads(), *of_numbers, *addresses)
         before, after, _ = counts.tolist()
         return *into, (before, after)
 
@@ -98,7 +116,8 @@ class CpuRows:
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         if not _is_memory(out):
             return decode_in_torch(codes, scales, dtype)
-        self._rowwise(_DECODE, (codes, scales, None), (out,), 0, (0.0, 0.0), type=TYPES[dtype])
+        addresses = out.data_ptr(), codes.data_ptr(), scales.data_ptr()
+        self.native.decode8(self._isa, torch.get_num_threads(), TYPES[dtype], len(codes), *addresses)
         return out
 
     def round_columns(
@@ -117,9 +136,22 @@ class CpuRows:
         fits = fits and is_real(codes) and codes.is_contiguous() and all(map(is_float, (values, scales, approximate)))
         if not fits:
             return round_in_torch(form, values, scales, pivots, matrix, approximate, codes, descends)
-        numbers = torch.tensor((*form.levels, *form.boundaries, 0.0), dtype=torch.float32, device=values.device)
-        given = (values, torch.cat([numbers, pivots, matrix.flatten()]), scales)
-        self._rowwise(_ROUNDING, given, (approximate, codes), values.shape[1], (float(descends), 0.0))
+        levels, boundaries = floats(form.levels), floats(form.boundaries)
+        pivots, matrix = pivots.contiguous(), matrix.contiguous()
+        self.native.round_columns(
+            self._isa,
+            torch.get_num_threads(),
+            *values.shape,
+            descends,
+            values.data_ptr(),
+            approximate.data_ptr(),
+            levels.buffer_info()[0],
+            boundaries.buffer_info()[0],
+            pivots.data_ptr(),
+            matrix.data_ptr(),
+            scales.data_ptr(),
+            codes.data_ptr(),
+        )
         return None
 
     def _takes(self, x: Tensor, *others: Tensor | None) -> bool:
@@ -131,17 +163,9 @@ class CpuRows:
             return False
         return all(is_real(one) and one.dtype is x.dtype and one.shape == x.shape for one in tensors)
 
-    def _rowwise(
-        self, operation: int, given: Any, outs: Any, step: Any, numbers: Any, out_step: int = 0, type: int = -1
-    ) -> None:
-        first = outs[0]
-        columns = first.shape[-1]
-        addresses = [0 if one is None else one.data_ptr() for one in (*given, *outs, None)][:5]
-        sizes = first.numel() // columns, columns, step, out_step or columns
-        bits = [int.from_bytes(array("f", [value]).tobytes(), "little") for value in (*numbers, *[0.0] * 7)][:7]
-        types = (type, type) if type >= 0 else (TYPES[given[0].dtype], TYPES.get(first.dtype, 0))
-        threads = torch.get_num_threads()
-        self.native.rowwise(self._isa, operation, *types, *sizes, *bits, threads, *addresses)
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _is_memory(x: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Which row-wise functions C computes, and which plain torch; other files hold what they compute."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -30,9 +32,16 @@ def test_other_dtypes_and_empty_batches_and_which_arguments_c_takes():
 def check_what_c_takes(dtype, patch):
     """Plain tensors of one dtype and shape in rows that fill memory, or are evenly spaced; torch does the rest."""
     kernel, called = backend_for(), []
-    run = kernel._rowwise
-    watched = lambda operation, *given: called.append(operation) or run(operation, *given)  # noqa: E731
-    patch.setattr(kernel, "_rowwise", watched)
+    native = kernel.native
+    watched = SimpleNamespace(**vars(native))
+    patch.setattr(kernel, "native", watched)
+    for name, at in (("norm", 9), ("gated", 11)):  # where the address of a gradient is
+
+        def run(*given, name=name, at=at):
+            called.append(name + "_grad" * bool(given[at]))
+            getattr(native, name)(*given)
+
+        setattr(watched, name, run)
 
     def operations(check, *given):
         called.clear()
@@ -46,8 +55,8 @@ def check_what_c_takes(dtype, patch):
     wide, silu = numbers(40, 4, torch.float32), ACTIVATIONS["SiLU"]
     factor = wide[:20]
     for x, g in ((a, grad), (a.transpose(0, 1), grad.view(3, 2, 20)), (a[0, 0], grad[0, 0]), (a, grad.to(other))):
-        assert operations(check_norm, x, factor, g, 1e-6) == {0, 1}
-    assert operations(check_norm, a, factor, torch._neg_view(grad), 1e-6) == {0}
+        assert operations(check_norm, x, factor, g, 1e-6) == {"norm", "norm_grad"}
+    assert operations(check_norm, a, factor, torch._neg_view(grad), 1e-6) == {"norm"}
     for x, f in (
         (left, factor),
         (uneven[..., :20], factor),
@@ -63,7 +72,7 @@ def check_what_c_takes(dtype, patch):
         (a[0, 0], b[0, 0], grad[0, 0]),
         (a.bfloat16(), b.bfloat16(), grad),  # may be wider
     ):
-        assert operations(check_gated, one, two, g, silu) == {2, 3}
+        assert operations(check_gated, one, two, g, silu) == {"gated", "gated_grad"}
     for one, two, g in (
         (left, b, grad),
         (a, right, grad),
@@ -84,7 +93,7 @@ def check_what_c_takes(dtype, patch):
         ((spaced[:, :3, :20], torch.empty_like(b)), False),
         ((torch.empty_like(a), spaced[:, :3, 20:]), False),
     ):
-        assert operations(gated_grad, grad, a, b, silu, into) == ({3} if by_c else set())
+        assert operations(gated_grad, grad, a, b, silu, into) == ({"gated_grad"} if by_c else set())
         torch.testing.assert_close(into, whole)
     # Nothing is hidden from what records operations, or gives numbers for several.
     x, expected = numbers((2, 3, 20), 6, dtype), norm(b, factor, 1e-6)

@@ -2,7 +2,7 @@
 #include "kernel.h"
 #if HAS_AMX
 TARGET(AVX512,avx512vnni,avx512bf16,amx-tile,amx-bf16)
-#define ISA_BFLOAT16 1
+#define ISA_BFLOAT16
 #include "avx512.h"
 
 #include "body.h"
@@ -21,6 +21,6 @@ static const struct kernel kernels[] = {
 
 /* Small batches in bfloat16 are multiplied in float32, so this does not extend avx512bf16: processors with AMX take two cycles
  * for a vdpbf16ps, as long as for four FMA. */
-const struct isa isa_avx512amx = {"avx512amx", LANES, &isa_avx512vnni, kernels, NULL, NULL, NULL, NULL};
+const struct isa isa_avx512amx = {.name = "avx512amx", .lanes = LANES, .extends = &isa_avx512vnni, .kernels = kernels};
 END_TARGET
 #endif

@@ -2,10 +2,11 @@
 #include "kernel.h"
 #if defined(__x86_64__)
 TARGET(AVX512,avx512vnni,avx512bf16)
-#define ISA_BFLOAT16 1
+#define ISA_BFLOAT16
 #include "avx512.h"
 
 #include "body.h"
+#include "few_bf16.h"
 
 static const struct kernel kernels[] = {
     BY_TORCH,
@@ -18,6 +19,6 @@ static const struct kernel kernels[] = {
     {NULL},
 };
 
-const struct isa isa_avx512bf16 = {"avx512bf16", LANES, &isa_avx512vnni, kernels, NULL, NULL, NULL, NULL};
+const struct isa isa_avx512bf16 = {.name = "avx512bf16", .lanes = LANES, .extends = &isa_avx512vnni, .kernels = kernels};
 END_TARGET
 #endif

@@ -5,7 +5,7 @@ TARGET(AVX512,avx512vnni)
 #include "avx512.h"
 
 #include "body.h"
-#include "int8.h"
+#include "inputs8.h"
 
 static const struct kernel kernels[] = {
     {"few_int8", LINEAR_INT8, GROUPS, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few_int8, .multiply = few_int8_body},
@@ -14,6 +14,6 @@ static const struct kernel kernels[] = {
     {NULL},
 };
 
-const struct isa isa_avx512vnni = {"avx512vnni", LANES, &isa_avx512, kernels, NULL, NULL, NULL, NULL};
+const struct isa isa_avx512vnni = {.name = "avx512vnni", .lanes = LANES, .extends = &isa_avx512, .kernels = kernels};
 END_TARGET
 #endif

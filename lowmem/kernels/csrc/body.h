@@ -8,17 +8,15 @@
  *   MANY_INPUTS    batch rows that tiled.h multiplies with a tile at a time, at most 16
  *   GRAD_SIXTEEN   largest batch of grad @ W for which 16-bit weights are widened in registers
  *   TILE_VECTORS   vectors of columns that grad @ W multiplies at a time: a divisor of 8
- *   ISA_BFLOAT16   whether the ISA multiplies bfloat16 vectors (vdpbf16ps) */
-#pragma GCC diagnostic ignored "-Wunused-function" /* some functions are used only by other ISAs */
-#ifndef ISA_BFLOAT16
-#define ISA_BFLOAT16 0
-#endif
+ *   ISA_BFLOAT16   defined if the ISA multiplies bfloat16 vectors (vdpbf16ps) */
+#pragma once
 
-#include "plan.h"
-#include "rows.h"
-#include "linear.h"
+#pragma GCC diagnostic ignored "-Wunused-function" /* some functions are used only by other ISAs */
+#include "fused.h"
 #include "gradient.h"
+#include "linear.h"
 #include "quantize.h"
+#include "tiled.h"
 
 /* Scratch fields of struct kernel: for kernels of linear.h, many.h and gradient.h, in this order. */
 #define IN_REGISTERS(bytes) .number = bytes, .whole = 1, .few = 1

@@ -1,10 +1,13 @@
-/* The table of kernels and the struct isa of an ISA whose products are all in float32. The file that includes this
- * has included the ISA's vector operations and defined ISA_NAME. */
-#include "body.h"
-#include "rowwise.h"
+/* The kernels of an ISA whose products are all in float32, and its struct isa. The file that includes this has included
+ * the ISA's vector operations. */
+#pragma once
 
-#define ISA_OF(name) isa_##name
-#define THIS_ISA(name) ISA_OF(name)
+#include "body.h"
+#include "columns.h"
+#include "entropy.h"
+#include "gated.h"
+#include "norm.h"
+#include "saved8.h"
 
 static const struct kernel kernels[] = {
     {"few", LINEAR, WHOLE, ANY_TYPE, 1, FEW, IN_REGISTERS(4), .pack = pack_few, .multiply = few_body},
@@ -18,6 +21,9 @@ static const struct kernel kernels[] = {
     {NULL},
 };
 
-const struct isa THIS_ISA(ISA_NAME) = {
-    TEXT(ISA_NAME), LANES, NULL, kernels, dequantize_body, narrow_body, wide_body, quantize, rowwise_body,
-};
+#define FLOAT_ISA(isa_name)                                                                                           \
+    {                                                                                                                 \
+        .name = isa_name, .lanes = LANES, .kernels = kernels, .dequantize = dequantize_body, .narrow = narrow_body,   \
+        .widen = wide_body, .quantize = quantize, .norm = norm_body, .gated = gated_body, .entropy = entropy_body,    \
+        .encode8 = encode8_body, .decode8 = decode8_body, .round_columns = round_columns_body                         \
+    }

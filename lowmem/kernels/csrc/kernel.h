@@ -1,7 +1,6 @@
 /* What the kernels and their Python binding share: sizes of scratch, the structs that describe a weight and a call, and
  * conversions between float32, float16 and bfloat16. */
-#ifndef LOWMEM_KERNEL_H
-#define LOWMEM_KERNEL_H
+#pragma once
 
 #pragma GCC diagnostic ignored "-Wunused-parameter" /* bodies and methods have one signature each, whatever they need */
 
@@ -154,24 +153,9 @@ struct quantizing {
     int failed; /* set by any thread, never cleared */
 };
 
-/* A call of rowwise (rowwise.h). Which field means what depends on the operation; this is for norms and activations:
- * `type` is that of a and b, `wide` that of grad and the outputs. A norm uses `type` for all but its factor b, which
- * is float32. The other operations (entropy.h, codes.h, columns.h) put float32, int8 or int64 into some fields, and
- * codes.h the number of elements into `step`. */
-struct rowwise {
-    enum { NORM, NORM_GRAD, GATED, GATED_GRAD, ENTROPY, CODE, DECODE, ROUNDING } operation;
-    int type, wide;
-    int64_t rows, columns, step, out_step; /* steps: elements between rows of a and b, and of outputs */
-    /* Norm: epsilon, and whether to round before multiplying. Activation: the terms of its z. Cross entropy: its
-     * smoothing, and whether to compute the gradient. Rounding of columns: whether it is a step of a descent. */
-    float numbers[7];
-    const void *a, *b, *grad;
-    void *out[2];
-};
-
 /* One call. All threads read it; none writes to it while they run. */
 struct job {
-    const struct rowwise *rowwise;
+    const void *call; /* of a row-wise function: one of the structs of row_calls.h */
     const struct weight *weight;
     const void *x; /* linear: (batch, columns); input_grad: (batch, rows) */
     const void *bias;
@@ -352,5 +336,3 @@ static inline void share(int64_t n, int64_t step, int64_t parts, int64_t part, i
     if (*to > n)
         *to = n;
 }
-
-#endif

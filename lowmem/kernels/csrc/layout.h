@@ -1,6 +1,5 @@
 /* How the scratch of a product is laid out, and how many batch rows are packed at a time. */
-#ifndef LOWMEM_LAYOUT_H
-#define LOWMEM_LAYOUT_H
+#pragma once
 
 #include "plan.h"
 #include "threads.h"
@@ -53,5 +52,3 @@ static struct layout layout_of(const struct kernel *k, const struct weight *w, i
         .own = k->own + k->own_of_input * piece,
     };
 }
-
-#endif

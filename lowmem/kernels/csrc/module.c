@@ -1,11 +1,6 @@
-/* The Python module. Products, dequantize and update take tensors, whose memory is checked here; quantize and rowwise
- * take addresses and sizes, which Python has checked. One binary works with every Python from 3.10 on (it uses the
- * limited API) and every PyTorch (it uses none of its headers). Threads are those of the OpenMP library that torch
+/* The Python module. Products, dequantize and update take tensors, whose memory is checked here; quantize and row-wise
+ * functions take addresses and sizes, which Python has checked. One binary works with every PyTorch (it uses none of its headers). Threads are those of the OpenMP library that torch
  * has loaded, since a second pool would compete with it for the cores. */
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
-
 #if defined(_WIN32)
 #define dlopen_loaded(path) NULL
 #define dlsym(handle, name) NULL
@@ -15,6 +10,7 @@
 #endif
 
 #include "product.h"
+#include "row_module.h"
 
 /* Read a low-rank update of a product with x. Returns as read_tensor, and 0 if shapes or types do not fit. */
 static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, const struct tensor *x, int64_t rows,
@@ -281,26 +277,6 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     return PyBool_FromLong(!q.failed);
 }
 
-/* rowwise(isa, operation, type, wide, rows, columns, step, out step, bits of seven floats, threads, a, b, grad or 0,
- * out, second out or 0) fills the outputs, and some operations a or b: see struct rowwise. Tensors are addresses. */
-static PyObject *rowwise(PyObject *self, PyObject *const *args, Py_ssize_t given)
-{
-    long long n[21];
-    if (read_numbers(args, given, n, 21))
-        return NULL;
-    struct rowwise r = {
-        (int)n[1], (int)n[2], (int)n[3], n[4], n[5], n[6], n[7], {0},
-        ADDRESS(n[16]), ADDRESS(n[17]), ADDRESS(n[18]), {ADDRESS(n[19]), ADDRESS(n[20])},
-    };
-    for (int i = 0; i < 7; i++)
-        r.numbers[i] = float_of((uint32_t)n[8 + i]);
-    struct job job = {.rowwise = &r, .threads = threads_for(n[15], (double)r.rows * r.columns)};
-    Py_BEGIN_ALLOW_THREADS
-    parallel(&job, base_of(all_isas[n[0]])->rowwise, PARTS, NULL, 0);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
 /* share_threads(path) -> whether threads are now those of the OpenMP library at `path`, if it is loaded already */
 static PyObject *share_threads(PyObject *self, PyObject *path)
 {
@@ -372,7 +348,12 @@ static PyMethodDef methods[] = {
     {"plan", (PyCFunction)(void (*)(void))plan_of, METH_FASTCALL, NULL},
     FAST(quantize),
     FAST(update),
-    FAST(rowwise),
+    {"norm", norm, METH_VARARGS, NULL},
+    {"gated", gated, METH_VARARGS, NULL},
+    {"entropy", entropy, METH_VARARGS, NULL},
+    {"encode8", encode8, METH_VARARGS, NULL},
+    {"decode8", decode8, METH_VARARGS, NULL},
+    {"round_columns", round_columns, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,8 +1,7 @@
 /* The plan: which kernel computes a product. Each instruction set (ISA) has a table with a row for each of its kernels, and
  * `plan` returns the first row that accepts a product. An ISA inherits the kernels of the ISA that it extends; they come after
  * its own. */
-#ifndef LOWMEM_PLAN_H
-#define LOWMEM_PLAN_H
+#pragma once
 
 #include "kernel.h"
 
@@ -64,7 +63,7 @@ struct isa {
     /* Functions other than products; NULL if the ISA extends another, since those of base_of are used. */
     body dequantize, narrow, widen; /* dequantize rows; narrow and widen: the two products of a low-rank update (update.h) */
     int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
-    body rowwise;
+    body norm, gated, entropy, encode8, decode8, round_columns; /* row-wise functions: see row_calls.h */
 };
 
 extern const struct isa isa_portable, isa_neon, isa_avx2, isa_avx512, isa_avx512vnni, isa_avx512bf16, isa_avx512amx;
@@ -118,5 +117,3 @@ static inline const struct kernel *plan(const struct isa *isa, enum kind weight,
         k++;
     return k;
 }
-
-#endif

@@ -1,9 +1,9 @@
 /* Arguments from Python: numbers and tensors. Tensors come by DLPack (dlpack.h, version 1), which is a stable interface and
  * needs none of torch's headers: through torch's table of C functions where it has one, else through a capsule. */
-#ifndef LOWMEM_TENSOR_H
-#define LOWMEM_TENSOR_H
+#pragma once
 
 #include "kernel.h"
+#include "python.h"
 
 /* has_count returns 1 and sets a TypeError if the number of arguments is wrong. read_numbers returns 0, or -1 with a Python
  * error. */
@@ -275,5 +275,3 @@ static PyObject *use_torch(PyObject *self, PyObject *args)
         return NULL;
     return PyBool_FromLong(torch.table != NULL);
 }
-
-#endif

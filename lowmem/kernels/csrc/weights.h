@@ -1,7 +1,6 @@
 /* Weights from Python. A weight of codes has a C handle, which is made once and valid while its tensors keep their
  * address, shape and dtype; each call checks that. */
-#ifndef LOWMEM_WEIGHTS_H
-#define LOWMEM_WEIGHTS_H
+#pragma once
 
 #include "isas.h"
 #include "order.h"
@@ -150,5 +149,3 @@ static int read_weight(const struct isa *isa, PyObject *prepared, PyObject *pack
     return read_memory(packed, &p, held) && read_memory(scales, &s, held) && p.data == w->packed && s.data == w->scales &&
            is_stored_as(w, &p, &s) && (!w->order || w->order->lanes == isa->lanes);
 }
-
-#endif

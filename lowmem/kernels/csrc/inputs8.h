@@ -11,6 +11,12 @@
  * with all of them at once, and the sum of a block starts with the term of the zero point. A packed group of a panel
  * consists of four columns of each batch row, first those of the low nibbles of each of LANES words, then those of
  * the high nibbles; the terms of the zero point for each block; and the units. */
+#pragma once
+
+#ifndef LANES
+#include "avx512.h"
+#endif
+#include "linear.h"
 
 /* Offsets in floats of the 32-bit sums and of the units in a packed group: of a batch row, and of a panel. */
 #define FEW_INT8_SUMS (2 * LANES)
