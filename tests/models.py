@@ -1,16 +1,12 @@
 """Models that the files' tests save and load: with ties, sharing, convolutions, and buffers of both kinds."""
 
 import copy
-import inspect
 
 import torch
 import torch.distributed.checkpoint
 from torch import nn
 
 from lowmem import FourBit, Half, LoRA
-
-# What says to a distributed checkpoint that there is one process: torch 2.4 sees it by itself.
-ALONE = {"no_dist": True} if "no_dist" in inspect.signature(torch.distributed.checkpoint.save).parameters else {}
 
 TECHNIQUES = {
     "dense": (),

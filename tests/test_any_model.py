@@ -16,9 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowmem
 from lowmem import FourBit, Half, LoRA, LoRALinear, convert, restore
-from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.stored_module import StoredModule
-from tests.kernels.test_ops import compiles
 from tests.selection import covering
 
 TECHNIQUES = {"nf4": FourBit("nf4", 16), "bfloat16": Half(torch.bfloat16)}
@@ -254,14 +252,12 @@ def test_copies_files_and_casts_keep_it(name, kind, tmp_path):
         assert {n: (p.shape, p.dtype) for n, p in twin.named_parameters()} == {
             n: (p.shape, p.dtype) for n, p in model.named_parameters()
         }
-    lacks_lstm = name == "LSTM" and not autocasts_lstm()
-    if not lacks_lstm or TORCH >= (2, 9):  # torch 2.4 lacks an LSTM cast to it, too
-        half = copy.deepcopy(model).bfloat16()
-        out = half(x.bfloat16() if x.is_floating_point() else x)
-        assert out.dtype == torch.bfloat16
-        # Of a mixture another expert may be chosen.
-        assert lowmem.measure.difference(expected, out.float()).relative < (0.5 if name.startswith("mix") else 0.1)
-    if lacks_lstm:
+    half = copy.deepcopy(model).bfloat16()
+    out = half(x.bfloat16() if x.is_floating_point() else x)
+    assert out.dtype == torch.bfloat16
+    # Of a mixture another expert may be chosen.
+    assert lowmem.measure.difference(expected, out.float()).relative < (0.5 if name.startswith("mix") else 0.1)
+    if name == "LSTM" and not autocasts_lstm():
         pytest.skip("torch's LSTM under autocast to bfloat16 needs a processor with AVX-512")
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert model(x).isfinite().all()
@@ -296,7 +292,6 @@ def test_adapters_train_travel_and_merge(name, kind, tmp_path):
     assert lowmem.measure.difference(loaded(x).detach(), merged(x).detach()).relative < (0.5 if quantizes else 0.03)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # of torch's own, before 2.5
 @stored_models
 def test_checkpointed_activations_give_the_same_gradients(name, kind):
     model, x = convert(make(name), TECHNIQUES[kind], LoRA(2)), make_input(name)
@@ -312,7 +307,6 @@ def test_checkpointed_activations_give_the_same_gradients(name, kind):
 @stored_models
 @pytest.mark.no_cover
 def test_it_compiles_whole(name, kind, request):
-    """Before torch 2.9 in several graphs: between these, stored weights are read eagerly."""
     if name == "mixture":
         pytest.skip("a loop over the experts that tokens chose has no graph, dense or not")
     if name in ("LSTM", "GRU", "generator"):
@@ -320,11 +314,10 @@ def test_it_compiles_whole(name, kind, request):
     request.addfinalizer(torch.compiler.reset)
     torch.compiler.reset()
     model, x = convert(make(name), TECHNIQUES[kind]), make_input(name)
-    compiled = torch.compile(model, fullgraph=TORCH >= (2, 9), dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@compiles
 @stored_models
 def test_it_exports(name, kind):
     if name in ("mixture",):

@@ -7,7 +7,6 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import lowmem
-from lowmem.kernels.torch_versions import TORCH
 from tests.imports import DOORS, DRAWN, MODULES, PAGE, drawn, folder_imports, imports_of, module_name, reduced
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +95,7 @@ def test_importing_takes_torch_and_nothing_else_that_is_heavy():
         "hypothesis",
         "pytest",
         "torch._dynamo",
-        "torch._inductor" if TORCH >= (2, 5) else "torch._inductor.compile_fx",  # functorch of 2.4 reads its config
+        "torch._inductor",
     )
     script = (
         "import sys, torch; before = set(sys.modules); import lowmem; "

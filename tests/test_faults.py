@@ -1,4 +1,4 @@
-"""The list of planted faults is not stale, and the script that tries them tells killed from survived."""
+"""The list of planted faults in C is not stale, and the script that tries them tells killed from survived."""
 
 import subprocess
 import sys
@@ -8,52 +8,31 @@ import pytest
 
 from tests.faults import __main__ as command
 from tests.faults.copies import SOURCE, Outcome
-from tests.faults.modules import EXEMPT, modules
-from tests.faults.planted import Fault, errors_of, read_faults
-from tests.faults.survivors import Survivor, read_survivors
+from tests.faults.planted import LIST, Fault, errors_of, read_faults
 from tests.selection import rows_in_one_case
 
-FAULTS = read_faults()
-FAULT = Fault("a", "lowmem/version.py", "nothing", "__version__", "_version", ("tests/test_main.py",))
+FAULTS = read_faults(LIST)
+PORTABLE = "lowmem/kernels/csrc/portable.c"
+FAULT = Fault("a", PORTABLE, "nothing", "LANES 4", "LANES 8", ("tests/test_main.py",), "portable")
 
 
 def test_no_fault_is_stale():
     assert errors_of(FAULTS, SOURCE) == []
 
 
-def test_there_are_forty_faults_in_python_and_forty_in_c():
-    in_c = sum(fault.is_c for fault in FAULTS)
-    assert in_c >= 40
-    assert len(FAULTS) - in_c >= 40
-
-
-def test_every_module_that_computes_converts_or_writes_has_a_fault():
-    expected = set(modules(SOURCE))
-    assert {
-        "lowmem/tools/fit.py",
-        "lowmem/report/page.py",
-        "benchmarks/latency/rounds.py",
-        "pytest_lowmem.py",
-    } < expected
-    assert expected - {fault.file for fault in FAULTS} == set()
-
-
-def test_every_exempt_module_is_there():
-    assert [name for name in sorted(EXEMPT) if not (SOURCE / name).is_file()] == []
+def test_there_are_forty_faults():
+    assert len(FAULTS) >= 40
 
 
 @rows_in_one_case(
     ("changes", "error"),
     [
-        ({"find": "_"}, "stands"),
+        ({"find": " "}, "stands"),
         ({"find": "what is nowhere"}, "stands 0 times"),
-        ({"file": "lowmem/gone.py"}, "there is no lowmem/gone.py"),
-        ({"replace": "("}, "version.py, line 3"),
-        ({"replace": "__version__"}, "changes nothing"),
+        ({"file": "lowmem/gone.c"}, "there is no lowmem/gone.c"),
+        ({"replace": "LANES 4"}, "changes nothing"),
         ({"tests": ("tests/test_gone.py::test_a",)}, "there is no tests/test_gone.py::test_a"),
         ({"tests": ()}, "names no tests"),
-        ({"kernel": "portable"}, "kernel='portable'"),
-        ({"file": "lowmem/kernels/csrc/portable.c", "find": "LANES 4"}, "kernel=''"),
     ],
 )
 def test_what_is_wrong_with_a_fault_is_said(changes, error):
@@ -72,7 +51,7 @@ def test_a_damaged_list_is_an_error_that_names_it(tmp_path, text):
     path = tmp_path / "some.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"^some.toml is no list of faults: "):
-        read_faults([path])
+        read_faults(path)
 
 
 def run(*arguments):
@@ -115,22 +94,25 @@ class Pool:
         return [(fault, Outcome(self.planted.get(fault.id, "failed"), 1.0, "", "")) for fault, _ in given]
 
 
-OF_C = replace(FAULT, id="c", file="lowmem/kernels/csrc/portable.c", kernel="portable")
+OTHER = replace(FAULT, id="c")
 
 
 def test_faults_that_are_all_killed_end_with_0(capsys):
-    assert command._try_all(Pool(c="timed out"), [FAULT, OF_C]) == 0
+    assert command._try_all(Pool(c="timed out"), [FAULT, OTHER]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:3]] == [["killed", "a"], ["killed", "c"]]
-    assert [line.split() for line in lines[5:7]] == [["Python", "1", "1", "0", "0"], ["C", "1", "1", "0", "0"]]
+    assert [line.split() for line in lines[4:6]] == [
+        ["faults", "killed", "survived", "skipped"],
+        ["2", "2", "0", "0"],
+    ]
     assert lines[-1] == "Every fault that was tried is caught."
 
 
 @pytest.mark.parametrize("verdict", ["passed", "unusable"])
 def test_a_fault_that_survives_ends_with_1_and_is_named(verdict, capsys):
-    assert command._try_all(Pool(a=verdict), [FAULT, OF_C]) == 1
+    assert command._try_all(Pool(a=verdict), [FAULT, OTHER]) == 1
     out = capsys.readouterr().out
-    assert "SURVIVED a: nothing (lowmem/version.py); none of tests/test_main.py fails" in out
+    assert f"SURVIVED a: nothing ({PORTABLE}); none of tests/test_main.py fails" in out
     assert "caught" not in out
 
 
@@ -153,7 +135,7 @@ def test_a_selection_that_leaves_no_test_is_an_error_that_names_the_fault():
 
 
 def test_a_fault_of_a_kernel_that_the_processor_lacks_is_skipped(capsys):
-    lacking = replace(OF_C, kernel="neon")
+    lacking = replace(OTHER, kernel="neon")
     assert command._try_all(Pool(), [FAULT, lacking]) == 0
     assert "this processor has no neon" in capsys.readouterr().out
     with pytest.raises(ValueError, match="^no fault can be tried on this processor"):
@@ -165,38 +147,3 @@ def test_a_number_of_jobs_is_a_whole_number_above_0(text):
     done = run(f"--jobs={text}")
     assert (done.returncode, done.stdout) == (2, "")
     assert f"{text!r} must be a whole number above 0" in done.stderr
-
-
-def test_every_listed_survivor_is_of_code_that_is_there():
-    for survivor in read_survivors():
-        code = " ".join((SOURCE / survivor.file).read_text(encoding="utf8").split())
-        assert " ".join(survivor.line.split()) in code, survivor
-
-
-ENTRY = "[[survivor]]\nfile = 'a.py'\nline = 'x = 1'\nmutant = 'x = 2'\n"
-
-
-def test_a_list_of_survivors_gives_the_reason_of_each(tmp_path):
-    path = tmp_path / "survivors.toml"
-    path.write_text(ENTRY + "reason = 'x is not read'")
-    assert read_survivors(path) == {Survivor("a.py", "x = 1", "x = 2"): "x is not read"}
-
-
-@rows_in_one_case(
-    ("text", "error"),
-    [
-        (ENTRY, "'x = 2' has no reason"),
-        (ENTRY + "reason = ' '", "'x = 2' has no reason"),
-        (2 * (ENTRY + "reason = 'because'\n"), "'x = 2' is there twice"),
-        (ENTRY + "reason = 'because'\nmore = 1", "more"),
-        ("[[survivor]]\nfile = 'a.py'\nreason = 'because'", "line"),
-        ("survivor = 3", "iterable"),
-        ("", "survivor"),
-        ("[[", "survivors.toml"),
-    ],
-)
-def test_a_damaged_list_of_survivors_is_an_error_that_says_how(tmp_path, text, error):
-    path = tmp_path / "survivors.toml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=rf"^survivors.toml is no list of survivors: .*{error}|^{error}"):
-        read_survivors(path)

@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parameter import is_lazy
 
-from lowmem.kernels.torch_versions import TORCH, shards_integers
+from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import trim_heap
@@ -57,21 +57,17 @@ def shard(
 
     Raises:
         TypeError: the model is not a module, or the mesh is none.
-        RuntimeError: torch has no FSDP2, or no process group is initialized.
+        RuntimeError: no process group is initialized; or the model has packed codes, and torch is older than 2.12.
         ValueError: a mesh of more dimensions, or without this process; a model that is sharded already, that
             DistributedDataParallel, FSDP1 or DeepSpeed's ZeRO-3 has, whose parameters lack values, train as scalars
-            (in torch 2.6 are scalars) or train in several dtypes in one block, or 16-bit weights, or before torch
-            2.12 codes, that ``mp_policy`` would cast. The model is left as it was.
+            or train in several dtypes in one block, or 16-bit weights that ``mp_policy`` would cast. The model is
+            left as it was.
     """
     refuse_engines("shard", model)
     refuse_model("shard", model)
     check_group("shard")
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as reason:
-        raise RuntimeError(
-            f"torch {torch.__version__} has no FSDP2 (fully_shard): install torch 2.6 or later"
-        ) from reason
+    from torch.distributed.fsdp import fully_shard
+
     mesh = _checked_mesh(mesh) if mesh is not None else _all_processes(model)
     units = [*blocks_of(model), model]
     _check_parameters(model, units, mp_policy)
@@ -86,9 +82,8 @@ def shard(
     for module in model.modules():
         if isinstance(module, StoredModule):
             module._kept.clear()  # it would keep the whole weight
-    with shards_integers():
-        for unit in units:
-            fully_shard(unit, **options)
+    for unit in units:
+        fully_shard(unit, **options)
     trim_heap(model)
     return model
 
@@ -190,18 +185,17 @@ def _check_parameters(model: nn.Module, units: list[nn.Module], mp_policy: Any) 
             raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before shard")
         if parameter.is_meta:
             raise ValueError(f"{layer_name(path)} is on the meta device and has no values: load them before shard")
-        if parameter.dim() == 0 and (parameter.requires_grad or TORCH < (2, 7)):
-            kind, remedy = ("scalar that trains", "freeze it") if TORCH >= (2, 7) else ("scalar", "install torch 2.7")
+        if parameter.dim() == 0 and parameter.requires_grad:
             raise ValueError(
-                f"{layer_name(path)} is a {kind}, which FSDP2 cannot cut: make it a vector of one number, or {remedy}"
+                f"{layer_name(path)} is a scalar that trains, which FSDP2 cannot cut: make it a vector of one "
+                "number, or freeze it"
+            )
+        if TORCH < (2, 12) and parameter.dim() and not parameter.is_floating_point():
+            raise RuntimeError(
+                f"{layer_name(path)} is {parameter.dtype}, and FSDP2 shards integers from torch 2.12 on: this is "
+                f"torch {torch.__version__}, install a newer one"
             )
     cast = getattr(mp_policy, "param_dtype", None)
-    for path, parameter in model.named_parameters() if cast is not None and TORCH < (2, 12) else ():
-        if parameter.dim() and not parameter.is_floating_point():
-            raise ValueError(
-                f"{layer_name(path)} is {parameter.dtype}, and torch {torch.__version__} would cast it to "
-                f"param_dtype={cast}: install torch 2.12 or later, or leave param_dtype out"
-            )
     for module in paths if cast is not None else ():
         names = module.part_names if isinstance(module, StoredModule) else ()
         for name in (one for one in names if one.endswith("_rounded")):

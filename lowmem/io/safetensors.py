@@ -67,9 +67,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
     "C64": torch.complex64,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
-if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
-    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 # First bytes of files of other kinds, the kind, and the remedy.

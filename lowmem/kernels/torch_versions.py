@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
-from importlib import import_module
-from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
 
 __all__ = [
     "TORCH",
@@ -21,7 +17,6 @@ __all__ = [
     "leave_to_eager",
     "outside_of_graphs",
     "register_vmap",
-    "shards_integers",
 ]
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -90,24 +85,6 @@ def register_vmap(operator: Any, rule: Callable[..., Any], library: torch.librar
     """Let vmap compute an operator by a rule; before 2.5, and without one, it loops over the examples and warns."""
     if hasattr(torch.library, "register_vmap"):
         torch.library.register_vmap(operator, rule, lib=library)
-
-
-@contextmanager
-def shards_integers() -> Iterator[None]:
-    """Let FSDP2's ``fully_shard`` take integers: before 2.12 it makes each parameter first as if it trained."""
-    if TORCH >= (2, 12):
-        yield
-        return
-
-    def parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:
-        return nn.Parameter(data, requires_grad and (data.is_floating_point() or data.is_complex()))
-
-    module: Any = import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
-    module.nn = SimpleNamespace(**{**vars(nn), "Parameter": parameter})
-    try:
-        yield
-    finally:
-        module.nn = nn
 
 
 @constant_in_graphs

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _autograd: Any = torch._C._autograd
-_outer_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+_outer_hooks: Callable[[bool], Any] = _autograd._top_saved_tensors_default_hooks
 
 Recompute = Callable[[torch.dtype | None], Tensor]
 """Recomputes a tensor in the given dtype; None: in its own."""
@@ -51,8 +51,8 @@ _inputs = _Inputs()
 
 
 def can_recompute() -> bool:
-    """Whether inputs can be recomputed: torch must tell which saved-tensor hooks are active, and allow new ones."""
-    return _outer_hooks is not None and bool(_autograd._saved_tensors_hooks_is_enabled())
+    """Whether inputs can be recomputed: torch must allow saved-tensor hooks."""
+    return bool(_autograd._saved_tensors_hooks_is_enabled())
 
 
 def recompute_of(tensor: Tensor) -> Recompute | None:
@@ -60,7 +60,7 @@ def recompute_of(tensor: Tensor) -> Recompute | None:
     for known, version, recompute in reversed(_inputs.found):
         if known is tensor and tensor._version == version:
             return recompute
-    if _outer_hooks is None or tensor.grad_fn is None or not tensor.is_contiguous():
+    if tensor.grad_fn is None or not tensor.is_contiguous():
         return None
     found = noted(tensor, _pack_of(_outer_hooks(False)))
     return None if found is None else partial(compute_again, found)
@@ -100,7 +100,7 @@ def note_recompute(tensor: Tensor, read: Callable[[], Recompute | None]) -> None
         read: called for each tensor that would be saved; returns how to recompute it, or None if it has to be saved.
     """
     if can_recompute() and tensor.is_contiguous():
-        now = tensor._version, _pack_of(cast(Any, _outer_hooks)(False)), tensor.dtype
+        now = tensor._version, _pack_of(_outer_hooks(False)), tensor.dtype
         cast(Any, tensor.untyped_storage()).lowmem_note = _Note(*now, read)  # lives as long as the storage
 
 
@@ -134,7 +134,7 @@ def in_checkpoint() -> bool:
     """Whether a torch checkpoint may be running, which must save the same dtypes when it recomputes its region."""
     if not can_recompute():
         return True
-    pack = _pack_of(cast(Any, _outer_hooks)(False))
+    pack = _pack_of(_outer_hooks(False))
     return getattr(pack, "__module__", None) == checkpoint.__module__
 
 
@@ -146,7 +146,7 @@ def saves_in_any_dtype() -> bool:
     """Whether the active hook takes the same bytes for any dtype, and packs a storage once: casts save nothing."""
     if not can_recompute():
         return False
-    pack = _pack_of(cast(Any, _outer_hooks)(False))
+    pack = _pack_of(_outer_hooks(False))
     return bool(getattr(getattr(pack, "__self__", None), "saves_in_any_dtype", False))
 
 
@@ -187,7 +187,7 @@ def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
         recompute: returns its values as a contiguous tensor.
     """
     storage, version, dtype = tensor.untyped_storage()._cdata, tensor._version, tensor.dtype
-    outer: Any = cast(Any, _outer_hooks)(False)
+    outer = _outer_hooks(False)
 
     def pack(saved: Tensor) -> Any:  # autograd keeps this function, so it must not refer to the tensor
         plain = type(saved) is Tensor and saved.layout is torch.strided and saved.dtype is dtype

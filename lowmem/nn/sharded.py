@@ -6,13 +6,8 @@ import sys
 
 __all__ = ["sharded_types"]
 
-# torch 2.4 has DTensor in the second one; its ``torch.distributed.tensor`` holds tensor parallelism alone.
-_MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")
-
 
 def sharded_types() -> tuple[type, ...]:
-    """Return the classes of sharded parameters; () if no module that has one was imported."""
-    for name in _MODULES:
-        if found := getattr(sys.modules.get(name), "DTensor", None):
-            return (found,)
-    return ()
+    """Return the classes of sharded parameters; () if their module was not imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)

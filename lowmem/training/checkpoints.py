@@ -26,12 +26,7 @@ def keep_products() -> Any:
 
     Norms, activations, dropout and elementwise functions are recomputed in backward. In such a checkpoint a layer and
     its adapter are two separate products, each of which rounds its result.
-
-    Raises:
-        RuntimeError: torch is older than 2.5, whose checkpoints take no policy.
     """
-    if not hasattr(checkpoint, "CheckpointPolicy"):
-        raise RuntimeError("torch before 2.5 has no policies of checkpoints: leave context_fn out")
     policies = checkpoint.CheckpointPolicy
 
     def policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:

@@ -184,8 +184,7 @@ def master_weights(optimizer: torch.optim.Optimizer) -> MasterWeights:
     if any(isinstance(one, sharded_types()) for one in parameters):
         raise ValueError(
             "parameters are sharded (DTensors): leave them in float32 and give fully_shard "
-            "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16), which keeps float32 shards (of a model in 4 "
-            "bits from torch 2.12 on)"
+            "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16), which keeps float32 shards"
         )
     hooks = optimizer._optimizer_step_pre_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), MasterWeights) for hook in hooks):

@@ -8,7 +8,6 @@ from xml.etree import ElementTree
 import pytest
 
 from lowmem import backend
-from lowmem.kernels.torch_versions import TORCH
 from lowmem.testing.memory import THREADS
 from tests.compiled import on_threads
 from tests.selection import rows_in_one_case
@@ -64,8 +63,6 @@ def assert_same(got, wanted, path="", rel=0.02):
 def test_a_picture_is_current(name, specification):
     if name != "speed" and backend().startswith("reference"):
         pytest.skip("the peaks are those of the compiled kernel, and this machine compiled none")
-    if name == "training" and TORCH < (2, 9):
-        pytest.skip("the peaks of steps are those of torch 2.13: torch 2.4's own are up to half a MiB larger")
     with on_threads(THREADS):  # each has scratch of its own
         now = specification(name)
     for theme in pictures.THEMES:

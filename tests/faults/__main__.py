@@ -1,4 +1,4 @@
-"""Plant the faults one at a time in a copy of the tree, and see that tests catch each: ``python -m tests.faults``."""
+"""Plant faults in C, one at a time in a copy of the tree, and see that a test fails: ``python -m tests.faults``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.faults.command import clean_outcomes, natural, refuse, refuse_broken
 from tests.faults.copies import LIVES, QUIET, SOURCE, Copy, Outcome, exit_on_sigterm, import_once
 from tests.faults.library import BuildError, compile_all, kernels
-from tests.faults.planted import Fault, errors_of, read_faults
+from tests.faults.planted import LIST, Fault, errors_of, read_faults
 
 LEAST_SECONDS = 120  # that a run with a fault may take, or SLOWER times what it takes without
 SLOWER = 10
@@ -45,19 +44,14 @@ class Trial:
         return [replace(self, tests=(test,)) for test in self.tests]
 
     def run(self, copy: Copy, seconds: float = 1800) -> Outcome:
-        return copy.run(self.tests, self.select, environment(self.kernel), seconds)
-
-
-def environment(kernel: str) -> dict[str, str]:
-    """Return the variables that a run of tests gets."""
-    return {**QUIET, **({"LOWMEM_KERNEL": kernel} if kernel else {})}
+        return copy.run(self.tests, self.select, {**QUIET, "LOWMEM_KERNEL": self.kernel}, seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0 where every fault was caught, 1 where one was not, 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
-        faults = _chosen(read_faults(), options.only)
+        faults = _chosen(read_faults(LIST), options.only)
         if stale := errors_of(faults, SOURCE):
             raise ValueError(f"{len(stale)} faults do not apply, the first: {stale[0]}")
     except ValueError as reason:
@@ -82,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _try_all(pool: multiprocessing.pool.Pool, faults: Sequence[Fault]) -> int:
     have = pool.apply(_kernels)
-    skipped = [fault for fault in faults if fault.kernel and fault.kernel not in have]
+    skipped = [fault for fault in faults if fault.kernel not in have]
     tried = [fault for fault in faults if fault not in skipped]
     for fault in skipped:
         _say("skipped", fault.id, 0.0, f"this processor has no {fault.kernel}")
@@ -111,10 +105,8 @@ def _try_all(pool: multiprocessing.pool.Pool, faults: Sequence[Fault]) -> int:
 
 
 def _close(faults: Sequence[Fault], skipped: Sequence[Fault], survived: Sequence[Fault]) -> None:
-    print(f"\n{'':10}{'faults':>8}{'killed':>8}{'survived':>10}{'skipped':>9}")
-    for name, kind in (("Python", False), ("C", True)):
-        of_kind = [sum(fault.is_c == kind for fault in group) for group in (faults, skipped, survived)]
-        print(f"{name:10}{of_kind[0]:8}{of_kind[0] - of_kind[1] - of_kind[2]:8}{of_kind[2]:10}{of_kind[1]:9}")
+    print(f"\n{'faults':>8}{'killed':>8}{'survived':>10}{'skipped':>9}")
+    print(f"{len(faults):8}{len(faults) - len(skipped) - len(survived):8}{len(survived):10}{len(skipped):9}")
     for fault in survived:
         print(f"SURVIVED {fault.id}: {fault.breaks} ({fault.file}); none of {', '.join(fault.tests)} fails")
     if not survived:
@@ -152,7 +144,7 @@ def _kernels() -> list[str]:
 
 
 def _run_clean(trial: Trial) -> Outcome:
-    with _copy.unoptimized() if trial.kernel else nullcontext():
+    with _copy.unoptimized():
         return trial.run(_copy)
 
 

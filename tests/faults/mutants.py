@@ -1,8 +1,8 @@
-"""Try a sample of the mutants of the library, of its pytest plugin and of the gates.
+"""Try a fresh sample of the mutants of the library, of its pytest plugin and of the gates.
 
-Cosmic Ray says what mutants there are; one of each place in the code is drawn. A place's rank is a digest of the seed
-and of its text, so that an edit changes the sample where it changes the code, and a smaller sample is the beginning
-of a larger one. Mutants run in copies, with the mirror tests of their module: ``python -m tests.faults.mutants``.
+Cosmic Ray lists the mutants; at most one of each place in the code is drawn. A place's rank is a digest of the seed
+and of the place's text: the same seed draws the same sample, and a smaller sample is the beginning of a larger one.
+Mutants run in copies of the tree, with the mirror tests of their module: ``python -m tests.faults.mutants``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from difflib import ndiff
 from pathlib import Path, PurePosixPath
 
@@ -28,27 +29,22 @@ from cosmic_ray.plugins import get_operator, operator_names
 from tests.faults.command import clean_outcomes, natural, refuse, refuse_broken
 from tests.faults.copies import LIVES, SOURCE, Copy, Outcome, exit_on_sigterm, import_once
 from tests.faults.library import LIBRARY, BuildError, compile_all
-from tests.faults.modules import modules as all_modules
-from tests.faults.survivors import Survivor, read_survivors
 
-LEAST_SHARE = 0.95
+LEAST_SHARE = 0.9  # some mutants are equal code, which no test can kill
 LEAST_SECONDS = 60  # that a run with a mutant may take, or SLOWER times what it takes without
 SLOWER = 5
 
-# What mutants are drawn from: all modules of these folders that compute, convert, decide or write, and these.
-FOLDERS = (
-    "lowmem",
-    *(f"lowmem/{folder}" for folder in ("quant", "kernels", "nn", "transforms", "training", "finetuning")),
-    *(f"lowmem/{folder}" for folder in ("io", "io/foreign", "io/export", "testing", "report")),
-    "benchmarks/latency",
-)
-ALONE = ("pytest_lowmem.py", *(f"benchmarks/{name}.py" for name in ("gate", "memory", "resident", "results")))
+# Beside every __init__.py and conftest.py, which import others' names.
+GATES = ("benchmarks", "benchmarks/latency")
+LEFT_OUT = ("lowmem/version.py", "benchmarks/cases.py")  # a constant; models and inputs that others measure
 
 # The tests of a module, or of all of a folder, beyond or other than its mirror test, the quickest first.
 TESTS = {
     "benchmarks/latency": ("benchmarks/test_latency",),
     "benchmarks/memory.py": ("benchmarks/test_gate",),
     "benchmarks/results.py": ("benchmarks/test_gate",),
+    "benchmarks/report.py": ("tools/test_report",),
+    "lowmem/__main__.py": ("test_main",),
     "lowmem/quant/scales.py": ("quant/test_scales", "quant/test_tensor"),
     "lowmem/quant/search.py": ("quant/test_search", "quant/test_tensor"),
     "lowmem/quant/quantize.py": ("quant/test_quantize", "quant/test_tensor"),
@@ -69,17 +65,37 @@ SELECT = "not mebibyte and not larger_layer and not 256_kib"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one place: ``line`` is its number, for the reader."""
+    """One change of one place in a file.
 
-    survivor: Survivor
-    text: str
+    Attributes:
+        file: the module.
+        number: of the changed line.
+        line: the lines that change, without their indent.
+        mutant: what they become.
+        text: of the changed file.
+        tests: the files of tests that must kill it.
+    """
+
+    file: str
     number: int
+    line: str
+    mutant: str
+    text: str
     tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}: {self.line!r} -> {self.mutant!r}"
 
 
 def modules(root: Path = SOURCE) -> list[str]:
-    """Return the files that mutants are drawn from."""
-    return [name for name in all_modules(root) if name in ALONE or str(PurePosixPath(name).parent) in FOLDERS]
+    """Return the files that mutants are drawn from, by their paths from the root of a tree."""
+    folders = ((root / "lowmem").rglob("*.py"), *((root / name).glob("*.py") for name in GATES))
+    names = ["pytest_lowmem.py", *(path.relative_to(root).as_posix() for paths in folders for path in paths)]
+    return sorted(
+        name
+        for name in names
+        if name not in LEFT_OUT and not PurePosixPath(name).name.startswith(("__init__", "conftest", "test_"))
+    )
 
 
 def mirror_tests(file: str, root: Path = SOURCE) -> tuple[str, ...]:
@@ -115,7 +131,7 @@ def sample(size: int, seed: int, files: Sequence[str], root: Path = SOURCE) -> l
             break
         text = mutate_code(code, get_operator(operator)(), occurrence)
         if text is not None and _is_other_code(code, text):
-            mutants.append(Mutant(_changed(file, code, text), text, number, mirror_tests(file, root)))
+            mutants.append(Mutant(file, number, *_changed(code, text), text, mirror_tests(file, root)))
     return mutants
 
 
@@ -156,10 +172,11 @@ def _is_other_code(before: str, after: str) -> bool:
         return False
 
 
-def _changed(file: str, before: str, after: str) -> Survivor:
+def _changed(before: str, after: str) -> tuple[str, str]:
+    """Return the lines in which two texts differ, of each of the two."""
     changes = [line for line in ndiff(before.splitlines(), after.splitlines()) if line[0] in "-+"]
     old, new = (" ".join(line[2:].strip() for line in changes if line[0] == sign) for sign in "-+")
-    return Survivor(file, old, new)
+    return old, new
 
 
 _copy: Copy  # of a worker process
@@ -169,7 +186,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0 where enough were killed, 1 where not, 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
-        listed = read_survivors()
         files = modules()
         if unknown := set(options.files) - set(files):
             raise ValueError(f"{min(unknown)} is none of the modules that mutants are drawn from, as {files[0]} is")
@@ -177,11 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as reason:
         return refuse("mutants", str(reason))
     if options.list:
-        for mutant in mutants:
-            _say("", mutant, "")
+        print(*mutants, sep="\n")
         return 0
     if not hasattr(os, "fork"):
         return refuse("mutants", "mutants are tried in forks, which this system has not: run them on Linux or macOS")
+    print(f"seed {options.seed}", flush=True)
+    summary = os.environ.pop("GITHUB_STEP_SUMMARY", "")  # which tests of other gates would write to
     import_once()
     with tempfile.TemporaryDirectory(prefix="lowmem-mutants-") as folder:
         objects = None if (SOURCE / LIBRARY).exists() else Path(folder, "objects")
@@ -190,12 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 compile_all(SOURCE, objects)
             # Tests run in forks of the workers, which have no thread that could hold a lock.
             with multiprocessing.get_context("fork").Pool(options.jobs, _start_worker, (folder, objects)) as pool:
-                return _try_all(pool, mutants, listed)
+                return _try_all(pool, mutants, options.seed, summary)
         except (OSError, ValueError, BuildError) as reason:
             return refuse("mutants", str(reason))
 
 
-def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], listed: dict[Survivor, str]) -> int:
+def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], seed: int, summary: str) -> int:
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     print(f"{len(mutants)} mutants; first the {len(tests)} files of tests without one", flush=True)
     clean, broken = clean_outcomes(zip(tests, pool.imap(_run_clean, tests), strict=True), ("passed",))
@@ -205,43 +222,42 @@ def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], listed:
     for mutant, outcome in pool.imap(_run_mutant, given):
         if outcome.verdict in LIVES:
             survived.append(mutant)
-        verdict = (
-            "killed" if outcome.verdict not in LIVES else "survived" if mutant.survivor in listed else "SURVIVED"
-        )
-        _say(f"{verdict:9} {outcome.seconds:6.1f} s ", mutant, f"  {outcome.first}" if verdict == "killed" else "")
-    code = _close(tried, survived, listed)
+            print(f"SURVIVED  {outcome.seconds:6.1f} s  {mutant}", flush=True)
+        else:
+            print(f"killed    {outcome.seconds:6.1f} s  {mutant}  {outcome.first}", flush=True)
+    report = markdown(tried, survived, seed)
+    print(report)
+    if summary:
+        with Path(summary).open("a", encoding="utf8") as out:
+            out.write(report)
     refuse_broken(broken, len(mutants) - len(tried))
-    return code
+    return 1 if len(tried) - len(survived) < LEAST_SHARE * len(tried) else 0
 
 
-def _close(mutants: Sequence[Mutant], survived: Sequence[Mutant], listed: dict[Survivor, str]) -> int:
-    tried, lived = (Counter(mutant.survivor.file for mutant in group) for group in (mutants, survived))
-    print(f"\n{'module':34}{'mutants':>8}{'killed':>8}")
-    for file in sorted(tried):
-        print(f"{file:34}{tried[file]:8}{tried[file] - lived[file]:8}")
-    share = 1 - len(survived) / max(len(mutants), 1)
-    print(f"{'in all':34}{len(mutants):8}{len(mutants) - len(survived):8}  {share:.1%}")
-    new = [mutant for mutant in survived if mutant.survivor not in listed]
-    for mutant in new:
-        _say("FAILED   not in tests/survivors.toml: ", mutant, "")
-    for mutant in mutants:
-        if mutant.survivor in listed and mutant not in survived:
-            _say("listed as a survivor, and killed: take it out of tests/survivors.toml: ", mutant, "")
-    if share < LEAST_SHARE:
-        print(f"FAILED   {share:.1%} of the mutants were killed, and {LEAST_SHARE:.0%} must be")
-    return 1 if new or share < LEAST_SHARE else 0
+def markdown(mutants: Sequence[Mutant], survived: Sequence[Mutant], seed: int) -> str:
+    """Return the score of a sample, the modules in which mutants survive, and these mutants."""
+    tried, lived = (Counter(mutant.file for mutant in group) for group in (mutants, survived))
+    killed = len(mutants) - len(survived)
+    lines = [f"## Mutants, seed {seed}", ""]
+    lines += [
+        f"{killed} of {len(mutants)} killed ({killed / max(len(mutants), 1):.1%}; at least {LEAST_SHARE:.0%})",
+        "",
+    ]
+    lines += ["| module | mutants | killed |", "| :-- | --: | --: |"]
+    lines += [f"| `{file}` | {tried[file]} | {tried[file] - lived[file]} |" for file in sorted(lived)]
+    lines += ["", *(f"- `{mutant}`" for mutant in survived), ""]
+    return "\n".join(lines)
 
 
-def _say(before: str, mutant: Mutant, after: str) -> None:
-    found = mutant.survivor
-    print(f"{before}{found.file}:{mutant.number}: {found.line!r} -> {found.mutant!r}{after}", flush=True)
+def _today() -> int:
+    return int(datetime.now(UTC).strftime("%Y%m%d"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tests.faults.mutants", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="draw from these modules alone")
     parser.add_argument("--sample", type=natural, default=300, metavar="N", help="how many (300)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another sample (0)")
+    parser.add_argument("--seed", type=int, default=_today(), metavar="N", help="of the sample (the date)")
     parser.add_argument("--list", action="store_true", help="list the mutants, and try none")
     parser.add_argument("--jobs", type=natural, default=1, metavar="N", help="try N at a time, each in a copy (1)")
     return parser
@@ -259,7 +275,7 @@ def _run_clean(test: str) -> Outcome:
 
 def _run_mutant(given: tuple[Mutant, float]) -> tuple[Mutant, Outcome]:
     mutant, seconds = given
-    with _copy.changed(mutant.survivor.file, mutant.text):
+    with _copy.changed(mutant.file, mutant.text):
         return mutant, _copy.run(mutant.tests, SELECT, seconds=seconds)
 
 

@@ -13,7 +13,6 @@ from lowmem.kernels import decompositions
 from lowmem.kernels.frozen_operator import fields
 from lowmem.quant.scales import ENCODINGS
 from tests import strategies
-from tests.kernels.test_ops import compiles
 from tests.rounding import gamma
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -143,7 +142,6 @@ def test_a_stack_of_matrices_is_written_too(in_onnx):
     torch.testing.assert_close(run(x), model(x), rtol=1e-9, atol=1e-9)
 
 
-@compiles
 def test_a_graph_of_torch_keeps_the_operators_whole():
     model = convert(nn.Linear(16, 16), FourBit()).eval()
     program = torch.export.export(model, (torch.randn(2, 16),), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 from lowmem import FourBit, Half, LoRA, convert, kernels, measure, quantize
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import fields, stored
-from tests.kernels.test_ops import compiles
 from tests.operators import assert_operator
 from tests.selection import rows_in_one_case
 
@@ -51,7 +50,6 @@ def build(technique: str) -> nn.Module:
     return model
 
 
-@compiles
 @techniques
 def test_a_compiled_model_gives_the_eager_one_s_bits_without_a_graph_for_each_batch(technique):
     model = build(technique)
@@ -74,7 +72,6 @@ def test_a_compiled_model_gives_the_eager_one_s_bits_without_a_graph_for_each_ba
     assert not [node for node in graphs[-1].graph.nodes if node.target in (torch.addmm, torch.Tensor.t)]
 
 
-@compiles
 @techniques
 def test_an_exported_inference_program_has_the_gradients_of_a_training_one(technique):
     model = build(technique)

@@ -12,7 +12,6 @@ import lowmem
 from lowmem import FourBit, LoRA, convert, kernels, quantize
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.kernels.int8 import round_inputs, rounded_levels
-from lowmem.kernels.torch_versions import TORCH
 from lowmem.quant.formats import FORMATS, IMPORTED, get_format
 from lowmem.quant.scales import OFFSETS, get_encoding
 from lowmem.quant.search import block_sums, fitting_offsets, fitting_scales
@@ -206,9 +205,8 @@ def test_layers_of_all_kinds_compute_with_offsets_and_files_hold_them(tmp_path):
     again = convert(Model(), OFFSET).eval()
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(tokens), model(tokens))
-    if TORCH >= (2, 9):  # earlier compilers do not take a stored model whole
-        compiled = torch.export.export(model, (tokens,)).module()
-        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+    compiled = torch.export.export(model, (tokens,)).module()
+    torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_training_an_adapter_on_a_base_with_offsets_and_merging_it():

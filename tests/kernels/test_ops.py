@@ -32,10 +32,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-compiles = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
-    reason="torch 2.4's compiler takes no stored weight into a graph; the versions between were not tried",
-)
 kinds = pytest.mark.parametrize("kind", ["half", "4-bit"])
 models = pytest.mark.parametrize("kind", ["half", "4-bit", "8-bit products"])
 every_order = pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
@@ -116,7 +112,6 @@ def build(kind: str) -> torch.nn.Module:
     return convert(plain, technique, LoRA(2))
 
 
-@compiles
 @models
 def test_a_compiled_training_step_is_one_graph_with_the_same_gradient(kind):
     model = build(kind)
@@ -128,7 +123,6 @@ def test_a_compiled_training_step_is_one_graph_with_the_same_gradient(kind):
     torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), model[0].lora_a)[0], expected)
 
 
-@compiles
 @models
 @pytest.mark.skipif(kernels.available() == ["reference"], reason="the kernel is not compiled here")
 def test_a_compiled_graph_is_served_by_the_kernel(kind, monkeypatch):
@@ -144,7 +138,6 @@ def test_a_compiled_graph_is_served_by_the_kernel(kind, monkeypatch):
     assert torch.Size((5, 16)) in served
 
 
-@compiles
 @needs_compiler
 def test_inductor_gives_what_the_model_gives_for_any_batch(request):
     """In float64, where what two orders of addition differ by is 1e-15 of a sum: 1e-9 allows for any condition."""
@@ -162,7 +155,6 @@ def test_inductor_gives_what_the_model_gives_for_any_batch(request):
         torch.testing.assert_close(*of_x, rtol=1e-9, atol=1e-9)
 
 
-@compiles
 @models
 def test_an_exported_model_gives_the_same(kind):
     model = build(kind).eval()
@@ -186,7 +178,6 @@ def may_be_refused(message: str):
             raise
 
 
-@compiles
 @models
 @pytest.mark.parametrize("transform", ["forward mode", "gradient"])
 def test_compiled_transforms_of_torch_func_are_right_or_refused(kind, transform):
@@ -203,7 +194,6 @@ def test_compiled_transforms_of_torch_func_are_right_or_refused(kind, transform)
         torch.testing.assert_close(compiled(x), function(x))
 
 
-@compiles
 def test_autocast_and_compile_together():
     model = build("4-bit").eval()
     x = torch.randn(3, 16)

@@ -4,7 +4,6 @@ import torch
 
 from lowmem.kernels import torch_versions
 from lowmem.kernels.torch_versions import TORCH, ask_classes_in_graphs, is_exporting, outside_of_graphs
-from tests.kernels.test_ops import compiles
 
 
 class Exported(torch.nn.Module):
@@ -45,7 +44,6 @@ class Doubled(torch.Tensor):
             return function(*(one * 2 for one in args))
 
 
-@compiles
 def test_a_graph_asks_the_class_of_a_tensor_where_eager_torch_does(request):
     request.addfinalizer(torch.compiler.reset)
 

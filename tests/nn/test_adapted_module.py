@@ -14,7 +14,6 @@ from lowmem import FourBit, Half, LoRA, LoRALinear, convert, restore
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.low_rank_sum import LowRankSum
-from tests.kernels.test_ops import compiles
 from tests.models import out_of_file
 from tests.selection import covering, rows_in_one_case
 from tests.test_any_model import Experts, Transposed
@@ -274,7 +273,6 @@ def test_a_merge_reports_each_weight_and_its_outputs(name, to):
     assert not any(isinstance(module, LoRALinear | AdaptedModule) for module in merged.modules())
 
 
-@compiles
 @covering(1, name=MODELS, base=BASES)
 @pytest.mark.no_cover
 def test_it_compiles_whole_and_exports(name, base, request):

@@ -12,7 +12,6 @@ from torch import nn
 from lowmem import Conv4Bit, FourBit, Half, HalfConv, convert, kernels, measure, quantize
 from lowmem.nn.eightbit import blockwise
 from tests import strategies
-from tests.kernels.test_ops import compiles
 from tests.rounding import assert_sum
 
 # torch's own, of padding="same" with an even kernel
@@ -238,7 +237,6 @@ def test_a_state_of_another_format_is_refused():
         layer.load_state_dict(convert(nn.Conv1d(4, 4, 3), FourBit("int4", 16, "float16")).state_dict())
 
 
-@compiles
 @kinds
 @pytest.mark.parametrize("channels", [8, 520], ids=["whole", "in chunks"])
 def test_it_compiles_whole_with_its_gradient_for_any_batch(technique, channels):

@@ -13,7 +13,6 @@ from torch import nn
 from lowmem import Embedding4Bit, FourBit, Half, HalfEmbedding, convert, kernels, measure
 from lowmem.nn.eightbit import blockwise
 from tests import strategies
-from tests.kernels.test_ops import compiles
 
 techniques = pytest.mark.parametrize("technique", [Half(), FourBit("nf4", embeddings="4bit")], ids=["half", "4-bit"])
 
@@ -166,7 +165,6 @@ def test_torch_func_maps_over_indices(technique):
     assert torch.equal(torch.func.vmap(layer)(indices), layer(indices))
 
 
-@compiles
 @techniques
 def test_it_compiles_whole_for_any_number_of_indices(technique):
     layer = convert(nn.Embedding(60, 40), technique)

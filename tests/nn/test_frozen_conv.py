@@ -6,7 +6,6 @@ import torch
 from lowmem import quantize
 from lowmem.nn.frozen_conv import Geometry, frozen_conv
 from tests import strategies
-from tests.kernels.test_ops import compiles
 from tests.operators import assert_operator
 
 # dynamo makes an instance of every function of one's own
@@ -79,7 +78,6 @@ def test_the_operator_is_what_torch_expects_of_one(kind, size):
     assert_operator(torch.ops.lowmem.convolve.default, arguments)
 
 
-@compiles
 @kinds
 def test_a_compiled_training_step_has_the_gradients_of_input_and_bias(kind):
     weight, bias = make_weight(kind), torch.ones(6, requires_grad=True)
@@ -96,7 +94,6 @@ TRANSFORMS = {
 }
 
 
-@compiles
 @kinds
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_compiled_transform_is_right(kind, transform):

@@ -127,8 +127,6 @@ NESTED = {
     "strided": torch.strided,
     "jagged": torch.jagged,
 }
-# Before torch 2.5 the jagged layout cannot be padded, and only its second dimension can be ragged.
-JAGGED_IS_WHOLE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -145,8 +143,7 @@ def test_a_nested_input_is_named_with_its_remedy(layout, techniques):
             )
             with pytest.raises(TypeError, match=message):
                 layer(x)
-    if layout == "strided" or JAGGED_IS_WHOLE:
-        layer(torch.nested.to_padded_tensor(x, 0.0))
+    layer(torch.nested.to_padded_tensor(x, 0.0))
     for part in x.unbind():
         layer(part)
     rows = torch.nested.nested_tensor([part[0] for part in parts], layout=NESTED[layout])
@@ -162,9 +159,8 @@ def test_a_nested_input_of_other_layers_is_named_with_its_remedy(kind):
     conv, embedding = convert(torch.nn.Conv1d(4, 4, 1), technique), convert(torch.nn.Embedding(9, 8), technique)
     for layout in NESTED.values():
         ragged = [torch.randn(4, 3), torch.randn(4, 5)]
-        parts = ragged if layout is torch.strided or JAGGED_IS_WHOLE else [part.t() for part in ragged]
         with pytest.raises(TypeError, match="input is a nested tensor.*to_padded_tensor"):
-            conv(torch.nested.nested_tensor(parts, layout=layout))
+            conv(torch.nested.nested_tensor(ragged, layout=layout))
         indices = torch.nested.nested_tensor([torch.arange(3), torch.arange(5)], layout=layout)
         if kind == "half" and layout is torch.jagged:
             assert [part.shape for part in embedding(indices).unbind()] == [(3, 8), (5, 8)]

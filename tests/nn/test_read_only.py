@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lowmem import FourBit, Half, LoRA, convert
 from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.read_only import METADATA, ReadOnlyView, name_of, writes_in_place
-from tests.kernels.test_ops import compiles, needs_compiler
+from tests.kernels.test_ops import needs_compiler
 
 WRITES = {
     "a flat view": lambda w: w.view(-1).zero_(),
@@ -134,7 +134,6 @@ def test_a_view_of_an_adapted_weight_takes_gradients_to_the_adapter():
     torch.testing.assert_close(layer.lora_b.grad, given.view(24, 16) @ layer.lora_a.T * layer.scaling)
 
 
-@compiles
 @techniques
 @pytest.mark.no_cover
 def test_graphs_read_views_and_refuse_to_write_to_them(technique, request):
@@ -159,7 +158,6 @@ def test_graphs_read_views_and_refuse_to_write_to_them(technique, request):
             assert type(run(FRESH[name])) is Tensor, name
 
 
-@compiles
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_a_graph_returns_views_that_refuse_writes(backend, request):
     """Whoever gets one writes to it after the graph has run."""
@@ -183,7 +181,6 @@ def test_a_graph_returns_views_that_refuse_writes(backend, request):
     assert type(fresh) is Tensor
 
 
-@compiles
 @techniques
 @torch.no_grad()
 def test_a_graph_takes_views_of_another_one_and_of_eager_code(technique, request):
@@ -227,7 +224,6 @@ class Runs(nn.Module):
         return self.function(self.layer.weight, x)
 
 
-@compiles
 @techniques
 def test_an_exported_program_reads_views_and_refuses_to_write_to_them(technique):
     x, export = torch.randn(3, 8), torch.export.export
@@ -262,7 +258,6 @@ class Chooses(nn.Module):
         return torch.cond(x.sum() > 0, first, second, (x,))
 
 
-@compiles
 @techniques
 def test_an_exported_program_reads_weights_in_branches(technique, request):
     request.addfinalizer(torch.compiler.reset)

@@ -6,11 +6,11 @@ import torch.distributed as dist
 from torch import nn
 
 from lowmem import FourBit, Half, LoRA, convert
-from lowmem.kernels.torch_versions import TORCH, shards_integers
+from lowmem.kernels.torch_versions import TORCH
 
 pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"),
-    pytest.mark.skipif(TORCH < (2, 6), reason="torch.distributed.fsdp has no fully_shard"),
+    pytest.mark.skipif(TORCH < (2, 12), reason="FSDP2 shards integers from torch 2.12 on"),
 ]
 
 WORLD = 2
@@ -74,10 +74,9 @@ def assert_trains_as_expected(model, rank, full=lambda tensor: tensor, prefix=""
 def shard(model):
     from torch.distributed.fsdp import fully_shard
 
-    with shards_integers():
-        for block in model.blocks:
-            fully_shard(block)
-        return fully_shard(model)
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
 
 
 def check(rank, folder):

@@ -11,10 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from lowmem import FORMATS, FourBit, Half, convert, measure, restore
-from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.stored import StoredTensor
 from lowmem.quant.scales import ENCODINGS
-from tests.kernels.test_ops import compiles
 from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, store
 from tests.rounding import OF_4_BITS, assert_sum
 from tests.selection import rows_in_one_case
@@ -88,7 +86,6 @@ def differentiated(function, weight, x, grad):
     return out, x.grad
 
 
-@compiles
 @forms
 def test_a_graph_keeps_nothing_dense_for_backward(form, request):
     request.addfinalizer(torch.compiler.reset)
@@ -260,8 +257,7 @@ def test_a_bag_leaves_its_padding_out_also_where_it_is_recorded(padding):
             x = torch.tensor(indices)
             torch.testing.assert_close(module(x), dense(x))
             if mode != "max":
-                if TORCH >= (2, 9):  # earlier compilers do not take a stored weight into a graph
-                    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), dense(x))
+                torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), dense(x))
                 traced = make_fx(lambda x: module(x))(x)
                 torch.testing.assert_close(traced(x.flip(1)), dense(x.flip(1)))
 

@@ -6,7 +6,6 @@ from inspect import signature
 import pytest
 import torch
 from torch import nn
-from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint
 
 from lowmem import FourBit, LoRA, convert, keep_products
@@ -62,7 +61,6 @@ class Block(nn.Module):
         return x + self.down(self.drop(torch.tanh(nn.functional.gelu(self.up(x)) * 0.5)))
 
 
-@pytest.mark.skipif(not hasattr(checkpoints, "CheckpointPolicy"), reason="torch before 2.5 has no policies")
 @pytest.mark.parametrize("techniques", [(), (FourBit(), LoRA(4))], ids=["dense", "adapters"])
 def test_products_are_kept_and_the_rest_is_computed_again(techniques):
     torch.manual_seed(0)
@@ -88,9 +86,3 @@ def _each(model, call, x):
     for block in model:
         x = call(block, x)
     return x
-
-
-def test_torch_without_policies_is_named(monkeypatch):
-    monkeypatch.delattr(checkpoints, "CheckpointPolicy", raising=False)
-    with pytest.raises(RuntimeError, match="torch before 2.5"):
-        keep_products()

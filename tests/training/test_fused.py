@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from lowmem import FourBit, LoRA, compressed_activations, convert, kernels
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.measure import PeakMemory
-from lowmem.nn.recomputed import can_recompute
 from lowmem.training.fused import (
     Act,
     FusedModule,
@@ -173,9 +172,9 @@ def test_what_backward_keeps():
     before = saved(lambda: model(x), model)
     after = saved(lambda: fused(model)(x), model)
     rows, narrow = 80, 3 * 80 * 4 * 4  # A x of three adapters
-    own = 4 * rows * (WIDTH + 2 * INNER + INNER * (not can_recompute()))
+    own = 4 * rows * (WIDTH + 2 * INNER)
     assert own <= after <= own + 4 * rows * WIDTH + narrow + 2 * 4 * WIDTH + 1000
-    assert after < (0.65 if can_recompute() else 0.85) * before
+    assert after < 0.65 * before
 
 
 def test_products_in_bfloat16_are_kept_in_16_bits():
@@ -282,9 +281,8 @@ def test_a_second_derivative_that_lacks_what_is_computed_again_is_refused(monkey
     monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     model, x = fused(make(FourBit(compute_dtype=torch.bfloat16), LoRA(4))), batch()
     first = torch.autograd.grad(model(x).sin().sum(), model.mlp.down.lora_a, create_graph=True)[0]
-    if can_recompute():
-        with pytest.raises(RuntimeError, match="has no second derivative: call lowmem.release_training"):
-            first.square().sum().backward()
+    with pytest.raises(RuntimeError, match="has no second derivative: call lowmem.release_training"):
+        first.square().sum().backward()
 
 
 def test_where_hooks_of_saved_tensors_are_off_inputs_are_kept():
@@ -294,7 +292,6 @@ def test_where_hooks_of_saved_tensors_are_off_inputs_are_kept():
         assert all(map(torch.equal, gradients(model, x), expected))
 
 
-@pytest.mark.skipif(not hasattr(checkpoints, "CheckpointPolicy"), reason="torch before 2.5 has no policies")
 @pytest.mark.parametrize("save", ["products", "all"])
 def test_selective_checkpoints_keep_what_their_policy_says(save, monkeypatch):
     """Nothing that a policy keeps is written to: it would be an error, or added twice.
@@ -459,7 +456,6 @@ def test_a_layer_norm_computes_the_same(options, dtype):
         assert norm(x).dtype is found
 
 
-@pytest.mark.skipif(not can_recompute(), reason="torch before 2.5 does not say which hooks are active")
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("name", [*ACTIVATIONS, "layer norm"])
 def test_what_is_returned_is_not_kept_by_the_layer_that_reads_it(name, lean, monkeypatch):
@@ -512,7 +508,6 @@ def test_lean_computes_a_checkpoint_of_an_activation_again(name):
     assert_near(found, expected, 0.05)
 
 
-@pytest.mark.skipif(not can_recompute(), reason="torch before 2.5 does not say which hooks are active")
 @pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])
 def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
     """Neither what the norm returns nor gate and up are kept; dropout drops the same numbers again."""
@@ -549,7 +544,6 @@ def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
     assert_near(found[1:], expected[1:], 0.06)
 
 
-@pytest.mark.skipif(not can_recompute(), reason="torch before 2.5 does not say which hooks are active")
 def test_what_a_norm_returns_is_not_kept_by_the_layers_that_read_it(monkeypatch):
     monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     model, x = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4)), batch()
@@ -626,7 +620,6 @@ def test_another_activation_than_was_fused_is_called(act):
     assert_near(found, gradients(model, x), 1e-6)
 
 
-@pytest.mark.skipif(not can_recompute(), reason="torch before 2.5 does not say which hooks are active")
 def test_lean_refuses_layers_that_are_not_those_of_forward():
     model, x = make(LoRA(4)), batch(rows=200)
     fuse(model.mlp, replace(SEPARATE, again=True))
@@ -643,7 +636,6 @@ def test_lean_refuses_layers_that_are_not_those_of_forward():
             out.sum().backward()
 
 
-@pytest.mark.skipif(not can_recompute(), reason="torch before 2.5 does not say which hooks are active")
 @pytest.mark.parametrize("read", [False, True])
 def test_a_graph_goes_with_its_last_reference(read, monkeypatch):
     """Not with the next collection of garbage, until which what a step keeps would stay."""

@@ -23,12 +23,12 @@ from lowmem import (
     step_in_backward,
     training_report,
 )
-from lowmem.kernels.torch_versions import TORCH, shards_integers
+from lowmem.kernels.torch_versions import TORCH
 from tests.training.test_fused import WIDTH, Block
 
 pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"),
-    pytest.mark.skipif(TORCH < (2, 6), reason="torch.distributed.fsdp has no fully_shard"),
+    pytest.mark.skipif(TORCH < (2, 12), reason="FSDP2 shards integers from torch 2.12 on"),
 ]
 
 WORLD, VOCABULARY = 2, 512
@@ -103,10 +103,9 @@ def own_gradients(model, rank):
 def shard(model):
     from torch.distributed.fsdp import fully_shard
 
-    with shards_integers():
-        for block in model.layers:
-            fully_shard(block)
-        return fully_shard(model)
+    for block in model.layers:
+        fully_shard(block)
+    return fully_shard(model)
 
 
 def check_gradients(rank, wrap):
@@ -134,9 +133,8 @@ def check_head_of_its_own(rank):
         expected = mean_gradients(make(memory))
         model = make(memory)
         model.head.weight = nn.Parameter(model.head.weight.detach().clone(), requires_grad=False)
-        with shards_integers():
-            for part in (*model.layers, model.head, model):
-                fully_shard(part)
+        for part in (*model.layers, model.head, model):
+            fully_shard(part)
         found = own_gradients(model, rank)
         assert all((found[n] - one).norm() <= 0.06 * one.norm() for n, one in expected.items() if ".mlp." in n)
 

@@ -21,7 +21,6 @@ from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.gguf_config import config_of
 from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
 from lowmem.integrations.transformers.loading import checked
-from lowmem.integrations.transformers.saving import save_errors
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row, Source
 from lowmem.io.foreign.recognize import open_foreign, read_model_config
@@ -311,7 +310,7 @@ def write_model(
     model: Any, source: Path | None, target: Path, shard_bytes: int | None, tokenizer: Any = None
 ) -> None:
     """Write a model's folder, with the other files of ``source``, and a tokenizer."""
-    with save_errors(target), atomic_folder(target) as partial:
+    with atomic_folder(target) as partial:
         if source is not None:
             copy_others(source, partial, target, WRITTEN)
         with _without_bars():
