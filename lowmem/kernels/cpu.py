@@ -56,7 +56,7 @@ _TORCH_CHUNK = 512
 
 _TILE = 32  # columns in bfloat16 of a tile of AMX
 
-_OPERATIONS = {"linear": 0, "linear_int8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
+_OPERATIONS = {"linear": 0, "linear_inputs8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
 
 Asked: TypeAlias = tuple[str, str, int, int, "str | None"]
 """A kernel that the plan asks: ISA, name, least and most rows of an input, and why it refuses, or None."""
@@ -135,7 +135,7 @@ class Kernel(CpuRows):
         self._isa = [isa for isa, _ in native.isas()].index(name)
         # Bound once: faster than nested attribute lookups, and typed.
         self._linear: Callable[..., Tensor | Literal[False] | None] = native.linear  # False: the plan says torch
-        self._linear8: Callable[..., Tensor | None] = native.linear_int8
+        self._native_linear_inputs8: Callable[..., Tensor | None] = native.linear_inputs8
         self._input_grad: Callable[..., Tensor | Literal[False] | None] = native.input_grad
         self._native_dequantize: Callable[..., Tensor | None] = native.dequantize
         self._update: Callable[..., Tensor | None] = native.update
@@ -168,7 +168,7 @@ class Kernel(CpuRows):
         if isinstance(weight, QuantizedTensor) and weight.has_offsets:
             return self._linear_with_offsets(x, weight, dtype, bias)
         if dtype is torch.int8:
-            return self._linear_int8(x, weight, bias)
+            return self._linear_inputs8(x, weight, bias)
         if dtype not in TYPES or not (is_real(x) and x.is_floating_point() and x.dim() == 2):
             return reference.linear(x, weight, dtype, bias)
         x, threads = x.to(dtype).contiguous(), torch.get_num_threads()
@@ -214,7 +214,7 @@ class Kernel(CpuRows):
         for given in self._handles(weight, _BASE_IN_INT8 if in_int8 else _BASE):
             product: Tensor | Literal[False] | None = None
             if in_int8:
-                product = self._linear8(self._isa, *given, x, None, threads)
+                product = self._native_linear_inputs8(self._isa, *given, x, None, threads)
                 x = x if product is not None else int8.round_inputs(x, weight.block_size).contiguous()
             if product is None:
                 product = self._linear(self._isa, *given, x, None, threads, *_NO_LOW_RANK)
@@ -323,18 +323,18 @@ class Kernel(CpuRows):
         """Fill ``out`` with what a weight holds from a row and the column of a block on; None: C does not take it."""
         return self._native_dequantize(self._isa, *given, row, column, out, torch.get_num_threads())
 
-    def _linear_int8(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    def _linear_inputs8(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """Multiply 8-bit integers; or, in float32, inputs rounded to them; or fall back to plain torch."""
         given, threads = self._given(weight, _IN_INT8), torch.get_num_threads()
         if given is not None:
-            out = self._linear8(self._isa, *given, x, bias, threads)
+            out = self._native_linear_inputs8(self._isa, *given, x, bias, threads)
             if out is not None:
                 return out
         if isinstance(weight, QuantizedTensor) and x.dtype in TYPES and x.dim() == 2 and is_real(x):
             x = x.contiguous()
             bias = bias if bias is None or is_vector(bias, weight.shape[0]) else bias.float().contiguous()
             for given in self._handles(weight, _IN_INT8):
-                out = self._linear8(self._isa, *given, x, bias, threads)
+                out = self._native_linear_inputs8(self._isa, *given, x, bias, threads)
                 if out is None:
                     out = self._few_in_int8(given, x, weight, bias)
                 if out is not None:
@@ -348,7 +348,7 @@ class Kernel(CpuRows):
         threads, step = torch.get_num_threads(), max(1, _ROUNDED_BYTES // max(1, of_one))
         for few, into in zip(x.split(step), out.split(step), strict=True):
             wide = few.float()
-            product: Tensor | Literal[False] | None = self._linear8(self._isa, *given, wide, bias, threads)
+            product: Tensor | Literal[False] | None = self._native_linear_inputs8(self._isa, *given, wide, bias, threads)
             if product is None:
                 rounded = int8.round_inputs(wide, weight.block_size).contiguous()
                 product = self._linear(self._isa, *given, rounded, bias, threads, *_NO_LOW_RANK)
@@ -473,9 +473,9 @@ class Kernel(CpuRows):
             return "\n".join(
                 [*self._explained(weight, rows, dtype, "linear"), *self._explained(weight, rows, dtype, "input_grad")]
             )
-        if self.plan(weight, rows, dtype, "linear_int8"):
-            return "\n".join(self._explained(weight, rows, dtype, "linear_int8"))
-        rounded = f"linear_int8: no kernel of {self.name} takes this; torch rounds the input to 8 bits, and then"
+        if self.plan(weight, rows, dtype, "linear_inputs8"):
+            return "\n".join(self._explained(weight, rows, dtype, "linear_inputs8"))
+        rounded = f"linear_inputs8: no kernel of {self.name} takes this; torch rounds the input to 8 bits, and then"
         return "\n".join([rounded, *self._explained(weight, rows, torch.float32, "linear")])
 
     def _explained(self, weight: Weight, rows: int, dtype: torch.dtype, operation: str) -> list[str]:
@@ -494,7 +494,7 @@ class Kernel(CpuRows):
             weight: (out, in).
             rows: of the input.
             dtype: to compute in.
-            operation: linear, linear_int8 or input_grad.
+            operation: linear, linear_inputs8 or input_grad.
 
         Returns:
             For each its ISA and name, the least and the most rows that it takes, and why it refuses, or None.

@@ -581,7 +581,7 @@ def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
     kernel = cpu.Kernel(cpu.load()[0], kernels.available()[-1])
     if int8 and kernels.available()[-1] not in ("avx512vnni", "avx512bf16", "avx512amx"):
         pytest.skip("this processor has no products of 8-bit integers: torch rounds inputs")
-    name = "_linear8" if int8 else "_linear"
+    name = "_native_linear_inputs8" if int8 else "_linear"
     run = getattr(kernel, name)
     monkeypatch.setattr(kernel, name, lambda *given: calls.append((given, run(*given))) or calls[-1][1])
     monkeypatch.setattr(backend, "_active", kernel)

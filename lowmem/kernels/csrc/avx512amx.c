@@ -14,8 +14,8 @@ TARGET(AVX512,avx512vnni,avx512bf16,amx-tile,amx-bf16)
 
 static const struct kernel kernels[] = {
     BY_TORCH,
-    {"amx", LINEAR, GROUPS, 1 << BFLOAT16, TILED_FEW + 1, ANY_ROWS, BY_AMX},
-    {"grad_amx", INPUT_GRAD, GROUPS, 1 << BFLOAT16, TILED_FEW + 1, ANY_ROWS, GRADIENT_BY_AMX},
+    {"amx", LINEAR, GROUPS, 1 << BFLOAT16, TILED_FEW + 1, TORCH_ROWS - 1, BY_AMX},
+    {"grad_amx", INPUT_GRAD, GROUPS, 1 << BFLOAT16, TILED_FEW + 1, TORCH_GRAD_ROWS - 1, GRADIENT_BY_AMX},
     {NULL},
 };
 

@@ -13,9 +13,10 @@ static const struct kernel kernels[] = {
     {"few_bf16", LINEAR, WHOLE, 1 << BFLOAT16, 1, FEW_MORE, IN_REGISTERS(2), .pack = pack_few_bf16, .multiply = few_bf16_body},
     {"fused_bf16", LINEAR, WHOLE, 1 << BFLOAT16, FEW_MORE + 1, FUSED_BATCH, IN_TILES(2), .pack = pack_many_bf16,
      .multiply = fused_bf16_body},
-    {"tiled_bf16", LINEAR, WHOLE, 1 << BFLOAT16, FEW + 1, ANY_ROWS, IN_TILES(2), .pack = pack_many_bf16,
+    {"tiled_bf16", LINEAR, WHOLE, 1 << BFLOAT16, FUSED_BATCH + 1, TORCH_ROWS - 1, IN_TILES(2), .pack = pack_many_bf16,
      .multiply = tiled_bf16_body},
-    {"grad_tiled_bf16", INPUT_GRAD, WHOLE, 1 << BFLOAT16, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_bf16_body},
+    {"grad_tiled_bf16", INPUT_GRAD, GROUPS, 1 << BFLOAT16, 1, TORCH_GRAD_ROWS - 1, OF_GRADIENT, .multiply = grad_bf16_body},
+    {"grad_tiled_bf16", INPUT_GRAD, WORDS, 1 << BFLOAT16, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_bf16_body},
     {NULL},
 };
 

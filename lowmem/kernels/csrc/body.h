@@ -2,7 +2,7 @@
  * and these parameters:
  *
  *   FEW_ROWS(M)    rows that linear.h multiplies at a time with M batch rows: at most 4, and at most 16 / M
- *   FUSED_BATCH    largest batch for fused.h; at most FEW if the ISA does not use it
+ *   FUSED_BATCH    largest batch for fused.h; FEW if the ISA does not use it
  *   FUSED_INPUTS   batch rows that fused.h multiplies at a time
  *   MANY_VECTORS   vectors of rows in a tile of tiled.h, at most MAX_VECTORS
  *   MANY_INPUTS    batch rows that tiled.h multiplies with a tile at a time, at most 16

@@ -12,11 +12,15 @@
 static const struct kernel kernels[] = {
     {"few", LINEAR, WHOLE, ANY_TYPE, 1, FEW, IN_REGISTERS(4), .pack = pack_few, .multiply = few_body},
     {"few_sixteen", LINEAR, SIXTEEN, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_sixteen_body},
-    {"few_eight", LINEAR, BYTES, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_eight_body},
+    {"few_weights8", LINEAR, WEIGHTS8, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_weights8_body},
+#if FUSED_BATCH > FEW
     {"fused", LINEAR, WHOLE, ANY_TYPE, FEW + 1, FUSED_BATCH, IN_TILES(4), .pack = pack_many, .multiply = fused_body},
-    {"tiled", LINEAR, WHOLE | SIXTEEN, ANY_TYPE, FEW + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
+#endif
+    {"tiled", LINEAR, WHOLE, ANY_TYPE, FUSED_BATCH + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
+    {"tiled", LINEAR, SIXTEEN, ANY_TYPE, FEW_MORE + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
     {"grad_few_sixteen", INPUT_GRAD, SIXTEEN, ANY_TYPE, 1, GRAD_SIXTEEN, OF_GRADIENT, .few = 1, .multiply = grad_body},
-    {"grad_tiled", INPUT_GRAD, WHOLE | SIXTEEN, ANY_TYPE, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
+    {"grad_tiled", INPUT_GRAD, SIXTEEN, ANY_TYPE, GRAD_SIXTEEN + 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
+    {"grad_tiled", INPUT_GRAD, WHOLE, ANY_TYPE, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
     OTHERS_BY_TORCH,
     {NULL},
 };

@@ -57,9 +57,9 @@
 /* Offsets in a thread's scratch, in floats: the scales of a chunk come first, then two tiles, then sums. */
 #define TILES_AT (MAX_VECTORS * MAX_LANES * CHUNK_SCALES)
 #define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART_FLOATS)
-#define PANEL MAX_LANES           /* batch rows of a panel (int8.h) */
-#define INT8_ROWS 32              /* rows that are multiplied with panels at a time (int8.h) */
-#define INT8_ZERO 128             /* zero point of levels in unsigned bytes (int8.h) */
+#define PANEL MAX_LANES           /* batch rows of a panel (inputs8.h) */
+#define INPUTS8_ROWS 32              /* rows that are multiplied with panels at a time (inputs8.h) */
+#define INPUTS8_ZERO 128             /* zero point of levels in unsigned bytes (inputs8.h) */
 #define WIDE 8192                 /* columns of x that are packed at a time, for more than FEW_MORE batch rows: see wide_of */
 #define WIDE_OF_FEW 49152         /* columns times batch rows, for up to FEW batch rows, where rows are read as stored */
 /* Where x is packed in parts of its columns and the output has 16 bits, float32 partial sums are kept (run_in_parts): */
@@ -121,8 +121,8 @@ struct weight {
     int64_t stride; /* columns, padded to a multiple of MAX_GROUP */
     int encoding; /* enum encoding; for 16-bit floats enum type */
     int kind; /* enum kind of plan.h */
-    /* Levels rounded for 8-bit products: levels[c] ~ int8_step * (steps[c] - INT8_ZERO). Without them int8_step is 0. */
-    float int8_step;
+    /* Levels rounded for 8-bit products: levels[c] ~ inputs8_step * (steps[c] - INPUTS8_ZERO). Without them inputs8_step is 0. */
+    float inputs8_step;
     uint8_t steps[16];
 };
 

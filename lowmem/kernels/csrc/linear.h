@@ -92,7 +92,7 @@ INLINE void few_sixteen(const struct job *job, int64_t r, const int R, const int
 ROWS_WITH_FEW(rows, FEW_ROWS, few)
 ROWS_WITH_MORE(rows_bfloat, FEW_ROWS, few_sixteen, , BFLOAT16)
 ROWS_WITH_MORE(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
-ROWS_WITH_MORE(rows_eight, FEW_ROWS, few_eight)
+ROWS_WITH_MORE(rows_weights8, FEW_ROWS, few_weights8)
 
 /* Pack a small batch as float32: vector by vector, all batch rows side by side. */
 static void put_few(struct job *job)
@@ -145,10 +145,10 @@ static void few_sixteen_body(struct job *job, int64_t part, int64_t parts, int64
     few_rows(job, part, parts, job->weight->encoding == BFLOAT16 ? bfloats : halves);
 }
 
-static void few_eight_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void few_weights8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    static rows_with *const eights[] = {NAMED_MORE(rows_eight)};
-    few_rows(job, part, parts, eights);
+    static rows_with *const rows[] = {NAMED_MORE(rows_weights8)};
+    few_rows(job, part, parts, rows);
 }
 
 /* Dequantize a part of the rows, for struct isa. */
@@ -160,5 +160,5 @@ static void dequantize_body(struct job *job, int64_t part, int64_t parts, int64_
     if (job->weight->levels)
         OF_TYPE(job->out_type, dequantize_rows, job, r, to, scales);
     else
-        OF_TYPE(job->out_type, dequantize_eight, job, r, to, scales);
+        OF_TYPE(job->out_type, dequantize_weights8, job, r, to, scales);
 }

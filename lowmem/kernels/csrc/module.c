@@ -51,7 +51,7 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
         is = read_tensor(bias_given, &bias, &held);
     if (is < 0)
         return NULL;
-    if (operation == LINEAR_INT8 && is && !(w.int8_step > 0.0f))
+    if (operation == LINEAR_INPUTS8 && is && !(w.inputs8_step > 0.0f))
         Py_RETURN_NONE;
     const int transposed = operation == INPUT_GRAD;
     const int64_t from = transposed ? w.rows : w.columns, to = transposed ? w.columns : w.rows;
@@ -87,9 +87,8 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
             .bias_type = bias.type,
             .batch = x.shape[0],
         };
-        done = !transposed && x.type != FLOAT32 && from > wide_of(x.shape[0])
-                   ? run_in_parts(isa, k, &job, threads, args[X])
-                   : run_kernel(isa, k, &job, updated ? &u : NULL, threads, args[X], 0);
+        done = needs_parts(k, &job) ? run_in_parts(isa, k, &job, threads, args[X])
+                                    : run_kernel(isa, k, &job, updated ? &u : NULL, threads, args[X], 0);
     }
     if (done == 1)
         return made;
@@ -108,12 +107,12 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
     return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR, args[BIAS], args[THREADS], args + A);
 }
 
-/* linear_int8(isa, handle with 8-bit levels, packed, scales, x, bias or None, threads) -> x @ W.T + bias; None if C does not
+/* linear_inputs8(isa, handle with 8-bit levels, packed, scales, x, bias or None, threads) -> x @ W.T + bias; None if C does not
  * take the arguments or 8-bit integers cannot represent them */
-static PyObject *linear_int8(PyObject *self, PyObject *const *args, Py_ssize_t given)
+static PyObject *linear_inputs8(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, THREADS, ARGUMENTS };
-    return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR_INT8, args[BIAS], args[THREADS], NULL);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR_INPUTS8, args[BIAS], args[THREADS], NULL);
 }
 
 /* input_grad(isa, handle or None, packed or 16-bit weight, scales or None, grad, threads) -> grad @ W; None if C does not take
@@ -162,7 +161,7 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     return args[OUT];
 }
 
-/* plan(isa, block size or 0, enum type of a 16-bit weight or EIGHT, batch rows, enum type of x, enum operation) ->
+/* plan(isa, block size or 0, enum type of a 16-bit weight or CODES8, batch rows, enum type of x, enum operation) ->
  * [(ISA, kernel, its least batch rows, its most, why it refuses or None), ...]: the kernels in the order in which
  * they were tried, the last of which accepts; empty if none does */
 static PyObject *plan_of(PyObject *self, PyObject *const *args, Py_ssize_t given)
@@ -342,7 +341,7 @@ static PyMethodDef methods[] = {
     FAST(order),
     FAST(prepare),
     FAST(linear),
-    FAST(linear_int8),
+    FAST(linear_inputs8),
     FAST(input_grad),
     FAST(dequantize),
     {"plan", (PyCFunction)(void (*)(void))plan_of, METH_FASTCALL, NULL},

@@ -52,7 +52,7 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
         .half = size / 2,
         .stride = round_up(columns + columns % 2, MAX_GROUP),
         .encoding = encoding,
-        .kind = kind_of(size / 2, size && !levels ? EIGHT : encoding),
+        .kind = kind_of(size / 2, size && !levels ? CODES8 : encoding),
     };
 }
 
@@ -67,11 +67,11 @@ static struct weight rows_of(const struct weight *w, int64_t first, int64_t rows
 }
 
 /* Round the levels for 8-bit products: the step is 1 / points of the largest magnitude. */
-static void use_int8(struct weight *w, int64_t points)
+static void use_inputs8(struct weight *w, int64_t points)
 {
-    w->int8_step = fmaxf(w->levels[15], -w->levels[0]) / (float)points;
+    w->inputs8_step = fmaxf(w->levels[15], -w->levels[0]) / (float)points;
     for (int c = 0; c < 16; c++)
-        w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->int8_step) + INT8_ZERO);
+        w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->inputs8_step) + INPUTS8_ZERO);
 }
 
 /* Whether codes and scales have the shapes and types that the weight requires. */
@@ -117,7 +117,7 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
         return NULL;
     }
     if (n[POINTS])
-        use_int8(&w, n[POINTS]);
+        use_inputs8(&w, n[POINTS]);
     Py_INCREF(args[ORDER_OF]);
     if (w.levels) {
         w.order = order;
