@@ -348,7 +348,8 @@ class Kernel(CpuRows):
         threads, step = torch.get_num_threads(), max(1, _ROUNDED_BYTES // max(1, of_one))
         for few, into in zip(x.split(step), out.split(step), strict=True):
             wide = few.float()
-            product: Tensor | Literal[False] | None = self._native_linear_inputs8(self._isa, *given, wide, bias, threads)
+            product: Tensor | Literal[False] | None
+            product = self._native_linear_inputs8(self._isa, *given, wide, bias, threads)
             if product is None:
                 rounded = int8.round_inputs(wide, weight.block_size).contiguous()
                 product = self._linear(self._isa, *given, rounded, bias, threads, *_NO_LOW_RANK)

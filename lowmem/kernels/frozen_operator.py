@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lowmem.kernels.memory import is_traced
-from lowmem.kernels.torch_versions import outside_of_graphs
 from lowmem.quant.backend import ANY, Weight, backend_for, backend_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import code_bytes
@@ -76,7 +75,7 @@ class FrozenOperator:
     ) -> None:
         self.compute, self.fake, self.derivatives = compute, fake, derivatives
         self.rows_alike = rows_alike
-        self.record = outside_of_graphs(record)
+        self.record = record
         self.differentiable = differentiable or self.node
 
     def __call__(self, *arguments: Any) -> Tensor:

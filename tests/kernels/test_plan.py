@@ -63,10 +63,10 @@ def test_the_first_kernel_that_accepts_a_product_computes_it(data, weight, dtype
 def test_a_row_of_a_table_computes_all_that_it_claims():
     """Each ISA's own rows; an ISA that extends it may compute some of their products."""
     for name, kernel in plan.compiled_isas().items():
-        for operation, (dtype, given), stored in product(plan.PRODUCTS, plan.DTYPES.items(), plan.WEIGHTS.values()):
+        for operation, (dtype, of_x), stored in product(plan.PRODUCTS, plan.DTYPES.items(), plan.WEIGHTS.values()):
             claimed, computed = {}, Counter()
             for rows in range(1, plan.MOST + 1):
-                for isa, row, least, most, why in kernel.plan(stored, rows, given, operation):
+                for isa, row, least, most, why in kernel.plan(stored, rows, of_x, operation):
                     if isa == name and why in ("rows", None):
                         claimed[row, least] = min(most, plan.MOST) - least + 1
                         computed[row, least] += why is None
