@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from lowmem.kernels.torch_versions import ask_classes_in_graphs
 from lowmem.nn import adapted_products, adapted_views  # noqa: F401 - register what such weights do
 from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.low_rank_sum import FUNCTIONS, REFUSAL, LowRankSum, on_values
@@ -137,6 +138,7 @@ _register_methods()
 
 
 def _traced(base: Any, updates: tuple[Update, ...], layout: Layout, known: Tensor | None) -> _Traced:
+    ask_classes_in_graphs()
     made: Any = _Traced(torch.empty(base.shape, dtype=base.dtype, device="meta"))
     made.base, made.updates, made.holds, made.known = base, updates, layout, known  # Dynamo cannot trace an __init__
     return made  # type: ignore[no-any-return]

@@ -3,7 +3,6 @@
  * used in place, and pairs of rows of W are interleaved as they are dequantized. */
 
 #pragma once
-
 #include "amx_rows.h"
 
 /* Transpose the sums (TILED_ROWS, 16) of `rows` rows from r on with 16 batch rows from m on, and write them to the output. */

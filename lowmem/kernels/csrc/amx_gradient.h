@@ -2,7 +2,6 @@
  * dequantizes. */
 
 #pragma once
-
 #include "amx_pairs.h"
 
 /* Write the sums of a group to the output: tiles of 16 columns and 16 batch rows, in the order of the columns. */

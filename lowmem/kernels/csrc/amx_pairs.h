@@ -1,6 +1,5 @@
 /* Dequantizes rows of W for amx_gradient.h: pairs of rows are interleaved, in tiles of 16 pairs by 16 columns. */
 #pragma once
-
 #include "amx_rows.h"
 
 #define GRADIENT_LINES (TILED_GRAD_ROWS / LINE) /* tiles along the rows, of 16 pairs each */

@@ -1,6 +1,5 @@
 /* Pairs of bfloat16 numbers: vdpbf16ps adds two products per lane to a float32 sum. */
 #pragma once
-
 #ifndef LANES
 #define ISA_BFLOAT16
 #include "avx512.h"

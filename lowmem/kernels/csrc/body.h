@@ -10,7 +10,6 @@
  *   TILE_VECTORS   vectors of columns that grad @ W multiplies at a time: a divisor of 8
  *   ISA_BFLOAT16   defined if the ISA multiplies bfloat16 vectors (vdpbf16ps) */
 #pragma once
-
 #pragma GCC diagnostic ignored "-Wunused-function" /* some functions are used only by other ISAs */
 #include "fused.h"
 #include "gradient.h"

@@ -1,6 +1,5 @@
 /* The cross entropy of rows of logits, and its gradient in their place; lowmem/kernels/entropy.py has the definition. */
 #pragma once
-
 #include "row_calls.h"
 #include "vector_math.h"
 

@@ -1,6 +1,5 @@
 /* What kernels for a small batch share: loops over rows and batch rows in registers, and reading R rows by groups. */
 #pragma once
-
 #include "many.h"
 
 /* Loops over R rows and M batch rows. They must be unrolled, so that arrays indexed by AT become registers. */

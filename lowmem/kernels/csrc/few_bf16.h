@@ -1,6 +1,5 @@
 /* x @ W.T for a small batch in bfloat16. */
 #pragma once
-
 #include "bfloat16.h"
 #include "linear.h"
 

@@ -1,7 +1,6 @@
 /* The kernels of an ISA whose products are all in float32, and its struct isa. The file that includes this has included
  * the ISA's vector operations. */
 #pragma once
-
 #include "body.h"
 #include "columns.h"
 #include "entropy.h"

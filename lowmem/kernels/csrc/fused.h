@@ -1,6 +1,5 @@
 /* Batches of medium size (many.h): codes are decoded in registers and multiplied there with up to FUSED_INPUTS batch rows. */
 #pragma once
-
 #include "pack.h"
 
 #define FETCH_GROUPS 3 /* codes are prefetched this many groups of columns ahead */

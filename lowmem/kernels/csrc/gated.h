@@ -1,7 +1,6 @@
 /* Gated activations of rows and their gradients, computed in float32 and rounded once; lowmem/kernels/rowwise.py has the
  * definition. */
 #pragma once
-
 #include "row_calls.h"
 #include "vector_math.h"
 

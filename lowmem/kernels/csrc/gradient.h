@@ -2,7 +2,6 @@
  * writes its columns. Columns lie across the lanes. GRAD_ROWS rows are dequantized into a tile, as pairs of them in bfloat16; a
  * small batch (`few`) is multiplied with 16-bit weights that are widened in registers. */
 #pragma once
-
 #include "few.h"
 
 #define GRAD_INPUTS 6 /* batch rows that are multiplied at a time */

@@ -12,7 +12,6 @@
  * consists of four columns of each batch row, first those of the low nibbles of each of LANES words, then those of
  * the high nibbles; the terms of the zero point for each block; and the units. */
 #pragma once
-
 #ifndef LANES
 #include "avx512.h"
 #endif

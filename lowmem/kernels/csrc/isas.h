@@ -1,8 +1,7 @@
 /* All ISAs that were compiled, and which of them this processor has. */
 #pragma once
-
 #include "plan.h"
-#include "python.h"
+#include "tensor.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -1,7 +1,6 @@
 /* What the kernels and their Python binding share: sizes of scratch, the structs that describe a weight and a call, and
  * conversions between float32, float16 and bfloat16. */
 #pragma once
-
 #pragma GCC diagnostic ignored "-Wunused-parameter" /* bodies and methods have one signature each, whatever they need */
 
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__

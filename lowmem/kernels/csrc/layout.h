@@ -1,6 +1,5 @@
 /* How the scratch of a product is laid out, and how many batch rows are packed at a time. */
 #pragma once
-
 #include "plan.h"
 #include "threads.h"
 

@@ -1,7 +1,6 @@
 /* x @ W.T for a small batch. Columns lie across the lanes, codes are decoded in registers, and each row of W is read once for
  * all batch rows. many.h serves larger batches. */
 #pragma once
-
 #include "pairs.h"
 #include "update.h"
 #include "weights8.h"

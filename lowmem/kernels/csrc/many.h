@@ -4,7 +4,6 @@
  * A unit is what is multiplied at a time: a column in float32, or a pair of columns in bfloat16. pack.h packs x. fused.h
  * multiplies decoded codes in registers; tiled.h dequantizes rows into a tile that is multiplied with the whole batch. */
 #pragma once
-
 #include "pairs.h"
 
 #define UNITS(bf16) ((bf16) ? 4 : 8) /* units in a word */

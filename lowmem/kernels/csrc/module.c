@@ -76,16 +76,8 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
     if (read_memory(made, &out, NULL) && out.type == x.type && has_shape(&out, x.shape[0], to)) {
         u.base = u.out = out.data;
         struct job job = {
-            .weight = &w,
-            .x = x.data,
-            .bias = bias.data,
-            .out = out.data,
-            .out_step = to,
-            .partial = out.data, /* run_in_parts replaces it where the output has 16 bits */
-            .type = x.type,
-            .out_type = out.type,
-            .bias_type = bias.type,
-            .batch = x.shape[0],
+            .weight = &w, .x = x.data, .bias = bias.data, .out = out.data, .out_step = to, .batch = x.shape[0],
+            .type = x.type, .out_type = out.type, .bias_type = bias.type, .partial = out.data, /* run_in_parts replaces it */
         };
         done = needs_parts(k, &job) ? run_in_parts(isa, k, &job, threads, args[X])
                                     : run_kernel(isa, k, &job, updated ? &u : NULL, threads, args[X], 0);
@@ -146,13 +138,8 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
         Py_RETURN_NONE;
     w = rows_of(&w, first[0], out.shape[0]);
     struct job job = {
-        .weight = &w,
-        .out = out.data,
-        .out_type = out.type,
-        .out_step = out.shape[1],
-        .g0 = first[1] / size,
-        .g1 = (end + size - 1) / size,
-        .threads = threads_for(threads, (double)w.rows * out.shape[1]),
+        .weight = &w, .out = out.data, .out_type = out.type, .out_step = out.shape[1], .g0 = first[1] / size,
+        .g1 = (end + size - 1) / size, .threads = threads_for(threads, (double)w.rows * out.shape[1]),
     };
     Py_BEGIN_ALLOW_THREADS
     parallel(&job, base_of(all_isas[index])->dequantize, 1, NULL, 0);
@@ -249,21 +236,11 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     const struct weight w = weight_of(ADDRESS(n[PACKED]), ADDRESS(n[SCALES]), ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK],
                                       n[ROWS], n[COLUMNS]);
     struct quantizing q = {
-        .weight = &w,
-        .isa = base_of(all_isas[n[ISA]]),
-        .x = ADDRESS(n[X]),
-        .boundaries = ADDRESS(n[BOUNDARIES]),
-        .candidates = ADDRESS(n[CANDIDATES]),
-        .importance = ADDRESS(n[IMPORTANCE]),
-        .tried = n[TRIED],
-        .largest = float_of((uint32_t)n[LARGEST]),
-        .zero = (int)n[ZERO],
-        .has_sign = (int)n[SIGN],
-        .packed = (uint8_t *)w.packed,
-        .scales = (uint8_t *)w.scales,
-        .scratch = ADDRESS(n[SCRATCH]),
-        .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES),
-        .scale_bytes = scale_bytes(&w),
+        .weight = &w, .isa = base_of(all_isas[n[ISA]]), .x = ADDRESS(n[X]), .boundaries = ADDRESS(n[BOUNDARIES]),
+        .candidates = ADDRESS(n[CANDIDATES]), .importance = ADDRESS(n[IMPORTANCE]), .tried = n[TRIED],
+        .largest = float_of((uint32_t)n[LARGEST]), .zero = (int)n[ZERO], .has_sign = (int)n[SIGN],
+        .packed = (uint8_t *)w.packed, .scales = (uint8_t *)w.scales, .scratch = ADDRESS(n[SCRATCH]),
+        .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES), .scale_bytes = scale_bytes(&w),
     };
     struct job job = {
         .weight = &w, .threads = threads_for(n[THREADS], (double)w.rows * w.columns * (1 + n[TRIED])), .quantizing = &q,

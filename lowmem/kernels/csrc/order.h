@@ -3,7 +3,6 @@
  * of the block's first half, the high nibble the column half a block later. A row's last block may be short: its
  * halves are shorter, too. */
 #pragma once
-
 #include <stdlib.h>
 
 #include "kernel.h"

@@ -1,6 +1,5 @@
 /* Products of pairs of bfloat16 numbers (bfloat16.h), where the ISA has them. */
 #pragma once
-
 #if defined(ISA_BFLOAT16)
 #include "bfloat16.h"
 #else /* substitutes for its names, in code that no kernel of this ISA runs */

@@ -6,7 +6,6 @@
  * (layout.h); that offsets are multiplied apart, and that torch rounds inputs to 8 bits where no kernel takes them
  * (lowmem/kernels/cpu.py). */
 #pragma once
-
 #include "kernel.h"
 
 enum operation {

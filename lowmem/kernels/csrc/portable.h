@@ -1,6 +1,5 @@
 /* Vector operations (rows.h) in GNU C, for any processor. */
 #pragma once
-
 #include "kernel.h"
 
 #define LANES 4
@@ -52,7 +51,7 @@ static inline V v_half(const uint16_t *p)
 static inline V v_bfloat(const uint16_t *p) { return (V)((W){p[0], p[1], p[2], p[3]} << 16); }
 static inline void v_to_half(uint16_t *p, V a) { EACH p[i] = float_to_half(a[i]); }
 
-#define FUSED_BATCH 8
+#define FUSED_BATCH FEW /* decoding in registers was slower than tiles, for 5 and for 8 batch rows */
 #define FUSED_INPUTS 4
 #define MANY_VECTORS 1
 #define MANY_INPUTS 4

@@ -1,6 +1,5 @@
 /* The driver of products: runs the kernel that the plan selected, with its scratch, piece by piece. */
 #pragma once
-
 #include "layout.h"
 #include "weights.h"
 

@@ -1,7 +1,6 @@
 /* The arguments of row-wise functions, which Python has checked. Pointers are to contiguous numbers unless a step is given: the
  * elements from a row to the next. */
 #pragma once
-
 #include <stdint.h>
 
 /* RMS norm (norm.h): out = x / sqrt(mean(x^2) + eps) * factor; with `grad`, out = the gradient of x. */

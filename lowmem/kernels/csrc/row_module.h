@@ -1,6 +1,5 @@
 /* Row-wise functions for Python. Tensors are addresses; Python has checked them. */
 #pragma once
-
 #include "isas.h"
 #include "row_calls.h"
 #include "threads.h"

@@ -1,9 +1,11 @@
 /* Arguments from Python: numbers and tensors. Tensors come by DLPack (dlpack.h, version 1), which is a stable interface and
  * needs none of torch's headers: through torch's table of C functions where it has one, else through a capsule. */
 #pragma once
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000 /* one binary works with every Python from 3.10 on */
+#include <Python.h>
 
 #include "kernel.h"
-#include "python.h"
 
 /* has_count returns 1 and sets a TypeError if the number of arguments is wrong. read_numbers returns 0, or -1 with a Python
  * error. */

@@ -6,7 +6,6 @@
  * regions took longer than that, the next ones get half of the threads, in the end the caller alone, for a while: twice as long
  * as the last time if all threads fail again soon. Trying them costs little then, and a machine that became quiet is noticed. */
 #pragma once
-
 #if defined(_WIN32)
 #define sched_yield() ((void)0)
 #else

@@ -3,7 +3,6 @@
  *
  * A tile holds a part of the columns of MANY_ROWS rows, unit by unit: (units, MANY_ROWS). */
 #pragma once
-
 #include "pack.h"
 
 #define FETCH_PARTS 2 /* codes are prefetched this many parts before they are dequantized */

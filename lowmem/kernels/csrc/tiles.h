@@ -3,7 +3,6 @@
  * adds the 16 x 16 products to a third tile, in float32. Here four registers hold sums, of two tiles of x or grad with two
  * tiles of the weight. */
 #pragma once
-
 #ifndef LANES
 #define ISA_BFLOAT16
 #include "avx512.h"

@@ -1,6 +1,5 @@
 /* Exponentials, and sums and maxima of a vector, for row-wise functions. */
 #pragma once
-
 #include "rows.h"
 
 /* Loop over the vectors of a row of `columns` numbers: column c, of which n are left. */

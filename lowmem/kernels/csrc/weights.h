@@ -1,7 +1,6 @@
 /* Weights from Python. A weight of codes has a C handle, which is made once and valid while its tensors keep their
  * address, shape and dtype; each call checks that. */
 #pragma once
-
 #include "isas.h"
 #include "order.h"
 #include "tensor.h"
@@ -41,17 +40,10 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
                                int64_t rows, int64_t columns)
 {
     return (struct weight){
-        .packed = packed,
-        .scales = scales,
-        .levels = levels,
-        .rows = rows,
-        .columns = columns,
+        .packed = packed, .scales = scales, .levels = levels, .rows = rows, .columns = columns,
         .row_bytes = !size ? 2 * columns : levels ? (columns + 1) / 2 : columns,
-        .blocks = size ? (columns + size - 1) / size : 0,
-        .behind = size && encoding >= SCALES_DOUBLE ? 2 : 0,
-        .half = size / 2,
-        .stride = round_up(columns + columns % 2, MAX_GROUP),
-        .encoding = encoding,
+        .blocks = size ? (columns + size - 1) / size : 0, .behind = size && encoding >= SCALES_DOUBLE ? 2 : 0,
+        .half = size / 2, .stride = round_up(columns + columns % 2, MAX_GROUP), .encoding = encoding,
         .kind = kind_of(size / 2, size && !levels ? CODES8 : encoding),
     };
 }

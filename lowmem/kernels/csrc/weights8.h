@@ -1,7 +1,6 @@
 /* Weights in 8 bits. Each byte of a row is a code: an integer from -127 to 127, plus 128. A weight is the integer /
  * 127 * scale. Codes are in the order of the columns. */
 #pragma once
-
 #include "few.h"
 
 /* The integers of LANES codes. Code 0, which no quantizer writes, is read as code 1. */
