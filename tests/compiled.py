@@ -8,7 +8,7 @@ import torch
 
 from lowmem import QuantizedTensor, kernels, quantize
 from lowmem.kernels import cpu, reference
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_for
 from tests import strategies
 from tests.rounding import gamma, unit
 from tests.selection import NIGHTLY
@@ -93,7 +93,7 @@ def exact_product(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | Non
 
 def by_torch(weight: kernels.Weight, rows: int, dtype: torch.dtype, operation: str = "linear") -> bool:
     """Whether torch multiplies by this weight where the kernel in use is asked to."""
-    return "torch" in active_backend().plan(weight, rows, dtype, operation)[-1][1]
+    return "torch" in backend_for().plan(weight, rows, dtype, operation)[-1][1]
 
 
 def assert_exact(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias=None, by_torch: bool = False) -> None:

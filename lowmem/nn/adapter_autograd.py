@@ -60,8 +60,8 @@ def adapted_product(base: nn.Module, kind: Any, adapter: nn.Module | None, input
     Returns:
         The output in the dtype of the base's output (bfloat16 within ``narrow_results``); or None if base and adapter
         must be computed one after the other: fewer than 64 rows, nothing requires a gradient, products that are not
-        in bfloat16, parametrizations, graphs, transforms, selective checkpoints, tensor subclasses, other devices, or
-        processors without fast bfloat16.
+        in bfloat16, parametrizations, graphs, transforms, selective checkpoints, tensor subclasses, or devices
+        without fast bfloat16.
     """
     matrices = _trained(adapter, input)
     if matrices is None:
@@ -115,7 +115,7 @@ def _trained(adapter: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     if keeps_results():  # the checkpoint would keep the thin product, which is then overwritten
         return None
-    if type(adapter) is not Adapter or type(input) not in _PLAIN or not input.is_cpu or input.is_nested:
+    if type(adapter) is not Adapter or type(input) not in _PLAIN or input.is_nested:
         return None
     if input.dim() < 2 or input.numel() < LEAST_ROWS * input.shape[-1] or input.dtype not in _DTYPES:
         return None
@@ -140,10 +140,10 @@ def _product(
 ) -> Tensor | None:
     """Return the product with a frozen weight, A and B; ``x`` is ``input`` in autocast's dtype.
 
-    None if ``frozen`` is None, the processor is slow at bfloat16, or the shapes do not fit.
+    None if ``frozen`` is None, the device is slow at bfloat16, or the shapes do not fit.
     """
     a, b = matrices
-    if frozen is None or not kernels.adds_products() or x.shape[-1] != a.shape[1]:
+    if frozen is None or not kernels.fast_bfloat16(x) or x.shape[-1] != a.shape[1]:
         return None
     weight, bias = frozen
     shared = type(input.grad_fn).__name__ in _KEEP_RESULTS  # the input lives until backward; a cached copy would, too
@@ -260,7 +260,7 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.again, ctx.transposed = again, transposed
         # save_for_backward raises an error if the weight is changed in place before backward.
         frozen = (weight.packed, weight.scales) if isinstance(weight, QuantizedTensor) else (weight,)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             rows, adapted = (_rows(one, a.shape[1]) for one in (x, x if dropped is None else dropped))  # (rows, in)
             narrow = adapted @ a.to(x.dtype).t()  # (rows, rank)
             wide = (b * scaling).to(x.dtype).t()  # (rank, out)
@@ -271,7 +271,7 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(grad.device.type, enabled=False):
             return _gradients(ctx, grad)
 
 

@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lowmem.errors import show
 from lowmem.kernels import Weight
 from lowmem.kernels.frozen_operator import StoredParts
-from lowmem.kernels.torch_versions import is_exporting, leave_to_eager, outside_of_graphs
+from lowmem.kernels.torch_versions import is_exporting, leave_to_eager
 from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
 from lowmem.nn.sharded import sharded_types
@@ -179,7 +179,6 @@ class StoredModule(nn.Module):
         """Return the attributes that an object of this class has beside those of the dense module it is made of."""
         return {}
 
-    @outside_of_graphs
     def stored_tensor(self, name: str) -> StoredTensor:
         """Return the stored tensor of a parameter; cached while the parts stay the same."""
         own = self.__dict__

@@ -40,6 +40,7 @@ from lowmem.nn.recomputed import (
     saves_in_any_dtype,
 )
 from lowmem.nn.stored_module import copied_module
+from lowmem.quant.backend import backend_of
 from lowmem.training.prepared_module import PreparedModule
 
 __all__ = [
@@ -381,8 +382,8 @@ def _act(x: Tensor, activation: str, own: torch.dtype, dtype: torch.dtype) -> Te
 
 
 def _by_torch(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:
-    """Whether to call torch's function for an activation; C serves float32 and bfloat16 on the CPU, but no vmap."""
-    ours = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and (grad is None or not is_batch(grad))
+    """Whether to call torch's function for an activation: the backend has none, or vmap asks."""
+    ours = backend_of(x).serves_rows(x) and (grad is None or not is_batch(grad))
     return activation in _OF_TORCH and not ours
 
 

@@ -150,10 +150,13 @@ def training_report(model: nn.Module) -> dict[str, str]:
 
 
 def _logits_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return bfloat16 if a stored layer computes in it and the processor has instructions for it; else None."""
+    """Return bfloat16 if a stored layer computes in it and its device is fast at it; else None."""
     stored = [(one, name) for one in model.modules() if isinstance(one, StoredModule) for name in one.forms]
-    asked = any(multiplied_in(module, name) is torch.bfloat16 for module, name in stored)
-    return torch.bfloat16 if asked and kernels.adds_products() else None
+    asked = any(
+        multiplied_in(module, name) is torch.bfloat16 and kernels.fast_bfloat16(next(module.parameters()))
+        for module, name in stored
+    )
+    return torch.bfloat16 if asked else None
 
 
 class _Compressing(PreparedModule):

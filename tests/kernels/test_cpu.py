@@ -85,18 +85,7 @@ def test_what_is_remembered_of_a_weight_follows_it(isa):
     other = quantize(strategies.make_weight("normal", (12, 64), 0, 1))
     x = torch.randn(2, 64)
     with kernels.using(isa):
-        kernel, low_rank = backend.active_backend(), (torch.randn(2, 64), torch.randn(12, 2), 0.5)
-        assert kernel.linear_again(x, q.cache, q.packed, q.scales, None, None) is None  # nothing is kept yet
         assert_exact(kernels.linear(x, q, torch.float32), x, q.dequantize())
-        for added in ((None, None), (torch.randn(12), None), (torch.randn(12), low_rank)):
-            got = kernel.linear_again(x, q.cache, q.packed, q.scales, *added)
-            assert torch.equal(got, kernels.linear(x, q, torch.float32, *added))
-        assert kernel.linear_again(x, q.cache, q.packed.clone(), q.scales, None, None) is None
-        another = cpu.Kernel(kernel.native, kernel.name)
-        assert another.linear_again(x, q.cache, q.packed, q.scales, None, None) is None  # it is not its own
-        another.dequantize(q, slice(None), torch.float32)  # which keeps a handle
-        another._linear = lambda *_: False  # torch is to multiply
-        assert another.linear_again(x, q.cache, q.packed, q.scales, None, None) is None
         twins = copy.deepcopy(q), pickle.loads(pickle.dumps(q))
         q.packed.copy_(other.packed)
         q.scales.copy_(other.scales)
@@ -198,7 +187,7 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
         with on_threads(threads), kernels.using(isa):
             forward = measure.peak_bytes(lambda x=x, dtype=dtype: kernels.linear(x, w, dtype))
             backward = measure.peak_bytes(lambda grad=grad, dtype=dtype: kernels.input_grad(grad, w, dtype))
-            plan = backend.active_backend().plan
+            plan = backend.backend_for().plan
             takes = [plan(w, batch, dtype, product)[-1][1] for product in ("linear", "input_grad")]
         chunk = 768 * dtype.itemsize  # of each column, or each row in the gradient
         assert forward <= (chunk * columns if takes[0] == "torch" else 2**20) + batch * rows * dtype.itemsize
@@ -408,7 +397,7 @@ def check(name, tensor, other, run):
 
 def forget(q):
     q.cache.pop("prepared", None)
-    kernels.cpu._floats.cache_clear()
+    kernels.cpu.floats.cache_clear()
 
 ROWS, COLUMNS = 300, 256
 def run_everything():
@@ -591,10 +580,10 @@ def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
     kernel = cpu.Kernel(cpu.load()[0], kernels.available()[-1])
     if int8 and kernels.available()[-1] not in ("avx512vnni", "avx512bf16", "avx512amx"):
         pytest.skip("this processor has no products of 8-bit integers: torch rounds inputs")
-    name = "_linear8" if int8 else "_linear"
+    name = "_native_linear_inputs8" if int8 else "_linear"
     run = getattr(kernel, name)
     monkeypatch.setattr(kernel, name, lambda *given: calls.append((given, run(*given))) or calls[-1][1])
-    monkeypatch.setattr(backend, "_active", kernel)
+    monkeypatch.setitem(backend._backends, "cpu", kernel)
     x = torch.nn.Parameter(torch.randn(3, 256))
     with torch.no_grad():
         out = layer(x)

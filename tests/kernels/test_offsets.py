@@ -162,7 +162,7 @@ def test_explain_says_that_offsets_are_added():
         assert "input_grad:" in text
         text = kernels.explain(stored, 4, torch.int8)
     assert text.startswith("offsets: added in plain torch, to products in 8-bit integers")
-    assert "linear_int8" in text
+    assert "linear_inputs8" in text
 
 
 def test_block_sums_of_a_row_that_ends_in_a_short_block():

@@ -46,22 +46,19 @@ def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
     weight = make_weight(kind)
     x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
     if kind == "half":
-        for operator in (torch.ops.lowmem.product_16bit.default, torch.ops.lowmem.product_16bit.plain):
-            assert_operator(operator, (x, weight, dtype, transposed))
+        assert_operator(torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed))
     else:
-        described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
-        arguments = (x, weight.packed, weight.scales, *described, dtype, transposed)
-        assert_operator(torch.ops.lowmem.product_4bit.default, arguments)
+        text = f"{weight.format} {weight.block_size} {weight.scale_encoding} {weight.shape[1]} {dtype} {transposed}"
+        assert_operator(torch.ops.lowmem.product_4bit.default, (x, weight.packed, weight.scales, text))
 
 
 @rows_in_one_case("transposed", [False, True])
 def test_the_operator_of_8_bit_integers_gives_the_input_s_dtype(transposed):
     weight = make_weight("4-bit")
-    described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
+    text = f"{weight.format} {weight.block_size} {weight.scale_encoding} {weight.shape[1]} torch.int8 {transposed}"
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
-        arguments = (x, weight.packed, weight.scales, *described, torch.int8, transposed)
-        assert_operator(torch.ops.lowmem.product_4bit.default, arguments)
+        assert_operator(torch.ops.lowmem.product_4bit.default, (x, weight.packed, weight.scales, text))
         out = ops.product(x, weight, torch.int8, transposed)
         (got,) = torch.autograd.grad(out.sum(), x)
         (exact,) = torch.autograd.grad(ops.product(x, weight, dtype, transposed).sum(), x)

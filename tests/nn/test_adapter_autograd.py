@@ -31,7 +31,7 @@ BASES = {**QUANTIZED, "half": Half(BF16), "dense": None}
 @pytest.fixture(autouse=True)
 def _any_processor(monkeypatch):
     """Take the product on processors that are slow at it, too."""
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
 
 
 def adapted(base="nf4", bias=True, seed=0, **options):
@@ -308,7 +308,7 @@ def test_autocast_to_another_dtype_rounds_the_output_alone():
 
 
 def test_slow_processors_multiply_apart(monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", property(lambda self: self.name == "avx512bf16"))
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", property(lambda self: self.name == "avx512bf16"))
     for name in kernels.available():
         with kernels.using(name):
             assert is_one_product(adapted()(inputs(64))) == (name in ("reference", "avx512bf16"))

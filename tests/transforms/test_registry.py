@@ -154,7 +154,7 @@ def test_what_a_layer_returns_can_be_written_to(rows, dtype, training, technique
 
     What an LSTM or an RNNCell returns torch saves for its backward, and so refuses writes to it, dense or stored.
     """
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     left_out = ("LSTM", "RNNCell", "Attention of other keys") if rows == (1,) and training else KINDS.keys() - LINEAR
     for kind in [one for one in KINDS if one not in left_out]:
         module = KINDS[kind]().to(dtype)
