@@ -12,7 +12,7 @@ from torch import nn
 
 from lowmem import BigNet, FourBit, Half, LoRA, build, convert, measure
 from tests.profiled import profiled_peak
-from tests.selection import NIGHTLY, rows_in_one_case
+from tests.selection import FULL, rows_in_one_case
 
 MIB = 2**20
 
@@ -290,8 +290,9 @@ RESIDENT = r"""
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the high-water mark of a process by itself")
-@pytest.mark.parametrize("name", ["low_precision", "bignet"] if NIGHTLY else ["low_precision"])
+@pytest.mark.parametrize("name", ["low_precision", "bignet"] if FULL else ["low_precision"])
 def test_the_resident_high_water_mark_of_a_process_rises_by_the_peak(name):
     """One process tracks the peak, another runs the same without tracking and asks the system for its own."""
     batch = "16384"  # 64 MiB an activation: large beside what the system rounds and caches

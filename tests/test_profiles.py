@@ -20,7 +20,12 @@ SHOW = (
     "print(found.derandomize, found.database is not None, found.max_examples, found.deadline, "
     "*(len(covering(strength, **axes).args[1]) for strength in (1, 2)), bound.args[1] == ISAS)"
 )
-SHOWN = {"ci": f"True False 60 None 3 9 {len(ISAS) <= 2}", "nightly": "False True 2000 None 27 27 True"}
+SHOWN = {
+    "ci": f"True False 15 None 3 3 {len(ISAS) <= 2}",
+    "faults": f"True False 60 None 3 9 {len(ISAS) <= 2}",
+    "full": "True False 60 None 27 27 True",
+    "nightly": "False True 2000 None 27 27 True",
+}
 
 
 @covering(1, profile=SHOWN, ci=["", "true"])

@@ -224,10 +224,10 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
         "--output",
         str(out),
     ]
-    memory = [python, "-m", "pytest", "benchmarks", "-q", "--benchmark-compare", "--benchmark-disable"]
+    memory = [python, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable"]
     commands = {
         "latency": [*latency, "--workloads", workloads],
-        "memory": [*memory, f"--memory-json={out / 'memory.json'}"],
+        "memory": [*memory, f"--lowmem-json={out / 'memory.json'}"],
         "resident": [python, "-m", "benchmarks.resident", "--json", str(out / "resident.json")],
         "guide": [python, "-m", "benchmarks.latency.guide", str(out / "guide.json")],
         "slower": [python, "-m", "benchmarks.latency.guide", str(out / "slower.json"), "--slower"],

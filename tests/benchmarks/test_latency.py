@@ -882,6 +882,7 @@ def test_a_base_that_does_not_build_is_an_error_and_nothing_is_cached(repository
     assert not list((tmp_path / "cache").rglob("*.whl"))
 
 
+@pytest.mark.gates
 def test_a_wheel_is_built_in_the_cache_which_may_lie_on_another_file_system_than_scratch(
     repository, tmp_path, monkeypatch
 ):
@@ -913,6 +914,7 @@ def test_a_wheel_is_built_in_the_cache_which_may_lie_on_another_file_system_than
         assert not asked[number].exists()
 
 
+@pytest.mark.gates
 def test_a_wheel_is_taken_from_the_cache_until_something_in_it_changes(repository, tmp_path, monkeypatch):
     _, head, _ = builds.resolve(repository, "old")
     cached = tmp_path / "wheels" / builds._key(repository, head, builds.PACKAGED) / "lowmem-0-py3-none-any.whl"
@@ -1096,6 +1098,7 @@ def test_pytest_runs_no_gate_after_a_session_that_was_stopped(pytester, monkeypa
     assert pytester.runpytest("--against", "main", "-x").ret == 1
 
 
+@pytest.mark.processes
 def test_pytest_refuses_a_reference_that_does_not_exist_before_it_runs(pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     pytester.makeconftest(CONFTEST)
@@ -1118,6 +1121,7 @@ def test_the_command_names_the_extra_that_it_needs(monkeypatch, capsys):
     assert capsys.readouterr().err == "latency gate: it needs statsmodels: pip install '.[gate]'\n"
 
 
+@pytest.mark.processes
 def test_pytest_names_the_extra_that_the_gate_needs_before_it_runs(pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     pytester.makeconftest(f"import sys\nsys.modules['statsmodels'] = None\n{CONFTEST}")
@@ -1194,7 +1198,7 @@ def test_gates_of_memory_run_beside_each_other_and_their_alarms_are_kept(tmp_pat
 
     def fake(command, **options):
         own = "memory" if "pytest" in command else "resident"
-        out = command[-1].removeprefix("--memory-json=")
+        out = command[-1].removeprefix("--lowmem-json=")
         other = {"memory": "resident", "resident": "memory"}[own]
         return run([sys.executable, "-c", GATE, own, other, out], **options)
 

@@ -45,6 +45,7 @@ def rank(monkeypatch):
     return rank
 
 
+@pytest.mark.distributed
 def test_flags_need_torchrun_and_torchrun_needs_flags(monkeypatch):
     with joined(None) as ranks:
         assert isinstance(ranks, Alone)
@@ -91,6 +92,7 @@ def test_an_error_of_all_processes_is_told_by_the_first(rank, monkeypatch, capsy
     assert line_of("fit", "lora", "--rank", "x") == ""
 
 
+@pytest.mark.distributed
 def test_processes_that_torchrun_interrupts_after_an_error_of_another_are_silent(rank, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from difflib import ndiff
 from pathlib import Path, PurePosixPath
 
@@ -41,8 +41,6 @@ LEFT_OUT = ("lowmem/version.py", "benchmarks/cases.py")  # a constant; models an
 # The tests of a module, or of all of a folder, beyond or other than its mirror test, the quickest first.
 TESTS = {
     "benchmarks/latency": ("benchmarks/test_latency",),
-    "benchmarks/memory.py": ("benchmarks/test_gate",),
-    "benchmarks/results.py": ("benchmarks/test_gate",),
     "benchmarks/report.py": ("tools/test_report",),
     "lowmem/__main__.py": ("test_main",),
     "lowmem/quant/scales.py": ("quant/test_scales", "quant/test_tensor"),
@@ -250,7 +248,7 @@ def markdown(mutants: Sequence[Mutant], survived: Sequence[Mutant], seed: int) -
 
 
 def _today() -> int:
-    return int(datetime.now(timezone.utc).strftime("%Y%m%d"))
+    return int(datetime.now(UTC).strftime("%Y%m%d"))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -397,6 +397,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of resident memory is read from /proc")
 def test_loading_takes_the_4_bit_size_and_at_most_64_mib(tmp_path):
     """Of 384 MiB in float32, which would show."""

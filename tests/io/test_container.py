@@ -588,6 +588,7 @@ assert (file.tensors["31"][::4096] == 31).all()
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_stays_small_whatever_a_file_says_and_however_large_it_is(tmp_path):
     script = [sys.executable, "-c", MEMORY, tmp_path / "file"]

@@ -94,6 +94,7 @@ def test_a_provider_of_another_backend_is_one_line(monkeypatch):
         kernels._select("another")
 
 
+@pytest.mark.processes
 def test_without_the_compiled_module_the_reference_serves_and_says_why():
     script = (
         "import sys\n"
@@ -522,6 +523,7 @@ print("fine")
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as Linux has it")
 @needs_kernel
 def test_nothing_past_the_end_is_read():

@@ -313,6 +313,7 @@ def test_a_traced_model_has_the_gradient_of_its_input(technique):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.processes
 def test_a_traced_file_runs_where_lowmem_is_imported(tmp_path):
     model, x = everything("nf4"), torch.arange(18).view(2, 9)
     torch.jit.save(trace(model, x), tmp_path / "model.pt")

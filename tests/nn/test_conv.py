@@ -237,6 +237,7 @@ def test_a_state_of_another_format_is_refused():
         layer.load_state_dict(convert(nn.Conv1d(4, 4, 3), FourBit("int4", 16, "float16")).state_dict())
 
 
+@pytest.mark.compile(keep=1)
 @kinds
 @pytest.mark.parametrize("channels", [8, 520], ids=["whole", "in chunks"])
 def test_it_compiles_whole_with_its_gradient_for_any_batch(technique, channels):

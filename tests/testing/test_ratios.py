@@ -203,6 +203,7 @@ def test_no_calls_are_refused(calls, bursts):
         seconds_per_call(lambda: None, calls=calls, bursts=bursts)
 
 
+@pytest.mark.processes
 def test_ratios_need_neither_torch_beyond_lowmem_nor_pytest():
     script = (
         "import sys, lowmem; before = set(sys.modules); import lowmem.testing.ratios;"
