@@ -1305,14 +1305,23 @@ def test_the_geometric_mean_of_two_times_of_base_is_what_head_is_compared_with()
     assert math.isclose(found.floor(), 4.0)
 
 
-def test_the_page_shows_what_the_proof_found(tmp_path):
-    page = ROOT / "docs" / "benchmarking.md"
-    found = proof.read_results(proof.RESULTS)
-    assert f"{proof.BEGIN}{proof.table(found)}{proof.END}" in page.read_text()
-    copy = tmp_path / "page.md"
-    copy.write_text(page.read_text())
-    proof.update_page(copy, [run_of(proof.CASES[2], "latency", "instructions")] * 5)
-    assert "| 10% in a kernel | 5 | 5 | 5 of 5 | 0 | instructions in 5, latency in 5 | 60 to 60 |" in copy.read_text()
+def test_the_table_of_a_proof_takes_the_place_of_the_one_in_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "benchmarking.md").read_text())
+    found = [run_of(proof.CASES[2], "latency", "instructions")] * 5
+    proof.update_page(page, found)
+    assert "| 10% in a kernel | 5 | 5 | 5 of 5 | 0 | instructions in 5, latency in 5 | 60 to 60 |" in page.read_text()
+    assert proof.table(found) in page.read_text()
+
+
+def test_the_page_shows_a_proof_that_holds():
+    written = (ROOT / "docs" / "benchmarking.md").read_text().partition(proof.BEGIN)[2].partition(proof.END)[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines()[2:]]
+    assert [row[0] for row in rows] == [case.name for case in proof.CASES]
+    for (_, runs, alarms, wanted, undecided, *_), case in zip(rows, proof.CASES, strict=True):
+        assert int(runs) >= case.runs
+        assert int(alarms) == (int(runs) - int(undecided) if case.alarm else 0)
+        assert wanted == f"{(case.decided or case.runs) if case.alarm else 0} of {case.runs}"
 
 
 def test_a_page_without_a_place_for_the_table_is_refused(tmp_path, capsys):

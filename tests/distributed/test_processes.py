@@ -45,7 +45,6 @@ def rank(monkeypatch):
     return rank
 
 
-@pytest.mark.distributed
 def test_flags_need_torchrun_and_torchrun_needs_flags(monkeypatch):
     with joined(None) as ranks:
         assert isinstance(ranks, Alone)
@@ -92,7 +91,6 @@ def test_an_error_of_all_processes_is_told_by_the_first(rank, monkeypatch, capsy
     assert line_of("fit", "lora", "--rank", "x") == ""
 
 
-@pytest.mark.distributed
 def test_processes_that_torchrun_interrupts_after_an_error_of_another_are_silent(rank, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -160,6 +158,7 @@ def wait_for_one_that_stops(rank, port, found, started, stops):
     os._exit(0)  # gloo's threads wait for the other
 
 
+@pytest.mark.distributed
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
 def test_a_process_that_stops_ends_the_others_within_the_time_out():
     context = starter()

@@ -32,6 +32,7 @@ def results(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_learns_a_user_s_task(name, npz, capsys):
     found = results(capsys, name, "--data", npz, "--epochs", "12", "--batch-size", "16")
@@ -442,6 +443,7 @@ def test_ctrl_c_in_the_middle_leaves_the_file_of_before(tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("name", ["qlora", "bignet"])
 def test_a_dry_run_says_what_the_run_takes(name, npz, tmp_path, capsys, monkeypatch):
     argv = [name, "--data", npz, "--batch-size", "16", "--epochs", "1"]
