@@ -12,12 +12,10 @@ import hashlib
 import io
 import os
 import re
-import shlex
 import sys
-import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from zipfile import ZipFile, ZipInfo
 
 from lowmem.io.atomic import PARTIAL, check_free, write_atomically
@@ -28,48 +26,20 @@ __all__ = ["COMMENT", "LEFT_OUT", "MANIFEST", "add_arguments", "archive", "read_
 MANIFEST = "MANIFEST.sha256"
 COMMENT = b"made by lowmem bundle"  # the comment of each bundle, by which later bundles leave it out
 
-# Caches, other programs' records and build products, also compiled code, which depends on the machine and cannot be
-# imported from a zip. A project's top-level build and dist are left out too, unless they are packages.
+# Names that are left out: caches, other programs' records, build products, compiled code (it depends on the machine,
+# and cannot be imported from a zip), and the usual names of passwords and private keys. A project's top-level build
+# and dist are left out, too, unless they are packages.
 LEFT_OUT = (
     *("__pycache__", "*.py[cod]", "*.so", "*.so.*", "*.dylib", "*.dll", "*.o", "*.a", "*.egg-info", ".eggs"),
     *(".git", ".hg", ".svn", ".tox", ".nox", ".venv", "venv", "node_modules"),  # and directories with a pyvenv.cfg
     *(".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".benchmarks", ".ipynb_checkpoints"),
     *(".coverage", ".coverage.*", "htmlcov", ".DS_Store", "Thumbs.db", "*.swp", "*~", PARTIAL),
+    *(".env", ".netrc", ".npmrc", ".pypirc", ".git-credentials", ".aws", ".gnupg", ".kube", ".ssh"),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519"),
 )
 
-# Lower-case names of files and directories that probably hold passwords or private keys; a pattern with a slash
-# matches the last two parts of a path. Files named id_* (SSH keys) are secrets, too; Python sources never are.
-SECRETS = (
-    *(
-        ".env",
-        ".env.*",
-        "*.env",
-        ".envrc",
-        ".netrc",
-        "_netrc",
-        ".pgpass",
-        ".htpasswd",
-        ".pypirc",
-        ".npmrc",
-        ".dockercfg",
-    ),
-    *(".git-credentials", "credentials", ".credentials", "*_credentials", "*-credentials", "*credentials*.json"),
-    *(f"*credentials.{suffix}" for suffix in ("csv", "ini", "txt", "toml", "xml", "yaml", "yml")),
-    *("secrets.json", "secrets.toml", "secrets.yaml", "secrets.yml", "client_secret*.json", ".s3cfg", ".boto"),
-    *("service_account*.json", "service-account*.json", "token.json", ".vault-token", ".huggingface/token"),
-    *(".docker/config.json", "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx"),
-    *(f"id_{kind}{rest}" for kind in ("rsa", "dsa", "ecdsa", "ed25519") for rest in ("", "_sk", ".*", "_sk.*")),
-    *(".aws", ".gnupg", ".kube", ".ssh"),
-)
-
-BACKUP = re.compile(r"(\.(bak|backup|old|orig|save))+$")  # backup copies of secrets are secrets
-
-# Backslashes and line ends would be escaped in a manifest and are changed by some unzip programs; lone surrogates are
-# not valid UTF-8. The rest is invalid on Windows: characters, a trailing dot or space, and names of devices.
-UNPORTABLE = re.compile(
-    r'[\x00-\x1f\x7f<>:"|?*\\\ud800-\udfff]|[. ]$|^(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)',
-    re.IGNORECASE,
-)
+# A manifest escapes backslashes and line ends; lone surrogates are not valid UTF-8.
+UNPORTABLE = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 MAIN = '''\
 """Runs the bundled package: python BUNDLE.zip ..."""
@@ -80,15 +50,14 @@ runpy.run_module("{package}", run_name="__main__")
 '''
 
 
-def read_files(directory: str, include: Collection[str] = ()) -> tuple[dict[str, bytes], list[str]]:
+def read_files(directory: str) -> dict[str, bytes]:
     """Read the files of a project; or of a package, with its name as the first part of their paths.
 
     Args:
         directory: of the project or package.
-        include: names or paths, or glob patterns of them, of files to include although they look like secrets.
 
     Returns:
-        The contents of the files by their paths with slashes; the paths of files left out as secrets.
+        The contents of the files by their paths with slashes.
 
     Raises:
         ValueError: it is no directory, no files are left, or a link, name or type of file is not portable.
@@ -100,36 +69,23 @@ def read_files(directory: str, include: Collection[str] = ()) -> tuple[dict[str,
     package = os.path.isfile(root / "__init__.py")
     products = () if package else (root / "build", root / "dist")
     base = root.parent if package else root
-    if package:
-        _check_name(root)
-    files, secrets = {}, []
-    wanted = dict.fromkeys(include, False)
+    files = {}
     path = root
     try:
-        for path in _walk(root, root, products):
-            name = path.relative_to(base).as_posix()
-            if _is_secret(path, root):
-                asked = [part for part in wanted if any(n == part or fnmatchcase(n, part) for n in (name, path.name))]
-                wanted |= dict.fromkeys(asked, True)
-                if not asked:
-                    secrets.append(name)
-                    continue
+        for path in _walk(root, products):
             _check(path, root)
             content = path.read_bytes()
             if not (path.suffix.lower() == ".zip" and content.endswith(COMMENT)):
-                files[name] = content
+                files[path.relative_to(base).as_posix()] = content
     except OSError as reason:
         where = reason.filename or str(path)
         raise OSError(f"cannot read {where!r}: {reason.strerror}; make it readable or take it out") from reason
-    for part, found in wanted.items():
-        if not found:
-            raise ValueError(f"include={part!r} is no file that looks like a secret; it brings back those alone")
     if not files:
-        raise ValueError(f"directory={directory!r} has no files besides caches, build products and secrets")
-    return files, secrets
+        raise ValueError(f"directory={directory!r} has no files besides caches and others that are always left out")
+    return files
 
 
-def _walk(directory: Path, root: Path, products: Collection[Path]) -> Iterator[Path]:
+def _walk(directory: Path, products: Collection[Path]) -> Iterator[Path]:
     """Yield all paths except directories and ``LEFT_OUT``; links to directories are yielded, not followed."""
     for path in sorted(directory.iterdir()):
         if any(fnmatchcase(path.name, pattern) for pattern in LEFT_OUT) or os.path.isfile(path / "pyvenv.cfg"):
@@ -137,46 +93,18 @@ def _walk(directory: Path, root: Path, products: Collection[Path]) -> Iterator[P
         if path in products and path.is_dir() and not os.path.isfile(path / "__init__.py"):
             continue
         if path.is_dir() and not path.is_symlink():
-            _check_name(path)
-            yield from _walk(path, root, products)
+            yield from _walk(path, products)
         else:
             yield path
 
 
-def _is_secret(path: Path, root: Path) -> bool:
-    """Whether a path, or the target of a link, probably is a secret by its name."""
-    name = BACKUP.sub("", path.name.lower())
-    inside = PurePosixPath(path.relative_to(root).as_posix().lower())
-    return (
-        (not name.endswith(".py") and any(map(_is_secret_name, (inside, *inside.parents))))
-        or (name.startswith("id_") and not name.endswith(".py"))
-        or (
-            path.is_symlink()
-            and (target := Path(os.path.realpath(path))).is_relative_to(root)
-            and target != path
-            and not target.is_symlink()
-            and _is_secret(target, root)
-        )
-    )
-
-
-def _is_secret_name(path: PurePosixPath) -> bool:
-    name = BACKUP.sub("", path.name)
-    names = (name, f"{path.parent.name}/{name}")
-    return any(fnmatchcase(names["/" in pattern], pattern) for pattern in SECRETS)
-
-
 def _check(path: Path, root: Path) -> None:
-    _check_name(path)
+    if UNPORTABLE.search(str(path.relative_to(root.parent))):
+        raise ValueError(f"file={str(path)!r}: not every system can unzip this name; rename it")
     if path.is_symlink():
         _check_link(path, root)
     elif not path.is_file():
         raise ValueError(f"file={str(path)!r} is neither a file nor a directory; take it out of the directory")
-
-
-def _check_name(path: Path) -> None:
-    if UNPORTABLE.search(path.name):
-        raise ValueError(f"file={str(path)!r}: not every system can unzip this name; rename it")
 
 
 def _check_link(link: Path, root: Path) -> None:
@@ -217,12 +145,7 @@ def runnable(files: Mapping[str, bytes], directory: str) -> dict[str, bytes]:
 
 
 def archive(files: Mapping[str, bytes]) -> bytes:
-    """Return a zip of the files and a manifest of their SHA-256 digests, which replaces an existing manifest.
-
-    Raises:
-        ValueError: two paths differ only in case or Unicode normalization.
-    """
-    _check_case([*files, MANIFEST])
+    """Return a zip of the files and a manifest of their SHA-256 digests, which replaces an existing manifest."""
     lines = [f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files) if name != MANIFEST]
     files = {**files, MANIFEST: "".join(lines).encode()}
     buffer = io.BytesIO()
@@ -236,28 +159,10 @@ def archive(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _check_case(names: Iterable[str]) -> None:
-    known: dict[str, str] = {}
-    for name in names:
-        for path in (name, *map(str, PurePosixPath(name).parents)):
-            other = known.setdefault(unicodedata.normalize("NFC", path).casefold(), path)
-            if other != path:
-                raise ValueError(
-                    f"files {other!r} and {path!r} are one where case does not count; rename one of them"
-                )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("directory", metavar="DIRECTORY", help="a package, or a directory with one package to run")
     parser.add_argument("name", metavar="NAME", help="where to write: NAME.zip, which must not exist")
-    parser.add_argument(
-        "--include",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="put in a file that looks like a secret (.env, *.pem, ...) and would be left out; may be given again",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -267,13 +172,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"name={name!r} must end in a file name, such as project_bundle")
     destination = Path(name if name.lower().endswith(".zip") else f"{name}.zip")
     check_free(destination)
-    files, secrets = read_files(directory, arguments.include)
-    files = runnable(files, directory)
+    files = runnable(read_files(directory), directory)
     payload = archive(files)
     write_atomically(destination, payload, overwrite=False)
-    for secret in secrets:
-        remedy = f"--include {shlex.quote(secret)} puts it in"
-        print(f"left out {shown(secret)}, which looks like a secret; {shown(remedy)}", file=sys.stderr)
     count = len({*files, MANIFEST})
     digest = hashlib.sha256(payload).hexdigest()
     print(f"{shown(str(destination))}: {count} files, {len(payload)} bytes, sha256 {digest}", file=sys.stderr)

@@ -1,8 +1,7 @@
-"""Hooks of the ``lowmem`` command for the time of its imports, so that none ends in a traceback.
+"""How the ``lowmem`` command ends: with one line for an import that fails, and silently for a closed pipe.
 
 ``python -m lowmem`` and the installed script import the whole package before ``main`` can catch an exception. A
-process that only imports the library gets no hooks. This module imports little, since Ctrl-C gives a traceback until
-SIGINT is handled.
+process that only imports the library gets no hook.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import suppress
 from types import TracebackType
 
 __all__ = ["CLOSED_PIPE", "discard_output", "end_closed_pipe", "guard_imports", "is_command", "write_error"]
@@ -34,13 +32,10 @@ def is_command() -> bool:
 
 
 def guard_imports() -> None:
-    """Make the command end with one line if an import fails or is interrupted: with exit code 2, or 3 for a fault."""
+    """Make the command end with one line if an import fails: with exit code 2, or 3 for a fault of lowmem."""
     if not is_command():
         return
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored SIGINT stays ignored
-        signal.signal(signal.SIGINT, _stop)
-    # Imported after SIGINT is handled, since it takes a while; not in the hook, since a package whose import has
-    # failed can no longer be imported from.
+    # Not imported in the hook, since a package whose import has failed can no longer be imported from.
     from traceback import format_exception
 
     from lowmem.errors import error_line, one_line, reason
@@ -92,10 +87,3 @@ def discard_output() -> None:
                 stream.flush()
         except (OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-
-
-def _stop(number: int, frame: object) -> None:
-    # Not a KeyboardInterrupt, which modules that are being imported may swallow or wrap. Nothing needs cleaning up.
-    with suppress(OSError):  # stderr is closed
-        os.write(2, b"lowmem: interrupted\n")
-    os._exit(2)

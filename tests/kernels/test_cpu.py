@@ -174,6 +174,7 @@ normal = lru_cache(maxsize=4)(partial(strategies.make_weight, "normal", exponent
 of_normal = lru_cache(maxsize=16)(lambda kind, shape: stored(kind, normal(shape=shape))[0])
 
 
+@pytest.mark.thorough
 @bound
 @in_one_case(
     1,

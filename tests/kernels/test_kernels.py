@@ -54,6 +54,7 @@ def run_python(script: str, *argv: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 def test_the_environment_variable_forces_a_backend():
     name = kernels.available()[0]
     assert run_python("import lowmem; print(lowmem.backend())", LOWMEM_KERNEL=name).startswith(f"{name}: ")

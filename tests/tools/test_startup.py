@@ -38,7 +38,6 @@ def start(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs start deaf to it
         )
 
     return start
@@ -104,26 +103,6 @@ def test_another_failure_of_an_import_is_one_line_and_exit_code_3(start, way):
     assert process.returncode == 3
     assert trace[:1] == (["Traceback (most recent call last):"] if way is BY_MODULE else [])
     assert line.startswith("lowmem: ZeroDivisionError: division by zero; this is a fault of lowmem")
-
-
-@pytest.mark.processes
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-@both_ways
-@pytest.mark.parametrize("module", ["torch", "tempfile", "hashlib"])  # the last two are imported before torch
-@pytest.mark.parametrize("swallow", [False, True])
-def test_ctrl_c_while_modules_are_imported_is_one_line_and_exit_code_2(start, way, module, swallow):
-    # In short sleeps: Python would ask for a signal that comes right before a long one when that has ended.
-    sleeps = "while True: time.sleep(0.1)\n"
-    swallows = f"try:\n    {sleeps}except KeyboardInterrupt:\n    raise ImportError\n"
-    waits = "import time\nprint('here', flush=True)\n" + (swallows if swallow else sleeps)
-    with start(way, "info", modules={f"{module}.py": waits}) as process:
-        try:
-            assert process.stdout.readline() == "here\n"
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=300)
-        finally:
-            process.kill()
-    assert (process.returncode, err) == (2, "lowmem: interrupted\n")
 
 
 @pytest.mark.processes

@@ -7,19 +7,16 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowmem.errors import one_line, quoted
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
-from lowmem.io.atomic import PARTIAL, atomic_folder, scratch_folder, write_errors
+from lowmem.io.atomic import atomic_folder, scratch_folder, write_errors
 from lowmem.io.checkpoint import how_stored
 from lowmem.io.metadata import adapters_record
 from lowmem.io.model_folder import replace_files
@@ -28,7 +25,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import module_paths
 
-__all__ = ["config_of", "install", "presented_dtype", "save_errors"]
+__all__ = ["config_of", "install", "presented_dtype"]
 
 _ABSENT = object()
 
@@ -75,8 +72,7 @@ def install() -> None:
         with _described(given["self"]) as ours:
             if not ours or shared or not given.get("is_main_process", True):
                 return original(*args, **kwargs)
-            target = Path(given["save_directory"])
-            with save_errors(target), _whole(target) as given["save_directory"]:
+            with _whole(Path(given["save_directory"])) as given["save_directory"]:
                 return original(*call.args, **call.kwargs)
 
     @wraps(PreTrainedModel.num_parameters)
@@ -85,22 +81,6 @@ def install() -> None:
 
     PreTrainedModel.save_pretrained, PreTrainedModel.num_parameters = save_pretrained, num_parameters
     PreTrainedModel.dtype = property(lambda self: presented_dtype(self) or dtype.fget(self), doc=dtype.__doc__)
-
-
-@contextmanager
-def save_errors(target: Path) -> Iterator[None]:
-    """Turn an error of writing a folder, such as a full disk, into an OSError of one line that names the folder.
-
-    safetensors raises a class of its own. Errors about a partial folder pass: its maker names it.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as reason:
-        said = reason.strerror if isinstance(reason, OSError) else str(reason)
-        if not said or isinstance(reason, FileExistsError) or fnmatchcase(target.name, PARTIAL):
-            raise
-        said = one_line(f"cannot write {quoted(target)}: {said}")
-        raise OSError(f"{said}; make room on its disk, or choose another folder") from reason
 
 
 @contextmanager
