@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from time import perf_counter
 
 import pytest
@@ -97,10 +98,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what runs only where ``-m`` selects it."""
-    if "every_shape" in config.option.markexpr:
-        return
+    """Leave out what runs only where ``-m`` selects it; without times, what measures no memory."""
     left_out = [item for item in items if item.get_closest_marker("every_shape")]
+    if "every_shape" in config.option.markexpr:
+        left_out = []
+    if config.option.benchmark_disable:
+        here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+        left_out += [item for item in here if item not in left_out and "memory_gate" not in item.fixturenames]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
