@@ -48,6 +48,7 @@ def undrawn(monkeypatch):
         monkeypatch.setattr(f"lowmem.report.{module}.draw", lambda chart: Drawing(empty, empty, {}))
 
 
+@pytest.mark.thorough
 def test_the_same_report_gives_the_same_bytes(html):
     assert render(report()) == html
 

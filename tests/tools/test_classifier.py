@@ -117,6 +117,7 @@ def test_a_save_replaces_the_file_of_before(tmp_path, npz):
     assert load_file(path)
 
 
+@pytest.mark.thorough
 def test_saved_weights_are_those_of_the_trained_model(tmp_path, npz, capsys):
     path = tmp_path / "saved.safetensors"
     argv = ["qlora", "--data", npz, "--epochs", "2", "--rank", "4", "--save", str(path)]
