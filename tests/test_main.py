@@ -245,7 +245,7 @@ def test_a_model_that_calls_sys_exit_is_bad_input(name, argv, monkeypatch, capsy
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
 
-@pytest.mark.processes(keep=1)
+@pytest.mark.processes
 @posix
 @pytest.mark.parametrize(
     "argv", [["stats", "bignet"], ["stats", "bignet", "--json"], ["info"], ["compare", "--help"]]

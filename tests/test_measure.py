@@ -240,6 +240,7 @@ def test_bignet_variants_stay_within_their_memory_at_batch_1(name, forward, back
     assert measure.backward_bytes(model, x) <= backward * MIB
 
 
+@pytest.mark.thorough
 @rows_in_one_case("name", ["bignet", "half_precision", "low_precision", "qlora_nf4"])
 @rows_in_one_case("batch", [1, 64])
 def test_torch_s_profiler_sees_the_same_forward_peak(name, batch):

@@ -101,6 +101,7 @@ def numbers(cell):
     return [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", cell)]
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(("command", "table"), TABLES)
 def test_every_table_is_what_its_command_prints(command, table, capsys):
     """To the digit, but for the last: sums are rounded in another order by other processors."""
@@ -118,6 +119,7 @@ def test_every_table_is_what_its_command_prints(command, table, capsys):
             assert numbers(one) == pytest.approx(numbers(other), rel=0.02, abs=1e-4)
 
 
+@pytest.mark.thorough
 @rows_in_one_case(
     ("row", "variant"),
     [

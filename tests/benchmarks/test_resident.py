@@ -487,6 +487,7 @@ def test_a_variant_that_fails_is_one_line_and_nothing_is_overwritten(gate, monke
     assert gate.path.read_bytes() == before
 
 
+@pytest.mark.processes(keep=1)
 @pytest.mark.parametrize(
     ("code", "out"), [(0, ""), (0, "{}"), (0, "text"), (-9, ""), (1, json.dumps(dict.fromkeys(FIGURES, 1.0)))]
 )
@@ -497,6 +498,7 @@ def test_a_process_without_all_figures_counts_as_failed(monkeypatch, tmp_path, c
         resident.measure_variants(["lora"], 1, tmp_path)
 
 
+@pytest.mark.processes
 def test_each_variant_is_measured_in_processes_of_its_own(monkeypatch, tmp_path):
     figures, commands = dict.fromkeys(FIGURES, 1.0), []
 

@@ -158,7 +158,6 @@ def wait_for_one_that_stops(rank, port, found, started, stops):
     os._exit(0)  # gloo's threads wait for the other
 
 
-@pytest.mark.distributed
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
 def test_a_process_that_stops_ends_the_others_within_the_time_out():
     context = starter()

@@ -432,6 +432,7 @@ for isa in sys.argv[1:]:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @needs_kernel
 def test_a_small_layer_works_in_a_forked_process():

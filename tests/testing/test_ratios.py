@@ -94,6 +94,7 @@ def test_more_confidence_is_a_wider_interval():
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
+@pytest.mark.thorough
 def test_the_interval_of_noise_holds_the_truth_as_often_as_it_says():
     generator = np.random.default_rng(7)
     held = 0

@@ -32,7 +32,7 @@ def results(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.thorough(keep=1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_learns_a_user_s_task(name, npz, capsys):
     found = results(capsys, name, "--data", npz, "--epochs", "12", "--batch-size", "16")
@@ -466,6 +466,7 @@ def test_a_dry_run_says_what_the_run_takes(name, npz, tmp_path, capsys, monkeypa
     assert max(planned["backward"], planned["update"]) == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.thorough
 def test_a_dry_run_takes_the_rank_and_a_user_s_factory(npz, capsys):
     argv = ["lowmem:BigNet@qlora_nf4", "--data", npz, "--dry-run", "--rank"]
     four, eight = (results(capsys, *argv, rank)["stored"]["adapters"] for rank in ("4", "8"))
