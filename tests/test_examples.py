@@ -20,6 +20,7 @@ def test_a_header_says_how_to_run_it_and_what_came_out(path):
     assert f"examples/{path.name}" in (EXAMPLES.parent / "README.md").read_text(encoding="utf8")
 
 
+@pytest.mark.thorough
 def test_digits(capsys):
     pytest.importorskip("sklearn", reason="the digits need the extra: pip install '.[digits]'")
     run = example("digits")

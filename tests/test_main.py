@@ -381,7 +381,7 @@ def test_called_from_python_a_closed_pipe_is_the_shell_s_code(monkeypatch):
     assert run("stats") == 141
 
 
-@pytest.mark.processes(keep=1)
+@pytest.mark.processes
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @covering(1, argv=[("info",), ("info", "--json")], unbuffered=["", "1"])
 def test_a_full_disk_is_one_line(argv, unbuffered, monkeypatch):

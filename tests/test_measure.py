@@ -217,6 +217,7 @@ def test_outputs_in_containers_are_found_and_none_is_an_error():
         measure.backward_bytes(Two(False), torch.randn(1, 4))
 
 
+@pytest.mark.thorough
 @rows_in_one_case("name", ["bignet", "half_precision", "low_precision", "lora", "qlora"])
 def test_figures_are_the_same_in_every_run(name):
     model, x = build(name), torch.randn(2, 1024)

@@ -474,6 +474,7 @@ def test_bench(benchmark):
 """
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.skipif(not find_spec("pytest_benchmark"), reason="pytest-benchmark is not installed")
 @pytest.mark.parametrize(
     ("options", "skipped"),

@@ -70,6 +70,7 @@ def test_the_code_that_reads_a_file_by_its_description_runs(tmp_path, monkeypatc
     assert text.count("<64 hexadecimal digits>") == 1
 
 
+@pytest.mark.thorough(keep=5)
 @pytest.mark.parametrize("line", [line for line in LOWMEM if line.removeprefix("lowmem ") not in dict(TABLES)])
 def test_every_lowmem_command_runs(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -101,7 +102,7 @@ def numbers(cell):
     return [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", cell)]
 
 
-@pytest.mark.thorough(keep=1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("command", "table"), TABLES)
 def test_every_table_is_what_its_command_prints(command, table, capsys):
     """To the digit, but for the last: sums are rounded in another order by other processors."""

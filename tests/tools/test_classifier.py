@@ -444,7 +444,7 @@ def test_ctrl_c_in_the_middle_leaves_the_file_of_before(tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.thorough(keep=1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["qlora", "bignet"])
 def test_a_dry_run_says_what_the_run_takes(name, npz, tmp_path, capsys, monkeypatch):
     argv = [name, "--data", npz, "--batch-size", "16", "--epochs", "1"]
