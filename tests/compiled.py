@@ -11,15 +11,21 @@ from lowmem.kernels import cpu, reference
 from lowmem.quant.backend import backend_for
 from tests import strategies
 from tests.rounding import gamma, unit
-from tests.selection import NIGHTLY
+from tests.selection import FULL, PROFILE
 
 ISAS = kernels.available()[1:]
 needs_kernel = pytest.mark.skipif(not ISAS, reason="the kernel is not compiled here")
 
 
 def at(names: Iterable[str]) -> pytest.MarkDecorator:
-    """Run a test at those of these ISAs that the processor has; in the nightly profile at every one."""
-    return pytest.mark.parametrize("isa", [name for name in ISAS if NIGHTLY or name in names])
+    """Run a test at the slowest and the fastest of these ISAs that the processor has.
+
+    Planted faults and mutants are tried at all of these ISAs. Where ``FULL`` is true, a test runs at every ISA.
+    """
+    found = [name for name in ISAS if FULL or name in names]
+    if not FULL and PROFILE != "faults":
+        found = [*found[:1], *found[1:][-1:]]
+    return pytest.mark.parametrize("isa", found)
 
 
 # Every ISA serves every product. Those that are not named compute it with the source of one that is.

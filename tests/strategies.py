@@ -9,7 +9,7 @@ from lowmem import FourBit, Half, LoRA, LoRALinear, convert
 from lowmem.io.safetensors import DTYPES
 from lowmem.quant.formats import EIGHT_BIT, FORMATS
 from lowmem.quant.scales import ENCODINGS
-from tests.selection import NIGHTLY
+from tests.selection import FULL
 
 four_bit_formats = st.sampled_from(sorted(FORMATS))
 formats = st.sampled_from([*sorted(FORMATS), *EIGHT_BIT])
@@ -108,7 +108,7 @@ def make_importance(kind: str, columns: int, seed: int) -> torch.Tensor | None:
 importance_kinds = st.sampled_from(["none", "some zeros", "mixed"])
 
 
-GRADCHECKED = 40 if NIGHTLY else 20  # features: gradcheck takes a product for each number; blocks have 16
+GRADCHECKED = 40 if FULL else 20  # features: gradcheck takes a product for each number; blocks have 16
 
 
 @st.composite

@@ -115,11 +115,13 @@ def what_python_says(folder, compiler):
     return run.stderr
 
 
+@pytest.mark.processes
 def test_a_source_tree_whose_kernel_was_not_compiled_warns_once(source_tree):
     said = what_python_says(source_tree, compiler=sys.executable)  # any program will do: it is not run
     assert said.count("compile it with: pip install -e .") == 1
 
 
+@pytest.mark.processes
 def test_without_a_compiler_or_sources_there_is_nothing_to_warn_of(source_tree, tmp_path):
     assert what_python_says(source_tree, compiler="no-such-compiler") == ""
     assert not cpu.is_forgotten("linux", csrc=tmp_path / "csrc")

@@ -249,6 +249,7 @@ TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(stateful_step_count=15)
 
 
+@pytest.mark.thorough
 def test_the_sequences_merge_adapters_of_every_base():
     """Else the bounds of what is merged hold nothing. (120 sequences merge some 20 of each base.)"""
     count = collections.Counter()

@@ -41,8 +41,6 @@ LEFT_OUT = ("lowmem/version.py", "benchmarks/cases.py")  # a constant; models an
 # The tests of a module, or of all of a folder, beyond or other than its mirror test, the quickest first.
 TESTS = {
     "benchmarks/latency": ("benchmarks/test_latency",),
-    "benchmarks/memory.py": ("benchmarks/test_gate",),
-    "benchmarks/results.py": ("benchmarks/test_gate",),
     "benchmarks/report.py": ("tools/test_report",),
     "lowmem/__main__.py": ("test_main",),
     "lowmem/quant/scales.py": ("quant/test_scales", "quant/test_tensor"),
@@ -50,7 +48,7 @@ TESTS = {
     "lowmem/quant/quantize.py": ("quant/test_quantize", "quant/test_tensor"),
     "lowmem/nn/frozen_linear.py": ("nn/test_frozen_linear", "nn/test_half", "nn/test_fourbit", "kernels/test_ops"),
     "lowmem/nn/frozen_conv.py": ("nn/test_frozen_conv", "nn/test_conv"),
-    "lowmem/nn/lora.py": ("nn/test_lora", "transforms/test_adapters"),
+    "lowmem/nn/adapted_forward.py": ("nn/test_adapted_forward", "transforms/test_adapters"),
     "lowmem/transforms/registry.py": ("transforms/test_registry", "transforms/test_convert"),
     "lowmem/io/safetensors.py": ("io/test_safetensors", "io/test_container"),
     "lowmem/io/metadata.py": ("io/test_metadata", "io/test_checkpoint"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -289,7 +289,6 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200)
 @given(st.data())
 def test_a_record_with_anything_anywhere_is_refused_in_a_line_or_is_one(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("records")
@@ -400,6 +399,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of resident memory is read from /proc")
 def test_loading_takes_the_4_bit_size_and_at_most_64_mib(tmp_path):
     """Of 384 MiB in float32, which would show."""

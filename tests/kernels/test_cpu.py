@@ -163,6 +163,7 @@ normal = lru_cache(maxsize=4)(partial(strategies.make_weight, "normal", exponent
 of_normal = lru_cache(maxsize=16)(lambda kind, shape: stored(kind, normal(shape=shape))[0])
 
 
+@pytest.mark.thorough
 @bound
 @in_one_case(
     1,
@@ -441,6 +442,7 @@ print(tried)
 OVERWRITTEN = {"MALLOC_PERTURB_": "165", "MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
+@pytest.mark.thorough
 @needs_kernel
 def test_memory_that_is_given_up_during_a_call_stays_for_as_long_as_it_is_read():
     """As where another thread assigns ``.data``: C holds what it reads, and what it knows of a weight."""
@@ -519,6 +521,7 @@ for tensor, other, run in cases:
 """
 
 
+@pytest.mark.thorough
 @needs_kernel
 def test_threads_may_assign_data_while_others_multiply():
     """Plain torch reads a weight in several operations: what it does then is its own."""

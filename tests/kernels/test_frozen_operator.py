@@ -50,6 +50,7 @@ def build(technique: str) -> nn.Module:
     return model
 
 
+@pytest.mark.compile(keep=1)
 @techniques
 def test_a_compiled_model_gives_the_eager_one_s_bits_without_a_graph_for_each_batch(technique):
     model = build(technique)

@@ -120,6 +120,7 @@ def around_whole_panels(size, shape):
     return cases
 
 
+@pytest.mark.thorough(keep=1)
 @kernel
 @compiled_int8
 @in_one_case(
@@ -208,6 +209,7 @@ def test_an_isa_without_a_source_of_its_own_gives_the_bits_of_another(isa):
         assert torch.equal(*made)
 
 
+@pytest.mark.thorough
 @compiled_int8
 @in_one_case(1, shape=[(2048, 1024, 1), (2048, 1024, 512), (64, 8192, 600), (8, 1, 9000)], size=[64, 4096])
 def test_no_product_takes_more_than_a_mebibyte_of_scratch(isa, shape, size):

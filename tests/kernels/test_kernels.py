@@ -54,6 +54,7 @@ def run_python(script: str, *argv: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 def test_the_environment_variable_forces_a_backend():
     name = kernels.available()[0]
     assert run_python("import lowmem; print(lowmem.backend())", LOWMEM_KERNEL=name).startswith(f"{name}: ")
@@ -94,6 +95,7 @@ def test_a_provider_of_another_backend_is_one_line(monkeypatch):
         kernels._select("another")
 
 
+@pytest.mark.processes
 def test_without_the_compiled_module_the_reference_serves_and_says_why():
     script = (
         "import sys\n"
@@ -430,6 +432,7 @@ for isa in sys.argv[1:]:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @needs_kernel
 def test_a_small_layer_works_in_a_forked_process():
@@ -522,6 +525,7 @@ print("fine")
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as Linux has it")
 @needs_kernel
 def test_nothing_past_the_end_is_read():

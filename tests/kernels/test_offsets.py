@@ -135,6 +135,7 @@ def test_products_in_8_bit_integers_round_what_offsets_do_not_touch(form, size, 
         assert ((out.double() - exact).abs() <= bound(sizes, exact, columns, dtype)).all()
 
 
+@pytest.mark.thorough
 @needs_kernel
 def test_products_take_no_more_scratch_than_is_said():
     stored = quantize(torch.randn(1024, 2048) + 1, "int4", block_size=8, scales="float16_offsets")

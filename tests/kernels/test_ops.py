@@ -39,6 +39,7 @@ models = pytest.mark.parametrize("kind", ["half", "4-bit", "8-bit products"])
 every_order = pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
 
 
+@pytest.mark.thorough(keep=1)
 @kinds
 @every_order
 @rows_in_one_case("dtype", [torch.float32, torch.bfloat16])
@@ -180,6 +181,7 @@ def may_be_refused(message: str):
             raise
 
 
+@pytest.mark.compile(keep=1)
 @models
 @pytest.mark.parametrize("transform", ["forward mode", "gradient"])
 def test_compiled_transforms_of_torch_func_are_right_or_refused(kind, transform):
@@ -268,6 +270,7 @@ def assert_gives_the_same(traced_model, model, *inputs: torch.Tensor, in_8_bits:
         torch.testing.assert_close(one, other, **allowed)  # the adapter's update may be added in another order
 
 
+@pytest.mark.thorough(keep=2)
 @in_float32
 def test_a_traced_model_gives_the_same_for_other_sizes_and_when_it_is_saved(technique):
     model = everything(technique)
@@ -311,6 +314,7 @@ def test_a_traced_model_has_the_gradient_of_its_input(technique):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.processes
 def test_a_traced_file_runs_where_lowmem_is_imported(tmp_path):
     model, x = everything("nf4"), torch.arange(18).view(2, 9)
     torch.jit.save(trace(model, x), tmp_path / "model.pt")

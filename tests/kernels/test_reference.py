@@ -48,6 +48,7 @@ def test_half_precision_sums_over_chunks_of_rows_are_rounded_once():
     assert torch.equal(got, weight.double().sum(0, keepdim=True).bfloat16())
 
 
+@pytest.mark.thorough
 @rows_in_one_case("columns", [64, 1000])
 def test_many_chunks_are_written_whole_and_match_and_a_block_of_zeros_has_no_scale(columns):
     dense = strategies.make_weight("normal", (1500, columns), 0, 0)

@@ -48,6 +48,7 @@ def test_output_and_gradients_follow_the_equation(base, linear, rank, alpha, lea
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.thorough(keep=1)
 @every_base
 @given(strategies.linears(torch.float64, strategies.GRADCHECKED), ranks)
 def test_gradcheck_in_float64(base, linear, rank):

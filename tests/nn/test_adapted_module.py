@@ -273,6 +273,7 @@ def test_a_merge_reports_each_weight_and_its_outputs(name, to):
     assert not any(isinstance(module, AdaptedModule) for module in merged.modules())
 
 
+@pytest.mark.compile(keep=1)
 @covering(1, name=MODELS, base=BASES)
 @pytest.mark.no_cover
 def test_it_compiles_whole_and_exports(name, base, request):
@@ -362,6 +363,7 @@ def test_what_cannot_have_an_adapter_is_named_with_its_reason():
         convert(nn.Sequential(odd), LoRA(2))
 
 
+@pytest.mark.thorough
 def test_the_plan_counts_adapters_of_every_kind():
     for name in MODELS:
         if name == "experts":

@@ -97,6 +97,7 @@ class Reader(nn.Module):
         return [read(x, self.layer.weight) for read in READS.values()]
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     "base", [(), (FourBit("nf4", 16),), (Half(torch.bfloat16),)], ids=["dense", "nf4", "bfloat16"]
 )

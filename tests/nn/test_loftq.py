@@ -43,6 +43,7 @@ def test_it_draws_from_no_global_generator_and_comes_out_the_same():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.thorough
 @rows_in_one_case("stabilized", [False, True])
 @rows_in_one_case("format", sorted(FORMATS))
 def test_base_and_adapter_of_rank_16_are_nearer_to_the_weight_than_the_base(format, stabilized):

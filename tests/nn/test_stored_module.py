@@ -488,6 +488,7 @@ def test_rows_that_stay_keep_their_bits_when_others_are_set(technique):
             assert not torch.equal(layer.weight[0].dequantize(), old[0].dequantize())
 
 
+@pytest.mark.compile
 @techniques
 def test_a_layer_that_torch_compile_leaves_to_eager_computes_the_same(technique, request):
     """Dynamo breaks the graph at recurrent layers, and would compile functions of this library that they call."""

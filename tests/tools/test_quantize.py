@@ -110,6 +110,7 @@ def test_bad_options_are_one_line(checkpoint, options, message, capsys):
     assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
 
 
+@pytest.mark.processes
 def test_what_was_told_to_end_leaves_no_half_file(checkpoint):
     script = (
         "import os, signal, sys\n"
@@ -194,6 +195,7 @@ def test_no_memory_is_one_line_and_leaves_nothing(checkpoint, monkeypatch, capsy
     assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems don't keep to RLIMIT_AS")
 @pytest.mark.parametrize("command", ["quantize", "bundle"])
 def test_a_system_that_gives_no_more_memory_is_one_line(checkpoint, command):

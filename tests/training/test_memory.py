@@ -86,6 +86,7 @@ def tracked(model, inputs, optimizer):
     return memory.peak
 
 
+@pytest.mark.thorough(keep=2)
 @pytest.mark.parametrize("name", CASES)
 def test_the_parts_sum_to_the_tracked_peak(name):
     make, inputs = CASES[name]

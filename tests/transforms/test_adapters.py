@@ -530,6 +530,7 @@ def test_the_mode_reaches_adapters_added_later():
     assert not torch.equal(output(model.train()), output(model))
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="as in test_ops.py: not traced whole"
 )

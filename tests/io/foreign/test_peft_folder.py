@@ -191,6 +191,7 @@ def test_a_damaged_config_is_refused(folder, text, message):
     refused(folder, message)
 
 
+@pytest.mark.thorough
 def test_patterns_that_take_exponential_time_elsewhere_do_not_here(folder):
     for pattern in ("(f*)*$c", "(.*.*.*.*)*experts", "((a|b|.)+)+x", "(.?){200}fc"):
         change(folder, rank_pattern={f"{pattern}{number}": 2 for number in range(50)})
