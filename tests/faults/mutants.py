@@ -55,7 +55,7 @@ TESTS = {
     "lowmem/io/skeleton.py": ("io/test_skeleton", "io/test_checkpoint"),
     "lowmem/kernels/cpu.py": ("kernels/test_cpu", "kernels/test_int8", "kernels/test_plan"),
     "lowmem/kernels/memory.py": ("kernels/test_memory", "kernels/test_kernels"),
-    "lowmem/kernels/reference.py": ("kernels/test_reference", "nn/test_lora", "kernels/test_int8"),
+    "lowmem/kernels/reference.py": ("kernels/test_reference", "nn/test_adapted_forward", "kernels/test_int8"),
 }
 # Tests that run for long, and are of the C code, are left out.
 SELECT = "not mebibyte and not larger_layer and not 256_kib"
